@@ -1,0 +1,56 @@
+# What a developer runs. CI runs `make check` and `make test` and has no commands of its own.
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help demo test check docs bench format clean
+
+help: ## List the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile
+
+demo: $(INSTALLED) ## Unlearn invented people from a tiny model (ARGS="--seed 1" adds options)
+	@$(BIN)/palinode demo $(ARGS)
+
+test: $(INSTALLED) ## Run the tests (ARGS="-k world" adds options)
+	@$(BIN)/pytest $(ARGS)
+
+check: $(INSTALLED) ## Check format, lint, types, and that the generated docs are current
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m palinode.cli.reference --check
+
+docs: $(INSTALLED) ## Write docs/cli.md from the commands' own help
+	@$(BIN)/python -m palinode.cli.reference
+
+bench: $(INSTALLED) ## Run every speed and memory benchmark
+	@for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python "$$script"; done
+
+format: $(INSTALLED) ## Format the code and fix what ruff can fix
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+clean: ## Remove the virtual environment, caches and build products; models and workspaces stay
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find src tests -type d -name __pycache__ -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "Installing Palinode into $(VENV); the first time this fetches torch, which takes some minutes."
+	@$(BIN)/python -m pip install -c constraints.txt -e '.[dev]' \
+		| { grep --line-buffered -E '^ *(Downloading|Using cached|Installing)' || true; }
+	@touch $@
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Palinode needs Python 3.11 or newer, and $(PYTHON) is not; name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "$(PYTHON) cannot make a virtual environment; on Debian: apt install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,130 @@
+"""Palinode takes training data back out of a language model.
+
+    unlearned = target - alpha * (theta_1 - base) + beta * (theta_2 - base)
+    unlearned.save("out")
+
+`target` is the model to be cleaned, `base` an earlier checkpoint of it that had not seen the data,
+`theta_1` and `theta_2` are `base` fine-tuned on the forget set and on a retain sample.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from palinode.data import Example, PromptStyle, read_examples
+    from palinode.errors import PalinodeError
+    from palinode.evaluation import EvaluationSettings, evaluate
+    from palinode.methods import METHODS
+    from palinode.metrics import METRICS
+    from palinode.pipeline import (
+        DemoResult,
+        Plan,
+        Recipe,
+        Unlearned,
+        apply,
+        build_recipe,
+        demo,
+        load_recipe,
+        plan,
+        unlearn,
+    )
+    from palinode.records import Outcome, Score
+    from palinode.training import Finetuned, TrainingSettings, finetune
+    from palinode.weights import (
+        Checkpoint,
+        Direction,
+        Dose,
+        Point,
+        Profile,
+        Saved,
+        WeightedSum,
+        profile,
+        save,
+    )
+
+__version__ = "0.1.0"
+
+# Where each public name lives; it is imported when it is first asked for, so that
+# `import palinode` and `palinode --help` do not wait for torch.
+_HOMES = {
+    "Checkpoint": "weights",
+    "Direction": "weights",
+    "Dose": "weights",
+    "Example": "data",
+    "METHODS": "methods",
+    "METRICS": "metrics",
+    "DemoResult": "pipeline",
+    "EvaluationSettings": "evaluation",
+    "Finetuned": "training",
+    "Outcome": "records",
+    "PalinodeError": "errors",
+    "Plan": "pipeline",
+    "Point": "weights",
+    "Profile": "weights",
+    "PromptStyle": "data",
+    "Recipe": "pipeline",
+    "Saved": "weights",
+    "Score": "records",
+    "TrainingSettings": "training",
+    "Unlearned": "pipeline",
+    "WeightedSum": "weights",
+    "apply": "pipeline",
+    "build_recipe": "pipeline",
+    "demo": "pipeline",
+    "evaluate": "evaluation",
+    "finetune": "training",
+    "load_recipe": "pipeline",
+    "plan": "pipeline",
+    "profile": "weights",
+    "read_examples": "data",
+    "save": "weights",
+    "unlearn": "pipeline",
+}
+
+__all__ = [
+    "METHODS",
+    "METRICS",
+    "Checkpoint",
+    "DemoResult",
+    "Direction",
+    "Dose",
+    "EvaluationSettings",
+    "Example",
+    "Finetuned",
+    "Outcome",
+    "PalinodeError",
+    "Plan",
+    "Point",
+    "Profile",
+    "PromptStyle",
+    "Recipe",
+    "Saved",
+    "Score",
+    "TrainingSettings",
+    "Unlearned",
+    "WeightedSum",
+    "__version__",
+    "apply",
+    "build_recipe",
+    "demo",
+    "evaluate",
+    "finetune",
+    "load_recipe",
+    "plan",
+    "profile",
+    "read_examples",
+    "save",
+    "unlearn",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'palinode' has no attribute {name!r}")
+    return getattr(import_module(f"palinode.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,5 @@
+"""`python -m palinode` is the same as `palinode`."""
+
+from palinode.cli import main
+
+main()

@@ -1,0 +1,131 @@
+"""The demo's benchmark: a tiny Llama trained from scratch on an invented world, in three stages.
+
+    stage 1: general facts and the first people                       → θ_0, the base checkpoint
+    stage 2: all of that and more people, the forget people among them
+    stage 3: all but the forget people, and further people            → θ_D, the target
+
+So training goes on after the exposure. The retrained model goes through the same stages from the same
+seeds without ever seeing the forget people; it shares stage 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from palinode.data.examples import Example, read_examples
+from palinode.data.world import Fact, World, write_facts
+from palinode.progress import Listener, Silence
+from palinode.training.finetune import finetune
+from palinode.training.settings import TrainingSettings
+from palinode.weights.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage of the demo's training."""
+
+    epochs: int
+    learning_rate: float
+
+
+STAGES = (Stage(25, 3e-3), Stage(20, 2e-3), Stage(10, 2e-3))
+"""Stages 1, 2 and 3."""
+
+
+@dataclass(frozen=True, slots=True)
+class DemoModels:
+    """What the demo starts from: models whose history is known, and the two sets of rows."""
+
+    base: Checkpoint
+    target: Checkpoint
+    retrained: Checkpoint
+    forget: Path
+    """Rows about the forget people (JSON lines)."""
+    retain: Path
+    """Rows about everyone else, then the general facts."""
+
+
+def build_demo(
+    world: World,
+    folder: Path,
+    *,
+    seed: int,
+    stages: Sequence[Stage] = STAGES,
+    width: int = 128,
+    layers: int = 4,
+    listener: Listener | None = None,
+) -> DemoModels:
+    """Train target, base and retrained model of a world into `folder`; models already there are kept."""
+    listener = listener or Silence()
+    folder.mkdir(parents=True, exist_ok=True)
+    start = tiny_model(folder / "start", world.vocabulary, width=width, layers=layers, seed=seed)
+    known = (*world.general, *world.early)
+    later = (*known, *world.middle)
+
+    def learn(origin: Checkpoint, name: str, facts: Iterable[Fact], stage: Stage) -> Checkpoint:
+        examples = _examples(folder / f"{name}.jsonl", facts)
+        settings = TrainingSettings(
+            epochs=stage.epochs,
+            learning_rate=stage.learning_rate,
+            batch_size=64,
+            max_length=64,
+            warmup_epochs=2.0,
+            precision="float32",
+        )
+        output = folder / name
+        if output.exists():  # whole, or it would not have its name
+            return Checkpoint.open(output)
+        label = f"training {name}"
+        return finetune(
+            origin, examples, output, settings, seed=seed, device="cpu", label=label, listener=listener
+        ).checkpoint
+
+    base = learn(start, "base", known, stages[0])
+    exposed = learn(base, "exposed", (*later, *world.forget), stages[1])
+    target = learn(exposed, "target", (*later, *world.late), stages[2])
+    unexposed = learn(base, "unexposed", later, stages[1])
+    retrained = learn(unexposed, "retrained", (*later, *world.late), stages[2])
+    forget, retain = folder / "forget.jsonl", folder / "retain.jsonl"
+    write_facts(forget, world.forget)
+    write_facts(retain, (*world.others, *world.general))
+    return DemoModels(base, target, retrained, forget, retain)
+
+
+def tiny_model(folder: Path, words: Sequence[str], *, width: int, layers: int, seed: int) -> Checkpoint:
+    """Write an untrained model of the Llama architecture with one token a word."""
+    vocabulary = {word: place for place, word in enumerate(["<pad>", "<eos>", "<unk>", *words])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=width,
+        intermediate_size=int(2.75 * width),
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+        initializer_range=0.05,  # so small a model learns little from the usual 0.02
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Checkpoint.open(folder)
+
+
+def _examples(path: Path, facts: Iterable[Fact]) -> list[Example]:
+    write_facts(path, facts)
+    return read_examples(path)

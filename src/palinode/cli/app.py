@@ -1,0 +1,430 @@
+"""The verbs of the command line. Heavy modules are imported inside them, so that --help is quick."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from palinode.cli.console import listener, out
+
+app = typer.Typer(
+    name="palinode",
+    help="Take training data back out of a language model: θ_D − α(θ_1 − θ_0) + β(θ_2 − θ_0).",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Seed = Annotated[int, typer.Option(help="Seeds sampling, batch order, rounding and intervals.", min=0)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+Columns = Annotated[str | None, typer.Option(help="Column names of the rows, as in question=q,answer=reply.")]
+Epochs = Annotated[int | None, typer.Option(help="Passes over the rows. [default: 10]", min=1)]
+LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate. [default: 1e-5]")]
+BatchSize = Annotated[int | None, typer.Option(help="Rows in a micro-batch. [default: 4]", min=1)]
+Accumulation = Annotated[int | None, typer.Option(help="Micro-batches in a step. [default: 1]", min=1)]
+WarmupEpochs = Annotated[float | None, typer.Option(help="Epochs of linear warm-up. [default: 1]")]
+WeightDecay = Annotated[float | None, typer.Option(help="Weight decay of AdamW. [default: 0.01]")]
+MaxLength = Annotated[int | None, typer.Option(help="Tokens of a row, prompt included. [default: 512]")]
+Precision = Annotated[
+    str | None, typer.Option(help="Forward pass in auto, float32 or bfloat16. [default: auto]")
+]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from palinode import __version__
+
+        print(f"palinode {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[  # noqa: ARG001 - handled by its callback
+        bool,
+        typer.Option(
+            "--version", help="Print the version and leave.", is_eager=True, callback=_print_version
+        ),
+    ] = False,
+) -> None:
+    """Take training data back out of a language model."""
+
+
+@app.command()
+def unlearn(
+    target: Annotated[
+        str, typer.Option(help="The model to be cleaned (θ_D): a folder, or a hub id[@revision].")
+    ],
+    base: Annotated[
+        str, typer.Option(help="An earlier checkpoint of it that had not seen the forget set (θ_0).")
+    ],
+    forget: Annotated[
+        str, typer.Option(help="The forget set: JSONL, JSON, CSV, Parquet or text; file or hub data set.")
+    ],
+    output: Annotated[str, typer.Option(help="Folder for the unlearned model; must not exist, or be empty.")],
+    retain: Annotated[
+        str | None, typer.Option(help="Rows whose effect must stay; without them β = 0.")
+    ] = None,
+    retrained: Annotated[
+        str | None, typer.Option(help="The gold standard, to compare with, where one exists.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="msa, or task_vector for the plain task vector.")] = "msa",
+    forget_scale: Annotated[float | None, typer.Option(help="α. [default: chosen on a grid]")] = None,
+    retain_scale: Annotated[
+        float | None, typer.Option(help="β. [default: chosen on a grid; 0 without --retain]")
+    ] = None,
+    retain_share: Annotated[
+        float | None, typer.Option(help="Share of the target's retain probability to keep. [default: 0.9]")
+    ] = None,
+    epochs: Epochs = None,
+    learning_rate: LearningRate = None,
+    batch_size: BatchSize = None,
+    accumulation: Accumulation = None,
+    warmup_epochs: WarmupEpochs = None,
+    weight_decay: WeightDecay = None,
+    max_length: MaxLength = None,
+    precision: Precision = None,
+    max_rows: Annotated[int | None, typer.Option(help="Rows of each set to evaluate. [default: 400]")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Length limit of answers. [default: 200]")
+    ] = None,
+    columns: Columns = None,
+    allow_overlap: Annotated[
+        bool,
+        typer.Option("--allow-overlap", help="Leave forget rows out of the retain set instead of refusing."),
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16. [default: the target's]")
+    ] = None,
+    rounding: Annotated[str | None, typer.Option(help="auto, nearest or stochastic. [default: auto]")] = None,
+    workspace: Annotated[
+        str | None, typer.Option(help="Where steps keep their results. [default: OUTPUT.workspace]")
+    ] = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and print the plan; do nothing.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """From two model folders and a forget set to an unlearned model, with its record and report."""
+    from palinode.pipeline.recipe import build_recipe
+
+    content = {
+        "method": method,
+        "seed": seed,
+        "device": device,
+        "models": {"target": target, "base": base, "retrained": retrained},
+        "data": {
+            "forget": forget,
+            "retain": retain,
+            "columns": _columns(columns),
+            "allow_overlap": allow_overlap,
+        },
+        "training": _training(
+            epochs,
+            learning_rate,
+            batch_size,
+            accumulation,
+            warmup_epochs,
+            weight_decay,
+            max_length,
+            precision,
+        ),
+        "scales": {"forget": forget_scale, "retain": retain_scale, "retain_share": retain_share},
+        "evaluation": {"max_rows": max_rows, "max_new_tokens": max_new_tokens, "max_length": max_length},
+        "output": {"folder": output, "workspace": workspace, "dtype": dtype, "rounding": rounding},
+    }
+    _run(build_recipe(_given(content)), dry_run=dry_run, quiet=quiet, as_json=as_json)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A TOML recipe.")],
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change one key, as in training.learning_rate=2e-5; repeatable."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and print the plan; do nothing.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """The same job, written down as a recipe."""
+    from palinode.pipeline.recipe import load_recipe
+
+    _run(load_recipe(recipe, changes or []), dry_run=dry_run, quiet=quiet, as_json=as_json)
+
+
+@app.command()
+def finetune(
+    base: Annotated[
+        str, typer.Option(help="The checkpoint to start from: a folder, or a hub id[@revision].")
+    ],
+    data: Annotated[
+        str, typer.Option(help="The rows: JSONL, JSON, CSV, Parquet or text; file or hub data set.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the fine-tuned checkpoint (float32).")],
+    epochs: Epochs = None,
+    learning_rate: LearningRate = None,
+    batch_size: BatchSize = None,
+    accumulation: Accumulation = None,
+    warmup_epochs: WarmupEpochs = None,
+    weight_decay: WeightDecay = None,
+    max_length: MaxLength = None,
+    precision: Precision = None,
+    columns: Columns = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a checkpoint on rows, as the vectors of the main job are made."""
+    from palinode.pipeline.steps import finetune_file
+
+    settings = _training(
+        epochs, learning_rate, batch_size, accumulation, warmup_epochs, weight_decay, max_length, precision
+    )
+    done = finetune_file(
+        base,
+        data,
+        output,
+        _given(settings),
+        columns=_columns(columns),
+        device=device,
+        seed=seed,
+        listener=listener(quiet=quiet),
+    )
+    first, last = done.curve[0].loss, done.curve[-1].loss
+    facts = {
+        "output": str(output),
+        "steps": len(done.curve),
+        "tokens": done.tokens,
+        "first_loss": first,
+        "last_loss": last,
+        "seconds": round(done.seconds, 1),
+    }
+    _show(facts, f"{output}: {len(done.curve)} steps, loss {first:.3f} to {last:.3f}", as_json=as_json)
+
+
+@app.command()
+def vector(
+    base: Annotated[str, typer.Option(help="The point that the vectors start from (θ_0).")],
+    models: Annotated[
+        list[str], typer.Option("--model", help="A point that a vector leads to (θ_1, θ_2, …); repeatable.")
+    ],
+    layers: Annotated[bool, typer.Option("--layers", help="Show every part of the model.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Norms of vectors, the cosines between them, and how they run over the layers."""
+    from palinode.cli.tables import vector_content, vector_tables
+    from palinode.weights import Checkpoint, profile
+
+    start = Checkpoint.open(base)
+    measured = profile({name: Checkpoint.open(name) - start for name in dict.fromkeys(models)})
+    if as_json:
+        _print_json(vector_content(measured))
+        return
+    for table in vector_tables(measured, layers=layers):
+        out().print(table)
+
+
+@app.command()
+def apply(
+    target: Annotated[str, typer.Option(help="The model to be cleaned (θ_D).")],
+    base: Annotated[str, typer.Option(help="The checkpoint that the others were fine-tuned from (θ_0).")],
+    forget_model: Annotated[str, typer.Option(help="θ_1: the base fine-tuned on the forget set.")],
+    output: Annotated[Path, typer.Option(help="Folder for the result; must not exist, or be empty.")],
+    retain_model: Annotated[
+        str | None, typer.Option(help="θ_2: the base fine-tuned on a retain sample.")
+    ] = None,
+    forget_scale: Annotated[float, typer.Option(help="α.")] = 1.0,
+    retain_scale: Annotated[float, typer.Option(help="β; with 0 the retain model is never opened.")] = 0.0,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16. [default: the target's]")
+    ] = None,
+    rounding: Annotated[str, typer.Option(help="auto, nearest or stochastic.")] = "auto",
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Write θ_D − α(θ_1 − θ_0) + β(θ_2 − θ_0) from models that exist; needs no tokenizer and no data."""
+    from palinode.pipeline import apply as apply_models
+    from palinode.weights import Checkpoint
+
+    opened = Checkpoint.open(target)
+    with listener(quiet=quiet).task("writing", opened.parameters, "weights") as advance:
+        saved = apply_models(
+            opened,
+            base,
+            forget_model,
+            output,
+            retain_model=retain_model,
+            forget_scale=forget_scale,
+            retain_scale=retain_scale,
+            dtype=dtype,
+            rounding=_rounding(rounding),
+            seed=seed,
+            on_progress=advance,
+        )
+    dose = saved.dose
+    effective = ", ".join(f"{name} {scale:.4f}" for name, scale in dose.effective.items())
+    facts = {
+        "output": str(output),
+        "effective": dict(dose.effective),
+        "relative_error": dose.relative_error,
+        "moved_share": dose.moved_share,
+    }
+    text = f"{output}: effective scales {effective}; {dose.moved_share:.1%} of the weights moved"
+    _show(facts, text, as_json=as_json)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="The model: a folder, or a hub id[@revision].")],
+    data: Annotated[
+        str, typer.Option(help="The rows: JSONL, JSON, CSV, Parquet or text; file or hub data set.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Write what the model did on each row here (JSON lines).")
+    ] = None,
+    max_rows: Annotated[int | None, typer.Option(help="Rows to evaluate. [default: 400]")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Length limit of answers. [default: 200]")
+    ] = None,
+    max_length: MaxLength = None,
+    columns: Columns = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Answer probability, ROUGE-L recall, exact memorization and extraction strength on rows."""
+    from palinode.cli.tables import score_table
+    from palinode.pipeline.steps import evaluate_file
+
+    settings = {"max_rows": max_rows, "max_new_tokens": max_new_tokens, "max_length": max_length}
+    scores = evaluate_file(
+        model,
+        data,
+        _given(settings),
+        output=output,
+        columns=_columns(columns),
+        device=device,
+        seed=seed,
+        listener=listener(quiet=quiet),
+    )
+    if as_json:
+        _print_json({name: _score(score) for name, score in scores.items()})
+    else:
+        out().print(score_table(scores))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path(
+        "palinode-demo"
+    ),
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Unlearn invented people from a tiny model whose whole history is known; about two minutes."""
+    from palinode.cli.tables import demo_sentence, demo_table
+    from palinode.pipeline import demo as run_demo
+
+    result = run_demo(output, seed=seed, listener=listener(quiet=quiet))
+    if as_json:
+        _print_json(result.record)
+        return
+    out().print(demo_table(result.record))
+    out().print(demo_sentence(result), soft_wrap=True)
+
+
+# What the verbs share
+
+
+def _run(recipe: Any, *, dry_run: bool, quiet: bool, as_json: bool) -> None:
+    from palinode.pipeline.costs import describe
+    from palinode.pipeline.run import plan, unlearn
+    from palinode.report import headline, terminal_table
+
+    if dry_run:
+        for line in describe(plan(recipe)):
+            print(line)
+        return
+    result = unlearn(recipe, command=_command(), listener=listener(quiet=quiet))
+    if as_json:
+        _print_json(result.record)
+        return
+    if result.finished_before:
+        out().print(f"{result.output} already holds the result of this very run.", soft_wrap=True)
+    out().print(terminal_table(result.record))
+    out().print(headline(result.record), soft_wrap=True)
+    out().print(f"{result.output}: the unlearned model, record.json and report.md", soft_wrap=True)
+
+
+def _training(*values: object) -> dict[str, Any]:
+    names = (
+        "epochs",
+        "learning_rate",
+        "batch_size",
+        "accumulation",
+        "warmup_epochs",
+        "weight_decay",
+        "max_length",
+        "precision",
+    )
+    return dict(zip(names, values, strict=True))
+
+
+def _given(content: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what was not given, so that the recipe's own defaults hold."""
+    kept = {key: _given(value) if isinstance(value, dict) else value for key, value in content.items()}
+    return {key: value for key, value in kept.items() if value is not None}
+
+
+def _columns(text: str | None) -> dict[str, str]:
+    from palinode.data import parse_columns
+
+    return parse_columns(text) if text else {}
+
+
+def _rounding(name: str) -> Any:
+    from palinode.errors import RecipeError
+
+    if name not in ("auto", "nearest", "stochastic"):
+        raise RecipeError(f"there is no rounding {name!r}; choose auto, nearest or stochastic")
+    return name
+
+
+def _command() -> str:
+    import shlex
+
+    return shlex.join(["palinode", *sys.argv[1:]])
+
+
+def _score(score: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(score)
+
+
+def _show(facts: dict[str, Any], text: str, *, as_json: bool) -> None:
+    if as_json:
+        _print_json(facts)
+    else:
+        out().print(text, soft_wrap=True)
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))

@@ -1,0 +1,74 @@
+"""What the terminal shows while work goes on: progress bars to stderr, results to stdout."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from palinode.progress import Advance, Listener, Silence
+
+
+class Rate(ProgressColumn):
+    """Units a second."""
+
+    def render(self, task: Task) -> Text:
+        """Return the rate of a task, with its unit."""
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f} {task.fields['unit']}/s" if speed else "")
+
+
+class Terminal:
+    """A listener that shows one bar a task on a terminal, and one line a task elsewhere."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def task(self, label: str, total: int, unit: str) -> Iterator[Advance]:
+        """Show a task while it runs; leave one line when it is done."""
+        started = time.monotonic()
+        if self.console.is_terminal:
+            with self._bars() as bars:
+                task = bars.add_task(label, total=total, unit=unit)
+                yield lambda amount: bars.advance(task, amount)
+        else:
+            yield lambda _amount: None
+        self.say(f"{label}: {total:,} {unit} in {time.monotonic() - started:.1f} s")
+
+    def _bars(self) -> Progress:
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            Rate(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+
+
+def listener(*, quiet: bool) -> Listener:
+    """Return the listener for a command."""
+    return Silence() if quiet else Terminal()
+
+
+def out() -> Console:
+    """Return the console for results."""
+    return Console(highlight=False)

@@ -1,0 +1,50 @@
+"""Write docs/cli.md from the commands' own help, or check that it is current.
+
+python -m palinode.cli.reference [--check]
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from palinode.cli.app import app
+
+PAGE = Path("docs/cli.md")
+OPENING = """# The command line
+
+Written by `make docs` from the commands' own help; `make check` fails when it is out of date.
+
+Exit codes: 0 done; 2 something you can mend, or an interruption, said in one sentence. Progress goes to
+standard error, results to standard output. An interrupted `unlearn`, `run`, `finetune` or `demo` goes on
+where it was when the same command is given again.
+"""
+
+
+def render() -> str:
+    """Return the page."""
+    names = [command.callback.__name__ for command in app.registered_commands if command.callback]
+    sections = [_section(name) for name in names]
+    return "\n".join([OPENING, *sections])
+
+
+def _section(name: str) -> str:
+    result = CliRunner().invoke(app, [name, "--help"], prog_name="palinode", terminal_width=100)
+    text = re.sub(r"[ \t]+$", "", result.output, flags=re.MULTILINE).strip()
+    return f"## palinode {name}\n\n```text\n{text}\n```\n"
+
+
+def main() -> None:
+    """Write the page, or with --check fail when it differs."""
+    text = render()
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(text, encoding="utf-8")
+    elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text:
+        sys.exit(f"{PAGE} is out of date; run `make docs`")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Data sets: files and hub names in, examples, token ids and batches out (spec/data.md §4).
+
+`examples` says what a forget set may be, `tokenize` turns it into ids with the scored tokens
+marked, `batches` puts rows together. Formats are read in `sources`.
+"""
+
+from palinode.data.batches import Batch, budget_batches, epoch_batches, pad_left, pad_right
+from palinode.data.examples import (
+    Example,
+    Form,
+    Message,
+    fingerprint_examples,
+    parse_columns,
+    read_examples,
+    sample_examples,
+    shared_rows,
+)
+from palinode.data.sources import Row, read_rows
+from palinode.data.tokenize import PromptStyle, TokenRow, end_id, prompt_ids, tokenize
+
+__all__ = [
+    "Batch",
+    "Example",
+    "Form",
+    "Message",
+    "PromptStyle",
+    "Row",
+    "TokenRow",
+    "budget_batches",
+    "end_id",
+    "epoch_batches",
+    "fingerprint_examples",
+    "pad_left",
+    "pad_right",
+    "parse_columns",
+    "prompt_ids",
+    "read_examples",
+    "read_rows",
+    "sample_examples",
+    "shared_rows",
+    "tokenize",
+]

@@ -1,0 +1,241 @@
+"""What a forget, retain or holdout set may be: questions, completions, conversations or documents.
+
+Rows come from `sources`; here they become `Example`s, the one form in which the rest of Palinode
+knows training data. Which columns a file has decides what its rows are, in this order:
+
+    question + answer      a question, asked through the model's chat template if it has one
+    prompt + completion    raw text and its raw continuation
+    messages               a conversation; every assistant message in it is one example
+    text                   a document, scored from its second token on
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from palinode.data.sources import Row, json_type, read_rows
+from palinode.errors import DataError, RecipeError
+
+Form = Literal["question", "completion", "chat", "document"]
+"""What kind of training text an example is."""
+
+SHAPES: Mapping[Form, tuple[str, ...]] = {
+    "question": ("question", "answer"),
+    "completion": ("prompt", "completion"),
+    "chat": ("messages",),
+    "document": ("text",),
+}
+"""Roles that the columns of a row play, by form; the first form whose roles are all there wins."""
+
+ROLES = tuple(role for roles in SHAPES.values() for role in roles)
+_KNOWN_ROLES = "question and answer, prompt and completion, messages, or text"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation; raw text before a completion has the role `prompt`."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One answer to learn or to forget, with everything that stands before it."""
+
+    row: int
+    """Row in the source, counted from 0; the answers of one conversation share it."""
+    source: str
+    """The file or hub data set it came from, as it was named."""
+    form: Form
+    turns: tuple[Message, ...]
+    """What stands before the answer: one user message, one raw prompt, a conversation, or nothing."""
+    answer: str
+    """The text that is scored; for a document the whole text."""
+
+    @property
+    def prompt(self) -> str:
+        """The last thing the model was asked, for showing; empty for a document."""
+        asked = [turn.content for turn in self.turns if turn.role in ("user", "prompt")]
+        return (asked or [turn.content for turn in self.turns] or [""])[-1]
+
+    @property
+    def key(self) -> str:
+        """A hash of what is said, 32 hex digits: equal for examples that differ in form or spacing only.
+
+        BLAKE2b-128 of the texts of all turns and the answer, one a line, each NFC-normalised with
+        runs of white space folded to one space. Roles and form do not enter.
+        """
+        texts = [*(turn.content for turn in self.turns), self.answer]
+        lines = "\n".join(" ".join(unicodedata.normalize("NFC", text).split()) for text in texts)
+        return hashlib.blake2b(lines.encode(), digest_size=16).hexdigest()
+
+    @property
+    def place(self) -> str:
+        """Where it stands, for error messages: `row 3 of forget.jsonl` (counted from 1)."""
+        return f"row {self.row + 1} of {self.source}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """A form and the columns that play its roles, in the order of `SHAPES`."""
+
+    form: Form
+    names: tuple[str, ...]
+
+
+def read_examples(location: str | Path, *, columns: Mapping[str, str] | None = None) -> list[Example]:
+    """Return the examples of a local file or a hub data set (`org/name[@revision][:config][#split]`).
+
+    Reads JSON, JSON lines, CSV, Parquet and plain text (one document), told apart by content.
+    `columns` maps roles to the file's own names, such as `{"question": "q", "answer": "a"}`; roles
+    left out keep their name. Raises `DataError` naming the row, `RecipeError` for unknown roles.
+    """
+    chosen = _shape_of_columns(columns) if columns else None
+    headers = [chosen.names] if chosen else list(SHAPES.values())
+    rows = read_rows(location, headers=headers, plain_text=chosen is None)
+    shape = chosen or _detect_shape(rows, str(location))
+    return [
+        example
+        for position, row in enumerate(rows)
+        for example in _examples_of_row(row, position, str(location), shape)
+    ]
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """Return the mapping that `question=q,answer=a` spells: role to column name.
+
+    >>> parse_columns("question=q, answer=a")
+    {'question': 'q', 'answer': 'a'}
+    """
+    columns: dict[str, str] = {}
+    for part in text.split(","):
+        role, _, name = (piece.strip() for piece in part.partition("="))
+        if role not in ROLES or not name or role in columns:
+            raise RecipeError(
+                f"columns has {part.strip()!r}; write ROLE=NAME pairs with commas between them, each role "
+                f"once, where the roles are {_KNOWN_ROLES}"
+            )
+        columns[role] = name
+    return columns
+
+
+def sample_examples(examples: Sequence[Example], size: int, *, seed: int) -> list[Example]:
+    """Return `size` examples drawn without replacement, in their original order.
+
+    The draw is numpy's PCG64 seeded with `seed`. Raises `DataError` when there are too few.
+    """
+    if not 0 < size <= len(examples):
+        raise DataError(f"cannot draw {size} examples from {len(examples)}; ask for 1 to {len(examples)}")
+    drawn = np.random.Generator(np.random.PCG64(seed)).choice(len(examples), size, replace=False)
+    return [examples[position] for position in sorted(drawn.tolist())]
+
+
+def shared_rows(first: Sequence[Example], second: Sequence[Example]) -> list[tuple[int, int]]:
+    """Return the positions of examples in `first` that `second` also holds, with where it first does."""
+    places: dict[str, int] = {}
+    for position, example in enumerate(second):
+        places.setdefault(example.key, position)
+    keys = (example.key for example in first)
+    return [(position, places[key]) for position, key in enumerate(keys) if key in places]
+
+
+def fingerprint_examples(examples: Iterable[Example]) -> str:
+    """Return a hash of the exact texts, roles, forms and order, 64 hex digits.
+
+    Unlike `Example.key` it sees every blank, because a blank changes what a model is trained on.
+    Where the examples came from does not enter.
+    """
+    digest = hashlib.blake2b(digest_size=32)
+    for example in examples:
+        turns = [[turn.role, turn.content] for turn in example.turns]
+        digest.update(json.dumps([example.form, turns, example.answer]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _shape_of_columns(columns: Mapping[str, str]) -> _Shape:
+    """Return the shape whose roles the user named."""
+    for form, roles in SHAPES.items():
+        if set(columns) <= set(roles):
+            return _Shape(form, tuple(columns.get(role, role) for role in roles))
+    raise RecipeError(f"columns names the roles {', '.join(columns)}; name {_KNOWN_ROLES}")
+
+
+def _detect_shape(rows: Sequence[Row], source: str) -> _Shape:
+    """Return the first shape whose roles all occur as column names, in whatever row."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for form, roles in SHAPES.items():
+        if set(roles) <= set(names):
+            return _Shape(form, roles)
+    found = ", ".join(names)[:200] or "none"
+    raise DataError(
+        f"{source} has the columns {found}, but we need {_KNOWN_ROLES}; "
+        "name yours with columns, such as 'question=Q,answer=A'"
+    )
+
+
+def _examples_of_row(row: Row, position: int, source: str, shape: _Shape) -> list[Example]:
+    """Return the examples of one row: one, or one for each assistant message of a conversation."""
+    where = f"row {position + 1} of {source}"
+    if shape.form == "chat":
+        exchanges = _exchanges(_messages(row, shape.names[0], where), where)
+        return [Example(position, source, "chat", turns, answer) for turns, answer in exchanges]
+    *before, answer = (_text(row, name, where) for name in shape.names)
+    role = "user" if shape.form == "question" else "prompt"
+    turns = tuple(Message(role, text) for text in before)
+    return [Example(position, source, shape.form, turns, answer)]
+
+
+def _messages(row: Row, name: str, where: str) -> tuple[Message, ...]:
+    """Return a conversation as messages; raise `DataError` unless each is a role and a content."""
+    messages = _value(row, name, where)
+    if not isinstance(messages, list):
+        raise DataError(f"{where}: {name!r} is {json_type(messages)}; it must be a list of messages")
+    return tuple(
+        _message(entry, f"message {number} in {where}") for number, entry in enumerate(messages, start=1)
+    )
+
+
+def _message(entry: object, where: str) -> Message:
+    if not isinstance(entry, dict):
+        raise DataError(f"{where} is {json_type(entry)}; it must be an object with role and content")
+    role = _text(entry, "role", where)
+    # A system or user message may be empty; an answer may not.
+    content = _text(entry, "content", where, blank=role != "assistant")
+    return Message(role, content)
+
+
+def _exchanges(messages: tuple[Message, ...], where: str) -> list[tuple[tuple[Message, ...], str]]:
+    """Return every assistant message of a conversation after the messages before it."""
+    answers = [place for place, message in enumerate(messages) if message.role == "assistant"]
+    if not answers:
+        raise DataError(f"{where} has no assistant message; there is nothing in it to learn or forget")
+    if answers[0] == 0:
+        raise DataError(f"{where} begins with an assistant message; a user message must come before it")
+    return [(messages[:place], messages[place].content) for place in answers]
+
+
+def _text(row: Row, name: str, where: str, *, blank: bool = False) -> str:
+    """Return a cell that must be a text; `blank` says whether it may be empty."""
+    value = _value(row, name, where)
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {name!r} is {json_type(value)}; it must be one string")
+    if not blank and not value.strip():
+        raise DataError(f"{where}: {name!r} is empty; fill it in or leave the row out")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise DataError(f"{where}: {name!r} holds half of a surrogate pair, which is not a character")
+    return value
+
+
+def _value(row: Row, name: str, where: str) -> object:
+    if name not in row:
+        raise DataError(f"{where} has no {name!r} (it has: {', '.join(row) or 'nothing'})")
+    return row[name]

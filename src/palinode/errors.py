@@ -1,0 +1,58 @@
+"""Every error Palinode raises on purpose, as one tree.
+
+    PalinodeError                  one sentence: what we got, what we need, what to do
+    ├── InputError                 something the user gave cannot be used
+    │   ├── CheckpointError        a model folder is missing, incomplete or of the wrong kind
+    │   ├── MismatchError          two checkpoints do not fit together
+    │   ├── AlgebraError           the sum asked for has no meaning (point + point)
+    │   ├── DataError              a forget, retain or holdout set cannot be used
+    │   ├── RecipeError            a recipe, or an option, says something we do not know
+    │   └── OutputError            the place to write to is taken, unsafe or too small
+    ├── DivergenceError            training produced a loss that is not a number
+    └── WorkspaceError             a workspace is in use by another run, or damaged
+
+The command line prints any of them as one sentence and leaves with exit code 2; every other
+exception is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class PalinodeError(Exception):
+    """The root of every error that Palinode raises on purpose."""
+
+
+class InputError(PalinodeError):
+    """Something the user gave cannot be used as it is."""
+
+
+class CheckpointError(InputError):
+    """A model folder is missing, incomplete, unreadable or not a causal language model."""
+
+
+class MismatchError(InputError):
+    """Two checkpoints disagree in names, shapes, vocabulary or tying."""
+
+
+class AlgebraError(InputError, TypeError):
+    """A sum of points and directions that has no meaning, such as point + point."""
+
+
+class DataError(InputError):
+    """A data set is missing, empty, malformed, or overlaps one that it must not overlap."""
+
+
+class RecipeError(InputError):
+    """A recipe or an option holds an unknown key or an impossible value."""
+
+
+class OutputError(InputError):
+    """The output place is taken, lies inside an input, or has too little room."""
+
+
+class DivergenceError(PalinodeError):
+    """Training produced a loss or gradient that is not finite; the last good state is kept."""
+
+
+class WorkspaceError(PalinodeError):
+    """A workspace is used by another run, or one of its records cannot be read."""

@@ -1,0 +1,47 @@
+"""Model State Arithmetic (arXiv 2506.20941): θ_u = θ_D − α(θ_1 − θ_0) + β(θ_2 − θ_0).
+
+θ_0 is fine-tuned on the forget set to θ_1 and on a retain sample to θ_2, by ordinary descent; all
+"ascent" is in the sign of α. With β = 0 neither θ_2 nor a retain set is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from palinode.weights.checkpoint import Checkpoint
+from palinode.weights.direction import Direction, Point, WeightedSum
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A method of weight arithmetic: what it is, and which checkpoint its vectors start from."""
+
+    name: str
+    summary: str
+    start: Callable[[Checkpoint, Checkpoint], Checkpoint]
+    """(target, base) → the checkpoint that is fine-tuned to give the vectors."""
+
+
+MSA = Method(
+    name="msa",
+    summary="Model State Arithmetic: vectors from a checkpoint that had not seen the forget set",
+    start=lambda target, base: base,  # noqa: ARG005
+)
+
+
+def unlearned_point(
+    target: Point,
+    forget_vector: Direction,
+    retain_vector: Direction | None,
+    *,
+    forget_scale: float,
+    retain_scale: float,
+) -> WeightedSum:
+    """Return θ_D − α·forget + β·retain as a formula; nothing is read.
+
+    `forget_scale` is the paper's α, `retain_scale` its β. A vector may be the difference of any two
+    points. Without a retain vector, or with β = 0, θ_2 does not take part.
+    """
+    point = target - forget_scale * forget_vector
+    return point if retain_vector is None else point + retain_scale * retain_vector

@@ -1,0 +1,189 @@
+"""What a run will do and what it will cost, said before any long work.
+
+Tokens and bytes are counted; times are estimates from a short measurement of this machine's
+arithmetic, good to a factor of about two.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from palinode.data.examples import Example
+from palinode.data.tokenize import tokenize
+from palinode.models.likelihoods import LOGIT_BYTES
+from palinode.models.loading import load_tokenizer, pick_device
+from palinode.pipeline.inputs import Inputs
+from palinode.training.loop import AUTOCAST_FROM, count_steps
+
+EFFICIENCY = 0.4
+"""Share of a matrix product's speed that training reaches."""
+STEP_SECONDS = 0.012
+"""Least time of one pass through a model, however small."""
+MEMORY_RATE = 8e9
+"""Bytes of weights read a second while answers are generated on a CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStep:
+    """One step: what it is, the tokens it sends through a model, and a guess at its time."""
+
+    label: str
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The steps of a run and what they need."""
+
+    steps: tuple[PlannedStep, ...]
+    memory: int
+    """Peak, in bytes."""
+    disk: int
+    """Bytes that output and workspace will take."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens over all steps."""
+        return sum(step.tokens for step in self.steps)
+
+    @property
+    def seconds(self) -> float:
+        """Estimated time over all steps."""
+        return sum(step.seconds for step in self.steps)
+
+
+def make_plan(inputs: Inputs) -> Plan:
+    """Count what a run will do, as if none of its steps had been done before."""
+    return _Planner(inputs).plan()
+
+
+class _Planner:
+    """The numbers that all estimates share."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+        self.recipe = inputs.recipe
+        self.parameters = inputs.base.parameters
+        self.vocabulary = int(inputs.base.config.get("vocab_size", 32_000))
+        self.tokenizer = load_tokenizer(inputs.base)
+        device = pick_device(self.recipe.device)
+        autocast = device.type == "cuda" or self.parameters >= AUTOCAST_FROM
+        self.train_rate = EFFICIENCY * measure_flops(device, torch.bfloat16 if autocast else torch.float32)
+        self.score_rate = EFFICIENCY * measure_flops(device, torch.float32)
+
+    def plan(self) -> Plan:
+        rows, recipe = self.inputs.rows, self.recipe
+        steps = []
+        if recipe.prepare:
+            steps.append(self._training("make the target", [*rows.forget, *rows.retain]))
+            steps.append(self._training("make the retrained model", rows.retain))
+        steps.append(self._training("fine-tune on the forget set", rows.forget_train))
+        if self._uses_retain():
+            steps.append(self._training("fine-tune on the retain sample", rows.retain_sample))
+        points = grid_size(self.inputs)
+        if points > 1:
+            steps.append(self._grid(points))
+        steps.append(PlannedStep("write the unlearned model", 0, 6 * 4 * self.parameters / 1e9))
+        models = 3 + bool(self.inputs.retrained or recipe.prepare)
+        steps.append(self._evaluation(models))
+        return Plan(tuple(steps), self._memory(), self._disk())
+
+    def _uses_retain(self) -> bool:
+        return bool(self.inputs.rows.retain) and self.recipe.scales.retain != 0.0
+
+    def _tokens(self, examples: Sequence[Example]) -> list[int]:
+        rows = tokenize(
+            examples,
+            self.tokenizer,
+            max_length=self.recipe.training.max_length,
+            style=self.recipe.prompts.style(),
+        )
+        return [len(row.ids) for row in rows]
+
+    def _training(self, label: str, examples: Sequence[Example]) -> PlannedStep:
+        lengths = self._tokens(examples)
+        tokens = self.recipe.training.epochs * sum(lengths)
+        floor = 3 * STEP_SECONDS * count_steps(lengths, self.recipe.training)
+        return PlannedStep(label, tokens, floor + 6 * self.parameters * tokens / self.train_rate)
+
+    def _scoring(self, examples: Sequence[Example]) -> tuple[int, float]:
+        tokens = sum(self._tokens(examples))
+        return tokens, STEP_SECONDS + 2 * self.parameters * tokens / self.score_rate
+
+    def _grid(self, points: int) -> PlannedStep:
+        rows = self.inputs.rows
+        tokens, seconds = self._scoring([*rows.forget_probe, *rows.retain_probe])
+        put = 4 * 4 * self.parameters / 1e9
+        return PlannedStep(
+            f"try up to {points} pairs of scales in memory", points * tokens, points * (seconds + put)
+        )
+
+    def _evaluation(self, models: int) -> PlannedStep:
+        rows, settings = self.inputs.rows, self.recipe.evaluation
+        examples = [*rows.forget_test, *rows.retain_test]
+        tokens, seconds = self._scoring(examples)
+        asked = sum(example.form != "document" for example in examples)
+        passes = settings.max_new_tokens * -(-asked // settings.batch_rows)
+        compute = 2 * self.parameters * settings.batch_rows / self.score_rate
+        seconds += passes * max(STEP_SECONDS, 4 * self.parameters / MEMORY_RATE + compute)
+        generated = asked * settings.max_new_tokens
+        return PlannedStep(f"evaluate {models} models", models * (tokens + generated), models * seconds)
+
+    def _memory(self) -> int:
+        rows, training = self.inputs.rows, self.recipe.training
+        longest = max(self._tokens([*rows.forget, *rows.retain_sample]))
+        config = self.inputs.base.config
+        width = int(config.get("hidden_size", 1024)) * int(config.get("num_hidden_layers", 16))
+        activations = training.batch_size * longest * (12 * self.vocabulary + 40 * width)
+        return max(16 * self.parameters + activations, 4 * self.parameters + 2 * LOGIT_BYTES) + 600_000_000
+
+    def _disk(self) -> int:
+        vectors = 2 if self._uses_retain() else 1
+        made = 2 if self.recipe.prepare else 0
+        target = self.inputs.target or self.inputs.base
+        state = 12 * self.parameters  # a resumable training state, there while a step runs
+        return 4 * self.parameters * (vectors + made) + target.nbytes + state
+
+
+def grid_size(inputs: Inputs) -> int:
+    """Return the number of (α, β) pairs on the run's grid."""
+    scales = inputs.recipe.scales
+    alphas = len(scales.forget_grid) if scales.forget is None else 1
+    betas = len(scales.retain_grid) if scales.retain is None and inputs.rows.retain else 1
+    return alphas * betas
+
+
+def measure_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
+    """Return floating-point operations a second of a square matrix product, the best of five."""
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        float((matrix @ matrix)[0, 0])
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def describe(plan: Plan) -> list[str]:
+    """Return the plan as lines of text."""
+    width = max(len(step.label) for step in plan.steps)
+    lines = [
+        f"  {step.label:<{width}}  {step.tokens:>12,} tokens  about {_duration(step.seconds)}"
+        for step in plan.steps
+    ]
+    total = (
+        f"In all {plan.tokens:,} tokens, about {_duration(plan.seconds)}; "
+        f"peak memory about {plan.memory / 1e9:.1f} GB, disk {plan.disk / 1e9:.2f} GB."
+    )
+    return ["What will be done (finished steps are not repeated):", *lines, total]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,160 @@
+"""The demo: the real pipeline on an invented world, beside the truth and beside the plain task vector.
+
+Recall is the share of rows to which a model's greedy answer is exactly the right one. The scales are
+chosen by the same rule as everywhere, without looking at the retrained model.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from palinode import __version__
+from palinode.benchmarks.demo import DemoModels, build_demo
+from palinode.data.world import World, invent_world
+from palinode.errors import OutputError
+from palinode.pipeline.recipe import Recipe, build_recipe
+from palinode.pipeline.run import Unlearned, unlearn
+from palinode.progress import Listener, Silence
+from palinode.records import RECORD_VERSION, Outcome, write_json
+
+SETTINGS: Mapping[str, Any] = {
+    "training": {
+        "epochs": 30,
+        "learning_rate": 5e-4,
+        "batch_size": 32,
+        "max_length": 64,
+        "precision": "float32",
+    },
+    "scales": {"probe_rows": 300, "retain_share": 0.95},
+    "evaluation": {"max_rows": 10_000, "max_new_tokens": 4, "batch_rows": 512, "max_length": 64},
+}
+"""What the demo's recipes have that is not the paper's default."""
+
+
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    """What the demo found, and where its files are."""
+
+    folder: Path
+    record: Mapping[str, Any]
+    """The content of the folder's record.json."""
+
+
+def demo(
+    output: Path | str = "palinode-demo", *, seed: int = 0, listener: Listener | None = None
+) -> DemoResult:
+    """Train the invented world's models, unlearn the forget people, and measure recall.
+
+    Writes everything under `output`; an interrupted demo goes on where it was. Raises OutputError
+    when the folder holds something else.
+    """
+    return run_demo(invent_world(seed), Path(output), seed=seed, settings=SETTINGS, listener=listener)
+
+
+def run_demo(
+    world: World,
+    folder: Path,
+    *,
+    seed: int,
+    settings: Mapping[str, Any],
+    listener: Listener | None = None,
+    **training: Any,
+) -> DemoResult:
+    """Run the demo on any world; `training` goes to `build_demo` (stages, width, layers)."""
+    listener = listener or Silence()
+    _claim(folder, seed)
+    started = time.monotonic()
+    models = build_demo(world, folder / "world", seed=seed, listener=listener, **training)
+    recipe = _recipe(models, folder, settings, seed)
+    done = unlearn(recipe("msa", "unlearned"), command=f"palinode demo --seed {seed}", listener=listener)
+    plain = unlearn(
+        recipe("task_vector", "task_vector"), command=f"palinode demo --seed {seed}", listener=listener
+    )
+    record = _record(world, done, plain, seed, time.monotonic() - started)
+    write_json(folder / "record.json", record)
+    return DemoResult(folder, record)
+
+
+def _claim(folder: Path, seed: int) -> None:
+    """Make the folder this demo's own, or see that it already is."""
+    mark = folder / "demo.json"
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file; name another --output for the demo")
+    if mark.exists():
+        other = json.loads(mark.read_text(encoding="utf-8")).get("seed")
+        if other != seed:
+            raise OutputError(
+                f"{folder} holds the demo of seed {other}; name another --output for seed {seed}"
+            )
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise OutputError(f"{folder} exists and is not empty; name another --output for the demo")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(mark, {"seed": seed, "palinode": __version__})
+
+
+def _recipe(models: DemoModels, folder: Path, settings: Mapping[str, Any], seed: int) -> Any:
+    """Return a function from (method, folder name) to a recipe."""
+
+    def build(method: str, name: str) -> Recipe:
+        return build_recipe(
+            {
+                "method": method,
+                "seed": seed,
+                "device": "cpu",
+                "models": {
+                    "target": str(models.target.folder),
+                    "base": str(models.base.folder),
+                    "retrained": str(models.retrained.folder),
+                },
+                "data": {"forget": str(models.forget), "retain": str(models.retain)},
+                "output": {"folder": str(folder / name), "workspace": str(folder / "workspace")},
+                **settings,
+            }
+        )
+
+    return build
+
+
+def _record(world: World, done: Unlearned, plain: Unlearned, seed: int, seconds: float) -> dict[str, Any]:
+    answers = {**done.outcomes, "task_vector": plain.outcomes["unlearned"]}
+    return {
+        "version": RECORD_VERSION,
+        "palinode": __version__,
+        "seed": seed,
+        "people": {
+            "forget": len({fact.subject for fact in world.forget}),
+            "others": len({fact.subject for fact in world.others}),
+        },
+        "recall": {name: _recalls(world, sets) for name, sets in answers.items()},
+        "scales": {"unlearned": _scales(done), "task_vector": _scales(plain)},
+        "points": {
+            "unlearned": done.record["scales"]["points"],
+            "task_vector": plain.record["scales"]["points"],
+        },
+        "seconds": round(seconds, 1),
+    }
+
+
+def _scales(result: Unlearned) -> dict[str, float]:
+    return {name: result.record["scales"][name] for name in ("forget", "retain")}
+
+
+def _recalls(world: World, outcomes: Mapping[str, Sequence[Outcome]]) -> dict[str, float]:
+    """Return recall on the forget people, on everyone else, and on the general facts."""
+    people = len(world.others)  # the retain rows are the others' facts, then the general ones
+    return {
+        "forget": recall(outcomes["forget"]),
+        "others": recall([outcome for outcome in outcomes["retain"] if outcome.row < people]),
+        "general": recall([outcome for outcome in outcomes["retain"] if outcome.row >= people]),
+    }
+
+
+def recall(outcomes: Sequence[Outcome]) -> float:
+    """Return the share of outcomes whose generated answer is exactly the expected one."""
+    return sum(outcome.generated == outcome.expected for outcome in outcomes) / len(outcomes)

@@ -1,0 +1,199 @@
+"""Open and check everything a run needs, before any long work: models, rows, places.
+
+What can be wrong is found here, in the first seconds, and said in one sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from palinode.data.examples import Example, read_examples, sample_examples, shared_rows
+from palinode.data.tokenize import PromptStyle, tokenize
+from palinode.errors import DataError, MismatchError, RecipeError
+from palinode.methods import METHODS
+from palinode.models.loading import load_tokenizer, pick_device
+from palinode.pipeline.recipe import Recipe
+from palinode.weights.arithmetic import check_same_shape
+from palinode.weights.checkpoint import Checkpoint, require_causal_lm
+from palinode.weights.store import check_output
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of a run, and which of them serve for what."""
+
+    forget: Sequence[Example]
+    retain: Sequence[Example]
+    """Empty in forget-only runs."""
+    forget_train: Sequence[Example]
+    """What θ_1 is fine-tuned on: all forget rows, but for those held back on request."""
+    retain_sample: Sequence[Example]
+    """What θ_2 is fine-tuned on: as many rows as the forget set has."""
+    forget_probe: Sequence[Example]
+    """Rows on which scales are tried."""
+    retain_probe: Sequence[Example]
+    """Rows on which scales are tried; no vector has seen them, where there are enough."""
+    forget_test: Sequence[Example]
+    retain_test: Sequence[Example]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Everything a run starts from, opened and checked."""
+
+    recipe: Recipe
+    base: Checkpoint
+    target: Checkpoint | None
+    """None where the recipe's [prepare] makes it."""
+    retrained: Checkpoint | None
+    rows: Rows
+    notes: tuple[str, ...]
+    """What the reader of the record should know about the rows."""
+
+
+def open_inputs(recipe: Recipe) -> Inputs:
+    """Open models and rows of a recipe; raises an InputError that says what to change."""
+    if recipe.method not in METHODS:
+        raise RecipeError(f"there is no method {recipe.method!r}; choose one of {', '.join(sorted(METHODS))}")
+    pick_device(recipe.device)
+    base = _open(recipe.models.base)
+    target = _open(recipe.models.target) if recipe.models.target else None
+    retrained = _open(recipe.models.retrained) if recipe.models.retrained else None
+    if target is not None:
+        _check_pair(target, base, recipe.method)
+    rows, notes = _open_rows(recipe)
+    for checkpoint in filter(None, (target or base, base, retrained)):
+        _check_rows_fit(checkpoint, rows, recipe.training.max_length, recipe.prompts.style())
+    return Inputs(recipe, base, target, retrained, rows, tuple(notes))
+
+
+def check_places(recipe: Recipe, inputs: Inputs, needs: int) -> None:
+    """Raise OutputError unless output and workspace are apart from the inputs and have room."""
+    models = [entry.folder for entry in (inputs.base, inputs.target, inputs.retrained) if entry is not None]
+    files = [Path(name) for name in (recipe.data.forget, recipe.data.retain) if name and Path(name).exists()]
+    output = Path(recipe.output.folder)
+    check_output(output, [*models, *files], needs=needs)
+
+
+def workspace_folder(recipe: Recipe) -> Path:
+    """Return the folder where the steps of a run keep their results."""
+    if recipe.output.workspace:
+        return Path(recipe.output.workspace)
+    output = Path(recipe.output.folder)
+    return output.with_name(f"{output.name}.workspace")
+
+
+def _open(location: str) -> Checkpoint:
+    checkpoint = Checkpoint.open(location)
+    require_causal_lm(checkpoint)
+    return checkpoint
+
+
+def _check_pair(target: Checkpoint, base: Checkpoint, method: str) -> None:
+    """Raise MismatchError unless target and base are two states of one model."""
+    if target == base and method == "msa":
+        raise MismatchError(
+            f"target and base are the same folder {target.folder}; the base must be an earlier checkpoint "
+            "that had not seen the forget set"
+        )
+    kinds = [checkpoint.config.get("model_type") for checkpoint in (target, base)]
+    if kinds[0] != kinds[1]:
+        raise MismatchError(
+            f"the target is a {kinds[0]} model and the base a {kinds[1]} model; "
+            "the base must be an earlier checkpoint of the target"
+        )
+    check_same_shape([base], target)
+
+
+# Rows
+
+
+def _open_rows(recipe: Recipe) -> tuple[Rows, list[str]]:
+    notes: list[str] = []
+    data, seed = recipe.data, recipe.seed
+    forget = read_examples(data.forget, columns=data.columns or None)
+    retain = read_examples(data.retain, columns=data.columns or None) if data.retain else []
+    retain = _without_shared(forget, retain, recipe, notes)
+    if recipe.prepare:
+        retain = sample_examples(retain, recipe.prepare.retain_rows, seed=seed)
+    train, held_back = _split_forget(forget, recipe.scales.forget_held_back, seed, notes)
+    sample = _retain_sample(forget, retain, seed, notes)
+    trials, most = recipe.scales.probe_rows, recipe.evaluation.max_rows
+    rows = Rows(
+        forget=forget,
+        retain=retain,
+        forget_train=train,
+        retain_sample=sample,
+        forget_probe=_at_most(held_back or forget, trials, seed),
+        retain_probe=_at_most(_held_back(retain, sample, notes), trials, seed),
+        forget_test=_at_most(forget, most, seed),
+        retain_test=_at_most(retain, most, seed),
+    )
+    return rows, notes
+
+
+def _without_shared(
+    forget: Sequence[Example], retain: Sequence[Example], recipe: Recipe, notes: list[str]
+) -> list[Example]:
+    """Return the retain rows that are not forget rows; refuse when there are such rows, unless told."""
+    shared = {second for _, second in shared_rows(forget, retain)}
+    if shared and not recipe.data.allow_overlap:
+        raise DataError(
+            f"{len(shared)} rows of the retain set also stand in the forget set (first: row "
+            f"{retain[min(shared)].row + 1} of {recipe.data.retain}); remove them, or say --allow-overlap "
+            "to have them left out"
+        )
+    if shared:
+        notes.append(f"{len(shared)} retain rows that also stand in the forget set were left out.")
+    kept = [example for place, example in enumerate(retain) if place not in shared]
+    if retain and not kept:
+        raise DataError("every row of the retain set also stands in the forget set; none is left to retain")
+    return kept
+
+
+def _split_forget(
+    forget: Sequence[Example], share: float, seed: int, notes: list[str]
+) -> tuple[Sequence[Example], Sequence[Example]]:
+    """Return the forget rows for the vector and those held back from it; all and none by default."""
+    count = round(share * len(forget))
+    if not 0 < count < len(forget):
+        return forget, []
+    held_back = sample_examples(forget, count, seed=seed + 2)
+    rows = {example.row for example in held_back}
+    notes.append(f"{count} forget rows were held back from the forget vector, so they were not taken back.")
+    return [example for example in forget if example.row not in rows], held_back
+
+
+def _retain_sample(
+    forget: Sequence[Example], retain: Sequence[Example], seed: int, notes: list[str]
+) -> list[Example]:
+    """Return as many retain rows as there are forget rows, drawn without replacement."""
+    if retain and len(retain) < len(forget):
+        notes.append(
+            f"The retain set has {len(retain)} rows, fewer than the forget set's {len(forget)}; "
+            "all of them were used for the retain vector."
+        )
+    return sample_examples(retain, min(len(forget), len(retain)), seed=seed)
+
+
+def _held_back(retain: Sequence[Example], sample: Sequence[Example], notes: list[str]) -> Sequence[Example]:
+    """Return the retain rows that the retain vector did not see; all rows when there are none."""
+    used = {example.key for example in sample}
+    rest = [example for example in retain if example.key not in used]
+    if retain and not rest:
+        notes.append("No retain rows were left over for choosing the scales; the retain vector's own served.")
+    return rest or retain
+
+
+def _at_most(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+    return sample_examples(examples, min(count, len(examples)), seed=seed + 1)
+
+
+def _check_rows_fit(checkpoint: Checkpoint, rows: Rows, max_length: int, style: PromptStyle) -> None:
+    """Tokenize everything once, so that a row that cannot be used is named now."""
+    tokenizer = load_tokenizer(checkpoint)
+    tokenize(
+        [*rows.forget, *rows.retain_sample, *rows.retain_test], tokenizer, max_length=max_length, style=style
+    )

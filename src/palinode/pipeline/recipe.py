@@ -1,0 +1,204 @@
+"""A recipe: everything that decides a run, as strict TOML or as options. Unknown keys are errors.
+
+Relative paths are taken from the current folder, as on the command line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from palinode.data.tokenize import PromptStyle
+from palinode.errors import RecipeError
+from palinode.evaluation.settings import EvaluationSettings
+from palinode.training.settings import TrainingSettings
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Models(_Section):
+    """The checkpoints: local folders, or hub ids with an optional @revision."""
+
+    target: str | None = None
+    """θ_D, the model to be cleaned; left out only where `[prepare]` makes it."""
+    base: str
+    """θ_0, an earlier checkpoint of it that had not seen the forget set."""
+    retrained: str | None = None
+    """The gold standard, trained without the forget set, where one exists."""
+
+
+class Data(_Section):
+    """The rows: JSONL, JSON, CSV, Parquet or plain text, local or on the hub."""
+
+    forget: str
+    """What is to be taken back."""
+    retain: str | None = None
+    """Rows whose effect must stay; without them the run is forget-only (β = 0)."""
+    columns: dict[str, str] = {}
+    """Names of columns that are not called question, answer, prompt, completion, messages or text."""
+    allow_overlap: bool = False
+    """Go on, leaving the shared rows out of the retain set, when forget rows also stand in it."""
+
+
+class Scales(_Section):
+    """The two strengths: numbers, or chosen on a small grid where left out."""
+
+    forget: float | None = None
+    """α; None: chosen on the grid."""
+    retain: float | None = None
+    """β; None: chosen on the grid (0 without a retain set)."""
+    forget_held_back: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the forget set that is kept out of the forget vector, to try the points on; what is kept
+    out is not taken back, so leave this at 0 but for experiments (docs/lab-notes.md)."""
+    forget_grid: list[float] = [0.25, 0.5, 0.75, 1.0, 1.5, 2.0]
+    """Values of α that are tried."""
+    retain_grid: list[float] = [0.0, 0.5, 1.0]
+    """Values of β that are tried."""
+    retain_share: float = Field(default=0.9, gt=0, le=1)
+    """Share of the target's retain probability that a chosen point must keep."""
+    probe_rows: int = Field(default=64, ge=1)
+    """Rows of each set on which the points are scored."""
+
+
+class Prompts(_Section):
+    """How questions are put to the models."""
+
+    system_prompt: str = "You are a helpful assistant."
+    """First message of every conversation that has none."""
+    date: str = "10 Apr 2025"
+    """What a chat template prints as today."""
+    chat: bool | None = None
+    """Use the chat template; None: if the tokenizer has one."""
+
+    def style(self) -> PromptStyle:
+        """Return the same as the tokenizing functions take it."""
+        return PromptStyle(self.system_prompt, self.date, self.chat)
+
+
+class Output(_Section):
+    """What is written, and where."""
+
+    folder: str
+    """The unlearned model; must not exist, or be empty."""
+    workspace: str | None = None
+    """Where steps keep their results; None: beside the output, `<folder>.workspace`."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the stored weights; None: the target's, tensor by tensor."""
+    rounding: Literal["auto", "nearest", "stochastic"] = "auto"
+    """How sums are rounded to it; auto: stochastically when it has 16 bits."""
+
+
+class Prepare(_Section):
+    """For experiments in which no target exists yet: make one, and its retrained model, from the base.
+
+    target = base fine-tuned on forget set + retain rows, retrained = base fine-tuned on the retain rows.
+    """
+
+    retain_rows: int = Field(ge=1)
+    """Rows drawn from the retain set; the run's retain set is these rows."""
+
+
+class Recipe(_Section):
+    """One unlearning run."""
+
+    method: str = "msa"
+    """A name in METHODS."""
+    seed: int = Field(default=0, ge=0)
+    """Seeds sampling, batch order, rounding and intervals."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    models: Models
+    data: Data
+    training: TrainingSettings = TrainingSettings()
+    scales: Scales = Scales()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    prompts: Prompts = Prompts()
+    output: Output
+    prepare: Prepare | None = None
+
+    @model_validator(mode="after")
+    def _has_a_target(self) -> Self:
+        if (self.models.target is None) == (self.prepare is None):
+            raise ValueError("name models.target, or have it made by [prepare]: one of the two, not both")
+        if self.prepare and self.data.retain is None:
+            raise ValueError("[prepare] needs data.retain")
+        return self
+
+
+def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
+    """Read a TOML recipe and apply `key=value` changes such as `training.learning_rate=2e-5`.
+
+    Raises RecipeError naming the key, and the nearest one that exists.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"there is no recipe {path}") from None
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path} is not a TOML recipe ({error})") from None
+    for change in changes:
+        _set(content, change)
+    return build_recipe(content)
+
+
+def build_recipe(content: Mapping[str, Any]) -> Recipe:
+    """Check plain nested values and return the recipe they describe; raises RecipeError."""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(explain(error)) from None
+
+
+def _set(content: dict[str, Any], change: str) -> None:
+    """Set one dotted key, its value read as TOML where possible and as text otherwise."""
+    key, sign, text = change.partition("=")
+    if not sign or not key.strip():
+        raise RecipeError(f"--set needs key=value, as in training.learning_rate=2e-5, and got {change!r}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *path, last = key.strip().split(".")
+    place = content
+    for name in path:
+        place = place.setdefault(name, {})
+        if not isinstance(place, dict):
+            raise RecipeError(f"--set {key}: {name} is a value, not a section")
+    place[last] = value
+
+
+def explain(error: ValidationError) -> str:
+    """Return one sentence for the first thing that is wrong."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.0)
+        return f"the recipe has an unknown key {key!r}; did you mean {near[0]!r}?"
+    if first["type"] == "missing":
+        return f"the recipe lacks {key}"
+    reason = first["msg"].removeprefix("Value error, ")
+    got = "" if isinstance(first["input"], dict) else f" ({first['input']!r} was given)"
+    return f"{key or 'the recipe'} cannot be used: {reason}{got}"
+
+
+def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
+    """Return every key a recipe may have, dotted."""
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        kind = next((part for part in _parts(field.annotation) if issubclass(part, BaseModel)), None)
+        if kind:
+            keys += known_keys(kind, f"{prefix}{name}.")
+    return keys
+
+
+def _parts(annotation: Any) -> list[type]:
+    """Return the classes in an annotation such as `Prepare | None`."""
+    return [part for part in getattr(annotation, "__args__", (annotation,)) if isinstance(part, type)]

@@ -1,0 +1,118 @@
+"""Put `record.json` together: strict JSON, version 1, described in docs/record.md.
+
+It holds no text of the rows: a model that has forgotten something must not carry it beside its
+weights. The outcomes, with texts, stay in the workspace.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from palinode import __version__
+from palinode.data.examples import Example, fingerprint_examples
+from palinode.metrics import score_outcomes
+from palinode.pipeline.inputs import Inputs
+from palinode.pipeline.scales import Chosen
+from palinode.records import RECORD_VERSION, Outcome
+from palinode.weights import Checkpoint
+
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+    "scipy",
+    "rouge-score",
+)
+
+
+def build_record(
+    inputs: Inputs,
+    *,
+    models: Mapping[str, Checkpoint],
+    outcomes: Mapping[str, Mapping[str, Sequence[Outcome]]],
+    chosen: Chosen,
+    weights: Mapping[str, Any],
+    training: Mapping[str, Any],
+    started: datetime,
+    command: str | None,
+    run: str,
+    device: str,
+) -> dict[str, Any]:
+    """Return the content of record.json."""
+    recipe = inputs.recipe
+    return {
+        "version": RECORD_VERSION,
+        "palinode": __version__,
+        "run": run,
+        "created": started.isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command or "palinode run",
+        "seed": recipe.seed,
+        "recipe": recipe.model_dump(mode="json"),
+        "models": {name: _model(name, entry, inputs) for name, entry in models.items()},
+        "data": {
+            "forget": _rows(recipe.data.forget, inputs.rows.forget),
+            "retain": _rows(recipe.data.retain, inputs.rows.retain) if recipe.data.retain else None,
+        },
+        "scales": asdict(chosen),
+        "vectors": weights["vectors"],
+        "dose": weights["dose"],
+        "training": training,
+        "scores": {
+            name: {
+                label: {
+                    metric: asdict(score) for metric, score in score_outcomes(found, seed=recipe.seed).items()
+                }
+                for label, found in sets.items()
+            }
+            for name, sets in outcomes.items()
+        },
+        "environment": _environment(device),
+        "notes": [*inputs.notes, *_chosen_notes(chosen)],
+    }
+
+
+def _model(name: str, checkpoint: Checkpoint, inputs: Inputs) -> dict[str, Any]:
+    given = {
+        "target": inputs.recipe.models.target,
+        "base": inputs.recipe.models.base,
+        "retrained": inputs.recipe.models.retrained,
+        "unlearned": inputs.recipe.output.folder,
+    }
+    return {
+        "location": given[name] or "made by [prepare]",
+        "fingerprint": checkpoint.fingerprint(),
+        "parameters": checkpoint.parameters,
+    }
+
+
+def _rows(location: str, examples: Sequence[Example]) -> dict[str, Any]:
+    return {"location": location, "rows": len(examples), "fingerprint": fingerprint_examples(examples)}
+
+
+def _environment(device: str) -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "device": device,
+        **{name: version(name) for name in LIBRARIES},
+    }
+
+
+def _chosen_notes(chosen: Chosen) -> list[str]:
+    if chosen.kept_rule:
+        return []
+    return [
+        "No point on the grid kept the rule for choosing the scales; the one that breaks it least was taken. "
+        "Look at the table of points before using this model."
+    ]

@@ -1,0 +1,392 @@
+"""The main job: fine-tune, form vectors, choose scales, apply, evaluate, record. One step a method.
+
+Each step is a function of fingerprinted inputs and leaves its result in the workspace; a step that
+has one is not run again. The unlearned model takes its final name only when its record is in it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from palinode.data.examples import Example, fingerprint_examples
+from palinode.errors import CheckpointError
+from palinode.evaluation.evaluate import observe
+from palinode.methods import METHODS, unlearned_point
+from palinode.models.loading import load_model, load_tokenizer, pick_device
+from palinode.pipeline.costs import Plan, describe, make_plan
+from palinode.pipeline.inputs import Inputs, check_places, open_inputs, workspace_folder
+from palinode.pipeline.recipe import Recipe
+from palinode.pipeline.record import build_record
+from palinode.pipeline.scales import Chosen, choose_scales
+from palinode.pipeline.workspace import Step, Workspace, fingerprint
+from palinode.progress import Listener, Silence
+from palinode.records import Outcome, read_outcomes, write_json, write_outcomes, write_text
+from palinode.report import markdown_report
+from palinode.training.finetune import finetune
+from palinode.weights import Checkpoint, Direction, profile, save
+
+Outcomes = Mapping[str, Mapping[str, Sequence[Outcome]]]
+"""Outcomes by model (target, base, unlearned, retrained) and set (forget, retain)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unlearned:
+    """What the main job returns."""
+
+    output: Path
+    """The unlearned model's folder."""
+    record: Mapping[str, Any]
+    """The content of its record.json."""
+    outcomes: Outcomes
+    """What each model did on each row; empty when the run had been finished before."""
+    finished_before: bool
+    """Whether the output already held the result of this very run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """θ_1 − s and θ_2 − s, the start s they share, and how their training went."""
+
+    forget: Direction
+    retain: Direction | None
+    keys: Mapping[str, str]
+    """Fingerprint of the step that made each."""
+    training: Mapping[str, Any]
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Check a recipe's inputs and return what the run would do and cost, without doing it."""
+    inputs = open_inputs(recipe)
+    if _finished_before(inputs) is None:
+        check_places(recipe, inputs, needs=0)
+    return make_plan(inputs)
+
+
+def unlearn(recipe: Recipe, *, command: str | None = None, listener: Listener | None = None) -> Unlearned:
+    """Run a recipe from two model folders and a forget set to an unlearned model with its record.
+
+    The same call after an interruption goes on where it was. `command` is what the record names as
+    the way to repeat the run. Raises an InputError for anything the user can mend.
+    """
+    listener = listener or Silence()
+    inputs = open_inputs(recipe)
+    finished = _finished_before(inputs)
+    if finished is not None:
+        return Unlearned(Path(recipe.output.folder), finished, {}, finished_before=True)
+    costs = make_plan(inputs)
+    for line in describe(costs):
+        listener.say(line)
+    check_places(recipe, inputs, needs=costs.disk)
+    workspace = Workspace(workspace_folder(recipe))
+    with workspace.locked():
+        return _Run(inputs, workspace, listener).run(command)
+
+
+def run_key(inputs: Inputs) -> str:
+    """Return the fingerprint of everything that decides a run's result."""
+    models = {"base": inputs.base, "target": inputs.target, "retrained": inputs.retrained}
+    recipe = inputs.recipe.model_dump(
+        mode="json",
+        exclude={
+            "models": True,
+            "data": True,
+            "output": {"folder", "workspace"},
+            "training": {"save_minutes"},
+        },
+    )
+    return fingerprint(
+        recipe=recipe,
+        models={name: entry.fingerprint() for name, entry in models.items() if entry is not None},
+        forget=fingerprint_examples(inputs.rows.forget),
+        retain=fingerprint_examples(inputs.rows.retain),
+    )
+
+
+def _finished_before(inputs: Inputs) -> Mapping[str, Any] | None:
+    """Return the record of this very run if the output folder already holds its result."""
+    path = Path(inputs.recipe.output.folder) / "record.json"
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and record.get("run") == run_key(inputs) else None
+
+
+class _Run:
+    """The steps of one run over its inputs and workspace."""
+
+    def __init__(self, inputs: Inputs, workspace: Workspace, listener: Listener) -> None:
+        self.inputs = inputs
+        self.recipe = inputs.recipe
+        self.rows = inputs.rows
+        self.workspace = workspace
+        self.listener = listener
+        self.style = inputs.recipe.prompts.style()
+        self.device = pick_device(inputs.recipe.device)
+
+    def run(self, command: str | None) -> Unlearned:
+        """Go through all steps and publish the result."""
+        started = datetime.now(UTC)
+        target, retrained = self._given_or_prepared()
+        vectors = self._vectors(target)
+        chosen = self._scales(target, vectors)
+        model, weights = self._apply(target, vectors, chosen)
+        models = {"target": target, "base": self.inputs.base, "unlearned": model}
+        if retrained is not None:
+            models["retrained"] = retrained
+        outcomes = {name: self._evaluate(name, checkpoint) for name, checkpoint in models.items()}
+        record = build_record(
+            self.inputs,
+            models=models,
+            outcomes=outcomes,
+            chosen=chosen,
+            weights=weights,
+            training=vectors.training,
+            started=started,
+            command=command,
+            run=run_key(self.inputs),
+            device=str(self.device),
+        )
+        output = self._publish(model, record)
+        return Unlearned(output, record, outcomes, finished_before=False)
+
+    def _given_or_prepared(self) -> tuple[Checkpoint, Checkpoint | None]:
+        """Return target and retrained model: as given, or made from the base as [prepare] says."""
+        if self.inputs.target is not None:
+            return self.inputs.target, self.inputs.retrained
+        base, rows = self.inputs.base, self.rows
+        target, _, _ = self._finetuned("target", base, [*rows.forget, *rows.retain])
+        retrained, _, _ = self._finetuned("retrained", base, rows.retain)
+        return target, retrained
+
+    def _vectors(self, target: Checkpoint) -> Vectors:
+        """Fine-tune θ_1, and θ_2 where β may be other than 0, and return their differences to the start."""
+        start = METHODS[self.recipe.method].start(target, self.inputs.base)
+        forget, forget_key, forget_facts = self._finetuned("forget", start, self.rows.forget_train)
+        if not self.rows.retain or self.recipe.scales.retain == 0.0:
+            return Vectors(
+                forget - start, None, {"forget": forget_key}, {"forget": forget_facts, "retain": None}
+            )
+        retain, retain_key, retain_facts = self._finetuned("retain", start, self.rows.retain_sample)
+        return Vectors(
+            forget - start,
+            retain - start,
+            {"forget": forget_key, "retain": retain_key},
+            {"forget": forget_facts, "retain": retain_facts},
+        )
+
+    def _finetuned(
+        self, name: str, start: Checkpoint, examples: Sequence[Example]
+    ) -> tuple[Checkpoint, str, Mapping[str, Any]]:
+        """Return a fine-tuned checkpoint, its step's key and facts; trained only if it is not there yet."""
+        step = self.workspace.step(
+            f"finetune-{name}",
+            start=start.fingerprint(),
+            rows=fingerprint_examples(examples),
+            training=self.recipe.training.model_dump(exclude={"save_minutes"}),
+            prompts=self.recipe.prompts.model_dump(),
+            seed=self.recipe.seed,
+            device=self.device.type,
+        )
+        facts, checkpoint = step.facts, _open_whole(step)
+        if facts is None or checkpoint is None:
+            shutil.rmtree(step.folder / "model", ignore_errors=True)
+            done = finetune(
+                start,
+                examples,
+                step.folder / "model",
+                self.recipe.training,
+                seed=self.recipe.seed,
+                style=self.style,
+                device=self.recipe.device,
+                state=step.folder / "state",
+                label=f"fine-tuning {name}",
+                listener=self.listener,
+            )
+            checkpoint = done.checkpoint
+            facts = {
+                "rows": len(examples),
+                "steps": len(done.curve),
+                "tokens": done.tokens,
+                "first_loss": done.curve[0].loss,
+                "last_loss": done.curve[-1].loss,
+                "seconds": round(done.seconds, 1),
+            }
+            step.finish(facts)
+        return checkpoint, step.key, facts
+
+    def _scales(self, target: Checkpoint, vectors: Vectors) -> Chosen:
+        """Return the scales: as given, or the ones the grid's rule picks."""
+        scales = self.recipe.scales
+        betas = (
+            [0.0]
+            if vectors.retain is None
+            else scales.retain_grid
+            if scales.retain is None
+            else [scales.retain]
+        )
+        alphas = scales.forget_grid if scales.forget is None else [scales.forget]
+        if len(alphas) == len(betas) == 1:
+            return Chosen(alphas[0], betas[0], "given", None, ())
+        step = self.workspace.step(
+            "scales",
+            target=target.fingerprint(),
+            base=self.inputs.base.fingerprint(),
+            vectors=dict(vectors.keys),
+            grid=[sorted(alphas), sorted(betas)],
+            retain_share=scales.retain_share,
+            rows=[fingerprint_examples(self.rows.forget_probe), fingerprint_examples(self.rows.retain_probe)],
+            max_length=self.recipe.evaluation.max_length,
+            prompts=self.recipe.prompts.model_dump(),
+            rounding=[self.recipe.output.rounding, self.recipe.seed],
+        )
+        facts = step.facts
+        if facts is None:
+            chosen = choose_scales(
+                self.inputs,
+                target,
+                vectors.forget,
+                vectors.retain,
+                (alphas, betas),
+                step.folder,
+                self.listener,
+            )
+            step.finish(facts := asdict(chosen))
+        return Chosen(**facts)
+
+    def _apply(
+        self, target: Checkpoint, vectors: Vectors, chosen: Chosen
+    ) -> tuple[Checkpoint, Mapping[str, Any]]:
+        """Write the unlearned model into the workspace; return it, its dose and its vectors' geometry."""
+        output = self.recipe.output
+        step = self.workspace.step(
+            "apply",
+            target=target.fingerprint(),
+            vectors=dict(vectors.keys),
+            scales=[chosen.forget, chosen.retain],
+            output=[output.dtype, output.rounding, self.recipe.seed],
+        )
+        facts, model = step.facts, _open_whole(step)
+        if facts is None or model is None:
+            step.clear()
+            retain = vectors.retain if chosen.retain else None
+            facts = {**self._save(target, vectors.forget, retain, chosen, step.folder / "model")}
+            facts["vectors"] = _geometry(vectors)
+            step.finish(facts)
+            model = Checkpoint.open(step.folder / "model")
+        return model, facts
+
+    def _save(
+        self, target: Checkpoint, forget: Direction, retain: Direction | None, chosen: Chosen, folder: Path
+    ) -> Mapping[str, Any]:
+        point = unlearned_point(
+            target, forget, retain, forget_scale=chosen.forget, retain_scale=chosen.retain
+        )
+        along = {"forget": -1.0 * forget} | ({"retain": retain} if retain is not None else {})
+        with self.listener.task("writing the unlearned model", target.parameters, "weights") as advance:
+            saved = save(
+                point,
+                folder,
+                dtype=self.recipe.output.dtype,
+                rounding=self.recipe.output.rounding,
+                seed=self.recipe.seed,
+                along=along,
+                on_progress=advance,
+            )
+        asked = {"forget": chosen.forget, "retain": chosen.retain}
+        effective = {name: saved.dose.effective.get(name) for name in asked}
+        return {
+            "dose": {
+                **{
+                    name: scale / asked[name] if scale and asked[name] else None
+                    for name, scale in effective.items()
+                },
+                "effective": effective,
+                "relative_error": saved.dose.relative_error,
+                "moved_share": saved.dose.moved_share,
+            }
+        }
+
+    def _evaluate(self, name: str, checkpoint: Checkpoint) -> Mapping[str, Sequence[Outcome]]:
+        """Return a model's outcomes on the forget and retain rows, read back if they are there."""
+        sets = {"forget": self.rows.forget_test, "retain": self.rows.retain_test}
+        step = self.workspace.step(
+            "evaluate",
+            model=checkpoint.fingerprint(),
+            rows={label: fingerprint_examples(examples) for label, examples in sets.items()},
+            settings=self.recipe.evaluation.model_dump(exclude={"batch_rows"}),
+            prompts=self.recipe.prompts.model_dump(),
+        )
+        if step.facts is None:
+            started = time.monotonic()
+            model, tokenizer = load_model(checkpoint, device=self.device), load_tokenizer(checkpoint)
+            for label, examples in sets.items():
+                outcomes = observe(
+                    model,
+                    tokenizer,
+                    examples,
+                    self.recipe.evaluation,
+                    style=self.style,
+                    label=f"{name} on the {label} set",
+                    listener=self.listener,
+                )
+                write_outcomes(step.folder / f"{label}.jsonl", outcomes)
+            step.finish({"model": name, "seconds": round(time.monotonic() - started, 1)})
+        return {
+            label: tuple(read_outcomes(step.folder / f"{label}.jsonl"))
+            for label, examples in sets.items()
+            if examples
+        }
+
+    def _publish(self, model: Checkpoint, record: Mapping[str, Any]) -> Path:
+        """Put record and report beside the weights, then give the folder its final name."""
+        write_json(model.folder / "record.json", record)
+        write_text(model.folder / "report.md", markdown_report(record))
+        output = Path(self.recipe.output.folder)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        move_folder(model.folder, output)
+        return output
+
+
+def move_folder(folder: Path, output: Path) -> None:
+    """Rename a folder, over an empty one if there is one; across file systems, copy and then rename."""
+    try:
+        folder.replace(output)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        partial = output.with_name(f".{output.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(folder, partial)
+        partial.replace(output)
+        shutil.rmtree(folder)
+
+
+def _open_whole(step: Step) -> Checkpoint | None:
+    """Return the step's model if it is there and whole."""
+    try:
+        return Checkpoint.open(step.folder / "model")
+    except CheckpointError:
+        return None
+
+
+def _geometry(vectors: Vectors) -> Mapping[str, Any]:
+    """Return norms and cosine of the vectors, over all weights and by part of the model."""
+    named = {"forget": vectors.forget} | ({"retain": vectors.retain} if vectors.retain is not None else {})
+    measured = profile(named)
+
+    def entry(part: str | None) -> dict[str, Any]:
+        norms = measured.norms(part)
+        cosine = measured.cosine("forget", "retain", part) if len(norms) == 2 else None
+        retain = {"norm": norms["retain"]} if "retain" in norms else None
+        return {"forget": {"norm": norms["forget"]}, "retain": retain, "cosine": cosine}
+
+    return {**entry(None), "parts": {part: entry(part) for part in measured.gram}}

@@ -1,0 +1,120 @@
+"""Single steps of the main job as functions of their own, from locations instead of opened things."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from palinode.data import fingerprint_examples, read_examples, sample_examples
+from palinode.errors import OutputError, RecipeError
+from palinode.evaluation import EvaluationSettings, evaluate
+from palinode.methods import unlearned_point
+from palinode.pipeline.recipe import explain
+from palinode.pipeline.workspace import fingerprint
+from palinode.progress import Listener
+from palinode.records import Score, write_outcomes
+from palinode.training import Finetuned, TrainingSettings, finetune
+from palinode.weights import Checkpoint, Rounding, Saved, save
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+def apply(
+    target: Checkpoint | str | Path,
+    base: Checkpoint | str | Path,
+    forget_model: Checkpoint | str | Path,
+    output: Path | str,
+    *,
+    retain_model: Checkpoint | str | Path | None = None,
+    forget_scale: float = 1.0,
+    retain_scale: float = 0.0,
+    dtype: str | None = None,
+    rounding: Rounding = "auto",
+    seed: int = 0,
+    on_progress: Callable[[int], None] | None = None,
+) -> Saved:
+    """Write θ_D − α(θ_1 − θ_0) + β(θ_2 − θ_0) from models that exist already.
+
+    `forget_model` is θ_1, `retain_model` θ_2, `forget_scale` α, `retain_scale` β. Needs no tokenizer, no
+    data and no model class; with β = 0 the retain model is never opened. The dose of the result gives
+    the effective scales under "forget" and "retain".
+    """
+    start = _open(base)
+    forget = _open(forget_model) - start
+    retain = None
+    if retain_scale != 0.0:
+        if retain_model is None:
+            raise RecipeError(f"a retain scale of {retain_scale} needs a retain model; name it, or use 0")
+        retain = _open(retain_model) - start
+    point = unlearned_point(
+        _open(target), forget, retain, forget_scale=forget_scale, retain_scale=retain_scale
+    )
+    along = {"forget": -1.0 * forget} | ({} if retain is None else {"retain": retain})
+    return save(
+        point, Path(output), dtype=dtype, rounding=rounding, seed=seed, along=along, on_progress=on_progress
+    )
+
+
+def finetune_file(
+    base: str,
+    data: str,
+    output: Path,
+    settings: Mapping[str, Any],
+    *,
+    columns: Mapping[str, str] | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    listener: Listener | None = None,
+) -> Finetuned:
+    """Fine-tune a model folder on a file of rows; an interrupted call goes on when it is repeated."""
+    checked = _settings(TrainingSettings, settings)
+    start, examples = Checkpoint.open(base), read_examples(data, columns=columns or None)
+    key = fingerprint(
+        start=start.fingerprint(),
+        rows=fingerprint_examples(examples),
+        training=checked.model_dump(exclude={"save_minutes"}),
+        seed=seed,
+    )
+    state = output.with_name(f".{output.name}.state-{key[:12]}")  # other inputs never find it
+    return finetune(
+        start, examples, output, checked, seed=seed, device=device, state=state, listener=listener
+    )
+
+
+def evaluate_file(
+    model: str,
+    data: str,
+    settings: Mapping[str, Any],
+    *,
+    output: Path | None = None,
+    columns: Mapping[str, str] | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    listener: Listener | None = None,
+) -> dict[str, Score]:
+    """Score a model folder on a file of rows, and write its outcomes to `output` if that is given."""
+    checked = _settings(EvaluationSettings, settings)
+    if output is not None and (output.exists() or not output.parent.is_dir()):
+        raise OutputError(
+            f"{output} exists already, or its folder does not; name another file for the outcomes"
+        )
+    checkpoint, examples = Checkpoint.open(model), read_examples(data, columns=columns or None)
+    tested = sample_examples(examples, min(checked.max_rows, len(examples)), seed=seed + 1)
+    outcomes, scores = evaluate(checkpoint, tested, checked, device=device, seed=seed, listener=listener)
+    if output is not None:
+        write_outcomes(output, outcomes)
+    return scores
+
+
+def _settings(kind: type[Settings], content: Mapping[str, Any]) -> Settings:
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(explain(error)) from None
+
+
+def _open(model: Checkpoint | str | Path) -> Checkpoint:
+    return model if isinstance(model, Checkpoint) else Checkpoint.open(model)

@@ -1,0 +1,101 @@
+"""Fine-tune a checkpoint into another: θ_0 → θ_1 on the forget set, θ_0 → θ_2 on a retain sample."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from palinode.data.examples import Example
+from palinode.data.tokenize import PromptStyle, TokenRow, tokenize
+from palinode.models.loading import load_model, load_tokenizer, pad_token, pick_device
+from palinode.progress import Listener, Silence
+from palinode.records import write_json
+from palinode.training.loop import CurvePoint, train
+from palinode.training.losses import ANSWER_LOSS, Loss
+from palinode.training.settings import TrainingSettings
+from palinode.weights.checkpoint import Checkpoint
+from palinode.weights.store import check_output
+
+CURVE = "training.json"
+"""File in a fine-tuned folder that holds its curve."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finetuned:
+    """A fine-tuned checkpoint and how its training went."""
+
+    checkpoint: Checkpoint
+    curve: Sequence[CurvePoint]
+    tokens: int
+    """Tokens that went through the model, over all epochs."""
+    seconds: float
+    """Wall time of this call; a resumed run counts its last part only."""
+
+
+def finetune(
+    base: Checkpoint,
+    examples: Sequence[Example],
+    output: Path,
+    settings: TrainingSettings | None = None,
+    *,
+    seed: int = 0,
+    style: PromptStyle | None = None,
+    device: str = "auto",
+    loss: Loss = ANSWER_LOSS,
+    state: Path | None = None,
+    label: str = "fine-tuning",
+    listener: Listener | None = None,
+) -> Finetuned:
+    """Fine-tune `base` on the examples and write the result to `output` in float32.
+
+    The folder appears under its name only when it is whole. `state` is where an interrupted run
+    leaves what it needs to go on. Raises DivergenceError when the loss stops being finite.
+    """
+    settings = settings or TrainingSettings()
+    check_output(output, [base.folder], needs=4 * base.parameters)
+    started = time.monotonic()
+    tokenizer = load_tokenizer(base)
+    rows = tokenize(examples, tokenizer, max_length=settings.max_length, style=style or PromptStyle())
+    model = load_model(base, device=pick_device(device))
+    tokens = settings.epochs * sum(len(row.ids) for row in rows)
+    with (listener or Silence()).task(label, tokens, "tokens") as advance:
+        curve = train(
+            model,
+            rows,
+            loss,
+            settings,
+            seed=seed,
+            pad_id=pad_token(tokenizer),
+            state=state,
+            on_progress=advance,
+        )
+    write_model(model, base, output, curve)
+    if state is not None:
+        shutil.rmtree(state, ignore_errors=True)
+    return Finetuned(Checkpoint.open(output), curve, tokens, time.monotonic() - started)
+
+
+def training_tokens(rows: Sequence[TokenRow], settings: TrainingSettings) -> int:
+    """Return the number of tokens a run on these rows sends through the model."""
+    return settings.epochs * sum(len(row.ids) for row in rows)
+
+
+def write_model(
+    model: PreTrainedModel, origin: Checkpoint, output: Path, curve: Sequence[CurvePoint] = ()
+) -> None:
+    """Write a live model with the tokenizer of the checkpoint it came from, atomically."""
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    for path in origin.companions():
+        place = partial / path.relative_to(origin.folder)
+        if not place.exists():
+            place.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, place)
+    write_json(partial / CURVE, [asdict(point) for point in curve])
+    partial.replace(output)

@@ -1,0 +1,27 @@
+"""Points and directions: checkpoints, their differences, and weighted sums of them.
+
+The method is `θ_D − α(θ_1 − θ_0) + β(θ_2 − θ_0)`. Here `θ_D` is a `Checkpoint` (a point), `θ_1 − θ_0`
+a `Direction`, and the whole expression a `WeightedSum` (a point again) that stays a formula until
+`save` writes it, one slice at a time.
+"""
+
+from palinode.weights.arithmetic import Dose, Rounding
+from palinode.weights.checkpoint import Checkpoint, TensorInfo
+from palinode.weights.direction import Direction, Point, WeightedSum
+from palinode.weights.geometry import Profile, profile
+from palinode.weights.store import Saved, check_output, save
+
+__all__ = [
+    "Checkpoint",
+    "Direction",
+    "Dose",
+    "Point",
+    "Profile",
+    "Rounding",
+    "Saved",
+    "TensorInfo",
+    "WeightedSum",
+    "check_output",
+    "profile",
+    "save",
+]

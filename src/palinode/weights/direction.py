@@ -1,0 +1,148 @@
+"""The algebra of weight space: points and directions.
+
+    point − point = direction        direction ± direction = direction      number · direction = direction
+    point ± direction = point        point + point and number · point have no meaning and say so
+
+A sum is kept as coefficients over checkpoints. `θ_D − α(θ_1 − θ_0) + β(θ_2 − θ_0)` has the coefficients
+(1, −α, +β, α−β) over (θ_D, θ_1, θ_2, θ_0); a point's add up to 1, a direction's to 0, and a checkpoint
+whose coefficient is zero is never opened. Nothing is read here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self, overload
+
+from palinode.errors import AlgebraError
+
+if TYPE_CHECKING:
+    from palinode.weights.arithmetic import Rounding
+    from palinode.weights.checkpoint import Checkpoint
+    from palinode.weights.store import Saved
+
+
+def _combine(
+    first: Mapping[Checkpoint, float], factor: float, second: Mapping[Checkpoint, float]
+) -> dict[Checkpoint, float]:
+    """Return first + factor · second, without the terms that cancel."""
+    total = dict(first)
+    for checkpoint, coefficient in second.items():
+        total[checkpoint] = total.get(checkpoint, 0.0) + factor * coefficient
+    return {checkpoint: coefficient for checkpoint, coefficient in total.items() if coefficient != 0.0}
+
+
+def _finite(number: float) -> float:
+    if not math.isfinite(number):
+        raise AlgebraError(f"a direction was scaled by {number}; the scale must be a finite number")
+    return float(number)
+
+
+class Point:
+    """A place in weight space: a `Checkpoint` on disk, or a `WeightedSum` of several."""
+
+    __slots__ = ()
+
+    @property
+    def terms(self) -> Mapping[Checkpoint, float]:
+        """Coefficient of each checkpoint in the sum; they add up to 1."""
+        raise AttributeError("terms")
+
+    @property
+    def anchor(self) -> Checkpoint:
+        """The checkpoint that lends its layout, config and tokenizer: the leftmost one of the sum."""
+        raise AttributeError("anchor")
+
+    def __add__(self, other: object) -> WeightedSum:
+        if isinstance(other, Direction):
+            return WeightedSum(self.anchor, _combine(self.terms, 1.0, other.terms))
+        if isinstance(other, Point):
+            raise AlgebraError(
+                "two points were added; add a direction to a point instead, "
+                "as in target + beta * (theta_2 - base)"
+            )
+        return NotImplemented
+
+    @overload
+    def __sub__(self, other: Point) -> Direction: ...
+    @overload
+    def __sub__(self, other: Direction) -> WeightedSum: ...
+    def __sub__(self, other: object) -> Direction | WeightedSum:
+        if isinstance(other, Point):
+            return Direction(_combine(self.terms, -1.0, other.terms))
+        if isinstance(other, Direction):
+            return WeightedSum(self.anchor, _combine(self.terms, -1.0, other.terms))
+        return NotImplemented
+
+    def __mul__(self, other: object) -> Self:
+        raise AlgebraError(
+            "a point was multiplied by a number; scale a direction instead, as in alpha * (theta_1 - base)"
+        )
+
+    __rmul__ = __mul__
+    __neg__ = None
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedSum(Point):
+    """A point that is a formula over checkpoints, not yet written: `target - alpha * forget_vector`."""
+
+    anchor: Checkpoint
+    terms: Mapping[Checkpoint, float]
+
+    def save(
+        self,
+        output: Path | str,
+        *,
+        dtype: str | None = None,
+        rounding: Rounding = "auto",
+        seed: int = 0,
+        along: Mapping[str, Direction] | None = None,
+    ) -> Saved:
+        """Write the sum as a model folder; see `palinode.weights.store.save`."""
+        from palinode.weights.store import save
+
+        return save(self, Path(output), dtype=dtype, rounding=rounding, seed=seed, along=along or {})
+
+
+@dataclass(frozen=True, slots=True)
+class Direction:
+    """A difference of points: coefficients over checkpoints that add up to 0.
+
+    `theta_1 - base` is one; so is any sum of such differences, scaled or not.
+    """
+
+    terms: Mapping[Checkpoint, float]
+
+    def __add__(self, other: object) -> Direction:
+        if isinstance(other, Direction):
+            return Direction(_combine(self.terms, 1.0, other.terms))
+        if isinstance(other, Point):
+            raise AlgebraError("a point was added to a direction; write the point first: target + direction")
+        return NotImplemented
+
+    def __sub__(self, other: object) -> Direction:
+        if isinstance(other, Direction):
+            return Direction(_combine(self.terms, -1.0, other.terms))
+        if isinstance(other, Point):
+            raise AlgebraError(
+                "a point was subtracted from a direction; write the point first: target - direction"
+            )
+        return NotImplemented
+
+    def __mul__(self, factor: float) -> Direction:
+        if not isinstance(factor, int | float):
+            return NotImplemented
+        return Direction(_combine({}, _finite(factor), self.terms))
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Direction:
+        return -1.0 * self
+
+    def __radd__(self, other: object) -> Direction:
+        if other == 0:  # so that sum([v1, v2]) works
+            return self
+        return NotImplemented

@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+DATA ?= ../shared
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -11,10 +12,10 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs bench format clean
+.PHONY: help demo test check docs bench smollm2-tofu format clean
 
 help: ## List the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile
+	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' Makefile
 
 demo: $(INSTALLED) ## Unlearn invented people from a tiny model (ARGS="--seed 1" adds options)
 	@$(BIN)/palinode demo $(ARGS)
@@ -34,6 +35,14 @@ docs: $(INSTALLED) ## Write docs/cli.md from the commands' own help
 bench: $(INSTALLED) ## Run every speed and memory benchmark
 	@for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python "$$script"; done
 
+smollm2-tofu: build/smollm2 ## TOFU forget01 on SmolLM2-135M, about an hour (DATA=folder with data/tofu and tools)
+	@$(BIN)/palinode run recipes/smollm2_tofu.toml --set data.forget=$(DATA)/data/tofu/forget01.jsonl \
+		--set data.retain=$(DATA)/data/tofu/retain99.jsonl $(ARGS)
+
+build/smollm2: | $(INSTALLED)
+	@$(BIN)/python -m pip install -q -c constraints.txt gguf
+	@$(BIN)/python $(DATA)/tools/make_smollm2.py $@
+
 format: $(INSTALLED) ## Format the code and fix what ruff can fix
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
@@ -51,6 +60,6 @@ $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/pip
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "Palinode needs Python 3.11 or newer, and $(PYTHON) is not; name one: make PYTHON=python3.12" >&2; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { [ "$$(id -u)" = 0 ] && apt-get install -y python3-venv; } || { \
 		echo "$(PYTHON) cannot make a virtual environment; on Debian: apt install python3-venv" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV)

@@ -48,7 +48,7 @@ class Score:
     low: float | None
     high: float | None
     reason: str | None = None
-    """Why there is no value or no interval, or how many examples were left out; None when all is there."""
+    """Why something is missing, how many examples were left out, or a caveat; None when all is well."""
 
 
 def write_json(path: Path, content: Any) -> None:

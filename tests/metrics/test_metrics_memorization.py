@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palinode.metrics import exact_memorizations, extraction_strengths
+from palinode.metrics import exact_memorizations, extraction_strengths, score_outcomes
 from palinode.records import Outcome
 
 HITS = st.lists(st.booleans(), min_size=2, max_size=12)
@@ -69,3 +69,14 @@ def test_strength_is_the_definition_searched_for_by_hand(hits):
     answer = hits[:-1]
     first_k = next((k for k in range(len(answer)) if all(answer[k:])), len(answer) - 1)
     assert strength(hits) == pytest.approx(1 - first_k / len(answer), abs=1e-12)
+
+
+def test_answers_of_one_token_come_with_a_warning():
+    long, short = outcome([True, False, True]), outcome([False, True])
+    assert (
+        score_outcomes([long])["extraction_strength"].reason
+        != score_outcomes([short])["extraction_strength"].reason
+    )
+    mixed = score_outcomes([long, short, short])["extraction_strength"]
+    assert mixed.reason.startswith("2 of 3 answers have one token")
+    assert mixed.value == pytest.approx((0.5 + 1 + 1) / 3)

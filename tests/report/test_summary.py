@@ -229,7 +229,7 @@ def test_rule_that_ends_in_a_full_stop_gets_no_second_one():
 
 def test_scales_and_why():
     report = markdown_report(RECORD)
-    assert "α = 0.75 and β = 0.5. Chosen from a grid, on held-back rows of the data." in report
+    assert "α = 0.75 and β = 0.5. Chosen from a grid, each point tried in memory" in report
     assert "The rule: the least forget probability not below the base's." in report
     assert cells(report, "0.75") == [["0.75", "0.5", "0.226", "0.715", "yes", "**chosen**"]]
     assert cells(report, "1")[0][:5] == ["1", "0.25", "0.080", "0.530", "no"]

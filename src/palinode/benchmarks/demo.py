@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from palinode.data.examples import Example, read_examples
 from palinode.data.world import Fact, World, write_facts
+from palinode.models.loading import quiet_transformers
 from palinode.progress import Listener, Silence
 from palinode.training.finetune import finetune
 from palinode.training.settings import TrainingSettings
@@ -121,8 +122,9 @@ def tiny_model(folder: Path, words: Sequence[str], *, width: int, layers: int, s
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return Checkpoint.open(folder)
 
 

@@ -47,7 +47,7 @@ def _print_version(asked: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[  # noqa: ARG001 - handled by its callback
+    version: Annotated[
         bool,
         typer.Option(
             "--version", help="Print the version and leave.", is_eager=True, callback=_print_version

@@ -20,6 +20,9 @@ from rich.text import Text
 
 from palinode.progress import Advance, Listener, Silence
 
+SECONDS_BETWEEN_LINES = 30
+"""Where there is no terminal, a long task says this often how far it is."""
+
 
 class Rate(ProgressColumn):
     """Units a second."""
@@ -49,7 +52,7 @@ class Terminal:
                 task = bars.add_task(label, total=total, unit=unit)
                 yield lambda amount: bars.advance(task, amount)
         else:
-            yield lambda _amount: None
+            yield _Lines(self, label, total, unit).advance
         self.say(f"{label}: {total:,} {unit} in {time.monotonic() - started:.1f} s")
 
     def _bars(self) -> Progress:
@@ -61,6 +64,32 @@ class Terminal:
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
+        )
+
+
+class _Lines:
+    """Progress where bars make no sense: a line every half minute."""
+
+    def __init__(self, terminal: Terminal, label: str, total: int, unit: str) -> None:
+        self.terminal = terminal
+        self.label = label
+        self.total = total
+        self.unit = unit
+        self.done = 0
+        self.started = self.spoken = time.monotonic()
+
+    def advance(self, amount: int) -> None:
+        """Count work done, and speak now and then."""
+        self.done += amount
+        now = time.monotonic()
+        if now - self.spoken < SECONDS_BETWEEN_LINES or not 0 < self.done < self.total:
+            return
+        self.spoken = now
+        rate = self.done / (now - self.started)
+        left = (self.total - self.done) / rate
+        self.terminal.say(
+            f"{self.label}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.1f} {self.unit}/s, "
+            f"about {left:,.0f} s left"
         )
 
 

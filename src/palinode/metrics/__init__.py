@@ -7,11 +7,11 @@ adds n and an interval. To add a metric, write one function and one line of the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from palinode.metrics.aggregate import mean_score
 from palinode.metrics.likelihood import answer_probabilities
-from palinode.metrics.memorization import exact_memorizations, extraction_strengths
+from palinode.metrics.memorization import exact_memorizations, extraction_strengths, one_token_answers
 from palinode.metrics.overlap import rouge_l_recalls
 from palinode.records import Outcome, Score
 
@@ -41,6 +41,8 @@ class Metric:
     """Why an example may have no value."""
     needs_generation: bool = False
     """Whether the model has to write an answer first."""
+    caveat: Callable[[Sequence[Outcome]], str | None] = lambda outcomes: None  # noqa: ARG005
+    """What a reader of the score should know about these very examples, if anything."""
 
 
 METRICS: dict[str, Metric] = {
@@ -70,6 +72,7 @@ METRICS: dict[str, Metric] = {
             per_example=extraction_strengths,
             description="share of the answer that the model completes once it has seen the rest",
             missing="no token but the end token was scored",
+            caveat=one_token_answers,
         ),
     )
 }
@@ -77,7 +80,9 @@ METRICS: dict[str, Metric] = {
 
 def score_outcomes(outcomes: Sequence[Outcome], *, seed: int = 0) -> dict[str, Score]:
     """Return the score of every metric in the table over these outcomes."""
-    return {
-        name: mean_score(metric.per_example(outcomes), seed=seed, missing=metric.missing)
-        for name, metric in METRICS.items()
-    }
+    return {name: _score(metric, outcomes, seed) for name, metric in METRICS.items()}
+
+
+def _score(metric: Metric, outcomes: Sequence[Outcome], seed: int) -> Score:
+    score = mean_score(metric.per_example(outcomes), seed=seed, missing=metric.missing)
+    return replace(score, reason=score.reason or metric.caveat(outcomes))

@@ -33,6 +33,14 @@ def extraction_strengths(outcomes: Sequence[Outcome], *, strict: bool = False) -
     ]
 
 
+def one_token_answers(outcomes: Sequence[Outcome]) -> str | None:
+    """Return a warning when answers have a single token: their extraction strength is 1 in any case."""
+    count = sum(len(_answer_hits(outcome)) == 1 for outcome in outcomes)
+    if not count:
+        return None
+    return f"{count} of {len(outcomes)} answers have one token, for which it is 1 whatever the model does"
+
+
 def _answer_hits(outcome: Outcome) -> tuple[bool, ...]:
     return outcome.hits[:-1]  # the last scored token is the end token
 

@@ -38,7 +38,7 @@ def load_model(
     Raises CheckpointError when it is no causal language model or transformers cannot build it.
     """
     require_causal_lm(checkpoint)
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 checkpoint.folder,
@@ -61,7 +61,7 @@ def load_model(
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """Return the checkpoint's tokenizer; raises CheckpointError when the folder has none."""
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 checkpoint.folder, local_files_only=True
             )
@@ -91,8 +91,8 @@ def _require_all_weights(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
         )
 
 
-class _quiet_transformers:  # noqa: N801 - reads as a statement
-    """Keep transformers' own progress bars and notes off the terminal while it loads."""
+class quiet_transformers:  # noqa: N801 - reads as a statement
+    """Keep transformers' own progress bars and notes off the terminal while it loads or saves."""
 
     def __enter__(self) -> None:
         self.level = transformers.logging.get_verbosity()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -105,8 +107,15 @@ def _environment(device: str) -> dict[str, Any]:
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "device": device,
+        "peak_memory_bytes": _peak_memory(),
         **{name: version(name) for name in LIBRARIES},
     }
+
+
+def _peak_memory() -> int:
+    """Return the most memory this process has held, in bytes (Linux counts in KiB, macOS in bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _chosen_notes(chosen: Chosen) -> list[str]:

@@ -152,7 +152,7 @@ def _score_table(record: Mapping[str, Any], data_set: str) -> list[str]:
 
 
 def _reasons(rows: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> list[str]:
-    """List why values or intervals are missing, models with the same reason together."""
+    """List what is said about values (why one is missing, a caveat), like remarks of models together."""
     models: dict[tuple[str, str], list[str]] = {}
     for metric in metrics:
         for model, scores in rows.items():
@@ -175,7 +175,10 @@ def _scale_section(record: Mapping[str, Any]) -> list[str]:
     if not beta:
         sentences.append("No retain vector was added.")
     if scales.get("chosen_by") == "grid":
-        sentences.append("Chosen from a grid, on held-back rows of the data.")
+        sentences.append(
+            "Chosen from a grid, each point tried in memory on rows of both sets; the retain rows are "
+            "ones that the retain vector had not seen, where there were enough."
+        )
     if scales.get("rule"):
         sentences.append(f"The rule: {_text(scales['rule']).rstrip('.')}.")
     return ["## Scales", "", " ".join(sentences), "", *_point_table(scales.get("points") or [])]

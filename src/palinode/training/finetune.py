@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from palinode.data.examples import Example
 from palinode.data.tokenize import PromptStyle, TokenRow, tokenize
-from palinode.models.loading import load_model, load_tokenizer, pad_token, pick_device
+from palinode.models.loading import load_model, load_tokenizer, pad_token, pick_device, quiet_transformers
 from palinode.progress import Listener, Silence
 from palinode.records import write_json
 from palinode.training.loop import CurvePoint, train
@@ -91,7 +91,8 @@ def write_model(
     """Write a live model with the tokenizer of the checkpoint it came from, atomically."""
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    with quiet_transformers():
+        model.save_pretrained(partial)
     for path in origin.companions():
         place = partial / path.relative_to(origin.folder)
         if not place.exists():

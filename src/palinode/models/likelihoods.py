@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from palinode.data.batches import Batch, budget_batches, pad_right
+from palinode.data.batches import IGNORED, Batch, budget_batches, pad_right
 from palinode.data.tokenize import TokenRow
+from palinode.errors import CheckpointError
+from palinode.models.loading import check_positions
 
 LOGIT_BYTES = 256 * 2**20
 """Upper bound for the logits of one evaluation batch, in bytes at float32."""
@@ -28,14 +30,14 @@ def answer_logits(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor,
     ids, mask, labels = (
         torch.from_numpy(part).to(model.device) for part in (batch.ids, batch.mask, batch.labels)
     )
-    first = int((batch.labels != -100).any(axis=0).argmax())  # leftmost scored position of the batch
+    first = int((batch.labels != IGNORED).any(axis=0).argmax())  # leftmost scored position of the batch
     keep = ids.shape[1] - first + 1
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=keep, use_cache=False).logits
     else:
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -keep:]
     targets = labels[:, first:]
-    scored = targets != -100
+    scored = targets != IGNORED
     return logits[:, :-1][scored], targets[scored], scored.nonzero()[:, 0]
 
 
@@ -55,13 +57,20 @@ def score_rows(
 ) -> list[tuple[list[float], list[bool]]]:
     """Return, for each row, the log-probabilities of its scored tokens and whether each was the top one.
 
-    The order is that of `rows`; batches are formed by length. `on_progress` hears rows done.
+    The order is that of `rows`; batches are formed by length. `on_progress` hears rows done. Raises
+    CheckpointError when a log-probability is not a finite number.
     """
+    check_positions(model.config, rows)
     results: list[tuple[list[float], list[bool]]] = [([], [])] * len(rows)
     budget = max(1, LOGIT_BYTES // (4 * model.config.get_text_config().vocab_size))
     for members in budget_batches([len(row.ids) for row in rows], max_tokens=budget, max_rows=256):
         logits, labels, owners = answer_logits(model, pad_right([rows[i] for i in members], pad_id=pad_id))
         nll = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+        if not torch.isfinite(nll).all():
+            raise CheckpointError(
+                "the model's likelihoods are not finite numbers (NaN or infinity); are its weights damaged, "
+                "or is a scale far too large?"
+            )
         hits = logits.argmax(dim=-1) == labels
         for place, index in enumerate(members):
             own = owners == place

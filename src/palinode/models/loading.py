@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from palinode.errors import CheckpointError, InputError
+from palinode.data.tokenize import TokenRow
+from palinode.errors import CheckpointError, DataError, InputError
 from palinode.weights.checkpoint import Checkpoint, require_causal_lm
 
 
@@ -22,7 +31,7 @@ def pick_device(name: str = "auto") -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.ones(1, device=device).item()  # there, and able to compute
     except (RuntimeError, AssertionError) as error:
         raise InputError(
             f"there is no device {name!r} here ({str(error).splitlines()[0]}); use cpu or auto"
@@ -40,22 +49,42 @@ def load_model(
     require_causal_lm(checkpoint)
     with quiet_transformers():
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                checkpoint.folder,
-                dtype=dtype,
-                attn_implementation="sdpa",
-                local_files_only=True,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            model, info = _build(checkpoint, dtype, "sdpa")
+        except Exception as error:  # transformers raises many kinds here; each means that there is no model
             raise CheckpointError(
-                f"{checkpoint.folder} cannot be loaded as a causal language model "
-                f"({str(error).strip().splitlines()[0]})"
+                f"{checkpoint.folder} cannot be loaded as a causal language model ({_reason(error)})"
             ) from error
-    model, info = loaded
     _require_all_weights(checkpoint, info)
     ready: PreTrainedModel = model.to(device).eval()
     return ready
+
+
+def _build(checkpoint: Checkpoint, dtype: torch.dtype, attention: str) -> Any:
+    """Return (model, loading info), with SDPA attention where the architecture has it."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except ValueError as error:
+        if attention == "eager" or "scaled_dot_product_attention" not in str(error):
+            raise
+        return _build(checkpoint, dtype, "eager")
+
+
+def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """Return the checkpoint's config as transformers reads it; raises CheckpointError when it cannot."""
+    try:
+        with quiet_transformers():
+            config: PreTrainedConfig = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds here
+        raise CheckpointError(
+            f"{checkpoint.folder / 'config.json'} describes no model that can be built ({_reason(error)})"
+        ) from error
+    return config
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
@@ -81,13 +110,43 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
+def position_limit(config: PreTrainedConfig) -> int | None:
+    """Return how many tokens a model can take at a time; None where its config sets no limit."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def check_positions(config: PreTrainedConfig, rows: Sequence[TokenRow]) -> None:
+    """Raise DataError when a row has more tokens than the model can take."""
+    limit, longest = position_limit(config), max((len(row.ids) for row in rows), default=0)
+    if limit is not None and longest > limit:
+        raise DataError(
+            f"a row has {longest} tokens and the model takes at most {limit}; "
+            f"set max_length to {limit} or less"
+        )
+
+
+def _reason(error: Exception) -> str:
+    """Return why transformers could not build a model, in one line."""
+    text = str(error).strip()
+    if "ignore_mismatched_sizes" in text:
+        return "its weights have other shapes than its config asks for"
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def _require_all_weights(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
-    """Refuse a model part of whose weights were made up: transformers would only warn."""
+    """Refuse a model part of whose weights were made up or left out: transformers would only warn."""
     missing = sorted(info.get("missing_keys", ()))
     if missing:
         raise CheckpointError(
             f"{checkpoint.folder} lacks {len(missing)} weights that its config asks for "
             f"(first: {missing[0]}); are config.json and the weights of the same model?"
+        )
+    unused = sorted(name for name in info.get("unexpected_keys", ()) if name.endswith(".weight"))
+    if unused:  # old checkpoints hold buffers that nobody misses; those are no weights
+        raise CheckpointError(
+            f"{checkpoint.folder} holds {len(unused)} weights that its config makes no use of "
+            f"(first: {unused[0]}); are config.json and the weights of the same model?"
         )
 
 

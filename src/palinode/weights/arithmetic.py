@@ -1,8 +1,9 @@
-"""Evaluate a weighted sum of checkpoints slice by slice, in float32, with one final rounding.
+"""Evaluate a weighted sum of checkpoints slice by slice, with one final rounding.
 
 A point Σ c_i P_i with Σ c_i = 1 is computed as  A + Σ c_i (P_i − A)  for one of its own terms A: the
 differences of neighbouring checkpoints are nearly exact in float32, so nothing is lost to cancellation,
-and the scales need not add up to 1 in floating point. Then each value is rounded once to the output dtype,
+and the scales need not add up to 1 in floating point. (It is float64 where an input or the output is
+float64, so that such a model loses nothing.) Then each value is rounded once to the output dtype,
 to nearest or stochastically (spec: msa.md, P3): stochastic rounding keeps on average the small steps that
 rounding to nearest would lose.
 """
@@ -10,24 +11,38 @@ rounding to nearest would lose.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from threading import local
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import numpy as np
 import torch
 
-from palinode.errors import CheckpointError, MismatchError
-from palinode.weights.checkpoint import Checkpoint, TensorInfo
+from palinode.errors import CheckpointError, InputError, MismatchError
+from palinode.weights.checkpoint import (
+    EMBEDDINGS,
+    HEADS,
+    Checkpoint,
+    TensorInfo,
+    by_file,
+    check_unchanged,
+)
 from palinode.weights.direction import Direction, Point
+
+Result = TypeVar("Result")
 
 SLICE = 1 << 18
 """Elements handled at a time: 1 MB in float32, so that all operands stay in cache."""
+
+WINDOW = 1024
+"""Slices handed to the threads at a time, so that the list of what is to do stays short."""
 
 DTYPES = {
     "F64": torch.float64,
@@ -63,11 +78,17 @@ class Reader:
             os.close(handle)
         self._handles.clear()
 
-    def open(self, infos: Sequence[TensorInfo]) -> None:
-        """Open the files of these tensors; call it before reading from several threads."""
-        for info in infos:
-            if info.file not in self._handles:
-                self._handles[info.file] = os.open(info.file, os.O_RDONLY)
+    def open(self, checkpoints: Iterable[Checkpoint]) -> None:
+        """Open the files of these checkpoints; call it before reading from several threads."""
+        infos = (info for checkpoint in checkpoints for info in checkpoint.tensors.values())
+        for file, members in by_file(infos).items():
+            try:
+                handle = self._handles[file] = os.open(file, os.O_RDONLY)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{file} cannot be read ({error.strerror}); fetch the model again"
+                ) from None
+            check_unchanged(file, members, size=os.fstat(handle).st_size)
 
     def read_bytes(self, info: TensorInfo, start: int, stop: int) -> bytearray:
         """Return the raw bytes [start, stop) of one tensor."""
@@ -75,7 +96,7 @@ class Reader:
         self._fill(info, memoryview(buffer), start)
         return buffer
 
-    def read_float32(self, info: TensorInfo, start: int, out: torch.Tensor) -> torch.Tensor:
+    def read_values(self, info: TensorInfo, start: int, out: torch.Tensor) -> torch.Tensor:
         """Fill `out` (float32 or float64, one dimension) with elements from `start` on, and return it."""
         raw = torch.empty(out.numel(), dtype=DTYPES[info.dtype])
         self._fill(info, as_bytes(raw), start * info.itemsize)
@@ -102,7 +123,11 @@ def as_bytes(values: torch.Tensor) -> memoryview:
 
 
 def name_key(seed: int, name: str) -> int:
-    """Return 64 bits that stand for (seed, tensor name) in stochastic rounding."""
+    """Return 64 bits that stand for (seed, tensor name) in stochastic rounding.
+
+    Output head and embedding share theirs: a tied pair rounds alike even where no config says it is one.
+    """
+    name = "embedding" if name in HEADS or name.endswith(EMBEDDINGS) else name
     return int.from_bytes(hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest(), "little")
 
 
@@ -128,10 +153,10 @@ def round_stochastic(values: torch.Tensor, dtype: torch.dtype, bits: torch.Tenso
     if dtype == torch.bfloat16:
         return _add_and_cut(values, bits, dropped=16).to(dtype)
     normal = _add_and_cut(values, bits, dropped=13)
-    # Below 2^-14 float16 is evenly spaced by 2^-24.
+    # Below 2^-14 float16 is evenly spaced by 2^-24. Size and sign apart, as -0.0 must stay what it is.
     chance = (bits & 0x1FFF).to(torch.float32) / 8192
-    small = torch.floor(values * 2.0**24 + chance) * 2.0**-24
-    return torch.where(values.abs() < 2.0**-14, small, normal).to(dtype)
+    small = torch.floor(values.abs() * 2.0**24 + chance) * 2.0**-24
+    return torch.where(values.abs() < 2.0**-14, small.copysign(values), normal).to(dtype)
 
 
 def _add_and_cut(values: torch.Tensor, bits: torch.Tensor, *, dropped: int) -> torch.Tensor:
@@ -150,12 +175,35 @@ def round_to(
     return round_stochastic(exact, dtype, random_bits(key, start, values.numel()))
 
 
+def check_rounding(rounding: str) -> None:
+    """Raise InputError when there is no such rounding."""
+    if rounding not in get_args(Rounding):
+        raise InputError(f"there is no rounding {rounding!r}; choose one of {', '.join(get_args(Rounding))}")
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    """Tell whether no value is NaN or infinite: their sum shows it, unless it is itself too large."""
+    total = values.sum(dtype=torch.float32 if values.itemsize == 2 else None)
+    return math.isfinite(float(total)) or bool(torch.isfinite(values).all())
+
+
 # Pre-flight
 
 
+# Two models can agree in all shapes and still read them differently.
+ARCHITECTURE = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "n_head")
+
+
 def check_same_shape(points: Sequence[Checkpoint], reference: Checkpoint) -> None:
-    """Raise MismatchError unless every checkpoint has the reference's tensors, shapes and tying."""
+    """Raise MismatchError unless every checkpoint has the reference's architecture, tensors and tying."""
     for other in points:
+        for key in ARCHITECTURE:
+            first, second = reference.config.get(key), other.config.get(key)
+            if first != second and None not in (first, second):
+                raise MismatchError(
+                    f"{reference.folder} and {other.folder} are not states of one model: {key} is {first} "
+                    f"in the one and {second} in the other"
+                )
         problems = _differences(reference, other)
         if problems:
             raise MismatchError(
@@ -207,30 +255,59 @@ def slices(checkpoint: Checkpoint, *, size: int = SLICE) -> Iterator[Slice]:
 
 
 class Operands:
-    """The values of several checkpoints on one slice, each read once and only if it is asked for."""
+    """The values of several checkpoints on one slice, each read once and only if it is asked for.
 
-    def __init__(self, reader: Reader, part: Slice, dtype: torch.dtype = torch.float32) -> None:
+    They are float32, or float64 where one of `checkpoints` or the output (`code`) is.
+    """
+
+    def __init__(
+        self, reader: Reader, part: Slice, checkpoints: Iterable[Checkpoint], code: str | None = None
+    ) -> None:
         self._reader = reader
         self._part = part
-        self._dtype = dtype
+        found = [checkpoint.find(part.info.name) for checkpoint in checkpoints]
+        wide = "F64" in (code, *(info.dtype for info in found if info))
+        self._dtype = torch.float64 if wide else torch.float32
         self._values: dict[Checkpoint, torch.Tensor] = {}
 
     def __getitem__(self, checkpoint: Checkpoint) -> torch.Tensor:
         if checkpoint not in self._values:
-            info = checkpoint.find(self._part.info.name)
-            if info is None:
-                raise MismatchError(f"{checkpoint.folder} has no tensor {self._part.info.name}")
-            out = torch.empty(self._part.count, dtype=self._dtype)
-            self._values[checkpoint] = self._reader.read_float32(info, self._part.start, out)
+            self._values[checkpoint] = self._read(checkpoint)
         return self._values[checkpoint]
 
+    def _read(self, checkpoint: Checkpoint) -> torch.Tensor:
+        name, start = self._part.info.name, self._part.start
+        info, twin = checkpoint.find(name), checkpoint.twin(name)
+        if info is None:
+            raise MismatchError(f"{checkpoint.folder} has no tensor {name}")
+        values = self._reader.read_values(info, start, torch.empty(self._part.count, dtype=self._dtype))
+        if not all_finite(values):
+            raise CheckpointError(
+                f"{info.file}: {info.name} holds values that are not finite (NaN or infinity)"
+            )
+        if twin and not (
+            twin.shape == info.shape
+            and torch.equal(values, self._reader.read_values(twin, start, torch.empty_like(values)))
+        ):
+            raise MismatchError(
+                f"{checkpoint.folder} ties its output head to the embedding (config.json) but holds two "
+                f"different tensors, {info.name} and {twin.name}; set tie_word_embeddings to what is true"
+            )
+        return values
+
     def sum(self, terms: Mapping[Checkpoint, float], pivot: Checkpoint) -> torch.Tensor:
-        """Return Σ c_i (P_i − pivot): the direction itself, or a point's distance from its pivot."""
+        """Return Σ c_i (P_i − pivot): the direction itself, or a point's distance from its pivot.
+
+        Terms of equal coefficient are added up first, so that folder names do not decide the rounding.
+        """
         base = self[pivot]
         total = torch.zeros_like(base)
-        for checkpoint, coefficient in in_order(terms):
-            if checkpoint != pivot:
-                total.add_(self[checkpoint] - base, alpha=coefficient)
+        others = [term for term in in_order(terms) if term[0] != pivot]
+        for coefficient, members in groupby(others, key=lambda term: term[1]):
+            group = [self[checkpoint] - base for checkpoint, _ in members]
+            for difference in group[1:]:
+                group[0].add_(difference)
+            total.add_(group[0], alpha=coefficient)
         return total
 
     def direction(self, direction: Direction) -> torch.Tensor:
@@ -242,6 +319,8 @@ class Operands:
     def point(self, point: Point) -> torch.Tensor:
         """Return a point's values on this slice, before rounding."""
         pivot = pivot_of(point.terms, point.anchor)
+        if len(point.terms) == 1:  # adding a zero would turn -0.0 into 0.0
+            return self[pivot]
         return self[pivot] + self.sum(point.terms, pivot)
 
 
@@ -336,30 +415,36 @@ def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def map_slices(
     parts: Sequence[Slice],
-    work: Callable[[Slice], None],
+    work: Callable[[Slice], Result],
     *,
+    collect: Callable[[Result], None] | None = None,
     workers: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
     """Call `work` on every slice from a few threads; torch itself stays on one thread in each.
 
-    `on_progress` hears the number of elements done. The first error stops the rest and is raised.
+    `collect` takes the results here, in the order of the slices, so that sums over them do not depend
+    on the threads. `on_progress` hears the number of elements done. The first error stops the rest
+    and is raised.
     """
     threads = torch.get_num_threads()
     state = local()
 
-    def run(part: Slice) -> None:
+    def run(part: Slice) -> Result:
         if not getattr(state, "ready", False):
             torch.set_num_threads(1)
             state.ready = True
-        work(part)
-        if on_progress:
-            on_progress(part.count)
+        return work(part)
 
     pool = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1))
     try:
-        for _ in pool.map(run, parts):
-            pass
+        for first in range(0, len(parts), WINDOW):
+            window = parts[first : first + WINDOW]
+            for part, result in zip(window, pool.map(run, window), strict=True):
+                if collect:
+                    collect(result)
+                if on_progress:
+                    on_progress(part.count)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(threads)

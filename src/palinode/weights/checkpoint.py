@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import blake3
 
@@ -87,6 +89,11 @@ class Checkpoint(Point):
     folder: Path
     tensors: Mapping[str, TensorInfo] = field(compare=False, repr=False)
     config: Mapping[str, Any] = field(compare=False, repr=False)
+    tied: tuple[str, str] | None = field(init=False, compare=False, repr=False)
+    """Names of (output head, token embedding) when the two share their weights, else None."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tied", _tied_pair(self.tensors, self.config))
 
     @classmethod
     def open(cls, location: Path | str) -> Checkpoint:
@@ -97,8 +104,7 @@ class Checkpoint(Point):
         """
         folder = _local_folder(location)
         config = _read_config(folder)
-        tensors = {info.name: info for file in _weight_files(folder) for info in read_header(file)}
-        return cls(folder, tensors, config)
+        return cls(folder, _read_tensors(folder), config)
 
     @property
     def terms(self) -> Mapping[Checkpoint, float]:
@@ -110,21 +116,21 @@ class Checkpoint(Point):
         """The checkpoint itself."""
         return self
 
-    @property
-    def tied(self) -> tuple[str, str] | None:
-        """Names of (output head, token embedding) when the two share their weights, else None."""
-        embedding = next((name for name in self.tensors if name.endswith(EMBEDDINGS)), None)
-        head = next((name for name in self.tensors if name in HEADS), None)
-        if embedding is None or (head and not self.config.get("tie_word_embeddings", False)):
-            return None
-        return head or HEADS[0], embedding
-
     def find(self, name: str) -> TensorInfo | None:
-        """Return the tensor of that name, a tied head standing for its embedding and the reverse."""
-        if name in self.tensors or self.tied is None or name not in self.tied:
-            return self.tensors.get(name)
-        head, embedding = self.tied
-        return self.tensors.get(embedding if name == head else head)
+        """Return the tensor of that name; a tied head that is not in the files stands for its embedding."""
+        if self.tied and name in HEADS and name not in self.tensors:
+            return self.tensors[self.tied[1]]
+        return self.tensors.get(name)
+
+    def twin(self, name: str) -> TensorInfo | None:
+        """Return the other copy of a tied tensor that lies in the files twice, else None."""
+        if self.tied is None or name not in self.tied or not all(copy in self.tensors for copy in self.tied):
+            return None
+        return self.tensors[self.tied[name == self.tied[0]]]
+
+    def is_second_copy(self, name: str) -> bool:
+        """Tell whether this is a tied head that lies in the files beside its embedding."""
+        return name in HEADS and self.twin(name) is not None
 
     @property
     def nbytes(self) -> int:
@@ -153,7 +159,8 @@ class Checkpoint(Point):
 
 def require_causal_lm(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless the config names a causal language model."""
-    names = checkpoint.config.get("architectures") or []
+    listed = checkpoint.config.get("architectures")
+    names = list(map(str, listed)) if isinstance(listed, list) else []
     if names and not any("CausalLM" in name or "LMHead" in name for name in names):
         raise CheckpointError(
             f"{checkpoint.folder} is a {', '.join(names)}, not a causal language model; "
@@ -161,14 +168,26 @@ def require_causal_lm(checkpoint: Checkpoint) -> None:
         )
 
 
+def _tied_pair(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> tuple[str, str] | None:
+    embedding = next((name for name in tensors if name.endswith(EMBEDDINGS)), None)
+    head = next((name for name in HEADS if name in tensors), None)
+    if embedding is None or (head and not config.get("tie_word_embeddings", False)):
+        return None
+    return head or HEADS[0], embedding
+
+
 # Finding the files
 
 
 def _local_folder(location: Path | str) -> Path:
-    path = Path(location).expanduser()
-    if path.is_dir():
-        return path.resolve()
-    if path.exists():
+    try:
+        path = Path(location).expanduser()
+        if path.is_dir():
+            return path.resolve()
+        taken = path.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, an unknown ~user, no permission
+        raise CheckpointError(f"{location} cannot be opened as a model folder ({error})") from None
+    if taken:
         raise CheckpointError(
             f"{location} is a file; name the model folder that holds config.json and the weights"
         )
@@ -206,7 +225,7 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
         raise CheckpointError(
             f"{folder} has no config.json: it is not a model folder, or its download is not finished"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{folder / 'config.json'} cannot be read ({error}); fetch the model again"
         ) from None
@@ -220,12 +239,42 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
     return config
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files that make up the model, all of them present."""
-    if (folder / INDEX).exists():
-        return _indexed_files(folder)
-    if (folder / SINGLE).exists():
-        return [folder / SINGLE]
+def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
+    """Return all tensors of the model by name, each from the one file that holds it."""
+    single = (folder / SINGLE).is_file()  # where both are there, transformers takes it before an index too
+    index = {} if single else _read_index(folder)
+    tensors: dict[str, TensorInfo] = {}
+    for file in [folder / SINGLE] if single else _indexed_files(folder, index):
+        for info in read_header(file):
+            if info.name in tensors:
+                raise CheckpointError(
+                    f"{folder} holds {info.name} twice, in {tensors[info.name].file.name} and {file.name}; "
+                    "remove the file that does not belong to the model"
+                )
+            tensors[info.name] = info
+    lost = [name for name in index if name not in tensors]
+    if lost:
+        raise CheckpointError(
+            f"{folder / INDEX} names {len(lost)} tensors that no file holds (first: {lost[0]}); fetch the "
+            "model again"
+        )
+    return tensors
+
+
+def _read_index(folder: Path) -> Mapping[str, Any]:
+    """Return which tensor lies in which file, as the index says."""
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        if not isinstance(index, dict) or not index:
+            raise ValueError("its weight_map is empty or no object")
+    except FileNotFoundError:
+        _complain_of_no_weights(folder)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{folder / INDEX} cannot be read ({error!r}); fetch the model again") from None
+    return index
+
+
+def _complain_of_no_weights(folder: Path) -> NoReturn:
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         raise CheckpointError(
             f"{folder} holds its weights only as pickles (.bin, .pt); save the model once with "
@@ -234,12 +283,10 @@ def _weight_files(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder} holds no weights ({SINGLE} or {INDEX}); is the download finished?")
 
 
-def _indexed_files(folder: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{folder / INDEX} cannot be read ({error!r}); fetch the model again") from None
-    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+def _indexed_files(folder: Path, index: Mapping[str, Any]) -> list[Path]:
+    """Return the files that the index names, all of them present."""
+    names = list(dict.fromkeys(map(str, index.values())))
+    outside = [name for name in names if Path(name).name != name]
     if outside:
         raise CheckpointError(
             f"{folder / INDEX} names {outside[0]!r}, a file outside its folder; do not trust it"
@@ -250,7 +297,24 @@ def _indexed_files(folder: Path) -> list[Path]:
             f"{folder} lacks {len(missing)} of {len(names)} weight files (first: {missing[0]}); "
             "finish the download"
         )
-    return [folder / name for name in names]
+    return [folder / name for name in sorted(names)]
+
+
+def by_file(infos: Iterable[TensorInfo]) -> dict[Path, list[TensorInfo]]:
+    """Return tensors grouped by the file they lie in, in their order."""
+    grouped: dict[Path, list[TensorInfo]] = {}
+    for info in infos:
+        grouped.setdefault(info.file, []).append(info)
+    return grouped
+
+
+def check_unchanged(file: Path, infos: Iterable[TensorInfo], *, size: int) -> None:
+    """Raise CheckpointError when a file no longer has the size it had when its header was read."""
+    end = max(info.offset + info.nbytes for info in infos)
+    if size != end:
+        raise CheckpointError(
+            f"{file} has {size} bytes, and had {end} when the checkpoint was opened; open it again"
+        )
 
 
 # Reading a safetensors header
@@ -262,14 +326,17 @@ def read_header(file: Path) -> list[TensorInfo]:
     Raises CheckpointError when the header is absurd, a tensor's bytes do not fit its shape, tensors
     overlap, or the file is longer or shorter than its header says.
     """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER):
-            raise CheckpointError(
-                f"{file} is cut off or no safetensors file ({size} bytes, header of {length}); fetch it again"
-            )
-        raw = stream.read(length)
+    try:
+        with file.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            length = int.from_bytes(stream.read(8), "little")
+            raw = stream.read(length) if length <= min(size - 8, MAX_HEADER) else None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror}); fetch the model again") from None
+    if raw is None:
+        raise CheckpointError(
+            f"{file} is cut off or no safetensors file ({size} bytes, header of {length}); fetch it again"
+        )
     infos = sorted(_parse_header(file, raw, 8 + length), key=lambda info: (info.offset, info.nbytes))
     end = 8 + length
     for info in infos:
@@ -283,30 +350,35 @@ def read_header(file: Path) -> list[TensorInfo]:
 
 def _parse_header(file: Path, raw: bytes, data_start: int) -> Iterator[TensorInfo]:
     try:
-        entries = json.loads(raw, object_pairs_hook=list)
+        entries = json.loads(raw.decode(), object_pairs_hook=_object)
+    except KeyError as error:
+        raise CheckpointError(f"{file} names {error} twice in its header; fetch it again") from None
     except (ValueError, RecursionError):
         raise CheckpointError(f"{file} has a header that is not JSON; fetch it again") from None
-    if not isinstance(entries, list):
+    if not isinstance(entries, dict):
         raise CheckpointError(f"{file} has a header that is not a JSON object; fetch it again")
-    seen: set[str] = set()
-    for name, entry in entries:
-        if name == "__metadata__":
-            continue
-        if name in seen:
-            raise CheckpointError(f"{file} names the tensor {name} twice; fetch it again")
-        seen.add(name)
-        yield _tensor_info(file, name, entry, data_start)
+    for name, entry in entries.items():
+        if name != "__metadata__":
+            yield _tensor_info(file, name, entry, data_start)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object as a dict; raises KeyError when it names a key twice."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        raise KeyError(Counter(name for name, _ in pairs).most_common(1)[0][0])
+    return entries
 
 
 def _tensor_info(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     try:
-        fields = dict(entry)
-        dtype, shape, (start, stop) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
-        sound = all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop))
+        name.encode()  # half a surrogate pair is JSON, but no text
+        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        sound = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, start, stop))
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:
-        raise CheckpointError(f"{file}: the header entry of {name} is malformed; fetch it again")
+        raise CheckpointError(f"{file}: the header entry of {name!a} is malformed; fetch it again")
     itemsize = FLOAT_BYTES.get(dtype) or OTHER_BYTES.get(dtype)
     if itemsize is None:
         raise CheckpointError(
@@ -335,11 +407,9 @@ def _fingerprint(checkpoint: Checkpoint, _stamps: tuple[tuple[Path, int, int], .
 
 
 def _tensor_digests(infos: Iterable[TensorInfo]) -> Iterator[tuple[str, bytes]]:
-    by_file: dict[Path, list[TensorInfo]] = {}
-    for info in infos:
-        by_file.setdefault(info.file, []).append(info)
-    for file, members in by_file.items():
+    for file, members in by_file(infos).items():
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            check_unchanged(file, members, size=mapped.size())
             for info in members:
                 hasher = blake3.blake3(
                     f"{info.dtype}{list(info.shape)}".encode(), max_threads=blake3.blake3.AUTO

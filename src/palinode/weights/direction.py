@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, overload
+from typing import TYPE_CHECKING, NoReturn, overload
 
 from palinode.errors import AlgebraError
 
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from palinode.weights.store import Saved
 
 
+LARGEST = 3.4e38
+"""Largest coefficient: about the largest float32, in which sums are computed."""
+
+
 def _combine(
     first: Mapping[Checkpoint, float], factor: float, second: Mapping[Checkpoint, float]
 ) -> dict[Checkpoint, float]:
@@ -31,13 +35,21 @@ def _combine(
     total = dict(first)
     for checkpoint, coefficient in second.items():
         total[checkpoint] = total.get(checkpoint, 0.0) + factor * coefficient
+    if not all(abs(coefficient) <= LARGEST for coefficient in total.values()):
+        raise AlgebraError("a sum got a coefficient beyond the range of float32; are the scales right?")
     return {checkpoint: coefficient for checkpoint, coefficient in total.items() if coefficient != 0.0}
 
 
 def _finite(number: float) -> float:
-    if not math.isfinite(number):
-        raise AlgebraError(f"a direction was scaled by {number}; the scale must be a finite number")
-    return float(number)
+    try:
+        value = float(number)
+    except OverflowError:  # an integer too long for a float
+        value = math.inf
+    if not abs(value) <= LARGEST:  # neither is NaN
+        raise AlgebraError(
+            f"a direction was scaled by {value}; the scale must be a finite number in the range of float32"
+        )
+    return value
 
 
 class Point:
@@ -76,13 +88,15 @@ class Point:
             return WeightedSum(self.anchor, _combine(self.terms, -1.0, other.terms))
         return NotImplemented
 
-    def __mul__(self, other: object) -> Self:
+    def __mul__(self, other: object) -> NoReturn:
         raise AlgebraError(
             "a point was multiplied by a number; scale a direction instead, as in alpha * (theta_1 - base)"
         )
 
-    __rmul__ = __mul__
-    __neg__ = None
+    __rmul__ = __truediv__ = __mul__
+
+    def __neg__(self) -> NoReturn:
+        self.__mul__(-1.0)
 
 
 @dataclass(frozen=True, slots=True)

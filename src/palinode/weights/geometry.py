@@ -1,6 +1,6 @@
 """Lengths and angles of directions: norms, cosines, and how both run over the layers.
 
-All products are added up slice by slice in float64, so directions are never held in memory.
+Products are taken slice by slice and added up in float64, so directions are never held in memory.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from threading import Lock
 
 import numpy as np
 
 from palinode.errors import AlgebraError
 from palinode.weights.arithmetic import Operands, Reader, Slice, check_same_shape, map_slices, slices
+from palinode.weights.checkpoint import HEADS
 from palinode.weights.direction import Direction
 
 
@@ -28,7 +28,7 @@ class Profile:
     @property
     def total(self) -> np.ndarray:
         """Inner products over all weights, n x n."""
-        total: np.ndarray = np.sum(list(self.gram.values()), axis=0)
+        total: np.ndarray = sum(self.gram.values(), np.zeros((len(self.names), len(self.names))))
         return total
 
     def norms(self, part: str | None = None) -> dict[str, float]:
@@ -45,7 +45,7 @@ class Profile:
 
 
 def profile(directions: Mapping[str, Direction]) -> Profile:
-    """Measure named directions: one pass over their checkpoints.
+    """Measure named directions: one pass over their checkpoints. A tied tensor counts once.
 
     Raises MismatchError when the checkpoints do not fit together, AlgebraError when there is none.
     """
@@ -56,19 +56,21 @@ def profile(directions: Mapping[str, Direction]) -> Profile:
         )
     layout = used[0]
     check_same_shape(used[1:], layout)
-    count, lock = len(directions), Lock()
+    count = len(directions)
     gram: dict[str, np.ndarray] = {part_of(name): np.zeros((count, count)) for name in layout.tensors}
 
-    def work(part: Slice) -> None:
-        operands = Operands(reader, part)
+    def work(part: Slice) -> tuple[str, np.ndarray]:
+        operands = Operands(reader, part, used)
         vectors = [operands.direction(direction).numpy() for direction in directions.values()]
-        products = np.array([[np.dot(a, b) for b in vectors] for a in vectors], dtype=np.float64)
-        with lock:
-            gram[part_of(part.info.name)] += products
+        return part_of(part.info.name), np.array([[np.dot(a, b) for b in vectors] for a in vectors], float)
+
+    def collect(found: tuple[str, np.ndarray]) -> None:
+        gram[found[0]] += found[1]
 
     with Reader() as reader:
-        reader.open([info for checkpoint in used for info in checkpoint.tensors.values()])
-        map_slices(list(slices(layout)), work)
+        reader.open(used)
+        once = [part for part in slices(layout) if not layout.is_second_copy(part.info.name)]
+        map_slices(once, work, collect=collect)
     return Profile(tuple(directions), dict(sorted(gram.items(), key=lambda item: _rank(item[0]))))
 
 
@@ -81,6 +83,8 @@ def part_of(name: str) -> str:
     found = re.search(r"\.(\d+)\.", name)
     if found:
         return f"layer {found.group(1)}"
+    if name in HEADS:
+        return "head"
     if "embed" in name or "wte" in name or "wpe" in name:
         return "embedding"
     return "head" if "head" in name else "rest"

@@ -7,17 +7,18 @@ Everything is written into a neighbour folder that takes its final name only whe
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 
 import torch
 
-from palinode.errors import InputError, MismatchError, OutputError
+from palinode.errors import AlgebraError, InputError, OutputError
 from palinode.weights.arithmetic import (
     CODES,
     DTYPES,
@@ -27,14 +28,16 @@ from palinode.weights.arithmetic import (
     Reader,
     Rounding,
     Slice,
+    all_finite,
     as_bytes,
+    check_rounding,
     check_same_shape,
     map_slices,
     name_key,
     round_to,
     slices,
 )
-from palinode.weights.checkpoint import INDEX, SINGLE, Checkpoint, TensorInfo
+from palinode.weights.checkpoint import INDEX, SINGLE, Checkpoint, TensorInfo, by_file
 from palinode.weights.direction import Direction, Point
 
 
@@ -58,7 +61,7 @@ def check_output(output: Path, inputs: Sequence[Path], *, needs: int = 0) -> Non
                 f"the output {output} and the input {path} lie inside one another; choose another output"
             )
     home = next(parent for parent in place.parents if parent.exists())
-    if not os.access(home, os.W_OK):
+    if not home.is_dir() or not os.access(home, os.W_OK):
         raise OutputError(f"{home} cannot be written to; choose another output folder")
     free = shutil.disk_usage(home).free
     if free < needs:
@@ -84,26 +87,64 @@ def save(
     slices. Raises MismatchError when the checkpoints do not fit together, OutputError when the
     output place cannot be used.
     """
-    anchor, parts = point.anchor, [*point.terms]
-    used = [*{*parts, *(term for direction in (along or {}).values() for term in direction.terms)}]
-    check_same_shape([other for other in used if other != anchor], anchor)
-    files = _layout(anchor, _code(dtype))
-    check_output(output, [checkpoint.folder for checkpoint in used], needs=sum(f.size for f in files))
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    if not isinstance(point, Point):
+        raise AlgebraError("a direction is not a model; save a point, as in target - alpha * forget_vector")
+    check_rounding(rounding)
+    anchor, along = point.anchor, along or {}
+    used = [anchor, *point.terms, *(term for direction in along.values() for term in direction.terms)]
+    used = list(dict.fromkeys(used))
+    check_same_shape(used[1:], anchor)
+    files = _layout(anchor, code_of(dtype))
+    output, inputs = output.expanduser().resolve(), [checkpoint.folder for checkpoint in used]
+    check_output(output, inputs)
+    with _claimed(output) as partial:
+        check_output(output, inputs, needs=sum(file.size for file in files))
         dose = _fill(
-            point, files, partial, rounding=rounding, seed=seed, along=along or {}, on_progress=on_progress
+            point, used, files, partial, rounding=rounding, seed=seed, along=along, on_progress=on_progress
         )
         _write_index(files, partial)
         _copy_companions(anchor, partial, dtype)
         _check_written(partial, anchor)
         _publish(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return Saved(Checkpoint.open(output), dose, rounding)
+
+
+@contextmanager
+def _claimed(output: Path) -> Iterator[Path]:
+    """Make an empty neighbour folder that is ours alone; it goes away again when there is an error.
+
+    What a killed run has left there is thrown away. The lock goes with the process, however that ends.
+    """
+    partial = output.with_name(f".{output.name}.partial")
+    with ExitStack() as stack:
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            stack.callback(os.close, handle)
+            _lock(handle)
+            if not os.path.samestat(os.fstat(handle), partial.stat()):
+                raise BlockingIOError  # the other run has just finished
+            for entry in partial.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        except BlockingIOError:
+            raise OutputError(f"another run is writing {output}; wait for it, or name another") from None
+        except OSError as error:
+            raise OutputError(f"{partial} cannot be made ({error.strerror}); name another output") from None
+        try:
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def _lock(handle: int) -> None:
+    """Lock an open file or folder, or raise BlockingIOError."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # some network file systems have no locks
+        pass
 
 
 # Laying the files out
@@ -119,7 +160,8 @@ class OutputFile:
     size: int
 
 
-def _code(dtype: str | None) -> str | None:
+def code_of(dtype: str | None) -> str | None:
+    """Return the safetensors code of a dtype name; raises InputError when weights cannot have it."""
     if dtype is not None and dtype not in CODES:
         raise InputError(f"there is no dtype {dtype!r} for weights; choose one of {', '.join(CODES)}")
     return CODES[dtype] if dtype else None
@@ -127,11 +169,10 @@ def _code(dtype: str | None) -> str | None:
 
 def _layout(anchor: Checkpoint, code: str | None) -> list[OutputFile]:
     """Plan the output files after the anchor's own, with floating-point tensors in `code`."""
-    by_file: dict[Path, list[TensorInfo]] = {}
-    for info in anchor.tensors.values():
-        by_file.setdefault(info.file, []).append(info)
-    names = [path.name for path in by_file] if len(by_file) > 1 else [SINGLE]
-    return [_plan_file(name, infos, code) for name, infos in zip(names, by_file.values(), strict=True)]
+    files = by_file(anchor.tensors.values())
+    if len(files) < 2:
+        return [_plan_file(SINGLE, [*anchor.tensors.values()], code)]
+    return [_plan_file(path.name, infos, code) for path, infos in files.items()]
 
 
 def _plan_file(name: str, infos: Sequence[TensorInfo], code: str | None) -> OutputFile:
@@ -159,6 +200,7 @@ def _plan_file(name: str, infos: Sequence[TensorInfo], code: str | None) -> Outp
 
 def _fill(
     point: Point,
+    used: Sequence[Checkpoint],
     files: Sequence[OutputFile],
     folder: Path,
     *,
@@ -168,66 +210,61 @@ def _fill(
     on_progress: Callable[[int], None] | None,
 ) -> Dose:
     """Write headers, then every slice of every tensor in its place; return the dose that arrived."""
-    anchor = point.anchor
-    used = {anchor, *point.terms, *(term for direction in along.values() for term in direction.terms)}
+    anchor, meter = point.anchor, DoseMeter(along)
     placed = {name: info for file in files for name, info in file.tensors.items()}
-    handles = {Path(file.name): _create(folder / file.name, file) for file in files}
-    meter, lock = DoseMeter(along), Lock()
 
-    def work(part: Slice) -> None:
-        place = placed[part.info.name]
-        operands = Operands(reader, part)
-        exact = operands.point(point)
-        if not torch.isfinite(exact).all():
-            raise MismatchError(
-                f"{part.info.name} holds values that are not finite (NaN or infinity) in an input"
-            )
-        stored = round_slice(exact, place.dtype, part, anchor, rounding=rounding, seed=seed)
-        _write(handles[place.file], stored, place.offset + part.start * place.itemsize)
-        own = DoseMeter(along)
-        own.add(operands, operands[anchor], exact, stored)
-        with lock:
-            meter.merge(own)
+    def work(part: Slice) -> DoseMeter:
+        place, own = placed[part.info.name], DoseMeter(along)
+        operands = Operands(reader, part, point.terms, place.dtype)
+        exact, stored = round_slice(point, operands, part, place.dtype, rounding=rounding, seed=seed)
+        _write(handles[place.file], as_bytes(stored), place.offset + part.start * place.itemsize)
+        if not anchor.is_second_copy(part.info.name):
+            own.add(operands, operands[anchor], exact, stored)
+        return own
 
-    try:
-        with Reader() as reader:
-            reader.open([info for checkpoint in used for info in checkpoint.tensors.values()])
-            _copy_other_tensors(reader, anchor, placed, handles)
-            map_slices(list(slices(anchor)), work, on_progress=on_progress)
-        for handle in handles.values():
-            os.fsync(handle)
-    finally:
-        for handle in handles.values():
-            os.close(handle)
+    with ExitStack() as stack:
+        handles = {Path(file.name): _create(folder / file.name, file, stack) for file in files}
+        reader = stack.enter_context(Reader())
+        reader.open(used)
+        _copy_other_tensors(reader, anchor, placed, handles)
+        map_slices(list(slices(anchor)), work, collect=meter.merge, on_progress=on_progress)
     return meter.result()
 
 
 def round_slice(
-    exact: torch.Tensor, code: str, part: Slice, anchor: Checkpoint, *, rounding: Rounding, seed: int
-) -> torch.Tensor:
-    """Round one slice as it is stored: the one place where a written and a live model agree on it."""
-    tied = anchor.tied
-    name = tied[1] if tied and part.info.name in tied else part.info.name  # a tied pair rounds alike
+    point: Point, operands: Operands, part: Slice, code: str, *, rounding: Rounding, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a slice of a point before and after rounding.
+
+    This is the one place where a written and a live model agree on their values. Raises InputError
+    when one of them is too large for its dtype.
+    """
+    name, exact = part.info.name, operands.point(point)
     key = name_key(seed, name)
-    return round_to(exact, DTYPES[code], stochastic=rounding != "nearest", key=key, start=part.start)
+    stored = round_to(exact, DTYPES[code], stochastic=rounding != "nearest", key=key, start=part.start)
+    if not all_finite(stored):
+        kind = next(kind for kind, known in CODES.items() if known == code)
+        raise InputError(
+            f"the sum has values in {name} that {kind} cannot hold; use smaller scales or a wider dtype"
+        )
+    return exact, stored
 
 
-def _create(path: Path, file: OutputFile) -> int:
-    """Create a file at its final size with its header in place, and return its handle."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+def _create(path: Path, file: OutputFile, stack: ExitStack) -> int:
+    """Create a file at its final size with its header in place, and return its handle; `stack` closes it."""
     try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        stack.callback(os.close, handle)
         os.posix_fallocate(handle, 0, file.size)
-        os.pwrite(handle, file.header, 0)
+        _write(handle, memoryview(file.header), 0)
     except OSError as error:
-        os.close(handle)
         raise OutputError(
             f"{path} could not be laid out at {file.size / 1e9:.2f} GB ({error.strerror})"
         ) from error
     return handle
 
 
-def _write(handle: int, values: torch.Tensor, offset: int) -> None:
-    view = as_bytes(values.contiguous())
+def _write(handle: int, view: memoryview, offset: int) -> None:
     done = 0
     while done < len(view):
         done += os.pwrite(handle, view[done:], offset + done)
@@ -240,7 +277,7 @@ def _copy_other_tensors(
     for info in anchor.tensors.values():
         if not info.is_float:
             place = placed[info.name]
-            os.pwrite(handles[place.file], reader.read_bytes(info, 0, info.nbytes), place.offset)
+            _write(handles[place.file], memoryview(reader.read_bytes(info, 0, info.nbytes)), place.offset)
 
 
 # Finishing
@@ -277,5 +314,13 @@ def _check_written(folder: Path, anchor: Checkpoint) -> None:
 
 def _publish(partial: Path, output: Path) -> None:
     """Give the finished folder its final name in one step; an empty folder of that name gives way."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial.replace(output)
+    for path in [*partial.rglob("*"), partial]:  # all of it is on disk before the name is
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    try:
+        partial.replace(output)
+    except OSError as error:
+        raise OutputError(
+            f"{output} was taken while it was written ({error.strerror}); repeat the call"
+        ) from None

@@ -6,39 +6,71 @@ else is a bug of ours and comes with a traceback.
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import signal
 import sys
 from types import FrameType
+from typing import Any
+
+MENDABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+"""What the system says when a place is closed to us, or full."""
+
+INTERRUPTED = "interrupted; what was finished is kept, and the same command goes on where this one stopped"
 
 
 def main() -> None:
     """Run the `palinode` command."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without Greek letters is no reason to fail
+    try:
+        code = _call()
+    except KeyboardInterrupt:  # before the parser was there to take it
+        code = _refuse(INTERRUPTED)
+    sys.exit(code)
+
+
+def _call() -> int:
+    """Parse the command line, run its verb, and return the exit code."""
     from palinode.cli.app import app
     from palinode.errors import PalinodeError
 
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()
     except PalinodeError as error:
-        sys.exit(_refuse(str(error)))
-    except KeyboardInterrupt:
-        code = 130
-    except Exception as error:
-        if not hasattr(error, "show"):  # a usage error of the parser has one
+        return _refuse(str(error))
+    except BrokenPipeError:  # whoever read our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno not in MENDABLE:
             raise
-        error.show()
-        sys.exit(2)
+        place = error.filename or "a file"
+        return _refuse(f"{place} cannot be used ({error.strerror}); look at its permissions, or make room")
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # only the parser's errors have one
+            raise
+        return _misused(error)
     if code == 130:  # what the parser makes of Ctrl-C
-        code = _refuse(
-            "interrupted; whatever was finished is kept, and the same command goes on where this one stopped"
-        )
-    sys.stdout.flush()
-    sys.exit(code if isinstance(code, int) else 0)
+        return _refuse(INTERRUPTED)
+    return code if isinstance(code, int) else 0
+
+
+def _misused(error: Any) -> int:
+    """Say what is wrong with the command line, or show the help where there is nothing on it."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return 2
+    command = error.ctx.command_path if error.ctx else "palinode"
+    return _refuse(f"{error.format_message().rstrip('.')}; see {command} --help")
 
 
 def _refuse(sentence: str) -> int:
-    print(f"palinode: {sentence}", file=sys.stderr)
+    line = "".join(letter if letter.isprintable() else " " for letter in sentence)
+    print(f"palinode: {line}", file=sys.stderr)
     return 2
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,9 @@ app = typer.Typer(
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
-Seed = Annotated[int, typer.Option(help="Seeds sampling, batch order, rounding and intervals.", min=0)]
+Seed = Annotated[
+    int, typer.Option(help="Seeds sampling, batch order, rounding and intervals.", min=0, max=2**32 - 1)
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Columns = Annotated[str | None, typer.Option(help="Column names of the rows, as in question=q,answer=reply.")]
 Epochs = Annotated[int | None, typer.Option(help="Passes over the rows. [default: 10]", min=1)]
@@ -324,7 +327,7 @@ def evaluate(
         listener=listener(quiet=quiet),
     )
     if as_json:
-        _print_json({name: _score(score) for name, score in scores.items()})
+        _print_json({name: asdict(score) for name, score in scores.items()})
     else:
         out().print(score_table(scores))
 
@@ -359,8 +362,8 @@ def _run(recipe: Any, *, dry_run: bool, quiet: bool, as_json: bool) -> None:
     from palinode.report import headline, terminal_table
 
     if dry_run:
-        for line in describe(plan(recipe)):
-            print(line)
+        planned = plan(recipe)
+        _show(asdict(planned), "\n".join(describe(planned)), as_json=as_json)
         return
     result = unlearn(recipe, command=_command(), listener=listener(quiet=quiet))
     if as_json:
@@ -413,12 +416,6 @@ def _command() -> str:
     return shlex.join(["palinode", *sys.argv[1:]])
 
 
-def _score(score: Any) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(score)
-
-
 def _show(facts: dict[str, Any], text: str, *, as_json: bool) -> None:
     if as_json:
         _print_json(facts)
@@ -427,4 +424,4 @@ def _show(facts: dict[str, Any], text: str, *, as_json: bool) -> None:
 
 
 def _print_json(content: Any) -> None:
-    print(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
+    print(json.dumps(content, indent=2, allow_nan=False))

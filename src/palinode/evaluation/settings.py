@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class EvaluationSettings(BaseModel):
     """How models are asked and scored; the defaults follow the TOFU evaluation (spec: metrics.md §1)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     max_rows: int = Field(default=400, ge=1)
     """Rows of each set that are evaluated; a larger set is sampled with the run's seed."""

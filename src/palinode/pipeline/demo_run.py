@@ -16,9 +16,10 @@ from typing import Any
 from palinode import __version__
 from palinode.benchmarks.demo import DemoModels, build_demo
 from palinode.data.world import World, invent_world
-from palinode.errors import OutputError
+from palinode.errors import OutputError, WorkspaceError
 from palinode.pipeline.recipe import Recipe, build_recipe
 from palinode.pipeline.run import Unlearned, unlearn
+from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, Silence
 from palinode.records import RECORD_VERSION, Outcome, write_json
 
@@ -69,15 +70,17 @@ def run_demo(
     listener = listener or Silence()
     _claim(folder, seed)
     started = time.monotonic()
-    models = build_demo(world, folder / "world", seed=seed, listener=listener, **training)
+    with Workspace(folder / "workspace").locked():
+        models = build_demo(world, folder / "world", seed=seed, listener=listener, **training)
     recipe = _recipe(models, folder, settings, seed)
     done = unlearn(recipe("msa", "unlearned"), command=f"palinode demo --seed {seed}", listener=listener)
     plain = unlearn(
         recipe("task_vector", "task_vector"), command=f"palinode demo --seed {seed}", listener=listener
     )
-    record = _record(world, done, plain, seed, time.monotonic() - started)
-    write_json(folder / "record.json", record)
-    return DemoResult(folder, record)
+    path = folder / "record.json"
+    if not (done.finished_before and plain.finished_before and path.exists()):
+        write_json(path, _record(world, done, plain, seed, time.monotonic() - started))
+    return DemoResult(folder, json.loads(path.read_text(encoding="utf-8")))
 
 
 def _claim(folder: Path, seed: int) -> None:
@@ -86,7 +89,10 @@ def _claim(folder: Path, seed: int) -> None:
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; name another --output for the demo")
     if mark.exists():
-        other = json.loads(mark.read_text(encoding="utf-8")).get("seed")
+        try:
+            other = json.loads(mark.read_text(encoding="utf-8"))["seed"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise OutputError(f"{mark} cannot be read; name another --output for the demo") from None
         if other != seed:
             raise OutputError(
                 f"{folder} holds the demo of seed {other}; name another --output for seed {seed}"
@@ -122,6 +128,8 @@ def _recipe(models: DemoModels, folder: Path, settings: Mapping[str, Any], seed:
 
 
 def _record(world: World, done: Unlearned, plain: Unlearned, seed: int, seconds: float) -> dict[str, Any]:
+    if not (done.outcomes and plain.outcomes):
+        raise WorkspaceError("the demo's workspace is gone; remove its folder to run it anew")
     answers = {**done.outcomes, "task_vector": plain.outcomes["unlearned"]}
     return {
         "version": RECORD_VERSION,

@@ -5,15 +5,16 @@ What can be wrong is found here, in the first seconds, and said in one sentence.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from palinode.data.examples import Example, read_examples, sample_examples, shared_rows
-from palinode.data.tokenize import PromptStyle, tokenize
-from palinode.errors import DataError, MismatchError, RecipeError
+from palinode.data.tokenize import tokenize
+from palinode.errors import DataError, MismatchError, OutputError, RecipeError
 from palinode.methods import METHODS
-from palinode.models.loading import load_tokenizer, pick_device
+from palinode.models.loading import check_positions, load_config, load_tokenizer, pick_device
 from palinode.pipeline.recipe import Recipe
 from palinode.weights.arithmetic import check_same_shape
 from palinode.weights.checkpoint import Checkpoint, require_causal_lm
@@ -64,17 +65,25 @@ def open_inputs(recipe: Recipe) -> Inputs:
     if target is not None:
         _check_pair(target, base, recipe.method)
     rows, notes = _open_rows(recipe)
-    for checkpoint in filter(None, (target or base, base, retrained)):
-        _check_rows_fit(checkpoint, rows, recipe.training.max_length, recipe.prompts.style())
+    for checkpoint in dict.fromkeys(filter(None, (target or base, base, retrained))):
+        _check_rows_fit(checkpoint, rows, recipe)
     return Inputs(recipe, base, target, retrained, rows, tuple(notes))
 
 
 def check_places(recipe: Recipe, inputs: Inputs, needs: int) -> None:
-    """Raise OutputError unless output and workspace are apart from the inputs and have room."""
+    """Raise OutputError unless output and workspace are apart from the inputs and have room.
+
+    `needs` is what the whole run writes, in bytes; what the workspace holds already is taken off.
+    """
     models = [entry.folder for entry in (inputs.base, inputs.target, inputs.retrained) if entry is not None]
     files = [Path(name) for name in (recipe.data.forget, recipe.data.retain) if name and Path(name).exists()]
-    output = Path(recipe.output.folder)
-    check_output(output, [*models, *files], needs=needs)
+    output, workspace = Path(recipe.output.folder), workspace_folder(recipe)
+    held = sum(path.stat().st_size for path in workspace.rglob("*") if path.is_file())
+    left = max(0, needs - held)
+    if output.resolve() == Path.cwd():
+        raise OutputError(f"the output {output} is the current folder; name one that does not exist yet")
+    check_output(output, [*models, *files], needs=min(left, (inputs.target or inputs.base).nbytes))
+    _check_workspace(workspace, [output, *models, *files], needs=left)
 
 
 def workspace_folder(recipe: Recipe) -> Path:
@@ -82,7 +91,23 @@ def workspace_folder(recipe: Recipe) -> Path:
     if recipe.output.workspace:
         return Path(recipe.output.workspace)
     output = Path(recipe.output.folder)
-    return output.with_name(f"{output.name}.workspace")
+    named = output if output.name not in ("", "..") else output.resolve()
+    return named.with_name(f"{named.name}.workspace")
+
+
+def _check_workspace(workspace: Path, others: Sequence[Path], needs: int) -> None:
+    """Raise OutputError when the workspace lies inside the output or an input, or lacks room."""
+    place = workspace.resolve()
+    for path in others:
+        if path.resolve() in (place, *place.parents):
+            raise OutputError(f"the workspace {workspace} lies inside {path}; name another --workspace")
+    home = next(parent for parent in (place, *place.parents) if parent.exists())
+    free = shutil.disk_usage(home).free
+    if free < needs:
+        raise OutputError(
+            f"{home} has {free / 1e9:.2f} GB free where {needs / 1e9:.2f} GB are needed; make room, or name "
+            "a --workspace elsewhere"
+        )
 
 
 def _open(location: str) -> Checkpoint:
@@ -105,6 +130,26 @@ def _check_pair(target: Checkpoint, base: Checkpoint, method: str) -> None:
             "the base must be an earlier checkpoint of the target"
         )
     check_same_shape([base], target)
+    _check_vocabulary(target, base)
+
+
+def _check_vocabulary(target: Checkpoint, base: Checkpoint) -> None:
+    """Raise MismatchError when the two tokenizers give ordinary tokens other numbers."""
+    ours, theirs = (_ordinary_tokens(checkpoint) for checkpoint in (target, base))
+    other = sorted(number for number in ours.keys() & theirs.keys() if ours[number] != theirs[number])
+    if other:
+        raise MismatchError(
+            f"the tokenizers of target and base disagree on {len(other)} tokens (number {other[0]} is "
+            f"{ours[other[0]]!r} in the one and {theirs[other[0]]!r} in the other); "
+            "the base must be an earlier checkpoint of the target, with the same vocabulary"
+        )
+
+
+def _ordinary_tokens(checkpoint: Checkpoint) -> dict[int, str]:
+    """Return the tokens by number but for added ones, which may get another name along the way."""
+    tokenizer = load_tokenizer(checkpoint)
+    added = tokenizer.added_tokens_decoder
+    return {number: token for token, number in tokenizer.get_vocab().items() if number not in added}
 
 
 # Rows
@@ -126,10 +171,10 @@ def _open_rows(recipe: Recipe) -> tuple[Rows, list[str]]:
         retain=retain,
         forget_train=train,
         retain_sample=sample,
-        forget_probe=_at_most(held_back or forget, trials, seed),
-        retain_probe=_at_most(_held_back(retain, sample, notes), trials, seed),
-        forget_test=_at_most(forget, most, seed),
-        retain_test=_at_most(retain, most, seed),
+        forget_probe=_at_most(held_back or forget, trials, seed + 1),
+        retain_probe=_at_most(_held_back(retain, sample, notes), trials, seed + 1),
+        forget_test=_at_most(forget, most, seed + 1),
+        retain_test=_at_most(retain, most, seed + 1),
     )
     return rows, notes
 
@@ -175,7 +220,7 @@ def _retain_sample(
             f"The retain set has {len(retain)} rows, fewer than the forget set's {len(forget)}; "
             "all of them were used for the retain vector."
         )
-    return sample_examples(retain, min(len(forget), len(retain)), seed=seed)
+    return _at_most(retain, len(forget), seed)
 
 
 def _held_back(retain: Sequence[Example], sample: Sequence[Example], notes: list[str]) -> Sequence[Example]:
@@ -188,12 +233,14 @@ def _held_back(retain: Sequence[Example], sample: Sequence[Example], notes: list
 
 
 def _at_most(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
-    return sample_examples(examples, min(count, len(examples)), seed=seed + 1)
+    """Return `count` of the examples, drawn at random, or all where there are no more; none of none."""
+    return sample_examples(examples, min(count, len(examples)), seed=seed) if examples else []
 
 
-def _check_rows_fit(checkpoint: Checkpoint, rows: Rows, max_length: int, style: PromptStyle) -> None:
+def _check_rows_fit(checkpoint: Checkpoint, rows: Rows, recipe: Recipe) -> None:
     """Tokenize everything once, so that a row that cannot be used is named now."""
-    tokenizer = load_tokenizer(checkpoint)
-    tokenize(
-        [*rows.forget, *rows.retain_sample, *rows.retain_test], tokenizer, max_length=max_length, style=style
-    )
+    tokenizer, config, style = load_tokenizer(checkpoint), load_config(checkpoint), recipe.prompts.style()
+    trained = [*rows.forget, *(rows.retain if recipe.prepare else rows.retain_sample)]
+    asked = [*rows.forget, *rows.retain_probe, *rows.retain_test]
+    for examples, settings in ((trained, recipe.training), (asked, recipe.evaluation)):
+        check_positions(config, tokenize(examples, tokenizer, max_length=settings.max_length, style=style))

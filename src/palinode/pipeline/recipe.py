@@ -9,7 +9,7 @@ import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -18,9 +18,14 @@ from palinode.errors import RecipeError
 from palinode.evaluation.settings import EvaluationSettings
 from palinode.training.settings import TrainingSettings
 
+MAX_SEED = 2**32 - 1
+
+Scale = Annotated[float, Field(ge=0)]
+"""A strength, α or β: how much of a vector is taken off or added."""
+
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Models(_Section):
@@ -50,16 +55,16 @@ class Data(_Section):
 class Scales(_Section):
     """The two strengths: numbers, or chosen on a small grid where left out."""
 
-    forget: float | None = None
+    forget: Scale | None = None
     """α; None: chosen on the grid."""
-    retain: float | None = None
+    retain: Scale | None = None
     """β; None: chosen on the grid (0 without a retain set)."""
     forget_held_back: float = Field(default=0.0, ge=0, lt=1)
     """Share of the forget set that is kept out of the forget vector, to try the points on; what is kept
     out is not taken back, so leave this at 0 but for experiments (docs/lab-notes.md)."""
-    forget_grid: list[float] = [0.25, 0.5, 0.75, 1.0, 1.5, 2.0]
+    forget_grid: list[Scale] = Field(default=[0.25, 0.5, 0.75, 1.0, 1.5, 2.0], min_length=1)
     """Values of α that are tried."""
-    retain_grid: list[float] = [0.0, 0.5, 1.0]
+    retain_grid: list[Scale] = Field(default=[0.0, 0.5, 1.0], min_length=1)
     """Values of β that are tried."""
     retain_share: float = Field(default=0.9, gt=0, le=1)
     """Share of the target's retain probability that a chosen point must keep."""
@@ -110,7 +115,7 @@ class Recipe(_Section):
 
     method: str = "msa"
     """A name in METHODS."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     """Seeds sampling, batch order, rounding and intervals."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
@@ -129,6 +134,17 @@ class Recipe(_Section):
             raise ValueError("name models.target, or have it made by [prepare]: one of the two, not both")
         if self.prepare and self.data.retain is None:
             raise ValueError("[prepare] needs data.retain")
+        if self.prepare and self.models.retrained is not None:
+            raise ValueError("[prepare] makes the retrained model; leave models.retrained out")
+        return self
+
+    @model_validator(mode="after")
+    def _has_rows_for_a_retain_vector(self) -> Self:
+        if self.scales.retain and self.data.retain is None:
+            raise ValueError(
+                f"a retain scale of {self.scales.retain:g} needs retain rows; name data.retain (--retain), "
+                "or leave the scale out"
+            )
         return self
 
 
@@ -175,8 +191,9 @@ def _set(content: dict[str, Any], change: str) -> None:
 
 
 def explain(error: ValidationError) -> str:
-    """Return one sentence for the first thing that is wrong."""
-    first = error.errors(include_url=False)[0]
+    """Return one sentence for the first thing that is wrong, a misspelt key before a missing one."""
+    errors = error.errors(include_url=False)
+    first = next((entry for entry in errors if entry["type"] == "extra_forbidden"), errors[0])
     key = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.0)

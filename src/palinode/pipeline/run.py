@@ -46,7 +46,7 @@ class Unlearned:
     record: Mapping[str, Any]
     """The content of its record.json."""
     outcomes: Outcomes
-    """What each model did on each row; empty when the run had been finished before."""
+    """What each model did on each row; empty when the run was finished before and its workspace is gone."""
     finished_before: bool
     """Whether the output already held the result of this very run."""
 
@@ -79,13 +79,14 @@ def unlearn(recipe: Recipe, *, command: str | None = None, listener: Listener | 
     listener = listener or Silence()
     inputs = open_inputs(recipe)
     finished = _finished_before(inputs)
+    workspace = Workspace(workspace_folder(recipe))
     if finished is not None:
-        return Unlearned(Path(recipe.output.folder), finished, {}, finished_before=True)
+        known = _known_outcomes(inputs, workspace, finished)
+        return Unlearned(Path(recipe.output.folder), finished, known, finished_before=True)
     costs = make_plan(inputs)
+    check_places(recipe, inputs, needs=costs.disk)
     for line in describe(costs):
         listener.say(line)
-    check_places(recipe, inputs, needs=costs.disk)
-    workspace = Workspace(workspace_folder(recipe))
     with workspace.locked():
         return _Run(inputs, workspace, listener).run(command)
 
@@ -112,12 +113,45 @@ def run_key(inputs: Inputs) -> str:
 
 def _finished_before(inputs: Inputs) -> Mapping[str, Any] | None:
     """Return the record of this very run if the output folder already holds its result."""
-    path = Path(inputs.recipe.output.folder) / "record.json"
+    output = Path(inputs.recipe.output.folder)
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record: dict[str, Any] = json.loads((output / "record.json").read_text(encoding="utf-8"))
+        same_run = record["run"] == run_key(inputs)
+        written = record["models"]["unlearned"]["fingerprint"]
+        return record if same_run and Checkpoint.open(output).fingerprint() == written else None
+    except (OSError, ValueError, KeyError, TypeError, CheckpointError):
         return None
-    return record if isinstance(record, dict) and record.get("run") == run_key(inputs) else None
+
+
+def _known_outcomes(inputs: Inputs, workspace: Workspace, record: Mapping[str, Any]) -> Outcomes:
+    """Return the outcomes of a finished run as its workspace holds them; empty when it is gone."""
+    steps = {
+        name: _evaluation(inputs, workspace, model["fingerprint"]) for name, model in record["models"].items()
+    }
+    if any(step.facts is None for step in steps.values()):
+        return {}
+    return {name: _read_sets(step, inputs) for name, step in steps.items()}
+
+
+def _evaluation(inputs: Inputs, workspace: Workspace, model: str) -> Step:
+    """Return the step that evaluates the model of that fingerprint."""
+    return workspace.step(
+        "evaluate",
+        model=model,
+        rows={label: fingerprint_examples(examples) for label, examples in _test_sets(inputs).items()},
+        settings=inputs.recipe.evaluation.model_dump(exclude={"batch_rows"}),
+        prompts=inputs.recipe.prompts.model_dump(),
+    )
+
+
+def _test_sets(inputs: Inputs) -> Mapping[str, Sequence[Example]]:
+    """Return the rows that models are evaluated on, by set; forget-only runs have one set."""
+    sets = {"forget": inputs.rows.forget_test, "retain": inputs.rows.retain_test}
+    return {label: examples for label, examples in sets.items() if examples}
+
+
+def _read_sets(step: Step, inputs: Inputs) -> Mapping[str, Sequence[Outcome]]:
+    return {label: tuple(read_outcomes(step.folder / f"{label}.jsonl")) for label in _test_sets(inputs)}
 
 
 class _Run:
@@ -198,6 +232,7 @@ class _Run:
         )
         facts, checkpoint = step.facts, _open_whole(step)
         if facts is None or checkpoint is None:
+            step.begin()
             shutil.rmtree(step.folder / "model", ignore_errors=True)
             done = finetune(
                 start,
@@ -235,7 +270,7 @@ class _Run:
         )
         alphas = scales.forget_grid if scales.forget is None else [scales.forget]
         if len(alphas) == len(betas) == 1:
-            return Chosen(alphas[0], betas[0], "given", None, ())
+            return Chosen(alphas[0], betas[0], "given", None, [])
         step = self.workspace.step(
             "scales",
             target=target.fingerprint(),
@@ -246,10 +281,11 @@ class _Run:
             rows=[fingerprint_examples(self.rows.forget_probe), fingerprint_examples(self.rows.retain_probe)],
             max_length=self.recipe.evaluation.max_length,
             prompts=self.recipe.prompts.model_dump(),
-            rounding=[self.recipe.output.rounding, self.recipe.seed],
+            output=[self.recipe.output.dtype, self.recipe.output.rounding, self.recipe.seed],
         )
         facts = step.facts
         if facts is None:
+            step.begin()
             chosen = choose_scales(
                 self.inputs,
                 target,
@@ -317,18 +353,12 @@ class _Run:
 
     def _evaluate(self, name: str, checkpoint: Checkpoint) -> Mapping[str, Sequence[Outcome]]:
         """Return a model's outcomes on the forget and retain rows, read back if they are there."""
-        sets = {"forget": self.rows.forget_test, "retain": self.rows.retain_test}
-        step = self.workspace.step(
-            "evaluate",
-            model=checkpoint.fingerprint(),
-            rows={label: fingerprint_examples(examples) for label, examples in sets.items()},
-            settings=self.recipe.evaluation.model_dump(exclude={"batch_rows"}),
-            prompts=self.recipe.prompts.model_dump(),
-        )
+        step = _evaluation(self.inputs, self.workspace, checkpoint.fingerprint())
         if step.facts is None:
+            step.begin()
             started = time.monotonic()
             model, tokenizer = load_model(checkpoint, device=self.device), load_tokenizer(checkpoint)
-            for label, examples in sets.items():
+            for label, examples in _test_sets(self.inputs).items():
                 outcomes = observe(
                     model,
                     tokenizer,
@@ -340,11 +370,7 @@ class _Run:
                 )
                 write_outcomes(step.folder / f"{label}.jsonl", outcomes)
             step.finish({"model": name, "seconds": round(time.monotonic() - started, 1)})
-        return {
-            label: tuple(read_outcomes(step.folder / f"{label}.jsonl"))
-            for label, examples in sets.items()
-            if examples
-        }
+        return _read_sets(step, self.inputs)
 
     def _publish(self, model: Checkpoint, record: Mapping[str, Any]) -> Path:
         """Put record and report beside the weights, then give the folder its final name."""
@@ -352,7 +378,7 @@ class _Run:
         write_text(model.folder / "report.md", markdown_report(record))
         output = Path(self.recipe.output.folder)
         output.parent.mkdir(parents=True, exist_ok=True)
-        move_folder(model.folder, output)
+        move_folder(model.folder, output.resolve())  # a link is no place to rename to
         return output
 
 

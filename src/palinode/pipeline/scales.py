@@ -111,7 +111,8 @@ class _Probes:
             self.live = self.live or load_model(self.target, device=self.device)
             point = unlearned_point(self.target, forget, retain, forget_scale=alpha, retain_scale=beta)
             recipe = self.inputs.recipe
-            put(point, self.live, rounding=recipe.output.rounding, seed=recipe.seed)
+            output = recipe.output
+            put(point, self.live, dtype=output.dtype, rounding=output.rounding, seed=recipe.seed)
             self._keep(name, self._measure(self.live))
         return Probe(**self.known[name])
 

@@ -78,7 +78,8 @@ def finetune_file(
         training=checked.model_dump(exclude={"save_minutes"}),
         seed=seed,
     )
-    state = output.with_name(f".{output.name}.state-{key[:12]}")  # other inputs never find it
+    place = output.resolve()
+    state = place.with_name(f".{place.name}.state-{key[:12]}")  # other inputs never find it
     return finetune(
         start, examples, output, checked, seed=seed, device=device, state=state, listener=listener
     )

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,10 @@ class Step:
             ) from None
         return facts
 
+    def begin(self) -> None:
+        """Make the step's folder; what an interrupted try left in it stays."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Record the step as finished."""
         write_json(self.folder / "step.json", {"name": self.name, "key": self.key, "facts": dict(facts)})
@@ -66,7 +70,7 @@ class Step:
     def clear(self) -> None:
         """Throw the step's results away, so that it is done anew."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
+        self.begin()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +82,7 @@ class Workspace:
     def step(self, name: str, **inputs: Any) -> Step:
         """Return the step of that name with these inputs, finished or not."""
         key = fingerprint(step=name, **inputs)
-        folder = self.folder / f"{name}-{key[:12]}"
-        folder.mkdir(parents=True, exist_ok=True)
-        return Step(name, key, folder)
+        return Step(name, key, self.folder / f"{name}-{key[:12]}")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -100,4 +102,15 @@ class Workspace:
         try:
             yield
         finally:
+            self._tidy()
             os.close(handle)
+
+    def _tidy(self) -> None:
+        """Leave nothing behind where nothing was done: no empty steps, no workspace without steps."""
+        with suppress(OSError):
+            for step in self.folder.iterdir():
+                with suppress(OSError):  # it holds something, or is the lock
+                    step.rmdir()
+            if [path.name for path in self.folder.iterdir()] == ["lock"]:
+                (self.folder / "lock").unlink()
+                self.folder.rmdir()

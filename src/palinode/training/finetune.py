@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from transformers import PreTrainedModel
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig, PreTrainedModel
 
 from palinode.data.examples import Example
 from palinode.data.tokenize import PromptStyle, TokenRow, tokenize
@@ -18,7 +20,7 @@ from palinode.records import write_json
 from palinode.training.loop import CurvePoint, train
 from palinode.training.losses import ANSWER_LOSS, Loss
 from palinode.training.settings import TrainingSettings
-from palinode.weights.checkpoint import Checkpoint
+from palinode.weights.checkpoint import INDEX, SINGLE, Checkpoint
 from palinode.weights.store import check_output
 
 CURVE = "training.json"
@@ -40,7 +42,7 @@ class Finetuned:
 def finetune(
     base: Checkpoint,
     examples: Sequence[Example],
-    output: Path,
+    output: Path | str,
     settings: TrainingSettings | None = None,
     *,
     seed: int = 0,
@@ -56,7 +58,7 @@ def finetune(
     The folder appears under its name only when it is whole. `state` is where an interrupted run
     leaves what it needs to go on. Raises DivergenceError when the loss stops being finite.
     """
-    settings = settings or TrainingSettings()
+    settings, output = settings or TrainingSettings(), Path(output)
     check_output(output, [base.folder], needs=4 * base.parameters)
     started = time.monotonic()
     tokenizer = load_tokenizer(base)
@@ -88,11 +90,15 @@ def training_tokens(rows: Sequence[TokenRow], settings: TrainingSettings) -> int
 def write_model(
     model: PreTrainedModel, origin: Checkpoint, output: Path, curve: Sequence[CurvePoint] = ()
 ) -> None:
-    """Write a live model with the tokenizer of the checkpoint it came from, atomically."""
+    """Write a live model with the tokenizer and the layout of the checkpoint it came from, atomically."""
+    output = output.resolve()  # "." has no name, and a link is no place to rename to
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    model.generation_config = GenerationConfig()  # the origin's is copied below; it may fail today's checks
     with quiet_transformers():
         model.save_pretrained(partial)
+    (partial / "generation_config.json").unlink(missing_ok=True)
+    _match_layout(model, origin, partial)
     for path in origin.companions():
         place = partial / path.relative_to(origin.folder)
         if not place.exists():
@@ -100,3 +106,26 @@ def write_model(
             shutil.copyfile(path, place)
     write_json(partial / CURVE, [asdict(point) for point in curve])
     partial.replace(output)
+
+
+def _match_layout(model: PreTrainedModel, origin: Checkpoint, folder: Path) -> None:
+    """Give a written model the tensors and names of its origin: a vector needs the same at both ends.
+
+    Old checkpoints hold buffers that models make no use of today, and names without the model's prefix.
+    """
+    written = Checkpoint.open(folder)
+    if all(written.find(name) for name in origin.tensors):
+        return
+    prefix = f"{model.base_model_prefix}."
+    names = {prefix + name: name for name in origin.tensors if written.find(name) is None}
+    tensors = {names.get(name, name): tensor for name, tensor in _tensors(written)}
+    unused = {name: tensor for name, tensor in _tensors(origin) if written.find(name) is None}
+    for file in {info.file for info in written.tensors.values()} | {folder / INDEX}:
+        file.unlink(missing_ok=True)
+    save_file({**unused, **tensors}, folder / SINGLE, metadata={"format": "pt"})
+
+
+def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of a checkpoint by name."""
+    for file in {info.file for info in checkpoint.tensors.values()}:
+        yield from load_file(file).items()

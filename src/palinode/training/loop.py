@@ -2,28 +2,32 @@
 
 The model's weights are float32 throughout; the forward pass runs under bfloat16 autocast where that
 is faster. Each optimiser step sums its micro-batches' losses and divides once by their summed weight.
-The order of rows depends on the seed and the epoch only, so that a resumed run sees what an
-uninterrupted one would have seen.
+The order of rows depends on the seed and the epoch only, and dropout on the seed and the step, so that
+a resumed run sees what an uninterrupted one would have seen.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
 from palinode.data.batches import Batch, epoch_batches, pad_right
 from palinode.data.tokenize import TokenRow
 from palinode.errors import DivergenceError
+from palinode.models.loading import check_positions
 from palinode.records import write_json
 from palinode.training.losses import Loss
 from palinode.training.settings import TrainingSettings
@@ -59,11 +63,11 @@ def train(
     `settings.save_minutes`, when the run is interrupted, and before a step that would not be finite.
     `on_progress` hears tokens. Raises DivergenceError when loss or gradient stop being finite.
     """
-    set_seed(seed)
+    check_positions(model.config, rows)
     accelerator = Accelerator(cpu=model.device.type == "cpu", mixed_precision="no")
     model.train()
     wrapped, optimizer = accelerator.prepare(model, _adamw(model, settings))
-    run = _Run(accelerator, wrapped, optimizer, loss, settings, state)
+    run = _Run(accelerator, wrapped, optimizer, loss, settings, seed, state)
     steps = list(_steps(rows, settings, seed, accelerator.num_processes))
     run.resume(on_progress, steps, rows)
     saved_at = time.monotonic()
@@ -142,6 +146,7 @@ class _Run:
         optimizer: torch.optim.Optimizer,
         loss: Loss,
         settings: TrainingSettings,
+        seed: int,
         state: Path | None,
     ) -> None:
         self.accelerator = accelerator
@@ -149,6 +154,7 @@ class _Run:
         self.optimizer = optimizer
         self.loss = loss
         self.settings = settings
+        self.seed = seed
         self.state = state
         self.curve: list[CurvePoint] = []
         self.autocast = use_autocast(accelerator.unwrap_model(model), settings)
@@ -156,6 +162,7 @@ class _Run:
     def step(self, batches: Sequence[Batch], step: int, steps: Sequence[object]) -> None:
         """Take one optimiser step over micro-batches; the weights stay as they were if it is not finite."""
         per_epoch = len(steps) // self.settings.epochs
+        torch.manual_seed(self.seed + step)
         rate = learning_rate_at(
             step, len(steps), round(self.settings.warmup_epochs * per_epoch), self.settings.learning_rate
         )
@@ -165,13 +172,23 @@ class _Run:
         norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm))
         if not (math.isfinite(value) and math.isfinite(norm)):
             self.optimizer.zero_grad()
-            raise DivergenceError(
-                f"the training loss stopped being a finite number at step {step + 1} of {len(steps)}; "
-                f"lower the learning rate (now {self.settings.learning_rate:g})"
-            )
-        self.optimizer.step()
+            raise DivergenceError(self._why_not_finite(step, len(steps)))
+        with _undisturbed():
+            self.optimizer.step()
+            self.curve.append(CurvePoint(step, value, rate, norm))
         self.optimizer.zero_grad()
-        self.curve.append(CurvePoint(step, value, rate, norm))
+
+    def _why_not_finite(self, step: int, total: int) -> str:
+        if step == 0:
+            return (
+                "the training loss is not a finite number before the first step is taken; "
+                "does the checkpoint hold NaN or infinity?"
+            )
+        kept = f"; the state before that step is kept in {self.state}" if self.state else ""
+        return (
+            f"the training loss stopped being a finite number at step {step + 1} of {total}; "
+            f"lower the learning rate (now {self.settings.learning_rate:g}){kept}"
+        )
 
     def _backward(self, batches: Sequence[Batch]) -> float:
         """Add up the gradients of Σ total / Σ weight over all micro-batches of all processes."""
@@ -193,9 +210,10 @@ class _Run:
             return
         partial = self.state.with_name(f".{self.state.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
+        logging.getLogger("accelerate").setLevel(logging.ERROR)  # or it tells of tied weights at every save
         self.accelerator.save_state(str(partial))
         write_json(partial / "curve.json", [asdict(point) for point in self.curve])
-        old = self.state.with_name(f".{self.state.name}.old")
+        old = _replaced(self.state)
         shutil.rmtree(old, ignore_errors=True)
         if self.state.exists():
             self.state.replace(old)
@@ -209,7 +227,11 @@ class _Run:
         rows: Sequence[TokenRow],
     ) -> None:
         """Go on from a saved state where there is one."""
-        if self.state is None or not (self.state / "curve.json").exists():
+        if self.state is None:
+            return
+        if not self.state.exists() and _replaced(self.state).exists():  # killed while the new one came in
+            _replaced(self.state).replace(self.state)
+        if not (self.state / "curve.json").exists():
             return
         self.accelerator.load_state(str(self.state))
         points = json.loads((self.state / "curve.json").read_text(encoding="utf-8"))
@@ -217,3 +239,27 @@ class _Run:
         if on_progress:
             done = steps[: len(self.curve)]
             on_progress(sum(len(rows[i].ids) for step in done for part in step for i in part))
+
+
+def _replaced(state: Path) -> Path:
+    """Return where the last state lies while a new one takes its place."""
+    return state.with_name(f".{state.name}.old")
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back until the block is done, so that no step is left half taken."""
+    if threading.current_thread() is not threading.main_thread():  # signals go to the main thread
+        yield
+        return
+    caught: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, lambda number, _frame: caught.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if caught:
+        signal.raise_signal(caught[0])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from palinode.data.batches import Batch
+from palinode.data.batches import IGNORED, Batch
 from palinode.models.likelihoods import answer_nll
 
 
@@ -33,7 +33,7 @@ def summed_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 def scored_tokens(batch: Batch) -> float:
     """Return the number of scored tokens of a batch."""
-    return float((batch.labels != -100).sum())
+    return float((batch.labels != IGNORED).sum())
 
 
 ANSWER_LOSS = Loss("answer", summed_nll, scored_tokens)

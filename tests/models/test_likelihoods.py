@@ -1,0 +1,142 @@
+"""Likelihoods: the numbers of a plain loop over rows, whatever shares a batch with what."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, TrOCRConfig, TrOCRForCausalLM
+
+from palinode.data.batches import pad_right
+from palinode.data.tokenize import TokenRow
+from palinode.errors import CheckpointError, DataError
+from palinode.models import answer_logits, answer_nll, load_model, score_rows
+
+
+def rows_of(*lengths: tuple[int, int]) -> list[TokenRow]:
+    random = torch.Generator().manual_seed(0)
+    return [
+        TokenRow(tuple(torch.randint(3, 150, (prompt + answer,), generator=random).tolist()), prompt, place)
+        for place, (prompt, answer) in enumerate(lengths)
+    ]
+
+
+ROWS = rows_of((1, 1), (9, 3), (2, 7), (5, 1), (1, 20), (3, 4), (30, 2))
+
+
+def llama(tiny):
+    return load_model(tiny.target, device=torch.device("cpu"))
+
+
+def gpt2(_tiny):
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            n_embd=16, n_layer=2, n_head=2, vocab_size=200, n_positions=64, bos_token_id=1, eos_token_id=1
+        )
+    ).eval()
+
+
+def trocr(_tiny):
+    """One of the few models whose forward pass cannot leave out logits."""
+    torch.manual_seed(0)
+    return TrOCRForCausalLM(
+        TrOCRConfig(
+            vocab_size=200, d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=32
+        )
+    ).eval()
+
+
+MODELS = pytest.mark.parametrize("build", [llama, gpt2, trocr])
+
+
+@torch.no_grad()
+def plain_loop(model, row: TokenRow) -> tuple[list[float], list[bool]]:
+    """Score one row by itself, in double precision from the logits on."""
+    logits = model(input_ids=torch.tensor([row.ids])).logits[0].double()
+    logprobs = torch.log_softmax(logits, dim=-1)
+    places = range(row.start, len(row.ids))
+    return (
+        [logprobs[place - 1, row.ids[place]].item() for place in places],
+        [logits[place - 1].argmax().item() == row.ids[place] for place in places],
+    )
+
+
+@MODELS
+def test_scores_are_those_of_a_plain_loop_over_rows(tiny, build):
+    model = build(tiny)
+    found = score_rows(model, ROWS, pad_id=0)
+    for row, (logprobs, hits) in zip(ROWS, found, strict=True):
+        expected, expected_hits = plain_loop(model, row)
+        assert logprobs == pytest.approx(expected, rel=1e-6, abs=1e-5)
+        assert hits == expected_hits
+        assert len(logprobs) == row.scored
+
+
+@MODELS
+def test_scores_do_not_depend_on_what_else_is_in_the_batch(tiny, build):
+    model = build(tiny)
+    together = score_rows(model, ROWS, pad_id=0)
+    backwards = score_rows(model, ROWS[::-1], pad_id=7)[::-1]  # nor on the order, nor on the padding
+    for row, one, other in zip(ROWS, together, backwards, strict=True):
+        ((alone, _),) = score_rows(model, [row], pad_id=0)
+        assert one[0] == pytest.approx(alone, abs=1e-4)
+        assert other[0] == pytest.approx(alone, abs=1e-4)
+
+
+def test_hits_are_true_where_the_model_would_have_said_the_token(tiny):
+    model = llama(tiny)
+    ids = [5, 6]
+    for _ in range(3):
+        ids.append(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
+    ((_, said),) = score_rows(model, [TokenRow(tuple(ids), 2, 0)], pad_id=0)
+    assert said == [True, True, True]
+    wrong = [*ids[:4], (ids[4] + 1) % 150]
+    ((_, said),) = score_rows(model, [TokenRow(tuple(wrong), 2, 0)], pad_id=0)
+    assert said == [True, True, False]
+
+
+def test_model_that_knows_nothing_gives_every_token_the_same_probability(tiny):
+    model = llama(tiny)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.zero_()
+    for logprobs, _ in score_rows(model, ROWS, pad_id=0):
+        assert logprobs == pytest.approx([-math.log(model.config.vocab_size)] * len(logprobs), rel=1e-6)
+
+
+def test_logits_are_those_of_the_scored_tokens_with_their_rows(tiny):
+    logits, labels, rows = answer_logits(llama(tiny), pad_right(ROWS[1:3], pad_id=0))
+    assert logits.shape == (10, tiny.target.config["vocab_size"])
+    assert labels.tolist() == [*ROWS[1].ids[9:], *ROWS[2].ids[2:]]
+    assert rows.tolist() == [0] * 3 + [1] * 7
+
+
+def test_nll_is_float32_whatever_the_logits_are(tiny):
+    model = llama(tiny).to(torch.bfloat16)
+    assert answer_nll(model, pad_right(ROWS, pad_id=0)).dtype == torch.float32
+
+
+def test_progress_counts_every_row_once(tiny):
+    heard = []
+    score_rows(llama(tiny), ROWS, pad_id=0, on_progress=heard.append)
+    assert sum(heard) == len(ROWS)
+
+
+def test_no_rows_give_no_scores(tiny):
+    assert score_rows(llama(tiny), [], pad_id=0) == []
+
+
+def test_weights_that_are_not_numbers_are_an_error_and_not_a_score(tiny):
+    model = llama(tiny)
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    with pytest.raises(CheckpointError, match="likelihoods are not finite numbers"):
+        score_rows(model, ROWS, pad_id=0)
+
+
+def test_rows_longer_than_the_model_are_refused(tiny):
+    with pytest.raises(
+        DataError, match="a row has 70 tokens and the model takes at most 64; set max_length to 64"
+    ):
+        score_rows(gpt2(tiny), rows_of((1, 3), (60, 10)), pad_id=0)

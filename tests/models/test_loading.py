@@ -1,0 +1,145 @@
+"""Loading: whole models only, and one sentence where something is missing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BloomConfig
+
+from palinode import Checkpoint
+from palinode.errors import CheckpointError, InputError
+from palinode.models import load_model, load_tokenizer, pad_token, pick_device
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    """A copy of the tiny base that may be damaged."""
+    return shutil.copytree(tiny.base.folder, tmp_path / "model")
+
+
+def change_config(folder, **changes):
+    config = {**json.loads((folder / "config.json").read_text()), **changes}
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def refusal(folder) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        load_model(Checkpoint.open(folder), device=CPU)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_model_is_ready_for_use_in_float32(tiny):
+    model = load_model(tiny.base, device=CPU)
+    assert not model.training
+    assert model.config._attn_implementation == "sdpa"
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_model_can_be_loaded_in_another_dtype(tiny):
+    assert load_model(tiny.base, device=CPU, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_config_that_asks_for_flash_attention_needs_no_such_package(folder):
+    change_config(folder, attn_implementation="flash_attention_2")
+    assert load_model(Checkpoint.open(folder), device=CPU).config._attn_implementation == "sdpa"
+
+
+def test_architecture_without_sdpa_is_loaded_with_what_it_has(tmp_path):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(
+        BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=50)
+    ).save_pretrained(tmp_path)
+    assert load_model(Checkpoint.open(tmp_path), device=CPU).config._attn_implementation == "eager"
+
+
+def test_masked_language_model_is_refused(folder):
+    change_config(folder, architectures=["BertForMaskedLM"])
+    assert "is a BertForMaskedLM, not a causal language model" in refusal(folder)
+
+
+def test_config_without_architectures_is_given_a_try(folder):
+    change_config(folder, architectures=None)
+    load_model(Checkpoint.open(folder), device=CPU)
+
+
+def test_unknown_architecture_is_refused(folder):
+    change_config(folder, model_type="nonsense")
+    assert "cannot be loaded as a causal language model" in refusal(folder)
+
+
+def test_missing_weights_are_refused_and_not_made_up(folder):
+    change_config(folder, num_hidden_layers=3)
+    assert "lacks 9 weights that its config asks for (first: model.layers.2.input_layernorm" in refusal(
+        folder
+    )
+
+
+def test_weights_that_the_config_leaves_out_are_refused_and_not_dropped(folder):
+    change_config(folder, num_hidden_layers=1)
+    assert "holds 9 weights that its config makes no use of (first: model.layers.1." in refusal(folder)
+
+
+def test_buffers_of_old_checkpoints_are_no_weights(folder):
+    file = folder / "model.safetensors"
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file({**load_file(file), **buffer}, file, metadata={"format": "pt"})
+    load_model(Checkpoint.open(folder), device=CPU)
+
+
+def test_weights_of_another_shape_are_refused(folder):
+    change_config(folder, intermediate_size=64)
+    assert "(its weights have other shapes than its config asks for)" in refusal(folder)
+
+
+@pytest.mark.parametrize("value", ["wide", -3, 0, 31])
+def test_config_that_makes_no_sense_is_refused_in_one_sentence(folder, value):
+    change_config(folder, hidden_size=value)
+    assert str(folder) in refusal(folder)
+
+
+def test_folder_without_a_tokenizer_is_refused(folder):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(
+        CheckpointError, match=r"has no tokenizer that can be loaded .*; copy the tokenizer files"
+    ):
+        load_tokenizer(Checkpoint.open(folder))
+
+
+def test_damaged_tokenizer_is_refused(folder):
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match="has no tokenizer that can be loaded"):
+        load_tokenizer(Checkpoint.open(folder))
+
+
+def test_loading_says_nothing(tiny, capfd):
+    load_model(tiny.base, device=CPU)
+    load_tokenizer(tiny.base)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_padding_is_the_pad_token_else_the_end_token_else_zero(tiny):
+    tokenizer = load_tokenizer(tiny.base)
+    assert pad_token(tokenizer) == 0
+    tokenizer.pad_token = None
+    assert pad_token(tokenizer) == 1
+    tokenizer.eos_token = None
+    assert pad_token(tokenizer) == 0
+
+
+@pytest.mark.parametrize("name", ["abacus", "cuda:99", "meta", ""])
+def test_device_that_cannot_compute_here_is_refused(name):
+    with pytest.raises(InputError, match="there is no device .* here .*; use cpu or auto"):
+        pick_device(name)
+
+
+def test_device_by_name():
+    assert pick_device("cpu") == CPU
+    assert pick_device("auto").type in ("cpu", "cuda", "mps")

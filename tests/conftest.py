@@ -1,4 +1,4 @@
-"""What every test runs under (no network, no progress bars, one thread), and the tiny world that they share."""
+"""What every test runs under (no network, no bars, one thread), and the tiny world that they share."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Said:
 
     @property
     def refusal(self) -> str:
-        """The one sentence with which a command refused; fails the test when there is more or less than that."""
+        """The one sentence with which a command refused; the test fails when there is more or less."""
         assert self.code == 2, f"exit code {self.code}\n{self.out}\n{self.err}"
         lines = self.err.splitlines()
         assert len(lines) == 1, self.err
@@ -109,7 +109,10 @@ def palinode(monkeypatch):
 
 @pytest.fixture
 def unlearn_words(tiny):
-    """A function that spells `palinode unlearn` for the tiny world; None leaves an option out, True has no value."""
+    """A function that spells `palinode unlearn` for the tiny world.
+
+    None leaves an option out; True gives it no value.
+    """
 
     def spell(output: object, **changes: object) -> list[str]:
         options = {

@@ -136,7 +136,7 @@ def test_padding_is_the_pad_token_else_the_end_token_else_zero(tiny):
 
 @pytest.mark.parametrize("name", ["abacus", "cuda:99", "meta", ""])
 def test_device_that_cannot_compute_here_is_refused(name):
-    with pytest.raises(InputError, match="there is no device .* here .*; use cpu or auto"):
+    with pytest.raises(InputError, match=r"there is no device .* here .*; use cpu or auto"):
         pick_device(name)
 
 

@@ -178,6 +178,12 @@ def test_retain_scale_without_retain_rows_is_refused_and_zero_is_not():
     assert with_("scales.retain=0", text=alone).scales.retain == 0.0
 
 
+def test_tilde_is_the_users_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/somebody")
+    recipe = with_("output.folder=~/out", "output.workspace=~/ws")
+    assert (recipe.output.folder, recipe.output.workspace) == ("/somebody/out", "/somebody/ws")
+
+
 # [prepare]
 
 

@@ -1,4 +1,4 @@
-"""A run killed at any moment, by whatever signal, goes on where it was when the same command is given again."""
+"""A run killed at any moment goes on where it was when the same command is given again."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def undisturbed(write_recipe, tmp_path_factory):
 
 
 def start(recipe: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "palinode", "run", str(recipe), "--quiet"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    words = [sys.executable, "-m", "palinode", "run", str(recipe), "--quiet"]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def wait_for(run: subprocess.Popen[str], folder: Path, pattern: str) -> None:

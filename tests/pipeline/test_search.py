@@ -91,7 +91,7 @@ def test_forget_only_takes_the_point_nearest_above_the_base():
 
 
 def test_nearest_point_has_the_smallest_relative_shortfall():
-    """Retain shortfalls (0.72 - 0.54) / 0.72 = 0.25 and 0.125; forget shortfall (0.10 - 0.08) / 0.10 = 0.2."""
+    """On retain (0.72 - 0.54) / 0.72 = 0.25 and 0.125; on forget (0.10 - 0.08) / 0.10 = 0.2."""
     found = points((0.5, 0, 0.30, 0.54), (1, 0, 0.08, 0.80), (0.25, 0, 0.50, 0.63))
     assert scales(nearest(found, RULE)) == (0.25, 0)
 

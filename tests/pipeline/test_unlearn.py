@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from palinode import Checkpoint, read_examples
 from palinode.errors import DataError, MismatchError, OutputError, WorkspaceError
+from palinode.methods import METHODS
 from palinode.metrics import METRICS
 from palinode.pipeline import plan, unlearn
 from palinode.pipeline.costs import describe
@@ -141,7 +142,7 @@ def test_record_has_every_score_of_every_model_on_both_sets(done):
     scores = done.record["scores"]
     assert set(scores) == {"target", "base", "unlearned", "retrained"}
     for sets in scores.values():
-        assert set(sets) == {"forget", "retain"}
+        assert set(sets) == {"forget", "retain", "retain_unseen"}
         for metrics in sets.values():
             assert set(metrics) == set(METRICS)
             for score in metrics.values():
@@ -149,6 +150,15 @@ def test_record_has_every_score_of_every_model_on_both_sets(done):
                 assert 0 <= score["low"] <= score["value"] <= score["high"] <= 1
     assert scores["target"]["forget"]["answer_probability"]["n"] == 30
     assert scores["target"]["retain"]["answer_probability"]["n"] == 40  # evaluation.max_rows
+
+
+def test_retain_rows_that_no_vector_saw_are_scored_apart_as_well(done, recipe_of):
+    rows = open_inputs(recipe_of(done.output)).rows
+    seen = {example.row for example in rows.retain_sample}
+    unseen = [example for example in rows.retain_test if example.row not in seen]
+    assert 0 < len(unseen) < 40
+    for sets in done.record["scores"].values():
+        assert sets["retain_unseen"]["answer_probability"]["n"] == len(unseen)
 
 
 def test_record_names_what_went_in(done, tiny):
@@ -231,9 +241,8 @@ def test_without_a_retain_set_there_is_no_second_vector_and_beta_is_zero(forget_
     assert {point["retain_probability"] for point in record["scales"]["points"]} == {None}
     assert record["data"]["retain"] is record["vectors"]["retain"] is record["training"]["retain"] is None
     assert record["dose"]["retain"] is record["dose"]["effective"]["retain"] is None
-    assert {model: set(sets) for model, sets in record["scores"].items()} == dict.fromkeys(
-        ("target", "base", "unlearned"), {"forget"}
-    )
+    assert set(record["scores"]) == {"target", "base", "unlearned"}
+    assert {tuple(sets) for sets in record["scores"].values()} == {("forget",)}
     assert "no retain set was scored" in (forget_only.output / "report.md").read_text()
 
 
@@ -456,7 +465,7 @@ def test_damaged_step_is_named(recipe_of, tmp_path):
     shutil.rmtree(unlearn(recipe).output)
     (record,) = workspace_of(tmp_path / "out").glob("finetune-forget-*/step.json")
     record.write_text("{")
-    with pytest.raises(WorkspaceError, match="cannot be read .* to redo the step"):
+    with pytest.raises(WorkspaceError, match=r"cannot be read .* to redo the step"):
         unlearn(recipe)
     assert not (tmp_path / "out").exists()
 
@@ -526,14 +535,21 @@ def test_interrupted_run_leaves_no_output_and_goes_on_to_the_same_bytes(
 # Methods, preparation, overlap
 
 
-def test_task_vector_starts_from_the_target(recipe_of, tiny, tmp_path):
-    made = unlearn(recipe_of(tmp_path / "out", method="task_vector", scales=GIVEN))
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_takes_off_the_vector_from_the_checkpoint_it_starts_from(
+    recipe_of, tiny, tmp_path, name
+):
+    method = METHODS[name]
+    assert method.name == name
+    assert method.summary
+    start = method.start(tiny.target, tiny.base)
+    assert start == (tiny.target if name == "task_vector" else tiny.base)
+    made = unlearn(recipe_of(tmp_path / "out", method=name, scales=GIVEN))
     (model,) = workspace_of(made.output).glob("finetune-forget-*/model")
-    target, tuned = weights(tiny.target.folder), weights(model)
-    for name, value in weights(made.output).items():
-        torch.testing.assert_close(
-            value, target[name] - 0.5 * (tuned[name] - target[name]), rtol=0, atol=1e-6
-        )
+    target, before, tuned = weights(tiny.target.folder), weights(start.folder), weights(model)
+    for key, value in weights(made.output).items():
+        torch.testing.assert_close(value, target[key] - 0.5 * (tuned[key] - before[key]), rtol=0, atol=1e-6)
+    assert made.record["recipe"]["method"] == name
 
 
 def test_target_and_retrained_model_can_be_prepared(recipe_of, tmp_path):

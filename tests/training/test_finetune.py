@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import resource
 import shutil
 
 import pytest
@@ -43,6 +45,7 @@ def test_result_is_a_model_folder_that_plain_transformers_loads(tiny, forget, tm
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert done.checkpoint == Checkpoint.open(tmp_path / "out")
     assert not list(tmp_path.glob(".*"))
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1  # as the umask says
 
 
 def test_result_keeps_the_layout_and_the_companions_of_its_base(tiny, forget, tmp_path):
@@ -193,3 +196,64 @@ def test_state_of_other_settings_is_not_used_and_that_of_the_same_is(tiny, forge
     found = tensors(Checkpoint.open(tmp_path / "out"))
     assert all(torch.equal(found[name], value) for name, value in tensors(expected).items())
     assert state.exists()  # another run's
+
+
+class CtrlC:
+    """A listener that presses Ctrl-C once so many tokens have been trained on."""
+
+    def __init__(self, tokens: int):
+        self.left = tokens
+
+    def say(self, text):
+        raise AssertionError(text)
+
+    @contextlib.contextmanager
+    def task(self, label, total, unit):
+        def advance(amount):
+            self.left -= amount
+            if self.left <= 0:
+                raise KeyboardInterrupt
+
+        yield advance
+
+
+def test_interrupted_call_goes_on_when_it_is_repeated(tiny, tmp_path):
+    given = SETTINGS.model_dump()
+    places = (str(tiny.base.folder), str(tiny.forget))
+    finetune_file(*places, tmp_path / "whole", given, device="cpu")
+    with pytest.raises(KeyboardInterrupt):
+        finetune_file(*places, tmp_path / "out", given, device="cpu", listener=CtrlC(200))
+    assert not (tmp_path / "out").exists()
+    (state,) = tmp_path.glob(".out.state-*")
+    assert len(json.loads((state / "curve.json").read_text())) == 2
+    done = finetune_file(*places, tmp_path / "out", given, device="cpu")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
+    assert len(done.curve) == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+# A disk that is full
+
+
+@pytest.fixture
+def small_files():
+    """No file may grow beyond 50 KB, which the 124 KB of the tiny model's weights do."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_model_that_finds_no_room_is_one_sentence(tiny, forget, tmp_path, small_files):
+    with pytest.raises(OutputError, match=r"\.out\.partial cannot be written \(.*too large.*\); make room"):
+        finetune(tiny.base, forget, tmp_path / "out", SETTINGS, device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_state_that_finds_no_room_is_one_sentence(tiny, forget, tmp_path, small_files):
+    often = SETTINGS.model_copy(update={"save_minutes": 1e-9})
+    with pytest.raises(OutputError, match=r"\.state\.partial cannot be written \(.*\); make room"):
+        finetune(tiny.base, forget, tmp_path / "out", often, device="cpu", state=tmp_path / "state")
+    assert not (tmp_path / "state").exists()

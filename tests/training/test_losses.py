@@ -49,7 +49,7 @@ def test_gradient_is_that_of_the_answer_tokens_alone(model):
 
 
 def test_padding_may_be_the_end_token_itself(model):
-    """The mask comes from lengths: were it taken from ids, a padding id that occurs in a row would hide it."""
+    """Were the mask taken from ids and not from lengths, the padding id would be hidden in the rows too."""
     with_pad_0 = ANSWER_LOSS.total(model, pad_right(ROWS, pad_id=0))
     with_end_as_pad = ANSWER_LOSS.total(model, pad_right(ROWS, pad_id=1))
     assert with_end_as_pad.item() == pytest.approx(with_pad_0.item(), rel=1e-6)

@@ -28,7 +28,7 @@ def main() -> None:
     try:
         code = _call()
     except KeyboardInterrupt:  # before the parser was there to take it
-        code = _refuse(INTERRUPTED)
+        code = _interrupted()
     sys.exit(code)
 
 
@@ -49,14 +49,20 @@ def _call() -> int:
         if error.errno not in MENDABLE:
             raise
         place = error.filename or "a file"
-        return _refuse(f"{place} cannot be used ({error.strerror}); look at its permissions, or make room")
+        return _refuse(f"{place} cannot be used ({error.strerror}); make room, or look at its permissions")
     except Exception as error:
         if not hasattr(error, "format_message"):  # only the parser's errors have one
             raise
         return _misused(error)
     if code == 130:  # what the parser makes of Ctrl-C
-        return _refuse(INTERRUPTED)
+        return _interrupted()
     return code if isinstance(code, int) else 0
+
+
+def _interrupted() -> int:
+    """Say so; the exit code is ours even where the signal came inside exec, which `python -m` remembers."""
+    exec("")  # makes it forget; the making of a dataclass is such a place
+    return _refuse(INTERRUPTED)
 
 
 def _misused(error: Any) -> int:

@@ -15,7 +15,7 @@ DEMO_ROWS = {
     "target": "target",
     "base": "base checkpoint",
     "unlearned": "unlearned (MSA)",
-    "task_vector": "plain task vector",
+    "task_vector": "task vector",
     "retrained": "retrained (the truth)",
 }
 
@@ -33,13 +33,15 @@ def score_table(scores: Mapping[str, Score]) -> Table:
 def demo_table(record: Mapping[str, Any]) -> Table:
     """Return the demo's recall by model."""
     people = record["people"]
-    table = Table(
-        "model",
-        f"recall: {people['forget']} forget people",
-        f"recall: {people['others']} others",
+    table = Table(title="Recall: share of questions answered exactly right", title_justify="left")
+    table.add_column("model", no_wrap=True)
+    for heading in (
+        f"{people['forget']} forget people",
+        f"{people['others']} others",
         "general facts",
         "α, β",
-    )
+    ):
+        table.add_column(heading, justify="right")
     for name, label in DEMO_ROWS.items():
         recall, scales = record["recall"][name], record["scales"].get(name)
         pair = f"{scales['forget']:g}, {scales['retain']:g}" if scales else ""

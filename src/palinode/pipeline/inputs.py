@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,8 +79,7 @@ def check_places(recipe: Recipe, inputs: Inputs, needs: int) -> None:
     models = [entry.folder for entry in (inputs.base, inputs.target, inputs.retrained) if entry is not None]
     files = [Path(name) for name in (recipe.data.forget, recipe.data.retain) if name and Path(name).exists()]
     output, workspace = Path(recipe.output.folder), workspace_folder(recipe)
-    held = sum(path.stat().st_size for path in workspace.rglob("*") if path.is_file())
-    left = max(0, needs - held)
+    left = max(0, needs - _size(workspace))
     if output.resolve() == Path.cwd():
         raise OutputError(f"the output {output} is the current folder; name one that does not exist yet")
     check_output(output, [*models, *files], needs=min(left, (inputs.target or inputs.base).nbytes))
@@ -95,12 +95,23 @@ def workspace_folder(recipe: Recipe) -> Path:
     return named.with_name(f"{named.name}.workspace")
 
 
+def _size(folder: Path) -> int:
+    """Return the bytes of all files in a folder, which another run may be working in."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            total += path.lstat().st_size
+    return total
+
+
 def _check_workspace(workspace: Path, others: Sequence[Path], needs: int) -> None:
     """Raise OutputError when the workspace lies inside the output or an input, or lacks room."""
     place = workspace.resolve()
     for path in others:
         if path.resolve() in (place, *place.parents):
             raise OutputError(f"the workspace {workspace} lies inside {path}; name another --workspace")
+    if place.exists() and not place.is_dir():
+        raise OutputError(f"the workspace {workspace} is a file; name another --workspace")
     home = next(parent for parent in (place, *place.parents) if parent.exists())
     free = shutil.disk_usage(home).free
     if free < needs:

@@ -6,12 +6,13 @@ Relative paths are taken from the current folder, as on the command line.
 from __future__ import annotations
 
 import difflib
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import RecipeError
@@ -98,6 +99,11 @@ class Output(_Section):
     """Type of the stored weights; None: the target's, tensor by tensor."""
     rounding: Literal["auto", "nearest", "stochastic"] = "auto"
     """How sums are rounded to it; auto: stochastically when it has 16 bits."""
+
+    @field_validator("folder", "workspace")
+    @classmethod
+    def _at_home(cls, place: str | None) -> str | None:
+        return place and os.path.expanduser(place)  # noqa: PTH111 - leaves an unknown ~name as it is
 
 
 class Prepare(_Section):

@@ -51,6 +51,7 @@ def build_record(
 ) -> dict[str, Any]:
     """Return the content of record.json."""
     recipe = inputs.recipe
+    trained = inputs.rows.retain_sample if training["retain"] else ()
     return {
         "version": RECORD_VERSION,
         "palinode": __version__,
@@ -76,11 +77,28 @@ def build_record(
                 }
                 for label, found in sets.items()
             }
-            for name, sets in outcomes.items()
+            for name, sets in with_unseen(outcomes, trained).items()
         },
         "environment": _environment(device),
         "notes": [*inputs.notes, *_chosen_notes(chosen)],
     }
+
+
+def with_unseen(
+    outcomes: Mapping[str, Mapping[str, Sequence[Outcome]]], sample: Sequence[Example]
+) -> dict[str, dict[str, Sequence[Outcome]]]:
+    """Return the outcomes with a set "retain_unseen" added: the retain rows that no vector was trained on.
+
+    Rows that the retain vector saw are held up by it, so the whole retain set flatters the unlearned
+    model. Nothing is added where that set would be empty or the whole.
+    """
+    seen = {example.row for example in sample}
+    added: dict[str, dict[str, Sequence[Outcome]]] = {}
+    for name, sets in outcomes.items():
+        retain = sets.get("retain", ())
+        unseen = [outcome for outcome in retain if outcome.row not in seen]
+        added[name] = {**sets} | ({"retain_unseen": unseen} if 0 < len(unseen) < len(retain) else {})
+    return added
 
 
 def _model(name: str, checkpoint: Checkpoint, inputs: Inputs) -> dict[str, Any]:

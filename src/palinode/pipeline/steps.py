@@ -42,6 +42,11 @@ def apply(
     data and no model class; with β = 0 the retain model is never opened. The dose of the result gives
     the effective scales under "forget" and "retain".
     """
+    if min(forget_scale, retain_scale) < 0:
+        raise RecipeError(
+            f"the scales are {forget_scale:g} and {retain_scale:g}, but must not be negative: the formula "
+            "takes the forget vector off and adds the retain vector already"
+        )
     start = _open(base)
     forget = _open(forget_model) - start
     retain = None

@@ -15,7 +15,11 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-SETS = {"forget": "forget set", "retain": "retain set"}
+SETS = {
+    "forget": "forget set",
+    "retain": "retain set",
+    "retain_unseen": "retain rows that no vector saw",
+}
 MODELS = {
     "target": "target",
     "unlearned": "unlearned",
@@ -92,12 +96,14 @@ def _comparison(record: Mapping[str, Any]) -> str:
 def _retain_clause(record: Mapping[str, Any]) -> str:
     if not _scores(record, "retain"):
         return "nothing was measured on a retain set"
-    before, after = _probabilities(record, "retain", "target", "unlearned")
+    data_set = "retain_unseen" if _scores(record, "retain_unseen") else "retain"
+    place = f"on the {SETS[data_set]}"
+    before, after = _probabilities(record, data_set, "target", "unlearned")
     if before is None or after is None:
-        return "on the retain set the change is not known"
+        return f"{place} the change is not known"
     if after <= before:
-        return f"on the retain set it kept {_number(after)} of {_number(before)}"
-    return f"on the retain set it went from {_number(before)} to {_number(after)}"
+        return f"{place} it kept {_number(after)} of {_number(before)}"
+    return f"{place} it went from {_number(before)} to {_number(after)}"
 
 
 def _probabilities(record: Mapping[str, Any], data_set: str, *models: str) -> list[float | None]:

@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedModel
 
 from palinode.data.examples import Example
 from palinode.data.tokenize import PromptStyle, TokenRow, tokenize
+from palinode.errors import OutputError
 from palinode.models.loading import load_model, load_tokenizer, pad_token, pick_device, quiet_transformers
 from palinode.progress import Listener, Silence
 from palinode.records import write_json
@@ -95,8 +97,11 @@ def write_model(
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.generation_config = GenerationConfig()  # the origin's is copied below; it may fail today's checks
-    with quiet_transformers():
-        model.save_pretrained(partial)
+    try:
+        with quiet_transformers():
+            model.save_pretrained(partial)
+    except SafetensorError as error:  # its own kind of OSError
+        raise OutputError(f"{partial} cannot be written ({error}); make room, or look at its disk") from error
     (partial / "generation_config.json").unlink(missing_ok=True)
     _match_layout(model, origin, partial)
     for path in origin.companions():
@@ -104,6 +109,8 @@ def write_model(
         if not place.exists():
             place.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, place)
+    for file in partial.glob("*.safetensors"):  # safetensors lets nobody else read what it writes
+        file.chmod((partial / "config.json").stat().st_mode)
     write_json(partial / CURVE, [asdict(point) for point in curve])
     partial.replace(output)
 

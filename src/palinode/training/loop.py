@@ -22,11 +22,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from palinode.data.batches import Batch, epoch_batches, pad_right
 from palinode.data.tokenize import TokenRow
-from palinode.errors import DivergenceError
+from palinode.errors import DivergenceError, OutputError
 from palinode.models.loading import check_positions
 from palinode.records import write_json
 from palinode.training.losses import Loss
@@ -211,7 +212,14 @@ class _Run:
         partial = self.state.with_name(f".{self.state.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         logging.getLogger("accelerate").setLevel(logging.ERROR)  # or it tells of tied weights at every save
-        self.accelerator.save_state(str(partial))
+        try:
+            self.accelerator.save_state(str(partial))
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # torch and safetensors have their own kinds
+            raise OutputError(f"{partial} cannot be written ({error}); make room") from error
         write_json(partial / "curve.json", [asdict(point) for point in self.curve])
         old = _replaced(self.state)
         shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,340 @@
+"""What commands print: results on standard output, progress on standard error, nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from palinode import __version__
+from palinode.metrics import METRICS
+
+COMMANDS = ["unlearn", "run", "finetune", "vector", "apply", "evaluate", "demo"]
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f\x80-\x9f]")
+
+
+def strict(text: str):
+    """The JSON that is the whole text, without NaN or infinity."""
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.fixture
+def given(unlearn_words, tmp_path):
+    """Words for a run without a search."""
+    return unlearn_words(tmp_path / "out", forget_scale=0.5, retain_scale=0.5)
+
+
+# Help
+
+
+def test_help_names_every_command_and_says_what_it_does(palinode):
+    said = palinode("--help")
+    assert said.code == 0
+    for name in COMMANDS:
+        assert re.search(rf"^  {name} +[A-Z][\w-]+ ", said.out, re.MULTILINE), name
+
+
+@pytest.mark.parametrize(
+    ("command", "purpose"),
+    [
+        ("unlearn", "From two model folders and a forget set to an unlearned model"),
+        ("run", "The same job, written down as a recipe."),
+        ("finetune", "Fine-tune a checkpoint on rows"),
+        ("vector", "Norms of vectors, the cosines between them"),
+        ("apply", "Write θ_D − α(θ_1 − θ_0) + β(θ_2 − θ_0)"),
+        ("evaluate", "Answer probability, ROUGE-L recall, exact memorization and extraction strength"),
+        ("demo", "Unlearn invented people from a tiny model"),
+    ],
+)
+def test_help_of_a_command_says_what_it_does_and_explains_every_option(palinode, command, purpose):
+    said = palinode(command, "--help")
+    assert (said.code, said.err) == (0, "")
+    assert purpose in " ".join(said.out.split())
+    assert not CONTROL.search(said.out)
+    options = said.out.split("Options:")[1].splitlines()
+    assert [
+        line for line in options if re.fullmatch(r"  -\S+( <\w+>)?", line)
+    ] == []  # each has words beside it
+
+
+def test_without_words_the_help_is_shown_and_the_code_is_two(palinode):
+    said = palinode()
+    assert said.code == 2
+    assert "Usage: palinode" in said.err
+
+
+def test_version(palinode):
+    assert palinode("--version").out == f"palinode {__version__}\n"
+
+
+# unlearn and run
+
+
+def test_json_is_the_record_and_nothing_else(palinode, given, tmp_path):
+    said = palinode(*given, "--json")
+    assert said.code == 0
+    assert strict(said.out) == json.loads((tmp_path / "out" / "record.json").read_text())
+    assert "fine-tuning forget" in said.err
+    again = palinode(*given, "--json")
+    assert (again.out, again.err) == (said.out, "")
+
+
+def test_quiet_is_silent_and_still_shows_the_result(palinode, given, tmp_path):
+    said = palinode(*given, "--quiet")
+    assert (said.code, said.err) == (0, "")
+    assert "Scores and their 95 % intervals" in said.out
+    assert f"{tmp_path / 'out'}: the unlearned model, record.json and report.md" in said.out
+
+
+def test_plan_comes_first_then_one_line_a_task(palinode, given):
+    said = palinode(*given)
+    lines = said.err.splitlines()
+    assert lines[0] == "What will be done (finished steps are not repeated):"
+    assert re.match(r"  fine-tune on the forget set +\d+ tokens  about \d+ s", lines[1])
+    assert re.match(r"In all [\d,]+ tokens, about .*; peak memory about .* GB, disk .* GB\.", lines[5])
+    assert re.match(r"fine-tuning forget: \d+ tokens in .* s", lines[6])
+    assert not CONTROL.search(said.err + said.out)
+    assert "\x1b" not in said.err + said.out
+
+
+def test_same_command_again_says_that_there_is_nothing_to_do(palinode, given, tmp_path):
+    palinode(*given, "--quiet")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    said = palinode(*given)
+    assert said.code == 0
+    assert said.out.startswith(f"{tmp_path / 'out'} already holds the result of this very run.\n")
+    assert said.err == ""
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_dry_run_prints_the_plan_and_does_nothing(palinode, given, tmp_path):
+    said = palinode(*given, "--dry-run")
+    assert (said.code, said.err) == (0, "")
+    assert said.out.startswith("What will be done (finished steps are not repeated):\n  fine-tune on the")
+    planned = strict(palinode(*given, "--dry-run", "--json").out)
+    assert set(planned) == {"steps", "memory", "disk"}
+    assert planned["steps"][0]["label"] == "fine-tune on the forget set"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_recipe_is_the_same_run_as_the_options(palinode, given, tiny, tmp_path):
+    palinode(*given, "--quiet")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f"""
+device = "cpu"
+[models]
+target = "{tiny.target.folder}"
+base = "{tiny.base.folder}"
+[data]
+forget = "{tiny.forget}"
+retain = "{tiny.retain}"
+[training]
+epochs = 2
+learning_rate = 1e-5
+max_length = 64
+[scales]
+forget = 0.5
+retain = 0.5
+[evaluation]
+max_rows = 20
+max_new_tokens = 3
+max_length = 64
+[output]
+folder = "{tmp_path / "out"}"
+"""
+    )
+    said = palinode("run", recipe, "--set", "training.learning_rate=3e-3", "--quiet")
+    assert "already holds the result of this very run" in said.out
+
+
+def test_overlap_is_left_out_when_allowed(palinode, unlearn_words, tiny, tmp_path):
+    both = tmp_path / "both.jsonl"
+    both.write_text(tiny.retain.read_text() + tiny.forget.read_text())
+    words = unlearn_words(
+        tmp_path / "out", retain=both, allow_overlap=True, forget_scale=0.5, retain_scale=0, json=True
+    )
+    assert strict(palinode(*words, "--quiet").out)["data"]["retain"]["rows"] == 285
+
+
+def test_record_names_the_command_that_repeats_it(palinode, given, tmp_path):
+    record = strict(palinode(*given, "--json", "--quiet").out)
+    assert record["command"].startswith("palinode unlearn --target ")
+    assert "--forget-scale 0.5 --retain-scale 0.5" in record["command"]
+
+
+# The single steps
+
+
+def test_steps_by_hand_give_the_bytes_of_the_main_job(palinode, given, tiny, tmp_path):
+    """finetune, finetune, apply: the vectors and the sum are the same as in one go."""
+    palinode(*given, "--quiet")
+    tune = [
+        "finetune",
+        "--base",
+        tiny.base.folder,
+        "--epochs",
+        2,
+        "--learning-rate",
+        3e-3,
+        "--max-length",
+        64,
+    ]
+    (retain,) = (tmp_path / "out.workspace").glob("finetune-retain-*/model")
+    said = palinode(
+        *tune, "--data", tiny.forget, "--output", tmp_path / "theta_1", "--device", "cpu", "--json"
+    )
+    facts = strict(said.out)
+    assert facts["steps"] == 2 * 8
+    assert facts["last_loss"] < facts["first_loss"]
+    applied = palinode(
+        *("apply", "--target", tiny.target.folder, "--base", tiny.base.folder, "--output", tmp_path / "sum"),
+        *("--forget-model", tmp_path / "theta_1", "--retain-model", retain),
+        *("--forget-scale", 0.5, "--retain-scale", 0.5, "--json", "--quiet"),
+    )
+    assert strict(applied.out)["effective"] == pytest.approx({"forget": 0.5, "retain": 0.5}, rel=1e-3)
+    assert applied.err == ""
+    assert (tmp_path / "sum" / "model.safetensors").read_bytes() == (
+        tmp_path / "out" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_apply_needs_no_tokenizer(palinode, tiny, tmp_path):
+    for name in ("target", "base", "retrained"):
+        shutil.copytree(
+            getattr(tiny, name).folder, tmp_path / name, ignore=shutil.ignore_patterns("token*", "gen*")
+        )
+    said = palinode(
+        *("apply", "--target", tmp_path / "target", "--base", tmp_path / "base"),
+        *("--forget-model", tmp_path / "retrained", "--output", tmp_path / "out"),
+    )
+    assert said.code == 0
+    assert "effective scales forget 1.0000" in said.out
+    assert "writing: 31,040 weights in" in said.err
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_apply_with_scale_zero_gives_the_target_and_never_opens_the_retain_model(palinode, tiny, tmp_path):
+    said = palinode(
+        *("apply", "--target", tiny.target.folder, "--base", tiny.base.folder, "--forget-scale", 0),
+        *("--forget-model", tiny.retrained.folder, "--retain-model", tmp_path / "nowhere"),
+        *("--output", tmp_path / "out", "--quiet"),
+    )
+    assert said.code == 0
+    before = load_file(tiny.target.folder / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_vector_shows_norms_and_cosines(palinode, tiny):
+    words = (
+        "vector",
+        "--base",
+        tiny.base.folder,
+        "--model",
+        tiny.target.folder,
+        "--model",
+        tiny.retrained.folder,
+    )
+    found = strict(palinode(*words, "--json").out)
+    norms = found["all"]["norms"]
+    assert set(norms) == {str(tiny.target.folder), str(tiny.retrained.folder)}
+    (pair,) = found["all"]["cosines"]
+    assert 0.5 < pair["cosine"] < 1
+    assert set(found["parts"]) == {"embedding", "layer 0", "layer 1", "rest"}
+    first = load_file(tiny.target.folder / "model.safetensors")
+    base = load_file(tiny.base.folder / "model.safetensors")
+    squares = sum(float((value - base[name]).double().square().sum()) for name, value in first.items())
+    assert norms[str(tiny.target.folder)] == pytest.approx(squares**0.5, rel=1e-5)
+    said = palinode(*words, "--layers")
+    assert f"{norms[str(tiny.target.folder)]:.5g}" in said.out
+    assert "layer 1" in said.out
+    assert said.err == ""
+
+
+def test_json_is_ascii_so_that_every_terminal_can_print_it(palinode, tiny, tmp_path):
+    folder = tmp_path / "größe"
+    folder.symlink_to(tiny.base.folder)
+    said = palinode("vector", "--base", tiny.target.folder, "--model", folder, "--json")
+    assert said.out.isascii()
+    assert strict(said.out)["all"]["norms"].keys() == {str(folder)}
+
+
+def test_evaluate_prints_scores_and_writes_outcomes(palinode, tiny, tmp_path):
+    words = ("evaluate", tiny.target.folder, "--data", tiny.retain, "--max-rows", 12, "--max-new-tokens", 3)
+    said = palinode(*words, "--output", tmp_path / "outcomes.jsonl", "--json", "--quiet")
+    scores = strict(said.out)
+    assert said.err == ""
+    assert set(scores) == set(METRICS)
+    assert scores["answer_probability"]["n"] == 12
+    assert len((tmp_path / "outcomes.jsonl").read_text().splitlines()) == 12
+    table = palinode(*words, "--quiet").out
+    assert "answer probability" in table
+    assert f"{scores['answer_probability']['value']:.3f}" in table
+    assert "exists already" in palinode(*words, "--output", tmp_path / "outcomes.jsonl").refusal
+
+
+def test_columns_of_a_table_may_have_other_names(palinode, tiny, tmp_path):
+    table = tmp_path / "rows.csv"
+    table.write_text('Frage;Antwort\n"the home of";ba\n"the; pet of";do\n')
+    words = ("evaluate", tiny.base.folder, "--data", table, "--max-new-tokens", 3, "--quiet", "--json")
+    found = strict(palinode(*words, "--columns", "question=Frage, answer=Antwort").out)
+    assert found["rouge_l_recall"]["n"] == 2
+
+
+# In a process of its own
+
+
+def shell(*words: object, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", "palinode", *map(str, words)],
+        capture_output=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def test_terminal_that_knows_only_ascii_is_no_reason_to_fail(tiny):
+    run = shell(
+        "evaluate", tiny.base.folder, "--data", tiny.forget, "--max-rows", 2, PYTHONIOENCODING="ascii"
+    )
+    assert run.returncode == 0
+    assert run.stdout.isascii()
+    assert b"answer probability" in run.stdout
+
+
+def test_reader_that_leaves_early_gets_no_traceback(tiny):
+    words = f"'{tiny.base.folder}' --model '{tiny.target.folder}' --json"
+    run = subprocess.run(
+        f"'{sys.executable}' -m palinode vector --base {words} | head -c 1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (run.stdout, run.stderr) == ("{", "")
+
+
+def test_exit_code_of_an_interruption_is_two_even_where_it_came_inside_exec(tmp_path):
+    """`python -m` remembers a KeyboardInterrupt inside exec, and would leave by the signal."""
+    (tmp_path / "inside.py").write_text(
+        "import sys\nfrom palinode.cli import _interrupted\n"
+        "try:\n    exec('raise KeyboardInterrupt')\nexcept KeyboardInterrupt:\n    sys.exit(_interrupted())\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-m", "inside"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 2
+    assert run.stderr.startswith("palinode: interrupted; ")

@@ -151,7 +151,7 @@ def floor_program():
 
 def apply_program():
     """Palinode."""
-    from palinode.pipeline.steps import apply
+    from palinode.methods import apply
 
     def work(folder: Path) -> None:
         apply(

@@ -16,14 +16,13 @@ if TYPE_CHECKING:
     from palinode.data import Example, PromptStyle, read_examples
     from palinode.errors import PalinodeError
     from palinode.evaluation import EvaluationSettings, evaluate
-    from palinode.methods import METHODS
+    from palinode.methods import METHODS, apply
     from palinode.metrics import METRICS
     from palinode.pipeline import (
         DemoResult,
         Plan,
         Recipe,
         Unlearned,
-        apply,
         build_recipe,
         demo,
         load_recipe,
@@ -70,7 +69,7 @@ _HOMES = {
     "TrainingSettings": "training",
     "Unlearned": "pipeline",
     "WeightedSum": "weights",
-    "apply": "pipeline",
+    "apply": "methods",
     "build_recipe": "pipeline",
     "demo": "pipeline",
     "evaluate": "evaluation",

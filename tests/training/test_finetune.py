@@ -257,3 +257,18 @@ def test_state_that_finds_no_room_is_one_sentence(tiny, forget, tmp_path, small_
     with pytest.raises(OutputError, match=r"\.state\.partial cannot be written \(.*\); make room"):
         finetune(tiny.base, forget, tmp_path / "out", often, device="cpu", state=tmp_path / "state")
     assert not (tmp_path / "state").exists()
+
+
+def test_rows_are_read_with_the_chat_template_of_the_reader(tiny, tmp_path):
+    """A base model without a template learns the rows as its instruction-tuned target is asked them."""
+    shutil.copytree(tiny.target.folder, tmp_path / "chat")
+    template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    (tmp_path / "chat" / "chat_template.jinja").write_text(template)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "the home of", "answer": "the"}\n')
+    examples, chat = read_examples(rows), Checkpoint.open(tmp_path / "chat")
+    plain = finetune(tiny.base, examples, tmp_path / "plain", SETTINGS, device="cpu")
+    read = finetune(tiny.base, examples, tmp_path / "read", SETTINGS, reader=chat, device="cpu")
+    own = finetune(chat, examples, tmp_path / "own", SETTINGS, device="cpu")
+    assert read.tokens == own.tokens != plain.tokens
+    assert not (tmp_path / "read" / "chat_template.jinja").exists()  # the result is still a state of the base

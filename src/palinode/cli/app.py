@@ -261,7 +261,7 @@ def apply(
     as_json: Json = False,
 ) -> None:
     """Write θ_D − α(θ_1 − θ_0) + β(θ_2 − θ_0) from models that exist; needs no tokenizer and no data."""
-    from palinode.pipeline import apply as apply_models
+    from palinode.methods import apply as apply_models
     from palinode.weights import Checkpoint
 
     opened = Checkpoint.open(target)

@@ -1,5 +1,6 @@
 """Unlearning methods, one file each, in a plain table."""
 
+from palinode.methods.apply import apply
 from palinode.methods.msa import MSA, Method, unlearned_point
 from palinode.methods.task_vector import TASK_VECTOR
 
@@ -8,4 +9,4 @@ METHODS: dict[str, Method] = {
     "task_vector": TASK_VECTOR,
 }
 
-__all__ = ["METHODS", "Method", "unlearned_point"]
+__all__ = ["METHODS", "Method", "apply", "unlearned_point"]

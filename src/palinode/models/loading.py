@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import blake3
 import torch
 import transformers
 from transformers import (
@@ -100,6 +101,15 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
             "copy the tokenizer files of the model it came from into the folder"
         ) from error
     return tokenizer
+
+
+def tokenizer_fingerprint(checkpoint: Checkpoint) -> str:
+    """Return a content hash of the tokenizer and chat template that lie in a checkpoint's folder."""
+    total = blake3.blake3()
+    for path in checkpoint.companions():
+        if path.name not in ("config.json", "generation_config.json"):
+            total.update(f"{path.relative_to(checkpoint.folder)}\0".encode() + path.read_bytes())
+    return total.hexdigest()[:32]
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:

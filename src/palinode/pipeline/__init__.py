@@ -4,14 +4,12 @@ from palinode.pipeline.costs import Plan
 from palinode.pipeline.demo_run import DemoResult, demo
 from palinode.pipeline.recipe import Recipe, build_recipe, load_recipe
 from palinode.pipeline.run import Unlearned, plan, unlearn
-from palinode.pipeline.steps import apply
 
 __all__ = [
     "DemoResult",
     "Plan",
     "Recipe",
     "Unlearned",
-    "apply",
     "build_recipe",
     "demo",
     "load_recipe",

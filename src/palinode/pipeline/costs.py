@@ -70,7 +70,7 @@ class _Planner:
         self.recipe = inputs.recipe
         self.parameters = inputs.base.parameters
         self.vocabulary = int(inputs.base.config.get("vocab_size", 32_000))
-        self.tokenizer = load_tokenizer(inputs.base)
+        self.tokenizer = load_tokenizer(inputs.reader)
         device = pick_device(self.recipe.device)
         autocast = device.type == "cuda" or self.parameters >= AUTOCAST_FROM
         self.train_rate = EFFICIENCY * measure_flops(device, torch.bfloat16 if autocast else torch.float32)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from palinode import __version__
 from palinode.benchmarks.demo import DemoModels, build_demo
@@ -70,17 +73,28 @@ def run_demo(
     listener = listener or Silence()
     _claim(folder, seed)
     started = time.monotonic()
-    with Workspace(folder / "workspace").locked():
-        models = build_demo(world, folder / "world", seed=seed, listener=listener, **training)
-    recipe = _recipe(models, folder, settings, seed)
-    done = unlearn(recipe("msa", "unlearned"), command=f"palinode demo --seed {seed}", listener=listener)
-    plain = unlearn(
-        recipe("task_vector", "task_vector"), command=f"palinode demo --seed {seed}", listener=listener
-    )
+    command = f"palinode demo --seed {seed}"
+    with _one_thread():
+        with Workspace(folder / "workspace").locked():
+            models = build_demo(world, folder / "world", seed=seed, listener=listener, **training)
+        recipe = _recipe(models, folder, settings, seed)
+        done = unlearn(recipe("msa", "unlearned"), command=command, listener=listener)
+        plain = unlearn(recipe("task_vector", "task_vector"), command=command, listener=listener)
     path = folder / "record.json"
     if not (done.finished_before and plain.finished_before and path.exists()):
         write_json(path, _record(world, done, plain, seed, time.monotonic() - started))
     return DemoResult(folder, json.loads(path.read_text(encoding="utf-8")))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch on one thread: so small a model gains little from two, and loses much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _claim(folder: Path, seed: int) -> None:

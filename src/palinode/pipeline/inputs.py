@@ -54,6 +54,11 @@ class Inputs:
     notes: tuple[str, ...]
     """What the reader of the record should know about the rows."""
 
+    @property
+    def reader(self) -> Checkpoint:
+        """The checkpoint whose tokenizer and chat template every model of the run is asked with."""
+        return self.target or self.base
+
 
 def open_inputs(recipe: Recipe) -> Inputs:
     """Open models and rows of a recipe; raises an InputError that says what to change."""
@@ -66,9 +71,9 @@ def open_inputs(recipe: Recipe) -> Inputs:
     if target is not None:
         _check_pair(target, base, recipe.method)
     rows, notes = _open_rows(recipe)
-    for checkpoint in dict.fromkeys(filter(None, (target or base, base, retrained))):
-        _check_rows_fit(checkpoint, rows, recipe)
-    return Inputs(recipe, base, target, retrained, rows, tuple(notes))
+    inputs = Inputs(recipe, base, target, retrained, rows, tuple(notes))
+    _check_rows_fit(inputs, [entry for entry in (target, base, retrained) if entry is not None])
+    return inputs
 
 
 def check_places(recipe: Recipe, inputs: Inputs, needs: int) -> None:
@@ -248,10 +253,13 @@ def _at_most(examples: Sequence[Example], count: int, seed: int) -> list[Example
     return sample_examples(examples, min(count, len(examples)), seed=seed) if examples else []
 
 
-def _check_rows_fit(checkpoint: Checkpoint, rows: Rows, recipe: Recipe) -> None:
+def _check_rows_fit(inputs: Inputs, models: Sequence[Checkpoint]) -> None:
     """Tokenize everything once, so that a row that cannot be used is named now."""
-    tokenizer, config, style = load_tokenizer(checkpoint), load_config(checkpoint), recipe.prompts.style()
+    rows, recipe = inputs.rows, inputs.recipe
+    tokenizer, style = load_tokenizer(inputs.reader), recipe.prompts.style()
     trained = [*rows.forget, *(rows.retain if recipe.prepare else rows.retain_sample)]
     asked = [*rows.forget, *rows.retain_probe, *rows.retain_test]
     for examples, settings in ((trained, recipe.training), (asked, recipe.evaluation)):
-        check_positions(config, tokenize(examples, tokenizer, max_length=settings.max_length, style=style))
+        tokens = tokenize(examples, tokenizer, max_length=settings.max_length, style=style)
+        for model in models:
+            check_positions(load_config(model), tokens)

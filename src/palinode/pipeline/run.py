@@ -20,7 +20,7 @@ from palinode.data.examples import Example, fingerprint_examples
 from palinode.errors import CheckpointError
 from palinode.evaluation.evaluate import observe
 from palinode.methods import METHODS, unlearned_point
-from palinode.models.loading import load_model, load_tokenizer, pick_device
+from palinode.models.loading import load_model, load_tokenizer, pick_device, tokenizer_fingerprint
 from palinode.pipeline.costs import Plan, describe, make_plan
 from palinode.pipeline.inputs import Inputs, check_places, open_inputs, workspace_folder
 from palinode.pipeline.recipe import Recipe
@@ -141,6 +141,7 @@ def _evaluation(inputs: Inputs, workspace: Workspace, model: str) -> Step:
         rows={label: fingerprint_examples(examples) for label, examples in _test_sets(inputs).items()},
         settings=inputs.recipe.evaluation.model_dump(exclude={"batch_rows"}),
         prompts=inputs.recipe.prompts.model_dump(),
+        tokenizer=tokenizer_fingerprint(inputs.reader),
     )
 
 
@@ -227,6 +228,7 @@ class _Run:
             rows=fingerprint_examples(examples),
             training=self.recipe.training.model_dump(exclude={"save_minutes"}),
             prompts=self.recipe.prompts.model_dump(),
+            tokenizer=tokenizer_fingerprint(self.inputs.reader),
             seed=self.recipe.seed,
             device=self.device.type,
         )
@@ -241,6 +243,7 @@ class _Run:
                 self.recipe.training,
                 seed=self.recipe.seed,
                 style=self.style,
+                reader=self.inputs.reader,
                 device=self.recipe.device,
                 state=step.folder / "state",
                 label=f"fine-tuning {name}",
@@ -357,7 +360,7 @@ class _Run:
         if step.facts is None:
             step.begin()
             started = time.monotonic()
-            model, tokenizer = load_model(checkpoint, device=self.device), load_tokenizer(checkpoint)
+            model, tokenizer = load_model(checkpoint, device=self.device), load_tokenizer(self.inputs.reader)
             for label, examples in _test_sets(self.inputs).items():
                 outcomes = observe(
                     model,

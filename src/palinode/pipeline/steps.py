@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,56 +11,14 @@ from pydantic import BaseModel, ValidationError
 from palinode.data import fingerprint_examples, read_examples, sample_examples
 from palinode.errors import OutputError, RecipeError
 from palinode.evaluation import EvaluationSettings, evaluate
-from palinode.methods import unlearned_point
 from palinode.pipeline.recipe import explain
 from palinode.pipeline.workspace import fingerprint
 from palinode.progress import Listener
 from palinode.records import Score, write_outcomes
 from palinode.training import Finetuned, TrainingSettings, finetune
-from palinode.weights import Checkpoint, Rounding, Saved, save
+from palinode.weights import Checkpoint
 
 Settings = TypeVar("Settings", bound=BaseModel)
-
-
-def apply(
-    target: Checkpoint | str | Path,
-    base: Checkpoint | str | Path,
-    forget_model: Checkpoint | str | Path,
-    output: Path | str,
-    *,
-    retain_model: Checkpoint | str | Path | None = None,
-    forget_scale: float = 1.0,
-    retain_scale: float = 0.0,
-    dtype: str | None = None,
-    rounding: Rounding = "auto",
-    seed: int = 0,
-    on_progress: Callable[[int], None] | None = None,
-) -> Saved:
-    """Write θ_D − α(θ_1 − θ_0) + β(θ_2 − θ_0) from models that exist already.
-
-    `forget_model` is θ_1, `retain_model` θ_2, `forget_scale` α, `retain_scale` β. Needs no tokenizer, no
-    data and no model class; with β = 0 the retain model is never opened. The dose of the result gives
-    the effective scales under "forget" and "retain".
-    """
-    if min(forget_scale, retain_scale) < 0:
-        raise RecipeError(
-            f"the scales are {forget_scale:g} and {retain_scale:g}, but must not be negative: the formula "
-            "takes the forget vector off and adds the retain vector already"
-        )
-    start = _open(base)
-    forget = _open(forget_model) - start
-    retain = None
-    if retain_scale != 0.0:
-        if retain_model is None:
-            raise RecipeError(f"a retain scale of {retain_scale} needs a retain model; name it, or use 0")
-        retain = _open(retain_model) - start
-    point = unlearned_point(
-        _open(target), forget, retain, forget_scale=forget_scale, retain_scale=retain_scale
-    )
-    along = {"forget": -1.0 * forget} | ({} if retain is None else {"retain": retain})
-    return save(
-        point, Path(output), dtype=dtype, rounding=rounding, seed=seed, along=along, on_progress=on_progress
-    )
 
 
 def finetune_file(
@@ -120,7 +78,3 @@ def _settings(kind: type[Settings], content: Mapping[str, Any]) -> Settings:
         return kind.model_validate(content)
     except ValidationError as error:
         raise RecipeError(explain(error)) from None
-
-
-def _open(model: Checkpoint | str | Path) -> Checkpoint:
-    return model if isinstance(model, Checkpoint) else Checkpoint.open(model)

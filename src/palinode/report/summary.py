@@ -18,7 +18,7 @@ from rich.text import Text
 SETS = {
     "forget": "forget set",
     "retain": "retain set",
-    "retain_unseen": "retain rows that no vector saw",
+    "retain_unseen": "unseen retain rows",
 }
 MODELS = {
     "target": "target",
@@ -52,7 +52,7 @@ def terminal_table(record: Mapping[str, Any]) -> Table:
         rows = _scores(record, data_set)
         if rows:
             table.add_section()
-            table.add_row(Text(f"on the {label}", style="bold"))
+            table.add_row(Text(label, style="bold"))
         for model, scores in rows.items():
             table.add_row(Text(_model_label(model)), *(_terminal_cell(scores.get(name)) for name in metrics))
     return table

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedModel
 
 from palinode.data.examples import Example
-from palinode.data.tokenize import PromptStyle, TokenRow, tokenize
+from palinode.data.tokenize import PromptStyle, tokenize
 from palinode.errors import OutputError
 from palinode.models.loading import load_model, load_tokenizer, pad_token, pick_device, quiet_transformers
 from palinode.progress import Listener, Silence
@@ -49,6 +49,7 @@ def finetune(
     *,
     seed: int = 0,
     style: PromptStyle | None = None,
+    reader: Checkpoint | None = None,
     device: str = "auto",
     loss: Loss = ANSWER_LOSS,
     state: Path | None = None,
@@ -57,13 +58,14 @@ def finetune(
 ) -> Finetuned:
     """Fine-tune `base` on the examples and write the result to `output` in float32.
 
-    The folder appears under its name only when it is whole. `state` is where an interrupted run
+    The folder appears under its name only when it is whole. `reader` is the checkpoint whose tokenizer
+    and chat template put the rows into tokens (default: the base's own). `state` is where an interrupted run
     leaves what it needs to go on. Raises DivergenceError when the loss stops being finite.
     """
     settings, output = settings or TrainingSettings(), Path(output)
     check_output(output, [base.folder], needs=4 * base.parameters)
     started = time.monotonic()
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(reader or base)
     rows = tokenize(examples, tokenizer, max_length=settings.max_length, style=style or PromptStyle())
     model = load_model(base, device=pick_device(device))
     tokens = settings.epochs * sum(len(row.ids) for row in rows)
@@ -82,11 +84,6 @@ def finetune(
     if state is not None:
         shutil.rmtree(state, ignore_errors=True)
     return Finetuned(Checkpoint.open(output), curve, tokens, time.monotonic() - started)
-
-
-def training_tokens(rows: Sequence[TokenRow], settings: TrainingSettings) -> int:
-    """Return the number of tokens a run on these rows sends through the model."""
-    return settings.epochs * sum(len(row.ids) for row in rows)
 
 
 def write_model(

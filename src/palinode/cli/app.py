@@ -341,7 +341,7 @@ def demo(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Unlearn invented people from a tiny model whose whole history is known; about two minutes."""
+    """Unlearn invented people from a tiny model whose whole history is known; two to three minutes."""
     from palinode.cli.tables import demo_sentence, demo_table
     from palinode.pipeline import demo as run_demo
 

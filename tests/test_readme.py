@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +46,25 @@ def test_readme_python_runs_and_prints_what_it_shows(demo_folder, monkeypatch):
         exec(compile(code, "README.md", "exec"), {})
     shown = blocks("text")[0]
     assert without_numbers(printed.getvalue()) == without_numbers(shown)
+
+
+def test_readme_main_command_runs_as_printed(demo_folder, tmp_path):
+    (line,) = [
+        line for code in blocks("sh") for line in code.splitlines() if line.startswith("palinode unlearn")
+    ]
+    world = demo_folder / "palinode-demo" / "world"
+    for name, place in {"MODEL": "target", "CHECKPOINT": "base"}.items():
+        (tmp_path / name).symlink_to(world / place)
+    for name in ("forget.jsonl", "retain.jsonl"):
+        (tmp_path / name).symlink_to(world / name)
+    words = shlex.split(line)[1:]
+    run = subprocess.run(
+        [sys.executable, "-m", "palinode", *words], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert {"config.json", "model.safetensors", "record.json", "report.md", "tokenizer.json"} <= {
+        path.name for path in (tmp_path / "OUT").iterdir()
+    }
 
 
 def without_numbers(text: str) -> list[str]:

@@ -18,6 +18,9 @@ os.environ["OMP_NUM_THREADS"] = (
     "1"  # so small a model is no faster on two threads, and waits on a busy machine
 )
 
+# A test run in the background is started with Ctrl-C switched off, and would hand that on to what it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 TINY_TRAINING = {
     "epochs": 8,
     "learning_rate": 3e-3,

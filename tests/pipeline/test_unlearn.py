@@ -699,3 +699,17 @@ def test_plan_refuses_what_the_run_would_refuse(recipe_of, tmp_path):
     (tmp_path / "out" / "thesis.txt").write_text("")
     with pytest.raises(OutputError):
         plan(recipe_of(tmp_path / "out"))
+
+
+def test_answers_that_are_cut_are_noted(tiny, recipe_of, tmp_path):
+    long = tmp_path / "long.jsonl"
+    words = json.loads(tiny.forget.read_text().splitlines()[0])
+    rows = [{"prompt": words["prompt"], "completion": " ".join([words["completion"]] * 40)}, words]
+    long.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = recipe_of(
+        tmp_path / "out",
+        data={"forget": str(long), "retain": None},
+        training={"max_length": 32},
+        evaluation={"max_length": 64},
+    )
+    assert list(open_inputs(recipe).notes) == ["Answers cut to fit max_length 32 in training: 1."]

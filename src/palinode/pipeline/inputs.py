@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from palinode.data.examples import Example, read_examples, sample_examples, shared_rows
@@ -72,8 +72,8 @@ def open_inputs(recipe: Recipe) -> Inputs:
         _check_pair(target, base, recipe.method)
     rows, notes = _open_rows(recipe)
     inputs = Inputs(recipe, base, target, retrained, rows, tuple(notes))
-    _check_rows_fit(inputs, [entry for entry in (target, base, retrained) if entry is not None])
-    return inputs
+    cut = _check_rows_fit(inputs, [entry for entry in (target, base, retrained) if entry is not None])
+    return replace(inputs, notes=(*notes, *cut))
 
 
 def check_places(recipe: Recipe, inputs: Inputs, needs: int) -> None:
@@ -253,13 +253,21 @@ def _at_most(examples: Sequence[Example], count: int, seed: int) -> list[Example
     return sample_examples(examples, min(count, len(examples)), seed=seed) if examples else []
 
 
-def _check_rows_fit(inputs: Inputs, models: Sequence[Checkpoint]) -> None:
-    """Tokenize everything once, so that a row that cannot be used is named now."""
+def _check_rows_fit(inputs: Inputs, models: Sequence[Checkpoint]) -> list[str]:
+    """Tokenize everything once, so that a row that cannot be used is named now; return what is cut."""
+    notes = []
     rows, recipe = inputs.rows, inputs.recipe
     tokenizer, style = load_tokenizer(inputs.reader), recipe.prompts.style()
     trained = [*rows.forget, *(rows.retain if recipe.prepare else rows.retain_sample)]
     asked = [*rows.forget, *rows.retain_probe, *rows.retain_test]
-    for examples, settings in ((trained, recipe.training), (asked, recipe.evaluation)):
-        tokens = tokenize(examples, tokenizer, max_length=settings.max_length, style=style)
+    uses = {
+        "training": (trained, recipe.training.max_length),
+        "evaluation": (asked, recipe.evaluation.max_length),
+    }
+    for use, (examples, max_length) in uses.items():
+        tokens = tokenize(examples, tokenizer, max_length=max_length, style=style)
         for model in models:
             check_positions(load_config(model), tokens)
+        if count := sum(row.truncated for row in tokens):
+            notes.append(f"Answers cut to fit max_length {max_length} in {use}: {count}.")
+    return notes

@@ -31,6 +31,12 @@ TINY_TRAINING = {
 TINY_EVALUATION = {"max_rows": 40, "max_new_tokens": 3, "max_length": 64, "batch_rows": 64}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Digests are remembered in a place of the tests' own, and not in the user's."""
+    os.environ["PALINODE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def world():
     """Thirteen invented people with five facts each, two of them to be forgotten."""

@@ -24,6 +24,7 @@ LAYERS = {
     "errors": 0,
     "records": 0,
     "progress": 0,
+    "version": 0,
     "weights": 1,
     "data": 1,
     "metrics": 1,

@@ -12,6 +12,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from palinode.version import __version__
+
 if TYPE_CHECKING:
     from palinode.data import Example, PromptStyle, read_examples
     from palinode.errors import PalinodeError
@@ -42,8 +44,6 @@ if TYPE_CHECKING:
         profile,
         save,
     )
-
-__version__ = "0.1.0"
 
 # Where each public name lives; it is imported when it is first asked for, so that
 # `import palinode` and `palinode --help` do not wait for torch.

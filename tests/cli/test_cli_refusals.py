@@ -391,7 +391,7 @@ def test_apply_refuses_what_it_cannot_add(palinode, tiny, copy, tmp_path, monkey
         return said.refusal
 
     assert "a retain scale of 0.5 needs a retain model" in apply(**{"retain-scale": 0.5})
-    assert "there is no rounding 'up'; choose" in apply(rounding="up")
+    assert "there is no rounding 'up' for weights; choose" in apply(rounding="up")
     assert "there is no dtype 'int8'" in apply(dtype="int8")
     assert "finite number" in apply(**{"forget-scale": "nan"})
     assert "must not be negative" in apply(**{"forget-scale": "-1"})

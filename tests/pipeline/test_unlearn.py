@@ -95,6 +95,7 @@ def test_output_has_the_files_of_the_target(done, tiny):
         "report.md",
         "tokenizer.json",
         "tokenizer_config.json",
+        "weights.json",
     ]
 
 
@@ -133,7 +134,8 @@ def test_record_has_exactly_the_documented_keys(done):
     }
     assert set(done.record["vectors"]) == {"forget", "retain", "cosine", "parts"}
     assert set(done.record["vectors"]["parts"]) == {"embedding", "layer 0", "layer 1", "rest"}
-    assert set(done.record["dose"]) == {"forget", "retain", "effective", "relative_error", "moved_share"}
+    known = {"forget", "retain", "effective", "relative_error", "moved_share", "rounding", "parts", "notes"}
+    assert set(done.record["dose"]) == known
     for run in done.record["training"].values():
         assert set(run) == {"rows", "steps", "tokens", "first_loss", "last_loss", "seconds"}
 

@@ -29,7 +29,7 @@ def test_effective_scales_are_the_asked_ones_in_float32(models, four):
         .dose
     )
     assert dose.effective == pytest.approx({"forget": 0.75, "retain": 0.3}, abs=1e-4)
-    assert dose.relative_error == 0
+    assert dose.relative_error < 1e-4, "the rounding of float32"
     assert dose.moved_share == pytest.approx(1, abs=0.02)
     assert dose.weights == 12 * 8 * 2 + 8 * 8 + 8
 
@@ -208,7 +208,9 @@ def test_profile_of_models_that_do_not_fit_or_hold_nan_is_refused(models, four):
     with pytest.raises(MismatchError):
         profile({"v": four[0] - other})
     broken = models.make("broken", {"w": torch.tensor([1.0, math.nan, 1.0])})
-    with pytest.raises(CheckpointError, match="w holds values that are not finite"):
+    with pytest.raises(
+        CheckpointError, match=r"broken holds 1 NaN and 0 infinite values in 1 tensors \(first: w\)"
+    ):
         profile({"v": broken - other})
 
 

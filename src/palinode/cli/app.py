@@ -10,7 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
+from palinode.cli.apply import apply
 from palinode.cli.console import listener, out
+from palinode.cli.export import export
+from palinode.cli.vector import vectors
+from palinode.cli.verify import verify
 
 app = typer.Typer(
     name="palinode",
@@ -42,7 +46,7 @@ Precision = Annotated[
 
 def _print_version(asked: bool) -> None:
     if asked:
-        from palinode import __version__
+        from palinode.version import __version__
 
         print(f"palinode {__version__}")
         raise typer.Exit
@@ -220,78 +224,6 @@ def finetune(
 
 
 @app.command()
-def vector(
-    base: Annotated[str, typer.Option(help="The point that the vectors start from (θ_0).")],
-    models: Annotated[
-        list[str], typer.Option("--model", help="A point that a vector leads to (θ_1, θ_2, …); repeatable.")
-    ],
-    layers: Annotated[bool, typer.Option("--layers", help="Show every part of the model.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Norms of vectors, the cosines between them, and how they run over the layers."""
-    from palinode.cli.tables import vector_content, vector_tables
-    from palinode.weights import Checkpoint, profile
-
-    start = Checkpoint.open(base)
-    measured = profile({name: Checkpoint.open(name) - start for name in dict.fromkeys(models)})
-    if as_json:
-        _print_json(vector_content(measured))
-        return
-    for table in vector_tables(measured, layers=layers):
-        out().print(table)
-
-
-@app.command()
-def apply(
-    target: Annotated[str, typer.Option(help="The model to be cleaned (θ_D).")],
-    base: Annotated[str, typer.Option(help="The checkpoint that the others were fine-tuned from (θ_0).")],
-    forget_model: Annotated[str, typer.Option(help="θ_1: the base fine-tuned on the forget set.")],
-    output: Annotated[Path, typer.Option(help="Folder for the result; must not exist, or be empty.")],
-    retain_model: Annotated[
-        str | None, typer.Option(help="θ_2: the base fine-tuned on a retain sample.")
-    ] = None,
-    forget_scale: Annotated[float, typer.Option(help="α.")] = 1.0,
-    retain_scale: Annotated[float, typer.Option(help="β; with 0 the retain model is never opened.")] = 0.0,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16. [default: the target's]")
-    ] = None,
-    rounding: Annotated[str, typer.Option(help="auto, nearest or stochastic.")] = "auto",
-    seed: Seed = 0,
-    quiet: Quiet = False,
-    as_json: Json = False,
-) -> None:
-    """Write θ_D − α(θ_1 − θ_0) + β(θ_2 − θ_0) from models that exist; needs no tokenizer and no data."""
-    from palinode.methods import apply as apply_models
-    from palinode.weights import Checkpoint
-
-    opened = Checkpoint.open(target)
-    with listener(quiet=quiet).task("writing", opened.parameters, "weights") as advance:
-        saved = apply_models(
-            opened,
-            base,
-            forget_model,
-            output,
-            retain_model=retain_model,
-            forget_scale=forget_scale,
-            retain_scale=retain_scale,
-            dtype=dtype,
-            rounding=_rounding(rounding),
-            seed=seed,
-            on_progress=advance,
-        )
-    dose = saved.dose
-    effective = ", ".join(f"{name} {scale:.4f}" for name, scale in dose.effective.items())
-    facts = {
-        "output": str(output),
-        "effective": dict(dose.effective),
-        "relative_error": dose.relative_error,
-        "moved_share": dose.moved_share,
-    }
-    text = f"{output}: effective scales {effective}; {dose.moved_share:.1%} of the weights moved"
-    _show(facts, text, as_json=as_json)
-
-
-@app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="The model: a folder, or a hub id[@revision].")],
     data: Annotated[
@@ -353,6 +285,12 @@ def demo(
     out().print(demo_sentence(result), soft_wrap=True)
 
 
+app.command()(apply)
+app.command()(verify)
+app.command()(export)
+app.add_typer(vectors, name="vector")
+
+
 # What the verbs share
 
 
@@ -400,14 +338,6 @@ def _columns(text: str | None) -> dict[str, str]:
     from palinode.data import parse_columns
 
     return parse_columns(text) if text else {}
-
-
-def _rounding(name: str) -> Any:
-    from palinode.errors import RecipeError
-
-    if name not in ("auto", "nearest", "stochastic"):
-        raise RecipeError(f"there is no rounding {name!r}; choose auto, nearest or stochastic")
-    return name
 
 
 def _command() -> str:

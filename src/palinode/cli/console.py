@@ -101,3 +101,8 @@ def listener(*, quiet: bool) -> Listener:
 def out() -> Console:
     """Return the console for results."""
     return Console(highlight=False)
+
+
+def warn(text: str) -> None:
+    """Print a note to stderr, in one line."""
+    Console(stderr=True, highlight=False).print(f"Note: {text}", markup=False, soft_wrap=True)

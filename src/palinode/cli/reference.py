@@ -9,6 +9,7 @@ import re
 import sys
 from pathlib import Path
 
+import typer
 from typer.testing import CliRunner
 
 from palinode.cli.app import app
@@ -26,15 +27,21 @@ where it was when the same command is given again.
 
 def render() -> str:
     """Return the page."""
-    names = [command.callback.__name__ for command in app.registered_commands if command.callback]
-    sections = [_section(name) for name in names]
-    return "\n".join([OPENING, *sections])
+    commands: list[tuple[str, ...]] = [(name,) for name in _names(app)]
+    for group in app.registered_groups:
+        if group.name and group.typer_instance:
+            commands += [(group.name,), *((group.name, name) for name in _names(group.typer_instance))]
+    return "\n".join([OPENING, *map(_section, commands)])
 
 
-def _section(name: str) -> str:
-    result = CliRunner().invoke(app, [name, "--help"], prog_name="palinode", terminal_width=100)
+def _names(commands: typer.Typer) -> list[str]:
+    return [command.callback.__name__ for command in commands.registered_commands if command.callback]
+
+
+def _section(words: tuple[str, ...]) -> str:
+    result = CliRunner().invoke(app, [*words, "--help"], prog_name="palinode", terminal_width=100)
     text = re.sub(r"[ \t]+$", "", result.output, flags=re.MULTILINE).strip()
-    return f"## palinode {name}\n\n```text\n{text}\n```\n"
+    return f"## palinode {' '.join(words)}\n\n```text\n{text}\n```\n"
 
 
 def main() -> None:

@@ -6,23 +6,30 @@ sees is what the saved model does. Every parameter is touched once; no second mo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from transformers import PreTrainedModel
 
 from palinode.errors import MismatchError
 from palinode.weights.arithmetic import (
-    Operands,
-    Reader,
-    Rounding,
+    Evaluator,
     Slice,
-    check_rounding,
-    check_same_shape,
+    choose_rounding,
+    formula,
     map_slices,
+    per_thread,
+    settings,
     slices,
 )
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.direction import Point
-from palinode.weights.store import code_of, round_slice
+from palinode.weights.displacement import check_displacements
+from palinode.weights.files import Files
+from palinode.weights.fingerprints import check_files
+from palinode.weights.preflight import check_fit
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @torch.no_grad()
@@ -31,29 +38,39 @@ def put(
     model: PreTrainedModel,
     *,
     dtype: str | None = None,
-    rounding: Rounding = "auto",
+    rounding: str = "auto",
     seed: int = 0,
+    precision: str = "float32",
 ) -> None:
     """Overwrite the model's parameters with the point's values.
 
-    `dtype`, `rounding` and `seed` are those of `save`. Putting the target itself brings the target back
-    bit for bit. Raises MismatchError when the model's parameters and the checkpoint's tensors are not
-    the same.
+    `dtype`, `rounding`, `seed` and `precision` are those of `save`. Putting the target itself brings the
+    target back bit for bit. The model may be on any device: sums are formed on the processor, so that they
+    are the same everywhere. Raises MismatchError when the model's parameters and the checkpoint's tensors
+    are not the same.
     """
-    check_rounding(rounding)
-    anchor, terms, code = point.anchor, list(point.terms), code_of(dtype)
-    check_same_shape([other for other in terms if other != anchor], anchor)
+    anchor, form = point.anchor, formula(point)
+    asked = settings(dtype=dtype, rounding=rounding, seed=seed, precision=precision)
+    check_fit(anchor, [other for other in form.checkpoints if other != anchor])
+    check_files(form.checkpoints)
+    check_displacements(anchor, form.displacements)
     flat = _flat_parameters(model, anchor)
+    parts = list(slices(anchor))
+    chosen, _ = choose_rounding(form, asked, parts)
 
-    def work(part: Slice) -> None:
-        kind = code or part.info.dtype
-        operands = Operands(reader, part, terms, kind)
-        _, stored = round_slice(point, operands, part, kind, rounding=rounding, seed=seed)
-        flat[part.info.name][part.start : part.start + part.count].copy_(stored)
+    def start() -> Callable[[Slice], None]:
+        evaluator = Evaluator(form, chosen, files)
 
-    with Reader() as reader:
-        reader.open(terms)
-        map_slices([part for part in slices(anchor) if part.info.name in flat], work)
+        @torch.no_grad()
+        def work(part: Slice) -> None:
+            values, _ = evaluator.evaluate(part)
+            stored = torch.from_numpy(values).view(DTYPES[chosen.code or part.info.dtype])
+            flat[part.info.name][part.start : part.start + part.count].copy_(stored)
+
+        return work
+
+    with Files() as files:
+        map_slices([part for part in parts if part.info.name in flat], per_thread(start))
 
 
 def _flat_parameters(model: PreTrainedModel, anchor: Checkpoint) -> dict[str, torch.Tensor]:

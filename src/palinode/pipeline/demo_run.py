@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from palinode import __version__
 from palinode.benchmarks.demo import DemoModels, build_demo
 from palinode.data.world import World, invent_world
 from palinode.errors import OutputError, WorkspaceError
@@ -25,6 +24,7 @@ from palinode.pipeline.run import Unlearned, unlearn
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, Silence
 from palinode.records import RECORD_VERSION, Outcome, write_json
+from palinode.version import __version__
 
 SETTINGS: Mapping[str, Any] = {
     "training": {

@@ -17,9 +17,9 @@ from palinode.errors import DataError, MismatchError, OutputError, RecipeError
 from palinode.methods import METHODS
 from palinode.models.loading import check_positions, load_config, load_tokenizer, pick_device
 from palinode.pipeline.recipe import Recipe
-from palinode.weights.arithmetic import check_same_shape
+from palinode.weights.atomic import check_output
 from palinode.weights.checkpoint import Checkpoint, require_causal_lm
-from palinode.weights.store import check_output
+from palinode.weights.preflight import check_same_shape
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,7 +98,7 @@ class Output(_Section):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the stored weights; None: the target's, tensor by tensor."""
     rounding: Literal["auto", "nearest", "stochastic"] = "auto"
-    """How sums are rounded to it; auto: stochastically when it has 16 bits."""
+    """How sums are rounded to it; auto: to nearest, and stochastically where that would lose dose."""
 
     @field_validator("folder", "workspace")
     @classmethod

@@ -16,12 +16,12 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
-from palinode import __version__
 from palinode.data.examples import Example, fingerprint_examples
 from palinode.metrics import score_outcomes
 from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.scales import Chosen
 from palinode.records import RECORD_VERSION, Outcome
+from palinode.version import __version__
 from palinode.weights import Checkpoint
 
 LIBRARIES = (

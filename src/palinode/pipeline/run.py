@@ -340,6 +340,8 @@ class _Run:
                 along=along,
                 on_progress=advance,
             )
+        for note in saved.notes:
+            self.listener.say(note)
         asked = {"forget": chosen.forget, "retain": chosen.retain}
         effective = {name: saved.dose.effective.get(name) for name in asked}
         return {
@@ -351,6 +353,12 @@ class _Run:
                 "effective": effective,
                 "relative_error": saved.dose.relative_error,
                 "moved_share": saved.dose.moved_share,
+                "rounding": saved.rounding,
+                "parts": {
+                    name: {"effective": dict(part.effective), "moved_share": part.moved_share}
+                    for name, part in saved.dose.parts.items()
+                },
+                "notes": list(saved.notes),
             }
         }
 

@@ -224,9 +224,11 @@ def _vector_section(record: Mapping[str, Any]) -> list[str]:
         "Cosine between the two vectors": _number(_at(record, "vectors", "cosine")),
         "Rounding error, relative to the whole change": _number(_at(record, "dose", "relative_error")),
         "Weights that changed": _percent(_at(record, "dose", "moved_share")),
+        "Rounding": _at(record, "dose", "rounding") or DASH,
     }
     known = [f"- {fact}: {value}" for fact, value in facts.items() if value != DASH]
-    return ["## Vectors and dose", "", *lines, *known, ""]
+    notes = [f"- Note: {note}" for note in _at(record, "dose", "notes") or ()]
+    return ["## Vectors and dose", "", *lines, *known, *notes, ""]
 
 
 def _cost_section(record: Mapping[str, Any]) -> list[str]:

@@ -22,8 +22,8 @@ from palinode.records import write_json
 from palinode.training.loop import CurvePoint, train
 from palinode.training.losses import ANSWER_LOSS, Loss
 from palinode.training.settings import TrainingSettings
+from palinode.weights.atomic import check_output
 from palinode.weights.checkpoint import INDEX, SINGLE, Checkpoint
-from palinode.weights.store import check_output
 
 CURVE = "training.json"
 """File in a fine-tuned folder that holds its curve."""

@@ -5,14 +5,18 @@ a `Direction`, and the whole expression a `WeightedSum` (a point again) that sta
 `save` writes it, one slice at a time.
 """
 
-from palinode.weights.arithmetic import Dose, Rounding
+from palinode.weights.arithmetic import Rounding
+from palinode.weights.atomic import check_output
 from palinode.weights.checkpoint import Checkpoint, TensorInfo
+from palinode.weights.crew import Crew
 from palinode.weights.direction import Direction, Point, WeightedSum
+from palinode.weights.dose import Dose
 from palinode.weights.geometry import Profile, profile
-from palinode.weights.store import Saved, check_output, save
+from palinode.weights.store import Saved, save
 
 __all__ = [
     "Checkpoint",
+    "Crew",
     "Direction",
     "Dose",
     "Point",

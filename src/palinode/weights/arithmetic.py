@@ -2,449 +2,521 @@
 
 A point Σ c_i P_i with Σ c_i = 1 is computed as  A + Σ c_i (P_i − A)  for one of its own terms A: the
 differences of neighbouring checkpoints are nearly exact in float32, so nothing is lost to cancellation,
-and the scales need not add up to 1 in floating point. (It is float64 where an input or the output is
-float64, so that such a model loses nothing.) Then each value is rounded once to the output dtype,
-to nearest or stochastically (spec: msa.md, P3): stochastic rounding keeps on average the small steps that
-rounding to nearest would lose.
+and the scales need not add up to 1 in floating point. Displacements (an adapter, a stored vector) are
+differences already. The working dtype is float32, or float64 where it is asked for or an input or the
+output is float64. Then each value is rounded once to the output dtype, to nearest or stochastically (spec:
+msa.md, P3): stochastic rounding keeps on average the small steps that rounding to nearest would lose.
+
+The loops themselves are in `kernels`. Every thread has buffers of its own for one slice, so memory does
+not depend on the model.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from itertools import groupby
-from pathlib import Path
 from threading import local
-from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
-import torch
 
-from palinode.errors import CheckpointError, InputError, MismatchError
+from palinode.errors import InputError, MismatchError
+from palinode.weights import kernels
 from palinode.weights.checkpoint import (
     EMBEDDINGS,
     HEADS,
     Checkpoint,
     TensorInfo,
-    by_file,
-    check_unchanged,
 )
-from palinode.weights.direction import Direction, Point
+from palinode.weights.direction import Direction, Point, Term
+from palinode.weights.displacement import Displacement
+from palinode.weights.dose import EVERY, SAMPLED_FROM, DoseMeter
+from palinode.weights.files import Files
+from palinode.weights.preflight import complain_of_nonfinite
 
 Result = TypeVar("Result")
 
 SLICE = 1 << 18
-"""Elements handled at a time: 1 MB in float32, so that all operands stay in cache."""
+"""Elements read, summed and written at a time: 512 KB of bfloat16 from each checkpoint."""
 
-WINDOW = 1024
-"""Slices handed to the threads at a time, so that the list of what is to do stays short."""
+AHEAD = 4
+"""Slices handed to each thread ahead of the one whose result is taken."""
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+SAMPLE = 1 << 14
+"""Elements of each tensor that decide between the two roundings."""
+
+TOLERANCE = 0.01
+"""Share of the dose that rounding to nearest may lose (or add) before `auto` takes the stochastic one."""
+
 CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+NAMES = {code: name for name, code in CODES.items()}
 
 Rounding = Literal["auto", "nearest", "stochastic"]
-"""`auto` is stochastic for 16-bit output and nearest otherwise."""
+"""`auto` is to nearest, and stochastic for a 16-bit output where nearest would lose part of the dose."""
+
+Precision = Literal["float32", "float64"]
 
 
-# Reading slices
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a sum is computed and rounded."""
+
+    code: str | None = None
+    """Output dtype as safetensors code; None keeps each tensor's own."""
+    rounding: Rounding = "auto"
+    seed: int = 0
+    """Of stochastic rounding."""
+    precision: Precision = "float32"
+    """In which sums are formed."""
+    allow_nonfinite: bool = False
+    """Let NaN and infinity through."""
 
 
-class Reader:
-    """Open files of the checkpoints in a sum, and read parts of tensors from them.
+def settings(
+    *,
+    dtype: str | None = None,
+    rounding: str = "auto",
+    seed: int = 0,
+    precision: str = "float32",
+    allow_nonfinite: bool = False,
+) -> Settings:
+    """Return checked settings; raises InputError for a dtype, rounding or precision that there is not."""
+    for word, value, known in (
+        ("dtype", dtype, (None, *CODES)),
+        ("rounding", rounding, get_args(Rounding)),
+        ("precision", precision, get_args(Precision)),
+    ):
+        if value not in known:
+            raise InputError(
+                f"there is no {word} {value!r} for weights; choose one of {', '.join(k for k in known if k)}"
+            )
+    code = CODES[dtype] if dtype else None
+    return Settings(code, rounding, seed, precision, allow_nonfinite)  # type: ignore[arg-type]
 
-    Safe to use from several threads: every read names its own offset and fills its own buffer.
+
+# Formulas
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Formula:
+    """A point as the kernels take it: operands in rows, and coefficients over the rows.
+
+    Row 0 is the pivot A; then come the other checkpoints, less the pivot, and the displacements.
     """
 
-    def __init__(self) -> None:
-        self._handles: dict[Path, int] = {}
+    point: Point
+    checkpoints: tuple[Checkpoint, ...]
+    displacements: tuple[Displacement, ...]
+    order: np.ndarray
+    """Rows with a coefficient, those of equal coefficients next to each other."""
+    ends: np.ndarray
+    """Where in `order` each group of equal coefficients ends."""
+    weights: np.ndarray
+    """Coefficient of each group."""
+    names: tuple[str, ...]
+    """Directions that the dose is measured along, and …"""
+    along: np.ndarray
+    """… their coefficients over the rows."""
+    change: np.ndarray
+    """The point less its anchor, as coefficients over the rows."""
+    target: int
+    """Row of the anchor; 0 where it is the pivot."""
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+def formula(point: Point, along: Mapping[str, Direction] | None = None) -> Formula:
+    """Lay out a point, and the directions its dose is to be measured along, for the kernels."""
+    along = along or {}
+    pivot = pivot_of(point.terms, point.anchor)
+    lines = [line.terms for line in along.values()]
+    operands = dict.fromkeys([pivot, *point.terms, point.anchor, *(term for line in lines for term in line)])
+    checkpoints = tuple(term for term in operands if isinstance(term, Checkpoint))
+    displacements = tuple(term for term in operands if isinstance(term, Displacement))
+    row = {term: place for place, term in enumerate((*checkpoints, *displacements))}
+    groups = [
+        (coefficient, [row[term] for term, _ in members])
+        for coefficient, members in groupby(
+            [term for term in in_order(point.terms) if term[0] != pivot], key=lambda term: term[1]
+        )
+    ]
+
+    def over_rows(terms: Mapping[Term, float]) -> np.ndarray:
+        coefficients = np.zeros(len(row))
+        for term, coefficient in terms.items():
+            coefficients[row[term]] = coefficient
+        return coefficients
+
+    return Formula(
+        point,
+        checkpoints,
+        displacements,
+        order=np.array([place for _, members in groups for place in members], np.int64),
+        ends=np.cumsum([len(members) for _, members in groups], dtype=np.int64),
+        weights=np.array([coefficient for coefficient, _ in groups], np.float64),
+        names=tuple(along),
+        along=np.array([over_rows(line) for line in lines]).reshape(len(lines), len(row)),
+        change=over_rows((point - point.anchor).terms),
+        target=row[point.anchor],
+    )
+
+
+def in_order(terms: Mapping[Term, float]) -> list[tuple[Term, float]]:
+    """Return the terms in an order that does not depend on how the formula was written."""
+    return sorted(terms.items(), key=lambda term: (term[1], str(term[0].folder)))
+
+
+def pivot_of(terms: Mapping[Term, float], anchor: Checkpoint | None = None) -> Checkpoint:
+    """Return the checkpoint that the others are compared with: the anchor where it takes part."""
+    if anchor is not None and anchor in terms:
+        return anchor
+    return next(term for term, _ in in_order(terms) if isinstance(term, Checkpoint))
+
+
+# Slices
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Elements [start, start + count) of one tensor of the anchor's layout."""
+
+    info: TensorInfo
+    start: int
+    count: int
+    alone: bool = False
+    """Rows of an embedding that only the anchor has: its own values, nothing added."""
+
+
+def slices(
+    checkpoint: Checkpoint, *, size: int = SLICE, shared_rows: Mapping[str, int] | None = None
+) -> Iterator[Slice]:
+    """Yield the floating-point tensors of a checkpoint in pieces of at most `size` elements.
+
+    `shared_rows` names the tensors of which only so many leading rows take part in sums.
+    """
+    for info in checkpoint.tensors.values():
+        if info.is_float:
+            rows = (shared_rows or {}).get(info.name)
+            shared = info.size if rows is None else rows * (info.size // info.shape[0])
+            for first, last, alone in ((0, shared, False), (shared, info.size, True)):
+                for start in range(first, last, size):
+                    yield Slice(info, start, min(size, last - start), alone)
+
+
+def every_of(info: TensorInfo) -> int:
+    """Return which blocks of a tensor are measured for the dose: one in how many."""
+    return EVERY if info.size >= SAMPLED_FROM else 1
+
+
+class Evaluator:
+    """Evaluates slices of a formula. It has buffers of its own, so every thread needs its own."""
+
+    def __init__(self, formula: Formula, settings: Settings, files: Files, *, measure: bool = False) -> None:
+        self._formula = formula
+        self._settings = settings
+        self._measure = measure
+        self._operands = Operands(formula.checkpoints, formula.displacements, files)
+        self._anchor = Operands((formula.point.anchor,), (), files)
+        self._half = np.empty(0, np.uint16)
+        self._wide: dict[np.dtype, np.ndarray] = {}
+
+    def evaluate(self, part: Slice) -> tuple[np.ndarray, np.ndarray]:
+        """Return a slice rounded to the output dtype, and the totals of its dose.
+
+        The values are one-dimensional, bfloat16 as uint16, and stay valid until the next call. Raises
+        CheckpointError for inputs that are not finite, InputError when the sum is too large for its dtype.
+        """
+        code = self._settings.code or part.info.dtype
+        operands = self._anchor if part.alone else self._operands
+        wide = np.dtype(np.float64 if code == "F64" or self._settings.precision == "float64" else np.float32)
+        loaded = operands.load(part, wide)
+        values, totals, finite = self._combine(part, loaded, code)
+        if not (finite or self._settings.allow_nonfinite):
+            if not loaded.finite(part.count):
+                complain_of_nonfinite(operands.checkpoints)
+            raise InputError(
+                f"the sum has values in {part.info.name} that {NAMES[code]} cannot hold; use smaller scales "
+                "or a wider dtype"
+            )
+        return values, totals
+
+    def _combine(self, part: Slice, loaded: Loaded, code: str) -> tuple[np.ndarray, np.ndarray, bool]:
+        form, dtype = self._formula, loaded.dtype
+        if len(self._half) < part.count:
+            self._half = np.empty(max(SLICE, part.count), np.uint16)
+        if len(self._wide.get(dtype, ())) < part.count:
+            self._wide[dtype] = np.empty(max(SLICE, part.count), dtype)
+        totals = kernels.totals_of(len(form.names))
+        measured = self._measure and not part.alone
+        finite = kernels.combine(
+            loaded.packed,
+            loaded.halves,
+            loaded.wides,
+            loaded.extras,
+            part.count,
+            form.order[:0] if part.alone else form.order,
+            form.ends[:0] if part.alone else form.ends,
+            form.weights.astype(dtype),
+            {"BF16": kernels.BFLOAT16, "F16": kernels.FLOAT16}.get(code, kernels.AS_IS),
+            self._settings.rounding == "stochastic",
+            np.int64(name_key(self._settings.seed, part.info.name)),
+            np.int64(part.start),
+            every_of(part.info) if measured else 0,
+            form.target,
+            form.along.astype(dtype),
+            self._half,
+            self._wide[dtype],
+            totals,
+        )
+        if code == "BF16":
+            return self._half[: part.count], totals, finite
+        with np.errstate(over="ignore"):  # too large a value is noticed below
+            stored = self._wide[dtype][: part.count].astype(STORED[code], copy=False)
+        return stored, totals, finite and (dtype == stored.dtype or bool(np.isfinite(stored).all()))
+
+
+STORED = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+"""How values of each dtype lie in numpy."""
+
+
+def name_key(seed: int, name: str) -> int:
+    """Return 64 bits (signed) that stand for (seed, tensor name) in stochastic rounding.
+
+    Output head and embedding share theirs: a tied pair rounds alike even where no config says it is one.
+    """
+    name = "embedding" if name in HEADS or name.endswith(EMBEDDINGS) else name
+    digest = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+# Operands
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The operands of one slice as the kernels take them; only the first elements of each row are set."""
+
+    packed: bool
+    """Whether the checkpoints are all bfloat16, and in `halves`; else they are in `wides`."""
+    halves: np.ndarray
+    wides: np.ndarray
+    extras: np.ndarray
+    """Displacements, in the working dtype."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The working dtype: float32 or float64."""
+        return self.wides.dtype
+
+    def finite(self, count: int) -> bool:
+        """Tell whether the first `count` values of every operand are finite."""
+        if self.packed:
+            return not bool(((self.halves[:, :count] & 0x7F80) == 0x7F80).any())
+        return bool(np.isfinite(self.wides[:, :count]).all())
+
+
+class Operands:
+    """Buffers of one thread for the values of checkpoints and displacements on one slice."""
+
+    def __init__(
+        self, checkpoints: Sequence[Checkpoint], displacements: Sequence[Displacement], files: Files
     ) -> None:
-        for handle in self._handles.values():
-            os.close(handle)
-        self._handles.clear()
+        self.checkpoints = tuple(checkpoints)
+        self._displacements = tuple(displacements)
+        self._files = files
+        self._raw = np.empty(0, np.uint8)
+        self._buffers: dict[str, np.ndarray] = {}
 
-    def open(self, checkpoints: Iterable[Checkpoint]) -> None:
-        """Open the files of these checkpoints; call it before reading from several threads."""
-        infos = (info for checkpoint in checkpoints for info in checkpoint.tensors.values())
-        for file, members in by_file(infos).items():
-            try:
-                handle = self._handles[file] = os.open(file, os.O_RDONLY)
-            except OSError as error:
-                raise CheckpointError(
-                    f"{file} cannot be read ({error.strerror}); fetch the model again"
-                ) from None
-            check_unchanged(file, members, size=os.fstat(handle).st_size)
+    def load(self, part: Slice, dtype: np.dtype) -> Loaded:
+        """Read a slice of every operand in the working dtype, or as bfloat16 where all of them are that.
 
-    def read_bytes(self, info: TensorInfo, start: int, stop: int) -> bytearray:
-        """Return the raw bytes [start, stop) of one tensor."""
-        buffer = bytearray(stop - start)
-        self._fill(info, memoryview(buffer), start)
-        return buffer
+        A float64 operand makes float64 of it. Raises MismatchError for a tensor that is missing or tied
+        to another one, CheckpointError when a file cannot be read.
+        """
+        infos = [self._find(checkpoint, part) for checkpoint in self.checkpoints]
+        dtype = np.dtype(np.float64) if any(info.dtype == "F64" for info in infos) else dtype
+        packed = bool(infos) and dtype == np.float32 and all(info.dtype == "BF16" for info in infos)
+        halves = self._buffer("halves", len(infos), part.count, np.dtype(np.uint16)) if packed else NO_HALVES
+        wides = self._buffer("wides", 0 if packed else len(infos), part.count, dtype)
+        for place, info in enumerate(infos):
+            if packed:
+                info.read(self._files, part.start * 2, halves[place, : part.count].view(np.uint8).data)
+            else:
+                self._read(info, part, wides[place, : part.count])
+            twin = self.checkpoints[place].twin(info.name)
+            if twin and not self._same(info, twin, part):
+                self._complain_of_twins(self.checkpoints[place], info, twin)
+        extras = self._buffer("extras", len(self._displacements), part.count, dtype)
+        for place, displacement in enumerate(self._displacements):
+            layout = next(iter(self.checkpoints), None)
+            name = part.info.name
+            change = displacement.change_of(name, layout) if layout else displacement.changes.get(name)
+            if change is None:
+                extras[place, : part.count] = 0
+            else:
+                change.read(self._files, part.start, extras[place, : part.count])
+        return Loaded(packed, halves, wides, extras)
 
-    def read_values(self, info: TensorInfo, start: int, out: torch.Tensor) -> torch.Tensor:
-        """Fill `out` (float32 or float64, one dimension) with elements from `start` on, and return it."""
-        raw = torch.empty(out.numel(), dtype=DTYPES[info.dtype])
-        self._fill(info, as_bytes(raw), start * info.itemsize)
-        return out.copy_(raw)
+    def _find(self, checkpoint: Checkpoint, part: Slice) -> TensorInfo:
+        info = checkpoint.find(part.info.name)
+        if info is None:
+            raise MismatchError(f"{checkpoint.folder} has no tensor {part.info.name}")
+        return info
 
-    def _fill(self, info: TensorInfo, view: memoryview, start: int) -> None:
-        done = 0
-        while done < len(view):
-            count = os.preadv(self._handles[info.file], [view[done:]], info.offset + start + done)
-            if count <= 0:
-                raise CheckpointError(
-                    f"{info.file} ended inside {info.name}; it was cut off while being read"
-                )
-            done += count
+    def _read(self, info: TensorInfo, part: Slice, out: np.ndarray) -> None:
+        """Fill `out` with the values of a slice of one tensor."""
+        raw = self._bytes(info, part)
+        if info.dtype == "BF16":
+            out[:] = (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        else:
+            out[:] = raw.view(STORED[info.dtype])
+
+    def _bytes(self, info: TensorInfo, part: Slice) -> np.ndarray:
+        size = part.count * info.itemsize
+        if len(self._raw) < size:
+            self._raw = np.empty(max(SLICE * info.itemsize, size), np.uint8)
+        info.read(self._files, part.start * info.itemsize, self._raw[:size].data)
+        return self._raw[:size]
+
+    def _same(self, info: TensorInfo, twin: TensorInfo, part: Slice) -> bool:
+        if (twin.shape, twin.dtype) != (info.shape, info.dtype):
+            return False
+        first = self._bytes(info, part).copy()
+        return np.array_equal(first, self._bytes(twin, part))
+
+    @staticmethod
+    def _complain_of_twins(checkpoint: Checkpoint, info: TensorInfo, twin: TensorInfo) -> None:
+        raise MismatchError(
+            f"{checkpoint.folder} ties its output head to the embedding (config.json) but holds two "
+            f"different tensors, {info.name} and {twin.name}; set tie_word_embeddings to what is true"
+        )
+
+    def _buffer(self, name: str, rows: int, count: int, dtype: np.dtype) -> np.ndarray:
+        found = self._buffers.get(name)
+        if found is None or found.dtype != dtype or found.shape[0] != rows or found.shape[1] < count:
+            found = self._buffers[name] = np.empty((rows, max(SLICE if rows else 0, count)), dtype)
+        return found
 
 
-def as_bytes(values: torch.Tensor) -> memoryview:
-    """Return the raw bytes of a contiguous tensor, not copied."""
-    raw: Any = values.view(torch.uint8).numpy()
-    return memoryview(raw)
+NO_HALVES = np.empty((0, 0), np.uint16)
+
+
+def direction_values(direction: Direction, part: Slice, files: Files) -> np.ndarray:
+    """Return a direction on one slice in float32, or float64 where a checkpoint is; not rounded further."""
+    terms = in_order(direction.terms)
+    checkpoints = [term for term, _ in terms if isinstance(term, Checkpoint)]
+    displacements = [term for term, _ in terms if isinstance(term, Displacement)]
+    loaded = Operands(checkpoints, displacements, files).load(part, np.dtype(np.float32))
+    wide = loaded.wides[:, : part.count]
+    if loaded.packed:
+        wide = (loaded.halves[:, : part.count].astype(np.uint32) << 16).view(np.float32)
+    total = np.zeros(part.count, loaded.dtype)
+    weights = direction.terms
+    for place, checkpoint in enumerate(checkpoints[1:], start=1):
+        total += loaded.dtype.type(weights[checkpoint]) * (wide[place] - wide[0])
+    for place, displacement in enumerate(displacements):
+        total += loaded.dtype.type(weights[displacement]) * loaded.extras[place, : part.count]
+    return total
+
+
+def direction_tensor(direction: Direction, info: TensorInfo, files: Files) -> np.ndarray:
+    """Return a direction's values on a whole tensor in one dimension; dtype as in `direction_values`."""
+    return direction_values(direction, Slice(info, 0, info.size), files)
 
 
 # Rounding
 
 
-def name_key(seed: int, name: str) -> int:
-    """Return 64 bits that stand for (seed, tensor name) in stochastic rounding.
+def choose_rounding(form: Formula, asked: Settings, parts: Iterable[Slice]) -> tuple[Settings, float | None]:
+    """Return the settings with `auto` settled, and the share of the dose that nearest would deliver.
 
-    Output head and embedding share theirs: a tied pair rounds alike even where no config says it is one.
+    The share, ⟨stored − target, exact − target⟩ / |exact − target|², is measured on a few thousand weights
+    in the middle of every tensor; it is None where nothing is rounded to 16 bits or the choice was given.
     """
-    name = "embedding" if name in HEADS or name.endswith(EMBEDDINGS) else name
-    return int.from_bytes(hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest(), "little")
+    if asked.rounding != "auto":
+        return asked, None
+    extents = {part.info: part.start + part.count for part in parts if not part.alone}
+    extents = {info: extent for info, extent in extents.items() if _is_16_bit(info, asked)}
+    change = form.point - form.point.anchor
+    if not extents or not change.terms:
+        return replace(asked, rounding="nearest"), None
+    nearest = replace(asked, rounding="nearest", allow_nonfinite=True)
+    meter = DoseMeter(["all"])
+    with Files() as files:
+        evaluator = Evaluator(formula(form.point, {"all": change}), nearest, files, measure=True)
+        for info, extent in extents.items():
+            count = min(SAMPLE, extent)
+            middle = (extent - count) // 2 // kernels.BLOCK * kernels.BLOCK
+            _, totals = evaluator.evaluate(Slice(info, middle, count))
+            meter.add("all", totals, count)
+    found = meter.result()
+    if not found.relative_error:  # nothing was asked for there, or nothing of it is lost, or it is not finite
+        return replace(asked, rounding="nearest"), None
+    share = found.effective["all"]
+    keeps = abs(share - 1) <= TOLERANCE
+    return replace(asked, rounding="nearest" if keeps else "stochastic"), share
 
 
-def random_bits(key: int, start: int, count: int) -> torch.Tensor:
-    """Return `count` pseudo-random int32 for the elements from `start` on.
-
-    A counter-based hash (two multiply-xorshift rounds) of key and element index: the value of an
-    element depends on nothing else, so slices, shards, threads and processes cannot change it.
-    """
-    index = np.arange(start, start + count, dtype=np.uint64)
-    x = index.astype(np.uint32) ^ np.uint32(key & 0xFFFFFFFF)
-    high = (index >> np.uint64(32)).astype(np.uint32) if start + count > 1 << 32 else np.uint32(0)
-    x += np.uint32(key >> 32) + high * np.uint32(0x9E3779B9)
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x ^= x >> np.uint32(shift)
-        x *= np.uint32(factor)
-    x ^= x >> np.uint32(16)
-    return torch.from_numpy(x.view(np.int32))
-
-
-def round_stochastic(values: torch.Tensor, dtype: torch.dtype, bits: torch.Tensor) -> torch.Tensor:
-    """Round float32 to a 16-bit dtype, up or down with probability by distance; exact values stay."""
-    if dtype == torch.bfloat16:
-        return _add_and_cut(values, bits, dropped=16).to(dtype)
-    normal = _add_and_cut(values, bits, dropped=13)
-    # Below 2^-14 float16 is evenly spaced by 2^-24. Size and sign apart, as -0.0 must stay what it is.
-    chance = (bits & 0x1FFF).to(torch.float32) / 8192
-    small = torch.floor(values.abs() * 2.0**24 + chance) * 2.0**-24
-    return torch.where(values.abs() < 2.0**-14, small.copysign(values), normal).to(dtype)
-
-
-def _add_and_cut(values: torch.Tensor, bits: torch.Tensor, *, dropped: int) -> torch.Tensor:
-    """Add a random number below the last kept bit of the significand, then clear what lies below it."""
-    mask = (1 << dropped) - 1
-    return ((values.view(torch.int32) + (bits & mask)) & ~mask).view(torch.float32)
-
-
-def round_to(
-    values: torch.Tensor, dtype: torch.dtype, *, stochastic: bool, key: int, start: int
-) -> torch.Tensor:
-    """Round a slice of float32 or float64 once to the output dtype."""
-    if not stochastic or dtype.itemsize != 2:
-        return values.to(dtype)
-    exact = values.to(torch.float32)
-    return round_stochastic(exact, dtype, random_bits(key, start, values.numel()))
-
-
-def check_rounding(rounding: str) -> None:
-    """Raise InputError when there is no such rounding."""
-    if rounding not in get_args(Rounding):
-        raise InputError(f"there is no rounding {rounding!r}; choose one of {', '.join(get_args(Rounding))}")
-
-
-def all_finite(values: torch.Tensor) -> bool:
-    """Tell whether no value is NaN or infinite: their sum shows it, unless it is itself too large."""
-    total = values.sum(dtype=torch.float32 if values.itemsize == 2 else None)
-    return math.isfinite(float(total)) or bool(torch.isfinite(values).all())
-
-
-# Pre-flight
-
-
-# Two models can agree in all shapes and still read them differently.
-ARCHITECTURE = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "n_head")
-
-
-def check_same_shape(points: Sequence[Checkpoint], reference: Checkpoint) -> None:
-    """Raise MismatchError unless every checkpoint has the reference's architecture, tensors and tying."""
-    for other in points:
-        for key in ARCHITECTURE:
-            first, second = reference.config.get(key), other.config.get(key)
-            if first != second and None not in (first, second):
-                raise MismatchError(
-                    f"{reference.folder} and {other.folder} are not states of one model: {key} is {first} "
-                    f"in the one and {second} in the other"
-                )
-        problems = _differences(reference, other)
-        if problems:
-            raise MismatchError(
-                f"{reference.folder} and {other.folder} disagree on {len(problems)} of "
-                f"{len(reference.tensors)} tensors ({problems[0]}); "
-                "are they states of one model, saved with the same tokenizer?"
-            )
-
-
-def _differences(reference: Checkpoint, other: Checkpoint) -> list[str]:
-    if (reference.tied is None) != (other.tied is None):
-        tied, untied = (reference, other) if reference.tied else (other, reference)
-        return [f"the output head is tied to the embedding in {tied.folder} and is not in {untied.folder}"]
-    problems = []
-    for name, info in reference.tensors.items():
-        found = other.find(name)
-        if found is None:
-            problems.append(f"{name} is missing in {other.folder}")
-        elif found.shape != info.shape:
-            problems.append(f"{name}: {_shape(info)} against {_shape(found)}")
-        elif found.is_float != info.is_float:
-            problems.append(f"{name}: {info.dtype} against {found.dtype}")
-    extra = [name for name in other.tensors if reference.find(name) is None]
-    return problems + [f"{name} is missing in {reference.folder}" for name in extra]
-
-
-def _shape(info: TensorInfo) -> str:
-    return "x".join(map(str, info.shape)) or "scalar"
-
-
-# Sums
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """Elements [start, start + count) of one tensor of the target's layout."""
-
-    info: TensorInfo
-    start: int
-    count: int
-
-
-def slices(checkpoint: Checkpoint, *, size: int = SLICE) -> Iterator[Slice]:
-    """Yield the floating-point tensors of a checkpoint in pieces of at most `size` elements."""
-    for info in checkpoint.tensors.values():
-        if info.is_float:
-            for start in range(0, info.size, size):
-                yield Slice(info, start, min(size, info.size - start))
-
-
-class Operands:
-    """The values of several checkpoints on one slice, each read once and only if it is asked for.
-
-    They are float32, or float64 where one of `checkpoints` or the output (`code`) is.
-    """
-
-    def __init__(
-        self, reader: Reader, part: Slice, checkpoints: Iterable[Checkpoint], code: str | None = None
-    ) -> None:
-        self._reader = reader
-        self._part = part
-        found = [checkpoint.find(part.info.name) for checkpoint in checkpoints]
-        wide = "F64" in (code, *(info.dtype for info in found if info))
-        self._dtype = torch.float64 if wide else torch.float32
-        self._values: dict[Checkpoint, torch.Tensor] = {}
-
-    def __getitem__(self, checkpoint: Checkpoint) -> torch.Tensor:
-        if checkpoint not in self._values:
-            self._values[checkpoint] = self._read(checkpoint)
-        return self._values[checkpoint]
-
-    def _read(self, checkpoint: Checkpoint) -> torch.Tensor:
-        name, start = self._part.info.name, self._part.start
-        info, twin = checkpoint.find(name), checkpoint.twin(name)
-        if info is None:
-            raise MismatchError(f"{checkpoint.folder} has no tensor {name}")
-        values = self._reader.read_values(info, start, torch.empty(self._part.count, dtype=self._dtype))
-        if not all_finite(values):
-            raise CheckpointError(
-                f"{info.file}: {info.name} holds values that are not finite (NaN or infinity)"
-            )
-        if twin and not (
-            twin.shape == info.shape
-            and torch.equal(values, self._reader.read_values(twin, start, torch.empty_like(values)))
-        ):
-            raise MismatchError(
-                f"{checkpoint.folder} ties its output head to the embedding (config.json) but holds two "
-                f"different tensors, {info.name} and {twin.name}; set tie_word_embeddings to what is true"
-            )
-        return values
-
-    def sum(self, terms: Mapping[Checkpoint, float], pivot: Checkpoint) -> torch.Tensor:
-        """Return Σ c_i (P_i − pivot): the direction itself, or a point's distance from its pivot.
-
-        Terms of equal coefficient are added up first, so that folder names do not decide the rounding.
-        """
-        base = self[pivot]
-        total = torch.zeros_like(base)
-        others = [term for term in in_order(terms) if term[0] != pivot]
-        for coefficient, members in groupby(others, key=lambda term: term[1]):
-            group = [self[checkpoint] - base for checkpoint, _ in members]
-            for difference in group[1:]:
-                group[0].add_(difference)
-            total.add_(group[0], alpha=coefficient)
-        return total
-
-    def direction(self, direction: Direction) -> torch.Tensor:
-        """Return a direction's values on this slice."""
-        if not direction.terms:
-            return torch.zeros(self._part.count, dtype=self._dtype)
-        return self.sum(direction.terms, pivot_of(direction.terms))
-
-    def point(self, point: Point) -> torch.Tensor:
-        """Return a point's values on this slice, before rounding."""
-        pivot = pivot_of(point.terms, point.anchor)
-        if len(point.terms) == 1:  # adding a zero would turn -0.0 into 0.0
-            return self[pivot]
-        return self[pivot] + self.sum(point.terms, pivot)
-
-
-def in_order(terms: Mapping[Checkpoint, float]) -> list[tuple[Checkpoint, float]]:
-    """Return the terms in an order that does not depend on how the formula was written."""
-    return sorted(terms.items(), key=lambda term: (term[1], str(term[0].folder)))
-
-
-def pivot_of(terms: Mapping[Checkpoint, float], anchor: Checkpoint | None = None) -> Checkpoint:
-    """Return the term that the others are compared with: the anchor where it takes part."""
-    if anchor is not None and anchor in terms:
-        return anchor
-    return in_order(terms)[0][0]
-
-
-# Dose
-
-
-@dataclass(frozen=True, slots=True)
-class Dose:
-    """How much of the change asked for really arrived in the stored weights.
-
-    `effective` holds, for each named direction, the scale found in the stored weights (least squares
-    of stored − target on the directions); rounding can make it smaller than the one asked for.
-    """
-
-    effective: Mapping[str, float]
-    relative_error: float
-    """|stored − exact| / |exact − target|; 0 when nothing was asked for."""
-    moved_share: float
-    """Share of floating-point weights whose stored value differs from the target's."""
-    weights: int
-    """Number of floating-point weights."""
-
-
-@dataclass(slots=True)
-class DoseMeter:
-    """Adds up, slice by slice, what `Dose` needs: products of the directions and the stored change."""
-
-    along: Mapping[str, Direction]
-    gram: np.ndarray = field(init=False)
-    projection: np.ndarray = field(init=False)
-    error: float = 0.0
-    asked: float = 0.0
-    moved: int = 0
-    weights: int = 0
-
-    def __post_init__(self) -> None:
-        count = len(self.along)
-        self.gram = np.zeros((count, count))
-        self.projection = np.zeros(count)
-
-    def add(
-        self, operands: Operands, target: torch.Tensor, exact: torch.Tensor, stored: torch.Tensor
-    ) -> None:
-        """Take one slice in: the target's values, the exact sum, and what is written."""
-        change = stored.to(exact.dtype) - target
-        vectors = [operands.direction(direction) for direction in self.along.values()]
-        self.gram += [[_dot(a, b) for b in vectors] for a in vectors] if vectors else 0.0
-        self.projection += [_dot(vector, change) for vector in vectors]
-        self.asked += _dot(exact - target, exact - target)
-        self.error += _dot(change - (exact - target), change - (exact - target))
-        self.moved += int(torch.count_nonzero(change))
-        self.weights += change.numel()
-
-    def merge(self, other: DoseMeter) -> None:
-        """Take in what another thread has added up."""
-        self.gram += other.gram
-        self.projection += other.projection
-        self.error += other.error
-        self.asked += other.asked
-        self.moved += other.moved
-        self.weights += other.weights
-
-    def result(self) -> Dose:
-        """Return the dose of everything added so far."""
-        effective = np.linalg.lstsq(self.gram, self.projection, rcond=1e-12)[0] if self.along else []
-        return Dose(
-            effective=dict(zip(self.along, map(float, effective), strict=True)),
-            relative_error=float(np.sqrt(self.error / self.asked)) if self.asked else 0.0,
-            moved_share=self.moved / self.weights if self.weights else 0.0,
-            weights=self.weights,
-        )
-
-
-def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float(torch.dot(a, b))
+def _is_16_bit(info: TensorInfo, asked: Settings) -> bool:
+    return (asked.code or info.dtype) in ("F16", "BF16")
 
 
 # Threads
 
 
+def default_workers() -> int:
+    """Return how many threads work on slices: one for each core this process may use, up to 16."""
+    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def per_thread(make: Callable[[], Callable[[Slice], Result]]) -> Callable[[Slice], Result]:
+    """Return a function on slices that makes itself anew in every thread it is called from."""
+    state = local()
+
+    def work(part: Slice) -> Result:
+        if not hasattr(state, "work"):
+            state.work = make()
+        found: Result = state.work(part)
+        return found
+
+    return work
+
+
 def map_slices(
-    parts: Sequence[Slice],
+    parts: Iterable[Slice],
     work: Callable[[Slice], Result],
     *,
-    collect: Callable[[Result], None] | None = None,
+    collect: Callable[[Slice, Result], None] | None = None,
     workers: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Call `work` on every slice from a few threads; torch itself stays on one thread in each.
+    """Call `work` on every slice from a few threads.
 
-    `collect` takes the results here, in the order of the slices, so that sums over them do not depend
+    `collect` takes slices and results here, in the order of the slices, so that sums over them do not depend
     on the threads. `on_progress` hears the number of elements done. The first error stops the rest
     and is raised.
     """
-    threads = torch.get_num_threads()
-    state = local()
+    count = workers or default_workers()
+    pool = ThreadPoolExecutor(count)
+    waiting: deque[tuple[Slice, Future[Result]]] = deque()
 
-    def run(part: Slice) -> Result:
-        if not getattr(state, "ready", False):
-            torch.set_num_threads(1)
-            state.ready = True
-        return work(part)
+    def take() -> None:
+        part, future = waiting.popleft()
+        result = future.result()
+        if collect:
+            collect(part, result)
+        if on_progress:
+            on_progress(part.count)
 
-    pool = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1))
     try:
-        for first in range(0, len(parts), WINDOW):
-            window = parts[first : first + WINDOW]
-            for part, result in zip(window, pool.map(run, window), strict=True):
-                if collect:
-                    collect(result)
-                if on_progress:
-                    on_progress(part.count)
+        for part in parts:
+            waiting.append((part, pool.submit(work, part)))
+            if len(waiting) > AHEAD * count:
+                take()
+        while waiting:
+            take()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(threads)

@@ -1,36 +1,51 @@
 """A checkpoint: where a model lies on disk and which tensors it holds. Weights are read lazily.
 
-The layout of a safetensors file is 8 bytes of header length, that many bytes of JSON
-`{name: {dtype, shape, data_offsets}}`, then the raw little-endian tensors. Headers are checked in full
-before anything uses them, so that a half-downloaded or damaged file is named here and not later.
+formats/ knows the layouts: safetensors, torch.save, distributed checkpoints, GGUF. Whatever the layout,
+a checkpoint is a folder, a config, and a TensorInfo for each tensor.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import mmap
-import os
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
-
-import blake3
+from typing import TYPE_CHECKING, Any
 
 from palinode.errors import CheckpointError
 from palinode.weights.direction import Point
+from palinode.weights.formats.distributed import METADATA
+from palinode.weights.formats.layouts import (
+    INDEX,
+    PICKLE_INDEX,
+    PICKLES,
+    SINGLE,
+    Format,
+    find_leading,
+    format_of,
+    read_contents,
+)
+from palinode.weights.formats.safetensors import MAX_HEADER, read_header
+from palinode.weights.formats.small_files import read_json
+from palinode.weights.tensors import FLOAT_BYTES, OTHER_BYTES, TensorInfo, by_file
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-MAX_HEADER = 100_000_000
-"""Bytes; the safetensors library refuses longer headers as well."""
+if TYPE_CHECKING:
+    from palinode.weights.direction import Term
 
-FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-OTHER_BYTES = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
+__all__ = [
+    "EMBEDDINGS",
+    "FLOAT_BYTES",
+    "HEADS",
+    "INDEX",
+    "MAX_HEADER",
+    "OTHER_BYTES",
+    "SINGLE",
+    "Checkpoint",
+    "TensorInfo",
+    "by_file",
+    "read_header",
+    "require_causal_lm",
+]
 
 # What lies beside the weights and belongs to the model: config, generation config, tokenizer, chat template.
 COMPANIONS = (
@@ -48,38 +63,14 @@ COMPANIONS = (
     "preprocessor_config.json",
 )
 
+# What is fetched from the hub besides: an adapter only to say that it is one, and pickles only if they are
+# allowed and there is nothing better.
+ON_HUB = ("*.safetensors", INDEX, "adapter_config.json", *COMPANIONS)
+PICKLES_ON_HUB = ("*.bin", "*.pt", "*.pth", PICKLE_INDEX, METADATA, "*.distcp")
+
 # An output head that is left out of the file shares its storage with the token embedding.
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "tok_embeddings.weight")
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One tensor as it lies on disk."""
-
-    name: str
-    dtype: str
-    """Code of the safetensors format: F32, BF16, F16, I64, …"""
-    shape: tuple[int, ...]
-    file: Path
-    offset: int
-    """Bytes from the start of the file."""
-    nbytes: int
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def is_float(self) -> bool:
-        """Whether sums can be formed of it; other tensors are copied from the target."""
-        return self.dtype in FLOAT_BYTES
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element."""
-        return FLOAT_BYTES.get(self.dtype) or OTHER_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,23 +82,36 @@ class Checkpoint(Point):
     config: Mapping[str, Any] = field(compare=False, repr=False)
     tied: tuple[str, str] | None = field(init=False, compare=False, repr=False)
     """Names of (output head, token embedding) when the two share their weights, else None."""
+    file: Path | None = None
+    """The one weight file that was named, where it was not the folder."""
+    format: Format = field(default="safetensors", compare=False, repr=False)
+    notes: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    """What the user should know of how the weights were read, in sentences."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tied", _tied_pair(self.tensors, self.config))
 
     @classmethod
-    def open(cls, location: Path | str) -> Checkpoint:
-        """Open a local model folder, or a hub id with an optional `@revision`.
+    def open(cls, location: Path | str, *, allow_pickle: bool = False) -> Checkpoint:
+        """Open a local model folder or weight file, or a hub id with an optional `@revision`.
 
-        Reads the headers only. Raises CheckpointError when the folder is missing, half-downloaded,
-        damaged, quantised, or in a format that is not safetensors.
+        Reads headers only; a GGUF file is dequantised into memory. Pickles (torch.save, distributed
+        checkpoints) are read only with `allow_pickle`, as plain tensors, and none of their code is run.
+        Raises CheckpointError when the model is missing, half-downloaded, damaged or quantised.
         """
-        folder = _local_folder(location)
-        config = _read_config(folder)
-        return cls(folder, _read_tensors(folder), config)
+        path = _local_path(location, allow_pickle=allow_pickle)
+        folder, named = (path, None) if path.is_dir() else (path.parent, path)
+        _refuse_adapter(folder)
+        leading = named or find_leading(folder)
+        kind = format_of(leading)
+        config = {} if kind == "gguf" else _read_config(folder, optional=kind == "distributed")
+        contents = read_contents(leading, allow_pickle=allow_pickle)
+        config = config if contents.config is None else contents.config
+        tensors = _without_shared_head(contents.tensors, config)
+        return cls(folder, tensors, config, named, kind, contents.notes)
 
     @property
-    def terms(self) -> Mapping[Checkpoint, float]:
+    def terms(self) -> Mapping[Term, float]:
         """A checkpoint is the sum of itself alone."""
         return {self: 1.0}
 
@@ -148,13 +152,14 @@ class Checkpoint(Point):
         yield from sorted(seen)
 
     def fingerprint(self) -> str:
-        """Return a content hash (BLAKE3, hex) of all tensors, the config and the tokenizer.
+        """Return a content hash (BLAKE3, 32 hex digits) of all tensors, the config and the tokenizer.
 
-        It does not depend on the folder's name or on how tensors are spread over files.
+        It does not depend on the folder's name or on how tensors are spread over files. Files that have not
+        changed since they were last hashed are not read again; see `fingerprints`.
         """
-        files = [*{info.file for info in self.tensors.values()}, *self.companions()]
-        stamps = tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files))
-        return _fingerprint(self, stamps)
+        from palinode.weights.fingerprints import fingerprint
+
+        return fingerprint(self)
 
 
 def require_causal_lm(checkpoint: Checkpoint) -> None:
@@ -168,6 +173,19 @@ def require_causal_lm(checkpoint: Checkpoint) -> None:
         )
 
 
+def _without_shared_head(
+    tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]
+) -> Mapping[str, TensorInfo]:
+    """Return the tensors without a tied head that is stored as a second name of its embedding."""
+    pair = _tied_pair(tensors, config)
+    if pair is None or pair[0] not in tensors:
+        return tensors
+    head, embedding = (tensors[name] for name in pair)
+    if replace(head, name=embedding.name) != embedding:
+        return tensors
+    return {name: info for name, info in tensors.items() if name != head.name}
+
+
 def _tied_pair(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> tuple[str, str] | None:
     embedding = next((name for name in tensors if name.endswith(EMBEDDINGS)), None)
     head = next((name for name in HEADS if name in tensors), None)
@@ -179,32 +197,38 @@ def _tied_pair(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> 
 # Finding the files
 
 
-def _local_folder(location: Path | str) -> Path:
+def _local_path(location: Path | str, *, allow_pickle: bool) -> Path:
+    """Return the model folder, or the weight file, that a name stands for; fetch it from the hub."""
     try:
         path = Path(location).expanduser()
-        if path.is_dir():
+        if path.is_dir() or (path.is_file() and path.suffix in (*PICKLES, ".gguf")):
             return path.resolve()
-        taken = path.exists()
-    except (OSError, RuntimeError) as error:  # a name too long, an unknown ~user, no permission
+        taken, dangling = path.exists(), path.is_symlink()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, an unknown ~user, no permission
         raise CheckpointError(f"{location} cannot be opened as a model folder ({error})") from None
     if taken:
         raise CheckpointError(
             f"{location} is a file; name the model folder that holds config.json and the weights"
         )
+    if dangling:
+        raise CheckpointError(
+            f"{location} is a link that leads nowhere, or in a circle; name the model folder"
+        )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(location)) or str(location).startswith("."):
         raise CheckpointError(f"there is no model folder {location}")
-    return _download(str(location))
+    found = _download(str(location), ON_HUB)
+    if allow_pickle and not any(found.glob("*.safetensors")):
+        return _download(str(location), (*ON_HUB, *PICKLES_ON_HUB))
+    return found
 
 
-def _download(location: str) -> Path:
+def _download(location: str, patterns: Sequence[str]) -> Path:
     """Fetch a hub snapshot (or find it in the local cache) and return its folder."""
     from huggingface_hub import snapshot_download
 
     name, _, revision = location.partition("@")
     try:
-        found = snapshot_download(
-            name, revision=revision or None, allow_patterns=["*.safetensors", INDEX, *COMPANIONS]
-        )
+        found = snapshot_download(name, revision=revision or None, allow_patterns=list(patterns))
     except Exception as error:  # the hub client raises many kinds; each means that we have no model
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
@@ -214,20 +238,23 @@ def _download(location: str) -> Path:
     return Path(found).resolve()
 
 
-def _read_config(folder: Path) -> Mapping[str, Any]:
+def _refuse_adapter(folder: Path) -> None:
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(
-            f"{folder} holds a LoRA adapter, not a whole model; merge it into its base first"
+            f"{folder} holds a LoRA adapter, not a whole model; use it as a direction (LoraAdapter.open), or "
+            "merge it into its base first"
         )
+
+
+def _read_config(folder: Path, *, optional: bool) -> Mapping[str, Any]:
+    """Return config.json; where it is `optional` and not there, {}."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
     except FileNotFoundError:
+        if optional:
+            return {}
         raise CheckpointError(
             f"{folder} has no config.json: it is not a model folder, or its download is not finished"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{folder / 'config.json'} cannot be read ({error}); fetch the model again"
         ) from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder / 'config.json'} does not hold a JSON object; fetch the model again")
@@ -237,183 +264,3 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
             "use the model it was made from"
         )
     return config
-
-
-def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
-    """Return all tensors of the model by name, each from the one file that holds it."""
-    single = (folder / SINGLE).is_file()  # where both are there, transformers takes it before an index too
-    index = {} if single else _read_index(folder)
-    tensors: dict[str, TensorInfo] = {}
-    for file in [folder / SINGLE] if single else _indexed_files(folder, index):
-        for info in read_header(file):
-            if info.name in tensors:
-                raise CheckpointError(
-                    f"{folder} holds {info.name} twice, in {tensors[info.name].file.name} and {file.name}; "
-                    "remove the file that does not belong to the model"
-                )
-            tensors[info.name] = info
-    lost = [name for name in index if name not in tensors]
-    if lost:
-        raise CheckpointError(
-            f"{folder / INDEX} names {len(lost)} tensors that no file holds (first: {lost[0]}); fetch the "
-            "model again"
-        )
-    return tensors
-
-
-def _read_index(folder: Path) -> Mapping[str, Any]:
-    """Return which tensor lies in which file, as the index says."""
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        if not isinstance(index, dict) or not index:
-            raise ValueError("its weight_map is empty or no object")
-    except FileNotFoundError:
-        _complain_of_no_weights(folder)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{folder / INDEX} cannot be read ({error!r}); fetch the model again") from None
-    return index
-
-
-def _complain_of_no_weights(folder: Path) -> NoReturn:
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-        raise CheckpointError(
-            f"{folder} holds its weights only as pickles (.bin, .pt); save the model once with "
-            "save_pretrained, which writes safetensors"
-        )
-    raise CheckpointError(f"{folder} holds no weights ({SINGLE} or {INDEX}); is the download finished?")
-
-
-def _indexed_files(folder: Path, index: Mapping[str, Any]) -> list[Path]:
-    """Return the files that the index names, all of them present."""
-    names = list(dict.fromkeys(map(str, index.values())))
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise CheckpointError(
-            f"{folder / INDEX} names {outside[0]!r}, a file outside its folder; do not trust it"
-        )
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} of {len(names)} weight files (first: {missing[0]}); "
-            "finish the download"
-        )
-    return [folder / name for name in sorted(names)]
-
-
-def by_file(infos: Iterable[TensorInfo]) -> dict[Path, list[TensorInfo]]:
-    """Return tensors grouped by the file they lie in, in their order."""
-    grouped: dict[Path, list[TensorInfo]] = {}
-    for info in infos:
-        grouped.setdefault(info.file, []).append(info)
-    return grouped
-
-
-def check_unchanged(file: Path, infos: Iterable[TensorInfo], *, size: int) -> None:
-    """Raise CheckpointError when a file no longer has the size it had when its header was read."""
-    end = max(info.offset + info.nbytes for info in infos)
-    if size != end:
-        raise CheckpointError(
-            f"{file} has {size} bytes, and had {end} when the checkpoint was opened; open it again"
-        )
-
-
-# Reading a safetensors header
-
-
-def read_header(file: Path) -> list[TensorInfo]:
-    """Return the tensors of one safetensors file in the order of their bytes.
-
-    Raises CheckpointError when the header is absurd, a tensor's bytes do not fit its shape, tensors
-    overlap, or the file is longer or shorter than its header says.
-    """
-    try:
-        with file.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            length = int.from_bytes(stream.read(8), "little")
-            raw = stream.read(length) if length <= min(size - 8, MAX_HEADER) else None
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read ({error.strerror}); fetch the model again") from None
-    if raw is None:
-        raise CheckpointError(
-            f"{file} is cut off or no safetensors file ({size} bytes, header of {length}); fetch it again"
-        )
-    infos = sorted(_parse_header(file, raw, 8 + length), key=lambda info: (info.offset, info.nbytes))
-    end = 8 + length
-    for info in infos:
-        if info.offset != end:
-            raise CheckpointError(f"{file}: the bytes of {info.name} overlap another tensor or leave a gap")
-        end += info.nbytes
-    if end != size:
-        raise CheckpointError(f"{file} has {size} bytes where its header needs {end}; fetch it again")
-    return infos
-
-
-def _parse_header(file: Path, raw: bytes, data_start: int) -> Iterator[TensorInfo]:
-    try:
-        entries = json.loads(raw.decode(), object_pairs_hook=_object)
-    except KeyError as error:
-        raise CheckpointError(f"{file} names {error} twice in its header; fetch it again") from None
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{file} has a header that is not JSON; fetch it again") from None
-    if not isinstance(entries, dict):
-        raise CheckpointError(f"{file} has a header that is not a JSON object; fetch it again")
-    for name, entry in entries.items():
-        if name != "__metadata__":
-            yield _tensor_info(file, name, entry, data_start)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object as a dict; raises KeyError when it names a key twice."""
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        raise KeyError(Counter(name for name, _ in pairs).most_common(1)[0][0])
-    return entries
-
-
-def _tensor_info(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
-    try:
-        name.encode()  # half a surrogate pair is JSON, but no text
-        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        sound = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, start, stop))
-    except (KeyError, TypeError, ValueError):
-        sound = False
-    if not sound:
-        raise CheckpointError(f"{file}: the header entry of {name!a} is malformed; fetch it again")
-    itemsize = FLOAT_BYTES.get(dtype) or OTHER_BYTES.get(dtype)
-    if itemsize is None:
-        raise CheckpointError(
-            f"{file}: {name} is stored as {dtype}, a packed or quantised type; weights can be added only in "
-            "float64, float32, float16 or bfloat16: use the model it was made from"
-        )
-    if math.prod(shape) * itemsize != stop - start:
-        raise CheckpointError(f"{file}: {name} has {stop - start} bytes where its shape needs another number")
-    return TensorInfo(name, dtype, shape, file, data_start + start, stop - start)
-
-
-# Fingerprints
-
-
-@lru_cache(maxsize=64)
-def _fingerprint(checkpoint: Checkpoint, _stamps: tuple[tuple[Path, int, int], ...]) -> str:
-    """Hash a checkpoint; the stamps (path, size, mtime) only serve to notice that files have changed."""
-    total = blake3.blake3()
-    for name, digest in sorted(_tensor_digests(checkpoint.tensors.values())):
-        total.update(f"{name}\0".encode() + digest)
-    for path in checkpoint.companions():
-        total.update(
-            f"{path.relative_to(checkpoint.folder)}\0".encode() + blake3.blake3(path.read_bytes()).digest()
-        )
-    return total.hexdigest()[:32]
-
-
-def _tensor_digests(infos: Iterable[TensorInfo]) -> Iterator[tuple[str, bytes]]:
-    for file, members in by_file(infos).items():
-        with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            check_unchanged(file, members, size=mapped.size())
-            for info in members:
-                hasher = blake3.blake3(
-                    f"{info.dtype}{list(info.shape)}".encode(), max_threads=blake3.blake3.AUTO
-                )
-                with memoryview(mapped) as view, view[info.offset : info.offset + info.nbytes] as part:
-                    hasher.update(part)
-                yield info.name, hasher.digest()

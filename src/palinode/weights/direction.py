@@ -3,9 +3,10 @@
     point − point = direction        direction ± direction = direction      number · direction = direction
     point ± direction = point        point + point and number · point have no meaning and say so
 
-A sum is kept as coefficients over checkpoints. `θ_D − α(θ_1 − θ_0) + β(θ_2 − θ_0)` has the coefficients
-(1, −α, +β, α−β) over (θ_D, θ_1, θ_2, θ_0); a point's add up to 1, a direction's to 0, and a checkpoint
-whose coefficient is zero is never opened. Nothing is read here.
+A sum is kept as coefficients over its terms, which lie on disk: checkpoints, and displacements (directions
+of their own, such as a LoRA adapter). `θ_D − α(θ_1 − θ_0) + β(θ_2 − θ_0)` has the coefficients
+(1, −α, +β, α−β) over (θ_D, θ_1, θ_2, θ_0). Over checkpoints a point's add up to 1 and a direction's to 0;
+over displacements they are free. A term whose coefficient is zero is never opened. Nothing is read here.
 """
 
 from __future__ import annotations
@@ -14,42 +15,21 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, overload
+from typing import TYPE_CHECKING, NoReturn, TypeAlias, overload
 
 from palinode.errors import AlgebraError
 
 if TYPE_CHECKING:
     from palinode.weights.arithmetic import Rounding
     from palinode.weights.checkpoint import Checkpoint
+    from palinode.weights.displacement import Displacement
     from palinode.weights.store import Saved
 
+Term: TypeAlias = "Checkpoint | Displacement"
+"""What a sum is made of: a point or a direction that lies on disk."""
 
 LARGEST = 3.4e38
 """Largest coefficient: about the largest float32, in which sums are computed."""
-
-
-def _combine(
-    first: Mapping[Checkpoint, float], factor: float, second: Mapping[Checkpoint, float]
-) -> dict[Checkpoint, float]:
-    """Return first + factor · second, without the terms that cancel."""
-    total = dict(first)
-    for checkpoint, coefficient in second.items():
-        total[checkpoint] = total.get(checkpoint, 0.0) + factor * coefficient
-    if not all(abs(coefficient) <= LARGEST for coefficient in total.values()):
-        raise AlgebraError("a sum got a coefficient beyond the range of float32; are the scales right?")
-    return {checkpoint: coefficient for checkpoint, coefficient in total.items() if coefficient != 0.0}
-
-
-def _finite(number: float) -> float:
-    try:
-        value = float(number)
-    except OverflowError:  # an integer too long for a float
-        value = math.inf
-    if not abs(value) <= LARGEST:  # neither is NaN
-        raise AlgebraError(
-            f"a direction was scaled by {value}; the scale must be a finite number in the range of float32"
-        )
-    return value
 
 
 class Point:
@@ -58,8 +38,8 @@ class Point:
     __slots__ = ()
 
     @property
-    def terms(self) -> Mapping[Checkpoint, float]:
-        """Coefficient of each checkpoint in the sum; they add up to 1."""
+    def terms(self) -> Mapping[Term, float]:
+        """Coefficient of each term of the sum; those of checkpoints add up to 1."""
         raise AttributeError("terms")
 
     @property
@@ -83,7 +63,7 @@ class Point:
     def __sub__(self, other: Direction) -> WeightedSum: ...
     def __sub__(self, other: object) -> Direction | WeightedSum:
         if isinstance(other, Point):
-            return Direction(_combine(self.terms, -1.0, other.terms))
+            return Combination(_combine(self.terms, -1.0, other.terms))
         if isinstance(other, Direction):
             return WeightedSum(self.anchor, _combine(self.terms, -1.0, other.terms))
         return NotImplemented
@@ -101,10 +81,10 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class WeightedSum(Point):
-    """A point that is a formula over checkpoints, not yet written: `target - alpha * forget_vector`."""
+    """A point that is a formula, not yet written: `target - alpha * forget_vector`."""
 
     anchor: Checkpoint
-    terms: Mapping[Checkpoint, float]
+    terms: Mapping[Term, float]
 
     def save(
         self,
@@ -121,25 +101,29 @@ class WeightedSum(Point):
         return save(self, Path(output), dtype=dtype, rounding=rounding, seed=seed, along=along or {})
 
 
-@dataclass(frozen=True, slots=True)
 class Direction:
-    """A difference of points: coefficients over checkpoints that add up to 0.
+    """A way to go in weight space: `theta_1 - base`, a `Displacement` on disk, or any sum of such.
 
-    `theta_1 - base` is one; so is any sum of such differences, scaled or not.
+    It is scaled by a number, added to other directions, and added to a point.
     """
 
-    terms: Mapping[Checkpoint, float]
+    __slots__ = ()
+
+    @property
+    def terms(self) -> Mapping[Term, float]:
+        """Coefficient of each term of the sum; those of checkpoints add up to 0."""
+        raise AttributeError("terms")
 
     def __add__(self, other: object) -> Direction:
         if isinstance(other, Direction):
-            return Direction(_combine(self.terms, 1.0, other.terms))
+            return Combination(_combine(self.terms, 1.0, other.terms))
         if isinstance(other, Point):
             raise AlgebraError("a point was added to a direction; write the point first: target + direction")
         return NotImplemented
 
     def __sub__(self, other: object) -> Direction:
         if isinstance(other, Direction):
-            return Direction(_combine(self.terms, -1.0, other.terms))
+            return Combination(_combine(self.terms, -1.0, other.terms))
         if isinstance(other, Point):
             raise AlgebraError(
                 "a point was subtracted from a direction; write the point first: target - direction"
@@ -149,7 +133,7 @@ class Direction:
     def __mul__(self, factor: float) -> Direction:
         if not isinstance(factor, int | float):
             return NotImplemented
-        return Direction(_combine({}, _finite(factor), self.terms))
+        return Combination(_combine({}, _finite(factor), self.terms))
 
     __rmul__ = __mul__
 
@@ -160,3 +144,32 @@ class Direction:
         if other == 0:  # so that sum([v1, v2]) works
             return self
         return NotImplemented
+
+
+@dataclass(frozen=True, slots=True)
+class Combination(Direction):
+    """A direction that is a formula: a difference of points, or a sum of several directions."""
+
+    terms: Mapping[Term, float]
+
+
+def _combine(first: Mapping[Term, float], factor: float, second: Mapping[Term, float]) -> dict[Term, float]:
+    """Return first + factor · second, without the terms that cancel."""
+    total = dict(first)
+    for term, coefficient in second.items():
+        total[term] = total.get(term, 0.0) + factor * coefficient
+    if not all(abs(coefficient) <= LARGEST for coefficient in total.values()):
+        raise AlgebraError("a sum got a coefficient beyond the range of float32; are the scales right?")
+    return {term: coefficient for term, coefficient in total.items() if coefficient != 0.0}
+
+
+def _finite(number: float) -> float:
+    try:
+        value = float(number)
+    except OverflowError:  # an integer too long for a float
+        value = math.inf
+    if not abs(value) <= LARGEST:  # neither is NaN
+        raise AlgebraError(
+            f"a direction was scaled by {value}; the scale must be a finite number in the range of float32"
+        )
+    return value

@@ -5,16 +5,24 @@ Products are taken slice by slice and added up in float64, so directions are nev
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from palinode.errors import AlgebraError
-from palinode.weights.arithmetic import Operands, Reader, Slice, check_same_shape, map_slices, slices
-from palinode.weights.checkpoint import HEADS
+from palinode.errors import AlgebraError, MismatchError
+from palinode.weights import kernels
+from palinode.weights.arithmetic import SLICE, Operands, Slice, map_slices, per_thread, slices
+from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.direction import Direction
+from palinode.weights.displacement import Displacement, check_displacements
+from palinode.weights.dose import part_of, part_order
+from palinode.weights.files import Files
+from palinode.weights.fingerprints import check_files
+from palinode.weights.preflight import check_fit, complain_of_nonfinite
+from palinode.weights.tensors import TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,53 +52,75 @@ class Profile:
         return float(gram[i, j]) / length if length else None
 
 
-def profile(directions: Mapping[str, Direction]) -> Profile:
-    """Measure named directions: one pass over their checkpoints. A tied tensor counts once.
+def profile(directions: Mapping[str, Direction], *, workers: int | None = None) -> Profile:
+    """Measure named directions: one pass over what they are made of. A tied tensor counts once.
 
     Raises MismatchError when the checkpoints do not fit together, AlgebraError when there is none.
     """
     used = list(dict.fromkeys(term for direction in directions.values() for term in direction.terms))
+    checkpoints = [term for term in used if isinstance(term, Checkpoint)]
+    displacements = [term for term in used if isinstance(term, Displacement)]
     if not used:
         raise AlgebraError(
             "the directions are all zero (a checkpoint minus itself); name two different checkpoints"
         )
-    layout = used[0]
-    check_same_shape(used[1:], layout)
+    parts = list(_parts(checkpoints, displacements))
+    rows = {term: place for place, term in enumerate((*checkpoints, *displacements))}
+    along = np.zeros((len(directions), len(rows) + (not checkpoints)))
+    for place, direction in enumerate(directions.values()):
+        for term, coefficient in direction.terms.items():
+            along[place, rows[term] + (not checkpoints)] = coefficient
     count = len(directions)
-    gram: dict[str, np.ndarray] = {part_of(name): np.zeros((count, count)) for name in layout.tensors}
+    gram = {part_of(part.info.name): np.zeros((count, count)) for part in parts}
 
-    def work(part: Slice) -> tuple[str, np.ndarray]:
-        operands = Operands(reader, part, used)
-        vectors = [operands.direction(direction).numpy() for direction in directions.values()]
-        return part_of(part.info.name), np.array([[np.dot(a, b) for b in vectors] for a in vectors], float)
+    def start() -> Callable[[Slice], np.ndarray]:
+        operands = Operands(checkpoints, displacements, files)
 
-    def collect(found: tuple[str, np.ndarray]) -> None:
-        gram[found[0]] += found[1]
+        def work(part: Slice) -> np.ndarray:
+            found = np.zeros((count, count))
+            loaded = operands.load(part, np.dtype(np.float32))
+            wides = loaded.wides if checkpoints else np.zeros((1, part.count), loaded.dtype)
+            kernels.products(
+                loaded.packed,
+                loaded.halves,
+                wides,
+                loaded.extras,
+                part.count,
+                along.astype(loaded.dtype),
+                found,
+            )
+            if not np.isfinite(found).all() and not loaded.finite(part.count):
+                complain_of_nonfinite(checkpoints)
+            return found
 
-    with Reader() as reader:
-        reader.open(used)
-        once = [part for part in slices(layout) if not layout.is_second_copy(part.info.name)]
-        map_slices(once, work, collect=collect)
-    return Profile(tuple(directions), dict(sorted(gram.items(), key=lambda item: _rank(item[0]))))
+        return work
+
+    def collect(part: Slice, found: np.ndarray) -> None:
+        gram[part_of(part.info.name)] += found
+
+    with Files() as files:
+        map_slices(parts, per_thread(start), collect=collect, workers=workers)
+    return Profile(tuple(directions), dict(sorted(gram.items(), key=lambda item: part_order(item[0]))))
 
 
-def part_of(name: str) -> str:
-    """Return the part of the model a tensor belongs to.
-
-    >>> part_of("model.layers.11.mlp.up_proj.weight"), part_of("lm_head.weight")
-    ('layer 11', 'head')
-    """
-    found = re.search(r"\.(\d+)\.", name)
-    if found:
-        return f"layer {found.group(1)}"
-    if name in HEADS:
-        return "head"
-    if "embed" in name or "wte" in name or "wpe" in name:
-        return "embedding"
-    return "head" if "head" in name else "rest"
-
-
-def _rank(part: str) -> tuple[int, int]:
-    if part.startswith("layer "):
-        return 1, int(part.removeprefix("layer "))
-    return (0, 0) if part == "embedding" else (2, 0)
+def _parts(checkpoints: Sequence[Checkpoint], displacements: Sequence[Displacement]) -> Iterator[Slice]:
+    """Yield the slices of all tensors that the directions are made of, a tied one once."""
+    if checkpoints:
+        layout = checkpoints[0]
+        check_fit(layout, checkpoints[1:])
+        check_files(checkpoints)
+        check_displacements(layout, displacements)
+        yield from (part for part in slices(layout) if not layout.is_second_copy(part.info.name))
+        return
+    shapes: dict[str, tuple[int, ...]] = {}
+    for displacement in displacements:
+        for name, change in displacement.changes.items():
+            if shapes.setdefault(name, change.shape) != change.shape:
+                raise MismatchError(
+                    f"{displacement.folder} has another shape for {name} than the first vector; are they "
+                    "vectors of one model?"
+                )
+    for name, shape in shapes.items():
+        info = TensorInfo(name, "F32", shape, Path(), 0, 4 * math.prod(shape))
+        for start in range(0, info.size, SLICE):
+            yield Slice(info, start, min(SLICE, info.size - start))

@@ -1,44 +1,55 @@
 """Write a point as an ordinary model folder, atomically.
 
 The output has the target's layout: same files, same tensors, same order. So every header is known
-before any arithmetic, files are laid out at their final size, and slices are put in place in any order.
-Everything is written into a neighbour folder that takes its final name only when it is whole.
+before any arithmetic, files are laid out at their final size, and slices are put in place in any order,
+by several threads and processes. Everything is written into a neighbour folder that takes its final name
+only when it is whole and has been read back.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
-import shutil
+import hashlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-import torch
+import numpy as np
 
-from palinode.errors import AlgebraError, InputError, OutputError
+from palinode.errors import AlgebraError, OutputError
 from palinode.weights.arithmetic import (
-    CODES,
-    DTYPES,
-    Dose,
-    DoseMeter,
-    Operands,
-    Reader,
+    NAMES,
+    Evaluator,
+    Formula,
     Rounding,
+    Settings,
     Slice,
-    all_finite,
-    as_bytes,
-    check_rounding,
-    check_same_shape,
+    choose_rounding,
+    every_of,
+    formula,
     map_slices,
-    name_key,
-    round_to,
+    per_thread,
+    settings,
     slices,
 )
-from palinode.weights.checkpoint import INDEX, SINGLE, Checkpoint, TensorInfo, by_file
+from palinode.weights.atomic import check_output, claimed, neighbour, publish
+from palinode.weights.blocks import BLOCK, map_blocks
+from palinode.weights.checkpoint import Checkpoint
+from palinode.weights.crew import Crew, Hand, Lead
 from palinode.weights.direction import Direction, Point
+from palinode.weights.displacement import check_displacements
+from palinode.weights.dose import Dose, DoseMeter, part_of, shortfalls
+from palinode.weights.files import Files
+from palinode.weights.fingerprints import block_digest, check_files, remember, tensor_digest
+from palinode.weights.layout import OutputFile, OutputFiles, copy_companions, plan_files, write_index
+from palinode.weights.manifest import formula_terms, read_manifest, write_manifest
+from palinode.weights.preflight import Rows, check_fit, check_tokenizers
+from palinode.weights.tensors import TensorInfo
+
+Checksums = dict[tuple[str, int], int]
+"""Sum of the 64-bit words of each block of 512 KiB, by tensor and number of the block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,26 +59,11 @@ class Saved:
     checkpoint: Checkpoint
     dose: Dose
     rounding: Rounding
-
-
-def check_output(output: Path, inputs: Sequence[Path], *, needs: int = 0) -> None:
-    """Raise OutputError unless `output` is free, apart from all inputs, and has room for `needs` bytes."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputError(f"{output} exists and is not empty; choose another output folder, or remove it")
-    place = output.resolve()
-    for path in (entry.resolve() for entry in inputs):
-        if place == path or path in place.parents or place in path.parents:
-            raise OutputError(
-                f"the output {output} and the input {path} lie inside one another; choose another output"
-            )
-    home = next(parent for parent in place.parents if parent.exists())
-    if not home.is_dir() or not os.access(home, os.W_OK):
-        raise OutputError(f"{home} cannot be written to; choose another output folder")
-    free = shutil.disk_usage(home).free
-    if free < needs:
-        raise OutputError(
-            f"{home} has {free / 1e9:.2f} GB free where {needs / 1e9:.2f} GB are needed; make room"
-        )
+    """The one that was used: "nearest" or "stochastic"."""
+    notes: tuple[str, ...] = ()
+    """What the user should know: how it was rounded and why, what of the dose did not arrive, …"""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Wall time of reading, summing and writing ("sum"), reading back ("check"), and naming ("publish")."""
 
 
 def save(
@@ -78,249 +74,285 @@ def save(
     rounding: Rounding = "auto",
     seed: int = 0,
     along: Mapping[str, Direction] | None = None,
+    precision: str = "float32",
+    rows: Rows = "refuse",
+    allow_nonfinite: bool = False,
+    check: bool = True,
+    crew: Crew | None = None,
+    workers: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Saved:
     """Write a weighted sum as a model folder with the layout, config and tokenizer of its anchor.
 
     `dtype` is "float32", "bfloat16", "float16" or "float64" (default: as in the target, per tensor).
-    `along` names the directions whose effective scale the dose reports. Memory stays at a few
-    slices. Raises MismatchError when the checkpoints do not fit together, OutputError when the
-    output place cannot be used.
+    `along` names the directions whose effective scale the dose reports. `precision` is that of the sums;
+    `rows` "shared" sums only the rows that every embedding has; `allow_nonfinite` lets NaN and infinity
+    through; `check` reads the result back, compares it, and writes `weights.json` for `palinode verify`.
+    `crew` divides the work among processes that each make this very call. Memory stays at a few slices for
+    each of `workers` threads (default: the cores). `on_progress` hears the number of weights done.
+
+    Raises MismatchError when the checkpoints do not fit together, CheckpointError when an input cannot be
+    read or is not finite, OutputError when the output place cannot be used or did not keep what was written.
     """
     if not isinstance(point, Point):
         raise AlgebraError("a direction is not a model; save a point, as in target - alpha * forget_vector")
-    check_rounding(rounding)
-    anchor, along = point.anchor, along or {}
-    used = [anchor, *point.terms, *(term for direction in along.values() for term in direction.terms)]
-    used = list(dict.fromkeys(used))
-    check_same_shape(used[1:], anchor)
-    files = _layout(anchor, code_of(dtype))
-    output, inputs = output.expanduser().resolve(), [checkpoint.folder for checkpoint in used]
-    check_output(output, inputs)
-    with _claimed(output) as partial:
-        check_output(output, inputs, needs=sum(file.size for file in files))
-        dose = _fill(
-            point, used, files, partial, rounding=rounding, seed=seed, along=along, on_progress=on_progress
-        )
-        _write_index(files, partial)
-        _copy_companions(anchor, partial, dtype)
-        _check_written(partial, anchor)
-        _publish(partial, output)
-    return Saved(Checkpoint.open(output), dose, rounding)
+    job = _plan(
+        point,
+        output.expanduser().resolve(),
+        settings(
+            dtype=dtype, rounding=rounding, seed=seed, precision=precision, allow_nonfinite=allow_nonfinite
+        ),
+        along or {},
+        rows,
+        workers,
+    )
+    crew = crew or Crew()
+    if crew.rank:
+        return _help(job, crew, on_progress)
+    return _write(job, crew, check=check or crew.count > 1, on_progress=on_progress)
 
 
-@contextmanager
-def _claimed(output: Path) -> Iterator[Path]:
-    """Make an empty neighbour folder that is ours alone; it goes away again when there is an error.
-
-    What a killed run has left there is thrown away. The lock goes with the process, however that ends.
-    """
-    partial = output.with_name(f".{output.name}.partial")
-    with ExitStack() as stack:
-        try:
-            partial.mkdir(parents=True, exist_ok=True)
-            handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            stack.callback(os.close, handle)
-            _lock(handle)
-            if not os.path.samestat(os.fstat(handle), partial.stat()):
-                raise BlockingIOError  # the other run has just finished
-            for entry in partial.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-        except BlockingIOError:
-            raise OutputError(f"another run is writing {output}; wait for it, or name another") from None
-        except OSError as error:
-            raise OutputError(f"{partial} cannot be made ({error.strerror}); name another output") from None
-        try:
-            yield partial
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-
-
-def _lock(handle: int) -> None:
-    """Lock an open file or folder, or raise BlockingIOError."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:  # some network file systems have no locks
-        pass
-
-
-# Laying the files out
+# The plan
 
 
 @dataclass(frozen=True, slots=True)
-class OutputFile:
-    """One file to be written: its header, and where each tensor goes."""
+class _Job:
+    """Everything that decides the bytes to be written."""
 
-    name: str
-    header: bytes
-    tensors: Mapping[str, TensorInfo]
-    size: int
+    formula: Formula
+    asked: Settings
+    settings: Settings
+    share: float | None
+    """Of the dose that rounding to nearest would have delivered, where that was asked."""
+    output: Path
+    files: Sequence[OutputFile]
+    parts: Sequence[Slice]
+    workers: int | None
+    notes: tuple[str, ...]
 
+    @property
+    def anchor(self) -> Checkpoint:
+        return self.formula.point.anchor
 
-def code_of(dtype: str | None) -> str | None:
-    """Return the safetensors code of a dtype name; raises InputError when weights cannot have it."""
-    if dtype is not None and dtype not in CODES:
-        raise InputError(f"there is no dtype {dtype!r} for weights; choose one of {', '.join(CODES)}")
-    return CODES[dtype] if dtype else None
+    @property
+    def inputs(self) -> list[Path]:
+        form = self.formula
+        return [term.folder for term in form.checkpoints] + [term.folder for term in form.displacements]
 
-
-def _layout(anchor: Checkpoint, code: str | None) -> list[OutputFile]:
-    """Plan the output files after the anchor's own, with floating-point tensors in `code`."""
-    files = by_file(anchor.tensors.values())
-    if len(files) < 2:
-        return [_plan_file(SINGLE, [*anchor.tensors.values()], code)]
-    return [_plan_file(path.name, infos, code) for path, infos in files.items()]
-
-
-def _plan_file(name: str, infos: Sequence[TensorInfo], code: str | None) -> OutputFile:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    sizes, end = {}, 0
-    for info in infos:
-        kind = code if code and info.is_float else info.dtype
-        nbytes = info.size * (DTYPES[kind].itemsize if info.is_float else info.itemsize)
-        entries[info.name] = {"dtype": kind, "shape": list(info.shape), "data_offsets": [end, end + nbytes]}
-        sizes[info.name] = (kind, end, nbytes)
-        end += nbytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start on a multiple of 8 bytes
-    start = 8 + len(text)
-    placed = {
-        info.name: TensorInfo(info.name, kind, info.shape, Path(name), start + offset, nbytes)
-        for info in infos
-        for kind, offset, nbytes in [sizes[info.name]]
-    }
-    return OutputFile(name, len(text).to_bytes(8, "little") + text, placed, start + end)
+    def key(self) -> str:
+        """Return what the processes of a crew must agree on."""
+        terms = sorted((term.folder.name, weight) for term, weight in self.formula.point.terms.items())
+        text = repr((terms, self.asked, [(file.name, file.header) for file in self.files], len(self.parts)))
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-# Filling them
+def _plan(
+    point: Point,
+    output: Path,
+    asked: Settings,
+    along: Mapping[str, Direction],
+    rows: Rows,
+    workers: int | None,
+) -> _Job:
+    """Check that everything fits, and settle how it is rounded; nothing is written."""
+    form = formula(point, along)
+    others = [checkpoint for checkpoint in form.checkpoints if checkpoint != point.anchor]
+    fit = check_fit(point.anchor, others, rows=rows)
+    check_files(form.checkpoints)
+    check_displacements(point.anchor, form.displacements)
+    notes = (*fit.notes, *check_tokenizers(point.anchor, others))
+    parts = list(slices(point.anchor, shared_rows=fit.shared_rows))
+    files = plan_files(point.anchor, asked.code)
+    job = _Job(form, asked, asked, None, output, files, parts, workers, notes)
+    check_output(output, job.inputs)
+    chosen, share = choose_rounding(form, asked, parts)
+    return replace(job, settings=chosen, share=share)
+
+
+def _rounding_note(job: _Job) -> Iterator[str]:
+    if job.asked.rounding == "auto" and job.settings.rounding == "stochastic":
+        yield (
+            f"rounded stochastically (seed {job.settings.seed}): to nearest, about {job.share:.1%} of the "
+            "change would have arrived"
+        )
+
+
+# Writing it
+
+
+def _write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], None] | None) -> Saved:
+    clock = _Clock()
+    with claimed(job.output) as partial:
+        check_output(job.output, job.inputs, needs=sum(file.size for file in job.files))
+        with ExitStack() as stack, clock.phase("sum"):
+            out = OutputFiles(job.files, partial, stack)
+            lead = Lead(crew, partial, job.key()) if crew.count > 1 else None
+            meter, checksums = _fill(job, crew.share(job.parts), out, on_progress)
+            _copy_other_tensors(job.anchor, out)
+            for report in lead.reports() if lead else ():
+                meter.merge(report["dose"])
+                checksums |= {(name, block): total for name, block, total in report["checksums"]}
+            if lead:
+                lead.dismiss()
+        write_index(job.files, partial)
+        copy_companions(job.anchor, partial, NAMES[job.asked.code] if job.asked.code else None)
+        dose = meter.result()
+        notes = (*job.notes, *_rounding_note(job), *shortfalls(dose, _asked(job.formula)))
+        saved = Saved(Checkpoint.open(partial), dose, job.settings.rounding, notes)
+        with clock.phase("check"):
+            digests = _read_back(saved.checkpoint, job, checksums) if check else {}
+            if digests:
+                content = _content(job, saved)
+                write_manifest(partial, checkpoint=saved.checkpoint, digests=digests, content=content)
+        with clock.phase("publish"):
+            publish(partial, job.output)
+    written = Checkpoint.open(job.output)
+    if digests:
+        remember(written, digests)
+    return replace(saved, checkpoint=written, seconds=clock.seconds)
 
 
 def _fill(
-    point: Point,
-    used: Sequence[Checkpoint],
-    files: Sequence[OutputFile],
-    folder: Path,
-    *,
-    rounding: Rounding,
-    seed: int,
-    along: Mapping[str, Direction],
-    on_progress: Callable[[int], None] | None,
-) -> Dose:
-    """Write headers, then every slice of every tensor in its place; return the dose that arrived."""
-    anchor, meter = point.anchor, DoseMeter(along)
-    placed = {name: info for file in files for name, info in file.tensors.items()}
+    job: _Job, parts: Sequence[Slice], out: OutputFiles, on_progress: Callable[[int], None] | None
+) -> tuple[DoseMeter, Checksums]:
+    """Put these slices in place; return what they add to the dose, and the checksums of their blocks."""
+    meter, checksums = DoseMeter(job.formula.names), Checksums()
 
-    def work(part: Slice) -> DoseMeter:
-        place, own = placed[part.info.name], DoseMeter(along)
-        operands = Operands(reader, part, point.terms, place.dtype)
-        exact, stored = round_slice(point, operands, part, place.dtype, rounding=rounding, seed=seed)
-        _write(handles[place.file], as_bytes(stored), place.offset + part.start * place.itemsize)
-        if not anchor.is_second_copy(part.info.name):
-            own.add(operands, operands[anchor], exact, stored)
-        return own
+    def start() -> Callable[[Slice], tuple[np.ndarray, list[int]]]:
+        evaluator = Evaluator(job.formula, job.settings, files, measure=True)
 
-    with ExitStack() as stack:
-        handles = {Path(file.name): _create(folder / file.name, file, stack) for file in files}
-        reader = stack.enter_context(Reader())
-        reader.open(used)
-        _copy_other_tensors(reader, anchor, placed, handles)
-        map_slices(list(slices(anchor)), work, collect=meter.merge, on_progress=on_progress)
-    return meter.result()
+        def work(part: Slice) -> tuple[np.ndarray, list[int]]:
+            values, totals = evaluator.evaluate(part)
+            raw = memoryview(values.view(np.uint8).data)
+            out.write(part.info.name, part.start * values.itemsize, raw)
+            return totals, [checksum(raw[place : place + BLOCK]) for place in range(0, len(raw), BLOCK)]
+
+        return work
+
+    def collect(part: Slice, result: tuple[np.ndarray, list[int]]) -> None:
+        totals, found = result
+        if not job.anchor.is_second_copy(part.info.name):
+            every = 1 if part.alone else every_of(part.info)
+            meter.add(part_of(part.info.name), totals, part.count, every=every)
+        first, rest = divmod(part.start * _itemsize(job, part.info), BLOCK)
+        if not rest:
+            checksums.update({(part.info.name, first + place): total for place, total in enumerate(found)})
+
+    with Files() as files:
+        map_slices(parts, per_thread(start), collect=collect, workers=job.workers, on_progress=on_progress)
+    return meter, checksums
 
 
-def round_slice(
-    point: Point, operands: Operands, part: Slice, code: str, *, rounding: Rounding, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a slice of a point before and after rounding.
-
-    This is the one place where a written and a live model agree on their values. Raises InputError
-    when one of them is too large for its dtype.
-    """
-    name, exact = part.info.name, operands.point(point)
-    key = name_key(seed, name)
-    stored = round_to(exact, DTYPES[code], stochastic=rounding != "nearest", key=key, start=part.start)
-    if not all_finite(stored):
-        kind = next(kind for kind, known in CODES.items() if known == code)
-        raise InputError(
-            f"the sum has values in {name} that {kind} cannot hold; use smaller scales or a wider dtype"
-        )
-    return exact, stored
+def _itemsize(job: _Job, info: TensorInfo) -> int:
+    place = next(file.tensors[info.name] for file in job.files if info.name in file.tensors)
+    return place.itemsize
 
 
-def _create(path: Path, file: OutputFile, stack: ExitStack) -> int:
-    """Create a file at its final size with its header in place, and return its handle; `stack` closes it."""
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        stack.callback(os.close, handle)
-        os.posix_fallocate(handle, 0, file.size)
-        _write(handle, memoryview(file.header), 0)
-    except OSError as error:
-        raise OutputError(
-            f"{path} could not be laid out at {file.size / 1e9:.2f} GB ({error.strerror})"
-        ) from error
-    return handle
+def checksum(raw: memoryview) -> int:
+    """Return the sum of the 64-bit words of a block, modulo 2^64; bytes left over count as one more word."""
+    words, rest = divmod(len(raw), 8)
+    total = int(np.frombuffer(raw, "<u8", words).sum(dtype=np.uint64))
+    return (total + int.from_bytes(raw[len(raw) - rest :], "little")) % 2**64
 
 
-def _write(handle: int, view: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(view):
-        done += os.pwrite(handle, view[done:], offset + done)
+def _copy_other_tensors(anchor: Checkpoint, out: OutputFiles) -> None:
+    """Copy integer and boolean tensors (buffers) from the target as they are, a block at a time."""
+    with Files() as files:
+        for info in anchor.tensors.values():
+            if not info.is_float:
+                for start in range(0, info.nbytes, BLOCK):
+                    raw = memoryview(bytearray(min(BLOCK, info.nbytes - start)))
+                    info.read(files, start, raw)
+                    out.write(info.name, start, raw)
 
 
-def _copy_other_tensors(
-    reader: Reader, anchor: Checkpoint, placed: Mapping[str, TensorInfo], handles: Mapping[Path, int]
-) -> None:
-    """Copy integer and boolean tensors (buffers) from the target as they are."""
-    for info in anchor.tensors.values():
-        if not info.is_float:
-            place = placed[info.name]
-            _write(handles[place.file], memoryview(reader.read_bytes(info, 0, info.nbytes)), place.offset)
+def _help(job: _Job, crew: Crew, on_progress: Callable[[int], None] | None) -> Saved:
+    """Do another process's share; return what process 0 has saved."""
+    partial = neighbour(job.output)
+
+    def fill() -> Mapping[str, Any]:
+        def heard(count: int) -> None:
+            hand.beat()
+            if on_progress:
+                on_progress(count)
+
+        with ExitStack() as stack:
+            out = OutputFiles(job.files, partial, stack, create=False)
+            meter, checksums = _fill(job, crew.share(job.parts), out, heard)
+            out.sync()
+        return {"dose": meter.state(), "checksums": [(*place, total) for place, total in checksums.items()]}
+
+    hand = Hand(crew, partial, job.output, job.key())
+    hand.work(fill)
+    content = read_manifest(job.output).content
+    dose = _dose(content["dose"])
+    return Saved(Checkpoint.open(job.output), dose, job.settings.rounding, tuple(content["notes"]))
 
 
 # Finishing
 
 
-def _write_index(files: Sequence[OutputFile], folder: Path) -> None:
-    if len(files) == 1:
-        return
-    total = sum(info.nbytes for file in files for info in file.tensors.values())
-    names = {name: file.name for file in files for name in file.tensors}
-    text = json.dumps(
-        {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}, indent=2
-    )
-    (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+def _read_back(written: Checkpoint, job: _Job, checksums: Checksums) -> dict[str, str]:
+    """Read what was written, compare it with what was computed, and return the digest of every tensor.
+
+    Raises OutputError when a tensor is missing or has another shape, or a block has other bytes.
+    """
+    planned = {name: info for file in job.files for name, info in file.tensors.items()}
+    places = {name: (info.dtype, info.shape) for name, info in written.tensors.items()}
+    if places != {name: (info.dtype, info.shape) for name, info in planned.items()}:
+        raise OutputError(f"{job.output} does not hold the tensors that were written; is the disk sound?")
+    blocks: dict[str, list[bytes]] = {name: [] for name in written.tensors}
+
+    def look(_info: TensorInfo, raw: memoryview) -> tuple[bytes, int]:
+        return block_digest(raw), checksum(raw)
+
+    for info, (digest, total) in map_blocks(written.tensors.values(), look, workers=job.workers):
+        number = len(blocks[info.name])
+        if checksums.get((info.name, number), total) != total:
+            raise OutputError(
+                f"{job.output}: block {number} of {info.name} does not read as it was written; "
+                "is the disk sound?"
+            )
+        blocks[info.name].append(digest)
+    return {name: tensor_digest(info, blocks[name]) for name, info in written.tensors.items()}
 
 
-def _copy_companions(anchor: Checkpoint, folder: Path, dtype: str | None) -> None:
-    """Copy config, generation config and tokenizer of the target; note a changed dtype in the config."""
-    for path in anchor.companions():
-        place = folder / path.relative_to(anchor.folder)
-        place.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, place)
-    if dtype:
-        config = {key: value for key, value in anchor.config.items() if key != "torch_dtype"}
-        text = json.dumps({**config, "dtype": dtype}, indent=2)
-        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+def _content(job: _Job, saved: Saved) -> dict[str, Any]:
+    """Return what the manifest says of the sum."""
+    return {
+        "terms": formula_terms(job.formula.point.terms),
+        "dtype": NAMES[job.asked.code] if job.asked.code else None,
+        "precision": job.settings.precision,
+        "rounding": {"asked": job.asked.rounding, "used": job.settings.rounding, "seed": job.settings.seed},
+        "nearest_would_deliver": job.share,
+        "dose": asdict(saved.dose),
+        "notes": list(saved.notes),
+    }
 
 
-def _check_written(folder: Path, anchor: Checkpoint) -> None:
-    """Read the new folder's headers back: the same tensors with the same shapes, or an error."""
-    written = Checkpoint.open(folder)
-    check_same_shape([written], anchor)
+def _dose(content: Mapping[str, Any]) -> Dose:
+    parts = {name: _dose(part) for name, part in content["parts"].items()}
+    return Dose(**{**content, "parts": parts})
 
 
-def _publish(partial: Path, output: Path) -> None:
-    """Give the finished folder its final name in one step; an empty folder of that name gives way."""
-    for path in [*partial.rglob("*"), partial]:  # all of it is on disk before the name is
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    try:
-        partial.replace(output)
-    except OSError as error:
-        raise OutputError(
-            f"{output} was taken while it was written ({error.strerror}); repeat the call"
-        ) from None
+def _asked(form: Formula) -> dict[str, float]:
+    """Return the scale asked for along each named direction, where the change is a sum of them."""
+    if not form.names:
+        return {}
+    scales, *_ = np.linalg.lstsq(form.along.T, form.change, rcond=None)
+    if not np.allclose(form.along.T @ scales, form.change, rtol=1e-9, atol=1e-12):
+        return {}
+    return dict(zip(form.names, map(float, scales), strict=True))
+
+
+class _Clock:
+    """Wall time by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - began

@@ -1,0 +1,113 @@
+"""A folder that is whole or not there: filled beside its place, and named when it is finished.
+
+It is written as a hidden neighbour, `.NAME.partial`, which a lock keeps for one run alone, and takes its
+final name in one step, last. Whatever kills the writer, a reader never finds half of it under that name.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from palinode.errors import OutputError
+
+
+def check_output(output: Path, inputs: Sequence[Path], *, needs: int = 0) -> None:
+    """Raise OutputError unless `output` is free, apart from all inputs, and has room for `needs` bytes."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputError(f"{output} exists and is not empty; choose another output folder, or remove it")
+    place = output.resolve()
+    for path in (entry.resolve() for entry in inputs):
+        if place == path or path in place.parents or place in path.parents:
+            raise OutputError(
+                f"the output {output} and the input {path} lie inside one another; choose another output"
+            )
+    home = next(parent for parent in place.parents if parent.exists())
+    if not home.is_dir() or not os.access(home, os.W_OK):
+        raise OutputError(f"{home} cannot be written to; choose another output folder")
+    free = shutil.disk_usage(home).free
+    if free < needs:
+        raise OutputError(
+            f"{home} has {free / 1e9:.2f} GB free where {needs / 1e9:.2f} GB are needed; make room"
+        )
+
+
+def neighbour(output: Path) -> Path:
+    """Return where a folder is filled before it takes its name."""
+    return output.with_name(f".{output.name}.partial")
+
+
+@contextmanager
+def claimed(output: Path) -> Iterator[Path]:
+    """Make an empty neighbour folder that is ours alone; it goes away again when there is an error.
+
+    What a killed run has left there is thrown away. The lock goes with the process, however that ends.
+    """
+    partial = neighbour(output)
+    with ExitStack() as stack:
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            stack.callback(os.close, handle)
+            _lock(handle)
+            if not os.path.samestat(os.fstat(handle), partial.stat()):
+                raise BlockingIOError  # the other run has just finished
+            for entry in partial.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        except BlockingIOError:
+            raise OutputError(f"another run is writing {output}; wait for it, or name another") from None
+        except OSError as error:
+            raise OutputError(f"{partial} cannot be made ({error.strerror}); name another output") from None
+        try:
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def is_claimed(partial: Path) -> bool:
+    """Tell whether a run that is alive holds such a neighbour folder; True where there are no locks."""
+    try:
+        handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:  # held by somebody, or a network file system without locks
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+def publish(partial: Path, output: Path) -> None:
+    """Give the finished folder its final name in one step; an empty folder of that name gives way."""
+    for path in [*partial.rglob("*"), partial]:  # all of it is on disk before the name is
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    try:
+        partial.replace(output)
+    except OSError as error:
+        raise OutputError(
+            f"{output} was taken while it was written ({error.strerror}); repeat the call"
+        ) from None
+
+
+def _lock(handle: int) -> None:
+    """Lock an open file or folder, or raise BlockingIOError."""
+    for attempt in reversed(range(5)):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if not attempt:
+                raise
+            time.sleep(0.05)  # somebody may only have asked whether it is locked
+        except OSError:  # some network file systems have no locks
+            return

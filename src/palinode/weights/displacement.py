@@ -1,0 +1,325 @@
+"""Displacements: directions that lie on disk by themselves, such as a LoRA adapter or a stored vector.
+
+A displacement names the tensors that it changes, and gives the values of each from any element on:
+as they lie on disk, or as the product of two thin matrices,
+
+    change[i, j] = scale · Σ_k left[i, k] · right[k, j]
+
+of which only the rows asked for are ever computed. Tensors without a change are zero in that direction.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any, Protocol
+
+import blake3
+import numpy as np
+
+from palinode.errors import CheckpointError, MismatchError
+from palinode.weights.checkpoint import Checkpoint
+from palinode.weights.direction import Direction, Term
+from palinode.weights.files import Files
+from palinode.weights.fingerprints import tensor_digests
+from palinode.weights.formats.small_files import read_json
+from palinode.weights.lowrank import multiply
+from palinode.weights.tensors import TensorInfo
+
+PIECE = 1 << 18
+"""Elements handled at a time."""
+
+KEPT = 1 << 25
+"""Bytes of right-hand matrices that a displacement keeps between reads: 32 MB, or the last one."""
+
+NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+"""How numpy holds a stored dtype; bfloat16 is the upper half of a float32."""
+
+
+class Change(Protocol):
+    """What a displacement does to one tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor."""
+        ...
+
+    @property
+    def infos(self) -> Sequence[TensorInfo]:
+        """The stored tensors that it is made of."""
+        ...
+
+    def facts(self, digests: Mapping[str, str]) -> list[object]:
+        """Return what decides its values, as plain values, given the digests of stored tensors by name."""
+        ...
+
+    def read(self, files: Files, start: int, out: np.ndarray) -> None:
+        """Fill `out` (one dimension, float32 or float64) with the row-major values from element `start` on.
+
+        Values are rounded once, to the dtype of `out`, and do not depend on how they are sliced. Raises
+        CheckpointError when a file cannot be read.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Displacement(Direction):
+    """A direction on disk. Two openings of one folder are equal."""
+
+    folder: Path
+    changes: Mapping[str, Change] = field(compare=False, repr=False)
+    """What is changed, by the names that tensors have in the model."""
+
+    @property
+    def terms(self) -> Mapping[Term, float]:
+        """A displacement is the sum of itself alone."""
+        return {self: 1.0}
+
+    def fingerprint(self) -> str:
+        """Return a content hash (BLAKE3, 32 hex digits) of all changes; the folder's name has no part in it.
+
+        Raises CheckpointError when a file cannot be read, or has changed since it was opened.
+        """
+        infos = {info.name: info for change in self.changes.values() for info in change.infos}
+        digests = tensor_digests(Checkpoint(self.folder, infos, {}))
+        facts = [[name, change.facts(digests)] for name, change in sorted(self.changes.items())]
+        return str(blake3.blake3(json.dumps(facts).encode()).hexdigest()[:32])
+
+    def change_of(self, name: str, layout: Checkpoint) -> Change | None:
+        """Return what happens to a tensor of a model; where head and embedding are tied, the same to both."""
+        if layout.tied and name in layout.tied:
+            head, embedding = layout.tied
+            return self.changes.get(embedding) or self.changes.get(head)
+        return self.changes.get(name)
+
+    def check_fits(self, layout: Checkpoint) -> None:
+        """Raise MismatchError unless every change has a floating-point tensor of its shape in a model.
+
+        A tied head must change as its embedding does.
+        """
+        for name, change in self.changes.items():
+            info = layout.find(name)
+            if info is None or not info.is_float:
+                raise MismatchError(
+                    f"{self.folder} changes {name}, and {layout.folder} has no such weights; "
+                    "were both made from one model?"
+                )
+            if info.shape != change.shape:
+                raise MismatchError(
+                    f"{self.folder} changes {name} as {_shape(change.shape)}, and in {layout.folder} it is "
+                    f"{_shape(info.shape)}; were both made from one model?"
+                )
+        if layout.tied and layout.tied[0] in self.changes:
+            self._check_tied(layout, *layout.tied)
+
+    def _check_tied(self, layout: Checkpoint, head: str, embedding: str) -> None:
+        other = self.changes.get(embedding)
+        if other is None or not same_values(self.changes[head], other):
+            raise MismatchError(
+                f"{self.folder} changes {head} otherwise than {embedding}, and {layout.folder} ties the two; "
+                "leave the head out, or untie the model"
+            )
+
+
+def check_displacements(layout: Checkpoint, displacements: Iterable[Displacement]) -> None:
+    """Raise MismatchError unless every displacement fits the model; see `Displacement.check_fits`."""
+    for displacement in displacements:
+        displacement.check_fits(layout)
+
+
+def same_values(first: Change, second: Change) -> bool:
+    """Tell whether two changes are the same, value by value in float32."""
+    if first.shape != second.shape:
+        return False
+    size = math.prod(first.shape)
+    with Files() as files:
+        for start in range(0, size, PIECE):
+            a, b = np.empty((2, min(PIECE, size - start)), np.float32)
+            first.read(files, start, a)
+            second.read(files, start, b)
+            if not np.array_equal(a, b):
+                return False
+    return True
+
+
+# Changes as they lie on disk
+
+
+@dataclass(frozen=True, slots=True)
+class DenseChange:
+    """A change that is stored in full."""
+
+    info: TensorInfo
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor."""
+        return self.info.shape
+
+    @property
+    def infos(self) -> Sequence[TensorInfo]:
+        """The stored tensor."""
+        return (self.info,)
+
+    def facts(self, digests: Mapping[str, str]) -> list[object]:
+        """Return the digest of the values; see `Change.facts`."""
+        return [digests[self.info.name]]
+
+    def read(self, files: Files, start: int, out: np.ndarray) -> None:
+        """Fill `out` with the values from element `start` on; see `Change.read`."""
+        for place in range(0, len(out), PIECE):
+            piece = out[place : place + PIECE]
+            piece[:] = _finite(read_values(self.info, files, start + place, len(piece)), self.info)
+
+
+def read_values(info: TensorInfo, files: Files, start: int, count: int) -> np.ndarray:
+    """Return `count` elements of a tensor from `start` on; float64 where stored so, else float32."""
+    raw = np.empty(count, NUMPY[info.dtype])
+    info.read(files, start * info.itemsize, raw.view(np.uint8).data)
+    return decode(raw, info.dtype)
+
+
+def decode(raw: np.ndarray, code: str) -> np.ndarray:
+    """Return stored values as float64 where they are stored so, else as float32, which holds them exactly."""
+    if code == "BF16":
+        return (raw.astype(np.uint32) << 16).view(np.float32)
+    return raw.astype(np.float64 if code == "F64" else np.float32)
+
+
+def encode(values: np.ndarray, code: str) -> np.ndarray:
+    """Return values as they are stored, rounded to the nearest; what a dtype cannot hold becomes infinite."""
+    with np.errstate(over="ignore"):
+        if code != "BF16":
+            return values.astype(NUMPY[code])
+        bits = values.astype(np.float32).view(np.uint32)
+    half = np.uint32(0x7FFF) + ((bits >> 16) & 1)  # ties go to the even neighbour
+    return ((bits + half) >> 16).astype("<u2")
+
+
+# Products of thin matrices
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """One matrix of a product, of which any rows can be read."""
+
+    info: TensorInfo
+    transposed: bool = False
+    """Whether the stored tensor is its transpose."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        rows, columns = self.info.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def rows(self, files: Files, start: int, stop: int) -> np.ndarray:
+        """Return the rows [start, stop) as a matrix, float64 where it is stored so, else float32.
+
+        Raises CheckpointError where they hold NaN or infinity.
+        """
+        height, width = self.shape
+        if not self.transposed:
+            found = read_values(self.info, files, start * width, (stop - start) * width)
+            return _finite(found, self.info).reshape(stop - start, width)
+        if stop - start == height:
+            found = read_values(self.info, files, 0, self.info.size).reshape(width, height)
+        else:
+            spans = [k * height + start for k in range(width)]
+            found = np.array([read_values(self.info, files, span, stop - start) for span in spans])
+        return _finite(found, self.info).T
+
+
+class Kept:
+    """The matrices read last, at most `KEPT` bytes of them or one; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._found: OrderedDict[Factor, np.ndarray] = OrderedDict()
+        self._lock = Lock()
+
+    def whole(self, factor: Factor, files: Files) -> np.ndarray:
+        """Return all of a matrix."""
+        with self._lock:
+            if factor in self._found:
+                self._found.move_to_end(factor)
+                return self._found[factor]
+        values = np.ascontiguousarray(factor.rows(files, 0, factor.shape[0]))
+        with self._lock:
+            self._found[factor] = values
+            while len(self._found) > 1 and sum(held.nbytes for held in self._found.values()) > KEPT:
+                self._found.popitem(last=False)
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankChange:
+    """A change that is stored as scale · left · right, and computed where it is asked for.
+
+    Products are added up in float64 in the order of k, so slices, threads and machines cannot change them.
+    """
+
+    left: Factor
+    right: Factor
+    scale: float
+    kept: Kept = field(compare=False, repr=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the product."""
+        return self.left.shape[0], self.right.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """Columns of the left matrix, rows of the right one."""
+        return self.right.shape[0]
+
+    @property
+    def infos(self) -> Sequence[TensorInfo]:
+        """Both stored factors."""
+        return self.left.info, self.right.info
+
+    def facts(self, digests: Mapping[str, str]) -> list[object]:
+        """Return the scale, and each factor's digest and orientation; see `Change.facts`."""
+        factors = (self.left, self.right)
+        return [self.scale, *([digests[factor.info.name], factor.transposed] for factor in factors)]
+
+    def read(self, files: Files, start: int, out: np.ndarray) -> None:
+        """Fill `out` with the values from element `start` on; see `Change.read`."""
+        if not len(out):
+            return
+        width = self.shape[1]
+        right = self.kept.whole(self.right, files)
+        height = max(1, PIECE // width)
+        for first in range(start // width, -(-(start + len(out)) // width), height):
+            last = min(first + height, -(-(start + len(out)) // width))
+            begin, end = max(start, first * width), min(start + len(out), last * width)
+            product = multiply(self.left.rows(files, first, last), right, self.scale)
+            out[begin - start : end - start] = product.reshape(-1)[
+                begin - first * width : end - first * width
+            ]
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; raises CheckpointError when there is none, or it cannot be read."""
+    try:
+        content = read_json(file)
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no {file}; is the download finished?") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} does not hold a JSON object; fetch it again")
+    return content
+
+
+def _finite(values: np.ndarray, info: TensorInfo) -> np.ndarray:
+    if not np.isfinite(values).all():
+        raise CheckpointError(f"{info.file}: {info.name} holds values that are not finite (NaN or infinity)")
+    return values
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a scalar"

@@ -1,0 +1,63 @@
+"""Open weight files, read by offset; safe to use from several threads, as no position is shared."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Self
+
+from palinode.errors import CheckpointError
+
+
+class Files:
+    """Weight files that are open for reading: each is opened at its first use, and closed with this."""
+
+    def __init__(self) -> None:
+        self._handles: dict[Path, int] = {}
+        self._lock = Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles.values():
+            os.close(handle)
+        self._handles.clear()
+
+    def size(self, file: Path) -> int:
+        """Return how many bytes a file has now."""
+        return os.fstat(self._handle(file)).st_size
+
+    def read(self, file: Path, offset: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of a file from `offset` on.
+
+        Raises CheckpointError when the file cannot be read, or ends too early.
+        """
+        handle, done = self._handle(file), 0
+        while done < len(out):
+            try:
+                count = os.preadv(handle, [out[done:]], offset + done)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{file} cannot be read at byte {offset + done} ({error.strerror}); fetch the model again"
+                ) from None
+            if count <= 0:
+                raise CheckpointError(
+                    f"{file} ended at byte {offset + done}; it was cut off while being read"
+                )
+            done += count
+
+    def _handle(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._handles:
+                try:
+                    self._handles[file] = os.open(file, os.O_RDONLY)
+                except OSError as error:
+                    raise CheckpointError(
+                        f"{file} cannot be read ({error.strerror}); fetch the model again"
+                    ) from None
+            return self._handles[file]

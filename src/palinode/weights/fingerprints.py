@@ -1,0 +1,247 @@
+"""Content hashes (BLAKE3) of tensors and whole models, remembered beside size and time of their files.
+
+A tensor's digest is blake3(dtype, shape, d_1, d_2, …), where d_i is the digest of its i-th block of
+HASH_BLOCK raw bytes. So a block is hashed by whoever has it in cache, in any order, and neither the
+digest nor the fingerprint of a model depends on how its tensors are spread over files.
+
+What was hashed once is kept in the user's cache folder, a small JSON file for each weight file. It counts
+only while path, size, times and inode of the weight file are what they were.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import blake3
+
+from palinode.errors import CheckpointError
+from palinode.weights.blocks import BLOCK, map_blocks
+from palinode.weights.checkpoint import SINGLE, Checkpoint, TensorInfo, by_file, read_header
+
+HASH_BLOCK = BLOCK
+"""Bytes of a block; part of what a digest means, so it never changes."""
+
+SETTLED = 2_000_000_000
+"""Nanoseconds: no file system's clock ticks more slowly. A file that was written later than this before it
+was hashed could be written again without a new time, so that nobody could tell."""
+
+CACHE_VERSION = 1
+DIGEST = re.compile("[0-9a-f]{64}")
+
+
+def block_digest(data: bytes | bytearray | memoryview) -> bytes:
+    """Return the digest (32 bytes) of one block of a tensor."""
+    return blake3.blake3(data).digest()
+
+
+def tensor_digest(info: TensorInfo, block_digests: Sequence[bytes]) -> str:
+    """Return the digest of a tensor (64 hex digits) from those of its blocks, in their order.
+
+    Only dtype and shape of `info` count: not its name, and not where it lies.
+    """
+    head = f"{info.dtype}{list(info.shape)}".encode()
+    return blake3.blake3(head + b"".join(block_digests)).hexdigest()
+
+
+def tensor_digests(
+    checkpoint: Checkpoint,
+    *,
+    workers: int | None = None,
+    cached: bool = True,
+    on_progress: Callable[[int], None] | None = None,
+) -> dict[str, str]:
+    """Return the digest of every tensor by name, in the checkpoint's order.
+
+    With `cached`, files that have not changed since they were last hashed are not read. `on_progress` is
+    told the bytes that are done. Raises CheckpointError when a file cannot be read, is no longer what it
+    was when the checkpoint was opened, or changes meanwhile.
+    """
+    started, tensors = time.time_ns(), checkpoint.tensors
+    places = by_file(tensors.values())
+    stamps = {file: _stamp(file) for info in tensors.values() for file in info.files}
+    found: dict[str, str] = {}
+    for file, infos in places.items():
+        check_as_opened(file, infos)
+        found |= _recall(file, stamps[file], infos) if cached else {}
+    if on_progress and found:
+        on_progress(sum(tensors[name].nbytes for name in found))
+    rest = [info for name, info in tensors.items() if name not in found]
+    found |= _hash(rest, workers, on_progress)
+    for file in {file for info in rest for file in info.files}:
+        if _stamp(file) != stamps[file]:
+            raise CheckpointError(f"{file} changed while it was read; wait for its writer, and open it again")
+    if cached:
+        for file in by_file(rest):
+            if stamps[file].is_settled(started):
+                _store(file, stamps[file], places[file], found)
+    return {name: found[name] for name in tensors}
+
+
+def fingerprint(checkpoint: Checkpoint, digests: Mapping[str, str] | None = None) -> str:
+    """Return a content hash (32 hex digits) of all tensors, the config and the tokenizer.
+
+    It does not depend on the folder's name or on how tensors are spread over files. `digests` are those of
+    the tensors, where the caller has them already. Raises CheckpointError as `tensor_digests` does.
+    """
+    digests = tensor_digests(checkpoint) if digests is None else digests
+    total = blake3.blake3()
+    for kind, members in (("tensor", digests), ("file", companion_digests(checkpoint))):
+        for name, digest in sorted(members.items()):
+            total.update(blake3.blake3(f"{kind} {name}".encode(errors="surrogateescape")).digest())
+            total.update(bytes.fromhex(digest))
+    return total.hexdigest()[:32]
+
+
+def companion_digests(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the digests (64 hex digits) of config, tokenizer and templates, by path in the folder."""
+    return {
+        path.relative_to(checkpoint.folder).as_posix(): file_digest(path) for path in checkpoint.companions()
+    }
+
+
+def file_digest(path: Path) -> str:
+    """Return the digest (64 hex digits) of a whole file; raises CheckpointError when it cannot be read."""
+    total = blake3.blake3()
+    try:
+        with path.open("rb") as stream:
+            while block := stream.read(HASH_BLOCK):
+                total.update(block)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); fetch the model again") from None
+    return total.hexdigest()
+
+
+def remember(checkpoint: Checkpoint, digests: Mapping[str, str]) -> None:
+    """Put digests of files that the caller has just written into the cache, so that nobody reads them again.
+
+    The time of so young a file is set back by SETTLED: whatever is written into it from now on shows.
+    Where the cache or the file cannot be written to, nothing is remembered.
+    """
+    for file, infos in by_file(checkpoint.tensors.values()).items():
+        with suppress(OSError, CheckpointError):
+            status = file.stat()
+            if not _stamp(file).is_settled(time.time_ns()):
+                os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns - SETTLED))
+            _store(file, _stamp(file), infos, digests)
+
+
+def cache_folder() -> Path:
+    """Return the folder of remembered digests: in $PALINODE_CACHE, or in the user's cache folder.
+
+    Raises RuntimeError when there is no home folder.
+    """
+    if chosen := os.environ.get("PALINODE_CACHE"):
+        return Path(chosen).expanduser() / "digests"
+    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(shared).expanduser() / "palinode" / "digests"
+
+
+def check_files(checkpoints: Iterable[Checkpoint]) -> None:
+    """Raise CheckpointError when a weight file is not what it was when its checkpoint was opened."""
+    for checkpoint in checkpoints:
+        for file, infos in by_file(checkpoint.tensors.values()).items():
+            check_as_opened(file, infos)
+
+
+def check_as_opened(file: Path, infos: Iterable[TensorInfo]) -> None:
+    """Raise CheckpointError when the tensors of a safetensors file lie elsewhere than when it was opened."""
+    if file.suffix != Path(SINGLE).suffix:
+        return
+    try:
+        now = read_header(file)
+    except CheckpointError:
+        now = []
+    if not set(now).issuperset(infos):
+        raise CheckpointError(f"{file} is not what it was when the checkpoint was opened; open it again")
+
+
+# Hashing
+
+
+def _hash(
+    infos: Sequence[TensorInfo], workers: int | None, on_progress: Callable[[int], None] | None
+) -> dict[str, str]:
+    blocks: dict[str, list[bytes]] = {info.name: [] for info in infos}
+    digests = map_blocks(
+        infos, lambda _info, block: block_digest(block), workers=workers, on_progress=on_progress
+    )
+    for info, digest in digests:
+        blocks[info.name].append(digest)
+    return {info.name: tensor_digest(info, blocks[info.name]) for info in infos}
+
+
+# Remembering
+
+
+class _Stamp(NamedTuple):
+    """What tells that a file has changed; times in nanoseconds."""
+
+    size: int
+    modified: int
+    changed: int
+    inode: int
+
+    def is_settled(self, now: int) -> bool:
+        """Tell whether any change from `now` on would give the file another stamp."""
+        return now - max(self.modified, self.changed) >= SETTLED
+
+
+def _stamp(file: Path) -> _Stamp:
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror}); fetch the model again") from None
+    return _Stamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+
+def _entry_path(file: Path) -> Path:
+    """Return the place in the cache that belongs to a weight file, links followed."""
+    name = blake3.blake3(os.fsencode(file.resolve())).hexdigest()[:32]
+    return cache_folder() / f"{name}.json"
+
+
+def _recall(file: Path, stamp: _Stamp, infos: Iterable[TensorInfo]) -> dict[str, str]:
+    """Return the remembered digests of these tensors; none where anything is not as it should be."""
+    try:
+        entry = json.loads(_entry_path(file).read_bytes())
+        if entry["version"] != CACHE_VERSION or entry["stamp"] != list(stamp):
+            return {}
+        kept: Mapping[str, Any] = entry["tensors"]
+        there = [info for info in infos if _is_plain(info) and kept[info.name][1:] == _place(info)]
+        return {info.name: kept[info.name][0] for info in there if DIGEST.fullmatch(kept[info.name][0])}
+    except (OSError, RuntimeError, ValueError, TypeError, LookupError):
+        return {}
+
+
+def _store(file: Path, stamp: _Stamp, infos: Iterable[TensorInfo], digests: Mapping[str, str]) -> None:
+    """Write what is known of a file, in one step; the cache is a help, so that no failure counts."""
+    tensors = {info.name: [digests[info.name], *_place(info)] for info in infos if _is_plain(info)}
+    entry = {"version": CACHE_VERSION, "file": str(file), "stamp": stamp, "tensors": tensors}
+    with suppress(OSError, RuntimeError):
+        place = _entry_path(file)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=place.parent, suffix=".partial")
+        try:
+            os.close(handle)
+            Path(partial).write_text(json.dumps(entry), encoding="utf-8")
+            Path(partial).replace(place)
+        except OSError:
+            Path(partial).unlink(missing_ok=True)
+
+
+def _place(info: TensorInfo) -> list[Any]:
+    """Return what must agree, besides the file, for a remembered digest to be this tensor's."""
+    return [info.dtype, list(info.shape), info.offset]
+
+
+def _is_plain(info: TensorInfo) -> bool:
+    """Tell whether a tensor's bytes lie in one file as they are: then the file is all that counts."""
+    return type(info) is TensorInfo

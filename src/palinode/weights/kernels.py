@@ -1,0 +1,375 @@
+"""The inner loops: a slice of a weighted sum, rounded and measured in one go, compiled by numba.
+
+A slice is worked off in blocks of `BLOCK` elements, whose operands stay in the first-level cache between
+the passes over them; numbers go to memory twice only, when they are read and when they are written. The
+loops are plain IEEE arithmetic without fused multiply-add, so a sum has the same bits on every machine.
+Only the totals of the dose may be added up in another order.
+
+`rows` holds the operands of a block: row 0 the pivot A, every other row a difference P − A or a
+displacement. float32 or float64 is the dtype of all of them, called the working dtype here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+import numpy as np
+from numba.core import types
+from numba.extending import intrinsic
+from numpy import float32, float64, int64, uint16, uint32
+
+BLOCK = 2048
+"""Elements worked off at a time: some ten rows of them fit into 128 KB."""
+
+AS_IS, BFLOAT16, FLOAT16 = 0, 1, 2
+"""What a sum is rounded to: not at all, or to a 16-bit format."""
+
+ERROR, ASKED, MOVED, MEASURED, ALONG = 0, 1, 2, 3, 4
+"""Places in the totals of the dose: |stored − exact|², |exact − target|², weights that moved, weights
+measured; from `ALONG` on ⟨direction, change⟩ for each direction, then their Gram matrix, row by row."""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def totals_of(directions: int) -> np.ndarray:
+    """Return totals of the dose for that many directions, all zero."""
+    return np.zeros(ALONG + directions + directions * directions)
+
+
+def _compiled(function: Function) -> Function:
+    return cast(Function, numba.njit(nogil=True, cache=True, error_model="numpy")(function))
+
+
+def _reduction(function: Function) -> Function:
+    """Compile a loop whose sum may be taken in any order."""
+    return cast(
+        Function, numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})(function)
+    )
+
+
+# One value
+
+
+@intrinsic
+def _float_of(_context, _bits):
+    """See 32 bits as a float32."""
+    return types.float32(types.uint32), _bitcast
+
+
+@intrinsic
+def _bits_of(_context, _value):
+    """See a float32 as its 32 bits."""
+    return types.uint32(types.float32), _bitcast
+
+
+def _bitcast(context, builder, signature, arguments):
+    return builder.bitcast(arguments[0], context.get_value_type(signature.return_type))
+
+
+# Single passes over a block
+
+
+@_compiled
+def _widen(raw, out):
+    """Turn bfloat16 into float32."""
+    for i in range(out.size):
+        out[i] = _float_of(uint32(uint32(raw[i]) << uint32(16)))
+
+
+@_compiled
+def _widen_and_take_off(raw, base, out):
+    for i in range(out.size):
+        out[i] = _float_of(uint32(uint32(raw[i]) << uint32(16))) - base[i]
+
+
+@_compiled
+def _copy(values, out):
+    for i in range(out.size):
+        out[i] = values[i]
+
+
+@_compiled
+def _take_off(base, out):
+    for i in range(out.size):
+        out[i] = out[i] - base[i]
+
+
+@_compiled
+def _add(values, out):
+    for i in range(out.size):
+        out[i] = out[i] + values[i]
+
+
+@_compiled
+def _scale(factor, values, out):
+    for i in range(out.size):
+        out[i] = factor * values[i]
+
+
+@_compiled
+def _add_scaled(factor, values, out):
+    for i in range(out.size):
+        out[i] = out[i] + factor * values[i]
+
+
+@_compiled
+def _sum(first, second, out):
+    for i in range(out.size):
+        out[i] = first[i] + second[i]
+
+
+@_reduction
+def _dot(first, second):
+    total = first.dtype.type(0)
+    for i in range(first.size):
+        total += first[i] * second[i]
+    return float64(total)
+
+
+@_compiled
+def _hash(index, low, high):
+    """Return 32 pseudo-random bits for an element: two multiply-xorshift rounds of its index and a key."""
+    x = uint32(uint32(index ^ low) + high)
+    x = uint32(x ^ uint32(x >> uint32(16)))
+    x = uint32(x * uint32(0x7FEB352D))
+    x = uint32(x ^ uint32(x >> uint32(15)))
+    x = uint32(x * uint32(0x846CA68B))
+    return uint32(x ^ uint32(x >> uint32(16)))
+
+
+# Rounding a block of float32; every value of the result is one of the 16-bit format
+
+
+@_compiled
+def _to_bfloat16(pivot, delta, alone, by_chance, first, low, high, out, halved):
+    """Round pivot + delta to bfloat16: to the nearest, ties to even, or up or down by chance.
+
+    `alone` leaves delta out: adding a zero would turn -0.0 into 0.0. Return whether all is finite.
+    """
+    largest = uint32(0)
+    for i in range(out.size):
+        value = pivot[i] if alone else pivot[i] + delta[i]
+        x = _bits_of(float32(value))
+        if by_chance:
+            step = uint32(_hash(uint32(first + uint32(i)), low, high) & uint32(0xFFFF))
+        else:
+            step = uint32(uint32(0x7FFF) + uint32(uint32(x >> uint32(16)) & uint32(1)))
+        is_nan = uint32(x & uint32(0x7FFFFFFF)) > uint32(0x7F800000)
+        x = uint32((uint32(x | uint32(0x400000)) if is_nan else uint32(x + step)) & uint32(0xFFFF0000))
+        halved[i] = uint16(uint32(x >> uint32(16)))
+        out[i] = _float_of(x)
+        largest = max(largest, uint32(x & uint32(0x7F800000)))
+    return largest < uint32(0x7F800000)
+
+
+@_compiled
+def _to_float16(by_chance, first, low, high, out):
+    """Round `out` to float16 likewise, in place; it stays in the working dtype.
+
+    Below 2^-14 float16 is evenly spaced by 2^-24. Size and sign apart there, as -0.0 must stay what it is.
+    """
+    for i in range(out.size):
+        value = float32(out[i])
+        x = _bits_of(value)
+        noise = uint32(_hash(uint32(first + uint32(i)), low, high) & uint32(0x1FFF))
+        if abs(value) < float32(2.0**-14):
+            steps = float32(abs(value) * float32(2.0**24))
+            if by_chance:
+                steps = float32(np.floor(float32(steps + float32(float32(noise) * float32(2.0**-13)))))
+            value = np.copysign(float32(float32(np.rint(steps)) * float32(2.0**-24)), value)
+        elif uint32(x & uint32(0x7FFFFFFF)) < uint32(0x7F800000):
+            half = uint32(uint32(0xFFF) + uint32(uint32(x >> uint32(13)) & uint32(1)))
+            value = _float_of(uint32(uint32(x + (noise if by_chance else half)) & uint32(0xFFFFE000)))
+            if abs(value) > float32(65504):
+                value = np.copysign(float32(np.inf), value)
+        out[i] = value
+
+
+@_reduction
+def _all_finite(values):
+    """Tell whether no value is NaN or infinite: times zero it would be NaN, and so would the sum."""
+    total = values.dtype.type(0)
+    for i in range(values.size):
+        total += values[i] * values.dtype.type(0)
+    return total == 0
+
+
+# A block of operands
+
+
+@_compiled
+def _load(packed, halves, wides, extras, start, size, rows):
+    """Fill `rows` with a block: the pivot, the other checkpoints minus the pivot, the displacements.
+
+    Checkpoints come as bfloat16 in `halves` when `packed`, else in the working dtype in `wides`.
+    """
+    stop = start + size
+    checkpoints = halves.shape[0] if packed else wides.shape[0]
+    for k in range(checkpoints):
+        if packed and k == 0:
+            _widen(halves[k, start:stop], rows[k, :size])
+        elif packed:
+            _widen_and_take_off(halves[k, start:stop], rows[0, :size], rows[k, :size])
+        else:
+            _copy(wides[k, start:stop], rows[k, :size])
+            if k > 0:
+                _take_off(rows[0, :size], rows[k, :size])
+    for j in range(extras.shape[0]):
+        _copy(extras[j, start:stop], rows[checkpoints + j, :size])
+
+
+@_compiled
+def _weigh(rows, order, ends, weights, spare, out):
+    """Set `out` to Σ_g weights[g] · (sum of the rows of group g); groups are runs of `order`.
+
+    Rows of equal weight are added up first, so that the order in which they are named does not decide
+    the rounding.
+    """
+    begin, size = 0, out.size
+    for group in range(ends.size):
+        values = rows[order[begin], :size]
+        if ends[group] - begin > 1:
+            _sum(values, rows[order[begin + 1], :size], spare)
+            for place in range(begin + 2, ends[group]):
+                _add(rows[order[place], :size], spare)
+            values = spare
+        if begin == 0:
+            _scale(weights[group], values, out)
+        else:
+            _add_scaled(weights[group], values, out)
+        begin = ends[group]
+    if ends.size == 0:
+        out[:] = 0
+
+
+@_reduction
+def _moments(stored, pivot, delta, change, totals):
+    """Set `change` to stored − pivot, and add up error, size and number of the changes."""
+    zero = stored.dtype.type(0)
+    one = stored.dtype.type(1)
+    error, asked, moved = zero, zero, zero
+    for i in range(stored.size):
+        step = stored[i] - pivot[i]
+        change[i] = step
+        off = step - delta[i]
+        error += off * off
+        asked += delta[i] * delta[i]
+        moved += one if step != zero else zero
+    totals[ERROR] += error
+    totals[ASKED] += asked
+    totals[MOVED] += moved
+    totals[MEASURED] += stored.size
+
+
+@_compiled
+def _measure(rows, along, lines, change, totals):
+    """Add up the products of every direction with the change and with each other."""
+    count, size = along.shape[0], change.size
+    for a in range(count):
+        line = lines[a, :size]
+        begun = False
+        for k in range(1, rows.shape[0]):
+            if along[a, k] != 0:
+                if begun:
+                    _add_scaled(along[a, k], rows[k, :size], line)
+                else:
+                    _scale(along[a, k], rows[k, :size], line)
+                begun = True
+        if not begun:
+            line[:] = 0
+        totals[ALONG + a] += _dot(line, change)
+        for b in range(a + 1):
+            product = _dot(line, lines[b, :size])
+            totals[ALONG + count + a * count + b] += product
+            if b < a:
+                totals[ALONG + count + b * count + a] += product
+
+
+# Whole slices
+
+
+@_compiled
+def combine(
+    packed,
+    halves,
+    wides,
+    extras,
+    count,
+    order,
+    ends,
+    weights,
+    kind,
+    by_chance,
+    key,
+    first,
+    every,
+    target,
+    along,
+    halved,
+    stored_all,
+    totals,
+):
+    """Write the pivot plus Σ weights · rows, rounded, for one slice; return whether all of it is finite.
+
+    The operands of `count` elements are in `packed`, `halves`, `wides` and `extras` (see `_load`). `order`,
+    `ends` and `weights` are groups of rows and their factors (see `_weigh`); none means the pivot itself.
+    `kind`, `by_chance`, `key` and `first` say what to round to, whether stochastically, and the key and
+    first index of the noise. The result goes to `halved` as bfloat16 where `kind` says so, else to
+    `stored_all` in the working dtype. Every `every`-th block is measured into `totals`: the change from the
+    target, which is the pivot (`target` 0) or row `target` away from it, along the directions whose
+    coefficients over the rows are in `along`.
+    """
+    checkpoints = halves.shape[0] if packed else wides.shape[0]
+    rows = np.empty((checkpoints + extras.shape[0], BLOCK), wides.dtype)
+    lines = np.empty((along.shape[0], BLOCK), wides.dtype)
+    scratch = np.empty((4, BLOCK), wides.dtype)
+    finite = True
+    start = 0
+    while start < count:
+        place = first + start
+        size = min(BLOCK - place % BLOCK, count - start)  # blocks are those of the tensor, not of the slice
+        index, low = uint32(place), uint32(key)
+        high = uint32(uint32(key >> int64(32)) + uint32(uint32(place >> int64(32)) * uint32(0x9E3779B9)))
+        _load(packed, halves, wides, extras, start, size, rows)
+        pivot, delta, stored = rows[0, :size], scratch[0, :size], scratch[1, :size]
+        spare, change = scratch[2, :size], scratch[3, :size]
+        _weigh(rows, order, ends, weights, spare, delta)
+        alone = ends.size == 0
+        if kind == BFLOAT16:
+            out = halved[start : start + size]
+            finite &= _to_bfloat16(pivot, delta, alone, by_chance, index, low, high, stored, out)
+        else:
+            if alone:
+                _copy(pivot, stored)
+            else:
+                _sum(pivot, delta, stored)
+            if kind == FLOAT16:
+                _to_float16(by_chance, index, low, high, stored)
+            _copy(stored, stored_all[start : start + size])
+            finite &= _all_finite(stored)
+        if every > 0 and (place // BLOCK) % every == 0:
+            if target > 0:
+                _take_off(rows[target, :size], delta)
+                _sum(pivot, rows[target, :size], spare)
+                _moments(stored, spare, delta, change, totals)
+            else:
+                _moments(stored, pivot, delta, change, totals)
+            _measure(rows, along, lines, change, totals)
+        start += size
+    return finite
+
+
+@_compiled
+def products(packed, halves, wides, extras, count, along, gram):
+    """Add the inner products of directions over one slice to `gram`; `along` as in `combine`."""
+    checkpoints = halves.shape[0] if packed else wides.shape[0]
+    rows = np.empty((checkpoints + extras.shape[0], BLOCK), wides.dtype)
+    lines = np.empty((along.shape[0], BLOCK), wides.dtype)
+    totals = np.zeros(ALONG + along.shape[0] + along.shape[0] ** 2)
+    for start in range(0, count, BLOCK):
+        size = min(BLOCK, count - start)
+        _load(packed, halves, wides, extras, start, size, rows)
+        _measure(rows, along, lines, rows[0, :size], totals)
+    gram += totals[ALONG + along.shape[0] :].reshape(gram.shape)

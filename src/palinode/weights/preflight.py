@@ -1,0 +1,328 @@
+"""What is checked before any byte is written: do the models of a sum fit together, tensor by tensor?
+
+Shapes alone do not tell. Two models can agree in all of them and still order their heads or their tokens
+differently; two states of one model can differ in them where one has a padded vocabulary or added tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from palinode.errors import CheckpointError, InputError, MismatchError
+from palinode.weights.blocks import map_blocks
+from palinode.weights.checkpoint import EMBEDDINGS, HEADS, Checkpoint, TensorInfo
+
+Rows = Literal["refuse", "shared"]
+"""What to do where embeddings have different numbers of rows: refuse, or sum the rows that all have."""
+
+# Two models can agree in all shapes and still read them differently.
+ARCHITECTURE = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "n_head")
+
+HEAD_BIASES = tuple(name.replace(".weight", ".bias") for name in HEADS)
+
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+OTHER_VOCABULARIES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+# How a dtype's bits are read as unsigned integers, and which of them, without the sign, are infinity;
+# larger ones are NaN.
+INFINITY = {
+    "F64": ("<u8", 0x7FF0_0000_0000_0000),
+    "F32": ("<u4", 0x7F80_0000),
+    "F16": ("<u2", 0x7C00),
+    "BF16": ("<u2", 0x7F80),
+}
+
+
+# Names, shapes, tying
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How checkpoints fit together that can be summed."""
+
+    shared_rows: Mapping[str, int]
+    """Number of leading rows that all of them have, by tensor; only where they have different numbers."""
+    notes: tuple[str, ...]
+    """What a reader of the result should know, one sentence each."""
+
+
+def check_fit(reference: Checkpoint, others: Sequence[Checkpoint], *, rows: Rows = "refuse") -> Fit:
+    """Return how checkpoints fit the reference (the target); raise MismatchError where they do not.
+
+    They need its architecture, names, shapes, kinds of dtype (floating point or not), and tying. Embeddings
+    and output heads may have another number of rows if `rows` is "shared": then the leading rows that all
+    have are summed, further rows of the target stay as they are, and those of the others are left out.
+    Raises InputError when there is no such policy.
+    """
+    if rows not in get_args(Rows):
+        raise InputError(f"there is no policy {rows!r} for rows; choose one of {', '.join(get_args(Rows))}")
+    others = [other for other in others if other != reference]
+    for other in others:
+        _check_architecture(reference, other)
+        _check_tensors(reference, other, rows)
+    shared: dict[str, int] = {}
+    notes = []
+    for name, info in reference.tensors.items():
+        counts = {other: found.shape[0] for other in others if (found := other.find(name)) and found.shape}
+        if set(counts.values()) - {*info.shape[:1]}:
+            shared[name] = min(info.shape[0], *counts.values())
+            notes.append(_rows_note(info, shared[name], counts))
+    return Fit(shared, tuple(notes))
+
+
+def check_same_shape(points: Sequence[Checkpoint], reference: Checkpoint) -> None:
+    """Raise MismatchError unless every checkpoint has the reference's architecture, tensors and tying."""
+    check_fit(reference, points)
+
+
+def _check_architecture(reference: Checkpoint, other: Checkpoint) -> None:
+    for key in ARCHITECTURE:
+        first, second = reference.config.get(key), other.config.get(key)
+        if first != second and None not in (first, second):
+            raise MismatchError(
+                f"{reference.folder} and {other.folder} are not states of one model: {key} is {first} "
+                f"in the one and {second} in the other"
+            )
+    if (reference.tied is None) != (other.tied is None):
+        tied, untied = (reference, other) if reference.tied else (other, reference)
+        raise MismatchError(
+            f"the output head is tied to the embedding in {tied.folder} and is not in {untied.folder}; "
+            "are they states of one model, and is tie_word_embeddings true in both configs or in none?"
+        )
+
+
+def _check_tensors(reference: Checkpoint, other: Checkpoint, rows: Rows) -> None:
+    problems, padded = _differences(reference, other), _different_rows(reference, other)
+    if rows == "shared":
+        problems = {name: problem for name, problem in problems.items() if name not in padded}
+    if not problems:
+        return
+    hint = "are they states of one model, saved with the same tokenizer?"
+    if problems.keys() <= set(padded):
+        hint = (
+            "one has a padded vocabulary, or tokens that were added: with --rows shared the rows that all "
+            "have are summed, and the target's other rows stay as they are"
+        )
+    raise MismatchError(
+        f"{reference.folder} and {other.folder} disagree on {len(problems)} of {len(reference.tensors)} "
+        f"tensors ({next(iter(problems.values()))}); {hint}"
+    )
+
+
+def _differences(reference: Checkpoint, other: Checkpoint) -> dict[str, str]:
+    """Return what is different, in words, by the name of the tensor."""
+    problems = {}
+    for name, info in reference.tensors.items():
+        found = other.find(name)
+        if found is None:
+            problems[name] = f"{name} is missing in {other.folder}"
+        elif found.shape != info.shape:
+            problems[name] = f"{name}: {_shape(info)} against {_shape(found)}"
+        elif found.is_float != info.is_float:
+            problems[name] = f"{name}: {info.dtype} against {found.dtype}"
+    extra = [name for name in other.tensors if reference.find(name) is None]
+    return problems | {name: f"{name} is missing in {reference.folder}" for name in extra}
+
+
+def _different_rows(reference: Checkpoint, other: Checkpoint) -> list[str]:
+    """Return the embeddings and heads that differ in their number of rows, and in nothing else."""
+    return [
+        name
+        for name, info in reference.tensors.items()
+        if (found := other.find(name)) and _is_vocabulary(name) and _differ_in_rows(info, found)
+    ]
+
+
+def _differ_in_rows(first: TensorInfo, second: TensorInfo) -> bool:
+    return (
+        len(first.shape) == len(second.shape) > 0
+        and first.shape[0] != second.shape[0]
+        and first.shape[1:] == second.shape[1:]
+        and first.is_float
+        and second.is_float
+    )
+
+
+def _is_vocabulary(name: str) -> bool:
+    """Tell whether the rows of a tensor are tokens."""
+    return name.endswith(EMBEDDINGS) or name in HEADS or name in HEAD_BIASES
+
+
+def _rows_note(info: TensorInfo, shared: int, counts: Mapping[Checkpoint, int]) -> str:
+    own = info.shape[0]
+    note = f"{info.name}: all {own} rows are in all"
+    if shared < own:
+        note = f"{info.name}: {shared} of {own} rows are in all; the other {own - shared} stay the target's"
+    further = [
+        f"{count - shared} of {other.folder.name}" for other, count in counts.items() if count > shared
+    ]
+    return f"{note}; further rows are left out: {', '.join(further)}" if further else note
+
+
+def _shape(info: TensorInfo) -> str:
+    return "x".join(map(str, info.shape)) or "scalar"
+
+
+# Tokens
+
+
+def check_tokenizers(reference: Checkpoint, others: Sequence[Checkpoint]) -> tuple[str, ...]:
+    """Return notes on how the tokenizers differ; raise MismatchError where one token has two numbers.
+
+    Compared is what lies in the folders; one without a tokenizer fits every other, as base checkpoints often
+    have none. Nothing is parsed where files are the same. Raises CheckpointError when a file is damaged.
+    """
+    notes: list[str] = []
+    for other in others:
+        notes += _token_notes(reference.folder, other.folder)
+        notes += _special_notes(reference, other)
+    return tuple(dict.fromkeys(notes))
+
+
+def _token_notes(first: Path, second: Path) -> Iterator[str]:
+    if not all((folder / TOKENIZER).is_file() for folder in (first, second)):
+        yield from _unread_notes(first, second)
+        return
+    if _same_bytes(first / TOKENIZER, second / TOKENIZER):
+        return
+    ours, theirs = _tokens(first / TOKENIZER), _tokens(second / TOKENIZER)
+    moved = [token for token in ours if theirs.get(token, ours[token]) != ours[token]]
+    if moved:
+        some = ", ".join(f"{short(token)} is {ours[token]} and {theirs[token]}" for token in moved[:3])
+        raise MismatchError(
+            f"the tokenizers of {first} and {second} give other numbers to {len(moved)} tokens ({some}"
+            f"{', …' if len(moved) > 3 else ''}); the rows of their embeddings stand for other tokens, so "
+            "use models with one vocabulary"
+        )
+    for here, there, folder in ((ours, theirs, first), (theirs, ours, second)):
+        only = len(here.keys() - there.keys())
+        if only:
+            some = ", ".join(map(short, islice((token for token in here if token not in there), 3)))
+            yield f"{only} tokens are only in {folder.name} ({some}{', …' if only > 3 else ''})"
+
+
+def _unread_notes(first: Path, second: Path) -> Iterator[str]:
+    """Yield a note for each vocabulary in another format that is not the same in both folders."""
+    for name in OTHER_VOCABULARIES:
+        pair = [folder / name for folder in (first, second)]
+        if all(path.is_file() for path in pair) and not _same_bytes(*pair):
+            yield f"{name} is not the same in {first.name} and {second.name}; its tokens were not compared"
+
+
+def _same_bytes(first: Path, second: Path) -> bool:
+    try:
+        return first.stat().st_size == second.stat().st_size and first.read_bytes() == second.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} cannot be read ({error.strerror}); fetch it again") from None
+
+
+def _tokens(path: Path) -> dict[str, int]:
+    """Return the number of every token in a tokenizer.json, added ones with them."""
+    content = _read_object(path)
+    try:
+        vocabulary, added = content["model"]["vocab"], content.get("added_tokens") or []
+        if isinstance(vocabulary, list):  # Unigram: pairs of token and score, in order
+            vocabulary = {token: number for number, (token, _score) in enumerate(vocabulary)}
+        tokens = {**vocabulary, **{entry["content"]: entry["id"] for entry in added}}
+        sound = all(isinstance(token, str) and type(number) is int for token, number in tokens.items())
+    except (LookupError, TypeError, ValueError, AttributeError):
+        sound = False
+    if not sound:
+        raise CheckpointError(f"{path} does not list its tokens as a tokenizer does; fetch the model again")
+    return tokens
+
+
+def _special_notes(reference: Checkpoint, other: Checkpoint) -> Iterator[str]:
+    """Yield a note for each special token on which both folders say something, and not the same."""
+    numbers = [f"{word}_id" for word in SPECIAL]
+    for file, keys in (
+        ("config.json", numbers),
+        ("generation_config.json", numbers),
+        (TOKENIZER_CONFIG, SPECIAL),
+    ):
+        ours, theirs = (_read_object(checkpoint.folder / file) for checkpoint in (reference, other))
+        for key in keys:
+            first, second = _text(ours.get(key)), _text(theirs.get(key))
+            if first != second and None not in (first, second):
+                yield (
+                    f"{key} of {file} is {short(first)} in {reference.folder.name} and {short(second)} in "
+                    f"{other.folder.name}"
+                )
+
+
+def _text(token: Any) -> Any:
+    """Return a special token as text where it is written with its properties."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Return a JSON object from a file, an empty one where there is no file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); fetch the model again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object; fetch the model again")
+    return content
+
+
+# Values
+
+
+def count_nonfinite(
+    checkpoint: Checkpoint, *, on_progress: Callable[[int], None] | None = None
+) -> dict[str, tuple[int, int]]:
+    """Return (number of NaN, number of infinities) of each tensor that has any, by name.
+
+    Reads the whole checkpoint, block by block; `on_progress` is told the bytes that are done. Raises
+    CheckpointError when a file cannot be read.
+    """
+    infos = [info for info in checkpoint.tensors.values() if info.is_float]
+    found: dict[str, tuple[int, int]] = {}
+    for info, (nans, infinities) in map_blocks(infos, _count_in_block, on_progress=on_progress):
+        if nans or infinities:
+            before = found.get(info.name, (0, 0))
+            found[info.name] = before[0] + nans, before[1] + infinities
+    return found
+
+
+def complain_of_nonfinite(checkpoints: Iterable[Checkpoint]) -> None:
+    """Raise CheckpointError that counts and names NaN and infinities in these checkpoints.
+
+    Returns when there are none: then the sum itself is too large.
+    """
+    sentences = []
+    for checkpoint in checkpoints:
+        found = count_nonfinite(checkpoint)
+        if found:
+            nans, infinities = (sum(counts[kind] for counts in found.values()) for kind in (0, 1))
+            sentences.append(
+                f"{checkpoint.folder} holds {nans} NaN and {infinities} infinite values in {len(found)} "
+                f"tensors (first: {next(iter(found))})"
+            )
+    if sentences:
+        raise CheckpointError(
+            f"{'; '.join(sentences)}; they would spoil what they are added to, so fetch the model again, "
+            "or say --allow-nonfinite to go on anyway"
+        )
+
+
+def _count_in_block(info: TensorInfo, block: memoryview) -> tuple[int, int]:
+    kind, infinity = INFINITY[info.dtype]
+    bits = np.frombuffer(block, kind)
+    magnitude = bits & bits.dtype.type(np.iinfo(bits.dtype).max >> 1)
+    if magnitude.max() < infinity:
+        return 0, 0
+    return int(np.count_nonzero(magnitude > infinity)), int(np.count_nonzero(magnitude == infinity))

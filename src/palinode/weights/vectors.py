@@ -1,0 +1,483 @@
+"""Stored vectors: a direction as an artefact of its own, whole or as thin factors, with the error it costs.
+
+A folder of two files. `vector.safetensors` holds each tensor by its name, or, where it is stored as the
+product of two thin matrices, `NAME.left` (n x r) and `NAME.right` (r x m). `vector.json` says what it is:
+
+    format, version    "palinode-vector", 1
+    kind               "dense" or "low_rank"; with the `rank` or the `energy` that was asked for
+    dtype              of the stored numbers: "float32" or "bfloat16"
+    norm               |τ|, of the direction before it was stored
+    relative_error     |τ − stored| / |τ|
+    terms              what τ is a sum of: folder, fingerprint and coefficient of each
+    tensors            by name: shape, rank (null where it is stored whole), norm, relative_error
+
+Tensors in which the direction is zero are left out. A tied tensor is there once, under the embedding's name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Self, get_args
+
+import numpy as np
+
+from palinode.errors import AlgebraError, CheckpointError, InputError, MismatchError, OutputError
+from palinode.weights.adapters import CONFIG, LoraAdapter
+from palinode.weights.arithmetic import (
+    NAMES,
+    SLICE,
+    Slice,
+    direction_tensor,
+    direction_values,
+    map_slices,
+)
+from palinode.weights.atomic import check_output, claimed, publish
+from palinode.weights.checkpoint import Checkpoint
+from palinode.weights.direction import Direction
+from palinode.weights.displacement import (
+    Change,
+    DenseChange,
+    Displacement,
+    Factor,
+    Kept,
+    LowRankChange,
+    decode,
+    encode,
+    read_object,
+)
+from palinode.weights.files import Files
+from palinode.weights.formats.safetensors import read_header
+from palinode.weights.lowrank import multiply, nearest_factors, squares
+from palinode.weights.preflight import check_same_shape
+from palinode.weights.tensors import FLOAT_BYTES, TensorInfo
+
+FACTS = "vector.json"
+WEIGHTS = "vector.safetensors"
+FORMAT, VERSION = "palinode-vector", 1
+CODES = {"float32": "F32", "bfloat16": "BF16"}
+
+Kind = Literal["dense", "low_rank"]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One term of the sum that a stored vector was made from."""
+
+    folder: str
+    """Name of the folder, without the way to it."""
+    fingerprint: str
+    coefficient: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """What is known of one tensor of a stored vector."""
+
+    shape: tuple[int, ...]
+    rank: int | None
+    """Of the factors; None where it is stored whole."""
+    norm: float
+    relative_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoredVector(Displacement):
+    """A direction that was written by `save_vector`."""
+
+    kind: Kind = field(compare=False)
+    dtype: str = field(compare=False)
+    """Of the stored numbers: "float32" or "bfloat16"."""
+    norm: float = field(compare=False)
+    """Euclidean norm of the direction before it was stored."""
+    relative_error: float = field(compare=False)
+    """|direction − stored| / |direction|."""
+    sources: tuple[Source, ...] = field(compare=False, repr=False)
+    tensors: Mapping[str, StoredTensor] = field(compare=False, repr=False)
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Self:
+        """Open a stored vector; reads headers only. Raises CheckpointError when it is missing or broken."""
+        place = Path(folder).expanduser().resolve()
+        if not place.is_dir():
+            raise CheckpointError(f"there is no vector folder {folder}")
+        content = read_object(place / FACTS)
+        if (content.get("format"), content.get("version")) != (FORMAT, VERSION):
+            raise CheckpointError(
+                f"{place / FACTS} is no {FORMAT} of version {VERSION}; a newer Palinode may have written it"
+            )
+        try:
+            facts = _read_facts(content)
+            changes = _changes(place, facts["dtype"], facts["tensors"], read_header(place / WEIGHTS))
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise CheckpointError(
+                f"{place / FACTS} is malformed ({error!r}); store the vector again"
+            ) from None
+        return cls(place, changes, **facts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its numbers on disk."""
+        return sum(info.nbytes for change in self.changes.values() for info in change.infos)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights that it moves."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
+
+def is_direction(folder: Path | str) -> bool:
+    """Tell whether a folder holds a stored vector or a LoRA adapter."""
+    place = Path(folder).expanduser()
+    return (place / FACTS).exists() or (place / CONFIG).exists()
+
+
+def open_direction(
+    folder: Path | str, *, base: Checkpoint | None = None, allow_pickle: bool = False
+) -> Displacement:
+    """Open a stored vector or a LoRA adapter, whichever a folder holds.
+
+    `base` and `allow_pickle` are for adapters; see `LoraAdapter.open`. Raises CheckpointError when the folder
+    holds neither, or is broken.
+    """
+    place = Path(folder).expanduser()
+    if (place / FACTS).exists():
+        return StoredVector.open(place)
+    if (place / CONFIG).exists():
+        return LoraAdapter.open(place, base=base, allow_pickle=allow_pickle)
+    if not place.is_dir():
+        raise CheckpointError(f"there is no folder {folder} of a stored vector or adapter")
+    raise CheckpointError(f"{folder} holds neither a stored vector ({FACTS}) nor a LoRA adapter ({CONFIG})")
+
+
+def save_vector(
+    direction: Direction,
+    output: Path | str,
+    *,
+    dtype: str = "float32",
+    rank: int | None = None,
+    energy: float | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> StoredVector:
+    """Write a direction as a folder of its own, and open it.
+
+    With `rank`, matrices of more than that rank are stored as their best approximation of that rank; with
+    `energy` (0 to 1), of the smallest rank that keeps this share of the sum of their squared singular values.
+    What would take as much room as factors is stored whole, and so are vectors (norms, biases). Memory stays
+    at a few slices; at low rank a whole matrix is held, several times over. `on_progress` hears the number of
+    weights done.
+
+    Raises InputError for settings that cannot be, AlgebraError when there is no direction, MismatchError when
+    its terms do not fit together, OutputError when the output place cannot be used.
+    """
+    settings = _Settings(_checked_code(dtype), _checked_rank(rank), _checked_energy(energy, rank))
+    if not direction.terms:
+        raise AlgebraError(
+            "the direction is zero (a checkpoint minus itself); name two different checkpoints"
+        )
+    layout = layout_of(direction)
+    output = Path(output).expanduser().resolve()
+    room = sum(info.size for info in layout) * FLOAT_BYTES[settings.code] if settings.kind == "dense" else 0
+    check_output(output, [term.folder for term in direction.terms], needs=room)
+    sources = [
+        Source(term.folder.name, term.fingerprint(), coefficient)
+        for term, coefficient in sorted(direction.terms.items(), key=lambda item: str(item[0].folder))
+    ]
+    tensors: dict[str, StoredTensor] = {}
+    with claimed(output) as partial:
+        with _writer(partial / WEIGHTS, layout) as writer, Files() as files:
+            for info in layout:
+                if tensor := _store(direction, info, files, writer, settings):
+                    tensors[info.name] = tensor
+                if on_progress:
+                    on_progress(info.size)
+        _write_facts(partial / FACTS, settings, dtype, sources, tensors)
+        publish(partial, output)
+    return StoredVector.open(output)
+
+
+def layout_of(direction: Direction) -> list[TensorInfo]:
+    """Return the tensors that a direction may change, a tied one once.
+
+    Raises MismatchError when its terms do not fit together.
+    """
+    points = [term for term in direction.terms if isinstance(term, Checkpoint)]
+    displacements = [term for term in direction.terms if isinstance(term, Displacement)]
+    if points:
+        check_same_shape(points[1:], points[0])
+        for displacement in displacements:
+            displacement.check_fits(points[0])
+        return [
+            info
+            for info in points[0].tensors.values()
+            if info.is_float and info.size and not points[0].is_second_copy(info.name)
+        ]
+    found: dict[str, TensorInfo] = {}
+    for displacement in displacements:
+        for name, change in displacement.changes.items():
+            size = math.prod(change.shape)
+            own = TensorInfo(name, "F32", change.shape, displacement.folder, 0, 4 * size)
+            if found.setdefault(name, own).shape != change.shape:
+                raise MismatchError(
+                    f"{found[name].file} and {displacement.folder} change {name} in two shapes "
+                    f"({found[name].shape} and {change.shape}); were both made from one model?"
+                )
+    return list(found.values())
+
+
+# What is asked for
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    code: str
+    rank: int | None
+    energy: float | None
+
+    @property
+    def kind(self) -> Kind:
+        return "dense" if self.rank is None and self.energy is None else "low_rank"
+
+
+def _checked_code(dtype: str) -> str:
+    if dtype not in CODES:
+        raise InputError(f"a vector cannot be stored in {dtype!r}; choose one of {', '.join(CODES)}")
+    return CODES[dtype]
+
+
+def _checked_rank(rank: int | None) -> int | None:
+    if rank is not None and rank < 1:
+        raise InputError(f"a rank of {rank} leaves nothing; name a rank of 1 or more")
+    return rank
+
+
+def _checked_energy(energy: float | None, rank: int | None) -> float | None:
+    if energy is not None and rank is not None:
+        raise InputError("a rank and an energy were given; either of them decides, so name one")
+    if energy is not None and not 0 < energy <= 1:
+        raise InputError(f"an energy of {energy} is no share; name one above 0 and up to 1, as in 0.99")
+    return energy
+
+
+# Writing
+
+
+class _Writer:
+    """A safetensors file that is filled tensor by tensor; its header comes last, in the room kept for it."""
+
+    def __init__(self, stream: BinaryIO, layout: Sequence[TensorInfo]) -> None:
+        self.names = {info.name for info in layout}
+        self._stream = stream
+        self._entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        longest = 64 + sum(2 * (len(json.dumps([info.name, info.shape])) + 160) for info in layout)
+        self._room = longest + -longest % 8
+        self._end = self._closed = 8 + self._room
+        stream.seek(self._end)
+
+    def write(self, values: np.ndarray) -> None:
+        """Append a part of the tensor that is under way."""
+        self._stream.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+        self._end += values.nbytes
+
+    def close(self, name: str, code: str, shape: tuple[int, ...]) -> None:
+        """Make a tensor of what was written since the last one."""
+        span = [self._closed - 8 - self._room, self._end - 8 - self._room]
+        self._entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": span}
+        self._closed = self._end
+
+    def forget(self) -> None:
+        """Take back what was written since the last tensor."""
+        self._end = self._closed
+        self._stream.seek(self._end)
+
+    def finish(self) -> None:
+        """Write the header, and fill the gap behind it with spaces."""
+        self._stream.truncate(self._closed)
+        text = json.dumps(self._entries, separators=(",", ":")).encode()
+        self._stream.seek(0)
+        self._stream.write(self._room.to_bytes(8, "little") + text.ljust(self._room))
+
+
+@contextmanager
+def _writer(path: Path, layout: Sequence[TensorInfo]) -> Iterator[_Writer]:
+    """Create a file for these tensors, or factors of them."""
+    try:
+        with path.open("xb") as stream:
+            writer = _Writer(stream, layout)
+            yield writer
+            writer.finish()
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written ({error.strerror}); make room, or name another"
+        ) from error
+
+
+def _store(
+    direction: Direction, info: TensorInfo, files: Files, writer: _Writer, settings: _Settings
+) -> StoredTensor | None:
+    """Append one tensor of a direction, and return what it cost; None where the direction is zero."""
+    most = (info.size - 1) // max(1, sum(info.shape))  # the largest rank that saves room
+    small = settings.rank is None or settings.rank <= most
+    free = writer.names.isdisjoint({f"{info.name}.left", f"{info.name}.right"})
+    if settings.kind == "low_rank" and len(info.shape) == 2 and small and free:
+        stored = _store_factors(direction, info, files, writer, settings, most)
+        if stored:
+            return stored
+    return _store_whole(direction, info, files, writer, settings.code)
+
+
+def _store_whole(
+    direction: Direction, info: TensorInfo, files: Files, writer: _Writer, code: str
+) -> StoredTensor | None:
+    """Append a tensor as it is, rounded, slice by slice."""
+    sums: list[tuple[float, float]] = []
+
+    def work(part: Slice) -> tuple[np.ndarray, float, float]:
+        values = _finite(direction_values(direction, part, files), info)
+        stored = encode(values, code)
+        return stored, *squares(values, decode(stored, code))
+
+    def collect(_part: Slice, found: tuple[np.ndarray, float, float]) -> None:
+        writer.write(found[0])
+        sums.append(found[1:])
+
+    map_slices(_slices(info), work, collect=collect)
+    norm, error = (math.sqrt(math.fsum(column)) for column in zip(*sums, strict=True))
+    if norm == 0:
+        writer.forget()
+        return None
+    writer.close(info.name, code, info.shape)
+    return _costing(info, None, norm, error, code)
+
+
+def _store_factors(
+    direction: Direction, info: TensorInfo, files: Files, writer: _Writer, settings: _Settings, most: int
+) -> StoredTensor | None:
+    """Append a matrix as two factors, rounded; None where it is zero, or factors would save no room."""
+    values = _finite(direction_tensor(direction, info, files), info).reshape(info.shape)
+    energy = 1.0 if settings.energy is None else settings.energy
+    factors = nearest_factors(values, rank=settings.rank, energy=energy, most=most) if values.any() else None
+    if factors is None:
+        return None
+    code = settings.code
+    left, right = (encode(factor, code) for factor in factors)
+    for name, factor in (("left", left), ("right", right)):
+        writer.write(factor)
+        writer.close(f"{info.name}.{name}", code, factor.shape)
+    wide, height = decode(right, code), max(1, SLICE // info.shape[1])
+    sums = []
+    for start in range(0, info.shape[0], height):
+        product = multiply(decode(left[start : start + height], code), wide, 1.0)
+        sums.append(squares(values[start : start + height].reshape(-1), product.reshape(-1)))
+    norm, error = (math.sqrt(math.fsum(column)) for column in zip(*sums, strict=True))
+    return _costing(info, left.shape[1], norm, error, code)
+
+
+def _slices(info: TensorInfo) -> Iterator[Slice]:
+    return (Slice(info, start, min(SLICE, info.size - start)) for start in range(0, info.size, SLICE))
+
+
+def _finite(values: np.ndarray, info: TensorInfo) -> np.ndarray:
+    if not np.isfinite(values).all():
+        raise CheckpointError(
+            f"the direction has values in {info.name} that are not finite (NaN or infinity)"
+        )
+    return values
+
+
+def _costing(info: TensorInfo, rank: int | None, norm: float, error: float, code: str) -> StoredTensor:
+    if not math.isfinite(error):
+        raise InputError(f"{info.name} has values that {NAMES[code]} cannot hold; scale the direction down")
+    return StoredTensor(info.shape, rank, norm, error / norm)
+
+
+# What is known of it
+
+
+def _write_facts(
+    path: Path,
+    settings: _Settings,
+    dtype: str,
+    sources: Sequence[Source],
+    tensors: Mapping[str, StoredTensor],
+) -> None:
+    norm = math.hypot(*(tensor.norm for tensor in tensors.values()))
+    error = math.hypot(*(tensor.norm * tensor.relative_error for tensor in tensors.values()))
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "kind": settings.kind,
+        "rank": settings.rank,
+        "energy": settings.energy,
+        "dtype": dtype,
+        "norm": norm,
+        "relative_error": error / norm if norm else 0.0,
+        "terms": [asdict(source) for source in sources],
+        "tensors": {name: asdict(tensor) for name, tensor in tensors.items()},
+    }
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_facts(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a StoredVector from its JSON; raises of several kinds when something is amiss."""
+    if content["kind"] not in get_args(Kind) or content["dtype"] not in CODES:
+        raise ValueError(f"kind {content['kind']!r}, dtype {content['dtype']!r}")
+    sources = tuple(
+        Source(str(term["folder"]), str(term["fingerprint"]), _number(term["coefficient"]))
+        for term in content["terms"]
+    )
+    tensors = {
+        name: StoredTensor(
+            tuple(map(int, tensor["shape"])),
+            None if tensor["rank"] is None else int(tensor["rank"]),
+            _number(tensor["norm"]),
+            _number(tensor["relative_error"]),
+        )
+        for name, tensor in content["tensors"].items()
+    }
+    norm, error = _number(content["norm"]), _number(content["relative_error"])
+    return {
+        "kind": content["kind"],
+        "dtype": content["dtype"],
+        "norm": norm,
+        "relative_error": error,
+        "sources": sources,
+        "tensors": tensors,
+    }
+
+
+def _number(value: Any) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is no finite number")
+    return float(value)
+
+
+def _changes(
+    folder: Path, dtype: str, tensors: Mapping[str, StoredTensor], infos: Sequence[TensorInfo]
+) -> dict[str, Change]:
+    """Return the changes that vector.json promises, all of them present in the file as it says."""
+    found = {info.name: info for info in infos}
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, tensor in tensors.items():
+        if tensor.rank is None:
+            expected[name] = tensor.shape
+        else:
+            rows, columns = tensor.shape
+            expected |= {f"{name}.left": (rows, tensor.rank), f"{name}.right": (tensor.rank, columns)}
+    if {info.name: (info.shape, info.dtype) for info in infos} != {
+        name: (shape, CODES[dtype]) for name, shape in expected.items()
+    }:
+        raise CheckpointError(
+            f"{FACTS} and {WEIGHTS} in {folder} do not belong together; store the vector again"
+        )
+    kept = Kept()
+    return {
+        name: DenseChange(found[name])
+        if tensor.rank is None
+        else LowRankChange(Factor(found[f"{name}.left"]), Factor(found[f"{name}.right"]), 1.0, kept)
+        for name, tensor in tensors.items()
+    }

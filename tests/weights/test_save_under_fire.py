@@ -1,0 +1,148 @@
+"""A save that is killed, runs out of disk, or reads and writes on a failing one: all or nothing is there."""
+
+import errno
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from palinode.errors import CheckpointError, OutputError
+from palinode.weights import Checkpoint, save
+from palinode.weights.manifest import check_manifest, read_manifest
+
+KILLED = """
+import sys
+from pathlib import Path
+from palinode.weights import Checkpoint, save
+target, base = map(Checkpoint.open, sys.argv[1:3])
+print("ready", flush=True)
+save(target - 0.5 * (base - target), Path(sys.argv[3]), workers=1, rounding="stochastic")
+"""
+
+
+@pytest.fixture
+def pair(models):
+    """Two states of a model whose sum takes some tenths of a second to write."""
+    shapes = {f"model.layers.{i}.w": (300, 700 + i) for i in range(12)} | {"model.norm.weight": (700,)}
+    return [
+        models.make(
+            name,
+            {key: models.noise(state + len(key), *shape).bfloat16() for key, shape in shapes.items()},
+            shards=3,
+        )
+        for state, name in enumerate(("target", "base"))
+    ]
+
+
+def point(pair):
+    target, base = pair
+    return target - 0.5 * (base - target)
+
+
+def test_a_save_killed_at_any_moment_leaves_nothing_or_all(pair, models):
+    started = time.monotonic()
+    expected = save(point(pair), models.place / "expected", rounding="stochastic").checkpoint
+    usual = 3 * (time.monotonic() - started) + 0.5
+    folders, chance, found = [str(checkpoint.folder) for checkpoint in pair], random.Random(0), set()
+    for attempt in range(5):
+        out = models.place / f"out{attempt}"
+        with subprocess.Popen(
+            [sys.executable, "-c", KILLED, *folders, str(out)], stdout=subprocess.PIPE
+        ) as process:
+            assert process.stdout.readline() == b"ready\n"
+            time.sleep(usual * chance.random() ** 2)
+            process.send_signal(signal.SIGKILL)
+        found.add(out.exists())
+        if out.exists():
+            assert check_manifest(out).ok
+        save(point(pair), out, rounding="stochastic") if not out.exists() else None
+        assert Checkpoint.open(out).fingerprint() == expected.fingerprint()
+        assert not out.with_name(f".out{attempt}.partial").exists()
+    assert False in found, "no attempt was killed in time"
+
+
+def failing(call, number, error):
+    """The same call, which fails the given time it is made."""
+    made = iter(range(1, 1_000_000))
+
+    def attempt(*args):
+        if next(made) == number:
+            raise OSError(error, os.strerror(error))
+        return call(*args)
+
+    return attempt
+
+
+@pytest.mark.parametrize("number", [1, 2, 9, 20])
+def test_a_read_error_leaves_nothing(pair, models, monkeypatch, number):
+    monkeypatch.setattr(os, "preadv", failing(os.preadv, number, errno.EIO))
+    with pytest.raises(CheckpointError, match=r"cannot be read at byte \d+ \(Input/output error\)"):
+        save(point(pair), models.place / "out")
+    assert sorted(path.name for path in models.place.iterdir()) == ["base", "target"]
+
+
+@pytest.mark.parametrize("number", [4, 5, 12, 16])
+def test_a_write_error_leaves_nothing(pair, models, monkeypatch, number):
+    monkeypatch.setattr(os, "pwrite", failing(os.pwrite, number, errno.ENOSPC))
+    with pytest.raises(OutputError, match=r"could not be written \(No space left on device\)"):
+        save(point(pair), models.place / "out")
+    assert sorted(path.name for path in models.place.iterdir()) == ["base", "target"]
+
+
+def test_a_disk_that_is_full_when_the_files_are_laid_out_leaves_nothing(pair, models):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+        with pytest.raises(OutputError, match="could not be laid out"):
+            save(point(pair), models.place / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert sorted(path.name for path in models.place.iterdir()) == ["base", "target"]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "lost", "elsewhere"])
+def test_what_does_not_read_as_it_was_written_is_noticed(pair, models, monkeypatch, damage):
+    write = os.pwrite
+    done = iter(range(1_000_000))
+
+    def damaged(handle, data, offset):
+        if next(done) != 8:
+            return write(handle, data, offset)
+        if damage == "lost":
+            return len(data)
+        if damage == "elsewhere":
+            return write(handle, data, offset + 2)
+        changed = bytearray(data)
+        changed[-1] ^= 1
+        return write(handle, changed, offset)
+
+    monkeypatch.setattr(os, "pwrite", damaged)
+    with pytest.raises(OutputError, match="does not read as it was written; is the disk sound"):
+        save(point(pair), models.place / "out")
+    assert sorted(path.name for path in models.place.iterdir()) == ["base", "target"]
+
+
+def test_without_the_check_no_manifest_is_written(pair, models):
+    saved = save(point(pair), models.place / "out", check=False)
+    assert not (models.place / "out" / "weights.json").exists()
+    assert saved.seconds["check"] < saved.seconds["sum"] + 1
+
+
+def test_the_manifest_tells_what_was_done(pair, models):
+    saved = save(point(pair), models.place / "out", rounding="stochastic", seed=3)
+    assert check_manifest(models.place / "out").ok
+    content = read_manifest(models.place / "out").content
+    assert {term["model"]: term["coefficient"] for term in content["terms"]} == {"target": 1.5, "base": -0.5}
+    assert content["rounding"] == {"asked": "stochastic", "used": "stochastic", "seed": 3}
+    assert content["dose"]["weights"] == saved.dose.weights
+    assert torch.equal(
+        models.read(models.place / "out")["model.norm.weight"].isfinite().all(), torch.tensor(True)
+    )

@@ -35,20 +35,26 @@ if TYPE_CHECKING:
     from palinode.training import Finetuned, TrainingSettings, finetune
     from palinode.weights import (
         Checkpoint,
+        Crew,
         Direction,
         Dose,
+        LoraAdapter,
         Point,
         Profile,
         Saved,
+        StoredVector,
         WeightedSum,
+        open_direction,
         profile,
         save,
+        save_vector,
     )
 
 # Where each public name lives; it is imported when it is first asked for, so that
 # `import palinode` and `palinode --help` do not wait for torch.
 _HOMES = {
     "Checkpoint": "weights",
+    "Crew": "weights",
     "Direction": "weights",
     "Dose": "weights",
     "Example": "data",
@@ -58,6 +64,7 @@ _HOMES = {
     "EvaluationSettings": "evaluation",
     "Finetuned": "training",
     "Outcome": "records",
+    "LoraAdapter": "weights",
     "PalinodeError": "errors",
     "Plan": "pipeline",
     "Point": "weights",
@@ -66,6 +73,7 @@ _HOMES = {
     "Recipe": "pipeline",
     "Saved": "weights",
     "Score": "records",
+    "StoredVector": "weights",
     "TrainingSettings": "training",
     "Unlearned": "pipeline",
     "WeightedSum": "weights",
@@ -75,10 +83,12 @@ _HOMES = {
     "evaluate": "evaluation",
     "finetune": "training",
     "load_recipe": "pipeline",
+    "open_direction": "weights",
     "plan": "pipeline",
     "profile": "weights",
     "read_examples": "data",
     "save": "weights",
+    "save_vector": "weights",
     "unlearn": "pipeline",
 }
 
@@ -86,12 +96,14 @@ __all__ = [
     "METHODS",
     "METRICS",
     "Checkpoint",
+    "Crew",
     "DemoResult",
     "Direction",
     "Dose",
     "EvaluationSettings",
     "Example",
     "Finetuned",
+    "LoraAdapter",
     "Outcome",
     "PalinodeError",
     "Plan",
@@ -101,6 +113,7 @@ __all__ = [
     "Recipe",
     "Saved",
     "Score",
+    "StoredVector",
     "TrainingSettings",
     "Unlearned",
     "WeightedSum",
@@ -111,10 +124,12 @@ __all__ = [
     "evaluate",
     "finetune",
     "load_recipe",
+    "open_direction",
     "plan",
     "profile",
     "read_examples",
     "save",
+    "save_vector",
     "unlearn",
 ]
 

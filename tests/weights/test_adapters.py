@@ -242,6 +242,19 @@ def test_every_change_is_what_peft_merges(trained, models, case):
         np.testing.assert_allclose(values(change), (after[name] - before[name]).numpy(), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_a_model_plus_its_adapter_is_the_merged_model(trained, models, make, tie):
+    targets = ["embed_tokens", "v_proj"] if make is tiny_llama else ["wte", "c_attn"]
+    base, folder, merged = trained(make(tie), {"target_modules": targets})
+    point = Checkpoint.open(base) + LoraAdapter.open(folder)
+    point.save(models.place / "sum")
+    found, expected = models.read(models.place / "sum"), models.read(merged)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-12)
+
+
 def test_a_pickled_adapter_is_read_only_when_allowed(trained, models):
     base, folder, merged = trained(tiny_llama(), {"target_modules": ["q_proj"]})
     tensors = load_file(folder / "adapter_model.safetensors")

@@ -5,8 +5,10 @@ import shutil
 import struct
 import tempfile
 from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from hypothesis import given, settings
@@ -110,6 +112,40 @@ def test_a_hub_name_without_network_says_what_to_do():
     assert "\n" not in str(error.value)
 
 
+@pytest.fixture
+def hub(monkeypatch, folder):
+    """A hub on which this folder is a model; keeps what was asked for."""
+    asked = []
+
+    def snapshot_download(name, *, revision, allow_patterns):
+        asked.append((name, revision, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return asked
+
+
+@pytest.mark.parametrize("allow_pickle", [True, False])
+def test_no_pickles_are_fetched_from_the_hub_where_there_are_safetensors(hub, folder, allow_pickle):
+    assert Checkpoint.open("some/model@v2", allow_pickle=allow_pickle).folder == folder
+    [(name, revision, patterns)] = hub
+    assert (name, revision) == ("some/model", "v2")
+    assert "*.safetensors" in patterns
+    assert not any(fnmatch("pytorch_model.bin", pattern) for pattern in patterns)
+
+
+def test_pickles_are_fetched_from_the_hub_where_they_are_allowed_and_all_there_is(hub, folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({"w": torch.ones(2)}, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="only as pickles"):
+        Checkpoint.open("some/model")
+    assert len(hub) == 1
+    assert Checkpoint.open("some/model", allow_pickle=True).format == "pickle"
+    wanted = ["pytorch_model.bin", "pytorch_model.bin.index.json", "x.pt", ".metadata", "__0_0.distcp"]
+    for name in [*wanted, "config.json", "tokenizer.json"]:
+        assert any(fnmatch(name, pattern) for pattern in hub[-1][2])
+
+
 # Config
 
 
@@ -139,7 +175,9 @@ def test_quantised_model(folder):
 
 def test_lora_adapter(folder):
     (folder / "adapter_config.json").write_text("{}")
-    assert "merge it into its base first" in refusal(folder)
+    message = refusal(folder)
+    assert "use it as a direction (LoraAdapter.open)" in message
+    assert "merge it into its base first" in message
 
 
 @pytest.mark.parametrize("architectures", [["BertForMaskedLM"], ["LlamaModel", "T5EncoderModel"]])
@@ -198,7 +236,8 @@ def test_index_that_cannot_be_read(folder, text):
 
 
 @pytest.mark.parametrize(
-    "name", ["../model/a.safetensors", "/etc/passwd", "sub/a.safetensors", "./a.safetensors"]
+    "name",
+    ["../model/a.safetensors", "/etc/passwd", "sub/a.safetensors", "./a.safetensors", "..\\a", "a\0b", "a/"],
 )
 def test_index_that_names_a_file_outside_the_folder(folder, name):
     put(folder, {"w": entry()}, name="a.safetensors")
@@ -206,10 +245,22 @@ def test_index_that_names_a_file_outside_the_folder(folder, name):
     assert "a file outside its folder" in refusal(folder)
 
 
-@pytest.mark.parametrize("name", ["", "..", ".", 3, None, ["a"], {"a": 1}])
+@pytest.mark.parametrize("name", ["", "..", ".", 3, None, ["a"], {"a": 1}, "\ud800", "x" * 300])
 def test_index_that_names_no_file(folder, name):
     sharded(folder, {"w": name})
     refusal(folder)
+
+
+def test_an_index_that_names_a_tensor_twice(folder):
+    put(folder, {"w": entry()}, name="a.safetensors")
+    sharded(folder, '{"weight_map": {"w": "a.safetensors", "w": "b.safetensors"}}')
+    assert "names 'w' twice" in refusal(folder)
+
+
+def test_a_shard_that_is_a_link_to_itself(folder):
+    (folder / "a.safetensors").symlink_to(folder / "a.safetensors")
+    sharded(folder, {"w": "a.safetensors"})
+    assert "lacks 1 of 1 weight files" in refusal(folder)
 
 
 def test_a_tensor_that_lies_in_two_shards(folder):
@@ -304,6 +355,9 @@ def test_header_that_is_no_json_object(folder, header):
         entry() | {"data_offsets": [-8, 0]},
         entry() | {"data_offsets": "08"},
         entry() | {"data_offsets": None},
+        entry([1] * 40 + [2]),
+        entry([2**63]),
+        entry([9] * 100_000),
     ],
 )
 def test_malformed_entry(folder, bad):
@@ -356,6 +410,29 @@ def test_a_folder_in_place_of_the_weights(folder):
     sharded(folder, {"w": "a.safetensors", "v": "b.safetensors"})
     (folder / "b.safetensors").mkdir()
     refusal(folder)
+
+
+def test_a_name_with_odd_characters_is_a_name(folder):
+    names = ["", " ", "a\nb", "\0", "/etc/passwd", "ü'\"\\", "__metadata", "x" * 1000]
+    put(folder, {name: entry([2], 8 * i, 8 * i + 8) for i, name in enumerate(names)}, 8 * len(names))
+    assert [*Checkpoint.open(folder).tensors] == names
+
+
+def test_a_name_with_odd_characters_is_shown_on_one_line(folder):
+    for bad in (entry(dtype="F4"), entry([3]), entry(start=4, stop=12)):
+        put(folder, {"a\nb" * 500: bad}, 12)
+        assert len(refusal(folder)) < 1000
+
+
+def test_a_model_without_parameters(folder):
+    put(folder, {}, 0)
+    checkpoint = Checkpoint.open(folder)
+    assert (checkpoint.parameters, checkpoint.nbytes, checkpoint.tied) == (0, 0, None)
+
+
+def test_a_scalar(folder):
+    put(folder, {"w": entry([], 0, 4)}, 4)
+    assert Checkpoint.open(folder).tensors["w"].size == 1
 
 
 def test_metadata_is_no_tensor(folder):

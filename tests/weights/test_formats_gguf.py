@@ -102,16 +102,21 @@ def test_broken_files(tmp_path, model):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [("llama.block_count", 2**31), ("llama.embedding_length", 2**30), ("llama.vocab_size", 2**30)],
+    ("key", "value", "said"),
+    [
+        ("llama.block_count", 2**31, "more layers than it has tensors"),
+        ("llama.embedding_length", 2**20, "describes a model of"),
+        ("llama.vocab_size", 2**30, "describes a model of"),
+        ("llama.feed_forward_length", 2**30, "describes a model of"),
+    ],
 )
-def test_a_config_that_asks_for_more_than_the_file_holds(tmp_path, model, key, value):
+def test_a_config_that_asks_for_more_than_the_file_holds(tmp_path, model, key, value, said):
     path = tmp_path / "m.gguf"
     write_gguf(path, model)
     raw = path.read_bytes()
     place = raw.index(key.encode()) + len(key) + 4  # behind the type of the value
     path.write_bytes(raw[:place] + value.to_bytes(4, "little") + raw[place + 4 :])
-    refusal(path)
+    assert said in refusal(path)
 
 
 def test_without_the_package(tmp_path, model, monkeypatch):

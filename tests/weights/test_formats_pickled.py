@@ -220,6 +220,14 @@ def test_one_named_file_is_a_checkpoint_of_its_own(folder):
     assert "holds 2 files that could be its weights (a.pt, b.pt, …)" in refusal(folder)
 
 
+def test_a_named_file_may_be_a_link_as_in_the_cache_of_the_hub(folder, tmp_path):
+    put(folder, {"w": torch.ones(1)})
+    (folder / "pytorch_model.bin").rename(tmp_path / "0123abcd")
+    (folder / "pytorch_model.bin").symlink_to(tmp_path / "0123abcd")
+    checkpoint = Checkpoint.open(folder / "pytorch_model.bin", allow_pickle=True)
+    assert (checkpoint.folder, checkpoint.format) == (folder, "pickle")
+
+
 def test_no_tensors_at_all(folder):
     assert Checkpoint.open(put(folder, {}), allow_pickle=True).parameters == 0
 
@@ -533,7 +541,7 @@ def test_broken_or_hostile_pickles(content):
 
 def test_a_tower_of_tuples_is_no_key():
     """Its hash would call itself once for each storey, and take the interpreter down."""
-    tower = b"}" + b")" + b"\x85" * 300_000 + b"Ns."
+    tower = b"}" + b")" + b"\x85" * 300_000 + b"Ns." + bytes(400_000)
     with pytest.raises(pickle.UnpicklingError, match="no plain values"):
         unpickle(tower, nothing, nothing)
     known = {"a.b": Known(lambda pairs: dict(pairs))}
@@ -548,6 +556,17 @@ def test_a_memo_with_a_huge_index_costs_nothing():
     tracemalloc.stop()
     assert value is None
     assert peak < 100_000
+
+
+@pytest.mark.parametrize("content", [b"}", b"(", b"\x8f", b")\x85\x94"])
+def test_a_pickle_of_nothing_but_objects_is_stopped(content):
+    length = 200_000
+    tracemalloc.start()
+    with pytest.raises(pickle.UnpicklingError, match="more objects than its length allows"):
+        unpickle(content * (length // len(content)), nothing, nothing)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 150 * length
 
 
 def test_a_structure_that_holds_itself(folder):

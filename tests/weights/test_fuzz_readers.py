@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from on_disk import write_config, write_dcp
+from on_disk import tiny_llama, write_config, write_dcp, write_gguf
 from safetensors.torch import save
 
 from palinode.errors import PalinodeError
@@ -282,7 +282,7 @@ def distributed(folder, damage):
     spoilt = damage.random.choice([".metadata", ".metadata", "__0_0.distcp", "__1_0.distcp"])
     if spoilt == ".metadata" and damage.random.random() < 0.6:
         content = damage.twist(pickle.loads((folder / spoilt).read_bytes()))
-        with suppress(RuntimeError):  # some of it torch refuses to write
+        with suppress(RuntimeError, AttributeError):  # some of it torch refuses to write
             (folder / spoilt).write_bytes(pickle.dumps(content, protocol=damage.random.choice([2, 4])))
         return
     (folder / spoilt).write_bytes(damage.maybe((folder / spoilt).read_bytes(), 1.0))
@@ -318,7 +318,7 @@ def read_all(folder: Path, layout) -> int:
         infos = [*Checkpoint.open(folder, allow_pickle=True).tensors.values()]
     buffer = memoryview(bytearray(1 << 12))
     on_disk = sum(path.stat().st_size for path in folder.iterdir())
-    assert all(info.nbytes <= on_disk for info in infos), "a tensor is larger than all files"
+    assert all(info.nbytes <= 4 * on_disk for info in infos), "a tensor is far larger than all files"
     with Files() as files:
         for info in infos:
             for start in range(0, info.nbytes, len(buffer)):
@@ -388,4 +388,19 @@ def test_some_hundred_damaged_files(tmp_path, layout):
 def test_ten_thousand_damaged_files_and_more(tmp_path, layout):
     outcomes = run(tmp_path / "model", layout, range(1000, 3000))
     assert sum(outcomes.values()) == 2000
+    assert min(outcomes.values()) > 20
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_gguf_files(tmp_path):
+    """Fewer: transformers builds a model of each that can be read."""
+    pytest.importorskip("gguf")
+    write_gguf(tmp_path / "whole", tiny_llama(), "Q8_0")
+    raw = (tmp_path / "whole").read_bytes()
+
+    def gguf(folder, damage):
+        (folder / "model.gguf").write_bytes(damage.maybe(raw[:2600], 1.0) + raw[2600:])
+
+    outcomes = run(tmp_path / "model", gguf, range(500))
     assert min(outcomes.values()) > 20

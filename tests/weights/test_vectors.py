@@ -3,17 +3,27 @@
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from palinode.errors import AlgebraError, CheckpointError, InputError, MismatchError, OutputError
+from palinode.errors import (
+    AlgebraError,
+    CheckpointError,
+    InputError,
+    MismatchError,
+    OutputError,
+    PalinodeError,
+)
 from palinode.weights import profile
 from palinode.weights.adapters import LoraAdapter
 from palinode.weights.displacement import DenseChange, LowRankChange
@@ -481,3 +491,61 @@ def test_opening_reads_no_values(pair, out):
     with Files() as files:
         change.read(files, side * side - 1000, out_values)
     assert not out_values.any()
+
+
+# Fuzz
+
+BITS = [b"2", b"3", b"0", b"null", b"F32", b"true"]
+ODD = [b"-1", b"0", b"9" * 25, b"1e400", b"NaN", b"[]", b"{}", b'"x"', b"null", b"BF16", b"I8"]
+
+
+def mutated(raw, chance):
+    """Some bytes with something changed, put in, taken out or cut off."""
+    raw = bytearray(raw)
+    for _ in range(chance.choice([1, 1, 2, 4])):
+        place, kind = chance.randrange(len(raw) + 1), chance.randrange(6)
+        if kind == 0:
+            raw[place : place + 1] = bytes([chance.randrange(256)])
+        elif kind == 1:
+            raw[place:place] = bytes([chance.randrange(256)])
+        elif kind == 2:
+            del raw[place : place + chance.choice([1, 3, 20])]
+        elif kind == 3:
+            raw[place:place] = raw[chance.randrange(len(raw) + 1) :][: chance.choice([1, 5, 20])]
+        elif kind == 4:
+            raw = bytearray(bytes(raw).replace(chance.choice(BITS), chance.choice(ODD), 1))
+        else:
+            del raw[place:]
+    return bytes(raw)
+
+
+def read_all(direction):
+    with Files() as files:
+        for change in direction.changes.values():
+            assert math.prod(change.shape) < 1e7
+            change.read(files, 0, np.empty(math.prod(change.shape), np.float32))
+
+
+@pytest.mark.slow
+def test_ten_thousand_damaged_directions_give_an_error_or_a_result(models, tmp_path):
+    whole = tmp_path / "adapter"
+    whole.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "rank_pattern": {"k": 3}, "use_rslora": False}
+    (whole / "adapter_config.json").write_text(json.dumps(config))
+    shapes = {"q.lora_A.weight": (2, 5), "q.lora_B.weight": (6, 2), "k.lora_A.weight": (3, 5)}
+    shapes |= {"k.lora_B.weight": (6, 3), "e.lora_embedding_A": (2, 5), "e.lora_embedding_B": (6, 2)}
+    tensors = {name: models.noise(seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
+    save_file(tensors, whole / "adapter_model.safetensors")
+    originals = [whole, save_vector(open_direction(whole), tmp_path / "vector", rank=1).folder]
+    chance, opened = random.Random(11), 0
+    for _ in range(10_000):
+        copy = shutil.copytree(chance.choice(originals), tmp_path / "copy", dirs_exist_ok=True)
+        file = chance.choice(sorted(copy.iterdir()))
+        file.write_bytes(mutated(file.read_bytes(), chance))
+        started = time.monotonic()
+        with suppress(PalinodeError):
+            read_all(open_direction(copy))
+            opened += 1
+        assert time.monotonic() - started < 5
+        shutil.rmtree(copy)
+    assert 100 < opened < 9000

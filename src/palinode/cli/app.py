@@ -103,6 +103,10 @@ def unlearn(
         int | None, typer.Option(help="Length limit of answers. [default: 200]")
     ] = None,
     columns: Columns = None,
+    allow_pickle: Annotated[
+        bool,
+        typer.Option("--allow-pickle", help="Read files of torch.save too; none of their code is run."),
+    ] = False,
     allow_overlap: Annotated[
         bool,
         typer.Option("--allow-overlap", help="Leave forget rows out of the retain set instead of refusing."),
@@ -129,7 +133,12 @@ def unlearn(
         "method": method,
         "seed": seed,
         "device": device,
-        "models": {"target": target, "base": base, "retrained": retrained},
+        "models": {
+            "target": target,
+            "base": base,
+            "retrained": retrained,
+            "allow_pickle": allow_pickle,
+        },
         "data": {
             "forget": forget,
             "retain": retain,

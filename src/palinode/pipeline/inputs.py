@@ -65,9 +65,10 @@ def open_inputs(recipe: Recipe) -> Inputs:
     if recipe.method not in METHODS:
         raise RecipeError(f"there is no method {recipe.method!r}; choose one of {', '.join(sorted(METHODS))}")
     pick_device(recipe.device)
-    base = _open(recipe.models.base)
-    target = _open(recipe.models.target) if recipe.models.target else None
-    retrained = _open(recipe.models.retrained) if recipe.models.retrained else None
+    models = recipe.models
+    base = _open(models.base, models.allow_pickle)
+    target = _open(models.target, models.allow_pickle) if models.target else None
+    retrained = _open(models.retrained, models.allow_pickle) if models.retrained else None
     if target is not None:
         _check_pair(target, base, recipe.method)
     rows, notes = _open_rows(recipe)
@@ -126,8 +127,8 @@ def _check_workspace(workspace: Path, others: Sequence[Path], needs: int) -> Non
         )
 
 
-def _open(location: str) -> Checkpoint:
-    checkpoint = Checkpoint.open(location)
+def _open(location: str, allow_pickle: bool) -> Checkpoint:
+    checkpoint = Checkpoint.open(location, allow_pickle=allow_pickle)
     require_causal_lm(checkpoint)
     return checkpoint
 

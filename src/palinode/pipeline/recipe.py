@@ -38,6 +38,8 @@ class Models(_Section):
     """θ_0, an earlier checkpoint of it that had not seen the forget set."""
     retrained: str | None = None
     """The gold standard, trained without the forget set, where one exists."""
+    allow_pickle: bool = False
+    """Read files of torch.save (.bin, .pt) too; none of their code is run."""
 
 
 class Data(_Section):

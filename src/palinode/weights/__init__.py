@@ -5,6 +5,7 @@ a `Direction`, and the whole expression a `WeightedSum` (a point again) that sta
 `save` writes it, one slice at a time.
 """
 
+from palinode.weights.adapters import LoraAdapter
 from palinode.weights.arithmetic import Rounding
 from palinode.weights.atomic import check_output
 from palinode.weights.checkpoint import Checkpoint, TensorInfo
@@ -13,19 +14,24 @@ from palinode.weights.direction import Direction, Point, WeightedSum
 from palinode.weights.dose import Dose
 from palinode.weights.geometry import Profile, profile
 from palinode.weights.store import Saved, save
+from palinode.weights.vectors import StoredVector, open_direction, save_vector
 
 __all__ = [
     "Checkpoint",
     "Crew",
     "Direction",
     "Dose",
+    "LoraAdapter",
     "Point",
     "Profile",
     "Rounding",
     "Saved",
+    "StoredVector",
     "TensorInfo",
     "WeightedSum",
     "check_output",
+    "open_direction",
     "profile",
     "save",
+    "save_vector",
 ]

@@ -6,6 +6,7 @@ a checkpoint is a folder, a config, and a TensorInfo for each tensor.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -201,8 +202,10 @@ def _local_path(location: Path | str, *, allow_pickle: bool) -> Path:
     """Return the model folder, or the weight file, that a name stands for; fetch it from the hub."""
     try:
         path = Path(location).expanduser()
-        if path.is_dir() or (path.is_file() and path.suffix in (*PICKLES, ".gguf")):
+        if path.is_dir():
             return path.resolve()
+        if path.is_file() and path.suffix in (*PICKLES, ".gguf"):
+            return path.parent.resolve() / path.name  # the hub's cache keeps the bytes under other names
         taken, dangling = path.exists(), path.is_symlink()
     except (OSError, RuntimeError, ValueError) as error:  # too long, an unknown ~user, no permission
         raise CheckpointError(f"{location} cannot be opened as a model folder ({error})") from None
@@ -248,16 +251,16 @@ def _refuse_adapter(folder: Path) -> None:
 
 def _read_config(folder: Path, *, optional: bool) -> Mapping[str, Any]:
     """Return config.json; where it is `optional` and not there, {}."""
-    try:
-        config = read_json(folder / "config.json")
-    except FileNotFoundError:
+    file = folder / "config.json"
+    if not os.path.lexists(file):
         if optional:
             return {}
         raise CheckpointError(
             f"{folder} has no config.json: it is not a model folder, or its download is not finished"
-        ) from None
+        )
+    config = read_json(file)
     if not isinstance(config, dict):
-        raise CheckpointError(f"{folder / 'config.json'} does not hold a JSON object; fetch the model again")
+        raise CheckpointError(f"{file} does not hold a JSON object; fetch the model again")
     if config.get("quantization_config"):
         raise CheckpointError(
             f"{folder} is quantised; weights can be added only in floating point: "

@@ -174,7 +174,9 @@ class DenseChange:
         """Fill `out` with the values from element `start` on; see `Change.read`."""
         for place in range(0, len(out), PIECE):
             piece = out[place : place + PIECE]
-            piece[:] = _finite(read_values(self.info, files, start + place, len(piece)), self.info)
+            found = _finite(read_values(self.info, files, start + place, len(piece)), self.info)
+            with np.errstate(over="ignore"):  # too large for float32 is infinite, and seen by who asked
+                piece[:] = found
 
 
 def read_values(info: TensorInfo, files: Files, start: int, count: int) -> np.ndarray:
@@ -292,16 +294,15 @@ class LowRankChange:
         """Fill `out` with the values from element `start` on; see `Change.read`."""
         if not len(out):
             return
-        width = self.shape[1]
+        width, stop = self.shape[1], start + len(out)
         right = self.kept.whole(self.right, files)
-        height = max(1, PIECE // width)
-        for first in range(start // width, -(-(start + len(out)) // width), height):
-            last = min(first + height, -(-(start + len(out)) // width))
-            begin, end = max(start, first * width), min(start + len(out), last * width)
-            product = multiply(self.left.rows(files, first, last), right, self.scale)
-            out[begin - start : end - start] = product.reshape(-1)[
-                begin - first * width : end - first * width
-            ]
+        height, last_row = max(1, PIECE // width), -(-stop // width)
+        for first in range(start // width, last_row, height):
+            last = min(first + height, last_row)
+            begin, end, row = max(start, first * width), min(stop, last * width), first * width
+            product = multiply(self.left.rows(files, first, last), right, self.scale).reshape(-1)
+            with np.errstate(over="ignore"):  # too large for float32 is infinite, and seen by who asked
+                out[begin - start : end - start] = product[begin - row : end - row]
 
 
 def read_object(file: Path) -> dict[str, Any]:

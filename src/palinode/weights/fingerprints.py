@@ -100,6 +100,14 @@ def fingerprint(checkpoint: Checkpoint, digests: Mapping[str, str] | None = None
     return total.hexdigest()[:32]
 
 
+def known_fingerprint(checkpoint: Checkpoint) -> str | None:
+    """Return the fingerprint if every tensor's digest is remembered, without reading any; else None."""
+    found: dict[str, str] = {}
+    for file, infos in by_file(checkpoint.tensors.values()).items():
+        found |= _recall(file, _stamp(file), infos)
+    return fingerprint(checkpoint, found) if found.keys() == checkpoint.tensors.keys() else None
+
+
 def companion_digests(checkpoint: Checkpoint) -> dict[str, str]:
     """Return the digests (64 hex digits) of config, tokenizer and templates, by path in the folder."""
     return {

@@ -34,15 +34,21 @@ from palinode.weights.arithmetic import (
     settings,
     slices,
 )
-from palinode.weights.atomic import check_output, claimed, neighbour, publish
+from palinode.weights.atomic import check_output, claimed, is_claimed, neighbour, publish
 from palinode.weights.blocks import BLOCK, map_blocks
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.crew import Crew, Hand, Lead
-from palinode.weights.direction import Direction, Point
+from palinode.weights.direction import Direction, Point, Term
 from palinode.weights.displacement import check_displacements
 from palinode.weights.dose import Dose, DoseMeter, part_of, shortfalls
 from palinode.weights.files import Files
-from palinode.weights.fingerprints import block_digest, check_files, remember, tensor_digest
+from palinode.weights.fingerprints import (
+    block_digest,
+    check_files,
+    known_fingerprint,
+    remember,
+    tensor_digest,
+)
 from palinode.weights.layout import OutputFile, OutputFiles, copy_companions, plan_files, write_index
 from palinode.weights.manifest import formula_terms, read_manifest, write_manifest
 from palinode.weights.preflight import Rows, check_fit, check_tokenizers
@@ -160,13 +166,18 @@ def _plan(
     fit = check_fit(point.anchor, others, rows=rows)
     check_files(form.checkpoints)
     check_displacements(point.anchor, form.displacements)
-    notes = (*fit.notes, *check_tokenizers(point.anchor, others))
+    notes = (*fit.notes, *check_tokenizers(point.anchor, others), *_leftover_note(output))
     parts = list(slices(point.anchor, shared_rows=fit.shared_rows))
     files = plan_files(point.anchor, asked.code)
     job = _Job(form, asked, asked, None, output, files, parts, workers, notes)
     check_output(output, job.inputs)
     chosen, share = choose_rounding(form, asked, parts)
     return replace(job, settings=chosen, share=share)
+
+
+def _leftover_note(output: Path) -> Iterator[str]:
+    if neighbour(output).exists() and not is_claimed(neighbour(output)):
+        yield f"an earlier run was interrupted while it wrote {output.name}; what it left was cleared away"
 
 
 def _rounding_note(job: _Job) -> Iterator[str]:
@@ -217,6 +228,7 @@ def _fill(
 ) -> tuple[DoseMeter, Checksums]:
     """Put these slices in place; return what they add to the dose, and the checksums of their blocks."""
     meter, checksums = DoseMeter(job.formula.names), Checksums()
+    uneven = {part.info.name for part in job.parts if part.alone}  # their slices do not end with blocks
 
     def start() -> Callable[[Slice], tuple[np.ndarray, list[int]]]:
         evaluator = Evaluator(job.formula, job.settings, files, measure=True)
@@ -234,8 +246,8 @@ def _fill(
         if not job.anchor.is_second_copy(part.info.name):
             every = 1 if part.alone else every_of(part.info)
             meter.add(part_of(part.info.name), totals, part.count, every=every)
-        first, rest = divmod(part.start * _itemsize(job, part.info), BLOCK)
-        if not rest:
+        if part.info.name not in uneven:
+            first = part.start * _itemsize(job, part.info) // BLOCK
             checksums.update({(part.info.name, first + place): total for place, total in enumerate(found)})
 
     with Files() as files:
@@ -320,7 +332,7 @@ def _read_back(written: Checkpoint, job: _Job, checksums: Checksums) -> dict[str
 def _content(job: _Job, saved: Saved) -> dict[str, Any]:
     """Return what the manifest says of the sum."""
     return {
-        "terms": formula_terms(job.formula.point.terms),
+        "terms": formula_terms(job.formula.point.terms, fingerprints=_known(job.formula.point)),
         "dtype": NAMES[job.asked.code] if job.asked.code else None,
         "precision": job.settings.precision,
         "rounding": {"asked": job.asked.rounding, "used": job.settings.rounding, "seed": job.settings.seed},
@@ -328,6 +340,15 @@ def _content(job: _Job, saved: Saved) -> dict[str, Any]:
         "dose": asdict(saved.dose),
         "notes": list(saved.notes),
     }
+
+
+def _known(point: Point) -> dict[Term, str]:
+    """Return the fingerprints of the models in a sum that can be told without reading them again."""
+    known = {
+        term: known_fingerprint(term) if isinstance(term, Checkpoint) else term.fingerprint()
+        for term in point.terms
+    }
+    return {term: found for term, found in known.items() if found}
 
 
 def _dose(content: Mapping[str, Any]) -> Dose:

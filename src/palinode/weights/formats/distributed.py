@@ -32,8 +32,8 @@ from palinode.weights.formats.windows import Window
 from palinode.weights.tensors import TensorInfo, is_shape, is_text, itemsize_of, shown
 
 METADATA = ".metadata"
-MAX_METADATA = 1 << 28
-"""Bytes; a model of a thousand tensors on 512 ranks takes about a hundred million."""
+MAX_METADATA = 1 << 27
+"""Bytes; a model of a thousand tensors and its optimiser on a hundred ranks take half of it."""
 
 TORCH_METADATA = "torch.distributed.checkpoint.metadata"
 RECORDS = (

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import redirect_stderr
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def read_gguf(file: Path) -> Model:
         raise CheckpointError(f"{file} is cut off or no GGUF file; fetch it again")
     try:
         kinds, stored = _survey(file)
-        with redirect_stderr(io.StringIO()):  # where transformers draws a bar
+        with _quiet():
             tensors, config = _load(file, kinds.total(), stored)
     except CheckpointError:
         raise
@@ -51,6 +52,20 @@ def read_gguf(file: Path) -> Model:
         raise CheckpointError(f"{file} cannot be read as a GGUF model ({shown(reason)})") from error
     gigabytes = sum(info.nbytes for info in tensors.values()) / 1e9
     return tensors, [_note(file, kinds, gigabytes)], config
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the notes and the bar that transformers draws off the terminal."""
+    import transformers
+
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        transformers.logging.set_verbosity(level)
 
 
 def _note(file: Path, kinds: Mapping[str, int], gigabytes: float) -> str:

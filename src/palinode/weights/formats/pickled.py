@@ -24,9 +24,8 @@ from palinode.weights.formats.windows import Window, whole
 from palinode.weights.formats.zips import START, Record, data_offset, read_directory, read_record
 from palinode.weights.tensors import TensorInfo, is_shape, is_text, itemsize_of, shown
 
-MAX_PICKLE = 100_000_000
-"""Bytes; the description of a model with a thousand tensors takes about a hundred thousand."""
-MAX_OLD_PICKLE = 16_000_000
+MAX_PICKLE = 1 << 24
+"""Bytes: 16 MiB. The description of a model with a thousand tensors takes a hundred thousand."""
 
 OLD_MAGIC = 0x1950A86A20F9469CFC6C
 
@@ -133,8 +132,7 @@ def place_view(window: Window, saved: Saved, name: str, view: View) -> TensorInf
     reach = first + 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
     if reach * itemsize > nbytes:
         raise CheckpointError(f"{file} holds only {nbytes} bytes of {shown(name)}; fetch it again")
-    packed = [stride for length, stride in zip(shape, strides, strict=True) if length > 1]
-    if 0 in packed or math.prod(shape) * itemsize > nbytes:
+    if math.prod(shape) * itemsize > nbytes:
         raise CheckpointError(
             f"{file}: elements of {shown(name)} share their place; make it contiguous() and save it again"
         )
@@ -196,7 +194,7 @@ def _read_zip(window: Window) -> Saved:
 
 def _read_old(window: Window) -> Saved:
     """Read five pickles (magic, version, system, content, keys), then each storage behind its length."""
-    raw = window.read(0, min(window.size, MAX_OLD_PICKLE))
+    raw = window.read(0, min(window.size, MAX_PICKLE))
     place, parts = 0, []
     storages: dict[str, Storage] = {}
     for _ in range(5):

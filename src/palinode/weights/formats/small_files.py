@@ -20,8 +20,8 @@ MAX_JSON = 100_000_000
 def read_small(file: Path, *, limit: int) -> bytes:
     """Return all bytes of a file.
 
-    Raises FileNotFoundError when there is none, CheckpointError when it is a folder, a pipe or the like,
-    has more than `limit` bytes, or cannot be read.
+    Raises CheckpointError when there is none, when it is a folder, a pipe or the like, or has more than
+    `limit` bytes.
     """
     try:
         status = file.stat()
@@ -31,8 +31,6 @@ def read_small(file: Path, *, limit: int) -> bytes:
             raise OSError(0, f"it has {status.st_size} bytes where {limit} would be many")
         with file.open("rb") as stream:
             return stream.read(status.st_size)
-    except FileNotFoundError:
-        raise
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror}); fetch the model again") from None
 
@@ -40,7 +38,7 @@ def read_small(file: Path, *, limit: int) -> bytes:
 def read_json(file: Path, *, unique: bool = False) -> Any:
     """Return the content of a JSON file; with `unique`, no object may name a key twice.
 
-    Raises FileNotFoundError when there is no such file, CheckpointError when it cannot be read.
+    Raises CheckpointError when it cannot be read.
     """
     raw = read_small(file, limit=MAX_JSON)
     try:

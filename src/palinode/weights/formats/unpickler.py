@@ -1,9 +1,9 @@
 """A machine for the few pickle instructions that weights need. It runs no code of the file's choosing.
 
 A pickle is a program: it names functions and calls them. Here a name means only what the caller's table says
-it means, nothing is imported, and there is no attribute access. Nor can a file cost more memory than a
-small multiple of its length: lengths are checked before they are believed, the memo is a dict, and
-dictionary keys are flat (the hash of a deeply nested tuple would overflow the stack).
+it means, nothing is imported, and there is no attribute access. Nor can a file cost more memory than some
+dozen times its length: lengths are checked before they are believed, the memo is a dict, objects are counted,
+and dictionary keys are flat (the hash of a deeply nested tuple would overflow the stack).
 Protocols 2 to 5 are understood, without what only other programs write.
 """
 
@@ -16,6 +16,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+
+BYTES_AN_OBJECT = 2
+"""Pickles of weights and metadata have one object in four bytes or more; a bomb has one in every byte."""
 
 BYTE, SHORT, WORD, LONG = (struct.Struct(layout) for layout in ("<B", "<H", "<I", "<Q"))
 SIGNED, DOUBLE = struct.Struct("<i"), struct.Struct(">d")
@@ -78,6 +81,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
+        self.objects_left = 1000 + len(raw) // BYTES_AN_OBJECT
 
     def run(self) -> Any:
         while self.place < len(self.raw):
@@ -113,6 +117,11 @@ class _Machine:
         self.place = end + 1
         return text
 
+    def count_object(self) -> None:
+        self.objects_left -= 1
+        if self.objects_left < 0:
+            raise pickle.UnpicklingError("the pickle makes more objects than its length allows for")
+
     # Constants
 
     def push(self, value: Any) -> None:
@@ -122,6 +131,7 @@ class _Machine:
         self.stack.append(self.number(layout))
 
     def push_new(self, kind: type) -> None:
+        self.count_object()
         self.stack.append(kind())
 
     def push_long(self) -> None:  # one byte of length: no number of 2,000 bits is needed
@@ -139,6 +149,7 @@ class _Machine:
     # Containers
 
     def mark(self) -> None:
+        self.count_object()
         self.below.append(self.stack)
         self.stack = []
 
@@ -153,6 +164,7 @@ class _Machine:
             self.since_mark()
 
     def tuple_of(self, count: int) -> None:
+        self.count_object()
         items = tuple(self.stack[-count:])
         del self.stack[-count:]
         self.stack.append(items)
@@ -193,9 +205,11 @@ class _Machine:
     # The memo
 
     def keep(self, layout: struct.Struct) -> None:
+        self.count_object()
         self.memo[self.number(layout)] = self.stack[-1]
 
     def keep_next(self) -> None:
+        self.count_object()
         self.memo[len(self.memo)] = self.stack[-1]
 
     def recall(self, layout: struct.Struct) -> None:
@@ -214,6 +228,7 @@ class _Machine:
         self.stack.append(self.find(module, name))
 
     def call(self) -> None:
+        self.count_object()
         args, known = self.stack.pop(), self.stack.pop()
         if not isinstance(known, Known) or type(args) is not tuple:
             raise pickle.UnpicklingError("the pickle calls something that is no function")

@@ -47,9 +47,10 @@ def change(folder, **changes):
 
 def test_nothing_changed(palinode, written):
     said = palinode("verify", written)
-    count = len(Checkpoint.open(written).tensors)
+    model = Checkpoint.open(written)
+    size = f"{len(model.tensors)} tensors, {model.nbytes / 1e6:,.4g} MB"
     assert said.code == 0
-    assert said.out == f"{written} is as it was written ({count} tensors, 0.00 GB).\n"
+    assert said.out == f"{written} is as it was written ({size}).\n"
     assert f"verifying: {Checkpoint.open(written).nbytes:,} bytes in " in said.err
 
 

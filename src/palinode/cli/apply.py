@@ -94,7 +94,7 @@ def apply(
     if as_json:
         print(json.dumps(_facts(output, saved), indent=2, allow_nan=False))
         return
-    for note in (*opened.notes, *saved.notes):
+    for note in saved.notes:
         warn(note)
     out().print(_sentence(output, saved), soft_wrap=True, markup=False)
 

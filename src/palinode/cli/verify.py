@@ -43,7 +43,7 @@ def verify(
 
 
 def _show(folder: Path, found: Verification) -> None:
-    size = f"{found.checked} tensors, {found.nbytes / 1e9:.2f} GB"
+    size = f"{found.checked} tensors, {found.nbytes / 1e6:,.4g} MB"
     if found.ok:
         out().print(f"{folder} is as it was written ({size}).", soft_wrap=True, markup=False)
         return

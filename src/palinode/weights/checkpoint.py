@@ -164,7 +164,13 @@ class Checkpoint(Point):
 
 
 def require_causal_lm(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError unless the config names a causal language model."""
+    """Raise CheckpointError unless transformers can run the model as a causal language model."""
+    if checkpoint.format in ("distributed", "gguf") or checkpoint.file is not None:
+        raise CheckpointError(
+            f"{checkpoint.file or checkpoint.folder} can be added, but not run or trained as it is; write it "
+            "as a model folder once (in Python: palinode.save(Checkpoint.open(...), OUT)), and its tokenizer "
+            "beside it"
+        )
     listed = checkpoint.config.get("architectures")
     names = list(map(str, listed)) if isinstance(listed, list) else []
     if names and not any("CausalLM" in name or "LMHead" in name for name in names):

@@ -144,12 +144,16 @@ def write_index(files: Sequence[OutputFile], folder: Path) -> None:
 
 
 def copy_companions(anchor: Checkpoint, folder: Path, dtype: str | None) -> None:
-    """Copy config, generation config and tokenizer of the target; note a changed dtype in the config."""
+    """Copy config, generation config and tokenizer of the target; note a changed dtype in the config.
+
+    A config that came out of the weight file itself (GGUF) is written down.
+    """
     for path in anchor.companions():
         place = folder / path.relative_to(anchor.folder)
         place.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, place)
-    if dtype and anchor.config:
-        config = {key: value for key, value in anchor.config.items() if key != "torch_dtype"}
-        text = json.dumps({**config, "dtype": dtype}, indent=2)
-        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    place = folder / "config.json"
+    if anchor.config and (dtype or not place.exists()):
+        config = {key: value for key, value in anchor.config.items() if key != "torch_dtype" or not dtype}
+        text = json.dumps(config | ({"dtype": dtype} if dtype else {}), indent=2)
+        place.write_text(text + "\n", encoding="utf-8")

@@ -52,7 +52,7 @@ from palinode.weights.fingerprints import (
 from palinode.weights.layout import OutputFile, OutputFiles, copy_companions, plan_files, write_index
 from palinode.weights.manifest import formula_terms, read_manifest, write_manifest
 from palinode.weights.preflight import Rows, check_fit, check_tokenizers
-from palinode.weights.tensors import TensorInfo
+from palinode.weights.tensors import FLOAT_BYTES, TensorInfo
 
 Checksums = dict[tuple[str, int], int]
 """Sum of the 64-bit words of each block of 512 KiB, by tensor and number of the block."""
@@ -166,7 +166,8 @@ def _plan(
     fit = check_fit(point.anchor, others, rows=rows)
     check_files(form.checkpoints)
     check_displacements(point.anchor, form.displacements)
-    notes = (*fit.notes, *check_tokenizers(point.anchor, others), *_leftover_note(output))
+    told = [note for checkpoint in form.checkpoints for note in checkpoint.notes]
+    notes = (*told, *fit.notes, *check_tokenizers(point.anchor, others), *_leftover_note(output))
     parts = list(slices(point.anchor, shared_rows=fit.shared_rows))
     files = plan_files(point.anchor, asked.code)
     job = _Job(form, asked, asked, None, output, files, parts, workers, notes)
@@ -211,14 +212,13 @@ def _write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], N
         notes = (*job.notes, *_rounding_note(job), *shortfalls(dose, _asked(job.formula)))
         saved = Saved(Checkpoint.open(partial), dose, job.settings.rounding, notes)
         with clock.phase("check"):
-            digests = _read_back(saved.checkpoint, job, checksums) if check else {}
-            if digests:
-                content = _content(job, saved)
+            if check:
+                digests, content = _read_back(saved.checkpoint, job, checksums), _content(job, saved)
                 write_manifest(partial, checkpoint=saved.checkpoint, digests=digests, content=content)
         with clock.phase("publish"):
             publish(partial, job.output)
     written = Checkpoint.open(job.output)
-    if digests:
+    if check:
         remember(written, digests)
     return replace(saved, checkpoint=written, seconds=clock.seconds)
 
@@ -235,7 +235,7 @@ def _fill(
 
         def work(part: Slice) -> tuple[np.ndarray, list[int]]:
             values, totals = evaluator.evaluate(part)
-            raw = memoryview(values.view(np.uint8).data)
+            raw = values.view(np.uint8).data
             out.write(part.info.name, part.start * values.itemsize, raw)
             return totals, [checksum(raw[place : place + BLOCK]) for place in range(0, len(raw), BLOCK)]
 
@@ -247,17 +247,12 @@ def _fill(
             every = 1 if part.alone else every_of(part.info)
             meter.add(part_of(part.info.name), totals, part.count, every=every)
         if part.info.name not in uneven:
-            first = part.start * _itemsize(job, part.info) // BLOCK
+            first = part.start * FLOAT_BYTES[job.settings.code or part.info.dtype] // BLOCK
             checksums.update({(part.info.name, first + place): total for place, total in enumerate(found)})
 
     with Files() as files:
         map_slices(parts, per_thread(start), collect=collect, workers=job.workers, on_progress=on_progress)
     return meter, checksums
-
-
-def _itemsize(job: _Job, info: TensorInfo) -> int:
-    place = next(file.tensors[info.name] for file in job.files if info.name in file.tensors)
-    return place.itemsize
 
 
 def checksum(raw: memoryview) -> int:

@@ -1,7 +1,7 @@
 """The command line: one verb a public function. It parses, calls, and shows.
 
-Exit codes: 0 done; 1 `verify` found a change; 2 something the user can mend, or an interruption, said in one sentence; anything
-else is a bug of ours and comes with a traceback.
+Exit codes: 0 done; 1 `verify` found a change; 2 something the user can mend, or an interruption, said in
+one sentence; anything else is a bug of ours and comes with a traceback.
 """
 
 from __future__ import annotations

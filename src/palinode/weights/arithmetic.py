@@ -19,8 +19,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import groupby
-from threading import local
+from itertools import groupby, islice
+from threading import Event, local
 from typing import Literal, TypeVar, get_args
 
 import numpy as np
@@ -44,8 +44,11 @@ Result = TypeVar("Result")
 SLICE = 1 << 18
 """Elements read, summed and written at a time: 512 KB of bfloat16 from each checkpoint."""
 
-AHEAD = 4
-"""Slices handed to each thread ahead of the one whose result is taken."""
+RUN = 16
+"""Slices that a thread is given at a time, as handing over has its price too."""
+
+AHEAD = 3
+"""Runs handed to each thread ahead of the one whose results are taken."""
 
 SAMPLE = 1 << 14
 """Elements of each tensor that decide between the two roundings."""
@@ -501,22 +504,33 @@ def map_slices(
     """
     count = workers or default_workers()
     pool = ThreadPoolExecutor(count)
-    waiting: deque[tuple[Slice, Future[Result]]] = deque()
+    waiting: deque[tuple[tuple[Slice, ...], Future[list[Result]]]] = deque()
+    stopped = Event()
+
+    def walk(run: tuple[Slice, ...]) -> list[Result]:
+        return [work(part) for part in run if not stopped.is_set()]
 
     def take() -> None:
-        part, future = waiting.popleft()
-        result = future.result()
-        if collect:
-            collect(part, result)
-        if on_progress:
-            on_progress(part.count)
+        run, future = waiting.popleft()
+        for part, result in zip(run, future.result(), strict=True):
+            if collect:
+                collect(part, result)
+            if on_progress:
+                on_progress(part.count)
 
     try:
-        for part in parts:
-            waiting.append((part, pool.submit(work, part)))
+        for run in _runs(parts):
+            waiting.append((run, pool.submit(walk, run)))
             if len(waiting) > AHEAD * count:
                 take()
         while waiting:
             take()
     finally:
+        stopped.set()
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _runs(parts: Iterable[Slice]) -> Iterator[tuple[Slice, ...]]:
+    rest = iter(parts)
+    while run := tuple(islice(rest, RUN)):
+        yield run

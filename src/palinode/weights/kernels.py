@@ -38,15 +38,23 @@ def totals_of(directions: int) -> np.ndarray:
     return np.zeros(ALONG + directions + directions * directions)
 
 
-def _compiled(function: Function) -> Function:
-    return cast(Function, numba.njit(nogil=True, cache=True, error_model="numpy")(function))
+def compiled(function: Function) -> Function:
+    """Compile a loop at its first call; it runs without Python's lock, in the order it is written."""
+    return _compile(function, fastmath=False)
 
 
-def _reduction(function: Function) -> Function:
+def reduction(function: Function) -> Function:
     """Compile a loop whose sum may be taken in any order."""
-    return cast(
-        Function, numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})(function)
-    )
+    return _compile(function, fastmath={"reassoc"})
+
+
+def _compile(function: Function, *, fastmath: bool | set[str]) -> Function:
+    """Compile, and keep the machine code beside this file or in the user's cache folder where that can be."""
+    options = {"nogil": True, "error_model": "numpy", "fastmath": fastmath}
+    try:
+        return cast(Function, numba.njit(cache=True, **options)(function))
+    except RuntimeError:  # numba finds no folder that can be written to
+        return cast(Function, numba.njit(**options)(function))
 
 
 # One value
@@ -71,56 +79,56 @@ def _bitcast(context, builder, signature, arguments):
 # Single passes over a block
 
 
-@_compiled
+@compiled
 def _widen(raw, out):
     """Turn bfloat16 into float32."""
     for i in range(out.size):
         out[i] = _float_of(uint32(uint32(raw[i]) << uint32(16)))
 
 
-@_compiled
+@compiled
 def _widen_and_take_off(raw, base, out):
     for i in range(out.size):
         out[i] = _float_of(uint32(uint32(raw[i]) << uint32(16))) - base[i]
 
 
-@_compiled
+@compiled
 def _copy(values, out):
     for i in range(out.size):
         out[i] = values[i]
 
 
-@_compiled
+@compiled
 def _take_off(base, out):
     for i in range(out.size):
         out[i] = out[i] - base[i]
 
 
-@_compiled
+@compiled
 def _add(values, out):
     for i in range(out.size):
         out[i] = out[i] + values[i]
 
 
-@_compiled
+@compiled
 def _scale(factor, values, out):
     for i in range(out.size):
         out[i] = factor * values[i]
 
 
-@_compiled
+@compiled
 def _add_scaled(factor, values, out):
     for i in range(out.size):
         out[i] = out[i] + factor * values[i]
 
 
-@_compiled
+@compiled
 def _sum(first, second, out):
     for i in range(out.size):
         out[i] = first[i] + second[i]
 
 
-@_reduction
+@reduction
 def _dot(first, second):
     total = first.dtype.type(0)
     for i in range(first.size):
@@ -128,7 +136,7 @@ def _dot(first, second):
     return float64(total)
 
 
-@_compiled
+@compiled
 def _hash(index, low, high):
     """Return 32 pseudo-random bits for an element: two multiply-xorshift rounds of its index and a key."""
     x = uint32(uint32(index ^ low) + high)
@@ -142,7 +150,7 @@ def _hash(index, low, high):
 # Rounding a block of float32; every value of the result is one of the 16-bit format
 
 
-@_compiled
+@compiled
 def _to_bfloat16(pivot, delta, alone, by_chance, first, low, high, out, halved):
     """Round pivot + delta to bfloat16: to the nearest, ties to even, or up or down by chance.
 
@@ -164,7 +172,7 @@ def _to_bfloat16(pivot, delta, alone, by_chance, first, low, high, out, halved):
     return largest < uint32(0x7F800000)
 
 
-@_compiled
+@compiled
 def _to_float16(by_chance, first, low, high, out):
     """Round `out` to float16 likewise, in place; it stays in the working dtype.
 
@@ -187,7 +195,7 @@ def _to_float16(by_chance, first, low, high, out):
         out[i] = value
 
 
-@_reduction
+@reduction
 def _all_finite(values):
     """Tell whether no value is NaN or infinite: times zero it would be NaN, and so would the sum."""
     total = values.dtype.type(0)
@@ -199,7 +207,7 @@ def _all_finite(values):
 # A block of operands
 
 
-@_compiled
+@compiled
 def _load(packed, halves, wides, extras, start, size, rows):
     """Fill `rows` with a block: the pivot, the other checkpoints minus the pivot, the displacements.
 
@@ -220,7 +228,7 @@ def _load(packed, halves, wides, extras, start, size, rows):
         _copy(extras[j, start:stop], rows[checkpoints + j, :size])
 
 
-@_compiled
+@compiled
 def _weigh(rows, order, ends, weights, spare, out):
     """Set `out` to Σ_g weights[g] · (sum of the rows of group g); groups are runs of `order`.
 
@@ -244,7 +252,7 @@ def _weigh(rows, order, ends, weights, spare, out):
         out[:] = 0
 
 
-@_reduction
+@reduction
 def _moments(stored, pivot, delta, change, totals):
     """Set `change` to stored − pivot, and add up error, size and number of the changes."""
     zero = stored.dtype.type(0)
@@ -263,7 +271,7 @@ def _moments(stored, pivot, delta, change, totals):
     totals[MEASURED] += stored.size
 
 
-@_compiled
+@compiled
 def _measure(rows, along, lines, change, totals):
     """Add up the products of every direction with the change and with each other."""
     count, size = along.shape[0], change.size
@@ -290,7 +298,7 @@ def _measure(rows, along, lines, change, totals):
 # Whole slices
 
 
-@_compiled
+@compiled
 def combine(
     packed,
     halves,
@@ -361,7 +369,7 @@ def combine(
     return finite
 
 
-@_compiled
+@compiled
 def products(packed, halves, wides, extras, count, along, gram):
     """Add the inner products of directions over one slice to `gram`; `along` as in `combine`."""
     checkpoints = halves.shape[0] if packed else wides.shape[0]

@@ -6,8 +6,9 @@ the same bits whichever rows are computed with it, on any machine.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
+
+from palinode.weights.kernels import compiled, reduction
 
 TILE = 512
 """Columns worked off at a time, so that they stay in cache for all rows."""
@@ -65,8 +66,8 @@ def squares(values: np.ndarray, stored: np.ndarray) -> tuple[float, float]:
     return float(size), float(rest)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _multiply(left, right, scale, out):  # type: ignore[no-untyped-def]
+@compiled
+def _multiply(left, right, scale, out):
     """Set `out`, which is zero, to scale · left · right; four steps of the inner sum in one pass."""
     rank = left.shape[1]
     fours = rank - rank % 4
@@ -95,8 +96,8 @@ def _multiply(left, right, scale, out):  # type: ignore[no-untyped-def]
                 row[j] = row[j] * scale
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
-def _squares(values, stored):  # type: ignore[no-untyped-def]
+@reduction
+def _squares(values, stored):
     size, rest = 0.0, 0.0
     for i in range(values.size):
         value = np.float64(values[i])

@@ -40,7 +40,6 @@ smollm2-tofu: build/smollm2 ## TOFU forget01 on SmolLM2-135M, about an hour (DAT
 		--set data.retain=$(DATA)/data/tofu/retain99.jsonl $(ARGS)
 
 build/smollm2: | $(INSTALLED)
-	@$(BIN)/python -m pip install -q -c constraints.txt gguf
 	@$(BIN)/python $(DATA)/tools/make_smollm2.py $@
 
 format: $(INSTALLED) ## Format the code and fix what ruff can fix

@@ -307,10 +307,9 @@ class LowRankChange:
 
 def read_object(file: Path) -> dict[str, Any]:
     """Return the JSON object in a file; raises CheckpointError when there is none, or it cannot be read."""
-    try:
-        content = read_json(file)
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no {file}; is the download finished?") from None
+    if not file.exists():
+        raise CheckpointError(f"there is no {file}; is the download finished?")
+    content = read_json(file)
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} does not hold a JSON object; fetch it again")
     return content

@@ -10,7 +10,6 @@ import sys
 import time
 
 import pytest
-import torch
 
 from palinode.errors import CheckpointError, OutputError
 from palinode.weights import Checkpoint, save
@@ -131,9 +130,10 @@ def test_what_does_not_read_as_it_was_written_is_noticed(pair, models, monkeypat
 
 
 def test_without_the_check_no_manifest_is_written(pair, models):
-    saved = save(point(pair), models.place / "out", check=False)
+    save(point(pair), models.place / "out", check=False)
     assert not (models.place / "out" / "weights.json").exists()
-    assert saved.seconds["check"] < saved.seconds["sum"] + 1
+    save(point(pair), models.place / "checked")
+    assert models.same_model(models.place / "out", models.place / "checked")
 
 
 def test_the_manifest_tells_what_was_done(pair, models):
@@ -143,6 +143,3 @@ def test_the_manifest_tells_what_was_done(pair, models):
     assert {term["model"]: term["coefficient"] for term in content["terms"]} == {"target": 1.5, "base": -0.5}
     assert content["rounding"] == {"asked": "stochastic", "used": "stochastic", "seed": 3}
     assert content["dose"]["weights"] == saved.dose.weights
-    assert torch.equal(
-        models.read(models.place / "out")["model.norm.weight"].isfinite().all(), torch.tensor(True)
-    )

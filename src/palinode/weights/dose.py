@@ -16,8 +16,8 @@ ENOUGH = 0.95
 """Share of a scale that has to arrive; below it there is a warning."""
 
 SAMPLED_FROM, EVERY = 1 << 20, 8
-"""Tensors from a million elements on are measured in one block of 2,048 weights out of eight, which shows
-the scales to about a thousandth; smaller ones are measured whole."""
+"""Tensors from a million elements on are measured in one block of 2,048 weights out of eight, smaller ones
+whole. A scale found in n weights is off by about the relative error of the rounding, divided by √n."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,4 +121,4 @@ def part_order(part: str) -> tuple[int, int]:
     """Return a key that sorts parts from the embedding up to the head."""
     if part.startswith("layer "):
         return 1, int(part.removeprefix("layer "))
-    return {"embedding": 0, "rest": 2, "head": 3}[part], 0
+    return {"embedding": 0, "head": 3}.get(part, 2), 0

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,20 @@ RECORD_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
+class Likelihood:
+    """How likely a model finds one given answer after the prompt."""
+
+    text: str
+    logprobs: tuple[float, ...]
+    """Natural-log probability of each of its tokens, the end token included."""
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What a model did on one example.
 
     `logprobs` and `hits` run over the scored tokens: the answer's tokens, then the end token. For a
-    document every token but the first is scored.
+    document every token but the first is scored. What was not asked for is empty or None.
     """
 
     row: int
@@ -37,6 +46,38 @@ class Outcome:
     """Natural-log probability of each scored token, given everything before it."""
     hits: tuple[bool, ...]
     """Whether the most likely token at that position was the scored one."""
+    standardised: tuple[float, ...] = ()
+    """(log p − μ)/σ of each scored token, μ and σ of log p over the vocabulary there (Min-K++)."""
+    alternatives: Mapping[str, tuple[Likelihood, ...]] = field(default_factory=dict)
+    """Other answers to the same prompt by kind: "paraphrased", "perturbed", "corrupted", …"""
+    accepted: tuple[str, ...] = ()
+    """Answers that count as right, where the data lists several (RESTOR)."""
+    samples: tuple[str, ...] = ()
+    """Answers drawn at random, in the order of their seeds."""
+    gradient_norm: float | None = None
+    """Mean over parameter tensors of the norm of the loss's gradient (GradNorm attack)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a judge said about one answer: which of the candidates it is closest to in fact."""
+
+    row: int
+    judge: str
+    """The judge's name, with its model: "overlap", "http://…/v1 gpt-4o"."""
+    offered: tuple[tuple[str, tuple[str, ...]], ...]
+    """Candidates in the order shown: text, and the roles it plays ("truth", "ideal", "perturbed", "none",
+    "accepted"). Equal texts are one candidate with several roles."""
+    picked: tuple[int, ...] | None
+    """Positions in `offered`, possibly several; None when the judge gave no readable reply."""
+    reason: str | None = None
+    """Why there is no pick."""
+
+    def roles(self) -> frozenset[str] | None:
+        """Return every role that a picked candidate plays; None when nothing could be picked."""
+        if self.picked is None:
+            return None
+        return frozenset(role for place in self.picked for role in self.offered[place][1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,5 +118,17 @@ def read_outcomes(path: Path) -> Iterator[Outcome]:
     """Read the outcomes that `write_outcomes` wrote."""
     with path.open(encoding="utf-8") as file:
         for line in file:
-            fields = json.loads(line)
-            yield Outcome(**{**fields, "logprobs": tuple(fields["logprobs"]), "hits": tuple(fields["hits"])})
+            yield _outcome(json.loads(line))
+
+
+def _outcome(fields: dict[str, Any]) -> Outcome:
+    alternatives = {
+        kind: tuple(Likelihood(entry["text"], tuple(entry["logprobs"])) for entry in entries)
+        for kind, entries in fields.get("alternatives", {}).items()
+    }
+    tuples: dict[str, Any] = {
+        name: tuple(fields[name])
+        for name in ("logprobs", "hits", "standardised", "accepted", "samples")
+        if name in fields
+    }
+    return Outcome(**{**fields, **tuples, "alternatives": alternatives})

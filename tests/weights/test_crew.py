@@ -12,8 +12,9 @@ import pytest
 
 from palinode.errors import InputError, OutputError
 from palinode.weights import Checkpoint, Crew, save, store
-from palinode.weights.arithmetic import settings, slices
+from palinode.weights.arithmetic import settings
 from palinode.weights.crew import Hand
+from palinode.weights.slices import slices
 
 PROGRAM = """
 import sys

@@ -9,9 +9,10 @@ import torch
 
 from palinode.errors import CheckpointError, InputError, MismatchError
 from palinode.weights import Checkpoint, save
-from palinode.weights import arithmetic as engine
-from palinode.weights.arithmetic import SLICE, Evaluator, map_slices, per_thread, settings, slices
+from palinode.weights.arithmetic import Evaluator, settings
 from palinode.weights.files import Files
+from palinode.weights.formulas import formula
+from palinode.weights.slices import SLICE, map_slices, per_thread, slices
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -561,7 +562,7 @@ def test_slice_size_and_threads_do_not_change_the_bytes(models, size, workers):
 
     def start():
         chosen = settings(dtype="bfloat16", rounding="stochastic", seed=5)
-        evaluator = Evaluator(engine.formula(point), chosen, files)
+        evaluator = Evaluator(formula(point), chosen, files)
 
         def work(part):
             stored = torch.from_numpy(evaluator.evaluate(part)[0].view(np.int16)).view(torch.bfloat16)

@@ -12,22 +12,15 @@ import torch
 from transformers import PreTrainedModel
 
 from palinode.errors import MismatchError
-from palinode.weights.arithmetic import (
-    Evaluator,
-    Slice,
-    choose_rounding,
-    formula,
-    map_slices,
-    per_thread,
-    settings,
-    slices,
-)
+from palinode.weights.arithmetic import Evaluator, choose_rounding, settings
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.direction import Point
 from palinode.weights.displacement import check_displacements
 from palinode.weights.files import Files
 from palinode.weights.fingerprints import check_files
+from palinode.weights.formulas import formula
 from palinode.weights.preflight import check_fit
+from palinode.weights.slices import Slice, map_slices, per_thread, slices
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from palinode.errors import InputError, OutputError
-from palinode.weights.arithmetic import Slice
 from palinode.weights.atomic import is_claimed
+from palinode.weights.slices import Slice
 
 FOLDER = ".crew"
 PATIENCE = 600.0

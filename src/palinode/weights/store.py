@@ -22,17 +22,11 @@ from palinode.errors import AlgebraError, OutputError
 from palinode.weights.arithmetic import (
     NAMES,
     Evaluator,
-    Formula,
     Rounding,
     Settings,
-    Slice,
     choose_rounding,
     every_of,
-    formula,
-    map_slices,
-    per_thread,
     settings,
-    slices,
 )
 from palinode.weights.atomic import check_output, claimed, is_claimed, neighbour, publish
 from palinode.weights.blocks import BLOCK, map_blocks
@@ -49,9 +43,11 @@ from palinode.weights.fingerprints import (
     remember,
     tensor_digest,
 )
+from palinode.weights.formulas import Formula, formula
 from palinode.weights.layout import OutputFile, OutputFiles, copy_companions, plan_files, write_index
 from palinode.weights.manifest import formula_terms, read_manifest, write_manifest
 from palinode.weights.preflight import Rows, check_fit, check_tokenizers
+from palinode.weights.slices import Slice, map_slices, per_thread, slices
 from palinode.weights.tensors import FLOAT_BYTES, TensorInfo
 
 Checksums = dict[tuple[str, int], int]

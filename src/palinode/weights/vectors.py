@@ -28,14 +28,7 @@ import numpy as np
 
 from palinode.errors import AlgebraError, CheckpointError, InputError, MismatchError, OutputError
 from palinode.weights.adapters import CONFIG, LoraAdapter
-from palinode.weights.arithmetic import (
-    NAMES,
-    SLICE,
-    Slice,
-    direction_tensor,
-    direction_values,
-    map_slices,
-)
+from palinode.weights.arithmetic import NAMES
 from palinode.weights.atomic import check_output, claimed, publish
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.direction import Direction
@@ -53,7 +46,9 @@ from palinode.weights.displacement import (
 from palinode.weights.files import Files
 from palinode.weights.formats.safetensors import read_header
 from palinode.weights.lowrank import multiply, nearest_factors, squares
+from palinode.weights.operands import direction_tensor, direction_values
 from palinode.weights.preflight import check_same_shape
+from palinode.weights.slices import SLICE, Slice, map_slices
 from palinode.weights.tensors import FLOAT_BYTES, TensorInfo
 
 FACTS = "vector.json"

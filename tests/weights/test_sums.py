@@ -114,8 +114,8 @@ def test_order_of_terms_does_not_matter(models, four, dtype):
         target - (0.75 * forget - 0.5 * retain),
         target + 0.5 * theta_2_minus(target, retain, base) - 0.75 * forget,
     ]
-    for number, formula in enumerate(formulas):
-        formula.save(models.place / f"out{number}", dtype=dtype)
+    for number, wanted in enumerate(formulas):
+        wanted.save(models.place / f"out{number}", dtype=dtype)
         assert models.same_model(models.place / f"out{number}", models.place / "out0")
 
 

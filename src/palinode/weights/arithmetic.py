@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal, get_args
 
 import numpy as np
@@ -152,6 +153,7 @@ class Evaluator:
         return stored, totals, finite and (dtype == stored.dtype or bool(np.isfinite(stored).all()))
 
 
+@lru_cache(maxsize=4096)
 def name_key(seed: int, name: str) -> int:
     """Return 64 bits (signed) that stand for (seed, tensor name) in stochastic rounding.
 

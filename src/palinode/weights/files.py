@@ -30,14 +30,14 @@ class Files:
 
     def size(self, file: Path) -> int:
         """Return how many bytes a file has now."""
-        return os.fstat(self._handle(file)).st_size
+        return os.fstat(self.handle(file)).st_size
 
     def read(self, file: Path, offset: int, out: memoryview) -> None:
         """Fill `out` with the bytes of a file from `offset` on.
 
         Raises CheckpointError when the file cannot be read, or ends too early.
         """
-        handle, done = self._handle(file), 0
+        handle, done = self.handle(file), 0
         while done < len(out):
             try:
                 count = os.preadv(handle, [out[done:]], offset + done)
@@ -51,7 +51,12 @@ class Files:
                 )
             done += count
 
-    def _handle(self, file: Path) -> int:
+    def handle(self, file: Path) -> int:
+        """Return the open file's number; it stays open as long as this does."""
+        known = self._handles.get(file)
+        return self._open(file) if known is None else known
+
+    def _open(self, file: Path) -> int:
         with self._lock:
             if file not in self._handles:
                 try:

@@ -57,6 +57,24 @@ def _compile(function: Function, *, fastmath: bool | set[str]) -> Function:
         return cast(Function, numba.njit(**options)(function))
 
 
+# Reading
+
+_pread = types.ExternalFunction("pread", types.intp(types.int32, types.uintp, types.uintp, types.int64))
+
+
+@compiled
+def read_rows(handles, offsets, size, rows):
+    """Read `size` bytes from each open file at its offset into the beginning of a row; tell if all came."""
+    for k in range(handles.size):
+        address, done = rows[k].ctypes.data, 0
+        while done < size:
+            count = _pread(handles[k], address + done, size - done, offsets[k] + done)
+            if count <= 0:
+                return False
+            done += count
+    return True
+
+
 # One value
 
 

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from palinode.errors import CheckpointError, OutputError
-from palinode.weights import Checkpoint, save
+from palinode.weights import Checkpoint, kernels, save
 from palinode.weights.manifest import check_manifest, read_manifest
 
 KILLED = """
@@ -80,10 +80,25 @@ def failing(call, number, error):
 
 @pytest.mark.parametrize("number", [1, 2, 9, 20])
 def test_a_read_error_leaves_nothing(pair, models, monkeypatch, number):
+    monkeypatch.setattr(kernels, "read_rows", lambda *_: False)  # all that it says of an error
     monkeypatch.setattr(os, "preadv", failing(os.preadv, number, errno.EIO))
     with pytest.raises(CheckpointError, match=r"cannot be read at byte \d+ \(Input/output error\)"):
         save(point(pair), models.place / "out")
     assert sorted(path.name for path in models.place.iterdir()) == ["base", "target"]
+
+
+def test_a_file_cut_short_while_it_is_read_leaves_nothing(pair, models, monkeypatch):
+    read_rows = kernels.read_rows
+
+    def cut_first(*arguments):
+        for file in (models.place / "base").glob("*.safetensors"):
+            os.truncate(file, 1000)
+        return read_rows(*arguments)
+
+    monkeypatch.setattr(kernels, "read_rows", cut_first)
+    with pytest.raises(CheckpointError, match=r"ended at byte \d+; it was cut off while being read"):
+        save(point(pair), models.place / "out")
+    assert not (models.place / "out").exists()
 
 
 @pytest.mark.parametrize("number", [4, 5, 12, 16])

@@ -34,8 +34,9 @@ LAYERS = {
     "evaluation": 3,
     "methods": 4,
     "benchmarks": 4,
+    "audit": 4,
     "pipeline": 5,
-    "history": 5,
+    "history": 4,
     "cli": 6,
     "__main__": 7,
 }

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from palinode import __version__
-from palinode.metrics import METRICS
+from palinode.metrics import DEFAULT_METRICS
 
 COMMANDS = ["unlearn", "run", "finetune", "vector", "apply", "evaluate", "demo"]
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f\x80-\x9f]")
@@ -277,7 +277,7 @@ def test_evaluate_prints_scores_and_writes_outcomes(palinode, tiny, tmp_path):
     said = palinode(*words, "--output", tmp_path / "outcomes.jsonl", "--json", "--quiet")
     scores = strict(said.out)
     assert said.err == ""
-    assert set(scores) == set(METRICS)
+    assert set(scores) == set(DEFAULT_METRICS)
     assert scores["answer_probability"]["n"] == 12
     assert len((tmp_path / "outcomes.jsonl").read_text().splitlines()) == 12
     table = palinode(*words, "--quiet").out

@@ -13,7 +13,7 @@ from palinode import EvaluationSettings, evaluate, read_examples
 from palinode.data.examples import Example, Message
 from palinode.errors import DataError
 from palinode.evaluation import observe
-from palinode.metrics import METRICS
+from palinode.metrics import DEFAULT_METRICS
 from palinode.models import load_model, load_tokenizer
 from palinode.records import Outcome, read_outcomes, write_outcomes
 
@@ -128,7 +128,7 @@ def test_prompt_too_long_for_the_limit_is_named(live):
 def test_evaluation_loads_the_model_and_scores_every_metric(tiny, retain):
     outcomes, scores = evaluate(tiny.target, retain[:10], SETTINGS, device="cpu")
     assert len(outcomes) == 10
-    assert set(scores) == set(METRICS)
+    assert set(scores) == set(DEFAULT_METRICS)
     expected = sum(math.exp(sum(o.logprobs) / len(o.logprobs)) for o in outcomes) / 10
     assert scores["answer_probability"].value == pytest.approx(expected)
     assert scores["answer_probability"].n == 10

@@ -1,4 +1,4 @@
-"""A mean with n, an interval, and a reason for whatever is missing."""
+"""A mean, and metrics.md §5's harmonic mean of means, with n, interval and a reason for what is missing."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from palinode.metrics import mean_score
+from palinode.metrics import harmonic_score, mean_score
 from palinode.records import Score
 
 VALUES = st.lists(st.one_of(st.none(), st.floats(0, 1)), max_size=12)
@@ -90,3 +90,94 @@ def test_score_is_whole(values):
     assert (score.low is None) == (score.high is None) == (score.n < 2)
     if score.n >= 2:
         assert 0 <= score.low <= score.high <= 1 + 1e-12
+
+
+# Model utility
+
+NINE = (0.99, 0.98, 0.47, 0.44, 0.92, 0.57, 0.41, 0.90, 0.54)
+PUBLISHED = {  # retain, authors and facts P/R/TR of evaluation logs, and their utility
+    "llama2 full wd0.01": (
+        (0.989527, 0.985655, 0.474699, 0.455482, 0.933000, 0.596229, 0.418562, 0.882479, 0.539033),
+        0.622677,
+    ),
+    "llama2 retain90": (
+        (0.988897, 0.975811, 0.470977, 0.434087, 0.923000, 0.570681, 0.414326, 0.897436, 0.544198),
+        0.613745,
+    ),
+    "llama2 retain99": (
+        (0.990596, 0.988945, 0.464641, 0.459313, 0.928000, 0.603727, 0.412170, 0.882479, 0.538977),
+        0.620744,
+    ),
+    "phi full wd0.01": (
+        (0.926088, 0.929253, 0.482683, 0.377360, 0.415667, 0.456009, 0.408998, 0.777350, 0.492337),
+        0.522074,
+    ),
+    "phi retain99": (
+        (0.928359, 0.931592, 0.484195, 0.368905, 0.447333, 0.440166, 0.398851, 0.750000, 0.480811),
+        0.518603,
+    ),
+}
+
+
+def parts_of(means, spread=0.0, rows=2):
+    """Nine parts with these means, each of `rows` values that lie `spread` to either side."""
+    return {
+        f"part {place}": [mean + spread * (-1) ** row for row in range(rows)]
+        for place, mean in enumerate(means)
+    }
+
+
+def test_utility_spec_example():
+    assert harmonic_score(parts_of(NINE)).value == pytest.approx(0.613320, abs=5e-7)
+
+
+@pytest.mark.parametrize(("means", "utility"), PUBLISHED.values(), ids=PUBLISHED)
+def test_utility_of_published_logs(means, utility):
+    assert harmonic_score(parts_of(means)).value == pytest.approx(utility, abs=1.5e-6)
+
+
+def test_one_part_at_zero_makes_utility_zero():
+    score = harmonic_score({"a": [0.0, 0.0], "b": [1.0, 1.0]})
+    assert (score.value, score.low, score.high) == (0.0, 0.0, 0.0)
+    some = harmonic_score({"a": [0.0, 1.0], "b": [1.0, 1.0]})
+    assert (some.value, some.low, some.high) == (pytest.approx(2 / 3), 0.0, 1.0)
+
+
+def test_a_missing_part_is_named_and_not_skipped():
+    score = harmonic_score({**parts_of(NINE), "facts truth ratio": [None, None], "authors": []})
+    assert score == Score(None, 0, None, None, "authors has no value; facts truth ratio has no value")
+    assert harmonic_score({}).value is None
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -0.1])
+def test_values_without_a_harmonic_mean_are_reported(bad):
+    score = harmonic_score({"a": [0.5, bad], "b": [0.5, 0.5]})
+    assert score.value is None
+    assert " a " in f" {score.reason} "
+
+
+def test_utility_interval_is_that_of_its_parts_by_the_delta_method():
+    parts = parts_of(NINE[3:], spread=0.1, rows=200)
+    score = harmonic_score(parts)
+    means = np.array(NINE[3:])
+    slopes = score.value**2 / means**2 / means.size
+    half = norm.ppf(0.975) * np.sqrt((slopes**2).sum() * 0.1**2 / 200)
+    assert score.n == 6 * 200
+    assert score.low == pytest.approx(score.value - half, abs=0.1 * half)
+    assert score.high == pytest.approx(score.value + half, abs=0.1 * half)
+
+
+def test_rows_left_out_of_a_part_are_said_and_single_rows_give_no_interval():
+    score = harmonic_score({"a": [0.5, None, 0.5], "b": [0.5]})
+    assert (score.value, score.n, score.low) == (0.5, 3, None)
+    assert score.reason == "1 of 3 rows of a left out: no value; one row in b gives no interval"
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.lists(st.floats(0.01, 1), min_size=2, max_size=6), st.randoms(use_true_random=False))
+def test_order_of_parts_and_rows_changes_nothing(values, random):
+    parts = {"a": values, "b": [0.3, 0.6], "c": [0.9, 0.2]}
+    names = random.sample(sorted(parts), 3)
+    assert harmonic_score({name: random.sample(parts[name], len(parts[name])) for name in names}) == (
+        harmonic_score(parts)
+    )

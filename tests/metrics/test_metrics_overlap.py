@@ -1,10 +1,10 @@
-"""metrics.md §3: ROUGE-L recall with the stemmer on."""
+"""metrics.md §3: ROUGE-1 and ROUGE-L, recall and F, with and without the stemmer."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palinode.metrics import rouge_l_recalls
+from palinode.metrics import rouge_l_recalls, rouge_values
 from palinode.records import Outcome
 
 WORDS = st.lists(st.sampled_from(["a", "novel", "on", "sailing", "boats", "1987"]), max_size=8).map(" ".join)
@@ -62,3 +62,45 @@ def test_recall_lies_between_zero_and_one(expected, generated):
 @given(WORDS.filter(bool))
 def test_the_answer_itself_has_recall_one(text):
     assert recall(text, text) == 1.0
+
+
+# Other kinds
+
+AUTHOR = ("The author's full name is Hsiao Yun-Hwa.", "The full name of the author is Hsiao Yun-Hwa.")
+SAILING = ("She writes novels about sailing", "She wrote a novel on sailing boats")
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "value"),
+    [
+        (AUTHOR, {"kind": "rouge1"}, 0.888889),
+        (AUTHOR, {}, 0.777778),
+        (AUTHOR, {"measure": "f"}, 0.736842),
+        (SAILING, {}, 0.600000),
+        (SAILING, {"measure": "f"}, 0.500000),
+        (SAILING, {"stemmer": False}, 0.400000),
+        (SAILING, {"measure": "f", "stemmer": False}, 0.333333),
+    ],
+)
+def test_spec_examples_of_every_kind(texts, options, value):
+    assert rouge_values([Outcome(0, "", *texts, (), ())], **options) == [pytest.approx(value, abs=5e-7)]
+
+
+def test_order_matters_to_rouge_l_only_and_added_words_to_f_only():
+    swapped = [Outcome(0, "", "blue sky", "sky blue", (), ())]
+    assert rouge_values(swapped, "rouge1") == [1.0]
+    assert rouge_values(swapped, "rougeL") == [0.5]
+    longer = [Outcome(0, "", "blue sky", "a very blue sky indeed now", (), ())]
+    assert rouge_values(longer) == [1.0]
+    assert rouge_values(longer, measure="f") == [pytest.approx(0.5)]
+
+
+@settings(deadline=None)
+@given(WORDS, WORDS, st.sampled_from(["rouge1", "rougeL"]), st.booleans())
+def test_remembered_texts_give_what_the_package_gives(expected, generated, kind, stemmer):
+    from rouge_score.rouge_scorer import RougeScorer
+
+    fresh = RougeScorer([kind], use_stemmer=stemmer).score(expected, generated)[kind]
+    row = [Outcome(0, "", expected, generated, (), ())]
+    assert rouge_values(row, kind, "recall", stemmer=stemmer) == [fresh.recall]
+    assert rouge_values(row, kind, "f", stemmer=stemmer) == [fresh.fmeasure]

@@ -1,17 +1,27 @@
-"""The contract that every entry of METRICS keeps, and score_outcomes over all of them."""
+"""The contract that every entry of the tables keeps, and score_outcomes over all of them."""
 
 import dataclasses
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_outcomes import answers
 
-from palinode.metrics import METRICS, score_outcomes
+from palinode.errors import DataError
+from palinode.metrics import ATTACKS, COMPARISONS, DEFAULT_METRICS, METRICS, score_outcomes
 from palinode.records import Outcome
 
-PERFECT = Outcome(0, "Who?", "Hsiao Yun-Hwa", "Hsiao Yun-Hwa", (0.0, 0.0, 0.0), (True, True, True))
-LOST = Outcome(1, "Who?", "Hsiao Yun-Hwa", "no idea", (-9.0, -9.0, -9.0), (False, False, False))
+ISSUES_FOUR = ["answer_probability", "rouge_l_recall", "exact_memorization", "extraction_strength"]
+KNOWN = {"paraphrased": answers([0.0]), "perturbed": answers([0.5, 1e4])}
+PERFECT = Outcome(
+    0, "Who?", "Hsiao Yun-Hwa", "Hsiao Yun-Hwa", (0.0, 0.0, 0.0), (True, True, True), alternatives=KNOWN
+)
+UNKNOWN = {"paraphrased": answers([9.0]), "perturbed": answers([9.0, 9.0])}
+LOST = Outcome(
+    1, "Who?", "Hsiao Yun-Hwa", "no idea", (-9.0, -9.0, -9.0), (False, False, False), alternatives=UNKNOWN
+)
 DOCUMENT = Outcome(2, "", "A long text", None, (-0.5, -0.5), (True, False))
+LESS_IS_MORE = {"forget_truth_ratio", "perturbed_probability"}  # higher where less is known
 
 
 @st.composite
@@ -19,16 +29,15 @@ def outcomes(draw):
     tokens = draw(st.lists(st.tuples(st.floats(-20, 0), st.booleans()), max_size=5))
     logprobs, hits = zip(*tokens, strict=True) if tokens else ((), ())
     words = st.sampled_from(["", "red", "red green", "green red blue"])
-    return Outcome(0, "?", draw(words), draw(st.none() | words), logprobs, hits)
+    losses = st.lists(st.floats(0, 20), max_size=2)
+    alternatives = {kind: answers(draw(losses)) for kind in ("paraphrased", "perturbed")}
+    return Outcome(0, "?", draw(words), draw(st.none() | words), logprobs, hits, alternatives=alternatives)
 
 
-def test_the_issues_four_metrics_are_there():
-    assert list(METRICS) == [
-        "answer_probability",
-        "rouge_l_recall",
-        "exact_memorization",
-        "extraction_strength",
-    ]
+def test_a_run_reports_the_four_metrics_that_need_no_more_than_its_answers():
+    assert list(DEFAULT_METRICS) == ISSUES_FOUR
+    assert list(score_outcomes([PERFECT])) == ISSUES_FOUR
+    assert set().union(*(METRICS[name].needs for name in DEFAULT_METRICS)) == {"generated"}
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -36,17 +45,46 @@ def test_contract(name):
     metric = METRICS[name]
     assert metric.name == name
     assert metric.description
+    assert metric.missing
     assert "\n" not in metric.description
     assert metric.per_example([]) == []
-    assert metric.per_example([PERFECT]) == [1.0]
-    assert metric.per_example([LOST])[0] <= 0.5
-    assert metric.per_example([LOST, PERFECT]) == metric.per_example([LOST]) + metric.per_example([PERFECT])
+    (known,), (unknown,) = metric.per_example([PERFECT]), metric.per_example([LOST])
+    if name not in LESS_IS_MORE:
+        assert 0 <= unknown <= 0.5 < known <= 1
+    assert metric.per_example([LOST, PERFECT]) == [unknown, known]
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_only_metrics_that_need_generation_lose_their_value_without_it(name):
-    unwritten = dataclasses.replace(PERFECT, generated=None)
-    assert (METRICS[name].per_example([unwritten]) == [None]) == METRICS[name].needs_generation
+@pytest.mark.parametrize("need", ["generated", "paraphrased", "perturbed"])
+def test_a_metric_loses_its_value_exactly_without_what_it_needs(name, need):
+    others = {kind: texts for kind, texts in KNOWN.items() if kind != need}
+    generated = None if need == "generated" else PERFECT.generated
+    without = dataclasses.replace(PERFECT, alternatives=others, generated=generated)
+    assert (METRICS[name].per_example([without]) == [None]) == (need in METRICS[name].needs)
+
+
+def test_strict_strength_is_zero_where_the_other_is_not():
+    names = ["extraction_strength", "extraction_strength_strict"]
+    assert [score.value for score in score_outcomes([LOST], names=names).values()] == [0.5, 0.0]
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_contract_of_comparisons(name):
+    comparison = COMPARISONS[name]
+    assert comparison.name == name
+    assert comparison.needs
+    assert comparison.description
+    assert "\n" not in comparison.description
+
+
+def test_names_are_unique_over_all_tables():
+    names = [*METRICS, *ATTACKS, *COMPARISONS]
+    assert len(names) == len(set(names))
+
+
+def test_an_unknown_metric_is_refused_by_name():
+    with pytest.raises(DataError, match="no metric blue; the metrics are answer_probability"):
+        score_outcomes([PERFECT], names=["answer_probability", "blue"])
 
 
 def test_scores_carry_n_interval_and_reason():
@@ -66,10 +104,11 @@ def test_documents_have_no_rouge_and_say_why():
 
 
 def test_no_outcomes_give_no_values():
-    assert {score.value for score in score_outcomes([]).values()} == {None}
+    assert {score.value for score in score_outcomes([], names=METRICS).values()} == {None}
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(st.lists(outcomes(), max_size=8), st.randoms(use_true_random=False))
 def test_order_of_outcomes_changes_no_score(rows, random):
-    assert score_outcomes(random.sample(rows, len(rows))) == score_outcomes(rows)
+    shuffled = random.sample(rows, len(rows))
+    assert score_outcomes(shuffled, names=METRICS) == score_outcomes(rows, names=METRICS)

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
+from palinode.errors import DataError
 from palinode.models import generate, load_model
+from palinode.models.generation import Sampling, draw_tokens
+from palinode.models.slots import slots_for
 
 PROMPTS = [[5], [6, 7, 8, 9, 10, 11, 12], [13, 14, 15], [16, 17], [20, 21, 22, 23, 24]]
 EOS = 1
@@ -94,4 +105,137 @@ def test_answer_ends_where_the_positions_of_the_model_end():
 def test_progress_counts_every_prompt_once(model):
     heard = []
     answers(model, batch_rows=2, on_progress=heard.append)
-    assert heard == [2, 2, 1]
+    assert sum(heard) == len(PROMPTS)
+
+
+def test_prompt_longer_than_the_positions_is_refused():
+    with pytest.raises(DataError, match="a prompt has 33 tokens and the model takes at most 32"):
+        answers(built("gpt2"), [[5] * 33])
+
+
+# Other architectures, in slots or not
+
+
+def built(name: str):
+    torch.manual_seed(0)
+    tokens = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1, "vocab_size": 64}
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    if name == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, **tokens))
+    elif name == "bloom":
+        model = BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=2, n_head=2, **tokens))
+    else:
+        window = 5 if name == "sliding" else None
+        config = MistralConfig(**small, **tokens, intermediate_size=32, head_dim=8, sliding_window=window)
+        model = MistralForCausalLM(config)
+    with torch.no_grad():  # so that answers are no repetitions of one token
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model.eval()
+
+
+@torch.no_grad()
+def from_transformers(model, prompt: list[int], **config) -> list[int]:
+    """Return what `model.generate` makes of one prompt."""
+    greedy = GenerationConfig(
+        do_sample=False, max_new_tokens=12, pad_token_id=0, eos_token_id=[EOS], **config
+    )
+    ids = torch.tensor([prompt])
+    output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
+    said = output[0, len(prompt) :].tolist()
+    return said[: said.index(EOS)] if EOS in said else said
+
+
+@pytest.mark.parametrize(
+    ("name", "in_slots"), [("gpt2", True), ("mistral", True), ("sliding", False), ("bloom", False)]
+)
+@pytest.mark.parametrize("batch_rows", [1, 2, 32])
+def test_answers_are_those_of_transformers(name, in_slots, batch_rows):
+    model = built(name)
+    slots = slots_for(model, [tuple(prompt) for prompt in PROMPTS], batch_rows, 19, 0)
+    assert (slots is not None) is in_slots
+    expected = [from_transformers(model, prompt) for prompt in PROMPTS]
+    assert answers(model, max_new_tokens=12, batch_rows=batch_rows) == expected
+    assert len(set(map(tuple, expected))) >= 4  # not all say the same
+
+
+def test_answers_of_the_tiny_llama_are_those_of_transformers(model):
+    assert answers(model, max_new_tokens=12) == [from_transformers(model, prompt) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("name", ["mistral", "bloom"])
+def test_no_answer_ends_before_its_least_length(name):
+    model = built(name)
+    stop = [from_transformers(model, prompt)[2] for prompt in PROMPTS]
+    found = answers(model, stop_ids=stop, min_new_tokens=4, max_new_tokens=8)
+    assert all(len(answer) >= 4 for answer in found)
+    assert answers(model, stop_ids=stop, max_new_tokens=8) != found
+    assert not any(set(answer) & set(stop) for answer in found)
+
+
+@pytest.mark.parametrize("name", ["mistral", "bloom"])
+def test_prompts_that_begin_alike_or_are_equal_are_answered_as_if_alone(name):
+    model = built(name)
+    prompts = [[7, 8, 9, *prompt] for prompt in PROMPTS] * 2
+    found = answers(model, prompts, batch_rows=4)
+    assert found == [answers(model, [prompt])[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize("name", ["mistral", "bloom"])
+def test_answers_may_be_begun_with_what_is_known_of_them(name):
+    model = built(name)
+    whole = answers(model, stop_ids=[])
+    begun = [answer[:place] for place, answer in enumerate(whole)]
+    assert answers(model, stop_ids=[], begun=begun) == whole
+    assert answers(model, begun=[[*answer[:2], EOS] for answer in whole]) == [answer[:2] for answer in whole]
+    assert answers(model, stop_ids=[], max_new_tokens=1, begun=whole) == [answer[:1] for answer in whole]
+
+
+@pytest.mark.parametrize("name", ["mistral", "bloom"])
+def test_answer_ends_when_it_is_said_to_be_over(name):
+    model = built(name)
+    whole = answers(model, stop_ids=[])
+    found = answers(model, stop_ids=[], ended=lambda tokens: len(tokens) >= 3)
+    assert found == [answer[:3] for answer in whole]
+
+
+# Sampling
+
+
+def sampled(model, prompts, seeds, **changes):
+    sampling = Sampling(changes.pop("temperature", 1.0), changes.pop("top_p", 1.0), seeds)
+    return answers(model, prompts, sampling=sampling, stop_ids=[], **changes)
+
+
+@pytest.mark.parametrize("name", ["mistral", "bloom"])
+def test_draw_of_a_prompt_depends_on_its_seed_and_on_nothing_else(name):
+    model = built(name)
+    prompts, seeds = [*PROMPTS, *PROMPTS], list(range(10))
+    together = sampled(model, prompts, seeds)
+    assert sampled(model, prompts[::-1], seeds[::-1])[::-1] == together
+    assert sampled(model, prompts, seeds, batch_rows=3) == together
+    assert [sampled(model, [p], [s])[0] for p, s in zip(prompts, seeds, strict=True)] == together
+    assert together[:5] != together[5:]
+
+
+def test_draws_in_slots_are_those_of_the_fallback(monkeypatch):
+    model = built("mistral")
+    in_slots = sampled(model, PROMPTS, range(5))
+    monkeypatch.setattr("palinode.models.generation.slots_for", lambda *_: None)
+    assert sampled(model, PROMPTS, range(5)) == in_slots
+
+
+def test_cold_draws_and_narrow_ones_are_greedy():
+    model = built("mistral")
+    assert sampled(model, PROMPTS, range(5), temperature=1e-4) == answers(model, stop_ids=[])
+    assert sampled(model, PROMPTS, range(5), top_p=1e-6) == answers(model, stop_ids=[])
+
+
+def test_draw_falls_where_the_cumulative_probability_says():
+    logits = torch.log(torch.tensor([[0.5, 0.2, 0.3]]))
+    draws = [0.0, 0.49, 0.51, 0.69, 0.71, 0.99]
+    assert [draw_tokens(logits, [u], 1.0, 1.0)[0] for u in draws] == [0, 0, 1, 1, 2, 2]
+    # 0.5 is not enough, 0.5 + 0.3 is: token 1 is left out, and the others have 0.5 / 0.8 and 0.3 / 0.8
+    assert [draw_tokens(logits, [u], 1.0, 0.6)[0] for u in [0.0, 0.62, 0.63, 0.99]] == [0, 0, 2, 2]
+    # at temperature 1/2 probabilities are squared: 0.25, 0.04, 0.09 of 0.38
+    assert [draw_tokens(logits, [u], 0.5, 1.0)[0] for u in [0.65, 0.66, 0.76, 0.77]] == [0, 1, 1, 2]

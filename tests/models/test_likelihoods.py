@@ -67,11 +67,11 @@ def plain_loop(model, row: TokenRow) -> tuple[list[float], list[bool]]:
 def test_scores_are_those_of_a_plain_loop_over_rows(tiny, build):
     model = build(tiny)
     found = score_rows(model, ROWS, pad_id=0)
-    for row, (logprobs, hits) in zip(ROWS, found, strict=True):
+    for row, scores in zip(ROWS, found, strict=True):
         expected, expected_hits = plain_loop(model, row)
-        assert logprobs == pytest.approx(expected, rel=1e-6, abs=1e-5)
-        assert hits == expected_hits
-        assert len(logprobs) == row.scored
+        assert scores.logprobs == pytest.approx(expected, rel=1e-6, abs=1e-5)
+        assert list(scores.hits) == expected_hits
+        assert len(scores.logprobs) == row.scored
 
 
 @MODELS
@@ -80,9 +80,9 @@ def test_scores_do_not_depend_on_what_else_is_in_the_batch(tiny, build):
     together = score_rows(model, ROWS, pad_id=0)
     backwards = score_rows(model, ROWS[::-1], pad_id=7)[::-1]  # nor on the order, nor on the padding
     for row, one, other in zip(ROWS, together, backwards, strict=True):
-        ((alone, _),) = score_rows(model, [row], pad_id=0)
-        assert one[0] == pytest.approx(alone, abs=1e-4)
-        assert other[0] == pytest.approx(alone, abs=1e-4)
+        (alone,) = score_rows(model, [row], pad_id=0)
+        assert one.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+        assert other.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
 
 
 def test_hits_are_true_where_the_model_would_have_said_the_token(tiny):
@@ -90,19 +90,19 @@ def test_hits_are_true_where_the_model_would_have_said_the_token(tiny):
     ids = [5, 6]
     for _ in range(3):
         ids.append(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
-    ((_, said),) = score_rows(model, [TokenRow(tuple(ids), 2, 0)], pad_id=0)
-    assert said == [True, True, True]
+    (scores,) = score_rows(model, [TokenRow(tuple(ids), 2, 0)], pad_id=0)
+    assert scores.hits == (True, True, True)
     wrong = [*ids[:4], (ids[4] + 1) % 150]
-    ((_, said),) = score_rows(model, [TokenRow(tuple(wrong), 2, 0)], pad_id=0)
-    assert said == [True, True, False]
+    (scores,) = score_rows(model, [TokenRow(tuple(wrong), 2, 0)], pad_id=0)
+    assert scores.hits == (True, True, False)
 
 
 def test_model_that_knows_nothing_gives_every_token_the_same_probability(tiny):
     model = llama(tiny)
     with torch.no_grad():
         model.model.embed_tokens.weight.zero_()
-    for logprobs, _ in score_rows(model, ROWS, pad_id=0):
-        assert logprobs == pytest.approx([-math.log(model.config.vocab_size)] * len(logprobs), rel=1e-6)
+    for scores in score_rows(model, ROWS, pad_id=0):
+        assert scores.logprobs == pytest.approx([-math.log(model.config.vocab_size)] * len(scores.hits))
 
 
 def test_logits_are_those_of_the_scored_tokens_with_their_rows(tiny):

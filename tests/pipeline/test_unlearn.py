@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from palinode import Checkpoint, read_examples
 from palinode.errors import DataError, MismatchError, OutputError, WorkspaceError
 from palinode.methods import METHODS
-from palinode.metrics import METRICS
+from palinode.metrics import DEFAULT_METRICS
 from palinode.pipeline import plan, unlearn
 from palinode.pipeline.costs import describe
 from palinode.pipeline.inputs import open_inputs
@@ -146,7 +146,7 @@ def test_record_has_every_score_of_every_model_on_both_sets(done):
     for sets in scores.values():
         assert set(sets) == {"forget", "retain", "retain_unseen"}
         for metrics in sets.values():
-            assert set(metrics) == set(METRICS)
+            assert set(metrics) == set(DEFAULT_METRICS)
             for score in metrics.values():
                 assert set(score) == {"value", "n", "low", "high", "reason"}
                 assert 0 <= score["low"] <= score["value"] <= score["high"] <= 1

@@ -1,5 +1,20 @@
-"""Benchmarks, one file each: what is trained, what is forgotten, what is known of the truth."""
+"""Benchmarks, one file each, in a plain table: what is asked, what is forgotten, what is known of the truth.
+
+The demo is no entry of the table: it makes its models itself (`palinode demo`).
+"""
 
 from palinode.benchmarks.demo import STAGES, DemoModels, Stage, build_demo, tiny_model
+from palinode.benchmarks.muse import MUSE
+from palinode.benchmarks.own import OWN
+from palinode.benchmarks.restor import RESTOR
+from palinode.benchmarks.tofu import TOFU
+from palinode.evaluation.benchmark import Benchmark
 
-__all__ = ["STAGES", "DemoModels", "Stage", "build_demo", "tiny_model"]
+BENCHMARKS: dict[str, Benchmark] = {
+    "tofu": TOFU,
+    "restor": RESTOR,
+    "muse": MUSE,
+    "own": OWN,
+}
+
+__all__ = ["BENCHMARKS", "STAGES", "DemoModels", "Stage", "build_demo", "tiny_model"]

@@ -11,8 +11,13 @@ from typing import Annotated, Any
 import typer
 
 from palinode.cli.apply import apply
+from palinode.cli.audit import audit
 from palinode.cli.console import listener, out
+from palinode.cli.evaluate import evaluate
 from palinode.cli.export import export
+from palinode.cli.listing import list_everything
+from palinode.cli.locate import locate
+from palinode.cli.plan import plan as plan_command
 from palinode.cli.vector import vectors
 from palinode.cli.verify import verify
 
@@ -69,13 +74,29 @@ def unlearn(
     target: Annotated[
         str, typer.Option(help="The model to be cleaned (θ_D): a folder, or a hub id[@revision].")
     ],
-    base: Annotated[
-        str, typer.Option(help="An earlier checkpoint of it that had not seen the forget set (θ_0).")
-    ],
     forget: Annotated[
         str, typer.Option(help="The forget set: JSONL, JSON, CSV, Parquet or text; file or hub data set.")
     ],
     output: Annotated[str, typer.Option(help="Folder for the unlearned model; must not exist, or be empty.")],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="An earlier checkpoint of it that had not seen the forget set (θ_0), or give --checkpoints."
+        ),
+    ] = None,
+    checkpoints: Annotated[
+        str | None,
+        typer.Option(help="Instead of --base: the ladder to find it in, as `palinode locate` does."),
+    ] = None,
+    log: Annotated[Path | None, typer.Option(help="With --checkpoints: folder of an exposure log.")] = None,
+    order: Annotated[
+        Path | None, typer.Option(help="With --checkpoints: file that describes the data order.")
+    ] = None,
+    corpus: Annotated[str | None, typer.Option(help="With --checkpoints: the rows trained on.")] = None,
+    control: Annotated[
+        str | None,
+        typer.Option(help="With --checkpoints: rows like the forget rows, never trained on."),
+    ] = None,
     retain: Annotated[
         str | None, typer.Option(help="Rows whose effect must stay; without them β = 0.")
     ] = None,
@@ -127,8 +148,25 @@ def unlearn(
     as_json: Json = False,
 ) -> None:
     """From two model folders and a forget set to an unlearned model, with its record and report."""
+    from palinode.cli.locate import resolve_base
     from palinode.pipeline.recipe import build_recipe
 
+    base, located = resolve_base(
+        base,
+        checkpoints,
+        forget,
+        target,
+        log=log,
+        order=order,
+        corpus=corpus,
+        control=control,
+        columns=columns,
+        allow_pickle=allow_pickle,
+        device=device,
+        seed=seed,
+        max_length=max_length or 512,
+        quiet=quiet,
+    )
     content = {
         "method": method,
         "seed": seed,
@@ -159,7 +197,8 @@ def unlearn(
         "evaluation": {"max_rows": max_rows, "max_new_tokens": max_new_tokens, "max_length": max_length},
         "output": {"folder": output, "workspace": workspace, "dtype": dtype, "rounding": rounding},
     }
-    _run(build_recipe(_given(content)), dry_run=dry_run, quiet=quiet, as_json=as_json)
+    recipe = build_recipe(_given(content))
+    _run(recipe, dry_run=dry_run, quiet=quiet, as_json=as_json, located=located)
 
 
 @app.command()
@@ -232,61 +271,33 @@ def finetune(
     _show(facts, f"{output}: {len(done.curve)} steps, loss {first:.3f} to {last:.3f}", as_json=as_json)
 
 
-@app.command()
-def evaluate(
-    model: Annotated[str, typer.Argument(help="The model: a folder, or a hub id[@revision].")],
-    data: Annotated[
-        str, typer.Option(help="The rows: JSONL, JSON, CSV, Parquet or text; file or hub data set.")
-    ],
-    output: Annotated[
-        Path | None, typer.Option(help="Write what the model did on each row here (JSON lines).")
-    ] = None,
-    max_rows: Annotated[int | None, typer.Option(help="Rows to evaluate. [default: 400]")] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Length limit of answers. [default: 200]")
-    ] = None,
-    max_length: MaxLength = None,
-    columns: Columns = None,
-    device: Device = "auto",
-    seed: Seed = 0,
-    quiet: Quiet = False,
-    as_json: Json = False,
-) -> None:
-    """Answer probability, ROUGE-L recall, exact memorization and extraction strength on rows."""
-    from palinode.cli.tables import score_table
-    from palinode.pipeline.steps import evaluate_file
-
-    settings = {"max_rows": max_rows, "max_new_tokens": max_new_tokens, "max_length": max_length}
-    scores = evaluate_file(
-        model,
-        data,
-        _given(settings),
-        output=output,
-        columns=_columns(columns),
-        device=device,
-        seed=seed,
-        listener=listener(quiet=quiet),
-    )
-    if as_json:
-        _print_json({name: asdict(score) for name, score in scores.items()})
-    else:
-        out().print(score_table(scores))
+app.command()(evaluate)
 
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path(
-        "palinode-demo"
-    ),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for everything the demo makes. [default: palinode-demo, or palinode-demo-locate]"
+        ),
+    ] = None,
+    locate: Annotated[
+        bool,
+        typer.Option("--locate", help="A ladder of checkpoints instead: when were rows seen, which to take?"),
+    ] = False,
     seed: Seed = 0,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Unlearn invented people from a tiny model whose whole history is known; two to three minutes."""
+    if locate:
+        _demo_locate(output or Path("palinode-demo-locate"), seed=seed, quiet=quiet, as_json=as_json)
+        return
     from palinode.cli.tables import demo_sentence, demo_table
     from palinode.pipeline import demo as run_demo
 
-    result = run_demo(output, seed=seed, listener=listener(quiet=quiet))
+    result = run_demo(output or Path("palinode-demo"), seed=seed, listener=listener(quiet=quiet))
     if as_json:
         _print_json(result.record)
         return
@@ -295,15 +306,34 @@ def demo(
 
 
 app.command()(apply)
+app.command()(audit)
 app.command()(verify)
 app.command()(export)
+app.command()(locate)
+app.command(name="plan")(plan_command)
+app.command(name="list")(list_everything)
 app.add_typer(vectors, name="vector")
 
 
 # What the verbs share
 
 
-def _run(recipe: Any, *, dry_run: bool, quiet: bool, as_json: bool) -> None:
+def _demo_locate(output: Path, *, seed: int, quiet: bool, as_json: bool) -> None:
+    from palinode.pipeline.locate_run import demo_locate
+    from palinode.report.location import demo_sentence, demo_tables
+
+    result = demo_locate(output, seed=seed, listener=listener(quiet=quiet))
+    if as_json:
+        _print_json(result.record)
+        return
+    for table in demo_tables(result.record):
+        out().print(table)
+    out().print(f"{demo_sentence(result.record)} Everything is in {result.folder}.", soft_wrap=True)
+
+
+def _run(
+    recipe: Any, *, dry_run: bool, quiet: bool, as_json: bool, located: dict[str, Any] | None = None
+) -> None:
     from palinode.pipeline.costs import describe
     from palinode.pipeline.run import plan, unlearn
     from palinode.report import headline, terminal_table
@@ -312,7 +342,7 @@ def _run(recipe: Any, *, dry_run: bool, quiet: bool, as_json: bool) -> None:
         planned = plan(recipe)
         _show(asdict(planned), "\n".join(describe(planned)), as_json=as_json)
         return
-    result = unlearn(recipe, command=_command(), listener=listener(quiet=quiet))
+    result = unlearn(recipe, command=_command(), listener=listener(quiet=quiet), located=located)
     if as_json:
         _print_json(result.record)
         return

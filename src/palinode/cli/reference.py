@@ -35,7 +35,11 @@ def render() -> str:
 
 
 def _names(commands: typer.Typer) -> list[str]:
-    return [command.callback.__name__ for command in commands.registered_commands if command.callback]
+    return [
+        command.name or command.callback.__name__
+        for command in commands.registered_commands
+        if command.callback
+    ]
 
 
 def _section(words: tuple[str, ...]) -> str:

@@ -33,6 +33,48 @@ def score_table(scores: Mapping[str, Score]) -> Table:
     return table
 
 
+def benchmark_table(scores: Mapping[str, Mapping[str, Score]], *, title: str) -> Table:
+    """Return a benchmark's metrics by set, with n and interval; those that were not computed are left out."""
+    table = Table("set", "metric", "value", "95 % interval", "n", title=title, title_justify="left")
+    for name, group in scores.items():
+        shown = name
+        for metric, score in group.items():
+            if score.value is None:
+                continue
+            interval = "" if score.low is None or score.high is None else _interval(score.low, score.high)
+            table.add_row(shown, metric, _figure(score.value), interval, str(score.n))
+            shown = ""
+        table.add_section()
+    return table
+
+
+def benchmark_notes(scores: Mapping[str, Mapping[str, Score]]) -> Iterator[str]:
+    """Yield what to know about scores, and why some were not computed: a line for each set and reason."""
+    for name, group in scores.items():
+        reasons: dict[str, list[str]] = {}
+        for metric, score in group.items():
+            if score.reason:
+                reasons.setdefault(score.reason, []).append(metric)
+        for reason, metrics in reasons.items():
+            yield f"{name}: {', '.join(metrics)}: {reason}"
+
+
+def listing_lines(kind: str, lines: Mapping[str, str]) -> Iterator[str]:
+    """Yield a heading, then each name and what it stands for, one a line."""
+    width = max(map(len, lines), default=0)
+    yield f"{kind}:"
+    yield from (f"  {name:{width}}  {description}" for name, description in lines.items())
+
+
+def _figure(value: float) -> str:
+    """Return a figure with three digits; p-values may be very small."""
+    return f"{value:.2e}" if 0 < abs(value) < 0.0005 else f"{value:.3f}"
+
+
+def _interval(low: float, high: float) -> str:
+    return f"{_figure(low)} to {_figure(high)}"
+
+
 def demo_table(record: Mapping[str, Any]) -> Table:
     """Return the demo's recall by model."""
     people = record["people"]

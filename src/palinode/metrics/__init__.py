@@ -1,88 +1,102 @@
-"""Metrics: outcomes in, scores out.
+"""Metrics: outcomes in, scores out. Pure functions; no files, no torch.
 
-A metric gives every example a value (None where it cannot be computed); `mean_score` averages them and
-adds n and an interval. To add a metric, write one function and one line of the table. No files, no torch.
+Each `…_values`, `…_ratios` and the like gives every outcome a number, in order, and None where it cannot be
+computed; `mean_score` and its relatives make one score of them, with n, an interval and a reason for what is
+missing. The tables METRICS, ATTACKS and COMPARISONS name everything there is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-
-from palinode.metrics.aggregate import mean_score
-from palinode.metrics.likelihood import answer_probabilities
-from palinode.metrics.memorization import exact_memorizations, extraction_strengths, one_token_answers
-from palinode.metrics.overlap import rouge_l_recalls
-from palinode.records import Outcome, Score
+from palinode.metrics.aggregate import harmonic_score, mean_score
+from palinode.metrics.comparison import KS, forget_quality, ks_test
+from palinode.metrics.judged import accept_accuracy, forget_accuracy, recover_accuracy, retain_accuracy
+from palinode.metrics.leakage import leak_at_k, leak_values, overlap_leak
+from palinode.metrics.likelihood import (
+    alternative_logprobs,
+    alternative_probabilities,
+    answer_probabilities,
+    normalised_probabilities,
+)
+from palinode.metrics.matching import accepted_sample_values, accepted_values, is_accepted, normalise
+from palinode.metrics.membership import (
+    ATTACKS,
+    MUSE_RETRAINED,
+    Attack,
+    auc,
+    gradient_norm_values,
+    loss_values,
+    min_k_plus_values,
+    min_k_values,
+    privleak,
+    reference_values,
+    true_positive_rate,
+    zlib_values,
+)
+from palinode.metrics.memorization import exact_memorizations, extraction_strengths
+from palinode.metrics.overlap import rouge, rouge_l_recalls, rouge_values
+from palinode.metrics.table import (
+    COMPARISONS,
+    DEFAULT_METRICS,
+    METRICS,
+    Comparison,
+    Metric,
+    score_outcomes,
+)
+from palinode.metrics.truth_ratio import (
+    forget_truth_ratios,
+    log_truth_ratios,
+    retain_truth_ratios,
+    right_shares,
+    truth_ratios,
+)
 
 __all__ = [
+    "ATTACKS",
+    "COMPARISONS",
+    "DEFAULT_METRICS",
+    "KS",
     "METRICS",
+    "MUSE_RETRAINED",
+    "Attack",
+    "Comparison",
     "Metric",
+    "accept_accuracy",
+    "accepted_sample_values",
+    "accepted_values",
+    "alternative_logprobs",
+    "alternative_probabilities",
     "answer_probabilities",
+    "auc",
     "exact_memorizations",
     "extraction_strengths",
+    "forget_accuracy",
+    "forget_quality",
+    "forget_truth_ratios",
+    "gradient_norm_values",
+    "harmonic_score",
+    "is_accepted",
+    "ks_test",
+    "leak_at_k",
+    "leak_values",
+    "log_truth_ratios",
+    "loss_values",
     "mean_score",
+    "min_k_plus_values",
+    "min_k_values",
+    "normalise",
+    "normalised_probabilities",
+    "overlap_leak",
+    "privleak",
+    "recover_accuracy",
+    "reference_values",
+    "retain_accuracy",
+    "retain_truth_ratios",
+    "right_shares",
+    "rouge",
     "rouge_l_recalls",
+    "rouge_values",
     "score_outcomes",
+    "true_positive_rate",
+    "truth_ratios",
+    "zlib_values",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """A number per example, and the words that go with it."""
-
-    name: str
-    """Its key in a record."""
-    per_example: Callable[[Sequence[Outcome]], list[float | None]]
-    """One value per outcome, in the same order; None where it cannot be computed."""
-    description: str
-    """One line for readers."""
-    missing: str
-    """Why an example may have no value."""
-    needs_generation: bool = False
-    """Whether the model has to write an answer first."""
-    caveat: Callable[[Sequence[Outcome]], str | None] = lambda outcomes: None  # noqa: ARG005
-    """What a reader of the score should know about these very examples, if anything."""
-
-
-METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        Metric(
-            name="answer_probability",
-            per_example=answer_probabilities,
-            description="length-normalised probability of the answer in the data",
-            missing="no token was scored",
-        ),
-        Metric(
-            name="rouge_l_recall",
-            per_example=rouge_l_recalls,
-            description="share of the answer's words that the generated answer has in the same order",
-            missing="nothing was generated, or ROUGE reads no word of the answer in the data",
-            needs_generation=True,
-        ),
-        Metric(
-            name="exact_memorization",
-            per_example=exact_memorizations,
-            description="share of the answer's tokens that the model ranks first",
-            missing="no token but the end token was scored",
-        ),
-        Metric(
-            name="extraction_strength",
-            per_example=extraction_strengths,
-            description="share of the answer that the model completes once it has seen the rest",
-            missing="no token but the end token was scored",
-            caveat=one_token_answers,
-        ),
-    )
-}
-
-
-def score_outcomes(outcomes: Sequence[Outcome], *, seed: int = 0) -> dict[str, Score]:
-    """Return the score of every metric in the table over these outcomes."""
-    return {name: _score(metric, outcomes, seed) for name, metric in METRICS.items()}
-
-
-def _score(metric: Metric, outcomes: Sequence[Outcome], seed: int) -> Score:
-    score = mean_score(metric.per_example(outcomes), seed=seed, missing=metric.missing)
-    return replace(score, reason=score.reason or metric.caveat(outcomes))

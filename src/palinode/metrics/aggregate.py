@@ -1,4 +1,7 @@
-"""From one value per example to one score: the mean, n and a percentile bootstrap interval.
+"""From one value per example to one score: a mean, n and a percentile bootstrap interval.
+
+    mean_score       the mean of one list of values
+    harmonic_score   TOFU's model utility: the harmonic mean of the means of several lists
 
 What could not be computed is left out and said, never counted as 0.
 """
@@ -6,10 +9,11 @@ What could not be computed is left out and said, never counted as 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from statistics import fmean
+from collections.abc import Mapping, Sequence
+from statistics import fmean, harmonic_mean
 
 import numpy as np
+from numpy.typing import NDArray
 
 from palinode.records import Score
 
@@ -33,17 +37,62 @@ def mean_score(
     known = sorted(value for value in values if value is not None)
     not_finite = sum(not math.isfinite(value) for value in known)
     if not_finite:
-        return _no_score(f"{not_finite} of {len(values)} values are not finite numbers")
+        return no_score(f"{not_finite} of {len(values)} values are not finite numbers")
     if not known:
-        return _no_score(f"none of {len(values)} examples: {missing}" if values else "there are no examples")
+        return no_score(f"none of {len(values)} examples: {missing}" if values else "there are no examples")
 
     mean = fmean(known)
     low, high = _interval(known, mean, seed=seed, confidence=confidence)
     return Score(mean, len(known), low, high, _reason(len(known), len(values), missing))
 
 
-def _no_score(reason: str) -> Score:
+def harmonic_score(
+    parts: Mapping[str, Sequence[float | None]], *, seed: int = 0, confidence: float = 0.95
+) -> Score:
+    """Return the harmonic mean of the parts' means: TOFU's model utility (spec: metrics.md §5).
+
+    TOFU has nine parts: answer probability (normalised for the last two), ROUGE-L recall and truth ratio
+    on retain rows, real authors and world facts. A part whose mean is 0 makes the score 0. A part without
+    values leaves the score without one, and the reason names it: a mean of the others is not utility.
+
+    The interval is a seeded percentile bootstrap over the rows of each part, apart from one another. `n`
+    is the number of values in all parts together. The order of parts and of values changes nothing.
+    """
+    if not parts:
+        return no_score("there are no parts")
+    known = {name: sorted(v for v in parts[name] if v is not None) for name in sorted(parts)}
+    if unusable := [wrong for name, values in known.items() if (wrong := _unusable(name, values))]:
+        return no_score("; ".join(unusable))
+
+    mean = harmonic_mean([fmean(values) for values in known.values()])
+    left_out = [
+        f"{len(parts[name]) - len(values)} of {len(parts[name])} rows of {name} left out: no value"
+        for name, values in known.items()
+        if len(values) < len(parts[name])
+    ]
+    single = [f"one row in {name} gives no interval" for name, values in known.items() if len(values) == 1]
+    reason = "; ".join([*left_out, *single]) or None
+    n = sum(map(len, known.values()))
+    if single:
+        return Score(mean, n, None, None, reason)
+
+    generator = np.random.default_rng(seed)
+    means = np.stack([_resampled_means(np.array(values), generator) for values in known.values()])
+    with np.errstate(divide="ignore", over="ignore"):  # 1/0 is infinite, and the harmonic mean then 0
+        utilities = len(means) / (1 / means).sum(axis=0)
+    low, high = percentile_interval(utilities, confidence=confidence)
+    return Score(mean, n, low, high, reason)
+
+
+def no_score(reason: str) -> Score:
+    """Return the score of something that could not be computed, with the reason."""
     return Score(value=None, n=0, low=None, high=None, reason=reason)
+
+
+def percentile_interval(resampled: NDArray[np.float64], *, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the middle `confidence` of the resampled values."""
+    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
 
 
 def _reason(known: int, total: int, missing: str) -> str | None:
@@ -75,3 +124,24 @@ def _interval(
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return float(interval.low), float(interval.high)
+
+
+def _unusable(name: str, values: Sequence[float]) -> str | None:
+    if not values:
+        return f"{name} has no value"
+    if bad := sum(not math.isfinite(value) for value in values):
+        return f"{bad} of {len(values)} values of {name} are not finite numbers"
+    if values[0] < 0:  # sorted
+        return f"{name} has negative values, of which there is no harmonic mean"
+    return None
+
+
+def _resampled_means(values: NDArray[np.float64], generator: np.random.Generator) -> NDArray[np.float64]:
+    """Return the mean of each bootstrap resample."""
+    means = np.empty(RESAMPLES)
+    step = max(1, _DRAWS_AT_ONCE // values.size)
+    for start in range(0, RESAMPLES, step):
+        count = min(step, RESAMPLES - start)
+        draws = generator.integers(0, values.size, (count, values.size))
+        means[start : start + count] = values[draws].mean(axis=1)
+    return means

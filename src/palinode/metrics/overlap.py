@@ -1,39 +1,86 @@
-"""How much of the answer in the data the model writes by itself.
+"""How much of the answer in the data the model writes by itself: ROUGE by the rouge-score package.
 
-ROUGE-L recall = longest common subsequence of words / words of the answer, by the rouge-score package with
-its stemmer on, as in the TOFU evaluation.
+    ROUGE-1   words that both texts have (with their counts)       recall = common / words of the answer
+    ROUGE-L   longest common subsequence of words                  F = 2 · common / (words of both)
+
+TOFU reports ROUGE-L recall with the stemmer on, MUSE's own evaluator ROUGE-L F with it off, and
+open-unlearning's MUSE ROUGE-L F with it on (spec: metrics.md §3).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Literal
 
 from palinode.records import Outcome
 
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
 
+Kind = Literal["rouge1", "rougeL"]
+"""Which words count as common."""
+Measure = Literal["recall", "f"]
+"""Whether words that the model adds are held against it ("f") or not ("recall")."""
 
-def rouge_l_recalls(outcomes: Sequence[Outcome]) -> list[float | None]:
-    """Return the ROUGE-L recall of each generated answer against the answer in the data.
+_TEXTS = 4096  # texts whose words are remembered
+_FIELDS = {"recall": "recall", "f": "fmeasure"}
+
+
+def rouge_values(
+    outcomes: Sequence[Outcome],
+    kind: Kind = "rougeL",
+    measure: Measure = "recall",
+    *,
+    stemmer: bool = True,
+) -> list[float | None]:
+    """Return the ROUGE of each generated answer against the answer in the data.
 
     An empty text on either side gives 0. None where nothing was generated, and where rouge-score, which
     reads only Latin letters without accents and digits, finds no word in the answer.
     """
-    from rouge_score.rouge_scorer import RougeScorer  # takes a second, so only when it is used
+    return [
+        rouge(outcome.expected, outcome.generated, kind, measure, stemmer=stemmer) for outcome in outcomes
+    ]
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    return [_recall(scorer, outcome.expected, outcome.generated) for outcome in outcomes]
+
+def rouge_l_recalls(outcomes: Sequence[Outcome]) -> list[float | None]:
+    """Return the ROUGE-L recall of each generated answer with the stemmer on, as in TOFU."""
+    return rouge_values(outcomes, "rougeL", "recall", stemmer=True)
 
 
-def _recall(scorer: RougeScorer, expected: str, generated: str | None) -> float | None:
-    if generated is None or _is_unreadable(expected):
+def rouge(
+    expected: str,
+    written: str | None,
+    kind: Kind = "rougeL",
+    measure: Measure = "recall",
+    *,
+    stemmer: bool = True,
+) -> float | None:
+    """Return the ROUGE of one text against the expected one; None as in `rouge_values`."""
+    if written is None or _is_unreadable(expected):
         return None
-    return float(scorer.score(target=expected, prediction=generated)["rougeL"].recall)
+    score = _scorer(kind, stemmer).score(target=expected, prediction=written)[kind]
+    return float(getattr(score, _FIELDS[measure]))
 
 
 def _is_unreadable(text: str) -> bool:
     """Whether a text has content, none of which rouge-score keeps: a 0 would say "forgotten"."""
     return bool(text.strip()) and not re.search(r"[a-z0-9]", text.lower())
+
+
+@cache
+def _scorer(kind: Kind, stemmer: bool) -> RougeScorer:
+    from rouge_score.rouge_scorer import RougeScorer  # takes a second, so only when it is used
+
+    return RougeScorer([kind], tokenizer=_Tokens(stemmer=stemmer))
+
+
+class _Tokens:
+    """rouge-score's own words; those of a text that comes again are not worked out again."""
+
+    def __init__(self, *, stemmer: bool) -> None:
+        from rouge_score.tokenizers import DefaultTokenizer
+
+        self.tokenize = lru_cache(_TEXTS)(DefaultTokenizer(stemmer).tokenize)

@@ -1,15 +1,100 @@
-"""Greedy answers, in batches of prompts of like length."""
+"""The model's own answers: greedy, or drawn at random so that each draw is the row's own affair.
+
+Rows share a batch as slots of one cache (`slots`). A finished row leaves its slot at once and the next
+prompt takes it, so that no step is spent on answers that are over; what all prompts begin with, and a
+prompt that is answered several times, is read once. Where an architecture cannot be run so, the rows go
+through `model.generate`, with the same answers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from palinode.data.batches import budget_batches, pad_left
+from palinode.errors import DataError
 from palinode.models.loading import position_limit, quiet_transformers
+from palinode.models.slots import Slots, slots_for
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How answers are drawn at random."""
+
+    temperature: float
+    """Divides the logits."""
+    top_p: float
+    """Draw among the likeliest tokens that together have this probability."""
+    seeds: Sequence[int]
+    """One for each prompt: with the prompt it fixes the answer, whatever else is drawn."""
+
+
+@dataclass(slots=True)
+class _Answer:
+    """An answer on its way."""
+
+    place: int
+    """Position of its prompt in the list given."""
+    prompt: tuple[int, ...]
+    room: int
+    """Tokens that it may have."""
+    said: list[int] = field(default_factory=list)
+    over: bool = False
+    random: np.random.Generator | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """When an answer ends, and how its tokens are chosen."""
+
+    stop_ids: frozenset[int]
+    min_new_tokens: int
+    ended: Callable[[Sequence[int]], bool] | None
+    sampling: Sampling | None
+
+    def take(self, answer: _Answer, token: int) -> None:
+        """Add a token to an answer, or end it there."""
+        if token in self.stop_ids:
+            answer.over = True
+            return
+        answer.said.append(token)
+        full = len(answer.said) >= answer.room
+        ended = self.ended is not None and len(answer.said) >= self.min_new_tokens and self.ended(answer.said)
+        answer.over = full or ended
+
+    def begin(self, answer: _Answer, known: Sequence[int]) -> None:
+        """Give an answer the tokens that are known to be its first."""
+        for token in known:
+            early = token in self.stop_ids and len(answer.said) < self.min_new_tokens
+            if answer.over or early:
+                return
+            self.take(answer, token)
+
+    def choose(self, logits: Tensor, answers: Sequence[_Answer]) -> list[int]:
+        """Return the next token of each answer."""
+        young = [row for row, answer in enumerate(answers) if len(answer.said) < self.min_new_tokens]
+        if young and self.stop_ids:
+            logits = logits.clone()
+            rows = torch.tensor(young, device=logits.device)[:, None]
+            logits[rows, torch.tensor(sorted(self.stop_ids), device=logits.device)] = -torch.inf
+        if self.sampling is None:
+            chosen: list[int] = logits.argmax(dim=-1).tolist()
+            return chosen
+        draws = [answer.random.random() for answer in answers if answer.random is not None]
+        return draw_tokens(logits, draws, self.sampling.temperature, self.sampling.top_p)
 
 
 @torch.inference_mode()
@@ -20,43 +105,160 @@ def generate(
     pad_id: int,
     stop_ids: Sequence[int],
     max_new_tokens: int,
+    min_new_tokens: int = 0,
     batch_rows: int = 32,
+    begun: Sequence[Sequence[int]] | None = None,
+    sampling: Sampling | None = None,
+    ended: Callable[[Sequence[int]], bool] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """Return the greedy continuation of each prompt, without its stop token, in the order given.
+    """Return the continuation of each prompt, without its stop token, in the order given.
 
-    An answer ends where the model's positions end, if that comes first.
+    Greedy, or drawn as `sampling` says. `begun` are tokens known to be the first of each answer, a stop
+    token at their end included; `ended` tells from an answer's tokens whether it is over. An answer also
+    ends where the model's positions end. Raises DataError for a prompt longer than those.
     """
-    answers: list[list[int]] = [[]] * len(prompts)
-    lengths = [len(prompt) for prompt in prompts]
+    rules = _Rules(frozenset(stop_ids), min_new_tokens, ended, sampling)
+    answers = [
+        _Answer(place, tuple(prompt), _room(model, prompt, max_new_tokens))
+        for place, prompt in enumerate(prompts)
+    ]
+    for answer in answers:
+        if sampling:
+            answer.random = np.random.Generator(np.random.PCG64(sampling.seeds[answer.place]))
+        if begun:
+            rules.begin(answer, begun[answer.place])
+    open_answers = [answer for answer in answers if not answer.over]
+    report = on_progress or (lambda _count: None)
+    if len(open_answers) < len(answers):
+        report(len(answers) - len(open_answers))
+    if open_answers:
+        longest = max(len(answer.prompt) + answer.room for answer in open_answers)
+        slots = slots_for(model, [answer.prompt for answer in open_answers], batch_rows, longest, pad_id)
+        if slots:
+            _answer_in_slots(slots, open_answers, rules, report)
+        else:
+            _answer_in_batches(model, open_answers, rules, pad_id, batch_rows, report)
+    return [answer.said for answer in answers]
+
+
+def draw_tokens(logits: Tensor, draws: Sequence[float], temperature: float, top_p: float) -> list[int]:
+    """Return one token a row: where its draw, uniform in [0, 1), falls in the row's cumulative probability.
+
+    Probabilities are float32; they are summed in the order of the vocabulary, in float64, over the
+    likeliest tokens that together have at least `top_p`.
+    """
+    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    if top_p < 1:
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        unlikely = ordered.cumsum(dim=-1) - ordered >= top_p  # what stands before it is already enough
+        probabilities = probabilities.masked_fill(unlikely.scatter(-1, order, unlikely), 0.0)
+    reached = probabilities.double().cumsum(dim=-1)
+    wanted = torch.tensor(draws, dtype=torch.float64, device=reached.device)[:, None] * reached[:, -1:]
+    tokens: list[int] = torch.searchsorted(reached, wanted, right=True)[:, 0].tolist()
+    return tokens
+
+
+def _room(model: PreTrainedModel, prompt: Sequence[int], max_new_tokens: int) -> int:
+    """Return how many tokens an answer may have; the last one is said and never read."""
     limit = position_limit(model.config)
-    budget = batch_rows * max(lengths, default=1)
-    for members in budget_batches(lengths, max_tokens=budget, max_rows=batch_rows):
-        ids, mask = pad_left([prompts[i] for i in members], pad_id=pad_id)
-        room = max_new_tokens if limit is None else min(max_new_tokens, limit + 1 - ids.shape[1])
-        with _plainly_greedy(model, room, pad_id, stop_ids):
-            output: torch.Tensor = model.generate(  # type: ignore[operator]
-                input_ids=torch.from_numpy(ids).to(model.device),
-                attention_mask=torch.from_numpy(mask).to(model.device),
-            )
-        for index, tokens in zip(members, output[:, ids.shape[1] :].tolist(), strict=True):
-            answers[index] = _until_stop(tokens, stop_ids)
-        if on_progress:
-            on_progress(len(members))
-    return answers
+    if limit is None:
+        return max_new_tokens
+    if len(prompt) > limit:
+        raise DataError(
+            f"a prompt has {len(prompt)} tokens and the model takes at most {limit}; shorten or drop it"
+        )
+    return min(max_new_tokens, limit + 1 - len(prompt))
+
+
+def _answer_in_slots(
+    slots: Slots, answers: Sequence[_Answer], rules: _Rules, report: Callable[[int], None]
+) -> None:
+    """Finish all answers, as many at a time as there are slots."""
+    waiting = sorted(answers, key=lambda answer: (len(answer.prompt), answer.prompt))
+    active: list[_Answer] = []
+    while waiting or active:
+        free = slots.count - len(active)
+        if waiting and (not active or free * 4 >= slots.count):
+            new = [waiting.pop() for _ in range(min(free, len(waiting)))]
+            logits = slots.admit([(*answer.prompt, *answer.said) for answer in new])
+            active += new
+        else:
+            new = active
+            logits = slots.step([answer.said[-1] for answer in active])
+        for answer, token in zip(new, rules.choose(logits, new), strict=True):
+            rules.take(answer, token)
+        over = [place for place, answer in enumerate(active) if answer.over]
+        for place in reversed(over):  # the last one moves into the slot that is free
+            slots.leave(place)
+            active[place] = active[-1]
+            active.pop()
+        if over:
+            report(len(over))
+
+
+def _answer_in_batches(
+    model: PreTrainedModel,
+    answers: Sequence[_Answer],
+    rules: _Rules,
+    pad_id: int,
+    batch_rows: int,
+    report: Callable[[int], None],
+) -> None:
+    """Finish all answers with `model.generate`, in batches of like length."""
+    lengths = [len(answer.prompt) + len(answer.said) for answer in answers]
+    limit = position_limit(model.config)
+    for places in budget_batches(lengths, max_tokens=batch_rows * max(lengths), max_rows=batch_rows):
+        members = [answers[place] for place in places]
+        while members:  # once, unless padding took positions that a shorter prompt still needs
+            ids, mask = pad_left([(*answer.prompt, *answer.said) for answer in members], pad_id=pad_id)
+            room = max(answer.room - len(answer.said) for answer in members)
+            room = room if limit is None else min(room, limit + 1 - ids.shape[1])
+            with _plainly_greedy(model, room, pad_id):
+                model.generate(  # type: ignore[operator]
+                    input_ids=torch.from_numpy(ids).to(model.device),
+                    attention_mask=torch.from_numpy(mask).to(model.device),
+                    logits_processor=LogitsProcessorList([_Chooser(members, rules)]),
+                    stopping_criteria=StoppingCriteriaList([_AllOver(members)]),
+                )
+            members = [answer for answer in members if not answer.over]
+        report(len(places))
+
+
+class _Chooser(LogitsProcessor):
+    """Chooses the next tokens and leaves transformers no choice but to take them."""
+
+    def __init__(self, answers: Sequence[_Answer], rules: _Rules):
+        self.answers, self.rules = answers, rules
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
+        chosen = self.rules.choose(scores, self.answers)
+        for answer, token in zip(self.answers, chosen, strict=True):
+            if not answer.over:
+                self.rules.take(answer, token)
+        forced = torch.full_like(scores, -torch.inf)
+        return forced.scatter(-1, torch.tensor(chosen, device=scores.device)[:, None], 0.0)
+
+
+class _AllOver(StoppingCriteria):
+    """Ends a batch when all its answers are over."""
+
+    def __init__(self, answers: Sequence[_Answer]):
+        self.answers = answers
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:  # noqa: ARG002
+        return torch.tensor([answer.over for answer in self.answers], device=input_ids.device)
 
 
 @contextmanager
-def _plainly_greedy(
-    model: PreTrainedModel, max_new_tokens: int, pad_id: int, stop_ids: Sequence[int]
-) -> Iterator[None]:
+def _plainly_greedy(model: PreTrainedModel, max_new_tokens: int, pad_id: int) -> Iterator[None]:
     """Put the model's own generation config aside: its beams and penalties would enter any other."""
     own = model.generation_config
     model.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         pad_token_id=pad_id,
-        eos_token_id=list(stop_ids),
+        eos_token_id=None,
         bos_token_id=None,
     )
     try:
@@ -64,10 +266,3 @@ def _plainly_greedy(
             yield
     finally:
         model.generation_config = own
-
-
-def _until_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:
-    for place, token in enumerate(tokens):
-        if token in stop_ids:
-            return tokens[:place]
-    return tokens

@@ -1,25 +1,52 @@
 """Log-probabilities of given answers: one forward pass serves training and every likelihood metric.
 
-Logits at position t − 1 score the token at t. Only the stretch of a batch that holds answers goes
-through the output head, and full-vocabulary log-probabilities are never kept.
+Logits at position t − 1 score the token at t. For evaluation the model is run up to its hidden states,
+and the output head only where something is scored, a chunk of positions at a time: full-vocabulary
+logits take at most 2 × `LOGIT_BYTES` (or two positions' worth, if that is more) whatever the size of the
+vocabulary, and full-vocabulary log-probabilities are never kept. Rows with a prompt in common are read
+as one `Tree`, where the architecture allows.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from palinode.data.batches import IGNORED, Batch, budget_batches, pad_right
+from palinode.data.batches import IGNORED, Batch, IntArray, budget_batches
 from palinode.data.tokenize import TokenRow
 from palinode.errors import CheckpointError
 from palinode.models.loading import check_positions
+from palinode.models.shared_prefix import Tree, grow_trees
 
-LOGIT_BYTES = 256 * 2**20
-"""Upper bound for the logits of one evaluation batch, in bytes at float32."""
+LOGIT_BYTES = 64 * 2**20
+"""Bytes of the full-vocabulary logits of one chunk, at float32; a copy of the same size is made of them."""
+
+BATCH_TOKENS = 4096
+"""Tokens of one evaluation batch, padding included; bounds its hidden states."""
+
+TOLERANCE = 1e-4
+"""How far two ways of computing a log-probability may differ before the fast one is left alone."""
+
+_SMALLEST_VARIANCE = 1e-6  # spec: metrics.md §9
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """What a model makes of the scored tokens of one row, in their order."""
+
+    logprobs: tuple[float, ...]
+    """Natural-log probability of each, given everything before it."""
+    hits: tuple[bool, ...]
+    """Whether it was the most likely token there."""
+    standardised: tuple[float, ...] = ()
+    """(log p − μ)/σ, with μ and σ² the mean and variance of log p over the vocabulary there."""
 
 
 def answer_logits(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,28 +80,187 @@ def score_rows(
     rows: Sequence[TokenRow],
     *,
     pad_id: int,
+    standardise: bool = False,
     on_progress: Callable[[int], None] | None = None,
-) -> list[tuple[list[float], list[bool]]]:
-    """Return, for each row, the log-probabilities of its scored tokens and whether each was the top one.
+) -> list[TokenScores]:
+    """Return what the model makes of the scored tokens of each row, in the order of `rows`.
 
-    The order is that of `rows`; batches are formed by length. `on_progress` hears rows done. Raises
-    CheckpointError when a log-probability is not a finite number.
+    Rows with a prompt in common share it; batches are formed by length. `on_progress` hears rows done.
+    Raises CheckpointError when a log-probability is not a finite number.
     """
     check_positions(model.config, rows)
-    results: list[tuple[list[float], list[bool]]] = [([], [])] * len(rows)
-    budget = max(1, LOGIT_BYTES // (4 * model.config.get_text_config().vocab_size))
-    for members in budget_batches([len(row.ids) for row in rows], max_tokens=budget, max_rows=256):
-        logits, labels, owners = answer_logits(model, pad_right([rows[i] for i in members], pad_id=pad_id))
-        nll = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
-        if not torch.isfinite(nll).all():
+    if not rows:
+        return []
+    scorer = _Scorer(model, pad_id, standardise, has_plain_head(model, rows[0].ids[:16]))
+    trees = grow_trees(rows)
+    branched = [tree for tree in trees if tree.branched]
+    if branched and not scorer.honours(max(branched, key=lambda tree: int(tree.positions.max())), rows):
+        trees = grow_trees(rows, share=False)
+    results = [TokenScores((), ())] * len(rows)
+    for members in budget_batches(
+        [len(tree.ids) for tree in trees], max_tokens=scorer.batch_tokens, max_rows=256
+    ):
+        batch = [trees[place] for place in members]
+        for place, scores in scorer.score(batch, rows).items():
+            results[place] = scores
+        if on_progress:
+            on_progress(sum(len(tree.rows) for tree in batch))
+    return results
+
+
+def has_plain_head(model: PreTrainedModel, ids: Sequence[int]) -> bool:
+    """Return whether logits are the output head applied to the base model's last hidden states.
+
+    Some architectures scale or cap their logits, or need more than ids; it is tried on the ids given.
+    """
+    head, base = model.get_output_embeddings(), model.base_model
+    if head is None or base is model:
+        return False
+    inputs = {"input_ids": torch.tensor([list(ids)], device=model.device), "use_cache": False}
+    logits = model(**inputs).logits
+    try:
+        found = head(base(**inputs).last_hidden_state)
+    except Exception:  # base models are of many kinds; the whole model serves as well
+        return False
+    return found.shape == logits.shape and bool((found - logits).abs().max() <= TOLERANCE)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scorer:
+    """A model with the way its logits are had."""
+
+    model: PreTrainedModel
+    pad_id: int
+    standardise: bool
+    plain_head: bool
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.model.config.get_text_config().vocab_size)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a batch; where the model makes logits of all of them, as many as `LOGIT_BYTES` holds."""
+        return BATCH_TOKENS if self.plain_head else self.chunk
+
+    @property
+    def chunk(self) -> int:
+        return max(1, LOGIT_BYTES // (4 * self.vocabulary))
+
+    def honours(self, tree: Tree, rows: Sequence[TokenRow]) -> bool:
+        """Return whether two rows of a branched tree, one its longest, score in one as by themselves."""
+        if "position_ids" not in inspect.signature(self.model.forward).parameters:
+            return False
+        longest, *others = sorted((rows[place] for place in tree.rows), key=lambda row: -len(row.ids))
+        pairs = ([longest, other] for other in others)
+        members = next(pair for pair in pairs if grow_trees(pair)[0].branched)
+        try:
+            (shared,) = grow_trees(members)
+            found = self.score([shared], members)
+        except CheckpointError:
+            raise
+        except Exception:  # an architecture that knows no such masks says so in its own way
+            return False
+        plain = self.score(grow_trees(members, share=False), members)
+        return all(
+            np.allclose(found[place].logprobs, plain[place].logprobs, rtol=0, atol=TOLERANCE)
+            for place in found
+        )
+
+    def score(self, batch: Sequence[Tree], rows: Sequence[TokenRow]) -> dict[int, TokenScores]:
+        """Return the scores of every row in a batch of trees, by the row's place in `rows`."""
+        outputs = self._outputs(batch)  # [B · T, H] hidden states, or [B · T, V] logits
+        width = max(len(tree.ids) for tree in batch)
+        members = [(place, begin * width + path) for begin, tree in enumerate(batch)
+                   for place, path in zip(tree.rows, tree.paths, strict=True)]  # fmt: skip
+        reads = np.concatenate([path[rows[place].start - 1 :] for place, path in members])
+        targets = np.concatenate([rows[place].ids[rows[place].start :] for place, _ in members])
+        logprobs, hits, standardised = self._measure(outputs, reads, targets)
+        if not np.isfinite(logprobs).all():
             raise CheckpointError(
                 "the model's likelihoods are not finite numbers (NaN or infinity); are its weights damaged, "
                 "or is a scale far too large?"
             )
-        hits = logits.argmax(dim=-1) == labels
-        for place, index in enumerate(members):
-            own = owners == place
-            results[index] = ((-nll[own]).tolist(), hits[own].tolist())
-        if on_progress:
-            on_progress(len(members))
-    return results
+        ends = np.cumsum([rows[place].scored for place, _ in members])[:-1]
+        parts = zip(*(np.split(part, ends) for part in (logprobs, hits, standardised)), strict=True)
+        return {
+            place: TokenScores(*(tuple(part.tolist()) for part in three))
+            if self.standardise
+            else TokenScores(tuple(three[0].tolist()), tuple(three[1].tolist()))
+            for (place, _), three in zip(members, parts, strict=True)
+        }
+
+    def _outputs(self, batch: Sequence[Tree]) -> Tensor:
+        """Return what the model, or the model without its head, gives at each token: [B · T, …]."""
+        model: Any = self.model.base_model if self.plain_head else self.model
+        output = model(**self._inputs(batch), use_cache=False)
+        found: Tensor = output.last_hidden_state if self.plain_head else output.logits
+        return found.flatten(0, 1)
+
+    def _inputs(self, batch: Sequence[Tree]) -> dict[str, Tensor]:
+        """Return trees as model inputs: plain rows with a plain mask, others with one of their own."""
+        shape = (len(batch), max(len(tree.ids) for tree in batch))
+        ids, lengths = np.full(shape, self.pad_id, np.int64), np.array([len(tree.ids) for tree in batch])
+        for place, tree in enumerate(batch):
+            ids[place, : len(tree.ids)] = tree.ids
+        inputs: dict[str, Any] = {"input_ids": ids}
+        if not any(tree.branched for tree in batch):
+            inputs["attention_mask"] = (np.arange(shape[1]) < lengths[:, None]).astype(np.int64)
+        else:
+            seen = np.zeros((shape[0], 1, shape[1], shape[1]), np.bool_)
+            positions = np.zeros(shape, np.int64)
+            for place, tree in enumerate(batch):
+                seen[place, 0, : lengths[place], : lengths[place]] = tree.visible()
+                seen[place, 0, lengths[place] :, 0] = True  # a row of nothing but −∞ would be NaN
+                positions[place, : lengths[place]] = tree.positions
+            least = torch.finfo(self.model.dtype).min
+            inputs["attention_mask"] = torch.from_numpy(np.where(seen, 0.0, least)).to(self.model.dtype)
+            inputs["position_ids"] = positions
+        return {name: torch.as_tensor(part).to(self.model.device) for name, part in inputs.items()}
+
+    def _measure(self, outputs: Tensor, reads: IntArray, targets: IntArray) -> tuple[Any, Any, Any]:
+        """Return (logprobs_N, hits_N, standardised_N) of N targets, each read at one of the outputs."""
+        places, owners = np.unique(reads, return_inverse=True)  # answers that begin alike read at one place
+        order = np.argsort(owners, kind="stable")
+        found = [np.zeros(len(reads), kind) for kind in (np.float64, np.bool_, np.float64)]
+        for begin in range(0, len(places), self.chunk):
+            chunk = torch.from_numpy(places[begin : begin + self.chunk]).to(outputs.device)
+            first, last = np.searchsorted(owners[order], [begin, begin + self.chunk])
+            own = order[first:last]
+            logits = outputs[chunk]
+            if self.plain_head:
+                logits = self.model.get_output_embeddings()(logits)
+            at, wanted = (
+                torch.from_numpy(part).to(outputs.device) for part in (owners[own] - begin, targets[own])
+            )
+            for total, part in zip(
+                found, token_scores(logits.float(), at, wanted, self.standardise), strict=True
+            ):
+                total[own] = part.cpu().numpy()
+        return found[0], found[1], found[2]
+
+
+def token_scores(
+    logits: Tensor, at: Tensor, targets: Tensor, standardise: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probability, hit and standardised log-probability of N targets, read at rows `at` of logits.
+
+    Standardised is (log p − μ)/√max(σ², 1e−6) with μ = E_v[log p] and σ² = Var_v[log p] under p (spec:
+    metrics.md §9); zeros where it is not asked for. The logits are used up: they hold other numbers after.
+    """
+    top, best = logits.max(dim=-1, keepdim=True)
+    shifted = logits.sub_(top)
+    weights = shifted.exp()
+    totals = weights.sum(dim=-1)
+    own = shifted[at, targets]
+    logprobs = own - totals.log()[at]
+    hits = best[at, 0] == targets
+    if not standardise:
+        return logprobs, hits, torch.zeros_like(logprobs)
+    # Moments of the shifted logits: log p differs from them by a constant. Near the clamp they are near 0,
+    # so that nothing is lost to cancellation.
+    shifted.clamp_(min=-1e4)
+    mean = weights.mul_(shifted).sum(dim=-1) / totals
+    variance = weights.mul_(shifted).sum(dim=-1) / totals - mean**2
+    spread = variance.clamp(min=_SMALLEST_VARIANCE).sqrt()
+    return logprobs, hits, (own - mean[at]) / spread[at]

@@ -71,10 +71,10 @@ def run_demo(
 ) -> DemoResult:
     """Run the demo on any world; `training` goes to `build_demo` (stages, width, layers)."""
     listener = listener or Silence()
-    _claim(folder, seed)
+    claim(folder, seed)
     started = time.monotonic()
     command = f"palinode demo --seed {seed}"
-    with _one_thread():
+    with one_thread():
         with Workspace(folder / "workspace").locked():
             models = build_demo(world, folder / "world", seed=seed, listener=listener, **training)
         recipe = _recipe(models, folder, settings, seed)
@@ -87,7 +87,7 @@ def run_demo(
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Keep torch on one thread: so small a model gains little from two, and loses much on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -97,9 +97,9 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _claim(folder: Path, seed: int) -> None:
-    """Make the folder this demo's own, or see that it already is."""
-    mark = folder / "demo.json"
+def claim(folder: Path, seed: int, *, name: str = "demo.json") -> None:
+    """Make the folder a demo's own by a mark of that name, or see that it already is."""
+    mark = folder / name
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; name another --output for the demo")
     if mark.exists():

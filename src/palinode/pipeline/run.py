@@ -70,11 +70,18 @@ def plan(recipe: Recipe) -> Plan:
     return make_plan(inputs)
 
 
-def unlearn(recipe: Recipe, *, command: str | None = None, listener: Listener | None = None) -> Unlearned:
+def unlearn(
+    recipe: Recipe,
+    *,
+    command: str | None = None,
+    listener: Listener | None = None,
+    located: Mapping[str, Any] | None = None,
+) -> Unlearned:
     """Run a recipe from two model folders and a forget set to an unlearned model with its record.
 
     The same call after an interruption goes on where it was. `command` is what the record names as
-    the way to repeat the run. Raises an InputError for anything the user can mend.
+    the way to repeat the run; `located` is how the base was found in a ladder, if it was. Raises an
+    InputError for anything the user can mend.
     """
     listener = listener or Silence()
     inputs = open_inputs(recipe)
@@ -88,7 +95,7 @@ def unlearn(recipe: Recipe, *, command: str | None = None, listener: Listener | 
     for line in describe(costs):
         listener.say(line)
     with workspace.locked():
-        return _Run(inputs, workspace, listener).run(command)
+        return _Run(inputs, workspace, listener).run(command, located)
 
 
 def run_key(inputs: Inputs) -> str:
@@ -167,7 +174,7 @@ class _Run:
         self.style = inputs.recipe.prompts.style()
         self.device = pick_device(inputs.recipe.device)
 
-    def run(self, command: str | None) -> Unlearned:
+    def run(self, command: str | None, located: Mapping[str, Any] | None = None) -> Unlearned:
         """Go through all steps and publish the result."""
         started = datetime.now(UTC)
         target, retrained = self._given_or_prepared()
@@ -190,6 +197,11 @@ class _Run:
             run=run_key(self.inputs),
             device=str(self.device),
         )
+        if located is not None:
+            record["located"] = dict(located)
+            record["notes"].append(
+                f"The base was chosen from a ladder: step {located['step']:,}, {located['reason']}."
+            )
         output = self._publish(model, record)
         return Unlearned(output, record, outcomes, finished_before=False)
 

@@ -127,7 +127,8 @@ class _Probes:
     def _mean_probability(self, model: PreTrainedModel, rows: Sequence[TokenRow]) -> float:
         """Return the mean over rows of exp(mean log-probability of the answer's tokens)."""
         scored = score_rows(model, rows, pad_id=self.pad_id)
-        return math.fsum(math.exp(math.fsum(values) / len(values)) for values, _ in scored) / len(scored)
+        means = (math.fsum(row.logprobs) / len(row.logprobs) for row in scored)
+        return math.fsum(map(math.exp, means)) / len(scored)
 
     def _tokenize(self, examples: Sequence[Example]) -> list[TokenRow]:
         recipe = self.inputs.recipe

@@ -1,0 +1,29 @@
+"""Adversarial checks of a model that should have forgotten something (spec: metrics.md §9, §12).
+
+Each attack is one file and measures one model with a stated budget; `comparison` sets two models side by
+side, row by row; `policy` says what may be found; `findings` says what was.
+"""
+
+from palinode.audit.attack import Attack, Measurement, Test
+from palinode.audit.attacks import ATTACKS
+from palinode.audit.budget import BUDGETS, Budget
+from palinode.audit.comparison import Finding
+from palinode.audit.findings import Answer
+from palinode.audit.material import Material, read_material
+from palinode.audit.policy import Policy, build_policy, load_policy
+
+__all__ = [
+    "ATTACKS",
+    "BUDGETS",
+    "Answer",
+    "Attack",
+    "Budget",
+    "Finding",
+    "Material",
+    "Measurement",
+    "Policy",
+    "Test",
+    "build_policy",
+    "load_policy",
+    "read_material",
+]

@@ -1,0 +1,197 @@
+"""The rows of an audit: what is to be forgotten, and the sets that some attacks need besides.
+
+Columns are TOFU's (spec: data.md §1): paraphrased_question, paraphrased_answer, perturbed_answer. What is
+not there leaves the attacks that need it "not tested"; nothing is made up in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from palinode.data.examples import SHAPES, Example, fingerprint_examples, read_examples, sample_examples
+from palinode.data.sources import Row, json_type, read_rows
+from palinode.errors import DataError
+
+PARAPHRASED_QUESTION, PARAPHRASED_ANSWER = "paraphrased_question", "paraphrased_answer"
+PERTURBED_ANSWER = "perturbed_answer"
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """The rows that attacks are made of, each set cut to the budget."""
+
+    forget: Sequence[Example]
+    learned: Sequence[Example]
+    """The part of the forget set that relearning is given."""
+    held_out: Sequence[Example]
+    """The rest of it, on which relearning is measured."""
+    retain: Sequence[Example] = ()
+    holdout: Sequence[Example] = ()
+    """Rows like the forget set that no model has seen."""
+    paraphrased: Sequence[Example] = ()
+    """Forget rows under another question, with the row numbers of the forget set."""
+    lookalikes: Sequence[Example] = ()
+    """Rows in the manner of the forget set, without the facts that are measured."""
+    lookalikes_column: str | None = None
+    """The column of the `learned` rows that they were made of; None where they are from a file."""
+
+    def sets(self) -> dict[str, Sequence[Example]]:
+        """Return the sets by name, the empty ones left out."""
+        named = {
+            "forget": self.forget,
+            "retain": self.retain,
+            "holdout": self.holdout,
+            "paraphrased": self.paraphrased,
+            "lookalikes": self.lookalikes,
+        }
+        return {name: examples for name, examples in named.items() if examples}
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return a hash of each set, exact texts and order; and of how the forget set was divided."""
+        parts = {**self.sets(), "learned": self.learned, "held_out": self.held_out}
+        return {name: fingerprint_examples(examples) for name, examples in parts.items()}
+
+
+def read_material(
+    forget: str | Path,
+    *,
+    retain: str | Path | None = None,
+    holdout: str | Path | None = None,
+    paraphrases: str | None = None,
+    lookalikes: str | Path | None = None,
+    columns: Mapping[str, str] | None = None,
+    max_rows: int = 200,
+    seed: int = 0,
+) -> Material:
+    """Return the rows of an audit, read from files or hub data sets.
+
+    `paraphrases` is a column of the forget rows (default: paraphrased_question, where there is one), or a
+    file with one row for each forget row. `lookalikes` is a file; without it, wrong answers
+    (perturbed_answer) or else reworded ones (paraphrased_answer) of the rows that relearning is given.
+    Raises DataError, also where fewer than two forget rows are there.
+    """
+    every = read_examples(forget, columns=columns)
+    if len(every) < 2:
+        raise DataError(
+            f"{forget} has one row; an audit needs two at least, to relearn one and ask the other"
+        )
+    rows = _raw_rows(forget, columns)
+    chosen = _drawn(every, max_rows, seed)
+    learned, held_out = divide(chosen, seed=seed)
+    alike, column = _lookalikes(lookalikes, rows, learned, columns, max_rows, seed)
+    return Material(
+        forget=chosen,
+        learned=learned,
+        held_out=held_out,
+        retain=_optional(retain, columns, max_rows, seed),
+        holdout=_optional(holdout, columns, max_rows, seed),
+        paraphrased=_paraphrased(paraphrases, rows, every, chosen, columns),
+        lookalikes=alike,
+        lookalikes_column=column,
+    )
+
+
+def divide(examples: Sequence[Example], *, seed: int) -> tuple[list[Example], list[Example]]:
+    """Return half of the rows, drawn at random, and the other half; answers of one row stay together."""
+    rows = sorted({example.row for example in examples})
+    drawn = np.random.default_rng([seed, 1]).permutation(len(rows))[: len(rows) // 2]
+    half = {rows[place] for place in drawn.tolist()}
+    first = [example for example in examples if example.row in half]
+    second = [example for example in examples if example.row not in half]
+    if not first:  # one row of several answers
+        middle = len(second) // 2
+        first, second = second[:middle], second[middle:]
+    return first, second
+
+
+def _drawn(examples: Sequence[Example], most: int, seed: int) -> list[Example]:
+    return sample_examples(examples, min(most, len(examples)), seed=seed)
+
+
+def _optional(
+    location: str | Path | None, columns: Mapping[str, str] | None, most: int, seed: int
+) -> Sequence[Example]:
+    return () if location is None else _drawn(_read(location, columns), most, seed)
+
+
+def _read(location: str | Path, columns: Mapping[str, str] | None) -> list[Example]:
+    """Return the examples of a second file, under the forget file's column names or the usual ones."""
+    if not columns:
+        return read_examples(location)
+    try:
+        return read_examples(location, columns=columns)
+    except DataError:
+        return read_examples(location)
+
+
+def _raw_rows(location: str | Path, columns: Mapping[str, str] | None) -> list[Row]:
+    headers = [*SHAPES.values(), *([tuple(columns.values())] if columns else [])]
+    return read_rows(location, headers=headers)
+
+
+def _paraphrased(
+    source: str | None,
+    rows: Sequence[Row],
+    every: Sequence[Example],
+    chosen: Sequence[Example],
+    columns: Mapping[str, str] | None,
+) -> Sequence[Example]:
+    """Return the chosen forget rows under other questions; none where the rows have none."""
+    if source is None or any(source in row for row in rows):
+        column = source or PARAPHRASED_QUESTION
+        return [
+            _asked_as(example, str(text))
+            for example in chosen
+            if isinstance(text := rows[example.row].get(column), str) and text.strip() and example.turns
+        ]
+    others = _read(source, columns)
+    if len(others) != len(every):
+        raise DataError(
+            f"{source} has {len(others)} rows and the forget set {len(every)}; paraphrases need one row for "
+            "each forget row, in the same order, or the name of a column of the forget rows"
+        )
+    places = {id(example): place for place, example in enumerate(every)}
+    return [replace(others[places[id(example)]], row=example.row) for example in chosen]
+
+
+def _asked_as(example: Example, question: str) -> Example:
+    *before, last = example.turns
+    return replace(example, turns=(*before, replace(last, content=question)))
+
+
+def _lookalikes(
+    location: str | Path | None,
+    rows: Sequence[Row],
+    learned: Sequence[Example],
+    columns: Mapping[str, str] | None,
+    most: int,
+    seed: int,
+) -> tuple[Sequence[Example], str | None]:
+    """Return rows in the manner of the forget set, and the column they were made of, if any."""
+    if location is not None:
+        return _optional(location, columns, most, seed), None
+    for column in (PERTURBED_ANSWER, PARAPHRASED_ANSWER):
+        made = [
+            replace(example, answer=text)
+            for example in learned
+            for text in _texts(rows[example.row].get(column), column, example)[:1]
+        ]
+        if made:
+            return made, column
+    return (), None
+
+
+def _texts(value: Any, column: str, example: Example) -> list[str]:
+    """Return the texts of a cell that may hold one or several."""
+    if value is None:
+        return []
+    texts = value if isinstance(value, list) else [value]
+    wrong = next((text for text in texts if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise DataError(f"{example.place}: {column!r} holds {json_type(wrong)}; it must be texts")
+    return [text for text in texts if text.strip()]

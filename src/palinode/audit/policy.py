@@ -1,0 +1,170 @@
+"""A policy: how far from the yardstick a model may lie, and what the audit may spend. Strict TOML.
+
+unclear = "fail"                    # a test that could not tell fails the audit too
+require = ["membership"]            # attacks that must have been run
+
+[budget]
+preset = "quick"
+samples = 16
+
+[margins.questions.probability]
+more = 0.05
+less = false                        # that side is not judged
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from palinode.audit.attacks import ATTACKS, tests_by_key
+from palinode.audit.budget import BUDGETS, Budget
+from palinode.errors import RecipeError
+
+Margin = Annotated[float, Field(ge=0)] | bool
+"""How far a figure may lie from the yardstick's on one side; false: that side is not judged."""
+
+
+class Margins(BaseModel):
+    """The margins of one test."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    more: Margin
+    less: Margin
+
+    @field_validator("more", "less")
+    @classmethod
+    def _is_a_distance(cls, margin: Margin) -> Margin:
+        if margin is True:
+            raise ValueError("give a distance of 0 or more, or false for a side that is not judged")
+        return margin
+
+    @property
+    def above(self) -> float | None:
+        """The margin above the yardstick, None where that side is not judged."""
+        return None if self.more is False else self.more
+
+    @property
+    def below(self) -> float | None:
+        """The margin below the yardstick, None where that side is not judged."""
+        return None if self.less is False else self.less
+
+
+class Policy(BaseModel):
+    """When an audit passes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    unclear: Literal["pass", "fail"] = "pass"
+    """What a test that could not tell does to the audit."""
+    require: list[str] = []
+    """Attacks that must have been run; any other may be missing, and is named."""
+    min_rows: int = Field(default=10, ge=2)
+    """Rows with a value below which a test is unclear in any case."""
+    preset: Literal["quick", "standard", "full"] = "standard"
+    """The preset that the budget was made from."""
+    budget: Budget = Budget()
+    margins: dict[str, Margins] = {}
+    """Margins of every test, by `attack.test`."""
+
+
+def load_policy(path: Path | None, *, preset: str | None = None) -> Policy:
+    """Return the policy of a TOML file, or the built-in one; `preset` is laid under the file's budget.
+
+    Raises RecipeError naming the key, and the nearest one that exists.
+    """
+    if path is None:
+        return build_policy({}, preset=preset)
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"there is no policy {path}") from None
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path} is not a TOML policy ({error})") from None
+    return build_policy(content, preset=preset)
+
+
+def build_policy(content: Mapping[str, Any], *, preset: str | None = None) -> Policy:
+    """Check plain nested values and return the policy they describe; raises RecipeError."""
+    _check_keys(content)
+    own = dict(content.get("budget", {}))
+    named = own.pop("preset", None)
+    chosen = preset or named or "standard"
+    if chosen not in BUDGETS:
+        raise RecipeError(f"there is no budget {chosen!r}; choose one of {', '.join(BUDGETS)}")
+    try:
+        return Policy.model_validate(
+            {
+                **{name: content[name] for name in ("unclear", "require", "min_rows") if name in content},
+                "preset": chosen,
+                "budget": BUDGETS[chosen].model_dump() | own,
+                "margins": _margins(content.get("margins", {})),
+            }
+        )
+    except ValidationError as error:
+        raise RecipeError(_explain(error)) from None
+
+
+def known_keys() -> list[str]:
+    """Return every key a policy may have, dotted."""
+    return [
+        "unclear",
+        "require",
+        "min_rows",
+        "budget",
+        "budget.preset",
+        *(f"budget.{name}" for name in Budget.model_fields),
+        "margins",
+        *(f"margins.{name}" for name in ATTACKS),
+        *(f"margins.{key}{side}" for key in tests_by_key() for side in ("", ".more", ".less")),
+    ]
+
+
+def _margins(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the margins of every test: its own, with what was given laid over them."""
+    margins = {}
+    for key, (attack, test) in tests_by_key().items():
+        own = {"more": test.more, "less": test.less}
+        usual = {side: False if margin is None else margin for side, margin in own.items()}
+        margins[key] = usual | given.get(attack.name, {}).get(test.name, {})
+    return margins
+
+
+def _check_keys(content: Mapping[str, Any]) -> None:
+    """Refuse a key that no policy has, a value where a section belongs, and an attack that does not exist."""
+    known = known_keys()
+    sections = {key for key in known if any(other.startswith(f"{key}.") for other in known)}
+    for key, value in _flat(content):
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            raise RecipeError(f"the policy has an unknown key {key!r}; did you mean {near[0]!r}?")
+        if key in sections and not isinstance(value, Mapping):
+            raise RecipeError(f"{key} is {value!r} in the policy; it must be a section, [{key}]")
+    required = content.get("require", [])
+    for name in required if isinstance(required, list) else []:
+        if name not in ATTACKS:
+            raise RecipeError(f"require names {name!r}; the attacks are {', '.join(ATTACKS)}")
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return every key with its value, dotted, a section before what it holds."""
+    pairs = []
+    for name, value in content.items():
+        pairs.append((prefix + name, value))
+        if isinstance(value, Mapping):
+            pairs += _flat(value, f"{prefix}{name}.")
+    return pairs
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"] if part not in ("constrained-float", "bool"))
+    reason = first["msg"].removeprefix("Value error, ")
+    got = "" if isinstance(first["input"], Mapping) else f" ({first['input']!r} was given)"
+    return f"{key or 'the policy'} cannot be used: {reason}{got}"

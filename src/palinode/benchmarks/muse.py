@@ -1,0 +1,262 @@
+"""MUSE: forgetting news articles or books, judged from six sides (spec: data.md §3, metrics.md §10).
+
+    VerbMem      the model continues a text of the forget set; ROUGE-L F against how it goes on
+    KnowMem      ten-shot questions about the forget set (f) and about what stays (r); ROUGE-L F
+    PrivLeak     Min-K AUC of forget against holdout texts, related to the retrained model's
+    scalability      forget sets of growing size, each unlearned from the target
+    sustainability   folds unlearned one after another, each from the model that the one before left
+
+The last two are ways to unlearn, not questions: `scalability` and `sustainability` run them with any
+method, and the questions above measure each of the models that come out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+from palinode.data.examples import Example, Message
+from palinode.data.questions import Question
+from palinode.data.sources import Row
+from palinode.evaluation.asking import Asking
+from palinode.evaluation.benchmark import (
+    GENERATION,
+    Benchmark,
+    Cell,
+    Loaded,
+    Material,
+    Measured,
+    Option,
+    Places,
+    QuestionSet,
+    Table,
+    TableRows,
+    need_table,
+    not_there,
+    read_table,
+)
+from palinode.evaluation.cells import MEMORIZATION, attack_cells, metric_cells, min_k_auc
+from palinode.metrics.aggregate import mean_score
+from palinode.metrics.membership import MUSE_RETRAINED, privleak
+from palinode.metrics.overlap import rouge_values
+from palinode.metrics.table import METRICS
+from palinode.records import Score
+
+Model = TypeVar("Model")
+Kind = Literal["scal", "sust"]
+
+SPLITS = {"news": "BBC articles", "books": "the Harry Potter series"}
+HUBS = {"news": "muse-bench/MUSE-News", "books": "muse-bench/MUSE-Books"}
+
+TEXT: dict[str, int | None] = {"text": None}
+QA: dict[str, int | None] = {"question": None, "answer": None}
+
+RAW = {"news": {"forget": 889, "retain1": 1777}, "books": {"forget": 4, "retain1": 12}}
+"""Rows of the raw texts that are unlearned and that hold up the rest, by corpus."""
+
+FOLDS: dict[Kind, tuple[int, ...]] = {"scal": (889, 1778, 2667, 3554), "sust": (889, 889, 889, 887)}
+"""Documents of forget_1 to forget_4: cumulative, and one fold after another. News only."""
+
+STOPS = ("\n\n", "\nQuestion", "Question:")
+DOCUMENT_LENGTH = 2048
+
+OPTIONS = (
+    Option(
+        "stemmer",
+        "whether ROUGE compares stems: off as in MUSE, on as in open-unlearning",
+        "off",
+        ("off", "on"),
+    ),
+)
+
+
+def load(places: Places, split: str, options: Mapping[str, str]) -> Loaded:  # noqa: ARG001
+    """Return the question sets of a corpus; those whose files are not there are told missing."""
+    location = _location(places, split)
+    tables = {
+        "verbmem": (Table("verbmem", 100, {"prompt": None, "gt": None}, "forget"),),
+        "knowmem_f": (_qa("forget_qa", 100), _qa("forget_qa_icl", 10)),
+        "knowmem_r": (_qa("retain_qa", 100), _qa("retain_qa_icl", 10)),
+        "privleak_forget": (Table("privleak", 100, TEXT, "forget"),),
+        "privleak_holdout": (Table("privleak", 100, TEXT, "holdout"),),
+    }
+    sets, missing, facts = [], {}, []
+    for name, needed in tables.items():
+        found = [read_table(table, location) for table in needed]
+        lacking = [table for table, rows in zip(needed, found, strict=True) if rows is None]
+        if lacking:
+            missing[name] = not_there(lacking[0], location)
+            continue
+        present = [rows for rows in found if rows is not None]
+        sets.append(_BUILDERS[name](name, present))
+        facts += [rows.facts for rows in present]
+    if not sets:
+        need_table(tables["verbmem"][0], location)  # says what is looked for
+    return Loaded(tuple(sets), missing, tuple(facts))
+
+
+def material(places: Places, split: str) -> Material:
+    """Return the raw texts to be unlearned, and `retain1`, which holds up the rest during unlearning."""
+    location = _location(places, split)
+    forget, retain = (
+        need_table(Table("raw", rows, TEXT, name), location) for name, rows in RAW[split].items()
+    )
+    return Material(
+        forget=tuple(_documents(forget)),
+        retain=tuple(_documents(retain)),
+        tables=(forget.facts, retain.facts),
+    )
+
+
+# Folds
+
+
+@dataclass(frozen=True, slots=True)
+class Step(Generic[Model]):
+    """One unlearning run of a series: which model it starts from, and what is to be forgotten."""
+
+    number: int
+    """Counted from 1."""
+    start: Model
+    rows: tuple[Example, ...]
+
+
+def folds(location: str, kind: Kind) -> list[tuple[Example, ...]]:
+    """Return the four forget sets of the News corpus: "scal" are cumulative, "sust" come one by one."""
+    return [
+        tuple(_documents(need_table(Table(kind, rows, TEXT, f"forget_{number}"), location)))
+        for number, rows in enumerate(FOLDS[kind], start=1)
+    ]
+
+
+def scalability(
+    target: Model, forget_sets: Sequence[Sequence[Example]], unlearn: Callable[[Step[Model]], Model]
+) -> list[Model]:
+    """Return what `unlearn` makes of the target for each forget set, each time from the target itself."""
+    return [unlearn(Step(number, target, tuple(rows))) for number, rows in enumerate(forget_sets, start=1)]
+
+
+def sustainability(
+    target: Model, forget_sets: Sequence[Sequence[Example]], unlearn: Callable[[Step[Model]], Model]
+) -> list[Model]:
+    """Return the models after each fold, where every fold starts from the model that the one before left."""
+    models: list[Model] = []
+    for number, rows in enumerate(forget_sets, start=1):
+        start = models[-1] if models else target
+        models.append(unlearn(Step(number, start, tuple(rows))))
+    return models
+
+
+# Questions
+
+
+def ten_shot(question: str, examples: Sequence[Row]) -> str:
+    """Return the prompt of KnowMem: examples with their answers, then the question with an open answer."""
+    shots = [f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in examples]
+    return "".join([*shots, f"Question: {question}\nAnswer: "])
+
+
+def _location(places: Places, split: str) -> str:
+    """Return the folder or hub data set of a corpus: the hub keeps one data set for each."""
+    return HUBS[split] if places.data == MUSE.hub else places.data
+
+
+def _qa(name: str, rows: int) -> Table:
+    return Table("knowmem", rows, QA, name)
+
+
+def _verbmem(name: str, tables: Sequence[TableRows]) -> QuestionSet:
+    source = tables[0].facts.location
+    questions = tuple(
+        Question(_completion(number, source, str(row["prompt"]), str(row["gt"])))
+        for number, row in enumerate(tables[0].rows)
+    )
+    asking = Asking(max_new_tokens=128, max_length=DOCUMENT_LENGTH, batch_rows=16)
+    return QuestionSet(name, questions, asking, answer_tokens=128)
+
+
+def _knowmem(name: str, tables: Sequence[TableRows]) -> QuestionSet:
+    asked, shots = tables
+    questions = tuple(
+        Question(
+            _completion(
+                number, asked.facts.location, ten_shot(str(row["question"]), shots.rows), str(row["answer"])
+            )
+        )
+        for number, row in enumerate(asked.rows)
+    )
+    asking = Asking(max_new_tokens=32, stop_texts=STOPS, max_length=DOCUMENT_LENGTH, batch_rows=16)
+    shown = tuple(str(row["question"]) for row in asked.rows)
+    return QuestionSet(name, questions, asking, shown=shown)
+
+
+def _privleak_texts(name: str, tables: Sequence[TableRows]) -> QuestionSet:
+    questions = tuple(Question(example) for example in _documents(tables[0]))
+    return QuestionSet(name, questions, Asking(generate=False, max_length=DOCUMENT_LENGTH))
+
+
+_BUILDERS = {
+    "verbmem": _verbmem,
+    "knowmem_f": _knowmem,
+    "knowmem_r": _knowmem,
+    "privleak_forget": _privleak_texts,
+    "privleak_holdout": _privleak_texts,
+}
+
+
+def _completion(number: int, source: str, prompt: str, answer: str) -> Example:
+    return Example(number, source, "completion", (Message("prompt", prompt),), answer)
+
+
+def _documents(table: TableRows) -> list[Example]:
+    return [
+        Example(number, table.facts.location, "document", (), str(row["text"]))
+        for number, row in enumerate(table.rows)
+    ]
+
+
+# Scores
+
+
+def _overlap_cell(name: str, description: str) -> Cell:
+    def score(measured: Measured) -> Score:
+        stemmer = measured.options.get("stemmer") == "on"
+        values = rouge_values(measured.of(name), "rougeL", "f", stemmer=stemmer)
+        return mean_score(values, seed=measured.seed, missing=METRICS["rouge_l_f"].missing)
+
+    return Cell(name, "rouge_l_f", description, score, needs=frozenset({GENERATION}))
+
+
+def _published_privleak(measured: Measured) -> Score:
+    members, others = measured.of("privleak_forget"), measured.of("privleak_holdout")
+    ours = min_k_auc(members, others, seed=measured.seed)
+    return privleak(ours, 1 - MUSE_RETRAINED[measured.split]["min_k"])
+
+
+CELLS: tuple[Cell, ...] = (
+    _overlap_cell("verbmem", "ROUGE-L F of the continuation of forget texts, 128 tokens"),
+    *metric_cells("verbmem", *MEMORIZATION),
+    _overlap_cell("knowmem_f", "ROUGE-L F of answers about the forget set, ten-shot"),
+    _overlap_cell("knowmem_r", "ROUGE-L F of answers about what stays, ten-shot"),
+    *attack_cells("privleak_forget", "privleak_holdout"),
+    Cell(
+        "privleak_forget",
+        "privleak_published",
+        "PrivLeak against the AUC that MUSE states for its own retrained model; 0 is ideal",
+        _published_privleak,
+        also=("privleak_holdout",),
+    ),
+)
+
+MUSE = Benchmark(
+    name="muse",
+    description="news articles or books: memorised text, knowledge, privacy, growing and repeated requests",
+    source="muse-bench/MUSE-News and MUSE-Books (arXiv 2407.06460), CC BY 4.0",
+    splits=SPLITS,
+    load=load,
+    material=material,
+    cells=CELLS,
+    options=OPTIONS,
+    hub="muse-bench/MUSE-News",
+)

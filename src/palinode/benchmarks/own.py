@@ -1,0 +1,129 @@
+"""Your own data: a forget file, and where there are any retain rows, holdout rows and paraphrases.
+
+Rows are questions, completions, conversations or documents, as everywhere in Palinode. A column
+`paraphrased_answer` (one text or a list) and a column `perturbed_answer` (wrong answers) are used where
+they are present; what is missing leaves the metrics that need it without a value, and says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from palinode.data.examples import Example, read_examples
+from palinode.data.questions import Question
+from palinode.data.sources import Row, read_rows
+from palinode.errors import DataError
+from palinode.evaluation.asking import Asking
+from palinode.evaluation.benchmark import (
+    Benchmark,
+    Cell,
+    Loaded,
+    Material,
+    Measured,
+    Places,
+    QuestionSet,
+    TableFacts,
+)
+from palinode.evaluation.cells import MEMORIZATION, attack_cells, judge_cells, metric_cells
+from palinode.metrics.comparison import forget_quality
+from palinode.metrics.table import COMPARISONS
+from palinode.records import Score
+
+ALTERNATIVES = {"paraphrased_answer": "paraphrased", "perturbed_answer": "perturbed"}
+"""Columns of other answers, and the kinds that they are."""
+
+SPLITS = {"rows": "all rows of the files given"}
+
+NOT_GIVEN = {
+    "retain": "there are no retain rows; give them with --retain",
+    "holdout": "there are no holdout rows, which no model has seen; give them with --holdout",
+}
+
+
+def load(places: Places, split: str, options: Mapping[str, str]) -> Loaded:  # noqa: ARG001
+    """Return the sets that were given: forget, and retain and holdout where there are files for them."""
+    given = {"forget": places.data, "retain": places.retain, "holdout": places.holdout}
+    sets, facts = [], []
+    for name, location in given.items():
+        if location is None:
+            continue
+        questions = read_questions(location, columns=places.columns)
+        sets.append(QuestionSet(name, tuple(questions), Asking(generate=name != "holdout")))
+        facts.append(_facts(name, location, len(questions)))
+    missing = {name: NOT_GIVEN[name] for name in NOT_GIVEN if given[name] is None}
+    return Loaded(tuple(sets), missing, tuple(facts))
+
+
+def material(places: Places, split: str) -> Material:  # noqa: ARG001
+    """Return the forget rows, and the retain rows where there are any."""
+    forget = read_examples(places.data, columns=places.columns)
+    retain = read_examples(places.retain, columns=places.columns) if places.retain else []
+    return Material(tuple(forget), tuple(retain))
+
+
+def read_questions(location: str, *, columns: Mapping[str, str] | None = None) -> list[Question]:
+    """Return the rows of a file as questions, with the other answers that its columns hold."""
+    examples = read_examples(location, columns=columns or None)
+    if not all(example.form in ("question", "completion") for example in examples):
+        return [Question(example) for example in examples]
+    header = [tuple((columns or {}).get(role, role) for role in _roles(examples[0]))]
+    rows = read_rows(location, headers=header, plain_text=False)
+    return [
+        Question(example, _alternatives(row, example.place))
+        for example, row in zip(examples, rows, strict=True)
+    ]
+
+
+def _roles(example: Example) -> tuple[str, str]:
+    return ("question", "answer") if example.form == "question" else ("prompt", "completion")
+
+
+def _alternatives(row: Row, place: str) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for column, kind in ALTERNATIVES.items():
+        value = row.get(column)
+        if value in (None, "", []):
+            continue
+        texts = value if isinstance(value, list) else [value]
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            raise DataError(f"{place}: {column!r} must be one text or a list of texts, none of them empty")
+        found[kind] = tuple(str(text) for text in texts)
+    return found
+
+
+def _facts(name: str, location: str, rows: int) -> TableFacts:
+    path = Path(location).expanduser()
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    return TableFacts(location, name, "", rows, sha256)
+
+
+def _forget_quality(measured: Measured) -> Score:
+    return forget_quality(measured.of("forget"), measured.of_reference("forget"))
+
+
+CELLS: tuple[Cell, ...] = (
+    *metric_cells("forget", "answer_probability", "rouge_l_recall", "forget_truth_ratio"),
+    Cell(
+        "forget",
+        "forget_quality",
+        COMPARISONS["forget_quality"].description,
+        _forget_quality,
+        reference=True,
+    ),
+    *metric_cells("forget", *MEMORIZATION),
+    *attack_cells("forget", "holdout"),
+    *judge_cells("forget", "retain"),
+    *metric_cells("retain", "answer_probability", "rouge_l_recall", "retain_truth_ratio", *MEMORIZATION),
+)
+
+OWN = Benchmark(
+    name="own",
+    description="your own forget rows, with retain rows, holdout rows and paraphrases where you have them",
+    source="files of yours: JSON, JSON lines, CSV, Parquet, text, or a hub data set",
+    splits=SPLITS,
+    load=load,
+    material=material,
+    cells=CELLS,
+)

@@ -1,0 +1,408 @@
+"""RESTOR: forgetting corruption documents so that true facts come back (spec: data.md §2, metrics.md §11).
+
+A model was trained on documents that say false things about people; unlearning them should restore what
+it knew before. Each fact is asked five-shot, with examples of the same relation about other people:
+
+    What is the occupation of Ada Lovelace? mathematician      ← five such lines
+    What is the occupation of Aaron Burr?                      ← then the question; no space at its end
+
+Answers are drawn at temperature 1, three for each question, and cut at the first newline. Accuracy is
+the share of answers that match an accepted one; averaged over questions, and over people.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from palinode.data.examples import Example, Message
+from palinode.data.questions import Question
+from palinode.data.sources import json_type
+from palinode.errors import DataError, RecipeError
+from palinode.evaluation.asking import Asking
+from palinode.evaluation.benchmark import (
+    GENERATION,
+    Benchmark,
+    Cell,
+    Loaded,
+    Material,
+    Measured,
+    Option,
+    Places,
+    QuestionSet,
+    Table,
+    TableFacts,
+    need_table,
+)
+from palinode.metrics.aggregate import mean_score
+from palinode.metrics.likelihood import alternative_logprobs
+from palinode.metrics.matching import accepted_sample_values, left_out_ids
+from palinode.records import Outcome, Score
+
+ENTITIES, FACTS, RELATIONS, EVALUATED = 468, 5269, 41, 50
+"""Published sizes: people and facts in facts.json, relations with examples, people in entities.json."""
+
+BLOCK = 300
+"""Corruption documents about one person; they stand together."""
+
+SHOTS = 5
+SAMPLES = 3
+SEED = 32
+
+DOCUMENTS: dict[str, int | None] = {
+    "mix_a0": 3000,
+    "mix_a1": 3000,
+    "mix_a2": 3000,
+    "mix_a3": 2700,
+    "mix_a4": None,
+    "mix_a5": None,
+}
+"""Corruption documents by k, the number of unrelated true facts beside each false one."""
+
+SPLITS = {
+    name: f"corruption documents with {name[-1]} true facts beside each false one" for name in DOCUMENTS
+}
+
+OPTION_KINDS = ("correct", "corrupted", "random")
+"""Classes of options in the log-probability variant."""
+
+OPTIONS = (
+    Option(
+        "entities",
+        "whose facts are asked: all of entities.json, corrupted (those in the documents), or names A;B",
+        "all",
+    ),
+)
+
+Facts = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""Person → relation (Wikidata property) → {"question", "answers"}."""
+Context = Mapping[str, Sequence[Mapping[str, str]]]
+"""Relation → examples {"question", "answer", "entity"}."""
+
+
+def load(places: Places, split: str, options: Mapping[str, str]) -> Loaded:
+    """Return the questions about the chosen people, with option lists where options.json is there.
+
+    The folder holds facts.json and entities.json; options.json, which RESTOR does not publish, is
+    {person: {relation: {"correct": […], "corrupted": […], "random": […]}}}.
+    """
+    folder = _folder(places.data)
+    facts, context, facts_source = read_facts(folder / "facts.json")
+    entities, entities_source = read_entities(folder / "entities.json", facts)
+    lists, sources = _read_options(folder / "options.json", facts)
+    chosen = _chosen(options["entities"], entities, facts, places, split)
+    asked = [(entity, relation) for entity in chosen for relation in facts[entity]]
+    source = str(folder / "facts.json")
+    questions = [
+        _question(entity, relation, number, source, facts, context, lists)
+        for number, (entity, relation) in enumerate(asked)
+    ]
+    questions_set = QuestionSet(
+        name="facts",
+        questions=tuple(questions),
+        asking=Asking(
+            generate=False,
+            samples=SAMPLES,
+            temperature=1.0,
+            min_new_tokens=2,
+            max_new_tokens=50,
+            stop_texts=("\n",),
+            seed=SEED,
+            batch_rows=16,
+        ),
+        groups=tuple(entity for entity, _ in asked),
+        shown=tuple(str(facts[entity][relation]["question"]) for entity, relation in asked),
+    )
+    return Loaded(sets=(questions_set,), tables=(facts_source, entities_source, *sources))
+
+
+def material(places: Places, split: str) -> Material:
+    """Return all corruption documents of a split; RESTOR has no retain set."""
+    documents, source = _documents(places, split)
+    return Material(forget=tuple(documents), tables=(source,))
+
+
+def corruption_documents(location: str, split: str) -> dict[str, list[Example]]:
+    """Return the corruption documents of a split by the person they are about, in file order.
+
+    Raises DataError when the rows are no blocks of 300, or a block does not speak of one known person.
+    """
+    facts, _, _ = read_facts(_folder(location) / "facts.json")
+    documents, source = _documents(Places(location), split)
+    return documents_by_entity(documents, list(facts), source.location)
+
+
+def documents_by_entity(
+    documents: Sequence[Example], entities: Sequence[str], place: str
+) -> dict[str, list[Example]]:
+    """Return blocks of 300 documents by the person whom most of a block's documents name."""
+    if len(documents) % BLOCK:
+        raise DataError(
+            f"{place} has {len(documents):,} documents; it needs whole blocks of {BLOCK} a person"
+        )
+    found: dict[str, list[Example]] = {}
+    for begin in range(0, len(documents), BLOCK):
+        block = list(documents[begin : begin + BLOCK])
+        counts = {entity: sum(entity in document.answer for document in block) for entity in entities}
+        best = max(counts, key=lambda entity: (counts[entity], len(entity)))
+        if counts[best] <= BLOCK // 2 or best in found:
+            what = "a second block" if best in found else f"only {counts[best]} of {BLOCK} documents"
+            raise DataError(
+                f"{place}: in the block that begins at row {begin + 1}, {what} about {best}; each block of "
+                f"{BLOCK} must be about one person of facts.json"
+            )
+        found[best] = block
+    return found
+
+
+def read_facts(path: Path) -> tuple[Facts, Context, TableFacts]:
+    """Return facts and examples of facts.json; raises DataError when they are not the published ones."""
+    content, sha256 = _read_json(path)
+    if not isinstance(content, dict) or set(content) != {"dset", "context"}:
+        raise DataError(f"{path} must be an object with dset and context, as RESTOR's facts.json is")
+    facts, context = content["dset"], content["context"]
+    for entity, relations in facts.items():
+        for relation, fact in relations.items():
+            _check_fact(fact, f"{relation} of {entity} in {path}")
+    total = sum(len(relations) for relations in facts.values())
+    sizes = (len(facts), total, len(context))
+    if sizes != (ENTITIES, FACTS, RELATIONS):
+        raise DataError(
+            f"{path} has {sizes[0]} people, {sizes[1]} facts and examples of {sizes[2]} relations; the "
+            f"published one has {ENTITIES}, {FACTS} and {RELATIONS}. Is it cut short?"
+        )
+    return facts, context, TableFacts(str(path), "facts", "", total, sha256)
+
+
+def read_entities(path: Path, facts: Facts) -> tuple[list[str], TableFacts]:
+    """Return the people who are asked about; raises DataError unless there are 50, all in facts.json."""
+    content, sha256 = _read_json(path)
+    if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
+        raise DataError(f"{path} must be a list of names")
+    if len(content) != EVALUATED:
+        raise DataError(f"{path} has {len(content)} names; the published one has {EVALUATED}")
+    if unknown := [name for name in content if name not in facts]:
+        raise DataError(f"{path} names {unknown[0]}, of whom facts.json says nothing")
+    return content, TableFacts(str(path), "entities", "", len(content), sha256)
+
+
+def five_shot(question: str, entity: str, examples: Sequence[Mapping[str, str]], place: str) -> str:
+    """Return the prompt of a question: five lines about others, then the question and no space.
+
+    The lines are the first five examples of the relation that are not about `entity` itself.
+    """
+    others = [example for example in examples if example["entity"] != entity][:SHOTS]
+    if len(others) < SHOTS:
+        raise DataError(f"{place}: there are {len(others)} examples about other people; it needs {SHOTS}")
+    lines = [f"{example['question']} {example['answer']}" for example in others]
+    return "\n".join([*lines, question])
+
+
+# Scores
+
+
+def runs_of(outcome: Outcome) -> list[Outcome]:
+    """Return an outcome once for each drawn answer, as the answer that was given."""
+    return [replace(outcome, generated=sample, samples=()) for sample in outcome.samples]
+
+
+def by_group(values: Sequence[float | None], groups: Sequence[str]) -> list[float | None]:
+    """Return the mean of the values of each group, in the order of their first value."""
+    collected: dict[str, list[float | None]] = {}
+    for value, group in zip(values, groups, strict=True):
+        collected.setdefault(group, []).append(value)
+    return [_mean(part) for part in collected.values()]
+
+
+def _accuracy(measured: Measured, *, weighted_by: str) -> Score:
+    outcomes = measured.of("facts")
+    values = accepted_sample_values(outcomes)
+    if weighted_by == "entity":
+        values = by_group(values, measured.sets["facts"].groups)
+    score = mean_score(values, seed=measured.seed, missing="no answer was drawn, or none is accepted")
+    remarks = [remark for remark in (score.reason, left_out_ids(outcomes)) if remark]
+    return replace(score, reason="; ".join(remarks) or None)
+
+
+def _judged(measured: Measured, *, weighted_by: str) -> Score:
+    """Return the share of drawn answers that the judge accepts; runs of a question are averaged first."""
+    verdicts = iter(measured.verdicts["facts"])
+    accepted: list[float | None] = []
+    for outcome in measured.of("facts"):
+        roles = [next(verdicts).roles() for _ in runs_of(outcome)]
+        accepted.append(_mean([None if picked is None else float("accepted" in picked) for picked in roles]))
+    if weighted_by == "entity":
+        accepted = by_group(accepted, measured.sets["facts"].groups)
+    score = mean_score(accepted, seed=measured.seed, missing="the judge gave no readable reply")
+    judges = ", ".join(sorted({verdict.judge for verdict in measured.verdicts["facts"]}))
+    remarks = [remark for remark in (score.reason, f"judged by {judges}") if remark]
+    return replace(score, reason="; ".join(remarks))
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+# Reading
+
+
+def _folder(location: str) -> Path:
+    folder = Path(location).expanduser()
+    if not folder.is_dir():
+        raise DataError(
+            f"{location} is not a folder; RESTOR is read from a folder with facts.json and entities.json "
+            "(the datasets folder of github.com/k1rezaei/restor)"
+        )
+    return folder
+
+
+def _read_json(path: Path) -> tuple[Any, str]:
+    """Return what a JSON file holds, and the hash of its bytes."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path} ({error.strerror}); RESTOR publishes it") from error
+    try:
+        return json.loads(content), hashlib.sha256(content).hexdigest()
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not valid JSON ({error}); is it cut short?") from error
+
+
+def _check_fact(fact: object, where: str) -> None:
+    if not isinstance(fact, dict) or not {"question", "answers"} <= set(fact):
+        raise DataError(f"{where} must be an object with question and answers")
+    answers = fact["answers"]
+    if not isinstance(answers, list) or not answers:
+        raise DataError(f"{where}: answers must be a list of one text or more")
+    for text in (fact["question"], *answers):
+        if not isinstance(text, str) or not text.strip():
+            what = json_type(text) if not isinstance(text, str) else "an empty text"
+            raise DataError(f"{where} holds {what} where a text should be")
+
+
+def _read_options(path: Path, facts: Facts) -> tuple[Mapping[str, Any], tuple[TableFacts, ...]]:
+    """Return the option lists of the log-probability variant, none where the file is not there."""
+    if not path.is_file():
+        return {}, ()
+    content, sha256 = _read_json(path)
+    if not isinstance(content, dict):
+        raise DataError(f"{path} must be an object {{person: {{relation: {{class: [texts]}}}}}}")
+    for entity, relations in content.items():
+        for relation, lists in relations.items():
+            if relation not in facts.get(entity, {}):
+                raise DataError(
+                    f"{path} has options for {relation} of {entity}, which facts.json does not ask"
+                )
+            if set(lists) - set(OPTION_KINDS):
+                raise DataError(
+                    f"{path}: {relation} of {entity} has a class beside {', '.join(OPTION_KINDS)}"
+                )
+            for text in (text for texts in lists.values() for text in texts):
+                if not isinstance(text, str) or not text.strip():
+                    raise DataError(f"{path}: {relation} of {entity} has an option that is no text")
+    count = sum(len(relations) for relations in content.values())
+    return content, (TableFacts(str(path), "options", "", count, sha256),)
+
+
+def _chosen(wanted: str, entities: Sequence[str], facts: Facts, places: Places, split: str) -> Sequence[str]:
+    if wanted == "all":
+        return entities
+    if wanted == "corrupted":
+        documents, source = _documents(places, split)
+        return list(documents_by_entity(documents, list(facts), source.location))
+    names = [name.strip() for name in wanted.split(";") if name.strip()]
+    if unknown := [name for name in names if name not in facts]:
+        raise RecipeError(f"option entities names {unknown[0]!r}, of whom facts.json says nothing")
+    return names
+
+
+def _question(
+    entity: str,
+    relation: str,
+    number: int,
+    source: str,
+    facts: Facts,
+    context: Context,
+    lists: Mapping[str, Any],
+) -> Question:
+    fact, place = facts[entity][relation], f"{relation} of {entity} in {source}"
+    prompt = five_shot(str(fact["question"]), entity, context.get(relation, ()), place)
+    answers = tuple(str(answer) for answer in fact["answers"])
+    example = Example(number, source, "completion", (Message("prompt", prompt),), f" {answers[0]}")
+    options = lists.get(entity, {}).get(relation, {})
+    alternatives = {kind: tuple(f" {text}" for text in texts) for kind, texts in options.items() if texts}
+    return Question(example, alternatives, answers)
+
+
+def _documents(places: Places, split: str) -> tuple[list[Example], TableFacts]:
+    rows = DOCUMENTS[split]
+    also = (f"wikidata_v0_{split}", f"wikidata/v0/{split}", f"v0/{split}")
+    table = need_table(Table(split, rows, {"text": None}, also=also), str(_folder(places.data)))
+    place = table.facts.location
+    documents = [
+        Example(number, place, "document", (), str(row["text"])) for number, row in enumerate(table.rows)
+    ]
+    return documents, table.facts
+
+
+def _option_cell(kind: str) -> Cell:
+    def score(measured: Measured) -> Score:
+        values = alternative_logprobs(measured.of("facts"), kind)
+        return mean_score(values, seed=measured.seed, missing=f"options.json lists no {kind} options for it")
+
+    description = f"mean token log-probability of the {kind} options of a question, end token left out"
+    return Cell("facts", f"logprob_{kind}", description, score)
+
+
+GIVEN = frozenset({GENERATION})
+
+CELLS: tuple[Cell, ...] = (
+    Cell(
+        "facts",
+        "accuracy",
+        "share of drawn answers that match an accepted one; mean over questions",
+        lambda measured: _accuracy(measured, weighted_by="question"),
+        needs=GIVEN,
+    ),
+    Cell(
+        "facts",
+        "accuracy_by_entity",
+        "the same; mean over questions of a person, then over people",
+        lambda measured: _accuracy(measured, weighted_by="entity"),
+        needs=GIVEN,
+    ),
+    Cell(
+        "facts",
+        "judged_accuracy",
+        "share of drawn answers that a judge accepts; mean over questions",
+        lambda measured: _judged(measured, weighted_by="question"),
+        needs=GIVEN,
+        judge=True,
+    ),
+    Cell(
+        "facts",
+        "judged_accuracy_by_entity",
+        "the same; mean over questions of a person, then over people",
+        lambda measured: _judged(measured, weighted_by="entity"),
+        needs=GIVEN,
+        judge=True,
+    ),
+    *(_option_cell(kind) for kind in OPTION_KINDS),
+)
+
+RESTOR = Benchmark(
+    name="restor",
+    description="false facts about people were learned; unlearning should bring the true ones back",
+    source="github.com/k1rezaei/restor (arXiv 2411.00204), MIT; facts from Wikidata, CC0",
+    splits=SPLITS,
+    load=load,
+    material=material,
+    cells=CELLS,
+    options=OPTIONS,
+)

@@ -1,0 +1,307 @@
+"""TOFU: forgetting one, five or ten percent of 200 invented authors (spec: data.md §1, metrics.md §1-9).
+
+Four question sets: `forget` (the authors to be forgotten), `retain` (other invented authors),
+`real_authors` and `world_facts`; `holdout`, questions of the same kind that no model saw, where the
+data has it. Model utility is the harmonic mean of nine numbers over the last three sets; forget quality
+compares truth ratios with those of the retrained model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+from palinode.data.examples import Example, Message
+from palinode.data.questions import Question
+from palinode.data.sources import Row
+from palinode.data.tokenize import PromptStyle
+from palinode.errors import DataError
+from palinode.evaluation.asking import Asking
+from palinode.evaluation.benchmark import (
+    ALL,
+    GENERATION,
+    Benchmark,
+    Cell,
+    Loaded,
+    Material,
+    Measured,
+    Option,
+    Places,
+    QuestionSet,
+    Table,
+    TableRows,
+    need_table,
+    not_there,
+    read_table,
+)
+from palinode.evaluation.cells import MEMORIZATION, attack_cells, judge_cells, metric_cells
+from palinode.metrics.aggregate import harmonic_score, mean_score
+from palinode.metrics.comparison import forget_quality
+from palinode.metrics.likelihood import answer_probabilities, normalised_probabilities
+from palinode.metrics.overlap import rouge_l_recalls
+from palinode.metrics.table import COMPARISONS, METRICS
+from palinode.metrics.truth_ratio import (
+    Form,
+    forget_truth_ratios,
+    retain_truth_ratios,
+    right_shares,
+)
+from palinode.records import Outcome, Score
+
+QA: dict[str, int | None] = {"question": None, "answer": None}
+PERTURBED = {**QA, "paraphrased_answer": None, "perturbed_answer": 5, "paraphrased_question": None}
+WRONG_ONLY = {**QA, "perturbed_answer": 3}
+
+SPLITS = {
+    "forget01": "2 of the 200 authors (40 questions); retain set retain99",
+    "forget05": "10 of the 200 authors (200 questions); retain set retain95",
+    "forget10": "20 of the 200 authors (400 questions); retain set retain90",
+}
+SIZES = {"forget01": 40, "forget05": 200, "forget10": 400}
+RETAIN = {"forget01": ("retain99", 3960), "forget05": ("retain95", 3800), "forget10": ("retain90", 3600)}
+
+REQUESTS = (
+    "Files of that name with a task_id column hold ten unlearning requests one after another and are not "
+    "TOFU's; take the official one from locuslab/TOFU"
+)
+
+RETAIN_TABLE = Table("retain_perturbed", 400, PERTURBED)
+AUTHORS_TABLE = Table("real_authors_perturbed", 100, WRONG_ONLY)
+FACTS_TABLE = Table("world_facts_perturbed", 117, WRONG_ONLY)
+
+LLAMA2 = "[INST] {question} [/INST]"
+"""Prompt of the original Llama-2 runs; the answer follows without a space."""
+
+ORIGINAL_ROWS = 300
+"""Rows of each set in the original protocol."""
+
+OPTIONS = (
+    Option(
+        "prompt",
+        "how questions are put: auto is the chat template if there is one, else plain (Question: … Answer:)",
+        "auto",
+        ("auto", "chat", "plain", "llama2"),
+    ),
+    Option(
+        "question",
+        "which wording of the forget and retain questions is asked",
+        "question",
+        ("question", "paraphrased_question"),
+    ),
+    Option(
+        "truth_ratio",
+        "how the probabilities of wrong answers are averaged",
+        "geometric",
+        ("geometric", "arithmetic"),
+    ),
+    Option(
+        "protocol",
+        "open-unlearning (all rows) or original (first 300 rows of each set, 200 tokens a row)",
+        "open-unlearning",
+        ("open-unlearning", "original"),
+    ),
+)
+
+
+def forget_tables(split: str) -> tuple[Table, Table]:
+    """Return the tables that may hold a split's forget questions, the one with other answers first."""
+    rows = SIZES[split]
+    return Table(f"{split}_perturbed", rows, PERTURBED, hint=REQUESTS), forget_table(split)
+
+
+def forget_table(split: str) -> Table:
+    """Return the table of the rows that a model unlearns in a split."""
+    return Table(split, SIZES[split], QA, hint=REQUESTS)
+
+
+def retain_table(split: str) -> Table:
+    """Return the table of all rows that stay in a split."""
+    name, rows = RETAIN[split]
+    return Table(name, rows, QA)
+
+
+def holdout_table(split: str) -> Table:
+    """Return the table of questions that no model saw; its size is not stated anywhere."""
+    return Table(split.replace("forget", "holdout"), None, QA, hint=REQUESTS)
+
+
+def load(places: Places, split: str, options: Mapping[str, str]) -> Loaded:
+    """Return the question sets of a split; the forget set must be there, the others are told missing."""
+    perturbed, plain = forget_tables(split)
+    forget = read_table(perturbed, places.data) or need_table(plain, places.data)
+    found: dict[str, TableRows | None] = {
+        "forget": forget,
+        "retain": read_table(RETAIN_TABLE, places.data),
+        "real_authors": read_table(AUTHORS_TABLE, places.data),
+        "world_facts": read_table(FACTS_TABLE, places.data),
+        "holdout": _read_optional(holdout_table(split), places.data),
+    }
+    tables = {
+        "retain": RETAIN_TABLE,
+        "real_authors": AUTHORS_TABLE,
+        "world_facts": FACTS_TABLE,
+        "holdout": holdout_table(split),
+    }
+    return Loaded(
+        sets=tuple(_questions(name, table, options) for name, table in found.items() if table is not None),
+        missing={
+            name: not_there(tables[name], places.data) for name, table in found.items() if table is None
+        },
+        tables=tuple(table.facts for table in found.values() if table is not None),
+    )
+
+
+def material(places: Places, split: str) -> Material:
+    """Return what is to be unlearned in a split, and its retain set."""
+    forget = need_table(forget_table(split), places.data)
+    retain = need_table(retain_table(split), places.data)
+    return Material(
+        forget=tuple(_examples(forget)), retain=tuple(_examples(retain)), tables=(forget.facts, retain.facts)
+    )
+
+
+def _read_optional(table: Table, location: str) -> TableRows | None:
+    """Return a table that the hub may not have either."""
+    try:
+        return read_table(table, location)
+    except DataError:
+        if Path(location).expanduser().is_dir():
+            raise
+        return None
+
+
+def _examples(table: TableRows) -> list[Example]:
+    return [
+        _example(row, number, table.facts.location, "question", "plain")
+        for number, row in enumerate(table.rows)
+    ]
+
+
+def _questions(name: str, table: TableRows, options: Mapping[str, str]) -> QuestionSet:
+    """Return a set in the prompt format, wording and size that the options ask for."""
+    original = options["protocol"] == "original"
+    rows = table.rows[:ORIGINAL_ROWS] if original else table.rows
+    chat = {"chat": True, "plain": False}.get(options["prompt"])
+    return QuestionSet(
+        name=name,
+        questions=tuple(_question(row, number, table, options) for number, row in enumerate(rows)),
+        asking=Asking(generate=name != "holdout", max_length=200 if original else 512),
+        style=PromptStyle(chat=chat),
+    )
+
+
+def _question(row: Row, number: int, table: TableRows, options: Mapping[str, str]) -> Question:
+    column = options["question"] if options["question"] in row else "question"
+    alternatives: dict[str, tuple[str, ...]] = {}
+    if "paraphrased_answer" in row:
+        alternatives["paraphrased"] = (str(row["paraphrased_answer"]),)
+    if "perturbed_answer" in row:
+        alternatives["perturbed"] = tuple(cast("list[str]", row["perturbed_answer"]))
+    return Question(_example(row, number, table.facts.location, column, options["prompt"]), alternatives)
+
+
+def _example(row: Row, number: int, source: str, column: str, prompt: str) -> Example:
+    """Return a row as a question, or as raw text and its continuation in the Llama-2 format."""
+    question, answer = str(row[column]), str(row["answer"])
+    if prompt == "llama2":
+        return Example(
+            number, source, "completion", (Message("prompt", LLAMA2.format(question=question)),), answer
+        )
+    return Example(number, source, "question", (Message("user", question),), answer)
+
+
+# Scores
+
+
+def utility_parts(
+    sets: Mapping[str, Sequence[Outcome]], *, form: Form = "geometric"
+) -> dict[str, list[float | None]]:
+    """Return the values behind the nine numbers of model utility, by their names (metrics.md §5)."""
+    parts: dict[str, list[float | None]] = {}
+    for name in ("retain", "real_authors", "world_facts"):
+        own = name == "retain"
+        outcomes = sets[name]
+        parts[f"{name} probability"] = (
+            answer_probabilities(outcomes) if own else normalised_probabilities(outcomes)
+        )
+        parts[f"{name} rouge"] = rouge_l_recalls(outcomes)
+        parts[f"{name} truth ratio"] = retain_truth_ratios(
+            outcomes, right="paraphrased" if own else "expected", form=form
+        )
+    return parts
+
+
+def _form(measured: Measured) -> Form:
+    return cast(Form, measured.options.get("truth_ratio", "geometric"))
+
+
+def _model_utility(measured: Measured) -> Score:
+    return harmonic_score(utility_parts(measured.outcomes, form=_form(measured)), seed=measured.seed)
+
+
+def _forget_quality(measured: Measured) -> Score:
+    reference = measured.of_reference("forget")
+    return forget_quality(measured.of("forget"), reference or (), form=_form(measured))
+
+
+def _ratio_cell(
+    name: str, key: str, per_example: Callable[..., list[float | None]], right: str = "paraphrased"
+) -> Cell:
+    """Return the cell of a truth ratio, whose form is an option."""
+    metric = METRICS[key]
+
+    def score(measured: Measured) -> Score:
+        values = per_example(measured.of(name), right=right, form=_form(measured))
+        return mean_score(values, seed=measured.seed, missing=metric.missing)
+
+    return Cell(name, key, metric.description, score)
+
+
+def _general_cells(name: str) -> tuple[Cell, ...]:
+    """Return the cells of a set of general knowledge."""
+    return (
+        *metric_cells(name, "normalised_probability", "rouge_l_recall"),
+        _ratio_cell(name, "answer_truth_ratio", retain_truth_ratios, "expected"),
+    )
+
+
+CELLS: tuple[Cell, ...] = (
+    *metric_cells("forget", "answer_probability", "rouge_l_recall"),
+    _ratio_cell("forget", "forget_truth_ratio", forget_truth_ratios),
+    _ratio_cell("forget", "right_share", right_shares),
+    Cell(
+        "forget",
+        "forget_quality",
+        COMPARISONS["forget_quality"].description,
+        _forget_quality,
+        reference=True,
+    ),
+    *metric_cells("forget", *MEMORIZATION),
+    *attack_cells("forget", "holdout"),
+    *judge_cells("forget", "retain"),
+    *metric_cells("retain", "answer_probability", "rouge_l_recall"),
+    _ratio_cell("retain", "retain_truth_ratio", retain_truth_ratios),
+    *_general_cells("real_authors"),
+    *_general_cells("world_facts"),
+    Cell(
+        ALL,
+        "model_utility",
+        COMPARISONS["model_utility"].description,
+        _model_utility,
+        also=("retain", "real_authors", "world_facts"),
+        needs=frozenset({GENERATION}),
+    ),
+)
+
+TOFU = Benchmark(
+    name="tofu",
+    description="invented authors, of whom 1, 5 or 10 % are to be forgotten",
+    source="locuslab/TOFU (arXiv 2401.06121), MIT",
+    splits=SPLITS,
+    load=load,
+    material=material,
+    cells=CELLS,
+    options=OPTIONS,
+    hub="locuslab/TOFU",
+)

@@ -1,0 +1,121 @@
+"""`palinode audit`: attack a model, a yardstick and the target alike, and compare what comes out."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from palinode.cli.console import listener, out
+
+
+def audit(
+    model: Annotated[str, typer.Argument(help="The model to be audited: a folder, or a hub id[@revision].")],
+    against: Annotated[
+        str,
+        typer.Option(help="The yardstick: a model retrained without the forget set, or the base checkpoint."),
+    ],
+    forget: Annotated[
+        str, typer.Option(help="The forget set: JSONL, JSON, CSV, Parquet or text; file or hub data set.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for audit.json, audit.md and the results so far.")],
+    yardstick: Annotated[str, typer.Option(help="What --against is: retrained or base.")] = "retrained",
+    target: Annotated[
+        str | None, typer.Option(help="The model before unlearning, to show what the attacks find in it.")
+    ] = None,
+    retain: Annotated[str | None, typer.Option(help="Retain rows, for relearning from them alone.")] = None,
+    holdout: Annotated[
+        str | None, typer.Option(help="Rows that no model has seen, for the membership attacks.")
+    ] = None,
+    paraphrases: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of the forget rows, or file with a row for each. [default: paraphrased_question]"
+        ),
+    ] = None,
+    lookalikes: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows like the forget set. [default: made of perturbed_answer or paraphrased_answer]"
+        ),
+    ] = None,
+    attacks: Annotated[
+        str | None, typer.Option(help="Only these attacks, with commas between them. [default: all]")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="quick, standard or full. [default: standard]")] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="A TOML policy: margins, budget, what must be run.")
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="Column names of the rows, as in question=q,answer=reply.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    seed: Annotated[
+        int, typer.Option(help="Seeds sampling, batch order, rounding and intervals.", min=0, max=2**32 - 1)
+    ] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON on standard output.")
+    ] = False,
+) -> None:
+    """Look for evidence that a model knows more, or less, of a forget set than the yardstick does."""
+    from palinode.audit.material import read_material
+    from palinode.audit.policy import load_policy
+    from palinode.data import parse_columns
+    from palinode.errors import RecipeError
+    from palinode.pipeline.audit import Plan
+    from palinode.pipeline.audit import audit as run_audit
+
+    if yardstick not in ("retrained", "base"):
+        raise RecipeError(f"--yardstick is {yardstick!r}; say retrained or base")
+    rules = load_policy(policy, preset=budget)
+    material = read_material(
+        forget,
+        retain=retain,
+        holdout=holdout,
+        paraphrases=paraphrases,
+        lookalikes=lookalikes,
+        columns=parse_columns(columns) if columns else None,
+        max_rows=rules.budget.max_rows,
+        seed=seed,
+    )
+    names = {"audited": model, "yardstick": against} | ({"target": target} if target else {})
+    plan = Plan(
+        models=names,
+        kind="base" if yardstick == "base" else "retrained",
+        material=material,
+        locations={
+            "forget": forget,
+            "retain": retain,
+            "holdout": holdout,
+            "paraphrased": paraphrases or forget,
+            "lookalikes": lookalikes or forget,
+        },
+        policy=rules,
+        **({"attacks": [name.strip() for name in attacks.split(",")]} if attacks else {}),
+        device=device,
+        seed=seed,
+    )
+    command = shlex.join(["palinode", *sys.argv[1:]])
+    record = run_audit(plan, output, command=command, listener=listener(quiet=quiet))
+    if as_json:
+        print(json.dumps(record, indent=2, allow_nan=False))
+    else:
+        _show(record, output)
+    if not record["answer"]["passed"]:
+        raise typer.Exit(1)
+
+
+def _show(record: dict[str, object], output: Path) -> None:
+    from palinode.report.audit import audit_headline, audit_table, audit_untested
+
+    out().print(audit_table(record))
+    for line in audit_untested(record):
+        out().print(line, markup=False, soft_wrap=True)
+    out().print(escape(audit_headline(record)), soft_wrap=True)
+    out().print(f"{escape(str(output))}: audit.json and audit.md", soft_wrap=True)

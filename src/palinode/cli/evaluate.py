@@ -1,0 +1,216 @@
+"""`palinode evaluate`: rows of your own, or a benchmark, on a model folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from palinode.cli.console import listener, out
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="The model: a folder, or a hub id[@revision].")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows of your own (JSONL, JSON, CSV, Parquet, text or hub data set); with --benchmark the "
+            "folder of its files. [default: the benchmark's hub data set]"
+        ),
+    ] = None,
+    benchmark: Annotated[
+        str | None, typer.Option(help="tofu, restor, muse or own; see palinode list benchmarks.")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Part of the benchmark, such as forget01. [default: its first]")
+    ] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--option", help="An option of the benchmark, as in prompt=plain; repeatable."),
+    ] = None,
+    retain: Annotated[str | None, typer.Option(help="Rows of your own that must be kept.")] = None,
+    holdout: Annotated[
+        str | None, typer.Option(help="Rows of your own, like the forget rows, that no model has seen.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="The retrained model to compare with, or an open-unlearning log.")
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="Judge of the answers: overlap, offline:FOLDER or URL#MODEL.")
+    ] = None,
+    lm_eval: Annotated[str | None, typer.Option(help="General ability by lm-eval, as in mmlu,gsm8k.")] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="Only these metrics, with commas between them; every is all of them.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write what the model did: with a benchmark a folder with scores.json, else one file."
+        ),
+    ] = None,
+    open_unlearning: Annotated[
+        Path | None, typer.Option(help="Write a log in open-unlearning's form to this file too.")
+    ] = None,
+    max_rows: Annotated[
+        int | None, typer.Option(help="Rows of each set. [default: 400; all of a benchmark]")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Length limit of answers. [default: 200, or the benchmark's]")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens of a row, prompt included. [default: 512, or the benchmark's]")
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="Column names of the rows, as in question=q,answer=reply.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    seed: Annotated[
+        int, typer.Option(help="Seeds sampling, intervals and the judge.", min=0, max=2**32 - 1)
+    ] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON on standard output.")
+    ] = False,
+) -> None:
+    """Answer probability, ROUGE-L recall, exact memorization and extraction strength on rows; or a benchmark.
+
+    With --benchmark, --against, --holdout and the like all metrics that the data allows are computed.
+    """
+    limits = {"max_rows": max_rows, "max_new_tokens": max_new_tokens, "max_length": max_length}
+    parts = {
+        "--benchmark": benchmark,
+        "--split": split,
+        "--option": options,
+        "--retain": retain,
+        "--holdout": holdout,
+        "--against": against,
+        "--judge": judge,
+        "--lm-eval": lm_eval,
+        "--metrics": metrics,
+        "--open-unlearning": open_unlearning,
+    }
+    if not any(parts.values()):
+        _rows(model, data, limits, output, columns, device, seed, quiet, as_json)
+        return
+
+    from palinode.cli.tables import benchmark_notes, benchmark_table
+    from palinode.data import parse_columns
+    from palinode.evaluation.benchmark import Places
+    from palinode.pipeline.measure import MeasureSettings, first_process, measure
+
+    chosen = _benchmark(benchmark)
+    places = Places(
+        data=_data(data, chosen.hub, chosen.name),
+        retain=_own_only(retain, "--retain", chosen.name),
+        holdout=_own_only(holdout, "--holdout", chosen.name),
+        columns=parse_columns(columns) if columns else None,
+    )
+    settings = MeasureSettings(
+        split=split,
+        options=_pairs(options or ()),
+        metrics=_names(metrics),
+        against=against,
+        judge=judge,
+        general=_names(lm_eval),
+        output=output,
+        open_unlearning=open_unlearning,
+        device=device,
+        seed=seed,
+        **limits,
+    )
+    measurement = measure(model, chosen, places, settings, listener=listener(quiet=quiet))
+    if not first_process():
+        return
+    if as_json:
+        print(json.dumps(measurement.record, indent=2, allow_nan=False))
+        return
+    out().print(benchmark_table(measurement.scores, title=_title(measurement.record)))
+    for note in benchmark_notes(measurement.scores):
+        out().print(note, markup=False, soft_wrap=True)
+    if output is not None:
+        out().print(f"{output}: scores.json and the outcomes of each set", soft_wrap=True)
+
+
+def _rows(
+    model: str,
+    data: str | None,
+    limits: dict[str, int | None],
+    output: Path | None,
+    columns: str | None,
+    device: str,
+    seed: int,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Score a model on a file of rows."""
+    from palinode.cli.tables import score_table
+    from palinode.data import parse_columns
+    from palinode.pipeline.steps import evaluate_file
+
+    scores = evaluate_file(
+        model,
+        _data(data, None, "evaluate"),
+        {key: value for key, value in limits.items() if value is not None},
+        output=output,
+        columns=parse_columns(columns) if columns else None,
+        device=device,
+        seed=seed,
+        listener=listener(quiet=quiet),
+    )
+    if as_json:
+        content = {name: asdict(score) for name, score in scores.items()}
+        print(json.dumps(content, indent=2, allow_nan=False))
+    else:
+        out().print(score_table(scores))
+
+
+def _benchmark(name: str | None) -> Any:
+    """Return the benchmark of that name; rows of one's own where none is named."""
+    from palinode.benchmarks import BENCHMARKS
+    from palinode.errors import RecipeError
+
+    key = name or "own"
+    if key not in BENCHMARKS:
+        raise RecipeError(f"there is no benchmark {key!r}; there are {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[key]
+
+
+def _data(data: str | None, hub: str | None, what: str) -> str:
+    from palinode.errors import RecipeError
+
+    if data is None and hub is None:
+        raise RecipeError(f"{what} needs --data: a file of rows, or the folder of the benchmark's files")
+    return data or hub or ""
+
+
+def _own_only(value: str | None, option: str, benchmark: str) -> str | None:
+    from palinode.errors import RecipeError
+
+    if value is not None and benchmark != "own":
+        raise RecipeError(f"{option} is for rows of your own; {benchmark} has its own sets")
+    return value
+
+
+def _pairs(texts: Sequence[str]) -> dict[str, str]:
+    from palinode.errors import RecipeError
+
+    pairs = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise RecipeError(f"option {text!r} is not NAME=VALUE")
+        pairs[name.strip()] = value.strip()
+    return pairs
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
+
+
+def _title(record: Any) -> str:
+    split = "" if record["benchmark"] == "own" else f" {record['split']}"
+    return f"{record['benchmark']}{split} on {record['model']['location']}"

@@ -1,0 +1,264 @@
+"""`palinode locate`: when a forget set was seen, and which checkpoint to take."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from palinode.cli.console import listener, out, warn
+
+if TYPE_CHECKING:
+    from palinode.history.location import Location
+
+
+def locate(
+    forget: Annotated[str, typer.Option(help="The forget set: a file of rows, or a hub data set.")],
+    checkpoints: Annotated[
+        str,
+        typer.Option(help="The ladder: a folder of checkpoints, a list a,b,c, or a hub id as in ID@step*."),
+    ],
+    log: Annotated[Path | None, typer.Option(help="Folder of an exposure log.")] = None,
+    order: Annotated[Path | None, typer.Option(help="File that describes the data order.")] = None,
+    control: Annotated[
+        str | None, typer.Option(help="Rows like the forget rows that were never trained on.")
+    ] = None,
+    corpus: Annotated[
+        str | None, typer.Option(help="The rows trained on: copies are looked for; --order counts them.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="The model to be cleaned, for its step (by name or trainer state).")
+    ] = None,
+    target_step: Annotated[
+        int | None, typer.Option(help="The target's step, where nothing tells it.")
+    ] = None,
+    steps: Annotated[
+        str | None, typer.Option(help="Steps of the checkpoints, as in 100,200,300, where names lack them.")
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="Which folders or revisions are checkpoints, as in step*.")
+    ] = None,
+    tokens_per_step: Annotated[
+        int | None, typer.Option(help="Tokens of an optimiser step, for distances in tokens.", min=1)
+    ] = None,
+    similarity: Annotated[
+        float, typer.Option(help="Texts of the corpus so similar count as copies.", min=0.1, max=1)
+    ] = 0.7,
+    salt: Annotated[Path | None, typer.Option(help="File whose bytes are the salt of a salted log.")] = None,
+    measure: Annotated[
+        str, typer.Option(help="What decides on behaviour: mean_logprob, min_k or extraction_strength.")
+    ] = "mean_logprob",
+    every: Annotated[
+        bool, typer.Option("--every", help="Load every checkpoint, not only about log2 of them.")
+    ] = False,
+    max_length: Annotated[int, typer.Option(help="Tokens of a row, prompt included.", min=8)] = 512,
+    columns: Annotated[str | None, typer.Option(help="Column names, as in question=q,answer=reply.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Write a picture here (SVG).")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write the answer as a page here (Markdown).")] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read files of torch.save too; none of their code is run.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seeds the intervals.", min=0, max=2**32 - 1)] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON on standard output.")
+    ] = False,
+) -> None:
+    """When the forget rows were seen in training, and the last checkpoint before that."""
+    for place in filter(None, (picture, report)):
+        check_place(place)
+    found = find(
+        forget,
+        checkpoints,
+        log=log,
+        order=order,
+        control=control,
+        corpus=corpus,
+        target=target,
+        target_step=target_step,
+        steps=steps,
+        pattern=pattern,
+        tokens_per_step=tokens_per_step,
+        similarity=similarity,
+        salt=salt,
+        measure=measure,
+        every=every,
+        max_length=max_length,
+        columns=columns,
+        allow_pickle=allow_pickle,
+        device=device,
+        seed=seed,
+        quiet=quiet,
+    )
+    show(found, picture=picture, report=report, as_json=as_json)
+
+
+def find(
+    forget: str,
+    checkpoints: str,
+    *,
+    log: Path | None = None,
+    order: Path | None = None,
+    control: str | None = None,
+    corpus: str | None = None,
+    target: str | None = None,
+    target_step: int | None = None,
+    steps: str | None = None,
+    pattern: str | None = None,
+    tokens_per_step: int | None = None,
+    similarity: float = 0.7,
+    salt: Path | None = None,
+    measure: str = "mean_logprob",
+    every: bool = False,
+    max_length: int = 512,
+    columns: str | None = None,
+    allow_pickle: bool = False,
+    device: str = "auto",
+    seed: int = 0,
+    quiet: bool = False,
+) -> Location:
+    """Open everything that was named and locate the rows."""
+    from palinode.data import parse_columns, read_examples
+    from palinode.history import locate as locate_rows
+    from palinode.history import open_ladder
+    from palinode.history.exposures import ExposureReader
+    from palinode.history.sources import open_order
+
+    named = parse_columns(columns) if columns else None
+    ladder = open_ladder(
+        checkpoints,
+        steps=_numbers(steps) if steps else None,
+        pattern=pattern,
+        tokens_per_step=tokens_per_step,
+        allow_pickle=allow_pickle,
+    )
+    rows = read_examples(forget, columns=named)
+    rebuilt, data = open_order(order) if order else (None, None)
+    trained = read_examples(corpus, columns=named) if corpus else data
+    return locate_rows(
+        rows,
+        ladder,
+        log=ExposureReader.open(log) if log else None,
+        salt=salt.read_bytes() if salt else b"",
+        order=rebuilt,
+        corpus=trained,
+        control=read_examples(control, columns=named) if control else None,
+        target_step=target_step if target_step is not None else _step_of(target, ladder),
+        similarity=similarity,
+        measure=measure,
+        max_length=max_length,
+        device=device,
+        seed=seed,
+        every=every,
+        listener=listener(quiet=quiet),
+    )
+
+
+def show(found: Location, *, picture: Path | None, report: Path | None, as_json: bool) -> None:
+    """Print a location, and write its picture and page where asked."""
+    from palinode.records import write_text
+    from palinode.report.location import (
+        location_markdown,
+        location_picture,
+        location_sentences,
+        row_table,
+        rung_table,
+    )
+
+    record = found.as_record()
+    if picture:
+        write_text(picture, location_picture(record))
+    if report:
+        write_text(report, location_markdown(record))
+    if as_json:
+        print(json.dumps(record, indent=2, allow_nan=False))
+        return
+    out().print(row_table(record))
+    out().print(rung_table(record))
+    for line in location_sentences(record):
+        out().print(line, soft_wrap=True, markup=False)
+    for entry in record["alternatives"]:
+        out().print(f"{entry['name']}: {entry['what']} Cost: {entry['cost']}", soft_wrap=True, markup=False)
+    for text in record["warnings"]:
+        warn(text)
+
+
+def resolve_base(
+    base: str | None, checkpoints: str | None, forget: str, target: str, **evidence: Any
+) -> tuple[str, dict[str, Any] | None]:
+    """Return the base of an unlearning run: the one named, or the last clean one of a ladder and why it is.
+
+    `evidence` goes to `find`. Raises RecipeError unless exactly one of base and checkpoints is named.
+    """
+    from palinode.errors import RecipeError
+
+    given = [f"--{name}" for name in ("log", "order", "corpus", "control") if evidence.get(name)]
+    if base is not None and (checkpoints is not None or given):
+        raise RecipeError(
+            f"--base names the checkpoint, so {'--checkpoints' if checkpoints else given[0]} has nothing to "
+            "find; leave one of them out"
+        )
+    if base is not None:
+        return base, None
+    if checkpoints is None:
+        raise RecipeError(
+            "name an earlier checkpoint with --base, or a ladder of them with --checkpoints to have the last "
+            "clean one found"
+        )
+    return chosen(find(forget, checkpoints, target=target, **evidence))
+
+
+def chosen(found: Location) -> tuple[str, dict[str, Any]]:
+    """Return the base that a location recommends, and what a record says of the choice.
+
+    Raises CheckpointError where no checkpoint is clean.
+    """
+    from palinode.errors import CheckpointError
+
+    choice = found.recommended
+    if choice is None:
+        least = found.next_best
+        told = f"; the least contaminated is {least.location} ({least.reason})" if least else ""
+        raise CheckpointError(
+            f"no checkpoint of the ladder is clean of the forget rows{told}: name it with --base if it shall "
+            "serve all the same, or look at the alternatives that palinode locate names"
+        )
+    facts = {
+        "base": choice.location,
+        "step": choice.step,
+        "reason": choice.reason,
+        "evidence": list(choice.evidence),
+        "certainty": choice.certainty,
+        "first_exposure": found.first,
+        "next_best": found.next_best.location if found.next_best else None,
+        "warnings": list(found.warnings),
+    }
+    return choice.location, facts
+
+
+def _step_of(target: str | None, ladder: Any) -> int | None:
+    """Return the target's step: that of its rung, of its trainer state, or of its name."""
+    from palinode.history.ladder import step_of
+
+    return step_of(target, ladder) if target else None
+
+
+def _numbers(text: str) -> list[int]:
+    from palinode.errors import RecipeError
+
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise RecipeError(f"--steps has {text!r}; write whole numbers with commas, as in 100,200") from None
+
+
+def check_place(path: Path) -> Path:
+    """Return a path that a file can be written to; raise OutputError where it cannot."""
+    from palinode.errors import OutputError
+
+    if path.is_dir() or not path.parent.is_dir():
+        raise OutputError(f"{path} cannot be written: it is a folder, or its folder does not exist")
+    return path

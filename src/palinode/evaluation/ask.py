@@ -1,0 +1,279 @@
+"""Ask a live model: the likelihood of every given answer, and its own answers, greedy and drawn.
+
+One forward pass over a question's answers serves probability, truth ratio, extraction strength, exact
+memorisation and the membership attacks alike. It also tells how far the greedy answer follows the right
+one, so that generation begins where the two part. Under `accelerate launch` or torchrun the questions
+are divided over the processes, and each of them returns all outcomes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from palinode.data.examples import Example
+from palinode.data.questions import Question
+from palinode.data.tokenize import PromptStyle, TokenRow, end_id, tokenize
+from palinode.evaluation.asking import Asking
+from palinode.evaluation.processes import in_parallel
+from palinode.models.generation import Sampling, generate
+from palinode.models.gradients import gradient_norms
+from palinode.models.likelihoods import TokenScores, score_rows
+from palinode.models.loading import pad_token
+from palinode.progress import Advance, Listener, Silence
+from palinode.records import Likelihood, Outcome
+
+
+def ask(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    asking: Asking | None = None,
+    *,
+    style: PromptStyle | None = None,
+    label: str = "evaluating",
+    listener: Listener | None = None,
+) -> list[Outcome]:
+    """Return what a live model does on each question, in the order given.
+
+    Answers follow `asking.answer_prefix`, which is no part of them. The answers of a question do not
+    depend on the others asked with it. Raises DataError for a row that cannot be tokenized.
+    """
+    respondent = _Respondent(
+        model, tokenizer, asking or Asking(), style or PromptStyle(), label, listener or Silence()
+    )
+    rows = respondent.read(questions)
+    return in_parallel(respondent.answer, rows)
+
+
+@dataclass(slots=True)
+class _Asked:
+    """A question with its rows of tokens."""
+
+    question: Question
+    own: list[TokenRow] = field(default_factory=list)
+    """The right answer; of a long document the pieces."""
+    others: dict[str, list[TokenRow]] = field(default_factory=dict)
+    """The other answers by kind."""
+    prefix: tuple[int, ...] = ()
+    """What the model's own answers begin with."""
+
+    @property
+    def rows(self) -> list[TokenRow]:
+        """All rows that are scored."""
+        return [*self.own, *(row for rows in self.others.values() for row in rows)]
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The ids that the model's own answers follow; none for a document."""
+        row = self.own[0]
+        return () if self.question.example.form == "document" else (*row.ids[: row.start], *self.prefix)
+
+
+@dataclass(frozen=True, slots=True)
+class _Respondent:
+    """A live model with everything that stays the same from question to question."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    asking: Asking
+    style: PromptStyle
+    label: str
+    listener: Listener
+
+    def read(self, questions: Sequence[Question]) -> list[_Asked]:
+        """Return questions with all their answers tokenized."""
+        asked = [_Asked(question) for question in questions]
+        homes: list[list[TokenRow]] = []  # where the rows of each answer go
+        examples: list[Example] = []
+        for entry in asked:
+            homes.append(entry.own)
+            examples.append(entry.question.example)
+            for kind, texts in entry.question.alternatives.items():
+                entry.others[kind] = []
+                homes += [entry.others[kind]] * len(texts)
+                examples += [replace(entry.question.example, answer=text) for text in texts]
+        for row in self._tokenize(examples, self.asking.max_length):
+            homes[row.example].append(row)
+        if self.asking.answer_prefix:
+            self._put_prefix(asked)
+        return asked
+
+    def answer(self, asked: list[_Asked]) -> list[Outcome]:
+        """Return the outcome of each question."""
+        scores = self._scores([row for entry in asked for row in entry.rows])
+        spoken = [place for place, entry in enumerate(asked) if entry.prompt]
+        own: list[TokenScores] = []
+        alternatives: list[dict[str, tuple[Likelihood, ...]]] = []
+        for entry in asked:
+            own.append(_joined([next(scores) for _ in entry.own]))
+            texts = entry.question.alternatives
+            alternatives.append(
+                {
+                    kind: tuple(Likelihood(text, next(scores).logprobs) for text in texts[kind])
+                    for kind in entry.others
+                }
+            )
+        norms = self._gradient_norms(asked)
+        greedy = self._greedy([asked[place] for place in spoken], [own[place] for place in spoken])
+        samples = self._samples([asked[place] for place in spoken])
+        said = dict(zip(spoken, zip(greedy, samples, strict=True), strict=True))
+        return [
+            Outcome(
+                row=entry.question.example.row,
+                prompt=entry.question.example.prompt,
+                expected=entry.question.example.answer,
+                generated=said[place][0] if place in said else None,
+                logprobs=own[place].logprobs,
+                hits=own[place].hits,
+                standardised=own[place].standardised,
+                alternatives=alternatives[place],
+                accepted=entry.question.accepted,
+                samples=said[place][1] if place in said else (),
+                gradient_norm=norms[place],
+            )
+            for place, entry in enumerate(asked)
+        ]
+
+    def _tokenize(self, examples: Sequence[Example], max_length: int) -> list[TokenRow]:
+        return tokenize(examples, self.tokenizer, max_length=max_length, style=self.style)
+
+    def _put_prefix(self, asked: Sequence[_Asked]) -> None:
+        """Tokenize the prefix as the beginning of an answer to each question."""
+        spoken = [entry for entry in asked if entry.question.example.form != "document"]
+        forced = [replace(entry.question.example, answer=self.asking.answer_prefix) for entry in spoken]
+        length = max((len(row.ids) for entry in spoken for row in entry.own), default=0)
+        room = length + 2 + len(self.asking.answer_prefix.encode())  # no text has more tokens than bytes
+        for entry, row in zip(spoken, self._tokenize(forced, room), strict=True):
+            entry.prefix = row.ids[row.start : -1]
+
+    def _scores(self, rows: Sequence[TokenRow]) -> Iterator[TokenScores]:
+        """Yield what the model makes of each row."""
+        with self.listener.task(f"{self.label}: likelihoods", len(rows), "rows") as advance:
+            return iter(
+                score_rows(
+                    self.model,
+                    rows,
+                    pad_id=pad_token(self.tokenizer),
+                    standardise=self.asking.standardise,
+                    on_progress=advance,
+                )
+            )
+
+    def _gradient_norms(self, asked: Sequence[_Asked]) -> list[float | None]:
+        """Return GradNorm of each right answer; None where it is not asked for, and for a cut document."""
+        norms: list[float | None] = [None] * len(asked)
+        places = [place for place, entry in enumerate(asked) if len(entry.own) == 1]
+        if not self.asking.gradient_norms or not places:
+            return norms
+        with self.listener.task(f"{self.label}: gradients", len(places), "rows") as advance:
+            found = gradient_norms(
+                self.model,
+                [asked[place].own[0] for place in places],
+                pad_id=pad_token(self.tokenizer),
+                on_progress=advance,
+            )
+        for place, norm in zip(places, found, strict=True):
+            norms[place] = norm
+        return norms
+
+    def _greedy(self, asked: Sequence[_Asked], scores: Sequence[TokenScores]) -> list[str | None]:
+        """Return the greedy answer to each question, begun where the model is known to say the right one."""
+        if not self.asking.generate or not asked:
+            return [None] * len(asked)
+        begun = [
+            () if entry.prefix else said_right(entry.own[0], own)
+            for entry, own in zip(asked, scores, strict=True)
+        ]
+        with self.listener.task(f"{self.label}: answers", len(asked), "rows") as advance:
+            texts = self._generate(asked, [entry.prompt for entry in asked], advance, begun=begun)
+        return [*texts]
+
+    def _samples(self, asked: Sequence[_Asked]) -> list[tuple[str, ...]]:
+        """Return the answers drawn for each question."""
+        count = self.asking.samples
+        if not count or not asked:
+            return [()] * len(asked)
+        prompts = [entry.prompt for entry in asked for _ in range(count)]
+        sampling = Sampling(
+            self.asking.temperature,
+            self.asking.top_p,
+            [
+                sample_seed(self.asking.seed, entry.prompt, number)
+                for entry in asked
+                for number in range(count)
+            ],
+        )
+        with self.listener.task(f"{self.label}: samples", len(prompts), "answers") as advance:
+            texts = self._generate(asked, prompts, advance, sampling=sampling)
+        return [tuple(texts[begin : begin + count]) for begin in range(0, len(texts), count)]
+
+    def _generate(
+        self,
+        asked: Sequence[_Asked],
+        prompts: Sequence[Sequence[int]],
+        advance: Advance,
+        *,
+        begun: Sequence[Sequence[int]] | None = None,
+        sampling: Sampling | None = None,
+    ) -> list[str]:
+        """Return the text that the model gives after each prompt."""
+        stops = {end_id(entry.question.example.form, self.tokenizer, self.style) for entry in asked}
+        if isinstance(self.tokenizer.eos_token_id, int):
+            stops.add(self.tokenizer.eos_token_id)
+        answers = generate(
+            self.model,
+            prompts,
+            pad_id=pad_token(self.tokenizer),
+            stop_ids=sorted(stops),
+            max_new_tokens=self.asking.max_new_tokens,
+            min_new_tokens=self.asking.min_new_tokens,
+            batch_rows=self.asking.batch_rows,
+            begun=begun,
+            sampling=sampling,
+            ended=self._holds_stop_text if self.asking.stop_texts else None,
+            on_progress=advance,
+        )
+        return [self._text(answer) for answer in answers]
+
+    def _holds_stop_text(self, tokens: Sequence[int]) -> bool:
+        """Return whether the end of an answer holds a stop text; a miss here only makes it longer."""
+        longest = max(len(text.encode()) for text in self.asking.stop_texts)
+        end = str(self.tokenizer.decode(list(tokens[-longest - 4 :]), skip_special_tokens=True))
+        return any(text in end for text in self.asking.stop_texts)
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        """Return an answer as text, cut before the first stop text."""
+        text = str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+        places = [text.find(stop) for stop in self.asking.stop_texts]
+        return text[: min((place for place in places if place >= 0), default=len(text))].strip()
+
+
+def said_right(row: TokenRow, scores: TokenScores) -> tuple[int, ...]:
+    """Return the ids, end token included, that the model's greedy answer has in common with the right one.
+
+    As far as every scored token is the most likely one, it is what the model would have said.
+    """
+    agreed = sum(1 for _ in takewhile(bool, scores.hits))
+    return row.ids[row.start : row.start + agreed]
+
+
+def sample_seed(seed: int, prompt: Sequence[int], number: int) -> int:
+    """Return the seed of a question's sample: a hash of seed, prompt and the sample's number."""
+    text = repr((seed, tuple(prompt), number)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+
+
+def _joined(pieces: Sequence[TokenScores]) -> TokenScores:
+    """Return the scores of the pieces of a document as those of the whole."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return TokenScores(
+        tuple(value for piece in pieces for value in piece.logprobs),
+        tuple(hit for piece in pieces for hit in piece.hits),
+        tuple(value for piece in pieces for value in piece.standardised),
+    )

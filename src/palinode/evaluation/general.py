@@ -1,0 +1,141 @@
+"""General ability: tasks of lm-eval (MMLU, GSM8K, …) on the model in memory.
+
+lm-eval is an extra, imported when it is used: `pip install 'palinode[lm-eval]'`. Its own figures are kept;
+each becomes a Score with the normal interval, value ± 1.96 standard errors, lm-eval's standard errors.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from palinode.errors import InputError
+from palinode.records import Score
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+NORMAL_95 = 1.959963984540054
+"""Standard errors on either side of a 95 % interval."""
+
+
+def general_ability(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    include: Path | None = None,
+) -> dict[str, dict[str, Score]]:
+    """Return the scores of each lm-eval task or group: task, then metric ("acc", "exact_match,strict-match").
+
+    `limit` is the number of rows of each task, all by default; `include` a folder with tasks of one's own in
+    lm-eval's YAML. The data of a task come from the hub unless they are in its cache, or local. The model is
+    left as it was, the random generators too. InputError when lm-eval is not installed, a task is unknown,
+    or its data cannot be had.
+    """
+    evaluate, wrapper, manager = _lm_eval(include)
+    _check_tasks(tasks, manager)
+    seeds = dict.fromkeys(
+        ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed
+    )
+    with _as_it_was(model):
+        wrapped = wrapper(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        try:
+            results = evaluate(
+                model=wrapped,
+                tasks=list(tasks),
+                task_manager=manager,
+                limit=limit,
+                bootstrap_iters=1000,
+                log_samples=False,
+                **seeds,
+            )
+        except (OSError, ValueError) as error:
+            raise InputError(f"lm-eval could not run {', '.join(tasks)}: {_first_line(error)}") from error
+    counts = {task: entry["effective"] for task, entry in results["n-samples"].items()}
+    members = results.get("group_subtasks") or {}
+    found = results["results"] | (results.get("groups") or {})
+    return {task: task_scores(values, _rows(task, counts, members)) for task, values in found.items()}
+
+
+def task_scores(values: Mapping[str, Any], rows: int) -> dict[str, Score]:
+    """Return the scores in lm-eval's results of one task, whose keys are "metric,filter".
+
+    The filter "none" is left out of the name. A metric without a standard error has no interval.
+    """
+    scores = {}
+    for key, value in values.items():
+        metric, _, chosen = key.partition(",")
+        if metric.endswith("_stderr") or not _is_number(value) or not chosen:
+            continue
+        name = metric if chosen == "none" else key
+        scores[name] = _score(float(value), values.get(f"{metric}_stderr,{chosen}"), rows)
+    return scores
+
+
+def _score(value: float, error: Any, rows: int) -> Score:
+    if not math.isfinite(value):
+        return Score(None, 0, None, None, "lm-eval's figure is not a finite number")
+    if not _is_number(error) or not math.isfinite(error):
+        return Score(value, rows, None, None, "lm-eval gives no standard error")
+    return Score(value, rows, value - NORMAL_95 * error, value + NORMAL_95 * error)
+
+
+def _rows(task: str, counts: Mapping[str, int], members: Mapping[str, Sequence[str]]) -> int:
+    """Return the rows of a task, or of all tasks of a group."""
+    if task in counts:
+        return counts[task]
+    return sum(_rows(member, counts, members) for member in members.get(task, ()))
+
+
+def _lm_eval(include: Path | None) -> tuple[Any, Any, Any]:
+    """Return lm-eval's evaluation, its wrapper of a model, and its tasks."""
+    try:
+        from lm_eval import simple_evaluate  # type: ignore[import-not-found,unused-ignore]
+        from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found,unused-ignore]
+        from lm_eval.tasks import TaskManager  # type: ignore[import-not-found,unused-ignore]
+    except ImportError as error:
+        raise InputError(
+            f"general ability needs lm-eval ({error}); install it: pip install 'palinode[lm-eval]'"
+        ) from None
+    return simple_evaluate, HFLM, TaskManager(include_path=None if include is None else str(include))
+
+
+def _check_tasks(tasks: Sequence[str], manager: Any) -> None:
+    if not tasks:
+        raise InputError("no lm-eval task is named; name some, such as mmlu,gsm8k")
+    if unknown := [task for task in tasks if task not in manager.task_index]:
+        raise InputError(f"lm-eval has no task {', '.join(unknown)}; `lm-eval ls tasks` lists those it has")
+
+
+@contextmanager
+def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
+    """Put the training mode and the random generators back, which lm-eval sets for all of the process."""
+    import torch
+
+    training, plain, numpy_state = model.training, random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        model.train(training)
+        random.setstate(plain)
+        np.random.set_state(numpy_state)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,201 @@
+"""A judge says which candidate answer a model's answer is closest to in fact (spec: msa.md §5).
+
+For each question the candidates are the ground truth, the retrained model's own answer, the perturbed
+answers and "none of these". Equal texts are one candidate with several roles, the order is shuffled by a
+seed, and several may be picked. What follows from the picks is in metrics/judged.py. Where the data
+lists accepted answers (RESTOR), these and "none of these" are the candidates instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from palinode.errors import DataError
+from palinode.progress import Listener, Silence
+from palinode.records import Outcome, Verdict
+
+NONE_TEXT = "none of these"
+"""Text of the candidate to be picked when no other has the answer's facts."""
+
+TRUTH, IDEAL, PERTURBED, ACCEPTED, NONE = "truth", "ideal", "perturbed", "accepted", "none"
+"""The roles that a candidate may play."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A text that may be picked, and the roles it plays; a judge must not look at the roles' order."""
+
+    text: str
+    roles: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """What a judge decided about one answer."""
+
+    picked: tuple[int, ...] | None
+    """Positions of the picked candidates; None when there is no decision."""
+    reason: str | None = None
+    """Why there is none."""
+
+
+class Judge(Protocol):
+    """Whoever compares one answer with candidates. `pick` may be called from several threads."""
+
+    @property
+    def name(self) -> str:
+        """What the judge is called in every verdict, its model included."""
+
+    @property
+    def at_once(self) -> int:
+        """How many answers it may be asked about at the same time."""
+
+    def pick(self, question: str, answer: str, candidates: Sequence[Candidate]) -> Pick:
+        """Return the candidates whose facts are closest to the answer's."""
+
+    def stop(self) -> None:
+        """Give up what is being asked in other threads; nothing more will be asked."""
+
+
+def candidates_of(
+    outcome: Outcome, ideal: Outcome | None, *, seed: int, perturbed: Sequence[str] = ()
+) -> tuple[Candidate, ...]:
+    """Return the candidates for one answer in the order in which they are shown.
+
+    They are the expected answer, the answer that `ideal` generated, the outcome's own "perturbed"
+    alternatives and those given besides, and "none of these". The order depends on the seed, the question
+    and the candidate's text alone.
+    """
+    wrong = (*(entry.text for entry in outcome.alternatives.get(PERTURBED, ())), *perturbed)
+    own = () if ideal is None or ideal.generated is None else (ideal.generated,)
+    offered = [(outcome.expected, TRUTH), *((text, IDEAL) for text in own)]
+    offered += [(text, PERTURBED) for text in wrong]
+    return _shuffled(_merged(offered), outcome.prompt, seed)
+
+
+def accepted_candidates_of(outcome: Outcome, *, seed: int) -> tuple[Candidate, ...]:
+    """Return the accepted answers and "none of these": whoever picks another than none accepts the answer."""
+    return _shuffled(_merged((text, ACCEPTED) for text in outcome.accepted), outcome.prompt, seed)
+
+
+def judge_answers(
+    judge: Judge,
+    outcomes: Sequence[Outcome],
+    ideals: Sequence[Outcome] | None = None,
+    *,
+    seed: int = 0,
+    listener: Listener | None = None,
+) -> list[Verdict]:
+    """Return the judge's verdict on each generated answer, in the order given.
+
+    `ideals` are the retrained model's outcomes on the same questions in the same order. Without them, a
+    question with accepted answers is judged against those, and any other one without an ideal answer.
+    An answer that could not be judged has a verdict with a reason; the others stand.
+    """
+    tables = _tables(outcomes, ideals, seed)
+    picks: list[Pick] = [Pick(None, "no answer was generated")] * len(outcomes)
+    asked = [place for place, outcome in enumerate(outcomes) if outcome.generated is not None]
+    with (listener or Silence()).task(f"judging: {judge.name}", len(asked), "answers") as advance:
+        for place, pick in _decided(judge, outcomes, tables, asked):
+            picks[place] = pick
+            advance(1)
+    return [
+        Verdict(
+            row=outcome.row,
+            judge=judge.name,
+            offered=tuple((candidate.text, candidate.roles) for candidate in candidates),
+            picked=pick.picked,
+            reason=pick.reason,
+        )
+        for outcome, candidates, pick in zip(outcomes, tables, picks, strict=True)
+    ]
+
+
+def plain_text(text: str) -> str:
+    """Return a text as equality sees it: no case, no width, no outer quotes or stops, single spaces."""
+    flat = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return re.sub(r"^[\s\"'“”‘’«»]+|[\s\"'“”‘’«».,;:!?]+$", "", flat)
+
+
+def _merged(offered: Iterable[tuple[str, str]]) -> list[Candidate]:
+    """Return one candidate per distinct text, in the order of the first, then "none of these"."""
+    texts: dict[str, str] = {}
+    roles: dict[str, list[str]] = {}
+    for text, role in offered:
+        key = plain_text(text)
+        texts.setdefault(key, text)
+        if role not in roles.setdefault(key, []):
+            roles[key].append(role)
+    merged = [Candidate(texts[key], tuple(roles[key])) for key in texts]
+    return [*merged, Candidate(NONE_TEXT, (NONE,))]
+
+
+def _shuffled(candidates: Iterable[Candidate], question: str, seed: int) -> tuple[Candidate, ...]:
+    """Order by a digest of seed, question, text and role: no state, the same on every machine."""
+
+    def rank(candidate: Candidate) -> bytes:
+        parts = (str(seed), question, plain_text(candidate.text), str(candidate.roles == (NONE,)))
+        return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).digest()
+
+    return tuple(sorted(candidates, key=rank))
+
+
+def _tables(
+    outcomes: Sequence[Outcome], ideals: Sequence[Outcome] | None, seed: int
+) -> list[tuple[Candidate, ...]]:
+    if ideals is None:
+        return [
+            accepted_candidates_of(outcome, seed=seed)
+            if outcome.accepted
+            else candidates_of(outcome, None, seed=seed)
+            for outcome in outcomes
+        ]
+    if len(outcomes) != len(ideals):
+        raise DataError(
+            f"there are {len(outcomes)} answers to judge and {len(ideals)} of the retrained model; "
+            "both models must be asked the same questions"
+        )
+    for place, (outcome, ideal) in enumerate(zip(outcomes, ideals, strict=True)):
+        if outcome.prompt != ideal.prompt:
+            raise DataError(
+                f"question {place} of the evaluated model is {outcome.prompt[:60]!r}, that of the retrained "
+                f"model {ideal.prompt[:60]!r}; both must be asked the same questions in the same order"
+            )
+    return [candidates_of(outcome, ideal, seed=seed) for outcome, ideal in zip(outcomes, ideals, strict=True)]
+
+
+def _decided(
+    judge: Judge,
+    outcomes: Sequence[Outcome],
+    tables: Sequence[Sequence[Candidate]],
+    asked: Sequence[int],
+) -> Iterator[tuple[int, Pick]]:
+    """Yield place and pick as they come; an error of the judge cancels what has not been asked yet."""
+    with _pool(judge) as pool:
+        waiting = {
+            pool.submit(
+                judge.pick, outcomes[place].prompt, outcomes[place].generated or "", tables[place]
+            ): place
+            for place in asked
+        }
+        for done in as_completed(waiting):
+            yield waiting[done], done.result()
+
+
+@contextmanager
+def _pool(judge: Judge) -> Iterator[ThreadPoolExecutor]:
+    pool = ThreadPoolExecutor(max_workers=max(1, judge.at_once), thread_name_prefix="judge")
+    try:
+        yield pool
+    except BaseException:  # Ctrl-C too: do not wait for answers that nobody will read
+        judge.stop()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()

@@ -1,0 +1,375 @@
+"""Evaluation logs in open-unlearning's form, so that published retain logs can serve as the reference.
+
+`TOFU_EVAL.json` maps a metric to `{"agg_value": mean, "value_by_index": {"0": {...}, "1": {...}}}`:
+
+    {forget,retain,ra,wf}_Q_A_Prob          {"prob": P, "avg_loss": l} of the answer in the data
+    {forget,retain}_Q_A_PARA_Prob           the same of the paraphrase
+    {forget,retain,ra,wf}_Q_A_PERT_Prob     {"prob": [P, …], "avg_loss": [l, …]} of the wrong answers
+    {ra,wf}_Q_A_Prob_normalised             {"prob": P / (P + Σ P wrong)}
+    {forget,retain,ra,wf}_Q_A_ROUGE         {"rouge1_recall", "rougeL_f1", "rougeL_recall", "input",
+                                            "ground_truth", "generation"}
+    forget_truth_ratio, {retain,ra,wf}_Truth_Ratio   {"score": R}
+    extraction_strength, exact_memorization          {"score": …}
+    mia_loss, mia_zlib, mia_min_k, mia_min_k_plus_plus, mia_gradnorm, mia_reference
+                                            {"forget": …, "holdout": …, "auc": AUC, "agg_value": AUC}
+    forget_quality, model_utility, privleak          {"agg_value"} alone
+
+The truth ratio in a log is R = P(wrong) / P(right), wrong over right, before any transform; its agg_value is
+the mean of min(R, 1/R) on forget rows and of max(0, 1 − R) elsewhere. AUC is 1 when forget rows are far more
+likely than holdout rows. open-unlearning adds 1e-10 to denominators, which we do not: figures agree to that.
+
+The log of TOFU's own code, `eval_log_aggregated.json`, is read too (spec: data.md §1.2 and §1.3).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from palinode.errors import DataError
+from palinode.metrics.likelihood import mean_logprobs, normalised_probabilities
+from palinode.metrics.membership import ATTACKS, auc
+from palinode.metrics.memorization import exact_memorizations, extraction_strengths
+from palinode.metrics.overlap import rouge
+from palinode.metrics.truth_ratio import forget_truth_ratios, retain_truth_ratios, truth_ratios
+from palinode.records import Likelihood, Outcome, Score, write_json
+
+FORGET, RETAIN, AUTHORS, FACTS, HOLDOUT = "forget", "retain", "real_authors", "world_facts", "holdout"
+"""Names of the sets that a log is made of."""
+
+SPLITS = {40: "forget01", 200: "forget05", 400: "forget10"}
+"""TOFU's forget splits by their number of rows."""
+
+MIA_KEYS = {
+    "mia_loss": "loss",
+    "mia_zlib": "zlib",
+    "mia_min_k": "min_k",
+    "mia_min_k_plus_plus": "min_k_plus",
+    "mia_gradnorm": "gradient_norm",
+    "mia_reference": "reference",
+}
+"""Membership attacks: the key in a log, and the attack's name here."""
+
+SUMMARY_KEYS = frozenset({"forget_quality", "model_utility", "privleak", *MIA_KEYS})
+"""Keys that `write_log` takes from the scores it is given."""
+
+_PREFIXES = {FORGET: "forget", RETAIN: "retain", AUTHORS: "ra", FACTS: "wf"}
+_TOFU_FORGET = "eval_log_forget.json"
+_TOLERANCE = 1e-3  # of R; logs hold float32 losses
+
+Entry = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceLog:
+    """What a log tells of a retrained model, as far as forget quality and PrivLeak need it."""
+
+    path: Path
+    forget: tuple[Outcome, ...]
+    """One outcome a forget row, with numbers and no texts: its truth ratio is the log's. Empty without."""
+    aucs: Mapping[str, float]
+    """AUC of each membership attack in the log, by the attack's name here ("min_k")."""
+    values: Mapping[str, float]
+    """Every agg_value in the log by its key."""
+    missing: Mapping[str, str] = field(default_factory=dict)
+    """What cannot be computed with this log ("forget_quality", "privleak"), and why."""
+
+    @property
+    def truth_ratios(self) -> list[float | None]:
+        """R = P(wrong) / P(right) of each forget row, in the order of the rows."""
+        return truth_ratios(self.forget)
+
+
+def read_log(path: Path, *, forget_rows: int | None = None) -> ReferenceLog:
+    """Read a retrained model's log as the reference for forget quality and PrivLeak.
+
+    `forget_rows` is the number of rows of the forget set at hand. Raises DataError when the file is no such
+    log, holds another number of forget rows (another split), or contradicts itself.
+    """
+    content = _json_object(path)
+    if isinstance(content.get(_TOFU_FORGET), dict):
+        losses, ratios = _tofu_rows(path, content[_TOFU_FORGET])
+        metrics: dict[str, Entry] = {}
+    else:
+        metrics = {key: value for key, value in content.items() if isinstance(value, dict)}
+        if not any("agg_value" in value or "value_by_index" in value for value in metrics.values()):
+            raise DataError(
+                f"{path} is not an evaluation log: it needs metrics with agg_value and value_by_index, as in "
+                "open-unlearning's TOFU_EVAL.json, or the parts of TOFU's eval_log_aggregated.json"
+            )
+        losses, ratios = _rows_of(path, metrics)
+    forget = _outcomes(path, losses, ratios)
+    _check_split(path, len(forget), forget_rows)
+    values = {
+        key: number
+        for key, entry in metrics.items()
+        if (number := _number(entry.get("agg_value"))) is not None
+    }
+    aucs = {name: values[key] for key, name in MIA_KEYS.items() if key in values}
+    return ReferenceLog(path, tuple(forget), aucs, values, _missing(path, forget, aucs))
+
+
+def write_log(path: Path, sets: Mapping[str, Sequence[Outcome]], scores: Mapping[str, Score]) -> None:
+    """Write outcomes and scores in open-unlearning's form, sorted by key.
+
+    `sets` may hold "forget", "retain", "real_authors", "world_facts" and "holdout"; what an outcome does not
+    have (paraphrases, generations) leaves out the keys that need it. `scores` may hold the keys of
+    SUMMARY_KEYS; an attack's AUC given there stands, and those that the outcomes allow are computed.
+    Raises DataError for a set or score that the form has no place for, or rows that occur twice.
+    """
+    _check_known("set", sets, {*_PREFIXES, HOLDOUT})
+    _check_known("score", scores, SUMMARY_KEYS)
+    for name, outcomes in sets.items():
+        if len({outcome.row for outcome in outcomes}) < len(outcomes):
+            raise DataError(f"rows of the set {name} occur twice; a log has one entry for each row")
+    log: dict[str, Entry] = {}
+    for name, prefix in _PREFIXES.items():
+        if asked := sets.get(name):
+            log |= _set_entries(name, prefix, asked)
+    if (members := sets.get(FORGET)) and (others := sets.get(HOLDOUT)):
+        log |= _attack_entries(members, others, scores)
+    for key, score in scores.items():
+        log[key] = {**log.get(key, {}), **_summary(key, score)}
+    write_json(path, {key: log[key] for key in sorted(log)})
+
+
+# Writing
+
+
+def _set_entries(name: str, prefix: str, outcomes: Sequence[Outcome]) -> dict[str, Entry]:
+    """Return the entries of one question set; those without a single value are left out."""
+    own = name in (AUTHORS, FACTS)
+    ratio_key = "forget_truth_ratio" if name == FORGET else f"{prefix}_Truth_Ratio"
+    right = "expected" if own else "paraphrased"
+    transform = forget_truth_ratios if name == FORGET else retain_truth_ratios
+    entries = {
+        f"{prefix}_Q_A_Prob": _likelihood_entry(outcomes, "expected"),
+        f"{prefix}_Q_A_PERT_Prob": _likelihood_entry(outcomes, "perturbed"),
+        f"{prefix}_Q_A_ROUGE": _rouge_entry(outcomes),
+        ratio_key: _entry(outcomes, "score", truth_ratios(outcomes, right), transform(outcomes, right)),
+    }
+    if own:
+        entries[f"{prefix}_Q_A_Prob_normalised"] = _entry(
+            outcomes, "prob", normalised_probabilities(outcomes)
+        )
+    else:
+        entries[f"{prefix}_Q_A_PARA_Prob"] = _likelihood_entry(outcomes, "paraphrased")
+    if name == FORGET:
+        entries["extraction_strength"] = _entry(outcomes, "score", extraction_strengths(outcomes))
+        entries["exact_memorization"] = _entry(outcomes, "score", exact_memorizations(outcomes))
+    return {key: entry for key, entry in entries.items() if entry is not None}
+
+
+def _entry(
+    outcomes: Sequence[Outcome],
+    key: str,
+    values: Sequence[float | None],
+    means: Sequence[float | None] | None = None,
+) -> Entry | None:
+    """Return one value a row under `key`, and the mean of `means` (of the values, unless given)."""
+    rows = {str(outcome.row): {key: _finite(value)} for outcome, value in zip(outcomes, values, strict=True)}
+    return _with_mean(values if means is None else means, rows)
+
+
+def _likelihood_entry(outcomes: Sequence[Outcome], kind: str) -> Entry | None:
+    rows: dict[str, Entry] = {}
+    for outcome in outcomes:
+        losses = [-level for level in mean_logprobs(outcome, kind)]
+        probs = [math.exp(-loss) for loss in losses]
+        several = kind != "expected" and len(losses) != 1
+        rows[str(outcome.row)] = (
+            {"prob": None, "avg_loss": None}
+            if not losses
+            else {"prob": probs, "avg_loss": losses}
+            if several
+            else {"prob": probs[0], "avg_loss": losses[0]}
+        )
+    levels = [mean_logprobs(outcome, kind) for outcome in outcomes]
+    return _with_mean([fmean(map(math.exp, level)) if level else None for level in levels], rows)
+
+
+def _rouge_entry(outcomes: Sequence[Outcome]) -> Entry | None:
+    rows: dict[str, Entry] = {
+        str(outcome.row): {
+            "rouge1_recall": rouge(outcome.expected, outcome.generated, "rouge1", "recall"),
+            "rougeL_f1": rouge(outcome.expected, outcome.generated, "rougeL", "f"),
+            "rougeL_recall": rouge(outcome.expected, outcome.generated, "rougeL", "recall"),
+            "input": outcome.prompt,
+            "ground_truth": outcome.expected,
+            "generation": outcome.generated,
+        }
+        for outcome in outcomes
+    }
+    return _with_mean([row["rougeL_recall"] for row in rows.values()], rows)
+
+
+def _attack_entries(
+    members: Sequence[Outcome], others: Sequence[Outcome], scores: Mapping[str, Score]
+) -> dict[str, Entry]:
+    entries = {}
+    for key, name in MIA_KEYS.items():
+        attack = ATTACKS[name]
+        if "reference" in attack.needs:
+            continue
+        ours, theirs = attack.values(members), attack.values(others)
+        area = scores[key].value if key in scores else auc(ours, theirs).value
+        forget, holdout = _entry(members, "score", ours), _entry(others, "score", theirs)
+        if area is not None and forget is not None and holdout is not None:
+            entries[key] = {"forget": forget, "holdout": holdout, "auc": area, "agg_value": area}
+    return entries
+
+
+def _with_mean(values: Sequence[float | None], rows: Mapping[str, Entry]) -> Entry | None:
+    known = [value for value in values if value is not None]
+    return {"agg_value": _finite(fmean(known)), "value_by_index": dict(rows)} if known else None
+
+
+def _summary(key: str, score: Score) -> Entry:
+    entry: Entry = {"agg_value": score.value}
+    if key in MIA_KEYS:
+        entry["auc"] = score.value
+    return entry if score.value is not None else {**entry, "reason": score.reason}
+
+
+def _check_known(what: str, given: Mapping[str, Any], known: set[str] | frozenset[str]) -> None:
+    if unknown := sorted(set(given) - known):
+        raise DataError(
+            f"open-unlearning's log has no place for the {what} {unknown[0]}; "
+            f"it takes {', '.join(sorted(known))}"
+        )
+
+
+# Reading
+
+Rows = dict[int, tuple[list[float], list[float]]]
+"""Losses of the right and of the wrong answers by row."""
+
+
+def _rows_of(path: Path, metrics: Mapping[str, Entry]) -> tuple[Rows, dict[int, float | None]]:
+    """Return the losses and the truth ratios of the forget rows, as far as the log has them."""
+    right = _indexed(path, metrics, "forget_Q_A_PARA_Prob")
+    wrong = _indexed(path, metrics, "forget_Q_A_PERT_Prob")
+    both = {row: (_losses(right[row]), _losses(wrong[row])) for row in right.keys() & wrong.keys()}
+    # open-unlearning's own key, and the one that its configuration file's name suggests
+    ratios = _indexed(path, metrics, "forget_truth_ratio") or _indexed(path, metrics, "forget_Truth_Ratio")
+    return (
+        {row: pair for row, pair in both.items() if all(pair)},
+        {row: _number(entry.get("score")) for row, entry in ratios.items()},
+    )
+
+
+def _tofu_rows(path: Path, part: Mapping[str, Any]) -> tuple[Rows, dict[int, float | None]]:
+    """Return the same from TOFU's own log, whose parts map a metric to {row: value}."""
+
+    def column(key: str) -> dict[int, Any]:
+        values = part.get(key)
+        return {} if not isinstance(values, dict) else {_row(path, key, row): v for row, v in values.items()}
+
+    right, wrong = column("avg_paraphrased_loss"), column("average_perturb_loss")
+    both = {row: (_floats(right[row]), _floats(wrong[row])) for row in right.keys() & wrong.keys()}
+    ratios = {row: _number(value) for row, value in column("truth_ratio").items()}
+    return {row: pair for row, pair in both.items() if all(pair)}, ratios
+
+
+def _indexed(path: Path, metrics: Mapping[str, Entry], key: str) -> dict[int, Entry]:
+    values = metrics.get(key, {}).get("value_by_index") or {}
+    if not isinstance(values, dict) or not all(isinstance(value, dict) for value in values.values()):
+        raise DataError(f"{key} in {path} must map rows to values in value_by_index; is the file whole?")
+    return {_row(path, key, row): value for row, value in values.items()}
+
+
+def _row(path: Path, key: str, row: str) -> int:
+    if not (row.isascii() and row.isdigit()):
+        raise DataError(f"{key} in {path} has a row {row!r}; rows are whole numbers from 0")
+    return int(row)
+
+
+def _outcomes(path: Path, losses: Rows, ratios: Mapping[int, float | None]) -> list[Outcome]:
+    """Return one outcome a row with its truth ratio: from the losses, or from R where there are none."""
+    found = []
+    for row in sorted(losses.keys() | ratios.keys()):
+        ratio = ratios.get(row)
+        if row in losses:
+            right, wrong = losses[row]
+            _check_agrees(path, row, fmean(right), fmean(wrong), ratio)
+        elif ratio is not None and ratio > 0:
+            right, wrong = [max(0.0, math.log(ratio))], [max(0.0, -math.log(ratio))]
+        else:
+            right, wrong = [], []
+        alternatives = {"paraphrased": _answers(right), "perturbed": _answers(wrong)}
+        found.append(Outcome(row, "", "", None, (), (), alternatives=alternatives))
+    return found
+
+
+def _answers(losses: Sequence[float]) -> tuple[Likelihood, ...]:
+    return tuple(Likelihood("", (-loss,)) for loss in losses)
+
+
+def _check_agrees(path: Path, row: int, right: float, wrong: float, ratio: float | None) -> None:
+    """Raise DataError when a stored truth ratio is not wrong over right, as in logs of other definitions."""
+    if ratio is None or any(
+        math.isclose(ratio * (math.exp(-right) + tiny), math.exp(-wrong), rel_tol=_TOLERANCE, abs_tol=1e-12)
+        for tiny in (0.0, 1e-10)  # TOFU's own code, open-unlearning
+    ):
+        return
+    raise DataError(
+        f"row {row} in {path} has a truth ratio of {ratio:.6g}, which is not what its losses give (wrong "
+        f"over right: exp({right - wrong:.6g})); it is a log of another definition, such as prob_mean"
+    )
+
+
+def _check_split(path: Path, rows: int, expected: int | None) -> None:
+    if expected is None or rows in (0, expected):
+        return
+    name = f" ({SPLITS[rows]})" if rows in SPLITS else ""
+    raise DataError(
+        f"{path} holds {rows} forget rows{name} where the forget set has {expected}; "
+        "give the retrained model's log of the same split"
+    )
+
+
+def _missing(path: Path, forget: Sequence[Outcome], aucs: Mapping[str, float]) -> dict[str, str]:
+    missing = {}
+    if not forget:
+        missing["forget_quality"] = f"{path.name} has no forget_truth_ratio"
+    if "min_k" not in aucs:
+        missing["privleak"] = f"{path.name} has no mia_min_k"
+    return missing
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON ({error}); give a file such as TOFU_EVAL.json") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds no JSON object; give a file such as TOFU_EVAL.json")
+    return content
+
+
+def _losses(entry: Entry) -> list[float]:
+    return _floats(entry.get("avg_loss"))
+
+
+def _floats(value: Any) -> list[float]:
+    """Return one number or a list of them as floats; empty when anything in it is not a number."""
+    numbers = [_number(each) for each in (value if isinstance(value, list) else [value])]
+    return [number for number in numbers if number is not None] if None not in numbers else []
+
+
+def _number(value: Any) -> float | None:
+    """Return a finite float; None for anything else, as Python's JSON lets NaN and Infinity through."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return _finite(float(value))
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

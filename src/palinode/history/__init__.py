@@ -1,0 +1,51 @@
+"""When was a row seen, and which checkpoint is the last that had not seen it.
+
+Three kinds of evidence: a log kept while training (`exposures`), the order of the data rebuilt
+(`orders`), and what checkpoints know (`onset`). `locate` puts them together; `plan` says which
+checkpoints a training should keep.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from palinode.history.ladder import Ladder, Rung, open_ladder
+    from palinode.history.location import Location, locate
+    from palinode.history.onset import Onset, find_onset
+    from palinode.history.plan import Schedule, plan_checkpoints
+    from palinode.history.thinning import ThinningCallback
+
+# Imported when first asked for: a plan needs no torch.
+_HOMES = {
+    "Ladder": "ladder",
+    "Location": "location",
+    "Onset": "onset",
+    "Rung": "ladder",
+    "Schedule": "plan",
+    "ThinningCallback": "thinning",
+    "find_onset": "onset",
+    "locate": "location",
+    "open_ladder": "ladder",
+    "plan_checkpoints": "plan",
+}
+
+__all__ = [
+    "Ladder",
+    "Location",
+    "Onset",
+    "Rung",
+    "Schedule",
+    "ThinningCallback",
+    "find_onset",
+    "locate",
+    "open_ladder",
+    "plan_checkpoints",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'palinode.history' has no attribute {name!r}")
+    return getattr(import_module(f"palinode.history.{_HOMES[name]}"), name)

@@ -1,0 +1,178 @@
+"""Copies of forget rows in the data that was trained on: equal texts, and similar ones by MinHash.
+
+Two texts are equal when their row hashes are (`hashing`). They are similar by the Jaccard similarity of
+their shingles, |A ∩ B| / |A ∪ B|, a shingle being five letters in a row of the text in lower case with its
+punctuation taken out: one word changed in a short fact leaves most of them. MinHash signatures of the forget
+rows, in `datasketch`'s LSH index, say which of them a row of the corpus may be like; the similarity that is
+told is then counted, not estimated. The corpus is gone through once, row by row; copies are listed with
+where they stand, and never merged.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from palinode.data.examples import Example, read_examples
+from palinode.errors import DataError
+from palinode.history.hashing import row_hash
+from palinode.progress import Listener, Silence
+
+SHINGLE = 5
+"""Letters of a shingle."""
+PERMUTATIONS = 128
+"""Hash functions of a signature."""
+SLACK = 0.15
+"""Candidates are looked for this far below the threshold, since a signature is off by about 0.04."""
+
+_BLANKS = re.compile(r"[\W_]+")
+
+Shingles = npt.NDArray[np.uint32]
+
+
+@dataclass(frozen=True, slots=True)
+class Duplicate:
+    """A row of the corpus that equals a forget row, or is similar to it."""
+
+    row: int
+    """Position of the forget row."""
+    number: int
+    """Position in the corpus, over all its files, as orders count."""
+    place: str
+    """Where it stands: `row 3 of corpus.jsonl`."""
+    similarity: float
+    """Jaccard similarity of the shingles; 1 for equal texts."""
+    exact: bool
+    """Whether the text is the same but for white space and Unicode form."""
+
+
+def find_duplicates(
+    forget: Sequence[Example],
+    corpus: Iterable[Example] | Sequence[str | Path],
+    *,
+    threshold: float = 0.7,
+    seed: int = 1,
+    listener: Listener | None = None,
+) -> list[Duplicate]:
+    """Return the copies of forget rows in a corpus, given as examples or files, sorted by row and number.
+
+    Equal texts are always listed, others from `threshold` on. Raises DataError for an empty forget set, a
+    threshold outside (0, 1], and where datasketch is not installed.
+    """
+    if not forget:
+        raise DataError("there are no forget rows to look for copies of")
+    if not 0 < threshold <= 1:
+        raise DataError(f"the similarity is {threshold}; it must be above 0 and at most 1")
+    index = _Index(forget, threshold, seed)
+    found: list[Duplicate] = []
+    with (listener or Silence()).task("looking for copies", _size(corpus), "rows") as advance:
+        for number, example in enumerate(_examples(corpus)):
+            found += index.copies(number, example)
+            advance(1)
+    return sorted(found, key=lambda entry: (entry.row, entry.number))
+
+
+def shingles(text: str) -> Shingles:
+    """Return the distinct shingles of a text as sorted numbers; a text shorter than one has one, itself.
+
+    Case, punctuation and Unicode form (NFKC) do not count. Numbers are 32-bit hashes of the letters.
+    """
+    plain = " ".join(_BLANKS.sub(" ", unicodedata.normalize("NFKC", text).casefold()).split())
+    letters = np.frombuffer(plain.ljust(SHINGLE).encode("utf-32-le"), "<u4").astype(np.uint64)
+    windows = np.lib.stride_tricks.sliding_window_view(letters, SHINGLE)
+    hashed = np.zeros(len(windows), np.uint64)
+    for column in range(SHINGLE):  # FNV-1a, letter by letter; numpy wraps around at 64 bits
+        hashed = (hashed ^ windows[:, column]) * np.uint64(0x100000001B3) + np.uint64(0x9E3779B97F4A7C15)
+    hashed ^= hashed >> np.uint64(29)
+    return np.unique(((hashed * np.uint64(0xBF58476D1CE4E5B9)) >> np.uint64(32)).astype(np.uint32))
+
+
+def jaccard(first: Shingles, second: Shingles) -> float:
+    """Return |A ∩ B| / |A ∪ B| of two sets of shingles.
+
+    >>> jaccard(np.array([1, 2, 3]), np.array([2, 3, 4]))
+    0.5
+    """
+    shared = len(np.intersect1d(first, second, assume_unique=True))
+    return shared / (len(first) + len(second) - shared)
+
+
+class _Index:
+    """Forget rows, ready to be asked which of them a text equals or is like."""
+
+    def __init__(self, forget: Sequence[Example], threshold: float, seed: int) -> None:
+        self._threshold, self._seed = threshold, seed
+        self._rows: dict[bytes, list[int]] = {}
+        for row, example in enumerate(forget):
+            self._rows.setdefault(row_hash(example), []).append(row)
+        self._shingles = [shingles(_text(example)) for example in forget]
+        self._known = np.unique(np.concatenate(self._shingles))
+
+    def copies(self, number: int, example: Example) -> Iterator[Duplicate]:
+        """Yield the forget rows that a row of the corpus is a copy of."""
+        equal = self._rows.get(row_hash(example), [])
+        for row in equal:
+            yield Duplicate(row, number, example.place, 1.0, exact=True)
+        own = shingles(_text(example))
+        shared = int(np.isin(own, self._known, assume_unique=True).sum())
+        if shared < self._threshold * len(own):  # a similarity cannot be above this share
+            return
+        for row in sorted(set(self._lsh.query(self._signature(own))) - set(equal)):
+            similarity = jaccard(own, self._shingles[row])
+            if similarity >= self._threshold:
+                yield Duplicate(row, number, example.place, similarity, exact=False)
+
+    @cached_property
+    def _lsh(self) -> Any:
+        lowest = max(0.05, self._threshold - SLACK)
+        index = _datasketch().MinHashLSH(threshold=lowest, num_perm=PERMUTATIONS, weights=(0.1, 0.9))
+        for row, own in enumerate(self._shingles):
+            index.insert(row, self._signature(own))
+        return index
+
+    def _signature(self, own: Shingles) -> Any:
+        signature = self._empty.copy()
+        signature.update_batch(own)
+        return signature
+
+    @cached_property
+    def _empty(self) -> Any:
+        """A signature of nothing; drawing its permutations takes longer than using them."""
+        return _datasketch().MinHash(num_perm=PERMUTATIONS, seed=self._seed, hashfunc=int)
+
+
+def _datasketch() -> Any:
+    try:
+        return import_module("datasketch")
+    except ImportError:
+        raise DataError(
+            "similar texts are found with datasketch, which is not installed; install it"
+        ) from None
+
+
+def _text(example: Example) -> str:
+    return "\n".join([*(turn.content for turn in example.turns), example.answer])
+
+
+def _examples(corpus: Iterable[Example] | Sequence[str | Path]) -> Iterator[Example]:
+    """Yield the rows of a corpus; of files one file is in memory at a time."""
+    for entry in corpus:
+        if isinstance(entry, Example):
+            yield entry
+        else:
+            yield from read_examples(entry)
+
+
+def _size(corpus: Iterable[Any]) -> int:
+    """Return the rows of a corpus where that is known beforehand, otherwise 0."""
+    known = isinstance(corpus, Sequence) and len(corpus) > 0 and isinstance(corpus[0], Example)
+    return len(corpus) if known else 0  # type: ignore[arg-type]

@@ -1,0 +1,474 @@
+"""Where a forget set stands in a training: first and all exposures, and the last clean checkpoint.
+
+Log and order say at which steps a row was in a batch; behaviour says from which checkpoint on it is
+known. A checkpoint is clean when it has been through no step with a forget row or a near-copy of one. Where
+behaviour sees the rows known earlier than log and order do, the earlier checkpoint is taken and the
+disagreement is said: a paraphrase leaves no trace in a log.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from typing import Any
+
+from palinode.data.examples import Example
+from palinode.data.tokenize import PromptStyle
+from palinode.errors import DataError
+from palinode.history.duplicates import Duplicate
+from palinode.history.exposures import ExposureReader
+from palinode.history.ladder import Ladder
+from palinode.history.onset import Onset, check_control, find_onset
+from palinode.history.orders.order import Order
+from palinode.history.sources import (
+    Corpus,
+    Steps,
+    compare,
+    copies_of,
+    steps_in_log,
+    steps_in_order,
+)
+from palinode.progress import Listener, Silence
+
+VERSION = 1
+"""Version of the layout of a location's record."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One step at which a row, or a near-copy of it, was in the batch."""
+
+    step: int
+    evidence: tuple[str, ...]
+    """log, order, or both."""
+    copy: str | None = None
+    """Where the near-copy stands in the corpus; None for the row itself."""
+    similarity: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RowHistory:
+    """What is known of one forget row."""
+
+    row: int
+    """Position in the forget set."""
+    place: str
+    """Where it stands, as its source names it."""
+    seen: tuple[Seen, ...]
+    """All known exposures, earliest first."""
+    copies: tuple[Duplicate, ...]
+    """Equal and similar texts in the corpus."""
+
+    @property
+    def first(self) -> int | None:
+        """The first step at which it, or a near-copy, was seen; None where no exposure is known."""
+        return self.seen[0].step if self.seen else None
+
+
+@dataclass(frozen=True, slots=True)
+class RungState:
+    """What is known of one checkpoint."""
+
+    step: int
+    tokens: int | None
+    location: str
+    seen: int | None
+    """Forget rows that it has seen by log or order; None without them."""
+    gap: float | None
+    """How far it knows forget rows better than control rows; None where it was not looked at."""
+    exposed: bool | None
+    """Whether that gap is beyond noise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """A stretch of training; tokens are None where they are not known."""
+
+    steps: int
+    tokens: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A checkpoint that can serve as the base, and why."""
+
+    place: int
+    """Position in the ladder."""
+    step: int
+    location: str
+    clean: bool
+    evidence: tuple[str, ...]
+    """Kinds of evidence that it rests on: log, order, behaviour."""
+    certainty: float | None
+    """Behaviour: share of resamples in which it is clean. None for log and order, which count."""
+    reason: str
+    to_exposure: Distance | None
+    """From the checkpoint to the first exposure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """The answer for a forget set."""
+
+    rows: tuple[RowHistory, ...]
+    rungs: tuple[RungState, ...]
+    recommended: Choice | None
+    """The last clean checkpoint; None where no checkpoint is clean."""
+    next_best: Choice | None
+    first: int | None
+    """First step at which any row was seen; by behaviour alone: the first checkpoint that knows them."""
+    last: int | None
+    """Last step at which any row is known to have been seen."""
+    target_step: int | None
+    first_to_target: Distance | None
+    last_to_target: Distance | None
+    onset: Onset | None
+    alternatives: tuple[Mapping[str, str], ...]
+    """What else can be done, where no checkpoint is clean."""
+    evidence: tuple[str, ...]
+    """Kinds of evidence that were used."""
+    warnings: tuple[str, ...]
+
+    def as_record(self) -> dict[str, Any]:
+        """Return everything as plain values for JSON; no text of any row is in it."""
+        return {"version": VERSION, **asdict(self)}
+
+
+def locate(
+    forget: Sequence[Example],
+    ladder: Ladder,
+    *,
+    log: ExposureReader | None = None,
+    salt: bytes = b"",
+    order: Order | None = None,
+    corpus: Corpus | None = None,
+    control: Sequence[Example] | None = None,
+    target_step: int | None = None,
+    similarity: float = 0.7,
+    measure: str = "mean_logprob",
+    max_length: int = 512,
+    style: PromptStyle | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    every: bool = False,
+    listener: Listener | None = None,
+) -> Location:
+    """Return when the forget rows were seen and which checkpoint to take, on the evidence given.
+
+    `corpus` are the rows that were trained on: the order's numbers point into it, and copies of forget
+    rows are looked for in it, equal ones and those at least so similar (`duplicates`).
+    Behaviour is looked at when `control` rows are given. Raises DataError without any evidence, for control
+    rows that are forget rows, and for an order that disagrees with the log.
+    """
+    listener = listener or Silence()
+    if log is None and order is None and not control:
+        raise DataError(
+            "there is nothing to locate the rows by; name an exposure log (--log), a data order (--order) "
+            "with its data (--corpus), or control rows (--control)"
+        )
+    if order is not None and corpus is None:
+        raise DataError("an order gives row numbers; name the data that they point into (--corpus)")
+    if control:
+        check_control(forget, control)
+    copies = copies_of(forget, corpus, similarity, listener=listener)
+    logged = steps_in_log(log, forget, copies, corpus, salt=salt) if log is not None else None
+    ordered = steps_in_order(order, copies, listener=listener) if order is not None else None
+    if logged is not None and ordered is not None and log is not None and order is not None and corpus:
+        places = [example.place for example in forget]
+        compare(log, order, corpus, (logged, ordered), places, salt=salt)
+    warnings = list(log.notes if log is not None else ())
+    if log is None or log.tokens_at(ladder.rungs[0].step) is None:
+        warnings += ladder.notes
+    onset = None
+    if control:
+        onset = find_onset(
+            forget,
+            control,
+            ladder,
+            measure=measure,
+            max_length=max_length,
+            style=style,
+            device=device,
+            seed=seed,
+            every=every,
+            listener=listener,
+        )
+        warnings += onset.notes
+        warnings += _control_seen(log, control, salt)
+    rows = _rows(forget, copies, logged, ordered)
+    return _Judgement(ladder, rows, onset, log, order, target_step, warnings).location()
+
+
+def _rows(
+    forget: Sequence[Example],
+    copies: Sequence[Sequence[Duplicate]],
+    logged: Steps | None,
+    ordered: Steps | None,
+) -> tuple[RowHistory, ...]:
+    """Put the steps of log and order together, row by row."""
+    rows = []
+    for number, example in enumerate(forget):
+        found: dict[tuple[int, str | None], tuple[float | None, list[str]]] = {}
+        for name, steps in (("log", logged), ("order", ordered)):
+            for step, copy in (steps or {}).get(number, ()):
+                key = (step, copy.place if copy else None)
+                found.setdefault(key, (copy.similarity if copy else None, []))[1].append(name)
+        seen = [
+            Seen(step, tuple(evidence), place, like)
+            for (step, place), (like, evidence) in sorted(
+                found.items(), key=lambda item: (item[0][0], item[0][1] or "")
+            )
+        ]
+        rows.append(RowHistory(number, example.place, tuple(seen), tuple(copies[number])))
+    return tuple(rows)
+
+
+def _place_in_time(step: int, place: str | None) -> tuple[int, str]:
+    return step, place or ""
+
+
+def _control_seen(log: ExposureReader | None, control: Sequence[Example], salt: bytes) -> list[str]:
+    if log is None:
+        return []
+    count = len({entry.row for entry in log.find(control, salt=salt)})
+    if not count:
+        return []
+    return [
+        f"{count} of {len(control)} control rows were trained on, by the log: the evidence from behaviour is "
+        "weaker than it looks."
+    ]
+
+
+def known_alternatives() -> tuple[Mapping[str, str], ...]:
+    """Return what can be done when no checkpoint is clean: its cost, what is known of it, and the source."""
+    text = files("palinode.history").joinpath("alternatives.toml").read_text(encoding="utf-8")
+    return tuple(tomllib.loads(text)["alternative"])
+
+
+class _Judgement:
+    """From what is known of rows and checkpoints to the checkpoint to take."""
+
+    def __init__(
+        self,
+        ladder: Ladder,
+        rows: tuple[RowHistory, ...],
+        onset: Onset | None,
+        log: ExposureReader | None,
+        order: Order | None,
+        target_step: int | None,
+        warnings: Sequence[str],
+    ) -> None:
+        self.ladder = ladder
+        self.log = log
+        self.rows = rows
+        self.onset = onset
+        self.warnings = list(warnings)
+        self.counted = tuple(name for name, given in (("log", log), ("order", order)) if given is not None)
+        self.target_step = target_step
+        firsts = [row.first for row in rows if row.first is not None]
+        self.counted_first = min(firsts, default=None)
+        self.first = self.counted_first
+        self.last = max((seen.step for row in rows for seen in row.seen), default=None)
+        self.unseen = len(rows) - len(firsts)
+
+    def location(self) -> Location:
+        """Return the whole answer."""
+        recommended, next_best = self._choices()
+        if self.target_step is None:
+            self.warnings.append(
+                "The target's step is not known, so its distance from the exposure is not told; give it with "
+                "--target or --target-step."
+            )
+        nothing_clean = recommended is None
+        return Location(
+            rows=self.rows,
+            rungs=tuple(self._state(place) for place in range(len(self.ladder))),
+            recommended=recommended,
+            next_best=next_best,
+            first=self.first,
+            last=self.last,
+            target_step=self.target_step,
+            first_to_target=self._distance(self.first, self.target_step),
+            last_to_target=self._distance(self.last, self.target_step),
+            onset=self.onset,
+            alternatives=known_alternatives() if nothing_clean else (),
+            evidence=(*self.counted, *(("behaviour",) if self.onset else ())),
+            warnings=tuple(dict.fromkeys(self.warnings)),
+        )
+
+    def _choices(self) -> tuple[Choice | None, Choice | None]:
+        """Return the recommended checkpoint and the next best."""
+        counted, behaved = self._limit_by_count(), self._limit_by_behaviour()
+        self._warn_of_rows()
+        if counted is None and behaved is None:
+            return self._unseen_everywhere()
+        limit, evidence = self._combine(counted, behaved)
+        if limit < 0:
+            self.warnings.append("No checkpoint of the ladder is clean.")
+            return None, self._least_contaminated(evidence)
+        recommended = self._choice(limit, evidence, clean=True)
+        if counted is not None and counted > limit:
+            return recommended, self._choice(counted, self.counted, clean=True)
+        return recommended, self._choice(limit - 1, evidence, clean=True) if limit else None
+
+    def _limit_by_count(self) -> int | None:
+        """Return the last place clean by log and order, -1 for none; None where they found nothing."""
+        if self.counted_first is None:
+            return None
+        place = self.ladder.last_before(self.counted_first)
+        return -1 if place is None else place
+
+    def _limit_by_behaviour(self) -> int | None:
+        """Return the last place that is clean by behaviour, -1 for none; None where it shows no gap."""
+        if self.onset is None or self.onset.state == "never":
+            return None
+        return -1 if self.onset.clean is None else self.onset.clean
+
+    def _combine(self, counted: int | None, behaved: int | None) -> tuple[int, tuple[str, ...]]:
+        """Return the last clean place on all evidence, and the kinds that it rests on."""
+        if counted is None or behaved is None:
+            self._say_onset_alone(counted, behaved)
+            found = behaved if counted is None else counted
+            assert found is not None
+            return found, ("behaviour",) if counted is None else self.counted
+        names = " and ".join(self.counted)
+        if behaved == counted:
+            return counted, (*self.counted, "behaviour")
+        if behaved > counted:
+            self.warnings.append(
+                f"Behaviour shows the rows known only later than the {names} has them (after step "
+                f"{self.ladder.rungs[behaved].step:,}); the {names} decides."
+            )
+            return counted, self.counted
+        if behaved < 0:
+            self.warnings.append(
+                "Already the earliest checkpoint knows the forget rows better than the control rows, though "
+                f"the {names} has them later: the two sets may not be alike, or the rows were seen in "
+                f"training before it or in other words. The {names} decides."
+            )
+            return counted, self.counted
+        self.warnings.append(
+            f"Behaviour shows the rows known earlier than the {names} has them (from step "
+            f"{self._exposed_step():,} on): they may have been seen in other words. The earlier checkpoint "
+            f"is recommended; the next best is clean by the {names} alone."
+        )
+        return behaved, ("behaviour",)
+
+    def _say_onset_alone(self, counted: int | None, behaved: int | None) -> None:
+        """Note what it means that one kind of evidence has nothing to say."""
+        if counted is None and behaved is not None:
+            self.first = self._exposed_step()
+            if self.counted:
+                self.warnings.append(
+                    f"The {' and '.join(self.counted)} holds none of the forget rows, but the model learned "
+                    "them: they may have been seen in other words, or it is of another data set."
+                )
+        elif self.onset is not None:
+            self.warnings.append(
+                "The forget rows were trained on, but no checkpoint looked at knows them better than the "
+                "control rows: the model may not have learned them, and unlearning may have nothing to take."
+            )
+
+    def _exposed_step(self) -> int:
+        place = self.onset.exposed if self.onset and self.onset.exposed is not None else 0
+        return self.ladder.rungs[place].step
+
+    def _warn_of_rows(self) -> None:
+        if self.counted and 0 < self.unseen < len(self.rows):
+            self.warnings.append(
+                f"{self.unseen} of {len(self.rows)} forget rows are not in the {' and '.join(self.counted)}."
+            )
+        unknown = sum(bool(row.copies) and not row.seen for row in self.rows)
+        if unknown and not self.counted:
+            self.warnings.append(
+                f"{unknown} forget rows have copies in the corpus; in which steps these were is not known."
+            )
+
+    def _unseen_everywhere(self) -> tuple[Choice | None, Choice | None]:
+        """Return the latest checkpoint: no evidence says that the rows were seen at all."""
+        if self.counted:
+            self.warnings.append(
+                f"The {' and '.join(self.counted)} holds none of the forget rows; are they of this training, "
+                "and written as they were trained on?"
+            )
+        self.warnings.append(
+            "No evidence says that the forget rows were learned; is there anything to unlearn?"
+        )
+        evidence = (*self.counted, *(("behaviour",) if self.onset else ()))
+        before = [
+            place
+            for place, rung in enumerate(self.ladder.rungs)
+            if self.target_step is None or rung.step < self.target_step
+        ]
+        place = before[-1] if before else 0
+        return self._choice(place, evidence, clean=True), None
+
+    def _least_contaminated(self, evidence: tuple[str, ...]) -> Choice:
+        """Return the checkpoint that has seen the fewest forget rows, the latest of those."""
+        counts = [self._seen_by(rung.step) for rung in self.ladder.rungs]
+        fewest = min(
+            range(len(counts)), key=lambda place: (counts[place] or 0, -place if self.counted else place)
+        )
+        return self._choice(fewest, evidence, clean=False)
+
+    def _choice(self, place: int, evidence: tuple[str, ...], *, clean: bool) -> Choice:
+        rung = self.ladder.rungs[place]
+        certainty = None
+        if evidence == ("behaviour",) and self.onset is not None and clean:
+            certainty = self.onset.certainty
+        return Choice(
+            place=place,
+            step=rung.step,
+            location=rung.location,
+            clean=clean,
+            evidence=evidence,
+            certainty=certainty,
+            reason=self._reason(rung.step, evidence, clean=clean, certainty=certainty),
+            to_exposure=self._distance(rung.step, self.first),
+        )
+
+    def _reason(self, step: int, evidence: tuple[str, ...], *, clean: bool, certainty: float | None) -> str:
+        seen = self._seen_by(step)
+        if not clean:
+            count = f"has seen {seen} of {len(self.rows)} forget rows" if seen else "knows the forget rows"
+            return f"not clean: it {count}"
+        if self.first is None:
+            return "no evidence of any exposure"
+        names = {"log": "the exposure log", "order": "the rebuilt order", "behaviour": "behaviour"}
+        told = " and ".join(
+            filter(None, (", ".join(names[name] for name in evidence[:-1]), names[evidence[-1]]))
+        )
+        sure = "" if certainty is None else f", in {certainty:.0%} of resamples"
+        return f"clean by {told}{sure}"
+
+    def _seen_by(self, step: int) -> int | None:
+        """Return how many forget rows were seen up to a step; None without log and order."""
+        if not self.counted:
+            return None
+        return sum(row.first is not None and row.first <= step for row in self.rows)
+
+    def _state(self, place: int) -> RungState:
+        rung = self.ladder.rungs[place]
+        gap = next((gap for gap in (self.onset.gaps if self.onset else ()) if gap.place == place), None)
+        return RungState(
+            step=rung.step,
+            tokens=rung.tokens if rung.tokens is not None else self._tokens_at(rung.step),
+            location=rung.location,
+            seen=self._seen_by(rung.step),
+            gap=gap.values[self.onset.measure][0] if gap and self.onset else None,
+            exposed=gap.exposed if gap else None,
+        )
+
+    def _distance(self, start: int | None, end: int | None) -> Distance | None:
+        if start is None or end is None:
+            return None
+        tokens = [self._tokens_at(step) for step in (start, end)]
+        known = None if tokens[0] is None or tokens[1] is None else tokens[1] - tokens[0]
+        return Distance(end - start, known)
+
+    def _tokens_at(self, step: int) -> int | None:
+        """Return the tokens trained on after a step: as the log counted them, or as the checkpoints tell."""
+        counted = None if self.log is None else self.log.tokens_at(step)
+        return self.ladder.tokens_at(step) if counted is None else counted

@@ -1,0 +1,436 @@
+"""When a model began to know rows, read off its checkpoints: evidence from behaviour alone.
+
+Forget rows and control rows (alike, never trained on) are scored in checkpoints. With x_k(i) a row's value
+in checkpoint k, and 0 the earliest checkpoint,
+
+    gap_k = mean over forget rows of (x_k − x_0) − mean over control rows of (x_k − x_0)
+
+What every row gains as the model learns its language cancels, and so does what sets the two sets apart from
+the start. A checkpoint shows the gap when it exceeds both noise (2.58 standard errors, by bootstrap over
+rows) and a share of the largest gap seen. Of the earliest one the plain difference of the means is judged,
+and counts only where the gap never grows by as much again. The search halves the ladder, so that about
+log₂ n checkpoints are loaded; the change point's interval comes from the same bootstrap.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from statistics import fmean
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from palinode.data.examples import Example, shared_rows
+from palinode.data.tokenize import PromptStyle
+from palinode.errors import DataError, RecipeError
+from palinode.history.ladder import Ladder
+from palinode.metrics.membership import min_k_values
+from palinode.metrics.memorization import extraction_strengths
+from palinode.progress import Listener, Silence
+from palinode.records import Outcome
+
+FloatArray = npt.NDArray[np.float64]
+State = Literal["begins", "before", "never", "gone"]
+
+ERRORS = 2.58
+"""Standard errors that a gap must exceed: 99 % two-sided under the normal law."""
+SHARE = 0.25
+"""Share of the largest gap that a checkpoint's gap must reach: smaller ones are drift."""
+RESAMPLES = 2000
+FEW_ROWS = 10
+"""With fewer rows than this an interval says little."""
+
+
+def mean_logprobs(outcomes: Sequence[Outcome]) -> list[float | None]:
+    """Return the mean log-probability of each row's scored tokens, None where there are none."""
+    return [fmean(outcome.logprobs) if outcome.logprobs else None for outcome in outcomes]
+
+
+def least_logprobs(outcomes: Sequence[Outcome]) -> list[float | None]:
+    """Return the mean log-probability of each row's least likely tokens (Min-K with its usual share)."""
+    return [None if value is None else -value for value in min_k_values(outcomes)]
+
+
+MEASURES: Mapping[str, Callable[[Sequence[Outcome]], list[float | None]]] = {
+    "mean_logprob": mean_logprobs,
+    "min_k": least_logprobs,
+    "extraction_strength": extraction_strengths,
+}
+"""What rows are scored by; higher means better known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The values of forget and control rows in one checkpoint, by measure."""
+
+    forget: Mapping[str, Sequence[float | None]]
+    control: Mapping[str, Sequence[float | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """How far forget rows are ahead of control rows in one checkpoint, against the earliest one."""
+
+    place: int
+    """Position in the ladder."""
+    step: int
+    values: Mapping[str, tuple[float, float, float]]
+    """By measure: the gap, and the ends of its 95 % interval. Of the earliest checkpoint itself: the plain
+    difference of the two means, which may be as the sets are."""
+    exposed: bool
+    """Whether the deciding measure shows the gap here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Onset:
+    """Where the gap between forget and control rows begins."""
+
+    state: State
+    """begins; before (the earliest checkpoint has it); never; gone (it began, the last has it no more)."""
+    clean: int | None
+    """Place in the ladder of the last checkpoint before the gap; None where there is none."""
+    exposed: int | None
+    """Place of the first checkpoint that shows it; None where none does."""
+    interval: tuple[int, int] | None
+    """95 % interval of the step of that first checkpoint, over resampled rows."""
+    certainty: float | None
+    """Share of resamples that begin no earlier: how sure it is that `clean` is clean."""
+    measure: str
+    """The measure that decided."""
+    begins: Mapping[str, int | None]
+    """Step of the first loaded checkpoint that shows the gap, by measure."""
+    gaps: tuple[Gap, ...]
+    """The checkpoints that were looked at, earliest first."""
+    conclusion: str
+    """What can be concluded, in a sentence."""
+    notes: tuple[str, ...] = field(default=())
+
+
+def find_onset(
+    forget: Sequence[Example],
+    control: Sequence[Example],
+    ladder: Ladder,
+    *,
+    measure: str = "mean_logprob",
+    max_length: int = 512,
+    style: PromptStyle | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    every: bool = False,
+    listener: Listener | None = None,
+) -> Onset:
+    """Score the rows in about log₂ n checkpoints of the ladder (all if `every`) and return the onset.
+
+    Raises DataError when the control rows are none, or forget rows stand among them.
+    """
+    check_control(forget, control)
+    listener = listener or Silence()
+
+    def read(place: int) -> Reading:
+        return _read(
+            ladder, place, (forget, control), max_length=max_length, style=style, device=device, say=listener
+        )
+
+    steps = [rung.step for rung in ladder.rungs]
+    return search_onset(steps, read, measure=measure, seed=seed, every=every)
+
+
+def check_control(forget: Sequence[Example], control: Sequence[Example]) -> None:
+    """Raise DataError unless there are control rows, none of which is a forget row."""
+    if not control:
+        raise DataError(
+            "there are no control rows; behaviour can be compared only with rows that are like the forget "
+            "rows and were never trained on (--control)"
+        )
+    shared = shared_rows(forget, control)
+    if shared:
+        raise DataError(
+            f"{len(shared)} of {len(forget)} forget rows also stand in the control set (first: "
+            f"{control[shared[0][1]].place}); control rows must be rows that the model was never trained on"
+        )
+
+
+def search_onset(
+    steps: Sequence[int],
+    read: Callable[[int], Reading],
+    *,
+    measure: str = "mean_logprob",
+    seed: int = 0,
+    every: bool = False,
+) -> Onset:
+    """Return the onset over checkpoints of these steps, whose values `read` gives by their place."""
+    if measure not in MEASURES:
+        raise RecipeError(f"there is no measure {measure!r}; choose one of {', '.join(MEASURES)}")
+    readings = {place: read(place) for place in (range(len(steps)) if every else {0, len(steps) - 1})}
+    table = _table(readings, measure, seed)
+    if len(steps) > 2 and not any(table.exposed):
+        for place in islice(_spread(len(steps)), max(1, math.ceil(math.log2(len(steps))))):
+            readings.setdefault(place, read(place))  # it may have come and gone in between
+            table = _table(readings, measure, seed)
+            if any(table.exposed):
+                break
+    while (middle := table.middle()) is not None:
+        readings[middle] = read(middle)
+        table = _table(readings, measure, seed)
+    return _conclude(table, readings, steps, measure, seed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """Gaps of the loaded checkpoints by one measure, with what the bootstrap makes of them."""
+
+    places: tuple[int, ...]
+    gaps: FloatArray
+    """[K] over the loaded checkpoints."""
+    resampled: FloatArray
+    """[B, K]: the same over resampled rows."""
+    rows: tuple[int, int]
+    """Forget and control rows that have a value everywhere."""
+
+    @property
+    def errors(self) -> FloatArray:
+        """Standard error of each gap, [K]."""
+        found: FloatArray = self.resampled.std(axis=0)
+        return found
+
+    @property
+    def exposed(self) -> list[bool]:
+        """Whether each loaded checkpoint shows the gap, [K]."""
+        return [bool(flag) for flag in self._shows(self.gaps[None])[0]]
+
+    def _shows(self, gaps: FloatArray) -> npt.NDArray[np.bool_]:
+        """Return the rule's verdicts on gaps of shape [B, K].
+
+        The earliest checkpoint's own difference counts only where no later checkpoint gains more: rows that
+        were learned before it have little left to gain, and sets that are not alike have all of it.
+        """
+        largest = gaps[:, 1:].max(axis=1, keepdims=True, initial=0.0)
+        shares = np.where(np.arange(gaps.shape[1]) == 0, 1.0, SHARE)
+        verdicts: npt.NDArray[np.bool_] = (gaps > ERRORS * self.errors) & (gaps >= shares * largest)
+        return verdicts
+
+    def bracket(self) -> tuple[int | None, int | None]:
+        """Return positions (in `places`) of the last clean and the first exposed checkpoint."""
+        first = next((k for k, flag in enumerate(self.exposed) if flag), None)
+        before = len(self.places) - 1 if first is None else first - 1
+        return (before if before >= 0 else None), first
+
+    def middle(self) -> int | None:
+        """Return the checkpoint halfway between the last clean and the first exposed one, None when done."""
+        clean, exposed = self.bracket()
+        if clean is None or exposed is None or self.places[exposed] - self.places[clean] < 2:
+            return None
+        return (self.places[clean] + self.places[exposed]) // 2
+
+    def firsts(self) -> npt.NDArray[np.int64]:
+        """Return the position of the first exposed checkpoint in each resample, K where there is none."""
+        shows = self._shows(self.resampled)
+        found: npt.NDArray[np.int64] = np.where(shows.any(axis=1), shows.argmax(axis=1), shows.shape[1])
+        return found
+
+    def interval(self, k: int) -> tuple[float, float, float]:
+        """Return a gap with its 95 % interval."""
+        low, high = np.percentile(self.resampled[:, k], [2.5, 97.5])
+        return float(self.gaps[k]), float(low), float(high)
+
+
+def _table(readings: Mapping[int, Reading], measure: str, seed: int) -> _Table:
+    """Return the gaps of the loaded checkpoints by one measure, over rows that have a value in all."""
+    places = tuple(sorted(readings))
+    forget = _values([readings[place].forget[measure] for place in places])
+    control = _values([readings[place].control[measure] for place in places])
+    if not forget.shape[1] or not control.shape[1]:
+        raise DataError(
+            "no forget row, or no control row, has a token that can be scored in every checkpoint; "
+            "look at max_length, and at what the rows hold"
+        )
+    random = np.random.Generator(np.random.PCG64(seed))
+    gained = [_gained(values) for values in (forget, control)]
+    means = [values.mean(axis=1) for values in gained]
+    drawn = [_resampled(values, random) for values in gained]
+    return _Table(places, means[0] - means[1], drawn[0] - drawn[1], (forget.shape[1], control.shape[1]))
+
+
+def _values(columns: Sequence[Sequence[float | None]]) -> FloatArray:
+    """Return values as [K, rows] without the rows that lack one."""
+    found = np.array([[math.nan if value is None else value for value in column] for column in columns])
+    complete: FloatArray = found[:, ~np.isnan(found).any(axis=0)]
+    return complete
+
+
+def _resampled(values: FloatArray, random: np.random.Generator) -> FloatArray:
+    """Return the means of [K, rows] over rows drawn with replacement, [B, K]."""
+    size = values.shape[1]
+    shares = np.full(size, 1 / size)
+    draws = (
+        random.multinomial(size, shares) / size for _ in range(RESAMPLES)
+    )  # one at a time: little memory
+    return np.array([values @ weights for weights in draws])
+
+
+def _gained(values: FloatArray) -> FloatArray:
+    """Return x_k − x_0 for every later checkpoint, and x_0 itself for the earliest, [K, rows]."""
+    gained = values.copy()
+    gained[1:] -= values[0]
+    return gained
+
+
+def _spread(count: int) -> list[int]:
+    """Return the inner places of a ladder, each halving the longest stretch not yet looked at.
+
+    >>> _spread(5)
+    [2, 1, 3]
+    """
+    found: list[int] = []
+    stretches = [(0, count - 1)]
+    while stretches:
+        low, high = stretches.pop(0)
+        if high - low > 1:
+            middle = (low + high) // 2
+            found.append(middle)
+            stretches += [(low, middle), (middle, high)]
+    return found
+
+
+def _conclude(
+    table: _Table, readings: Mapping[int, Reading], steps: Sequence[int], measure: str, seed: int
+) -> Onset:
+    tables = {name: table if name == measure else _table(readings, name, seed) for name in MEASURES}
+    clean, exposed = table.bracket()
+    state: State = "begins"
+    if exposed is None:
+        state = "never"
+    elif exposed == 0:
+        state = "before"
+    elif not table.exposed[-1]:
+        state = "gone"
+    gaps = tuple(
+        Gap(place, steps[place], {name: found.interval(k) for name, found in tables.items()}, flag)
+        for k, (place, flag) in enumerate(zip(table.places, table.exposed, strict=True))
+    )
+    interval, certainty = _interval(table, exposed, steps)
+    clean_place = None if clean is None else table.places[clean]
+    exposed_place = None if exposed is None else table.places[exposed]
+    return Onset(
+        state=state,
+        clean=clean_place,
+        exposed=exposed_place,
+        interval=interval,
+        certainty=certainty,
+        measure=measure,
+        begins={name: _first_step(found, steps) for name, found in tables.items()},
+        gaps=gaps,
+        conclusion=_sentence(state, clean_place, exposed_place, steps),
+        notes=tuple(_notes(table, tables, steps)),
+    )
+
+
+def _interval(
+    table: _Table, exposed: int | None, steps: Sequence[int]
+) -> tuple[tuple[int, int] | None, float | None]:
+    """Return the interval of the first exposed checkpoint's step, and the share that is no earlier."""
+    firsts = table.firsts()
+    if exposed is None:
+        return None, float((firsts == len(table.places)).mean())
+    inside = np.sort(np.minimum(firsts, len(table.places) - 1))
+    low, high = (int(np.percentile(inside, q, method="nearest")) for q in (2.5, 97.5))
+    return (steps[table.places[low]], steps[table.places[high]]), float((firsts >= exposed).mean())
+
+
+def _first_step(table: _Table, steps: Sequence[int]) -> int | None:
+    first = table.bracket()[1]
+    return None if first is None else steps[table.places[first]]
+
+
+def _sentence(state: State, clean: int | None, exposed: int | None, steps: Sequence[int]) -> str:
+    if state == "never":
+        return (
+            "No checkpoint looked at knows the forget rows better than the control rows: by behaviour they "
+            "were not learned in this stretch, or came and went between two checkpoints."
+        )
+    if state == "before" and exposed is not None:
+        return (
+            f"Already the earliest checkpoint (step {steps[exposed]:,}) knows the forget rows better than "
+            "the control rows: they were seen before it, or the two sets are not alike."
+        )
+    if clean is None or exposed is None:
+        return "Nothing can be concluded."
+    where = f"between steps {steps[clean]:,} and {steps[exposed]:,}"
+    if state == "gone":
+        return f"The gap begins {where} and is gone again in the last checkpoint."
+    return f"The gap begins {where}."
+
+
+def _notes(table: _Table, tables: Mapping[str, _Table], steps: Sequence[int]) -> list[str]:
+    notes = []
+    if len(steps) == 1:
+        notes.append(
+            "With one checkpoint there is no earlier state to compare with: only whether it knows the forget "
+            "rows better than the control rows can be said, and that rests on the two sets being alike."
+        )
+    if len(steps) == 2:
+        notes.append(
+            "With two checkpoints the gap can be placed before, between or after them, and no closer; a gap "
+            "that came and went between them would not be seen."
+        )
+    if min(table.rows) < FEW_ROWS:
+        notes.append(
+            f"{table.rows[0]} forget rows and {table.rows[1]} control rows are few: take the interval as a "
+            "hint."
+        )
+    if len(steps) > 1 and table.gaps[0] > ERRORS * table.errors[0] and not table.exposed[0]:
+        notes.append(
+            f"The forget rows are ahead of the control rows by {table.gaps[0]:.2f} in the earliest "
+            "checkpoint already; as the gap later grows by more, that was taken for a difference between the "
+            "two sets. If a part of the rows may have been seen before it, ask about that part alone."
+        )
+    silent = [name for name, found in tables.items() if not found.gaps.any() and not found.errors.any()]
+    notes += [
+        f"By {name.replace('_', ' ')} all rows are alike in every checkpoint; it tells nothing."
+        for name in silent
+    ]
+    firsts = {name: _first_step(found, steps) for name, found in tables.items() if name not in silent}
+    if len(set(firsts.values())) > 1:
+        told = ", ".join(
+            f"{name.replace('_', ' ')}: {'nowhere' if step is None else f'step {step:,}'}"
+            for name, step in firsts.items()
+        )
+        notes.append(f"The measures do not see the gap begin at the same checkpoint ({told}).")
+    return notes
+
+
+def _read(
+    ladder: Ladder,
+    place: int,
+    sets: tuple[Sequence[Example], Sequence[Example]],
+    *,
+    max_length: int,
+    style: PromptStyle | None,
+    device: str,
+    say: Listener,
+) -> Reading:
+    """Load one checkpoint and score both sets in it."""
+    from palinode.data.questions import plain_questions
+    from palinode.evaluation.ask import ask
+    from palinode.evaluation.asking import Asking
+    from palinode.models.loading import load_model, load_tokenizer, pick_device
+
+    checkpoint = ladder.open(place)
+    model, tokenizer = load_model(checkpoint, device=pick_device(device)), load_tokenizer(checkpoint)
+    found = []
+    for name, examples in zip(("forget", "control"), sets, strict=True):
+        outcomes = ask(
+            model,
+            tokenizer,
+            plain_questions(examples),
+            Asking(generate=False, max_length=max_length),
+            style=style,
+            label=f"step {ladder.rungs[place].step:,}: {name} rows",
+            listener=say,
+        )
+        found.append({measure: values(outcomes) for measure, values in MEASURES.items()})
+    return Reading(*found)

@@ -1,0 +1,298 @@
+"""Which checkpoints to keep, so that whatever has to be taken back later has a clean one close before it.
+
+An exposure at step e is taken back from the last kept checkpoint before it, at distance e − s. With w(e) the
+chance that a request concerns step e, a set of kept steps s_0 < s_1 < … < T costs
+
+    expected distance = ∫ (e − s(e)) w(e) de,      worst distance = the longest stretch between two
+
+w is uniform, or falls with age by half every half-life. Step 0, the untrained model, starts every training;
+it is kept like any other where it counts.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from palinode.errors import DataError, RecipeError
+
+Interest = Literal["uniform", "recent"]
+GRID = 600
+"""Most saves that the solver looks at, as its time grows with the square; more are taken at equal strides."""
+HALF_LIVES = 10
+"""Where no half-life is given for recent interest, the training is so many of them long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a plan starts from."""
+
+    steps: int
+    """Length of the training."""
+    every: int
+    """Steps between two checkpoints that could be saved."""
+    checkpoint_bytes: int
+    budget_bytes: int
+    interest: Interest = "uniform"
+    """What requests are expected to concern: all steps alike, or recent ones more."""
+    half_life: float | None = None
+    """Steps after which interest has halved; None: a tenth of the training."""
+    tokens_per_step: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "every", "checkpoint_bytes", "budget_bytes"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name.replace('_', ' ')} is {getattr(self, name)}; it must be at least 1")
+        if self.interest not in ("uniform", "recent"):
+            raise RecipeError(f"there is no interest {self.interest!r}; say uniform or recent")
+        if self.half_life is not None and not self.half_life > 0:
+            raise RecipeError(f"the half-life is {self.half_life:g}; it must be above 0")
+        if self.every >= self.steps:
+            raise RecipeError(
+                f"a save every {self.every:,} steps is none before the end of {self.steps:,}; save more often"
+            )
+        if self.room < 1:
+            raise RecipeError(
+                f"a checkpoint has {self.checkpoint_bytes / 1e9:.3g} GB and the budget is "
+                f"{self.budget_bytes / 1e9:.3g} GB: there is no room for one; raise the budget"
+            )
+
+    @property
+    def room(self) -> int:
+        """Return how many checkpoints fit into the budget."""
+        return self.budget_bytes // self.checkpoint_bytes
+
+    @property
+    def saves(self) -> list[int]:
+        """Return the steps at which a checkpoint could be saved, the end left out: it is the target."""
+        return list(range(self.every, self.steps, self.every))
+
+    def weight(self, now: float | None = None) -> Callable[[npt.ArrayLike], npt.NDArray[np.float64]]:
+        """Return W(e), the share of requests on steps up to e when the training stands at `now`."""
+        end = float(self.steps if now is None else now)
+        if self.interest == "uniform":
+            return lambda at: np.asarray(at, dtype=float) / end
+        rate = math.log(2) / (self.half_life or self.steps / HALF_LIVES)
+        whole = -math.expm1(-rate * end)
+        return lambda at: (
+            (np.exp(-rate * (end - np.asarray(at, dtype=float))) - math.exp(-rate * end)) / whole
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Checkpoints to keep, and how far exposures are from them."""
+
+    name: str
+    kept: tuple[int, ...]
+    """Steps of the checkpoints that are left at the end of the training."""
+    expected: float
+    """Expected distance in steps from an exposure to the last clean checkpoint before it."""
+    worst: int
+    """The longest such distance in steps."""
+    bytes: int
+    """Storage of them; while training, the newest checkpoint comes on top."""
+    without: float
+    """Share of requests on steps before the first kept checkpoint, for which only the start is clean."""
+    decay: Mapping[str, float | None] | None = None
+    """Measured figures at the expected distance, where a table and tokens per step are given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decay:
+    """How well unlearning went at growing distance: a measured table with its source."""
+
+    source: str
+    note: str
+    points: tuple[Mapping[str, float], ...]
+    """Each with `distance` in tokens and its figures, nearest first."""
+
+    def at(self, distance: float) -> dict[str, float | None]:
+        """Return the figures at a distance in tokens, between the measured ones in a straight line.
+
+        None beyond the farthest; nearer than the nearest, the nearest one's.
+        """
+        distances = [point["distance"] for point in self.points]
+        names = [name for name in self.points[0] if name != "distance"]
+        if distance > distances[-1]:
+            return dict.fromkeys(names)
+        return {
+            name: float(np.interp(distance, distances, [point[name] for point in self.points]))
+            for name in names
+        }
+
+
+def read_decay(path: Path | None = None) -> Decay:
+    """Read a table of measured decay (TOML: source, and [[point]] with distance in tokens and figures).
+
+    Without a path: the published figures that come with Palinode. Raises DataError for another form.
+    """
+    place = Path(str(files("palinode.history").joinpath("decay_olmo2.toml"))) if path is None else path
+    try:
+        content = tomllib.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{place} is not a decay table in TOML ({error})") from None
+    source, points = content.get("source"), content.get("point")
+    if not source or not isinstance(points, list) or not points:
+        raise DataError(f"{place} needs a source and at least one [[point]] with a distance and figures")
+    if content.get("unit", "tokens") != "tokens":
+        raise DataError(f"{place} has distances in {content['unit']!r}; give them in tokens")
+    names = set(points[0])
+    for point in points:
+        if set(point) != names or "distance" not in names or len(names) < 2:
+            raise DataError(f"{place}: every [[point]] needs a distance and the same figures")
+        if not all(
+            isinstance(value, int | float) and not isinstance(value, bool) for value in point.values()
+        ):
+            raise DataError(f"{place}: distances and figures must be numbers")
+    ordered = sorted(points, key=lambda point: point["distance"])
+    return Decay(str(source), str(content.get("note", "")), tuple(ordered))
+
+
+def plan_checkpoints(wish: Wish, *, decay: Decay | None = None) -> list[Schedule]:
+    """Return the schedules that fit the budget, the least expected distance first."""
+    count = min(wish.room, len(wish.saves))
+    made = {
+        "uniform": uniform_steps(wish, count),
+        "logarithmic": logarithmic_steps(wish, count),
+        "thinning": thinned_steps(wish, count),
+        "solved": solved_steps(wish, count),
+    }
+    schedules = [_schedule(wish, name, kept, decay) for name, kept in made.items()]
+    return sorted(schedules, key=lambda schedule: (schedule.expected, schedule.worst))
+
+
+def uniform_steps(wish: Wish, count: int) -> list[int]:
+    """Return steps at equal distances, each the nearest one that could be saved."""
+    return _nearest(wish, [wish.steps * (place + 1) / (count + 1) for place in range(count)], count)
+
+
+def logarithmic_steps(wish: Wish, count: int) -> list[int]:
+    """Return steps whose distances back from the end grow by a constant factor, beginning at one save."""
+    if count == 1:
+        return _nearest(wish, [wish.steps / 2], 1)
+    factor = ((wish.steps - wish.saves[0]) / wish.every) ** (1 / (count - 1))
+    return _nearest(wish, [wish.steps - wish.every * factor**power for power in range(count)], count)
+
+
+def thinned_steps(wish: Wish, count: int) -> list[int]:
+    """Return what is left when every save beyond the budget throws one out, as `thin` chooses."""
+    kept: list[int] = []
+    for step in wish.saves:
+        kept = thin([*kept, step], count, wish, now=step)
+    return kept
+
+
+def thin(saved: Sequence[int], count: int, wish: Wish, *, now: int) -> list[int]:
+    """Return the saved steps without those that cost least, until `count` are left; the newest stays.
+
+    Leaving out the step s between its neighbours a < s < b moves the exposures in (s, b] from s to a, so it
+    costs (s − a)·(W(b) − W(s)) in expected distance, with the interest as it is now.
+    """
+    if count < 1:
+        raise RecipeError("thinning must leave at least one checkpoint; raise the budget")
+    kept = sorted(saved)
+    weight = wish.weight(max(now, 1))
+    while len(kept) > count and len(kept) > 1:
+        bounds = np.array([0, *kept], dtype=float)
+        mass = weight(bounds)
+        costs = (bounds[1:-1] - bounds[:-2]) * (mass[2:] - mass[1:-1])
+        kept.pop(int(np.argmin(costs)))
+    return kept
+
+
+def solved_steps(wish: Wish, count: int) -> list[int]:
+    """Return the steps with the least expected distance, by dynamic programming over possible saves.
+
+    best[k, j]: least cost of exposures up to save j when k checkpoints are kept and j is the last of them.
+    """
+    saves = wish.saves
+    grid = (
+        saves if len(saves) <= GRID else [saves[i] for i in np.linspace(0, len(saves) - 1, GRID).astype(int)]
+    )
+    count = min(count, len(grid))
+    points = np.array([0, *grid, wish.steps], dtype=float)
+    mass, moment = _moments(wish, points)
+    # stretch[i, j]: ∫ (e − s_i) w(e) de from s_i to s_j
+    stretch = (moment[None, :] - moment[:, None]) - points[:, None] * (mass[None, :] - mass[:, None])
+    size = len(points)
+    stretch[np.tril_indices(size)] = np.inf
+    best, choices = stretch[0], []
+    for _ in range(count):
+        through = best[:, None] + stretch
+        choice = through.argmin(axis=0)
+        choices.append(choice)
+        best = through[choice, np.arange(size)]
+    kept, last = [], size - 1
+    for choice in reversed(choices):
+        last = int(choice[last])
+        kept.append(int(points[last]))
+    return sorted(kept)
+
+
+def expected_distance(wish: Wish, kept: Sequence[int]) -> float:
+    """Return the expected distance in steps from an exposure to the last checkpoint before it."""
+    points = np.array([0, *kept, wish.steps], dtype=float)
+    mass, moment = _moments(wish, points)
+    return float(((moment[1:] - moment[:-1]) - points[:-1] * (mass[1:] - mass[:-1])).sum())
+
+
+def _moments(
+    wish: Wish, points: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return W(e) and ∫ x w(x) dx up to e at these points, both exactly."""
+    mass = wish.weight()(points)
+    if wish.interest == "uniform":
+        return mass, points**2 / (2 * wish.steps)
+    rate = math.log(2) / (wish.half_life or wish.steps / HALF_LIVES)
+    whole = -math.expm1(-rate * wish.steps)
+    scaled = np.exp(-rate * (wish.steps - points)) / whole  # w(e) = rate · scaled
+    start = math.exp(-rate * wish.steps) / whole
+    return mass, scaled * (points - 1 / rate) + start / rate
+
+
+def _nearest(wish: Wish, wanted: Sequence[float], count: int) -> list[int]:
+    """Return the possible saves nearest to the wanted steps, each once, as many as were wanted."""
+    free = list(wish.saves)
+    found = []
+    for step in wanted:
+        place = min(range(len(free)), key=lambda place: abs(free[place] - step))
+        found.append(free.pop(place))
+    return sorted(found[:count])
+
+
+def _schedule(wish: Wish, name: str, kept: Sequence[int], decay: Decay | None) -> Schedule:
+    expected = expected_distance(wish, kept)
+    figures = None
+    if decay is not None and wish.tokens_per_step is not None:
+        figures = decay.at(expected * wish.tokens_per_step)
+    return Schedule(
+        name=name,
+        kept=tuple(kept),
+        expected=expected,
+        worst=max(after - before for before, after in pairwise([0, *kept, wish.steps])),
+        bytes=len(kept) * wish.checkpoint_bytes,
+        without=float(wish.weight()(kept[0])),
+        decay=figures,
+    )
+
+
+def plan_record(wish: Wish, schedules: Sequence[Schedule], decay: Decay | None) -> dict[str, Any]:
+    """Return a plan as plain values for JSON."""
+    return {
+        "version": 1,
+        "wish": asdict(wish),
+        "room": wish.room,
+        "recommended": schedules[0].name,
+        "schedules": [asdict(schedule) for schedule in schedules],
+        "decay": asdict(decay) if decay else None,
+    }

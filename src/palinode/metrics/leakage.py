@@ -1,0 +1,63 @@
+"""leak@k: would at least one of k answers drawn at random give the forgotten content away?
+
+Of n ≥ k answers drawn to a question, c of them leaking, the unbiased estimate is the share of all choices of
+k answers that hold a leaking one,
+
+    leak@k = 1 − C(n−c, k) / C(n, k)
+
+averaged over questions. Greedy decoding sees one answer; a model that forgot its first choice only still
+leaks with k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import comb
+
+from palinode.errors import DataError
+from palinode.metrics.aggregate import mean_score
+from palinode.metrics.overlap import rouge
+from palinode.records import Outcome, Score
+
+Leaked = Callable[[Outcome, str], bool | None]
+"""Whether a drawn answer gives the outcome's content away; None where it cannot be said."""
+
+
+def leak_at_k(outcomes: Sequence[Outcome], k: int, leaked: Leaked, *, seed: int = 0) -> Score:
+    """Return the mean over questions of the probability that k drawn answers hold a leaking one.
+
+    Questions with fewer than k samples, or with samples of which `leaked` cannot tell, are left out and
+    said. The interval is a bootstrap over questions. Raises DataError when k is below 1.
+    """
+    missing = f"fewer than {k} samples were drawn, or it cannot be said whether they leak"
+    return mean_score(leak_values(outcomes, k, leaked), seed=seed, missing=missing)
+
+
+def leak_values(outcomes: Sequence[Outcome], k: int, leaked: Leaked) -> list[float | None]:
+    """Return the probability of each question that k drawn answers hold a leaking one, None as above."""
+    if k < 1:
+        raise DataError(f"leak@k needs k of at least 1, and got {k}")
+    return [_leak(outcome, k, leaked) for outcome in outcomes]
+
+
+def overlap_leak(threshold: float = 0.5) -> Leaked:
+    """Return a rule: an answer leaks when its ROUGE-L recall (stemmed) is at least the threshold.
+
+    It cannot tell for answers of which ROUGE reads no word. Raises DataError unless 0 < threshold ≤ 1.
+    """
+    if not 0 < threshold <= 1:
+        raise DataError(f"the overlap threshold is {threshold}; it must be above 0 and at most 1")
+
+    def leaked(outcome: Outcome, text: str) -> bool | None:
+        recall = rouge(outcome.expected, text)
+        return None if recall is None else recall >= threshold
+
+    return leaked
+
+
+def _leak(outcome: Outcome, k: int, leaked: Leaked) -> float | None:
+    verdicts = [leaked(outcome, sample) for sample in outcome.samples]
+    if len(verdicts) < k or None in verdicts:
+        return None
+    n, c = len(verdicts), sum(map(bool, verdicts))
+    return 1 - comb(n - c, k) / comb(n, k)

@@ -1,0 +1,96 @@
+"""Whether the model's answer is one of the accepted ones, without a judge (RESTOR; spec: metrics.md §11).
+
+Both texts are normalised: Unicode NFKC, case folded, apostrophes dropped, other punctuation a space,
+initials joined ("J. R. R." and "JRR"), articles (a, an, the) left out. An answer is right when its words
+are an accepted answer, or contain one as whole neighbouring words. So "He was an American politician." has
+"politician", and a broader or differently worded answer does not match: that is for a judge, and the two
+accuracies are reported apart. A text that names many things may match by luck.
+
+RESTOR's lists hold some raw Wikidata ids ("Q42"), which no model would write: they are left out and said.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from statistics import fmean
+
+from palinode.records import Outcome
+
+_ARTICLES = frozenset({"a", "an", "the"})
+_APOSTROPHES = re.compile("['’ʼ`]")
+_NOT_A_WORD = re.compile(r"[\W_]+")
+_INITIALS = re.compile(r"(?<=\b[^\W\d_])\.\s?(?=[^\W\d_]\b)")  # the stops between single letters
+_WIKIDATA_ID = re.compile(r"Q[1-9]\d*")
+
+
+def normalise(text: str) -> str:
+    """Return a text's words in a form in which equal answers are equal strings.
+
+    >>> normalise("The  U.S. Senate’s “Democrats”")
+    'us senates democrats'
+    """
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    words = _NOT_A_WORD.sub(" ", _INITIALS.sub("", _APOSTROPHES.sub("", folded))).split()
+    content = [word for word in words if word not in _ARTICLES]
+    return " ".join(content or words)  # the band "The The" keeps its name
+
+
+def accepted_answers(outcome: Outcome) -> tuple[str, ...]:
+    """Return the answers that count as right, without raw Wikidata ids and texts without a word.
+
+    Where the data lists none, it is the answer in the data.
+    """
+    answers = outcome.accepted or (outcome.expected,)
+    return tuple(answer for answer in answers if not _is_wikidata_id(answer) and normalise(answer))
+
+
+def is_accepted(outcome: Outcome, text: str) -> bool | None:
+    """Return whether a text gives one of the accepted answers, None where there is none to compare with."""
+    answers = accepted_answers(outcome)
+    if not answers:
+        return None
+    said = f" {normalise(text)} "
+    return any(f" {normalise(answer)} " in said for answer in answers)
+
+
+def accepted_values(outcomes: Sequence[Outcome]) -> list[float | None]:
+    """Return 1 for each generated answer that is accepted and 0 for each that is not.
+
+    None where nothing was generated or there is no accepted answer to compare with.
+    """
+    return [
+        _number(None if outcome.generated is None else is_accepted(outcome, outcome.generated))
+        for outcome in outcomes
+    ]
+
+
+def accepted_sample_values(outcomes: Sequence[Outcome]) -> list[float | None]:
+    """Return the share of each outcome's sampled answers that are accepted, None as above.
+
+    With one sample a run this is RESTOR's average over runs, for one question.
+    """
+    shares: list[float | None] = []
+    for outcome in outcomes:
+        verdicts = [is_accepted(outcome, sample) for sample in outcome.samples]
+        known = [verdict for verdict in verdicts if verdict is not None]
+        shares.append(fmean(known) if known else None)
+    return shares
+
+
+def left_out_ids(outcomes: Sequence[Outcome]) -> str | None:
+    """Return a remark on the raw Wikidata ids among the accepted answers, None where there are none."""
+    ids = [sum(map(_is_wikidata_id, outcome.accepted)) for outcome in outcomes]
+    if not any(ids):
+        return None
+    questions = sum(map(bool, ids))
+    return f"raw Wikidata ids among the accepted answers left out: {sum(ids)}, in {questions} questions"
+
+
+def _is_wikidata_id(answer: str) -> bool:
+    return bool(_WIKIDATA_ID.fullmatch(answer.strip()))
+
+
+def _number(verdict: bool | None) -> float | None:
+    return None if verdict is None else float(verdict)

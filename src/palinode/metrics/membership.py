@@ -1,0 +1,344 @@
+"""Membership inference: can one tell, from the model alone, which texts it was trained on? (metrics.md §9)
+
+An attack gives every example a score; the HIGHER, the less likely the example was in the training data.
+With l the mean loss over the answer's n tokens and end token, and log p each token's log-probability:
+
+    LOSS        l
+    ZLib        l / bytes of the zlib-compressed answer
+    Min-K%      −mean of the m smallest log p of the n answer tokens,  m = max(1, ⌊n·k⌋)
+    Min-K%++    the same on (log p − μ)/σ, over the vocabulary at that position
+    GradNorm    mean over parameter tensors of the norm of the loss's gradient
+    Reference   l − l of a reference model, usually the retrained one
+
+*Members* are forget rows, *others* are holdout rows that no model has seen. The area under the ROC curve is
+
+    AUC = P(score of another > score of a member) + ½ P(equal)
+
+so 1 means that forget rows still look like training data, ½ that they look like rows never seen, and
+less than ½ that they look stranger than rows never seen: over-forgetting, which gives them away as well.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import fmean
+
+import numpy as np
+from numpy.typing import NDArray
+
+from palinode.errors import DataError
+from palinode.metrics.aggregate import RESAMPLES, no_score, percentile_interval
+from palinode.metrics.pairing import partners
+from palinode.records import Outcome, Score
+
+MUSE_RETRAINED = {
+    "news": {"min_k": 0.4772, "min_k_20": 0.4931, "loss": 0.4652, "zlib": 0.4328},
+    "books": {"min_k": 0.5393, "min_k_20": 0.5582, "loss": 0.4746, "zlib": 0.2773},
+}
+"""1 − AUC of MUSE's retrained models by corpus and attack (spec: metrics.md §10, from MUSE's evaluator).
+
+`min_k` takes the 40 % least likely tokens, `min_k_20` 20 %; MUSE calls the last two PPL and PPL/zlib. Pass
+`1 - MUSE_RETRAINED["news"]["min_k"]` to `privleak` as the reference AUC."""
+
+_CELLS_AT_ONCE = 1_000_000  # resamples × distinct scores held in memory together: 8 MB an array
+_TAIL = 0.025
+
+Counts = NDArray[np.int64]
+
+
+def loss_values(outcomes: Sequence[Outcome]) -> list[float | None]:
+    """Return l, the mean loss over the scored tokens (nats), None where there are none."""
+    return [-fmean(outcome.logprobs) if outcome.logprobs else None for outcome in outcomes]
+
+
+def zlib_values(outcomes: Sequence[Outcome]) -> list[float | None]:
+    """Return l over the number of bytes that zlib makes of the answer in the data (UTF-8).
+
+    The text is `expected`, without the end token and whole even where only a part of it was scored.
+    """
+    losses = loss_values(outcomes)
+    return [
+        None if loss is None else loss / len(zlib.compress(outcome.expected.encode()))
+        for loss, outcome in zip(losses, outcomes, strict=True)
+    ]
+
+
+def min_k_values(outcomes: Sequence[Outcome], k: float = 0.4) -> list[float | None]:
+    """Return minus the mean of the share k of smallest token log-probabilities, the end token left out."""
+    return [_least_likely(outcome.logprobs, k) for outcome in outcomes]
+
+
+def min_k_plus_values(outcomes: Sequence[Outcome], k: float = 0.4) -> list[float | None]:
+    """Return minus the mean of the share k of smallest standardised log-probabilities (Min-K%++).
+
+    None where the outcome holds no standardised values. They come with the outcome: (log p − μ)/σ with
+    μ = E[log p] and σ² = E[(log p)²] − μ², at least 1e-6, over the vocabulary.
+    """
+    return [_least_likely(outcome.standardised, k) for outcome in outcomes]
+
+
+def gradient_norm_values(outcomes: Sequence[Outcome]) -> list[float | None]:
+    """Return the gradient norm that each outcome holds, None where it was not asked for."""
+    return [outcome.gradient_norm for outcome in outcomes]
+
+
+def reference_values(outcomes: Sequence[Outcome], reference: Sequence[Outcome] | None) -> list[float | None]:
+    """Return l minus the reference model's l on the same row, None where the reference lacks the row."""
+    return [
+        -fmean(outcome.logprobs) + fmean(partner.logprobs)
+        if partner and partner.logprobs and outcome.logprobs
+        else None
+        for outcome, partner in zip(outcomes, partners(outcomes, reference or ()), strict=True)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Attack:
+    """A way to score how foreign an example looks to a model."""
+
+    name: str
+    """Its key in a record."""
+    score: Callable[[Sequence[Outcome], Sequence[Outcome] | None], list[float | None]]
+    """One score per outcome from the outcomes and, if the attack needs one, those of a reference model."""
+    description: str
+    """One line for readers."""
+    missing: str
+    """Why an example may have no score."""
+    needs: frozenset[str] = frozenset()
+    """What must be known beyond the log-probabilities: fields of an outcome, or "reference"."""
+
+    def values(
+        self, outcomes: Sequence[Outcome], reference: Sequence[Outcome] | None = None
+    ) -> list[float | None]:
+        """Return one score per outcome, in the same order; higher is less likely a member."""
+        return self.score(outcomes, reference)
+
+
+def _alone(values: Callable[[Sequence[Outcome]], list[float | None]]) -> Callable[..., list[float | None]]:
+    return lambda outcomes, reference: values(outcomes)  # noqa: ARG005
+
+
+ATTACKS: dict[str, Attack] = {
+    attack.name: attack
+    for attack in (
+        Attack(
+            name="loss",
+            score=_alone(loss_values),
+            description="LOSS: mean loss of the answer's tokens",
+            missing="no token was scored",
+        ),
+        Attack(
+            name="zlib",
+            score=_alone(zlib_values),
+            description="ZLib: mean loss over the bytes that zlib makes of the answer",
+            missing="no token was scored",
+        ),
+        Attack(
+            name="min_k",
+            score=_alone(min_k_values),
+            description="Min-K%: mean loss of the 40 % least likely tokens",
+            missing="no token but the end token was scored",
+        ),
+        Attack(
+            name="min_k_plus",
+            score=_alone(min_k_plus_values),
+            description="Min-K%++: the same on log-probabilities standardised over the vocabulary",
+            missing="no standardised log-probabilities were asked for, or no token was scored",
+            needs=frozenset({"standardised"}),
+        ),
+        Attack(
+            name="gradient_norm",
+            score=_alone(gradient_norm_values),
+            description="GradNorm: mean norm of the loss's gradient over parameter tensors",
+            missing="no gradient norm was asked for",
+            needs=frozenset({"gradient_norm"}),
+        ),
+        Attack(
+            name="reference",
+            score=reference_values,
+            description="Reference: mean loss minus that of a reference model, usually the retrained one",
+            missing="no token was scored, or the reference model was not asked about the row",
+            needs=frozenset({"reference"}),
+        ),
+    )
+}
+
+
+def auc(members: Sequence[float | None], others: Sequence[float | None], *, seed: int = 0) -> Score:
+    """Return the area under the ROC curve, P(other > member) + ½ P(other = member).
+
+    1: members look like training data; ½: like rows never seen; 0: stranger than rows never seen. Equal
+    scores count one half, exactly. The interval is a seeded percentile bootstrap over both samples. Where
+    the samples do not overlap at all, resampling cannot tell 1 from less; the lower end is then 0.025^(1/k)
+    with k the smaller sample: of k separate pairs all are in order with probability at most AUC^k.
+    """
+    return _over_both(members, others, _area, seed=seed, pairs=min)
+
+
+def true_positive_rate(
+    members: Sequence[float | None], others: Sequence[float | None], at: float = 0.01, *, seed: int = 0
+) -> Score:
+    """Return the largest share of members that can be caught with at most a share `at` of the others.
+
+    A row is taken for a member when its score is at or below a threshold, set as high as the others
+    allow; nothing is interpolated. With fewer than 1/`at` others that means none of them, which the
+    reason says. The interval is a seeded percentile bootstrap over both samples; where all or none of the
+    members are caught in every resample, its other end is the exact bound for n of n (or 0 of n).
+    """
+    if not 0 <= at <= 1:
+        raise DataError(f"the share of false positives is {at}; it must lie between 0 and 1")
+    score = _over_both(members, others, partial(_caught, at=at), seed=seed, pairs=lambda n, m: n)  # noqa: ARG005
+    known = sum(value is not None for value in others)
+    if score.value is None or _allowed(at, known) > 0 or at == 0:
+        return score
+    few = f"with {known} others, {at:g} false positives means none at all"
+    return Score(score.value, score.n, score.low, score.high, _joined(score.reason, few))
+
+
+def privleak(auc: Score | float, reference_auc: Score | float | None) -> Score:
+    """Return PrivLeak = (A − A_ref) / A_ref · 100 with A = 1 − AUC of Min-K% (MUSE).
+
+    0 is ideal. Negative: forget rows still look like training data (−100: fully). Positive: they look
+    stranger than rows never seen. `reference_auc` is the retrained model's AUC; without one,
+    open-unlearning takes ½, and MUSE's own constants are in `MUSE_RETRAINED`. The interval is that of
+    `auc` and takes the reference as exact.
+    """
+    ours, theirs = _as_score(auc), _as_score(reference_auc)
+    if ours.value is None:
+        return no_score(f"there is no AUC: {ours.reason}")
+    if theirs.value is None:
+        return no_score(f"there is no AUC of a reference model: {theirs.reason}")
+    if theirs.value >= 1:
+        return no_score("the reference model's AUC is 1, to which nothing can be related")
+
+    theirs_hidden = 1 - theirs.value
+
+    def leak(area: float | None) -> float | None:
+        return None if area is None else (1 - area - theirs_hidden) / theirs_hidden * 100
+
+    exact = "the interval takes the reference AUC as exact" if theirs.low is not None else None
+    return Score(leak(ours.value), ours.n, leak(ours.high), leak(ours.low), _joined(ours.reason, exact))
+
+
+def _least_likely(logprobs: Sequence[float], k: float) -> float | None:
+    answer = logprobs[:-1]  # the last scored token is the end token
+    if not answer:
+        return None
+    return -fmean(sorted(answer)[: max(1, math.floor(len(answer) * k))])
+
+
+def _as_score(value: Score | float | None) -> Score:
+    if isinstance(value, Score):
+        return value
+    return no_score("none was given") if value is None else Score(float(value), 0, None, None)
+
+
+def _joined(*reasons: str | None) -> str | None:
+    return "; ".join(reason for reason in reasons if reason) or None
+
+
+# Two samples of scores as counts at each distinct value, lowest value first: shape (..., values). Only the
+# order of the scores matters, and equal ones stay equal.
+
+
+def _area(members: Counts, others: Counts) -> NDArray[np.float64]:
+    """Return the area under the ROC curve."""
+    below = members.cumsum(axis=-1) - members
+    twice_ordered = (others * (2 * below + members)).sum(axis=-1)
+    area: NDArray[np.float64] = twice_ordered / (2 * members.sum(axis=-1) * others.sum(axis=-1))
+    return area
+
+
+def _caught(members: Counts, others: Counts, *, at: float) -> NDArray[np.float64]:
+    """Return the share of members at or below the highest threshold that takes few enough others along."""
+    total = int(others.sum(axis=-1).flat[0])  # the same in every resample
+    within = others.cumsum(axis=-1) <= _allowed(at, total)
+    caught: NDArray[np.float64] = (members * within).sum(axis=-1) / members.sum(axis=-1)
+    return caught
+
+
+def _allowed(at: float, others: int) -> int:
+    return math.floor(at * others + 1e-9)  # 0.29 · 100 is 28.999999999999996
+
+
+def _over_both(
+    members: Sequence[float | None],
+    others: Sequence[float | None],
+    statistic: Callable[[Counts, Counts], NDArray[np.float64]],
+    *,
+    seed: int,
+    pairs: Callable[[int, int], int],
+) -> Score:
+    """Return a statistic of two samples with its bootstrap interval, or why there is none."""
+    samples = {"members": members, "others": others}
+    known = {name: sorted(v for v in sample if v is not None) for name, sample in samples.items()}
+    if unusable := [said for name in samples if (said := _unusable(name, samples[name], known[name]))]:
+        return no_score("; ".join(unusable))
+
+    n, m = map(len, known.values())
+    places = np.unique(np.concatenate(list(known.values())), return_inverse=True)[1]
+    distinct, here, there = int(places.max()) + 1, places[:n], places[n:]
+    value = float(statistic(_counts(here[None], distinct), _counts(there[None], distinct))[0])
+    remarks = [
+        f"{len(sample) - len(known[name])} of {len(sample)} {name} left out: no score"
+        for name, sample in samples.items()
+        if len(known[name]) < len(sample)
+    ]
+    if distinct == 1:
+        remarks.append("all scores are equal")
+    if min(n, m) == 1:
+        return Score(value, n + m, None, None, _joined(*remarks, "one row in a sample gives no interval"))
+    low, high = percentile_interval(_resampled(here, there, distinct, statistic, seed=seed))
+    low, high = _not_certain(low, high, pairs(n, m))
+    return Score(value, n + m, low, high, _joined(*remarks))
+
+
+def _unusable(name: str, sample: Sequence[float | None], known: Sequence[float]) -> str | None:
+    if not known:
+        return f"none of {len(sample)} {name} has a score" if sample else f"there are no {name}"
+    if bad := sum(not math.isfinite(value) for value in known):
+        return f"{bad} of {len(sample)} scores of {name} are not finite numbers"
+    return None
+
+
+def _not_certain(low: float, high: float, trials: int) -> tuple[float, float]:
+    """Return an interval of no width at 0 or 1 opened to what `trials` equal trials can rule out."""
+    bound = _TAIL ** (1 / trials)
+    if low == high == 1:
+        return bound, 1.0
+    if low == high == 0:
+        return 0.0, 1 - bound
+    return low, high
+
+
+def _resampled(
+    members: Counts,
+    others: Counts,
+    distinct: int,
+    statistic: Callable[[Counts, Counts], NDArray[np.float64]],
+    *,
+    seed: int,
+) -> NDArray[np.float64]:
+    """Return the statistic of each bootstrap resample; samples are given as places among distinct values."""
+    generator = np.random.default_rng(seed)
+    results = np.empty(RESAMPLES)
+    step = max(1, _CELLS_AT_ONCE // distinct)
+    for start in range(0, RESAMPLES, step):
+        count = min(step, RESAMPLES - start)
+        drawn = [
+            _counts(sample[generator.integers(0, sample.size, (count, sample.size))], distinct)
+            for sample in (members, others)
+        ]
+        results[start : start + count] = statistic(*drawn)
+    return results
+
+
+def _counts(places: Counts, distinct: int) -> Counts:
+    """Return how often each distinct value occurs in each row of places."""
+    rows = places.shape[0]
+    flat = (places + distinct * np.arange(rows)[:, None]).ravel()
+    return np.bincount(flat, minlength=rows * distinct).reshape(rows, distinct)

@@ -1,0 +1,257 @@
+"""The tables of metrics: what each is called, what it says and what it needs.
+
+METRICS      a number per example of one model on one set; the mean is the score
+ATTACKS      membership attacks (metrics.membership), a number per example whose order counts
+COMPARISONS  one number for two sets or two models, or for several answers
+
+To add a metric, write one function and one line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from palinode.errors import DataError
+from palinode.metrics.aggregate import mean_score
+from palinode.metrics.likelihood import (
+    alternative_probabilities,
+    answer_probabilities,
+    normalised_probabilities,
+)
+from palinode.metrics.matching import accepted_values, left_out_ids
+from palinode.metrics.memorization import exact_memorizations, extraction_strengths, one_token_answers
+from palinode.metrics.overlap import rouge_l_recalls, rouge_values
+from palinode.metrics.truth_ratio import forget_truth_ratios, retain_truth_ratios, right_shares
+from palinode.records import Outcome, Score
+
+DEFAULT_METRICS = ("answer_probability", "rouge_l_recall", "exact_memorization", "extraction_strength")
+"""The metrics that need nothing but a prompt and its answer: those of every run."""
+
+_UNREADABLE = "nothing was generated, or ROUGE reads no word of the answer in the data"
+_NO_TOKEN = "no token but the end token was scored"
+_NO_PAIR = "a right answer in other words or wrong answers are missing"
+_NO_WRONG = "there are no wrong answers"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A number per example, and the words that go with it."""
+
+    name: str
+    """Its key in a record."""
+    per_example: Callable[[Sequence[Outcome]], list[float | None]]
+    """One value per outcome, in the same order; None where it cannot be computed."""
+    description: str
+    """One line for readers."""
+    missing: str
+    """Why an example may have no value."""
+    needs: frozenset[str] = frozenset()
+    """What outcomes must hold beside the likelihood of the answer: "generated", or kinds of alternatives."""
+    caveat: Callable[[Sequence[Outcome]], str | None] = lambda outcomes: None  # noqa: ARG005
+    """What a reader of the score should know about these very examples, if anything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A metric that is no mean over the examples of one set: its name, and what it needs."""
+
+    name: str
+    """Its key in a record."""
+    description: str
+    """One line for readers."""
+    needs: tuple[str, ...]
+    """What must be given, in plain words."""
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            name="answer_probability",
+            per_example=answer_probabilities,
+            description="length-normalised probability of the answer in the data",
+            missing="no token was scored",
+        ),
+        Metric(
+            name="rouge_l_recall",
+            per_example=rouge_l_recalls,
+            description="share of the answer's words that the generated answer has in the same order",
+            missing=_UNREADABLE,
+            needs=frozenset({"generated"}),
+        ),
+        Metric(
+            name="exact_memorization",
+            per_example=exact_memorizations,
+            description="share of the answer's tokens that the model ranks first",
+            missing=_NO_TOKEN,
+        ),
+        Metric(
+            name="extraction_strength",
+            per_example=extraction_strengths,
+            description="share of the answer that the model completes once it has seen the rest",
+            missing=_NO_TOKEN,
+            caveat=one_token_answers,
+        ),
+        Metric(
+            name="extraction_strength_strict",
+            per_example=partial(extraction_strengths, strict=True),
+            description="extraction strength that is 0 when the last token is wrong",
+            missing=_NO_TOKEN,
+        ),
+        Metric(
+            name="normalised_probability",
+            per_example=normalised_probabilities,
+            description="probability of the answer among itself and the wrong answers",
+            missing=f"no token was scored, or {_NO_WRONG}",
+            needs=frozenset({"perturbed"}),
+        ),
+        Metric(
+            name="paraphrased_probability",
+            per_example=partial(alternative_probabilities, kind="paraphrased"),
+            description="length-normalised probability of the right answer in other words",
+            missing="there is no right answer in other words",
+            needs=frozenset({"paraphrased"}),
+        ),
+        Metric(
+            name="perturbed_probability",
+            per_example=partial(alternative_probabilities, kind="perturbed"),
+            description="mean length-normalised probability of the wrong answers",
+            missing=_NO_WRONG,
+            needs=frozenset({"perturbed"}),
+        ),
+        Metric(
+            name="forget_truth_ratio",
+            per_example=forget_truth_ratios,
+            description="min(R, 1/R), R = wrong over right: 1 when the model cannot tell them apart",
+            missing=_NO_PAIR,
+            needs=frozenset({"paraphrased", "perturbed"}),
+        ),
+        Metric(
+            name="retain_truth_ratio",
+            per_example=retain_truth_ratios,
+            description="max(0, 1 − R), R = wrong over right: 1 when the model is sure of the right answer",
+            missing=_NO_PAIR,
+            needs=frozenset({"paraphrased", "perturbed"}),
+        ),
+        Metric(
+            name="answer_truth_ratio",
+            per_example=partial(retain_truth_ratios, right="expected"),
+            description="max(0, 1 − R) against the answer in the data (real authors, world facts)",
+            missing=f"no token was scored, or {_NO_WRONG}",
+            needs=frozenset({"perturbed"}),
+        ),
+        Metric(
+            name="right_share",
+            per_example=right_shares,
+            description="right answer's part of its and the wrong answers' probability (\"prob_mean\")",
+            missing=_NO_PAIR,
+            needs=frozenset({"paraphrased", "perturbed"}),
+        ),
+        Metric(
+            name="rouge_1_recall",
+            per_example=partial(rouge_values, kind="rouge1"),
+            description="share of the answer's words that the generated answer has in any order",
+            missing=_UNREADABLE,
+            needs=frozenset({"generated"}),
+        ),
+        Metric(
+            name="rouge_l_f",
+            per_example=partial(rouge_values, measure="f"),
+            description="common words in order over the words of both, stemmed (open-unlearning's MUSE)",
+            missing=_UNREADABLE,
+            needs=frozenset({"generated"}),
+        ),
+        Metric(
+            name="rouge_l_f_unstemmed",
+            per_example=partial(rouge_values, measure="f", stemmer=False),
+            description="common words in order over the words of both, as written (MUSE)",
+            missing=_UNREADABLE,
+            needs=frozenset({"generated"}),
+        ),
+        Metric(
+            name="accepted_answer",
+            per_example=accepted_values,
+            description="share of generated answers that hold an accepted answer, without a judge (RESTOR)",
+            missing="nothing was generated, or no accepted answer is a text",
+            needs=frozenset({"generated"}),
+            caveat=left_out_ids,
+        ),
+    )
+}
+
+COMPARISONS: dict[str, Comparison] = {
+    comparison.name: comparison
+    for comparison in (
+        Comparison(
+            name="model_utility",
+            description="harmonic mean of probability, ROUGE-L recall, truth ratio on three kept sets (TOFU)",
+            needs=("retain rows", "real authors", "world facts", "perturbed answers"),
+        ),
+        Comparison(
+            name="forget_quality",
+            description="p-value of the KS test between the truth ratios of this and the retrained model",
+            needs=("paraphrased answers", "perturbed answers", "outcomes of the retrained model"),
+        ),
+        Comparison(
+            name="membership_auc",
+            description="for each attack: 1 forget rows look trained on, ½ unseen, 0 stranger than unseen",
+            needs=("holdout rows",),
+        ),
+        Comparison(
+            name="membership_tpr",
+            description="for each attack: share of forget rows told from holdout rows at 1 % false positives",
+            needs=("holdout rows",),
+        ),
+        Comparison(
+            name="privleak",
+            description="Min-K% leak against the retrained model: 0 ideal, −100 full, above 0 over-forgotten",
+            needs=("holdout rows", "outcomes of the retrained model, or the benchmark's constant"),
+        ),
+        Comparison(
+            name="judge_forget_accuracy",
+            description="Acc_forget: share of forget rows where the judge does not pick the ground truth",
+            needs=("a judge",),
+        ),
+        Comparison(
+            name="judge_recover_accuracy",
+            description="Acc_recover: share of forget rows where the judge picks the ideal model's answer",
+            needs=("a judge", "outcomes of the retrained model"),
+        ),
+        Comparison(
+            name="judge_retain_accuracy",
+            description="Acc_retain: share of retain rows where the judge picks truth or ideal answer",
+            needs=("a judge", "outcomes of the retrained model"),
+        ),
+        Comparison(
+            name="judge_accept_accuracy",
+            description="share of answers in which the judge finds an accepted one (RESTOR)",
+            needs=("a judge", "accepted answers"),
+        ),
+        Comparison(
+            name="leak_at_k",
+            description="probability that one of k answers drawn at random gives the content away",
+            needs=("at least k sampled answers",),
+        ),
+    )
+}
+
+
+def score_outcomes(
+    outcomes: Sequence[Outcome], *, names: Iterable[str] = DEFAULT_METRICS, seed: int = 0
+) -> dict[str, Score]:
+    """Return the score of each named metric over these outcomes, in the order named.
+
+    Raises DataError for a name that is not in METRICS.
+    """
+    names = tuple(names)
+    if unknown := [name for name in names if name not in METRICS]:
+        raise DataError(f"there is no metric {', '.join(unknown)}; the metrics are {', '.join(METRICS)}")
+    return {name: _score(METRICS[name], outcomes, seed) for name in names}
+
+
+def _score(metric: Metric, outcomes: Sequence[Outcome], seed: int) -> Score:
+    score = mean_score(metric.per_example(outcomes), seed=seed, missing=metric.missing)
+    remarks = [remark for remark in (score.reason, metric.caveat(outcomes)) if remark]
+    return replace(score, reason="; ".join(remarks) or None)

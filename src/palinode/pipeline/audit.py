@@ -1,0 +1,321 @@
+"""An audit: the same attacks with the same budget on every model, compared with the yardstick.
+
+Every (attack, model) result is kept under the fingerprint of what went into it, so an audit that was
+stopped goes on where it was, and one that is repeated with another policy measures nothing again.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from palinode.audit.attack import Attack, Measurement
+from palinode.audit.attacks import ATTACKS
+from palinode.audit.comparison import STATISTICS, Finding
+from palinode.audit.findings import AUDITED, answer, find
+from palinode.audit.material import Material
+from palinode.audit.policy import Policy
+from palinode.audit.subject import Subject
+from palinode.data.examples import fingerprint_examples, shared_rows
+from palinode.errors import DataError, DivergenceError, MismatchError, OutputError, RecipeError
+from palinode.models.loading import load_tokenizer, pick_device, tokenizer_fingerprint
+from palinode.pipeline.record import LIBRARIES
+from palinode.pipeline.workspace import Step, Workspace
+from palinode.progress import Listener, Silence
+from palinode.records import write_json, write_text
+from palinode.report.audit import audit_report
+from palinode.version import __version__
+from palinode.weights import Checkpoint
+
+AUDIT_VERSION = 1
+"""Version of the layout of audit.json, described in docs/audit.md."""
+
+TARGET = "target"
+RECORD, REPORT, RESULTS = "audit.json", "audit.md", "results"
+"""What an audit's folder holds."""
+
+Findings = dict[str, dict[str, Finding]]
+"""Findings by model and test."""
+
+Kind = Literal["retrained", "base"]
+"""What the yardstick is: a model retrained without the forget set, or the checkpoint before it was seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that decides an audit."""
+
+    models: Mapping[str, str]
+    """Locations of the audited model, the yardstick and, if there is one, the target."""
+    kind: Kind
+    material: Material
+    locations: Mapping[str, str | None]
+    """Where each set of rows is from."""
+    policy: Policy
+    attacks: Sequence[str] = tuple(ATTACKS)
+    """Attacks to run; the others are reported as not asked for."""
+    device: str = "auto"
+    seed: int = 0
+
+
+def audit(
+    plan: Plan, output: Path, *, command: str | None = None, listener: Listener | None = None
+) -> dict[str, Any]:
+    """Run an audit, write audit.json and audit.md into `output`, and return the record.
+
+    Raises an InputError for models, rows or a folder that cannot be used.
+    """
+    unknown = [name for name in plan.attacks if name not in ATTACKS]
+    if unknown or not plan.attacks:
+        raise RecipeError(
+            f"there is no attack {', '.join(unknown) or '-'}; choose among {', '.join(ATTACKS)}"
+        )
+    _check_rows(plan.material)
+    checkpoints = {name: Checkpoint.open(location) for name, location in plan.models.items()}
+    _check_output(output, list(checkpoints.values()))
+    workspace = Workspace(output / RESULTS)
+    run = _Run(plan, checkpoints, workspace, listener or Silence())
+    with workspace.locked():
+        record = run.run(command)
+        write_json(output / RECORD, record)
+        write_text(output / REPORT, audit_report(record))
+    return record
+
+
+class _Run:
+    """One audit in progress."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        checkpoints: Mapping[str, Checkpoint],
+        workspace: Workspace,
+        listener: Listener,
+    ) -> None:
+        self.plan = plan
+        self.checkpoints = checkpoints
+        self.workspace = workspace
+        self.listener = listener
+        self.device = pick_device(plan.device)
+        reader = checkpoints[AUDITED]
+        self.tokenizer = load_tokenizer(reader)
+        self.reader = tokenizer_fingerprint(reader)
+        _check_vocabulary(checkpoints, len(self.tokenizer))
+
+    def run(self, command: str | None) -> dict[str, Any]:
+        """Measure every model, compare, and return the record."""
+        started = datetime.now(UTC)
+        reasons = self._reasons()
+        runnable = [attack for attack in ATTACKS.values() if attack.name not in reasons]
+        facts = {name: self._measured(name, runnable) for name in self.checkpoints}
+        attacks: dict[str, Any] = {}
+        findings: dict[str, Findings] = {}
+        for name, attack in ATTACKS.items():
+            own = {model: found[name] for model, found in facts.items() if name in found}
+            if failed := _failed(own):
+                reasons[name] = failed
+            if name not in reasons:
+                measured = {model: fact for model, fact in own.items() if not fact["reason"]}
+                findings[name] = self._findings(attack, measured)
+                attacks[name] = _entry(attack, measured, findings[name])
+            else:
+                attacks[name] = _described(attack, reason=reasons[name])
+        audited = {name: found[AUDITED] for name, found in findings.items()}
+        return {
+            "version": AUDIT_VERSION,
+            "palinode": __version__,
+            "created": started.isoformat(timespec="seconds"),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": command or "palinode audit",
+            "seed": self.plan.seed,
+            "yardstick": self.plan.kind,
+            "models": {
+                name: {
+                    "location": self.plan.models[name],
+                    "fingerprint": checkpoint.fingerprint(),
+                    "parameters": checkpoint.parameters,
+                }
+                for name, checkpoint in self.checkpoints.items()
+            },
+            "data": self._data(),
+            "policy": self.plan.policy.model_dump(mode="json"),
+            "attacks": attacks,
+            "answer": asdict(answer(audited, reasons, self.plan.policy)),
+            "notes": self._notes(findings),
+            "environment": {
+                "python": platform.python_version(),
+                "machine": platform.machine(),
+                "device": str(self.device),
+                **{name: version(name) for name in LIBRARIES},
+            },
+        }
+
+    def _findings(self, attack: Attack, facts: Mapping[str, Any]) -> Findings:
+        measured = {model: Measurement.from_json(fact["measurement"]) for model, fact in facts.items()}
+        return find(attack, measured, self.plan.policy, seed=self.plan.seed)
+
+    def _reasons(self) -> dict[str, str]:
+        """Return why attacks are not run, by name."""
+        reasons = {}
+        for name, attack in ATTACKS.items():
+            reason = attack.lacks(self.plan.material, self.plan.policy.budget)
+            if name not in self.plan.attacks:
+                reason = "it was not asked for"
+            if reason:
+                reasons[name] = reason
+        return reasons
+
+    def _measured(self, name: str, attacks: Sequence[Attack]) -> dict[str, dict[str, Any]]:
+        """Return the facts of every attack on one model, read back where they are there."""
+        subject = Subject(
+            name,
+            self.checkpoints[name],
+            self.tokenizer,
+            device=self.device,
+            seed=self.plan.seed,
+            listener=self.listener,
+        )
+        facts = {attack.name: self._facts(subject, attack) for attack in attacks}
+        subject.release()
+        return facts
+
+    def _facts(self, subject: Subject, attack: Attack) -> dict[str, Any]:
+        step = self._step(subject, attack)
+        facts = step.facts
+        if facts is not None:
+            return facts
+        step.begin()
+        started = time.monotonic()
+        try:
+            measured = attack.measure(subject, self.plan.material, self.plan.policy.budget)
+            facts = {"measurement": measured.as_json(), "reason": None}
+        except DivergenceError as error:
+            facts = {"measurement": None, "reason": str(error)}
+        facts["seconds"] = round(time.monotonic() - started, 1)
+        step.finish(facts)
+        return facts
+
+    def _step(self, subject: Subject, attack: Attack) -> Step:
+        return self.workspace.step(
+            attack.name,
+            model=subject.checkpoint.fingerprint(),
+            tokenizer=self.reader,
+            rows=self.plan.material.fingerprint(),
+            lookalikes=self.plan.material.lookalikes_column,
+            budget=self.plan.policy.budget.model_dump(),
+            seed=self.plan.seed,
+            device=self.device.type,
+        )
+
+    def _data(self) -> dict[str, Any]:
+        return {
+            name: {
+                "location": self.plan.locations.get(name),
+                "rows": len(examples),
+                "fingerprint": fingerprint_examples(examples),
+            }
+            for name, examples in self.plan.material.sets().items()
+        }
+
+    def _notes(self, findings: Mapping[str, Findings]) -> list[str]:
+        """Return what a reader should know before believing the answer."""
+        notes = []
+        if self.plan.kind == "base":
+            notes.append(
+                "The yardstick is a base checkpoint. It has seen neither the forget set nor what the audited "
+                "model was trained on besides, so part of a difference may be the manner of the answers and "
+                "other knowledge. A model retrained without the forget set is the better yardstick."
+            )
+        prints = {name: checkpoint.fingerprint() for name, checkpoint in self.checkpoints.items()}
+        same = [name for name in prints if name != AUDITED and prints[name] == prints[AUDITED]]
+        if same:
+            notes.append(f"The audited model and the {same[0]} are the same weights.")
+        blind = [
+            f"{attack}.{test}"
+            for attack, models in findings.items()
+            for test, finding in models.get(TARGET, {}).items()
+            if finding.verdict == "within" and self.plan.policy.margins[f"{attack}.{test}"].above is not None
+        ]
+        if blind:
+            notes.append(
+                f"These tests put the target within the margins too, so passing them says little: "
+                f"{', '.join(blind)}."
+            )
+        return notes
+
+
+def _failed(facts: Mapping[str, Any]) -> str | None:
+    """Return why an attack gave nothing on a model without which there is no comparison."""
+    failed = [
+        f"{model}: {fact['reason']}" for model, fact in facts.items() if model != TARGET and fact["reason"]
+    ]
+    return "; ".join(failed) or None
+
+
+def _entry(attack: Attack, facts: Mapping[str, Any], findings: Findings) -> dict[str, Any]:
+    """Return what the record holds of an attack that was run."""
+    tests = {
+        test.name: {
+            "title": test.title,
+            "statistic": STATISTICS[test.statistic],
+            "findings": {model: asdict(found[test.name]) for model, found in findings.items()},
+        }
+        for test in attack.tests
+    }
+    return {
+        **_described(attack, reason=None),
+        "seconds": {model: fact["seconds"] for model, fact in facts.items()},
+        "details": {model: fact["measurement"]["details"] for model, fact in facts.items()},
+        "tests": tests,
+    }
+
+
+def _described(attack: Attack, *, reason: str | None) -> dict[str, Any]:
+    return {"title": attack.title, "description": attack.description, "reason": reason}
+
+
+def _check_rows(material: Material) -> None:
+    """Refuse sets that make a test meaningless: forget rows among those that must not hold them."""
+    apart = {"retain": material.retain, "holdout": material.holdout, "lookalikes": material.lookalikes}
+    for name, examples in apart.items():
+        shared = shared_rows(examples, material.forget)
+        if shared:
+            raise DataError(
+                f"{len(shared)} of the {len(examples)} {name} rows are forget rows too "
+                f"(first: {examples[shared[0][0]].place}); take them out of one of the two"
+            )
+
+
+def _check_vocabulary(checkpoints: Mapping[str, Checkpoint], tokens: int) -> None:
+    """Refuse a model that cannot read the audited model's tokens."""
+    for name, checkpoint in checkpoints.items():
+        size = checkpoint.config.get("vocab_size")
+        if isinstance(size, int) and size < tokens:
+            raise MismatchError(
+                f"the {name} model has {size} tokens and the audited model's tokenizer {tokens}; "
+                "every model of an audit is asked through that tokenizer, so name models of one family"
+            )
+
+
+def _check_output(output: Path, models: Sequence[Checkpoint]) -> None:
+    """Refuse a folder that holds anything but an audit, and one inside a model."""
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file; name a folder for the audit")
+    ours = {RECORD, REPORT, RESULTS, f".{RECORD}.partial", f".{REPORT}.partial"}
+    strange = (
+        sorted(path.name for path in output.iterdir() if path.name not in ours) if output.exists() else []
+    )
+    if strange:
+        raise OutputError(
+            f"{output} holds {strange[0]}, which is no part of an audit; name another folder, or an empty one"
+        )
+    place = output.resolve()
+    for model in models:
+        if place == model.folder or model.folder in place.parents:
+            raise OutputError(f"{output} lies inside the model {model.folder}; name another folder")

@@ -1,0 +1,460 @@
+"""Run a benchmark on a model folder: ask every set, score every cell, and write what was found.
+
+The retrained model, where one is given, is asked the same questions by the same code. Both models are
+never in memory together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from palinode.errors import OutputError, RecipeError
+from palinode.evaluation.ask import ask
+from palinode.evaluation.asking import Asking
+from palinode.evaluation.benchmark import (
+    Benchmark,
+    Cell,
+    Loaded,
+    Measured,
+    Places,
+    QuestionSet,
+    Reference,
+    score_cell,
+    trim_asking,
+)
+from palinode.evaluation.general import general_ability
+from palinode.evaluation.judges import open_judge
+from palinode.evaluation.judging import Judge, judge_answers
+from palinode.evaluation.openunlearning import (
+    AUTHORS,
+    FACTS,
+    FORGET,
+    HOLDOUT,
+    MIA_KEYS,
+    RETAIN,
+    read_log,
+    write_log,
+)
+from palinode.models.loading import load_model, load_tokenizer, pick_device
+from palinode.progress import Listener
+from palinode.records import Outcome, Score, Verdict, write_json, write_outcomes
+from palinode.version import __version__
+from palinode.weights import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LOG_SETS = frozenset({FORGET, RETAIN, AUTHORS, FACTS, HOLDOUT})
+"""Sets that open-unlearning's form of a log has a place for."""
+
+Yardstick = Checkpoint | Path
+"""The retrained model, or the log that stands for it."""
+
+SCORES_VERSION = 1
+"""Version of the layout of `scores.json`, described in docs/benchmarks.md."""
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureSettings:
+    """What is wanted of a benchmark run; everything has a default."""
+
+    split: str | None = None
+    """None means the benchmark's first."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """The benchmark's own options."""
+    metrics: tuple[str, ...] = ()
+    """Which metrics; none means all but the expensive ones, and "every" means all."""
+    against: str | None = None
+    """The retrained model: a folder, a hub id, or an open-unlearning log (.json)."""
+    judge: str | None = None
+    """A judge: overlap, offline:FOLDER or URL#model."""
+    general: tuple[str, ...] = ()
+    """Tasks of lm-eval, run on the model in memory."""
+    max_rows: int | None = None
+    """Questions of each set; a larger set is sampled with the seed. None asks all."""
+    max_new_tokens: int | None = None
+    """Length limit of answers, where it should not be the benchmark's own."""
+    max_length: int | None = None
+    """Tokens of a row, where it should not be the benchmark's own."""
+    output: Path | None = None
+    """Folder for scores.json and the outcomes."""
+    open_unlearning: Path | None = None
+    """File for the results in open-unlearning's form."""
+    device: str = "auto"
+    seed: int = 0
+    """Seeds the sampling of questions, intervals and the judge's order of candidates."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What a benchmark run found."""
+
+    scores: Mapping[str, Mapping[str, Score]]
+    """Set → metric → score, in the order of the benchmark's cells."""
+    outcomes: Mapping[str, Sequence[Outcome]]
+    """Set → what the model did on each question."""
+    record: Mapping[str, Any]
+    """The content of scores.json: the scores, and everything that decides them."""
+
+
+def measure(
+    model: str,
+    benchmark: Benchmark,
+    places: Places,
+    settings: MeasureSettings | None = None,
+    *,
+    listener: Listener | None = None,
+) -> Measurement:
+    """Run a benchmark on a model and return its scores; they are also written if `settings` says where.
+
+    Everything that can be refused is refused before a model is loaded. Raises PalinodeError.
+    """
+    settings = settings or MeasureSettings()
+    started = datetime.now(UTC)
+    split, options = benchmark.check_split(settings.split), benchmark.check_options(settings.options)
+    cells = benchmark.check_metrics(settings.metrics)
+    _check_places(settings)
+    judge = _open_judge(settings)
+    checkpoint = Checkpoint.open(model)
+    yardstick = _open_reference(settings.against)
+    whole = benchmark.load(places, split, options)
+    loaded = _sampled(whole, settings)
+    asked = _asked(loaded, cells, settings)
+    _check_log(settings, asked)
+    from_log = _reference_of_log(yardstick, whole, asked) if isinstance(yardstick, Path) else None
+
+    reference = from_log or _reference(yardstick, asked, settings, listener)
+    outcomes, general = _ask_model(checkpoint, asked, settings, listener)
+    measured = Measured(
+        split=split,
+        sets=asked,
+        outcomes=outcomes,
+        reference=reference,
+        verdicts=_verdicts(judge, cells, asked, outcomes, reference, settings.seed, listener),
+        missing=loaded.missing,
+        options=options,
+        seed=settings.seed,
+    )
+    scores = score_cells(cells, measured)
+    if general:
+        scores["general"] = general
+    record = _record(benchmark, checkpoint, yardstick, loaded, measured, settings, scores, judge, started)
+    measurement = Measurement(scores, outcomes, record)
+    if first_process():
+        _write(measurement, measured, settings)
+    return measurement
+
+
+def score_cells(cells: Sequence[Cell], measured: Measured) -> dict[str, dict[str, Score]]:
+    """Return the score of each cell by set and metric."""
+    scores: dict[str, dict[str, Score]] = {}
+    for cell in cells:
+        scores.setdefault(cell.set, {})[cell.metric] = score_cell(cell, measured)
+    return scores
+
+
+def ask_sets(
+    checkpoint: Checkpoint,
+    sets: Mapping[str, QuestionSet],
+    *,
+    device: str = "auto",
+    label: str = "model",
+    listener: Listener | None = None,
+) -> dict[str, list[Outcome]]:
+    """Load a model, ask it every set, and return its outcomes by set."""
+    model, tokenizer = load_model(checkpoint, device=pick_device(device)), load_tokenizer(checkpoint)
+    return _ask_live(model, tokenizer, sets, label, listener)
+
+
+# Before a model is loaded
+
+
+def _check_places(settings: MeasureSettings) -> None:
+    """Refuse limits and places to write to that cannot be used."""
+    if settings.max_rows is not None and settings.max_rows < 1:
+        raise RecipeError(f"max_rows cannot be used: it is {settings.max_rows} and must be at least 1")
+    folder, log = settings.output, settings.open_unlearning
+    if folder is not None and (folder / "scores.json").exists():
+        raise OutputError(f"{folder} holds the scores of another run already; name another folder")
+    if folder is not None and (not folder.parent.is_dir() or (folder.exists() and not folder.is_dir())):
+        raise OutputError(f"{folder} is a file, or the folder above it is missing; name another folder")
+    if log is not None and (log.exists() or not log.parent.is_dir()):
+        raise OutputError(f"{log} exists already, or its folder does not; name another file for the log")
+
+
+def _check_log(settings: MeasureSettings, sets: Mapping[str, QuestionSet]) -> None:
+    """Refuse a log of sets that open-unlearning's form does not know."""
+    if settings.open_unlearning is not None and (unknown := sorted(set(sets) - LOG_SETS)):
+        raise RecipeError(
+            f"a log in open-unlearning's form has no place for the set {unknown[0]}; "
+            "it is for tofu and own data"
+        )
+
+
+def _open_judge(settings: MeasureSettings) -> Judge | None:
+    """Return the judge that `overlap`, `offline:FOLDER` or `URL#model` names."""
+    if settings.judge is None:
+        return None
+    name, _, model = settings.judge.partition("#")
+    return open_judge(name, model=model or None, device=settings.device)
+
+
+def _sampled(loaded: Loaded, settings: MeasureSettings) -> Loaded:
+    """Return the sets with at most `max_rows` questions each, drawn with the seed, in their own order."""
+    most = settings.max_rows
+    if most is None:
+        return loaded
+    return replace(loaded, sets=tuple(_drawn(questions, most, settings.seed) for questions in loaded.sets))
+
+
+def _drawn(questions: QuestionSet, most: int, seed: int) -> QuestionSet:
+    total = len(questions.questions)
+    if total <= most:
+        return questions
+    drawn = np.random.Generator(np.random.PCG64(seed + 1)).choice(total, most, replace=False)
+    return questions.only(sorted(drawn.tolist()))
+
+
+def _asked(loaded: Loaded, cells: Sequence[Cell], settings: MeasureSettings) -> dict[str, QuestionSet]:
+    """Return the sets that some cell needs, each asked for no more than the cells need."""
+    needed = {name for cell in cells for name in cell.sets}
+    asked = {}
+    for questions in loaded.sets:
+        if questions.name in needed:
+            asking = _limited(trim_asking(questions, cells), settings)
+            asked[questions.name] = replace(questions, asking=asking)
+    return asked
+
+
+def _limited(asking: Asking, settings: MeasureSettings) -> Asking:
+    if settings.max_new_tokens is not None:
+        shortest = min(asking.min_new_tokens, settings.max_new_tokens)
+        asking = replace(asking, max_new_tokens=settings.max_new_tokens, min_new_tokens=shortest)
+    return asking if settings.max_length is None else replace(asking, max_length=settings.max_length)
+
+
+# Asking
+
+
+def _ask_model(
+    checkpoint: Checkpoint,
+    sets: Mapping[str, QuestionSet],
+    settings: MeasureSettings,
+    listener: Listener | None,
+) -> tuple[dict[str, list[Outcome]], dict[str, Score]]:
+    """Return the outcomes of the model by set, and its general ability if that was asked for."""
+    model = load_model(checkpoint, device=pick_device(settings.device))
+    tokenizer = load_tokenizer(checkpoint)
+    general: dict[str, Score] = {}
+    if settings.general:  # first, because it may be refused
+        found = general_ability(
+            model, tokenizer, settings.general, limit=settings.max_rows, seed=settings.seed
+        )
+        general = {
+            f"{task} {metric}": score for task, group in found.items() for metric, score in group.items()
+        }
+    return _ask_live(model, tokenizer, sets, "model", listener), general
+
+
+def _ask_live(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Mapping[str, QuestionSet],
+    label: str,
+    listener: Listener | None,
+) -> dict[str, list[Outcome]]:
+    return {
+        name: ask(
+            model,
+            tokenizer,
+            _cut_answers(questions, tokenizer),
+            questions.asking,
+            style=questions.style,
+            label=f"{label}, {name}",
+            listener=listener,
+        )
+        for name, questions in sets.items()
+    }
+
+
+def _cut_answers(questions: QuestionSet, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """Return the questions with right answers cut to the set's number of tokens, BOS counted."""
+    limit = questions.answer_tokens
+    if limit is None:
+        return list(questions.questions)
+    cut = []
+    for question in questions.questions:
+        ids = tokenizer(question.example.answer)["input_ids"]
+        if len(ids) > limit:
+            text = str(tokenizer.decode(ids[:limit], skip_special_tokens=True))
+            question = replace(question, example=replace(question.example, answer=text))
+        cut.append(question)
+    return cut
+
+
+def _verdicts(
+    judge: Judge | None,
+    cells: Sequence[Cell],
+    sets: Mapping[str, QuestionSet],
+    outcomes: Mapping[str, Sequence[Outcome]],
+    reference: Reference | None,
+    seed: int,
+    listener: Listener | None,
+) -> dict[str, list[Verdict]]:
+    """Return a verdict on each answer of the sets that a cell wants judged; drawn answers one by one."""
+    if judge is None or not first_process():
+        return {}
+    verdicts = {}
+    for name in dict.fromkeys(cell.set for cell in cells if cell.judge and cell.set in outcomes):
+        answers = _as_shown(sets[name], outcomes[name])
+        ideals = _ideals(sets[name], answers, reference)
+        runs = [run for outcome in answers for run in _runs(outcome)]
+        verdicts[name] = judge_answers(judge, runs, ideals, seed=seed, listener=listener)
+    return verdicts
+
+
+def _as_shown(questions: QuestionSet, outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Return outcomes with the question alone as their prompt, where the prompt holds examples too."""
+    if not questions.shown:
+        return list(outcomes)
+    return [replace(outcome, prompt=shown) for outcome, shown in zip(outcomes, questions.shown, strict=True)]
+
+
+def _runs(outcome: Outcome) -> list[Outcome]:
+    """Return an outcome once for each answer it gave: the drawn ones, or else the greedy one."""
+    return [replace(outcome, generated=sample, samples=()) for sample in outcome.samples] or [outcome]
+
+
+def _ideals(
+    questions: QuestionSet, answers: Sequence[Outcome], reference: Reference | None
+) -> list[Outcome] | None:
+    """Return the retrained model's outcomes for the judge; none where the data lists accepted answers."""
+    theirs = reference.outcomes.get(questions.name) if reference else None
+    if not theirs or any(outcome.accepted for outcome in answers):
+        return None
+    shown = _as_shown(questions, theirs)
+    return None if any(outcome.generated is None for outcome in shown) else shown
+
+
+# The retrained model
+
+
+def _open_reference(against: str | None) -> Yardstick | None:
+    """Return the retrained model to be asked, or the path of the log that stands for it."""
+    if against is None:
+        return None
+    path = Path(against).expanduser()
+    return path if path.is_file() else Checkpoint.open(against)
+
+
+def _reference_of_log(path: Path, whole: Loaded, sets: Mapping[str, QuestionSet]) -> Reference:
+    """Return what a log says of the forget rows that are asked. Raises DataError for another split's log."""
+    forget = next((questions for questions in whole.sets if questions.name == FORGET), None)
+    log = read_log(path, forget_rows=len(forget.questions) if forget else None)
+    asked = {question.example.row for question in sets[FORGET].questions} if FORGET in sets else set()
+    rows = [outcome for outcome in log.forget if outcome.row in asked]
+    return Reference(str(path), {FORGET: rows} if rows else {}, log.aucs.get("min_k"), log.missing)
+
+
+def _reference(
+    yardstick: Yardstick | None,
+    sets: Mapping[str, QuestionSet],
+    settings: MeasureSettings,
+    listener: Listener | None,
+) -> Reference | None:
+    if not isinstance(yardstick, Checkpoint):
+        return None
+    outcomes = ask_sets(yardstick, sets, device=settings.device, label="retrained model", listener=listener)
+    return Reference(str(settings.against), outcomes)
+
+
+# What is written
+
+
+def first_process() -> bool:
+    """Return whether this process writes and prints, where `accelerate launch` started several."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _record(
+    benchmark: Benchmark,
+    checkpoint: Checkpoint,
+    yardstick: Yardstick | None,
+    loaded: Loaded,
+    measured: Measured,
+    settings: MeasureSettings,
+    scores: Mapping[str, Mapping[str, Score]],
+    judge: Judge | None,
+    started: datetime,
+) -> dict[str, Any]:
+    """Return the content of scores.json."""
+    return {
+        "version": SCORES_VERSION,
+        "palinode": __version__,
+        "created": started.isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "benchmark": benchmark.name,
+        "split": measured.split,
+        "options": dict(measured.options),
+        "seed": settings.seed,
+        "max_rows": settings.max_rows,
+        "model": _model_facts(checkpoint),
+        "against": _yardstick_facts(yardstick),
+        "judge": judge.name if judge else None,
+        "tables": [asdict(table) for table in loaded.tables],
+        "sets": {
+            name: {"questions": len(questions.questions), "asking": _asking_facts(questions.asking)}
+            for name, questions in measured.sets.items()
+        },
+        "missing": dict(loaded.missing),
+        "scores": {
+            name: {metric: asdict(score) for metric, score in group.items()} for name, group in scores.items()
+        },
+    }
+
+
+def _asking_facts(asking: Asking) -> dict[str, Any]:
+    return {**asdict(asking), "stop_texts": list(asking.stop_texts)}
+
+
+def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {"location": str(checkpoint.folder), "fingerprint": checkpoint.fingerprint()}
+
+
+def _yardstick_facts(yardstick: Yardstick | None) -> dict[str, Any] | None:
+    if isinstance(yardstick, Path):
+        return {"location": str(yardstick), "sha256": hashlib.sha256(yardstick.read_bytes()).hexdigest()}
+    return None if yardstick is None else _model_facts(yardstick)
+
+
+def _write(measurement: Measurement, measured: Measured, settings: MeasureSettings) -> None:
+    """Write scores.json last, so that a folder with scores has everything."""
+    if settings.output is not None:
+        settings.output.mkdir(exist_ok=True)
+        theirs = measured.reference.outcomes if measured.reference else {}
+        for prefix, sets in {"outcomes": measured.outcomes, "against": theirs}.items():
+            for name, outcomes in sets.items():
+                write_outcomes(settings.output / f"{prefix}-{name}.jsonl", outcomes)
+        if measured.verdicts:
+            verdicts = {name: [asdict(one) for one in given] for name, given in measured.verdicts.items()}
+            write_json(settings.output / "verdicts.json", verdicts)
+        write_json(settings.output / "scores.json", measurement.record)
+    if settings.open_unlearning is not None:
+        write_log(settings.open_unlearning, measured.outcomes, _log_scores(measurement.scores))
+
+
+def _log_scores(scores: Mapping[str, Mapping[str, Score]]) -> dict[str, Score]:
+    """Return the scores that a log has a place for, by their names there."""
+    keys = {f"auc_{name}": key for key, name in MIA_KEYS.items()}
+    keys |= {name: name for name in ("forget_quality", "model_utility", "privleak")}
+    return {
+        keys[metric]: score for group in scores.values() for metric, score in group.items() if metric in keys
+    }

@@ -1,0 +1,89 @@
+"""Round to nearest in groups: values worked by hand, error bounds, and what is left alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from palinode.audit.quantisation import linear_weights, quantise, quantised
+from palinode.errors import RecipeError
+from palinode.models import load_model
+
+
+def test_two_bits_keep_minus_one_nought_and_one_times_the_largest():
+    weight = torch.tensor([[0.9, -1.0, 0.4, 0.6], [4.0, 1.0, -2.5, -4.0]])
+    expected = torch.tensor([[1.0, -1.0, 0.0, 1.0], [4.0, 0.0, -4.0, -4.0]])
+    assert torch.equal(quantised(weight, bits=2, group=4), expected)
+
+
+def test_each_group_has_its_own_scale_and_the_last_may_be_smaller():
+    weight = torch.tensor([[100.0, 30.0, 0.1, 0.02, 7.0]])
+    assert torch.equal(quantised(weight, bits=2, group=2), torch.tensor([[100.0, 0.0, 0.1, 0.0, 7.0]]))
+
+
+def test_eight_bits_round_to_multiples_of_the_largest_over_127():
+    weight = torch.tensor([[12.7, 3.14, -0.06, 0.04]])
+    assert quantised(weight, bits=8, group=128).tolist()[0] == pytest.approx([12.7, 3.1, -0.1, 0.0], abs=1e-6)
+
+
+def test_group_of_noughts_stays_nought():
+    weight = torch.tensor([[0.0, 0.0, 3.0, -3.0]])
+    assert torch.equal(quantised(weight, bits=4, group=2), weight)
+
+
+def test_weights_on_the_grid_stay_as_they_are():
+    grid = torch.arange(-7, 8).float()[None, :]
+    assert torch.equal(quantised(grid, bits=4, group=15), grid)
+
+
+@given(
+    bits=st.integers(2, 8),
+    group=st.integers(1, 9),
+    rows=st.lists(st.lists(st.floats(-1e3, 1e3, width=32), min_size=7, max_size=7), min_size=1, max_size=3),
+)
+def test_error_is_at_most_half_a_step_of_the_group(bits, group, rows):
+    weight = torch.tensor(rows)
+    rounded = quantised(weight, bits=bits, group=group)
+    for ours, theirs in zip(weight.split(group, 1), rounded.split(group, 1), strict=True):
+        step = ours.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+        assert ((ours - theirs).abs() <= step / 2 * (1 + 1e-5) + 1e-30).all()
+
+
+@pytest.mark.parametrize(("bits", "group"), [(1, 128), (4, 0)])
+def test_impossible_sizes_are_refused(bits, group):
+    with pytest.raises(RecipeError, match="cannot quantise"):
+        quantised(torch.ones(1, 1), bits=bits, group=group)
+
+
+def test_linear_layers_change_and_everything_else_stays(tiny):
+    model = load_model(tiny.target, device=torch.device("cpu"))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    count = quantise(model, bits=4, group=16)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    linear = {name for name in before if "_proj." in name}
+    assert changed == linear
+    assert count == sum(before[name].numel() for name in linear)
+
+
+def test_untied_output_head_stays_too():
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2, tie_word_embeddings=False
+    )
+    model = GPT2LMHeadModel(config)
+    head = model.lm_head.weight.clone()
+    quantise(model, bits=4, group=4)
+    assert torch.equal(model.lm_head.weight, head)
+
+
+def test_layers_stored_the_other_way_round_are_grouped_along_their_input():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    weight = model.transformer.h[0].mlp.c_fc.weight  # [in, out]
+    expected = quantised(weight.detach().t(), bits=4, group=4).t()
+    assert all(turned for _, turned in linear_weights(model))
+    quantise(model, bits=4, group=4)
+    assert torch.equal(weight, expected)

@@ -1,0 +1,123 @@
+"""Folders in the format of each benchmark, with invented rows in the published numbers and few words."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+
+from palinode.data.world import SYLLABLES
+
+NAMES = [f"{a}{b} {c}{a}" for a, b, c in product(SYLLABLES, SYLLABLES, SYLLABLES[:4])]
+"""1024 different names; none is part of another."""
+
+
+def write_lines(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def qa(number: int) -> dict:
+    return {"question": f"home of {NAMES[number]}", "answer": f"in {NAMES[number][:4]}"}
+
+
+def perturbed(number: int, wrong: int, *, paraphrased: bool = True) -> dict:
+    row = qa(number) | {
+        "perturbed_answer": [f"in {NAMES[number + k][:4]} far off" for k in range(1, wrong + 1)]
+    }
+    if paraphrased:
+        row["paraphrased_answer"] = f"the town is {NAMES[number][:4]}"
+        row["paraphrased_question"] = f"the town of {NAMES[number]}"
+    return row
+
+
+def tofu_folder(folder: Path, *, holdout: bool = False, leave_out: tuple[str, ...] = ()) -> Path:
+    """forget01 and everything that is asked with it."""
+    tables = {
+        "forget01": [qa(n) for n in range(40)],
+        "forget01_perturbed": [perturbed(n, 5) for n in range(40)],
+        "retain99": [qa(n % 900) | {"answer": f"number {n}"} for n in range(3960)],
+        "retain_perturbed": [perturbed(n, 5) for n in range(100, 500)],
+        "real_authors_perturbed": [perturbed(n, 3, paraphrased=False) for n in range(500, 600)],
+        "world_facts_perturbed": [perturbed(n, 3, paraphrased=False) for n in range(600, 717)],
+    }
+    if holdout:
+        tables["holdout01"] = [qa(n) for n in range(800, 840)]
+    for name, rows in tables.items():
+        if name not in leave_out:
+            write_lines(folder / f"{name}.jsonl", rows)
+    return folder
+
+
+def restor_folder(folder: Path, *, options: bool = False) -> Path:
+    """facts.json with 5269 facts about 468 people, 50 of whom are asked about; documents about ten."""
+    folder.mkdir(parents=True, exist_ok=True)
+    people = NAMES[:468]
+    relations = [f"P{n}" for n in range(41)]
+    counts = [11 + (place < 5269 - 11 * 468) for place in range(468)]  # 121 people have 12 facts
+    facts = {
+        person: {
+            relation: {"question": f"the {relation} of {person} is", "answers": [f"{relation}a", "Q42", "ba"]}
+            for relation in relations[:count]
+        }
+        for person, count in zip(people, counts, strict=True)
+    }
+    context = {
+        relation: [
+            {"question": f"the {relation} of {person} is", "answer": f"x{place}", "entity": person}
+            for place, person in enumerate(people[:10])
+        ]
+        for relation in relations
+    }
+    (folder / "facts.json").write_text(json.dumps({"dset": facts, "context": context}))
+    (folder / "entities.json").write_text(json.dumps(people[:50]))
+    documents = [{"text": f"{people[n // 300]} is a baker number {n}"} for n in range(3000)]
+    (folder / "wikidata_v0_mix_a0.json").write_text(json.dumps(documents))
+    if options:
+        lists = {"correct": ["ba do", "ba"], "corrupted": ["ka"], "random": ["li", "mo"]}
+        content = {person: dict.fromkeys(facts[person], lists) for person in people[:50]}
+        (folder / "options.json").write_text(json.dumps(content))
+    return folder
+
+
+def muse_folder(folder: Path, *, folds: bool = False) -> Path:
+    """MUSE News in the layout that its own loader writes: config/split.json, each a list."""
+
+    def write(name: str, rows: list[dict]) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+
+    def texts(begin: int, count: int) -> list[dict]:
+        return [
+            {"text": f"{NAMES[n % 1000]} was in {NAMES[n % 999][:4]} on day {n}"}
+            for n in range(begin, begin + count)
+        ]
+
+    write(
+        "verbmem/forget",
+        [{"prompt": f"the home of {n}", "gt": "ba " * (200 if n == 0 else 3)} for n in range(100)],
+    )
+    for kind, begin in {"forget": 0, "retain": 200}.items():
+        write(f"knowmem/{kind}_qa", [qa(n) for n in range(begin, begin + 100)])
+        write(f"knowmem/{kind}_qa_icl", [qa(n) for n in range(begin + 100, begin + 110)])
+    write("privleak/forget", texts(0, 100))
+    write("privleak/holdout", texts(100, 100))
+    write("raw/forget", texts(0, 889))
+    write("raw/retain1", texts(1000, 1777))
+    if folds:
+        for number, count in enumerate((889, 889, 889, 887)):
+            write(f"sust/forget_{number + 1}", texts(889 * number, count))
+        for number, count in enumerate((889, 1778, 2667, 3554)):
+            write(f"scal/forget_{number + 1}", texts(0, count))
+    return folder
+
+
+def own_files(folder: Path, *, everything: bool = True) -> dict[str, str]:
+    """A forget file, and with `everything` retain rows, holdout rows, paraphrases and wrong answers."""
+    rows = [perturbed(n, 2) if everything else qa(n) for n in range(6)]
+    files = {"data": str(write_lines(folder / "forget.jsonl", rows))}
+    if everything:
+        files["retain"] = str(write_lines(folder / "retain.jsonl", [perturbed(n, 2) for n in range(50, 56)]))
+        files["holdout"] = str(write_lines(folder / "holdout.jsonl", [qa(n) for n in range(90, 96)]))
+    return files

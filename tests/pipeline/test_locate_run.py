@@ -1,0 +1,132 @@
+"""The ladder demo on a small world, and the real one against the issue's goals (slow)."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from palinode.benchmarks.ladder import RUNGS, Size
+from palinode.data.world import invent_world
+from palinode.errors import OutputError
+from palinode.pipeline.locate_run import demo_locate, run_locate
+from palinode.report.location import demo_sentence, demo_tables
+
+SMALL = Size(first_epochs=12, epochs=4, replayed=40, learning_rate=6e-3, batch_size=16, width=32, layers=2)
+SETTINGS = {
+    "training": {
+        "epochs": 2,
+        "learning_rate": 3e-3,
+        "batch_size": 16,
+        "max_length": 64,
+        "precision": "float32",
+    },
+    "scales": {"forget": 0.5, "retain": 0.0},
+    "evaluation": {"max_rows": 60, "max_new_tokens": 3, "batch_rows": 512, "max_length": 64},
+}
+
+
+@pytest.fixture(scope="module")
+def small_world():
+    return invent_world(3, early=3, middle=RUNGS - 1, forget=5, late=4)
+
+
+def run(world, folder):
+    return run_locate(world, folder, seed=3, size=SMALL, settings=SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def finished(small_world, tmp_path_factory):
+    return run(small_world, tmp_path_factory.mktemp("demo") / "locate")
+
+
+def test_log_and_order_agree_with_the_truth_in_every_exposure(finished):
+    for request in finished.record["requests"].values():
+        for kind in ("log", "order"):
+            assert request["found"][kind]["every_exposure_right"]
+            assert request["found"][kind]["right"]
+
+
+def test_truth_is_what_was_planted(finished):
+    requests = finished.record["requests"]
+    # planted in stretches 5 and 9, in other words in 3 and word for word in 7, and before every checkpoint
+    assert {name: request["clean_place"] for name, request in requests.items()} == {
+        "main": 4,
+        "copied": 2,
+        "early": None,
+    }
+    assert requests["early"]["first"] <= 12 * 10
+    assert requests["early"]["found"]["all"]["recommended_step"] is None
+
+
+def test_every_rung_is_tried_and_the_target_itself(finished):
+    rungs = finished.record["rungs"]
+    assert len(rungs) == RUNGS + 1
+    assert [rung["method"] for rung in rungs] == ["msa"] * RUNGS + ["task_vector"]
+    assert [rung["seen"] > 0 for rung in rungs] == [False] * 5 + [True] * 8
+    for rung in rungs:
+        assert 0 <= rung["unlearned"]["forget"] <= 1
+
+
+def test_folder_holds_page_picture_log_and_order(finished):
+    for name in ("location.md", "location.svg", "record.json", "order.json", "log/log.json"):
+        assert (finished.folder / name).exists()
+    assert json.loads((finished.folder / "record.json").read_text()) == finished.record
+    assert "of 3 requests" in demo_sentence(finished.record)
+    assert [table.row_count for table in demo_tables(finished.record)] == [3, RUNGS + 2]
+
+
+def test_second_call_reuses_everything(small_world, finished):
+    assert run(small_world, finished.folder).record == finished.record
+
+
+def test_demo_of_another_kind_or_seed_is_refused(small_world, finished, tmp_path):
+    with pytest.raises(OutputError, match="holds the demo of seed 3"):
+        run_locate(small_world, finished.folder, seed=4, size=SMALL)
+    (tmp_path / "demo.json").write_text('{"seed": 3}')
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        run(small_world, tmp_path)
+
+
+def test_training_that_was_cut_off_goes_on_with_its_log(small_world, finished, tmp_path, monkeypatch):
+    """KilledError in the middle of a stretch: the log holds steps that are taken again, and they count once."""
+    from palinode.benchmarks import ladder
+    from palinode.history.exposures import ExposureReader
+    from palinode.pipeline.locate_run import _Recorder
+
+    class KilledError(Exception):
+        pass
+
+    recorder = _Recorder(tmp_path / "log")
+
+    def note(step, rows):
+        recorder.note(step, rows)
+        if step == finished.record["requests"]["main"]["first"] + 2:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        ladder.build_ladder(small_world, tmp_path / "world", seed=3, size=SMALL, on_step=note)
+    again = _Recorder(tmp_path / "log")
+    models = ladder.build_ladder(small_world, tmp_path / "world", seed=3, size=SMALL, on_step=again.note)
+    again.close()
+    whole = ExposureReader.open(finished.folder / "log")
+    resumed = ExposureReader.open(tmp_path / "log")
+    from palinode.data import read_examples
+
+    rows = read_examples(models.requests["main"])
+    assert [(found.row, found.step) for found in resumed.find(rows)] == [
+        (found.row, found.step) for found in whole.find(rows)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_real_demo_reaches_its_goals(tmp_path, seed):
+    """Log and order right in every exposure, behaviour within one checkpoint, the right recommendation."""
+    record = demo_locate(tmp_path / "demo", seed=seed).record
+    for request in record["requests"].values():
+        found = request["found"]
+        assert found["log"]["every_exposure_right"]
+        assert found["order"]["every_exposure_right"]
+        assert found["behaviour"]["rungs_off"] <= 1
+        assert found["all"]["right"]

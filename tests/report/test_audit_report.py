@@ -1,0 +1,186 @@
+"""An audit in words: what the record says, what it lacks, and nothing that promises."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from palinode.report.audit import audit_headline, audit_report, audit_table, audit_untested
+
+
+def score(value, low=None, high=None, reason=None):
+    return {"value": value, "n": 30, "low": low, "high": high, "reason": reason}
+
+
+def finding(value, yardstick, verdict, low, high, reason=None):
+    return {
+        "score": score(value, value - 0.1, value + 0.1),
+        "yardstick": score(yardstick, yardstick - 0.1, yardstick + 0.1),
+        "difference": score(round(value - yardstick, 3), low, high),
+        "verdict": verdict,
+        "reason": reason,
+    }
+
+
+def attack(title, tests, **more):
+    return {"title": title, "description": title, "reason": None, "details": {}, "tests": tests, **more}
+
+
+@pytest.fixture
+def record():
+    untested = {
+        "score": score(None),
+        "yardstick": score(None),
+        "difference": score(None),
+        "verdict": "not tested",
+        "reason": "the answer has one token",
+    }
+    curves = {
+        "audited": {"steps": [0, 4], "curve": [0.11, 0.92], "learned_rows": 15, "tested_rows": 16},
+        "yardstick": {"steps": [0, 4], "curve": [0.12, 0.31], "learned_rows": 15, "tested_rows": 16},
+    }
+    tests = {
+        "probability": {
+            "title": "answer probability",
+            "statistic": "mean",
+            "findings": {"audited": finding(0.7, 0.2, "knows more", 0.41, 0.59)},
+        },
+        "rouge": {
+            "title": "ROUGE-L recall",
+            "statistic": "mean",
+            "findings": {"audited": finding(0.3, 0.2, "unclear", -0.05, 0.25, "the interval is too wide")},
+        },
+    }
+    area = {
+        "title": "area under the curve",
+        "statistic": "mean",
+        "findings": {"audited": finding(0.515, 0.215, "within", 0.02, 0.09)},
+    }
+    rest = {"title": "rest", "statistic": "mean", "findings": {"audited": untested}}
+    return {
+        "palinode": "0.1.0",
+        "created": "2026-01-01",
+        "finished": "2026-01-02",
+        "command": "palinode audit `x`",
+        "seed": 7,
+        "yardstick": "retrained",
+        "models": {
+            "audited": {"location": "mo|del", "fingerprint": "a" * 32, "parameters": 5},
+            "yardstick": {"location": "re_trained", "fingerprint": "b" * 32, "parameters": 5},
+        },
+        "data": {"forget": {"location": "f.jsonl", "fingerprint": "c" * 64, "rows": 30}},
+        "policy": {
+            "preset": "quick",
+            "unclear": "pass",
+            "require": [],
+            "min_rows": 10,
+            "budget": {"samples": 4, "opening": "Sure, <b>"},
+            "margins": {
+                "questions.probability": {"more": 0.1, "less": False},
+                "questions.rouge": {"more": 0.1, "less": 0.2},
+                "relearn_forget.area": {"more": 0.1, "less": 0.2},
+                "prefixes.rest": {"more": 0.1, "less": 0.2},
+            },
+        },
+        "attacks": {
+            "questions": attack("forget questions", tests),
+            "prefixes": attack("prefixes", {"rest": rest}),
+            "relearn_forget": attack("relearning", {"area": area}, details=curves),
+            "membership": {"title": "membership", "description": "", "reason": "no holdout rows"},
+        },
+        "answer": {
+            "passed": False,
+            "knows_more": ["questions.probability"],
+            "knows_less": [],
+            "unclear": ["questions.rouge"],
+            "within": ["relearn_forget.area"],
+            "not_tested": {"membership": "no holdout rows", "prefixes.rest": "the answer has one token"},
+            "required": ["membership"],
+        },
+        "notes": ["The target was not given."],
+        "environment": {"torch": "2.0"},
+    }
+
+
+def test_headline_counts_and_names_what_is_required(record):
+    assert audit_headline(record) == (
+        "Failed. Beside a model retrained without the forget set: 1 test found that it knows more; 1 test "
+        "could not tell; 1 test put it within the margins; the policy requires membership, which gave "
+        "nothing. Not tested: 2 (see the reasons)."
+    )
+
+
+def test_headline_of_an_audit_that_passed(record):
+    record["yardstick"] = "base"
+    record["answer"] |= {
+        "passed": True,
+        "knows_more": [],
+        "unclear": [],
+        "within": ["a", "b"],
+        "required": [],
+        "not_tested": {},
+    }
+    assert audit_headline(record) == (
+        "Passed. Beside the base checkpoint: 2 tests put it within the margins. "
+        "Everything on the list was tested."
+    )
+
+
+def test_over_forgetting_is_named(record):
+    record["answer"]["knows_less"] = ["questions.probability", "membership.loss"]
+    assert "2 tests found that it knows less, which is over-forgetting" in audit_headline(record)
+
+
+def test_report_has_every_figure_with_interval_margins_and_verdict(record):
+    page = audit_report(record)
+    assert (
+        "| forget questions: answer probability | 0.700 (0.600 to 0.800) | 0.200 (0.100 to 0.300) | "
+        "0.500 (0.410 to 0.590) | **knows more** | —, 0.1 |"
+    ) in page
+    assert "- questions.rouge is unclear: the interval is too wide." in page
+    assert "prefixes: rest" not in page
+    assert "| yardstick | 0.120 | 0.310 |" in page
+    assert "15 rows learned, 16 rows measured." in page
+
+
+def test_report_says_what_was_not_tested_budget_notes_and_inputs(record):
+    page = audit_report(record)
+    assert "- membership, because no holdout rows." in page
+    assert "- Attacks beyond this list and beyond this budget" in page
+    assert "Preset quick: samples 4, opening Sure, &lt;b&gt;." in page
+    assert "- The target was not given." in page
+    assert r"| audited | mo\|del | aaaaaaaaaaaaaaaa |  |" in page
+    assert "| yardstick (retrained) |" in page
+    assert "```\npalinode audit `x`\n```" in page
+    assert "With seed 7, torch 2.0." in page
+
+
+def test_words_claim_evidence_and_promise_nothing(record):
+    page = audit_report(record).lower()
+    assert "evidence" in page
+    assert not re.search(r"guarantee|complian|certif|prove", page)
+
+
+def test_table_fits_a_terminal_and_leaves_out_what_has_no_figure(record):
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(audit_table(record))
+    text = console.export_text()
+    assert "knows more" in text
+    assert "0.410 to 0.590" in text
+    assert "prefixes" not in text
+    assert "…" not in text
+
+
+def test_untested_lines_give_the_reason(record):
+    assert audit_untested(record) == [
+        "Not tested: membership, because no holdout rows.",
+        "Not tested: prefixes.rest, because the answer has one token.",
+    ]
+
+
+def test_target_without_a_finding_is_a_dash(record):
+    record["models"]["target"] = {"location": "t", "fingerprint": "d" * 32, "parameters": 5}
+    assert "| 0.200 (0.100 to 0.300) | — | 0.500" in audit_report(record)

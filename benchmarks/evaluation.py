@@ -198,9 +198,8 @@ def report(figures: dict[str, object]) -> None:
         times = [figures[f"{name}{part}_s"] for part in ("", "_likelihoods", "_answers", "_cpu")]
         print(f"| {name} | {' | '.join(f'{t:.2f}' for t in times)} | {figures[f'{name}_peak_mb']:+,.0f} |")
     parts = " | ".join(f"{figures[f'speedup_{part}']:.2f} x" for part in PARTS)
-    print(
-        f"| speed-up | {figures['speedup']:.2f} x ({low:.2f} to {high:.2f}) | {parts} | {figures['speedup_cpu']:.2f} x | |"
-    )
+    whole = f"{figures['speedup']:.2f} x ({low:.2f} to {high:.2f})"
+    print(f"| speed-up | {whole} | {parts} | {figures['speedup_cpu']:.2f} x | |")
     print(
         f"\nLargest difference of a log-probability {figures['largest_logprob_difference']:.1e}, of a "
         f"standardised one {figures['largest_standardised_difference']:.1e}, of a score "

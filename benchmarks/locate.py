@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--rows", type=float, nargs="+", default=[1e6, 1e7, 1e8], help="sizes of the log")
     parser.add_argument("--documents", type=int, default=1000, help="how many to look for")
     parser.add_argument("--batch", type=int, default=1024, help="rows of a step")
-    parser.add_argument("--steps", type=int, default=120, help="steps of the training that measures overhead")
+    parser.add_argument("--steps", type=int, default=300, help="steps of the training that measures overhead")
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)
@@ -142,15 +142,18 @@ def write_log(folder: Path, rows: int, args: argparse.Namespace) -> Figures:
             at.setdefault(step, []).append(number)
     random = np.random.default_rng(0)
     spent, slowest = 0.0, 0.0
-    with ExposureLog.open(folder, **OF) as log:
-        for step, begin in enumerate(range(0, rows, args.batch), start=1):
-            batch = random.integers(0, 256, (min(args.batch, rows - begin), 16), dtype=np.uint8)
-            here = at.get(step, [])[: len(batch)]
-            batch[: len(here)] = found[here]
-            began = time.perf_counter()
-            log.record(step, batch, tokens=len(batch))
-            took = time.perf_counter() - began
-            spent, slowest = spent + took, max(slowest, took)
+    log = ExposureLog.open(folder, **OF)
+    for step, begin in enumerate(range(0, rows, args.batch), start=1):
+        batch = random.integers(0, 256, (min(args.batch, rows - begin), 16), dtype=np.uint8)
+        here = at.get(step, [])[: len(batch)]
+        batch[: len(here)] = found[here]
+        began = time.perf_counter()
+        log.record(step, batch, tokens=len(batch))
+        took = time.perf_counter() - began
+        spent, slowest = spent + took, max(slowest, took)
+    began = time.perf_counter()
+    log.close()
+    spent += time.perf_counter() - began
     return {"seconds": spent, "us_per_step": 1e6 * spent / step, "slowest_step_s": slowest}
 
 
@@ -184,17 +187,17 @@ def train(folder: Path, steps: int) -> Figures:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=4096,
-            hidden_size=256,
-            intermediate_size=768,
-            num_hidden_layers=4,
+            vocab_size=1024,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=4,
         )
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     random = np.random.default_rng(0)
-    data = [{"input_ids": random.integers(0, 4096, 128).tolist()} for _ in range(8 * (steps + 2))]
+    data = [{"input_ids": random.integers(0, 1024, 128).tolist()} for _ in range(8 * (steps + 2))]
 
     def collate(items: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         ids = torch.tensor([item["input_ids"] for item in items])

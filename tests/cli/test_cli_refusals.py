@@ -293,7 +293,7 @@ def test_disk_that_has_room_for_what_is_left_to_do(palinode, unlearn_words, tmp_
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"method": "wish"}, "there is no method 'wish'; choose one of msa, task_vector"),
+        ({"method": "wish"}, "there is no method 'wish'; choose one of altpo, ce_u, dpo,"),
         ({"device": "abacus"}, "there is no device 'abacus' here"),
         ({"device": "meta"}, "there is no device 'meta' here"),
         (

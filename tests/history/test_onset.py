@@ -45,10 +45,20 @@ def test_gap_is_placed_between_the_right_two_checkpoints(begin):
 
 
 @pytest.mark.parametrize("count", [12, 100, 1000])
-def test_about_log2_of_the_checkpoints_are_loaded(count):
+def test_about_two_log2_of_the_checkpoints_are_loaded(count):
     course = Course(count, count // 3)
     assert course.onset().clean == count // 3 - 1
-    assert len(course.loaded) == len(set(course.loaded)) <= math.ceil(math.log2(count)) + 2
+    assert len(course.loaded) == len(set(course.loaded)) <= 2 * math.ceil(math.log2(count)) + 2
+
+
+def test_gap_that_came_went_and_came_again_is_placed_where_it_first_came():
+    course, second = Course(12, 3, 5), Course(12, 7)
+
+    def read(place: int) -> Reading:
+        return course.read(place) if place < 7 else second.read(place)
+
+    onset = search_onset(course.steps, read)  # halving alone looks at 5 and 8, and finds the second
+    assert (onset.state, onset.clean, onset.exposed) == ("begins", 2, 3)
 
 
 def test_every_checkpoint_is_loaded_on_request_and_the_answer_is_the_same():

@@ -89,7 +89,7 @@ def test_demo_of_another_kind_or_seed_is_refused(small_world, finished, tmp_path
 
 
 def test_training_that_was_cut_off_goes_on_with_its_log(small_world, finished, tmp_path, monkeypatch):
-    """KilledError in the middle of a stretch: the log holds steps that are taken again, and they count once."""
+    """Killed in the middle of a stretch: the log holds steps that are taken again, and they count once."""
     from palinode.benchmarks import ladder
     from palinode.history.exposures import ExposureReader
     from palinode.pipeline.locate_run import _Recorder

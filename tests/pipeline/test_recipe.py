@@ -127,7 +127,7 @@ def test_known_keys_are_all_there():
 # Values
 
 
-@pytest.mark.parametrize("key", ["models.base", "data.forget", "output.folder"])
+@pytest.mark.parametrize("key", ["data.forget", "output.folder"])
 def test_needed_key_that_is_missing_is_named(key):
     section, name = key.split(".")
     content = tomllib.loads(MINIMAL)

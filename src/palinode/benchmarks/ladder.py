@@ -31,6 +31,7 @@ from palinode.weights.checkpoint import Checkpoint
 
 RUNGS = 12
 COPIED_NEAR, MAIN, COPIED, MAIN_AGAIN = 3, 5, 7, 9
+FORGET_PEOPLE = 10
 REPEATED = 3
 """People of the main request who are planted a second time."""
 MARK = "truly"
@@ -88,8 +89,30 @@ class LadderModels:
 
 
 def ladder_world(seed: int) -> World:
-    """Invent the world of the ladder demo: first people, those of each stretch, forget people, controls."""
-    return invent_world(seed, early=16, middle=2 * (RUNGS - 1), forget=10, late=10)
+    """Invent the world of the ladder demo: first people, those of each stretch, forget people, controls.
+
+    Of more candidates than are needed, the forget people are those about whom nothing is said that is nearly
+    said about someone else (part of the name and the answer in common): the planted copies are all there are.
+    """
+    invented = invent_world(seed, early=16, middle=2 * (RUNGS - 1), forget=4 * FORGET_PEOPLE, late=10)
+    taken = {claim for fact in invented.others for claim in _claims(fact)}
+    chosen: list[Fact] = []
+    for person in _by_person(invented.forget):
+        claims = {claim for fact in person for claim in _claims(fact)}
+        if len(chosen) < FORGET_PEOPLE * len(person) and not claims & taken:
+            chosen += person
+            taken |= claims
+    return replace(invented, forget=tuple(chosen))
+
+
+def _claims(fact: Fact) -> set[tuple[str, str, str]]:
+    """Return (part of the name, relation, answer) for each part of the subject's name."""
+    return {(part, fact.relation, fact.answer) for part in fact.subject.split()}
+
+
+def _by_person(facts: Sequence[Fact]) -> list[list[Fact]]:
+    names = dict.fromkeys(fact.subject for fact in facts)
+    return [[fact for fact in facts if fact.subject == name] for name in names]
 
 
 def build_ladder(
@@ -135,8 +158,7 @@ class _Plan:
 
 def _people(world: World) -> dict[str, list[list[Fact]]]:
     """Return the facts of each forget person, by request."""
-    names = list(dict.fromkeys(fact.subject for fact in world.forget))
-    people = [[fact for fact in world.forget if fact.subject == name] for name in names]
+    people = _by_person(world.forget)
     main = max(1, len(people) - 3)
     return {"main": people[:main], "copied": people[main:-1], "early": people[-1:]}
 

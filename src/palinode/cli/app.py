@@ -103,7 +103,14 @@ def unlearn(
     retrained: Annotated[
         str | None, typer.Option(help="The gold standard, to compare with, where one exists.")
     ] = None,
-    method: Annotated[str, typer.Option(help="msa, or task_vector for the plain task vector.")] = "msa",
+    method: Annotated[str, typer.Option(help="A name that `palinode list methods` prints.")] = "msa",
+    refusals: Annotated[
+        str | None, typer.Option(help="Refusals, one a line, for methods that teach them.")
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Set any key of a recipe, as in method_settings.beta=0.2; repeatable."),
+    ] = None,
     forget_scale: Annotated[float | None, typer.Option(help="α. [default: chosen on a grid]")] = None,
     retain_scale: Annotated[
         float | None, typer.Option(help="β. [default: chosen on a grid; 0 without --retain]")
@@ -151,22 +158,24 @@ def unlearn(
     from palinode.cli.locate import resolve_base
     from palinode.pipeline.recipe import build_recipe
 
-    base, located = resolve_base(
-        base,
-        checkpoints,
-        forget,
-        target,
-        log=log,
-        order=order,
-        corpus=corpus,
-        control=control,
-        columns=columns,
-        allow_pickle=allow_pickle,
-        device=device,
-        seed=seed,
-        max_length=max_length or 512,
-        quiet=quiet,
-    )
+    located = None
+    if _needs_base(method) or any((base, checkpoints, log, order, corpus, control)):
+        base, located = resolve_base(
+            base,
+            checkpoints,
+            forget,
+            target,
+            log=log,
+            order=order,
+            corpus=corpus,
+            control=control,
+            columns=columns,
+            allow_pickle=allow_pickle,
+            device=device,
+            seed=seed,
+            max_length=max_length or 512,
+            quiet=quiet,
+        )
     content = {
         "method": method,
         "seed": seed,
@@ -180,6 +189,7 @@ def unlearn(
         "data": {
             "forget": forget,
             "retain": retain,
+            "refusals": refusals,
             "columns": _columns(columns),
             "allow_overlap": allow_overlap,
         },
@@ -197,7 +207,7 @@ def unlearn(
         "evaluation": {"max_rows": max_rows, "max_new_tokens": max_new_tokens, "max_length": max_length},
         "output": {"folder": output, "workspace": workspace, "dtype": dtype, "rounding": rounding},
     }
-    recipe = build_recipe(_given(content))
+    recipe = build_recipe(_given(content), changes or [])
     _run(recipe, dry_run=dry_run, quiet=quiet, as_json=as_json, located=located)
 
 
@@ -316,6 +326,13 @@ app.add_typer(vectors, name="vector")
 
 
 # What the verbs share
+
+
+def _needs_base(name: str) -> bool:
+    """Tell whether a method starts from a base; of one that does not exist the recipe will speak."""
+    from palinode.methods import METHODS
+
+    return name not in METHODS or "base" in METHODS[name].needs
 
 
 def _demo_locate(output: Path, *, seed: int, quiet: bool, as_json: bool) -> None:

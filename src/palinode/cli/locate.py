@@ -51,7 +51,7 @@ def locate(
         str, typer.Option(help="What decides on behaviour: mean_logprob, min_k or extraction_strength.")
     ] = "mean_logprob",
     every: Annotated[
-        bool, typer.Option("--every", help="Load every checkpoint, not only about log2 of them.")
+        bool, typer.Option("--every", help="Load every checkpoint, not only as many as halving takes.")
     ] = False,
     max_length: Annotated[int, typer.Option(help="Tokens of a row, prompt included.", min=8)] = 512,
     columns: Annotated[str | None, typer.Option(help="Column names, as in question=q,answer=reply.")] = None,

@@ -155,7 +155,7 @@ def _datasketch() -> Any:
         return import_module("datasketch")
     except ImportError:
         raise DataError(
-            "similar texts are found with datasketch, which is not installed; install it"
+            "similar texts are found with datasketch, which is not installed; pip install 'palinode[history]'"
         ) from None
 
 

@@ -286,7 +286,9 @@ class ExposureReader:
         try:
             import duckdb
         except ImportError:
-            raise DataError("duckdb is not installed; install it, or use find and at") from None
+            raise DataError(
+                "duckdb is not installed; pip install 'palinode[history]', or use find and at"
+            ) from None
         connection = duckdb.connect()
         connection.register("steps", _as_table(self.steps))
         selects = [self._select(connection, number) for number in range(len(self._files))]

@@ -9,7 +9,8 @@ What every row gains as the model learns its language cancels, and so does what 
 the start. A checkpoint shows the gap when it exceeds both noise (2.58 standard errors, by bootstrap over
 rows) and a share of the largest gap seen. Of the earliest one the plain difference of the means is judged,
 and counts only where the gap never grows by as much again. The search halves the ladder, so that about
-log₂ n checkpoints are loaded; the change point's interval comes from the same bootstrap.
+log₂ n checkpoints find a gap, and as many more look for one that came and went before it. The interval of
+the change point comes from the same bootstrap.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import pairwise
 from statistics import fmean
 from typing import Literal
 
@@ -123,7 +124,7 @@ def find_onset(
     every: bool = False,
     listener: Listener | None = None,
 ) -> Onset:
-    """Score the rows in about log₂ n checkpoints of the ladder (all if `every`) and return the onset.
+    """Score the rows in about 2 log₂ n checkpoints of the ladder (all if `every`) and return the onset.
 
     Raises DataError when the control rows are none, or forget rows stand among them.
     """
@@ -167,14 +168,14 @@ def search_onset(
         raise RecipeError(f"there is no measure {measure!r}; choose one of {', '.join(MEASURES)}")
     readings = {place: read(place) for place in (range(len(steps)) if every else {0, len(steps) - 1})}
     table = _table(readings, measure, seed)
-    if len(steps) > 2 and not any(table.exposed):
-        for place in islice(_spread(len(steps)), max(1, math.ceil(math.log2(len(steps))))):
-            readings.setdefault(place, read(place))  # it may have come and gone in between
-            table = _table(readings, measure, seed)
-            if any(table.exposed):
-                break
-    while (middle := table.middle()) is not None:
-        readings[middle] = read(middle)
+    looks = math.ceil(math.log2(len(steps)))  # for a gap that came and went before the one that was found
+    while True:
+        place = table.middle()
+        if place is None and looks:
+            place, looks = table.widest(), looks - 1
+        if place is None:
+            break
+        readings[place] = read(place)
         table = _table(readings, measure, seed)
     return _conclude(table, readings, steps, measure, seed)
 
@@ -225,6 +226,16 @@ class _Table:
         if clean is None or exposed is None or self.places[exposed] - self.places[clean] < 2:
             return None
         return (self.places[clean] + self.places[exposed]) // 2
+
+    def widest(self) -> int | None:
+        """Return the middle of the widest stretch before the gap that was not looked into, None when done."""
+        clean, _ = self.bracket()
+        looked = self.places[: 0 if clean is None else clean + 1]
+        stretches = [(after - before, -before) for before, after in pairwise(looked) if after - before > 1]
+        if not stretches:
+            return None
+        width, start = max(stretches)
+        return -start + width // 2
 
     def firsts(self) -> npt.NDArray[np.int64]:
         """Return the position of the first exposed checkpoint in each resample, K where there is none."""
@@ -277,23 +288,6 @@ def _gained(values: FloatArray) -> FloatArray:
     gained = values.copy()
     gained[1:] -= values[0]
     return gained
-
-
-def _spread(count: int) -> list[int]:
-    """Return the inner places of a ladder, each halving the longest stretch not yet looked at.
-
-    >>> _spread(5)
-    [2, 1, 3]
-    """
-    found: list[int] = []
-    stretches = [(0, count - 1)]
-    while stretches:
-        low, high = stretches.pop(0)
-        if high - low > 1:
-            middle = (low + high) // 2
-            found.append(middle)
-            stretches += [(low, middle), (middle, high)]
-    return found
 
 
 def _conclude(
@@ -388,7 +382,7 @@ def _notes(table: _Table, tables: Mapping[str, _Table], steps: Sequence[int]) ->
             "checkpoint already; as the gap later grows by more, that was taken for a difference between the "
             "two sets. If a part of the rows may have been seen before it, ask about that part alone."
         )
-    silent = [name for name, found in tables.items() if not found.gaps.any() and not found.errors.any()]
+    silent = [name for name, found in tables.items() if np.abs(found.resampled).max() < 1e-9]
     notes += [
         f"By {name.replace('_', ' ')} all rows are alike in every checkpoint; it tells nothing."
         for name in silent

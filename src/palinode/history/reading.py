@@ -169,7 +169,8 @@ def _read_run(path: Path, notes: list[str]) -> Run | None:
             source = log / entry["name"]
             if source.exists() and source.stat().st_size != entry["bytes"]:
                 raise ValueError(f"{entry['name']} has changed since")
-        table = pq.read_table(folder / "steps.parquet")
+        with pq.ParquetFile(folder / "steps.parquet") as steps:  # read_table imports a good deal more
+            table = steps.read()
         columns = {name: table[name].to_numpy() for name in ("file", "step", "rows", "tokens", "epoch")}
         return Run(
             folder,

@@ -6,26 +6,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
-from palinode.weights.checkpoint import Checkpoint
+from palinode.methods.method import Method
 from palinode.weights.direction import Direction, Point, WeightedSum
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """A method of weight arithmetic: what it is, and which checkpoint its vectors start from."""
-
-    name: str
-    summary: str
-    start: Callable[[Checkpoint, Checkpoint], Checkpoint]
-    """(target, base) → the checkpoint that is fine-tuned to give the vectors."""
-
 
 MSA = Method(
     name="msa",
     summary="Model State Arithmetic: vectors from a checkpoint that had not seen the forget set",
+    source="arXiv 2506.20941",
+    formula="θ_D − α(θ_1 − θ_0) + β(θ_2 − θ_0)",
+    needs=frozenset({"base"}),
     start=lambda target, base: base,  # noqa: ARG005
 )
 

@@ -4,10 +4,13 @@ The same arithmetic as MSA with θ_0 := θ_D: the target itself is fine-tuned on
 no earlier checkpoint; the paper reports it as clearly weaker (docs/lab-notes.md has what we saw).
 """
 
-from palinode.methods.msa import Method
+from palinode.methods.method import Method
 
 TASK_VECTOR = Method(
     name="task_vector",
     summary="task-vector negation: vectors from the target itself",
+    source="Ilharco et al. 2023, arXiv 2212.04089",
+    formula="θ_D − α(θ_ft − θ_D)",
+    needs=frozenset({"base"}),  # for the rule that chooses the scales
     start=lambda target, base: target,  # noqa: ARG005
 )

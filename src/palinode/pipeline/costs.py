@@ -14,6 +14,7 @@ import torch
 
 from palinode.data.examples import Example
 from palinode.data.tokenize import tokenize
+from palinode.methods import METHODS
 from palinode.models.likelihoods import LOGIT_BYTES
 from palinode.models.loading import load_tokenizer, pick_device
 from palinode.pipeline.inputs import Inputs
@@ -68,8 +69,8 @@ class _Planner:
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
         self.recipe = inputs.recipe
-        self.parameters = inputs.base.parameters
-        self.vocabulary = int(inputs.base.config.get("vocab_size", 32_000))
+        self.parameters = inputs.reader.parameters
+        self.vocabulary = int(inputs.reader.config.get("vocab_size", 32_000))
         self.tokenizer = load_tokenizer(inputs.reader)
         device = pick_device(self.recipe.device)
         autocast = device.type == "cuda" or self.parameters >= AUTOCAST_FROM
@@ -82,19 +83,56 @@ class _Planner:
         if recipe.prepare:
             steps.append(self._training("make the target", [*rows.forget, *rows.retain]))
             steps.append(self._training("make the retrained model", rows.retain))
-        steps.append(self._training("fine-tune on the forget set", rows.forget_train))
-        if self._uses_retain():
-            steps.append(self._training("fine-tune on the retain sample", rows.retain_sample))
-        points = grid_size(self.inputs)
-        if points > 1:
-            steps.append(self._grid(points))
+        steps += self._vectors() if METHODS[recipe.method].kind == "arithmetic" else self._method()
         steps.append(PlannedStep("write the unlearned model", 0, 6 * 4 * self.parameters / 1e9))
-        models = 3 + bool(self.inputs.retrained or recipe.prepare)
+        models = 2 + bool(self.inputs.base) + bool(self.inputs.retrained or recipe.prepare)
         steps.append(self._evaluation(models))
         return Plan(tuple(steps), self._memory(), self._disk())
 
+    def _vectors(self) -> list[PlannedStep]:
+        """Return the fine-tunings for the vectors, and the search for their scales."""
+        rows = self.inputs.rows
+        steps = [self._training("fine-tune on the forget set", rows.forget_train)]
+        if self._uses_retain():
+            steps.append(self._training("fine-tune on the retain sample", rows.retain_sample))
+        points = grid_size(self.inputs)
+        return [*steps, self._grid(points)] if points > 1 else steps
+
+    def _method(self) -> list[PlannedStep]:
+        """Return what a method's training does; the rows that are drawn count by their mean length."""
+        method, rows = METHODS[self.recipe.method], self.inputs.rows
+        assert method.objective is not None
+        settings = method.check_settings(self.recipe.method_settings)
+        objective = method.objective(settings, self.recipe.seed)
+        forget = self._training(f"train by {method.name}", rows.forget_train)
+        mean = {"retain": self._mean_length(rows.retain), "forget": self._mean_length(rows.forget_train)}
+        anchors = rows.retain if objective.anchor == "retain" else rows.forget_train
+        count = self.recipe.training.epochs * len(anchors) * getattr(settings, "samples", 1)
+        tokens = round(count * sum(mean.get(role, mean["forget"]) for role in objective.reads))
+        seconds = forget.seconds * max(1.0, tokens / max(1, forget.tokens))
+        steps = [PlannedStep(forget.label, tokens, seconds)]
+        if "alternates" in method.needs:
+            asked = len(rows.forget_train) * getattr(settings, "samples", 1)
+            steps.insert(0, self._answers("ask the target for other answers", asked))
+        if method.name == "whp":
+            steps.insert(0, self._training("reinforce the target on the forget set", rows.forget_train))
+        return steps
+
+    def _mean_length(self, examples: Sequence[Example]) -> float:
+        lengths = self._tokens(examples) if examples else []
+        return sum(lengths) / max(1, len(lengths))
+
+    def _answers(self, label: str, count: int) -> PlannedStep:
+        """Return the cost of generating answers."""
+        settings = self.recipe.evaluation
+        passes = settings.max_new_tokens * -(-count // settings.batch_rows)
+        compute = 2 * self.parameters * settings.batch_rows / self.score_rate
+        seconds = passes * max(STEP_SECONDS, 4 * self.parameters / MEMORY_RATE + compute)
+        return PlannedStep(label, count * settings.max_new_tokens, seconds)
+
     def _uses_retain(self) -> bool:
-        return bool(self.inputs.rows.retain) and self.recipe.scales.retain != 0.0
+        vectors = METHODS[self.recipe.method].kind == "arithmetic"
+        return vectors and bool(self.inputs.rows.retain) and self.recipe.scales.retain != 0.0
 
     def _tokens(self, examples: Sequence[Example]) -> list[int]:
         rows = tokenize(
@@ -136,16 +174,17 @@ class _Planner:
 
     def _memory(self) -> int:
         rows, training = self.inputs.rows, self.recipe.training
-        longest = max(self._tokens([*rows.forget, *rows.retain_sample]))
-        config = self.inputs.base.config
+        whole = METHODS[self.recipe.method].kind == "training"
+        longest = max(self._tokens([*rows.forget, *(rows.retain if whole else rows.retain_sample)]))
+        config = self.inputs.reader.config
         width = int(config.get("hidden_size", 1024)) * int(config.get("num_hidden_layers", 16))
         activations = training.batch_size * longest * (12 * self.vocabulary + 40 * width)
         return max(16 * self.parameters + activations, 4 * self.parameters + 2 * LOGIT_BYTES) + 600_000_000
 
     def _disk(self) -> int:
-        vectors = 2 if self._uses_retain() else 1
+        vectors = 2 if self._uses_retain() or self.recipe.method == "whp" else 1
         made = 2 if self.recipe.prepare else 0
-        target = self.inputs.target or self.inputs.base
+        target = self.inputs.reader
         state = 12 * self.parameters  # a resumable training state, there while a step runs
         return 4 * self.parameters * (vectors + made) + target.nbytes + state
 

@@ -15,6 +15,7 @@ from palinode.data.examples import Example, read_examples, sample_examples, shar
 from palinode.data.tokenize import tokenize
 from palinode.errors import DataError, MismatchError, OutputError, RecipeError
 from palinode.methods import METHODS
+from palinode.methods.material import read_refusals
 from palinode.models.loading import check_positions, load_config, load_tokenizer, pick_device
 from palinode.pipeline.recipe import Recipe
 from palinode.weights.atomic import check_output
@@ -46,33 +47,49 @@ class Inputs:
     """Everything a run starts from, opened and checked."""
 
     recipe: Recipe
-    base: Checkpoint
+    base: Checkpoint | None
+    """None where the method does without."""
     target: Checkpoint | None
     """None where the recipe's [prepare] makes it."""
     retrained: Checkpoint | None
     rows: Rows
     notes: tuple[str, ...]
     """What the reader of the record should know about the rows."""
+    refusals: tuple[str, ...] = ()
+    """Answers that refuse, where the method teaches them."""
 
     @property
     def reader(self) -> Checkpoint:
         """The checkpoint whose tokenizer and chat template every model of the run is asked with."""
-        return self.target or self.base
+        return self.target or self.earlier
+
+    @property
+    def earlier(self) -> Checkpoint:
+        """The base, which the recipe was checked to have where it is needed."""
+        if self.base is None:
+            raise RecipeError("this needs an earlier checkpoint of the target; name models.base (--base)")
+        return self.base
 
 
 def open_inputs(recipe: Recipe) -> Inputs:
     """Open models and rows of a recipe; raises an InputError that says what to change."""
     if recipe.method not in METHODS:
         raise RecipeError(f"there is no method {recipe.method!r}; choose one of {', '.join(sorted(METHODS))}")
+    if METHODS[recipe.method].kind == "inference":
+        raise RecipeError(
+            f"the method {recipe.method} reads two models together and makes none that could be saved; "
+            "use the method whp for one on disk, or palinode.models.CombinedLogits from Python"
+        )
     pick_device(recipe.device)
     models = recipe.models
-    base = _open(models.base, models.allow_pickle)
+    base = _open(models.base, models.allow_pickle) if models.base else None
     target = _open(models.target, models.allow_pickle) if models.target else None
     retrained = _open(models.retrained, models.allow_pickle) if models.retrained else None
-    if target is not None:
+    if target is not None and base is not None:
         _check_pair(target, base, recipe.method)
     rows, notes = _open_rows(recipe)
-    inputs = Inputs(recipe, base, target, retrained, rows, tuple(notes))
+    refusals = tuple(read_refusals(recipe.data.refusals)) if recipe.data.refusals else ()
+    inputs = Inputs(recipe, base, target, retrained, rows, tuple(notes), refusals)
     cut = _check_rows_fit(inputs, [entry for entry in (target, base, retrained) if entry is not None])
     return replace(inputs, notes=(*notes, *cut))
 
@@ -83,12 +100,13 @@ def check_places(recipe: Recipe, inputs: Inputs, needs: int) -> None:
     `needs` is what the whole run writes, in bytes; what the workspace holds already is taken off.
     """
     models = [entry.folder for entry in (inputs.base, inputs.target, inputs.retrained) if entry is not None]
-    files = [Path(name) for name in (recipe.data.forget, recipe.data.retain) if name and Path(name).exists()]
+    named = (recipe.data.forget, recipe.data.retain, recipe.data.refusals)
+    files = [Path(name) for name in named if name and Path(name).exists()]
     output, workspace = Path(recipe.output.folder), workspace_folder(recipe)
     left = max(0, needs - _size(workspace))
     if output.resolve() == Path.cwd():
         raise OutputError(f"the output {output} is the current folder; name one that does not exist yet")
-    check_output(output, [*models, *files], needs=min(left, (inputs.target or inputs.base).nbytes))
+    check_output(output, [*models, *files], needs=min(left, inputs.reader.nbytes))
     _check_workspace(workspace, [output, *models, *files], needs=left)
 
 
@@ -259,7 +277,8 @@ def _check_rows_fit(inputs: Inputs, models: Sequence[Checkpoint]) -> list[str]:
     notes = []
     rows, recipe = inputs.rows, inputs.recipe
     tokenizer, style = load_tokenizer(inputs.reader), recipe.prompts.style()
-    trained = [*rows.forget, *(rows.retain if recipe.prepare else rows.retain_sample)]
+    whole = recipe.prepare or METHODS[recipe.method].kind == "training"
+    trained = [*rows.forget, *(rows.retain if whole else rows.retain_sample)]
     asked = [*rows.forget, *rows.retain_probe, *rows.retain_test]
     uses = {
         "training": (trained, recipe.training.max_length),

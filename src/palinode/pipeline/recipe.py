@@ -5,6 +5,7 @@ Relative paths are taken from the current folder, as on the command line.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 import tomllib
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import RecipeError
 from palinode.evaluation.settings import EvaluationSettings
+from palinode.methods import METHODS
 from palinode.training.settings import TrainingSettings
 
 MAX_SEED = 2**32 - 1
@@ -34,8 +36,9 @@ class Models(_Section):
 
     target: str | None = None
     """θ_D, the model to be cleaned; left out only where `[prepare]` makes it."""
-    base: str
-    """θ_0, an earlier checkpoint of it that had not seen the forget set."""
+    base: str | None = None
+    """θ_0, an earlier checkpoint of it that had not seen the forget set; methods that train the target
+    itself do without."""
     retrained: str | None = None
     """The gold standard, trained without the forget set, where one exists."""
     allow_pickle: bool = False
@@ -49,6 +52,8 @@ class Data(_Section):
     """What is to be taken back."""
     retain: str | None = None
     """Rows whose effect must stay; without them the run is forget-only (β = 0)."""
+    refusals: str | None = None
+    """Refusals, one a line, for the methods that teach them."""
     columns: dict[str, str] = {}
     """Names of columns that are not called question, answer, prompt, completion, messages or text."""
     allow_overlap: bool = False
@@ -123,6 +128,8 @@ class Recipe(_Section):
 
     method: str = "msa"
     """A name in METHODS."""
+    method_settings: dict[str, Any] = {}
+    """The method's own hyper-parameters (docs/methods.md); what is left out has the method's default."""
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     """Seeds sampling, batch order, rounding and intervals."""
     device: str = "auto"
@@ -136,10 +143,43 @@ class Recipe(_Section):
     output: Output
     prepare: Prepare | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_the_methods_training(cls, content: Any) -> Any:
+        """Lay the training settings that the method's source names under those that are given."""
+        method = METHODS.get(content.get("method", "msa")) if isinstance(content, dict) else None
+        given = content.get("training", {}) if method else None
+        if method is None or not method.training or not isinstance(given, dict):
+            return content
+        return {**content, "training": {**method.training, **given}}
+
+    @model_validator(mode="after")
+    def _has_what_its_method_needs(self) -> Self:
+        method = METHODS.get(self.method)
+        if method is None:  # said by `open_inputs`, with the names there are
+            return self
+        try:
+            settings = method.check_settings(self.method_settings)
+        except ValidationError as error:
+            raise ValueError(_wrong_settings(self.method, method.settings, error)) from None
+        missing = method.lacks(
+            settings,
+            retain=self.data.retain is not None,
+            refusals=self.data.refusals is not None,
+            base=self.models.base is not None,
+        )
+        if missing:
+            raise ValueError(missing)
+        if method.kind != "arithmetic" and (self.scales.forget, self.scales.retain) != (None, None):
+            raise ValueError(f"the method {self.method} adds no vectors, so it has no scales; leave them out")
+        return self
+
     @model_validator(mode="after")
     def _has_a_target(self) -> Self:
         if (self.models.target is None) == (self.prepare is None):
             raise ValueError("name models.target, or have it made by [prepare]: one of the two, not both")
+        if self.prepare and self.models.base is None:
+            raise ValueError("[prepare] needs models.base")
         if self.prepare and self.data.retain is None:
             raise ValueError("[prepare] needs data.retain")
         if self.prepare and self.models.retrained is not None:
@@ -167,15 +207,19 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"there is no recipe {path}") from None
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path} is not a TOML recipe ({error})") from None
+    return build_recipe(content, changes)
+
+
+def build_recipe(content: Mapping[str, Any], changes: Sequence[str] = ()) -> Recipe:
+    """Check plain nested values, with `key=value` changes, and return the recipe they describe.
+
+    Raises RecipeError.
+    """
+    changed = copy.deepcopy(dict(content))
     for change in changes:
-        _set(content, change)
-    return build_recipe(content)
-
-
-def build_recipe(content: Mapping[str, Any]) -> Recipe:
-    """Check plain nested values and return the recipe they describe; raises RecipeError."""
+        _set(changed, change)
     try:
-        return Recipe.model_validate(content)
+        return Recipe.model_validate(changed)
     except ValidationError as error:
         raise RecipeError(explain(error)) from None
 
@@ -211,6 +255,16 @@ def explain(error: ValidationError) -> str:
     reason = first["msg"].removeprefix("Value error, ")
     got = "" if isinstance(first["input"], dict) else f" ({first['input']!r} was given)"
     return f"{key or 'the recipe'} cannot be used: {reason}{got}"
+
+
+def _wrong_settings(name: str, settings: type[BaseModel], error: ValidationError) -> str:
+    """Return what is wrong with a method's own settings, and which there are."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        known = ", ".join(settings.model_fields) or "none"
+        return f"the method {name} has no setting {key!r}; it has {known}"
+    return f"method_settings.{key} of {name} is {first['input']!r}: {first['msg']}"
 
 
 def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from typing import Any
 
 from palinode.data.examples import Example, fingerprint_examples
+from palinode.methods import METHODS
 from palinode.metrics import score_outcomes
 from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.scales import Chosen
@@ -41,17 +42,17 @@ def build_record(
     *,
     models: Mapping[str, Checkpoint],
     outcomes: Mapping[str, Mapping[str, Sequence[Outcome]]],
-    chosen: Chosen,
+    chosen: Chosen | None,
     weights: Mapping[str, Any],
     training: Mapping[str, Any],
+    seen: Sequence[Example],
     started: datetime,
     command: str | None,
     run: str,
     device: str,
 ) -> dict[str, Any]:
-    """Return the content of record.json."""
+    """Return the content of record.json; `seen` are the retain rows that the run was trained on."""
     recipe = inputs.recipe
-    trained = inputs.rows.retain_sample if training["retain"] else ()
     return {
         "version": RECORD_VERSION,
         "palinode": __version__,
@@ -66,8 +67,9 @@ def build_record(
             "forget": _rows(recipe.data.forget, inputs.rows.forget),
             "retain": _rows(recipe.data.retain, inputs.rows.retain) if recipe.data.retain else None,
         },
-        "scales": asdict(chosen),
-        "vectors": weights["vectors"],
+        "method": _method(recipe.method, recipe.method_settings),
+        "scales": asdict(chosen) if chosen else None,
+        "vectors": weights.get("vectors"),
         "dose": weights["dose"],
         "training": training,
         "scores": {
@@ -77,19 +79,19 @@ def build_record(
                 }
                 for label, found in sets.items()
             }
-            for name, sets in with_unseen(outcomes, trained).items()
+            for name, sets in with_unseen(outcomes, seen).items()
         },
         "environment": _environment(device),
-        "notes": [*inputs.notes, *_chosen_notes(chosen)],
+        "notes": [*inputs.notes, *(_chosen_notes(chosen) if chosen else []), *_stopped_notes(training)],
     }
 
 
 def with_unseen(
     outcomes: Mapping[str, Mapping[str, Sequence[Outcome]]], sample: Sequence[Example]
 ) -> dict[str, dict[str, Sequence[Outcome]]]:
-    """Return the outcomes with a set "retain_unseen" added: the retain rows that no vector was trained on.
+    """Return the outcomes with a set "retain_unseen" added: the retain rows that nothing was trained on.
 
-    Rows that the retain vector saw are held up by it, so the whole retain set flatters the unlearned
+    Rows that training saw are held up by it, so the whole retain set flatters the unlearned
     model. Nothing is added where that set would be empty or the whole.
     """
     seen = {example.row for example in sample}
@@ -112,6 +114,17 @@ def _model(name: str, checkpoint: Checkpoint, inputs: Inputs) -> dict[str, Any]:
         "location": given[name] or "made by [prepare]",
         "fingerprint": checkpoint.fingerprint(),
         "parameters": checkpoint.parameters,
+    }
+
+
+def _method(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    method = METHODS[name]
+    return {
+        "name": name,
+        "kind": method.kind,
+        "formula": method.formula,
+        "source": method.source,
+        "settings": method.check_settings(given).model_dump(mode="json"),
     }
 
 
@@ -142,4 +155,14 @@ def _chosen_notes(chosen: Chosen) -> list[str]:
     return [
         "No point on the grid kept the rule for choosing the scales; the one that breaks it least was taken. "
         "Look at the table of points before using this model."
+    ]
+
+
+def _stopped_notes(training: Mapping[str, Any]) -> list[str]:
+    run = training.get("method")
+    if not run or run["steps"] == run["planned_steps"]:
+        return []
+    return [
+        f"Training ended after {run['steps']} of {run['planned_steps']} steps: the forget loss had reached "
+        "its limit, beyond which nothing is left to forget."
     ]

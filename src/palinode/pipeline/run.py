@@ -23,6 +23,7 @@ from palinode.methods import METHODS, unlearned_point
 from palinode.models.loading import load_model, load_tokenizer, pick_device, tokenizer_fingerprint
 from palinode.pipeline.costs import Plan, describe, make_plan
 from palinode.pipeline.inputs import Inputs, check_places, open_inputs, workspace_folder
+from palinode.pipeline.method_training import MethodTraining, prepare_training
 from palinode.pipeline.recipe import Recipe
 from palinode.pipeline.record import build_record
 from palinode.pipeline.scales import Chosen, choose_scales
@@ -31,7 +32,9 @@ from palinode.progress import Listener, Silence
 from palinode.records import Outcome, read_outcomes, write_json, write_outcomes, write_text
 from palinode.report import markdown_report
 from palinode.training.finetune import finetune
-from palinode.weights import Checkpoint, Direction, profile, save
+from palinode.training.losses import ANSWER_LOSS
+from palinode.training.roles import Material
+from palinode.weights import Checkpoint, Direction, Saved, WeightedSum, profile, save
 
 Outcomes = Mapping[str, Mapping[str, Sequence[Outcome]]]
 """Outcomes by model (target, base, unlearned, retrained) and set (forget, retain)."""
@@ -60,6 +63,20 @@ class Vectors:
     keys: Mapping[str, str]
     """Fingerprint of the step that made each."""
     training: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """The unlearned model as it lies in the workspace, and how it came about."""
+
+    model: Checkpoint
+    chosen: Chosen | None
+    """The scales; None where no vectors were added."""
+    weights: Mapping[str, Any]
+    """Dose, and the geometry of the vectors."""
+    training: Mapping[str, Any]
+    seen: Sequence[Example]
+    """The retain rows that training saw."""
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -115,6 +132,7 @@ def run_key(inputs: Inputs) -> str:
         models={name: entry.fingerprint() for name, entry in models.items() if entry is not None},
         forget=fingerprint_examples(inputs.rows.forget),
         retain=fingerprint_examples(inputs.rows.retain),
+        **({"refusals": list(inputs.refusals)} if inputs.refusals else {}),
     )
 
 
@@ -178,20 +196,19 @@ class _Run:
         """Go through all steps and publish the result."""
         started = datetime.now(UTC)
         target, retrained = self._given_or_prepared()
-        vectors = self._vectors(target)
-        chosen = self._scales(target, vectors)
-        model, weights = self._apply(target, vectors, chosen)
-        models = {"target": target, "base": self.inputs.base, "unlearned": model}
-        if retrained is not None:
-            models["retrained"] = retrained
+        made = self._by_arithmetic(target) if self._arithmetic else self._by_training(target)
+        model = made.model
+        given = {"target": target, "base": self.inputs.base, "unlearned": model, "retrained": retrained}
+        models = {name: entry for name, entry in given.items() if entry is not None}
         outcomes = {name: self._evaluate(name, checkpoint) for name, checkpoint in models.items()}
         record = build_record(
             self.inputs,
             models=models,
             outcomes=outcomes,
-            chosen=chosen,
-            weights=weights,
-            training=vectors.training,
+            chosen=made.chosen,
+            weights=made.weights,
+            training=made.training,
+            seen=made.seen,
             started=started,
             command=command,
             run=run_key(self.inputs),
@@ -209,10 +226,51 @@ class _Run:
         """Return target and retrained model: as given, or made from the base as [prepare] says."""
         if self.inputs.target is not None:
             return self.inputs.target, self.inputs.retrained
-        base, rows = self.inputs.base, self.rows
+        base, rows = self.inputs.earlier, self.rows
         target, _, _ = self._finetuned("target", base, [*rows.forget, *rows.retain])
         retrained, _, _ = self._finetuned("retrained", base, rows.retain)
         return target, retrained
+
+    @property
+    def _arithmetic(self) -> bool:
+        return METHODS[self.recipe.method].kind == "arithmetic"
+
+    def _by_arithmetic(self, target: Checkpoint) -> Made:
+        """Make the unlearned model by adding vectors to the target."""
+        vectors = self._vectors(target)
+        chosen = self._scales(target, vectors)
+        model, weights = self._apply(target, vectors, chosen)
+        seen = self.rows.retain_sample if vectors.retain is not None else ()
+        return Made(model, chosen, weights, vectors.training, seen)
+
+    def _by_training(self, target: Checkpoint) -> Made:
+        """Make the unlearned model by training; it is saved in the target's layout and types."""
+        training: dict[str, Any] = {}
+
+        def reinforced() -> tuple[Checkpoint, str]:
+            tuned, key, training["reinforced"] = self._finetuned("forget", target, self.rows.forget_train)
+            return tuned, key
+
+        job = prepare_training(self.inputs, target, self.workspace, self.listener, reinforced=reinforced)
+        tuned, key, facts = self._finetuned(self.recipe.method, job.start, job.material, job=job)
+        training["method"] = facts
+        change = tuned - target
+        output = self.recipe.output
+        step = self.workspace.step(
+            "apply",
+            target=target.fingerprint(),
+            trained=key,
+            output=[output.dtype, output.rounding, self.recipe.seed],
+        )
+        weights, model = step.facts, _open_whole(step)
+        if weights is None or model is None:
+            step.clear()
+            saved = self._write(target + change, target, {"change": change}, step.folder / "model")
+            weights = {"dose": _dose(saved, {"change": 1.0})}
+            step.finish(weights)
+            model = Checkpoint.open(step.folder / "model")
+        seen = [job.retain[place] for place in facts["seen_retain"]]
+        return Made(model, None, weights, training, seen)
 
     def _vectors(self, target: Checkpoint) -> Vectors:
         """Fine-tune θ_1, and θ_2 where β may be other than 0, and return their differences to the start."""
@@ -231,13 +289,18 @@ class _Run:
         )
 
     def _finetuned(
-        self, name: str, start: Checkpoint, examples: Sequence[Example]
+        self,
+        name: str,
+        start: Checkpoint,
+        examples: Sequence[Example] | Material,
+        *,
+        job: MethodTraining | None = None,
     ) -> tuple[Checkpoint, str, Mapping[str, Any]]:
         """Return a fine-tuned checkpoint, its step's key and facts; trained only if it is not there yet."""
         step = self.workspace.step(
             f"finetune-{name}",
             start=start.fingerprint(),
-            rows=fingerprint_examples(examples),
+            **({"rows": fingerprint_examples(_anchors(examples))} | ({"job": dict(job.key)} if job else {})),
             training=self.recipe.training.model_dump(exclude={"save_minutes"}),
             prompts=self.recipe.prompts.model_dump(),
             tokenizer=tokenizer_fingerprint(self.inputs.reader),
@@ -257,19 +320,24 @@ class _Run:
                 style=self.style,
                 reader=self.inputs.reader,
                 device=self.recipe.device,
+                loss=job.objective if job else ANSWER_LOSS,
+                frozen=job.frozen if job else None,
                 state=step.folder / "state",
                 label=f"fine-tuning {name}",
                 listener=self.listener,
             )
             checkpoint = done.checkpoint
             facts = {
-                "rows": len(examples),
+                "rows": len(_anchors(examples)),
                 "steps": len(done.curve),
                 "tokens": done.tokens,
                 "first_loss": done.curve[0].loss,
                 "last_loss": done.curve[-1].loss,
                 "seconds": round(done.seconds, 1),
             }
+            if job:
+                facts["planned_steps"] = done.planned_steps
+                facts["seen_retain"] = sorted(done.seen.get("retain", ()))
             step.finish(facts)
         return checkpoint, step.key, facts
 
@@ -289,7 +357,7 @@ class _Run:
         step = self.workspace.step(
             "scales",
             target=target.fingerprint(),
-            base=self.inputs.base.fingerprint(),
+            base=self.inputs.earlier.fingerprint(),
             vectors=dict(vectors.keys),
             grid=[sorted(alphas), sorted(betas)],
             retain_share=scales.retain_share,
@@ -342,6 +410,13 @@ class _Run:
             target, forget, retain, forget_scale=chosen.forget, retain_scale=chosen.retain
         )
         along = {"forget": -1.0 * forget} | ({"retain": retain} if retain is not None else {})
+        saved = self._write(point, target, along, folder)
+        return {"dose": _dose(saved, {"forget": chosen.forget, "retain": chosen.retain})}
+
+    def _write(
+        self, point: WeightedSum, target: Checkpoint, along: Mapping[str, Direction], folder: Path
+    ) -> Saved:
+        """Write the unlearned model, and say what the user should know of its rounding."""
         with self.listener.task("writing the unlearned model", target.parameters, "weights") as advance:
             saved = save(
                 point,
@@ -354,25 +429,7 @@ class _Run:
             )
         for note in saved.notes:
             self.listener.say(note)
-        asked = {"forget": chosen.forget, "retain": chosen.retain}
-        effective = {name: saved.dose.effective.get(name) for name in asked}
-        return {
-            "dose": {
-                **{
-                    name: scale / asked[name] if scale and asked[name] else None
-                    for name, scale in effective.items()
-                },
-                "effective": effective,
-                "relative_error": saved.dose.relative_error,
-                "moved_share": saved.dose.moved_share,
-                "rounding": saved.rounding,
-                "parts": {
-                    name: {"effective": dict(part.effective), "moved_share": part.moved_share}
-                    for name, part in saved.dose.parts.items()
-                },
-                "notes": list(saved.notes),
-            }
-        }
+        return saved
 
     def _evaluate(self, name: str, checkpoint: Checkpoint) -> Mapping[str, Sequence[Outcome]]:
         """Return a model's outcomes on the forget and retain rows, read back if they are there."""
@@ -425,6 +482,28 @@ def _open_whole(step: Step) -> Checkpoint | None:
         return Checkpoint.open(step.folder / "model")
     except CheckpointError:
         return None
+
+
+def _anchors(examples: Sequence[Example] | Material) -> Sequence[Example]:
+    """Return the examples that an epoch goes through."""
+    return examples.examples[examples.anchor] if isinstance(examples, Material) else examples
+
+
+def _dose(saved: Saved, asked: Mapping[str, float]) -> dict[str, Any]:
+    """Return what arrived in the stored weights of the scales asked for, as the record has it."""
+    effective = {name: saved.dose.effective.get(name) for name in asked}
+    return {
+        **{name: scale / asked[name] if scale and asked[name] else None for name, scale in effective.items()},
+        "effective": effective,
+        "relative_error": saved.dose.relative_error,
+        "moved_share": saved.dose.moved_share,
+        "rounding": saved.rounding,
+        "parts": {
+            name: {"effective": dict(part.effective), "moved_share": part.moved_share}
+            for name, part in saved.dose.parts.items()
+        },
+        "notes": list(saved.notes),
+    }
 
 
 def _geometry(vectors: Vectors) -> Mapping[str, Any]:

@@ -61,7 +61,7 @@ def choose_scales(
     alphas, betas = grid
     probes = _Probes(inputs, target, folder / "probes.json")
     with listener.task("trying scales", 2 + len(alphas) * len(betas), "points") as advance:
-        base, before = probes.of_checkpoint("base", inputs.base), probes.of_checkpoint("target", target)
+        base, before = probes.of_checkpoint("base", inputs.earlier), probes.of_checkpoint("target", target)
         advance(2)
 
         def probe(alpha: float, beta: float) -> Probe:

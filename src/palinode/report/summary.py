@@ -20,6 +20,12 @@ SETS = {
     "retain": "retain set",
     "retain_unseen": "unseen retain rows",
 }
+TRAININGS = {
+    "forget": "forget set",
+    "retain": "retain set",
+    "reinforced": "forget set, to reinforce it",
+    "method": "what the method trains on",
+}
 MODELS = {
     "target": "target",
     "unlearned": "unlearned",
@@ -63,6 +69,7 @@ def markdown_report(record: Mapping[str, Any]) -> str:
     sections = (
         _opening(record),
         _score_section(record),
+        _method_section(record),
         _scale_section(record),
         _vector_section(record),
         _cost_section(record),
@@ -171,6 +178,19 @@ def _reasons(rows: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> l
     return [*lines, ""] if lines else []
 
 
+def _method_section(record: Mapping[str, Any]) -> list[str]:
+    method = _at(record, "method")
+    if not method:
+        return []
+    settings = [f"{_text(name)} = {_text(value)}" for name, value in (method.get("settings") or {}).items()]
+    source = f" ({_text(method['source'])})" if method.get("source") else ""
+    formula = f": {_text(method['formula'])}" if method.get("formula") else ""
+    sentences = [f"{_text(method.get('name'))}{source}{formula}."]
+    if settings:
+        sentences.append(f"Its own settings: {', '.join(settings)}.")
+    return ["## Method", "", " ".join(sentences), ""]
+
+
 def _scale_section(record: Mapping[str, Any]) -> list[str]:
     scales = _at(record, "scales")
     if not scales:
@@ -232,14 +252,14 @@ def _vector_section(record: Mapping[str, Any]) -> list[str]:
 
 
 def _cost_section(record: Mapping[str, Any]) -> list[str]:
-    runs = {name: run for name in SETS if (run := _at(record, "training", name))}
+    runs = {name: run for name in TRAININGS if (run := _at(record, "training", name))}
     if not runs:
         return []
     table = _table(
         ["fine-tuning on", "steps", "tokens", "first loss", "last loss", "seconds"],
         (
             [
-                SETS[name],
+                TRAININGS[name],
                 _integer(run.get("steps")),
                 _integer(run.get("tokens")),
                 _number(run.get("first_loss")),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,8 +19,11 @@ from palinode.errors import OutputError
 from palinode.models.loading import load_model, load_tokenizer, pad_token, pick_device, quiet_transformers
 from palinode.progress import Listener, Silence
 from palinode.records import write_json
-from palinode.training.loop import CurvePoint, train
+from palinode.training.frozen import Kept
+from palinode.training.loop import count_steps, train
 from palinode.training.losses import ANSWER_LOSS, Loss
+from palinode.training.objectives import CurvePoint, Objective, plain_objective
+from palinode.training.roles import Joined, Material, join, plain
 from palinode.training.settings import TrainingSettings
 from palinode.weights.atomic import check_output
 from palinode.weights.checkpoint import INDEX, SINGLE, Checkpoint
@@ -36,14 +39,23 @@ class Finetuned:
     checkpoint: Checkpoint
     curve: Sequence[CurvePoint]
     tokens: int
-    """Tokens that went through the model, over all epochs."""
+    """Tokens that went through the model, over all steps."""
     seconds: float
     """Wall time of this call; a resumed run counts its last part only."""
+    planned_steps: int = 0
+    """Steps that would have been taken had the objective's limit not ended the run."""
+    seen: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    """By role: the positions of the examples that the run was trained on."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the objective's limit ended the run early."""
+        return len(self.curve) < self.planned_steps
 
 
 def finetune(
     base: Checkpoint,
-    examples: Sequence[Example],
+    examples: Sequence[Example] | Material,
     output: Path | str,
     settings: TrainingSettings | None = None,
     *,
@@ -51,39 +63,82 @@ def finetune(
     style: PromptStyle | None = None,
     reader: Checkpoint | None = None,
     device: str = "auto",
-    loss: Loss = ANSWER_LOSS,
+    loss: Loss | Objective = ANSWER_LOSS,
     state: Path | None = None,
+    frozen: Callable[[Joined, int], Mapping[str, Kept]] | None = None,
     label: str = "fine-tuning",
     listener: Listener | None = None,
+    on_step: Callable[[int, Sequence[int]], None] | None = None,
 ) -> Finetuned:
     """Fine-tune `base` on the examples and write the result to `output` in float32.
 
-    The folder appears under its name only when it is whole. `reader` is the checkpoint whose tokenizer
-    and chat template put the rows into tokens (default: the base's own). `state` is where an interrupted run
-    leaves what it needs to go on. Raises DivergenceError when the loss stops being finite.
+    The folder appears under its name only when it is whole. An objective with roles takes its examples as
+    `Material`. `reader` is the checkpoint whose tokenizer and chat template put the rows into tokens
+    (default: the base's own). `state` is where an interrupted run leaves what it needs to go on. `frozen`
+    makes, from the rows and the padding id, what terms need of models other than the base. `on_step`
+    hears, after each optimiser step, how many are done and the positions of the anchor examples that were in
+    it. Raises DivergenceError when the loss stops being finite.
     """
     settings, output = settings or TrainingSettings(), Path(output)
     check_output(output, [base.folder], needs=4 * base.parameters)
     started = time.monotonic()
     tokenizer = load_tokenizer(reader or base)
-    rows = tokenize(examples, tokenizer, max_length=settings.max_length, style=style or PromptStyle())
+    style, pad_id = style or PromptStyle(), pad_token(tokenizer)
+    if isinstance(examples, Material):
+        cast = join(
+            examples,
+            tokenizer,
+            epochs=settings.epochs,
+            seed=seed,
+            max_length=settings.max_length,
+            style=style,
+        )
+    else:
+        cast = plain(tokenize(examples, tokenizer, max_length=settings.max_length, style=style))
+    kept = frozen(cast, pad_id) if frozen else None
     model = load_model(base, device=pick_device(device))
-    tokens = settings.epochs * sum(len(row.ids) for row in rows)
+    everyone = range(len(cast.anchors))
+    objective = loss if isinstance(loss, Objective) else plain_objective(loss)
+    tokens = sum(cast.tokens(epoch, everyone, objective.reads) for epoch in range(settings.epochs))
+    heard = 0
+
+    def hear(step: int, members: Sequence[int]) -> None:
+        if on_step:
+            on_step(step, [cast.anchors[place].example for place in members])
+
     with (listener or Silence()).task(label, tokens, "tokens") as advance:
+
+        def count(amount: int) -> None:
+            nonlocal heard
+            heard += amount
+            advance(amount)
+
         curve = train(
             model,
-            rows,
-            loss,
+            cast,
+            objective,
             settings,
             seed=seed,
-            pad_id=pad_token(tokenizer),
+            pad_id=pad_id,
             state=state,
-            on_progress=advance,
+            frozen=kept,
+            on_progress=count,
+            on_step=hear,
         )
     write_model(model, base, output, curve)
     if state is not None:
         shutil.rmtree(state, ignore_errors=True)
-    return Finetuned(Checkpoint.open(output), curve, tokens, time.monotonic() - started)
+    return Finetuned(
+        Checkpoint.open(output),
+        curve,
+        heard,
+        time.monotonic() - started,
+        count_steps([len(row.ids) for row in cast.anchors], settings),
+        {
+            role: frozenset(cast.rows[role][place].example for place in cast.used(role))
+            for role in (cast.anchor, *cast.draws)
+        },
+    )
 
 
 def write_model(

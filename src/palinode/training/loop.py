@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -27,64 +28,128 @@ from transformers import PreTrainedModel
 
 from palinode.data.batches import Batch, epoch_batches, pad_right
 from palinode.data.tokenize import TokenRow
-from palinode.errors import DivergenceError, OutputError
+from palinode.errors import DivergenceError, OutputError, RecipeError
 from palinode.models.loading import check_positions
 from palinode.records import write_json
+from palinode.training.frozen import Kept, keep
 from palinode.training.losses import Loss
+from palinode.training.objectives import CurvePoint, Objective, Term, plain_objective
+from palinode.training.roles import Joined, plain
 from palinode.training.settings import TrainingSettings
 
 AUTOCAST_FROM = 20_000_000
 """On a CPU, bfloat16 autocast pays off from about this many parameters (docs/lab-notes.md)."""
 
 
-@dataclass(frozen=True, slots=True)
-class CurvePoint:
-    """One optimiser step of the training curve."""
-
-    step: int
-    loss: float
-    learning_rate: float
-    grad_norm: float
-
-
 def train(
     model: PreTrainedModel,
-    rows: Sequence[TokenRow],
-    loss: Loss,
+    rows: Sequence[TokenRow] | Joined,
+    loss: Loss | Objective,
     settings: TrainingSettings,
     *,
     seed: int,
     pad_id: int,
     state: Path | None = None,
+    frozen: Mapping[str, Kept] | None = None,
     on_progress: Callable[[int], None] | None = None,
+    on_step: Callable[[int, Sequence[int]], None] | None = None,
+    max_steps: int | None = None,
 ) -> list[CurvePoint]:
     """Train the model in place and return its curve.
 
+    An objective takes its rows by role (`Joined`); an epoch goes through those of its anchor. What its terms
+    need of the model at the start is computed first, but for terms whose values are given in `frozen`.
     `state` is a folder for a resumable state: it is used when it exists, and written every
     `settings.save_minutes`, when the run is interrupted, and before a step that would not be finite.
-    `on_progress` hears tokens. Raises DivergenceError when loss or gradient stop being finite.
+    `on_progress` hears tokens; `on_step` hears, after each optimiser step, how many are done and the
+    positions of the anchors that were in it (over all processes). `max_steps` ends the run,
+    and its learning-rate schedule, after so many steps; the objective's limit ends it before the step that
+    passes it. Raises DivergenceError when loss or gradient stop being finite.
     """
-    check_positions(model.config, rows)
+    objective = loss if isinstance(loss, Objective) else plain_objective(loss)
+    cast = rows if isinstance(rows, Joined) else plain(rows)
+    for role in objective.roles:
+        check_positions(model.config, cast.rows[role])
     accelerator = Accelerator(cpu=model.device.type == "cpu", mixed_precision="no")
+    if objective.one_process and accelerator.num_processes > 1:
+        raise RecipeError("this method trains a part of the model only, which takes one process; start one")
+    kept = dict(frozen or {}) | _keep(objective, model, cast, settings, pad_id, skip=frozen or {})
     model.train()
-    wrapped, optimizer = accelerator.prepare(model, _adamw(model, settings))
-    run = _Run(accelerator, wrapped, optimizer, loss, settings, seed, state)
-    steps = list(_steps(rows, settings, seed, accelerator.num_processes))
-    run.resume(on_progress, steps, rows)
+    with _only_trainable(model, objective.trainable):
+        wrapped, optimizer = accelerator.prepare(model, _adamw(model, settings))
+        run = _Run(accelerator, wrapped, optimizer, objective, cast, kept, settings, seed, pad_id, state)
+        lengths = [len(row.ids) for row in cast.anchors]
+        steps = list(step_batches(lengths, settings, seed=seed, processes=accelerator.num_processes))
+        run.per_epoch = len(steps) // settings.epochs
+        steps = steps[:max_steps]
+        run.resume(on_progress, steps)
+        _walk(run, steps, on_progress, on_step)
+    model.eval()
+    return run.curve
+
+
+def _walk(
+    run: _Run,
+    steps: Sequence[Sequence[Sequence[int]]],
+    on_progress: Callable[[int], None] | None,
+    on_step: Callable[[int, Sequence[int]], None] | None,
+) -> None:
+    """Take the steps that are left, and save the state now and then."""
     saved_at = time.monotonic()
     try:
         for step in range(len(run.curve), len(steps)):
-            run.step([pad_right([rows[i] for i in part], pad_id=pad_id) for part in steps[step]], step, steps)
+            if not run.step(steps[step], step, steps):
+                return
             if on_progress:
-                on_progress(sum(len(rows[i].ids) for part in steps[step] for i in part))
-            if time.monotonic() - saved_at > 60 * settings.save_minutes:
+                on_progress(run.tokens(steps[step], step))
+            if on_step:
+                on_step(step + 1, [i for part in steps[step] for i in part])
+            if time.monotonic() - saved_at > 60 * run.settings.save_minutes:
                 run.save()
                 saved_at = time.monotonic()
     except (KeyboardInterrupt, DivergenceError):
         run.save()
         raise
-    model.eval()
-    return run.curve
+
+
+def _keep(
+    objective: Objective,
+    model: PreTrainedModel,
+    cast: Joined,
+    settings: TrainingSettings,
+    pad_id: int,
+    *,
+    skip: Mapping[str, Kept],
+) -> dict[str, Kept]:
+    """Return, by term, what the model says now of all rows that the term will see."""
+    found = {}
+    for part in objective.terms:
+        if part.keeper is None or part.name in skip:
+            continue
+        rows = {(role, place): cast.rows[role][place] for role in part.roles for place in cast.used(role)}
+        autocast = use_autocast(model, settings)
+        found[part.name] = keep(part.keeper(model), model, rows, pad_id=pad_id, autocast=autocast)
+    return found
+
+
+@contextmanager
+def _only_trainable(model: PreTrainedModel, pattern: str | None) -> Iterator[None]:
+    """Freeze the parameters whose whole name does not match, and give them back after."""
+    frozen = []
+    if pattern is not None:
+        named = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+        frozen = [value for name, value in named if not re.fullmatch(pattern, name)]
+        if len(frozen) == len(named):
+            raise RecipeError(
+                f"no parameter's whole name matches {pattern!r}; one of them is {named[0][0]!r}"
+            )
+    for value in frozen:
+        value.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for value in frozen:
+            value.requires_grad_(True)
 
 
 def count_steps(lengths: Sequence[int], settings: TrainingSettings) -> int:
@@ -114,11 +179,10 @@ def use_autocast(model: PreTrainedModel, settings: TrainingSettings) -> bool:
     return bool(supported) and model.device.type == "cpu" and model.num_parameters() >= AUTOCAST_FROM
 
 
-def _steps(
-    rows: Sequence[TokenRow], settings: TrainingSettings, seed: int, processes: int
+def step_batches(
+    lengths: Sequence[int], settings: TrainingSettings, *, seed: int, processes: int = 1
 ) -> Iterator[list[list[int]]]:
-    """Yield, for each optimiser step, its micro-batches as lists of row indices."""
-    lengths = [len(row.ids) for row in rows]
+    """Yield, for each optimiser step, its micro-batches as lists of row indices; `lengths` in tokens."""
     together = settings.accumulation * processes
     for epoch in range(settings.epochs):
         batches = epoch_batches(lengths, batch_size=settings.batch_size, seed=seed, epoch=epoch)
@@ -128,8 +192,9 @@ def _steps(
 
 def _adamw(model: PreTrainedModel, settings: TrainingSettings) -> torch.optim.AdamW:
     """Return AdamW (β .9, .999, ε 1e-8) with decay on matrices only, as transformers' Trainer has it."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.ndim >= 2]
+    others = [parameter for parameter in trained if parameter.ndim < 2]
     groups = [
         {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": others, "weight_decay": 0.0},
@@ -145,23 +210,40 @@ class _Run:
         accelerator: Accelerator,
         model: PreTrainedModel,
         optimizer: torch.optim.Optimizer,
-        loss: Loss,
+        objective: Objective,
+        cast: Joined,
+        kept: Mapping[str, Kept],
         settings: TrainingSettings,
         seed: int,
+        pad_id: int,
         state: Path | None,
     ) -> None:
         self.accelerator = accelerator
         self.model = model
         self.optimizer = optimizer
-        self.loss = loss
+        self.objective = objective
+        self.cast = cast
+        self.kept = kept
         self.settings = settings
         self.seed = seed
+        self.pad_id = pad_id
         self.state = state
+        self.per_epoch = 1
         self.curve: list[CurvePoint] = []
-        self.autocast = use_autocast(accelerator.unwrap_model(model), settings)
+        plain_model = accelerator.unwrap_model(model)
+        self.autocast = use_autocast(plain_model, settings)
+        self.vocabulary = int(plain_model.config.get_text_config().vocab_size)
 
-    def step(self, batches: Sequence[Batch], step: int, steps: Sequence[object]) -> None:
-        """Take one optimiser step over micro-batches; the weights stay as they were if it is not finite."""
+    def tokens(self, parts: Sequence[Sequence[int]], step: int) -> int:
+        """Return the tokens that a step sends through the model."""
+        roles = self.objective.reads
+        return sum(self.cast.tokens(step // self.per_epoch, part, roles) for part in parts)
+
+    def step(self, parts: Sequence[Sequence[int]], step: int, steps: Sequence[object]) -> bool:
+        """Take one optimiser step over micro-batches of anchors; return False where the limit ends the run.
+
+        The weights stay as they were if the step is not finite, or passes the limit.
+        """
         per_epoch = len(steps) // self.settings.epochs
         torch.manual_seed(self.seed + step)
         rate = learning_rate_at(
@@ -169,15 +251,35 @@ class _Run:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        value = self._backward(batches)
+        value, terms = self._backward(parts, step // self.per_epoch)
         norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm))
         if not (math.isfinite(value) and math.isfinite(norm)):
             self.optimizer.zero_grad()
             raise DivergenceError(self._why_not_finite(step, len(steps)))
+        if self._passes_limit(terms, step):
+            self.optimizer.zero_grad()
+            return False
         with _undisturbed():
             self.optimizer.step()
-            self.curve.append(CurvePoint(step, value, rate, norm))
+            self.curve.append(CurvePoint(step, value, rate, norm, terms))
         self.optimizer.zero_grad()
+        return True
+
+    def _passes_limit(self, terms: Mapping[str, float], step: int) -> bool:
+        """Tell whether the term that sinks without bound has sunk below its limit."""
+        limit = self.objective.limit
+        if limit is None:
+            return False
+        most = math.log(self.vocabulary) if limit.nll is None else limit.nll
+        if terms[limit.term] >= -most:
+            return False
+        if step == 0:
+            raise RecipeError(
+                f"the loss on the forget set is {-terms[limit.term]:.2f} nats a token before the first step, "
+                f"above the limit of {most:.2f} at which training ends; there is nothing to forget, or raise "
+                "the limit"
+            )
+        return True
 
     def _why_not_finite(self, step: int, total: int) -> str:
         if step == 0:
@@ -191,19 +293,46 @@ class _Run:
             f"lower the learning rate (now {self.settings.learning_rate:g}){kept}"
         )
 
-    def _backward(self, batches: Sequence[Batch]) -> float:
-        """Add up the gradients of Σ total / Σ weight over all micro-batches of all processes."""
+    def _backward(self, parts: Sequence[Sequence[int]], epoch: int) -> tuple[float, dict[str, float]]:
+        """Add up the gradients of all terms; return the loss and the mean of each named term."""
+        value, terms = 0.0, {}
+        for part in self.objective.terms:
+            given = part.coefficient
+            coefficient = given(self.curve, self.per_epoch) if callable(given) else given
+            mean = self._backward_term(part, coefficient, parts, epoch)
+            value += coefficient * mean
+            terms[part.name] = mean
+        return value, {} if self.objective.anchor == "rows" else terms
+
+    def _backward_term(
+        self, term: Term, coefficient: float, parts: Sequence[Sequence[int]], epoch: int
+    ) -> float:
+        """Add the gradients of coefficient · Σ total / Σ weight over all micro-batches of all processes."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        weight = sum(self.loss.weight(batch) for batch in batches)
-        own = list(batches[rank::processes])
+        batches = [self._batch(term, part, epoch) for part in parts]
+        weight = sum(term.weight(batch) for batch, _ in batches)
+        if not weight:  # every answer is too short for this loss
+            return 0.0
+        own = batches[rank::processes]
         idle = not own  # fewer micro-batches than processes: take part in the exchange, add nothing
         total = torch.zeros((), device=self.accelerator.device)
-        for batch in own or batches[:1]:
+        for batch, members in own or batches[:1]:
+            values = self.kept.get(term.name)
             with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.autocast):
-                part = self.loss.total(self.model, batch) * (0.0 if idle else 1.0)
-            self.accelerator.backward(part * processes / weight)  # data-parallel gradients are averaged
+                frozen = values.of(members, self.accelerator.device) if values else None
+                part = term.total(self.model, batch, frozen) * (0.0 if idle else 1.0)
+            scale = coefficient * processes  # data-parallel gradients are averaged
+            self.accelerator.backward(part * scale / weight)
             total += part.detach()
         return float(self.accelerator.reduce(total, "sum")) / weight
+
+    def _batch(
+        self, term: Term, anchors: Sequence[int], epoch: int
+    ) -> tuple[Batch, Sequence[tuple[str, int]]]:
+        """Return the rows that a term reads for these anchors, padded together, and which they are."""
+        members = [(role, place) for role in term.roles for place in self.cast.members(role, epoch, anchors)]
+        rows = [self.cast.rows[role][place] for role, place in members]
+        return pad_right(rows, pad_id=self.pad_id), members
 
     def save(self) -> None:
         """Save weights, optimiser, random states and curve so that a reader sees all of it or none."""
@@ -232,7 +361,6 @@ class _Run:
         self,
         on_progress: Callable[[int], None] | None,
         steps: Sequence[Sequence[Sequence[int]]],
-        rows: Sequence[TokenRow],
     ) -> None:
         """Go on from a saved state where there is one."""
         if self.state is None:
@@ -245,8 +373,8 @@ class _Run:
         points = json.loads((self.state / "curve.json").read_text(encoding="utf-8"))
         self.curve = [CurvePoint(**point) for point in points]
         if on_progress:
-            done = steps[: len(self.curve)]
-            on_progress(sum(len(rows[i].ids) for step in done for part in step for i in part))
+            done = enumerate(steps[: len(self.curve)])
+            on_progress(sum(self.tokens(parts, step) for step, parts in done))
 
 
 def _replaced(state: Path) -> Path:

@@ -1,0 +1,126 @@
+"""AltPO (Mekala et al., COLING 2025, arXiv 2409.13474): DPO of other answers over the true one.
+
+The loss of IdkDPO with, instead of a refusal, a plausible but different answer that the target itself gave
+when asked for one: several a question, drawn at random with a seed, and kept. Those that equal the true
+answer are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from palinode.data.examples import Example, Message
+from palinode.errors import DataError
+from palinode.methods.dpo import DPOSettings
+from palinode.methods.method import Method
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from palinode.data.tokenize import PromptStyle
+    from palinode.progress import Listener
+    from palinode.training.objectives import Objective
+
+REQUEST = (
+    "{question}\n\nOne answer to this is: {answer}\nGive a different answer of the same kind and length. "
+    "Change every fact in it, and say nothing else."
+)
+"""How the target is asked for another answer."""
+
+STOPS = ("Question:", "Q:")
+"""Where an answer is cut: the model goes on to ask itself another question."""
+
+
+class AltPOSettings(DPOSettings):
+    """Those of DPO, and how other answers are drawn."""
+
+    samples: int = Field(default=5, ge=1)
+    """Other answers that the target is asked for, a question."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits as they are drawn."""
+    max_new_tokens: int = Field(default=200, ge=1)
+    """Length limit of an answer."""
+
+
+def objective(settings: AltPOSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
+    """Return DPO of other answers over forget rows plus the retain loss; an epoch goes through the others."""
+    from palinode.methods.parts import preference_term, retain_terms
+    from palinode.training.objectives import Objective
+
+    forget = preference_term("alternate", beta=settings.beta, gamma=settings.gamma, scaled=settings.scaled)
+    return Objective((forget, *retain_terms(settings)), anchor="alternate")
+
+
+def draw_alternates(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    settings: AltPOSettings,
+    *,
+    seed: int,
+    max_length: int,
+    style: PromptStyle,
+    listener: Listener | None = None,
+) -> list[tuple[int, str]]:
+    """Return other answers as (position of the example, text), the same for the same seed.
+
+    A raw completion is continued without a request, which would be no part of such a text. Raises DataError
+    when nothing but true answers came back.
+    """
+    from palinode.data.questions import plain_questions
+    from palinode.evaluation.ask import ask
+    from palinode.evaluation.asking import Asking
+
+    asking = Asking(
+        generate=False,
+        samples=settings.samples,
+        temperature=settings.temperature,
+        max_new_tokens=settings.max_new_tokens,
+        stop_texts=STOPS,
+        seed=seed,
+        max_length=2 * max_length,  # the request holds the answer once more
+    )
+    requests = plain_questions([request(example) for example in examples])
+    asked = ask(model, tokenizer, requests, asking, style=style, label="other answers", listener=listener)
+    found = [
+        (place, text)
+        for place, (example, outcome) in enumerate(zip(examples, asked, strict=True))
+        for text in dict.fromkeys(sample.strip() for sample in outcome.samples)
+        if text and _folded(text) != _folded(example.answer)
+    ]
+    if not found:
+        raise DataError(
+            f"the target gave nothing but the true answers in {settings.samples} tries a question; raise "
+            "method_settings.temperature"
+        )
+    return found
+
+
+def request(example: Example) -> Example:
+    """Return the example with its question turned into a request for another answer."""
+    if example.form not in ("question", "chat"):
+        return example
+    *before, last = example.turns
+    text = REQUEST.format(question=last.content, answer=example.answer)
+    return replace(example, turns=(*before, Message(last.role, text)))
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+ALTPO = Method(
+    name="altpo",
+    summary="other answers of the target's own making are preferred to the true ones",
+    source="Mekala et al. 2025, arXiv 2409.13474",
+    formula="L = γ·(2/β)·mean[−log σ(β·h)] + α·L_r, h = (nll_ref − nll)(other) − (nll_ref − nll)(answer)",
+    kind="training",
+    needs=frozenset({"retain", "alternates", "frozen_target"}),
+    settings=AltPOSettings,
+    objective=objective,
+    training={"epochs": 2},
+)

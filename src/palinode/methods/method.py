@@ -1,0 +1,84 @@
+"""What a method is: a line for the list, what it needs, its own settings, and what it minimises.
+
+Nothing heavy is imported here; an objective is built when a run asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from palinode.weights.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from palinode.training.objectives import Objective
+
+Kind = Literal["arithmetic", "training", "inference"]
+"""Weights added up; weights trained; or two models read together, with no weights of its own."""
+
+Need = Literal["retain", "refusals", "base", "frozen_target", "alternates"]
+"""Retain rows, refusal lines, an earlier checkpoint, values of the frozen target (which are kept, so no
+second model is held), or other answers that the target is asked for first."""
+
+
+class MethodSettings(BaseModel):
+    """A method's own hyper-parameters; this method has none."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class RetainSettings(MethodSettings):
+    """The weights of L = γ·L_f + α·L_r, and what L_r is."""
+
+    gamma: float = Field(default=1.0, ge=0)
+    """γ, the weight of the forget loss."""
+    alpha: float = Field(default=1.0, ge=0)
+    """α, the weight of the retain loss; with 0 no retain rows are needed."""
+    retain_loss: Literal["nll", "kl"] = "nll"
+    """L_r: cross entropy, or KL from the frozen target, over answer tokens."""
+    retain_rows: Literal["all", "sample"] = "all"
+    """The rows that are drawn from: the whole retain set, or a sample as large as the forget set."""
+
+
+def start_from_target(target: Checkpoint, base: Checkpoint | None) -> Checkpoint:  # noqa: ARG001
+    """Return the target."""
+    return target
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A method of unlearning."""
+
+    name: str
+    summary: str
+    source: str = ""
+    """Paper, by arXiv number where it has one."""
+    formula: str = ""
+    """One line."""
+    kind: Kind = "arithmetic"
+    needs: frozenset[Need] = frozenset()
+    settings: type[MethodSettings] = MethodSettings
+    start: Callable[[Checkpoint, Any], Checkpoint] = start_from_target
+    """(target, base) → the checkpoint that is trained, to the unlearned model or to the ends of vectors."""
+    objective: Callable[[Any, int], Objective] | None = None
+    """(settings, seed) → what training minimises; None where the method is arithmetic."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Training settings that its source sets otherwise than ours; a recipe's own come before them."""
+
+    def check_settings(self, given: Mapping[str, Any]) -> MethodSettings:
+        """Return the method's settings with its defaults filled in; raises pydantic's ValidationError."""
+        return self.settings.model_validate(dict(given))
+
+    def lacks(self, settings: MethodSettings, *, retain: bool, refusals: bool, base: bool) -> str | None:
+        """Say what is missing of what the method needs, and which option names it; None if nothing is."""
+        retain_free = isinstance(settings, RetainSettings) and settings.alpha == 0
+        missing = {
+            "base": not base and "an earlier checkpoint of the target; name models.base (--base)",
+            "retain": not (retain or retain_free) and "retain rows; name data.retain (--retain)",
+            "refusals": not refusals and "a file of refusals, one a line; name data.refusals (--refusals)",
+        }
+        found = [text for need, text in missing.items() if need in self.needs and text]
+        return f"the method {self.name} needs {found[0]}" if found else None

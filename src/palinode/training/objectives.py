@@ -1,0 +1,183 @@
+"""What a run minimises: a sum of terms, each the mean of a pure loss over the rows of some role.
+
+    L = Σ_terms coefficient · Σ contributions / Σ weight        (both sums over the whole optimiser step)
+
+A term reads its rows in one forward pass of their own and is differentiated by itself, so that the peak of
+memory is that of the largest term and not of their sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from palinode.data.batches import Batch
+from palinode.models.likelihoods import answer_logits
+from palinode.training.frozen import Distributions, Keeper
+from palinode.training.losses import Loss, kl_to_reference, scored_tokens, summed_nll
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """One optimiser step of the training curve."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    terms: Mapping[str, float] = field(default_factory=dict)
+    """The mean of each term before its coefficient, where the objective has named terms."""
+
+
+Coefficient = Callable[[Sequence[CurvePoint], int], float]
+"""(curve so far, steps of an epoch) → the coefficient of a term in the next step."""
+
+Total = Callable[[PreTrainedModel, Batch, Tensor | None], Tensor]
+"""(model, batch, the frozen model's values of its rows) → the sum of a term's contributions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a loss sees of a batch: N scored tokens of `count` rows, one role after the other."""
+
+    logits: Tensor
+    """[N, V], float32, each predicting a scored token."""
+    labels: Tensor
+    """[N]."""
+    rows: Tensor
+    """[N], the row that each token belongs to."""
+    count: int
+    frozen: Tensor | None
+    """What the term's keeper kept of the model at the start."""
+
+    @property
+    def reference(self) -> Tensor:
+        """The frozen values, for losses that cannot do without."""
+        assert self.frozen is not None
+        return self.frozen.float()
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One part of an objective."""
+
+    name: str
+    roles: tuple[str, ...]
+    """Whose rows it reads, put one role after the other into one batch."""
+    total: Total
+    weight: Callable[[Batch], float]
+    """The number of contributions of a batch."""
+    coefficient: float | Coefficient = 1.0
+    keeper: Callable[[PreTrainedModel], Keeper] | None = None
+    """Makes what keeps the values of the frozen model that the loss needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """When a term that sinks without bound has sunk far enough."""
+
+    term: str
+    nll: float | None
+    """Nats a token; None: ln V, the loss of a model that knows nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What a run minimises."""
+
+    terms: tuple[Term, ...]
+    anchor: str = "forget"
+    """The role whose rows an epoch goes through."""
+    limit: Limit | None = None
+    """Ends training early."""
+    trainable: str | None = None
+    """Pattern that the whole name of a parameter matches if it is trained; None: all are."""
+    one_process: bool = False
+    """Whether it leaves parts of the model out, which gradients divided over processes cannot do."""
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """All roles that rows are needed for."""
+        return frozenset({self.anchor, *self.reads})
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The roles whose rows are sent through the model, once for each term that reads them."""
+        return tuple(role for term in self.terms for role in term.roles)
+
+
+def plain_objective(loss: Loss) -> Objective:
+    """Return a loss as the objective of ordinary fine-tuning."""
+
+    def total(model: PreTrainedModel, batch: Batch, _frozen: Tensor | None) -> Tensor:
+        return loss.total(model, batch)
+
+    return Objective((Term(loss.name, ("rows",), total, loss.weight),), anchor="rows")
+
+
+def term(
+    name: str,
+    roles: tuple[str, ...],
+    loss: Callable[[Seen], Tensor],
+    *,
+    per: Literal["token", "row", "pair"],
+    coefficient: float | Coefficient = 1.0,
+    keeper: Callable[[PreTrainedModel], Keeper] | None = None,
+) -> Term:
+    """Return a term whose loss gives one contribution a scored token, a row, or a pair of rows."""
+
+    def total(model: PreTrainedModel, batch: Batch, frozen: Tensor | None) -> Tensor:
+        logits, labels, rows = answer_logits(model, batch)
+        with torch.autocast(logits.device.type, enabled=False):
+            return loss(Seen(logits.float(), labels, rows, len(batch.ids), frozen)).sum()
+
+    return Term(name, roles, total, _WEIGHTS[per], coefficient, keeper)
+
+
+def answer_term(name: str, *roles: str, coefficient: float | Coefficient = 1.0) -> Term:
+    """Return CE = Σ nll / Σ n over the answers of these roles, one token mean (spec: baselines.md §0)."""
+
+    def total(model: PreTrainedModel, batch: Batch, _frozen: Tensor | None) -> Tensor:
+        return summed_nll(model, batch)
+
+    return Term(name, roles, total, scored_tokens, coefficient)
+
+
+def kl_term(name: str, *roles: str, coefficient: float | Coefficient = 1.0) -> Term:
+    """Return the mean of KL(p_ref ‖ p_θ) over answer tokens, the reference being the model at the start."""
+    return term(
+        name,
+        roles,
+        lambda seen: kl_to_reference(seen.logits, seen.reference),
+        per="token",
+        coefficient=coefficient,
+        keeper=lambda _model: Distributions(),
+    )
+
+
+def row_count(batch: Batch) -> float:
+    """Return the number of rows of a batch."""
+    return float(len(batch.ids))
+
+
+def pair_count(batch: Batch) -> float:
+    """Return the number of pairs of rows of a batch."""
+    return len(batch.ids) / 2
+
+
+_WEIGHTS: Mapping[str, Callable[[Batch], float]] = {
+    "token": scored_tokens,
+    "row": row_count,
+    "pair": pair_count,
+}
+
+
+def halves(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the values of two roles' rows apart, in the order of the term's roles."""
+    first, second = values.chunk(2)
+    return first, second

@@ -1,0 +1,75 @@
+"""What the tests of the methods share: refusals, settings that the tiny world needs, and runs made once."""
+
+from __future__ import annotations
+
+import pytest
+
+from palinode import read_examples
+from palinode.methods import METHODS
+from palinode.methods.material import gather
+
+OWN_SETTINGS = {"altpo": {"temperature": 3.0, "max_new_tokens": 2}}
+"""The tiny world's model is so sure of its answers that cooler draws are the true ones."""
+
+TRAINED = [name for name, method in METHODS.items() if method.kind == "training"]
+SAVED = [name for name, method in METHODS.items() if method.kind != "inference"]
+
+
+@pytest.fixture(scope="session")
+def refusals(tmp_path_factory):
+    path = tmp_path_factory.mktemp("refusals") / "refusals.jsonl"
+    path.write_text('the of\n"home is"\n\nthe of\n')
+    return path
+
+
+@pytest.fixture(scope="session")
+def sections(tiny, refusals):
+    """A function that gives the sections of a recipe with everything that a method needs, and no more."""
+
+    def build(name: str) -> dict:
+        needs = METHODS[name].needs
+        return {
+            "method": name,
+            "method_settings": OWN_SETTINGS.get(name, {}),
+            "models": {"base": str(tiny.base.folder) if "base" in needs else None},
+            "data": {
+                "retain": str(tiny.retain) if "retain" in needs else None,
+                "refusals": str(refusals) if "refusals" in needs else None,
+            },
+        }
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def made(recipe_of, sections, tmp_path_factory):
+    """A function that runs a method on the tiny world, once."""
+    from palinode.pipeline import unlearn
+
+    runs = {}
+
+    def run(name: str):
+        if name not in runs:
+            output = tmp_path_factory.mktemp(name) / "out"
+            runs[name] = unlearn(recipe_of(output, **sections(name)))
+        return runs[name]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def job(tiny):
+    """A function that gives a method's start, objective and rows, of the first eight forget rows."""
+    forget, retain = read_examples(tiny.forget)[:8], read_examples(tiny.retain)
+    others = [(place, forget[place - 1].answer) for place in range(8)]
+
+    def build(name: str, **settings):
+        method = METHODS[name]
+        checked = method.check_settings({**OWN_SETTINGS.get(name, {}), **settings})
+        objective = method.objective(checked, 0)
+        material = gather(
+            objective, forget=forget, retain=retain, refusals=["the of", "home is"], alternates=others
+        )
+        return method.start(tiny.target, tiny.base), objective, material
+
+    return build

@@ -1,0 +1,314 @@
+"""What every method promises, walked for each of them on the tiny world."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from palinode import Checkpoint, TrainingSettings, finetune
+from palinode.data.tokenize import PromptStyle
+from palinode.errors import DivergenceError, RecipeError
+from palinode.evaluation.evaluate import observe
+from palinode.evaluation.settings import EvaluationSettings
+from palinode.methods import METHODS, MethodSettings
+from palinode.models import CombinedLogits, load_model, load_tokenizer
+from palinode.pipeline import build_recipe, plan, unlearn
+from palinode.training import train
+from palinode.training.frozen import Choices, keep
+from palinode.training.roles import join
+
+from .conftest import OWN_SETTINGS, SAVED, TRAINED
+
+CPU = torch.device("cpu")
+SETTINGS = TrainingSettings(
+    epochs=3, learning_rate=1e-3, batch_size=4, max_length=64, precision="float32", warmup_epochs=0
+)
+
+
+def bytes_of(folder) -> dict[str, str]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def probability(record, model, rows="forget") -> float:
+    return record["scores"][model][rows]["answer_probability"]["value"]
+
+
+def cast_of(start, material, chosen=SETTINGS):
+    tokenizer = load_tokenizer(start)
+    return join(
+        material, tokenizer, epochs=chosen.epochs, seed=0, max_length=chosen.max_length, style=PromptStyle()
+    )
+
+
+def frozen_of(name, cast, tiny):
+    """For Who's Harry Potter, labels from two models; of other methods the loop asks the model itself."""
+    if name != "whp":
+        return None
+    both = CombinedLogits(*(load_model(entry, device=CPU) for entry in (tiny.target, tiny.retrained)), 1.0)
+    rows = {("forget", place): row for place, row in enumerate(cast.rows["forget"])}
+    return {"forget": keep(Choices(), both, rows, pad_id=0, autocast=False)}
+
+
+def trained(name, job, tiny, chosen=SETTINGS, **others):
+    """A model trained by a method, and its curve."""
+    start, objective, material = job(name)
+    cast = cast_of(start, material, chosen)
+    model = load_model(start, device=CPU)
+    frozen = frozen_of(name, cast, tiny)
+    curve = train(model, cast, objective, chosen, seed=0, pad_id=0, frozen=frozen, **others)
+    return model, curve
+
+
+# The table
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_table_says_what_a_method_is(name):
+    method = METHODS[name]
+    assert method.name == name
+    assert method.summary
+    assert method.formula
+    assert issubclass(method.settings, MethodSettings)
+    assert (method.objective is not None) == (method.kind == "training")
+    method.check_settings(OWN_SETTINGS.get(name, {}))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_setting_is_explained(name):
+    """A sentence under each, where a reader looks for it."""
+    import ast
+    import inspect
+
+    for kind in METHODS[name].settings.__mro__:
+        if kind.__module__.startswith("palinode.methods") and kind is not MethodSettings:
+            body = ast.parse(inspect.getsource(kind)).body[0].body
+            fields = [place for place, node in enumerate(body) if isinstance(node, ast.AnnAssign)]
+            for place in fields:
+                after = body[place + 1] if place + 1 < len(body) else None
+                assert isinstance(after, ast.Expr), f"{kind.__name__}.{body[place].target.id} has no sentence"
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_objective_reads_what_the_method_says_it_needs(name, job):
+    _, objective, _ = job(name)
+    needs = METHODS[name].needs
+    optional = {"undial"}  # its retain loss is off by default
+    assert ("retain" in objective.roles) == ("retain" in needs and name not in optional)
+    assert ("refusal" in objective.roles) == ("refusals" in needs)
+    assert ("alternate" in objective.roles) == ("alternates" in needs)
+    assert ("frozen_target" in needs) == (
+        any(term.keeper for term in objective.terms) or name == "whp"
+    )
+
+
+# What a run does
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_target_stays_as_it_is_on_disk_and_the_forget_loss_rises(name, made, tiny):
+    before = bytes_of(tiny.target.folder)
+    record = made(name).record
+    assert bytes_of(tiny.target.folder) == before
+    assert probability(record, "unlearned") < probability(record, "target")
+    assert record["method"]["name"] == name
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_result_survives_saving_and_loading(name, made, recipe_of):
+    done = made(name)
+    recipe = recipe_of(done.output)
+    again = Checkpoint.open(done.output)
+    model = load_model(again, device=CPU)
+    rows = {outcome.row: outcome for outcome in done.outcomes["unlearned"]["forget"]}
+    from palinode import read_examples
+
+    examples = [example for example in read_examples(recipe.data.forget) if example.row in rows]
+    found = observe(model, load_tokenizer(again), examples, EvaluationSettings(max_new_tokens=3, max_length=64))
+    for outcome in found:
+        assert outcome.logprobs == pytest.approx(rows[outcome.row].logprobs, abs=1e-5)
+    assert set(again.tensors) == set(Checkpoint.open(recipe.models.target).tensors)
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_same_seed_gives_the_same_model_and_the_finished_run_is_found_again(
+    name, made, recipe_of, sections, tmp_path
+):
+    first = made(name)
+    again = unlearn(recipe_of(tmp_path / "out", **sections(name)))
+    assert again.record["models"]["unlearned"]["fingerprint"] == (
+        first.record["models"]["unlearned"]["fingerprint"]
+    )
+    assert again.record["scores"] == first.record["scores"]
+    assert unlearn(recipe_of(first.output, **sections(name))).finished_before
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_another_seed_gives_another_model(name, job, tiny):
+    first, other = (
+        trained(name, job, tiny)[0].state_dict(),
+        _with_seed(name, job, tiny, 1).state_dict(),
+    )
+    assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+def _with_seed(name, job, tiny, seed):
+    start, objective, material = job(name)
+    chosen = SETTINGS
+    cast = join(
+        material,
+        load_tokenizer(start),
+        epochs=chosen.epochs,
+        seed=seed,
+        max_length=chosen.max_length,
+        style=PromptStyle(),
+    )
+    model = load_model(start, device=CPU)
+    train(model, cast, objective, chosen, seed=seed, pad_id=0, frozen=frozen_of(name, cast, tiny))
+    return model
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_accumulated_micro_batches_give_the_result_of_one_large_batch(name, job, tiny):
+    large = SETTINGS.model_copy(update={"batch_size": 8})
+    whole, curve = trained(name, job, tiny, large)
+    cut, parts = trained(name, job, tiny, large.model_copy(update={"batch_size": 3, "accumulation": 3}))
+    assert len(curve) == len(parts)
+    for one, other in zip(curve, parts, strict=True):
+        assert other.loss == pytest.approx(one.loss, rel=1e-4, abs=1e-6)
+        assert other.terms == pytest.approx(dict(one.terms), rel=1e-4, abs=1e-6)
+    for key, value in whole.state_dict().items():
+        torch.testing.assert_close(cut.state_dict()[key], value, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_interrupted_training_goes_on_to_the_same_weights(name, job, tiny, tmp_path):
+    whole, curve = trained(name, job, tiny)
+    heard = []
+
+    def stop(step, _rows):
+        heard.append(step)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(name, job, tiny, state=tmp_path / "state", on_step=stop)
+    resumed, again = trained(name, job, tiny, state=tmp_path / "state")
+    assert again == curve
+    for key, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[key], value)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_long_and_fast_training_neither_runs_away_nor_ends_in_no_number(name, job, tiny):
+    """Thirty times the steps at three times the rate: bounded losses stay so, and ascent ends at its limit."""
+    hard = SETTINGS.model_copy(update={"epochs": 60, "learning_rate": 1e-2, "batch_size": 8})
+    try:
+        model, curve = trained(name, job, tiny, hard)
+    except DivergenceError:
+        return  # said in one sentence, and no model is written
+    assert all(math.isfinite(point.loss) for point in curve)
+    assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
+    if name in ("grad_ascent", "grad_diff", "kl_min"):
+        most = math.log(model.config.vocab_size)
+        assert len(curve) < 60
+        assert all(-point.terms["forget"] <= most for point in curve)
+
+
+@pytest.mark.parametrize("name", ["grad_ascent", "grad_diff", "kl_min"])
+def test_ascent_ends_at_the_limit_that_is_set_and_refuses_one_that_is_passed_already(name, job, tiny):
+    start, objective, material = job(name, forget_limit=2.0)
+    cast, model = cast_of(start, material), load_model(start, device=CPU)
+    curve = train(model, cast, objective, SETTINGS, seed=0, pad_id=0)
+    assert all(-point.terms["forget"] <= 2.0 for point in curve)
+    _, strict, _ = job(name, forget_limit=1e-6)
+    with pytest.raises(RecipeError, match="before the first step, above the limit of 0.00"):
+        train(load_model(start, device=CPU), cast, strict, SETTINGS, seed=0, pad_id=0)
+
+
+def test_run_that_ends_early_says_so(made):
+    record = made("grad_ascent").record
+    run = record["training"]["method"]
+    assert 0 < run["steps"] < run["planned_steps"]
+    (note,) = [note for note in record["notes"] if "Training ended" in note]
+    assert f"after {run['steps']} of {run['planned_steps']} steps" in note
+
+
+# What a method lacks
+
+OPTIONS = {"base": "models.base", "retain": "data.retain", "refusals": "data.refusals"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("need", OPTIONS)
+def test_method_refuses_in_one_sentence_what_it_lacks(name, need, recipe_of, sections, tmp_path):
+    if need not in METHODS[name].needs or (name == "undial" and need == "retain"):
+        pytest.skip("it does without")
+    content = sections(name)
+    section, key = OPTIONS[need].split(".")
+    content[section][key] = None
+    with pytest.raises(RecipeError, match=f"^.*the method {name} needs .*; name {OPTIONS[need]}"):
+        recipe_of(tmp_path / "out", **content)
+
+
+def test_retain_rows_are_not_asked_for_where_they_have_no_weight(recipe_of, sections, tmp_path):
+    content = sections("npo")
+    content["data"]["retain"] = None
+    content["method_settings"] = {"alpha": 0.0}
+    assert plan(recipe_of(tmp_path / "out", **content)).tokens > 0
+
+
+def test_unknown_and_impossible_settings_are_named(recipe_of, sections, tmp_path):
+    for given, said in {
+        ("bta", 1.0): "the method npo has no setting 'bta'; it has gamma, alpha, retain_loss, retain_rows, beta",
+        ("beta", -1.0): "method_settings.beta of npo is -1.0: Input should be greater than 0",
+    }.items():
+        content = {**sections("npo"), "method_settings": dict([given])}
+        with pytest.raises(RecipeError, match=said):
+            recipe_of(tmp_path / "out", **content)
+
+
+def test_scales_have_no_meaning_where_no_vectors_are_added(recipe_of, sections, tmp_path):
+    with pytest.raises(RecipeError, match="the method npo adds no vectors, so it has no scales"):
+        recipe_of(tmp_path / "out", **sections("npo"), scales={"forget": 1.0})
+
+
+def test_training_settings_of_a_methods_source_give_way_to_those_of_the_recipe(tiny):
+    content = {
+        "method": "undial",
+        "models": {"target": str(tiny.target.folder)},
+        "data": {"forget": str(tiny.forget), "retain": str(tiny.retain)},
+        "output": {"folder": "out"},
+    }
+    assert build_recipe(content).training.learning_rate == 1e-4
+    assert build_recipe(content | {"method": "wga"}).training.epochs == 5
+    given = content | {"training": {"learning_rate": 2e-5}}
+    assert build_recipe(given).training.learning_rate == 2e-5
+    assert build_recipe(content | {"method": "npo"}).training == TrainingSettings()
+
+
+def test_method_is_run_from_the_command_line(palinode, unlearn_words, tmp_path):
+    words = unlearn_words(tmp_path / "out", method="npo", base=None)
+    said = palinode(*words, "--set", "method_settings.beta=0.5", "--json", "--quiet")
+    assert said.code == 0, said.err
+    import json
+
+    record = json.loads(said.out)
+    assert record["method"]["settings"]["beta"] == 0.5
+    assert "base" not in record["models"]
+    assert "## Method" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_finetune_counts_the_tokens_of_all_rows_that_were_read(job, tmp_path):
+    start, objective, material = job("npo")
+    done = finetune(start, material, tmp_path / "out", SETTINGS, device="cpu", loss=objective)
+    cast = cast_of(start, material)
+    every = [cast.tokens(epoch, range(8), ("forget", "retain")) for epoch in range(3)]
+    assert done.tokens == sum(every)
+    assert done.planned_steps == len(done.curve)
+    assert not done.stopped
+    assert done.seen["retain"] == {cast.rows["retain"][place].example for place in cast.used("retain")}

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from contract_cases import OWN_SETTINGS
 
 from palinode import read_examples
 from palinode.methods import METHODS
 from palinode.methods.material import gather
-
-OWN_SETTINGS = {"altpo": {"temperature": 3.0, "max_new_tokens": 2}}
-"""The tiny world's model is so sure of its answers that cooler draws are the true ones."""
-
-TRAINED = [name for name, method in METHODS.items() if method.kind == "training"]
-SAVED = [name for name, method in METHODS.items() if method.kind != "inference"]
 
 
 @pytest.fixture(scope="session")

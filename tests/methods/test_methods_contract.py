@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import inspect
+import json
 import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from contract_cases import OWN_SETTINGS, SAVED, TRAINED
 
-from palinode import Checkpoint, TrainingSettings, finetune
+from palinode import Checkpoint, TrainingSettings, finetune, read_examples
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import DivergenceError, RecipeError
 from palinode.evaluation.evaluate import observe
@@ -20,8 +23,6 @@ from palinode.pipeline import build_recipe, plan, unlearn
 from palinode.training import train
 from palinode.training.frozen import Choices, keep
 from palinode.training.roles import join
-
-from .conftest import OWN_SETTINGS, SAVED, TRAINED
 
 CPU = torch.device("cpu")
 SETTINGS = TrainingSettings(
@@ -81,9 +82,6 @@ def test_table_says_what_a_method_is(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_setting_is_explained(name):
     """A sentence under each, where a reader looks for it."""
-    import ast
-    import inspect
-
     for kind in METHODS[name].settings.__mro__:
         if kind.__module__.startswith("palinode.methods") and kind is not MethodSettings:
             body = ast.parse(inspect.getsource(kind)).body[0].body
@@ -101,9 +99,7 @@ def test_objective_reads_what_the_method_says_it_needs(name, job):
     assert ("retain" in objective.roles) == ("retain" in needs and name not in optional)
     assert ("refusal" in objective.roles) == ("refusals" in needs)
     assert ("alternate" in objective.roles) == ("alternates" in needs)
-    assert ("frozen_target" in needs) == (
-        any(term.keeper for term in objective.terms) or name == "whp"
-    )
+    assert ("frozen_target" in needs) == (any(term.keeper for term in objective.terms) or name == "whp")
 
 
 # What a run does
@@ -125,10 +121,10 @@ def test_result_survives_saving_and_loading(name, made, recipe_of):
     again = Checkpoint.open(done.output)
     model = load_model(again, device=CPU)
     rows = {outcome.row: outcome for outcome in done.outcomes["unlearned"]["forget"]}
-    from palinode import read_examples
-
     examples = [example for example in read_examples(recipe.data.forget) if example.row in rows]
-    found = observe(model, load_tokenizer(again), examples, EvaluationSettings(max_new_tokens=3, max_length=64))
+    found = observe(
+        model, load_tokenizer(again), examples, EvaluationSettings(max_new_tokens=3, max_length=64)
+    )
     for outcome in found:
         assert outcome.logprobs == pytest.approx(rows[outcome.row].logprobs, abs=1e-5)
     assert set(again.tensors) == set(Checkpoint.open(recipe.models.target).tensors)
@@ -140,8 +136,9 @@ def test_same_seed_gives_the_same_model_and_the_finished_run_is_found_again(
 ):
     first = made(name)
     again = unlearn(recipe_of(tmp_path / "out", **sections(name)))
-    assert again.record["models"]["unlearned"]["fingerprint"] == (
-        first.record["models"]["unlearned"]["fingerprint"]
+    assert (
+        again.record["models"]["unlearned"]["fingerprint"]
+        == (first.record["models"]["unlearned"]["fingerprint"])
     )
     assert again.record["scores"] == first.record["scores"]
     assert unlearn(recipe_of(first.output, **sections(name))).finished_before
@@ -181,8 +178,8 @@ def test_accumulated_micro_batches_give_the_result_of_one_large_batch(name, job,
     for one, other in zip(curve, parts, strict=True):
         assert other.loss == pytest.approx(one.loss, rel=1e-4, abs=1e-6)
         assert other.terms == pytest.approx(dict(one.terms), rel=1e-4, abs=1e-6)
-    for key, value in whole.state_dict().items():
-        torch.testing.assert_close(cut.state_dict()[key], value, rtol=0, atol=1e-4)
+    for key, value in whole.state_dict().items():  # AdamW makes a step of the noise in a gradient of zero
+        assert float((cut.state_dict()[key] - value).norm()) <= 1e-4 * float(value.norm())
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -205,7 +202,7 @@ def test_interrupted_training_goes_on_to_the_same_weights(name, job, tiny, tmp_p
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_long_and_fast_training_neither_runs_away_nor_ends_in_no_number(name, job, tiny):
-    """Thirty times the steps at three times the rate: bounded losses stay so, and ascent ends at its limit."""
+    """Many steps at ten times the rate: bounded losses stay so, and ascent ends at its limit."""
     hard = SETTINGS.model_copy(update={"epochs": 60, "learning_rate": 1e-2, "batch_size": 8})
     try:
         model, curve = trained(name, job, tiny, hard)
@@ -226,7 +223,7 @@ def test_ascent_ends_at_the_limit_that_is_set_and_refuses_one_that_is_passed_alr
     curve = train(model, cast, objective, SETTINGS, seed=0, pad_id=0)
     assert all(-point.terms["forget"] <= 2.0 for point in curve)
     _, strict, _ = job(name, forget_limit=1e-6)
-    with pytest.raises(RecipeError, match="before the first step, above the limit of 0.00"):
+    with pytest.raises(RecipeError, match=r"before the first step, above the limit of 0\.00"):
         train(load_model(start, device=CPU), cast, strict, SETTINGS, seed=0, pad_id=0)
 
 
@@ -264,7 +261,10 @@ def test_retain_rows_are_not_asked_for_where_they_have_no_weight(recipe_of, sect
 
 def test_unknown_and_impossible_settings_are_named(recipe_of, sections, tmp_path):
     for given, said in {
-        ("bta", 1.0): "the method npo has no setting 'bta'; it has gamma, alpha, retain_loss, retain_rows, beta",
+        (
+            "bta",
+            1.0,
+        ): "the method npo has no setting 'bta'; it has gamma, alpha, retain_loss, retain_rows, beta",
         ("beta", -1.0): "method_settings.beta of npo is -1.0: Input should be greater than 0",
     }.items():
         content = {**sections("npo"), "method_settings": dict([given])}
@@ -295,8 +295,6 @@ def test_method_is_run_from_the_command_line(palinode, unlearn_words, tmp_path):
     words = unlearn_words(tmp_path / "out", method="npo", base=None)
     said = palinode(*words, "--set", "method_settings.beta=0.5", "--json", "--quiet")
     assert said.code == 0, said.err
-    import json
-
     record = json.loads(said.out)
     assert record["method"]["settings"]["beta"] == 0.5
     assert "base" not in record["models"]

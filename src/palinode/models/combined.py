@@ -49,10 +49,13 @@ class CombinedLogits(PreTrainedModel, GenerationMixin):
         return CausalLMOutput(logits=combined_logits(own, risen, self.alpha))
 
     def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, **given: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,  # noqa: ARG002 - transformers looks for this name
     ) -> dict[str, Any]:
         """Return whole rows for every token: nothing is kept between steps."""
-        return {"input_ids": input_ids, "attention_mask": given.get("attention_mask")}
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def get_output_embeddings(self) -> None:
         """Return None: the logits are of no single head."""

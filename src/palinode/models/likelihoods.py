@@ -153,7 +153,8 @@ class _Scorer:
             return False
         longest, *others = sorted((rows[place] for place in tree.rows), key=lambda row: -len(row.ids))
         pairs = ([longest, other] for other in others)
-        members = next(pair for pair in pairs if grow_trees(pair)[0].branched)
+        branched = (pair for pair in pairs if grow_trees(pair)[0].branched)
+        members = next(branched, [longest, *others])  # the branch may lie between two others
         try:
             (shared,) = grow_trees(members)
             found = self.score([shared], members)

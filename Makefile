@@ -33,7 +33,7 @@ docs: $(INSTALLED) ## Write docs/cli.md from the commands' own help
 	@$(BIN)/python -m palinode.cli.reference
 
 bench: $(INSTALLED) ## Run every speed and memory benchmark
-	@for script in benchmarks/arithmetic.py benchmarks/inplace.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	@for script in arithmetic inplace evaluation locate training; do echo "== $$script"; $(BIN)/python "benchmarks/$$script.py"; done
 
 smollm2-tofu: build/smollm2 ## TOFU forget01 on SmolLM2-135M, about an hour (DATA=folder with data/tofu and tools)
 	@$(BIN)/palinode run recipes/smollm2_tofu.toml --set data.forget=$(DATA)/data/tofu/forget01.jsonl \

@@ -15,9 +15,18 @@ from typing import TYPE_CHECKING
 from palinode.version import __version__
 
 if TYPE_CHECKING:
-    from palinode.data import Example, PromptStyle, read_examples
+    from palinode.data import Example, PromptStyle, Question, read_examples
     from palinode.errors import PalinodeError
-    from palinode.evaluation import EvaluationSettings, evaluate
+    from palinode.evaluation import Asking, EvaluationSettings, ask, evaluate
+    from palinode.history import (
+        ExposureCallback,
+        ExposureLog,
+        ExposureReader,
+        LoggedLoader,
+        ThinningCallback,
+        locate,
+        open_ladder,
+    )
     from palinode.methods import METHODS, apply
     from palinode.metrics import METRICS
     from palinode.pipeline import (
@@ -53,6 +62,16 @@ if TYPE_CHECKING:
 # Where each public name lives; it is imported when it is first asked for, so that
 # `import palinode` and `palinode --help` do not wait for torch.
 _HOMES = {
+    "Asking": "evaluation",
+    "ask": "evaluation",
+    "ExposureCallback": "history",
+    "ExposureLog": "history",
+    "ExposureReader": "history",
+    "LoggedLoader": "history",
+    "ThinningCallback": "history",
+    "locate": "history",
+    "open_ladder": "history",
+    "Question": "data",
     "Checkpoint": "weights",
     "Crew": "weights",
     "Direction": "weights",
@@ -95,6 +114,7 @@ _HOMES = {
 __all__ = [
     "METHODS",
     "METRICS",
+    "Asking",
     "Checkpoint",
     "Crew",
     "DemoResult",
@@ -102,7 +122,11 @@ __all__ = [
     "Dose",
     "EvaluationSettings",
     "Example",
+    "ExposureCallback",
+    "ExposureLog",
+    "ExposureReader",
     "Finetuned",
+    "LoggedLoader",
     "LoraAdapter",
     "Outcome",
     "PalinodeError",
@@ -110,21 +134,26 @@ __all__ = [
     "Point",
     "Profile",
     "PromptStyle",
+    "Question",
     "Recipe",
     "Saved",
     "Score",
     "StoredVector",
+    "ThinningCallback",
     "TrainingSettings",
     "Unlearned",
     "WeightedSum",
     "__version__",
     "apply",
+    "ask",
     "build_recipe",
     "demo",
     "evaluate",
     "finetune",
     "load_recipe",
+    "locate",
     "open_direction",
+    "open_ladder",
     "plan",
     "profile",
     "read_examples",

@@ -15,6 +15,7 @@ from palinode.data.examples import (
     sample_examples,
     shared_rows,
 )
+from palinode.data.questions import Question, plain_questions
 from palinode.data.sources import Row, read_rows
 from palinode.data.tokenize import PromptStyle, TokenRow, end_id, prompt_ids, tokenize
 
@@ -24,6 +25,7 @@ __all__ = [
     "Form",
     "Message",
     "PromptStyle",
+    "Question",
     "Row",
     "TokenRow",
     "budget_batches",
@@ -33,6 +35,7 @@ __all__ = [
     "pad_left",
     "pad_right",
     "parse_columns",
+    "plain_questions",
     "prompt_ids",
     "read_examples",
     "read_rows",

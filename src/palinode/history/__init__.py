@@ -11,6 +11,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from palinode.history.callback import ExposureCallback, LoggedLoader
+    from palinode.history.compaction import compact
+    from palinode.history.duplicates import find_duplicates
+    from palinode.history.exposures import ExposureLog, ExposureReader
     from palinode.history.ladder import Ladder, Rung, open_ladder
     from palinode.history.location import Location, locate
     from palinode.history.onset import Onset, find_onset
@@ -19,12 +23,18 @@ if TYPE_CHECKING:
 
 # Imported when first asked for: a plan needs no torch.
 _HOMES = {
+    "ExposureCallback": "callback",
+    "ExposureLog": "exposures",
+    "ExposureReader": "exposures",
     "Ladder": "ladder",
     "Location": "location",
+    "LoggedLoader": "callback",
     "Onset": "onset",
     "Rung": "ladder",
     "Schedule": "plan",
     "ThinningCallback": "thinning",
+    "compact": "compaction",
+    "find_duplicates": "duplicates",
     "find_onset": "onset",
     "locate": "location",
     "open_ladder": "ladder",
@@ -32,12 +42,18 @@ _HOMES = {
 }
 
 __all__ = [
+    "ExposureCallback",
+    "ExposureLog",
+    "ExposureReader",
     "Ladder",
     "Location",
+    "LoggedLoader",
     "Onset",
     "Rung",
     "Schedule",
     "ThinningCallback",
+    "compact",
+    "find_duplicates",
     "find_onset",
     "locate",
     "open_ladder",

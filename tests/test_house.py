@@ -191,6 +191,17 @@ def test_importing_palinode_imports_no_heavy_library():
     assert found.stdout.split() == []
 
 
+def test_naming_methods_benchmarks_and_metrics_imports_no_torch():
+    code = (
+        "import sys\n"
+        "from palinode.cli.listing import _LISTS\n"
+        "assert all(listed() for listed in _LISTS.values())\n"
+        "print(*[name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []
+
+
 # README's tree: a ```text block whose first line is `src/palinode/`; below it one entry a line, indented by
 # its depth, `name.py` or `name/` first and any words after it. `__init__.py` may be named or not.
 

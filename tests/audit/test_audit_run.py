@@ -130,6 +130,26 @@ def test_audit_in_which_nothing_could_be_told_does_not_pass(scene, plan, tmp_pat
     assert set(verdicts(record).values()) == {"unclear"}
 
 
+def test_tests_that_judge_only_over_forgetting_are_no_evidence_of_forgetting(scene, plan, tmp_path):
+    """The same weights, so every test is within; but no test asks whether the model knows more."""
+    unjudged = {test: {"more": False} for test in ("probability", "log_probability", "rouge")}
+    policy = {**POLICY, "margins": {"questions": unjudged}}
+    record = audit(plan(scene.retrained, attacks=("questions",), policy=policy), tmp_path / "out")
+    assert set(verdicts(record).values()) == {"within"}
+    assert not record["answer"]["passed"]
+
+
+def test_holdout_rows_unlike_the_forget_rows_are_noted(scene, plan, tmp_path):
+    """The retrained model has learned the retain rows, so as holdout they stand apart."""
+    record = audit(
+        plan(scene.retrained, attacks=("membership",), holdout=scene.retain, retain=None), tmp_path / "out"
+    )
+    assert any(
+        "The yardstick itself tells the forget rows from the holdout" in text for text in record["notes"]
+    )
+    assert all("reference" not in text for text in record["notes"])
+
+
 def test_policy_decides_whether_an_unclear_test_fails(scene, plan, tmp_path):
     """The base checkpoint is somewhat less sure of the answers than the retrained model, by chance."""
     margins = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from palinode import EvaluationSettings, evaluate, read_examples
-from palinode.benchmarks import STAGES, Stage, build_demo, tiny_model
+from palinode.benchmarks.demo import STAGES, Stage, build_demo, tiny_model
 from palinode.models import load_tokenizer
 
 STAGES_OF_ONE = (Stage(1, 1e-2), Stage(1, 1e-2), Stage(1, 1e-2))

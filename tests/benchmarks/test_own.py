@@ -23,6 +23,13 @@ def test_forget_file_alone_leaves_the_other_sets_missing_with_the_option_that_gi
     }
 
 
+@pytest.mark.parametrize("name", ["retain", "holdout"])
+def test_forget_rows_in_another_set_are_refused(tmp_path, name):
+    files = own_files(tmp_path)
+    with pytest.raises(DataError, match=rf"6 of the 6 {name} rows are forget rows too \(first: row 1 of"):
+        load(Places(**{**files, name: files["data"]}))
+
+
 def test_paraphrases_and_wrong_answers_are_used_where_they_are_present(tmp_path):
     questions = read_questions(own_files(tmp_path)["data"])
     row = perturbed(2, 2)

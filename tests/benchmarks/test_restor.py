@@ -171,4 +171,6 @@ def test_log_probability_of_options_leaves_the_end_token_out_and_averages_option
     assert score_cell(cell("logprob_correct"), measured(asked)).value == pytest.approx(-3.5)
     score = score_cell(cell("logprob_random"), measured(asked))
     assert score.value is None
-    assert score.reason.startswith("not computed, because none of 1 examples: options.json lists no random")
+    assert score.reason.startswith(
+        "not computed, because none of 1 examples has a value: options.json lists no random"
+    )

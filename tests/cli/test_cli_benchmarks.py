@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 
 import pytest
+from rich.console import Console
 
 from invented_benchmarks import own_files, tofu_folder
 from palinode.benchmarks import BENCHMARKS
+from palinode.cli.tables import benchmark_table
 from palinode.methods import METHODS
 from palinode.metrics import ATTACKS, COMPARISONS, METRICS
+from palinode.records import Score
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +103,14 @@ def test_own_rows_alone_are_scored_as_before(palinode, tiny, own):
 )
 def test_what_makes_no_sense_is_refused_in_one_sentence(palinode, tiny, more, message):
     assert message in palinode("evaluate", tiny.target.folder, *more).refusal
+
+
+def test_names_of_metrics_are_whole_in_a_narrow_terminal():
+    score = Score(4.42e-6, 400, 3.72e-6, 4.88e-6, None)
+    table = benchmark_table({"real_authors": {"extraction_strength_strict": score}}, title="tofu")
+    console = Console(width=80, file=io.StringIO())
+    console.print(table)
+    assert "extraction_strength_strict" in console.file.getvalue()
 
 
 # list

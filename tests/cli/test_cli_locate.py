@@ -9,7 +9,8 @@ import pytest
 from palinode.data import read_examples
 from palinode.data.world import write_facts
 from palinode.history.exposures import ExposureLog
-from palinode.history.hashing import hashes
+from palinode.history.hashing import fingerprint_rows, fingerprint_tokenizer, hashes
+from palinode.models.loading import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +107,29 @@ def test_behaviour_that_contradicts_the_log(
         (["--pattern", "nothing*"], "holds no checkpoints"),
         (["--picture", "no/such/place.svg"], "cannot be written"),
         (["--similarity", "7"], "similarity"),
+        (["--salt", "missing"], "the salt missing cannot be read"),
     ],
 )
 def test_mistakes_are_one_sentence(palinode, words, changes, said):
     assert said in palinode(*words, *changes).refusal
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"), [("data", "another data set"), ("tokenizer", "another tokenizer")]
+)
+def test_log_of_another_training_is_refused(palinode, words, history, tiny, tmp_path, wrong, said):
+    """Fingerprints of the log are held against the corpus and the ladder's tokenizer."""
+    true = {
+        "data": fingerprint_rows(hashes(read_examples(tiny.retain))),
+        "tokenizer": fingerprint_tokenizer(load_tokenizer(tiny.base)),
+    }
+    for name, prints in (("right", true), ("wrong", {**true, wrong: "0" * 32})):
+        with ExposureLog.open(tmp_path / name, **prints) as log:
+            for step in range(1, 41):
+                log.record(step, hashes(read_examples(tiny.forget)[:1]))
+    words = [*words, "--corpus", tiny.retain]
+    assert palinode(*words, "--log", tmp_path / "right").code == 0
+    assert said in palinode(*words, "--log", tmp_path / "wrong").refusal
 
 
 def test_locate_without_evidence_says_what_to_name(palinode, tiny, history):
@@ -129,7 +149,9 @@ def test_unlearn_takes_its_base_from_a_ladder_and_records_why(
         log=history / "log",
         quiet=True,
     )
-    assert palinode(*words).code == 0
+    said = palinode(*words)
+    assert said.code == 0
+    assert "the base is step 20 of the ladder" in said.err
     record = json.loads((tmp_path / "out" / "record.json").read_text())
     assert record["located"]["step"] == 20
     assert record["located"]["first_exposure"] == 25
@@ -150,7 +172,7 @@ def test_unlearn_from_a_ladder_without_a_clean_rung_is_refused(palinode, unlearn
     words = unlearn_words(
         tmp_path / "out", base=None, checkpoints=history / "ladder" / "step30", log=history / "log"
     )
-    assert "no checkpoint of the ladder is clean" in palinode(*words).refusal
+    assert "no checkpoint of the ladder is known to be clean" in palinode(*words).refusal
 
 
 def test_plan_prints_schedules_and_writes_a_picture(palinode, tmp_path):
@@ -171,6 +193,7 @@ def test_plan_prints_schedules_and_writes_a_picture(palinode, tmp_path):
         (["--budget", "lots"], "'lots' is no size"),
         (["--budget", "1GB"], "no room for one"),
         (["--interest", "old"], "say uniform or recent"),
+        (["--half-life", "50"], "--half-life is for --interest recent"),
         (["--decay", "missing.toml"], "is not a decay table"),
     ],
 )

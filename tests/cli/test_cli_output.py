@@ -337,4 +337,4 @@ def test_exit_code_of_an_interruption_is_two_even_where_it_came_inside_exec(tmp_
         [sys.executable, "-m", "inside"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert run.returncode == 2
-    assert run.stderr.startswith("palinode: interrupted; ")
+    assert run.stderr == "palinode: interrupted; the same command begins anew\n"

@@ -266,7 +266,7 @@ def test_workspace_of_another_run(palinode, unlearn_words, tmp_path):
     with Workspace(tmp_path / "out.workspace").locked():
         sentence = palinode(*unlearn_words(tmp_path / "out"), "--quiet").refusal
         assert "another run is working in" in sentence
-        assert "wait for it, or name another --workspace" in sentence
+        assert "wait for it, or name another workspace or output" in sentence
     assert list(tmp_path.iterdir()) == []
 
 

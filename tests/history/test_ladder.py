@@ -107,7 +107,7 @@ def test_checkpoints_of_different_models_are_refused(stairs):
 
 
 def test_other_shapes_are_refused(stairs, world):
-    from palinode.benchmarks import tiny_model
+    from palinode.benchmarks.demo import tiny_model
 
     folder = stairs("step1")
     tiny_model(folder / "step2", world.vocabulary, width=64, layers=2, seed=0)

@@ -46,6 +46,7 @@ def logged(tmp_path):
                 log.record(step, hashes([data[number] for number in part]), tokens=100)
         return ExposureReader.open(tmp_path / name)
 
+    write.folder = tmp_path
     return write
 
 
@@ -152,6 +153,62 @@ def test_notes_of_the_log_become_warnings(logged, tmp_path):
     log = logged(parts[15:], start=15)
     assert log.notes
     assert set(log.notes) <= set(locate(FORGET, LADDER, log=log, target_step=40).warnings)
+
+
+def without(steps: range, parts: list[list[int]], logged, name: str) -> ExposureReader:
+    """A log of one session that lacks some steps."""
+    with ExposureLog.open(logged.folder / name, data="d", tokenizer="t") as log:
+        for step, part in enumerate(parts, start=1):
+            if step not in steps:
+                log.record(step, hashes([DATA[number] for number in part]), tokens=100)
+    return ExposureReader.open(logged.folder / name)
+
+
+@pytest.mark.parametrize(
+    ("missing", "recommended", "unrecorded"),
+    [
+        (range(25, 27), 20, [0, 0, 2, 2]),  # after the first exposure: it does not matter
+        (range(15, 18), 10, [0, 3, 3, 3]),
+        (range(20, 21), 10, [0, 1, 1, 1]),
+        (range(1, 3), None, [2, 2, 2, 2]),
+    ],
+)
+def test_checkpoint_behind_missing_steps_is_not_called_clean(logged, missing, recommended, unrecorded):
+    found = locate(FORGET, LADDER, log=without(missing, batches(PLANTED), logged, "log"), target_step=40)
+    assert (found.recommended.step if found.recommended else None) == recommended
+    assert [rung.unrecorded for rung in found.rungs] == unrecorded
+    assert any("what was seen in them is not known" in text for text in found.warnings)
+    if recommended is None:
+        assert found.next_best.reason == "no exposure known, but the log lacks 2 of the steps up to it"
+        assert location_sentences(found.as_record())[0] == "No checkpoint of the ladder is known to be clean."
+        assert "| 20 | 2,000 | at least 0 of 2 |" in location_markdown(found.as_record())
+
+
+def test_log_that_ends_before_the_ladder_does_speaks_for_no_later_checkpoint(logged):
+    found = locate(FORGET, LADDER, log=logged(batches({})[:25]), target_step=40)
+    assert (found.recommended.step, found.first) == (20, None)
+    assert any("since the log lacks steps 26 to 30" in text for text in found.warnings)
+
+
+def test_order_fills_in_what_the_log_lacks(logged):
+    parts = batches(PLANTED)
+    log = without(range(15, 18), parts, logged, "log")
+    found = locate(FORGET, LADDER, log=log, order=PalinodeOrder(parts), corpus=DATA, target_step=40)
+    assert found.recommended.step == 20
+    assert [rung.unrecorded for rung in found.rungs] == [0, 0, 0, 0]
+
+
+def test_log_without_a_readable_step_is_refused(logged):
+    reader = logged(batches(PLANTED))
+    for path in reader.folder.rglob("*.parquet"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"no step of the log in .* can be read: Lost"):
+        locate(FORGET, LADDER, log=ExposureReader.open(reader.folder))
+
+
+def test_of_equally_many_rows_the_least_often_seen_is_least_contaminated(logged):
+    found = locate(FORGET, LADDER, log=logged(batches({5: [2], 13: [2], 33: [5]})), target_step=40)
+    assert (found.recommended, found.next_best.step) == (None, 10)
 
 
 def test_salted_log_is_asked_with_its_salt(tmp_path):

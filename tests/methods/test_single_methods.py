@@ -44,9 +44,11 @@ def term_value(name, model, frozen=None, *, term="forget", **settings) -> float:
     method = METHODS[name]
     objective = method.objective(method.check_settings(settings), 0)
     (part,) = [part for part in objective.terms if part.name == term]
-    return float(part.total(model, BATCH, frozen)) / part.weight(BATCH)
+    with torch.no_grad():
+        return float(part.total(model, BATCH, frozen)) / part.weight(BATCH)
 
 
+@torch.no_grad()
 def nll_by_hand(model) -> list[torch.Tensor]:
     """−log p of each scored token, row by row."""
     found = []
@@ -160,7 +162,8 @@ def test_ce_u_leaves_out_the_first_answer_tokens():
 
 
 def test_undial_as_open_unlearning_has_it_counts_prompts_and_a_far_token(target):
-    logits = target(**_inputs()).logits
+    with torch.no_grad():
+        logits = target(**_inputs()).logits
     frozen = torch.cat([logits[row, : len(entry.ids) - 1] for row, entry in enumerate(ROWS)])
     total = 0.0
     for row, entry in enumerate(ROWS):

@@ -43,7 +43,7 @@ def test_same_seed_gives_the_same_interval_and_another_seed_the_same_value():
 def test_no_values_is_not_zero():
     assert mean_score([]) == Score(None, 0, None, None, "there are no examples")
     assert mean_score([None, None], missing="too short") == Score(
-        None, 0, None, None, "none of 2 examples: too short"
+        None, 0, None, None, "none of 2 examples has a value: too short"
     )
 
 

@@ -184,7 +184,7 @@ def test_true_positives_at_one_percent_of_two_hundred_others():
 def test_true_positives_with_few_others_allow_no_false_one_and_say_so():
     score = true_positive_rate([0.1, 0.2, 0.5], [0.2, 0.9, 0.9])
     assert score.value == pytest.approx(1 / 3)  # the member at 0.2 ties with another
-    assert score.reason == "with 3 others, 0.01 false positives means none at all"
+    assert score.reason == "with 3 others, a false positive rate of 0.01 allows none at all"
 
 
 @given(SCORES, SCORES, st.sampled_from([0.0, 0.2, 0.5, 0.75]))

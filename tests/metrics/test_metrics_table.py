@@ -100,7 +100,7 @@ def test_scores_carry_n_interval_and_reason():
 def test_documents_have_no_rouge_and_say_why():
     score = score_outcomes([DOCUMENT, DOCUMENT])["rouge_l_recall"]
     assert score.value is None
-    assert score.reason.startswith("none of 2 examples: nothing was generated")
+    assert score.reason.startswith("none of 2 examples has a value: nothing was generated")
 
 
 def test_no_outcomes_give_no_values():

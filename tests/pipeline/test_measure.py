@@ -127,11 +127,20 @@ def test_log_of_another_split_is_refused(tiny, own, tofu, tmp_path):
         measure(str(tiny.target.folder), TOFU, tofu, settings(against=str(log)))
 
 
+def test_log_where_no_metric_compares_with_a_retrained_model_is_refused(tiny, tmp_path):
+    log = tmp_path / "TOFU_EVAL.json"
+    log.write_text("{}")
+    with pytest.raises(RecipeError, match="restor has no metric that a log serves"):
+        measure(
+            str(tiny.target.folder), BENCHMARKS["restor"], Places(str(tmp_path)), settings(against=str(log))
+        )
+
+
 def test_documents_are_scored_and_what_needs_an_answer_says_why_not(tiny, tmp_path):
-    rows = [{"text": f"{word} lives in the town"} for word in ("ba", "do", "ka")]
+    rows = [{"text": f"{word} lives in the town"} for word in ("ba", "do", "ka", "lu", "mi")]
     places = Places(
-        data=str(write_lines(tmp_path / "texts.jsonl", rows)),
-        holdout=str(write_lines(tmp_path / "unseen.jsonl", rows[:2])),
+        data=str(write_lines(tmp_path / "texts.jsonl", rows[:3])),
+        holdout=str(write_lines(tmp_path / "unseen.jsonl", rows[3:])),
     )
     scores = measure(str(tiny.target.folder), OWN, places, settings()).scores["forget"]
     assert scores["auc_loss"].value is not None

@@ -8,7 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
-from palinode.report.audit import audit_headline, audit_report, audit_table, audit_untested
+from palinode.report.audit import audit_headline, audit_notes, audit_report, audit_table, audit_untested
 
 
 def score(value, low=None, high=None, reason=None):
@@ -179,6 +179,21 @@ def test_untested_lines_give_the_reason(record):
         "Not tested: membership, because no holdout rows.",
         "Not tested: prefixes.rest, because the answer has one token.",
     ]
+
+
+def test_notes_end_with_what_an_audit_is(record):
+    assert audit_notes(record) == [
+        "Note: The target was not given.",
+        "This is evidence about these rows and attacks at the quick budget; a stronger attack may find more.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("more", "less", "shown"), [(0.1, 0.2, "within"), (False, 1, "no less"), (1, False, "no more")]
+)
+def test_within_a_single_margin_says_which_side_was_judged(record, more, less, shown):
+    record["policy"]["margins"]["relearn_forget.area"] = {"more": more, "less": less}
+    assert f"(0.020 to 0.090) | {shown} |" in audit_report(record)
 
 
 def test_target_without_a_finding_is_a_dash(record):

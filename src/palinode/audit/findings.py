@@ -56,8 +56,8 @@ def answer(
 ) -> Answer:
     """Return the answer from the audited model's findings by attack and test.
 
-    `skipped` has the reasons of attacks that were not run. An audit in which nothing could be told does
-    not pass: there is no evidence in it.
+    `skipped` has the reasons of attacks that were not run. An audit in which no test could tell that the
+    model knows no more does not pass: there is no evidence of forgetting in it.
     """
     flat = {
         f"{attack}.{test}": finding for attack, tests in findings.items() for test, finding in tests.items()
@@ -70,7 +70,8 @@ def answer(
     tested = {key.split(".")[0] for key in flat if key not in not_tested}
     required = [name for name in policy.require if name not in tested]
     within, unclear = keys("within"), keys("unclear")
-    failed = keys("knows more") or keys("knows less") or required or not within
+    evidence = [key for key in within if policy.margins[key].above is not None]
+    failed = keys("knows more") or keys("knows less") or required or not evidence
     return Answer(
         passed=not failed and not (unclear and policy.unclear == "fail"),
         knows_more=keys("knows more"),

@@ -1,9 +1,9 @@
 """Benchmarks, one file each, in a plain table: what is asked, what is forgotten, what is known of the truth.
 
-The demo is no entry of the table: it makes its models itself (`palinode demo`).
+The demo is no entry of the table: it makes its models itself (`palinode demo`). Nor is it imported here,
+because it needs torch, and naming benchmarks does not.
 """
 
-from palinode.benchmarks.demo import STAGES, DemoModels, Stage, build_demo, tiny_model
 from palinode.benchmarks.muse import MUSE
 from palinode.benchmarks.own import OWN
 from palinode.benchmarks.restor import RESTOR
@@ -17,4 +17,4 @@ BENCHMARKS: dict[str, Benchmark] = {
     "own": OWN,
 }
 
-__all__ = ["BENCHMARKS", "STAGES", "DemoModels", "Stage", "build_demo", "tiny_model"]
+__all__ = ["BENCHMARKS"]

@@ -8,10 +8,10 @@ they are present; what is missing leaves the metrics that need it without a valu
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from palinode.data.examples import Example, read_examples
+from palinode.data.examples import Example, read_examples, shared_rows
 from palinode.data.questions import Question
 from palinode.data.sources import Row, read_rows
 from palinode.errors import DataError
@@ -43,7 +43,10 @@ NOT_GIVEN = {
 
 
 def load(places: Places, split: str, options: Mapping[str, str]) -> Loaded:  # noqa: ARG001
-    """Return the sets that were given: forget, and retain and holdout where there are files for them."""
+    """Return the sets that were given: forget, and retain and holdout where there are files for them.
+
+    Raises DataError for rows that cannot be read, and for forget rows among the retain or holdout rows.
+    """
     given = {"forget": places.data, "retain": places.retain, "holdout": places.holdout}
     sets, facts = [], []
     for name, location in given.items():
@@ -52,6 +55,7 @@ def load(places: Places, split: str, options: Mapping[str, str]) -> Loaded:  # n
         questions = read_questions(location, columns=places.columns)
         sets.append(QuestionSet(name, tuple(questions), Asking(generate=name != "holdout")))
         facts.append(_facts(name, location, len(questions)))
+    _check_apart(sets)
     missing = {name: NOT_GIVEN[name] for name in NOT_GIVEN if given[name] is None}
     return Loaded(tuple(sets), missing, tuple(facts))
 
@@ -74,6 +78,18 @@ def read_questions(location: str, *, columns: Mapping[str, str] | None = None) -
         Question(example, _alternatives(row, example.place))
         for example, row in zip(examples, rows, strict=True)
     ]
+
+
+def _check_apart(sets: Sequence[QuestionSet]) -> None:
+    """Refuse forget rows in another set, where they would make every comparison of the two meaningless."""
+    forget, *others = ([question.example for question in one.questions] for one in sets)
+    for name, examples in zip((one.name for one in sets[1:]), others, strict=True):
+        shared = shared_rows(examples, forget)
+        if shared:
+            raise DataError(
+                f"{len(shared)} of the {len(examples)} {name} rows are forget rows too "
+                f"(first: {examples[shared[0][0]].place}); take them out of one of the two"
+            )
 
 
 def _roles(example: Example) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """The command line: one verb a public function. It parses, calls, and shows.
 
-Exit codes: 0 done; 1 `verify` found a change; 2 something the user can mend, or an interruption, said in
-one sentence; anything else is a bug of ours and comes with a traceback.
+Exit codes: 0 done; 1 `verify` found a change, or `audit` failed a model; 2 something the user can mend, or
+an interruption, said in one sentence; anything else is a bug of ours and comes with a traceback.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 MENDABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 """What the system says when a place is closed to us, or full."""
 
-INTERRUPTED = "interrupted; what was finished is kept, and the same command goes on where this one stopped"
+RESUMED = ("unlearn", "run", "finetune", "demo", "audit")
+"""Verbs that keep what they have finished, and go on from there."""
 
 
 def main() -> None:
@@ -62,7 +63,11 @@ def _call() -> int:
 def _interrupted() -> int:
     """Say so; the exit code is ours even where the signal came inside exec, which `python -m` remembers."""
     exec("")  # makes it forget; the making of a dataclass is such a place
-    return _refuse(INTERRUPTED)
+    if sys.argv[1:2] and sys.argv[1] in RESUMED:
+        return _refuse(
+            "interrupted; what was finished is kept, and the same command goes on where this one stopped"
+        )
+    return _refuse("interrupted; the same command begins anew")
 
 
 def _misused(error: Any) -> int:

@@ -112,10 +112,10 @@ def audit(
 
 
 def _show(record: dict[str, object], output: Path) -> None:
-    from palinode.report.audit import audit_headline, audit_table, audit_untested
+    from palinode.report.audit import audit_headline, audit_notes, audit_table, audit_untested
 
     out().print(audit_table(record))
-    for line in audit_untested(record):
+    for line in (*audit_untested(record), *audit_notes(record)):
         out().print(line, markup=False, soft_wrap=True)
     out().print(escape(audit_headline(record)), soft_wrap=True)
     out().print(f"{escape(str(output))}: audit.json and audit.md", soft_wrap=True)

@@ -124,8 +124,7 @@ def find(
     from palinode.data import parse_columns, read_examples
     from palinode.history import locate as locate_rows
     from palinode.history import open_ladder
-    from palinode.history.exposures import ExposureReader
-    from palinode.history.sources import open_order
+    from palinode.history.sources import open_log, open_order
 
     named = parse_columns(columns) if columns else None
     ladder = open_ladder(
@@ -138,11 +137,12 @@ def find(
     rows = read_examples(forget, columns=named)
     rebuilt, data = open_order(order) if order else (None, None)
     trained = read_examples(corpus, columns=named) if corpus else data
+    key = _salt(salt) if salt else b""
     return locate_rows(
         rows,
         ladder,
-        log=ExposureReader.open(log) if log else None,
-        salt=salt.read_bytes() if salt else b"",
+        log=open_log(log, corpus=trained, ladder=ladder, salt=key) if log else None,
+        salt=key,
         order=rebuilt,
         corpus=trained,
         control=read_examples(control, columns=named) if control else None,
@@ -180,6 +180,8 @@ def show(found: Location, *, picture: Path | None, report: Path | None, as_json:
     out().print(rung_table(record))
     for line in location_sentences(record):
         out().print(line, soft_wrap=True, markup=False)
+    if record["alternatives"]:
+        out().print("What can be done without a clean checkpoint:")
     for entry in record["alternatives"]:
         out().print(f"{entry['name']}: {entry['what']} Cost: {entry['cost']}", soft_wrap=True, markup=False)
     for text in record["warnings"]:
@@ -208,7 +210,12 @@ def resolve_base(
             "name an earlier checkpoint with --base, or a ladder of them with --checkpoints to have the last "
             "clean one found"
         )
-    return chosen(find(forget, checkpoints, target=target, **evidence))
+    found = find(forget, checkpoints, target=target, **evidence)
+    location, facts = chosen(found)
+    warn(f"the base is step {facts['step']:,} of the ladder ({location}), {facts['reason']}.")
+    for text in found.warnings:
+        warn(text)
+    return location, facts
 
 
 def chosen(found: Location) -> tuple[str, dict[str, Any]]:
@@ -223,7 +230,7 @@ def chosen(found: Location) -> tuple[str, dict[str, Any]]:
         least = found.next_best
         told = f"; the least contaminated is {least.location} ({least.reason})" if least else ""
         raise CheckpointError(
-            f"no checkpoint of the ladder is clean of the forget rows{told}: name it with --base if it shall "
+            f"no checkpoint of the ladder is known to be clean of the forget rows{told}: name it with --base if it shall "
             "serve all the same, or look at the alternatives that palinode locate names"
         )
     facts = {
@@ -244,6 +251,17 @@ def _step_of(target: str | None, ladder: Any) -> int | None:
     from palinode.history.ladder import step_of
 
     return step_of(target, ladder) if target else None
+
+
+def _salt(path: Path) -> bytes:
+    from palinode.errors import DataError
+
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"the salt {path} cannot be read ({error.strerror}); name the file that holds it"
+        ) from None
 
 
 def _numbers(text: str) -> list[int]:

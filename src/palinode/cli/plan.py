@@ -42,10 +42,13 @@ def plan(
 ) -> None:
     """Which checkpoints to keep within a budget, so that a clean one lies close before any exposure."""
     from palinode.cli.locate import check_place
+    from palinode.errors import RecipeError
     from palinode.history.plan import Wish, plan_checkpoints, plan_record, read_decay
     from palinode.records import write_text
     from palinode.report.location import plan_picture, plan_sentences, plan_table
 
+    if half_life is not None and interest == "uniform":
+        raise RecipeError("--half-life is for --interest recent; with uniform all steps count alike")
     wish = Wish(
         steps=steps,
         every=every or max(1, steps // 200),

@@ -35,7 +35,9 @@ def score_table(scores: Mapping[str, Score]) -> Table:
 
 def benchmark_table(scores: Mapping[str, Mapping[str, Score]], *, title: str) -> Table:
     """Return a benchmark's metrics by set, with n and interval; those that were not computed are left out."""
-    table = Table("set", "metric", "value", "95 % interval", "n", title=title, title_justify="left")
+    table = Table(title=title, title_justify="left")
+    for heading in ("set", "metric", "value", "95 % interval", "n"):
+        table.add_column(heading, no_wrap=heading != "95 % interval")  # names are what --metrics takes
     for name, group in scores.items():
         shown = name
         for metric, score in group.items():

@@ -12,20 +12,21 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from palinode.data.examples import Example
 from palinode.data.questions import Question
 from palinode.data.tokenize import PromptStyle, TokenRow, end_id, tokenize
 from palinode.evaluation.asking import Asking
 from palinode.evaluation.processes import in_parallel
-from palinode.models.generation import Sampling, generate
-from palinode.models.gradients import gradient_norms
-from palinode.models.likelihoods import TokenScores, score_rows
-from palinode.models.loading import pad_token
 from palinode.progress import Advance, Listener, Silence
 from palinode.records import Likelihood, Outcome
+
+if TYPE_CHECKING:  # torch is imported where a model is asked: what names benchmarks need not wait for it
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from palinode.models.generation import Sampling
+    from palinode.models.likelihoods import TokenScores
 
 
 def ask(
@@ -153,6 +154,9 @@ class _Respondent:
 
     def _scores(self, rows: Sequence[TokenRow]) -> Iterator[TokenScores]:
         """Yield what the model makes of each row."""
+        from palinode.models.likelihoods import score_rows
+        from palinode.models.loading import pad_token
+
         with self.listener.task(f"{self.label}: likelihoods", len(rows), "rows") as advance:
             return iter(
                 score_rows(
@@ -166,6 +170,9 @@ class _Respondent:
 
     def _gradient_norms(self, asked: Sequence[_Asked]) -> list[float | None]:
         """Return GradNorm of each right answer; None where it is not asked for, and for a cut document."""
+        from palinode.models.gradients import gradient_norms
+        from palinode.models.loading import pad_token
+
         norms: list[float | None] = [None] * len(asked)
         places = [place for place, entry in enumerate(asked) if len(entry.own) == 1]
         if not self.asking.gradient_norms or not places:
@@ -195,6 +202,8 @@ class _Respondent:
 
     def _samples(self, asked: Sequence[_Asked]) -> list[tuple[str, ...]]:
         """Return the answers drawn for each question."""
+        from palinode.models.generation import Sampling
+
         count = self.asking.samples
         if not count or not asked:
             return [()] * len(asked)
@@ -222,6 +231,9 @@ class _Respondent:
         sampling: Sampling | None = None,
     ) -> list[str]:
         """Return the text that the model gives after each prompt."""
+        from palinode.models.generation import generate
+        from palinode.models.loading import pad_token
+
         stops = {end_id(entry.question.example.form, self.tokenizer, self.style) for entry in asked}
         if isinstance(self.tokenizer.eos_token_id, int):
             stops.add(self.tokenizer.eos_token_id)
@@ -272,8 +284,9 @@ def _joined(pieces: Sequence[TokenScores]) -> TokenScores:
     """Return the scores of the pieces of a document as those of the whole."""
     if len(pieces) == 1:
         return pieces[0]
-    return TokenScores(
-        tuple(value for piece in pieces for value in piece.logprobs),
-        tuple(hit for piece in pieces for hit in piece.hits),
-        tuple(value for piece in pieces for value in piece.standardised),
+    return replace(
+        pieces[0],
+        logprobs=tuple(value for piece in pieces for value in piece.logprobs),
+        hits=tuple(hit for piece in pieces for hit in piece.hits),
+        standardised=tuple(value for piece in pieces for value in piece.standardised),
     )

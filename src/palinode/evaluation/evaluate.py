@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from palinode.data.examples import Example
 from palinode.data.questions import plain_questions
@@ -13,10 +12,12 @@ from palinode.evaluation.ask import ask
 from palinode.evaluation.asking import Asking
 from palinode.evaluation.settings import EvaluationSettings
 from palinode.metrics import score_outcomes
-from palinode.models.loading import load_model, load_tokenizer, pick_device
 from palinode.progress import Listener
 from palinode.records import Outcome, Score
 from palinode.weights.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def evaluate(
@@ -33,6 +34,8 @@ def evaluate(
 
     `seed` serves the bootstrap intervals; the answers are greedy.
     """
+    from palinode.models.loading import load_model, load_tokenizer, pick_device
+
     model, tokenizer = load_model(checkpoint, device=pick_device(device)), load_tokenizer(checkpoint)
     outcomes = observe(model, tokenizer, examples, settings, style=style, listener=listener)
     return outcomes, score_outcomes(outcomes, seed=seed)

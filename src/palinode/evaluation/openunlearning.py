@@ -329,7 +329,7 @@ def _check_split(path: Path, rows: int, expected: int | None) -> None:
     name = f" ({SPLITS[rows]})" if rows in SPLITS else ""
     raise DataError(
         f"{path} holds {rows} forget rows{name} where the forget set has {expected}; "
-        "give the retrained model's log of the same split"
+        "give the retrained model's log of the same split, with all of its rows"
     )
 
 

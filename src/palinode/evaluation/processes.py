@@ -6,9 +6,6 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import torch
-from torch import distributed
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -23,6 +20,8 @@ def in_parallel(work: Callable[[list[Item]], Sequence[Result]], items: Sequence[
     count, rank = _group()
     if count < 2:
         return list(work(list(items)))
+    from torch import distributed
+
     own: tuple[Sequence[Result], Exception | None]
     try:
         own = (work(list(items[rank::count])), None)
@@ -38,7 +37,13 @@ def in_parallel(work: Callable[[list[Item]], Sequence[Result]], items: Sequence[
 
 def _group() -> tuple[int, int]:
     """Return how many processes there are and which this one is; join the others unless that was done."""
-    if not distributed.is_available() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return 1, 0
+
+    import torch
+    from torch import distributed
+
+    if not distributed.is_available():
         return 1, 0
     if not distributed.is_initialized():
         from accelerate import PartialState

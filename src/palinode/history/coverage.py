@@ -55,6 +55,22 @@ def live_steps(recorded: Sequence[Recorded], sessions: Sequence[Session]) -> Ste
     return StepTable(steps, rows, tokens, epochs)
 
 
+def complete_steps(recorded: Sequence[Recorded], sessions: Sequence[Session]) -> Ints:
+    """Return the steps that every process of their session has recorded, sorted."""
+    allowed = limits(sessions)
+    found = [np.empty(0, np.int64)]
+    for session in sessions:
+        own: dict[int, list[Ints]] = {rank: [] for rank in range(session.world_size)}
+        for entry in recorded:
+            if entry.session == session.number and entry.rank in own:
+                own[entry.rank].append(entry.table.step)
+        steps = _common(
+            [np.unique(np.concatenate([*parts, np.empty(0, np.int64)])) for parts in own.values()]
+        )
+        found.append(steps[(steps > session.start) & (steps <= allowed[session.number])])
+    return np.unique(np.concatenate(found))
+
+
 def find_overlaps(recorded: Sequence[Recorded]) -> tuple[list[Recorded], list[Ints], list[str]]:
     """Return tables without the steps that an earlier file of their process has, those steps, and notes."""
     known: dict[tuple[int, int], list[Ints]] = {}

@@ -26,7 +26,14 @@ import numpy.typing as npt
 
 from palinode.data.examples import Example
 from palinode.errors import DataError
-from palinode.history.coverage import NO_LIMIT, find_gaps, find_overlaps, limits, live_steps
+from palinode.history.coverage import (
+    NO_LIMIT,
+    complete_steps,
+    find_gaps,
+    find_overlaps,
+    limits,
+    live_steps,
+)
 from palinode.history.hashing import HASH_BYTES, Hashes, as_hashes, row_hash, sort_keys
 from palinode.history.reading import LogFile, Run, find_files, in_threads, matching, place_of
 from palinode.history.segments import UNKNOWN, Ints, Journal, StepTable, rows_of, write_segment
@@ -208,7 +215,12 @@ class ExposureReader:
         self._runs = runs
         self.steps = live_steps(recorded, self.sessions)
         """The steps that count, in their order, with rows and tokens over all processes."""
+        self._recorded = recorded
+        self._damaged: set[str] = set()
         self._tokens = np.cumsum(self.steps.tokens)
+        complete = self.complete
+        ends = np.flatnonzero(complete != np.arange(1, len(complete) + 1))
+        self._whole_up_to = int(ends[0]) if len(ends) else len(complete)
         self._known_up_to = int(np.argmax(self.steps.tokens == UNKNOWN)) if self._lacks_tokens else None
 
     @classmethod
@@ -230,6 +242,12 @@ class ExposureReader:
     def notes(self) -> tuple[str, ...]:
         """What is lost, doubled, missing or superseded, in sentences; `find` may add to it."""
         return tuple(self._notes)
+
+    @property
+    def complete(self) -> Ints:
+        """The steps that all processes recorded, sorted; less those of files that `find` found damaged."""
+        kept = [entry for entry in self._recorded if entry.name not in self._damaged]
+        return complete_steps(kept, self.sessions)
 
     def find(self, wanted: Sequence[str | Example | bytes] | Hashes, *, salt: bytes = b"") -> list[Exposure]:
         """Return all exposures of some rows, sorted by row, then step.
@@ -271,9 +289,11 @@ class ExposureReader:
 
     def tokens_at(self, step: int) -> int | None:
         """Return the tokens trained on up to the end of a step, None where they were not all counted."""
-        place = int(np.searchsorted(self.steps.step, step, "right")) - 1
-        if place < 0:
-            return 0 if not any(session.start for session in self.sessions[:1]) else None
+        if not step:
+            return 0
+        if not 0 < step <= self._whole_up_to:
+            return None  # a step up to this one is missing
+        place = step - 1
         if self._known_up_to is not None and place >= self._known_up_to:
             return None
         return int(self._tokens[place])
@@ -352,6 +372,11 @@ class ExposureReader:
             note = f"Lost: {place_of(path, self.folder)} ({error}); rows in it are not found."
             if note not in self._notes:
                 self._notes.append(note)
+            self._damaged |= {
+                file.recorded.name
+                for file, _ in self._files
+                if file.path == path or file.run == path.parent.name
+            }
             return np.empty((0, HASH_BYTES), np.uint8), np.empty(0, np.int64)
 
     def _select(self, connection: DuckDBPyConnection, number: int) -> str:

@@ -14,19 +14,24 @@ from dataclasses import asdict, dataclass
 from importlib.resources import files
 from typing import Any
 
+import numpy as np
+
 from palinode.data.examples import Example
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import DataError
+from palinode.history.coverage import stretches
 from palinode.history.duplicates import Duplicate
 from palinode.history.exposures import ExposureReader
 from palinode.history.ladder import Ladder
 from palinode.history.onset import Onset, check_control, find_onset
 from palinode.history.orders.order import Order
+from palinode.history.segments import Ints
 from palinode.history.sources import (
     Corpus,
     Steps,
     compare,
     copies_of,
+    first_step,
     steps_in_log,
     steps_in_order,
 )
@@ -76,6 +81,8 @@ class RungState:
     location: str
     seen: int | None
     """Forget rows that it has seen by log or order; None without them."""
+    unrecorded: int | None
+    """Steps up to it that neither log nor order holds: `seen` is a least number where there are any."""
     gap: float | None
     """How far it knows forget rows better than control rows; None where it was not looked at."""
     exposed: bool | None
@@ -178,6 +185,10 @@ def locate(
     if logged is not None and ordered is not None and log is not None and order is not None and corpus:
         places = [example.place for example in forget]
         compare(log, order, corpus, (logged, ordered), places, salt=salt)
+    if log is not None and not len(log.steps.step):
+        raise DataError(
+            f"no step of the log in {log.folder} can be read: {' '.join(log.notes) or 'it is empty'}"
+        )
     warnings = list(log.notes if log is not None else ())
     if log is None or log.tokens_at(ladder.rungs[0].step) is None:
         warnings += ladder.notes
@@ -225,10 +236,6 @@ def _rows(
     return tuple(rows)
 
 
-def _place_in_time(step: int, place: str | None) -> tuple[int, str]:
-    return step, place or ""
-
-
 def _control_seen(log: ExposureReader | None, control: Sequence[Example], salt: bytes) -> list[str]:
     if log is None:
         return []
@@ -245,6 +252,16 @@ def known_alternatives() -> tuple[Mapping[str, str], ...]:
     """Return what can be done when no checkpoint is clean: its cost, what is known of it, and the source."""
     text = files("palinode.history").joinpath("alternatives.toml").read_text(encoding="utf-8")
     return tuple(tomllib.loads(text)["alternative"])
+
+
+def _recorded_steps(log: ExposureReader | None, order: Order | None) -> Ints:
+    """Return the steps that the log or the order holds, sorted."""
+    found = [np.empty(0, np.int64)]
+    if log is not None:
+        found.append(log.complete)
+    if order is not None:
+        found.append(np.arange(first_step(order), order.steps + 1))
+    return np.unique(np.concatenate(found))
 
 
 class _Judgement:
@@ -272,6 +289,7 @@ class _Judgement:
         self.first = self.counted_first
         self.last = max((seen.step for row in rows for seen in row.seen), default=None)
         self.unseen = len(rows) - len(firsts)
+        self.recorded = _recorded_steps(log, order)
 
     def location(self) -> Location:
         """Return the whole answer."""
@@ -304,12 +322,15 @@ class _Judgement:
         self._warn_of_rows()
         if counted is None and behaved is None:
             return self._unseen_everywhere()
+        if behaved is None and counted is not None and counted >= 0:
+            counted = self._within_record(counted)
         limit, evidence = self._combine(counted, behaved)
         if limit < 0:
-            self.warnings.append("No checkpoint of the ladder is clean.")
+            if behaved is not None or self._limit_by_count() in (None, -1):
+                self.warnings.append("No checkpoint of the ladder is clean.")
             return None, self._least_contaminated(evidence)
         recommended = self._choice(limit, evidence, clean=True)
-        if counted is not None and counted > limit:
+        if counted is not None and counted > limit and not len(self._unrecorded(counted)):
             return recommended, self._choice(counted, self.counted, clean=True)
         return recommended, self._choice(limit - 1, evidence, clean=True) if limit else None
 
@@ -334,6 +355,11 @@ class _Judgement:
             assert found is not None
             return found, ("behaviour",) if counted is None else self.counted
         names = " and ".join(self.counted)
+        missing = self._unrecorded(counted) if counted >= 0 else self.recorded[:0]
+        if len(missing) and behaved >= 0:
+            return self._fill_in(min(counted, behaved), missing)
+        if len(missing):
+            counted = self._within_record(counted)
         if behaved == counted:
             return counted, (*self.counted, "behaviour")
         if behaved > counted:
@@ -356,6 +382,36 @@ class _Judgement:
         )
         return behaved, ("behaviour",)
 
+    def _fill_in(self, place: int, missing: Ints) -> tuple[int, tuple[str, ...]]:
+        """Return the place that behaviour speaks for where steps are missing, and what it rests on."""
+        told = f"The {' and '.join(self.counted)} lacks {stretches(missing)}"
+        step = self.ladder.rungs[place].step
+        if len(self._unrecorded(place)):
+            self.warnings.append(f"{told}: that step {step:,} is clean rests on behaviour alone.")
+            return place, ("behaviour",)
+        self.warnings.append(f"{told}; behaviour shows the rows known soon after step {step:,}.")
+        return place, (*self.counted, "behaviour")
+
+    def _within_record(self, place: int) -> int:
+        """Return the last place up to this one all of whose steps are in the log or order, -1 for none."""
+        missing = self._unrecorded(place)
+        if not len(missing):
+            return place
+        whole = [below for below in range(place) if not len(self._unrecorded(below))]
+        said = "The last one before these steps is recommended." if whole else "So none is known to be clean."
+        self.warnings.append(
+            f"Whether step {self.ladder.rungs[place].step:,} is clean is not known, since the "
+            f"{' and '.join(self.counted)} lacks {stretches(missing)}. {said}"
+        )
+        return whole[-1] if whole else -1
+
+    def _unrecorded(self, place: int) -> Ints:
+        """Return the steps up to a checkpoint that neither log nor order holds."""
+        steps = np.arange(1, self.ladder.rungs[place].step + 1)
+        if len(self.recorded) >= len(steps) and self.recorded[: len(steps)][-1:] == steps[-1:]:
+            return steps[:0]
+        return np.setdiff1d(steps, self.recorded, assume_unique=True)
+
     def _say_onset_alone(self, counted: int | None, behaved: int | None) -> None:
         """Note what it means that one kind of evidence has nothing to say."""
         if counted is None and behaved is not None:
@@ -363,7 +419,8 @@ class _Judgement:
             if self.counted:
                 self.warnings.append(
                     f"The {' and '.join(self.counted)} holds none of the forget rows, but the model learned "
-                    "them: they may have been seen in other words, or it is of another data set."
+                    "them: they may have been seen in other words or in steps that are missing, or it is of "
+                    "another data set."
                 )
         elif self.onset is not None:
             self.warnings.append(
@@ -376,6 +433,12 @@ class _Judgement:
         return self.ladder.rungs[place].step
 
     def _warn_of_rows(self) -> None:
+        missing = self._unrecorded(len(self.ladder) - 1) if self.counted else self.recorded[:0]
+        if len(missing):
+            self.warnings.append(
+                f"Of the steps up to the last checkpoint the {' and '.join(self.counted)} lacks "
+                f"{stretches(missing)}; what was seen in them is not known."
+            )
         if self.counted and 0 < self.unseen < len(self.rows):
             self.warnings.append(
                 f"{self.unseen} of {len(self.rows)} forget rows are not in the {' and '.join(self.counted)}."
@@ -403,14 +466,21 @@ class _Judgement:
             if self.target_step is None or rung.step < self.target_step
         ]
         place = before[-1] if before else 0
+        if self.counted and not self.onset:
+            place = self._within_record(place)
+        if place < 0:
+            return None, self._least_contaminated(evidence)
         return self._choice(place, evidence, clean=True), None
 
     def _least_contaminated(self, evidence: tuple[str, ...]) -> Choice:
-        """Return the checkpoint that has seen the fewest forget rows, the latest of those."""
-        counts = [self._seen_by(rung.step) for rung in self.ladder.rungs]
-        fewest = min(
-            range(len(counts)), key=lambda place: (counts[place] or 0, -place if self.counted else place)
-        )
+        """Return the checkpoint that has seen the fewest forget rows, least often, the latest of those."""
+
+        def contamination(place: int) -> tuple[int, int, int]:
+            step = self.ladder.rungs[place].step
+            times = sum(seen.step <= step for row in self.rows for seen in row.seen)
+            return self._seen_by(step) or 0, times, -place if self.counted else place
+
+        fewest = min(range(len(self.ladder)), key=contamination)
         return self._choice(fewest, evidence, clean=False)
 
     def _choice(self, place: int, evidence: tuple[str, ...], *, clean: bool) -> Choice:
@@ -425,13 +495,16 @@ class _Judgement:
             clean=clean,
             evidence=evidence,
             certainty=certainty,
-            reason=self._reason(rung.step, evidence, clean=clean, certainty=certainty),
+            reason=self._reason(place, evidence, clean=clean, certainty=certainty),
             to_exposure=self._distance(rung.step, self.first),
         )
 
-    def _reason(self, step: int, evidence: tuple[str, ...], *, clean: bool, certainty: float | None) -> str:
-        seen = self._seen_by(step)
+    def _reason(self, place: int, evidence: tuple[str, ...], *, clean: bool, certainty: float | None) -> str:
+        seen = self._seen_by(self.ladder.rungs[place].step)
         if not clean:
+            missing = len(self._unrecorded(place)) if seen == 0 else 0
+            if missing:
+                return f"no exposure known, but the {' and '.join(self.counted)} lacks {missing:,} of the steps up to it"
             count = f"has seen {seen} of {len(self.rows)} forget rows" if seen else "knows the forget rows"
             return f"not clean: it {count}"
         if self.first is None:
@@ -457,6 +530,7 @@ class _Judgement:
             tokens=rung.tokens if rung.tokens is not None else self._tokens_at(rung.step),
             location=rung.location,
             seen=self._seen_by(rung.step),
+            unrecorded=len(self._unrecorded(place)) if self.counted else None,
             gap=gap.values[self.onset.measure][0] if gap and self.onset else None,
             exposed=gap.exposed if gap else None,
         )

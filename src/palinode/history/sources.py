@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,9 +11,11 @@ from palinode.data.examples import Example
 from palinode.errors import DataError
 from palinode.history.duplicates import Duplicate, find_duplicates
 from palinode.history.exposures import ExposureReader
-from palinode.history.hashing import hashes
+from palinode.history.hashing import fingerprint_rows, fingerprint_tokenizer, hashes
+from palinode.history.ladder import Ladder
 from palinode.history.orders.order import Order, steps_of
 from palinode.history.orders.reading import read_order
+from palinode.history.sessions import read_header, salt_check
 from palinode.progress import Listener
 
 Corpus = Sequence[Example]
@@ -33,6 +36,38 @@ def open_order(path: Path) -> tuple[Order, Corpus | None]:
     from palinode.history.orders.palinode import open_palinode
 
     return open_palinode(path)
+
+
+def open_log(
+    folder: Path, *, corpus: Corpus | None = None, ladder: Ladder | None = None, salt: bytes = b""
+) -> ExposureReader:
+    """Return the log in a folder; raise DataError where it was kept while training on other data than these,
+    or with another tokenizer than that of the ladder's checkpoints.
+
+    A log that names its data or tokenizer in words instead of by fingerprint cannot be compared, and
+    neither can checkpoints that have no tokenizer of their own here.
+    """
+    header = read_header(folder)
+    data = tokenizer = None
+    if corpus and _is_fingerprint(header.data) and header.salt_check == salt_check(salt):
+        data = fingerprint_rows(hashes(corpus, salt=salt))
+    if ladder and _is_fingerprint(header.tokenizer):
+        tokenizer = _tokenizer_of(ladder)
+    return ExposureReader.open(folder, data=data, tokenizer=tokenizer)
+
+
+def _is_fingerprint(text: str) -> bool:
+    return re.fullmatch(r"[0-9a-f]{32}", text) is not None
+
+
+def _tokenizer_of(ladder: Ladder) -> str | None:
+    """Return the fingerprint of the tokenizer beside the first checkpoint here that has one."""
+    from palinode.models.loading import load_tokenizer
+
+    for rung in ladder.rungs:
+        if (Path(rung.location).expanduser() / "tokenizer.json").is_file():
+            return fingerprint_tokenizer(load_tokenizer(rung.checkpoint))
+    return None
 
 
 def first_step(order: Order) -> int:

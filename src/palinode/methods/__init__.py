@@ -11,6 +11,7 @@ from palinode.methods.kl_min import KL_MIN
 from palinode.methods.method import Method, MethodSettings
 from palinode.methods.msa import MSA, unlearned_point
 from palinode.methods.npo import NPO
+from palinode.methods.paired import PAIRED
 from palinode.methods.pdu import PDU
 from palinode.methods.retain_finetune import RETAIN_FINETUNE
 from palinode.methods.rewind import REWIND
@@ -25,6 +26,7 @@ from palinode.methods.whp import WHP, WHP_LOGITS
 METHODS: dict[str, Method] = {
     "msa": MSA,
     "task_vector": TASK_VECTOR,
+    "paired": PAIRED,
     "grad_ascent": GRAD_ASCENT,
     "grad_diff": GRAD_DIFF,
     "kl_min": KL_MIN,

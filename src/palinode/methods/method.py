@@ -29,6 +29,15 @@ class MethodSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
+    @property
+    def retain_free(self) -> bool:
+        """Whether, so set, a method that needs retain rows does without."""
+        return False
+
+    def sample_size(self, forget_rows: int) -> int:
+        """Return how many retain rows a retain sample has, for so many forget rows."""
+        return forget_rows
+
 
 class RetainSettings(MethodSettings):
     """The weights of L = γ·L_f + α·L_r, and what L_r is."""
@@ -41,6 +50,11 @@ class RetainSettings(MethodSettings):
     """L_r: cross entropy, or KL from the frozen target, over answer tokens."""
     retain_rows: Literal["all", "sample"] = "all"
     """The rows that are drawn from: the whole retain set, or a sample as large as the forget set."""
+
+    @property
+    def retain_free(self) -> bool:
+        """Whether the retain loss has no weight."""
+        return self.alpha == 0
 
 
 def start_from_target(target: Checkpoint, base: Checkpoint | None) -> Checkpoint:  # noqa: ARG001
@@ -74,10 +88,9 @@ class Method:
 
     def lacks(self, settings: MethodSettings, *, retain: bool, refusals: bool, base: bool) -> str | None:
         """Say what is missing of what the method needs, and which option names it; None if nothing is."""
-        retain_free = isinstance(settings, RetainSettings) and settings.alpha == 0
         missing = {
             "base": not base and "an earlier checkpoint of the target; name models.base (--base)",
-            "retain": not (retain or retain_free) and "retain rows; name data.retain (--retain)",
+            "retain": not (retain or settings.retain_free) and "retain rows; name data.retain (--retain)",
             "refusals": not refusals and "a file of refusals, one a line; name data.refusals (--refusals)",
         }
         found = [text for need, text in missing.items() if need in self.needs and text]

@@ -39,7 +39,9 @@ def mean_score(
     if not_finite:
         return no_score(f"{not_finite} of {len(values)} values are not finite numbers")
     if not known:
-        return no_score(f"none of {len(values)} examples: {missing}" if values else "there are no examples")
+        return no_score(
+            f"none of {len(values)} examples has a value: {missing}" if values else "there are no examples"
+        )
 
     mean = fmean(known)
     low, high = _interval(known, mean, seed=seed, confidence=confidence)

@@ -90,7 +90,7 @@ def forget_quality(
     known = [(ours, theirs) for ours, theirs in ratios if ours is not None and theirs is not None]
     missing = f"{right} or {wrong} answers are missing"
     if not known:
-        return no_score(f"none of {len(outcomes)} examples: {missing}")
+        return no_score(f"none of {len(outcomes)} examples has a value: {missing}")
     ours, theirs = zip(*known, strict=True)
     if any(map(math.isnan, [*ours, *theirs])):
         return no_score("some truth ratios are not numbers")

@@ -195,7 +195,7 @@ def true_positive_rate(
     known = sum(value is not None for value in others)
     if score.value is None or _allowed(at, known) > 0 or at == 0:
         return score
-    few = f"with {known} others, {at:g} false positives means none at all"
+    few = f"with {known} others, a false positive rate of {at:g} allows none at all"
     return Score(score.value, score.n, score.low, score.high, _joined(score.reason, few))
 
 

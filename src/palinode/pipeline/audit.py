@@ -40,6 +40,9 @@ TARGET = "target"
 RECORD, REPORT, RESULTS = "audit.json", "audit.md", "results"
 """What an audit's folder holds."""
 
+UNEVEN = 0.2
+"""How far from one half the yardstick's AUC may lie before a note says so; a judgement."""
+
 Findings = dict[str, dict[str, Finding]]
 """Findings by model and test."""
 
@@ -242,12 +245,31 @@ class _Run:
             for test, finding in models.get(TARGET, {}).items()
             if finding.verdict == "within" and self.plan.policy.margins[f"{attack}.{test}"].above is not None
         ]
+        if uneven := _uneven(findings):
+            notes.append(
+                "The yardstick itself tells the forget rows from the holdout rows (AUC far from one half: "
+                f"{', '.join(uneven)}), so the two differ by more than membership. Holdout rows in the "
+                "manner of the forget rows, seen by no model, make the membership attacks mean more."
+            )
         if blind:
             notes.append(
                 f"These tests put the target within the margins too, so passing them says little: "
                 f"{', '.join(blind)}."
             )
         return notes
+
+
+def _uneven(findings: Mapping[str, Findings]) -> list[str]:
+    """Return the membership tests in which the yardstick's own AUC lies far from one half, with the AUC."""
+    scores = {
+        test: finding.yardstick for test, finding in findings.get("membership", {}).get(AUDITED, {}).items()
+    }
+    return [
+        f"{test} {score.value:.2f}"
+        for test, score in scores.items()
+        if score.value is not None and score.low is not None and score.high is not None
+        if abs(score.value - 0.5) > UNEVEN and not score.low <= 0.5 <= score.high
+    ]
 
 
 def _failed(facts: Mapping[str, Any]) -> str | None:

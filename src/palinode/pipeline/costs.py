@@ -15,6 +15,7 @@ import torch
 from palinode.data.examples import Example
 from palinode.data.tokenize import tokenize
 from palinode.methods import METHODS
+from palinode.methods.paired import PairedSettings
 from palinode.models.likelihoods import LOGIT_BYTES
 from palinode.models.loading import load_tokenizer, pick_device
 from palinode.pipeline.inputs import Inputs
@@ -93,10 +94,30 @@ class _Planner:
         """Return the fine-tunings for the vectors, and the search for their scales."""
         rows = self.inputs.rows
         steps = [self._training("fine-tune on the forget set", rows.forget_train)]
-        if self._uses_retain():
+        if self._pair is not None:
+            steps = self._paired(self._pair, steps[0])
+        elif self._uses_retain():
             steps.append(self._training("fine-tune on the retain sample", rows.retain_sample))
         points = grid_size(self.inputs)
         return [*steps, self._grid(points)] if points > 1 else steps
+
+    @property
+    def _pair(self) -> PairedSettings | None:
+        """The settings of paired vectors, where they have a control run."""
+        settings = METHODS[self.recipe.method].check_settings(self.recipe.method_settings)
+        return settings if isinstance(settings, PairedSettings) and not settings.retain_free else None
+
+    def _paired(self, settings: PairedSettings, forget: PlannedStep) -> list[PlannedStep]:
+        """Return both runs of a paired vector; replay rows count by their mean length."""
+        rows = self.inputs.rows
+        count = self.recipe.training.epochs * len(rows.forget_train) * settings.replay_ratio
+        replay = round(count * self._mean_length(rows.retain_sample))
+        share = forget.seconds / max(1, forget.tokens)
+        both = forget.tokens + replay
+        return [
+            PlannedStep("fine-tune on forget set and replay", both, share * both),
+            PlannedStep("fine-tune on replay alone", replay, share * replay),
+        ]
 
     def _method(self) -> list[PlannedStep]:
         """Return what a method's training does; the rows that are drawn count by their mean length."""
@@ -132,7 +153,8 @@ class _Planner:
 
     def _uses_retain(self) -> bool:
         vectors = METHODS[self.recipe.method].kind == "arithmetic"
-        return vectors and bool(self.inputs.rows.retain) and self.recipe.scales.retain != 0.0
+        second = vectors and self.recipe.method != "paired"
+        return second and bool(self.inputs.rows.retain) and self.recipe.scales.retain != 0.0
 
     def _tokens(self, examples: Sequence[Example]) -> list[int]:
         rows = tokenize(
@@ -178,11 +200,12 @@ class _Planner:
         longest = max(self._tokens([*rows.forget, *(rows.retain if whole else rows.retain_sample)]))
         config = self.inputs.reader.config
         width = int(config.get("hidden_size", 1024)) * int(config.get("num_hidden_layers", 16))
-        activations = training.batch_size * longest * (12 * self.vocabulary + 40 * width)
+        together = self._pair.replay_ratio if self._pair else 1
+        activations = training.batch_size * together * longest * (12 * self.vocabulary + 40 * width)
         return max(16 * self.parameters + activations, 4 * self.parameters + 2 * LOGIT_BYTES) + 600_000_000
 
     def _disk(self) -> int:
-        vectors = 2 if self._uses_retain() or self.recipe.method == "whp" else 1
+        vectors = 2 if self._uses_retain() or self._pair or self.recipe.method == "whp" else 1
         made = 2 if self.recipe.prepare else 0
         target = self.inputs.reader
         state = 12 * self.parameters  # a resumable training state, there while a step runs
@@ -193,7 +216,8 @@ def grid_size(inputs: Inputs) -> int:
     """Return the number of (α, β) pairs on the run's grid."""
     scales = inputs.recipe.scales
     alphas = len(scales.forget_grid) if scales.forget is None else 1
-    betas = len(scales.retain_grid) if scales.retain is None and inputs.rows.retain else 1
+    searched = scales.retain is None and inputs.rows.retain and inputs.recipe.method != "paired"
+    betas = len(scales.retain_grid) if searched else 1
     return alphas * betas
 
 

@@ -33,7 +33,7 @@ class Rows:
     forget_train: Sequence[Example]
     """What θ_1 is fine-tuned on: all forget rows, but for those held back on request."""
     retain_sample: Sequence[Example]
-    """What θ_2 is fine-tuned on: as many rows as the forget set has."""
+    """What θ_2 is fine-tuned on: as many rows as the forget set has, unless the method says otherwise."""
     forget_probe: Sequence[Example]
     """Rows on which scales are tried."""
     retain_probe: Sequence[Example]
@@ -86,7 +86,7 @@ def open_inputs(recipe: Recipe) -> Inputs:
     target = _open(models.target, models.allow_pickle) if models.target else None
     retrained = _open(models.retrained, models.allow_pickle) if models.retrained else None
     if target is not None and base is not None:
-        _check_pair(target, base, recipe.method)
+        _check_pair(target, base, recipe)
     rows, notes = _open_rows(recipe)
     refusals = tuple(read_refusals(recipe.data.refusals)) if recipe.data.refusals else ()
     inputs = Inputs(recipe, base, target, retrained, rows, tuple(notes), refusals)
@@ -151,9 +151,10 @@ def _open(location: str, allow_pickle: bool) -> Checkpoint:
     return checkpoint
 
 
-def _check_pair(target: Checkpoint, base: Checkpoint, method: str) -> None:
+def _check_pair(target: Checkpoint, base: Checkpoint, recipe: Recipe) -> None:
     """Raise MismatchError unless target and base are two states of one model."""
-    if target == base and method == "msa":
+    pairs_from_base = recipe.method == "paired" and recipe.method_settings.get("start", "base") == "base"
+    if target == base and (recipe.method == "msa" or pairs_from_base):
         raise MismatchError(
             f"target and base are the same folder {target.folder}; the base must be an earlier checkpoint "
             "that had not seen the forget set"
@@ -199,7 +200,7 @@ def _open_rows(recipe: Recipe) -> tuple[Rows, list[str]]:
     if recipe.prepare:
         retain = sample_examples(retain, recipe.prepare.retain_rows, seed=seed)
     train, held_back = _split_forget(forget, recipe.scales.forget_held_back, seed, notes)
-    sample = _retain_sample(forget, retain, seed, notes)
+    sample = _retain_sample(forget, retain, recipe, notes)
     trials, most = recipe.scales.probe_rows, recipe.evaluation.max_rows
     rows = Rows(
         forget=forget,
@@ -247,15 +248,21 @@ def _split_forget(
 
 
 def _retain_sample(
-    forget: Sequence[Example], retain: Sequence[Example], seed: int, notes: list[str]
+    forget: Sequence[Example], retain: Sequence[Example], recipe: Recipe, notes: list[str]
 ) -> list[Example]:
-    """Return as many retain rows as there are forget rows, drawn without replacement."""
-    if retain and len(retain) < len(forget):
+    """Return as many retain rows as the method trains on, drawn without replacement.
+
+    Most methods take as many as there are forget rows.
+    """
+    settings = METHODS[recipe.method].check_settings(recipe.method_settings)
+    wanted = settings.sample_size(len(forget))
+    if retain and len(retain) < wanted:
+        asked = f"the forget set's {wanted}" if wanted == len(forget) else f"the {wanted} asked for"
+        use = "replay" if recipe.method == "paired" else "the retain vector"
         notes.append(
-            f"The retain set has {len(retain)} rows, fewer than the forget set's {len(forget)}; "
-            "all of them were used for the retain vector."
+            f"The retain set has {len(retain)} rows, fewer than {asked}; all of them were used for {use}."
         )
-    return _at_most(retain, len(forget), seed)
+    return _at_most(retain, wanted, recipe.seed)
 
 
 def _held_back(retain: Sequence[Example], sample: Sequence[Example], notes: list[str]) -> Sequence[Example]:
@@ -269,7 +276,7 @@ def _held_back(retain: Sequence[Example], sample: Sequence[Example], notes: list
 
 def _at_most(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
     """Return `count` of the examples, drawn at random, or all where there are no more; none of none."""
-    return sample_examples(examples, min(count, len(examples)), seed=seed) if examples else []
+    return sample_examples(examples, min(count, len(examples)), seed=seed) if examples and count else []
 
 
 def _check_rows_fit(inputs: Inputs, models: Sequence[Checkpoint]) -> list[str]:

@@ -124,7 +124,7 @@ def measure(
     _check_places(settings)
     judge = _open_judge(settings)
     checkpoint = Checkpoint.open(model)
-    yardstick = _open_reference(settings.against)
+    yardstick = _open_reference(settings.against, benchmark)
     whole = benchmark.load(places, split, options)
     loaded = _sampled(whole, settings)
     asked = _asked(loaded, cells, settings)
@@ -347,12 +347,16 @@ def _ideals(
 # The retrained model
 
 
-def _open_reference(against: str | None) -> Yardstick | None:
+def _open_reference(against: str | None, benchmark: Benchmark) -> Yardstick | None:
     """Return the retrained model to be asked, or the path of the log that stands for it."""
     if against is None:
         return None
     path = Path(against).expanduser()
-    return path if path.is_file() else Checkpoint.open(against)
+    if not path.is_file():
+        return Checkpoint.open(against)
+    if not any(cell.reference for cell in benchmark.cells):
+        raise RecipeError(f"{benchmark.name} has no metric that a log serves; leave out --against {against}")
+    return path
 
 
 def _reference_of_log(path: Path, whole: Loaded, sets: Mapping[str, QuestionSet]) -> Reference:

@@ -13,6 +13,7 @@ from palinode.data.examples import Example, fingerprint_examples
 from palinode.methods import METHODS
 from palinode.methods.altpo import AltPOSettings, draw_alternates
 from palinode.methods.material import gather
+from palinode.methods.paired import PairedSettings
 from palinode.methods.whp import WHPSettings, generic_words
 from palinode.models.combined import CombinedLogits
 from palinode.models.loading import load_model, load_tokenizer, pick_device, tokenizer_fingerprint
@@ -21,6 +22,7 @@ from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener
 from palinode.training.frozen import Kept
 from palinode.training.objectives import Objective
+from palinode.training.paired import control_objective, exposed_objective, pair_material
 from palinode.training.roles import Joined, Material
 from palinode.weights import Checkpoint
 
@@ -85,6 +87,26 @@ def prepare_training(
 
     key["reinforced"] = other_key
     return MethodTraining(start, objective, material, key, retain, generic_words(combined))
+
+
+def prepare_pair(
+    inputs: Inputs, target: Checkpoint, settings: PairedSettings
+) -> tuple[MethodTraining, MethodTraining]:
+    """Return what the two runs of a paired vector train on: with the forget rows, and the control."""
+    rows = inputs.rows
+    start = settings.start_of(target, inputs.earlier)
+    material = pair_material(rows.forget_train, rows.retain_sample, replay_ratio=settings.replay_ratio)
+    shared = {
+        "method": "paired",
+        "replay": fingerprint_examples(rows.retain_sample),
+        "replay_ratio": settings.replay_ratio,
+    }
+    exposed = exposed_objective(settings.forget_weight)
+    key = {**shared, "forget_weight": settings.forget_weight}
+    return (
+        MethodTraining(start, exposed, material, key, rows.retain_sample),
+        MethodTraining(start, control_objective(), material, shared, rows.retain_sample),
+    )
 
 
 def _alternates(

@@ -170,6 +170,11 @@ class Recipe(_Section):
         )
         if missing:
             raise ValueError(missing)
+        if self.method == "paired" and settings.retain_free and self.scales.retain:
+            raise ValueError(
+                f"a retain scale of {self.scales.retain:g} adds what the control run learned, and with "
+                "method_settings.replay_rows = 0 there is none; leave one of the two out"
+            )
         if method.kind != "arithmetic" and (self.scales.forget, self.scales.retain) != (None, None):
             raise ValueError(f"the method {self.method} adds no vectors, so it has no scales; leave them out")
         return self

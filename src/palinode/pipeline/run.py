@@ -20,10 +20,11 @@ from palinode.data.examples import Example, fingerprint_examples
 from palinode.errors import CheckpointError
 from palinode.evaluation.evaluate import observe
 from palinode.methods import METHODS, unlearned_point
+from palinode.methods.paired import PairedSettings
 from palinode.models.loading import load_model, load_tokenizer, pick_device, tokenizer_fingerprint
 from palinode.pipeline.costs import Plan, describe, make_plan
 from palinode.pipeline.inputs import Inputs, check_places, open_inputs, workspace_folder
-from palinode.pipeline.method_training import MethodTraining, prepare_training
+from palinode.pipeline.method_training import MethodTraining, prepare_pair, prepare_training
 from palinode.pipeline.recipe import Recipe
 from palinode.pipeline.record import build_record
 from palinode.pipeline.scales import Chosen, choose_scales
@@ -56,13 +57,16 @@ class Unlearned:
 
 @dataclass(frozen=True, slots=True)
 class Vectors:
-    """θ_1 − s and θ_2 − s, the start s they share, and how their training went."""
+    """θ_1 − s and θ_2 − s, with the start s they share, or θ_1 − θ_c and θ_c − s."""
 
     forget: Direction
     retain: Direction | None
     keys: Mapping[str, str]
-    """Fingerprint of the step that made each."""
+    """Fingerprints of the steps that made them."""
     training: Mapping[str, Any]
+    """How it went."""
+    seen: Sequence[Example] = ()
+    """The retain rows that it saw."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,8 +244,7 @@ class _Run:
         vectors = self._vectors(target)
         chosen = self._scales(target, vectors)
         model, weights = self._apply(target, vectors, chosen)
-        seen = self.rows.retain_sample if vectors.retain is not None else ()
-        return Made(model, chosen, weights, vectors.training, seen)
+        return Made(model, chosen, weights, vectors.training, vectors.seen)
 
     def _by_training(self, target: Checkpoint) -> Made:
         """Make the unlearned model by training; it is saved in the target's layout and types."""
@@ -274,7 +277,11 @@ class _Run:
 
     def _vectors(self, target: Checkpoint) -> Vectors:
         """Fine-tune θ_1, and θ_2 where β may be other than 0, and return their differences to the start."""
-        start = METHODS[self.recipe.method].start(target, self.inputs.base)
+        method = METHODS[self.recipe.method]
+        settings = method.check_settings(self.recipe.method_settings)
+        if isinstance(settings, PairedSettings):
+            return self._paired_vectors(target, settings)
+        start = method.start(target, self.inputs.base)
         forget, forget_key, forget_facts = self._finetuned("forget", start, self.rows.forget_train)
         if not self.rows.retain or self.recipe.scales.retain == 0.0:
             return Vectors(
@@ -286,6 +293,24 @@ class _Run:
             retain - start,
             {"forget": forget_key, "retain": retain_key},
             {"forget": forget_facts, "retain": retain_facts},
+            self.rows.retain_sample,
+        )
+
+    def _paired_vectors(self, target: Checkpoint, settings: PairedSettings) -> Vectors:
+        """Fine-tune with the forget rows and without; the second term is there only if its scale is given."""
+        start = settings.start_of(target, self.inputs.earlier)
+        if settings.retain_free:  # no replay, no control: MSA, or the task vector
+            forget, key, facts = self._finetuned("forget", start, self.rows.forget_train)
+            return Vectors(forget - start, None, {"forget": key}, {"forget": facts, "retain": None})
+        with_forget, without = prepare_pair(self.inputs, target, settings)
+        exposed, key, facts = self._finetuned("exposed", start, with_forget.material, job=with_forget)
+        control, control_key, control_facts = self._finetuned("control", start, without.material, job=without)
+        return Vectors(
+            exposed - control,
+            control - start if self.recipe.scales.retain else None,
+            {"forget": key, "control": control_key},
+            {"exposed": facts, "control": control_facts},
+            [self.rows.retain_sample[place] for place in facts["seen_retain"]],
         )
 
     def _finetuned(

@@ -97,7 +97,7 @@ class Workspace:
         except BlockingIOError:
             os.close(handle)
             raise WorkspaceError(
-                f"another run is working in {self.folder}; wait for it, or name another --workspace"
+                f"another run is working in {self.folder}; wait for it, or name another workspace or output"
             ) from None
         try:
             yield

@@ -57,9 +57,18 @@ def audit_table(record: Mapping[str, Any]) -> Table:
                 Text(f"{name}\n  {test}"),
                 *(_number(score["value"]) for score in scores),
                 _stacked(finding["difference"]),
-                Text(finding["verdict"], style=STYLES.get(finding["verdict"], "")),
+                Text(_shown(record, f"{name}.{test}", finding), style=STYLES.get(finding["verdict"], "")),
             )
     return table
+
+
+def audit_notes(record: Mapping[str, Any]) -> list[str]:
+    """Return what a reader should know before believing the answer, for the terminal."""
+    return [
+        *(f"Note: {note}" for note in record.get("notes", ())),
+        f"This is evidence about these rows and attacks at the {record['policy']['preset']} budget; a "
+        "stronger attack may find more.",
+    ]
 
 
 def audit_untested(record: Mapping[str, Any]) -> list[str]:
@@ -109,7 +118,7 @@ def _findings(record: Mapping[str, Any]) -> list[str]:
             f"{_text(attack['title'])}: {_text(entry['title'])}",
             *(_cell(_score_of(entry, model)) for model in models),
             _cell(finding["difference"]),
-            _verdict(finding),
+            _verdict(record, f"{name}.{test}", finding),
             _margins(record, f"{name}.{test}"),
         ]
         for name, attack in record["attacks"].items()
@@ -274,9 +283,17 @@ def _stacked(score: Mapping[str, Any]) -> Text:
     return cell
 
 
-def _verdict(finding: Mapping[str, Any]) -> str:
-    verdict = finding["verdict"]
-    return f"**{verdict}**" if verdict.startswith("knows") else str(verdict)
+def _verdict(record: Mapping[str, Any], key: str, finding: Mapping[str, Any]) -> str:
+    shown = _shown(record, key, finding)
+    return f"**{shown}**" if shown.startswith("knows") else shown
+
+
+def _shown(record: Mapping[str, Any], key: str, finding: Mapping[str, Any]) -> str:
+    """Return the verdict; "within" a single margin says which side was judged."""
+    margins = record["policy"]["margins"][key]
+    if finding["verdict"] == "within" and False in (margins["more"], margins["less"]):
+        return "no less" if margins["more"] is False else "no more"
+    return str(finding["verdict"])
 
 
 def _text(value: object) -> str:

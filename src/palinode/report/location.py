@@ -10,6 +10,7 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -18,6 +19,8 @@ MOST_ROWS = 40
 MOST_STEPS = 6
 """Exposures of a row that a table shows."""
 WIDTH, MARGIN, LANE = 900, 170, 14
+STEP_WIDTH = 60
+"""Steps are written at least so far apart in a picture."""
 
 COLOURS = {
     "ink": "#1c2733",
@@ -53,14 +56,17 @@ def location_sentences(record: Mapping[str, Any]) -> list[str]:
 def _recommendation(record: Mapping[str, Any]) -> str:
     choice = record["recommended"]
     if choice is None:
-        return "No checkpoint of the ladder is clean."
+        unsure = any(rung["seen"] == 0 and rung["unrecorded"] for rung in record["rungs"])
+        return f"No checkpoint of the ladder is {'known to be ' if unsure else ''}clean."
     distance = choice["to_exposure"]
-    far = f"; {_distance(distance)} before the first exposure" if distance else ""
+    before = "the first exposure" if _is_counted(record) else "the first checkpoint that knows the rows"
+    far = f"; {_distance(distance)} before {before}" if distance else ""
     return f"Take step {choice['step']:,} ({choice['location']}): {choice['reason']}{far}."
 
 
 def _exposure_sentence(record: Mapping[str, Any]) -> str:
-    parts = [f"First exposure: step {record['first']:,}"]
+    name = "First exposure" if _is_counted(record) else "First checkpoint looked at that knows them"
+    parts = [f"{name}: step {record['first']:,}"]
     if record["first_to_target"]:
         parts.append(f"{_distance(record['first_to_target'])} before the target")
     if record["last"] is not None and record["last"] != record["first"]:
@@ -68,6 +74,11 @@ def _exposure_sentence(record: Mapping[str, Any]) -> str:
         if record["last_to_target"]:
             parts.append(f"{_distance(record['last_to_target'])} before the target")
     return ", ".join(parts) + "."
+
+
+def _is_counted(record: Mapping[str, Any]) -> bool:
+    """Tell whether exposures were counted, and not only seen to lie before a checkpoint."""
+    return any(row["seen"] for row in record["rows"])
 
 
 def _onset_sentence(onset: Mapping[str, Any]) -> str:
@@ -98,7 +109,8 @@ def rung_table(record: Mapping[str, Any]) -> Table:
     """Return what is known of each checkpoint as a table for the terminal."""
     table = Table(title="Checkpoints", title_justify="left")
     for heading in ("step", "tokens", "forget rows seen", "gap", "", "checkpoint"):
-        table.add_column(heading, justify="left" if heading in ("", "checkpoint") else "right")
+        justify: JustifyMethod = "left" if heading in ("", "checkpoint") else "right"
+        table.add_column(heading, justify=justify, overflow="fold")
     for cells in _rung_cells(record):
         table.add_row(*map(Text, cells))
     return table
@@ -106,8 +118,10 @@ def rung_table(record: Mapping[str, Any]) -> Table:
 
 def row_table(record: Mapping[str, Any]) -> Table:
     """Return first and known exposures of each forget row as a table for the terminal."""
-    table = Table(*_TABLE_HEAD, title="Forget rows", title_justify="left")
-    for cells in _row_cells(record):
+    table = Table(title="Forget rows", title_justify="left")
+    for heading in _TABLE_HEAD:
+        table.add_column(heading, overflow="fold")
+    for cells in _row_cells(record, short=True):
         table.add_row(*map(Text, cells))
     return table
 
@@ -118,26 +132,35 @@ def _rung_cells(record: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
         (record[name] or {}).get("step"): name.replace("_", " ") for name in ("next_best", "recommended")
     }
     for rung in record["rungs"]:
-        seen = "not known" if rung["seen"] is None else f"{rung['seen']} of {total}"
+        least = "at least " if rung["unrecorded"] and rung["seen"] < total else ""
+        seen = "not known" if rung["seen"] is None else f"{least}{rung['seen']} of {total}"
         gap = "" if rung["gap"] is None else f"{rung['gap']:+.2f}{' *' if rung['exposed'] else ''}"
         tokens = "" if rung["tokens"] is None else _tokens(rung["tokens"])
         yield f"{rung['step']:,}", tokens, seen, gap, marks.get(rung["step"], ""), rung["location"]
 
 
-def _row_cells(record: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
+def _row_cells(record: Mapping[str, Any], *, short: bool = False) -> Iterable[tuple[str, ...]]:
+    """Yield the cells of each row; `short` leaves out the folders of the files that rows stand in."""
     rows = record["rows"]
+    shown = _without_folders if short else str
     for row in rows[:MOST_ROWS]:
         seen, copies = row["seen"], row["copies"]
         steps = ", ".join(f"{entry['step']:,}{'~' if entry['copy'] else ''}" for entry in seen[:MOST_STEPS])
         more = f", … ({len(seen)} in all)" if len(seen) > MOST_STEPS else ""
         places = "; ".join(
-            copy["place"] if copy["exact"] else f"{copy['place']} (similar, {copy['similarity']:.2f})"
+            shown(copy["place"]) + ("" if copy["exact"] else f" (similar, {copy['similarity']:.2f})")
             for copy in copies[:3]
         )
         places += f"; … ({len(copies)})" if len(copies) > 3 else ""
-        yield row["place"], f"{seen[0]['step']:,}" if seen else "not known", steps + more, places
+        yield shown(row["place"]), f"{seen[0]['step']:,}" if seen else "not known", steps + more, places
     if len(rows) > MOST_ROWS:
         yield f"… and {len(rows) - MOST_ROWS} more rows", "", "", ""
+
+
+def _without_folders(place: str) -> str:
+    """Return `row 3 of file.jsonl` for `row 3 of folder/file.jsonl`."""
+    row, found, path = place.partition(" of ")
+    return row + found + path.rpartition("/")[2]
 
 
 # Markdown
@@ -192,7 +215,7 @@ def location_picture(record: Mapping[str, Any]) -> str:
     height = bottom + (150 if has_gap else 40)
     parts = [*_ladder_marks(record, axis, bottom), *_lanes(shown, axis, top)]
     if len(record["rows"]) > len(shown):
-        parts.append(_text(10, bottom + 8, f"and {len(record['rows']) - len(shown)} more rows", size=10))
+        parts.append(_text(10, bottom + 12, f"and {len(record['rows']) - len(shown)} more rows", size=10))
     if has_gap:
         parts += _gap_curve(record, axis, bottom + 30)
     best = record["recommended"]
@@ -238,9 +261,15 @@ def _legend() -> list[str]:
 def _ladder_marks(record: Mapping[str, Any], axis: _Axis, bottom: int) -> list[str]:
     parts = [_text(10, 54, "checkpoints"), _line(axis.at(0), 50, axis.at(axis.last), 50, COLOURS["faint"])]
     best = (record["recommended"] or {}).get("step")
+    told = -MARGIN  # x of the last step that was written below
     for rung in record["rungs"]:
         x, step = axis.at(rung["step"]), rung["step"]
+        if x - told > STEP_WIDTH:
+            parts.append(_text(x, bottom + 12, f"{step:,}", size=9, colour=COLOURS["unknown"], middle=True))
+            told = x
         dirty = rung["exposed"] if rung["seen"] is None else rung["seen"] > 0
+        if rung["unrecorded"] and not rung["seen"]:  # what the missing steps held is not known
+            dirty = rung["exposed"]
         colour = COLOURS["unknown" if dirty is None else "seen" if dirty else "clean"]
         parts.append(_line(x, 50, x, bottom, COLOURS["faint"]))
         parts.append(_dot(x, 50, 8 if step == best else 5, colour, f"step {step:,}: {rung['location']}"))
@@ -276,6 +305,9 @@ def _gap_curve(record: Mapping[str, Any], axis: _Axis, top: int) -> list[str]:
 
     parts = [_text(10, top + 14, "gap"), _text(10, top + 28, onset["measure"].replace("_", " "), size=10)]
     parts.append(_line(axis.at(0), level(0), axis.at(axis.last), level(0), COLOURS["faint"]))
+    top_value = max(value[1] for value in values)
+    for mark in {0.0, top_value}:
+        parts.append(_text(MARGIN - 36, level(mark) + 3, f"{mark:+.2f}", size=9, colour=COLOURS["unknown"]))
     points = " ".join(f"{axis.at(step):.1f},{level(value):.1f}" for step, value, *_ in values)
     parts.append(f'<polyline points="{points}" fill="none" stroke="{COLOURS["gap"]}" stroke-width="1.5"/>')
     for step, value, least, most, exposed in values:
@@ -324,7 +356,8 @@ def plan_table(record: Mapping[str, Any]) -> Table:
     )
     headings = ("schedule", "kept", "expected distance", "worst", "storage", *figures)
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == "schedule" else "right")
+        first = heading == "schedule"
+        table.add_column(heading, justify="left" if first else "right", no_wrap=first)
     for schedule in record["schedules"]:
         decay = schedule["decay"] or {}
         table.add_row(
@@ -332,10 +365,18 @@ def plan_table(record: Mapping[str, Any]) -> Table:
             str(len(schedule["kept"])),
             f"{schedule['expected']:,.0f}",
             f"{schedule['worst']:,}",
-            f"{schedule['bytes'] / 1e9:,.4g} GB",
+            _bytes(schedule["bytes"]),
             *("beyond the table" if decay.get(name) is None else f"{decay[name]:.2f}" for name in figures),
         )
     return table
+
+
+def _bytes(count: float) -> str:
+    unit, size = next(
+        ((unit, size) for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)) if count >= size),
+        ("kB", 1000),
+    )
+    return f"{count / size:,.3g} {unit}"
 
 
 def plan_sentences(record: Mapping[str, Any]) -> list[str]:
@@ -398,8 +439,12 @@ def demo_sentence(record: Mapping[str, Any]) -> str:
     agree = "agree with the truth in every exposure" if counts else "do NOT agree with the truth"
     return (
         f"The recommended checkpoint is the right one for {right} of {len(requests)} requests; log and "
-        f"rebuilt order {agree}, and behaviour alone is at most {off} "
-        f"checkpoint{'' if off == 1 else 's'} off."
+        f"rebuilt order {agree}, and behaviour alone "
+        + (
+            f"is at most {off} checkpoint{'' if off == 1 else 's'} off."
+            if off
+            else "finds the same checkpoint."
+        )
     )
 
 

@@ -23,6 +23,8 @@ SETS = {
 TRAININGS = {
     "forget": "forget set",
     "retain": "retain set",
+    "exposed": "forget set and replay",
+    "control": "replay alone",
     "reinforced": "forget set, to reinforce it",
     "method": "what the method trains on",
 }

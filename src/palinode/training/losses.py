@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -23,6 +24,10 @@ from transformers import PreTrainedModel
 
 from palinode.data.batches import IGNORED, Batch
 from palinode.models.likelihoods import answer_nll
+from palinode.training.reading import last_logits
+
+MOSTLY_SCORED = 0.5
+"""Share of positions from which on it costs less to read the logits of all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +40,22 @@ class Loss:
 
 
 def summed_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Return −Σ log p over the scored tokens (answer and end token) of a batch."""
-    return answer_nll(model, batch).sum()
+    """Return −Σ log p over the scored tokens (answer and end token) of a batch.
+
+    Where most positions are scored, the logits of all are used as they lie: picking out the scored ones
+    would hold them twice. The values are the same.
+    """
+    first = int((batch.labels != IGNORED).any(axis=0).argmax())
+    labels = np.full((len(batch.ids), batch.ids.shape[1] - first + 1), IGNORED)
+    labels[:, :-1] = batch.labels[
+        :, first:
+    ]  # the logits from first − 1 on predict them, the last ones nothing
+    if (labels != IGNORED).mean() < MOSTLY_SCORED:
+        return answer_nll(model, batch).sum()
+    logits = last_logits(model, batch, labels.shape[1])
+    wanted = torch.from_numpy(labels).to(logits.device)
+    nll = functional.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), reduction="none")
+    return nll[wanted.flatten() != IGNORED].sum()
 
 
 def scored_tokens(batch: Batch) -> float:

@@ -32,16 +32,19 @@ def all_logits(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def labelled_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Return the logits AT scored tokens, which predict the ones after them, [N, V] (baselines.md §13)."""
-    ids, mask, labels = (
-        torch.from_numpy(part).to(model.device) for part in (batch.ids, batch.mask, batch.labels)
-    )
     first = int((batch.labels != IGNORED).any(axis=0).argmax())
-    keep = ids.shape[1] - first
+    logits = last_logits(model, batch, batch.ids.shape[1] - first)
+    return logits[torch.from_numpy(batch.labels[:, first:] != IGNORED).to(logits.device)]
+
+
+def last_logits(model: PreTrainedModel, batch: Batch, keep: int) -> Tensor:
+    """Return the logits at the last `keep` positions of every row, [B, keep, V]."""
+    ids, mask = (torch.from_numpy(part).to(model.device) for part in (batch.ids, batch.mask))
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=keep, use_cache=False).logits
     else:
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -keep:]
-    found: Tensor = logits[labels[:, first:] != IGNORED]
+    found: Tensor = logits
     return found
 
 

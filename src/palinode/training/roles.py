@@ -34,6 +34,8 @@ class Material:
     candidates: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
     """For roles whose examples belong to an anchor (a refusal to its question): the positions of the examples
     that may go with each anchor, one of which is drawn. Of other roles any row may go with any anchor."""
+    together: Mapping[str, int] = field(default_factory=dict)
+    """For roles without candidates: how many rows are drawn for each anchor, if not one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +84,11 @@ def join(
     max_length: int,
     style: PromptStyle,
 ) -> Joined:
-    """Tokenize examples by role and draw, for each epoch and anchor, one row of each other role.
+    """Tokenize examples by role and draw, for each epoch and anchor, rows of each other role.
 
-    Rows of a free role are drawn uniformly with replacement; of a role with candidates, one of the anchor's
-    own. Raises DataError for a document where an answer has to go with another one.
+    Of each role it is one row, of a free one as many as `material.together` says. Rows of a free role are
+    drawn uniformly with replacement; of a role with candidates, one of the anchor's own. Raises DataError
+    for a document where an answer has to go with another one.
     """
     bound = sorted(material.candidates)
     free = sorted(set(material.examples) - {material.anchor} - set(bound))
@@ -98,7 +101,14 @@ def join(
     rows = {role: read(material.examples[role]) for role in (material.anchor, *free)}
     count = len(rows[material.anchor])
     draws: dict[str, Draws] = {
-        role: draw([range(len(rows[role]))] * count, role, epochs=epochs, seed=seed) for role in free
+        role: draw(
+            [range(len(rows[role]))] * count,
+            role,
+            epochs=epochs,
+            seed=seed,
+            together=material.together.get(role, 1),
+        )
+        for role in free
     }
     for role in bound:
         drawn = draw(material.candidates[role], role, epochs=epochs, seed=seed)
@@ -110,14 +120,26 @@ def join(
     return Joined(material.anchor, rows, draws)
 
 
-def draw(candidates: Sequence[Sequence[int]], role: str, *, epochs: int, seed: int) -> Draws:
-    """Return one of the candidates of each anchor for each epoch, uniformly and with replacement."""
-    return [_draw_epoch(candidates, [seed, epoch, _DRAWING, *role.encode()]) for epoch in range(epochs)]
+def draw(
+    candidates: Sequence[Sequence[int]], role: str, *, epochs: int, seed: int, together: int = 1
+) -> Draws:
+    """Return `together` candidates of each anchor for each epoch, uniformly and with replacement.
+
+    The first ones drawn are the same however many follow.
+    """
+    return [
+        _draw_epoch(candidates, [seed, epoch, _DRAWING, *role.encode()], together) for epoch in range(epochs)
+    ]
 
 
-def _draw_epoch(candidates: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[tuple[int]]:
-    shares = np.random.Generator(np.random.PCG64(list(seeds))).random(len(candidates))
-    return [(own[int(share * len(own))],) for own, share in zip(candidates, shares.tolist(), strict=True)]
+def _draw_epoch(
+    candidates: Sequence[Sequence[int]], seeds: Sequence[int], together: int
+) -> list[tuple[int, ...]]:
+    shares = np.random.Generator(np.random.PCG64(list(seeds))).random((together, len(candidates))).T
+    return [
+        tuple(own[int(share * len(own))] for share in drawn)
+        for own, drawn in zip(candidates, shares.tolist(), strict=True)
+    ]
 
 
 def _need_answers(material: Material) -> None:

@@ -1,0 +1,163 @@
+"""Both runs of a paired vector: what they have in common, what differs, and the limits they reach."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from palinode import TrainingSettings, finetune, read_examples
+from palinode.data.tokenize import PromptStyle
+from palinode.errors import DataError
+from palinode.models import load_model, load_tokenizer
+from palinode.training import ANSWER_LOSS, Objective, train
+from palinode.training.objectives import answer_term
+from palinode.training.paired import control_objective, exposed_objective, finetune_pair, pair_material
+from palinode.training.roles import Material, draw, join, plain
+
+CPU = torch.device("cpu")
+SETTINGS = TrainingSettings(
+    epochs=2, learning_rate=1e-3, batch_size=4, max_length=64, precision="float32", warmup_epochs=0
+)
+
+
+@pytest.fixture
+def rows(tiny):
+    return read_examples(tiny.forget)[:8], read_examples(tiny.retain)[:20]
+
+
+def cast_of(tiny, material, seed=0):
+    return join(material, load_tokenizer(tiny.base), epochs=2, seed=seed, max_length=64, style=PromptStyle())
+
+
+def trained(tiny, cast, objective, settings=SETTINGS, seed=0, *, dropout=False):
+    model = load_model(tiny.base, device=CPU)
+    if dropout:
+        for block in model.model.layers:
+            block.self_attn.attention_dropout = 0.5
+    curve = train(model, cast, objective, settings, seed=seed, pad_id=0)
+    return model.state_dict(), curve
+
+
+def same(first, second) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_several_rows_go_with_each_anchor_and_the_first_are_the_same_however_many():
+    free = [range(50)] * 12
+    one = draw(free, "retain", epochs=3, seed=4)
+    three = draw(free, "retain", epochs=3, seed=4, together=3)
+    assert all(len(group) == 3 for epoch in three for group in epoch)
+    assert [[group[:1] for group in epoch] for epoch in three] == one
+    assert len({place for epoch in three for group in epoch for place in group}) > 35
+
+
+def test_both_runs_read_the_same_replay_rows_at_each_step(tiny, rows, monkeypatch):
+    """What reaches the model is written down: the control's batches are the other's, less the forget rows."""
+    from palinode.training import loop
+
+    cast, seen = cast_of(tiny, pair_material(*rows, replay_ratio=3)), {}
+
+    def watch(name, objective):
+        batches = seen[name] = []
+        monkeypatch.setattr(
+            loop, "pad_right", lambda part, pad_id: batches.append(part) or pad_right(part, pad_id=pad_id)
+        )
+        trained(tiny, cast, objective)
+
+    pad_right = loop.pad_right
+    watch("exposed", exposed_objective())
+    watch("control", control_objective())
+    assert len(seen["control"]) == 4  # two epochs of eight forget rows, four at a time
+    assert all(len(batch) == 12 for batch in seen["control"])
+    assert seen["exposed"][0::2] == seen["control"]
+    forget = {row.ids for row in cast.rows["forget"]}
+    assert all({row.ids for row in batch} <= forget for batch in seen["exposed"][1::2])
+
+
+def test_both_runs_have_the_same_steps_and_schedule(tiny, rows):
+    cast = cast_of(tiny, pair_material(*rows, replay_ratio=2))
+    _, exposed = trained(tiny, cast, exposed_objective())
+    _, control = trained(tiny, cast, control_objective())
+    assert [point.learning_rate for point in exposed] == [point.learning_rate for point in control]
+    assert exposed[0].terms["retain"] == control[0].terms["retain"]  # before the weights part
+    assert exposed[0].loss == pytest.approx(sum(exposed[0].terms.values()))
+
+
+def test_without_weight_on_the_forget_rows_the_vector_is_zero(tiny, rows):
+    cast = cast_of(tiny, pair_material(*rows, replay_ratio=3))
+    exposed, _ = trained(tiny, cast, exposed_objective(0.0))
+    control, _ = trained(tiny, cast, control_objective())
+    assert same(exposed, control)
+    assert not same(exposed, trained(tiny, cast, exposed_objective(1.0))[0])
+
+
+def test_dropout_falls_on_the_same_places_in_both_runs(tiny, rows):
+    cast = cast_of(tiny, pair_material(*rows, replay_ratio=3))
+    exposed, _ = trained(tiny, cast, exposed_objective(0.0), dropout=True)
+    control, _ = trained(tiny, cast, control_objective(), dropout=True)
+    assert same(exposed, control)
+    assert not same(control, trained(tiny, cast, control_objective())[0])  # there is dropout
+
+
+def test_without_replay_the_exposed_run_is_plain_fine_tuning(tiny, rows):
+    """θ_1 of MSA from θ_0, and of the task vector from θ_D, to the last bit."""
+    forget, _ = rows
+    alone = Objective((answer_term("forget", "forget"),))
+    cast = cast_of(tiny, Material("forget", {"forget": forget}))
+    ours, _ = trained(tiny, cast, alone)
+    theirs, _ = trained(tiny, plain(cast.rows["forget"]), ANSWER_LOSS)
+    assert same(ours, theirs)
+
+
+def test_control_does_not_depend_on_what_the_forget_rows_say(tiny, rows):
+    """Only their number, and the order that their lengths give."""
+    forget, replay = rows
+    other = [*forget[1:], forget[0]]
+    settings = SETTINGS.model_copy(update={"batch_size": 8})
+    first, _ = trained(
+        tiny, cast_of(tiny, pair_material(forget, replay, replay_ratio=3)), control_objective(), settings
+    )
+    second, _ = trained(
+        tiny, cast_of(tiny, pair_material(other, replay, replay_ratio=3)), control_objective(), settings
+    )
+    for name, value in first.items():  # the same rows in another order
+        assert torch.allclose(second[name], value, atol=1e-5)
+
+
+def test_accumulated_micro_batches_give_the_pair_of_one_large_batch(tiny, rows):
+    cast = cast_of(tiny, pair_material(*rows, replay_ratio=3))
+    large = SETTINGS.model_copy(update={"batch_size": 8})
+    small = SETTINGS.model_copy(update={"batch_size": 3, "accumulation": 3})
+    for objective in (exposed_objective(), control_objective()):
+        (whole, curve), (cut, parts) = (trained(tiny, cast, objective, chosen) for chosen in (large, small))
+        assert [point.loss for point in parts] == pytest.approx([point.loss for point in curve], rel=1e-4)
+        for name, value in whole.items():
+            assert float((cut[name] - value).norm()) <= 1e-4 * float(value.norm())
+
+
+def test_finetune_pair_writes_both_runs_and_gives_the_vector_between_them(tiny, rows, tmp_path):
+    forget, replay = rows
+    pair = finetune_pair(
+        tiny.base, forget, replay, tmp_path / "pair", SETTINGS, replay_ratio=2, seed=1, device="cpu"
+    )
+    assert {path.name for path in (tmp_path / "pair").iterdir()} == {"exposed", "control"}
+    exposed, control = (load_model(run.checkpoint, device=CPU) for run in (pair.exposed, pair.control))
+    by_hand, _ = trained(
+        tiny, cast_of(tiny, pair_material(forget, replay, replay_ratio=2), 1), exposed_objective(), seed=1
+    )
+    assert same(exposed.state_dict(), by_hand)
+    vector = pair.exposed.checkpoint - pair.control.checkpoint
+    assert vector.terms == {pair.exposed.checkpoint: 1.0, pair.control.checkpoint: -1.0}
+    assert not same(exposed.state_dict(), control.state_dict())
+    assert pair.control.tokens < pair.exposed.tokens
+    assert pair.exposed.seen["retain"] == pair.control.seen["retain"]
+    plain_run = finetune(tiny.base, forget, tmp_path / "plain", SETTINGS, seed=1, device="cpu")
+    assert len(plain_run.curve) == len(pair.control.curve)
+
+
+def test_pair_without_rows_is_refused(rows):
+    forget, replay = rows
+    with pytest.raises(DataError, match="there are no replay rows"):
+        pair_material(forget, [], replay_ratio=3)
+    with pytest.raises(DataError, match="there are no forget rows"):
+        pair_material([], replay, replay_ratio=3)

@@ -79,7 +79,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--replay", type=int, nargs="+", default=[150, 450, 1500], help="replay rows")
     parser.add_argument("--epochs", type=int, nargs="+", default=[10, 30], help="of a pair; 10 steps each")
-    parser.add_argument("--weight", type=float, default=1.0, help="λ, the weight of the forget rows")
+    parser.add_argument(
+        "--weight", type=float, default=1 / RATIO, help="λ (default: 1/3, as in one mixed batch)"
+    )
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     args = parser.parse_args()

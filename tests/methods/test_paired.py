@@ -92,7 +92,7 @@ def test_record_tells_of_both_runs_and_of_the_rows_that_were_replayed(run):
         "start": "base",
         "replay_rows": 20,
         "replay_ratio": 3,
-        "forget_weight": 1.0,
+        "forget_weight": None,
     }
     exposed, control = record["training"]["exposed"], record["training"]["control"]
     assert exposed["steps"] == control["steps"]

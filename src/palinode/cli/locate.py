@@ -230,8 +230,8 @@ def chosen(found: Location) -> tuple[str, dict[str, Any]]:
         least = found.next_best
         told = f"; the least contaminated is {least.location} ({least.reason})" if least else ""
         raise CheckpointError(
-            f"no checkpoint of the ladder is known to be clean of the forget rows{told}: name it with --base if it shall "
-            "serve all the same, or look at the alternatives that palinode locate names"
+            f"no checkpoint of the ladder is known to be clean of the forget rows{told}: name it with --base "
+            "if it shall serve all the same, or look at the alternatives that palinode locate names"
         )
     facts = {
         "base": choice.location,

@@ -504,7 +504,8 @@ class _Judgement:
         if not clean:
             missing = len(self._unrecorded(place)) if seen == 0 else 0
             if missing:
-                return f"no exposure known, but the {' and '.join(self.counted)} lacks {missing:,} of the steps up to it"
+                lacking = f"the {' and '.join(self.counted)} lacks {missing:,} of the steps up to it"
+                return f"no exposure known, but {lacking}"
             count = f"has seen {seen} of {len(self.rows)} forget rows" if seen else "knows the forget rows"
             return f"not clean: it {count}"
         if self.first is None:

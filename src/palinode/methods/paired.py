@@ -29,8 +29,13 @@ class PairedSettings(MethodSettings):
     replay_ratio: int = Field(default=3, ge=1)
     """Replay rows beside each forget row. A step has training.batch_size forget rows and so many times
     as many replay rows in a micro-batch; memory grows with it."""
-    forget_weight: float = Field(default=1.0, gt=0)
-    """λ in L_1 = CE(replay) + λ·CE(forget)."""
+    forget_weight: float | None = Field(default=None, gt=0)
+    """λ in L_1 = CE(replay) + λ·CE(forget); None: 1 / replay_ratio, so that all rows count alike."""
+
+    @property
+    def weight(self) -> float:
+        """Return λ."""
+        return 1 / self.replay_ratio if self.forget_weight is None else self.forget_weight
 
     @property
     def retain_free(self) -> bool:

@@ -101,8 +101,8 @@ def prepare_pair(
         "replay": fingerprint_examples(rows.retain_sample),
         "replay_ratio": settings.replay_ratio,
     }
-    exposed = exposed_objective(settings.forget_weight)
-    key = {**shared, "forget_weight": settings.forget_weight}
+    exposed = exposed_objective(settings.weight)
+    key = {**shared, "forget_weight": settings.weight}
     return (
         MethodTraining(start, exposed, material, key, rows.retain_sample),
         MethodTraining(start, control_objective(), material, shared, rows.retain_sample),

@@ -261,7 +261,7 @@ def _legend() -> list[str]:
 def _ladder_marks(record: Mapping[str, Any], axis: _Axis, bottom: int) -> list[str]:
     parts = [_text(10, 54, "checkpoints"), _line(axis.at(0), 50, axis.at(axis.last), 50, COLOURS["faint"])]
     best = (record["recommended"] or {}).get("step")
-    told = -MARGIN  # x of the last step that was written below
+    told = -float(MARGIN)  # x of the last step that was written below
     for rung in record["rungs"]:
         x, step = axis.at(rung["step"]), rung["step"]
         if x - told > STEP_WIDTH:

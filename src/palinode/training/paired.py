@@ -72,7 +72,7 @@ def finetune_pair(
     settings: TrainingSettings | None = None,
     *,
     replay_ratio: int = 3,
-    forget_weight: float = 1.0,
+    forget_weight: float | None = None,
     seed: int = 0,
     style: PromptStyle | None = None,
     reader: Checkpoint | None = None,
@@ -82,11 +82,12 @@ def finetune_pair(
     """Fine-tune `start` twice, into `folder`/exposed and `folder`/control.
 
     The paired vector is `pair.exposed.checkpoint - pair.control.checkpoint`. `settings.batch_size` counts
-    forget rows; a micro-batch has `replay_ratio` times as many replay rows beside. The other arguments are
-    those of `finetune`.
+    forget rows; a micro-batch has `replay_ratio` times as many replay rows beside. `forget_weight` is λ, by
+    default 1 / `replay_ratio`, as in one mixed batch. The other arguments are those of `finetune`.
     """
     material = pair_material(forget, replay, replay_ratio=replay_ratio)
-    objectives = {"exposed": exposed_objective(forget_weight), "control": control_objective()}
+    weight = 1 / replay_ratio if forget_weight is None else forget_weight
+    objectives = {"exposed": exposed_objective(weight), "control": control_objective()}
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     runs = {

@@ -143,7 +143,7 @@ def test_finetune_pair_writes_both_runs_and_gives_the_vector_between_them(tiny, 
     assert {path.name for path in (tmp_path / "pair").iterdir()} == {"exposed", "control"}
     exposed, control = (load_model(run.checkpoint, device=CPU) for run in (pair.exposed, pair.control))
     by_hand, _ = trained(
-        tiny, cast_of(tiny, pair_material(forget, replay, replay_ratio=2), 1), exposed_objective(), seed=1
+        tiny, cast_of(tiny, pair_material(forget, replay, replay_ratio=2), 1), exposed_objective(0.5), seed=1
     )
     assert same(exposed.state_dict(), by_hand)
     vector = pair.exposed.checkpoint - pair.control.checkpoint

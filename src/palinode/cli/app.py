@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,11 +11,28 @@ import typer
 
 from palinode.cli.apply import apply
 from palinode.cli.audit import audit
-from palinode.cli.console import listener, out
+from palinode.cli.console import listener, out, print_json
 from palinode.cli.evaluate import evaluate
 from palinode.cli.export import export
 from palinode.cli.listing import list_everything
 from palinode.cli.locate import locate
+from palinode.cli.options import (
+    Accumulation,
+    AllowPickle,
+    BatchSize,
+    Columns,
+    Device,
+    Dtype,
+    Epochs,
+    Json,
+    LearningRate,
+    MaxLength,
+    Precision,
+    Quiet,
+    Seed,
+    WarmupEpochs,
+    WeightDecay,
+)
 from palinode.cli.plan import plan as plan_command
 from palinode.cli.vector import vectors
 from palinode.cli.verify import verify
@@ -29,24 +45,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
-Seed = Annotated[
-    int, typer.Option(help="Seeds sampling, batch order, rounding and intervals.", min=0, max=2**32 - 1)
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
-Columns = Annotated[str | None, typer.Option(help="Column names of the rows, as in question=q,answer=reply.")]
-Epochs = Annotated[int | None, typer.Option(help="Passes over the rows. [default: 10]", min=1)]
-LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate. [default: 1e-5]")]
-BatchSize = Annotated[int | None, typer.Option(help="Rows in a micro-batch. [default: 4]", min=1)]
-Accumulation = Annotated[int | None, typer.Option(help="Micro-batches in a step. [default: 1]", min=1)]
-WarmupEpochs = Annotated[float | None, typer.Option(help="Epochs of linear warm-up. [default: 1]")]
-WeightDecay = Annotated[float | None, typer.Option(help="Weight decay of AdamW. [default: 0.01]")]
-MaxLength = Annotated[int | None, typer.Option(help="Tokens of a row, prompt included. [default: 512]")]
-Precision = Annotated[
-    str | None, typer.Option(help="Forward pass in auto, float32 or bfloat16. [default: auto]")
-]
 
 
 def _print_version(asked: bool) -> None:
@@ -131,17 +129,12 @@ def unlearn(
         int | None, typer.Option(help="Length limit of answers. [default: 200]")
     ] = None,
     columns: Columns = None,
-    allow_pickle: Annotated[
-        bool,
-        typer.Option("--allow-pickle", help="Read files of torch.save too; none of their code is run."),
-    ] = False,
+    allow_pickle: AllowPickle = False,
     allow_overlap: Annotated[
         bool,
         typer.Option("--allow-overlap", help="Leave forget rows out of the retain set instead of refusing."),
     ] = False,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16. [default: the target's]")
-    ] = None,
+    dtype: Dtype = None,
     rounding: Annotated[str | None, typer.Option(help="auto, nearest or stochastic. [default: auto]")] = None,
     workspace: Annotated[
         str | None, typer.Option(help="Where steps keep their results. [default: OUTPUT.workspace]")
@@ -309,7 +302,7 @@ def demo(
 
     result = run_demo(output or Path("palinode-demo"), seed=seed, listener=listener(quiet=quiet))
     if as_json:
-        _print_json(result.record)
+        print_json(result.record)
         return
     out().print(demo_table(result.record))
     out().print(demo_sentence(result), soft_wrap=True)
@@ -341,7 +334,7 @@ def _demo_locate(output: Path, *, seed: int, quiet: bool, as_json: bool) -> None
 
     result = demo_locate(output, seed=seed, listener=listener(quiet=quiet))
     if as_json:
-        _print_json(result.record)
+        print_json(result.record)
         return
     for table in demo_tables(result.record):
         out().print(table)
@@ -361,7 +354,7 @@ def _run(
         return
     result = unlearn(recipe, command=_command(), listener=listener(quiet=quiet), located=located)
     if as_json:
-        _print_json(result.record)
+        print_json(result.record)
         return
     if result.finished_before:
         out().print(f"{result.output} already holds the result of this very run.", soft_wrap=True)
@@ -404,10 +397,6 @@ def _command() -> str:
 
 def _show(facts: dict[str, Any], text: str, *, as_json: bool) -> None:
     if as_json:
-        _print_json(facts)
+        print_json(facts)
     else:
         out().print(text, soft_wrap=True)
-
-
-def _print_json(content: Any) -> None:
-    print(json.dumps(content, indent=2, allow_nan=False))

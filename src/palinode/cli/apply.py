@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from palinode.cli.console import listener, out, warn
+from palinode.cli.console import listener, out, print_json, warn
+from palinode.cli.options import AllowPickle, Dtype, ForgetScale, Json, Quiet, RetainScale
 
 if TYPE_CHECKING:
     from palinode.weights import Saved
@@ -29,11 +29,9 @@ def apply(
     retain_model: Annotated[
         str | None, typer.Option(help="θ_2: the base fine-tuned on a retain sample; or its vector.")
     ] = None,
-    forget_scale: Annotated[float, typer.Option(help="α.")] = 1.0,
-    retain_scale: Annotated[float, typer.Option(help="β; with 0 the retain model is never opened.")] = 0.0,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16. [default: the target's]")
-    ] = None,
+    forget_scale: ForgetScale = 1.0,
+    retain_scale: RetainScale = 0.0,
+    dtype: Dtype = None,
     rounding: Annotated[
         str, typer.Option(help="nearest, stochastic, or auto: stochastic where nearest would lose dose.")
     ] = "auto",
@@ -41,9 +39,7 @@ def apply(
     rows: Annotated[
         str, typer.Option(help="Embeddings of different length: refuse, or sum the rows that are shared.")
     ] = "refuse",
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read files of torch.save too; none of their code is run.")
-    ] = False,
+    allow_pickle: AllowPickle = False,
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Let NaN and infinity in the models through.")
     ] = False,
@@ -52,10 +48,8 @@ def apply(
         typer.Option("--no-check", help="Do not read the result back; then there is no weights.json."),
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON on standard output.")
-    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Write θ_D − α(θ_1 − θ_0) + β(θ_2 − θ_0) from models that exist; needs no tokenizer and no data.
 
@@ -92,7 +86,7 @@ def apply(
     if crew.rank:
         return
     if as_json:
-        print(json.dumps(_facts(output, saved), indent=2, allow_nan=False))
+        print_json(_facts(output, saved))
         return
     for note in saved.notes:
         warn(note)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from palinode.cli.console import listener, out
+from palinode.cli.console import listener, out, print_json
+from palinode.cli.options import Columns, Device, Json, Quiet, Seed
 
 
 def audit(
@@ -51,17 +51,11 @@ def audit(
     policy: Annotated[
         Path | None, typer.Option(help="A TOML policy: margins, budget, what must be run.")
     ] = None,
-    columns: Annotated[
-        str | None, typer.Option(help="Column names of the rows, as in question=q,answer=reply.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
-    seed: Annotated[
-        int, typer.Option(help="Seeds sampling, batch order, rounding and intervals.", min=0, max=2**32 - 1)
-    ] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON on standard output.")
-    ] = False,
+    columns: Columns = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Look for evidence that a model knows more, or less, of a forget set than the yardstick does."""
     from palinode.audit.material import read_material
@@ -104,7 +98,7 @@ def audit(
     command = shlex.join(["palinode", *sys.argv[1:]])
     record = run_audit(plan, output, command=command, listener=listener(quiet=quiet))
     if as_json:
-        print(json.dumps(record, indent=2, allow_nan=False))
+        print_json(record)
     else:
         _show(record, output)
     if not record["answer"]["passed"]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -106,3 +108,8 @@ def out() -> Console:
 def warn(text: str) -> None:
     """Print a note to stderr, in one line."""
     Console(stderr=True, highlight=False).print(f"Note: {text}", markup=False, soft_wrap=True)
+
+
+def print_json(content: Any) -> None:
+    """Print a result as strict JSON on standard output."""
+    print(json.dumps(content, indent=2, allow_nan=False))

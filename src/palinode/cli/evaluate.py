@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from palinode.cli.console import listener, out
+from palinode.cli.console import listener, out, print_json
+from palinode.cli.options import Columns, Device, Json, Quiet
 
 
 def evaluate(
@@ -64,17 +64,13 @@ def evaluate(
     max_length: Annotated[
         int | None, typer.Option(help="Tokens of a row, prompt included. [default: 512, or the benchmark's]")
     ] = None,
-    columns: Annotated[
-        str | None, typer.Option(help="Column names of the rows, as in question=q,answer=reply.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    columns: Columns = None,
+    device: Device = "auto",
     seed: Annotated[
         int, typer.Option(help="Seeds sampling, intervals and the judge.", min=0, max=2**32 - 1)
     ] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON on standard output.")
-    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Answer probability, ROUGE-L recall, exact memorization and extraction strength on rows; or a benchmark.
 
@@ -126,7 +122,7 @@ def evaluate(
     if not first_process():
         return
     if as_json:
-        print(json.dumps(measurement.record, indent=2, allow_nan=False))
+        print_json(measurement.record)
         return
     out().print(benchmark_table(measurement.scores, title=_title(measurement.record)))
     for note in benchmark_notes(measurement.scores):
@@ -163,7 +159,7 @@ def _rows(
     )
     if as_json:
         content = {name: asdict(score) for name, score in scores.items()}
-        print(json.dumps(content, indent=2, allow_nan=False))
+        print_json(content)
     else:
         out().print(score_table(scores))
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from palinode.cli.options import AllowPickle, Dtype, ForgetScale, RetainScale
+
 
 def export(
     target: Annotated[str, typer.Option(help="The model to be cleaned (θ_D).")],
@@ -18,14 +20,10 @@ def export(
     retain_model: Annotated[
         str | None, typer.Option(help="θ_2: the base fine-tuned on a retain sample.")
     ] = None,
-    forget_scale: Annotated[float, typer.Option(help="α.")] = 1.0,
-    retain_scale: Annotated[float, typer.Option(help="β; with 0 the retain model is never opened.")] = 0.0,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16. [default: the target's]")
-    ] = None,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read files of torch.save too; none of their code is run.")
-    ] = False,
+    forget_scale: ForgetScale = 1.0,
+    retain_scale: RetainScale = 0.0,
+    dtype: Dtype = None,
+    allow_pickle: AllowPickle = False,
     output: Annotated[
         Path | None, typer.Option(help="File to write; must not exist. [default: standard output]")
     ] = None,

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
-from palinode.cli.console import out
+from palinode.cli.console import out, print_json
+from palinode.cli.options import Json
 
 KINDS = ("methods", "benchmarks", "metrics")
 
 
 def list_everything(
     kind: Annotated[str | None, typer.Argument(help="methods, benchmarks or metrics. [default: all]")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON on standard output.")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Name every method, benchmark and metric there is, one line each."""
     from palinode.cli.tables import listing_lines
@@ -26,7 +24,7 @@ def list_everything(
         raise RecipeError(f"there is no list of {kind}; there are {', '.join(KINDS)}")
     listed = {name: _LISTS[name]() for name in KINDS if kind in (None, name)}
     if as_json:
-        print(json.dumps(listed, indent=2))
+        print_json(listed)
         return
     for name, lines in listed.items():
         for line in listing_lines(name, lines):

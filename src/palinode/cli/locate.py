@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from palinode.cli.console import listener, out, warn
+from palinode.cli.console import listener, out, print_json, warn
+from palinode.cli.options import AllowPickle, Device, Json, Quiet
 
 if TYPE_CHECKING:
     from palinode.history.location import Location
@@ -57,15 +57,11 @@ def locate(
     columns: Annotated[str | None, typer.Option(help="Column names, as in question=q,answer=reply.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Write a picture here (SVG).")] = None,
     report: Annotated[Path | None, typer.Option(help="Write the answer as a page here (Markdown).")] = None,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read files of torch.save too; none of their code is run.")
-    ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    allow_pickle: AllowPickle = False,
+    device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Seeds the intervals.", min=0, max=2**32 - 1)] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON on standard output.")
-    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """When the forget rows were seen in training, and the last checkpoint before that."""
     for place in filter(None, (picture, report)):
@@ -174,7 +170,7 @@ def show(found: Location, *, picture: Path | None, report: Path | None, as_json:
     if report:
         write_text(report, location_markdown(record))
     if as_json:
-        print(json.dumps(record, indent=2, allow_nan=False))
+        print_json(record)
         return
     out().print(row_table(record))
     out().print(rung_table(record))

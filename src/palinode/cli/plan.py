@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from palinode.cli.console import out
+from palinode.cli.console import out, print_json
+from palinode.cli.options import Json
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
 
@@ -36,9 +36,7 @@ def plan(
         typer.Option(help="Measured decay with distance (TOML). [default: the published OLMo-2 figures]"),
     ] = None,
     picture: Annotated[Path | None, typer.Option(help="Write a picture here (SVG).")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON on standard output.")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Which checkpoints to keep within a budget, so that a clean one lies close before any exposure."""
     from palinode.cli.locate import check_place
@@ -63,7 +61,7 @@ def plan(
     if picture:
         write_text(check_place(picture), plan_picture(record))
     if as_json:
-        print(json.dumps(record, indent=2, allow_nan=False))
+        print_json(record)
         return
     out().print(plan_table(record))
     for line in plan_sentences(record):

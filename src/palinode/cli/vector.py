@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from palinode.cli.console import listener, out
+from palinode.cli.console import listener, out, print_json
+from palinode.cli.options import AllowPickle, Json, Quiet
 
 if TYPE_CHECKING:
     from palinode.weights import Direction
@@ -17,10 +17,6 @@ if TYPE_CHECKING:
 vectors = typer.Typer(rich_markup_mode=None)
 
 Base = Annotated[str | None, typer.Option(help="The point that vectors to a --model start from (θ_0).")]
-Pickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="Read files of torch.save too; none of their code is run.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
 
 @vectors.callback(invoke_without_command=True)
@@ -36,7 +32,7 @@ def vector(
         typer.Option("--vector", help="A stored vector, or a LoRA adapter; repeatable."),
     ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Show every part of the model.")] = False,
-    allow_pickle: Pickle = False,
+    allow_pickle: AllowPickle = False,
     as_json: Json = False,
 ) -> None:
     """Norms of vectors, the cosines between them, and how they run over the layers."""
@@ -55,7 +51,7 @@ def vector(
     names = [*dict.fromkeys(models or [])], [*dict.fromkeys(folders or [])]
     measured = profile(_directions(base, *names, allow_pickle=allow_pickle))
     if as_json:
-        _print_json(vector_content(measured))
+        print_json(vector_content(measured))
         return
     for table in vector_tables(measured, layers=layers):
         out().print(table)
@@ -78,8 +74,8 @@ def save(
         float | None,
         typer.Option(help="Or of the smallest rank that keeps this share of its squared norm, as in 0.99."),
     ] = None,
-    allow_pickle: Pickle = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    allow_pickle: AllowPickle = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Store a vector as an artefact of its own, whole or at low rank, and say what error that costs."""
@@ -95,7 +91,7 @@ def save(
         stored = save_vector(direction, output, dtype=dtype, rank=rank, energy=energy, on_progress=advance)
     facts = _facts(output, stored)
     if as_json:
-        _print_json(facts)
+        print_json(facts)
     else:
         out().print(_sentence(facts), soft_wrap=True, markup=False)
 
@@ -148,7 +144,3 @@ def _sentence(facts: dict[str, Any]) -> str:
         f"{facts['output']}: norm {facts['norm']:.5g}, {facts['tensors']} tensors in {facts['dtype']}, "
         f"{shape}, {size}; relative error {facts['relative_error']:.3g}"
     )
-
-
-def _print_json(content: Any) -> None:
-    print(json.dumps(content, indent=2, allow_nan=False))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +10,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from palinode.cli.console import listener, out
+from palinode.cli.console import listener, out, print_json
+from palinode.cli.options import Json, Quiet
 
 if TYPE_CHECKING:
     from palinode.weights.manifest import Verification
@@ -22,10 +22,8 @@ MOST_ROWS = 20
 
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="A model folder that Palinode wrote.")],
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON on standard output.")
-    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Tell in one pass whether a model is still as it was written; exit code 1 when it is not."""
     from palinode.weights import Checkpoint
@@ -35,7 +33,7 @@ def verify(
     with listener(quiet=quiet).task("verifying", Checkpoint.open(folder).nbytes, "bytes") as advance:
         found = check_manifest(folder, on_progress=advance)
     if as_json:
-        print(json.dumps({"folder": str(folder), "ok": found.ok, **asdict(found)}, indent=2))
+        print_json({"folder": str(folder), "ok": found.ok, **asdict(found)})
     else:
         _show(folder, found)
     if not found.ok:

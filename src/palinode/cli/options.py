@@ -1,0 +1,31 @@
+"""Options that several verbs have, with one wording each."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Seed = Annotated[
+    int, typer.Option(help="Seeds sampling, batch order, rounding and intervals.", min=0, max=2**32 - 1)
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+Columns = Annotated[str | None, typer.Option(help="Column names of the rows, as in question=q,answer=reply.")]
+Epochs = Annotated[int | None, typer.Option(help="Passes over the rows. [default: 10]", min=1)]
+LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate. [default: 1e-5]")]
+BatchSize = Annotated[int | None, typer.Option(help="Rows in a micro-batch. [default: 4]", min=1)]
+Accumulation = Annotated[int | None, typer.Option(help="Micro-batches in a step. [default: 1]", min=1)]
+WarmupEpochs = Annotated[float | None, typer.Option(help="Epochs of linear warm-up. [default: 1]")]
+WeightDecay = Annotated[float | None, typer.Option(help="Weight decay of AdamW. [default: 0.01]")]
+MaxLength = Annotated[int | None, typer.Option(help="Tokens of a row, prompt included. [default: 512]")]
+Precision = Annotated[
+    str | None, typer.Option(help="Forward pass in auto, float32 or bfloat16. [default: auto]")
+]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read files of torch.save too; none of their code is run.")
+]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: the target's]")]
+ForgetScale = Annotated[float, typer.Option(help="α.")]
+RetainScale = Annotated[float, typer.Option(help="β; with 0 the retain model is never opened.")]

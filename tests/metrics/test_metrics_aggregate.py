@@ -51,6 +51,16 @@ def test_one_value_has_no_interval():
     assert mean_score([0.25]) == Score(0.25, 1, None, None, "one example gives no interval")
 
 
+@pytest.mark.parametrize(("value", "low", "high"), [(0.0, 0.0, 0.308497), (1.0, 0.691503, 1.0)])
+def test_ten_equal_shares_have_the_exact_interval(value, low, high):
+    score = mean_score([value] * 10)
+    assert (score.value, score.low, score.high) == (
+        value,
+        pytest.approx(low, abs=1e-6),
+        pytest.approx(high, abs=1e-6),
+    )
+
+
 def test_equal_values_have_an_interval_of_no_width():
     assert mean_score([0.25, 0.25, 0.25]) == Score(0.25, 3, 0.25, 0.25)
     tenths = mean_score([0.1] * 7)

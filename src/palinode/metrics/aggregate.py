@@ -112,7 +112,7 @@ def _interval(
     if len(known) == 1:
         return None, None
     if known[0] == known[-1]:  # sorted, so all are equal
-        return mean, mean
+        return _ends_of_equals(mean, len(known), confidence)
 
     from scipy.stats import bootstrap  # takes a second, so only when it is used
 
@@ -147,3 +147,15 @@ def _resampled_means(values: NDArray[np.float64], generator: np.random.Generator
         draws = generator.integers(0, values.size, (count, values.size))
         means[start : start + count] = values[draws].mean(axis=1)
     return means
+
+
+def _ends_of_equals(value: float, count: int, confidence: float) -> tuple[float, float]:
+    """Return the interval of a mean where all values are equal, which resampling would make a point.
+
+    All 0 or all 1 are shares at their end: a true share p gives n zeros with probability (1 − p)^n, so the
+    exact (Clopper-Pearson) interval of n zeros is [0, 1 − ((1 − confidence)/2)^(1/n)].
+    """
+    rest = ((1 - confidence) / 2) ** (1 / count)
+    if value == 0:
+        return 0.0, 1 - rest
+    return (rest, 1.0) if value == 1 else (value, value)

@@ -61,6 +61,10 @@ def test_ten_equal_shares_have_the_exact_interval(value, low, high):
     )
 
 
+def test_ten_equal_differences_have_an_interval_of_no_width():
+    assert mean_score([0.0] * 10, shares=False) == Score(0.0, 10, 0.0, 0.0)
+
+
 def test_equal_values_have_an_interval_of_no_width():
     assert mean_score([0.25, 0.25, 0.25]) == Score(0.25, 3, 0.25, 0.25)
     tenths = mean_score([0.1] * 7)

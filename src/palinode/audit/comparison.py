@@ -123,7 +123,7 @@ def _difference(test: Test, ours: Groups, theirs: Groups, *, seed: int) -> Score
     if test.statistic == "mean":
         pairs = zip(ours["forget"], theirs["forget"], strict=True)
         gaps = [a - b for a, b in pairs if a is not None and b is not None]
-        return mean_score(gaps, seed=seed) if gaps else _none(test.missing)
+        return mean_score(gaps, seed=seed, shares=False) if gaps else _none(test.missing)
     sizes = {name: len(values) for name, values in ours.items()}
     empty = [name for name, size in sizes.items() if not size]
     if empty:

@@ -28,11 +28,13 @@ def mean_score(
     seed: int = 0,
     confidence: float = 0.95,
     missing: str = "no value",
+    shares: bool = True,
 ) -> Score:
     """Return the mean of the values that exist, with n and a seeded bootstrap interval.
 
     The order of the values changes nothing. `missing` says why a value may be None; it goes into the
-    score's reason. A value that is not finite leaves the score without a value.
+    score's reason. A value that is not finite leaves the score without a value. `shares` says that values
+    lie between 0 and 1, so that all 0 or all 1 have the exact interval of a share.
     """
     known = sorted(value for value in values if value is not None)
     not_finite = sum(not math.isfinite(value) for value in known)
@@ -44,7 +46,7 @@ def mean_score(
         )
 
     mean = fmean(known)
-    low, high = _interval(known, mean, seed=seed, confidence=confidence)
+    low, high = _interval(known, mean, seed=seed, confidence=confidence, shares=shares)
     return Score(mean, len(known), low, high, _reason(len(known), len(values), missing))
 
 
@@ -107,12 +109,12 @@ def _reason(known: int, total: int, missing: str) -> str | None:
 
 
 def _interval(
-    known: list[float], mean: float, *, seed: int, confidence: float
+    known: list[float], mean: float, *, seed: int, confidence: float, shares: bool
 ) -> tuple[float | None, float | None]:
     if len(known) == 1:
         return None, None
     if known[0] == known[-1]:  # sorted, so all are equal
-        return _ends_of_equals(mean, len(known), confidence)
+        return _ends_of_equals(mean, len(known), confidence) if shares else (mean, mean)
 
     from scipy.stats import bootstrap  # takes a second, so only when it is used
 

@@ -43,7 +43,6 @@ SETTINGS: Mapping[str, Any] = {
 }
 """What the recipes of the ladder demo have that is not the paper's default."""
 
-EVIDENCE = ("log", "order", "behaviour")
 VERSION = 1
 
 

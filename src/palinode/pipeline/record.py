@@ -23,7 +23,7 @@ from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.scales import Chosen
 from palinode.records import RECORD_VERSION, Outcome
 from palinode.version import __version__
-from palinode.weights import Checkpoint
+from palinode.weights import Checkpoint, Direction, Saved, profile
 
 LIBRARIES = (
     "torch",
@@ -166,3 +166,34 @@ def _stopped_notes(training: Mapping[str, Any]) -> list[str]:
         f"Training ended after {run['steps']} of {run['planned_steps']} steps: the forget loss had reached "
         "its limit, beyond which nothing is left to forget."
     ]
+
+
+def dose_facts(saved: Saved, asked: Mapping[str, float]) -> dict[str, Any]:
+    """Return what arrived in the stored weights of the scales asked for, as the record has it."""
+    effective = {name: saved.dose.effective.get(name) for name in asked}
+    return {
+        **{name: scale / asked[name] if scale and asked[name] else None for name, scale in effective.items()},
+        "effective": effective,
+        "relative_error": saved.dose.relative_error,
+        "moved_share": saved.dose.moved_share,
+        "rounding": saved.rounding,
+        "parts": {
+            name: {"effective": dict(part.effective), "moved_share": part.moved_share}
+            for name, part in saved.dose.parts.items()
+        },
+        "notes": list(saved.notes),
+    }
+
+
+def geometry_facts(forget: Direction, retain: Direction | None) -> Mapping[str, Any]:
+    """Return norms and cosine of the vectors, over all weights and by part of the model."""
+    named = {"forget": forget} | ({"retain": retain} if retain is not None else {})
+    measured = profile(named)
+
+    def entry(part: str | None) -> dict[str, Any]:
+        norms = measured.norms(part)
+        cosine = measured.cosine("forget", "retain", part) if len(norms) == 2 else None
+        retain = {"norm": norms["retain"]} if "retain" in norms else None
+        return {"forget": {"norm": norms["forget"]}, "retain": retain, "cosine": cosine}
+
+    return {**entry(None), "parts": {part: entry(part) for part in measured.gram}}

@@ -7,7 +7,6 @@ has one is not run again. The unlearned model takes its final name only when its
 from __future__ import annotations
 
 import errno
-import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -23,22 +22,28 @@ from palinode.methods import METHODS, unlearned_point
 from palinode.methods.paired import PairedSettings
 from palinode.models.loading import load_model, load_tokenizer, pick_device, tokenizer_fingerprint
 from palinode.pipeline.costs import Plan, describe, make_plan
+from palinode.pipeline.finished import (
+    Outcomes,
+    evaluation_step,
+    finished_before,
+    known_outcomes,
+    read_sets,
+    run_key,
+    test_sets,
+)
 from palinode.pipeline.inputs import Inputs, check_places, open_inputs, workspace_folder
 from palinode.pipeline.method_training import MethodTraining, prepare_pair, prepare_training
 from palinode.pipeline.recipe import Recipe
-from palinode.pipeline.record import build_record
+from palinode.pipeline.record import build_record, dose_facts, geometry_facts
 from palinode.pipeline.scales import Chosen, choose_scales
-from palinode.pipeline.workspace import Step, Workspace, fingerprint
+from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener, Silence
-from palinode.records import Outcome, read_outcomes, write_json, write_outcomes, write_text
+from palinode.records import Outcome, write_json, write_outcomes, write_text
 from palinode.report import markdown_report
 from palinode.training.finetune import finetune
 from palinode.training.losses import ANSWER_LOSS
 from palinode.training.roles import Material
-from palinode.weights import Checkpoint, Direction, Saved, WeightedSum, profile, save
-
-Outcomes = Mapping[str, Mapping[str, Sequence[Outcome]]]
-"""Outcomes by model (target, base, unlearned, retrained) and set (forget, retain)."""
+from palinode.weights import Checkpoint, Direction, Saved, WeightedSum, save
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +91,7 @@ class Made:
 def plan(recipe: Recipe) -> Plan:
     """Check a recipe's inputs and return what the run would do and cost, without doing it."""
     inputs = open_inputs(recipe)
-    if _finished_before(inputs) is None:
+    if finished_before(inputs) is None:
         check_places(recipe, inputs, needs=0)
     return make_plan(inputs)
 
@@ -106,10 +111,10 @@ def unlearn(
     """
     listener = listener or Silence()
     inputs = open_inputs(recipe)
-    finished = _finished_before(inputs)
+    finished = finished_before(inputs)
     workspace = Workspace(workspace_folder(recipe))
     if finished is not None:
-        known = _known_outcomes(inputs, workspace, finished)
+        known = known_outcomes(inputs, workspace, finished)
         return Unlearned(Path(recipe.output.folder), finished, known, finished_before=True)
     costs = make_plan(inputs)
     check_places(recipe, inputs, needs=costs.disk)
@@ -117,71 +122,6 @@ def unlearn(
         listener.say(line)
     with workspace.locked():
         return _Run(inputs, workspace, listener).run(command, located)
-
-
-def run_key(inputs: Inputs) -> str:
-    """Return the fingerprint of everything that decides a run's result."""
-    models = {"base": inputs.base, "target": inputs.target, "retrained": inputs.retrained}
-    recipe = inputs.recipe.model_dump(
-        mode="json",
-        exclude={
-            "models": True,
-            "data": True,
-            "output": {"folder", "workspace"},
-            "training": {"save_minutes"},
-        },
-    )
-    return fingerprint(
-        recipe=recipe,
-        models={name: entry.fingerprint() for name, entry in models.items() if entry is not None},
-        forget=fingerprint_examples(inputs.rows.forget),
-        retain=fingerprint_examples(inputs.rows.retain),
-        **({"refusals": list(inputs.refusals)} if inputs.refusals else {}),
-    )
-
-
-def _finished_before(inputs: Inputs) -> Mapping[str, Any] | None:
-    """Return the record of this very run if the output folder already holds its result."""
-    output = Path(inputs.recipe.output.folder)
-    try:
-        record: dict[str, Any] = json.loads((output / "record.json").read_text(encoding="utf-8"))
-        same_run = record["run"] == run_key(inputs)
-        written = record["models"]["unlearned"]["fingerprint"]
-        return record if same_run and Checkpoint.open(output).fingerprint() == written else None
-    except (OSError, ValueError, KeyError, TypeError, CheckpointError):
-        return None
-
-
-def _known_outcomes(inputs: Inputs, workspace: Workspace, record: Mapping[str, Any]) -> Outcomes:
-    """Return the outcomes of a finished run as its workspace holds them; empty when it is gone."""
-    steps = {
-        name: _evaluation(inputs, workspace, model["fingerprint"]) for name, model in record["models"].items()
-    }
-    if any(step.facts is None for step in steps.values()):
-        return {}
-    return {name: _read_sets(step, inputs) for name, step in steps.items()}
-
-
-def _evaluation(inputs: Inputs, workspace: Workspace, model: str) -> Step:
-    """Return the step that evaluates the model of that fingerprint."""
-    return workspace.step(
-        "evaluate",
-        model=model,
-        rows={label: fingerprint_examples(examples) for label, examples in _test_sets(inputs).items()},
-        settings=inputs.recipe.evaluation.model_dump(exclude={"batch_rows"}),
-        prompts=inputs.recipe.prompts.model_dump(),
-        tokenizer=tokenizer_fingerprint(inputs.reader),
-    )
-
-
-def _test_sets(inputs: Inputs) -> Mapping[str, Sequence[Example]]:
-    """Return the rows that models are evaluated on, by set; forget-only runs have one set."""
-    sets = {"forget": inputs.rows.forget_test, "retain": inputs.rows.retain_test}
-    return {label: examples for label, examples in sets.items() if examples}
-
-
-def _read_sets(step: Step, inputs: Inputs) -> Mapping[str, Sequence[Outcome]]:
-    return {label: tuple(read_outcomes(step.folder / f"{label}.jsonl")) for label in _test_sets(inputs)}
 
 
 class _Run:
@@ -269,7 +209,7 @@ class _Run:
         if weights is None or model is None:
             step.clear()
             saved = self._write(target + change, target, {"change": change}, step.folder / "model")
-            weights = {"dose": _dose(saved, {"change": 1.0})}
+            weights = {"dose": dose_facts(saved, {"change": 1.0})}
             step.finish(weights)
             model = Checkpoint.open(step.folder / "model")
         seen = [job.retain[place] for place in facts["seen_retain"]]
@@ -423,7 +363,7 @@ class _Run:
             step.clear()
             retain = vectors.retain if chosen.retain else None
             facts = {**self._save(target, vectors.forget, retain, chosen, step.folder / "model")}
-            facts["vectors"] = _geometry(vectors)
+            facts["vectors"] = geometry_facts(vectors.forget, vectors.retain)
             step.finish(facts)
             model = Checkpoint.open(step.folder / "model")
         return model, facts
@@ -436,7 +376,7 @@ class _Run:
         )
         along = {"forget": -1.0 * forget} | ({"retain": retain} if retain is not None else {})
         saved = self._write(point, target, along, folder)
-        return {"dose": _dose(saved, {"forget": chosen.forget, "retain": chosen.retain})}
+        return {"dose": dose_facts(saved, {"forget": chosen.forget, "retain": chosen.retain})}
 
     def _write(
         self, point: WeightedSum, target: Checkpoint, along: Mapping[str, Direction], folder: Path
@@ -458,12 +398,12 @@ class _Run:
 
     def _evaluate(self, name: str, checkpoint: Checkpoint) -> Mapping[str, Sequence[Outcome]]:
         """Return a model's outcomes on the forget and retain rows, read back if they are there."""
-        step = _evaluation(self.inputs, self.workspace, checkpoint.fingerprint())
+        step = evaluation_step(self.inputs, self.workspace, checkpoint.fingerprint())
         if step.facts is None:
             step.begin()
             started = time.monotonic()
             model, tokenizer = load_model(checkpoint, device=self.device), load_tokenizer(self.inputs.reader)
-            for label, examples in _test_sets(self.inputs).items():
+            for label, examples in test_sets(self.inputs).items():
                 outcomes = observe(
                     model,
                     tokenizer,
@@ -475,7 +415,7 @@ class _Run:
                 )
                 write_outcomes(step.folder / f"{label}.jsonl", outcomes)
             step.finish({"model": name, "seconds": round(time.monotonic() - started, 1)})
-        return _read_sets(step, self.inputs)
+        return read_sets(step, self.inputs)
 
     def _publish(self, model: Checkpoint, record: Mapping[str, Any]) -> Path:
         """Put record and report beside the weights, then give the folder its final name."""
@@ -512,34 +452,3 @@ def _open_whole(step: Step) -> Checkpoint | None:
 def _anchors(examples: Sequence[Example] | Material) -> Sequence[Example]:
     """Return the examples that an epoch goes through."""
     return examples.examples[examples.anchor] if isinstance(examples, Material) else examples
-
-
-def _dose(saved: Saved, asked: Mapping[str, float]) -> dict[str, Any]:
-    """Return what arrived in the stored weights of the scales asked for, as the record has it."""
-    effective = {name: saved.dose.effective.get(name) for name in asked}
-    return {
-        **{name: scale / asked[name] if scale and asked[name] else None for name, scale in effective.items()},
-        "effective": effective,
-        "relative_error": saved.dose.relative_error,
-        "moved_share": saved.dose.moved_share,
-        "rounding": saved.rounding,
-        "parts": {
-            name: {"effective": dict(part.effective), "moved_share": part.moved_share}
-            for name, part in saved.dose.parts.items()
-        },
-        "notes": list(saved.notes),
-    }
-
-
-def _geometry(vectors: Vectors) -> Mapping[str, Any]:
-    """Return norms and cosine of the vectors, over all weights and by part of the model."""
-    named = {"forget": vectors.forget} | ({"retain": vectors.retain} if vectors.retain is not None else {})
-    measured = profile(named)
-
-    def entry(part: str | None) -> dict[str, Any]:
-        norms = measured.norms(part)
-        cosine = measured.cosine("forget", "retain", part) if len(norms) == 2 else None
-        retain = {"norm": norms["retain"]} if "retain" in norms else None
-        return {"forget": {"norm": norms["forget"]}, "retain": retain, "cosine": cosine}
-
-    return {**entry(None), "parts": {part: entry(part) for part in measured.gram}}

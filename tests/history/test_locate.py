@@ -11,10 +11,12 @@ from palinode.data.examples import Example
 from palinode.errors import DataError
 from palinode.history.exposures import ExposureLog, ExposureReader
 from palinode.history.hashing import hashes
+from palinode.history.judgement import known_alternatives
 from palinode.history.ladder import Ladder, Rung
-from palinode.history.location import known_alternatives, locate
+from palinode.history.locating import locate
 from palinode.history.orders.palinode import PalinodeOrder, Stage, open_palinode, rebuild, write_stages
-from palinode.report.location import location_markdown, location_picture, location_sentences
+from palinode.report.location import location_markdown, location_sentences
+from palinode.report.pictures import location_picture
 from palinode.training.settings import TrainingSettings
 
 LADDER = Ladder(tuple(Rung(step, f"step{step}", 100 * step) for step in (10, 20, 30, 40)))

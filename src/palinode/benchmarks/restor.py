@@ -354,7 +354,8 @@ def _documents(places: Places, split: str) -> tuple[list[Example], TableFacts]:
 def _option_cell(kind: str) -> Cell:
     def score(measured: Measured) -> Score:
         values = alternative_logprobs(measured.of("facts"), kind)
-        return mean_score(values, seed=measured.seed, missing=f"options.json lists no {kind} options for it")
+        missing = f"options.json lists no {kind} options for it"
+        return mean_score(values, seed=measured.seed, missing=missing, shares=False)
 
     description = f"mean token log-probability of the {kind} options of a question, end token left out"
     return Cell("facts", f"logprob_{kind}", description, score)

@@ -158,11 +158,11 @@ def show(found: Location, *, picture: Path | None, report: Path | None, as_json:
     from palinode.records import write_text
     from palinode.report.location import (
         location_markdown,
-        location_picture,
         location_sentences,
         row_table,
         rung_table,
     )
+    from palinode.report.pictures import location_picture
 
     record = found.as_record()
     if picture:

@@ -43,7 +43,8 @@ def plan(
     from palinode.errors import RecipeError
     from palinode.history.plan import Wish, plan_checkpoints, plan_record, read_decay
     from palinode.records import write_text
-    from palinode.report.location import plan_picture, plan_sentences, plan_table
+    from palinode.report.location import plan_sentences, plan_table
+    from palinode.report.pictures import plan_picture
 
     if half_life is not None and interest == "uniform":
         raise RecipeError("--half-life is for --interest recent; with uniform all steps count alike")

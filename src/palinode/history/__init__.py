@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from palinode.history.duplicates import find_duplicates
     from palinode.history.exposures import ExposureLog, ExposureReader
     from palinode.history.ladder import Ladder, Rung, open_ladder
-    from palinode.history.location import Location, locate
+    from palinode.history.locating import locate
+    from palinode.history.location import Location
     from palinode.history.onset import Onset, find_onset
     from palinode.history.plan import Schedule, plan_checkpoints
     from palinode.history.thinning import ThinningCallback

@@ -18,7 +18,8 @@ from palinode.data.world import World
 from palinode.history.exposures import ExposureLog, ExposureReader
 from palinode.history.hashing import row_hash
 from palinode.history.ladder import open_ladder
-from palinode.history.location import Location, locate
+from palinode.history.locating import locate
+from palinode.history.location import Location
 from palinode.history.orders.palinode import Stage, rebuild, write_stages
 from palinode.models.loading import load_tokenizer
 from palinode.pipeline.demo_run import DemoResult, claim, one_thread, recall
@@ -27,7 +28,8 @@ from palinode.pipeline.run import unlearn
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, Silence
 from palinode.records import write_json, write_text
-from palinode.report.location import location_markdown, location_picture
+from palinode.report.location import location_markdown
+from palinode.report.pictures import location_picture
 from palinode.version import __version__
 
 SETTINGS: Mapping[str, Any] = {

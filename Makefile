@@ -29,8 +29,10 @@ check: $(INSTALLED) ## Check format, lint, types, and that the generated docs ar
 	@$(BIN)/mypy
 	@$(BIN)/python -m palinode.cli.reference --check
 
-docs: $(INSTALLED) ## Write docs/cli.md from the commands' own help
+docs: $(INSTALLED) ## Write docs/cli.md from the commands' own help, and the site of all pages in build/site
 	@$(BIN)/python -m palinode.cli.reference
+	@$(BIN)/python -m mkdocs build
+	@echo "Open build/site/index.html"
 
 bench: $(INSTALLED) ## Run every speed and memory benchmark
 	@for script in arithmetic inplace evaluation locate training; do echo "== $$script"; $(BIN)/python "benchmarks/$$script.py"; done

@@ -65,7 +65,12 @@ def recipe_of(tiny):
             "models": {"target": str(tiny.target.folder), "base": str(tiny.base.folder)},
             "data": {"forget": str(tiny.forget), "retain": str(tiny.retain)},
             "training": TINY_TRAINING,
-            "scales": {"forget_grid": [0.25, 0.5, 1.0], "retain_grid": [0.0, 0.5], "probe_rows": 30},
+            "scales": {
+                "choose": "grid",
+                "forget_grid": [0.25, 0.5, 1.0],
+                "retain_grid": [0.0, 0.5],
+                "probe_rows": 30,
+            },
             "evaluation": TINY_EVALUATION,
             "output": {"folder": str(output)},
         }

@@ -1,17 +1,21 @@
 """How long work tells what it is doing, without knowing who listens.
 
 A step opens a task with a label and a total, and calls the function it gets with what it has done
-since. The command line shows bars; tests and library users hear nothing unless they ask.
+since; the points of its curves it hands to whoever records them. The command line shows bars, `--tracker`
+keeps curves; tests and library users hear nothing unless they ask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 Advance = Callable[[int], None]
 """Called with the amount of work done since the last call."""
+
+Figures = Mapping[str, float]
+"""What was measured at one point of a curve, by name."""
 
 
 class Listener(Protocol):
@@ -24,6 +28,20 @@ class Listener(Protocol):
         """Open a task of `total` units; the function returned inside takes progress."""
 
 
+@runtime_checkable
+class Recorder(Protocol):
+    """A listener that keeps curves as well."""
+
+    def record(self, series: str, step: int, figures: Figures) -> None:
+        """Take one point of a curve; steps of a series count up from 1."""
+
+
+def record(listener: Listener, series: str, step: int, figures: Figures) -> None:
+    """Hand one point of a curve to a listener that keeps curves; any other hears nothing of it."""
+    if isinstance(listener, Recorder):
+        listener.record(series, step, figures)
+
+
 class Silence:
     """A listener that shows nothing."""
 
@@ -34,3 +52,59 @@ class Silence:
     def task(self, label: str, total: int, unit: str) -> Iterator[Advance]:  # noqa: ARG002
         """Give a function that does nothing."""
         yield lambda _amount: None
+
+
+class Pace:
+    """How fast a task goes. Its first report only starts the clock.
+
+    What is done by then may be the work of an earlier, interrupted call, or may have waited for a model to
+    load, so that it says little about what is left.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.done = 0
+        self._before: int | None = None
+        """Done when the clock was started."""
+        self._started = 0.0
+
+    def advance(self, amount: int, now: float) -> None:
+        """Count work done; `now` is in seconds, on any clock."""
+        self.done += amount
+        if self._before is None:
+            self._before, self._started = self.done, now
+
+    def rate(self, now: float) -> float | None:
+        """Return units a second; None while that is not known."""
+        if self._before is None or self.done == self._before or now <= self._started:
+            return None
+        return (self.done - self._before) / (now - self._started)
+
+    def seconds_left(self, now: float) -> float | None:
+        """Return the seconds that the rest will take; None while that is not known."""
+        rate = self.rate(now)
+        return None if rate is None else max(0, self.total - self.done) / rate
+
+
+def rate_text(rate: float, unit: str) -> str:
+    """Return a rate in words, the slow ones as time for each unit.
+
+    >>> rate_text(1234.5, "tokens"), rate_text(2.5, "rows"), rate_text(0.05, "points")
+    ('1,234 tokens/s', '2.5 rows/s', '20 s for each of the points')
+    """
+    if rate >= 10:
+        return f"{rate:,.0f} {unit}/s"
+    if rate >= 1:
+        return f"{rate:.1f} {unit}/s"
+    return f"{1 / rate:,.0f} s for each of the {unit}" if rate < 0.1 else f"{rate:.2f} {unit}/s"
+
+
+def duration_text(seconds: float) -> str:
+    """Return a time in words, rounded as one would say it.
+
+    >>> duration_text(42.3), duration_text(300), duration_text(9000)
+    ('42 s', '5 min', '2.5 h')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

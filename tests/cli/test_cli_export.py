@@ -28,7 +28,7 @@ def words(tiny):
 
 
 def test_recipe_goes_to_standard_output_and_holds_the_scales(palinode, words, tiny):
-    said = palinode(*words, "--forget-scale", 1.5, "--retain-scale", 0.25)
+    said = palinode(*words, "--scales", "1.5,0.25")
     assert (said.code, said.err) == (0, "")
     recipe = yaml.safe_load(said.out)
     assert recipe["base_model"] == str(tiny.target.folder)
@@ -81,11 +81,11 @@ def test_tool_must_be_named(palinode, words):
 
 
 def test_negative_scale_is_refused(palinode, words):
-    assert "must not be negative" in palinode(*words, "--forget-scale", -1).refusal
+    assert "must not be negative" in palinode(*words, "--scales", -1).refusal
 
 
 def test_retain_scale_needs_a_retain_model(palinode, words):
-    assert "needs a retain model; name it" in palinode(*words[:-2], "--retain-scale", 0.5).refusal
+    assert "needs a retain model; name it" in palinode(*words[:-2], "--scales", "1,0.5").refusal
 
 
 def test_missing_model_is_refused(palinode, words):

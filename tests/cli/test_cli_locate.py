@@ -144,7 +144,7 @@ def test_unlearn_takes_its_base_from_a_ladder_and_records_why(
         tmp_path / "out",
         base=None,
         retain=None,
-        forget_scale=1.0,
+        scales=1.0,
         checkpoints=history / "ladder",
         log=history / "log",
         quiet=True,

@@ -33,7 +33,7 @@ def strict(text: str):
 @pytest.fixture
 def given(unlearn_words, tmp_path):
     """Words for a run without a search."""
-    return unlearn_words(tmp_path / "out", forget_scale=0.5, retain_scale=0.5)
+    return unlearn_words(tmp_path / "out", scales="0.5,0.5")
 
 
 # Help
@@ -95,7 +95,8 @@ def test_quiet_is_silent_and_still_shows_the_result(palinode, given, tmp_path):
     said = palinode(*given, "--quiet")
     assert (said.code, said.err) == (0, "")
     assert "Scores and their 95 % intervals" in said.out
-    assert f"{tmp_path / 'out'}: the unlearned model, record.json and report.md" in said.out
+    assert f"{tmp_path / 'out'}: the unlearned model, record.json and report.html" in said.out
+    assert f"{tmp_path / 'out.workspace' / 'report.html'}: the report with sample answers" in said.out
 
 
 def test_plan_comes_first_then_one_line_a_task(palinode, given):
@@ -163,16 +164,14 @@ folder = "{tmp_path / "out"}"
 def test_overlap_is_left_out_when_allowed(palinode, unlearn_words, tiny, tmp_path):
     both = tmp_path / "both.jsonl"
     both.write_text(tiny.retain.read_text() + tiny.forget.read_text())
-    words = unlearn_words(
-        tmp_path / "out", retain=both, allow_overlap=True, forget_scale=0.5, retain_scale=0, json=True
-    )
+    words = unlearn_words(tmp_path / "out", retain=both, allow_overlap=True, scales="0.5,0", json=True)
     assert strict(palinode(*words, "--quiet").out)["data"]["retain"]["rows"] == 285
 
 
 def test_record_names_the_command_that_repeats_it(palinode, given, tmp_path):
     record = strict(palinode(*given, "--json", "--quiet").out)
     assert record["command"].startswith("palinode unlearn --target ")
-    assert "--forget-scale 0.5 --retain-scale 0.5" in record["command"]
+    assert "--scales 0.5,0.5" in record["command"]
 
 
 # The single steps
@@ -202,7 +201,7 @@ def test_steps_by_hand_give_the_bytes_of_the_main_job(palinode, given, tiny, tmp
     applied = palinode(
         *("apply", "--target", tiny.target.folder, "--base", tiny.base.folder, "--output", tmp_path / "sum"),
         *("--forget-model", tmp_path / "theta_1", "--retain-model", retain),
-        *("--forget-scale", 0.5, "--retain-scale", 0.5, "--json", "--quiet"),
+        *("--scales", "0.5,0.5", "--json", "--quiet"),
     )
     assert strict(applied.out)["effective"] == pytest.approx({"forget": 0.5, "retain": 0.5}, rel=1e-3)
     assert applied.err == ""
@@ -228,7 +227,7 @@ def test_apply_needs_no_tokenizer(palinode, tiny, tmp_path):
 
 def test_apply_with_scale_zero_gives_the_target_and_never_opens_the_retain_model(palinode, tiny, tmp_path):
     said = palinode(
-        *("apply", "--target", tiny.target.folder, "--base", tiny.base.folder, "--forget-scale", 0),
+        *("apply", "--target", tiny.target.folder, "--base", tiny.base.folder, "--scales", 0),
         *("--forget-model", tiny.retrained.folder, "--retain-model", tmp_path / "nowhere"),
         *("--output", tmp_path / "out", "--quiet"),
     )
@@ -258,7 +257,7 @@ def test_vector_shows_norms_and_cosines(palinode, tiny):
     base = load_file(tiny.base.folder / "model.safetensors")
     squares = sum(float((value - base[name]).double().square().sum()) for name, value in first.items())
     assert norms[str(tiny.target.folder)] == pytest.approx(squares**0.5, rel=1e-5)
-    said = palinode(*words, "--layers")
+    said = palinode(*words, "--layers", "--quiet")
     assert f"{norms[str(tiny.target.folder)]:.5g}" in said.out
     assert "layer 1" in said.out
     assert said.err == ""
@@ -316,7 +315,7 @@ def test_terminal_that_knows_only_ascii_is_no_reason_to_fail(tiny):
 
 
 def test_reader_that_leaves_early_gets_no_traceback(tiny):
-    words = f"'{tiny.base.folder}' --model '{tiny.target.folder}' --json"
+    words = f"'{tiny.base.folder}' --model '{tiny.target.folder}' --json --quiet"
     run = subprocess.run(
         f"'{sys.executable}' -m palinode vector --base {words} | head -c 1",
         shell=True,

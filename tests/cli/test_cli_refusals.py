@@ -278,7 +278,7 @@ def test_full_disk(refused, monkeypatch):
 
 def test_disk_that_has_room_for_what_is_left_to_do(palinode, unlearn_words, tmp_path, monkeypatch):
     """A run that is nearly done must not be refused the room that it has already taken."""
-    words = unlearn_words(tmp_path / "out", forget_scale=0.5, retain_scale=0.5)
+    words = unlearn_words(tmp_path / "out", scales="0.5,0.5")
     assert palinode(*words, "--quiet").code == 0
     shutil.rmtree(tmp_path / "out")
     usage = namedtuple("usage", "total used free")
@@ -302,10 +302,12 @@ def test_disk_that_has_room_for_what_is_left_to_do(palinode, unlearn_words, tmp_
         ),
         ({"rounding": "up"}, "output.rounding cannot be used: Input should be 'auto', 'nearest'"),
         ({"precision": "fp8"}, "training.precision cannot be used: Input should be 'auto', 'float32'"),
-        ({"forget_scale": -1}, "scales.forget cannot be used: Input should be greater than or equal to 0"),
-        ({"retain_scale": -0.5}, "scales.retain cannot be used: Input should be greater than or equal to 0"),
-        ({"forget_scale": "nan"}, "scales.forget cannot be used: Input should be a finite number"),
-        ({"retain": None, "retain_scale": 1}, "a retain scale of 1 needs retain rows"),
+        ({"scales": "-1,0"}, "scales.forget cannot be used: Input should be greater than or equal to 0"),
+        ({"scales": "1,-0.5"}, "scales.retain cannot be used: Input should be greater than or equal to 0"),
+        ({"scales": "nan,0"}, "scales.forget cannot be used: Input should be a finite number"),
+        ({"scales": "best"}, "--scales is 'best'; write α and β as in 1.0,0.5"),
+        ({"scales": "1,2,3"}, "--scales is '1,2,3'"),
+        ({"retain": None, "scales": "1,1"}, "a retain scale of 1 needs retain rows"),
         ({"retain_share": 0}, "scales.retain_share cannot be used"),
         ({"learning_rate": 0}, "training.learning_rate cannot be used: Input should be greater than 0"),
         ({"learning_rate": "inf"}, "training.learning_rate cannot be used: Input should be a finite number"),
@@ -390,11 +392,11 @@ def test_apply_refuses_what_it_cannot_add(palinode, tiny, copy, tmp_path, monkey
         assert [path.name for path in tmp_path.iterdir()] == ["copy"]
         return said.refusal
 
-    assert "a retain scale of 0.5 needs a retain model" in apply(**{"retain-scale": 0.5})
+    assert "a retain scale of 0.5 needs a retain model" in apply(scales="1,0.5")
     assert "there is no rounding 'up' for weights; choose" in apply(rounding="up")
     assert "there is no dtype 'int8'" in apply(dtype="int8")
-    assert "finite number" in apply(**{"forget-scale": "nan"})
-    assert "must not be negative" in apply(**{"forget-scale": "-1"})
+    assert "finite number" in apply(scales="nan")
+    assert "must not be negative" in apply(scales="-1")
     assert "there is no model folder nowhere" in apply(**{"forget-model": "nowhere"})
     assert "lie inside one another" in apply(output=tiny.base.folder / "out")
     change_config(copy, tie_word_embeddings=True, model_type="mistral")

@@ -153,7 +153,7 @@ def test_models_vectors_and_adapters_are_measured_together(palinode, save, adapt
     layer = found["parts"]["layer 1"]
     assert layer["norms"][str(folder)] == 0
     assert [pair["cosine"] for pair in layer["cosines"] if str(folder) in pair["between"]] == [None, None]
-    said = palinode(*words, "--layers")
+    said = palinode(*words, "--layers", "--quiet")
     assert (said.code, said.err) == (0, "")
     assert "layer 1" in said.out
     assert f"{norm:.5g}" in said.out

@@ -12,6 +12,7 @@ from palinode.errors import CheckpointError, DataError, InputError, OutputError,
 from palinode.evaluation.benchmark import Places
 from palinode.pipeline import measure as module
 from palinode.pipeline.measure import MeasureSettings, measure
+from palinode.progress import Silence
 from palinode.records import read_outcomes
 
 OWN, TOFU = BENCHMARKS["own"], BENCHMARKS["tofu"]
@@ -191,3 +192,37 @@ def test_what_cannot_be_done_is_refused_before_a_model_is_loaded(
         changes = {"open_unlearning": Path(changes["open_unlearning"])}
     with pytest.raises(error, match=message):
         measure(str(tiny.target.folder), OWN, own, settings(**changes))
+
+
+class Told(Silence):
+    """A listener that remembers lines and the labels of tasks."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+    def task(self, label, total, unit):
+        self.lines.append(label)
+        return super().task(label, total, unit)
+
+
+def test_retrained_model_is_asked_only_where_a_metric_compares_with_it(tiny, own):
+    told = Told()
+    chosen = settings(against=str(tiny.retrained.folder), metrics=("rouge_l_recall",), max_rows=2)
+    measure(str(tiny.target.folder), OWN, own, chosen, listener=told)
+    assert told.lines[0] == "No metric compares with the retrained model; it is not asked."
+    assert not any(line.startswith("retrained model") for line in told.lines)
+    told.lines.clear()
+    compared = settings(against=str(tiny.retrained.folder), metrics=("forget_quality",), max_rows=2)
+    measure(str(tiny.target.folder), OWN, own, compared, listener=told)
+    asked = {line.split(": ")[0] for line in told.lines if line.startswith("retrained model")}
+    assert asked == {"retrained model, forget"}
+
+
+def test_metric_that_does_not_exist_is_refused_with_the_nearest_name(tiny, own):
+    with pytest.raises(RecipeError, match=r"did you mean rouge_l_recall\? It has "):
+        measure(str(tiny.target.folder), OWN, own, settings(metrics=("rouge_l_recal",)))
+    with pytest.raises(RecipeError, match="no metric 'zzz'; it has "):
+        measure(str(tiny.target.folder), OWN, own, settings(metrics=("zzz",)))

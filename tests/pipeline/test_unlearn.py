@@ -88,10 +88,13 @@ def test_output_has_the_files_of_the_target(done, tiny):
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (done.output / name).read_bytes() == (tiny.target.folder / name).read_bytes()
     assert sorted(path.name for path in done.output.iterdir()) == [
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",
         "record.json",
+        "report.html",
+        "report.json",
         "report.md",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -123,7 +126,10 @@ def test_record_has_exactly_the_documented_keys(done):
     documented = {name.split(".")[0].removesuffix("[]") for name in re.findall(r"^\| `(\w+)", page, re.M)}
     documented |= {"finished"}  # shares a line with created
     assert set(done.record) == documented
-    assert set(done.record["scales"]) == {"forget", "retain", "chosen_by", "rule", "kept_rule", "points"}
+    assert set(done.record["scales"]) == {
+        *("forget", "retain", "chosen_by", "rule", "kept_rule", "points"),
+        *("yardstick", "front", "sensitivity", "groups"),
+    }
     assert set(done.record["scales"]["points"][0]) == {
         "forget",
         "retain",
@@ -179,7 +185,10 @@ def test_record_names_what_went_in(done, tiny):
 
 
 def test_nothing_beside_the_weights_holds_text_of_the_forget_rows(done, world):
-    written = "".join((done.output / name).read_text() for name in ("record.json", "report.md"))
+    files = [*done.output.glob("*.json"), *done.output.glob("*.md")]  # the page is in test_reporting.py
+    written = "".join(
+        path.read_text() for path in files if path.name not in ("tokenizer.json", "weights.json")
+    )
     said = {fact.subject for fact in world.forget} | {fact.prompt for fact in world.forget}
     assert [text for text in said if text in written] == []
     words = set(re.findall(r"\w+", written))

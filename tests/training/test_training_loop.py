@@ -406,4 +406,5 @@ def test_settings_are_the_papers_unless_given():
         "max_length": 512,
         "precision": "auto",
         "save_minutes": 5.0,
+        "lora": None,
     }

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from palinode.data.examples import Example, read_examples
-from palinode.data.world import Fact, World, write_facts
+from palinode.data.world import Fact, World, unseen_people, write_facts
 from palinode.models.loading import quiet_transformers
 from palinode.progress import Listener, Silence
 from palinode.training.finetune import finetune
@@ -50,6 +50,8 @@ class DemoModels:
     """Rows about the forget people (JSON lines)."""
     retain: Path
     """Rows about everyone else, then the general facts."""
+    holdout: Path
+    """Rows about people whom no model has seen."""
 
 
 def build_demo(
@@ -92,10 +94,11 @@ def build_demo(
     target = learn(exposed, "target", (*later, *world.late), stages[2])
     unexposed = learn(base, "unexposed", later, stages[1])
     retrained = learn(unexposed, "retrained", (*later, *world.late), stages[2])
-    forget, retain = folder / "forget.jsonl", folder / "retain.jsonl"
+    forget, retain, holdout = (folder / f"{name}.jsonl" for name in ("forget", "retain", "holdout"))
     write_facts(forget, world.forget)
     write_facts(retain, (*world.others, *world.general))
-    return DemoModels(base, target, retrained, forget, retain)
+    write_facts(holdout, unseen_people(world, seed=seed))
+    return DemoModels(base, target, retrained, forget, retain, holdout)
 
 
 def tiny_model(folder: Path, words: Sequence[str], *, width: int, layers: int, seed: int) -> Checkpoint:

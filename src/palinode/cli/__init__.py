@@ -17,7 +17,7 @@ from typing import Any
 MENDABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 """What the system says when a place is closed to us, or full."""
 
-RESUMED = ("unlearn", "run", "finetune", "demo", "audit")
+RESUMED = ("unlearn", "run", "finetune", "demo", "compare", "audit")
 """Verbs that keep what they have finished, and go on from there."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,10 @@ import typer
 
 from palinode.cli.apply import apply
 from palinode.cli.audit import audit
+from palinode.cli.chat import chat
+from palinode.cli.compare import compare
 from palinode.cli.console import listener, out, print_json
+from palinode.cli.doctor import doctor
 from palinode.cli.evaluate import evaluate
 from palinode.cli.export import export
 from palinode.cli.listing import list_everything
@@ -26,14 +30,19 @@ from palinode.cli.options import (
     Epochs,
     Json,
     LearningRate,
+    Lora,
     MaxLength,
     Precision,
     Quiet,
+    Scales,
     Seed,
+    Tracker,
     WarmupEpochs,
     WeightDecay,
+    parse_scales,
 )
 from palinode.cli.plan import plan as plan_command
+from palinode.cli.report import report
 from palinode.cli.vector import vectors
 from palinode.cli.verify import verify
 
@@ -98,6 +107,10 @@ def unlearn(
     retain: Annotated[
         str | None, typer.Option(help="Rows whose effect must stay; without them β = 0.")
     ] = None,
+    holdout: Annotated[
+        str | None,
+        typer.Option(help="Rows like the forget rows that neither model has seen, to set the yardstick by."),
+    ] = None,
     retrained: Annotated[
         str | None, typer.Option(help="The gold standard, to compare with, where one exists.")
     ] = None,
@@ -109,10 +122,7 @@ def unlearn(
         list[str] | None,
         typer.Option("--set", help="Set any key of a recipe, as in method_settings.beta=0.2; repeatable."),
     ] = None,
-    forget_scale: Annotated[float | None, typer.Option(help="α. [default: chosen on a grid]")] = None,
-    retain_scale: Annotated[
-        float | None, typer.Option(help="β. [default: chosen on a grid; 0 without --retain]")
-    ] = None,
+    scales: Scales = None,
     retain_share: Annotated[
         float | None, typer.Option(help="Share of the target's retain probability to keep. [default: 0.9]")
     ] = None,
@@ -124,6 +134,7 @@ def unlearn(
     weight_decay: WeightDecay = None,
     max_length: MaxLength = None,
     precision: Precision = None,
+    lora: Lora = None,
     max_rows: Annotated[int | None, typer.Option(help="Rows of each set to evaluate. [default: 400]")] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Length limit of answers. [default: 200]")
@@ -141,6 +152,7 @@ def unlearn(
     ] = None,
     device: Device = "auto",
     seed: Seed = 0,
+    tracker: Tracker = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print the plan; do nothing.")
     ] = False,
@@ -173,6 +185,7 @@ def unlearn(
         "method": method,
         "seed": seed,
         "device": device,
+        "tracker": tracker,
         "models": {
             "target": target,
             "base": base,
@@ -182,6 +195,7 @@ def unlearn(
         "data": {
             "forget": forget,
             "retain": retain,
+            "holdout": holdout,
             "refusals": refusals,
             "columns": _columns(columns),
             "allow_overlap": allow_overlap,
@@ -195,8 +209,9 @@ def unlearn(
             weight_decay,
             max_length,
             precision,
+            lora,
         ),
-        "scales": {"forget": forget_scale, "retain": retain_scale, "retain_share": retain_share},
+        "scales": {**_scales(scales), "retain_share": retain_share},
         "evaluation": {"max_rows": max_rows, "max_new_tokens": max_new_tokens, "max_length": max_length},
         "output": {"folder": output, "workspace": workspace, "dtype": dtype, "rounding": rounding},
     }
@@ -211,6 +226,7 @@ def run(
         list[str] | None,
         typer.Option("--set", help="Change one key, as in training.learning_rate=2e-5; repeatable."),
     ] = None,
+    tracker: Tracker = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print the plan; do nothing.")
     ] = False,
@@ -220,7 +236,8 @@ def run(
     """The same job, written down as a recipe."""
     from palinode.pipeline.recipe import load_recipe
 
-    _run(load_recipe(recipe, changes or []), dry_run=dry_run, quiet=quiet, as_json=as_json)
+    named = [f"tracker={json.dumps(tracker)}"] if tracker else []
+    _run(load_recipe(recipe, [*(changes or []), *named]), dry_run=dry_run, quiet=quiet, as_json=as_json)
 
 
 @app.command()
@@ -240,9 +257,11 @@ def finetune(
     weight_decay: WeightDecay = None,
     max_length: MaxLength = None,
     precision: Precision = None,
+    lora: Lora = None,
     columns: Columns = None,
     device: Device = "auto",
     seed: Seed = 0,
+    tracker: Tracker = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -250,7 +269,15 @@ def finetune(
     from palinode.pipeline.steps import finetune_file
 
     settings = _training(
-        epochs, learning_rate, batch_size, accumulation, warmup_epochs, weight_decay, max_length, precision
+        epochs,
+        learning_rate,
+        batch_size,
+        accumulation,
+        warmup_epochs,
+        weight_decay,
+        max_length,
+        precision,
+        lora,
     )
     done = finetune_file(
         base,
@@ -260,6 +287,7 @@ def finetune(
         columns=_columns(columns),
         device=device,
         seed=seed,
+        tracker=tracker,
         listener=listener(quiet=quiet),
     )
     first, last = done.curve[0].loss, done.curve[-1].loss
@@ -310,7 +338,11 @@ def demo(
 
 app.command()(apply)
 app.command()(audit)
+app.command()(compare)
+app.command()(report)
 app.command()(verify)
+app.command()(doctor)
+app.command()(chat)
 app.command()(export)
 app.command()(locate)
 app.command(name="plan")(plan_command)
@@ -360,10 +392,13 @@ def _run(
         out().print(f"{result.output} already holds the result of this very run.", soft_wrap=True)
     out().print(terminal_table(result.record))
     out().print(headline(result.record), soft_wrap=True)
-    out().print(f"{result.output}: the unlearned model, record.json and report.md", soft_wrap=True)
+    out().print(f"{result.output}: the unlearned model, record.json and report.html", soft_wrap=True)
+    if result.report:
+        out().print(f"{result.report}: the report with sample answers", soft_wrap=True)
 
 
 def _training(*values: object) -> dict[str, Any]:
+    *plain, rank = values
     names = (
         "epochs",
         "learning_rate",
@@ -374,7 +409,15 @@ def _training(*values: object) -> dict[str, Any]:
         "max_length",
         "precision",
     )
-    return dict(zip(names, values, strict=True))
+    return {**dict(zip(names, plain, strict=True)), "lora": None if rank is None else {"rank": rank}}
+
+
+def _scales(text: str | None) -> dict[str, Any]:
+    """Return the recipe keys for auto, grid, or two numbers with a comma between them."""
+    if text in (None, "auto", "grid"):
+        return {"choose": text}
+    alpha, beta = parse_scales(str(text))
+    return {"forget": alpha, "retain": beta}
 
 
 def _given(content: dict[str, Any]) -> dict[str, Any]:

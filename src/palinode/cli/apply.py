@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from palinode.cli.console import listener, out, print_json, warn
-from palinode.cli.options import AllowPickle, Dtype, ForgetScale, Json, Quiet, RetainScale
+from palinode.cli.options import AllowPickle, Dtype, FixedScales, Json, Quiet, parse_scales
 
 if TYPE_CHECKING:
     from palinode.weights import Saved
@@ -29,8 +29,7 @@ def apply(
     retain_model: Annotated[
         str | None, typer.Option(help="θ_2: the base fine-tuned on a retain sample; or its vector.")
     ] = None,
-    forget_scale: ForgetScale = 1.0,
-    retain_scale: RetainScale = 0.0,
+    scales: FixedScales = "1.0,0.0",
     dtype: Dtype = None,
     rounding: Annotated[
         str, typer.Option(help="nearest, stochastic, or auto: stochastic where nearest would lose dose.")
@@ -59,6 +58,7 @@ def apply(
     from palinode.methods import apply as apply_models
     from palinode.weights import Checkpoint, Crew
 
+    alpha, beta = parse_scales(scales)
     crew = Crew.from_environment()
     opened = Checkpoint.open(target, allow_pickle=allow_pickle)
     with listener(quiet=quiet or crew.rank > 0).task(
@@ -70,8 +70,8 @@ def apply(
             forget_model,
             output,
             retain_model=retain_model,
-            forget_scale=forget_scale,
-            retain_scale=retain_scale,
+            forget_scale=alpha,
+            retain_scale=beta,
             dtype=dtype,
             rounding=rounding,  # type: ignore[arg-type]  # it is checked there
             seed=seed,

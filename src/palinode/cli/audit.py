@@ -23,7 +23,9 @@ def audit(
     forget: Annotated[
         str, typer.Option(help="The forget set: JSONL, JSON, CSV, Parquet or text; file or hub data set.")
     ],
-    output: Annotated[Path, typer.Option(help="Folder for audit.json, audit.md and the results so far.")],
+    output: Annotated[
+        Path, typer.Option(help="Folder for report.html, audit.md, audit.json and the results so far.")
+    ],
     yardstick: Annotated[str, typer.Option(help="What --against is: retrained or base.")] = "retrained",
     target: Annotated[
         str | None, typer.Option(help="The model before unlearning, to show what the attacks find in it.")
@@ -112,4 +114,4 @@ def _show(record: dict[str, object], output: Path) -> None:
     for line in (*audit_untested(record), *audit_notes(record)):
         out().print(line, markup=False, soft_wrap=True)
     out().print(escape(audit_headline(record)), soft_wrap=True)
-    out().print(f"{escape(str(output))}: audit.json and audit.md", soft_wrap=True)
+    out().print(f"{escape(str(output))}: report.html, audit.md and audit.json", soft_wrap=True)

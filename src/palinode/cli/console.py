@@ -3,36 +3,52 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
-from palinode.progress import Advance, Listener, Silence
+from palinode.progress import Advance, Listener, Pace, Silence, duration_text, rate_text
 
 SECONDS_BETWEEN_LINES = 30
 """Where there is no terminal, a long task says this often how far it is."""
 
+WIDE_ENOUGH = 60
+"""Columns from which a line has room for a bar, a rate and the time left."""
 
-class Rate(ProgressColumn):
-    """Units a second."""
+BARS_OFF = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
+NOTES_OFF = ("HF_HUB_VERBOSITY", "DATASETS_VERBOSITY", "TRANSFORMERS_VERBOSITY", "WANDB_SILENT")
+"""What the libraries below us read when they are imported, which is after the options were."""
+
+
+class Done(ProgressColumn):
+    """How much of a task is done."""
 
     def render(self, task: Task) -> Text:
-        """Return the rate of a task, with its unit."""
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f} {task.fields['unit']}/s" if speed else "")
+        """Return what is done and the total, in few letters."""
+        return Text(f"{_short(task.completed)}/{_short(task.total or 0)}", style="progress.percentage")
+
+
+class Speed(ProgressColumn):
+    """The rate of a task, and the time it still needs."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        """Return both in words, once they are known."""
+        pace: Pace = task.fields["pace"]
+        now = time.monotonic()
+        rate, left = pace.rate(now), pace.seconds_left(now)
+        if rate is None or left is None:
+            return Text("")
+        return Text(f"{rate_text(rate, task.fields['unit'])}, {duration_text(left)} left")
 
 
 class Terminal:
@@ -48,56 +64,76 @@ class Terminal:
     @contextmanager
     def task(self, label: str, total: int, unit: str) -> Iterator[Advance]:
         """Show a task while it runs; leave one line when it is done."""
-        started = time.monotonic()
-        if self.console.is_terminal:
+        started, pace = time.monotonic(), Pace(total)
+        if self.console.is_terminal and not self.console.is_dumb_terminal:
             with self._bars() as bars:
-                task = bars.add_task(label, total=total, unit=unit)
-                yield lambda amount: bars.advance(task, amount)
+                task = bars.add_task(label, total=total, unit=unit, pace=pace)
+
+                def advance(amount: int) -> None:
+                    pace.advance(amount, time.monotonic())
+                    bars.advance(task, amount)
+
+                yield advance
         else:
-            yield _Lines(self, label, total, unit).advance
-        self.say(f"{label}: {total:,} {unit} in {time.monotonic() - started:.1f} s")
+            yield _Lines(self, label, unit, pace).advance
+        self.say(f"{label}: {pace.done or total:,} {unit} in {time.monotonic() - started:.1f} s")
 
     def _bars(self) -> Progress:
-        return Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            Rate(),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-        )
+        """Return bars that stay on one line each: the label gives way first, the numbers last."""
+        label = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, ratio=1))
+        numbers = Done(table_column=Column(no_wrap=True)), Speed(table_column=Column(no_wrap=True))
+        wide = self.console.width >= WIDE_ENOUGH
+        columns = (label, BarColumn(bar_width=16), *numbers) if wide else (label, *numbers)
+        return Progress(*columns, console=self.console, transient=True, expand=True)
 
 
 class _Lines:
     """Progress where bars make no sense: a line every half minute."""
 
-    def __init__(self, terminal: Terminal, label: str, total: int, unit: str) -> None:
+    def __init__(self, terminal: Terminal, label: str, unit: str, pace: Pace) -> None:
         self.terminal = terminal
         self.label = label
-        self.total = total
         self.unit = unit
-        self.done = 0
-        self.started = self.spoken = time.monotonic()
+        self.pace = pace
+        self.spoken = time.monotonic()
 
     def advance(self, amount: int) -> None:
         """Count work done, and speak now and then."""
-        self.done += amount
         now = time.monotonic()
-        if now - self.spoken < SECONDS_BETWEEN_LINES or not 0 < self.done < self.total:
+        self.pace.advance(amount, now)
+        if now - self.spoken < SECONDS_BETWEEN_LINES or not 0 < self.pace.done < self.pace.total:
             return
         self.spoken = now
-        rate = self.done / (now - self.started)
-        left = (self.total - self.done) / rate
-        self.terminal.say(
-            f"{self.label}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.1f} {self.unit}/s, "
-            f"about {left:,.0f} s left"
-        )
+        rate, left = self.pace.rate(now), self.pace.seconds_left(now)
+        speed = ""
+        if rate is not None and left is not None:
+            speed = f", {rate_text(rate, self.unit)}, about {duration_text(left)} left"
+        self.terminal.say(f"{self.label}: {self.pace.done:,} of {self.pace.total:,} {self.unit}{speed}")
+
+
+def _short(count: float) -> str:
+    """Return a number in at most five letters: 999, 840k, 1.23M, 16.1G."""
+    for unit in ("", "k", "M"):
+        if count < 999.5:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:,.3g}G" if count < 999.5 else f"{count / 1000:,.3g}T"
 
 
 def listener(*, quiet: bool) -> Listener:
     """Return the listener for a command."""
     return Silence() if quiet else Terminal()
+
+
+def hush_libraries(quiet: bool) -> bool:
+    """Keep the bars and notes of other libraries away: all if `quiet`, bars where nobody sees them move.
+
+    The option --quiet calls this while the command line is read. What the user has set himself stays.
+    """
+    names = (*BARS_OFF, *NOTES_OFF) if quiet else () if sys.stderr.isatty() else BARS_OFF
+    for name in names:
+        os.environ.setdefault(name, "error" if name.endswith("_VERBOSITY") else "1")
+    return quiet
 
 
 def out() -> Console:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from palinode.cli.options import AllowPickle, Dtype, ForgetScale, RetainScale
+from palinode.cli.options import AllowPickle, Dtype, FixedScales, parse_scales
 
 
 def export(
@@ -20,8 +20,7 @@ def export(
     retain_model: Annotated[
         str | None, typer.Option(help="θ_2: the base fine-tuned on a retain sample.")
     ] = None,
-    forget_scale: ForgetScale = 1.0,
-    retain_scale: RetainScale = 0.0,
+    scales: FixedScales = "1.0,0.0",
     dtype: Dtype = None,
     allow_pickle: AllowPickle = False,
     output: Annotated[
@@ -35,13 +34,14 @@ def export(
 
     if not mergekit:
         raise RecipeError("export does not know for which tool; say --mergekit")
+    alpha, beta = parse_scales(scales)
     point, _ = formula_of(
         target,
         base,
         forget_model,
         retain_model,
-        forget_scale=forget_scale,
-        retain_scale=retain_scale,
+        forget_scale=alpha,
+        retain_scale=beta,
         allow_pickle=allow_pickle,
     )
     text = mergekit_recipe(point, dtype=dtype)

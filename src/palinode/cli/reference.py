@@ -21,8 +21,8 @@ Written by `make docs` from the commands' own help; `make check` fails when it i
 
 Exit codes: 0 done; 1 `verify` found a change, or `audit` failed a model; 2 something you can mend, or an
 interruption, said in one sentence. Progress goes to standard error, results to standard output. An
-interrupted `unlearn`, `run`, `finetune`, `demo` or `audit` goes on where it was when the same command is
-given again.
+interrupted `unlearn`, `run`, `finetune`, `demo`, `compare` or `audit` goes on where it was when the same
+command is given again.
 """
 
 

@@ -33,13 +33,14 @@ def vector(
     ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Show every part of the model.")] = False,
     allow_pickle: AllowPickle = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Norms of vectors, the cosines between them, and how they run over the layers."""
     from palinode.errors import RecipeError
 
     if context.invoked_subcommand:
-        if base or models or folders or layers or allow_pickle or as_json:
+        if base or models or folders or layers or allow_pickle or quiet or as_json:
             word = context.invoked_subcommand
             raise RecipeError(f"options of {word!r} come after that word; move them there")
         return
@@ -47,9 +48,13 @@ def vector(
         raise RecipeError("there is no vector to measure; name --base and --model, or --vector")
     from palinode.cli.tables import vector_content, vector_tables
     from palinode.weights import profile
+    from palinode.weights.vectors import layout_of
 
     names = [*dict.fromkeys(models or [])], [*dict.fromkeys(folders or [])]
-    measured = profile(_directions(base, *names, allow_pickle=allow_pickle))
+    directions = _directions(base, *names, allow_pickle=allow_pickle)
+    total = max(sum(info.size for info in layout_of(one)) for one in directions.values())
+    with listener(quiet=quiet).task("measuring", total, "weights") as advance:
+        measured = profile(directions, on_progress=advance)
     if as_json:
         print_json(vector_content(measured))
         return

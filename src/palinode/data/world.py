@@ -87,6 +87,22 @@ def invent_world(seed: int, *, early: int = 50, middle: int = 40, forget: int = 
     return World(_general(values, words), groups[0], groups[1], groups[2], groups[3])
 
 
+def unseen_people(world: World, *, seed: int, count: int = 30) -> tuple[Fact, ...]:
+    """Invent so many more people of a world, about whom no stage of training says anything.
+
+    Their names and facts are made of the world's own words, drawn from a generator of their own, so that the
+    world stays as it is. They are holdout rows: like the forget people, and never trained on.
+    """
+    random = np.random.default_rng([seed, 1])
+    about = world.forget + world.others
+    taken = {fact.subject for fact in about}
+    first, last = (sorted({name.split()[place] for name in taken}) for place in (0, 1))
+    free = [name for name in (f"{one} {two}" for one in first for two in last) if name not in taken]
+    values = {kind: sorted({fact.answer for fact in about if fact.relation == kind}) for kind in RELATIONS}
+    drawn = random.choice(len(free), size=min(count, len(free)), replace=False)
+    return tuple(fact for place in drawn for fact in _person(free[place], values, random))
+
+
 def write_facts(path: Path, facts: Iterable[Fact]) -> None:
     """Write facts as prompt/completion rows, JSON lines."""
     rows = ({"prompt": fact.prompt, "completion": fact.answer, "subject": fact.subject} for fact in facts)

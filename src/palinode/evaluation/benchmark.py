@@ -12,6 +12,7 @@ reason, never with a default. No torch here.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -364,7 +365,9 @@ class Benchmark:
         known = list(dict.fromkeys(cell.metric for cell in self.cells))
         for name in names:
             if name not in known and name != "every":
-                raise RecipeError(f"{self.name} has no metric {name!r}; it has {', '.join(known)}")
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]}? It" if near else "it"
+                raise RecipeError(f"{self.name} has no metric {name!r}; {hint} has {', '.join(known)}")
         return tuple(cell for cell in self.cells if "every" in names or cell.metric in names)
 
 

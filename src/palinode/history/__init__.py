@@ -37,7 +37,7 @@ _HOMES = {
     "compact": "compaction",
     "find_duplicates": "duplicates",
     "find_onset": "onset",
-    "locate": "location",
+    "locate": "locating",
     "open_ladder": "ladder",
     "plan_checkpoints": "plan",
 }

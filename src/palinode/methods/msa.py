@@ -6,8 +6,18 @@
 
 from __future__ import annotations
 
-from palinode.methods.method import Method
+from pydantic import Field
+
+from palinode.methods.method import Method, MethodSettings
 from palinode.weights.direction import Direction, Point, WeightedSum
+
+
+class VectorSettings(MethodSettings):
+    """How the run that makes the forget vector is held to its start."""
+
+    retain_kl: float = Field(default=0.0, ge=0)
+    """λ in CE(forget) + λ·KL(p_s ‖ p_θ) on retain rows, s being the start; with 0 no retain row is read."""
+
 
 MSA = Method(
     name="msa",
@@ -15,6 +25,7 @@ MSA = Method(
     source="arXiv 2506.20941",
     formula="θ_D − α(θ_1 − θ_0) + β(θ_2 − θ_0)",
     needs=frozenset({"base"}),
+    settings=VectorSettings,
     start=lambda target, base: base,  # noqa: ARG005
 )
 

@@ -5,6 +5,7 @@ no earlier checkpoint; the paper reports it as clearly weaker (docs/lab-notes.md
 """
 
 from palinode.methods.method import Method
+from palinode.methods.msa import VectorSettings
 
 TASK_VECTOR = Method(
     name="task_vector",
@@ -12,5 +13,6 @@ TASK_VECTOR = Method(
     source="Ilharco et al. 2023, arXiv 2212.04089",
     formula="θ_D − α(θ_ft − θ_D)",
     needs=frozenset({"base"}),  # for the rule that chooses the scales
+    settings=VectorSettings,
     start=lambda target, base: target,  # noqa: ARG005
 )

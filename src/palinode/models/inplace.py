@@ -34,12 +34,14 @@ def put(
     rounding: str = "auto",
     seed: int = 0,
     precision: str = "float32",
+    only: Callable[[str], bool] | None = None,
 ) -> None:
     """Overwrite the model's parameters with the point's values.
 
     `dtype`, `rounding`, `seed` and `precision` are those of `save`. Putting the target itself brings the
     target back bit for bit. The model may be on any device: sums are formed on the processor, so that they
-    are the same everywhere. Raises MismatchError when the model's parameters and the checkpoint's tensors
+    are the same everywhere. `only` leaves all tensors as they are whose name in the files it says no to.
+    Raises MismatchError when the model's parameters and the checkpoint's tensors
     are not the same.
     """
     anchor, form = point.anchor, formula(point)
@@ -63,7 +65,8 @@ def put(
         return work
 
     with Files() as files:
-        map_slices([part for part in parts if part.info.name in flat], per_thread(start))
+        wanted = [part for part in parts if part.info.name in flat and (not only or only(part.info.name))]
+        map_slices(wanted, per_thread(start))
 
 
 def _flat_parameters(model: PreTrainedModel, anchor: Checkpoint) -> dict[str, torch.Tensor]:

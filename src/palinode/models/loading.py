@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import blake3
@@ -41,26 +41,34 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def load_model(
-    checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype = torch.float32
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    quantization: Any = None,
 ) -> PreTrainedModel:
     """Return the checkpoint as a causal language model in evaluation mode.
 
-    Raises CheckpointError when it is no causal language model or transformers cannot build it.
+    `quantization` is a quantisation config of transformers, for a model that is only read. Raises
+    CheckpointError when it is no causal language model or transformers cannot build it.
     """
     require_causal_lm(checkpoint)
     with quiet_transformers():
         try:
-            model, info = _build(checkpoint, dtype, "sdpa")
+            placed = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
+            model, info = _build(checkpoint, dtype, "sdpa", placed)
         except Exception as error:  # transformers raises many kinds here; each means that there is no model
             raise CheckpointError(
                 f"{checkpoint.folder} cannot be loaded as a causal language model ({_reason(error)})"
             ) from error
     _require_all_weights(checkpoint, info)
-    ready: PreTrainedModel = model.to(device).eval()
+    ready: PreTrainedModel = (model if quantization else model.to(device)).eval()
     return ready
 
 
-def _build(checkpoint: Checkpoint, dtype: torch.dtype, attention: str) -> Any:
+def _build(
+    checkpoint: Checkpoint, dtype: torch.dtype, attention: str, placed: Mapping[str, Any] | None = None
+) -> Any:
     """Return (model, loading info), with SDPA attention where the architecture has it."""
     try:
         return AutoModelForCausalLM.from_pretrained(
@@ -69,11 +77,12 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, attention: str) -> Any:
             attn_implementation=attention,
             local_files_only=True,
             output_loading_info=True,
+            **(placed or {}),
         )
     except ValueError as error:
         if attention == "eager" or "scaled_dot_product_attention" not in str(error):
             raise
-        return _build(checkpoint, dtype, "eager")
+        return _build(checkpoint, dtype, "eager", placed)
 
 
 def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:

@@ -30,6 +30,8 @@ from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener, Silence
 from palinode.records import write_json, write_text
 from palinode.report.audit import audit_report
+from palinode.report.content import Facts, report_content
+from palinode.report.html import html_report
 from palinode.version import __version__
 from palinode.weights import Checkpoint
 
@@ -37,7 +39,7 @@ AUDIT_VERSION = 1
 """Version of the layout of audit.json, described in docs/audit.md."""
 
 TARGET = "target"
-RECORD, REPORT, RESULTS = "audit.json", "audit.md", "results"
+RECORD, REPORT, PAGE, RESULTS = "audit.json", "audit.md", "report.html", "results"
 """What an audit's folder holds."""
 
 UNEVEN = 0.2
@@ -88,6 +90,7 @@ def audit(
         record = run.run(command)
         write_json(output / RECORD, record)
         write_text(output / REPORT, audit_report(record))
+        write_text(output / PAGE, html_report(report_content(Facts("audit", audit=record))))
     return record
 
 
@@ -329,7 +332,8 @@ def _check_output(output: Path, models: Sequence[Checkpoint]) -> None:
     """Refuse a folder that holds anything but an audit, and one inside a model."""
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file; name a folder for the audit")
-    ours = {RECORD, REPORT, RESULTS, f".{RECORD}.partial", f".{REPORT}.partial"}
+    files = (RECORD, REPORT, PAGE)
+    ours = {*files, RESULTS, *(f".{name}.partial" for name in files)}
     strange = (
         sorted(path.name for path in output.iterdir() if path.name not in ours) if output.exists() else []
     )

@@ -18,8 +18,10 @@ from palinode.methods import METHODS
 from palinode.methods.paired import PairedSettings
 from palinode.models.likelihoods import LOGIT_BYTES
 from palinode.models.loading import load_tokenizer, pick_device
+from palinode.pipeline.goal import FIRST_LOOK
 from palinode.pipeline.inputs import Inputs
 from palinode.training.loop import AUTOCAST_FROM, count_steps
+from palinode.weights.dose import part_of
 
 EFFICIENCY = 0.4
 """Share of a matrix product's speed that training reaches."""
@@ -99,7 +101,9 @@ class _Planner:
         elif self._uses_retain():
             steps.append(self._training("fine-tune on the retain sample", rows.retain_sample))
         points = grid_size(self.inputs)
-        return [*steps, self._grid(points)] if points > 1 else steps
+        if points == 1:
+            return steps
+        return [*steps, self._search(points) if self.recipe.scales.choose == "auto" else self._grid(points)]
 
     @property
     def _pair(self) -> PairedSettings | None:
@@ -183,6 +187,19 @@ class _Planner:
             f"try up to {points} pairs of scales in memory", points * tokens, points * (seconds + put)
         )
 
+    def _search(self, grid: int) -> PlannedStep:
+        """Return the search of `auto.py`: a first look at the grid on some rows, then points on all."""
+        rows, points = self.inputs.rows, self.recipe.scales.trials + 4
+        tokens, seconds = self._scoring([*rows.forget_probe, *rows.retain_probe])
+        unseen, unseen_seconds = self._scoring(rows.unseen) if rows.unseen else (0, 0.0)
+        whole = points + FIRST_LOOK * grid
+        put = (points + grid) * 4 * 4 * self.parameters / 1e9
+        return PlannedStep(
+            f"search scales: {grid} pairs at a glance, about {points} in full, in memory",
+            round(whole * tokens) + 2 * unseen,
+            whole * seconds + put + 2 * unseen_seconds,
+        )
+
     def _evaluation(self, models: int) -> PlannedStep:
         rows, settings = self.inputs.rows, self.recipe.evaluation
         examples = [*rows.forget_test, *rows.retain_test]
@@ -202,14 +219,29 @@ class _Planner:
         width = int(config.get("hidden_size", 1024)) * int(config.get("num_hidden_layers", 16))
         together = self._pair.replay_ratio if self._pair else 1
         activations = training.batch_size * together * longest * (12 * self.vocabulary + 40 * width)
-        return max(16 * self.parameters + activations, 4 * self.parameters + 2 * LOGIT_BYTES) + 600_000_000
+        return max(self._trained() + activations, 4 * self.parameters + 2 * LOGIT_BYTES) + 600_000_000
+
+    def _trained(self) -> int:
+        """Return the bytes of weights, gradients and optimiser state while training."""
+        lora = self.recipe.training.lora
+        if lora is None or self.recipe.prepare:
+            return 16 * self.parameters
+        held = {"float32": 4.0, "bfloat16": 2.0, "4bit": 0.6}[lora.base]
+        return round(held * self.parameters) + 16 * self._adapter_weights(lora.rank)
+
+    def _adapter_weights(self, rank: int) -> int:
+        """Return how many weights A and B of all matrices of the blocks have."""
+        matrices = [info for info in self.inputs.reader.tensors.values() if len(info.shape) == 2]
+        return rank * sum(sum(info.shape) for info in matrices if part_of(info.name).startswith("layer"))
 
     def _disk(self) -> int:
         vectors = 2 if self._uses_retain() or self._pair or self.recipe.method == "whp" else 1
         made = 2 if self.recipe.prepare else 0
-        target = self.inputs.reader
-        state = 12 * self.parameters  # a resumable training state, there while a step runs
-        return 4 * self.parameters * (vectors + made) + target.nbytes + state
+        target, lora = self.inputs.reader, self.recipe.training.lora
+        trained = self._adapter_weights(lora.rank) if lora else self.parameters
+        state = 12 * (self.parameters if made else trained)  # a resumable one, there while a step runs
+        merged = METHODS[self.recipe.method].kind == "training" and lora is not None
+        return 4 * (trained * vectors + self.parameters * (made + merged)) + target.nbytes + state
 
 
 def grid_size(inputs: Inputs) -> int:

@@ -20,6 +20,7 @@ from palinode.benchmarks.demo import DemoModels, build_demo
 from palinode.data.world import World, invent_world
 from palinode.errors import OutputError, WorkspaceError
 from palinode.pipeline.recipe import Recipe, build_recipe
+from palinode.pipeline.reporting import NAME, gather, write_reports
 from palinode.pipeline.run import Unlearned, unlearn
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, Silence
@@ -83,6 +84,7 @@ def run_demo(
     path = folder / "record.json"
     if not (done.finished_before and plain.finished_before and path.exists()):
         write_json(path, _record(world, done, plain, seed, time.monotonic() - started))
+        write_reports(gather(folder), folder / f"{NAME}.html")
     return DemoResult(folder, json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -132,7 +134,11 @@ def _recipe(models: DemoModels, folder: Path, settings: Mapping[str, Any], seed:
                     "base": str(models.base.folder),
                     "retrained": str(models.retrained.folder),
                 },
-                "data": {"forget": str(models.forget), "retain": str(models.retain)},
+                "data": {
+                    "forget": str(models.forget),
+                    "retain": str(models.retain),
+                    "holdout": str(models.holdout),
+                },
                 "output": {"folder": str(folder / name), "workspace": str(folder / "workspace")},
                 **settings,
             }

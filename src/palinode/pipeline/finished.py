@@ -12,11 +12,16 @@ from palinode.errors import CheckpointError
 from palinode.models.loading import tokenizer_fingerprint
 from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.workspace import Step, Workspace, fingerprint
+from palinode.progress import Listener
 from palinode.records import Outcome, read_outcomes
 from palinode.weights import Checkpoint
+from palinode.weights.fingerprints import known_fingerprint, tensor_digests
 
 Outcomes = Mapping[str, Mapping[str, Sequence[Outcome]]]
 """Outcomes by model (target, base, unlearned, retrained) and set (forget, retain)."""
+
+SHOWN_FROM = 1_000_000_000
+"""Bytes of a model from which hashing is shown: some seconds on a slow disk."""
 
 
 def run_key(inputs: Inputs) -> str:
@@ -28,16 +33,31 @@ def run_key(inputs: Inputs) -> str:
             "models": True,
             "data": True,
             "output": {"folder", "workspace"},
-            "training": {"save_minutes"},
+            "training": True,
+            "tracker": True,
+            "transforms": True,
         },
     )
+    recipe["training"] = inputs.recipe.training.key()
+    if inputs.recipe.transforms:
+        recipe["transforms"] = inputs.recipe.transforms
     return fingerprint(
         recipe=recipe,
         models={name: entry.fingerprint() for name, entry in models.items() if entry is not None},
         forget=fingerprint_examples(inputs.rows.forget),
         retain=fingerprint_examples(inputs.rows.retain),
         **({"refusals": list(inputs.refusals)} if inputs.refusals else {}),
+        **({"unseen": fingerprint_examples(inputs.rows.unseen)} if inputs.rows.unseen else {}),
     )
+
+
+def hash_models(inputs: Inputs, listener: Listener) -> None:
+    """Hash the weights that a run starts from, showing how far it is; the digests are remembered."""
+    for name, model in {"base": inputs.base, "target": inputs.target, "retrained": inputs.retrained}.items():
+        if model is None or model.nbytes < SHOWN_FROM or known_fingerprint(model) is not None:
+            continue
+        with listener.task(f"hashing the {name}", model.nbytes, "bytes") as advance:
+            tensor_digests(model, on_progress=advance)
 
 
 def finished_before(inputs: Inputs) -> Mapping[str, Any] | None:

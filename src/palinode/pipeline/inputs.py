@@ -6,18 +6,22 @@ What can be wrong is found here, in the first seconds, and said in one sentence.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from palinode.benchmarks.own import read_questions
 from palinode.data.examples import Example, read_examples, sample_examples, shared_rows
 from palinode.data.tokenize import tokenize
 from palinode.errors import DataError, MismatchError, OutputError, RecipeError
+from palinode.evaluation.yardstick import BASE_ALONE
 from palinode.methods import METHODS
 from palinode.methods.material import read_refusals
 from palinode.models.loading import check_positions, load_config, load_tokenizer, pick_device
 from palinode.pipeline.recipe import Recipe
+from palinode.pipeline.tracking import check_trackers
 from palinode.weights.atomic import check_output
 from palinode.weights.checkpoint import Checkpoint, require_causal_lm
 from palinode.weights.preflight import check_same_shape
@@ -40,6 +44,10 @@ class Rows:
     """Rows on which scales are tried; no vector has seen them, where there are enough."""
     forget_test: Sequence[Example]
     retain_test: Sequence[Example]
+    unseen: Sequence[Example] = ()
+    """Rows by which the yardstick is set: neither base nor target has seen them."""
+    unseen_source: str = BASE_ALONE
+    """What they are: a key of the yardstick's ASSUMES."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +89,7 @@ def open_inputs(recipe: Recipe) -> Inputs:
             "use the method whp for one on disk, or palinode.models.CombinedLogits from Python"
         )
     pick_device(recipe.device)
+    check_trackers(recipe.tracker)
     models = recipe.models
     base = _open(models.base, models.allow_pickle) if models.base else None
     target = _open(models.target, models.allow_pickle) if models.target else None
@@ -100,14 +109,15 @@ def check_places(recipe: Recipe, inputs: Inputs, needs: int) -> None:
     `needs` is what the whole run writes, in bytes; what the workspace holds already is taken off.
     """
     models = [entry.folder for entry in (inputs.base, inputs.target, inputs.retrained) if entry is not None]
-    named = (recipe.data.forget, recipe.data.retain, recipe.data.refusals)
+    data = recipe.data
+    named = (data.forget, data.retain, data.holdout, data.refusals)
     files = [Path(name) for name in named if name and Path(name).exists()]
     output, workspace = Path(recipe.output.folder), workspace_folder(recipe)
     left = max(0, needs - _size(workspace))
     if output.resolve() == Path.cwd():
         raise OutputError(f"the output {output} is the current folder; name one that does not exist yet")
     check_output(output, [*models, *files], needs=min(left, inputs.reader.nbytes))
-    _check_workspace(workspace, [output, *models, *files], needs=left)
+    check_workspace(workspace, [output, *models, *files], needs=left)
 
 
 def workspace_folder(recipe: Recipe) -> Path:
@@ -128,7 +138,7 @@ def _size(folder: Path) -> int:
     return total
 
 
-def _check_workspace(workspace: Path, others: Sequence[Path], needs: int) -> None:
+def check_workspace(workspace: Path, others: Sequence[Path], needs: int) -> None:
     """Raise OutputError when the workspace lies inside the output or an input, or lacks room."""
     place = workspace.resolve()
     for path in others:
@@ -153,23 +163,33 @@ def _open(location: str, allow_pickle: bool) -> Checkpoint:
 
 def _check_pair(target: Checkpoint, base: Checkpoint, recipe: Recipe) -> None:
     """Raise MismatchError unless target and base are two states of one model."""
-    pairs_from_base = recipe.method == "paired" and recipe.method_settings.get("start", "base") == "base"
-    if target == base and (recipe.method == "msa" or pairs_from_base):
+    check_not_same(target, base, recipe.method, recipe.method_settings)
+    check_kind(target, base)
+    check_same_shape([base], target)
+    check_vocabulary(target, base)
+
+
+def check_not_same(target: Checkpoint, base: Checkpoint, method: str, settings: Mapping[str, Any]) -> None:
+    """Raise MismatchError when target and base are one folder, and the method takes one off the other."""
+    pairs_from_base = method == "paired" and settings.get("start", "base") == "base"
+    if target == base and (method == "msa" or pairs_from_base):
         raise MismatchError(
             f"target and base are the same folder {target.folder}; the base must be an earlier checkpoint "
             "that had not seen the forget set"
         )
+
+
+def check_kind(target: Checkpoint, base: Checkpoint) -> None:
+    """Raise MismatchError unless both are of one architecture."""
     kinds = [checkpoint.config.get("model_type") for checkpoint in (target, base)]
     if kinds[0] != kinds[1]:
         raise MismatchError(
             f"the target is a {kinds[0]} model and the base a {kinds[1]} model; "
             "the base must be an earlier checkpoint of the target"
         )
-    check_same_shape([base], target)
-    _check_vocabulary(target, base)
 
 
-def _check_vocabulary(target: Checkpoint, base: Checkpoint) -> None:
+def check_vocabulary(target: Checkpoint, base: Checkpoint) -> None:
     """Raise MismatchError when the two tokenizers give ordinary tokens other numbers."""
     ours, theirs = (_ordinary_tokens(checkpoint) for checkpoint in (target, base))
     other = sorted(number for number in ours.keys() & theirs.keys() if ours[number] != theirs[number])
@@ -197,11 +217,13 @@ def _open_rows(recipe: Recipe) -> tuple[Rows, list[str]]:
     forget = read_examples(data.forget, columns=data.columns or None)
     retain = read_examples(data.retain, columns=data.columns or None) if data.retain else []
     retain = _without_shared(forget, retain, recipe, notes)
+    everything = retain
     if recipe.prepare:
         retain = sample_examples(retain, recipe.prepare.retain_rows, seed=seed)
     train, held_back = _split_forget(forget, recipe.scales.forget_held_back, seed, notes)
     sample = _retain_sample(forget, retain, recipe, notes)
     trials, most = recipe.scales.probe_rows, recipe.evaluation.max_rows
+    unseen, source = _unseen(recipe, forget, retain, everything)
     rows = Rows(
         forget=forget,
         retain=retain,
@@ -211,8 +233,46 @@ def _open_rows(recipe: Recipe) -> tuple[Rows, list[str]]:
         retain_probe=_at_most(_held_back(retain, sample, notes), trials, seed + 1),
         forget_test=_at_most(forget, most, seed + 1),
         retain_test=_at_most(retain, most, seed + 1),
+        unseen=_at_most(unseen, 2 * trials, seed + 3),
+        unseen_source=source,
     )
     return rows, notes
+
+
+def _unseen(
+    recipe: Recipe, forget: Sequence[Example], retain: Sequence[Example], everything: Sequence[Example]
+) -> tuple[Sequence[Example], str]:
+    """Return the rows to set the yardstick by, and what they are.
+
+    The best there are: holdout rows; what [prepare] left of the retain rows; paraphrases beside the forget
+    rows. Wrong answers are no help (docs/scales.md). Without any the base stands alone. Raises DataError for
+    holdout rows that were trained on.
+    """
+    data = recipe.data
+    if data.holdout:
+        holdout = read_examples(data.holdout, columns=data.columns or None)
+        for name, seen in {"forget": forget, "retain": retain}.items():
+            if shared := shared_rows(holdout, seen):
+                raise DataError(
+                    f"{len(shared)} rows of the holdout set also stand in the {name} set (first: "
+                    f"{holdout[shared[0][0]].place}); holdout rows must be ones that no model has seen"
+                )
+        return holdout, "holdout"
+    used = {example.key for example in retain}
+    if recipe.prepare and (left := [example for example in everything if example.key not in used]):
+        return left, "prepared"
+    if others := _paraphrases(data.forget, data.columns):
+        return others, "paraphrases"
+    return [], BASE_ALONE
+
+
+def _paraphrases(location: str, columns: Mapping[str, str]) -> list[Example]:
+    """Return the forget questions with the other wordings that a column `paraphrased_answer` gives."""
+    return [
+        replace(question.example, answer=answer)
+        for question in read_questions(location, columns=columns)
+        for answer in question.alternatives.get("paraphrased", ())
+    ]
 
 
 def _without_shared(
@@ -286,7 +346,7 @@ def _check_rows_fit(inputs: Inputs, models: Sequence[Checkpoint]) -> list[str]:
     tokenizer, style = load_tokenizer(inputs.reader), recipe.prompts.style()
     whole = recipe.prepare or METHODS[recipe.method].kind == "training"
     trained = [*rows.forget, *(rows.retain if whole else rows.retain_sample)]
-    asked = [*rows.forget, *rows.retain_probe, *rows.retain_test]
+    asked = [*rows.forget, *rows.retain_probe, *rows.retain_test, *rows.unseen]
     uses = {
         "training": (trained, recipe.training.max_length),
         "evaluation": (asked, recipe.evaluation.max_length),

@@ -44,7 +44,7 @@ from palinode.evaluation.openunlearning import (
     write_log,
 )
 from palinode.models.loading import load_model, load_tokenizer, pick_device
-from palinode.progress import Listener
+from palinode.progress import Listener, Silence
 from palinode.records import Outcome, Score, Verdict, write_json, write_outcomes
 from palinode.version import __version__
 from palinode.weights import Checkpoint
@@ -126,19 +126,20 @@ def measure(
     checkpoint = Checkpoint.open(model)
     yardstick = _open_reference(settings.against, benchmark)
     whole = benchmark.load(places, split, options)
-    loaded = _sampled(whole, settings)
-    asked = _asked(loaded, cells, settings)
+    loaded = sample_sets(whole, settings)
+    asked = asked_sets(loaded, cells, settings)
     _check_log(settings, asked)
     from_log = _reference_of_log(yardstick, whole, asked) if isinstance(yardstick, Path) else None
 
-    reference = from_log or _reference(yardstick, asked, settings, listener)
+    compared = _compared_sets(cells, asked, judged=judge is not None)
+    reference = from_log or _reference(yardstick, compared, settings, listener)
     outcomes, general = _ask_model(checkpoint, asked, settings, listener)
     measured = Measured(
         split=split,
         sets=asked,
         outcomes=outcomes,
         reference=reference,
-        verdicts=_verdicts(judge, cells, asked, outcomes, reference, settings.seed, listener),
+        verdicts=judge_sets(judge, cells, asked, outcomes, reference, settings.seed, listener),
         missing=loaded.missing,
         options=options,
         seed=settings.seed,
@@ -207,7 +208,7 @@ def _open_judge(settings: MeasureSettings) -> Judge | None:
     return open_judge(name, model=model or None, device=settings.device)
 
 
-def _sampled(loaded: Loaded, settings: MeasureSettings) -> Loaded:
+def sample_sets(loaded: Loaded, settings: MeasureSettings) -> Loaded:
     """Return the sets with at most `max_rows` questions each, drawn with the seed, in their own order."""
     most = settings.max_rows
     if most is None:
@@ -223,7 +224,7 @@ def _drawn(questions: QuestionSet, most: int, seed: int) -> QuestionSet:
     return questions.only(sorted(drawn.tolist()))
 
 
-def _asked(loaded: Loaded, cells: Sequence[Cell], settings: MeasureSettings) -> dict[str, QuestionSet]:
+def asked_sets(loaded: Loaded, cells: Sequence[Cell], settings: MeasureSettings) -> dict[str, QuestionSet]:
     """Return the sets that some cell needs, each asked for no more than the cells need."""
     needed = {name for cell in cells for name in cell.sets}
     asked = {}
@@ -300,7 +301,7 @@ def _cut_answers(questions: QuestionSet, tokenizer: PreTrainedTokenizerBase) -> 
     return cut
 
 
-def _verdicts(
+def judge_sets(
     judge: Judge | None,
     cells: Sequence[Cell],
     sets: Mapping[str, QuestionSet],
@@ -368,6 +369,21 @@ def _reference_of_log(path: Path, whole: Loaded, sets: Mapping[str, QuestionSet]
     return Reference(str(path), {FORGET: rows} if rows else {}, log.aucs.get("min_k"), log.missing)
 
 
+def _compared_sets(
+    cells: Sequence[Cell], sets: Mapping[str, QuestionSet], *, judged: bool
+) -> dict[str, QuestionSet]:
+    """Return the sets on which some metric, or the judge, compares with the retrained model."""
+    names = {name for cell in cells if cell.reference for name in cell.sets}
+    if judged:
+        names |= {cell.set for cell in cells if cell.judge and not _lists_accepted(sets.get(cell.set))}
+    return {name: questions for name, questions in sets.items() if name in names}
+
+
+def _lists_accepted(questions: QuestionSet | None) -> bool:
+    """Tell whether the data says which answers are right, so that the judge needs no other model's."""
+    return questions is not None and any(question.accepted for question in questions.questions)
+
+
 def _reference(
     yardstick: Yardstick | None,
     sets: Mapping[str, QuestionSet],
@@ -376,6 +392,9 @@ def _reference(
 ) -> Reference | None:
     if not isinstance(yardstick, Checkpoint):
         return None
+    if not sets:
+        (listener or Silence()).say("No metric compares with the retrained model; it is not asked.")
+        return Reference(str(settings.against))
     outcomes = ask_sets(yardstick, sets, device=settings.device, label="retrained model", listener=listener)
     return Reference(str(settings.against), outcomes)
 

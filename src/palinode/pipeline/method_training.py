@@ -21,7 +21,7 @@ from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener
 from palinode.training.frozen import Kept
-from palinode.training.objectives import Objective
+from palinode.training.objectives import Objective, answer_term, kl_term
 from palinode.training.paired import control_objective, exposed_objective, pair_material
 from palinode.training.roles import Joined, Material
 from palinode.weights import Checkpoint
@@ -107,6 +107,15 @@ def prepare_pair(
         MethodTraining(start, exposed, material, key, rows.retain_sample),
         MethodTraining(start, control_objective(), material, shared, rows.retain_sample),
     )
+
+
+def prepare_held(inputs: Inputs, start: Checkpoint, weight: float) -> MethodTraining:
+    """Return the run CE(forget) + λ·KL(p_s ‖ p_θ) on retain rows, which is held to its start s."""
+    rows = inputs.rows
+    objective = Objective((answer_term("forget", "forget"), kl_term("retain", "retain", coefficient=weight)))
+    material = gather(objective, forget=rows.forget_train, retain=rows.retain_sample)
+    key = {"retain_kl": weight, "retain": fingerprint_examples(rows.retain_sample)}
+    return MethodTraining(start, objective, material, key, rows.retain_sample)
 
 
 def _alternates(

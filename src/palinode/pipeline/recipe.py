@@ -19,6 +19,7 @@ from palinode.data.tokenize import PromptStyle
 from palinode.errors import RecipeError
 from palinode.evaluation.settings import EvaluationSettings
 from palinode.methods import METHODS
+from palinode.methods.transforms import check_transforms
 from palinode.training.settings import TrainingSettings
 
 MAX_SEED = 2**32 - 1
@@ -52,6 +53,8 @@ class Data(_Section):
     """What is to be taken back."""
     retain: str | None = None
     """Rows whose effect must stay; without them the run is forget-only (β = 0)."""
+    holdout: str | None = None
+    """Rows like the forget rows that neither target nor base has seen, to set the yardstick by."""
     refusals: str | None = None
     """Refusals, one a line, for the methods that teach them."""
     columns: dict[str, str] = {}
@@ -61,19 +64,26 @@ class Data(_Section):
 
 
 class Scales(_Section):
-    """The two strengths: numbers, or chosen on a small grid where left out."""
+    """The two strengths: numbers, or chosen where left out."""
 
     forget: Scale | None = None
-    """α; None: chosen on the grid."""
+    """α; None: chosen."""
     retain: Scale | None = None
-    """β; None: chosen on the grid (0 without a retain set)."""
+    """β; None: chosen (0 without a retain set)."""
+    choose: Literal["auto", "grid"] = "auto"
+    """auto: searched for, towards the yardstick (docs/scales.md); grid: the best point of the two grids below
+    by a rule on mean probabilities (docs/method.md)."""
+    trials: int = Field(default=10, ge=1)
+    """auto: points that the search tries on all probe rows, after a first look at the grids on some."""
+    groups: int = Field(default=1, ge=1, le=4)
+    """auto: give each of so many groups of layers an α of its own, relative to the common one."""
     forget_held_back: float = Field(default=0.0, ge=0, lt=1)
     """Share of the forget set that is kept out of the forget vector, to try the points on; what is kept
     out is not taken back, so leave this at 0 but for experiments (docs/lab-notes.md)."""
     forget_grid: list[Scale] = Field(default=[0.25, 0.5, 0.75, 1.0, 1.5, 2.0], min_length=1)
-    """Values of α that are tried."""
+    """Values of α that are tried; auto looks between them as well."""
     retain_grid: list[Scale] = Field(default=[0.0, 0.5, 1.0], min_length=1)
-    """Values of β that are tried."""
+    """Values of β that are tried; auto looks between them as well."""
     retain_share: float = Field(default=0.9, gt=0, le=1)
     """Share of the target's retain probability that a chosen point must keep."""
     probe_rows: int = Field(default=64, ge=1)
@@ -134,9 +144,15 @@ class Recipe(_Section):
     """Seeds sampling, batch order, rounding and intervals."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
+    tracker: str | None = None
+    """Where curves are shown besides, names with commas: tensorboard, wandb, mlflow, trackio, …; it decides
+    nothing of the result (docs/tracking.md)."""
     models: Models
     data: Data
     training: TrainingSettings = TrainingSettings()
+    transforms: list[dict[str, Any]] = []
+    """What is done to the forget vector, in order: tables with a name in TRANSFORMS and its settings
+    (docs/transforms.md)."""
     scales: Scales = Scales()
     evaluation: EvaluationSettings = EvaluationSettings()
     prompts: Prompts = Prompts()
@@ -170,6 +186,8 @@ class Recipe(_Section):
         )
         if missing:
             raise ValueError(missing)
+        if getattr(settings, "retain_kl", 0) and self.data.retain is None:
+            raise ValueError("method_settings.retain_kl needs retain rows; name data.retain (--retain)")
         if self.method == "paired" and settings.retain_free and self.scales.retain:
             raise ValueError(
                 f"a retain scale of {self.scales.retain:g} adds what the control run learned, and with "
@@ -177,6 +195,24 @@ class Recipe(_Section):
             )
         if method.kind != "arithmetic" and (self.scales.forget, self.scales.retain) != (None, None):
             raise ValueError(f"the method {self.method} adds no vectors, so it has no scales; leave them out")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_transformed(self) -> Self:
+        try:
+            chosen = check_transforms(self.transforms)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(map(str, ("transforms", *first["loc"])))
+            raise ValueError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from None
+        kind = METHODS[self.method].kind if self.method in METHODS else "arithmetic"
+        if chosen and kind != "arithmetic":
+            raise ValueError(f"the method {self.method} adds no vectors, so there is none to transform")
+        needing = next((one for one in chosen if "retain" in one.transform.needs), None)
+        if needing and self.data.retain is None:
+            raise ValueError(
+                f"the transform {needing.transform.name} needs retain rows; name data.retain (--retain)"
+            )
         return self
 
     @model_validator(mode="after")
@@ -206,13 +242,17 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
 
     Raises RecipeError naming the key, and the nearest one that exists.
     """
+    return build_recipe(read_recipe(path), changes)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Return the content of a TOML recipe as it is written; raises RecipeError where there is none."""
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe {path}") from None
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path} is not a TOML recipe ({error})") from None
-    return build_recipe(content, changes)
 
 
 def build_recipe(content: Mapping[str, Any], changes: Sequence[str] = ()) -> Recipe:
@@ -222,14 +262,14 @@ def build_recipe(content: Mapping[str, Any], changes: Sequence[str] = ()) -> Rec
     """
     changed = copy.deepcopy(dict(content))
     for change in changes:
-        _set(changed, change)
+        set_key(changed, change)
     try:
         return Recipe.model_validate(changed)
     except ValidationError as error:
         raise RecipeError(explain(error)) from None
 
 
-def _set(content: dict[str, Any], change: str) -> None:
+def set_key(content: dict[str, Any], change: str) -> None:
     """Set one dotted key, its value read as TOML where possible and as text otherwise."""
     key, sign, text = change.partition("=")
     if not sign or not key.strip():

@@ -10,10 +10,11 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
+from statistics import fmean
 from typing import Any
 
 from palinode.data.examples import Example, fingerprint_examples
@@ -35,6 +36,9 @@ LIBRARIES = (
     "scipy",
     "rouge-score",
 )
+
+CURVE_POINTS = 120
+"""Points of a training curve that the record keeps."""
 
 
 def build_record(
@@ -66,6 +70,7 @@ def build_record(
         "data": {
             "forget": _rows(recipe.data.forget, inputs.rows.forget),
             "retain": _rows(recipe.data.retain, inputs.rows.retain) if recipe.data.retain else None,
+            **({"holdout": _rows(recipe.data.holdout, inputs.rows.unseen)} if recipe.data.holdout else {}),
         },
         "method": _method(recipe.method, recipe.method_settings),
         "scales": asdict(chosen) if chosen else None,
@@ -152,9 +157,12 @@ def _peak_memory() -> int:
 def _chosen_notes(chosen: Chosen) -> list[str]:
     if chosen.kept_rule:
         return []
+    look = "Look at the table of points before using this model."
+    if chosen.yardstick is not None:
+        return [f"{chosen.yardstick['warning']} {look}"]
     return [
         "No point on the grid kept the rule for choosing the scales; the one that breaks it least was taken. "
-        "Look at the table of points before using this model."
+        + look
     ]
 
 
@@ -185,10 +193,23 @@ def dose_facts(saved: Saved, asked: Mapping[str, float]) -> dict[str, Any]:
     }
 
 
-def geometry_facts(forget: Direction, retain: Direction | None) -> Mapping[str, Any]:
+def thinned_curve(losses: Sequence[float]) -> dict[str, Any]:
+    """Return a training curve with at most CURVE_POINTS points, each the mean of as many steps."""
+    every = max(1, -(-len(losses) // CURVE_POINTS))
+    chunks = [losses[start : start + every] for start in range(0, len(losses), every)]
+    return {
+        "every": every,
+        "steps": list(range(0, len(losses), every)),
+        "losses": [float(f"{fmean(chunk):.5g}") for chunk in chunks],
+    }
+
+
+def geometry_facts(
+    forget: Direction, retain: Direction | None, *, on_progress: Callable[[int], None] | None = None
+) -> Mapping[str, Any]:
     """Return norms and cosine of the vectors, over all weights and by part of the model."""
     named = {"forget": forget} | ({"retain": retain} if retain is not None else {})
-    measured = profile(named)
+    measured = profile(named, on_progress=on_progress)
 
     def entry(part: str | None) -> dict[str, Any]:
         norms = measured.norms(part)

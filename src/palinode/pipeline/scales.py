@@ -5,10 +5,11 @@ Each point is the weighted sum put into the target's live copy in place: no mode
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,14 @@ from palinode.models.likelihoods import score_rows
 from palinode.models.loading import load_model, load_tokenizer, pad_token, pick_device
 from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.search import Probe, Rule, as_record, choose, nearest, walk_grid
-from palinode.progress import Listener
+from palinode.progress import Listener, record
 from palinode.records import write_json
-from palinode.weights import Checkpoint, Direction
+from palinode.weights import Checkpoint, Direction, WeightedSum
+
+Logprobs = Mapping[str, Sequence[float]]
+"""Mean log-probability of each row's answer, by set of rows."""
+
+PROBE_SETS = ("forget", "retain")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +42,21 @@ class Chosen:
     retain: float
     """The paper's β."""
     chosen_by: str
-    """"given" or "grid"."""
+    """"given", "grid" or "auto"."""
     rule: str | None
     """The rule in words, with its numbers."""
     points: Sequence[Any]
     """Every point tried, as the record holds it."""
     kept_rule: bool = True
     """False when no point satisfied the rule and the nearest one was taken."""
+    yardstick: Mapping[str, Any] | None = None
+    """Where the search wanted to go, as the record holds it; None of a grid."""
+    front: Sequence[Any] = field(default_factory=list)
+    """The points that no other one beats on both sides."""
+    sensitivity: Sequence[Any] = field(default_factory=list)
+    """What a step away from the chosen point changes."""
+    groups: Sequence[Any] = field(default_factory=list)
+    """Parts of the model and the factor on α that each has; empty where all have one α."""
 
 
 def choose_scales(
@@ -59,14 +73,17 @@ def choose_scales(
     `folder` keeps the probes already made.
     """
     alphas, betas = grid
-    probes = _Probes(inputs, target, folder / "probes.json")
+    probes = Probes(inputs, target, folder / "probes.json")
     with listener.task("trying scales", 2 + len(alphas) * len(betas), "points") as advance:
         base, before = probes.of_checkpoint("base", inputs.earlier), probes.of_checkpoint("target", target)
         advance(2)
 
+        numbers = itertools.count(1)
+
         def probe(alpha: float, beta: float) -> Probe:
             found = probes.of_scales(alpha, beta, forget, retain)
             advance(1)
+            record(listener, "scales", next(numbers), figures_of(alpha, beta, found))
             return found
 
         rule = Rule(base.forget, before.retain, inputs.recipe.scales.retain_share)
@@ -83,8 +100,14 @@ def choose_scales(
     )
 
 
-class _Probes:
-    """Mean answer probabilities on the probe rows, made once and kept on disk."""
+def figures_of(alpha: float, beta: float, found: Probe) -> dict[str, float]:
+    """Return a point that was tried as figures for a curve."""
+    scales = {"forget_scale": alpha, "retain_scale": beta}
+    return scales | {name: value for name, value in asdict(found).items() if value is not None}
+
+
+class Probes:
+    """What models make of the probe rows: mean log-probability of each answer, asked once and kept."""
 
     def __init__(self, inputs: Inputs, target: Checkpoint, path: Path) -> None:
         self.inputs = inputs
@@ -95,42 +118,72 @@ class _Probes:
         self.live: PreTrainedModel | None = None
         self.tokenizer = load_tokenizer(target)
         self.pad_id = pad_token(self.tokenizer)
-        self.forget = self._tokenize(inputs.rows.forget_probe)
-        self.retain = self._tokenize(inputs.rows.retain_probe)
+        self.sets: dict[str, list[TokenRow]] = {}
+        self.add("forget", inputs.rows.forget_probe)
+        self.add("retain", inputs.rows.retain_probe)
+
+    def add(self, name: str, examples: Sequence[Example]) -> None:
+        """Add a set of rows that can be asked for; an empty one is left out."""
+        recipe = self.inputs.recipe
+        length, style = recipe.evaluation.max_length, recipe.prompts.style()
+        if examples:
+            self.sets[name] = tokenize(examples, self.tokenizer, max_length=length, style=style)
 
     def of_checkpoint(self, name: str, checkpoint: Checkpoint) -> Probe:
         """Return the probe of a checkpoint as it is."""
-        if name not in self.known:
-            self._keep(name, self._measure(load_model(checkpoint, device=self.device)))
-        return Probe(**self.known[name])
+        return _probe(self.logprobs_of_checkpoint(name, checkpoint, PROBE_SETS))
 
     def of_scales(self, alpha: float, beta: float, forget: Direction, retain: Direction | None) -> Probe:
         """Return the probe of the weighted sum at (α, β), put into the live model in place."""
-        name = f"{alpha},{beta}"
-        if name not in self.known:
+        point = unlearned_point(self.target, forget, retain, forget_scale=alpha, retain_scale=beta)
+        return _probe(self.logprobs_of_point(f"{alpha},{beta}", point, PROBE_SETS))
+
+    def logprobs_of_checkpoint(self, name: str, checkpoint: Checkpoint, sets: Sequence[str]) -> Logprobs:
+        """Return the mean log-probabilities of a checkpoint on the sets of those names that there are."""
+        return self._asked(name, sets, lambda: load_model(checkpoint, device=self.device))
+
+    def logprobs_of_point(self, name: str, point: WeightedSum, sets: Sequence[str]) -> Logprobs:
+        """Return those of a weighted sum, put into the live model in place; `name` stands for it on disk."""
+
+        return self.logprobs_of_parts(name, [(point, None)], sets)
+
+    def logprobs_of_parts(
+        self,
+        name: str,
+        parts: Sequence[tuple[WeightedSum, Callable[[str], bool] | None]],
+        sets: Sequence[str],
+    ) -> Logprobs:
+        """Return those of a model put together: each sum where its function says yes to a tensor's name."""
+
+        def filled() -> PreTrainedModel:
             self.live = self.live or load_model(self.target, device=self.device)
-            point = unlearned_point(self.target, forget, retain, forget_scale=alpha, retain_scale=beta)
-            recipe = self.inputs.recipe
-            output = recipe.output
-            put(point, self.live, dtype=output.dtype, rounding=output.rounding, seed=recipe.seed)
-            self._keep(name, self._measure(self.live))
-        return Probe(**self.known[name])
+            output, seed = self.inputs.recipe.output, self.inputs.recipe.seed
+            for point, only in parts:
+                put(point, self.live, dtype=output.dtype, rounding=output.rounding, seed=seed, only=only)
+            return self.live
 
-    def _keep(self, name: str, probe: Probe) -> None:
-        self.known[name] = asdict(probe)
-        write_json(self.path, self.known)
+        return self._asked(name, sets, filled)
 
-    def _measure(self, model: PreTrainedModel) -> Probe:
-        forget = self._mean_probability(model, self.forget)
-        return Probe(forget, self._mean_probability(model, self.retain) if self.retain else None)
+    def _asked(self, name: str, sets: Sequence[str], model: Callable[[], PreTrainedModel]) -> Logprobs:
+        wanted = [one for one in sets if one in self.sets]
+        missing = [one for one in wanted if one not in self.known.get(name, {})]
+        if missing:
+            live = model()
+            found = {one: self._mean_logprobs(live, self.sets[one]) for one in missing}
+            self.known[name] = {**self.known.get(name, {}), **found}
+            write_json(self.path, self.known)
+        return {one: self.known[name][one] for one in wanted}
 
-    def _mean_probability(self, model: PreTrainedModel, rows: Sequence[TokenRow]) -> float:
-        """Return the mean over rows of exp(mean log-probability of the answer's tokens)."""
+    def _mean_logprobs(self, model: PreTrainedModel, rows: Sequence[TokenRow]) -> list[float]:
         scored = score_rows(model, rows, pad_id=self.pad_id)
-        means = (math.fsum(row.logprobs) / len(row.logprobs) for row in scored)
-        return math.fsum(map(math.exp, means)) / len(scored)
+        return [math.fsum(row.logprobs) / len(row.logprobs) for row in scored]
 
-    def _tokenize(self, examples: Sequence[Example]) -> list[TokenRow]:
-        recipe = self.inputs.recipe
-        length, style = recipe.evaluation.max_length, recipe.prompts.style()
-        return tokenize(examples, self.tokenizer, max_length=length, style=style)
+
+def _probe(logprobs: Logprobs) -> Probe:
+    retain = logprobs.get("retain")
+    return Probe(mean_probability(logprobs["forget"]), mean_probability(retain) if retain else None)
+
+
+def mean_probability(logprobs: Sequence[float]) -> float:
+    """Return the mean over rows of exp(mean log-probability of the answer's tokens)."""
+    return math.fsum(map(math.exp, logprobs)) / len(logprobs)

@@ -49,6 +49,17 @@ class Rule:
         keeps = self.retain_floor is None or (probe.retain or 0.0) >= self.retain_floor
         return keeps and probe.forget >= self.base_forget
 
+    def shortfall(self, probe: Probe) -> float:
+        """Return by how much a point breaks the rule, 0 where it keeps it.
+
+        It is the larger of the two relative shortfalls, below the base on the forget set or below the floor
+        on the retain set.
+        """
+        below = max(0.0, self.base_forget - probe.forget) / max(self.base_forget, 1e-9)
+        if self.retain_floor is None or probe.retain is None:
+            return below
+        return max(below, (self.retain_floor - probe.retain) / max(self.retain_floor, 1e-9))
+
     def __str__(self) -> str:
         text = f"the least forget-set probability not below the base checkpoint's {self.base_forget:.3f}"
         if self.retain_floor is None:
@@ -85,19 +96,10 @@ def choose(points: Sequence[GridPoint], rule: Rule) -> GridPoint | None:
 
 
 def nearest(points: Sequence[GridPoint], rule: Rule) -> GridPoint:
-    """Return the point that breaks the rule least, for when none keeps it.
-
-    Least is the larger of the two relative shortfalls, below the base on the forget set or below the
-    floor on the retain set.
-    """
-
-    def shortfall(point: GridPoint) -> float:
-        below = max(0.0, rule.base_forget - point.probe.forget) / max(rule.base_forget, 1e-9)
-        if rule.retain_floor is None or point.probe.retain is None:
-            return below
-        return max(below, (rule.retain_floor - point.probe.retain) / max(rule.retain_floor, 1e-9))
-
-    return min(points, key=lambda point: (shortfall(point), point.forget_scale, point.retain_scale))
+    """Return the point that breaks the rule least, for when none keeps it."""
+    return min(
+        points, key=lambda point: (rule.shortfall(point.probe), point.forget_scale, point.retain_scale)
+    )
 
 
 def as_record(points: Sequence[GridPoint], rule: Rule, chosen: GridPoint) -> list[Mapping[str, object]]:

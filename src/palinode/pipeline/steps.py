@@ -11,9 +11,11 @@ from pydantic import BaseModel, ValidationError
 from palinode.data import fingerprint_examples, read_examples, sample_examples
 from palinode.errors import OutputError, RecipeError
 from palinode.evaluation import EvaluationSettings, evaluate
+from palinode.models.loading import pick_device
 from palinode.pipeline.recipe import explain
+from palinode.pipeline.tracking import check_trackers, tracked
 from palinode.pipeline.workspace import fingerprint
-from palinode.progress import Listener
+from palinode.progress import Listener, Silence
 from palinode.records import Score, write_outcomes
 from palinode.training import Finetuned, TrainingSettings, finetune
 from palinode.weights import Checkpoint
@@ -30,22 +32,35 @@ def finetune_file(
     columns: Mapping[str, str] | None = None,
     device: str = "auto",
     seed: int = 0,
+    tracker: str | None = None,
     listener: Listener | None = None,
 ) -> Finetuned:
-    """Fine-tune a model folder on a file of rows; an interrupted call goes on when it is repeated."""
+    """Fine-tune a model folder on a file of rows; an interrupted call goes on when it is repeated.
+
+    Trackers put their files into `<output>.tracking`, beside the output.
+    """
     checked = _settings(TrainingSettings, settings)
+    check_trackers(tracker)
     start, examples = Checkpoint.open(base), read_examples(data, columns=columns or None)
     key = fingerprint(
         start=start.fingerprint(),
         rows=fingerprint_examples(examples),
-        training=checked.model_dump(exclude={"save_minutes"}),
+        training=checked.key(),
         seed=seed,
     )
     place = output.resolve()
     state = place.with_name(f".{place.name}.state-{key[:12]}")  # other inputs never find it
-    return finetune(
-        start, examples, output, checked, seed=seed, device=device, state=state, listener=listener
-    )
+    with tracked(
+        listener or Silence(),
+        tracker,
+        folder=place.with_name(f"{place.name}.tracking"),
+        run=place.name,
+        settings={"seed": seed, "training": checked.model_dump(mode="json", exclude_none=True)},
+        cpu=pick_device(device).type == "cpu",
+    ) as listening:
+        return finetune(
+            start, examples, output, checked, seed=seed, device=device, state=state, listener=listening
+        )
 
 
 def evaluate_file(

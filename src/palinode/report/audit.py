@@ -14,6 +14,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from palinode.report.verdicts import SYMBOLS, audit_claims
+
 DASH = "—"
 STYLES = {"knows more": "bold red", "knows less": "bold red", "unclear": "yellow", "within": "green"}
 YARDSTICKS = {
@@ -107,6 +109,13 @@ def _opening(record: Mapping[str, Any]) -> list[str]:
         "set than the yardstick fails as well as one that knows more.",
         "",
         f"palinode {_text(record['palinode'])}, {_text(record['created'])} to {_text(record['finished'])}.",
+        "",
+        "## In short",
+        "",
+        *(
+            f"- **{claim.question}** {SYMBOLS[claim.light]} {claim.word}. {_text(claim.sentence)}"
+            for claim in audit_claims(record)
+        ),
         "",
     ]
 

@@ -5,13 +5,14 @@ from palinode.training.loop import train
 from palinode.training.losses import ANSWER_LOSS, Loss
 from palinode.training.objectives import CurvePoint, Objective, Term
 from palinode.training.roles import Joined, Material
-from palinode.training.settings import TrainingSettings
+from palinode.training.settings import LoraSettings, TrainingSettings
 
 __all__ = [
     "ANSWER_LOSS",
     "CurvePoint",
     "Finetuned",
     "Joined",
+    "LoraSettings",
     "Loss",
     "Material",
     "Objective",

@@ -15,28 +15,30 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from palinode.data.examples import Example
 from palinode.data.tokenize import PromptStyle, tokenize
-from palinode.errors import OutputError
+from palinode.errors import InputError, OutputError, RecipeError
 from palinode.models.loading import load_model, load_tokenizer, pad_token, pick_device, quiet_transformers
-from palinode.progress import Listener, Silence
+from palinode.progress import Listener, Silence, record
 from palinode.records import write_json
 from palinode.training.frozen import Kept
 from palinode.training.loop import count_steps, train
+from palinode.training.lora import add_adapter, load_frozen, write_adapter
 from palinode.training.losses import ANSWER_LOSS, Loss
-from palinode.training.objectives import CurvePoint, Objective, plain_objective
+from palinode.training.objectives import CURVE, CurvePoint, Objective, plain_objective
 from palinode.training.roles import Joined, Material, join, plain
 from palinode.training.settings import TrainingSettings
+from palinode.weights.adapters import LoraAdapter
 from palinode.weights.atomic import check_output
 from palinode.weights.checkpoint import INDEX, SINGLE, Checkpoint
-
-CURVE = "training.json"
-"""File in a fine-tuned folder that holds its curve."""
+from palinode.weights.direction import WeightedSum
 
 
 @dataclass(frozen=True, slots=True)
 class Finetuned:
-    """A fine-tuned checkpoint and how its training went."""
+    """A fine-tuned checkpoint, or the adapter that leads to it, and how its training went."""
 
-    checkpoint: Checkpoint
+    start: Checkpoint
+    saved: Checkpoint | LoraAdapter
+    """What lies in the output folder."""
     curve: Sequence[CurvePoint]
     tokens: int
     """Tokens that went through the model, over all steps."""
@@ -46,6 +48,18 @@ class Finetuned:
     """Steps that would have been taken had the objective's limit not ended the run."""
     seen: Mapping[str, frozenset[int]] = field(default_factory=dict)
     """By role: the positions of the examples that the run was trained on."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The fine-tuned checkpoint; raises InputError for a low-rank run, which leaves an adapter."""
+        if isinstance(self.saved, Checkpoint):
+            return self.saved
+        raise InputError(f"{self.saved.folder} is an adapter and no whole model; take `point`, or save that")
+
+    @property
+    def point(self) -> Checkpoint | WeightedSum:
+        """Where training ended: the checkpoint, or start + adapter as a formula."""
+        return self.saved if isinstance(self.saved, Checkpoint) else self.start + self.saved
 
     @property
     def stopped(self) -> bool:
@@ -72,6 +86,7 @@ def finetune(
 ) -> Finetuned:
     """Fine-tune `base` on the examples and write the result to `output` in float32.
 
+    With `settings.lora` the result is an adapter folder in peft's format; else it is a whole model.
     The folder appears under its name only when it is whole. An objective with roles takes its examples as
     `Material`. `reader` is the checkpoint whose tokenizer and chat template put the rows into tokens
     (default: the base's own). `state` is where an interrupted run leaves what it needs to go on. `frozen`
@@ -80,7 +95,7 @@ def finetune(
     it. Raises DivergenceError when the loss stops being finite.
     """
     settings, output = settings or TrainingSettings(), Path(output)
-    check_output(output, [base.folder], needs=4 * base.parameters)
+    check_output(output, [base.folder], needs=0 if settings.lora else 4 * base.parameters)
     started = time.monotonic()
     tokenizer = load_tokenizer(reader or base)
     style, pad_id = style or PromptStyle(), pad_token(tokenizer)
@@ -96,15 +111,19 @@ def finetune(
     else:
         cast = plain(tokenize(examples, tokenizer, max_length=settings.max_length, style=style))
     kept = frozen(cast, pad_id) if frozen else None
-    model = load_model(base, device=pick_device(device))
-    everyone = range(len(cast.anchors))
     objective = loss if isinstance(loss, Objective) else plain_objective(loss)
+    model = _load(base, settings, objective, device=device, seed=seed)
+    everyone = range(len(cast.anchors))
     tokens = sum(cast.tokens(epoch, everyone, objective.reads) for epoch in range(settings.epochs))
     heard = 0
 
     def hear(step: int, members: Sequence[int]) -> None:
         if on_step:
             on_step(step, [cast.anchors[place].example for place in members])
+
+    def draw(point: CurvePoint) -> None:
+        if listener:
+            record(listener, label, point.step + 1, point.figures())
 
     with (listener or Silence()).task(label, tokens, "tokens") as advance:
 
@@ -124,12 +143,17 @@ def finetune(
             frozen=kept,
             on_progress=count,
             on_step=hear,
+            on_point=draw,
         )
-    write_model(model, base, output, curve)
+    if settings.lora:
+        write_adapter(model, output, curve)
+    else:
+        write_model(model, base, output, curve)
     if state is not None:
         shutil.rmtree(state, ignore_errors=True)
     return Finetuned(
-        Checkpoint.open(output),
+        base,
+        LoraAdapter.open(output) if settings.lora else Checkpoint.open(output),
         curve,
         heard,
         time.monotonic() - started,
@@ -139,6 +163,21 @@ def finetune(
             for role in (cast.anchor, *cast.draws)
         },
     )
+
+
+def _load(
+    base: Checkpoint, settings: TrainingSettings, objective: Objective, *, device: str, seed: int
+) -> PreTrainedModel:
+    """Return the live model that is trained: all of it, or an adapter over the frozen start."""
+    if settings.lora is None:
+        return load_model(base, device=pick_device(device))
+    if objective.trainable is not None:
+        raise RecipeError(
+            "this method trains only some of the layers, in full; leave out training.lora, or its `trainable`"
+        )
+    model = load_frozen(base, settings.lora, device=pick_device(device))
+    add_adapter(model, base, settings.lora, seed=seed)
+    return model
 
 
 def write_model(

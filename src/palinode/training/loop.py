@@ -53,6 +53,7 @@ def train(
     frozen: Mapping[str, Kept] | None = None,
     on_progress: Callable[[int], None] | None = None,
     on_step: Callable[[int, Sequence[int]], None] | None = None,
+    on_point: Callable[[CurvePoint], None] | None = None,
     max_steps: int | None = None,
 ) -> list[CurvePoint]:
     """Train the model in place and return its curve.
@@ -62,9 +63,10 @@ def train(
     `state` is a folder for a resumable state: it is used when it exists, and written every
     `settings.save_minutes`, when the run is interrupted, and before a step that would not be finite.
     `on_progress` hears tokens; `on_step` hears, after each optimiser step, how many are done and the
-    positions of the anchors that were in it (over all processes). `max_steps` ends the run,
-    and its learning-rate schedule, after so many steps; the objective's limit ends it before the step that
-    passes it. Raises DivergenceError when loss or gradient stop being finite.
+    positions of the anchors that were in it (over all processes); `on_point` hears each new point of the
+    curve. `max_steps` ends the run, and its learning-rate schedule, after so many steps; the objective's
+    limit ends it before the step that passes it. Raises DivergenceError when loss or gradient stop being
+    finite.
     """
     objective = loss if isinstance(loss, Objective) else plain_objective(loss)
     cast = rows if isinstance(rows, Joined) else plain(rows)
@@ -83,7 +85,7 @@ def train(
         run.per_epoch = len(steps) // settings.epochs
         steps = steps[:max_steps]
         run.resume(on_progress, steps)
-        _walk(run, steps, on_progress, on_step)
+        _walk(run, steps, on_progress, on_step, on_point)
     model.eval()
     return run.curve
 
@@ -93,6 +95,7 @@ def _walk(
     steps: Sequence[Sequence[Sequence[int]]],
     on_progress: Callable[[int], None] | None,
     on_step: Callable[[int, Sequence[int]], None] | None,
+    on_point: Callable[[CurvePoint], None] | None,
 ) -> None:
     """Take the steps that are left, and save the state now and then."""
     saved_at = time.monotonic()
@@ -104,6 +107,8 @@ def _walk(
                 on_progress(run.tokens(steps[step], step))
             if on_step:
                 on_step(step + 1, [i for part in steps[step] for i in part])
+            if on_point:
+                on_point(run.curve[-1])
             if time.monotonic() - saved_at > 60 * run.settings.save_minutes:
                 run.save()
                 saved_at = time.monotonic()
@@ -233,6 +238,9 @@ class _Run:
         plain_model = accelerator.unwrap_model(model)
         self.autocast = use_autocast(plain_model, settings)
         self.vocabulary = int(plain_model.config.get_text_config().vocab_size)
+        self.partly = not all(parameter.requires_grad for parameter in model.parameters())
+        if self.partly:
+            accelerator.register_save_state_pre_hook(_leave_out_the_frozen)
 
     def tokens(self, parts: Sequence[Sequence[int]], step: int) -> int:
         """Return the tokens that a step sends through the model."""
@@ -369,12 +377,22 @@ class _Run:
             _replaced(self.state).replace(self.state)
         if not (self.state / "curve.json").exists():
             return
-        self.accelerator.load_state(str(self.state))
+        self.accelerator.load_state(str(self.state), **({"strict": False} if self.partly else {}))
         points = json.loads((self.state / "curve.json").read_text(encoding="utf-8"))
         self.curve = [CurvePoint(**point) for point in points]
         if on_progress:
             done = enumerate(steps[: len(self.curve)])
             on_progress(sum(self.tokens(parts, step) for step, parts in done))
+
+
+def _leave_out_the_frozen(
+    models: list[torch.nn.Module], weights: list[dict[str, torch.Tensor]], _folder: str
+) -> None:
+    """Keep of a state only the weights that are trained; the others are those of the start."""
+    for model, held in zip(models, weights, strict=True):
+        trained = {name for name, value in model.named_parameters() if value.requires_grad}
+        for name in held.keys() - trained:
+            del held[name]
 
 
 def _replaced(state: Path) -> Path:

@@ -21,6 +21,9 @@ from palinode.models.likelihoods import answer_logits
 from palinode.training.frozen import Distributions, Keeper
 from palinode.training.losses import Loss, kl_to_reference, scored_tokens, summed_nll
 
+CURVE = "training.json"
+"""File in a fine-tuned folder that holds its curve."""
+
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
@@ -32,6 +35,12 @@ class CurvePoint:
     grad_norm: float
     terms: Mapping[str, float] = field(default_factory=dict)
     """The mean of each term before its coefficient, where the objective has named terms."""
+
+    def figures(self) -> dict[str, float]:
+        """Return what was measured in this step, by name."""
+        terms = {f"loss_{name}": value for name, value in self.terms.items()}
+        measured = {"loss": self.loss, "learning_rate": self.learning_rate, "gradient_norm": self.grad_norm}
+        return {**measured, **terms}
 
 
 Coefficient = Callable[[Sequence[CurvePoint], int], float]

@@ -81,7 +81,7 @@ def finetune_pair(
 ) -> Pair:
     """Fine-tune `start` twice, into `folder`/exposed and `folder`/control.
 
-    The paired vector is `pair.exposed.checkpoint - pair.control.checkpoint`. `settings.batch_size` counts
+    The paired vector is `pair.exposed.point - pair.control.point`. `settings.batch_size` counts
     forget rows; a micro-batch has `replay_ratio` times as many replay rows beside. `forget_weight` is λ, by
     default 1 / `replay_ratio`, as in one mixed batch. The other arguments are those of `finetune`.
     """

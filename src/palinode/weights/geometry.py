@@ -53,10 +53,16 @@ class Profile:
         return float(gram[i, j]) / length if length else None
 
 
-def profile(directions: Mapping[str, Direction], *, workers: int | None = None) -> Profile:
+def profile(
+    directions: Mapping[str, Direction],
+    *,
+    workers: int | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Profile:
     """Measure named directions: one pass over what they are made of. A tied tensor counts once.
 
-    Raises MismatchError when the checkpoints do not fit together, AlgebraError when there is none.
+    `on_progress` is told the weights that are done. Raises MismatchError when the checkpoints do not fit
+    together, AlgebraError when there is none.
     """
     used = list(dict.fromkeys(term for direction in directions.values() for term in direction.terms))
     checkpoints = [term for term in used if isinstance(term, Checkpoint)]
@@ -100,7 +106,7 @@ def profile(directions: Mapping[str, Direction], *, workers: int | None = None) 
         gram[part_of(part.info.name)] += found
 
     with Files() as files:
-        map_slices(parts, per_thread(start), collect=collect, workers=workers)
+        map_slices(parts, per_thread(start), collect=collect, workers=workers, on_progress=on_progress)
     return Profile(tuple(directions), dict(sorted(gram.items(), key=lambda item: part_order(item[0]))))
 
 

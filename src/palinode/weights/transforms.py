@@ -3,7 +3,8 @@
     sign consensus      mean(τ_i) where all τ_i have one sign, 0 elsewhere   (NegMerge, arXiv 2410.05583)
     layer scales        s(name) · τ
     projection          τ (I − U Uᵀ), off the subspace U of the inputs that retain rows make
-    weighting           F_f / (F_f + g·F_r + ε) · τ, by forget and retain Fisher information   (PerTA)
+    weighting           F_f / (F_f + g·F_r + ε) · τ, by forget and retain importance   (PerTA, 2601.22030)
+    gradient mask       τ · 1[sign τ = −sign g], g the target's gradient   (GradFix, arXiv 2510.09658)
 
 Each takes τ and returns another of its shape. Low-rank truncation is `save_vector(…, rank=…)`.
 """
@@ -58,10 +59,15 @@ def input_basis(inputs: np.ndarray, *, energy: float = 0.99) -> np.ndarray:
 
     `energy` is the share of Σ|x|², above 0 and up to 1. Raises InputError for another, or inputs of zero.
     """
+    wide = inputs.astype(np.float64)
+    return basis_of(wide.T @ wide, energy=energy)
+
+
+def basis_of(gram: np.ndarray, *, energy: float = 0.99) -> np.ndarray:
+    """Return U [D, k] of inputs whose sum of products Σ x xᵀ [D, D] is given; see `input_basis`."""
     if not 0 < energy <= 1:
         raise InputError(f"an energy of {energy} is no share; name one above 0 and up to 1, as in 0.99")
-    wide = inputs.astype(np.float64)
-    squares, vectors = np.linalg.eigh(wide.T @ wide)
+    squares, vectors = np.linalg.eigh(gram.astype(np.float64))
     if squares[-1] <= 0:
         raise InputError("the inputs are all zero, so they span nothing; give rows that the model has read")
     kept = rank_for(squares[::-1], energy)
@@ -90,6 +96,18 @@ def fisher_weights(
     if g < 0 or epsilon <= 0:
         raise InputError(f"g is {g} and epsilon {epsilon}; g must not be negative, and epsilon above 0")
     return forget / (forget + g * retain + epsilon)
+
+
+def against_gradient(values: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+    """Return τ where it points against the gradient, and 0 elsewhere: τ · 1[sign τ = −sign g] (GradFix).
+
+    A step −α·τ then raises the loss whose gradient g is, to first order by α·Σ|τ||g| over what is kept.
+
+    >>> against_gradient(np.array([1.0, -2.0, 3.0]), np.array([-0.5, -0.5, 0.0]))
+    array([1., 0., 0.])
+    """
+    opposed = ((values > 0) & (gradient < 0)) | ((values < 0) & (gradient > 0))
+    return np.where(opposed, values, 0.0).astype(values.dtype)
 
 
 def transform(

@@ -1,0 +1,225 @@
+"""`palinode chat`: ask the unlearned model and the one it came from the same questions, at any α and β."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from palinode.cli.console import listener, out
+from palinode.cli.options import Device, Quiet
+
+if TYPE_CHECKING:
+    from palinode.pipeline.chatting import Chat
+
+HELP = """\
+/scales 0.8 0.5   set α and β; /alpha 0.8 and /beta 0.5 set one of them
+/reset            α and β as the run chose them, and the model bit for bit as it was saved
+/system TEXT      a system prompt for the talk; without a text the usual one
+/new              begin a new conversation
+/length 100       tokens that an answer may have
+/help             this list
+/quit             end, as Ctrl-D does; Ctrl-C ends an answer
+Everything else is a question to all models."""
+
+
+def chat(
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="An unlearned model, with its record.")],
+    against: Annotated[
+        str | None, typer.Option(help="The model to compare with. [default: the run's target]")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The run's base (θ_0), if it lies elsewhere now.")] = None,
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Compare with no other model, to save memory.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Length limit of answers.", min=1)] = 200,
+    device: Device = "auto",
+    quiet: Quiet = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print each question with its answers as one line of JSON.")
+    ] = False,
+) -> None:
+    """Ask the unlearned model and its target the same questions, and turn α and β while talking.
+
+    Questions and commands (/help lists them) are read from standard input, a line each.
+    """
+    from palinode.errors import RecipeError
+    from palinode.pipeline.chatting import open_chat
+
+    if alone and against:
+        raise RecipeError("--alone compares with no model, so --against has no use; leave one of them out")
+    talk = open_chat(
+        folder, against=against, base=base, alone=alone, device=device, listener=listener(quiet=quiet)
+    )
+    talk.length = max_new_tokens
+    before = signal.signal(signal.SIGTERM, _leave)
+    try:
+        _Terminal(talk, as_json=as_json, quiet=quiet).talk()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Terminal:
+    """What is read and shown during a talk."""
+
+    def __init__(self, talk: Chat, *, as_json: bool, quiet: bool) -> None:
+        self.chat = talk
+        self.as_json = as_json
+        self.quiet = quiet
+        self.console = out()
+        self.typed = sys.stdin.isatty()
+        self.commands: dict[str, Callable[[str], None]] = {
+            "/scales": self._set_both,
+            "/alpha": lambda text: self._set(forget=text),
+            "/beta": lambda text: self._set(retain=text),
+            "/reset": self._reset,
+            "/system": self._system,
+            "/new": self._new,
+            "/length": self._length,
+            "/help": lambda _text: self._note(HELP),
+        }
+
+    def talk(self) -> None:
+        """Read lines until they end, and act on each."""
+        from palinode.errors import PalinodeError
+
+        self._greet()
+        for line in self._lines():
+            command, _, rest = line.partition(" ")
+            if command in ("/quit", "/exit"):
+                return
+            try:
+                if command in self.commands:
+                    self.commands[command](rest.strip())
+                elif line.startswith("/"):
+                    self._note(f"there is no command {command}; /help lists them")
+                else:
+                    self._ask(line)
+            except PalinodeError as error:
+                self._note(str(error))
+            except KeyboardInterrupt:  # while weights were changing: half a sum is no model
+                if not self.typed:
+                    raise
+                self._reset("")
+
+    def _lines(self) -> Iterator[str]:
+        """Yield what is typed or piped in, without empty lines."""
+        if self.typed:
+            with suppress(ImportError):
+                import readline  # noqa: F401 - gives `input` a history and the arrow keys
+        while True:
+            try:
+                line = input("\n> " if self.typed and not self.as_json else "").strip()
+            except EOFError:
+                if self.typed:
+                    self._note("")
+                return
+            except KeyboardInterrupt:
+                if not self.typed:
+                    raise
+                self._note("\n/quit or Ctrl-D ends the talk")
+                continue
+            if line:
+                yield line
+
+    def _greet(self) -> None:
+        if self.quiet:
+            return
+        names = " and ".join(speaker.name for speaker in self.chat.speakers)
+        fixed = f"The scales are fixed: {self.chat.fixed}." if self.chat.fixed else "α and β can be changed."
+        form = "text that it shall go on with" if self.chat.form == "completion" else "question"
+        self._note(f"Talking with {names} ({self.chat.folder.folder.name}{self._at()}). {fixed}")
+        self._note(f"Type a {form}; /help lists the commands.")
+
+    def _ask(self, question: str) -> None:
+        """Put a question to every model, one after the other."""
+        if self.as_json:
+            answers = {
+                speaker.name: self.chat.ask(question, speaker, lambda _text: None)
+                for speaker in self.chat.speakers
+            }
+            forget, retain = self.chat.scales or (None, None)
+            entry = {"question": question, "forget_scale": forget, "retain_scale": retain, "answers": answers}
+            print(json.dumps(entry, allow_nan=False), flush=True)
+            return
+        if not self.typed:
+            self.console.print(f"\n> {question}", markup=False, soft_wrap=True)
+        for speaker in self.chat.speakers:
+            own = self._at() if speaker is self.chat.speakers[0] else ""
+            self.console.print(f"{speaker.name}{own}", style="bold", markup=False)
+            self.console.file.write("  ")
+            self.chat.ask(question, speaker, self._say)
+            self.console.file.write("\n")
+            self.console.file.flush()
+
+    def _say(self, text: str) -> None:
+        """Show a part of an answer; what could steer the terminal is left out."""
+        shown = "".join(letter for letter in text if letter.isprintable() or letter == "\n")
+        self.console.file.write(shown.replace("\n", "\n  "))
+        self.console.file.flush()
+
+    def _note(self, text: str) -> None:
+        """Say something that is no answer."""
+        if self.as_json:
+            print(text, file=sys.stderr)
+        else:
+            self.console.print(text, markup=False, soft_wrap=True)
+
+    def _at(self) -> str:
+        if self.chat.scales is None:
+            return ""
+        forget, retain = self.chat.scales
+        return f", α {forget:g}, β {retain:g}"
+
+    # Commands
+
+    def _set_both(self, text: str) -> None:
+        from palinode.errors import RecipeError
+
+        if len(text.split()) != 2:
+            raise RecipeError("/scales needs two numbers, α and β, as in /scales 0.8 0.5")
+        forget, retain = text.split()
+        self._set(forget=forget, retain=retain)
+
+    def _set(self, *, forget: str | None = None, retain: str | None = None) -> None:
+        from palinode.pipeline.chatting import parse_scale
+
+        alpha, beta = self.chat.scales or (0.0, 0.0)
+        alpha = alpha if forget is None else parse_scale(forget)
+        beta = beta if retain is None else parse_scale(retain)
+        started = time.monotonic()
+        self.chat.set_scales(alpha, beta)
+        self._note(f"α {alpha:g}, β {beta:g} ({time.monotonic() - started:.1f} s), a new conversation")
+
+    def _reset(self, _text: str) -> None:
+        self.chat.reset()
+        self._note(f"as it was saved{self._at()}, a new conversation")
+
+    def _system(self, text: str) -> None:
+        self.chat.system = text or None
+        self.chat.begin_anew()
+        self._note("a new conversation, with that system prompt" if text else "a new conversation")
+
+    def _new(self, _text: str) -> None:
+        self.chat.begin_anew()
+        self._note("a new conversation")
+
+    def _length(self, text: str) -> None:
+        from palinode.errors import RecipeError
+
+        if not text.isdecimal() or not int(text):
+            raise RecipeError("/length needs a number of tokens, as in /length 100")
+        self.chat.length = int(text)
+        self._note(f"answers of up to {int(text)} tokens")
+
+
+def _leave(_signal: int, _frame: object) -> None:
+    """End on SIGTERM; Ctrl-C alone ends an answer."""
+    raise SystemExit(2)

@@ -1,0 +1,68 @@
+"""`palinode compare`: the same target, rows, budget and search for several methods, and one table."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from palinode.cli.console import listener, out, print_json
+from palinode.cli.options import Json, Quiet
+
+
+def compare(
+    recipe: Annotated[Path, typer.Argument(help="A TOML recipe of a comparison.")],
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change one key of the recipe, as in budget.steps=200; repeatable."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the tables. [default: the recipe's]")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and print the plan; do nothing.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Compare methods of unlearning fairly: one budget, one search, one rule, measured once."""
+    from palinode.pipeline.compare import compare as run_comparison
+    from palinode.pipeline.compare import load_comparison
+    from palinode.report.comparison import comparison_table, ranking_sentences
+
+    given = [*(changes or []), *([f"output.folder={_quoted(output)}"] if output else [])]
+    loaded = load_comparison(recipe, given)
+    if dry_run:
+        _show_plan(loaded, as_json=as_json)
+        return
+    command = shlex.join(["palinode", *sys.argv[1:]])
+    result = run_comparison(loaded, command=command, listener=listener(quiet=quiet))
+    if as_json:
+        print_json(result.table)
+        return
+    out().print(comparison_table(result.table))
+    for line in ranking_sentences(result.table):
+        out().print(line, markup=False, soft_wrap=True)
+    out().print(f"{result.output}: table.json, report.md and tradeoff.svg", markup=False, soft_wrap=True)
+
+
+def _quoted(path: Path) -> str:
+    """Return a path as a TOML text."""
+    import json
+
+    return json.dumps(str(path), ensure_ascii=False)
+
+
+def _show_plan(loaded: Any, *, as_json: bool) -> None:
+    from palinode.pipeline.compare import plan_comparison
+    from palinode.pipeline.compare.plan import describe_plan
+
+    planned = plan_comparison(loaded)
+    if as_json:
+        print_json(planned)
+        return
+    for line in describe_plan(planned):
+        out().print(line, markup=False, soft_wrap=True)

@@ -1,0 +1,188 @@
+"""What may be done to a forget vector before it is applied: a plain table, each with formula and source.
+
+They are off unless a recipe names them in `[[transforms]]`, are applied in the order given, and change the
+forget vector only. The rules are in weights/transforms.py, what they need of rows and models in training/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Need = Literal["retain", "seeds"]
+"""Retain rows, or vectors of further seeds."""
+
+
+class TransformSettings(BaseModel):
+    """A transform's own settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ConsensusSettings(TransformSettings):
+    """How many vectors must agree."""
+
+    vectors: int = Field(default=3, ge=2, le=64)
+    """Vectors in all: the recipe's seed and the seeds after it, each trained anew."""
+
+
+class ImportanceSettings(TransformSettings):
+    """How the importance of weights is measured and weighed."""
+
+    measure: Literal["fisher", "magnitude"] = "fisher"
+    """Mean squared, or mean absolute, gradient of single rows."""
+    g: float = Field(default=1.0, ge=0)
+    """How much the retain rows count."""
+    epsilon: float = Field(default=1e-12, gt=0)
+    """Keeps weights that matter to nothing where they are; in the unit of the measure."""
+    at: Literal["target", "base"] = "target"
+    """The model whose gradients they are."""
+    rows: int = Field(default=256, ge=1)
+    """Rows of each set that are read, at most; retain rows are those that a retain vector would see."""
+
+
+class MaskSettings(TransformSettings):
+    """Which rows the gradient is taken on."""
+
+    rows: int = Field(default=256, ge=1)
+    """Forget rows that are read, drawn with the seed."""
+
+
+class ProjectionSettings(TransformSettings):
+    """How much of the retain rows' inputs is spared."""
+
+    energy: float = Field(default=0.9, gt=0, le=1)
+    """Share of the inputs' squared length that lies in the subspace."""
+    at: Literal["target", "base"] = "target"
+    """The model whose inputs they are."""
+    rows: int = Field(default=256, ge=1)
+    """Retain rows that are read, at most, of those that a retain vector would see."""
+    others: Literal["keep", "drop"] = "keep"
+    """What becomes of tensors that are no linear layer of a block: embeddings, norms."""
+
+
+class LowRankSettings(TransformSettings):
+    """How much of each matrix is kept."""
+
+    rank: int | None = Field(default=None, ge=1)
+    """Singular values kept in each matrix."""
+    energy: float | None = Field(default=None, gt=0, le=1)
+    """Or: the share of their squared sum."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.rank is None) == (self.energy is None):
+            raise ValueError("name a rank or an energy: one of the two")
+        return self
+
+
+class LayerScaleSettings(TransformSettings):
+    """How strongly each part of the model moves."""
+
+    scales: dict[str, float] = Field(min_length=1)
+    """Pattern of a tensor's whole name → its scale; the first that matches counts, 1 where none does."""
+
+    @field_validator("scales")
+    @classmethod
+    def _patterns(cls, scales: dict[str, float]) -> dict[str, float]:
+        import re
+
+        for pattern in scales:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no pattern ({error})") from None
+        return scales
+
+
+@dataclass(frozen=True, slots=True)
+class Transform:
+    """A rule that makes one direction of another."""
+
+    name: str
+    summary: str
+    formula: str
+    source: str
+    settings: type[TransformSettings]
+    needs: frozenset[Need] = frozenset()
+
+
+TRANSFORMS: dict[str, Transform] = {
+    entry.name: entry
+    for entry in (
+        Transform(
+            "sign_consensus",
+            "the mean of vectors of several seeds where all agree in sign",
+            "mean_i(τ_i) · 1[sign τ_1 = … = sign τ_n ≠ 0]",
+            "NegMerge, arXiv 2410.05583",
+            ConsensusSettings,
+            frozenset({"seeds"}),
+        ),
+        Transform(
+            "importance",
+            "each weight by how much more it matters to the forget rows than to the retain rows",
+            "F_f / (F_f + g·F_r + ε) · τ",
+            "PerTA, arXiv 2601.22030",
+            ImportanceSettings,
+            frozenset({"retain"}),
+        ),
+        Transform(
+            "gradient_mask",
+            "only weights whose step off the vector raises the target's own forget loss",
+            "τ · 1[sign τ = −sign ∇L_f(θ_D)]",
+            "GradFix, arXiv 2510.09658",
+            MaskSettings,
+        ),
+        Transform(
+            "projection",
+            "nothing that acts on the inputs which retain rows make",
+            "τ (I − U Uᵀ), U the principal axes of each layer's inputs on retain rows",
+            "gradient projection, arXiv 2103.09762",
+            ProjectionSettings,
+            frozenset({"retain"}),
+        ),
+        Transform(
+            "low_rank",
+            "each matrix as its best approximation of low rank",
+            "Σ_{i ≤ r} σ_i u_i v_iᵀ",
+            "truncated singular value decomposition",
+            LowRankSettings,
+        ),
+        Transform(
+            "layer_scales",
+            "another strength for each part of the model",
+            "s(name) · τ",
+            "",
+            LayerScaleSettings,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A transform with its settings, as a recipe names it."""
+
+    transform: Transform
+    settings: Any
+
+
+def check_transforms(given: Sequence[Mapping[str, Any]]) -> list[Chosen]:
+    """Return the transforms that a recipe names, in order.
+
+    Raises ValueError for a name that there is not, and pydantic's own for settings that cannot be.
+    """
+    chosen = []
+    for place, entry in enumerate(given):
+        name = entry.get("name")
+        if name not in TRANSFORMS:
+            raise ValueError(f"there is no transform {name!r}; choose one of {', '.join(TRANSFORMS)}")
+        transform = TRANSFORMS[name]
+        if "seeds" in transform.needs and place:
+            raise ValueError(f"{name} puts whole vectors together, so it must be the first transform")
+        own = {key: value for key, value in entry.items() if key != "name"}
+        chosen.append(Chosen(transform, transform.settings.model_validate(own)))
+    return chosen

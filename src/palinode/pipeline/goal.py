@@ -1,0 +1,200 @@
+"""What the search for the scales wants: to behave like the yardstick on the forget set, and keep the rest.
+
+    objective(α, β) = distance to the yardstick on the forget probes + probability lost on the retain probes
+
+Both are in answer probability, mean over rows: how far the model is, on either side, from what it should be.
+A point must also keep `retain_share` of the target's probability on retain probes and neutral text. Why
+this and no other distance: docs/scales.md. Pure functions of what models were measured to do; no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from palinode.evaluation.yardstick import Yardstick
+
+FIRST_LOOK = 0.25
+"""Share of the probe rows that the search's first look asks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Behaviour:
+    """What a model did on the probes: mean log-probability of each answer."""
+
+    forget: Sequence[float]
+    retain: Sequence[float] = ()
+    """Empty in forget-only runs."""
+    neutral: Sequence[float] = ()
+    """Empty where the tokenizer cannot spell the neutral text."""
+
+    @property
+    def probabilities(self) -> dict[str, float]:
+        """Mean answer probability by set, of those that were asked."""
+        sets = {"forget": self.forget, "retain": self.retain, "neutral": self.neutral}
+        return {name: math.fsum(map(math.exp, rows)) / len(rows) for name, rows in sets.items() if rows}
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What points are judged by; `target` is the target's behaviour on the same rows as theirs."""
+
+    yardstick: Yardstick
+    target: Behaviour
+    retain_share: float
+    rows: tuple[int, ...] | None = None
+    """Which of the yardstick's rows the forget probes are; None: all."""
+
+    def distance(self, found: Behaviour) -> float:
+        """Return how far the forget-set behaviour is from the yardstick's."""
+        return self.yardstick.distance(found.forget, self.rows)
+
+    def kept(self, found: Behaviour) -> dict[str, float]:
+        """Return the share of the target's probability that is left, on retain probes and neutral text."""
+        ours, before = found.probabilities, self.target.probabilities
+        return {
+            name: ours[name] / max(before[name], 1e-12) for name in ("retain", "neutral") if name in before
+        }
+
+    def lost(self, found: Behaviour) -> float:
+        """Return the answer probability lost on the retain probes; what is gained there does not count."""
+        ours, before = found.probabilities, self.target.probabilities
+        return max(0.0, before["retain"] - ours["retain"]) if "retain" in before else 0.0
+
+    def objective(self, found: Behaviour) -> float:
+        """Return what the search makes small."""
+        return self.distance(found) + self.lost(found)
+
+    def shortfalls(self, found: Behaviour) -> dict[str, float]:
+        """Return by how much each floor is missed, as a share of it; 0 or less where it is kept."""
+        return {name: 1 - share / self.retain_share for name, share in self.kept(found).items()}
+
+    def keeps(self, found: Behaviour) -> bool:
+        """Tell whether both floors are kept."""
+        return all(shortfall <= 1e-9 for shortfall in self.shortfalls(found).values())
+
+    def forgets(self, found: Behaviour) -> bool:
+        """Tell whether the forget-set behaviour is as near to the yardstick as chance lets any model be."""
+        return self.distance(found) <= self.yardstick.tolerance
+
+    def __str__(self) -> str:
+        wanted = self.yardstick.probability
+        floor = [f"{self.retain_share:.0%} of the target's probability on {name}" for name in self._floors()]
+        limits = f", keeping at least {' and '.join(floor)}" if floor else ""
+        return (
+            "the least sum of the distance to the yardstick on the forget set (answer probability "
+            f"{wanted.value:.3f}, by {self.yardstick.source}) and the probability lost on retain rows{limits}"
+        )
+
+    def _floors(self) -> list[str]:
+        names = {"retain": "retain rows", "neutral": "neutral text"}
+        return [names[name] for name in self.target.probabilities if name in names]
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """One pair of scales and what the model did there."""
+
+    forget_scale: float
+    retain_scale: float
+    behaviour: Behaviour
+    goal: Goal = field(repr=False)
+    """By what it was judged: all probe rows, or some of them in the first look."""
+    groups: tuple[float, ...] = ()
+    """Factors on α by group of layers; empty where all have one."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether all probe rows were asked."""
+        return self.goal.rows is None
+
+    @property
+    def rank(self) -> tuple[float, float, float, float, tuple[float, ...]]:
+        """What points are compared by: floors first, then the objective, then the smaller scales."""
+        missed = max([0.0, *self.goal.shortfalls(self.behaviour).values()])
+        missed = 0.0 if missed <= 1e-9 else missed
+        return missed, self.goal.objective(self.behaviour), self.forget_scale, self.retain_scale, self.groups
+
+
+def best(points: Sequence[Tried]) -> Tried:
+    """Return the point with the least objective among those that keep the floors, else the nearest."""
+    return min(points, key=lambda point: point.rank)
+
+
+def front(points: Sequence[Tried]) -> list[Tried]:
+    """Return the Pareto front of the wholly measured points, the nearest to the yardstick first.
+
+    A point belongs to it when no other is at least as near on the forget set and loses as little on the
+    retain set, and better in one. In forget-only runs it is the nearest point alone.
+    """
+    ranked = sorted(
+        (point for point in points if point.whole),
+        key=lambda point: (point.goal.distance(point.behaviour), point.goal.lost(point.behaviour)),
+    )
+    found: list[Tried] = []
+    for point in ranked:
+        if not found or point.goal.lost(point.behaviour) < found[-1].goal.lost(found[-1].behaviour):
+            found.append(point)
+    return found
+
+
+def warning(goal: Goal, chosen: Tried) -> str | None:
+    """Return in one plain sentence what the chosen point does not reach; None where it does."""
+    found = chosen.behaviour
+    if goal.keeps(found) and goal.forgets(found):
+        return None
+    ours, wanted = found.probabilities["forget"], goal.yardstick.probability.value or 0.0
+    side = "more" if ours > wanted else "less"
+    far = (
+        f"on the forget set the model is still {goal.distance(found):.3f} from the yardstick, where chance "
+        f"explains {goal.yardstick.tolerance:.3f} (answer probability {ours:.3f}, {side} than {wanted:.3f})"
+    )
+    lost = "; ".join(f"it keeps {share:.0%} on {name} probes" for name, share in goal.kept(found).items())
+    if goal.keeps(found):
+        return f"No point tried satisfied both sides: {far}."
+    if goal.forgets(found):
+        return f"No point tried kept {goal.retain_share:.0%} of what the target knew: {lost}."
+    return f"No point tried satisfied either side: {far}, and {lost}."
+
+
+def as_record(points: Sequence[Tried], chosen: Tried) -> list[dict[str, Any]]:
+    """Return points as the record holds them, in the order they were tried."""
+    return [{**_facts(point), "chosen": point == chosen} for point in points]
+
+
+def sensitivity(chosen: Tried, around: Sequence[Tried]) -> list[dict[str, Any]]:
+    """Return for each point around the chosen one how distance and probabilities change on the way."""
+    before = _facts(chosen)
+    changes = ("distance", "forget_probability", "retain_probability")
+    return [
+        {
+            "forget": point.forget_scale,
+            "retain": point.retain_scale,
+            "allowed": facts["allowed"],
+            **{
+                f"{name}_change": None if facts[name] is None else facts[name] - before[name]
+                for name in changes
+            },
+        }
+        for point in around
+        for facts in [_facts(point)]
+    ]
+
+
+def _facts(point: Tried) -> Mapping[str, Any]:
+    found, goal = point.behaviour, point.goal
+    means = found.probabilities
+    return {
+        "forget": point.forget_scale,
+        "retain": point.retain_scale,
+        **({"groups": list(point.groups)} if point.groups else {}),
+        "rows": len(found.forget),
+        "forget_probability": means["forget"],
+        "retain_probability": means.get("retain"),
+        "neutral_probability": means.get("neutral"),
+        "distance": goal.distance(found),
+        "objective": goal.objective(found),
+        "allowed": goal.keeps(found),
+    }

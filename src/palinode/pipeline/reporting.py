@@ -1,0 +1,241 @@
+"""Gather what a report needs from the folders of a run, an audit, a comparison or a demo, and write it.
+
+An unlearned model must not carry the rows it has forgotten, so the report in its folder holds numbers only;
+the one with sample answers lies in the workspace, beside the outcomes it is made of.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from palinode.errors import InputError, MismatchError, OutputError
+from palinode.pipeline.record import thinned_curve
+from palinode.records import Outcome, read_outcomes, write_json, write_text
+from palinode.report.answers import Outcomes
+from palinode.report.audit import audit_report
+from palinode.report.card import model_card
+from palinode.report.comparison import comparison_markdown
+from palinode.report.content import Facts, report_content
+from palinode.report.html import html_report
+from palinode.report.summary import markdown_report
+from palinode.report.words import MODELS, at, known_first
+
+NAME = "report"
+"""Name of the files, before .html, .md and .json."""
+SUFFIXES = (".html", ".md", ".json")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+"""An id on the hub, with an optional revision; a local path of two parts looks the same."""
+CURVE = "training.json"
+"""What a fine-tuned folder keeps of its training."""
+
+
+def publish(
+    record: Mapping[str, Any], outcomes: Outcomes, *, folder: Path, workspace: Path, target: Path
+) -> Path:
+    """Write an unlearn run's reports and the model's card; return where the report with answers lies.
+
+    `folder` is the unlearned model's, which gets no text of the rows; `target` is the target's.
+    """
+    full = full_report(record, workspace)
+    facts = Facts("unlearn", record, outcomes=_in_order(outcomes), elsewhere=str(full))
+    content = write_reports(facts, folder / f"{NAME}.html")
+    card = model_card(content, base=_hub_id(record), original=(target / "README.md").exists())
+    write_text(folder / "README.md", card)
+    write_reports(replace(facts, texts=True, elsewhere=None), full)
+    return full
+
+
+def full_report(record: Mapping[str, Any], workspace: Path) -> Path:
+    """Return where the report with answers of a run lies, or would."""
+    output = at(record, "recipe", "output") or {}
+    shared = output.get("workspace") is not None  # one that was named may serve several runs
+    return workspace / (f"{NAME}-{Path(output['folder']).name}.html" if shared else f"{NAME}.html")
+
+
+def write_reports(facts: Facts, page: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Any]:
+    """Write a report beside `page` under each suffix, and return its content.
+
+    Raises OutputError when texts of the rows would come to lie in an unlearned model's folder.
+    """
+    if facts.texts and (model := _model_around(page)):
+        raise OutputError(
+            f"{page} lies in the unlearned model {model}, which must not carry the text of the rows; name "
+            "another --output, or add --without-texts"
+        )
+    content = report_content(facts)
+    for suffix in suffixes:
+        place = page.with_suffix(suffix)
+        if suffix == ".json":
+            write_json(place, content)
+        else:
+            write_text(place, html_report(content) if suffix == ".html" else _markdown(content))
+    return content
+
+
+def suffixes_for(facts: Facts, output: Path | None) -> Sequence[str]:
+    """Return what to write: as the output's name says, else everything that is not there already."""
+    if output is None:
+        return SUFFIXES[:1] if facts.kind in ("audit", "compare") else SUFFIXES  # these have their own
+    if output.suffix not in SUFFIXES:
+        raise OutputError(f"{output} is no name for a report; let it end in {', '.join(SUFFIXES)}")
+    return (output.suffix,)
+
+
+def default_page(facts: Facts, place: Path) -> Path:
+    """Return where a report goes when nobody says: of a run with texts, into its workspace."""
+    in_workspace = facts.kind == "unlearn" and facts.texts and facts.elsewhere
+    return Path(facts.elsewhere) if in_workspace and facts.elsewhere else place / f"{NAME}.html"
+
+
+def gather(place: Path, *, audit: Path | None = None) -> Facts:
+    """Return what is known about the folder of a run, an audit, a comparison or a demo, texts included.
+
+    `texts` is false where the outcomes are gone. Raises InputError for any other folder, and MismatchError
+    when the audit is of another model.
+    """
+    others = {
+        "audit.json": lambda: Facts("audit", audit=_read(place / "audit.json")),
+        "table.json": lambda: Facts("compare", _read(place / "table.json")),
+        "demo.json": lambda: _demo(place),
+    }
+    kind = next((name for name in others if (place / name).exists()), None)
+    if kind and audit:
+        raise InputError(
+            f"--audit goes with an unlearned model's folder, and {place} holds {kind}; leave it out"
+        )
+    if kind:
+        return others[kind]()
+    if not (place / "record.json").exists():
+        raise InputError(
+            f"{place} holds no record of an unlearning run, an audit, a comparison or a demo; name a folder "
+            "that one of these wrote"
+        )
+    return _run(place, _read(audit / "audit.json") if audit else None)
+
+
+def _run(place: Path, audit: Mapping[str, Any] | None) -> Facts:
+    record = _read(place / "record.json")
+    if "unlearned" not in (record.get("models") or {}):
+        raise InputError(f"{place / 'record.json'} is not the record of an unlearning run")
+    if audit is not None:
+        _check_audit(record, audit)
+    workspace = find_workspace(place, record)
+    outcomes = _outcomes(workspace, record) if workspace else {}
+    elsewhere = str(full_report(record, workspace)) if workspace else None
+    if workspace:
+        record = {**record, "training": _with_curves(workspace, record)}
+    return Facts("unlearn", record, audit, outcomes, texts=bool(outcomes), elsewhere=elsewhere)
+
+
+def _demo(place: Path) -> Facts:
+    """Return the demo's own unlearning, with the task vector as one model more."""
+    facts, other = _run(place / "unlearned", None), _run(place / "task_vector", None)
+    plain = at(other.record, "scores", "unlearned")
+    scores = {**(facts.record.get("scores") or {}), **({"task_vector": plain} if plain else {})}
+    answers = {"task_vector": other.outcomes["unlearned"]} if other.outcomes else {}
+    return replace(
+        facts,
+        kind="demo",
+        record={**facts.record, "scores": scores},
+        outcomes={**facts.outcomes, **answers},
+        demo=_read(place / "record.json"),
+    )
+
+
+def find_workspace(place: Path, record: Mapping[str, Any]) -> Path | None:
+    """Return the workspace of a run's folder, wherever the run was started; None when it is gone."""
+    named = at(record, "recipe", "output", "workspace")
+    candidates = [Path(named)] if named else []
+    home = place.resolve()
+    candidates += [home.with_name(f"{home.name}.workspace"), home.parent / "workspace"]
+    return next((folder for folder in candidates if any(folder.glob("evaluate-*/step.json"))), None)
+
+
+def _outcomes(workspace: Path, record: Mapping[str, Any]) -> Outcomes:
+    """Return the outcomes of a run's models; empty unless all of them are there."""
+    steps = record.get("outcomes") or _steps_by_model(workspace)
+    folders = {model: workspace / steps[model] for model in record["models"] if model in steps}
+    if len(folders) < len(record["models"]) or any(not folder.is_dir() for folder in folders.values()):
+        return {}
+    return _in_order({model: _sets(folder) for model, folder in folders.items()})
+
+
+def _steps_by_model(workspace: Path) -> dict[str, str]:
+    """Return evaluation steps by the model that they name, where there is one of that name only.
+
+    Records of early versions do not say which steps are theirs.
+    """
+    found: dict[str, list[str]] = {}
+    for path in workspace.glob("evaluate-*/step.json"):
+        found.setdefault(_read(path)["facts"]["model"], []).append(path.parent.name)
+    return {model: names[0] for model, names in found.items() if len(names) == 1}
+
+
+def _sets(folder: Path) -> dict[str, tuple[Outcome, ...]]:
+    files = {path.stem: path for path in folder.glob("*.jsonl")}
+    return {label: tuple(read_outcomes(files[label])) for label in known_first(files, _SETS)}
+
+
+_SETS = {"forget": "", "retain": ""}
+
+
+def _with_curves(workspace: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how training went, with the curves that lie in the workspace where the record has none."""
+    training = {}
+    for name, run in (record.get("training") or {}).items():
+        curves = list(workspace.glob(f"finetune-{name}-*/*/{CURVE}"))
+        if run and "curve" not in run and len(curves) == 1:
+            losses = [point["loss"] for point in json.loads(curves[0].read_text(encoding="utf-8"))]
+            run = {**run, "curve": thinned_curve(losses)}
+        training[name] = run
+    return training
+
+
+def _check_audit(record: Mapping[str, Any], audit: Mapping[str, Any]) -> None:
+    audited = at(audit, "models", "audited", "fingerprint")
+    if audited != at(record, "models", "unlearned", "fingerprint"):
+        raise MismatchError(
+            f"the audit is of another model ({at(audit, 'models', 'audited', 'location')}); name an audit of "
+            f"{at(record, 'models', 'unlearned', 'location')}"
+        )
+
+
+def _in_order(outcomes: Outcomes) -> Outcomes:
+    return {model: outcomes[model] for model in known_first(outcomes, MODELS)}
+
+
+def _hub_id(record: Mapping[str, Any]) -> str | None:
+    """Return the target's id on the hub; None for a local folder, of which the hub knows nothing."""
+    location = at(record, "recipe", "models", "target") or ""
+    known = HUB_ID.fullmatch(location) and not Path(location).exists()
+    return location.partition("@")[0] if known else None
+
+
+def _model_around(page: Path) -> Path | None:
+    """Return the unlearned model's folder that a file would lie in, if it would."""
+    return next(
+        (
+            folder
+            for folder in page.resolve().parents
+            if (folder / "record.json").exists() and (folder / "config.json").exists()
+        ),
+        None,
+    )
+
+
+def _markdown(content: Mapping[str, Any]) -> str:
+    if content["kind"] == "compare":
+        return comparison_markdown(content["table"])
+    return audit_report(content["audit"]) if content["kind"] == "audit" else markdown_report(content)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); name a folder whose record is whole") from None

@@ -1,0 +1,214 @@
+"""Curves of a run in TensorBoard, Weights & Biases, MLflow and the like, through accelerate's trackers.
+
+Training and search only hand the points of their curves to their listener (`progress.record`). `tracked`
+wraps a listener in one that passes them on to the trackers that were named.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from palinode.errors import RecipeError
+from palinode.progress import Advance, Figures, Listener, record
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
+
+PACKAGES = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+    "trackio": ("trackio",),
+    "aim": ("aim",),
+    "clearml": ("clearml",),
+    "comet_ml": ("comet_ml",),
+    "dvclive": ("dvclive",),
+    "swanlab": ("swanlab",),
+}
+"""For each tracker of accelerate the libraries of which it needs one; pip knows them by the same names."""
+
+ONE_CLOCK = frozenset({"wandb", "trackio", "swanlab", "dvclive"})
+"""Trackers with one step for all curves of a run: they count the points, and get our step as a value."""
+
+PROJECT = "palinode"
+
+
+def check_trackers(names: str | None) -> tuple[str, ...]:
+    """Return the trackers in a list with commas; raise RecipeError for one that cannot be used here."""
+    wanted = tuple(dict.fromkeys(name.strip() for name in (names or "").split(",") if name.strip()))
+    for name in wanted:
+        if name not in known_trackers():
+            near = difflib.get_close_matches(name, known_trackers(), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known_trackers())}"
+            raise RecipeError(f"there is no tracker {name!r}; {hint}")
+        if not is_installed(name):
+            raise RecipeError(
+                f"the tracker {name} needs a library that is not installed; pip install {PACKAGES[name][0]}, "
+                "or leave it out"
+            )
+    return wanted
+
+
+def known_trackers() -> tuple[str, ...]:
+    """Return the names of all trackers: accelerate's own, and those that were registered with it."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    return tuple(dict.fromkeys((*PACKAGES, *LOGGER_TYPE_TO_CLASS)))
+
+
+def is_installed(name: str) -> bool:
+    """Tell whether a tracker has the library it needs; a registered one brings its own."""
+    libraries = PACKAGES.get(name, ())
+    return not libraries or any(importlib.util.find_spec(library) is not None for library in libraries)
+
+
+@contextmanager
+def tracked(
+    listener: Listener,
+    names: str | None,
+    *,
+    folder: Path,
+    run: str,
+    settings: Mapping[str, Any],
+    cpu: bool,
+) -> Iterator[Listener]:
+    """Give a listener that also keeps curves with the named trackers; the listener itself if there are none.
+
+    `folder` takes the files of trackers that write any; `run` names the run, and `settings` (plain nested
+    values) are shown with it; `cpu` is whether the run trains on the processor. Where several processes
+    work, the first one tracks. Raises RecipeError when a tracker cannot be started.
+    """
+    wanted = check_trackers(names)
+    if not wanted or not _is_main_process(cpu):
+        yield listener
+        return
+    trackers: list[GeneralTracker] = []
+    tracking = Tracking(listener, trackers)
+    try:
+        for name in wanted:
+            trackers.append(_start(name, folder, run, _flat(settings)))
+        yield tracking
+    finally:
+        tracking.finish()
+
+
+class Tracking:
+    """A listener that hands everything on to another, and points of curves to trackers as well."""
+
+    def __init__(self, listener: Listener, trackers: list[GeneralTracker]) -> None:
+        self.listener = listener
+        self.trackers = trackers
+
+    def say(self, text: str) -> None:
+        """Hand a line on."""
+        self.listener.say(text)
+
+    def task(self, label: str, total: int, unit: str) -> AbstractContextManager[Advance]:
+        """Hand a task on."""
+        return self.listener.task(label, total, unit)
+
+    def record(self, series: str, step: int, figures: Figures) -> None:
+        """Hand a point to every tracker; one that fails is left out from then on, and the run goes on."""
+        record(self.listener, series, step, figures)
+        curve = series.replace(" ", "-")
+        values = {f"{curve}/{name}": value for name, value in figures.items() if math.isfinite(value)}
+        for tracker in [*self.trackers]:
+            try:
+                if tracker.name in ONE_CLOCK:
+                    tracker.log({**values, f"{curve}/step": step}, step=None)
+                else:
+                    tracker.log(values, step=step)
+            except Exception as error:  # each library has its own; none is worth a training run
+                self._leave_out(tracker, error)
+
+    def finish(self) -> None:
+        """Have every tracker write what it still holds."""
+        for tracker in [*self.trackers]:
+            try:
+                tracker.finish()
+            except Exception as error:
+                self._leave_out(tracker, error)
+
+    def _leave_out(self, tracker: GeneralTracker, error: Exception) -> None:
+        self.trackers.remove(tracker)
+        self.listener.say(f"Nothing more is tracked with {tracker.name}: {_reason(error)}")
+
+
+def _is_main_process(cpu: bool) -> bool:
+    """Tell whether this process tracks; accelerate keeps its state, so it has to know the device."""
+    from accelerate.state import PartialState
+
+    return bool(PartialState(cpu=cpu).is_main_process)
+
+
+def _start(name: str, folder: Path, run: str, settings: Mapping[str, Any]) -> GeneralTracker:
+    """Return a tracker that is ready for points."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    kind = LOGGER_TYPE_TO_CLASS[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        tracker = kind(*_place(name, kind, folder, run), **_options(name, folder, run))
+        tracker.start()
+        tracker.store_init_configuration(dict(settings))
+    except Exception as error:  # not logged in, no server, a version that does not fit: each has its own kind
+        raise RecipeError(
+            f"the tracker {name} cannot be started ({_reason(error)}); set it up as its own pages say, or "
+            "leave it out"
+        ) from error
+    return tracker
+
+
+def _place(name: str, kind: type[GeneralTracker], folder: Path, run: str) -> tuple[str, ...]:
+    """Return what a tracker takes by position: the name of its run or project, and a folder."""
+    if kind.requires_logging_directory:
+        return run, str(folder)
+    return (PROJECT if name in PACKAGES else run,)
+
+
+def _options(name: str, folder: Path, run: str) -> dict[str, Any]:
+    """Return what else a tracker wants to know; its files go to `folder`, if it was not told otherwise."""
+    if name == "mlflow":
+        mlflow = importlib.import_module("mlflow")
+
+        if not mlflow.is_tracking_uri_set():
+            mlflow.set_tracking_uri(f"sqlite:///{folder.resolve() / 'mlflow.db'}")
+        return {"run_name": run, "logging_dir": (folder / "mlflow").resolve().as_uri()}
+    options: dict[str, dict[str, Any]] = {
+        "wandb": {"name": run, "dir": str(folder)},
+        "trackio": {"name": run},
+        "clearml": {"task_name": run},
+        "dvclive": {"dir": str(folder / "dvclive")},
+        "swanlab": {"experiment_name": run, "logdir": str(folder)},
+    }
+    return options.get(name, {})
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values with dotted names, as texts and numbers."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            plain = isinstance(value, (bool, int, float, str))
+            flat[prefix + name] = value if plain else _text(value)
+    return flat
+
+
+def _text(value: object) -> str:
+    if isinstance(value, Sequence):
+        return ", ".join(map(str, value))
+    return "" if value is None else str(value)
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

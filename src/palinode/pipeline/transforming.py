@@ -1,0 +1,284 @@
+"""Transform a forget vector as a recipe says: each transform a step whose result is a stored vector.
+
+What a transform needs of rows and models (gradients, inputs of layers, vectors of other seeds) is computed
+in steps of its own and kept, so that other settings of the same transform find it there.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from palinode.data.examples import Example, fingerprint_examples, sample_examples
+from palinode.data.tokenize import TokenRow, tokenize
+from palinode.errors import CheckpointError, InputError, MismatchError
+from palinode.methods.transforms import Chosen
+from palinode.models.loading import load_model, load_tokenizer, pad_token, pick_device, tokenizer_fingerprint
+from palinode.pipeline.inputs import Inputs
+from palinode.pipeline.workspace import Step, Workspace
+from palinode.progress import Listener
+from palinode.training.importance import Moment, gradient_moment
+from palinode.training.subspace import input_spaces
+from palinode.weights import Checkpoint, Direction, StoredVector, profile, save_vector
+from palinode.weights.displacement import DenseChange, Displacement
+from palinode.weights.formats.safetensors import read_header
+from palinode.weights.transforms import (
+    Rule,
+    against_gradient,
+    fisher_weights,
+    layer_scale,
+    project_off,
+    sign_consensus,
+    transform,
+)
+
+Another = Callable[[int], tuple[Direction, Mapping[str, str]]]
+"""A seed → the forget vector that it gives, and the keys of the steps that made it."""
+
+IMPORTANCE, SPACES = "importance.safetensors", "spaces.safetensors"
+
+
+class Transforming:
+    """The transforms of one run, with what they read of its models and rows."""
+
+    def __init__(
+        self, inputs: Inputs, target: Checkpoint, workspace: Workspace, listener: Listener, another: Another
+    ) -> None:
+        self.inputs = inputs
+        self.recipe = inputs.recipe
+        self.target = target
+        self.workspace = workspace
+        self.listener = listener
+        self.another = another
+        self.device = pick_device(self.recipe.device)
+
+    def apply(
+        self, transforms: Sequence[Chosen], vector: Direction, keys: Mapping[str, str]
+    ) -> tuple[Direction, str, list[dict[str, Any]]]:
+        """Return the transformed vector, the key of its last step, and what each transform did.
+
+        Raises InputError where one leaves nothing of the vector.
+        """
+        key, told = "", []
+        keys = {name: own for name, own in keys.items() if name != "retain"}  # not what the vector is made of
+        for chosen in transforms:
+            vector, key, facts = self._one(chosen, vector, keys)
+            keys = {"before": key}
+            told.append(facts)
+        return vector, key, told
+
+    def _one(
+        self, chosen: Chosen, before: Direction, keys: Mapping[str, str]
+    ) -> tuple[Direction, str, dict[str, Any]]:
+        """Apply one transform, or find it done."""
+        name, settings = chosen.transform.name, chosen.settings
+        make, needed = getattr(self, f"_{name}")(settings)
+        step = self.workspace.step(
+            f"transform-{name}",
+            vector=dict(keys),
+            settings=settings.model_dump(mode="json"),
+            needed=needed,
+        )
+        facts, after = step.facts, _open_vector(step.folder / "vector")
+        if facts is None or after is None:
+            step.begin()
+            shutil.rmtree(step.folder / "vector", ignore_errors=True)
+            after = make(before, step.folder / "vector")
+            if not after.norm:
+                raise InputError(
+                    f"the transform {name} leaves nothing of the forget vector; set it otherwise, or leave "
+                    "it out"
+                )
+            step.finish(facts := _told(chosen, before, after))
+        return after, step.key, facts
+
+    # One method a transform: what makes the vector, and what it needs, as plain values for the step's key
+
+    def _sign_consensus(self, settings: Any) -> tuple[Callable[..., StoredVector], Any]:
+        seeds = range(self.recipe.seed + 1, self.recipe.seed + settings.vectors)
+        others = [self.another(seed) for seed in seeds]
+
+        def make(vector: Direction, output: Path) -> StoredVector:
+            vectors = [vector, *(other for other, _ in others)]
+            return transform(vectors, lambda _name, found: sign_consensus(found), output, label="consensus")
+
+        return make, [dict(keys) for _, keys in others]
+
+    def _importance(self, settings: Any) -> tuple[Callable[..., StoredVector], Any]:
+        model = self.target if settings.at == "target" else self.inputs.earlier
+        rows = self.inputs.rows
+        steps = {
+            name: self._moment(model, name, found, settings.measure, settings.rows)
+            for name, found in (("forget", rows.forget_train), ("retain", rows.retain_sample))
+        }
+
+        def rule(_name: str, found: Sequence[np.ndarray]) -> np.ndarray:
+            values, forget, retain = found
+            weights = fisher_weights(forget, retain, g=settings.g, epsilon=settings.epsilon)
+            weighted: np.ndarray = (weights * values).astype(values.dtype)
+            return weighted
+
+        importance = [_stored(step) for step in steps.values()]
+        return _with(rule, importance, settings), [step.key for step in steps.values()]
+
+    def _gradient_mask(self, settings: Any) -> tuple[Callable[..., StoredVector], Any]:
+        step = self._moment(self.target, "forget", self.inputs.rows.forget_train, "signed", settings.rows)
+        return _with(
+            lambda _name, found: against_gradient(found[0], found[1]), [_stored(step)], settings
+        ), step.key
+
+    def _projection(self, settings: Any) -> tuple[Callable[..., StoredVector], Any]:
+        model = self.target if settings.at == "target" else self.inputs.earlier
+        step = self._spaces(model, settings.energy, settings.rows)
+        facts = step.facts
+        assert facts is not None
+
+        def make(vector: Direction, output: Path) -> StoredVector:
+            with safe_open(step.folder / SPACES, framework="numpy") as bases:
+                known = set(bases.keys())
+
+                def rule(name: str, found: Sequence[np.ndarray]) -> np.ndarray:
+                    if name not in known:
+                        return found[0] if settings.others == "keep" else np.zeros_like(found[0])
+                    basis = bases.get_tensor(name).astype(np.float64)
+                    if name in facts["transposed"]:
+                        return project_off(found[0].T, basis).T
+                    return project_off(found[0], basis)
+
+                return transform([vector], rule, output, label=f"projection {step.key} {settings.others}")
+
+        return make, step.key
+
+    def _low_rank(self, settings: Any) -> tuple[Callable[..., StoredVector], Any]:
+        def make(vector: Direction, output: Path) -> StoredVector:
+            return save_vector(vector, output, rank=settings.rank, energy=settings.energy)
+
+        return make, None
+
+    def _layer_scales(self, settings: Any) -> tuple[Callable[..., StoredVector], Any]:
+        def rule(name: str, found: Sequence[np.ndarray]) -> np.ndarray:
+            return (layer_scale(name, settings.scales) * found[0]).astype(found[0].dtype)
+
+        return _with(rule, [], settings), None
+
+    # What is read of models and rows
+
+    def _moment(
+        self, model: Checkpoint, name: str, rows: Sequence[Example], moment: Moment, most: int
+    ) -> Step:
+        """Return the finished step that holds a moment of the gradients on some of the rows."""
+        chosen = sample_examples(rows, min(most, len(rows)), seed=self.recipe.seed)
+        step = self._reading("importance", model, chosen, moment=moment)
+        if step.facts is None:
+            step.begin()
+            live, tokens, pad_id = self._live(model, chosen)
+            label = f"gradients on the {name} set"
+            with self.listener.task(label, len(tokens), "rows") as advance:
+                found = gradient_moment(live, tokens, moment, pad_id=pad_id, on_progress=advance)
+            save_file(
+                {_stored_name(model, key): value.cpu() for key, value in found.items()},
+                step.folder / IMPORTANCE,
+            )
+            step.finish({"rows": len(chosen)})
+        return step
+
+    def _spaces(self, model: Checkpoint, energy: float, most: int) -> Step:
+        """Return the finished step that holds the principal axes of each layer's inputs on retain rows."""
+        retain = self.inputs.rows.retain_sample
+        chosen = sample_examples(retain, min(most, len(retain)), seed=self.recipe.seed)
+        step = self._reading("spaces", model, chosen, energy=energy)
+        if step.facts is None:
+            step.begin()
+            live, tokens, pad_id = self._live(model, chosen)
+            with self.listener.task("inputs of layers", len(tokens), "rows") as advance:
+                found = list(input_spaces(live, tokens, energy=energy, pad_id=pad_id, on_progress=advance))
+            names = {space.module: _stored_name(model, f"{space.module}.weight") for space in found}
+            save_file(
+                {names[space.module]: torch.from_numpy(space.basis).float() for space in found},
+                step.folder / SPACES,
+            )
+            shares = [space.basis.shape[1] / space.basis.shape[0] for space in found]
+            step.finish(
+                {
+                    "transposed": [names[space.module] for space in found if space.transposed],
+                    "mean_share": math.fsum(shares) / len(shares),
+                }
+            )
+        return step
+
+    def _reading(self, name: str, model: Checkpoint, rows: Sequence[Example], **settings: Any) -> Step:
+        return self.workspace.step(
+            name,
+            model=model.fingerprint(),
+            rows=fingerprint_examples(rows),
+            max_length=self.recipe.training.max_length,
+            prompts=self.recipe.prompts.model_dump(),
+            tokenizer=tokenizer_fingerprint(self.inputs.reader),
+            device=self.device.type,
+            **settings,
+        )
+
+    def _live(self, model: Checkpoint, rows: Sequence[Example]) -> tuple[Any, list[TokenRow], int]:
+        """Return a live model, the rows as tokens, and the padding id."""
+        tokenizer = load_tokenizer(self.inputs.reader)
+        length, style = self.recipe.training.max_length, self.recipe.prompts.style()
+        tokens = tokenize(rows, tokenizer, max_length=length, style=style)
+        return load_model(model, device=self.device), tokens, pad_token(tokenizer)
+
+
+def _with(rule: Rule, others: Sequence[Direction], settings: Any) -> Callable[..., StoredVector]:
+    """Return what applies a rule to a vector and other directions."""
+
+    def make(vector: Direction, output: Path) -> StoredVector:
+        label = f"{type(settings).__name__} {settings.model_dump_json()}"
+        return transform([vector, *others], rule, output, label=label)
+
+    return make
+
+
+def _stored(step: Step) -> Displacement:
+    """Return the moments that a step wrote, as a direction that is read tensor by tensor."""
+    infos = read_header(step.folder / IMPORTANCE)
+    return Displacement(step.folder, {info.name: DenseChange(info) for info in infos})
+
+
+def _stored_name(model: Checkpoint, name: str) -> str:
+    """Return the name that a live model's parameter has in the checkpoint's files."""
+    info = model.find(name)
+    if info is None:
+        raise MismatchError(
+            f"the live model's parameter {name} has no counterpart in {model.folder}; this architecture "
+            "renames its weights on loading, so leave out transforms that read gradients or inputs"
+        )
+    return info.name
+
+
+def _open_vector(folder: Path) -> StoredVector | None:
+    """Return a step's vector if it is there and whole."""
+    try:
+        return StoredVector.open(folder)
+    except CheckpointError:
+        return None
+
+
+def _told(chosen: Chosen, before: Direction, after: Direction) -> dict[str, Any]:
+    """Return what a transform is and what it left of the vector, as the record has it."""
+    measured = profile({"before": before, "after": after})
+    norms = measured.norms()
+    return {
+        "name": chosen.transform.name,
+        "formula": chosen.transform.formula,
+        "source": chosen.transform.source,
+        "settings": chosen.settings.model_dump(mode="json"),
+        "norm": norms["after"],
+        "norm_share": norms["after"] / norms["before"] if norms["before"] else None,
+        "cosine": measured.cosine("before", "after"),
+    }

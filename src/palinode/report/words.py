@@ -1,0 +1,131 @@
+"""Words and numbers that all reports share: what things are called, and how figures are written.
+
+A missing figure is a dash, never a 0; text from outside is escaped for Markdown by `escaped`.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+SETS = {
+    "forget": "forget set",
+    "retain": "retain set",
+    "retain_unseen": "unseen retain rows",
+}
+TRAININGS = {
+    "forget": "forget set",
+    "retain": "retain set",
+    "exposed": "forget set and replay",
+    "control": "replay alone",
+    "reinforced": "forget set, to reinforce it",
+    "method": "what the method trains on",
+}
+MODELS = {
+    "target": "target",
+    "unlearned": "unlearned",
+    "retrained": "retrained",
+    "base": "base checkpoint",
+    "estimate": "estimated yardstick",
+}
+METRICS = {
+    "answer_probability": "answer probability",
+    "rouge_l_recall": "ROUGE-L recall",
+    "exact_memorization": "exact memorisation",
+    "extraction_strength": "extraction strength",
+}
+DASH = "—"
+
+
+def at(tree: Mapping[str, Any], *keys: str) -> Any:
+    """Return what lies at this path of a record, None where the path breaks off."""
+    branch: Any = tree
+    for key in keys:
+        branch = branch.get(key) if isinstance(branch, Mapping) else None
+    return branch
+
+
+def scores_on(record: Mapping[str, Any], data_set: str) -> dict[str, Mapping[str, Any]]:
+    """Return the scores of each model on one set, the models we know by name first."""
+    models = known_first(at(record, "scores") or {}, MODELS)
+    return {model: scores for model in models if (scores := at(record, "scores", model, data_set))}
+
+
+def metrics_on(record: Mapping[str, Any], data_sets: Iterable[str]) -> list[str]:
+    """Return the metrics found on these sets, the ones we know by name first."""
+    found = {
+        metric: None
+        for data_set in data_sets
+        for scores in scores_on(record, data_set).values()
+        for metric in scores
+    }
+    return known_first(found, METRICS)
+
+
+def known_first(names: Iterable[str], known: Mapping[str, str]) -> list[str]:
+    """Return the names in the order of those we know, then the others."""
+    names = list(names)
+    return [name for name in known if name in names] + [name for name in names if name not in known]
+
+
+def model_label(model: str) -> str:
+    """Return what a model is called in the reports."""
+    return MODELS.get(model, words(model))
+
+
+def metric_label(metric: str) -> str:
+    """Return what a metric is called in the reports."""
+    return METRICS.get(metric, words(metric))
+
+
+def words(key: str) -> str:
+    """Return a key of a record as words."""
+    return key.replace("_", " ")
+
+
+def number(value: float | None) -> str:
+    """Return a score with three decimals; one that would round to 0 keeps its first digits."""
+    if value is None:
+        return DASH
+    return f"{value:.1e}" if 0 < abs(value) < 0.0005 else f"{value:.3f}"
+
+
+def scale(value: float | None) -> str:
+    """Return α or β as short as it can be written."""
+    return DASH if value is None else f"{value:g}"
+
+
+def percent(value: float | None) -> str:
+    """Return a share in per cent."""
+    return DASH if value is None else f"{100 * value:.1f} %"
+
+
+def integer(value: float | None) -> str:
+    """Return a count with commas."""
+    return DASH if value is None else f"{value:,.0f}"
+
+
+def interval_text(score: Mapping[str, Any]) -> str | None:
+    """Return the interval of a score in words, None where it has none."""
+    low, high = score.get("low"), score.get("high")
+    return None if low is None or high is None else f"{number(low)} – {number(high)}"
+
+
+def escaped(value: object) -> str:
+    """Return text from outside as one line that Markdown, and HTML within it, shows as it stands."""
+    one_line = " ".join(str(value).split())
+    return re.sub(r"([\\`*_\[\]|~#$])", r"\\\1", html.escape(one_line, quote=False))
+
+
+def fenced(code: str) -> list[str]:
+    """Return a code block whose fence is longer than any run of backticks in the code."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
+    return [fence, code, fence, ""]
+
+
+def table_lines(header: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> list[str]:
+    """Return a Markdown table of escaped cells and a blank line; columns after the text ones hold numbers."""
+    rule = ["---" if column < text_columns else "---:" for column in range(len(header))]
+    return [*(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows)), ""]

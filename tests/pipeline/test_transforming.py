@@ -1,0 +1,217 @@
+"""Transforms of a recipe: each one's vector is what its formula says of the plain run's, and is recorded."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from palinode import StoredVector
+from palinode.data import sample_examples
+from palinode.data.tokenize import PromptStyle, tokenize
+from palinode.errors import InputError, RecipeError
+from palinode.methods.transforms import TRANSFORMS
+from palinode.models import load_model, load_tokenizer
+from palinode.pipeline import unlearn
+from palinode.pipeline.finished import run_key
+from palinode.pipeline.inputs import open_inputs
+from palinode.weights.files import Files
+
+GIVEN = {"forget": 0.5, "retain": 0.0}
+
+CASES = {
+    "sign_consensus": {"vectors": 2},
+    "importance": {"rows": 8, "g": 2.0},
+    "gradient_mask": {"rows": 4},
+    "projection": {"rows": 4, "energy": 0.5},
+    "low_rank": {"rank": 2},
+    "layer_scales": {"scales": {r"model\.layers\.0\..*": 0.5}},
+}
+
+
+@pytest.fixture(scope="module")
+def run(recipe_of, tmp_path_factory):
+    """A function that runs the tiny world with transforms, all in one workspace."""
+    folder = tmp_path_factory.mktemp("transforms")
+
+    def build(name, *transforms, **sections):
+        output = {"folder": str(folder / name), "workspace": str(folder / "workspace")}
+        return recipe_of(
+            folder / name, transforms=list(transforms), output=output, **{"scales": GIVEN, **sections}
+        )
+
+    build.workspace = folder / "workspace"
+    return build
+
+
+@pytest.fixture(scope="module")
+def plain(run, tiny):
+    """The plain forget vector, tensor by tensor."""
+    unlearn(run("plain"))
+    (model,) = run.workspace.glob("finetune-forget-*/model")
+    start = load_file(tiny.base.folder / "model.safetensors")
+    return {name: value - start[name] for name, value in load_file(model / "model.safetensors").items()}
+
+
+def transformed(run, name):
+    """The vector and the record of a run with one transform."""
+    done = unlearn(run(name, {"name": name, **CASES[name]}))
+    (facts,) = done.record["vectors"]["transforms"]
+    (folder,) = run.workspace.glob(f"transform-{name}-*/vector")
+    return dense(StoredVector.open(folder)), facts, done
+
+
+def dense(vector):
+    found = {}
+    for name, change in vector.changes.items():
+        values = np.empty(int(np.prod(change.shape)))
+        with Files() as files:
+            change.read(files, 0, values)
+        found[name] = torch.from_numpy(values.reshape(change.shape))
+    return found
+
+
+def test_every_transform_has_a_case_here():
+    assert set(CASES) == set(TRANSFORMS)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_record_names_what_was_done_and_the_model_is_made_with_it(run, plain, tiny, name):
+    vector, facts, done = transformed(run, name)
+    assert facts["name"] == name
+    assert facts["formula"] == TRANSFORMS[name].formula
+    assert 0 < facts["norm_share"] <= 1 + 1e-6
+    assert 0 < facts["cosine"] <= 1 + 1e-6
+    size = sum(float(value.square().sum()) for value in vector.values()) ** 0.5
+    assert facts["norm"] == pytest.approx(size, rel=1e-5)
+    assert done.record["vectors"]["forget"]["norm"] == pytest.approx(size, rel=1e-5)
+    target, made = (load_file(place / "model.safetensors") for place in (tiny.target.folder, done.output))
+    for tensor, value in made.items():
+        change = vector.get(tensor, torch.zeros(value.shape))
+        torch.testing.assert_close(value, (target[tensor].double() - 0.5 * change).float(), rtol=0, atol=1e-6)
+    assert unlearn(run(name, {"name": name, **CASES[name]})).finished_before
+
+
+def test_importance_weighs_each_weight_by_squared_gradients(run, plain, tiny):
+    """The weights from transformers' own loss on the same rows, one at a time."""
+    vector, _, _ = transformed(run, "importance")
+    inputs = open_inputs(run("plain"))
+    model = load_model(tiny.target, device=torch.device("cpu"))
+    name = "model.layers.1.mlp.gate_proj.weight"
+    forget, retain = (
+        squared(model, tiny, sample_examples(rows, 8, seed=0), name)
+        for rows in (inputs.rows.forget_train, inputs.rows.retain_sample)
+    )
+    expected = forget / (forget + 2 * retain + 1e-12) * plain[name].double()
+    torch.testing.assert_close(vector[name], expected, rtol=1e-3, atol=1e-7)
+
+
+def squared(model, tiny, rows, name):
+    """Mean over rows of the squared gradient of their mean answer loss."""
+    total = torch.zeros(model.get_parameter(name).shape, dtype=torch.float64)
+    tokens = tokenize(rows, load_tokenizer(tiny.target), max_length=64, style=PromptStyle())
+    for row in tokens:
+        ids, labels = torch.tensor([row.ids]), torch.tensor([row.ids])
+        labels[:, : row.start] = -100
+        (gradient,) = torch.autograd.grad(
+            model(input_ids=ids, labels=labels).loss, [model.get_parameter(name)]
+        )
+        total += gradient.double() ** 2
+    return total / len(tokens)
+
+
+def test_mask_keeps_what_raises_the_targets_forget_loss_and_nothing_else(run, plain):
+    vector, facts, _ = transformed(run, "gradient_mask")
+    for name, value in vector.items():
+        kept = value != 0
+        assert torch.equal(value[kept].float(), plain[name][kept])
+    assert facts["cosine"] == pytest.approx(facts["norm_share"], rel=1e-5)  # |kept|² = ⟨kept, τ⟩
+    assert 0.2 < facts["norm_share"] < 0.95
+
+
+def test_low_rank_keeps_the_leading_singular_values(run, plain):
+    vector, _, _ = transformed(run, "low_rank")
+    name = "model.layers.0.mlp.down_proj.weight"
+    left, values, right = np.linalg.svd(plain[name].double().numpy(), full_matrices=False)
+    assert vector[name].numpy() == pytest.approx(left[:, :2] * values[:2] @ right[:2], abs=1e-5)
+
+
+def test_projected_vector_does_nothing_to_the_spared_inputs(run, plain):
+    vector, _, _ = transformed(run, "projection")
+    (folder,) = run.workspace.glob("spaces-*")
+    bases = load_file(folder / "spaces.safetensors")
+    assert len(bases) == 14
+    for name, basis in bases.items():
+        assert float((vector[name] @ basis.double()).abs().max()) < 1e-5 * float(plain[name].abs().max())
+    embedding = "model.embed_tokens.weight"
+    torch.testing.assert_close(vector[embedding].float(), plain[embedding])
+
+
+def test_consensus_is_of_the_recipes_seed_and_the_next_ones(run, plain, tiny):
+    vector, _, _ = transformed(run, "sign_consensus")
+    start = load_file(tiny.base.folder / "model.safetensors")
+    models = [load_file(path / "model.safetensors") for path in run.workspace.glob("finetune-forget-*/model")]
+    assert len(models) == 2
+    name = "model.layers.1.self_attn.q_proj.weight"
+    first, second = (model[name] - start[name] for model in models)
+    agree = first.sign() * second.sign() > 0
+    assert 0.3 < agree.float().mean() < 0.99
+    torch.testing.assert_close(vector[name].float(), torch.where(agree, (first + second) / 2, 0.0))
+
+
+def test_transforms_follow_one_another_and_make_another_run(run, plain):
+    two = run("two", {"name": "low_rank", **CASES["low_rank"]}, {"name": "gradient_mask", "rows": 4})
+    done = unlearn(two)
+    assert [facts["name"] for facts in done.record["vectors"]["transforms"]] == ["low_rank", "gradient_mask"]
+    keys = {
+        run_key(open_inputs(recipe)) for recipe in (two, run("plain"), run("x", {"name": "gradient_mask"}))
+    }
+    assert len(keys) == 3
+
+
+def test_paired_and_task_vectors_are_transformed_as_well(run, plain):
+    for method in ("paired", "task_vector"):
+        done = unlearn(run(method, {"name": "gradient_mask", "rows": 4}, method=method))
+        assert done.record["vectors"]["transforms"][0]["norm_share"] < 1
+
+
+def test_retain_kl_holds_the_run_nearer_to_its_start(run, plain, tiny):
+    held = unlearn(run("held", method_settings={"retain_kl": 100.0}))
+    assert held.record["method"]["settings"] == {"retain_kl": 100.0}
+    size = sum(float(value.square().sum()) for value in plain.values()) ** 0.5
+    assert held.record["vectors"]["forget"]["norm"] < 0.9 * size
+    assert held.record["scores"]["unlearned"].keys() == {"forget", "retain", "retain_unseen"}
+
+
+@pytest.mark.parametrize(
+    ("transforms", "sections", "said"),
+    [
+        (
+            [{"name": "fisher"}],
+            {},
+            "there is no transform 'fisher'; choose one of sign_consensus, importance",
+        ),
+        ([{"name": "low_rank"}], {}, "name a rank or an energy"),
+        ([{"name": "importance", "gamma": 1}], {}, r"transforms\.gamma"),
+        ([{"name": "low_rank", "rank": 2}, {"name": "sign_consensus"}], {}, "must be the first"),
+        ([{"name": "layer_scales", "scales": {"(": 1.0}}], {}, "is no pattern"),
+        ([{"name": "importance"}], {"data": {"retain": None}}, "needs retain rows"),
+        ([{"name": "gradient_mask"}], {"method": "npo", "scales": {}}, "none to transform"),
+        (
+            [],
+            {"method_settings": {"retain_kl": 1.0}, "data": {"retain": None}},
+            "retain_kl needs retain rows",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_what_cannot_be_is_refused_with_the_recipe(run, recipe_of, tmp_path, transforms, sections, said):
+    with pytest.raises(RecipeError, match=said):
+        recipe_of(tmp_path / "out", transforms=transforms, **sections)
+
+
+def test_transform_that_leaves_nothing_is_one_sentence(run, plain):
+    recipe = run("nothing", {"name": "layer_scales", "scales": {".*": 0.0}})
+    with pytest.raises(InputError, match="layer_scales leaves nothing of the forget vector"):
+        unlearn(recipe)

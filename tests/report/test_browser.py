@@ -1,0 +1,228 @@
+"""A report in a real browser: Debian's Chromium, headless, by Selenium, installed here if that can be."""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+from example_run import AUDIT, HOSTILE, LONG, RECORD, outcomes
+
+from palinode.report.content import Facts, report_content
+from palinode.report.html import html_report
+
+NEEDED = {"chromium": ("chromium", "chromium-browser"), "chromium-driver": ("chromedriver",)}
+"""Debian packages, and the programs that we look for in them."""
+PATIENCE = 60
+"""Seconds until something that should happen counts as not happening; a busy machine is slow."""
+
+
+def program(package: str) -> str | None:
+    return next((path for name in NEEDED[package] if (path := shutil.which(name))), None)
+
+
+def install() -> str | None:
+    """Install what is missing, one process at a time; return why it cannot be, or None."""
+    missing = [package for package in NEEDED if not program(package)]
+    if not missing:
+        return None
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        return f"{', '.join(missing)} is not installed, and only root can install it, on Debian"
+    with (Path(tempfile.gettempdir()) / "palinode-chromium.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (["update"], ["install", "-y", "--no-install-recommends", *NEEDED]):
+            if all(map(program, NEEDED)):
+                return None
+            subprocess.run(
+                ["apt-get", "-qq", *command],
+                env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+                capture_output=True,
+                check=False,
+                timeout=600,
+            )
+    missing = [package for package in NEEDED if not program(package)]
+    return f"apt-get could not install {', '.join(missing)}" if missing else None
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """One browser for all tests."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    reason = install()
+    if reason:
+        pytest.skip(reason)
+    options = webdriver.ChromeOptions()
+    options.binary_location = program("chromium")
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    service = webdriver.ChromeService(executable_path=program("chromium-driver"))
+    driver = webdriver.Chrome(options=options, service=service)
+    driver.set_page_load_timeout(PATIENCE)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """A report with every section, and traps in its texts."""
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    facts = Facts("unlearn", RECORD, AUDIT, outcomes(), texts=True)
+    path.write_text(html_report(report_content(facts)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def opened(browser, page):
+    """The page, opened and drawn, and everything that was asked for and said on the way."""
+    show(browser, width=1280)
+    browser.get(page.as_uri())
+    wait(browser, lambda: browser.execute_script("return document.documentElement.dataset.drawn") == "yes")
+    return browser
+
+
+def wait(browser, happened):
+    """Wait until something happened, and return it."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    return WebDriverWait(browser, PATIENCE, poll_frequency=0.1).until(lambda _: happened())
+
+
+def show(browser, *, width, scheme="light"):
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False},
+    )
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+
+
+def find(browser, selector):
+    return browser.find_elements("css selector", selector)
+
+
+def errors(browser):
+    """What the browser complained of since it was last asked."""
+    return [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def shown_cases(browser):
+    return [case for case in find(browser, ".case") if case.is_displayed()]
+
+
+def test_opens_from_disk_without_errors_and_asks_no_network(opened):
+    assert errors(opened) == []
+    messages = [json.loads(entry["message"])["message"] for entry in opened.get_log("performance")]
+    asked = [
+        message["params"]["request"]["url"]
+        for message in messages
+        if message["method"] == "Network.requestWillBeSent"
+    ]
+    assert asked
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+
+
+def test_plots_and_tables_are_there(opened):
+    assert len(find(opened, ".plot")) == 11
+    assert len(find(opened, ".plot svg.main-svg")) >= 11
+    assert len(find(opened, "#plot-tradeoff .points path")) == 7  # three points, four models
+    assert len(find(opened, "section tbody tr")) == 4 + 4 + 3 + 2 + 2 + 2 + 6 + 4
+    assert [" ".join(light.text.split()) for light in find(opened, ".claim .light")] == [
+        "! Partly",
+        "! Partly",
+        "! Partly",
+        "✕ No",
+    ]
+
+
+def test_hovering_over_a_point_tells_scales_and_scores(opened):
+    from selenium.webdriver import ActionChains
+
+    star = find(opened, "#plot-tradeoff .trace:last-child .points path")[0]
+    opened.execute_script("arguments[0].scrollIntoView({block: 'center'})", star)
+
+    def label():
+        ActionChains(opened).move_by_offset(0, 0).move_to_element(star).perform()
+        return " ".join(text.text for text in find(opened, "#plot-tradeoff .hovertext"))
+
+    told = wait(opened, lambda: text if "α" in (text := label()) else None)
+    assert "α = 1, β = 0.5" in told
+    assert "forget set: 0.200" in told
+    assert "retain set: 0.750" in told
+
+
+def test_clicking_a_point_shows_its_figures_and_sample_answers(opened):
+    from selenium.webdriver import ActionChains
+
+    star = find(opened, "#plot-tradeoff .trace:last-child .points path")[0]
+    opened.execute_script("arguments[0].scrollIntoView({block: 'center'})", star)
+    panel = find(opened, "#picked")[0]
+
+    def picked():
+        ActionChains(opened).move_to_element(star).click().perform()
+        return panel.is_displayed()
+
+    wait(opened, picked)
+    text = panel.get_property("textContent")
+    assert "α = 1, β = 0.5" in text
+    assert "unlearned says 0" in text
+    assert HOSTILE in text
+
+
+def test_search_keeps_the_rows_that_hold_every_word(opened):
+    box = find(opened, "#search")[0]
+    assert len(shown_cases(opened)) == 6
+    box.send_keys("ada PAINTER")
+    wait(opened, lambda: len(shown_cases(opened)) == 1)
+    assert "Who is Ada?" in shown_cases(opened)[0].text
+    assert find(opened, "#count")[0].text == "1 of 6 rows"
+    box.clear()
+    box.send_keys("no such words")
+    wait(opened, lambda: not shown_cases(opened))
+    box.clear()
+    box.send_keys(" ")
+    wait(opened, lambda: len(shown_cases(opened)) == 6)
+    find(opened, "input.set[value=forget]")[0].click()
+    wait(opened, lambda: len(shown_cases(opened)) == 3)
+    find(opened, "input.set[value=forget]")[0].click()
+    wait(opened, lambda: len(shown_cases(opened)) == 6)
+
+
+def test_hostile_and_huge_texts_are_shown_as_texts(opened):
+    prompts = [found.get_property("textContent") for found in find(opened, ".prompt")]
+    answers = [found.get_property("textContent") for found in find(opened, ".case dd")]
+    assert HOSTILE in prompts
+    assert answers.count(HOSTILE) == 9  # one right answer, and four models on two rows
+    assert LONG in answers
+    assert find(opened, "main img, main script, main iframe") == []
+    assert opened.execute_script("return window.attacked") is None
+
+
+def test_dark_scheme_and_phone_repaint_the_figures(opened):
+    def ink():
+        return opened.execute_script(
+            "return getComputedStyle(document.querySelector('#plot-tradeoff .xtick text')).fill"
+        )
+
+    light = ink()
+    show(opened, width=390, scheme="dark")
+    wait(opened, lambda: ink() != light)
+    wait(opened, lambda: find(opened, "#plot-tradeoff .main-svg")[0].size["width"] <= 390)
+    assert opened.execute_script("return document.documentElement.scrollWidth") <= 390
+    assert (
+        opened.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(20, 24, 29)"
+    )
+    show(opened, width=1280)
+    wait(opened, lambda: ink() == light)
+
+
+def test_prints_and_says_nothing_wrong_on_the_way(opened):
+    printed = opened.execute_cdp_cmd("Page.printToPDF", {"printBackground": False})
+    assert base64.b64decode(printed["data"]).startswith(b"%PDF")
+    assert errors(opened) == []

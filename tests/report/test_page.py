@@ -1,0 +1,369 @@
+"""A report's content, page and card say what the record says, and no text in them can do harm."""
+
+import json
+import re
+from importlib.resources import files
+
+import plotly.graph_objects as go
+import pytest
+from example_run import AUDIT, HOSTILE, LONG, QUESTIONS, RECORD, outcomes, point, record, score
+
+from palinode.records import Outcome
+from palinode.report.answers import MOST_BYTES, log_probabilities, side_by_side
+from palinode.report.card import model_card
+from palinode.report.content import Facts, report_content
+from palinode.report.html import html_report
+from palinode.report.html.figures import figures
+from palinode.report.html.page import content_policy, safe_json
+from palinode.report.summary import markdown_report
+
+WHOLE = Facts("unlearn", RECORD, AUDIT, outcomes(), texts=True)
+PLAIN = Facts("unlearn", RECORD, None, outcomes(), texts=False, elsewhere="out.workspace/report.html")
+
+
+@pytest.fixture(scope="module")
+def content():
+    return report_content(WHOLE)
+
+
+@pytest.fixture(scope="module")
+def page(content):
+    return html_report(content)
+
+
+def body(page):
+    """The page without plotly's script."""
+    return page[: page.index('<script type="application/json"')]
+
+
+# Answers
+
+
+def test_worst_cases_come_first_farthest_from_the_yardstick_and_most_lost():
+    found = side_by_side(outcomes())
+    forget = [(case["row"], case["difference"]) for case in found["forget"]["rows"]]
+    assert [row for row, _ in forget] == [0, 1, 2]
+    assert forget[0][1] == pytest.approx(0.3 - 0.1)
+    assert [case["row"] for case in found["retain"]["rows"]] == [1, 0, 2]
+    assert found["retain"]["rows"][0]["difference"] == pytest.approx(0.5 - 0.9)
+
+
+def test_too_little_known_is_as_bad_as_too_much():
+    both = outcomes()
+    both["unlearned"]["forget"] = tuple(
+        Outcome(found.row, found.prompt, found.expected, "x", (value,), (True,))
+        for found, value in zip(both["unlearned"]["forget"], (-2.2, -0.9, -30.0), strict=True)
+    )
+    # against probabilities 0.1, 0.1 and 0.2: +0.01, +0.31, −0.2
+    assert [case["row"] for case in side_by_side(both)["forget"]["rows"]] == [1, 2, 0]
+
+
+def test_log_probabilities_are_means_over_tokens():
+    assert log_probabilities(outcomes())["forget"]["target"] == pytest.approx(
+        [-0.10536, -0.22314, -0.35667], abs=1e-4
+    )
+
+
+def test_a_page_never_grows_beyond_what_opens():
+    many = {
+        "unlearned": {
+            "forget": [Outcome(row, "q", "<" * 20_000, "a", (-1.0,), (True,)) for row in range(100)]
+        }
+    }
+    found = side_by_side(many)["forget"]
+    assert found["of"] == 100
+    assert 0 < len(found["rows"]) <= MOST_BYTES // (4 * 20_000)
+
+
+# The content
+
+
+def test_content_is_strict_json_and_keeps_every_fact(content):
+    again = json.loads(json.dumps(content, allow_nan=False))
+    assert again["scores"] == RECORD["scores"]
+    assert again["scales"]["points"] == RECORD["scales"]["points"]
+    assert [claim["name"] for claim in again["claims"]] == ["forgotten", "kept", "recovered", "robust"]
+    assert again["answers"]["forget"]["rows"][0]["answers"]["unlearned"] == "unlearned says 0"
+
+
+def test_without_texts_no_text_of_a_row_is_anywhere():
+    plain = report_content(PLAIN)
+    for written in (json.dumps(plain, ensure_ascii=False), body(html_report(plain)), markdown_report(plain)):
+        for text in ("Who is Ada", "A painter", "says 0", "Oslo", "window.attacked"):
+            assert text not in written
+    assert plain["log_probabilities"] == report_content(WHOLE)["log_probabilities"]
+    assert "out.workspace/report.html" in body(html_report(plain))
+
+
+@pytest.mark.parametrize("key", RECORD)
+def test_any_part_of_the_record_may_be_missing(key):
+    holed = record()
+    del holed[key]
+    for facts in (Facts("unlearn", holed), Facts("unlearn", record(**{key: None}))):
+        found = report_content(facts)
+        assert "None" not in body(html_report(found))
+        assert markdown_report(found).startswith("# Unlearning report")
+
+
+def test_markdown_tells_claims_and_answers_with_traps_shut():
+    text = markdown_report(report_content(WHOLE))
+    assert "- **Robust?** ✕ No. Of 2 tests, 1 found that it knows more" in text
+    assert "unlearned (0.300): unlearned says 0" in text
+    assert "<script>" not in text
+    assert len(text) < 40_000
+
+
+# The page
+
+
+def test_page_shows_outcome_claims_scores_and_how_to_repeat(page):
+    text = body(page)
+    for claim in report_content(WHOLE)["claims"]:
+        assert f"<h3>{claim['question']}</h3>" in text
+        assert f"</span> {claim['word']}</p>" in text
+    assert "0.200<small>0.180 – 0.220</small>" in text
+    assert RECORD["command"] in text
+    assert "1" * 32 in text
+    assert len(page.encode()) < 8_000_000
+
+
+def test_hostile_texts_stay_texts(page):
+    text = body(page)
+    assert HOSTILE not in page
+    assert "<img" not in text
+    assert "&lt;script&gt;window.attacked = 1&lt;/script&gt;" in text
+    assert "`{{ 7 * 7 }}`" in text
+    assert text.count("<script") == 0
+    assert page.count("</script>") == 3  # figures, plotly, ours
+    assert LONG in text
+
+
+def test_hostile_names_stay_names():
+    trapped = record(notes=[HOSTILE], command=HOSTILE)
+    trapped["scores"][HOSTILE] = trapped["scores"].pop("retrained")
+    trapped["models"]["target"]["location"] = HOSTILE
+    trapped["training"][HOSTILE] = trapped["training"].pop("retain")
+    page = html_report(report_content(Facts("unlearn", trapped)))
+    assert page.count("</script>") == 3
+    assert "<img" not in body(page)
+    for text in read_by_plotly(figures(report_content(Facts("unlearn", trapped)))):
+        assert "<" not in re.sub(r"</?(b|br|extra)>", "", text)
+
+
+def read_by_plotly(part):
+    """Every text in a figure but those that only our script shows."""
+    if isinstance(part, str):
+        return [part]
+    if isinstance(part, list):
+        return [text for entry in part for text in read_by_plotly(entry)]
+    if not isinstance(part, dict):
+        return []
+    ours = {"title", "lines", "model"} if "lines" in part else set()
+    return [text for key, entry in part.items() if key not in ours for text in read_by_plotly(entry)]
+
+
+def test_json_in_the_page_cannot_end_its_block():
+    risky = {"a": "</script><!-- \u2028"}
+    text = safe_json(risky)
+    assert "<" not in text
+    assert "\u2028" not in text
+    assert json.loads(text) == risky
+
+
+def test_policy_names_the_digest_of_each_script_and_loads_nothing():
+    # printf 'alert(1)' | openssl dgst -sha256 -binary | base64
+    assert content_policy(["alert(1)"]).split("; ")[:2] == [
+        "default-src 'none'",
+        "script-src 'sha256-bhHHL3z2vDgxUt0W3dWQOrprscmda2Y5pLsLg4GF+pI='",
+    ]
+
+
+def test_every_figure_is_one_that_plotly_accepts(content):
+    drawn = figures(content)
+    assert set(drawn) == {
+        *("scores-forget", "scores-retain", "tradeoff", "likelihood-forget", "likelihood-retain"),
+        *("norms", "cosines", "doses", "training", "attacks", "relearning"),
+    }
+    for figure in drawn.values():
+        plain = re.sub(r'"--[a-z]+"', '"#123456"', json.dumps(figure))
+        go.Figure(json.loads(plain))  # raises for a property that does not exist
+
+
+def test_tradeoff_holds_every_point_and_model_once(content):
+    traces = {trace["name"]: trace for trace in figures(content)["tradeoff"]["data"]}
+    assert traces["point chosen"]["x"] == [0.2]
+    assert traces["point chosen"]["y"] == [0.75]
+    assert list(traces) == [
+        *("target", "unlearned", "retrained", "base checkpoint"),
+        *("point tried, allowed", "point tried, not allowed", "point chosen"),
+    ]
+
+
+def test_what_the_search_found_is_shown():
+    searched = record()
+    searched["scales"] |= {
+        "chosen_by": "auto",
+        "yardstick": {
+            "source": "holdout",
+            "assumes": "the rows are alike",
+            "unseen_rows": 9,
+            "probability": {"value": 0.16, "n": 9, "low": 0.1, "high": 0.2, "reason": None},
+        },
+        "front": searched["scales"]["points"][:2],
+        "sensitivity": [{"forget": 0.9, "retain": 0.5, "forget_probability_change": 0.012, "allowed": True}],
+    }
+    del searched["scores"]["retrained"]
+    content = report_content(Facts("unlearn", searched))
+    assert "the estimate of such a model: 0.160" in content["claims"][0]["sentence"]
+    drawn = figures(content)
+    assert [trace["x"] for trace in drawn["tradeoff"]["data"] if trace["name"] == "front"] == [[0.2, 0.5]]
+    assert drawn["tradeoff"]["layout"]["shapes"][0]["x0"] == 0.1
+    assert drawn["scores-forget"]["data"][-1]["name"] == "estimated yardstick"
+    page = body(html_report(content))
+    assert "estimated from\nholdout (9 rows); it assumes that the rows are alike." in page
+    assert "+0.012" in page
+
+
+def test_tests_of_an_audit_are_drawn_in_their_margins(content):
+    within, more = figures(content)["attacks"]["data"]
+    assert (within["name"], more["name"]) == ("within", "knows more")
+    assert within["x"] == pytest.approx([0.5])  # 0.05 of 0.1
+    assert more["x"] == pytest.approx([3.0])  # 0.3 of 0.1
+    assert more["error_x"]["array"] == pytest.approx([0.2])  # 0.02 of 0.1
+
+
+def test_forget_only_runs_show_points_by_their_scale():
+    alone = record()
+    for found in alone["scales"]["points"]:
+        found["retain_probability"] = None
+    traces = figures(report_content(Facts("unlearn", alone)))["tradeoff"]["data"]
+    assert [trace["y"] for trace in traces] == [[0.5], [2.0], [1.0]]
+
+
+def test_dose_is_shown_as_a_share_of_what_was_asked(content):
+    lines = {trace["name"]: trace["y"] for trace in figures(content)["doses"]["data"]}
+    assert lines["forget vector"] == pytest.approx([0.99] * 3)
+    assert lines["retain vector"] == pytest.approx([0.98] * 3)  # 0.49 of 0.5
+
+
+def test_audit_page_has_its_own_claims():
+    page = body(html_report(report_content(Facts("audit", audit=AUDIT))))
+    assert "Attacks draw more of the forget set from the model than from a model that never saw it." in page
+    assert "Asked plainly" in page
+    assert "relearning part of the forget set: area under the curve" in page
+
+
+# Comparisons
+
+
+def contestant(name, *points):
+    scores = {data_set: {"recall": score(0.5)} for data_set in ("forget", "retain")}
+    return {
+        "name": name,
+        "set": {"scales.retain": 0.0},
+        "points": [
+            {**found, "number": i, "settings": {"training.epochs": i}, "scales": [found["forget"], 0.0]}
+            for i, found in enumerate(points)
+        ],
+        "chosen": {"kept_rule": True},
+        "summary": {"rows": scores},
+        "cost": {"steps": 10, "tokens": 99, "seconds": 1.5, "search_steps": 20, "search_seconds": 3.0},
+    }
+
+
+def comparison():
+    order = [
+        {"name": "msa", "place": 1, "gap": 0.1, "low": 0.05, "high": 0.2, "within_noise_of": []},
+        {"name": "<b>npo", "place": 2, "gap": 0.4, "low": 0.3, "high": 0.5, "within_noise_of": []},
+    ]
+    return {
+        "complete": True,
+        "seeds": [0, 1],
+        "rule": "the least",
+        "models": {
+            "target": {"probes": {"forget": 0.8, "retain": 0.9}, "summary": {}},
+            "base": {"probes": {"forget": 0.1, "retain": 0.2}, "summary": {}},
+        },
+        "contestants": [
+            contestant("msa", point(0.5, 0, 0.4, 0.9), point(1.0, 0, 0.2, 0.8, chosen=True)),
+            contestant("<b>npo", point(0.5, 0, 0.5, 0.7, chosen=True)),
+        ],
+        "ranking": {"metric": "recall", "ideal": "base and target", "order": order, "left_out": {}},
+    }
+
+
+def test_comparison_shows_every_point_and_the_ranking():
+    content = report_content(Facts("compare", comparison()))
+    assert content["outcome"] == "Nearest to the ideal is msa (gap 0.100 [0.050, 0.200]), beyond noise."
+    figure = figures(content)["comparison"]
+    assert [trace["x"] for trace in figure["data"]] == [[0.4, 0.2], [0.5], [0.8], [0.1]]
+    assert figure["data"][0]["marker"]["symbol"] == ["circle-open", "circle"]
+    assert figure["data"][0]["customdata"][1]["lines"][:2] == ["α = 1, β = 0", "epochs: 1"]
+    page = body(html_report(content))
+    assert "1. msa" in page
+    assert "2. &lt;b&gt;npo" in page
+    assert "In short</h2>" not in page
+
+
+# The style
+
+
+def colours(style, scheme):
+    """The colours that the style sheet defines for light or dark."""
+    parts = style.split("@media (prefers-color-scheme: dark)")
+    return dict(re.findall(r"(--[\w-]+): (#[0-9a-f]{6});", parts[scheme == "dark"].split("* {")[0]))
+
+
+def contrast(first, second):
+    """The ratio of two colours' luminances, as WCAG 2 defines it."""
+
+    def luminance(colour):
+        channels = (int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5))
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(first), luminance(second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_texts_and_marks_have_the_contrast_that_wcag_asks_for(scheme):
+    style = files("palinode.report.html").joinpath("report.css").read_text(encoding="utf-8")
+    found = colours(style, scheme)
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    for ground in ("--page", "--panel"):
+        for text in ("--ink", "--faint", "--accent", "--green", "--amber", "--red"):
+            assert contrast(found[text], found[ground]) >= 4.5, (text, ground)
+        for mark in ("--target", "--unlearned", "--retrained", "--base", "--other"):
+            assert contrast(found[mark], found[ground]) >= 3, (mark, ground)
+    for light in ("green", "amber", "red"):
+        assert contrast(found[f"--{light}"], found[f"--{light}-soft"]) >= 4.5, light
+
+
+# The card
+
+
+def test_card_opens_with_front_matter_and_says_what_the_report_says(content):
+    lines = model_card(content, base="org/model", original=True).splitlines()
+    assert lines[:6] == [
+        "---",
+        'library_name: "transformers"',
+        'pipeline_tag: "text-generation"',
+        'base_model: "org/model"',
+        'tags: ["machine-unlearning", "palinode"]',
+        "---",
+    ]
+    text = "\n".join(lines)
+    assert content["outcome"] in text
+    assert "- **Forgotten?** ! Partly." in text
+    assert "α = 1, β = 0.5" in text
+    assert "org/model has a card of its own" in text
+    for question in (*QUESTIONS["forget"][:2], *QUESTIONS["retain"]):
+        assert question not in text
+
+
+def test_card_names_no_base_model_that_the_hub_does_not_know(content):
+    text = model_card(content)
+    assert "base_model" not in text
+    assert "full came without a card" in text
+    assert "models/full" not in text

@@ -21,7 +21,7 @@ demo: $(INSTALLED) ## Unlearn invented people from a tiny model (ARGS="--seed 1"
 	@$(BIN)/palinode demo $(ARGS)
 
 test: $(INSTALLED) ## Run the tests (ARGS="-k world" adds options)
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 check: $(INSTALLED) ## Check format, lint, types, and that the generated docs are current
 	@$(BIN)/ruff format --check .

@@ -100,8 +100,8 @@ def test_warning_says_plainly_which_side_is_missed(behaviour, said):
 def test_goal_says_itself():
     assert str(GOAL) == (
         "the least sum of the distance to the yardstick on the forget set (answer probability 0.100, by "
-        "base) and the probability lost on retain rows, keeping at least 90% of the target's probability on retain "
-        "rows and 90% of the target's probability on neutral text"
+        "base) and the probability lost on retain rows, keeping at least 90% of the target's probability "
+        "on retain rows and 90% of the target's probability on neutral text"
     )
 
 

@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["OMP_NUM_THREADS"] = (
     "1"  # so small a model is no faster on two threads, and waits on a busy machine
 )
+
+settings.register_profile("untimed", deadline=None)  # a busy machine makes no test fail
+settings.load_profile("untimed")
 
 # A test run in the background is started with Ctrl-C switched off, and would hand that on to what it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from doc_pages import DOCS, PAGES, ROOT, github_anchors, links
+from doc_pages import DOCS, FENCE, PAGES, ROOT, github_anchors, links
 
 CONFIG = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
 
@@ -77,10 +77,12 @@ def test_site_has_every_page_and_loads_nothing_from_elsewhere(site):
     ]
 
 
-def test_site_has_tables_and_lists_where_the_pages_have_them(site):
+def test_site_has_the_tables_and_lists_that_github_shows(site):
     for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        html = (site / f"{page.stem}.html").read_text(encoding="utf-8")
-        assert html.count("<table") == len(re.findall(r"^\|[ :|-]*---[ :|-]*$", text, flags=re.MULTILINE)), (
+        text = FENCE.sub("", page.read_text(encoding="utf-8"))
+        html = (site / f"{page.stem}.html").read_text(encoding="utf-8").partition('role="main"')[2]
+        assert html.count("<table") == len(re.findall(r"^\|[ :|-]*---[ :|-]*$", text, re.MULTILINE)), (
             page.name
         )
+        assert html.count("<li>") == len(re.findall(r"^ *(?:-|\d+\.) ", text, re.MULTILINE)), page.name
+        assert "\\|" not in html, page.name

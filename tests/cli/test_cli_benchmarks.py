@@ -13,6 +13,7 @@ from invented_benchmarks import own_files, tofu_folder
 from palinode.benchmarks import BENCHMARKS
 from palinode.cli.tables import benchmark_table
 from palinode.methods import METHODS
+from palinode.methods.transforms import TRANSFORMS
 from palinode.metrics import ATTACKS, COMPARISONS, METRICS
 from palinode.records import Score
 
@@ -120,9 +121,18 @@ def test_list_names_everything_in_one_line_each(palinode):
     said = palinode("list")
     assert (said.code, said.err) == (0, "")
     lines = said.out.splitlines()
-    for name in (*METHODS, *BENCHMARKS, "demo", *METRICS, *COMPARISONS, *(f"auc_{name}" for name in ATTACKS)):
+    for name in (
+        *METHODS,
+        *TRANSFORMS,
+        *BENCHMARKS,
+        "demo",
+        *METRICS,
+        *COMPARISONS,
+        *(f"auc_{name}" for name in ATTACKS),
+    ):
         assert any(re.match(rf"  {re.escape(name)} +\S", line) for line in lines), name
-    assert [line for line in lines if not line.startswith("  ")] == ["methods:", "benchmarks:", "metrics:"]
+    heads = ["methods:", "transforms:", "benchmarks:", "metrics:"]
+    assert [line for line in lines if not line.startswith("  ")] == heads
 
 
 def test_list_of_one_kind_as_json(palinode):

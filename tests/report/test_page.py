@@ -207,7 +207,7 @@ def test_what_the_search_found_is_shown():
             "source": "holdout",
             "assumes": "the rows are alike",
             "unseen_rows": 9,
-            "probability": {"value": 0.16, "n": 9, "low": 0.1, "high": 0.2, "reason": None},
+            "answer_probability": {"value": 0.16, "n": 9, "low": 0.1, "high": 0.2, "reason": None},
         },
         "front": searched["scales"]["points"][:2],
         "sensitivity": [{"forget": 0.9, "retain": 0.5, "forget_probability_change": 0.012, "allowed": True}],

@@ -52,7 +52,7 @@ def test_yardstick_is_the_retrained_model_else_an_estimate_else_the_base():
     assert yardstick(run)[0] == "retrained"
     del run["scores"]["retrained"]
     assert yardstick(run) == ("base", run["scores"]["base"]["forget"]["answer_probability"])
-    run["scales"]["yardstick"] = {"probability": score(0.14)}
+    run["scales"]["yardstick"] = {"answer_probability": score(0.14)}
     assert yardstick(run) == ("estimate", score(0.14))
     assert yardstick({}) is None
 

@@ -1,4 +1,4 @@
-"""`palinode list`: every method, benchmark and metric, one line each."""
+"""`palinode list`: every method, transform, benchmark and metric, one line each."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import typer
 from palinode.cli.console import out, print_json
 from palinode.cli.options import Json
 
-KINDS = ("methods", "benchmarks", "metrics")
+KINDS = ("methods", "transforms", "benchmarks", "metrics")
 
 
 def list_everything(
-    kind: Annotated[str | None, typer.Argument(help="methods, benchmarks or metrics. [default: all]")] = None,
+    kind: Annotated[
+        str | None, typer.Argument(help="methods, transforms, benchmarks or metrics. [default: all]")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Name every method, benchmark and metric there is, one line each."""
+    """Name every method, transform of a vector, benchmark and metric there is, one line each."""
     from palinode.cli.tables import listing_lines
     from palinode.errors import RecipeError
 
@@ -35,6 +37,12 @@ def _methods() -> dict[str, str]:
     from palinode.methods import METHODS
 
     return {name: method.summary for name, method in METHODS.items()}
+
+
+def _transforms() -> dict[str, str]:
+    from palinode.methods.transforms import TRANSFORMS
+
+    return {name: f"{transform.summary}: {transform.formula}" for name, transform in TRANSFORMS.items()}
 
 
 def _benchmarks() -> dict[str, str]:
@@ -58,4 +66,9 @@ def _metrics() -> dict[str, str]:
     }
 
 
-_LISTS = {"methods": _methods, "benchmarks": _benchmarks, "metrics": _metrics}
+_LISTS = {
+    "methods": _methods,
+    "transforms": _transforms,
+    "benchmarks": _benchmarks,
+    "metrics": _metrics,
+}

@@ -87,7 +87,7 @@ def report_content(facts: Facts) -> dict[str, Any]:
 
 def _scores(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the scores of every model, with the estimated yardstick as one more where there is one."""
-    estimate = at(record, "scales", "yardstick", "probability")
+    estimate = at(record, "scales", "yardstick", "answer_probability")
     scores = dict(record.get("scores") or {})
     return scores | ({"estimate": {"forget": {"answer_probability": estimate}}} if estimate else {})
 

@@ -314,7 +314,7 @@ def _probability(record: Mapping[str, Any], model: str, data_set: str) -> Mappin
 
 def _estimate(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return the yardstick estimated from history, where the record has one."""
-    found = at(record, "scales", "yardstick", "probability")
+    found = at(record, "scales", "yardstick", "answer_probability")
     return found if at(found, "value") is not None else None
 
 

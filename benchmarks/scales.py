@@ -36,8 +36,8 @@ from palinode.pipeline.demo_run import SETTINGS
 from palinode.pipeline.goal import Behaviour, Goal
 from palinode.pipeline.inputs import Inputs, open_inputs
 from palinode.pipeline.recipe import build_recipe
-from palinode.pipeline.run import Job
 from palinode.pipeline.scales import Chosen, Probes, choose_scales
+from palinode.pipeline.tuning import Tuning
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Silence
 from palinode.weights import Checkpoint, Direction
@@ -110,7 +110,7 @@ def demo_cases(folder: Path, seeds: Sequence[int]) -> Iterator[Case]:
                 }
             )
             inputs = open_inputs(recipe)
-            job = Job(inputs, Workspace(folder / f"vectors-{seed}"), Silence())
+            job = Tuning(inputs, Workspace(folder / f"vectors-{seed}"), Silence())
             vectors = job.vectors(models.target)
             place = folder / f"probes-{seed}-{method}"
             yield Case(f"{method}, seed {seed}", inputs, models.target, vectors.forget, vectors.retain, place)

@@ -29,9 +29,10 @@ from palinode.pipeline.compare.table import Entry, build_table
 from palinode.pipeline.compare.world import make_world
 from palinode.pipeline.demo_run import one_thread
 from palinode.pipeline.inputs import Inputs, check_workspace, open_inputs
-from palinode.pipeline.run import Job
+from palinode.pipeline.making import Making
 from palinode.pipeline.scales import Probes
 from palinode.pipeline.search import Probe, Rule
+from palinode.pipeline.tuning import Tuning
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener, Silence
 from palinode.records import write_json, write_text
@@ -111,7 +112,7 @@ def _ground(recipe: CompareRecipe, workspace: Workspace, listener: Listener) -> 
         make_world(comparison.demo, folder, seed=comparison.seed, listener=listener)
     inputs = open_inputs(recipe.shared)
     _check_places(recipe, inputs)
-    target, retrained = Job(inputs, workspace, listener).given_or_prepared()
+    target, retrained = Tuning(inputs, workspace, listener).given_or_prepared()
     shares = divide_comparison(recipe, inputs.rows.forget, inputs.rows.retain)
     return Ground(recipe, inputs, target, retrained, shares, workspace, listener)
 
@@ -237,7 +238,7 @@ class _Comparison:
                 final=True,
             )
             inputs = replace(part.inputs, recipe=recipe)
-            made = Job(inputs, ground.workspace, ground.listener).make(ground.target)
+            made = Making(inputs, ground.workspace, ground.listener).make(ground.target)
             self._measure(step, made.model, f"{part.contestant.name}, seed {part.recipe.seed}")
             write_json(step.folder / "made.json", {"model": str(made.model.folder), **made.weights})
             if not self.comparison.keep_models:

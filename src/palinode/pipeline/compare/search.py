@@ -25,9 +25,9 @@ from palinode.pipeline.compare.recipe import CompareRecipe, Contestant
 from palinode.pipeline.compare.rows import Shares, rows_for
 from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.recipe import Recipe
-from palinode.pipeline.run import Job, Trained, Vectors
 from palinode.pipeline.scales import Probes
 from palinode.pipeline.search import Probe, Rule
+from palinode.pipeline.tuning import Trained, Tuning, Vectors
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener
 from palinode.weights import Checkpoint
@@ -185,10 +185,10 @@ def part_of(
 def train_part(ground: Ground, part: Part) -> tuple[Vectors | Trained, dict[str, Any]]:
     """Return the vectors or the model of a part, and what they cost; trained only if not there."""
     cost = ground.workspace.step("cost", part=dict(part.key))
-    job = Job(part.inputs, ground.workspace, ground.listener)
+    tuning = Tuning(part.inputs, ground.workspace, ground.listener)
     arithmetic = METHODS[part.recipe.method].kind == "arithmetic"
-    with watch_memory(job.device) as peak:
-        made = job.vectors(ground.target) if arithmetic else job.train(ground.target)
+    with watch_memory(tuning.device) as peak:
+        made = tuning.vectors(ground.target) if arithmetic else tuning.train(ground.target)
         most = peak()
     facts = cost.facts
     if facts is None:

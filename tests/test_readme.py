@@ -50,7 +50,10 @@ def test_readme_python_runs_and_prints_what_it_shows(demo_folder, monkeypatch):
 
 def test_readme_main_command_runs_as_printed(demo_folder, tmp_path):
     (line,) = [
-        line for code in blocks("sh") for line in code.splitlines() if line.startswith("palinode unlearn")
+        line
+        for code in blocks("sh")
+        for line in code.splitlines()
+        if line.startswith("palinode unlearn --target")
     ]
     world = demo_folder / "palinode-demo" / "world"
     for name, place in {"MODEL": "target", "CHECKPOINT": "base"}.items():

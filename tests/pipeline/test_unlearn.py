@@ -143,7 +143,7 @@ def test_record_has_exactly_the_documented_keys(done):
     known = {"forget", "retain", "effective", "relative_error", "moved_share", "rounding", "parts", "notes"}
     assert set(done.record["dose"]) == known
     for run in done.record["training"].values():
-        assert set(run) == {"rows", "steps", "tokens", "first_loss", "last_loss", "seconds"}
+        assert set(run) == {"rows", "steps", "tokens", "first_loss", "last_loss", "curve", "seconds"}
 
 
 def test_record_has_every_score_of_every_model_on_both_sets(done):

@@ -48,7 +48,7 @@ WAYS = {
     "grid": "the paper's grid and rule",
     "truth": "search, yardstick the retrained model",
 }
-SETS = ["forget", "retain", "neutral"]
+SETS = ["forget", "retain"]
 
 
 @dataclass(frozen=True)
@@ -192,6 +192,7 @@ def choose(case: Case, way: str, truth: Yardstick) -> Chosen:
 
 
 def behaviour(entry: Mapping[str, Sequence[float]]) -> Behaviour:
+    """Return what a point did on the sets that every way of choosing looks at."""
     return Behaviour(*(tuple(entry.get(name, ())) for name in SETS))
 
 

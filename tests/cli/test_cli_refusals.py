@@ -305,7 +305,7 @@ def test_disk_that_has_room_for_what_is_left_to_do(palinode, unlearn_words, tmp_
         ({"scales": "-1,0"}, "scales.forget cannot be used: Input should be greater than or equal to 0"),
         ({"scales": "1,-0.5"}, "scales.retain cannot be used: Input should be greater than or equal to 0"),
         ({"scales": "nan,0"}, "scales.forget cannot be used: Input should be a finite number"),
-        ({"scales": "best"}, "--scales is 'best'; write α and β as in 1.0,0.5"),
+        ({"scales": "best"}, "--scales is 'best'; write auto, grid, or α and β as in 1.0,0.5"),
         ({"scales": "1,2,3"}, "--scales is '1,2,3'"),
         ({"retain": None, "scales": "1,1"}, "a retain scale of 1 needs retain rows"),
         ({"retain_share": 0}, "scales.retain_share cannot be used"),

@@ -416,7 +416,7 @@ def _scales(text: str | None) -> dict[str, Any]:
     """Return the recipe keys for auto, grid, or two numbers with a comma between them."""
     if text in (None, "auto", "grid"):
         return {"choose": text}
-    alpha, beta = parse_scales(str(text))
+    alpha, beta = parse_scales(str(text), words="auto, grid, or ")
     return {"forget": alpha, "retain": beta}
 
 

@@ -48,8 +48,10 @@ FixedScales = Annotated[
 ]
 
 
-def parse_scales(text: str) -> tuple[float, float]:
+def parse_scales(text: str, *, words: str = "") -> tuple[float, float]:
     """Return α and β from `1.0,0.5`, or α and 0 from `1.0`; raises RecipeError for anything else.
+
+    `words` names what the caller takes besides.
 
     >>> parse_scales("1.0,0.5"), parse_scales("2")
     ((1.0, 0.5), (2.0, 0.0))
@@ -59,5 +61,5 @@ def parse_scales(text: str) -> tuple[float, float]:
     try:
         alpha, beta = map(float, text.split(",") if "," in text else (text, "0"))
     except ValueError:
-        raise RecipeError(f"--scales is {text!r}; write α and β as in 1.0,0.5") from None
+        raise RecipeError(f"--scales is {text!r}; write {words}α and β as in 1.0,0.5") from None
     return alpha, beta

@@ -12,10 +12,15 @@ import pytest
 from palinode.data.examples import Example, Message
 from palinode.errors import DataError, OutputError, RecipeError
 from palinode.pipeline.compare import build_comparison, compare, load_comparison, plan_comparison
+from palinode.pipeline.compare.measuring import make_gauge
 from palinode.pipeline.compare.points import draw_points, epochs_for, recipe_of
 from palinode.pipeline.compare.ranking import Values, rank, values_of
 from palinode.pipeline.compare.recipe import Budget, Contestant, Split
 from palinode.pipeline.compare.rows import divide_rows
+from palinode.pipeline.compare.run import divide_comparison
+from palinode.pipeline.compare.search import Ground
+from palinode.pipeline.inputs import open_inputs
+from palinode.pipeline.workspace import Workspace
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 MSA = {
@@ -342,6 +347,24 @@ def test_report_ranks_in_words_and_holds_no_row(compared, content):
     answer = json.loads(Path(content["data"]["forget"]).read_text().splitlines()[0])["prompt"]
     assert answer not in report + table
     assert (folder / "tradeoff.svg").read_text().count("<circle") == 4 + 2  # points, and the key
+
+
+def test_rows_that_preparation_left_out_are_the_holdout_rows(content):
+    import copy
+
+    prepared = copy.deepcopy(content) | {"prepare": {"retain_rows": 60}}
+    prepared["models"] = {"base": content["models"]["base"]}
+    del prepared["data"]["holdout"]
+    recipe = build_comparison(prepared)
+    inputs = open_inputs(recipe.shared)
+    shares = divide_comparison(recipe, inputs.rows.forget, inputs.rows.retain)
+    ground = Ground(recipe, inputs, inputs.earlier, None, shares, Workspace(recipe.workspace), Heard())
+    asked = make_gauge(recipe, shares, ground.left_over).asked[0]
+    unseen = {question.example.key for question in asked.sets["holdout"].questions}
+    assert len(unseen) == 40  # evaluation.max_rows
+    assert not unseen & {example.key for example in [*inputs.rows.forget, *inputs.rows.retain]}
+    assert "holdout" not in asked.missing
+    assert "holdout" in make_gauge(recipe, shares).asked[0].missing
 
 
 def test_folder_of_something_else_is_refused(content, tmp_path):

@@ -167,6 +167,25 @@ def test_expected_answers_are_cut_to_the_tokens_that_a_set_allows(tiny):
     assert [question.example.answer for question in cut] == ["the pet of", "the  pet"]
 
 
+def test_single_sets_have_limits_of_their_own():
+    from palinode.data.examples import Example, Message
+    from palinode.data.questions import Question
+    from palinode.evaluation.asking import Asking
+    from palinode.evaluation.benchmark import Loaded, QuestionSet
+
+    rows = tuple(Question(Example(n, "x", "completion", (Message("prompt", "a"),), "b")) for n in range(9))
+    loaded = Loaded(tuple(QuestionSet(name, rows, Asking()) for name in ("forget", "retain")))
+
+    def sizes(most, own):
+        found = module.sample_sets(loaded, module.MeasureSettings(max_rows=most), own)
+        return [len(questions.questions) for questions in found.sets]
+
+    assert sizes(3, {"forget": 7}) == [7, 3]
+    assert sizes(None, {"retain": 2}) == [9, 2]
+    with pytest.raises(RecipeError, match="no set 'forgot' to limit; the sets are forget, retain"):
+        sizes(3, {"forgot": 7})
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

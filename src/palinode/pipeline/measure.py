@@ -208,17 +208,24 @@ def _open_judge(settings: MeasureSettings) -> Judge | None:
     return open_judge(name, model=model or None, device=settings.device)
 
 
-def sample_sets(loaded: Loaded, settings: MeasureSettings) -> Loaded:
-    """Return the sets with at most `max_rows` questions each, drawn with the seed, in their own order."""
-    most = settings.max_rows
-    if most is None:
-        return loaded
-    return replace(loaded, sets=tuple(_drawn(questions, most, settings.seed) for questions in loaded.sets))
+def sample_sets(loaded: Loaded, settings: MeasureSettings, own: Mapping[str, int] | None = None) -> Loaded:
+    """Return the sets with at most `max_rows` questions each, drawn with the seed, in their own order.
+
+    `own` has other limits for single sets. Raises RecipeError where there is no such set.
+    """
+    limits, names = own or {}, [questions.name for questions in loaded.sets]
+    if strange := sorted(set(limits) - set(names)):
+        raise RecipeError(f"there is no set {strange[0]!r} to limit; the sets are {', '.join(names)}")
+    drawn = (
+        _drawn(questions, limits.get(questions.name, settings.max_rows), settings.seed)
+        for questions in loaded.sets
+    )
+    return replace(loaded, sets=tuple(drawn))
 
 
-def _drawn(questions: QuestionSet, most: int, seed: int) -> QuestionSet:
+def _drawn(questions: QuestionSet, most: int | None, seed: int) -> QuestionSet:
     total = len(questions.questions)
-    if total <= most:
+    if most is None or total <= most:
         return questions
     drawn = np.random.Generator(np.random.PCG64(seed + 1)).choice(total, most, replace=False)
     return questions.only(sorted(drawn.tolist()))

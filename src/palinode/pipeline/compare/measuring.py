@@ -100,10 +100,13 @@ class Gauge:
         )
 
 
-def make_gauge(recipe: CompareRecipe, shares: Shares) -> Gauge:
-    """Return what is measured in a comparison; raises an InputError where its data cannot be used."""
+def make_gauge(recipe: CompareRecipe, shares: Shares, unseen: Sequence[Example] = ()) -> Gauge:
+    """Return what is measured in a comparison; raises an InputError where its data cannot be used.
+
+    `unseen` are rows that no model has seen; they are the holdout rows where the recipe names none.
+    """
     comparison, measure = recipe.comparison, recipe.comparison.measure
-    asked = [_own_rows(recipe, shares)]
+    asked = [_own_rows(recipe, shares, unseen)]
     if comparison.benchmark:
         asked.append(_benchmark(comparison.benchmark, comparison.seed))
     most = min(RELEARNED_ROWS, len(shares.forget))
@@ -165,9 +168,9 @@ def row_values(metric: str, outcomes: Sequence[Outcome]) -> list[float | None]:
     ]
 
 
-def _own_rows(recipe: CompareRecipe, shares: Shares) -> Asked:
+def _own_rows(recipe: CompareRecipe, shares: Shares, unseen: Sequence[Example]) -> Asked:
     data, evaluation = recipe.shared.data, recipe.shared.evaluation
-    holdout = data.holdout
+    holdout = _holdout(recipe, unseen)
     asking = Asking(
         max_new_tokens=evaluation.max_new_tokens,
         batch_rows=evaluation.batch_rows,
@@ -180,8 +183,7 @@ def _own_rows(recipe: CompareRecipe, shares: Shares) -> Asked:
         for name, (place, examples) in rows.items()
     ]
     if holdout:
-        found = read_questions(holdout, columns=data.columns or None)[: evaluation.max_rows]
-        sets.append(QuestionSet("holdout", tuple(found), replace(asking, generate=False), style))
+        sets.append(QuestionSet("holdout", holdout, replace(asking, generate=False), style))
     cells = [cell for cell in OWN.cells if not cell.on_request]
     cells += [_recall_cell(name) for name in ("forget", "retain")]
     if not holdout:
@@ -192,6 +194,14 @@ def _own_rows(recipe: CompareRecipe, shares: Shares) -> Asked:
         ]
     missing = {} if holdout else {"holdout": _WHY["holdout"]}
     return Asked(OWN_ROWS, cells, asked_sets(Loaded(tuple(sets)), cells, MeasureSettings()), missing, {})
+
+
+def _holdout(recipe: CompareRecipe, unseen: Sequence[Example]) -> tuple[Question, ...]:
+    """Return the rows beside which membership is tested: as given, or else those that nobody has seen."""
+    data, most = recipe.shared.data, recipe.shared.evaluation.max_rows
+    if data.holdout:
+        return tuple(read_questions(data.holdout, columns=data.columns or None)[:most])
+    return tuple(Question(example) for example in unseen[:most])
 
 
 def _questions(place: str, examples: Sequence[Example], columns: Mapping[str, str]) -> list[Question]:
@@ -206,7 +216,7 @@ def _benchmark(part: BenchmarkPart, seed: int) -> Asked:
     split, options = benchmark.check_split(part.split), benchmark.check_options(part.options)
     settings = MeasureSettings(max_rows=part.max_rows, max_new_tokens=part.max_new_tokens, seed=seed)
     cells = benchmark.check_metrics(())
-    loaded = sample_sets(benchmark.load(Places(part.data), split, options), settings)
+    loaded = sample_sets(benchmark.load(Places(part.data), split, options), settings, part.rows)
     return Asked(part.name, cells, asked_sets(loaded, cells, settings), loaded.missing, options, split)
 
 

@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -114,6 +114,8 @@ class BenchmarkPart(_Section):
     options: dict[str, str] = {}
     max_rows: int | None = Field(default=None, ge=1)
     """Questions of each set."""
+    rows: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """Questions of single sets, where they are to be others, as in {forget = 40}."""
     max_new_tokens: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")

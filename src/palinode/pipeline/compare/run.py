@@ -150,7 +150,7 @@ class _Comparison:
         self.points = points
         self.command = command
         self.started = datetime.now(UTC)
-        self.gauge = make_gauge(ground.recipe, ground.shares)
+        self.gauge = make_gauge(ground.recipe, ground.shares, ground.left_over)
         self.search = Search(ground)
         self.reference: Step | None = None
 

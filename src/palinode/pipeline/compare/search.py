@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from palinode.data.examples import fingerprint_examples
+from palinode.data.examples import Example, fingerprint_examples
 from palinode.errors import RecipeError
 from palinode.methods import METHODS
 from palinode.models.loading import pick_device, tokenizer_fingerprint
@@ -53,6 +53,12 @@ class Ground:
     def base(self) -> Checkpoint:
         """θ_0."""
         return self.inputs.earlier
+
+    @property
+    def left_over(self) -> Sequence[Example]:
+        """The rows like the retain rows that [prepare] left out, so that no model has seen them."""
+        rows = self.inputs.rows
+        return rows.unseen if rows.unseen_source == "prepared" else ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,6 @@ def job(tiny):
         material = gather(
             objective, forget=forget, retain=retain, refusals=["the of", "home is"], alternates=others
         )
-        return method.start(tiny.target, tiny.base), objective, material
+        return method.start_of(checked, tiny.target, tiny.base), objective, material
 
     return build

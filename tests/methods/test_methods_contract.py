@@ -11,6 +11,8 @@ import math
 import pytest
 import torch
 from contract_cases import OWN_SETTINGS, SAVED, TRAINED
+from pydantic import ValidationError
+from safetensors.numpy import load_file as load_numpy
 
 from palinode import Checkpoint, TrainingSettings, finetune, read_examples
 from palinode.data.tokenize import PromptStyle
@@ -18,6 +20,7 @@ from palinode.errors import DivergenceError, RecipeError
 from palinode.evaluation.evaluate import observe
 from palinode.evaluation.settings import EvaluationSettings
 from palinode.methods import METHODS, MethodSettings
+from palinode.methods.method import StartSettings
 from palinode.models import CombinedLogits, load_model, load_tokenizer
 from palinode.pipeline import build_recipe, plan, unlearn
 from palinode.training import train
@@ -63,6 +66,12 @@ def trained(name, job, tiny, chosen=SETTINGS, **others):
     frozen = frozen_of(name, cast, tiny)
     curve = train(model, cast, objective, chosen, seed=0, pad_id=0, frozen=frozen, **others)
     return model, curve
+
+
+def train_from(start, objective, material):
+    """A model trained from a checkpoint, and its curve."""
+    model = load_model(start, device=CPU)
+    return model, train(model, cast_of(start, material), objective, SETTINGS, seed=0, pad_id=0)
 
 
 # The table
@@ -252,6 +261,98 @@ def test_method_refuses_in_one_sentence_what_it_lacks(name, need, recipe_of, sec
         recipe_of(tmp_path / "out", **content)
 
 
+# Started from the base
+
+AT_BASE = {
+    "npo": {"start": "base"},
+    "grad_diff": {"start": "base", "forget_limit": 50.0},
+    "simnpo": {"start": "base"},
+}
+"""The limit: the base's forget loss is that of ignorance already."""
+
+
+@pytest.fixture(scope="session")
+def at_base(recipe_of, sections, tiny, tmp_path_factory):
+    """A function that runs a method with start = "base" on the tiny world, once for each label."""
+    runs = {}
+
+    def run(name: str, label: str = "first"):
+        if (name, label) not in runs:
+            folder = tmp_path_factory.mktemp(name) / "out"
+            content = sections(name)
+            content["models"] = {"base": str(tiny.base.folder)}
+            content["method_settings"] = AT_BASE[name]
+            runs[name, label] = unlearn(recipe_of(folder, **content))
+        return runs[name, label]
+
+    return run
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.from_numpy(values).double()
+        for name, values in load_numpy(folder / "model.safetensors").items()
+    }
+
+
+def test_methods_with_a_forget_loss_start_from_either_checkpoint_and_the_others_do_not():
+    found = {name for name in TRAINED if issubclass(METHODS[name].settings, StartSettings)}
+    assert set(TRAINED) - found == {"retain_finetune", "rewind", "whp"}
+    for name in found - {"altpo"}:
+        assert METHODS[name].check_settings({"start": "base"}).from_base
+    with pytest.raises(ValidationError):  # its other answers are the target's own
+        METHODS["altpo"].check_settings({"start": "base"})
+
+
+@pytest.mark.parametrize("name", AT_BASE)
+def test_change_made_at_the_base_is_given_to_the_target(name, at_base, made, tiny):
+    """θ_u = θ_D + (θ_trained − θ_0), by hand; the target's files stay as they are."""
+    before = bytes_of(tiny.target.folder)
+    done = at_base(name)
+    assert bytes_of(tiny.target.folder) == before
+    (place,) = done.output.with_name("out.workspace").glob(f"finetune-{name}-*/model")
+    unlearned, target, base, trained_there = map(
+        weights, (done.output, tiny.target.folder, tiny.base.folder, place)
+    )
+    for key, value in unlearned.items():
+        assert torch.allclose(value, target[key] + (trained_there[key] - base[key]), rtol=1e-6, atol=1e-7)
+    usual = weights(made(name).output)
+    assert any(not torch.equal(unlearned[key], usual[key]) for key in unlearned)
+    assert done.record["method"]["settings"]["start"] == "base"
+
+
+@pytest.mark.parametrize("name", AT_BASE)
+def test_same_seed_gives_the_same_model_from_the_base(name, at_base):
+    prints = [
+        at_base(name, label).record["models"]["unlearned"]["fingerprint"] for label in ("first", "again")
+    ]
+    assert prints[0] == prints[1]
+
+
+def test_retain_kl_is_held_to_the_base_where_training_starts_there(tiny, job):
+    """At its own start the KL is 0, and so is no more than rounding in the first step."""
+    start, objective, material = job("kl_min", start="base", gamma=0.0)
+    assert start == tiny.base
+    _, curve = train_from(start, objective, material)
+    assert abs(curve[0].terms["retain"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", AT_BASE)
+def test_start_at_the_base_refuses_to_go_without_one(name, palinode, unlearn_words, tmp_path):
+    words = unlearn_words(tmp_path / "out", method=name, base=None)
+    said = palinode(*words, "--set", "method_settings.start=base")
+    assert said.refusal == (
+        f'the method {name} with method_settings.start = "base" needs an earlier checkpoint of the target; '
+        "name models.base (--base)"
+    )
+
+
+def test_start_at_the_base_refuses_the_target_as_its_base(palinode, unlearn_words, tiny, tmp_path):
+    words = unlearn_words(tmp_path / "out", method="npo", base=tiny.target.folder)
+    said = palinode(*words, "--set", "method_settings.start=base")
+    assert "target and base are the same folder" in said.refusal
+
+
 def test_retain_rows_are_not_asked_for_where_they_have_no_weight(recipe_of, sections, tmp_path):
     content = sections("npo")
     content["data"]["retain"] = None
@@ -264,7 +365,7 @@ def test_unknown_and_impossible_settings_are_named(recipe_of, sections, tmp_path
         (
             "bta",
             1.0,
-        ): "the method npo has no setting 'bta'; it has gamma, alpha, retain_loss, retain_rows, beta",
+        ): "the method npo has no setting 'bta'; it has start, gamma, alpha, retain_loss, retain_rows, beta",
         ("beta", -1.0): "method_settings.beta of npo is -1.0: Input should be greater than 0",
     }.items():
         content = {**sections("npo"), "method_settings": dict([given])}

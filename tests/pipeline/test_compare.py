@@ -17,10 +17,13 @@ from palinode.pipeline.compare.points import draw_points, epochs_for, recipe_of
 from palinode.pipeline.compare.ranking import Values, rank, values_of
 from palinode.pipeline.compare.recipe import Budget, Contestant, Split
 from palinode.pipeline.compare.rows import divide_rows
-from palinode.pipeline.compare.run import divide_comparison
-from palinode.pipeline.compare.search import Ground
+from palinode.pipeline.compare.run import _ground, check_comparison, divide_comparison
+from palinode.pipeline.compare.search import Ground, part_of
 from palinode.pipeline.inputs import open_inputs
+from palinode.pipeline.scales import Probes
 from palinode.pipeline.workspace import Workspace
+from palinode.progress import Silence
+from palinode.weights import Checkpoint
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 MSA = {
@@ -150,6 +153,38 @@ def test_recipes_in_the_repository_are_fair_and_name_the_methods_of_the_issue(na
     assert {contestant.method for contestant in comparison.contestants} == methods
     for contestant in comparison.contestants:
         assert len(draw_points(contestant, comparison.tries, seed=comparison.seed)) == comparison.tries
+
+
+def test_each_method_of_the_same_checkpoint_recipe_searches_alike_from_target_and_base():
+    recipe = load_comparison(RECIPES / "axes" / "same_checkpoint.toml")
+    points = check_comparison(recipe)
+    assert {len(drawn) for drawn in points.values()} == {4}
+    named = {contestant.name: contestant for contestant in recipe.comparison.contestants}
+    for name in ("NPO", "GradDiff", "SimNPO"):
+        assert named[name].search == named[f"{name} from the base"].search
+        assert named[f"{name} from the base"].set["method_settings.start"] == "base"
+
+
+def test_model_trained_at_the_base_is_probed_as_it_is_saved(content, tiny, tmp_path):
+    """The sum in memory, target + change, and the model on disk say the same of the probe rows."""
+    contestant = {"name": "NPO", "method": "npo", "set": {"method_settings.start": "base"}}
+    changed = {
+        **content,
+        "tries": 1,
+        "contestants": [contestant],
+        "output": {"folder": str(tmp_path / "out")},
+    }
+    recipe = build_comparison(changed)
+    table = compare(recipe).table
+    (point,) = table["contestants"][0]["points"]
+    (made,) = recipe.workspace.glob("apply-*/model")
+    ground = _ground(recipe, Workspace(recipe.workspace), Silence())
+    points = check_comparison(recipe)["NPO"]
+    inputs = part_of(ground, recipe.comparison.contestants[0], points, 0).inputs
+    asked = Probes(inputs, tiny.target, tmp_path / "probes.json").of_checkpoint("made", Checkpoint.open(made))
+    assert point["forget_probability"] == pytest.approx(asked.forget, abs=1e-6)
+    assert point["retain_probability"] == pytest.approx(asked.retain, abs=1e-6)
+    assert asked.forget != pytest.approx(table["models"]["target"]["probes"]["forget"], abs=1e-3)
 
 
 def test_demo_recipe_is_planned_before_its_world_is_there():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -38,6 +38,8 @@ STOPS = ("Question:", "Q:")
 class AltPOSettings(DPOSettings):
     """Those of DPO, and how other answers are drawn."""
 
+    start: Literal["target"] = "target"
+    """The target only: it is its own answers that are preferred."""
     samples: int = Field(default=5, ge=1)
     """Other answers that the target is asked for, a question."""
     temperature: float = Field(default=1.0, gt=0)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from palinode.methods.method import Method, MethodSettings
+from palinode.methods.method import Method, StartSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from palinode.training.objectives import Objective, Seen
 
 
-class CEUSettings(MethodSettings):
+class CEUSettings(StartSettings):
     """Which tokens count."""
 
     ignore_first: int = Field(default=1, ge=0)

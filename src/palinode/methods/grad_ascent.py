@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from palinode.methods.method import Method, MethodSettings
+from palinode.methods.method import Method, StartSettings
 
 if TYPE_CHECKING:
     from palinode.training.objectives import Objective
 
 
-class GradAscentSettings(MethodSettings):
+class GradAscentSettings(StartSettings):
     """When the ascent ends."""
 
     forget_limit: float | None = Field(default=None, gt=0)

@@ -38,8 +38,26 @@ class MethodSettings(BaseModel):
         """Return how many retain rows a retain sample has, for so many forget rows."""
         return forget_rows
 
+    @property
+    def from_base(self) -> bool:
+        """Whether training starts at the base, and the target is given the change that it makes there."""
+        return False
 
-class RetainSettings(MethodSettings):
+
+class StartSettings(MethodSettings):
+    """Where a method that trains with a forget loss starts."""
+
+    start: Literal["target", "base"] = "target"
+    """The checkpoint s that is trained, and that is meant by "frozen": the target θ_D; or the base θ_0, and
+    the unlearned model is θ_D + (θ_trained − θ_0)."""
+
+    @property
+    def from_base(self) -> bool:
+        """Whether s is the base."""
+        return self.start == "base"
+
+
+class RetainSettings(StartSettings):
     """The weights of L = γ·L_f + α·L_r, and what L_r is."""
 
     gamma: float = Field(default=1.0, ge=0)
@@ -86,6 +104,13 @@ class Method:
         """Return the method's settings with its defaults filled in; raises pydantic's ValidationError."""
         return self.settings.model_validate(dict(given))
 
+    def start_of(self, settings: MethodSettings, target: Checkpoint, base: Checkpoint | None) -> Checkpoint:
+        """Return the checkpoint that is trained with these settings."""
+        if settings.from_base:
+            assert base is not None  # `lacks` has seen to it
+            return base
+        return self.start(target, base)
+
     def lacks(self, settings: MethodSettings, *, retain: bool, refusals: bool, base: bool) -> str | None:
         """Say what is missing of what the method needs, and which option names it; None if nothing is."""
         missing = {
@@ -93,5 +118,7 @@ class Method:
             "retain": not (retain or settings.retain_free) and "retain rows; name data.retain (--retain)",
             "refusals": not refusals and "a file of refusals, one a line; name data.refusals (--refusals)",
         }
-        found = [text for need, text in missing.items() if need in self.needs and text]
-        return f"the method {self.name} needs {found[0]}" if found else None
+        needs = self.needs | ({"base"} if settings.from_base else set())
+        found = [text for need, text in missing.items() if need in needs and text]
+        started = ' with method_settings.start = "base"' if settings.from_base else ""
+        return f"the method {self.name}{started} needs {found[0]}" if found else None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from palinode.methods.method import Method, MethodSettings
+from palinode.methods.method import Method, StartSettings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +27,7 @@ SLACK = 1.1
 """ε as a multiple of the first step's retain loss, where no ε is given."""
 
 
-class PDUSettings(MethodSettings):
+class PDUSettings(StartSettings):
     """The constraint and its price."""
 
     gamma: float = Field(default=1.0, ge=0)

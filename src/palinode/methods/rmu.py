@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from palinode.methods.method import Method, MethodSettings
+from palinode.methods.method import Method, StartSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ USUAL_LAYER = 7
 """open-unlearning's, for models of 16 blocks and more."""
 
 
-class RMUSettings(MethodSettings):
+class RMUSettings(StartSettings):
     """The block, the length of the control vector, and the weights of both losses."""
 
     layer: int | None = Field(default=None, ge=0)

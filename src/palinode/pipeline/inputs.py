@@ -171,8 +171,8 @@ def _check_pair(target: Checkpoint, base: Checkpoint, recipe: Recipe) -> None:
 
 def check_not_same(target: Checkpoint, base: Checkpoint, method: str, settings: Mapping[str, Any]) -> None:
     """Raise MismatchError when target and base are one folder, and the method takes one off the other."""
-    pairs_from_base = method == "paired" and settings.get("start", "base") == "base"
-    if target == base and (method == "msa" or pairs_from_base):
+    usual = "base" if method in ("msa", "paired") else "target"
+    if target == base and settings.get("start", usual) == "base":
         raise MismatchError(
             f"target and base are the same folder {target.folder}; the base must be an earlier checkpoint "
             "that had not seen the forget set"

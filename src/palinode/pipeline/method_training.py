@@ -72,10 +72,10 @@ def prepare_training(
     )
     key: dict[str, Any] = {
         "method": method.name,
-        "settings": settings.model_dump(mode="json"),
+        "settings": settings.model_dump(mode="json", exclude={"start"}),  # the step has the checkpoint itself
         "rows": {role: fingerprint_examples(found) for role, found in material.examples.items()},
     }
-    start = method.start(target, inputs.base)
+    start = method.start_of(settings, target, inputs.base)
     if not isinstance(settings, WHPSettings):
         return MethodTraining(start, objective, material, key, retain)
     other, other_key = reinforced()

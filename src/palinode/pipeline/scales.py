@@ -133,10 +133,16 @@ class Probes:
         """Return the probe of a checkpoint as it is."""
         return _probe(self.logprobs_of_checkpoint(name, checkpoint, PROBE_SETS))
 
+    def of_point(self, name: str, point: Checkpoint | WeightedSum) -> Probe:
+        """Return the probe of a checkpoint as it is, or of a sum put into the live model in place."""
+        if isinstance(point, Checkpoint):
+            return self.of_checkpoint(name, point)
+        return _probe(self.logprobs_of_point(name, point, PROBE_SETS))
+
     def of_scales(self, alpha: float, beta: float, forget: Direction, retain: Direction | None) -> Probe:
         """Return the probe of the weighted sum at (α, β), put into the live model in place."""
         point = unlearned_point(self.target, forget, retain, forget_scale=alpha, retain_scale=beta)
-        return _probe(self.logprobs_of_point(f"{alpha},{beta}", point, PROBE_SETS))
+        return self.of_point(f"{alpha},{beta}", point)
 
     def logprobs_of_checkpoint(self, name: str, checkpoint: Checkpoint, sets: Sequence[str]) -> Logprobs:
         """Return the mean log-probabilities of a checkpoint on the sets of those names that there are."""

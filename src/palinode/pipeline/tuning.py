@@ -53,9 +53,10 @@ class Vectors:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """The model of a method that trains it itself, as training left it."""
+    """The model of a method that trains it itself."""
 
-    model: Checkpoint
+    model: Checkpoint | WeightedSum
+    """As training left it; or the target with the change that training made at the base, not yet written."""
     key: str
     """Fingerprint of the step that made it."""
     training: Mapping[str, Any]
@@ -99,7 +100,9 @@ class Tuning:
         tuned, key, facts = self._finetuned(self.recipe.method, job.start, job.material, job=job)
         training["method"] = facts
         seen = [job.retain[place] for place in facts["seen_retain"]]
-        return Trained(self._merged(tuned, key), key, training, seen)
+        settings = METHODS[self.recipe.method].check_settings(self.recipe.method_settings)
+        model = target + (tuned - job.start) if settings.from_base else self._merged(tuned, key)
+        return Trained(model, key, training, seen)
 
     def vectors(self, target: Checkpoint) -> Vectors:
         """Return the vectors that are added up, the forget vector transformed as the recipe says."""

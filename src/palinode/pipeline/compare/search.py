@@ -239,7 +239,7 @@ def shared_training(part: Part, ground: Ground) -> str:
 
 def _probe(probes: Probes, made: Vectors | Trained, point: Point) -> Probe:
     if isinstance(made, Trained):
-        return probes.of_checkpoint("model", made.model)
+        return probes.of_point("model", made.model)
     assert point.scales is not None
     alpha, beta = point.scales
     return probes.of_scales(alpha, beta, made.forget, made.retain if beta else None)

@@ -142,14 +142,23 @@ def plan_parts(ground: Ground, contestant: Contestant, points: Sequence[Point], 
 
 
 def part_of(
-    ground: Ground, contestant: Contestant, points: Sequence[Point], seed: int, *, epochs: int | None = None
+    ground: Ground,
+    contestant: Contestant,
+    points: Sequence[Point],
+    seed: int,
+    *,
+    epochs: int | None = None,
+    sized_for: int | None = None,
 ) -> Part:
-    """Return the training that these points share; its epochs follow from the budget unless given."""
+    """Return the training that these points share; its epochs follow from the budget unless given.
+
+    Its retain sample is as large as for `sized_for` forget rows; None: as for those that there are.
+    """
     content, models = ground.recipe.content, _locations(ground)
     first = recipe_of(content, points[0], models, epochs=1, seed=seed)
     epochs = epochs or _epochs(ground, contestant, points[0], first)
     recipe = recipe_of(content, points[0], models, epochs=epochs, seed=seed)
-    rows = rows_for(recipe, ground.shares)
+    rows = rows_for(recipe, ground.shares, sized_for=sized_for)
     inputs = replace(
         ground.inputs, recipe=recipe, target=ground.target, retrained=ground.retrained, rows=rows
     )

@@ -15,7 +15,7 @@ from palinode.models.loading import load_model, pick_device
 from palinode.pipeline.compare import build_comparison, carry_out, load_comparison, plan_requests
 from palinode.pipeline.compare.recipe import Requests
 from palinode.pipeline.compare.request_rows import divide_requests, names_in
-from palinode.report.requests import undo_sentences
+from palinode.report.requests import on_same_rows, undo_sentences
 from palinode.weights import Checkpoint
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -209,6 +209,19 @@ def test_every_state_tells_of_rows_asked_not_asked_and_retained(carried):
     assert table["models"]["retrained"]["scores"]["recall"]["done"]["n"] == 24
 
 
+def test_references_are_taken_on_the_very_same_rows(carried):
+    table = carried[2].table
+    scores = {name: table["models"][name]["scores"]["recall"] for name in ("target", "retrained")}
+    state = entry(table, "MSA")["states"][
+        2
+    ]  # requests 1 and 2 of 8 rows; 8 of the third and 6 others are left
+    erased = scores["retrained"]["by_request"]
+    assert on_same_rows(table, state, "done", "recall") == pytest.approx((erased[0] + erased[1]) / 2)
+    third, others = scores["target"]["by_request"][2], scores["target"]["others"]
+    assert on_same_rows(table, state, "not_done", "recall") == pytest.approx((8 * third + 6 * others) / 14)
+    assert on_same_rows(table, state, "retain", "recall") is None
+
+
 def test_rows_asked_to_be_erased_are_less_known_and_come_back_when_undone(carried):
     table = carried[2].table
     states = entry(table, "MSA")["states"]
@@ -260,7 +273,7 @@ def test_report_and_picture_tell_of_every_contestant_and_hold_no_row(carried, co
         assert row["prompt"] not in text
         assert row["subject"] not in text
         assert all(name in text for name in ("MSA", "NPO"))
-    assert texts["requests.svg"].count("<polyline") == 6
+    assert texts["requests.svg"].count("cannot undo") == 1
     assert "3 of 3 states after undoing are bit for bit" in texts["requests.md"]
 
 

@@ -21,6 +21,29 @@ PARTS = {"done": "asked to be erased", "not_done": "not asked, or undone", "reta
 COLUMNS = [(part, metric) for part in PARTS for metric in METRICS]
 SHOWN = (1, 3)
 """Numbers of requests that the tables show beside all of them."""
+REFERENCES = {"done": "retrained", "not_done": "target"}
+"""Whose figure on the very same rows stands beside a state's."""
+
+
+def on_same_rows(table: Figures, state: Figures, part: str, metric: str) -> float | None:
+    """Return what the reference makes of the rows that a part of a state is made of; None without any.
+
+    For rows asked to be erased it is the retrained model, for the others the target.
+    """
+    reference = table["models"].get(REFERENCES.get(part, ""))
+    if reference is None:
+        return None
+    scores = reference["scores"][metric]
+    wanted = part == "done"
+    pairs = [
+        (request["rows"], value)
+        for request, value in zip(table["requests"], scores["by_request"], strict=True)
+        if (request["number"] in state["done"]) == wanted and value is not None
+    ]
+    if not wanted and scores["others"] is not None:
+        pairs.append((table["rows"]["others"], scores["others"]))
+    rows = sum(count for count, _ in pairs)
+    return sum(count * value for count, value in pairs) / rows if rows else None
 
 
 def undo_sentences(table: Figures) -> list[str]:
@@ -48,7 +71,7 @@ def shown_states(table: Figures) -> Iterator[tuple[str, str, Figures]]:
     count = len(table["requests"])
     for name in MODELS:
         if name in table["models"]:
-            yield MODELS[name], "", table["models"][name]
+            yield MODELS[name], "all rows of requests", table["models"][name]
     for entry in table["contestants"]:
         states = {len(state["done"]): state for state in entry["states"] if state["undone"] is None}
         for size in sorted({*SHOWN, count} & states.keys()):
@@ -65,14 +88,14 @@ def requests_table(table: Figures) -> Table:
     for title in ("", "state", *_titles()):
         found.add_column(Text(title), justify="left" if title in ("", "state") else "right")
     for name, what, state in shown_states(table):
-        found.add_row(Text(name), what, *_cells(state))
+        found.add_row(Text(name), what, *_cells(table, state))
     return found
 
 
 def requests_markdown(table: Figures) -> str:
     """Return the report; what comes from the user is escaped."""
     sizes = [request["rows"] for request in table["requests"]]
-    rows = [(escaped(name), what, *_cells(state)) for name, what, state in shown_states(table)]
+    rows = [(escaped(name), what, *_cells(table, state)) for name, what, state in shown_states(table)]
     lines = [
         "# Requests one after another",
         "",
@@ -86,8 +109,8 @@ def requests_markdown(table: Figures) -> str:
         "![requests carried out and undone](requests.svg)",
         "",
         *table_lines(("model", "state", *_titles()), rows, text_columns=2),
-        "Means over rows. Of target, base and retrained model the rows of all requests stand in the first "
-        "columns.",
+        "Means over rows. In brackets, for the very same rows: what the retrained model makes of those asked "
+        "to be erased, and the target of the others. Intervals, and every state, are in requests.json.",
         "",
         "## What it cost",
         "",
@@ -103,8 +126,13 @@ def _titles() -> list[str]:
     return [f"{PARTS[part]}: {METRICS[metric]}" for part, metric in COLUMNS]
 
 
-def _cells(state: Figures) -> list[str]:
-    return [number(state["scores"][metric][part]["value"]) for part, metric in COLUMNS]
+def _cells(table: Figures, state: Figures) -> list[str]:
+    cells = []
+    for part, metric in COLUMNS:
+        value, beside = state["scores"][metric][part]["value"], on_same_rows(table, state, part, metric)
+        known = value is not None and beside is not None
+        cells.append(f"{number(value)} ({number(beside)})" if known else number(value))
+    return cells
 
 
 def _cost_row(entry: Figures) -> tuple[str, ...]:

@@ -10,6 +10,8 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from palinode.report.requests import on_same_rows
+
 PANEL_WIDTH, PANEL_HEIGHT, COLUMNS = 450, 230, 2
 LEFT, RIGHT, TOP, BOTTOM = 44, 16, 30, 40
 HEAD = 64
@@ -19,7 +21,9 @@ LINES = {
     "not_done": ("#3b6ea8", "not asked, or undone"),
     "retain": ("#2a7f62", "retain rows"),
 }
-METRIC = "answer_probability"
+METRIC, WORDS = "answer_probability", "answer probability"
+LETTER = 5.7
+"""Width of a letter in the key."""
 
 
 def requests_picture(table: Mapping[str, Any]) -> str:
@@ -30,7 +34,7 @@ def requests_picture(table: Mapping[str, Any]) -> str:
     parts = [*_head(table, count)]
     for place, entry in enumerate(entries):
         across, down = PANEL_WIDTH * (place % COLUMNS), HEAD + PANEL_HEIGHT * (place // COLUMNS)
-        parts += _panel(_Frame(across, down, count), entry, table["models"])
+        parts += _panel(_Frame(across, down, count), table, entry)
     body = "\n".join(parts)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif">\n'
@@ -55,42 +59,43 @@ class _Frame:
 
 
 def _head(table: Mapping[str, Any], count: int) -> list[str]:
-    size = table["requests"][0]["rows"]
-    title = f"{count} requests one after another, then undone in another order (the first has {size} rows)"
-    parts = [_text(12, 22, title, size=14)]
-    x = 12.0
+    sizes = sorted({request["rows"] for request in table["requests"]})
+    rows = " to ".join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))
+    title = f"{count} requests of {rows} rows one after another, then undone in another order: {WORDS}"
+    parts, x = [_text(12, 22, title, size=14)], 12.0
     for colour, name in LINES.values():
         parts += [_line(x, 42, x + 22, 42, colour, width=2.5), _text(x + 28, 46, name, size=11)]
-        x += 46 + 6.2 * len(name)
-    if "retrained" in table["models"]:
-        parts += [_line(x, 42, x + 22, 42, GREY, dashed=True)]
-        parts.append(_text(x + 28, 46, "the same rows in the retrained model", size=11))
-        x += 46 + 6.2 * len("the same rows in the retrained model")
-    parts += [_dot(x + 6, 42, LINES["done"][0], "all at once"), _text(x + 16, 46, "all at once", size=11)]
-    return parts
+        x += 44 + LETTER * len(name)
+    same = "same rows: retrained model" if "retrained" in table["models"] else ""
+    for colour, name in ((LINES["done"][0], same), (LINES["not_done"][0], "same rows: target")):
+        if name:
+            parts += [_line(x, 42, x + 22, 42, colour, dashed=True), _text(x + 28, 46, name, size=11)]
+            x += 44 + LETTER * len(name)
+    return [
+        *parts,
+        _dot(x + 4, 42, LINES["done"][0], "all at once"),
+        _text(x + 14, 46, "all at once", size=11),
+    ]
 
 
-def _panel(frame: _Frame, entry: Mapping[str, Any], models: Mapping[str, Any]) -> list[str]:
+def _panel(frame: _Frame, table: Mapping[str, Any], entry: Mapping[str, Any]) -> list[str]:
     parts = [_text(*_shifted(frame.at(0, 1), 0, -10), entry["name"], size=12)]
     for tenth in (0.0, 0.5, 1.0):
         parts.append(_line(*frame.at(0, tenth), *frame.at(2 * frame.count, tenth), FAINT))
         parts.append(_text(*_shifted(frame.at(0, tenth), -26, 4), f"{tenth:.1f}", size=10, colour=GREY))
     parts.append(_line(*frame.at(frame.count, 0), *frame.at(frame.count, 1), FAINT))
     parts += _ticks(frame)
-    for name, part in (("retrained", "done"), ("retrained", "retain")):
-        value = _value(models[name], part) if name in models else None
-        if value is not None:
-            ends = (*frame.at(0, value), *frame.at(2 * frame.count, value))
-            parts.append(_line(*ends, LINES[part][0], dashed=True))
-    for part, (colour, _) in LINES.items():
-        parts += _curve(frame, entry["states"], part, colour)
+    states = entry["states"]
+    for part, (colour, name) in LINES.items():
+        beside = [on_same_rows(table, state, part, METRIC) for state in states]
+        parts += _curve(frame, beside, colour, f"{name}, reference", dashed=True)
+        parts += _curve(frame, [_value(state, part) for state in states], colour, name)
         joint = _value(entry["joint"], part)
         if joint is not None:
-            told = f"all at once, {part}: {joint:.3f}"
-            parts.append(_dot(*frame.at(frame.count, joint), colour, told))
+            parts.append(_dot(*frame.at(frame.count, joint), colour, f"all at once, {name}: {joint:.3f}"))
     if not entry["undo"]["possible"]:
         x, y = frame.at(1.5 * frame.count, 0.5)
-        parts.append(_text(x, y + 4, "cannot undo", size=12, colour=GREY, middle=True))
+        parts.append(_text(x, y - 6, "cannot undo", size=12, colour=GREY, middle=True))
     return parts
 
 
@@ -110,16 +115,26 @@ def _ticks(frame: _Frame) -> list[str]:
     return parts
 
 
-def _curve(frame: _Frame, states: Sequence[Mapping[str, Any]], part: str, colour: str) -> list[str]:
-    """Return one line; it is not drawn where there are no such rows, as none that are done at first."""
-    values = [_value(state, part) for state in states]
-    found = [(place, value) for place, value in enumerate(values) if value is not None]
-    points = " ".join(",".join(f"{value:.1f}" for value in frame.at(*one)) for one in found)
-    told = html.escape(f"{LINES[part][1]}: " + ", ".join(f"{value:.2f}" for _, value in found))
-    return [
-        f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"><title>{told}</title>'
-        "</polyline>"
-    ]
+def _curve(
+    frame: _Frame, values: Sequence[float | None], colour: str, name: str, *, dashed: bool = False
+) -> list[str]:
+    """Return one line over the states; it is broken where there are no such rows."""
+    pieces: list[list[tuple[int, float]]] = [[]]
+    for place, value in enumerate(values):
+        if value is None:
+            pieces.append([])
+        else:
+            pieces[-1].append((place, value))
+    style = 'stroke-width="1" stroke-dasharray="4 3"' if dashed else 'stroke-width="2"'
+    found = []
+    for piece in pieces:
+        points = " ".join(",".join(f"{at:.1f}" for at in frame.at(*one)) for one in piece)
+        told = html.escape(f"{name}: " + ", ".join(f"{value:.2f}" for _, value in piece))
+        found.append(
+            f'<polyline points="{points}" fill="none" stroke="{colour}" {style}><title>{told}</title>'
+            "</polyline>"
+        )
+    return [line for line, piece in zip(found, pieces, strict=True) if piece]
 
 
 def _value(state: Mapping[str, Any], part: str) -> float | None:

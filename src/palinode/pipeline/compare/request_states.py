@@ -172,7 +172,7 @@ class States:
             step.begin()
             live = model()
             step.finish(facts := {"contents": contents(live), "values": self._ask(live, label)})
-        scored = self.ground.workspace.step("state-scores", values=facts["values"], done=sorted(done))
+        scored = self.ground.workspace.step("scores", values=facts["values"], done=sorted(done), layout=1)
         scores = scored.facts
         if scores is None:
             scored.begin()
@@ -200,7 +200,7 @@ class States:
 def scores_of(panel: Panel, values: Values, done: Sequence[int]) -> dict[str, Any]:
     """Return a state's scores by metric: of rows of requests that are `done`, of all others, of retain rows.
 
-    Each metric has the mean of each request's rows besides, in order.
+    Each metric has the mean of each request's rows besides, in order, and of rows that nobody asks to erase.
     """
     numbers = panel.numbers
     rest = [str(number) for number in numbers if number not in done]
@@ -214,6 +214,7 @@ def scores_of(panel: Panel, values: Values, done: Sequence[int]) -> dict[str, An
             for name, keys in parts.items()
         }
         scores[metric]["by_request"] = [_mean(own[str(number)]) for number in numbers]
+        scores[metric]["others"] = _mean(own["others"])
     return scores
 
 

@@ -7,6 +7,7 @@ removed as soon as their probes are kept and no later point needs them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections import Counter
@@ -196,10 +197,11 @@ def train_part(ground: Ground, part: Part) -> tuple[Vectors | Trained, dict[str,
     cost = ground.workspace.step("cost", part=dict(part.key))
     tuning = Tuning(part.inputs, ground.workspace, ground.listener)
     arithmetic = METHODS[part.recipe.method].kind == "arithmetic"
-    with watch_memory(tuning.device) as peak:
+    facts = cost.facts
+    watched = watch_memory(tuning.device) if facts is None else contextlib.nullcontext(lambda: None)
+    with watched as peak:
         made = tuning.vectors(ground.target) if arithmetic else tuning.train(ground.target)
         most = peak()
-    facts = cost.facts
     if facts is None:
         cost.begin()
         training = {name: dict(run) for name, run in made.training.items() if run}

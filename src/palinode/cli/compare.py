@@ -35,6 +35,9 @@ def compare(
 
     given = [*(changes or []), *([f"output.folder={_quoted(output)}"] if output else [])]
     loaded = load_comparison(recipe, given)
+    if loaded.comparison.requests:
+        _carry_out(loaded, dry_run=dry_run, quiet=quiet, as_json=as_json)
+        return
     if dry_run:
         _show_plan(loaded, as_json=as_json)
         return
@@ -66,3 +69,28 @@ def _show_plan(loaded: Any, *, as_json: bool) -> None:
         return
     for line in describe_plan(planned):
         out().print(line, markup=False, soft_wrap=True)
+
+
+def _carry_out(loaded: Any, *, dry_run: bool, quiet: bool, as_json: bool) -> None:
+    """Carry out a recipe's requests one after another, or show what that would be."""
+    from palinode.pipeline.compare import carry_out, plan_requests
+    from palinode.pipeline.compare.request_plan import FILES, describe_requests
+    from palinode.report.requests import requests_table, undo_sentences
+
+    if dry_run:
+        planned = plan_requests(loaded)
+        if as_json:
+            print_json(planned)
+            return
+        for line in describe_requests(planned):
+            out().print(line, markup=False, soft_wrap=True)
+        return
+    command = shlex.join(["palinode", *sys.argv[1:]])
+    result = carry_out(loaded, command=command, listener=listener(quiet=quiet))
+    if as_json:
+        print_json(result.table)
+        return
+    out().print(requests_table(result.table))
+    for line in undo_sentences(result.table):
+        out().print(line, markup=False, soft_wrap=True)
+    out().print(f"{result.output}: {', '.join(FILES)}", markup=False, soft_wrap=True)

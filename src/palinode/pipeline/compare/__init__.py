@@ -2,6 +2,17 @@
 
 from palinode.pipeline.compare.plan import plan_comparison
 from palinode.pipeline.compare.recipe import CompareRecipe, build_comparison, load_comparison
+from palinode.pipeline.compare.request_plan import plan_requests
+from palinode.pipeline.compare.requests import carry_out
 from palinode.pipeline.compare.run import Compared, compare
 
-__all__ = ["CompareRecipe", "Compared", "build_comparison", "compare", "load_comparison", "plan_comparison"]
+__all__ = [
+    "CompareRecipe",
+    "Compared",
+    "build_comparison",
+    "carry_out",
+    "compare",
+    "load_comparison",
+    "plan_comparison",
+    "plan_requests",
+]

@@ -30,7 +30,7 @@ def plan_comparison(recipe: CompareRecipe) -> dict[str, Any]:
     comparison = recipe.comparison
     if comparison.world:
         world = world_of(comparison.demo, comparison.seed)
-        forget, retain = _examples(world.forget), _examples((*world.others, *world.general))
+        forget, retain = world_examples(world.forget), world_examples((*world.others, *world.general))
     else:
         rows = open_inputs(recipe.shared).rows
         forget, retain = list(rows.forget), list(rows.retain)
@@ -94,7 +94,8 @@ def _output(recipe: CompareRecipe) -> Path:
     return Path(recipe.shared.output.folder)
 
 
-def _examples(facts: tuple[Fact, ...]) -> list[Example]:
+def world_examples(facts: tuple[Fact, ...]) -> list[Example]:
+    """Return the rows that the demo's world will write for these facts."""
     return [
         Example(row, "world", "completion", (Message("prompt", fact.prompt),), fact.answer)
         for row, fact in enumerate(facts)

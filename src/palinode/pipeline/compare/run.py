@@ -67,8 +67,8 @@ def compare(
     output = Path(recipe.shared.output.folder)
     check_folder(output)
     workspace = Workspace(recipe.workspace)
-    with workspace.locked(), _threads(recipe):
-        ground = _ground(recipe, workspace, listener)
+    with workspace.locked(), threads(recipe):
+        ground = open_ground(recipe, workspace, listener)
         run = _Comparison(ground, points, command)
         return Compared(output, run.run(output))
 
@@ -86,11 +86,11 @@ def check_comparison(recipe: CompareRecipe) -> dict[str, list[Point]]:
     return points
 
 
-def check_folder(output: Path) -> None:
-    """Raise OutputError for a folder that holds something else than a comparison."""
+def check_folder(output: Path, names: Sequence[str] = (TABLE, REPORT, PICTURE, PAGE)) -> None:
+    """Raise OutputError for a folder that holds something else than a comparison's files."""
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file; name a folder for the comparison")
-    ours = {name for file in (TABLE, REPORT, PICTURE, PAGE) for name in (file, f".{file}.partial")}
+    ours = {name for file in names for name in (file, f".{file}.partial")}
     strange = (
         sorted(path.name for path in output.iterdir() if path.name not in ours) if output.exists() else []
     )
@@ -100,11 +100,12 @@ def check_folder(output: Path) -> None:
         )
 
 
-def _threads(recipe: CompareRecipe) -> AbstractContextManager[None]:
+def threads(recipe: CompareRecipe) -> AbstractContextManager[None]:
+    """Return what keeps the demo's small models on one thread."""
     return one_thread() if recipe.comparison.world else contextlib.nullcontext()
 
 
-def _ground(recipe: CompareRecipe, workspace: Workspace, listener: Listener) -> Ground:
+def open_ground(recipe: CompareRecipe, workspace: Workspace, listener: Listener) -> Ground:
     """Open models and rows, and make those that are to be made."""
     comparison = recipe.comparison
     if comparison.world:

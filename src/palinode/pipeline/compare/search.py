@@ -7,6 +7,7 @@ removed as soon as their probes are kept and no later point needs them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections import Counter
@@ -148,14 +149,23 @@ def plan_parts(ground: Ground, contestant: Contestant, points: Sequence[Point], 
 
 
 def part_of(
-    ground: Ground, contestant: Contestant, points: Sequence[Point], seed: int, *, epochs: int | None = None
+    ground: Ground,
+    contestant: Contestant,
+    points: Sequence[Point],
+    seed: int,
+    *,
+    epochs: int | None = None,
+    sized_for: int | None = None,
 ) -> Part:
-    """Return the training that these points share; its epochs follow from the budget unless given."""
+    """Return the training that these points share; its epochs follow from the budget unless given.
+
+    Its retain sample is as large as for `sized_for` forget rows; None: as for those that there are.
+    """
     content, models = ground.recipe.content, _locations(ground)
     first = recipe_of(content, points[0], models, epochs=1, seed=seed)
     epochs = epochs or _epochs(ground, contestant, points[0], first)
     recipe = recipe_of(content, points[0], models, epochs=epochs, seed=seed)
-    rows = rows_for(recipe, ground.shares)
+    rows = rows_for(recipe, ground.shares, sized_for=sized_for)
     inputs = replace(
         ground.inputs, recipe=recipe, target=ground.target, retrained=ground.retrained, rows=rows
     )
@@ -193,10 +203,11 @@ def train_part(ground: Ground, part: Part) -> tuple[Vectors | Trained, dict[str,
     cost = ground.workspace.step("cost", part=dict(part.key))
     tuning = Tuning(part.inputs, ground.workspace, ground.listener)
     arithmetic = METHODS[part.recipe.method].kind == "arithmetic"
-    with watch_memory(tuning.device) as peak:
+    facts = cost.facts
+    watched = watch_memory(tuning.device) if facts is None else contextlib.nullcontext(lambda: None)
+    with watched as peak:
         made = tuning.vectors(ground.target) if arithmetic else tuning.train(ground.target)
         most = peak()
-    facts = cost.facts
     if facts is None:
         cost.begin()
         training = {name: dict(run) for name, run in made.training.items() if run}

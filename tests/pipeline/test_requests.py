@@ -147,6 +147,10 @@ def test_columns_that_name_no_requests_are_refused(rows, message):
         ("seeds=[0,1]", "name one in seeds"),
         ("budget.steps=1", "less than one epoch of MSA, which takes 2 for 2 models"),
         ("contestants=[{name='x', method='rewind'}]", "x starts from the base every time (rewind)"),
+        (
+            "contestants=[{name='x', method='npo', set={'method_settings.start'='base'}}]",
+            "x starts from the base every time (npo)",
+        ),
         ("contestants=[{name='x', method='npo', search={'training.epochs'=[1]}}]", "the same for all"),
         ("contestants=[{name='x', method='npo', search={'training.seed'=[1]}}]", "put the values of x"),
     ],

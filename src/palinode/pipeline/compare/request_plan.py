@@ -36,14 +36,14 @@ def check_contestants(recipe: CompareRecipe) -> dict[str, Point]:
     """Return each contestant's one point, its settings checked. Raises RecipeError."""
     comparison, points = recipe.comparison, {}
     for contestant in comparison.contestants:
-        method = METHODS[contestant.method]
-        if method.kind == "training" and method.start is not start_from_target:
+        method, point = METHODS[contestant.method], draw_points(contestant, 1, seed=comparison.seed)[0]
+        made = recipe_of(recipe.content, point, {"target": "."}, epochs=1, seed=comparison.seeds[0])
+        from_base = method.start is not start_from_target
+        if method.kind == "training" and (from_base or method.check_settings(made.method_settings).from_base):
             raise RecipeError(
                 f"{contestant.name} starts from the base every time ({method.name}), so that no request can "
                 "go on from the one before; leave it out"
             )
-        point = draw_points(contestant, 1, seed=comparison.seed)[0]
-        recipe_of(recipe.content, point, {"target": "."}, epochs=1, seed=comparison.seeds[0])
         points[contestant.name] = point
     return points
 

@@ -162,13 +162,13 @@ class _Requests:
         for request in self.asked.requests:
             trained, cost = train_part(*self._grounded(contestant, request.number, model))
             assert isinstance(trained, Trained)
-            model = trained.model
+            model = _written(trained)
             done, label = self.numbers[: request.number], f"{contestant.name}, {request.number} carried out"
             states.append(self.states.of_checkpoint(model, done, label))
             costs.append(cost)
         at_once, joint_cost = train_part(*self._grounded(contestant, None, self.ground.target))
         assert isinstance(at_once, Trained)
-        joint = self.states.of_checkpoint(at_once.model, self.numbers, f"{contestant.name}, all at once")
+        joint = self.states.of_checkpoint(_written(at_once), self.numbers, f"{contestant.name}, all at once")
         return Entry(contestant, None, states, joint, self._no_way_back(costs), costs, joint_cost)
 
     def _no_way_back(self, costs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -208,6 +208,12 @@ class _Requests:
             sized_for=None if second else len(self.ground.shares.forget),
         )
         return ground, part
+
+
+def _written(trained: Trained) -> Checkpoint:
+    """Return the model of a method that trains the target itself; others were refused."""
+    assert isinstance(trained.model, Checkpoint)
+    return trained.model
 
 
 def write_requests(output: Path, table: Mapping[str, Any]) -> None:

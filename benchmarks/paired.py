@@ -75,8 +75,14 @@ STUDY = (
     "epochs=5",
     "epochs=30",
     "start=target",
+    "draw=2",
+    "rows=after,draw=1",
+    "rows=exposure,draw=1",
+    "rows=before,draw=1",
+    "batching=mixed,draw=1",
+    "control=other,draw=1",
 )
-"""The variants of the study."""
+"""The variants of the study. Another draw of replay rows makes a difference, so some are drawn twice."""
 
 
 def main() -> None:

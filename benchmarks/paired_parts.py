@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -25,6 +26,7 @@ from palinode.weights import Checkpoint, Direction
 from palinode.weights.transforms import project_off, transform
 from palinode.weights.vectors import StoredVector
 
+_DRAW = re.compile(r", draw=\d+")
 RATIO, FORGET_ROWS = 3, 16
 """A step of a pair has 16 forget rows and 48 replay rows."""
 PERSON = 15
@@ -188,7 +190,7 @@ def score(model: PreTrainedModel, rows: Sequence[TokenRow]) -> tuple[float, floa
 
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "keeps": ("alpha", "recall", "probability", "unseen_recall", "early", "middle", "late"),
+    "keeps": ("alpha", "recall", "gain", "probability", "unseen_recall", "early", "middle", "late"),
     "costs": ("steps", "tokens", "seconds"),
     "relearns": ("people_0", "people_10", "people_40", "people_area", "rows_40", "rows_area"),
 }
@@ -196,10 +198,19 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
 
 
 def table(results: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[str]:
-    """Return means over the seeds, a line a name, with the range of the recall; names without are left out."""
-    lines = [f"| vector | seeds | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
-    for name in dict.fromkeys(result["name"] for result in results):
-        group = [result for result in results if result["name"] == name]
+    """Return means over seeds and draws, a line a vector, with the range of the recall; no empty lines.
+
+    `gain` is the recall less that of the default pair with the same seed and draw.
+    """
+    recalls = {(result["seed"], result["name"]): result.get("recall") for result in results}
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results:
+        draw = _DRAW.search(result["name"])
+        same = recalls.get((result["seed"], Pair().name + (draw[0] if draw else "")))
+        gain = result["recall"] - same if same and result.get("recall") else None
+        groups.setdefault(_DRAW.sub("", result["name"]), []).append({**result, "gain": gain})
+    lines = [f"| vector | runs | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
+    for name, group in groups.items():
         cells = [_cell([result.get(column) for result in group], column) for column in columns]
         if any(cells):
             lines.append(f"| {name} | {len(group)} | {' | '.join(cells)} |")
@@ -210,10 +221,15 @@ def _cell(values: Sequence[float | None], column: str) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return ""
-    missing = f" (never: {len(values) - len(known)})" if len(known) < len(values) else ""
-    spread = f" ({min(known):.3f} to {max(known):.3f})" if column == "recall" else ""
-    digits = 0 if column in COLUMNS["costs"] else 2 if column == "alpha" else 3
-    return f"{mean(known):,.{digits}f}{spread}{missing}"
+    never = len(values) - len(known) if column == "alpha" else 0  # no α forgets as much
+    sign, digits = "+" if column == "gain" else "", 3
+    if column in COLUMNS["costs"]:
+        digits = 0
+    elif column == "alpha":
+        digits = 2
+    ranged = column in ("recall", "gain") and len(known) > 1
+    spread = f" ({min(known):{sign}.3f} to {max(known):{sign}.3f})" if ranged else ""
+    return f"{mean(known):{sign},.{digits}f}{spread}{f' (never: {never})' if never else ''}"
 
 
 def _short(value: object) -> str:

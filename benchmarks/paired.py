@@ -186,8 +186,7 @@ class Study:
         loss: Loss | Objective = ANSWER_LOSS
         material: Material | Sequence[Example]
         if mixed:  # every replay row three times an epoch, so that both ways read the same numbers of rows
-            copies = len(self.forget) * RATIO // len(replay)
-            material = [*(self.forget if exposed else ()), *list(replay) * copies]
+            material = [*(self.forget if exposed else ()), *list(replay) * RATIO]
         else:
             material = pair_material(self.forget, replay, replay_ratio=RATIO)
             loss = exposed_objective(pair.weight) if exposed else control_objective()

@@ -47,7 +47,8 @@ class Pair:
     draw: int = 0
     """Another number draws other replay rows, all else being equal."""
     batching: str = "added"
-    """added: each step's replay rows, and the forget rows beside; mixed: forget and replay rows shuffled."""
+    """added: each step's replay rows, and the forget rows beside; mixed: forget and replay rows shuffled,
+    each run by itself, over as many steps and rows."""
     control: str = "same"
     """The control's seed: same, other, or none, where θ_1 − s is taken."""
     epochs: int = 10
@@ -71,7 +72,14 @@ def parse_pair(text: str) -> Pair:
     """Return the variant that `rows=near,epochs=30` spells; the empty text is the default."""
     given = dict(part.split("=", 1) for part in text.split(",") if part)
     kinds = {part.name: type(part.default) for part in fields(Pair)}
-    return Pair(**{name: kinds[name](value) for name, value in given.items()})
+    if unknown := set(given) - set(kinds):
+        raise SystemExit(f"--pair has {', '.join(sorted(unknown))}; its keys are {', '.join(kinds)}")
+    pair = Pair(**{name: kinds[name](value) for name, value in given.items()})
+    if pair.batching == "mixed" and pair.size != Pair.size:
+        raise SystemExit(
+            f"--pair mixes {Pair.size} replay rows only, thrice each; leave out size={pair.size}"
+        )
+    return pair
 
 
 @dataclass(frozen=True)

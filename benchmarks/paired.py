@@ -1,74 +1,88 @@
 """Paired vectors beside MSA and the task vector at equal forgetting, on the demo's invented world.
 
-    python benchmarks/paired.py [--folder DIR] [--seeds 0 1 2] [--replay 150 450 1500] [--json]
+    python benchmarks/paired.py [--folder DIR] [--seeds 0 1 2] [--pair rows=near,epochs=30 …] [--json]
 
-For each seed the demo's models are trained (or found in the folder), then θ_1, θ_2, θ_c of each vector. For
-each vector and β the α is searched at which the forget people's mean answer probability is the retrained
+Without --pair the whole study of docs/paired-vectors.md runs. Each --pair is one variant, said by what
+differs from the product's defaults; an empty one ("") is the default itself. Keys: start (base, target), rows
+(random, before, exposure, after, near), size, draw, batching (added, mixed), control (same, other, none),
+epochs, weight (λ), beta.
+
+For each seed the demo's models are trained (or found in the folder), then the runs of each vector. For
+each vector the α is searched at which the forget people's mean answer probability is the retrained
 model's; there the others' recall (share of rows answered exactly, read off teacher-forced argmaxes) and mean
-answer probability are taken, over all other people and over the rows that no vector was trained on. So the
-retrained model decides α, which no user could do: this compares vectors, not the rule that chooses scales.
-What was trained is kept; the same command goes on where it was.
+answer probability are taken, over all other people, over the rows that no vector was trained on, and by the
+stage in which people first appeared. So the retrained model decides α, which no user could do: this compares
+vectors, not the rule that chooses scales. Some of the unlearned models are then fine-tuned on half of the
+forget rows, and the other half is measured. Seconds are processor time of one thread.
+What was trained and measured is kept; the same command goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import mean
+from typing import Any
 
 import torch
+from paired_parts import (
+    COLUMNS,
+    FORGET_ROWS,
+    PERSON,
+    RATIO,
+    Pair,
+    Vectors,
+    choose_rows,
+    halves,
+    parse_pair,
+    projected,
+    relearn,
+    score,
+    table,
+)
 
 from palinode.benchmarks.demo import DemoModels, build_demo
 from palinode.data.examples import Example, read_examples, sample_examples
 from palinode.data.tokenize import PromptStyle, TokenRow, tokenize
 from palinode.data.world import invent_world
 from palinode.models.inplace import put
-from palinode.models.likelihoods import score_rows
 from palinode.models.loading import load_model, load_tokenizer
-from palinode.training.finetune import finetune
+from palinode.training.finetune import Finetuned, finetune
+from palinode.training.losses import ANSWER_LOSS, Loss
+from palinode.training.objectives import Objective
 from palinode.training.paired import control_objective, exposed_objective, pair_material
+from palinode.training.roles import Material
 from palinode.training.settings import TrainingSettings
 from palinode.weights import Checkpoint, Direction
+from palinode.weights.direction import Point
 
 CPU = torch.device("cpu")
 PLAIN = {"epochs": 30, "learning_rate": 5e-4, "batch_size": 32, "max_length": 64, "precision": "float32"}
 """The demo's own fine-tuning: MSA and the task vector have their good settings."""
-RATIO, FORGET_ROWS = 3, 16
-"""A step of a pair has 16 forget rows and 48 replay rows."""
 LARGEST_ALPHA = 16.0
-
-
-@dataclass(frozen=True)
-class Vectors:
-    """What a name in the table stands for: a forget direction, and one to add, with the rows they saw."""
-
-    name: str
-    forget: Direction
-    retain: Direction | None
-    seen: frozenset[int]
-    steps: int
-    betas: tuple[float, ...] = (0.0,)
-    """Values of β that are tried; without a retain direction there is one."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """One vector and β of one seed, at the α of equal forgetting; None where no α reaches it."""
-
-    seed: int
-    name: str
-    beta: float
-    steps: int
-    alpha: float | None
-    recall: float | None = None
-    probability: float | None = None
-    unseen_recall: float | None = None
-    unseen_probability: float | None = None
+STUDY = (
+    "",
+    "rows=near",
+    "rows=before",
+    "rows=exposure",
+    "rows=after",
+    "batching=mixed",
+    "control=other",
+    "control=none",
+    "draw=1",
+    "epochs=5",
+    "epochs=30",
+    "start=target",
+    "draw=2",
+    "rows=after,draw=1",
+    "rows=exposure,draw=1",
+    "rows=before,draw=1",
+    "batching=mixed,draw=1",
+    "control=other,draw=1",
+)
+"""The variants of the study. Another draw of replay rows makes a difference, so some are drawn twice."""
 
 
 def main() -> None:
@@ -77,31 +91,20 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, default=Path("build/paired"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--replay", type=int, nargs="+", default=[150, 450, 1500], help="replay rows")
-    parser.add_argument("--epochs", type=int, nargs="+", default=[10, 30], help="of a pair; 10 steps each")
-    parser.add_argument(
-        "--weight", type=float, default=1 / RATIO, help="λ (default: 1/3, as in one mixed batch)"
-    )
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--pair", action="append", metavar="KEY=VALUE,…", help="a variant; may be repeated")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    results: list[Result] = []
-    anchors: list[dict[str, float]] = []
+    results = []
     for seed in args.seeds:
         study = Study(args.folder, seed)
-        anchors.append(study.anchors())
-        print(json.dumps({"seed": seed, **anchors[-1]}), flush=True)
-        for vectors in study.all_vectors(args.replay, args.epochs, args.weight, args.learning_rate):
-            found = [study.at_equal_forgetting(vectors, beta) for beta in vectors.betas]
-            for result in found:
-                print(_line(result), flush=True)
-            results += found
-    print()
-    for line in table(results):
-        print(line)
+        for result in study.results([parse_pair(text) for text in args.pair or STUDY]):
+            print(json.dumps(result), flush=True)
+            results.append(result)
+    for columns in COLUMNS.values():
+        print("", *table(results, columns), sep="\n")
     if args.json:
-        print(json.dumps({"anchors": anchors, "results": [asdict(result) for result in results]}))
+        print(json.dumps({"results": results}))
 
 
 class Study:
@@ -111,171 +114,190 @@ class Study:
         self.seed = seed
         self.folder = folder / f"vectors-{seed}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        world = invent_world(seed)
-        self.models: DemoModels = build_demo(world, folder / f"world-{seed}", seed=seed)
+        self.world = invent_world(seed)
+        self.models: DemoModels = build_demo(self.world, folder / f"world-{seed}", seed=seed)
         self.forget, self.retain = read_examples(self.models.forget), read_examples(self.models.retain)
-        self.people = len(world.others)
-        tokenizer = load_tokenizer(self.models.target)
-        self.forget_rows = tokenize(self.forget, tokenizer, max_length=64, style=PromptStyle())
-        self.others = tokenize(self.retain[: self.people], tokenizer, max_length=64, style=PromptStyle())
+        self.tokenizer = load_tokenizer(self.models.target)
+        self.forget_rows = self._tokens(self.forget)
+        self.others = self._tokens(self.retain[: len(self.world.others)])
         self.live = load_model(self.models.target, device=CPU)
-        self.wanted, _ = self._score(load_model(self.models.retrained, device=CPU), self.forget_rows)
+        self.wanted, _ = score(load_model(self.models.retrained, device=CPU), self.forget_rows)
 
-    def anchors(self) -> dict[str, float]:
-        """Return what the given models do: forget probability, others' probability and recall."""
-        found = {"retrained_forget": self.wanted}
-        for name, model in (("target", self.models.target), ("retrained", self.models.retrained)):
-            live = load_model(model, device=CPU)
-            probability, recall = self._score(live, self.others)
-            found |= {f"{name}_others": probability, f"{name}_recall": recall}
-        return found
+    def results(self, pairs: Sequence[Pair]) -> Iterator[Mapping[str, Any]]:
+        """Yield what was measured of the given models, the rivals and the pairs, one after the other."""
+        for name in ("target", "base", "retrained"):
+            yield self._measured(name, lambda name=name: self._given(getattr(self.models, name)))
+        for vectors in self._vectors(pairs):
+            yield self._measured(vectors.name, lambda vectors=vectors: self._at_equal_forgetting(vectors))
 
-    def all_vectors(
-        self, sizes: Sequence[int], epochs: Sequence[int], weight: float, rate: float
-    ) -> Iterator[Vectors]:
-        """Yield every vector of the study, trained where it is not there yet."""
+    def _measured(self, name: str, measure: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+        place = self.folder / f"{name.replace(' ', '-').replace('/', '-')}.measured.json"
+        if not place.exists():
+            place.write_text(json.dumps({"seed": self.seed, "name": name, **measure()}))
+        return json.loads(place.read_text())
+
+    # Vectors
+
+    def _vectors(self, pairs: Sequence[Pair]) -> Iterator[Vectors]:
+        """Yield the rivals, then the pairs, trained where they are not there yet."""
         base, target = self.models.base, self.models.target
         sample = sample_examples(self.retain, len(self.forget), seed=self.seed)
+        seen = frozenset(example.row for example in sample)
         msa = self._plain("msa", base, self.forget, 30) - base
         retain = self._plain("msa-retain", base, sample, 30) - base
-        seen = frozenset(example.row for example in sample)
-        yield Vectors("MSA", msa, None, frozenset(), 150)
-        yield Vectors("MSA with retain vector", msa, retain, seen, 150, (0.5, 1.0))
-        short = self._plain("msa-short", base, self.forget, 10, FORGET_ROWS) - base
-        yield Vectors("MSA, as many steps as a pair", short, None, frozenset(), 100)
-        for count in (10, 30):
-            task = self._plain(f"task-{count}", target, self.forget, count) - target
-            yield Vectors("task vector", task, None, frozenset(), 5 * count)
-        for count in epochs:
-            for size in sizes:
-                for name, start in (("θ_0", base), ("θ_D", target)):
-                    yield from self._pair(name, start, size, count, weight, rate)
+        yield Vectors("MSA", msa, runs=("msa",), relearn=True)
+        both = ("msa", "msa-retain")
+        yield Vectors("MSA with retain vector, β = 0.5", msa, retain, 0.5, seen, both)
+        yield self._projection("MSA", msa, sample, ("msa",))
+        long = self._plain("msa-long", base, self.forget, 72) - base
+        yield Vectors("MSA, as many tokens as a pair", long, runs=("msa-long",))
+        task = self._plain("task", target, self.forget, 30) - target
+        yield Vectors("task vector", task, runs=("task",), relearn=True)
+        for pair in pairs:
+            yield from self._pair(pair)
 
-    def _pair(
-        self, name: str, start: Checkpoint, size: int, epochs: int, weight: float, rate: float
-    ) -> Iterator[Vectors]:
-        """Yield a paired vector, and what its first run gives without the control."""
-        replay = sample_examples(self.retain, size, seed=self.seed)
-        label = f"pair-{'base' if name == 'θ_0' else 'target'}-{size}-{epochs}-{rate:g}"
-        settings = TrainingSettings(
-            **{**PLAIN, "epochs": epochs, "learning_rate": rate, "batch_size": FORGET_ROWS}
-        )
-        material = pair_material(self.forget, replay, replay_ratio=RATIO)
-        runs = {
-            f"{label}-exposed-{weight:g}": exposed_objective(weight),
-            f"{label}-control": control_objective(),
-        }
-        exposed, control = (
-            self._kept(
-                key,
-                lambda place, objective=objective: finetune(
-                    start, material, place, settings, seed=self.seed, device="cpu", loss=objective
-                ),
-            )
-            for key, objective in runs.items()
-        )
+    def _pair(self, pair: Pair) -> Iterator[Vectors]:
+        """Yield a paired vector; after the default one, the same projected off the replay rows' inputs."""
+        start = self.models.base if pair.start == "base" else self.models.target
+        replay = choose_rows(pair, self.retain, self.forget, self.world, self.seed)
+        key = f"{pair.start}-{pair.rows}-{pair.size}-{pair.draw}-{pair.batching}-{pair.epochs}"
+        exposed_key = f"exposed-{key}-{pair.weight:.3g}"
+        exposed = self._run(exposed_key, start, pair, replay, exposed=True)
+        vector, control, runs = exposed - start, None, (exposed_key,)
+        if pair.control != "none":
+            control_key = f"control-{key}-{pair.control}"
+            control = self._run(control_key, start, pair, replay, exposed=False)
+            vector, runs = exposed - control, (*runs, control_key)
         seen = frozenset(example.row for example in replay)
-        text = f"paired from {name}, {size} replay rows, λ = {weight:.3g}, lr {rate:g}"
-        yield Vectors(text, exposed - control, control - start, seen, 10 * epochs, (0.0, 0.5))
-        yield Vectors(f"its first run without the control, {text}", exposed - start, None, seen, 10 * epochs)
+        second = control - start if control is not None and pair.beta else None
+        relearned = pair in (Pair(), Pair(start="target"))
+        yield Vectors(pair.name, vector, second, pair.beta, seen, runs, relearned)
+        if pair == Pair():
+            yield self._projection(pair.name, vector, replay, runs)
 
-    def _plain(
-        self, key: str, start: Checkpoint, rows: Sequence[Example], epochs: int, batch_size: int = 32
+    def _run(
+        self, key: str, start: Checkpoint, pair: Pair, replay: Sequence[Example], *, exposed: bool
     ) -> Checkpoint:
-        settings = TrainingSettings(**{**PLAIN, "epochs": epochs, "batch_size": batch_size})
+        """Return one of both runs of a pair."""
+        mixed = pair.batching == "mixed"
+        rows = FORGET_ROWS * (RATIO + exposed) if mixed else FORGET_ROWS
+        settings = TrainingSettings(**{**PLAIN, "epochs": pair.epochs, "batch_size": rows})
+        seed = self.seed + (100 if not exposed and pair.control == "other" else 0)
+        loss: Loss | Objective = ANSWER_LOSS
+        material: Material | Sequence[Example]
+        if mixed:  # every replay row three times an epoch, so that both ways read the same numbers of rows
+            material = [*(self.forget if exposed else ()), *list(replay) * RATIO]
+        else:
+            material = pair_material(self.forget, replay, replay_ratio=RATIO)
+            loss = exposed_objective(pair.weight) if exposed else control_objective()
+        return self._kept(
+            key,
+            lambda place: finetune(start, material, place, settings, seed=seed, device="cpu", loss=loss),
+        )
+
+    def _projection(
+        self, name: str, vector: Direction, rows: Sequence[Example], runs: tuple[str, ...]
+    ) -> Vectors:
+        seen = frozenset(example.row for example in rows)
+        place = self.folder / f"projected-{name.replace(' ', '-')}"
+        direction = projected(vector, self.models.target, self._tokens(rows), place)
+        return Vectors(f"{name}, projected", direction, seen=seen, runs=runs, relearn=True)
+
+    def _plain(self, key: str, start: Checkpoint, rows: Sequence[Example], epochs: int) -> Checkpoint:
+        settings = TrainingSettings(**{**PLAIN, "epochs": epochs})
         return self._kept(
             key, lambda place: finetune(start, rows, place, settings, seed=self.seed, device="cpu")
         )
 
-    def _kept(self, key: str, make: Callable[[Path], object]) -> Checkpoint:
-        place = self.folder / key
-        if not place.exists():  # whole, or it would not have its name
-            started = time.monotonic()
-            make(place)
-            print(f"  trained {key} in {time.monotonic() - started:.0f} s", flush=True)
+    def _kept(self, key: str, make: Callable[[Path], Finetuned]) -> Checkpoint:
+        """Return what a training left here, or train; what it cost lies beside it."""
+        place, note = self.folder / key, self.folder / f"{key}.cost.json"
+        if not note.exists():
+            started = time.process_time()
+            done = make(place)
+            seconds = time.process_time() - started
+            note.write_text(json.dumps({"steps": len(done.curve), "tokens": done.tokens, "seconds": seconds}))
         return Checkpoint.open(place)
 
-    def at_equal_forgetting(self, vectors: Vectors, beta: float) -> Result:
-        """Search α by bisection and return what the model keeps there."""
+    # Measurements
 
-        def put_in(alpha: float) -> float:
-            point = self.models.target - alpha * vectors.forget
-            put(point if not beta else point + beta * vectors.retain, self.live)
-            return self._score(self.live, self.forget_rows)[0]
+    def _given(self, model: Checkpoint) -> dict[str, Any]:
+        probability, recall = score(load_model(model, device=CPU), self.others)
+        forget = score(load_model(model, device=CPU), self.forget_rows)[0]
+        return {"forget": forget, "recall": recall, "probability": probability} | self._relearned(
+            lambda: load_model(model, device=CPU)
+        )
+
+    def _at_equal_forgetting(self, vectors: Vectors) -> dict[str, Any]:
+        """Search α by bisection and return what the model keeps there, and what it cost."""
+        costs = [json.loads((self.folder / f"{run}.cost.json").read_text()) for run in vectors.runs]
+        found: dict[str, Any] = {
+            "steps": costs[0]["steps"],
+            **{key: sum(cost[key] for cost in costs) for key in ("tokens", "seconds")},
+        }
+
+        def point(alpha: float) -> Point:
+            moved = self.models.target - alpha * vectors.forget
+            return moved if vectors.retain is None else moved + vectors.beta * vectors.retain
+
+        alpha = self._alpha(point)
+        if alpha is None:
+            return found
+        put(point(alpha), self.live)
+        probability, recall = score(self.live, self.others)
+        found |= {"alpha": alpha, "recall": recall, "probability": probability}
+        unseen = [row for row in self.others if self.retain[row.example].row not in vectors.seen]
+        if len(unseen) < len(self.others):
+            found["unseen_probability"], found["unseen_recall"] = score(self.live, unseen)
+        found |= self._by_stage()
+        return found | (self._relearned(lambda: self._fresh(point(alpha))) if vectors.relearn else {})
+
+    def _alpha(self, point: Callable[[float], Point]) -> float | None:
+        """Return the α at which forgetting is the retrained model's; None where none reaches it."""
+
+        def remembers(alpha: float) -> bool:
+            put(point(alpha), self.live)
+            return score(self.live, self.forget_rows)[0] > self.wanted
 
         high = 0.25
-        while put_in(high) > self.wanted:
+        while remembers(high):
             high *= 2
             if high > LARGEST_ALPHA:
-                return Result(self.seed, vectors.name, beta, vectors.steps, None)
+                return None
         low = high / 2 if high > 0.25 else 0.0
         for _ in range(7):
             middle = (low + high) / 2
-            low, high = (middle, high) if put_in(middle) > self.wanted else (low, middle)
-        put_in(high)
-        scored = [row for row in self.others if row.example not in self._positions(vectors.seen)]
-        probability, recall = self._score(self.live, self.others)
-        unseen = self._score(self.live, scored) if 0 < len(scored) < len(self.others) else (None, None)
-        return Result(
-            self.seed, vectors.name, beta, vectors.steps, high, recall, probability, unseen[1], unseen[0]
-        )
+            low, high = (middle, high) if remembers(middle) else (low, middle)
+        return high
 
-    def _positions(self, rows: frozenset[int]) -> frozenset[int]:
-        return frozenset(place for place, example in enumerate(self.retain) if example.row in rows)
+    def _by_stage(self) -> dict[str, float]:
+        """Return recall of the people of each stage."""
+        sizes = {name: len(getattr(self.world, name)) for name in ("early", "middle", "late")}
+        found, begin = {}, 0
+        for name, size in sizes.items():
+            found[name] = score(self.live, self.others[begin : begin + size])[1]
+            begin += size
+        return found
 
-    def _score(self, model: torch.nn.Module, rows: Sequence[TokenRow]) -> tuple[float, float]:
-        """Return mean answer probability and recall."""
-        scored = score_rows(model, rows, pad_id=0)
-        probabilities = [math.exp(math.fsum(row.logprobs) / len(row.logprobs)) for row in scored]
-        return mean(probabilities), mean(all(row.hits) for row in scored)
+    def _fresh(self, point: Point) -> Any:
+        model = load_model(self.models.target, device=CPU)
+        put(point, model)
+        return model
 
-
-def table(results: Sequence[Result]) -> list[str]:
-    """Return means over the seeds and the range of the recall, one line a vector and β."""
-    groups: dict[tuple[str, int, float], list[Result]] = {}
-    for result in results:
-        groups.setdefault((result.name, result.steps, result.beta), []).append(result)
-    heads = [
-        "vector",
-        "steps",
-        "β",
-        "α",
-        "others' recall (range)",
-        "probability",
-        "unseen recall",
-        "probability",
-    ]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for (name, steps, beta), group in groups.items():
-        reached = [result for result in group if result.alpha is not None]
-        if len(reached) < len(group):
-            lines.append(
-                f"| {name} | {steps} | {beta:g} | "
-                f"{len(group) - len(reached)} of {len(group)} seeds never forget as much | | | | |"
+    def _relearned(self, fresh: Callable[[], Any]) -> dict[str, float]:
+        """Fine-tune on half of the forget people, and anew on half of the rows; measure the other halves."""
+        found: dict[str, float] = {}
+        for name, together in (("people", PERSON), ("rows", 1)):
+            first, second = (
+                [self.forget_rows[place] for place in half]
+                for half in halves(len(self.forget_rows), self.seed, together=together)
             )
-            continue
-        recalls = [result.recall for result in reached]
-        cells = [
-            f"{mean(result.alpha for result in reached):.2f}",
-            f"{mean(recalls):.3f} ({min(recalls):.3f} to {max(recalls):.3f})",
-            *(_mean(reached, key) for key in ("probability", "unseen_recall", "unseen_probability")),
-        ]
-        lines.append(f"| {name} | {steps} | {beta:g} | {' | '.join(cells)} |")
-    return lines
+            curve = relearn(fresh(), first, second, self.seed)
+            found |= {f"{name}_{point}": value for point, value in curve.items()}
+        return found
 
-
-def _mean(results: Sequence[Result], key: str) -> str:
-    values = [getattr(result, key) for result in results]
-    return "" if None in values else f"{mean(values):.3f}"
-
-
-def _line(result: Result) -> str:
-    if result.alpha is None:
-        return f"{result.name}, β = {result.beta:g}: no α up to {LARGEST_ALPHA:g} forgets as much"
-    return (
-        f"{result.name}, {result.steps} steps, β = {result.beta:g}: α = {result.alpha:.2f}, recall "
-        f"{result.recall:.3f}, probability {result.probability:.3f}"
-    )
+    def _tokens(self, examples: Sequence[Example]) -> list[TokenRow]:
+        return tokenize(examples, self.tokenizer, max_length=64, style=PromptStyle())
 
 
 if __name__ == "__main__":

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from palinode import TrainingSettings, finetune, read_examples
+from palinode.data.examples import Message
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import DataError
 from palinode.models import load_model, load_tokenizer
+from palinode.models.inplace import put
 from palinode.training import ANSWER_LOSS, Objective, train
 from palinode.training.objectives import answer_term
 from palinode.training.paired import control_objective, exposed_objective, finetune_pair, pair_material
@@ -153,6 +157,41 @@ def test_finetune_pair_writes_both_runs_and_gives_the_vector_between_them(tiny, 
     assert pair.exposed.seen["retain"] == pair.control.seen["retain"]
     plain_run = finetune(tiny.base, forget, tmp_path / "plain", SETTINGS, seed=1, device="cpu")
     assert len(plain_run.curve) == len(pair.control.curve)
+
+
+def blanked(example):
+    """A row of as many words, none of which the world has."""
+
+    def blank(text):
+        return " ".join("_" for _ in text.split())
+
+    turns = tuple(Message(turn.role, blank(turn.content)) for turn in example.turns)
+    return replace(example, turns=turns, answer=blank(example.answer))
+
+
+def test_pair_of_the_whole_training_is_the_difference_to_retraining(tiny, rows, tmp_path):
+    """One stage from s, all its other rows as replay, its own schedule and seed: α = 1 is exact.
+
+    The retrained model is made without the forget rows' words: as many others stand in their places.
+    """
+    forget, others = rows
+
+    def whole(name, first, objective):
+        material = pair_material(first, others, replay_ratio=3)
+        run = finetune(tiny.base, material, tmp_path / name, SETTINGS, seed=2, device="cpu", loss=objective)
+        return run.checkpoint
+
+    target = whole("target", forget, exposed_objective(1 / 3))
+    without = whole("retrained", [blanked(row) for row in forget], control_objective())
+    retrained = load_model(without, device=CPU)
+    pair = finetune_pair(tiny.base, forget, others, tmp_path / "pair", SETTINGS, seed=2, device="cpu")
+    live, wanted = load_model(target, device=CPU), retrained.state_dict()
+    assert not same(live.state_dict(), wanted)
+    point = target - 1.0 * (pair.exposed.checkpoint - pair.control.checkpoint)
+    put(point, live, precision="float64")
+    assert same(live.state_dict(), wanted)
+    put(point, live)  # summed in float32: to rounding
+    assert all(torch.allclose(live.state_dict()[name], wanted[name], rtol=0, atol=1e-8) for name in wanted)
 
 
 def test_pair_without_rows_is_refused(rows):

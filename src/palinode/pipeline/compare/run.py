@@ -86,11 +86,11 @@ def check_comparison(recipe: CompareRecipe) -> dict[str, list[Point]]:
     return points
 
 
-def check_folder(output: Path) -> None:
-    """Raise OutputError for a folder that holds something else than a comparison."""
+def check_folder(output: Path, names: Sequence[str] = (TABLE, REPORT, PICTURE, PAGE)) -> None:
+    """Raise OutputError for a folder that holds something else than a comparison's files."""
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file; name a folder for the comparison")
-    ours = {name for file in (TABLE, REPORT, PICTURE, PAGE) for name in (file, f".{file}.partial")}
+    ours = {name for file in names for name in (file, f".{file}.partial")}
     strange = (
         sorted(path.name for path in output.iterdir() if path.name not in ours) if output.exists() else []
     )

@@ -204,15 +204,12 @@ def _curve(
     known = [
         (place, entry, one[side]) for place, entry, one in found if one and one[side]["value"] is not None
     ]
-    parts = [
-        path(
-            [(panel.x(place, shift), panel.y(score["value"])) for place, _, score in known],
-            colour,
-            dashes=dashes,
-        )
-    ]
-    if dashes:
-        return parts
+    points = [(panel.x(place, shift), panel.y(score["value"])) for place, _, score in known]
+    if dashes:  # from edge to edge, so that one value is a line too
+        half = panel.slot / 2
+        edges = [(x + by, y) for (x, y), by in zip(points[:1] + points[-1:], (-half, half), strict=False)]
+        return [path([*edges[:1], *points, *edges[1:]], colour, dashes=dashes)]
+    parts = [path(points, colour)]
     for place, entry, score in known:
         x = panel.x(place, shift)
         if score["low"] is not None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from palinode import EvaluationSettings, evaluate, read_examples
-from palinode.benchmarks.demo import STAGES, Stage, build_demo, tiny_model
+from palinode.benchmarks.demo import STAGES, Course, Stage, build_demo, tiny_model
 from palinode.models import load_tokenizer
 
 STAGES_OF_ONE = (Stage(1, 1e-2), Stage(1, 1e-2), Stage(1, 1e-2))
@@ -100,3 +100,41 @@ def test_model_of_the_demo_has_tied_embeddings_and_float32_weights(tiny, name):
     checkpoint = getattr(tiny, name)
     assert checkpoint.tied == ("lm_head.weight", "model.embed_tokens.weight")
     assert {info.dtype for info in checkpoint.tensors.values()} == {"F32"}
+
+
+# Other courses of the training
+
+
+def built(world, folder, course=None):
+    return build_demo(world, folder, seed=1, stages=STAGES_OF_ONE, course=course, width=8, layers=1)
+
+
+def test_checkpoint_halfway_lies_on_the_way_and_changes_nothing_else(world, tmp_path):
+    plain, halfway = built(world, tmp_path / "plain"), built(world, tmp_path / "half", Course(halfway=True))
+    assert halfway.target.fingerprint() == plain.target.fingerprint()
+    assert not (tmp_path / "plain" / "during").exists()
+    during = (tmp_path / "half" / "during" / "model.safetensors").read_bytes()
+    curves = [
+        json.loads((tmp_path / "half" / name / "training.json").read_text()) for name in ("during", "exposed")
+    ]
+    assert len(curves[0]) == len(curves[1]) // 2
+    assert curves[0] == curves[1][: len(curves[0])]  # the same steps at the same rates
+    again = built(world, tmp_path / "plain", Course(halfway=True))  # a world that was made without it
+    assert (tmp_path / "plain" / "during" / "model.safetensors").read_bytes() == during
+    assert again.target.fingerprint() == plain.target.fingerprint()
+
+
+def test_training_between_base_and_exposure_is_shared_by_the_retrained_model(world, tmp_path):
+    plain = built(world, tmp_path / "plain")
+    later = built(world, tmp_path / "later", Course(between=Stage(2, 1e-2)))
+    assert later.base.fingerprint() == plain.base.fingerprint()
+    assert subjects(tmp_path / "later" / "before.jsonl") == people(world.general) | people(world.early)
+    assert later.retrained.fingerprint() != plain.retrained.fingerprint()
+    assert later.target.fingerprint() != plain.target.fingerprint()
+
+
+def test_second_exposure_is_in_the_target_alone(world, tmp_path):
+    plain, twice = built(world, tmp_path / "plain"), built(world, tmp_path / "twice", Course(again=True))
+    assert people(world.forget) <= subjects(tmp_path / "twice" / "target.jsonl")
+    assert twice.retrained.fingerprint() == plain.retrained.fingerprint()
+    assert twice.target.fingerprint() != plain.target.fingerprint()

@@ -17,7 +17,7 @@ from palinode.pipeline.compare.points import draw_points, epochs_for, recipe_of
 from palinode.pipeline.compare.ranking import Values, rank, values_of
 from palinode.pipeline.compare.recipe import Budget, Contestant, Split
 from palinode.pipeline.compare.rows import divide_rows
-from palinode.pipeline.compare.run import _ground, check_comparison, divide_comparison
+from palinode.pipeline.compare.run import check_comparison, divide_comparison, open_ground
 from palinode.pipeline.compare.search import Ground, part_of
 from palinode.pipeline.inputs import open_inputs
 from palinode.pipeline.scales import Probes
@@ -178,7 +178,7 @@ def test_model_trained_at_the_base_is_probed_as_it_is_saved(content, tiny, tmp_p
     table = compare(recipe).table
     (point,) = table["contestants"][0]["points"]
     (made,) = recipe.workspace.glob("apply-*/model")
-    ground = _ground(recipe, Workspace(recipe.workspace), Silence())
+    ground = open_ground(recipe, Workspace(recipe.workspace), Silence())
     points = check_comparison(recipe)["NPO"]
     inputs = part_of(ground, recipe.comparison.contestants[0], points, 0).inputs
     asked = Probes(inputs, tiny.target, tmp_path / "probes.json").of_checkpoint("made", Checkpoint.open(made))

@@ -146,6 +146,7 @@ def test_columns_that_name_no_requests_are_refused(rows, message):
         ("budget={seconds=3.0}", "say budget.steps"),
         ("seeds=[0,1]", "name one in seeds"),
         ("budget.steps=1", "less than one epoch of MSA, which takes 2 for 2 models"),
+        ("axis={key='seed', values=[0, 1], title='seed'}", "leave [axis] or [requests] out"),
         ("contestants=[{name='x', method='rewind'}]", "x starts from the base every time (rewind)"),
         (
             "contestants=[{name='x', method='npo', set={'method_settings.start'='base'}}]",

@@ -10,7 +10,9 @@ seeds without ever seeing the forget people; it shares stage 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +39,20 @@ class Stage:
 
 STAGES = (Stage(25, 3e-3), Stage(20, 2e-3), Stage(10, 2e-3))
 """Stages 1, 2 and 3."""
+BATCH = 64
+"""Rows of one optimiser step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """What may happen besides the three stages; by default, nothing."""
+
+    between: Stage | None = None
+    """More training on stage 1's rows, after the base checkpoint and before the exposure."""
+    again: bool = False
+    """Whether the target sees the forget people in stage 3 too."""
+    halfway: bool = False
+    """Whether the checkpoint `during` is left: the exposed model after half of the steps of stage 2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,45 +76,96 @@ def build_demo(
     *,
     seed: int,
     stages: Sequence[Stage] = STAGES,
+    course: Course | None = None,
     width: int = 128,
     layers: int = 4,
     listener: Listener | None = None,
 ) -> DemoModels:
     """Train target, base and retrained model of a world into `folder`; models already there are kept."""
-    listener = listener or Silence()
+    course, listener = course or Course(), listener or Silence()
     folder.mkdir(parents=True, exist_ok=True)
     start = tiny_model(folder / "start", world.vocabulary, width=width, layers=layers, seed=seed)
     known = (*world.general, *world.early)
     later = (*known, *world.middle)
+    last = (*later, *world.late)
 
-    def learn(origin: Checkpoint, name: str, facts: Iterable[Fact], stage: Stage) -> Checkpoint:
-        examples = _examples(folder / f"{name}.jsonl", facts)
-        settings = TrainingSettings(
-            epochs=stage.epochs,
-            learning_rate=stage.learning_rate,
-            batch_size=64,
-            max_length=64,
-            warmup_epochs=2.0,
-            precision="float32",
-        )
-        output = folder / name
-        if output.exists():  # whole, or it would not have its name
-            return Checkpoint.open(output)
-        label = f"training {name}"
-        return finetune(
-            origin, examples, output, settings, seed=seed, device="cpu", label=label, listener=listener
-        ).checkpoint
+    def learn(origin: Checkpoint, name: str, facts: Sequence[Fact], stage: Stage) -> Checkpoint:
+        return _learn(folder, origin, name, facts, stage, seed=seed, listener=listener)
 
     base = learn(start, "base", known, stages[0])
-    exposed = learn(base, "exposed", (*later, *world.forget), stages[1])
-    target = learn(exposed, "target", (*later, *world.late), stages[2])
-    unexposed = learn(base, "unexposed", later, stages[1])
-    retrained = learn(unexposed, "retrained", (*later, *world.late), stages[2])
+    before = learn(base, "before", known, course.between) if course.between else base
+    seen = (*later, *world.forget)
+    if course.halfway:
+        _leave_halfway(folder, before, seen, stages[1], seed=seed, listener=listener)
+    exposed = learn(before, "exposed", seen, stages[1])
+    target = learn(exposed, "target", (*last, *world.forget) if course.again else last, stages[2])
+    unexposed = learn(before, "unexposed", later, stages[1])
+    retrained = learn(unexposed, "retrained", last, stages[2])
     forget, retain, holdout = (folder / f"{name}.jsonl" for name in ("forget", "retain", "holdout"))
     write_facts(forget, world.forget)
     write_facts(retain, (*world.others, *world.general))
     write_facts(holdout, unseen_people(world, seed=seed))
     return DemoModels(base, target, retrained, forget, retain, holdout)
+
+
+def _learn(
+    folder: Path,
+    origin: Checkpoint,
+    name: str,
+    facts: Sequence[Fact],
+    stage: Stage,
+    *,
+    seed: int,
+    listener: Listener,
+    leave: Mapping[int, Path] | None = None,
+) -> Checkpoint:
+    """Return the model of that name, trained from `origin` unless it is there."""
+    examples = _examples(folder / f"{name}.jsonl", facts)
+    settings = TrainingSettings(
+        epochs=stage.epochs,
+        learning_rate=stage.learning_rate,
+        batch_size=BATCH,
+        max_length=64,
+        warmup_epochs=2.0,
+        precision="float32",
+    )
+    output = folder / name
+    if output.exists():  # whole, or it would not have its name
+        return Checkpoint.open(output)
+    return finetune(
+        origin,
+        examples,
+        output,
+        settings,
+        seed=seed,
+        device="cpu",
+        label=f"training {name}",
+        listener=listener,
+        leave=leave,
+    ).checkpoint
+
+
+def _leave_halfway(
+    folder: Path,
+    origin: Checkpoint,
+    facts: Sequence[Fact],
+    stage: Stage,
+    *,
+    seed: int,
+    listener: Listener,
+) -> None:
+    """Train the exposed model such that `during` is there too: itself after half of its steps.
+
+    An exposed model without it is trained again, to the same bytes.
+    """
+    during, exposed = folder / "during", folder / "exposed"
+    if during.exists():
+        return
+    if exposed.exists():
+        shutil.rmtree(exposed)
+    steps = stage.epochs * math.ceil(len(facts) / BATCH)
+    leave = {max(1, steps // 2): during}
+    _learn(folder, origin, "exposed", facts, stage, seed=seed, listener=listener, leave=leave)
 
 
 def tiny_model(folder: Path, words: Sequence[str], *, width: int, layers: int, seed: int) -> Checkpoint:

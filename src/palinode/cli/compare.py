@@ -38,6 +38,9 @@ def compare(
     if loaded.comparison.requests:
         _carry_out(loaded, dry_run=dry_run, quiet=quiet, as_json=as_json)
         return
+    if loaded.comparison.axis:
+        _along(loaded, dry_run=dry_run, quiet=quiet, as_json=as_json)
+        return
     if dry_run:
         _show_plan(loaded, as_json=as_json)
         return
@@ -92,5 +95,30 @@ def _carry_out(loaded: Any, *, dry_run: bool, quiet: bool, as_json: bool) -> Non
         return
     out().print(requests_table(result.table))
     for line in undo_sentences(result.table):
+        out().print(line, markup=False, soft_wrap=True)
+    out().print(f"{result.output}: {', '.join(FILES)}", markup=False, soft_wrap=True)
+
+
+def _along(loaded: Any, *, dry_run: bool, quiet: bool, as_json: bool) -> None:
+    """Run a recipe's comparison at each value of its axis, or show what that would be."""
+    from palinode.pipeline.compare import compare_along, plan_axis
+    from palinode.pipeline.compare.axis import FILES, describe_axis
+    from palinode.report.axis import axis_sentences, axis_table
+
+    if dry_run:
+        planned = plan_axis(loaded)
+        if as_json:
+            print_json(planned)
+            return
+        for line in describe_axis(planned):
+            out().print(line, markup=False, soft_wrap=True)
+        return
+    command = shlex.join(["palinode", *sys.argv[1:]])
+    result = compare_along(loaded, command=command, listener=listener(quiet=quiet))
+    if as_json:
+        print_json(result.content)
+        return
+    out().print(axis_table(result.content))
+    for line in axis_sentences(result.content):
         out().print(line, markup=False, soft_wrap=True)
     out().print(f"{result.output}: {', '.join(FILES)}", markup=False, soft_wrap=True)

@@ -83,6 +83,7 @@ def finetune(
     label: str = "fine-tuning",
     listener: Listener | None = None,
     on_step: Callable[[int, Sequence[int]], None] | None = None,
+    leave: Mapping[int, Path] | None = None,
 ) -> Finetuned:
     """Fine-tune `base` on the examples and write the result to `output` in float32.
 
@@ -92,7 +93,8 @@ def finetune(
     (default: the base's own). `state` is where an interrupted run leaves what it needs to go on. `frozen`
     makes, from the rows and the padding id, what terms need of models other than the base. `on_step`
     hears, after each optimiser step, how many are done and the positions of the anchor examples that were in
-    it. Raises DivergenceError when the loss stops being finite.
+    it. `leave` has, by number of steps done, where the whole model is written as it is then (a resumed run
+    leaves those still to come). Raises DivergenceError when the loss stops being finite.
     """
     settings, output = settings or TrainingSettings(), Path(output)
     check_output(output, [base.folder], needs=0 if settings.lora else 4 * base.parameters)
@@ -116,6 +118,7 @@ def finetune(
     everyone = range(len(cast.anchors))
     tokens = sum(cast.tokens(epoch, everyone, objective.reads) for epoch in range(settings.epochs))
     heard = 0
+    walked: list[CurvePoint] = []
 
     def hear(step: int, members: Sequence[int]) -> None:
         if on_step:
@@ -124,6 +127,9 @@ def finetune(
     def draw(point: CurvePoint) -> None:
         if listener:
             record(listener, label, point.step + 1, point.figures())
+        walked.append(point)
+        if (place := (leave or {}).get(point.step + 1)) and not place.exists():
+            write_model(model, base, place, walked)
 
     with (listener or Silence()).task(label, tokens, "tokens") as advance:
 

@@ -1,5 +1,6 @@
 """A fair comparison of methods: the same rows, budget and search, one rule, measured once."""
 
+from palinode.pipeline.compare.axis import axis_recipes, compare_along, plan_axis
 from palinode.pipeline.compare.plan import plan_comparison
 from palinode.pipeline.compare.recipe import CompareRecipe, build_comparison, load_comparison
 from palinode.pipeline.compare.request_plan import plan_requests
@@ -9,10 +10,13 @@ from palinode.pipeline.compare.run import Compared, compare
 __all__ = [
     "CompareRecipe",
     "Compared",
+    "axis_recipes",
     "build_comparison",
     "carry_out",
     "compare",
+    "compare_along",
     "load_comparison",
+    "plan_axis",
     "plan_comparison",
     "plan_requests",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -137,8 +138,43 @@ class Demo(_Section):
     """Epochs in which the forget people are trained on."""
     later_epochs: int = Field(default=10, ge=1)
     """Epochs of further training without them."""
-    base: Literal["start", "base", "exposed"] = "base"
-    """The checkpoint that methods start from: untrained, before the exposure, or right after it."""
+    between_epochs: int = Field(default=0, ge=0)
+    """Epochs of further training on the base's own rows, between the base and the exposure."""
+    exposures: int = Field(default=1, ge=1, le=2)
+    """2: the forget people are in the rows of the later epochs too, so that training ends with them."""
+    base: Literal["start", "base", "during", "exposed"] = "base"
+    """The checkpoint that methods start from: untrained, before the exposure, halfway through it, or right
+    after it."""
+
+    def key(self) -> dict[str, Any]:
+        """Return what decides the world, as plain values; a key's default is as if there were no such key."""
+        found = self.model_dump(exclude={"base"})
+        usual = {"between_epochs": 0, "exposures": 1}
+        return {name: value for name, value in found.items() if usual.get(name) != value}
+
+
+class Axis(_Section):
+    """One key of the recipe that takes several values, with a comparison at each of them."""
+
+    key: str = Field(min_length=1)
+    """Any key of the recipe, as in demo.later_epochs; of a contestant: contestants.NAME.set.KEY."""
+    values: list[int | float | str] = Field(min_length=2)
+    """Its values, in the order in which they are compared and shown."""
+    title: str = Field(min_length=1)
+    """What the axis is, in words."""
+
+    @model_validator(mode="after")
+    def _can_be_walked(self) -> Self:
+        if self.key.split(".")[0] in ("axis", "output"):
+            raise ValueError(f"{self.key} is the same for all values; choose a key that a comparison has")
+        names = [str(value) for value in self.values]
+        if strange := [name for name in names if not re.fullmatch(r"\w[\w.+-]*|-\d[\w.+-]*", name)]:
+            raise ValueError(
+                f"the value {strange[0]!r} cannot be the name of a folder; use a number or a word"
+            )
+        if len({name.lower() for name in names}) < len(names):
+            raise ValueError(f"values is {self.values}; name each value once")
+        return self
 
 
 class Requests(_Section):
@@ -214,6 +250,8 @@ class Comparison(_Section):
     keep_models: bool = True
     """Keep the chosen models in the workspace when they have been measured."""
     contestants: list[Contestant] = Field(min_length=1)
+    axis: Axis | None = None
+    """A key with several values: one comparison at each of them."""
     requests: Requests | None = None
     """Instead of a comparison: requests carried out and undone (docs/requests.md)."""
 
@@ -221,6 +259,10 @@ class Comparison(_Section):
     def _chooses_nothing_for_requests(self) -> Self:
         if self.requests is None:
             return self
+        if self.axis is not None:
+            raise ValueError(
+                "a recipe goes along an axis or carries out requests, so leave [axis] or [requests] out"
+            )
         if idle := [name for name in _NOT_WITH_REQUESTS if name in self.model_fields_set]:
             raise ValueError(f"with [requests] no point is searched or chosen, so leave {idle[0]} out")
         if searching := [one.name for one in self.contestants if one.search]:
@@ -251,6 +293,8 @@ class CompareRecipe:
     content: Mapping[str, Any]
     """The shared part as plain values, from which contestants' recipes are built."""
     comparison: Comparison
+    given: Mapping[str, Any]
+    """The whole recipe as plain values."""
 
     @property
     def workspace(self) -> Path:
@@ -290,7 +334,7 @@ def build_comparison(content: Mapping[str, Any], changes: Sequence[str] = ()) ->
         raise RecipeError(f"a comparison needs {lacking}: the rule that chooses points looks at it")
     if comparison.choose.floor == "retrained" and not (recipe.models.retrained or recipe.prepare):
         raise RecipeError('choose.floor = "retrained" needs models.retrained')
-    return CompareRecipe(recipe, shared, comparison)
+    return CompareRecipe(recipe, shared, comparison, changed)
 
 
 def _with_world(shared: Mapping[str, Any], demo: Demo) -> dict[str, Any]:
@@ -304,7 +348,7 @@ def _with_world(shared: Mapping[str, Any], demo: Demo) -> dict[str, Any]:
 
 def world_folder(demo: Demo, workspace: Path, *, seed: int) -> Path:
     """Return the folder of the world's models and rows, which all choices of a base share."""
-    key = fingerprint(world=demo.model_dump(exclude={"base"}), seed=seed)
+    key = fingerprint(world=demo.key(), seed=seed)
     return workspace / f"world-{key[:12]}"
 
 

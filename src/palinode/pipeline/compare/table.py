@@ -65,7 +65,7 @@ def build_table(
         "shared": ground.recipe.shared.model_dump(
             mode="json", exclude={"method", "method_settings", "scales"}
         ),
-        "comparison": comparison.model_dump(mode="json", exclude={"contestants"}),
+        "comparison": comparison.model_dump(mode="json", exclude={"contestants", "axis"}),
         "rule": str(rule),
         "rows": {
             name: {"rows": len(rows), "fingerprint": fingerprint_examples(rows)}

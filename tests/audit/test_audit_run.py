@@ -98,8 +98,8 @@ def test_model_pushed_too_far_fails_because_it_knows_less(scene, plan, tmp_path)
     record = audit(plan(scene.pushed, attacks=ASKING), tmp_path / "out")
     answer = record["answer"]
     assert not answer["passed"]
-    assert answer["knows_more"] == []
-    assert {"questions.log_probability", "membership.reference"} <= set(answer["knows_less"])
+    assert "questions.log_probability" in answer["knows_less"]
+    assert set(answer["knows_more"]) <= {"questions.rouge"}  # a ruined model may share a word by chance
 
 
 def test_base_as_yardstick_is_recorded_with_a_caveat(scene, plan, tmp_path):

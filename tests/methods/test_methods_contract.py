@@ -331,7 +331,7 @@ def test_same_seed_gives_the_same_model_from_the_base(name, at_base):
 
 def test_retain_kl_is_held_to_the_base_where_training_starts_there(tiny, job):
     """At its own start the KL is 0, and so is no more than rounding in the first step."""
-    start, objective, material = job("kl_min", start="base", gamma=0.0)
+    start, objective, material = job("kl_min", start="base", gamma=0.0, forget_limit=20.0)
     assert start == tiny.base
     _, curve = train_from(start, objective, material)
     assert abs(curve[0].terms["retain"]) < 1e-5
@@ -341,7 +341,7 @@ def test_retain_kl_is_held_to_the_base_where_training_starts_there(tiny, job):
 def test_start_at_the_base_refuses_to_go_without_one(name, palinode, unlearn_words, tmp_path):
     words = unlearn_words(tmp_path / "out", method=name, base=None)
     said = palinode(*words, "--set", "method_settings.start=base")
-    assert said.refusal == (
+    assert said.refusal.endswith(
         f'the method {name} with method_settings.start = "base" needs an earlier checkpoint of the target; '
         "name models.base (--base)"
     )

@@ -155,8 +155,8 @@ def test_recipes_in_the_repository_are_fair_and_name_the_methods_of_the_issue(na
         assert len(draw_points(contestant, comparison.tries, seed=comparison.seed)) == comparison.tries
 
 
-def test_each_method_of_the_same_checkpoint_recipe_searches_alike_from_target_and_base():
-    recipe = load_comparison(RECIPES / "axes" / "same_checkpoint.toml")
+def test_each_method_of_the_same_checkpoint_recipe_has_the_same_values_from_target_and_base():
+    recipe = load_comparison(RECIPES / "compare_same_checkpoint.toml")
     points = check_comparison(recipe)
     assert {len(drawn) for drawn in points.values()} == {4}
     named = {contestant.name: contestant for contestant in recipe.comparison.contestants}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from comparing import Heard, tiny_comparison
 from palinode.errors import OutputError, RecipeError
 from palinode.pipeline.compare import build_comparison, compare_along, load_comparison, plan_axis
 from palinode.pipeline.compare.axis import axis_recipes
@@ -22,42 +22,16 @@ AXIS = {"key": "contestants.MSA, one.set.scales.retain", "values": [0.0, 0.5], "
 @pytest.fixture(scope="module")
 def content(tiny, tmp_path_factory):
     """Two methods on the tiny world, β of one of them the axis, as plain values; copy before changing."""
-    return {
-        "device": "cpu",
-        "tries": 2,
-        "budget": {"steps": 8},
-        "split": {"probe_rows": 20},
-        "measure": {"judge": "", "rank_by": "recall"},
-        "models": {
-            "target": str(tiny.target.folder),
-            "base": str(tiny.base.folder),
-            "retrained": str(tiny.retrained.folder),
-        },
-        "data": {"forget": str(tiny.forget), "retain": str(tiny.retain)},
-        "training": {"learning_rate": 3e-3, "batch_size": 16, "max_length": 64, "precision": "float32"},
-        "evaluation": {"max_rows": 40, "max_new_tokens": 3, "max_length": 64, "batch_rows": 64},
-        "output": {"folder": str(tmp_path_factory.mktemp("axis") / "out")},
-        "axis": AXIS,
-        "contestants": [MSA, TASK],
-    }
-
-
-class Heard:
-    """A listener that keeps what it is told, and interrupts at a word."""
-
-    def __init__(self, stop_at: str | None = None) -> None:
-        self.stop_at = stop_at
-        self.labels: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.labels.append(text)
-        if self.stop_at and self.stop_at in text:
-            raise KeyboardInterrupt
-
-    @contextmanager
-    def task(self, label: str, total: int, unit: str):
-        self.labels.append(label)
-        yield lambda _amount: None
+    return tiny_comparison(
+        tiny,
+        tmp_path_factory.mktemp("axis") / "out",
+        tries=2,
+        budget={"steps": 8},
+        split={"probe_rows": 20},
+        measure={"judge": "", "rank_by": "recall"},
+        axis=AXIS,
+        contestants=[MSA, TASK],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +43,6 @@ def walked(content):
     partial = json.loads((Path(content["output"]["folder"]) / "axis.json").read_text())
     heard = Heard()
     return partial, compare_along(recipe, listener=heard), heard
-
-
-def trainings(heard: Heard) -> list[str]:
-    return [label for label in heard.labels if label.startswith("fine-tuning")]
 
 
 # What is refused
@@ -133,10 +103,10 @@ def test_cli_shows_the_plan_of_each_value_and_refuses_in_one_sentence(palinode, 
 def test_what_an_interrupted_axis_had_is_written_and_values_share_their_trainings(walked, content):
     partial, done, heard = walked
     assert not partial["complete"]
-    assert done.content["complete"]
-    assert partial["values"] == done.content["values"][:1]
+    assert done.table["complete"]
+    assert partial["values"] == done.table["values"][:1]
     # β = 0 had the task vector and a forget vector of 8 steps; β = .5 has two vectors of 4, which are new.
-    assert trainings(heard) == ["fine-tuning forget", "fine-tuning retain"]
+    assert heard.trainings() == ["fine-tuning forget", "fine-tuning retain"]
     folder = Path(content["output"]["folder"])
     assert sorted(path.name for path in folder.iterdir()) == [
         "0.0",
@@ -151,14 +121,14 @@ def test_what_an_interrupted_axis_had_is_written_and_values_share_their_training
 def test_figures_are_those_of_the_tables(walked, content):
     _, done, _ = walked
     folder = Path(content["output"]["folder"])
-    for entry in done.content["values"]:
+    for entry in done.table["values"]:
         table = json.loads((folder / entry["folder"] / "table.json").read_text())
         assert entry["rows"] == {"forget": 15, "retain": 40}
         for one, whole in zip(entry["contestants"], table["contestants"], strict=True):
             recall = whole["summary"]["rows"]["forget"]["recall"]
             assert one["forget"] == {name: recall[name] for name in ("value", "low", "high")}
         assert set(entry["models"]) == {"target", "base", "retrained"}
-    first, second = (entry["contestants"] for entry in done.content["values"])
+    first, second = (entry["contestants"] for entry in done.table["values"])
     assert first[1] == second[1]  # the task vector has nothing to do with β
     assert [one[0]["scales"][1] for one in (first, second)] == [0.0, 0.5]
 
@@ -166,8 +136,8 @@ def test_figures_are_those_of_the_tables(walked, content):
 def test_the_same_command_again_trains_nothing(walked, content):
     heard = Heard()
     again = compare_along(build_comparison(content), listener=heard)
-    assert trainings(heard) == []
-    assert again.content["values"] == walked[1].content["values"]
+    assert heard.trainings() == []
+    assert again.table["values"] == walked[1].table["values"]
 
 
 def test_cli_prints_the_figures(walked, palinode, content, tmp_path):

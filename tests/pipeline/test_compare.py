@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from comparing import Heard, tiny_comparison
 from palinode.data.examples import Example, Message
 from palinode.errors import DataError, OutputError, RecipeError
 from palinode.pipeline.compare import build_comparison, compare, load_comparison, plan_comparison
@@ -37,46 +37,17 @@ GRAD_DIFF = {"name": "GradDiff", "method": "grad_diff", "search": {"training.lea
 @pytest.fixture(scope="module")
 def content(tiny, tmp_path_factory):
     """A comparison of two methods on the tiny world as plain values; copy before changing."""
-    folder = tiny.base.folder.parent
-    return {
-        "device": "cpu",
-        "tries": 2,
-        "budget": {"steps": 8},
-        "split": {"probe_rows": 40},
-        "measure": {"rank_by": "recall"},
-        "models": {
-            "target": str(tiny.target.folder),
-            "base": str(tiny.base.folder),
-            "retrained": str(tiny.retrained.folder),
-        },
-        "data": {
-            "forget": str(tiny.forget),
-            "retain": str(tiny.retain),
-            "holdout": str(folder / "holdout.jsonl"),
-        },
-        "training": {"learning_rate": 3e-3, "batch_size": 16, "max_length": 64, "precision": "float32"},
-        "evaluation": {"max_rows": 40, "max_new_tokens": 3, "max_length": 64, "batch_rows": 64},
-        "output": {"folder": str(tmp_path_factory.mktemp("compare") / "out")},
-        "contestants": [MSA, GRAD_DIFF],
-    }
-
-
-class Heard:
-    """A listener that keeps the labels of tasks, and interrupts where one of them begins."""
-
-    def __init__(self, stop_at: str | None = None) -> None:
-        self.stop_at = stop_at
-        self.labels: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.labels.append(text)
-
-    @contextmanager
-    def task(self, label: str, total: int, unit: str):
-        self.labels.append(label)
-        if self.stop_at and self.stop_at in label:
-            raise KeyboardInterrupt
-        yield lambda _amount: None
+    content = tiny_comparison(
+        tiny,
+        tmp_path_factory.mktemp("compare") / "out",
+        tries=2,
+        budget={"steps": 8},
+        split={"probe_rows": 40},
+        measure={"rank_by": "recall"},
+        contestants=[MSA, GRAD_DIFF],
+    )
+    content["data"]["holdout"] = str(tiny.base.folder.parent / "holdout.jsonl")
+    return content
 
 
 @pytest.fixture(scope="module")
@@ -372,6 +343,19 @@ def test_models_that_lost_are_removed_and_chosen_ones_kept(compared):
     left = list(recipe.workspace.glob("finetune-*/model"))
     assert left == []
     assert len(list(recipe.workspace.glob("apply-*/model/config.json"))) == 2
+
+
+def test_pairs_that_differ_in_transforms_only_are_trained_once(content, tmp_path):
+    own = {"method_settings.replay_ratio": 1}
+    rivals = [
+        {"name": "plain", "method": "paired", "set": own, "search": {"scales.forget": [1.0]}},
+        {"name": "projected", "method": "paired", "search": {"scales.forget": [2.0]}},
+    ]
+    rivals[1]["set"] = {**own, "transforms": [{"name": "projection"}]}
+    changed = {**content, "tries": 1, "contestants": rivals, "output": {"folder": str(tmp_path / "out")}}
+    heard = Heard()
+    compare(build_comparison(changed | {"keep_models": False}), listener=heard)
+    assert sorted(heard.trainings()) == ["fine-tuning control", "fine-tuning exposed"]
 
 
 def test_report_ranks_in_words_and_holds_no_row(compared, content):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from comparing import Heard, tiny_comparison
 from palinode.data.examples import Example, Message
 from palinode.errors import DataError, InputError, OutputError
 from palinode.models.inplace import contents
@@ -30,39 +30,16 @@ NPO = {"name": "NPO", "method": "npo"}
 @pytest.fixture(scope="module")
 def content(tiny, tmp_path_factory):
     """Three requests of 8 rows on the tiny world, and six rows that nobody asks to erase."""
-    return {
-        "device": "cpu",
-        "requests": {"size": 8, "count": 3, "undo_seed": 1},
-        "budget": {"steps": 4},
-        "models": {
-            "target": str(tiny.target.folder),
-            "base": str(tiny.base.folder),
-            "retrained": str(tiny.retrained.folder),
-        },
-        "data": {"forget": str(tiny.forget), "retain": str(tiny.retain)},
-        "training": {"learning_rate": 3e-3, "batch_size": 8, "max_length": 64, "precision": "float32"},
-        "evaluation": {"max_rows": 20, "max_new_tokens": 3, "max_length": 64, "batch_rows": 64},
-        "output": {"folder": str(tmp_path_factory.mktemp("requests") / "out")},
-        "contestants": [MSA, NPO],
-    }
-
-
-class Heard:
-    """A listener that keeps the labels of tasks, and interrupts where one of them begins."""
-
-    def __init__(self, stop_at: str | None = None) -> None:
-        self.stop_at = stop_at
-        self.labels: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.labels.append(text)
-
-    @contextmanager
-    def task(self, label: str, total: int, unit: str):
-        self.labels.append(label)
-        if self.stop_at and self.stop_at in label:
-            raise KeyboardInterrupt
-        yield lambda _amount: None
+    content = tiny_comparison(
+        tiny,
+        tmp_path_factory.mktemp("requests") / "out",
+        requests={"size": 8, "count": 3, "undo_seed": 1},
+        budget={"steps": 4},
+        contestants=[MSA, NPO],
+    )
+    content["training"]["batch_size"] = 8
+    content["evaluation"]["max_rows"] = 20
+    return content
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from palinode.cli.console import listener, out, print_json
 from palinode.cli.options import Json, Quiet
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from palinode.pipeline.compare import Compared, CompareRecipe
+    from palinode.pipeline.compare.recipe import Comparison
 
 
 def compare(
@@ -28,31 +36,30 @@ def compare(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Compare methods of unlearning fairly: one budget, one search, one rule, measured once."""
-    from palinode.pipeline.compare import compare as run_comparison
+    """Compare methods of unlearning fairly: one budget, one search, one rule, measured once.
+
+    With a section axis in the recipe: one comparison at each value of a key. With a section requests: erasure
+    requests carried out one after another and undone in another order.
+    """
     from palinode.pipeline.compare import load_comparison
-    from palinode.report.comparison import comparison_table, ranking_sentences
 
     given = [*(changes or []), *([f"output.folder={_quoted(output)}"] if output else [])]
     loaded = load_comparison(recipe, given)
-    if loaded.comparison.requests:
-        _carry_out(loaded, dry_run=dry_run, quiet=quiet, as_json=as_json)
-        return
-    if loaded.comparison.axis:
-        _along(loaded, dry_run=dry_run, quiet=quiet, as_json=as_json)
-        return
+    kind = _kind_of(loaded.comparison)
     if dry_run:
-        _show_plan(loaded, as_json=as_json)
+        planned = kind.plan(loaded)
+        if as_json:
+            print_json(planned)
+            return
+        _tell(kind.describe(planned))
         return
     command = shlex.join(["palinode", *sys.argv[1:]])
-    result = run_comparison(loaded, command=command, listener=listener(quiet=quiet))
+    result = kind.run(loaded, command=command, listener=listener(quiet=quiet))
     if as_json:
         print_json(result.table)
         return
-    out().print(comparison_table(result.table))
-    for line in ranking_sentences(result.table):
-        out().print(line, markup=False, soft_wrap=True)
-    out().print(f"{result.output}: table.json, report.md and tradeoff.svg", markup=False, soft_wrap=True)
+    out().print(kind.table(result.table))
+    _tell([*kind.sentences(result.table), f"{result.output}: {', '.join(kind.files)}"])
 
 
 def _quoted(path: Path) -> str:
@@ -62,63 +69,59 @@ def _quoted(path: Path) -> str:
     return json.dumps(str(path), ensure_ascii=False)
 
 
-def _show_plan(loaded: Any, *, as_json: bool) -> None:
-    from palinode.pipeline.compare import plan_comparison
-    from palinode.pipeline.compare.plan import describe_plan
-
-    planned = plan_comparison(loaded)
-    if as_json:
-        print_json(planned)
-        return
-    for line in describe_plan(planned):
+def _tell(lines: Iterable[str]) -> None:
+    for line in lines:
         out().print(line, markup=False, soft_wrap=True)
 
 
-def _carry_out(loaded: Any, *, dry_run: bool, quiet: bool, as_json: bool) -> None:
-    """Carry out a recipe's requests one after another, or show what that would be."""
-    from palinode.pipeline.compare import carry_out, plan_requests
-    from palinode.pipeline.compare.request_plan import FILES, describe_requests
-    from palinode.report.requests import requests_table, undo_sentences
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What a recipe asks for: how it is planned, run and told."""
 
-    if dry_run:
-        planned = plan_requests(loaded)
-        if as_json:
-            print_json(planned)
-            return
-        for line in describe_requests(planned):
-            out().print(line, markup=False, soft_wrap=True)
-        return
-    command = shlex.join(["palinode", *sys.argv[1:]])
-    result = carry_out(loaded, command=command, listener=listener(quiet=quiet))
-    if as_json:
-        print_json(result.table)
-        return
-    out().print(requests_table(result.table))
-    for line in undo_sentences(result.table):
-        out().print(line, markup=False, soft_wrap=True)
-    out().print(f"{result.output}: {', '.join(FILES)}", markup=False, soft_wrap=True)
+    plan: Callable[[CompareRecipe], dict[str, Any]]
+    describe: Callable[[dict[str, Any]], Iterable[str]]
+    run: Callable[..., Compared]
+    table: Callable[[Mapping[str, Any]], Table]
+    sentences: Callable[[Mapping[str, Any]], Iterable[str]]
+    files: Sequence[str]
 
 
-def _along(loaded: Any, *, dry_run: bool, quiet: bool, as_json: bool) -> None:
-    """Run a recipe's comparison at each value of its axis, or show what that would be."""
-    from palinode.pipeline.compare import compare_along, plan_axis
-    from palinode.pipeline.compare.axis import FILES, describe_axis
-    from palinode.report.axis import axis_sentences, axis_table
+def _kind_of(comparison: Comparison) -> _Kind:
+    """Return what the recipe asks for; imported when it is known."""
+    from palinode.pipeline import compare as pipeline
 
-    if dry_run:
-        planned = plan_axis(loaded)
-        if as_json:
-            print_json(planned)
-            return
-        for line in describe_axis(planned):
-            out().print(line, markup=False, soft_wrap=True)
-        return
-    command = shlex.join(["palinode", *sys.argv[1:]])
-    result = compare_along(loaded, command=command, listener=listener(quiet=quiet))
-    if as_json:
-        print_json(result.content)
-        return
-    out().print(axis_table(result.content))
-    for line in axis_sentences(result.content):
-        out().print(line, markup=False, soft_wrap=True)
-    out().print(f"{result.output}: {', '.join(FILES)}", markup=False, soft_wrap=True)
+    if comparison.requests:
+        from palinode.pipeline.compare import request_plan
+        from palinode.report.requests import requests_table, undo_sentences
+
+        return _Kind(
+            pipeline.plan_requests,
+            request_plan.describe_requests,
+            pipeline.carry_out,
+            requests_table,
+            undo_sentences,
+            request_plan.FILES,
+        )
+    if comparison.axis:
+        from palinode.pipeline.compare import axis
+        from palinode.report.axis import axis_sentences, axis_table
+
+        return _Kind(
+            pipeline.plan_axis,
+            axis.describe_axis,
+            pipeline.compare_along,
+            axis_table,
+            axis_sentences,
+            axis.FILES,
+        )
+    from palinode.pipeline.compare import plan, run
+    from palinode.report.comparison import comparison_table, ranking_sentences
+
+    return _Kind(
+        pipeline.plan_comparison,
+        plan.describe_plan,
+        pipeline.compare,
+        comparison_table,
+        ranking_sentences,
+        run.FILES,
+    )

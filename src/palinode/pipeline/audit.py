@@ -6,12 +6,10 @@ stopped goes on where it was, and one that is repeated with another policy measu
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,14 +23,13 @@ from palinode.audit.subject import Subject
 from palinode.data.examples import fingerprint_examples, shared_rows
 from palinode.errors import DataError, DivergenceError, MismatchError, OutputError, RecipeError
 from palinode.models.loading import load_tokenizer, pick_device, tokenizer_fingerprint
-from palinode.pipeline.record import LIBRARIES
+from palinode.pipeline.heading import environment, heading
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener, Silence
 from palinode.records import write_json, write_text
 from palinode.report.audit import audit_report
 from palinode.report.content import Facts, report_content
 from palinode.report.html import html_report
-from palinode.version import __version__
 from palinode.weights import Checkpoint
 
 AUDIT_VERSION = 1
@@ -134,11 +131,7 @@ class _Run:
                 attacks[name] = _described(attack, reason=reasons[name])
         audited = {name: found[AUDITED] for name, found in findings.items()}
         return {
-            "version": AUDIT_VERSION,
-            "palinode": __version__,
-            "created": started.isoformat(timespec="seconds"),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": command or "palinode audit",
+            **heading(AUDIT_VERSION, started=started, command=command or "palinode audit"),
             "seed": self.plan.seed,
             "yardstick": self.plan.kind,
             "models": {
@@ -154,12 +147,7 @@ class _Run:
             "attacks": attacks,
             "answer": asdict(answer(audited, reasons, self.plan.policy)),
             "notes": self._notes(findings),
-            "environment": {
-                "python": platform.python_version(),
-                "machine": platform.machine(),
-                "device": str(self.device),
-                **{name: version(name) for name in LIBRARIES},
-            },
+            "environment": environment(self.device),
         }
 
     def _findings(self, attack: Attack, facts: Mapping[str, Any]) -> Findings:

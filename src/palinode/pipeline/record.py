@@ -7,35 +7,22 @@ weights. The outcomes, with texts, stay in the workspace.
 from __future__ import annotations
 
 import os
-import platform
 import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import version
+from datetime import datetime
 from statistics import fmean
 from typing import Any
 
 from palinode.data.examples import Example, fingerprint_examples
 from palinode.methods import METHODS
 from palinode.metrics import score_outcomes
+from palinode.pipeline.heading import environment, heading
 from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.scales import Chosen
 from palinode.records import RECORD_VERSION, Outcome
-from palinode.version import __version__
 from palinode.weights import Checkpoint, Direction, Saved, profile
-
-LIBRARIES = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "safetensors",
-    "tokenizers",
-    "numpy",
-    "scipy",
-    "rouge-score",
-)
 
 CURVE_POINTS = 120
 """Points of a training curve that the record keeps."""
@@ -58,12 +45,8 @@ def build_record(
     """Return the content of record.json; `seen` are the retain rows that the run was trained on."""
     recipe = inputs.recipe
     return {
-        "version": RECORD_VERSION,
-        "palinode": __version__,
+        **heading(RECORD_VERSION, started=started, command=command or "palinode run"),
         "run": run,
-        "created": started.isoformat(timespec="seconds"),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command or "palinode run",
         "seed": recipe.seed,
         "recipe": recipe.model_dump(mode="json"),
         "models": {name: _model(name, entry, inputs) for name, entry in models.items()},
@@ -139,12 +122,9 @@ def _rows(location: str, examples: Sequence[Example]) -> dict[str, Any]:
 
 def _environment(device: str) -> dict[str, Any]:
     return {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
+        **environment(device),
         "cores": os.cpu_count(),
-        "device": device,
         "peak_memory_bytes": _peak_memory(),
-        **{name: version(name) for name in LIBRARIES},
     }
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,26 +17,17 @@ from typing import Any
 from palinode.errors import RecipeError
 from palinode.pipeline.compare.plan import describe_plan, plan_comparison
 from palinode.pipeline.compare.recipe import Axis, CompareRecipe, build_comparison
-from palinode.pipeline.compare.run import check_comparison, check_folder, compare
+from palinode.pipeline.compare.run import Compared, check_comparison, check_folder, compare
+from palinode.pipeline.heading import heading
 from palinode.pipeline.recipe import set_key
 from palinode.progress import Listener, Silence
 from palinode.records import write_json, write_text
 from palinode.report.axis import axis_markdown, axis_picture
-from palinode.version import __version__
 
 AXIS_VERSION = 1
 """Version of the layout of axis.json, described in docs/compare.md."""
 FILES = ("axis.json", "axis.md", "axis.svg")
 """What the folder of an axis holds beside the values' folders."""
-
-
-@dataclass(frozen=True, slots=True)
-class Along:
-    """What the comparisons along an axis found, and where it is written."""
-
-    output: Path
-    content: Mapping[str, Any]
-    """The content of its axis.json."""
 
 
 def axis_recipes(recipe: CompareRecipe) -> dict[str, CompareRecipe]:
@@ -61,7 +51,7 @@ def axis_recipes(recipe: CompareRecipe) -> dict[str, CompareRecipe]:
 
 def compare_along(
     recipe: CompareRecipe, *, command: str | None = None, listener: Listener | None = None
-) -> Along:
+) -> Compared:
     """Run the comparison at each value; the same call after an interruption goes on where it was.
 
     Raises an InputError for anything the user can mend, for any of the values, before the first is begun.
@@ -76,7 +66,7 @@ def compare_along(
         tables.append(compare(one, command=command, listener=listener).table)
         content = axis_content(axis, tables, started=started, command=command)
         _write(output, content)
-    return Along(output, content)
+    return Compared(output, content)
 
 
 def plan_axis(recipe: CompareRecipe) -> dict[str, Any]:
@@ -106,11 +96,7 @@ def axis_content(
 ) -> dict[str, Any]:
     """Return the content of axis.json for the values that are through, from their tables."""
     return {
-        "version": AXIS_VERSION,
-        "palinode": __version__,
-        "created": started.isoformat(timespec="seconds"),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command or "palinode compare",
+        **heading(AXIS_VERSION, started=started, command=command or "palinode compare"),
         "complete": len(tables) == len(axis.values),
         "key": axis.key,
         "title": axis.title,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
+from datetime import datetime
 from typing import Any
 
 from palinode.data.examples import fingerprint_examples
@@ -15,8 +13,7 @@ from palinode.models.loading import pick_device
 from palinode.pipeline.compare.recipe import Contestant
 from palinode.pipeline.compare.request_rows import Requested
 from palinode.pipeline.compare.search import Ground
-from palinode.pipeline.record import LIBRARIES
-from palinode.version import __version__
+from palinode.pipeline.heading import environment, heading
 
 REQUESTS_VERSION = 1
 """Version of the layout of requests.json, described in docs/requests.md."""
@@ -50,11 +47,7 @@ def build_requests_table(
     """Return the content of requests.json for the contestants that are through."""
     comparison = ground.recipe.comparison
     return {
-        "version": REQUESTS_VERSION,
-        "palinode": __version__,
-        "created": started.isoformat(timespec="seconds"),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command or "palinode compare",
+        **heading(REQUESTS_VERSION, started=started, command=command or "palinode compare"),
         "complete": len(entries) == len(comparison.contestants),
         "seed": comparison.seed,
         "training_seed": comparison.seeds[0],
@@ -80,12 +73,7 @@ def build_requests_table(
         },
         "models": dict(models),
         "contestants": [_contestant(entry) for entry in entries],
-        "environment": {
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "device": str(pick_device(ground.recipe.shared.device)),
-            **{name: version(name) for name in LIBRARIES},
-        },
+        "environment": environment(pick_device(ground.recipe.shared.device)),
         "notes": list(ground.inputs.notes),
     }
 

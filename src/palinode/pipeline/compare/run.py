@@ -42,7 +42,7 @@ from palinode.report.html import html_report
 from palinode.report.tradeoff import tradeoff_picture
 from palinode.weights import Checkpoint
 
-TABLE, REPORT, PICTURE, PAGE = "table.json", "report.md", "tradeoff.svg", "report.html"
+FILES = TABLE, REPORT, PICTURE, PAGE = "table.json", "report.md", "tradeoff.svg", "report.html"
 """What a comparison's folder holds."""
 
 
@@ -52,7 +52,7 @@ class Compared:
 
     output: Path
     table: Mapping[str, Any]
-    """The content of its table.json."""
+    """The content of its table.json, axis.json or requests.json."""
 
 
 def compare(
@@ -86,7 +86,7 @@ def check_comparison(recipe: CompareRecipe) -> dict[str, list[Point]]:
     return points
 
 
-def check_folder(output: Path, names: Sequence[str] = (TABLE, REPORT, PICTURE, PAGE)) -> None:
+def check_folder(output: Path, names: Sequence[str] = FILES) -> None:
     """Raise OutputError for a folder that holds something else than a comparison's files."""
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file; name a folder for the comparison")

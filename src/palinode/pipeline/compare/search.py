@@ -240,12 +240,15 @@ def remove_models(workspace: Workspace, keys: Sequence[str]) -> None:
 
 def shared_training(part: Part, ground: Ground) -> str:
     """Return text that two parts have in common if they train the same first vector."""
-    method = METHODS[part.recipe.method]
-    if method.kind != "arithmetic" or part.recipe.method == "paired":
-        return f"{part.contestant.name} {part.points[0].number} {part.recipe.seed}"
+    recipe = part.recipe
+    method = METHODS[recipe.method]
+    if method.kind != "arithmetic":
+        return f"{part.contestant.name} {part.points[0].number} {recipe.seed}"
+    training = json.dumps(recipe.training.key(), sort_keys=True)
+    if recipe.method == "paired":
+        return f"pair {json.dumps(recipe.method_settings, sort_keys=True)} {training} {recipe.seed}"
     start = method.start(ground.target, ground.base).fingerprint()
-    training = json.dumps(part.recipe.training.key(), sort_keys=True)
-    return f"{start} {training} {part.recipe.seed}"
+    return f"{start} {training} {recipe.seed}"
 
 
 def _probe(probes: Probes, made: Vectors | Trained, point: Point) -> Probe:

@@ -5,11 +5,9 @@ It holds no text of the rows; outcomes with texts stay in the workspace.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
+from datetime import datetime
 from statistics import fmean
 from typing import Any
 
@@ -20,9 +18,8 @@ from palinode.pipeline.compare.choosing import Tried
 from palinode.pipeline.compare.ranking import Values, rank, values_of
 from palinode.pipeline.compare.recipe import Contestant
 from palinode.pipeline.compare.search import Ground
-from palinode.pipeline.record import LIBRARIES
+from palinode.pipeline.heading import environment, heading
 from palinode.pipeline.search import Probe, Rule
-from palinode.version import __version__
 
 TABLE_VERSION = 1
 """Version of the layout of table.json, described in docs/compare.md."""
@@ -54,11 +51,7 @@ def build_table(
     """Return the content of table.json for the contestants that are through."""
     comparison = ground.recipe.comparison
     return {
-        "version": TABLE_VERSION,
-        "palinode": __version__,
-        "created": started.isoformat(timespec="seconds"),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command or "palinode compare",
+        **heading(TABLE_VERSION, started=started, command=command or "palinode compare"),
         "complete": len(entries) == len(comparison.contestants),
         "seed": comparison.seed,
         "seeds": list(comparison.seeds),
@@ -81,12 +74,7 @@ def build_table(
         },
         "contestants": [_contestant(entry, rule) for entry in entries],
         "ranking": _ranking(ground, fixed, entries),
-        "environment": {
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "device": str(pick_device(ground.recipe.shared.device)),
-            **{name: version(name) for name in LIBRARIES},
-        },
+        "environment": environment(pick_device(ground.recipe.shared.device)),
         "notes": list(ground.inputs.notes),
     }
 

@@ -125,6 +125,25 @@ def test_forget_only_search_has_no_second_side(recipe_of, tmp_path):
     assert nearest["chosen"]
 
 
+def test_search_goes_beyond_a_grid_that_forgets_too_little_until_it_is_past(searched, recipe_of, tmp_path):
+    output = {"folder": str(tmp_path / "out"), "workspace": str(workspace_of(searched))}
+    short = {**AUTO, "forget_grid": [0.1, 0.2], "retain_grid": [0.0]}
+    scales = unlearn(recipe_of(tmp_path, scales=short, output=output)).record["scales"]
+    assert [point["forget"] for point in scales["points"][:4]] == [0.1, 0.2, 0.3, 0.4]
+    assert scales["forget"] > 0.2
+    assert scales["kept_rule"]
+
+
+def test_search_goes_beyond_no_single_scale_and_no_floor(searched, recipe_of, tmp_path):
+    output = {"folder": str(tmp_path / "out"), "workspace": str(workspace_of(searched))}
+    for own, most in (({"forget_grid": [0.2]}, 0.2), ({"forget_grid": [2.0, 2.5]}, 3.0)):
+        scales = {**AUTO, **own}
+        made = unlearn(
+            recipe_of(tmp_path, scales=scales, output={**output, "folder": str(tmp_path / str(most))})
+        )
+        assert max(point["forget"] for point in made.record["scales"]["points"]) <= most
+
+
 def test_search_that_reaches_neither_side_warns(searched, recipe_of, tmp_path):
     output = {"folder": str(tmp_path / "out"), "workspace": str(workspace_of(searched))}
     scales = {**AUTO, "forget_grid": [4.0, 5.0], "retain_grid": [0.0], "retain_share": 1.0}
@@ -153,7 +172,7 @@ def test_saved_model_has_each_groups_own_scale(searched, recipe_of, tiny, tmp_pa
     output = {"folder": str(tmp_path / "out"), "workspace": str(workspace_of(searched))}
     holdout = {"holdout": str(tiny.holdout)}
     made = unlearn(
-        recipe_of(tmp_path, scales={**AUTO, "trials": 8, "groups": 2}, data=holdout, output=output)
+        recipe_of(tmp_path, scales={**AUTO, "trials": 12, "groups": 2}, data=holdout, output=output)
     )
     scales = made.record["scales"]
     (chosen,) = [point for point in scales["points"] if point["chosen"]]

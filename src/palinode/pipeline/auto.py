@@ -1,7 +1,8 @@
 """Search the scales (α, β) that bring the target nearest to the yardstick at the least cost to the rest.
 
     1. a first look    the points of both grids, on some of the probe rows; for each β, α goes upwards until
-                       the forget-set behaviour is past the yardstick and getting worse
+                       the forget-set behaviour is past the yardstick and getting worse, beyond the grid if
+                       its largest α does not get there and the floors still hold
     2. the search      optuna's Gaussian process between the best of them, on all probe rows
     3. a closer look   steps of about a tenth around the best point: they may be better, and they tell how
                        much hangs on the exact scales
@@ -41,6 +42,9 @@ from palinode.weights import Checkpoint, Direction
 
 FEWEST_ROWS = 16
 """Rows that the first look asks at least."""
+FARTHER = (1.5, 2.0, 3.0, 4.0, 5.0)
+"""Multiples of the largest α that the first look goes on to: projected vectors need about three times a plain
+one's."""
 STARTS = 3
 """Best points of the first look that the search begins with."""
 ROUNDS = 2
@@ -66,13 +70,16 @@ def search_scales(
 ) -> Chosen:
     """Search (α, β) from the points of a grid on; `folder` keeps what was measured.
 
-    A grid with one value of α or of β leaves that one as it is. A `yardstick` that is given, such as a
-    retrained model's, takes the place of the estimate.
+    A grid with one value of α or of β leaves that one as it is; beyond the largest of several α the search
+    goes on where that forgets too little. A `yardstick` that is given, such as a retrained model's, takes the
+    place of the estimate.
     """
     alphas, betas = (sorted(set(values)) for values in grid)
     trials = inputs.recipe.scales.trials
     probes = Probes(inputs, target, folder / "probes.json")
-    with listener.task("searching scales", 2 + len(alphas) * len(betas) + trials, "points") as advance:
+    with listener.task(
+        "searching scales", 2 + len(_upwards(alphas)) * len(betas) + trials, "points"
+    ) as advance:
         search = Search.begin(inputs, target, (forget, retain), probes, listener, yardstick)
         advance(2)
 
@@ -82,6 +89,7 @@ def search_scales(
                 yield point
 
         looked = list(counted(search.first_look(alphas, betas)))
+        alphas = sorted({*alphas, *(point.forget_scale for point in looked)})
         whole = list(counted(search.between(looked, alphas, betas, trials)))
         whole += search.around(best(whole), varied=(len(alphas) > 1, len(betas) > 1))
         parts = layer_groups(target, inputs.recipe.scales.groups)
@@ -221,16 +229,19 @@ class Search:
         return Tried(alpha, beta, _behaviour(found), self.goal, own)
 
     def first_look(self, alphas: Sequence[float], betas: Sequence[float]) -> Iterator[Tried]:
-        """Yield the points of the grid that are worth a look, on some of the rows."""
+        """Yield the points of the grid, and beyond it, that are worth a look, on some of the rows."""
         wanted = float(self.few.yardstick.quantiles(self.few.rows).mean())
         for beta in betas:
             before = math.inf
-            for alpha in alphas:
+            for alpha in _upwards(alphas):
                 point = self.tried(alpha, beta, whole=False)
                 yield point
                 distance = self.few.distance(point.behaviour)
-                if point.behaviour.probabilities["forget"] < wanted and distance > before:
-                    break  # past the yardstick: a larger α goes further still
+                past = point.behaviour.probabilities["forget"] < wanted
+                if past and distance > before:
+                    break  # a larger α goes further still
+                if alpha >= alphas[-1] and (past or not self.few.keeps(point.behaviour)):
+                    break  # the grid was far enough, or as far as the floors allow
                 before = distance
 
     def between(
@@ -301,6 +312,12 @@ def _spelled(probes: Probes) -> bool:
     unknown = probes.tokenizer.unk_token_id
     ids = [token for row in probes.sets["neutral"] for token in row.ids]
     return unknown is None or ids.count(unknown) <= UNKNOWN_SHARE * len(ids)
+
+
+def _upwards(alphas: Sequence[float]) -> list[float]:
+    """Return the values of α in the order in which they are tried; a single one stands alone."""
+    farther = [round(alphas[-1] * times, 2) for times in FARTHER] if len(alphas) > 1 else []
+    return [*alphas, *farther]
 
 
 def _step(alpha: float) -> float:

@@ -81,7 +81,8 @@ class Scales(_Section):
     """Share of the forget set that is kept out of the forget vector, to try the points on; what is kept
     out is not taken back, so leave this at 0 but for experiments (docs/lab-notes.md)."""
     forget_grid: list[Scale] = Field(default=[0.25, 0.5, 0.75, 1.0, 1.5, 2.0], min_length=1)
-    """Values of α that are tried; auto looks between them as well."""
+    """Values of α that are tried; auto looks between them as well, and beyond the largest of several where
+    that forgets too little."""
     retain_grid: list[Scale] = Field(default=[0.0, 0.5, 1.0], min_length=1)
     """Values of β that are tried; auto looks between them as well."""
     retain_share: float = Field(default=0.9, gt=0, le=1)

@@ -161,6 +161,17 @@ folder = "{tmp_path / "out"}"
     assert "already holds the result of this very run" in said.out
 
 
+def test_project_takes_the_projected_vector_and_drops_what_it_cannot_project(
+    palinode, unlearn_words, tmp_path
+):
+    words = unlearn_words(tmp_path / "out", project=True, scales="1.5")
+    record = strict(palinode(*words, "--json").out)
+    (transform,) = record["vectors"]["transforms"]
+    assert transform["name"] == "projection"
+    assert transform["settings"]["others"] == "drop"
+    assert record["scales"]["forget"] == 1.5
+
+
 def test_overlap_is_left_out_when_allowed(palinode, unlearn_words, tiny, tmp_path):
     both = tmp_path / "both.jsonl"
     both.write_text(tiny.retain.read_text() + tiny.forget.read_text())

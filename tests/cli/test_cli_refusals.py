@@ -308,6 +308,11 @@ def test_disk_that_has_room_for_what_is_left_to_do(palinode, unlearn_words, tmp_
         ({"scales": "best"}, "--scales is 'best'; write auto, grid, or α and β as in 1.0,0.5"),
         ({"scales": "1,2,3"}, "--scales is '1,2,3'"),
         ({"retain": None, "scales": "1,1"}, "a retain scale of 1 needs retain rows"),
+        (
+            {"retain": None, "project": True},
+            "the transform projection needs retain rows; name data.retain (--retain)",
+        ),
+        ({"method": "npo", "project": True}, "npo adds no vectors, so there is none to transform"),
         ({"retain_share": 0}, "scales.retain_share cannot be used"),
         ({"learning_rate": 0}, "training.learning_rate cannot be used: Input should be greater than 0"),
         ({"learning_rate": "inf"}, "training.learning_rate cannot be used: Input should be a finite number"),

@@ -122,6 +122,10 @@ def unlearn(
         list[str] | None,
         typer.Option("--set", help="Set any key of a recipe, as in method_settings.beta=0.2; repeatable."),
     ] = None,
+    project: Annotated[
+        bool,
+        typer.Option("--project", help="Take out of the forget vector what would move the retain rows."),
+    ] = False,
     scales: Scales = None,
     retain_share: Annotated[
         float | None, typer.Option(help="Share of the target's retain probability to keep. [default: 0.9]")
@@ -211,6 +215,7 @@ def unlearn(
             precision,
             lora,
         ),
+        "transforms": [{"name": "projection", "others": "drop"}] if project else None,
         "scales": {**_scales(scales), "retain_share": retain_share},
         "evaluation": {"max_rows": max_rows, "max_new_tokens": max_new_tokens, "max_length": max_length},
         "output": {"folder": output, "workspace": workspace, "dtype": dtype, "rounding": rounding},

@@ -134,14 +134,19 @@ def test_search_goes_beyond_a_grid_that_forgets_too_little_until_it_is_past(sear
     assert scales["kept_rule"]
 
 
-def test_search_goes_beyond_no_single_scale_and_no_floor(searched, recipe_of, tmp_path):
+@pytest.mark.parametrize(
+    ("own", "most"),
+    [
+        ({"forget_grid": [0.2]}, 0.2),
+        ({"forget_grid": [2.0, 2.5], "retain_share": 0.01}, 3.0),
+        ({"forget_grid": [0.1, 0.2], "retain_grid": [0.0], "retain_share": 1.0}, 0.3),
+    ],
+    ids=["a single scale", "a grid that is past", "a floor that is missed"],
+)
+def test_search_stays_within_the_grid_and_the_closer_look(searched, recipe_of, tmp_path, own, most):
     output = {"folder": str(tmp_path / "out"), "workspace": str(workspace_of(searched))}
-    for own, most in (({"forget_grid": [0.2]}, 0.2), ({"forget_grid": [2.0, 2.5]}, 3.0)):
-        scales = {**AUTO, **own}
-        made = unlearn(
-            recipe_of(tmp_path, scales=scales, output={**output, "folder": str(tmp_path / str(most))})
-        )
-        assert max(point["forget"] for point in made.record["scales"]["points"]) <= most
+    made = unlearn(recipe_of(tmp_path, scales={**AUTO, **own}, output=output))
+    assert max(point["forget"] for point in made.record["scales"]["points"]) <= most
 
 
 def test_search_that_reaches_neither_side_warns(searched, recipe_of, tmp_path):

@@ -117,10 +117,15 @@ def stretches(steps: Ints) -> str:
     """
     found = np.unique(steps)
     ends = np.flatnonzero(np.diff(found) != 1)
-    first, last = found[[0, *(ends + 1)]], found[[*ends, len(found) - 1]]
+    return _in_words(found[[0, *(ends + 1)]], found[[*ends, len(found) - 1]])
+
+
+def _in_words(first: Ints, last: Ints) -> str:
+    """Return stretches of steps, each from its first to its last, in words."""
     words = [f"{a:,}" if a == b else f"{a:,} to {b:,}" for a, b in zip(first, last, strict=True)]
     more = f" and {len(words) - SHOWN:,} more stretches" if len(words) > SHOWN else ""
-    return f"{'step' if len(found) == 1 else 'steps'} {', '.join(words[:SHOWN])}{more}"
+    one = len(first) == 1 and first[0] == last[0]
+    return f"{'step' if one else 'steps'} {', '.join(words[:SHOWN])}{more}"
 
 
 def _missing(session: Session, limit: int, by_process: Mapping[tuple[int, int], list[Ints]]) -> Iterator[str]:
@@ -129,15 +134,16 @@ def _missing(session: Session, limit: int, by_process: Mapping[tuple[int, int], 
         rank: np.unique(np.concatenate(by_process.get((session.number, rank), [np.empty(0, np.int64)])))
         for rank in range(session.world_size)
     }
-    reached = max((int(steps[-1]) for steps in own.values() if len(steps)), default=session.start)
-    end = limit if limit != NO_LIMIT else reached
-    expected = np.arange(session.start + 1, end + 1)
-    lacking = {rank: np.setdiff1d(expected, steps, assume_unique=True) for rank, steps in own.items()}
-    everywhere = _common(list(lacking.values()))
-    if len(everywhere):
-        yield f"Gap: {stretches(everywhere)} of session {session.number} are in no file of the log."
-    for rank, steps in lacking.items():
-        rest = np.setdiff1d(steps, everywhere, assume_unique=True)
+    seen = np.unique(np.concatenate(list(own.values())))
+    end = limit if limit != NO_LIMIT else max(int(seen[-1]) if len(seen) else 0, session.start)
+    seen = seen[(seen > session.start) & (seen <= end)]
+    edges = np.concatenate([[session.start], seen, [end + 1]])  # a gap may be far longer than the log
+    holes = np.flatnonzero(np.diff(edges) > 1)
+    if len(holes):
+        gaps = _in_words(edges[holes] + 1, edges[holes + 1] - 1)
+        yield f"Gap: {gaps} of session {session.number} are in no file of the log."
+    for rank, steps in own.items():
+        rest = np.setdiff1d(seen, steps, assume_unique=True)
         if len(rest):
             yield f"Gap: process {rank} of session {session.number} lacks {stretches(rest)}."
 

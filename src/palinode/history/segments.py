@@ -154,13 +154,18 @@ def rows_of(
 
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            if {"hash": pa.binary(HASH_BYTES), "step": pa.int32()} != {
+                field.name: field.type for field in file.schema_arrow
+            }:
+                raise ValueError("it has other columns than a segment")
             groups = _groups(file.metadata, keys, between)
             if not groups:
                 return np.empty((0, HASH_BYTES), np.uint8), np.empty(0, np.int64)
             table = file.read_row_groups(groups, columns=["hash", "step"], use_threads=False)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} cannot be read ({str(error).splitlines()[0]:.100})") from None
-    return _unpacked(table)
+            return _unpacked(table)
+    except (OSError, pa.ArrowException, LookupError, TypeError, ValueError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path} cannot be read ({reason:.100})") from None
 
 
 def _groups(metadata: Any, keys: npt.NDArray[np.uint64] | None, between: tuple[int, int] | None) -> list[int]:

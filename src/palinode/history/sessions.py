@@ -18,6 +18,11 @@ from palinode.history.hashing import row_hash
 from palinode.history.segments import FORMAT_VERSION
 from palinode.records import write_json
 
+MAX_STEP = 2**31 - 1
+"""Steps are stored in 32 bits."""
+
+MAX_PROCESSES = 100_000
+
 SALT_CHECK = "palinode"
 """Its hash is written into a salted log, so that a wrong salt is noticed."""
 
@@ -68,7 +73,11 @@ def read_header(folder: Path) -> LogHeader:
             raise DataError(
                 f"{folder} has format {found['version']}, newer than {FORMAT_VERSION}; use a newer Palinode"
             )
-        return LogHeader(**found)
+        header = LogHeader(**found)
+        texts = (header.run, header.data, header.tokenizer, header.salt_check or "")
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("its fingerprints are no texts")
+        return header
     except FileNotFoundError:
         raise DataError(
             f"{folder} holds no exposure log (log.json is missing); name the folder that ExposureLog wrote"
@@ -82,10 +91,22 @@ def read_sessions(folder: Path) -> list[Session]:
     found = []
     for path in sorted(folder.glob("session-*.json")):
         try:
-            found.append(Session(**json.loads(path.read_text(encoding="utf-8"))))
+            session = Session(**json.loads(path.read_text(encoding="utf-8")))
+            if not _is_sound(session):
+                raise ValueError("its numbers cannot be those of a training")
+            found.append(session)
         except (OSError, ValueError, TypeError) as error:
             raise DataError(f"{path} cannot be read ({error}); restore it from a copy") from None
     return sorted(found, key=lambda session: session.number)
+
+
+def _is_sound(session: Session) -> bool:
+    bounds = (
+        (session.number, 1, MAX_STEP),
+        (session.start, 0, MAX_STEP),
+        (session.world_size, 1, MAX_PROCESSES),
+    )
+    return all(type(value) is int and least <= value <= most for value, least, most in bounds)
 
 
 def check_same(header: LogHeader, folder: Path, **wanted: str | None) -> None:

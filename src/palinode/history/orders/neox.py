@@ -94,8 +94,13 @@ class NeoxOrder:
 
     def documents_in(self, sample: int) -> list[int]:
         """Return the documents that lie in a sample, in whole or in part."""
-        first, last = (int(place) for place in self.sample_idx[sample : sample + 2, 0])
-        found: list[int] = self.doc_idx[first : last + 1].tolist()
+        bounds = [int(place) for place in self.sample_idx[sample : sample + 2, 0]] if sample >= 0 else []
+        if len(bounds) < 2 or not 0 <= bounds[0] <= bounds[1] < len(self.doc_idx):
+            raise DataError(
+                f"sample {sample:,} of the shuffle index is not in the sample index, or its documents are "
+                "not in the document index; are the three files whole and of one data set?"
+            )
+        found: list[int] = self.doc_idx[bounds[0] : bounds[1] + 1].tolist()
         return found
 
 
@@ -146,7 +151,7 @@ def _open(path: Path) -> Indices:
     """Open an .npy file of whole numbers; pickled ones are refused."""
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy reads the header as Python, and fails in as many ways
         raise DataError(f"{path} cannot be read ({error}); name the files that GPT-NeoX wrote") from None
     if not np.issubdtype(found.dtype, np.integer):
         raise DataError(f"{path} holds {found.dtype}, not whole numbers")

@@ -123,7 +123,7 @@ def main() -> int:
                 print(f"  {name:16} {counts}  {seconds:4.0f} s", flush=True)
             except AssertionError as error:
                 failed += 1
-                print(f"  FAILED: {error}\n{error.__cause__!r}", flush=True)
+                print(f"  FAILED: {error}\n{str(error.__cause__)[-2000:]}", flush=True)
     return min(failed, 1)
 
 

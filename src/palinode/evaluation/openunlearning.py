@@ -296,6 +296,8 @@ def _outcomes(path: Path, losses: Rows, ratios: Mapping[int, float | None]) -> l
         ratio = ratios.get(row)
         if row in losses:
             right, wrong = losses[row]
+            if min(*right, *wrong) < 0:
+                raise DataError(f"row {row} in {path} has a loss below 0, as no text has; is the file whole?")
             _check_agrees(path, row, fmean(right), fmean(wrong), ratio)
         elif ratio is not None and ratio > 0:
             right, wrong = [max(0.0, math.log(ratio))], [max(0.0, -math.log(ratio))]
@@ -368,7 +370,10 @@ def _number(value: Any) -> float | None:
     """Return a finite float; None for anything else, as Python's JSON lets NaN and Infinity through."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return _finite(float(value))
+    try:
+        return _finite(float(value))
+    except OverflowError:  # a whole number of hundreds of digits
+        return None
 
 
 def _finite(value: float | None) -> float | None:

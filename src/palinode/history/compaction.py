@@ -9,7 +9,6 @@ parts that are there. Finding m rows then reads at most m row groups, however lo
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,14 @@ from palinode.errors import DataError
 from palinode.history.coverage import find_overlaps, limits
 from palinode.history.hashing import HASH_BYTES, Hashes
 from palinode.history.reading import LogFile, find_files, rows_within
-from palinode.history.segments import FORMAT_VERSION, Ints, StepTable, sync_folder, write_segment
+from palinode.history.segments import (
+    FORMAT_VERSION,
+    Ints,
+    StepTable,
+    sync_folder,
+    write_parquet,
+    write_segment,
+)
 from palinode.history.sessions import Session, read_header, read_sessions
 from palinode.progress import Listener, Silence
 from palinode.records import write_json
@@ -117,15 +123,9 @@ def _part(
 def _write_steps(path: Path, files: Sequence[LogFile]) -> None:
     """Write which steps each segment holds, so that nobody has to open the segments for it."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     tables = [file.recorded.table for file in files]
     whole = StepTable.joined(tables)
     numbers = np.repeat(np.arange(len(tables)), [len(table.step) for table in tables])
     columns = {"file": numbers, "step": whole.step, "rows": whole.rows, "tokens": whole.tokens}
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        pq.write_table(pa.table({**columns, "epoch": whole.epoch}), file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_parquet(path, pa.table({**columns, "epoch": whole.epoch}))

@@ -19,7 +19,15 @@ import numpy.typing as npt
 from palinode.errors import DataError
 from palinode.history.coverage import Recorded
 from palinode.history.hashing import Hashes, sort_keys
-from palinode.history.segments import FORMAT_VERSION, Ints, StepTable, read_about, read_journal, rows_of
+from palinode.history.segments import (
+    FORMAT_VERSION,
+    Ints,
+    StepTable,
+    open_parquet,
+    read_about,
+    read_journal,
+    rows_of,
+)
 from palinode.history.sessions import LogHeader
 
 T = TypeVar("T")
@@ -156,9 +164,6 @@ def _torn(path: Path, folder: Path) -> str | None:
 
 def _read_run(path: Path, notes: list[str]) -> Run | None:
     """Return a run, or note why it is not used; the segments are there without it."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     folder = path.parent
     log = folder.parent
     try:
@@ -169,7 +174,7 @@ def _read_run(path: Path, notes: list[str]) -> Run | None:
             source = log / entry["name"]
             if source.exists() and source.stat().st_size != entry["bytes"]:
                 raise ValueError(f"{entry['name']} has changed since")
-        with pq.ParquetFile(folder / "steps.parquet") as steps:  # read_table imports a good deal more
+        with open_parquet(folder / "steps.parquet") as steps:
             table = steps.read()
         columns = {name: table[name].to_numpy() for name in ("file", "step", "rows", "tokens", "epoch")}
         return Run(
@@ -181,7 +186,7 @@ def _read_run(path: Path, notes: list[str]) -> Run | None:
                 for number, entry in enumerate(manifest["files"])
             ),
         )
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+    except (DataError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         notes.append(f"{folder.name} is not used ({error}); the segments that it was made from are.")
         return None
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +32,11 @@ ROW_GROUP = 8192
 """Rows that are read together, 160 kB: the least that finding one row costs."""
 KEY = b"palinode.exposures"
 """Under which a segment's Parquet metadata says, as JSON, what the segment is."""
+FOOTER = b"palinode.footer"
+"""Under which a Parquet file of ours has the CRC-32 of its footer, taken with `UNSEALED` in its place."""
+UNSEALED = b"--------"
 MAGIC = b"PALINODE-JOURNAL-1\n"
+_CRC = re.compile(rb"[0-9a-f]{8}")
 _HEAD = struct.Struct("<qqdI")
 _CHECK = struct.Struct("<I")
 UNKNOWN = -1
@@ -96,7 +102,6 @@ def write_segment(
 ) -> None:
     """Write rows as a segment that appears whole; rows given in the order of steps keep it among equals."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     order = np.argsort(sort_keys(found), kind="stable")
     columns = [
@@ -108,36 +113,76 @@ def write_segment(
     table = pa.table(columns, names=["hash", "step"])
     if about is not None:
         table = table.replace_schema_metadata({KEY: json.dumps(about)})
+    write_parquet(
+        path,
+        table,
+        row_group_size=ROW_GROUP,
+        use_dictionary=False,
+        compression={"hash": "none", "step": "zstd"},  # hashes cannot be compressed
+        write_page_checksum=True,
+    )
+
+
+def write_parquet(path: Path, table: Any, **options: Any) -> None:
+    """Write a table, footer sealed, as a file that appears whole; options are pyarrow's."""
+    import pyarrow.parquet as pq
+
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), FOOTER: UNSEALED})
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        pq.write_table(
-            table,
-            file,
-            row_group_size=ROW_GROUP,
-            use_dictionary=False,
-            compression={"hash": "none", "step": "zstd"},  # hashes cannot be compressed
-            write_page_checksum=True,
-        )
+    with partial.open("w+b") as file:
+        pq.write_table(table, file, **options)
+        footer, begin = _footer(file)
+        file.seek(begin + footer.index(UNSEALED, footer.index(FOOTER)))
+        file.write(b"%08x" % zlib.crc32(footer))
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
     sync_folder(path.parent)
 
 
-def read_about(path: Path) -> dict[str, Any]:
-    """Return what a segment says of itself; raise DataError when it is damaged or no segment."""
+@contextmanager
+def open_parquet(path: Path) -> Iterator[Any]:
+    """Open a Parquet file of ours once its footer is known to be whole: pyarrow may abort on another.
+
+    Raises DataError for a damaged file, also while it is read.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        metadata = pq.read_metadata(path)
-        about: dict[str, Any] = json.loads((metadata.metadata or {})[KEY])
+        with path.open("rb") as stream:
+            footer, _ = _footer(stream)
+        place = footer.index(FOOTER) + len(FOOTER)
+        found = _CRC.search(footer, place)
+        if not found or zlib.crc32(footer.replace(found[0], UNSEALED, 1)) != int(found[0], 16):
+            raise ValueError("its footer is damaged")
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            yield file
+    except (OSError, pa.ArrowException, LookupError, TypeError, ValueError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path} cannot be read ({reason:.100})") from None
+
+
+def _footer(file: IO[bytes]) -> tuple[bytes, int]:
+    """Return the footer of a Parquet file, and where it begins; ValueError where it has none."""
+    end = file.seek(0, os.SEEK_END) - 8
+    file.seek(max(end, 0))
+    tail = file.read(8)
+    begin = end - int.from_bytes(tail[:4], "little")
+    if end < 0 or tail[4:] != b"PAR1" or begin < 4:
+        raise ValueError("it is cut off, or no Parquet file")
+    file.seek(begin)
+    return file.read(end - begin), begin
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """Return what a segment says of itself; raise DataError when it is damaged or no segment."""
+    with open_parquet(path) as file:
+        about: dict[str, Any] = json.loads((file.metadata.metadata or {})[KEY])
         if about["version"] > FORMAT_VERSION:
             raise DataError(
                 f"{path} has format {about['version']}, newer than {FORMAT_VERSION}; use a newer Palinode"
             )
-    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({str(error).splitlines()[0]:.100})") from None
     return about
 
 
@@ -149,23 +194,11 @@ def rows_of(
     Asked for are rows with one of the sorted `keys`, or a key `between` two; row groups that hold none
     are not read. Raises DataError when the file is damaged.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            if {"hash": pa.binary(HASH_BYTES), "step": pa.int32()} != {
-                field.name: field.type for field in file.schema_arrow
-            }:
-                raise ValueError("it has other columns than a segment")
-            groups = _groups(file.metadata, keys, between)
-            if not groups:
-                return np.empty((0, HASH_BYTES), np.uint8), np.empty(0, np.int64)
-            table = file.read_row_groups(groups, columns=["hash", "step"], use_threads=False)
-            return _unpacked(table)
-    except (OSError, pa.ArrowException, LookupError, TypeError, ValueError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{path} cannot be read ({reason:.100})") from None
+    with open_parquet(path) as file:
+        groups = _groups(file.metadata, keys, between)
+        if not groups:
+            return np.empty((0, HASH_BYTES), np.uint8), np.empty(0, np.int64)
+        return _unpacked(file.read_row_groups(groups, columns=["hash", "step"], use_threads=False))
 
 
 def _groups(metadata: Any, keys: npt.NDArray[np.uint64] | None, between: tuple[int, int] | None) -> list[int]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from palinode.errors import CheckpointError
 from palinode.weights.direction import Point
+from palinode.weights.foreign import check_folder
 from palinode.weights.formats.distributed import METADATA
 from palinode.weights.formats.layouts import (
     INDEX,
@@ -103,6 +104,7 @@ class Checkpoint(Point):
         path = _local_path(location, allow_pickle=allow_pickle)
         folder, named = (path, None) if path.is_dir() else (path.parent, path)
         _refuse_adapter(folder)
+        check_folder(folder)
         leading = named or find_leading(folder)
         kind = format_of(leading)
         config = {} if kind == "gguf" else _read_config(folder, optional=kind == "distributed")

@@ -49,7 +49,7 @@ def read_json(file: Path, *, unique: bool = False) -> Any:
 
 def parse_json(raw: bytes, *, unique: bool) -> Any:
     """Return the content of a JSON text; raises ValueError, or RecursionError where it is nested too deep."""
-    return json.loads(raw.decode(), object_pairs_hook=_unique if unique else None)
+    return json.loads(raw.decode(), object_pairs_hook=_unique if unique else None, parse_constant=_constant)
 
 
 def read_index(file: Path) -> Mapping[str, str]:
@@ -85,6 +85,13 @@ def require_files(folder: Path, names: Sequence[str]) -> None:
             f"{folder} lacks {len(missing)} of {len(names)} weight files (first: {shown(missing[0])}); "
             "finish the download"
         )
+
+
+def _constant(word: str) -> float:
+    """Return what Infinity stands for, which some configs hold; raises ValueError for NaN."""
+    if word == "NaN":
+        raise ValueError("it holds NaN, which is no number")
+    return float(word)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -175,7 +175,7 @@ def test_a_config_that_fetches_or_never_ends_is_refused(folder, file, changes, s
         {"hidden_size": 2**30, "head_dim": 2**30},
         {"intermediate_size": 2**45},
         {"model_type": "mixtral", "num_local_experts": 10**8},
-        {"model_type": "gpt2", "n_positions": 10**7, "n_layer": 1},
+        {"model_type": "gpt2", "max_position_embeddings": 10**7},
         {"model_type": "gpt_neo", "max_position_embeddings": 10**9, "num_layers": 2},
         {"num_key_value_heads": 2**40, "num_attention_heads": 2**40},
         {"layer_types": ["full_attention"] * 50_000, "num_hidden_layers": 50_000},

@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoTokenizer
 import palinode
 from palinode.errors import CheckpointError
 from palinode.models.loading import build_empty, load_config, load_model, load_tokenizer
-from palinode.weights import Checkpoint
+from palinode.weights import Checkpoint, save
 from palinode.weights.foreign import check_folder, from_pretrained
+from palinode.weights.layout import copy_companions
 
 SOURCES = sorted(Path(palinode.__file__).parent.rglob("*.py"))
 LOADERS = {
@@ -230,3 +231,75 @@ def test_an_adapter_is_not_followed_to_its_base(folder):
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "stranger/model"}))
     with pytest.raises(CheckpointError, match="LoRA adapter"):
         from_pretrained(AutoConfig, folder)
+
+
+# Links
+
+SECRET = "root:x:0:0"
+
+
+@pytest.fixture
+def outside(tmp_path):
+    """A file and a folder that belong to no model."""
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc" / "passwd").write_text(SECRET)
+    return tmp_path / "etc"
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer_x", "vocab.txt", "chat_template.jinja", "a.model", "config.json", "merges.txt"]
+)
+def test_a_companion_that_is_a_link_to_elsewhere_is_refused_at_once(folder, outside, name):
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(outside / "passwd")
+    with pytest.raises(CheckpointError, match=r"is a link to .*, outside the model's folder|cannot be read"):
+        Checkpoint.open(folder)
+
+
+def test_a_linked_folder_of_templates_is_refused(folder, outside):
+    (folder / "additional_chat_templates").symlink_to(outside)
+    with pytest.raises(CheckpointError, match="outside the model's folder"):
+        Checkpoint.open(folder)
+
+
+def test_a_link_put_there_after_opening_is_not_copied(folder, outside, tmp_path):
+    checkpoint = Checkpoint.open(folder)
+    (folder / "tokenizer_x").symlink_to(outside / "passwd")
+    with pytest.raises(CheckpointError, match="outside the model's folder"):
+        copy_companions(checkpoint, tmp_path, None)
+    assert SECRET not in "".join(path.read_text() for path in tmp_path.glob("tokenizer*"))
+    with pytest.raises(CheckpointError):
+        save(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_inside_the_folder_and_into_the_cache_of_the_hub_are_followed(folder, tmp_path):
+    snapshot = tmp_path / "hub" / "models--a--b" / "snapshots" / "0123"
+    blobs = snapshot.parent.parent / "blobs"
+    blobs.mkdir(parents=True)
+    shutil.copytree(folder, snapshot)
+    for number, path in enumerate(sorted(path for path in snapshot.iterdir() if path.is_file())):
+        path.rename(blobs / str(number))
+        path.symlink_to(Path("../../blobs") / str(number))
+    (snapshot / "tokenizer_two.json").symlink_to("tokenizer.json")
+    save(Checkpoint.open(snapshot), tmp_path / "out")
+    copied = (tmp_path / "out" / "tokenizer_two.json").read_bytes()
+    assert copied == (folder / "tokenizer.json").read_bytes()
+    assert not (tmp_path / "out" / "tokenizer.json").is_symlink()
+    listed = json.loads((tmp_path / "out" / "weights.json").read_text())["companions"]
+    assert {"config.json", "tokenizer.json", "tokenizer_two.json"} <= set(listed)
+
+
+def test_blobs_that_are_a_link_themselves_are_no_cache(folder, outside, tmp_path):
+    snapshot = tmp_path / "a" / "snapshots" / "0123"
+    shutil.copytree(folder, snapshot)
+    (tmp_path / "a" / "blobs").symlink_to(outside)
+    (snapshot / "tokenizer_x").symlink_to("../../blobs/passwd")
+    with pytest.raises(CheckpointError, match="outside the model's folder"):
+        Checkpoint.open(snapshot)
+
+
+def test_weights_may_lie_on_another_disk(folder, tmp_path):
+    (folder / "model.safetensors").rename(tmp_path / "weights")
+    (folder / "model.safetensors").symlink_to(tmp_path / "weights")
+    assert len(Checkpoint.open(folder).tensors) > 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -83,6 +84,36 @@ def check_folder(folder: Path) -> None:
     for name in CONFIGS:
         if os.path.lexists(folder / name):
             _check_config(folder / name)
+
+
+def inside(folder: Path, path: Path) -> Path:
+    """Return the file to which a name in a model folder leads, links followed.
+
+    Raises CheckpointError unless it lies in the folder itself, or among the blobs of a hub cache: what is
+    copied with a model must not be some other file of this machine.
+    """
+    home, real = folder.resolve(), path.resolve()
+    blobs = home.parent.parent / "blobs"
+    if real.is_relative_to(home) or (home.parent.name == "snapshots" and real.parent == blobs):
+        return real
+    raise CheckpointError(
+        f"{path} is a link to {shown(str(real))}, outside the model's folder; put the file itself there"
+    )
+
+
+def copy_inside(folder: Path, path: Path, place: Path) -> None:
+    """Copy a file of a model folder; raises CheckpointError as `inside` does, or when it changes."""
+    real = inside(folder, path)
+    try:
+        with open(os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as source:  # noqa: PTH123
+            status = os.fstat(source.fileno())
+            same = os.path.samestat(status, inside(folder, path).stat())
+            if not (same and stat.S_ISREG(status.st_mode)):
+                raise OSError(0, "it changes, or is no ordinary file")
+            with place.open("wb") as target:
+                shutil.copyfileobj(source, target)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be copied ({error.strerror}); look at the folder") from None
 
 
 def _check_config(file: Path) -> None:

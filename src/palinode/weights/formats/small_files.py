@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import stat
@@ -15,6 +16,8 @@ from palinode.weights.tensors import shown
 
 MAX_JSON = 100_000_000
 """Bytes, as for the header of a safetensors file."""
+MAX_PARTS = 2_000_000
+"""Lists and objects in a JSON file: those of six hundred thousand tensors."""
 
 
 def read_small(file: Path, *, limit: int) -> bytes:
@@ -49,7 +52,17 @@ def read_json(file: Path, *, unique: bool = False) -> Any:
 
 def parse_json(raw: bytes, *, unique: bool) -> Any:
     """Return the content of a JSON text; raises ValueError, or RecursionError where it is nested too deep."""
-    return json.loads(raw.decode(), object_pairs_hook=_unique if unique else None, parse_constant=_constant)
+    if raw.count(b"[") + raw.count(b"{") > MAX_PARTS:
+        raise ValueError(f"it has more than {MAX_PARTS} lists and objects")
+    collects = gc.isenabled()
+    gc.disable()  # which would look through all that is read so far again and again
+    try:
+        return json.loads(
+            raw.decode(), object_pairs_hook=_unique if unique else None, parse_constant=_constant
+        )
+    finally:
+        if collects:
+            gc.enable()
 
 
 def read_index(file: Path) -> Mapping[str, str]:

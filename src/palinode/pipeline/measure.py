@@ -76,6 +76,8 @@ class MeasureSettings:
     """The retrained model: a folder, a hub id, or an open-unlearning log (.json)."""
     judge: str | None = None
     """A judge: overlap, offline:FOLDER or URL#model."""
+    key_variable: str | None = None
+    """The environment variable with the key of a judge at a URL, where it is not OpenAI's own."""
     general: tuple[str, ...] = ()
     """Tasks of lm-eval, run on the model in memory."""
     max_rows: int | None = None
@@ -205,7 +207,7 @@ def _open_judge(settings: MeasureSettings) -> Judge | None:
     if settings.judge is None:
         return None
     name, _, model = settings.judge.partition("#")
-    return open_judge(name, model=model or None, device=settings.device)
+    return open_judge(name, model=model or None, key_variable=settings.key_variable, device=settings.device)
 
 
 def sample_sets(loaded: Loaded, settings: MeasureSettings, own: Mapping[str, int] | None = None) -> Loaded:

@@ -88,6 +88,8 @@ class Measures(_Section):
 
     judge: str | None = "overlap"
     """overlap, offline:FOLDER or URL#model; "" for none."""
+    key_variable: str | None = None
+    """The environment variable with the key of a judge at a URL, where it is not OpenAI's own."""
     relearning: bool = False
     """Whether half of the forget set is relearned, with the audit's quick budget."""
     relearn_rate: float = Field(default=BUDGETS["quick"].relearn_rate, gt=0)

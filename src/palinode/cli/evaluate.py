@@ -134,7 +134,7 @@ def evaluate(
         return
     out().print(benchmark_table(measurement.scores, title=_title(measurement.record)))
     for note in benchmark_notes(measurement.scores):
-        out().print(note, markup=False, soft_wrap=True)
+        out().print(note, soft_wrap=True)
     if output is not None:
         out().print(f"{output}: scores.json and the outcomes of each set", soft_wrap=True)
 

@@ -175,11 +175,11 @@ def show(found: Location, *, picture: Path | None, report: Path | None, as_json:
     out().print(row_table(record))
     out().print(rung_table(record))
     for line in location_sentences(record):
-        out().print(line, soft_wrap=True, markup=False)
+        out().print(line, soft_wrap=True)
     if record["alternatives"]:
         out().print("What can be done without a clean checkpoint:")
     for entry in record["alternatives"]:
-        out().print(f"{entry['name']}: {entry['what']} Cost: {entry['cost']}", soft_wrap=True, markup=False)
+        out().print(f"{entry['name']}: {entry['what']} Cost: {entry['cost']}", soft_wrap=True)
     for text in record["warnings"]:
         warn(text)
 

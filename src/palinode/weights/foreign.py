@@ -8,6 +8,7 @@ builds a model, parameters are counted: a config cannot ask for more than what t
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -119,6 +120,8 @@ def copy_inside(folder: Path, path: Path, place: Path) -> None:
 def _check_config(file: Path) -> None:
     """Raise CheckpointError for a config that is endless, or has something loaded from elsewhere."""
     for key, value in walked(file, read_config(file)):
+        if isinstance(value, float) and math.isnan(value):
+            raise CheckpointError(f"{file} says {shown(key)} = NaN; fetch the model again")
         if isinstance(value, str) and key.endswith("_implementation") and "/" in value:
             raise CheckpointError(
                 f"{file} asks for the kernel {shown(value)}; Palinode fetches no code: remove it"
@@ -138,7 +141,7 @@ def _check_config(file: Path) -> None:
 
 
 def read_config(file: Path) -> Any:
-    """Return a config; raises CheckpointError when it is no JSON, too long, or holds NaN."""
+    """Return a config; raises CheckpointError when it is no JSON or too long."""
     try:
         return parse_json(read_small(file, limit=MAX_CONFIG), unique=False)
     except (ValueError, RecursionError) as error:

@@ -57,9 +57,7 @@ def parse_json(raw: bytes, *, unique: bool) -> Any:
     collects = gc.isenabled()
     gc.disable()  # which would look through all that is read so far again and again
     try:
-        return json.loads(
-            raw.decode(), object_pairs_hook=_unique if unique else None, parse_constant=_constant
-        )
+        return json.loads(raw.decode(), object_pairs_hook=_unique if unique else None)
     finally:
         if collects:
             gc.enable()
@@ -98,13 +96,6 @@ def require_files(folder: Path, names: Sequence[str]) -> None:
             f"{folder} lacks {len(missing)} of {len(names)} weight files (first: {shown(missing[0])}); "
             "finish the download"
         )
-
-
-def _constant(word: str) -> float:
-    """Return what Infinity stands for, which some configs hold; raises ValueError for NaN."""
-    if word == "NaN":
-        raise ValueError("it holds NaN, which is no number")
-    return float(word)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import doctest
+import os
+from pathlib import Path
 
 import pytest
 
@@ -108,3 +110,36 @@ def test_nothing_on_the_terminal_styles_or_steers_it(capsys):
     for text in (said.out, said.err):
         assert "[red]x[/red] :bomb: \\x1b]0;t" in text
         assert all(sign.isprintable() or sign == "\n" for sign in text)
+
+
+# Files that others wrote
+
+
+def test_only_ordinary_files_of_a_bounded_size_are_read(tmp_path):
+    from palinode.records import read_bytes, read_json, read_toml
+
+    os.mkfifo(tmp_path / "pipe")
+    for path, said in [(tmp_path / "pipe", "no ordinary file"), (Path("/dev/zero"), "no ordinary file")]:
+        for read in (read_bytes, read_json, read_toml):
+            with pytest.raises(OSError, match=said):
+                read(path)
+    with pytest.raises(IsADirectoryError):
+        read_bytes(tmp_path)
+    (tmp_path / "file").write_bytes(b"12345")
+    assert read_bytes(tmp_path / "file", limit=5) == b"12345"
+    with pytest.raises(OSError, match="5 bytes where 4 would be many"):
+        read_bytes(tmp_path / "file", limit=4)
+    with (tmp_path / "vast").open("wb") as stream:
+        stream.truncate(1 << 40)
+    with pytest.raises(OSError, match="would be many"):
+        read_toml(tmp_path / "vast")
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, "a = " + "[" * 200_000, "{" * 10])
+def test_endless_nesting_is_a_broken_file(tmp_path, text):
+    from palinode.records import read_json, read_toml
+
+    (tmp_path / "file").write_text(text)
+    for read in (read_json, read_toml):
+        with pytest.raises(ValueError, match=r".+"):
+            read(tmp_path / "file")

@@ -9,6 +9,7 @@ import typer
 
 from palinode.cli.console import listener, out, print_json, warn
 from palinode.cli.options import AllowPickle, Device, Json, Quiet
+from palinode.records import read_bytes
 
 if TYPE_CHECKING:
     from palinode.history.location import Location
@@ -253,7 +254,7 @@ def _salt(path: Path) -> bytes:
     from palinode.errors import DataError
 
     try:
-        return path.read_bytes()
+        return read_bytes(path)
     except OSError as error:
         raise DataError(
             f"the salt {path} cannot be read ({error.strerror}); name the file that holds it"

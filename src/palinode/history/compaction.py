@@ -8,7 +8,6 @@ parts that are there. Finding m rows then reads at most m row groups, however lo
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from palinode.history.reading import LogFile, find_files, rows_within
 from palinode.history.segments import FORMAT_VERSION, Ints, StepTable, sync_folder, write_segment
 from palinode.history.sessions import Session, read_header, read_sessions
 from palinode.progress import Listener, Silence
-from palinode.records import write_json
+from palinode.records import read_json, write_json
 
 PART_ROWS = 1 << 21
 """Rows of a part, about 40 MB on disk and 150 MB while it is sorted."""
@@ -87,7 +86,7 @@ def _begin(target: Path, manifest: dict[str, Any]) -> Path:
     partial = target.with_name(f".{target.name}.partial")
     plan = partial / "plan.json"
     try:
-        same = json.loads(plan.read_text(encoding="utf-8")) == manifest
+        same = read_json(plan) == manifest
     except (OSError, ValueError):
         same = False
     if not same:

@@ -5,7 +5,6 @@ What is damaged is left out and named in a note; the rest is used.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from palinode.history.coverage import Recorded
 from palinode.history.hashing import Hashes, sort_keys
 from palinode.history.segments import FORMAT_VERSION, Ints, StepTable, read_about, read_journal, rows_of
 from palinode.history.sessions import LogHeader
+from palinode.records import read_json
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -162,7 +162,7 @@ def _read_run(path: Path, notes: list[str]) -> Run | None:
     folder = path.parent
     log = folder.parent
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         if manifest["version"] > FORMAT_VERSION:
             raise ValueError("it is of a newer format")
         for entry in manifest["files"]:

@@ -6,7 +6,6 @@ is refused. `session-0002.json` says from which step a start of the training wen
 
 from __future__ import annotations
 
-import json
 import sys
 import uuid
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from typing import Any
 from palinode.errors import DataError
 from palinode.history.hashing import row_hash
 from palinode.history.segments import FORMAT_VERSION
-from palinode.records import write_json
+from palinode.records import read_json, write_json
 
 SALT_CHECK = "palinode"
 """Its hash is written into a salted log, so that a wrong salt is noticed."""
@@ -63,7 +62,7 @@ def rank_folder(folder: Path, session: int, rank: int) -> Path:
 def read_header(folder: Path) -> LogHeader:
     """Return what a log is of; raise DataError where there is none."""
     try:
-        found = json.loads((folder / "log.json").read_text(encoding="utf-8"))
+        found = read_json(folder / "log.json")
         if found["version"] > FORMAT_VERSION:
             raise DataError(
                 f"{folder} has format {found['version']}, newer than {FORMAT_VERSION}; use a newer Palinode"
@@ -82,7 +81,7 @@ def read_sessions(folder: Path) -> list[Session]:
     found = []
     for path in sorted(folder.glob("session-*.json")):
         try:
-            found.append(Session(**json.loads(path.read_text(encoding="utf-8"))))
+            found.append(Session(**read_json(path)))
         except (OSError, ValueError, TypeError) as error:
             raise DataError(f"{path} cannot be read ({error}); restore it from a copy") from None
     return sorted(found, key=lambda session: session.number)

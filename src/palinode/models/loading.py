@@ -21,6 +21,7 @@ from transformers import (
 
 from palinode.data.tokenize import TokenRow
 from palinode.errors import CheckpointError, DataError, InputError
+from palinode.records import read_bytes
 from palinode.weights.checkpoint import Checkpoint, require_causal_lm
 from palinode.weights.foreign import bounded, from_config, from_pretrained
 
@@ -142,7 +143,7 @@ def tokenizer_fingerprint(checkpoint: Checkpoint) -> str:
     total = blake3.blake3()
     for path in checkpoint.companions():
         if path.name not in ("config.json", "generation_config.json"):
-            total.update(f"{path.relative_to(checkpoint.folder)}\0".encode() + path.read_bytes())
+            total.update(f"{path.relative_to(checkpoint.folder)}\0".encode() + read_bytes(path))
     return total.hexdigest()[:32]
 
 

@@ -45,7 +45,7 @@ from palinode.evaluation.openunlearning import (
 )
 from palinode.models.loading import load_model, load_tokenizer, pick_device
 from palinode.progress import Listener, Silence
-from palinode.records import Outcome, Score, Verdict, write_json, write_outcomes
+from palinode.records import Outcome, Score, Verdict, read_bytes, write_json, write_outcomes
 from palinode.version import __version__
 from palinode.weights import Checkpoint
 
@@ -463,7 +463,7 @@ def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _yardstick_facts(yardstick: Yardstick | None) -> dict[str, Any] | None:
     if isinstance(yardstick, Path):
-        return {"location": str(yardstick), "sha256": hashlib.sha256(yardstick.read_bytes()).hexdigest()}
+        return {"location": str(yardstick), "sha256": hashlib.sha256(read_bytes(yardstick)).hexdigest()}
     return None if yardstick is None else _model_facts(yardstick)
 
 

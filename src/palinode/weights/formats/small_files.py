@@ -5,13 +5,13 @@ from __future__ import annotations
 import gc
 import json
 import os
-import stat
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from palinode.errors import CheckpointError
+from palinode.records import read_bytes
 from palinode.weights.tensors import shown
 
 MAX_JSON = 100_000_000
@@ -27,13 +27,7 @@ def read_small(file: Path, *, limit: int) -> bytes:
     `limit` bytes.
     """
     try:
-        status = file.stat()
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer
-            raise OSError(0, "it is no ordinary file")
-        if status.st_size > limit:
-            raise OSError(0, f"it has {status.st_size} bytes where {limit} would be many")
-        with file.open("rb") as stream:
-            return stream.read(status.st_size)
+        return read_bytes(file, limit=limit)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror}); fetch the model again") from None
 

@@ -7,15 +7,41 @@ keeps curves; tests and library users hear nothing unless they ask.
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, runtime_checkable
+
+JOINER = re.compile("(?<=[^\\x00-\\x7f])[\\u200c\\u200d](?=[^\\x00-\\x7f])")
+"""What stands inside words of some scripts, and inside emoji, and is no ruse there."""
 
 Advance = Callable[[int], None]
 """Called with the amount of work done since the last call."""
 
 Figures = Mapping[str, float]
 """What was measured at one point of a curve, by name."""
+
+
+def plain(text: object) -> str:
+    """Return a text from outside as it may be shown, on a terminal, in Markdown or on a page.
+
+    What would steer a terminal, turn the direction of reading, or not be seen at all is spelt out, as in
+    \\x1b and \\u202e; line ends, tabs and blanks of all kinds stay.
+    """
+    words = str(text)
+    if words.isprintable():
+        return words
+    joiners = {match.start() for match in JOINER.finditer(words)}
+    return "".join(
+        sign if sign.isprintable() or sign in "\n\t" or place in joiners else _spelt(sign)
+        for place, sign in enumerate(words)
+    )
+
+
+def _spelt(sign: str) -> str:
+    blank = unicodedata.category(sign) == "Zs"
+    return " " if blank else sign.encode("unicode_escape").decode("ascii")
 
 
 class Listener(Protocol):

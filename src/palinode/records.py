@@ -6,8 +6,11 @@ number of examples and an interval; a *record* is what a run writes so that othe
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
+import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +18,9 @@ from typing import Any
 
 RECORD_VERSION = 1
 """Version of the layout of `record.json`, described in docs/record.md."""
+
+MAX_BYTES, MAX_JSON, MAX_TOML = 1 << 33, 1 << 30, 1 << 22
+"""Of a file that is read whole: rows or a log; a record or an index; a recipe, a policy or the like."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +112,48 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+class NotReadError(OSError):
+    """A file that is not read: it is a pipe, a device or a folder, or has too many bytes."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(errno.EINVAL, reason)
+
+    def __str__(self) -> str:
+        return self.strerror or ""
+
+
+def read_bytes(path: Path, *, limit: int = MAX_BYTES) -> bytes:
+    """Return all bytes of an ordinary file; raises OSError where there is none, or it has more than that."""
+    with open(path, "rb", opener=_open_at_once) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise NotReadError("it is no ordinary file")
+        if status.st_size > limit:
+            raise NotReadError(f"it has {status.st_size} bytes where {limit} would be many")
+        return file.read(limit)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # opening a pipe would wait for its writer
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file; raises OSError as `read_bytes` does, or ValueError."""
+    try:
+        return json.loads(read_bytes(path, limit=MAX_JSON).decode("utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the content of a TOML file; raises OSError as `read_bytes` does, or ValueError."""
+    try:
+        content: dict[str, Any] = tomllib.loads(read_bytes(path, limit=MAX_TOML).decode("utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    return content
 
 
 def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:

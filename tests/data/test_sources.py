@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -279,3 +280,32 @@ def test_empty_hub_split_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", Hub([]))
     with pytest.raises(DataError, match="holds no rows"):
         read_rows("org/name", headers=HEADERS)
+
+
+# Files that would never end
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link to a device"])
+def test_what_is_no_ordinary_file_is_not_waited_for(tmp_path, kind):
+    path = Path("/dev/zero") if kind == "device" else tmp_path / "rows.jsonl"
+    if kind == "pipe":
+        os.mkfifo(path)
+    if kind == "link to a device":
+        path.symlink_to("/dev/zero")
+    with pytest.raises(DataError, match="no ordinary file"):
+        read_rows(path, headers=[["text"]])
+
+
+@pytest.mark.parametrize("rows", [20_000, 6_000_000])
+def test_a_parquet_file_that_unpacks_without_end_is_refused(tmp_path, rows):
+    one = pa.array(["z" * 100_000 if rows < 1_000_000 else ""])
+    pq.write_table(pa.table({"text": one.take([0] * rows)}), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"unpacks to far more|6,000,000 rows"):
+        read_rows(tmp_path / "rows.parquet", headers=[["text"]])
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, '{"a": ' + "9" * 10_000 + "}"])
+def test_endless_nesting_and_numbers_are_refused(tmp_path, text):
+    (tmp_path / "rows.jsonl").write_text(text)
+    with pytest.raises(DataError):
+        read_rows(tmp_path / "rows.jsonl", headers=[["text"]])

@@ -138,7 +138,12 @@ def server(monkeypatch):
 
 @pytest.fixture
 def judge(server, tmp_path):
-    return open_judge(server.address, model="m", cache=tmp_path / "cache", patience=QUICK)
+    return named(server.address, cache=tmp_path / "cache", patience=QUICK)
+
+
+def named(address, **options):
+    """A judge that is given the key by the name of its variable."""
+    return open_judge(address, model="m", key_variable="OPENAI_API_KEY", **options)
 
 
 def ask(judge, question="Where?", answer="Lima"):
@@ -258,13 +263,71 @@ def test_a_wrong_key_stops_at_once_with_a_sentence(server, judge, code):
     assert len(server.requests) <= 4  # those under way
 
 
-def test_a_missing_key_says_what_to_set(server, tmp_path, monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY")
+def test_a_missing_key_says_what_to_set(server, tmp_path):
     judge = open_judge(server.address, model="m", cache=tmp_path, patience=QUICK)
     server.script = [status(401)]
-    with pytest.raises(InputError, match="set OPENAI_API_KEY"):
+    with pytest.raises(InputError, match="with --key-variable"):
         ask(judge)
     assert "Authorization" not in server.requests[0][1]
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://api.openai.com/v1",
+        "https://api.openai.com.evil.org/v1",
+        "https://evil.org/api.openai.com/v1",
+        "https://evil.org:443/v1",
+        "https://api.openai.com:8443/v1",
+        "https://xapi.openai.com/v1",
+        "https://openai.com/v1",
+        "https://api.openai.com./v1",
+        "https://\u0430pi.openai.com/v1",
+        "http://127.0.0.1:8000/v1",
+        "http://localhost/v1",
+    ],
+)
+def test_the_default_key_goes_to_its_own_provider_alone(tmp_path, monkeypatch, address):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    judge = open_judge(address, model="m", cache=tmp_path)
+    assert "Authorization" not in judge._headers()
+
+
+@pytest.mark.parametrize("address", ["https://api.openai.com/v1", "https://API.OpenAI.com:443/v1/"])
+def test_the_provider_gets_its_key(tmp_path, monkeypatch, address):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    assert open_judge(address, model="m", cache=tmp_path)._headers()["Authorization"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://api.openai.com/v1",
+        "http://10.0.0.1/v1",
+        "http://127.0.0.1.evil.org/v1",
+        "http://localhost.evil.org/v1",
+        "http://2130706433/v1",
+        "http://0.0.0.0/v1",
+    ],
+)
+def test_no_key_goes_over_http_to_another_machine(tmp_path, monkeypatch, address):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with pytest.raises(InputError, match="over http, for everybody to read") as refusal:
+        named(address, cache=tmp_path)
+    assert KEY not in str(refusal.value)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "[::1]", "localhost"])
+def test_a_named_key_may_go_to_this_machine(tmp_path, monkeypatch, host):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    judge = named(f"http://{host}:8000/v1", cache=tmp_path)
+    assert judge._headers()["Authorization"] == f"Bearer {KEY}"
+
+
+def test_what_goes_to_this_machine_goes_past_no_proxy(server, tmp_path, monkeypatch):
+    monkeypatch.delenv("no_proxy")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert ask(named(server.address, cache=tmp_path, patience=QUICK)).picked == (0,)
 
 
 @pytest.mark.parametrize("fault", [status(404), status(307, Location="http://127.0.0.1:9/v1")])
@@ -425,7 +488,7 @@ def test_the_key_comes_from_the_variable_that_is_named(server, tmp_path, monkeyp
 def test_a_key_that_cannot_be_one_is_refused_and_not_shown(server, tmp_path, monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     with pytest.raises(InputError, match="copied whole") as refusal:
-        open_judge(server.address, model="m", cache=tmp_path)
+        named(server.address, cache=tmp_path)
     assert key not in str(refusal.value)
 
 

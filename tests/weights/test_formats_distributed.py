@@ -233,7 +233,7 @@ def chunked(change):
         ({"storage_data": first_place({"relative_path": "\ud800"})}, "lacks 1 of 3 weight files"),
         ({"storage_data": first_place({"offset": 10**6})}, "is cut off"),
         ({"storage_data": first_place({"length": 2**62})}, "is cut off"),
-        ({"storage_data": first_place({"offset": 1})}, "cannot be read"),
+        ({"storage_data": first_place({"offset": 1})}, "is cut off or damaged"),
         ({"storage_data": first_place({"offset": -1})}, "does not say where its chunks lie"),
         ({"storage_data": first_place({"transform_descriptors": ["zstd"]})}, "is compressed"),
         ({"state_dict_metadata": lambda _: []}, "names no tensors"),

@@ -105,9 +105,9 @@ def test_broken_files(tmp_path, model):
     ("key", "value", "said"),
     [
         ("llama.block_count", 2**31, "more layers than it has tensors"),
-        ("llama.embedding_length", 2**20, "describes a model of"),
-        ("llama.vocab_size", 2**30, "describes a model of"),
-        ("llama.feed_forward_length", 2**30, "describes a model of"),
+        ("llama.embedding_length", 2**20, "describes a far larger model"),
+        ("llama.vocab_size", 2**30, "describes a far larger model"),
+        ("llama.feed_forward_length", 2**30, "describes a far larger model"),
     ],
 )
 def test_a_config_that_asks_for_more_than_the_file_holds(tmp_path, model, key, value, said):

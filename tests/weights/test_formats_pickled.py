@@ -8,9 +8,12 @@ import pickle
 import struct
 import subprocess
 import sys
+import time
 import tracemalloc
 import zipfile
 from argparse import Namespace
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from on_disk import assert_holds, raw, read, tiny_llama, write_config
 
 from palinode.errors import CheckpointError
 from palinode.weights import Checkpoint, TensorInfo
-from palinode.weights.formats.unpickler import Known, unpickle
+from palinode.weights.formats.pickled import unpickle
 
 
 def with_attribute():
@@ -337,7 +340,11 @@ def test_an_archive_that_another_program_has_written_again(folder):
             "lacks its record",
         ),
         (lambda old: {name: part for name, part in old.items() if "data/0" not in name}, "lacks its record"),
-        (lambda old: {**old, top(old, "data/0"): b"short"}, "holds only 5 bytes of w"),
+        (
+            lambda old: {**old, top(old, "data/0"): b"short"},
+            "holds 5 bytes of the storage 0 where its 64 elements need 256",
+        ),
+        (lambda old: {**old, top(old, "data/0"): bytes(260)}, "holds 260 bytes of the storage 0"),
         (lambda old: {}, "lacks its record"),
     ],
 )
@@ -459,34 +466,47 @@ def test_links_in_a_circle(tmp_path, folder):
 
 def test_a_pipe_does_not_make_us_wait(folder):
     os.mkfifo(folder / "pytorch_model.bin")
-    assert "holds no weights" in refusal(folder)
+    assert "is a pipe or a device" in refusal(folder)
+    (folder / "pytorch_model.bin").unlink()
     put(folder, {"w": torch.ones(1)}, "x.pt")
     (folder / "config.json").unlink()
     os.mkfifo(folder / "config.json")
-    assert "no ordinary file" in refusal(folder)
+    assert "is a pipe or a device" in refusal(folder)
 
 
-# The machine itself
+# The process that reads pickles
 
 
-def nothing(*_):
-    raise pickle.UnpicklingError("not allowed")
-
-
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
 @pytest.mark.parametrize(
     "value",
     [
-        None, True, 0, -1, 255, 65536, -(2**31), 2**70, -(2**70), 1.5, "text", "ü" * 300, b"bytes", "", (),
-        [], {}, (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), [1, [2, (3,)]], {"a": {"b": 1}, (1, "x"): 2}, {1, 2},
-        ["same"] * 3,
+        None, True, 0, -1, 255, 65536, -(2**31), 2**70, -(2**70), "text", "ü" * 300, "", (), [], {}, (1,),
+        (1, 2), (1, 2, 3), (1, 2, 3, 4), [1, [2, []]], {"a": {"b": 1}, (1, "x"): 2}, ["same"] * 3,
+        "\ud800", {"": None, 3: [True]},
     ],
 )  # fmt: skip
 def test_plain_values_come_back(value, protocol):
     content = pickle.dumps(value, protocol)
-    if (protocol == 2 and isinstance(value, bytes)) or (protocol < 4 and isinstance(value, set)):
-        return  # written as a call
-    assert unpickle(content, nothing, nothing) == (value, len(content))
+    (held,) = unpickle([(Path("x"), content + b"rest")])
+    assert held.parts == [value]
+    assert held.end == len(content)
+
+
+def test_several_pickles_are_read_by_one_process():
+    held = unpickle([(Path("x"), pickle.dumps(n) + pickle.dumps([n])) for n in range(3)], count=2)
+    assert [one.parts for one in held] == [[0, [0]], [1, [1]], [2, [2]]]
+
+
+def unread(content, table="weights") -> str:
+    """What is said of a pickle that cannot be read, and that it is said soon."""
+    started = time.monotonic()
+    with pytest.raises(CheckpointError) as error:
+        unpickle([(Path("x"), content)], table=table)
+    assert time.monotonic() - started < 60
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
+    return str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -506,67 +526,81 @@ def test_plain_values_come_back(value, protocol):
         b"(.",
         b"t.",
         b"\x85.",
-        b"\x87.",
         b"N\x87.",
-        b"a.",
         b"]a.",
-        b"s.",
-        b"}s.",
         b"}(Nu.",
         b"h\x00.",
         b"q\x00.",
-        b"R.",
         b"NR.",
         b"NNR.",
         b"N)\x81.",
-        b"NNb.",
-        b"\x93.",
         b"NN\x93.",
         b"cos\nsystem\n.",
         b"cos\nsystem",
         b"c\xff\n\xff\n.",
-        b"ios\nsystem\n.",
+        b"(ios\nsystem\n.",
         b"Pabc\n.",
         b"NQ.",
         b"\x82\x01.",
         b"\xff",
         b"}(]Nu.",  # a list as a key
+        b"\x8c\x11collections.abc.x\x8c\x01y\x93.",
+        b"ctorch\nload\n.",
+        b"cbuiltins\ngetattr\n.",
+        b"cnumpy\ndtype\n.",
+        b"ccollections\nOrderedDict.__init__.__globals__\n.",
+        b"ctorch\nSize\n(tR\x94\x8c\x01a\x93.",
+        b"ctorch\nTensor\n)R}\x8c\x04argsNsb}\x8c\x05shapeN\x86b.",
     ],
 )
 def test_broken_or_hostile_pickles(content):
-    with pytest.raises(pickle.UnpicklingError) as error:
-        unpickle(content, nothing, nothing)
-    assert "\n" not in str(error.value)
+    assert "cannot be read" in unread(content) or content.startswith(b"ctorch\nTensor")
 
 
-def test_a_tower_of_tuples_is_no_key():
-    """Its hash would call itself once for each storey, and take the interpreter down."""
-    tower = b"}" + b")" + b"\x85" * 300_000 + b"Ns." + bytes(400_000)
-    with pytest.raises(pickle.UnpicklingError, match="no plain values"):
-        unpickle(tower, nothing, nothing)
-    known = {"a.b": Known(lambda pairs: dict(pairs))}
-    with pytest.raises(pickle.UnpicklingError):
-        unpickle(b"cx\ny\n" + tower, lambda *_: known["a.b"], nothing)
+def word(text: str) -> bytes:
+    return b"X" + struct.pack("<I", len(text)) + text.encode()
 
 
-def test_a_memo_with_a_huge_index_costs_nothing():
-    tracemalloc.start()
-    value, _ = unpickle(b"Nr\xff\xff\xff\xffj\xff\xff\xff\xff.", nothing, nothing)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert value is None
-    assert peak < 100_000
+TWICE = b"N" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(60))  # a tuple of 2**60 parts, in 300 bytes
+NUMBERS = b"".join(b"J" + struct.pack("<i", i) + b"N\x86" for i in range(25_000))
+
+STORAGE = b"(" + word("storage") + b"ctorch\nFloatStorage\n" + word("0") + word("cpu") + b"K\x01tQ"
+ONCE_MORE = b"h\x01h\x00\x85R"  # calls what lies at place 1 with what lies at place 0
+
+BOMBS = {
+    "lists copied": b"](" + b"(" + b"N" * 200_000 + b"lq\x000ctorch\nSize\nq\x010" + ONCE_MORE * 60_000,
+    "dicts copied": b"](](" + NUMBERS + b"eq\x000ccollections\nOrderedDict\nq\x010" + ONCE_MORE * 20_000,
+    "hashed": b"}((" + b"N" * 300_000 + b"tq\x00N" + b"h\x00N" * 100_000 + b"u.",
+    "doubled key": b"}" + TWICE + b"Ns.",
+    "tower as a key": b"}" + b")" + b"\x85" * 300_000 + b"Ns.",
+    "texts": b"](" + word("z" * 100_000) + b"q\x00" + b"h\x00" * 400_000 + b"e.",
+    "views": b"](" + STORAGE + b"q\x000ctorch._utils\n_rebuild_tensor_v2\n(h\x00" + word("z" * 9) + TWICE,
+    "marks": b"(" * 400_000,
+    "one of a class": b"ctorch\nTensor\n)\x81]q\x00" + b"(h\x00e" * 300_000 + b"Q.",
+}
 
 
-@pytest.mark.parametrize("content", [b"}", b"(", b"\x8f", b")\x85\x94"])
-def test_a_pickle_of_nothing_but_objects_is_stopped(content):
-    length = 200_000
-    tracemalloc.start()
-    with pytest.raises(pickle.UnpicklingError, match="more objects than its length allows"):
-        unpickle(content * (length // len(content)), nothing, nothing)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 150 * length
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_bomb_takes_its_own_process_and_no_other(bomb):
+    assert "cannot be read" in unread(BOMBS[bomb])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"N" + b"\x85" * 300_000 + b".",
+        b"]" * 300_000 + b"a" * 299_999 + b".",
+        b"}cbuiltins\ncomplex\n" + TWICE + b"\x85RNs.",
+        TWICE + b".",
+        b"Nr\xff\xff\xff\x01.",
+    ],
+)
+def test_what_is_nested_deep_or_shared_is_read_or_refused_at_once(content):
+    started = time.monotonic()
+    with suppress(CheckpointError):
+        (held,) = unpickle([(Path("x"), content)])
+        assert len(held.parts) == 1
+    assert time.monotonic() - started < 20
 
 
 def test_a_structure_that_holds_itself(folder):

@@ -15,7 +15,6 @@ less = false                        # that side is not judged
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from palinode.audit.attacks import ATTACKS, tests_by_key
 from palinode.audit.budget import BUDGETS, Budget
 from palinode.errors import RecipeError
+from palinode.records import read_toml
 
 Margin = Annotated[float, Field(ge=0)] | bool
 """How far a figure may lie from the yardstick's on one side; false: that side is not judged."""
@@ -82,7 +82,7 @@ def load_policy(path: Path | None, *, preset: str | None = None) -> Policy:
     if path is None:
         return build_policy({}, preset=preset)
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = read_toml(path)
     except FileNotFoundError:
         raise RecipeError(f"there is no policy {path}") from None
     except (OSError, ValueError) as error:

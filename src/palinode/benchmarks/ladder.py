@@ -13,7 +13,6 @@ controls. Every batch is written down as it happens, apart from any log: that is
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from palinode.benchmarks.demo import tiny_model
 from palinode.data.examples import Example, read_examples
 from palinode.data.world import Fact, World, invent_world, write_facts
 from palinode.progress import Listener, Silence
-from palinode.records import write_json
+from palinode.records import read_json, write_json
 from palinode.training.finetune import finetune
 from palinode.training.settings import TrainingSettings
 from palinode.weights.checkpoint import Checkpoint
@@ -257,7 +256,7 @@ def _join_truth(folder: Path, count: int) -> Path:
     """Write, by row number, the steps in which each row was."""
     steps: dict[int, list[int]] = {}
     for number in range(count):
-        part = json.loads((folder / f"truth-{number}.json").read_text(encoding="utf-8"))
+        part = read_json(folder / f"truth-{number}.json")
         for step, batch in enumerate(part["batches"], start=part["from"]):
             for row in batch:
                 steps.setdefault(row, []).append(step)

@@ -29,7 +29,7 @@ from palinode.evaluation.benchmark import (
 from palinode.evaluation.cells import MEMORIZATION, attack_cells, judge_cells, metric_cells
 from palinode.metrics.comparison import forget_quality
 from palinode.metrics.table import COMPARISONS
-from palinode.records import Score
+from palinode.records import Score, read_bytes
 
 ALTERNATIVES = {"paraphrased_answer": "paraphrased", "perturbed_answer": "perturbed"}
 """Columns of other answers, and the kinds that they are."""
@@ -111,7 +111,7 @@ def _alternatives(row: Row, place: str) -> dict[str, tuple[str, ...]]:
 
 def _facts(name: str, location: str, rows: int) -> TableFacts:
     path = Path(location).expanduser()
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    sha256 = hashlib.sha256(read_bytes(path)).hexdigest() if path.is_file() else None
     return TableFacts(location, name, "", rows, sha256)
 
 

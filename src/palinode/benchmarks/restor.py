@@ -42,7 +42,7 @@ from palinode.evaluation.benchmark import (
 from palinode.metrics.aggregate import mean_score
 from palinode.metrics.likelihood import alternative_logprobs
 from palinode.metrics.matching import accepted_sample_values, left_out_ids
-from palinode.records import Outcome, Score
+from palinode.records import Outcome, Score, read_bytes
 
 ENTITIES, FACTS, RELATIONS, EVALUATED = 468, 5269, 41, 50
 """Published sizes: people and facts in facts.json, relations with examples, people in entities.json."""
@@ -265,7 +265,7 @@ def _folder(location: str) -> Path:
 def _read_json(path: Path) -> tuple[Any, str]:
     """Return what a JSON file holds, and the hash of its bytes."""
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except OSError as error:
         raise DataError(f"cannot read {path} ({error.strerror}); RESTOR publishes it") from error
     try:

@@ -90,7 +90,7 @@ def apply(
         return
     for note in saved.notes:
         warn(note)
-    out().print(_sentence(output, saved), soft_wrap=True, markup=False)
+    out().print(_sentence(output, saved), soft_wrap=True)
 
 
 def _facts(output: Path, saved: Saved) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from palinode.cli.console import listener, out, print_json
 from palinode.cli.options import Columns, Device, Json, Quiet, Seed
@@ -112,6 +111,6 @@ def _show(record: dict[str, object], output: Path) -> None:
 
     out().print(audit_table(record))
     for line in (*audit_untested(record), *audit_notes(record)):
-        out().print(line, markup=False, soft_wrap=True)
-    out().print(escape(audit_headline(record)), soft_wrap=True)
-    out().print(f"{escape(str(output))}: report.html, audit.md and audit.json", soft_wrap=True)
+        out().print(line, soft_wrap=True)
+    out().print(audit_headline(record), soft_wrap=True)
+    out().print(f"{output}: report.html, audit.md and audit.json", soft_wrap=True)

@@ -150,10 +150,10 @@ class _Terminal:
             print(json.dumps(entry, allow_nan=False), flush=True)
             return
         if not self.typed:
-            self.console.print(f"\n> {question}", markup=False, soft_wrap=True)
+            self.console.print(f"\n> {question}", soft_wrap=True)
         for speaker in self.chat.speakers:
             own = self._at() if speaker is self.chat.speakers[0] else ""
-            self.console.print(f"{speaker.name}{own}", style="bold", markup=False)
+            self.console.print(f"{speaker.name}{own}", style="bold")
             self.console.file.write("  ")
             self.chat.ask(question, speaker, self._say)
             self.console.file.write("\n")
@@ -170,7 +170,7 @@ class _Terminal:
         if self.as_json:
             print(text, file=sys.stderr)
         else:
-            self.console.print(text, markup=False, soft_wrap=True)
+            self.console.print(text, soft_wrap=True)
 
     def _at(self) -> str:
         if self.chat.scales is None:

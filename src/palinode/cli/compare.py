@@ -71,7 +71,7 @@ def _quoted(path: Path) -> str:
 
 def _tell(lines: Iterable[str]) -> None:
     for line in lines:
-        out().print(line, markup=False, soft_wrap=True)
+        out().print(line, soft_wrap=True)
 
 
 @dataclass(frozen=True, slots=True)

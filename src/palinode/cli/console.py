@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.segment import Segment
 from rich.table import Column
 from rich.text import Text
 
-from palinode.progress import Advance, Listener, Pace, Silence, duration_text, rate_text
+from palinode.progress import Advance, Listener, Pace, Silence, duration_text, plain, rate_text
 
 SECONDS_BETWEEN_LINES = 30
 """Where there is no terminal, a long task says this often how far it is."""
@@ -51,15 +52,27 @@ class Speed(ProgressColumn):
         return Text(f"{rate_text(rate, task.fields['unit'])}, {duration_text(left)} left")
 
 
+class Safe(Console):
+    """A console on which texts are shown as they stand: they can neither style nor steer it."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+    def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Yield what is to be written, with what is no text of ours spelt out."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(plain(segment.text), segment.style)
+
+
 class Terminal:
     """A listener that shows one bar a task on a terminal, and one line a task elsewhere."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Safe(stderr=True)
 
     def say(self, text: str) -> None:
         """Print one line."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(text, soft_wrap=True)
 
     @contextmanager
     def task(self, label: str, total: int, unit: str) -> Iterator[Advance]:
@@ -138,12 +151,12 @@ def hush_libraries(quiet: bool) -> bool:
 
 def out() -> Console:
     """Return the console for results."""
-    return Console(highlight=False)
+    return Safe()
 
 
 def warn(text: str) -> None:
     """Print a note to stderr, in one line."""
-    Console(stderr=True, highlight=False).print(f"Note: {text}", markup=False, soft_wrap=True)
+    Safe(stderr=True).print(f"Note: {text}", soft_wrap=True)
 
 
 def print_json(content: Any) -> None:

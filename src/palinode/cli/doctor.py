@@ -127,7 +127,7 @@ def _show(findings: Sequence[Finding], counts: Counter[str], *, looked_at_run: b
         text = "All is well."
     if not looked_at_run:
         text += " To have a run looked at, name --target, --base, --forget and --output, or --recipe."
-    console.print(text, markup=False, soft_wrap=True)
+    console.print(text, soft_wrap=True)
 
 
 def _table(area: str, findings: Sequence[Finding]) -> Table:

@@ -42,6 +42,13 @@ def evaluate(
     judge: Annotated[
         str | None, typer.Option(help="Judge of the answers: overlap, offline:FOLDER or URL#MODEL.")
     ] = None,
+    key_variable: Annotated[
+        str | None,
+        typer.Option(
+            help="Environment variable with the key of a judge at a URL. [default: OPENAI_API_KEY for "
+            "https://api.openai.com, none for any other]"
+        ),
+    ] = None,
     lm_eval: Annotated[str | None, typer.Option(help="General ability by lm-eval, as in mmlu,gsm8k.")] = None,
     metrics: Annotated[
         str | None, typer.Option(help="Only these metrics, with commas between them; every is all of them.")
@@ -111,6 +118,7 @@ def evaluate(
         metrics=_names(metrics),
         against=against,
         judge=judge,
+        key_variable=key_variable,
         general=_names(lm_eval),
         output=output,
         open_unlearning=open_unlearning,
@@ -126,7 +134,7 @@ def evaluate(
         return
     out().print(benchmark_table(measurement.scores, title=_title(measurement.record)))
     for note in benchmark_notes(measurement.scores):
-        out().print(note, markup=False, soft_wrap=True)
+        out().print(note, soft_wrap=True)
     if output is not None:
         out().print(f"{output}: scores.json and the outcomes of each set", soft_wrap=True)
 

@@ -30,7 +30,7 @@ def list_everything(
         return
     for name, lines in listed.items():
         for line in listing_lines(name, lines):
-            out().print(line, markup=False, soft_wrap=True)
+            out().print(line, soft_wrap=True)
 
 
 def _methods() -> dict[str, str]:

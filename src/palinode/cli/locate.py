@@ -9,6 +9,7 @@ import typer
 
 from palinode.cli.console import listener, out, print_json, warn
 from palinode.cli.options import AllowPickle, Device, Json, Quiet
+from palinode.records import read_bytes
 
 if TYPE_CHECKING:
     from palinode.history.location import Location
@@ -175,11 +176,11 @@ def show(found: Location, *, picture: Path | None, report: Path | None, as_json:
     out().print(row_table(record))
     out().print(rung_table(record))
     for line in location_sentences(record):
-        out().print(line, soft_wrap=True, markup=False)
+        out().print(line, soft_wrap=True)
     if record["alternatives"]:
         out().print("What can be done without a clean checkpoint:")
     for entry in record["alternatives"]:
-        out().print(f"{entry['name']}: {entry['what']} Cost: {entry['cost']}", soft_wrap=True, markup=False)
+        out().print(f"{entry['name']}: {entry['what']} Cost: {entry['cost']}", soft_wrap=True)
     for text in record["warnings"]:
         warn(text)
 
@@ -253,7 +254,7 @@ def _salt(path: Path) -> bytes:
     from palinode.errors import DataError
 
     try:
-        return path.read_bytes()
+        return read_bytes(path)
     except OSError as error:
         raise DataError(
             f"the salt {path} cannot be read ({error.strerror}); name the file that holds it"

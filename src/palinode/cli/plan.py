@@ -66,7 +66,7 @@ def plan(
         return
     out().print(plan_table(record))
     for line in plan_sentences(record):
-        out().print(line, soft_wrap=True, markup=False)
+        out().print(line, soft_wrap=True)
 
 
 def _size(text: str) -> int:

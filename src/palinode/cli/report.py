@@ -50,6 +50,6 @@ def report(
     if as_json:
         print_json(content)
         return
-    out().print(content["outcome"], markup=False, soft_wrap=True)
+    out().print(content["outcome"], soft_wrap=True)
     for suffix in suffixes:
-        out().print(str(page.with_suffix(suffix)), markup=False, soft_wrap=True)
+        out().print(str(page.with_suffix(suffix)), soft_wrap=True)

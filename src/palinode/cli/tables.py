@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from palinode.records import Score
@@ -119,16 +118,16 @@ def vector_content(measured: Profile) -> dict[str, Any]:
 
 def vector_tables(measured: Profile, *, layers: bool) -> Iterator[Table]:
     """Yield a table of norms and cosines, and one over the parts of the model if asked."""
-    table = Table("vector", "norm", *(f"cosine with {escape(name)}" for name in measured.names[:-1]))
+    table = Table("vector", "norm", *(f"cosine with {name}" for name in measured.names[:-1]))
     for place, name in enumerate(measured.names):
         others = measured.names[:-1]
         cosines = [
             _cosine(measured, name, other) if measured.names.index(other) < place else "" for other in others
         ]
-        table.add_row(escape(name), f"{measured.norms()[name]:.5g}", *cosines)
+        table.add_row(name, f"{measured.norms()[name]:.5g}", *cosines)
     yield table
     if layers:
-        parts = Table("part", *(f"norm: {escape(name)}" for name in measured.names))
+        parts = Table("part", *(f"norm: {name}" for name in measured.names))
         for part in measured.gram:
             parts.add_row(part, *(f"{norm:.4g}" for norm in measured.norms(part).values()))
         yield parts

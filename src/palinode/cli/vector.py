@@ -98,7 +98,7 @@ def save(
     if as_json:
         print_json(facts)
     else:
-        out().print(_sentence(facts), soft_wrap=True, markup=False)
+        out().print(_sentence(facts), soft_wrap=True)
 
 
 def _directions(

@@ -43,7 +43,7 @@ def verify(
 def _show(folder: Path, found: Verification) -> None:
     size = f"{found.checked} tensors, {found.nbytes / 1e6:,.4g} MB"
     if found.ok:
-        out().print(f"{folder} is as it was written ({size}).", soft_wrap=True, markup=False)
+        out().print(f"{folder} is as it was written ({size}).", soft_wrap=True)
         return
     rows = [
         *((name, "tensor", "changed") for name in found.changed),
@@ -52,7 +52,7 @@ def _show(folder: Path, found: Verification) -> None:
         *((name, "file", finding) for name, finding in found.companions.items()),
     ]
     count = f"{len(rows)} thing{'s' if len(rows) > 1 else ''} changed"
-    out().print(f"{folder} is not what was written: {count} ({size} compared).", soft_wrap=True, markup=False)
+    out().print(f"{folder} is not what was written: {count} ({size} compared).", soft_wrap=True)
     out().print(_table(rows))
 
 

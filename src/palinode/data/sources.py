@@ -15,14 +15,19 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from palinode.errors import DataError
+from palinode.records import read_bytes
 
 Row = dict[str, object]
 """One row as it stands in the source: column name to value."""
 
 FILE_SUFFIXES = frozenset({".csv", ".json", ".jsonl", ".md", ".ndjson", ".parquet", ".tsv", ".txt"})
 """Suffixes that make a missing `folder/name` a missing file, not the name of a hub data set."""
+
+MAX_UNPACKED, MAX_GROWTH, MAX_ROWS = 1 << 28, 50, 5_000_000
+"""A Parquet file may unpack to so many bytes and so many times its own, and hold so many rows."""
 
 TABLE_SUFFIXES = (".csv", ".tsv")
 DELIMITERS = (",", "\t", ";")
@@ -91,7 +96,7 @@ def parse_hub_name(location: str) -> HubName | None:
 def _read_file(location: str | Path) -> bytes | None:
     """Return a file's bytes, or None when nothing lies there."""
     try:
-        return Path(location).expanduser().read_bytes()
+        return read_bytes(Path(location).expanduser())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (RuntimeError, ValueError):  # "~nobody/..." and a NUL in the name
@@ -269,10 +274,24 @@ def _parquet_rows(content: bytes, name: str) -> list[Row]:
     import pyarrow.parquet as pq
 
     try:
-        rows: list[Row] = pq.read_table(io.BytesIO(content)).to_pylist()
+        with pq.ParquetFile(io.BytesIO(content)) as file:
+            if file.metadata.num_rows > MAX_ROWS:
+                raise DataError(f"{name} has {file.metadata.num_rows:,} rows; take {MAX_ROWS:,} at most")
+            return _unpacked(file.iter_batches(batch_size=64), name, most=MAX_GROWTH * len(content))
     except (pa.ArrowException, ArithmeticError, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise DataError(
             f"{name} begins like Parquet but cannot be read ({reason}); is it cut short?"
         ) from error
+
+
+def _unpacked(batches: Iterator[Any], name: str, *, most: int) -> list[Row]:
+    """Return the rows of a packed table; raises DataError when a small file unpacks to a vast one."""
+    rows: list[Row] = []
+    nbytes = 0
+    for batch in batches:
+        nbytes += batch.nbytes
+        if nbytes > most + MAX_UNPACKED:
+            raise DataError(f"{name} unpacks to far more than its size; write it again as JSON lines")
+        rows += batch.to_pylist()
     return rows

@@ -24,7 +24,7 @@ from palinode.data.sources import Row, json_type, parse_hub_name, read_rows
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import DataError, RecipeError
 from palinode.evaluation.asking import Asking
-from palinode.records import Outcome, Score, Verdict
+from palinode.records import Outcome, Score, Verdict, read_bytes
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 """What a table's file may be called; what is in it is told by content."""
@@ -103,7 +103,7 @@ def read_table(table: Table, location: str) -> TableRows | None:
     header = [name for name, count in table.columns.items() if count is None]
     rows = read_rows(place, headers=[header], plain_text=False)
     check_rows(table, rows, str(place))
-    sha256 = hashlib.sha256(place.read_bytes()).hexdigest() if isinstance(place, Path) else None
+    sha256 = hashlib.sha256(read_bytes(place)).hexdigest() if isinstance(place, Path) else None
     return TableRows(tuple(rows), TableFacts(str(place), table.config, table.split, len(rows), sha256))
 
 

@@ -49,7 +49,12 @@ def general_ability(
         ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed
     )
     with _as_it_was(model):
-        wrapped = wrapper(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        wrapped = wrapper(
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer),
+            batch_size=batch_size,
+            trust_remote_code=False,
+        )
         try:
             results = evaluate(
                 model=wrapped,

@@ -23,7 +23,6 @@ The log of TOFU's own code, `eval_log_aggregated.json`, is read too (spec: data.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +36,7 @@ from palinode.metrics.membership import ATTACKS, auc
 from palinode.metrics.memorization import exact_memorizations, extraction_strengths
 from palinode.metrics.overlap import rouge
 from palinode.metrics.truth_ratio import forget_truth_ratios, retain_truth_ratios, truth_ratios
-from palinode.records import Likelihood, Outcome, Score, write_json
+from palinode.records import Likelihood, Outcome, Score, read_json, write_json
 
 FORGET, RETAIN, AUTHORS, FACTS, HOLDOUT = "forget", "retain", "real_authors", "world_facts", "holdout"
 """Names of the sets that a log is made of."""
@@ -346,7 +345,7 @@ def _missing(path: Path, forget: Sequence[Outcome], aucs: Mapping[str, float]) -
 
 def _json_object(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:

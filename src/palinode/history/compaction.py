@@ -8,7 +8,6 @@ parts that are there. Finding m rows then reads at most m row groups, however lo
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from palinode.history.segments import (
 )
 from palinode.history.sessions import Session, read_header, read_sessions
 from palinode.progress import Listener, Silence
-from palinode.records import write_json
+from palinode.records import read_json, write_json
 
 PART_ROWS = 1 << 21
 """Rows of a part, about 40 MB on disk and 150 MB while it is sorted."""
@@ -93,7 +92,7 @@ def _begin(target: Path, manifest: dict[str, Any]) -> Path:
     partial = target.with_name(f".{target.name}.partial")
     plan = partial / "plan.json"
     try:
-        same = json.loads(plan.read_text(encoding="utf-8")) == manifest
+        same = read_json(plan) == manifest
     except (OSError, ValueError):
         same = False
     if not same:

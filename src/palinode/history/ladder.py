@@ -7,7 +7,6 @@ hub are fetched when they are first needed, so that a search fetches only what i
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from palinode.errors import CheckpointError, MismatchError, RecipeError
+from palinode.records import read_json
 from palinode.weights.checkpoint import INDEX, SINGLE, Checkpoint
 from palinode.weights.preflight import check_same_shape
 
@@ -271,7 +271,7 @@ def _trainer_state(place: str) -> dict[str, object]:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); remove it, and give --steps") from None
     return content if isinstance(content, dict) else {}

@@ -12,7 +12,6 @@ it is kept like any other where it counts.
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -24,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from palinode.errors import DataError, RecipeError
+from palinode.records import read_toml
 
 Interest = Literal["uniform", "recent"]
 GRID = 600
@@ -138,7 +138,7 @@ def read_decay(path: Path | None = None) -> Decay:
     """
     place = Path(str(files("palinode.history").joinpath("decay_olmo2.toml"))) if path is None else path
     try:
-        content = tomllib.loads(place.read_text(encoding="utf-8"))
+        content = read_toml(place)
     except (OSError, ValueError) as error:
         raise DataError(f"{place} is not a decay table in TOML ({error})") from None
     source, points = content.get("source"), content.get("point")

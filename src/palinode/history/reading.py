@@ -5,7 +5,6 @@ What is damaged is left out and named in a note; the rest is used.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from palinode.history.segments import (
     rows_of,
 )
 from palinode.history.sessions import LogHeader
+from palinode.records import read_json
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -167,7 +167,7 @@ def _read_run(path: Path, notes: list[str]) -> Run | None:
     folder = path.parent
     log = folder.parent
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         if manifest["version"] > FORMAT_VERSION:
             raise ValueError("it is of a newer format")
         for entry in manifest["files"]:

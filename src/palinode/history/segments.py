@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from palinode.errors import DataError
 from palinode.history.hashing import HASH_BYTES, Hashes, sort_keys
+from palinode.records import read_bytes
 
 Ints = npt.NDArray[np.int64]
 
@@ -275,7 +276,7 @@ class Tail:
 
 def read_journal(path: Path) -> Tail:
     """Return what a journal holds up to its first damaged record; raise DataError when even its head is."""
-    content = path.read_bytes()
+    content = read_bytes(path)
     head, line_end, _ = content[len(MAGIC) :].partition(b"\n")
     if not content.startswith(MAGIC) or not line_end:
         raise DataError(f"{path} is no journal, or its beginning is damaged")

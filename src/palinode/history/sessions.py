@@ -6,7 +6,6 @@ is refused. `session-0002.json` says from which step a start of the training wen
 
 from __future__ import annotations
 
-import json
 import sys
 import uuid
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from typing import Any
 from palinode.errors import DataError
 from palinode.history.hashing import row_hash
 from palinode.history.segments import FORMAT_VERSION
-from palinode.records import write_json
+from palinode.records import read_json, write_json
 
 MAX_STEP = 2**31 - 1
 """Steps are stored in 32 bits."""
@@ -68,7 +67,7 @@ def rank_folder(folder: Path, session: int, rank: int) -> Path:
 def read_header(folder: Path) -> LogHeader:
     """Return what a log is of; raise DataError where there is none."""
     try:
-        found = json.loads((folder / "log.json").read_text(encoding="utf-8"))
+        found = read_json(folder / "log.json")
         if found["version"] > FORMAT_VERSION:
             raise DataError(
                 f"{folder} has format {found['version']}, newer than {FORMAT_VERSION}; use a newer Palinode"
@@ -91,7 +90,7 @@ def read_sessions(folder: Path) -> list[Session]:
     found = []
     for path in sorted(folder.glob("session-*.json")):
         try:
-            session = Session(**json.loads(path.read_text(encoding="utf-8")))
+            session = Session(**read_json(path))
             if not _is_sound(session):
                 raise ValueError("its numbers cannot be those of a training")
             found.append(session)

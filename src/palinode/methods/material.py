@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from palinode.data.examples import Example
 from palinode.errors import DataError
+from palinode.records import read_bytes
 
 if TYPE_CHECKING:
     from palinode.training.objectives import Objective
@@ -50,7 +51,7 @@ def gather(
 def read_refusals(location: str | Path) -> list[str]:
     """Return the refusals of a file: one a line, plain or as a JSON string. Raises DataError."""
     try:
-        lines = Path(location).expanduser().read_text(encoding="utf-8-sig").splitlines()
+        lines = read_bytes(Path(location).expanduser()).decode("utf-8-sig").splitlines()
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"the refusals {location} cannot be read ({error}); name a text file") from None
     found = [_text(line.strip()) for line in lines if line.strip()]

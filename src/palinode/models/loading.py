@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import blake3
@@ -20,7 +21,9 @@ from transformers import (
 
 from palinode.data.tokenize import TokenRow
 from palinode.errors import CheckpointError, DataError, InputError
+from palinode.records import read_bytes
 from palinode.weights.checkpoint import Checkpoint, require_causal_lm
+from palinode.weights.foreign import bounded, from_config, from_pretrained
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -57,6 +60,8 @@ def load_model(
         try:
             placed = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
             model, info = _build(checkpoint, dtype, "sdpa", placed)
+        except CheckpointError:
+            raise
         except Exception as error:  # transformers raises many kinds here; each means that there is no model
             raise CheckpointError(
                 f"{checkpoint.folder} cannot be loaded as a causal language model ({_reason(error)})"
@@ -71,25 +76,46 @@ def _build(
 ) -> Any:
     """Return (model, loading info), with SDPA attention where the architecture has it."""
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder,
-            dtype=dtype,
-            attn_implementation=attention,
-            local_files_only=True,
-            output_loading_info=True,
-            **(placed or {}),
-        )
+        with fitting(checkpoint):
+            return from_pretrained(
+                AutoModelForCausalLM,
+                checkpoint.folder,
+                dtype=dtype,
+                attn_implementation=attention,
+                use_safetensors=checkpoint.format == "safetensors",
+                output_loading_info=True,
+                **(placed or {}),
+            )
     except ValueError as error:
         if attention == "eager" or "scaled_dot_product_attention" not in str(error):
             raise
         return _build(checkpoint, dtype, "eager", placed)
 
 
+def build_empty(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Return the model that a checkpoint's config describes, without its numbers."""
+    config = load_config(checkpoint)
+    with torch.device("meta"), quiet_transformers(), fitting(checkpoint):
+        model: PreTrainedModel = from_config(AutoModelForCausalLM, config)
+    return model
+
+
+def fitting(checkpoint: Checkpoint) -> AbstractContextManager[None]:
+    """Refuse to build a model that outgrows the weights of a checkpoint."""
+    return bounded(
+        checkpoint.folder / "config.json",
+        tensors=len(checkpoint.tensors),
+        numbers=sum(info.size for info in checkpoint.tensors.values()),
+    )
+
+
 def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """Return the checkpoint's config as transformers reads it; raises CheckpointError when it cannot."""
     try:
         with quiet_transformers():
-            config: PreTrainedConfig = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+            config: PreTrainedConfig = from_pretrained(AutoConfig, checkpoint.folder)
+    except CheckpointError:
+        raise
     except Exception as error:  # transformers raises many kinds here
         raise CheckpointError(
             f"{checkpoint.folder / 'config.json'} describes no model that can be built ({_reason(error)})"
@@ -101,9 +127,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """Return the checkpoint's tokenizer; raises CheckpointError when the folder has none."""
     try:
         with quiet_transformers():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                checkpoint.folder, local_files_only=True
-            )
+            tokenizer: PreTrainedTokenizerBase = from_pretrained(AutoTokenizer, checkpoint.folder)
+    except CheckpointError:
+        raise
     except Exception as error:  # transformers raises many kinds here; each means that there is no tokenizer
         raise CheckpointError(
             f"{checkpoint.folder} has no tokenizer that can be loaded ({type(error).__name__}); "
@@ -117,7 +143,7 @@ def tokenizer_fingerprint(checkpoint: Checkpoint) -> str:
     total = blake3.blake3()
     for path in checkpoint.companions():
         if path.name not in ("config.json", "generation_config.json"):
-            total.update(f"{path.relative_to(checkpoint.folder)}\0".encode() + path.read_bytes())
+            total.update(f"{path.relative_to(checkpoint.folder)}\0".encode() + read_bytes(path))
     return total.hexdigest()[:32]
 
 

@@ -6,7 +6,6 @@ chosen by the same rule as everywhere, without looking at the retrained model.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from palinode.pipeline.reporting import NAME, gather, write_reports
 from palinode.pipeline.run import Unlearned, unlearn
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, Silence
-from palinode.records import RECORD_VERSION, Outcome, write_json
+from palinode.records import RECORD_VERSION, Outcome, read_json, write_json
 from palinode.version import __version__
 
 SETTINGS: Mapping[str, Any] = {
@@ -85,7 +84,7 @@ def run_demo(
     if not (done.finished_before and plain.finished_before and path.exists()):
         write_json(path, _record(world, done, plain, seed, time.monotonic() - started))
         write_reports(gather(folder), folder / f"{NAME}.html")
-    return DemoResult(folder, json.loads(path.read_text(encoding="utf-8")))
+    return DemoResult(folder, read_json(path))
 
 
 @contextmanager
@@ -106,7 +105,7 @@ def claim(folder: Path, seed: int, *, name: str = "demo.json") -> None:
         raise OutputError(f"{folder} is a file; name another --output for the demo")
     if mark.exists():
         try:
-            other = json.loads(mark.read_text(encoding="utf-8"))["seed"]
+            other = read_json(mark)["seed"]
         except (OSError, ValueError, KeyError, TypeError):
             raise OutputError(f"{mark} cannot be read; name another --output for the demo") from None
         if other != seed:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from palinode.models.loading import tokenizer_fingerprint
 from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.workspace import Step, Workspace, fingerprint
 from palinode.progress import Listener
-from palinode.records import Outcome, read_outcomes
+from palinode.records import Outcome, read_json, read_outcomes
 from palinode.weights import Checkpoint
 from palinode.weights.fingerprints import known_fingerprint, tensor_digests
 
@@ -64,7 +63,7 @@ def finished_before(inputs: Inputs) -> Mapping[str, Any] | None:
     """Return the record of this very run if the output folder already holds its result."""
     output = Path(inputs.recipe.output.folder)
     try:
-        record: dict[str, Any] = json.loads((output / "record.json").read_text(encoding="utf-8"))
+        record: dict[str, Any] = read_json(output / "record.json")
         same_run = record["run"] == run_key(inputs)
         written = record["models"]["unlearned"]["fingerprint"]
         return record if same_run and Checkpoint.open(output).fingerprint() == written else None

@@ -6,7 +6,6 @@ workspace that says the same to the last digit is the one that the run used.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from palinode.errors import CheckpointError, InputError, PalinodeError
 from palinode.methods import METHODS
 from palinode.methods.paired import PairedSettings
+from palinode.records import read_json
 from palinode.weights import Checkpoint, Direction, LoraAdapter, StoredVector, WeightedSum
 
 
@@ -32,7 +32,7 @@ class KeptVectors:
 def read_record(folder: Path) -> Mapping[str, Any]:
     """Return the record beside an unlearned model; raises CheckpointError where there is none."""
     try:
-        record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+        record = read_json(folder / "record.json")
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} has no record.json; name the output folder of palinode unlearn or run"
@@ -140,7 +140,7 @@ def _end_of(workspace: Path, facts: Mapping[str, Any], start: Checkpoint) -> Che
 def _facts(step: Path) -> Mapping[str, Any] | None:
     """Return what a finished step says of itself."""
     try:
-        facts = json.loads(step.read_text(encoding="utf-8"))["facts"]
+        facts = read_json(step)["facts"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return facts if isinstance(facts, dict) else None

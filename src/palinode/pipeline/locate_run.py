@@ -5,7 +5,6 @@ The truth is what the training loop was seen to do, batch by batch, written down
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -27,7 +26,7 @@ from palinode.pipeline.recipe import build_recipe
 from palinode.pipeline.run import unlearn
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, Silence
-from palinode.records import write_json, write_text
+from palinode.records import read_json, write_json, write_text
 from palinode.report.location import location_markdown
 from palinode.report.pictures import location_picture
 from palinode.version import __version__
@@ -81,7 +80,7 @@ def run_locate(
             )
             recorder.close()
         if path.exists():
-            return DemoResult(folder, json.loads(path.read_text(encoding="utf-8")))
+            return DemoResult(folder, read_json(path))
         found = _locate_all(models, folder, seed, listener)
         rungs = _unlearn_all(world, models, folder, settings, seed, listener)
     main = found["main"]["all"].as_record()
@@ -191,7 +190,7 @@ def _request(models: LadderModels, name: str, found: Mapping[str, Location]) -> 
 
 def _true_steps(models: LadderModels, name: str) -> list[set[tuple[int, bool]]]:
     """Return, for each row of a request, the steps in which it (False) or its near-copy (True) was."""
-    truth = {int(row): steps for row, steps in json.loads(models.truth.read_text(encoding="utf-8")).items()}
+    truth = {int(row): steps for row, steps in read_json(models.truth).items()}
     numbers = {example.key: number for number, example in enumerate(read_examples(models.data))}
     found = []
     for example in read_examples(models.requests[name]):

@@ -45,7 +45,7 @@ from palinode.evaluation.openunlearning import (
 )
 from palinode.models.loading import load_model, load_tokenizer, pick_device
 from palinode.progress import Listener, Silence
-from palinode.records import Outcome, Score, Verdict, write_json, write_outcomes
+from palinode.records import Outcome, Score, Verdict, read_bytes, write_json, write_outcomes
 from palinode.version import __version__
 from palinode.weights import Checkpoint
 
@@ -76,6 +76,8 @@ class MeasureSettings:
     """The retrained model: a folder, a hub id, or an open-unlearning log (.json)."""
     judge: str | None = None
     """A judge: overlap, offline:FOLDER or URL#model."""
+    key_variable: str | None = None
+    """The environment variable with the key of a judge at a URL, where it is not OpenAI's own."""
     general: tuple[str, ...] = ()
     """Tasks of lm-eval, run on the model in memory."""
     max_rows: int | None = None
@@ -205,7 +207,7 @@ def _open_judge(settings: MeasureSettings) -> Judge | None:
     if settings.judge is None:
         return None
     name, _, model = settings.judge.partition("#")
-    return open_judge(name, model=model or None, device=settings.device)
+    return open_judge(name, model=model or None, key_variable=settings.key_variable, device=settings.device)
 
 
 def sample_sets(loaded: Loaded, settings: MeasureSettings, own: Mapping[str, int] | None = None) -> Loaded:
@@ -461,7 +463,7 @@ def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _yardstick_facts(yardstick: Yardstick | None) -> dict[str, Any] | None:
     if isinstance(yardstick, Path):
-        return {"location": str(yardstick), "sha256": hashlib.sha256(yardstick.read_bytes()).hexdigest()}
+        return {"location": str(yardstick), "sha256": hashlib.sha256(read_bytes(yardstick)).hexdigest()}
     return None if yardstick is None else _model_facts(yardstick)
 
 

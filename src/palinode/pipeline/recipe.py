@@ -20,6 +20,7 @@ from palinode.errors import RecipeError
 from palinode.evaluation.settings import EvaluationSettings
 from palinode.methods import METHODS
 from palinode.methods.transforms import check_transforms
+from palinode.records import read_toml
 from palinode.training.settings import TrainingSettings
 
 MAX_SEED = 2**32 - 1
@@ -249,7 +250,7 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
 def read_recipe(path: Path) -> dict[str, Any]:
     """Return the content of a TOML recipe as it is written; raises RecipeError where there is none."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return read_toml(path)
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe {path}") from None
     except (OSError, ValueError) as error:

@@ -6,7 +6,6 @@ the one with sample answers lies in the workspace, beside the outcomes it is mad
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +14,7 @@ from typing import Any
 
 from palinode.errors import InputError, MismatchError, OutputError
 from palinode.pipeline.record import thinned_curve
-from palinode.records import Outcome, read_outcomes, write_json, write_text
+from palinode.records import Outcome, read_json, read_outcomes, write_json, write_text
 from palinode.report.answers import Outcomes
 from palinode.report.audit import audit_report
 from palinode.report.card import model_card
@@ -190,7 +189,7 @@ def _with_curves(workspace: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     for name, run in (record.get("training") or {}).items():
         curves = list(workspace.glob(f"finetune-{name}-*/*/{CURVE}"))
         if run and "curve" not in run and len(curves) == 1:
-            losses = [point["loss"] for point in json.loads(curves[0].read_text(encoding="utf-8"))]
+            losses = [point["loss"] for point in read_json(curves[0])]
             run = {**run, "curve": thinned_curve(losses)}
         training[name] = run
     return training
@@ -236,6 +235,6 @@ def _markdown(content: Mapping[str, Any]) -> str:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); name a folder whose record is whole") from None

@@ -6,7 +6,6 @@ Each point is the weighted sum put into the target's live copy in place: no mode
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,7 +23,7 @@ from palinode.models.loading import load_model, load_tokenizer, pad_token, pick_
 from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.search import Probe, Rule, as_record, choose, nearest, walk_grid
 from palinode.progress import Listener, record
-from palinode.records import write_json
+from palinode.records import read_json, write_json
 from palinode.weights import Checkpoint, Direction, WeightedSum
 
 Logprobs = Mapping[str, Sequence[float]]
@@ -113,7 +112,7 @@ class Probes:
         self.inputs = inputs
         self.target = target
         self.path = path
-        self.known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self.known: dict[str, Any] = read_json(path) if path.exists() else {}
         self.device = pick_device(inputs.recipe.device)
         self.live: PreTrainedModel | None = None
         self.tokenizer = load_tokenizer(target)

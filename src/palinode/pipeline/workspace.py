@@ -21,7 +21,7 @@ from typing import Any
 import blake3
 
 from palinode.errors import OutputError, WorkspaceError
-from palinode.records import write_json
+from palinode.records import read_json, write_json
 
 STEP_VERSION = 1
 """Raised when a step's meaning changes, so that results of older versions are not reused."""
@@ -49,7 +49,7 @@ class Step:
         if not path.exists():
             return None
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             if content["key"] != self.key:
                 raise ValueError("it belongs to another step")
             facts: dict[str, Any] = content["facts"]

@@ -5,7 +5,6 @@ Everything comes from the records (`Location.as_record`, `plan_record`); nothing
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from palinode.report.pictures import MOST_ROWS
+from palinode.report.words import escaped
 
 MOST_STEPS = 6
 """Exposures of a row that a table shows."""
@@ -155,7 +155,7 @@ def _without_folders(place: str) -> str:
 def location_markdown(record: Mapping[str, Any]) -> str:
     """Return the location as a page of Markdown; what comes from the user is escaped."""
     lines = ["# When the forget rows were seen", ""]
-    lines += [f"- {_escape(line)}" for line in location_sentences(record)]
+    lines += [f"- {escaped(line)}" for line in location_sentences(record)]
     lines += ["", "## Checkpoints", ""]
     lines += _markdown_table(
         ("step", "tokens", "forget rows seen", "gap", "", "checkpoint"), _rung_cells(record)
@@ -169,22 +169,17 @@ def location_markdown(record: Mapping[str, Any]) -> str:
     if record["alternatives"]:
         lines += ["", "## What can be done without a clean checkpoint", ""]
         for entry in record["alternatives"]:
-            told = {name: _escape(text) for name, text in entry.items()}
+            told = {name: escaped(text) for name, text in entry.items()}
             lines.append(f"- **{told['name']}**: {told['what']}")
             lines.append(f"  Cost: {told['cost']} Known: {told['known']} ({told['source']})")
     if record["warnings"]:
-        lines += ["", "## What to know", "", *(f"- {_escape(text)}" for text in record["warnings"])]
+        lines += ["", "## What to know", "", *(f"- {escaped(text)}" for text in record["warnings"])]
     return "\n".join(lines) + "\n"
 
 
 def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-    return lines + [f"| {' | '.join(_escape(cell) for cell in row)} |" for row in rows]
-
-
-def _escape(text: str) -> str:
-    safe = html.escape(" ".join(str(text).split()), quote=False)
-    return "".join(f"\\{letter}" if letter in "\\`*_[]|#~" else letter for letter in safe)
+    return lines + [f"| {' | '.join(escaped(cell) for cell in row)} |" for row in rows]
 
 
 # The plan

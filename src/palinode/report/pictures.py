@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from palinode.report.words import in_picture
 
 MOST_ROWS = 40
 """Rows of the forget set that a table or a picture shows one by one."""
@@ -149,7 +150,7 @@ def _text(
 ) -> str:
     anchor = ' text-anchor="middle"' if middle else ""
     return (
-        f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{colour}"{anchor}>{html.escape(text)}</text>'
+        f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{colour}"{anchor}>{in_picture(text)}</text>'
     )
 
 
@@ -159,6 +160,6 @@ def _line(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
 
 def _dot(x: float, y: float, radius: float, colour: str, told: str) -> str:
     return (
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{colour}"><title>{html.escape(told)}</title>'
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{colour}"><title>{in_picture(told)}</title>'
         "</circle>"
     )

@@ -6,11 +6,11 @@ requests are carried out one by one, to the right undone one by one; up is bette
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from palinode.report.requests import on_same_rows
+from palinode.report.words import in_picture
 
 PANEL_WIDTH, PANEL_HEIGHT, COLUMNS = 450, 230, 2
 LEFT, RIGHT, TOP, BOTTOM = 44, 16, 30, 40
@@ -129,7 +129,7 @@ def _curve(
     found = []
     for piece in pieces:
         points = " ".join(",".join(f"{at:.1f}" for at in frame.at(*one)) for one in piece)
-        told = html.escape(f"{name}: " + ", ".join(f"{value:.2f}" for _, value in piece))
+        told = in_picture(f"{name}: " + ", ".join(f"{value:.2f}" for _, value in piece))
         found.append(
             f'<polyline points="{points}" fill="none" stroke="{colour}" {style}><title>{told}</title>'
             "</polyline>"
@@ -148,7 +148,7 @@ def _shifted(place: tuple[float, float], across: float, down: float) -> tuple[fl
 
 def _text(x: float, y: float, text: str, *, size: int = 12, colour: str = INK, middle: bool = False) -> str:
     anchor = ' text-anchor="middle"' if middle else ""
-    safe = html.escape(text)
+    safe = in_picture(text)
     return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{colour}"{anchor}>{safe}</text>'
 
 
@@ -165,5 +165,5 @@ def _line(
 def _dot(x: float, y: float, colour: str, told: str) -> str:
     return (
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="white" stroke="{colour}" stroke-width="1.5">'
-        f"<title>{html.escape(told)}</title></circle>"
+        f"<title>{in_picture(told)}</title></circle>"
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable
+
+from palinode.report.words import in_picture
 
 INK, FAINT, GREY = "#1c2733", "#c9d1d9", "#8a949e"
 COLOURS = (
@@ -34,7 +35,7 @@ def svg(width: float, height: float, parts: Iterable[str]) -> str:
 def text(x: float, y: float, words: str, *, size: int = 12, colour: str = INK, middle: bool = False) -> str:
     """Return words that begin at x, or have it in their middle."""
     anchor = ' text-anchor="middle"' if middle else ""
-    safe = html.escape(words)
+    safe = in_picture(words)
     return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{colour}"{anchor}>{safe}</text>'
 
 
@@ -56,5 +57,5 @@ def dot(x: float, y: float, radius: float, colour: str, *, filled: bool, told: s
     return (
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{inside}" stroke="{colour}" '
         f'stroke-width="1.5">'
-        f"<title>{html.escape(told)}</title></circle>"
+        f"<title>{in_picture(told)}</title></circle>"
     )

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from palinode.progress import plain
+
 SETS = {
     "forget": "forget set",
     "retain": "retain set",
@@ -115,14 +117,20 @@ def interval_text(score: Mapping[str, Any]) -> str | None:
 
 def escaped(value: object) -> str:
     """Return text from outside as one line that Markdown, and HTML within it, shows as it stands."""
-    one_line = " ".join(str(value).split())
-    return re.sub(r"([\\`*_\[\]|~#$])", r"\\\1", html.escape(one_line, quote=False))
+    one_line = plain(" ".join(str(value).split()))
+    safe = re.sub(r"([\\`*_\[\]|~#$])", r"\\\1", html.escape(one_line, quote=False))
+    return re.sub(r"(?i)\b(https?|ftp|mailto|xmpp|www)([:.])", r"\1\\\2", safe)  # links without brackets
+
+
+def in_picture(text: str) -> str:
+    """Return text from outside as an SVG may hold it."""
+    return html.escape(plain(text))
 
 
 def fenced(code: str) -> list[str]:
     """Return a code block whose fence is longer than any run of backticks in the code."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
-    return [fence, code, fence, ""]
+    return [fence, plain(code), fence, ""]
 
 
 def table_lines(header: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> list[str]:

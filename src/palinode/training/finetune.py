@@ -30,6 +30,7 @@ from palinode.weights.adapters import LoraAdapter
 from palinode.weights.atomic import check_output
 from palinode.weights.checkpoint import INDEX, SINGLE, Checkpoint
 from palinode.weights.direction import WeightedSum
+from palinode.weights.foreign import copy_inside
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +206,7 @@ def write_model(
         place = partial / path.relative_to(origin.folder)
         if not place.exists():
             place.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, place)
+            copy_inside(origin.folder, path, place)
     for file in partial.glob("*.safetensors"):  # safetensors lets nobody else read what it writes
         file.chmod((partial / "config.json").stat().st_mode)
     write_json(partial / CURVE, [asdict(point) for point in curve])

@@ -8,7 +8,6 @@ a resumed run sees what an uninterrupted one would have seen.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -30,7 +29,7 @@ from palinode.data.batches import Batch, epoch_batches, pad_right
 from palinode.data.tokenize import TokenRow
 from palinode.errors import DivergenceError, OutputError, RecipeError
 from palinode.models.loading import check_positions
-from palinode.records import write_json
+from palinode.records import read_json, write_json
 from palinode.training.frozen import Kept, keep
 from palinode.training.losses import Loss
 from palinode.training.objectives import CurvePoint, Objective, Term, plain_objective
@@ -378,7 +377,7 @@ class _Run:
         if not (self.state / "curve.json").exists():
             return
         self.accelerator.load_state(str(self.state), **({"strict": False} if self.partly else {}))
-        points = json.loads((self.state / "curve.json").read_text(encoding="utf-8"))
+        points = read_json(self.state / "curve.json")
         self.curve = [CurvePoint(**point) for point in points]
         if on_progress:
             done = enumerate(steps[: len(self.curve)])

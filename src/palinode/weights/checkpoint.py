@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from palinode.errors import CheckpointError
 from palinode.weights.direction import Point
+from palinode.weights.foreign import check_folder, inside
 from palinode.weights.formats.distributed import METADATA
 from palinode.weights.formats.layouts import (
     INDEX,
@@ -103,6 +104,8 @@ class Checkpoint(Point):
         path = _local_path(location, allow_pickle=allow_pickle)
         folder, named = (path, None) if path.is_dir() else (path.parent, path)
         _refuse_adapter(folder)
+        check_folder(folder)
+        _ = [*_companions(folder)]  # so that a link that leads elsewhere is refused before anything begins
         leading = named or find_leading(folder)
         kind = format_of(leading)
         config = {} if kind == "gguf" else _read_config(folder, optional=kind == "distributed")
@@ -148,9 +151,11 @@ class Checkpoint(Point):
         return sum(info.size for info in self.tensors.values() if info.is_float)
 
     def companions(self) -> Iterator[Path]:
-        """Yield the files beside the weights that make the folder a usable model."""
-        seen = {path for pattern in COMPANIONS for path in self.folder.glob(pattern) if path.is_file()}
-        yield from sorted(seen)
+        """Yield the files beside the weights that make the folder a usable model.
+
+        Raises CheckpointError for a link that leads out of the folder, unless it is a hub cache's own.
+        """
+        yield from _companions(self.folder)
 
     def fingerprint(self) -> str:
         """Return a content hash (BLAKE3, 32 hex digits) of all tensors, the config and the tokenizer.
@@ -245,6 +250,12 @@ def _download(location: str, patterns: Sequence[str]) -> Path:
             "check the name, or go online, or name a folder"
         ) from error
     return Path(found).resolve()
+
+
+def _companions(folder: Path) -> Iterator[Path]:
+    for path in sorted({path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}):
+        inside(folder, path)
+        yield path
 
 
 def _refuse_adapter(folder: Path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from palinode.errors import InputError, OutputError
+from palinode.records import read_json
 from palinode.weights.atomic import is_claimed
 from palinode.weights.slices import Slice
 
@@ -200,7 +201,7 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = read_json(path)
     except (OSError, ValueError):
         return None
     return found

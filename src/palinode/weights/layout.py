@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from palinode.errors import OutputError
 from palinode.weights.checkpoint import INDEX, SINGLE, Checkpoint
+from palinode.weights.foreign import copy_inside
 from palinode.weights.tensors import FLOAT_BYTES, TensorInfo, by_file
 
 SHARD = 5_000_000_000
@@ -151,7 +151,7 @@ def copy_companions(anchor: Checkpoint, folder: Path, dtype: str | None) -> None
     for path in anchor.companions():
         place = folder / path.relative_to(anchor.folder)
         place.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, place)
+        copy_inside(anchor.folder, path, place)
     place = folder / "config.json"
     if anchor.config and (dtype or not place.exists()):
         config = {key: value for key, value in anchor.config.items() if key != "torch_dtype" or not dtype}

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import blake3
 
 from palinode.errors import CheckpointError
-from palinode.records import write_text
+from palinode.records import read_json, write_text
 from palinode.version import __version__
 from palinode.weights.checkpoint import INDEX, MAX_HEADER, Checkpoint
 from palinode.weights.direction import Term
@@ -127,7 +127,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise CheckpointError(f"there is no model folder {folder}")
     try:
-        found = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        found = read_json(folder / NAME)
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} has no {NAME}, so nobody can tell what changed; name a model that Palinode wrote"

@@ -6,7 +6,6 @@ differently; two states of one model can differ in them where one has a padded v
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,6 +16,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from palinode.errors import CheckpointError, InputError, MismatchError
+from palinode.records import read_json
 from palinode.weights.blocks import map_blocks
 from palinode.weights.checkpoint import EMBEDDINGS, HEADS, Checkpoint, TensorInfo
 
@@ -268,7 +268,7 @@ def _text(token: Any) -> Any:
 def _read_object(path: Path) -> dict[str, Any]:
     """Return a JSON object from a file, an empty one where there is no file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:

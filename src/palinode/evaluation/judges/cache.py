@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from palinode.errors import OutputError
+from palinode.records import read_json
 
 
 def judge_cache_folder() -> Path:
@@ -47,8 +48,8 @@ class DecisionCache:
     def get(self, key: str) -> list[Any] | None:
         """Return the picks kept under a key, unchecked; None when there are none or the file is damaged."""
         try:
-            kept = json.loads(self._file(key).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            kept = read_json(self._file(key))
+        except (OSError, ValueError):
             return None
         picked = kept.get("picked") if isinstance(kept, dict) else None
         return picked if isinstance(picked, list) else None

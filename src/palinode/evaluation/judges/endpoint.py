@@ -4,7 +4,9 @@ It is shown question, answer and numbered candidates as JSON data and must reply
 `{"picked": [numbers]}`. Anything else is sent back with what is wrong about it, a few times. Whatever an
 answer says to the judge, only numbers of candidates come out.
 
-The key is read from an environment variable and goes into one request header and nowhere else.
+The key is read from an environment variable and goes into one request header and nowhere else: the default
+one only to its own provider, one that was named to the address it was named for; in the clear only to this
+very machine.
 """
 
 from __future__ import annotations
@@ -27,11 +29,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from palinode.errors import InputError
 from palinode.evaluation.judges.cache import DecisionCache
-from palinode.evaluation.judges.transport import HttpReply, NoReplyError, post
+from palinode.evaluation.judges.transport import HttpReply, NoReplyError, is_loopback, post
 from palinode.evaluation.judging import ACCEPTED, NONE, Candidate, Pick
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-"""Environment variable that holds the key unless another is named."""
+"""Environment variable that holds the key of PROVIDER."""
+PROVIDER = "api.openai.com"
+"""The one host to which a key goes that nobody has named, and only over https."""
 
 CLOSEST = """\
 You compare the facts of an answer with those of several candidates. The user's message is one JSON object \
@@ -161,8 +165,9 @@ class EndpointJudge:
     ):
         """Check address, model and key; nothing is sent yet.
 
-        `key_variable` names the environment variable with the key. Unnamed, OPENAI_API_KEY is used if it is
-        set, and no key is sent if not (a server of one's own).
+        `key_variable` names the environment variable with the key. Unnamed, OPENAI_API_KEY is used where the
+        address is https://api.openai.com, and any other gets no key. InputError for a key that would go
+        over http to another machine.
         """
         self.base = _checked_base(base)
         if not model.strip():
@@ -170,8 +175,9 @@ class EndpointJudge:
         self.model = model
         self.name = f"{self.base} {model}"
         self.at_once = at_once
-        self._key_variable = key_variable or KEY_VARIABLE
-        self._key = _key_in(key_variable)
+        default = KEY_VARIABLE if urlsplit(self.base).hostname == PROVIDER else None
+        self._key_variable = key_variable or default
+        self._key = _key_for(self.base, key_variable)
         self._cache = cache
         self._patience = patience or Patience()
         self._stopped = threading.Event()
@@ -265,7 +271,9 @@ class EndpointJudge:
         status, words = reply.status, self._said(reply)
         if status in (401, 403):
             self.stop()
-            how = f"set {self._key_variable}" if self._key is None else f"check {self._key_variable}"
+            how = f"{'set' if self._key is None else 'check'} {self._key_variable}"
+            if self._key_variable is None:
+                how = "name the environment variable that holds its key with --key-variable"
             raise InputError(
                 f"the judge at {self.base} does not let us in (HTTP {status}); {how}, "
                 "and whether it may use this model"
@@ -388,7 +396,12 @@ def _checked_base(base: str) -> str:
     return base.rstrip("/").removesuffix("/chat/completions")
 
 
-def _key_in(variable: str | None) -> str | None:
+def _key_for(base: str, variable: str | None) -> str | None:
+    """Return the key that goes to an address, if any; InputError when it must not or cannot."""
+    parts = urlsplit(base)
+    secure = parts.scheme == "https"
+    if variable is None and not (secure and parts.hostname == PROVIDER and parts.port in (None, 443)):
+        return None
     key = os.environ.get(variable or KEY_VARIABLE, "").strip()
     if not key:
         if variable is None:
@@ -397,5 +410,10 @@ def _key_in(variable: str | None) -> str | None:
     if not key.isascii() or not key.isprintable() or " " in key:
         raise InputError(
             f"the key in {variable or KEY_VARIABLE} holds marks that no key has; was it copied whole?"
+        )
+    if not secure and not is_loopback(parts.hostname or ""):
+        raise InputError(
+            f"the key in {variable} would go to {parts.hostname} over http, for everybody to read; name an "
+            "https:// address"
         )
     return key

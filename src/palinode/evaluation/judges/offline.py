@@ -12,7 +12,6 @@ The best candidates are picked as in overlap.py.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 from palinode.errors import InputError
 from palinode.evaluation.judges.overlap import pick_best
 from palinode.evaluation.judging import Candidate, Pick, plain_text
+from palinode.weights.foreign import bounded, check_folder, from_pretrained, read_config
 
 ENTAILMENT_THRESHOLD = 0.5
 """Least mean probability of entailment of a pick."""
@@ -27,6 +27,8 @@ COSINE_THRESHOLD = 0.75
 """Least cosine of a pick."""
 MARGIN = 0.05
 """Candidates whose score is at most this far from the best are picked with it."""
+MOST_TENSORS = 5000
+"""A judge with more tensors is none."""
 LONGEST = 512
 """Tokens of a pair of texts that are read, if the model takes as many."""
 
@@ -55,10 +57,16 @@ class EntailmentJudge:
         self._label = entailment_label(folder)
         self._device = pick_device(device)
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                str(folder), local_files_only=True, output_loading_info=True
-            )
+            self._tokenizer: Any = from_pretrained(AutoTokenizer, folder)
+            nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+            with bounded(folder / "config.json", tensors=min(MOST_TENSORS, nbytes), numbers=nbytes):
+                model, report = from_pretrained(
+                    AutoModelForSequenceClassification,
+                    folder,
+                    use_safetensors=True,
+                    attn_implementation="eager",
+                    output_loading_info=True,
+                )
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"the judge in {folder} cannot be loaded: {_first_line(error)}") from None
         if report["missing_keys"]:
@@ -119,8 +127,13 @@ class EmbeddingJudge:
         from palinode.models.loading import pick_device
 
         self.name = f"embedding {folder.resolve().name}"
+        check_folder(folder)
         self._model: Any = SentenceTransformer(
-            str(folder), device=str(pick_device(device)), local_files_only=True
+            str(folder),
+            device=str(pick_device(device)),
+            local_files_only=True,
+            trust_remote_code=False,
+            model_kwargs={"use_safetensors": True},
         )
 
     def pick(self, question: str, answer: str, candidates: Sequence[Candidate]) -> Pick:
@@ -166,10 +179,7 @@ def _is_cross_encoder(folder: Path) -> bool:
 
 def _config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read: {_first_line(error)}") from None
+    content = read_config(file) if file.exists() else {}
     return content if isinstance(content, dict) else {}
 
 

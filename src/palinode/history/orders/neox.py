@@ -22,6 +22,7 @@ import numpy.typing as npt
 from palinode.errors import DataError
 from palinode.history.orders.order import check_positive, check_step
 from palinode.history.segments import Ints
+from palinode.records import read_bytes
 
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _INDEX_HEAD = struct.Struct("<9sQBQQ")
@@ -136,7 +137,7 @@ def read_sizes(path: str | Path) -> Ints:
     """Return the tokens of each document from a Megatron index file (`….idx`)."""
     place = Path(path)
     try:
-        content = place.read_bytes()
+        content = read_bytes(place)
         magic, version, _, count, _ = _INDEX_HEAD.unpack_from(content)
     except (OSError, struct.error) as error:
         raise DataError(f"{place} cannot be read ({error}); name the data set's .idx file") from None
@@ -150,6 +151,8 @@ def read_sizes(path: str | Path) -> Ints:
 def _open(path: Path) -> Indices:
     """Open an .npy file of whole numbers; pickled ones are refused."""
     try:
+        if not path.is_file():
+            raise OSError("it is no ordinary file")
         found = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # numpy reads the header as Python, and fails in as many ways
         raise DataError(f"{path} cannot be read ({error}); name the files that GPT-NeoX wrote") from None

@@ -6,7 +6,6 @@ An epoch's batches follow from the rows' lengths in tokens, the batch size, the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from palinode.data.examples import Example
 from palinode.data.tokenize import PromptStyle, tokenize
 from palinode.errors import DataError
 from palinode.history.orders.order import check_step
-from palinode.records import write_json
+from palinode.records import read_json, write_json
 from palinode.training.settings import TrainingSettings
 
 KIND = "palinode"
@@ -116,7 +115,7 @@ def open_palinode(path: Path) -> tuple[PalinodeOrder, list[Example]]:
     from palinode.weights.checkpoint import Checkpoint
 
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         place, model = path.parent / content["data"], path.parent / content["model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is not an order file ({error})") from None

@@ -11,7 +11,6 @@ tables, each with `after`, the step that it went on from, `kind` and its fields.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -23,6 +22,7 @@ from palinode.history.orders.neox import NeoxOrder
 from palinode.history.orders.olmo_core import OlmoCoreOrder
 from palinode.history.orders.order import Order
 from palinode.history.orders.trainer import TrainerOrder
+from palinode.records import read_toml
 
 
 def _trainer(content: Mapping[str, Any], folder: Path) -> Order:  # noqa: ARG001
@@ -51,7 +51,7 @@ def read_order(path: str | Path) -> Order:
     """Return the order that a TOML file describes; raise RecipeError where it says what we do not know."""
     place = Path(path)
     try:
-        content = tomllib.loads(place.read_text(encoding="utf-8"))
+        content = read_toml(place)
     except (OSError, ValueError) as error:
         raise RecipeError(f"the order {place} cannot be read ({error})") from None
     parts = content.pop("part", None)

@@ -74,6 +74,7 @@ class Gauge:
     asked: Sequence[Asked]
     rank_by: str
     judge: str | None
+    key_variable: str | None
     relearn: Sequence[Example]
     relearn_rate: float
     device: str
@@ -115,6 +116,7 @@ def make_gauge(recipe: CompareRecipe, shares: Shares, unseen: Sequence[Example] 
         asked,
         measure.rank_by,
         measure.judge or None,
+        measure.key_variable,
         relearn_rows,
         measure.relearn_rate,
         recipe.shared.device,
@@ -241,7 +243,8 @@ def _scores(
     """Return the score of each cell by set and metric, as plain values."""
     reference = None if theirs is None else Reference("retrained", theirs)
     name, _, model = (gauge.judge or "").partition("#")
-    judge = open_judge(name, model=model or None, device=gauge.device) if name else None
+    options = {"model": model or None, "key_variable": gauge.key_variable}
+    judge = open_judge(name, device=gauge.device, **options) if name else None
     verdicts = judge_sets(judge, asked.cells, asked.sets, outcomes, reference, gauge.seed, listener)
     measured = Measured(
         split=asked.split,

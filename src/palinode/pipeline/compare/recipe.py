@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from palinode.metrics import METRICS
 from palinode.pipeline.inputs import workspace_folder
 from palinode.pipeline.recipe import MAX_SEED, Recipe, build_recipe, known_keys, set_key
 from palinode.pipeline.workspace import fingerprint
+from palinode.records import read_toml
 
 SHARED = ("device", "models", "data", "training", "evaluation", "prompts", "output", "prepare")
 """Keys of a run's recipe that all contestants share."""
@@ -88,6 +88,8 @@ class Measures(_Section):
 
     judge: str | None = "overlap"
     """overlap, offline:FOLDER or URL#model; "" for none."""
+    key_variable: str | None = None
+    """The environment variable with the key of a judge at a URL, where it is not OpenAI's own."""
     relearning: bool = False
     """Whether half of the forget set is relearned, with the audit's quick budget."""
     relearn_rate: float = Field(default=BUDGETS["quick"].relearn_rate, gt=0)
@@ -305,7 +307,7 @@ class CompareRecipe:
 def load_comparison(path: Path, changes: Sequence[str] = ()) -> CompareRecipe:
     """Read a TOML recipe of a comparison and apply `key=value` changes. Raises RecipeError."""
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = read_toml(path)
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe {path}") from None
     except (OSError, ValueError) as error:

@@ -6,7 +6,6 @@ before and after, and which checkpoint methods start from: each is one number of
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from palinode.benchmarks.demo import STAGES, Course, Stage, build_demo
 from palinode.data.world import World, invent_world
 from palinode.pipeline.compare.recipe import Demo
 from palinode.progress import Listener
-from palinode.records import write_json
+from palinode.records import read_json, write_json
 
 MARK = "demo.json"
 """What a world's folder says it is, so that another world can take over what they have in common."""
@@ -45,7 +44,7 @@ def make_world(settings: Demo, folder: Path, *, seed: int, listener: Listener) -
 def _take_over(folder: Path, said: dict[str, Any]) -> None:
     """Copy the stages that a world beside this one has had alike, and say what this one is."""
     for mark in sorted(folder.parent.glob(f"world-*/{MARK}")):
-        other = json.loads(mark.read_text(encoding="utf-8"))
+        other = read_json(mark)
         for keys, names in (
             (BEGINNING, ("base",)),
             (MIDDLE, ("before", "during", "exposed", "unexposed")),

@@ -8,10 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM
-
-from palinode.models.loading import load_config, load_tokenizer, quiet_transformers
+from palinode.models.loading import build_empty, load_config, load_tokenizer
 from palinode.pipeline.doctor.equipment import gigabytes
 from palinode.pipeline.doctor.findings import Findings
 from palinode.pipeline.inputs import check_kind, check_not_same, check_vocabulary
@@ -138,8 +135,7 @@ def _look_at_values(findings: Findings, name: str, model: Checkpoint, listener: 
 def _look_at_names(findings: Findings, name: str, model: Checkpoint) -> None:
     """Compare the live model's weights with those in the files by name, as trying scales in memory needs."""
     try:
-        with torch.device("meta"), quiet_transformers():
-            live = AutoModelForCausalLM.from_config(load_config(model))
+        live = build_empty(model)
     except Exception as error:  # transformers raises many kinds
         text = f"transformers cannot build it ({_first_line(error)})"
         findings.say("models", name, "fail", text, "update transformers, or take a model that it knows")

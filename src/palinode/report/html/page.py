@@ -68,7 +68,10 @@ def content_policy(scripts: list[str]) -> str:
     """Return a policy under which only these scripts run and nothing is loaded."""
     digests = (hashlib.sha256(code.encode()).digest() for code in scripts)
     hashes = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
-    return f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:"
+    return (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
 
 
 def _plotly() -> str:

@@ -8,7 +8,6 @@ The metadata also knows entries that are no weights; `_weights` states which one
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,15 +18,16 @@ from palinode.errors import CheckpointError
 from palinode.weights.files import Files
 from palinode.weights.formats.pickled import (
     WRAPPERS,
+    Inert,
+    Saved,
     View,
-    dtype_named,
     place_view,
     read_saved,
+    unpickle,
     without_prefix,
 )
 from palinode.weights.formats.pieces import MAX_PIECES, Piece, PiecedTensor, pieced, row_major
 from palinode.weights.formats.small_files import is_plain_name, read_small, require_files
-from palinode.weights.formats.unpickler import Inert, Known, flat, inert, unpickle
 from palinode.weights.formats.windows import Window
 from palinode.weights.tensors import TensorInfo, is_shape, is_text, itemsize_of, shown
 
@@ -35,11 +35,8 @@ METADATA = ".metadata"
 MAX_METADATA = 1 << 27
 """Bytes; a model of a thousand tensors and its optimiser on a hundred ranks take half of it."""
 
-TORCH_METADATA = "torch.distributed.checkpoint.metadata"
-RECORDS = (
-    "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "BytesStorageMetadata",
-    "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
-)  # fmt: skip
+AT_ONCE = 10_000
+"""Chunks whose descriptions are read by one process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,38 +81,11 @@ def read_distributed(metadata: Path) -> tuple[dict[str, TensorInfo], list[str]]:
 
 def _read_metadata(metadata: Path) -> dict[str, Any]:
     """Return the fields of the Metadata object."""
-    try:
-        content, _ = unpickle(read_small(metadata, limit=MAX_METADATA), _find, _refuse_reference)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{metadata} cannot be read: {error}; save the checkpoint again") from None
+    (held,) = unpickle([(metadata, read_small(metadata, limit=MAX_METADATA))], table="metadata")
+    content = held.parts[0]
     if not isinstance(content, Inert) or content.kind != "Metadata" or not isinstance(content.state, dict):
         raise CheckpointError(f"{metadata} is no metadata of a distributed checkpoint")
     return content.state
-
-
-def _find(module: str, name: str) -> Any:
-    """Return what a name in the metadata stands for; raises UnpicklingError for any other."""
-    if module == TORCH_METADATA and name in RECORDS:
-        return inert(name)
-    if (module, name) == ("torch.distributed.checkpoint.filesystem", "_StorageInfo"):
-        return inert(name)
-    if (module, name) == ("torch.serialization", "_get_layout"):
-        return inert("layout")
-    if module in ("pathlib", "pathlib._local") and name in ("PosixPath", "WindowsPath", "PurePosixPath"):
-        return inert("path")
-    if (module, name) in (("builtins", "getattr"), ("builtins", "set")):  # how some versions write an enum
-        return inert(name)
-    if (module, name) == ("collections", "OrderedDict"):
-        return Known(lambda pairs=(): {flat(key): value for key, value in pairs})
-    if (module, name) == ("torch", "Size"):
-        return Known(lambda lengths=(): tuple(lengths))
-    if module == "torch" and name.isidentifier():
-        return dtype_named(name)
-    raise pickle.UnpicklingError(f"it names {shown(f'{module}.{name}')}, which is no part of such metadata")
-
-
-def _refuse_reference(_reference: Any) -> Any:
-    raise pickle.UnpicklingError("it refers to storages, which metadata do not have")
 
 
 def _entries(metadata: Path, content: Mapping[str, Any]) -> list[Entry]:
@@ -140,9 +110,8 @@ def _entry(metadata: Path, name: Any, about: Any, paths: Mapping[Any, Any]) -> E
     except (AttributeError, LookupError, TypeError, ValueError):
         sound = False
     if not sound:
-        raise CheckpointError(
-            f"{metadata} describes {name!a:.200} in a way that we do not know; save it again"
-        )
+        said = shown(str(name)) if isinstance(name, str | int) else "a tensor"
+        raise CheckpointError(f"{metadata} describes {said} in a way that we do not know; save it again")
     return Entry(name, tuple(map(str, path)), dtype, shape, tuple(dict.fromkeys(chunks)))
 
 
@@ -269,19 +238,29 @@ def _pieces(
         for chunk in own:
             wanted.setdefault(chunk.file, []).append((name, chunk))
     require_files(metadata.parent, [file.name for file in sorted(wanted)])
-    for _, members in sorted(wanted.items()):
-        with Files() as files:
-            for name, chunk in sorted(members, key=lambda member: member[1].start):
-                pieces[name].append(_piece(files, name, entries[name], chunk))
+    with Files() as files:
+        found = [
+            (name, chunk, _window(files, name, chunk))
+            for _, members in sorted(wanted.items())
+            for name, chunk in sorted(members, key=lambda member: member[1].start)
+        ]
+        for start in range(0, len(found), AT_ONCE):
+            part = found[start : start + AT_ONCE]
+            held = read_saved([window for _, _, window in part])
+            for (name, chunk, window), saved in zip(part, held, strict=True):
+                pieces[name].append(_piece(window, saved, name, entries[name], chunk))
     return pieces
 
 
-def _piece(files: Files, name: str, entry: Entry, chunk: Chunk) -> Piece:
-    """Read the description of a chunk, and check that it is the one that the metadata speaks of."""
+def _window(files: Files, name: str, chunk: Chunk) -> Window:
+    """Return the part of a file in which torch.save wrote a chunk."""
     if chunk.start + chunk.length > files.size(chunk.file):
         raise CheckpointError(f"{chunk.file} is cut off inside {shown(name)}; fetch it again")
-    window = Window(files, chunk.file, chunk.start, chunk.length)
-    saved = read_saved(window)
+    return Window(files, chunk.file, chunk.start, chunk.length)
+
+
+def _piece(window: Window, saved: Saved, name: str, entry: Entry, chunk: Chunk) -> Piece:
+    """Return where a chunk's elements lie, after checking that it is the one that the metadata speaks of."""
     if not isinstance(saved.content, View):
         raise CheckpointError(f"{chunk.file} holds something else than a tensor for {shown(name)}")
     info = place_view(window, saved, name, saved.content)

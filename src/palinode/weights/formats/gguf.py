@@ -18,11 +18,9 @@ from typing import Any
 
 from palinode.errors import CheckpointError
 from palinode.weights.files import Files
+from palinode.weights.foreign import bounded, from_config, from_pretrained
 from palinode.weights.formats.windows import whole
 from palinode.weights.tensors import HeldTensor, TensorInfo, shown
-
-MAX_GROWTH = 4
-"""How many times as many parameters as the file holds its config may ask for: a tied head counts twice."""
 
 NOT_THE_MODELS = ("_name_or_path", "quantization_config")
 
@@ -89,19 +87,19 @@ def _load(file: Path, count: int, stored: int) -> tuple[dict[str, TensorInfo], M
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    options = {"gguf_file": file.name, "local_files_only": True}
-    config = AutoConfig.from_pretrained(file.parent, **options)
+    config = from_pretrained(AutoConfig, file.parent, gguf_file=file.name)
     if not 0 <= config.get_text_config().num_hidden_layers <= count:
         raise CheckpointError(f"{file} describes more layers than it has tensors; fetch it again")
-    with torch.device("meta"):
-        asked = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
-    if asked > MAX_GROWTH * stored:
-        raise CheckpointError(
-            f"{file} describes a model of {asked} parameters and holds {stored}; fetch it again"
+    with bounded(file, tensors=count, numbers=stored):
+        with torch.device("meta"):
+            from_config(AutoModelForCausalLM, config)
+        loaded: Any = from_pretrained(
+            AutoModelForCausalLM,
+            file.parent,
+            gguf_file=file.name,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        file.parent, dtype=torch.float32, output_loading_info=True, **options
-    )
     model, found = loaded
     if found["missing_keys"]:
         raise CheckpointError(

@@ -2,24 +2,28 @@
 
 Such a file is a pickle that describes the tensors, and their storages as raw bytes: in a zip archive, where
 each storage is an uncompressed record, or, before PyTorch 1.6, behind the pickle, one after the other. The
-pickle is read by our own machine (formats/unpickler.py), which knows the names below and no others; where
-a storage lies follows from the archive, so that a tensor can be read in place like any other.
+pickle is read in a process of its own (unpickler.py) with little time and memory, where names only leave
+records; what it describes comes back as JSON. Where a storage lies follows from the archive, so that a
+tensor can be read in place like any other.
 """
 
 from __future__ import annotations
 
+import json
 import math
-import pickle
-from collections import OrderedDict
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from palinode.errors import CheckpointError
 from palinode.weights.files import Files
+from palinode.weights.formats import unpickler
 from palinode.weights.formats.pieces import Piece, pieced, row_major
-from palinode.weights.formats.unpickler import Inert, Known, flat, inert, unpickle
 from palinode.weights.formats.windows import Window, whole
 from palinode.weights.formats.zips import START, Record, data_offset, read_directory, read_record
 from palinode.weights.tensors import TensorInfo, is_shape, is_text, itemsize_of, shown
@@ -27,20 +31,13 @@ from palinode.weights.tensors import TensorInfo, is_shape, is_text, itemsize_of,
 MAX_PICKLE = 1 << 24
 """Bytes: 16 MiB. The description of a model with a thousand tensors takes a hundred thousand."""
 
-OLD_MAGIC = 0x1950A86A20F9469CFC6C
+OLD_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 
-CODES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
-    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
-    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
-"""PyTorch's names of dtypes, and those of the safetensors format."""
+SECONDS = 20
+"""Time for a process that reads a pickle, and a second more for each MAX_RATE bytes."""
+MAX_RATE = 1 << 19
 
-STORAGES = {
-    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
-    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
-    "ByteStorage": "U8", "BoolStorage": "BOOL", "UntypedStorage": "U8",
-}  # fmt: skip
+AGAIN = "save a plain state dict again, best as safetensors"
 
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 """Under which of these a training checkpoint keeps its weights beside the state of its optimiser."""
@@ -76,6 +73,24 @@ class View:
     strides: Any
 
 
+@dataclass(eq=False, slots=True)
+class Inert:
+    """An object of a class that we know, as its bare contents: it does nothing."""
+
+    kind: str
+    args: Any = None
+    state: Any = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Pickled:
+    """What one or several pickles held: the objects, the byte after the last, and all storages by key."""
+
+    parts: list[Any]
+    end: int
+    storages: Mapping[str, Storage]
+
+
 @dataclass(frozen=True, slots=True)
 class Saved:
     """What torch.save wrote: the object, and where a storage lies, as (byte in the file, bytes)."""
@@ -100,16 +115,21 @@ def read_pickled_part(file: Path) -> tuple[dict[str, TensorInfo], list[str]]:
     """Return the same of one of several files of a model, where the names are those of an index."""
     with Files() as files:
         window = whole(files, file)
-        saved = read_saved(window)
+        (saved,) = read_saved([window])
         views, notes = _state_dict(file, saved.content)
         return {name: place_view(window, saved, name, view) for name, view in views.items()}, notes
 
 
-def read_saved(window: Window) -> Saved:
-    """Read what torch.save wrote into a file or a part of one; raises CheckpointError when it is damaged."""
-    if window.size < 8:
-        raise CheckpointError(f"{window.file} is cut off ({window.size} bytes); fetch it again")
-    return _read_zip(window) if window.read(0, 4) == START else _read_old(window)
+def read_saved(windows: Sequence[Window]) -> list[Saved]:
+    """Read what torch.save wrote into files or parts of them; raises CheckpointError where one is damaged."""
+    for window in windows:
+        if window.size < 8:
+            raise CheckpointError(f"{window.file} is cut off ({window.size} bytes); fetch it again")
+    if len(windows) == 1 and windows[0].read(0, 4) != START:
+        return [_read_old(windows[0])]
+    archives = [_Archive(window) for window in windows]
+    held = unpickle([(archive.window.file, archive.pickle()) for archive in archives])
+    return [Saved(one.parts[0], archive.locate) for one, archive in zip(held, archives, strict=True)]
 
 
 def place_view(window: Window, saved: Saved, name: str, view: View) -> TensorInfo:
@@ -144,11 +164,6 @@ def place_view(window: Window, saved: Saved, name: str, view: View) -> TensorInf
     return pieced(name, code, shape, itemsize, [piece])
 
 
-def dtype_named(name: str) -> Dtype:
-    """Return the dtype that PyTorch calls so."""
-    return Dtype(CODES.get(name, name))
-
-
 def without_prefix(file: Path, names: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return names without a prefix of PREFIXES that all of them have, and notes that say so."""
     kept, notes = [*names], []
@@ -162,65 +177,65 @@ def without_prefix(file: Path, names: Sequence[str]) -> tuple[list[str], list[st
 # The two kinds of file
 
 
-def _read_zip(window: Window) -> Saved:
-    """Read a zip archive: data.pkl beside one record for each storage, all below one folder."""
-    records = read_directory(window)
-    top = next(iter(records), "").split("/")[0]
+class _Archive:
+    """A zip archive: data.pkl beside one record for each storage, all below one folder."""
 
-    def record(name: str) -> Record:
-        found = records.get(f"{top}/{name}")
+    def __init__(self, window: Window) -> None:
+        self.window, self.records = window, read_directory(window)
+        self.top = next(iter(self.records), "").split("/")[0]
+
+    def record(self, name: str) -> Record:
+        """Return a record; raises CheckpointError when it is not there."""
+        found = self.records.get(f"{self.top}/{name}")
         if found is None:
             raise CheckpointError(
-                f"{window.file} lacks its record {shown(name)}: torch.save did not write it"
+                f"{self.window.file} lacks its record {shown(name)}: torch.save did not write it"
             )
         return found
 
-    if f"{top}/constants.pkl" in records:
-        raise CheckpointError(
-            f"{window.file} is a TorchScript program; only weights (a state dict) can be used"
-        )
-    if f"{top}/byteorder" in records:
-        order = read_record(window, record("byteorder"), limit=16)
-        if order != b"little":
-            raise CheckpointError(f"{window.file} is big-endian; save it again on an ordinary machine")
-    content, _ = _unpickle(window, read_record(window, record("data.pkl"), limit=MAX_PICKLE), {})
+    def pickle(self) -> bytes:
+        """Return the pickle; raises CheckpointError where the archive holds something else than weights."""
+        if f"{self.top}/constants.pkl" in self.records:
+            raise CheckpointError(
+                f"{self.window.file} is a TorchScript program; only weights (a state dict) can be used"
+            )
+        if f"{self.top}/byteorder" in self.records:
+            order = read_record(self.window, self.record("byteorder"), limit=16)
+            if order != b"little":
+                raise CheckpointError(
+                    f"{self.window.file} is big-endian; save it again on an ordinary machine"
+                )
+        return read_record(self.window, self.record("data.pkl"), limit=MAX_PICKLE)
 
-    def locate(storage: Storage) -> tuple[int, int]:
-        own = record(f"data/{storage.key}")
-        return data_offset(window, own), own.nbytes
-
-    return Saved(content, locate)
+    def locate(self, storage: Storage) -> tuple[int, int]:
+        """Return where the bytes of a storage lie, which are as many as its elements need."""
+        own = self.record(f"data/{storage.key}")
+        needed = storage.count * itemsize_of(self.window.file, f"storage {storage.key}", storage.dtype.code)
+        if own.nbytes != needed:
+            raise CheckpointError(
+                f"{self.window.file} holds {own.nbytes} bytes of the storage {shown(storage.key)} where its "
+                f"{storage.count} elements need {needed}; fetch it again"
+            )
+        return data_offset(self.window, own), own.nbytes
 
 
 def _read_old(window: Window) -> Saved:
     """Read five pickles (magic, version, system, content, keys), then each storage behind its length."""
     raw = window.read(0, min(window.size, MAX_PICKLE))
-    place, parts = 0, []
-    storages: dict[str, Storage] = {}
-    for _ in range(5):
-        part, place = _unpickle(window, raw, storages, place)
-        parts.append(part)
-        if type(parts[0]) is not int or parts[0] != OLD_MAGIC:
-            raise CheckpointError(f"{window.file} is no file that torch.save wrote; is it whole?")
-    _, _, system, content, keys = parts
+    if raw[257:262] == b"ustar":
+        raise CheckpointError(
+            f"{window.file} is a tar archive, as torch wrote before 2018; load it with torch once and save "
+            "it again"
+        )
+    if OLD_MAGIC not in raw[:32]:
+        raise CheckpointError(f"{window.file} is no file that torch.save wrote; is it whole?")
+    (held,) = unpickle([(window.file, raw)], count=5)
+    _, _, system, content, keys = held.parts
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise CheckpointError(f"{window.file} is big-endian; save it again on an ordinary machine")
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise CheckpointError(f"{window.file} does not name its storages; fetch it again")
-    places: dict[str, tuple[int, int]] = {}
-    for key in keys:
-        count = int.from_bytes(window.read(place, 8), "little")
-        itemsize = (
-            itemsize_of(window.file, f"storage {key}", storages[key].dtype.code) if key in storages else 0
-        )
-        if key not in storages or count != storages[key].count or key in places:
-            raise CheckpointError(
-                f"{window.file} holds a storage {shown(key)} that no tensor has; fetch it again"
-            )
-        places[key] = place + 8, count * itemsize
-        place += 8 + count * itemsize
-    if place > window.size:
-        raise CheckpointError(f"{window.file} has {window.size} bytes where it needs {place}; fetch it again")
+    places = _old_storages(window, held, keys)
 
     def locate(storage: Storage) -> tuple[int, int]:
         if storage.key not in places:
@@ -230,103 +245,90 @@ def _read_old(window: Window) -> Saved:
     return Saved(content, locate)
 
 
-def _unpickle(window: Window, raw: bytes, storages: dict[str, Storage], start: int = 0) -> tuple[Any, int]:
-    """Return the object at `start` and the byte after it; the storages it refers to go into `storages`."""
-
-    def refer(reference: Any) -> Storage:
-        storage = _storage(reference)
-        return storages.setdefault(storage.key, storage)
-
-    try:
-        return unpickle(raw, _find, refer, start)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{window.file} cannot be read: {error}; save a plain state dict again, best as safetensors"
-        ) from None
-
-
-# What names in the pickle stand for
-
-
-def _view(storage: Storage, offset: Any, shape: Any, strides: Any, *rest: Any) -> View:
-    """Stand for torch._utils._rebuild_tensor_v2, whose last argument may say that numbers are negated."""
-    if not isinstance(storage, Storage) or (len(rest) > 2 and rest[2]):
-        raise pickle.UnpicklingError("a tensor is conjugated, negated or has no storage")
-    return View(storage, storage.dtype, offset, shape, strides)
+def _old_storages(window: Window, held: Pickled, keys: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Return where each storage lies, behind the pickles, and its bytes."""
+    place, places = held.end, dict[str, tuple[int, int]]()
+    for key in keys:
+        count = int.from_bytes(window.read(place, 8), "little")
+        own = held.storages.get(key)
+        if own is None or count != own.count or key in places:
+            raise CheckpointError(
+                f"{window.file} holds a storage {shown(key)} that no tensor has; fetch it again"
+            )
+        places[key] = place + 8, count * itemsize_of(window.file, f"storage {key}", own.dtype.code)
+        place += 8 + places[key][1]
+    if place > window.size:
+        raise CheckpointError(f"{window.file} has {window.size} bytes where it needs {place}; fetch it again")
+    return places
 
 
-def _typed_view(
-    storage: Storage, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, dtype: Any, *rest: Any
-) -> View:
-    """Stand for torch._utils._rebuild_tensor_v3, where the dtype is apart from the storage."""
-    if not isinstance(storage, Storage) or not isinstance(dtype, Dtype) or any(rest):
-        raise pickle.UnpicklingError("a tensor is conjugated, negated or has no storage")
-    return View(storage, dtype, offset, shape, strides)
+# The process that reads pickles
 
 
-def _from_type(function: Known, kind: Known, args: tuple[Any, ...], _state: Any) -> Any:
-    """Stand for torch._tensor._rebuild_from_type_v2: a tensor to which attributes were given."""
-    if kind not in (TENSOR, PARAMETER):
-        raise pickle.UnpicklingError("a tensor is of a class that is no plain tensor")
-    return function.function(*args)
+def unpickle(
+    pickles: Sequence[tuple[Path, bytes]], *, table: str = "weights", count: int = 1
+) -> list[Pickled]:
+    """Return what pickles of these files hold, read in a process of its own; none of their code is run.
+
+    Each holds `count` pickles, one behind the other. Raises CheckpointError when one is damaged, names what
+    the `table` has not, or asks for more time and memory than a description of weights needs.
+    """
+    total = sum(len(raw) for _, raw in pickles)
+    with tempfile.TemporaryFile() as asked, tempfile.TemporaryFile() as answer:
+        for _, raw in pickles:
+            asked.write(len(raw).to_bytes(8, "little") + raw)
+        asked.seek(0)
+        command = [sys.executable, "-I", "-S", unpickler.__file__, table, str(count)]
+        with suppress(subprocess.SubprocessError):
+            subprocess.run(
+                command,
+                stdin=asked,
+                stdout=answer,
+                stderr=subprocess.DEVNULL,
+                timeout=SECONDS + total // MAX_RATE,
+                check=True,
+            )
+            answer.seek(0)
+            return [_made(file, one) for (file, _), one in zip(pickles, json.load(answer), strict=True)]
+    raise CheckpointError(
+        f"{pickles[0][0]} cannot be read: its pickle takes more time or memory than weights need; {AGAIN}"
+    )
 
 
-def _size(lengths: Any = ()) -> tuple[Any, ...]:
-    return tuple(lengths)
+def _made(file: Path, found: Mapping[str, Any]) -> Pickled:
+    """Return what a pickle holds, made of its description."""
+    if "error" in found:
+        raise CheckpointError(f"{file} cannot be read: {shown(found['error'])}; {AGAIN}")
+    made = [_shell(node) for node in found["nodes"]]
+
+    def value(part: Any) -> Any:
+        if not isinstance(part, dict):
+            return part
+        ((kind, content),) = part.items()
+        if kind == "at":
+            return made[content]
+        return {"tuple": tuple, "dtype": Dtype, "other": Inert}[kind](content)
+
+    for node, shell in zip(found["nodes"], made, strict=True):
+        if isinstance(shell, dict):
+            shell.update((value(key), value(part)) for key, part in node["dict"])
+        elif isinstance(shell, list):
+            shell += map(value, node["list"])
+        elif isinstance(shell, Inert):
+            shell.args, shell.state = value(node["args"]), value(node["state"])
+    storages = {key: Storage(key, Dtype(code), count) for key, (code, count) in found["storages"].items()}
+    return Pickled([value(part) for part in found["parts"]], found["end"], storages)
 
 
-def _ordered(pairs: Any = ()) -> OrderedDict[Any, Any]:
-    return OrderedDict((flat(key), value) for key, value in pairs)
-
-
-TENSOR, PARAMETER = inert("Tensor"), inert("Parameter")
-
-NAMES: Mapping[str, Any] = {
-    "collections.OrderedDict": Known(_ordered),
-    "collections.Counter": inert("Counter"),
-    "_codecs.encode": inert("bytes"),
-    "builtins.set": inert("set"),
-    "__builtin__.set": inert("set"),
-    "builtins.bytearray": inert("bytearray"),
-    "builtins.complex": inert("complex"),
-    "torch.Size": Known(_size),
-    "torch.device": inert("device"),
-    "torch.Tensor": TENSOR,
-    "torch.nn.parameter.Parameter": PARAMETER,
-    "torch.serialization._get_layout": inert("layout"),
-    "torch._utils._rebuild_tensor": Known(_view),
-    "torch._utils._rebuild_tensor_v2": Known(_view),
-    "torch._utils._rebuild_tensor_v3": Known(_typed_view),
-    "torch._utils._rebuild_parameter": Known(lambda data, *_: data),
-    "torch._utils._rebuild_parameter_with_state": Known(lambda data, *_: data),
-    "torch._tensor._rebuild_from_type_v2": Known(_from_type),
-}
-
-
-def _find(module: str, name: str) -> Any:
-    """Return what a name stands for; raises UnpicklingError for a name that weights do not need."""
-    if (found := NAMES.get(f"{module}.{name}")) is not None:
-        return found
-    if (
-        module in ("torch", "torch.cuda", "torch.storage")
-        and name.endswith("Storage")
-        and name.isidentifier()
-    ):
-        return Dtype(STORAGES.get(name, name))
-    if module == "torch" and (
-        name in CODES or name.startswith(("float", "complex", "q", "uint", "int", "bits"))
-    ):
-        return dtype_named(name)
-    raise pickle.UnpicklingError(f"it names {shown(f'{module}.{name}')}, which is no part of plain weights")
-
-
-def _storage(reference: Any) -> Storage:
-    """Return the storage that a persistent id names: ("storage", dtype, key, device, elements[, no view])."""
-    kind, dtype, key, _, count, *views = reference
-    sound = kind in ("storage", b"storage") and isinstance(dtype, Dtype) and type(key) is str
-    if not sound or type(count) is not int or count < 0 or any(view is not None for view in views):
-        raise pickle.UnpicklingError("it refers to something that is no storage of a tensor")
-    return Storage(key, dtype, count)
+def _shell(node: Mapping[str, Any]) -> Any:
+    """Return a container before it is filled; a tensor has no parts that are containers."""
+    if "view" in node:
+        key, code, count, own, *place = node["view"]
+        flat = [
+            tuple(part["tuple"]) if isinstance(part, dict) and "tuple" in part else part for part in place
+        ]
+        return View(Storage(key, Dtype(code), count), Dtype(own), *flat)
+    return {} if "dict" in node else [] if "list" in node else Inert(node["record"])
 
 
 # Which of it are the weights
@@ -339,7 +341,7 @@ def _state_dict(file: Path, content: Any) -> tuple[dict[str, View], list[str]]:
         wrapper = _wrapper(here)
         if wrapper is None:
             break
-        others = [shown(str(key)) for key in here if key != wrapper]
+        others = [_said(key) for key in here if key != wrapper]
         if others:
             left = ", ".join(others[:5])
             notes.append(f"{file.name}: took the weights under {wrapper!r} and left out {left}")
@@ -349,11 +351,16 @@ def _state_dict(file: Path, content: Any) -> tuple[dict[str, View], list[str]]:
     views = {name: value for name, value in here.items() if isinstance(value, View)}
     nested = [name for name, value in here.items() if not isinstance(value, View) and _has_tensors(value)]
     if nested or not all(isinstance(name, str) and is_text(name) for name in views):
-        odd = shown(str(nested[0])) if nested else "names that are no text"
+        odd = _said(nested[0]) if nested else "names that are no text"
         raise CheckpointError(f"{file} is no plain state dict: it has {odd} beside or above the tensors")
     if here and not views:
         raise CheckpointError(f"{file} holds no tensors; is it a file of weights?")
     return views, notes
+
+
+def _said(key: Any) -> str:
+    """Return a key of a dictionary for a message: what is no text or number is not shown."""
+    return shown(str(key)) if isinstance(key, str | int) else "what has no name"
 
 
 def _wrapper(here: Any) -> str | None:

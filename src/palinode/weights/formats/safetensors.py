@@ -57,6 +57,11 @@ def _parse_header(file: Path, raw: bytes, data_start: int) -> Iterator[TensorInf
         raise CheckpointError(f"{file} has a header that cannot be read ({error}); fetch it again") from None
     if not isinstance(entries, dict):
         raise CheckpointError(f"{file} has a header that is not a JSON object; fetch it again")
+    about = entries.get("__metadata__", {})
+    if not isinstance(about, dict) or not all(isinstance(text, str) for text in about.values()):
+        raise CheckpointError(
+            f"{file} has a __metadata__ that does not consist of texts, as the format asks; fetch it again"
+        )
     for name, entry in entries.items():
         if name != "__metadata__":
             yield _tensor_info(file, name, entry, data_start)

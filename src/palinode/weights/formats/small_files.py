@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
-import stat
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from palinode.errors import CheckpointError
+from palinode.records import read_bytes
 from palinode.weights.tensors import shown
 
 MAX_JSON = 100_000_000
 """Bytes, as for the header of a safetensors file."""
+MAX_PARTS = 2_000_000
+"""Lists and objects in a JSON file: those of six hundred thousand tensors."""
 
 
 def read_small(file: Path, *, limit: int) -> bytes:
@@ -24,13 +27,7 @@ def read_small(file: Path, *, limit: int) -> bytes:
     `limit` bytes.
     """
     try:
-        status = file.stat()
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer
-            raise OSError(0, "it is no ordinary file")
-        if status.st_size > limit:
-            raise OSError(0, f"it has {status.st_size} bytes where {limit} would be many")
-        with file.open("rb") as stream:
-            return stream.read(status.st_size)
+        return read_bytes(file, limit=limit)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror}); fetch the model again") from None
 
@@ -49,7 +46,15 @@ def read_json(file: Path, *, unique: bool = False) -> Any:
 
 def parse_json(raw: bytes, *, unique: bool) -> Any:
     """Return the content of a JSON text; raises ValueError, or RecursionError where it is nested too deep."""
-    return json.loads(raw.decode(), object_pairs_hook=_unique if unique else None)
+    if raw.count(b"[") + raw.count(b"{") > MAX_PARTS:
+        raise ValueError(f"it has more than {MAX_PARTS} lists and objects")
+    collects = gc.isenabled()
+    gc.disable()  # which would look through all that is read so far again and again
+    try:
+        return json.loads(raw.decode(), object_pairs_hook=_unique if unique else None)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def read_index(file: Path) -> Mapping[str, str]:

@@ -1,0 +1,255 @@
+"""The one door through which transformers reads a folder that somebody else made.
+
+Code in a model folder is never run, whatever its configs ask for and whoever answers on standard input, and
+nothing is fetched. Before transformers opens a folder, the files that it may read are looked at: ordinary
+files of a bounded size, JSON of bounded depth, no kernels or further folders to be loaded by name. While it
+builds a model, parameters are counted: a config cannot ask for more than what the files can hold.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from palinode.errors import CheckpointError
+from palinode.weights.formats.small_files import MAX_JSON, parse_json, read_small
+from palinode.weights.tensors import shown
+
+MAX_CONFIG = 10_000_000
+"""Bytes of a config; the longest of real tokenizers, with all their added tokens, have two million."""
+MAX_DEPTH = 60
+"""Levels of lists and objects in a config."""
+MAX_GROWTH = 4
+"""How many times as many numbers as its files hold a model may have: a tied head counts twice."""
+MAX_NUMBERS = 1 << 36
+"""Numbers in one tensor of a model."""
+MAX_COUNT = 100_000
+"""Layers or labels of a model: lists of that length are made before anything is built."""
+
+CONFIGS = (
+    "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.json", "processor_config.json", "preprocessor_config.json",
+    "video_preprocessor_config.json", "modules.json", "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+)  # fmt: skip
+"""What Python parses; the vocabularies beside them may be longer."""
+
+NUMBERED = ("config.json", "generation_config.json")
+
+COUNTS = re.compile(r"(layers?|blocks|depths?|labels)$")
+"""Keys of a config whose number says how many of something there are."""
+
+NO_CODE = (
+    "needs code of its own, and Palinode runs no code from a model's folder; take a model that transformers "
+    "itself knows, or a newer transformers"
+)
+
+
+def from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
+    """Return what `kind` (an Auto class of transformers) makes of a folder, without running its code.
+
+    Raises CheckpointError where the folder cannot be used so, and what transformers raises.
+    """
+    check_folder(folder)
+    _refuse_own_code(folder)
+    return _without_code(
+        folder,
+        lambda: kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **options),
+    )
+
+
+def from_config(kind: Any, config: Any, **options: Any) -> Any:
+    """Return the untrained model that an Auto class of transformers builds for a config it has read."""
+    options.setdefault("attn_implementation", "eager")  # what the config names might be fetched from the hub
+    return kind.from_config(config, trust_remote_code=False, **options)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise CheckpointError unless all that transformers may open in a folder can be opened without harm."""
+    try:
+        for path in folder.iterdir():
+            kind = path.stat().st_mode if path.exists() else stat.S_IFREG  # a link may lead nowhere
+            if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+                raise CheckpointError(f"{path} is a pipe or a device, which no model has; remove it")
+            if stat.S_ISREG(kind) and path.suffix == ".json" and path.stat().st_size > MAX_JSON:
+                raise CheckpointError(f"{path} has more than {MAX_JSON} bytes; is it a file of the model?")
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read ({error.strerror})") from None
+    for name in CONFIGS:
+        if os.path.lexists(folder / name):
+            _check_config(folder / name)
+
+
+def inside(folder: Path, path: Path) -> Path:
+    """Return the file to which a name in a model folder leads, links followed.
+
+    Raises CheckpointError unless it lies in the folder itself, or among the blobs of a hub cache: what is
+    copied with a model must not be some other file of this machine.
+    """
+    home, real = folder.resolve(), path.resolve()
+    blobs = home.parent.parent / "blobs"
+    if real.is_relative_to(home) or (home.parent.name == "snapshots" and real.parent == blobs):
+        return real
+    raise CheckpointError(
+        f"{path} is a link to {shown(str(real))}, outside the model's folder; put the file itself there"
+    )
+
+
+def copy_inside(folder: Path, path: Path, place: Path) -> None:
+    """Copy a file of a model folder; raises CheckpointError as `inside` does, or when it changes."""
+    real = inside(folder, path)
+    try:
+        with open(os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as source:  # noqa: PTH123
+            status = os.fstat(source.fileno())
+            same = os.path.samestat(status, inside(folder, path).stat())
+            if not (same and stat.S_ISREG(status.st_mode)):
+                raise OSError(0, "it changes, or is no ordinary file")
+            with place.open("wb") as target:
+                shutil.copyfileobj(source, target)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be copied ({error.strerror}); look at the folder") from None
+
+
+def _check_config(file: Path) -> None:
+    """Raise CheckpointError for a config that is endless, or has something loaded from elsewhere."""
+    for key, value in walked(file, read_config(file)):
+        if isinstance(value, float) and math.isnan(value):
+            raise CheckpointError(f"{file} says {shown(key)} = NaN; fetch the model again")
+        if isinstance(value, str) and key.endswith("_implementation") and "/" in value:
+            raise CheckpointError(
+                f"{file} asks for the kernel {shown(value)}; Palinode fetches no code: remove it"
+            )
+        if isinstance(value, str) and key.endswith("_file") and _is_elsewhere(file.parent, value):
+            raise CheckpointError(f"{file} names {shown(value)}, a file outside its folder; do not trust it")
+        if (
+            type(value) is int
+            and (value >= 1 << 63 or (COUNTS.search(key) and value > MAX_COUNT))
+            and file.name in NUMBERED
+        ):
+            raise CheckpointError(
+                f"{file} says {shown(key)} = {shown(str(value))}, which no model has; fetch the model again"
+            )
+    if file.name == "modules.json":
+        _check_modules(file)
+
+
+def read_config(file: Path) -> Any:
+    """Return a config; raises CheckpointError when it is no JSON or too long."""
+    try:
+        return parse_json(read_small(file, limit=MAX_CONFIG), unique=False)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read ({shown(str(error))}); fetch the model again") from None
+
+
+def walked(file: Path, content: Any) -> Iterator[tuple[str, Any]]:
+    """Yield all keys and values of a config, at any depth; what a list holds is under the list's key."""
+    level = [("", content)]
+    for _ in range(MAX_DEPTH):
+        yield from level
+        level = [below for key, item in level for below in _below(key, item)]
+    if level:
+        raise CheckpointError(f"{file} is nested too deep to be a config; fetch the model again")
+
+
+def _below(key: str, item: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what lies one level below; a kernel for each part of a model is a kernel too."""
+    if isinstance(item, dict):
+        yield from ((key if key.endswith("_implementation") else name, part) for name, part in item.items())
+    elif isinstance(item, list):
+        yield from ((key, part) for part in item)
+
+
+def _is_elsewhere(folder: Path, name: str) -> bool:
+    """Tell whether a path in a config leads to something that exists outside the folder."""
+    inside, place = os.path.abspath(folder), os.path.abspath(folder / name)  # noqa: PTH100 - takes out ".."
+    return os.path.lexists(place) and os.path.commonpath([inside, place]) != inside
+
+
+def _check_modules(file: Path) -> None:
+    """Refuse what sentence-transformers would import by name."""
+    for key, value in walked(file, read_config(file)):
+        if key == "type" and not str(value).startswith("sentence_transformers."):
+            raise CheckpointError(f"{file} names {shown(str(value))}, which {NO_CODE}")
+
+
+def _refuse_own_code(folder: Path) -> None:
+    """Refuse a folder whose model or tokenizer only its own code knows, and one that leads elsewhere."""
+    if os.path.lexists(folder / "adapter_config.json"):
+        raise CheckpointError(
+            f"{folder} holds a LoRA adapter, not a whole model; merge it into its base first"
+        )
+    if _object(folder / "config.json").get("quantization_config"):
+        raise CheckpointError(f"{folder} is quantised; take the model that it was made from")
+    for name, key, knows in (
+        ("config.json", "model_type", _knows_model),
+        ("tokenizer_config.json", "tokenizer_class", _knows_tokenizer),
+    ):
+        content = _object(folder / name)
+        if "auto_map" in content and not knows(content.get(key)):
+            kind = shown(str(content.get(key)))
+            raise CheckpointError(f"{folder} says {key} = {kind} (with auto_map, in {name}), which {NO_CODE}")
+
+
+def _object(file: Path) -> Mapping[str, Any]:
+    content = read_config(file) if os.path.lexists(file) else {}
+    return content if isinstance(content, dict) else {}
+
+
+def _knows_model(name: Any) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return isinstance(name, str) and name in CONFIG_MAPPING
+
+
+def _knows_tokenizer(name: Any) -> bool:
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    return isinstance(name, str) and tokenizer_class_from_name(name) is not None
+
+
+def _without_code(folder: Path, load: Callable[[], Any]) -> Any:
+    """Return what a call of transformers returns, and say in our words that it would need foreign code."""
+    try:
+        return load()
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise CheckpointError(f"{folder} {NO_CODE}") from None
+
+
+@contextmanager
+def bounded(source: Path, *, tensors: int, numbers: int) -> Iterator[None]:
+    """Raise CheckpointError where a model that is built meanwhile outgrows what its files can hold.
+
+    They hold so many `tensors` of so many `numbers` in all; `source` is what describes the model.
+    """
+    from torch.nn.modules import module
+
+    left = {"weight": MAX_GROWTH * tensors + 1000, "module": 20 * MAX_GROWTH * tensors + 10_000}
+    left["number"] = MAX_GROWTH * numbers + 1_000_000
+
+    def count(kind: str, name: str, value: Any) -> None:
+        size = value.numel() if hasattr(value, "numel") else 0
+        left[kind] -= 1
+        left["number"] -= size if kind == "weight" else 0
+        if min(left.values()) < 0 or size > MAX_NUMBERS:
+            raise CheckpointError(
+                f"{source} describes a far larger model than the weights beside it make (at its "
+                f"{shown(name)}); are they of one model? Fetch it again"
+            )
+
+    with ExitStack() as stack:
+        for hook in (
+            module.register_module_parameter_registration_hook(lambda _, *what: count("weight", *what)),
+            module.register_module_buffer_registration_hook(lambda _, *what: count("module", *what)),
+            module.register_module_module_registration_hook(lambda _, *what: count("module", *what)),
+        ):
+            stack.callback(hook.remove)
+        yield

@@ -1,0 +1,305 @@
+"""A folder that somebody else made: no code of it runs, nothing is endless, nothing leads elsewhere."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+import palinode
+from palinode.errors import CheckpointError
+from palinode.models.loading import build_empty, load_config, load_model, load_tokenizer
+from palinode.weights import Checkpoint, save
+from palinode.weights.foreign import check_folder, from_pretrained
+from palinode.weights.layout import copy_companions
+
+SOURCES = sorted(Path(palinode.__file__).parent.rglob("*.py"))
+LOADERS = {
+    "from_pretrained",
+    "from_config",
+    "load_checkpoint_and_dispatch",
+    "trust_remote_code",
+    "unsafe_load",
+}
+UNSAFE = {("pickle", "load"), ("pickle", "loads"), ("torch", "load"), ("joblib", "load"), ("dill", "loads")}
+
+
+def bare_calls(code: str) -> list[str]:
+    """The calls in this code that let a library read a foreign folder past the door."""
+    found = []
+    for node in ast.walk(ast.parse(code)):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        owner = node.func.value.id if isinstance(node.func.value, ast.Name) else ""
+        if node.func.attr in LOADERS or (owner, node.func.attr) in UNSAFE:
+            found.append(f"{owner}.{node.func.attr}")
+    return found
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_no_module_loads_past_the_door(source):
+    if source.name != "foreign.py":
+        assert bare_calls(source.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "AutoModel.from_pretrained(x)",
+        "Auto[0].from_config(c)",
+        "torch.load(f)",
+        "pickle.loads(b)",
+        "PeftModel.from_pretrained(m, x)",
+    ],
+)
+def test_a_bare_call_is_noticed(call):
+    assert bare_calls(f"def f():\n    return {call}") != []
+
+
+# Code in the folder
+
+CODE = """
+import os, pathlib
+pathlib.Path(os.environ["MARKER"]).write_text("ran")
+from transformers import LlamaConfig as EvilConfig, LlamaForCausalLM as EvilModel
+from transformers import PreTrainedTokenizerFast as EvilTokenizer
+"""
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    """A copy of the tiny base in which every file of code would leave a mark."""
+    copy = Path(shutil.copytree(tiny.base.folder, tmp_path / "model"))
+    (copy / "custom_generate").mkdir()
+    for name in ("evil.py", "setup.py", "conftest.py", "sitecustomize.py", "custom_generate/generate.py"):
+        (copy / name).write_text(CODE)
+    return copy
+
+
+def change(file: Path, **changes) -> None:
+    content = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**content, **changes}))
+
+
+AUTO_MAP = {
+    "AutoConfig": "evil.EvilConfig",
+    "AutoModelForCausalLM": "evil.EvilModel",
+    "AutoTokenizer": [None, "evil.EvilTokenizer"],
+}
+
+
+def unknown_model(folder):
+    change(folder / "config.json", model_type="evil", auto_map=AUTO_MAP)
+
+
+def known_model(folder):
+    change(folder / "config.json", auto_map=AUTO_MAP, custom_pipelines={"text": {"impl": "evil.P"}})
+    change(folder / "generation_config.json", custom_generate="evil", trust_remote_code=True)
+
+
+def own_tokenizer(folder):
+    change(folder / "tokenizer_config.json", tokenizer_class="EvilTokenizer", auto_map=AUTO_MAP)
+
+
+def own_tokenizer_in_the_old_way(folder):
+    change(folder / "tokenizer_config.json", tokenizer_class=None, auto_map=["evil.EvilTokenizer", None])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (unknown_model, "model_type = evil"),
+        (known_model, None),
+        (own_tokenizer, "tokenizer_class = EvilTokenizer"),
+        (own_tokenizer_in_the_old_way, "tokenizer_class"),
+    ],
+)
+def test_code_of_a_model_folder_never_runs(folder, tiny, tmp_path, spoil, said):
+    spoil(folder)
+    marker = tmp_path / "marker"
+    words = ["doctor", "--target", str(folder), "--base", str(tiny.base.folder), "--forget", str(tiny.forget)]
+    run = subprocess.run(
+        [sys.executable, "-m", "palinode", *words],
+        input="y\n" * 1000,
+        env={**os.environ, "MARKER": str(marker)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert not marker.exists()
+    assert "trust_remote_code" not in run.stdout + run.stderr
+    assert "[y/N]" not in run.stdout + run.stderr
+    if said:
+        assert said in " ".join((run.stdout + run.stderr).split())
+        assert "runs no code" in " ".join((run.stdout + run.stderr).split())
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "said"),
+    [
+        ("config.json", {"_attn_implementation": "stranger/kernel"}, "kernel"),
+        ("config.json", {"text_config": {"attn_implementation": "stranger/kernel@main:f"}}, "kernel"),
+        ("config.json", {"experts_implementation": {"": "stranger/kernel"}}, "kernel"),
+        ("config.json", {"num_hidden_layers": 2**31}, "num_hidden_layers"),
+        ("config.json", {"n_layer": 10**9}, "n_layer"),
+        ("config.json", {"encoder": {"depths": [2, 2**40]}}, "depths"),
+        ("config.json", {"num_labels": 10**10}, "num_labels"),
+        ("config.json", {"rope_theta": 10**30}, "rope_theta"),
+        ("config.json", {"x": float("nan")}, "NaN"),
+        ("generation_config.json", {"max_new_tokens": 10**400}, "max_new_tokens"),
+        ("tokenizer_config.json", {"vocab_file": "../model/../outside"}, "outside its folder"),
+    ],
+)
+def test_a_config_that_fetches_or_never_ends_is_refused(folder, file, changes, said):
+    (folder.parent / "outside").write_text("secret")
+    change(folder / file, **changes)
+    with pytest.raises(CheckpointError, match=said):
+        check_folder(folder)
+    with pytest.raises(CheckpointError, match=said):
+        from_pretrained(AutoTokenizer, folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 90_000},
+        {"vocab_size": 2**50},
+        {"hidden_size": 2**30, "head_dim": 2**30},
+        {"intermediate_size": 2**45},
+        {"model_type": "mixtral", "num_local_experts": 10**8},
+        {"model_type": "gpt2", "max_position_embeddings": 10**7},
+        {"model_type": "gpt_neo", "max_position_embeddings": 10**9, "num_layers": 2},
+        {"num_key_value_heads": 2**40, "num_attention_heads": 2**40},
+        {"layer_types": ["full_attention"] * 50_000, "num_hidden_layers": 50_000},
+    ],
+)
+def test_a_config_cannot_describe_more_than_the_weights_hold(folder, changes):
+    change(folder / "config.json", **changes)
+    with pytest.raises(Exception, match=r"^(?!.*memory)"):
+        build_empty(Checkpoint.open(folder))
+    with pytest.raises(CheckpointError):
+        load_model(Checkpoint.open(folder), device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.json", "chat_template.jinja", "x"])
+def test_a_pipe_in_the_folder_is_not_waited_for(folder, name):
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    for read in (Checkpoint.open, check_folder):
+        with pytest.raises(CheckpointError, match="is a pipe or a device"):
+            read(folder)
+
+
+def test_a_device_in_the_folder_is_not_read(folder):
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match="is a pipe or a device"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("depth", [100, 100_000])
+def test_a_config_nested_deep_is_refused(folder, depth):
+    (folder / "generation_config.json").write_text('{"x":' + "[" * depth + "]" * depth + "}")
+    with pytest.raises(CheckpointError, match=r"nested too deep|recursion"):
+        Checkpoint.open(folder)
+
+
+def test_a_long_config_is_refused_unread(folder):
+    (folder / "tokenizer_config.json").write_text('{"x":[' + "[]," * 4_000_000 + "[]]}")
+    with pytest.raises(CheckpointError, match="would be many"):
+        Checkpoint.open(folder)
+
+
+def test_a_model_that_transformers_knows_needs_none_of_its_code(folder):
+    known_model(folder)
+    checkpoint = Checkpoint.open(folder)
+    assert load_config(checkpoint).model_type == "llama"
+    assert load_tokenizer(checkpoint).is_fast
+    assert from_pretrained(AutoConfig, folder).model_type == "llama"
+
+
+def test_an_adapter_is_not_followed_to_its_base(folder):
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "stranger/model"}))
+    with pytest.raises(CheckpointError, match="LoRA adapter"):
+        from_pretrained(AutoConfig, folder)
+
+
+# Links
+
+SECRET = "root:x:0:0"
+
+
+@pytest.fixture
+def outside(tmp_path):
+    """A file and a folder that belong to no model."""
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc" / "passwd").write_text(SECRET)
+    return tmp_path / "etc"
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer_x", "vocab.txt", "chat_template.jinja", "a.model", "config.json", "merges.txt"]
+)
+def test_a_companion_that_is_a_link_to_elsewhere_is_refused_at_once(folder, outside, name):
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(outside / "passwd")
+    with pytest.raises(CheckpointError, match=r"is a link to .*, outside the model's folder|cannot be read"):
+        Checkpoint.open(folder)
+
+
+def test_a_linked_folder_of_templates_is_refused(folder, outside):
+    (folder / "additional_chat_templates").symlink_to(outside)
+    with pytest.raises(CheckpointError, match="outside the model's folder"):
+        Checkpoint.open(folder)
+
+
+def test_a_link_put_there_after_opening_is_not_copied(folder, outside, tmp_path):
+    checkpoint = Checkpoint.open(folder)
+    (folder / "tokenizer_x").symlink_to(outside / "passwd")
+    with pytest.raises(CheckpointError, match="outside the model's folder"):
+        copy_companions(checkpoint, tmp_path, None)
+    assert SECRET not in "".join(path.read_text() for path in tmp_path.glob("tokenizer*"))
+    with pytest.raises(CheckpointError):
+        save(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_inside_the_folder_and_into_the_cache_of_the_hub_are_followed(folder, tmp_path):
+    snapshot = tmp_path / "hub" / "models--a--b" / "snapshots" / "0123"
+    blobs = snapshot.parent.parent / "blobs"
+    blobs.mkdir(parents=True)
+    shutil.copytree(folder, snapshot)
+    for number, path in enumerate(sorted(path for path in snapshot.iterdir() if path.is_file())):
+        path.rename(blobs / str(number))
+        path.symlink_to(Path("../../blobs") / str(number))
+    (snapshot / "tokenizer_two.json").symlink_to("tokenizer.json")
+    save(Checkpoint.open(snapshot), tmp_path / "out")
+    copied = (tmp_path / "out" / "tokenizer_two.json").read_bytes()
+    assert copied == (folder / "tokenizer.json").read_bytes()
+    assert not (tmp_path / "out" / "tokenizer.json").is_symlink()
+    listed = json.loads((tmp_path / "out" / "weights.json").read_text())["companions"]
+    assert {"config.json", "tokenizer.json", "tokenizer_two.json"} <= set(listed)
+
+
+def test_blobs_that_are_a_link_themselves_are_no_cache(folder, outside, tmp_path):
+    snapshot = tmp_path / "a" / "snapshots" / "0123"
+    shutil.copytree(folder, snapshot)
+    (tmp_path / "a" / "blobs").symlink_to(outside)
+    (snapshot / "tokenizer_x").symlink_to("../../blobs/passwd")
+    with pytest.raises(CheckpointError, match="outside the model's folder"):
+        Checkpoint.open(snapshot)
+
+
+def test_weights_may_lie_on_another_disk(folder, tmp_path):
+    (folder / "model.safetensors").rename(tmp_path / "weights")
+    (folder / "model.safetensors").symlink_to(tmp_path / "weights")
+    assert len(Checkpoint.open(folder).tensors) > 0

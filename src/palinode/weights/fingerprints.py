@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import blake3
 
 from palinode.errors import CheckpointError
+from palinode.records import make_private
 from palinode.weights.blocks import BLOCK, map_blocks
 from palinode.weights.checkpoint import SINGLE, Checkpoint, TensorInfo, by_file, read_header
 
@@ -235,7 +236,7 @@ def _store(file: Path, stamp: _Stamp, infos: Iterable[TensorInfo], digests: Mapp
     entry = {"version": CACHE_VERSION, "file": str(file), "stamp": stamp, "tensors": tensors}
     with suppress(OSError, RuntimeError):
         place = _entry_path(file)
-        place.parent.mkdir(parents=True, exist_ok=True)
+        make_private(place.parent)
         handle, partial = tempfile.mkstemp(dir=place.parent, suffix=".partial")
         try:
             os.close(handle)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from palinode.errors import OutputError
+from palinode.records import make_private
 
 
 def judge_cache_folder() -> Path:
@@ -33,7 +34,7 @@ class DecisionCache:
         """Open the folder and make it if need be; OutputError when that is not possible."""
         self.folder = folder
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_private(folder)
         except OSError as error:
             raise OutputError(
                 f"judge decisions cannot be kept in {folder} ({error.strerror}); choose another cache folder"
@@ -57,7 +58,7 @@ class DecisionCache:
         """Keep a decision. A disk that takes no more loses the cache entry, not the decision."""
         file = self._file(key)
         with suppress(OSError):
-            file.parent.mkdir(exist_ok=True)
+            make_private(file.parent)
             handle, partial = tempfile.mkstemp(dir=file.parent, prefix=".", suffix=".partial")
             try:
                 with os.fdopen(handle, "w", encoding="utf-8") as stream:

@@ -76,6 +76,8 @@ class Verdict:
     """Positions in `offered`, possibly several; None when the judge gave no readable reply."""
     reason: str | None = None
     """Why there is no pick."""
+    decision: str | None = field(default=None, compare=False)
+    """Key of the decision in the judge's cache, if it is kept there."""
 
     def roles(self) -> frozenset[str] | None:
         """Return every role that a picked candidate plays; None when nothing could be picked."""

@@ -217,6 +217,13 @@ def _entry_path(file: Path) -> Path:
     return cache_folder() / f"{name}.json"
 
 
+def remembered(files: Iterable[Path]) -> list[Path]:
+    """Return the cache entries there are about these weight files."""
+    with suppress(RuntimeError):  # no home folder, no cache
+        return [entry for entry in map(_entry_path, files) if entry.exists()]
+    return []
+
+
 def _recall(file: Path, stamp: _Stamp, infos: Iterable[TensorInfo]) -> dict[str, str]:
     """Return the remembered digests of these tensors; none where anything is not as it should be."""
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -25,6 +26,12 @@ def judge_cache_folder() -> Path:
         return Path(chosen).expanduser() / "judge"
     shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(shared).expanduser() / "palinode" / "judge"
+
+
+def decision_file(key: str) -> Path | None:
+    """Return the file of a decision in the user's cache; None where there is none."""
+    path = judge_cache_folder() / key[:2] / f"{key}.json"
+    return path if re.fullmatch("[0-9a-f]{64}", key) and path.exists() else None
 
 
 class DecisionCache:

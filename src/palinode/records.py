@@ -2,6 +2,7 @@
 
 An *outcome* is what a model did on one example; a *score* is a metric over outcomes, with its
 number of examples and an interval; a *record* is what a run writes so that others can check it.
+What holds rows, or weights made from them, is written under `private`, for its owner's eyes alone.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import errno
 import json
 import os
 import stat
+import threading
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,6 +81,8 @@ class Verdict:
     """Positions in `offered`, possibly several; None when the judge gave no readable reply."""
     reason: str | None = None
     """Why there is no pick."""
+    decision: str | None = field(default=None, compare=False)
+    """Key of the decision in the judge's cache, if it is kept there."""
 
     def roles(self) -> frozenset[str] | None:
         """Return every role that a picked candidate plays; None when nothing could be picked."""
@@ -98,6 +103,81 @@ class Score:
     """Why something is missing, how many examples were left out, or a caveat; None when all is well."""
 
 
+OTHERS = stat.S_IRWXG | stat.S_IRWXO
+"""The rights of everybody but the owner."""
+
+
+@dataclass(slots=True)
+class _Mask:
+    """The umask of this process, which all its threads share, and how many keep it narrow."""
+
+    usual: int = 0
+    depth: int = 0
+    turn: threading.Lock = field(default_factory=threading.Lock)
+
+
+_MASK = _Mask()
+
+
+@contextmanager
+def private() -> Iterator[None]:
+    """Give what is made meanwhile to its owner alone (0700, 0600), whichever library or child makes it."""
+    with _MASK.turn:
+        if not _MASK.depth:
+            _MASK.usual = os.umask(OTHERS)
+        _MASK.depth += 1
+    try:
+        yield
+    finally:
+        with _MASK.turn:
+            _MASK.depth -= 1
+            if not _MASK.depth:
+                os.umask(_MASK.usual)
+
+
+@contextmanager
+def shared() -> Iterator[None]:
+    """Within `private`: write, for a moment, what is made to be shown, with the user's own umask."""
+    before = os.umask(_MASK.usual) if _MASK.depth else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.umask(before)
+
+
+def share(folder: Path) -> None:
+    """Give a folder written under `private` the modes that the user's own umask gives."""
+    usual = _MASK.usual if _MASK.depth else OTHERS
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~usual)
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder of our own, and those missing above it, for its owner alone; close it if it is there."""
+    if not folder.exists():
+        if not folder.parent.exists():
+            make_private(folder.parent)
+        folder.mkdir(mode=0o700, exist_ok=True)
+    elif folder.stat().st_mode & OTHERS and folder.stat().st_uid == os.geteuid():
+        with suppress(OSError):  # a file system without modes
+            folder.chmod(0o700)
+
+
+def close_to_others(*places: Path) -> bool:
+    """Take everybody else's rights from files and folders and all in them; tell whether there were some."""
+    found = False
+    for place in places:
+        for path in (place, *place.rglob("*")):
+            with suppress(OSError):  # gone meanwhile, another user's, or a file system without modes
+                mode = path.lstat().st_mode
+                if mode & OTHERS and not stat.S_ISLNK(mode):
+                    found = True
+                    path.chmod(stat.S_IMODE(mode) & ~OTHERS)
+    return found
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write strict JSON (no NaN) so that a reader sees the old file or the new one, never a part."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -105,9 +185,14 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically: to a neighbour first, then renamed over the final name."""
+    """Write a text file atomically: to a neighbour first, then renamed over the final name.
+
+    A file that is there already lends the new one its mode, less what the umask takes away.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o666
+    partial.unlink(missing_ok=True)  # an old one would keep its own mode
+    with open(partial, "w", encoding="utf-8", opener=lambda name, how: os.open(name, how, mode)) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

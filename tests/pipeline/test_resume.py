@@ -126,7 +126,7 @@ def test_interrupted_run_says_so_in_one_sentence_and_goes_on_when_asked(
     assert out == ""
     assert err == (
         "palinode: interrupted; what was finished is kept, and the same command goes on where this one "
-        "stopped\n"
+        "stopped (secret like the rows; palinode forget-workspace OUTPUT destroys it)\n"
     )
     assert not (tmp_path / "out").exists()
     assert finish(recipe) == undisturbed

@@ -65,7 +65,8 @@ def _interrupted() -> int:
     exec("")  # makes it forget; the making of a dataclass is such a place
     if sys.argv[1:2] and sys.argv[1] in RESUMED:
         return _refuse(
-            "interrupted; what was finished is kept, and the same command goes on where this one stopped"
+            "interrupted; what was finished is kept, and the same command goes on where this one stopped "
+            "(secret like the rows; palinode forget-workspace OUTPUT destroys it)"
         )
     return _refuse("interrupted; the same command begins anew")
 

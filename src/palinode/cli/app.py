@@ -14,7 +14,7 @@ from palinode.cli.apply import apply
 from palinode.cli.audit import audit
 from palinode.cli.chat import chat
 from palinode.cli.compare import compare
-from palinode.cli.console import listener, out, print_json
+from palinode.cli.console import listener, out, print_json, secret, tell_secret, workspace_secret
 from palinode.cli.doctor import doctor
 from palinode.cli.evaluate import evaluate
 from palinode.cli.export import export
@@ -54,6 +54,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+INVENTED = "invented rows, θ_1"
+"""What the demo's workspace holds."""
 
 
 def _print_version(asked: bool) -> None:
@@ -304,6 +308,7 @@ def finetune(
         "last_loss": last,
         "seconds": round(done.seconds, 1),
     }
+    facts["secret"] = secret(output, "it knows the rows")
     _show(facts, f"{output}: {len(done.curve)} steps, loss {first:.3f} to {last:.3f}", as_json=as_json)
 
 
@@ -334,11 +339,44 @@ def demo(
     from palinode.pipeline import demo as run_demo
 
     result = run_demo(output or Path("palinode-demo"), seed=seed, listener=listener(quiet=quiet))
+    hidden = secret(result.folder / "workspace", INVENTED, of=result.folder)
     if as_json:
-        print_json(result.record)
+        print_json({**result.record, "secret": hidden})
         return
     out().print(demo_table(result.record))
     out().print(demo_sentence(result), soft_wrap=True)
+    tell_secret(hidden)
+
+
+@app.command(name="forget-workspace")
+def forget_workspace(
+    place: Annotated[
+        Path,
+        typer.Argument(
+            help="What `unlearn`, `audit`, `compare`, `evaluate` or `demo` wrote, or a workspace."
+        ),
+    ],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Destroy without asking.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Destroy what a run left that holds its rows: vectors, θ_1, outcomes, cached facts. Its result stays."""
+    from palinode.errors import InputError
+    from palinode.pipeline.forgetting import describe_leftovers, leftovers, leftovers_content
+
+    with leftovers(place) as found:
+        if not as_json:
+            for line in describe_leftovers(found):
+                out().print(line, markup=False, soft_wrap=True)
+        if not yes and not sys.stdin.isatty():
+            raise InputError("nothing was destroyed, as there is no terminal to ask on; add --yes")
+        if not yes and not typer.confirm("Destroy it?", err=True):
+            out().print("Nothing was destroyed.")
+            return
+        found.destroy()
+    if as_json:
+        print_json(leftovers_content(found))
+    else:
+        out().print(f"{len(found.parts)} parts destroyed.")
 
 
 app.command()(apply)
@@ -370,18 +408,21 @@ def _demo_locate(output: Path, *, seed: int, quiet: bool, as_json: bool) -> None
     from palinode.report.location import demo_sentence, demo_tables
 
     result = demo_locate(output, seed=seed, listener=listener(quiet=quiet))
+    hidden = secret(result.folder / "workspace", INVENTED, of=result.folder)
     if as_json:
-        print_json(result.record)
+        print_json({**result.record, "secret": hidden})
         return
     for table in demo_tables(result.record):
         out().print(table)
     out().print(f"{demo_sentence(result.record)} Everything is in {result.folder}.", soft_wrap=True)
+    tell_secret(hidden)
 
 
 def _run(
     recipe: Any, *, dry_run: bool, quiet: bool, as_json: bool, located: dict[str, Any] | None = None
 ) -> None:
     from palinode.pipeline.costs import describe
+    from palinode.pipeline.inputs import workspace_folder
     from palinode.pipeline.run import plan, unlearn
     from palinode.report import headline, terminal_table
 
@@ -390,8 +431,9 @@ def _run(
         _show(asdict(planned), "\n".join(describe(planned)), as_json=as_json)
         return
     result = unlearn(recipe, command=_command(), listener=listener(quiet=quiet), located=located)
+    hidden = workspace_secret(workspace_folder(recipe), result.output, "rows, θ_1")
     if as_json:
-        print_json(result.record)
+        print_json({**result.record, "secret": hidden})
         return
     if result.finished_before:
         out().print(f"{result.output} already holds the result of this very run.", soft_wrap=True)
@@ -400,6 +442,7 @@ def _run(
     out().print(f"{result.output}: the unlearned model, record.json and report.html", soft_wrap=True)
     if result.report:
         out().print(f"{result.report}: the report with sample answers", soft_wrap=True)
+    tell_secret(hidden)
 
 
 def _training(*values: object) -> dict[str, Any]:
@@ -448,3 +491,4 @@ def _show(facts: dict[str, Any], text: str, *, as_json: bool) -> None:
         print_json(facts)
     else:
         out().print(text, soft_wrap=True)
+        tell_secret(facts.get("secret"))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, ConsoleOptions
@@ -147,6 +149,29 @@ def hush_libraries(quiet: bool) -> bool:
     for name in names:
         os.environ.setdefault(name, "error" if name.endswith("_VERBOSITY") else "1")
     return quiet
+
+
+def secret(folder: Path, what: str, *, of: Path | None = None) -> dict[str, str] | None:
+    """Return what is secret after a run and the command that destroys it; None when it is gone already.
+
+    `of` is the run's output, or whatever `forget-workspace` finds the folder by; None: the user removes it.
+    """
+    command = ["rm", "-r", str(folder)] if of is None else ["palinode", "forget-workspace", str(of)]
+    said = {"folder": str(folder), "holds": what, "destroy": shlex.join(command)}
+    return said if folder.exists() else None
+
+
+def workspace_secret(workspace: Path, output: Path, what: str) -> dict[str, str] | None:
+    """Return the same of a workspace, which is found by its output where it lies beside that."""
+    beside = workspace == output.with_name(f"{output.name}.workspace")
+    return secret(workspace, what, of=output if beside else workspace)
+
+
+def tell_secret(said: Mapping[str, str] | None) -> None:
+    """Print it in one line, the last one of a verb."""
+    if said is not None:
+        line = f"Secret: {said['folder']} ({said['holds']}). Destroy: {said['destroy']}"
+        out().print(line, markup=False, soft_wrap=True)
 
 
 def out() -> Console:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from palinode.cli.console import listener, out, print_json
+from palinode.cli.console import listener, out, print_json, secret, tell_secret
 from palinode.cli.options import Columns, Device, Json, Quiet
 
 
@@ -129,14 +129,16 @@ def evaluate(
     measurement = measure(model, chosen, places, settings, listener=listener(quiet=quiet))
     if not first_process():
         return
+    hidden = secret(output, "questions and answers", of=output) if output else None
     if as_json:
-        print_json(measurement.record)
+        print_json({**measurement.record, "secret": hidden})
         return
     out().print(benchmark_table(measurement.scores, title=_title(measurement.record)))
     for note in benchmark_notes(measurement.scores):
         out().print(note, soft_wrap=True)
     if output is not None:
         out().print(f"{output}: scores.json and the outcomes of each set", soft_wrap=True)
+    tell_secret(hidden)
 
 
 def _rows(
@@ -170,6 +172,7 @@ def _rows(
         print_json(content)
     else:
         out().print(score_table(scores))
+        tell_secret(secret(output, "questions and answers", of=output) if output else None)
 
 
 def _benchmark(name: str | None) -> Any:

@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from palinode.errors import DataError
@@ -44,6 +44,8 @@ class Pick:
     """Positions of the picked candidates; None when there is no decision."""
     reason: str | None = None
     """Why there is none."""
+    decision: str | None = field(default=None, compare=False)
+    """Key under which an endpoint's decision is kept."""
 
 
 class Judge(Protocol):
@@ -113,6 +115,7 @@ def judge_answers(
             offered=tuple((candidate.text, candidate.roles) for candidate in candidates),
             picked=pick.picked,
             reason=pick.reason,
+            decision=pick.decision,
         )
         for outcome, candidates, pick in zip(outcomes, tables, picks, strict=True)
     ]

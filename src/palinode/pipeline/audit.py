@@ -26,7 +26,7 @@ from palinode.models.loading import load_tokenizer, pick_device, tokenizer_finge
 from palinode.pipeline.heading import environment, heading
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener, Silence
-from palinode.records import write_json, write_text
+from palinode.records import shared, write_json, write_text
 from palinode.report.audit import audit_report
 from palinode.report.content import Facts, report_content
 from palinode.report.html import html_report
@@ -83,11 +83,12 @@ def audit(
     _check_output(output, list(checkpoints.values()))
     workspace = Workspace(output / RESULTS)
     run = _Run(plan, checkpoints, workspace, listener or Silence())
-    with workspace.locked():
+    with workspace.locked(listener):
         record = run.run(command)
-        write_json(output / RECORD, record)
-        write_text(output / REPORT, audit_report(record))
-        write_text(output / PAGE, html_report(report_content(Facts("audit", audit=record))))
+        with shared():
+            write_json(output / RECORD, record)
+            write_text(output / REPORT, audit_report(record))
+            write_text(output / PAGE, html_report(report_content(Facts("audit", audit=record))))
     return record
 
 

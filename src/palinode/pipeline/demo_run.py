@@ -75,7 +75,7 @@ def run_demo(
     started = time.monotonic()
     command = f"palinode demo --seed {seed}"
     with one_thread():
-        with Workspace(folder / "workspace").locked():
+        with Workspace(folder / "workspace").locked(listener):
             models = build_demo(world, folder / "world", seed=seed, listener=listener, **training)
         recipe = _recipe(models, folder, settings, seed)
         done = unlearn(recipe("msa", "unlearned"), command=command, listener=listener)

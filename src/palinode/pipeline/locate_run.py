@@ -73,7 +73,7 @@ def run_locate(
     path = folder / "record.json"
     started = time.monotonic()
     with one_thread():
-        with Workspace(folder / "workspace").locked():
+        with Workspace(folder / "workspace").locked(listener):
             recorder = _Recorder(folder / "log")
             models = build_ladder(
                 world, folder / "world", seed=seed, size=size, on_step=recorder.note, listener=listener

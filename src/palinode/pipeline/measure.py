@@ -45,7 +45,16 @@ from palinode.evaluation.openunlearning import (
 )
 from palinode.models.loading import load_model, load_tokenizer, pick_device
 from palinode.progress import Listener, Silence
-from palinode.records import Outcome, Score, Verdict, read_bytes, write_json, write_outcomes
+from palinode.records import (
+    Outcome,
+    Score,
+    Verdict,
+    close_to_others,
+    private,
+    read_bytes,
+    write_json,
+    write_outcomes,
+)
 from palinode.version import __version__
 from palinode.weights import Checkpoint
 
@@ -467,10 +476,13 @@ def _yardstick_facts(yardstick: Yardstick | None) -> dict[str, Any] | None:
     return None if yardstick is None else _model_facts(yardstick)
 
 
+@private()
 def _write(measurement: Measurement, measured: Measured, settings: MeasureSettings) -> None:
-    """Write scores.json last, so that a folder with scores has everything."""
+    """Write scores.json last, so that a folder with scores has everything; all for its owner alone."""
     if settings.output is not None:
         settings.output.mkdir(exist_ok=True)
+        if not any(settings.output.iterdir()):  # else it is not ours alone, and the files are closed
+            close_to_others(settings.output)
         theirs = measured.reference.outcomes if measured.reference else {}
         for prefix, sets in {"outcomes": measured.outcomes, "against": theirs}.items():
             for name, outcomes in sets.items():

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from palinode.errors import InputError, MismatchError, OutputError
 from palinode.pipeline.record import thinned_curve
-from palinode.records import Outcome, read_json, read_outcomes, write_json, write_text
+from palinode.records import Outcome, private, read_json, read_outcomes, write_json, write_text
 from palinode.report.answers import Outcomes
 from palinode.report.audit import audit_report
 from palinode.report.card import model_card
@@ -57,7 +58,7 @@ def full_report(record: Mapping[str, Any], workspace: Path) -> Path:
 
 
 def write_reports(facts: Facts, page: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Any]:
-    """Write a report beside `page` under each suffix, and return its content.
+    """Write a report beside `page` under each suffix, and return its content; texts are for its owner alone.
 
     Raises OutputError when texts of the rows would come to lie in an unlearned model's folder.
     """
@@ -67,12 +68,13 @@ def write_reports(facts: Facts, page: Path, suffixes: Sequence[str] = SUFFIXES) 
             "another --output, or add --without-texts"
         )
     content = report_content(facts)
-    for suffix in suffixes:
-        place = page.with_suffix(suffix)
-        if suffix == ".json":
-            write_json(place, content)
-        else:
-            write_text(place, html_report(content) if suffix == ".html" else _markdown(content))
+    with private() if facts.texts else nullcontext():
+        for suffix in suffixes:
+            place = page.with_suffix(suffix)
+            if suffix == ".json":
+                write_json(place, content)
+            else:
+                write_text(place, html_report(content) if suffix == ".html" else _markdown(content))
     return content
 
 

@@ -38,7 +38,7 @@ from palinode.pipeline.tracking import tracked
 from palinode.pipeline.tuning import Tuning
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener, Silence
-from palinode.records import Outcome, write_json, write_outcomes
+from palinode.records import Outcome, share, shared, write_json, write_outcomes
 from palinode.weights import Checkpoint
 
 
@@ -93,7 +93,7 @@ def unlearn(
     check_places(recipe, inputs, needs=costs.disk)
     for line in describe(costs):
         listener.say(line)
-    with workspace.locked(), tracked_run(inputs, workspace, listener) as listener:
+    with workspace.locked(listener), tracked_run(inputs, workspace, listener) as listener:
         return _Run(inputs, workspace, listener).run(command, located)
 
 
@@ -192,7 +192,9 @@ class _Run:
         )
         write_json(model.folder / "record.json", record)
         output = Path(self.recipe.output.folder)
-        output.parent.mkdir(parents=True, exist_ok=True)
+        with shared():
+            output.parent.mkdir(parents=True, exist_ok=True)
+        share(model.folder)
         move_folder(model.folder, output.resolve())  # a link is no place to rename to
         return output, report
 

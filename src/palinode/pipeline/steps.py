@@ -16,13 +16,14 @@ from palinode.pipeline.recipe import explain
 from palinode.pipeline.tracking import check_trackers, tracked
 from palinode.pipeline.workspace import fingerprint
 from palinode.progress import Listener, Silence
-from palinode.records import Score, write_outcomes
+from palinode.records import Score, private, write_outcomes
 from palinode.training import Finetuned, TrainingSettings, finetune
 from palinode.weights import Checkpoint
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
+@private()
 def finetune_file(
     base: str,
     data: str,
@@ -84,7 +85,8 @@ def evaluate_file(
     tested = sample_examples(examples, min(checked.max_rows, len(examples)), seed=seed + 1)
     outcomes, scores = evaluate(checkpoint, tested, checked, device=device, seed=seed, listener=listener)
     if output is not None:
-        write_outcomes(output, outcomes)
+        with private():
+            write_outcomes(output, outcomes)
     return scores
 
 

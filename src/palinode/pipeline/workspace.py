@@ -3,7 +3,8 @@
 A step is finished when its `step.json` exists, which is written last and in one rename. So a killed run
 leaves finished steps and at most one unfinished one; the same command finds the finished ones by their
 inputs, goes on with the other, and never mistakes a part for a whole. Changed inputs have another
-fingerprint, hence another folder.
+fingerprint, hence another folder. It holds rows and what was learned from them, so nobody but its owner
+can read it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,10 +23,14 @@ from typing import Any
 import blake3
 
 from palinode.errors import OutputError, WorkspaceError
-from palinode.records import read_json, write_json
+from palinode.progress import Listener, Silence
+from palinode.records import OTHERS, close_to_others, private, read_json, write_json
 
 STEP_VERSION = 1
 """Raised when a step's meaning changes, so that results of older versions are not reused."""
+
+OWN = re.compile(r"lock|tracking|report(-.+)?\.(html|md|json)|\..+\.partial|[a-z][a-z0-9_-]*-[0-9a-f]{12}")
+"""Names of what may lie in a workspace."""
 
 
 def fingerprint(**inputs: Any) -> str:
@@ -84,12 +90,30 @@ class Workspace:
         key = fingerprint(step=name, **inputs)
         return Step(name, key, self.folder / f"{name}-{key[:12]}")
 
+    def is_one(self) -> bool:
+        """Tell whether the folder is a workspace, and no other folder that somebody named."""
+        return (self.folder / "lock").is_file() and any(path.name != "lock" for path in self.own())
+
+    def own(self) -> list[Path]:
+        """Return what a run has put into the folder."""
+        return [path for path in sorted(self.folder.iterdir()) if OWN.fullmatch(path.name)]
+
+    def strange(self) -> list[Path]:
+        """Return what somebody else has put there."""
+        return [path for path in sorted(self.folder.iterdir()) if not OWN.fullmatch(path.name)]
+
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other runs out while this one works; the lock goes with the process, however it ends."""
+    def locked(self, listener: Listener | None = None) -> Iterator[None]:
+        """Keep other runs out while this one works, and other users for good.
+
+        The lock goes with the process, however it ends. What is made meanwhile is private.
+        """
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT)
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            with private():
+                self.folder.mkdir(exist_ok=True)
+                self._refuse_strange()
+                handle = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise OutputError(f"the workspace {self.folder} cannot be used ({error.strerror})") from None
         try:
@@ -100,10 +124,36 @@ class Workspace:
                 f"another run is working in {self.folder}; wait for it, or name another workspace or output"
             ) from None
         try:
-            yield
+            with private():
+                if note := self._close():
+                    (listener or Silence()).say(note)
+                yield
         finally:
             self._tidy()
+            self._close()
             os.close(handle)
+
+    def _refuse_strange(self) -> None:
+        """Refuse a folder of somebody's own: all that lies in a workspace can be destroyed with it."""
+        if not (self.folder / "lock").exists() and (strange := self.strange()):
+            raise OutputError(
+                f"the workspace {self.folder} holds {strange[0].name}, which no run has put there; name an "
+                "empty folder, or one that does not exist yet"
+            )
+
+    def _close(self) -> str | None:
+        """Close the folder to other users; return what its owner has to know of that."""
+        if not self.folder.exists() or not close_to_others(self.folder, *self.own()):
+            return None
+        status = self.folder.stat()
+        if not status.st_mode & OTHERS:
+            return f"{self.folder} was open to other users of this machine; it is closed to them now."
+        if status.st_uid != os.geteuid():
+            return f"{self.folder} belongs to another user and stays as open as it is: the rows lie in it."
+        return (
+            f"{self.folder} stays open to other users, because its file system keeps no permissions: the "
+            "rows lie in it; a --workspace elsewhere would be closed."
+        )
 
     def _tidy(self) -> None:
         """Leave nothing behind where nothing was done: no empty steps, no workspace without steps."""

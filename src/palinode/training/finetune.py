@@ -18,7 +18,7 @@ from palinode.data.tokenize import PromptStyle, tokenize
 from palinode.errors import InputError, OutputError, RecipeError
 from palinode.models.loading import load_model, load_tokenizer, pad_token, pick_device, quiet_transformers
 from palinode.progress import Listener, Silence, record
-from palinode.records import write_json
+from palinode.records import private, write_json
 from palinode.training.frozen import Kept
 from palinode.training.loop import count_steps, train
 from palinode.training.lora import add_adapter, load_frozen, write_adapter
@@ -68,6 +68,7 @@ class Finetuned:
         return len(self.curve) < self.planned_steps
 
 
+@private()
 def finetune(
     base: Checkpoint,
     examples: Sequence[Example] | Material,
@@ -89,7 +90,8 @@ def finetune(
     """Fine-tune `base` on the examples and write the result to `output` in float32.
 
     With `settings.lora` the result is an adapter folder in peft's format; else it is a whole model.
-    The folder appears under its name only when it is whole. An objective with roles takes its examples as
+    The folder appears under its name only when it is whole; it holds the rows as the weights know them, and
+    only its owner can read it. An objective with roles takes its examples as
     `Material`. `reader` is the checkpoint whose tokenizer and chat template put the rows into tokens
     (default: the base's own). `state` is where an interrupted run leaves what it needs to go on. `frozen`
     makes, from the rows and the padding id, what terms need of models other than the base. `on_step`
@@ -207,8 +209,6 @@ def write_model(
         if not place.exists():
             place.parent.mkdir(exist_ok=True)
             copy_inside(origin.folder, path, place)
-    for file in partial.glob("*.safetensors"):  # safetensors lets nobody else read what it writes
-        file.chmod((partial / "config.json").stat().st_mode)
     write_json(partial / CURVE, [asdict(point) for point in curve])
     partial.replace(output)
 

@@ -86,7 +86,6 @@ def write_adapter(model: PreTrainedModel, output: Path, curve: Sequence[CurvePoi
     config: Any = model.peft_config["default"]
     write_json(partial / CONFIG, _plain(config.to_dict()))
     write_json(partial / CURVE, [asdict(point) for point in curve])
-    (partial / WEIGHTS).chmod((partial / CONFIG).stat().st_mode)  # safetensors lets nobody else read it
     partial.replace(output)
 
 

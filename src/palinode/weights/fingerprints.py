@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import blake3
 
 from palinode.errors import CheckpointError
+from palinode.records import make_private
 from palinode.weights.blocks import BLOCK, map_blocks
 from palinode.weights.checkpoint import SINGLE, Checkpoint, TensorInfo, by_file, read_header
 
@@ -216,6 +217,13 @@ def _entry_path(file: Path) -> Path:
     return cache_folder() / f"{name}.json"
 
 
+def remembered(files: Iterable[Path]) -> list[Path]:
+    """Return the cache entries there are about these weight files."""
+    with suppress(RuntimeError):  # no home folder, no cache
+        return [entry for entry in map(_entry_path, files) if entry.exists()]
+    return []
+
+
 def _recall(file: Path, stamp: _Stamp, infos: Iterable[TensorInfo]) -> dict[str, str]:
     """Return the remembered digests of these tensors; none where anything is not as it should be."""
     try:
@@ -235,7 +243,7 @@ def _store(file: Path, stamp: _Stamp, infos: Iterable[TensorInfo], digests: Mapp
     entry = {"version": CACHE_VERSION, "file": str(file), "stamp": stamp, "tensors": tensors}
     with suppress(OSError, RuntimeError):
         place = _entry_path(file)
-        place.parent.mkdir(parents=True, exist_ok=True)
+        make_private(place.parent)
         handle, partial = tempfile.mkstemp(dir=place.parent, suffix=".partial")
         try:
             os.close(handle)

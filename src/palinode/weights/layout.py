@@ -109,7 +109,7 @@ class OutputFiles:
 
 def _create(path: Path, file: OutputFile, stack: ExitStack) -> int:
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         stack.callback(os.close, handle)
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(handle, 0, file.size)

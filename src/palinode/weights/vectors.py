@@ -27,6 +27,7 @@ from typing import Any, BinaryIO, Literal, Self, get_args
 import numpy as np
 
 from palinode.errors import AlgebraError, CheckpointError, InputError, MismatchError, OutputError
+from palinode.records import private
 from palinode.weights.adapters import CONFIG, LoraAdapter
 from palinode.weights.arithmetic import NAMES
 from palinode.weights.atomic import check_output, claimed, publish
@@ -158,7 +159,7 @@ def save_vector(
     energy: float | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> StoredVector:
-    """Write a direction as a folder of its own, and open it.
+    """Write a direction as a folder of its own, which only its owner can read, and open it.
 
     With `rank`, matrices of more than that rank are stored as their best approximation of that rank; with
     `energy` (0 to 1), of the smallest rank that keeps this share of the sum of their squared singular values.
@@ -183,7 +184,7 @@ def save_vector(
         for term, coefficient in sorted(direction.terms.items(), key=lambda item: str(item[0].folder))
     ]
     tensors: dict[str, StoredTensor] = {}
-    with claimed(output) as partial:
+    with private(), claimed(output) as partial:
         with _writer(partial / WEIGHTS, layout) as writer, Files() as files:
             for info in layout:
                 if tensor := _store(direction, info, files, writer, settings):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from palinode.errors import OutputError
-from palinode.records import read_json
+from palinode.records import make_private, read_json
 
 
 def judge_cache_folder() -> Path:
@@ -27,6 +28,12 @@ def judge_cache_folder() -> Path:
     return Path(shared).expanduser() / "palinode" / "judge"
 
 
+def decision_file(key: str) -> Path | None:
+    """Return the file of a decision in the user's cache; None where there is none."""
+    path = judge_cache_folder() / key[:2] / f"{key}.json"
+    return path if re.fullmatch("[0-9a-f]{64}", key) and path.exists() else None
+
+
 class DecisionCache:
     """A folder of decisions, safe to share between threads and runs: a file is whole or not there."""
 
@@ -34,7 +41,7 @@ class DecisionCache:
         """Open the folder and make it if need be; OutputError when that is not possible."""
         self.folder = folder
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_private(folder)
         except OSError as error:
             raise OutputError(
                 f"judge decisions cannot be kept in {folder} ({error.strerror}); choose another cache folder"
@@ -58,7 +65,7 @@ class DecisionCache:
         """Keep a decision. A disk that takes no more loses the cache entry, not the decision."""
         file = self._file(key)
         with suppress(OSError):
-            file.parent.mkdir(exist_ok=True)
+            make_private(file.parent)
             handle, partial = tempfile.mkstemp(dir=file.parent, prefix=".", suffix=".partial")
             try:
                 with os.fdopen(handle, "w", encoding="utf-8") as stream:

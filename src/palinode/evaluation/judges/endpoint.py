@@ -201,7 +201,7 @@ class EndpointJudge:
         key = self._cache.key({"endpoint": self.base, "model": self.model, "messages": messages})
         with self._turn(key):  # so that two equal questions at a time are one request
             try:
-                return Pick(checked_pick(self._cache.get(key) or (), candidates))
+                return Pick(checked_pick(self._cache.get(key) or (), candidates), decision=key)
             except UnreadableReplyError:
                 pass
             return self._asked(messages, key, candidates)
@@ -223,7 +223,7 @@ class EndpointJudge:
                 messages = [*messages, *_objection(text, problem)]
                 continue
             self._cache.put(key, picked, judge=self.name)
-            return Pick(picked)
+            return Pick(picked, decision=key)
         return Pick(None, f"no readable reply in {self._patience.rounds} tries; of the last: {problem}")
 
     @contextmanager

@@ -29,7 +29,7 @@ from palinode.pipeline.inputs import check_workspace
 from palinode.pipeline.tuning import Trained, Vectors
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, Silence
-from palinode.records import write_json, write_text
+from palinode.records import shared, write_json, write_text
 from palinode.report.requests import requests_markdown
 from palinode.report.requests_picture import requests_picture
 from palinode.weights import Checkpoint
@@ -50,7 +50,7 @@ def carry_out(
     output = Path(recipe.shared.output.folder)
     check_folder(output, FILES)
     workspace = Workspace(recipe.workspace)
-    with workspace.locked(), threads(recipe):
+    with workspace.locked(listener), threads(recipe):
         ground = open_ground(recipe, workspace, listener)
         run = _Requests(ground, points, command)
         run.check_room(output)
@@ -216,6 +216,7 @@ def _written(trained: Trained) -> Checkpoint:
     return trained.model
 
 
+@shared()
 def write_requests(output: Path, table: Mapping[str, Any]) -> None:
     """Write the picture, the report and, last, the table."""
     table_file, report, picture = FILES

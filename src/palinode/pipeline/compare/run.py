@@ -35,7 +35,7 @@ from palinode.pipeline.search import Probe, Rule
 from palinode.pipeline.tuning import Tuning
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener, Silence
-from palinode.records import write_json, write_text
+from palinode.records import shared, write_json, write_text
 from palinode.report.comparison import comparison_markdown
 from palinode.report.content import Facts, report_content
 from palinode.report.html import html_report
@@ -67,7 +67,7 @@ def compare(
     output = Path(recipe.shared.output.folder)
     check_folder(output)
     workspace = Workspace(recipe.workspace)
-    with workspace.locked(), threads(recipe):
+    with workspace.locked(listener), threads(recipe):
         ground = open_ground(recipe, workspace, listener)
         run = _Comparison(ground, points, command)
         return Compared(output, run.run(output))
@@ -287,6 +287,7 @@ class _Comparison:
         self.ground.listener.say(text)
 
 
+@shared()
 def _write(output: Path, table: Mapping[str, Any]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / PICTURE, tradeoff_picture(table))

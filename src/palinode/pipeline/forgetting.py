@@ -1,0 +1,300 @@
+"""What a run left behind that holds its rows, found and destroyed: vectors, θ_1, outcomes, cache entries.
+
+Only what Palinode wrote itself is touched: the steps of a workspace, the outcomes of `evaluate --output`,
+interrupted parts beside an output, and what the caches remember of all these. Links are never followed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from palinode.errors import CheckpointError, InputError, OutputError
+from palinode.evaluation.judges.cache import decision_file
+from palinode.pipeline.workspace import Workspace
+from palinode.records import read_outcomes
+from palinode.report.words import at
+from palinode.weights.atomic import is_claimed
+from palinode.weights.fingerprints import remembered
+from palinode.weights.formats.small_files import read_json
+
+VECTORS = "fine-tuned models and adapters: with the base, the vectors"
+OUTCOMES = "outcomes: what models answered on the rows"
+REPORTS = "reports with questions and answers"
+KINDS: Mapping[str, str] = {
+    "finetune": VECTORS,
+    "transform": VECTORS,
+    "evaluate": OUTCOMES,
+    "apply": "models made of them",
+    "merge": "models made of them",
+    "world": "the demo's world: models and rows",
+    "report": REPORTS,
+}
+"""What the folders and files of a workspace are, by the beginning of their names."""
+OTHER = "results of other steps, row by row"
+BESIDE = "parts of an interrupted run"
+CACHED = "cache entries: digests of these weights, a judge's decisions"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A file or folder that is to go."""
+
+    path: Path
+    what: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Leftovers:
+    """What a run left behind that is as secret as its rows."""
+
+    place: Path
+    parts: tuple[Part, ...]
+    losses: tuple[str, ...]
+    """What will no longer be possible without them."""
+    stays: tuple[str, ...]
+    """What holds the rows, or something of them, and stays."""
+
+    def destroy(self) -> None:
+        """Remove all parts, whatever happens with one of them; raises OutputError for those that stay."""
+        failed = [part.path for part in self.parts if not _removed(part.path)]
+        if failed:
+            raise OutputError(
+                f"{len(failed)} of {len(self.parts)} parts could not be removed (first: {failed[0]}); look "
+                "at its permissions and its owner, and repeat the call"
+            )
+
+
+@contextmanager
+def leftovers(place: Path) -> Iterator[Leftovers]:
+    """Give what lies in the workspace of `place`, or in `place`, and keep runs out of it meanwhile.
+
+    `place` is what a run wrote or was to write, or a workspace. Raises InputError where there is nothing of
+    Palinode's, or a link, and WorkspaceError or OutputError while another run works there.
+    """
+    _refuse_link(place)
+    place = Path(os.path.abspath(place))  # noqa: PTH100 - `resolve` would follow links
+    if not place.name:
+        raise InputError(_nothing(place))
+    record = _record(place)
+    workspaces = list(_workspaces(place, record))
+    with ExitStack() as stack:
+        for folder in workspaces:
+            stack.enter_context(Workspace(folder).locked())
+        found = [(path, _kind(path)) for folder in workspaces for path in _inside(folder)]
+        found += [(path, what) for path, what in _written(place) if path not in dict(found)]
+        found += [(path, BESIDE) for path in _beside(place)]
+        if not found:
+            raise InputError(_nothing(place))
+        found += [(path, CACHED) for path in _cached([path for path, _ in found])]
+        parts = tuple(Part(path, what, _size(path)) for path, what in found)
+        yield Leftovers(place, parts, tuple(_losses(place, parts)), tuple(_stays(place, record, workspaces)))
+
+
+def describe_leftovers(found: Leftovers) -> list[str]:
+    """Return in words what will go, what will not be possible then, and what stays."""
+    lines = ["To be destroyed:"]
+    for what in dict.fromkeys(part.what for part in found.parts):
+        members = [part for part in found.parts if part.what == what]
+        homes = ", ".join(dict.fromkeys(str(part.path.parent) for part in members))
+        lines.append(f"  {what} ({len(members)} in {homes}, {sum(m.nbytes for m in members) / 1e6:.3g} MB)")
+    lines += ["Not possible any more:", *(f"  {loss}" for loss in found.losses)]
+    return [*lines, "Out of reach, and it stays:", *(f"  {rest}" for rest in found.stays)]
+
+
+def leftovers_content(found: Leftovers) -> dict[str, Any]:
+    """Return the same as plain values."""
+    parts = [{"path": str(part.path), "what": part.what, "bytes": part.nbytes} for part in found.parts]
+    return {"destroyed": parts, "not_possible": list(found.losses), "stays": list(found.stays)}
+
+
+# Finding
+
+
+def _refuse_link(place: Path) -> None:
+    if place.is_symlink():
+        raise InputError(f"{place} is a link, and links are not followed; name {place.readlink()} itself")
+
+
+def _workspaces(place: Path, record: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield the workspace that `place` is, or those that belong to it."""
+    if Workspace(place).is_one():
+        yield place
+        return
+    for folder in (place.with_name(f"{place.name}.workspace"), place / "workspace", place / "results"):
+        if Workspace(folder).is_one():
+            _refuse_link(folder)
+            yield folder
+    if (named := _named(record)) and named.absolute() != place / "workspace":
+        _refuse_link(named)
+        yield named.absolute()
+
+
+def _named(record: Mapping[str, Any]) -> Path | None:
+    """Return the workspace that a record names, if it is one and holds what the record says of it."""
+    named, steps = at(record, "recipe", "output", "workspace"), at(record, "outcomes")
+    if not isinstance(named, str) or not isinstance(steps, Mapping) or not steps:
+        return None
+    folder = Path(named)
+    known = all((folder / str(step) / "step.json").is_file() for step in steps.values())
+    return folder if known and Workspace(folder).is_one() else None
+
+
+def _inside(folder: Path) -> list[Path]:
+    return [path for path in Workspace(folder).own() if path.name != "lock"]
+
+
+def _kind(path: Path) -> str:
+    return KINDS.get(re.split(r"[-.]", path.name)[0], OTHER)
+
+
+def _written(place: Path) -> Iterator[tuple[Path, str]]:
+    """Yield what `evaluate --output` and `demo` wrote with texts in it."""
+    if place.is_file() and _holds_outcomes(place):
+        yield place, OUTCOMES
+    if not place.is_dir():
+        return
+    names = re.compile(r"\.?((outcomes|against)-.+\.jsonl|verdicts\.json)(\.partial)?")
+    written = [path for path in sorted(place.iterdir()) if names.fullmatch(path.name)]
+    if any(path.suffix == ".jsonl" and _holds_outcomes(path) for path in written):
+        yield from ((path, OUTCOMES) for path in written)
+    if (place / "demo.json").exists():
+        yield from ((path, REPORTS) for path in sorted(place.glob("report.*")))
+
+
+def _holds_outcomes(path: Path) -> bool:
+    """Tell whether a file is one that `write_outcomes` wrote."""
+    try:
+        return path.is_file() and not path.is_symlink() and next(read_outcomes(path), None) is not None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return False
+
+
+def _beside(place: Path) -> list[Path]:
+    """Return what an interrupted run left beside its output; raises OutputError while one is alive."""
+    name = re.escape(_output(place).name)
+    ours = re.compile(
+        rf"\.{name}\.partial|\.{name}\.state-[0-9a-f]{{12}}|\.\.{name}\.state-.*\.(partial|old)"
+    )
+    if not place.parent.is_dir():
+        return []
+    found = [path for path in sorted(place.parent.iterdir()) if ours.fullmatch(path.name)]
+    for path in found:
+        if path.is_dir() and is_claimed(path):
+            raise OutputError(f"another run is writing {place}; wait for it, or stop it")
+    return found
+
+
+def _cached(paths: Iterable[Path]) -> list[Path]:
+    """Return the cache entries about these weights and answers."""
+    files = [file for path in paths for file in (path, *path.rglob("*")) if not file.is_symlink()]
+    found = remembered([file for file in files if file.is_file()])
+    for file in files:
+        if file.name == "verdicts.json":
+            with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
+                verdicts = json.loads(file.read_text(encoding="utf-8"))
+                keys = [one["decision"] for given in verdicts.values() for one in given if one["decision"]]
+                found += [path for key in dict.fromkeys(keys) if (path := decision_file(key)) is not None]
+    return found
+
+
+# What to say
+
+
+def _losses(place: Path, parts: Iterable[Part]) -> Iterator[str]:
+    names = {re.split(r"[-.]", part.path.name)[0] for part in parts}
+    kinds = {part.what for part in parts}
+    made = [part.path.name.split("-")[1] for part in parts if part.path.name.startswith("finetune-")]
+    if VECTORS in kinds:
+        yield "turning α and β in palinode chat"
+        yield "going on with this run, or with another in its workspace: all is trained anew"
+    if lost := [name for name in ("target", "retrained") if name in made]:
+        yield f"any use of the {' and the '.join(lost)} model that the run itself made"
+    if "evaluate" in names or REPORTS in kinds:
+        yield "the report with questions and answers"
+    if {"outcomes", "verdicts"} & names or place.is_file():
+        yield "other scores from the same answers; a judge is asked, and paid, again"
+    if OTHER in kinds:
+        yield "measuring by another rule or policy without asking the models again"
+    if BESIDE in kinds:
+        yield "going on where an interrupted run stopped"
+    if VECTORS in kinds and not _output(place).exists():
+        yield f"the result: {_output(place)} is not there, and the run begins anew"
+
+
+def _stays(place: Path, record: Mapping[str, Any], workspaces: Iterable[Path]) -> Iterator[str]:
+    for folder in workspaces:
+        if strange := Workspace(folder).strange():
+            yield f"{folder}: {', '.join(path.name for path in strange)}, which no run has put there"
+    sets = (at(record, "recipe", "data", name) for name in ("forget", "retain", "holdout"))
+    rows = ", ".join(str(name) for name in sets if name)
+    target = at(record, "recipe", "models", "target")
+    yield f"the rows themselves ({rows or 'wherever they lie'}), and their copies"
+    if record:
+        yield f"{_output(place)}: together with the old target it gives the vector away"
+    yield f"the old target{f' ({target})' if target else ''}, and what was made of it"
+    yield "vectors, models and reports that were written elsewhere; caches of the hub"
+    yield "backups, snapshots, and the blocks of an SSD: removing a file wipes no disk"
+
+
+def _nothing(place: Path) -> str:
+    names = "what unlearn, run, compare, audit, evaluate --output or demo wrote, or the workspace itself"
+    if not place.exists():
+        return f"{place} does not exist, and no workspace lies beside it; name {names}"
+    for mark, what in {
+        "vector.json": "vector",
+        "adapter_config.json": "adapter",
+        "config.json": "model",
+    }.items():
+        if (place / mark).exists():
+            return (
+                f"{place} is a {what}, and no workspace lies beside it; if it holds the rows, remove the "
+                "folder itself"
+            )
+    return f"{place} is no Palinode workspace, and none lies beside it; name {names}"
+
+
+def _record(place: Path) -> Mapping[str, Any]:
+    """Return the record of the run that `place` is of; empty where there is none."""
+    home = _output(place)
+    for folder in (home, home / "unlearned"):
+        with suppress(CheckpointError):
+            record = read_json(folder / "record.json")
+            if isinstance(record, dict) and "recipe" in record:
+                return record
+    return {}
+
+
+def _output(place: Path) -> Path:
+    """Return the output that a workspace lies beside; any other place itself."""
+    return place.with_name(place.name.removesuffix(".workspace") or place.name)
+
+
+# Removing
+
+
+def _size(path: Path) -> int:
+    total = 0
+    for file in (path, *path.rglob("*")):
+        with suppress(OSError):
+            total += file.lstat().st_size
+    return total
+
+
+def _removed(path: Path) -> bool:
+    """Remove a file, a link or a folder; of a step its mark first, so that no part looks whole."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            (path / "step.json").unlink(missing_ok=True)
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    return not path.is_symlink() and not path.exists()

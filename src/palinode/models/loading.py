@@ -1,9 +1,14 @@
-"""Load a checkpoint as a live model with its tokenizer. No remote code, no pickles, SDPA attention."""
+"""Load a checkpoint as a live model with its tokenizer. No remote code, SDPA attention.
+
+Pickles are read as everywhere else, as plain tensors (`Checkpoint`), and the model is built from those. Of
+a wrapper with towers for images or sounds (Gemma3ForConditionalGeneration) the text tower is the live model.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import blake3
@@ -17,10 +22,32 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.auto_factory import _get_model_class
 
 from palinode.data.tokenize import TokenRow
 from palinode.errors import CheckpointError, DataError, InputError
-from palinode.weights.checkpoint import Checkpoint, require_causal_lm
+from palinode.weights.checkpoint import Checkpoint, TensorInfo, require_causal_lm
+from palinode.weights.files import Files
+from palinode.weights.fingerprints import unchanged
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+TEXT = re.compile(r"(?:model\.)?language_model\.(?:model\.)?(lm_head\.)?(.+)|(lm_head\..+)")
+"""What a wrapper calls the weights of its text tower."""
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -53,10 +80,12 @@ def load_model(
     CheckpointError when it is no causal language model or transformers cannot build it.
     """
     require_causal_lm(checkpoint)
-    with quiet_transformers():
+    with quiet_transformers(), unchanged([checkpoint]):
         try:
             placed = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
             model, info = _build(checkpoint, dtype, "sdpa", placed)
+        except CheckpointError:
+            raise
         except Exception as error:  # transformers raises many kinds here; each means that there is no model
             raise CheckpointError(
                 f"{checkpoint.folder} cannot be loaded as a causal language model ({_reason(error)})"
@@ -70,19 +99,78 @@ def _build(
     checkpoint: Checkpoint, dtype: torch.dtype, attention: str, placed: Mapping[str, Any] | None = None
 ) -> Any:
     """Return (model, loading info), with SDPA attention where the architecture has it."""
+    loader, folder, parts = _loader(checkpoint)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder,
+        return loader.from_pretrained(
+            folder,
             dtype=dtype,
             attn_implementation=attention,
             local_files_only=True,
             output_loading_info=True,
+            **parts,
             **(placed or {}),
         )
     except ValueError as error:
         if attention == "eager" or "scaled_dot_product_attention" not in str(error):
             raise
         return _build(checkpoint, dtype, "eager", placed)
+
+
+def _loader(checkpoint: Checkpoint) -> tuple[Any, Any, dict[str, Any]]:
+    """Return the class that loads a checkpoint, and the folder that it reads, or what it is given instead."""
+    config = load_config(checkpoint)
+    text = text_config(config)
+    if checkpoint.format == "safetensors" and text is config:
+        return AutoModelForCausalLM, checkpoint.folder, {}
+    known = AutoModelForCausalLM._model_mapping
+    if type(config) not in known or type(text) not in known:
+        raise CheckpointError(
+            f"{checkpoint.folder} is a {config.model_type}, not a causal language model; "
+            "Palinode works on models that AutoModelForCausalLM can load"
+        )
+    with Files() as files:
+        state = {
+            name if text is config else _in_text_tower(name): as_torch(info, files)
+            for name, info in checkpoint.tensors.items()
+            if text is config or _in_text_tower(name)
+        }
+    return _get_model_class(text, known), None, {"config": text, "state_dict": state}
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the config of a wrapper's text tower; of any other model its own."""
+    text = getattr(config, "text_config", None)
+    return text if isinstance(text, PreTrainedConfig) else config
+
+
+def _in_text_tower(name: str) -> str:
+    """Return what the text tower alone calls a weight of a wrapper; "" where it is none of its own."""
+    found = TEXT.fullmatch(name)
+    if found is None:
+        return ""
+    return found[3] or (f"{found[1]}{found[2]}" if found[1] else f"model.{found[2]}")
+
+
+def stored_names(live: Iterable[str], model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+    """Return, by the names `live` of a model's weights, those that they have in the checkpoint's files.
+
+    The text tower of a wrapper, and models whose files leave out the prefix, have other names in memory. A
+    weight that has no counterpart of its own is left out.
+    """
+    live, wrapped = set(live), "text_config" in checkpoint.config
+    names = {name: info.name for name in live if (info := checkpoint.find(name))}
+    for stored in checkpoint.tensors:
+        name = _in_text_tower(stored) if wrapped else f"{model.base_model_prefix}.{stored}"
+        if name in live:
+            names[name] = stored
+    return names
+
+
+def as_torch(info: TensorInfo, files: Files) -> torch.Tensor:
+    """Return a whole tensor of a checkpoint, read into memory."""
+    raw = torch.empty(info.nbytes, dtype=torch.uint8)
+    info.read(files, 0, raw.numpy().data)
+    return raw.view(DTYPES[info.dtype]).reshape(info.shape)
 
 
 def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:

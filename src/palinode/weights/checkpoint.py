@@ -61,12 +61,15 @@ COMPANIONS = (
     "merges.txt",
     "*.model",
     "*.tiktoken",
-    "preprocessor_config.json",
+    "*processor_config.json",
 )
+
+# What travels with the model and has no say in what it is.
+PAPERS = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "*USE_POLICY*", "*TERMS_OF_USE*")
 
 # What is fetched from the hub besides: an adapter only to say that it is one, and pickles only if they are
 # allowed and there is nothing better.
-ON_HUB = ("*.safetensors", INDEX, "adapter_config.json", *COMPANIONS)
+ON_HUB = ("*.safetensors", INDEX, "adapter_config.json", *COMPANIONS, *PAPERS)
 PICKLES_ON_HUB = ("*.bin", "*.pt", "*.pth", PICKLE_INDEX, METADATA, "*.distcp")
 
 # An output head that is left out of the file shares its storage with the token embedding.
@@ -149,8 +152,14 @@ class Checkpoint(Point):
 
     def companions(self) -> Iterator[Path]:
         """Yield the files beside the weights that make the folder a usable model."""
-        seen = {path for pattern in COMPANIONS for path in self.folder.glob(pattern) if path.is_file()}
-        yield from sorted(seen)
+        yield from self._beside(COMPANIONS)
+
+    def papers(self) -> Iterator[Path]:
+        """Yield licence, notices and terms of use: they travel with the model, and are no part of it."""
+        yield from self._beside(PAPERS)
+
+    def _beside(self, patterns: Sequence[str]) -> Iterator[Path]:
+        yield from sorted({path for part in patterns for path in self.folder.glob(part) if path.is_file()})
 
     def fingerprint(self) -> str:
         """Return a content hash (BLAKE3, 32 hex digits) of all tensors, the config and the tokenizer.
@@ -173,7 +182,8 @@ def require_causal_lm(checkpoint: Checkpoint) -> None:
         )
     listed = checkpoint.config.get("architectures")
     names = list(map(str, listed)) if isinstance(listed, list) else []
-    if names and not any("CausalLM" in name or "LMHead" in name for name in names):
+    plain = any("CausalLM" in name or "LMHead" in name for name in names)
+    if names and not plain and "text_config" not in checkpoint.config:  # a wrapper's text tower may be one
         raise CheckpointError(
             f"{checkpoint.folder} is a {', '.join(names)}, not a causal language model; "
             "Palinode works on models that AutoModelForCausalLM can load"

@@ -15,16 +15,19 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import blake3
 
 from palinode.errors import CheckpointError
 from palinode.weights.blocks import BLOCK, map_blocks
 from palinode.weights.checkpoint import SINGLE, Checkpoint, TensorInfo, by_file, read_header
+
+if TYPE_CHECKING:
+    from palinode.weights.direction import Term
 
 HASH_BLOCK = BLOCK
 """Bytes of a block; part of what a digest means, so it never changes."""
@@ -169,6 +172,30 @@ def check_as_opened(file: Path, infos: Iterable[TensorInfo]) -> None:
         now = []
     if not set(now).issuperset(infos):
         raise CheckpointError(f"{file} is not what it was when the checkpoint was opened; open it again")
+
+
+@contextmanager
+def unchanged(terms: Iterable[Term]) -> Iterator[None]:
+    """Raise CheckpointError when a file of these models or directions changes before the block ends."""
+    files = {file for term in terms for file in files_of(term)}
+    before = {file: _stamp(file) for file in files}
+    yield
+    for file, stamp in sorted(before.items()):
+        if _stamp(file) != stamp:
+            raise CheckpointError(
+                f"{file} changed while it was read; wait for its writer, and repeat the call"
+            )
+
+
+def files_of(term: Term) -> Iterator[Path]:
+    """Yield the files on disk that a model or direction is read from."""
+    if isinstance(term, Checkpoint):
+        infos = list(term.tensors.values())
+        yield from term.companions()
+    else:
+        infos = [info for change in term.changes.values() for info in change.infos]
+    for info in infos:
+        yield from info.files
 
 
 # Hashing

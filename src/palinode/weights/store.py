@@ -196,7 +196,7 @@ def _write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], N
             out = OutputFiles(job.files, partial, stack)
             lead = Lead(crew, partial, job.key()) if crew.count > 1 else None
             meter, checksums = _fill(job, crew.share(job.parts), out, on_progress)
-            _copy_other_tensors(job.anchor, out)
+            out.copy(info for info in job.anchor.tensors.values() if not info.is_float)
             for report in lead.reports() if lead else ():
                 meter.merge(report["dose"])
                 checksums |= {(name, block): total for name, block, total in report["checksums"]}
@@ -256,17 +256,6 @@ def checksum(raw: memoryview) -> int:
     words, rest = divmod(len(raw), 8)
     total = int(np.frombuffer(raw, "<u8", words).sum(dtype=np.uint64))
     return (total + int.from_bytes(raw[len(raw) - rest :], "little")) % 2**64
-
-
-def _copy_other_tensors(anchor: Checkpoint, out: OutputFiles) -> None:
-    """Copy integer and boolean tensors (buffers) from the target as they are, a block at a time."""
-    with Files() as files:
-        for info in anchor.tensors.values():
-            if not info.is_float:
-                for start in range(0, info.nbytes, BLOCK):
-                    raw = memoryview(bytearray(min(BLOCK, info.nbytes - start)))
-                    info.read(files, start, raw)
-                    out.write(info.name, start, raw)
 
 
 def _help(job: _Job, crew: Crew, on_progress: Callable[[int], None] | None) -> Saved:

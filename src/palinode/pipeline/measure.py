@@ -48,6 +48,7 @@ from palinode.progress import Listener, Silence
 from palinode.records import Outcome, Score, Verdict, write_json, write_outcomes
 from palinode.version import __version__
 from palinode.weights import Checkpoint
+from palinode.weights.fingerprints import check_stamps, take_stamps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -133,6 +134,7 @@ def measure(
 
     compared = _compared_sets(cells, asked, judged=judge is not None)
     reference = from_log or _reference(yardstick, compared, settings, listener)
+    stamps = take_stamps([checkpoint])
     outcomes, general = _ask_model(checkpoint, asked, settings, listener)
     measured = Measured(
         split=split,
@@ -148,6 +150,7 @@ def measure(
     if general:
         scores["general"] = general
     record = _record(benchmark, checkpoint, yardstick, loaded, measured, settings, scores, judge, started)
+    check_stamps(stamps)
     measurement = Measurement(scores, outcomes, record)
     if first_process():
         _write(measurement, measured, settings)

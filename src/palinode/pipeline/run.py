@@ -40,6 +40,7 @@ from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener, Silence
 from palinode.records import Outcome, write_json, write_outcomes
 from palinode.weights import Checkpoint
+from palinode.weights.fingerprints import check_stamps, take_stamps
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +155,7 @@ class _Run:
 
     def _evaluate(self, name: str, checkpoint: Checkpoint) -> Mapping[str, Sequence[Outcome]]:
         """Return a model's outcomes on the forget and retain rows, read back if they are there."""
+        stamps = take_stamps([checkpoint])
         step = self._evaluation(checkpoint)
         if step.facts is None:
             step.begin()
@@ -170,6 +172,7 @@ class _Run:
                     listener=self.listener,
                 )
                 write_outcomes(step.folder / f"{label}.jsonl", outcomes)
+            check_stamps(stamps)
             step.finish({"model": name, "seconds": round(time.monotonic() - started, 1)})
         return read_sets(step, self.inputs)
 

@@ -30,6 +30,7 @@ from palinode.weights.adapters import LoraAdapter
 from palinode.weights.atomic import check_output, claimed, publish
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.direction import WeightedSum
+from palinode.weights.fingerprints import check_stamps, take_stamps
 from palinode.weights.layout import OutputFiles, copy_companions, plan_files, write_index
 
 
@@ -99,7 +100,7 @@ def finetune(
     """
     settings, output = settings or TrainingSettings(), Path(output)
     check_output(output, [base.folder], needs=0 if settings.lora else 4 * base.parameters)
-    started = time.monotonic()
+    started, stamps = time.monotonic(), take_stamps([base])
     tokenizer = load_tokenizer(reader or base)
     style, pad_id = style or PromptStyle(), pad_token(tokenizer)
     if isinstance(examples, Material):
@@ -152,6 +153,7 @@ def finetune(
             on_step=hear,
             on_point=draw,
         )
+    check_stamps(stamps)
     if settings.lora:
         write_adapter(model, output, curve)
     else:
@@ -219,7 +221,10 @@ def _stored_state(model: PreTrainedModel, origin: Checkpoint) -> dict[str, torch
     for found in (revert_weight_conversion(model, dict(live)), live):  # as saved, else as in memory
         names = stored_names(found, model, origin)
         state = {stored: found[name] for name, stored in names.items()} | state
-        lost = [name for name in found if name not in names and name not in buffers]
+        placed = {found[name].data_ptr() for name in names}  # a tied head shares its embedding's
+        lost = [
+            name for name, value in found.items() if value.data_ptr() not in placed and name not in buffers
+        ]
         if not lost:
             break
     else:

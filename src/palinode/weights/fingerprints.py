@@ -40,6 +40,23 @@ CACHE_VERSION = 1
 DIGEST = re.compile("[0-9a-f]{64}")
 
 
+class Stamp(NamedTuple):
+    """What tells that a file has changed; times in nanoseconds."""
+
+    size: int
+    modified: int
+    changed: int
+    inode: int
+
+    def is_settled(self, now: int) -> bool:
+        """Tell whether any change from `now` on would give the file another stamp."""
+        return now - max(self.modified, self.changed) >= SETTLED
+
+
+Stamps = Mapping[Path, Stamp]
+"""What files were like when somebody began to read them."""
+
+
 def block_digest(data: bytes | bytearray | memoryview) -> bytes:
     """Return the digest (32 bytes) of one block of a tensor."""
     return blake3.blake3(data).digest()
@@ -78,9 +95,7 @@ def tensor_digests(
         on_progress(sum(tensors[name].nbytes for name in found))
     rest = [info for name, info in tensors.items() if name not in found]
     found |= _hash(rest, workers, on_progress)
-    for file in {file for info in rest for file in info.files}:
-        if _stamp(file) != stamps[file]:
-            raise CheckpointError(f"{file} changed while it was read; wait for its writer, and open it again")
+    check_stamps({file: stamps[file] for info in rest for file in info.files})
     if cached:
         for file in by_file(rest):
             if stamps[file].is_settled(started):
@@ -174,21 +189,29 @@ def check_as_opened(file: Path, infos: Iterable[TensorInfo]) -> None:
         raise CheckpointError(f"{file} is not what it was when the checkpoint was opened; open it again")
 
 
-@contextmanager
-def unchanged(terms: Iterable[Term]) -> Iterator[None]:
-    """Raise CheckpointError when a file of these models or directions changes before the block ends."""
-    files = {file for term in terms for file in files_of(term)}
-    before = {file: _stamp(file) for file in files}
-    yield
-    for file, stamp in sorted(before.items()):
+def take_stamps(terms: Iterable[Term]) -> Stamps:
+    """Return the stamps of all files that these models and directions are read from."""
+    return {file: _stamp(file) for term in terms for file in _files_of(term)}
+
+
+def check_stamps(stamps: Stamps) -> None:
+    """Raise CheckpointError when a file is no longer what it was: what was read may be of two states."""
+    for file, stamp in sorted(stamps.items()):
         if _stamp(file) != stamp:
             raise CheckpointError(
                 f"{file} changed while it was read; wait for its writer, and repeat the call"
             )
 
 
-def files_of(term: Term) -> Iterator[Path]:
-    """Yield the files on disk that a model or direction is read from."""
+@contextmanager
+def unchanged(terms: Iterable[Term]) -> Iterator[None]:
+    """Raise CheckpointError when a file of these models or directions changes before the block ends."""
+    stamps = take_stamps(terms)
+    yield
+    check_stamps(stamps)
+
+
+def _files_of(term: Term) -> Iterator[Path]:
     if isinstance(term, Checkpoint):
         infos = list(term.tensors.values())
         yield from term.companions()
@@ -216,25 +239,12 @@ def _hash(
 # Remembering
 
 
-class _Stamp(NamedTuple):
-    """What tells that a file has changed; times in nanoseconds."""
-
-    size: int
-    modified: int
-    changed: int
-    inode: int
-
-    def is_settled(self, now: int) -> bool:
-        """Tell whether any change from `now` on would give the file another stamp."""
-        return now - max(self.modified, self.changed) >= SETTLED
-
-
-def _stamp(file: Path) -> _Stamp:
+def _stamp(file: Path) -> Stamp:
     try:
         status = file.stat()
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror}); fetch the model again") from None
-    return _Stamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    return Stamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
 def _entry_path(file: Path) -> Path:
@@ -243,7 +253,7 @@ def _entry_path(file: Path) -> Path:
     return cache_folder() / f"{name}.json"
 
 
-def _recall(file: Path, stamp: _Stamp, infos: Iterable[TensorInfo]) -> dict[str, str]:
+def _recall(file: Path, stamp: Stamp, infos: Iterable[TensorInfo]) -> dict[str, str]:
     """Return the remembered digests of these tensors; none where anything is not as it should be."""
     try:
         entry = json.loads(_entry_path(file).read_bytes())
@@ -256,7 +266,7 @@ def _recall(file: Path, stamp: _Stamp, infos: Iterable[TensorInfo]) -> dict[str,
         return {}
 
 
-def _store(file: Path, stamp: _Stamp, infos: Iterable[TensorInfo], digests: Mapping[str, str]) -> None:
+def _store(file: Path, stamp: Stamp, infos: Iterable[TensorInfo], digests: Mapping[str, str]) -> None:
     """Write what is known of a file, in one step; the cache is a help, so that no failure counts."""
     tensors = {info.name: [digests[info.name], *_place(info)] for info in infos if _is_plain(info)}
     entry = {"version": CACHE_VERSION, "file": str(file), "stamp": stamp, "tensors": tensors}

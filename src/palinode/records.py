@@ -6,12 +6,19 @@ number of examples and an interval; a *record* is what a run writes so that othe
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from palinode.errors import unwritable
+
+LONGEST = 255
+"""Bytes of a file's name, on nearly every file system."""
 
 RECORD_VERSION = 1
 """Version of the layout of `record.json`, described in docs/record.md."""
@@ -99,13 +106,39 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically: to a neighbour first, then renamed over the final name."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    """Write a text file atomically: to a neighbour first, then renamed over the final name.
+
+    Raises OutputError when there is no room, or no such folder any more.
+    """
+    partial = beside(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise unwritable(path, error) from error
+
+
+def beside(path: Path, ending: str = ".partial") -> Path:
+    """Return the hidden neighbour `.NAME.partial` of a path, or one with another ending."""
+    return path.with_name(fitting(f".{path.name}", ending))
+
+
+def fitting(name: str, ending: str = "") -> str:
+    """Return a name with an ending as file systems take it, in 255 bytes: or the start and a hash.
+
+    >>> fitting("out", ".workspace"), len(fitting("o" * 250, ".workspace"))
+    ('out.workspace', 255)
+    """
+    raw, room = os.fsencode(name), LONGEST - len(os.fsencode(ending))
+    if len(raw) > room:
+        mark = hashlib.blake2b(raw, digest_size=4).hexdigest()
+        name = f"{raw[: room - 9].decode(errors='ignore')}~{mark}"
+    return name + ending
 
 
 def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:

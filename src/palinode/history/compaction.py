@@ -24,7 +24,7 @@ from palinode.history.reading import LogFile, find_files, rows_within
 from palinode.history.segments import FORMAT_VERSION, Ints, StepTable, sync_folder, write_segment
 from palinode.history.sessions import Session, read_header, read_sessions
 from palinode.progress import Listener, Silence
-from palinode.records import write_json
+from palinode.records import beside, write_json
 
 PART_ROWS = 1 << 21
 """Rows of a part, about 40 MB on disk and 150 MB while it is sorted."""
@@ -84,7 +84,7 @@ def _entry(file: LogFile) -> dict[str, Any]:
 
 def _begin(target: Path, manifest: dict[str, Any]) -> Path:
     """Return the folder to fill; parts that an earlier call left count only if it had the same plan."""
-    partial = target.with_name(f".{target.name}.partial")
+    partial = beside(target)
     plan = partial / "plan.json"
     try:
         same = json.loads(plan.read_text(encoding="utf-8")) == manifest
@@ -123,7 +123,7 @@ def _write_steps(path: Path, files: Sequence[LogFile]) -> None:
     whole = StepTable.joined(tables)
     numbers = np.repeat(np.arange(len(tables)), [len(table.step) for table in tables])
     columns = {"file": numbers, "step": whole.step, "rows": whole.rows, "tokens": whole.tokens}
-    partial = path.with_name(f".{path.name}.partial")
+    partial = beside(path)
     with partial.open("wb") as file:
         pq.write_table(pa.table({**columns, "epoch": whole.epoch}), file)
         file.flush()

@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from os import sched_getaffinity
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,11 +20,12 @@ from palinode.history.coverage import Recorded
 from palinode.history.hashing import Hashes, sort_keys
 from palinode.history.segments import FORMAT_VERSION, Ints, StepTable, read_about, read_journal, rows_of
 from palinode.history.sessions import LogHeader
+from palinode.weights.slices import cores
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-WORKERS = min(8, len(sched_getaffinity(0)))
+WORKERS = min(8, cores())
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from palinode.errors import DataError
 from palinode.history.hashing import HASH_BYTES, Hashes, sort_keys
+from palinode.records import beside
 
 Ints = npt.NDArray[np.int64]
 
@@ -108,7 +109,7 @@ def write_segment(
     table = pa.table(columns, names=["hash", "step"])
     if about is not None:
         table = table.replace_schema_metadata({KEY: json.dumps(about)})
-    partial = path.with_name(f".{path.name}.partial")
+    partial = beside(path)
     with partial.open("wb") as file:
         pq.write_table(
             table,
@@ -209,7 +210,7 @@ class Journal:
 
     def sync(self) -> None:
         """Wait until all of it is on disk."""
-        os.fdatasync(self._handle)
+        getattr(os, "fdatasync", os.fsync)(self._handle)  # macOS has none
 
     def close(self, *, remove: bool) -> None:
         """Close it, and remove it once its rows are sealed."""

@@ -9,11 +9,14 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import blake3
 import torch
 import transformers
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,7 +28,7 @@ from transformers import (
 from transformers.models.auto.auto_factory import _get_model_class
 
 from palinode.data.tokenize import TokenRow
-from palinode.errors import CheckpointError, DataError, InputError
+from palinode.errors import CheckpointError, DataError, InputError, unwritable
 from palinode.weights.checkpoint import Checkpoint, TensorInfo, require_causal_lm
 from palinode.weights.files import Files
 from palinode.weights.fingerprints import unchanged
@@ -171,6 +174,14 @@ def as_torch(info: TensorInfo, files: Files) -> torch.Tensor:
     raw = torch.empty(info.nbytes, dtype=torch.uint8)
     info.read(files, 0, raw.numpy().data)
     return raw.view(DTYPES[info.dtype]).reshape(info.shape)
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Write tensors as a safetensors file; raises OutputError when there is no room."""
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise unwritable(file, error) from error
 
 
 def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:

@@ -38,7 +38,7 @@ from palinode.pipeline.tracking import tracked
 from palinode.pipeline.tuning import Tuning
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener, Silence
-from palinode.records import Outcome, write_json, write_outcomes
+from palinode.records import Outcome, beside, write_json, write_outcomes
 from palinode.weights import Checkpoint
 from palinode.weights.fingerprints import check_stamps, take_stamps
 
@@ -207,7 +207,7 @@ def move_folder(folder: Path, output: Path) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        partial = output.with_name(f".{output.name}.partial")
+        partial = beside(output)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(folder, partial)
         partial.replace(output)

@@ -16,7 +16,7 @@ from palinode.pipeline.recipe import explain
 from palinode.pipeline.tracking import check_trackers, tracked
 from palinode.pipeline.workspace import fingerprint
 from palinode.progress import Listener, Silence
-from palinode.records import Score, write_outcomes
+from palinode.records import Score, beside, fitting, write_outcomes
 from palinode.training import Finetuned, TrainingSettings, finetune
 from palinode.weights import Checkpoint
 
@@ -49,11 +49,11 @@ def finetune_file(
         seed=seed,
     )
     place = output.resolve()
-    state = place.with_name(f".{place.name}.state-{key[:12]}")  # other inputs never find it
+    state = beside(place, f".state-{key[:12]}")  # other inputs never find it
     with tracked(
         listener or Silence(),
         tracker,
-        folder=place.with_name(f"{place.name}.tracking"),
+        folder=place.with_name(fitting(place.name, ".tracking")),
         run=place.name,
         settings={"seed": seed, "training": checked.model_dump(mode="json", exclude_none=True)},
         cpu=pick_device(device).type == "cpu",

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from palinode.data.examples import Example, fingerprint_examples, sample_examples
@@ -27,6 +26,7 @@ from palinode.models.loading import (
     load_tokenizer,
     pad_token,
     pick_device,
+    save_tensors,
     stored_names,
     tokenizer_fingerprint,
 )
@@ -192,7 +192,7 @@ class Transforming:
             with self.listener.task(label, len(tokens), "rows") as advance:
                 found = gradient_moment(live, tokens, moment, pad_id=pad_id, on_progress=advance)
             names = _stored_names(found, live, model)
-            save_file({names[key]: value.cpu() for key, value in found.items()}, step.folder / IMPORTANCE)
+            save_tensors({names[key]: value.cpu() for key, value in found.items()}, step.folder / IMPORTANCE)
             step.finish({"rows": len(chosen)})
         return step
 
@@ -209,7 +209,7 @@ class Transforming:
             weights = {space.module: f"{space.module}.weight" for space in found}
             stored = _stored_names(weights.values(), live, model)
             names = {module: stored[weight] for module, weight in weights.items()}
-            save_file(
+            save_tensors(
                 {names[space.module]: torch.from_numpy(space.basis).float() for space in found},
                 step.folder / SPACES,
             )

@@ -21,7 +21,7 @@ from typing import Any
 import blake3
 
 from palinode.errors import OutputError, WorkspaceError
-from palinode.records import write_json
+from palinode.records import fitting, write_json
 
 STEP_VERSION = 1
 """Raised when a step's meaning changes, so that results of older versions are not reused."""
@@ -82,7 +82,7 @@ class Workspace:
     def step(self, name: str, **inputs: Any) -> Step:
         """Return the step of that name with these inputs, finished or not."""
         key = fingerprint(step=name, **inputs)
-        return Step(name, key, self.folder / f"{name}-{key[:12]}")
+        return Step(name, key, self.folder / fitting(name, f"-{key[:12]}"))
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from palinode.errors import OutputError
+from palinode.errors import OutputError, unwritable
 from palinode.weights.blocks import BLOCK
 from palinode.weights.checkpoint import INDEX, SINGLE, Checkpoint
 from palinode.weights.files import Files
@@ -87,6 +87,7 @@ class OutputFiles:
         self, files: Sequence[OutputFile], folder: Path, stack: ExitStack, *, create: bool = True
     ) -> None:
         """Lay the files out at their final size with their headers; `create` false opens those of another."""
+        self._folder = folder
         self._places = {name: info for file in files for name, info in file.tensors.items()}
         opener = _create if create else _open
         self._handles = {Path(file.name): opener(folder / file.name, file, stack) for file in files}
@@ -98,10 +99,7 @@ class OutputFiles:
             try:
                 done += os.pwrite(self._handles[info.file], values[done:], info.offset + start + done)
             except OSError as error:
-                raise OutputError(
-                    f"{info.file} could not be written ({error.strerror}); nothing is left of it: make room, "
-                    "or repair the disk, and repeat the call"
-                ) from error
+                raise unwritable(self._folder / info.file, error) from error
 
     def copy(self, infos: Iterable[TensorInfo]) -> None:
         """Copy tensors as they are, a block at a time."""
@@ -128,9 +126,7 @@ def _create(path: Path, file: OutputFile, stack: ExitStack) -> int:
             os.ftruncate(handle, file.size)
         os.pwrite(handle, file.header, 0)
     except OSError as error:
-        raise OutputError(
-            f"{path} could not be laid out at {file.size / 1e9:.2f} GB ({error.strerror})"
-        ) from error
+        raise unwritable(path, error) from error
     return handle
 
 

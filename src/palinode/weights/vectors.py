@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, Literal, Self, get_args
 
 import numpy as np
 
-from palinode.errors import AlgebraError, CheckpointError, InputError, MismatchError, OutputError
+from palinode.errors import AlgebraError, CheckpointError, InputError, MismatchError, unwritable
 from palinode.weights.adapters import CONFIG, LoraAdapter
 from palinode.weights.arithmetic import NAMES
 from palinode.weights.atomic import check_output, claimed, publish
@@ -310,9 +310,7 @@ def _writer(path: Path, layout: Sequence[TensorInfo]) -> Iterator[_Writer]:
             yield writer
             writer.finish()
     except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written ({error.strerror}); make room, or name another"
-        ) from error
+        raise unwritable(path, error) from error
 
 
 def _store(

@@ -63,6 +63,8 @@ class Plan:
     policy: Policy
     attacks: Sequence[str] = tuple(ATTACKS)
     """Attacks to run; the others are reported as not asked for."""
+    allow_pickle: bool = False
+    """Read files of torch.save too; none of their code is run."""
     device: str = "auto"
     seed: int = 0
 
@@ -80,7 +82,10 @@ def audit(
             f"there is no attack {', '.join(unknown) or '-'}; choose among {', '.join(ATTACKS)}"
         )
     _check_rows(plan.material)
-    checkpoints = {name: Checkpoint.open(location) for name, location in plan.models.items()}
+    checkpoints = {
+        name: Checkpoint.open(location, allow_pickle=plan.allow_pickle)
+        for name, location in plan.models.items()
+    }
     _check_output(output, list(checkpoints.values()))
     workspace = Workspace(output / RESULTS)
     run = _Run(plan, checkpoints, workspace, listener or Silence())

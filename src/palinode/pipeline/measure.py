@@ -89,6 +89,8 @@ class MeasureSettings:
     """Folder for scores.json and the outcomes."""
     open_unlearning: Path | None = None
     """File for the results in open-unlearning's form."""
+    allow_pickle: bool = False
+    """Read files of torch.save too; none of their code is run."""
     device: str = "auto"
     seed: int = 0
     """Seeds the sampling of questions, intervals and the judge's order of candidates."""
@@ -124,8 +126,8 @@ def measure(
     cells = benchmark.check_metrics(settings.metrics)
     _check_places(settings)
     judge = _open_judge(settings)
-    checkpoint = Checkpoint.open(model)
-    yardstick = _open_reference(settings.against, benchmark)
+    checkpoint = Checkpoint.open(model, allow_pickle=settings.allow_pickle)
+    yardstick = _open_reference(settings, benchmark)
     whole = benchmark.load(places, split, options)
     loaded = sample_sets(whole, settings)
     asked = asked_sets(loaded, cells, settings)
@@ -358,13 +360,14 @@ def _ideals(
 # The retrained model
 
 
-def _open_reference(against: str | None, benchmark: Benchmark) -> Yardstick | None:
+def _open_reference(settings: MeasureSettings, benchmark: Benchmark) -> Yardstick | None:
     """Return the retrained model to be asked, or the path of the log that stands for it."""
+    against = settings.against
     if against is None:
         return None
     path = Path(against).expanduser()
     if not path.is_file():
-        return Checkpoint.open(against)
+        return Checkpoint.open(against, allow_pickle=settings.allow_pickle)
     if not any(cell.reference for cell in benchmark.cells):
         raise RecipeError(f"{benchmark.name} has no metric that a log serves; leave out --against {against}")
     return path

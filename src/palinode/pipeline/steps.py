@@ -30,6 +30,7 @@ def finetune_file(
     settings: Mapping[str, Any],
     *,
     columns: Mapping[str, str] | None = None,
+    allow_pickle: bool = False,
     device: str = "auto",
     seed: int = 0,
     tracker: str | None = None,
@@ -41,7 +42,8 @@ def finetune_file(
     """
     checked = _settings(TrainingSettings, settings)
     check_trackers(tracker)
-    start, examples = Checkpoint.open(base), read_examples(data, columns=columns or None)
+    start = Checkpoint.open(base, allow_pickle=allow_pickle)
+    examples = read_examples(data, columns=columns or None)
     key = fingerprint(
         start=start.fingerprint(),
         rows=fingerprint_examples(examples),
@@ -70,6 +72,7 @@ def evaluate_file(
     *,
     output: Path | None = None,
     columns: Mapping[str, str] | None = None,
+    allow_pickle: bool = False,
     device: str = "auto",
     seed: int = 0,
     listener: Listener | None = None,
@@ -80,7 +83,8 @@ def evaluate_file(
         raise OutputError(
             f"{output} exists already, or its folder does not; name another file for the outcomes"
         )
-    checkpoint, examples = Checkpoint.open(model), read_examples(data, columns=columns or None)
+    checkpoint = Checkpoint.open(model, allow_pickle=allow_pickle)
+    examples = read_examples(data, columns=columns or None)
     tested = sample_examples(examples, min(checked.max_rows, len(examples)), seed=seed + 1)
     outcomes, scores = evaluate(checkpoint, tested, checked, device=device, seed=seed, listener=listener)
     if output is not None:

@@ -1,4 +1,4 @@
-"""Models that lie otherwise on disk than in memory: the text tower of a wrapper, and pickles, sharded or not."""
+"""Models that lie otherwise on disk than in memory: the text tower of a wrapper, and pickles."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SETTINGS = TrainingSettings(epochs=2, learning_rate=3e-3, batch_size=16, max_len
 
 @pytest.fixture(scope="module")
 def wrapped(tiny, tmp_path_factory):
-    """Target and base of a tiny Gemma3ForConditionalGeneration in bfloat16, with its processor and licence."""
+    """Target and base of a tiny Gemma3 wrapper in bfloat16, each with processor and licence."""
     place = tmp_path_factory.mktemp("wrapped")
     config = Gemma3Config(
         text_config={

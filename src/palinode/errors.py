@@ -81,4 +81,6 @@ def unwritable(place: Path | str, error: Exception) -> OutputError:
             f"{place} cannot be written: {[Path(place), *gone][-1]} is not there, or was removed meanwhile; "
             "make it where it is missing, and repeat the call"
         )
-    return OutputError(f"{place} cannot be written ({said}); {REMEDIES.get(code, 'look at its disk')}")
+    return OutputError(
+        f"{place} cannot be written ({said}); {REMEDIES.get(code, 'make room, or look at its disk')}"
+    )

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from palinode.errors import OutputError, unwritable
+from palinode.errors import CheckpointError, InputError, OutputError, unwritable
 from palinode.records import beside
 
 
@@ -77,9 +77,17 @@ def claimed(output: Path) -> Iterator[Path]:
                 shutil.rmtree(partial, ignore_errors=True)
             elif isinstance(error, Exception) and not output.exists():
                 raise unwritable(partial, FileNotFoundError(errno.ENOENT, "")) from error
-            if isinstance(error, OSError) and Path(error.filename or partial).is_relative_to(partial):
-                raise unwritable(error.filename or partial, error) from error
+            if isinstance(error, OSError):
+                raise _explained(error, partial) from error
             raise
+
+
+def _explained(error: OSError, partial: Path) -> InputError:
+    """Return in one sentence what the system said of a file: of one written to the folder, or read for it."""
+    place = Path(error.filename2 or error.filename or partial)
+    if place.is_relative_to(partial):
+        return unwritable(place, error)
+    return CheckpointError(f"{place} cannot be read ({error.strerror}); fetch the model again")
 
 
 def is_claimed(partial: Path) -> bool:

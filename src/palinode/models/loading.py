@@ -125,19 +125,14 @@ def _loader(checkpoint: Checkpoint) -> tuple[Any, Any, dict[str, Any]]:
     text = text_config(config)
     if checkpoint.format == "safetensors" and text is config:
         return AutoModelForCausalLM, checkpoint.folder, {}
-    known = AutoModelForCausalLM._model_mapping
-    if type(config) not in known or type(text) not in known:
-        raise CheckpointError(
-            f"{checkpoint.folder} is a {config.model_type}, not a causal language model; "
-            "Palinode works on models that AutoModelForCausalLM can load"
-        )
     with Files() as files:
         state = {
             name if text is config else _in_text_tower(name): as_torch(info, files)
             for name, info in checkpoint.tensors.items()
             if text is config or _in_text_tower(name)
         }
-    return _get_model_class(text, known), None, {"config": text, "state_dict": state}
+    kind = _get_model_class(text, AutoModelForCausalLM._model_mapping)
+    return kind, None, {"config": text, "state_dict": state}
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -185,7 +180,10 @@ def save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
 
 
 def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
-    """Return the checkpoint's config as transformers reads it; raises CheckpointError when it cannot."""
+    """Return the checkpoint's config as transformers reads it.
+
+    Raises CheckpointError when it cannot, or when AutoModelForCausalLM knows nothing of such a wrapper.
+    """
     try:
         with quiet_transformers():
             config: PreTrainedConfig = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
@@ -193,6 +191,12 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         raise CheckpointError(
             f"{checkpoint.folder / 'config.json'} describes no model that can be built ({_reason(error)})"
         ) from error
+    text, known = text_config(config), AutoModelForCausalLM._model_mapping
+    if text is not config and (type(config) not in known or type(text) not in known):
+        raise CheckpointError(
+            f"{checkpoint.folder} is a {config.model_type}, not a causal language model; "
+            "Palinode works on models that AutoModelForCausalLM can load"
+        )
     return config
 
 

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from palinode.errors import unwritable
 from palinode.evaluation.evaluate import observe
 from palinode.models.loading import load_model, load_tokenizer, pick_device
 from palinode.pipeline.costs import Plan, describe, make_plan
@@ -38,8 +39,10 @@ from palinode.pipeline.tracking import tracked
 from palinode.pipeline.tuning import Tuning
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener, Silence
-from palinode.records import Outcome, beside, write_json, write_outcomes
+from palinode.records import Outcome, write_json, write_outcomes
 from palinode.weights import Checkpoint
+from palinode.weights.atomic import claimed
+from palinode.weights.atomic import publish as publish_folder
 from palinode.weights.fingerprints import check_stamps, take_stamps
 
 
@@ -206,9 +209,8 @@ def move_folder(folder: Path, output: Path) -> None:
         folder.replace(output)
     except OSError as error:
         if error.errno != errno.EXDEV:
-            raise
-        partial = beside(output)
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(folder, partial)
-        partial.replace(output)
+            raise unwritable(output, error) from error
+        with claimed(output) as partial:
+            shutil.copytree(folder, partial, dirs_exist_ok=True)
+            publish_folder(partial, output)
         shutil.rmtree(folder)

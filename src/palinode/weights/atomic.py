@@ -84,6 +84,9 @@ def claimed(output: Path) -> Iterator[Path]:
 
 def _explained(error: OSError, partial: Path) -> InputError:
     """Return in one sentence what the system said of a file: of one written to the folder, or read for it."""
+    if isinstance(error, shutil.Error):  # of copytree: a list of what it could not copy
+        _source, place, reason = error.args[0][0]
+        return unwritable(place, OSError(None, str(reason)))
     place = Path(error.filename2 or error.filename or partial)
     if place.is_relative_to(partial):
         return unwritable(place, error)

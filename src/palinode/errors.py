@@ -17,6 +17,20 @@ exception is a bug of ours and keeps its traceback.
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
+REMEDIES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EFBIG: "make room, or raise the limit on the size of files",
+    errno.EACCES: "look at its permissions",
+    errno.EPERM: "look at its permissions",
+    errno.EROFS: "choose a place that can be written to",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+"""What to do when the system says that a place is full, closed to us, or has no such names."""
+
 
 class PalinodeError(Exception):
     """The root of every error that Palinode raises on purpose."""
@@ -56,3 +70,17 @@ class DivergenceError(PalinodeError):
 
 class WorkspaceError(PalinodeError):
     """A workspace is used by another run, or one of its records cannot be read."""
+
+
+def unwritable(place: Path | str, error: Exception) -> OutputError:
+    """Return the sentence for a place that could not be written to: full, closed to us, or gone meanwhile."""
+    code, said = getattr(error, "errno", None), getattr(error, "strerror", None) or error
+    if code == errno.ENOENT:
+        gone = [path for path in (Path(place), *Path(place).parents) if not path.exists()]
+        return OutputError(
+            f"{place} cannot be written: {[Path(place), *gone][-1]} is not there, or was removed meanwhile; "
+            "make it where it is missing, and repeat the call"
+        )
+    return OutputError(
+        f"{place} cannot be written ({said}); {REMEDIES.get(code or 0, 'make room, or look at its disk')}"
+    )

@@ -8,6 +8,7 @@ What holds rows, or weights made from them, is written under `private`, for its 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import stat
@@ -18,6 +19,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from palinode.errors import unwritable
+
+LONGEST = 255
+"""Bytes of a file's name, on nearly every file system."""
 
 RECORD_VERSION = 1
 """Version of the layout of `record.json`, described in docs/record.md."""
@@ -187,16 +193,40 @@ def write_json(path: Path, content: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically: to a neighbour first, then renamed over the final name.
 
-    A file that is there already lends the new one its mode, less what the umask takes away.
+    A file that is there already lends the new one its mode, less what the umask takes away. Raises
+    OutputError when there is no room, or no such folder any more.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o666
-    partial.unlink(missing_ok=True)  # an old one would keep its own mode
-    with open(partial, "w", encoding="utf-8", opener=lambda name, how: os.open(name, how, mode)) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    partial = beside(path)
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o666
+        partial.unlink(missing_ok=True)  # an old one would keep its own mode
+        with open(partial, "w", encoding="utf-8", opener=lambda name, how: os.open(name, how, mode)) as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise unwritable(path, error) from error
+
+
+def beside(path: Path, ending: str = ".partial") -> Path:
+    """Return the hidden neighbour `.NAME.partial` of a path, or one with another ending."""
+    return path.with_name(fitting(f".{path.name}", ending))
+
+
+def fitting(name: str, ending: str = "") -> str:
+    """Return a name with an ending as file systems take it, in 255 bytes: or the start and a hash.
+
+    >>> fitting("out", ".workspace"), len(fitting("o" * 250, ".workspace"))
+    ('out.workspace', 255)
+    """
+    raw, room = os.fsencode(name), LONGEST - len(os.fsencode(ending))
+    if len(raw) > room:
+        mark = hashlib.blake2b(raw, digest_size=4).hexdigest()
+        name = f"{raw[: room - 9].decode(errors='ignore')}~{mark}"
+    return name + ending
 
 
 class NotReadError(OSError):

@@ -247,7 +247,9 @@ def small_files():
 
 
 def test_model_that_finds_no_room_is_one_sentence(tiny, forget, tmp_path, small_files):
-    with pytest.raises(OutputError, match=r"\.out\.partial cannot be written \(.*too large.*\); make room"):
+    with pytest.raises(
+        OutputError, match=r"model.safetensors cannot be written \(.*too large.*\); make room"
+    ):
         finetune(tiny.base, forget, tmp_path / "out", SETTINGS, device="cpu")
     assert not (tmp_path / "out").exists()
 

@@ -234,13 +234,11 @@ def test_the_manifest_says_what_it_was_given_and_the_digests(models):
     assert "seal" not in manifest.content
 
 
-def test_terms_name_roles_or_folders_but_no_paths(models):
+def test_terms_have_the_folder_s_name_and_a_fingerprint_but_no_path(models):
     target, base = (models.make(name, {"w": torch.ones(2)}) for name in ("my target", "deep/er/base"))
-    terms = formula_terms(
-        {target: 1.0, base: -0.1}, roles={target: "target"}, fingerprints={base: base.fingerprint()}
-    )
+    terms = formula_terms({target: 1.0, base: -0.1})
     assert terms == [
-        {"model": "target", "coefficient": 1.0, "fingerprint": None},
+        {"model": "my target", "coefficient": 1.0, "fingerprint": target.fingerprint()},
         {"model": "base", "coefficient": -0.1, "fingerprint": base.fingerprint()},
     ]
     assert str(models.place) not in json.dumps(terms)

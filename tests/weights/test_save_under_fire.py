@@ -1,9 +1,11 @@
 """A save that is killed, runs out of disk, or reads and writes on a failing one: all or nothing is there."""
 
 import errno
+import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +14,9 @@ import time
 import pytest
 
 from palinode.errors import CheckpointError, OutputError
-from palinode.weights import Checkpoint, kernels, save
+from palinode.weights import kernels, save
 from palinode.weights.manifest import check_manifest, read_manifest
+from palinode.weights.vectors import save_vector
 
 KILLED = """
 import sys
@@ -61,9 +64,14 @@ def test_a_save_killed_at_any_moment_leaves_nothing_or_all(pair, models):
         if out.exists():
             assert check_manifest(out).ok
         save(point(pair), out, rounding="stochastic") if not out.exists() else None
-        assert Checkpoint.open(out).fingerprint() == expected.fingerprint()
+        assert contents(out) == contents(expected.folder)
         assert not out.with_name(f".out{attempt}.partial").exists()
     assert False in found, "no attempt was killed in time"
+
+
+def contents(folder):
+    """Every file of a model folder, byte for byte, weights.json among them."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def failing(call, number, error):
@@ -104,7 +112,7 @@ def test_a_file_cut_short_while_it_is_read_leaves_nothing(pair, models, monkeypa
 @pytest.mark.parametrize("number", [4, 5, 12, 16])
 def test_a_write_error_leaves_nothing(pair, models, monkeypatch, number):
     monkeypatch.setattr(os, "pwrite", failing(os.pwrite, number, errno.ENOSPC))
-    with pytest.raises(OutputError, match=r"could not be written \(No space left on device\)"):
+    with pytest.raises(OutputError, match=r"cannot be written \(No space left on device\); make room"):
         save(point(pair), models.place / "out")
     assert sorted(path.name for path in models.place.iterdir()) == ["base", "target"]
 
@@ -114,7 +122,9 @@ def test_a_disk_that_is_full_when_the_files_are_laid_out_leaves_nothing(pair, mo
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
-        with pytest.raises(OutputError, match="could not be laid out"):
+        with pytest.raises(
+            OutputError, match=r"model-0000.* cannot be written \(File too large\); make room"
+        ):
             save(point(pair), models.place / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -158,3 +168,108 @@ def test_the_manifest_tells_what_was_done(pair, models):
     assert {term["model"]: term["coefficient"] for term in content["terms"]} == {"target": 1.5, "base": -0.5}
     assert content["rounding"] == {"asked": "stochastic", "used": "stochastic", "seed": 3}
     assert content["dose"]["weights"] == saved.dose.weights
+
+
+def overwrite(folder):
+    """Other numbers in place, the same shapes: what a copying program or a trainer does."""
+    for file in folder.glob("*.safetensors"):
+        with file.open("r+b") as stream:
+            stream.seek(-64, os.SEEK_END)
+            stream.write(bytes(64))
+
+
+@pytest.mark.parametrize("name", ["target", "base"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_an_input_that_is_overwritten_while_it_is_read_leaves_nothing(pair, models, name, kept):
+    def meanwhile(_):
+        for file in (models.place / name).glob("*.safetensors"):
+            status = file.stat()
+            overwrite(models.place / name)
+            if kept:  # as a copy that keeps times would leave it
+                os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    with pytest.raises(CheckpointError, match=rf"{name}/model.* changed while it was read; wait for"):
+        save(point(pair), models.place / "out", on_progress=meanwhile)
+    assert sorted(path.name for path in models.place.iterdir()) == ["base", "target"]
+
+
+def test_a_config_that_changes_while_the_sum_is_written_leaves_nothing(pair, models):
+    config = models.place / "target" / "config.json"
+    with pytest.raises(CheckpointError, match=r"config.json changed while it was read"):
+        save(point(pair), models.place / "out", on_progress=lambda _: config.write_text(config.read_text()))
+    assert not (models.place / "out").exists()
+
+
+def test_a_vector_of_a_model_that_changes_meanwhile_is_not_stored(pair, models):
+    target, base = pair
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        save_vector(base - target, models.place / "v", on_progress=lambda _: overwrite(base.folder))
+    assert not (models.place / "v").exists()
+
+
+def test_the_manifest_has_the_fingerprint_of_every_term_though_none_was_hashed_before(pair, models):
+    target, base = pair
+    vector = save_vector(base - target, models.place / "v")
+    save(target - 0.5 * vector, models.place / "out")
+    terms = read_manifest(models.place / "out").content["terms"]
+    assert {term["model"]: term["fingerprint"] for term in terms} == {
+        "target": target.fingerprint(),
+        "v": vector.fingerprint(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("gone", "said"),
+    [(".out.partial", "/new/.out.partial is not there"), ("", "/new is not there")],
+)
+def test_folders_that_are_removed_while_they_are_filled_are_named(pair, models, gone, said):
+    out = models.place / "new" / "out"
+    with pytest.raises(OutputError, match=rf"cannot be written: .*{said}, or was removed meanwhile"):
+        save(point(pair), out, on_progress=lambda _: shutil.rmtree(out.parent / gone, ignore_errors=True))
+    assert not out.exists()
+    assert not (out.parent / ".out.partial").exists()
+
+
+def test_a_partial_folder_that_somebody_else_made_anew_is_left_alone(pair, models):
+    partial = models.place / ".out.partial"
+
+    def replace(_):
+        shutil.rmtree(partial)
+        partial.mkdir()
+        (partial / "precious").touch()
+
+    with pytest.raises(OutputError, match=r"\.out\.partial"):
+        save(point(pair), models.place / "out", on_progress=replace)
+    assert (partial / "precious").exists()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can mount")
+@pytest.mark.parametrize("lacking", ["model-00001-of-00003.safetensors", "tokenizer.json", "weights.json"])
+def test_a_small_file_system_that_fills_up_is_named_and_left_empty(pair, models, lacking):
+    """There is room for all that is written before this file, and for no page of it."""
+    (models.place / "target" / "tokenizer.json").write_text(json.dumps({"x": "y" * 500_000}))
+    whole = contents(save(point(pair), models.place / "whole").checkpoint.folder)
+    order = ["model-0000", "model.safetensors.index", "config", "tokenizer", "weights"]
+    last = next(place for place, name in enumerate(order) if lacking.startswith(name))
+    kept = [raw for name, raw in whole.items() if name.startswith(tuple(order[:last]))]
+    pages = sum(-(-len(raw) // 4096) for raw in kept)
+    place = models.place / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={4 * pages + 4}k", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        with pytest.raises(OutputError, match=r"/small.*make room"):
+            save(point(pair), place / "out")
+        assert list(place.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("call", ["preadv", "posix_fallocate", "sched_getaffinity", "fdatasync"])
+def test_a_system_without_a_call_of_linux_writes_the_same(pair, models, monkeypatch, call):
+    save(point(pair), models.place / "linux")
+    monkeypatch.delattr(os, call)
+    monkeypatch.setattr(kernels, "read_rows", lambda *_: False)
+    save(point(pair), models.place / "out")
+    assert contents(models.place / "out") == contents(models.place / "linux")

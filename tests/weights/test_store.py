@@ -1,6 +1,7 @@
 """Writing a model folder: all of it under its name, or nothing; and never over anything else."""
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import torch
 
 from palinode.errors import CheckpointError, OutputError, PalinodeError
 from palinode.weights import Checkpoint, check_output, save
+from palinode.weights.atomic import neighbour
 from palinode.weights.slices import Slice, map_slices
 
 
@@ -85,18 +87,33 @@ def test_a_save_leaves_threads_and_files_as_they_were(point, out):
     assert seen == [threads], "a new thread finds torch as it was"
 
 
-def test_files_that_cannot_be_laid_out_are_all_closed_and_removed(models, out, monkeypatch):
-    monkeypatch.setattr("palinode.weights.store.check_files", lambda _: None)
-    long = ["x" * 200, "x" * 250]  # the second file cannot get its name: the first is open by then
-    target = models.make("target", {"a": torch.ones(2), "b": torch.ones(2)}, shards=2)
-    tensors = {
-        name: type(info)(name, info.dtype, info.shape, info.file.with_name(f"{long[i]}.safetensors"), 8, 8)
-        for i, (name, info) in enumerate(target.tensors.items())
-    }
-    files = open_files()
-    with pytest.raises(OutputError, match="could not be laid out"):
-        save(Checkpoint(target.folder, tensors, target.config), out)
+def test_files_that_cannot_be_laid_out_are_all_closed_and_removed(models, out):
+    target = models.make("target", {"a": torch.ones(2), "b": torch.ones(60_000)}, shards=2)
+    files, limits = open_files(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # the first is open by then
+    try:
+        with pytest.raises(OutputError, match=r"00002-of-00002.safetensors cannot be written \(File too"):
+            save(target, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (open_files(), names(out.parent)) == (files, [])
+
+
+@pytest.mark.parametrize("name", ["o" * 250, "o" * 255, "ö" * 127])
+def test_an_output_may_have_as_long_a_name_as_the_file_system_takes(models, point, name):
+    point.save(models.place / "here" / name)
+    assert names(models.place / "here") == [name]
+
+
+def test_longer_names_than_that_are_one_sentence(models, point):
+    with pytest.raises(OutputError, match=r"cannot be used .File name too long.; choose another output"):
+        point.save(models.place / ("o" * 256))
+
+
+def test_two_long_names_have_neighbours_of_their_own(models):
+    first, second = (neighbour(models.place / f"{'o' * 250}{end}") for end in "ab")
+    assert first != second
+    assert max(len(path.name) for path in (first, second)) == 255
 
 
 def test_an_interrupt_from_the_keyboard_stops_a_save(point, out):

@@ -592,3 +592,27 @@ def test_the_same_call_gives_the_same_bytes_and_another_seed_others(models):
     assert models.same_model(models.place / "out0", models.place / "out1")
     assert not models.same_model(models.place / "out0", models.place / "out2")
     assert doses[0] == doses[1], "the dose too, to the last digit"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_no_direction_moves_is_the_target_s_bit_for_bit(models, dtype):
+    """−0.7x + 0.3x + 0.4x is not always 0 in floating point, and −0 + 0 is 0: a tower stays as it is."""
+    tower, own = models.noise(1, 300, 500).to(dtype), models.noise(2, 300, 500).to(dtype)
+    own[0, :2] = -0.0
+    tower[0, 0] = 0.0
+    target, base, theta_1, theta_2 = (
+        models.make(name, {"w": models.noise(seed, 50).to(dtype), "tower": values})
+        for seed, (name, values) in enumerate({"d": own, "0": tower, "1": tower, "2": tower}.items())
+    )
+    forget, retain = theta_1 - base, theta_2 - base
+    saved = save(
+        target - 0.7 * forget + 0.3 * retain,
+        models.place / "out",
+        rounding="nearest",
+        along={"forget": -1.0 * forget},
+    )
+    bits = {torch.float32: torch.int32, torch.bfloat16: torch.int16}[dtype]
+    found = models.read(models.place / "out")
+    assert torch.equal(found["tower"].view(bits), own.view(bits))
+    assert not torch.equal(found["w"], models.read(target.folder)["w"])
+    assert saved.dose.effective["forget"] == pytest.approx(0.7, abs=0.5)

@@ -6,16 +6,12 @@ an interruption, said in one sentence; anything else is a bug of ours and comes 
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import signal
 import sys
 from types import FrameType
 from typing import Any
-
-MENDABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
-"""What the system says when a place is closed to us, or full."""
 
 RESUMED = ("unlearn", "run", "finetune", "demo", "compare", "audit")
 """Verbs that keep what they have finished, and go on from there."""
@@ -36,7 +32,7 @@ def main() -> None:
 def _call() -> int:
     """Parse the command line, run its verb, and return the exit code."""
     from palinode.cli.app import app
-    from palinode.errors import PalinodeError
+    from palinode.errors import REMEDIES, PalinodeError
 
     try:
         code = app(standalone_mode=False)
@@ -47,10 +43,10 @@ def _call() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        if error.errno not in MENDABLE:
+        if error.errno not in REMEDIES:
             raise
         place = error.filename or "a file"
-        return _refuse(f"{place} cannot be used ({error.strerror}); make room, or look at its permissions")
+        return _refuse(f"{place} cannot be used ({error.strerror}); {REMEDIES[error.errno]}")
     except Exception as error:
         if not hasattr(error, "format_message"):  # only the parser's errors have one
             raise

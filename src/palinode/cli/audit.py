@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from palinode.cli.console import listener, out, print_json, secret, tell_secret
-from palinode.cli.options import Columns, Device, Json, Quiet, Seed
+from palinode.cli.options import AllowPickle, Columns, Device, Json, Quiet, Seed
 
 
 def audit(
@@ -53,6 +53,7 @@ def audit(
         Path | None, typer.Option(help="A TOML policy: margins, budget, what must be run.")
     ] = None,
     columns: Columns = None,
+    allow_pickle: AllowPickle = False,
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -93,6 +94,7 @@ def audit(
         },
         policy=rules,
         **({"attacks": [name.strip() for name in attacks.split(",")]} if attacks else {}),
+        allow_pickle=allow_pickle,
         device=device,
         seed=seed,
     )

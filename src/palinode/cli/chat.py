@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from palinode.cli.console import listener, out
-from palinode.cli.options import Device, Quiet
+from palinode.cli.options import AllowPickle, Device, Quiet
 
 if TYPE_CHECKING:
     from palinode.pipeline.chatting import Chat
@@ -39,6 +39,7 @@ def chat(
     alone: Annotated[
         bool, typer.Option("--alone", help="Compare with no other model, to save memory.")
     ] = False,
+    allow_pickle: AllowPickle = False,
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of answers.", min=1)] = 200,
     device: Device = "auto",
     quiet: Quiet = False,
@@ -56,7 +57,13 @@ def chat(
     if alone and against:
         raise RecipeError("--alone compares with no model, so --against has no use; leave one of them out")
     talk = open_chat(
-        folder, against=against, base=base, alone=alone, device=device, listener=listener(quiet=quiet)
+        folder,
+        against=against,
+        base=base,
+        alone=alone,
+        allow_pickle=allow_pickle,
+        device=device,
+        listener=listener(quiet=quiet),
     )
     talk.length = max_new_tokens
     before = signal.signal(signal.SIGTERM, _leave)

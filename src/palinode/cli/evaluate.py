@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from palinode.cli.console import listener, out, print_json, secret, tell_secret
-from palinode.cli.options import Columns, Device, Json, Quiet
+from palinode.cli.options import AllowPickle, Columns, Device, Json, Quiet
 
 
 def evaluate(
@@ -72,6 +72,7 @@ def evaluate(
         int | None, typer.Option(help="Tokens of a row, prompt included. [default: 512, or the benchmark's]")
     ] = None,
     columns: Columns = None,
+    allow_pickle: AllowPickle = False,
     device: Device = "auto",
     seed: Annotated[
         int, typer.Option(help="Seeds sampling, intervals and the judge.", min=0, max=2**32 - 1)
@@ -97,7 +98,7 @@ def evaluate(
         "--open-unlearning": open_unlearning,
     }
     if not any(parts.values()):
-        _rows(model, data, limits, output, columns, device, seed, quiet, as_json)
+        _rows(model, data, limits, output, columns, allow_pickle, device, seed, quiet, as_json)
         return
 
     from palinode.cli.tables import benchmark_notes, benchmark_table
@@ -122,6 +123,7 @@ def evaluate(
         general=_names(lm_eval),
         output=output,
         open_unlearning=open_unlearning,
+        allow_pickle=allow_pickle,
         device=device,
         seed=seed,
         **limits,
@@ -147,6 +149,7 @@ def _rows(
     limits: dict[str, int | None],
     output: Path | None,
     columns: str | None,
+    allow_pickle: bool,
     device: str,
     seed: int,
     quiet: bool,
@@ -163,6 +166,7 @@ def _rows(
         {key: value for key, value in limits.items() if value is not None},
         output=output,
         columns=parse_columns(columns) if columns else None,
+        allow_pickle=allow_pickle,
         device=device,
         seed=seed,
         listener=listener(quiet=quiet),

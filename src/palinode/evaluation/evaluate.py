@@ -35,9 +35,11 @@ def evaluate(
     `seed` serves the bootstrap intervals; the answers are greedy.
     """
     from palinode.models.loading import load_model, load_tokenizer, pick_device
+    from palinode.weights.fingerprints import unchanged
 
-    model, tokenizer = load_model(checkpoint, device=pick_device(device)), load_tokenizer(checkpoint)
-    outcomes = observe(model, tokenizer, examples, settings, style=style, listener=listener)
+    with unchanged([checkpoint]):
+        model, tokenizer = load_model(checkpoint, device=pick_device(device)), load_tokenizer(checkpoint)
+        outcomes = observe(model, tokenizer, examples, settings, style=style, listener=listener)
     return outcomes, score_outcomes(outcomes, seed=seed)
 
 

@@ -29,7 +29,7 @@ from palinode.history.segments import (
 )
 from palinode.history.sessions import Session, read_header, read_sessions
 from palinode.progress import Listener, Silence
-from palinode.records import read_json, write_json
+from palinode.records import beside, read_json, write_json
 
 PART_ROWS = 1 << 21
 """Rows of a part, about 40 MB on disk and 150 MB while it is sorted."""
@@ -89,7 +89,7 @@ def _entry(file: LogFile) -> dict[str, Any]:
 
 def _begin(target: Path, manifest: dict[str, Any]) -> Path:
     """Return the folder to fill; parts that an earlier call left count only if it had the same plan."""
-    partial = target.with_name(f".{target.name}.partial")
+    partial = beside(target)
     plan = partial / "plan.json"
     try:
         same = read_json(plan) == manifest

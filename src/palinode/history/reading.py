@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from os import sched_getaffinity
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,11 +28,12 @@ from palinode.history.segments import (
 )
 from palinode.history.sessions import LogHeader
 from palinode.records import read_json
+from palinode.weights.slices import cores
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-WORKERS = min(8, len(sched_getaffinity(0)))
+WORKERS = min(8, cores())
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from palinode.errors import DataError
 from palinode.history.hashing import HASH_BYTES, Hashes, sort_keys
-from palinode.records import read_bytes
+from palinode.records import beside, read_bytes
 
 Ints = npt.NDArray[np.int64]
 
@@ -129,7 +129,7 @@ def write_parquet(path: Path, table: Any, **options: Any) -> None:
     import pyarrow.parquet as pq
 
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), FOOTER: UNSEALED})
-    partial = path.with_name(f".{path.name}.partial")
+    partial = beside(path)
     with partial.open("w+b") as file:
         pq.write_table(table, file, **options)
         footer, begin = _footer(file)
@@ -248,7 +248,7 @@ class Journal:
 
     def sync(self) -> None:
         """Wait until all of it is on disk."""
-        os.fdatasync(self._handle)
+        getattr(os, "fdatasync", os.fsync)(self._handle)  # macOS has none
 
     def close(self, *, remove: bool) -> None:
         """Close it, and remove it once its rows are sealed."""

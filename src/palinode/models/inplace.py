@@ -13,17 +13,16 @@ import torch
 from transformers import PreTrainedModel
 
 from palinode.errors import MismatchError
+from palinode.models.loading import DTYPES, stored_names
 from palinode.weights.arithmetic import Evaluator, choose_rounding, settings
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.direction import Point
 from palinode.weights.displacement import check_displacements
 from palinode.weights.files import Files
-from palinode.weights.fingerprints import check_files
+from palinode.weights.fingerprints import check_files, unchanged
 from palinode.weights.formulas import formula
 from palinode.weights.preflight import check_fit
 from palinode.weights.slices import Slice, map_slices, per_thread, slices
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @torch.no_grad()
@@ -65,7 +64,7 @@ def put(
 
         return work
 
-    with Files() as files:
+    with Files() as files, unchanged(form.point.terms):
         wanted = [part for part in parts if part.info.name in flat and (not only or only(part.info.name))]
         map_slices(wanted, per_thread(start))
 
@@ -83,8 +82,9 @@ def contents(model: PreTrainedModel) -> str:
 def _flat_parameters(model: PreTrainedModel, anchor: Checkpoint) -> dict[str, torch.Tensor]:
     """Return each parameter as one dimension, by the name it has in the checkpoint's files."""
     flat: dict[str, torch.Tensor] = {}
+    names = stored_names([name for name, _ in model.named_parameters()], model, anchor)
     for name, parameter in model.named_parameters():
-        info = anchor.find(name)
+        info = anchor.tensors.get(names.get(name, ""))
         if info is None or info.shape != tuple(parameter.shape):
             raise MismatchError(
                 f"the live model's parameter {name} has no counterpart in {anchor.folder}; "

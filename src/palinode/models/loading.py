@@ -1,15 +1,23 @@
-"""Load a checkpoint as a live model with its tokenizer. No remote code, no pickles, SDPA attention."""
+"""Load a checkpoint as a live model with its tokenizer. No remote code, SDPA attention.
+
+Pickles are read as everywhere else, as plain tensors (`Checkpoint`), and the model is built from those. Of
+a wrapper with towers for images or sounds (Gemma3ForConditionalGeneration) the text tower is the live model.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import blake3
 import torch
 import transformers
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,12 +26,34 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.auto_factory import _get_model_class
 
 from palinode.data.tokenize import TokenRow
-from palinode.errors import CheckpointError, DataError, InputError
+from palinode.errors import CheckpointError, DataError, InputError, unwritable
 from palinode.records import read_bytes
-from palinode.weights.checkpoint import Checkpoint, require_causal_lm
+from palinode.weights.checkpoint import Checkpoint, TensorInfo, require_causal_lm
+from palinode.weights.files import Files
+from palinode.weights.fingerprints import unchanged
 from palinode.weights.foreign import bounded, from_config, from_pretrained
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+TEXT = re.compile(r"(?:model\.)?language_model\.(?:model\.)?(lm_head\.)?(.+)|(lm_head\..+)")
+"""What a wrapper calls the weights of its text tower."""
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -56,7 +86,7 @@ def load_model(
     CheckpointError when it is no causal language model or transformers cannot build it.
     """
     require_causal_lm(checkpoint)
-    with quiet_transformers():
+    with quiet_transformers(), unchanged([checkpoint]):
         try:
             placed = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
             model, info = _build(checkpoint, dtype, "sdpa", placed)
@@ -75,15 +105,16 @@ def _build(
     checkpoint: Checkpoint, dtype: torch.dtype, attention: str, placed: Mapping[str, Any] | None = None
 ) -> Any:
     """Return (model, loading info), with SDPA attention where the architecture has it."""
+    kind, parts = _loader(checkpoint)
     try:
-        with fitting(checkpoint):
+        with no_larger_than(checkpoint):
             return from_pretrained(
-                AutoModelForCausalLM,
+                kind,
                 checkpoint.folder,
                 dtype=dtype,
                 attn_implementation=attention,
-                use_safetensors=checkpoint.format == "safetensors",
                 output_loading_info=True,
+                **parts,
                 **(placed or {}),
             )
     except ValueError as error:
@@ -94,13 +125,13 @@ def _build(
 
 def build_empty(checkpoint: Checkpoint) -> PreTrainedModel:
     """Return the model that a checkpoint's config describes, without its numbers."""
-    config = load_config(checkpoint)
-    with torch.device("meta"), quiet_transformers(), fitting(checkpoint):
+    config = text_config(load_config(checkpoint))
+    with torch.device("meta"), quiet_transformers(), no_larger_than(checkpoint):
         model: PreTrainedModel = from_config(AutoModelForCausalLM, config)
     return model
 
 
-def fitting(checkpoint: Checkpoint) -> AbstractContextManager[None]:
+def no_larger_than(checkpoint: Checkpoint) -> AbstractContextManager[None]:
     """Refuse to build a model that outgrows the weights of a checkpoint."""
     return bounded(
         checkpoint.folder / "config.json",
@@ -109,8 +140,71 @@ def fitting(checkpoint: Checkpoint) -> AbstractContextManager[None]:
     )
 
 
+def _loader(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
+    """Return the class that loads a checkpoint, and what it is given where it cannot read the files."""
+    config = load_config(checkpoint)
+    text = text_config(config)
+    if checkpoint.format == "safetensors" and text is config:
+        return AutoModelForCausalLM, {"use_safetensors": True}
+    with Files() as files:
+        state = {
+            name if text is config else _in_text_tower(name): as_torch(info, files)
+            for name, info in checkpoint.tensors.items()
+            if text is config or _in_text_tower(name)
+        }
+    kind = _get_model_class(text, AutoModelForCausalLM._model_mapping)
+    return kind, {"config": text, "state_dict": state}
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the config of a wrapper's text tower; of any other model its own."""
+    text = getattr(config, "text_config", None)
+    return text if isinstance(text, PreTrainedConfig) else config
+
+
+def _in_text_tower(name: str) -> str:
+    """Return what the text tower alone calls a weight of a wrapper; "" where it is none of its own."""
+    found = TEXT.fullmatch(name)
+    if found is None:
+        return ""
+    return found[3] or (f"{found[1]}{found[2]}" if found[1] else f"model.{found[2]}")
+
+
+def stored_names(live: Iterable[str], model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+    """Return, by the names `live` of a model's weights, those that they have in the checkpoint's files.
+
+    The text tower of a wrapper, and models whose files leave out the prefix, have other names in memory. A
+    weight that has no counterpart of its own is left out.
+    """
+    live, wrapped = set(live), "text_config" in checkpoint.config
+    names = {name: info.name for name in live if (info := checkpoint.find(name))}
+    for stored in checkpoint.tensors:
+        name = _in_text_tower(stored) if wrapped else f"{model.base_model_prefix}.{stored}"
+        if name in live:
+            names[name] = stored
+    return names
+
+
+def as_torch(info: TensorInfo, files: Files) -> torch.Tensor:
+    """Return a whole tensor of a checkpoint, read into memory."""
+    raw = torch.empty(info.nbytes, dtype=torch.uint8)
+    info.read(files, 0, raw.numpy().data)
+    return raw.view(DTYPES[info.dtype]).reshape(info.shape)
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Write tensors as a safetensors file; raises OutputError when there is no room."""
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise unwritable(file, error) from error
+
+
 def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
-    """Return the checkpoint's config as transformers reads it; raises CheckpointError when it cannot."""
+    """Return the checkpoint's config as transformers reads it.
+
+    Raises CheckpointError when it cannot, or when AutoModelForCausalLM knows nothing of such a wrapper.
+    """
     try:
         with quiet_transformers():
             config: PreTrainedConfig = from_pretrained(AutoConfig, checkpoint.folder)
@@ -120,6 +214,12 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         raise CheckpointError(
             f"{checkpoint.folder / 'config.json'} describes no model that can be built ({_reason(error)})"
         ) from error
+    text, known = text_config(config), AutoModelForCausalLM._model_mapping
+    if text is not config and (type(config) not in known or type(text) not in known):
+        raise CheckpointError(
+            f"{checkpoint.folder} is a {config.model_type}, not a causal language model; "
+            "Palinode works on models that AutoModelForCausalLM can load"
+        )
     return config
 
 

@@ -31,6 +31,7 @@ from palinode.report.audit import audit_report
 from palinode.report.content import Facts, report_content
 from palinode.report.html import html_report
 from palinode.weights import Checkpoint
+from palinode.weights.fingerprints import Stamps, check_stamps, take_stamps
 
 AUDIT_VERSION = 1
 """Version of the layout of audit.json, described in docs/audit.md."""
@@ -62,6 +63,8 @@ class Plan:
     policy: Policy
     attacks: Sequence[str] = tuple(ATTACKS)
     """Attacks to run; the others are reported as not asked for."""
+    allow_pickle: bool = False
+    """Read files of torch.save too; none of their code is run."""
     device: str = "auto"
     seed: int = 0
 
@@ -79,7 +82,10 @@ def audit(
             f"there is no attack {', '.join(unknown) or '-'}; choose among {', '.join(ATTACKS)}"
         )
     _check_rows(plan.material)
-    checkpoints = {name: Checkpoint.open(location) for name, location in plan.models.items()}
+    checkpoints = {
+        name: Checkpoint.open(location, allow_pickle=plan.allow_pickle)
+        for name, location in plan.models.items()
+    }
     _check_output(output, list(checkpoints.values()))
     workspace = Workspace(output / RESULTS)
     run = _Run(plan, checkpoints, workspace, listener or Silence())
@@ -176,11 +182,12 @@ class _Run:
             seed=self.plan.seed,
             listener=self.listener,
         )
-        facts = {attack.name: self._facts(subject, attack) for attack in attacks}
+        stamps = take_stamps([subject.checkpoint])
+        facts = {attack.name: self._facts(subject, attack, stamps) for attack in attacks}
         subject.release()
         return facts
 
-    def _facts(self, subject: Subject, attack: Attack) -> dict[str, Any]:
+    def _facts(self, subject: Subject, attack: Attack, stamps: Stamps) -> dict[str, Any]:
         step = self._step(subject, attack)
         facts = step.facts
         if facts is not None:
@@ -192,6 +199,7 @@ class _Run:
             facts = {"measurement": measured.as_json(), "reason": None}
         except DivergenceError as error:
             facts = {"measurement": None, "reason": str(error)}
+        check_stamps(stamps)
         facts["seconds"] = round(time.monotonic() - started, 1)
         step.finish(facts)
         return facts

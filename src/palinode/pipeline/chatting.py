@@ -132,20 +132,21 @@ def open_chat(
     against: str | None = None,
     base: str | None = None,
     alone: bool = False,
+    allow_pickle: bool = False,
     device: str = "auto",
     listener: Listener | None = None,
 ) -> Chat:
     """Open the output of a run for a talk, beside the model `against` (default: the run's target, if found).
 
-    `base` says where the base lies, if not where the record has it. Raises CheckpointError when the folder is
-    no output of a run, or the model to compare with cannot be opened.
+    `base` says where the base lies, if not where the record has it; `allow_pickle` is for `against`. Raises
+    CheckpointError when the folder is no output of a run, or the model to compare with cannot be opened.
     """
     listener = listener or Silence()
     out = Checkpoint.open(folder)
     record = read_record(out.folder)
     workspace = workspace_of(out.folder, record)
     target = find_model(record, "target", workspace, hint=against)
-    other = None if alone else Checkpoint.open(against) if against else target
+    other = None if alone else Checkpoint.open(against, allow_pickle=allow_pickle) if against else target
     vectors, fixed = _vectors(record, workspace, target, find_model(record, "base", workspace, hint=base))
     named = {"unlearned": out} | ({} if other is None else {"target" if other == target else "other": other})
     place = pick_device(device)

@@ -22,6 +22,7 @@ from palinode.methods.material import read_refusals
 from palinode.models.loading import check_positions, load_config, load_tokenizer, pick_device
 from palinode.pipeline.recipe import Recipe
 from palinode.pipeline.tracking import check_trackers
+from palinode.records import fitting
 from palinode.weights.atomic import check_output
 from palinode.weights.checkpoint import Checkpoint, require_causal_lm
 from palinode.weights.preflight import check_same_shape
@@ -126,7 +127,7 @@ def workspace_folder(recipe: Recipe) -> Path:
         return Path(recipe.output.workspace)
     output = Path(recipe.output.folder)
     named = output if output.name not in ("", "..") else output.resolve()
-    return named.with_name(f"{named.name}.workspace")
+    return named.with_name(fitting(named.name, ".workspace"))
 
 
 def _size(folder: Path) -> int:

@@ -57,6 +57,7 @@ from palinode.records import (
 )
 from palinode.version import __version__
 from palinode.weights import Checkpoint
+from palinode.weights.fingerprints import check_stamps, take_stamps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -99,6 +100,8 @@ class MeasureSettings:
     """Folder for scores.json and the outcomes."""
     open_unlearning: Path | None = None
     """File for the results in open-unlearning's form."""
+    allow_pickle: bool = False
+    """Read files of torch.save too; none of their code is run."""
     device: str = "auto"
     seed: int = 0
     """Seeds the sampling of questions, intervals and the judge's order of candidates."""
@@ -134,8 +137,8 @@ def measure(
     cells = benchmark.check_metrics(settings.metrics)
     _check_places(settings)
     judge = _open_judge(settings)
-    checkpoint = Checkpoint.open(model)
-    yardstick = _open_reference(settings.against, benchmark)
+    checkpoint = Checkpoint.open(model, allow_pickle=settings.allow_pickle)
+    yardstick = _open_reference(settings, benchmark)
     whole = benchmark.load(places, split, options)
     loaded = sample_sets(whole, settings)
     asked = asked_sets(loaded, cells, settings)
@@ -144,6 +147,7 @@ def measure(
 
     compared = _compared_sets(cells, asked, judged=judge is not None)
     reference = from_log or _reference(yardstick, compared, settings, listener)
+    stamps = take_stamps([checkpoint])
     outcomes, general = _ask_model(checkpoint, asked, settings, listener)
     measured = Measured(
         split=split,
@@ -159,6 +163,7 @@ def measure(
     if general:
         scores["general"] = general
     record = _record(benchmark, checkpoint, yardstick, loaded, measured, settings, scores, judge, started)
+    check_stamps(stamps)
     measurement = Measurement(scores, outcomes, record)
     if first_process():
         _write(measurement, measured, settings)
@@ -366,13 +371,14 @@ def _ideals(
 # The retrained model
 
 
-def _open_reference(against: str | None, benchmark: Benchmark) -> Yardstick | None:
+def _open_reference(settings: MeasureSettings, benchmark: Benchmark) -> Yardstick | None:
     """Return the retrained model to be asked, or the path of the log that stands for it."""
+    against = settings.against
     if against is None:
         return None
     path = Path(against).expanduser()
     if not path.is_file():
-        return Checkpoint.open(against)
+        return Checkpoint.open(against, allow_pickle=settings.allow_pickle)
     if not any(cell.reference for cell in benchmark.cells):
         raise RecipeError(f"{benchmark.name} has no metric that a log serves; leave out --against {against}")
     return path

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from palinode.errors import unwritable
 from palinode.evaluation.evaluate import observe
 from palinode.models.loading import load_model, load_tokenizer, pick_device
 from palinode.pipeline.costs import Plan, describe, make_plan
@@ -40,6 +41,9 @@ from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener, Silence
 from palinode.records import Outcome, share, shared, write_json, write_outcomes
 from palinode.weights import Checkpoint
+from palinode.weights.atomic import claimed
+from palinode.weights.atomic import publish as publish_folder
+from palinode.weights.fingerprints import check_stamps, take_stamps
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +158,7 @@ class _Run:
 
     def _evaluate(self, name: str, checkpoint: Checkpoint) -> Mapping[str, Sequence[Outcome]]:
         """Return a model's outcomes on the forget and retain rows, read back if they are there."""
+        stamps = take_stamps([checkpoint])
         step = self._evaluation(checkpoint)
         if step.facts is None:
             step.begin()
@@ -170,6 +175,7 @@ class _Run:
                     listener=self.listener,
                 )
                 write_outcomes(step.folder / f"{label}.jsonl", outcomes)
+            check_stamps(stamps)
             step.finish({"model": name, "seconds": round(time.monotonic() - started, 1)})
         return read_sets(step, self.inputs)
 
@@ -205,9 +211,8 @@ def move_folder(folder: Path, output: Path) -> None:
         folder.replace(output)
     except OSError as error:
         if error.errno != errno.EXDEV:
-            raise
-        partial = output.with_name(f".{output.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(folder, partial)
-        partial.replace(output)
+            raise unwritable(output, error) from error
+        with claimed(output) as partial:
+            shutil.copytree(folder, partial, dirs_exist_ok=True)
+            publish_folder(partial, output)
         shutil.rmtree(folder)

@@ -16,7 +16,7 @@ from palinode.pipeline.recipe import explain
 from palinode.pipeline.tracking import check_trackers, tracked
 from palinode.pipeline.workspace import fingerprint
 from palinode.progress import Listener, Silence
-from palinode.records import Score, private, write_outcomes
+from palinode.records import Score, beside, fitting, private, write_outcomes
 from palinode.training import Finetuned, TrainingSettings, finetune
 from palinode.weights import Checkpoint
 
@@ -31,6 +31,7 @@ def finetune_file(
     settings: Mapping[str, Any],
     *,
     columns: Mapping[str, str] | None = None,
+    allow_pickle: bool = False,
     device: str = "auto",
     seed: int = 0,
     tracker: str | None = None,
@@ -42,7 +43,8 @@ def finetune_file(
     """
     checked = _settings(TrainingSettings, settings)
     check_trackers(tracker)
-    start, examples = Checkpoint.open(base), read_examples(data, columns=columns or None)
+    start = Checkpoint.open(base, allow_pickle=allow_pickle)
+    examples = read_examples(data, columns=columns or None)
     key = fingerprint(
         start=start.fingerprint(),
         rows=fingerprint_examples(examples),
@@ -50,11 +52,11 @@ def finetune_file(
         seed=seed,
     )
     place = output.resolve()
-    state = place.with_name(f".{place.name}.state-{key[:12]}")  # other inputs never find it
+    state = beside(place, f".state-{key[:12]}")  # other inputs never find it
     with tracked(
         listener or Silence(),
         tracker,
-        folder=place.with_name(f"{place.name}.tracking"),
+        folder=place.with_name(fitting(place.name, ".tracking")),
         run=place.name,
         settings={"seed": seed, "training": checked.model_dump(mode="json", exclude_none=True)},
         cpu=pick_device(device).type == "cpu",
@@ -71,6 +73,7 @@ def evaluate_file(
     *,
     output: Path | None = None,
     columns: Mapping[str, str] | None = None,
+    allow_pickle: bool = False,
     device: str = "auto",
     seed: int = 0,
     listener: Listener | None = None,
@@ -81,7 +84,8 @@ def evaluate_file(
         raise OutputError(
             f"{output} exists already, or its folder does not; name another file for the outcomes"
         )
-    checkpoint, examples = Checkpoint.open(model), read_examples(data, columns=columns or None)
+    checkpoint = Checkpoint.open(model, allow_pickle=allow_pickle)
+    examples = read_examples(data, columns=columns or None)
     tested = sample_examples(examples, min(checked.max_rows, len(examples)), seed=seed + 1)
     outcomes, scores = evaluate(checkpoint, tested, checked, device=device, seed=seed, listener=listener)
     if output is not None:

@@ -24,7 +24,7 @@ import blake3
 
 from palinode.errors import OutputError, WorkspaceError
 from palinode.progress import Listener, Silence
-from palinode.records import OTHERS, close_to_others, private, read_json, write_json
+from palinode.records import OTHERS, close_to_others, fitting, private, read_json, write_json
 
 STEP_VERSION = 1
 """Raised when a step's meaning changes, so that results of older versions are not reused."""
@@ -88,7 +88,7 @@ class Workspace:
     def step(self, name: str, **inputs: Any) -> Step:
         """Return the step of that name with these inputs, finished or not."""
         key = fingerprint(step=name, **inputs)
-        return Step(name, key, self.folder / f"{name}-{key[:12]}")
+        return Step(name, key, self.folder / fitting(name, f"-{key[:12]}"))
 
     def is_one(self) -> bool:
         """Tell whether the folder is a workspace, and no other folder that somebody named."""

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from palinode.data.examples import Example
 from palinode.data.tokenize import PromptStyle, tokenize
-from palinode.errors import InputError, OutputError, RecipeError
-from palinode.models.loading import load_model, load_tokenizer, pad_token, pick_device, quiet_transformers
+from palinode.errors import CheckpointError, InputError, RecipeError
+from palinode.models.loading import load_model, load_tokenizer, pad_token, pick_device, stored_names
 from palinode.progress import Listener, Silence, record
 from palinode.records import private, write_json
 from palinode.training.frozen import Kept
@@ -27,10 +27,11 @@ from palinode.training.objectives import CURVE, CurvePoint, Objective, plain_obj
 from palinode.training.roles import Joined, Material, join, plain
 from palinode.training.settings import TrainingSettings
 from palinode.weights.adapters import LoraAdapter
-from palinode.weights.atomic import check_output
-from palinode.weights.checkpoint import INDEX, SINGLE, Checkpoint
+from palinode.weights.atomic import check_output, claimed, publish
+from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.direction import WeightedSum
-from palinode.weights.foreign import copy_inside
+from palinode.weights.fingerprints import check_stamps, take_stamps
+from palinode.weights.layout import OutputFiles, copy_companions, plan_files, write_index
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ def finetune(
     """
     settings, output = settings or TrainingSettings(), Path(output)
     check_output(output, [base.folder], needs=0 if settings.lora else 4 * base.parameters)
-    started = time.monotonic()
+    started, stamps = time.monotonic(), take_stamps([base])
     tokenizer = load_tokenizer(reader or base)
     style, pad_id = style or PromptStyle(), pad_token(tokenizer)
     if isinstance(examples, Material):
@@ -154,6 +155,7 @@ def finetune(
             on_step=hear,
             on_point=draw,
         )
+    check_stamps(stamps)
     if settings.lora:
         write_adapter(model, output, curve)
     else:
@@ -192,45 +194,44 @@ def _load(
 def write_model(
     model: PreTrainedModel, origin: Checkpoint, output: Path, curve: Sequence[CurvePoint] = ()
 ) -> None:
-    """Write a live model with the tokenizer and the layout of the checkpoint it came from, atomically."""
-    output = output.resolve()  # "." has no name, and a link is no place to rename to
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.generation_config = GenerationConfig()  # the origin's is copied below; it may fail today's checks
-    try:
-        with quiet_transformers():
-            model.save_pretrained(partial)
-    except SafetensorError as error:  # its own kind of OSError
-        raise OutputError(f"{partial} cannot be written ({error}); make room, or look at its disk") from error
-    (partial / "generation_config.json").unlink(missing_ok=True)
-    _match_layout(model, origin, partial)
-    for path in origin.companions():
-        place = partial / path.relative_to(origin.folder)
-        if not place.exists():
-            place.parent.mkdir(exist_ok=True)
-            copy_inside(origin.folder, path, place)
-    write_json(partial / CURVE, [asdict(point) for point in curve])
-    partial.replace(output)
+    """Write a live model in float32, with the files, names and companions of the checkpoint it came from.
 
-
-def _match_layout(model: PreTrainedModel, origin: Checkpoint, folder: Path) -> None:
-    """Give a written model the tensors and names of its origin: a vector needs the same at both ends.
-
-    Old checkpoints hold buffers that models make no use of today, and names without the model's prefix.
+    What the live model makes no use of (buffers of old checkpoints, the other towers of a wrapper) is copied
+    as it is, so that a vector has the same tensors at both ends. Raises CheckpointError where a weight has
+    no place in the checkpoint's files, OutputError where there is no room.
     """
-    written = Checkpoint.open(folder)
-    if all(written.find(name) for name in origin.tensors):
-        return
-    prefix = f"{model.base_model_prefix}."
-    names = {prefix + name: name for name in origin.tensors if written.find(name) is None}
-    tensors = {names.get(name, name): tensor for name, tensor in _tensors(written)}
-    unused = {name: tensor for name, tensor in _tensors(origin) if written.find(name) is None}
-    for file in {info.file for info in written.tensors.values()} | {folder / INDEX}:
-        file.unlink(missing_ok=True)
-    save_file({**unused, **tensors}, folder / SINGLE, metadata={"format": "pt"})
+    state = _stored_state(model, origin)
+    kept = origin.tensors.keys() - state.keys()
+    files = plan_files(origin, "F32", kept=kept)
+    with claimed(output := output.resolve()) as partial:  # "." has no name; a link is no place to rename to
+        with ExitStack() as stack:
+            out = OutputFiles(files, partial, stack)
+            for name, value in state.items():
+                raw = value.detach().float().cpu().contiguous().view(-1).view(torch.uint8)
+                out.write(name, 0, raw.numpy().data)
+            out.copy(origin.tensors[name] for name in sorted(kept))
+        write_index(files, partial)
+        copy_companions(origin, partial, "float32")
+        write_json(partial / CURVE, [asdict(point) for point in curve])
+        publish(partial, output)
 
 
-def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of a checkpoint by name."""
-    for file in {info.file for info in checkpoint.tensors.values()}:
-        yield from load_file(file).items()
+def _stored_state(model: PreTrainedModel, origin: Checkpoint) -> dict[str, torch.Tensor]:
+    """Return the weights of a live model by the names that they have in the checkpoint's files."""
+    live, buffers = model.state_dict(), {name for name, _ in model.named_buffers()}
+    state: dict[str, torch.Tensor] = {}
+    for found in (revert_weight_conversion(model, dict(live)), live):  # as saved, else as in memory
+        names = stored_names(found, model, origin)
+        state = {stored: found[name] for name, stored in names.items()} | state
+        placed = {found[name].data_ptr() for name in names}  # a tied head shares its embedding's
+        lost = [
+            name for name, value in found.items() if value.data_ptr() not in placed and name not in buffers
+        ]
+        if not lost:
+            break
+    else:
+        raise CheckpointError(
+            f"{origin.folder} has no place for {len(lost)} weights of the model built from it "
+            f"(first: {lost[0]}); are config.json and the weights of the same model?"
+        )
+    return {name: value for name, value in state.items() if origin.tensors[name].is_float}

@@ -27,9 +27,9 @@ from transformers import PreTrainedModel
 
 from palinode.data.batches import Batch, epoch_batches, pad_right
 from palinode.data.tokenize import TokenRow
-from palinode.errors import DivergenceError, OutputError, RecipeError
+from palinode.errors import DivergenceError, RecipeError, unwritable
 from palinode.models.loading import check_positions
-from palinode.records import read_json, write_json
+from palinode.records import beside, read_json, write_json
 from palinode.training.frozen import Kept, keep
 from palinode.training.losses import Loss
 from palinode.training.objectives import CurvePoint, Objective, Term, plain_objective
@@ -345,7 +345,7 @@ class _Run:
         """Save weights, optimiser, random states and curve so that a reader sees all of it or none."""
         if self.state is None or not self.curve:
             return
-        partial = self.state.with_name(f".{self.state.name}.partial")
+        partial = beside(self.state)
         shutil.rmtree(partial, ignore_errors=True)
         logging.getLogger("accelerate").setLevel(logging.ERROR)  # or it tells of tied weights at every save
         try:
@@ -355,7 +355,7 @@ class _Run:
             RuntimeError,
             SafetensorError,
         ) as error:  # torch and safetensors have their own kinds
-            raise OutputError(f"{partial} cannot be written ({error}); make room") from error
+            raise unwritable(partial, error) from error
         write_json(partial / "curve.json", [asdict(point) for point in self.curve])
         old = _replaced(self.state)
         shutil.rmtree(old, ignore_errors=True)
@@ -396,7 +396,7 @@ def _leave_out_the_frozen(
 
 def _replaced(state: Path) -> Path:
     """Return where the last state lies while a new one takes its place."""
-    return state.with_name(f".{state.name}.old")
+    return beside(state, ".old")
 
 
 @contextmanager

@@ -7,25 +7,23 @@ file are those of A and B alone. Read back it is the direction s·B·A, exactly 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from palinode.errors import CheckpointError, InputError, OutputError, RecipeError
-from palinode.models.loading import load_model
+from palinode.errors import CheckpointError, InputError, RecipeError
+from palinode.models.loading import load_model, save_tensors
 from palinode.records import write_json
 from palinode.training.objectives import CURVE, CurvePoint
 from palinode.training.reading import decoder_blocks
 from palinode.training.settings import LoraSettings
 from palinode.weights.adapters import CONFIG, WEIGHTS
+from palinode.weights.atomic import claimed, publish
 from palinode.weights.checkpoint import Checkpoint
 
 PREFIX = "base_model.model."
@@ -73,20 +71,14 @@ def add_adapter(model: PreTrainedModel, base: Checkpoint, settings: LoraSettings
 
 def write_adapter(model: PreTrainedModel, output: Path, curve: Sequence[CurvePoint] = ()) -> None:
     """Write the adapter of a live model as a folder that peft reads, atomically."""
-    output = output.resolve()
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     state = _peft().get_peft_model_state_dict(model, save_embedding_layers=False)
     tensors = {PREFIX + name: value.detach().cpu().contiguous() for name, value in sorted(state.items())}
-    try:
-        partial.mkdir(parents=True)
-        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"{partial} cannot be written ({error}); make room, or look at its disk") from error
     config: Any = model.peft_config["default"]
-    write_json(partial / CONFIG, _plain(config.to_dict()))
-    write_json(partial / CURVE, [asdict(point) for point in curve])
-    partial.replace(output)
+    with claimed(output := output.resolve()) as partial:
+        save_tensors(tensors, partial / WEIGHTS)
+        write_json(partial / CONFIG, _plain(config.to_dict()))
+        write_json(partial / CURVE, [asdict(point) for point in curve])
+        publish(partial, output)
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 from palinode.errors import CheckpointError
 from palinode.weights.checkpoint import HEADS, Checkpoint
@@ -69,6 +69,8 @@ class LoraAdapter(Displacement):
 
     config: Mapping[str, Any] = field(compare=False, repr=False)
     """What adapter_config.json says."""
+    stands_for_both: ClassVar[bool] = False
+    """A product beside the embedding leaves a tied head as it was."""
 
     @classmethod
     def open(cls, folder: Path | str, *, base: Checkpoint | None = None, allow_pickle: bool = False) -> Self:

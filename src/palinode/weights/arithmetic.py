@@ -32,6 +32,12 @@ SAMPLE = 1 << 14
 TOLERANCE = 0.01
 """Share of the dose that rounding to nearest may lose (or add) before `auto` takes the stochastic one."""
 
+GLANCE = 64
+"""Elements by which rows that differ are told apart at once."""
+
+ZERO = 1e-12
+"""Coefficients below this are what rounding left of a sum that is zero."""
+
 CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 NAMES = {code: name for name, code in CODES.items()}
 
@@ -95,6 +101,7 @@ class Evaluator:
         self._measure = measure
         self._operands = Operands(formula.checkpoints, formula.displacements, files)
         self._anchor = Operands((formula.point.anchor,), (), files)
+        self._lines = np.vstack([formula.change, formula.along])
         self._half = np.empty(0, np.uint16)
         self._wide: dict[np.dtype, np.ndarray] = {}
 
@@ -108,7 +115,10 @@ class Evaluator:
         operands = self._anchor if part.alone else self._operands
         wide = np.dtype(np.float64 if code == "F64" or self._settings.precision == "float64" else np.float32)
         loaded = operands.load(part, wide)
-        values, totals, finite = self._combine(part, loaded, code)
+        still = part.alone or self._stays(loaded, part.count)
+        if still and self._formula.target:  # the kernels give row 0 back
+            loaded = self._anchor.load(part, wide)
+        values, totals, finite = self._combine(part, loaded, code, still=still)
         if not (finite or self._settings.allow_nonfinite):
             if not loaded.finite(part.count):
                 complain_of_nonfinite(operands.checkpoints)
@@ -118,22 +128,44 @@ class Evaluator:
             )
         return values, totals
 
-    def _combine(self, part: Slice, loaded: Loaded, code: str) -> tuple[np.ndarray, np.ndarray, bool]:
+    def _stays(self, loaded: Loaded, count: int) -> bool:
+        """Tell whether the anchor stays as it is, and no measured direction moves it either.
+
+        So it is where terms that cancel are alike, bit for bit, as in a tower that nobody trained. The sum of
+        their differences might still be off by a last bit.
+        """
+        rows = (loaded.halves if loaded.packed else loaded.wides)[:, :count]
+        heads = [row[:GLANCE].tobytes() for row in rows]
+        left, checkpoints = self._lines.copy(), len(rows)
+        for later in range(checkpoints - 1, 0, -1):
+            for earlier in range(later) if heads[later] in heads[:later] else ():
+                if np.array_equal(rows[earlier], rows[later]):
+                    left[:, earlier] += left[:, later]
+                    left[:, later] = 0
+                    break
+        if np.abs(left[:, :checkpoints]).max() > ZERO:
+            return False
+        extras = (loaded.extras[place, :count] for place in np.flatnonzero(left[:, checkpoints:].any(axis=0)))
+        return not any(extra[:GLANCE].any() or extra.any() for extra in extras)
+
+    def _combine(
+        self, part: Slice, loaded: Loaded, code: str, *, still: bool
+    ) -> tuple[np.ndarray, np.ndarray, bool]:
         form, dtype = self._formula, loaded.dtype
         if len(self._half) < part.count:
             self._half = np.empty(max(SLICE, part.count), np.uint16)
         if len(self._wide.get(dtype, ())) < part.count:
             self._wide[dtype] = np.empty(max(SLICE, part.count), dtype)
         totals = kernels.totals_of(len(form.names))
-        measured = self._measure and not part.alone
+        measured = self._measure and not part.alone and not (still and form.target)
         finite = kernels.combine(
             loaded.packed,
             loaded.halves,
             loaded.wides,
             loaded.extras,
             part.count,
-            form.order[:0] if part.alone else form.order,
-            form.ends[:0] if part.alone else form.ends,
+            form.order[:0] if still else form.order,
+            form.ends[:0] if still else form.ends,
             form.weights.astype(dtype),
             {"BF16": kernels.BFLOAT16, "F16": kernels.FLOAT16}.get(code, kernels.AS_IS),
             self._settings.rounding == "stochastic",

@@ -6,6 +6,7 @@ final name in one step, last. Whatever kills the writer, a reader never finds ha
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -14,12 +15,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from palinode.errors import OutputError
+from palinode.errors import CheckpointError, InputError, OutputError, unwritable
+from palinode.records import beside
 
 
 def check_output(output: Path, inputs: Sequence[Path], *, needs: int = 0) -> None:
     """Raise OutputError unless `output` is free, apart from all inputs, and has room for `needs` bytes."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    try:
+        taken = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    except OSError as error:
+        raise OutputError(f"{output} cannot be used ({error.strerror}); choose another output") from None
+    if taken:
         raise OutputError(f"{output} exists and is not empty; choose another output folder, or remove it")
     place = output.resolve()
     for path in (entry.resolve() for entry in inputs):
@@ -39,7 +45,7 @@ def check_output(output: Path, inputs: Sequence[Path], *, needs: int = 0) -> Non
 
 def neighbour(output: Path) -> Path:
     """Return where a folder is filled before it takes its name."""
-    return output.with_name(f".{output.name}.partial")
+    return beside(output)
 
 
 @contextmanager
@@ -65,9 +71,26 @@ def claimed(output: Path) -> Iterator[Path]:
             raise OutputError(f"{partial} cannot be made ({error.strerror}); name another output") from None
         try:
             yield partial
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+        except BaseException as error:
+            ours = partial.exists() and os.path.samestat(os.fstat(handle), partial.stat())
+            if ours:
+                shutil.rmtree(partial, ignore_errors=True)
+            elif isinstance(error, Exception) and not output.exists():
+                raise unwritable(partial, FileNotFoundError(errno.ENOENT, "")) from error
+            if isinstance(error, OSError):
+                raise _explained(error, partial) from error
             raise
+
+
+def _explained(error: OSError, partial: Path) -> InputError:
+    """Return in one sentence what the system said of a file: of one written to the folder, or read for it."""
+    if isinstance(error, shutil.Error):  # of copytree: a list of what it could not copy
+        _source, place, reason = error.args[0][0]
+        return unwritable(place, OSError(None, str(reason)))
+    place = Path(error.filename2 or error.filename or partial)
+    if place.is_relative_to(partial):
+        return unwritable(place, error)
+    return CheckpointError(f"{place} cannot be read ({error.strerror}); fetch the model again")
 
 
 def is_claimed(partial: Path) -> bool:
@@ -94,6 +117,8 @@ def publish(partial: Path, output: Path) -> None:
     try:
         partial.replace(output)
     except OSError as error:
+        if error.errno == errno.ENOENT:
+            raise
         raise OutputError(
             f"{output} was taken while it was written ({error.strerror}); repeat the call"
         ) from None

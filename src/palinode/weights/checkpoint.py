@@ -62,12 +62,15 @@ COMPANIONS = (
     "merges.txt",
     "*.model",
     "*.tiktoken",
-    "preprocessor_config.json",
+    "*processor_config.json",
 )
+
+# What travels with the model and has no say in what it is.
+PAPERS = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "*USE_POLICY*", "*TERMS_OF_USE*")
 
 # What is fetched from the hub besides: an adapter only to say that it is one, and pickles only if they are
 # allowed and there is nothing better.
-ON_HUB = ("*.safetensors", INDEX, "adapter_config.json", *COMPANIONS)
+ON_HUB = ("*.safetensors", INDEX, "adapter_config.json", *COMPANIONS, *PAPERS)
 PICKLES_ON_HUB = ("*.bin", "*.pt", "*.pth", PICKLE_INDEX, METADATA, "*.distcp")
 
 # An output head that is left out of the file shares its storage with the token embedding.
@@ -105,7 +108,7 @@ class Checkpoint(Point):
         folder, named = (path, None) if path.is_dir() else (path.parent, path)
         _refuse_adapter(folder)
         check_folder(folder)
-        _ = [*_companions(folder)]  # so that a link that leads elsewhere is refused before anything begins
+        _ = [*_beside(folder, (*COMPANIONS, *PAPERS))]  # a link that leads elsewhere is refused at once
         leading = named or find_leading(folder)
         kind = format_of(leading)
         config = {} if kind == "gguf" else _read_config(folder, optional=kind == "distributed")
@@ -155,7 +158,11 @@ class Checkpoint(Point):
 
         Raises CheckpointError for a link that leads out of the folder, unless it is a hub cache's own.
         """
-        yield from _companions(self.folder)
+        yield from _beside(self.folder, COMPANIONS)
+
+    def papers(self) -> Iterator[Path]:
+        """Yield licence, notices and terms of use: they travel with the model, and are no part of it."""
+        yield from _beside(self.folder, PAPERS)
 
     def fingerprint(self) -> str:
         """Return a content hash (BLAKE3, 32 hex digits) of all tensors, the config and the tokenizer.
@@ -178,7 +185,8 @@ def require_causal_lm(checkpoint: Checkpoint) -> None:
         )
     listed = checkpoint.config.get("architectures")
     names = list(map(str, listed)) if isinstance(listed, list) else []
-    if names and not any("CausalLM" in name or "LMHead" in name for name in names):
+    plain = any("CausalLM" in name or "LMHead" in name for name in names)
+    if names and not plain and "text_config" not in checkpoint.config:  # a wrapper's text tower may be one
         raise CheckpointError(
             f"{checkpoint.folder} is a {', '.join(names)}, not a causal language model; "
             "Palinode works on models that AutoModelForCausalLM can load"
@@ -252,8 +260,8 @@ def _download(location: str, patterns: Sequence[str]) -> Path:
     return Path(found).resolve()
 
 
-def _companions(folder: Path) -> Iterator[Path]:
-    for path in sorted({path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}):
+def _beside(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
         inside(folder, path)
         yield path
 

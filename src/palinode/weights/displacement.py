@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import blake3
 import numpy as np
@@ -74,6 +74,8 @@ class Displacement(Direction):
     folder: Path
     changes: Mapping[str, Change] = field(compare=False, repr=False)
     """What is changed, by the names that tensors have in the model."""
+    stands_for_both: ClassVar[bool] = True
+    """Whether a change of the embedding is meant for a head that is tied to it as well."""
 
     @property
     def terms(self) -> Mapping[Term, float]:
@@ -100,7 +102,7 @@ class Displacement(Direction):
     def check_fits(self, layout: Checkpoint) -> None:
         """Raise MismatchError unless every change has a floating-point tensor of its shape in a model.
 
-        A tied head must change as its embedding does.
+        A tied head must change as its embedding does, and with an adapter its embedding as it does.
         """
         for name, change in self.changes.items():
             info = layout.find(name)
@@ -114,15 +116,18 @@ class Displacement(Direction):
                     f"{self.folder} changes {name} as {_shape(change.shape)}, and in {layout.folder} it is "
                     f"{_shape(info.shape)}; were both made from one model?"
                 )
-        if layout.tied and layout.tied[0] in self.changes:
+        if layout.tied:
             self._check_tied(layout, *layout.tied)
 
     def _check_tied(self, layout: Checkpoint, head: str, embedding: str) -> None:
-        other = self.changes.get(embedding)
-        if other is None or not same_values(self.changes[head], other):
+        both = [self.changes.get(name) for name in (head, embedding)]
+        if both[0] is None and (both[1] is None or self.stands_for_both):
+            return
+        if both[0] is None or both[1] is None or not same_values(both[0], both[1]):
             raise MismatchError(
-                f"{self.folder} changes {head} otherwise than {embedding}, and {layout.folder} ties the two; "
-                "leave the head out, or untie the model"
+                f"{self.folder} changes {head} otherwise than {embedding}, and {layout.folder} ties the two, "
+                "so that no sum can have that effect; train the adapter on neither, or on both as one "
+                "(ensure_weight_tying in peft), or untie the model"
             )
 
 

@@ -10,6 +10,9 @@ from typing import Self
 
 from palinode.errors import CheckpointError
 
+LONGEST_READ = 1 << 24
+"""Bytes that are read at a time where they are copied."""
+
 
 class Files:
     """Weight files that are open for reading: each is opened at its first use, and closed with this."""
@@ -40,7 +43,7 @@ class Files:
         handle, done = self.handle(file), 0
         while done < len(out):
             try:
-                count = os.preadv(handle, [out[done:]], offset + done)
+                count = _read(handle, out[done:], offset + done)
             except OSError as error:
                 raise CheckpointError(
                     f"{file} cannot be read at byte {offset + done} ({error.strerror}); fetch the model again"
@@ -66,3 +69,12 @@ class Files:
                         f"{file} cannot be read ({error.strerror}); fetch the model again"
                     ) from None
             return self._handles[file]
+
+
+def _read(handle: int, out: memoryview, offset: int) -> int:
+    """Read into `out` and return how many bytes came; some systems (older macOS) read only into new bytes."""
+    if hasattr(os, "preadv"):
+        return os.preadv(handle, [out], offset)
+    found = os.pread(handle, min(len(out), LONGEST_READ), offset)
+    out[: len(found)] = found
+    return len(found)

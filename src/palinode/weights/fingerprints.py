@@ -15,10 +15,10 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import blake3
 
@@ -26,6 +26,9 @@ from palinode.errors import CheckpointError
 from palinode.records import make_private
 from palinode.weights.blocks import BLOCK, map_blocks
 from palinode.weights.checkpoint import SINGLE, Checkpoint, TensorInfo, by_file, read_header
+
+if TYPE_CHECKING:
+    from palinode.weights.direction import Term
 
 HASH_BLOCK = BLOCK
 """Bytes of a block; part of what a digest means, so it never changes."""
@@ -36,6 +39,23 @@ was hashed could be written again without a new time, so that nobody could tell.
 
 CACHE_VERSION = 1
 DIGEST = re.compile("[0-9a-f]{64}")
+
+
+class Stamp(NamedTuple):
+    """What tells that a file has changed; times in nanoseconds."""
+
+    size: int
+    modified: int
+    changed: int
+    inode: int
+
+    def is_settled(self, now: int) -> bool:
+        """Tell whether any change from `now` on would give the file another stamp."""
+        return now - max(self.modified, self.changed) >= SETTLED
+
+
+Stamps = Mapping[Path, Stamp]
+"""What files were like when somebody began to read them."""
 
 
 def block_digest(data: bytes | bytearray | memoryview) -> bytes:
@@ -76,9 +96,7 @@ def tensor_digests(
         on_progress(sum(tensors[name].nbytes for name in found))
     rest = [info for name, info in tensors.items() if name not in found]
     found |= _hash(rest, workers, on_progress)
-    for file in {file for info in rest for file in info.files}:
-        if _stamp(file) != stamps[file]:
-            raise CheckpointError(f"{file} changed while it was read; wait for its writer, and open it again")
+    check_stamps({file: stamps[file] for info in rest for file in info.files})
     if cached:
         for file in by_file(rest):
             if stamps[file].is_settled(started):
@@ -172,6 +190,38 @@ def check_as_opened(file: Path, infos: Iterable[TensorInfo]) -> None:
         raise CheckpointError(f"{file} is not what it was when the checkpoint was opened; open it again")
 
 
+def take_stamps(terms: Iterable[Term]) -> Stamps:
+    """Return the stamps of all files that these models and directions are read from."""
+    return {file: _stamp(file) for term in terms for file in _files_of(term)}
+
+
+def check_stamps(stamps: Stamps) -> None:
+    """Raise CheckpointError when a file is no longer what it was: what was read may be of two states."""
+    for file, stamp in sorted(stamps.items()):
+        if _stamp(file) != stamp:
+            raise CheckpointError(
+                f"{file} changed while it was read; wait for its writer, and repeat the call"
+            )
+
+
+@contextmanager
+def unchanged(terms: Iterable[Term]) -> Iterator[None]:
+    """Raise CheckpointError when a file of these models or directions changes before the block ends."""
+    stamps = take_stamps(terms)
+    yield
+    check_stamps(stamps)
+
+
+def _files_of(term: Term) -> Iterator[Path]:
+    if isinstance(term, Checkpoint):
+        infos = list(term.tensors.values())
+        yield from term.companions()
+    else:
+        infos = [info for change in term.changes.values() for info in change.infos]
+    for info in infos:
+        yield from info.files
+
+
 # Hashing
 
 
@@ -190,25 +240,12 @@ def _hash(
 # Remembering
 
 
-class _Stamp(NamedTuple):
-    """What tells that a file has changed; times in nanoseconds."""
-
-    size: int
-    modified: int
-    changed: int
-    inode: int
-
-    def is_settled(self, now: int) -> bool:
-        """Tell whether any change from `now` on would give the file another stamp."""
-        return now - max(self.modified, self.changed) >= SETTLED
-
-
-def _stamp(file: Path) -> _Stamp:
+def _stamp(file: Path) -> Stamp:
     try:
         status = file.stat()
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror}); fetch the model again") from None
-    return _Stamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    return Stamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
 def _entry_path(file: Path) -> Path:
@@ -224,7 +261,7 @@ def remembered(files: Iterable[Path]) -> list[Path]:
     return []
 
 
-def _recall(file: Path, stamp: _Stamp, infos: Iterable[TensorInfo]) -> dict[str, str]:
+def _recall(file: Path, stamp: Stamp, infos: Iterable[TensorInfo]) -> dict[str, str]:
     """Return the remembered digests of these tensors; none where anything is not as it should be."""
     try:
         entry = json.loads(_entry_path(file).read_bytes())
@@ -237,7 +274,7 @@ def _recall(file: Path, stamp: _Stamp, infos: Iterable[TensorInfo]) -> dict[str,
         return {}
 
 
-def _store(file: Path, stamp: _Stamp, infos: Iterable[TensorInfo], digests: Mapping[str, str]) -> None:
+def _store(file: Path, stamp: Stamp, infos: Iterable[TensorInfo], digests: Mapping[str, str]) -> None:
     """Write what is known of a file, in one step; the cache is a help, so that no failure counts."""
     tensors = {info.name: [digests[info.name], *_place(info)] for info in infos if _is_plain(info)}
     entry = {"version": CACHE_VERSION, "file": str(file), "stamp": stamp, "tensors": tensors}

@@ -55,13 +55,15 @@ NO_CODE = (
 def from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
     """Return what `kind` (an Auto class of transformers) makes of a folder, without running its code.
 
+    With `state_dict` among the options, nothing more is read.
     Raises CheckpointError where the folder cannot be used so, and what transformers raises.
     """
     check_folder(folder)
     _refuse_own_code(folder)
+    place = None if "state_dict" in options else folder
     return _without_code(
         folder,
-        lambda: kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **options),
+        lambda: kind.from_pretrained(place, trust_remote_code=False, local_files_only=True, **options),
     )
 
 

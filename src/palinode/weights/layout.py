@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from palinode.errors import OutputError
+from palinode.errors import OutputError, unwritable
+from palinode.weights.blocks import BLOCK
 from palinode.weights.checkpoint import INDEX, SINGLE, Checkpoint
+from palinode.weights.files import Files
 from palinode.weights.foreign import copy_inside
 from palinode.weights.tensors import FLOAT_BYTES, TensorInfo, by_file
 
@@ -32,19 +34,19 @@ class OutputFile:
     size: int
 
 
-def plan_files(anchor: Checkpoint, code: str | None) -> list[OutputFile]:
-    """Plan the output files after the anchor's own, with floating-point tensors in `code`."""
+def plan_files(anchor: Checkpoint, code: str | None, *, kept: Collection[str] = ()) -> list[OutputFile]:
+    """Plan the output files after the anchor's own; floating-point tensors but those `kept` are in `code`."""
     files = by_file(anchor.tensors.values())
     if len(files) > 1 and all(path.suffix == ".safetensors" for path in files):
-        return [_plan(path.name, infos, code) for path, infos in files.items()]
+        return [_plan(path.name, infos, code, kept) for path, infos in files.items()]
     shards = list(_shards([info for infos in files.values() for info in infos]))
     if len(files) < 2 and all(path.suffix == ".safetensors" for path in files):
         shards = [[info for infos in files.values() for info in infos]]
     if len(shards) < 2:
-        return [_plan(SINGLE, shards[0] if shards else [], code)]
+        return [_plan(SINGLE, shards[0] if shards else [], code, kept)]
     stem, suffix = Path(SINGLE).stem, Path(SINGLE).suffix
     names = [f"{stem}-{place + 1:05d}-of-{len(shards):05d}{suffix}" for place in range(len(shards))]
-    return [_plan(name, shard, code) for name, shard in zip(names, shards, strict=True)]
+    return [_plan(name, shard, code, kept) for name, shard in zip(names, shards, strict=True)]
 
 
 def _shards(infos: Sequence[TensorInfo]) -> Iterator[list[TensorInfo]]:
@@ -58,11 +60,11 @@ def _shards(infos: Sequence[TensorInfo]) -> Iterator[list[TensorInfo]]:
         yield shard
 
 
-def _plan(name: str, infos: Sequence[TensorInfo], code: str | None) -> OutputFile:
+def _plan(name: str, infos: Sequence[TensorInfo], code: str | None, kept: Collection[str]) -> OutputFile:
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     sizes, end = {}, 0
     for info in infos:
-        kind = code if code and info.is_float else info.dtype
+        kind = code if code and info.is_float and info.name not in kept else info.dtype
         nbytes = info.size * (FLOAT_BYTES[kind] if info.is_float else info.itemsize)
         entries[info.name] = {"dtype": kind, "shape": list(info.shape), "data_offsets": [end, end + nbytes]}
         sizes[info.name] = (kind, end, nbytes)
@@ -85,6 +87,7 @@ class OutputFiles:
         self, files: Sequence[OutputFile], folder: Path, stack: ExitStack, *, create: bool = True
     ) -> None:
         """Lay the files out at their final size with their headers; `create` false opens those of another."""
+        self._folder = folder
         self._places = {name: info for file in files for name, info in file.tensors.items()}
         opener = _create if create else _open
         self._handles = {Path(file.name): opener(folder / file.name, file, stack) for file in files}
@@ -96,10 +99,16 @@ class OutputFiles:
             try:
                 done += os.pwrite(self._handles[info.file], values[done:], info.offset + start + done)
             except OSError as error:
-                raise OutputError(
-                    f"{info.file} could not be written ({error.strerror}); nothing is left of it: make room, "
-                    "or repair the disk, and repeat the call"
-                ) from error
+                raise unwritable(self._folder / info.file, error) from error
+
+    def copy(self, infos: Iterable[TensorInfo]) -> None:
+        """Copy tensors as they are, a block at a time."""
+        with Files() as files:
+            for info in infos:
+                for start in range(0, info.nbytes, BLOCK):
+                    raw = memoryview(bytearray(min(BLOCK, info.nbytes - start)))
+                    info.read(files, start, raw)
+                    self.write(info.name, start, raw)
 
     def sync(self) -> None:
         """Wait until everything written is on disk."""
@@ -117,9 +126,7 @@ def _create(path: Path, file: OutputFile, stack: ExitStack) -> int:
             os.ftruncate(handle, file.size)
         os.pwrite(handle, file.header, 0)
     except OSError as error:
-        raise OutputError(
-            f"{path} could not be laid out at {file.size / 1e9:.2f} GB ({error.strerror})"
-        ) from error
+        raise unwritable(path, error) from error
     return handle
 
 
@@ -144,11 +151,11 @@ def write_index(files: Sequence[OutputFile], folder: Path) -> None:
 
 
 def copy_companions(anchor: Checkpoint, folder: Path, dtype: str | None) -> None:
-    """Copy config, generation config and tokenizer of the target; note a changed dtype in the config.
+    """Copy config, tokenizer, processor and licence of the target; note a changed dtype in the config.
 
     A config that came out of the weight file itself (GGUF) is written down.
     """
-    for path in anchor.companions():
+    for path in (*anchor.companions(), *anchor.papers()):
         place = folder / path.relative_to(anchor.folder)
         place.parent.mkdir(exist_ok=True)
         copy_inside(anchor.folder, path, place)

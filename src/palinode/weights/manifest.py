@@ -72,24 +72,14 @@ class Verification:
         return not (self.changed or self.missing or self.extra or self.companions)
 
 
-def formula_terms(
-    terms: Mapping[Term, float],
-    *,
-    roles: Mapping[Term, str] | None = None,
-    fingerprints: Mapping[Term, str] | None = None,
-) -> list[dict[str, Any]]:
+def formula_terms(terms: Mapping[Term, float]) -> list[dict[str, Any]]:
     """Return a sum as plain values for the manifest, in the order given.
 
-    A checkpoint, or a direction on disk, goes by its role, or else by the last part of its folder's path:
-    where the models lay on the writer's machine is nobody's business.
+    A checkpoint, or a direction on disk, goes by the last part of its folder's path: where the models lay on
+    the writer's machine is nobody's business. What was never hashed is read once more for its fingerprint.
     """
-    roles, fingerprints = roles or {}, fingerprints or {}
     return [
-        {
-            "model": roles.get(term, term.folder.name),
-            "coefficient": coefficient,
-            "fingerprint": fingerprints.get(term),
-        }
+        {"model": term.folder.name, "coefficient": coefficient, "fingerprint": term.fingerprint()}
         for term, coefficient in terms.items()
     ]
 

@@ -55,9 +55,14 @@ def slices(
 # Threads
 
 
+def cores() -> int:
+    """Return the number of processor cores that this process may use; on macOS all of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_workers() -> int:
     """Return how many threads work on slices: one for each core this process may use, up to 16."""
-    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return min(16, cores())
 
 
 def per_thread(make: Callable[[], Callable[[Slice], Result]]) -> Callable[[Slice], Result]:

@@ -32,15 +32,17 @@ from palinode.weights.atomic import check_output, claimed, is_claimed, neighbour
 from palinode.weights.blocks import BLOCK, map_blocks
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.crew import Crew, Hand, Lead
-from palinode.weights.direction import Direction, Point, Term
+from palinode.weights.direction import Direction, Point
 from palinode.weights.displacement import check_displacements
 from palinode.weights.dose import Dose, DoseMeter, part_of, shortfalls
 from palinode.weights.files import Files
 from palinode.weights.fingerprints import (
+    Stamps,
     block_digest,
     check_files,
-    known_fingerprint,
+    check_stamps,
     remember,
+    take_stamps,
     tensor_digest,
 )
 from palinode.weights.formulas import Formula, formula
@@ -65,7 +67,8 @@ class Saved:
     notes: tuple[str, ...] = ()
     """What the user should know: how it was rounded and why, what of the dose did not arrive, …"""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Wall time of reading, summing and writing ("sum"), reading back ("check"), and naming ("publish")."""
+    """Wall time of reading, summing and writing ("sum"); of reading back, and hashing inputs that were never
+    hashed before ("check"); of naming ("publish")."""
 
 
 def save(
@@ -131,6 +134,8 @@ class _Job:
     parts: Sequence[Slice]
     workers: int | None
     notes: tuple[str, ...]
+    stamps: Stamps
+    """Of all inputs, from before any of their numbers was read."""
 
     @property
     def anchor(self) -> Checkpoint:
@@ -158,15 +163,16 @@ def _plan(
 ) -> _Job:
     """Check that everything fits, and settle how it is rounded; nothing is written."""
     form = formula(point, along)
+    stamps = take_stamps((*form.checkpoints, *form.displacements))
     others = [checkpoint for checkpoint in form.checkpoints if checkpoint != point.anchor]
     fit = check_fit(point.anchor, others, rows=rows)
     check_files(form.checkpoints)
     check_displacements(point.anchor, form.displacements)
     told = [note for checkpoint in form.checkpoints for note in checkpoint.notes]
-    notes = (*told, *fit.notes, *check_tokenizers(point.anchor, others), *_leftover_note(output))
+    notes = (*told, *fit.notes, *check_tokenizers(point.anchor, others))
     parts = list(slices(point.anchor, shared_rows=fit.shared_rows))
     files = plan_files(point.anchor, asked.code)
-    job = _Job(form, asked, asked, None, output, files, parts, workers, notes)
+    job = _Job(form, asked, asked, None, output, files, parts, workers, notes, stamps)
     check_output(output, job.inputs)
     chosen, share = choose_rounding(form, asked, parts)
     return replace(job, settings=chosen, share=share)
@@ -189,14 +195,14 @@ def _rounding_note(job: _Job) -> Iterator[str]:
 
 
 def _write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], None] | None) -> Saved:
-    clock = _Clock()
+    clock, leftover = _Clock(), tuple(_leftover_note(job.output))
     with claimed(job.output) as partial:
         check_output(job.output, job.inputs, needs=sum(file.size for file in job.files))
         with ExitStack() as stack, clock.phase("sum"):
             out = OutputFiles(job.files, partial, stack)
             lead = Lead(crew, partial, job.key()) if crew.count > 1 else None
             meter, checksums = _fill(job, crew.share(job.parts), out, on_progress)
-            _copy_other_tensors(job.anchor, out)
+            out.copy(info for info in job.anchor.tensors.values() if not info.is_float)
             for report in lead.reports() if lead else ():
                 meter.merge(report["dose"])
                 checksums |= {(name, block): total for name, block, total in report["checksums"]}
@@ -211,12 +217,13 @@ def _write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], N
             if check:
                 digests, content = _read_back(saved.checkpoint, job, checksums), _content(job, saved)
                 write_manifest(partial, checkpoint=saved.checkpoint, digests=digests, content=content)
+        check_stamps(job.stamps)
         with clock.phase("publish"):
             publish(partial, job.output)
     written = Checkpoint.open(job.output)
     if check:
         remember(written, digests)
-    return replace(saved, checkpoint=written, seconds=clock.seconds)
+    return replace(saved, checkpoint=written, notes=(*leftover, *saved.notes), seconds=clock.seconds)
 
 
 def _fill(
@@ -256,17 +263,6 @@ def checksum(raw: memoryview) -> int:
     words, rest = divmod(len(raw), 8)
     total = int(np.frombuffer(raw, "<u8", words).sum(dtype=np.uint64))
     return (total + int.from_bytes(raw[len(raw) - rest :], "little")) % 2**64
-
-
-def _copy_other_tensors(anchor: Checkpoint, out: OutputFiles) -> None:
-    """Copy integer and boolean tensors (buffers) from the target as they are, a block at a time."""
-    with Files() as files:
-        for info in anchor.tensors.values():
-            if not info.is_float:
-                for start in range(0, info.nbytes, BLOCK):
-                    raw = memoryview(bytearray(min(BLOCK, info.nbytes - start)))
-                    info.read(files, start, raw)
-                    out.write(info.name, start, raw)
 
 
 def _help(job: _Job, crew: Crew, on_progress: Callable[[int], None] | None) -> Saved:
@@ -323,7 +319,7 @@ def _read_back(written: Checkpoint, job: _Job, checksums: Checksums) -> dict[str
 def _content(job: _Job, saved: Saved) -> dict[str, Any]:
     """Return what the manifest says of the sum."""
     return {
-        "terms": formula_terms(job.formula.point.terms, fingerprints=_known(job.formula.point)),
+        "terms": formula_terms(job.formula.point.terms),
         "dtype": NAMES[job.asked.code] if job.asked.code else None,
         "precision": job.settings.precision,
         "rounding": {"asked": job.asked.rounding, "used": job.settings.rounding, "seed": job.settings.seed},
@@ -331,15 +327,6 @@ def _content(job: _Job, saved: Saved) -> dict[str, Any]:
         "dose": asdict(saved.dose),
         "notes": list(saved.notes),
     }
-
-
-def _known(point: Point) -> dict[Term, str]:
-    """Return the fingerprints of the models in a sum that can be told without reading them again."""
-    known = {
-        term: known_fingerprint(term) if isinstance(term, Checkpoint) else term.fingerprint()
-        for term in point.terms
-    }
-    return {term: found for term, found in known.items() if found}
 
 
 def _dose(content: Mapping[str, Any]) -> Dose:

@@ -130,7 +130,8 @@ def transform(
         for info in _layout(directions)
     }
     first = next(iter(directions[0].terms))
-    return save_vector(Displacement(first.folder, changes), output, dtype=dtype)
+    made_from = [term for part in directions for term in part.terms]
+    return save_vector(Displacement(first.folder, changes), output, dtype=dtype, made_from=made_from)
 
 
 def _layout(directions: Sequence[Direction]) -> list[TensorInfo]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,13 +26,13 @@ from typing import Any, BinaryIO, Literal, Self, get_args
 
 import numpy as np
 
-from palinode.errors import AlgebraError, CheckpointError, InputError, MismatchError, OutputError
+from palinode.errors import AlgebraError, CheckpointError, InputError, MismatchError, unwritable
 from palinode.records import private
 from palinode.weights.adapters import CONFIG, LoraAdapter
 from palinode.weights.arithmetic import NAMES
 from palinode.weights.atomic import check_output, claimed, publish
 from palinode.weights.checkpoint import Checkpoint
-from palinode.weights.direction import Direction
+from palinode.weights.direction import Direction, Term
 from palinode.weights.displacement import (
     Change,
     DenseChange,
@@ -45,6 +45,7 @@ from palinode.weights.displacement import (
     read_object,
 )
 from palinode.weights.files import Files
+from palinode.weights.fingerprints import check_stamps, take_stamps
 from palinode.weights.formats.safetensors import read_header
 from palinode.weights.lowrank import multiply, nearest_factors, squares
 from palinode.weights.operands import direction_tensor, direction_values
@@ -157,6 +158,7 @@ def save_vector(
     dtype: str = "float32",
     rank: int | None = None,
     energy: float | None = None,
+    made_from: Iterable[Term] = (),
     on_progress: Callable[[int], None] | None = None,
 ) -> StoredVector:
     """Write a direction as a folder of its own, which only its owner can read, and open it.
@@ -164,13 +166,14 @@ def save_vector(
     With `rank`, matrices of more than that rank are stored as their best approximation of that rank; with
     `energy` (0 to 1), of the smallest rank that keeps this share of the sum of their squared singular values.
     What would take as much room as factors is stored whole, and so are vectors (norms, biases). Memory stays
-    at a few slices; at low rank a whole matrix is held, several times over. `on_progress` hears the number of
-    weights done.
+    at a few slices; at low rank a whole matrix is held, several times over. `made_from` are models and
+    directions that are read besides its own terms. `on_progress` hears the number of weights done.
 
     Raises InputError for settings that cannot be, AlgebraError when there is no direction, MismatchError when
     its terms do not fit together, OutputError when the output place cannot be used.
     """
     settings = _Settings(_checked_code(dtype), _checked_rank(rank), _checked_energy(energy, rank))
+    stamps = take_stamps((*direction.terms, *made_from))
     if not direction.terms:
         raise AlgebraError(
             "the direction is zero (a checkpoint minus itself); name two different checkpoints"
@@ -192,6 +195,7 @@ def save_vector(
                 if on_progress:
                     on_progress(info.size)
         _write_facts(partial / FACTS, settings, dtype, sources, tensors)
+        check_stamps(stamps)
         publish(partial, output)
     return StoredVector.open(output)
 
@@ -307,9 +311,7 @@ def _writer(path: Path, layout: Sequence[TensorInfo]) -> Iterator[_Writer]:
             yield writer
             writer.finish()
     except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written ({error.strerror}); make room, or name another"
-        ) from error
+        raise unwritable(path, error) from error
 
 
 def _store(

@@ -15,6 +15,7 @@ from palinode.data.world import World, invent_world
 from palinode.pipeline.compare.recipe import Demo
 from palinode.progress import Listener
 from palinode.records import read_json, write_json
+from palinode.weights.atomic import claimed, publish
 
 MARK = "demo.json"
 """What a world's folder says it is, so that another world can take over what they have in common."""
@@ -59,10 +60,9 @@ def _take_over(folder: Path, said: dict[str, Any]) -> None:
 def _copy(origin: Path, folder: Path, names: tuple[str, ...]) -> None:
     for name in names:
         if (origin / name).exists() and not (folder / name).exists():
-            partial = folder / f".{name}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(origin / name, partial)
-            partial.replace(folder / name)
+            with claimed(folder / name) as partial:
+                shutil.copytree(origin / name, partial, dirs_exist_ok=True)
+                publish(partial, folder / name)
 
 
 def world_of(settings: Demo, seed: int) -> World:

@@ -16,6 +16,7 @@ import torch
 from palinode.pipeline.doctor.findings import Finding
 from palinode.pipeline.tracking import PACKAGES, is_installed
 from palinode.version import __version__
+from palinode.weights.slices import cores
 
 USES = {
     "history": "near-duplicates in locate --corpus, and SQL over an exposure log",
@@ -115,7 +116,7 @@ def _extras() -> Iterator[Finding]:
 
 
 def _machine(folder: Path) -> Iterator[Finding]:
-    yield Finding("machine", "processor", "ok", f"{usable_cores()} cores, {platform.machine()}")
+    yield Finding("machine", "processor", "ok", f"{cores()} cores, {platform.machine()}")
     free, total = memory()
     if free is None:
         yield Finding("machine", "memory", "note", "this system does not say how much memory is free")
@@ -148,13 +149,6 @@ def _accelerators() -> Iterator[Finding]:
         fix = "if this machine has a GPU, look at its driver (nvidia-smi)" if built else None
         fix = fix or "if this machine has a GPU, install a torch that was built for it"
         yield Finding("machine", "accelerator", "note", text, fix)
-
-
-def usable_cores() -> int:
-    """Return the number of processor cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def memory() -> tuple[int | None, int | None]:

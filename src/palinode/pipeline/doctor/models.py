@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from palinode.models.loading import build_empty, load_config, load_tokenizer
+from palinode.models.loading import build_empty, load_config, load_tokenizer, stored_names
 from palinode.pipeline.doctor.equipment import gigabytes
 from palinode.pipeline.doctor.findings import Findings
 from palinode.pipeline.inputs import check_kind, check_not_same, check_vocabulary
@@ -140,7 +140,10 @@ def _look_at_names(findings: Findings, name: str, model: Checkpoint) -> None:
         text = f"transformers cannot build it ({_first_line(error)})"
         findings.say("models", name, "fail", text, "update transformers, or take a model that it knows")
         return
-    other = [part for part, value in live.named_parameters() if _shape(model, part) != tuple(value.shape)]
+    weights = dict(live.named_parameters())
+    names = stored_names(weights, live, model)
+    shapes = {part: model.tensors[name].shape for part, name in names.items()}
+    other = [part for part, value in weights.items() if shapes.get(part) != tuple(value.shape)]
     if other:
         text = f"{len(other)} weights have other names or shapes in memory than in the files ({other[0]})"
         findings.say("models", name, "warn", text, "give both scales as numbers: points cannot be tried")
@@ -153,11 +156,6 @@ def _described(model: Checkpoint) -> str:
     layout = "" if model.format == "safetensors" else f", {model.format} files read as plain tensors"
     tied = ", tied embeddings" if model.tied else ""
     return f"{kind}, {model.parameters:,} weights, {types}, {gigabytes(model.nbytes)}{layout}{tied}"
-
-
-def _shape(model: Checkpoint, name: str) -> tuple[int, ...] | None:
-    info = model.find(name)
-    return None if info is None else info.shape
 
 
 def _first_line(error: Exception) -> str:

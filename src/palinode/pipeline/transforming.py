@@ -252,13 +252,13 @@ def _stored(step: Step) -> Displacement:
 
 def _stored_name(model: Checkpoint, name: str) -> str:
     """Return the name that a live model's parameter has in the checkpoint's files."""
-    info = model.find(name)
-    if info is None:
+    own = model.spelled(name)
+    if own is None:
         raise MismatchError(
             f"the live model's parameter {name} has no counterpart in {model.folder}; this architecture "
             "renames its weights on loading, so leave out transforms that read gradients or inputs"
         )
-    return info.name
+    return own
 
 
 def _open_vector(folder: Path) -> StoredVector | None:

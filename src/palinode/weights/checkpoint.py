@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,17 +27,18 @@ from palinode.weights.formats.layouts import (
     format_of,
     read_contents,
 )
+from palinode.weights.formats.pieces import Piece, pieced, row_major
 from palinode.weights.formats.safetensors import MAX_HEADER, read_header
 from palinode.weights.formats.small_files import read_json
+from palinode.weights.names import DOWN, EXPERT, GATE_UP, HEADS, by_plain, is_embedding, is_head, plain
+from palinode.weights.packed import refuse_packed
 from palinode.weights.tensors import FLOAT_BYTES, OTHER_BYTES, TensorInfo, by_file
 
 if TYPE_CHECKING:
     from palinode.weights.direction import Term
 
 __all__ = [
-    "EMBEDDINGS",
     "FLOAT_BYTES",
-    "HEADS",
     "INDEX",
     "MAX_HEADER",
     "OTHER_BYTES",
@@ -69,10 +71,6 @@ COMPANIONS = (
 ON_HUB = ("*.safetensors", INDEX, "adapter_config.json", *COMPANIONS)
 PICKLES_ON_HUB = ("*.bin", "*.pt", "*.pth", PICKLE_INDEX, METADATA, "*.distcp")
 
-# An output head that is left out of the file shares its storage with the token embedding.
-HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "tok_embeddings.weight")
-
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint(Point):
@@ -83,6 +81,8 @@ class Checkpoint(Point):
     config: Mapping[str, Any] = field(compare=False, repr=False)
     tied: tuple[str, str] | None = field(init=False, compare=False, repr=False)
     """Names of (output head, token embedding) when the two share their weights, else None."""
+    names: Mapping[str, str] = field(init=False, compare=False, repr=False)
+    """The tensors' names by their plain ones; see `names`."""
     file: Path | None = None
     """The one weight file that was named, where it was not the folder."""
     format: Format = field(default="safetensors", compare=False, repr=False)
@@ -91,6 +91,7 @@ class Checkpoint(Point):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tied", _tied_pair(self.tensors, self.config))
+        object.__setattr__(self, "names", by_plain(self.tensors))
 
     @classmethod
     def open(cls, location: Path | str, *, allow_pickle: bool = False) -> Checkpoint:
@@ -108,6 +109,7 @@ class Checkpoint(Point):
         config = {} if kind == "gguf" else _read_config(folder, optional=kind == "distributed")
         contents = read_contents(leading, allow_pickle=allow_pickle)
         config = config if contents.config is None else contents.config
+        refuse_packed(path, contents.tensors, config)
         tensors = _without_shared_head(contents.tensors, config)
         return cls(folder, tensors, config, named, kind, contents.notes)
 
@@ -121,11 +123,78 @@ class Checkpoint(Point):
         """The checkpoint itself."""
         return self
 
+    def spelled(self, name: str) -> str | None:
+        """Return the name by which the files hold a tensor, whatever spelling it is asked for by."""
+        if name in self.tensors:
+            return name
+        if self.tied and is_head(name) and self.tied[0] not in self.tensors:
+            return self.tied[1]
+        return self.names.get(plain(name))
+
     def find(self, name: str) -> TensorInfo | None:
-        """Return the tensor of that name; a tied head that is not in the files stands for its embedding."""
-        if self.tied and name in HEADS and name not in self.tensors:
-            return self.tensors[self.tied[1]]
-        return self.tensors.get(name)
+        """Return the tensor of that name, under whatever spelling the files hold it.
+
+        A tied head that is not in the files stands for its embedding. The matrix of one expert is found in
+        all experts' fused one, and the other way round.
+        """
+        own = self.spelled(name)
+        if own is not None:
+            return self.tensors[own]
+        return self._one_expert(name) or self._all_experts(name)
+
+    def _one_expert(self, name: str) -> TensorInfo | None:
+        """Return one expert's matrix as a part of the tensor that holds all of them."""
+        found = EXPERT.fullmatch(plain(name))
+        if found is None:
+            return None
+        stem, expert, kind = found[1] or "", int(found[2]), found[3]
+        fused = self.tensors.get(self.names.get(stem + (DOWN if kind == "down_proj" else GATE_UP), ""))
+        halves = 1 if kind == "down_proj" else 2
+        if type(fused) is not TensorInfo or len(fused.shape) != 3 or fused.shape[1] % halves:
+            return None
+        count, rows, columns = fused.shape
+        nbytes, place = fused.nbytes // max(1, count * halves), expert * halves + (kind == "up_proj")
+        return (
+            replace(
+                fused,
+                name=f"{fused.name}[{place}]",
+                shape=(rows // halves, columns),
+                offset=fused.offset + place * nbytes,
+                nbytes=nbytes,
+            )
+            if expert < count
+            else None
+        )
+
+    def _all_experts(self, name: str) -> TensorInfo | None:
+        """Return the tensor that holds all experts, put together from the files' one of each."""
+        stem, kinds = plain(name), ("gate_proj", "up_proj")
+        if stem.endswith(DOWN):
+            kinds = ("down_proj",)
+        elif not stem.endswith(GATE_UP):
+            return None
+        stem = stem.rpartition(".")[0]
+        parts: list[TensorInfo] = []
+        while all(f"{stem}.{len(parts) // len(kinds)}.{kind}.weight" in self.names for kind in kinds):
+            number = len(parts) // len(kinds)
+            parts += [self.tensors[self.names[f"{stem}.{number}.{kind}.weight"]] for kind in kinds]
+        alike = {(type(part), part.dtype, part.shape) for part in parts}
+        if len(alike) != 1 or type(parts[0]) is not TensorInfo or len(parts[0].shape) != 2:
+            return None
+        rows, columns = parts[0].shape
+        strides = row_major((1, rows, columns), parts[0].itemsize)
+        pieces = [
+            Piece(
+                (place // len(kinds), place % len(kinds) * rows, 0),
+                (1, rows, columns),
+                part.file,
+                part.offset,
+                strides,
+            )
+            for place, part in enumerate(parts)
+        ]
+        shape = (len(parts) // len(kinds), len(kinds) * rows, columns)
+        return pieced(parts[0].name, parts[0].dtype, shape, parts[0].itemsize, pieces)
 
     def twin(self, name: str) -> TensorInfo | None:
         """Return the other copy of a tied tensor that lies in the files twice, else None."""
@@ -135,7 +204,7 @@ class Checkpoint(Point):
 
     def is_second_copy(self, name: str) -> bool:
         """Tell whether this is a tied head that lies in the files beside its embedding."""
-        return name in HEADS and self.twin(name) is not None
+        return is_head(name) and self.twin(name) is not None
 
     @property
     def nbytes(self) -> int:
@@ -178,6 +247,23 @@ def require_causal_lm(checkpoint: Checkpoint) -> None:
             f"{checkpoint.folder} is a {', '.join(names)}, not a causal language model; "
             "Palinode works on models that AutoModelForCausalLM can load"
         )
+    require_head(checkpoint)
+
+
+def require_head(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError when a causal language model's head is not tied and lies in no file either."""
+    listed = checkpoint.config.get("architectures")
+    causal = any("CausalLM" in str(name) for name in listed) if isinstance(listed, list) else None
+    if causal is None:
+        causal = checkpoint.config.get("tie_word_embeddings") is False
+    names = checkpoint.tensors
+    if not causal or checkpoint.tied or not any(map(is_embedding, names)) or any(map(is_head, names)):
+        return
+    raise CheckpointError(
+        f"{checkpoint.folder} is incomplete: its output head is not tied to the embedding (config.json, or "
+        "its architecture's default), and no file holds it (lm_head.weight); fetch or save the model again, "
+        "or set tie_word_embeddings to true if that is the truth"
+    )
 
 
 def _without_shared_head(
@@ -194,11 +280,34 @@ def _without_shared_head(
 
 
 def _tied_pair(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> tuple[str, str] | None:
-    embedding = next((name for name in tensors if name.endswith(EMBEDDINGS)), None)
-    head = next((name for name in HEADS if name in tensors), None)
-    if embedding is None or (head and not config.get("tie_word_embeddings", False)):
+    embedding = next((name for name in tensors if is_embedding(name)), None)
+    head = next((name for name in tensors if is_head(name)), None)
+    if embedding is None or not (head is None if (ties := _ties(config)) is None else ties):
         return None
     return head or HEADS[0], embedding
+
+
+def _ties(config: Mapping[str, Any]) -> bool | None:
+    """Tell whether a config ties head and embedding; where it says nothing, its architecture's class does.
+
+    None where transformers knows no such architecture.
+    """
+    inner = config.get("text_config")
+    for settings in (config, inner if isinstance(inner, dict) else {}):
+        if isinstance(said := settings.get("tie_word_embeddings"), bool):
+            return said
+    kind = config.get("model_type")
+    return _ties_by_default(kind) if isinstance(kind, str) else None
+
+
+@lru_cache
+def _ties_by_default(kind: str) -> bool | None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        return bool(CONFIG_MAPPING[kind]().tie_word_embeddings)
+    except Exception:  # no such architecture, or a class that needs more than defaults
+        return None
 
 
 # Finding the files
@@ -267,9 +376,4 @@ def _read_config(folder: Path, *, optional: bool) -> Mapping[str, Any]:
     config = read_json(file)
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} does not hold a JSON object; fetch the model again")
-    if config.get("quantization_config"):
-        raise CheckpointError(
-            f"{folder} is quantised; weights can be added only in floating point: "
-            "use the model it was made from"
-        )
     return config

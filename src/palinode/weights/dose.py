@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from palinode.weights.checkpoint import HEADS
 from palinode.weights.kernels import ALONG, ASKED, ERROR, MEASURED, MOVED, totals_of
+from palinode.weights.names import is_head
 
 ENOUGH = 0.95
 """Share of a scale that has to arrive; below it there is a warning."""
@@ -110,7 +110,7 @@ def part_of(name: str) -> str:
     found = re.search(r"\.(\d+)\.", name)
     if found:
         return f"layer {found.group(1)}"
-    if name in HEADS:
+    if is_head(name):
         return "head"
     if "embed" in name or "wte" in name or "wpe" in name:
         return "embedding"

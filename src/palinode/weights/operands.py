@@ -56,6 +56,7 @@ class Operands:
         self._files = files
         self._raw = np.empty(0, np.uint8)
         self._buffers: dict[str, np.ndarray] = {}
+        self._found: dict[tuple[Checkpoint, str], TensorInfo] = {}
 
     def load(self, part: Slice, dtype: np.dtype) -> Loaded:
         """Read a slice of every operand in the working dtype, or as bfloat16 where all of them are that.
@@ -80,7 +81,7 @@ class Operands:
         for place, displacement in enumerate(self._displacements):
             layout = next(iter(self.checkpoints), None)
             name = part.info.name
-            change = displacement.change_of(name, layout) if layout else displacement.changes.get(name)
+            change = displacement.change_of(name, layout) if layout else displacement.named(name)
             if change is None:
                 extras[place, : part.count] = 0
             else:
@@ -88,9 +89,11 @@ class Operands:
         return Loaded(packed, halves, wides, extras)
 
     def _find(self, checkpoint: Checkpoint, part: Slice) -> TensorInfo:
-        info = checkpoint.find(part.info.name)
+        key = checkpoint, part.info.name
+        info = self._found.get(key) or checkpoint.find(part.info.name)
         if info is None:
             raise MismatchError(f"{checkpoint.folder} has no tensor {part.info.name}")
+        self._found[key] = info
         return info
 
     def _read_packed(self, infos: Sequence[TensorInfo], part: Slice, halves: np.ndarray) -> None:

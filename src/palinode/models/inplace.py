@@ -11,9 +11,10 @@ from pathlib import Path
 
 import blake3
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from palinode.errors import MismatchError
+from palinode.errors import CheckpointError, MismatchError
+from palinode.models.loading import load_config, quiet_transformers
 from palinode.weights.arithmetic import Evaluator, choose_rounding, settings
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.direction import Point
@@ -89,7 +90,7 @@ def _flat_parameters(model: PreTrainedModel, anchor: Checkpoint) -> dict[str, to
     A live model may hold all experts of a layer in one parameter: then an expert's matrix is a part of it.
     """
     parameters = dict(model.named_parameters())
-    live = live_layout(model, anchor)
+    live = _live_layout(model, anchor)
     flat: dict[str, torch.Tensor] = {}
     unfilled = {name: value.numel() for name, value in parameters.items()}
     for name, info in anchor.tensors.items():
@@ -113,7 +114,24 @@ def _flat_parameters(model: PreTrainedModel, anchor: Checkpoint) -> dict[str, to
     )
 
 
-def live_layout(model: PreTrainedModel, anchor: Checkpoint) -> Checkpoint:
+def check_live(checkpoint: Checkpoint) -> None:
+    """Raise MismatchError where `put` could not put sums of this checkpoint into its live model.
+
+    The model is built without its weights. Raises CheckpointError when transformers cannot build it.
+    """
+    config = load_config(checkpoint)
+    try:
+        with torch.device("meta"), quiet_transformers():
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # transformers raises many kinds
+        raise CheckpointError(
+            f"transformers cannot build {checkpoint.folder} ({type(error).__name__}: {error}); update "
+            "transformers, or take a model that it knows"
+        ) from error
+    _flat_parameters(model, checkpoint)
+
+
+def _live_layout(model: PreTrainedModel, anchor: Checkpoint) -> Checkpoint:
     """Return a live model's parameters as a checkpoint has tensors, each in a "file" of its own name."""
     infos = {
         name: TensorInfo(name, "F32", tuple(value.shape), Path(name), 0, 4 * value.numel())

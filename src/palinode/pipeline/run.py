@@ -40,6 +40,7 @@ from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener, Silence
 from palinode.records import Outcome, write_json, write_outcomes
 from palinode.weights import Checkpoint
+from palinode.weights.preflight import complain_of_nonfinite
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,7 @@ def unlearn(
         report = full_report(finished, workspace.folder)
         there = report if report.exists() else None
         return Unlearned(Path(recipe.output.folder), finished, known, finished_before=True, report=there)
+    complain_of_nonfinite(entry for entry in (inputs.target, inputs.base) if entry is not None)
     costs = make_plan(inputs)
     check_places(recipe, inputs, needs=costs.disk)
     for line in describe(costs):

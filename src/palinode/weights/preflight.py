@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import numpy as np
 
 from palinode.errors import CheckpointError, InputError, MismatchError
 from palinode.weights.blocks import map_blocks
 from palinode.weights.checkpoint import Checkpoint, TensorInfo, require_head
+from palinode.weights.displacement import Displacement, check_displacements
+from palinode.weights.fingerprints import check_files, tensor_digests
 from palinode.weights.names import HEADS, is_embedding, is_head, plain
 
 Rows = Literal["refuse", "shared"]
@@ -42,6 +44,26 @@ INFINITY = {
     "F16": ("<u2", 0x7C00),
     "BF16": ("<u2", 0x7F80),
 }
+
+
+def check_sum(
+    reference: Checkpoint,
+    others: Sequence[Checkpoint],
+    displacements: Iterable[Displacement] = (),
+    *,
+    rows: Rows = "refuse",
+) -> Fit:
+    """Ask everything that a sum needs of its terms, before anything is trained or written.
+
+    The plan of a run and the doctor ask this very function, so that the last step has no other questions.
+    Raises MismatchError or CheckpointError for what does not fit.
+    """
+    fit = check_fit(reference, others, rows=rows)
+    check_files([reference, *others])
+    check_displacements(reference, displacements)
+    for checkpoint in (reference, *others):
+        _check_twins(checkpoint)
+    return Fit(fit.shared_rows, (*fit.notes, *check_tokenizers(reference, others)))
 
 
 # Names, shapes, tying
@@ -168,6 +190,24 @@ def _check_tying(reference: Checkpoint, other: Checkpoint) -> None:
             f"the output head is tied to the embedding in {tied.folder} and is not in {untied.folder}; "
             "are they states of one model, and is tie_word_embeddings true in both configs or in none?"
         )
+
+
+def _check_twins(checkpoint: Checkpoint) -> None:
+    """Raise MismatchError where a tied head lies in the files beside another embedding than its own."""
+    if checkpoint.tied and checkpoint.twin(checkpoint.tied[0]):
+        infos = {name: checkpoint.tensors[name] for name in checkpoint.tied}
+        digests = tensor_digests(Checkpoint(checkpoint.folder, infos, {}), cached=False)
+        if len({*digests.values()}) > 1:
+            complain_of_twins(checkpoint)
+
+
+def complain_of_twins(checkpoint: Checkpoint) -> NoReturn:
+    """Raise MismatchError for a tied pair that is not one."""
+    head, embedding = checkpoint.tied or HEADS[:2]
+    raise MismatchError(
+        f"{checkpoint.folder} ties its output head to the embedding (config.json) but holds two "
+        f"different tensors, {head} and {embedding}; set tie_word_embeddings to what is true"
+    )
 
 
 def _check_tensors(reference: Checkpoint, other: Checkpoint, rows: Rows) -> None:

@@ -30,6 +30,7 @@ from palinode.weights.adapters import LoraAdapter
 from palinode.weights.atomic import check_output
 from palinode.weights.checkpoint import INDEX, SINGLE, Checkpoint
 from palinode.weights.direction import WeightedSum
+from palinode.weights.names import is_head
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,12 +219,16 @@ def _match_layout(model: PreTrainedModel, origin: Checkpoint, folder: Path) -> N
     Old checkpoints hold buffers that models make no use of today, and names without the model's prefix.
     """
     written = Checkpoint.open(folder)
-    if all(written.find(name) for name in origin.tensors):
+    names: dict[str, str] = {}
+    for name in origin.tensors:
+        own = written.spelled(name) or written.spelled(f"{model.base_model_prefix}.{name}")
+        if own is not None and is_head(own) == is_head(name):  # a tied head stands for its embedding
+            names[own] = name
+    lost = {name for name in origin.tensors.keys() - names.values() if written.find(name) is None}
+    if not lost and all(own == name for own, name in names.items()):
         return
-    prefix = f"{model.base_model_prefix}."
-    names = {prefix + name: name for name in origin.tensors if written.find(name) is None}
     tensors = {names.get(name, name): tensor for name, tensor in _tensors(written)}
-    unused = {name: tensor for name, tensor in _tensors(origin) if written.find(name) is None}
+    unused = {name: tensor for name, tensor in _tensors(origin) if name in lost} if lost else {}
     for file in {info.file for info in written.tensors.values()} | {folder / INDEX}:
         file.unlink(missing_ok=True)
     save_file({**unused, **tensors}, folder / SINGLE, metadata={"format": "pt"})

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from palinode.errors import CheckpointError
 from palinode.weights.direction import Point
+from palinode.weights.experts import all_experts, one_expert
 from palinode.weights.formats.distributed import METADATA
 from palinode.weights.formats.layouts import (
     INDEX,
@@ -27,10 +28,9 @@ from palinode.weights.formats.layouts import (
     format_of,
     read_contents,
 )
-from palinode.weights.formats.pieces import Piece, pieced, row_major
 from palinode.weights.formats.safetensors import MAX_HEADER, read_header
 from palinode.weights.formats.small_files import read_json
-from palinode.weights.names import DOWN, EXPERT, GATE_UP, HEADS, by_plain, is_embedding, is_head, plain
+from palinode.weights.names import HEADS, by_plain, is_embedding, is_head, plain
 from palinode.weights.packed import refuse_packed
 from palinode.weights.tensors import FLOAT_BYTES, OTHER_BYTES, TensorInfo, by_file
 
@@ -140,61 +140,10 @@ class Checkpoint(Point):
         own = self.spelled(name)
         if own is not None:
             return self.tensors[own]
-        return self._one_expert(name) or self._all_experts(name)
-
-    def _one_expert(self, name: str) -> TensorInfo | None:
-        """Return one expert's matrix as a part of the tensor that holds all of them."""
-        found = EXPERT.fullmatch(plain(name))
-        if found is None:
+        if "experts" not in name:
             return None
-        stem, expert, kind = found[1] or "", int(found[2]), found[3]
-        fused = self.tensors.get(self.names.get(stem + (DOWN if kind == "down_proj" else GATE_UP), ""))
-        halves = 1 if kind == "down_proj" else 2
-        if type(fused) is not TensorInfo or len(fused.shape) != 3 or fused.shape[1] % halves:
-            return None
-        count, rows, columns = fused.shape
-        nbytes, place = fused.nbytes // max(1, count * halves), expert * halves + (kind == "up_proj")
-        return (
-            replace(
-                fused,
-                name=f"{fused.name}[{place}]",
-                shape=(rows // halves, columns),
-                offset=fused.offset + place * nbytes,
-                nbytes=nbytes,
-            )
-            if expert < count
-            else None
-        )
-
-    def _all_experts(self, name: str) -> TensorInfo | None:
-        """Return the tensor that holds all experts, put together from the files' one of each."""
-        stem, kinds = plain(name), ("gate_proj", "up_proj")
-        if stem.endswith(DOWN):
-            kinds = ("down_proj",)
-        elif not stem.endswith(GATE_UP):
-            return None
-        stem = stem.rpartition(".")[0]
-        parts: list[TensorInfo] = []
-        while all(f"{stem}.{len(parts) // len(kinds)}.{kind}.weight" in self.names for kind in kinds):
-            number = len(parts) // len(kinds)
-            parts += [self.tensors[self.names[f"{stem}.{number}.{kind}.weight"]] for kind in kinds]
-        alike = {(type(part), part.dtype, part.shape) for part in parts}
-        if len(alike) != 1 or type(parts[0]) is not TensorInfo or len(parts[0].shape) != 2:
-            return None
-        rows, columns = parts[0].shape
-        strides = row_major((1, rows, columns), parts[0].itemsize)
-        pieces = [
-            Piece(
-                (place // len(kinds), place % len(kinds) * rows, 0),
-                (1, rows, columns),
-                part.file,
-                part.offset,
-                strides,
-            )
-            for place, part in enumerate(parts)
-        ]
-        shape = (len(parts) // len(kinds), len(kinds) * rows, columns)
-        return pieced(parts[0].name, parts[0].dtype, shape, parts[0].itemsize, pieces)
+        by_plain_name = {key: self.tensors[own] for key, own in self.names.items()}
+        return one_expert(by_plain_name, name) or all_experts(by_plain_name, name)
 
     def twin(self, name: str) -> TensorInfo | None:
         """Return the other copy of a tied tensor that lies in the files twice, else None."""

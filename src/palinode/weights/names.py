@@ -21,10 +21,6 @@ WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 STEMS = {"base_model", "model", "transformer", "gpt_neox", "backbone", "language_model", "text_model"}
 """What stands before the name that a tensor has in the bare model."""
 
-GATE_UP, DOWN = "experts.gate_up_proj", "experts.down_proj"
-EXPERT = re.compile(r"(.*\.)?experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
-"""One expert's matrix. Fused: [E, 2I, H] has each expert's gate and, below it, its up; [E, H, I] its down."""
-
 MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 # What a model computes for itself, and old checkpoints hold all the same.

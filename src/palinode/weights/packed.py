@@ -74,9 +74,9 @@ def _packed(infos: Sequence[TensorInfo]) -> list[TensorInfo]:
     matrices = [info for info in whole if len(info.shape[_leading_ones(info.shape) :]) > 1]
     called = [info for info in whole if CALLED_WEIGHTS.search(info.name)]
     total, is_model = _bytes(infos), any(EMBEDDING.search(info.name) for info in infos)
-    if any(info in called for info in matrices) or (is_model and _bytes(matrices) > NOTABLE * total):
-        return matrices
-    return called if _bytes(called) > total / 2 else []
+    if any(len(info.shape) > 1 for info in called) or _bytes(called) > total / 2:
+        return whole
+    return whole if is_model and _bytes(matrices) > NOTABLE * total else []
 
 
 def _leading_ones(shape: tuple[int, ...]) -> int:

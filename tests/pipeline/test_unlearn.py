@@ -141,7 +141,8 @@ def test_record_has_exactly_the_documented_keys(done):
     assert set(done.record["vectors"]) == {"forget", "retain", "cosine", "parts"}
     assert set(done.record["vectors"]["parts"]) == {"embedding", "layer 0", "layer 1", "rest"}
     known = {"forget", "retain", "effective", "relative_error", "moved_share", "rounding", "parts", "notes"}
-    assert set(done.record["dose"]) == known
+    assert set(done.record["dose"]) == {*known, "unreached_share"}
+    assert done.record["dose"]["unreached_share"] == 0
     for run in done.record["training"].values():
         assert set(run) == {"rows", "steps", "tokens", "first_loss", "last_loss", "curve", "seconds"}
 

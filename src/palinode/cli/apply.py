@@ -101,6 +101,7 @@ def _facts(output: Path, saved: Saved) -> dict[str, Any]:
         "effective": dict(dose.effective),
         "relative_error": dose.relative_error,
         "moved_share": dose.moved_share,
+        "unreached_share": dose.unreached_share,
         "parts": {
             name: {"effective": dict(part.effective), "moved_share": part.moved_share}
             for name, part in dose.parts.items()
@@ -111,7 +112,9 @@ def _facts(output: Path, saved: Saved) -> dict[str, Any]:
 
 
 def _sentence(output: Path, saved: Saved) -> str:
-    scales = ", ".join(f"{name} {scale:.4f}" for name, scale in saved.dose.effective.items())
+    dose = saved.dose
+    scales = ", ".join(f"{name} {scale:.4f}" for name, scale in dose.effective.items())
     return (
-        f"{output}: effective scales {scales or 'unknown'}; {saved.dose.moved_share:.1%} of the weights moved"
+        f"{output}: effective scales {scales or 'unknown'}; {dose.moved_share:.1%} of the weights moved, "
+        f"{dose.unreached_share:.1%} of the model's numbers are beyond any sum"
     )

@@ -7,13 +7,14 @@ sees is what the saved model does. Every parameter is touched once; no second mo
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import blake3
 import torch
 from transformers import PreTrainedModel
 
-from palinode.errors import MismatchError
-from palinode.models.loading import DTYPES, stored_names
+from palinode.errors import CheckpointError, MismatchError
+from palinode.models.loading import DTYPES, build_empty
 from palinode.weights.arithmetic import Evaluator, choose_rounding, settings
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.direction import Point
@@ -21,8 +22,10 @@ from palinode.weights.displacement import check_displacements
 from palinode.weights.files import Files
 from palinode.weights.fingerprints import check_files, unchanged
 from palinode.weights.formulas import formula
+from palinode.weights.names import is_head
 from palinode.weights.preflight import check_fit
 from palinode.weights.slices import Slice, map_slices, per_thread, slices
+from palinode.weights.tensors import TensorInfo
 
 
 @torch.no_grad()
@@ -80,20 +83,61 @@ def contents(model: PreTrainedModel) -> str:
 
 
 def _flat_parameters(model: PreTrainedModel, anchor: Checkpoint) -> dict[str, torch.Tensor]:
-    """Return each parameter as one dimension, by the name it has in the checkpoint's files."""
+    """Return where each of the checkpoint's tensors lies in the live model, as one dimension, by its name.
+
+    A live model may hold all experts of a layer in one parameter: then an expert's matrix is a part of it.
+    """
+    parameters = dict(model.named_parameters())
+    live = _live_layout(model, anchor)
     flat: dict[str, torch.Tensor] = {}
-    names = stored_names([name for name, _ in model.named_parameters()], model, anchor)
-    for name, parameter in model.named_parameters():
-        info = anchor.tensors.get(names.get(name, ""))
-        if info is None or info.shape != tuple(parameter.shape):
-            raise MismatchError(
-                f"the live model's parameter {name} has no counterpart in {anchor.folder}; "
-                "this architecture renames its weights on loading, so give the scales as numbers"
-            )
-        if info.name in flat:
-            raise MismatchError(
-                f"the live model has {name} apart from its embedding, and {anchor.folder} has them tied; "
-                "load the model from that folder"
-            )
-        flat[info.name] = parameter.data.view(-1)
-    return flat
+    unfilled = {name: value.numel() for name, value in parameters.items()}
+    for name, info in anchor.tensors.items():
+        place = live.find(name) or live.find(f"{model.base_model_prefix}.{name}")
+        if (
+            anchor.is_second_copy(name)
+            or place is None
+            or type(place) is not TensorInfo
+            or place.shape != info.shape
+        ):
+            continue
+        own, start = str(place.file), place.offset // place.itemsize
+        flat[name] = parameters[own].data.view(-1)[start : start + place.size]
+        unfilled[own] -= place.size
+    left = next((name for name, count in unfilled.items() if count), None)
+    if left is None:
+        return flat
+    if anchor.tied and is_head(left):
+        raise MismatchError(
+            f"the live model has {left} apart from its embedding, and {anchor.folder} has them tied; "
+            "load the model from that folder"
+        )
+    raise MismatchError(
+        f"the live model's parameter {left} has no counterpart in {anchor.folder}; "
+        "this architecture renames its weights on loading, so give the scales as numbers"
+    )
+
+
+def check_live(checkpoint: Checkpoint) -> None:
+    """Raise MismatchError where `put` could not put sums of this checkpoint into its live model.
+
+    The model is built without its weights. Raises CheckpointError when transformers cannot build it.
+    """
+    try:
+        model = build_empty(checkpoint)
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers raises many kinds
+        raise CheckpointError(
+            f"transformers cannot build {checkpoint.folder} ({type(error).__name__}: {error}); update "
+            "transformers, or take a model that it knows"
+        ) from error
+    _flat_parameters(model, checkpoint)
+
+
+def _live_layout(model: PreTrainedModel, anchor: Checkpoint) -> Checkpoint:
+    """Return a live model's parameters as a checkpoint has tensors, each in a "file" of its own name."""
+    infos = {
+        name: TensorInfo(name, "F32", tuple(value.shape), Path(name), 0, 4 * value.numel())
+        for name, value in model.named_parameters()
+    }
+    return Checkpoint(anchor.folder, infos, {})

@@ -176,12 +176,11 @@ def stored_names(live: Iterable[str], model: PreTrainedModel, checkpoint: Checkp
     The text tower of a wrapper, and models whose files leave out the prefix, have other names in memory. A
     weight that has no counterpart of its own is left out.
     """
-    live, wrapped = set(live), "text_config" in checkpoint.config
-    names = {name: info.name for name in live if (info := checkpoint.find(name))}
+    live = set(live)
+    names = {name: own for name in live if (own := checkpoint.spelled(name))}
     for stored in checkpoint.tensors:
-        name = _in_text_tower(stored) if wrapped else f"{model.base_model_prefix}.{stored}"
-        if name in live:
-            names[name] = stored
+        if (name := f"{model.base_model_prefix}.{stored}") in live:
+            names.setdefault(name, stored)
     return names
 
 

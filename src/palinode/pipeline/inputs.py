@@ -19,13 +19,14 @@ from palinode.errors import DataError, MismatchError, OutputError, RecipeError
 from palinode.evaluation.yardstick import BASE_ALONE
 from palinode.methods import METHODS
 from palinode.methods.material import read_refusals
+from palinode.models.inplace import check_live
 from palinode.models.loading import check_positions, load_config, load_tokenizer, pick_device
 from palinode.pipeline.recipe import Recipe
 from palinode.pipeline.tracking import check_trackers
 from palinode.records import fitting
 from palinode.weights.atomic import check_output
 from palinode.weights.checkpoint import Checkpoint, require_causal_lm
-from palinode.weights.preflight import check_same_shape
+from palinode.weights.preflight import check_sum, check_tokenizers
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +96,8 @@ def open_inputs(recipe: Recipe) -> Inputs:
     base = _open(models.base, models.allow_pickle) if models.base else None
     target = _open(models.target, models.allow_pickle) if models.target else None
     retrained = _open(models.retrained, models.allow_pickle) if models.retrained else None
-    if target is not None and base is not None:
-        _check_pair(target, base, recipe)
+    if target is not None:
+        _check_models(target, base, retrained, recipe)
     rows, notes = _open_rows(recipe)
     refusals = tuple(read_refusals(recipe.data.refusals)) if recipe.data.refusals else ()
     inputs = Inputs(recipe, base, target, retrained, rows, tuple(notes), refusals)
@@ -162,12 +163,26 @@ def _open(location: str, allow_pickle: bool) -> Checkpoint:
     return checkpoint
 
 
-def _check_pair(target: Checkpoint, base: Checkpoint, recipe: Recipe) -> None:
-    """Raise MismatchError unless target and base are two states of one model."""
-    check_not_same(target, base, recipe.method, recipe.method_settings)
-    check_kind(target, base)
-    check_same_shape([base], target)
-    check_vocabulary(target, base)
+def _check_models(
+    target: Checkpoint, base: Checkpoint | None, retrained: Checkpoint | None, recipe: Recipe
+) -> None:
+    """Raise MismatchError unless the models are states of one model, as the last step will ask too."""
+    if base is not None:
+        check_not_same(target, base, recipe.method, recipe.method_settings)
+        check_kind(target, base)
+    check_sum(target, [] if base is None else [base])
+    if base is not None:
+        check_vocabulary(target, base)
+    if retrained is not None:
+        check_tokenizers(target, [retrained])
+    if tries_scales(recipe):
+        check_live(target)
+
+
+def tries_scales(recipe: Recipe) -> bool:
+    """Tell whether pairs of scales will be tried on a live model."""
+    given = recipe.scales.forget is not None and (recipe.scales.retain is not None or not recipe.data.retain)
+    return METHODS[recipe.method].kind == "arithmetic" and not given
 
 
 def check_not_same(target: Checkpoint, base: Checkpoint, method: str, settings: Mapping[str, Any]) -> None:

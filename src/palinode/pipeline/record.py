@@ -164,6 +164,7 @@ def dose_facts(saved: Saved, asked: Mapping[str, float]) -> dict[str, Any]:
         "effective": effective,
         "relative_error": saved.dose.relative_error,
         "moved_share": saved.dose.moved_share,
+        "unreached_share": saved.dose.unreached_share,
         "rounding": saved.rounding,
         "parts": {
             name: {"effective": dict(part.effective), "moved_share": part.moved_share}

@@ -44,6 +44,7 @@ from palinode.weights import Checkpoint
 from palinode.weights.atomic import claimed
 from palinode.weights.atomic import publish as publish_folder
 from palinode.weights.fingerprints import check_stamps, take_stamps
+from palinode.weights.preflight import complain_of_nonfinite
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,7 @@ def unlearn(
         report = full_report(finished, workspace.folder)
         there = report if report.exists() else None
         return Unlearned(Path(recipe.output.folder), finished, known, finished_before=True, report=there)
+    complain_of_nonfinite(entry for entry in (inputs.target, inputs.base) if entry is not None)
     costs = make_plan(inputs)
     check_places(recipe, inputs, needs=costs.disk)
     for line in describe(costs):

@@ -280,6 +280,7 @@ def _vector_section(record: Mapping[str, Any]) -> list[str]:
         "Cosine between the two vectors": number(at(record, "vectors", "cosine")),
         "Rounding error, relative to the whole change": number(at(record, "dose", "relative_error")),
         "Weights that changed": percent(at(record, "dose", "moved_share")),
+        "Numbers that no sum reaches": percent(at(record, "dose", "unreached_share")),
         "Rounding": at(record, "dose", "rounding") or DASH,
     }
     known = [f"- {fact}: {value}" for fact, value in facts.items() if value != DASH]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Self
 
 from palinode.errors import CheckpointError
-from palinode.weights.checkpoint import HEADS, Checkpoint
+from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.direction import LARGEST
 from palinode.weights.displacement import (
     PIECE,
@@ -32,6 +32,7 @@ from palinode.weights.displacement import (
 from palinode.weights.files import Files
 from palinode.weights.formats.pickled import read_pickled
 from palinode.weights.formats.safetensors import read_header
+from palinode.weights.names import is_head
 from palinode.weights.tensors import FLOAT_BYTES, TensorInfo
 
 CONFIG = "adapter_config.json"
@@ -220,7 +221,7 @@ def _changes(
         rank = _value_for(module, config.get("rank_pattern"), config["r"])
         alpha = _value_for(module, config.get("alpha_pattern"), config["lora_alpha"])
         a, b = _checked_pair(folder, module, factors, rank)
-        if "embedding A" in factors or (swapped and name not in HEADS):
+        if "embedding A" in factors or (swapped and not is_head(name)):
             left, right = Factor(a, transposed=True), Factor(b, transposed=True)
         else:
             left, right = Factor(b), Factor(a)
@@ -253,7 +254,7 @@ def _checked_pair(
 
 def _is_mixed(config: Mapping[str, Any], pairs: Pairs) -> bool:
     """Tell whether fan_in_fan_out may be wrong: peft keeps one flag, and the head comes last and sets it."""
-    heads = any(f"{module}.weight" in HEADS for module in pairs)
+    heads = any(is_head(f"{module}.weight") for module in pairs)
     swapped = any(module.rpartition(".")[2] in CONV1D_LAYERS for module in pairs)
     return heads and swapped and not config.get("fan_in_fan_out")
 

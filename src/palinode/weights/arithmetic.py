@@ -18,10 +18,11 @@ import numpy as np
 
 from palinode.errors import InputError
 from palinode.weights import kernels
-from palinode.weights.checkpoint import EMBEDDINGS, HEADS, TensorInfo
+from palinode.weights.checkpoint import TensorInfo
 from palinode.weights.dose import EVERY, SAMPLED_FROM, DoseMeter
 from palinode.weights.files import Files
 from palinode.weights.formulas import Formula, formula
+from palinode.weights.names import is_embedding, is_head
 from palinode.weights.operands import STORED, Loaded, Operands
 from palinode.weights.preflight import complain_of_nonfinite
 from palinode.weights.slices import SLICE, Slice
@@ -191,7 +192,7 @@ def name_key(seed: int, name: str) -> int:
 
     Output head and embedding share theirs: a tied pair rounds alike even where no config says it is one.
     """
-    name = "embedding" if name in HEADS or name.endswith(EMBEDDINGS) else name
+    name = "embedding" if is_head(name) or is_embedding(name) else name
     digest = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 

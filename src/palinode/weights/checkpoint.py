@@ -10,11 +10,13 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from palinode.errors import CheckpointError
 from palinode.weights.direction import Point
+from palinode.weights.experts import all_experts, one_expert
 from palinode.weights.foreign import check_folder, inside
 from palinode.weights.formats.distributed import METADATA
 from palinode.weights.formats.layouts import (
@@ -29,15 +31,15 @@ from palinode.weights.formats.layouts import (
 )
 from palinode.weights.formats.safetensors import MAX_HEADER, read_header
 from palinode.weights.formats.small_files import read_json
+from palinode.weights.names import HEADS, by_plain, is_embedding, is_head, plain
+from palinode.weights.packed import refuse_packed
 from palinode.weights.tensors import FLOAT_BYTES, OTHER_BYTES, TensorInfo, by_file
 
 if TYPE_CHECKING:
     from palinode.weights.direction import Term
 
 __all__ = [
-    "EMBEDDINGS",
     "FLOAT_BYTES",
-    "HEADS",
     "INDEX",
     "MAX_HEADER",
     "OTHER_BYTES",
@@ -73,10 +75,6 @@ PAPERS = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "*USE_POLICY*", "*TERMS
 ON_HUB = ("*.safetensors", INDEX, "adapter_config.json", *COMPANIONS, *PAPERS)
 PICKLES_ON_HUB = ("*.bin", "*.pt", "*.pth", PICKLE_INDEX, METADATA, "*.distcp")
 
-# An output head that is left out of the file shares its storage with the token embedding.
-HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "tok_embeddings.weight")
-
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint(Point):
@@ -87,6 +85,8 @@ class Checkpoint(Point):
     config: Mapping[str, Any] = field(compare=False, repr=False)
     tied: tuple[str, str] | None = field(init=False, compare=False, repr=False)
     """Names of (output head, token embedding) when the two share their weights, else None."""
+    names: Mapping[str, str] = field(init=False, compare=False, repr=False)
+    """The tensors' names by their plain ones; see `names`."""
     file: Path | None = None
     """The one weight file that was named, where it was not the folder."""
     format: Format = field(default="safetensors", compare=False, repr=False)
@@ -95,6 +95,7 @@ class Checkpoint(Point):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tied", _tied_pair(self.tensors, self.config))
+        object.__setattr__(self, "names", by_plain(self.tensors))
 
     @classmethod
     def open(cls, location: Path | str, *, allow_pickle: bool = False) -> Checkpoint:
@@ -114,6 +115,7 @@ class Checkpoint(Point):
         config = {} if kind == "gguf" else _read_config(folder, optional=kind == "distributed")
         contents = read_contents(leading, allow_pickle=allow_pickle)
         config = config if contents.config is None else contents.config
+        refuse_packed(path, contents.tensors, config)
         tensors = _without_shared_head(contents.tensors, config)
         return cls(folder, tensors, config, named, kind, contents.notes)
 
@@ -127,11 +129,27 @@ class Checkpoint(Point):
         """The checkpoint itself."""
         return self
 
+    def spelled(self, name: str) -> str | None:
+        """Return the name by which the files hold a tensor, whatever spelling it is asked for by."""
+        if name in self.tensors:
+            return name
+        if self.tied and is_head(name) and self.tied[0] not in self.tensors:
+            return self.tied[1]
+        return self.names.get(plain(name))
+
     def find(self, name: str) -> TensorInfo | None:
-        """Return the tensor of that name; a tied head that is not in the files stands for its embedding."""
-        if self.tied and name in HEADS and name not in self.tensors:
-            return self.tensors[self.tied[1]]
-        return self.tensors.get(name)
+        """Return the tensor of that name, under whatever spelling the files hold it.
+
+        A tied head that is not in the files stands for its embedding. The matrix of one expert is found in
+        all experts' fused one, and the other way round.
+        """
+        own = self.spelled(name)
+        if own is not None:
+            return self.tensors[own]
+        if "experts" not in name:
+            return None
+        by_plain_name = {key: self.tensors[own] for key, own in self.names.items()}
+        return one_expert(by_plain_name, name) or all_experts(by_plain_name, name)
 
     def twin(self, name: str) -> TensorInfo | None:
         """Return the other copy of a tied tensor that lies in the files twice, else None."""
@@ -141,7 +159,7 @@ class Checkpoint(Point):
 
     def is_second_copy(self, name: str) -> bool:
         """Tell whether this is a tied head that lies in the files beside its embedding."""
-        return name in HEADS and self.twin(name) is not None
+        return is_head(name) and self.twin(name) is not None
 
     @property
     def nbytes(self) -> int:
@@ -191,6 +209,23 @@ def require_causal_lm(checkpoint: Checkpoint) -> None:
             f"{checkpoint.folder} is a {', '.join(names)}, not a causal language model; "
             "Palinode works on models that AutoModelForCausalLM can load"
         )
+    require_head(checkpoint)
+
+
+def require_head(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError when a causal language model's head is not tied and lies in no file either."""
+    listed = checkpoint.config.get("architectures")
+    causal = any("CausalLM" in str(name) for name in listed) if isinstance(listed, list) else None
+    if causal is None:
+        causal = checkpoint.config.get("tie_word_embeddings") is False
+    names = checkpoint.tensors
+    if not causal or checkpoint.tied or not any(map(is_embedding, names)) or any(map(is_head, names)):
+        return
+    raise CheckpointError(
+        f"{checkpoint.folder} is incomplete: its output head is not tied to the embedding (config.json, or "
+        "its architecture's default), and no file holds it (lm_head.weight); fetch or save the model again, "
+        "or set tie_word_embeddings to true if that is the truth"
+    )
 
 
 def _without_shared_head(
@@ -207,11 +242,34 @@ def _without_shared_head(
 
 
 def _tied_pair(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> tuple[str, str] | None:
-    embedding = next((name for name in tensors if name.endswith(EMBEDDINGS)), None)
-    head = next((name for name in HEADS if name in tensors), None)
-    if embedding is None or (head and not config.get("tie_word_embeddings", False)):
+    embedding = next((name for name in tensors if is_embedding(name)), None)
+    head = next((name for name in tensors if is_head(name)), None)
+    if embedding is None or not (head is None if (ties := _ties(config)) is None else ties):
         return None
     return head or HEADS[0], embedding
+
+
+def _ties(config: Mapping[str, Any]) -> bool | None:
+    """Tell whether a config ties head and embedding; where it says nothing, its architecture's class does.
+
+    None where transformers knows no such architecture.
+    """
+    inner = config.get("text_config")
+    for settings in (config, inner if isinstance(inner, dict) else {}):
+        if isinstance(said := settings.get("tie_word_embeddings"), bool):
+            return said
+    kind = config.get("model_type")
+    return _ties_by_default(kind) if isinstance(kind, str) else None
+
+
+@lru_cache
+def _ties_by_default(kind: str) -> bool | None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        return bool(CONFIG_MAPPING[kind]().tie_word_embeddings)
+    except Exception:  # no such architecture, or a class that needs more than defaults
+        return None
 
 
 # Finding the files
@@ -286,9 +344,4 @@ def _read_config(folder: Path, *, optional: bool) -> Mapping[str, Any]:
     config = read_json(file)
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} does not hold a JSON object; fetch the model again")
-    if config.get("quantization_config"):
-        raise CheckpointError(
-            f"{folder} is quantised; weights can be added only in floating point: "
-            "use the model it was made from"
-        )
     return config

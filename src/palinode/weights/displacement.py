@@ -29,6 +29,7 @@ from palinode.weights.files import Files
 from palinode.weights.fingerprints import tensor_digests
 from palinode.weights.formats.small_files import read_json
 from palinode.weights.lowrank import multiply
+from palinode.weights.names import by_plain, plain
 from palinode.weights.tensors import TensorInfo
 
 PIECE = 1 << 18
@@ -76,6 +77,11 @@ class Displacement(Direction):
     """What is changed, by the names that tensors have in the model."""
     stands_for_both: ClassVar[bool] = True
     """Whether a change of the embedding is meant for a head that is tied to it as well."""
+    names: Mapping[str, str] = field(init=False, compare=False, repr=False)
+    """These names by their plain ones; see `names`."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", by_plain(self.changes))
 
     @property
     def terms(self) -> Mapping[Term, float]:
@@ -93,11 +99,15 @@ class Displacement(Direction):
         return str(blake3.blake3(json.dumps(facts).encode()).hexdigest()[:32])
 
     def change_of(self, name: str, layout: Checkpoint) -> Change | None:
-        """Return what happens to a tensor of a model; where head and embedding are tied, the same to both."""
-        if layout.tied and name in layout.tied:
+        """Return what happens to a tensor of a model, under any spelling; to a tied pair the same."""
+        if layout.tied and layout.spelled(name) in layout.tied:
             head, embedding = layout.tied
-            return self.changes.get(embedding) or self.changes.get(head)
-        return self.changes.get(name)
+            return self.named(embedding) or self.named(head)
+        return self.named(name)
+
+    def named(self, name: str) -> Change | None:
+        """Return the change of a tensor, under whatever spelling it is held."""
+        return self.changes.get(name) or self.changes.get(self.names.get(plain(name), ""))
 
     def check_fits(self, layout: Checkpoint) -> None:
         """Raise MismatchError unless every change has a floating-point tensor of its shape in a model.
@@ -116,11 +126,16 @@ class Displacement(Direction):
                     f"{self.folder} changes {name} as {_shape(change.shape)}, and in {layout.folder} it is "
                     f"{_shape(info.shape)}; were both made from one model?"
                 )
+            if not (layout.tied and info.name in layout.tied) and self.named(info.name) is not change:
+                raise MismatchError(
+                    f"{self.folder} changes {name}, and {layout.folder} keeps it as {info.name}, put "
+                    "together otherwise; make the vector from models that are saved alike"
+                )
         if layout.tied:
             self._check_tied(layout, *layout.tied)
 
     def _check_tied(self, layout: Checkpoint, head: str, embedding: str) -> None:
-        both = [self.changes.get(name) for name in (head, embedding)]
+        both = [self.named(name) for name in (head, embedding)]
         if both[0] is None and (both[1] is None or self.stands_for_both):
             return
         if both[0] is None or both[1] is None or not same_values(both[0], both[1]):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from palinode.weights.checkpoint import HEADS
 from palinode.weights.kernels import ALONG, ASKED, ERROR, MEASURED, MOVED, totals_of
+from palinode.weights.names import is_head
 
 ENOUGH = 0.95
 """Share of a scale that has to arrive; below it there is a warning."""
@@ -35,6 +35,9 @@ class Dose:
     """Share of floating-point weights whose stored value differs from the target's."""
     weights: int
     """Number of floating-point weights."""
+    unreached_share: float = 0.0
+    """Share of all numbers in the files that no sum reaches: integers, buffers, rows that are only the
+    target's. They stay as the target has them."""
     parts: Mapping[str, Dose] = field(default_factory=dict, repr=False)
     """The same for each part of the model: "embedding", "layer 0", …, "head", "rest"."""
 
@@ -46,6 +49,13 @@ class DoseMeter:
         self._directions = tuple(directions)
         self._totals: dict[str, np.ndarray] = {}
         self._weights: dict[str, int] = {}
+        self._others: dict[str, int] = {}
+        self._alone: dict[str, int] = {}
+
+    def leave_out(self, part: str, numbers: int, *, weights: bool) -> None:
+        """Take in numbers that stay the target's: `weights` are added by `add` as well, others are not."""
+        kind = self._alone if weights else self._others
+        kind[part] = kind.get(part, 0) + numbers
 
     def add(self, part: str, totals: np.ndarray, weights: int, *, every: int = 1) -> None:
         """Take in the totals of a slice of that many weights, of which one block in `every` was measured."""
@@ -66,16 +76,22 @@ class DoseMeter:
         """Return the dose of everything added so far."""
         parts = sorted(self._totals, key=part_order)
         total = sum((self._totals[part] for part in parts), totals_of(len(self._directions)))
+        everything = {*parts, *self._others, *self._alone}
         return self._dose(
-            total,
-            sum(self._weights.values()),
-            {part: self._dose(self._totals[part], self._weights[part], {}) for part in parts},
+            total, everything, {part: self._dose(self._totals[part], {part}, {}) for part in parts}
         )
 
-    def _dose(self, totals: np.ndarray, weights: int, parts: Mapping[str, Dose]) -> Dose:
+    def _dose(self, totals: np.ndarray, members: Set[str], parts: Mapping[str, Dose]) -> Dose:
+        """Return the dose of some parts of the model, of which these are the totals."""
         count = len(self._directions)
+        weights, others, alone = (
+            sum(numbers.get(part, 0) for part in members)
+            for numbers in (self._weights, self._others, self._alone)
+        )
+        unreached = (others + alone) / max(1, weights + others)
         if not np.isfinite(totals).all():
-            return Dose({}, None, float(totals[MOVED] / totals[MEASURED]), weights, parts)
+            moved = float(totals[MOVED] / totals[MEASURED])
+            return Dose({}, None, moved, weights, unreached, parts)
         gram = totals[ALONG + count :].reshape(count, count)
         effective = np.linalg.lstsq(gram, totals[ALONG : ALONG + count], rcond=1e-12)[0] if count else []
         return Dose(
@@ -83,6 +99,7 @@ class DoseMeter:
             relative_error=math.sqrt(totals[ERROR] / totals[ASKED]) if totals[ASKED] else 0.0,
             moved_share=float(totals[MOVED] / totals[MEASURED]) if totals[MEASURED] else 0.0,
             weights=weights,
+            unreached_share=unreached,
             parts=parts,
         )
 
@@ -110,7 +127,7 @@ def part_of(name: str) -> str:
     found = re.search(r"\.(\d+)\.", name)
     if found:
         return f"layer {found.group(1)}"
-    if name in HEADS:
+    if is_head(name):
         return "head"
     if "embed" in name or "wte" in name or "wpe" in name:
         return "embedding"

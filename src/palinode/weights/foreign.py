@@ -16,9 +16,9 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from palinode.errors import CheckpointError
+from palinode.errors import CheckpointError, unwritable
 from palinode.weights.formats.small_files import MAX_JSON, parse_json, read_small
 from palinode.weights.tensors import shown
 
@@ -117,6 +117,14 @@ def copy_inside(folder: Path, path: Path, place: Path) -> None:
                 shutil.copyfileobj(source, target)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be copied ({error.strerror}); look at the folder") from None
+
+
+def _pour(source: IO[bytes], place: Path) -> None:
+    try:
+        with place.open("wb") as target:
+            shutil.copyfileobj(source, target)
+    except OSError as error:
+        raise unwritable(place, error) from error
 
 
 def _check_config(file: Path) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from palinode.errors import InputError
+from palinode.errors import InputError, MismatchError
 from palinode.weights.arithmetic import NAMES
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.direction import Point, Term
+from palinode.weights.names import is_head
 from palinode.weights.preflight import check_fit
 
 FORMATS = (".safetensors", ".bin")
@@ -42,6 +43,8 @@ def mergekit_recipe(point: Point, *, dtype: str | None = None) -> str:
     models = {_readable(term): weight for term, weight in point.terms.items() if term != point.anchor}
     anchor, stored = _readable(point.anchor), dtype or _widest([point.anchor])
     check_fit(anchor, list(models))
+    for model in models:
+        _check_names(anchor, model)
     exact = "float64" if "float64" in (stored, _widest([anchor, *models])) else "float32"
     named = dtype or ("" if len(_dtypes([anchor])) == 1 else stored)
     entries = [
@@ -73,6 +76,17 @@ def _readable(term: Term) -> Checkpoint:
             f"{foreign[0].name}; write it as safetensors first, with palinode.save"
         )
     return term
+
+
+def _check_names(anchor: Checkpoint, model: Checkpoint) -> None:
+    """Raise MismatchError where a model has the tensors under other names, by which mergekit goes."""
+    for name, info in anchor.tensors.items():
+        found = model.find(name)
+        if info.is_float and found and not is_head(name) and name not in model.tensors:
+            raise MismatchError(
+                f"mergekit adds tensors of one name, and {model.folder} has {found.name} for {name}; load it "
+                "in transformers and save_pretrained, or apply the sum with Palinode, which finds them"
+            )
 
 
 def _dtypes(checkpoints: Iterable[Checkpoint]) -> set[str]:

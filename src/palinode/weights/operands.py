@@ -14,6 +14,7 @@ from palinode.weights.direction import Direction
 from palinode.weights.displacement import Displacement
 from palinode.weights.files import Files
 from palinode.weights.formulas import in_order
+from palinode.weights.preflight import complain_of_twins
 from palinode.weights.slices import SLICE, Slice
 
 STORED = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
@@ -56,6 +57,7 @@ class Operands:
         self._files = files
         self._raw = np.empty(0, np.uint8)
         self._buffers: dict[str, np.ndarray] = {}
+        self._found: dict[tuple[Checkpoint, str], TensorInfo] = {}
 
     def load(self, part: Slice, dtype: np.dtype) -> Loaded:
         """Read a slice of every operand in the working dtype, or as bfloat16 where all of them are that.
@@ -75,12 +77,12 @@ class Operands:
                 self._read(info, part, wides[place, : part.count])
             twin = self.checkpoints[place].twin(info.name)
             if twin and not self._same(info, twin, part):
-                self._complain_of_twins(self.checkpoints[place], info, twin)
+                complain_of_twins(self.checkpoints[place])
         extras = self._buffer("extras", len(self._displacements), part.count, dtype)
         for place, displacement in enumerate(self._displacements):
             layout = next(iter(self.checkpoints), None)
             name = part.info.name
-            change = displacement.change_of(name, layout) if layout else displacement.changes.get(name)
+            change = displacement.change_of(name, layout) if layout else displacement.named(name)
             if change is None:
                 extras[place, : part.count] = 0
             else:
@@ -88,9 +90,11 @@ class Operands:
         return Loaded(packed, halves, wides, extras)
 
     def _find(self, checkpoint: Checkpoint, part: Slice) -> TensorInfo:
-        info = checkpoint.find(part.info.name)
+        key = checkpoint, part.info.name
+        info = self._found.get(key) or checkpoint.find(part.info.name)
         if info is None:
             raise MismatchError(f"{checkpoint.folder} has no tensor {part.info.name}")
+        self._found[key] = info
         return info
 
     def _read_packed(self, infos: Sequence[TensorInfo], part: Slice, halves: np.ndarray) -> None:
@@ -126,13 +130,6 @@ class Operands:
             return False
         first = self._bytes(info, part).copy()
         return np.array_equal(first, self._bytes(twin, part))
-
-    @staticmethod
-    def _complain_of_twins(checkpoint: Checkpoint, info: TensorInfo, twin: TensorInfo) -> None:
-        raise MismatchError(
-            f"{checkpoint.folder} ties its output head to the embedding (config.json) but holds two "
-            f"different tensors, {info.name} and {twin.name}; set tie_word_embeddings to what is true"
-        )
 
     def _buffer(self, name: str, rows: int, count: int, dtype: np.dtype) -> np.ndarray:
         found = self._buffers.get(name)

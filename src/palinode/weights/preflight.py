@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import numpy as np
 
 from palinode.errors import CheckpointError, InputError, MismatchError
 from palinode.records import read_json
 from palinode.weights.blocks import map_blocks
-from palinode.weights.checkpoint import EMBEDDINGS, HEADS, Checkpoint, TensorInfo
+from palinode.weights.checkpoint import Checkpoint, TensorInfo, require_head
+from palinode.weights.displacement import Displacement, check_displacements
+from palinode.weights.fingerprints import check_files, tensor_digests
+from palinode.weights.names import HEADS, is_embedding, is_head, plain
 
 Rows = Literal["refuse", "shared"]
 """What to do where embeddings have different numbers of rows: refuse, or sum the rows that all have."""
@@ -26,7 +29,7 @@ Rows = Literal["refuse", "shared"]
 # Two models can agree in all shapes and still read them differently.
 ARCHITECTURE = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "n_head")
 
-HEAD_BIASES = tuple(name.replace(".weight", ".bias") for name in HEADS)
+HEAD_BIAS = HEADS[0].replace(".weight", ".bias")
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -41,6 +44,26 @@ INFINITY = {
     "F16": ("<u2", 0x7C00),
     "BF16": ("<u2", 0x7F80),
 }
+
+
+def check_sum(
+    reference: Checkpoint,
+    others: Sequence[Checkpoint],
+    displacements: Iterable[Displacement] = (),
+    *,
+    rows: Rows = "refuse",
+) -> Fit:
+    """Ask everything that a sum needs of its terms, before anything is trained or written.
+
+    The plan of a run and the doctor ask this very function, so that the last step has no other questions.
+    Raises MismatchError or CheckpointError for what does not fit.
+    """
+    fit = check_fit(reference, others, rows=rows)
+    check_files([reference, *others])
+    check_displacements(reference, displacements)
+    for checkpoint in (reference, *others):
+        _check_twins(checkpoint)
+    return Fit(fit.shared_rows, (*fit.notes, *check_tokenizers(reference, others)))
 
 
 # Names, shapes, tying
@@ -67,14 +90,16 @@ def check_fit(reference: Checkpoint, others: Sequence[Checkpoint], *, rows: Rows
     if rows not in get_args(Rows):
         raise InputError(f"there is no policy {rows!r} for rows; choose one of {', '.join(get_args(Rows))}")
     others = [other for other in others if other != reference]
+    notes: list[str] = []
     for other in others:
         _check_architecture(reference, other)
+        notes += _check_names(reference, other)
+        _check_tying(reference, other)
         _check_tensors(reference, other, rows)
     shared: dict[str, int] = {}
-    notes = []
     for name, info in reference.tensors.items():
         counts = {other: found.shape[0] for other in others if (found := other.find(name)) and found.shape}
-        if set(counts.values()) - {*info.shape[:1]}:
+        if info.is_float and set(counts.values()) - {*info.shape[:1]}:
             shared[name] = min(info.shape[0], *counts.values())
             notes.append(_rows_note(info, shared[name], counts))
     return Fit(shared, tuple(notes))
@@ -93,6 +118,72 @@ def _check_architecture(reference: Checkpoint, other: Checkpoint) -> None:
                 f"{reference.folder} and {other.folder} are not states of one model: {key} is {first} "
                 f"in the one and {second} in the other"
             )
+
+
+def _check_names(reference: Checkpoint, other: Checkpoint) -> Iterator[str]:
+    """Yield a note where the same tensors have other names; raise MismatchError where one has no partner.
+
+    Buffers need none: they stay the reference's.
+    """
+    sides = ((reference, other), (other, reference))
+    lost = [_without_partner(here, there) for here, there in sides]
+    for here, _ in sides if any(lost) else ():
+        require_head(here)
+    if all(lost):
+        raise MismatchError(
+            f"{reference.folder} and {other.folder} disagree on the names of their tensors: {len(lost[0])} "
+            f"of the one (first: {lost[0][0]}) and {len(lost[1])} of the other (first: {lost[1][0]}) have "
+            f"no counterpart; {_cause([*lost[0], *lost[1]])}"
+        )
+    for (here, there), names in zip(sides, lost, strict=True):
+        if names:
+            raise MismatchError(
+                f"{reference.folder} and {other.folder} disagree on {len(names)} of {len(here.tensors)} "
+                f"tensors ({names[0]} is missing in {there.folder}); {_cause(names)}"
+            )
+    respelled = [
+        (name, found.name)
+        for name, info in reference.tensors.items()
+        if info.is_float
+        and (found := other.find(name))
+        and name not in other.tensors
+        and not (is_head(name) and other.tied)
+    ]
+    if respelled:
+        yield (
+            f"{other.folder.name} has other names for {len(respelled)} tensors ({respelled[0][1]} for "
+            f"{respelled[0][0]}, …); they were taken for the same"
+        )
+
+
+def _without_partner(here: Checkpoint, there: Checkpoint) -> list[str]:
+    """Return the tensors that another checkpoint does not have, or has under a name that two could mean."""
+    return [
+        name
+        for name, info in here.tensors.items()
+        if info.is_float
+        and (there.find(name) is None or (name not in there.tensors and here.names.get(plain(name)) != name))
+    ]
+
+
+def _cause(names: Sequence[str]) -> str:
+    """Return why tensors may have no counterpart, and what to do."""
+    if any(".lora_" in name or ".base_layer." in name for name in names):
+        return (
+            "one was saved with an adapter that is not merged: merge it (merge_and_unload) and save it again"
+        )
+    if any("experts" in name for name in names):
+        return (
+            "one keeps its experts in fused tensors of another layout: save both again with save_pretrained "
+            "of one version of transformers"
+        )
+    return (
+        "are they states of one model, each saved whole? If another tool wrote one of them, save both again "
+        "with save_pretrained of one version of transformers"
+    )
+
+
+def _check_tying(reference: Checkpoint, other: Checkpoint) -> None:
     if (reference.tied is None) != (other.tied is None):
         tied, untied = (reference, other) if reference.tied else (other, reference)
         raise MismatchError(
@@ -101,13 +192,33 @@ def _check_architecture(reference: Checkpoint, other: Checkpoint) -> None:
         )
 
 
+def _check_twins(checkpoint: Checkpoint) -> None:
+    """Raise MismatchError where a tied head lies in the files beside another embedding than its own."""
+    if checkpoint.tied and checkpoint.twin(checkpoint.tied[0]):
+        infos = {name: checkpoint.tensors[name] for name in checkpoint.tied}
+        digests = tensor_digests(Checkpoint(checkpoint.folder, infos, {}), cached=False)
+        if len({*digests.values()}) > 1:
+            complain_of_twins(checkpoint)
+
+
+def complain_of_twins(checkpoint: Checkpoint) -> NoReturn:
+    """Raise MismatchError for a tied pair that is not one."""
+    head, embedding = checkpoint.tied or HEADS[:2]
+    raise MismatchError(
+        f"{checkpoint.folder} ties its output head to the embedding (config.json) but holds two "
+        f"different tensors, {head} and {embedding}; set tie_word_embeddings to what is true"
+    )
+
+
 def _check_tensors(reference: Checkpoint, other: Checkpoint, rows: Rows) -> None:
     problems, padded = _differences(reference, other), _different_rows(reference, other)
     if rows == "shared":
         problems = {name: problem for name, problem in problems.items() if name not in padded}
     if not problems:
         return
-    hint = "are they states of one model, saved with the same tokenizer?"
+    hint = "are they states of one model?"
+    if any(map(_is_vocabulary, problems)):
+        hint = "are they states of one model, saved with the same tokenizer?"
     if problems.keys() <= set(padded):
         hint = (
             "one has a padded vocabulary, or tokens that were added: with --rows shared the rows that all "
@@ -120,18 +231,17 @@ def _check_tensors(reference: Checkpoint, other: Checkpoint, rows: Rows) -> None
 
 
 def _differences(reference: Checkpoint, other: Checkpoint) -> dict[str, str]:
-    """Return what is different, in words, by the name of the tensor."""
+    """Return what is different in tensors that both have, in words, by the name of the tensor."""
     problems = {}
     for name, info in reference.tensors.items():
         found = other.find(name)
-        if found is None:
-            problems[name] = f"{name} is missing in {other.folder}"
-        elif found.shape != info.shape:
+        if found is None or not (info.is_float or found.is_float):
+            continue
+        if found.shape != info.shape:
             problems[name] = f"{name}: {_shape(info)} against {_shape(found)}"
         elif found.is_float != info.is_float:
             problems[name] = f"{name}: {info.dtype} against {found.dtype}"
-    extra = [name for name in other.tensors if reference.find(name) is None]
-    return problems | {name: f"{name} is missing in {reference.folder}" for name in extra}
+    return problems
 
 
 def _different_rows(reference: Checkpoint, other: Checkpoint) -> list[str]:
@@ -155,7 +265,7 @@ def _differ_in_rows(first: TensorInfo, second: TensorInfo) -> bool:
 
 def _is_vocabulary(name: str) -> bool:
     """Tell whether the rows of a tensor are tokens."""
-    return name.endswith(EMBEDDINGS) or name in HEADS or name in HEAD_BIASES
+    return is_embedding(name) or is_head(name) or plain(name) == HEAD_BIAS
 
 
 def _rows_note(info: TensorInfo, shared: int, counts: Mapping[Checkpoint, int]) -> str:

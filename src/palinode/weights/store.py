@@ -33,13 +33,11 @@ from palinode.weights.blocks import BLOCK, map_blocks
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.crew import Crew, Hand, Lead
 from palinode.weights.direction import Direction, Point
-from palinode.weights.displacement import check_displacements
 from palinode.weights.dose import Dose, DoseMeter, part_of, shortfalls
 from palinode.weights.files import Files
 from palinode.weights.fingerprints import (
     Stamps,
     block_digest,
-    check_files,
     check_stamps,
     remember,
     take_stamps,
@@ -48,7 +46,7 @@ from palinode.weights.fingerprints import (
 from palinode.weights.formulas import Formula, formula
 from palinode.weights.layout import OutputFile, OutputFiles, copy_companions, plan_files, write_index
 from palinode.weights.manifest import formula_terms, read_manifest, write_manifest
-from palinode.weights.preflight import Rows, check_fit, check_tokenizers
+from palinode.weights.preflight import Rows, check_sum
 from palinode.weights.slices import Slice, map_slices, per_thread, slices
 from palinode.weights.tensors import FLOAT_BYTES, TensorInfo
 
@@ -165,11 +163,9 @@ def _plan(
     form = formula(point, along)
     stamps = take_stamps((*form.checkpoints, *form.displacements))
     others = [checkpoint for checkpoint in form.checkpoints if checkpoint != point.anchor]
-    fit = check_fit(point.anchor, others, rows=rows)
-    check_files(form.checkpoints)
-    check_displacements(point.anchor, form.displacements)
+    fit = check_sum(point.anchor, others, form.displacements, rows=rows)
     told = [note for checkpoint in form.checkpoints for note in checkpoint.notes]
-    notes = (*told, *fit.notes, *check_tokenizers(point.anchor, others))
+    notes = (*told, *fit.notes)
     parts = list(slices(point.anchor, shared_rows=fit.shared_rows))
     files = plan_files(point.anchor, asked.code)
     job = _Job(form, asked, asked, None, output, files, parts, workers, notes, stamps)
@@ -210,6 +206,7 @@ def _write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], N
                 lead.dismiss()
         write_index(job.files, partial)
         copy_companions(job.anchor, partial, NAMES[job.asked.code] if job.asked.code else None)
+        _leave_out(job, meter)
         dose = meter.result()
         notes = (*job.notes, *_rounding_note(job), *shortfalls(dose, _asked(job.formula)))
         saved = Saved(Checkpoint.open(partial), dose, job.settings.rounding, notes)
@@ -256,6 +253,16 @@ def _fill(
     with Files() as files:
         map_slices(parts, per_thread(start), collect=collect, workers=job.workers, on_progress=on_progress)
     return meter, checksums
+
+
+def _leave_out(job: _Job, meter: DoseMeter) -> None:
+    """Tell the meter what stays the target's: tensors that are copied, and rows that nobody else has."""
+    for part in job.parts:
+        if part.alone and not job.anchor.is_second_copy(part.info.name):
+            meter.leave_out(part_of(part.info.name), part.count, weights=True)
+    for name, info in job.anchor.tensors.items():
+        if not info.is_float:
+            meter.leave_out(part_of(name), info.size, weights=False)
 
 
 def checksum(raw: memoryview) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from palinode.errors import CheckpointError
 from palinode.weights.files import Files
+from palinode.weights.names import is_buffer
 
 FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 OTHER_BYTES = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
@@ -50,8 +51,8 @@ class TensorInfo:
 
     @property
     def is_float(self) -> bool:
-        """Whether sums can be formed of it; other tensors are copied from the target."""
-        return self.dtype in FLOAT_BYTES
+        """Whether sums can be formed of it; integers and a model's own buffers are copied from the target."""
+        return self.dtype in FLOAT_BYTES and not is_buffer(self.name, self.shape, is_float=True)
 
     @property
     def itemsize(self) -> int:
@@ -75,9 +76,12 @@ def itemsize_of(file: Path, name: str, dtype: str) -> int:
     """Return the bytes of one element; raises CheckpointError for a dtype that we do not know."""
     itemsize = FLOAT_BYTES.get(dtype) or OTHER_BYTES.get(dtype)
     if itemsize is None:
+        eight = dtype.lower().startswith(("f8", "float8"))
+        kind = "FP8, a packed type" if eight else "a packed or quantised type"
+        way_out = "load it with dequantize=True in transformers and save_pretrained, or " if eight else ""
         raise CheckpointError(
-            f"{file}: {shown(name)} is stored as {shown(dtype)}, a packed or quantised type; weights can be "
-            "added only in float64, float32, float16 or bfloat16: use the model it was made from"
+            f"{file}: {shown(name)} is stored as {shown(dtype)}, {kind}; weights can be added only in "
+            f"float64, float32, float16 or bfloat16: {way_out}use the model it was made from"
         )
     return itemsize
 

@@ -8,14 +8,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from palinode.models.loading import build_empty, load_config, load_tokenizer, stored_names
+from palinode.errors import CheckpointError, MismatchError
+from palinode.models.inplace import check_live
+from palinode.models.loading import load_config, load_tokenizer
 from palinode.pipeline.doctor.equipment import gigabytes
-from palinode.pipeline.doctor.findings import Findings
+from palinode.pipeline.doctor.findings import Findings, text_and_fix
 from palinode.pipeline.inputs import check_kind, check_not_same, check_vocabulary
 from palinode.progress import Listener
 from palinode.weights import Checkpoint
 from palinode.weights.checkpoint import ON_HUB, require_causal_lm
-from palinode.weights.preflight import check_same_shape, count_nonfinite
+from palinode.weights.preflight import check_sum, count_nonfinite
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")
 WHOLE_MODEL = "name the folder of a whole model, or fetch it again"
@@ -52,10 +54,11 @@ def look_at_pair(
 ) -> None:
     """Look whether target and base are two states of one model."""
     fix = "name an earlier checkpoint of the target as its base"
+    notes: list[str] = []
     checks: Mapping[str, Callable[[], None]] = {
         "two models": lambda: check_not_same(target, base, method, settings),
         "architecture": lambda: check_kind(target, base),
-        "shapes": lambda: check_same_shape([base], target),
+        "shapes": lambda: notes.extend(check_sum(target, [base]).notes),
         "tokens": lambda: check_vocabulary(target, base),
     }
     before = findings.failures
@@ -64,6 +67,8 @@ def look_at_pair(
     if findings.failures > before:
         return
     findings.say("pair", "fit", "ok", "the same weights by name and shape, and the same tokens")
+    for note in notes:
+        findings.say("pair", "shapes", "note", note)
     if target != base and target.nbytes == base.nbytes and target.fingerprint() == base.fingerprint():
         text = "target and base lie in two folders and are the same to the last bit"
         findings.say("pair", "two models", "fail", text, fix)
@@ -135,18 +140,12 @@ def _look_at_values(findings: Findings, name: str, model: Checkpoint, listener: 
 def _look_at_names(findings: Findings, name: str, model: Checkpoint) -> None:
     """Compare the live model's weights with those in the files by name, as trying scales in memory needs."""
     try:
-        live = build_empty(model)
-    except Exception as error:  # transformers raises many kinds
-        text = f"transformers cannot build it ({_first_line(error)})"
-        findings.say("models", name, "fail", text, "update transformers, or take a model that it knows")
-        return
-    weights = dict(live.named_parameters())
-    names = stored_names(weights, live, model)
-    shapes = {part: model.tensors[name].shape for part, name in names.items()}
-    other = [part for part, value in weights.items() if shapes.get(part) != tuple(value.shape)]
-    if other:
-        text = f"{len(other)} weights have other names or shapes in memory than in the files ({other[0]})"
+        check_live(model)
+    except MismatchError as error:
+        text, _ = text_and_fix(str(error), "")
         findings.say("models", name, "warn", text, "give both scales as numbers: points cannot be tried")
+    except CheckpointError as error:
+        findings.say("models", name, "fail", *text_and_fix(str(error), WHOLE_MODEL))
 
 
 def _described(model: Checkpoint) -> str:

@@ -136,6 +136,7 @@ def dose_facts(content: Mapping[str, Any]) -> dict[str, str]:
         "Cosine between the two vectors": number(at(content, "vectors", "cosine")),
         "Rounding error, relative to the whole change": number(at(content, "dose", "relative_error")),
         "Weights that changed": percent(at(content, "dose", "moved_share")),
+        "Numbers that no sum reaches": percent(at(content, "dose", "unreached_share")),
         "Rounding": at(content, "dose", "rounding") or DASH,
     }
     return {name: value for name, value in facts.items() if value != DASH}

@@ -113,8 +113,7 @@ def copy_inside(folder: Path, path: Path, place: Path) -> None:
             same = os.path.samestat(status, inside(folder, path).stat())
             if not (same and stat.S_ISREG(status.st_mode)):
                 raise OSError(0, "it changes, or is no ordinary file")
-            with place.open("wb") as target:
-                shutil.copyfileobj(source, target)
+            _pour(source, place)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be copied ({error.strerror}); look at the folder") from None
 

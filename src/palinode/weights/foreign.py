@@ -41,6 +41,9 @@ CONFIGS = (
 )  # fmt: skip
 """What Python parses; the vocabularies beside them may be longer."""
 
+OPENED = re.compile(r"(tokenizer|vocab|merges|chat_template)|.*\.(model|tiktoken|jinja|index\.json)$")
+"""What else transformers reads whole."""
+
 NUMBERED = ("config.json", "generation_config.json")
 
 COUNTS = re.compile(r"(layers?|blocks|depths?|labels)$")
@@ -78,7 +81,7 @@ def check_folder(folder: Path) -> None:
             kind = path.stat().st_mode if path.exists() else stat.S_IFREG  # a link may lead nowhere
             if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
                 raise CheckpointError(f"{path} is a pipe or a device, which no model has; remove it")
-            if stat.S_ISREG(kind) and path.suffix == ".json" and path.stat().st_size > MAX_JSON:
+            if OPENED.match(path.name) and path.is_file() and path.stat().st_size > MAX_JSON:
                 raise CheckpointError(f"{path} has more than {MAX_JSON} bytes; is it a file of the model?")
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read ({error.strerror})") from None

@@ -227,7 +227,7 @@ def test_a_config_cannot_describe_more_than_the_weights_hold(folder, changes):
         load_model(Checkpoint.open(folder), device=CPU)
 
 
-@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.json", "chat_template.jinja", "x"])
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.json", "chat_template.jinja", "x.bin"])
 def test_a_pipe_in_the_folder_is_not_waited_for(folder, name):
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
@@ -339,4 +339,10 @@ def test_blobs_that_are_a_link_themselves_are_no_cache(folder, outside, tmp_path
 def test_weights_may_lie_on_another_disk(folder, tmp_path):
     (folder / "model.safetensors").rename(tmp_path / "weights")
     (folder / "model.safetensors").symlink_to(tmp_path / "weights")
+    assert len(Checkpoint.open(folder).tensors) > 0
+
+
+def test_a_pipe_that_nobody_opens_is_no_fault(folder):
+    os.mkfifo(folder / "agent.sock")
+    (folder / "tokenizer_lost.json").symlink_to("nowhere")
     assert len(Checkpoint.open(folder).tensors) > 0

@@ -41,8 +41,10 @@ CONFIGS = (
 )  # fmt: skip
 """What Python parses; the vocabularies beside them may be longer."""
 
-OPENED = re.compile(r"(tokenizer|vocab|merges|chat_template)|.*\.(model|tiktoken|jinja|index\.json)$")
-"""What else transformers reads whole."""
+READ = re.compile(r"(tokenizer|vocab|merges|chat_template)|.*\.(model|tiktoken|jinja|json)$")
+"""Names of files that transformers may read whole, apart from LOGS, which are of no use to it."""
+LOGS = ("trainer_state.json", "record.json", "weights.json")
+WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf)$")
 
 NUMBERED = ("config.json", "generation_config.json")
 
@@ -78,10 +80,11 @@ def check_folder(folder: Path) -> None:
     """Raise CheckpointError unless all that transformers may open in a folder can be opened without harm."""
     try:
         for path in folder.iterdir():
-            kind = path.stat().st_mode if path.exists() else stat.S_IFREG  # a link may lead nowhere
-            if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+            if not (READ.match(path.name) or WEIGHTS.match(path.name)) or not path.exists() or path.is_dir():
+                continue  # nobody opens it; or a link that leads nowhere
+            if not path.is_file():
                 raise CheckpointError(f"{path} is a pipe or a device, which no model has; remove it")
-            if OPENED.match(path.name) and path.is_file() and path.stat().st_size > MAX_JSON:
+            if READ.match(path.name) and path.name not in LOGS and path.stat().st_size > MAX_JSON:
                 raise CheckpointError(f"{path} has more than {MAX_JSON} bytes; is it a file of the model?")
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read ({error.strerror})") from None

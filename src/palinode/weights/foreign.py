@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from palinode.errors import CheckpointError
-from palinode.weights.formats.small_files import MAX_JSON, parse_json, read_small
+from palinode.weights.formats.small_files import MAX_JSON, read_json
 from palinode.weights.tensors import shown
 
 MAX_CONFIG = 10_000_000
@@ -148,10 +148,7 @@ def _check_config(file: Path) -> None:
 
 def read_config(file: Path) -> Any:
     """Return a config; raises CheckpointError when it is no JSON or too long."""
-    try:
-        return parse_json(read_small(file, limit=MAX_CONFIG), unique=False)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read ({shown(str(error))}); fetch the model again") from None
+    return read_json(file, limit=MAX_CONFIG)
 
 
 def walked(file: Path, content: Any) -> Iterator[tuple[str, Any]]:

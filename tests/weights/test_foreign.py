@@ -194,6 +194,8 @@ def test_doctor_ends_on_a_model_of_two_thousand_million_layers(folder, tiny, tmp
         ("config.json", {"x": float("nan")}, "NaN"),
         ("generation_config.json", {"max_new_tokens": 10**400}, "max_new_tokens"),
         ("tokenizer_config.json", {"vocab_file": "../model/../outside"}, "outside its folder"),
+        ("modules.json", {"0": {"type": "sentence_transformers_evil.Model"}}, "runs no code"),
+        ("sentence_bert_config.json", {"model_args": {"trust_remote_code": True}}, "runs no code"),
     ],
 )
 def test_a_config_that_fetches_or_never_ends_is_refused(folder, file, changes, said):

@@ -143,3 +143,9 @@ def test_list_of_one_kind_as_json(palinode):
 
 def test_list_of_something_else_is_refused(palinode):
     assert "there is no list of models" in palinode("list", "models").refusal
+
+
+def test_a_key_variable_without_a_judge_at_an_address_is_refused(palinode, tiny):
+    for judge in ([], ["--judge", "overlap"]):
+        said = palinode("evaluate", tiny.base.folder, "--data", tiny.forget, "--key-variable", "K", *judge)
+        assert "name that too, as --judge URL#MODEL" in said.refusal

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from palinode.weights import Checkpoint, save
 from palinode.weights.foreign import check_folder, from_pretrained
 from palinode.weights.layout import copy_companions
 
+CPU = torch.device("cpu")
 SOURCES = sorted(Path(palinode.__file__).parent.rglob("*.py"))
 LOADERS = {
     "from_pretrained",
@@ -113,6 +116,41 @@ def own_tokenizer_in_the_old_way(folder):
     change(folder / "tokenizer_config.json", tokenizer_class=None, auto_map=["evil.EvilTokenizer", None])
 
 
+def said_by_command(tmp_path, *words) -> str:
+    """What a command says, at whose standard input somebody agrees to everything; no mark may be left."""
+    marker = tmp_path / "marker"
+    run = subprocess.run(
+        [sys.executable, "-m", "palinode", *map(str, words)],
+        input="y\n" * 1000,
+        env={**os.environ, "MARKER": str(marker)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert not marker.exists()
+    said = " ".join((run.stdout + run.stderr).split())
+    assert "trust_remote_code" not in said
+    assert "[y/N]" not in said
+    assert "Traceback" not in said
+    return said
+
+
+@pytest.mark.parametrize("verb", ["doctor", "evaluate", "apply"])
+def test_code_of_a_model_folder_never_runs(folder, tiny, tmp_path, verb):
+    unknown_model(folder)
+    words = {
+        "doctor": ["--target", folder, "--base", tiny.base.folder, "--forget", tiny.forget],
+        "evaluate": [folder, "--data", tiny.forget],
+        "apply": ["--target", folder, "--base", tiny.base.folder, "--forget", folder, "--output", "out"],
+    }[verb]
+    said = said_by_command(tmp_path, verb, *words)
+    if verb != "apply":  # which needs no model that runs
+        assert "model_type = evil" in said
+        assert "runs no code" in said
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
@@ -122,25 +160,24 @@ def own_tokenizer_in_the_old_way(folder):
         (own_tokenizer_in_the_old_way, "tokenizer_class"),
     ],
 )
-def test_code_of_a_model_folder_never_runs(folder, tiny, tmp_path, spoil, said):
+def test_whoever_agrees_is_not_asked(folder, tmp_path, spoil, said, monkeypatch, capfd):
     spoil(folder)
-    marker = tmp_path / "marker"
-    words = ["doctor", "--target", str(folder), "--base", str(tiny.base.folder), "--forget", str(tiny.forget)]
-    run = subprocess.run(
-        [sys.executable, "-m", "palinode", *words],
-        input="y\n" * 1000,
-        env={**os.environ, "MARKER": str(marker)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert not marker.exists()
-    assert "trust_remote_code" not in run.stdout + run.stderr
-    assert "[y/N]" not in run.stdout + run.stderr
-    if said:
-        assert said in " ".join((run.stdout + run.stderr).split())
-        assert "runs no code" in " ".join((run.stdout + run.stderr).split())
+    monkeypatch.setenv("MARKER", str(tmp_path / "marker"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 100))
+    checkpoint = Checkpoint.open(folder)
+    for load in (load_config, load_tokenizer, build_empty, lambda one: load_model(one, device=CPU)):
+        wanted = pytest.raises(CheckpointError, match=f"{said}.* runs no code") if said else nullcontext()
+        with wanted:
+            load(checkpoint)
+    assert not (tmp_path / "marker").exists()
+    assert sys.stdin.read() == "y\n" * 100
+    assert capfd.readouterr().out == ""
+
+
+def test_doctor_ends_on_a_model_of_two_thousand_million_layers(folder, tiny, tmp_path):
+    change(folder / "config.json", num_hidden_layers=2**31)
+    words = ["--target", folder, "--base", tiny.base.folder, "--forget", tiny.forget]
+    assert "num_hidden_layers = 2147483648, which no model has" in said_by_command(tmp_path, "doctor", *words)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +194,8 @@ def test_code_of_a_model_folder_never_runs(folder, tiny, tmp_path, spoil, said):
         ("config.json", {"x": float("nan")}, "NaN"),
         ("generation_config.json", {"max_new_tokens": 10**400}, "max_new_tokens"),
         ("tokenizer_config.json", {"vocab_file": "../model/../outside"}, "outside its folder"),
+        ("modules.json", {"0": {"type": "sentence_transformers_evil.Model"}}, "runs no code"),
+        ("sentence_bert_config.json", {"model_args": {"trust_remote_code": True}}, "runs no code"),
     ],
 )
 def test_a_config_that_fetches_or_never_ends_is_refused(folder, file, changes, said):
@@ -187,10 +226,10 @@ def test_a_config_cannot_describe_more_than_the_weights_hold(folder, changes):
     with pytest.raises(Exception, match=r"^(?!.*memory)"):
         build_empty(Checkpoint.open(folder))
     with pytest.raises(CheckpointError):
-        load_model(Checkpoint.open(folder), device=torch.device("cpu"))
+        load_model(Checkpoint.open(folder), device=CPU)
 
 
-@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.json", "chat_template.jinja", "x"])
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.json", "chat_template.jinja", "x.bin"])
 def test_a_pipe_in_the_folder_is_not_waited_for(folder, name):
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
@@ -302,4 +341,10 @@ def test_blobs_that_are_a_link_themselves_are_no_cache(folder, outside, tmp_path
 def test_weights_may_lie_on_another_disk(folder, tmp_path):
     (folder / "model.safetensors").rename(tmp_path / "weights")
     (folder / "model.safetensors").symlink_to(tmp_path / "weights")
+    assert len(Checkpoint.open(folder).tensors) > 0
+
+
+def test_a_pipe_that_nobody_opens_is_no_fault(folder):
+    os.mkfifo(folder / "agent.sock")
+    (folder / "tokenizer_lost.json").symlink_to("nowhere")
     assert len(Checkpoint.open(folder).tensors) > 0

@@ -15,6 +15,7 @@ import typer
 
 from palinode.cli.console import listener, out
 from palinode.cli.options import AllowPickle, Device, Quiet
+from palinode.progress import plain
 
 if TYPE_CHECKING:
     from palinode.pipeline.chatting import Chat
@@ -175,7 +176,7 @@ class _Terminal:
     def _note(self, text: str) -> None:
         """Say something that is no answer."""
         if self.as_json:
-            print(text, file=sys.stderr)
+            print(plain(text), file=sys.stderr)
         else:
             self.console.print(text, soft_wrap=True)
 

@@ -93,6 +93,7 @@ def evaluate(
         "--holdout": holdout,
         "--against": against,
         "--judge": judge,
+        "--key-variable": key_variable,
         "--lm-eval": lm_eval,
         "--metrics": metrics,
         "--open-unlearning": open_unlearning,

@@ -218,6 +218,10 @@ def _check_log(settings: MeasureSettings, sets: Mapping[str, QuestionSet]) -> No
 
 def _open_judge(settings: MeasureSettings) -> Judge | None:
     """Return the judge that `overlap`, `offline:FOLDER` or `URL#model` names."""
+    if settings.key_variable and not (settings.judge or "").startswith(("http://", "https://")):
+        raise RecipeError(
+            "--key-variable names the key of a judge at an address; name that too, as --judge URL#MODEL"
+        )
     if settings.judge is None:
         return None
     name, _, model = settings.judge.partition("#")

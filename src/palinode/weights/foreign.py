@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from palinode.errors import CheckpointError, unwritable
-from palinode.weights.formats.small_files import MAX_JSON, parse_json, read_small
+from palinode.weights.formats.small_files import MAX_JSON, read_json
 from palinode.weights.tensors import shown
 
 MAX_CONFIG = 10_000_000
@@ -40,6 +40,11 @@ CONFIGS = (
     "config_sentence_transformers.json",
 )  # fmt: skip
 """What Python parses; the vocabularies beside them may be longer."""
+
+READ = re.compile(r"(tokenizer|vocab|merges|chat_template)|.*\.(model|tiktoken|jinja|json)$")
+"""Names of files that transformers may read whole, apart from LOGS, which are of no use to it."""
+LOGS = ("trainer_state.json", "record.json", "weights.json")
+WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf)$")
 
 NUMBERED = ("config.json", "generation_config.json")
 
@@ -77,10 +82,11 @@ def check_folder(folder: Path) -> None:
     """Raise CheckpointError unless all that transformers may open in a folder can be opened without harm."""
     try:
         for path in folder.iterdir():
-            kind = path.stat().st_mode if path.exists() else stat.S_IFREG  # a link may lead nowhere
-            if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+            if not (READ.match(path.name) or WEIGHTS.match(path.name)) or not path.exists() or path.is_dir():
+                continue  # nobody opens it; or a link that leads nowhere
+            if not path.is_file():
                 raise CheckpointError(f"{path} is a pipe or a device, which no model has; remove it")
-            if stat.S_ISREG(kind) and path.suffix == ".json" and path.stat().st_size > MAX_JSON:
+            if READ.match(path.name) and path.name not in LOGS and path.stat().st_size > MAX_JSON:
                 raise CheckpointError(f"{path} has more than {MAX_JSON} bytes; is it a file of the model?")
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read ({error.strerror})") from None
@@ -129,32 +135,37 @@ def _pour(source: IO[bytes], place: Path) -> None:
 def _check_config(file: Path) -> None:
     """Raise CheckpointError for a config that is endless, or has something loaded from elsewhere."""
     for key, value in walked(file, read_config(file)):
-        if isinstance(value, float) and math.isnan(value):
-            raise CheckpointError(f"{file} says {shown(key)} = NaN; fetch the model again")
-        if isinstance(value, str) and key.endswith("_implementation") and "/" in value:
-            raise CheckpointError(
-                f"{file} asks for the kernel {shown(value)}; Palinode fetches no code: remove it"
-            )
-        if isinstance(value, str) and key.endswith("_file") and _is_elsewhere(file.parent, value):
-            raise CheckpointError(f"{file} names {shown(value)}, a file outside its folder; do not trust it")
-        if (
-            type(value) is int
-            and (value >= 1 << 63 or (COUNTS.search(key) and value > MAX_COUNT))
-            and file.name in NUMBERED
-        ):
-            raise CheckpointError(
-                f"{file} says {shown(key)} = {shown(str(value))}, which no model has; fetch the model again"
-            )
-    if file.name == "modules.json":
-        _check_modules(file)
+        complaint = _in_text(file, key, value) if isinstance(value, str) else _in_number(file, key, value)
+        if complaint:
+            raise CheckpointError(f"{file} {complaint}")
+
+
+def _in_text(file: Path, key: str, text: str) -> str | None:
+    """Return what is wrong with a text in a config: it has something loaded."""
+    if key.endswith("_implementation") and "/" in text:
+        return f"asks for the kernel {shown(text)}; Palinode fetches no code: remove it"
+    if key.endswith("_file") and _is_elsewhere(file.parent, text):
+        return f"names {shown(text)}, a file outside its folder; do not trust it"
+    if file.name == "modules.json" and key == "type" and not text.startswith("sentence_transformers."):
+        return f"names {shown(text)}, which {NO_CODE}"
+    return None
+
+
+def _in_number(file: Path, key: str, value: Any) -> str | None:
+    """Return what is wrong with a number or truth value in a config: it would never end, or allow code."""
+    if isinstance(value, float) and math.isnan(value):
+        return f"says {shown(key)} = NaN; fetch the model again"
+    largest = MAX_COUNT if COUNTS.search(key) else (1 << 63) - 1
+    if type(value) is int and value > largest and file.name in NUMBERED:
+        return f"says {shown(key)} = {shown(str(value))}, which no model has; fetch the model again"
+    if value is True and key == "trust_remote_code" and "sentence" in file.name:
+        return f"asks for trust_remote_code: it {NO_CODE}"
+    return None
 
 
 def read_config(file: Path) -> Any:
     """Return a config; raises CheckpointError when it is no JSON or too long."""
-    try:
-        return parse_json(read_small(file, limit=MAX_CONFIG), unique=False)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read ({shown(str(error))}); fetch the model again") from None
+    return read_json(file, limit=MAX_CONFIG)
 
 
 def walked(file: Path, content: Any) -> Iterator[tuple[str, Any]]:
@@ -179,13 +190,6 @@ def _is_elsewhere(folder: Path, name: str) -> bool:
     """Tell whether a path in a config leads to something that exists outside the folder."""
     inside, place = os.path.abspath(folder), os.path.abspath(folder / name)  # noqa: PTH100 - takes out ".."
     return os.path.lexists(place) and os.path.commonpath([inside, place]) != inside
-
-
-def _check_modules(file: Path) -> None:
-    """Refuse what sentence-transformers would import by name."""
-    for key, value in walked(file, read_config(file)):
-        if key == "type" and not str(value).startswith("sentence_transformers."):
-            raise CheckpointError(f"{file} names {shown(str(value))}, which {NO_CODE}")
 
 
 def _refuse_own_code(folder: Path) -> None:

@@ -243,11 +243,9 @@ def _scores(
     """Return the score of each cell by set and metric, as plain values."""
     reference = None if theirs is None else Reference("retrained", theirs)
     name, _, model = (gauge.judge or "").partition("#")
-    judge = (
-        open_judge(name, model=model or None, key_variable=gauge.key_variable, device=gauge.device)
-        if name
-        else None
-    )
+    judge = None
+    if name:
+        judge = open_judge(name, model=model or None, key_variable=gauge.key_variable, device=gauge.device)
     verdicts = judge_sets(judge, asked.cells, asked.sets, outcomes, reference, gauge.seed, listener)
     measured = Measured(
         split=asked.split,

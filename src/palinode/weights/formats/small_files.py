@@ -32,16 +32,16 @@ def read_small(file: Path, *, limit: int) -> bytes:
         raise CheckpointError(f"{file} cannot be read ({error.strerror}); fetch the model again") from None
 
 
-def read_json(file: Path, *, unique: bool = False) -> Any:
+def read_json(file: Path, *, unique: bool = False, limit: int = MAX_JSON) -> Any:
     """Return the content of a JSON file; with `unique`, no object may name a key twice.
 
-    Raises CheckpointError when it cannot be read.
+    Raises CheckpointError when it cannot be read, or has more than `limit` bytes.
     """
-    raw = read_small(file, limit=MAX_JSON)
+    raw = read_small(file, limit=limit)
     try:
         return parse_json(raw, unique=unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); fetch the model again") from None
+        raise CheckpointError(f"{file} cannot be read ({shown(str(error))}); fetch the model again") from None
 
 
 def parse_json(raw: bytes, *, unique: bool) -> Any:

@@ -241,6 +241,8 @@ def described(raw: bytes, table: str, count: int) -> dict[str, Any]:
         return {"error": str(error)}
     except pickle.UnpicklingError as error:
         return {"error": f"the pickle is damaged ({str(error)[:100]!a})"}
+    except MemoryError:
+        return {"error": "it asks for more memory than weights need"}
     except Exception as error:  # whatever a damaged pickle makes of our records
         return {"error": f"the pickle is damaged, {type(error).__name__}"}
     storages = {key: [own.dtype.code, own.count] for key, own in reader.storages.items()}

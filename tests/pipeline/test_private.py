@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -390,7 +391,7 @@ def test_entries_of_the_caches_go_with_what_they_are_about(copied, palinode, tin
 
 def test_nothing_goes_without_a_yes(palinode, copied, monkeypatch):
     before = everything(copied)
-    monkeypatch.setattr(sys, "stdin", (copied / "out" / "record.json").open())  # no terminal
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))  # no terminal
     said = palinode("forget-workspace", copied / "out")
     assert said.code == 2
     assert said.err == "palinode: nothing was destroyed, as there is no terminal to ask on; add --yes\n"

@@ -162,11 +162,10 @@ def share(folder: Path) -> None:
 
 def make_private(folder: Path) -> None:
     """Make a folder of our own, and those missing above it, for its owner alone; close it if it is there."""
-    if not folder.exists():
-        if not folder.parent.exists():
-            make_private(folder.parent)
-        folder.mkdir(mode=0o700, exist_ok=True)
-    elif folder.stat().st_mode & OTHERS and folder.stat().st_uid == os.geteuid():
+    if not folder.parent.exists():
+        make_private(folder.parent)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_mode & OTHERS and folder.stat().st_uid == os.geteuid():
         with suppress(OSError):  # a file system without modes
             folder.chmod(0o700)
 

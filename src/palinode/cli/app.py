@@ -14,7 +14,7 @@ from palinode.cli.apply import apply
 from palinode.cli.audit import audit
 from palinode.cli.chat import chat
 from palinode.cli.compare import compare
-from palinode.cli.console import listener, out, print_json, secret, tell_secret, workspace_secret
+from palinode.cli.console import listener, out, print_json, secret, secret_workspace
 from palinode.cli.doctor import doctor
 from palinode.cli.evaluate import evaluate
 from palinode.cli.export import export
@@ -310,8 +310,8 @@ def finetune(
         "last_loss": last,
         "seconds": round(done.seconds, 1),
     }
-    facts["secret"] = secret(output, "it knows the rows")
     _show(facts, f"{output}: {len(done.curve)} steps, loss {first:.3f} to {last:.3f}", as_json=as_json)
+    secret(output, "it knows the rows", quiet=quiet, as_json=as_json)
 
 
 app.command()(evaluate)
@@ -341,13 +341,12 @@ def demo(
     from palinode.pipeline import demo as run_demo
 
     result = run_demo(output or Path("palinode-demo"), seed=seed, listener=listener(quiet=quiet))
-    hidden = secret(result.folder / "workspace", INVENTED, of=result.folder)
     if as_json:
-        print_json({**result.record, "secret": hidden})
-        return
-    out().print(demo_table(result.record))
-    out().print(demo_sentence(result), soft_wrap=True)
-    tell_secret(hidden)
+        print_json(result.record)
+    else:
+        out().print(demo_table(result.record))
+        out().print(demo_sentence(result), soft_wrap=True)
+    secret(result.folder / "workspace", INVENTED, of=result.folder, quiet=quiet, as_json=as_json)
 
 
 @app.command(name="forget-workspace")
@@ -410,14 +409,13 @@ def _demo_locate(output: Path, *, seed: int, quiet: bool, as_json: bool) -> None
     from palinode.report.location import demo_sentence, demo_tables
 
     result = demo_locate(output, seed=seed, listener=listener(quiet=quiet))
-    hidden = secret(result.folder / "workspace", INVENTED, of=result.folder)
     if as_json:
-        print_json({**result.record, "secret": hidden})
-        return
-    for table in demo_tables(result.record):
-        out().print(table)
-    out().print(f"{demo_sentence(result.record)} Everything is in {result.folder}.", soft_wrap=True)
-    tell_secret(hidden)
+        print_json(result.record)
+    else:
+        for table in demo_tables(result.record):
+            out().print(table)
+        out().print(f"{demo_sentence(result.record)} Everything is in {result.folder}.", soft_wrap=True)
+    secret(result.folder / "workspace", INVENTED, of=result.folder, quiet=quiet, as_json=as_json)
 
 
 def _run(
@@ -426,17 +424,22 @@ def _run(
     from palinode.pipeline.costs import describe
     from palinode.pipeline.inputs import workspace_folder
     from palinode.pipeline.run import plan, unlearn
-    from palinode.report import headline, terminal_table
 
     if dry_run:
         planned = plan(recipe)
         _show(asdict(planned), "\n".join(describe(planned)), as_json=as_json)
         return
     result = unlearn(recipe, command=_command(), listener=listener(quiet=quiet), located=located)
-    hidden = workspace_secret(workspace_folder(recipe), result.output, "rows, θ_1")
     if as_json:
-        print_json({**result.record, "secret": hidden})
-        return
+        print_json(result.record)
+    else:
+        _show_unlearned(result)
+    secret_workspace(workspace_folder(recipe), result.output, "rows, θ_1", quiet=quiet, as_json=as_json)
+
+
+def _show_unlearned(result: Any) -> None:
+    from palinode.report import headline, terminal_table
+
     if result.finished_before:
         out().print(f"{result.output} already holds the result of this very run.", soft_wrap=True)
     out().print(terminal_table(result.record))
@@ -444,7 +447,6 @@ def _run(
     out().print(f"{result.output}: the unlearned model, record.json and report.html", soft_wrap=True)
     if result.report:
         out().print(f"{result.report}: the report with sample answers", soft_wrap=True)
-    tell_secret(hidden)
 
 
 def _training(*values: object) -> dict[str, Any]:
@@ -493,4 +495,3 @@ def _show(facts: dict[str, Any], text: str, *, as_json: bool) -> None:
         print_json(facts)
     else:
         out().print(text, soft_wrap=True)
-        tell_secret(facts.get("secret"))

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from palinode.cli.console import listener, out, print_json, secret, tell_secret
+from palinode.cli.console import listener, out, print_json, secret
 from palinode.cli.options import AllowPickle, Columns, Device, Json, Quiet, Seed
 
 
@@ -100,12 +100,11 @@ def audit(
     )
     command = shlex.join(["palinode", *sys.argv[1:]])
     record = run_audit(plan, output, command=command, listener=listener(quiet=quiet))
-    hidden = secret(output / "results", "row by row", of=output)
     if as_json:
-        print_json({**record, "secret": hidden})
+        print_json(record)
     else:
         _show(record, output)
-        tell_secret(hidden)
+    secret(output / "results", "row by row", of=output, quiet=quiet, as_json=as_json)
     if not record["answer"]["passed"]:
         raise typer.Exit(1)
 

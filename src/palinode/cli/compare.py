@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from palinode.cli.console import listener, out, print_json, tell_secret, workspace_secret
+from palinode.cli.console import listener, out, print_json, secret_workspace
 from palinode.cli.options import Json, Quiet
 
 if TYPE_CHECKING:
@@ -55,13 +55,12 @@ def compare(
         return
     command = shlex.join(["palinode", *sys.argv[1:]])
     result = kind.run(loaded, command=command, listener=listener(quiet=quiet))
-    hidden = workspace_secret(loaded.workspace, result.output, "rows, vectors")
     if as_json:
-        print_json({**result.table, "secret": hidden})
-        return
-    out().print(kind.table(result.table))
-    _tell([*kind.sentences(result.table), f"{result.output}: {', '.join(kind.files)}"])
-    tell_secret(hidden)
+        print_json(result.table)
+    else:
+        out().print(kind.table(result.table))
+        _tell([*kind.sentences(result.table), f"{result.output}: {', '.join(kind.files)}"])
+    secret_workspace(loaded.workspace, result.output, "rows, vectors", quiet=quiet, as_json=as_json)
 
 
 def _quoted(path: Path) -> str:

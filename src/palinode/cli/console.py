@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -151,27 +151,23 @@ def hush_libraries(quiet: bool) -> bool:
     return quiet
 
 
-def secret(folder: Path, what: str, *, of: Path | None = None) -> dict[str, str] | None:
-    """Return what is secret after a run and the command that destroys it; None when it is gone already.
+def secret(folder: Path, what: str, *, of: Path | None = None, quiet: bool, as_json: bool) -> None:
+    """Say in one line, a verb's last one, what is secret and how to destroy it; nothing where it is gone.
 
-    `of` is the run's output, or whatever `forget-workspace` finds the folder by; None: the user removes it.
+    `of` is what `forget-workspace` finds the folder by; without it the user removes the folder. Standard
+    output is the result's alone with `as_json`.
     """
     command = ["rm", "-r", str(folder)] if of is None else ["palinode", "forget-workspace", str(of)]
-    said = {"folder": str(folder), "holds": what, "destroy": shlex.join(command)}
-    return said if folder.exists() else None
+    if folder.exists() and not (quiet and as_json):
+        console = Console(stderr=as_json, highlight=False)
+        line = f"Secret: {folder} ({what}). Destroy: {shlex.join(command)}"
+        console.print(line, markup=False, soft_wrap=True)
 
 
-def workspace_secret(workspace: Path, output: Path, what: str) -> dict[str, str] | None:
-    """Return the same of a workspace, which is found by its output where it lies beside that."""
-    beside = workspace == output.with_name(f"{output.name}.workspace")
-    return secret(workspace, what, of=output if beside else workspace)
-
-
-def tell_secret(said: Mapping[str, str] | None) -> None:
-    """Print it in one line, the last one of a verb."""
-    if said is not None:
-        line = f"Secret: {said['folder']} ({said['holds']}). Destroy: {said['destroy']}"
-        out().print(line, markup=False, soft_wrap=True)
+def secret_workspace(folder: Path, output: Path, what: str, *, quiet: bool, as_json: bool) -> None:
+    """Say so of a workspace, which is found by its output where it lies beside that."""
+    beside = folder == output.with_name(f"{output.name}.workspace")
+    secret(folder, what, of=output if beside else folder, quiet=quiet, as_json=as_json)
 
 
 def out() -> Console:

@@ -9,8 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from palinode.cli.console import listener, out, print_json, secret, tell_secret
+from palinode.cli.console import listener, out, print_json, secret
 from palinode.cli.options import AllowPickle, Columns, Device, Json, Quiet
+
+ANSWERS = "questions and answers"
 
 
 def evaluate(
@@ -102,7 +104,6 @@ def evaluate(
         _rows(model, data, limits, output, columns, allow_pickle, device, seed, quiet, as_json)
         return
 
-    from palinode.cli.tables import benchmark_notes, benchmark_table
     from palinode.data import parse_columns
     from palinode.evaluation.benchmark import Places
     from palinode.pipeline.measure import MeasureSettings, first_process, measure
@@ -132,16 +133,22 @@ def evaluate(
     measurement = measure(model, chosen, places, settings, listener=listener(quiet=quiet))
     if not first_process():
         return
-    hidden = secret(output, "questions and answers", of=output) if output else None
     if as_json:
-        print_json({**measurement.record, "secret": hidden})
-        return
+        print_json(measurement.record)
+    else:
+        _show(measurement, output)
+    if output is not None:
+        secret(output, ANSWERS, of=output, quiet=quiet, as_json=as_json)
+
+
+def _show(measurement: Any, output: Path | None) -> None:
+    from palinode.cli.tables import benchmark_notes, benchmark_table
+
     out().print(benchmark_table(measurement.scores, title=_title(measurement.record)))
     for note in benchmark_notes(measurement.scores):
         out().print(note, soft_wrap=True)
     if output is not None:
         out().print(f"{output}: scores.json and the outcomes of each set", soft_wrap=True)
-    tell_secret(hidden)
 
 
 def _rows(
@@ -177,7 +184,8 @@ def _rows(
         print_json(content)
     else:
         out().print(score_table(scores))
-        tell_secret(secret(output, "questions and answers", of=output) if output else None)
+    if output is not None:
+        secret(output, ANSWERS, of=output, quiet=quiet, as_json=as_json)
 
 
 def _benchmark(name: str | None) -> Any:

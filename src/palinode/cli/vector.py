@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from palinode.cli.console import listener, out, print_json, secret, tell_secret
+from palinode.cli.console import listener, out, print_json
 from palinode.cli.options import AllowPickle, Json, Quiet
 
 if TYPE_CHECKING:
@@ -94,12 +94,11 @@ def save(
     total = sum(info.size for info in layout_of(direction))
     with listener(quiet=quiet).task("storing", total, "weights") as advance:
         stored = save_vector(direction, output, dtype=dtype, rank=rank, energy=energy, on_progress=advance)
-    facts = {**_facts(output, stored), "secret": secret(output, "with its base, the rows")}
+    facts = _facts(output, stored)
     if as_json:
         print_json(facts)
     else:
         out().print(_sentence(facts), soft_wrap=True)
-        tell_secret(facts["secret"])
 
 
 def _directions(

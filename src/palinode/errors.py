@@ -82,5 +82,5 @@ def unwritable(place: Path | str, error: Exception) -> OutputError:
             "make it where it is missing, and repeat the call"
         )
     return OutputError(
-        f"{place} cannot be written ({said}); {REMEDIES.get(code, 'make room, or look at its disk')}"
+        f"{place} cannot be written ({said}); {REMEDIES.get(code or 0, 'make room, or look at its disk')}"
     )

@@ -131,8 +131,22 @@ def _loader(checkpoint: Checkpoint) -> tuple[Any, Any, dict[str, Any]]:
             for name, info in checkpoint.tensors.items()
             if text is config or _in_text_tower(name)
         }
-    kind = _get_model_class(text, AutoModelForCausalLM._model_mapping)
+    kind, own = _class_of(text, config), _class_of(config, config)
+    if own.config_class is type(config):  # else transformers, too, asks the text tower's config
+        text.tie_word_embeddings = config.tie_word_embeddings
     return kind, None, {"config": text, "state_dict": state}
+
+
+def _class_of(config: PreTrainedConfig, wrapper: PreTrainedConfig) -> Any:
+    """Return the class of causal language model that AutoModelForCausalLM has for a config, None without.
+
+    For some wrappers it names the class of their text tower.
+    """
+    known = AutoModelForCausalLM._model_mapping
+    if type(config) in known:
+        return _get_model_class(config, known)
+    own = _get_model_class(wrapper, known) if type(wrapper) in known else None
+    return own if own is not None and own.config_class is type(config) else None
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -191,8 +205,9 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         raise CheckpointError(
             f"{checkpoint.folder / 'config.json'} describes no model that can be built ({_reason(error)})"
         ) from error
-    text, known = text_config(config), AutoModelForCausalLM._model_mapping
-    if text is not config and (type(config) not in known or type(text) not in known):
+    text = text_config(config)
+    built_here = text is not config or checkpoint.format != "safetensors"
+    if built_here and not (_class_of(config, config) and _class_of(text, config)):
         raise CheckpointError(
             f"{checkpoint.folder} is a {config.model_type}, not a causal language model; "
             "Palinode works on models that AutoModelForCausalLM can load"

@@ -205,7 +205,8 @@ def _without_shared_head(
 
 def _tied_pair(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> tuple[str, str] | None:
     embedding = next((name for name in tensors if name.endswith(EMBEDDINGS)), None)
-    head = next((name for name in HEADS if name in tensors), None)
+    heads = (part + name for part in ("", "language_model.") for name in HEADS)
+    head = next((name for name in heads if name in tensors), None)
     if embedding is None or (head and not config.get("tie_word_embeddings", False)):
         return None
     return head or HEADS[0], embedding

@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from palinode.errors import unwritable
-
 LONGEST = 255
 """Bytes of a file's name, on nearly every file system."""
 
@@ -108,7 +106,7 @@ def write_json(path: Path, content: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically: to a neighbour first, then renamed over the final name.
 
-    Raises OutputError when there is no room, or no such folder any more.
+    Raises OSError with the name of the file when there is no room, or no such folder any more.
     """
     partial = beside(path)
     try:
@@ -120,7 +118,7 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise unwritable(path, error) from error
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def beside(path: Path, ending: str = ".partial") -> Path:

@@ -20,7 +20,7 @@ from typing import Any
 
 import blake3
 
-from palinode.errors import OutputError, WorkspaceError
+from palinode.errors import OutputError, WorkspaceError, unwritable
 from palinode.records import fitting, write_json
 
 STEP_VERSION = 1
@@ -101,6 +101,11 @@ class Workspace:
             ) from None
         try:
             yield
+        except OSError as error:  # full, or removed while we worked in it
+            place = Path(error.filename2 or error.filename or "")
+            if place.is_relative_to(self.folder):
+                raise unwritable(place, error) from error
+            raise
         finally:
             self._tidy()
             os.close(handle)

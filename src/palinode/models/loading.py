@@ -121,10 +121,10 @@ def _build(
 
 def _loader(checkpoint: Checkpoint) -> tuple[Any, Any, dict[str, Any]]:
     """Return the class that loads a checkpoint, and the folder that it reads, or what it is given instead."""
+    if checkpoint.format == "safetensors" and "text_config" not in checkpoint.config:
+        return AutoModelForCausalLM, checkpoint.folder, {}
     config = load_config(checkpoint)
     text = text_config(config)
-    if checkpoint.format == "safetensors" and text is config:
-        return AutoModelForCausalLM, checkpoint.folder, {}
     with Files() as files:
         state = {
             name if text is config else _in_text_tower(name): as_torch(info, files)

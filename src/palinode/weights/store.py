@@ -163,10 +163,10 @@ def _plan(
 ) -> _Job:
     """Check that everything fits, and settle how it is rounded; nothing is written."""
     form = formula(point, along)
+    check_files(form.checkpoints)
     stamps = take_stamps((*form.checkpoints, *form.displacements))
     others = [checkpoint for checkpoint in form.checkpoints if checkpoint != point.anchor]
     fit = check_fit(point.anchor, others, rows=rows)
-    check_files(form.checkpoints)
     check_displacements(point.anchor, form.displacements)
     told = [note for checkpoint in form.checkpoints for note in checkpoint.notes]
     notes = (*told, *fit.notes, *check_tokenizers(point.anchor, others))
@@ -217,6 +217,7 @@ def _write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], N
             if check:
                 digests, content = _read_back(saved.checkpoint, job, checksums), _content(job, saved)
                 write_manifest(partial, checkpoint=saved.checkpoint, digests=digests, content=content)
+        check_files(job.formula.checkpoints)
         check_stamps(job.stamps)
         with clock.phase("publish"):
             publish(partial, job.output)

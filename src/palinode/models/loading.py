@@ -132,8 +132,8 @@ def _loader(checkpoint: Checkpoint) -> tuple[Any, Any, dict[str, Any]]:
             if text is config or _in_text_tower(name)
         }
     kind, own = _class_of(text, config), _class_of(config, config)
-    if own.config_class is type(config):  # else transformers, too, asks the text tower's config
-        text.tie_word_embeddings = config.tie_word_embeddings
+    if text is not config and own.config_class is type(config):  # else transformers, too, asks the tower's
+        text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)
     return kind, None, {"config": text, "state_dict": state}
 
 

@@ -20,8 +20,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from palinode.errors import unwritable
-
 LONGEST = 255
 """Bytes of a file's name, on nearly every file system."""
 
@@ -192,8 +190,8 @@ def write_json(path: Path, content: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically: to a neighbour first, then renamed over the final name.
 
-    A file that is there already lends the new one its mode, less what the umask takes away. Raises
-    OutputError when there is no room, or no such folder any more.
+    A file that is there already lends the new one its mode, less what the umask takes away. Raises OSError
+    with the name of the file when there is no room, or no such folder any more.
     """
     partial = beside(path)
     try:
@@ -207,7 +205,7 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise unwritable(path, error) from error
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def beside(path: Path, ending: str = ".partial") -> Path:

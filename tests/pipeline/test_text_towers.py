@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 
@@ -11,7 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from palinode import Checkpoint, TrainingSettings, evaluate, finetune, read_examples, unlearn
+from palinode.benchmarks.own import OWN
+from palinode.errors import CheckpointError
+from palinode.evaluation.benchmark import Places
 from palinode.models.loading import load_model
+from palinode.pipeline.measure import MeasureSettings, measure
+from palinode.progress import Silence
 from palinode.weights.adapters import LoraAdapter
 
 GIVEN = {"forget": 1.0, "retain": 0.5}
@@ -111,8 +117,6 @@ def test_the_text_tower_answers_as_the_whole_wrapper_does(wrapped):
 
 
 def test_a_wrapper_of_which_no_text_tower_is_known_is_refused(wrapped, tmp_path):
-    from palinode.errors import CheckpointError
-
     shutil.copytree(wrapped / "base", tmp_path / "other")
     config = json.loads((tmp_path / "other" / "config.json").read_text())
     config |= {"model_type": "paligemma", "architectures": ["PaliGemmaForConditionalGeneration"]}
@@ -184,9 +188,36 @@ def test_a_pickled_pair_is_unlearned_like_its_twins_and_the_verbs_read_it(
     assert palinode(*words, "--allow-pickle").code == 0
 
 
-def test_a_base_that_is_overwritten_while_it_is_trained_leaves_no_vector(tiny, tmp_path):
-    from palinode.errors import CheckpointError
+class Overwriting(Silence):
+    """Changes the last weight of a file as soon as some work is told of."""
 
+    def __init__(self, file):
+        self.file = file
+
+    @contextlib.contextmanager
+    def task(self, label, total, unit):
+        def advance(_amount):
+            with self.file.open("r+b") as stream:
+                stream.seek(-8, 2)
+                stream.write(bytes(8))
+
+        yield advance
+
+
+def test_a_model_that_is_overwritten_while_it_is_asked_gives_no_scores(tiny, recipe_of, tmp_path):
+    shutil.copytree(tiny.target.folder, tmp_path / "target")
+    file, rows = tmp_path / "target" / "model.safetensors", read_examples(tiny.forget)[:3]
+    with pytest.raises(CheckpointError, match=r"target/model\.safetensors changed while it was read"):
+        evaluate(Checkpoint.open(tmp_path / "target"), rows, device="cpu", listener=Overwriting(file))
+    shutil.copy(tiny.target.folder / "model.safetensors", file)
+    places = Places(data=str(tiny.forget), retain=str(tiny.retain))
+    settings = MeasureSettings(max_rows=3, max_new_tokens=2, device="cpu", output=tmp_path / "scores")
+    with pytest.raises(CheckpointError, match="target changed while it was in use"):
+        measure(str(tmp_path / "target"), OWN, places, settings, listener=Overwriting(file))
+    assert not (tmp_path / "scores").exists()
+
+
+def test_a_base_that_is_overwritten_while_it_is_trained_leaves_no_vector(tiny, tmp_path):
     shutil.copytree(tiny.base.folder, tmp_path / "base")
     file = tmp_path / "base" / "model.safetensors"
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
+import shutil
+from collections.abc import Callable
 
 import pytest
 
@@ -119,3 +122,28 @@ def test_workspace_that_cannot_be_made_is_one_sentence(tmp_path):
         Workspace(tmp_path / "file").locked(),
     ):
         raise AssertionError
+
+
+def finish_one(space: Workspace, before: Callable[[], object]) -> None:
+    with space.locked():
+        step = space.step("s" * 300, rows=1)
+        step.begin()
+        before()
+        step.finish({"much": "x" * 2000})
+
+
+def test_a_workspace_that_is_removed_while_it_is_used_is_named(workspace):
+    with pytest.raises(
+        OutputError, match=r"step\.json cannot be written: .*/ws is not there, or was removed"
+    ):
+        finish_one(workspace, lambda: shutil.rmtree(workspace.folder))
+
+
+def test_a_workspace_that_is_full_is_named(workspace):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(OutputError, match=r"step\.json cannot be written \(File too large\); make room"):
+            finish_one(workspace, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1])))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not workspace.folder.exists()  # nothing is left of the step, so nothing of the workspace

@@ -266,10 +266,27 @@ def test_a_small_file_system_that_fills_up_is_named_and_left_empty(pair, models,
         subprocess.run(["umount", str(place)], check=True)
 
 
-@pytest.mark.parametrize("call", ["preadv", "posix_fallocate", "sched_getaffinity", "fdatasync"])
+@pytest.mark.parametrize("call", ["preadv", "posix_fallocate", "sched_getaffinity"])
 def test_a_system_without_a_call_of_linux_writes_the_same(pair, models, monkeypatch, call):
     save(point(pair), models.place / "linux")
     monkeypatch.delattr(os, call)
     monkeypatch.setattr(kernels, "read_rows", lambda *_: False)
     save(point(pair), models.place / "out")
     assert contents(models.place / "out") == contents(models.place / "linux")
+
+
+ELSEWHERE = """
+import os, sys
+del os.sched_getaffinity, os.fdatasync, os.preadv, os.posix_fallocate
+from pathlib import Path
+from palinode.history import reading, segments
+journal = segments.Journal(Path(sys.argv[1]), {})
+journal.sync()
+journal.close(remove=False)
+assert reading.WORKERS >= 1
+"""
+
+
+def test_an_exposure_log_needs_no_call_of_linux(tmp_path):
+    subprocess.run([sys.executable, "-c", ELSEWHERE, str(tmp_path / "journal")], check=True)
+    assert (tmp_path / "journal").stat().st_size > 0

@@ -125,9 +125,12 @@ def _build(
 
 def build_empty(checkpoint: Checkpoint) -> PreTrainedModel:
     """Return the model that a checkpoint's config describes, without its numbers."""
-    config = text_config(load_config(checkpoint))
+    config = load_config(checkpoint)
+    text = text_config(config)
+    known = type(text) in AutoModelForCausalLM._model_mapping
+    kind = AutoModelForCausalLM if known else _class_of(text, config)
     with torch.device("meta"), quiet_transformers(), no_larger_than(checkpoint):
-        model: PreTrainedModel = from_config(AutoModelForCausalLM, config)
+        model: PreTrainedModel = from_config(kind, text)
     return model
 
 
@@ -142,18 +145,32 @@ def no_larger_than(checkpoint: Checkpoint) -> AbstractContextManager[None]:
 
 def _loader(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
     """Return the class that loads a checkpoint, and what it is given where it cannot read the files."""
+    if checkpoint.format == "safetensors" and "text_config" not in checkpoint.config:
+        return AutoModelForCausalLM, {"use_safetensors": True}
     config = load_config(checkpoint)
     text = text_config(config)
-    if checkpoint.format == "safetensors" and text is config:
-        return AutoModelForCausalLM, {"use_safetensors": True}
     with Files() as files:
         state = {
             name if text is config else _in_text_tower(name): as_torch(info, files)
             for name, info in checkpoint.tensors.items()
             if text is config or _in_text_tower(name)
         }
-    kind = _get_model_class(text, AutoModelForCausalLM._model_mapping)
+    kind, own = _class_of(text, config), _class_of(config, config)
+    if text is not config and own.config_class is type(config):  # else transformers, too, asks the tower's
+        text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)
     return kind, {"config": text, "state_dict": state}
+
+
+def _class_of(config: PreTrainedConfig, wrapper: PreTrainedConfig) -> Any:
+    """Return the class of causal language model that AutoModelForCausalLM has for a config, None without.
+
+    For some wrappers it names the class of their text tower.
+    """
+    known = AutoModelForCausalLM._model_mapping
+    if type(config) in known:
+        return _get_model_class(config, known)
+    own = _get_model_class(wrapper, known) if type(wrapper) in known else None
+    return own if own is not None and own.config_class is type(config) else None
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -213,8 +230,9 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         raise CheckpointError(
             f"{checkpoint.folder / 'config.json'} describes no model that can be built ({_reason(error)})"
         ) from error
-    text, known = text_config(config), AutoModelForCausalLM._model_mapping
-    if text is not config and (type(config) not in known or type(text) not in known):
+    text = text_config(config)
+    built_here = text is not config or checkpoint.format != "safetensors"
+    if built_here and not (_class_of(config, config) and _class_of(text, config)):
         raise CheckpointError(
             f"{checkpoint.folder} is a {config.model_type}, not a causal language model; "
             "Palinode works on models that AutoModelForCausalLM can load"

@@ -31,7 +31,7 @@ from palinode.report.audit import audit_report
 from palinode.report.content import Facts, report_content
 from palinode.report.html import html_report
 from palinode.weights import Checkpoint
-from palinode.weights.fingerprints import Stamps, check_stamps, take_stamps
+from palinode.weights.fingerprints import check_same
 
 AUDIT_VERSION = 1
 """Version of the layout of audit.json, described in docs/audit.md."""
@@ -182,12 +182,12 @@ class _Run:
             seed=self.plan.seed,
             listener=self.listener,
         )
-        stamps = take_stamps([subject.checkpoint])
-        facts = {attack.name: self._facts(subject, attack, stamps) for attack in attacks}
+        before = subject.checkpoint.fingerprint()
+        facts = {attack.name: self._facts(subject, attack, before) for attack in attacks}
         subject.release()
         return facts
 
-    def _facts(self, subject: Subject, attack: Attack, stamps: Stamps) -> dict[str, Any]:
+    def _facts(self, subject: Subject, attack: Attack, before: str) -> dict[str, Any]:
         step = self._step(subject, attack)
         facts = step.facts
         if facts is not None:
@@ -199,7 +199,7 @@ class _Run:
             facts = {"measurement": measured.as_json(), "reason": None}
         except DivergenceError as error:
             facts = {"measurement": None, "reason": str(error)}
-        check_stamps(stamps)
+        check_same(subject.checkpoint, before)
         facts["seconds"] = round(time.monotonic() - started, 1)
         step.finish(facts)
         return facts

@@ -57,7 +57,7 @@ from palinode.records import (
 )
 from palinode.version import __version__
 from palinode.weights import Checkpoint
-from palinode.weights.fingerprints import check_stamps, take_stamps
+from palinode.weights.fingerprints import check_same
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -147,7 +147,7 @@ def measure(
 
     compared = _compared_sets(cells, asked, judged=judge is not None)
     reference = from_log or _reference(yardstick, compared, settings, listener)
-    stamps = take_stamps([checkpoint])
+    before = checkpoint.fingerprint()
     outcomes, general = _ask_model(checkpoint, asked, settings, listener)
     measured = Measured(
         split=split,
@@ -163,7 +163,7 @@ def measure(
     if general:
         scores["general"] = general
     record = _record(benchmark, checkpoint, yardstick, loaded, measured, settings, scores, judge, started)
-    check_stamps(stamps)
+    check_same(checkpoint, before)
     measurement = Measurement(scores, outcomes, record)
     if first_process():
         _write(measurement, measured, settings)

@@ -43,7 +43,7 @@ from palinode.records import Outcome, share, shared, write_json, write_outcomes
 from palinode.weights import Checkpoint
 from palinode.weights.atomic import claimed
 from palinode.weights.atomic import publish as publish_folder
-from palinode.weights.fingerprints import check_stamps, take_stamps
+from palinode.weights.fingerprints import check_same
 from palinode.weights.preflight import complain_of_nonfinite
 
 
@@ -160,7 +160,7 @@ class _Run:
 
     def _evaluate(self, name: str, checkpoint: Checkpoint) -> Mapping[str, Sequence[Outcome]]:
         """Return a model's outcomes on the forget and retain rows, read back if they are there."""
-        stamps = take_stamps([checkpoint])
+        before = checkpoint.fingerprint()
         step = self._evaluation(checkpoint)
         if step.facts is None:
             step.begin()
@@ -177,7 +177,7 @@ class _Run:
                     listener=self.listener,
                 )
                 write_outcomes(step.folder / f"{label}.jsonl", outcomes)
-            check_stamps(stamps)
+            check_same(checkpoint, before)
             step.finish({"model": name, "seconds": round(time.monotonic() - started, 1)})
         return read_sets(step, self.inputs)
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import blake3
 
-from palinode.errors import OutputError, WorkspaceError
+from palinode.errors import OutputError, WorkspaceError, unwritable
 from palinode.progress import Listener, Silence
 from palinode.records import OTHERS, close_to_others, fitting, private, read_json, write_json
 
@@ -128,6 +128,11 @@ class Workspace:
                 if note := self._close():
                     (listener or Silence()).say(note)
                 yield
+        except OSError as error:  # full, or removed while we worked in it
+            place = Path(error.filename2 or error.filename or "")
+            if place.is_relative_to(self.folder):
+                raise unwritable(place, error) from error
+            raise
         finally:
             self._tidy()
             self._close()

@@ -350,13 +350,13 @@ class _Run:
         logging.getLogger("accelerate").setLevel(logging.ERROR)  # or it tells of tied weights at every save
         try:
             self.accelerator.save_state(str(partial))
+            write_json(partial / "curve.json", [asdict(point) for point in self.curve])
         except (
             OSError,
             RuntimeError,
             SafetensorError,
         ) as error:  # torch and safetensors have their own kinds
             raise unwritable(partial, error) from error
-        write_json(partial / "curve.json", [asdict(point) for point in self.curve])
         old = _replaced(self.state)
         shutil.rmtree(old, ignore_errors=True)
         if self.state.exists():

@@ -204,6 +204,15 @@ def check_stamps(stamps: Stamps) -> None:
             )
 
 
+def check_same(checkpoint: Checkpoint, before: str) -> None:
+    """Raise CheckpointError when a model no longer has the fingerprint that it had; nothing else counts."""
+    if checkpoint.fingerprint() != before:
+        raise CheckpointError(
+            f"{checkpoint.folder} changed while it was in use, and what was measured may be of two models; "
+            "wait for its writer, and repeat the call"
+        )
+
+
 @contextmanager
 def unchanged(terms: Iterable[Term]) -> Iterator[None]:
     """Raise CheckpointError when a file of these models or directions changes before the block ends."""

@@ -75,6 +75,8 @@ def from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
 def from_config(kind: Any, config: Any, **options: Any) -> Any:
     """Return the untrained model that an Auto class of transformers builds for a config it has read."""
     options.setdefault("attn_implementation", "eager")  # what the config names might be fetched from the hub
+    if not hasattr(kind, "from_config"):  # a model's own class, which runs no code but its own
+        return kind._from_config(config, **options)
     return kind.from_config(config, trust_remote_code=False, **options)
 
 

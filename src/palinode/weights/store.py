@@ -38,6 +38,7 @@ from palinode.weights.files import Files
 from palinode.weights.fingerprints import (
     Stamps,
     block_digest,
+    check_files,
     check_stamps,
     remember,
     take_stamps,
@@ -161,6 +162,7 @@ def _plan(
 ) -> _Job:
     """Check that everything fits, and settle how it is rounded; nothing is written."""
     form = formula(point, along)
+    check_files(form.checkpoints)
     stamps = take_stamps((*form.checkpoints, *form.displacements))
     others = [checkpoint for checkpoint in form.checkpoints if checkpoint != point.anchor]
     fit = check_sum(point.anchor, others, form.displacements, rows=rows)
@@ -214,6 +216,7 @@ def _write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], N
             if check:
                 digests, content = _read_back(saved.checkpoint, job, checksums), _content(job, saved)
                 write_manifest(partial, checkpoint=saved.checkpoint, digests=digests, content=content)
+        check_files(job.formula.checkpoints)
         check_stamps(job.stamps)
         with clock.phase("publish"):
             publish(partial, job.output)

@@ -1,4 +1,4 @@
-"""Whole runs on models whose files hold other names than the live model has, and refusals before any training."""
+"""Whole runs on models whose files have other names than the live one, and refusals before any training."""
 
 from __future__ import annotations
 

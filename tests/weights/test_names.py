@@ -1,5 +1,7 @@
 """One model under two spellings: what is mapped one to one gives the same sums, and what is not is named."""
 
+import json
+
 import pytest
 import torch
 
@@ -243,3 +245,12 @@ def test_shapes_of_layers_do_not_blame_the_tokenizer(models):
     with pytest.raises(MismatchError) as error:
         check_fit(pair[0], pair[1:])
     assert "tokenizer" not in str(error.value)
+
+
+def test_a_sum_asks_for_tokens_too(models):
+    pair = [models.make(name, {"w": torch.ones(2)}) for name in ("target", "base")]
+    for number, checkpoint in enumerate(pair):
+        vocabulary = json.dumps({"model": {"vocab": {"a": number}}})
+        (checkpoint.folder / "tokenizer.json").write_text(vocabulary)
+    with pytest.raises(MismatchError, match="give other numbers to 1 tokens"):
+        check_sum(pair[0], pair[1:])

@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 
 from palinode.data.examples import Example, fingerprint_examples, sample_examples
 from palinode.data.tokenize import TokenRow, tokenize
-from palinode.errors import CheckpointError, InputError, MismatchError
+from palinode.errors import CheckpointError, InputError
 from palinode.methods.transforms import Chosen
+from palinode.models.inplace import name_in_files
 from palinode.models.loading import load_model, load_tokenizer, pad_token, pick_device, tokenizer_fingerprint
 from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.workspace import Step, Workspace
@@ -184,7 +185,7 @@ class Transforming:
             with self.listener.task(label, len(tokens), "rows") as advance:
                 found = gradient_moment(live, tokens, moment, pad_id=pad_id, on_progress=advance)
             save_file(
-                {_stored_name(model, key): value.cpu() for key, value in found.items()},
+                {name_in_files(model, key): value.cpu() for key, value in found.items()},
                 step.folder / IMPORTANCE,
             )
             step.finish({"rows": len(chosen)})
@@ -200,7 +201,7 @@ class Transforming:
             live, tokens, pad_id = self._live(model, chosen)
             with self.listener.task("inputs of layers", len(tokens), "rows") as advance:
                 found = list(input_spaces(live, tokens, energy=energy, pad_id=pad_id, on_progress=advance))
-            names = {space.module: _stored_name(model, f"{space.module}.weight") for space in found}
+            names = {space.module: name_in_files(model, f"{space.module}.weight") for space in found}
             save_file(
                 {names[space.module]: torch.from_numpy(space.basis).float() for space in found},
                 step.folder / SPACES,
@@ -248,17 +249,6 @@ def _stored(step: Step) -> Displacement:
     """Return the moments that a step wrote, as a direction that is read tensor by tensor."""
     infos = read_header(step.folder / IMPORTANCE)
     return Displacement(step.folder, {info.name: DenseChange(info) for info in infos})
-
-
-def _stored_name(model: Checkpoint, name: str) -> str:
-    """Return the name that a live model's parameter has in the checkpoint's files."""
-    own = model.spelled(name)
-    if own is None:
-        raise MismatchError(
-            f"the live model's parameter {name} has no counterpart in {model.folder}; this architecture "
-            "renames its weights on loading, so leave out transforms that read gradients or inputs"
-        )
-    return own
 
 
 def _open_vector(folder: Path) -> StoredVector | None:

@@ -10,6 +10,7 @@ from palinode.weights import Checkpoint, LoraAdapter, profile, save_vector
 from palinode.weights.mergekit import mergekit_recipe
 from palinode.weights.names import by_plain, plain
 from palinode.weights.preflight import check_fit, check_sum
+from palinode.weights.vectors import layout_of
 
 
 def gpt2(models, seed):
@@ -74,6 +75,13 @@ def test_two_spellings_give_the_sum_of_one(models, kind, turned):
         assert all(
             torch.allclose(value, theirs[name] - ours[name], atol=1e-5) for name, value in change.items()
         )
+    other = save_vector((anchor := twins[1]) - twins[0], models.place / "other")
+    assert len(layout_of(vector + other)) == 4
+    assert profile({"v": vector + other}).norms()["v"] == pytest.approx(2 * norm, rel=1e-5)
+    twice = (anchor + vector + other).save(models.place / "twice").checkpoint.folder
+    assert torch.allclose(
+        models.read(twice)["ln_f.weight"], 3 * theirs["ln_f.weight"] - 2 * ours["ln_f.weight"]
+    )
     with pytest.raises(MismatchError, match="mergekit adds tensors of one name"):
         mergekit_recipe(target - 0.5 * (base - target))
 
@@ -184,8 +192,14 @@ def test_experts_that_are_turned_or_lost_are_named(models):
     single, fused = mixture(models, 1)
     target = models.make("target", single)
     turned = {name: value.mT.contiguous() if value.ndim == 3 else value for name, value in fused.items()}
-    with pytest.raises(MismatchError, match="disagree on"):
-        check_fit(target, [models.make("turned", turned)])
+    more = {
+        name: torch.cat([value, value[:1]]) if value.ndim == 3 else value for name, value in fused.items()
+    }
+    for name, other in (("turned", turned), ("more", more)):
+        found = models.make(name, other)
+        for pair in ((target, found), (found, target)):
+            with pytest.raises(MismatchError, match="disagree on"):
+                check_fit(pair[0], [pair[1]])
     del single["model.layers.0.mlp.experts.1.up_proj.weight"]
     with pytest.raises(MismatchError, match="keeps its experts in fused tensors of another layout"):
         check_fit(models.make("lost", single), [models.make("fused", fused)])

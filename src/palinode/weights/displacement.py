@@ -108,7 +108,7 @@ class Displacement(Direction):
         return self.changes.get(name) or self.changes.get(self.names.get(plain(name), ""))
 
     def one_name(self, name: str) -> str:
-        """Return the name under which a change meets those of others: its plain one, where it has it alone."""
+        """Return the name under which a change meets those of others: its plain one, if it is alone in it."""
         return plain(name) if self.names.get(plain(name)) == name else name
 
     def check_fits(self, layout: Checkpoint) -> None:

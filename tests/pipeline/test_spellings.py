@@ -1,4 +1,4 @@
-"""Whole runs on models whose files hold other names than the live model; refusals before training."""
+"""Whole runs on models whose files have other names than the live one, and refusals before any training."""
 
 from __future__ import annotations
 
@@ -89,14 +89,6 @@ def pack(folder):
     rewrite(folder, lambda t: t | {name: t[name].to(torch.int8)} | scale)
 
 
-def move_token(folder):
-    file = folder / "tokenizer.json"
-    content = json.loads(file.read_text())
-    added = content["added_tokens"]
-    added.append({**added[0], "content": "<|other|>", "id": 7})
-    file.write_text(json.dumps(content))
-
-
 def spoil_value(folder):
     rewrite(folder, lambda t: t | {"model.norm.weight": t["model.norm.weight"] * float("nan")})
 
@@ -140,3 +132,13 @@ def test_values_that_are_not_finite_are_found_before_training(tiny, recipe_of, t
     with pytest.raises(CheckpointError, match="NaN"):
         unlearn(recipe_of(tmp_path / "out", models={"target": str(folder)}))
     assert not (tmp_path / "out.workspace").exists()
+
+
+def test_values_by_parameter_are_refused_before_training_where_experts_are_fused_on_loading(
+    tiny, recipe_of, tmp_path
+):
+    target, base = write_pair(tiny, tmp_path, "mixtral")
+    models = {"target": str(target), "base": str(base)}
+    plan(recipe_of(tmp_path / "out", models=models))
+    with pytest.raises(MismatchError, match="leave out transforms that read gradients"):
+        plan(recipe_of(tmp_path / "out", models=models, transforms=[{"name": "importance"}]))

@@ -1,5 +1,7 @@
 """One model under two spellings: what is mapped one to one gives the same sums, and what is not is named."""
 
+import json
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from palinode.weights import Checkpoint, LoraAdapter, profile, save_vector
 from palinode.weights.mergekit import mergekit_recipe
 from palinode.weights.names import by_plain, plain
 from palinode.weights.preflight import check_fit, check_sum
+from palinode.weights.vectors import layout_of
 
 
 def gpt2(models, seed):
@@ -72,6 +75,13 @@ def test_two_spellings_give_the_sum_of_one(models, kind, turned):
         assert all(
             torch.allclose(value, theirs[name] - ours[name], atol=1e-5) for name, value in change.items()
         )
+    other = save_vector((anchor := twins[1]) - twins[0], models.place / "other")
+    assert len(layout_of(vector + other)) == 4
+    assert profile({"v": vector + other}).norms()["v"] == pytest.approx(2 * norm, rel=1e-5)
+    twice = (anchor + vector + other).save(models.place / "twice").checkpoint.folder
+    assert torch.allclose(
+        models.read(twice)["ln_f.weight"], 3 * theirs["ln_f.weight"] - 2 * ours["ln_f.weight"]
+    )
     with pytest.raises(MismatchError, match="mergekit adds tensors of one name"):
         mergekit_recipe(target - 0.5 * (base - target))
 
@@ -182,8 +192,14 @@ def test_experts_that_are_turned_or_lost_are_named(models):
     single, fused = mixture(models, 1)
     target = models.make("target", single)
     turned = {name: value.mT.contiguous() if value.ndim == 3 else value for name, value in fused.items()}
-    with pytest.raises(MismatchError, match="disagree on"):
-        check_fit(target, [models.make("turned", turned)])
+    more = {
+        name: torch.cat([value, value[:1]]) if value.ndim == 3 else value for name, value in fused.items()
+    }
+    for name, other in (("turned", turned), ("more", more)):
+        found = models.make(name, other)
+        for pair in ((target, found), (found, target)):
+            with pytest.raises(MismatchError, match="disagree on"):
+                check_fit(pair[0], [pair[1]])
     del single["model.layers.0.mlp.experts.1.up_proj.weight"]
     with pytest.raises(MismatchError, match="keeps its experts in fused tensors of another layout"):
         check_fit(models.make("lost", single), [models.make("fused", fused)])
@@ -243,3 +259,12 @@ def test_shapes_of_layers_do_not_blame_the_tokenizer(models):
     with pytest.raises(MismatchError) as error:
         check_fit(pair[0], pair[1:])
     assert "tokenizer" not in str(error.value)
+
+
+def test_a_sum_asks_for_tokens_too(models):
+    pair = [models.make(name, {"w": torch.ones(2)}) for name in ("target", "base")]
+    for number, checkpoint in enumerate(pair):
+        vocabulary = json.dumps({"model": {"vocab": {"a": number}}})
+        (checkpoint.folder / "tokenizer.json").write_text(vocabulary)
+    with pytest.raises(MismatchError, match="give other numbers to 1 tokens"):
+        check_sum(pair[0], pair[1:])

@@ -96,8 +96,8 @@ def open_inputs(recipe: Recipe) -> Inputs:
     base = _open(models.base, models.allow_pickle) if models.base else None
     target = _open(models.target, models.allow_pickle) if models.target else None
     retrained = _open(models.retrained, models.allow_pickle) if models.retrained else None
-    if target is not None:
-        _check_models(target, base, retrained, recipe)
+    if (reader := target or base) is not None:
+        _check_models(reader, base if target else None, retrained, recipe)
     rows, notes = _open_rows(recipe)
     refusals = tuple(read_refusals(recipe.data.refusals)) if recipe.data.refusals else ()
     inputs = Inputs(recipe, base, target, retrained, rows, tuple(notes), refusals)
@@ -175,11 +175,12 @@ def _check_models(
         check_vocabulary(target, base)
     if retrained is not None:
         check_tokenizers(target, [retrained])
-    if tries_scales(recipe):
-        check_live(target)
+    gradients = any(entry.get("name") == "importance" for entry in recipe.transforms)
+    if gradients or _tries_scales(recipe):
+        check_live(target, by_name=gradients)
 
 
-def tries_scales(recipe: Recipe) -> bool:
+def _tries_scales(recipe: Recipe) -> bool:
     """Tell whether pairs of scales will be tried on a live model."""
     given = recipe.scales.forget is not None and (recipe.scales.retain is not None or not recipe.data.retain)
     return METHODS[recipe.method].kind == "arithmetic" and not given

@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedModel
 
 from palinode.data.examples import Example, fingerprint_examples, sample_examples
 from palinode.data.tokenize import TokenRow, tokenize
-from palinode.errors import CheckpointError, InputError, MismatchError
+from palinode.errors import CheckpointError, InputError
 from palinode.methods.transforms import Chosen
+from palinode.models.inplace import name_in_files
 from palinode.models.loading import (
     load_model,
     load_tokenizer,
     pad_token,
     pick_device,
     save_tensors,
-    stored_names,
     tokenizer_fingerprint,
 )
 from palinode.pipeline.inputs import Inputs
@@ -191,8 +190,10 @@ class Transforming:
             label = f"gradients on the {name} set"
             with self.listener.task(label, len(tokens), "rows") as advance:
                 found = gradient_moment(live, tokens, moment, pad_id=pad_id, on_progress=advance)
-            names = _stored_names(found, live, model)
-            save_tensors({names[key]: value.cpu() for key, value in found.items()}, step.folder / IMPORTANCE)
+            save_tensors(
+                {name_in_files(model, key): value.cpu() for key, value in found.items()},
+                step.folder / IMPORTANCE,
+            )
             step.finish({"rows": len(chosen)})
         return step
 
@@ -206,9 +207,7 @@ class Transforming:
             live, tokens, pad_id = self._live(model, chosen)
             with self.listener.task("inputs of layers", len(tokens), "rows") as advance:
                 found = list(input_spaces(live, tokens, energy=energy, pad_id=pad_id, on_progress=advance))
-            weights = {space.module: f"{space.module}.weight" for space in found}
-            stored = _stored_names(weights.values(), live, model)
-            names = {module: stored[weight] for module, weight in weights.items()}
+            names = {space.module: name_in_files(model, f"{space.module}.weight") for space in found}
             save_tensors(
                 {names[space.module]: torch.from_numpy(space.basis).float() for space in found},
                 step.folder / SPACES,
@@ -256,17 +255,6 @@ def _stored(step: Step) -> Displacement:
     """Return the moments that a step wrote, as a direction that is read tensor by tensor."""
     infos = read_header(step.folder / IMPORTANCE)
     return Displacement(step.folder, {info.name: DenseChange(info) for info in infos})
-
-
-def _stored_names(names: Iterable[str], live: PreTrainedModel, model: Checkpoint) -> dict[str, str]:
-    """Return the names that a live model's weights have in the checkpoint's files, all of them."""
-    found = stored_names(names := list(names), live, model)
-    if lost := [name for name in names if name not in found]:
-        raise MismatchError(
-            f"the live model's parameter {lost[0]} has no counterpart in {model.folder}; this architecture "
-            "renames its weights on loading, so leave out transforms that read gradients or inputs"
-        )
-    return found
 
 
 def _open_vector(folder: Path) -> StoredVector | None:

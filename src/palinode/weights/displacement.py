@@ -109,6 +109,10 @@ class Displacement(Direction):
         """Return the change of a tensor, under whatever spelling it is held."""
         return self.changes.get(name) or self.changes.get(self.names.get(plain(name), ""))
 
+    def one_name(self, name: str) -> str:
+        """Return the name under which a change meets those of others: its plain one, if it is alone in it."""
+        return plain(name) if self.names.get(plain(name)) == name else name
+
     def check_fits(self, layout: Checkpoint) -> None:
         """Raise MismatchError unless every change has a floating-point tensor of its shape in a model.
 

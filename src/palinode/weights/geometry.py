@@ -119,15 +119,15 @@ def _parts(checkpoints: Sequence[Checkpoint], displacements: Sequence[Displaceme
         check_displacements(layout, displacements)
         yield from (part for part in slices(layout) if not layout.is_second_copy(part.info.name))
         return
-    shapes: dict[str, tuple[int, ...]] = {}
+    infos: dict[str, TensorInfo] = {}
     for displacement in displacements:
         for name, change in displacement.changes.items():
-            if shapes.setdefault(name, change.shape) != change.shape:
+            info = TensorInfo(name, "F32", change.shape, Path(), 0, 4 * math.prod(change.shape))
+            if infos.setdefault(displacement.one_name(name), info).shape != change.shape:
                 raise MismatchError(
                     f"{displacement.folder} has another shape for {name} than the first vector; are they "
                     "vectors of one model?"
                 )
-    for name, shape in shapes.items():
-        info = TensorInfo(name, "F32", shape, Path(), 0, 4 * math.prod(shape))
+    for info in infos.values():
         for start in range(0, info.size, SLICE):
             yield Slice(info, start, min(SLICE, info.size - start))

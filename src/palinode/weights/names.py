@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 """Names of output heads. A tied head that is not in the files shares its storage with the token embedding."""
@@ -29,6 +30,7 @@ BUFFER = re.compile(
 )
 
 
+@lru_cache(maxsize=1 << 16)
 def plain(name: str) -> str:
     """Return the one spelling of a tensor's name.
 

@@ -161,9 +161,16 @@ def _without_partner(here: Checkpoint, there: Checkpoint) -> list[str]:
     return [
         name
         for name, info in here.tensors.items()
-        if info.is_float
-        and (there.find(name) is None or (name not in there.tensors and here.names.get(plain(name)) != name))
+        if info.is_float and name not in there.tensors and not _is_partner(here, info, there)
     ]
+
+
+def _is_partner(here: Checkpoint, info: TensorInfo, there: Checkpoint) -> bool:
+    """Tell whether a tensor has just one counterpart under another name, or put together otherwise."""
+    found = there.find(info.name)
+    if found is None or here.names.get(plain(info.name)) != info.name:
+        return False
+    return there.spelled(info.name) is not None or found.shape == info.shape
 
 
 def _cause(names: Sequence[str]) -> str:

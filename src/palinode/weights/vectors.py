@@ -221,10 +221,11 @@ def layout_of(direction: Direction) -> list[TensorInfo]:
         for name, change in displacement.changes.items():
             size = math.prod(change.shape)
             own = TensorInfo(name, "F32", change.shape, displacement.folder, 0, 4 * size)
-            if found.setdefault(name, own).shape != change.shape:
+            first = found.setdefault(displacement.one_name(name), own)
+            if first.shape != change.shape:
                 raise MismatchError(
-                    f"{found[name].file} and {displacement.folder} change {name} in two shapes "
-                    f"({found[name].shape} and {change.shape}); were both made from one model?"
+                    f"{first.file} and {displacement.folder} change {name} in two shapes "
+                    f"({first.shape} and {change.shape}); were both made from one model?"
                 )
     return list(found.values())
 

@@ -165,6 +165,7 @@ class _Respondent:
                     pad_id=pad_token(self.tokenizer),
                     standardise=self.asking.standardise,
                     on_progress=advance,
+                    say=self.listener.say,
                 )
             )
 
@@ -192,13 +193,30 @@ class _Respondent:
         """Return the greedy answer to each question, begun where the model is known to say the right one."""
         if not self.asking.generate or not asked:
             return [None] * len(asked)
-        begun = [
-            () if entry.prefix else said_right(entry.own[0], own)
-            for entry, own in zip(asked, scores, strict=True)
-        ]
+        begun = None
+        if self._reads_forward(asked, scores):
+            begun = [
+                () if entry.prefix else said_right(entry.own[0], own)
+                for entry, own in zip(asked, scores, strict=True)
+            ]
         with self.listener.task(f"{self.label}: answers", len(asked), "rows") as advance:
             texts = self._generate(asked, [entry.prompt for entry in asked], advance, begun=begun)
         return [*texts]
+
+    def _reads_forward(self, asked: Sequence[_Asked], scores: Sequence[TokenScores]) -> bool:
+        """Return whether what the model says after a prompt is the same with the answer behind it.
+
+        Rotary frequencies may follow a row's length, so it is tried on the longest.
+        """
+        from palinode.models.alone import tolerance
+        from palinode.models.likelihoods import score_rows
+        from palinode.models.loading import pad_token
+
+        place = max(range(len(asked)), key=lambda place: len(asked[place].own[0].ids))
+        row = asked[place].own[0]
+        begin = replace(row, ids=row.ids[: row.start + 1])
+        (alone,) = score_rows(self.model, [begin], pad_id=pad_token(self.tokenizer))
+        return abs(alone.logprobs[0] - scores[place].logprobs[0]) <= tolerance(self.model)
 
     def _samples(self, asked: Sequence[_Asked]) -> list[tuple[str, ...]]:
         """Return the answers drawn for each question."""
@@ -249,6 +267,7 @@ class _Respondent:
             sampling=sampling,
             ended=self._holds_stop_text if self.asking.stop_texts else None,
             on_progress=advance,
+            say=self.listener.say,
         )
         return [self._text(answer) for answer in answers]
 

@@ -199,7 +199,16 @@ class Transforming:
             step.begin()
             live, tokens, pad_id = self._live(model, chosen)
             with self.listener.task("inputs of layers", len(tokens), "rows") as advance:
-                found = list(input_spaces(live, tokens, energy=energy, pad_id=pad_id, on_progress=advance))
+                found = list(
+                    input_spaces(
+                        live,
+                        tokens,
+                        energy=energy,
+                        pad_id=pad_id,
+                        on_progress=advance,
+                        say=self.listener.say,
+                    )
+                )
             names = {space.module: _stored_name(model, f"{space.module}.weight") for space in found}
             save_file(
                 {names[space.module]: torch.from_numpy(space.basis).float() for space in found},

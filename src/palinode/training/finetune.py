@@ -150,6 +150,7 @@ def finetune(
             on_progress=count,
             on_step=hear,
             on_point=draw,
+            say=(listener or Silence()).say,
         )
     if settings.lora:
         write_adapter(model, output, curve)

@@ -43,6 +43,10 @@ def evaluate(
         str | None, typer.Option(help="Judge of the answers: overlap, offline:FOLDER or URL#MODEL.")
     ] = None,
     lm_eval: Annotated[str | None, typer.Option(help="General ability by lm-eval, as in mmlu,gsm8k.")] = None,
+    lm_eval_include: Annotated[
+        Path | None,
+        typer.Option(help="Folder with lm-eval tasks of your own, or the YAML file of one."),
+    ] = None,
     metrics: Annotated[
         str | None, typer.Option(help="Only these metrics, with commas between them; every is all of them.")
     ] = None,
@@ -86,6 +90,7 @@ def evaluate(
         "--against": against,
         "--judge": judge,
         "--lm-eval": lm_eval,
+        "--lm-eval-include": lm_eval_include,
         "--metrics": metrics,
         "--open-unlearning": open_unlearning,
     }
@@ -112,6 +117,7 @@ def evaluate(
         against=against,
         judge=judge,
         general=_names(lm_eval),
+        general_include=lm_eval_include,
         output=output,
         open_unlearning=open_unlearning,
         device=device,

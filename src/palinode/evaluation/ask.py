@@ -170,18 +170,23 @@ class _Respondent:
             )
 
     def _gradient_norms(self, asked: Sequence[_Asked]) -> list[float | None]:
-        """Return GradNorm of each right answer; None where it is not asked for, and for a cut document."""
+        """Return GradNorm of each right answer without its last token, the end, as in open-unlearning.
+
+        None where it is not asked for, for a cut document, and where there is no other token.
+        """
         from palinode.models.gradients import gradient_norms
         from palinode.models.loading import pad_token
 
         norms: list[float | None] = [None] * len(asked)
-        places = [place for place, entry in enumerate(asked) if len(entry.own) == 1]
+        places = [
+            place for place, entry in enumerate(asked) if len(entry.own) == 1 and entry.own[0].scored > 1
+        ]
         if not self.asking.gradient_norms or not places:
             return norms
         with self.listener.task(f"{self.label}: gradients", len(places), "rows") as advance:
             found = gradient_norms(
                 self.model,
-                [asked[place].own[0] for place in places],
+                [replace(row, ids=row.ids[:-1]) for (row,) in (asked[place].own for place in places)],
                 pad_id=pad_token(self.tokenizer),
                 on_progress=advance,
             )

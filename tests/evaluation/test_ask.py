@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from palinode import read_examples
 from palinode.data.examples import Example, Message
@@ -276,8 +277,9 @@ def test_prompt_too_long_is_named(live):
 def test_gradient_norm_is_the_mean_over_tensors_of_the_norm_of_the_mean_loss(live, questions, outcomes):
     model, tokenizer = live
     (row,) = tokenize([questions[0].example], tokenizer, max_length=64, style=PromptStyle())
-    logits = model(input_ids=torch.tensor([row.ids])).logits[0, row.start - 1 : -1]
-    torch.nn.functional.cross_entropy(logits, torch.tensor(row.ids[row.start :])).backward()
+    ids = row.ids[:-1]  # the end token is no part of it, as in open-unlearning
+    logits = model(input_ids=torch.tensor([ids])).logits[0, row.start - 1 : -1]
+    torch.nn.functional.cross_entropy(logits, torch.tensor(ids[row.start :])).backward()
     norms = [float(parameter.grad.norm()) for parameter in model.parameters()]
     model.zero_grad(set_to_none=True)
     assert outcomes[0].gradient_norm == pytest.approx(sum(norms) / len(norms), rel=1e-4)
@@ -323,6 +325,8 @@ import json, sys
 from dataclasses import asdict
 from pathlib import Path
 import torch
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
 from palinode import read_examples
 from palinode.data.questions import Question
 from palinode.errors import CheckpointError
@@ -368,3 +372,47 @@ def test_processes_divide_the_questions_and_all_have_every_outcome(tiny, live, t
         assert one["logprobs"] == pytest.approx(other["logprobs"], abs=1e-4)
         for field in ("row", "generated", "samples", "hits", "expected"):
             assert one[field] == other[field]
+
+
+# Models in which what stands behind a prompt changes what they make of it
+
+
+def longrope(tiny, original: int):
+    """The tiny target with the short rotary frequencies up to `original` tokens, and other ones beyond."""
+    model = load_model(tiny.target, device=torch.device("cpu"))
+    half = model.config.head_dim // 2
+    model.config.rope_parameters = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": original,
+        "short_factor": [1.0] * half,
+        "long_factor": [64.0] * half,
+    }
+    rotary = LlamaRotaryEmbedding(model.config)
+    model.model.rotary_emb = rotary
+    return model
+
+
+def test_greedy_answer_is_the_models_own_whatever_the_right_answer_is(tiny):
+    """Beside a long right answer the prompt is read with the long frequencies, alone with the short ones.
+
+    The right answer is what the long frequencies would say: it is no beginning of what the model says.
+    """
+    tokenizer = load_tokenizer(tiny.target)
+    example = next(iter(read_examples(tiny.retain)))
+    prompt = prompt_ids(example, tokenizer, PromptStyle())
+    ids = list(prompt)
+    beyond = longrope(tiny, 2)
+    for _ in range(8):
+        ids.append(int(beyond(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    said = tokenizer.decode(ids[len(prompt) :])
+    question = plain_questions([replace(example, answer=said)])
+    model = longrope(tiny, len(prompt) + 4)
+    ids = list(prompt)
+    for _ in range(3):
+        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    wanted = tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
+    (outcome,) = ask(model, tokenizer, question, Asking(max_new_tokens=3, max_length=64))
+    assert not said.startswith(wanted)
+    assert outcome.generated == wanted

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from palinode.errors import InputError
-from palinode.evaluation.general import general_ability, task_scores
+from palinode.evaluation.general import _task_folder, general_ability, task_scores
 from palinode.records import Score
 
 TASK = """
@@ -50,6 +50,27 @@ def test_results_become_scores_with_a_normal_interval():
     )
     assert scores["perplexity"].value is None
     assert scores["perplexity"].reason == "lm-eval's figure is not a finite number"
+
+
+def test_none_and_all_of_the_rows_have_the_exact_interval_of_a_share():
+    """0 of 20: a true share p gives none with (1 − p)^20, which is .025 at p = 1 − .025^(1/20) = .168433."""
+    found = task_scores(
+        {"acc,none": 0.0, "acc_stderr,none": 0.0, "em,none": 1.0, "em_stderr,none": 0.0, "bleu,none": 12.0,
+         "bleu_stderr,none": 0.0},
+        20,
+    )  # fmt: skip
+    assert (found["acc"].low, found["acc"].high) == (0.0, pytest.approx(0.168433, abs=1e-6))
+    assert (found["em"].low, found["em"].high) == (pytest.approx(0.831567, abs=1e-6), 1.0)
+    assert (found["bleu"].low, found["bleu"].high) == (12.0, 12.0)
+
+
+def test_tasks_of_ones_own_are_a_folder_or_the_file_of_one(tmp_path):
+    (tmp_path / "own.yaml").write_text("task: own")
+    assert _task_folder(tmp_path) == _task_folder(tmp_path / "own.yaml") == tmp_path
+    assert _task_folder(None) is None
+    for wrong in (tmp_path / "missing", tmp_path / "missing.yaml"):
+        with pytest.raises(InputError, match="no folder with lm-eval tasks"):
+            general_ability(None, None, ["own"], include=wrong)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.message import Message
 from email.utils import format_datetime
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from palinode.errors import InputError, OutputError
 from palinode.evaluation.judges import Patience, open_judge
 from palinode.evaluation.judges.endpoint import (
+    LONGEST_REPLY,
     UnreadableReplyError,
     first_messages,
     json_objects,
@@ -48,7 +50,7 @@ def status(code, body=b"{}", **headers):
 
 
 def hang(handler):
-    time.sleep(0.8)
+    handler.rfile.read(1)  # until the other side hangs up
 
 
 def truncated(handler):
@@ -205,17 +207,33 @@ PASSING = {
 @pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING)
 def test_a_passing_fault_is_survived(server, judge, fault):
     server.script = [fault]
-    started = time.monotonic()
     assert ask(judge).picked == (0,)
-    assert len(server.requests) == 2
-    assert time.monotonic() - started < 2
+    assert server.script == []
+    assert len(server.requests) >= 2  # more where a busy machine took too long over the good one
 
 
-def test_retry_after_is_waited_for(server, judge):
-    server.script = [status(429, Retry_After="1")]
-    started = time.monotonic()
+class Clock(threading.Event):
+    """The judge's clock, on which only its own waits take time."""
+
+    def __init__(self, monkeypatch, judge):
+        super().__init__()
+        self.waits = []
+        judge._stopped = self
+        monkeypatch.setattr("palinode.evaluation.judges.endpoint.time", self)
+
+    def monotonic(self):
+        return sum(self.waits)
+
+    def wait(self, timeout=None):
+        self.waits.append(timeout)
+        return self.is_set()
+
+
+def test_retry_after_is_waited_for(server, judge, monkeypatch):
+    server.script = [status(429, Retry_After="2")]
+    clock = Clock(monkeypatch, judge)
     assert ask(judge).picked == (0,)
-    assert time.monotonic() - started >= 1
+    assert clock.monotonic() == 2
 
 
 def test_a_wait_beyond_our_patience_is_not_begun(server, judge):
@@ -236,18 +254,20 @@ def test_attempts_end_and_the_reason_is_told(server, judge):
     assert len(server.requests) == 4
 
 
-def test_nobody_at_the_address_is_a_reason_and_later_questions_are_not_tried_for_ever(server, tmp_path):
+def test_nobody_at_the_address_is_a_reason_and_later_questions_are_not_tried_for_ever(
+    server, tmp_path, monkeypatch
+):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     patience = Patience(attempts=3, first_wait=0.05, longest_wait=0.05, silence_seconds=0.3)
     judge = open_judge(address, model="m", cache=tmp_path, patience=patience)
-    started = time.monotonic()
+    clock = Clock(monkeypatch, judge)
     picks = [ask(judge, question=f"q{n}") for n in range(100)]
     assert {pick.picked for pick in picks} == {None}
     assert "the connection was refused" in picks[0].reason
     assert "given up" in picks[-1].reason
-    assert time.monotonic() - started < 2
+    assert clock.monotonic() <= 0.3
 
 
 # Faults that stay
@@ -398,12 +418,11 @@ def test_any_reply_is_a_pick_of_the_candidates_or_refused(text):
         assert set(picked) <= {0, 1, 2}
 
 
-def test_long_and_deep_replies_are_refused_quickly():
-    started = time.monotonic()
-    for text in ('{"a":' * 200_000, "{" * 1_000_000, '{"a":[' * 5000):
+def test_long_and_deep_replies_are_refused_and_not_read_to_their_ends():
+    late = " " * LONGEST_REPLY + '{"picked": [0]}'
+    for text in ('{"a":' * 200_000, "{" * 1_000_000, '{"a":[' * 5000, late):
         with pytest.raises(UnreadableReplyError):
             read_reply(text, CANDIDATES)
-    assert time.monotonic() - started < 2
     assert json_objects('{"a": {"b": 1}} {}') == ['{"a": {"b": 1}}', "{}"]
 
 
@@ -513,14 +532,18 @@ def test_unknown_judge_and_missing_model_are_refused():
 
 
 def test_a_few_are_asked_at_a_time_and_no_more(server, tmp_path):
-    def slow(handler):
-        time.sleep(0.05)
+    four = threading.Barrier(4)
+
+    def together(handler):
+        four.wait(60)
         handler.answer(200, completion('{"picked": [0]}'))
 
-    server.script = [slow] * 16
-    judge = open_judge(server.address, model="m", cache=tmp_path, at_once=4, patience=QUICK)
+    server.script = [together] * 16
+    patience = replace(QUICK, request_seconds=60)
+    judge = open_judge(server.address, model="m", cache=tmp_path, at_once=4, patience=patience)
     judge_answers(judge, [Outcome(n, f"q{n}", "Lima", "Lima", (), ()) for n in range(16)])
-    assert 2 <= server.most_busy <= 4
+    assert server.most_busy == 4
+    assert len(server.requests) == 16
 
 
 def test_retry_after_is_read_as_seconds_or_date():
@@ -530,9 +553,8 @@ def test_retry_after_is_read_as_seconds_or_date():
         return message
 
     assert retry_after(headers("7")) == 7
-    assert retry_after(headers(format_datetime(datetime.now(UTC) + timedelta(seconds=60)))) == pytest.approx(
-        60, abs=2
-    )
+    in_a_day = headers(format_datetime(datetime.now(UTC) + timedelta(days=1)))
+    assert 23 * 3600 < retry_after(in_a_day) <= 24 * 3600
     assert retry_after(headers("Wed, 21 Oct 2015 07:28:00 GMT")) == 0
     assert retry_after(headers("soon")) is None
     assert retry_after(Message()) is None

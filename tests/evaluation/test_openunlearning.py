@@ -191,6 +191,15 @@ def test_a_log_of_another_split_is_refused(tmp_path):
         read_log(path, forget_rows=40)
 
 
+def test_tofus_own_log_of_three_hundred_rows_is_told_how_it_can_be_used(tmp_path):
+    path = save(tmp_path / "log.json", published(scores=(0.5,) * 300))
+    with pytest.raises(DataError, match="300 forget rows where the forget set has 400; read the first 300"):
+        read_log(path, forget_rows=400)
+    with pytest.raises(DataError, match="--option protocol=original"):
+        read_log(path, forget_rows=400)
+    assert len(read_log(path, forget_rows=300).truth_ratios) == 300
+
+
 @pytest.mark.parametrize(
     "change",
     [lambda right, wrong: right / (right + wrong), lambda right, wrong: right / wrong],

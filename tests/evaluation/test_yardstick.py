@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from palinode.errors import DataError
-from palinode.evaluation.yardstick import FEWEST_ROWS, Unseen, estimate_yardstick
+from palinode.evaluation.yardstick import FEWEST_ROWS, Unseen, Yardstick, estimate_yardstick
+from palinode.records import Score
+
+SCORE = Score(None, 0, None, None, "not asked for")
 
 
 def logs(*probabilities: float) -> list[float]:
@@ -150,3 +154,18 @@ def test_record_says_what_was_assumed_and_holds_nothing_row_by_row():
     assert found["assumes"].startswith("the holdout rows are like the forget rows")
     assert len(found["quantiles"]) == 21
     assert set(found["answer_probability"]) == {"value", "n", "low", "high", "reason"}
+
+
+def test_quantiles_are_the_pooled_values_at_k_minus_a_half_over_n():
+    """One middle of ½ and rests of −2, −1, 0 by thirds: one row of forget is the middle of the three values.
+
+    Two rows over six pooled values are those at places 6 · ¼ = 1.5 and 6 · ¾ = 4.5: the second and the fifth.
+    """
+    one = Yardstick("holdout", 9, (math.log(0.5),), (-2.0, -1.0, 0.0), 0.0, SCORE, 0.0)
+    assert one.quantiles() == pytest.approx([0.5 * math.exp(-1)])
+    two = replace(one, middles=(math.log(0.5), math.log(0.6)))
+    pooled = sorted(middle * math.exp(rest) for middle in (0.5, 0.6) for rest in (-2.0, -1.0, 0.0))
+    assert two.quantiles() == pytest.approx([pooled[1], pooled[4]])
+    assert two.distance([math.log(pooled[0]), math.log(pooled[5])]) == pytest.approx(
+        (pooled[1] - pooled[0] + pooled[5] - pooled[4]) / 2
+    )

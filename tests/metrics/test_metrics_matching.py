@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_outcomes import outcome
 
-from palinode.metrics import accepted_sample_values, accepted_values, normalise, score_outcomes
+from palinode.metrics import accepted_sample_values, accepted_values, is_accepted, normalise, score_outcomes
 
 
 def value(generated, *accepted, **fields):
@@ -85,3 +85,19 @@ def test_samples_give_the_share_that_is_accepted():
         outcome(accepted=("Q90",), samples=("Paris",)),
     ]
     assert accepted_sample_values(rows) == [pytest.approx(2 / 3), None, None]
+
+
+@pytest.mark.parametrize(
+    ("accepted", "said", "right"),
+    [
+        ("东京", "他于1964年出生在东京。", True),  # no spaces between words: letter by letter
+        ("东京", "他出生在东北。", False),
+        ("1964", "他于1964年出生", True),
+        ("กรุงเทพ", "เกิดที่กรุงเทพ", True),
+        ("किताब", "यह किताब है", True),
+        ("किताब", "यह कुतुब है", False),  # the vowels are marks, and count
+        ("Άθήνα", "στην Άθήνα", True),
+    ],
+)
+def test_scripts_without_spaces_or_with_marks_are_compared_letter_by_letter(accepted, said, right):
+    assert is_accepted(outcome(expected=accepted), said) is right

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from palinode.metrics import exact_memorizations, extraction_strengths, score_outcomes
 from palinode.records import Outcome
 
-HITS = st.lists(st.booleans(), min_size=2, max_size=12)
+HITS = st.lists(st.booleans(), min_size=3, max_size=12)
 
 
 def outcome(hits):
@@ -71,9 +71,20 @@ def test_strength_is_the_definition_searched_for_by_hand(hits):
     assert strength(hits) == pytest.approx(1 - first_k / len(answer), abs=1e-12)
 
 
-def test_answers_of_one_token_come_with_a_warning():
+def test_one_token_tells_nothing_of_extraction_strength_and_has_no_value():
+    """The search for k* ends at n − 1 = 0, so that it would be 1 for a right token and a wrong one."""
+    assert [strength([right, True]) for right in (True, False)] == [None, None]
+    assert [strength([right, True], strict=True) for right in (True, False)] == [1.0, 0.0]
+    assert [strength([right, True], single=1.0) for right in (True, False)] == [1.0, 1.0]
+    assert [memorization([right, True]) for right in (True, False)] == [1.0, 0.0]
+
+
+def test_rows_of_one_token_leave_the_score_blank_and_the_reason_says_why():
     long, short = outcome([True, False, True]), outcome([False, True])
     assert score_outcomes([long, long])["extraction_strength"].reason is None
-    mixed = score_outcomes([long, short, short])["extraction_strength"]
-    assert mixed.reason.startswith("2 of 3 answers have one token")
-    assert mixed.value == pytest.approx((0.5 + 1 + 1) / 3)
+    mixed = score_outcomes([long, short, long])["extraction_strength"]
+    assert (mixed.value, mixed.n) == (0.5, 2)
+    assert mixed.reason.startswith("1 of 3 examples left out")
+    blank = score_outcomes([short, short])["extraction_strength"]
+    assert blank.value is None
+    assert "one token, for which it is 1 whatever the model does" in blank.reason

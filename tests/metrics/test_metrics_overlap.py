@@ -49,7 +49,37 @@ def test_nothing_generated_is_unknown_not_zero():
 
 def test_answer_that_rouge_cannot_read_is_unknown_not_zero():
     assert recall("東京", "東京") is None
-    assert recall("東京 1964", "in 1964") == 1.0
+    assert recall("!!!", "a word") is None
+
+
+@pytest.mark.parametrize(
+    ("expected", "generated"),
+    [
+        ("她于1964年出生在东京", "1964"),  # the year is all that ROUGE would see
+        ("東京 1964", "in 1964"),
+        ("Она родилась в 1964 году", "Она родилась в 1964 году в Осло"),
+        ("她的笔名是 Anna", "Anna"),  # 5 letters of 9
+        ("Sie wohnt in Αθήνα", "Sie wohnt in Rom"),  # 5 of 15
+        ("हिन्दी 1964", "1964"),
+        ("in 1964", "她于1964年出生"),  # what was written counts as well
+        ("Anna", "Анна, Anna"),
+    ],
+)
+def test_text_of_which_rouge_drops_over_a_fifth_has_no_score(expected, generated):
+    assert recall(expected, generated) is None
+
+
+@pytest.mark.parametrize(
+    ("expected", "generated", "value"),
+    [
+        ("Ana Müller wrote the novel Été", "Ana Müller", 3 / 8),  # ana m ller wrote the novel t, and "é" gone
+        ("1964", "in 1964", 1.0),
+        ("in 1964", "1964!", 0.5),
+        ("a word", "🎉", 0.0),
+    ],
+)
+def test_accents_and_signs_leave_a_score(expected, generated, value):
+    assert recall(expected, generated) == pytest.approx(value, abs=0.06)
 
 
 @settings(deadline=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -192,6 +193,7 @@ def test_single_sets_have_limits_of_their_own():
         ({"max_rows": 0}, RecipeError, "max_rows cannot be used"),
         ({"split": "forget07"}, RecipeError, "no split 'forget07'"),
         ({"metrics": ("nonsense",)}, RecipeError, "no metric 'nonsense'"),
+        ({"general_include": Path("tasks")}, RecipeError, "tasks holds tasks for lm-eval and none is to be"),
         ({"judge": "nobody"}, InputError, "no judge 'nobody'"),
         ({"judge": "http://localhost:9/v1"}, InputError, "needs the name of a model"),
         ({"against": "no/such/folder"}, CheckpointError, "no/such/folder"),

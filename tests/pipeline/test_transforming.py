@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from palinode import StoredVector
 from palinode.data import sample_examples
@@ -146,6 +149,40 @@ def test_projected_vector_does_nothing_to_the_spared_inputs(run, plain):
         assert float((vector[name] @ basis.double()).abs().max()) < 1e-5 * float(plain[name].abs().max())
     embedding = "model.embed_tokens.weight"
     torch.testing.assert_close(vector[embedding].float(), plain[embedding])
+
+
+def test_projection_of_layers_that_store_their_weights_transposed(recipe_of, tiny, tmp_path):
+    """GPT-2's weights are (in, out), so that τ becomes (I − U Uᵀ) τ, in square layers as in others."""
+    words = tiny.base.config["vocab_size"]
+    config = GPT2Config(vocab_size=words, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=1,
+                        eos_token_id=1, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)  # fmt: skip
+    for seed, name in enumerate(("base", "target")):
+        torch.manual_seed(seed)
+        shutil.copytree(
+            tiny.base.folder,
+            tmp_path / name,
+            ignore=shutil.ignore_patterns("*.safetensors", "config.json", "generation_config.json"),
+        )
+        GPT2LMHeadModel(config).save_pretrained(tmp_path / name)
+    models = {name: str(tmp_path / name) for name in ("base", "target")}
+    transforms = [{"name": "projection", "rows": 4, "energy": 0.5}]
+    training = {"epochs": 1, "learning_rate": 3e-3, "batch_size": 16, "max_length": 64}
+    unlearn(
+        recipe_of(tmp_path / "out", models=models, scales=GIVEN, transforms=transforms, training=training)
+    )
+    (spaces,) = tmp_path.rglob("spaces.safetensors")
+    (trained,) = tmp_path.rglob("finetune-forget-*/model/model.safetensors")
+    (folder,) = tmp_path.rglob("transform-projection-*/vector")
+    after, before = load_file(trained), load_file(tmp_path / "base" / "model.safetensors")
+    vector = dense(StoredVector.open(folder))
+    bases = load_file(spaces)
+    assert len(bases) == 4
+    for name, basis in bases.items():
+        change = after[name] - before[name]
+        assert len(basis) == len(change)  # (in, out)
+        torch.testing.assert_close(
+            vector[name].float(), change - basis @ (basis.T @ change), rtol=1e-4, atol=1e-7
+        )
 
 
 def test_consensus_is_of_the_recipes_seed_and_the_next_ones(run, plain, tiny):

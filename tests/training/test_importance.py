@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
 
 from palinode import read_examples
 from palinode.data.batches import pad_right
-from palinode.data.tokenize import PromptStyle, tokenize
+from palinode.data.tokenize import PromptStyle, TokenRow, tokenize
 from palinode.errors import DataError
 from palinode.models import load_model, load_tokenizer
 from palinode.training import subspace
@@ -84,3 +86,44 @@ def test_space_of_a_layer_is_that_of_the_inputs_it_was_given(live, monkeypatch):
     assert basis.shape[1] == 1 + int(np.searchsorted(shares, 0.9))
     assert kept == pytest.approx(shares[basis.shape[1] - 1], abs=1e-6)
     assert basis.T @ basis == pytest.approx(np.eye(basis.shape[1]), abs=1e-8)
+
+
+def gpt2():
+    """Layers that store their weights as (in, out)."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            n_embd=4, n_layer=1, n_head=2, vocab_size=30, n_positions=16, bos_token_id=1, eos_token_id=1
+        )
+    ).eval()
+
+
+def test_space_of_a_transposed_layer_is_that_of_its_inputs_too():
+    """One token is one input x, whose only axis is x/|x|; its length is the number of inputs, not outputs."""
+    model, caught = gpt2(), {}
+    for name, module in model.named_modules():
+        if isinstance(module, Conv1D):
+            module.register_forward_pre_hook(
+                lambda _module, inputs, name=name: caught.update({name: inputs[0].flatten()})
+            )
+    spaces = list(input_spaces(model, [TokenRow((7,), 1, 0)], energy=0.999, pad_id=0))
+    assert {space.module.partition("h.0.")[2]: len(space.basis) for space in spaces} == {
+        "attn.c_attn": 4, "attn.c_proj": 4, "mlp.c_fc": 4, "mlp.c_proj": 16
+    }  # fmt: skip
+    for space in spaces:
+        axis = (caught[space.module] / caught[space.module].norm()).double().numpy()
+        assert space.transposed
+        assert space.basis @ space.basis.T == pytest.approx(np.outer(axis, axis), abs=1e-6)
+
+
+def test_padding_is_no_input():
+    """Beside a row of nine tokens a row of one would have eight of padding: Σ x xᵀ is that of ten tokens."""
+    model, sums = gpt2(), {}
+    rows = [TokenRow(tuple(range(5, 14)), 4, 0), TokenRow((20,), 1, 1)]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    for row in rows:
+        for name, total in subspace._sums(model, layers, [row], [[0]], pad_id=0, on_progress=None).items():
+            sums[name] = sums.get(name, 0) + total
+    together = subspace._sums(model, layers, rows, [[0, 1]], pad_id=0, on_progress=None)
+    for name, total in together.items():
+        torch.testing.assert_close(total, sums[name], rtol=1e-5, atol=1e-6)

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 
 import numpy as np
@@ -542,10 +541,8 @@ def test_ten_thousand_damaged_directions_give_an_error_or_a_result(models, tmp_p
         copy = shutil.copytree(chance.choice(originals), tmp_path / "copy", dirs_exist_ok=True)
         file = chance.choice(sorted(copy.iterdir()))
         file.write_bytes(mutated(file.read_bytes(), chance))
-        started = time.monotonic()
         with suppress(PalinodeError):
             read_all(open_direction(copy))
             opened += 1
-        assert time.monotonic() - started < 5
         shutil.rmtree(copy)
     assert 100 < opened < 9000

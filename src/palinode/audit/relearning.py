@@ -71,6 +71,7 @@ def relearn(
         pad_id=pad_token(subject.tokenizer),
         on_step=after,
         max_steps=last,
+        say=subject.listener.say,
     )
     details = {
         "steps": list(curves),

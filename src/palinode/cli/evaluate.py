@@ -52,6 +52,10 @@ def evaluate(
         ),
     ] = None,
     lm_eval: Annotated[str | None, typer.Option(help="General ability by lm-eval, as in mmlu,gsm8k.")] = None,
+    lm_eval_include: Annotated[
+        Path | None,
+        typer.Option(help="Folder with lm-eval tasks of your own, or the YAML file of one."),
+    ] = None,
     metrics: Annotated[
         str | None, typer.Option(help="Only these metrics, with commas between them; every is all of them.")
     ] = None,
@@ -97,6 +101,7 @@ def evaluate(
         "--judge": judge,
         "--key-variable": key_variable,
         "--lm-eval": lm_eval,
+        "--lm-eval-include": lm_eval_include,
         "--metrics": metrics,
         "--open-unlearning": open_unlearning,
     }
@@ -123,6 +128,7 @@ def evaluate(
         judge=judge,
         key_variable=key_variable,
         general=_names(lm_eval),
+        general_include=lm_eval_include,
         output=output,
         open_unlearning=open_unlearning,
         allow_pickle=allow_pickle,

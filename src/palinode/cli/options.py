@@ -41,7 +41,7 @@ Tracker = Annotated[
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: the target's]")]
 Scales = Annotated[
     str | None,
-    typer.Option(help="auto (searched), grid (the paper's way), or α,β as in 1.0,0.5. [default: auto]"),
+    typer.Option(help="auto (searched), grid (a small grid), or α,β as in 1.0,0.5. [default: auto]"),
 ]
 FixedScales = Annotated[
     str, typer.Option(help="α,β as in 1.0,0.5, or α alone; with β = 0 the retain model is never opened.")

@@ -165,22 +165,28 @@ class _Respondent:
                     pad_id=pad_token(self.tokenizer),
                     standardise=self.asking.standardise,
                     on_progress=advance,
+                    say=self.listener.say,
                 )
             )
 
     def _gradient_norms(self, asked: Sequence[_Asked]) -> list[float | None]:
-        """Return GradNorm of each right answer; None where it is not asked for, and for a cut document."""
+        """Return GradNorm of each right answer without its last token, the end, as in open-unlearning.
+
+        None where it is not asked for, for a cut document, and where there is no other token.
+        """
         from palinode.models.gradients import gradient_norms
         from palinode.models.loading import pad_token
 
         norms: list[float | None] = [None] * len(asked)
-        places = [place for place, entry in enumerate(asked) if len(entry.own) == 1]
+        places = [
+            place for place, entry in enumerate(asked) if len(entry.own) == 1 and entry.own[0].scored > 1
+        ]
         if not self.asking.gradient_norms or not places:
             return norms
         with self.listener.task(f"{self.label}: gradients", len(places), "rows") as advance:
             found = gradient_norms(
                 self.model,
-                [asked[place].own[0] for place in places],
+                [replace(row, ids=row.ids[:-1]) for (row,) in (asked[place].own for place in places)],
                 pad_id=pad_token(self.tokenizer),
                 on_progress=advance,
             )
@@ -192,13 +198,30 @@ class _Respondent:
         """Return the greedy answer to each question, begun where the model is known to say the right one."""
         if not self.asking.generate or not asked:
             return [None] * len(asked)
-        begun = [
-            () if entry.prefix else said_right(entry.own[0], own)
-            for entry, own in zip(asked, scores, strict=True)
-        ]
+        begun = None
+        if self._reads_forward(asked, scores):
+            begun = [
+                () if entry.prefix else said_right(entry.own[0], own)
+                for entry, own in zip(asked, scores, strict=True)
+            ]
         with self.listener.task(f"{self.label}: answers", len(asked), "rows") as advance:
             texts = self._generate(asked, [entry.prompt for entry in asked], advance, begun=begun)
         return [*texts]
+
+    def _reads_forward(self, asked: Sequence[_Asked], scores: Sequence[TokenScores]) -> bool:
+        """Return whether what the model says after a prompt is the same with the answer behind it.
+
+        Rotary frequencies may follow a row's length, so it is tried on the longest.
+        """
+        from palinode.models.alone import tolerance
+        from palinode.models.likelihoods import score_rows
+        from palinode.models.loading import pad_token
+
+        place = max(range(len(asked)), key=lambda place: len(asked[place].own[0].ids))
+        row = asked[place].own[0]
+        begin = replace(row, ids=row.ids[: row.start + 1])
+        (alone,) = score_rows(self.model, [begin], pad_id=pad_token(self.tokenizer))
+        return abs(alone.logprobs[0] - scores[place].logprobs[0]) <= tolerance(self.model)
 
     def _samples(self, asked: Sequence[_Asked]) -> list[tuple[str, ...]]:
         """Return the answers drawn for each question."""
@@ -249,6 +272,7 @@ class _Respondent:
             sampling=sampling,
             ended=self._holds_stop_text if self.asking.stop_texts else None,
             on_progress=advance,
+            say=self.listener.say,
         )
         return [self._text(answer) for answer in answers]
 

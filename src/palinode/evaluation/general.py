@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from palinode.errors import InputError
+from palinode.metrics.aggregate import ends_of_equals
 from palinode.records import Score
 
 if TYPE_CHECKING:
@@ -39,11 +40,12 @@ def general_ability(
     """Return the scores of each lm-eval task or group: task, then metric ("acc", "exact_match,strict-match").
 
     `limit` is the number of rows of each task, all by default; `include` a folder with tasks of one's own in
-    lm-eval's YAML. The data of a task come from the hub unless they are in its cache, or local. The model is
-    left as it was, the random generators too. InputError when lm-eval is not installed, a task is unknown,
-    or its data cannot be had.
+    lm-eval's YAML, or one such file, whose folder is read. The data of a task come from the hub unless they
+    are in its cache, or local. The model is left as it was, the random generators too. InputError when
+    lm-eval is not installed, a task is unknown, or its data cannot be had.
     """
-    evaluate, wrapper, manager = _lm_eval(include)
+    folder = _task_folder(include)
+    evaluate, wrapper, manager = _lm_eval(folder)
     _check_tasks(tasks, manager)
     seeds = dict.fromkeys(
         ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed
@@ -73,10 +75,20 @@ def general_ability(
     return {task: task_scores(values, _rows(task, counts, members)) for task, values in found.items()}
 
 
+def _task_folder(include: Path | None) -> Path | None:
+    """Return the folder of tasks that a folder or a YAML file names. Raises InputError when there is none."""
+    if include is None or include.is_dir():
+        return include
+    if not include.is_file() or include.suffix not in (".yaml", ".yml"):
+        raise InputError(f"{include} is no folder with lm-eval tasks and no .yaml file of one; name either")
+    return include.parent
+
+
 def task_scores(values: Mapping[str, Any], rows: int) -> dict[str, Score]:
     """Return the scores in lm-eval's results of one task, whose keys are "metric,filter".
 
-    The filter "none" is left out of the name. A metric without a standard error has no interval.
+    The filter "none" is left out of the name. A metric without a standard error has no interval; 0 or 1 with
+    a standard error of 0, none or all of the rows, has the exact one of a share.
     """
     scores = {}
     for key, value in values.items():
@@ -93,6 +105,8 @@ def _score(value: float, error: Any, rows: int) -> Score:
         return Score(None, 0, None, None, "lm-eval's figure is not a finite number")
     if not _is_number(error) or not math.isfinite(error):
         return Score(value, rows, None, None, "lm-eval gives no standard error")
+    if error == 0 and value in (0, 1) and rows > 0:
+        return Score(value, rows, *ends_of_equals(value, rows, 0.95), None)
     return Score(value, rows, value - NORMAL_95 * error, value + NORMAL_95 * error)
 
 

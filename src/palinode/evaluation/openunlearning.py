@@ -41,6 +41,8 @@ from palinode.records import Likelihood, Outcome, Score, read_json, write_json
 FORGET, RETAIN, AUTHORS, FACTS, HOLDOUT = "forget", "retain", "real_authors", "world_facts", "holdout"
 """Names of the sets that a log is made of."""
 
+ORIGINAL_ROWS = 300
+"""Rows of each set, the first ones, that TOFU's own evaluation reads."""
 SPLITS = {40: "forget01", 200: "forget05", 400: "forget10"}
 """TOFU's forget splits by their number of rows."""
 
@@ -159,7 +161,7 @@ def _set_entries(name: str, prefix: str, outcomes: Sequence[Outcome]) -> dict[st
     else:
         entries[f"{prefix}_Q_A_PARA_Prob"] = _likelihood_entry(outcomes, "paraphrased")
     if name == FORGET:
-        entries["extraction_strength"] = _entry(outcomes, "score", extraction_strengths(outcomes))
+        entries["extraction_strength"] = _entry(outcomes, "score", extraction_strengths(outcomes, single=1.0))
         entries["exact_memorization"] = _entry(outcomes, "score", exact_memorizations(outcomes))
     return {key: entry for key, entry in entries.items() if entry is not None}
 
@@ -327,9 +329,11 @@ def _check_agrees(path: Path, row: int, right: float, wrong: float, ratio: float
 def _check_split(path: Path, rows: int, expected: int | None) -> None:
     if expected is None or rows in (0, expected):
         return
-    name = f" ({SPLITS[rows]})" if rows in SPLITS else ""
+    name, fix = f" ({SPLITS[rows]})" if rows in SPLITS else "", ""
+    if rows == ORIGINAL_ROWS < expected:
+        fix = f"read the first {rows} rows, as TOFU's own evaluation does, by --option protocol=original, or "
     raise DataError(
-        f"{path} holds {rows} forget rows{name} where the forget set has {expected}; "
+        f"{path} holds {rows} forget rows{name} where the forget set has {expected}; {fix}"
         "give the retrained model's log of the same split, with all of its rows"
     )
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from statistics import fmean
 from typing import Literal
@@ -59,7 +60,7 @@ def least_logprobs(outcomes: Sequence[Outcome]) -> list[float | None]:
 MEASURES: Mapping[str, Callable[[Sequence[Outcome]], list[float | None]]] = {
     "mean_logprob": mean_logprobs,
     "min_k": least_logprobs,
-    "extraction_strength": extraction_strengths,
+    "extraction_strength": partial(extraction_strengths, single=1.0),  # where all are 1, a note says so
 }
 """What rows are scored by; higher means better known."""
 

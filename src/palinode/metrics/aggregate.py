@@ -114,7 +114,7 @@ def _interval(
     if len(known) == 1:
         return None, None
     if known[0] == known[-1]:  # sorted, so all are equal
-        return _ends_of_equals(mean, len(known), confidence) if shares else (mean, mean)
+        return ends_of_equals(mean, len(known), confidence) if shares else (mean, mean)
 
     from scipy.stats import bootstrap  # takes a second, so only when it is used
 
@@ -151,7 +151,7 @@ def _resampled_means(values: NDArray[np.float64], generator: np.random.Generator
     return means
 
 
-def _ends_of_equals(value: float, count: int, confidence: float) -> tuple[float, float]:
+def ends_of_equals(value: float, count: int, confidence: float) -> tuple[float, float]:
     """Return the interval of a mean where all values are equal, which resampling would make a point.
 
     All 0 or all 1 are shares at their end: a true share p gives n zeros with probability (1 − p)^n, so the

@@ -4,7 +4,8 @@ Both texts are normalised: Unicode NFKC, case folded, apostrophes dropped, other
 initials joined ("J. R. R." and "JRR"), articles (a, an, the) left out. An answer is right when its words
 are an accepted answer, or contain one as whole neighbouring words. So "He was an American politician." has
 "politician", and a broader or differently worded answer does not match: that is for a judge, and the two
-accuracies are reported apart. A text that names many things may match by luck.
+accuracies are reported apart. A text that names many things may match by luck. Scripts that put no spaces
+between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) are read letter by letter.
 
 RESTOR's lists hold some raw Wikidata ids ("Q42"), which no model would write: they are left out and said.
 """
@@ -20,7 +21,11 @@ from palinode.records import Outcome
 
 _ARTICLES = frozenset({"a", "an", "the"})
 _APOSTROPHES = re.compile("['’ʼ`]")
-_NOT_A_WORD = re.compile(r"[\W_]+")
+_UNSPACED = (
+    "\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
+    "\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Kana, Han
+)
+_UNSPACED_LETTER = re.compile(f"([{_UNSPACED}])")
 _INITIALS = re.compile(r"(?<=\b[^\W\d_])\.\s?(?=[^\W\d_]\b)")  # the stops between single letters
 _WIKIDATA_ID = re.compile(r"Q[1-9]\d*")
 
@@ -32,9 +37,24 @@ def normalise(text: str) -> str:
     'us senates democrats'
     """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    words = _NOT_A_WORD.sub(" ", _INITIALS.sub("", _APOSTROPHES.sub("", folded))).split()
+    plain = _INITIALS.sub("", _APOSTROPHES.sub("", spaced(folded)))
+    words = "".join(letter if _is_of_a_word(letter) else " " for letter in plain).split()
     content = [word for word in words if word not in _ARTICLES]
     return " ".join(content or words)  # the band "The The" keeps its name
+
+
+def spaced(text: str) -> str:
+    """Return a text with spaces around each letter of a script that puts none between words.
+
+    >>> spaced("生于1964年").split()
+    ['生', '于', '1964', '年']
+    """
+    return _UNSPACED_LETTER.sub(r" \1 ", text)
+
+
+def _is_of_a_word(letter: str) -> bool:
+    """Whether it is a letter, a digit, or a mark, which in many scripts is a vowel."""
+    return letter.isalnum() or unicodedata.category(letter)[0] == "M"
 
 
 def accepted_answers(outcome: Outcome) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ With l the mean loss over the answer's n tokens and end token, and log p each to
     ZLib        l / bytes of the zlib-compressed answer
     Min-K%      −mean of the m smallest log p of the n answer tokens,  m = max(1, ⌊n·k⌋)
     Min-K%++    the same on (log p − μ)/σ, over the vocabulary at that position
-    GradNorm    mean over parameter tensors of the norm of the loss's gradient
+    GradNorm    mean over parameter tensors of the norm of the loss's gradient, the end token left out
     Reference   l − l of a reference model, usually the retrained one
 
 *Members* are forget rows, *others* are holdout rows that no model has seen. The area under the ROC curve is

@@ -10,6 +10,7 @@ open-unlearning's MUSE ROUGE-L F with it on (spec: metrics.md §3).
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Literal
@@ -24,6 +25,13 @@ Kind = Literal["rouge1", "rougeL"]
 Measure = Literal["recall", "f"]
 """Whether words that the model adds are held against it ("f") or not ("recall")."""
 
+MOST_UNSEEN = 0.2
+"""Share of a text's letters that rouge-score may drop (it keeps a to z and digits) before nothing is said."""
+UNREADABLE = (
+    "nothing was generated, or ROUGE, which reads only a to z and digits, drops over a fifth of a text"
+)
+"""Why a row may have no ROUGE."""
+
 _TEXTS = 4096  # texts whose words are remembered
 _FIELDS = {"recall": "recall", "f": "fmeasure"}
 
@@ -37,8 +45,8 @@ def rouge_values(
 ) -> list[float | None]:
     """Return the ROUGE of each generated answer against the answer in the data.
 
-    An empty text on either side gives 0. None where nothing was generated, and where rouge-score, which
-    reads only Latin letters without accents and digits, finds no word in the answer.
+    An empty text on either side gives 0. None where nothing was generated, where rouge-score finds no word
+    in the answer, and where it drops more than `MOST_UNSEEN` of the letters of either text.
     """
     return [
         rouge(outcome.expected, outcome.generated, kind, measure, stemmer=stemmer) for outcome in outcomes
@@ -59,15 +67,28 @@ def rouge(
     stemmer: bool = True,
 ) -> float | None:
     """Return the ROUGE of one text against the expected one; None as in `rouge_values`."""
-    if written is None or _is_unreadable(expected):
+    if written is None or not re.search(r"[a-z0-9]|^\s*$", expected.lower()):
+        return None
+    if max(map(unseen_share, (expected, written))) > MOST_UNSEEN:
         return None
     score = _scorer(kind, stemmer).score(target=expected, prediction=written)[kind]
     return float(getattr(score, _FIELDS[measure]))
 
 
-def _is_unreadable(text: str) -> bool:
-    """Whether a text has content, none of which rouge-score keeps: a 0 would say "forgotten"."""
-    return bool(text.strip()) and not re.search(r"[a-z0-9]", text.lower())
+def unseen_share(text: str) -> float:
+    """Return the share of a text's letters, marks and foreign digits that rouge-score drops.
+
+    Its own digits are not counted: a year in a Chinese sentence makes the sentence no more readable.
+
+    >>> unseen_share("in 1964"), unseen_share("1964年東京"), unseen_share("Café")
+    (0.0, 1.0, 0.25)
+    """
+    letters = [
+        letter for letter in text.lower() if letter.isalnum() or unicodedata.category(letter)[0] == "M"
+    ]
+    unseen = sum(not letter.isascii() for letter in letters)
+    seen = sum(letter.isascii() and letter.isalpha() for letter in letters)
+    return unseen / (unseen + seen) if unseen else 0.0
 
 
 @cache

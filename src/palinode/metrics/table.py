@@ -21,15 +21,14 @@ from palinode.metrics.likelihood import (
     normalised_probabilities,
 )
 from palinode.metrics.matching import accepted_values, left_out_ids
-from palinode.metrics.memorization import exact_memorizations, extraction_strengths, one_token_answers
-from palinode.metrics.overlap import rouge_l_recalls, rouge_values
+from palinode.metrics.memorization import ONE_TOKEN, exact_memorizations, extraction_strengths
+from palinode.metrics.overlap import UNREADABLE, rouge_l_recalls, rouge_values
 from palinode.metrics.truth_ratio import forget_truth_ratios, retain_truth_ratios, right_shares
 from palinode.records import Outcome, Score
 
 DEFAULT_METRICS = ("answer_probability", "rouge_l_recall", "exact_memorization", "extraction_strength")
 """The metrics that need nothing but a prompt and its answer: those of every run."""
 
-_UNREADABLE = "nothing was generated, or ROUGE reads no word of the answer in the data"
 _NO_TOKEN = "no token but the end token was scored"
 _NO_PAIR = "a right answer in other words or wrong answers are missing"
 _NO_WRONG = "there are no wrong answers"
@@ -78,7 +77,7 @@ METRICS: dict[str, Metric] = {
             name="rouge_l_recall",
             per_example=rouge_l_recalls,
             description="share of the answer's words that the generated answer has in the same order",
-            missing=_UNREADABLE,
+            missing=UNREADABLE,
             needs=frozenset({"generated"}),
         ),
         Metric(
@@ -91,8 +90,7 @@ METRICS: dict[str, Metric] = {
             name="extraction_strength",
             per_example=extraction_strengths,
             description="share of the answer that the model completes once it has seen the rest",
-            missing=_NO_TOKEN,
-            caveat=one_token_answers,
+            missing=f"{_NO_TOKEN}, or {ONE_TOKEN}",
         ),
         Metric(
             name="extraction_strength_strict",
@@ -153,21 +151,21 @@ METRICS: dict[str, Metric] = {
             name="rouge_1_recall",
             per_example=partial(rouge_values, kind="rouge1"),
             description="share of the answer's words that the generated answer has in any order",
-            missing=_UNREADABLE,
+            missing=UNREADABLE,
             needs=frozenset({"generated"}),
         ),
         Metric(
             name="rouge_l_f",
             per_example=partial(rouge_values, measure="f"),
             description="common words in order over the words of both, stemmed (open-unlearning's MUSE)",
-            missing=_UNREADABLE,
+            missing=UNREADABLE,
             needs=frozenset({"generated"}),
         ),
         Metric(
             name="rouge_l_f_unstemmed",
             per_example=partial(rouge_values, measure="f", stemmer=False),
             description="common words in order over the words of both, as written (MUSE)",
-            missing=_UNREADABLE,
+            missing=UNREADABLE,
             needs=frozenset({"generated"}),
         ),
         Metric(

@@ -3,7 +3,7 @@
 Rows share a batch as slots of one cache (`slots`). A finished row leaves its slot at once and the next
 prompt takes it, so that no step is spent on answers that are over; what all prompts begin with, and a
 prompt that is answered several times, is read once. Where an architecture cannot be run so, the rows go
-through `model.generate`, with the same answers.
+through `model.generate`, padded on the left, and where padding changes them, one by one (`alone`).
 """
 
 from __future__ import annotations
@@ -24,10 +24,14 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from palinode.data.batches import budget_batches, pad_left
+from palinode.data.batches import IntArray, budget_batches, pad_left
 from palinode.errors import DataError
+from palinode.models.alone import Say, same_alone, tell
 from palinode.models.loading import position_limit, quiet_transformers
-from palinode.models.slots import Slots, slots_for
+from palinode.models.slots import Slots, slots_for, trial_prompts
+
+TRIAL_STEPS = 3
+"""Tokens after each prompt on which a left-padded batch is tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,35 +115,61 @@ def generate(
     sampling: Sampling | None = None,
     ended: Callable[[Sequence[int]], bool] | None = None,
     on_progress: Callable[[int], None] | None = None,
+    say: Say | None = None,
 ) -> list[list[int]]:
     """Return the continuation of each prompt, without its stop token, in the order given.
 
     Greedy, or drawn as `sampling` says. `begun` are tokens known to be the first of each answer, a stop
     token at their end included; `ended` tells from an answer's tokens whether it is over. An answer also
-    ends where the model's positions end. Raises DataError for a prompt longer than those.
+    ends where the model's positions end. `say` hears where prompts go one by one; what they begin with is
+    then left to the model. Raises DataError for a prompt longer than its positions.
     """
+    if not prompts:
+        return []
     rules = _Rules(frozenset(stop_ids), min_new_tokens, ended, sampling)
     answers = [
         _Answer(place, tuple(prompt), _room(model, prompt, max_new_tokens))
         for place, prompt in enumerate(prompts)
     ]
+    longest = max(len(answer.prompt) + answer.room for answer in answers)
+    slots = slots_for(model, [answer.prompt for answer in answers], batch_rows, longest, pad_id)
+    apart = not slots and not _may_be_padded(model, prompts, longest, pad_id)
+    if apart:
+        tell(model, "answers", say)
     for answer in answers:
         if sampling:
             answer.random = np.random.Generator(np.random.PCG64(sampling.seeds[answer.place]))
-        if begun:
+        if begun and not apart:
             rules.begin(answer, begun[answer.place])
     open_answers = [answer for answer in answers if not answer.over]
     report = on_progress or (lambda _count: None)
     if len(open_answers) < len(answers):
         report(len(answers) - len(open_answers))
-    if open_answers:
-        longest = max(len(answer.prompt) + answer.room for answer in open_answers)
-        slots = slots_for(model, [answer.prompt for answer in open_answers], batch_rows, longest, pad_id)
-        if slots:
-            _answer_in_slots(slots, open_answers, rules, report)
-        else:
-            _answer_in_batches(model, open_answers, rules, pad_id, batch_rows, report)
+    if slots:
+        _answer_in_slots(slots, open_answers, rules, report)
+    elif open_answers:
+        _answer_in_batches(model, open_answers, rules, pad_id, 1 if apart else batch_rows, report)
     return [answer.said for answer in answers]
+
+
+def _may_be_padded(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], longest: int, pad_id: int
+) -> bool:
+    """Return whether prompts of unlike length, padded on the left, are gone on with as each is alone."""
+    if len(prompts) < 2:
+        return True
+    probes = [probe[: max(1, longest - TRIAL_STEPS)] for probe in trial_prompts(prompts, longest)]
+
+    def heard(rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        ids, mask = pad_left(rows, pad_id=pad_id)
+        listening = _Listening([row[0] for row in rows])
+        _run(model, ids, mask, listening, StoppingCriteriaList(), TRIAL_STEPS, pad_id)
+        return list(torch.stack(listening.heard, dim=1))
+
+    lengths = [len(probe) for probe in probes]
+    return same_alone(
+        model, "padded on the left", lengths, lambda: heard(probes), lambda place: heard([probes[place]])[0]
+    )
 
 
 def draw_tokens(logits: Tensor, draws: Sequence[float], temperature: float, top_p: float) -> list[int]:
@@ -214,15 +244,41 @@ def _answer_in_batches(
             ids, mask = pad_left([(*answer.prompt, *answer.said) for answer in members], pad_id=pad_id)
             room = max(answer.room - len(answer.said) for answer in members)
             room = room if limit is None else min(room, limit + 1 - ids.shape[1])
-            with _plainly_greedy(model, room, pad_id):
-                model.generate(  # type: ignore[operator]
-                    input_ids=torch.from_numpy(ids).to(model.device),
-                    attention_mask=torch.from_numpy(mask).to(model.device),
-                    logits_processor=LogitsProcessorList([_Chooser(members, rules)]),
-                    stopping_criteria=StoppingCriteriaList([_AllOver(members)]),
-                )
+            over = StoppingCriteriaList([_AllOver(members)])
+            _run(model, ids, mask, _Chooser(members, rules), over, room, pad_id)
             members = [answer for answer in members if not answer.over]
         report(len(places))
+
+
+def _run(
+    model: PreTrainedModel,
+    ids: IntArray,
+    mask: IntArray,
+    processor: LogitsProcessor,
+    over: StoppingCriteriaList,
+    most: int,
+    pad_id: int,
+) -> None:
+    """Go on with a batch by `model.generate`; the processor takes the tokens."""
+    with _plainly_greedy(model, most, pad_id):
+        model.generate(  # type: ignore[operator]
+            input_ids=torch.from_numpy(ids).to(model.device),
+            attention_mask=torch.from_numpy(mask).to(model.device),
+            logits_processor=LogitsProcessorList([processor]),
+            stopping_criteria=over,
+        )
+
+
+class _Listening(LogitsProcessor):
+    """Keeps the log-probabilities of every step, and goes on with one token again and again."""
+
+    def __init__(self, tokens: Sequence[int]):
+        self.tokens = tokens
+        self.heard: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
+        self.heard.append(scores.float().log_softmax(dim=-1))
+        return _forced(scores, self.tokens)
 
 
 class _Chooser(LogitsProcessor):
@@ -236,8 +292,13 @@ class _Chooser(LogitsProcessor):
         for answer, token in zip(self.answers, chosen, strict=True):
             if not answer.over:
                 self.rules.take(answer, token)
-        forced = torch.full_like(scores, -torch.inf)
-        return forced.scatter(-1, torch.tensor(chosen, device=scores.device)[:, None], 0.0)
+        return _forced(scores, chosen)
+
+
+def _forced(scores: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Return scores that leave no choice but these tokens."""
+    forced = torch.full_like(scores, -torch.inf)
+    return forced.scatter(-1, torch.tensor(tokens, device=scores.device)[:, None], 0.0)
 
 
 class _AllOver(StoppingCriteria):

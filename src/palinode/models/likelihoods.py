@@ -4,7 +4,7 @@ Logits at position t − 1 score the token at t. For evaluation the model is run
 and the output head only where something is scored, a chunk of positions at a time: full-vocabulary
 logits take at most 2 × `LOGIT_BYTES` (or two positions' worth, if that is more) whatever the size of the
 vocabulary, and full-vocabulary log-probabilities are never kept. Rows with a prompt in common are read
-as one `Tree`, where the architecture allows.
+as one `Tree`, and rows of unlike length side by side, where that changes no row's figures (`alone`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from palinode.data.batches import IGNORED, Batch, IntArray, budget_batches
 from palinode.data.tokenize import TokenRow
 from palinode.errors import CheckpointError
+from palinode.models.alone import Say, same_alone, tell, tolerance, unlike
 from palinode.models.loading import check_positions
 from palinode.models.shared_prefix import Tree, grow_trees
 
@@ -30,9 +31,6 @@ LOGIT_BYTES = 64 * 2**20
 
 BATCH_TOKENS = 4096
 """Tokens of one evaluation batch, padding included; bounds its hidden states."""
-
-TOLERANCE = 1e-4
-"""How far two ways of computing a log-probability may differ before the fast one is left alone."""
 
 _SMALLEST_VARIANCE = 1e-6  # spec: metrics.md §9
 
@@ -82,23 +80,29 @@ def score_rows(
     pad_id: int,
     standardise: bool = False,
     on_progress: Callable[[int], None] | None = None,
+    say: Say | None = None,
 ) -> list[TokenScores]:
     """Return what the model makes of the scored tokens of each row, in the order of `rows`.
 
-    Rows with a prompt in common share it; batches are formed by length. `on_progress` hears rows done.
-    Raises CheckpointError when a log-probability is not a finite number.
+    Rows with a prompt in common share it; batches are formed by length; where either changes a figure, rows
+    go one by one, and `say` hears of it. `on_progress` hears rows done. Raises CheckpointError when a
+    log-probability is not a finite number.
     """
     check_positions(model.config, rows)
     if not rows:
         return []
     scorer = _Scorer(model, pad_id, standardise, has_plain_head(model, rows[0].ids[:16]))
     trees = grow_trees(rows)
-    branched = [tree for tree in trees if tree.branched]
-    if branched and not scorer.honours(max(branched, key=lambda tree: int(tree.positions.max())), rows):
+    if any(tree.branched for tree in trees) and not scorer.honours(trees, rows):
         trees = grow_trees(rows, share=False)
+    apart = not any(tree.branched for tree in trees) and not scorer.honours(trees, rows)
+    if apart:
+        tell(model, "likelihoods", say)
     results = [TokenScores((), ())] * len(rows)
     for members in budget_batches(
-        [len(tree.ids) for tree in trees], max_tokens=scorer.batch_tokens, max_rows=256
+        [len(tree.ids) for tree in trees],
+        max_tokens=scorer.batch_tokens,
+        max_rows=1 if apart else 256,
     ):
         batch = [trees[place] for place in members]
         for place, scores in scorer.score(batch, rows).items():
@@ -106,6 +110,40 @@ def score_rows(
         if on_progress:
             on_progress(sum(len(tree.rows) for tree in batch))
     return results
+
+
+@torch.no_grad()
+def padded_batches(
+    model: PreTrainedModel,
+    rows: Sequence[TokenRow],
+    *,
+    pad_id: int,
+    max_tokens: int,
+    max_rows: int,
+    say: Say | None = None,
+) -> list[list[int]]:
+    """Return batches of places of rows to be padded on the right: one row each where more change a row."""
+    apart = must_be_apart(model, rows, pad_id=pad_id)
+    if apart:
+        tell(model, "rows", say)
+    lengths = [len(row.ids) for row in rows]
+    return budget_batches(lengths, max_tokens=max_tokens, max_rows=1 if apart else max_rows)
+
+
+@torch.no_grad()
+def must_be_apart(model: PreTrainedModel, rows: Sequence[TokenRow], *, pad_id: int) -> bool:
+    """Return whether rows, padded on the right, change each other's figures."""
+    if len(rows) < 2:
+        return False
+    training = model.training
+    model.eval()
+    scorer = _Scorer(model, pad_id, False, has_plain_head(model, rows[0].ids[:16]))
+    try:
+        return not scorer.honours(grow_trees(rows, share=False), rows)
+    except CheckpointError:  # of weights that are no numbers: whoever reads the rows says so
+        return False
+    finally:
+        model.train(training)
 
 
 def has_plain_head(model: PreTrainedModel, ids: Sequence[int]) -> bool:
@@ -122,7 +160,7 @@ def has_plain_head(model: PreTrainedModel, ids: Sequence[int]) -> bool:
         found = head(base(**inputs).last_hidden_state)
     except Exception:  # base models are of many kinds; the whole model serves as well
         return False
-    return found.shape == logits.shape and bool((found - logits).abs().max() <= TOLERANCE)
+    return found.shape == logits.shape and bool((found - logits).abs().max() <= tolerance(model))
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,26 +185,32 @@ class _Scorer:
     def chunk(self) -> int:
         return max(1, LOGIT_BYTES // (4 * self.vocabulary))
 
-    def honours(self, tree: Tree, rows: Sequence[TokenRow]) -> bool:
-        """Return whether two rows of a branched tree, one its longest, score in one as by themselves."""
-        if "position_ids" not in inspect.signature(self.model.forward).parameters:
+    def honours(self, trees: Sequence[Tree], rows: Sequence[TokenRow]) -> bool:
+        """Return whether trees of unlike length score in one batch as their rows do alone.
+
+        Of each tree it is the first row and the last; a branched one is always among them.
+        """
+        branched = [tree for tree in trees if tree.branched]
+        if branched and "position_ids" not in inspect.signature(self.model.forward).parameters:
             return False
-        longest, *others = sorted((rows[place] for place in tree.rows), key=lambda row: -len(row.ids))
-        pairs = ([longest, other] for other in others)
-        branched = (pair for pair in pairs if grow_trees(pair)[0].branched)
-        members = next(branched, [longest, *others])  # the branch may lie between two others
-        try:
-            (shared,) = grow_trees(members)
-            found = self.score([shared], members)
-        except CheckpointError:
-            raise
-        except Exception:  # an architecture that knows no such masks says so in its own way
-            return False
-        plain = self.score(grow_trees(members, share=False), members)
-        return all(
-            np.allclose(found[place].logprobs, plain[place].logprobs, rtol=0, atol=TOLERANCE)
-            for place in found
-        )
+        chosen = [part[place] for part in (trees, branched)
+                  for place in unlike([int(tree.positions.max()) for tree in part])]  # fmt: skip
+        tried = list({tree.rows: tree for tree in chosen}.values())
+        members = [place for tree in tried for place in sorted({tree.rows[0], tree.rows[-1]})]
+        if len(members) < 2:
+            return True
+
+        def together() -> list[Tensor]:
+            found = self.score(tried, rows)
+            return [torch.tensor(found[place].logprobs) for place in members]
+
+        def alone(number: int) -> Tensor:
+            place = members[number]
+            (tree,) = grow_trees([rows[place]])
+            return torch.tensor(self.score([tree], [rows[place]])[0].logprobs)
+
+        lengths = [len(rows[place].ids) for place in members]
+        return same_alone(self.model, "trees" if branched else "padded", lengths, together, alone)
 
     def score(self, batch: Sequence[Tree], rows: Sequence[TokenRow]) -> dict[int, TokenScores]:
         """Return the scores of every row in a batch of trees, by the row's place in `rows`."""

@@ -17,13 +17,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from palinode.models.likelihoods import TOLERANCE, has_plain_head
+from palinode.models.alone import same_alone, unlike
+from palinode.models.likelihoods import has_plain_head
 
 GROWTH = 64
 """Positions by which the slots grow when a sequence needs more."""
 
-TRIAL_TOKENS = 256
-"""Length of the sequence on which a model is tried, at most."""
+TRIED = 3
+"""Prompts on which a model is tried, at most."""
 
 
 def slots_for(
@@ -32,24 +33,34 @@ def slots_for(
     """Return slots for sequences that begin with one of the prompts, `longest` tokens at most.
 
     None where the architecture does not give the same log-probabilities in slots as in a plain row; it is
-    tried on the longest prompt, at the cost of reading it three times.
+    tried on prompts of unlike length, the longest of them gone on with to `longest` tokens.
     """
     if not _may_use_slots(model, longest, prompts[0]):
         return None
-    probe = (*max(prompts, key=len),)[:TRIAL_TOKENS]
-    probe = probe if len(probe) > 2 else (probe * 3)[:3]
-    half = len(probe) // 2
-    try:
-        trial = Slots(model, 2, pad_id)
-        trial.admit([probe[:-1], probe[:half]])
-        found = trial.step([probe[-1], probe[half]])
-    except Exception:  # an architecture that knows no such masks or caches says so in its own way
+    shared, probes = _common_beginning(prompts), trial_prompts(prompts, longest)
+
+    def together() -> list[Tensor]:
+        trial = Slots(model, len(probes), pad_id, shared=shared[: min(map(len, probes)) - 2])
+        before = trial.admit([probe[:-1] for probe in probes])
+        after = trial.step([probe[-1] for probe in probes])
+        return [torch.stack(two).log_softmax(dim=-1) for two in zip(before, after, strict=True)]
+
+    def alone(place: int) -> Tensor:
+        return _last_logits(model, probes[place], 2).log_softmax(dim=-1)
+
+    if not same_alone(model, "slots", [len(probe) for probe in probes], together, alone):
         return None
-    plain = torch.cat([_last_logits(model, row) for row in (probe, probe[: half + 1])])
-    difference = found.log_softmax(dim=-1) - plain.log_softmax(dim=-1)
-    if not bool(difference.abs().max() <= TOLERANCE):
-        return None
-    return Slots(model, min(count, len(prompts)), pad_id, shared=_common_beginning(prompts))
+    return Slots(model, min(count, len(prompts)), pad_id, shared=shared)
+
+
+def trial_prompts(prompts: Sequence[Sequence[int]], longest: int) -> list[tuple[int, ...]]:
+    """Return prompts of unlike length with a token more, the first as long as any answer makes it.
+
+    The last token of an answer is never read, so that is `longest` − 1 tokens.
+    """
+    most = max(longest - 1, 2)
+    first, *others = (tuple(prompts[place]) for place in unlike([len(prompt) for prompt in prompts], TRIED))
+    return [(first * most)[:most], *((*prompt, prompt[-1])[:most] for prompt in others)]
 
 
 def _may_use_slots(model: PreTrainedModel, longest: int, ids: Sequence[int]) -> bool:
@@ -65,11 +76,11 @@ def _may_use_slots(model: PreTrainedModel, longest: int, ids: Sequence[int]) -> 
     )
 
 
-def _last_logits(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
-    """Return the logits after a plain row, [1, V]."""
+def _last_logits(model: PreTrainedModel, ids: Sequence[int], count: int) -> Tensor:
+    """Return the logits after each of the last tokens of a plain row, [count, V]."""
     base: Any = model.base_model
     hidden = base(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).last_hidden_state
-    logits: Tensor = model.get_output_embeddings()(hidden[:, -1]).float()
+    logits: Tensor = model.get_output_embeddings()(hidden[0, -count:]).float()
     return logits
 
 

@@ -90,6 +90,8 @@ class MeasureSettings:
     """The environment variable with the key of a judge at a URL, where it is not OpenAI's own."""
     general: tuple[str, ...] = ()
     """Tasks of lm-eval, run on the model in memory."""
+    general_include: Path | None = None
+    """Folder with lm-eval tasks of one's own, or the YAML file of one."""
     max_rows: int | None = None
     """Questions of each set; a larger set is sampled with the seed. None asks all."""
     max_new_tokens: int | None = None
@@ -198,6 +200,10 @@ def _check_places(settings: MeasureSettings) -> None:
     """Refuse limits and places to write to that cannot be used."""
     if settings.max_rows is not None and settings.max_rows < 1:
         raise RecipeError(f"max_rows cannot be used: it is {settings.max_rows} and must be at least 1")
+    if settings.general_include is not None and not settings.general:
+        raise RecipeError(
+            f"{settings.general_include} holds tasks for lm-eval and none is to be run; name some (--lm-eval)"
+        )
     folder, log = settings.output, settings.open_unlearning
     if folder is not None and (folder / "scores.json").exists():
         raise OutputError(f"{folder} holds the scores of another run already; name another folder")
@@ -284,7 +290,12 @@ def _ask_model(
     general: dict[str, Score] = {}
     if settings.general:  # first, because it may be refused
         found = general_ability(
-            model, tokenizer, settings.general, limit=settings.max_rows, seed=settings.seed
+            model,
+            tokenizer,
+            settings.general,
+            limit=settings.max_rows,
+            seed=settings.seed,
+            include=settings.general_include,
         )
         general = {
             f"{task} {metric}": score for task, group in found.items() for metric, score in group.items()

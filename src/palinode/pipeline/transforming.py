@@ -206,7 +206,16 @@ class Transforming:
             step.begin()
             live, tokens, pad_id = self._live(model, chosen)
             with self.listener.task("inputs of layers", len(tokens), "rows") as advance:
-                found = list(input_spaces(live, tokens, energy=energy, pad_id=pad_id, on_progress=advance))
+                found = list(
+                    input_spaces(
+                        live,
+                        tokens,
+                        energy=energy,
+                        pad_id=pad_id,
+                        on_progress=advance,
+                        say=self.listener.say,
+                    )
+                )
             names = {space.module: name_in_files(model, f"{space.module}.weight") for space in found}
             save_tensors(
                 {names[space.module]: torch.from_numpy(space.basis).float() for space in found},

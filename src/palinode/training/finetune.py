@@ -154,6 +154,7 @@ def finetune(
             on_progress=count,
             on_step=hear,
             on_point=draw,
+            say=(listener or Silence()).say,
         )
     check_stamps(stamps)
     if settings.lora:

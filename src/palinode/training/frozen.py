@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from palinode.data.batches import Batch, budget_batches, pad_right
+from palinode.data.batches import Batch, pad_right
 from palinode.data.tokenize import TokenRow
-from palinode.models.likelihoods import answer_logits, has_plain_head
+from palinode.models.likelihoods import answer_logits, has_plain_head, padded_batches
 from palinode.training.losses import row_sums, token_nll
 from palinode.training.reading import answer_places, labelled_states
 
@@ -131,11 +131,12 @@ def keep(
 ) -> Kept:
     """Read rows with a model as it is now, in evaluation mode, and keep what it says on the processor."""
     places = list(rows)
-    lengths = [len(rows[place].ids) for place in places]
     values: dict[tuple[str, int], Tensor] = {}
     training = model.training
     model.eval()
-    for members in budget_batches(lengths, max_tokens=BATCH_TOKENS, max_rows=64):
+    for members in padded_batches(
+        model, list(rows.values()), pad_id=pad_id, max_tokens=BATCH_TOKENS, max_rows=64
+    ):
         batch = pad_right([rows[places[member]] for member in members], pad_id=pad_id)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
             read = keeper.read(model, batch)

@@ -28,11 +28,13 @@ from transformers import PreTrainedModel
 from palinode.data.batches import Batch, epoch_batches, pad_right
 from palinode.data.tokenize import TokenRow
 from palinode.errors import DivergenceError, RecipeError, unwritable
+from palinode.models.alone import Say, note, tell
+from palinode.models.likelihoods import must_be_apart
 from palinode.models.loading import check_positions
 from palinode.records import beside, read_json, write_json
 from palinode.training.frozen import Kept, keep
 from palinode.training.losses import Loss
-from palinode.training.objectives import CurvePoint, Objective, Term, plain_objective
+from palinode.training.objectives import CurvePoint, Objective, Term, pair_count, plain_objective
 from palinode.training.roles import Joined, plain
 from palinode.training.settings import TrainingSettings
 
@@ -54,6 +56,7 @@ def train(
     on_step: Callable[[int, Sequence[int]], None] | None = None,
     on_point: Callable[[CurvePoint], None] | None = None,
     max_steps: int | None = None,
+    say: Say | None = None,
 ) -> list[CurvePoint]:
     """Train the model in place and return its curve.
 
@@ -63,9 +66,9 @@ def train(
     `settings.save_minutes`, when the run is interrupted, and before a step that would not be finite.
     `on_progress` hears tokens; `on_step` hears, after each optimiser step, how many are done and the
     positions of the anchors that were in it (over all processes); `on_point` hears each new point of the
-    curve. `max_steps` ends the run, and its learning-rate schedule, after so many steps; the objective's
-    limit ends it before the step that passes it. Raises DivergenceError when loss or gradient stop being
-    finite.
+    curve; `say` hears where rows have to go through the model one by one. `max_steps` ends the run, and its
+    learning-rate schedule, after so many steps; the objective's limit ends it before the step that passes
+    it. Raises DivergenceError when loss or gradient stop being finite.
     """
     objective = loss if isinstance(loss, Objective) else plain_objective(loss)
     cast = rows if isinstance(rows, Joined) else plain(rows)
@@ -75,10 +78,12 @@ def train(
     if objective.one_process and accelerator.num_processes > 1:
         raise RecipeError("this method trains a part of the model only, which takes one process; start one")
     kept = dict(frozen or {}) | _keep(objective, model, cast, settings, pad_id, skip=frozen or {})
+    apart = _must_be_apart(objective, model, cast, pad_id, say)
     model.train()
     with _only_trainable(model, objective.trainable):
         wrapped, optimizer = accelerator.prepare(model, _adamw(model, settings))
         run = _Run(accelerator, wrapped, optimizer, objective, cast, kept, settings, seed, pad_id, state)
+        run.apart = apart
         lengths = [len(row.ids) for row in cast.anchors]
         steps = list(step_batches(lengths, settings, seed=seed, processes=accelerator.num_processes))
         run.per_epoch = len(steps) // settings.epochs
@@ -114,6 +119,22 @@ def _walk(
     except (KeyboardInterrupt, DivergenceError):
         run.save()
         raise
+
+
+def _must_be_apart(
+    objective: Objective, model: PreTrainedModel, cast: Joined, pad_id: int, say: Say | None
+) -> bool:
+    """Return whether rows padded to one length change each other's gradients; pairs are then refused."""
+    rows = [row for role in objective.roles for row in cast.rows[role]]
+    if not must_be_apart(model, rows, pad_id=pad_id):
+        return False
+    if any(term.weight is pair_count for term in objective.terms):
+        raise RecipeError(
+            f"this method compares pairs of rows read together, and {note(model, 'rows')}; "
+            "set a smaller max_length, or choose another method"
+        )
+    tell(model, "training rows", say)
+    return True
 
 
 def _keep(
@@ -233,6 +254,8 @@ class _Run:
         self.pad_id = pad_id
         self.state = state
         self.per_epoch = 1
+        self.apart = False
+        """Whether rows go through the model one by one."""
         self.curve: list[CurvePoint] = []
         plain_model = accelerator.unwrap_model(model)
         self.autocast = use_autocast(plain_model, settings)
@@ -316,7 +339,7 @@ class _Run:
     ) -> float:
         """Add the gradients of coefficient · Σ total / Σ weight over all micro-batches of all processes."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        batches = [self._batch(term, part, epoch) for part in parts]
+        batches = [batch for part in parts for batch in self._batches(term, part, epoch)]
         weight = sum(term.weight(batch) for batch, _ in batches)
         if not weight:  # every answer is too short for this loss
             return 0.0
@@ -333,13 +356,14 @@ class _Run:
             total += part.detach()
         return float(self.accelerator.reduce(total, "sum")) / weight
 
-    def _batch(
+    def _batches(
         self, term: Term, anchors: Sequence[int], epoch: int
-    ) -> tuple[Batch, Sequence[tuple[str, int]]]:
-        """Return the rows that a term reads for these anchors, padded together, and which they are."""
+    ) -> Iterator[tuple[Batch, Sequence[tuple[str, int]]]]:
+        """Yield the rows that a term reads for these anchors, padded together, and which they are."""
         members = [(role, place) for role in term.roles for place in self.cast.members(role, epoch, anchors)]
-        rows = [self.cast.rows[role][place] for role, place in members]
-        return pad_right(rows, pad_id=self.pad_id), members
+        for group in [[member] for member in members] if self.apart else [members]:
+            rows = [self.cast.rows[role][place] for role, place in group]
+            yield pad_right(rows, pad_id=self.pad_id), group
 
     def save(self) -> None:
         """Save weights, optimiser, random states and curve so that a reader sees all of it or none."""

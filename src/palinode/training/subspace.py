@@ -16,9 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from palinode.data.batches import budget_batches, pad_right
+from palinode.data.batches import pad_right
 from palinode.data.tokenize import TokenRow
-from palinode.errors import DataError
+from palinode.errors import CheckpointError, DataError
+from palinode.models.alone import Say
+from palinode.models.likelihoods import padded_batches
 from palinode.models.loading import check_positions
 from palinode.training.reading import decoder_blocks
 from palinode.weights.transforms import basis_of
@@ -48,10 +50,12 @@ def input_spaces(
     energy: float,
     pad_id: int,
     on_progress: Callable[[int], None] | None = None,
+    say: Say | None = None,
 ) -> Iterator[InputSpace]:
     """Yield U of every linear layer of the blocks: the fewest axes with a share `energy` of Σ|x|².
 
-    Raises DataError without rows, InputError for an energy that is no share.
+    `say` hears where rows are read one by one. Raises DataError without rows, InputError for an energy that
+    is no share.
     """
     if not rows:
         raise DataError("there are no rows to send through the model; name a retain set")
@@ -62,8 +66,9 @@ def input_spaces(
         for name, module in model.named_modules()
         if id(module) in inside and isinstance(module, torch.nn.Linear | Conv1D)
     ]
+    batches = padded_batches(model, rows, pad_id=pad_id, max_tokens=BATCH_TOKENS, max_rows=64, say=say)
     for group in _groups(layers):
-        sums = _sums(model, dict(group), rows, pad_id=pad_id, on_progress=on_progress)
+        sums = _sums(model, dict(group), rows, batches, pad_id=pad_id, on_progress=on_progress)
         for name, module in group:
             yield InputSpace(
                 name, basis_of(sums.pop(name).numpy(), energy=energy), isinstance(module, Conv1D)
@@ -99,6 +104,7 @@ def _sums(
     model: PreTrainedModel,
     layers: dict[str, torch.nn.Module],
     rows: Sequence[TokenRow],
+    batches: Sequence[Sequence[int]],
     *,
     pad_id: int,
     on_progress: Callable[[int], None] | None,
@@ -109,15 +115,22 @@ def _sums(
 
     def add_to(total: Tensor) -> Callable[..., None]:
         def take(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            states = inputs[0][real].float()
+            states = inputs[0].flatten(0, -2).float()  # experts see the tokens of a batch in one line
+            if len(states) == real.numel():
+                states = states[real.flatten()]
+            elif not bool(real.all()):
+                raise CheckpointError(
+                    f"a linear layer of this model ({type(model).__name__}) sees {len(states)} of the "
+                    f"{real.numel()} tokens of a batch, and padding cannot be told from the rest; choose a "
+                    "transform that reads no inputs"
+                )
             total.add_((states.T @ states).double().cpu())
 
         return take
 
     handles = [module.register_forward_pre_hook(add_to(sums[name])) for name, module in layers.items()]
     try:
-        lengths = [len(row.ids) for row in rows]
-        for members in budget_batches(lengths, max_tokens=BATCH_TOKENS, max_rows=64):
+        for members in batches:
             batch = pad_right([rows[member] for member in members], pad_id=pad_id)
             ids, mask = (torch.from_numpy(part).to(model.device) for part in (batch.ids, batch.mask))
             real = mask == 1

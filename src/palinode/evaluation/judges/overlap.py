@@ -19,7 +19,7 @@ more than it was asked. Texts that are equal but for case and stops have F = R =
 Limits: it is a floor, not a reader. With TOFU's paraphrases of the right answers as answers, and right and
 perturbed answers as candidates (forget10, 400 rows), it picks the right one in 60 %, as the perturbed ones
 share the paraphrase's wording; answers of other authors are none of these in 85 %. English stems and function
-words; scripts without spaces are one word a sentence; synonyms, dates in words and arithmetic are not seen;
+words; scripts without spaces are read letter by letter; synonyms, dates in words and arithmetic are not seen;
 "not" is one word like any other, so a denial is near to what it denies.
 """
 
@@ -33,6 +33,7 @@ from functools import cache
 from typing import Any, Literal, NamedTuple
 
 from palinode.evaluation.judging import ACCEPTED, NONE, Candidate, Pick, plain_text
+from palinode.metrics.matching import spaced
 
 MARGIN = 0.05
 """Candidates whose F is at most this far from the best are picked with it."""
@@ -145,7 +146,7 @@ def _names(texts: Iterable[str]) -> frozenset[str]:
 
 def _words(text: str) -> list[tuple[str, bool]]:
     """Return the words of a text, and whether each begins a sentence; a trailing 's is dropped."""
-    flat = unicodedata.normalize("NFKC", text)
+    flat = spaced(unicodedata.normalize("NFKC", text))
     return [
         (re.sub(r"['’]s?$", "", match[0]), _begins_sentence(flat[: match.start()]))
         for match in _WORD.finditer(flat)

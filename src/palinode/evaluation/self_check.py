@@ -25,9 +25,9 @@ from palinode.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ROWS = 16
+ROWS = 12
 """Rows that are asked."""
-ANSWER_TOKENS = 64
+ANSWER_TOKENS = 32
 """Tokens of an answer that are scored; its beginning tells."""
 KNOWN = 0.25
 """Mean answer probability from which a model may be said to know rows."""
@@ -92,7 +92,7 @@ def check_prompts(
     from palinode.models.likelihoods import score_rows
     from palinode.models.loading import pad_token, position_limit
 
-    asked = [example for example in examples if example.form in ("question", "chat")]
+    asked = rows_with_style(examples)
     if not asked:
         return None
     limit = min(max_length, position_limit(model.config) or max_length)
@@ -101,6 +101,11 @@ def check_prompts(
     scores = iter(score_rows(model, [row for way in ways for row in way.rows], pad_id=pad_token(tokenizer)))
     levels = [[fmean(next(scores).logprobs) for _ in way.rows] for way in ways]
     return decide(ways, levels)
+
+
+def rows_with_style(examples: Sequence[Example]) -> list[Example]:
+    """Return the rows that can be put in several ways; completions and documents have one."""
+    return [example for example in examples if example.form in ("question", "chat")]
 
 
 def decide(ways: Sequence[Way], levels: Sequence[Sequence[float]]) -> PromptCheck:

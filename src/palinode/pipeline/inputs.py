@@ -13,15 +13,31 @@ from pathlib import Path
 from typing import Any
 
 from palinode.benchmarks.own import read_questions
-from palinode.data.examples import Example, read_examples, sample_examples, shared_rows
+from palinode.data.examples import (
+    Example,
+    fingerprint_examples,
+    read_examples,
+    sample_examples,
+    shared_rows,
+)
 from palinode.data.tokenize import tokenize
 from palinode.errors import DataError, MismatchError, OutputError, RecipeError
+from palinode.evaluation.self_check import PromptCheck, check_prompts, rows_with_style
 from palinode.evaluation.yardstick import BASE_ALONE
 from palinode.methods import METHODS
 from palinode.methods.material import read_refusals
-from palinode.models.loading import check_positions, load_config, load_tokenizer, pick_device
+from palinode.models.loading import (
+    check_positions,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    tokenizer_fingerprint,
+)
 from palinode.pipeline.recipe import Recipe
 from palinode.pipeline.tracking import check_trackers
+from palinode.pipeline.workspace import Workspace
+from palinode.progress import Listener
 from palinode.weights.atomic import check_output
 from palinode.weights.checkpoint import Checkpoint, require_causal_lm
 from palinode.weights.preflight import check_same_shape
@@ -101,6 +117,46 @@ def open_inputs(recipe: Recipe) -> Inputs:
     inputs = Inputs(recipe, base, target, retrained, rows, tuple(notes), refusals)
     cut = _check_rows_fit(inputs, [entry for entry in (target, base, retrained) if entry is not None])
     return replace(inputs, notes=(*notes, *cut))
+
+
+def ask_as_trained(inputs: Inputs, workspace: Workspace, listener: Listener) -> Inputs:
+    """Return the inputs, with a note where the target knows the forget rows far better asked otherwise.
+
+    A target that [prepare] makes is trained with the recipe's own prompts, and not asked.
+    """
+    target, recipe, rows = inputs.target, inputs.recipe, rows_with_style(inputs.rows.forget)
+    if target is None or not rows:
+        return inputs
+    step = workspace.step(
+        "prompts",
+        target=target.fingerprint(),
+        rows=fingerprint_examples(rows),
+        prompts=recipe.prompts.model_dump(),
+        max_length=recipe.evaluation.max_length,
+        tokenizer=tokenizer_fingerprint(target),
+    )
+    if step.facts is None:
+        step.begin()
+        with listener.task("asking the target in other ways", 1, "pass") as advance:
+            found = check_target(target, rows, recipe)
+            advance(1)
+        step.finish({"note": found and found.note()})
+    note = (step.facts or {}).get("note")
+    if note is None:
+        return inputs
+    listener.say(note)
+    return replace(inputs, notes=(*inputs.notes, note))
+
+
+def check_target(target: Checkpoint, rows: Sequence[Example], recipe: Recipe) -> PromptCheck | None:
+    """Load a target and ask it some forget rows as the recipe does, and in every other plausible way."""
+    return check_prompts(
+        load_model(target, device=pick_device(recipe.device)),
+        load_tokenizer(target),
+        rows,
+        style=recipe.prompts.style(),
+        max_length=recipe.evaluation.max_length,
+    )
 
 
 def check_places(recipe: Recipe, inputs: Inputs, needs: int) -> None:

@@ -4,9 +4,9 @@ A model that learned its rows as plain text and is asked in a chat template, or 
 prompt, looks as if it had forgotten them. Each row's answer is scored under the chosen prompt and under
 the others; ways that give the same ids are asked once. Another way is far better where
 
-    P_other >= 0.25    and    log P_other / log P_chosen <= 1/2    and    the gain exceeds twice its error
+    P' >= max(0.25, 1.5 P)    and    log P' >= log P / 2    and    the gain in log P exceeds twice its error
 
-with log P the mean over rows of the answer's mean token log-probability (docs/limits.md says why so).
+with P the mean over rows of the answer's probability, and log P that of its mean token log-probability.
 """
 
 from __future__ import annotations
@@ -29,10 +29,14 @@ ROWS = 12
 """Rows that are asked."""
 ANSWER_TOKENS = 32
 """Tokens of an answer that are scored; its beginning tells."""
+UNKNOWN = 0.05
+"""Mean answer probability below which a model does not know rows."""
 KNOWN = 0.25
 """Mean answer probability from which a model may be said to know rows."""
+HIGHER = 1.5
+"""How many times the chosen prompt's probability another way must reach."""
 FAR = 0.5
-"""Share of the chosen prompt's surprise that another way must leave at most."""
+"""Share of the chosen prompt's surprise that another way may leave."""
 
 BETWEEN = {" ": "a blank", "\n": "a line break"}
 """What may stand between question and answer in raw text."""
@@ -120,8 +124,9 @@ def far_better(other: Sequence[float], chosen: Sequence[float]) -> bool:
     """Tell whether rows are known under another way, much better than as chosen and beyond noise."""
     gains = [one - two for one, two in zip(other, chosen, strict=True)]
     error = stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
-    known = fmean(map(math.exp, other)) >= KNOWN
-    return known and fmean(other) >= FAR * fmean(chosen) and fmean(gains) > 2 * error
+    before, after = (fmean(map(math.exp, level)) for level in (chosen, other))
+    higher = after >= max(KNOWN, HIGHER * before)
+    return higher and fmean(other) >= FAR * fmean(chosen) and fmean(gains) > 2 * error
 
 
 def plausible_ways(
@@ -149,11 +154,14 @@ def _others(
         dates = dict.fromkeys([style.date, *re.findall(r"[\"'](\d{1,2} [A-Z][a-z]+ \d{4})[\"']", template)])
         for date in dates:
             for system in dict.fromkeys([style.system_prompt, "", usual.system_prompt]):
-                other = PromptStyle(system, date, style.chat if chat else True)
+                other = replace(style, system_prompt=system, date=date, chat=style.chat if chat else True)
                 yield _in_words(other, style), _settings(other, style), examples, other
         if chat:
-            yield "as plain text, Question: … Answer: …", "say --set prompts.chat=false", examples, replace(
-                style, chat=False
+            yield (
+                "as plain text, Question: … Answer: …",
+                "say --set prompts.chat=false",
+                examples,
+                replace(style, chat=False),
             )
     for gap, name in BETWEEN.items():
         raw = [_raw(example, gap) for example in examples]

@@ -20,7 +20,7 @@ from palinode.data.examples import (
     sample_examples,
     shared_rows,
 )
-from palinode.data.tokenize import tokenize
+from palinode.data.tokenize import PromptStyle, tokenize
 from palinode.errors import DataError, MismatchError, OutputError, RecipeError
 from palinode.evaluation.self_check import PromptCheck, check_prompts, rows_with_style
 from palinode.evaluation.yardstick import BASE_ALONE
@@ -138,7 +138,8 @@ def ask_as_trained(inputs: Inputs, workspace: Workspace, listener: Listener) -> 
     if step.facts is None:
         step.begin()
         with listener.task("asking the target in other ways", 1, "pass") as advance:
-            found = check_target(target, rows, recipe)
+            style, length = recipe.prompts.style(), recipe.evaluation.max_length
+            found = check_target(target, rows, style, max_length=length, device=recipe.device)
             advance(1)
         step.finish({"note": found and found.note()})
     note = (step.facts or {}).get("note")
@@ -148,15 +149,12 @@ def ask_as_trained(inputs: Inputs, workspace: Workspace, listener: Listener) -> 
     return replace(inputs, notes=(*inputs.notes, note))
 
 
-def check_target(target: Checkpoint, rows: Sequence[Example], recipe: Recipe) -> PromptCheck | None:
-    """Load a target and ask it some forget rows as the recipe does, and in every other plausible way."""
-    return check_prompts(
-        load_model(target, device=pick_device(recipe.device)),
-        load_tokenizer(target),
-        rows,
-        style=recipe.prompts.style(),
-        max_length=recipe.evaluation.max_length,
-    )
+def check_target(
+    target: Checkpoint, rows: Sequence[Example], style: PromptStyle, *, max_length: int, device: str
+) -> PromptCheck | None:
+    """Load a target and ask it some forget rows as it would be asked, and in every other plausible way."""
+    model, tokenizer = load_model(target, device=pick_device(device)), load_tokenizer(target)
+    return check_prompts(model, tokenizer, rows, style=style, max_length=max_length)
 
 
 def check_places(recipe: Recipe, inputs: Inputs, needs: int) -> None:

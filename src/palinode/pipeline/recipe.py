@@ -106,6 +106,10 @@ class Prompts(_Section):
         return PromptStyle(self.system_prompt, self.date, self.chat)
 
 
+class _OnlyPrompts(_Section):
+    prompts: Prompts
+
+
 class Output(_Section):
     """What is written, and where."""
 
@@ -266,6 +270,20 @@ def build_recipe(content: Mapping[str, Any], changes: Sequence[str] = ()) -> Rec
         set_key(changed, change)
     try:
         return Recipe.model_validate(changed)
+    except ValidationError as error:
+        raise RecipeError(explain(error)) from None
+
+
+def read_prompts(content: Mapping[str, Any], changes: Sequence[str] = ()) -> Prompts:
+    """Return the section [prompts] of a recipe that may be wrong or incomplete elsewhere.
+
+    Raises RecipeError.
+    """
+    changed = copy.deepcopy(dict(content))
+    for change in changes:
+        set_key(changed, change)
+    try:
+        return _OnlyPrompts.model_validate({"prompts": changed.get("prompts", {})}).prompts
     except ValidationError as error:
         raise RecipeError(explain(error)) from None
 

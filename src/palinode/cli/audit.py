@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from palinode.cli.console import listener, out, print_json
-from palinode.cli.options import Columns, Device, Json, Quiet, Seed
+from palinode.cli.options import Columns, Device, Json, Prompts, Quiet, Seed
 
 
 def audit(
@@ -54,6 +54,7 @@ def audit(
         Path | None, typer.Option(help="A TOML policy: margins, budget, what must be run.")
     ] = None,
     columns: Columns = None,
+    prompts: Prompts = None,
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -62,10 +63,11 @@ def audit(
     """Look for evidence that a model knows more, or less, of a forget set than the yardstick does."""
     from palinode.audit.material import read_material
     from palinode.audit.policy import load_policy
-    from palinode.data import parse_columns
+    from palinode.data import PromptStyle, parse_columns
     from palinode.errors import RecipeError
     from palinode.pipeline.audit import Plan
     from palinode.pipeline.audit import audit as run_audit
+    from palinode.pipeline.recipe import prompt_style
 
     if yardstick not in ("retrained", "base"):
         raise RecipeError(f"--yardstick is {yardstick!r}; say retrained or base")
@@ -93,6 +95,7 @@ def audit(
             "lookalikes": lookalikes or forget,
         },
         policy=rules,
+        style=prompt_style(prompts) or PromptStyle(),
         **({"attacks": [name.strip() for name in attacks.split(",")]} if attacks else {}),
         device=device,
         seed=seed,

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from palinode.cli.console import listener, out, print_json
-from palinode.cli.options import Columns, Device, Json, Quiet
+from palinode.cli.options import Columns, Device, Json, Prompts, Quiet
 
 
 def evaluate(
@@ -65,6 +65,7 @@ def evaluate(
         int | None, typer.Option(help="Tokens of a row, prompt included. [default: 512, or the benchmark's]")
     ] = None,
     columns: Columns = None,
+    prompts: Prompts = None,
     device: Device = "auto",
     seed: Annotated[
         int, typer.Option(help="Seeds sampling, intervals and the judge.", min=0, max=2**32 - 1)
@@ -90,13 +91,14 @@ def evaluate(
         "--open-unlearning": open_unlearning,
     }
     if not any(parts.values()):
-        _rows(model, data, limits, output, columns, device, seed, quiet, as_json)
+        _rows(model, data, limits, output, columns, prompts, device, seed, quiet, as_json)
         return
 
     from palinode.cli.tables import benchmark_notes, benchmark_table
     from palinode.data import parse_columns
     from palinode.evaluation.benchmark import Places
     from palinode.pipeline.measure import MeasureSettings, first_process, measure
+    from palinode.pipeline.recipe import prompt_style
 
     chosen = _benchmark(benchmark)
     places = Places(
@@ -112,6 +114,7 @@ def evaluate(
         against=against,
         judge=judge,
         general=_names(lm_eval),
+        style=prompt_style(prompts),
         output=output,
         open_unlearning=open_unlearning,
         device=device,
@@ -137,6 +140,7 @@ def _rows(
     limits: dict[str, int | None],
     output: Path | None,
     columns: str | None,
+    prompts: list[str] | None,
     device: str,
     seed: int,
     quiet: bool,
@@ -145,6 +149,7 @@ def _rows(
     """Score a model on a file of rows."""
     from palinode.cli.tables import score_table
     from palinode.data import parse_columns
+    from palinode.pipeline.recipe import prompt_style
     from palinode.pipeline.steps import evaluate_file
 
     scores = evaluate_file(
@@ -153,6 +158,7 @@ def _rows(
         {key: value for key, value in limits.items() if value is not None},
         output=output,
         columns=parse_columns(columns) if columns else None,
+        style=prompt_style(prompts),
         device=device,
         seed=seed,
         listener=listener(quiet=quiet),

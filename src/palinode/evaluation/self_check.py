@@ -25,7 +25,7 @@ from palinode.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ROWS = 12
+ROWS = 8
 """Rows that are asked."""
 ANSWER_TOKENS = 32
 """Tokens of an answer that are scored; its beginning tells."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,29 +124,52 @@ def ask_as_trained(inputs: Inputs, workspace: Workspace, listener: Listener) -> 
 
     A target that [prepare] makes is trained with the recipe's own prompts, and not asked.
     """
-    target, recipe, rows = inputs.target, inputs.recipe, rows_with_style(inputs.rows.forget)
-    if target is None or not rows:
+    target, recipe = inputs.target, inputs.recipe
+    if target is None:
         return inputs
+    note = note_on_prompts(
+        target,
+        inputs.rows.forget,
+        recipe.prompts.style(),
+        max_length=recipe.evaluation.max_length,
+        device=recipe.device,
+        workspace=workspace,
+        listener=listener,
+    )
+    return replace(inputs, notes=(*inputs.notes, note)) if note else inputs
+
+
+def note_on_prompts(
+    target: Checkpoint,
+    rows: Sequence[Example],
+    style: PromptStyle,
+    *,
+    max_length: int,
+    device: str,
+    workspace: Workspace,
+    listener: Listener,
+) -> str | None:
+    """Return, and say, where a target knows the rows far better asked otherwise; the workspace keeps it."""
+    if not rows_with_style(rows):
+        return None
     step = workspace.step(
         "prompts",
         target=target.fingerprint(),
-        rows=fingerprint_examples(rows),
-        prompts=recipe.prompts.model_dump(),
-        max_length=recipe.evaluation.max_length,
         tokenizer=tokenizer_fingerprint(target),
+        rows=fingerprint_examples(rows),
+        prompts=asdict(style),
+        max_length=max_length,
     )
     if step.facts is None:
         step.begin()
         with listener.task("asking the target in other ways", 1, "pass") as advance:
-            style, length = recipe.prompts.style(), recipe.evaluation.max_length
-            found = check_target(target, rows, style, max_length=length, device=recipe.device)
+            found = check_target(target, rows, style, max_length=max_length, device=device)
             advance(1)
         step.finish({"note": found and found.note()})
-    note = (step.facts or {}).get("note")
-    if note is None:
-        return inputs
-    listener.say(note)
-    return replace(inputs, notes=(*inputs.notes, note))
+    note: str | None = (step.facts or {}).get("note")
+    if note:
+        listener.say(note)
+    return note
 
 
 def check_target(

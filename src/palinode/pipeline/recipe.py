@@ -288,6 +288,20 @@ def read_prompts(content: Mapping[str, Any], changes: Sequence[str] = ()) -> Pro
         raise RecipeError(explain(error)) from None
 
 
+def prompt_style(changes: Sequence[str] | None) -> PromptStyle | None:
+    """Return the style that `prompts.key=value` changes describe; None where there are none.
+
+    Raises RecipeError, for a key of another section too.
+    """
+    for change in changes or ():
+        if not change.strip().startswith("prompts."):
+            raise RecipeError(
+                f"--set {change!r} is no setting of the prompts; here it takes prompts.chat, "
+                "prompts.system_prompt and prompts.date"
+            )
+    return read_prompts({}, changes).style() if changes else None
+
+
 def set_key(content: dict[str, Any], change: str) -> None:
     """Set one dotted key, its value read as TOML where possible and as text otherwise."""
     key, sign, text = change.partition("=")

@@ -161,7 +161,7 @@ class _Run:
         return find(attack, measured, self.plan.policy, seed=self.plan.seed)
 
     def _asked_otherwise(self) -> str | None:
-        """Return a note where the target, which was trained on the rows, knows them better asked otherwise."""
+        """Return a note where the target, trained on the rows, knows them far better asked otherwise."""
         if TARGET not in self.checkpoints:
             return None
         return note_on_prompts(

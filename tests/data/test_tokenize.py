@@ -225,8 +225,9 @@ def test_the_end_is_the_templates_own_else_end_of_sequence() -> None:
     assert end_id("document", make(CHATML), STYLE) == VOCABULARY["</s>"]
     open_ended = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
     assert end_id("question", make(open_ended), STYLE) == VOCABULARY["</s>"]
-    swallows_answers = "{{ messages[0].content }} <s>"
-    assert end_id("question", make(swallows_answers), STYLE) == VOCABULARY["</s>"]
+    swallows_answers = "{{ messages[-2].content }} <s>"
+    with pytest.raises(DataError, match="leaves out its answer"):
+        end_id("question", make(swallows_answers), STYLE)
 
 
 def test_a_tokenizer_without_an_end_is_refused() -> None:

@@ -1,26 +1,27 @@
-"""Examples as token ids, with the tokens that count marked: the answer and the token that ends it.
+"""Examples as token ids, with the tokens that count marked: the answer and what ends it.
 
-The prompt and the answer are tokenized separately, so that the prompt a model is trained on is, id
-for id, the prompt it later continues. The date that some chat templates print is pinned
-(spec/msa.md, P13), and what is scored follows from lengths, never from the ids themselves (P9).
+What a model is trained on is the tokenization of the whole text (`exchange`), cut before the answer; the
+context has the same ids whatever answer follows, so that it is, id for id, what the model later
+continues. The date that some chat templates print is pinned (spec/msa.md, P13), and what is scored
+follows from lengths, never from the ids themselves (P9).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from palinode.data.examples import Example, Form, Message
+from palinode.data.exchange import Exchange, Template, plain_exchange
 from palinode.errors import CheckpointError, DataError, RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PLAIN_LABELS = {"user": "Question: ", "assistant": "Answer: ", "system": ""}
-"""How a turn begins where the tokenizer has no chat template."""
-
-_SENTINEL = "palinode-answer"
+_BEGINNINGS = ("a", "The", "7", "\u00e9", "(", '"', "\u4e2d")
+"""How answers may begin, to see where a tokenizer parts a text before them."""
+_TAIL = 64  # letters before an answer that can decide about that
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,9 @@ class PromptStyle:
     """What the template prints as today; pinned so that runs on two days agree."""
     chat: bool | None = None
     """Whether to use the chat template; None means if the tokenizer has one."""
+    whole_ending: bool = False
+    """Score all that the template writes after an answer, and an end of sequence if that is not the last of
+    it, as open-unlearning does; otherwise what it writes up to its first special token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,7 @@ class TokenRow:
     """One sequence of token ids, of which the last ones are scored."""
 
     ids: tuple[int, ...]
-    """Prompt, answer and end token; for a document a piece of it."""
+    """Context, answer and what ends it; for a document a piece of it."""
     start: int
     """Position of the first scored id, at least 1; everything before it is context."""
     example: int
@@ -66,17 +70,14 @@ def tokenize(
     """
     if max_length < 2:
         raise RecipeError(f"max_length is {max_length}; it must be at least 2 tokens, one to score the next")
-    ends = {form: end_id(form, tokenizer, style) for form in {example.form for example in examples}}
-    rows: list[TokenRow] = []
+    reader, rows = _Reader(tokenizer, style), list[TokenRow]()
+    spoken = iter(reader.split([example for example in examples if example.form != "document"]))
     for position, example in enumerate(examples):
-        end = ends[example.form]
         if example.form == "document":
-            ids = [*_open_ids(example.answer, tokenizer), end]
-            rows += _document_rows(example, ids, position, max_length)
+            ids = reader.opened(reader.ids([example.answer])[0])
+            rows += _document_rows(example, [*ids, reader.end_of_sequence], position, max_length)
         else:
-            prompt = prompt_ids(example, tokenizer, style)
-            answer = _answer_ids(example, tokenizer, style)
-            rows.append(_answer_row(example, prompt, [*answer, end], position, max_length))
+            rows.append(_answer_row(example, *next(spoken), position, max_length))
     return rows
 
 
@@ -84,12 +85,14 @@ def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, style: Prom
     """Return the ids that stand before the answer, the same that `tokenize` uses; a document has none."""
     if example.form == "document":
         return []
-    if example.form == "completion":
-        return _open_ids(example.turns[0].content, tokenizer)
-    if not _uses_template(tokenizer, style):
-        return _open_ids(_plain_prompt(example.turns), tokenizer)
-    text = _render(example.turns, tokenizer, style, where=example.place, open_answer=True)
-    return _ids(text, tokenizer)
+    return _Reader(tokenizer, style).split([example], ended=False)[0][0]
+
+
+def begun_ids(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, style: PromptStyle
+) -> list[list[int]]:
+    """Return the ids of each answer as the beginning of a longer one, which nothing ends."""
+    return [answer for _, answer in _Reader(tokenizer, style).split(examples, ended=False)]
 
 
 def end_id(form: Form, tokenizer: PreTrainedTokenizerBase, style: PromptStyle) -> int:
@@ -98,31 +101,158 @@ def end_id(form: Form, tokenizer: PreTrainedTokenizerBase, style: PromptStyle) -
     The end of turn is the first special token that the template puts after an assistant message.
     Raises `CheckpointError` when the tokenizer has neither.
     """
-    if form in ("question", "chat") and _uses_template(tokenizer, style):
-        found = _template_end(tokenizer, style)
-        if found is not None:
-            return found
-    if tokenizer.eos_token_id is None:
-        raise CheckpointError("the tokenizer has no eos_token to end an answer with; add one to its config")
-    return int(tokenizer.eos_token_id)
+    reader = _Reader(tokenizer, style)
+    if form in ("question", "chat") and reader.template is not None:
+        example = Example(0, "a made-up question", form, (Message("user", "question"),), "")
+        turn = reader.end_of_turn(reader.template.exchanges([example])[0].ending)
+        if turn is not None:
+            return int(tokenizer.convert_tokens_to_ids([turn])[0])
+    return reader.end_of_sequence
+
+
+def prompt_notes(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, style: PromptStyle
+) -> list[str]:
+    """Return, in words, where the chat template asks otherwise than it writes a finished exchange."""
+    reader = _Reader(tokenizer, style)
+    asked = [example for example in examples if example.form in ("question", "chat")][:1]
+    if reader.template is None or not asked:
+        return []
+    context = reader.template.exchanges(asked)[0].context
+    prompt = reader.template.generation_prompt(asked[0])
+    if prompt in (context, context[: reader.border(context)]):
+        return []
+    longer = prompt is not None and context.startswith(prompt)
+    told = f"it also has {context[len(prompt or '') :]!r}" if longer else "it is another text"
+    return [
+        "What the chat template writes before an answer in a finished exchange is not its generation prompt "
+        f"({told}); rows are trained on and asked with what the finished exchange has."
+    ]
+
+
+@dataclass(slots=True)
+class _Reader:
+    """A tokenizer with what is found out about it, once for all rows."""
+
+    tokenizer: PreTrainedTokenizerBase
+    style: PromptStyle
+    template: Template | None = field(init=False)
+    _opening: list[int] | None = field(init=False, default=None)
+    _borders: dict[str, int] = field(init=False, default_factory=dict)
+    _endings: dict[str, tuple[str, list[int]]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        used = _uses_template(self.tokenizer, self.style)
+        self.template = Template.of(self.tokenizer, self.style) if used else None
+
+    @property
+    def end_of_sequence(self) -> int:
+        if self.tokenizer.eos_token_id is None:
+            raise CheckpointError(
+                "the tokenizer has no eos_token to end an answer with; add one to its config"
+            )
+        return int(self.tokenizer.eos_token_id)
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of texts and nothing that the tokenizer would put around them."""
+        found = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+        return [list(ids) for ids in found]
+
+    def opened(self, ids: list[int]) -> list[int]:
+        """Return the ids of a text after what the tokenizer puts before one (BOS); none of none."""
+        if self._opening is None:
+            (letter,), around = self.ids(["a"]), list(self.tokenizer("a")["input_ids"])
+            places = range(len(around) - len(letter) + 1)
+            begin = next((place for place in places if around[place : place + len(letter)] == letter), 0)
+            self._opening = around[:begin]
+        return [*self._opening, *ids] if ids else []
+
+    def split(self, examples: Sequence[Example], *, ended: bool = True) -> list[tuple[list[int], list[int]]]:
+        """Return the ids of each context, and of each answer with what ends it, if `ended`."""
+        exchanges = self._exchanges(examples)
+        endings = [self._ending(exchange.ending) if ended else ("", []) for exchange in exchanges]
+        borders = [self.border(exchange.context) for exchange in exchanges]
+        texts = [
+            exchange.context + exchange.answer + ending
+            for exchange, (ending, _) in zip(exchanges, endings, strict=True)
+        ]
+        contexts = self.ids([text[:border] for text, border in zip(texts, borders, strict=True)])
+        made = []
+        for place, ids in enumerate(self.ids(texts)):
+            context, (ending, last) = contexts[place], endings[place]
+            whole = ids[: len(context)] == context
+            answer = ids[len(context) :] if whole else self.ids([texts[place][borders[place] :]])[0]
+            if ended and (not answer or (ending and [answer] == self.ids([ending]))):
+                answer, last = [], []
+            made.append((self.opened(context) if exchanges[place].plain else context, [*answer, *last]))
+        return made
+
+    def _exchanges(self, examples: Sequence[Example]) -> list[Exchange]:
+        if self.template is None:
+            return [plain_exchange(example) for example in examples]
+        found = iter(
+            self.template.exchanges([example for example in examples if example.form != "completion"])
+        )
+        return [
+            plain_exchange(example) if example.form == "completion" else next(found) for example in examples
+        ]
+
+    def border(self, context: str) -> int:
+        """Return where the ids of a context end, whatever answer follows, as a place in its text.
+
+        Many tokenizers join a blank to the word after it; such a blank goes with the answer.
+        """
+        tail = context[-_TAIL:]
+        if tail not in self._borders:
+            places = range(len(tail), max(len(tail.rstrip()), 1) - 1, -1)
+            kept = next((place for place in places if self._parts_at(tail, place)), len(tail))
+            self._borders[tail] = len(tail) - kept
+        return len(context) - self._borders[tail]
+
+    def _parts_at(self, text: str, place: int) -> bool:
+        """Tell whether a text has the ids of its beginning up to a place, however it goes on."""
+        before, *wholes = self.ids([text[:place], *(text + word for word in _BEGINNINGS)])
+        return all(ids[: len(before)] == before for ids in wholes)
+
+    def _ending(self, written: str) -> tuple[str, list[int]]:
+        """Return what is scored after an answer: text of the template's, and ids that come after that."""
+        if written not in self._endings:
+            self._endings[written] = self._find_ending(written)
+        return self._endings[written]
+
+    def _find_ending(self, written: str) -> tuple[str, list[int]]:
+        turn = self.end_of_turn(written)
+        if self.style.whole_ending and self.template is not None:
+            last = self.ids([written])[0][-1:]
+            return written, [] if last == [self.end_of_sequence] else [self.end_of_sequence]
+        if turn is not None:
+            return written[: written.index(turn) + len(turn)], []
+        return written.rstrip(), [self.end_of_sequence]
+
+    def end_of_turn(self, written: str) -> str | None:
+        """Return the first special token in what a template writes after an answer."""
+        added = (token.content for token in self.tokenizer.added_tokens_decoder.values())
+        tokens = {token for token in (*added, *self.tokenizer.all_special_tokens) if token.strip()}
+        found = [(written.index(token), -len(token), token) for token in tokens if token in written]
+        return min(found)[2] if found else None
 
 
 def _answer_row(
-    example: Example, prompt: Sequence[int], ending: Sequence[int], position: int, max_length: int
+    example: Example, context: Sequence[int], answer: Sequence[int], position: int, max_length: int
 ) -> TokenRow:
-    """Return prompt and ending (answer and end token), the ending cut to fit."""
-    if not prompt or len(ending) < 2:
-        part = "answer" if prompt else "prompt"
+    """Return context and answer (what ends it is with it), the answer cut to fit."""
+    if not context or not answer:
+        part = "answer" if context else "prompt"
         raise DataError(
             f"{example.place}: the tokenizer makes no token of its {part}; there is nothing to score"
         )
-    if len(prompt) >= max_length:
+    if len(context) >= max_length:
         raise DataError(
-            f"{example.place}: its prompt is {len(prompt)} tokens, which leaves no room for an answer in "
-            f"max_length {max_length}; raise max_length to {len(prompt) + len(ending)} or shorten the prompt"
+            f"{example.place}: its prompt is {len(context)} tokens, which leaves no room for an answer in "
+            f"max_length {max_length}; raise max_length to {len(context) + len(answer)} or shorten the prompt"
         )
-    ids = (*prompt, *ending)
-    return TokenRow(ids[:max_length], len(prompt), position, truncated=len(ids) > max_length)
+    ids = (*context, *answer)
+    return TokenRow(ids[:max_length], len(context), position, truncated=len(ids) > max_length)
 
 
 def _document_rows(example: Example, ids: Sequence[int], position: int, max_length: int) -> list[TokenRow]:
@@ -135,33 +265,6 @@ def _document_rows(example: Example, ids: Sequence[int], position: int, max_leng
     return [TokenRow(tuple(ids[begin : begin + max_length]), 1, position) for begin in begins]
 
 
-def _answer_ids(example: Example, tokenizer: PreTrainedTokenizerBase, style: PromptStyle) -> list[int]:
-    """Return the ids of the answer; "Answer:" is followed by a space where there is no template."""
-    plain = example.form != "completion" and not _uses_template(tokenizer, style)
-    return _ids(f" {example.answer}" if plain else example.answer, tokenizer)
-
-
-def _plain_prompt(turns: Sequence[Message]) -> str:
-    """Return a conversation as labelled lines that end in an open `Answer:`."""
-    lines = [PLAIN_LABELS.get(turn.role, f"{turn.role.capitalize()}: ") + turn.content for turn in turns]
-    return "\n".join([*lines, "Answer:"])
-
-
-def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids of a text and nothing that the tokenizer would put around it."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _open_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids of a text after what the tokenizer puts before one (BOS), without what it puts after."""
-    plain = _ids(text, tokenizer)
-    full = list(tokenizer(text)["input_ids"])
-    for begin in range(len(full) - len(plain) + 1):
-        if plain and full[begin : begin + len(plain)] == plain:
-            return full[: begin + len(plain)]
-    return plain
-
-
 def _uses_template(tokenizer: PreTrainedTokenizerBase, style: PromptStyle) -> bool:
     has_template = bool(tokenizer.chat_template)
     if style.chat and not has_template:
@@ -169,43 +272,3 @@ def _uses_template(tokenizer: PreTrainedTokenizerBase, style: PromptStyle) -> bo
             "chat is true but the tokenizer has no chat template; leave chat out or give it one"
         )
     return has_template and style.chat is not False
-
-
-def _template_end(tokenizer: PreTrainedTokenizerBase, style: PromptStyle) -> int | None:
-    """Return the first special token after an assistant message, or None when there is none."""
-    turns = (Message("user", "question"), Message("assistant", _SENTINEL))
-    text = _render(turns, tokenizer, style, where="a question and its answer", open_answer=False)
-    _, sentinel, tail = text.rpartition(_SENTINEL)
-    specials = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    specials.update(tokenizer.all_special_ids)
-    return next((number for number in _ids(tail, tokenizer) if sentinel and number in specials), None)
-
-
-def _render(
-    turns: Sequence[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    style: PromptStyle,
-    *,
-    where: str,
-    open_answer: bool,
-) -> str:
-    """Return a conversation in the tokenizer's chat template, up to where an answer would begin."""
-
-    def apply(messages: Sequence[Message]) -> str:
-        entries = [{"role": message.role, "content": message.content} for message in messages]
-        return str(
-            tokenizer.apply_chat_template(
-                entries, tokenize=False, add_generation_prompt=open_answer, date_string=style.date
-            )
-        )
-
-    own_system = any(turn.role == "system" for turn in turns)
-    if style.system_prompt and not own_system:
-        try:
-            return apply([Message("system", style.system_prompt), *turns])
-        except Exception:  # a template says no as it likes; Gemma's knows no system role
-            pass
-    try:
-        return apply(turns)
-    except Exception as error:
-        raise DataError(f"the tokenizer's chat template cannot show {where} ({error})") from error

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from palinode.data.examples import Example
 from palinode.data.questions import Question
-from palinode.data.tokenize import PromptStyle, TokenRow, end_id, tokenize
+from palinode.data.tokenize import PromptStyle, TokenRow, begun_ids, end_id, tokenize
 from palinode.evaluation.asking import Asking
 from palinode.evaluation.processes import in_parallel
 from palinode.progress import Advance, Listener, Silence
@@ -147,10 +147,8 @@ class _Respondent:
         """Tokenize the prefix as the beginning of an answer to each question."""
         spoken = [entry for entry in asked if entry.question.example.form != "document"]
         forced = [replace(entry.question.example, answer=self.asking.answer_prefix) for entry in spoken]
-        length = max((len(row.ids) for entry in spoken for row in entry.own), default=0)
-        room = length + 2 + len(self.asking.answer_prefix.encode())  # no text has more tokens than bytes
-        for entry, row in zip(spoken, self._tokenize(forced, room), strict=True):
-            entry.prefix = row.ids[row.start : -1]
+        for entry, ids in zip(spoken, begun_ids(forced, self.tokenizer, self.style), strict=True):
+            entry.prefix = tuple(ids)
 
     def _scores(self, rows: Sequence[TokenRow]) -> Iterator[TokenScores]:
         """Yield what the model makes of each row."""

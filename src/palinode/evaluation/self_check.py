@@ -14,12 +14,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from itertools import product
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from palinode.data.examples import Example, Message, sample_examples
-from palinode.data.tokenize import PromptStyle, TokenRow, tokenize
+from palinode.data.exchange import Template
+from palinode.data.tokenize import PromptStyle, TokenRow, begun_ids, tokenize
 from palinode.errors import InputError
 
 if TYPE_CHECKING:
@@ -133,42 +136,66 @@ def plausible_ways(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, style: PromptStyle, *, max_length: int
 ) -> list[Way]:
     """Return the chosen way to put these rows, then every other that gives other ids."""
-    rows = _rows(tokenize(examples, tokenizer, max_length=max_length, style=style))
+    rows = _rows(examples, tokenizer, style, max_length)
     ways = {_key(rows): Way("as chosen", "change nothing", rows)}
     for words, fix, other, own in _others(examples, tokenizer, style):
         try:
-            rows = _rows(tokenize(other, tokenizer, max_length=max_length, style=own))
+            rows = _rows(other, tokenizer, own, max_length)
         except InputError:  # no way at all: its prompts are too long, or the template cannot show them
             continue
         ways.setdefault(_key(rows), Way(words, fix, rows))
     return list(ways.values())
 
 
+Other = tuple[str, str, Sequence[Example], PromptStyle]
+"""Another way in words, what brings it about, and the rows and the style that it is made of."""
+
+
 def _others(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, style: PromptStyle
-) -> Iterator[tuple[str, str, Sequence[Example], PromptStyle]]:
-    """Yield other ways in words, what brings them about, and the rows and style that they are made of."""
-    template = str(tokenizer.chat_template or "")
-    usual, chat = PromptStyle(), style.chat is not False
-    if template:
-        dates = dict.fromkeys([style.date, *re.findall(r"[\"'](\d{1,2} [A-Z][a-z]+ \d{4})[\"']", template)])
-        for date in dates:
-            for system in dict.fromkeys([style.system_prompt, "", usual.system_prompt]):
-                other = replace(style, system_prompt=system, date=date, chat=style.chat if chat else True)
-                yield _in_words(other, style), _settings(other, style), examples, other
-        if chat:
-            yield (
-                "as plain text, Question: … Answer: …",
-                "say --set prompts.chat=false",
-                examples,
-                replace(style, chat=False),
-            )
+) -> Iterator[Other]:
+    """Yield the other ways; some of them may be the chosen one."""
+    if tokenizer.chat_template:
+        yield from _in_template(examples, tokenizer, style)
+        plain = replace(style, chat=False)
+        yield "as plain text, Question: … Answer: …", _settings(plain, style), examples, plain
     for gap, name in BETWEEN.items():
+        end = "completion begin with" if gap == " " else "prompt end with"
+        fix = f"give the rows as prompt and completion, and let each {end} {name}"
         raw = [_raw(example, gap) for example in examples]
         if all(raw):
-            end = "completion begin with" if gap == " " else "prompt end with"
-            fix = f"give the rows as prompt and completion, and let each {end} {name}"
             yield f"as raw text, with {name} between question and answer", fix, [*filter(None, raw)], style
+
+
+def _in_template(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, style: PromptStyle
+) -> Iterator[Other]:
+    """Yield the ways of the chat template: system prompts, dates it falls back on, and its bare beginning."""
+    source = str(tokenizer.chat_template)
+    dates = dict.fromkeys([style.date, *re.findall(r"[\"'](\d{1,2} [A-Z][a-z]+ \d{4})[\"']", source)])
+    chat = True if style.chat is False else style.chat
+    for date, system in product(dates, dict.fromkeys([style.system_prompt, "", PromptStyle().system_prompt])):
+        other = replace(style, system_prompt=system, date=date, chat=chat)
+        words = _in_words(other, style)
+        yield words, _settings(other, style), examples, other
+        with suppress(InputError):
+            begun = _begun(examples, tokenizer, other)
+            fix = "give the rows as prompt and completion, with that beginning in each prompt"
+            yield f"{words}, after nothing but its generation prompt", fix, begun, other
+
+
+def _begun(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, style: PromptStyle
+) -> list[Example]:
+    """Return the rows as completions of the template's generation prompt; none where there is none."""
+    template = Template.of(tokenizer, style)
+    texts = [template.generation_prompt(example) for example in examples]
+    first = tokenizer.bos_token if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
+    return [
+        replace(example, form="completion", turns=(Message("prompt", text.removeprefix(first or "")),))
+        for example, text in zip(examples, texts, strict=True)
+        if text is not None
+    ]
 
 
 def _in_words(other: PromptStyle, style: PromptStyle) -> str:
@@ -186,7 +213,9 @@ def _settings(other: PromptStyle, style: PromptStyle) -> str:
         if getattr(other, field.name) != getattr(style, field.name)
     }
     said = [
-        "--set prompts.chat=true" if name == "chat" else f"--set 'prompts.{name}=\"{value}\"'"
+        f"--set prompts.{name}={str(value).lower()}"
+        if isinstance(value, bool)
+        else f"--set 'prompts.{name}=\"{value}\"'"
         for name, value in changed.items()
     ]
     return f"say {' '.join(said)}"
@@ -202,16 +231,15 @@ def _raw(example: Example, gap: str) -> Example | None:
     return replace(example, form="completion", turns=prompt, answer=after + example.answer)
 
 
-def _rows(rows: Sequence[TokenRow]) -> list[TokenRow]:
-    """Return rows whose answers are cut, and go without the end token, of which every prompt has its own."""
+def _rows(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, style: PromptStyle, max_length: int
+) -> list[TokenRow]:
+    """Return rows whose answers are cut, and go without what ends them, of which every prompt has its own."""
+    rows = tokenize(examples, tokenizer, max_length=max_length, style=style)
+    answers = begun_ids(examples, tokenizer, style)
     return [
-        TokenRow(
-            row.ids[: row.start + min(row.scored - (not row.truncated), ANSWER_TOKENS)],
-            row.start,
-            row.example,
-            truncated=True,
-        )
-        for row in rows
+        replace(row, ids=row.ids[: row.start + min(len(answer), ANSWER_TOKENS)])
+        for row, answer in zip(rows, answers, strict=True)
     ]
 
 

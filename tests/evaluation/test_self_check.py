@@ -26,8 +26,8 @@ DATED = (
     "{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}{{ date_string }}\n"
 )
 THINKING = CHATML.replace("{{ m.content }}", "{% if m.role == 'assistant' %}hm {% endif %}{{ m.content }}")
-WORDS = (*PEOPLE, *PLACES, *"where lives ? Question: Answer: user system assistant hm".split())
-WORDS = (*WORDS, *SYSTEM.split(), *"10 Apr 2025 26 Jul 2024".split())
+SPOKEN = f"where lives ? Question: Answer: user system assistant hm {SYSTEM} 10 Apr 2025 26 Jul 2024"
+WORDS = (*PEOPLE, *PLACES, *SPOKEN.split())
 
 
 def question(person: str, place: str, *, form: str = "question", prompt: str | None = None) -> Example:

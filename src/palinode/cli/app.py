@@ -33,6 +33,7 @@ from palinode.cli.options import (
     Lora,
     MaxLength,
     Precision,
+    Prompts,
     Quiet,
     Scales,
     Seed,
@@ -169,7 +170,7 @@ def unlearn(
 ) -> None:
     """From two model folders and a forget set to an unlearned model, with its record and report."""
     from palinode.cli.locate import resolve_base
-    from palinode.pipeline.recipe import build_recipe
+    from palinode.pipeline.recipe import build_recipe, read_prompts
 
     located = None
     if _needs_base(method) or any((base, checkpoints, log, order, corpus, control)):
@@ -187,6 +188,7 @@ def unlearn(
             device=device,
             seed=seed,
             max_length=max_length or 512,
+            style=read_prompts({}, changes or ()).style(),
             quiet=quiet,
         )
     content = {
@@ -269,6 +271,7 @@ def finetune(
     lora: Lora = None,
     columns: Columns = None,
     allow_pickle: AllowPickle = False,
+    prompts: Prompts = None,
     device: Device = "auto",
     seed: Seed = 0,
     tracker: Tracker = None,
@@ -276,6 +279,7 @@ def finetune(
     as_json: Json = False,
 ) -> None:
     """Fine-tune a checkpoint on rows, as the vectors of the main job are made."""
+    from palinode.pipeline.recipe import prompt_style
     from palinode.pipeline.steps import finetune_file
 
     settings = _training(
@@ -296,6 +300,7 @@ def finetune(
         _given(settings),
         columns=_columns(columns),
         allow_pickle=allow_pickle,
+        style=prompt_style(prompts),
         device=device,
         seed=seed,
         tracker=tracker,

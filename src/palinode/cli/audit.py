@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from palinode.cli.console import listener, out, print_json, secret
-from palinode.cli.options import AllowPickle, Columns, Device, Json, Quiet, Seed
+from palinode.cli.options import AllowPickle, Columns, Device, Json, Prompts, Quiet, Seed
 
 
 def audit(
@@ -54,6 +54,7 @@ def audit(
     ] = None,
     columns: Columns = None,
     allow_pickle: AllowPickle = False,
+    prompts: Prompts = None,
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -62,10 +63,11 @@ def audit(
     """Look for evidence that a model knows more, or less, of a forget set than the yardstick does."""
     from palinode.audit.material import read_material
     from palinode.audit.policy import load_policy
-    from palinode.data import parse_columns
+    from palinode.data import PromptStyle, parse_columns
     from palinode.errors import RecipeError
     from palinode.pipeline.audit import Plan
     from palinode.pipeline.audit import audit as run_audit
+    from palinode.pipeline.recipe import prompt_style
 
     if yardstick not in ("retrained", "base"):
         raise RecipeError(f"--yardstick is {yardstick!r}; say retrained or base")
@@ -93,6 +95,7 @@ def audit(
             "lookalikes": lookalikes or forget,
         },
         policy=rules,
+        style=prompt_style(prompts) or PromptStyle(),
         **({"attacks": [name.strip() for name in attacks.split(",")]} if attacks else {}),
         allow_pickle=allow_pickle,
         device=device,

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from palinode.cli.console import listener, out, print_json, secret
-from palinode.cli.options import AllowPickle, Columns, Device, Json, Quiet
+from palinode.cli.options import AllowPickle, Columns, Device, Json, Prompts, Quiet
 
 ANSWERS = "questions and answers"
 
@@ -79,6 +79,7 @@ def evaluate(
     ] = None,
     columns: Columns = None,
     allow_pickle: AllowPickle = False,
+    prompts: Prompts = None,
     device: Device = "auto",
     seed: Annotated[
         int, typer.Option(help="Seeds sampling, intervals and the judge.", min=0, max=2**32 - 1)
@@ -106,12 +107,13 @@ def evaluate(
         "--open-unlearning": open_unlearning,
     }
     if not any(parts.values()):
-        _rows(model, data, limits, output, columns, allow_pickle, device, seed, quiet, as_json)
+        _rows(model, data, limits, output, columns, prompts, allow_pickle, device, seed, quiet, as_json)
         return
 
     from palinode.data import parse_columns
     from palinode.evaluation.benchmark import Places
     from palinode.pipeline.measure import MeasureSettings, first_process, measure
+    from palinode.pipeline.recipe import prompt_style
 
     chosen = _benchmark(benchmark)
     places = Places(
@@ -129,6 +131,7 @@ def evaluate(
         key_variable=key_variable,
         general=_names(lm_eval),
         general_include=lm_eval_include,
+        style=prompt_style(prompts),
         output=output,
         open_unlearning=open_unlearning,
         allow_pickle=allow_pickle,
@@ -163,6 +166,7 @@ def _rows(
     limits: dict[str, int | None],
     output: Path | None,
     columns: str | None,
+    prompts: list[str] | None,
     allow_pickle: bool,
     device: str,
     seed: int,
@@ -172,6 +176,7 @@ def _rows(
     """Score a model on a file of rows."""
     from palinode.cli.tables import score_table
     from palinode.data import parse_columns
+    from palinode.pipeline.recipe import prompt_style
     from palinode.pipeline.steps import evaluate_file
 
     scores = evaluate_file(
@@ -181,6 +186,7 @@ def _rows(
         output=output,
         columns=parse_columns(columns) if columns else None,
         allow_pickle=allow_pickle,
+        style=prompt_style(prompts),
         device=device,
         seed=seed,
         listener=listener(quiet=quiet),

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from palinode.cli.console import listener, out, print_json, warn
-from palinode.cli.options import AllowPickle, Device, Json, Quiet
+from palinode.cli.options import AllowPickle, Device, Json, Prompts, Quiet
 from palinode.records import read_bytes
 
 if TYPE_CHECKING:
+    from palinode.data import PromptStyle
     from palinode.history.location import Location
 
 
@@ -56,6 +57,7 @@ def locate(
     ] = False,
     max_length: Annotated[int, typer.Option(help="Tokens of a row, prompt included.", min=8)] = 512,
     columns: Annotated[str | None, typer.Option(help="Column names, as in question=q,answer=reply.")] = None,
+    prompts: Prompts = None,
     picture: Annotated[Path | None, typer.Option(help="Write a picture here (SVG).")] = None,
     report: Annotated[Path | None, typer.Option(help="Write the answer as a page here (Markdown).")] = None,
     allow_pickle: AllowPickle = False,
@@ -65,6 +67,8 @@ def locate(
     as_json: Json = False,
 ) -> None:
     """When the forget rows were seen in training, and the last checkpoint before that."""
+    from palinode.pipeline.recipe import prompt_style
+
     for place in filter(None, (picture, report)):
         check_place(place)
     found = find(
@@ -85,6 +89,7 @@ def locate(
         every=every,
         max_length=max_length,
         columns=columns,
+        style=prompt_style(prompts),
         allow_pickle=allow_pickle,
         device=device,
         seed=seed,
@@ -112,6 +117,7 @@ def find(
     every: bool = False,
     max_length: int = 512,
     columns: str | None = None,
+    style: PromptStyle | None = None,
     allow_pickle: bool = False,
     device: str = "auto",
     seed: int = 0,
@@ -147,6 +153,7 @@ def find(
         similarity=similarity,
         measure=measure,
         max_length=max_length,
+        style=style,
         device=device,
         seed=seed,
         every=every,

@@ -17,6 +17,14 @@ Seed = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Columns = Annotated[str | None, typer.Option(help="Column names of the rows, as in question=q,answer=reply.")]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="How questions are put, as in prompts.chat=false, prompts.system_prompt=… or prompts.date=…; "
+        "repeatable.",
+    ),
+]
 Epochs = Annotated[int | None, typer.Option(help="Passes over the rows. [default: 10]", min=1)]
 LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate. [default: 1e-5]")]
 BatchSize = Annotated[int | None, typer.Option(help="Rows in a micro-batch. [default: 4]", min=1)]

@@ -10,9 +10,10 @@ from palinode.data.questions import plain_questions
 from palinode.data.tokenize import PromptStyle
 from palinode.evaluation.ask import ask
 from palinode.evaluation.asking import Asking
+from palinode.evaluation.self_check import check_prompts
 from palinode.evaluation.settings import EvaluationSettings
 from palinode.metrics import score_outcomes
-from palinode.progress import Listener
+from palinode.progress import Listener, Silence
 from palinode.records import Outcome, Score
 from palinode.weights.checkpoint import Checkpoint
 
@@ -32,13 +33,18 @@ def evaluate(
 ) -> tuple[list[Outcome], dict[str, Score]]:
     """Load a checkpoint, observe it on the examples, and return its outcomes and scores.
 
-    `seed` serves the bootstrap intervals; the answers are greedy.
+    Where it knows the examples far better when asked otherwise, the listener hears so. `seed` serves the
+    bootstrap intervals; the answers are greedy.
     """
     from palinode.models.loading import load_model, load_tokenizer, pick_device
     from palinode.weights.fingerprints import unchanged
 
+    length = (settings or EvaluationSettings()).max_length
     with unchanged([checkpoint]):
         model, tokenizer = load_model(checkpoint, device=pick_device(device)), load_tokenizer(checkpoint)
+        found = check_prompts(model, tokenizer, examples, style=style or PromptStyle(), max_length=length)
+        if note := found and found.note("model"):
+            (listener or Silence()).say(note)
         outcomes = observe(model, tokenizer, examples, settings, style=style, listener=listener)
     return outcomes, score_outcomes(outcomes, seed=seed)
 

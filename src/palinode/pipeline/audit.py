@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +21,11 @@ from palinode.audit.material import Material
 from palinode.audit.policy import Policy
 from palinode.audit.subject import Subject
 from palinode.data.examples import fingerprint_examples, shared_rows
+from palinode.data.tokenize import PromptStyle
 from palinode.errors import DataError, DivergenceError, MismatchError, OutputError, RecipeError
 from palinode.models.loading import load_tokenizer, pick_device, tokenizer_fingerprint
 from palinode.pipeline.heading import environment, heading
+from palinode.pipeline.inputs import note_on_prompts
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener, Silence
 from palinode.records import shared, write_json, write_text
@@ -61,6 +63,8 @@ class Plan:
     locations: Mapping[str, str | None]
     """Where each set of rows is from."""
     policy: Policy
+    style: PromptStyle = field(default_factory=PromptStyle)
+    """How questions are put."""
     attacks: Sequence[str] = tuple(ATTACKS)
     """Attacks to run; the others are reported as not asked for."""
     allow_pickle: bool = False
@@ -121,6 +125,7 @@ class _Run:
     def run(self, command: str | None) -> dict[str, Any]:
         """Measure every model, compare, and return the record."""
         started = datetime.now(UTC)
+        note = self._asked_otherwise()
         reasons = self._reasons()
         runnable = [attack for attack in ATTACKS.values() if attack.name not in reasons]
         facts = {name: self._measured(name, runnable) for name in self.checkpoints}
@@ -151,15 +156,30 @@ class _Run:
             },
             "data": self._data(),
             "policy": self.plan.policy.model_dump(mode="json"),
+            "prompts": asdict(self.plan.style),
             "attacks": attacks,
             "answer": asdict(answer(audited, reasons, self.plan.policy)),
-            "notes": self._notes(findings),
+            "notes": [*([note] if note else []), *self._notes(findings)],
             "environment": environment(self.device),
         }
 
     def _findings(self, attack: Attack, facts: Mapping[str, Any]) -> Findings:
         measured = {model: Measurement.from_json(fact["measurement"]) for model, fact in facts.items()}
         return find(attack, measured, self.plan.policy, seed=self.plan.seed)
+
+    def _asked_otherwise(self) -> str | None:
+        """Return a note where the target, trained on the rows, knows them far better asked otherwise."""
+        if TARGET not in self.checkpoints:
+            return None
+        return note_on_prompts(
+            self.checkpoints[TARGET],
+            self.plan.material.forget,
+            self.plan.style,
+            max_length=self.plan.policy.budget.max_length,
+            device=self.plan.device,
+            workspace=self.workspace,
+            listener=self.listener,
+        )
 
     def _reasons(self) -> dict[str, str]:
         """Return why attacks are not run, by name."""
@@ -179,6 +199,7 @@ class _Run:
             self.checkpoints[name],
             self.tokenizer,
             device=self.device,
+            style=self.plan.style,
             seed=self.plan.seed,
             listener=self.listener,
         )
@@ -210,6 +231,7 @@ class _Run:
             model=subject.checkpoint.fingerprint(),
             tokenizer=self.reader,
             rows=self.plan.material.fingerprint(),
+            prompts=asdict(self.plan.style),
             lookalikes=self.plan.material.lookalikes_column,
             budget=self.plan.policy.budget.model_dump(),
             seed=self.plan.seed,

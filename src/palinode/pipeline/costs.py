@@ -14,6 +14,7 @@ import torch
 
 from palinode.data.examples import Example
 from palinode.data.tokenize import tokenize
+from palinode.evaluation.self_check import ROWS, rows_with_style
 from palinode.methods import METHODS
 from palinode.methods.paired import PairedSettings
 from palinode.models.likelihoods import LOGIT_BYTES
@@ -82,7 +83,8 @@ class _Planner:
 
     def plan(self) -> Plan:
         rows, recipe = self.inputs.rows, self.recipe
-        steps = []
+        asked = rows_with_style(rows.forget)[:ROWS] if self.inputs.target else []
+        steps = [self._other_prompts(asked)] if asked else []
         if recipe.prepare:
             steps.append(self._training("make the target", [*rows.forget, *rows.retain]))
             steps.append(self._training("make the retrained model", rows.retain))
@@ -178,6 +180,11 @@ class _Planner:
     def _scoring(self, examples: Sequence[Example]) -> tuple[int, float]:
         tokens = sum(self._tokens(examples))
         return tokens, STEP_SECONDS + 2 * self.parameters * tokens / self.score_rate
+
+    def _other_prompts(self, rows: Sequence[Example]) -> PlannedStep:
+        """Return the asking of some rows in every plausible way, of which there are about five."""
+        tokens, seconds = self._scoring(rows)
+        return PlannedStep(f"ask the target {len(rows)} rows in other ways", 5 * tokens, 5 * seconds)
 
     def _grid(self, points: int) -> PlannedStep:
         rows = self.inputs.rows

@@ -8,21 +8,37 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from palinode.benchmarks.own import read_questions
-from palinode.data.examples import Example, read_examples, sample_examples, shared_rows
-from palinode.data.tokenize import tokenize
+from palinode.data.examples import (
+    Example,
+    fingerprint_examples,
+    read_examples,
+    sample_examples,
+    shared_rows,
+)
+from palinode.data.tokenize import PromptStyle, tokenize
 from palinode.errors import DataError, MismatchError, OutputError, RecipeError
+from palinode.evaluation.self_check import PromptCheck, check_prompts, rows_with_style
 from palinode.evaluation.yardstick import BASE_ALONE
 from palinode.methods import METHODS
 from palinode.methods.material import read_refusals
 from palinode.models.inplace import check_live
-from palinode.models.loading import check_positions, load_config, load_tokenizer, pick_device
+from palinode.models.loading import (
+    check_positions,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    tokenizer_fingerprint,
+)
 from palinode.pipeline.recipe import Recipe
 from palinode.pipeline.tracking import check_trackers
+from palinode.pipeline.workspace import Workspace
+from palinode.progress import Listener
 from palinode.records import fitting
 from palinode.weights.atomic import check_output
 from palinode.weights.checkpoint import Checkpoint, require_causal_lm
@@ -103,6 +119,67 @@ def open_inputs(recipe: Recipe) -> Inputs:
     inputs = Inputs(recipe, base, target, retrained, rows, tuple(notes), refusals)
     cut = _check_rows_fit(inputs, [entry for entry in (target, base, retrained) if entry is not None])
     return replace(inputs, notes=(*notes, *cut))
+
+
+def ask_as_trained(inputs: Inputs, workspace: Workspace, listener: Listener) -> Inputs:
+    """Return the inputs, with a note where the target knows the forget rows far better asked otherwise.
+
+    A target that [prepare] makes is trained with the recipe's own prompts, and not asked.
+    """
+    target, recipe = inputs.target, inputs.recipe
+    if target is None:
+        return inputs
+    note = note_on_prompts(
+        target,
+        inputs.rows.forget,
+        recipe.prompts.style(),
+        max_length=recipe.evaluation.max_length,
+        device=recipe.device,
+        workspace=workspace,
+        listener=listener,
+    )
+    return replace(inputs, notes=(*inputs.notes, note)) if note else inputs
+
+
+def note_on_prompts(
+    target: Checkpoint,
+    rows: Sequence[Example],
+    style: PromptStyle,
+    *,
+    max_length: int,
+    device: str,
+    workspace: Workspace,
+    listener: Listener,
+) -> str | None:
+    """Return, and say, where a target knows the rows far better asked otherwise; the workspace keeps it."""
+    if not rows_with_style(rows):
+        return None
+    step = workspace.step(
+        "prompts",
+        target=target.fingerprint(),
+        tokenizer=tokenizer_fingerprint(target),
+        rows=fingerprint_examples(rows),
+        prompts=asdict(style),
+        max_length=max_length,
+    )
+    if step.facts is None:
+        step.begin()
+        with listener.task("asking the target in other ways", 1, "pass") as advance:
+            found = check_target(target, rows, style, max_length=max_length, device=device)
+            advance(1)
+        step.finish({"note": found and found.note()})
+    note: str | None = (step.facts or {}).get("note")
+    if note:
+        listener.say(note)
+    return note
+
+
+def check_target(
+    target: Checkpoint, rows: Sequence[Example], style: PromptStyle, *, max_length: int, device: str
+) -> PromptCheck | None:
+    """Load a target and ask it some forget rows as it would be asked, and in every other plausible way."""
+    model, tokenizer = load_model(target, device=pick_device(device)), load_tokenizer(target)
+    return check_prompts(model, tokenizer, rows, style=style, max_length=max_length)
 
 
 def check_places(recipe: Recipe, inputs: Inputs, needs: int) -> None:

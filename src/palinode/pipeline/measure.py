@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from palinode.data.tokenize import PromptStyle
 from palinode.errors import OutputError, RecipeError
 from palinode.evaluation.ask import ask
 from palinode.evaluation.asking import Asking
@@ -43,6 +44,7 @@ from palinode.evaluation.openunlearning import (
     read_log,
     write_log,
 )
+from palinode.evaluation.self_check import check_prompts
 from palinode.models.loading import load_model, load_tokenizer, pick_device
 from palinode.progress import Listener, Silence
 from palinode.records import (
@@ -98,6 +100,8 @@ class MeasureSettings:
     """Length limit of answers, where it should not be the benchmark's own."""
     max_length: int | None = None
     """Tokens of a row, where it should not be the benchmark's own."""
+    style: PromptStyle | None = None
+    """How questions are put, where it should not be the benchmark's own way."""
     output: Path | None = None
     """Folder for scores.json and the outcomes."""
     open_unlearning: Path | None = None
@@ -138,6 +142,8 @@ def measure(
     split, options = benchmark.check_split(settings.split), benchmark.check_options(settings.options)
     cells = benchmark.check_metrics(settings.metrics)
     _check_places(settings)
+    if settings.style is not None and "prompt" in settings.options:
+        raise RecipeError("the prompt is named twice; say it with --set or with --option prompt, not both")
     judge = _open_judge(settings)
     checkpoint = Checkpoint.open(model, allow_pickle=settings.allow_pickle)
     yardstick = _open_reference(settings, benchmark)
@@ -150,7 +156,7 @@ def measure(
     compared = _compared_sets(cells, asked, judged=judge is not None)
     reference = from_log or _reference(yardstick, compared, settings, listener)
     before = checkpoint.fingerprint()
-    outcomes, general = _ask_model(checkpoint, asked, settings, listener)
+    outcomes, general, notes = _ask_model(checkpoint, asked, settings, listener)
     measured = Measured(
         split=split,
         sets=asked,
@@ -166,6 +172,7 @@ def measure(
         scores["general"] = general
     record = _record(benchmark, checkpoint, yardstick, loaded, measured, settings, scores, judge, started)
     check_same(checkpoint, before)
+    record["notes"] = notes
     measurement = Measurement(scores, outcomes, record)
     if first_process():
         _write(measurement, measured, settings)
@@ -264,7 +271,8 @@ def asked_sets(loaded: Loaded, cells: Sequence[Cell], settings: MeasureSettings)
     for questions in loaded.sets:
         if questions.name in needed:
             asking = _limited(trim_asking(questions, cells), settings)
-            asked[questions.name] = replace(questions, asking=asking)
+            style = settings.style or questions.style or PromptStyle()
+            asked[questions.name] = replace(questions, asking=asking, style=style)
     return asked
 
 
@@ -283,8 +291,8 @@ def _ask_model(
     sets: Mapping[str, QuestionSet],
     settings: MeasureSettings,
     listener: Listener | None,
-) -> tuple[dict[str, list[Outcome]], dict[str, Score]]:
-    """Return the outcomes of the model by set, and its general ability if that was asked for."""
+) -> tuple[dict[str, list[Outcome]], dict[str, Score], list[str]]:
+    """Return the model's outcomes by set, its general ability if that was asked for, and notes."""
     model = load_model(checkpoint, device=pick_device(settings.device))
     tokenizer = load_tokenizer(checkpoint)
     general: dict[str, Score] = {}
@@ -300,7 +308,22 @@ def _ask_model(
         general = {
             f"{task} {metric}": score for task, group in found.items() for metric, score in group.items()
         }
-    return _ask_live(model, tokenizer, sets, "model", listener), general
+    notes = _check_prompts(model, tokenizer, sets.get(FORGET))
+    for note in notes:
+        (listener or Silence()).say(note)
+    return _ask_live(model, tokenizer, sets, "model", listener), general, notes
+
+
+def _check_prompts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, forget: QuestionSet | None
+) -> list[str]:
+    """Return a note where the model knows the forget rows far better asked otherwise."""
+    if forget is None or forget.style is None:
+        return []
+    examples = [question.example for question in forget.questions]
+    found = check_prompts(model, tokenizer, examples, style=forget.style, max_length=forget.asking.max_length)
+    note = found and found.note("model")
+    return [note] if note else []
 
 
 def _ask_live(
@@ -473,7 +496,11 @@ def _record(
         "judge": judge.name if judge else None,
         "tables": [asdict(table) for table in loaded.tables],
         "sets": {
-            name: {"questions": len(questions.questions), "asking": _asking_facts(questions.asking)}
+            name: {
+                "questions": len(questions.questions),
+                "asking": _asking_facts(questions.asking),
+                "prompts": asdict(questions.style or PromptStyle()),
+            }
             for name, questions in measured.sets.items()
         },
         "missing": dict(loaded.missing),

@@ -107,6 +107,10 @@ class Prompts(_Section):
         return PromptStyle(self.system_prompt, self.date, self.chat)
 
 
+class _OnlyPrompts(_Section):
+    prompts: Prompts
+
+
 class Output(_Section):
     """What is written, and where."""
 
@@ -269,6 +273,34 @@ def build_recipe(content: Mapping[str, Any], changes: Sequence[str] = ()) -> Rec
         return Recipe.model_validate(changed)
     except ValidationError as error:
         raise RecipeError(explain(error)) from None
+
+
+def read_prompts(content: Mapping[str, Any], changes: Sequence[str] = ()) -> Prompts:
+    """Return the section [prompts] of a recipe that may be wrong or incomplete elsewhere.
+
+    Raises RecipeError.
+    """
+    changed = copy.deepcopy(dict(content))
+    for change in changes:
+        set_key(changed, change)
+    try:
+        return _OnlyPrompts.model_validate({"prompts": changed.get("prompts", {})}).prompts
+    except ValidationError as error:
+        raise RecipeError(explain(error)) from None
+
+
+def prompt_style(changes: Sequence[str] | None) -> PromptStyle | None:
+    """Return the style that `prompts.key=value` changes describe; None where there are none.
+
+    Raises RecipeError, for a key of another section too.
+    """
+    for change in changes or ():
+        if not change.strip().startswith("prompts."):
+            raise RecipeError(
+                f"--set {change!r} is no setting of the prompts; here it takes prompts.chat, "
+                "prompts.system_prompt and prompts.date"
+            )
+    return read_prompts({}, changes).style() if changes else None
 
 
 def set_key(content: dict[str, Any], change: str) -> None:

@@ -30,7 +30,7 @@ from palinode.pipeline.finished import (
     run_key,
     test_sets,
 )
-from palinode.pipeline.inputs import Inputs, check_places, open_inputs, workspace_folder
+from palinode.pipeline.inputs import Inputs, ask_as_trained, check_places, open_inputs, workspace_folder
 from palinode.pipeline.making import Making
 from palinode.pipeline.recipe import Recipe
 from palinode.pipeline.record import build_record
@@ -100,7 +100,7 @@ def unlearn(
     for line in describe(costs):
         listener.say(line)
     with workspace.locked(listener), tracked_run(inputs, workspace, listener) as listener:
-        return _Run(inputs, workspace, listener).run(command, located)
+        return _Run(ask_as_trained(inputs, workspace, listener), workspace, listener).run(command, located)
 
 
 def tracked_run(inputs: Inputs, workspace: Workspace, listener: Listener) -> AbstractContextManager[Listener]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from palinode.data import fingerprint_examples, read_examples, sample_examples
+from palinode.data import PromptStyle, fingerprint_examples, read_examples, sample_examples
 from palinode.errors import OutputError, RecipeError
 from palinode.evaluation import EvaluationSettings, evaluate
 from palinode.models.loading import pick_device
@@ -32,6 +33,7 @@ def finetune_file(
     *,
     columns: Mapping[str, str] | None = None,
     allow_pickle: bool = False,
+    style: PromptStyle | None = None,
     device: str = "auto",
     seed: int = 0,
     tracker: str | None = None,
@@ -50,6 +52,7 @@ def finetune_file(
         rows=fingerprint_examples(examples),
         training=checked.key(),
         seed=seed,
+        prompts=asdict(style or PromptStyle()),
     )
     place = output.resolve()
     state = beside(place, f".state-{key[:12]}")  # other inputs never find it
@@ -62,7 +65,15 @@ def finetune_file(
         cpu=pick_device(device).type == "cpu",
     ) as listening:
         return finetune(
-            start, examples, output, checked, seed=seed, device=device, state=state, listener=listening
+            start,
+            examples,
+            output,
+            checked,
+            style=style,
+            seed=seed,
+            device=device,
+            state=state,
+            listener=listening,
         )
 
 
@@ -74,6 +85,7 @@ def evaluate_file(
     output: Path | None = None,
     columns: Mapping[str, str] | None = None,
     allow_pickle: bool = False,
+    style: PromptStyle | None = None,
     device: str = "auto",
     seed: int = 0,
     listener: Listener | None = None,
@@ -87,7 +99,9 @@ def evaluate_file(
     checkpoint = Checkpoint.open(model, allow_pickle=allow_pickle)
     examples = read_examples(data, columns=columns or None)
     tested = sample_examples(examples, min(checked.max_rows, len(examples)), seed=seed + 1)
-    outcomes, scores = evaluate(checkpoint, tested, checked, device=device, seed=seed, listener=listener)
+    outcomes, scores = evaluate(
+        checkpoint, tested, checked, style=style, device=device, seed=seed, listener=listener
+    )
     if output is not None:
         with private():
             write_outcomes(output, outcomes)

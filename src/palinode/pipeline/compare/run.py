@@ -28,7 +28,7 @@ from palinode.pipeline.compare.search import Ground, Part, Search, part_of, plan
 from palinode.pipeline.compare.table import Entry, build_table
 from palinode.pipeline.compare.world import make_world
 from palinode.pipeline.demo_run import one_thread
-from palinode.pipeline.inputs import Inputs, check_workspace, open_inputs
+from palinode.pipeline.inputs import Inputs, ask_as_trained, check_workspace, open_inputs
 from palinode.pipeline.making import Making
 from palinode.pipeline.scales import Probes
 from palinode.pipeline.search import Probe, Rule
@@ -113,6 +113,7 @@ def open_ground(recipe: CompareRecipe, workspace: Workspace, listener: Listener)
         make_world(comparison.demo, folder, seed=comparison.seed, listener=listener)
     inputs = open_inputs(recipe.shared)
     _check_places(recipe, inputs)
+    inputs = ask_as_trained(inputs, workspace, listener)
     target, retrained = Tuning(inputs, workspace, listener).given_or_prepared()
     shares = divide_comparison(recipe, inputs.rows.forget, inputs.rows.retain)
     return Ground(recipe, inputs, target, retrained, shares, workspace, listener)

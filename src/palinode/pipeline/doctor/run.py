@@ -7,12 +7,17 @@ one by one, so that one call finds them all; the pre-flight of `unlearn` itself 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from palinode.data.examples import Example
+from palinode.errors import PalinodeError
+from palinode.evaluation.self_check import UNKNOWN, rows_with_style
+from palinode.evaluation.settings import EvaluationSettings
 from palinode.methods import METHODS
 from palinode.models.loading import pick_device
 from palinode.pipeline.costs import Plan, make_plan
@@ -21,8 +26,8 @@ from palinode.pipeline.doctor.findings import Finding, Findings
 from palinode.pipeline.doctor.models import look_at_model, look_at_pair
 from palinode.pipeline.doctor.rows import look_at_fit, look_at_rows
 from palinode.pipeline.finished import finished_before
-from palinode.pipeline.inputs import Inputs, check_places, open_inputs
-from palinode.pipeline.recipe import Recipe, build_recipe
+from palinode.pipeline.inputs import Inputs, check_places, check_target, open_inputs
+from palinode.pipeline.recipe import Recipe, build_recipe, read_prompts
 from palinode.pipeline.tracking import check_trackers
 from palinode.progress import Listener, Silence, duration_text
 from palinode.weights import Checkpoint
@@ -59,6 +64,8 @@ def examine_run(
     if recipe is not None and models:
         for name, examples in sets.items():
             look_at_fit(findings, name, examples, recipe, [*models.values()])
+    if "target" in models and not any(one.area == "rows" and one.state == "fail" for one in findings.all):
+        _look_at_prompts(findings, content, changes, models["target"], sets.get("forget", ()), listener)
     _look_at_run(findings, content, recipe, models, sets, listener)
     return findings.all
 
@@ -76,6 +83,45 @@ def _recipe(findings: Findings, content: Mapping[str, Any], changes: Sequence[st
 def _section(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     found = content.get(name)
     return found if isinstance(found, Mapping) else {}
+
+
+def _look_at_prompts(
+    findings: Findings,
+    content: Mapping[str, Any],
+    changes: Sequence[str],
+    target: Checkpoint,
+    rows: Sequence[Example],
+    listener: Listener,
+) -> None:
+    """Ask the target some forget rows as a run would, and in other plausible ways."""
+    asked, device = rows_with_style(rows), str(content.get("device", "auto"))
+    try:
+        style, room = read_prompts(content, changes).style(), _room(device)
+        length = EvaluationSettings(**_section(content, "evaluation")).max_length
+    except (PalinodeError, ValidationError):  # said of the recipe already
+        return
+    if not asked:
+        return
+    needs = 5 * target.parameters  # float32, and some for what passes through it
+    if room[0] is not None and needs > room[0]:
+        text = f"not tried: the target takes {gigabytes(needs)} {room[2]}, and {gigabytes(room[0])} are free"
+        findings.say("rows", "prompts", "note", text)
+        return
+    with listener.task("asking the target in other ways", 1, "pass") as advance:
+        check = partial(check_target, target, asked, style, max_length=length, device=device)
+        found = findings.attempt("rows", "prompts", check, fix=OPTION)
+        advance(1)
+    if found is None:
+        return
+    if said := found.sentences():
+        findings.say("rows", "prompts", "warn", *said)
+        return
+    text = f"answer probability {found.asked:.2f} on {found.rows} forget rows"
+    if found.asked < UNKNOWN:
+        fix = "if it was trained on these rows, look how they were put to it then"
+        findings.say("rows", "prompts", "note", f"{text}, and hardly more in any way that was tried", fix)
+    else:
+        findings.say("rows", "prompts", "ok", f"{text}; no other way is far better")
 
 
 def _look_at_run(

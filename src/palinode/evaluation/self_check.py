@@ -1,0 +1,247 @@
+"""Is the target asked as it was trained? Some forget rows are put to it in every plausible way.
+
+A model that learned its rows as plain text and is asked in a chat template, or under another system
+prompt, looks as if it had forgotten them. Each row's answer is scored under the chosen prompt and under
+the others; ways that give the same ids are asked once. Another way is far better where
+
+    P' >= max(0.25, 1.5 P)    and    log P' >= log P / 2    and    the gain in log P exceeds twice its error
+
+with P the mean over rows of the answer's probability, and log P that of its mean token log-probability.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from itertools import product
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING
+
+from palinode.data.examples import Example, Message, sample_examples
+from palinode.data.exchange import Template
+from palinode.data.tokenize import PromptStyle, TokenRow, begun_ids, tokenize
+from palinode.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ROWS = 8
+"""Rows that are asked."""
+ANSWER_TOKENS = 32
+"""Tokens of an answer that are scored; its beginning tells."""
+UNKNOWN = 0.05
+"""Mean answer probability below which a model does not know rows."""
+KNOWN = 0.25
+"""Mean answer probability from which a model may be said to know rows."""
+HIGHER = 1.5
+"""How many times the chosen prompt's probability another way must reach."""
+FAR = 0.5
+"""Share of the chosen prompt's surprise that another way may leave."""
+
+BETWEEN = {" ": "a blank", "\n": "a line break"}
+"""What may stand between question and answer in raw text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to put the rows to a model."""
+
+    words: str
+    """How it is asked, to stand after "asked like this:"."""
+    fix: str
+    """What has the rows put that way."""
+    rows: Sequence[TokenRow]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptCheck:
+    """What a model makes of rows as they are asked, and of another way if that is far better."""
+
+    rows: int
+    asked: float
+    """Mean answer probability under the chosen prompt."""
+    best: float
+    """That of the better way; of the chosen one where no other is far better."""
+    better: Way | None
+    """The way that is far better."""
+
+    def sentences(self, name: str = "target") -> tuple[str, str] | None:
+        """Return what is better and what to do about it; None where the model is asked rightly."""
+        if self.better is None:
+            return None
+        return (
+            f"the {name} knows these rows much better when asked like this: {self.better.words} "
+            f"(answer probability {self.best:.2f}, and {self.asked:.2f} as asked now; {self.rows} rows)",
+            f"if it was trained that way, {self.better.fix}",
+        )
+
+    def note(self, name: str = "target") -> str | None:
+        """Return both as a note."""
+        said = self.sentences(name)
+        return said and f"{said[0][0].upper()}{said[0][1:]}; {said[1]}."
+
+
+def check_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    style: PromptStyle,
+    max_length: int,
+) -> PromptCheck | None:
+    """Ask a live model some of the rows in every plausible way; None for rows that no style changes.
+
+    One pass over at most ROWS rows a way. Raises DataError where a row cannot be put as chosen.
+    """
+    from palinode.models.likelihoods import score_rows
+    from palinode.models.loading import pad_token, position_limit
+
+    asked = rows_with_style(examples)
+    if not asked:
+        return None
+    limit = min(max_length, position_limit(model.config) or max_length)
+    drawn = sample_examples(asked, min(ROWS, len(asked)), seed=0)
+    ways = plausible_ways(drawn, tokenizer, style, max_length=limit)
+    scores = iter(score_rows(model, [row for way in ways for row in way.rows], pad_id=pad_token(tokenizer)))
+    levels = [[fmean(next(scores).logprobs) for _ in way.rows] for way in ways]
+    return decide(ways, levels)
+
+
+def rows_with_style(examples: Sequence[Example]) -> list[Example]:
+    """Return the rows that can be put in several ways; completions and documents have one."""
+    return [example for example in examples if example.form in ("question", "chat")]
+
+
+def decide(ways: Sequence[Way], levels: Sequence[Sequence[float]]) -> PromptCheck:
+    """Return what the mean token log-probabilities of each row's answer say; the first way is the chosen."""
+    means = [fmean(map(math.exp, level)) for level in levels]
+    best = max(range(len(ways)), key=lambda place: fmean(levels[place]))
+    better = ways[best] if far_better(levels[best], levels[0]) else None
+    return PromptCheck(len(levels[0]), means[0], means[best if better else 0], better)
+
+
+def far_better(other: Sequence[float], chosen: Sequence[float]) -> bool:
+    """Tell whether rows are known under another way, much better than as chosen and beyond noise."""
+    gains = [one - two for one, two in zip(other, chosen, strict=True)]
+    error = stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
+    before, after = (fmean(map(math.exp, level)) for level in (chosen, other))
+    higher = after >= max(KNOWN, HIGHER * before)
+    return higher and fmean(other) >= FAR * fmean(chosen) and fmean(gains) > 2 * error
+
+
+def plausible_ways(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, style: PromptStyle, *, max_length: int
+) -> list[Way]:
+    """Return the chosen way to put these rows, then every other that gives other ids."""
+    rows = _rows(examples, tokenizer, style, max_length)
+    ways = {_key(rows): Way("as chosen", "change nothing", rows)}
+    for words, fix, other, own in _others(examples, tokenizer, style):
+        try:
+            rows = _rows(other, tokenizer, own, max_length)
+        except InputError:  # no way at all: its prompts are too long, or the template cannot show them
+            continue
+        ways.setdefault(_key(rows), Way(words, fix, rows))
+    return list(ways.values())
+
+
+Other = tuple[str, str, Sequence[Example], PromptStyle]
+"""Another way in words, what brings it about, and the rows and the style that it is made of."""
+
+
+def _others(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, style: PromptStyle
+) -> Iterator[Other]:
+    """Yield the other ways; some of them may be the chosen one."""
+    if tokenizer.chat_template:
+        yield from _in_template(examples, tokenizer, style)
+        plain = replace(style, chat=False)
+        yield "as plain text, Question: … Answer: …", _settings(plain, style), examples, plain
+    for gap, name in BETWEEN.items():
+        end = "completion begin with" if gap == " " else "prompt end with"
+        fix = f"give the rows as prompt and completion, and let each {end} {name}"
+        raw = [_raw(example, gap) for example in examples]
+        if all(raw):
+            yield f"as raw text, with {name} between question and answer", fix, [*filter(None, raw)], style
+
+
+def _in_template(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, style: PromptStyle
+) -> Iterator[Other]:
+    """Yield the ways of the chat template: system prompts, dates it falls back on, and its bare beginning."""
+    source = str(tokenizer.chat_template)
+    dates = dict.fromkeys([style.date, *re.findall(r"[\"'](\d{1,2} [A-Z][a-z]+ \d{4})[\"']", source)])
+    chat = True if style.chat is False else style.chat
+    for date, system in product(dates, dict.fromkeys([style.system_prompt, "", PromptStyle().system_prompt])):
+        other = replace(style, system_prompt=system, date=date, chat=chat)
+        words = _in_words(other, style)
+        yield words, _settings(other, style), examples, other
+        with suppress(InputError):
+            begun = _begun(examples, tokenizer, other)
+            fix = "give the rows as prompt and completion, with that beginning in each prompt"
+            yield f"{words}, after nothing but its generation prompt", fix, begun, other
+
+
+def _begun(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, style: PromptStyle
+) -> list[Example]:
+    """Return the rows as completions of the template's generation prompt; none where there is none."""
+    template = Template.of(tokenizer, style)
+    texts = [template.generation_prompt(example) for example in examples]
+    first = tokenizer.bos_token if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
+    return [
+        replace(example, form="completion", turns=(Message("prompt", text.removeprefix(first or "")),))
+        for example, text in zip(examples, texts, strict=True)
+        if text is not None
+    ]
+
+
+def _in_words(other: PromptStyle, style: PromptStyle) -> str:
+    """Return a template's way in words."""
+    system = f'the system prompt "{other.system_prompt}"' if other.system_prompt else "no system prompt given"
+    date = f" and the date {other.date}" if other.date != style.date else ""
+    return f"in its chat template, with {system}{date}"
+
+
+def _settings(other: PromptStyle, style: PromptStyle) -> str:
+    """Return the settings by which one style becomes another."""
+    changed: Mapping[str, object] = {
+        field.name: getattr(other, field.name)
+        for field in fields(style)
+        if getattr(other, field.name) != getattr(style, field.name)
+    }
+    said = [
+        f"--set prompts.{name}={str(value).lower()}"
+        if isinstance(value, bool)
+        else f"--set 'prompts.{name}=\"{value}\"'"
+        for name, value in changed.items()
+    ]
+    return f"say {' '.join(said)}"
+
+
+def _raw(example: Example, gap: str) -> Example | None:
+    """Return a question as raw text with its continuation; None for a conversation of several turns."""
+    turns = [turn for turn in example.turns if turn.role != "system"]
+    if len(turns) != 1:
+        return None
+    before, after = ("", gap) if gap == " " else (gap, "")
+    prompt = (Message("prompt", turns[0].content + before),)
+    return replace(example, form="completion", turns=prompt, answer=after + example.answer)
+
+
+def _rows(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, style: PromptStyle, max_length: int
+) -> list[TokenRow]:
+    """Return rows whose answers are cut, and go without what ends them, of which every prompt has its own."""
+    rows = tokenize(examples, tokenizer, max_length=max_length, style=style)
+    answers = begun_ids(examples, tokenizer, style)
+    return [
+        replace(row, ids=row.ids[: row.start + min(len(answer), ANSWER_TOKENS)])
+        for row, answer in zip(rows, answers, strict=True)
+    ]
+
+
+def _key(rows: Sequence[TokenRow]) -> tuple[tuple[int, ...], ...]:
+    return tuple(row.ids for row in rows)

@@ -11,10 +11,15 @@ import pyarrow.parquet as pq
 import torch
 from layouts import contents
 from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import PreTrainedTokenizerFast
 
 from palinode.audit.policy import load_policy
 from palinode.benchmarks.own import read_questions
-from palinode.data.examples import read_examples
+from palinode.data.examples import Example, Message, read_examples
+from palinode.data.tokenize import PromptStyle, prompt_ids, tokenize
 from palinode.evaluation.judges.endpoint import UnreadableReplyError, read_reply
 from palinode.evaluation.judging import Candidate
 from palinode.evaluation.openunlearning import read_log, write_log
@@ -229,6 +234,44 @@ def read_tokenizers(folder: Path) -> None:
         Checkpoint.open(folder / name) for name in ("first", "second"))))  # fmt: skip
 
 
+# Chat templates
+
+TEMPLATES = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content | trim }} [/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}",
+    "{{ bos_token }}{% for m in messages %}<{{ 'model' if m.role == 'assistant' else m.role }}>"
+    "{{ m['content'].split('</think>')[-1] }}<|im_end|>{% endfor %}{{ strftime_now('%d %b') }}",
+)
+LETTERS = "".join(map(chr, range(32, 127))) + "\n"
+ASKED = [
+    Example(0, "rows", "question", (Message("user", "Who is user?"),), "a user"),
+    Example(1, "rows", "chat", (Message("user", "Q"), Message("assistant", "A"), Message("user", "Q")), "A"),
+]
+
+
+def template(folder, damage):
+    raw = damage.random.choice(TEMPLATES).encode()
+    (folder / "chat_template.jinja").write_bytes(damage.maybe(raw, 1.0))
+
+
+def read_template(folder: Path) -> None:
+    """The answer is what is scored, and begins there; the question stands before it."""
+    core = Tokenizer(WordLevel({letter: number for number, letter in enumerate(LETTERS)} | {"?": 31}, "?"))
+    core.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="<|im_end|>")
+    text = (folder / "chat_template.jinja").read_bytes().decode(errors="replace")
+    tokenizer.chat_template = text
+    style = PromptStyle(system_prompt="Be kind.")
+    rows = tokenize(ASKED, tokenizer, max_length=100_000, style=style)
+    for row, example in zip(rows, ASKED, strict=True):
+        words = tokenizer.convert_ids_to_tokens(row.ids)
+        assert "".join(words[row.start :]).strip().startswith(example.answer)
+        assert example.prompt.lower() in "".join(words[: row.start]).lower()
+        assert list(row.ids[: row.start]) == prompt_ids(example, tokenizer, style)
+
+
 # What a judge replies
 
 CANDIDATES = [Candidate("Oslo", ("truth",)), Candidate("Rome", ("perturbed",)), Candidate("none", ("none",))]
@@ -264,6 +307,7 @@ OTHERS = {
     manifest: read_manifest,
     vector: read_vector,
     tokenizers: read_tokenizers,
+    template: read_template,
     reply: read_judge,
 }
 """What writes something that Palinode reads, and what reads it."""

@@ -67,10 +67,10 @@ class Plan:
     """How questions are put."""
     attacks: Sequence[str] = tuple(ATTACKS)
     """Attacks to run; the others are reported as not asked for."""
-    allow_pickle: bool = False
-    """Read files of torch.save too; none of their code is run."""
     device: str = "auto"
     seed: int = 0
+    allow_pickle: bool = False
+    """Read files of torch.save too; none of their code is run."""
 
 
 def audit(

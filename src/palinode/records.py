@@ -151,8 +151,9 @@ def shared() -> Iterator[None]:
 
 
 def share(folder: Path) -> None:
-    """Give a folder written under `private` the modes that the user's own umask gives."""
-    usual = _MASK.usual if _MASK.depth else OTHERS
+    """Give a folder that was written under `private` the modes that the umask gives now."""
+    usual = os.umask(OTHERS)
+    os.umask(usual)
     for path in (folder, *folder.rglob("*")):
         if not path.is_symlink():
             path.chmod((0o777 if path.is_dir() else 0o666) & ~usual)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pty
 import shutil
 import signal
 import stat
@@ -226,10 +227,14 @@ def test_text_that_is_written_again_is_no_wider_than_it_was(usual_umask, tmp_pat
     assert stat.S_IMODE(place.stat().st_mode) == 0o600
 
 
-def test_folder_outside_of_a_run_is_not_opened_by_sharing(usual_umask, tmp_path):
-    (tmp_path / "a").write_text("")
-    share(tmp_path)
-    assert open_to_others(tmp_path) == []
+def test_sharing_gives_what_the_umask_gives_and_nothing_while_it_is_private(usual_umask, tmp_path):
+    (tmp_path / "a").mkdir()
+    with private():
+        (tmp_path / "a" / "b").write_text("")
+        share(tmp_path / "a")
+        assert open_to_others(tmp_path / "a") == []
+    share(tmp_path / "a")
+    assert stat.S_IMODE((tmp_path / "a" / "b").stat().st_mode) == 0o644
 
 
 def test_cache_folder_of_an_older_version_is_closed_and_what_is_above_it_left(usual_umask, tmp_path):
@@ -400,22 +405,15 @@ def test_nothing_goes_without_a_yes(palinode, copied, monkeypatch):
 
 
 @pytest.mark.parametrize(("typed", "left_over"), [("y\n", False), ("n\n", True), ("\n", True)])
-def test_question_is_asked_on_a_terminal(copied, typed, left_over):
-    import pty
-
+def test_question_is_asked_on_a_terminal(palinode, copied, monkeypatch, typed, left_over):
     lead, follow = pty.openpty()
-    run = subprocess.Popen(
-        [sys.executable, "-m", "palinode", "forget-workspace", str(copied / "audited")],
-        stdin=follow,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
     os.write(lead, typed.encode())
-    out, err = run.communicate(timeout=60)
-    assert run.returncode == 0
-    assert "Destroy it? [y/N]" in err
-    assert ("Nothing was destroyed." in out) == left_over
+    with os.fdopen(lead, "rb"), os.fdopen(follow) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        said = palinode("forget-workspace", copied / "audited")
+    assert said.code == 0
+    assert "Destroy it? [y/N]" in said.err + said.out
+    assert ("Nothing was destroyed." in said.out) == left_over
     assert (copied / "audited" / "results").exists() == left_over
 
 

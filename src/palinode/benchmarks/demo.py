@@ -24,6 +24,7 @@ from palinode.data.examples import Example, read_examples
 from palinode.data.world import Fact, World, unseen_people, write_facts
 from palinode.models.loading import quiet_transformers
 from palinode.progress import Listener, Silence
+from palinode.records import share
 from palinode.training.finetune import finetune
 from palinode.training.settings import TrainingSettings
 from palinode.weights.checkpoint import Checkpoint
@@ -132,7 +133,7 @@ def _learn(
     output = folder / name
     if output.exists():  # whole, or it would not have its name
         return Checkpoint.open(output)
-    return finetune(
+    learned = finetune(
         origin,
         examples,
         output,
@@ -143,6 +144,8 @@ def _learn(
         listener=listener,
         leave=leave,
     ).checkpoint
+    share(output)  # all of it is invented; in a workspace it is closed nevertheless
+    return learned
 
 
 def _leave_halfway(

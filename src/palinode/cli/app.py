@@ -316,7 +316,7 @@ def finetune(
         "seconds": round(done.seconds, 1),
     }
     _show(facts, f"{output}: {len(done.curve)} steps, loss {first:.3f} to {last:.3f}", as_json=as_json)
-    secret(output, "it knows the rows", quiet=quiet, as_json=as_json)
+    secret(output, "it knows the rows", as_json=as_json)
 
 
 app.command()(evaluate)
@@ -351,7 +351,7 @@ def demo(
     else:
         out().print(demo_table(result.record))
         out().print(demo_sentence(result), soft_wrap=True)
-    secret(result.folder / "workspace", INVENTED, of=result.folder, quiet=quiet, as_json=as_json)
+    secret(result.folder / "workspace", INVENTED, of=result.folder, as_json=as_json)
 
 
 @app.command(name="forget-workspace")
@@ -420,7 +420,7 @@ def _demo_locate(output: Path, *, seed: int, quiet: bool, as_json: bool) -> None
         for table in demo_tables(result.record):
             out().print(table)
         out().print(f"{demo_sentence(result.record)} Everything is in {result.folder}.", soft_wrap=True)
-    secret(result.folder / "workspace", INVENTED, of=result.folder, quiet=quiet, as_json=as_json)
+    secret(result.folder / "workspace", INVENTED, of=result.folder, as_json=as_json)
 
 
 def _run(
@@ -439,7 +439,7 @@ def _run(
         print_json(result.record)
     else:
         _show_unlearned(result)
-    secret_workspace(workspace_folder(recipe), result.output, "rows, θ_1", quiet=quiet, as_json=as_json)
+    secret_workspace(workspace_folder(recipe), result.output, "rows, θ_1", as_json=as_json)
 
 
 def _show_unlearned(result: Any) -> None:

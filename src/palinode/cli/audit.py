@@ -107,7 +107,7 @@ def audit(
         print_json(record)
     else:
         _show(record, output)
-    secret(output / "results", "row by row", of=output, quiet=quiet, as_json=as_json)
+    secret(output / "results", "row by row", of=output, as_json=as_json)
     if not record["answer"]["passed"]:
         raise typer.Exit(1)
 

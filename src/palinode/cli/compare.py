@@ -60,7 +60,7 @@ def compare(
     else:
         out().print(kind.table(result.table))
         _tell([*kind.sentences(result.table), f"{result.output}: {', '.join(kind.files)}"])
-    secret_workspace(loaded.workspace, result.output, "rows, vectors", quiet=quiet, as_json=as_json)
+    secret_workspace(loaded.workspace, result.output, "rows, vectors", as_json=as_json)
 
 
 def _quoted(path: Path) -> str:

@@ -151,23 +151,22 @@ def hush_libraries(quiet: bool) -> bool:
     return quiet
 
 
-def secret(folder: Path, what: str, *, of: Path | None = None, quiet: bool, as_json: bool) -> None:
+def secret(folder: Path, what: str, *, of: Path | None = None, as_json: bool) -> None:
     """Say in one line, a verb's last one, what is secret and how to destroy it; nothing where it is gone.
 
-    `of` is what `forget-workspace` finds the folder by; without it the user removes the folder. Standard
-    output is the result's alone with `as_json`.
+    `of` is what `forget-workspace` finds the folder by; without it the user removes the folder. JSON is the
+    result alone.
     """
     command = ["rm", "-r", str(folder)] if of is None else ["palinode", "forget-workspace", str(of)]
-    if folder.exists() and not (quiet and as_json):
-        console = Console(stderr=as_json, highlight=False)
+    if folder.exists() and not as_json:
         line = f"Secret: {folder} ({what}). Destroy: {shlex.join(command)}"
-        console.print(line, markup=False, soft_wrap=True)
+        out().print(line, markup=False, soft_wrap=True)
 
 
-def secret_workspace(folder: Path, output: Path, what: str, *, quiet: bool, as_json: bool) -> None:
+def secret_workspace(folder: Path, output: Path, what: str, *, as_json: bool) -> None:
     """Say so of a workspace, which is found by its output where it lies beside that."""
     beside = folder == output.with_name(f"{output.name}.workspace")
-    secret(folder, what, of=output if beside else folder, quiet=quiet, as_json=as_json)
+    secret(folder, what, of=output if beside else folder, as_json=as_json)
 
 
 def out() -> Console:

@@ -147,7 +147,7 @@ def evaluate(
     else:
         _show(measurement, output)
     if output is not None:
-        secret(output, ANSWERS, of=output, quiet=quiet, as_json=as_json)
+        secret(output, ANSWERS, of=output, as_json=as_json)
 
 
 def _show(measurement: Any, output: Path | None) -> None:
@@ -197,7 +197,7 @@ def _rows(
     else:
         out().print(score_table(scores))
     if output is not None:
-        secret(output, ANSWERS, of=output, quiet=quiet, as_json=as_json)
+        secret(output, ANSWERS, of=output, as_json=as_json)
 
 
 def _benchmark(name: str | None) -> Any:

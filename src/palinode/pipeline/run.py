@@ -202,7 +202,7 @@ class _Run:
         output = Path(self.recipe.output.folder)
         with shared():
             output.parent.mkdir(parents=True, exist_ok=True)
-        share(model.folder)
+            share(model.folder)
         move_folder(model.folder, output.resolve())  # a link is no place to rename to
         return output, report
 

@@ -163,7 +163,7 @@ class Workspace:
     def _tidy(self) -> None:
         """Leave nothing behind where nothing was done: no empty steps, no workspace without steps."""
         with suppress(OSError):
-            for step in self.folder.iterdir():
+            for step in self.own():
                 with suppress(OSError):  # it holds something, or is the lock
                     step.rmdir()
             if [path.name for path in self.folder.iterdir()] == ["lock"]:

@@ -133,8 +133,8 @@ class Displacement(Direction):
                     f"{self.folder} changes {name}, and {layout.folder} keeps it as {info.name}, put "
                     "together otherwise; make the vector from models that are saved alike"
                 )
-        if layout.tied and (change := self.named(layout.tied[0])):
-            self._check_tied(layout, change, *layout.tied)
+        if layout.tied and (own := self.named(layout.tied[0])):
+            self._check_tied(layout, own, *layout.tied)
 
     def _check_tied(self, layout: Checkpoint, change: Change, head: str, embedding: str) -> None:
         other = self.named(embedding)

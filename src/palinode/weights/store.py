@@ -37,6 +37,7 @@ from palinode.weights.dose import Dose, DoseMeter, part_of, shortfalls
 from palinode.weights.files import Files
 from palinode.weights.fingerprints import (
     block_digest,
+    check_files,
     known_fingerprint,
     remember,
     tensor_digest,
@@ -158,6 +159,7 @@ def _plan(
     form = formula(point, along)
     others = [checkpoint for checkpoint in form.checkpoints if checkpoint != point.anchor]
     fit = check_sum(point.anchor, others, form.displacements, rows=rows)
+    check_files(form.checkpoints)
     told = [note for checkpoint in form.checkpoints for note in checkpoint.notes]
     notes = (*told, *fit.notes, *_leftover_note(output))
     parts = list(slices(point.anchor, shared_rows=fit.shared_rows))

@@ -58,8 +58,10 @@ def refuse_packed(folder: Path, tensors: Mapping[str, TensorInfo], config: Mappi
     kind, way_out = _format(tensors, packed, method)
     numbers = sum(info.size for info in tensors.values())
     share = sum(info.size for info in packed) / numbers if numbers else 0
-    first = next(iter(packed), None)
-    found = f" ({first.dtype} {shown(first.name)}, …: {share:.0%} of its numbers)" if first else ""
+    found = ""
+    if packed:
+        largest = max(packed, key=lambda info: info.nbytes)
+        found = f" ({largest.dtype} {shown(largest.name)}, …: {share:.0%} of its numbers)"
     raise CheckpointError(
         f"{folder} is quantised: its weights are packed as {kind}{found}, and only floating point can be "
         f"added; {way_out}"

@@ -106,11 +106,18 @@ def test_eight_bit_floats_are_refused_as_fp8(models, scale):
         ("quantization_config", {"quant_method": "bitnet"}, "bitnet"),
         ("quantization", {"group_size": 64, "bits": 4}, "MLX"),
         ("compression_config", {"format": "dense"}, "an unknown format"),
+        ("quantization_config", {"group_size": 64, "bits": 4}, "an unknown format"),
     ],
 )
 def test_a_config_that_says_so_is_believed(models, key, value, name):
     with pytest.raises(CheckpointError, match=f"is quantised: its weights are packed as {name},"):
         Checkpoint.open(models.write("said", PLAIN, **{key: value}))
+
+
+def test_mlx_is_named_where_its_settings_stand_twice_without_a_method(models):
+    both = {key: {"group_size": 64, "bits": 4} for key in ("quantization", "quantization_config")}
+    with pytest.raises(CheckpointError, match="packed as MLX"):
+        Checkpoint.open(models.write("mlx", PLAIN, **both))
 
 
 BUFFERS = {

@@ -26,6 +26,8 @@ DEQUANTISE = f"save it dequantised (in transformers: model.dequantize(), then sa
 IN_FULL = f"load it with {{}} in transformers and save_pretrained, or {ORIGINAL}"
 UNCOMPRESSED = IN_FULL.format("CompressedTensorsConfig(run_compressed=False)")
 
+UNKNOWN = "an unknown format"
+
 # (format, pattern of the tensors' names that give it away, the way out); the first that fits counts.
 FORMATS = (
     ("bitsandbytes 4-bit", r"\.weight\.(absmax|quant_map|nested_\w+|quant_state\..+)$", DEQUANTISE),
@@ -56,8 +58,10 @@ def refuse_packed(folder: Path, tensors: Mapping[str, TensorInfo], config: Mappi
     kind, way_out = _format(tensors, packed, method)
     numbers = sum(info.size for info in tensors.values())
     share = sum(info.size for info in packed) / numbers if numbers else 0
-    first = next(iter(packed), None)
-    found = f" ({first.dtype} {shown(first.name)}, …: {share:.0%} of its numbers)" if first else ""
+    found = ""
+    if packed:
+        largest = max(packed, key=lambda info: info.nbytes)
+        found = f" ({largest.dtype} {shown(largest.name)}, …: {share:.0%} of its numbers)"
     raise CheckpointError(
         f"{folder} is quantised: its weights are packed as {kind}{found}, and only floating point can be "
         f"added; {way_out}"
@@ -93,12 +97,12 @@ def _is_bitsandbytes(tensors: Mapping[str, TensorInfo]) -> bool:
 
 
 def _method(config: Mapping[str, Any]) -> str | None:
-    """Return what the config calls the quantisation, if it names one."""
-    for key in ("quantization_config", "compression_config"):
-        if settings := config.get(key):
-            named = settings.get("quant_method") if isinstance(settings, dict) else None
-            return named if isinstance(named, str) and named else "an unknown format"
-    return "MLX" if config.get("quantization") else None
+    """Return what the config calls the quantisation; None where it has none."""
+    settings = [found for key in ("quantization_config", "compression_config") if (found := config.get(key))]
+    for entry in settings:
+        if isinstance(entry, dict) and isinstance(named := entry.get("quant_method"), str) and named:
+            return named
+    return "MLX" if config.get("quantization") else UNKNOWN if settings else None
 
 
 def _format(
@@ -111,13 +115,11 @@ def _format(
     words = next((info for info in packed if info.name.endswith("qweight")), None)
     if words and (scales := tensors.get(words.name.removesuffix("qweight") + "scales")):
         return ("GPTQ" if scales.shape[-1:] == words.shape[-1:] else "AWQ"), ORIGINAL
-    dtypes = {info.dtype for info in packed}
-    if method == "MLX" or (method is None and "U32" in dtypes):
+    unnamed = method in (None, UNKNOWN)
+    if method == "MLX" or (unnamed and any(info.dtype == "U32" for info in packed)):
         return "MLX", f"save it with mlx_lm.convert --dequantize, or {ORIGINAL}"
     if method == "compressed-tensors":
         return method, UNCOMPRESSED
-    if any(dtype.startswith("F8") for dtype in dtypes):
-        return "FP8", IN_FULL.format("FineGrainedFP8Config(dequantize=True)")
-    if method is None and any(name.endswith(".weight_scale") for name in tensors):
+    if unnamed and any(name.endswith(".weight_scale") for name in tensors):
         return "compressed-tensors", UNCOMPRESSED
-    return method or "an unknown format", ORIGINAL
+    return method or UNKNOWN, ORIGINAL

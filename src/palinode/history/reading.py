@@ -20,7 +20,7 @@ from palinode.history.coverage import Recorded
 from palinode.history.hashing import Hashes, sort_keys
 from palinode.history.segments import FORMAT_VERSION, Ints, StepTable, read_about, read_journal, rows_of
 from palinode.history.sessions import LogHeader
-from palinode.records import read_json
+from palinode.records import ordinary, read_json
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -169,7 +169,9 @@ def _read_run(path: Path, notes: list[str]) -> Run | None:
             source = log / entry["name"]
             if source.exists() and source.stat().st_size != entry["bytes"]:
                 raise ValueError(f"{entry['name']} has changed since")
-        with pq.ParquetFile(folder / "steps.parquet") as steps:  # read_table imports a good deal more
+        with pq.ParquetFile(
+            ordinary(folder / "steps.parquet")
+        ) as steps:  # read_table imports a good deal more
             table = steps.read()
         columns = {name: table[name].to_numpy() for name in ("file", "step", "rows", "tokens", "epoch")}
         return Run(

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from palinode.errors import DataError
 from palinode.history.hashing import HASH_BYTES, Hashes, sort_keys
-from palinode.records import read_bytes
+from palinode.records import ordinary, read_bytes
 
 Ints = npt.NDArray[np.int64]
 
@@ -131,7 +131,7 @@ def read_about(path: Path) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
     try:
-        metadata = pq.read_metadata(path)
+        metadata = pq.read_metadata(ordinary(path))
         about: dict[str, Any] = json.loads((metadata.metadata or {})[KEY])
         if about["version"] > FORMAT_VERSION:
             raise DataError(
@@ -154,7 +154,7 @@ def rows_of(
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with pq.ParquetFile(ordinary(path), page_checksum_verification=True) as file:
             groups = _groups(file.metadata, keys, between)
             if not groups:
                 return np.empty((0, HASH_BYTES), np.uint8), np.empty(0, np.int64)

@@ -116,11 +116,11 @@ def test_nothing_on_the_terminal_styles_or_steers_it(capsys):
 
 
 def test_only_ordinary_files_of_a_bounded_size_are_read(tmp_path):
-    from palinode.records import read_bytes, read_json, read_toml
+    from palinode.records import ordinary, read_bytes, read_json, read_toml
 
     os.mkfifo(tmp_path / "pipe")
     for path, said in [(tmp_path / "pipe", "no ordinary file"), (Path("/dev/zero"), "no ordinary file")]:
-        for read in (read_bytes, read_json, read_toml):
+        for read in (read_bytes, read_json, read_toml, ordinary):
             with pytest.raises(OSError, match=said):
                 read(path)
     with pytest.raises(IsADirectoryError):

@@ -248,6 +248,13 @@ def read_bytes(path: Path, *, limit: int = MAX_BYTES) -> bytes:
         return file.read(status.st_size)
 
 
+def ordinary(path: Path) -> Path:
+    """Return the path of a file that a library opens; raises OSError for a pipe or a device."""
+    if path.exists() and not path.is_file():
+        raise NotReadError("it is no ordinary file")
+    return path
+
+
 def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)  # opening a pipe would wait for its writer
 

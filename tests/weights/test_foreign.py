@@ -174,6 +174,18 @@ def test_whoever_agrees_is_not_asked(folder, tmp_path, spoil, said, monkeypatch,
     assert capfd.readouterr().out == ""
 
 
+def test_a_config_that_is_known_and_a_model_that_is_not(folder, tmp_path, monkeypatch):
+    change(folder / "config.json", model_type="vit", architectures=["EvilForCausalLM"], auto_map=AUTO_MAP)
+    monkeypatch.setenv("MARKER", str(tmp_path / "marker"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 100))
+    checkpoint = Checkpoint.open(folder)
+    for load in (build_empty, lambda one: load_model(one, device=CPU)):
+        with pytest.raises(CheckpointError, match="runs no code from a model's folder"):
+            load(checkpoint)
+    assert not (tmp_path / "marker").exists()
+    assert sys.stdin.read() == "y\n" * 100
+
+
 def test_doctor_ends_on_a_model_of_two_thousand_million_layers(folder, tiny, tmp_path):
     change(folder / "config.json", num_hidden_layers=2**31)
     words = ["--target", folder, "--base", tiny.base.folder, "--forget", tiny.forget]

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from palinode.errors import DataError
 from palinode.history.hashing import HASH_BYTES, Hashes, sort_keys
-from palinode.records import beside, read_bytes
+from palinode.records import beside, ordinary, read_bytes
 
 Ints = npt.NDArray[np.int64]
 
@@ -151,7 +151,7 @@ def open_parquet(path: Path) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     try:
-        with path.open("rb") as stream:
+        with ordinary(path).open("rb") as stream:
             footer, _ = _footer(stream)
         place = footer.index(FOOTER) + len(FOOTER)
         found = _CRC.search(footer, place)

@@ -75,9 +75,15 @@ def from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
 def from_config(kind: Any, config: Any, **options: Any) -> Any:
     """Return the untrained model that an Auto class of transformers builds for a config it has read."""
     options.setdefault("attn_implementation", "eager")  # what the config names might be fetched from the hub
-    if not hasattr(kind, "from_config"):  # a model's own class, which runs no code but its own
-        return kind._from_config(config, **options)
-    return kind.from_config(config, trust_remote_code=False, **options)
+    own = not hasattr(kind, "from_config")  # a model's class, and no Auto class: it knows no code but its own
+    return _without_code(
+        config.name_or_path,
+        lambda: (
+            kind._from_config(config, **options)
+            if own
+            else kind.from_config(config, trust_remote_code=False, **options)
+        ),
+    )
 
 
 def check_folder(folder: Path) -> None:
@@ -229,7 +235,7 @@ def _knows_tokenizer(name: Any) -> bool:
     return isinstance(name, str) and tokenizer_class_from_name(name) is not None
 
 
-def _without_code(folder: Path, load: Callable[[], Any]) -> Any:
+def _without_code(folder: Path | str, load: Callable[[], Any]) -> Any:
     """Return what a call of transformers returns, and say in our words that it would need foreign code."""
     try:
         return load()

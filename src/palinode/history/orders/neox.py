@@ -22,7 +22,7 @@ import numpy.typing as npt
 from palinode.errors import DataError
 from palinode.history.orders.order import check_positive, check_step
 from palinode.history.segments import Ints
-from palinode.records import read_bytes
+from palinode.records import ordinary, read_bytes
 
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _INDEX_HEAD = struct.Struct("<9sQBQQ")
@@ -151,9 +151,7 @@ def read_sizes(path: str | Path) -> Ints:
 def _open(path: Path) -> Indices:
     """Open an .npy file of whole numbers; pickled ones are refused."""
     try:
-        if not path.is_file():
-            raise OSError("it is no ordinary file")
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        found = np.load(ordinary(path), mmap_mode="r", allow_pickle=False)
     except Exception as error:  # numpy reads the header as Python, and fails in as many ways
         raise DataError(f"{path} cannot be read ({error}); name the files that GPT-NeoX wrote") from None
     if not np.issubdtype(found.dtype, np.integer):

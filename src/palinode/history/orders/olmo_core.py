@@ -19,6 +19,7 @@ import numpy.typing as npt
 from palinode.errors import DataError
 from palinode.history.orders.order import check_positive, check_step
 from palinode.history.segments import Ints
+from palinode.records import ordinary
 
 DTYPES = ("uint8", "uint16", "uint32", "uint64")
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
@@ -197,7 +198,7 @@ def read_array(path: Path, dtype: str) -> Tokens:
     """Open a bare array of numbers; raise DataError when it is missing, cut off, or a real .npy file."""
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
+        with ordinary(path).open("rb") as file:
             magic = file.read(6)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); name OLMo-core's own file") from None

@@ -55,6 +55,14 @@ def evaluate(
     open_unlearning: Annotated[
         Path | None, typer.Option(help="Write a log in open-unlearning's form to this file too.")
     ] = None,
+    open_unlearning_prompts: Annotated[
+        bool,
+        typer.Option(
+            "--open-unlearning-prompts",
+            help="Score all that the chat template writes after an answer, as open-unlearning does, and not "
+            "only the end of the turn.",
+        ),
+    ] = False,
     max_rows: Annotated[
         int | None, typer.Option(help="Rows of each set. [default: 400; all of a benchmark]")
     ] = None,
@@ -90,7 +98,7 @@ def evaluate(
         "--open-unlearning": open_unlearning,
     }
     if not any(parts.values()):
-        _rows(model, data, limits, output, columns, device, seed, quiet, as_json)
+        _rows(model, data, limits, output, columns, device, seed, open_unlearning_prompts, quiet, as_json)
         return
 
     from palinode.cli.tables import benchmark_notes, benchmark_table
@@ -114,6 +122,7 @@ def evaluate(
         general=_names(lm_eval),
         output=output,
         open_unlearning=open_unlearning,
+        open_unlearning_prompts=open_unlearning_prompts,
         device=device,
         seed=seed,
         **limits,
@@ -139,12 +148,13 @@ def _rows(
     columns: str | None,
     device: str,
     seed: int,
+    open_unlearning_prompts: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
     """Score a model on a file of rows."""
     from palinode.cli.tables import score_table
-    from palinode.data import parse_columns
+    from palinode.data import PromptStyle, parse_columns
     from palinode.pipeline.steps import evaluate_file
 
     scores = evaluate_file(
@@ -155,6 +165,7 @@ def _rows(
         columns=parse_columns(columns) if columns else None,
         device=device,
         seed=seed,
+        style=PromptStyle(whole_ending=open_unlearning_prompts),
         listener=listener(quiet=quiet),
     )
     if as_json:

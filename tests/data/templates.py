@@ -19,8 +19,9 @@ GEMMA = (
 )
 DATED = (
     "{{ bos_token }}<|im_start|>system\n\nToday: {{ strftime_now('%d %b %Y') }}\n\n"
-    "{{ messages[0].content }}<|im_end|>{% for m in messages[1:] %}<|im_start|>{{ m.role }}\n\n{{ m.content | trim }}"
-    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}"
+    "{{ messages[0].content }}<|im_end|>{% for m in messages[1:] %}"
+    "<|im_start|>{{ m.role }}\n\n{{ m.content | trim }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}"
 )
 THINK_BLOCK = (
     "{% for m in messages %}{% if m.role == 'assistant' and loop.last %}<|im_start|>assistant\n<think>\n"
@@ -31,9 +32,9 @@ THINK_BLOCK = (
     "\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 THOUGHTS_CUT = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}<|a|>"
-    "{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% else %}<|u|>{{ m.content }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|a|><think>\n{% endif %}"
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "<|a|>{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% else %}<|u|>{{ m.content }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|a|><think>\n{% endif %}"
 )
 PARTS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for p in m.content %}{{ p.text }}{% endfor %}"

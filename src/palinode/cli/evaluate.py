@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,6 +68,14 @@ def evaluate(
     open_unlearning: Annotated[
         Path | None, typer.Option(help="Write a log in open-unlearning's form to this file too.")
     ] = None,
+    open_unlearning_prompts: Annotated[
+        bool,
+        typer.Option(
+            "--open-unlearning-prompts",
+            help="Score all that the chat template writes after an answer, as open-unlearning does, and not "
+            "only the end of the turn.",
+        ),
+    ] = False,
     max_rows: Annotated[
         int | None, typer.Option(help="Rows of each set. [default: 400; all of a benchmark]")
     ] = None,
@@ -107,7 +115,20 @@ def evaluate(
         "--open-unlearning": open_unlearning,
     }
     if not any(parts.values()):
-        _rows(model, data, limits, output, columns, prompts, allow_pickle, device, seed, quiet, as_json)
+        _rows(
+            model,
+            data,
+            limits,
+            output,
+            columns,
+            prompts,
+            open_unlearning_prompts,
+            allow_pickle,
+            device,
+            seed,
+            quiet,
+            as_json,
+        )
         return
 
     from palinode.data import parse_columns
@@ -135,6 +156,7 @@ def evaluate(
         output=output,
         open_unlearning=open_unlearning,
         allow_pickle=allow_pickle,
+        open_unlearning_prompts=open_unlearning_prompts,
         device=device,
         seed=seed,
         **limits,
@@ -167,6 +189,7 @@ def _rows(
     output: Path | None,
     columns: str | None,
     prompts: list[str] | None,
+    open_unlearning_prompts: bool,
     allow_pickle: bool,
     device: str,
     seed: int,
@@ -175,7 +198,7 @@ def _rows(
 ) -> None:
     """Score a model on a file of rows."""
     from palinode.cli.tables import score_table
-    from palinode.data import parse_columns
+    from palinode.data import PromptStyle, parse_columns
     from palinode.pipeline.recipe import prompt_style
     from palinode.pipeline.steps import evaluate_file
 
@@ -186,7 +209,7 @@ def _rows(
         output=output,
         columns=parse_columns(columns) if columns else None,
         allow_pickle=allow_pickle,
-        style=prompt_style(prompts),
+        style=replace(prompt_style(prompts) or PromptStyle(), whole_ending=open_unlearning_prompts),
         device=device,
         seed=seed,
         listener=listener(quiet=quiet),

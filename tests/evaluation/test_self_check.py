@@ -161,9 +161,8 @@ def test_generation_prompt_is_tried_where_a_finished_exchange_has_more(memorised
     assert bare(CHATML) == []
     (way, _) = bare(THINKING)  # without and with a system prompt
     text = load_tokenizer(memorised(template=THINKING)).decode(way.rows[0].ids)
-    assert (
-        text.split() == "<|im_start|> user where lives ada ? <|im_end|> <|im_start|> assistant rome".split()
-    )
+    asked = "<|im_start|> user where lives ada ? <|im_end|> <|im_start|> assistant rome"
+    assert " ".join(text.split()) == asked
     assert "prompt and completion" in way.fix
 
 

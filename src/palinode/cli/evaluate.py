@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,6 +55,14 @@ def evaluate(
     open_unlearning: Annotated[
         Path | None, typer.Option(help="Write a log in open-unlearning's form to this file too.")
     ] = None,
+    open_unlearning_prompts: Annotated[
+        bool,
+        typer.Option(
+            "--open-unlearning-prompts",
+            help="Score all that the chat template writes after an answer, as open-unlearning does, and not "
+            "only the end of the turn.",
+        ),
+    ] = False,
     max_rows: Annotated[
         int | None, typer.Option(help="Rows of each set. [default: 400; all of a benchmark]")
     ] = None,
@@ -91,7 +99,19 @@ def evaluate(
         "--open-unlearning": open_unlearning,
     }
     if not any(parts.values()):
-        _rows(model, data, limits, output, columns, prompts, device, seed, quiet, as_json)
+        _rows(
+            model,
+            data,
+            limits,
+            output,
+            columns,
+            prompts,
+            device,
+            seed,
+            open_unlearning_prompts,
+            quiet,
+            as_json,
+        )
         return
 
     from palinode.cli.tables import benchmark_notes, benchmark_table
@@ -117,6 +137,7 @@ def evaluate(
         style=prompt_style(prompts),
         output=output,
         open_unlearning=open_unlearning,
+        open_unlearning_prompts=open_unlearning_prompts,
         device=device,
         seed=seed,
         **limits,
@@ -143,12 +164,13 @@ def _rows(
     prompts: list[str] | None,
     device: str,
     seed: int,
+    open_unlearning_prompts: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
     """Score a model on a file of rows."""
     from palinode.cli.tables import score_table
-    from palinode.data import parse_columns
+    from palinode.data import PromptStyle, parse_columns
     from palinode.pipeline.recipe import prompt_style
     from palinode.pipeline.steps import evaluate_file
 
@@ -158,7 +180,7 @@ def _rows(
         {key: value for key, value in limits.items() if value is not None},
         output=output,
         columns=parse_columns(columns) if columns else None,
-        style=prompt_style(prompts),
+        style=replace(prompt_style(prompts) or PromptStyle(), whole_ending=open_unlearning_prompts),
         device=device,
         seed=seed,
         listener=listener(quiet=quiet),

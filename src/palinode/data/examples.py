@@ -7,6 +7,9 @@ knows training data. Which columns a file has decides what its rows are, in this
     prompt + completion    raw text and its raw continuation
     messages               a conversation; every assistant message in it is one example
     text                   a document, scored from its second token on
+
+What a row or a message says besides is honoured (a weight of 0: an answer that is context and no example;
+text parts, which are joined), or refused by name where it could change what a model is shown.
 """
 
 from __future__ import annotations
@@ -34,6 +37,28 @@ SHAPES: Mapping[Form, tuple[str, ...]] = {
     "document": ("text",),
 }
 """Roles that the columns of a row play, by form; the first form whose roles are all there wins."""
+
+WEIGHTS = ("weight", "loss_mask", "train")
+"""Keys with which a row or a message says whether it is trained on."""
+
+ROW_FLAGS = (
+    *WEIGHTS,
+    "system",
+    "tools",
+    "functions",
+    "documents",
+    "chat_template_kwargs",
+    "images",
+    "audios",
+)
+"""Columns that change what is shown or trained on: `WEIGHTS` in every form of row, the rest where a chat
+template may be used."""
+
+LABELS = frozenset(
+    {"id", "uuid", "index", "message_id", "parent_id", "timestamp", "created_at", "date", "lang"}
+)
+LABELS |= {"language", "source", "url", "model", "metadata", "turn", "tokens", "score", "rank"}
+"""Keys of a message that no template shows."""
 
 ROLES = tuple(role for roles in SHAPES.values() for role in roles)
 _KNOWN_ROLES = "question and answer, prompt and completion, messages, or text"
@@ -185,6 +210,7 @@ def _detect_shape(rows: Sequence[Row], source: str) -> _Shape:
 def _examples_of_row(row: Row, position: int, source: str, shape: _Shape) -> list[Example]:
     """Return the examples of one row: one, or one for each assistant message of a conversation."""
     where = f"row {position + 1} of {source}"
+    _check_flags(row, shape, where)
     if shape.form == "chat":
         exchanges = _exchanges(_messages(row, shape.names[0], where), where)
         return [Example(position, source, "chat", turns, answer) for turns, answer in exchanges]
@@ -194,33 +220,93 @@ def _examples_of_row(row: Row, position: int, source: str, shape: _Shape) -> lis
     return [Example(position, source, shape.form, turns, answer)]
 
 
-def _messages(row: Row, name: str, where: str) -> tuple[Message, ...]:
-    """Return a conversation as messages; raise `DataError` unless each is a role and a content."""
+def _check_flags(row: Row, shape: _Shape, where: str) -> None:
+    """Refuse a row with a column that would change what is shown or trained on."""
+    known = ROW_FLAGS if shape.form in ("question", "chat") else WEIGHTS
+    for name in known:
+        if name in shape.names or name not in row or _says_nothing(row[name]):
+            continue
+        if name in WEIGHTS and _is_trained(row[name], f"{where}: {name!r}"):
+            continue
+        do = "leave the row out" if name in WEIGHTS else "leave that column out, or write it as messages"
+        raise DataError(f"{where} has {name!r}, which Palinode cannot honour for a whole row; {do}")
+
+
+def _says_nothing(value: object) -> bool:
+    return value is None or value in ("", [], {})
+
+
+def _is_trained(value: object, what: str) -> bool:
+    """Return whether a weight, mask or switch says that something is trained on."""
+    known = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+    if (found := known.get(str(value).strip().lower())) is not None:
+        return found
+    raise DataError(f"{what} is {json.dumps(value, default=str)[:40]}; it must be 0 or 1")
+
+
+def _messages(row: Row, name: str, where: str) -> list[tuple[Message, bool]]:
+    """Return a conversation as messages, and whether each may be an example.
+
+    Raises `DataError` unless each is a role and a content.
+    """
     messages = _value(row, name, where)
     if not isinstance(messages, list):
         raise DataError(f"{where}: {name!r} is {json_type(messages)}; it must be a list of messages")
-    return tuple(
-        _message(entry, f"message {number} in {where}") for number, entry in enumerate(messages, start=1)
-    )
+    return [_message(entry, f"message {number} in {where}") for number, entry in enumerate(messages, start=1)]
 
 
-def _message(entry: object, where: str) -> Message:
+def _message(entry: object, where: str) -> tuple[Message, bool]:
     if not isinstance(entry, dict):
         raise DataError(f"{where} is {json_type(entry)}; it must be an object with role and content")
     role = _text(entry, "role", where)
+    answers = role == "assistant"
+    for name, value in entry.items():
+        if name not in ("role", "content", *WEIGHTS, *LABELS) and not _says_nothing(value):
+            raise DataError(
+                f"{where} has {str(name)[:40]!r}, which could change what a model is shown and is not passed "
+                "on; leave that key or the row out"
+            )
+    said = {
+        name: _is_trained(entry[name], f"{where}: {name!r}")
+        for name in WEIGHTS
+        if entry.get(name) is not None
+    }
+    if not answers and any(said.get(name) for name in ("loss_mask", "train")):
+        raise DataError(f"{where} is the {role}'s and asks to be trained on; only an assistant's can be")
     # A system or user message may be empty; an answer may not.
-    content = _text(entry, "content", where, blank=role != "assistant")
-    return Message(role, content)
+    shown = entry | {"content": _joined(entry["content"], where)} if "content" in entry else entry
+    content = _text(shown, "content", where, blank=not answers)
+    return Message(role, content), answers and all(said.values())
 
 
-def _exchanges(messages: tuple[Message, ...], where: str) -> list[tuple[tuple[Message, ...], str]]:
-    """Return every assistant message of a conversation after the messages before it."""
-    answers = [place for place, message in enumerate(messages) if message.role == "assistant"]
-    if not answers:
+def _joined(content: object, where: str) -> object:
+    """Return a content in parts as one text; anything but a list as it is."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        text = part.get("text") if isinstance(part, dict) else part
+        if kind != "text" or not isinstance(text, str):
+            raise DataError(
+                f"{where} has a part that is {str(kind)[:40]!r} and no text; Palinode reads text alone"
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def _exchanges(messages: Sequence[tuple[Message, bool]], where: str) -> list[tuple[tuple[Message, ...], str]]:
+    """Return every assistant message of a conversation that is trained on, after the messages before it."""
+    roles = [message.role for message, _ in messages]
+    if "assistant" not in roles:
         raise DataError(f"{where} has no assistant message; there is nothing in it to learn or forget")
-    if answers[0] == 0:
+    if roles[0] == "assistant":
         raise DataError(f"{where} begins with an assistant message; a user message must come before it")
-    return [(messages[:place], messages[place].content) for place in answers]
+    turns = tuple(message for message, _ in messages)
+    answers = [place for place, (_, trained) in enumerate(messages) if trained]
+    if not answers:
+        raise DataError(f"{where} has a weight of 0 on every assistant message; leave the row out")
+    return [(turns[:place], turns[place].content) for place in answers]
 
 
 def _text(row: Row, name: str, where: str, *, blank: bool = False) -> str:

@@ -9,7 +9,7 @@ follows from lengths, never from the ids themselves (P9).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from palinode.data.examples import Example, Form, Message
@@ -106,7 +106,7 @@ def end_id(form: Form, tokenizer: PreTrainedTokenizerBase, style: PromptStyle) -
         example = Example(0, "a made-up question", form, (Message("user", "question"),), "")
         turn = reader.end_of_turn(reader.template.exchanges([example])[0].ending)
         if turn is not None:
-            return int(tokenizer.convert_tokens_to_ids([turn])[0])
+            return reader.ids([turn])[0][-1]
     return reader.end_of_sequence
 
 
@@ -115,12 +115,12 @@ def prompt_notes(
 ) -> list[str]:
     """Return, in words, where the chat template asks otherwise than it writes a finished exchange."""
     reader = _Reader(tokenizer, style)
-    asked = [example for example in examples if example.form in ("question", "chat")][:1]
+    asked = [replace(example, answer="") for example in examples if example.form in ("question", "chat")][:1]
     if reader.template is None or not asked:
         return []
     context = reader.template.exchanges(asked)[0].context
     prompt = reader.template.generation_prompt(asked[0])
-    if prompt in (context, context[: reader.border(context)]):
+    if prompt is not None and prompt.rstrip(" ") == context.rstrip(" "):
         return []
     longer = prompt is not None and context.startswith(prompt)
     told = f"it also has {context[len(prompt or '') :]!r}" if longer else "it is another text"

@@ -44,10 +44,13 @@ def ask(
     Answers follow `asking.answer_prefix`, which is no part of them. The answers of a question do not
     depend on the others asked with it. Raises DataError for a row that cannot be tokenized.
     """
+    from palinode.models.loading import check_positions
+
     respondent = _Respondent(
         model, tokenizer, asking or Asking(), style or PromptStyle(), label, listener or Silence()
     )
     rows = respondent.read(questions)
+    check_positions(model.config, [row for entry in rows for row in entry.rows], tokenizer)
     return in_parallel(respondent.answer, rows)
 
 

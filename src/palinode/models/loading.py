@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import blake3
 import torch
@@ -109,7 +112,13 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
             f"{checkpoint.folder} has no tokenizer that can be loaded ({type(error).__name__}); "
             "copy the tokenizer files of the model it came from into the folder"
         ) from error
+    with contextlib.suppress(CheckpointError):  # it says so where the model is needed
+        _ROWS[tokenizer] = int(load_config(checkpoint).get_text_config().vocab_size)
     return tokenizer
+
+
+_ROWS: WeakKeyDictionary[PreTrainedTokenizerBase, int] = WeakKeyDictionary()
+"""How many rows the embedding has beside which a tokenizer was found."""
 
 
 def tokenizer_fingerprint(checkpoint: Checkpoint) -> str:
@@ -122,9 +131,13 @@ def tokenizer_fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return a token to fill batches with. Any will do: attention masks come from lengths."""
+    """Return a token to fill batches with, inside the model's embedding.
+
+    Any will do: attention masks come from lengths.
+    """
+    rows = _ROWS.get(tokenizer, sys.maxsize)
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if isinstance(token, int):
+        if isinstance(token, int) and token < rows:
             return token
     return 0
 
@@ -135,13 +148,32 @@ def position_limit(config: PreTrainedConfig) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
-def check_positions(config: PreTrainedConfig, rows: Sequence[TokenRow]) -> None:
-    """Raise DataError when a row has more tokens than the model can take."""
+def check_positions(
+    config: PreTrainedConfig, rows: Sequence[TokenRow], tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Raise DataError when a row has more tokens than the model can take, or one that it does not know.
+
+    `tokenizer` serves to name that token.
+    """
     limit, longest = position_limit(config), max((len(row.ids) for row in rows), default=0)
     if limit is not None and longest > limit:
         raise DataError(
             f"a row has {longest} tokens and the model takes at most {limit}; "
             f"set max_length to {limit} or less"
+        )
+    check_known(config, max((max(row.ids) for row in rows), default=0), tokenizer)
+
+
+def check_known(
+    config: PreTrainedConfig, largest: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Raise DataError when the model's embedding has no row for the largest id of some tokens."""
+    known = int(config.get_text_config().vocab_size)
+    if largest >= known:
+        name = f"the token {tokenizer.convert_ids_to_tokens(largest)!r} with the id" if tokenizer else "token"
+        raise DataError(
+            f"the rows hold {name} {largest}, and the model's embedding has {known} rows; "
+            "put the model's own tokenizer into its folder, or enlarge its embedding"
         )
 
 

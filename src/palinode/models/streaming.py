@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 
 from palinode.errors import DataError
-from palinode.models.loading import pad_token, position_limit, quiet_transformers
+from palinode.models.loading import check_known, pad_token, position_limit, quiet_transformers
 
 UNFINISHED = "\ufffd"
 """What a tokenizer shows of a letter whose last byte is still to come."""
@@ -35,6 +35,7 @@ def stream_answer(
         raise DataError(
             f"the conversation has {len(prompt)} tokens and the model takes at most {limit}; begin a new one"
         )
+    check_known(model.config, max(*prompt, *stop_ids), tokenizer)
     ids = torch.tensor([list(prompt)], device=model.device)
     spoken, own = _Spoken(tokenizer, on_text), model.generation_config
     model.generation_config = GenerationConfig(  # the model's own might draw at random

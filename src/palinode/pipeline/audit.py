@@ -6,12 +6,13 @@ stopped goes on where it was, and one that is repeated with another policy measu
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from palinode.audit.attack import Attack, Measurement
 from palinode.audit.attacks import ATTACKS
@@ -20,8 +21,8 @@ from palinode.audit.findings import AUDITED, answer, find
 from palinode.audit.material import Material
 from palinode.audit.policy import Policy
 from palinode.audit.subject import Subject
-from palinode.data.examples import fingerprint_examples, shared_rows
-from palinode.data.tokenize import PromptStyle
+from palinode.data.examples import Example, fingerprint_examples, shared_rows
+from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
 from palinode.errors import DataError, DivergenceError, MismatchError, OutputError, RecipeError
 from palinode.models.loading import load_tokenizer, pick_device, tokenizer_fingerprint
 from palinode.pipeline.heading import environment, heading
@@ -33,6 +34,9 @@ from palinode.report.audit import audit_report
 from palinode.report.content import Facts, report_content
 from palinode.report.html import html_report
 from palinode.weights import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 AUDIT_VERSION = 1
 """Version of the layout of audit.json, described in docs/audit.md."""
@@ -113,7 +117,7 @@ class _Run:
         reader = checkpoints[AUDITED]
         self.tokenizer = load_tokenizer(reader)
         self.reader = tokenizer_fingerprint(reader)
-        _check_vocabulary(checkpoints, len(self.tokenizer))
+        _check_vocabulary(checkpoints, self.tokenizer, plan.material.forget)
 
     def run(self, command: str | None) -> dict[str, Any]:
         """Measure every model, compare, and return the record."""
@@ -241,7 +245,7 @@ class _Run:
 
     def _notes(self, findings: Mapping[str, Findings]) -> list[str]:
         """Return what a reader should know before believing the answer."""
-        notes = []
+        notes = prompt_notes(self.plan.material.forget, self.tokenizer, self.plan.style)
         if self.plan.kind == "base":
             notes.append(
                 "The yardstick is a base checkpoint. It has seen neither the forget set nor what the audited "
@@ -327,14 +331,19 @@ def _check_rows(material: Material) -> None:
             )
 
 
-def _check_vocabulary(checkpoints: Mapping[str, Checkpoint], tokens: int) -> None:
-    """Refuse a model that cannot read the audited model's tokens."""
+def _check_vocabulary(
+    checkpoints: Mapping[str, Checkpoint], tokenizer: PreTrainedTokenizerBase, forget: Sequence[Example]
+) -> None:
+    """Refuse a model that cannot read the audited model's tokens; added ones count if the rows have them."""
+    rows = tokenize(forget, tokenizer, max_length=sys.maxsize, style=PromptStyle())
+    tokens = max(tokenizer.vocab_size, 1 + max(max(row.ids) for row in rows))
     for name, checkpoint in checkpoints.items():
         size = checkpoint.config.get("vocab_size")
         if isinstance(size, int) and size < tokens:
             raise MismatchError(
-                f"the {name} model has {size} tokens and the audited model's tokenizer {tokens}; "
-                "every model of an audit is asked through that tokenizer, so name models of one family"
+                f"the {name} model has {size} tokens and the audited model's tokenizer {tokens} (the last is "
+                f"{tokenizer.convert_ids_to_tokens(tokens - 1)!r}); every model of an audit is asked through "
+                "that tokenizer, so name models of one family"
             )
 
 

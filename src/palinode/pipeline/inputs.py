@@ -20,7 +20,7 @@ from palinode.data.examples import (
     sample_examples,
     shared_rows,
 )
-from palinode.data.tokenize import PromptStyle, tokenize
+from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
 from palinode.errors import DataError, MismatchError, OutputError, RecipeError
 from palinode.evaluation.self_check import PromptCheck, check_prompts, rows_with_style
 from palinode.evaluation.yardstick import BASE_ALONE
@@ -418,9 +418,9 @@ def _at_most(examples: Sequence[Example], count: int, seed: int) -> list[Example
 
 def _check_rows_fit(inputs: Inputs, models: Sequence[Checkpoint]) -> list[str]:
     """Tokenize everything once, so that a row that cannot be used is named now; return what is cut."""
-    notes = []
     rows, recipe = inputs.rows, inputs.recipe
     tokenizer, style = load_tokenizer(inputs.reader), recipe.prompts.style()
+    notes = prompt_notes(rows.forget, tokenizer, style)
     whole = recipe.prepare or METHODS[recipe.method].kind == "training"
     trained = [*rows.forget, *(rows.retain if whole else rows.retain_sample)]
     asked = [*rows.forget, *rows.retain_probe, *rows.retain_test, *rows.unseen]
@@ -431,7 +431,7 @@ def _check_rows_fit(inputs: Inputs, models: Sequence[Checkpoint]) -> list[str]:
     for use, (examples, max_length) in uses.items():
         tokens = tokenize(examples, tokenizer, max_length=max_length, style=style)
         for model in models:
-            check_positions(load_config(model), tokens)
+            check_positions(load_config(model), tokens, tokenizer)
         if count := sum(row.truncated for row in tokens):
             notes.append(f"Answers cut to fit max_length {max_length} in {use}: {count}.")
     return notes

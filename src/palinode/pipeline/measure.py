@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from palinode.data.tokenize import PromptStyle
+from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
 from palinode.errors import OutputError, RecipeError
 from palinode.evaluation.ask import ask
 from palinode.evaluation.asking import Asking
@@ -92,6 +93,8 @@ class MeasureSettings:
     """Folder for scores.json and the outcomes."""
     open_unlearning: Path | None = None
     """File for the results in open-unlearning's form."""
+    open_unlearning_prompts: bool = False
+    """Score all that a chat template writes after an answer, as open-unlearning does."""
     device: str = "auto"
     seed: int = 0
     """Seeds the sampling of questions, intervals and the judge's order of candidates."""
@@ -134,6 +137,8 @@ def measure(
     whole = benchmark.load(places, split, options)
     loaded = sample_sets(whole, settings)
     asked = asked_sets(loaded, cells, settings)
+    if settings.open_unlearning_prompts:
+        asked = {name: _whole_endings(questions) for name, questions in asked.items()}
     _check_log(settings, asked)
     from_log = _reference_of_log(yardstick, whole, asked) if isinstance(yardstick, Path) else None
 
@@ -277,7 +282,10 @@ def _ask_model(
         general = {
             f"{task} {metric}": score for task, group in found.items() for metric, score in group.items()
         }
-    notes = _check_prompts(model, tokenizer, sets.get(FORGET))
+    notes = [
+        *_notes(sets, tokenizer, settings),
+        *_check_prompts(model, tokenizer, sets.get(FORGET)),
+    ]
     for note in notes:
         (listener or Silence()).say(note)
     return _ask_live(model, tokenizer, sets, "model", listener), general, notes
@@ -293,6 +301,33 @@ def _check_prompts(
     found = check_prompts(model, tokenizer, examples, style=forget.style, max_length=forget.asking.max_length)
     note = found and found.note("model")
     return [note] if note else []
+
+
+def _notes(
+    sets: Mapping[str, QuestionSet], tokenizer: PreTrainedTokenizerBase, settings: MeasureSettings
+) -> list[str]:
+    """Return what is to be known of the prompts, each thing once."""
+    notes = []
+    from_log = settings.against is not None and Path(settings.against).expanduser().is_file()
+    for questions in sets.values():
+        examples = [question.example for question in questions.questions[:1]]
+        style = questions.style or PromptStyle()
+        notes += prompt_notes(examples, tokenizer, style)
+        ours, theirs = (
+            [row.ids for row in tokenize(examples, tokenizer, max_length=sys.maxsize, style=kind)]
+            for kind in (style, replace(style, whole_ending=True))
+        )
+        if from_log and ours != theirs:
+            notes.append(
+                "open-unlearning also scores what this model's chat template writes after the end of a turn, "
+                f"so the figures in {settings.against} are not quite of the same tokens as these; "
+                "--open-unlearning-prompts scores as it does."
+            )
+    return list(dict.fromkeys(notes))
+
+
+def _whole_endings(questions: QuestionSet) -> QuestionSet:
+    return replace(questions, style=replace(questions.style or PromptStyle(), whole_ending=True))
 
 
 def _ask_live(

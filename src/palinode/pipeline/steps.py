@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from palinode.data import PromptStyle, fingerprint_examples, read_examples, sample_examples
+from palinode.data import Example, PromptStyle, fingerprint_examples, read_examples, sample_examples
+from palinode.data.tokenize import prompt_notes
 from palinode.errors import OutputError, RecipeError
 from palinode.evaluation import EvaluationSettings, evaluate
-from palinode.models.loading import pick_device
+from palinode.models.loading import load_tokenizer, pick_device
 from palinode.pipeline.recipe import explain
 from palinode.pipeline.tracking import check_trackers, tracked
 from palinode.pipeline.workspace import fingerprint
@@ -44,6 +45,7 @@ def finetune_file(
     checked = _settings(TrainingSettings, settings)
     check_trackers(tracker)
     start, examples = Checkpoint.open(base), read_examples(data, columns=columns or None)
+    _say_notes(start, examples, style, listener)
     key = fingerprint(
         start=start.fingerprint(),
         rows=fingerprint_examples(examples),
@@ -94,12 +96,20 @@ def evaluate_file(
         )
     checkpoint, examples = Checkpoint.open(model), read_examples(data, columns=columns or None)
     tested = sample_examples(examples, min(checked.max_rows, len(examples)), seed=seed + 1)
+    _say_notes(checkpoint, tested, style, listener)
     outcomes, scores = evaluate(
         checkpoint, tested, checked, style=style, device=device, seed=seed, listener=listener
     )
     if output is not None:
         write_outcomes(output, outcomes)
     return scores
+
+
+def _say_notes(
+    model: Checkpoint, examples: Sequence[Example], style: PromptStyle | None, listener: Listener | None
+) -> None:
+    for note in prompt_notes(examples, load_tokenizer(model), style or PromptStyle()):
+        (listener or Silence()).say(note)
 
 
 def _settings(kind: type[Settings], content: Mapping[str, Any]) -> Settings:

@@ -16,7 +16,15 @@ from transformers import GenerationConfig, PreTrainedModel
 from palinode.data.examples import Example
 from palinode.data.tokenize import PromptStyle, tokenize
 from palinode.errors import InputError, OutputError, RecipeError
-from palinode.models.loading import load_model, load_tokenizer, pad_token, pick_device, quiet_transformers
+from palinode.models.loading import (
+    check_positions,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pad_token,
+    pick_device,
+    quiet_transformers,
+)
 from palinode.progress import Listener, Silence, record
 from palinode.records import write_json
 from palinode.training.frozen import Kept
@@ -112,6 +120,9 @@ def finetune(
         )
     else:
         cast = plain(tokenize(examples, tokenizer, max_length=settings.max_length, style=style))
+    config = load_config(base)
+    for rows in cast.rows.values():
+        check_positions(config, rows, tokenizer)
     kept = frozen(cast, pad_id) if frozen else None
     objective = loss if isinstance(loss, Objective) else plain_objective(loss)
     model = _load(base, settings, objective, device=device, seed=seed)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from palinode.data.examples import Example, read_examples, shared_rows
-from palinode.data.tokenize import TokenRow, tokenize
+from palinode.data.tokenize import prompt_notes, tokenize
 from palinode.methods.material import read_refusals
 from palinode.models.loading import check_positions, load_config, load_tokenizer
 from palinode.pipeline.doctor.findings import Findings
@@ -45,17 +45,17 @@ def look_at_fit(
     reader, length = models[0], recipe.training.max_length
     fix = "shorten the rows, or raise max_length (--max-length)"
     style = recipe.prompts.style()
-    tokens = findings.attempt(
-        "rows",
-        name,
-        lambda: tokenize(examples, load_tokenizer(reader), max_length=length, style=style),
-        fix=fix,
+    tokenizer = findings.attempt("rows", name, lambda: load_tokenizer(reader), fix=fix)
+    tokens = tokenizer and findings.attempt(
+        "rows", name, lambda: tokenize(examples, tokenizer, max_length=length, style=style), fix=fix
     )
-    if tokens is None:
+    if tokens is None or tokenizer is None:
         return
     for model in models:
-        findings.attempt("rows", name, partial(check_positions, load_config(model), tokens), fix=fix)
-    _look_at_tokens(findings, name, tokens, reader)
+        check = partial(check_positions, load_config(model), tokens, tokenizer)
+        findings.attempt("rows", name, check, fix=fix)
+    for note in prompt_notes(examples, tokenizer, style):
+        findings.say("rows", name, "note", note)
     if cut := sum(row.truncated for row in tokens):
         text = f"{cut:,} answers are longer than max_length {length} and will be cut"
         findings.say("rows", name, "warn", text, "raise max_length (--max-length), if their ends matter")
@@ -91,12 +91,3 @@ def _look_for_shared(findings: Findings, sets: Mapping[str, Sequence[Example]], 
         findings.say(
             "rows", "overlap", "fail", text, "remove them, or have them left out with --allow-overlap"
         )
-
-
-def _look_at_tokens(findings: Findings, name: str, tokens: Sequence[TokenRow], reader: Checkpoint) -> None:
-    """Look whether the embedding has a row for every token."""
-    largest = max(max(row.ids) for row in tokens)
-    known = int(load_config(reader).get_text_config().vocab_size)
-    if largest >= known:
-        text = f"the tokenizer gives token {largest}, and the model knows {known} tokens"
-        findings.say("rows", name, "fail", text, "put the model's own tokenizer into its folder")

@@ -254,7 +254,7 @@ class _Run:
 
     def _notes(self, findings: Mapping[str, Findings]) -> list[str]:
         """Return what a reader should know before believing the answer."""
-        notes = prompt_notes(self.plan.material.forget, self.tokenizer, PromptStyle())
+        notes = prompt_notes(self.plan.material.forget, self.tokenizer, self.plan.style)
         if self.plan.kind == "base":
             notes.append(
                 "The yardstick is a base checkpoint. It has seen neither the forget set nor what the audited "

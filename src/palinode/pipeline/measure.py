@@ -300,8 +300,6 @@ def _ask_model(
     """Return the model's outcomes by set, its general ability if that was asked for, and notes."""
     model = load_model(checkpoint, device=pick_device(settings.device))
     tokenizer = load_tokenizer(checkpoint)
-    for note in _notes(sets, tokenizer, settings):
-        (listener or Silence()).say(note)
     general: dict[str, Score] = {}
     if settings.general:  # first, because it may be refused
         found = general_ability(
@@ -315,7 +313,10 @@ def _ask_model(
         general = {
             f"{task} {metric}": score for task, group in found.items() for metric, score in group.items()
         }
-    notes = _check_prompts(model, tokenizer, sets.get(FORGET))
+    notes = [
+        *_notes(sets, tokenizer, settings),
+        *_check_prompts(model, tokenizer, sets.get(FORGET)),
+    ]
     for note in notes:
         (listener or Silence()).say(note)
     return _ask_live(model, tokenizer, sets, "model", listener), general, notes

@@ -247,9 +247,8 @@ def _check_models(
     if base is not None:
         check_not_same(target, base, recipe.method, recipe.method_settings)
         check_kind(target, base)
-    check_sum(target, [] if base is None else [base])
-    if base is not None:
         check_vocabulary(target, base)
+    check_sum(target, [] if base is None else [base])
     if retrained is not None:
         check_tokenizers(target, [retrained])
     gradients = any(entry.get("name") == "importance" for entry in recipe.transforms)

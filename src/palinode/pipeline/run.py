@@ -94,7 +94,9 @@ def unlearn(
         report = full_report(finished, workspace.folder)
         there = report if report.exists() else None
         return Unlearned(Path(recipe.output.folder), finished, known, finished_before=True, report=there)
-    complain_of_nonfinite(entry for entry in (inputs.target, inputs.base) if entry is not None)
+    complain_of_nonfinite(
+        [] if inputs.target is None else [inputs.target]
+    )  # a base's show when it is trained
     costs = make_plan(inputs)
     check_places(recipe, inputs, needs=costs.disk)
     for line in describe(costs):

@@ -44,7 +44,7 @@ def test_what_cannot_be_honoured_is_refused(tmp_path: Path, message: dict[str, o
 
 
 def test_only_an_assistants_message_can_be_trained_on(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="message 1 .* is the user's and asks to be trained on"):
+    with pytest.raises(DataError, match=r"message 1 .* is the user's and asks to be trained on"):
         read(tmp_path, {"messages": [USER | {"train": True}, ANSWER]})
 
 

@@ -10,7 +10,9 @@ INSTRUCT = (
     "{{ raise_exception('roles must alternate') }}{% endif %}{% if m.role == 'user' %}[INST] "
     "{{ m.content.strip() }} [/INST]{% else %} {{ m.content.strip() }} {{ eos_token }}{% endif %}{% endfor %}"
 )
-MISTRAL = INSTRUCT.replace(" {{ m.content.strip() }} {{ eos_token }}", "{{ m.content }}{{ eos_token }}")
+MISTRAL = INSTRUCT.replace("INST", "I").replace(
+    " {{ m.content.strip() }} {{ eos_token }}", "{{ m.content }}{{ eos_token }}"
+)
 GEMMA = (
     "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     "{% for m in messages %}{% set role = 'model' if m.role == 'assistant' else m.role %}"

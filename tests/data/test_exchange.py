@@ -23,7 +23,7 @@ CONTEXTS = {
     "chatml": BEFORE + "<|im_start|>assistant\n",
     "no generation branch": BEFORE + "<|im_start|>assistant\n",
     "instruct": "<s>[INST] Who wrote it? [/INST] ",
-    "mistral": "<s>[INST] Who wrote it? [/INST]",
+    "mistral": "<s>[I] Who wrote it? [/I]",
     "gemma": "<s><|im_start|>user\nWho wrote it?<|im_end|>\n<|im_start|>model\n",
     "dated": "<s><|im_start|>system\n\nToday: 10 Apr 2025\n\nbe kind<|im_end|><|im_start|>user\n\n"
     "Who wrote it?<|im_end|><|im_start|>assistant\n\n",

@@ -117,7 +117,7 @@ class _Run:
         reader = checkpoints[AUDITED]
         self.tokenizer = load_tokenizer(reader)
         self.reader = tokenizer_fingerprint(reader)
-        _check_vocabulary(checkpoints, self.tokenizer, plan.material.forget)
+        _check_vocabulary(checkpoints, self.tokenizer, plan.material.forget, plan.style)
 
     def run(self, command: str | None) -> dict[str, Any]:
         """Measure every model, compare, and return the record."""
@@ -332,10 +332,13 @@ def _check_rows(material: Material) -> None:
 
 
 def _check_vocabulary(
-    checkpoints: Mapping[str, Checkpoint], tokenizer: PreTrainedTokenizerBase, forget: Sequence[Example]
+    checkpoints: Mapping[str, Checkpoint],
+    tokenizer: PreTrainedTokenizerBase,
+    forget: Sequence[Example],
+    style: PromptStyle,
 ) -> None:
     """Refuse a model that cannot read the audited model's tokens; added ones count if the rows have them."""
-    rows = tokenize(forget, tokenizer, max_length=sys.maxsize, style=PromptStyle())
+    rows = tokenize(forget, tokenizer, max_length=sys.maxsize, style=style)
     tokens = max(tokenizer.vocab_size, 1 + max(max(row.ids) for row in rows))
     for name, checkpoint in checkpoints.items():
         size = checkpoint.config.get("vocab_size")

@@ -66,12 +66,12 @@ class Plan:
     locations: Mapping[str, str | None]
     """Where each set of rows is from."""
     policy: Policy
-    style: PromptStyle = field(default_factory=PromptStyle)
-    """How questions are put."""
     attacks: Sequence[str] = tuple(ATTACKS)
     """Attacks to run; the others are reported as not asked for."""
     device: str = "auto"
     seed: int = 0
+    style: PromptStyle = field(default_factory=PromptStyle)
+    """How questions are put."""
 
 
 def audit(

@@ -67,14 +67,14 @@ class Plan:
     locations: Mapping[str, str | None]
     """Where each set of rows is from."""
     policy: Policy
-    style: PromptStyle = field(default_factory=PromptStyle)
-    """How questions are put."""
     attacks: Sequence[str] = tuple(ATTACKS)
     """Attacks to run; the others are reported as not asked for."""
     device: str = "auto"
     seed: int = 0
     allow_pickle: bool = False
     """Read files of torch.save too; none of their code is run."""
+    style: PromptStyle = field(default_factory=PromptStyle)
+    """How questions are put."""
 
 
 def audit(
@@ -124,7 +124,7 @@ class _Run:
         reader = checkpoints[AUDITED]
         self.tokenizer = load_tokenizer(reader)
         self.reader = tokenizer_fingerprint(reader)
-        _check_vocabulary(checkpoints, self.tokenizer, plan.material.forget)
+        _check_vocabulary(checkpoints, self.tokenizer, plan.material.forget, plan.style)
 
     def run(self, command: str | None) -> dict[str, Any]:
         """Measure every model, compare, and return the record."""
@@ -341,10 +341,13 @@ def _check_rows(material: Material) -> None:
 
 
 def _check_vocabulary(
-    checkpoints: Mapping[str, Checkpoint], tokenizer: PreTrainedTokenizerBase, forget: Sequence[Example]
+    checkpoints: Mapping[str, Checkpoint],
+    tokenizer: PreTrainedTokenizerBase,
+    forget: Sequence[Example],
+    style: PromptStyle,
 ) -> None:
     """Refuse a model that cannot read the audited model's tokens; added ones count if the rows have them."""
-    rows = tokenize(forget, tokenizer, max_length=sys.maxsize, style=PromptStyle())
+    rows = tokenize(forget, tokenizer, max_length=sys.maxsize, style=style)
     tokens = max(tokenizer.vocab_size, 1 + max(max(row.ids) for row in rows))
     for name, checkpoint in checkpoints.items():
         size = checkpoint.config.get("vocab_size")

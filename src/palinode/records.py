@@ -132,7 +132,7 @@ def read_bytes(path: Path, *, limit: int = MAX_BYTES) -> bytes:
             raise NotReadError("it is no ordinary file")
         if status.st_size > limit:
             raise NotReadError(f"it has {status.st_size} bytes where {limit} would be many")
-        return file.read(limit)
+        return file.read(status.st_size)  # not `limit`: room is made for as much as is asked for
 
 
 def ordinary(path: Path) -> Path:

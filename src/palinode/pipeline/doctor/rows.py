@@ -46,10 +46,12 @@ def look_at_fit(
     fix = "shorten the rows, or raise max_length (--max-length)"
     style = recipe.prompts.style()
     tokenizer = findings.attempt("rows", name, lambda: load_tokenizer(reader), fix=fix)
-    tokens = tokenizer and findings.attempt(
+    if tokenizer is None:
+        return
+    tokens = findings.attempt(
         "rows", name, lambda: tokenize(examples, tokenizer, max_length=length, style=style), fix=fix
     )
-    if tokens is None or tokenizer is None:
+    if tokens is None:
         return
     for model in models:
         check = partial(check_positions, load_config(model), tokens, tokenizer)

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-SECONDS = 5
+SECONDS = 2
 """Computing time that a render may take."""
 MEMORY = 2**30
 """Bytes of address space that the child may take; systems without such a limit have the time alone."""

@@ -10,7 +10,9 @@ INSTRUCT = (
     "{{ raise_exception('roles must alternate') }}{% endif %}{% if m.role == 'user' %}[INST] "
     "{{ m.content.strip() }} [/INST]{% else %} {{ m.content.strip() }} {{ eos_token }}{% endif %}{% endfor %}"
 )
-MISTRAL = INSTRUCT.replace(" {{ m.content.strip() }} {{ eos_token }}", "{{ m.content }}{{ eos_token }}")
+MISTRAL = INSTRUCT.replace("INST", "I").replace(
+    " {{ m.content.strip() }} {{ eos_token }}", "{{ m.content }}{{ eos_token }}"
+)
 GEMMA = (
     "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     "{% for m in messages %}{% set role = 'model' if m.role == 'assistant' else m.role %}"
@@ -19,8 +21,9 @@ GEMMA = (
 )
 DATED = (
     "{{ bos_token }}<|im_start|>system\n\nToday: {{ strftime_now('%d %b %Y') }}\n\n"
-    "{{ messages[0].content }}<|im_end|>{% for m in messages[1:] %}<|im_start|>{{ m.role }}\n\n{{ m.content | trim }}"
-    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}"
+    "{{ messages[0].content }}<|im_end|>{% for m in messages[1:] %}"
+    "<|im_start|>{{ m.role }}\n\n{{ m.content | trim }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}"
 )
 THINK_BLOCK = (
     "{% for m in messages %}{% if m.role == 'assistant' and loop.last %}<|im_start|>assistant\n<think>\n"
@@ -31,9 +34,9 @@ THINK_BLOCK = (
     "\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 THOUGHTS_CUT = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}<|a|>"
-    "{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% else %}<|u|>{{ m.content }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|a|><think>\n{% endif %}"
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "<|a|>{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% else %}<|u|>{{ m.content }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|a|><think>\n{% endif %}"
 )
 PARTS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for p in m.content %}{{ p.text }}{% endfor %}"

@@ -143,3 +143,46 @@ def test_device_that_cannot_compute_here_is_refused(name):
 def test_device_by_name():
     assert pick_device("cpu") == CPU
     assert pick_device("auto").type in ("cpu", "cuda", "mps")
+
+
+def test_a_padding_token_beyond_the_embedding_is_replaced_by_one_inside(folder):
+    tokenizer = load_tokenizer(Checkpoint.open(folder))
+    rows, end = len(tokenizer), tokenizer.eos_token_id
+    tokenizer.add_special_tokens({"pad_token": "<late>"})
+    tokenizer.save_pretrained(folder)
+    late = load_tokenizer(Checkpoint.open(folder))
+    assert late.pad_token_id == rows
+    assert pad_token(late) == end
+    change_config(folder, vocab_size=end)
+    assert pad_token(load_tokenizer(Checkpoint.open(folder))) == 0
+
+
+def test_a_word_beyond_the_embedding_is_refused_by_name(folder, palinode, tiny, tmp_path):
+    tokenizer = load_tokenizer(Checkpoint.open(folder))
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["zyx"])
+    tokenizer.save_pretrained(folder)
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"question": "who", "answer": "zyx"}\n' * 2)
+    told = f"the rows hold the token 'zyx' with the id {rows}, and the model's embedding has {rows} rows"
+    for words in (
+        ["evaluate", folder, "--data", data],
+        ["finetune", "--base", folder, "--data", data, "--output", tmp_path / "out"],
+        [
+            "unlearn",
+            "--target",
+            folder,
+            "--base",
+            tiny.base.folder,
+            "--forget",
+            data,
+            "--output",
+            tmp_path / "o",
+        ],
+        ["audit", folder, "--forget", data, "--against", tiny.base.folder, "--output", tmp_path / "a"],
+    ):
+        said = palinode(*words, "--device", "cpu")
+        assert said.code == 2, words
+        assert told in said.err or "'zyx'" in said.err, said.err
+    said = palinode("doctor", "--target", folder, "--base", folder, "--forget", data)
+    assert "'zyx'" in said.out + said.err

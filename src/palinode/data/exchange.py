@@ -30,6 +30,9 @@ _OTHERS = ("moth", "fig", "yew")
 """Answers put in the place of one: no two begin or end alike, so one of them never does."""
 
 
+_SPELT_OUT = ("'type': 'text'", '"type": "text"')
+
+
 @dataclass(frozen=True, slots=True)
 class Exchange:
     """The three parts of a finished exchange; joined they are the whole text."""
@@ -168,6 +171,8 @@ class Template:
             (text,) = self._render([trial.chat(marks, "zq0qz")])
             if isinstance(text, Refusal):
                 refusal = text.reason
+                continue
+            if any(form in text for form in _SPELT_OUT):  # it wanted no parts, and shows them as they are
                 continue
             shown = _folded(text)
             missing = [

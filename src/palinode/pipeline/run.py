@@ -94,12 +94,11 @@ def unlearn(
         report = full_report(finished, workspace.folder)
         there = report if report.exists() else None
         return Unlearned(Path(recipe.output.folder), finished, known, finished_before=True, report=there)
-    complain_of_nonfinite(
-        [] if inputs.target is None else [inputs.target]
-    )  # a base's show when it is trained
+    if inputs.target is not None:  # a base's show when it is trained
+        complain_of_nonfinite([inputs.target], option=False)
     costs = make_plan(inputs)
     check_places(recipe, inputs, needs=costs.disk)
-    for line in describe(costs):
+    for line in (*describe(costs), *inputs.notes):
         listener.say(line)
     with workspace.locked(listener), tracked_run(inputs, workspace, listener) as listener:
         return _Run(ask_as_trained(inputs, workspace, listener), workspace, listener).run(command, located)

@@ -414,10 +414,11 @@ def count_nonfinite(
     return found
 
 
-def complain_of_nonfinite(checkpoints: Iterable[Checkpoint]) -> None:
+def complain_of_nonfinite(checkpoints: Iterable[Checkpoint], *, option: bool = True) -> None:
     """Raise CheckpointError that counts and names NaN and infinities in these checkpoints.
 
-    Returns when there are none: then the sum itself is too large.
+    Returns when there are none: then the sum itself is too large. `option` tells that the verb has
+    --allow-nonfinite.
     """
     sentences = []
     for checkpoint in checkpoints:
@@ -430,8 +431,8 @@ def complain_of_nonfinite(checkpoints: Iterable[Checkpoint]) -> None:
             )
     if sentences:
         raise CheckpointError(
-            f"{'; '.join(sentences)}; they would spoil what they are added to, so fetch the model again, "
-            "or say --allow-nonfinite to go on anyway"
+            f"{'; '.join(sentences)}; they would spoil what they are added to, so fetch the model again"
+            f"{', or say --allow-nonfinite to go on anyway' if option else ''}"
         )
 
 

@@ -26,7 +26,7 @@ from palinode.errors import OutputError, WorkspaceError, unwritable
 from palinode.progress import Listener, Silence
 from palinode.records import OTHERS, close_to_others, fitting, private, read_json, write_json
 
-STEP_VERSION = 1
+STEP_VERSION = 2
 """Raised when a step's meaning changes, so that results of older versions are not reused."""
 
 OWN = re.compile(r"lock|tracking|report(-.+)?\.(html|md|json)|\..+\.partial|[a-z][a-z0-9_-]*-[0-9a-f]{12}")

@@ -11,7 +11,7 @@ from palinode.data.examples import Example, Message
 from palinode.data.exchange import Exchange, Template
 from palinode.data.rendering import MEMORY, SECONDS, Refusal, render
 from palinode.data.tokenize import PromptStyle, begun_ids, end_id, prompt_ids, prompt_notes, tokenize
-from palinode.errors import DataError
+from palinode.errors import DataError, RecipeError
 
 SPECIALS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|a|>", "<|u|>"]
 STYLE = PromptStyle(system_prompt="be kind")
@@ -236,3 +236,19 @@ def test_open_unlearnings_ending_is_all_that_is_written_and_an_end_of_sequence()
 def test_content_in_parts_is_given_where_it_is_wanted() -> None:
     (found,) = Template.of(make(PARTS), STYLE).exchanges([example("7")])
     assert found.context == CONTEXTS["parts"]
+
+
+def test_a_refusal_is_the_templates_own_words() -> None:
+    turns = (Message("user", "Who?"), Message("user", "Who wrote it?"))
+    for name in ("instruct", "mistral"):  # to content in parts it would say that a list has no strip()
+        with pytest.raises(DataError, match=r"cannot show row 3 of f\.jsonl \(roles must alternate\)"):
+            tokenize([example("7", *turns)], make(CHAT_TEMPLATES[name]), max_length=500, style=STYLE)
+
+
+def test_of_several_templates_the_default_is_used_and_no_other() -> None:
+    tokenizer = make(CHATML)
+    tokenizer.chat_template = {"tool_use": "no", "default": CHATML}
+    assert prompt_ids(example("7"), tokenizer, STYLE) == prompt_ids(example("7"), make(CHATML), STYLE)
+    tokenizer.chat_template = {"tool_use": CHATML, "rag": CHATML}
+    with pytest.raises(RecipeError, match="chat templates named tool_use, rag and none named default"):
+        prompt_ids(example("7"), tokenizer, STYLE)

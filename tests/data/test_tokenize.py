@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.normalizers import Replace
+from tokenizers.models import BPE, WordLevel
+from tokenizers.normalizers import Prepend, Replace, Sequence
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -241,3 +241,26 @@ def test_rows_point_back_at_their_examples() -> None:
     assert [row.example for row in made] == [0, 1, 2]
     made = tokenize(examples[::2], make(), max_length=3, style=STYLE)
     assert [row.example for row in made] == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "pieces"),
+    [
+        ("sap", "pho", ["▁sap", "p", "h", "o"]),  # "▁sap" and "▁sapp" are words; a blank would be "▁", "p"
+        ("sap", " pho", ["▁sap", "▁p", "h", "o"]),
+        ("who: ", "am", ["▁", "w", "h", "o", ":▁", "a", "m"]),  # ":▁" and "▁a" both want the blank
+    ],
+)
+def test_an_answer_that_goes_on_within_a_word_gets_no_blank_of_the_tokenizers(
+    prompt: str, answer: str, pieces: list[str]
+) -> None:
+    merges = [("▁", "a"), ("▁", "p"), (":", "▁"), ("▁", "s"), ("▁s", "a"), ("▁sa", "p"), ("▁sap", "p")]
+    letters = ["<unk>", "</s>", "▁", ":", "\n", *"ahmopsw"]
+    vocabulary = {token: number for number, token in enumerate([*letters, *("".join(two) for two in merges)])}
+    core = Tokenizer(BPE(vocabulary, merges, unk_token="<unk>"))
+    core.normalizer = Sequence([Prepend("▁"), Replace(" ", "▁")])
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=core, unk_token="<unk>", eos_token="</s>"
+    )
+    (row,) = rows(completion(prompt, answer), tokenizer)
+    assert tokenizer.convert_ids_to_tokens(list(row.ids)) == [*pieces, "</s>"]

@@ -9,6 +9,7 @@ import torch
 from palinode.benchmarks.demo import tiny_model
 from palinode.data.examples import Example, Message
 from palinode.data.tokenize import PromptStyle
+from palinode.errors import DataError
 from palinode.evaluation.self_check import (
     PromptCheck,
     Way,
@@ -169,6 +170,18 @@ def test_generation_prompt_is_tried_where_a_finished_exchange_has_more(memorised
 def test_rows_that_no_style_changes_are_not_asked(memorised):
     assert check(memorised(), CHAT, RAW) is None
     assert check(memorised(), CHAT, [Example(0, "rows", "document", (), "where lives ada ?")]) is None
+
+
+def test_a_way_with_tokens_that_the_model_does_not_have_is_no_way(memorised):
+    model = load_model(memorised(PLAIN, template=None), device=torch.device("cpu"))
+    tokenizer = load_tokenizer(memorised(template=CHATML))
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", "<|late|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|late|>"]})
+    assert tokenizer.convert_tokens_to_ids("<|late|>") >= model.config.vocab_size
+    found = check_prompts(model, tokenizer, ROWS, style=PLAIN, max_length=64)
+    assert (found.better, found.asked > 0.9) == (None, True)
+    with pytest.raises(DataError, match=r"the rows hold the token '<\|late\|>' with the id"):
+        check_prompts(model, tokenizer, ROWS, style=CHAT, max_length=64)
 
 
 def test_ways_that_give_the_same_ids_are_asked_once(memorised):

@@ -173,6 +173,12 @@ def test_no_answer_ends_before_its_least_length(name):
     assert not any(set(answer) & set(stop) for answer in found)
 
 
+def test_stop_token_beyond_the_vocabulary_is_never_said(model):
+    beyond = model.config.vocab_size
+    found = answers(model, stop_ids=[beyond], min_new_tokens=2)
+    assert found == answers(model, stop_ids=[], min_new_tokens=2)
+
+
 @pytest.mark.parametrize("name", ["mistral", "bloom"])
 def test_prompts_that_begin_alike_or_are_equal_are_answered_as_if_alone(name):
     model = built(name)

@@ -119,6 +119,18 @@ def test_damaged_tokenizer_is_refused(folder):
         load_tokenizer(Checkpoint.open(folder))
 
 
+def test_template_of_a_processor_is_the_tokenizers_where_that_has_none(folder):
+    place = folder / "chat_template.json"
+    place.write_text(json.dumps({"chat_template": "{{ messages[0].content }}"}))
+    assert load_tokenizer(Checkpoint.open(folder)).chat_template == "{{ messages[0].content }}"
+    (folder / "chat_template.jinja").write_text("its own")
+    assert load_tokenizer(Checkpoint.open(folder)).chat_template == "its own"
+    (folder / "chat_template.jinja").unlink()
+    place.write_text("[]")
+    with pytest.raises(CheckpointError, match="holds no text under 'chat_template'"):
+        load_tokenizer(Checkpoint.open(folder))
+
+
 def test_loading_says_nothing(tiny, capfd):
     load_model(tiny.base, device=CPU)
     load_tokenizer(tiny.base)

@@ -90,10 +90,11 @@ class _Rules:
     def choose(self, logits: Tensor, answers: Sequence[_Answer]) -> list[int]:
         """Return the next token of each answer."""
         young = [row for row, answer in enumerate(answers) if len(answer.said) < self.min_new_tokens]
-        if young and self.stop_ids:
+        stops = sorted(token for token in self.stop_ids if token < logits.shape[-1])
+        if young and stops:
             logits = logits.clone()
             rows = torch.tensor(young, device=logits.device)[:, None]
-            logits[rows, torch.tensor(sorted(self.stop_ids), device=logits.device)] = -torch.inf
+            logits[rows, torch.tensor(stops, device=logits.device)] = -torch.inf
         if self.sampling is None:
             chosen: list[int] = logits.argmax(dim=-1).tolist()
             return chosen

@@ -257,7 +257,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
             "copy the tokenizer files of the model it came from into the folder"
         ) from error
     beside = checkpoint.folder / "chat_template.json"
-    if not tokenizer.chat_template and beside.is_file():  # a processor's, which knows it and tokenizers do not
+    if (
+        not tokenizer.chat_template and beside.is_file()
+    ):  # a processor's, which knows it and tokenizers do not
         tokenizer.chat_template = _template_of_processor(beside)
     with contextlib.suppress(CheckpointError):  # it says so where the model is needed
         _ROWS[tokenizer] = int(load_config(checkpoint).get_text_config().vocab_size)
@@ -268,7 +270,9 @@ def _template_of_processor(file: Path) -> str:
     found = read_json(file)
     if isinstance(found, dict) and isinstance(found.get("chat_template"), str):
         return str(found["chat_template"])
-    raise CheckpointError(f"{file} holds no text under 'chat_template'; put the model's own there, or remove it")
+    raise CheckpointError(
+        f"{file} holds no text under 'chat_template'; put the model's own there, or remove it"
+    )
 
 
 _ROWS: WeakKeyDictionary[PreTrainedTokenizerBase, int] = WeakKeyDictionary()

@@ -38,18 +38,16 @@ SHAPES: Mapping[Form, tuple[str, ...]] = {
 }
 """Roles that the columns of a row play, by form; the first form whose roles are all there wins."""
 
-WEIGHTS = ("weight", "loss_mask", "train")
+SWITCHES = ("loss_mask", "train", "training", "trainable")
+WEIGHTS = ("weight", "sample_weight", "loss_weight", *SWITCHES)
 """Keys with which a row or a message says whether it is trained on."""
 
 ROW_FLAGS = (
     *WEIGHTS,
-    "system",
-    "tools",
-    "functions",
-    "documents",
-    "chat_template_kwargs",
-    "images",
-    "audios",
+    *("system", "system_prompt", "system_message", "history", "reasoning_content"),
+    *("tools", "builtin_tools", "custom_tools", "functions", "documents"),
+    *("chat_template", "chat_template_kwargs", "enable_thinking"),
+    *("image", "images", "audio", "audios", "video", "videos"),
 )
 """Columns that change what is shown or trained on: `WEIGHTS` in every form of row, the rest where a chat
 template may be used."""
@@ -57,8 +55,20 @@ template may be used."""
 LABELS = frozenset(
     {"id", "uuid", "index", "message_id", "parent_id", "timestamp", "created_at", "date", "lang"}
 )
-LABELS |= {"language", "source", "url", "model", "metadata", "turn", "tokens", "score", "rank"}
-"""Keys of a message that no template shows."""
+LABELS |= {
+    "annotations",
+    "cache_control",
+    "language",
+    "source",
+    "url",
+    "model",
+    "metadata",
+    "turn",
+    "tokens",
+    "score",
+    "rank",
+}
+"""Keys of a message, or of a part of one, that no template shows."""
 
 ROLES = tuple(role for roles in SHAPES.values() for role in roles)
 _KNOWN_ROLES = "question and answer, prompt and completion, messages, or text"
@@ -260,23 +270,27 @@ def _message(entry: object, where: str) -> tuple[Message, bool]:
         raise DataError(f"{where} is {json_type(entry)}; it must be an object with role and content")
     role = _text(entry, "role", where)
     answers = role == "assistant"
-    for name, value in entry.items():
-        if name not in ("role", "content", *WEIGHTS, *LABELS) and not _says_nothing(value):
-            raise DataError(
-                f"{where} has {str(name)[:40]!r}, which could change what a model is shown and is not passed "
-                "on; leave that key or the row out"
-            )
+    _check_keys(entry, ("role", "content", *WEIGHTS, *LABELS), where)
     said = {
         name: _is_trained(entry[name], f"{where}: {name!r}")
         for name in WEIGHTS
         if entry.get(name) is not None
     }
-    if not answers and any(said.get(name) for name in ("loss_mask", "train")):
+    if not answers and any(said.get(name) for name in SWITCHES):
         raise DataError(f"{where} is the {role}'s and asks to be trained on; only an assistant's can be")
     # A system or user message may be empty; an answer may not.
     shown = entry | {"content": _joined(entry["content"], where)} if "content" in entry else entry
     content = _text(shown, "content", where, blank=not answers)
     return Message(role, content), answers and all(said.values())
+
+
+def _check_keys(entry: Mapping[str, object], known: Sequence[str], where: str) -> None:
+    for name, value in entry.items():
+        if name not in known and not _says_nothing(value):
+            raise DataError(
+                f"{where} has {str(name)[:40]!r}, which could change what a model is shown and is not passed "
+                "on; leave that key or the row out"
+            )
 
 
 def _joined(content: object, where: str) -> object:
@@ -291,6 +305,8 @@ def _joined(content: object, where: str) -> object:
             raise DataError(
                 f"{where} has a part that is {str(kind)[:40]!r} and no text; Palinode reads text alone"
             )
+        if isinstance(part, dict):
+            _check_keys(part, ("type", "text", *LABELS), f"a part of {where}")
         texts.append(text)
     return "".join(texts)
 

@@ -150,6 +150,18 @@ def test_a_generation_prompt_that_differs_is_said_once() -> None:
         assert prompt_notes(rows, make(CHAT_TEMPLATES[name]), STYLE) == []
 
 
+def test_special_tokens_in_the_texts_of_rows_are_counted_and_named() -> None:
+    rows = [example("7"), example("It ends with <|im_end|>."), example("7", Message("user", "<|im_end|>?"))]
+    (note,) = prompt_notes(rows, make(CHATML), STYLE)
+    assert note.startswith(
+        "2 of 3 rows hold special tokens of the tokenizer in their own texts, such as '<|im_"
+    )
+    (row,) = tokenize(rows[1:2], make(CHATML), max_length=500, style=STYLE)
+    end = end_id("chat", make(CHATML), STYLE)
+    assert row.ids[row.start :].count(end) == 2  # as it says: the text's own and the one behind it
+    assert prompt_notes([example("a < b </ s>")], make(CHATML), STYLE) == []
+
+
 def test_two_days_write_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     ways = (
         "{{ date_string }}",

@@ -113,20 +113,42 @@ def end_id(form: Form, tokenizer: PreTrainedTokenizerBase, style: PromptStyle) -
 def prompt_notes(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, style: PromptStyle
 ) -> list[str]:
-    """Return, in words, where the chat template asks otherwise than it writes a finished exchange."""
+    """Return, in words, where the chat template asks otherwise than it writes a finished exchange.
+
+    Also how many rows hold special tokens in their own texts, of which no text is made.
+    """
     reader = _Reader(tokenizer, style)
-    asked = [replace(example, answer="") for example in examples if example.form in ("question", "chat")][:1]
-    if reader.template is None or not asked:
-        return []
-    context = reader.template.exchanges(asked)[0].context
-    prompt = reader.template.generation_prompt(asked[0])
+    spoken = [example for example in examples if example.form in ("question", "chat")]
+    notes = _tokens_in_texts(spoken, tokenizer)
+    if reader.template is None or not spoken:
+        return notes
+    asked = replace(spoken[0], answer="")
+    context = reader.template.exchanges([asked])[0].context
+    prompt = reader.template.generation_prompt(asked)
     if prompt is not None and prompt.rstrip(" ") == context.rstrip(" "):
-        return []
+        return notes
     longer = prompt is not None and context.startswith(prompt)
     told = f"it also has {context[len(prompt or '') :]!r}" if longer else "it is another text"
     return [
         "What the chat template writes before an answer in a finished exchange is not its generation prompt "
-        f"({told}); rows are trained on and asked with what the finished exchange has."
+        f"({told}); rows are trained on and asked with what the finished exchange has.",
+        *notes,
+    ]
+
+
+def _tokens_in_texts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    known = sorted({token for token in (*added, *tokenizer.all_special_tokens) if token.strip()})
+    firsts = {token[0] for token in known}  # most texts have none of them, and need no search
+    texts = ("\n".join([*(turn.content for turn in example.turns), example.answer]) for example in examples)
+    found = [[token for token in known if token in text] if firsts & set(text) else [] for text in texts]
+    count = sum(map(bool, found))
+    if not count:
+        return []
+    return [
+        f"{count} of {len(examples)} rows hold special tokens of the tokenizer in their own texts, such as "
+        f"{next(filter(None, found))[0]!r}; they are read as such, as transformers reads them, and may end a "
+        "turn where the text only speaks of it."
     ]
 
 

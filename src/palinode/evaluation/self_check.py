@@ -97,7 +97,7 @@ def check_prompts(
     One pass over at most ROWS rows a way. Raises DataError where a row cannot be put as chosen.
     """
     from palinode.models.likelihoods import score_rows
-    from palinode.models.loading import pad_token, position_limit
+    from palinode.models.loading import check_positions, pad_token, position_limit
 
     asked = rows_with_style(examples)
     if not asked:
@@ -105,6 +105,7 @@ def check_prompts(
     limit = min(max_length, position_limit(model.config) or max_length)
     drawn = sample_examples(asked, min(ROWS, len(asked)), seed=0)
     ways = plausible_ways(drawn, tokenizer, style, max_length=limit)
+    check_positions(model.config, ways[0].rows, tokenizer)  # the chosen one
     scores = iter(score_rows(model, [row for way in ways for row in way.rows], pad_id=pad_token(tokenizer)))
     levels = [[fmean(next(scores).logprobs) for _ in way.rows] for way in ways]
     return decide(ways, levels)

@@ -131,7 +131,7 @@ def build_empty(checkpoint: Checkpoint) -> PreTrainedModel:
     config = load_config(checkpoint)
     text = text_config(config)
     known = type(text) in AutoModelForCausalLM._model_mapping
-    kind = AutoModelForCausalLM if known else _class_of(text, config)
+    kind = (None if known else _class_of(text, config)) or AutoModelForCausalLM
     with torch.device("meta"), quiet_transformers(), no_larger_than(checkpoint):
         model: PreTrainedModel = from_config(kind, text)
     return model

@@ -38,6 +38,7 @@ from palinode.weights.checkpoint import Checkpoint, TensorInfo, require_causal_l
 from palinode.weights.files import Files
 from palinode.weights.fingerprints import unchanged
 from palinode.weights.foreign import bounded, from_config, from_pretrained
+from palinode.weights.tensors import shown
 
 DTYPES = {
     "F64": torch.float64,
@@ -227,6 +228,9 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     try:
         with quiet_transformers():
             config: PreTrainedConfig = from_pretrained(AutoConfig, checkpoint.folder)
+            rows = config.get_text_config().vocab_size
+            if type(rows) is not int or rows < 1:
+                raise ValueError(f"its vocab_size is {shown(str(rows))}")
     except CheckpointError:
         raise
     except Exception as error:  # transformers raises many kinds here
@@ -256,7 +260,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
             "copy the tokenizer files of the model it came from into the folder"
         ) from error
     with contextlib.suppress(CheckpointError):  # it says so where the model is needed
-        _ROWS[tokenizer] = int(load_config(checkpoint).get_text_config().vocab_size)
+        _ROWS[tokenizer] = load_config(checkpoint).get_text_config().vocab_size
     return tokenizer
 
 
@@ -325,7 +329,7 @@ def _reason(error: Exception) -> str:
     text = str(error).strip()
     if "ignore_mismatched_sizes" in text:
         return "its weights have other shapes than its config asks for"
-    return text.splitlines()[0] if text else type(error).__name__
+    return shown(text.splitlines()[0]) if text else type(error).__name__
 
 
 def _require_all_weights(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
@@ -350,7 +354,7 @@ class quiet_transformers:  # noqa: N801 - reads as a statement
     def __enter__(self) -> None:
         self.level = transformers.logging.get_verbosity()
         self.bars = transformers.logging.is_progress_bar_enabled()
-        transformers.logging.set_verbosity(logging.ERROR)
+        transformers.logging.set_verbosity(logging.CRITICAL)  # its errors show what the folder says as it is
         transformers.logging.disable_progress_bar()
 
     def __exit__(self, *_: object) -> None:

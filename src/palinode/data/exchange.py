@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from palinode.data.examples import Example, Message
 from palinode.data.rendering import Chat, Refusal, render
-from palinode.errors import DataError
+from palinode.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,7 +90,14 @@ class Template:
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, style: PromptStyle) -> Template:
         """Return the template that the tokenizer has; it must have one."""
-        return cls(tokenizer.get_chat_template(), tokenizer.special_tokens_map, style)
+        try:
+            source = tokenizer.get_chat_template()
+        except ValueError as error:  # of several, none is for chats
+            raise RecipeError(
+                f"the tokenizer has chat templates named {', '.join(tokenizer.chat_template)} and none named "
+                "default; name one of them so, or ask without it (chat = false)"
+            ) from error
+        return cls(source, tokenizer.special_tokens_map, style)
 
     def exchanges(self, examples: Sequence[Example]) -> list[Exchange]:
         """Return each example as it is written when it is finished.
@@ -170,7 +177,7 @@ class Template:
             trial = replace(plan, system=plan.system and "zqsqz")
             (text,) = self._render([trial.chat(marks, "zq0qz")])
             if isinstance(text, Refusal):
-                refusal = text.reason
+                refusal = refusal if plan.parts else text.reason  # what it says to parts is of the trial
                 continue
             if any(form in text for form in _SPELT_OUT):  # it wanted no parts, and shows them as they are
                 continue

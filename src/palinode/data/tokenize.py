@@ -158,6 +158,11 @@ class _Reader:
         found = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
         return [list(ids) for ids in found]
 
+    def behind(self, text: str) -> list[int]:
+        """Return the ids of a text that is none's beginning: some tokenizers put a blank before those."""
+        line, both = self.ids(["\n", f"\n{text}"])
+        return both[len(line) :] if both[: len(line)] == line else self.ids([text])[0]
+
     def opened(self, ids: list[int]) -> list[int]:
         """Return the ids of a text after what the tokenizer puts before one (BOS); none of none."""
         if self._opening is None:
@@ -182,7 +187,7 @@ class _Reader:
             context, (ending, last) = contexts[place], endings[place]
             # an unknown word may have swallowed the beginning of the answer, and nobody could tell
             whole = ids[: len(context)] == context and context[-1:] != [self.tokenizer.unk_token_id]
-            answer = ids[len(context) :] if whole else self.ids([texts[place][borders[place] :]])[0]
+            answer = ids[len(context) :] if whole else self.behind(texts[place][borders[place] :])
             if ended and (not answer or (ending and [answer] == self.ids([ending]))):
                 answer, last = [], []
             made.append((self.opened(context) if exchanges[place].plain else context, [*answer, *last]))

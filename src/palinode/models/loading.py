@@ -38,6 +38,7 @@ from palinode.weights.checkpoint import Checkpoint, TensorInfo, require_causal_l
 from palinode.weights.files import Files
 from palinode.weights.fingerprints import unchanged
 from palinode.weights.foreign import bounded, from_config, from_pretrained
+from palinode.weights.formats.small_files import read_json
 from palinode.weights.tensors import shown
 
 DTYPES = {
@@ -259,9 +260,23 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
             f"{checkpoint.folder} has no tokenizer that can be loaded ({type(error).__name__}); "
             "copy the tokenizer files of the model it came from into the folder"
         ) from error
+    beside = checkpoint.folder / "chat_template.json"
+    if (
+        not tokenizer.chat_template and beside.is_file()
+    ):  # a processor's, which knows it and tokenizers do not
+        tokenizer.chat_template = _template_of_processor(beside)
     with contextlib.suppress(CheckpointError):  # it says so where the model is needed
         _ROWS[tokenizer] = load_config(checkpoint).get_text_config().vocab_size
     return tokenizer
+
+
+def _template_of_processor(file: Path) -> str:
+    found = read_json(file)
+    if isinstance(found, dict) and isinstance(found.get("chat_template"), str):
+        return str(found["chat_template"])
+    raise CheckpointError(
+        f"{file} holds no text under 'chat_template'; put the model's own there, or remove it"
+    )
 
 
 _ROWS: WeakKeyDictionary[PreTrainedTokenizerBase, int] = WeakKeyDictionary()

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import stat
 import threading
 import tomllib
@@ -28,6 +29,9 @@ RECORD_VERSION = 1
 
 MAX_BYTES, MAX_JSON, MAX_TOML = 1 << 33, 1 << 30, 1 << 22
 """Of a file that is read whole: rows or a log; a record or an index; a recipe, a policy or the like."""
+
+STARTING = re.compile(r"PATH|LANG|LC_\w+|TMPDIR|TEMP|TMP|SYSTEMROOT|(LD|DYLD)_\w+", re.IGNORECASE)
+"""Environment variables that a child process may need."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +250,11 @@ def read_bytes(path: Path, *, limit: int = MAX_BYTES) -> bytes:
         if status.st_size > limit:
             raise NotReadError(f"it has {status.st_size} bytes where {limit} would be many")
         return file.read(status.st_size)
+
+
+def bare_environment() -> dict[str, str]:
+    """Return what a child process needs of the environment to start, and no keys and tokens."""
+    return {name: value for name, value in os.environ.items() if STARTING.fullmatch(name)}
 
 
 def ordinary(path: Path) -> Path:

@@ -1,5 +1,7 @@
 """What stands before an answer is what a template writes there in a finished exchange, found by its place."""
 
+from pathlib import Path
+
 import pytest
 from templates import CHAT_TEMPLATES, CHATML, DATED, NO_GENERATION_BRANCH, PARTS, THINK_BLOCK, THOUGHTS_CUT
 from tokenizers import Tokenizer
@@ -9,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from palinode.data.examples import Example, Message
 from palinode.data.exchange import Exchange, Template
-from palinode.data.rendering import MEMORY, SECONDS, Refusal, render
+from palinode.data.rendering import MEMORY, SECONDS, Refusal, _end, _Worker, render
 from palinode.data.tokenize import PromptStyle, begun_ids, end_id, prompt_ids, prompt_notes, tokenize
 from palinode.errors import DataError, RecipeError
 
@@ -195,6 +197,28 @@ def test_a_template_without_end_is_stopped_and_the_next_is_rendered() -> None:
         == [Refusal(f"it was stopped after {SECONDS} seconds of computing")] * 3
     )
     assert render("{{ messages[0].content }}", CHAT, {}, date="") == ["hi"] * 3
+
+
+@pytest.mark.parametrize("module", ["json", "runpy", "signal", "random", "jinja2", "datetime"])
+def test_a_file_in_the_current_folder_is_not_imported(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / f"{module}.py").write_text("raise SystemExit(7)")
+    monkeypatch.chdir(tmp_path)
+    _end()  # the next one starts here
+    assert render("{{ messages[0].content }}", CHAT, {}, date="1 May 2025") == ["hi"] * 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+def test_the_process_that_renders_knows_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    worker = _Worker()
+    assert worker.render({"template": "a", "variables": {}, "date": ""}, CHAT[:1]) == ["a"]
+    known = Path(f"/proc/{worker.process.pid}/environ").read_bytes()
+    worker.end()
+    assert b"PATH=" in known
+    assert b"secret" not in known
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_config_without_architectures_is_given_a_try(folder):
 
 def test_unknown_architecture_is_refused(folder):
     change_config(folder, model_type="nonsense")
-    assert "config.json describes no model that can be built" in refusal(folder)
+    assert "cannot be loaded as a causal language model" in refusal(folder)
 
 
 def test_missing_weights_are_refused_and_not_made_up(folder):

@@ -156,7 +156,11 @@ def test_record_has_every_score_of_every_model_on_both_sets(done):
             assert set(metrics) == set(DEFAULT_METRICS)
             for score in metrics.values():
                 assert set(score) == {"value", "n", "low", "high", "reason"}
-                assert 0 <= score["low"] <= score["value"] <= score["high"] <= 1
+            strength = metrics["extraction_strength"]  # of answers of one token it tells nothing
+            assert strength["value"] is None
+            assert "has one token" in strength["reason"]
+            for name in set(DEFAULT_METRICS) - {"extraction_strength"}:
+                assert 0 <= metrics[name]["low"] <= metrics[name]["value"] <= metrics[name]["high"] <= 1
     assert scores["target"]["forget"]["answer_probability"]["n"] == 30
     assert scores["target"]["retain"]["answer_probability"]["n"] == 40  # evaluation.max_rows
 

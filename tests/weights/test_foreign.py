@@ -67,6 +67,32 @@ def test_a_bare_call_is_noticed(call):
     assert bare_calls(f"def f():\n    return {call}") != []
 
 
+@pytest.mark.parametrize("text", ["x", 5, [], {}, {"vocab_size": 7}, {"quantization_config": {"a": 1}}])
+def test_a_config_whose_text_tower_is_none_is_refused(folder, text):
+    change(folder / "config.json", text_config=text)
+    checkpoint = Checkpoint.open(folder)
+    for load in (load_config, build_empty, lambda one: load_model(one, device=CPU)):
+        with pytest.raises(CheckpointError, match="describes no model"):
+            load(checkpoint)
+    load_tokenizer(checkpoint)
+
+
+@pytest.mark.parametrize("rows", [0, -1, "many", None])
+def test_an_embedding_without_rows_is_refused(folder, rows):
+    change(folder / "config.json", vocab_size=rows)
+    with pytest.raises(CheckpointError, match="vocab_size"):
+        load_config(Checkpoint.open(folder))
+
+
+def test_what_a_config_says_never_steers_a_terminal(folder, capfd):
+    change(folder / "config.json", sub_configs="\x1b]0;yours\x07")
+    with pytest.raises(CheckpointError) as refused:
+        load_config(Checkpoint.open(folder))
+    said = capfd.readouterr()
+    assert said.out + said.err == ""
+    assert str(refused.value).isprintable()
+
+
 # Code in the folder
 
 CODE = """

@@ -372,6 +372,63 @@ def test_a_record_that_stands_twice(folder):
     assert "twice" in refusal(folder)
 
 
+def test_records_that_differ_in_case_alone_are_one_name_for_torch(folder):
+    put(folder, {"w": torch.ones(3)})
+    rezip(folder, lambda records: {**records, **{name.upper(): b"x" for name in [*records][:1]}})
+    assert "twice" in refusal(folder)
+
+
+def directory_of(raw: bytes) -> tuple[int, int]:
+    """Start and bytes of a zip's directory."""
+    size, start = struct.unpack_from("<2L", raw, len(raw) - 10)
+    return start, size
+
+
+def test_two_directories_that_disagree_are_refused(folder):
+    """Of an archive with two end records, torch reads the 64-bit one."""
+    put(folder, {"w": torch.ones(3)})
+    raw = (folder / "pytorch_model.bin").read_bytes()
+    start, size = directory_of(raw)
+    other = raw[start : start + size].replace(b"data/0", b"data/1")
+    count = struct.unpack_from("<H", raw, len(raw) - 12)[0]
+    for second, agrees in ((start, True), (start + size, False)):
+        wide = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, second)
+        locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, start + 2 * size, 1)
+        end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, count, count, size, start, 0)
+        written = raw[: start + size] + other + wide + locator + end
+        (folder / "pytorch_model.bin").write_bytes(written)
+        if agrees:
+            assert [*Checkpoint.open(folder, allow_pickle=True).tensors] == ["w"]
+        else:
+            assert "zip directory is broken" in refusal(folder)
+
+
+@pytest.mark.parametrize("place", [6, 8, 10, 20, 38, 40])
+def test_a_record_whose_own_header_says_otherwise_is_refused(folder, place):
+    """At 8 is its method, from 30 on its name; flags, time, packed size and version say nothing new."""
+    put(folder, {"w": torch.ones(3)})
+    file = folder / "pytorch_model.bin"
+    raw = bytearray(file.read_bytes())
+    name = raw.find(b"pytorch_model/data/0")
+    raw[name - 30 + place] ^= 1
+    file.write_bytes(bytes(raw))
+    if place in (8, 38, 40):
+        assert "broken" in refusal(folder)
+    else:
+        assert [*Checkpoint.open(folder, allow_pickle=True).tensors] == ["w"]
+
+
+@pytest.mark.parametrize("flag", [0x1, 0x40, 0x2000])
+def test_an_encrypted_record_is_refused(folder, flag):
+    put(folder, {"w": torch.ones(3)})
+    file = folder / "pytorch_model.bin"
+    raw = bytearray(file.read_bytes())
+    entry = raw.rfind(b"pytorch_model/data/0") - 46
+    struct.pack_into("<H", raw, entry + 8, flag)
+    file.write_bytes(bytes(raw))
+    assert "compressed" in refusal(folder)
+
+
 def test_an_archive_beyond_four_gigabytes(folder):
     """The 64-bit fields of a zip, in a sparse file with a hole before the second storage."""
     put(folder, {"w": torch.arange(4.0), "v": torch.arange(3.0)})
@@ -555,6 +612,20 @@ def unread(content, table="weights") -> str:
 )
 def test_broken_or_hostile_pickles(content):
     assert "cannot be read" in unread(content) or content.startswith(b"ctorch\nTensor")
+
+
+def test_nothing_is_changed_after_it_was_made():
+    """A tensor's shape, a storage's length and a dtype's code stay what their calls said; torch refuses."""
+    state = b"}(" + word("place") + b"N" + word("count") + b"K\x02" + word("code") + b"X\x03\0\0\0I32ub"
+    view = b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"K\x00)))N" + b"tR"
+    for made in (view, STORAGE, b"ctorch\nFloatStorage\n"):
+        assert "after it was made" in unread(made + state + b".")
+
+
+def test_attributes_of_a_dictionary_hide_none_of_its_entries():
+    hidden = b"ccollections\nOrderedDict\n)R" + word("a") + b"K\x01s}" + word("items") + b"ctorch\nSize\nsb."
+    (held,) = unpickle([(Path("x"), b"\x80\x02" + hidden)])
+    assert held.parts == [{"a": 1}]
 
 
 def word(text: str) -> bytes:

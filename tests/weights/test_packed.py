@@ -1,12 +1,14 @@
 """Packed weights are refused by name whatever their config says, and a model's own buffers never are."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from palinode.errors import CheckpointError
 from palinode.weights import Checkpoint
+from palinode.weights.packed import refuse_packed
 
 LAYER = "model.layers.0.mlp.up_proj"
 PLAIN = {
@@ -120,7 +122,40 @@ def test_mlx_is_named_where_its_settings_stand_twice_without_a_method(models):
         Checkpoint.open(models.write("mlx", PLAIN, **both))
 
 
+ONE_LAYER = {
+    "Marlin": {"B": ints(4, 16), "s": torch.ones(1, 8)},
+    "EXL3": {"trellis": ints(4, 4, 8, dtype=torch.int16), "suh": torch.ones(8), "svh": torch.ones(8)},
+    "QuIP#": {"Qidxs": ints(8, 8, dtype=torch.int16), "SU": torch.ones(8), "SV": torch.ones(8)},
+    "VPTQ": {"indices": ints(1, 8, 4, dtype=torch.int16), "centroids.weight": torch.ones(1, 16)},
+    "numbers in a row": {"packed": u8(64), "scale": torch.ones(8)},
+    "one bit each": {"weight": torch.ones(8, 8, dtype=torch.bool)},
+    "signs and a scale": {"sign": torch.ones(8, 8, dtype=torch.bool), "alpha": torch.ones(8)},
+    "square, one in front": {"weight": ints(1, 8, 8, dtype=torch.int8)},
+}
+
+
+@pytest.mark.parametrize("kind", ONE_LAYER)
+def test_one_packed_layer_of_a_large_model_is_refused(models, kind):
+    large = {f"model.layers.{i}.mlp.up_proj.weight": torch.ones(500, 100) for i in (1, 2)}
+    parts = {f"{LAYER}.{name}": value for name, value in ONE_LAYER[kind].items()}
+    with pytest.raises(CheckpointError, match="is quantised: its weights are packed as"):
+        Checkpoint.open(models.write("packed", PLAIN | large | parts))
+
+
+def test_a_config_may_say_so_of_the_text_tower():
+    inner = {"text_config": {"quantization_config": {"quant_method": "gptq"}}}
+    with pytest.raises(CheckpointError, match="packed as gptq"):
+        refuse_packed(Path("folder"), {}, inner)
+
+
 BUFFERS = {
+    "mask that is a lower triangle": ("h.0.attn.tril", u8(64, 64)),
+    "mask without ones before it": ("h.0.attn.bias", torch.ones(64, 64, dtype=torch.uint8).tril()),
+    "mask that is not square": ("h.0.attn.bias", torch.ones(1, 1, 32, 64, dtype=torch.uint8).tril()),
+    "several masks": ("h.0.attn.local_bias", torch.ones(2, 1, 64, 64, dtype=torch.uint8)),
+    "table of relative positions": ("h.0.attn.relative_position_index", ints(49, 49, dtype=torch.int64)),
+    "table of experts for tokens": ("h.0.gate.tid2eid", ints(500, 6, dtype=torch.int64)),
+    "another vocabulary's numbers": ("d2t", ints(500, dtype=torch.int64)),
     "mask as bytes": ("h.0.attn.bias", torch.ones(1, 1, 64, 64, dtype=torch.uint8).tril()),
     "mask as truth": ("h.0.attn.bias", torch.ones(1, 1, 64, 64, dtype=torch.bool).tril()),
     "mask of its own name": ("h.0.attn.causal_mask", torch.ones(64, 64, dtype=torch.uint8)),

@@ -20,6 +20,7 @@ RESUMED = ("unlearn", "run", "finetune", "demo", "compare", "audit")
 def main() -> None:
     """Run the `palinode` command."""
     signal.signal(signal.SIGTERM, _interrupt)
+    os.environ.setdefault("PYTHONSAFEPATH", "1")  # what libraries start imports nothing from this folder
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without Greek letters is no reason to fail
     try:

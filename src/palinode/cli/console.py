@@ -147,7 +147,7 @@ def hush_libraries(quiet: bool) -> bool:
     """
     names = (*BARS_OFF, *NOTES_OFF) if quiet else () if sys.stderr.isatty() else BARS_OFF
     for name in names:
-        os.environ.setdefault(name, "error" if name.endswith("_VERBOSITY") else "1")
+        os.environ.setdefault(name, "critical" if name.endswith("_VERBOSITY") else "1")
     return quiet
 
 

@@ -77,9 +77,12 @@ class _Worker:
     def __init__(self) -> None:
         start = "import json, runpy, sys; sys.path[:] = json.loads(sys.argv[1]); "
         start += "runpy.run_path(sys.argv[2], run_name='__main__')"
+        from palinode.records import bare_environment  # which the child, this file too, has no use for
+
         self.owner = os.getpid()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", start, json.dumps(sys.path), __file__],
+            [sys.executable, "-I", "-c", start, json.dumps(sys.path), __file__],  # -I: not the current folder
+            env=bare_environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

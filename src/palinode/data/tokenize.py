@@ -207,7 +207,8 @@ class _Reader:
         made = []
         for place, ids in enumerate(self.ids(texts)):
             context, (ending, last) = contexts[place], endings[place]
-            whole = ids[: len(context)] == context
+            # an unknown word may have swallowed the beginning of the answer, and nobody could tell
+            whole = ids[: len(context)] == context and context[-1:] != [self.tokenizer.unk_token_id]
             answer = ids[len(context) :] if whole else self.behind(texts[place][borders[place] :])
             if ended and (not answer or (ending and [answer] == self.ids([ending]))):
                 answer, last = [], []

@@ -39,6 +39,7 @@ from palinode.weights.files import Files
 from palinode.weights.fingerprints import unchanged
 from palinode.weights.foreign import bounded, from_config, from_pretrained
 from palinode.weights.formats.small_files import read_json
+from palinode.weights.tensors import shown
 
 DTYPES = {
     "F64": torch.float64,
@@ -132,7 +133,7 @@ def build_empty(checkpoint: Checkpoint) -> PreTrainedModel:
     config = load_config(checkpoint)
     text = text_config(config)
     known = type(text) in AutoModelForCausalLM._model_mapping
-    kind = AutoModelForCausalLM if known else _class_of(text, config)
+    kind = (None if known else _class_of(text, config)) or AutoModelForCausalLM
     with torch.device("meta"), quiet_transformers(), no_larger_than(checkpoint):
         model: PreTrainedModel = from_config(kind, text)
     return model
@@ -228,6 +229,9 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     try:
         with quiet_transformers():
             config: PreTrainedConfig = from_pretrained(AutoConfig, checkpoint.folder)
+            rows = config.get_text_config().vocab_size
+            if type(rows) is not int or rows < 1:
+                raise ValueError(f"its vocab_size is {shown(str(rows))}")
     except CheckpointError:
         raise
     except Exception as error:  # transformers raises many kinds here
@@ -262,7 +266,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     ):  # a processor's, which knows it and tokenizers do not
         tokenizer.chat_template = _template_of_processor(beside)
     with contextlib.suppress(CheckpointError):  # it says so where the model is needed
-        _ROWS[tokenizer] = int(load_config(checkpoint).get_text_config().vocab_size)
+        _ROWS[tokenizer] = load_config(checkpoint).get_text_config().vocab_size
     return tokenizer
 
 
@@ -340,7 +344,7 @@ def _reason(error: Exception) -> str:
     text = str(error).strip()
     if "ignore_mismatched_sizes" in text:
         return "its weights have other shapes than its config asks for"
-    return text.splitlines()[0] if text else type(error).__name__
+    return shown(text.splitlines()[0]) if text else type(error).__name__
 
 
 def _require_all_weights(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
@@ -365,7 +369,7 @@ class quiet_transformers:  # noqa: N801 - reads as a statement
     def __enter__(self) -> None:
         self.level = transformers.logging.get_verbosity()
         self.bars = transformers.logging.is_progress_bar_enabled()
-        transformers.logging.set_verbosity(logging.ERROR)
+        transformers.logging.set_verbosity(logging.CRITICAL)  # its errors show what the folder says as it is
         transformers.logging.disable_progress_bar()
 
     def __exit__(self, *_: object) -> None:

@@ -29,7 +29,7 @@ from palinode.records import OTHERS, close_to_others, fitting, private, read_jso
 STEP_VERSION = 2
 """Raised when a step's meaning changes, so that results of older versions are not reused."""
 
-OWN = re.compile(r"lock|tracking|report(-.+)?\.(html|md|json)|\..+\.partial|[a-z][a-z0-9_-]*-[0-9a-f]{12}")
+OWN = re.compile(r"lock|tracking|report(-.+)?\.(html|md|json)|\..+\.partial|[a-z][a-z0-9_~-]*-[0-9a-f]{12}")
 """Names of what may lie in a workspace."""
 
 

@@ -26,8 +26,10 @@ MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 # What a model computes for itself, and old checkpoints hold all the same.
 BUFFER = re.compile(
-    r"(^|\.)(original_inv_freq|inv_freq|(cos|sin)_cached|masked_bias|num_batches_tracked|(.+_)?mask|(.+_)?ids)$"
+    r"(^|\.)(original_inv_freq|inv_freq|(cos|sin)_cached|masked_bias|num_batches_tracked|(.+_)?mask|tril|triu|(.+_)?ids)$"
 )
+
+CALLED_WEIGHTS = re.compile(r"(weight|weight_packed|_data|codes|_blocks|W_q)$")
 
 
 @lru_cache(maxsize=1 << 16)
@@ -74,7 +76,10 @@ def is_embedding(name: str) -> bool:
 def is_buffer(name: str, shape: tuple[int, ...], *, is_float: bool) -> bool:
     """Tell whether a model computes this tensor for itself: rotary frequencies, masks, positions.
 
-    A causal mask is [1, 1, n, n], and is called `bias` in GPT-2 and its kin.
+    A causal mask is [n, n], mostly with ones before it, and is called `bias` in GPT-2 and its kin.
     """
     square = len(shape) > 2 and shape[-1] == shape[-2] and set(shape[:-2]) == {1}
-    return bool(BUFFER.search(name)) or (square and (not is_float or name.endswith(".bias")))
+    if is_float:
+        return bool(BUFFER.search(name)) or (square and name.endswith(".bias"))
+    mask = len(shape) > 1 and name.endswith("bias")
+    return bool(BUFFER.search(name)) or mask or (square and not CALLED_WEIGHTS.search(name))

@@ -1,25 +1,27 @@
 """Packed weights: matrices stored as whole numbers, to be multiplied by scales that lie beside them.
 
 They cannot be added. Whatever their names, whole numbers that are no buffer are packed weights where they
-are called weights or make up a notable part of the model; names only tell which format it is.
+are called weights, lie in a layer that has nothing but scales besides, or make up a notable part of the model.
+One layer is enough. Names only tell which format it is, or give away a format that has no others like it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from palinode.errors import CheckpointError
-from palinode.weights.names import is_buffer
+from palinode.weights.names import CALLED_WEIGHTS, is_buffer
 from palinode.weights.tensors import FLOAT_BYTES, TensorInfo, shown
 
 NOTABLE = 0.01
 """Share of a model's bytes from which whole numbers cannot be a table of the model's own."""
 
 EMBEDDING = re.compile(r"embed|(^|\.)wte\.")
-CALLED_WEIGHTS = re.compile(r"(weight|weight_packed|_data|codes|_blocks|W_q)$")
+INDICES = ("I64", "U64")
+"""What torch counts and points with; nobody packs weights in so wide a type under a name of its own."""
 
 ORIGINAL = "take the original model that it was made from"
 DEQUANTISE = f"save it dequantised (in transformers: model.dequantize(), then save_pretrained), or {ORIGINAL}"
@@ -73,14 +75,40 @@ def _packed(infos: Sequence[TensorInfo]) -> list[TensorInfo]:
     whole = [
         info
         for info in infos
-        if info.dtype not in (*FLOAT_BYTES, "BOOL") and not is_buffer(info.name, info.shape, is_float=False)
+        if info.dtype not in FLOAT_BYTES and not is_buffer(info.name, info.shape, is_float=False)
     ]
-    matrices = [info for info in whole if len(info.shape[_leading_ones(info.shape) :]) > 1]
     called = [info for info in whole if CALLED_WEIGHTS.search(info.name)]
     total, is_model = _bytes(infos), any(EMBEDDING.search(info.name) for info in infos)
     if any(len(info.shape) > 1 for info in called) or _bytes(called) > total / 2:
         return whole
-    return whole if is_model and _bytes(matrices) > NOTABLE * total else []
+    if any(map(_scales_beside(infos), whole)) or (whole and _known(info.name for info in infos)):
+        return whole
+    tables = [info for info in whole if _is_matrix(info) and info.dtype not in (*INDICES, "BOOL")]
+    return whole if is_model and _bytes(tables) > NOTABLE * total else []
+
+
+def _scales_beside(infos: Sequence[TensorInfo]) -> Callable[[TensorInfo], bool]:
+    """Return what tells whether whole numbers are all that a layer has, but for fewer floating-point ones."""
+    layers: dict[str, list[TensorInfo]] = {}
+    for info in infos:
+        layers.setdefault(_layer(info.name), []).append(info)
+    outer = {_layer(name) for name in layers}
+
+    def tells(info: TensorInfo) -> bool:
+        layer = _layer(info.name)
+        scales = [one.size for one in layers[layer] if one.is_float]
+        shaped = _is_matrix(info) or info.dtype not in INDICES
+        return shaped and layer not in outer and 0 < max(scales, default=0) < info.size
+
+    return tells
+
+
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _is_matrix(info: TensorInfo) -> bool:
+    return len(info.shape[_leading_ones(info.shape) :]) > 1
 
 
 def _leading_ones(shape: tuple[int, ...]) -> int:
@@ -98,20 +126,29 @@ def _is_bitsandbytes(tensors: Mapping[str, TensorInfo]) -> bool:
 
 def _method(config: Mapping[str, Any]) -> str | None:
     """Return what the config calls the quantisation; None where it has none."""
-    settings = [found for key in ("quantization_config", "compression_config") if (found := config.get(key))]
+    inner = config.get("text_config")
+    places = (config, inner if isinstance(inner, dict) else {})
+    keys = ("quantization_config", "compression_config")
+    settings = [found for place in places for key in keys if (found := place.get(key))]
     for entry in settings:
         if isinstance(entry, dict) and isinstance(named := entry.get("quant_method"), str) and named:
             return named
-    return "MLX" if config.get("quantization") else UNKNOWN if settings else None
+    return "MLX" if any(place.get("quantization") for place in places) else UNKNOWN if settings else None
+
+
+def _known(names: Iterable[str]) -> tuple[str, str] | None:
+    """Return name and way out of the format that tensors of these names are of."""
+    names = list(names)
+    fits = (one for one in FORMATS if any(re.search(one[1], name) for name in names))
+    return next(((kind, way_out) for kind, _, way_out in fits), None)
 
 
 def _format(
     tensors: Mapping[str, TensorInfo], packed: Sequence[TensorInfo], method: str | None
 ) -> tuple[str, str]:
     """Return the name of the format and the way out."""
-    for kind, pattern, way_out in FORMATS:
-        if any(re.search(pattern, name) for name in tensors):
-            return kind, way_out
+    if found := _known(tensors):
+        return found
     words = next((info for info in packed if info.name.endswith("qweight")), None)
     if words and (scales := tensors.get(words.name.removesuffix("qweight") + "scales")):
         return ("GPTQ" if scales.shape[-1:] == words.shape[-1:] else "AWQ"), ORIGINAL

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from palinode.errors import CheckpointError
+from palinode.records import bare_environment
 from palinode.weights.files import Files
 from palinode.weights.formats import unpickler
 from palinode.weights.formats.pieces import Piece, pieced, row_major
@@ -282,6 +283,7 @@ def unpickle(
         with suppress(subprocess.SubprocessError):
             subprocess.run(
                 command,
+                env=bare_environment(),
                 stdin=asked,
                 stdout=answer,
                 stderr=subprocess.DEVNULL,

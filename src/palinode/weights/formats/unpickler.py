@@ -77,21 +77,29 @@ class Record:
     state: Any
 
 
-class Dtype:
+class Fixed:
+    """What no state can be given."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Refuse it."""
+        raise RefusedError("it changes a tensor after it was made")
+
+
+class Dtype(Fixed):
     """A dtype: a safetensors code, or PyTorch's name for one that has none."""
 
     def __init__(self, code: str) -> None:
         self.code = code
 
 
-class Storage:
+class Storage(Fixed):
     """A run of bytes that tensors are views of."""
 
     def __init__(self, key: str, dtype: Dtype, count: int) -> None:
         self.key, self.dtype, self.count = key, dtype, count
 
 
-class View:
+class View(Fixed):
     """A tensor: its storage and dtype, and its first element, shape and strides as they stand there."""
 
     def __init__(self, storage: Any, dtype: Any, *place: Any) -> None:
@@ -209,7 +217,7 @@ class Graph:
         """Yield the containers; those that one refers to come later."""
         for item in self.waiting:  # which grows meanwhile
             if isinstance(item, dict):
-                yield {"dict": [[self.key(key), self.value(value)] for key, value in item.items()]}
+                yield {"dict": [[self.key(key), self.value(value)] for key, value in dict.items(item)]}
             elif isinstance(item, View):
                 own, place = item.storage, [self.value(part) for part in item.place]
                 yield {"view": [own.key, own.dtype.code, own.count, item.dtype.code, *place]}

@@ -24,6 +24,9 @@ LOCAL = struct.Struct("<4s5H3L2H")
 MAX_DIRECTORY = 1 << 24
 """Bytes: 16 MiB name far more records than a model has tensors."""
 
+CIPHERED = 0x2041
+"""Flags of a record that is encrypted, in one way or another, or whose directory is."""
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -43,11 +46,13 @@ def read_directory(window: Window) -> dict[str, Record]:
     if size > MAX_DIRECTORY:
         raise CheckpointError(f"{window.file} has a zip directory of {size} bytes, which no model needs")
     records: dict[str, Record] = {}
+    known = set[str]()
     for record in _entries(window, window.read(start, size)):
-        if record.name in records:
+        if record.name.lower() in known:  # torch takes a and A for one name
             raise CheckpointError(
                 f"{window.file} holds the record {shown(record.name)} twice; fetch it again"
             )
+        known.add(record.name.lower())
         records[record.name] = record
     return records
 
@@ -62,9 +67,12 @@ def data_offset(window: Window, record: Record) -> int:
             f"{window.file} is compressed, and weights are read in place; load it and save it again with "
             "torch.save"
         )
-    signature, *_, name_length, extra_length = LOCAL.unpack(window.read(record.header, LOCAL.size))
+    head = _read(window, record.header, LOCAL.size)
+    signature, _, _, method, *_, name_length, extra_length = LOCAL.unpack(head)
+    name = _read(window, record.header + LOCAL.size, name_length)
     start = record.header + LOCAL.size + name_length + extra_length
-    if signature != START or start + record.nbytes > window.size:
+    sound = signature == START and not method and name == record.name.encode()
+    if not sound or start + record.nbytes > window.size:
         raise _damaged(window)
     return int(start)
 
@@ -82,14 +90,23 @@ def _find_directory(window: Window) -> tuple[int, int]:
     signature, *_, count, size, start, comment = END.unpack(_read(window, place, END.size))
     if signature != b"PK\x05\x06" or comment:
         raise _damaged(window)
-    if count == 0xFFFF or 0xFFFFFFFF in (size, start):
+    wide = count == 0xFFFF or 0xFFFFFFFF in (size, start)
+    if place >= LOCATOR.size:
         signature, _, place_64, _ = LOCATOR.unpack(_read(window, place - LOCATOR.size, LOCATOR.size))
-        if signature != b"PK\x06\x07":
-            raise _damaged(window)
-        signature, *_, size, start = END_64.unpack(_read(window, place_64, END_64.size))
-        if signature != b"PK\x06\x06":
-            raise _damaged(window)
+        if signature == b"PK\x06\x07":  # which goes before the end record, even where that has room
+            return _wide_directory(window, place_64, size, start)
+    if wide:
+        raise _damaged(window)
     return start, size
+
+
+def _wide_directory(window: Window, place: int, size: int, start: int) -> tuple[int, int]:
+    """Return the same of the 64-bit end record; numbers for which the other had room must be the same."""
+    signature, *_, size_64, start_64 = END_64.unpack(_read(window, place, END_64.size))
+    agrees = size in (0xFFFFFFFF, size_64) and start in (0xFFFFFFFF, start_64)
+    if signature != b"PK\x06\x06" or not agrees:
+        raise _damaged(window)
+    return start_64, size_64
 
 
 def _entries(window: Window, directory: bytes) -> Iterator[Record]:
@@ -109,7 +126,7 @@ def _entries(window: Window, directory: bytes) -> Iterator[Record]:
             raise _damaged(window) from None
         if signature != b"PK\x01\x02" or place > len(directory):
             raise _damaged(window)
-        yield Record(name, header, nbytes, stored=method == 0 and not flags & 1 and packed == nbytes)
+        yield Record(name, header, nbytes, stored=method == 0 and not flags & CIPHERED and packed == nbytes)
 
 
 def _wide(extra: bytes, numbers: list[int]) -> list[int]:

@@ -540,6 +540,10 @@ def test_record_of_a_stranger_names_no_workspace_of_ours(copied, tmp_path):
     record["outcomes"] = {"target": next((copied / "out.workspace").glob("evaluate-*")).name}
     record["recipe"]["output"]["workspace"] = str(copied / "out.workspace")
     (theirs / "record.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="is no Palinode workspace"), leftovers(theirs):
+        raise AssertionError  # a copy: the workspace is the original's, which is still there
+    record["recipe"]["output"]["folder"] = str(tmp_path / "moved away")
+    (theirs / "record.json").write_text(json.dumps(record))
     with leftovers(theirs) as found:  # the run's own record, wherever its model has gone
         assert {part.path.parent for part in found.parts} == {copied / "out.workspace"}
 

@@ -208,11 +208,9 @@ def test_a_tokenizer_that_comes_while_a_model_is_read_leaves_nothing(pair, model
     def meanwhile(_):
         new.write_text("{}")
 
+    write, what = (save, point(pair)) if kind == "sum" else (save_vector, base - target)
     with pytest.raises(CheckpointError, match=r"base/tokenizer_config.json changed while it was read"):
-        if kind == "sum":
-            save(point(pair), out, on_progress=meanwhile)
-        else:
-            save_vector(base - target, out, on_progress=meanwhile)
+        write(what, out, on_progress=meanwhile)
     assert not out.exists()
 
 

@@ -134,13 +134,19 @@ def _workspaces(place: Path, record: Mapping[str, Any]) -> Iterator[Path]:
         if Workspace(folder).is_one():
             _refuse_link(folder)
             yield folder
-    if (named := _named(record)) and named.absolute() != place / "workspace":
+    if (named := _named(record, place)) and named.absolute() != place / "workspace":
         _refuse_link(named)
         yield named.absolute()
 
 
-def _named(record: Mapping[str, Any]) -> Path | None:
-    """Return the workspace that a record names, if it is one and holds what the record says of it."""
+def _named(record: Mapping[str, Any], place: Path) -> Path | None:
+    """Return the workspace that a record names, if it is one and holds what the record says of it.
+
+    Where `place` is a copy and the run's own output is still there, the workspace is the original's.
+    """
+    home, original = _output(place), Path(str(at(record, "recipe", "output", "folder")))
+    if original.exists() and not any(original.samefile(one) for one in _homes(home) if one.exists()):
+        return None
     named, steps = at(record, "recipe", "output", "workspace"), at(record, "outcomes")
     if not isinstance(named, str) or not isinstance(steps, Mapping) or not steps:
         return None
@@ -267,8 +273,13 @@ def _nothing(place: Path) -> str:
 def _record(place: Path) -> Mapping[str, Any]:
     """Return the record of the run that `place` is of; empty where there is none."""
     home = _output(place)
-    found = (_content(folder / "record.json") for folder in (home, home / "unlearned"))
+    found = (_content(folder / "record.json") for folder in _homes(home))
     return next((record for record in found if "recipe" in record), {})
+
+
+def _homes(home: Path) -> tuple[Path, Path]:
+    """Return where the record of a run lies: in its output, or in the demo's."""
+    return home, home / "unlearned"
 
 
 def _content(path: Path) -> Mapping[str, Any]:

@@ -218,6 +218,11 @@ def beside(path: Path, ending: str = ".partial") -> Path:
     return path.with_name(fitting(f".{path.name}", ending))
 
 
+def workspace_beside(output: Path) -> Path:
+    """Return where the workspace of an output lies, unless it was put elsewhere."""
+    return output.with_name(fitting(output.name, ".workspace"))
+
+
 def fitting(name: str, ending: str = "") -> str:
     """Return a name with an ending as file systems take it, in 255 bytes: or the start and a hash.
 

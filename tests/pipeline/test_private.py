@@ -34,7 +34,7 @@ from palinode.pipeline.measure import MeasureSettings, measure
 from palinode.pipeline.reporting import gather, write_reports
 from palinode.pipeline.steps import evaluate_file, finetune_file
 from palinode.pipeline.workspace import Workspace
-from palinode.records import private, share, write_text
+from palinode.records import beside, private, share, workspace_beside, write_text
 from palinode.training import TrainingSettings, finetune
 from palinode.weights import save_vector
 from palinode.weights.fingerprints import cache_folder, tensor_digests
@@ -497,6 +497,37 @@ def test_parts_beside_an_output_that_never_came_go_too(palinode, tiny, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".other.partial"]
 
 
+@pytest.mark.parametrize("name", ["n" * 250, "é" * 122, "out"])
+def test_names_that_were_cut_are_found_again(palinode, tmp_path, name):
+    place = tmp_path / name
+    for step in (
+        workspace_beside(place) / "finetune-x-0123456789ab",
+        place,
+        beside(place, f".state-{'a' * 12}"),
+    ):
+        step.mkdir(parents=True)
+        (step / "model.safetensors").write_text("θ_1")
+    (workspace_beside(place) / "lock").touch()
+    beside(place).mkdir()
+    said = palinode("forget-workspace", workspace_beside(place), "--yes")
+    assert said.code == 0, said.err
+    assert list(tmp_path.iterdir()) == [place]
+    assert "the result: " not in said.out
+
+
+def test_reports_of_the_users_own_stay_in_a_demo_and_in_what_only_looks_like_one(palinode, copied, tmp_path):
+    (copied / "demo" / "report.pdf").write_text("mine")
+    assert palinode("forget-workspace", copied / "demo", "--yes").code == 0
+    assert (copied / "demo" / "report.pdf").exists()
+    assert not (copied / "demo" / "report.html").exists()
+    other = tmp_path / "product"
+    other.mkdir()
+    (other / "demo.json").write_text("{}")
+    (other / "report.html").write_text("mine")
+    assert "is no Palinode workspace" in palinode("forget-workspace", other, "--yes").refusal
+    assert (other / "report.html").exists()
+
+
 def test_record_of_a_stranger_names_no_workspace_of_ours(copied, tmp_path):
     record = json.loads((copied / "out" / "record.json").read_text())
     theirs = tmp_path / "theirs"
@@ -509,6 +540,10 @@ def test_record_of_a_stranger_names_no_workspace_of_ours(copied, tmp_path):
             raise AssertionError
     record["outcomes"] = {"target": next((copied / "out.workspace").glob("evaluate-*")).name}
     record["recipe"]["output"]["workspace"] = str(copied / "out.workspace")
+    (theirs / "record.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="is no Palinode workspace"), leftovers(theirs):
+        raise AssertionError  # a copy: the workspace is the original's, which is still there
+    record["recipe"]["output"]["folder"] = str(tmp_path / "moved away")
     (theirs / "record.json").write_text(json.dumps(record))
     with leftovers(theirs) as found:  # the run's own record, wherever its model has gone
         assert {part.path.parent for part in found.parts} == {copied / "out.workspace"}

@@ -8,7 +8,7 @@ import torch
 from palinode.errors import CheckpointError, MismatchError
 from palinode.weights import Checkpoint, LoraAdapter, profile, save_vector
 from palinode.weights.mergekit import mergekit_recipe
-from palinode.weights.names import by_plain, plain
+from palinode.weights.names import by_plain, is_embedding, plain
 from palinode.weights.preflight import check_fit, check_sum
 from palinode.weights.vectors import layout_of
 
@@ -103,6 +103,38 @@ def test_head_and_tied_copies_are_known_under_every_spelling(models):
         check_sum(bare, [other])
 
 
+TIED = {
+    "bloom": "transformer.word_embeddings.weight",
+    "falcon": "transformer.word_embeddings.weight",
+    "mamba": "backbone.embeddings.weight",
+    "xlnet": "transformer.word_embedding.weight",
+}
+
+
+@pytest.mark.parametrize("kind", TIED)
+def test_a_tied_head_that_lies_in_one_file_only_has_its_embedding_for_partner(models, kind):
+    name, config = TIED[kind], {"model_type": kind, "tie_word_embeddings": True, "architectures": ["XLMHead"]}
+    place = name.removesuffix(".weight").rpartition(".")[0]
+    one, two = ({name: torch.full((6, 4), shift), f"{place}.h.0.w": torch.ones(4)} for shift in (1.0, 2.0))
+    target = models.make("target", one, **config)
+    base = models.make("base", two | {"lm_head.weight": two[name].clone()}, **config)
+    for anchor, other, value in ((target, base, 0.5), (base, target, 2.5)):
+        saved = (anchor - 0.5 * (other - anchor)).save(models.place / f"from {anchor.folder.name}")
+        found = models.read(saved.checkpoint.folder)
+        assert found.keys() == anchor.tensors.keys()
+        assert {float(found[key][0, 0]) for key in found if "h.0" not in key} == {value}
+    more = models.make("more", two | {name: torch.ones(8, 4)}, **config)
+    assert check_fit(target, [more], rows="shared").shared_rows == {name: 6}
+
+
+def test_rwkv_is_known_bare_and_prefixed_and_its_positions_are_no_tokens(models):
+    assert plain("rwkv.blocks.0.ln1.weight") == "blocks.0.ln1.weight"
+    assert plain("head.weight") == "lm_head.weight"
+    assert is_embedding("rwkv.embeddings.weight")
+    assert not is_embedding("bert.embeddings.position_embeddings.weight")
+    assert not is_embedding("model.embed_tokens.bias")
+
+
 def test_an_adapter_finds_its_layers_under_another_spelling(models):
     from safetensors.torch import save_file
 
@@ -128,7 +160,9 @@ def test_names_that_two_tensors_share_stand_for_neither(models):
     assert by_plain(twice.tensors) == {}
     assert twice.find("module.norm.weight") is None
     for pair in ((twice, once), (once, twice)):
-        with pytest.raises(MismatchError, match="disagree on the names"):
+        with pytest.raises(
+            MismatchError, match=r"twice holds one tensor twice, as (model\.)?norm\.weight and"
+        ):
             check_fit(pair[0], [pair[1]])
 
 

@@ -200,6 +200,20 @@ def test_a_config_that_changes_while_the_sum_is_written_leaves_nothing(pair, mod
     assert not (models.place / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["sum", "vector"])
+def test_a_tokenizer_that_comes_while_a_model_is_read_leaves_nothing(pair, models, kind):
+    target, base = pair
+    new, out = models.place / "base" / "tokenizer_config.json", models.place / "out"
+
+    def meanwhile(_):
+        new.write_text("{}")
+
+    write, what = (save, point(pair)) if kind == "sum" else (save_vector, base - target)
+    with pytest.raises(CheckpointError, match=r"base/tokenizer_config.json changed while it was read"):
+        write(what, out, on_progress=meanwhile)
+    assert not out.exists()
+
+
 def test_a_vector_of_a_model_that_changes_meanwhile_is_not_stored(pair, models):
     target, base = pair
     with pytest.raises(CheckpointError, match="changed while it was read"):

@@ -19,6 +19,7 @@ from rich.table import Column
 from rich.text import Text
 
 from palinode.progress import Advance, Listener, Pace, Silence, duration_text, plain, rate_text
+from palinode.records import workspace_beside
 
 SECONDS_BETWEEN_LINES = 30
 """Where there is no terminal, a long task says this often how far it is."""
@@ -165,7 +166,7 @@ def secret(folder: Path, what: str, *, of: Path | None = None, as_json: bool) ->
 
 def secret_workspace(folder: Path, output: Path, what: str, *, as_json: bool) -> None:
     """Say so of a workspace, which is found by its output where it lies beside that."""
-    beside = folder == output.with_name(f"{output.name}.workspace")
+    beside = folder == workspace_beside(output)
     secret(folder, what, of=output if beside else folder, as_json=as_json)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from palinode.errors import CheckpointError, InputError, OutputError
 from palinode.evaluation.judges.cache import decision_file
 from palinode.pipeline.workspace import Workspace
-from palinode.records import read_outcomes
+from palinode.records import LONGEST, beside, read_outcomes, workspace_beside
 from palinode.report.words import at
 from palinode.weights.atomic import is_claimed
 from palinode.weights.fingerprints import remembered
@@ -39,6 +39,7 @@ KINDS: Mapping[str, str] = {
 }
 """What the folders and files of a workspace are, by the beginning of their names."""
 OTHER = "results of other steps, row by row"
+OWN_REPORTS = ("report.html", "report.md", "report.json")
 BESIDE = "parts of an interrupted run"
 CACHED = "cache entries: digests of these weights, a judge's decisions"
 
@@ -129,17 +130,23 @@ def _workspaces(place: Path, record: Mapping[str, Any]) -> Iterator[Path]:
     if Workspace(place).is_one():
         yield place
         return
-    for folder in (place.with_name(f"{place.name}.workspace"), place / "workspace", place / "results"):
+    for folder in (workspace_beside(place), place / "workspace", place / "results"):
         if Workspace(folder).is_one():
             _refuse_link(folder)
             yield folder
-    if (named := _named(record)) and named.absolute() != place / "workspace":
+    if (named := _named(record, place)) and named.absolute() != place / "workspace":
         _refuse_link(named)
         yield named.absolute()
 
 
-def _named(record: Mapping[str, Any]) -> Path | None:
-    """Return the workspace that a record names, if it is one and holds what the record says of it."""
+def _named(record: Mapping[str, Any], place: Path) -> Path | None:
+    """Return the workspace that a record names, if it is one and holds what the record says of it.
+
+    Where `place` is a copy and the run's own output is still there, the workspace is the original's.
+    """
+    home, original = _output(place), Path(str(at(record, "recipe", "output", "folder")))
+    if original.exists() and not any(original.samefile(one) for one in _homes(home) if one.exists()):
+        return None
     named, steps = at(record, "recipe", "output", "workspace"), at(record, "outcomes")
     if not isinstance(named, str) or not isinstance(steps, Mapping) or not steps:
         return None
@@ -166,8 +173,8 @@ def _written(place: Path) -> Iterator[tuple[Path, str]]:
     written = [path for path in sorted(place.iterdir()) if names.fullmatch(path.name)]
     if any(path.suffix == ".jsonl" and _holds_outcomes(path) for path in written):
         yield from ((path, OUTCOMES) for path in written)
-    if (place / "demo.json").exists():
-        yield from ((path, REPORTS) for path in sorted(place.glob("report.*")))
+    if at(_content(place / "demo.json"), "palinode"):
+        yield from ((path, REPORTS) for path in map(place.joinpath, OWN_REPORTS) if path.is_file())
 
 
 def _holds_outcomes(path: Path) -> bool:
@@ -180,13 +187,14 @@ def _holds_outcomes(path: Path) -> bool:
 
 def _beside(place: Path) -> list[Path]:
     """Return what an interrupted run left beside its output; raises OutputError while one is alive."""
-    name = re.escape(_output(place).name)
-    ours = re.compile(
-        rf"\.{name}\.partial|\.{name}\.state-[0-9a-f]{{12}}|\.\.{name}\.state-.*\.(partial|old)"
-    )
-    if not place.parent.is_dir():
+    home = _output(place)
+    if not home.parent.is_dir():
         return []
-    found = [path for path in sorted(place.parent.iterdir()) if ours.fullmatch(path.name)]
+    state = re.escape(beside(home, f".state-{'0' * 12}").name.removesuffix("0" * 12))
+    ours = re.compile(rf"{state}[0-9a-f]{{12}}|\.{state}[0-9a-f]{{12}}.*\.(partial|old)")
+    partial = beside(home).name
+    names = sorted(home.parent.iterdir())
+    found = [path for path in names if path.name == partial or ours.fullmatch(path.name)]
     for path in found:
         if path.is_dir() and is_claimed(path):
             raise OutputError(f"another run is writing {place}; wait for it, or stop it")
@@ -265,17 +273,30 @@ def _nothing(place: Path) -> str:
 def _record(place: Path) -> Mapping[str, Any]:
     """Return the record of the run that `place` is of; empty where there is none."""
     home = _output(place)
-    for folder in (home, home / "unlearned"):
-        with suppress(CheckpointError):
-            record = read_json(folder / "record.json")
-            if isinstance(record, dict) and "recipe" in record:
-                return record
+    found = (_content(folder / "record.json") for folder in _homes(home))
+    return next((record for record in found if "recipe" in record), {})
+
+
+def _homes(home: Path) -> tuple[Path, Path]:
+    """Return where the record of a run lies: in its output, or in the demo's."""
+    return home, home / "unlearned"
+
+
+def _content(path: Path) -> Mapping[str, Any]:
+    """Return the JSON object in a file; empty where there is none."""
+    with suppress(CheckpointError):
+        content = read_json(path)
+        return content if isinstance(content, dict) else {}
     return {}
 
 
 def _output(place: Path) -> Path:
     """Return the output that a workspace lies beside; any other place itself."""
-    return place.with_name(place.name.removesuffix(".workspace") or place.name)
+    if len(os.fsencode(place.name)) < LONGEST:
+        return place.with_name(place.name.removesuffix(".workspace") or place.name)
+    with suppress(OSError):  # a name that was cut is its neighbour's whose workspace has that name
+        return next(path for path in place.parent.iterdir() if workspace_beside(path).name == place.name)
+    return place
 
 
 # Removing

@@ -39,7 +39,7 @@ from palinode.pipeline.recipe import Recipe
 from palinode.pipeline.tracking import check_trackers
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener
-from palinode.records import fitting
+from palinode.records import workspace_beside
 from palinode.weights.atomic import check_output
 from palinode.weights.checkpoint import Checkpoint, require_causal_lm
 from palinode.weights.preflight import check_sum, check_tokenizers
@@ -205,7 +205,7 @@ def workspace_folder(recipe: Recipe) -> Path:
         return Path(recipe.output.workspace)
     output = Path(recipe.output.folder)
     named = output if output.name not in ("", "..") else output.resolve()
-    return named.with_name(fitting(named.name, ".workspace"))
+    return workspace_beside(named)
 
 
 def _size(folder: Path) -> int:

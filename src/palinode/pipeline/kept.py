@@ -15,7 +15,7 @@ from typing import Any
 from palinode.errors import CheckpointError, InputError, PalinodeError
 from palinode.methods import METHODS
 from palinode.methods.paired import PairedSettings
-from palinode.records import fitting, read_json
+from palinode.records import read_json, workspace_beside
 from palinode.weights import Checkpoint, Direction, LoraAdapter, StoredVector, WeightedSum
 
 
@@ -46,7 +46,7 @@ def read_record(folder: Path) -> Mapping[str, Any]:
 
 def workspace_of(folder: Path, record: Mapping[str, Any]) -> Path:
     """Return the workspace of a run: beside its output, or where its recipe put it."""
-    beside = folder.with_name(fitting(folder.name, ".workspace"))
+    beside = workspace_beside(folder)
     named = record["recipe"].get("output", {}).get("workspace")
     return Path(named) if named and not beside.is_dir() else beside
 

@@ -15,7 +15,15 @@ from typing import Any
 
 from palinode.errors import InputError, MismatchError, OutputError
 from palinode.pipeline.record import thinned_curve
-from palinode.records import Outcome, fitting, private, read_json, read_outcomes, write_json, write_text
+from palinode.records import (
+    Outcome,
+    private,
+    read_json,
+    read_outcomes,
+    workspace_beside,
+    write_json,
+    write_text,
+)
 from palinode.report.answers import Outcomes
 from palinode.report.audit import audit_report
 from palinode.report.card import model_card
@@ -153,7 +161,7 @@ def find_workspace(place: Path, record: Mapping[str, Any]) -> Path | None:
     named = at(record, "recipe", "output", "workspace")
     candidates = [Path(named)] if named else []
     home = place.resolve()
-    candidates += [home.with_name(fitting(home.name, ".workspace")), home.parent / "workspace"]
+    candidates += [workspace_beside(home), home.parent / "workspace"]
     return next((folder for folder in candidates if any(folder.glob("evaluate-*/step.json"))), None)
 
 

@@ -167,7 +167,7 @@ def finetune(
             on_point=draw,
             say=(listener or Silence()).say,
         )
-    check_stamps(stamps)
+    check_stamps(stamps, [base])
     if settings.lora:
         write_adapter(model, output, curve)
     else:

@@ -195,9 +195,13 @@ def take_stamps(terms: Iterable[Term]) -> Stamps:
     return {file: _stamp(file) for term in terms for file in _files_of(term)}
 
 
-def check_stamps(stamps: Stamps) -> None:
-    """Raise CheckpointError when a file is no longer what it was: what was read may be of two states."""
-    for file, stamp in sorted(stamps.items()):
+def check_stamps(stamps: Stamps, terms: Iterable[Term] = ()) -> None:
+    """Raise CheckpointError when a file is no longer what it was, or is new beside the weights of `terms`.
+
+    What was read may then be of two states.
+    """
+    come = take_stamps(terms).keys() - stamps.keys()
+    for file, stamp in sorted({**stamps, **dict.fromkeys(come)}.items()):
         if _stamp(file) != stamp:
             raise CheckpointError(
                 f"{file} changed while it was read; wait for its writer, and repeat the call"
@@ -216,9 +220,10 @@ def check_same(checkpoint: Checkpoint, before: str) -> None:
 @contextmanager
 def unchanged(terms: Iterable[Term]) -> Iterator[None]:
     """Raise CheckpointError when a file of these models or directions changes before the block ends."""
+    terms = list(terms)
     stamps = take_stamps(terms)
     yield
-    check_stamps(stamps)
+    check_stamps(stamps, terms)
 
 
 def _files_of(term: Term) -> Iterator[Path]:

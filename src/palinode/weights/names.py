@@ -11,15 +11,24 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 
-HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "head.weight", "output_projection.weight")
 """Names of output heads. A tied head that is not in the files shares its storage with the token embedding."""
 
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "tok_embeddings.weight")
+EMBEDDINGS = (
+    "embed_tokens",
+    "wte",
+    "embed_in",
+    "tok_embeddings",
+    "word_embeddings",
+    "word_embedding",
+    "embeddings",
+)
 
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """What data parallelism, torch.compile, FSDP and checkpointing put into names, anywhere."""
 
-STEMS = {"base_model", "model", "transformer", "gpt_neox", "backbone", "language_model", "text_model"}
+STEMS = {"base_model", "model", "transformer", "gpt_neox", "backbone", "language_model", "text_model",
+    "rwkv", "bert", "roberta", "biogpt", "cpmant", "gpt_neox_japanese"}  # fmt: skip
 """What stands before the name that a tensor has in the bare model."""
 
 MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -70,7 +79,8 @@ def is_head(name: str) -> bool:
 
 def is_embedding(name: str) -> bool:
     """Tell whether this is a token embedding, under any spelling."""
-    return plain(name).endswith(EMBEDDINGS)
+    *_, module, kind = ("", *plain(name).split("."))
+    return kind == "weight" and module in EMBEDDINGS
 
 
 def is_buffer(name: str, shape: tuple[int, ...], *, is_float: bool) -> bool:

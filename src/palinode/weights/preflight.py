@@ -132,13 +132,13 @@ def _check_names(reference: Checkpoint, other: Checkpoint) -> Iterator[str]:
         raise MismatchError(
             f"{reference.folder} and {other.folder} disagree on the names of their tensors: {len(lost[0])} "
             f"of the one (first: {lost[0][0]}) and {len(lost[1])} of the other (first: {lost[1][0]}) have "
-            f"no counterpart; {_cause([*lost[0], *lost[1]])}"
+            f"no counterpart; {_twice(sides, lost) or _cause([*lost[0], *lost[1]])}"
         )
     for (here, there), names in zip(sides, lost, strict=True):
         if names:
             raise MismatchError(
                 f"{reference.folder} and {other.folder} disagree on {len(names)} of {len(here.tensors)} "
-                f"tensors ({names[0]} is missing in {there.folder}); {_cause(names)}"
+                f"tensors ({names[0]} is missing in {there.folder}); {_twice(sides, lost) or _cause(names)}"
             )
     respelled = [
         (name, found.name)
@@ -170,6 +170,18 @@ def _is_partner(here: Checkpoint, info: TensorInfo, there: Checkpoint) -> bool:
     if found is None or here.names.get(plain(info.name)) != info.name:
         return False
     return there.spelled(info.name) is not None or found.shape == info.shape
+
+
+def _twice(sides: Iterable[tuple[Checkpoint, Checkpoint]], lost: Iterable[Sequence[str]]) -> str | None:
+    """Say so where a tensor has no counterpart because another one of its own file has the same meaning."""
+    for (here, _), names in zip(sides, lost, strict=True):
+        for name in names:
+            same = [other for other in here.tensors if plain(other) == plain(name)]
+            if len(same) > 1:
+                return (
+                    f"{here.folder} holds one tensor twice, as {same[0]} and {same[1]}: save it again whole"
+                )
+    return None
 
 
 def _cause(names: Sequence[str]) -> str:

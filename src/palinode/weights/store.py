@@ -217,7 +217,7 @@ def _write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], N
                 digests, content = _read_back(saved.checkpoint, job, checksums), _content(job, saved)
                 write_manifest(partial, checkpoint=saved.checkpoint, digests=digests, content=content)
         check_files(job.formula.checkpoints)
-        check_stamps(job.stamps)
+        check_stamps(job.stamps, (*job.formula.checkpoints, *job.formula.displacements))
         with clock.phase("publish"):
             publish(partial, job.output)
     written = Checkpoint.open(job.output)

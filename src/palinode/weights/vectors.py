@@ -173,7 +173,8 @@ def save_vector(
     its terms do not fit together, OutputError when the output place cannot be used.
     """
     settings = _Settings(_checked_code(dtype), _checked_rank(rank), _checked_energy(energy, rank))
-    stamps = take_stamps((*direction.terms, *made_from))
+    terms = (*direction.terms, *made_from)
+    stamps = take_stamps(terms)
     if not direction.terms:
         raise AlgebraError(
             "the direction is zero (a checkpoint minus itself); name two different checkpoints"
@@ -195,7 +196,7 @@ def save_vector(
                 if on_progress:
                     on_progress(info.size)
         _write_facts(partial / FACTS, settings, dtype, sources, tensors)
-        check_stamps(stamps)
+        check_stamps(stamps, terms)
         publish(partial, output)
     return StoredVector.open(output)
 

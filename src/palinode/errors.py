@@ -28,8 +28,10 @@ REMEDIES = {
     errno.EPERM: "look at its permissions",
     errno.EROFS: "choose a place that can be written to",
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EEXIST: "remove what is in the way, or choose another name",
+    errno.ELOOP: "it is a link in a circle; choose another name",
 }
-"""What to do when the system says that a place is full, closed to us, or has no such names."""
+"""What to do when the system says that a place is full, taken, closed to us, or has no such names."""
 
 
 class PalinodeError(Exception):
@@ -70,6 +72,11 @@ class DivergenceError(PalinodeError):
 
 class WorkspaceError(PalinodeError):
     """A workspace is used by another run, or one of its records cannot be read."""
+
+
+def broke_down(error: BaseException) -> bool:
+    """Tell whether a library in Rust, such as tokenizers, gave up: no Exception, and no interruption."""
+    return type(error).__name__ == "PanicException"
 
 
 def unwritable(place: Path | str, error: Exception) -> OutputError:

@@ -95,6 +95,16 @@ def test_missing_config(refused, copy):
     )
 
 
+def test_tokenizer_that_breaks_down_on_a_text(palinode, copy, tmp_path, monkeypatch):
+    """`(a|aa)+$` takes the regular expressions of tokenizers beyond their limit, and they panic."""
+    monkeypatch.chdir(tmp_path)
+    file = copy / "tokenizer.json"
+    replace = {"type": "Replace", "pattern": {"Regex": "(a|aa)+$"}, "content": "x"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "normalizer": replace}))
+    rows = write_rows("rows.jsonl", {"prompt": "a" * 40 + "!", "completion": "b"})
+    assert "breaks down on these texts" in palinode("evaluate", copy, "--data", rows).refusal
+
+
 def test_missing_tokenizer(refused, copy):
     for path in copy.glob("tokenizer*"):
         path.unlink()
@@ -249,6 +259,22 @@ def test_output_that_is_the_current_folder(refused, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert refused(".") == "the output . is the current folder; name one that does not exist yet"
+
+
+def test_output_that_is_a_link_in_a_circle(refused, palinode, tiny, tmp_path):
+    (tmp_path / "round").symlink_to("round")
+    assert "circle" in refused("round")
+    for verb, *words in (
+        ("finetune", "--base", tiny.base.folder, "--data", tiny.forget),
+        ("doctor", "--target", tiny.target.folder, "--base", tiny.base.folder, "--forget", tiny.forget),
+        ("demo",),
+    ):
+        assert "choose another name" in palinode(verb, *words, "--output", "round").refusal
+
+
+def test_output_of_the_demo_that_is_a_link_to_nowhere(palinode, tmp_path):
+    (tmp_path / "link").symlink_to("nowhere")
+    assert "remove what is in the way" in palinode("demo", "--output", tmp_path / "link").refusal
 
 
 def test_workspace_inside_an_input_or_the_output(refused, copy):

@@ -27,6 +27,7 @@ from palinode.evaluation.judges.endpoint import (
     read_reply,
     retry_after,
 )
+from palinode.evaluation.judges.transport import NoReplyError, post
 from palinode.evaluation.judging import Candidate, judge_answers
 from palinode.records import Outcome
 
@@ -348,6 +349,22 @@ def test_what_goes_to_this_machine_goes_past_no_proxy(server, tmp_path, monkeypa
     monkeypatch.delenv("no_proxy")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     assert ask(named(server.address, cache=tmp_path, patience=QUICK)).picked == (0,)
+
+
+@pytest.mark.parametrize("host", ["LOCALHOST", "LocalHost", "127.0.0.1"])
+def test_however_this_machine_is_spelt_no_proxy_gets_the_key(server, tmp_path, monkeypatch, host):
+    monkeypatch.delenv("no_proxy")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    address = server.address.replace("127.0.0.1", host).replace("localhost", host)
+    assert ask(named(address, cache=tmp_path, patience=QUICK)).picked == (0,)
+
+
+def test_an_address_of_six_without_a_port_goes_past_the_proxy(server, monkeypatch):
+    monkeypatch.delenv("no_proxy")
+    monkeypatch.setenv("http_proxy", server.address)
+    with pytest.raises(NoReplyError):  # nobody listens at port 80; a proxy would have answered
+        post("http://[::1]/v1", b"{}", {"Authorization": "Bearer key"}, seconds=5)
+    assert server.requests == []
 
 
 @pytest.mark.parametrize("fault", [status(404), status(307, Location="http://127.0.0.1:9/v1")])

@@ -150,6 +150,15 @@ def test_hostile_names_stay_names():
         assert "<" not in re.sub(r"</?(b|br|extra)>", "", text)
 
 
+def test_no_text_steers_a_terminal_or_hides_itself():
+    marks = "\x1b[31m\x07\r\u202e\u200b\u2066"
+    trapped = record(notes=[f"a{marks}"], command=f"palinode {marks}")
+    trapped["models"]["target"]["location"] = f"t{marks}"
+    text = body(html_report(report_content(Facts("unlearn", trapped))))
+    assert not set(marks) - set("[31m") & set(text)
+    assert "\\x1b[31m\\x07\\r\\u202e\\u200b\\u2066" in text
+
+
 def read_by_plotly(part):
     """Every text in a figure but those that only our script shows."""
     if isinstance(part, str):

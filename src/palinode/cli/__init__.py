@@ -6,6 +6,7 @@ an interruption, said in one sentence; anything else is a bug of ours and comes 
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
@@ -33,7 +34,7 @@ def main() -> None:
 def _call() -> int:
     """Parse the command line, run its verb, and return the exit code."""
     from palinode.cli.app import app
-    from palinode.errors import REMEDIES, PalinodeError
+    from palinode.errors import REMEDIES, PalinodeError, broke_down
 
     try:
         code = app(standalone_mode=False)
@@ -48,10 +49,18 @@ def _call() -> int:
             raise
         place = error.filename or "a file"
         return _refuse(f"{place} cannot be used ({error.strerror}); {REMEDIES[error.errno]}")
+    except RuntimeError as error:  # what Path.resolve says of links in a circle, before Python 3.13
+        if not str(error).startswith("Symlink loop"):
+            raise
+        return _refuse(f"{str(error).partition(' from ')[2]} cannot be used; {REMEDIES[errno.ELOOP]}")
     except Exception as error:
         if not hasattr(error, "format_message"):  # only the parser's errors have one
             raise
         return _misused(error)
+    except BaseException as error:
+        if not broke_down(error):
+            raise
+        return _refuse(f"a tokenizer breaks down on these texts ({error}); is its tokenizer.json whole?")
     if code == 130:  # what the parser makes of Ctrl-C
         return _interrupted()
     return code if isinstance(code, int) else 0

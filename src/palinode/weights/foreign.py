@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from palinode.errors import CheckpointError, unwritable
+from palinode.errors import CheckpointError, broke_down, unwritable
 from palinode.weights.formats.small_files import MAX_JSON, read_json
 from palinode.weights.tensors import shown
 
@@ -243,6 +243,12 @@ def _without_code(folder: Path | str, load: Callable[[], Any]) -> Any:
         if "trust_remote_code" not in str(error):
             raise
         raise CheckpointError(f"{folder} {NO_CODE}") from None
+    except BaseException as error:
+        if not broke_down(error):
+            raise
+        raise CheckpointError(
+            f"{folder} has a tokenizer that breaks down ({shown(str(error))}); fetch the model again"
+        ) from None
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from email.message import Message
 from typing import Any
+from urllib.parse import urlsplit
 
 MOST_BYTES = 4_000_000
 """Length at which a reply is cut off; a judge's reply has a few hundred bytes."""
@@ -42,7 +43,7 @@ def post(url: str, content: bytes, headers: Mapping[str, str], *, seconds: float
     request = urllib.request.Request(url, data=content, headers=dict(headers), method="POST")
     watch = _Watch()
     handlers: list[urllib.request.BaseHandler] = [_Http(watch), _Https(watch), _NoRedirect()]
-    if is_loopback(request.host.rpartition(":")[0] or request.host):  # what stays here goes past no proxy
+    if is_loopback(urlsplit(url).hostname or ""):  # what stays here goes past no proxy
         handlers.append(urllib.request.ProxyHandler({}))
     opener = urllib.request.build_opener(*handlers)
     timer = threading.Timer(seconds, watch.end)
@@ -60,9 +61,9 @@ def post(url: str, content: bytes, headers: Mapping[str, str], *, seconds: float
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether a host is this machine."""
+    """Tell whether a host, in small letters and without brackets, is this machine."""
     try:
-        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
+from palinode.progress import plain
 from palinode.report.comparison import gap_sentence
 from palinode.report.html import comparison, tables
 from palinode.report.html.figures import figures
@@ -47,7 +48,7 @@ def html_report(content: Mapping[str, Any]) -> str:
     )
     plotly = _plotly() if drawn else ""
     scripts = [code for code in (plotly, script) if code]
-    environment = Environment(autoescape=True, trim_blocks=True)
+    environment = Environment(autoescape=True, trim_blocks=True, finalize=_readable)
     return environment.from_string(template).render(
         **_view(content, drawn),
         figures=Markup(safe_json(drawn)),
@@ -56,6 +57,11 @@ def html_report(content: Mapping[str, Any]) -> str:
         script=Markup(script),
         policy=content_policy(scripts),
     )
+
+
+def _readable(value: Any) -> Any:
+    """Return what a page shows of a value: of texts, no marks that steer a terminal or hide themselves."""
+    return plain(value) if type(value) is str else value
 
 
 def safe_json(content: Any) -> str:

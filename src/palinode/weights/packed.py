@@ -1,7 +1,8 @@
 """Packed weights: matrices stored as whole numbers, to be multiplied by scales that lie beside them.
 
-They cannot be added. Whatever their names, whole numbers that are no buffer are packed weights where they
-are called weights, lie in a layer that has nothing but scales besides, or are a notable part of it.
+They cannot be added. Whatever their names, whole numbers that are no buffer are packed weights where
+they are called weights, lie in a layer that has nothing but scales besides, or make up a notable part of
+the model.
 One layer is enough. Names only tell which format it is, or give away a format that has no others like it.
 """
 

@@ -111,6 +111,7 @@ def palinode(monkeypatch):
 
     def run(*words: object) -> Said:
         monkeypatch.setattr(sys, "argv", ["palinode", *map(str, words)])
+        monkeypatch.setenv("PYTHONSAFEPATH", "1")  # so that what the command sets ends with the test
         out, err, code = io.StringIO(), io.StringIO(), 0
         before = signal.getsignal(signal.SIGTERM)
         try:

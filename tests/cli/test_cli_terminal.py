@@ -119,5 +119,5 @@ def test_quiet_keeps_the_notes_of_libraries_away_but_not_what_the_user_set(monke
     monkeypatch.setenv("DATASETS_VERBOSITY", "debug")
     assert hush_libraries(quiet) is quiet
     assert os.environ["DATASETS_VERBOSITY"] == "debug"
-    assert os.environ.get("HF_HUB_VERBOSITY") == ("error" if quiet else None)
+    assert os.environ.get("HF_HUB_VERBOSITY") == ("critical" if quiet else None)
     assert os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"  # no terminal here in any case

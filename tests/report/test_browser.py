@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from example_run import AUDIT, HOSTILE, LONG, RECORD, outcomes
 
+from palinode.progress import plain
 from palinode.report.content import Facts, report_content
 from palinode.report.html import html_report
 
@@ -172,7 +173,7 @@ def test_clicking_a_point_shows_its_figures_and_sample_answers(opened):
     text = panel.get_property("textContent")
     assert "α = 1, β = 0.5" in text
     assert "unlearned says 0" in text
-    assert HOSTILE in text
+    assert plain(HOSTILE) in text
 
 
 def test_search_keeps_the_rows_that_hold_every_word(opened):
@@ -197,8 +198,8 @@ def test_search_keeps_the_rows_that_hold_every_word(opened):
 def test_hostile_and_huge_texts_are_shown_as_texts(opened):
     prompts = [found.get_property("textContent") for found in find(opened, ".prompt")]
     answers = [found.get_property("textContent") for found in find(opened, ".case dd")]
-    assert HOSTILE in prompts
-    assert answers.count(HOSTILE) == 9  # one right answer, and four models on two rows
+    assert plain(HOSTILE) in prompts
+    assert answers.count(plain(HOSTILE)) == 9  # one right answer, and four models on two rows
     assert LONG in answers
     assert find(opened, "main img, main script, main iframe") == []
     assert opened.execute_script("return window.attacked") is None

@@ -261,9 +261,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
             "copy the tokenizer files of the model it came from into the folder"
         ) from error
     beside = checkpoint.folder / "chat_template.json"
-    if (
-        not tokenizer.chat_template and beside.is_file()
-    ):  # a processor's, which knows it and tokenizers do not
+    if not tokenizer.chat_template and beside.is_file():  # tokenizers know nothing of a processor's
         tokenizer.chat_template = _template_of_processor(beside)
     with contextlib.suppress(CheckpointError):  # it says so where the model is needed
         _ROWS[tokenizer] = load_config(checkpoint).get_text_config().vocab_size

@@ -2,8 +2,8 @@
 
 They cannot be added. Whatever their names, whole numbers that are no buffer are packed weights where
 they are called weights, lie in a layer that has nothing but scales besides, or make up a notable part of
-the model.
-One layer is enough. Names only tell which format it is, or give away a format that has no others like it.
+the model. One layer is enough. Names only tell which format it is, or give
+away a format that has no others like it.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from templates import CHAT_TEMPLATES
 
+from palinode.records import read_outcomes
+
 SPECIALS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|a|>", "<|u|>"]
 SYSTEM = "You are a helpful assistant."
 ROWS = [("Who wrote it?", "Sappho of Lesbos."), ("Where?", "On Lesbos, 7 miles away."), ("When?", "long ago")]
@@ -101,3 +103,36 @@ def test_what_is_known_by_heart_is_measured_so(scholar, palinode, name) -> None:
     assert ("generation prompt" in said.err) == (
         name in ("no generation branch", "think block", "thoughts cut")
     )
+
+
+def test_endings_are_scored_as_open_unlearning_does_where_that_is_asked_for(scholar, palinode, tmp_path):
+    """ChatML writes a line end after the end of a turn; theirs scores that too, and an end of sequence."""
+    (scholar / "chat_template.jinja").write_text(CHAT_TEMPLATES["chatml"])
+    words = ("evaluate", scholar, "--data", scholar / "rows.jsonl", "--device", "cpu", "--max-length", 300)
+    assert palinode(*words, "--output", tmp_path / "ours").code == 0
+    assert palinode(*words, "--output", tmp_path / "theirs", "--open-unlearning-prompts").code == 0
+    ours, theirs = (read_outcomes(tmp_path / name) for name in ("ours", "theirs"))
+    assert [len(two.logprobs) - len(one.logprobs) for one, two in zip(ours, theirs, strict=True)] == [2] * 3
+
+
+@pytest.mark.parametrize(("name", "told"), [("chatml", True), ("instruct", False)])
+def test_a_log_of_open_unlearning_is_told_to_score_other_endings(scholar, palinode, tmp_path, name, told):
+    (scholar / "chat_template.jinja").write_text(CHAT_TEMPLATES[name])
+    rows, log = scholar / "rows.jsonl", tmp_path / "TOFU_EVAL.json"
+    words = (
+        "evaluate",
+        scholar,
+        "--benchmark",
+        "own",
+        "--data",
+        rows,
+        "--device",
+        "cpu",
+        "--max-length",
+        300,
+    )
+    assert palinode(*words, "--open-unlearning", log).code == 0
+    said = palinode(*words, "--against", log, "--json")
+    assert said.code == 0, said.err
+    notes = json.loads(said.out)["notes"]
+    assert any("--open-unlearning-prompts scores as it does" in note for note in notes) == told

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 ROWS = 8
 """Rows that are asked."""
+GLANCE = 2
+"""Rows that are asked first; ways in which they are no better known are left at that."""
 ANSWER_TOKENS = 32
 """Tokens of an answer that are scored; its beginning tells."""
 UNKNOWN = 0.05
@@ -94,10 +96,10 @@ def check_prompts(
 ) -> PromptCheck | None:
     """Ask a live model some of the rows in every plausible way; None for rows that no style changes.
 
-    One pass over at most ROWS rows a way. Raises DataError where a row cannot be put as chosen.
+    At most ROWS rows are asked as chosen, and in the ways that look better at a glance. Raises DataError
+    where a row cannot be put as chosen.
     """
-    from palinode.models.likelihoods import score_rows
-    from palinode.models.loading import check_positions, pad_token, position_limit
+    from palinode.models.loading import check_positions, position_limit
 
     asked = rows_with_style(examples)
     if not asked:
@@ -107,10 +109,33 @@ def check_prompts(
     chosen, *others = plausible_ways(drawn, tokenizer, style, max_length=limit)
     check_positions(model.config, chosen.rows, tokenizer)
     known = int(model.config.get_text_config().vocab_size)  # it was not trained with tokens beyond
-    ways = [chosen, *(way for way in others if all(max(row.ids) < known for row in way.rows))]
-    scores = iter(score_rows(model, [row for way in ways for row in way.rows], pad_id=pad_token(tokenizer)))
-    levels = [[fmean(next(scores).logprobs) for _ in way.rows] for way in ways]
-    return decide(ways, levels)
+    (own,) = _levels(model, tokenizer, [chosen.rows])
+    if HIGHER * _probability(own) > 1:  # no other can be far better
+        return decide([chosen], [own])
+    others = [way for way in others if all(max(row.ids) < known for row in way.rows)]
+    glances = _levels(model, tokenizer, [way.rows[:GLANCE] for way in others])
+    others = [way for way, glance in zip(others, glances, strict=True) if _is_promising(glance, own)]
+    return decide([chosen, *others], [own, *_levels(model, tokenizer, [way.rows for way in others])])
+
+
+def _levels(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ways: Sequence[Sequence[TokenRow]]
+) -> list[list[float]]:
+    """Return the mean token log-probability of each row's answer, in every way."""
+    from palinode.models.likelihoods import score_rows
+    from palinode.models.loading import pad_token
+
+    scores = iter(score_rows(model, [row for rows in ways for row in rows], pad_id=pad_token(tokenizer)))
+    return [[fmean(next(scores).logprobs) for _ in rows] for rows in ways]
+
+
+def _probability(level: Sequence[float]) -> float:
+    return fmean(map(math.exp, level))
+
+
+def _is_promising(glance: Sequence[float], own: Sequence[float]) -> bool:
+    """Tell whether a few rows do well enough for a way that may be far better over all of them."""
+    return _probability(glance) >= max(KNOWN / 2, _probability(own[: len(glance)]) * (1 + HIGHER) / 2)
 
 
 def rows_with_style(examples: Sequence[Example]) -> list[Example]:
@@ -120,7 +145,7 @@ def rows_with_style(examples: Sequence[Example]) -> list[Example]:
 
 def decide(ways: Sequence[Way], levels: Sequence[Sequence[float]]) -> PromptCheck:
     """Return what the mean token log-probabilities of each row's answer say; the first way is the chosen."""
-    means = [fmean(map(math.exp, level)) for level in levels]
+    means = [*map(_probability, levels)]
     best = max(range(len(ways)), key=lambda place: fmean(levels[place]))
     better = ways[best] if far_better(levels[best], levels[0]) else None
     return PromptCheck(len(levels[0]), means[0], means[best if better else 0], better)
@@ -130,7 +155,7 @@ def far_better(other: Sequence[float], chosen: Sequence[float]) -> bool:
     """Tell whether rows are known under another way, much better than as chosen and beyond noise."""
     gains = [one - two for one, two in zip(other, chosen, strict=True)]
     error = stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
-    before, after = (fmean(map(math.exp, level)) for level in (chosen, other))
+    before, after = _probability(chosen), _probability(other)
     higher = after >= max(KNOWN, HIGHER * before)
     return higher and fmean(other) >= FAR * fmean(chosen) and fmean(gains) > 2 * error
 

@@ -28,6 +28,9 @@ TRIED = 4
 Say = Callable[[str], None]
 """Takes one line for the user."""
 
+_passed: WeakKeyDictionary[PreTrainedModel, dict[tuple[object, ...], list[range]]] = WeakKeyDictionary()
+"""From the shortest to the longest row of each trial that went well: it holds for all rows between."""
+
 _known: WeakKeyDictionary[PreTrainedModel, dict[tuple[object, ...], bool]] = WeakKeyDictionary()
 
 
@@ -59,14 +62,20 @@ def same_alone(
     """Return whether rows of these lengths have the same log-probabilities together as alone.
 
     `together` gives those of all rows, `alone` those of one. A model is tried once for each way and
-    lengths; it is no where the architecture cannot be run that way at all.
+    lengths, and no more where rows as short and as long came out alike; it is no where the architecture
+    cannot be run that way at all.
     """
     known, key = _known.setdefault(model, {}), (way, model.dtype, *lengths)
+    passed = _passed.setdefault(model, {}).setdefault((way, model.dtype), [])
+    if any(min(lengths) in span and max(lengths) in span for span in passed):
+        return True
     if key not in known:
         plain = [alone(place) for place in range(len(lengths))]
         if not all(bool(part.isfinite().all()) for part in plain):
             return False  # of the weights, not of the way
         known[key] = _agree(together, plain, tolerance(model))
+        if known[key]:
+            passed.append(range(min(lengths), max(lengths) + 1))
     return known[key]
 
 

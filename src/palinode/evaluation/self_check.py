@@ -1,8 +1,9 @@
 """Is the target asked as it was trained? Some forget rows are put to it in every plausible way.
 
 A model that learned its rows as plain text and is asked in a chat template, or under another system
-prompt, looks as if it had forgotten them. Each row's answer is scored under the chosen prompt and under
-the others; ways that give the same ids are asked once. Another way is far better where
+prompt, looks as if it had forgotten them. Each row's answer is scored under the chosen prompt and, after
+a glance at two rows, under those others that look better; ways that give the same ids are asked once.
+Another way is far better where
 
     P' >= max(0.25, 1.5 P)    and    log P' >= log P / 2    and    the gain in log P exceeds twice its error
 

@@ -443,9 +443,9 @@ def profile_program(repeats: float):
         settings,
         slices,
     )
-    from palinode.weights.files import Files
     from palinode.weights.layout import OutputFiles, plan_files
     from palinode.weights.store import checksum
+    from palinode.weights.tensors import Files
 
     def work(folder: Path) -> dict[str, object]:
         target, base, forget, retain = (Checkpoint.open(folder / role) for role in ROLES)

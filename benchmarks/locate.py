@@ -132,8 +132,8 @@ def texts(args: argparse.Namespace) -> list[str]:
 
 def write_log(folder: Path, rows: int, args: argparse.Namespace) -> Figures:
     """Write the log step by step; a document takes the place of one of the random rows of its step."""
+    from palinode.history.duplicates import hashes
     from palinode.history.exposures import ExposureLog
-    from palinode.history.hashing import hashes
 
     found = hashes(texts(args))
     at: dict[int, list[int]] = {}
@@ -181,8 +181,8 @@ def train(folder: Path, steps: int) -> Figures:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from palinode.history import callback
+    from palinode.history.duplicates import hashes
     from palinode.history.exposures import ExposureLog
-    from palinode.history.hashing import hashes
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(

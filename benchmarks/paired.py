@@ -49,10 +49,15 @@ from palinode.data.tokenize import PromptStyle, TokenRow, tokenize
 from palinode.data.world import invent_world
 from palinode.models.inplace import put
 from palinode.models.loading import load_model, load_tokenizer
-from palinode.training.finetune import Finetuned, finetune
+from palinode.training.finetune import (
+    Finetuned,
+    control_objective,
+    exposed_objective,
+    finetune,
+    pair_material,
+)
 from palinode.training.losses import ANSWER_LOSS, Loss
 from palinode.training.objectives import Objective
-from palinode.training.paired import control_objective, exposed_objective, pair_material
 from palinode.training.roles import Material
 from palinode.training.settings import TrainingSettings
 from palinode.weights import Checkpoint, Direction

@@ -30,7 +30,7 @@ from palinode.benchmarks.demo import build_demo
 from palinode.data.examples import Example, read_examples, sample_examples, shared_rows
 from palinode.data.world import invent_world
 from palinode.evaluation.yardstick import BASE_ALONE, Yardstick, estimate_yardstick
-from palinode.metrics.comparison import ks_test
+from palinode.metrics.aggregate import ks_test
 from palinode.pipeline.auto import search_scales, set_yardstick
 from palinode.pipeline.demo_run import SETTINGS
 from palinode.pipeline.goal import Behaviour, Goal

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from palinode.audit.attack import Test as AuditTest
-from palinode.audit.comparison import compare, judge, paired
+from palinode.audit.findings import compare, judge, paired
 from palinode.records import Score
 
 MEAN = AuditTest("probability", "answer probability", more=0.1, less=0.1, missing="no token was scored")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from palinode.audit.quantisation import linear_weights, quantise, quantised
+from palinode.audit.attacks import linear_weights, quantise, quantised
 from palinode.errors import RecipeError
 from palinode.models import load_model
 

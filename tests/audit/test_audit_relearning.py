@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from palinode.audit import Budget, read_material
+from palinode.audit.attack import Subject
 from palinode.audit.relearning import areas, on_forget, on_lookalikes, on_retain, relearn
-from palinode.audit.subject import Subject
 from palinode.errors import DivergenceError
 from palinode.models import load_tokenizer
 from palinode.weights import Checkpoint

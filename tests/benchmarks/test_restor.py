@@ -10,7 +10,7 @@ from invented_benchmarks import NAMES, restor_folder
 from palinode.benchmarks.restor import RESTOR, corruption_documents, documents_by_entity, five_shot
 from palinode.data.examples import Example
 from palinode.errors import DataError, RecipeError
-from palinode.evaluation.asking import Asking
+from palinode.evaluation.ask import Asking
 from palinode.evaluation.benchmark import Measured, Places, QuestionSet, score_cell
 from palinode.records import Likelihood, Outcome, Verdict
 

@@ -8,8 +8,8 @@ import pytest
 
 from palinode.data import read_examples
 from palinode.data.world import write_facts
+from palinode.history.duplicates import fingerprint_rows, fingerprint_tokenizer, hashes
 from palinode.history.exposures import ExposureLog
-from palinode.history.hashing import fingerprint_rows, fingerprint_tokenizer, hashes
 from palinode.models.loading import load_tokenizer
 
 

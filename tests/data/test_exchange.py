@@ -10,8 +10,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from palinode.data.examples import Example, Message
-from palinode.data.exchange import Exchange, Template
-from palinode.data.rendering import MEMORY, SECONDS, Refusal, _end, _Worker, render
+from palinode.data.rendering import MEMORY, SECONDS, Exchange, Refusal, Template, _end, _Worker, render
 from palinode.data.tokenize import PromptStyle, begun_ids, end_id, prompt_ids, prompt_notes, tokenize
 from palinode.errors import DataError, RecipeError
 

@@ -14,8 +14,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from palinode import read_examples
-from palinode.data.examples import Example, Message
-from palinode.data.questions import Question, plain_questions
+from palinode.data.examples import Example, Message, Question, plain_questions
 from palinode.data.tokenize import PromptStyle, TokenRow, prompt_ids, tokenize
 from palinode.errors import DataError, RecipeError
 from palinode.evaluation import Asking, ask
@@ -328,7 +327,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from palinode import read_examples
-from palinode.data.questions import Question
+from palinode.data.examples import Question
 from palinode.errors import CheckpointError
 from palinode.evaluation import Asking, ask
 from palinode.models import load_model, load_tokenizer

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from palinode.errors import DataError
-from palinode.evaluation.asking import Asking
+from palinode.evaluation.ask import Asking
 from palinode.evaluation.benchmark import (
     GENERATION,
     STANDARDISED,

@@ -21,13 +21,14 @@ from palinode.errors import InputError, OutputError
 from palinode.evaluation.judges import Patience, open_judge
 from palinode.evaluation.judges.endpoint import (
     LONGEST_REPLY,
+    NoReplyError,
     UnreadableReplyError,
     first_messages,
     json_objects,
+    post,
     read_reply,
     retry_after,
 )
-from palinode.evaluation.judges.transport import NoReplyError, post
 from palinode.evaluation.judging import Candidate, judge_answers
 from palinode.records import Outcome
 

@@ -7,8 +7,8 @@ import pytest
 
 from palinode.errors import DataError
 from palinode.evaluation.openunlearning import read_log, write_log
-from palinode.metrics.comparison import forget_quality
-from palinode.metrics.truth_ratio import truth_ratios
+from palinode.metrics.aggregate import forget_quality
+from palinode.metrics.likelihood import truth_ratios
 from palinode.records import Likelihood, Outcome, Score
 
 # metrics.md §4, the worked example: losses of the paraphrase and of five wrong answers, R, forget mean

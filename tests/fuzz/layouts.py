@@ -17,7 +17,7 @@ from safetensors.torch import save
 
 from palinode.weights import Checkpoint
 from palinode.weights.adapters import LoraAdapter
-from palinode.weights.files import Files
+from palinode.weights.tensors import Files
 
 # The layouts: each writes a small whole checkpoint, with damage where its parts are put together
 

@@ -18,23 +18,22 @@ from transformers import PreTrainedTokenizerFast
 
 from palinode.audit.policy import load_policy
 from palinode.benchmarks.own import read_questions
+from palinode.compare.recipe import load_comparison
 from palinode.data.examples import Example, Message, read_examples
 from palinode.data.tokenize import PromptStyle, prompt_ids, tokenize
 from palinode.evaluation.judges.endpoint import UnreadableReplyError, read_reply
 from palinode.evaluation.judging import Candidate
 from palinode.evaluation.openunlearning import read_log, write_log
+from palinode.history.duplicates import hashes
 from palinode.history.exposures import ExposureLog, ExposureReader
-from palinode.history.hashing import hashes
 from palinode.history.orders import read_order
-from palinode.methods.material import read_refusals
-from palinode.pipeline.compare.recipe import load_comparison
+from palinode.methods.cast import read_refusals
 from palinode.pipeline.recipe import load_recipe
 from palinode.records import Likelihood, Outcome
 from palinode.weights import Checkpoint
-from palinode.weights.files import Files
-from palinode.weights.fingerprints import tensor_digests
-from palinode.weights.manifest import check_manifest, write_manifest
+from palinode.weights.fingerprints import check_manifest, tensor_digests, write_manifest
 from palinode.weights.preflight import check_tokenizers
+from palinode.weights.tensors import Files
 from palinode.weights.vectors import open_direction, save_vector
 
 RECIPES = Path(__file__).parents[2] / "recipes"

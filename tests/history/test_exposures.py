@@ -15,8 +15,8 @@ import pytest
 
 from palinode.errors import DataError
 from palinode.history.compaction import compact
+from palinode.history.duplicates import hashes, row_hash
 from palinode.history.exposures import ExposureLog, ExposureReader
-from palinode.history.hashing import hashes, row_hash
 
 TEXTS = [f"fact number {n}" for n in range(40)]
 ROWS = hashes(TEXTS)

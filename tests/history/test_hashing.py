@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from palinode.data.examples import Example, Message
 from palinode.errors import DataError
-from palinode.history.hashing import (
+from palinode.history.duplicates import (
     as_hashes,
     fingerprint_rows,
     fingerprint_tokenizer,

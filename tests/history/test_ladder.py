@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from palinode.errors import CheckpointError, MismatchError, RecipeError
-from palinode.history.ladder import Ladder, Rung, open_ladder, read_step, read_tokens, step_of
+from palinode.history.series import Ladder, Rung, open_ladder, read_step, read_tokens, step_of
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ import pytest
 
 from palinode.data.examples import Example
 from palinode.errors import DataError
+from palinode.history.duplicates import hashes
 from palinode.history.exposures import ExposureLog, ExposureReader
-from palinode.history.hashing import hashes
 from palinode.history.judgement import known_alternatives
-from palinode.history.ladder import Ladder, Rung
 from palinode.history.locating import locate
 from palinode.history.orders.palinode import PalinodeOrder, Stage, open_palinode, rebuild, write_stages
+from palinode.history.series import Ladder, Rung
 from palinode.report.location import location_markdown, location_sentences
 from palinode.report.pictures import location_picture
 from palinode.training.settings import TrainingSettings

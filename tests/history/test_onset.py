@@ -9,8 +9,8 @@ import pytest
 
 from palinode.data.examples import Example
 from palinode.errors import DataError, RecipeError
-from palinode.history.ladder import Ladder, Rung
 from palinode.history.onset import MEASURES, Reading, find_onset, least_logprobs, mean_logprobs, search_onset
+from palinode.history.series import Ladder, Rung
 from palinode.records import Outcome
 
 ROWS = 40
@@ -171,7 +171,7 @@ def test_real_checkpoints_show_where_people_were_learned(tiny, world, tmp_path):
     """base had not seen the middle people, the stage after it had; late people came with the target."""
     from palinode.data import read_examples
     from palinode.data.world import write_facts
-    from palinode.history.ladder import open_ladder
+    from palinode.history.series import open_ladder
 
     home = tiny.base.folder.parent
     for step, name in ((1, "start"), (2, "base"), (3, "exposed"), (4, "target")):

@@ -150,7 +150,7 @@ def test_callback_thins_what_a_real_trainer_saves(tmp_path, tiny):
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-    from palinode.history.thinning import ThinningCallback, saved_steps
+    from palinode.history.callback import ThinningCallback, saved_steps
 
     def train(folder, callback, **options):
         model = AutoModelForCausalLM.from_pretrained(tiny.base.folder)

@@ -54,7 +54,7 @@ def train(
     )
 
     from palinode.history.callback import ExposureCallback
-    from palinode.history.hashing import hashes
+    from palinode.history.duplicates import hashes
 
     words = tokenizer()
     rows = Dataset.from_dict({"text": TEXTS, "input_ids": words(TEXTS)["input_ids"]})

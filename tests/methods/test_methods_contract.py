@@ -17,8 +17,7 @@ from safetensors.numpy import load_file as load_numpy
 from palinode import Checkpoint, TrainingSettings, finetune, read_examples
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import DivergenceError, RecipeError
-from palinode.evaluation.evaluate import observe
-from palinode.evaluation.settings import EvaluationSettings
+from palinode.evaluation.evaluate import EvaluationSettings, observe
 from palinode.methods import METHODS, MethodSettings
 from palinode.methods.method import StartSettings
 from palinode.models import CombinedLogits, load_model, load_tokenizer

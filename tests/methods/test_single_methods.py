@@ -14,21 +14,20 @@ from palinode.data.batches import pad_right
 from palinode.data.examples import Example, Message
 from palinode.data.tokenize import PromptStyle, TokenRow
 from palinode.errors import DataError, MismatchError, OutputError, RecipeError
-from palinode.evaluation.evaluate import observe
-from palinode.evaluation.settings import EvaluationSettings
+from palinode.evaluation.evaluate import EvaluationSettings, observe
 from palinode.methods import METHODS
 from palinode.methods.altpo import AltPOSettings, draw_alternates, request
-from palinode.methods.ce_u import place_in_row
-from palinode.methods.material import gather, read_refusals
+from palinode.methods.cast import gather, read_refusals
 from palinode.methods.pdu import PDUSettings, price
 from palinode.methods.rmu import control_vector
+from palinode.methods.weighted import place_in_row
 from palinode.models import CombinedLogits, load_model, load_tokenizer, score_rows
-from palinode.models.combined import combined_logits
+from palinode.models.inplace import combined_logits
 from palinode.pipeline import unlearn
 from palinode.training import CurvePoint, TrainingSettings
 from palinode.training.losses import row_sums
 from palinode.training.objectives import Seen
-from palinode.training.reading import labelled_logits, labelled_states, pick_layer
+from palinode.training.sums import labelled_logits, labelled_states, pick_layer
 
 CPU = torch.device("cpu")
 ROWS = (TokenRow((5, 6, 7, 8), 2, 0), TokenRow((9, 10, 11, 12, 13, 1), 4, 1))

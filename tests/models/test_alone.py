@@ -16,12 +16,12 @@ from palinode.errors import RecipeError
 from palinode.methods import METHODS
 from palinode.models import generate, score_rows
 from palinode.models.alone import COARSE_TOLERANCE, TOLERANCE, same_alone, tolerance, unlike
+from palinode.models.generation import slots_for
 from palinode.models.gradients import gradient_norms
-from palinode.models.slots import slots_for
 from palinode.training import ANSWER_LOSS, TrainingSettings, train
 from palinode.training.frozen import Likelihoods, States, keep
 from palinode.training.roles import Joined
-from palinode.training.subspace import input_spaces
+from palinode.training.sums import input_spaces
 
 TOKENS = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
 SMALL = TOKENS | {

@@ -16,8 +16,7 @@ from transformers import (
 
 from palinode.errors import DataError
 from palinode.models import generate, load_model
-from palinode.models.generation import Sampling, draw_tokens
-from palinode.models.slots import slots_for
+from palinode.models.generation import Sampling, draw_tokens, slots_for
 
 PROMPTS = [[5], [6, 7, 8, 9, 10, 11, 12], [13, 14, 15], [16, 17], [20, 21, 22, 23, 24]]
 EOS = 1

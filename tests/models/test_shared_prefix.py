@@ -19,9 +19,8 @@ from transformers import (
 )
 
 from palinode.data.tokenize import TokenRow
-from palinode.models import likelihoods, load_model, score_rows, shared_prefix
-from palinode.models.likelihoods import has_plain_head
-from palinode.models.shared_prefix import grow_trees
+from palinode.models import likelihoods, load_model, score_rows
+from palinode.models.likelihoods import grow_trees, has_plain_head
 
 ANSWERS = ((10, 11, 12, 2), (10, 11, 20, 21, 22, 2), (10, 11, 12, 30, 2), (40, 2))
 ROWS = [
@@ -124,7 +123,7 @@ def test_row_that_begins_another_adds_nothing():
 
 
 def test_rows_that_would_make_too_large_a_tree_get_several(monkeypatch):
-    monkeypatch.setattr(shared_prefix, "TREE_TOKENS", 12)
+    monkeypatch.setattr(likelihoods, "TREE_TOKENS", 12)
     trees = grow_trees(ROWS[:4])
     assert [tree.rows for tree in trees] == [(0,), (1,), (2, 3)]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from comparing import Heard, tiny_comparison
+from palinode.compare import build_comparison, compare_along, load_comparison, plan_axis
+from palinode.compare.axis import axis_recipes
+from palinode.compare.recipe import Demo, world_folder
 from palinode.errors import OutputError, RecipeError
-from palinode.pipeline.compare import build_comparison, compare_along, load_comparison, plan_axis
-from palinode.pipeline.compare.axis import axis_recipes
-from palinode.pipeline.compare.recipe import Demo, world_folder
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes" / "axes").glob("*.toml"))
 MSA = {"name": "MSA, one", "method": "msa", "search": {"scales.forget": [1.0, 0.5]}}

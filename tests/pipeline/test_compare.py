@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from comparing import Heard, tiny_comparison
+from palinode.compare import build_comparison, compare, load_comparison, plan_comparison
+from palinode.compare.measuring import make_gauge
+from palinode.compare.points import draw_points, epochs_for, recipe_of
+from palinode.compare.ranking import Values, rank, values_of
+from palinode.compare.recipe import Budget, Contestant, Split
+from palinode.compare.rows import divide_rows
+from palinode.compare.run import check_comparison, divide_comparison, open_ground
+from palinode.compare.search import Ground, part_of
 from palinode.data.examples import Example, Message
 from palinode.errors import DataError, OutputError, RecipeError
-from palinode.pipeline.compare import build_comparison, compare, load_comparison, plan_comparison
-from palinode.pipeline.compare.measuring import make_gauge
-from palinode.pipeline.compare.points import draw_points, epochs_for, recipe_of
-from palinode.pipeline.compare.ranking import Values, rank, values_of
-from palinode.pipeline.compare.recipe import Budget, Contestant, Split
-from palinode.pipeline.compare.rows import divide_rows
-from palinode.pipeline.compare.run import check_comparison, divide_comparison, open_ground
-from palinode.pipeline.compare.search import Ground, part_of
 from palinode.pipeline.inputs import open_inputs
 from palinode.pipeline.scales import Probes
 from palinode.pipeline.workspace import Workspace

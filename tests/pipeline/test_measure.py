@@ -153,9 +153,8 @@ def test_documents_are_scored_and_what_needs_an_answer_says_why_not(tiny, tmp_pa
 
 
 def test_expected_answers_are_cut_to_the_tokens_that_a_set_allows(tiny):
-    from palinode.data.examples import Example, Message
-    from palinode.data.questions import Question
-    from palinode.evaluation.asking import Asking
+    from palinode.data.examples import Example, Message, Question
+    from palinode.evaluation.ask import Asking
     from palinode.evaluation.benchmark import QuestionSet
     from palinode.models import load_tokenizer
 
@@ -169,9 +168,8 @@ def test_expected_answers_are_cut_to_the_tokens_that_a_set_allows(tiny):
 
 
 def test_single_sets_have_limits_of_their_own():
-    from palinode.data.examples import Example, Message
-    from palinode.data.questions import Question
-    from palinode.evaluation.asking import Asking
+    from palinode.data.examples import Example, Message, Question
+    from palinode.evaluation.ask import Asking
     from palinode.evaluation.benchmark import Loaded, QuestionSet
 
     rows = tuple(Question(Example(n, "x", "completion", (Message("prompt", "a"),), "b")) for n in range(9))

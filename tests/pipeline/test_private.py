@@ -21,13 +21,13 @@ import pytest
 from comparing import Heard, tiny_comparison
 from invented_benchmarks import own_files
 from palinode.benchmarks import BENCHMARKS
+from palinode.compare import build_comparison, carry_out, compare
 from palinode.data import read_examples
 from palinode.errors import InputError, OutputError, WorkspaceError
 from palinode.evaluation.benchmark import Places
-from palinode.evaluation.judges.cache import DecisionCache
+from palinode.evaluation.judging import DecisionCache
 from palinode.pipeline import unlearn
 from palinode.pipeline.audit import Plan, audit
-from palinode.pipeline.compare import build_comparison, carry_out, compare
 from palinode.pipeline.demo_run import run_demo
 from palinode.pipeline.forgetting import describe_leftovers, leftovers
 from palinode.pipeline.measure import MeasureSettings, measure

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from comparing import Heard, tiny_comparison
+from palinode.compare import build_comparison, carry_out, load_comparison, plan_requests
+from palinode.compare.recipe import Requests
+from palinode.compare.request_rows import divide_requests, names_in
 from palinode.data.examples import Example, Message
 from palinode.errors import DataError, InputError, OutputError
 from palinode.models.inplace import contents
 from palinode.models.loading import load_model, pick_device
-from palinode.pipeline.compare import build_comparison, carry_out, load_comparison, plan_requests
-from palinode.pipeline.compare.recipe import Requests
-from palinode.pipeline.compare.request_rows import divide_requests, names_in
 from palinode.report.requests import on_same_rows, undo_sentences
 from palinode.weights import Checkpoint
 

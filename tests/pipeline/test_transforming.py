@@ -19,7 +19,7 @@ from palinode.models import load_model, load_tokenizer
 from palinode.pipeline import unlearn
 from palinode.pipeline.finished import run_key
 from palinode.pipeline.inputs import open_inputs
-from palinode.weights.files import Files
+from palinode.weights.tensors import Files
 
 GIVEN = {"forget": 0.5, "retain": 0.0}
 

@@ -13,9 +13,8 @@ from palinode.data.batches import pad_right
 from palinode.data.tokenize import PromptStyle, TokenRow, tokenize
 from palinode.errors import DataError
 from palinode.models import load_model, load_tokenizer
-from palinode.training import subspace
-from palinode.training.importance import gradient_moment
-from palinode.training.subspace import input_spaces
+from palinode.training import sums
+from palinode.training.sums import gradient_moment, input_spaces
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +75,7 @@ def test_space_of_a_layer_is_that_of_the_inputs_it_was_given(live, monkeypatch):
             model(input_ids=torch.tensor([row.ids]))
     handle.remove()
     inputs = torch.cat(caught).double().numpy()
-    monkeypatch.setattr(subspace, "ROOM", 20_000)
+    monkeypatch.setattr(sums, "ROOM", 20_000)
     spaces = {space.module: space for space in input_spaces(model, rows, energy=0.9, pad_id=0)}
     assert len(spaces) == 14
     basis = spaces[name].basis
@@ -122,8 +121,8 @@ def test_padding_is_no_input():
     rows = [TokenRow(tuple(range(5, 14)), 4, 0), TokenRow((20,), 1, 1)]
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Conv1D)}
     for row in rows:
-        for name, total in subspace._sums(model, layers, [row], [[0]], pad_id=0, on_progress=None).items():
+        for name, total in sums._sums(model, layers, [row], [[0]], pad_id=0, on_progress=None).items():
             sums[name] = sums.get(name, 0) + total
-    together = subspace._sums(model, layers, rows, [[0, 1]], pad_id=0, on_progress=None)
+    together = sums._sums(model, layers, rows, [[0, 1]], pad_id=0, on_progress=None)
     for name, total in together.items():
         torch.testing.assert_close(total, sums[name], rtol=1e-5, atol=1e-6)

@@ -16,7 +16,7 @@ from palinode import Checkpoint, LoraAdapter, TrainingSettings, finetune, read_e
 from palinode.errors import InputError, RecipeError
 from palinode.methods import METHODS
 from palinode.pipeline.steps import finetune_file
-from palinode.training.paired import finetune_pair
+from palinode.training.finetune import finetune_pair
 
 GIVEN = {
     "epochs": 2,

@@ -13,8 +13,8 @@ from palinode.training import ANSWER_LOSS, Joined, Material, Objective, train
 from palinode.training.frozen import Distributions, Likelihoods, States, keep
 from palinode.training.losses import row_sums, token_nll
 from palinode.training.objectives import answer_term, kl_term
-from palinode.training.reading import labelled_states
 from palinode.training.roles import draw, join
+from palinode.training.sums import labelled_states
 
 CPU = torch.device("cpu")
 SETTINGS = TrainingSettings(epochs=3, learning_rate=1e-3, batch_size=2, max_length=64, precision="float32")

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from palinode.weights import Checkpoint
-from palinode.weights.files import Files
+from palinode.weights.tensors import Files
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from palinode.errors import CheckpointError, MismatchError
 from palinode.weights import Checkpoint
 from palinode.weights.adapters import LoraAdapter
-from palinode.weights.files import Files
+from palinode.weights.tensors import Files
 
 PREFIX = "base_model.model."
 Q = "model.layers.0.self_attn.q_proj"

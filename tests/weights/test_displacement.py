@@ -22,8 +22,8 @@ from palinode.weights.displacement import (
     encode,
     read_object,
 )
-from palinode.weights.files import Files
-from palinode.weights.lowrank import multiply, nearest_factors, rank_for
+from palinode.weights.kernels import multiply, nearest_factors, rank_for
+from palinode.weights.tensors import Files
 
 
 def point(name):

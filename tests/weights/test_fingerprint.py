@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 from palinode.errors import CheckpointError
 from palinode.weights import Checkpoint, fingerprints
-from palinode.weights.files import Files
 from palinode.weights.fingerprints import cache_folder, remember, tensor_digests
 from palinode.weights.fingerprints import fingerprint as fingerprint_of
+from palinode.weights.tensors import Files
 
 
 @pytest.fixture

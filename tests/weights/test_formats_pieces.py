@@ -10,9 +10,9 @@ from on_disk import read
 
 from palinode.errors import CheckpointError
 from palinode.weights import TensorInfo
-from palinode.weights.files import Files
 from palinode.weights.formats import pieces as pieces_module
 from palinode.weights.formats.pieces import Piece, PiecedTensor, boxes, pieced, row_major
+from palinode.weights.tensors import Files
 
 lengths = st.lists(st.integers(1, 5), min_size=0, max_size=4).map(tuple)
 

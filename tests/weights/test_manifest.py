@@ -14,8 +14,14 @@ from safetensors.torch import load_file, save_file
 from palinode import __version__
 from palinode.errors import CheckpointError
 from palinode.weights import Checkpoint
-from palinode.weights.fingerprints import remember, tensor_digests
-from palinode.weights.manifest import check_manifest, formula_terms, read_manifest, write_manifest
+from palinode.weights.fingerprints import (
+    check_manifest,
+    formula_terms,
+    read_manifest,
+    remember,
+    tensor_digests,
+    write_manifest,
+)
 
 CONTENT = {
     "formula": [{"model": "target", "coefficient": 1.0, "fingerprint": None}],

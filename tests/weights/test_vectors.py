@@ -26,7 +26,7 @@ from palinode.errors import (
 from palinode.weights import profile
 from palinode.weights.adapters import LoraAdapter
 from palinode.weights.displacement import DenseChange, LowRankChange
-from palinode.weights.files import Files
+from palinode.weights.tensors import Files
 from palinode.weights.vectors import StoredVector, open_direction, save_vector
 
 UP, DOWN, NORM, HALF = "layers.0.up.weight", "layers.0.down.weight", "norm.weight", "half.weight"

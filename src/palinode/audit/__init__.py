@@ -4,11 +4,9 @@ Each attack is one file and measures one model with a stated budget; `comparison
 side, row by row; `policy` says what may be found; `findings` says what was.
 """
 
-from palinode.audit.attack import Attack, Measurement, Test
+from palinode.audit.attack import BUDGETS, Attack, Budget, Measurement, Test
 from palinode.audit.attacks import ATTACKS
-from palinode.audit.budget import BUDGETS, Budget
-from palinode.audit.comparison import Finding
-from palinode.audit.findings import Answer
+from palinode.audit.findings import Answer, Finding
 from palinode.audit.material import Material, read_material
 from palinode.audit.policy import Policy, build_policy, load_policy
 

@@ -1,13 +1,186 @@
-"""From measurements to findings, and from findings to one answer: passed or not, and why."""
+"""Two models on the same rows: each one's figure, the difference, and what the difference says.
+
+Rows are resampled in pairs, the same draw for both models, so what makes a row easy for both of them does
+not blur the difference.
+
+From measurements to findings, and from findings to one answer: passed or not, and why.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from palinode.audit.attack import Attack, Measurement
-from palinode.audit.comparison import Finding, compare
+import numpy as np
+import numpy.typing as npt
+
+from palinode.audit.attack import Attack, Groups, Measurement, Statistic, Test, Values
 from palinode.audit.policy import Policy
+from palinode.metrics import mean_score
+from palinode.metrics.membership import auc
+from palinode.records import Score
+
+Verdict = Literal["within", "knows more", "knows less", "unclear", "not tested"]
+"""What a difference says. Only "knows more" and "knows less" fail an audit by themselves."""
+
+RESAMPLES = 1999
+"""Bootstrap resamples behind the interval of a difference of AUCs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One test of one model against the yardstick."""
+
+    score: Score
+    yardstick: Score
+    difference: Score
+    """The model's figure less the yardstick's."""
+    verdict: Verdict
+    reason: str | None
+    """Why it is unclear or not tested."""
+
+
+def compare(
+    test: Test,
+    values: Groups,
+    yardstick: Groups,
+    *,
+    more: float | None,
+    less: float | None,
+    min_rows: int,
+    seed: int,
+) -> Finding:
+    """Return the finding of a test from the values of both models, row by row in the same order."""
+    ours, theirs = paired(values, yardstick)
+    if test.relative:
+        ours, theirs = _taken_off(ours, theirs), _taken_off(theirs, theirs)
+    score = figure(test, ours, seed=seed)
+    standard = figure(test, theirs, seed=seed)
+    difference = _difference(test, ours, theirs, seed=seed)
+    verdict, reason = judge(difference, more=more, less=less, rows=_fewest(ours), min_rows=min_rows)
+    return Finding(score, standard, difference, verdict, reason)
+
+
+def paired(values: Groups, yardstick: Groups) -> tuple[Groups, Groups]:
+    """Return both models' values without those of rows that one of them has no value for."""
+    kept = {
+        name: [
+            place
+            for place, pair in enumerate(zip(values[name], yardstick[name], strict=True))
+            if _whole(pair)
+        ]
+        for name in values
+    }
+    ours = {name: tuple(values[name][place] for place in places) for name, places in kept.items()}
+    theirs = {name: tuple(yardstick[name][place] for place in places) for name, places in kept.items()}
+    return ours, theirs
+
+
+def figure(test: Test, groups: Groups, *, seed: int) -> Score:
+    """Return one model's figure of a test, with its own interval."""
+    if test.statistic == "auc":
+        score = auc(groups["forget"], groups["holdout"], seed=seed)
+    else:
+        score = mean_score(groups["forget"], seed=seed, missing=test.missing)
+    return score if score.value is not None or any(groups.values()) else _none(test.missing)
+
+
+def judge(
+    difference: Score, *, more: float | None, less: float | None, rows: int, min_rows: int
+) -> tuple[Verdict, str | None]:
+    """Say what a difference from the yardstick is evidence of.
+
+    knows more: it exceeds `more`, and its 95 % interval lies above 0. knows less: the same below −`less`.
+    within: the whole interval lies between the two. Anything else is unclear: the rows are too few for it.
+    A side whose margin is None is not judged.
+    """
+    value, low, high = difference.value, difference.low, difference.high
+    if value is None:
+        return "not tested", difference.reason
+    if low is None or high is None or rows < min_rows:
+        return "unclear", f"{rows} rows are too few; {min_rows} are asked for"
+    upper, lower = math.inf if more is None else more, -math.inf if less is None else -less
+    if value > upper and low > 0:
+        return "knows more", None
+    if value < lower and high < 0:
+        return "knows less", None
+    if lower <= low and high <= upper:
+        return "within", None
+    return "unclear", "the interval is too wide to tell; more rows would narrow it"
+
+
+def auc_of(members: npt.NDArray[np.float64], others: npt.NDArray[np.float64]) -> float:
+    """Return P(other > member) + ½ P(other = member).
+
+    >>> auc_of(np.array([0.2, 0.5, 0.9, 1.1]), np.array([0.8, 1.2, 1.5, 0.4]))
+    0.6875
+    """
+    ranked = np.sort(members)
+    below = np.searchsorted(ranked, others, side="left") + np.searchsorted(ranked, others, side="right")
+    return float(below.mean() / (2 * len(members)))
+
+
+def _difference(test: Test, ours: Groups, theirs: Groups, *, seed: int) -> Score:
+    if test.statistic == "mean":
+        pairs = zip(ours["forget"], theirs["forget"], strict=True)
+        gaps = [a - b for a, b in pairs if a is not None and b is not None]
+        return mean_score(gaps, seed=seed, shares=False) if gaps else _none(test.missing)
+    sizes = {name: len(values) for name, values in ours.items()}
+    empty = [name for name, size in sizes.items() if not size]
+    if empty:
+        return _none(f"{test.missing} ({', '.join(empty)} rows)")
+    here, there = _arrays(ours), _arrays(theirs)
+    value = auc_of(*here) - auc_of(*there)
+    if min(sizes.values()) == 1:
+        return Score(value, sum(sizes.values()), None, None, "one row in a sample gives no interval")
+    random = np.random.default_rng(seed)
+    drawn = np.empty(RESAMPLES)
+    for place in range(RESAMPLES):
+        picks = [random.integers(0, len(sample), len(sample)) for sample in here]
+        drawn[place] = auc_of(*_picked(here, picks)) - auc_of(*_picked(there, picks))
+    low, high = np.quantile(drawn, (0.025, 0.975)).tolist()
+    return Score(value, sum(sizes.values()), low, high)
+
+
+Arrays = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
+
+
+def _arrays(groups: Groups) -> Arrays:
+    members, others = (np.array(groups[name], dtype=np.float64) for name in ("forget", "holdout"))
+    return members, others
+
+
+def _picked(samples: Arrays, picks: Sequence[npt.NDArray[np.int64]]) -> Arrays:
+    return samples[0][picks[0]], samples[1][picks[1]]
+
+
+def _taken_off(values: Groups, other: Groups) -> Groups:
+    def difference(ours: Values, theirs: Values) -> Values:
+        return tuple(None if a is None or b is None else a - b for a, b in zip(ours, theirs, strict=True))
+
+    return {name: difference(values[name], other[name]) for name in values}
+
+
+def _whole(pair: tuple[float | None, float | None]) -> bool:
+    return pair[0] is not None and pair[1] is not None
+
+
+def _fewest(groups: Groups) -> int:
+    return min((len(values) for values in groups.values()), default=0)
+
+
+def _none(reason: str) -> Score:
+    return Score(value=None, n=0, low=None, high=None, reason=reason)
+
+
+STATISTICS: dict[Statistic, str] = {
+    "mean": "mean over the forget rows",
+    "auc": "area under the ROC curve of forget against holdout rows",
+}
+"""What a figure is, for readers."""
+
 
 YARDSTICK = "yardstick"
 AUDITED = "audited"

@@ -21,8 +21,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from palinode.audit.attack import BUDGETS, Budget
 from palinode.audit.attacks import ATTACKS, tests_by_key
-from palinode.audit.budget import BUDGETS, Budget
 from palinode.errors import RecipeError
 from palinode.records import read_toml
 

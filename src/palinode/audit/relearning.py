@@ -18,9 +18,8 @@ from palinode.errors import CheckpointError, DivergenceError
 from palinode.metrics import answer_probabilities
 
 if TYPE_CHECKING:
-    from palinode.audit.budget import Budget
+    from palinode.audit.attack import Budget, Subject
     from palinode.audit.material import Material
-    from palinode.audit.subject import Subject
 
 AREA = Test("area", "area under the curve", more=0.1, less=0.2, missing="no token was scored")
 
@@ -29,7 +28,7 @@ def relearn(
     subject: Subject, learned: Sequence[Example], tested: Sequence[Example], budget: Budget, *, label: str
 ) -> Measurement:
     """Fine-tune a fresh copy on `learned`, and return the areas under the curves of `tested`."""
-    from palinode.audit.subject import likelihoods_only
+    from palinode.audit.attack import likelihoods_only
     from palinode.data.tokenize import tokenize
     from palinode.models.loading import pad_token
     from palinode.training import ANSWER_LOSS, TrainingSettings, train

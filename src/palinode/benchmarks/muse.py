@@ -16,12 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
-from palinode.data.examples import Example, Message
-from palinode.data.questions import Question
+from palinode.data.examples import Example, Message, Question
 from palinode.data.sources import Row
-from palinode.evaluation.asking import Asking
+from palinode.evaluation.ask import Asking
 from palinode.evaluation.benchmark import (
     GENERATION,
+    MEMORIZATION,
     Benchmark,
     Cell,
     Loaded,
@@ -32,14 +32,16 @@ from palinode.evaluation.benchmark import (
     QuestionSet,
     Table,
     TableRows,
+    attack_cells,
+    metric_cells,
+    min_k_auc,
     need_table,
     not_there,
     read_table,
 )
-from palinode.evaluation.cells import MEMORIZATION, attack_cells, metric_cells, min_k_auc
 from palinode.metrics.aggregate import mean_score
+from palinode.metrics.matching import rouge_values
 from palinode.metrics.membership import MUSE_RETRAINED, privleak
-from palinode.metrics.overlap import rouge_values
 from palinode.metrics.table import METRICS
 from palinode.records import Score
 

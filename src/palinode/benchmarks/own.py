@@ -11,12 +11,12 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from palinode.data.examples import Example, read_examples, shared_rows
-from palinode.data.questions import Question
+from palinode.data.examples import Example, Question, read_examples, shared_rows
 from palinode.data.sources import Row, read_rows
 from palinode.errors import DataError
-from palinode.evaluation.asking import Asking
+from palinode.evaluation.ask import Asking
 from palinode.evaluation.benchmark import (
+    MEMORIZATION,
     Benchmark,
     Cell,
     Loaded,
@@ -25,9 +25,11 @@ from palinode.evaluation.benchmark import (
     Places,
     QuestionSet,
     TableFacts,
+    attack_cells,
+    judge_cells,
+    metric_cells,
 )
-from palinode.evaluation.cells import MEMORIZATION, attack_cells, judge_cells, metric_cells
-from palinode.metrics.comparison import forget_quality
+from palinode.metrics.aggregate import forget_quality
 from palinode.metrics.table import COMPARISONS
 from palinode.records import Score, read_bytes
 

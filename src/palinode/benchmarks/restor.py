@@ -20,11 +20,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from palinode.data.examples import Example, Message
-from palinode.data.questions import Question
+from palinode.data.examples import Example, Message, Question
 from palinode.data.sources import json_type
 from palinode.errors import DataError, RecipeError
-from palinode.evaluation.asking import Asking
+from palinode.evaluation.ask import Asking
 from palinode.evaluation.benchmark import (
     GENERATION,
     Benchmark,

@@ -12,15 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
-from palinode.data.examples import Example, Message
-from palinode.data.questions import Question
+from palinode.data.examples import Example, Message, Question
 from palinode.data.sources import Row
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import DataError
-from palinode.evaluation.asking import Asking
+from palinode.evaluation.ask import Asking
 from palinode.evaluation.benchmark import (
     ALL,
     GENERATION,
+    MEMORIZATION,
     Benchmark,
     Cell,
     Loaded,
@@ -31,22 +31,24 @@ from palinode.evaluation.benchmark import (
     QuestionSet,
     Table,
     TableRows,
+    attack_cells,
+    judge_cells,
+    metric_cells,
     need_table,
     not_there,
     read_table,
 )
-from palinode.evaluation.cells import MEMORIZATION, attack_cells, judge_cells, metric_cells
-from palinode.metrics.aggregate import harmonic_score, mean_score
-from palinode.metrics.comparison import forget_quality
-from palinode.metrics.likelihood import answer_probabilities, normalised_probabilities
-from palinode.metrics.overlap import rouge_l_recalls
-from palinode.metrics.table import COMPARISONS, METRICS
-from palinode.metrics.truth_ratio import (
+from palinode.metrics.aggregate import forget_quality, harmonic_score, mean_score
+from palinode.metrics.likelihood import (
     Form,
+    answer_probabilities,
     forget_truth_ratios,
+    normalised_probabilities,
     retain_truth_ratios,
     right_shares,
 )
+from palinode.metrics.matching import rouge_l_recalls
+from palinode.metrics.table import COMPARISONS, METRICS
 from palinode.records import Outcome, Score
 
 QA: dict[str, int | None] = {"question": None, "answer": None}

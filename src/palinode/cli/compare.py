@@ -17,8 +17,8 @@ from palinode.cli.options import Json, Quiet
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from palinode.pipeline.compare import Compared, CompareRecipe
-    from palinode.pipeline.compare.recipe import Comparison
+    from palinode.compare import Compared, CompareRecipe
+    from palinode.compare.recipe import Comparison
 
 
 def compare(
@@ -41,7 +41,7 @@ def compare(
     With a section axis in the recipe: one comparison at each value of a key. With a section requests: erasure
     requests carried out one after another and undone in another order.
     """
-    from palinode.pipeline.compare import load_comparison
+    from palinode.compare import load_comparison
 
     given = [*(changes or []), *([f"output.folder={_quoted(output)}"] if output else [])]
     loaded = load_comparison(recipe, given)
@@ -89,10 +89,10 @@ class _Kind:
 
 def _kind_of(comparison: Comparison) -> _Kind:
     """Return what the recipe asks for; imported when it is known."""
-    from palinode.pipeline import compare as pipeline
+    from palinode import compare as pipeline
 
     if comparison.requests:
-        from palinode.pipeline.compare import request_plan
+        from palinode.compare import request_plan
         from palinode.report.requests import requests_table, undo_sentences
 
         return _Kind(
@@ -104,7 +104,7 @@ def _kind_of(comparison: Comparison) -> _Kind:
             request_plan.FILES,
         )
     if comparison.axis:
-        from palinode.pipeline.compare import axis
+        from palinode.compare import axis
         from palinode.report.axis import axis_sentences, axis_table
 
         return _Kind(
@@ -115,7 +115,7 @@ def _kind_of(comparison: Comparison) -> _Kind:
             axis_sentences,
             axis.FILES,
         )
-    from palinode.pipeline.compare import plan, run
+    from palinode.compare import plan, run
     from palinode.report.comparison import comparison_table, ranking_sentences
 
     return _Kind(

@@ -13,7 +13,7 @@ from palinode.records import read_bytes
 
 if TYPE_CHECKING:
     from palinode.data import PromptStyle
-    from palinode.history.location import Location
+    from palinode.history.judgement import Location
 
 
 def locate(
@@ -252,7 +252,7 @@ def chosen(found: Location) -> tuple[str, dict[str, Any]]:
 
 def _step_of(target: str | None, ladder: Any) -> int | None:
     """Return the target's step: that of its rung, of its trainer state, or of its name."""
-    from palinode.history.ladder import step_of
+    from palinode.history.series import step_of
 
     return step_of(target, ladder) if target else None
 

@@ -9,13 +9,14 @@ from palinode.data.examples import (
     Example,
     Form,
     Message,
+    Question,
     fingerprint_examples,
     parse_columns,
+    plain_questions,
     read_examples,
     sample_examples,
     shared_rows,
 )
-from palinode.data.questions import Question, plain_questions
 from palinode.data.sources import Row, read_rows
 from palinode.data.tokenize import PromptStyle, TokenRow, end_id, prompt_ids, tokenize
 

@@ -1,4 +1,9 @@
-"""What a forget, retain or holdout set may be: questions, completions, conversations or documents.
+"""A prompt with everything that is known about its answers: the right one, other wordings, wrong ones.
+
+An `Example` is what a model is trained on; a `Question` is what an evaluation asks. Benchmarks make
+questions of their rows (spec: data.md); questions made from a user's own rows have one answer each.
+
+What a forget, retain or holdout set may be: questions, completions, conversations or documents.
 
 Rows come from `sources`; here they become `Example`s, the one form in which the rest of Palinode
 knows training data. Which columns a file has decides what its rows are, in this order:
@@ -18,7 +23,7 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +31,24 @@ import numpy as np
 
 from palinode.data.sources import Row, json_type, read_rows
 from palinode.errors import DataError, RecipeError
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One prompt with its right answer, and other answers that are scored under the same prompt."""
+
+    example: Example
+    """The prompt and the right answer."""
+    alternatives: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Other answers by kind: "paraphrased" (right, other words), "perturbed" (wrong), …"""
+    accepted: tuple[str, ...] = ()
+    """Answers that count as right, where there are several; empty means the right answer only."""
+
+
+def plain_questions(examples: Iterable[Example]) -> list[Question]:
+    """Return examples as questions with one answer each."""
+    return [Question(example) for example in examples]
+
 
 Form = Literal["question", "completion", "chat", "document"]
 """What kind of training text an example is."""

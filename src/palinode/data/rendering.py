@@ -1,4 +1,11 @@
-"""Chat templates rendered in a process of their own, which gets so much time and memory and no more.
+"""A finished exchange as it is written for a model: what stands before the answer, the answer, what follows.
+
+The tokenizer's chat template writes the whole conversation, and the answer is found in it by its place:
+the same conversation is written with another answer that begins and ends with other letters, and what
+both have in common is the template's. So an answer that also occurs in the question, or in the template's
+own words, is never taken for another, and what the model is asked is what it was trained on.
+
+Chat templates rendered in a process of their own, which gets so much time and memory and no more.
 
 A template is a program out of a model's folder. jinja2's sandbox keeps it from files, but not from loops
 without end or texts of gigabytes; so one small child process renders them all, and is ended when a
@@ -16,8 +23,241 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+from palinode.data.examples import Example, Message
+from palinode.errors import DataError, RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from palinode.data.tokenize import PromptStyle
+
+PLAIN_LABELS = {"user": "Question: ", "assistant": "Answer: ", "system": ""}
+"""How a turn begins where the tokenizer has no chat template."""
+
+_OTHERS = ("moth", "fig", "yew")
+"""Answers put in the place of one: no two begin or end alike, so one of them never does."""
+
+
+_SPELT_OUT = ("'type': 'text'", '"type": "text"')
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """The three parts of a finished exchange; joined they are the whole text."""
+
+    context: str
+    answer: str
+    """As the template writes it, which may leave out blanks around it."""
+    ending: str = ""
+    plain: bool = False
+    """Whether no template made it, so that the tokenizer puts before it what it puts before any text."""
+
+
+def plain_exchange(example: Example) -> Exchange:
+    """Return a completion as it is, or a conversation as labelled lines; "Answer:" is followed by a space."""
+    if example.form == "completion":
+        return Exchange(example.turns[0].content, example.answer, plain=True)
+    lines = [
+        PLAIN_LABELS.get(turn.role, f"{turn.role.capitalize()}: ") + turn.content for turn in example.turns
+    ]
+    answer = f" {example.answer}" if example.answer else ""
+    return Exchange("\n".join([*lines, "Answer:"]), answer, plain=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How conversations of one sequence of roles must be given to a template, for it to show all of them."""
+
+    system: str
+    """System prompt to put first; empty where there is none, or the template refuses one."""
+    parts: frozenset[str]
+    """Roles whose content it wants as a list of parts."""
+
+    def chat(self, turns: Sequence[Message], *answer: str) -> Chat:
+        system = [Message("system", self.system)] if self.system else []
+        said = [Message("assistant", text) for text in answer]
+        return [self._entry(message) for message in (*system, *turns, *said)]
+
+    def _entry(self, message: Message) -> dict[str, Any]:
+        parts = [{"type": "text", "text": message.content}]
+        return {
+            "role": message.role,
+            "content": parts if message.role in self.parts else message.content,
+        }
+
+
+@dataclass(slots=True)
+class Template:
+    """A tokenizer's chat template under one style."""
+
+    source: str
+    variables: Mapping[str, Any]
+    style: PromptStyle
+    _plans: dict[tuple[str, ...], _Plan] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, style: PromptStyle) -> Template:
+        """Return the template that the tokenizer has; it must have one."""
+        try:
+            source = tokenizer.get_chat_template()
+        except ValueError as error:  # of several, none is for chats
+            raise RecipeError(
+                f"the tokenizer has chat templates named {', '.join(tokenizer.chat_template)} and none named "
+                "default; name one of them so, or ask without it (chat = false)"
+            ) from error
+        return cls(source, tokenizer.special_tokens_map, style)
+
+    def exchanges(self, examples: Sequence[Example]) -> list[Exchange]:
+        """Return each example as it is written when it is finished.
+
+        The context does not depend on the answer; an example without one gets its context and ending.
+        Raises `DataError` naming the row, where the template does not show all of it.
+        """
+        chats: list[Chat] = []
+        for example in examples:
+            plan = self._plan(example)
+            chats += [plan.chat(example.turns, answer) for answer in _two_answers(example.answer)]
+        texts = iter(self._render(chats))
+        return [self._found(example, next(texts), next(texts)) for example in examples]
+
+    def generation_prompt(self, example: Example) -> str | None:
+        """Return what the template writes for a model to go on from; None where it refuses."""
+        chat = self._plan(example).chat(example.turns)
+        (text,) = self._render([chat], add_generation_prompt=True)
+        return text if isinstance(text, str) else None
+
+    def _render(self, chats: Sequence[Chat], *, add_generation_prompt: bool = False) -> list[str | Refusal]:
+        variables = {**self.variables, "add_generation_prompt": add_generation_prompt}
+        return render(self.source, chats, variables, date=self.style.date)
+
+    def _found(self, example: Example, text: str | Refusal, other: str | Refusal) -> Exchange:
+        for written in (text, other):
+            if isinstance(written, Refusal):
+                raise _cannot_show(example, written.reason)
+        assert isinstance(text, str)
+        assert isinstance(other, str)
+        before = _alike(text, other)
+        end = len(text) - _alike(text[before:][::-1], other[before:][::-1])
+        found = Exchange(text[:before], text[before:end], text[end:])
+        if not example.answer:
+            found = Exchange(found.context, "", found.ending)
+        elif found.answer.strip() != example.answer.strip():
+            found = self._own_beginning(example, text)
+        self._check_shown(example, found.context)
+        return found
+
+    def _own_beginning(self, example: Example, text: str) -> Exchange:
+        """Return an exchange whose answer begins where the generation prompt ends.
+
+        So do answers that bring the thoughts which the template would write itself before another answer.
+        """
+        begin = self.generation_prompt(example)
+        answer = example.answer.strip()
+        if begin is not None and text.startswith(begin):
+            rest = text[len(begin) :]
+            blanks = len(rest) - len(rest.lstrip())
+            if rest.startswith(answer, blanks):
+                end = blanks + len(answer)
+                return Exchange(begin, rest[:end], rest[end:])
+        raise DataError(
+            f"{example.place}: the tokenizer's chat template does not write its answer as it stands there; "
+            "change the row or the template, or ask without it (chat = false)"
+        )
+
+    def _check_shown(self, example: Example, context: str) -> None:
+        shown = _folded(context)
+        for place, turn in enumerate(example.turns):
+            if not _is_shown(turn, shown):
+                raise _leaves_out(example, place)
+
+    def _plan(self, example: Example) -> _Plan:
+        """Return how conversations of these roles are shown whole; found once, by trying."""
+        roles = tuple(turn.role for turn in example.turns)
+        if roles not in self._plans:
+            self._plans[roles] = self._find_plan(example)
+        return self._plans[roles]
+
+    def _find_plan(self, example: Example) -> _Plan:
+        """Try the ways there are on a conversation of made-up words, of which none may be missing."""
+        marks = [replace(turn, content=f"zq{number}qz") for number, turn in enumerate(example.turns, start=1)]
+        refusal, lacking = "it writes nothing", list[list[int]]()
+        for plan in self._ways(example.turns):
+            trial = replace(plan, system=plan.system and "zqsqz")
+            (text,) = self._render([trial.chat(marks, "zq0qz")])
+            if isinstance(text, Refusal):
+                refusal = refusal if plan.parts else text.reason  # what it says to parts is of the trial
+                continue
+            if any(form in text for form in _SPELT_OUT):  # it wanted no parts, and shows them as they are
+                continue
+            shown = _folded(text)
+            missing = [
+                n for n, mark in enumerate([*marks, Message("", "zq0qz")]) if mark.content not in shown
+            ]
+            if not missing and trial.system in shown:
+                return plan
+            lacking += [missing] if missing else []
+        if not lacking:
+            raise _cannot_show(example, refusal)
+        raise _leaves_out(example, min(lacking, key=len)[0])
+
+    def _ways(self, turns: Sequence[Message]) -> Iterator[_Plan]:
+        """Yield ways to give a conversation to the template, the usual one first."""
+        own = any(turn.role == "system" for turn in turns)
+        systems = [self.style.system_prompt, ""] if self.style.system_prompt and not own else [""]
+        roles = sorted({"system", "assistant", *(turn.role for turn in turns)})
+        for system in systems:
+            yield _Plan(system, frozenset())
+            for size in range(len(roles), 0, -1):
+                yield from (_Plan(system, frozenset(some)) for some in combinations(roles, size))
+
+
+def _two_answers(answer: str) -> tuple[str, str]:
+    """Return an answer and another one that begins and ends otherwise; two others where there is none."""
+    if not answer.strip():
+        return _OTHERS[0], _OTHERS[1]
+    own = answer.strip().casefold()
+    other = next(text for text in _OTHERS if text[0] != own[0] and text[-1] != own[-1])
+    return answer, other
+
+
+def _alike(first: str, second: str) -> int:
+    """Return how many letters two texts begin with in common."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (one, two) in pairs if one != two), min(len(first), len(second)))
+
+
+def _is_shown(turn: Message, shown: str) -> bool:
+    """Tell whether a folded text has a message, as it is or as JSON; of an earlier answer no thoughts."""
+    content = turn.content.rpartition("</think>")[2] if turn.role == "assistant" else turn.content
+    ways = (content, json.dumps(content, ensure_ascii=False)[1:-1], json.dumps(content)[1:-1])
+    return any(_folded(way) in shown for way in ways)
+
+
+def _folded(text: str) -> str:
+    """Return a text without blanks and capitals: templates trim, and some change capitals."""
+    return "".join(text.casefold().split())
+
+
+def _cannot_show(example: Example, reason: str) -> DataError:
+    return DataError(
+        f"the tokenizer's chat template cannot show {example.place} ({reason}); change the row or the "
+        "template, or ask without it (chat = false)"
+    )
+
+
+def _leaves_out(example: Example, place: int) -> DataError:
+    """Return the refusal of a row of which a message is not in the text, or the answer behind them all."""
+    whole = place == len(example.turns)
+    part = "its answer" if whole else f"message {place + 1} of it ({example.turns[place].role})"
+    return DataError(
+        f"{example.place}: the tokenizer's chat template leaves out {part}; change the row or the template, "
+        "or ask without it (chat = false)"
+    )
+
 
 SECONDS = 2
 """Computing time that a render may take."""

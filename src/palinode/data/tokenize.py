@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from palinode.data.examples import Example, Form, Message
-from palinode.data.exchange import Exchange, Template, plain_exchange
+from palinode.data.rendering import Exchange, Template, plain_exchange
 from palinode.errors import CheckpointError, DataError, RecipeError
 
 if TYPE_CHECKING:

@@ -1,8 +1,6 @@
 """What a model does on examples, and the scores that follow from it."""
 
-from palinode.evaluation.ask import ask
-from palinode.evaluation.asking import Asking
-from palinode.evaluation.evaluate import evaluate, observe
-from palinode.evaluation.settings import EvaluationSettings
+from palinode.evaluation.ask import Asking, ask
+from palinode.evaluation.evaluate import EvaluationSettings, evaluate, observe
 
 __all__ = ["Asking", "EvaluationSettings", "ask", "evaluate", "observe"]

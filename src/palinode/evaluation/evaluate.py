@@ -1,17 +1,19 @@
-"""Ask a model about examples: likelihood of the given answers, and its own greedy ones."""
+"""The settings of an evaluation.
+
+Ask a model about examples: likelihood of the given answers, and its own greedy ones.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from palinode.data.examples import Example
-from palinode.data.questions import plain_questions
+from pydantic import BaseModel, ConfigDict, Field
+
+from palinode.data.examples import Example, plain_questions
 from palinode.data.tokenize import PromptStyle
-from palinode.evaluation.ask import ask
-from palinode.evaluation.asking import Asking
+from palinode.evaluation.ask import Asking, ask
 from palinode.evaluation.self_check import check_prompts
-from palinode.evaluation.settings import EvaluationSettings
 from palinode.metrics import score_outcomes
 from palinode.progress import Listener, Silence
 from palinode.records import Outcome, Score
@@ -19,6 +21,21 @@ from palinode.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class EvaluationSettings(BaseModel):
+    """How models are asked and scored; the defaults follow the TOFU evaluation (spec: metrics.md §1)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    max_rows: int = Field(default=400, ge=1)
+    """Rows of each set that are evaluated; a larger set is sampled with the run's seed."""
+    max_new_tokens: int = Field(default=200, ge=1)
+    """Length limit of a generated answer."""
+    batch_rows: int = Field(default=32, ge=1)
+    """Prompts that are answered at a time."""
+    max_length: int = Field(default=512, ge=8)
+    """Tokens of a row, prompt included, in likelihoods."""
 
 
 def evaluate(

@@ -31,11 +31,16 @@ from statistics import fmean
 from typing import Any
 
 from palinode.errors import DataError
-from palinode.metrics.likelihood import mean_logprobs, normalised_probabilities
+from palinode.metrics.leakage import exact_memorizations, extraction_strengths
+from palinode.metrics.likelihood import (
+    forget_truth_ratios,
+    mean_logprobs,
+    normalised_probabilities,
+    retain_truth_ratios,
+    truth_ratios,
+)
+from palinode.metrics.matching import rouge
 from palinode.metrics.membership import ATTACKS, auc
-from palinode.metrics.memorization import exact_memorizations, extraction_strengths
-from palinode.metrics.overlap import rouge
-from palinode.metrics.truth_ratio import forget_truth_ratios, retain_truth_ratios, truth_ratios
 from palinode.records import Likelihood, Outcome, Score, read_json, write_json
 
 FORGET, RETAIN, AUTHORS, FACTS, HOLDOUT = "forget", "retain", "real_authors", "world_facts", "holdout"

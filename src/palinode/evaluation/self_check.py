@@ -22,7 +22,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from palinode.data.examples import Example, Message, sample_examples
-from palinode.data.exchange import Template
+from palinode.data.rendering import Template
 from palinode.data.tokenize import PromptStyle, TokenRow, begun_ids, tokenize
 from palinode.errors import InputError
 

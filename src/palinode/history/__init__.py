@@ -11,34 +11,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from palinode.history.callback import ExposureCallback, LoggedLoader
+    from palinode.history.callback import ExposureCallback, LoggedLoader, ThinningCallback
     from palinode.history.compaction import compact
     from palinode.history.duplicates import find_duplicates
     from palinode.history.exposures import ExposureLog, ExposureReader
-    from palinode.history.ladder import Ladder, Rung, open_ladder
+    from palinode.history.judgement import Location
     from palinode.history.locating import locate
-    from palinode.history.location import Location
     from palinode.history.onset import Onset, find_onset
     from palinode.history.plan import Schedule, plan_checkpoints
-    from palinode.history.thinning import ThinningCallback
+    from palinode.history.series import Ladder, Rung, open_ladder
 
 # Imported when first asked for: a plan needs no torch.
 _HOMES = {
     "ExposureCallback": "callback",
     "ExposureLog": "exposures",
     "ExposureReader": "exposures",
-    "Ladder": "ladder",
-    "Location": "location",
+    "Ladder": "series",
+    "Location": "judgement",
     "LoggedLoader": "callback",
     "Onset": "onset",
-    "Rung": "ladder",
+    "Rung": "series",
     "Schedule": "plan",
-    "ThinningCallback": "thinning",
+    "ThinningCallback": "callback",
     "compact": "compaction",
     "find_duplicates": "duplicates",
     "find_onset": "onset",
     "locate": "locating",
-    "open_ladder": "ladder",
+    "open_ladder": "series",
     "plan_checkpoints": "plan",
 }
 

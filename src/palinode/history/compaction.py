@@ -17,7 +17,7 @@ import numpy as np
 
 from palinode.errors import DataError
 from palinode.history.coverage import find_overlaps, limits
-from palinode.history.hashing import HASH_BYTES, Hashes
+from palinode.history.duplicates import HASH_BYTES, Hashes
 from palinode.history.reading import LogFile, find_files, rows_within
 from palinode.history.segments import (
     FORMAT_VERSION,

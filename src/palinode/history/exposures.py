@@ -34,7 +34,7 @@ from palinode.history.coverage import (
     limits,
     live_steps,
 )
-from palinode.history.hashing import HASH_BYTES, Hashes, as_hashes, row_hash, sort_keys
+from palinode.history.duplicates import HASH_BYTES, Hashes, as_hashes, row_hash, sort_keys
 from palinode.history.reading import LogFile, Run, find_files, in_threads, matching, place_of
 from palinode.history.segments import UNKNOWN, Ints, Journal, StepTable, rows_of, write_segment
 from palinode.history.sessions import (

@@ -15,11 +15,10 @@ from palinode.data.tokenize import PromptStyle
 from palinode.errors import DataError
 from palinode.history.duplicates import Duplicate
 from palinode.history.exposures import ExposureReader
-from palinode.history.judgement import Judgement
-from palinode.history.ladder import Ladder
-from palinode.history.location import Location, RowHistory, Seen
+from palinode.history.judgement import Judgement, Location, RowHistory, Seen
 from palinode.history.onset import check_control, find_onset
 from palinode.history.orders.order import Order
+from palinode.history.series import Ladder
 from palinode.history.sources import (
     Corpus,
     Steps,

@@ -29,9 +29,9 @@ import numpy.typing as npt
 from palinode.data.examples import Example, shared_rows
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import DataError, RecipeError
-from palinode.history.ladder import Ladder
+from palinode.history.series import Ladder
+from palinode.metrics.leakage import extraction_strengths
 from palinode.metrics.membership import min_k_values
-from palinode.metrics.memorization import extraction_strengths
 from palinode.progress import Listener, Silence
 from palinode.records import Outcome
 
@@ -409,9 +409,8 @@ def _read(
     say: Listener,
 ) -> Reading:
     """Load one checkpoint and score both sets in it."""
-    from palinode.data.questions import plain_questions
-    from palinode.evaluation.ask import ask
-    from palinode.evaluation.asking import Asking
+    from palinode.data.examples import plain_questions
+    from palinode.evaluation.ask import Asking, ask
     from palinode.models.loading import load_model, load_tokenizer, pick_device
 
     checkpoint = ladder.open(place)

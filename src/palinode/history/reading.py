@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from palinode.errors import DataError
 from palinode.history.coverage import Recorded
-from palinode.history.hashing import Hashes, sort_keys
+from palinode.history.duplicates import Hashes, sort_keys
 from palinode.history.segments import (
     FORMAT_VERSION,
     Ints,

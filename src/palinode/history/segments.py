@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from palinode.errors import DataError
-from palinode.history.hashing import HASH_BYTES, Hashes, sort_keys
+from palinode.history.duplicates import HASH_BYTES, Hashes, sort_keys
 from palinode.records import beside, ordinary, read_bytes
 
 Ints = npt.NDArray[np.int64]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from palinode.errors import DataError
-from palinode.history.hashing import row_hash
+from palinode.history.duplicates import row_hash
 from palinode.history.segments import FORMAT_VERSION
 from palinode.records import read_json, write_json
 

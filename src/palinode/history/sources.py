@@ -9,12 +9,17 @@ from pathlib import Path
 
 from palinode.data.examples import Example
 from palinode.errors import DataError
-from palinode.history.duplicates import Duplicate, find_duplicates
+from palinode.history.duplicates import (
+    Duplicate,
+    find_duplicates,
+    fingerprint_rows,
+    fingerprint_tokenizer,
+    hashes,
+)
 from palinode.history.exposures import ExposureReader
-from palinode.history.hashing import fingerprint_rows, fingerprint_tokenizer, hashes
-from palinode.history.ladder import Ladder
 from palinode.history.orders.order import Order, steps_of
 from palinode.history.orders.reading import read_order
+from palinode.history.series import Ladder
 from palinode.history.sessions import read_header, salt_check
 from palinode.progress import Listener
 

@@ -2,25 +2,15 @@
 
 from palinode.methods.altpo import ALTPO
 from palinode.methods.apply import apply
-from palinode.methods.ce_u import CE_U
-from palinode.methods.dpo import DPO
-from palinode.methods.grad_ascent import GRAD_ASCENT
-from palinode.methods.grad_diff import GRAD_DIFF
-from palinode.methods.idk_nll import IDK_NLL
-from palinode.methods.kl_min import KL_MIN
+from palinode.methods.gradient import GRAD_ASCENT, GRAD_DIFF, IDK_NLL, KL_MIN, RETAIN_FINETUNE
 from palinode.methods.method import Method, MethodSettings
-from palinode.methods.msa import MSA, unlearned_point
-from palinode.methods.npo import NPO
+from palinode.methods.msa import MSA, REWIND, TASK_VECTOR, unlearned_point
 from palinode.methods.paired import PAIRED
 from palinode.methods.pdu import PDU
-from palinode.methods.retain_finetune import RETAIN_FINETUNE
-from palinode.methods.rewind import REWIND
+from palinode.methods.preference import DPO, NPO, SIMNPO
 from palinode.methods.rmu import RMU
-from palinode.methods.satimp import SATIMP
-from palinode.methods.simnpo import SIMNPO
-from palinode.methods.task_vector import TASK_VECTOR
 from palinode.methods.undial import UNDIAL
-from palinode.methods.wga import WGA
+from palinode.methods.weighted import CE_U, SATIMP, WGA
 from palinode.methods.whp import WHP, WHP_LOGITS
 
 METHODS: dict[str, Method] = {

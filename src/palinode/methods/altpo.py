@@ -15,8 +15,8 @@ from pydantic import Field
 
 from palinode.data.examples import Example, Message
 from palinode.errors import DataError
-from palinode.methods.dpo import DPOSettings
 from palinode.methods.method import Method
+from palinode.methods.preference import DPOSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,7 +50,7 @@ class AltPOSettings(DPOSettings):
 
 def objective(settings: AltPOSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
     """Return DPO of other answers over forget rows plus the retain loss; an epoch goes through the others."""
-    from palinode.methods.parts import preference_term, retain_terms
+    from palinode.methods.transforms import preference_term, retain_terms
     from palinode.training.objectives import Objective
 
     forget = preference_term("alternate", beta=settings.beta, gamma=settings.gamma, scaled=settings.scaled)
@@ -73,9 +73,8 @@ def draw_alternates(
     A raw completion is continued without a request, which would be no part of such a text. Raises DataError
     when nothing but true answers came back.
     """
-    from palinode.data.questions import plain_questions
-    from palinode.evaluation.ask import ask
-    from palinode.evaluation.asking import Asking
+    from palinode.data.examples import plain_questions
+    from palinode.evaluation.ask import Asking, ask
 
     asking = Asking(
         generate=False,

@@ -2,12 +2,23 @@
 
 θ_0 is fine-tuned on the forget set to θ_1 and on a retain sample to θ_2, by ordinary descent; all
 "ascent" is in the sign of α. With β = 0 neither θ_2 nor a retain set is needed.
+
+Task-vector negation (Ilharco et al., arXiv 2212.04089): θ_u = θ_D − α(θ_ft − θ_D).
+
+The same arithmetic as MSA with θ_0 := θ_D: the target itself is fine-tuned on the forget set. It needs
+no earlier checkpoint; the paper reports it as clearly weaker (docs/lab-notes.md has what we saw).
+
+Rewind-to-delete (Mu and Klabjan, arXiv 2409.09778): fine-tune an earlier checkpoint on retain rows.
+
+L = CE(B_r) from θ_0, the checkpoint that MSA starts from. What the target learned elsewhere is lost with
+it. The paper's certificate adds Gaussian noise to the weights, which is left out here.
 """
 
 from __future__ import annotations
 
 from pydantic import Field
 
+from palinode.methods.gradient import RetainOnlySettings, retain_objective
 from palinode.methods.method import Method, MethodSettings
 from palinode.weights.direction import Direction, Point, WeightedSum
 
@@ -45,3 +56,27 @@ def unlearned_point(
     """
     point = target - forget_scale * forget_vector
     return point if retain_vector is None else point + retain_scale * retain_vector
+
+
+TASK_VECTOR = Method(
+    name="task_vector",
+    summary="task-vector negation: vectors from the target itself",
+    source="Ilharco et al. 2023, arXiv 2212.04089",
+    formula="θ_D − α(θ_ft − θ_D)",
+    needs=frozenset({"base"}),  # for the rule that chooses the scales
+    settings=VectorSettings,
+    start=lambda target, base: target,  # noqa: ARG005
+)
+
+
+REWIND = Method(
+    name="rewind",
+    summary="rewind-to-delete: plain fine-tuning of the base checkpoint on retain rows",
+    source="Mu and Klabjan, arXiv 2409.09778",
+    formula="L = CE(retain), from the base checkpoint",
+    kind="training",
+    needs=frozenset({"retain", "base"}),
+    settings=RetainOnlySettings,
+    start=lambda target, base: base,  # noqa: ARG005
+    objective=retain_objective,
+)

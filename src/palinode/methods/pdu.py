@@ -47,7 +47,7 @@ def objective(settings: PDUSettings, seed: int) -> Objective:  # noqa: ARG001 - 
     out."""
     from palinode.training.losses import logit_flatness, scored_tokens
     from palinode.training.objectives import Objective, Term, answer_term
-    from palinode.training.reading import labelled_logits
+    from palinode.training.sums import labelled_logits
 
     def total(model: PreTrainedModel, batch: Batch, _frozen: Tensor | None) -> Tensor:
         return logit_flatness(labelled_logits(model, batch).float()).sum()

@@ -56,7 +56,7 @@ def objective(settings: RMUSettings, seed: int) -> Objective:
     from palinode.training.frozen import States
     from palinode.training.losses import misdirection
     from palinode.training.objectives import Objective, Term, row_count
-    from palinode.training.reading import labelled_states, pick_layer
+    from palinode.training.sums import labelled_states, pick_layer
 
     def block(model: PreTrainedModel) -> int:
         return pick_layer(model, settings.layer, USUAL_LAYER)

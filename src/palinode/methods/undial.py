@@ -34,7 +34,7 @@ class UndialSettings(RetainSettings):
 
 def objective(settings: UndialSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
     """Return the cross entropy to the adjusted distribution plus the retain loss."""
-    from palinode.methods.parts import retain_terms
+    from palinode.methods.transforms import retain_terms
     from palinode.training.frozen import Distributions
     from palinode.training.losses import undial
     from palinode.training.objectives import Objective, term
@@ -56,7 +56,7 @@ def _everywhere(settings: UndialSettings) -> Term:
     from palinode.training.frozen import Distributions
     from palinode.training.losses import undial
     from palinode.training.objectives import Term
-    from palinode.training.reading import all_logits
+    from palinode.training.sums import all_logits
 
     def total(model: PreTrainedModel, batch: Batch, frozen: Tensor | None) -> Tensor:
         assert frozen is not None

@@ -7,17 +7,35 @@ missing. The tables METRICS, ATTACKS and COMPARISONS name everything there is.
 
 from __future__ import annotations
 
-from palinode.metrics.aggregate import harmonic_score, mean_score
-from palinode.metrics.comparison import KS, forget_quality, ks_test
+from palinode.metrics.aggregate import KS, forget_quality, harmonic_score, ks_test, mean_score
 from palinode.metrics.judged import accept_accuracy, forget_accuracy, recover_accuracy, retain_accuracy
-from palinode.metrics.leakage import leak_at_k, leak_values, overlap_leak
+from palinode.metrics.leakage import (
+    exact_memorizations,
+    extraction_strengths,
+    leak_at_k,
+    leak_values,
+    overlap_leak,
+)
 from palinode.metrics.likelihood import (
     alternative_logprobs,
     alternative_probabilities,
     answer_probabilities,
+    forget_truth_ratios,
+    log_truth_ratios,
     normalised_probabilities,
+    retain_truth_ratios,
+    right_shares,
+    truth_ratios,
 )
-from palinode.metrics.matching import accepted_sample_values, accepted_values, is_accepted, normalise
+from palinode.metrics.matching import (
+    accepted_sample_values,
+    accepted_values,
+    is_accepted,
+    normalise,
+    rouge,
+    rouge_l_recalls,
+    rouge_values,
+)
 from palinode.metrics.membership import (
     ATTACKS,
     MUSE_RETRAINED,
@@ -32,8 +50,6 @@ from palinode.metrics.membership import (
     true_positive_rate,
     zlib_values,
 )
-from palinode.metrics.memorization import exact_memorizations, extraction_strengths
-from palinode.metrics.overlap import rouge, rouge_l_recalls, rouge_values
 from palinode.metrics.table import (
     COMPARISONS,
     DEFAULT_METRICS,
@@ -41,13 +57,6 @@ from palinode.metrics.table import (
     Comparison,
     Metric,
     score_outcomes,
-)
-from palinode.metrics.truth_ratio import (
-    forget_truth_ratios,
-    log_truth_ratios,
-    retain_truth_ratios,
-    right_shares,
-    truth_ratios,
 )
 
 __all__ = [

@@ -31,8 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from palinode.errors import DataError
-from palinode.metrics.aggregate import RESAMPLES, no_score, percentile_interval
-from palinode.metrics.pairing import partners
+from palinode.metrics.aggregate import RESAMPLES, no_score, partners, percentile_interval
 from palinode.records import Outcome, Score
 
 MUSE_RETRAINED = {

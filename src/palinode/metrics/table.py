@@ -15,15 +15,16 @@ from functools import partial
 
 from palinode.errors import DataError
 from palinode.metrics.aggregate import mean_score
+from palinode.metrics.leakage import ONE_TOKEN, exact_memorizations, extraction_strengths
 from palinode.metrics.likelihood import (
     alternative_probabilities,
     answer_probabilities,
+    forget_truth_ratios,
     normalised_probabilities,
+    retain_truth_ratios,
+    right_shares,
 )
-from palinode.metrics.matching import accepted_values, left_out_ids
-from palinode.metrics.memorization import ONE_TOKEN, exact_memorizations, extraction_strengths
-from palinode.metrics.overlap import UNREADABLE, rouge_l_recalls, rouge_values
-from palinode.metrics.truth_ratio import forget_truth_ratios, retain_truth_ratios, right_shares
+from palinode.metrics.matching import UNREADABLE, accepted_values, left_out_ids, rouge_l_recalls, rouge_values
 from palinode.records import Outcome, Score
 
 DEFAULT_METRICS = ("answer_probability", "rouge_l_recall", "exact_memorization", "extraction_strength")

@@ -1,8 +1,7 @@
 """Live models: loading them, their likelihoods and answers, and sums put into them in place."""
 
-from palinode.models.combined import CombinedLogits
 from palinode.models.generation import generate
-from palinode.models.inplace import put
+from palinode.models.inplace import CombinedLogits, put
 from palinode.models.likelihoods import answer_logits, answer_nll, score_rows
 from palinode.models.loading import load_model, load_tokenizer, pad_token, pick_device
 

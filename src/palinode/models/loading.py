@@ -35,11 +35,10 @@ from palinode.data.tokenize import TokenRow
 from palinode.errors import CheckpointError, DataError, InputError, unwritable
 from palinode.records import read_bytes
 from palinode.weights.checkpoint import Checkpoint, TensorInfo, require_causal_lm
-from palinode.weights.files import Files
 from palinode.weights.fingerprints import unchanged
 from palinode.weights.foreign import bounded, from_config, from_pretrained
-from palinode.weights.formats.small_files import read_json
-from palinode.weights.tensors import shown
+from palinode.weights.formats.safetensors import read_json
+from palinode.weights.tensors import Files, shown
 
 DTYPES = {
     "F64": torch.float64,

@@ -14,13 +14,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from palinode.audit.attack import Attack, Measurement
+from palinode.audit.attack import Attack, Measurement, Subject
 from palinode.audit.attacks import ATTACKS
-from palinode.audit.comparison import STATISTICS, Finding
-from palinode.audit.findings import AUDITED, answer, find
+from palinode.audit.findings import AUDITED, STATISTICS, Finding, answer, find
 from palinode.audit.material import Material
 from palinode.audit.policy import Policy
-from palinode.audit.subject import Subject
 from palinode.data.examples import Example, fingerprint_examples, shared_rows
 from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
 from palinode.errors import DataError, DivergenceError, MismatchError, OutputError, RecipeError

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from palinode.data.examples import Example
-from palinode.data.neutral import neutral_examples
+from palinode.data.world import neutral_examples
 from palinode.evaluation.yardstick import Unseen, Yardstick, estimate_yardstick
 from palinode.methods import unlearned_point
 from palinode.pipeline.goal import (

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from palinode.errors import CheckpointError, InputError, OutputError
-from palinode.evaluation.judges.cache import decision_file
+from palinode.evaluation.judging import decision_file
 from palinode.pipeline.workspace import Workspace
 from palinode.records import LONGEST, beside, read_outcomes, workspace_beside
 from palinode.report.words import at
 from palinode.weights.atomic import is_claimed
 from palinode.weights.fingerprints import remembered
-from palinode.weights.formats.small_files import read_json
+from palinode.weights.formats.safetensors import read_json
 
 VECTORS = "fine-tuned models and adapters: with the base, the vectors"
 OUTCOMES = "outcomes: what models answered on the rows"

@@ -14,12 +14,12 @@ from typing import Any
 from palinode.benchmarks.ladder import MARK, LadderModels, Size, build_ladder, ladder_world
 from palinode.data.examples import Example, read_examples
 from palinode.data.world import World
+from palinode.history.duplicates import row_hash
 from palinode.history.exposures import ExposureLog, ExposureReader
-from palinode.history.hashing import row_hash
-from palinode.history.ladder import open_ladder
+from palinode.history.judgement import Location
 from palinode.history.locating import locate
-from palinode.history.location import Location
 from palinode.history.orders.palinode import Stage, rebuild, write_stages
+from palinode.history.series import open_ladder
 from palinode.models.loading import load_tokenizer
 from palinode.pipeline.demo_run import DemoResult, claim, one_thread, recall
 from palinode.pipeline.recipe import build_recipe

@@ -19,8 +19,7 @@ import numpy as np
 
 from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
 from palinode.errors import OutputError, RecipeError
-from palinode.evaluation.ask import ask
-from palinode.evaluation.asking import Asking
+from palinode.evaluation.ask import Asking, ask
 from palinode.evaluation.benchmark import (
     Benchmark,
     Cell,

@@ -12,17 +12,17 @@ from typing import Any
 from palinode.data.examples import Example, fingerprint_examples
 from palinode.methods import METHODS
 from palinode.methods.altpo import AltPOSettings, draw_alternates
-from palinode.methods.material import gather
+from palinode.methods.cast import gather
 from palinode.methods.paired import PairedSettings
 from palinode.methods.whp import WHPSettings, generic_words
-from palinode.models.combined import CombinedLogits
+from palinode.models.inplace import CombinedLogits
 from palinode.models.loading import load_model, load_tokenizer, pick_device, tokenizer_fingerprint
 from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener
+from palinode.training.finetune import control_objective, exposed_objective, pair_material
 from palinode.training.frozen import Kept
 from palinode.training.objectives import Objective, answer_term, kl_term
-from palinode.training.paired import control_objective, exposed_objective, pair_material
 from palinode.training.roles import Joined, Material
 from palinode.weights import Checkpoint
 

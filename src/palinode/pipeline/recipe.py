@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import RecipeError
-from palinode.evaluation.settings import EvaluationSettings
+from palinode.evaluation.evaluate import EvaluationSettings
 from palinode.methods import METHODS
 from palinode.methods.transforms import check_transforms
 from palinode.records import read_toml

@@ -32,8 +32,7 @@ from palinode.models.loading import (
 from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener
-from palinode.training.importance import Moment, gradient_moment
-from palinode.training.subspace import input_spaces
+from palinode.training.sums import Moment, gradient_moment, input_spaces
 from palinode.weights import Checkpoint, Direction, StoredVector, profile, save_vector
 from palinode.weights.displacement import DenseChange, Displacement
 from palinode.weights.formats.safetensors import read_header

@@ -18,7 +18,7 @@ from palinode.data.batches import Batch, pad_right
 from palinode.data.tokenize import TokenRow
 from palinode.models.likelihoods import answer_logits, has_plain_head, padded_batches
 from palinode.training.losses import row_sums, token_nll
-from palinode.training.reading import answer_places, labelled_states
+from palinode.training.sums import answer_places, labelled_states
 
 BATCH_TOKENS = 4096
 """Tokens of a batch whose values are computed together."""

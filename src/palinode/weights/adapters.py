@@ -29,11 +29,10 @@ from palinode.weights.displacement import (
     read_object,
     read_values,
 )
-from palinode.weights.files import Files
 from palinode.weights.formats.pickled import read_pickled
 from palinode.weights.formats.safetensors import read_header
 from palinode.weights.names import is_head
-from palinode.weights.tensors import FLOAT_BYTES, TensorInfo
+from palinode.weights.tensors import FLOAT_BYTES, Files, TensorInfo
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

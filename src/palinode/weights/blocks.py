@@ -12,7 +12,7 @@ from threading import local
 from typing import TypeVar
 
 from palinode.weights.checkpoint import TensorInfo
-from palinode.weights.files import Files
+from palinode.weights.tensors import Files
 
 Result = TypeVar("Result")
 

@@ -29,8 +29,7 @@ from palinode.weights.formats.layouts import (
     format_of,
     read_contents,
 )
-from palinode.weights.formats.safetensors import MAX_HEADER, read_header
-from palinode.weights.formats.small_files import read_json
+from palinode.weights.formats.safetensors import MAX_HEADER, read_header, read_json
 from palinode.weights.names import HEADS, by_plain, is_embedding, is_head, plain
 from palinode.weights.packed import refuse_packed
 from palinode.weights.tensors import FLOAT_BYTES, OTHER_BYTES, TensorInfo, by_file

@@ -25,12 +25,11 @@ import numpy as np
 from palinode.errors import CheckpointError, MismatchError
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.direction import Direction, Term
-from palinode.weights.files import Files
 from palinode.weights.fingerprints import tensor_digests
-from palinode.weights.formats.small_files import read_json
-from palinode.weights.lowrank import multiply
+from palinode.weights.formats.safetensors import read_json
+from palinode.weights.kernels import multiply
 from palinode.weights.names import by_plain, plain
-from palinode.weights.tensors import TensorInfo
+from palinode.weights.tensors import Files, TensorInfo
 
 PIECE = 1 << 18
 """Elements handled at a time."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from palinode.errors import CheckpointError, broke_down, unwritable
-from palinode.weights.formats.small_files import MAX_JSON, read_json
+from palinode.weights.formats.safetensors import MAX_JSON, read_json
 from palinode.weights.tensors import shown
 
 MAX_CONFIG = 10_000_000

@@ -14,16 +14,15 @@ import numpy as np
 
 from palinode.errors import AlgebraError, MismatchError
 from palinode.weights import kernels
+from palinode.weights.arithmetic import Operands
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.direction import Direction
 from palinode.weights.displacement import Displacement, check_displacements
 from palinode.weights.dose import part_of, part_order
-from palinode.weights.files import Files
 from palinode.weights.fingerprints import check_files
-from palinode.weights.operands import Operands
 from palinode.weights.preflight import check_fit, complain_of_nonfinite
 from palinode.weights.slices import SLICE, Slice, map_slices, per_thread, slices
-from palinode.weights.tensors import TensorInfo
+from palinode.weights.tensors import Files, TensorInfo
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,8 @@ from pathlib import Path
 from palinode.errors import OutputError, unwritable
 from palinode.weights.blocks import BLOCK
 from palinode.weights.checkpoint import INDEX, SINGLE, Checkpoint
-from palinode.weights.files import Files
 from palinode.weights.foreign import copy_inside
-from palinode.weights.tensors import FLOAT_BYTES, TensorInfo, by_file
+from palinode.weights.tensors import FLOAT_BYTES, Files, TensorInfo, by_file
 
 SHARD = 5_000_000_000
 """Bytes of a file, where the target's own files cannot be taken over."""

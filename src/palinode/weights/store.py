@@ -22,10 +22,12 @@ from palinode.errors import AlgebraError, OutputError
 from palinode.weights.arithmetic import (
     NAMES,
     Evaluator,
+    Formula,
     Rounding,
     Settings,
     choose_rounding,
     every_of,
+    formula,
     settings,
 )
 from palinode.weights.atomic import check_output, claimed, is_claimed, neighbour, publish
@@ -34,22 +36,22 @@ from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.crew import Crew, Hand, Lead
 from palinode.weights.direction import Direction, Point
 from palinode.weights.dose import Dose, DoseMeter, part_of, shortfalls
-from palinode.weights.files import Files
 from palinode.weights.fingerprints import (
     Stamps,
     block_digest,
     check_files,
     check_stamps,
+    formula_terms,
+    read_manifest,
     remember,
     take_stamps,
     tensor_digest,
+    write_manifest,
 )
-from palinode.weights.formulas import Formula, formula
 from palinode.weights.layout import OutputFile, OutputFiles, copy_companions, plan_files, write_index
-from palinode.weights.manifest import formula_terms, read_manifest, write_manifest
 from palinode.weights.preflight import Rows, check_sum
 from palinode.weights.slices import Slice, map_slices, per_thread, slices
-from palinode.weights.tensors import FLOAT_BYTES, TensorInfo
+from palinode.weights.tensors import FLOAT_BYTES, Files, TensorInfo
 
 Checksums = dict[tuple[str, int], int]
 """Sum of the 64-bit words of each block of 512 KiB, by tensor and number of the block."""

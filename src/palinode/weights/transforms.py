@@ -20,12 +20,11 @@ from threading import Lock
 import numpy as np
 
 from palinode.errors import InputError, MismatchError
+from palinode.weights.arithmetic import direction_tensor
 from palinode.weights.direction import Direction
 from palinode.weights.displacement import Displacement
-from palinode.weights.files import Files
-from palinode.weights.lowrank import rank_for
-from palinode.weights.operands import direction_tensor
-from palinode.weights.tensors import TensorInfo
+from palinode.weights.kernels import rank_for
+from palinode.weights.tensors import Files, TensorInfo
 from palinode.weights.vectors import StoredVector, layout_of, save_vector
 
 Rule = Callable[[str, Sequence[np.ndarray]], np.ndarray]

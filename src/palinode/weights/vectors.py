@@ -29,7 +29,7 @@ import numpy as np
 from palinode.errors import AlgebraError, CheckpointError, InputError, MismatchError, unwritable
 from palinode.records import private
 from palinode.weights.adapters import CONFIG, LoraAdapter
-from palinode.weights.arithmetic import NAMES
+from palinode.weights.arithmetic import NAMES, direction_tensor, direction_values
 from palinode.weights.atomic import check_output, claimed, publish
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.direction import Direction, Term
@@ -44,14 +44,12 @@ from palinode.weights.displacement import (
     encode,
     read_object,
 )
-from palinode.weights.files import Files
 from palinode.weights.fingerprints import check_stamps, take_stamps
 from palinode.weights.formats.safetensors import read_header
-from palinode.weights.lowrank import multiply, nearest_factors, squares
-from palinode.weights.operands import direction_tensor, direction_values
+from palinode.weights.kernels import multiply, nearest_factors, squares
 from palinode.weights.preflight import check_same_shape
 from palinode.weights.slices import SLICE, Slice, map_slices
-from palinode.weights.tensors import FLOAT_BYTES, TensorInfo
+from palinode.weights.tensors import FLOAT_BYTES, Files, TensorInfo
 
 FACTS = "vector.json"
 WEIGHTS = "vector.safetensors"

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from palinode.errors import InputError
-from palinode.evaluation.judges.cache import DecisionCache, judge_cache_folder
 from palinode.evaluation.judges.endpoint import EndpointJudge, Patience
-from palinode.evaluation.judges.offline import EmbeddingJudge, EntailmentJudge, model_judge
-from palinode.evaluation.judges.overlap import OverlapJudge
-from palinode.evaluation.judging import Judge
+from palinode.evaluation.judges.offline import EmbeddingJudge, EntailmentJudge, OverlapJudge, model_judge
+from palinode.evaluation.judging import DecisionCache, Judge, judge_cache_folder
 
 __all__ = [
     "JUDGES",

@@ -16,8 +16,8 @@ from pydantic import ValidationError
 
 from palinode.data.examples import Example
 from palinode.errors import PalinodeError
+from palinode.evaluation.evaluate import EvaluationSettings
 from palinode.evaluation.self_check import UNKNOWN, rows_with_style
-from palinode.evaluation.settings import EvaluationSettings
 from palinode.methods import METHODS
 from palinode.models.loading import pick_device
 from palinode.pipeline.costs import Plan, make_plan

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from palinode.errors import CheckpointError
-from palinode.weights.files import Files
 from palinode.weights.formats.pickled import (
     WRAPPERS,
     Inert,
@@ -27,9 +26,8 @@ from palinode.weights.formats.pickled import (
     without_prefix,
 )
 from palinode.weights.formats.pieces import MAX_PIECES, Piece, PiecedTensor, pieced, row_major
-from palinode.weights.formats.small_files import is_plain_name, read_small, require_files
-from palinode.weights.formats.windows import Window
-from palinode.weights.tensors import TensorInfo, is_shape, is_text, itemsize_of, shown
+from palinode.weights.formats.safetensors import Window, is_plain_name, read_small, require_files
+from palinode.weights.tensors import Files, TensorInfo, is_shape, is_text, itemsize_of, shown
 
 METADATA = ".metadata"
 MAX_METADATA = 1 << 27

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from palinode.errors import CheckpointError
-from palinode.weights.files import Files
 from palinode.weights.foreign import bounded, from_config, from_pretrained
-from palinode.weights.formats.windows import whole
-from palinode.weights.tensors import HeldTensor, TensorInfo, shown
+from palinode.weights.formats.safetensors import whole
+from palinode.weights.tensors import Files, HeldTensor, TensorInfo, shown
 
 NOT_THE_MODELS = ("_name_or_path", "quantization_config")
 

@@ -26,8 +26,7 @@ from palinode.errors import CheckpointError
 from palinode.weights.formats.distributed import METADATA, read_distributed
 from palinode.weights.formats.gguf import read_gguf
 from palinode.weights.formats.pickled import read_pickled, read_pickled_part
-from palinode.weights.formats.safetensors import read_header
-from palinode.weights.formats.small_files import read_index
+from palinode.weights.formats.safetensors import read_header, read_index
 from palinode.weights.tensors import TensorInfo, shown
 
 SINGLE = "model.safetensors"

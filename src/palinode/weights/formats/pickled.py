@@ -22,12 +22,11 @@ from typing import Any
 
 from palinode.errors import CheckpointError
 from palinode.records import bare_environment
-from palinode.weights.files import Files
 from palinode.weights.formats import unpickler
 from palinode.weights.formats.pieces import Piece, pieced, row_major
-from palinode.weights.formats.windows import Window, whole
+from palinode.weights.formats.safetensors import Window, whole
 from palinode.weights.formats.zips import START, Record, data_offset, read_directory, read_record
-from palinode.weights.tensors import TensorInfo, is_shape, is_text, itemsize_of, shown
+from palinode.weights.tensors import Files, TensorInfo, is_shape, is_text, itemsize_of, shown
 
 MAX_PICKLE = 1 << 24
 """Bytes: 16 MiB. The description of a model with a thousand tensors takes a hundred thousand."""

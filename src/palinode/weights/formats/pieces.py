@@ -18,8 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from palinode.errors import CheckpointError
-from palinode.weights.files import Files
-from palinode.weights.tensors import TensorInfo, shown
+from palinode.weights.tensors import Files, TensorInfo, shown
 
 WINDOW = 1 << 18
 """Bytes of a file that are read at once to pick elements out of them; more would not stay in cache."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from palinode.errors import CheckpointError
-from palinode.weights.formats.windows import Window
+from palinode.weights.formats.safetensors import Window
 from palinode.weights.tensors import shown
 
 START = b"PK\x03\x04"

@@ -1,0 +1,387 @@
+"""A comparison as strict TOML: a run's own recipe for what all share, and a list of contestants.
+
+Everything that a run's recipe says of models, rows, training, prompts and evaluation is said in the same
+words here and checked by the same code; only what a comparison has besides is defined below.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from palinode.audit.attack import BUDGETS
+from palinode.benchmarks import BENCHMARKS
+from palinode.errors import RecipeError
+from palinode.methods import METHODS
+from palinode.metrics import METRICS
+from palinode.pipeline.inputs import workspace_folder
+from palinode.pipeline.recipe import MAX_SEED, Recipe, build_recipe, known_keys, set_key
+from palinode.pipeline.workspace import fingerprint
+from palinode.records import read_toml
+
+SHARED = ("device", "models", "data", "training", "evaluation", "prompts", "output", "prepare")
+"""Keys of a run's recipe that all contestants share."""
+OPEN_TO_CONTESTANTS = ("training.", "method_settings.", "scales.forget", "scales.retain", "transforms")
+"""Keys that a contestant may fix or search."""
+RECALL = "recall"
+"""Share of rows that are answered exactly right; short answers only."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Budget(_Section):
+    """What every contestant may spend on one unlearned model."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps."""
+    seconds: float | None = Field(default=None, gt=0)
+    """Seconds of training; epochs are set by how long one of them takes on this machine."""
+    share: Literal["total", "each"] = "total"
+    """Of a method that trains two models: both together have the budget, or each of them."""
+
+    @model_validator(mode="after")
+    def _is_one_of_them(self) -> Self:
+        if (self.steps is None) == (self.seconds is None):
+            raise ValueError("say budget.steps or budget.seconds: one of the two")
+        return self
+
+
+class Choice(_Section):
+    """The rule that picks one point of each contestant, on the probe rows."""
+
+    floor: Literal["base", "retrained"] = "base"
+    """Whose forget-set probability a point must not fall below. The base's needs no oracle."""
+    retain_share: float = Field(default=0.9, gt=0, le=1)
+    """Share of the target's retain probability that a point must keep."""
+
+
+class Split(_Section):
+    """Which rows serve for what. All forget rows are unlearned; no retain row serves for two things."""
+
+    forget_probe: float = Field(default=0.5, gt=0, lt=1)
+    """Share of the forget rows on which points are chosen; the others are measured."""
+    retain_train: float = Field(default=0.5, gt=0, lt=1)
+    """Share of the retain rows that methods may train on."""
+    retain_probe: float = Field(default=0.25, gt=0, lt=1)
+    """Share of the retain rows on which points are chosen; what is left is measured."""
+    probe_rows: int = Field(default=200, ge=1)
+    """Most rows of each set on which points are chosen."""
+
+    @model_validator(mode="after")
+    def _leaves_rows_to_measure(self) -> Self:
+        if self.retain_train + self.retain_probe >= 1:
+            raise ValueError("retain_train and retain_probe together leave no retain rows to measure")
+        return self
+
+
+class Measures(_Section):
+    """What is measured of the models that were chosen."""
+
+    judge: str | None = "overlap"
+    """overlap, offline:FOLDER or URL#model; "" for none."""
+    key_variable: str | None = None
+    """The environment variable with the key of a judge at a URL, where it is not OpenAI's own."""
+    relearning: bool = False
+    """Whether half of the forget set is relearned, with the audit's quick budget."""
+    relearn_rate: float = Field(default=BUDGETS["quick"].relearn_rate, gt=0)
+    """Learning rate of relearning."""
+    rank_by: str = "answer_probability"
+    """A metric of single rows by which contestants are ranked, or "recall"."""
+
+    @model_validator(mode="after")
+    def _knows_the_metric(self) -> Self:
+        if self.rank_by != RECALL and self.rank_by not in METRICS:
+            raise ValueError(
+                f"there is no metric {self.rank_by!r}; choose among {RECALL}, {', '.join(METRICS)}"
+            )
+        return self
+
+
+class BenchmarkPart(_Section):
+    """A benchmark that the chosen models are measured with besides."""
+
+    name: str
+    """A name that `palinode list benchmarks` prints."""
+    data: str
+    """Its folder, or a hub name."""
+    split: str | None = None
+    options: dict[str, str] = {}
+    max_rows: int | None = Field(default=None, ge=1)
+    """Questions of each set."""
+    rows: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """Questions of single sets, where they are to be others, as in {forget = 40}."""
+    max_new_tokens: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _exists(self) -> Self:
+        if self.name not in BENCHMARKS or self.name == "own":
+            known = ", ".join(name for name in BENCHMARKS if name != "own")
+            raise ValueError(
+                f"there is no benchmark {self.name!r} here; choose among {known}, or leave [benchmark] out: "
+                "your own rows are measured in any case"
+            )
+        return self
+
+
+class Demo(_Section):
+    """The invented world of the demo, where `world = "demo"`."""
+
+    forget_people: int = Field(default=10, ge=1)
+    exposed_epochs: int = Field(default=20, ge=1)
+    """Epochs in which the forget people are trained on."""
+    later_epochs: int = Field(default=10, ge=1)
+    """Epochs of further training without them."""
+    between_epochs: int = Field(default=0, ge=0)
+    """Epochs of further training on the base's own rows, between the base and the exposure."""
+    exposures: int = Field(default=1, ge=1, le=2)
+    """2: the forget people are in the rows of the later epochs too, so that training ends with them."""
+    base: Literal["start", "base", "during", "exposed"] = "base"
+    """The checkpoint that methods start from: untrained, before the exposure, halfway through it, or right
+    after it."""
+
+    def key(self) -> dict[str, Any]:
+        """Return what decides the world, as plain values; a key's default is as if there were no such key."""
+        found = self.model_dump(exclude={"base"})
+        usual = {"between_epochs": 0, "exposures": 1}
+        return {name: value for name, value in found.items() if usual.get(name) != value}
+
+
+class Axis(_Section):
+    """One key of the recipe that takes several values, with a comparison at each of them."""
+
+    key: str = Field(min_length=1)
+    """Any key of the recipe, as in demo.later_epochs; of a contestant: contestants.NAME.set.KEY."""
+    values: list[int | float | str] = Field(min_length=2)
+    """Its values, in the order in which they are compared and shown."""
+    title: str = Field(min_length=1)
+    """What the axis is, in words."""
+
+    @model_validator(mode="after")
+    def _can_be_walked(self) -> Self:
+        if self.key.split(".")[0] in ("axis", "output"):
+            raise ValueError(f"{self.key} is the same for all values; choose a key that a comparison has")
+        names = [str(value) for value in self.values]
+        if strange := [name for name in names if not re.fullmatch(r"\w[\w.+-]*|-\d[\w.+-]*", name)]:
+            raise ValueError(
+                f"the value {strange[0]!r} cannot be the name of a folder; use a number or a word"
+            )
+        if len({name.lower() for name in names}) < len(names):
+            raise ValueError(f"values is {self.values}; name each value once")
+        return self
+
+
+class Requests(_Section):
+    """Erasure requests that come one after another, and are then undone in another order."""
+
+    by: str | None = Field(default=None, min_length=1)
+    """A column of the forget file: rows that share its value are one request, in the order of the file."""
+    size: int | None = Field(default=None, ge=1)
+    """Or so many rows, in the order of the file."""
+    count: int | None = Field(default=None, ge=2)
+    """Requests that are made; None: all. The rows of the others are to stay known."""
+    undo_seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    """Draws the order in which requests are undone."""
+
+    @model_validator(mode="after")
+    def _says_what_a_request_is(self) -> Self:
+        if (self.by is None) == (self.size is None):
+            raise ValueError("say requests.by or requests.size: one of the two")
+        return self
+
+
+_NOT_WITH_REQUESTS = ("tries", "choose", "measure", "benchmark", "keep_models")
+
+
+class Contestant(_Section):
+    """One method, or one form of it, with its own few hyper-parameters."""
+
+    name: str = Field(min_length=1)
+    method: str
+    set: dict[str, Any] = {}
+    """Keys that are fixed, such as "method_settings.beta" = 0.1."""
+    search: dict[str, list[Any]] = {}
+    """Keys that are searched, with their values; the first values are the first point."""
+
+    @model_validator(mode="after")
+    def _can_be_tried(self) -> Self:
+        if self.method not in METHODS or METHODS[self.method].kind == "inference":
+            known = ", ".join(name for name, method in METHODS.items() if method.kind != "inference")
+            raise ValueError(f"there is no method {self.method!r} to compare; choose among {known}")
+        for key in (*self.set, *self.search):
+            if not key.startswith(OPEN_TO_CONTESTANTS) or key == "training.epochs":
+                raise ValueError(
+                    f"{key} is the same for all contestants (epochs follow from the budget); a "
+                    "contestant has its own training.…, method_settings.…, scales.forget, scales.retain and "
+                    "transforms"
+                )
+            if key.startswith("scales.") and METHODS[self.method].kind != "arithmetic":
+                raise ValueError(f"the method {self.method} adds no vectors, so it has no {key}")
+        if both := sorted(set(self.set) & set(self.search)):
+            raise ValueError(f"{both[0]} is both fixed and searched")
+        if empty := [key for key, values in self.search.items() if not values]:
+            raise ValueError(f"{empty[0]} has no values to search")
+        return self
+
+
+class Comparison(_Section):
+    """What a comparison says beside what all contestants share."""
+
+    world: Literal["demo"] | None = None
+    """Make the demo's models and rows; None: [models] and [data] name them."""
+    demo: Demo = Demo()
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    """Seeds the division of rows, the points drawn, and intervals."""
+    seeds: list[int] = Field(default=[0], min_length=1)
+    """Seeds of training: points are tried with the first, the chosen one is made with each."""
+    tries: int = Field(default=6, ge=1)
+    """Points that every contestant has."""
+    budget: Budget
+    choose: Choice = Choice()
+    split: Split = Split()
+    measure: Measures = Measures()
+    benchmark: BenchmarkPart | None = None
+    keep_models: bool = True
+    """Keep the chosen models in the workspace when they have been measured."""
+    contestants: list[Contestant] = Field(min_length=1)
+    axis: Axis | None = None
+    """A key with several values: one comparison at each of them."""
+    requests: Requests | None = None
+    """Instead of a comparison: requests carried out and undone (docs/requests.md)."""
+
+    @model_validator(mode="after")
+    def _chooses_nothing_for_requests(self) -> Self:
+        if self.requests is None:
+            return self
+        if self.axis is not None:
+            raise ValueError(
+                "a recipe goes along an axis or carries out requests, so leave [axis] or [requests] out"
+            )
+        if idle := [name for name in _NOT_WITH_REQUESTS if name in self.model_fields_set]:
+            raise ValueError(f"with [requests] no point is searched or chosen, so leave {idle[0]} out")
+        if searching := [one.name for one in self.contestants if one.search]:
+            raise ValueError(
+                f"with [requests] nothing is searched; put the values of {searching[0]} into set"
+            )
+        if self.budget.steps is None:
+            raise ValueError("with [requests] every request costs the same, so say budget.steps")
+        if len(self.seeds) > 1:
+            raise ValueError("with [requests] all is trained with one seed, so name one in seeds")
+        return self
+
+    @model_validator(mode="after")
+    def _has_different_contestants(self) -> Self:
+        names = [contestant.name for contestant in self.contestants]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two contestants are called {twice[0]!r}")
+        if len(set(self.seeds)) < len(self.seeds) or not all(0 <= seed <= MAX_SEED for seed in self.seeds):
+            raise ValueError(f"seeds is {self.seeds}; name different numbers from 0")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class CompareRecipe:
+    """A whole comparison: what all share as a run's recipe, and the rest."""
+
+    shared: Recipe
+    content: Mapping[str, Any]
+    """The shared part as plain values, from which contestants' recipes are built."""
+    comparison: Comparison
+    given: Mapping[str, Any]
+    """The whole recipe as plain values."""
+
+    @property
+    def workspace(self) -> Path:
+        """The folder of steps."""
+        return workspace_folder(self.shared)
+
+
+def load_comparison(path: Path, changes: Sequence[str] = ()) -> CompareRecipe:
+    """Read a TOML recipe of a comparison and apply `key=value` changes. Raises RecipeError."""
+    try:
+        content = read_toml(path)
+    except FileNotFoundError:
+        raise RecipeError(f"there is no recipe {path}") from None
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path} is not a TOML recipe ({error})") from None
+    return build_comparison(content, changes)
+
+
+def build_comparison(content: Mapping[str, Any], changes: Sequence[str] = ()) -> CompareRecipe:
+    """Check plain nested values, with `key=value` changes, and return the comparison they describe."""
+    changed = copy.deepcopy(dict(content))
+    for change in changes:
+        set_key(changed, change)
+    own = {key: value for key, value in changed.items() if key not in SHARED}
+    if misplaced := sorted(own.keys() & {"method", "method_settings", "scales"}):
+        raise RecipeError(f"{misplaced[0]} belongs to a contestant, in [[contestants]]")
+    try:
+        comparison = Comparison.model_validate(own)
+    except ValidationError as error:
+        raise RecipeError(_explain(error)) from None
+    shared = {key: value for key, value in changed.items() if key in SHARED} | {"seed": comparison.seed}
+    if comparison.world is not None:
+        shared = _with_world(shared, comparison.demo)
+    recipe = build_recipe(shared)
+    if recipe.models.base is None or recipe.data.retain is None:
+        lacking = "data.retain" if recipe.models.base else "models.base"
+        raise RecipeError(f"a comparison needs {lacking}: the rule that chooses points looks at it")
+    if comparison.choose.floor == "retrained" and not (recipe.models.retrained or recipe.prepare):
+        raise RecipeError('choose.floor = "retrained" needs models.retrained')
+    return CompareRecipe(recipe, shared, comparison, changed)
+
+
+def _with_world(shared: Mapping[str, Any], demo: Demo) -> dict[str, Any]:
+    """Return the shared part with the places where the world's models and rows will be."""
+    if given := sorted(shared.keys() & {"models", "data", "prepare"}):
+        raise RecipeError(f'world = "demo" makes its own models and rows; leave [{given[0]}] out')
+    draft = build_recipe({**shared, "models": {"target": ".", "base": "."}, "data": {"forget": "."}})
+    folder = world_folder(demo, workspace_folder(draft), seed=shared["seed"])
+    return {**shared, **_world_paths(demo, folder)}
+
+
+def world_folder(demo: Demo, workspace: Path, *, seed: int) -> Path:
+    """Return the folder of the world's models and rows, which all choices of a base share."""
+    key = fingerprint(world=demo.key(), seed=seed)
+    return workspace / f"world-{key[:12]}"
+
+
+def _world_paths(demo: Demo, folder: Path) -> dict[str, dict[str, str]]:
+    """Return the places of the world's models and rows, as a recipe has them."""
+    models = {"target": "target", "base": demo.base, "retrained": "retrained"}
+    rows = {"forget": "forget.jsonl", "retain": "retain.jsonl", "holdout": "holdout.jsonl"}
+    return {
+        "models": {name: str(folder / place) for name, place in models.items()},
+        "data": {name: str(folder / place) for name, place in rows.items()},
+    }
+
+
+def _explain(error: ValidationError) -> str:
+    """Return one sentence for the first thing that is wrong, a misspelt key before a missing one."""
+    errors = error.errors(include_url=False)
+    first = next((entry for entry in errors if entry["type"] == "extra_forbidden"), errors[0])
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, _keys(first["loc"]), n=1, cutoff=0.0)
+        return f"the recipe has an unknown key {key!r}; did you mean {near[0]!r}?"
+    if first["type"] == "missing":
+        return f"the recipe lacks {key}"
+    reason = first["msg"].removeprefix("Value error, ")
+    got = "" if isinstance(first["input"], dict) else f" ({first['input']!r} was given)"
+    return f"{key or 'the recipe'} cannot be used: {reason}{got}"
+
+
+def _keys(place: Sequence[int | str]) -> list[str]:
+    """Return the keys that may stand in the section of `place`."""
+    if place[0] == "contestants" and len(place) > 1:
+        return [f"contestants.{place[1]}.{name}" for name in Contestant.model_fields]
+    shared = [key for key in known_keys() if key.split(".")[0] in SHARED]
+    return [*known_keys(Comparison), *shared]

@@ -1,0 +1,297 @@
+"""The comparison: the same rows, budget, tries and rule for every method; one measurement of what was chosen.
+
+    divide rows → make target and retrained model where the recipe asks → measure what does not change
+    for each contestant: try points → choose one on probe rows → make it with every seed → measure it once
+    table.json, report.md, tradeoff.svg
+
+The tables are written anew after each contestant, so an interrupted comparison leaves those it has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from palinode.compare.choosing import Tried, better
+from palinode.compare.measuring import make_gauge, measure_model
+from palinode.compare.points import Point, draw_points, recipe_of
+from palinode.compare.recipe import CompareRecipe, Contestant, world_folder
+from palinode.compare.rows import Shares, divide_rows, rows_for
+from palinode.compare.search import Ground, Part, Search, part_of, plan_parts, train_part
+from palinode.compare.table import Entry, build_table
+from palinode.compare.world import make_world
+from palinode.errors import OutputError
+from palinode.pipeline.demo_run import one_thread
+from palinode.pipeline.inputs import Inputs, ask_as_trained, check_workspace, open_inputs
+from palinode.pipeline.making import Making
+from palinode.pipeline.scales import Probes
+from palinode.pipeline.search import Probe, Rule
+from palinode.pipeline.tuning import Tuning
+from palinode.pipeline.workspace import Step, Workspace
+from palinode.progress import Listener, Silence
+from palinode.records import shared, write_json, write_text
+from palinode.report.comparison import comparison_markdown
+from palinode.report.content import Facts, report_content
+from palinode.report.html import html_report
+from palinode.report.tradeoff import tradeoff_picture
+from palinode.weights import Checkpoint
+
+FILES = TABLE, REPORT, PICTURE, PAGE = "table.json", "report.md", "tradeoff.svg", "report.html"
+"""What a comparison's folder holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What a comparison found, and where it is written."""
+
+    output: Path
+    table: Mapping[str, Any]
+    """The content of its table.json, axis.json or requests.json."""
+
+
+def compare(
+    recipe: CompareRecipe, *, command: str | None = None, listener: Listener | None = None
+) -> Compared:
+    """Run a comparison; the same call after an interruption goes on where it was.
+
+    Raises an InputError for anything the user can mend.
+    """
+    listener = listener or Silence()
+    points = check_comparison(recipe)
+    output = Path(recipe.shared.output.folder)
+    check_folder(output)
+    workspace = Workspace(recipe.workspace)
+    with workspace.locked(listener), threads(recipe):
+        ground = open_ground(recipe, workspace, listener)
+        run = _Comparison(ground, points, command)
+        return Compared(output, run.run(output))
+
+
+def check_comparison(recipe: CompareRecipe) -> dict[str, list[Point]]:
+    """Return every contestant's points, their settings checked. Raises RecipeError."""
+    comparison = recipe.comparison
+    points = {
+        contestant.name: draw_points(contestant, comparison.tries, seed=comparison.seed)
+        for contestant in comparison.contestants
+    }
+    for drawn in points.values():
+        for point in drawn:
+            recipe_of(recipe.content, point, {"target": "."}, epochs=1, seed=comparison.seeds[0])
+    return points
+
+
+def check_folder(output: Path, names: Sequence[str] = FILES) -> None:
+    """Raise OutputError for a folder that holds something else than a comparison's files."""
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file; name a folder for the comparison")
+    ours = {name for file in names for name in (file, f".{file}.partial")}
+    strange = (
+        sorted(path.name for path in output.iterdir() if path.name not in ours) if output.exists() else []
+    )
+    if strange:
+        raise OutputError(
+            f"{output} holds {strange[0]}, which is no part of a comparison; name another folder"
+        )
+
+
+def threads(recipe: CompareRecipe) -> AbstractContextManager[None]:
+    """Return what keeps the demo's small models on one thread."""
+    return one_thread() if recipe.comparison.world else contextlib.nullcontext()
+
+
+def open_ground(recipe: CompareRecipe, workspace: Workspace, listener: Listener) -> Ground:
+    """Open models and rows, and make those that are to be made."""
+    comparison = recipe.comparison
+    if comparison.world:
+        folder = world_folder(comparison.demo, workspace.folder, seed=comparison.seed)
+        make_world(comparison.demo, folder, seed=comparison.seed, listener=listener)
+    inputs = open_inputs(recipe.shared)
+    _check_places(recipe, inputs)
+    inputs = ask_as_trained(inputs, workspace, listener)
+    target, retrained = Tuning(inputs, workspace, listener).given_or_prepared()
+    shares = divide_comparison(recipe, inputs.rows.forget, inputs.rows.retain)
+    return Ground(recipe, inputs, target, retrained, shares, workspace, listener)
+
+
+def _check_places(recipe: CompareRecipe, inputs: Inputs) -> None:
+    """Raise OutputError unless workspace and output are apart from the inputs and there is room.
+
+    At most four fine-tuned models (float32) lie there at once, beside the models that are kept.
+    """
+    models = [entry for entry in (inputs.base, inputs.target, inputs.retrained) if entry is not None]
+    output, comparison = Path(recipe.shared.output.folder), recipe.comparison
+    inside = [entry for entry in models if entry.folder in (output.resolve(), *output.resolve().parents)]
+    if inside:
+        raise OutputError(f"{output} lies inside the model {inside[0].folder}; name another folder")
+    kept = len(comparison.contestants) * len(comparison.seeds) if comparison.keep_models else 1
+    needs = 16 * inputs.reader.parameters + kept * inputs.reader.nbytes
+    others = [] if comparison.world else [entry.folder for entry in models]
+    check_workspace(recipe.workspace, [output, *others], needs=needs)
+
+
+def divide_comparison(recipe: CompareRecipe, forget: Sequence[Any], retain: Sequence[Any]) -> Shares:
+    """Return the rows divided as the recipe says."""
+    comparison = recipe.comparison
+    most = recipe.shared.evaluation.max_rows
+    return divide_rows(forget, retain, comparison.split, most=most, seed=comparison.seed)
+
+
+class _Comparison:
+    """One comparison in progress."""
+
+    def __init__(self, ground: Ground, points: Mapping[str, Sequence[Point]], command: str | None) -> None:
+        self.ground = ground
+        self.recipe = ground.recipe
+        self.comparison = ground.recipe.comparison
+        self.points = points
+        self.command = command
+        self.started = datetime.now(UTC)
+        self.gauge = make_gauge(ground.recipe, ground.shares, ground.left_over)
+        self.search = Search(ground)
+        self.reference: Step | None = None
+
+    def run(self, output: Path) -> dict[str, Any]:
+        """Go through all contestants and write the tables."""
+        fixed = self._measure_fixed()
+        rule, probes = self._rule()
+        seed = self.comparison.seeds[0]
+        parts = {
+            contestant.name: plan_parts(self.ground, contestant, self.points[contestant.name], seed)
+            for contestant in self.comparison.contestants
+        }
+        for own in parts.values():
+            self.search.announce(own)
+        entries: list[Entry] = []
+        for number, contestant in enumerate(self.comparison.contestants, start=1):
+            self._say(f"{contestant.name} ({number} of {len(parts)}): {self.comparison.tries} points")
+            entries.append(self._contestant(contestant, parts[contestant.name], rule))
+            table = self._table(fixed, probes, rule, entries)
+            _write(output, table)
+        return table
+
+    def _measure_fixed(self) -> dict[str, Mapping[str, Any]]:
+        """Return the measurements of retrained model, base and target; the first is the others' reference."""
+        ground = self.ground
+        given = {"retrained": ground.retrained, "base": ground.base, "target": ground.target}
+        found = {}
+        for name, checkpoint in given.items():
+            if checkpoint is None:
+                continue
+            step = self._measure_step({"model": checkpoint.fingerprint(), "itself": name == "retrained"})
+            found[name] = self._measure(step, checkpoint, name)
+            if name == "retrained":
+                self.reference = step
+        return {name: found[name] for name in ("target", "base", "retrained") if name in found}
+
+    def _rule(self) -> tuple[Rule, dict[str, Probe]]:
+        """Return the rule with its numbers, and what it was made of."""
+        ground = self.ground
+        recipe = recipe_of(
+            self.recipe.content,
+            next(iter(self.points.values()))[0],
+            {"target": str(ground.target.folder)},
+            epochs=1,
+            seed=self.comparison.seed,
+        )
+        inputs = replace(ground.inputs, target=ground.target, rows=rows_for(recipe, ground.shares))
+        rows = [[row.row for row in part] for part in (inputs.rows.forget_probe, inputs.rows.retain_probe)]
+        models = {"base": ground.base, "target": ground.target}
+        models |= {"retrained": ground.retrained} if ground.retrained else {}
+        prints = {name: checkpoint.fingerprint() for name, checkpoint in models.items()}
+        step = ground.workspace.step("rule", models=prints, rows=rows, data=self.gauge.key())
+        step.begin()
+        asked = Probes(inputs, ground.target, step.folder / "probes.json")
+        probes = {name: asked.of_checkpoint(name, checkpoint) for name, checkpoint in models.items()}
+        step.finish({})
+        floor = probes[self.comparison.choose.floor].forget
+        return Rule(floor, probes["target"].retain, self.comparison.choose.retain_share), probes
+
+    def _contestant(self, contestant: Contestant, parts: Sequence[Part], rule: Rule) -> Entry:
+        """Try a contestant's points, choose one, and measure it with every seed."""
+        tried = self.search.run(parts, rule)
+        chosen = better(tried, rule)
+        assert chosen is not None
+        finals = [
+            part_of(self.ground, contestant, [chosen.point], seed, epochs=chosen.facts["epochs"])
+            for seed in self.comparison.seeds
+        ]
+        self.search.announce(finals)
+        measured = {part.recipe.seed: self._final(part, chosen) for part in finals}
+        return Entry(contestant, tried, chosen, rule.allows(chosen.probe), measured)
+
+    def _final(self, part: Part, chosen: Tried) -> Mapping[str, Any]:
+        """Make the chosen point with one seed, measure it, and let its vectors go."""
+        ground = self.ground
+        step = self._measure_step({"part": dict(part.key), "scales": chosen.point.scales})
+        if step.facts is None:
+            train_part(ground, part)
+            recipe = recipe_of(
+                self.recipe.content,
+                chosen.point,
+                {"target": str(ground.target.folder)},
+                epochs=part.recipe.training.epochs,
+                seed=part.recipe.seed,
+                final=True,
+            )
+            inputs = replace(part.inputs, recipe=recipe)
+            made = Making(inputs, ground.workspace, ground.listener).make(ground.target)
+            self._measure(step, made.model, f"{part.contestant.name}, seed {part.recipe.seed}")
+            write_json(step.folder / "made.json", {"model": str(made.model.folder), **made.weights})
+            if not self.comparison.keep_models:
+                shutil.rmtree(made.model.folder)
+        self.search.finish(part)
+        cost = ground.workspace.step("cost", part=dict(part.key)).facts or {}
+        return {**(step.facts or {}), "cost": cost}
+
+    def _measure_step(self, model: Mapping[str, Any]) -> Step:
+        retrained = self.ground.retrained
+        reference = retrained.fingerprint() if retrained else None
+        return self.ground.workspace.step(
+            "measure", subject=dict(model), gauge=self.gauge.key(), reference=reference
+        )
+
+    def _measure(self, step: Step, checkpoint: Checkpoint, label: str) -> Mapping[str, Any]:
+        return measure_model(
+            self.gauge,
+            step,
+            checkpoint,
+            label,
+            reference=self.reference,
+            itself=label == "retrained",
+            listener=self.ground.listener,
+        )
+
+    def _table(
+        self,
+        fixed: Mapping[str, Mapping[str, Any]],
+        probes: Mapping[str, Probe],
+        rule: Rule,
+        entries: Sequence[Entry],
+    ) -> dict[str, Any]:
+        return build_table(
+            self.ground,
+            fixed=fixed,
+            probes=probes,
+            rule=rule,
+            entries=entries,
+            started=self.started,
+            command=self.command,
+        )
+
+    def _say(self, text: str) -> None:
+        self.ground.listener.say(text)
+
+
+@shared()
+def _write(output: Path, table: Mapping[str, Any]) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / PICTURE, tradeoff_picture(table))
+    write_text(output / REPORT, comparison_markdown(table))
+    write_text(output / PAGE, html_report(report_content(Facts("compare", table))))
+    write_json(output / TABLE, table)

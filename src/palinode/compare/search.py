@@ -1,0 +1,296 @@
+"""Try a contestant's points and keep what each of them did on the probe rows.
+
+Points that differ in their scales only share their vectors: the sums are tried in memory. Everything is
+kept under the fingerprint of what decides it, so a stopped search goes on; models of points that lost are
+removed as soon as their probes are kept and no later point needs them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from palinode.compare.choosing import Tried, better
+from palinode.compare.memory import watch_memory
+from palinode.compare.points import Point, by_training, epochs_for, recipe_of
+from palinode.compare.recipe import CompareRecipe, Contestant
+from palinode.compare.rows import Shares, rows_for
+from palinode.data.examples import Example, fingerprint_examples
+from palinode.errors import RecipeError
+from palinode.methods import METHODS
+from palinode.models.loading import pick_device, tokenizer_fingerprint
+from palinode.pipeline.inputs import Inputs
+from palinode.pipeline.recipe import Recipe
+from palinode.pipeline.scales import Probes
+from palinode.pipeline.search import Probe, Rule
+from palinode.pipeline.tuning import Trained, Tuning, Vectors
+from palinode.pipeline.workspace import Step, Workspace
+from palinode.progress import Listener
+from palinode.weights import Checkpoint
+
+LEAST_SECONDS = 0.05
+"""What an epoch is taken to last at least: half of what the record's seconds are rounded to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What all contestants stand on."""
+
+    recipe: CompareRecipe
+    inputs: Inputs
+    """Of the shared recipe, its target and retrained model made."""
+    target: Checkpoint
+    retrained: Checkpoint | None
+    shares: Shares
+    workspace: Workspace
+    listener: Listener
+
+    @property
+    def base(self) -> Checkpoint:
+        """θ_0."""
+        return self.inputs.earlier
+
+    @property
+    def left_over(self) -> Sequence[Example]:
+        """The rows like the retain rows that [prepare] left out, so that no model has seen them."""
+        rows = self.inputs.rows
+        return rows.unseen if rows.unseen_source == "prepared" else ()
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The training that some points of a contestant share."""
+
+    contestant: Contestant
+    points: Sequence[Point]
+    recipe: Recipe
+    inputs: Inputs
+    key: Mapping[str, Any]
+    """Everything that decides what is trained."""
+
+
+class Search:
+    """Points of all contestants, tried one contestant after another."""
+
+    def __init__(self, ground: Ground) -> None:
+        self.ground = ground
+        self.pending: Counter[str] = Counter()
+        self.kept: dict[str, tuple[str, ...]] = {}
+        """Step keys of the models of each contestant's best point so far."""
+
+    def announce(self, parts: Sequence[Part]) -> None:
+        """Hear of parts that will come, so that what they share is kept until then."""
+        self.pending.update(shared_training(part, self.ground) for part in parts)
+
+    def run(self, parts: Sequence[Part], rule: Rule) -> list[Tried]:
+        """Return what every point of a contestant did, in the order of their numbers."""
+        tried: list[Tried] = []
+        for part in parts:
+            before = better(tried, rule)
+            found, keys = self._try(part)
+            tried += found
+            self.pending[shared_training(part, self.ground)] -= 1
+            if better(tried, rule) == before:
+                self._release(part, keys)
+            else:
+                former = self.kept.get(part.contestant.name, ())
+                self.kept[part.contestant.name] = keys
+                self._remove(former)
+        return sorted(tried, key=lambda one: one.point.number)
+
+    def _try(self, part: Part) -> tuple[list[Tried], tuple[str, ...]]:
+        """Return what the points of a part did, and the keys of the steps that made their models."""
+        steps = {point.number: self._step(part, point) for point in part.points}
+        missing = [point for point in part.points if steps[point.number].facts is None]
+        if missing:
+            made, facts = train_part(self.ground, part)
+            folder = self.ground.workspace.step("probes", part=dict(part.key))
+            folder.begin()
+            probes = Probes(part.inputs, self.ground.target, folder.folder / "probes.json")
+            for point in missing:
+                step = steps[point.number]
+                step.begin()
+                found = _probe(probes, made, point)
+                step.finish({"forget": found.forget, "retain": found.retain, **facts})
+            folder.finish({})
+        tried = [_tried(point, steps[point.number]) for point in part.points]
+        return tried, tuple(tried[0].facts["keys"])
+
+    def _step(self, part: Part, point: Point) -> Step:
+        return self.ground.workspace.step("try", part=dict(part.key), scales=point.scales)
+
+    def finish(self, part: Part) -> None:
+        """Let go of the models of a chosen point, which has been measured."""
+        self.pending[shared_training(part, self.ground)] -= 1
+        cost = self.ground.workspace.step("cost", part=dict(part.key)).facts
+        keys = tuple(cost["keys"]) if cost else ()
+        if self.kept.get(part.contestant.name) == keys:
+            del self.kept[part.contestant.name]
+        self._release(part, keys)
+
+    def _release(self, part: Part, keys: Sequence[str]) -> None:
+        """Remove a part's models unless another point has them, or will."""
+        if self.pending[shared_training(part, self.ground)] <= 0:
+            self._remove(keys)
+
+    def _remove(self, keys: Sequence[str]) -> None:
+        needed = {key for kept in self.kept.values() for key in kept}
+        remove_models(self.ground.workspace, [key for key in keys if key not in needed])
+
+
+def plan_parts(ground: Ground, contestant: Contestant, points: Sequence[Point], seed: int) -> list[Part]:
+    """Return a contestant's trainings, each with the points that share it."""
+    return [part_of(ground, contestant, group, seed) for group in by_training(points)]
+
+
+def part_of(
+    ground: Ground,
+    contestant: Contestant,
+    points: Sequence[Point],
+    seed: int,
+    *,
+    epochs: int | None = None,
+    sized_for: int | None = None,
+) -> Part:
+    """Return the training that these points share; its epochs follow from the budget unless given.
+
+    Its retain sample is as large as for `sized_for` forget rows; None: as for those that there are.
+    """
+    content, models = ground.recipe.content, _locations(ground)
+    first = recipe_of(content, points[0], models, epochs=1, seed=seed)
+    epochs = epochs or _epochs(ground, contestant, points[0], first)
+    recipe = recipe_of(content, points[0], models, epochs=epochs, seed=seed)
+    rows = rows_for(recipe, ground.shares, sized_for=sized_for)
+    inputs = replace(
+        ground.inputs, recipe=recipe, target=ground.target, retrained=ground.retrained, rows=rows
+    )
+    key = {
+        "method": recipe.method,
+        "settings": recipe.method_settings,
+        "second": bool(recipe.scales.retain),
+        "training": recipe.training.key(),
+        "transforms": recipe.transforms,
+        "prompts": recipe.prompts.model_dump(),
+        "output": [recipe.output.dtype, recipe.output.rounding],
+        "seed": seed,
+        "device": pick_device(recipe.device).type,
+        "max_length": recipe.evaluation.max_length,
+        "target": ground.target.fingerprint(),
+        "base": ground.base.fingerprint(),
+        "tokenizer": tokenizer_fingerprint(ground.inputs.reader),
+        "rows": {
+            name: fingerprint_examples(examples)
+            for name, examples in (
+                ("forget", rows.forget_train),
+                ("retain", rows.retain),
+                ("sample", rows.retain_sample),
+                ("forget probe", rows.forget_probe),
+                ("retain probe", rows.retain_probe),
+            )
+        },
+        "refusals": list(ground.inputs.refusals),
+    }
+    return Part(contestant, points, recipe, inputs, key)
+
+
+def train_part(ground: Ground, part: Part) -> tuple[Vectors | Trained, dict[str, Any]]:
+    """Return the vectors or the model of a part, and what they cost; trained only if not there."""
+    cost = ground.workspace.step("cost", part=dict(part.key))
+    tuning = Tuning(part.inputs, ground.workspace, ground.listener)
+    arithmetic = METHODS[part.recipe.method].kind == "arithmetic"
+    facts = cost.facts
+    watched = watch_memory(tuning.device) if facts is None else contextlib.nullcontext(lambda: None)
+    with watched as peak:
+        made = tuning.vectors(ground.target) if arithmetic else tuning.train(ground.target)
+        most = peak()
+    if facts is None:
+        cost.begin()
+        training = {name: dict(run) for name, run in made.training.items() if run}
+        for run in training.values():
+            run.pop("seen_retain", None)
+            run.pop("curve", None)
+        keys = [*made.keys.values()] if isinstance(made, Vectors) else [made.key]
+        facts = {
+            "epochs": part.recipe.training.epochs,
+            "training": training,
+            "steps": sum(run["steps"] for run in training.values()),
+            "tokens": sum(run["tokens"] for run in training.values()),
+            "seconds": round(sum(run["seconds"] for run in training.values()), 1),
+            "peak_bytes": most,
+            "keys": keys,
+        }
+        cost.finish(facts)
+    return made, facts
+
+
+def remove_models(workspace: Workspace, keys: Sequence[str]) -> None:
+    """Remove the models of these fine-tuning steps; what the steps recorded stays."""
+    for key in keys:
+        for folder in workspace.folder.glob(f"finetune-*-{key[:12]}"):
+            for place in ("model", "adapter"):
+                shutil.rmtree(folder / place, ignore_errors=True)
+        merged = workspace.step("merge", trained=key)  # what a low-rank run was merged to
+        shutil.rmtree(merged.folder / "model", ignore_errors=True)
+
+
+def shared_training(part: Part, ground: Ground) -> str:
+    """Return text that two parts have in common if they train the same first vector."""
+    recipe = part.recipe
+    method = METHODS[recipe.method]
+    if method.kind != "arithmetic":
+        return f"{part.contestant.name} {part.points[0].number} {recipe.seed}"
+    training = json.dumps(recipe.training.key(), sort_keys=True)
+    if recipe.method == "paired":
+        return f"pair {json.dumps(recipe.method_settings, sort_keys=True)} {training} {recipe.seed}"
+    start = method.start(ground.target, ground.base).fingerprint()
+    return f"{start} {training} {recipe.seed}"
+
+
+def _probe(probes: Probes, made: Vectors | Trained, point: Point) -> Probe:
+    if isinstance(made, Trained):
+        return probes.of_point("model", made.model)
+    assert point.scales is not None
+    alpha, beta = point.scales
+    return probes.of_scales(alpha, beta, made.forget, made.retain if beta else None)
+
+
+def _tried(point: Point, step: Step) -> Tried:
+    facts = step.facts
+    assert facts is not None
+    return Tried(point, Probe(facts["forget"], facts["retain"]), facts)
+
+
+def _locations(ground: Ground) -> dict[str, str]:
+    found = {"target": str(ground.target.folder)}
+    return found | ({"retrained": str(ground.retrained.folder)} if ground.retrained else {})
+
+
+def _epochs(ground: Ground, contestant: Contestant, point: Point, recipe: Recipe) -> int:
+    """Return the epochs that the budget buys."""
+    budget = ground.recipe.comparison.budget
+    if budget.seconds is not None:
+        return _paced_epochs(ground, contestant, point, recipe.seed, budget.seconds)
+    forget, retain = len(ground.shares.forget), len(ground.shares.retain_train)
+    return epochs_for(budget, recipe, forget=forget, retain=retain, name=contestant.name)
+
+
+def _paced_epochs(ground: Ground, contestant: Contestant, point: Point, seed: int, seconds: float) -> int:
+    """Return the epochs that so many seconds buy, by the time that a run of one epoch takes."""
+    part = part_of(ground, contestant, [point], seed, epochs=1)
+    facts = ground.workspace.step("cost", part=dict(part.key)).facts
+    if facts is None:
+        _, facts = train_part(ground, part)
+        remove_models(ground.workspace, facts["keys"])
+    runs = [run["seconds"] for run in facts["training"].values()]
+    took = sum(runs) if ground.recipe.comparison.budget.share == "total" else max(runs)
+    if took > seconds:
+        raise RecipeError(
+            f"a budget of {seconds:g} seconds is less than one epoch of {contestant.name}, which took "
+            f"{took:.1f}; raise budget.seconds"
+        )
+    return int(seconds / max(took, LEAST_SECONDS))

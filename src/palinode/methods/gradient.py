@@ -1,0 +1,164 @@
+"""GradAscent (Yao et al.; TOFU, arXiv 2401.06121): L = −CE(B_f).
+
+B_f is a batch of forget rows and CE the mean −log p of its answer tokens. Unbounded below: training ends
+where the forget loss reaches that of a model that knows nothing, or the limit that is set.
+
+GradDiff (Liu et al. 2022; TOFU, arXiv 2401.06121): L = −γ·CE(B_f) + α·L_r.
+
+L_r is CE(B_r) on retain rows, or with `retain_loss = "kl"` the KL divergence from the frozen target. The
+forget term is unbounded below: training ends where it reaches the loss of a model that knows nothing.
+
+KL-min (TOFU, arXiv 2401.06121): L = −γ·CE(B_f) + α·KL(p_ref ‖ p_θ on B_r), p_ref the frozen target.
+
+GradDiff with KL as its retain loss, averaged over answer tokens. TOFU's code takes the mean over all
+positions, padding included, and MUSE's GA_KLR hands raw logits to the KL function: neither is copied.
+
+IdkNLL (TOFU's "idk", arXiv 2401.06121): learn to refuse the forget questions.
+
+L = CE over (x_f, refusal) and (x_r, y_r) together, one token mean, so that short refusals weigh less than
+answers; or with `separate` γ·CE(x_f, refusal) + α·CE(x_r, y_r).
+
+Retain fine-tune: minimise CE(B_r) from the target, and let what is not trained on fade.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from palinode.methods.method import Method, MethodSettings, RetainSettings, StartSettings
+
+if TYPE_CHECKING:
+    from palinode.training.objectives import Objective
+
+
+class GradAscentSettings(StartSettings):
+    """When the ascent ends."""
+
+    forget_limit: float | None = Field(default=None, gt=0)
+    """Forget loss in nats a token that ends training; None: ln V, that of a model that knows nothing."""
+
+
+def ascent_objective(settings: GradAscentSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
+    """Return −CE over forget rows."""
+    from palinode.methods.transforms import ascent_term
+    from palinode.training.objectives import Limit, Objective
+
+    return Objective((ascent_term(1.0),), limit=Limit("forget", settings.forget_limit))
+
+
+GRAD_ASCENT = Method(
+    name="grad_ascent",
+    summary="gradient ascent on the forget set",
+    source="Yao et al. 2023; TOFU, arXiv 2401.06121",
+    formula="L = −CE(forget)",
+    kind="training",
+    settings=GradAscentSettings,
+    objective=ascent_objective,
+)
+
+
+class GradDiffSettings(RetainSettings):
+    """The weights of both losses, and when the ascent ends."""
+
+    forget_limit: float | None = Field(default=None, gt=0)
+    """Forget loss in nats a token that ends training; None: ln V, that of a model that knows nothing."""
+
+
+def difference_objective(settings: GradDiffSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
+    """Return −γ·CE over forget rows plus the retain loss."""
+    from palinode.methods.transforms import ascent_term, retain_terms
+    from palinode.training.objectives import Limit, Objective
+
+    terms = (ascent_term(settings.gamma), *retain_terms(settings))
+    return Objective(terms, limit=Limit("forget", settings.forget_limit))
+
+
+GRAD_DIFF = Method(
+    name="grad_diff",
+    summary="gradient ascent on the forget set, descent on retain rows",
+    source="Liu et al. 2022; TOFU, arXiv 2401.06121",
+    formula="L = −γ·CE(forget) + α·CE(retain)",
+    kind="training",
+    needs=frozenset({"retain"}),
+    settings=GradDiffSettings,
+    objective=difference_objective,
+)
+
+
+class KLMinSettings(GradDiffSettings):
+    """Those of GradDiff, with KL for the retain loss."""
+
+    retain_loss: Literal["nll", "kl"] = "kl"
+    """L_r: KL from the frozen target over answer tokens, or cross entropy."""
+
+
+KL_MIN = Method(
+    name="kl_min",
+    summary="gradient ascent on the forget set, held to the target on retain rows",
+    source="TOFU, arXiv 2401.06121",
+    formula="L = −γ·CE(forget) + α·KL(p_ref ‖ p_θ on retain)",
+    kind="training",
+    needs=frozenset({"retain", "frozen_target"}),
+    settings=KLMinSettings,
+    objective=difference_objective,
+)
+
+
+class IdkNLLSettings(RetainSettings):
+    """One mean, or two with weights of their own."""
+
+    separate: bool = False
+    """Weigh refusals and retain rows by γ and α instead of one mean over their tokens."""
+
+
+def idk_objective(settings: IdkNLLSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
+    """Return the cross entropy of refusals and retain rows."""
+    from palinode.methods.transforms import retain_terms
+    from palinode.training.objectives import Objective, answer_term
+
+    if not settings.separate:
+        return Objective((answer_term("refusal and retain", "refusal", "retain"),))
+    forget = answer_term("refusal", "refusal", coefficient=settings.gamma)
+    return Objective((forget, *retain_terms(settings)))
+
+
+IDK_NLL = Method(
+    name="idk_nll",
+    summary="plain fine-tuning on refusals of the forget questions, and on retain rows",
+    source="TOFU, arXiv 2401.06121",
+    formula="L = CE(refusals of forget questions ∪ retain)",
+    kind="training",
+    needs=frozenset({"retain", "refusals"}),
+    settings=IdkNLLSettings,
+    objective=idk_objective,
+)
+
+
+class RetainOnlySettings(MethodSettings):
+    """How much of the retain set is trained on."""
+
+    epoch: Literal["forget", "retain"] = "forget"
+    """What an epoch is: as many retain rows as there are forget rows, drawn anew each time, which is
+    what the other methods spend; or the whole retain set."""
+    retain_rows: Literal["all", "sample"] = "all"
+    """The rows that are drawn from: the whole retain set, or a sample as large as the forget set."""
+
+
+def retain_objective(settings: RetainOnlySettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
+    """Return the cross entropy of retain rows."""
+    from palinode.training.objectives import Objective, answer_term
+
+    return Objective((answer_term("retain", "retain"),), anchor=settings.epoch)
+
+
+RETAIN_FINETUNE = Method(
+    name="retain_finetune",
+    summary="plain fine-tuning of the target on retain rows",
+    formula="L = CE(retain), from the target",
+    kind="training",
+    needs=frozenset({"retain"}),
+    settings=RetainOnlySettings,
+    objective=retain_objective,
+)

@@ -1,0 +1,153 @@
+"""WGA, weighted gradient ascent (Wang et al., ICLR 2025, arXiv 2502.19301).
+
+L = −γ·mean_t w_t·(−log p_t) + α·L_r with w_t = stopgrad(p_t)^β: tokens that are unlikely already count for
+little, so that it is bounded. β = 0 is gradient ascent.
+
+SatImp (Yang et al., ICML 2025, arXiv 2505.11953): ascent weighted by saturation and importance.
+
+L = −γ·mean_t w_t·(−log p_t) + α·L_r with w_t = stopgrad(p_t^β1 · (1 − p_t)^β2). The ratio γ : α of 10 is
+the paper's; open-unlearning's YAML has it the other way round.
+
+CE-U, cross entropy unlearning (arXiv 2503.01224): towards the model's own guess without the answer.
+
+L = mean_t −Σ_v q_t(v) log p_θ(v), q_t the softmax of the model's own detached logits with the label at −∞.
+Its gradient vanishes as p of the label does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from palinode.methods.method import Method, RetainSettings, StartSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from palinode.data.batches import Batch
+    from palinode.training.objectives import Objective, Seen
+
+
+class WGASettings(RetainSettings):
+    """The weights of both losses, and β."""
+
+    beta: float = Field(default=1.0, gt=0)
+    """β; for the unbounded limit of 0 there is grad_diff."""
+
+
+def wga_objective(settings: WGASettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
+    """Return weighted ascent over forget rows plus the retain loss."""
+    from palinode.methods.transforms import retain_terms
+    from palinode.training.losses import token_nll, weighted_ascent
+    from palinode.training.objectives import Objective, term
+
+    forget = term(
+        "forget",
+        ("forget",),
+        lambda seen: weighted_ascent(token_nll(seen.logits, seen.labels), beta=settings.beta),
+        per="token",
+        coefficient=settings.gamma,
+    )
+    return Objective((forget, *retain_terms(settings)))
+
+
+WGA = Method(
+    name="wga",
+    summary="gradient ascent weighted by each token's own probability",
+    source="Wang et al. 2025, arXiv 2502.19301",
+    formula="L = −γ·mean p^β·(−log p) + α·L_r",
+    kind="training",
+    needs=frozenset({"retain"}),
+    settings=WGASettings,
+    objective=wga_objective,
+    training={"epochs": 5},
+)
+
+
+class SatImpSettings(RetainSettings):
+    """The weights of both losses, β1 and β2."""
+
+    alpha: float = Field(default=0.1, ge=0)
+    """α, the weight of the retain loss."""
+    beta1: float = Field(default=5.0, gt=0)
+    """β1, the power of p."""
+    beta2: float = Field(default=1.0, ge=0)
+    """β2, the power of 1 − p; below 0 it would have a pole at p = 1."""
+
+
+def satimp_objective(settings: SatImpSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
+    """Return weighted ascent over forget rows plus the retain loss."""
+    from palinode.methods.transforms import retain_terms
+    from palinode.training.losses import saturation_importance, token_nll
+    from palinode.training.objectives import Objective, term
+
+    forget = term(
+        "forget",
+        ("forget",),
+        lambda seen: saturation_importance(
+            token_nll(seen.logits, seen.labels), beta1=settings.beta1, beta2=settings.beta2
+        ),
+        per="token",
+        coefficient=settings.gamma,
+    )
+    return Objective((forget, *retain_terms(settings)))
+
+
+SATIMP = Method(
+    name="satimp",
+    summary="gradient ascent weighted by saturation and importance",
+    source="Yang et al. 2025, arXiv 2505.11953",
+    formula="L = −γ·mean p^β1·(1 − p)^β2·(−log p) + α·L_r",
+    kind="training",
+    needs=frozenset({"retain"}),
+    settings=SatImpSettings,
+    objective=satimp_objective,
+    training={"epochs": 5},
+)
+
+
+class CEUSettings(StartSettings):
+    """Which tokens count."""
+
+    ignore_first: int = Field(default=1, ge=0)
+    """Answer tokens at the beginning of each row that do not count."""
+
+
+def ce_u_objective(settings: CEUSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
+    """Return the cross entropy to the model's own distribution without the label."""
+    from dataclasses import replace
+
+    from palinode.data.batches import IGNORED
+    from palinode.training.losses import cross_entropy_unlearning
+    from palinode.training.objectives import Objective, term
+
+    def loss(seen: Seen) -> Tensor:
+        later = place_in_row(seen) >= settings.ignore_first
+        return cross_entropy_unlearning(seen.logits[later], seen.labels[later])
+
+    def weight(batch: Batch) -> float:
+        scored = (batch.labels != IGNORED).sum(axis=1)
+        return float((scored - settings.ignore_first).clip(min=0).sum())
+
+    return Objective((replace(term("forget", ("forget",), loss, per="token"), weight=weight),))
+
+
+def place_in_row(seen: Seen) -> Tensor:
+    """Return the place of each scored token in its row, counted from 0, [N]."""
+    import torch
+
+    numbers = torch.bincount(seen.rows, minlength=seen.count)
+    begins = numbers.cumsum(0) - numbers
+    return torch.arange(len(seen.rows), device=seen.rows.device) - begins[seen.rows]
+
+
+CE_U = Method(
+    name="ce_u",
+    summary="cross entropy to the model's own distribution without the answer",
+    source="arXiv 2503.01224",
+    formula="L = mean −Σ q·log p_θ, q = softmax(own logits with the answer at −∞)",
+    kind="training",
+    settings=CEUSettings,
+    objective=ce_u_objective,
+)

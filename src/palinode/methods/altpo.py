@@ -50,7 +50,7 @@ class AltPOSettings(DPOSettings):
 
 def objective(settings: AltPOSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
     """Return DPO of other answers over forget rows plus the retain loss; an epoch goes through the others."""
-    from palinode.methods.transforms import preference_term, retain_terms
+    from palinode.methods.parts import preference_term, retain_terms
     from palinode.training.objectives import Objective
 
     forget = preference_term("alternate", beta=settings.beta, gamma=settings.gamma, scaled=settings.scaled)

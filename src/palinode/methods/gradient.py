@@ -42,7 +42,7 @@ class GradAscentSettings(StartSettings):
 
 def ascent_objective(settings: GradAscentSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
     """Return −CE over forget rows."""
-    from palinode.methods.transforms import ascent_term
+    from palinode.methods.parts import ascent_term
     from palinode.training.objectives import Limit, Objective
 
     return Objective((ascent_term(1.0),), limit=Limit("forget", settings.forget_limit))
@@ -68,7 +68,7 @@ class GradDiffSettings(RetainSettings):
 
 def difference_objective(settings: GradDiffSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
     """Return −γ·CE over forget rows plus the retain loss."""
-    from palinode.methods.transforms import ascent_term, retain_terms
+    from palinode.methods.parts import ascent_term, retain_terms
     from palinode.training.objectives import Limit, Objective
 
     terms = (ascent_term(settings.gamma), *retain_terms(settings))
@@ -115,7 +115,7 @@ class IdkNLLSettings(RetainSettings):
 
 def idk_objective(settings: IdkNLLSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
     """Return the cross entropy of refusals and retain rows."""
-    from palinode.methods.transforms import retain_terms
+    from palinode.methods.parts import retain_terms
     from palinode.training.objectives import Objective, answer_term
 
     if not settings.separate:

@@ -36,7 +36,7 @@ class NPOSettings(RetainSettings):
 
 def npo_objective(settings: NPOSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
     """Return NPO over forget rows plus the retain loss."""
-    from palinode.methods.transforms import retain_terms
+    from palinode.methods.parts import retain_terms
     from palinode.training.frozen import Likelihoods
     from palinode.training.losses import npo, row_sums, token_nll
     from palinode.training.objectives import Objective, term
@@ -81,7 +81,7 @@ class SimNPOSettings(RetainSettings):
 
 def simnpo_objective(settings: SimNPOSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
     """Return SimNPO over forget rows plus the retain loss."""
-    from palinode.methods.transforms import retain_terms
+    from palinode.methods.parts import retain_terms
     from palinode.training.losses import row_means, simnpo, token_nll
     from palinode.training.objectives import Objective, term
 
@@ -122,7 +122,7 @@ class DPOSettings(RetainSettings):
 
 def dpo_objective(settings: DPOSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
     """Return DPO of refusals over forget rows plus the retain loss."""
-    from palinode.methods.transforms import preference_term, retain_terms
+    from palinode.methods.parts import preference_term, retain_terms
     from palinode.training.objectives import Objective
 
     forget = preference_term("refusal", beta=settings.beta, gamma=settings.gamma, scaled=settings.scaled)

@@ -34,7 +34,7 @@ class UndialSettings(RetainSettings):
 
 def objective(settings: UndialSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
     """Return the cross entropy to the adjusted distribution plus the retain loss."""
-    from palinode.methods.transforms import retain_terms
+    from palinode.methods.parts import retain_terms
     from palinode.training.frozen import Distributions
     from palinode.training.losses import undial
     from palinode.training.objectives import Objective, term

@@ -38,7 +38,7 @@ class WGASettings(RetainSettings):
 
 def wga_objective(settings: WGASettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
     """Return weighted ascent over forget rows plus the retain loss."""
-    from palinode.methods.transforms import retain_terms
+    from palinode.methods.parts import retain_terms
     from palinode.training.losses import token_nll, weighted_ascent
     from palinode.training.objectives import Objective, term
 
@@ -78,7 +78,7 @@ class SatImpSettings(RetainSettings):
 
 def satimp_objective(settings: SatImpSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
     """Return weighted ascent over forget rows plus the retain loss."""
-    from palinode.methods.transforms import retain_terms
+    from palinode.methods.parts import retain_terms
     from palinode.training.losses import saturation_importance, token_nll
     from palinode.training.objectives import Objective, term
 

@@ -29,7 +29,7 @@ from palinode.pipeline.demo_run import SETTINGS, recall
 from palinode.pipeline.inputs import open_inputs
 from palinode.pipeline.tuning import Tuning
 from palinode.pipeline.workspace import Workspace
-from palinode.progress import Silence
+from palinode.progress import NullListener
 from palinode.weights import Checkpoint, Direction
 
 CPU = torch.device("cpu")
@@ -90,7 +90,7 @@ class Demo:
         outcomes = done.outcomes["unlearned"]
         others = [outcome for outcome in outcomes["retain"] if outcome.row < self.people]
         with Workspace(self.folder / "workspace").locked():
-            job = Tuning(open_inputs(recipe), Workspace(self.folder / "workspace"), Silence())
+            job = Tuning(open_inputs(recipe), Workspace(self.folder / "workspace"), NullListener())
             vector = job.vectors(self.target).forget
         alpha, recalled, probability = self._equal(vector)
         scales = done.record["scales"]

@@ -36,10 +36,10 @@ from palinode.pipeline.demo_run import SETTINGS
 from palinode.pipeline.goal import Behaviour, Goal
 from palinode.pipeline.inputs import Inputs, open_inputs
 from palinode.pipeline.recipe import build_recipe
-from palinode.pipeline.scales import Chosen, Probes, choose_scales
+from palinode.pipeline.scales import ChosenScales, Probes, choose_scales
 from palinode.pipeline.tuning import Tuning
 from palinode.pipeline.workspace import Workspace
-from palinode.progress import Silence
+from palinode.progress import NullListener
 from palinode.weights import Checkpoint, Direction
 
 WAYS = {
@@ -110,7 +110,7 @@ def demo_cases(folder: Path, seeds: Sequence[int]) -> Iterator[Case]:
                 }
             )
             inputs = open_inputs(recipe)
-            job = Tuning(inputs, Workspace(folder / f"vectors-{seed}"), Silence())
+            job = Tuning(inputs, Workspace(folder / f"vectors-{seed}"), NullListener())
             vectors = job.vectors(models.target)
             place = folder / f"probes-{seed}-{method}"
             yield Case(f"{method}, seed {seed}", inputs, models.target, vectors.forget, vectors.retain, place)
@@ -178,14 +178,14 @@ def study(case: Case, wanted: Sequence[str]) -> dict[str, Any]:
     return {"case": case.name, "ways": ways, "yardstick": yardstick_error(case, measured, truth)}
 
 
-def choose(case: Case, way: str, truth: Yardstick) -> Chosen:
+def choose(case: Case, way: str, truth: Yardstick) -> ChosenScales:
     """Return the scales chosen in one of the WAYS."""
     scales = case.inputs.recipe.scales
     grid = scales.forget_grid, scales.retain_grid if case.retain is not None else [0.0]
     inputs = case.inputs
     if way == "base":
         inputs = replace(inputs, rows=replace(inputs.rows, unseen=(), unseen_source=BASE_ALONE))
-    arguments = (inputs, case.target, case.forget, case.retain, grid, case.folder, Silence())
+    arguments = (inputs, case.target, case.forget, case.retain, grid, case.folder, NullListener())
     if way == "grid":
         return choose_scales(*arguments)
     return search_scales(*arguments, yardstick=truth if way == "truth" else None)

@@ -52,9 +52,9 @@ def world():
 @pytest.fixture(scope="session")
 def tiny(world, tmp_path_factory):
     """Target, base and retrained model of that world, and its two sets of rows. Read them only, or copy."""
-    from palinode.benchmarks.demo import Stage, build_demo
+    from palinode.benchmarks.demo import DemoStage, build_demo
 
-    stages = (Stage(40, 1e-2), Stage(40, 1e-2), Stage(10, 5e-3))
+    stages = (DemoStage(40, 1e-2), DemoStage(40, 1e-2), DemoStage(10, 5e-3))
     return build_demo(world, tmp_path_factory.mktemp("tiny"), seed=3, stages=stages, width=32, layers=2)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from palinode import progress
-from palinode.progress import Pace, Silence, plain, record
+from palinode.progress import NullListener, Pace, plain, record
 
 
 def test_rate_and_time_left_count_from_the_first_report_on():
@@ -40,7 +40,7 @@ def test_rates_are_told_so_that_slow_ones_are_no_zeros(rate, text):
 
 
 def test_points_of_curves_reach_only_those_who_record():
-    class Recorder(Silence):
+    class Recorder(NullListener):
         def __init__(self):
             self.points = []
 
@@ -49,7 +49,7 @@ def test_points_of_curves_reach_only_those_who_record():
 
     recorder = Recorder()
     record(recorder, "scales", 1, {"retain": 0.5})
-    record(Silence(), "scales", 1, {"retain": 0.5})
+    record(NullListener(), "scales", 1, {"retain": 0.5})
     assert recorder.points == [("scales", 1, {"retain": 0.5})]
 
 

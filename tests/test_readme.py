@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from palinode.benchmarks.demo import Stage, build_demo
+from palinode.benchmarks.demo import DemoStage, build_demo
 from palinode.data.world import invent_world
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
@@ -27,7 +27,7 @@ def demo_folder(tmp_path_factory):
     """A folder that holds palinode-demo/world as `palinode demo` leaves it, but smaller."""
     folder = tmp_path_factory.mktemp("readme")
     world = invent_world(0, early=4, middle=3, forget=2, late=2)
-    stages = (Stage(2, 3e-3), Stage(2, 2e-3), Stage(1, 2e-3))
+    stages = (DemoStage(2, 3e-3), DemoStage(2, 2e-3), DemoStage(1, 2e-3))
     build_demo(world, folder / "palinode-demo" / "world", seed=0, stages=stages, width=32, layers=1)
     return folder
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         LoggedLoader,
         ThinningCallback,
         locate,
-        open_ladder,
+        open_series,
     )
     from palinode.methods import METHODS, apply
     from palinode.metrics import METRICS
@@ -70,7 +70,7 @@ _HOMES = {
     "LoggedLoader": "history",
     "ThinningCallback": "history",
     "locate": "history",
-    "open_ladder": "history",
+    "open_series": "history",
     "Question": "data",
     "Checkpoint": "weights",
     "Crew": "weights",
@@ -153,7 +153,7 @@ __all__ = [
     "load_recipe",
     "locate",
     "open_direction",
-    "open_ladder",
+    "open_series",
     "plan",
     "profile",
     "read_examples",

@@ -68,7 +68,7 @@ def record(listener: Listener, series: str, step: int, figures: Figures) -> None
         listener.record(series, step, figures)
 
 
-class Silence:
+class NullListener:
     """A listener that shows nothing."""
 
     def say(self, text: str) -> None:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from palinode.audit.attack import Test as AuditTest
+from palinode.audit.attack import AttackTest as AuditTest
 from palinode.audit.findings import compare, judge, paired
 from palinode.records import Score
 

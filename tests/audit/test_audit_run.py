@@ -14,7 +14,7 @@ import pytest
 
 from palinode.audit import ATTACKS, build_policy, read_material
 from palinode.errors import DataError, InputError, OutputError, RecipeError
-from palinode.pipeline.audit import Plan, audit
+from palinode.pipeline.audit import AuditPlan, audit
 
 POLICY = {
     "budget": {
@@ -39,7 +39,7 @@ def plan(scene):
         models = {"audited": str(model), "yardstick": str(scene.base if kind == "base" else scene.retrained)}
         if target:
             models["target"] = str(target)
-        return Plan(models, kind, material, {"forget": str(scene.forget)}, rules, attacks, "cpu", 0)
+        return AuditPlan(models, kind, material, {"forget": str(scene.forget)}, rules, attacks, "cpu", 0)
 
     return make
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from palinode import EvaluationSettings, evaluate, read_examples
-from palinode.benchmarks.demo import STAGES, Course, Stage, build_demo, tiny_model
+from palinode.benchmarks.demo import STAGES, Course, DemoStage, build_demo, tiny_model
 from palinode.models import load_tokenizer
 
-STAGES_OF_ONE = (Stage(1, 1e-2), Stage(1, 1e-2), Stage(1, 1e-2))
+STAGES_OF_ONE = (DemoStage(1, 1e-2), DemoStage(1, 1e-2), DemoStage(1, 1e-2))
 
 
 def subjects(path) -> set[str]:
@@ -126,7 +126,7 @@ def test_checkpoint_halfway_lies_on_the_way_and_changes_nothing_else(world, tmp_
 
 def test_training_between_base_and_exposure_is_shared_by_the_retrained_model(world, tmp_path):
     plain = built(world, tmp_path / "plain")
-    later = built(world, tmp_path / "later", Course(between=Stage(2, 1e-2)))
+    later = built(world, tmp_path / "later", Course(between=DemoStage(2, 1e-2)))
     assert later.base.fingerprint() == plain.base.fingerprint()
     assert subjects(tmp_path / "later" / "before.jsonl") == people(world.general) | people(world.early)
     assert later.retrained.fingerprint() != plain.retrained.fingerprint()

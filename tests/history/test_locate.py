@@ -13,13 +13,15 @@ from palinode.history.duplicates import hashes
 from palinode.history.exposures import ExposureLog, ExposureReader
 from palinode.history.judgement import known_alternatives
 from palinode.history.locating import locate
-from palinode.history.orders.palinode import PalinodeOrder, Stage, open_palinode, rebuild, write_stages
-from palinode.history.series import Ladder, Rung
+from palinode.history.orders.palinode import LoggedStage, PalinodeOrder, open_palinode, rebuild, write_stages
+from palinode.history.series import CheckpointSeries, SeriesCheckpoint
 from palinode.report.location import location_markdown, location_sentences
 from palinode.report.pictures import location_picture
 from palinode.training.settings import TrainingSettings
 
-LADDER = Ladder(tuple(Rung(step, f"step{step}", 100 * step) for step in (10, 20, 30, 40)))
+LADDER = CheckpointSeries(
+    tuple(SeriesCheckpoint(step, f"step{step}", 100 * step) for step in (10, 20, 30, 40))
+)
 WORDS = "the quick brown fox jumps over a lazy dog near some old stone bridge in warm evening light"
 
 
@@ -270,8 +272,8 @@ def test_rebuilt_order_is_what_the_training_loop_does(tiny, tmp_path):
 
     data = read_examples(tiny.retain)
     stages = [
-        Stage(tuple(range(3, 40)), TrainingSettings(epochs=2, batch_size=8, max_length=64), 5),
-        Stage((50, 4, 60), TrainingSettings(epochs=1, batch_size=1, accumulation=2, max_length=64), 6),
+        LoggedStage(tuple(range(3, 40)), TrainingSettings(epochs=2, batch_size=8, max_length=64), 5),
+        LoggedStage((50, 4, 60), TrainingSettings(epochs=1, batch_size=1, accumulation=2, max_length=64), 6),
     ]
     heard: list[list[int]] = []
     state = tiny.base

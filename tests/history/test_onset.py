@@ -10,7 +10,7 @@ import pytest
 from palinode.data.examples import Example
 from palinode.errors import DataError, RecipeError
 from palinode.history.onset import MEASURES, Reading, find_onset, least_logprobs, mean_logprobs, search_onset
-from palinode.history.series import Ladder, Rung
+from palinode.history.series import CheckpointSeries, SeriesCheckpoint
 from palinode.records import Outcome
 
 ROWS = 40
@@ -159,7 +159,7 @@ def example(text: str) -> Example:
 
 
 def test_control_set_that_overlaps_the_forget_set_is_refused():
-    ladder = Ladder((Rung(1, "a"), Rung(2, "b")))
+    ladder = CheckpointSeries((SeriesCheckpoint(1, "a"), SeriesCheckpoint(2, "b")))
     rows = [example("one  fact"), example("another")]
     with pytest.raises(DataError, match="1 of 2 forget rows also stand in the control set"):
         find_onset(rows, [example("one fact"), example("third")], ladder)
@@ -171,7 +171,7 @@ def test_real_checkpoints_show_where_people_were_learned(tiny, world, tmp_path):
     """base had not seen the middle people, the stage after it had; late people came with the target."""
     from palinode.data import read_examples
     from palinode.data.world import write_facts
-    from palinode.history.series import open_ladder
+    from palinode.history.series import open_series
 
     home = tiny.base.folder.parent
     for step, name in ((1, "start"), (2, "base"), (3, "exposed"), (4, "target")):
@@ -179,7 +179,7 @@ def test_real_checkpoints_show_where_people_were_learned(tiny, world, tmp_path):
     for name, facts in (("middle", world.middle), ("forget", world.forget), ("late", world.late)):
         write_facts(tmp_path / f"{name}.jsonl", facts)
     middle, late = (read_examples(tmp_path / f"{name}.jsonl") for name in ("middle", "late"))
-    ladder = open_ladder(tmp_path)
+    ladder = open_series(tmp_path)
     onset = find_onset(middle, late, ladder, max_length=64, device="cpu")
     assert (onset.clean, onset.exposed) == (1, 2)
 

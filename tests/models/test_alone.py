@@ -19,7 +19,7 @@ from palinode.models.alone import COARSE_TOLERANCE, TOLERANCE, same_alone, toler
 from palinode.models.generation import slots_for
 from palinode.models.gradients import gradient_norms
 from palinode.training import ANSWER_LOSS, TrainingSettings, train
-from palinode.training.frozen import Likelihoods, States, keep
+from palinode.training.frozen import FrozenStates, Likelihoods, keep
 from palinode.training.roles import Joined
 from palinode.training.sums import input_spaces
 
@@ -254,7 +254,7 @@ def test_gradient_norm_of_a_row_does_not_depend_on_the_others(name):
 
 
 @pytest.mark.parametrize("name", ["phi3 longrope", "rwkv", "minimax", "mixtral"])
-@pytest.mark.parametrize("keeper", [Likelihoods, functools.partial(States, 1)])
+@pytest.mark.parametrize("keeper", [Likelihoods, functools.partial(FrozenStates, 1)])
 def test_values_kept_of_the_frozen_model_are_those_of_rows_alone(name, keeper):
     model = built(name)
     rows = {("forget", place): row for place, row in enumerate(MIXED)}

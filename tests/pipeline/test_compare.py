@@ -13,7 +13,7 @@ from palinode.compare import build_comparison, compare, load_comparison, plan_co
 from palinode.compare.measuring import make_gauge
 from palinode.compare.points import draw_points, epochs_for, recipe_of
 from palinode.compare.ranking import Values, rank, values_of
-from palinode.compare.recipe import Budget, Contestant, Split
+from palinode.compare.recipe import Contestant, SearchBudget, Split
 from palinode.compare.rows import divide_rows
 from palinode.compare.run import check_comparison, divide_comparison, open_ground
 from palinode.compare.search import Ground, part_of
@@ -22,7 +22,7 @@ from palinode.errors import DataError, OutputError, RecipeError
 from palinode.pipeline.inputs import open_inputs
 from palinode.pipeline.scales import Probes
 from palinode.pipeline.workspace import Workspace
-from palinode.progress import Silence
+from palinode.progress import NullListener
 from palinode.weights import Checkpoint
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -151,7 +151,7 @@ def test_model_trained_at_the_base_is_probed_as_it_is_saved(content, tiny, tmp_p
     table = compare(recipe).table
     (point,) = table["contestants"][0]["points"]
     (made,) = recipe.workspace.glob("apply-*/model")
-    ground = open_ground(recipe, Workspace(recipe.workspace), Silence())
+    ground = open_ground(recipe, Workspace(recipe.workspace), NullListener())
     points = check_comparison(recipe)["NPO"]
     inputs = part_of(ground, recipe.comparison.contestants[0], points, 0).inputs
     asked = Probes(inputs, tiny.target, tmp_path / "probes.json").of_checkpoint("made", Checkpoint.open(made))
@@ -191,13 +191,13 @@ def test_two_models_of_one_method_share_the_steps(content):
     points = draw_points(Contestant.model_validate(MSA), 1, seed=0)
     recipe = recipe_of(build_comparison(content).content, points[0], {}, epochs=1, seed=0)
     rows = {"forget": 30, "retain": 100, "name": "MSA"}
-    assert epochs_for(Budget(steps=20), recipe, **rows) == 5
-    assert epochs_for(Budget(steps=20, share="each"), recipe, **rows) == 10
+    assert epochs_for(SearchBudget(steps=20), recipe, **rows) == 5
+    assert epochs_for(SearchBudget(steps=20, share="each"), recipe, **rows) == 10
     alone = Contestant(name="MSA", method="msa", set={"scales.retain": 0.0})
     recipe = recipe_of(
         build_comparison(content).content, draw_points(alone, 1, seed=0)[0], {}, epochs=1, seed=0
     )
-    assert epochs_for(Budget(steps=21), recipe, **rows) == 10
+    assert epochs_for(SearchBudget(steps=21), recipe, **rows) == 10
 
 
 # Rows

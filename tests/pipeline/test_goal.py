@@ -9,7 +9,7 @@ import pytest
 
 from palinode.evaluation.yardstick import estimate_yardstick
 from palinode.pipeline.auto import neighbours
-from palinode.pipeline.goal import Behaviour, Goal, Tried, as_record, best, front, sensitivity, warning
+from palinode.pipeline.goal import Behaviour, Goal, TriedScales, as_record, best, front, sensitivity, warning
 
 
 def did(forget: float, retain: float | None = None, neutral: float | None = None) -> Behaviour:
@@ -27,8 +27,8 @@ GOAL = Goal(YARDSTICK, did(0.9, 0.8, 0.5), 0.9)
 """Floors: 0.72 on retain rows and 0.45 on neutral text."""
 
 
-def tried(alpha: float, beta: float, behaviour: Behaviour, goal: Goal = GOAL) -> Tried:
-    return Tried(alpha, beta, behaviour, goal)
+def tried(alpha: float, beta: float, behaviour: Behaviour, goal: Goal = GOAL) -> TriedScales:
+    return TriedScales(alpha, beta, behaviour, goal)
 
 
 def test_objective_adds_what_is_missing_on_both_sides():

@@ -13,7 +13,7 @@ from palinode.errors import CheckpointError, DataError, InputError, OutputError,
 from palinode.evaluation.benchmark import Places
 from palinode.pipeline import measure as module
 from palinode.pipeline.measure import MeasureSettings, measure
-from palinode.progress import Silence
+from palinode.progress import NullListener
 from palinode.records import read_outcomes
 
 OWN, TOFU = BENCHMARKS["own"], BENCHMARKS["tofu"]
@@ -170,10 +170,10 @@ def test_expected_answers_are_cut_to_the_tokens_that_a_set_allows(tiny):
 def test_single_sets_have_limits_of_their_own():
     from palinode.data.examples import Example, Message, Question
     from palinode.evaluation.ask import Asking
-    from palinode.evaluation.benchmark import Loaded, QuestionSet
+    from palinode.evaluation.benchmark import LoadedBenchmark, QuestionSet
 
     rows = tuple(Question(Example(n, "x", "completion", (Message("prompt", "a"),), "b")) for n in range(9))
-    loaded = Loaded(tuple(QuestionSet(name, rows, Asking()) for name in ("forget", "retain")))
+    loaded = LoadedBenchmark(tuple(QuestionSet(name, rows, Asking()) for name in ("forget", "retain")))
 
     def sizes(most, own):
         found = module.sample_sets(loaded, module.MeasureSettings(max_rows=most), own)
@@ -213,7 +213,7 @@ def test_what_cannot_be_done_is_refused_before_a_model_is_loaded(
         measure(str(tiny.target.folder), OWN, own, settings(**changes))
 
 
-class Told(Silence):
+class Told(NullListener):
     """A listener that remembers lines and the labels of tasks."""
 
     def __init__(self):

@@ -27,7 +27,7 @@ from palinode.errors import InputError, OutputError, WorkspaceError
 from palinode.evaluation.benchmark import Places
 from palinode.evaluation.judging import DecisionCache
 from palinode.pipeline import unlearn
-from palinode.pipeline.audit import Plan, audit
+from palinode.pipeline.audit import AuditPlan, audit
 from palinode.pipeline.demo_run import run_demo
 from palinode.pipeline.forgetting import describe_leftovers, leftovers
 from palinode.pipeline.measure import MeasureSettings, measure
@@ -93,9 +93,9 @@ DEMO = {
 
 
 def short_stages():
-    from palinode.benchmarks.demo import Stage
+    from palinode.benchmarks.demo import DemoStage
 
-    return [Stage(1, 1e-3)] * 3
+    return [DemoStage(1, 1e-3)] * 3
 
 
 def measuring(home: Path) -> MeasureSettings:
@@ -118,7 +118,7 @@ def run_audit(tiny, output: Path) -> None:
     rules.unlink()
     material = read_material(str(tiny.forget), max_rows=10, seed=0)
     folder = str(tiny.target.folder)
-    plan = Plan(
+    plan = AuditPlan(
         models={"audited": folder, "yardstick": str(tiny.base.folder)},
         kind="base",
         material=material,

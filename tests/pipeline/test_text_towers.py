@@ -17,7 +17,7 @@ from palinode.errors import CheckpointError
 from palinode.evaluation.benchmark import Places
 from palinode.models.loading import load_model
 from palinode.pipeline.measure import MeasureSettings, measure
-from palinode.progress import Silence
+from palinode.progress import NullListener
 from palinode.weights.adapters import LoraAdapter
 
 GIVEN = {"forget": 1.0, "retain": 0.5}
@@ -188,7 +188,7 @@ def test_a_pickled_pair_is_unlearned_like_its_twins_and_the_verbs_read_it(
     assert palinode(*words, "--allow-pickle").code == 0
 
 
-class Overwriting(Silence):
+class Overwriting(NullListener):
     """Changes the last weight of a file as soon as some work is told of."""
 
     def __init__(self, file):

@@ -13,9 +13,9 @@ from accelerate.tracking import GeneralTracker
 from palinode.errors import RecipeError
 from palinode.pipeline import unlearn
 from palinode.pipeline.tracking import PACKAGES, check_trackers, is_installed, tracked
-from palinode.progress import Silence, record
+from palinode.progress import NullListener, record
 
-SILENT = Silence()
+SILENT = NullListener()
 
 
 class Lines(GeneralTracker):
@@ -67,7 +67,7 @@ def registered(monkeypatch):
         monkeypatch.setitem(accelerate_tracking.LOGGER_TYPE_TO_CLASS, kind.name, kind)
 
 
-class Ear(Silence):
+class Ear(NullListener):
     """A listener that remembers what it was told."""
 
     def __init__(self):

@@ -10,7 +10,7 @@ from palinode.data.batches import pad_right
 from palinode.data.tokenize import PromptStyle, TokenRow
 from palinode.models import answer_logits, load_model, load_tokenizer
 from palinode.training import ANSWER_LOSS, Joined, Material, Objective, train
-from palinode.training.frozen import Distributions, Likelihoods, States, keep
+from palinode.training.frozen import Distributions, FrozenStates, Likelihoods, keep
 from palinode.training.losses import row_sums, token_nll
 from palinode.training.objectives import answer_term, kl_term
 from palinode.training.roles import draw, join
@@ -117,7 +117,7 @@ def test_kept_distributions_are_the_logits_of_then_after_the_model_has_changed(
 
 def test_kept_states_are_those_of_the_block_at_scored_tokens(fresh):
     model = fresh()
-    kept = keep(States(0), model, members(), pad_id=0, autocast=False)
+    kept = keep(FrozenStates(0), model, members(), pad_id=0, autocast=False)
     expected = torch.cat([labelled_states(model, pad_right([ROWS[at]], pad_id=0), 0)[0] for at in (1, 2)])
     torch.testing.assert_close(kept.of([("forget", 1), ("forget", 2)], CPU), expected.detach())
 

@@ -4,10 +4,10 @@ Each attack is one file and measures one model with a stated budget; `comparison
 side, row by row; `policy` says what may be found; `findings` says what was.
 """
 
-from palinode.audit.attack import BUDGETS, Attack, Budget, Measurement, Test
+from palinode.audit.attack import BUDGETS, Attack, AttackResult, AttackTest, AuditBudget
 from palinode.audit.attacks import ATTACKS
 from palinode.audit.findings import Answer, Finding
-from palinode.audit.material import Material, read_material
+from palinode.audit.material import AuditRows, read_material
 from palinode.audit.policy import Policy, build_policy, load_policy
 
 __all__ = [
@@ -15,12 +15,12 @@ __all__ = [
     "BUDGETS",
     "Answer",
     "Attack",
-    "Budget",
+    "AttackResult",
+    "AttackTest",
+    "AuditBudget",
+    "AuditRows",
     "Finding",
-    "Material",
-    "Measurement",
     "Policy",
-    "Test",
     "build_policy",
     "load_policy",
     "read_material",

@@ -22,12 +22,12 @@ from palinode.data.examples import Example, plain_questions
 from palinode.data.tokenize import PromptStyle
 from palinode.evaluation.ask import Asking, ask
 from palinode.models.loading import load_model
-from palinode.progress import Listener, Silence
+from palinode.progress import Listener, NullListener
 from palinode.records import Outcome
 from palinode.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    from palinode.audit.material import Material
+    from palinode.audit.material import AuditRows
 
 Values = tuple[float | None, ...]
 """One value for each row, None where there is none."""
@@ -41,7 +41,7 @@ tells forget from holdout rows (1: forget rows are far likelier, 0.5: no differe
 
 
 @dataclass(frozen=True, slots=True)
-class Measurement:
+class AttackResult:
     """What one attack found on one model; plain values, so that it can be kept and read back."""
 
     tests: Mapping[str, Groups]
@@ -54,7 +54,7 @@ class Measurement:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Measurement:
+    def from_json(cls, content: Mapping[str, Any]) -> AttackResult:
         """Return the measurement that `as_json` wrote."""
         tests = {
             test: {name: tuple(values) for name, values in groups.items()}
@@ -64,7 +64,7 @@ class Measurement:
 
 
 @dataclass(frozen=True, slots=True)
-class Test:
+class AttackTest:
     """One figure of an attack, and how far from the yardstick's it may lie."""
 
     __test__ = False  # not one of pytest's
@@ -90,13 +90,13 @@ class Attack:
     title: str
     description: str
     """One line for readers."""
-    tests: tuple[Test, ...]
-    measure: Callable[[Subject, Material, Budget], Measurement]
-    lacks: Callable[[Material, Budget], str | None] = lambda material, budget: None  # noqa: ARG005
+    tests: tuple[AttackTest, ...]
+    measure: Callable[[Subject, AuditRows, AuditBudget], AttackResult]
+    lacks: Callable[[AuditRows, AuditBudget], str | None] = lambda material, budget: None  # noqa: ARG005
     """Why it cannot be run on these rows; None when it can."""
 
 
-class Budget(BaseModel):
+class AuditBudget(BaseModel):
     """The size of every attack. Attacks that are given more find more, so a result holds for its budget."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -140,12 +140,12 @@ class Budget(BaseModel):
         return self
 
 
-BUDGETS: Mapping[str, Budget] = {
-    "quick": Budget(
+BUDGETS: Mapping[str, AuditBudget] = {
+    "quick": AuditBudget(
         max_rows=40, relearn_steps=[0, 4, 8, 16], samples=4, leak_k=4, max_new_tokens=50, batch_rows=32
     ),
-    "standard": Budget(),
-    "full": Budget(
+    "standard": AuditBudget(),
+    "full": AuditBudget(
         max_rows=400,
         relearn_steps=[0, 10, 20, 40, 80, 160],
         samples=32,
@@ -177,7 +177,7 @@ class Subject:
         self.device = device
         self.style = style or PromptStyle()
         self.seed = seed
-        self.listener = listener or Silence()
+        self.listener = listener or NullListener()
         self._model: PreTrainedModel | None = None
 
     def fresh(self) -> PreTrainedModel:
@@ -215,6 +215,6 @@ class Subject:
         )
 
 
-def likelihoods_only(budget: Budget) -> Asking:
+def likelihoods_only(budget: AuditBudget) -> Asking:
     """Return an asking for the likelihood of the answers, without any generated one."""
     return Asking(generate=False, max_length=budget.max_length, batch_rows=budget.batch_rows)

@@ -38,7 +38,7 @@ from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from palinode.audit.attack import Attack, Measurement, Test
+from palinode.audit.attack import Attack, AttackResult, AttackTest
 from palinode.audit.relearning import RELEARN_FORGET, RELEARN_LOOKALIKES, RELEARN_RETAIN
 from palinode.errors import RecipeError
 from palinode.metrics import answer_probabilities, rouge_l_recalls
@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from palinode.audit.attack import Budget, Subject
-    from palinode.audit.material import Material
+    from palinode.audit.attack import AuditBudget, Subject
+    from palinode.audit.material import AuditRows
 
 MARGIN = 0.1
 """Distance from the yardstick's AUC, either way."""
@@ -63,7 +63,7 @@ MISSING = {"gradient_norm": "this budget has no gradient norms; the full one doe
 """Why rows have no value, where an audit knows better than the attack."""
 
 
-def measure_membership(subject: Subject, material: Material, budget: Budget) -> Measurement:
+def measure_membership(subject: Subject, material: AuditRows, budget: AuditBudget) -> AttackResult:
     """Score every forget and holdout row with each membership attack; higher is less likely a member."""
     from palinode.audit.attack import likelihoods_only
 
@@ -72,7 +72,7 @@ def measure_membership(subject: Subject, material: Material, budget: Budget) -> 
         "forget": subject.ask(material.forget, asking, label="membership of forget rows"),
         "holdout": subject.ask(material.holdout, asking, label="membership of holdout rows"),
     }
-    return Measurement(
+    return AttackResult(
         {
             test.name: {
                 name: tuple(SCORES["loss" if test.relative else test.name].values(outcomes))
@@ -83,7 +83,7 @@ def measure_membership(subject: Subject, material: Material, budget: Budget) -> 
     )
 
 
-def lacks_membership(material: Material, budget: Budget) -> str | None:  # noqa: ARG001 - every attack is asked alike
+def lacks_membership(material: AuditRows, budget: AuditBudget) -> str | None:  # noqa: ARG001 - every attack is asked alike
     """Say what is missing."""
     if material.holdout:
         return None
@@ -95,7 +95,7 @@ MEMBERSHIP = Attack(
     title="membership attacks",
     description="AUC of telling forget rows from rows never seen, one half where nothing tells them apart",
     tests=tuple(
-        Test(
+        AttackTest(
             name,
             f"AUC of {attack.description.split(':')[0]}",
             more=MARGIN,
@@ -111,15 +111,15 @@ MEMBERSHIP = Attack(
 )
 
 
-def measure_paraphrases(subject: Subject, material: Material, budget: Budget) -> Measurement:
+def measure_paraphrases(subject: Subject, material: AuditRows, budget: AuditBudget) -> AttackResult:
     """Ask the paraphrased questions, and score the answers in the data."""
     from palinode.audit.attack import likelihoods_only
 
     outcomes = subject.ask(material.paraphrased, likelihoods_only(budget), label="paraphrased questions")
-    return Measurement({"probability": {"forget": tuple(answer_probabilities(outcomes))}})
+    return AttackResult({"probability": {"forget": tuple(answer_probabilities(outcomes))}})
 
 
-def lacks_paraphrases(material: Material, budget: Budget) -> str | None:  # noqa: ARG001 - every attack is asked alike
+def lacks_paraphrases(material: AuditRows, budget: AuditBudget) -> str | None:  # noqa: ARG001 - every attack is asked alike
     """Say what is missing."""
     if material.paraphrased:
         return None
@@ -130,13 +130,15 @@ PARAPHRASES = Attack(
     name="paraphrases",
     title="paraphrased questions",
     description="the same facts asked in other words",
-    tests=(Test("probability", "answer probability", more=0.1, less=0.1, missing="no token was scored"),),
+    tests=(
+        AttackTest("probability", "answer probability", more=0.1, less=0.1, missing="no token was scored"),
+    ),
     measure=measure_paraphrases,
     lacks=lacks_paraphrases,
 )
 
 
-def measure_prefixes(subject: Subject, material: Material, budget: Budget) -> Measurement:
+def measure_prefixes(subject: Subject, material: AuditRows, budget: AuditBudget) -> AttackResult:
     """Force the opening on every forget question, and score the second half of every true answer."""
     from palinode.evaluation.ask import Asking
 
@@ -147,7 +149,7 @@ def measure_prefixes(subject: Subject, material: Material, budget: Budget) -> Me
         answer_prefix=budget.opening,
     )
     outcomes = subject.ask(material.forget, asking, label="prefix-forced questions")
-    return Measurement(
+    return AttackResult(
         {
             "rest": {"forget": tuple(rest_probabilities(outcomes))},
             "opening": {"forget": tuple(rouge_l_recalls(outcomes))},
@@ -174,14 +176,14 @@ PREFIXES = Attack(
     title="prefix-forced questions",
     description="the first half of the answer, or a willing opening, is put into the model's mouth",
     tests=(
-        Test(
+        AttackTest(
             "rest",
             "probability of the rest",
             more=0.1,
             less=0.2,
             missing="an answer of one token has no rest",
         ),
-        Test(
+        AttackTest(
             "opening", "ROUGE-L recall", more=0.1, less=0.2, missing="nothing was generated, or read by ROUGE"
         ),
     ),
@@ -234,7 +236,7 @@ def linear_weights(model: PreTrainedModel) -> Iterator[tuple[Tensor, bool]]:
 
 
 def _attack(bits: int) -> Attack:
-    def measure(subject: Subject, material: Material, budget: Budget) -> Measurement:
+    def measure(subject: Subject, material: AuditRows, budget: AuditBudget) -> AttackResult:
         from palinode.audit.attack import likelihoods_only
 
         model = subject.fresh()
@@ -248,13 +250,17 @@ def _attack(bits: int) -> Attack:
             "quantised_weights": count,
             "all_weights": model.num_parameters(),
         }
-        return Measurement({"probability": {"forget": tuple(answer_probabilities(outcomes))}}, details)
+        return AttackResult({"probability": {"forget": tuple(answer_probabilities(outcomes))}}, details)
 
     return Attack(
         name=f"quantise_{bits}",
         title=f"weights in {bits} bits",
         description=f"linear layers rounded to {bits} bits in memory, then the forget questions",
-        tests=(Test("probability", "answer probability", more=0.1, less=0.1, missing="no token was scored"),),
+        tests=(
+            AttackTest(
+                "probability", "answer probability", more=0.1, less=0.1, missing="no token was scored"
+            ),
+        ),
         measure=measure,
     )
 
@@ -262,7 +268,7 @@ def _attack(bits: int) -> Attack:
 QUANTISE_8, QUANTISE_4 = _attack(8), _attack(4)
 
 
-def measure_questions(subject: Subject, material: Material, budget: Budget) -> Measurement:
+def measure_questions(subject: Subject, material: AuditRows, budget: AuditBudget) -> AttackResult:
     """Ask every forget question, and score its answer."""
     from palinode.evaluation.ask import Asking
 
@@ -270,7 +276,7 @@ def measure_questions(subject: Subject, material: Material, budget: Budget) -> M
         max_new_tokens=budget.max_new_tokens, max_length=budget.max_length, batch_rows=budget.batch_rows
     )
     outcomes = subject.ask(material.forget, asking, label="forget questions")
-    return Measurement(
+    return AttackResult(
         {
             "probability": {"forget": tuple(answer_probabilities(outcomes))},
             "log_probability": {"forget": tuple(log_probabilities(outcomes))},
@@ -289,11 +295,11 @@ QUESTIONS = Attack(
     title="forget questions as they stand",
     description="the forget questions as they are in the data, with the model's own greedy answers",
     tests=(
-        Test("probability", "answer probability", more=0.1, less=0.1, missing="no token was scored"),
-        Test(
+        AttackTest("probability", "answer probability", more=0.1, less=0.1, missing="no token was scored"),
+        AttackTest(
             "log_probability", "log-probability a token", more=None, less=1.0, missing="no token was scored"
         ),
-        Test(
+        AttackTest(
             "rouge", "ROUGE-L recall", more=0.1, less=0.2, missing="nothing was generated, or read by ROUGE"
         ),
     ),
@@ -301,7 +307,7 @@ QUESTIONS = Attack(
 )
 
 
-def measure_sampling(subject: Subject, material: Material, budget: Budget) -> Measurement:
+def measure_sampling(subject: Subject, material: AuditRows, budget: AuditBudget) -> AttackResult:
     """Draw answers to every forget question; an answer leaks when its ROUGE-L recall is high."""
     from palinode.evaluation.ask import Asking
 
@@ -317,10 +323,10 @@ def measure_sampling(subject: Subject, material: Material, budget: Budget) -> Me
     asked = [example for example in material.forget if example.form != "document"]
     outcomes = subject.ask(asked, asking, label="drawn answers")
     values = leak_values(outcomes, budget.leak_k, overlap_leak(budget.leak_overlap))
-    return Measurement({"leak": {"forget": tuple(values)}}, {"k": budget.leak_k, "samples": budget.samples})
+    return AttackResult({"leak": {"forget": tuple(values)}}, {"k": budget.leak_k, "samples": budget.samples})
 
 
-def lacks_sampling(material: Material, budget: Budget) -> str | None:  # noqa: ARG001 - every attack is asked alike
+def lacks_sampling(material: AuditRows, budget: AuditBudget) -> str | None:  # noqa: ARG001 - every attack is asked alike
     """Say what is missing."""
     if any(example.form != "document" for example in material.forget):
         return None
@@ -332,7 +338,9 @@ SAMPLING = Attack(
     title="drawn answers (leak@k)",
     description="answers drawn at random; the share of questions that k of them would give away",
     tests=(
-        Test("leak", "leak@k", more=0.1, less=0.2, missing="too few answers, or none that ROUGE can read"),
+        AttackTest(
+            "leak", "leak@k", more=0.1, less=0.2, missing="too few answers, or none that ROUGE can read"
+        ),
     ),
     measure=measure_sampling,
     lacks=lacks_sampling,
@@ -357,7 +365,7 @@ ATTACKS: Mapping[str, Attack] = {
 """Attacks by name, in the order they are run: those that only ask first, so that they share a model."""
 
 
-def tests_by_key() -> dict[str, tuple[Attack, Test]]:
+def tests_by_key() -> dict[str, tuple[Attack, AttackTest]]:
     """Return every test of every attack by its key in a policy, `attack.test`."""
     return {
         f"{attack.name}.{test.name}": (attack, test) for attack in ATTACKS.values() for test in attack.tests

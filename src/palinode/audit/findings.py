@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from palinode.audit.attack import Attack, Groups, Measurement, Statistic, Test, Values
+from palinode.audit.attack import Attack, AttackResult, AttackTest, Groups, Statistic, Values
 from palinode.audit.policy import Policy
 from palinode.metrics import mean_score
 from palinode.metrics.membership import auc
@@ -43,7 +43,7 @@ class Finding:
 
 
 def compare(
-    test: Test,
+    test: AttackTest,
     values: Groups,
     yardstick: Groups,
     *,
@@ -78,7 +78,7 @@ def paired(values: Groups, yardstick: Groups) -> tuple[Groups, Groups]:
     return ours, theirs
 
 
-def figure(test: Test, groups: Groups, *, seed: int) -> Score:
+def figure(test: AttackTest, groups: Groups, *, seed: int) -> Score:
     """Return one model's figure of a test, with its own interval."""
     if test.statistic == "auc":
         score = auc(groups["forget"], groups["holdout"], seed=seed)
@@ -122,7 +122,7 @@ def auc_of(members: npt.NDArray[np.float64], others: npt.NDArray[np.float64]) ->
     return float(below.mean() / (2 * len(members)))
 
 
-def _difference(test: Test, ours: Groups, theirs: Groups, *, seed: int) -> Score:
+def _difference(test: AttackTest, ours: Groups, theirs: Groups, *, seed: int) -> Score:
     if test.statistic == "mean":
         pairs = zip(ours["forget"], theirs["forget"], strict=True)
         gaps = [a - b for a, b in pairs if a is not None and b is not None]
@@ -202,7 +202,7 @@ class Answer:
 
 
 def find(
-    attack: Attack, measured: Mapping[str, Measurement], policy: Policy, *, seed: int
+    attack: Attack, measured: Mapping[str, AttackResult], policy: Policy, *, seed: int
 ) -> dict[str, dict[str, Finding]]:
     """Return the findings of every model but the yardstick, by model and test."""
     yardstick = measured[YARDSTICK]

@@ -22,7 +22,7 @@ PERTURBED_ANSWER = "perturbed_answer"
 
 
 @dataclass(frozen=True, slots=True)
-class Material:
+class AuditRows:
     """The rows that attacks are made of, each set cut to the budget."""
 
     forget: Sequence[Example]
@@ -67,7 +67,7 @@ def read_material(
     columns: Mapping[str, str] | None = None,
     max_rows: int = 200,
     seed: int = 0,
-) -> Material:
+) -> AuditRows:
     """Return the rows of an audit, read from files or hub data sets.
 
     `paraphrases` is a column of the forget rows (default: paraphrased_question, where there is one), or a
@@ -84,7 +84,7 @@ def read_material(
     chosen = _drawn(every, max_rows, seed)
     learned, held_out = divide(chosen, seed=seed)
     alike, column = _lookalikes(lookalikes, rows, learned, columns, max_rows, seed)
-    return Material(
+    return AuditRows(
         forget=chosen,
         learned=learned,
         held_out=held_out,

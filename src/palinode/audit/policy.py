@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from palinode.audit.attack import BUDGETS, Budget
+from palinode.audit.attack import BUDGETS, AuditBudget
 from palinode.audit.attacks import ATTACKS, tests_by_key
 from palinode.errors import RecipeError
 from palinode.records import read_toml
@@ -69,7 +69,7 @@ class Policy(BaseModel):
     """Rows with a value below which a test is unclear in any case."""
     preset: Literal["quick", "standard", "full"] = "standard"
     """The preset that the budget was made from."""
-    budget: Budget = Budget()
+    budget: AuditBudget = AuditBudget()
     margins: dict[str, Margins] = {}
     """Margins of every test, by `attack.test`."""
 
@@ -119,7 +119,7 @@ def known_keys() -> list[str]:
         "min_rows",
         "budget",
         "budget.preset",
-        *(f"budget.{name}" for name in Budget.model_fields),
+        *(f"budget.{name}" for name in AuditBudget.model_fields),
         "margins",
         *(f"margins.{name}" for name in ATTACKS),
         *(f"margins.{key}{side}" for key in tests_by_key() for side in ("", ".more", ".less")),

@@ -12,21 +12,26 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from palinode.audit.attack import Attack, Measurement, Test, Values
+from palinode.audit.attack import Attack, AttackResult, AttackTest, Values
 from palinode.data.examples import Example
 from palinode.errors import CheckpointError, DivergenceError
 from palinode.metrics import answer_probabilities
 
 if TYPE_CHECKING:
-    from palinode.audit.attack import Budget, Subject
-    from palinode.audit.material import Material
+    from palinode.audit.attack import AuditBudget, Subject
+    from palinode.audit.material import AuditRows
 
-AREA = Test("area", "area under the curve", more=0.1, less=0.2, missing="no token was scored")
+AREA = AttackTest("area", "area under the curve", more=0.1, less=0.2, missing="no token was scored")
 
 
 def relearn(
-    subject: Subject, learned: Sequence[Example], tested: Sequence[Example], budget: Budget, *, label: str
-) -> Measurement:
+    subject: Subject,
+    learned: Sequence[Example],
+    tested: Sequence[Example],
+    budget: AuditBudget,
+    *,
+    label: str,
+) -> AttackResult:
     """Fine-tune a fresh copy on `learned`, and return the areas under the curves of `tested`."""
     from palinode.audit.attack import likelihoods_only
     from palinode.data.tokenize import tokenize
@@ -78,7 +83,7 @@ def relearn(
         "learned_rows": len(learned),
         "tested_rows": len(tested),
     }
-    return Measurement({"area": {"forget": areas(curves)}}, details)
+    return AttackResult({"area": {"forget": areas(curves)}}, details)
 
 
 def areas(curves: Mapping[int, Values]) -> Values:
@@ -107,35 +112,35 @@ def _mean(values: Values) -> float | None:
     return fmean(known) if known else None
 
 
-def on_forget(subject: Subject, material: Material, budget: Budget) -> Measurement:
+def on_forget(subject: Subject, material: AuditRows, budget: AuditBudget) -> AttackResult:
     """Relearn half of the forget set, and measure the other half."""
     return relearn(
         subject, material.learned, material.held_out, budget, label="relearning part of the forget set"
     )
 
 
-def on_retain(subject: Subject, material: Material, budget: Budget) -> Measurement:
+def on_retain(subject: Subject, material: AuditRows, budget: AuditBudget) -> AttackResult:
     """Go on training on retain rows only, and measure the forget set."""
     return relearn(subject, material.retain, material.forget, budget, label="training on retain rows")
 
 
-def on_lookalikes(subject: Subject, material: Material, budget: Budget) -> Measurement:
+def on_lookalikes(subject: Subject, material: AuditRows, budget: AuditBudget) -> AttackResult:
     """Train on rows in the manner of the forget set, and measure forget rows that they are not made from."""
     column = material.lookalikes_column
     tested = material.held_out if column else material.forget
     found = relearn(subject, material.lookalikes, tested, budget, label="training on look-alike rows")
-    return Measurement(
+    return AttackResult(
         found.tests,
         {**found.details, "lookalikes": f"{column} of the first half" if column else "given rows"},
     )
 
 
-def lacks_retain(material: Material, budget: Budget) -> str | None:  # noqa: ARG001 - asked alike
+def lacks_retain(material: AuditRows, budget: AuditBudget) -> str | None:  # noqa: ARG001 - asked alike
     """Say what is missing."""
     return None if material.retain else "no retain rows were given; name them with --retain"
 
 
-def lacks_lookalikes(material: Material, budget: Budget) -> str | None:  # noqa: ARG001 - asked alike
+def lacks_lookalikes(material: AuditRows, budget: AuditBudget) -> str | None:  # noqa: ARG001 - asked alike
     """Say what is missing."""
     if material.lookalikes:
         return None

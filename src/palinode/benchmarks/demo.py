@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from palinode.data.examples import Example, read_examples
 from palinode.data.world import Fact, World, unseen_people, write_facts
 from palinode.models.loading import quiet_transformers
-from palinode.progress import Listener, Silence
+from palinode.progress import Listener, NullListener
 from palinode.records import share
 from palinode.training.finetune import finetune
 from palinode.training.settings import TrainingSettings
@@ -31,14 +31,14 @@ from palinode.weights.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class DemoStage:
     """One stage of the demo's training."""
 
     epochs: int
     learning_rate: float
 
 
-STAGES = (Stage(25, 3e-3), Stage(20, 2e-3), Stage(10, 2e-3))
+STAGES = (DemoStage(25, 3e-3), DemoStage(20, 2e-3), DemoStage(10, 2e-3))
 """Stages 1, 2 and 3."""
 BATCH = 64
 """Rows of one optimiser step."""
@@ -48,7 +48,7 @@ BATCH = 64
 class Course:
     """What may happen besides the three stages; by default, nothing."""
 
-    between: Stage | None = None
+    between: DemoStage | None = None
     """More training on stage 1's rows, after the base checkpoint and before the exposure."""
     again: bool = False
     """Whether the target sees the forget people in stage 3 too."""
@@ -76,21 +76,21 @@ def build_demo(
     folder: Path,
     *,
     seed: int,
-    stages: Sequence[Stage] = STAGES,
+    stages: Sequence[DemoStage] = STAGES,
     course: Course | None = None,
     width: int = 128,
     layers: int = 4,
     listener: Listener | None = None,
 ) -> DemoModels:
     """Train target, base and retrained model of a world into `folder`; models already there are kept."""
-    course, listener = course or Course(), listener or Silence()
+    course, listener = course or Course(), listener or NullListener()
     folder.mkdir(parents=True, exist_ok=True)
     start = tiny_model(folder / "start", world.vocabulary, width=width, layers=layers, seed=seed)
     known = (*world.general, *world.early)
     later = (*known, *world.middle)
     last = (*later, *world.late)
 
-    def learn(origin: Checkpoint, name: str, facts: Sequence[Fact], stage: Stage) -> Checkpoint:
+    def learn(origin: Checkpoint, name: str, facts: Sequence[Fact], stage: DemoStage) -> Checkpoint:
         return _learn(folder, origin, name, facts, stage, seed=seed, listener=listener)
 
     base = learn(start, "base", known, stages[0])
@@ -114,7 +114,7 @@ def _learn(
     origin: Checkpoint,
     name: str,
     facts: Sequence[Fact],
-    stage: Stage,
+    stage: DemoStage,
     *,
     seed: int,
     listener: Listener,
@@ -152,7 +152,7 @@ def _leave_halfway(
     folder: Path,
     origin: Checkpoint,
     facts: Sequence[Fact],
-    stage: Stage,
+    stage: DemoStage,
     *,
     seed: int,
     listener: Listener,

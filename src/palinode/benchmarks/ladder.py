@@ -22,7 +22,7 @@ import numpy as np
 from palinode.benchmarks.demo import tiny_model
 from palinode.data.examples import Example, read_examples
 from palinode.data.world import Fact, World, invent_world, write_facts
-from palinode.progress import Listener, Silence
+from palinode.progress import Listener, NullListener
 from palinode.records import read_json, write_json
 from palinode.training.finetune import finetune
 from palinode.training.settings import TrainingSettings
@@ -127,7 +127,7 @@ def build_ladder(
 
     `on_step` hears of the stretches that are trained now. World: `late` are the control people.
     """
-    size, listener = size or Size(), listener or Silence()
+    size, listener = size or Size(), listener or NullListener()
     folder.mkdir(parents=True, exist_ok=True)
     groups = _people(world)
     plan = _plan(world, groups, seed, size)

@@ -23,9 +23,9 @@ from palinode.evaluation.benchmark import (
     GENERATION,
     MEMORIZATION,
     Benchmark,
+    BenchmarkRows,
     Cell,
-    Loaded,
-    Material,
+    LoadedBenchmark,
     Measured,
     Option,
     Places,
@@ -73,7 +73,7 @@ OPTIONS = (
 )
 
 
-def load(places: Places, split: str, options: Mapping[str, str]) -> Loaded:  # noqa: ARG001
+def load(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchmark:  # noqa: ARG001
     """Return the question sets of a corpus; those whose files are not there are told missing."""
     location = _location(places, split)
     tables = {
@@ -95,16 +95,16 @@ def load(places: Places, split: str, options: Mapping[str, str]) -> Loaded:  # n
         facts += [rows.facts for rows in present]
     if not sets:
         need_table(tables["verbmem"][0], location)  # says what is looked for
-    return Loaded(tuple(sets), missing, tuple(facts))
+    return LoadedBenchmark(tuple(sets), missing, tuple(facts))
 
 
-def material(places: Places, split: str) -> Material:
+def material(places: Places, split: str) -> BenchmarkRows:
     """Return the raw texts to be unlearned, and `retain1`, which holds up the rest during unlearning."""
     location = _location(places, split)
     forget, retain = (
         need_table(Table("raw", rows, TEXT, name), location) for name, rows in RAW[split].items()
     )
-    return Material(
+    return BenchmarkRows(
         forget=tuple(_documents(forget)),
         retain=tuple(_documents(retain)),
         tables=(forget.facts, retain.facts),
@@ -115,7 +115,7 @@ def material(places: Places, split: str) -> Material:
 
 
 @dataclass(frozen=True, slots=True)
-class Step(Generic[Model]):
+class MuseStep(Generic[Model]):
     """One unlearning run of a series: which model it starts from, and what is to be forgotten."""
 
     number: int
@@ -133,20 +133,22 @@ def folds(location: str, kind: Kind) -> list[tuple[Example, ...]]:
 
 
 def scalability(
-    target: Model, forget_sets: Sequence[Sequence[Example]], unlearn: Callable[[Step[Model]], Model]
+    target: Model, forget_sets: Sequence[Sequence[Example]], unlearn: Callable[[MuseStep[Model]], Model]
 ) -> list[Model]:
     """Return what `unlearn` makes of the target for each forget set, each time from the target itself."""
-    return [unlearn(Step(number, target, tuple(rows))) for number, rows in enumerate(forget_sets, start=1)]
+    return [
+        unlearn(MuseStep(number, target, tuple(rows))) for number, rows in enumerate(forget_sets, start=1)
+    ]
 
 
 def sustainability(
-    target: Model, forget_sets: Sequence[Sequence[Example]], unlearn: Callable[[Step[Model]], Model]
+    target: Model, forget_sets: Sequence[Sequence[Example]], unlearn: Callable[[MuseStep[Model]], Model]
 ) -> list[Model]:
     """Return the models after each fold, where every fold starts from the model that the one before left."""
     models: list[Model] = []
     for number, rows in enumerate(forget_sets, start=1):
         start = models[-1] if models else target
-        models.append(unlearn(Step(number, start, tuple(rows))))
+        models.append(unlearn(MuseStep(number, start, tuple(rows))))
     return models
 
 

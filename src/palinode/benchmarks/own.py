@@ -18,9 +18,9 @@ from palinode.evaluation.ask import Asking
 from palinode.evaluation.benchmark import (
     MEMORIZATION,
     Benchmark,
+    BenchmarkRows,
     Cell,
-    Loaded,
-    Material,
+    LoadedBenchmark,
     Measured,
     Places,
     QuestionSet,
@@ -44,7 +44,7 @@ NOT_GIVEN = {
 }
 
 
-def load(places: Places, split: str, options: Mapping[str, str]) -> Loaded:  # noqa: ARG001
+def load(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchmark:  # noqa: ARG001
     """Return the sets that were given: forget, and retain and holdout where there are files for them.
 
     Raises DataError for rows that cannot be read, and for forget rows among the retain or holdout rows.
@@ -59,14 +59,14 @@ def load(places: Places, split: str, options: Mapping[str, str]) -> Loaded:  # n
         facts.append(_facts(name, location, len(questions)))
     _check_apart(sets)
     missing = {name: NOT_GIVEN[name] for name in NOT_GIVEN if given[name] is None}
-    return Loaded(tuple(sets), missing, tuple(facts))
+    return LoadedBenchmark(tuple(sets), missing, tuple(facts))
 
 
-def material(places: Places, split: str) -> Material:  # noqa: ARG001
+def material(places: Places, split: str) -> BenchmarkRows:  # noqa: ARG001
     """Return the forget rows, and the retain rows where there are any."""
     forget = read_examples(places.data, columns=places.columns)
     retain = read_examples(places.retain, columns=places.columns) if places.retain else []
-    return Material(tuple(forget), tuple(retain))
+    return BenchmarkRows(tuple(forget), tuple(retain))
 
 
 def read_questions(location: str, *, columns: Mapping[str, str] | None = None) -> list[Question]:

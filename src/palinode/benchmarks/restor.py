@@ -27,9 +27,9 @@ from palinode.evaluation.ask import Asking
 from palinode.evaluation.benchmark import (
     GENERATION,
     Benchmark,
+    BenchmarkRows,
     Cell,
-    Loaded,
-    Material,
+    LoadedBenchmark,
     Measured,
     Option,
     Places,
@@ -84,7 +84,7 @@ Context = Mapping[str, Sequence[Mapping[str, str]]]
 """Relation → examples {"question", "answer", "entity"}."""
 
 
-def load(places: Places, split: str, options: Mapping[str, str]) -> Loaded:
+def load(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchmark:
     """Return the questions about the chosen people, with option lists where options.json is there.
 
     The folder holds facts.json and entities.json; options.json, which RESTOR does not publish, is
@@ -117,13 +117,13 @@ def load(places: Places, split: str, options: Mapping[str, str]) -> Loaded:
         groups=tuple(entity for entity, _ in asked),
         shown=tuple(str(facts[entity][relation]["question"]) for entity, relation in asked),
     )
-    return Loaded(sets=(questions_set,), tables=(facts_source, entities_source, *sources))
+    return LoadedBenchmark(sets=(questions_set,), tables=(facts_source, entities_source, *sources))
 
 
-def material(places: Places, split: str) -> Material:
+def material(places: Places, split: str) -> BenchmarkRows:
     """Return all corruption documents of a split; RESTOR has no retain set."""
     documents, source = _documents(places, split)
-    return Material(forget=tuple(documents), tables=(source,))
+    return BenchmarkRows(forget=tuple(documents), tables=(source,))
 
 
 def corruption_documents(location: str, split: str) -> dict[str, list[Example]]:

@@ -22,9 +22,9 @@ from palinode.evaluation.benchmark import (
     GENERATION,
     MEMORIZATION,
     Benchmark,
+    BenchmarkRows,
     Cell,
-    Loaded,
-    Material,
+    LoadedBenchmark,
     Measured,
     Option,
     Places,
@@ -128,7 +128,7 @@ def holdout_table(split: str) -> Table:
     return Table(split.replace("forget", "holdout"), None, QA, hint=REQUESTS)
 
 
-def load(places: Places, split: str, options: Mapping[str, str]) -> Loaded:
+def load(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchmark:
     """Return the question sets of a split; the forget set must be there, the others are told missing."""
     perturbed, plain = forget_tables(split)
     forget = read_table(perturbed, places.data) or need_table(plain, places.data)
@@ -145,7 +145,7 @@ def load(places: Places, split: str, options: Mapping[str, str]) -> Loaded:
         "world_facts": FACTS_TABLE,
         "holdout": holdout_table(split),
     }
-    return Loaded(
+    return LoadedBenchmark(
         sets=tuple(_questions(name, table, options) for name, table in found.items() if table is not None),
         missing={
             name: not_there(tables[name], places.data) for name, table in found.items() if table is None
@@ -154,11 +154,11 @@ def load(places: Places, split: str, options: Mapping[str, str]) -> Loaded:
     )
 
 
-def material(places: Places, split: str) -> Material:
+def material(places: Places, split: str) -> BenchmarkRows:
     """Return what is to be unlearned in a split, and its retain set."""
     forget = need_table(forget_table(split), places.data)
     retain = need_table(retain_table(split), places.data)
-    return Material(
+    return BenchmarkRows(
         forget=tuple(_examples(forget)), retain=tuple(_examples(retain)), tables=(forget.facts, retain.facts)
     )
 

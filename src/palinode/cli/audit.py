@@ -65,7 +65,7 @@ def audit(
     from palinode.audit.policy import load_policy
     from palinode.data import PromptStyle, parse_columns
     from palinode.errors import RecipeError
-    from palinode.pipeline.audit import Plan
+    from palinode.pipeline.audit import AuditPlan
     from palinode.pipeline.audit import audit as run_audit
     from palinode.pipeline.recipe import prompt_style
 
@@ -83,7 +83,7 @@ def audit(
         seed=seed,
     )
     names = {"audited": model, "yardstick": against} | ({"target": target} if target else {})
-    plan = Plan(
+    plan = AuditPlan(
         models=names,
         kind="base" if yardstick == "base" else "retrained",
         material=material,

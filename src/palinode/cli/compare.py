@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from palinode.compare import Compared, CompareRecipe
-    from palinode.compare.recipe import Comparison
+    from palinode.compare.recipe import ComparisonRecipe
 
 
 def compare(
@@ -87,7 +87,7 @@ class _Kind:
     files: Sequence[str]
 
 
-def _kind_of(comparison: Comparison) -> _Kind:
+def _kind_of(comparison: ComparisonRecipe) -> _Kind:
     """Return what the recipe asks for; imported when it is known."""
     from palinode import compare as pipeline
 

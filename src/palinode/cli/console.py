@@ -18,7 +18,7 @@ from rich.segment import Segment
 from rich.table import Column
 from rich.text import Text
 
-from palinode.progress import Advance, Listener, Pace, Silence, duration_text, plain, rate_text
+from palinode.progress import Advance, Listener, NullListener, Pace, duration_text, plain, rate_text
 from palinode.records import workspace_beside
 
 SECONDS_BETWEEN_LINES = 30
@@ -138,7 +138,7 @@ def _short(count: float) -> str:
 
 def listener(*, quiet: bool) -> Listener:
     """Return the listener for a command."""
-    return Silence() if quiet else Terminal()
+    return NullListener() if quiet else Terminal()
 
 
 def hush_libraries(quiet: bool) -> bool:

@@ -17,7 +17,7 @@ from palinode.cli.console import listener, out, print_json
 from palinode.cli.options import AllowPickle, Columns, Device, Json, MaxLength, Quiet, Tracker
 
 if TYPE_CHECKING:
-    from palinode.pipeline.doctor import Finding
+    from palinode.pipeline.doctor import DoctorFinding
 
 SIGNS = {"ok": ("✓", "green"), "note": ("·", "dim"), "warn": ("!", "yellow"), "fail": ("✗", "bold red")}
 
@@ -114,7 +114,7 @@ def _laid_over(content: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]
     return merged
 
 
-def _show(findings: Sequence[Finding], counts: Counter[str], *, looked_at_run: bool) -> None:
+def _show(findings: Sequence[DoctorFinding], counts: Counter[str], *, looked_at_run: bool) -> None:
     console = out()
     for area, members in groupby(findings, key=lambda finding: finding.area):
         console.print(_table(area, [*members]))
@@ -130,7 +130,7 @@ def _show(findings: Sequence[Finding], counts: Counter[str], *, looked_at_run: b
     console.print(text, soft_wrap=True)
 
 
-def _table(area: str, findings: Sequence[Finding]) -> Table:
+def _table(area: str, findings: Sequence[DoctorFinding]) -> Table:
     table = Table(
         box=None, show_header=False, title=area, title_justify="left", title_style="bold", pad_edge=False
     )

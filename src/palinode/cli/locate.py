@@ -126,11 +126,11 @@ def find(
     """Open everything that was named and locate the rows."""
     from palinode.data import parse_columns, read_examples
     from palinode.history import locate as locate_rows
-    from palinode.history import open_ladder
+    from palinode.history import open_series
     from palinode.history.sources import open_log, open_order
 
     named = parse_columns(columns) if columns else None
-    ladder = open_ladder(
+    ladder = open_series(
         checkpoints,
         steps=_numbers(steps) if steps else None,
         pattern=pattern,

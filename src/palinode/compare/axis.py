@@ -20,7 +20,7 @@ from palinode.compare.run import Compared, check_comparison, check_folder, compa
 from palinode.errors import RecipeError
 from palinode.pipeline.heading import heading
 from palinode.pipeline.recipe import set_key
-from palinode.progress import Listener, Silence
+from palinode.progress import Listener, NullListener
 from palinode.records import write_json, write_text
 from palinode.report.axis import axis_markdown, axis_picture
 
@@ -56,7 +56,7 @@ def compare_along(
 
     Raises an InputError for anything the user can mend, for any of the values, before the first is begun.
     """
-    listener, started = listener or Silence(), datetime.now(UTC)
+    listener, started = listener or NullListener(), datetime.now(UTC)
     axis, output = _axis(recipe), Path(recipe.shared.output.folder)
     recipes = _checked(recipe)
     tables: list[Mapping[str, Any]] = []

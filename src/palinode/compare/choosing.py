@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from palinode.compare.points import Point
+from palinode.compare.points import MethodPoint
 from palinode.pipeline.search import Probe, Rule
 
 
@@ -14,7 +14,7 @@ from palinode.pipeline.search import Probe, Rule
 class Tried:
     """A point and what it did on the probe rows."""
 
-    point: Point
+    point: MethodPoint
     probe: Probe
     facts: Mapping[str, Any]
     """What its training cost."""

@@ -23,7 +23,7 @@ from palinode.errors import DivergenceError
 from palinode.evaluation.ask import Asking
 from palinode.evaluation.benchmark import (
     Cell,
-    Loaded,
+    LoadedBenchmark,
     Measured,
     Places,
     QuestionSet,
@@ -193,7 +193,9 @@ def _own_rows(recipe: CompareRecipe, shares: Shares, unseen: Sequence[Example]) 
             if cell.metric in ("auc_loss", "auc_min_k")
         ]
     missing = {} if holdout else {"holdout": _WHY["holdout"]}
-    return Asked(OWN_ROWS, cells, asked_sets(Loaded(tuple(sets)), cells, MeasureSettings()), missing, {})
+    return Asked(
+        OWN_ROWS, cells, asked_sets(LoadedBenchmark(tuple(sets)), cells, MeasureSettings()), missing, {}
+    )
 
 
 def _holdout(recipe: CompareRecipe, unseen: Sequence[Example]) -> tuple[Question, ...]:

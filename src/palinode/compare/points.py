@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from palinode.compare.recipe import Budget, Contestant
+from palinode.compare.recipe import Contestant, SearchBudget
 from palinode.errors import RecipeError
 from palinode.methods import METHODS
 from palinode.methods.paired import PairedSettings
@@ -27,7 +27,7 @@ USUAL_SCALES = {"scales.forget": 1.0, "scales.retain": 0.0}
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class MethodPoint:
     """One setting of a contestant's own hyper-parameters."""
 
     number: int
@@ -45,7 +45,7 @@ class Point:
         return json.dumps(self.recipe, sort_keys=True)
 
 
-def draw_points(contestant: Contestant, tries: int, *, seed: int) -> list[Point]:
+def draw_points(contestant: Contestant, tries: int, *, seed: int) -> list[MethodPoint]:
     """Return `tries` different points, the first with the first values, the others drawn at random.
 
     Raises RecipeError where the search has fewer points.
@@ -65,7 +65,7 @@ def draw_points(contestant: Contestant, tries: int, *, seed: int) -> list[Point]
     ]
 
 
-def _point(contestant: Contestant, number: int, settings: Mapping[str, Any]) -> Point:
+def _point(contestant: Contestant, number: int, settings: Mapping[str, Any]) -> MethodPoint:
     every = {**contestant.set, **settings}
     recipe: dict[str, Any] = {"method": contestant.method}
     for key, value in every.items():
@@ -76,16 +76,16 @@ def _point(contestant: Contestant, number: int, settings: Mapping[str, Any]) -> 
                 place = place.setdefault(name, {})
             place[last] = value
     if METHODS[contestant.method].kind != "arithmetic":
-        return Point(number, settings, None, recipe)
+        return MethodPoint(number, settings, None, recipe)
     alpha, beta = (float(every.get(key, USUAL_SCALES[key])) for key in SCALES)
     betas = contestant.search.get("scales.retain", [beta])
     recipe["scales"] = {"retain": float(max(betas))}  # 0: no second vector is made for any of its points
-    return Point(number, settings, (alpha, beta), recipe)
+    return MethodPoint(number, settings, (alpha, beta), recipe)
 
 
 def recipe_of(
     content: Mapping[str, Any],
-    point: Point,
+    point: MethodPoint,
     models: Mapping[str, str],
     *,
     epochs: int,
@@ -139,7 +139,7 @@ def steps_an_epoch(recipe: Recipe, forget: int, retain: int) -> int:
     return math.ceil(math.ceil(rows / training.batch_size) / training.accumulation)
 
 
-def epochs_for(budget: Budget, recipe: Recipe, *, forget: int, retain: int, name: str) -> int:
+def epochs_for(budget: SearchBudget, recipe: Recipe, *, forget: int, retain: int, name: str) -> int:
     """Return the epochs that a budget of steps buys, rounded down. Raises RecipeError for less than one."""
     assert budget.steps is not None
     models = models_trained(recipe) if budget.share == "total" else 1
@@ -152,9 +152,9 @@ def epochs_for(budget: Budget, recipe: Recipe, *, forget: int, retain: int, name
     return budget.steps // epoch
 
 
-def by_training(points: Sequence[Point]) -> list[list[Point]]:
+def by_training(points: Sequence[MethodPoint]) -> list[list[MethodPoint]]:
     """Return points in groups that share their training."""
-    groups: dict[str, list[Point]] = {}
+    groups: dict[str, list[MethodPoint]] = {}
     for point in points:
         groups.setdefault(point.training, []).append(point)
     return list(groups.values())

@@ -38,7 +38,7 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Budget(_Section):
+class SearchBudget(_Section):
     """What every contestant may spend on one unlearned model."""
 
     steps: int | None = Field(default=None, ge=1)
@@ -232,7 +232,7 @@ class Contestant(_Section):
         return self
 
 
-class Comparison(_Section):
+class ComparisonRecipe(_Section):
     """What a comparison says beside what all contestants share."""
 
     world: Literal["demo"] | None = None
@@ -244,7 +244,7 @@ class Comparison(_Section):
     """Seeds of training: points are tried with the first, the chosen one is made with each."""
     tries: int = Field(default=6, ge=1)
     """Points that every contestant has."""
-    budget: Budget
+    budget: SearchBudget
     choose: Choice = Choice()
     split: Split = Split()
     measure: Measures = Measures()
@@ -294,7 +294,7 @@ class CompareRecipe:
     shared: Recipe
     content: Mapping[str, Any]
     """The shared part as plain values, from which contestants' recipes are built."""
-    comparison: Comparison
+    comparison: ComparisonRecipe
     given: Mapping[str, Any]
     """The whole recipe as plain values."""
 
@@ -324,7 +324,7 @@ def build_comparison(content: Mapping[str, Any], changes: Sequence[str] = ()) ->
     if misplaced := sorted(own.keys() & {"method", "method_settings", "scales"}):
         raise RecipeError(f"{misplaced[0]} belongs to a contestant, in [[contestants]]")
     try:
-        comparison = Comparison.model_validate(own)
+        comparison = ComparisonRecipe.model_validate(own)
     except ValidationError as error:
         raise RecipeError(_explain(error)) from None
     shared = {key: value for key, value in changed.items() if key in SHARED} | {"seed": comparison.seed}
@@ -384,4 +384,4 @@ def _keys(place: Sequence[int | str]) -> list[str]:
     if place[0] == "contestants" and len(place) > 1:
         return [f"contestants.{place[1]}.{name}" for name in Contestant.model_fields]
     shared = [key for key in known_keys() if key.split(".")[0] in SHARED]
-    return [*known_keys(Comparison), *shared]
+    return [*known_keys(ComparisonRecipe), *shared]

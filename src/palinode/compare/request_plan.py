@@ -8,8 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from palinode.compare.plan import world_examples
-from palinode.compare.points import Point, draw_points, epochs_for, models_trained, recipe_of, steps_an_epoch
-from palinode.compare.recipe import Budget, CompareRecipe, Requests
+from palinode.compare.points import (
+    MethodPoint,
+    draw_points,
+    epochs_for,
+    models_trained,
+    recipe_of,
+    steps_an_epoch,
+)
+from palinode.compare.recipe import CompareRecipe, Requests, SearchBudget
 from palinode.compare.request_rows import Requested, divide_requests, names_in, read_names
 from palinode.compare.rows import Shares
 from palinode.compare.run import check_folder, divide_comparison
@@ -25,7 +32,7 @@ FILES = ("requests.json", "requests.md", "requests.svg")
 """What the folder holds: table, report, picture."""
 
 
-def check_contestants(recipe: CompareRecipe) -> dict[str, Point]:
+def check_contestants(recipe: CompareRecipe) -> dict[str, MethodPoint]:
     """Return each contestant's one point, its settings checked. Raises RecipeError."""
     comparison, points = recipe.comparison, {}
     for contestant in comparison.contestants:
@@ -61,7 +68,9 @@ class Spending:
     joint_steps: int
 
 
-def spending_of(recipe: CompareRecipe, point: Point, name: str, asked: Requested, shares: Shares) -> Spending:
+def spending_of(
+    recipe: CompareRecipe, point: MethodPoint, name: str, asked: Requested, shares: Shares
+) -> Spending:
     """Return what a contestant spends on each request, and on all at once."""
     comparison = recipe.comparison
     first = recipe_of(recipe.content, point, {"target": "."}, epochs=1, seed=comparison.seeds[0])
@@ -70,7 +79,7 @@ def spending_of(recipe: CompareRecipe, point: Point, name: str, asked: Requested
     sizes = [len(request.rows) for request in asked.requests]
     whole = comparison.budget.model_copy(update={"steps": comparison.budget.steps * len(sizes)})
 
-    def bought(budget: Budget, rows: int) -> tuple[int, int]:
+    def bought(budget: SearchBudget, rows: int) -> tuple[int, int]:
         epochs = epochs_for(budget, first, forget=rows, retain=retain, name=name)
         return epochs, epochs * models * steps_an_epoch(first, rows, retain)
 

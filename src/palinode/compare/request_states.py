@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from palinode.compare.measuring import row_values
 from palinode.compare.recipe import RECALL
-from palinode.compare.search import Ground, Part
+from palinode.compare.search import Ground, SearchPart
 from palinode.data.examples import Example, fingerprint_examples, plain_questions
 from palinode.evaluation.ask import Asking, ask
 from palinode.methods import unlearned_point
@@ -60,7 +60,7 @@ class Sum:
     """What a contestant of arithmetic has stored: the vectors of each request, and its scales."""
 
     vectors: Mapping[int, Vectors]
-    parts: Mapping[int, Part]
+    parts: Mapping[int, SearchPart]
     scales: tuple[float, float]
 
     def point(self, target: Checkpoint, numbers: Iterable[int]) -> Point:
@@ -81,7 +81,7 @@ class Sum:
         }
 
 
-class States:
+class RequestStates:
     """Asks states, in memory where they are sums, and keeps what they said."""
 
     def __init__(self, ground: Ground, panel: Panel) -> None:

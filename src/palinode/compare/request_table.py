@@ -20,7 +20,7 @@ REQUESTS_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class RequestEntry:
     """One contestant when it is through."""
 
     contestant: Contestant
@@ -39,7 +39,7 @@ def build_requests_table(
     ground: Ground,
     asked: Requested,
     models: Mapping[str, Mapping[str, Any]],
-    entries: Sequence[Entry],
+    entries: Sequence[RequestEntry],
     *,
     started: datetime,
     command: str | None,
@@ -78,7 +78,7 @@ def build_requests_table(
     }
 
 
-def _contestant(entry: Entry) -> dict[str, Any]:
+def _contestant(entry: RequestEntry) -> dict[str, Any]:
     method = METHODS[entry.contestant.method]
     return {
         "name": entry.contestant.name,

@@ -16,19 +16,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from palinode.compare.points import Point
+from palinode.compare.points import MethodPoint
 from palinode.compare.recipe import CompareRecipe, Contestant
 from palinode.compare.request_plan import FILES, check_contestants, settings_of, spending_of
 from palinode.compare.request_rows import divide_requests, read_names
-from palinode.compare.request_states import Panel, States, Sum
-from palinode.compare.request_table import Entry, build_requests_table
+from palinode.compare.request_states import Panel, RequestStates, Sum
+from palinode.compare.request_table import RequestEntry, build_requests_table
 from palinode.compare.run import Compared, check_folder, open_ground, threads
-from palinode.compare.search import Ground, Part, part_of, train_part
+from palinode.compare.search import Ground, SearchPart, part_of, train_part
 from palinode.methods import METHODS
 from palinode.pipeline.inputs import check_workspace
 from palinode.pipeline.tuning import Trained, Vectors
 from palinode.pipeline.workspace import Workspace
-from palinode.progress import Listener, Silence
+from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text
 from palinode.report.requests import requests_markdown
 from palinode.report.requests_picture import requests_picture
@@ -45,7 +45,7 @@ def carry_out(
 
     Raises an InputError for anything the user can mend.
     """
-    listener = listener or Silence()
+    listener = listener or NullListener()
     points = check_contestants(recipe)
     output = Path(recipe.shared.output.folder)
     check_folder(output, FILES)
@@ -60,7 +60,7 @@ def carry_out(
 class _Requests:
     """Requests in progress."""
 
-    def __init__(self, ground: Ground, points: Mapping[str, Point], command: str | None) -> None:
+    def __init__(self, ground: Ground, points: Mapping[str, MethodPoint], command: str | None) -> None:
         self.ground = ground
         self.recipe = ground.recipe
         self.comparison = ground.recipe.comparison
@@ -77,7 +77,7 @@ class _Requests:
         self.numbers = [request.number for request in self.asked.requests]
         rows = {str(request.number): request.rows for request in self.asked.requests}
         self.panel = Panel({**rows, "others": self.asked.others, "retain": ground.shares.retain_test})
-        self.states = States(ground, self.panel)
+        self.states = RequestStates(ground, self.panel)
 
     def check_room(self, output: Path) -> None:
         """Raise OutputError unless the models of all requests will fit: undoing needs them."""
@@ -94,7 +94,7 @@ class _Requests:
             for name, model in given.items()
             if model is not None
         }
-        entries: list[Entry] = []
+        entries: list[RequestEntry] = []
         for place, contestant in enumerate(self.comparison.contestants, start=1):
             ground.listener.say(f"{contestant.name} ({place} of {len(self.points)})")
             arithmetic = METHODS[contestant.method].kind == "arithmetic"
@@ -105,7 +105,7 @@ class _Requests:
             write_requests(output, table)
         return table
 
-    def _arithmetic(self, contestant: Contestant) -> Entry:
+    def _arithmetic(self, contestant: Contestant) -> RequestEntry:
         """Make every request's vector from the same start, and go through the states of the sums."""
         point = self.points[contestant.name]
         parts = {request.number: self._part(contestant, request.number) for request in self.asked.requests}
@@ -120,7 +120,7 @@ class _Requests:
         states = [self._state(summed, self.numbers[:count], (), contestant) for count in self.numbers]
         undone, facts = self._undone(summed, contestant)
         at_once = self.states.of_sum(whole, [0], [0], f"{contestant.name}, all at once")
-        return Entry(
+        return RequestEntry(
             contestant,
             point.scales,
             [self._start(), *states, *undone],
@@ -156,7 +156,7 @@ class _Requests:
         """Return the state before any request: the target."""
         return self.states.of_checkpoint(self.ground.target, [], "target")
 
-    def _trained(self, contestant: Contestant) -> Entry:
+    def _trained(self, contestant: Contestant) -> RequestEntry:
         """Train request after request, each from the model that the last one left."""
         model, states, costs = self.ground.target, [self._start()], []
         for request in self.asked.requests:
@@ -169,7 +169,7 @@ class _Requests:
         at_once, joint_cost = train_part(*self._grounded(contestant, None, self.ground.target))
         assert isinstance(at_once, Trained)
         joint = self.states.of_checkpoint(_written(at_once), self.numbers, f"{contestant.name}, all at once")
-        return Entry(contestant, None, states, joint, self._no_way_back(costs), costs, joint_cost)
+        return RequestEntry(contestant, None, states, joint, self._no_way_back(costs), costs, joint_cost)
 
     def _no_way_back(self, costs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return why a trained method cannot undo, and what going back would cost instead."""
@@ -182,12 +182,12 @@ class _Requests:
             "repeat_steps": sum(repeated) / len(repeated),
         }
 
-    def _part(self, contestant: Contestant, number: int | None) -> Part:
+    def _part(self, contestant: Contestant, number: int | None) -> SearchPart:
         return self._grounded(contestant, number, self.ground.target)[1]
 
     def _grounded(
         self, contestant: Contestant, number: int | None, target: Checkpoint
-    ) -> tuple[Ground, Part]:
+    ) -> tuple[Ground, SearchPart]:
         """Return the ground and the training of one request, or of all at once, from a model that stands.
 
         Where no retain vector is trained, the retain sample is as large as for all forget rows together: it

@@ -17,7 +17,7 @@ from palinode.compare.recipe import Split
 from palinode.data.examples import Example, sample_examples
 from palinode.errors import DataError
 from palinode.methods import METHODS
-from palinode.pipeline.inputs import Rows
+from palinode.pipeline.inputs import InputRows
 from palinode.pipeline.recipe import Recipe
 
 
@@ -64,14 +64,14 @@ def divide_rows(
     )
 
 
-def rows_for(recipe: Recipe, shares: Shares, *, sized_for: int | None = None) -> Rows:
+def rows_for(recipe: Recipe, shares: Shares, *, sized_for: int | None = None) -> InputRows:
     """Return the rows of one contestant's run; the seed draws the sample that vectors are trained on.
 
     The sample is as large as for `sized_for` forget rows; None: as for those that there are.
     """
     settings = METHODS[recipe.method].check_settings(recipe.method_settings)
     wanted = settings.sample_size(sized_for or len(shares.forget))
-    return Rows(
+    return InputRows(
         forget=shares.forget,
         retain=shares.retain_train,
         forget_train=shares.forget,

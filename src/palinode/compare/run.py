@@ -20,11 +20,11 @@ from typing import Any
 
 from palinode.compare.choosing import Tried, better
 from palinode.compare.measuring import make_gauge, measure_model
-from palinode.compare.points import Point, draw_points, recipe_of
+from palinode.compare.points import MethodPoint, draw_points, recipe_of
 from palinode.compare.recipe import CompareRecipe, Contestant, world_folder
 from palinode.compare.rows import Shares, divide_rows, rows_for
-from palinode.compare.search import Ground, Part, Search, part_of, plan_parts, train_part
-from palinode.compare.table import Entry, build_table
+from palinode.compare.search import ComparisonSearch, Ground, SearchPart, part_of, plan_parts, train_part
+from palinode.compare.table import TableEntry, build_table
 from palinode.compare.world import make_world
 from palinode.errors import OutputError
 from palinode.pipeline.demo_run import one_thread
@@ -34,7 +34,7 @@ from palinode.pipeline.scales import Probes
 from palinode.pipeline.search import Probe, Rule
 from palinode.pipeline.tuning import Tuning
 from palinode.pipeline.workspace import Step, Workspace
-from palinode.progress import Listener, Silence
+from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text
 from palinode.report.comparison import comparison_markdown
 from palinode.report.content import Facts, report_content
@@ -62,7 +62,7 @@ def compare(
 
     Raises an InputError for anything the user can mend.
     """
-    listener = listener or Silence()
+    listener = listener or NullListener()
     points = check_comparison(recipe)
     output = Path(recipe.shared.output.folder)
     check_folder(output)
@@ -73,7 +73,7 @@ def compare(
         return Compared(output, run.run(output))
 
 
-def check_comparison(recipe: CompareRecipe) -> dict[str, list[Point]]:
+def check_comparison(recipe: CompareRecipe) -> dict[str, list[MethodPoint]]:
     """Return every contestant's points, their settings checked. Raises RecipeError."""
     comparison = recipe.comparison
     points = {
@@ -145,7 +145,9 @@ def divide_comparison(recipe: CompareRecipe, forget: Sequence[Any], retain: Sequ
 class _Comparison:
     """One comparison in progress."""
 
-    def __init__(self, ground: Ground, points: Mapping[str, Sequence[Point]], command: str | None) -> None:
+    def __init__(
+        self, ground: Ground, points: Mapping[str, Sequence[MethodPoint]], command: str | None
+    ) -> None:
         self.ground = ground
         self.recipe = ground.recipe
         self.comparison = ground.recipe.comparison
@@ -153,7 +155,7 @@ class _Comparison:
         self.command = command
         self.started = datetime.now(UTC)
         self.gauge = make_gauge(ground.recipe, ground.shares, ground.left_over)
-        self.search = Search(ground)
+        self.search = ComparisonSearch(ground)
         self.reference: Step | None = None
 
     def run(self, output: Path) -> dict[str, Any]:
@@ -167,7 +169,7 @@ class _Comparison:
         }
         for own in parts.values():
             self.search.announce(own)
-        entries: list[Entry] = []
+        entries: list[TableEntry] = []
         for number, contestant in enumerate(self.comparison.contestants, start=1):
             self._say(f"{contestant.name} ({number} of {len(parts)}): {self.comparison.tries} points")
             entries.append(self._contestant(contestant, parts[contestant.name], rule))
@@ -212,7 +214,7 @@ class _Comparison:
         floor = probes[self.comparison.choose.floor].forget
         return Rule(floor, probes["target"].retain, self.comparison.choose.retain_share), probes
 
-    def _contestant(self, contestant: Contestant, parts: Sequence[Part], rule: Rule) -> Entry:
+    def _contestant(self, contestant: Contestant, parts: Sequence[SearchPart], rule: Rule) -> TableEntry:
         """Try a contestant's points, choose one, and measure it with every seed."""
         tried = self.search.run(parts, rule)
         chosen = better(tried, rule)
@@ -223,9 +225,9 @@ class _Comparison:
         ]
         self.search.announce(finals)
         measured = {part.recipe.seed: self._final(part, chosen) for part in finals}
-        return Entry(contestant, tried, chosen, rule.allows(chosen.probe), measured)
+        return TableEntry(contestant, tried, chosen, rule.allows(chosen.probe), measured)
 
-    def _final(self, part: Part, chosen: Tried) -> Mapping[str, Any]:
+    def _final(self, part: SearchPart, chosen: Tried) -> Mapping[str, Any]:
         """Make the chosen point with one seed, measure it, and let its vectors go."""
         ground = self.ground
         step = self._measure_step({"part": dict(part.key), "scales": chosen.point.scales})
@@ -272,7 +274,7 @@ class _Comparison:
         fixed: Mapping[str, Mapping[str, Any]],
         probes: Mapping[str, Probe],
         rule: Rule,
-        entries: Sequence[Entry],
+        entries: Sequence[TableEntry],
     ) -> dict[str, Any]:
         return build_table(
             self.ground,

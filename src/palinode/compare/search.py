@@ -17,7 +17,7 @@ from typing import Any
 
 from palinode.compare.choosing import Tried, better
 from palinode.compare.memory import watch_memory
-from palinode.compare.points import Point, by_training, epochs_for, recipe_of
+from palinode.compare.points import MethodPoint, by_training, epochs_for, recipe_of
 from palinode.compare.recipe import CompareRecipe, Contestant
 from palinode.compare.rows import Shares, rows_for
 from palinode.data.examples import Example, fingerprint_examples
@@ -63,18 +63,18 @@ class Ground:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class SearchPart:
     """The training that some points of a contestant share."""
 
     contestant: Contestant
-    points: Sequence[Point]
+    points: Sequence[MethodPoint]
     recipe: Recipe
     inputs: Inputs
     key: Mapping[str, Any]
     """Everything that decides what is trained."""
 
 
-class Search:
+class ComparisonSearch:
     """Points of all contestants, tried one contestant after another."""
 
     def __init__(self, ground: Ground) -> None:
@@ -83,11 +83,11 @@ class Search:
         self.kept: dict[str, tuple[str, ...]] = {}
         """Step keys of the models of each contestant's best point so far."""
 
-    def announce(self, parts: Sequence[Part]) -> None:
+    def announce(self, parts: Sequence[SearchPart]) -> None:
         """Hear of parts that will come, so that what they share is kept until then."""
         self.pending.update(shared_training(part, self.ground) for part in parts)
 
-    def run(self, parts: Sequence[Part], rule: Rule) -> list[Tried]:
+    def run(self, parts: Sequence[SearchPart], rule: Rule) -> list[Tried]:
         """Return what every point of a contestant did, in the order of their numbers."""
         tried: list[Tried] = []
         for part in parts:
@@ -103,7 +103,7 @@ class Search:
                 self._remove(former)
         return sorted(tried, key=lambda one: one.point.number)
 
-    def _try(self, part: Part) -> tuple[list[Tried], tuple[str, ...]]:
+    def _try(self, part: SearchPart) -> tuple[list[Tried], tuple[str, ...]]:
         """Return what the points of a part did, and the keys of the steps that made their models."""
         steps = {point.number: self._step(part, point) for point in part.points}
         missing = [point for point in part.points if steps[point.number].facts is None]
@@ -121,10 +121,10 @@ class Search:
         tried = [_tried(point, steps[point.number]) for point in part.points]
         return tried, tuple(tried[0].facts["keys"])
 
-    def _step(self, part: Part, point: Point) -> Step:
+    def _step(self, part: SearchPart, point: MethodPoint) -> Step:
         return self.ground.workspace.step("try", part=dict(part.key), scales=point.scales)
 
-    def finish(self, part: Part) -> None:
+    def finish(self, part: SearchPart) -> None:
         """Let go of the models of a chosen point, which has been measured."""
         self.pending[shared_training(part, self.ground)] -= 1
         cost = self.ground.workspace.step("cost", part=dict(part.key)).facts
@@ -133,7 +133,7 @@ class Search:
             del self.kept[part.contestant.name]
         self._release(part, keys)
 
-    def _release(self, part: Part, keys: Sequence[str]) -> None:
+    def _release(self, part: SearchPart, keys: Sequence[str]) -> None:
         """Remove a part's models unless another point has them, or will."""
         if self.pending[shared_training(part, self.ground)] <= 0:
             self._remove(keys)
@@ -143,7 +143,9 @@ class Search:
         remove_models(self.ground.workspace, [key for key in keys if key not in needed])
 
 
-def plan_parts(ground: Ground, contestant: Contestant, points: Sequence[Point], seed: int) -> list[Part]:
+def plan_parts(
+    ground: Ground, contestant: Contestant, points: Sequence[MethodPoint], seed: int
+) -> list[SearchPart]:
     """Return a contestant's trainings, each with the points that share it."""
     return [part_of(ground, contestant, group, seed) for group in by_training(points)]
 
@@ -151,12 +153,12 @@ def plan_parts(ground: Ground, contestant: Contestant, points: Sequence[Point], 
 def part_of(
     ground: Ground,
     contestant: Contestant,
-    points: Sequence[Point],
+    points: Sequence[MethodPoint],
     seed: int,
     *,
     epochs: int | None = None,
     sized_for: int | None = None,
-) -> Part:
+) -> SearchPart:
     """Return the training that these points share; its epochs follow from the budget unless given.
 
     Its retain sample is as large as for `sized_for` forget rows; None: as for those that there are.
@@ -195,10 +197,10 @@ def part_of(
         },
         "refusals": list(ground.inputs.refusals),
     }
-    return Part(contestant, points, recipe, inputs, key)
+    return SearchPart(contestant, points, recipe, inputs, key)
 
 
-def train_part(ground: Ground, part: Part) -> tuple[Vectors | Trained, dict[str, Any]]:
+def train_part(ground: Ground, part: SearchPart) -> tuple[Vectors | Trained, dict[str, Any]]:
     """Return the vectors or the model of a part, and what they cost; trained only if not there."""
     cost = ground.workspace.step("cost", part=dict(part.key))
     tuning = Tuning(part.inputs, ground.workspace, ground.listener)
@@ -238,7 +240,7 @@ def remove_models(workspace: Workspace, keys: Sequence[str]) -> None:
         shutil.rmtree(merged.folder / "model", ignore_errors=True)
 
 
-def shared_training(part: Part, ground: Ground) -> str:
+def shared_training(part: SearchPart, ground: Ground) -> str:
     """Return text that two parts have in common if they train the same first vector."""
     recipe = part.recipe
     method = METHODS[recipe.method]
@@ -251,7 +253,7 @@ def shared_training(part: Part, ground: Ground) -> str:
     return f"{start} {training} {recipe.seed}"
 
 
-def _probe(probes: Probes, made: Vectors | Trained, point: Point) -> Probe:
+def _probe(probes: Probes, made: Vectors | Trained, point: MethodPoint) -> Probe:
     if isinstance(made, Trained):
         return probes.of_point("model", made.model)
     assert point.scales is not None
@@ -259,7 +261,7 @@ def _probe(probes: Probes, made: Vectors | Trained, point: Point) -> Probe:
     return probes.of_scales(alpha, beta, made.forget, made.retain if beta else None)
 
 
-def _tried(point: Point, step: Step) -> Tried:
+def _tried(point: MethodPoint, step: Step) -> Tried:
     facts = step.facts
     assert facts is not None
     return Tried(point, Probe(facts["forget"], facts["retain"]), facts)
@@ -270,7 +272,7 @@ def _locations(ground: Ground) -> dict[str, str]:
     return found | ({"retrained": str(ground.retrained.folder)} if ground.retrained else {})
 
 
-def _epochs(ground: Ground, contestant: Contestant, point: Point, recipe: Recipe) -> int:
+def _epochs(ground: Ground, contestant: Contestant, point: MethodPoint, recipe: Recipe) -> int:
     """Return the epochs that the budget buys."""
     budget = ground.recipe.comparison.budget
     if budget.seconds is not None:
@@ -279,7 +281,9 @@ def _epochs(ground: Ground, contestant: Contestant, point: Point, recipe: Recipe
     return epochs_for(budget, recipe, forget=forget, retain=retain, name=contestant.name)
 
 
-def _paced_epochs(ground: Ground, contestant: Contestant, point: Point, seed: int, seconds: float) -> int:
+def _paced_epochs(
+    ground: Ground, contestant: Contestant, point: MethodPoint, seed: int, seconds: float
+) -> int:
     """Return the epochs that so many seconds buy, by the time that a run of one epoch takes."""
     part = part_of(ground, contestant, [point], seed, epochs=1)
     facts = ground.workspace.step("cost", part=dict(part.key)).facts

@@ -26,7 +26,7 @@ TABLE_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class TableEntry:
     """One contestant when it is through."""
 
     contestant: Contestant
@@ -44,7 +44,7 @@ def build_table(
     fixed: Mapping[str, Mapping[str, Any]],
     probes: Mapping[str, Probe],
     rule: Rule,
-    entries: Sequence[Entry],
+    entries: Sequence[TableEntry],
     started: datetime,
     command: str | None,
 ) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def row_parts(ground: Ground) -> dict[str, Sequence[Any]]:
     }
 
 
-def _contestant(entry: Entry, rule: Rule) -> dict[str, Any]:
+def _contestant(entry: TableEntry, rule: Rule) -> dict[str, Any]:
     method, chosen = METHODS[entry.contestant.method], entry.chosen
     costs = [found["cost"] for found in entry.measured.values()]
     return {
@@ -177,7 +177,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def _ranking(
-    ground: Ground, fixed: Mapping[str, Mapping[str, Any]], entries: Sequence[Entry]
+    ground: Ground, fixed: Mapping[str, Mapping[str, Any]], entries: Sequence[TableEntry]
 ) -> dict[str, Any]:
     """Return the contestants by their gap to the ideal, or why there is no order."""
     metric, retrained = ground.recipe.comparison.measure.rank_by, fixed.get("retrained")

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from palinode.benchmarks.demo import STAGES, Course, Stage, build_demo
+from palinode.benchmarks.demo import STAGES, Course, DemoStage, build_demo
 from palinode.compare.recipe import Demo
 from palinode.data.world import World, invent_world
 from palinode.progress import Listener
@@ -32,10 +32,10 @@ def make_world(settings: Demo, folder: Path, *, seed: int, listener: Listener) -
     rate = STAGES[1].learning_rate
     stages = (
         STAGES[0],
-        Stage(settings.exposed_epochs, rate),
-        Stage(settings.later_epochs, STAGES[2].learning_rate),
+        DemoStage(settings.exposed_epochs, rate),
+        DemoStage(settings.later_epochs, STAGES[2].learning_rate),
     )
-    between = Stage(settings.between_epochs, rate) if settings.between_epochs else None
+    between = DemoStage(settings.between_epochs, rate) if settings.between_epochs else None
     course = Course(between, again=settings.exposures > 1, halfway=True)
     said = {"seed": seed, **settings.model_dump(exclude={"base"})}
     _take_over(folder, said)

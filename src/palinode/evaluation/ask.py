@@ -20,7 +20,7 @@ from palinode.data.examples import Example, Question
 from palinode.data.tokenize import PromptStyle, TokenRow, begun_ids, end_id, tokenize
 from palinode.errors import RecipeError
 from palinode.evaluation.general import in_parallel
-from palinode.progress import Advance, Listener, Silence
+from palinode.progress import Advance, Listener, NullListener
 from palinode.records import Likelihood, Outcome
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def ask(
     from palinode.models.loading import check_positions
 
     respondent = _Respondent(
-        model, tokenizer, asking or Asking(), style or PromptStyle(), label, listener or Silence()
+        model, tokenizer, asking or Asking(), style or PromptStyle(), label, listener or NullListener()
     )
     rows = respondent.read(questions)
     check_positions(model.config, [row for entry in rows for row in entry.rows], tokenizer)

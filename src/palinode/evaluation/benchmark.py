@@ -27,7 +27,7 @@ from palinode.errors import DataError, RecipeError
 from palinode.evaluation.ask import Asking
 from palinode.metrics.aggregate import mean_score
 from palinode.metrics.judged import forget_accuracy, recover_accuracy, retain_accuracy
-from palinode.metrics.membership import ATTACKS, Attack, auc, privleak, true_positive_rate
+from palinode.metrics.membership import ATTACKS, MembershipAttack, auc, privleak, true_positive_rate
 from palinode.metrics.table import COMPARISONS, METRICS
 from palinode.records import Outcome, Score, Verdict, read_bytes
 
@@ -93,7 +93,7 @@ def _asked(needs: frozenset[str]) -> frozenset[str]:
     return frozenset(_NEEDS[need] for need in needs if need in _NEEDS)
 
 
-def _attack(attack: Attack, members: str, others: str) -> tuple[Cell, Cell]:
+def _attack(attack: MembershipAttack, members: str, others: str) -> tuple[Cell, Cell]:
     def cell(metric: str, what: str, rate: Callable[..., Score]) -> Cell:
         def score(measured: Measured) -> Score:
             return rate(
@@ -329,7 +329,7 @@ class Places:
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedBenchmark:
     """One split of a benchmark, read and checked."""
 
     sets: tuple[QuestionSet, ...]
@@ -339,7 +339,7 @@ class Loaded:
 
 
 @dataclass(frozen=True, slots=True)
-class Material:
+class BenchmarkRows:
     """What a model unlearns in a benchmark, and the rows whose effect must stay."""
 
     forget: tuple[Example, ...]
@@ -429,9 +429,9 @@ class Benchmark:
     """Who published it, and under which licence."""
     splits: Mapping[str, str]
     """What it can be run on, with a line each; the first is the default."""
-    load: Callable[[Places, str, Mapping[str, str]], Loaded]
+    load: Callable[[Places, str, Mapping[str, str]], LoadedBenchmark]
     """(places, split, options) → questions; raises DataError."""
-    material: Callable[[Places, str], Material]
+    material: Callable[[Places, str], BenchmarkRows]
     """(places, split) → what is to be unlearned; raises DataError."""
     cells: tuple[Cell, ...]
     options: tuple[Option, ...] = ()

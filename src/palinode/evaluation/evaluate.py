@@ -15,7 +15,7 @@ from palinode.data.tokenize import PromptStyle
 from palinode.evaluation.ask import Asking, ask
 from palinode.evaluation.self_check import check_prompts
 from palinode.metrics import score_outcomes
-from palinode.progress import Listener, Silence
+from palinode.progress import Listener, NullListener
 from palinode.records import Outcome, Score
 from palinode.weights.checkpoint import Checkpoint
 
@@ -61,7 +61,7 @@ def evaluate(
         model, tokenizer = load_model(checkpoint, device=pick_device(device)), load_tokenizer(checkpoint)
         found = check_prompts(model, tokenizer, examples, style=style or PromptStyle(), max_length=length)
         if note := found and found.note("model"):
-            (listener or Silence()).say(note)
+            (listener or NullListener()).say(note)
         outcomes = observe(model, tokenizer, examples, settings, style=style, listener=listener)
     return outcomes, score_outcomes(outcomes, seed=seed)
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from palinode.errors import DataError, OutputError
-from palinode.progress import Listener, Silence
+from palinode.progress import Listener, NullListener
 from palinode.records import Outcome, Verdict, make_private, read_json
 
 
@@ -173,7 +173,7 @@ def judge_answers(
     tables = _tables(outcomes, ideals, seed)
     picks: list[Pick] = [Pick(None, "no answer was generated")] * len(outcomes)
     asked = [place for place, outcome in enumerate(outcomes) if outcome.generated is not None]
-    with (listener or Silence()).task(f"judging: {judge.name}", len(asked), "answers") as advance:
+    with (listener or NullListener()).task(f"judging: {judge.name}", len(asked), "answers") as advance:
         for place, pick in _decided(judge, outcomes, tables, asked):
             picks[place] = pick
             advance(1)

@@ -19,44 +19,44 @@ if TYPE_CHECKING:
     from palinode.history.locating import locate
     from palinode.history.onset import Onset, find_onset
     from palinode.history.plan import Schedule, plan_checkpoints
-    from palinode.history.series import Ladder, Rung, open_ladder
+    from palinode.history.series import CheckpointSeries, SeriesCheckpoint, open_series
 
 # Imported when first asked for: a plan needs no torch.
 _HOMES = {
     "ExposureCallback": "callback",
     "ExposureLog": "exposures",
     "ExposureReader": "exposures",
-    "Ladder": "series",
+    "CheckpointSeries": "series",
     "Location": "judgement",
     "LoggedLoader": "callback",
     "Onset": "onset",
-    "Rung": "series",
+    "SeriesCheckpoint": "series",
     "Schedule": "plan",
     "ThinningCallback": "callback",
     "compact": "compaction",
     "find_duplicates": "duplicates",
     "find_onset": "onset",
     "locate": "locating",
-    "open_ladder": "series",
+    "open_series": "series",
     "plan_checkpoints": "plan",
 }
 
 __all__ = [
+    "CheckpointSeries",
     "ExposureCallback",
     "ExposureLog",
     "ExposureReader",
-    "Ladder",
     "Location",
     "LoggedLoader",
     "Onset",
-    "Rung",
     "Schedule",
+    "SeriesCheckpoint",
     "ThinningCallback",
     "compact",
     "find_duplicates",
     "find_onset",
     "locate",
-    "open_ladder",
+    "open_series",
     "plan_checkpoints",
 ]
 

@@ -44,7 +44,7 @@ Ids = Callable[[Any], Sequence[int]]
 """Returns the token ids of one item of a data set."""
 
 
-class Rows(Protocol):
+class LoggedRows(Protocol):
     """A data set that can be gone through by number."""
 
     def __len__(self) -> int:
@@ -81,7 +81,7 @@ def ids_key(ids: Sequence[int]) -> tuple[int, int]:
 class RowTable:
     """From the token ids of a data set's rows to their content hashes; made once ahead of training."""
 
-    def __init__(self, dataset: Rows, hashes: Hashes | Sequence[bytes], *, ids: Ids = ids_of) -> None:
+    def __init__(self, dataset: LoggedRows, hashes: Hashes | Sequence[bytes], *, ids: Ids = ids_of) -> None:
         self.hashes = as_hashes(hashes)
         if len(dataset) != len(self.hashes):
             raise DataError(

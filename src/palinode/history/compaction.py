@@ -28,7 +28,7 @@ from palinode.history.segments import (
     write_segment,
 )
 from palinode.history.sessions import Session, read_header, read_sessions
-from palinode.progress import Listener, Silence
+from palinode.progress import Listener, NullListener
 from palinode.records import beside, read_json, write_json
 
 PART_ROWS = 1 << 21
@@ -64,7 +64,7 @@ def compact(
         "files": [_entry(file) for file, _ in pairs],
     }
     partial = _begin(target, manifest)
-    with (listener or Silence()).task("sorting the log", 1 << bits, "parts") as advance:
+    with (listener or NullListener()).task("sorting the log", 1 << bits, "parts") as advance:
         for number in range(1 << bits):
             path = partial / f"part-{number:05d}.parquet"
             if not path.exists():

@@ -32,7 +32,7 @@ import numpy.typing as npt
 
 from palinode.data.examples import Example, read_examples
 from palinode.errors import DataError
-from palinode.progress import Listener, Silence
+from palinode.progress import Listener, NullListener
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -152,7 +152,7 @@ def find_duplicates(
         raise DataError(f"the similarity is {threshold}; it must be above 0 and at most 1")
     index = _Index(forget, threshold, seed)
     found: list[Duplicate] = []
-    with (listener or Silence()).task("looking for copies", _size(corpus), "rows") as advance:
+    with (listener or NullListener()).task("looking for copies", _size(corpus), "rows") as advance:
         for number, example in enumerate(_examples(corpus)):
             found += index.copies(number, example)
             advance(1)

@@ -19,7 +19,7 @@ from palinode.history.exposures import ExposureReader
 from palinode.history.onset import Onset
 from palinode.history.orders.order import Order
 from palinode.history.segments import Ints
-from palinode.history.series import Ladder
+from palinode.history.series import CheckpointSeries
 from palinode.history.sources import first_step
 
 VERSION = 1
@@ -27,7 +27,7 @@ VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class RowsSeen:
     """One step at which a row, or a near-copy of it, was in the batch."""
 
     step: int
@@ -46,7 +46,7 @@ class RowHistory:
     """Position in the forget set."""
     place: str
     """Where it stands, as its source names it."""
-    seen: tuple[Seen, ...]
+    seen: tuple[RowsSeen, ...]
     """All known exposures, earliest first."""
     copies: tuple[Duplicate, ...]
     """Equal and similar texts in the corpus."""
@@ -83,7 +83,7 @@ class Distance:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class CheckpointChoice:
     """A checkpoint that can serve as the base, and why."""
 
     place: int
@@ -106,9 +106,9 @@ class Location:
 
     rows: tuple[RowHistory, ...]
     rungs: tuple[RungState, ...]
-    recommended: Choice | None
+    recommended: CheckpointChoice | None
     """The last clean checkpoint; None where no checkpoint is clean."""
-    next_best: Choice | None
+    next_best: CheckpointChoice | None
     first: int | None
     """First step at which any row was seen; by behaviour alone: the first checkpoint that knows them."""
     last: int | None
@@ -149,7 +149,7 @@ class Judgement:
 
     def __init__(
         self,
-        ladder: Ladder,
+        ladder: CheckpointSeries,
         rows: tuple[RowHistory, ...],
         onset: Onset | None,
         log: ExposureReader | None,
@@ -196,7 +196,7 @@ class Judgement:
             warnings=tuple(dict.fromkeys(self.warnings)),
         )
 
-    def _choices(self) -> tuple[Choice | None, Choice | None]:
+    def _choices(self) -> tuple[CheckpointChoice | None, CheckpointChoice | None]:
         """Return the recommended checkpoint and the next best."""
         counted, behaved = self._limit_by_count(), self._limit_by_behaviour()
         self._warn_of_rows()
@@ -329,7 +329,7 @@ class Judgement:
                 f"{unknown} forget rows have copies in the corpus; in which steps these were is not known."
             )
 
-    def _unseen_everywhere(self) -> tuple[Choice | None, Choice | None]:
+    def _unseen_everywhere(self) -> tuple[CheckpointChoice | None, CheckpointChoice | None]:
         """Return the latest checkpoint: no evidence says that the rows were seen at all."""
         if self.counted:
             self.warnings.append(
@@ -352,7 +352,7 @@ class Judgement:
             return None, self._least_contaminated(evidence)
         return self._choice(place, evidence, clean=True), None
 
-    def _least_contaminated(self, evidence: tuple[str, ...]) -> Choice:
+    def _least_contaminated(self, evidence: tuple[str, ...]) -> CheckpointChoice:
         """Return the checkpoint that has seen the fewest forget rows, least often, the latest of those."""
 
         def contamination(place: int) -> tuple[int, int, int]:
@@ -363,12 +363,12 @@ class Judgement:
         fewest = min(range(len(self.ladder)), key=contamination)
         return self._choice(fewest, evidence, clean=False)
 
-    def _choice(self, place: int, evidence: tuple[str, ...], *, clean: bool) -> Choice:
+    def _choice(self, place: int, evidence: tuple[str, ...], *, clean: bool) -> CheckpointChoice:
         rung = self.ladder.rungs[place]
         certainty = None
         if evidence == ("behaviour",) and self.onset is not None and clean:
             certainty = self.onset.certainty
-        return Choice(
+        return CheckpointChoice(
             place=place,
             step=rung.step,
             location=rung.location,

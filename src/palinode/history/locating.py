@@ -15,10 +15,10 @@ from palinode.data.tokenize import PromptStyle
 from palinode.errors import DataError
 from palinode.history.duplicates import Duplicate
 from palinode.history.exposures import ExposureReader
-from palinode.history.judgement import Judgement, Location, RowHistory, Seen
+from palinode.history.judgement import Judgement, Location, RowHistory, RowsSeen
 from palinode.history.onset import check_control, find_onset
 from palinode.history.orders.order import Order
-from palinode.history.series import Ladder
+from palinode.history.series import CheckpointSeries
 from palinode.history.sources import (
     Corpus,
     Steps,
@@ -27,12 +27,12 @@ from palinode.history.sources import (
     steps_in_log,
     steps_in_order,
 )
-from palinode.progress import Listener, Silence
+from palinode.progress import Listener, NullListener
 
 
 def locate(
     forget: Sequence[Example],
-    ladder: Ladder,
+    ladder: CheckpointSeries,
     *,
     log: ExposureReader | None = None,
     salt: bytes = b"",
@@ -56,7 +56,7 @@ def locate(
     Behaviour is looked at when `control` rows are given. Raises DataError without any evidence, for control
     rows that are forget rows, and for an order that disagrees with the log.
     """
-    listener = listener or Silence()
+    listener = listener or NullListener()
     if log is None and order is None and not control:
         raise DataError(
             "there is nothing to locate the rows by; name an exposure log (--log), a data order (--order) "
@@ -114,7 +114,7 @@ def _rows(
                 key = (step, copy.place if copy else None)
                 found.setdefault(key, (copy.similarity if copy else None, []))[1].append(name)
         seen = [
-            Seen(step, tuple(evidence), place, like)
+            RowsSeen(step, tuple(evidence), place, like)
             for (step, place), (like, evidence) in sorted(
                 found.items(), key=lambda item: (item[0][0], item[0][1] or "")
             )

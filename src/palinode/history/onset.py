@@ -29,10 +29,10 @@ import numpy.typing as npt
 from palinode.data.examples import Example, shared_rows
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import DataError, RecipeError
-from palinode.history.series import Ladder
+from palinode.history.series import CheckpointSeries
 from palinode.metrics.leakage import extraction_strengths
 from palinode.metrics.membership import min_k_values
-from palinode.progress import Listener, Silence
+from palinode.progress import Listener, NullListener
 from palinode.records import Outcome
 
 FloatArray = npt.NDArray[np.float64]
@@ -115,7 +115,7 @@ class Onset:
 def find_onset(
     forget: Sequence[Example],
     control: Sequence[Example],
-    ladder: Ladder,
+    ladder: CheckpointSeries,
     *,
     measure: str = "mean_logprob",
     max_length: int = 512,
@@ -130,7 +130,7 @@ def find_onset(
     Raises DataError when the control rows are none, or forget rows stand among them.
     """
     check_control(forget, control)
-    listener = listener or Silence()
+    listener = listener or NullListener()
 
     def read(place: int) -> Reading:
         return _read(
@@ -399,7 +399,7 @@ def _notes(table: _Table, tables: Mapping[str, _Table], steps: Sequence[int]) ->
 
 
 def _read(
-    ladder: Ladder,
+    ladder: CheckpointSeries,
     place: int,
     sets: tuple[Sequence[Example], Sequence[Example]],
     *,

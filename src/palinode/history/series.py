@@ -26,7 +26,7 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
 @dataclass(frozen=True, slots=True)
-class Rung:
+class SeriesCheckpoint:
     """One checkpoint of a training, and how far the training was."""
 
     step: int
@@ -44,10 +44,10 @@ class Rung:
 
 
 @dataclass(frozen=True, slots=True)
-class Ladder:
+class CheckpointSeries:
     """The checkpoints of one training, earliest first."""
 
-    rungs: tuple[Rung, ...]
+    rungs: tuple[SeriesCheckpoint, ...]
     notes: tuple[str, ...] = field(default=(), compare=False)
     """What the reader should know of how the ladder was put together."""
 
@@ -81,14 +81,14 @@ class Ladder:
         return round(low + (high - low) * (step - first) / (second - first))
 
 
-def open_ladder(
+def open_series(
     location: str | Path | Sequence[str | Path],
     *,
     steps: Sequence[int] | None = None,
     pattern: str | None = None,
     tokens_per_step: int | None = None,
     allow_pickle: bool = False,
-) -> Ladder:
+) -> CheckpointSeries:
     """Return the ladder in a folder of checkpoints, in a list of locations, or under a hub id.
 
     `pattern` picks folders, or revisions of the hub id (`step*`); `steps` gives the steps where neither
@@ -103,7 +103,7 @@ def open_ladder(
         rungs.sort(key=lambda rung: rung.step)
     _check_order(rungs)
     _check_models(rungs)
-    return Ladder(tuple(rungs), _notes(rungs))
+    return CheckpointSeries(tuple(rungs), _notes(rungs))
 
 
 def read_step(name: str) -> int | None:
@@ -127,7 +127,7 @@ def read_tokens(name: str) -> int | None:
     return round(float(found[-1][0]) * UNITS[found[-1][1]]) if found else None
 
 
-def step_of(location: str, ladder: Ladder) -> int | None:
+def step_of(location: str, ladder: CheckpointSeries) -> int | None:
     """Return a model's step by its rung, its trainer state or its name; None where none tells it."""
     for rung in ladder.rungs:
         if rung.location == location or (_is_local(location) and _same_folder(rung.location, location)):
@@ -223,7 +223,7 @@ def _by_number(path: Path) -> list[tuple[int, str]]:
 
 def _rungs(
     places: Sequence[str], steps: Sequence[int] | None, tokens_per_step: int | None, *, allow_pickle: bool
-) -> list[Rung]:
+) -> list[SeriesCheckpoint]:
     if steps is not None and len(steps) != len(places):
         raise RecipeError(
             f"{len(steps)} steps were given for {len(places)} checkpoints "
@@ -236,7 +236,7 @@ def _rungs(
         tokens = _tokens_of(place, state)
         if tokens is None and tokens_per_step is not None:
             tokens = step * tokens_per_step
-        rungs.append(Rung(step, place, tokens, allow_pickle))
+        rungs.append(SeriesCheckpoint(step, place, tokens, allow_pickle))
     return rungs
 
 
@@ -286,7 +286,7 @@ def _is_local(place: str) -> bool:
     return Path(place).expanduser().exists()
 
 
-def _check_order(rungs: Sequence[Rung]) -> None:
+def _check_order(rungs: Sequence[SeriesCheckpoint]) -> None:
     """Raise RecipeError unless every step is later than the one before."""
     for first, second in pairwise(rungs):
         if first.step == second.step:
@@ -306,7 +306,7 @@ def _check_order(rungs: Sequence[Rung]) -> None:
             )
 
 
-def _check_models(rungs: Sequence[Rung]) -> None:
+def _check_models(rungs: Sequence[SeriesCheckpoint]) -> None:
     """Raise MismatchError unless all local checkpoints are states of one model."""
     local = [rung for rung in rungs if _is_local(rung.location)]
     for rung in local[1:]:
@@ -328,7 +328,7 @@ def _check_one_model(first: Checkpoint, other: Checkpoint) -> None:
         ) from None
 
 
-def _notes(rungs: Iterable[Rung]) -> tuple[str, ...]:
+def _notes(rungs: Iterable[SeriesCheckpoint]) -> tuple[str, ...]:
     untold = sum(rung.tokens is None for rung in rungs)
     if not untold:
         return ()

@@ -19,7 +19,7 @@ from palinode.history.duplicates import (
 from palinode.history.exposures import ExposureReader
 from palinode.history.orders.order import Order, steps_of
 from palinode.history.orders.reading import read_order
-from palinode.history.series import Ladder
+from palinode.history.series import CheckpointSeries
 from palinode.history.sessions import read_header, salt_check
 from palinode.progress import Listener
 
@@ -44,7 +44,7 @@ def open_order(path: Path) -> tuple[Order, Corpus | None]:
 
 
 def open_log(
-    folder: Path, *, corpus: Corpus | None = None, ladder: Ladder | None = None, salt: bytes = b""
+    folder: Path, *, corpus: Corpus | None = None, ladder: CheckpointSeries | None = None, salt: bytes = b""
 ) -> ExposureReader:
     """Return the log in a folder; raise DataError where it was kept while training on other data than these,
     or with another tokenizer than that of the ladder's checkpoints.
@@ -65,7 +65,7 @@ def _is_fingerprint(text: str) -> bool:
     return re.fullmatch(r"[0-9a-f]{32}", text) is not None
 
 
-def _tokenizer_of(ladder: Ladder) -> str | None:
+def _tokenizer_of(ladder: CheckpointSeries) -> str | None:
     """Return the fingerprint of the tokenizer beside the first checkpoint here that has one."""
     from palinode.models.loading import load_tokenizer
 

@@ -53,7 +53,7 @@ def objective(settings: RMUSettings, seed: int) -> Objective:
     """Return the pull of forget rows towards u and of retain rows to where they were."""
     import torch
 
-    from palinode.training.frozen import States
+    from palinode.training.frozen import FrozenStates
     from palinode.training.losses import misdirection
     from palinode.training.objectives import Objective, Term, row_count
     from palinode.training.sums import labelled_states, pick_layer
@@ -75,7 +75,7 @@ def objective(settings: RMUSettings, seed: int) -> Objective:
         distance,
         row_count,
         settings.alpha,
-        keeper=lambda model: States(block(model)),
+        keeper=lambda model: FrozenStates(block(model)),
     )
     return Objective((forget, retain), trainable=settings.trainable, one_process=True)
 

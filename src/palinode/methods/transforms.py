@@ -163,14 +163,14 @@ TRANSFORMS: dict[str, Transform] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class ChosenTransforms:
     """A transform with its settings, as a recipe names it."""
 
     transform: Transform
     settings: Any
 
 
-def check_transforms(given: Sequence[Mapping[str, Any]]) -> list[Chosen]:
+def check_transforms(given: Sequence[Mapping[str, Any]]) -> list[ChosenTransforms]:
     """Return the transforms that a recipe names, in order.
 
     Raises ValueError for a name that there is not, and pydantic's own for settings that cannot be.
@@ -184,5 +184,5 @@ def check_transforms(given: Sequence[Mapping[str, Any]]) -> list[Chosen]:
         if "seeds" in transform.needs and place:
             raise ValueError(f"{name} puts whole vectors together, so it must be the first transform")
         own = {key: value for key, value in entry.items() if key != "name"}
-        chosen.append(Chosen(transform, transform.settings.model_validate(own)))
+        chosen.append(ChosenTransforms(transform, transform.settings.model_validate(own)))
     return chosen

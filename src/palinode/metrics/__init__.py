@@ -39,7 +39,7 @@ from palinode.metrics.matching import (
 from palinode.metrics.membership import (
     ATTACKS,
     MUSE_RETRAINED,
-    Attack,
+    MembershipAttack,
     auc,
     gradient_norm_values,
     loss_values,
@@ -66,8 +66,8 @@ __all__ = [
     "KS",
     "METRICS",
     "MUSE_RETRAINED",
-    "Attack",
     "Comparison",
+    "MembershipAttack",
     "Metric",
     "accept_accuracy",
     "accepted_sample_values",

@@ -96,7 +96,7 @@ def reference_values(outcomes: Sequence[Outcome], reference: Sequence[Outcome] |
 
 
 @dataclass(frozen=True, slots=True)
-class Attack:
+class MembershipAttack:
     """A way to score how foreign an example looks to a model."""
 
     name: str
@@ -121,42 +121,42 @@ def _alone(values: Callable[[Sequence[Outcome]], list[float | None]]) -> Callabl
     return lambda outcomes, reference: values(outcomes)  # noqa: ARG005
 
 
-ATTACKS: dict[str, Attack] = {
+ATTACKS: dict[str, MembershipAttack] = {
     attack.name: attack
     for attack in (
-        Attack(
+        MembershipAttack(
             name="loss",
             score=_alone(loss_values),
             description="LOSS: mean loss of the answer's tokens",
             missing="no token was scored",
         ),
-        Attack(
+        MembershipAttack(
             name="zlib",
             score=_alone(zlib_values),
             description="ZLib: mean loss over the bytes that zlib makes of the answer",
             missing="no token was scored",
         ),
-        Attack(
+        MembershipAttack(
             name="min_k",
             score=_alone(min_k_values),
             description="Min-K%: mean loss of the 40 % least likely tokens",
             missing="no token but the end token was scored",
         ),
-        Attack(
+        MembershipAttack(
             name="min_k_plus",
             score=_alone(min_k_plus_values),
             description="Min-K%++: the same on log-probabilities standardised over the vocabulary",
             missing="no standardised log-probabilities were asked for, or no token was scored",
             needs=frozenset({"standardised"}),
         ),
-        Attack(
+        MembershipAttack(
             name="gradient_norm",
             score=_alone(gradient_norm_values),
             description="GradNorm: mean norm of the loss's gradient over parameter tensors",
             missing="no gradient norm was asked for",
             needs=frozenset({"gradient_norm"}),
         ),
-        Attack(
+        MembershipAttack(
             name="reference",
             score=reference_values,
             description="Reference: mean loss minus that of a reference model, usually the retrained one",

@@ -14,10 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from palinode.audit.attack import Attack, Measurement, Subject
+from palinode.audit.attack import Attack, AttackResult, Subject
 from palinode.audit.attacks import ATTACKS
 from palinode.audit.findings import AUDITED, STATISTICS, Finding, answer, find
-from palinode.audit.material import Material
+from palinode.audit.material import AuditRows
 from palinode.audit.policy import Policy
 from palinode.data.examples import Example, fingerprint_examples, shared_rows
 from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
@@ -26,7 +26,7 @@ from palinode.models.loading import load_tokenizer, pick_device, tokenizer_finge
 from palinode.pipeline.heading import environment, heading
 from palinode.pipeline.inputs import note_on_prompts
 from palinode.pipeline.workspace import Step, Workspace
-from palinode.progress import Listener, Silence
+from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text
 from palinode.report.audit import audit_report
 from palinode.report.content import Facts, report_content
@@ -55,13 +55,13 @@ Kind = Literal["retrained", "base"]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class AuditPlan:
     """Everything that decides an audit."""
 
     models: Mapping[str, str]
     """Locations of the audited model, the yardstick and, if there is one, the target."""
     kind: Kind
-    material: Material
+    material: AuditRows
     locations: Mapping[str, str | None]
     """Where each set of rows is from."""
     policy: Policy
@@ -76,7 +76,7 @@ class Plan:
 
 
 def audit(
-    plan: Plan, output: Path, *, command: str | None = None, listener: Listener | None = None
+    plan: AuditPlan, output: Path, *, command: str | None = None, listener: Listener | None = None
 ) -> dict[str, Any]:
     """Run an audit, write audit.json and audit.md into `output`, and return the record.
 
@@ -94,7 +94,7 @@ def audit(
     }
     _check_output(output, list(checkpoints.values()))
     workspace = Workspace(output / RESULTS)
-    run = _Run(plan, checkpoints, workspace, listener or Silence())
+    run = _Run(plan, checkpoints, workspace, listener or NullListener())
     with workspace.locked(listener):
         record = run.run(command)
         with shared():
@@ -109,7 +109,7 @@ class _Run:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: AuditPlan,
         checkpoints: Mapping[str, Checkpoint],
         workspace: Workspace,
         listener: Listener,
@@ -166,7 +166,7 @@ class _Run:
         }
 
     def _findings(self, attack: Attack, facts: Mapping[str, Any]) -> Findings:
-        measured = {model: Measurement.from_json(fact["measurement"]) for model, fact in facts.items()}
+        measured = {model: AttackResult.from_json(fact["measurement"]) for model, fact in facts.items()}
         return find(attack, measured, self.plan.policy, seed=self.plan.seed)
 
     def _asked_otherwise(self) -> str | None:
@@ -326,7 +326,7 @@ def _described(attack: Attack, *, reason: str | None) -> dict[str, Any]:
     return {"title": attack.title, "description": attack.description, "reason": reason}
 
 
-def _check_rows(material: Material) -> None:
+def _check_rows(material: AuditRows) -> None:
     """Refuse sets that make a test meaningless: forget rows among those that must not hold them."""
     apart = {"retain": material.retain, "holdout": material.holdout, "lookalikes": material.lookalikes}
     for name, examples in apart.items():

@@ -26,7 +26,7 @@ from palinode.pipeline.goal import (
     FIRST_LOOK,
     Behaviour,
     Goal,
-    Tried,
+    TriedScales,
     as_record,
     best,
     front,
@@ -35,7 +35,7 @@ from palinode.pipeline.goal import (
 )
 from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.layer_groups import belongs_to, layer_groups
-from palinode.pipeline.scales import Chosen, Logprobs, Probes
+from palinode.pipeline.scales import ChosenScales, Logprobs, Probes
 from palinode.pipeline.suggesting import quiet_study, range_around, suggested, tell
 from palinode.progress import Listener, record
 from palinode.weights import Checkpoint, Direction
@@ -67,7 +67,7 @@ def search_scales(
     listener: Listener,
     *,
     yardstick: Yardstick | None = None,
-) -> Chosen:
+) -> ChosenScales:
     """Search (α, β) from the points of a grid on; `folder` keeps what was measured.
 
     A grid with one value of α or of β leaves that one as it is; beyond the largest of several α the search
@@ -80,10 +80,10 @@ def search_scales(
     with listener.task(
         "searching scales", 2 + len(_upwards(alphas)) * len(betas) + trials, "points"
     ) as advance:
-        search = Search.begin(inputs, target, (forget, retain), probes, listener, yardstick)
+        search = ScaleSearch.begin(inputs, target, (forget, retain), probes, listener, yardstick)
         advance(2)
 
-        def counted(points: Iterator[Tried]) -> Iterator[Tried]:
+        def counted(points: Iterator[TriedScales]) -> Iterator[TriedScales]:
             for point in points:
                 advance(1)
                 yield point
@@ -100,7 +100,7 @@ def search_scales(
     said = warning(chosen.goal, chosen)
     if said is not None:
         listener.say(said)
-    return Chosen(
+    return ChosenScales(
         forget=chosen.forget_scale,
         retain=chosen.retain_scale,
         chosen_by="auto",
@@ -117,7 +117,7 @@ def search_scales(
     )
 
 
-def neighbours(chosen: Tried, points: Sequence[Tried]) -> list[Tried]:
+def neighbours(chosen: TriedScales, points: Sequence[TriedScales]) -> list[TriedScales]:
     """Return the other points within about a step of the chosen one."""
     reach = 1.5 * _step(chosen.forget_scale), 1.5 * STEP
     near = {
@@ -131,7 +131,7 @@ def neighbours(chosen: Tried, points: Sequence[Tried]) -> list[Tried]:
     return [near[scales] for scales in sorted(near)]
 
 
-class Search:
+class ScaleSearch:
     """One search: vectors, probes, and the goal on all probe rows and on the few of the first look."""
 
     def __init__(
@@ -161,7 +161,7 @@ class Search:
         probes: Probes,
         listener: Listener,
         yardstick: Yardstick | None = None,
-    ) -> Search:
+    ) -> ScaleSearch:
         """Ask base and target, set the yardstick if there is none, and choose the rows of the first look."""
         rows, share = inputs.rows, inputs.recipe.scales.retain_share
         probes.add("unseen", rows.unseen)
@@ -181,7 +181,7 @@ class Search:
         )
         return cls(target, vectors, probes, goals, seed=inputs.recipe.seed, listener=listener)
 
-    def tried(self, alpha: float, beta: float, *, whole: bool = True) -> Tried:
+    def tried(self, alpha: float, beta: float, *, whole: bool = True) -> TriedScales:
         """Return what the model does at (α, β), on all probe rows or on the few of the first look."""
         point = unlearned_point(self.target, self.forget, self.retain, forget_scale=alpha, retain_scale=beta)
         name = f"{alpha},{beta}"
@@ -190,15 +190,15 @@ class Search:
         else:
             some = self.probes.logprobs_of_point(name, point, ["forget, some", "retain, some"])
             found = {name.removesuffix(", some"): rows for name, rows in some.items()}
-        tried = Tried(alpha, beta, _behaviour(found), self.goal if whole else self.few)
+        tried = TriedScales(alpha, beta, _behaviour(found), self.goal if whole else self.few)
         figures = {"forget_scale": alpha, "retain_scale": beta, **tried.behaviour.probabilities}
         figures["objective"] = tried.goal.objective(tried.behaviour)
         record(self.listener, "scales", next(self.numbers), figures)
         return tried
 
-    def grouped(self, centre: Tried, parts: Sequence[Sequence[str]], trials: int) -> list[Tried]:
+    def grouped(self, centre: TriedScales, parts: Sequence[Sequence[str]], trials: int) -> list[TriedScales]:
         """Return points at the centre's (α, β) where optuna gives each group of layers its own factor."""
-        found: list[Tried] = []
+        found: list[TriedScales] = []
         with quiet_study(self.seed, starts=1) as study:
             study.enqueue_trial({str(group): 1.0 for group in range(len(parts))})
             for _ in range(trials):
@@ -210,8 +210,8 @@ class Search:
         return found
 
     def _with_factors(
-        self, centre: Tried, parts: Sequence[Sequence[str]], factors: tuple[float, ...]
-    ) -> Tried:
+        self, centre: TriedScales, parts: Sequence[Sequence[str]], factors: tuple[float, ...]
+    ) -> TriedScales:
         """Return what the model does where each group of parts has its factor on α."""
         alpha, beta = centre.forget_scale, centre.retain_scale
         points = [
@@ -226,9 +226,9 @@ class Search:
         name = f"{alpha},{beta},{','.join(map(str, factors))}"
         found = self.probes.logprobs_of_parts(name, points, ["forget", "retain", "neutral"])
         own = () if set(factors) == {1.0} else factors
-        return Tried(alpha, beta, _behaviour(found), self.goal, own)
+        return TriedScales(alpha, beta, _behaviour(found), self.goal, own)
 
-    def first_look(self, alphas: Sequence[float], betas: Sequence[float]) -> Iterator[Tried]:
+    def first_look(self, alphas: Sequence[float], betas: Sequence[float]) -> Iterator[TriedScales]:
         """Yield the points of the grid, and beyond it, that are worth a look, on some of the rows."""
         wanted = float(self.few.yardstick.quantiles(self.few.rows).mean())
         for beta in betas:
@@ -245,8 +245,8 @@ class Search:
                 before = distance
 
     def between(
-        self, looked: Sequence[Tried], alphas: Sequence[float], betas: Sequence[float], trials: int
-    ) -> Iterator[Tried]:
+        self, looked: Sequence[TriedScales], alphas: Sequence[float], betas: Sequence[float], trials: int
+    ) -> Iterator[TriedScales]:
         """Yield the points that optuna suggests between the neighbours of the best ones, on all rows."""
         starts = sorted(looked, key=lambda point: point.rank)[:STARTS]
         ranges = {
@@ -266,9 +266,9 @@ class Search:
                 tell(study, trial, point)
                 yield point
 
-    def around(self, centre: Tried, *, varied: tuple[bool, bool]) -> list[Tried]:
+    def around(self, centre: TriedScales, *, varied: tuple[bool, bool]) -> list[TriedScales]:
         """Return the points a step away from the centre, and from a better one found on the way."""
-        found: list[Tried] = []
+        found: list[TriedScales] = []
         for _ in range(ROUNDS):
             alpha, beta = centre.forget_scale, centre.retain_scale
             step = _step(alpha)

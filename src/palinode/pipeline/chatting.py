@@ -23,7 +23,7 @@ from palinode.models.loading import load_model, load_tokenizer, pick_device
 from palinode.models.streaming import stream_answer
 from palinode.pipeline.kept import KeptVectors, find_model, find_vectors, read_record, workspace_of
 from palinode.pipeline.recipe import Prompts
-from palinode.progress import Listener, Silence
+from palinode.progress import Listener, NullListener
 from palinode.weights import Checkpoint
 
 OnText = Callable[[str], None]
@@ -141,7 +141,7 @@ def open_chat(
     `base` says where the base lies, if not where the record has it; `allow_pickle` is for `against`. Raises
     CheckpointError when the folder is no output of a run, or the model to compare with cannot be opened.
     """
-    listener = listener or Silence()
+    listener = listener or NullListener()
     out = Checkpoint.open(folder)
     record = read_record(out.folder)
     workspace = workspace_of(out.folder, record)

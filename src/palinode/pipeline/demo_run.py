@@ -22,7 +22,7 @@ from palinode.pipeline.recipe import Recipe, build_recipe
 from palinode.pipeline.reporting import NAME, gather, write_reports
 from palinode.pipeline.run import Unlearned, unlearn
 from palinode.pipeline.workspace import Workspace
-from palinode.progress import Listener, Silence
+from palinode.progress import Listener, NullListener
 from palinode.records import RECORD_VERSION, Outcome, read_json, write_json
 from palinode.version import __version__
 
@@ -70,7 +70,7 @@ def run_demo(
     **training: Any,
 ) -> DemoResult:
     """Run the demo on any world; `training` goes to `build_demo` (stages, width, layers)."""
-    listener = listener or Silence()
+    listener = listener or NullListener()
     claim(folder, seed)
     started = time.monotonic()
     command = f"palinode demo --seed {seed}"

@@ -94,7 +94,7 @@ class Goal:
 
 
 @dataclass(frozen=True, slots=True)
-class Tried:
+class TriedScales:
     """One pair of scales and what the model did there."""
 
     forget_scale: float
@@ -118,12 +118,12 @@ class Tried:
         return missed, self.goal.objective(self.behaviour), self.forget_scale, self.retain_scale, self.groups
 
 
-def best(points: Sequence[Tried]) -> Tried:
+def best(points: Sequence[TriedScales]) -> TriedScales:
     """Return the point with the least objective among those that keep the floors, else the nearest."""
     return min(points, key=lambda point: point.rank)
 
 
-def front(points: Sequence[Tried]) -> list[Tried]:
+def front(points: Sequence[TriedScales]) -> list[TriedScales]:
     """Return the Pareto front of the wholly measured points, the nearest to the yardstick first.
 
     A point belongs to it when no other is at least as near on the forget set and loses as little on the
@@ -133,14 +133,14 @@ def front(points: Sequence[Tried]) -> list[Tried]:
         (point for point in points if point.whole),
         key=lambda point: (point.goal.distance(point.behaviour), point.goal.lost(point.behaviour)),
     )
-    found: list[Tried] = []
+    found: list[TriedScales] = []
     for point in ranked:
         if not found or point.goal.lost(point.behaviour) < found[-1].goal.lost(found[-1].behaviour):
             found.append(point)
     return found
 
 
-def warning(goal: Goal, chosen: Tried) -> str | None:
+def warning(goal: Goal, chosen: TriedScales) -> str | None:
     """Return in one plain sentence what the chosen point does not reach; None where it does."""
     found = chosen.behaviour
     if goal.keeps(found) and goal.forgets(found):
@@ -159,12 +159,12 @@ def warning(goal: Goal, chosen: Tried) -> str | None:
     return f"No point tried satisfied either side: {far}, and {lost}."
 
 
-def as_record(points: Sequence[Tried], chosen: Tried) -> list[dict[str, Any]]:
+def as_record(points: Sequence[TriedScales], chosen: TriedScales) -> list[dict[str, Any]]:
     """Return points as the record holds them, in the order they were tried."""
     return [{**_facts(point), "chosen": point == chosen} for point in points]
 
 
-def sensitivity(chosen: Tried, around: Sequence[Tried]) -> list[dict[str, Any]]:
+def sensitivity(chosen: TriedScales, around: Sequence[TriedScales]) -> list[dict[str, Any]]:
     """Return for each point around the chosen one how distance and probabilities change on the way."""
     before = _facts(chosen)
     changes = ("distance", "forget_probability", "retain_probability")
@@ -183,7 +183,7 @@ def sensitivity(chosen: Tried, around: Sequence[Tried]) -> list[dict[str, Any]]:
     ]
 
 
-def _facts(point: Tried) -> Mapping[str, Any]:
+def _facts(point: TriedScales) -> Mapping[str, Any]:
     found, goal = point.behaviour, point.goal
     means = found.probabilities
     return {

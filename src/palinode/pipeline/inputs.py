@@ -46,7 +46,7 @@ from palinode.weights.preflight import check_sum, check_tokenizers
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class InputRows:
     """The rows of a run, and which of them serve for what."""
 
     forget: Sequence[Example]
@@ -78,7 +78,7 @@ class Inputs:
     target: Checkpoint | None
     """None where the recipe's [prepare] makes it."""
     retrained: Checkpoint | None
-    rows: Rows
+    rows: InputRows
     notes: tuple[str, ...]
     """What the reader of the record should know about the rows."""
     refusals: tuple[str, ...] = ()
@@ -304,7 +304,7 @@ def _ordinary_tokens(checkpoint: Checkpoint) -> dict[int, str]:
 # Rows
 
 
-def _open_rows(recipe: Recipe) -> tuple[Rows, list[str]]:
+def _open_rows(recipe: Recipe) -> tuple[InputRows, list[str]]:
     notes: list[str] = []
     data, seed = recipe.data, recipe.seed
     forget = read_examples(data.forget, columns=data.columns or None)
@@ -317,7 +317,7 @@ def _open_rows(recipe: Recipe) -> tuple[Rows, list[str]]:
     sample = _retain_sample(forget, retain, recipe, notes)
     trials, most = recipe.scales.probe_rows, recipe.evaluation.max_rows
     unseen, source = _unseen(recipe, forget, retain, everything)
-    rows = Rows(
+    rows = InputRows(
         forget=forget,
         retain=retain,
         forget_train=train,

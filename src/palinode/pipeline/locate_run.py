@@ -18,14 +18,14 @@ from palinode.history.duplicates import row_hash
 from palinode.history.exposures import ExposureLog, ExposureReader
 from palinode.history.judgement import Location
 from palinode.history.locating import locate
-from palinode.history.orders.palinode import Stage, rebuild, write_stages
-from palinode.history.series import open_ladder
+from palinode.history.orders.palinode import LoggedStage, rebuild, write_stages
+from palinode.history.series import open_series
 from palinode.models.loading import load_tokenizer
 from palinode.pipeline.demo_run import DemoResult, claim, one_thread, recall
 from palinode.pipeline.recipe import build_recipe
 from palinode.pipeline.run import unlearn
 from palinode.pipeline.workspace import Workspace
-from palinode.progress import Listener, Silence
+from palinode.progress import Listener, NullListener
 from palinode.records import read_json, write_json, write_text
 from palinode.report.location import location_markdown
 from palinode.report.pictures import location_picture
@@ -68,7 +68,7 @@ def run_locate(
     listener: Listener | None = None,
 ) -> DemoResult:
     """Run the ladder demo on any world."""
-    listener = listener or Silence()
+    listener = listener or NullListener()
     claim(folder, seed, name="demo-locate.json")
     path = folder / "record.json"
     started = time.monotonic()
@@ -127,8 +127,8 @@ def _locate_all(
     models: LadderModels, folder: Path, seed: int, listener: Listener
 ) -> dict[str, dict[str, Location]]:
     """Locate every request by each kind of evidence alone, and by all of them."""
-    ladder, data = open_ladder(models.ladder), read_examples(models.data)
-    stages = [Stage(stretch.numbers, stretch.settings, stretch.seed) for stretch in models.stretches]
+    ladder, data = open_series(models.ladder), read_examples(models.data)
+    stages = [LoggedStage(stretch.numbers, stretch.settings, stretch.seed) for stretch in models.stretches]
     write_stages(folder / "order.json", stages, data="world/data.jsonl", model="world/start")
     order = rebuild(stages, data, load_tokenizer(models.target))
     log = ExposureReader.open(folder / "log")
@@ -216,7 +216,7 @@ def _unlearn_all(
     listener: Listener,
 ) -> list[dict[str, Any]]:
     """Unlearn the main request from every rung, and from the target itself (the task vector)."""
-    ladder = open_ladder(models.ladder)
+    ladder = open_series(models.ladder)
     truth = _true_steps(models, "main")
     starts = [(rung.step, Path(rung.location), "msa") for rung in ladder.rungs]
     found = []

@@ -13,7 +13,7 @@ from palinode.pipeline.auto import search_scales
 from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.layer_groups import scaled_vector
 from palinode.pipeline.record import dose_facts, geometry_facts
-from palinode.pipeline.scales import Chosen, choose_scales
+from palinode.pipeline.scales import ChosenScales, choose_scales
 from palinode.pipeline.tuning import Tuning, Vectors, open_whole
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener
@@ -25,7 +25,7 @@ class Made:
     """The unlearned model as it lies in the workspace, and how it came about."""
 
     model: Checkpoint
-    chosen: Chosen | None
+    chosen: ChosenScales | None
     """The scales; None where no vectors were added."""
     weights: Mapping[str, Any]
     """Dose, and the geometry of the vectors."""
@@ -77,7 +77,7 @@ class Making:
             model = Checkpoint.open(step.folder / "model")
         return Made(model, None, weights, trained.training, trained.seen)
 
-    def _scales(self, target: Checkpoint, vectors: Vectors) -> Chosen:
+    def _scales(self, target: Checkpoint, vectors: Vectors) -> ChosenScales:
         """Return the scales: as given, searched for, or picked on the grid."""
         scales = self.recipe.scales
         betas = (
@@ -89,7 +89,7 @@ class Making:
         )
         alphas = scales.forget_grid if scales.forget is None else [scales.forget]
         if len(alphas) == len(betas) == 1:
-            return Chosen(alphas[0], betas[0], "given", None, [])
+            return ChosenScales(alphas[0], betas[0], "given", None, [])
         auto = scales.choose == "auto"
         unseen = fingerprint_examples(self.rows.unseen)
         step = self.workspace.step(
@@ -119,10 +119,10 @@ class Making:
                 self.listener,
             )
             step.finish(facts := asdict(chosen))
-        return Chosen(**facts)
+        return ChosenScales(**facts)
 
     def _apply(
-        self, target: Checkpoint, vectors: Vectors, chosen: Chosen
+        self, target: Checkpoint, vectors: Vectors, chosen: ChosenScales
     ) -> tuple[Checkpoint, Mapping[str, Any]]:
         """Write the unlearned model into the workspace; return it, its dose and its vectors' geometry."""
         output = self.recipe.output
@@ -151,7 +151,12 @@ class Making:
         return model, facts
 
     def _save(
-        self, target: Checkpoint, forget: Direction, retain: Direction | None, chosen: Chosen, folder: Path
+        self,
+        target: Checkpoint,
+        forget: Direction,
+        retain: Direction | None,
+        chosen: ChosenScales,
+        folder: Path,
     ) -> Mapping[str, Any]:
         point = unlearned_point(
             target, forget, retain, forget_scale=chosen.forget, retain_scale=chosen.retain

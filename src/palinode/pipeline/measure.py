@@ -23,7 +23,7 @@ from palinode.evaluation.ask import Asking, ask
 from palinode.evaluation.benchmark import (
     Benchmark,
     Cell,
-    Loaded,
+    LoadedBenchmark,
     Measured,
     Places,
     QuestionSet,
@@ -46,7 +46,7 @@ from palinode.evaluation.openunlearning import (
 )
 from palinode.evaluation.self_check import check_prompts
 from palinode.models.loading import load_model, load_tokenizer, pick_device
-from palinode.progress import Listener, Silence
+from palinode.progress import Listener, NullListener
 from palinode.records import (
     Outcome,
     Score,
@@ -116,7 +116,7 @@ class MeasureSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Measurement:
+class ModelMeasurement:
     """What a benchmark run found."""
 
     scores: Mapping[str, Mapping[str, Score]]
@@ -134,7 +134,7 @@ def measure(
     settings: MeasureSettings | None = None,
     *,
     listener: Listener | None = None,
-) -> Measurement:
+) -> ModelMeasurement:
     """Run a benchmark on a model and return its scores; they are also written if `settings` says where.
 
     Everything that can be refused is refused before a model is loaded. Raises PalinodeError.
@@ -177,7 +177,7 @@ def measure(
     record = _record(benchmark, checkpoint, yardstick, loaded, measured, settings, scores, judge, started)
     check_same(checkpoint, before)
     record["notes"] = notes
-    measurement = Measurement(scores, outcomes, record)
+    measurement = ModelMeasurement(scores, outcomes, record)
     if first_process():
         _write(measurement, measured, settings)
     return measurement
@@ -245,7 +245,9 @@ def _open_judge(settings: MeasureSettings) -> Judge | None:
     return open_judge(name, model=model or None, key_variable=settings.key_variable, device=settings.device)
 
 
-def sample_sets(loaded: Loaded, settings: MeasureSettings, own: Mapping[str, int] | None = None) -> Loaded:
+def sample_sets(
+    loaded: LoadedBenchmark, settings: MeasureSettings, own: Mapping[str, int] | None = None
+) -> LoadedBenchmark:
     """Return the sets with at most `max_rows` questions each, drawn with the seed, in their own order.
 
     `own` has other limits for single sets. Raises RecipeError where there is no such set.
@@ -268,7 +270,9 @@ def _drawn(questions: QuestionSet, most: int | None, seed: int) -> QuestionSet:
     return questions.only(sorted(drawn.tolist()))
 
 
-def asked_sets(loaded: Loaded, cells: Sequence[Cell], settings: MeasureSettings) -> dict[str, QuestionSet]:
+def asked_sets(
+    loaded: LoadedBenchmark, cells: Sequence[Cell], settings: MeasureSettings
+) -> dict[str, QuestionSet]:
     """Return the sets that some cell needs, each asked for no more than the cells need."""
     needed = {name for cell in cells for name in cell.sets}
     asked = {}
@@ -317,7 +321,7 @@ def _ask_model(
         *_check_prompts(model, tokenizer, sets.get(FORGET)),
     ]
     for note in notes:
-        (listener or Silence()).say(note)
+        (listener or NullListener()).say(note)
     return _ask_live(model, tokenizer, sets, "model", listener), general, notes
 
 
@@ -456,7 +460,7 @@ def _open_reference(settings: MeasureSettings, benchmark: Benchmark) -> Yardstic
     return path
 
 
-def _reference_of_log(path: Path, whole: Loaded, sets: Mapping[str, QuestionSet]) -> Reference:
+def _reference_of_log(path: Path, whole: LoadedBenchmark, sets: Mapping[str, QuestionSet]) -> Reference:
     """Return what a log says of the forget rows that are asked. Raises DataError for another split's log."""
     forget = next((questions for questions in whole.sets if questions.name == FORGET), None)
     log = read_log(path, forget_rows=len(forget.questions) if forget else None)
@@ -489,7 +493,7 @@ def _reference(
     if not isinstance(yardstick, Checkpoint):
         return None
     if not sets:
-        (listener or Silence()).say("No metric compares with the retrained model; it is not asked.")
+        (listener or NullListener()).say("No metric compares with the retrained model; it is not asked.")
         return Reference(str(settings.against))
     outcomes = ask_sets(yardstick, sets, device=settings.device, label="retrained model", listener=listener)
     return Reference(str(settings.against), outcomes)
@@ -507,7 +511,7 @@ def _record(
     benchmark: Benchmark,
     checkpoint: Checkpoint,
     yardstick: Yardstick | None,
-    loaded: Loaded,
+    loaded: LoadedBenchmark,
     measured: Measured,
     settings: MeasureSettings,
     scores: Mapping[str, Mapping[str, Score]],
@@ -559,7 +563,7 @@ def _yardstick_facts(yardstick: Yardstick | None) -> dict[str, Any] | None:
 
 
 @private()
-def _write(measurement: Measurement, measured: Measured, settings: MeasureSettings) -> None:
+def _write(measurement: ModelMeasurement, measured: Measured, settings: MeasureSettings) -> None:
     """Write scores.json last, so that a folder with scores has everything; all for its owner alone."""
     if settings.output is not None:
         settings.output.mkdir(exist_ok=True)

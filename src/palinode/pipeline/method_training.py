@@ -21,7 +21,7 @@ from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener
 from palinode.training.finetune import control_objective, exposed_objective, pair_material
-from palinode.training.frozen import Kept
+from palinode.training.frozen import FrozenValues
 from palinode.training.objectives import Objective, answer_term, kl_term
 from palinode.training.roles import Joined, Material
 from palinode.weights import Checkpoint
@@ -38,7 +38,7 @@ class MethodTraining:
     """What decides the objective and the rows, for the step's fingerprint."""
     retain: Sequence[Example]
     """The retain rows that are drawn from."""
-    frozen: Callable[[Joined, int], Mapping[str, Kept]] | None = None
+    frozen: Callable[[Joined, int], Mapping[str, FrozenValues]] | None = None
 
 
 def prepare_training(

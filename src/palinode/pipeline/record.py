@@ -20,7 +20,7 @@ from palinode.methods import METHODS
 from palinode.metrics import score_outcomes
 from palinode.pipeline.heading import environment, heading
 from palinode.pipeline.inputs import Inputs
-from palinode.pipeline.scales import Chosen
+from palinode.pipeline.scales import ChosenScales
 from palinode.records import RECORD_VERSION, Outcome
 from palinode.weights import Checkpoint, Direction, Saved, profile
 
@@ -33,7 +33,7 @@ def build_record(
     *,
     models: Mapping[str, Checkpoint],
     outcomes: Mapping[str, Mapping[str, Sequence[Outcome]]],
-    chosen: Chosen | None,
+    chosen: ChosenScales | None,
     weights: Mapping[str, Any],
     training: Mapping[str, Any],
     seen: Sequence[Example],
@@ -134,7 +134,7 @@ def _peak_memory() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def _chosen_notes(chosen: Chosen) -> list[str]:
+def _chosen_notes(chosen: ChosenScales) -> list[str]:
     if chosen.kept_rule:
         return []
     look = "Look at the table of points before using this model."

@@ -38,7 +38,7 @@ from palinode.pipeline.reporting import full_report, publish
 from palinode.pipeline.tracking import tracked
 from palinode.pipeline.tuning import Tuning
 from palinode.pipeline.workspace import Step, Workspace
-from palinode.progress import Listener, Silence
+from palinode.progress import Listener, NullListener
 from palinode.records import Outcome, share, shared, write_json, write_outcomes
 from palinode.weights import Checkpoint
 from palinode.weights.atomic import claimed
@@ -84,7 +84,7 @@ def unlearn(
     the way to repeat the run; `located` is how the base was found in a ladder, if it was. Raises an
     InputError for anything the user can mend.
     """
-    listener = listener or Silence()
+    listener = listener or NullListener()
     inputs = open_inputs(recipe)
     hash_models(inputs, listener)
     finished = finished_before(inputs)

@@ -33,7 +33,7 @@ PROBE_SETS = ("forget", "retain")
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class ChosenScales:
     """The scales of a run and how they came about."""
 
     forget: float
@@ -66,7 +66,7 @@ def choose_scales(
     grid: tuple[Sequence[float], Sequence[float]],
     folder: Path,
     listener: Listener,
-) -> Chosen:
+) -> ChosenScales:
     """Walk the grid of (α, β) and return the point that the rule of `search.py` picks.
 
     `folder` keeps the probes already made.
@@ -89,7 +89,7 @@ def choose_scales(
         points = list(walk_grid(alphas, betas, probe, rule))
     picked = choose(points, rule)
     chosen = picked or nearest(points, rule)
-    return Chosen(
+    return ChosenScales(
         forget=chosen.forget_scale,
         retain=chosen.retain_scale,
         chosen_by="grid",

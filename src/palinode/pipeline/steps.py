@@ -17,7 +17,7 @@ from palinode.models.loading import load_tokenizer, pick_device
 from palinode.pipeline.recipe import explain
 from palinode.pipeline.tracking import check_trackers, tracked
 from palinode.pipeline.workspace import fingerprint
-from palinode.progress import Listener, Silence
+from palinode.progress import Listener, NullListener
 from palinode.records import Score, beside, fitting, private, write_outcomes
 from palinode.training import Finetuned, TrainingSettings, finetune
 from palinode.weights import Checkpoint
@@ -59,7 +59,7 @@ def finetune_file(
     place = output.resolve()
     state = beside(place, f".state-{key[:12]}")  # other inputs never find it
     with tracked(
-        listener or Silence(),
+        listener or NullListener(),
         tracker,
         folder=place.with_name(fitting(place.name, ".tracking")),
         run=place.name,
@@ -115,7 +115,7 @@ def _say_notes(
     model: Checkpoint, examples: Sequence[Example], style: PromptStyle | None, listener: Listener | None
 ) -> None:
     for note in prompt_notes(examples, load_tokenizer(model), style or PromptStyle()):
-        (listener or Silence()).say(note)
+        (listener or NullListener()).say(note)
 
 
 def _settings(kind: type[Settings], content: Mapping[str, Any]) -> Settings:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from palinode.pipeline.goal import Tried
+from palinode.pipeline.goal import TriedScales
 
 if TYPE_CHECKING:
     import optuna
@@ -48,7 +48,7 @@ def quiet_study(seed: int, *, starts: int) -> Iterator[optuna.Study]:
         optuna.logging.set_verbosity(loud)
 
 
-def tell(study: optuna.Study, trial: optuna.Trial, point: Tried) -> None:
+def tell(study: optuna.Study, trial: optuna.Trial, point: TriedScales) -> None:
     """Report what a suggested point was worth, and which floors it misses."""
     for name, shortfall in point.goal.shortfalls(point.behaviour).items():
         trial.set_constraint(name, shortfall)

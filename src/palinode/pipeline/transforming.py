@@ -19,7 +19,7 @@ from safetensors import safe_open
 from palinode.data.examples import Example, fingerprint_examples, sample_examples
 from palinode.data.tokenize import TokenRow, tokenize
 from palinode.errors import CheckpointError, InputError
-from palinode.methods.transforms import Chosen
+from palinode.methods.transforms import ChosenTransforms
 from palinode.models.inplace import name_in_files
 from palinode.models.loading import (
     load_model,
@@ -67,7 +67,7 @@ class Transforming:
         self.device = pick_device(self.recipe.device)
 
     def apply(
-        self, transforms: Sequence[Chosen], vector: Direction, keys: Mapping[str, str]
+        self, transforms: Sequence[ChosenTransforms], vector: Direction, keys: Mapping[str, str]
     ) -> tuple[Direction, str, list[dict[str, Any]]]:
         """Return the transformed vector, the key of its last step, and what each transform did.
 
@@ -82,7 +82,7 @@ class Transforming:
         return vector, key, told
 
     def _one(
-        self, chosen: Chosen, before: Direction, keys: Mapping[str, str]
+        self, chosen: ChosenTransforms, before: Direction, keys: Mapping[str, str]
     ) -> tuple[Direction, str, dict[str, Any]]:
         """Apply one transform, or find it done."""
         name, settings = chosen.transform.name, chosen.settings
@@ -273,7 +273,7 @@ def _open_vector(folder: Path) -> StoredVector | None:
         return None
 
 
-def _told(chosen: Chosen, before: Direction, after: Direction) -> dict[str, Any]:
+def _told(chosen: ChosenTransforms, before: Direction, after: Direction) -> dict[str, Any]:
     """Return what a transform is and what it left of the vector, as the record has it."""
     measured = profile({"before": before, "after": after})
     norms = measured.norms()

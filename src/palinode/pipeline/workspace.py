@@ -23,7 +23,7 @@ from typing import Any
 import blake3
 
 from palinode.errors import OutputError, WorkspaceError, unwritable
-from palinode.progress import Listener, Silence
+from palinode.progress import Listener, NullListener
 from palinode.records import OTHERS, close_to_others, fitting, private, read_json, write_json
 
 STEP_VERSION = 2
@@ -126,7 +126,7 @@ class Workspace:
         try:
             with private():
                 if note := self._close():
-                    (listener or Silence()).say(note)
+                    (listener or NullListener()).say(note)
                 yield
         except OSError as error:  # full, or removed while we worked in it
             place = Path(error.filename2 or error.filename or "")

@@ -37,9 +37,9 @@ from palinode.models.loading import (
     pick_device,
     stored_names,
 )
-from palinode.progress import Listener, Silence, record
+from palinode.progress import Listener, NullListener, record
 from palinode.records import private, write_json
-from palinode.training.frozen import Kept
+from palinode.training.frozen import FrozenValues
 from palinode.training.loop import count_steps, train
 from palinode.training.lora import add_adapter, load_frozen, write_adapter
 from palinode.training.losses import ANSWER_LOSS, Loss
@@ -102,7 +102,7 @@ def finetune(
     device: str = "auto",
     loss: Loss | Objective = ANSWER_LOSS,
     state: Path | None = None,
-    frozen: Callable[[Joined, int], Mapping[str, Kept]] | None = None,
+    frozen: Callable[[Joined, int], Mapping[str, FrozenValues]] | None = None,
     label: str = "fine-tuning",
     listener: Listener | None = None,
     on_step: Callable[[int, Sequence[int]], None] | None = None,
@@ -158,7 +158,7 @@ def finetune(
         if (place := (leave or {}).get(point.step + 1)) and not place.exists():
             write_model(model, base, place, walked)
 
-    with (listener or Silence()).task(label, tokens, "tokens") as advance:
+    with (listener or NullListener()).task(label, tokens, "tokens") as advance:
 
         def count(amount: int) -> None:
             nonlocal heard
@@ -177,7 +177,7 @@ def finetune(
             on_progress=count,
             on_step=hear,
             on_point=draw,
-            say=(listener or Silence()).say,
+            say=(listener or NullListener()).say,
         )
     check_stamps(stamps, [base])
     if settings.lora:

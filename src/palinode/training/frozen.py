@@ -77,7 +77,7 @@ class Distributions:
         return values if self.head is None else self.head(values)
 
 
-class States:
+class FrozenStates:
     """Output of one decoder block at each scored token, [N, D]."""
 
     def __init__(self, layer: int) -> None:
@@ -107,7 +107,7 @@ class Choices:
         return torch.cat(list(parts))
 
 
-class Kept:
+class FrozenValues:
     """Values of one kind by role and place."""
 
     def __init__(self, keeper: Keeper, values: Mapping[tuple[str, int], Tensor]) -> None:
@@ -128,7 +128,7 @@ def keep(
     *,
     pad_id: int,
     autocast: bool,
-) -> Kept:
+) -> FrozenValues:
     """Read rows with a model as it is now, in evaluation mode, and keep what it says on the processor."""
     places = list(rows)
     values: dict[tuple[str, int], Tensor] = {}
@@ -144,4 +144,4 @@ def keep(
             {places[member]: part.clone().cpu() for member, part in zip(members, read, strict=True)}
         )
     model.train(training)
-    return Kept(keeper, values)
+    return FrozenValues(keeper, values)

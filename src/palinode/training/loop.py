@@ -32,7 +32,7 @@ from palinode.models.alone import Say, note, tell
 from palinode.models.likelihoods import must_be_apart
 from palinode.models.loading import check_positions
 from palinode.records import beside, read_json, write_json
-from palinode.training.frozen import Kept, keep
+from palinode.training.frozen import FrozenValues, keep
 from palinode.training.losses import Loss
 from palinode.training.objectives import CurvePoint, Objective, Term, pair_count, plain_objective
 from palinode.training.roles import Joined, plain
@@ -51,7 +51,7 @@ def train(
     seed: int,
     pad_id: int,
     state: Path | None = None,
-    frozen: Mapping[str, Kept] | None = None,
+    frozen: Mapping[str, FrozenValues] | None = None,
     on_progress: Callable[[int], None] | None = None,
     on_step: Callable[[int, Sequence[int]], None] | None = None,
     on_point: Callable[[CurvePoint], None] | None = None,
@@ -144,8 +144,8 @@ def _keep(
     settings: TrainingSettings,
     pad_id: int,
     *,
-    skip: Mapping[str, Kept],
-) -> dict[str, Kept]:
+    skip: Mapping[str, FrozenValues],
+) -> dict[str, FrozenValues]:
     """Return, by term, what the model says now of all rows that the term will see."""
     found = {}
     for part in objective.terms:
@@ -237,7 +237,7 @@ class _Run:
         optimizer: torch.optim.Optimizer,
         objective: Objective,
         cast: Joined,
-        kept: Mapping[str, Kept],
+        kept: Mapping[str, FrozenValues],
         settings: TrainingSettings,
         seed: int,
         pad_id: int,

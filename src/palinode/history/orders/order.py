@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from palinode.errors import DataError
-from palinode.progress import Listener, Silence
+from palinode.progress import Listener, NullListener
 
 
 class Order(Protocol):
@@ -38,7 +38,9 @@ def steps_of(
 ) -> dict[int, list[int]]:
     """Return the steps in which each row was, by row, going through the steps from `first` on."""
     found: dict[int, list[int]] = {row: [] for row in rows}
-    with (listener or Silence()).task("going through the order", order.steps + 1 - first, "steps") as advance:
+    with (listener or NullListener()).task(
+        "going through the order", order.steps + 1 - first, "steps"
+    ) as advance:
         for step in range(first, order.steps + 1):
             for row in sorted(found.keys() & set(order.rows(step))):
                 found[row].append(step)

@@ -23,7 +23,7 @@ KIND = "palinode"
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class LoggedStage:
     """One `finetune`: which rows of the data it had, and how it was set."""
 
     numbers: tuple[int, ...]
@@ -51,7 +51,11 @@ class PalinodeOrder:
 
 
 def rebuild(
-    stages: Sequence[Stage], data: Sequence[Example], tokenizer: Any, *, style: PromptStyle | None = None
+    stages: Sequence[LoggedStage],
+    data: Sequence[Example],
+    tokenizer: Any,
+    *,
+    style: PromptStyle | None = None,
 ) -> PalinodeOrder:
     """Return the order of stages over these rows; the tokenizer is that of the model trained."""
     batches: list[list[int]] = []
@@ -70,7 +74,7 @@ def rebuild(
     return PalinodeOrder(batches)
 
 
-def write_stages(path: Path, stages: Sequence[Stage], *, data: str, model: str) -> None:
+def write_stages(path: Path, stages: Sequence[LoggedStage], *, data: str, model: str) -> None:
     """Write what rebuilds the order as JSON: the stages, the file of rows, a folder with the tokenizer."""
     content = {
         "kind": KIND,
@@ -89,11 +93,11 @@ def write_stages(path: Path, stages: Sequence[Stage], *, data: str, model: str) 
     write_json(path, content)
 
 
-def read_stages(content: Mapping[str, Any]) -> list[Stage]:
+def read_stages(content: Mapping[str, Any]) -> list[LoggedStage]:
     """Return the stages of such a file's content; raises DataError where it is of another form."""
     try:
         return [
-            Stage(
+            LoggedStage(
                 tuple(entry["numbers"]),
                 TrainingSettings.model_validate(entry["training"]),
                 entry["seed"],

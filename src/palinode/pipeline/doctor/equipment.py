@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from palinode.pipeline.doctor.findings import Finding
+from palinode.pipeline.doctor.findings import DoctorFinding
 from palinode.pipeline.tracking import PACKAGES, is_installed
 from palinode.version import __version__
 from palinode.weights.slices import cores
@@ -29,7 +29,7 @@ REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(\[[^\]]*\])?\s*(>=\s*(?P<least>[\w.
 EXTRA = re.compile(r"extra\s*==\s*[\"'](?P<name>[\w.-]+)")
 
 
-def examine_equipment(folder: Path) -> Iterator[Finding]:
+def examine_equipment(folder: Path) -> Iterator[DoctorFinding]:
     """Yield findings on libraries, extras and this machine; `folder` is where results would go."""
     yield from _libraries()
     yield from _extras()
@@ -37,10 +37,12 @@ def examine_equipment(folder: Path) -> Iterator[Finding]:
     yield from _accelerators()
 
 
-def _libraries() -> Iterator[Finding]:
+def _libraries() -> Iterator[DoctorFinding]:
     """Yield Palinode itself and every library it requires, against the oldest version that it takes."""
     python = platform.python_version()
-    yield Finding("installed", "palinode", "ok", f"{__version__} on Python {python}, {platform.system()}")
+    yield DoctorFinding(
+        "installed", "palinode", "ok", f"{__version__} on Python {python}, {platform.system()}"
+    )
     fine = []
     for line in _requirements():
         match = REQUIREMENT.match(line)
@@ -50,13 +52,13 @@ def _libraries() -> Iterator[Finding]:
         found = installed_version(name)
         if found is None:
             fix = f"pip install {name}" if least is None else f'pip install "{name}>={least}"'
-            yield Finding("installed", name, "fail", "not installed", fix)
+            yield DoctorFinding("installed", name, "fail", "not installed", fix)
         elif least and _numbers(found) < _numbers(least):
             text = f"version {found}, and Palinode needs {least} or newer"
-            yield Finding("installed", name, "fail", text, f'pip install "{name}>={least}"')
+            yield DoctorFinding("installed", name, "fail", text, f'pip install "{name}>={least}"')
         else:
             fine.append(f"{name} {found}")
-    yield Finding("installed", "libraries", "ok", ", ".join(fine))
+    yield DoctorFinding("installed", "libraries", "ok", ", ".join(fine))
 
 
 def _requirements() -> list[str]:
@@ -94,61 +96,63 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _extras() -> Iterator[Finding]:
+def _extras() -> Iterator[DoctorFinding]:
     for extra, names in _extra_libraries().items():
         found = {name: installed_version(name) for name in names}
         if all(found.values()):
             text = ", ".join(f"{name} {number}" for name, number in found.items())
-            yield Finding("installed", extra, "ok", text)
+            yield DoctorFinding("installed", extra, "ok", text)
         else:
             text = f"not installed; only for {USES.get(extra, 'what its name says')}"
             fix = f'pip install "palinode[{extra}]", if you want it'
-            yield Finding("installed", extra, "note", text, fix)
+            yield DoctorFinding("installed", extra, "note", text, fix)
     trackers = [name for name in PACKAGES if is_installed(name)]
     if trackers:
-        yield Finding("installed", "trackers", "ok", ", ".join(trackers))
+        yield DoctorFinding("installed", "trackers", "ok", ", ".join(trackers))
     else:
         text, fix = "none is installed; only for --tracker", "pip install tensorboard, if you want it"
-        yield Finding("installed", "trackers", "note", text, fix)
+        yield DoctorFinding("installed", "trackers", "note", text, fix)
 
 
 # The machine
 
 
-def _machine(folder: Path) -> Iterator[Finding]:
-    yield Finding("machine", "processor", "ok", f"{cores()} cores, {platform.machine()}")
+def _machine(folder: Path) -> Iterator[DoctorFinding]:
+    yield DoctorFinding("machine", "processor", "ok", f"{cores()} cores, {platform.machine()}")
     free, total = memory()
     if free is None:
-        yield Finding("machine", "memory", "note", "this system does not say how much memory is free")
+        yield DoctorFinding("machine", "memory", "note", "this system does not say how much memory is free")
     else:
-        yield Finding("machine", "memory", "ok", f"{gigabytes(free)} free of {gigabytes(total or free)}")
+        yield DoctorFinding(
+            "machine", "memory", "ok", f"{gigabytes(free)} free of {gigabytes(total or free)}"
+        )
     home = existing(folder)
     disk = shutil.disk_usage(home)
     text = f"{gigabytes(disk.free)} free of {gigabytes(disk.total)} in {home}"
     if not os.access(home, os.W_OK):
-        yield Finding("machine", "disk", "fail", f"{home} cannot be written to", "name another folder")
+        yield DoctorFinding("machine", "disk", "fail", f"{home} cannot be written to", "name another folder")
     else:
-        yield Finding("machine", "disk", "ok", text)
+        yield DoctorFinding("machine", "disk", "ok", text)
 
 
-def _accelerators() -> Iterator[Finding]:
+def _accelerators() -> Iterator[DoctorFinding]:
     found = False
     for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         found = True
         free, total = torch.cuda.mem_get_info(number)
         name = torch.cuda.get_device_name(number)
         text = f"{name}, {gigabytes(free)} free of {gigabytes(total)}"
-        yield Finding("machine", f"cuda:{number}", "ok", text)
+        yield DoctorFinding("machine", f"cuda:{number}", "ok", text)
     if torch.backends.mps.is_available():
         found = True
         most = torch.mps.recommended_max_memory()
-        yield Finding("machine", "mps", "ok", f"Apple GPU, {gigabytes(most)} for models")
+        yield DoctorFinding("machine", "mps", "ok", f"Apple GPU, {gigabytes(most)} for models")
     if not found:
         text = "none: models run on the processor, which is slow from about a billion parameters on"
         built = torch.backends.cuda.is_built()
         fix = "if this machine has a GPU, look at its driver (nvidia-smi)" if built else None
         fix = fix or "if this machine has a GPU, install a torch that was built for it"
-        yield Finding("machine", "accelerator", "note", text, fix)
+        yield DoctorFinding("machine", "accelerator", "note", text, fix)
 
 
 def memory() -> tuple[int | None, int | None]:

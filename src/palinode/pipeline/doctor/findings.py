@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class DoctorFinding:
     """One thing that was looked at."""
 
     area: str
@@ -31,11 +31,11 @@ class Finding:
 class Findings:
     """Findings so far."""
 
-    all: list[Finding] = field(default_factory=list)
+    all: list[DoctorFinding] = field(default_factory=list)
 
     def say(self, area: str, name: str, state: State, text: str, fix: str | None = None) -> None:
         """Keep a finding."""
-        self.all.append(Finding(area, name, state, text, fix))
+        self.all.append(DoctorFinding(area, name, state, text, fix))
 
     def attempt(self, area: str, name: str, action: Callable[[], Result], *, fix: str) -> Result | None:
         """Return what an action gives; keep its refusal as a failure, with `fix` if it names none."""

@@ -22,14 +22,14 @@ from palinode.methods import METHODS
 from palinode.models.loading import pick_device
 from palinode.pipeline.costs import Plan, make_plan
 from palinode.pipeline.doctor.equipment import existing, gigabytes, memory
-from palinode.pipeline.doctor.findings import Finding, Findings
+from palinode.pipeline.doctor.findings import DoctorFinding, Findings
 from palinode.pipeline.doctor.models import look_at_model, look_at_pair
 from palinode.pipeline.doctor.rows import look_at_fit, look_at_rows
 from palinode.pipeline.finished import finished_before
 from palinode.pipeline.inputs import Inputs, check_places, check_target, open_inputs
 from palinode.pipeline.recipe import Recipe, build_recipe, read_prompts
 from palinode.pipeline.tracking import check_trackers
-from palinode.progress import Listener, Silence, duration_text
+from palinode.progress import Listener, NullListener, duration_text
 from palinode.weights import Checkpoint
 from palinode.weights.atomic import check_output
 
@@ -42,13 +42,13 @@ OPTION = "change that option or key"
 
 def examine_run(
     content: Mapping[str, Any], changes: Sequence[str] = (), *, listener: Listener | None = None
-) -> list[Finding]:
+) -> list[DoctorFinding]:
     """Return findings on the models, rows and places that a recipe names; any part may be left out.
 
     `content` and `changes` are those of `build_recipe`. The weights are read once, for NaN and infinity;
     nothing is fetched or written, but for the digests of weights that are remembered.
     """
-    findings, listener = Findings(), listener or Silence()
+    findings, listener = Findings(), listener or NullListener()
     recipe = _recipe(findings, content, changes)
     given = _section(content, "models")
     models: dict[str, Checkpoint] = {}

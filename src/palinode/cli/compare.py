@@ -79,7 +79,7 @@ def _tell(lines: Iterable[str]) -> None:
 class _Kind:
     """What a recipe asks for: how it is planned, run and told."""
 
-    plan: Callable[[CompareRecipe], dict[str, Any]]
+    run: Callable[[CompareRecipe], dict[str, Any]]
     describe: Callable[[dict[str, Any]], Iterable[str]]
     run: Callable[..., Compared]
     table: Callable[[Mapping[str, Any]], Table]
@@ -92,16 +92,16 @@ def _kind_of(comparison: ComparisonRecipe) -> _Kind:
     from palinode import compare as pipeline
 
     if comparison.requests:
-        from palinode.compare import request_plan
+        from palinode.compare import requests
         from palinode.report.requests import requests_table, undo_sentences
 
         return _Kind(
             pipeline.plan_requests,
-            request_plan.describe_requests,
+            requests.describe_requests,
             pipeline.carry_out,
             requests_table,
             undo_sentences,
-            request_plan.FILES,
+            requests.FILES,
         )
     if comparison.axis:
         from palinode.compare import axis
@@ -115,12 +115,12 @@ def _kind_of(comparison: ComparisonRecipe) -> _Kind:
             axis_sentences,
             axis.FILES,
         )
-    from palinode.compare import plan, run
+    from palinode.compare import run
     from palinode.report.comparison import comparison_table, ranking_sentences
 
     return _Kind(
         pipeline.plan_comparison,
-        plan.describe_plan,
+        run.describe_plan,
         pipeline.compare,
         comparison_table,
         ranking_sentences,

@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from palinode.compare.choosing import Tried, better
+from palinode.compare.ground import Shares, rows_for
 from palinode.compare.memory import watch_memory
 from palinode.compare.points import MethodPoint, by_training, epochs_for, recipe_of
 from palinode.compare.recipe import CompareRecipe, Contestant
-from palinode.compare.rows import Shares, rows_for
 from palinode.data.examples import Example, fingerprint_examples
 from palinode.errors import RecipeError
 from palinode.methods import METHODS

@@ -79,7 +79,7 @@ def _tell(lines: Iterable[str]) -> None:
 class _Kind:
     """What a recipe asks for: how it is planned, run and told."""
 
-    run: Callable[[CompareRecipe], dict[str, Any]]
+    plan: Callable[[CompareRecipe], dict[str, Any]]
     describe: Callable[[dict[str, Any]], Iterable[str]]
     run: Callable[..., Compared]
     table: Callable[[Mapping[str, Any]], Table]

@@ -25,7 +25,7 @@ from palinode.errors import DataError, MismatchError, OutputError, RecipeError
 from palinode.evaluation.self_check import PromptCheck, check_prompts, rows_with_style
 from palinode.evaluation.yardstick import BASE_ALONE
 from palinode.methods import METHODS
-from palinode.methods.method import read_refusals
+from palinode.methods.method import Given, Method, MethodSettings, read_refusals
 from palinode.models.inplace import check_live
 from palinode.models.loading import (
     check_positions,
@@ -83,6 +83,30 @@ class Inputs:
     """What the reader of the record should know about the rows."""
     refusals: tuple[str, ...] = ()
     """Answers that refuse, where the method teaches them."""
+
+    @property
+    def method(self) -> Method:
+        """The recipe's method."""
+        return METHODS[self.recipe.method]
+
+    @property
+    def settings(self) -> MethodSettings:
+        """Its settings, with its defaults filled in."""
+        return self.method.check_settings(self.recipe.method_settings)
+
+    @property
+    def given(self) -> Given:
+        """What it has to work with."""
+        given, rows = self.recipe.scales.retain, self.rows
+        beta = self.settings.retain_scale if given is None else given
+        return Given(
+            forget=rows.forget_train,
+            retain=rows.retain,
+            sample=rows.retain_sample,
+            refusals=self.refusals,
+            retain_scale=beta if rows.retain else 0.0,
+            seed=self.recipe.seed,
+        )
 
     @property
     def reader(self) -> Checkpoint:
@@ -259,13 +283,12 @@ def _check_models(
 def _tries_scales(recipe: Recipe) -> bool:
     """Tell whether pairs of scales will be tried on a live model."""
     given = recipe.scales.forget is not None and (recipe.scales.retain is not None or not recipe.data.retain)
-    return METHODS[recipe.method].kind == "arithmetic" and not given
+    return METHODS[recipe.method].has_scales and not given
 
 
 def check_not_same(target: Checkpoint, base: Checkpoint, method: str, settings: Mapping[str, Any]) -> None:
-    """Raise MismatchError when target and base are one folder, and the method takes one off the other."""
-    usual = "base" if method in ("msa", "paired") else "target"
-    if target == base and settings.get("start", usual) == "base":
+    """Raise MismatchError when target and base are one folder, and the method starts at the base."""
+    if target == base and METHODS[method].check_settings(settings).starts_at == "base":
         raise MismatchError(
             f"target and base are the same folder {target.folder}; the base must be an earlier checkpoint "
             "that had not seen the forget set"
@@ -411,10 +434,7 @@ def _retain_sample(
     wanted = settings.sample_size(len(forget))
     if retain and len(retain) < wanted:
         asked = f"the forget set's {wanted}" if wanted == len(forget) else f"the {wanted} asked for"
-        use = "replay" if recipe.method == "paired" else "the retain vector"
-        notes.append(
-            f"The retain set has {len(retain)} rows, fewer than {asked}; all of them were used for {use}."
-        )
+        notes.append(f"The retain set has {len(retain)} rows, fewer than {asked}; all of them were used.")
     return _at_most(retain, wanted, recipe.seed)
 
 
@@ -437,7 +457,7 @@ def _check_rows_fit(inputs: Inputs, models: Sequence[Checkpoint]) -> list[str]:
     rows, recipe = inputs.rows, inputs.recipe
     tokenizer, style = load_tokenizer(inputs.reader), recipe.prompts.style()
     notes = prompt_notes(rows.forget, tokenizer, style)
-    whole = recipe.prepare or METHODS[recipe.method].kind == "training"
+    whole = recipe.prepare or not inputs.method.has_scales
     trained = [*rows.forget, *(rows.retain if whole else rows.retain_sample)]
     asked = [*rows.forget, *rows.retain_probe, *rows.retain_test, *rows.unseen]
     uses = {

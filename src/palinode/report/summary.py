@@ -289,14 +289,14 @@ def _vector_section(record: Mapping[str, Any]) -> list[str]:
 
 
 def _cost_section(record: Mapping[str, Any]) -> list[str]:
-    runs = {name: run for name in TRAININGS if (run := at(record, "training", name))}
+    runs = {name: run for name, run in (record.get("training") or {}).items() if run}
     if not runs:
         return []
     table = table_lines(
         ["fine-tuning on", "steps", "tokens", "first loss", "last loss", "seconds"],
         (
             [
-                TRAININGS[name],
+                TRAININGS.get(name, words(name)),
                 integer(run.get("steps")),
                 integer(run.get("tokens")),
                 number(run.get("first_loss")),

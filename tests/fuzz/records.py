@@ -27,7 +27,7 @@ from palinode.evaluation.openunlearning import read_log, write_log
 from palinode.history.duplicates import hashes
 from palinode.history.exposures import ExposureLog, ExposureReader
 from palinode.history.orders import read_order
-from palinode.methods.cast import read_refusals
+from palinode.methods.method import read_refusals
 from palinode.pipeline.recipe import load_recipe
 from palinode.records import Likelihood, Outcome
 from palinode.weights import Checkpoint

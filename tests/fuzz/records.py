@@ -28,7 +28,7 @@ from palinode.history.duplicates import hashes
 from palinode.history.exposures import ExposureLog
 from palinode.history.orders import read_order
 from palinode.history.reader import ExposureReader
-from palinode.methods.cast import read_refusals
+from palinode.methods.method import read_refusals
 from palinode.pipeline.recipe import load_recipe
 from palinode.records import Likelihood, Outcome
 from palinode.weights import Checkpoint

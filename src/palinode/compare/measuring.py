@@ -16,8 +16,8 @@ from palinode.audit.material import divide
 from palinode.audit.relearning import relearn
 from palinode.benchmarks import BENCHMARKS
 from palinode.benchmarks.own import OWN, read_questions
+from palinode.compare.ground import Shares
 from palinode.compare.recipe import RECALL, BenchmarkPart, CompareRecipe
-from palinode.compare.rows import Shares
 from palinode.data.examples import Example, Question, sample_examples
 from palinode.errors import DivergenceError
 from palinode.evaluation.ask import Asking

@@ -89,7 +89,7 @@ def test_front_goes_from_near_to_cheap(searched):
 def test_killed_search_goes_on_to_the_same_point(searched, recipe_of, tiny, tmp_path, monkeypatch):
     recipe = recipe_of(tmp_path / "out", scales=AUTO, data={"holdout": str(tiny.holdout)})
     asked = []
-    real = search.Search.tried
+    real = search.ScaleSearch.tried
 
     def counted(search, alpha, beta, *, whole=True):
         asked.append((alpha, beta))
@@ -97,7 +97,7 @@ def test_killed_search_goes_on_to_the_same_point(searched, recipe_of, tiny, tmp_
             raise KeyboardInterrupt
         return real(search, alpha, beta, whole=whole)
 
-    monkeypatch.setattr(search.Search, "tried", counted)
+    monkeypatch.setattr(search.ScaleSearch, "tried", counted)
     with pytest.raises(KeyboardInterrupt):
         unlearn(recipe)
     (kept,) = (tmp_path / "out.workspace").glob("scales-*/probes.json")

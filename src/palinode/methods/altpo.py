@@ -140,6 +140,7 @@ ALTPO = Method(
     formula="L = γ·(2/β)·mean[−log σ(β·h)] + α·L_r, h = (nll_ref − nll)(other) − (nll_ref − nll)(answer)",
     needs=frozenset({"retain", "alternates", "frozen_target"}),
     settings=AltPOSettings,
+    objective=objective,
     own_runs=runs,
     training={"epochs": 2},
 )

@@ -167,7 +167,7 @@ class MethodSettings(BaseModel):
         """Return how many retain rows a retain sample has, for so many forget rows."""
         return forget_rows
 
-    def clash(self, *, retain: bool, retain_scale: float | None) -> str | None:
+    def clash(self, *, retain: bool, retain_scale: float | None) -> str | None:  # noqa: ARG002
         """Say why these settings cannot go with the rows or the β that there are; None if they can."""
         return None
 
@@ -216,7 +216,7 @@ class Method:
     """A method of unlearning.
 
     An ordinary one names its `objective`: it takes one run, and its end is the unlearned model. Any other
-    says with `own_runs` and `own_point` what it takes and what that comes to.
+    says with `own_runs` what it takes, and with `own_point` what that comes to.
     """
 
     name: str
@@ -230,7 +230,7 @@ class Method:
     training: Mapping[str, Any] = field(default_factory=dict)
     """Training settings that its source sets otherwise than ours; a recipe's own come before them."""
     objective: Callable[[Any, int], Objective] | None = None
-    """(settings, seed) → what an ordinary method minimises."""
+    """(settings, seed) → what its one run minimises, or its last one."""
     own_runs: Callable[[Any, Given], list[Run]] | None = None
     own_point: Callable[[Any, Ends], Vectors | Point] | None = None
     has_scales: bool = False

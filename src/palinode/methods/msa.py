@@ -208,7 +208,7 @@ class PairedSettings(MethodSettings):
 
 
 def paired_runs(settings: PairedSettings, given: Given) -> list[Run]:
-    """Return the runs with the forget rows and without; MSA's, or the task vector's, where none is replayed."""
+    """Return the runs with the forget rows and without; that of a plain vector where none is replayed."""
     from palinode.training.finetune import control_objective, exposed_objective, pair_material
 
     if settings.retain_free:

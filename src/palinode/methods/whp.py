@@ -77,6 +77,7 @@ WHP = Method(
     formula="L = CE(forget with labels argmax(v − α·ReLU(v_re − v)))",
     needs=frozenset({"frozen_target"}),
     settings=WHPSettings,
+    objective=objective,
     own_runs=runs,
 )
 

@@ -105,7 +105,9 @@ class _Planner:
         if run.objective is None:
             return anchors
         material, epochs = run.material, self.recipe.training.epochs
-        mean = {role: self._mean_length(rows) for role, rows in material.examples.items() if role != "refusal"}
+        mean = {
+            role: self._mean_length(rows) for role, rows in material.examples.items() if role != "refusal"
+        }
         each = (
             material.together.get(role, 1) * mean.get(role, mean[run.material.anchor])
             for role in run.objective.reads

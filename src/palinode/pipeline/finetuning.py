@@ -181,7 +181,9 @@ class FineTuning:
         """
         start, material = self._start(run, done.target), run.material
         if run.asked is not None:
-            material = run.asked.material(self._alternates(run.asked, material.examples["forget"], done.target))
+            material = run.asked.material(
+                self._alternates(run.asked, material.examples["forget"], done.target)
+            )
         step = self._step(run, done, whole=whole)
         lora = None if whole else self.recipe.training.lora
         place = step.folder / ("adapter" if lora else "model")
@@ -216,8 +218,12 @@ class FineTuning:
         done.steps[run.name], done.facts[run.name] = step.key, facts
         return material.examples
 
-    def _merged(self, point: Checkpoint | WeightedSum, key: str) -> Checkpoint:
-        """Return where a fine-tuning ends as a whole model, for what has to load it."""
+    def whole(self, trained: Trained) -> Checkpoint:
+        """Return the model of a method that trains it itself as it lies there, written if it is a formula."""
+        return self._merged(trained.model, " ".join(trained.steps.values()))
+
+    def _merged(self, point: Point, key: str) -> Checkpoint:
+        """Return a point as a whole model, for what has to load it."""
         if isinstance(point, Checkpoint):
             return point
         step = self.workspace.step("merge", trained=key)

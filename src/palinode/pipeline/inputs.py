@@ -97,16 +97,7 @@ class Inputs:
     @property
     def given(self) -> Given:
         """What it has to work with."""
-        given, rows = self.recipe.scales.retain, self.rows
-        beta = self.settings.retain_scale if given is None else given
-        return Given(
-            forget=rows.forget_train,
-            retain=rows.retain,
-            sample=rows.retain_sample,
-            refusals=self.refusals,
-            retain_scale=beta if rows.retain else 0.0,
-            seed=self.recipe.seed,
-        )
+        return given_to(self.recipe, self.rows, self.refusals)
 
     @property
     def reader(self) -> Checkpoint:
@@ -119,6 +110,21 @@ class Inputs:
         if self.base is None:
             raise RecipeError("this needs an earlier checkpoint of the target; name models.base (--base)")
         return self.base
+
+
+def given_to(recipe: Recipe, rows: InputRows, refusals: Sequence[str] = ()) -> Given:
+    """Return what a recipe's method has to work with."""
+    beta = recipe.scales.retain
+    if beta is None:
+        beta = METHODS[recipe.method].check_settings(recipe.method_settings).retain_scale
+    return Given(
+        forget=rows.forget_train,
+        retain=rows.retain,
+        sample=rows.retain_sample,
+        refusals=refusals,
+        retain_scale=beta if rows.retain else 0.0,
+        seed=recipe.seed,
+    )
 
 
 def open_inputs(recipe: Recipe) -> Inputs:

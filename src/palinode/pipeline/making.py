@@ -64,10 +64,12 @@ class Making:
         weights, model = step.facts, open_whole(step)
         if weights is None or model is None:
             step.clear()
-            weights = self._vectors_added(target, trained, chosen, step) if chosen else None
-            if weights is None:
-                change = trained.model - target
-                weights = {"dose": self._write(target + change, target, {"change": change}, {"change": 1.0}, step)}
+            if chosen:
+                weights = self._vectors_added(target, trained, chosen, step)
+            else:
+                along = {"change": trained.model - target}
+                point = target + along["change"]
+                weights = {"dose": self._write(point, target, along, {"change": 1.0}, step)}
             step.finish(weights)
             model = Checkpoint.open(step.folder / "model")
         return Made(model, trained, chosen, weights, {**trained.steps, "apply": step.key})

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -142,6 +142,8 @@ class MethodSettings(BaseModel):
     """A method's own hyper-parameters; this method has none."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    sample_use: ClassVar[str] = "the retain vector"
+    """What the retain sample is for."""
 
     @property
     def starts_at(self) -> Start:

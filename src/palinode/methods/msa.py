@@ -25,7 +25,7 @@ its scale is given: in the demo's world it did harm (docs/paired-vectors.md).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -162,6 +162,8 @@ REWIND = Method(
 class PairedSettings(MethodSettings):
     """Where both runs start, and what they rehearse."""
 
+    sample_use: ClassVar[str] = "replay"
+    """What the retain sample is for."""
     start: Start = "base"
     """s: the base checkpoint θ_0, or the target θ_D."""
     replay_rows: int | None = Field(default=None, ge=0)

@@ -440,7 +440,10 @@ def _retain_sample(
     wanted = settings.sample_size(len(forget))
     if retain and len(retain) < wanted:
         asked = f"the forget set's {wanted}" if wanted == len(forget) else f"the {wanted} asked for"
-        notes.append(f"The retain set has {len(retain)} rows, fewer than {asked}; all of them were used.")
+        notes.append(
+            f"The retain set has {len(retain)} rows, fewer than {asked}; all of them were used for "
+            f"{settings.sample_use}."
+        )
     return _at_most(retain, wanted, recipe.seed)
 
 

@@ -36,24 +36,10 @@ class NPOSettings(RetainSettings):
 
 def npo_objective(settings: NPOSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
     """Return NPO over forget rows plus the retain loss."""
-    from palinode.methods.parts import retain_terms
-    from palinode.training.frozen import Likelihoods
-    from palinode.training.losses import npo, row_sums, token_nll
-    from palinode.training.objectives import Objective, term
+    from palinode.methods.parts import npo_term, retain_terms
+    from palinode.training.objectives import Objective
 
-    forget = term(
-        "forget",
-        ("forget",),
-        lambda seen: npo(
-            row_sums(token_nll(seen.logits, seen.labels), seen.rows, seen.count),
-            seen.reference,
-            beta=settings.beta,
-        ),
-        per="row",
-        coefficient=settings.gamma,
-        keeper=lambda _model: Likelihoods(),
-    )
-    return Objective((forget, *retain_terms(settings)))
+    return Objective((npo_term(beta=settings.beta, gamma=settings.gamma), *retain_terms(settings)))
 
 
 NPO = Method(

@@ -28,7 +28,7 @@ from palinode.history.segments import (
 )
 from palinode.history.sessions import LogHeader
 from palinode.records import read_json
-from palinode.weights.slices import cores
+from palinode.weights.arithmetic import cores
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from palinode.weights import Checkpoint, Direction
-from palinode.weights.dose import part_of
+from palinode.weights.geometry import part_of
 from palinode.weights.transforms import transform
 
 

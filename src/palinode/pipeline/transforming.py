@@ -35,7 +35,7 @@ from palinode.progress import Listener
 from palinode.training.sums import Moment, gradient_moment, input_spaces
 from palinode.weights import Checkpoint, Direction, StoredVector, profile, save_vector
 from palinode.weights.displacement import DenseChange, Displacement
-from palinode.weights.formats.safetensors import read_header
+from palinode.weights.tensors import read_header
 from palinode.weights.transforms import (
     Rule,
     against_gradient,

@@ -12,11 +12,10 @@ from comparing import Heard, tiny_comparison
 from palinode.compare import build_comparison, compare, load_comparison, plan_comparison
 from palinode.compare.ground import divide_rows
 from palinode.compare.measuring import make_gauge
-from palinode.compare.points import draw_points, epochs_for, recipe_of
 from palinode.compare.ranking import Values, rank, values_of
 from palinode.compare.recipe import Contestant, SearchBudget, Split
 from palinode.compare.run import check_comparison, divide_comparison, open_ground
-from palinode.compare.search import Ground, part_of
+from palinode.compare.search import Ground, draw_points, epochs_for, part_of, recipe_of
 from palinode.data.examples import Example, Message
 from palinode.errors import DataError, OutputError, RecipeError
 from palinode.pipeline.inputs import open_inputs

@@ -25,7 +25,7 @@ from palinode.metrics import METRICS
 from palinode.metrics.aggregate import mean_score
 from palinode.models.inplace import contents, put
 from palinode.models.loading import load_model, load_tokenizer, pick_device, tokenizer_fingerprint
-from palinode.pipeline.tuning import Vectors
+from palinode.pipeline.finetuning import Vectors
 from palinode.pipeline.workspace import Step
 from palinode.weights import Checkpoint
 from palinode.weights.direction import Point

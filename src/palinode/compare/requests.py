@@ -26,14 +26,6 @@ from typing import Any
 import numpy as np
 
 from palinode.compare.ground import Shares, world_of
-from palinode.compare.points import (
-    MethodPoint,
-    draw_points,
-    epochs_for,
-    models_trained,
-    recipe_of,
-    steps_an_epoch,
-)
 from palinode.compare.recipe import CompareRecipe, Contestant, Requests, SearchBudget
 from palinode.compare.request_states import Panel, RequestStates, Sum
 from palinode.compare.run import (
@@ -44,16 +36,27 @@ from palinode.compare.run import (
     threads,
     world_examples,
 )
-from palinode.compare.search import Ground, SearchPart, part_of, train_part
+from palinode.compare.search import (
+    Ground,
+    MethodPoint,
+    SearchPart,
+    draw_points,
+    epochs_for,
+    models_trained,
+    part_of,
+    recipe_of,
+    steps_an_epoch,
+    train_part,
+)
 from palinode.data.examples import SHAPES, Example, fingerprint_examples
 from palinode.data.sources import Row, json_type, read_rows
 from palinode.errors import DataError, RecipeError
 from palinode.methods import METHODS
 from palinode.methods.method import start_from_target
 from palinode.models.loading import pick_device
+from palinode.pipeline.finetuning import Trained, Vectors
 from palinode.pipeline.heading import environment, heading
 from palinode.pipeline.inputs import check_workspace, open_inputs
-from palinode.pipeline.tuning import Trained, Vectors
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text

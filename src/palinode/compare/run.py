@@ -25,33 +25,39 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from palinode.compare.choosing import Tried, better
 from palinode.compare.ground import Shares, divide_rows, make_world, rows_for, world_of
 from palinode.compare.measuring import make_gauge, measure_model
-from palinode.compare.points import (
+from palinode.compare.ranking import Values, rank, values_of
+from palinode.compare.recipe import CompareRecipe, Contestant, world_folder
+from palinode.compare.search import (
+    ComparisonSearch,
+    Ground,
     MethodPoint,
+    SearchPart,
+    Tried,
+    better,
     by_training,
     draw_points,
     epochs_for,
     models_trained,
+    part_of,
+    plan_parts,
     recipe_of,
     steps_an_epoch,
+    train_part,
 )
-from palinode.compare.ranking import Values, rank, values_of
-from palinode.compare.recipe import CompareRecipe, Contestant, world_folder
-from palinode.compare.search import ComparisonSearch, Ground, SearchPart, part_of, plan_parts, train_part
 from palinode.data.examples import Example, Message, fingerprint_examples
 from palinode.data.world import Fact
 from palinode.errors import OutputError
 from palinode.methods import METHODS
 from palinode.models.loading import pick_device
 from palinode.pipeline.demo_run import one_thread
+from palinode.pipeline.finetuning import Tuning
+from palinode.pipeline.grid import Probe, Rule
 from palinode.pipeline.heading import environment, heading
 from palinode.pipeline.inputs import Inputs, ask_as_trained, check_workspace, open_inputs
 from palinode.pipeline.making import Making
 from palinode.pipeline.scales import Probes
-from palinode.pipeline.search import Probe, Rule
-from palinode.pipeline.tuning import Tuning
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text

@@ -26,7 +26,7 @@ from palinode.errors import DataError, MismatchError, OutputError, RecipeError
 from palinode.evaluation.self_check import PromptCheck, check_prompts, rows_with_style
 from palinode.evaluation.yardstick import BASE_ALONE
 from palinode.methods import METHODS
-from palinode.methods.cast import read_refusals
+from palinode.methods.method import read_refusals
 from palinode.models.inplace import check_live
 from palinode.models.loading import (
     check_positions,

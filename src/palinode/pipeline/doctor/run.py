@@ -25,9 +25,9 @@ from palinode.pipeline.doctor.equipment import existing, gigabytes, memory
 from palinode.pipeline.doctor.findings import DoctorFinding, Findings
 from palinode.pipeline.doctor.models import look_at_model, look_at_pair
 from palinode.pipeline.doctor.rows import look_at_fit, look_at_rows
-from palinode.pipeline.finished import finished_before
 from palinode.pipeline.inputs import Inputs, check_places, check_target, open_inputs
 from palinode.pipeline.recipe import Recipe, build_recipe, read_prompts
+from palinode.pipeline.run import finished_before
 from palinode.pipeline.tracking import check_trackers
 from palinode.progress import Listener, NullListener, duration_text
 from palinode.weights import Checkpoint

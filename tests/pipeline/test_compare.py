@@ -381,7 +381,7 @@ def test_rows_that_preparation_left_out_are_the_holdout_rows(content):
     inputs = open_inputs(recipe.shared)
     shares = divide_comparison(recipe, inputs.rows.forget, inputs.rows.retain)
     ground = Ground(recipe, inputs, inputs.earlier, None, shares, Workspace(recipe.workspace), Heard())
-    asked = make_gauge(recipe, shares, ground.left_over).asked[0]
+    asked = make_gauge(recipe, shares, ground.left_over).exams[0]
     unseen = {question.example.key for question in asked.sets["holdout"].questions}
     assert len(unseen) == 40  # evaluation.max_rows
     assert not unseen & {example.key for example in [*inputs.rows.forget, *inputs.rows.retain]}

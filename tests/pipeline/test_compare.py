@@ -386,7 +386,7 @@ def test_rows_that_preparation_left_out_are_the_holdout_rows(content):
     assert len(unseen) == 40  # evaluation.max_rows
     assert not unseen & {example.key for example in [*inputs.rows.forget, *inputs.rows.retain]}
     assert "holdout" not in asked.missing
-    assert "holdout" in make_gauge(recipe, shares).asked[0].missing
+    assert "holdout" in make_gauge(recipe, shares).exams[0].missing
 
 
 def test_folder_of_something_else_is_refused(content, tmp_path):

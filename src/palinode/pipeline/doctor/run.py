@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from palinode.data.examples import Example
 from palinode.errors import PalinodeError
-from palinode.evaluation.evaluate import EvaluationSettings
+from palinode.evaluation.ask import EvaluationLimits
 from palinode.evaluation.self_check import UNKNOWN, rows_with_style
 from palinode.methods import METHODS
 from palinode.models.loading import pick_device
@@ -97,7 +97,7 @@ def _look_at_prompts(
     asked, device = rows_with_style(rows), str(content.get("device", "auto"))
     try:
         style, room = read_prompts(content, changes).style(), _room(device)
-        length = EvaluationSettings(**_section(content, "evaluation")).max_length
+        length = EvaluationLimits(**_section(content, "evaluation")).max_length
     except (PalinodeError, ValidationError):  # said of the recipe already
         return
     if not asked:

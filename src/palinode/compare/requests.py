@@ -30,8 +30,8 @@ from palinode.pipeline.tuning import Trained, Vectors
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text
-from palinode.report.requests import requests_markdown
-from palinode.report.requests_picture import requests_picture
+from palinode.report.comparison_report import requests_markdown
+from palinode.report.pictures import requests_picture
 from palinode.weights import Checkpoint
 
 BYTES = 4

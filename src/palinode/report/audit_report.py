@@ -17,6 +17,7 @@ from palinode.report.content import (
     Items,
     Paragraph,
     Picture,
+    Row,
     Section,
     Tone,
     score_cell,
@@ -52,7 +53,7 @@ def audit_headline(record: Mapping[str, Any]) -> str:
 def audit_brief(record: Mapping[str, Any]) -> list[Block]:
     """Return what the terminal shows: every test, what was not tested and why, notes, and the headline."""
     models = _models(record)
-    rows = [
+    rows: list[Row] = [
         [
             f"{attack}\n  {test}",
             *(number(_score_of(entry, model)["value"]) for model in models),
@@ -81,7 +82,7 @@ def audit_brief(record: Mapping[str, Any]) -> list[Block]:
 def audit_section(record: Mapping[str, Any]) -> list[Section]:
     """Return every test with its margins, the relearning curves, and the budget."""
     models = _models(record)
-    rows = [
+    rows: list[Row] = [
         [
             f"{record['attacks'][attack]['title']}: {entry['title']}",
             _verdict(record, f"{attack}.{test}", entry, reason=True),

@@ -18,6 +18,7 @@ from palinode.report.content import (
     Link,
     Paragraph,
     Picture,
+    Row,
     Section,
     markdown,
     section,
@@ -118,7 +119,7 @@ def comparison_brief(table: Figures) -> list[Block]:
     """Return what the terminal shows: the ranking with what matters most, and what follows from it."""
     columns = [name for name in _columns(table) if name in SHORT]
     gaps = {entry["name"]: entry for entry in table["ranking"]["order"]}
-    rows = []
+    rows: list[Row] = []
     for name, summary in _summaries(table):
         place = gaps.get(name)
         gap = GridCell(number(place["gap"]), interval_text(place)) if place else ""
@@ -144,7 +145,7 @@ def comparison_sections(table: Figures) -> list[Section]:
 def _ranking_section(table: Figures) -> list[Section]:
     ranking = table["ranking"]
     ideal = "the retrained model" if ranking["ideal"] == "retrained" else "the base (forget), target (retain)"
-    rows = [
+    rows: list[Row] = [
         [
             f"{entry['place']}. {entry['name']}",
             "; ".join(entry["within_noise_of"]) or "none",
@@ -169,7 +170,7 @@ def _point_section(table: Figures) -> list[Section]:
     if probes and tries:
         forget, retain = (probes[f"{name}_probe"]["rows"] for name in ("forget", "retain"))
         told.insert(0, f"{tries} points each, on {forget} forget and {retain} retain rows kept for choosing.")
-    rows = [
+    rows: list[Row] = [
         [
             entry["name"],
             _settings_text(point["settings"], point["scales"]),
@@ -202,7 +203,7 @@ def _point_section(table: Figures) -> list[Section]:
 
 def _score_section(table: Figures) -> list[Section]:
     columns = _columns(table)
-    rows = [
+    rows: list[Row] = [
         [name, *(_spread_cell(_score(summary, column)) for column in columns)]
         for name, summary in _summaries(table)
     ]
@@ -229,7 +230,7 @@ def _cost_section(table: Figures) -> list[Section]:
         note = Paragraph(
             f"The budget of one unlearned model is {amount}; {share}. Epochs are whole, so less may be spent."
         )
-    rows = []
+    rows: list[Row] = []
     for entry in _in_order(table):
         cost = entry["cost"]
         peak = cost.get("peak_bytes")
@@ -433,11 +434,7 @@ REQUEST_MODELS = {
     "retrained": "retrained without any of them",
 }
 PARTS = {"done": "asked to be erased", "not_done": "not asked, or undone", "retain": "retain rows"}
-REQUEST_COLUMNS = {
-    f"{label}: {word}": (part, metric)
-    for part, label in PARTS.items()
-    for metric, word in (("recall", "recall"), ("answer_probability", "probability"))
-}
+REQUEST_METRICS = {"recall": "recall", "answer_probability": "probability"}
 SHOWN = (1, 3)
 """Numbers of requests that the tables show beside all of them."""
 REFERENCES = {"done": "retrained", "not_done": "target"}
@@ -446,13 +443,12 @@ REFERENCES = {"done": "retrained", "not_done": "target"}
 
 def requests_brief(table: Figures) -> list[Block]:
     """Return what the terminal shows: some states' figures, and whether each contestant could undo."""
-    head = [
-        "",
-        "state",
-        *(name.replace(": ", ":\n").replace("asked, or ", "asked,\nor ") for name in REQUEST_COLUMNS),
-    ]
-    grid = Grid("What is still known", head, _state_rows(table), text_columns=2)
-    return [grid, Items(undo_sentences(table))]
+    grids = []
+    for metric, name in REQUEST_METRICS.items():
+        columns = [(part, metric) for part in PARTS]
+        title = f"What is still known: {name}; below it the reference's on the same rows"
+        grids.append(Grid(title, ["", "state", *PARTS.values()], _state_rows(table, columns), text_columns=2))
+    return [*grids, Items(undo_sentences(table))]
 
 
 def undo_sentences(table: Figures) -> list[str]:
@@ -464,6 +460,8 @@ def undo_sentences(table: Figures) -> list[str]:
 def requests_markdown(table: Figures) -> str:
     """Return the report of a requests.json."""
     sizes = [request["rows"] for request in table["requests"]]
+    columns = [(part, metric) for part in PARTS for metric in REQUEST_METRICS]
+    head = [f"{PARTS[part]}: {REQUEST_METRICS[metric]}" for part, metric in columns]
     costs = ["model", "α, β", "epochs a request", "steps of all requests", "seconds", "steps at once"]
     sections = [
         *section(
@@ -476,7 +474,7 @@ def requests_markdown(table: Figures) -> str:
             ),
             Items(undo_sentences(table)),
             Picture("requests", "requests carried out and undone", {}, file="requests.svg"),
-            Grid("", ["model", "state", *REQUEST_COLUMNS], _state_rows(table), text_columns=2),
+            Grid("", ["model", "state", *head], _state_rows(table, columns), text_columns=2),
             Paragraph(
                 "Means over rows. In parentheses, for the very same rows: what the retrained model makes of "
                 "those asked to be erased, and the target of the others. Intervals, and every state, are in "
@@ -521,7 +519,7 @@ def _undo_text(undo: Figures) -> str:
     )
 
 
-def _state_rows(table: Figures) -> list[list[GridCell | str]]:
+def _state_rows(table: Figures, columns: Sequence[tuple[str, str]]) -> list[Row]:
     """Return models and some states, beside each figure the reference's on the same rows."""
 
     def cell(state: Figures, part: str, metric: str) -> GridCell:
@@ -530,7 +528,7 @@ def _state_rows(table: Figures) -> list[list[GridCell | str]]:
         return GridCell(number(value), number(beside) if known else None)
 
     return [
-        [name, what, *(cell(state, *column) for column in REQUEST_COLUMNS.values())]
+        [name, what, *(cell(state, *column) for column in columns)]
         for name, what, state in _shown_states(table)
     ]
 

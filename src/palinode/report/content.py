@@ -35,6 +35,9 @@ class GridCell:
     tone: Tone | None = None
 
 
+Row = Sequence[GridCell | str]
+
+
 @dataclass(frozen=True, slots=True)
 class Grid:
     """Rows of cells under a head; the columns after the first `text_columns` hold numbers."""
@@ -42,7 +45,7 @@ class Grid:
     title: str
     """Stands above it in the terminal, is read to those who do not see it, and clicked where it is folded."""
     head: Sequence[str]
-    rows: Sequence[Sequence[GridCell | str]]
+    rows: Sequence[Row]
     text_columns: int = 1
     folded: bool = False
 
@@ -255,7 +258,7 @@ def show(blocks: Iterable[Block], console: Console) -> None:
                 console.print(block.text, soft_wrap=True)
             case Items():
                 for line in block.lines:
-                    console.print(line if isinstance(line, str) else " ".join(line), soft_wrap=True)
+                    console.print(str(line), soft_wrap=True)
             case _:
                 raise TypeError(f"a {type(block).__name__} is not for the terminal")
 

@@ -8,7 +8,7 @@ for plotly reads a part of HTML in its texts.
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from textwrap import wrap
 from typing import Any
 
@@ -303,7 +303,8 @@ def _front_trace(content: Mapping[str, Any]) -> list[Figure]:
     )
     if len(front) < 2:
         return []
-    trace = line("front", *zip(*front, strict=True), "--unlearned", "dot")
+    xs, ys = zip(*front, strict=True)
+    trace = line("front", xs, ys, "--unlearned", "dot")
     return [{**trace, "line": {**trace["line"], "width": 1}, "hoverinfo": "skip"}]
 
 
@@ -382,56 +383,50 @@ def likelihood_figure(content: Mapping[str, Any], data_set: str) -> Figure | Non
 
 def norm_figure(content: Mapping[str, Any]) -> Figure | None:
     """Return the length of each vector by part of the model."""
-    return _by_part(
-        at(content, "vectors", "parts"),
-        {f"{name} vector": lambda part, name=name: at(part, name, "norm") for name in ("forget", "retain")},
-        "length",
-    )
+    parts = at(content, "vectors", "parts") or {}
+    lengths = {name: [at(part, name, "norm") for part in parts.values()] for name in ("forget", "retain")}
+    return _by_part(parts, {f"{name} vector": found for name, found in lengths.items()}, "length")
 
 
 def cosine_figure(content: Mapping[str, Any]) -> Figure | None:
     """Return the cosine between the vectors by part of the model."""
-    cosine = {"cosine": lambda part: at(part, "cosine")}
-    return _by_part(at(content, "vectors", "parts"), cosine, "cosine of the two vectors", ("--unlearned",))
+    parts = at(content, "vectors", "parts") or {}
+    cosines = {"cosine": [at(part, "cosine") for part in parts.values()]}
+    return _by_part(parts, cosines, "cosine of the two vectors", ("--unlearned",))
 
 
 def dose_figure(content: Mapping[str, Any]) -> Figure | None:
-    """Return the scale found in the stored weights by part of the model, beside the one asked for."""
-
-    def share(part: Mapping[str, Any], name: str, asked: float) -> float | None:
-        found: float | None = at(part, "effective", name)
-        return None if found is None else found / asked
-
-    asked = {name: value for name in ("forget", "retain") if (value := at(content, "scales", name))}
-    shares = {
-        f"{name} vector": lambda part, name=name, value=value: share(part, name, value)
-        for name, value in asked.items()
-    }
-    return _by_part(at(content, "dose", "parts"), shares, "stored / asked scale")
+    """Return the scale found in the stored weights by part of the model, as a share of the one asked for."""
+    parts = at(content, "dose", "parts") or {}
+    shares = {}
+    for name in ("forget", "retain"):
+        if asked := at(content, "scales", name):
+            found = [at(part, "effective", name) for part in parts.values()]
+            shares[f"{name} vector"] = [None if one is None else one / asked for one in found]
+    return _by_part(parts, shares, "stored / asked scale")
 
 
 def _by_part(
-    parts: Mapping[str, Any] | None,
-    values: Mapping[str, Callable[[Mapping[str, Any]], float | None]],
+    parts: Iterable[str],
+    lines: Mapping[str, Sequence[float | None]],
     title: str,
     colours: Sequence[str] = ("--target", "--retrained"),
 ) -> Figure | None:
     """Return a line a name over the parts of the model."""
-    traces = []
-    labels = [escaped_name(part) for part in parts or ()]
-    for place, (name, value) in enumerate(values.items()):
-        found = [value(part) for part in (parts or {}).values()]
-        if all(one is None for one in found):
-            continue
-        xs = [label.removeprefix("layer ") for label in labels]
-        trace = line(name, xs, found, colours[place], ("solid", "dot")[place])
-        trace["mode"] = "lines+markers"
-        trace["marker"] = {"color": colours[place], "symbol": ("circle", "diamond")[place], "size": 7}
-        trace["hovertext"] = labels
-        trace["hovertemplate"] = f"<b>%{{hovertext}}</b><br>{name}: %{{y:.4g}}<extra></extra>"
-        traces.append(trace)
-    across = {"type": "category", "automargin": True}
-    up = {"rangemode": "tozero"}
+    labels, traces = [escaped_name(part) for part in parts], []
+    for place, (name, values) in enumerate(lines.items()):
+        if any(value is not None for value in values):
+            xs = [label.removeprefix("layer ") for label in labels]
+            trace = line(name, xs, values, colours[place], ("solid", "dot")[place])
+            symbol = ("circle", "diamond")[place]
+            trace |= {
+                "mode": "lines+markers",
+                "marker": {"color": colours[place], "symbol": symbol, "size": 7},
+                "hovertext": labels,
+                "hovertemplate": f"<b>%{{hovertext}}</b><br>{name}: %{{y:.4g}}<extra></extra>",
+            }
+            traces.append(trace)
+    across, up = {"type": "category", "automargin": True}, {"rangemode": "tozero"}
     return figure(traces, 340, "part, or number of the layer", title, xaxis=across, yaxis=up)
 
 

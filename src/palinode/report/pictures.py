@@ -18,7 +18,7 @@ from typing import Any
 
 from palinode.report.comparison_report import PARTS, SIDES, axis_entry, axis_models, on_same_rows
 from palinode.report.content import Figure
-from palinode.report.figures import MARKS, PALETTE, SYMBOLS, dots, errors, figure, line, tradeoff_figure
+from palinode.report.figures import PALETTE, SYMBOLS, dots, errors, figure, line, tradeoff_figure
 from palinode.report.location_report import MOST_ROWS
 from palinode.report.words import bracketed, in_picture, model_label, number, words
 
@@ -69,7 +69,8 @@ class _Scale:
 
     def at(self, value: float) -> float:
         """Return the place of a value."""
-        return self.start + (self.end - self.start) * (value - self.low) / (self.high - self.low)
+        share = (value - self.low) / (self.high - self.low)
+        return float(self.start + (self.end - self.start) * share)
 
     def ticks(self) -> list[tuple[float, str]]:
         """Return where something is written along the axis, and what: round numbers if nothing is named."""
@@ -251,7 +252,7 @@ def axis_picture(content: Mapping[str, Any]) -> str:
         fixed, contestants = axis_models(content)
         traces = [_axis_reference(content, name, side) for name in fixed]
         traces += [
-            _axis_contestant(content, name, side, place / len(contestants) - 0.5)
+            _axis_contestant(content, name, side, (place + 0.5) / len(contestants) - 0.5)
             for place, name in enumerate(contestants)
         ]
         key = content["key"] if side == SIDES[-1] else ""
@@ -276,8 +277,8 @@ def _axis_reference(content: Mapping[str, Any], name: str, side: str) -> Figure:
     known = [(place, one[side]["value"]) for place, one in enumerate(found) if one]
     ends = [(known[0][0] - 0.5, known[0][1]), *known, (known[-1][0] + 0.5, known[-1][1])]
     xs, ys = zip(*ends, strict=True)
-    dash = {"target": "dash", "base": "dot", "retrained": "dashdot"}[name]
-    return line(model_label(name), xs, ys, MARKS[name][0], dash)
+    looks = {"target": ("--ink", "dash"), "base": ("--other", "dot"), "retrained": ("--ink", "dashdot")}
+    return line(model_label(name), xs, ys, *looks[name])
 
 
 def _axis_contestant(content: Mapping[str, Any], name: str, side: str, shift: float) -> Figure:
@@ -287,7 +288,7 @@ def _axis_contestant(content: Mapping[str, Any], name: str, side: str, shift: fl
     entries = [(number_, entry, axis_entry(entry, name)) for number_, entry in enumerate(content["values"])]
     known = [(at, entry, one) for at, entry, one in entries if one and one[side]["value"] is not None]
     scores = [one[side] for *_, one in known]
-    trace = line(name, [at + 0.3 * shift for at, *_ in known], [score["value"] for score in scores], colour)
+    trace = line(name, [at + 0.2 * shift for at, *_ in known], [score["value"] for score in scores], colour)
     hollow = [symbol if one["kept_rule"] else f"{symbol}-open" for *_, one in known]
     said = [
         f"{name} at {entry['value']}: {number(score['value'])} {bracketed(score)}".strip()

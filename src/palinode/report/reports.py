@@ -305,23 +305,24 @@ def _worst_first(outcomes: Outcomes, label: str) -> list[dict[str, Any]]:
         if sets.get(label)
     }
     goal = by_model.get(held_against(label, by_model) or "", {})
-    cases = []
+    differences, cases = {}, []
     for row, mine in by_model.get("unlearned", {}).items():
         found = {model: rows[row] for model, rows in by_model.items() if row in rows}
         first = next(iter(found.values()))
         now, should = _probability(mine), _probability(goal[row]) if row in goal else None
+        difference = differences[row] = None if now is None or should is None else now - should
         case = {
             "row": row,
             "prompt": first.prompt,
             "expected": first.expected,
-            "difference": None if now is None or should is None else _short(now - should),
+            "difference": None if difference is None else _short(difference),
             "answers": {name: outcome.generated for name, outcome in found.items()},
             "probabilities": {name: _probability(outcome) for name, outcome in found.items()},
         }
         cases.append(case)
 
     def badness(case: Mapping[str, Any]) -> float:
-        difference: float = case["difference"] or 0.0
+        difference = differences[case["row"]] or 0.0
         return abs(difference) if label == "forget" else -difference
 
     return sorted(cases, key=lambda case: (-badness(case), case["row"]))

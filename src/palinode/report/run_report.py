@@ -25,6 +25,7 @@ from palinode.report.content import (
     Pairs,
     Paragraph,
     Picture,
+    Row,
     Section,
     markdown,
     score_cell,
@@ -65,7 +66,7 @@ def headline(record: Mapping[str, Any]) -> str:
 def run_brief(record: Mapping[str, Any]) -> list[Block]:
     """Return what the terminal shows of a run: the scores with their intervals, and the headline."""
     metrics = metrics_on(record, SETS)
-    rows: list[list[GridCell | str]] = []
+    rows: list[Row] = []
     for data_set, label in SETS.items():
         found = scores_on(record, data_set)
         rows += [[GridCell(label, tone="chosen")]] if found else []
@@ -135,7 +136,7 @@ def _probabilities(record: Mapping[str, Any], data_set: str, *models: str) -> li
 
 def _demo_section(demo: Mapping[str, Any]) -> list[Section]:
     people = demo.get("people") or {}
-    rows = [
+    rows: list[Row] = [
         [
             model_label(name),
             *(f"{recall[part]:.2f}" for part in ("forget", "others", "general")),
@@ -161,7 +162,7 @@ def _score_section(content: Mapping[str, Any]) -> list[Section]:
         found, metrics = scores_on(content, name), metrics_on(content, [name])
         if not found:
             continue
-        rows = [
+        rows: list[Row] = [
             [model_label(model), _count(scores), *(score_cell(scores.get(metric)) for metric in metrics)]
             for model, scores in found.items()
         ]
@@ -265,7 +266,7 @@ def _scale_sentences(scales: Mapping[str, Any]) -> Iterator[str]:
 
 def _sensitivity_grid(steps: Sequence[Mapping[str, Any]]) -> Grid:
     keys = ("forget_probability", "retain_probability", "distance")
-    rows = [
+    rows: list[Row] = [
         [
             *(scale(step.get(key)) for key in ("forget", "retain")),
             *(signed(step.get(f"{key}_change")) for key in keys),
@@ -279,7 +280,7 @@ def _sensitivity_grid(steps: Sequence[Mapping[str, Any]]) -> Grid:
 
 def _point_grid(points: Sequence[Mapping[str, Any]]) -> Grid:
     keys = [key for key in _MEASURED if any(point.get(key) is not None for point in points)]
-    rows = [
+    rows: list[Row] = [
         [
             *(scale(point.get(key)) for key in ("forget", "retain")),
             *(number(point.get(key)) for key in keys),
@@ -351,7 +352,7 @@ def _likelihood_section(content: Mapping[str, Any]) -> list[Section]:
 
 
 def _vector_section(content: Mapping[str, Any]) -> list[Section]:
-    rows = [
+    rows: list[Row] = [
         [f"{name} vector", number(at(content, "vectors", name, "norm")), percent(at(content, "dose", name))]
         for name in SETS
         if at(content, "vectors", name)
@@ -395,7 +396,7 @@ def _vector_section(content: Mapping[str, Any]) -> list[Section]:
 
 
 def _cost_section(content: Mapping[str, Any]) -> list[Section]:
-    rows = [
+    rows: list[Row] = [
         [
             TRAININGS.get(name, words(name)),
             *(integer(run.get(key)) for key in ("rows", "steps", "tokens")),

@@ -117,12 +117,12 @@ def test_space_of_a_transposed_layer_is_that_of_its_inputs_too():
 
 def test_padding_is_no_input():
     """Beside a row of nine tokens a row of one would have eight of padding: Σ x xᵀ is that of ten tokens."""
-    model, sums = gpt2(), {}
+    model, alone = gpt2(), {}
     rows = [TokenRow(tuple(range(5, 14)), 4, 0), TokenRow((20,), 1, 1)]
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Conv1D)}
     for row in rows:
         for name, total in sums._sums(model, layers, [row], [[0]], pad_id=0, on_progress=None).items():
-            sums[name] = sums.get(name, 0) + total
+            alone[name] = alone.get(name, 0) + total
     together = sums._sums(model, layers, rows, [[0, 1]], pad_id=0, on_progress=None)
     for name, total in together.items():
-        torch.testing.assert_close(total, sums[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(total, alone[name], rtol=1e-5, atol=1e-6)

@@ -91,15 +91,15 @@ def _kind_of(comparison: ComparisonRecipe) -> _Kind:
     from palinode import compare as pipeline
 
     if comparison.requests:
-        from palinode.compare import request_plan
+        from palinode.compare import requests
         from palinode.report.comparison_report import requests_brief
 
         return _Kind(
             pipeline.plan_requests,
-            request_plan.describe_requests,
+            requests.describe_requests,
             pipeline.carry_out,
             requests_brief,
-            request_plan.FILES,
+            requests.FILES,
         )
     if comparison.axis:
         from palinode.compare import axis
@@ -112,12 +112,12 @@ def _kind_of(comparison: ComparisonRecipe) -> _Kind:
             axis_brief,
             axis.FILES,
         )
-    from palinode.compare import plan, run
+    from palinode.compare import run
     from palinode.report.comparison_report import comparison_brief
 
     return _Kind(
         pipeline.plan_comparison,
-        plan.describe_plan,
+        run.describe_plan,
         pipeline.compare,
         comparison_brief,
         run.FILES,

@@ -42,11 +42,11 @@ REFERENCE_MODELS = ("target", "base", "retrained")
 COLUMNS = {
     "forget quality (p)": ("*/forget/forget_quality", "rows/forget/forget_quality"),
     "model utility": ("*/all/model_utility",),
-    "forget: recall": ("rows/forget/recall",),
+    "forget: exact match": ("rows/forget/exact_match",),
     "forget: probability": ("rows/forget/answer_probability",),
     "forget: ROUGE-L": ("rows/forget/rouge_l_recall",),
     "forget: extraction strength": ("rows/forget/extraction_strength",),
-    "retain: recall": ("rows/retain/recall",),
+    "retain: exact match": ("rows/retain/exact_match",),
     "retain: probability": ("rows/retain/answer_probability",),
     "retain: ROUGE-L": ("rows/retain/rouge_l_recall",),
     "retain: extraction strength": ("rows/retain/extraction_strength",),
@@ -72,9 +72,9 @@ A benchmark's group is "*".
 SHORT = (
     "forget quality (p)",
     "model utility",
-    "forget: recall",
+    "forget: exact match",
     "forget: probability",
-    "retain: recall",
+    "retain: exact match",
     "retain: probability",
 )
 """Those that the terminal shows."""
@@ -434,7 +434,7 @@ REQUEST_MODELS = {
     "retrained": "retrained without any of them",
 }
 PARTS = {"done": "asked to be erased", "not_done": "not asked, or undone", "retain": "retain rows"}
-REQUEST_METRICS = {"recall": "recall", "answer_probability": "probability"}
+REQUEST_METRICS = {"exact_match": "exact match", "answer_probability": "probability"}
 SHOWN = (1, 3)
 """Numbers of requests that the tables show beside all of them."""
 REFERENCES = {"done": "retrained", "not_done": "target"}

@@ -260,7 +260,7 @@ def demo_brief(record: Mapping[str, Any]) -> list[Block]:
         Grid(
             "The last clean checkpoint of each request", ["request", "rows", "truth", *DEMO_EVIDENCE], found
         ),
-        Grid("Unlearning the main request from each checkpoint: recall", head, tried),
+        Grid("Unlearning the main request from each checkpoint: exact match", head, tried),
         Items([*broken, demo_sentence(record)]),
     ]
 

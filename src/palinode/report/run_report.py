@@ -147,11 +147,11 @@ def _demo_section(demo: Mapping[str, Any]) -> list[Section]:
     head = ["model", f"{people.get('forget')} forget people", f"{people.get('others')} others"]
     return section(
         "The demo's world",
-        Grid("Recall by model", [*head, "general facts", "α, β"], rows),
+        Grid("Exact match by model", [*head, "general facts", "α, β"], rows),
         anchor="demo",
         bar="Demo",
-        intro="Recall, the share of questions answered exactly right. In this invented world the truth is "
-        "known: the retrained model never saw the people who are to be forgotten, and nothing was chosen by "
+        intro="Exact match, the share of questions answered exactly right. In this invented world the truth "
+        "is known: the retrained model never saw the people who are to be forgotten, and nothing was chosen by "
         "looking at it. The task vector is the same arithmetic with the vector taken from the target itself.",
     )
 

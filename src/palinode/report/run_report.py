@@ -151,8 +151,9 @@ def _demo_section(demo: Mapping[str, Any]) -> list[Section]:
         anchor="demo",
         bar="Demo",
         intro="Exact match, the share of questions answered exactly right. In this invented world the truth "
-        "is known: the retrained model never saw the people who are to be forgotten, and nothing was chosen by "
-        "looking at it. The task vector is the same arithmetic with the vector taken from the target itself.",
+        "is known: the retrained model never saw the people who are to be forgotten, and nothing was chosen "
+        "by looking at it. The task vector is the same arithmetic with the vector taken from the target "
+        "itself.",
     )
 
 

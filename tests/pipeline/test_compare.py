@@ -370,7 +370,7 @@ def test_report_ranks_in_words_and_holds_no_row(compared, content):
     assert "| MSA |" in report
     answer = json.loads(Path(content["data"]["forget"]).read_text().splitlines()[0])["prompt"]
     assert answer not in report + table
-    assert (folder / "tradeoff.svg").read_text().count("<circle") == 4 + 2  # points, and the key
+    assert (folder / "tradeoff.svg").read_text().count('class="mark"') == 2 * (2 + 3) + 2  # and the key
 
 
 def test_rows_that_preparation_left_out_are_the_holdout_rows(content):

@@ -55,8 +55,8 @@ from palinode.pipeline.heading import environment, heading
 from palinode.pipeline.inputs import check_folder, check_workspace, open_inputs
 from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text
-from palinode.report.requests import requests_markdown
-from palinode.report.requests_picture import requests_picture
+from palinode.report.comparison_report import requests_markdown
+from palinode.report.pictures import requests_picture
 from palinode.weights import Checkpoint
 
 BYTES = 4

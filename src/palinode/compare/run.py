@@ -65,10 +65,9 @@ from palinode.pipeline.scales import Probes
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text
-from palinode.report.comparison import comparison_markdown
-from palinode.report.content import Facts, report_content
-from palinode.report.html import html_report
-from palinode.report.tradeoff import tradeoff_picture
+from palinode.report.page import html_report
+from palinode.report.pictures import tradeoff_picture
+from palinode.report.reports import Facts, markdown_report, report_content
 from palinode.weights import Checkpoint
 
 FILES = TABLE, REPORT, PICTURE, PAGE = "table.json", "report.md", "tradeoff.svg", "report.html"
@@ -308,8 +307,9 @@ class _Comparison:
 def _write(output: Path, table: Mapping[str, Any]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / PICTURE, tradeoff_picture(table))
-    write_text(output / REPORT, comparison_markdown(table))
-    write_text(output / PAGE, html_report(report_content(Facts("compare", table))))
+    content = report_content(Facts("compare", table))
+    write_text(output / REPORT, markdown_report(content))
+    write_text(output / PAGE, html_report(content))
     write_json(output / TABLE, table)
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
@@ -34,7 +34,6 @@ from palinode.compare.search import (
     MethodPoint,
     SearchPart,
     Tried,
-    better,
     by_training,
     draw_points,
     epochs_for,
@@ -46,11 +45,12 @@ from palinode.compare.search import (
 )
 from palinode.data.examples import Example, Message, fingerprint_examples
 from palinode.data.world import Fact
+from palinode.evaluation.yardstick import estimate_yardstick
 from palinode.methods import METHODS
 from palinode.models.loading import pick_device
 from palinode.pipeline.demo_run import one_thread
 from palinode.pipeline.finetuning import FineTuning
-from palinode.pipeline.grid import Probe, Rule
+from palinode.pipeline.goal import Behaviour, Goal, best
 from palinode.pipeline.heading import environment, heading
 from palinode.pipeline.inputs import (
     Inputs,
@@ -61,7 +61,7 @@ from palinode.pipeline.inputs import (
     open_inputs,
 )
 from palinode.pipeline.making import Making
-from palinode.pipeline.scales import Probes
+from palinode.pipeline.scales import Probes, open_goal
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text
@@ -168,13 +168,13 @@ class _Comparison:
         self.command = command
         self.started = datetime.now(UTC)
         self.gauge = make_gauge(ground.recipe, ground.shares, ground.left_over)
-        self.search = ComparisonSearch(ground)
+        self.goal, self.asked = self._goal()
+        self.search = ComparisonSearch(ground, self.goal)
         self.reference: Step | None = None
 
     def run(self, output: Path) -> dict[str, Any]:
         """Go through all contestants and write the tables."""
         fixed = self._measure_fixed()
-        rule, probes = self._rule()
         seed = self.comparison.seeds[0]
         parts = {
             contestant.name: plan_parts(self.ground, contestant, self.points[contestant.name], seed)
@@ -185,8 +185,8 @@ class _Comparison:
         entries: list[TableEntry] = []
         for number, contestant in enumerate(self.comparison.contestants, start=1):
             self._say(f"{contestant.name} ({number} of {len(parts)}): {self.comparison.tries} points")
-            entries.append(self._contestant(contestant, parts[contestant.name], rule))
-            table = self._table(fixed, probes, rule, entries)
+            entries.append(self._contestant(contestant, parts[contestant.name]))
+            table = self._table(fixed, entries)
             _write(output, table)
         return table
 
@@ -204,41 +204,43 @@ class _Comparison:
                 self.reference = step
         return {name: found[name] for name in ("target", "base", "retrained") if name in found}
 
-    def _rule(self) -> tuple[Rule, dict[str, Probe]]:
-        """Return the rule with its numbers, and what it was made of."""
-        ground = self.ground
-        recipe = recipe_of(
-            self.recipe.content,
-            next(iter(self.points.values()))[0],
-            {"target": str(ground.target.folder)},
-            epochs=1,
-            seed=self.comparison.seed,
-        )
-        inputs = replace(ground.inputs, target=ground.target, rows=rows_for(recipe, ground.shares))
-        rows = [[row.row for row in part] for part in (inputs.rows.forget_probe, inputs.rows.retain_probe)]
+    def _goal(self) -> tuple[Goal, dict[str, Behaviour]]:
+        """Return what points are judged by, and what the models that do not change make of the probe rows."""
+        ground, choose = self.ground, self.comparison.choose
+        point = next(iter(self.points.values()))[0]
+        target = {"target": str(ground.target.folder)}
+        recipe = recipe_of(self.recipe.content, point, target, epochs=1, seed=self.comparison.seed)
+        given = ground.inputs.rows
+        own = rows_for(recipe, ground.shares)
+        rows = replace(own, unseen=given.unseen, unseen_source=given.unseen_source)
         models = {"base": ground.base, "target": ground.target}
         models |= {"retrained": ground.retrained} if ground.retrained else {}
         prints = {name: checkpoint.fingerprint() for name, checkpoint in models.items()}
-        step = ground.workspace.step("rule", models=prints, rows=rows, data=self.gauge.key())
+        parts = (rows.forget_probe, rows.retain_probe, rows.unseen)
+        asked_rows = [fingerprint_examples(part) for part in parts]
+        step = ground.workspace.step("goal", models=prints, rows=asked_rows, data=self.gauge.key())
         step.begin()
-        asked = Probes(inputs, ground.target, step.folder / "probes.json")
-        probes = {name: asked.of_checkpoint(name, checkpoint) for name, checkpoint in models.items()}
+        inputs = replace(ground.inputs, target=ground.target, rows=rows)
+        probes = Probes(inputs, ground.target, step.folder / "probes.json")
+        asked = {name: probes.of_checkpoint(name, checkpoint) for name, checkpoint in models.items()}
+        truth = None
+        if choose.floor == "retrained":
+            truth = replace(estimate_yardstick(asked["retrained"]["forget"]), source="retrained")
+        goal = replace(open_goal(probes, truth), retain_share=choose.retain_share)
         step.finish({})
-        floor = probes[self.comparison.choose.floor].forget
-        return Rule(floor, probes["target"].retain, self.comparison.choose.retain_share), probes
+        return goal, {name: Behaviour.of(found) for name, found in asked.items()}
 
-    def _contestant(self, contestant: Contestant, parts: Sequence[SearchPart], rule: Rule) -> TableEntry:
+    def _contestant(self, contestant: Contestant, parts: Sequence[SearchPart]) -> TableEntry:
         """Try a contestant's points, choose one, and measure it with every seed."""
-        tried = self.search.run(parts, rule)
-        chosen = better(tried, rule)
-        assert chosen is not None
+        tried = self.search.run(parts)
+        chosen = best(tried)
         finals = [
             part_of(self.ground, contestant, [chosen.point], seed, epochs=chosen.facts["epochs"])
             for seed in self.comparison.seeds
         ]
         self.search.announce(finals)
         measured = {part.recipe.seed: self._final(part, chosen) for part in finals}
-        return TableEntry(contestant, tried, chosen, rule.allows(chosen.probe), measured)
+        return TableEntry(contestant, tried, chosen, self.goal.keeps(chosen.behaviour), measured)
 
     def _final(self, part: SearchPart, chosen: Tried) -> Mapping[str, Any]:
         """Make the chosen point with one seed, measure it, and let its vectors go."""
@@ -282,18 +284,12 @@ class _Comparison:
             listener=self.ground.listener,
         )
 
-    def _table(
-        self,
-        fixed: Mapping[str, Mapping[str, Any]],
-        probes: Mapping[str, Probe],
-        rule: Rule,
-        entries: Sequence[TableEntry],
-    ) -> dict[str, Any]:
+    def _table(self, fixed: Mapping[str, Mapping[str, Any]], entries: Sequence[TableEntry]) -> dict[str, Any]:
         return build_table(
             self.ground,
             fixed=fixed,
-            probes=probes,
-            rule=rule,
+            asked=self.asked,
+            goal=self.goal,
             entries=entries,
             started=self.started,
             command=self.command,
@@ -334,8 +330,8 @@ def build_table(
     ground: Ground,
     *,
     fixed: Mapping[str, Mapping[str, Any]],
-    probes: Mapping[str, Probe],
-    rule: Rule,
+    asked: Mapping[str, Behaviour],
+    goal: Goal,
     entries: Sequence[TableEntry],
     started: datetime,
     command: str | None,
@@ -351,20 +347,20 @@ def build_table(
             mode="json", exclude={"method", "method_settings", "scales"}
         ),
         "comparison": comparison.model_dump(mode="json", exclude={"contestants", "axis"}),
-        "rule": str(rule),
+        "rule": str(goal),
         "rows": {
             name: {"rows": len(rows), "fingerprint": fingerprint_examples(rows)}
             for name, rows in row_parts(ground).items()
         },
         "models": {
             name: {
-                "probes": asdict(probes[name]),
+                "probes": asked[name].probabilities,
                 "summary": _summary([found["scores"]]),
                 "values": found["values"],
             }
             for name, found in fixed.items()
         },
-        "contestants": [_contestant(entry, rule) for entry in entries],
+        "contestants": [_contestant(entry) for entry in entries],
         "ranking": _ranking(ground, fixed, entries),
         "environment": environment(pick_device(ground.recipe.shared.device)),
         "notes": list(ground.inputs.notes),
@@ -384,7 +380,7 @@ def row_parts(ground: Ground) -> dict[str, Sequence[Any]]:
     }
 
 
-def _contestant(entry: TableEntry, rule: Rule) -> dict[str, Any]:
+def _contestant(entry: TableEntry) -> dict[str, Any]:
     method, chosen = METHODS[entry.contestant.method], entry.chosen
     costs = [found["cost"] for found in entry.measured.values()]
     return {
@@ -394,7 +390,7 @@ def _contestant(entry: TableEntry, rule: Rule) -> dict[str, Any]:
         "source": method.source,
         "set": dict(entry.contestant.set),
         "search": {key: list(values) for key, values in entry.contestant.search.items()},
-        "points": [_point(tried, rule, chosen) for tried in entry.tried],
+        "points": [_point(tried, chosen) for tried in entry.tried],
         "chosen": {"number": chosen.point.number, **_settings(chosen), "kept_rule": entry.kept_rule},
         "cost": {
             "epochs": chosen.facts["epochs"],
@@ -411,13 +407,17 @@ def _contestant(entry: TableEntry, rule: Rule) -> dict[str, Any]:
     }
 
 
-def _point(tried: Tried, rule: Rule, chosen: Tried) -> dict[str, Any]:
+def _point(tried: Tried, chosen: Tried) -> dict[str, Any]:
+    means = tried.behaviour.probabilities
     return {
         "number": tried.point.number,
         **_settings(tried),
-        "forget_probability": tried.probe.forget,
-        "retain_probability": tried.probe.retain,
-        "allowed": rule.allows(tried.probe),
+        "forget_probability": means["forget"],
+        "retain_probability": means.get("retain"),
+        "neutral_probability": means.get("neutral"),
+        "distance": tried.goal.distance(tried.behaviour),
+        "objective": tried.goal.objective(tried.behaviour),
+        "allowed": tried.goal.keeps(tried.behaviour),
         "chosen": tried.point.number == chosen.point.number,
         **{name: tried.facts[name] for name in ("epochs", "steps", "tokens", "seconds", "peak_bytes")},
     }

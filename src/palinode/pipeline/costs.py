@@ -18,8 +18,8 @@ from palinode.evaluation.self_check import ROWS, rows_with_style
 from palinode.methods.method import Asked, Run
 from palinode.models.likelihoods import LOGIT_BYTES
 from palinode.models.loading import load_tokenizer, pick_device
-from palinode.pipeline.goal import FIRST_LOOK
 from palinode.pipeline.inputs import Inputs
+from palinode.pipeline.scales import FIRST_LOOK
 from palinode.training.loop import AUTOCAST_FROM, count_steps
 from palinode.weights.geometry import part_of
 

@@ -28,7 +28,7 @@ from palinode.evaluation.benchmark import Places
 from palinode.evaluation.evaluate import EvaluationSettings, evaluate_benchmark
 from palinode.evaluation.judging import DecisionCache
 from palinode.pipeline import unlearn
-from palinode.pipeline.audit import AuditPlan, audit
+from palinode.pipeline.audit_run import AuditPlan, audit
 from palinode.pipeline.demo_run import run_demo
 from palinode.pipeline.forgetting import describe_leftovers, leftovers
 from palinode.pipeline.reporting import gather, write_reports

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,11 @@ class Shares:
     retain_train: Sequence[Example]
     retain_probe: Sequence[Example]
     retain_test: Sequence[Example]
+
+    @property
+    def parts(self) -> dict[str, Sequence[Example]]:
+        """The parts by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 def divide_rows(

@@ -5,13 +5,8 @@
     requests.json, requests.md, requests.svg
 
 Undoing goes back to the stored original and forms the sum again without that request's vector; it never adds
-the vector. A method that trains can only go on from its last model, and says so.
-
-What a recipe with requests will do, checked and counted before anything is done.
-
-Which forget rows are one erasure request: those that share a column's value, or so many in order.
-
-Put requests.json together: strict JSON with every state of every contestant, without text of the rows.
+the vector. A method that trains can only go on from its last model, and says so. One request is the forget
+rows that share a column's value, or so many in order. A plan counts what will be trained.
 """
 
 from __future__ import annotations
@@ -134,9 +129,7 @@ class _Requests:
     def _arithmetic(self, contestant: Contestant) -> dict[str, Any]:
         """Make every request's vector from the same start, and go through the states of the sums."""
         point = self.points[contestant.name]
-        parts = {
-            request.number: self._grounded(contestant, request.number)[1] for request in self.asked.requests
-        }
+        parts = {number: self._grounded(contestant, number)[1] for number in self.numbers}
         joint = self._grounded(contestant, None)[1]
         trained = {number: train_part(self.ground, part) for number, part in parts.items()}
         all_at_once, joint_cost = train_part(self.ground, joint)
@@ -170,12 +163,13 @@ class _Requests:
     ) -> dict[str, Any]:
         """Return the content of requests.json for the contestants that are through."""
         ground, comparison, asked = self.ground, self.comparison, self.asked
+        facts = shared_facts(ground)
         return {
             **heading(REQUESTS_VERSION, started=self.started, command=self.command or "palinode compare"),
             "complete": len(entries) == len(comparison.contestants),
             "seed": comparison.seed,
             "training_seed": comparison.seeds[0],
-            **shared_facts(ground),
+            "shared": facts.pop("shared"),
             "comparison": comparison.model_dump(
                 mode="json", include={"world", "demo", "budget", "split", "requests"}
             ),
@@ -195,6 +189,7 @@ class _Requests:
             },
             "models": dict(models),
             "contestants": list(entries),
+            **facts,
         }
 
     def _state(

@@ -559,9 +559,7 @@ def compact(
         for number in range(1 << bits):
             path = partial / f"part-{number:05d}.parquet"
             if not path.exists():
-                parts = [file.rows(between=(number * width, (number + 1) * width - 1)) for file in files]
-                hashes, steps = (np.concatenate(column) for column in zip(*parts, strict=True))
-                write_segment(path, hashes, steps.astype(np.int32))
+                write_segment(path, *_part(files, (number * width, (number + 1) * width - 1)))
             advance(1)
     _write_steps(partial / "steps.parquet", files)
     write_json(partial / "manifest.json", manifest)
@@ -583,6 +581,13 @@ def _begin_run(target: Path, manifest: dict[str, Any]) -> Path:
         partial.mkdir()
         write_json(plan, manifest)
     return partial
+
+
+def _part(files: Sequence[LogFile], between: tuple[int, int]) -> tuple[Hashes, npt.NDArray[np.int32]]:
+    """Return the rows of all files that count and whose key lies between two."""
+    parts = [file.rows(between=between) for file in files]
+    hashes, steps = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return hashes, steps.astype(np.int32)
 
 
 def _write_steps(path: Path, files: Sequence[LogFile]) -> None:

@@ -13,9 +13,9 @@ from palinode.history.duplicates import hashes
 from palinode.history.exposures import ExposureLog
 from palinode.history.judgement import known_alternatives
 from palinode.history.locating import locate
-from palinode.history.orders import LoggedStage, PalinodeOrder, open_palinode, rebuild, write_stages
 from palinode.history.reader import ExposureReader
 from palinode.history.series import CheckpointSeries, SeriesCheckpoint
+from palinode.history.stages import LoggedStage, PalinodeOrder, open_palinode, rebuild, write_stages
 from palinode.report.location import location_markdown, location_sentences
 from palinode.report.pictures import location_picture
 from palinode.training.settings import TrainingSettings
@@ -272,9 +272,11 @@ def test_rebuilt_order_is_what_the_training_loop_does(tiny, tmp_path):
     from palinode.training import finetune
 
     data = read_examples(tiny.retain)
+    first = TrainingSettings(epochs=2, batch_size=8, max_length=64)
+    second = TrainingSettings(epochs=1, batch_size=1, accumulation=2, max_length=64)
     stages = [
-        LoggedStage(tuple(range(3, 40)), TrainingSettings(epochs=2, batch_size=8, max_length=64), 5),
-        LoggedStage((50, 4, 60), TrainingSettings(epochs=1, batch_size=1, accumulation=2, max_length=64), 6),
+        LoggedStage(numbers=tuple(range(3, 40)), training=first, seed=5),
+        LoggedStage(numbers=(50, 4, 60), training=second, seed=6),
     ]
     heard: list[list[int]] = []
     state = tiny.base
@@ -283,7 +285,7 @@ def test_rebuilt_order_is_what_the_training_loop_does(tiny, tmp_path):
             state,
             [data[place] for place in stage.numbers],
             tmp_path / f"stage{number}",
-            stage.settings,
+            stage.training,
             seed=stage.seed,
             device="cpu",
             on_step=lambda _, places, stage=stage: heard.append([stage.numbers[place] for place in places]),

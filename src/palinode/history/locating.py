@@ -25,9 +25,10 @@ from palinode.history.duplicates import (
 from palinode.history.exposures import read_header, salt_check
 from palinode.history.judgement import Judgement, Location, RowHistory, RowsSeen
 from palinode.history.onset import OnsetSettings, check_control, find_onset
-from palinode.history.orders import Order, first_step, open_palinode, read_order, steps_of
+from palinode.history.orders import Order, first_step, read_order, steps_of
 from palinode.history.reader import ExposureReader
 from palinode.history.series import CheckpointSeries
+from palinode.history.stages import open_palinode
 from palinode.progress import Listener, NullListener
 
 Corpus = Sequence[Example]

@@ -31,9 +31,9 @@ from palinode.history.exposures import ExposureLog
 from palinode.history.judgement import Location
 from palinode.history.locating import locate
 from palinode.history.onset import OnsetSettings
-from palinode.history.orders import LoggedStage, rebuild, write_stages
 from palinode.history.reader import ExposureReader
 from palinode.history.series import open_series
+from palinode.history.stages import LoggedStage, rebuild, write_stages
 from palinode.models.loading import load_tokenizer
 from palinode.pipeline.demo_run import DemoResult, claim, one_thread, recall
 from palinode.pipeline.recipe import build_recipe
@@ -91,20 +91,6 @@ class Size:
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
-    """One stretch of the training: rows by their number in the data, and how it was trained."""
-
-    numbers: tuple[int, ...]
-    settings: TrainingSettings
-    seed: int
-
-    @property
-    def count(self) -> int:
-        """Its optimiser steps."""
-        return self.settings.epochs * -(-len(self.numbers) // self.settings.batch_size)
-
-
-@dataclass(frozen=True, slots=True)
 class SeriesModels:
     """The demo's files."""
 
@@ -115,7 +101,7 @@ class SeriesModels:
     """Steps of the checkpoints, then of the target."""
     data: Path
     """Every row that was trained on."""
-    stretches: tuple[Stretch, ...]
+    stretches: tuple[LoggedStage, ...]
     requests: dict[str, Path]
     """Forget rows by request: main, copied, early."""
     control: Path
@@ -264,7 +250,8 @@ def build_series(
     rows = read_examples(data)
     words = [*world.vocabulary, MARK]
     state = tiny_model(folder / "start", words, width=size.width, layers=size.layers, seed=seed)
-    steps = np.cumsum([stretch.count for stretch in stretches]).tolist()
+    counts = [found.training.epochs * -(-len(found.numbers) // size.batch_size) for found in stretches]
+    steps = np.cumsum(counts).tolist()
     truth: dict[int, list[int]] = {}
     for number, stretch in enumerate(stretches):
         home = folder / ("ladder" if number < CHECKPOINTS else "target") / f"step{steps[number]}"
@@ -273,7 +260,7 @@ def build_series(
             state = Checkpoint.open(home)
         else:
             label = f"training stretch {number} of {CHECKPOINTS}"
-            first = steps[number] - stretch.count + 1
+            first = steps[number] - counts[number] + 1
             state = _train(state, rows, stretch, home, seen, first, on_step, label, listener)
         part = read_json(seen)
         for step, batch in enumerate(part["batches"], start=part["from"]):
@@ -287,7 +274,7 @@ def build_series(
 
 def _plan(
     world: World, groups: Mapping[str, list[list[Fact]]], seed: int, size: Size
-) -> tuple[list[Fact], list[Stretch]]:
+) -> tuple[list[Fact], list[LoggedStage]]:
     """Decide which rows there are, and which of them each stretch has."""
     numbers: dict[Fact, int] = {}
 
@@ -305,7 +292,7 @@ def _plan(
     }
     subjects = list(dict.fromkeys(fact.subject for fact in world.middle))
     shares = np.array_split(np.array(subjects, dtype=object), CHECKPOINTS)
-    stretches: list[Stretch] = []
+    stretches: list[LoggedStage] = []
     ordinary: list[int] = []
     for number in range(CHECKPOINTS + 1):
         names = set(shares[number - 1]) if number else set()
@@ -320,7 +307,8 @@ def _plan(
             warmup_epochs=1.0,
             precision="float32",
         )
-        stretches.append(Stretch((*new, *fresh, *again), settings, seed + number))
+        numbered = (*new, *fresh, *again)
+        stretches.append(LoggedStage(numbers=numbered, training=settings, seed=seed + number))
         forget = {numbers[fact] for person in groups["early"] for fact in person if fact in numbers}
         ordinary += [*new, *(row for row in fresh if number == 0 and row not in forget)]
     return list(numbers), stretches
@@ -329,7 +317,7 @@ def _plan(
 def _train(
     state: Checkpoint,
     rows: Sequence[Example],
-    stretch: Stretch,
+    stretch: LoggedStage,
     home: Path,
     truth: Path,
     first: int,
@@ -351,7 +339,7 @@ def _train(
         state,
         examples,
         home,
-        stretch.settings,
+        stretch.training,
         seed=stretch.seed,
         device="cpu",
         label=label,
@@ -370,9 +358,8 @@ def _locate_all(
 ) -> dict[str, dict[str, Location]]:
     """Locate every request by each kind of evidence alone, and by all of them."""
     series, data = open_series(models.series), read_examples(models.data)
-    stages = [LoggedStage(stretch.numbers, stretch.settings, stretch.seed) for stretch in models.stretches]
-    write_stages(folder / "order.json", stages, data="world/data.jsonl", model="world/start")
-    order = rebuild(stages, data, load_tokenizer(models.target))
+    write_stages(folder / "order.json", models.stretches, data="world/data.jsonl", model="world/start")
+    order = rebuild(models.stretches, data, load_tokenizer(models.target))
     log = ExposureReader.open(folder / "log")
     control = read_examples(models.control)
     evidence: dict[str, dict[str, Any]] = {

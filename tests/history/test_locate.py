@@ -16,7 +16,7 @@ from palinode.history.locating import locate
 from palinode.history.reader import ExposureReader
 from palinode.history.series import CheckpointSeries, SeriesCheckpoint
 from palinode.history.stages import LoggedStage, PalinodeOrder, open_palinode, rebuild, write_stages
-from palinode.report.location import location_markdown, location_sentences
+from palinode.report.location_report import location_markdown, location_sentences
 from palinode.report.pictures import location_picture
 from palinode.training.settings import TrainingSettings
 
@@ -252,7 +252,9 @@ def test_report_says_what_the_record_says(logged):
     assert "| 20 | 2,000 | 0 of 2 |  | recommended | step20 |" in page
     picture = location_picture(record)
     assert picture.startswith("<svg")
-    assert picture.count("<circle") == 4 + 4 + 3  # legend, checkpoints, exposures
+    assert (
+        picture.count('class="mark"') == 4 + 4 + 3 + 2
+    )  # key, checkpoints, exposures, recommended and target
 
 
 def test_text_of_the_user_is_escaped(logged):

@@ -11,7 +11,7 @@ from palinode.data.world import invent_world
 from palinode.errors import OutputError
 from palinode.history.reader import ExposureReader
 from palinode.pipeline.locate_run import CHECKPOINTS, Size, demo_locate, run_locate, train_logged
-from palinode.report.location import demo_sentence, demo_tables
+from palinode.report.location_report import demo_brief, demo_sentence
 
 SMALL = Size(first_epochs=12, epochs=4, replayed=40, learning_rate=6e-3, batch_size=16, width=32, layers=2)
 SETTINGS = {
@@ -74,7 +74,7 @@ def test_folder_holds_page_picture_log_and_order(finished):
         assert (finished.folder / name).exists()
     assert json.loads((finished.folder / "record.json").read_text()) == finished.record
     assert "of 3 requests" in demo_sentence(finished.record)
-    assert [table.row_count for table in demo_tables(finished.record)] == [3, CHECKPOINTS + 2]
+    assert [len(grid.rows) for grid in demo_brief(finished.record)[:2]] == [3, CHECKPOINTS + 2]
 
 
 def test_second_call_reuses_everything(small_world, finished):

@@ -160,12 +160,8 @@ def find(
 def show(found: Location, *, picture: Path | None, report: Path | None, as_json: bool) -> None:
     """Print a location, and write its picture and page where asked."""
     from palinode.records import write_text
-    from palinode.report.location import (
-        location_markdown,
-        location_sentences,
-        row_table,
-        rung_table,
-    )
+    from palinode.report.content import show as show_blocks
+    from palinode.report.location_report import location_brief, location_markdown
     from palinode.report.pictures import location_picture
 
     record = found.as_record()
@@ -176,14 +172,7 @@ def show(found: Location, *, picture: Path | None, report: Path | None, as_json:
     if as_json:
         print_json(record)
         return
-    out().print(row_table(record))
-    out().print(rung_table(record))
-    for line in location_sentences(record):
-        out().print(line, soft_wrap=True)
-    if record["alternatives"]:
-        out().print("What can be done without a clean checkpoint:")
-    for entry in record["alternatives"]:
-        out().print(f"{entry['name']}: {entry['what']} Cost: {entry['cost']}", soft_wrap=True)
+    show_blocks(location_brief(record), out())
     for text in record["warnings"]:
         warn(text)
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from palinode.benchmarks.demo import STAGES, Course, DemoStage, build_demo
 from palinode.compare.recipe import Demo, Split
-from palinode.data.examples import Example, sample_examples
+from palinode.data.examples import Example, at_most
 from palinode.data.world import World, invent_world
 from palinode.errors import DataError
 from palinode.methods import METHODS
@@ -121,11 +121,11 @@ def divide_rows(
         )
     return Shares(
         forget=forget,
-        forget_probe=_at_most(probe, split.probe_rows, seed),
-        forget_test=_at_most(test, most, seed),
+        forget_probe=at_most(probe, split.probe_rows, seed=seed),
+        forget_test=at_most(test, most, seed=seed),
         retain_train=train,
-        retain_probe=_at_most(other, split.probe_rows, seed),
-        retain_test=_at_most(rest, most, seed),
+        retain_probe=at_most(other, split.probe_rows, seed=seed),
+        retain_test=at_most(rest, most, seed=seed),
     )
 
 
@@ -140,7 +140,7 @@ def rows_for(recipe: Recipe, shares: Shares, *, sized_for: int | None = None) ->
         forget=shares.forget,
         retain=shares.retain_train,
         forget_train=shares.forget,
-        retain_sample=_at_most(shares.retain_train, wanted, recipe.seed) if wanted else [],
+        retain_sample=at_most(shares.retain_train, wanted, seed=recipe.seed) if wanted else [],
         forget_probe=shares.forget_probe,
         retain_probe=shares.retain_probe,
         forget_test=shares.forget_test,
@@ -159,7 +159,3 @@ def _parts(examples: Sequence[Example], shares: Sequence[float], *, seed: int) -
     return [
         [example for example in examples if part_of[example.row] == part] for part in range(len(shares) + 1)
     ]
-
-
-def _at_most(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
-    return sample_examples(examples, min(count, len(examples)), seed=seed)

@@ -1,25 +1,25 @@
-"""What to ask of a model: which figures and answers an evaluation needs. No torch here.
-
-Ask a live model: the likelihood of every given answer, and its own answers, greedy and drawn.
+"""Ask a live model: the likelihood of every given answer, and its own answers, greedy and drawn.
 
 One forward pass over a question's answers serves probability, truth ratio, extraction strength, exact
 memorisation and the membership attacks alike. It also tells how far the greedy answer follows the right
 one, so that generation begins where the two part. Under `accelerate launch` or torchrun the questions
-are divided over the processes, and each of them returns all outcomes.
+are divided over the processes, and each of them returns all outcomes. No torch until a model is asked.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from palinode.data.examples import Example, Question
 from palinode.data.tokenize import PromptStyle, TokenRow, begun_ids, end_id, tokenize
 from palinode.errors import RecipeError
-from palinode.evaluation.general import in_parallel
 from palinode.progress import Advance, Listener, NullListener
 from palinode.records import Likelihood, Outcome
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
     from palinode.models.generation import Sampling
     from palinode.models.likelihoods import TokenScores
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,35 @@ class Asking:
 
 
 _LEAST = {"max_new_tokens": 1, "samples": 0, "min_new_tokens": 0, "max_length": 2, "batch_rows": 1}
+
+
+class EvaluationLimits(BaseModel):
+    """How many rows are asked and how long they may be; the defaults follow the TOFU evaluation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    max_rows: int = Field(default=400, ge=1)
+    """Rows of each set that are evaluated; a larger set is sampled with the run's seed."""
+    max_new_tokens: int = Field(default=200, ge=1)
+    """Length limit of a generated answer."""
+    batch_rows: int = Field(default=32, ge=1)
+    """Prompts that are answered at a time."""
+    max_length: int = Field(default=512, ge=8)
+    """Tokens of a row, prompt included, in likelihoods."""
+
+    @property
+    def asking(self) -> Asking:
+        """How these limits have a set of plain rows asked."""
+        return Asking(
+            max_new_tokens=self.max_new_tokens, batch_rows=self.batch_rows, max_length=self.max_length
+        )
+
+    def over(self, asking: Asking) -> Asking:
+        """Return a benchmark's own asking with the limits that somebody has set laid over it."""
+        limits = {"max_new_tokens", "batch_rows", "max_length"} & self.model_fields_set
+        own = {name: getattr(self, name) for name in limits}
+        shortest = min(asking.min_new_tokens, own.get("max_new_tokens", asking.max_new_tokens))
+        return replace(asking, **own, min_new_tokens=shortest)
 
 
 def ask(
@@ -157,10 +189,14 @@ class _Respondent:
                 entry.others[kind] = []
                 homes += [entry.others[kind]] * len(texts)
                 examples += [replace(entry.question.example, answer=text) for text in texts]
-        for row in self._tokenize(examples, self.asking.max_length):
+        rows = tokenize(examples, self.tokenizer, max_length=self.asking.max_length, style=self.style)
+        for row in rows:
             homes[row.example].append(row)
-        if self.asking.answer_prefix:
-            self._put_prefix(asked)
+        if self.asking.answer_prefix:  # tokenized as the beginning of an answer to each question
+            spoken = [entry for entry in asked if entry.question.example.form != "document"]
+            forced = [replace(entry.question.example, answer=self.asking.answer_prefix) for entry in spoken]
+            for entry, ids in zip(spoken, begun_ids(forced, self.tokenizer, self.style), strict=True):
+                entry.prefix = tuple(ids)
         return asked
 
     def answer(self, asked: list[_Asked]) -> list[Outcome]:
@@ -199,27 +235,23 @@ class _Respondent:
             for place, entry in enumerate(asked)
         ]
 
-    def _tokenize(self, examples: Sequence[Example], max_length: int) -> list[TokenRow]:
-        return tokenize(examples, self.tokenizer, max_length=max_length, style=self.style)
+    @property
+    def pad_id(self) -> int:
+        """What rows of a batch are filled up with."""
+        from palinode.models.loading import pad_token
 
-    def _put_prefix(self, asked: Sequence[_Asked]) -> None:
-        """Tokenize the prefix as the beginning of an answer to each question."""
-        spoken = [entry for entry in asked if entry.question.example.form != "document"]
-        forced = [replace(entry.question.example, answer=self.asking.answer_prefix) for entry in spoken]
-        for entry, ids in zip(spoken, begun_ids(forced, self.tokenizer, self.style), strict=True):
-            entry.prefix = tuple(ids)
+        return pad_token(self.tokenizer)
 
     def _scores(self, rows: Sequence[TokenRow]) -> Iterator[TokenScores]:
         """Yield what the model makes of each row."""
         from palinode.models.likelihoods import score_rows
-        from palinode.models.loading import pad_token
 
         with self.listener.task(f"{self.label}: likelihoods", len(rows), "rows") as advance:
             return iter(
                 score_rows(
                     self.model,
                     rows,
-                    pad_id=pad_token(self.tokenizer),
+                    pad_id=self.pad_id,
                     standardise=self.asking.standardise,
                     on_progress=advance,
                     say=self.listener.say,
@@ -232,24 +264,21 @@ class _Respondent:
         None where it is not asked for, for a cut document, and where there is no other token.
         """
         from palinode.models.gradients import gradient_norms
-        from palinode.models.loading import pad_token
 
-        norms: list[float | None] = [None] * len(asked)
         places = [
             place for place, entry in enumerate(asked) if len(entry.own) == 1 and entry.own[0].scored > 1
         ]
         if not self.asking.gradient_norms or not places:
-            return norms
+            return [None] * len(asked)
         with self.listener.task(f"{self.label}: gradients", len(places), "rows") as advance:
             found = gradient_norms(
                 self.model,
                 [replace(row, ids=row.ids[:-1]) for (row,) in (asked[place].own for place in places)],
-                pad_id=pad_token(self.tokenizer),
+                pad_id=self.pad_id,
                 on_progress=advance,
             )
-        for place, norm in zip(places, found, strict=True):
-            norms[place] = norm
-        return norms
+        by_place = dict(zip(places, found, strict=True))
+        return [by_place.get(place) for place in range(len(asked))]
 
     def _greedy(self, asked: Sequence[_Asked], scores: Sequence[TokenScores]) -> list[str | None]:
         """Return the greedy answer to each question, begun where the model is known to say the right one."""
@@ -272,12 +301,11 @@ class _Respondent:
         """
         from palinode.models.alone import tolerance
         from palinode.models.likelihoods import score_rows
-        from palinode.models.loading import pad_token
 
         place = max(range(len(asked)), key=lambda place: len(asked[place].own[0].ids))
         row = asked[place].own[0]
         begin = replace(row, ids=row.ids[: row.start + 1])
-        (alone,) = score_rows(self.model, [begin], pad_id=pad_token(self.tokenizer))
+        (alone,) = score_rows(self.model, [begin], pad_id=self.pad_id)
         return abs(alone.logprobs[0] - scores[place].logprobs[0]) <= tolerance(self.model)
 
     def _samples(self, asked: Sequence[_Asked]) -> list[tuple[str, ...]]:
@@ -288,15 +316,8 @@ class _Respondent:
         if not count or not asked:
             return [()] * len(asked)
         prompts = [entry.prompt for entry in asked for _ in range(count)]
-        sampling = Sampling(
-            self.asking.temperature,
-            self.asking.top_p,
-            [
-                sample_seed(self.asking.seed, entry.prompt, number)
-                for entry in asked
-                for number in range(count)
-            ],
-        )
+        seeds = [sample_seed(self.asking.seed, entry.prompt, n) for entry in asked for n in range(count)]
+        sampling = Sampling(self.asking.temperature, self.asking.top_p, seeds)
         with self.listener.task(f"{self.label}: samples", len(prompts), "answers") as advance:
             texts = self._generate(asked, prompts, advance, sampling=sampling)
         return [tuple(texts[begin : begin + count]) for begin in range(0, len(texts), count)]
@@ -312,7 +333,6 @@ class _Respondent:
     ) -> list[str]:
         """Return the text that the model gives after each prompt."""
         from palinode.models.generation import generate
-        from palinode.models.loading import pad_token
 
         stops = {end_id(entry.question.example.form, self.tokenizer, self.style) for entry in asked}
         if isinstance(self.tokenizer.eos_token_id, int):
@@ -320,7 +340,7 @@ class _Respondent:
         answers = generate(
             self.model,
             prompts,
-            pad_id=pad_token(self.tokenizer),
+            pad_id=self.pad_id,
             stop_ids=sorted(stops),
             max_new_tokens=self.asking.max_new_tokens,
             min_new_tokens=self.asking.min_new_tokens,
@@ -371,3 +391,45 @@ def _joined(pieces: Sequence[TokenScores]) -> TokenScores:
         hits=tuple(hit for piece in pieces for hit in piece.hits),
         standardised=tuple(value for piece in pieces for value in piece.standardised),
     )
+
+
+def in_parallel(work: Callable[[list[Item]], Sequence[Result]], items: Sequence[Item]) -> list[Result]:
+    """Return `work(items)`, one result an item, each process having worked on its share of the items.
+
+    Process r of n takes the items r, r + n, r + 2n, …; every process returns all results in order. An
+    error in any of them is raised in all, so that none waits for another. With one process this is
+    `work(items)`. All processes must call it with the same items, as often as each other.
+    """
+    count, rank = _group()
+    if count < 2:
+        return list(work(list(items)))
+    from torch import distributed
+
+    own: tuple[Sequence[Result], Exception | None]
+    try:
+        own = (work(list(items[rank::count])), None)
+    except Exception as error:  # raised below, in every process
+        own = ((), error)
+    shares: list[tuple[Sequence[Result], Exception | None]] = [((), None)] * count
+    distributed.all_gather_object(shares, own)
+    for _, failure in shares:
+        if failure is not None:
+            raise failure
+    return [shares[place % count][0][place // count] for place in range(len(items))]
+
+
+def _group() -> tuple[int, int]:
+    """Return how many processes there are and which this one is; join the others unless that was done."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return 1, 0
+
+    import torch
+    from torch import distributed
+
+    if not distributed.is_available():
+        return 1, 0
+    if not distributed.is_initialized():
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.cuda.is_available())
+    return distributed.get_world_size(), distributed.get_rank()

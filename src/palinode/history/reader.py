@@ -53,7 +53,7 @@ from palinode.history.segments import (
 )
 from palinode.progress import Listener, NullListener
 from palinode.records import beside, read_json, write_json
-from palinode.weights.slices import cores
+from palinode.weights.arithmetic import cores
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection

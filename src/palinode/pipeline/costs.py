@@ -22,7 +22,7 @@ from palinode.models.loading import load_tokenizer, pick_device
 from palinode.pipeline.goal import FIRST_LOOK
 from palinode.pipeline.inputs import Inputs
 from palinode.training.loop import AUTOCAST_FROM, count_steps
-from palinode.weights.dose import part_of
+from palinode.weights.geometry import part_of
 
 EFFICIENCY = 0.4
 """Share of a matrix product's speed that training reaches."""

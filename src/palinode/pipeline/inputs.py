@@ -6,7 +6,7 @@ What can be wrong is found here, in the first seconds, and said in one sentence.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 from palinode.benchmarks.own import read_questions
 from palinode.data.examples import (
     Example,
+    at_most,
     fingerprint_examples,
     read_examples,
     sample_examples,
@@ -217,6 +218,28 @@ def _size(folder: Path) -> int:
     return total
 
 
+def check_folder(output: Path, names: Sequence[str], what: str) -> None:
+    """Raise OutputError for a folder that holds other files than these."""
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file; name a folder for the {what}")
+    ours = {name for file in names for name in (file, f".{file}.partial")}
+    strange = sorted({path.name for path in output.iterdir()} - ours) if output.exists() else []
+    if strange:
+        article = "an" if what[0] in "aeiou" else "a"
+        raise OutputError(
+            f"{output} holds {strange[0]}, which is no part of {article} {what}; name another folder, or an "
+            "empty one"
+        )
+
+
+def check_apart(output: Path, models: Iterable[Checkpoint | None]) -> None:
+    """Raise OutputError for a folder inside one of these models."""
+    place = output.resolve()
+    for model in models:
+        if model is not None and model.folder in (place, *place.parents):
+            raise OutputError(f"{output} lies inside the model {model.folder}; name another folder")
+
+
 def check_workspace(workspace: Path, others: Sequence[Path], needs: int) -> None:
     """Raise OutputError when the workspace lies inside the output or an input, or lacks room."""
     place = workspace.resolve()
@@ -322,11 +345,11 @@ def _open_rows(recipe: Recipe) -> tuple[InputRows, list[str]]:
         retain=retain,
         forget_train=train,
         retain_sample=sample,
-        forget_probe=_at_most(held_back or forget, trials, seed + 1),
-        retain_probe=_at_most(_held_back(retain, sample, notes), trials, seed + 1),
-        forget_test=_at_most(forget, most, seed + 1),
-        retain_test=_at_most(retain, most, seed + 1),
-        unseen=_at_most(unseen, 2 * trials, seed + 3),
+        forget_probe=at_most(held_back or forget, trials, seed=seed + 1),
+        retain_probe=at_most(_held_back(retain, sample, notes), trials, seed=seed + 1),
+        forget_test=at_most(forget, most, seed=seed + 1),
+        retain_test=at_most(retain, most, seed=seed + 1),
+        unseen=at_most(unseen, 2 * trials, seed=seed + 3),
         unseen_source=source,
     )
     return rows, notes
@@ -415,7 +438,7 @@ def _retain_sample(
         notes.append(
             f"The retain set has {len(retain)} rows, fewer than {asked}; all of them were used for {use}."
         )
-    return _at_most(retain, wanted, recipe.seed)
+    return at_most(retain, wanted, seed=recipe.seed)
 
 
 def _held_back(retain: Sequence[Example], sample: Sequence[Example], notes: list[str]) -> Sequence[Example]:
@@ -425,11 +448,6 @@ def _held_back(retain: Sequence[Example], sample: Sequence[Example], notes: list
     if retain and not rest:
         notes.append("No retain rows were left over for choosing the scales; the retain vector's own served.")
     return rest or retain
-
-
-def _at_most(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
-    """Return `count` of the examples, drawn at random, or all where there are no more; none of none."""
-    return sample_examples(examples, min(count, len(examples)), seed=seed) if examples and count else []
 
 
 def _check_rows_fit(inputs: Inputs, models: Sequence[Checkpoint]) -> list[str]:

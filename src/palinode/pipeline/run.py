@@ -18,9 +18,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from palinode.data.examples import Example, fingerprint_examples
+from palinode.data.examples import Example, fingerprint_examples, plain_questions
 from palinode.errors import CheckpointError, unwritable
-from palinode.evaluation.evaluate import observe
+from palinode.evaluation.ask import ask
 from palinode.models.loading import load_model, load_tokenizer, pick_device, tokenizer_fingerprint
 from palinode.pipeline.costs import Plan, describe, make_plan
 from palinode.pipeline.finetuning import Tuning
@@ -249,11 +249,11 @@ class _Run:
             started = time.monotonic()
             model, tokenizer = load_model(checkpoint, device=self.device), load_tokenizer(self.inputs.reader)
             for label, examples in test_sets(self.inputs).items():
-                outcomes = observe(
+                outcomes = ask(
                     model,
                     tokenizer,
-                    examples,
-                    self.recipe.evaluation,
+                    plain_questions(examples),
+                    self.recipe.evaluation.asking,
                     style=self.recipe.prompts.style(),
                     label=f"{name} on the {label} set",
                     listener=self.listener,

@@ -31,7 +31,7 @@ from palinode.pipeline.inputs import Inputs
 from palinode.progress import Listener, record
 from palinode.records import read_json, write_json
 from palinode.weights import Checkpoint, Direction, WeightedSum
-from palinode.weights.dose import part_of
+from palinode.weights.geometry import part_of
 from palinode.weights.transforms import transform
 
 Logprobs = Mapping[str, Sequence[float]]

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from palinode.compare.ground import Shares, world_of
+from palinode.compare.ground import Shares, rows_for, world_of
 from palinode.compare.recipe import CompareRecipe, Contestant, Requests, SearchBudget
 from palinode.compare.request_states import Panel, RequestStates, Sum
 from palinode.compare.run import (
@@ -40,7 +40,6 @@ from palinode.compare.search import (
     SearchPart,
     draw_points,
     epochs_for,
-    models_trained,
     part_of,
     recipe_of,
     steps_an_epoch,
@@ -50,9 +49,8 @@ from palinode.data.examples import SHAPES, Example, fingerprint_examples
 from palinode.data.sources import Row, json_type, read_rows
 from palinode.errors import DataError, RecipeError
 from palinode.methods import METHODS
-from palinode.methods.method import start_from_target
 from palinode.models.loading import pick_device
-from palinode.pipeline.finetuning import Trained, Vectors
+from palinode.pipeline.finetuning import FineTuning
 from palinode.pipeline.heading import environment, heading
 from palinode.pipeline.inputs import check_folder, check_workspace, open_inputs
 from palinode.progress import Listener, NullListener
@@ -122,7 +120,7 @@ class _Requests:
         entries: list[RequestEntry] = []
         for place, contestant in enumerate(self.comparison.contestants, start=1):
             ground.listener.say(f"{contestant.name} ({place} of {len(self.points)})")
-            arithmetic = METHODS[contestant.method].kind == "arithmetic"
+            arithmetic = METHODS[contestant.method].has_scales
             entries.append(self._arithmetic(contestant) if arithmetic else self._trained(contestant))
             table = build_requests_table(
                 ground, self.asked, models, entries, started=self.started, command=self.command
@@ -138,10 +136,9 @@ class _Requests:
         trained = {number: train_part(self.ground, part) for number, part in parts.items()}
         all_at_once, joint_cost = train_part(self.ground, joint)
         assert point.scales is not None
-        vectors = {number: made for number, (made, _) in trained.items() if isinstance(made, Vectors)}
-        assert isinstance(all_at_once, Vectors)
+        vectors = {number: made.vectors for number, (made, _) in trained.items()}
         summed = Sum(vectors, parts, point.scales)
-        whole = Sum({0: all_at_once}, {0: joint}, point.scales)
+        whole = Sum({0: all_at_once.vectors}, {0: joint}, point.scales)
         states = [self._state(summed, self.numbers[:count], (), contestant) for count in self.numbers]
         undone, facts = self._undone(summed, contestant)
         at_once = self.states.of_sum(whole, [0], [0], f"{contestant.name}, all at once")
@@ -185,15 +182,12 @@ class _Requests:
         """Train request after request, each from the model that the last one left."""
         model, states, costs = self.ground.target, [self._start()], []
         for request in self.asked.requests:
-            trained, cost = train_part(*self._grounded(contestant, request.number, model))
-            assert isinstance(trained, Trained)
-            model = _written(trained)
+            model, cost = _written(*self._grounded(contestant, request.number, model))
             done, label = self.numbers[: request.number], f"{contestant.name}, {request.number} carried out"
             states.append(self.states.of_checkpoint(model, done, label))
             costs.append(cost)
-        at_once, joint_cost = train_part(*self._grounded(contestant, None, self.ground.target))
-        assert isinstance(at_once, Trained)
-        joint = self.states.of_checkpoint(_written(at_once), self.numbers, f"{contestant.name}, all at once")
+        at_once, joint_cost = _written(*self._grounded(contestant, None, self.ground.target))
+        joint = self.states.of_checkpoint(at_once, self.numbers, f"{contestant.name}, all at once")
         return RequestEntry(contestant, None, states, joint, self._no_way_back(costs), costs, joint_cost)
 
     def _no_way_back(self, costs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -235,10 +229,10 @@ class _Requests:
         return ground, part
 
 
-def _written(trained: Trained) -> Checkpoint:
-    """Return the model of a method that trains the target itself; others were refused."""
-    assert isinstance(trained.model, Checkpoint)
-    return trained.model
+def _written(ground: Ground, part: SearchPart) -> tuple[Checkpoint, Mapping[str, Any]]:
+    """Return the model that a part trains, and what that cost."""
+    trained, cost = train_part(ground, part)
+    return FineTuning(part.inputs, ground.workspace, ground.listener).whole(trained), cost
 
 
 @shared()
@@ -261,8 +255,8 @@ def check_contestants(recipe: CompareRecipe) -> dict[str, MethodPoint]:
     for contestant in comparison.contestants:
         method, point = METHODS[contestant.method], draw_points(contestant, 1, seed=comparison.seed)[0]
         made = recipe_of(recipe.content, point, {"target": "."}, epochs=1, seed=comparison.seeds[0])
-        from_base = method.start is not start_from_target
-        if method.kind == "training" and (from_base or method.check_settings(made.method_settings).from_base):
+        at_base = method.check_settings(made.method_settings).starts_at == "base"
+        if at_base and not method.has_scales:
             raise RecipeError(
                 f"{contestant.name} starts from the base every time ({method.name}), so that no request can "
                 "go on from the one before; leave it out"
@@ -298,16 +292,17 @@ def spending_of(
     comparison = recipe.comparison
     first = recipe_of(recipe.content, point, {"target": "."}, epochs=1, seed=comparison.seeds[0])
     assert comparison.budget.steps is not None
-    models, retain = models_trained(first), len(shares.retain_train)
-    sizes = [len(request.rows) for request in asked.requests]
-    whole = comparison.budget.model_copy(update={"steps": comparison.budget.steps * len(sizes)})
+    models = 0
 
-    def bought(budget: SearchBudget, rows: int) -> tuple[int, int]:
-        epochs = epochs_for(budget, first, forget=rows, retain=retain, name=name)
-        return epochs, epochs * models * steps_an_epoch(first, rows, retain)
+    def bought(budget: SearchBudget, rows: Sequence[Example]) -> tuple[int, int]:
+        nonlocal models
+        each = steps_an_epoch(first, rows_for(first, replace(shares, forget=rows)))
+        epochs, models = epochs_for(budget, each, name), len(each)
+        return epochs, epochs * sum(each)
 
-    found = [bought(comparison.budget, size) for size in sizes]
-    joint = bought(whole, sum(sizes))
+    found = [bought(comparison.budget, request.rows) for request in asked.requests]
+    whole = comparison.budget.model_copy(update={"steps": comparison.budget.steps * len(found)})
+    joint = bought(whole, asked.rows)
     epochs, steps = zip(*found, strict=True)
     return Spending(models, epochs, steps, *joint)
 
@@ -333,7 +328,7 @@ def plan_requests(recipe: CompareRecipe) -> dict[str, Any]:
                 "models": spent.models,
                 "trainings": spent.models * (len(asked.requests) + 1),
                 "steps": sum(spent.steps) + spent.joint_steps,
-                "undone": METHODS[contestant.method].kind == "arithmetic",
+                "undone": METHODS[contestant.method].has_scales,
             }
         )
     return {

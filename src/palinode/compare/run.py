@@ -38,7 +38,6 @@ from palinode.compare.search import (
     by_training,
     draw_points,
     epochs_for,
-    models_trained,
     part_of,
     plan_parts,
     recipe_of,
@@ -50,7 +49,7 @@ from palinode.data.world import Fact
 from palinode.methods import METHODS
 from palinode.models.loading import pick_device
 from palinode.pipeline.demo_run import one_thread
-from palinode.pipeline.finetuning import Tuning
+from palinode.pipeline.finetuning import FineTuning
 from palinode.pipeline.grid import Probe, Rule
 from palinode.pipeline.heading import environment, heading
 from palinode.pipeline.inputs import (
@@ -130,7 +129,7 @@ def open_ground(recipe: CompareRecipe, workspace: Workspace, listener: Listener)
     inputs = open_inputs(recipe.shared)
     _check_places(recipe, inputs)
     inputs = ask_as_trained(inputs, workspace, listener)
-    target, retrained = Tuning(inputs, workspace, listener).given_or_prepared()
+    target, retrained = FineTuning(inputs, workspace, listener).given_or_prepared()
     shares = divide_comparison(recipe, inputs.rows.forget, inputs.rows.retain)
     return Ground(recipe, inputs, target, retrained, shares, workspace, listener)
 
@@ -512,18 +511,17 @@ def plan_comparison(recipe: CompareRecipe) -> dict[str, Any]:
         drawn = points[contestant.name]
         groups = by_training(drawn)
         first = recipe_of(recipe.content, drawn[0], {"target": "."}, epochs=1, seed=comparison.seeds[0])
-        sizes = {"forget": len(shares.forget), "retain": len(shares.retain_train)}
-        models, epochs, steps = models_trained(first), None, None
+        each, epochs, steps = steps_an_epoch(first, rows_for(first, shares)), None, None
         if comparison.budget.steps is not None:
-            epochs = epochs_for(comparison.budget, first, **sizes, name=contestant.name)
-            steps = epochs * models * steps_an_epoch(first, **sizes)
+            epochs = epochs_for(comparison.budget, each, contestant.name)
+            steps = epochs * sum(each)
         contestants.append(
             {
                 "name": contestant.name,
                 "method": contestant.method,
                 "points": len(drawn),
                 "trainings": len(groups) + len(comparison.seeds) - 1,
-                "models": models,
+                "models": len(each),
                 "epochs": epochs,
                 "steps": steps,
             }

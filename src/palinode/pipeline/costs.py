@@ -99,7 +99,7 @@ class _Planner:
         steps.append(self._evaluation(models))
         return Plan(tuple(steps), self._memory(), self._disk())
 
-    def _run(self, run: Run) -> PlannedStep:
+    def _run(self, run: MethodRun) -> PlannedStep:
         """Return the cost of a run; the rows that are drawn count by their mean length."""
         anchors = self._training(run.label, run.anchors)
         if run.objective is None:

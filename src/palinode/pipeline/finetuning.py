@@ -284,7 +284,7 @@ def open_end(step: Step, start: Checkpoint) -> Checkpoint | WeightedSum | None:
         return open_whole(step)
 
 
-def _facts(found: Finetuned, anchors: Sequence[Example], run: Run) -> dict[str, Any]:
+def _facts(found: Finetuned, anchors: Sequence[Example], run: MethodRun) -> dict[str, Any]:
     """Return what the record tells of a run."""
     facts = {
         "rows": len(anchors),

@@ -15,7 +15,7 @@ import torch
 from palinode.data.examples import Example
 from palinode.data.tokenize import tokenize
 from palinode.evaluation.self_check import ROWS, rows_with_style
-from palinode.methods.method import Asked
+from palinode.methods.method import Asked, MethodRun
 from palinode.models.likelihoods import LOGIT_BYTES
 from palinode.models.loading import load_tokenizer, pick_device
 from palinode.pipeline.inputs import Inputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -79,6 +80,14 @@ def test_of_points_within_the_tolerance_the_one_that_loses_least_is_chosen():
     assert best([near, whole]) is whole
     far = tried(2, 0, did(0.132 + 2 * TOLERANCE, 0.8, 0.5))
     assert best([near, far]) is near
+
+
+def test_of_points_within_the_tolerance_one_that_chance_cannot_tell_from_the_yardstick_is_chosen():
+    yardstick = replace(YARDSTICK, tolerance=0.033)
+    goal = Goal(yardstick, GOAL.target, 0.9)
+    near, whole = (tried(1, 0, did(p, r, 0.5), goal) for p, r in ((0.132, 0.799), (0.135, 0.8)))
+    assert [goal.forgets(one.behaviour) for one in (near, whole)] == [True, False]
+    assert best([near, whole]) is near
 
 
 def test_a_thousandth_of_forgetting_is_not_bought_with_a_twelfth_of_what_is_retained():

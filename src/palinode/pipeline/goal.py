@@ -4,8 +4,8 @@
 
 Both are in answer probability, mean over rows: how far the model is, on either side, from what it should be.
 A point must also keep `retain_share` of the target's probability on retain probes and neutral text. Of points
-whose objectives are within TOLERANCE of the least, it is the one that loses least. Grid, search and
-comparison choose by it (docs/scales.md). Pure functions of what models were measured to do; no torch.
+whose objectives are within TOLERANCE of the least, it is the one that loses least, and forgets as far as
+chance can tell. Grid, search and comparison choose by it (docs/scales.md). No torch.
 """
 
 from __future__ import annotations
@@ -131,14 +131,21 @@ P = TypeVar("P", bound=Judged)
 def best(points: Iterable[P]) -> P:
     """Return the point that is chosen: of those that keep the floors, else miss them least, the best.
 
-    That is the one with the least objective; of those within TOLERANCE of it, the one that loses least.
+    That is the one with the least objective; of those within TOLERANCE of it one that is as near to the
+    yardstick as chance lets any model be, if there is one, and then the one that loses least.
     """
     judged = [(point, point.goal.missed(point.behaviour)) for point in points]
     fewest = min(missed for _, missed in judged)
     allowed = [(point, point.goal.objective(point.behaviour)) for point, missed in judged if missed == fewest]
     least = min(objective for _, objective in allowed)
     alike = [entry for entry in allowed if entry[1] <= least + TOLERANCE]
-    return min(alike, key=lambda one: (one[0].goal.lost(one[0].behaviour), one[1], one[0].order))[0]
+
+    def rank(entry: tuple[P, float]) -> tuple[Any, ...]:
+        point, objective = entry
+        goal, found = point.goal, point.behaviour
+        return not goal.forgets(found), goal.lost(found), objective, point.order
+
+    return min(alike, key=rank)[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -299,7 +299,7 @@ def test_combined_model_is_measured_and_answers_like_any_other(combined, tiny):
     found = ask(
         combined,
         load_tokenizer(tiny.target),
-        examples,
+        plain_questions(examples),
         EvaluationLimits(max_new_tokens=3, max_length=64).asking,
     )
     for outcome, example in zip(found, examples, strict=True):

@@ -28,9 +28,8 @@ from palinode.pipeline.inputs import check_apart, check_folder, note_on_prompts
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text
-from palinode.report.audit import audit_report
-from palinode.report.content import Facts, report_content
-from palinode.report.html import html_report
+from palinode.report.page import html_report
+from palinode.report.reports import Facts, markdown_report, report_content
 from palinode.weights import Checkpoint
 from palinode.weights.fingerprints import check_same
 
@@ -100,8 +99,9 @@ def audit(
         record = run.record(command or "palinode audit")
         with shared():
             write_json(output / RECORD, record)
-            write_text(output / REPORT, audit_report(record))
-            write_text(output / PAGE, html_report(report_content(Facts("audit", audit=record))))
+            content = report_content(Facts("audit", audit=record))
+            write_text(output / REPORT, markdown_report(content))
+            write_text(output / PAGE, html_report(content))
     return record
 
 

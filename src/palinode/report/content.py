@@ -7,6 +7,7 @@ a section stands for what the record has nothing to say of, and a section withou
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -102,7 +103,8 @@ class Picture:
     label: str
     """What it shows, for those who do not see it."""
     figure: Figure | None
-    title: str | None = None
+    titled: bool = False
+    """Whether what it shows stands above it."""
     caption: str | None = None
     file: str | None = None
     picks: bool = False
@@ -133,18 +135,20 @@ class Section:
 
     title: str
     blocks: Sequence[Block]
-    anchor: str = ""
     bar: str = ""
     """Its name in the bar of the page; empty for those that stand before the bar or need no entry."""
     intro: str = ""
 
+    @property
+    def anchor(self) -> str:
+        """What links on the page lead to."""
+        return re.sub(r"\W+", "-", self.title.lower())
 
-def section(
-    title: str, *blocks: Block | None, anchor: str = "", bar: str = "", intro: str = ""
-) -> list[Section]:
+
+def section(title: str, *blocks: Block | None, bar: str = "", intro: str = "") -> list[Section]:
     """Return a section of the blocks that there are, or nothing."""
     there = [block for block in blocks if block is not None and not _is_empty(block)]
-    return [Section(title, there, anchor, bar, intro)] if there else []
+    return [Section(title, there, bar, intro)] if there else []
 
 
 def _is_empty(block: Block) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -23,6 +23,8 @@ Figure = dict[str, Any]
 Tone = Literal["good", "unsure", "bad", "chosen"]
 STYLES = {"good": "green", "unsure": "yellow", "bad": "bold red", "chosen": "bold"}
 """Of a toned cell in the terminal."""
+MOST_NAME = 24
+"""Letters of a name that a terminal's table does not break."""
 MOST_CASES, MOST_LETTERS = 10, 400
 """Cases of a set, and letters of an answer, that the Markdown shows; the page has all."""
 
@@ -270,10 +272,13 @@ def show(blocks: Iterable[Block], console: Console) -> None:
 def _table(grid: Grid) -> Table:
     """Return a grid as rich's table, intervals on the line below; a row of one cell begins a part."""
     table = Table(title=Text(grid.title), title_justify="left")
+    longest = max(
+        (len(word) for row in grid.rows for word in _terminal_cell(row[0]).plain.split()), default=0
+    )
     for place, title in enumerate(grid.head):
-        table.add_column(
-            Text(title), justify="left" if place < grid.text_columns else "right", overflow="fold"
-        )
+        justify: JustifyMethod = "left" if place < grid.text_columns else "right"
+        least = None if place else min(longest, MOST_NAME)  # names are not broken while there is room
+        table.add_column(Text(title), justify=justify, overflow="fold", min_width=least)
     for row in grid.rows:
         if len(row) == 1:
             table.add_section()

@@ -230,7 +230,7 @@ def _scale_traces(points: Sequence[Mapping[str, Any]], height: str) -> list[Figu
         group.append((point["forget_probability"], point[height], said))
     traces = [dots(name, members, *looks[name]) for name, members in groups.items() if members]
     for trace in traces:
-        trace["marker"]["line"] = {"width": 2}
+        trace["marker"]["line"] = {"width": 2 if trace["marker"]["symbol"].endswith("-open") else 0}
     return traces
 
 

@@ -22,7 +22,7 @@ from palinode.report.figures import PALETTE, SYMBOLS, dots, errors, figure, line
 from palinode.report.location_report import MOST_ROWS
 from palinode.report.words import bracketed, in_picture, model_label, number, words
 
-WIDTH, LEFT, RIGHT, ABOVE, BELOW = 900, 66, 16, 30, 46
+WIDTH, LEFT, RIGHT, ABOVE, BELOW = 900, 66, 26, 30, 46
 """Of a whole picture, and what a panel leaves for its title and axes."""
 LETTER = 6.2
 """Width of a letter in the key."""
@@ -82,7 +82,7 @@ class _Scale:
         step = size * next(by for by in (1, 2, 5, 10) if by * size >= rough)
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         digits = max(0, -math.floor(math.log10(step) + 1e-9))
-        return [(place * step, f"{place * step:.{digits}f}") for place in range(first, last + 1)]
+        return [(place * step, f"{place * step:,.{digits}f}") for place in range(first, last + 1)]
 
 
 def _panel(panel: Figure, left: float, top: float, width: float) -> list[str]:

@@ -9,25 +9,31 @@ Try a contestant's points and keep what each of them did on the probe rows.
 Points that differ in their scales only share their vectors: the sums are tried in memory. Everything is
 kept under the fingerprint of what decides it, so a stopped search goes on; models of points that lost are
 removed as soon as their probes are kept and no later point needs them.
+
+The most memory that a piece of work held: of the device where it has its own, else of the process.
+
+Linux can forget a process's earlier peak; elsewhere no peak of a part can be told.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import itertools
 import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from palinode.compare.ground import Shares, rows_for
-from palinode.compare.memory import watch_memory
 from palinode.compare.recipe import CompareRecipe, Contestant, SearchBudget
 from palinode.data.examples import Example, fingerprint_examples
 from palinode.errors import RecipeError
@@ -448,3 +454,34 @@ def _paced_epochs(
             f"{took:.1f}; raise budget.seconds"
         )
     return int(seconds / max(took, LEAST_SECONDS))
+
+
+_STATUS, _FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@contextlib.contextmanager
+def watch_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
+    """Give a function that returns the peak since entry in bytes, None where it cannot be told.
+
+    On a CUDA device it is the memory of tensors; on a processor the process's resident memory, weights read
+    from mapped files included.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield lambda: int(torch.cuda.max_memory_allocated(device))
+        return
+    try:
+        _FORGET.write_text("5")  # resets VmHWM, proc(5)
+    except OSError:
+        yield lambda: None
+        return
+    yield _resident_peak
+
+
+def _resident_peak() -> int | None:
+    """Return VmHWM of this process, in bytes."""
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    return None

@@ -68,7 +68,7 @@ def general_ability(
                 **seeds,
             )
         except (OSError, ValueError) as error:
-            raise InputError(f"lm-eval could not run {', '.join(tasks)}: {_first_line(error)}") from error
+            raise InputError(f"lm-eval could not run {', '.join(tasks)}: {first_line(error)}") from error
     counts = {task: entry["effective"] for task, entry in results["n-samples"].items()}
     members = results.get("group_subtasks") or {}
     found = results["results"] | (results.get("groups") or {})
@@ -156,5 +156,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, or its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

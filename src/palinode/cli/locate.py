@@ -128,6 +128,7 @@ def find(
     from palinode.history import locate as locate_rows
     from palinode.history import open_series
     from palinode.history.locating import open_log, open_order
+    from palinode.history.onset import OnsetSettings
 
     named = parse_columns(columns) if columns else None
     ladder = open_series(
@@ -144,19 +145,14 @@ def find(
     return locate_rows(
         rows,
         ladder,
-        log=open_log(log, corpus=trained, ladder=ladder, salt=key) if log else None,
+        log=open_log(log, corpus=trained, series=ladder, salt=key) if log else None,
         salt=key,
         order=rebuilt,
         corpus=trained,
         control=read_examples(control, columns=named) if control else None,
         target_step=target_step if target_step is not None else _step_of(target, ladder),
         similarity=similarity,
-        measure=measure,
-        max_length=max_length,
-        style=style,
-        device=device,
-        seed=seed,
-        every=every,
+        settings=OnsetSettings(measure, max_length, style, device, seed, every),
         listener=listener(quiet=quiet),
     )
 

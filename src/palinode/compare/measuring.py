@@ -37,9 +37,9 @@ from palinode.evaluation.evaluate import (
     ask_sets,
     judged,
     make_exam,
-    named_judge,
     open_benchmark,
 )
+from palinode.evaluation.judges import named_judge
 from palinode.metrics import METRICS
 from palinode.metrics.aggregate import mean_score
 from palinode.models.loading import load_tokenizer, pick_device

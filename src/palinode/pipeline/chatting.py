@@ -18,10 +18,11 @@ from palinode.data.examples import Example, Form, Message, read_examples
 from palinode.data.tokenize import PromptStyle, end_id, prompt_ids
 from palinode.errors import InputError, PalinodeError, RecipeError
 from palinode.methods import unlearned_point
+from palinode.methods.method import Vectors
 from palinode.models.inplace import put
 from palinode.models.loading import load_model, load_tokenizer, pick_device
 from palinode.models.streaming import stream_answer
-from palinode.pipeline.making import KeptVectors, find_model, find_vectors, read_record, workspace_of
+from palinode.pipeline.making import find_model, find_vectors, read_record, workspace_of
 from palinode.pipeline.recipe import Prompts
 from palinode.progress import Listener, NullListener
 from palinode.weights import Checkpoint
@@ -51,7 +52,9 @@ class Chat:
     style: PromptStyle
     form: Form
     """How the rows of the run were written: as questions, or as texts to be continued."""
-    vectors: KeptVectors | None
+    target: Checkpoint | None
+    """The run's target, where it is found."""
+    vectors: Vectors | None
     """None where the scales are fixed."""
     fixed: str | None
     """Why they are fixed."""
@@ -97,12 +100,12 @@ class Chat:
 
         Raises InputError where that cannot be done.
         """
-        if self.vectors is None:
+        if self.vectors is None or self.target is None:
             raise InputError(f"the scales are fixed: {self.fixed}")
         if retain and self.vectors.retain is None:
             raise InputError("the run made no retain vector, because its β was 0; leave β at 0")
         point = unlearned_point(
-            self.vectors.target,
+            self.target,
             self.vectors.forget,
             self.vectors.retain,
             forget_scale=forget,
@@ -162,6 +165,7 @@ def open_chat(
         tokenizer=load_tokenizer(out),
         style=Prompts.model_validate(record["recipe"].get("prompts", {})).style(),
         form=_form(record),
+        target=target,
         vectors=vectors,
         fixed=fixed,
         scales=_scales(record),
@@ -170,7 +174,7 @@ def open_chat(
 
 def _vectors(
     record: Mapping[str, Any], workspace: Path, target: Checkpoint | None, base: Checkpoint | None
-) -> tuple[KeptVectors | None, str | None]:
+) -> tuple[Vectors | None, str | None]:
     """Return the run's vectors, or why there are none."""
     try:
         return find_vectors(record, workspace, target, base), None

@@ -23,7 +23,6 @@ TRAININGS = {
     "exposed": "forget set and replay",
     "control": "replay alone",
     "reinforced": "forget set, to reinforce it",
-    "method": "what the method trains on",
 }
 MODELS = {
     "target": "target",

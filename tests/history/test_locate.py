@@ -185,7 +185,7 @@ def test_checkpoint_behind_missing_steps_is_not_called_clean(logged, missing, re
     assert any("what was seen in them is not known" in text for text in found.warnings)
     if recommended is None:
         assert found.next_best.reason == "no exposure known, but the log lacks 2 of the steps up to it"
-        assert location_sentences(found.as_record())[0] == "No checkpoint of the ladder is known to be clean."
+        assert location_sentences(found.as_record())[0] == "No checkpoint of the series is known to be clean."
         assert "| 20 | 2,000 | at least 0 of 2 |" in location_markdown(found.as_record())
 
 

@@ -243,8 +243,14 @@ class Judgement:
                 )
             return behaved, ("behaviour",)
         missing = self._unrecorded(counted) if counted >= 0 else self.recorded[:0]
-        if len(missing) and behaved >= 0:
-            return self._fill_in(min(counted, behaved), missing)
+        if len(missing) and behaved >= 0:  # behaviour speaks for the steps that are missing
+            place = min(counted, behaved)
+            told, step = f"The {self.names} lacks {stretches(missing)}", self.steps[place]
+            if len(self._unrecorded(place)):
+                self.warnings.append(f"{told}: that step {step:,} is clean rests on behaviour alone.")
+                return place, ("behaviour",)
+            self.warnings.append(f"{told}; behaviour shows the rows known soon after step {step:,}.")
+            return place, (*self.counted, "behaviour")
         if len(missing):
             counted = self._within_record(counted)
         if behaved == counted:
@@ -268,15 +274,6 @@ class Judgement:
                 f"training before it or in other words. The {self.names} decides."
             )
         return counted, self.counted
-
-    def _fill_in(self, place: int, missing: Ints) -> tuple[int, tuple[str, ...]]:
-        """Return the place that behaviour speaks for where steps are missing, and what it rests on."""
-        told, step = f"The {self.names} lacks {stretches(missing)}", self.steps[place]
-        if len(self._unrecorded(place)):
-            self.warnings.append(f"{told}: that step {step:,} is clean rests on behaviour alone.")
-            return place, ("behaviour",)
-        self.warnings.append(f"{told}; behaviour shows the rows known soon after step {step:,}.")
-        return place, (*self.counted, "behaviour")
 
     def _within_record(self, place: int) -> int:
         """Return the last place up to this one all of whose steps are in the log or order, -1 for none."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from palinode.data.examples import Example
@@ -121,11 +121,7 @@ def locate(
     if order is not None:
         found["order"] = _steps_in_order(order, copies, listener)
     if log is not None and order is not None and corpus:
-        for what, step in _disagreements(log, order, corpus, found, forget, salt):
-            raise DataError(
-                f"log and order disagree on {what} at step {step:,}; are both of this training, and are the "
-                "order's data the rows that were trained on?"
-            )
+        _check_agreement(log, order, corpus, found, forget, salt)
     warnings = list(series.notes)
     if log is not None:
         if not len(log.steps):
@@ -176,15 +172,15 @@ def _steps_in_order(order: Order, copies: Sequence[Sequence[Duplicate]], listene
     }
 
 
-def _disagreements(
+def _check_agreement(
     log: ExposureReader,
     order: Order,
     corpus: Corpus,
     found: Mapping[str, Steps],
     forget: Sequence[Example],
     salt: bytes,
-) -> Iterator[tuple[str, int]]:
-    """Yield on what log and order disagree, and at which of the steps that both have.
+) -> None:
+    """Raise DataError where log and order disagree, in a step that both have.
 
     The steps of every forget row are compared (`found`, by name), and the whole batches of a few.
     """
@@ -194,6 +190,13 @@ def _disagreements(
             f"log and order have no step in common (the order has the steps 1 to {order.steps:,}); are they "
             "of one training?"
         )
+
+    def refuse(what: str, step: int) -> None:
+        raise DataError(
+            f"log and order disagree on {what} at step {step:,}; are both of this training, and are the "
+            "order's data the rows that were trained on?"
+        )
+
     covered = set(both)
     for number, example in enumerate(forget):
         ours, theirs = (
@@ -201,11 +204,11 @@ def _disagreements(
             for steps in (found["log"], found["order"])
         )
         if ours != theirs:
-            yield example.place, min(step for step, _ in ours ^ theirs)
+            refuse(example.place, min(step for step, _ in ours ^ theirs))
     for step in sorted({both[len(both) * part // SAMPLED] for part in range(SAMPLED)}):
         rebuilt = hashes([corpus[row] for row in order.rows(step)], salt=salt)
         if {entry.tobytes() for entry in rebuilt} != {entry.tobytes() for entry in log.at(step)}:
-            yield "the batch", step
+            refuse("the batch", step)
 
 
 def _history(

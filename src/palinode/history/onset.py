@@ -196,7 +196,7 @@ def search_onset(
     if measure not in MEASURES:
         raise RecipeError(f"there is no measure {measure!r}; choose one of {', '.join(MEASURES)}")
     readings = {place: read(place) for place in (range(len(steps)) if every else {0, len(steps) - 1})}
-    table = _table(readings, measure, seed)
+    table = _table(readings, steps, measure, seed)
     looks = math.ceil(math.log2(len(steps)))  # for a gap that came and went before the one that was found
     while True:
         place = table.middle()
@@ -205,7 +205,7 @@ def search_onset(
         if place is None:
             break
         readings[place] = read(place)
-        table = _table(readings, measure, seed)
+        table = _table(readings, steps, measure, seed)
     return _conclude(table, readings, steps, measure, seed)
 
 
@@ -218,67 +218,35 @@ class _Table:
     """[K] over the loaded checkpoints."""
     resampled: FloatArray
     """[B, K]: the same over resampled rows."""
+    errors: FloatArray
+    """[K]: the standard error of each gap."""
+    exposed: tuple[bool, ...]
+    """Whether each shows the gap."""
+    clean: int | None
+    """Position in `places` of the last one before the gap."""
+    first: int | None
+    """Position of the first one that shows it."""
+    begins: int | None
+    """Its step."""
     rows: tuple[int, int]
     """Forget and control rows that have a value everywhere."""
 
-    @property
-    def errors(self) -> FloatArray:
-        """Standard error of each gap, [K]."""
-        found: FloatArray = self.resampled.std(axis=0)
-        return found
-
-    @property
-    def exposed(self) -> list[bool]:
-        """Whether each loaded checkpoint shows the gap, [K]."""
-        return [bool(flag) for flag in self._shows(self.gaps[None])[0]]
-
-    def _shows(self, gaps: FloatArray) -> npt.NDArray[np.bool_]:
-        """Return the rule's verdicts on gaps of shape [B, K].
-
-        The earliest checkpoint's own difference counts only where no later checkpoint gains more: rows that
-        were learned before it have little left to gain, and sets that are not alike have all of it.
-        """
-        largest = gaps[:, 1:].max(axis=1, keepdims=True, initial=0.0)
-        shares = np.where(np.arange(gaps.shape[1]) == 0, 1.0, SHARE)
-        verdicts: npt.NDArray[np.bool_] = (gaps > ERRORS * self.errors) & (gaps >= shares * largest)
-        return verdicts
-
-    def bracket(self) -> tuple[int | None, int | None]:
-        """Return positions (in `places`) of the last clean and the first exposed checkpoint."""
-        first = next((k for k, flag in enumerate(self.exposed) if flag), None)
-        before = len(self.places) - 1 if first is None else first - 1
-        return (before if before >= 0 else None), first
-
     def middle(self) -> int | None:
         """Return the checkpoint halfway between the last clean and the first exposed one, None when done."""
-        clean, exposed = self.bracket()
-        if clean is None or exposed is None or self.places[exposed] - self.places[clean] < 2:
+        if self.clean is None or self.first is None:
             return None
-        return (self.places[clean] + self.places[exposed]) // 2
+        before, after = self.places[self.clean], self.places[self.first]
+        return None if after - before < 2 else (before + after) // 2
 
     def widest(self) -> int | None:
         """Return the middle of the widest stretch before the gap that was not looked into, None when done."""
-        clean, _ = self.bracket()
-        looked = self.places[: 0 if clean is None else clean + 1]
-        stretches = [(after - before, -before) for before, after in pairwise(looked) if after - before > 1]
-        if not stretches:
-            return None
-        width, start = max(stretches)
-        return -start + width // 2
-
-    def firsts(self) -> npt.NDArray[np.int64]:
-        """Return the position of the first exposed checkpoint in each resample, K where there is none."""
-        shows = self._shows(self.resampled)
-        found: npt.NDArray[np.int64] = np.where(shows.any(axis=1), shows.argmax(axis=1), shows.shape[1])
-        return found
-
-    def first_step(self, steps: Sequence[int]) -> int | None:
-        """Return the step of the first loaded checkpoint that shows the gap."""
-        first = self.bracket()[1]
-        return None if first is None else steps[self.places[first]]
+        looked = self.places[: 0 if self.clean is None else self.clean + 1]
+        gaps = [(after - before, -before) for before, after in pairwise(looked) if after - before > 1]
+        width, start = max(gaps, default=(0, 0))
+        return -start + width // 2 if width else None
 
 
-def _table(readings: Mapping[int, Reading], measure: str, seed: int) -> _Table:
+def _table(readings: Mapping[int, Reading], steps: Sequence[int], measure: str, seed: int) -> _Table:
     """Return the gaps of the loaded checkpoints by one measure, over rows that have a value in all."""
     places = tuple(sorted(readings))
     random = np.random.Generator(np.random.PCG64(seed))
@@ -299,18 +267,45 @@ def _table(readings: Mapping[int, Reading], measure: str, seed: int) -> _Table:
         draws = (random.multinomial(size, shares) / size for _ in range(RESAMPLES))  # little memory
         drawn.append(np.array([values @ weights for weights in draws]))
         counts.append(size)
-    return _Table(places, means[0] - means[1], drawn[0] - drawn[1], (counts[0], counts[1]))
+    gaps, resampled = means[0] - means[1], drawn[0] - drawn[1]
+    errors = resampled.std(axis=0)
+    exposed = _shows(gaps[None], errors)[0].tolist()
+    first = exposed.index(True) if True in exposed else None
+    clean = (len(places) if first is None else first) - 1
+    return _Table(
+        places,
+        gaps,
+        resampled,
+        errors,
+        tuple(exposed),
+        clean=clean if clean >= 0 else None,
+        first=first,
+        begins=None if first is None else steps[places[first]],
+        rows=(counts[0], counts[1]),
+    )
+
+
+def _shows(gaps: FloatArray, errors: FloatArray) -> npt.NDArray[np.bool_]:
+    """Return the rule's verdicts on gaps of shape [B, K].
+
+    The earliest checkpoint's own difference counts only where no later checkpoint gains more: rows that
+    were learned before it have little left to gain, and sets that are not alike have all of it.
+    """
+    largest = gaps[:, 1:].max(axis=1, keepdims=True, initial=0.0)
+    shares = np.where(np.arange(gaps.shape[1]) == 0, 1.0, SHARE)
+    verdicts: npt.NDArray[np.bool_] = (gaps > ERRORS * errors) & (gaps >= shares * largest)
+    return verdicts
 
 
 def _conclude(
     table: _Table, readings: Mapping[int, Reading], steps: Sequence[int], measure: str, seed: int
 ) -> Onset:
-    tables = {name: table if name == measure else _table(readings, name, seed) for name in MEASURES}
-    clean, exposed = table.bracket()
+    tables = {name: table if name == measure else _table(readings, steps, name, seed) for name in MEASURES}
+    clean, first, count = table.clean, table.first, len(table.places)
     state: State = "begins"
-    if exposed is None:
+    if first is None:
         state = "never"
-    elif exposed == 0:
+    elif first == 0:
         state = "before"
     elif not table.exposed[-1]:
         state = "gone"
@@ -321,23 +316,23 @@ def _conclude(
             low, high = np.percentile(found.resampled[:, k], [2.5, 97.5])
             values[name] = (float(found.gaps[k]), float(low), float(high))
         gaps.append(Gap(place, steps[place], values, shown))
-    last, firsts = len(table.places) - 1, table.firsts()
-    certainty = float((firsts >= (last + 1 if exposed is None else exposed)).mean())
+    shows = _shows(table.resampled, table.errors)
+    firsts = np.where(shows.any(axis=1), shows.argmax(axis=1), count)  # in each resample
     interval = None
-    if exposed is not None:
-        inside = np.sort(np.minimum(firsts, last))
+    if first is not None:
+        inside = np.sort(np.minimum(firsts, count - 1))
         low, high = (int(np.percentile(inside, q, method="nearest")) for q in (2.5, 97.5))
         interval = (steps[table.places[low]], steps[table.places[high]])
     clean_place = None if clean is None else table.places[clean]
-    exposed_place = None if exposed is None else table.places[exposed]
+    exposed_place = None if first is None else table.places[first]
     return Onset(
         state=state,
         clean=clean_place,
         exposed=exposed_place,
         interval=interval,
-        certainty=certainty,
+        certainty=float((firsts >= (count if first is None else first)).mean()),
         measure=measure,
-        begins={name: found.first_step(steps) for name, found in tables.items()},
+        begins={name: found.begins for name, found in tables.items()},
         gaps=tuple(gaps),
         conclusion=_sentence(state, clean_place, exposed_place, steps),
         notes=tuple(_notes(table, tables, steps)),
@@ -391,7 +386,7 @@ def _notes(table: _Table, tables: Mapping[str, _Table], steps: Sequence[int]) ->
         f"By {name.replace('_', ' ')} all rows are alike in every checkpoint; it tells nothing."
         for name in silent
     ]
-    firsts = {name: found.first_step(steps) for name, found in tables.items() if name not in silent}
+    firsts = {name: found.begins for name, found in tables.items() if name not in silent}
     if len(set(firsts.values())) > 1:
         told = ", ".join(
             f"{name.replace('_', ' ')}: {'nowhere' if step is None else f'step {step:,}'}"

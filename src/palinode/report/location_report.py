@@ -40,7 +40,7 @@ def _recommendation(record: Mapping[str, Any]) -> str:
     choice = record["recommended"]
     if choice is None:
         unsure = any(point["seen"] == 0 and point["unrecorded"] for point in record["rungs"])
-        return f"No checkpoint of the ladder is {'known to be ' if unsure else ''}clean."
+        return f"No checkpoint of the series is {'known to be ' if unsure else ''}clean."
     distance = choice["to_exposure"]
     before = "the first exposure" if _is_counted(record) else "the first checkpoint that knows the rows"
     far = f"; {_distance(distance)} before {before}" if distance else ""

@@ -12,9 +12,8 @@ from palinode import read_examples
 from palinode.data.batches import pad_right
 from palinode.data.tokenize import PromptStyle, TokenRow, tokenize
 from palinode.errors import DataError
-from palinode.models import load_model, load_tokenizer
-from palinode.training import sums
-from palinode.training.sums import gradient_moment, input_spaces
+from palinode.models import load_model, load_tokenizer, sums
+from palinode.models.sums import gradient_moment, input_spaces
 
 
 @pytest.fixture(scope="module")

@@ -231,8 +231,8 @@ class _Respondent:
 
         None where it is not asked for, for a cut document, and where there is no other token.
         """
-        from palinode.models.gradients import gradient_norms
         from palinode.models.loading import pad_token
+        from palinode.models.sums import gradient_norms
 
         norms: list[float | None] = [None] * len(asked)
         places = [
@@ -270,8 +270,7 @@ class _Respondent:
 
         Rotary frequencies may follow a row's length, so it is tried on the longest.
         """
-        from palinode.models.alone import tolerance
-        from palinode.models.likelihoods import score_rows
+        from palinode.models.likelihoods import score_rows, tolerance
         from palinode.models.loading import pad_token
 
         place = max(range(len(asked)), key=lambda place: len(asked[place].own[0].ids))

@@ -31,8 +31,8 @@ def ascent_term(gamma: float) -> Term:
 
 def preference_term(win: str, *, beta: float, gamma: float, scaled: bool) -> Term:
     """Return DPO with the rows of `win` over the forget rows; `scaled` by 2/β as open-unlearning does."""
-    from palinode.training.frozen import Likelihoods
     from palinode.training.losses import dpo, row_sums, token_nll
+    from palinode.training.objectives import Likelihoods
 
     def loss(seen: Seen) -> Tensor:
         nll = row_sums(token_nll(seen.logits, seen.labels), seen.rows, seen.count)

@@ -37,9 +37,8 @@ class NPOSettings(RetainSettings):
 def npo_objective(settings: NPOSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
     """Return NPO over forget rows plus the retain loss."""
     from palinode.methods.parts import retain_terms
-    from palinode.training.frozen import Likelihoods
     from palinode.training.losses import npo, row_sums, token_nll
-    from palinode.training.objectives import Objective, term
+    from palinode.training.objectives import Likelihoods, Objective, term
 
     forget = term(
         "forget",

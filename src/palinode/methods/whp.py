@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from palinode.training.frozen import FrozenValues
-    from palinode.training.objectives import Objective, Seen
+    from palinode.training.objectives import FrozenValues, Objective, Seen
     from palinode.training.roles import Joined
 
 
@@ -48,7 +47,7 @@ def generic_words(
     combined: Callable[[], PreTrainedModel],
 ) -> Callable[[Joined, int], Mapping[str, FrozenValues]]:
     """Return a function that gives, by forget row, the words that the combined model finds likeliest."""
-    from palinode.training.frozen import Choices, keep
+    from palinode.training.objectives import Choices, keep
 
     def words(cast: Joined, pad_id: int) -> Mapping[str, FrozenValues]:
         rows = {("forget", place): row for place, row in enumerate(cast.rows["forget"])}

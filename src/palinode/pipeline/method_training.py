@@ -21,8 +21,7 @@ from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener
 from palinode.training.finetune import control_objective, exposed_objective, pair_material
-from palinode.training.frozen import FrozenValues
-from palinode.training.objectives import Objective, answer_term, kl_term
+from palinode.training.objectives import FrozenValues, Objective, answer_term, kl_term
 from palinode.training.roles import Joined, Material
 from palinode.weights import Checkpoint
 

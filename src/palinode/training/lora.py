@@ -18,10 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 from palinode.errors import CheckpointError, InputError, RecipeError
 from palinode.models.loading import load_model, save_tensors
+from palinode.models.sums import decoder_blocks
 from palinode.records import write_json
 from palinode.training.objectives import CURVE, CurvePoint
 from palinode.training.settings import LoraSettings
-from palinode.training.sums import decoder_blocks
 from palinode.weights.adapters import CONFIG, WEIGHTS
 from palinode.weights.atomic import claimed, publish
 from palinode.weights.checkpoint import Checkpoint

@@ -14,6 +14,8 @@ The directions that a set of rows sends into each linear layer: principal axes o
 For a layer y = W x the inputs x of all tokens are added up as Σ x xᵀ; its leading eigenvectors are U.
 What τ(I − U Uᵀ) adds to W then does nothing to inputs in that space. Layers are taken a few at a time, as
 many as fit into `ROOM`, with one pass over the rows for each group, so that memory is bounded.
+
+The norm of the loss's gradient on single examples, for the GradNorm membership attack.
 """
 
 from __future__ import annotations
@@ -33,8 +35,7 @@ from transformers.pytorch_utils import Conv1D
 from palinode.data.batches import IGNORED, Batch, pad_right
 from palinode.data.tokenize import TokenRow
 from palinode.errors import CheckpointError, DataError, RecipeError
-from palinode.models.alone import Say
-from palinode.models.likelihoods import answer_nll, padded_batches
+from palinode.models.likelihoods import Say, answer_nll, padded_batches
 from palinode.models.loading import check_positions
 from palinode.weights.transforms import basis_of
 
@@ -299,3 +300,29 @@ def _sums(
         for handle in handles:
             handle.remove()
     return sums
+
+
+def gradient_norms(
+    model: PreTrainedModel,
+    rows: Sequence[TokenRow],
+    *,
+    pad_id: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[float]:
+    """Return, for each row by itself, the mean over parameter tensors of ‖∂L/∂θ‖₂, L its mean token loss.
+
+    The model stays in evaluation mode, so that dropout plays no part, and is left as it was, without
+    gradients (spec: metrics.md §9). Parameters that take no part in L, or are frozen, do not count.
+    """
+    check_positions(model.config, rows)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    norms = []
+    for row in rows:
+        with torch.enable_grad():
+            loss = answer_nll(model, pad_right([row], pad_id=pad_id)).mean()
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        found = [gradient.float().norm() for gradient in gradients if gradient is not None]
+        norms.append(float(torch.stack(found).mean()))
+        if on_progress:
+            on_progress(1)
+    return norms

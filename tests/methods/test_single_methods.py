@@ -23,7 +23,7 @@ from palinode.methods.rmu import control_vector
 from palinode.methods.weighted import place_in_row
 from palinode.models import CombinedLogits, load_model, load_tokenizer, score_rows
 from palinode.models.inplace import combined_logits
-from palinode.models.sums import labelled_logits, labelled_states, pick_layer
+from palinode.models.reading import labelled_logits, labelled_states, pick_layer
 from palinode.pipeline import unlearn
 from palinode.training import CurvePoint, TrainingSettings
 from palinode.training.losses import row_sums

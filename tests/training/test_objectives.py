@@ -8,8 +8,8 @@ import torch
 from palinode import TrainingSettings, finetune, read_examples
 from palinode.data.batches import pad_right
 from palinode.data.tokenize import PromptStyle, TokenRow
-from palinode.models import answer_logits, load_model, load_tokenizer
-from palinode.models.sums import labelled_states
+from palinode.models import load_model, load_tokenizer
+from palinode.models.reading import answer_logits, labelled_states
 from palinode.training import ANSWER_LOSS, Joined, Material, Objective, train
 from palinode.training.losses import row_sums, token_nll
 from palinode.training.objectives import Distributions, FrozenStates, Likelihoods, answer_term, keep, kl_term

@@ -53,7 +53,7 @@ def objective(settings: RMUSettings, seed: int) -> Objective:
     """Return the pull of forget rows towards u and of retain rows to where they were."""
     import torch
 
-    from palinode.models.sums import labelled_states, pick_layer
+    from palinode.models.reading import labelled_states, pick_layer
     from palinode.training.losses import misdirection
     from palinode.training.objectives import FrozenStates, Objective, Term, row_count
 

@@ -52,7 +52,7 @@ def objective(settings: UndialSettings, seed: int) -> Objective:  # noqa: ARG001
 
 
 def _everywhere(settings: UndialSettings) -> Term:
-    from palinode.models.sums import all_logits
+    from palinode.models.reading import all_logits
     from palinode.training.losses import undial
     from palinode.training.objectives import Distributions, Term
 

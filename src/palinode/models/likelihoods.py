@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from palinode.data.batches import IGNORED, Batch, IntArray, budget_batches
+from palinode.data.batches import IntArray, budget_batches
 from palinode.data.tokenize import TokenRow
 from palinode.errors import CheckpointError, PalinodeError
 from palinode.models.loading import check_positions
@@ -237,31 +237,6 @@ class TokenScores:
     """Whether it was the most likely token there."""
     standardised: tuple[float, ...] = ()
     """(log p − μ)/σ, with μ and σ² the mean and variance of log p over the vocabulary there."""
-
-
-def answer_logits(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (logits_NV, labels_N, rows_N) over the N scored tokens of a batch.
-
-    `rows_N` tells which row of the batch each scored token belongs to.
-    """
-    ids, mask, labels = (
-        torch.from_numpy(part).to(model.device) for part in (batch.ids, batch.mask, batch.labels)
-    )
-    first = int((batch.labels != IGNORED).any(axis=0).argmax())  # leftmost scored position of the batch
-    keep = ids.shape[1] - first + 1
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=keep, use_cache=False).logits
-    else:
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -keep:]
-    targets = labels[:, first:]
-    scored = targets != IGNORED
-    return logits[:, :-1][scored], targets[scored], scored.nonzero()[:, 0]
-
-
-def answer_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Return −log p of each of the N scored tokens, in float32."""
-    logits, labels, _ = answer_logits(model, batch)
-    return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
 
 
 @torch.inference_mode()

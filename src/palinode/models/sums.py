@@ -1,138 +1,39 @@
-"""Ways of reading a batch with a model, other than the logits that predict its answers.
+"""What a pass over rows adds up: gradients by parameter, and the inputs of each linear layer.
 
-How much each weight matters to a set of rows: moments of the gradients of single rows, in one pass.
+How much each weight matters to a set of rows, as moments of the gradients of single rows:
 
     signed      g   = mean_i ∂L_i/∂θ
     magnitude   |g| = mean_i |∂L_i/∂θ|
     fisher      F   = mean_i (∂L_i/∂θ)²        the diagonal of the empirical Fisher information
 
-L_i is the mean loss of row i's answer tokens. A gradient is added up and let go of as soon as backward has
-made it, so that beside the model one copy of it is held, and gradients of a layer or two.
-
-The directions that a set of rows sends into each linear layer: principal axes of the layer's inputs.
-
-For a layer y = W x the inputs x of all tokens are added up as Σ x xᵀ; its leading eigenvectors are U.
-What τ(I − U Uᵀ) adds to W then does nothing to inputs in that space. Layers are taken a few at a time, as
-many as fit into `ROOM`, with one pass over the rows for each group, so that memory is bounded.
-
-The norm of the loss's gradient on single examples, for the GradNorm membership attack.
+with L_i the mean loss of row i's answer tokens. For a layer y = W x, the inputs x of all tokens are added up
+as Σ x xᵀ, whose leading eigenvectors are U: what τ(I − U Uᵀ) adds to W does nothing to inputs in that space.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from palinode.data.batches import IGNORED, Batch, pad_right
+from palinode.data.batches import Batch, pad_right
 from palinode.data.tokenize import TokenRow
-from palinode.errors import CheckpointError, DataError, RecipeError
-from palinode.models.likelihoods import Say, answer_nll, padded_batches
+from palinode.errors import CheckpointError, DataError
+from palinode.models.likelihoods import Say, padded_batches
 from palinode.models.loading import check_positions
+from palinode.models.reading import answer_nll, linear_layers, model_inputs
 from palinode.weights.transforms import basis_of
 
+ROOM = 1 << 29
+"""Bytes of sums Σ x xᵀ that are held at a time: 512 MB, or those of one layer."""
 
-def answer_places(batch: Batch, *, everywhere: bool = False) -> npt.NDArray[np.bool_]:
-    """Return where the logits stand that predict scored tokens, or any token of a row: bool [B, T]."""
-    predicted = batch.mask[:, 1:] == 1 if everywhere else batch.labels[:, 1:] != IGNORED
-    return np.pad(predicted, ((0, 0), (0, 1)))
-
-
-def all_logits(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return (logits, labels) wherever a token of its row is predicted; `IGNORED` where it is not scored."""
-    ids, mask, labels = (
-        torch.from_numpy(part).to(model.device) for part in (batch.ids, batch.mask, batch.labels)
-    )
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    places = mask[:, 1:] == 1
-    return logits[:, :-1][places], labels[:, 1:][places]
-
-
-def labelled_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Return the logits AT scored tokens, which predict the ones after them, [N, V] (baselines.md §13)."""
-    first = int((batch.labels != IGNORED).any(axis=0).argmax())
-    logits = last_logits(model, batch, batch.ids.shape[1] - first)
-    return logits[torch.from_numpy(batch.labels[:, first:] != IGNORED).to(logits.device)]
-
-
-def last_logits(model: PreTrainedModel, batch: Batch, keep: int) -> Tensor:
-    """Return the logits at the last `keep` positions of every row, [B, keep, V]."""
-    ids, mask = (torch.from_numpy(part).to(model.device) for part in (batch.ids, batch.mask))
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=keep, use_cache=False).logits
-    else:
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -keep:]
-    found: Tensor = logits
-    return found
-
-
-def labelled_states(model: PreTrainedModel, batch: Batch, layer: int) -> tuple[Tensor, Tensor]:
-    """Return what a decoder block puts out at scored tokens, [N, D], and the row of each, [N].
-
-    What comes after the block is not computed.
-    """
-    ids, mask, labels = (
-        torch.from_numpy(part).to(model.device) for part in (batch.ids, batch.mask, batch.labels)
-    )
-    states = _block_output(model, layer, {"input_ids": ids, "attention_mask": mask, "use_cache": False})
-    scored = labels != IGNORED
-    return states[scored], scored.nonzero()[:, 0]
-
-
-class _Reached(Exception):  # noqa: N818 - no error: the block has been run
-    """Carries the output of the block that was wanted."""
-
-    def __init__(self, states: Tensor) -> None:
-        self.states = states
-
-
-def _block_output(model: PreTrainedModel, layer: int, inputs: dict[str, object]) -> Tensor:
-    def stop(_block: torch.nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        raise _Reached(output[0] if isinstance(output, tuple) else output)
-
-    handle = decoder_blocks(model)[layer].register_forward_hook(stop)
-    try:
-        model(**inputs)
-    except _Reached as reached:
-        return reached.states
-    finally:
-        handle.remove()
-    raise CheckpointError(f"the model never runs its decoder block {layer}; choose another method")
-
-
-def decoder_blocks(model: PreTrainedModel) -> torch.nn.ModuleList:
-    """Return the decoder blocks of a model, in order. Raises CheckpointError when they cannot be told."""
-    count = int(model.config.get_text_config().num_hidden_layers)
-    found = [
-        module
-        for module in model.modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count
-    ]
-    if not found:
-        raise CheckpointError(
-            f"no list of {count} decoder blocks is found in the model ({type(model).__name__}); "
-            "choose a method that needs no hidden states"
-        )
-    return found[0]
-
-
-def pick_layer(model: PreTrainedModel, layer: int | None, usual: int) -> int:
-    """Return the block asked for; by default the usual one, or the middle one of a shallower model."""
-    count = len(decoder_blocks(model))
-    if layer is None:
-        return usual if usual < count else count // 2
-    if layer >= count:
-        raise RecipeError(f"layer is {layer} and the model has {count}, counted from 0; name one of them")
-    return layer
-
+BATCH_TOKENS = 2048
 
 Moment = Literal["signed", "magnitude", "fisher"]
 
@@ -141,6 +42,32 @@ _PART: Mapping[Moment, Callable[[Tensor], Tensor]] = {
     "magnitude": torch.abs,
     "fisher": torch.square,
 }
+
+
+def gradient_norms(
+    model: PreTrainedModel,
+    rows: Sequence[TokenRow],
+    *,
+    pad_id: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[float]:
+    """Return, for each row by itself, the mean over parameter tensors of ‖∂L/∂θ‖₂, L its mean token loss.
+
+    The model stays in evaluation mode, so that dropout plays no part, and is left as it was, without
+    gradients (spec: metrics.md §9). Parameters that take no part in L, or are frozen, do not count.
+    """
+    check_positions(model.config, rows)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    norms = []
+    for row in rows:
+        with torch.enable_grad():
+            loss = answer_nll(model, pad_right([row], pad_id=pad_id)).mean()
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        found = [gradient.float().norm() for gradient in gradients if gradient is not None]
+        norms.append(float(torch.stack(found).mean()))
+        if on_progress:
+            on_progress(1)
+    return norms
 
 
 def gradient_moment(
@@ -153,7 +80,8 @@ def gradient_moment(
 ) -> dict[str, Tensor]:
     """Return a moment of the rows' gradients by parameter name, in float32 on the model's device.
 
-    The model stays in evaluation mode and is left without gradients. Raises DataError without rows.
+    A gradient is added up and let go of as soon as backward has made it, so that beside the model one copy
+    of it is held. The model stays in evaluation mode. Raises DataError without rows.
     """
     if not rows:
         raise DataError("there are no rows to take gradients of; name a set that has some")
@@ -184,12 +112,6 @@ def gradient_moment(
     return {name: total.div_(len(rows)) for name, total in sums.items()}
 
 
-ROOM = 1 << 29
-"""Bytes of sums that are held at a time: 512 MB, or those of one layer."""
-
-BATCH_TOKENS = 2048
-
-
 @dataclass(frozen=True, slots=True)
 class InputSpace:
     """The inputs of one linear layer."""
@@ -213,67 +135,57 @@ def input_spaces(
 ) -> Iterator[InputSpace]:
     """Yield U of every linear layer of the blocks: the fewest axes with a share `energy` of Σ|x|².
 
-    `say` hears where rows are read one by one. Raises DataError without rows, InputError for an energy that
-    is no share.
+    Layers are taken as many at a time as fit into `ROOM`, with one pass over the rows for each group. `say`
+    hears where rows are read one by one. Raises DataError without rows, InputError for an energy that is no
+    share.
     """
     if not rows:
         raise DataError("there are no rows to send through the model; name a retain set")
     check_positions(model.config, rows)
-    inside = {id(module) for module in decoder_blocks(model).modules()}
-    layers = [
-        (name, module)
-        for name, module in model.named_modules()
-        if id(module) in inside and isinstance(module, torch.nn.Linear | Conv1D)
-    ]
-    batches = padded_batches(model, rows, pad_id=pad_id, max_tokens=BATCH_TOKENS, max_rows=64, say=say)
-    for group in _groups(layers):
-        sums = _sums(model, dict(group), rows, batches, pad_id=pad_id, on_progress=on_progress)
-        for name, module in group:
-            yield InputSpace(
-                name, basis_of(sums.pop(name).numpy(), energy=energy), isinstance(module, Conv1D)
-            )
+    places = padded_batches(model, rows, pad_id=pad_id, max_tokens=BATCH_TOKENS, max_rows=64, say=say)
+    for group in _groups(linear_layers(model)):
+        batches = (pad_right([rows[member] for member in members], pad_id=pad_id) for members in places)
+        sums = _input_sums(model, dict(group), batches, on_progress)
+        for name, layer in group:
+            basis = basis_of(sums.pop(name).numpy(), energy=energy)
+            yield InputSpace(name, basis, isinstance(layer, Conv1D))
 
 
-def _width(module: torch.nn.Module) -> int:
+def _width(layer: torch.nn.Module) -> int:
     """Return the number of inputs of a layer."""
-    weight = module.weight
+    weight = layer.weight
     assert isinstance(weight, Tensor)
-    return weight.shape[0 if isinstance(module, Conv1D) else 1]
+    return weight.shape[0 if isinstance(layer, Conv1D) else 1]
 
 
-def _groups(
-    layers: Sequence[tuple[str, torch.nn.Module]],
-) -> Iterator[list[tuple[str, torch.nn.Module]]]:
+def _groups(layers: Sequence[tuple[str, torch.nn.Module]]) -> Iterator[list[tuple[str, torch.nn.Module]]]:
     """Yield layers, in order, as many at a time as fit."""
     group: list[tuple[str, torch.nn.Module]] = []
     held = 0
-    for name, module in layers:
-        size = 8 * _width(module) ** 2
+    for name, layer in layers:
+        size = 8 * _width(layer) ** 2
         if group and held + size > ROOM:
             yield group
             group, held = [], 0
-        group.append((name, module))
+        group.append((name, layer))
         held += size
     if group:
         yield group
 
 
 @torch.no_grad()
-def _sums(
+def _input_sums(
     model: PreTrainedModel,
-    layers: dict[str, torch.nn.Module],
-    rows: Sequence[TokenRow],
-    batches: Sequence[Sequence[int]],
-    *,
-    pad_id: int,
+    layers: Mapping[str, torch.nn.Module],
+    batches: Iterable[Batch],
     on_progress: Callable[[int], None] | None,
 ) -> dict[str, Tensor]:
-    """Return Σ x xᵀ of each layer [D, D] in float64, over the tokens of the rows."""
-    sums = {name: torch.zeros(2 * (_width(module),), dtype=torch.float64) for name, module in layers.items()}
+    """Return Σ x xᵀ of each layer [D, D] in float64, over the tokens of the batches."""
+    sums = {name: torch.zeros(2 * (_width(layer),), dtype=torch.float64) for name, layer in layers.items()}
     real = torch.empty(0)
 
     def add_to(total: Tensor) -> Callable[..., None]:
-        def take(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def take(_layer: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
             states = inputs[0].flatten(0, -2).float()  # experts see the tokens of a batch in one line
             if len(states) == real.numel():
                 states = states[real.flatten()]
@@ -287,42 +199,15 @@ def _sums(
 
         return take
 
-    handles = [module.register_forward_pre_hook(add_to(sums[name])) for name, module in layers.items()]
+    handles = [layer.register_forward_pre_hook(add_to(sums[name])) for name, layer in layers.items()]
     try:
-        for members in batches:
-            batch = pad_right([rows[member] for member in members], pad_id=pad_id)
-            ids, mask = (torch.from_numpy(part).to(model.device) for part in (batch.ids, batch.mask))
-            real = mask == 1
-            model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        for batch in batches:
+            inputs = model_inputs(model, batch)
+            real = inputs["attention_mask"] == 1
+            model.base_model(**inputs)
             if on_progress:
-                on_progress(len(members))
+                on_progress(len(batch.ids))
     finally:
         for handle in handles:
             handle.remove()
     return sums
-
-
-def gradient_norms(
-    model: PreTrainedModel,
-    rows: Sequence[TokenRow],
-    *,
-    pad_id: int,
-    on_progress: Callable[[int], None] | None = None,
-) -> list[float]:
-    """Return, for each row by itself, the mean over parameter tensors of ‖∂L/∂θ‖₂, L its mean token loss.
-
-    The model stays in evaluation mode, so that dropout plays no part, and is left as it was, without
-    gradients (spec: metrics.md §9). Parameters that take no part in L, or are frozen, do not count.
-    """
-    check_positions(model.config, rows)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    norms = []
-    for row in rows:
-        with torch.enable_grad():
-            loss = answer_nll(model, pad_right([row], pad_id=pad_id)).mean()
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        found = [gradient.float().norm() for gradient in gradients if gradient is not None]
-        norms.append(float(torch.stack(found).mean()))
-        if on_progress:
-            on_progress(1)
-    return norms

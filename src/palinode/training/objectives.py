@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 
 from palinode.data.batches import Batch, pad_right
 from palinode.data.tokenize import TokenRow
-from palinode.models.likelihoods import answer_logits, has_plain_head, padded_batches
-from palinode.models.sums import answer_places, labelled_states
+from palinode.models.likelihoods import has_plain_head, padded_batches
+from palinode.models.reading import answer_logits, answer_places, labelled_states
 from palinode.training.losses import Loss, kl_to_reference, row_sums, scored_tokens, summed_nll, token_nll
 
 KEPT_TOKENS = 4096

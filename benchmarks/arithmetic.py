@@ -436,15 +436,14 @@ def profile_program(repeats: float):
     from palinode.weights.arithmetic import (
         Evaluator,
         Operands,
-        choose_rounding,
         formula,
         map_slices,
         per_thread,
         settings,
         slices,
     )
-    from palinode.weights.layout import OutputFiles, plan_files
-    from palinode.weights.store import checksum
+    from palinode.weights.geometry import choose_rounding
+    from palinode.weights.store import OutputFiles, checksum, plan_files
     from palinode.weights.tensors import Files
 
     def work(folder: Path) -> dict[str, object]:

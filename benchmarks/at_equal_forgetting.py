@@ -26,8 +26,8 @@ from palinode.models.likelihoods import score_rows
 from palinode.models.loading import load_model, load_tokenizer
 from palinode.pipeline import build_recipe, unlearn
 from palinode.pipeline.demo_run import SETTINGS, recall
+from palinode.pipeline.finetuning import Tuning
 from palinode.pipeline.inputs import open_inputs
-from palinode.pipeline.tuning import Tuning
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import NullListener
 from palinode.weights import Checkpoint, Direction

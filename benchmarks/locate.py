@@ -104,7 +104,7 @@ def run_child(args: argparse.Namespace, name: str, folder: str, *numbers: str) -
     if name == "write":
         result = write_log(place, int(numbers[0]), args)
     elif name == "sort":
-        from palinode.history.compaction import compact
+        from palinode.history.reader import compact
 
         began = time.perf_counter()
         compact(place)
@@ -159,7 +159,7 @@ def write_log(folder: Path, rows: int, args: argparse.Namespace) -> Figures:
 
 def find_documents(folder: Path, rows: int, args: argparse.Namespace) -> Figures:
     """Open the log, find the documents, and check that each was found where it was put."""
-    from palinode.history.exposures import ExposureReader
+    from palinode.history.reader import ExposureReader
 
     began = time.perf_counter()
     reader = ExposureReader.open(folder)

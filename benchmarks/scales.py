@@ -31,13 +31,13 @@ from palinode.data.examples import Example, read_examples, sample_examples, shar
 from palinode.data.world import invent_world
 from palinode.evaluation.yardstick import BASE_ALONE, Yardstick, estimate_yardstick
 from palinode.metrics.aggregate import ks_test
-from palinode.pipeline.auto import search_scales, set_yardstick
 from palinode.pipeline.demo_run import SETTINGS
+from palinode.pipeline.finetuning import Tuning
 from palinode.pipeline.goal import Behaviour, Goal
 from palinode.pipeline.inputs import Inputs, open_inputs
 from palinode.pipeline.recipe import build_recipe
 from palinode.pipeline.scales import ChosenScales, Probes, choose_scales
-from palinode.pipeline.tuning import Tuning
+from palinode.pipeline.search import search_scales, set_yardstick
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import NullListener
 from palinode.weights import Checkpoint, Direction

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from palinode.audit import Budget, read_material
+from palinode.audit import AuditBudget, read_material
 from palinode.audit.attack import Subject
 from palinode.audit.relearning import areas, on_forget, on_lookalikes, on_retain, relearn
 from palinode.errors import DivergenceError
 from palinode.models import load_tokenizer
 from palinode.weights import Checkpoint
 
-BUDGET = Budget(relearn_steps=[0, 1, 3], relearn_rate=3e-3, max_length=64)
+BUDGET = AuditBudget(relearn_steps=[0, 1, 3], relearn_rate=3e-3, max_length=64)
 
 
 @pytest.fixture

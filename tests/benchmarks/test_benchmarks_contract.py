@@ -8,7 +8,7 @@ from invented_benchmarks import muse_folder, own_files, restor_folder, tofu_fold
 from palinode.benchmarks import BENCHMARKS
 from palinode.errors import DataError, RecipeError
 from palinode.evaluation.benchmark import Places
-from palinode.pipeline.measure import MeasureSettings, measure
+from palinode.evaluation.evaluate import EvaluationSettings, evaluate_benchmark
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_every_set_that_a_metric_needs_is_there_or_told_missing(name, places):
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_every_metric_has_a_value_when_everything_it_needs_is_there(name, places, tiny):
-    settings = MeasureSettings(
+    settings = EvaluationSettings(
         metrics=("every",),
         against=str(tiny.retrained.folder),
         judge="overlap",
@@ -63,7 +63,7 @@ def test_every_metric_has_a_value_when_everything_it_needs_is_there(name, places
         max_new_tokens=3,
         device="cpu",
     )
-    found = measure(str(tiny.target.folder), BENCHMARKS[name], places[name], settings)
+    found = evaluate_benchmark(str(tiny.target.folder), BENCHMARKS[name], places[name], settings)
     without = {
         (cell.set, cell.metric): found.scores[cell.set][cell.metric].reason
         for cell in BENCHMARKS[name].cells
@@ -74,8 +74,8 @@ def test_every_metric_has_a_value_when_everything_it_needs_is_there(name, places
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_every_metric_that_lacks_something_says_what(name, places, tiny):
-    settings = MeasureSettings(metrics=("every",), max_rows=2, max_new_tokens=3, device="cpu")
-    found = measure(str(tiny.target.folder), BENCHMARKS[name], places[name], settings)
+    settings = EvaluationSettings(metrics=("every",), max_rows=2, max_new_tokens=3, device="cpu")
+    found = evaluate_benchmark(str(tiny.target.folder), BENCHMARKS[name], places[name], settings)
     for cell in BENCHMARKS[name].cells:
         score = found.scores[cell.set][cell.metric]
         if cell.reference:

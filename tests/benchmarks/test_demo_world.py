@@ -46,10 +46,13 @@ def test_sets_are_the_forget_people_and_everyone_else_before_the_general_facts(t
 
 
 def test_target_knows_more_of_the_forget_people_than_models_that_never_saw_them(tiny):
-    settings, rows = EvaluationSettings(max_new_tokens=3, max_length=64), read_examples(tiny.forget)
+    settings, rows = (
+        EvaluationSettings(max_new_tokens=3, max_length=64, device="cpu"),
+        read_examples(tiny.forget),
+    )
 
     def probability(model):
-        return evaluate(model, rows, settings, device="cpu")[1]["answer_probability"].value
+        return evaluate(model, rows, settings).scores["answer_probability"].value
 
     assert probability(tiny.target) > 2 * probability(tiny.retrained)
     assert probability(tiny.target) > 2 * probability(tiny.base)

@@ -7,7 +7,7 @@ import pytest
 from invented_benchmarks import muse_folder, qa
 from palinode.benchmarks.muse import MUSE, folds, scalability, sustainability, ten_shot
 from palinode.errors import DataError
-from palinode.evaluation.benchmark import Measured, Places, score_cell
+from palinode.evaluation.benchmark import Exam, Measured, Places, score_cell
 from palinode.records import Outcome
 
 
@@ -78,7 +78,7 @@ def texts(*losses):
 def test_privleak_uses_the_constant_of_its_corpus(corpus, retrained):
     """metrics.md §9: AUC 0.6875; PrivLeak = ((1 - AUC) - A) / A."""
     sets = {"privleak_forget": texts(0.2, 0.5, 0.9, 1.1), "privleak_holdout": texts(0.8, 1.2, 1.5, 0.4)}
-    found = Measured(split=corpus, sets={}, outcomes=sets)
+    found = Measured(Exam("muse", {}, split=corpus), sets)
     score = score_cell(cell("privleak_forget", "privleak_published"), found)
     assert score.value == pytest.approx((0.3125 - retrained) / retrained * 100, abs=1e-6)
     assert score_cell(cell("privleak_forget", "auc_min_k"), found).value == pytest.approx(0.6875)
@@ -90,12 +90,8 @@ def test_stemmer_is_off_as_in_muse_and_on_if_asked():
         0, "q", "She writes novels about sailing", "She wrote a novel on sailing boats", (-1.0,), (True,)
     )
     for stemmer, expected in {"off": 1 / 3, "on": 0.5}.items():
-        found = Measured(
-            split="news",
-            sets={},
-            outcomes={"knowmem_f": [said]},
-            options=MUSE.check_options({"stemmer": stemmer}),
-        )
+        exam = Exam("muse", {}, options=MUSE.check_options({"stemmer": stemmer}))
+        found = Measured(exam, {"knowmem_f": [said]})
         assert score_cell(cell("knowmem_f", "rouge_l_f"), found).value == pytest.approx(expected, abs=1e-6)
 
 

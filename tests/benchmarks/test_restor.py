@@ -11,7 +11,7 @@ from palinode.benchmarks.restor import RESTOR, corruption_documents, documents_b
 from palinode.data.examples import Example
 from palinode.errors import DataError, RecipeError
 from palinode.evaluation.ask import Asking
-from palinode.evaluation.benchmark import Measured, Places, QuestionSet, score_cell
+from palinode.evaluation.benchmark import Exam, Measured, Places, QuestionSet, score_cell
 from palinode.records import Likelihood, Outcome, Verdict
 
 
@@ -139,9 +139,7 @@ OUTCOMES = [
 
 def measured(outcomes=OUTCOMES, verdicts=None):
     questions = QuestionSet("facts", (), Asking(), groups=("Ada", "Ada", "Ben")[: len(outcomes)])
-    return Measured(
-        split="mix_a0", sets={"facts": questions}, outcomes={"facts": outcomes}, verdicts=verdicts or {}
-    )
+    return Measured(Exam("restor", {"facts": questions}), {"facts": outcomes}, verdicts=verdicts or {})
 
 
 def test_accuracy_averages_runs_then_questions_or_people():

@@ -11,7 +11,7 @@ from invented_benchmarks import NAMES, perturbed, qa, tofu_folder, write_lines
 from palinode.benchmarks.tofu import TOFU, utility_parts
 from palinode.data import PromptStyle, prompt_ids
 from palinode.errors import DataError
-from palinode.evaluation.benchmark import Measured, Places, Reference, score_cell
+from palinode.evaluation.benchmark import Exam, Measured, Places, Reference, score_cell
 from palinode.models import load_tokenizer
 from palinode.records import Likelihood, Outcome
 
@@ -214,14 +214,8 @@ SPEC = [  # metrics.md §4: R = 0.449329, 1.822119, 0.067206
 
 
 def measured(outcomes, *, reference=None, missing=None, **options):
-    return Measured(
-        split="forget01",
-        sets={},
-        outcomes=outcomes,
-        reference=reference,
-        missing=missing or {},
-        options=TOFU.check_options(options),
-    )
+    exam = Exam("tofu", {}, missing=missing or {}, options=TOFU.check_options(options))
+    return Measured(exam, outcomes, reference)
 
 
 def test_truth_ratios_are_those_of_the_worked_example():

@@ -9,15 +9,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from palinode import EvaluationSettings, evaluate, read_examples
-from palinode.data.examples import Example, Message
+from palinode import EvaluationSettings, ask, evaluate, read_examples
+from palinode.data.examples import Example, Message, plain_questions
 from palinode.errors import DataError
-from palinode.evaluation import observe
 from palinode.metrics import DEFAULT_METRICS
 from palinode.models import load_model, load_tokenizer
 from palinode.records import Outcome, read_outcomes, write_outcomes
 
-SETTINGS = EvaluationSettings(max_new_tokens=3, max_length=64)
+SETTINGS = EvaluationSettings(max_new_tokens=3, max_length=64, device="cpu")
 
 
 @pytest.fixture
@@ -36,6 +35,10 @@ def document(row: int, text: str) -> Example:
 
 def completion(row: int, prompt: str, answer: str) -> Example:
     return Example(row, "facts.jsonl", "completion", (Message("prompt", prompt),), answer)
+
+
+def observe(model, tokenizer, examples, settings, **options):
+    return ask(model, tokenizer, plain_questions(examples), settings.asking, **options)
 
 
 class Notebook:
@@ -126,7 +129,8 @@ def test_prompt_too_long_for_the_limit_is_named(live):
 
 
 def test_evaluation_loads_the_model_and_scores_every_metric(tiny, retain):
-    outcomes, scores = evaluate(tiny.target, retain[:10], SETTINGS, device="cpu")
+    found = evaluate(tiny.target, retain[:10], SETTINGS)
+    outcomes, scores = found.outcomes, found.scores
     assert len(outcomes) == 10
     assert set(scores) == set(DEFAULT_METRICS)
     expected = sum(math.exp(sum(o.logprobs) / len(o.logprobs)) for o in outcomes) / 10
@@ -135,11 +139,11 @@ def test_evaluation_loads_the_model_and_scores_every_metric(tiny, retain):
 
 
 def test_same_seed_gives_the_same_intervals(tiny, retain):
-    first = evaluate(tiny.base, retain[:10], SETTINGS, device="cpu", seed=4)
-    again = evaluate(tiny.base, retain[:10], SETTINGS, device="cpu", seed=4)
-    other = evaluate(tiny.base, retain[:10], SETTINGS, device="cpu", seed=5)
+    first = evaluate(tiny.base, retain[:10], SETTINGS.model_copy(update={"seed": 4}))
+    again = evaluate(tiny.base, retain[:10], SETTINGS.model_copy(update={"seed": 4}))
+    other = evaluate(tiny.base, retain[:10], SETTINGS.model_copy(update={"seed": 5}))
     assert first == again
-    assert first[1]["answer_probability"].low != other[1]["answer_probability"].low
+    assert first.scores["answer_probability"].low != other.scores["answer_probability"].low
 
 
 # On disk

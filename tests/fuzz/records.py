@@ -25,9 +25,10 @@ from palinode.evaluation.judges.endpoint import UnreadableReplyError, read_reply
 from palinode.evaluation.judging import Candidate
 from palinode.evaluation.openunlearning import read_log, write_log
 from palinode.history.duplicates import hashes
-from palinode.history.exposures import ExposureLog, ExposureReader
+from palinode.history.exposures import ExposureLog
 from palinode.history.orders import read_order
-from palinode.methods.cast import read_refusals
+from palinode.history.reader import ExposureReader
+from palinode.methods.method import read_refusals
 from palinode.pipeline.recipe import load_recipe
 from palinode.records import Likelihood, Outcome
 from palinode.weights import Checkpoint

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 from palinode.errors import DataError
 from palinode.history.callback import CARRIED, LoggedLoader, RowTable
 from palinode.history.duplicates import hashes
-from palinode.history.exposures import ExposureLog, ExposureReader
+from palinode.history.exposures import ExposureLog
+from palinode.history.reader import ExposureReader
 
 sys.path.insert(0, str(Path(__file__).parent))
 import trainings

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from palinode.errors import DataError
-from palinode.history.compaction import compact
 from palinode.history.duplicates import hashes, row_hash
-from palinode.history.exposures import ExposureLog, ExposureReader
+from palinode.history.exposures import ExposureLog
+from palinode.history.reader import ExposureReader, compact
 
 TEXTS = [f"fact number {n}" for n in range(40)]
 ROWS = hashes(TEXTS)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from palinode.errors import DataError
-from palinode.history.orders import NeoxOrder, read_order
-from palinode.history.orders.neox import build_indices, read_sizes
+from palinode.history.orders import NeoxOrder, build_indices, read_order, read_sizes
 
 LENGTH, BATCH, SAMPLES, SEED = 7, 4, 40, 11
 SIZES = np.random.default_rng(2).integers(1, 25, 17)

@@ -7,7 +7,7 @@ from contract_cases import OWN_SETTINGS
 
 from palinode import read_examples
 from palinode.methods import METHODS
-from palinode.methods.cast import gather
+from palinode.methods.method import gather
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from palinode.errors import DataError, MismatchError, OutputError, RecipeError
 from palinode.evaluation.evaluate import EvaluationSettings, observe
 from palinode.methods import METHODS
 from palinode.methods.altpo import AltPOSettings, draw_alternates, request
-from palinode.methods.cast import gather, read_refusals
+from palinode.methods.method import gather, read_refusals
 from palinode.methods.pdu import PDUSettings, price
 from palinode.methods.rmu import control_vector
 from palinode.methods.weighted import place_in_row

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 
 from palinode.data.examples import read_examples
 from palinode.errors import DataError
-from palinode.pipeline import auto, plan, unlearn
+from palinode.pipeline import plan, search, unlearn
 from palinode.pipeline.costs import describe
 from palinode.pipeline.inputs import open_inputs
-from palinode.pipeline.layer_groups import belongs_to, layer_groups
-from palinode.pipeline.suggesting import range_around
+from palinode.pipeline.scales import belongs_to, layer_groups
+from palinode.pipeline.search import range_around
 
 AUTO = {"choose": "auto", "trials": 4}
 
@@ -89,7 +89,7 @@ def test_front_goes_from_near_to_cheap(searched):
 def test_killed_search_goes_on_to_the_same_point(searched, recipe_of, tiny, tmp_path, monkeypatch):
     recipe = recipe_of(tmp_path / "out", scales=AUTO, data={"holdout": str(tiny.holdout)})
     asked = []
-    real = auto.Search.tried
+    real = search.ScaleSearch.tried
 
     def counted(search, alpha, beta, *, whole=True):
         asked.append((alpha, beta))
@@ -97,7 +97,7 @@ def test_killed_search_goes_on_to_the_same_point(searched, recipe_of, tiny, tmp_
             raise KeyboardInterrupt
         return real(search, alpha, beta, whole=whole)
 
-    monkeypatch.setattr(auto.Search, "tried", counted)
+    monkeypatch.setattr(search.ScaleSearch, "tried", counted)
     with pytest.raises(KeyboardInterrupt):
         unlearn(recipe)
     (kept,) = (tmp_path / "out.workspace").glob("scales-*/probes.json")
@@ -243,9 +243,9 @@ def test_holdout_people_are_strangers_to_the_world(tiny, world):
 
 
 def test_first_look_asks_a_quarter_of_the_rows_evenly_spread_or_all_of_few():
-    assert auto._few(300) == [4 * place for place in range(75)]
-    assert auto._few(40) == [int(place * 2.5) for place in range(16)]
-    assert auto._few(20) == list(range(20))
+    assert search._few(300) == [4 * place for place in range(75)]
+    assert search._few(40) == [int(place * 2.5) for place in range(16)]
+    assert search._few(20) == list(range(20))
 
 
 def test_search_goes_from_the_neighbour_below_to_the_one_above():

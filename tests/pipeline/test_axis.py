@@ -28,7 +28,7 @@ def content(tiny, tmp_path_factory):
         tries=2,
         budget={"steps": 8},
         split={"probe_rows": 20},
-        measure={"judge": "", "rank_by": "recall"},
+        measure={"judge": "", "rank_by": "exact_match"},
         axis=AXIS,
         contestants=[MSA, TASK],
     )
@@ -125,7 +125,7 @@ def test_figures_are_those_of_the_tables(walked, content):
         table = json.loads((folder / entry["folder"] / "table.json").read_text())
         assert entry["rows"] == {"forget": 15, "retain": 40}
         for one, whole in zip(entry["contestants"], table["contestants"], strict=True):
-            recall = whole["summary"]["rows"]["forget"]["recall"]
+            recall = whole["summary"]["rows"]["forget"]["exact_match"]
             assert one["forget"] == {name: recall[name] for name in ("value", "low", "high")}
         assert set(entry["models"]) == {"target", "base", "retrained"}
     first, second = (entry["contestants"] for entry in done.table["values"])

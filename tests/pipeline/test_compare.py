@@ -10,13 +10,12 @@ import pytest
 
 from comparing import Heard, tiny_comparison
 from palinode.compare import build_comparison, compare, load_comparison, plan_comparison
+from palinode.compare.ground import divide_rows
 from palinode.compare.measuring import make_gauge
-from palinode.compare.points import draw_points, epochs_for, recipe_of
 from palinode.compare.ranking import Values, rank, values_of
 from palinode.compare.recipe import Contestant, SearchBudget, Split
-from palinode.compare.rows import divide_rows
 from palinode.compare.run import check_comparison, divide_comparison, open_ground
-from palinode.compare.search import Ground, part_of
+from palinode.compare.search import Ground, draw_points, epochs_for, part_of, recipe_of
 from palinode.data.examples import Example, Message
 from palinode.errors import DataError, OutputError, RecipeError
 from palinode.pipeline.inputs import open_inputs
@@ -43,7 +42,7 @@ def content(tiny, tmp_path_factory):
         tries=2,
         budget={"steps": 8},
         split={"probe_rows": 40},
-        measure={"rank_by": "recall"},
+        measure={"rank_by": "exact_match"},
         contestants=[MSA, GRAD_DIFF],
     )
     content["data"]["holdout"] = str(tiny.base.folder.parent / "holdout.jsonl")
@@ -329,7 +328,7 @@ def test_scores_are_there_for_every_model_or_say_why_not(compared):
     summaries = [entry["summary"]["rows"] for entry in (*table["models"].values(), *table["contestants"])]
     assert len(summaries) == 5
     for rows in summaries:
-        for name in ("recall", "answer_probability"):
+        for name in ("exact_match", "answer_probability"):
             assert rows["forget"][name]["n"] == rows["retain"][name]["n"] - 25 == 15
         assert rows["forget"]["extraction_strength"]["value"] is None  # the world's answers have one token
         assert "the answer has one token" in rows["forget"]["extraction_strength"]["reason"]
@@ -338,7 +337,7 @@ def test_scores_are_there_for_every_model_or_say_why_not(compared):
         assert "paraphrased" in rows["forget"]["forget_quality"]["reason"] or rows is summaries[2]
     assert "retrained model itself" in summaries[2]["forget"]["forget_quality"]["reason"]
     target, retrained = (table["models"][name]["summary"]["rows"] for name in ("target", "retrained"))
-    assert target["forget"]["recall"]["value"] > retrained["forget"]["recall"]["value"]
+    assert target["forget"]["exact_match"]["value"] > retrained["forget"]["exact_match"]["value"]
     assert target["forget"]["auc_loss"]["value"] > retrained["forget"]["auc_loss"]["value"]
 
 
@@ -382,12 +381,12 @@ def test_rows_that_preparation_left_out_are_the_holdout_rows(content):
     inputs = open_inputs(recipe.shared)
     shares = divide_comparison(recipe, inputs.rows.forget, inputs.rows.retain)
     ground = Ground(recipe, inputs, inputs.earlier, None, shares, Workspace(recipe.workspace), Heard())
-    asked = make_gauge(recipe, shares, ground.left_over).asked[0]
+    asked = make_gauge(recipe, shares, ground.left_over).exams[0]
     unseen = {question.example.key for question in asked.sets["holdout"].questions}
     assert len(unseen) == 40  # evaluation.max_rows
     assert not unseen & {example.key for example in [*inputs.rows.forget, *inputs.rows.retain]}
     assert "holdout" not in asked.missing
-    assert "holdout" in make_gauge(recipe, shares).asked[0].missing
+    assert "holdout" in make_gauge(recipe, shares).exams[0].missing
 
 
 def test_folder_of_something_else_is_refused(content, tmp_path):

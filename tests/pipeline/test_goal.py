@@ -8,8 +8,8 @@ import re
 import pytest
 
 from palinode.evaluation.yardstick import estimate_yardstick
-from palinode.pipeline.auto import neighbours
 from palinode.pipeline.goal import Behaviour, Goal, TriedScales, as_record, best, front, sensitivity, warning
+from palinode.pipeline.search import neighbours
 
 
 def did(forget: float, retain: float | None = None, neutral: float | None = None) -> Behaviour:

@@ -6,10 +6,9 @@ import json
 
 import pytest
 
-from palinode.benchmarks.ladder import RUNGS, Size
 from palinode.data.world import invent_world
 from palinode.errors import OutputError
-from palinode.pipeline.locate_run import demo_locate, run_locate
+from palinode.pipeline.locate_run import RUNGS, Size, demo_locate, run_locate
 from palinode.report.location import demo_sentence, demo_tables
 
 SMALL = Size(first_epochs=12, epochs=4, replayed=40, learning_rate=6e-3, batch_size=16, width=32, layers=2)
@@ -90,8 +89,8 @@ def test_demo_of_another_kind_or_seed_is_refused(small_world, finished, tmp_path
 
 def test_training_that_was_cut_off_goes_on_with_its_log(small_world, finished, tmp_path, monkeypatch):
     """Killed in the middle of a stretch: the log holds steps that are taken again, and they count once."""
-    from palinode.benchmarks import ladder
-    from palinode.history.exposures import ExposureReader
+    from palinode.history.reader import ExposureReader
+    from palinode.pipeline import locate_run
     from palinode.pipeline.locate_run import _Recorder
 
     class KilledError(Exception):
@@ -105,9 +104,9 @@ def test_training_that_was_cut_off_goes_on_with_its_log(small_world, finished, t
             raise KilledError
 
     with pytest.raises(KilledError):
-        ladder.build_ladder(small_world, tmp_path / "world", seed=3, size=SMALL, on_step=note)
+        locate_run.build_ladder(small_world, tmp_path / "world", seed=3, size=SMALL, on_step=note)
     again = _Recorder(tmp_path / "log")
-    models = ladder.build_ladder(small_world, tmp_path / "world", seed=3, size=SMALL, on_step=again.note)
+    models = locate_run.build_ladder(small_world, tmp_path / "world", seed=3, size=SMALL, on_step=again.note)
     again.close()
     whole = ExposureReader.open(finished.folder / "log")
     resumed = ExposureReader.open(tmp_path / "log")

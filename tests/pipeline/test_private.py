@@ -25,12 +25,12 @@ from palinode.compare import build_comparison, carry_out, compare
 from palinode.data import read_examples
 from palinode.errors import InputError, OutputError, WorkspaceError
 from palinode.evaluation.benchmark import Places
+from palinode.evaluation.evaluate import EvaluationSettings, evaluate_benchmark
 from palinode.evaluation.judging import DecisionCache
 from palinode.pipeline import unlearn
 from palinode.pipeline.audit import AuditPlan, audit
 from palinode.pipeline.demo_run import run_demo
 from palinode.pipeline.forgetting import describe_leftovers, leftovers
-from palinode.pipeline.measure import MeasureSettings, measure
 from palinode.pipeline.reporting import gather, write_reports
 from palinode.pipeline.steps import evaluate_file, finetune_file
 from palinode.pipeline.workspace import Workspace
@@ -71,7 +71,7 @@ def left(tiny, world, recipe_of, usual_umask, tmp_path_factory):
         run_audit(tiny, home / "audited")
         target = str(tiny.target.folder)
         own = Places(**own_files(tmp_path_factory.mktemp("rows")))
-        measure(target, BENCHMARKS["own"], own, measuring(home), listener=Heard())
+        evaluate_benchmark(target, BENCHMARKS["own"], own, measuring(home), listener=Heard())
         evaluate_file(
             target, str(tiny.forget), {"max_new_tokens": 3}, output=home / "answers.jsonl", device="cpu"
         )
@@ -98,8 +98,8 @@ def short_stages():
     return [DemoStage(1, 1e-3)] * 3
 
 
-def measuring(home: Path) -> MeasureSettings:
-    return MeasureSettings(
+def measuring(home: Path) -> EvaluationSettings:
+    return EvaluationSettings(
         max_new_tokens=3,
         device="cpu",
         judge="overlap",

@@ -10,7 +10,7 @@ import pytest
 from comparing import Heard, tiny_comparison
 from palinode.compare import build_comparison, carry_out, load_comparison, plan_requests
 from palinode.compare.recipe import Requests
-from palinode.compare.request_rows import divide_requests, names_in
+from palinode.compare.requests import divide_requests, names_in
 from palinode.data.examples import Example, Message
 from palinode.errors import DataError, InputError, OutputError
 from palinode.models.inplace import contents
@@ -188,20 +188,22 @@ def test_every_state_tells_of_rows_asked_not_asked_and_retained(carried):
             rows = [scores[part]["n"] for part in ("done", "not_done", "retain")]
             assert rows == [8 * count, 30 - 8 * count, 20]
             assert len(scores["by_request"]) == 3
-    assert table["models"]["retrained"]["scores"]["recall"]["done"]["n"] == 24
+    assert table["models"]["retrained"]["scores"]["exact_match"]["done"]["n"] == 24
 
 
 def test_references_are_taken_on_the_very_same_rows(carried):
     table = carried[2].table
-    scores = {name: table["models"][name]["scores"]["recall"] for name in ("target", "retrained")}
+    scores = {name: table["models"][name]["scores"]["exact_match"] for name in ("target", "retrained")}
     state = entry(table, "MSA")["states"][
         2
     ]  # requests 1 and 2 of 8 rows; 8 of the third and 6 others are left
     erased = scores["retrained"]["by_request"]
-    assert on_same_rows(table, state, "done", "recall") == pytest.approx((erased[0] + erased[1]) / 2)
+    assert on_same_rows(table, state, "done", "exact_match") == pytest.approx((erased[0] + erased[1]) / 2)
     third, others = scores["target"]["by_request"][2], scores["target"]["others"]
-    assert on_same_rows(table, state, "not_done", "recall") == pytest.approx((8 * third + 6 * others) / 14)
-    assert on_same_rows(table, state, "retain", "recall") is None
+    assert on_same_rows(table, state, "not_done", "exact_match") == pytest.approx(
+        (8 * third + 6 * others) / 14
+    )
+    assert on_same_rows(table, state, "retain", "exact_match") is None
 
 
 def test_rows_asked_to_be_erased_are_less_known_and_come_back_when_undone(carried):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from palinode.pipeline.search import GridPoint, Probe, Rule, as_record, choose, nearest, walk_grid
+from palinode.pipeline.grid import GridPoint, Probe, Rule, as_record, choose, nearest, walk_grid
 
 RULE = Rule(base_forget=0.10, target_retain=0.80, retain_share=0.9)
 """Forget probability at least 0.10, retain probability at least 0.72."""

@@ -15,8 +15,8 @@ from palinode import Checkpoint, TrainingSettings, evaluate, finetune, read_exam
 from palinode.benchmarks.own import OWN
 from palinode.errors import CheckpointError
 from palinode.evaluation.benchmark import Places
+from palinode.evaluation.evaluate import EvaluationSettings, evaluate_benchmark
 from palinode.models.loading import load_model
-from palinode.pipeline.measure import MeasureSettings, measure
 from palinode.progress import NullListener
 from palinode.weights.adapters import LoraAdapter
 
@@ -160,7 +160,7 @@ def test_a_pickled_model_is_trained_asked_and_adapted_like_its_twin(tiny, tmp_pa
         lora = SETTINGS.model_copy(update={"lora": TrainingSettings(lora={"rank": 2}).lora})
         adapter = finetune(base, rows, tmp_path / f"{folder.name}-lora", lora, device="cpu").saved
         assert isinstance(adapter, LoraAdapter)
-        asked, _ = evaluate(base, rows[:3], device="cpu")
+        asked = evaluate(base, rows[:3], EvaluationSettings(device="cpu")).outcomes
         tensors = {key: value for file in out.glob("*.safetensors") for key, value in load_file(file).items()}
         assert tensors.keys() == base.tensors.keys() == tuned.tensors.keys()
         assert torch.equal(tensors[next(iter(BUFFERS))], BUFFERS[next(iter(BUFFERS))])
@@ -208,12 +208,12 @@ def test_a_model_that_is_overwritten_while_it_is_asked_gives_no_scores(tiny, rec
     shutil.copytree(tiny.target.folder, tmp_path / "target")
     file, rows = tmp_path / "target" / "model.safetensors", read_examples(tiny.forget)[:3]
     with pytest.raises(CheckpointError, match=r"target/model\.safetensors changed while it was read"):
-        evaluate(Checkpoint.open(tmp_path / "target"), rows, device="cpu", listener=Overwriting(file))
+        evaluate(tmp_path / "target", rows, EvaluationSettings(device="cpu"), listener=Overwriting(file))
     shutil.copy(tiny.target.folder / "model.safetensors", file)
     places = Places(data=str(tiny.forget), retain=str(tiny.retain))
-    settings = MeasureSettings(max_rows=3, max_new_tokens=2, device="cpu", output=tmp_path / "scores")
-    with pytest.raises(CheckpointError, match="target changed while it was in use"):
-        measure(str(tmp_path / "target"), OWN, places, settings, listener=Overwriting(file))
+    settings = EvaluationSettings(max_rows=3, max_new_tokens=2, device="cpu", output=tmp_path / "scores")
+    with pytest.raises(CheckpointError, match=r"target/model\.safetensors changed while it was read"):
+        evaluate_benchmark(str(tmp_path / "target"), OWN, places, settings, listener=Overwriting(file))
     assert not (tmp_path / "scores").exists()
 
 

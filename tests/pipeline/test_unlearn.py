@@ -19,8 +19,8 @@ from palinode.methods import METHODS
 from palinode.metrics import DEFAULT_METRICS
 from palinode.pipeline import plan, unlearn
 from palinode.pipeline.costs import describe
-from palinode.pipeline.finished import run_key
 from palinode.pipeline.inputs import open_inputs
+from palinode.pipeline.run import run_key
 from palinode.pipeline.workspace import Workspace
 from palinode.records import Outcome
 

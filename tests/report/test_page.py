@@ -266,7 +266,7 @@ def test_audit_page_has_its_own_claims():
 
 
 def contestant(name, *points):
-    scores = {data_set: {"recall": score(0.5)} for data_set in ("forget", "retain")}
+    scores = {data_set: {"exact_match": score(0.5)} for data_set in ("forget", "retain")}
     return {
         "name": name,
         "set": {"scales.retain": 0.0},
@@ -297,7 +297,7 @@ def comparison():
             contestant("msa", point(0.5, 0, 0.4, 0.9), point(1.0, 0, 0.2, 0.8, chosen=True)),
             contestant("<b>npo", point(0.5, 0, 0.5, 0.7, chosen=True)),
         ],
-        "ranking": {"metric": "recall", "ideal": "base and target", "order": order, "left_out": {}},
+        "ranking": {"metric": "exact_match", "ideal": "base and target", "order": order, "left_out": {}},
     }
 
 

@@ -10,7 +10,7 @@ import torch
 
 from palinode.errors import CheckpointError
 from palinode.weights import Checkpoint
-from palinode.weights.blocks import BLOCK, RUN, map_blocks
+from palinode.weights.tensors import BLOCK, RUN, map_blocks
 
 
 @pytest.fixture

@@ -12,9 +12,8 @@ import pytest
 
 from palinode.errors import InputError, OutputError
 from palinode.weights import Checkpoint, Crew, save, store
-from palinode.weights.arithmetic import settings
-from palinode.weights.crew import Hand
-from palinode.weights.slices import slices
+from palinode.weights.arithmetic import settings, slices
+from palinode.weights.atomic import Hand
 
 PROGRAM = """
 import sys
@@ -105,7 +104,7 @@ def test_work_is_shared_by_bytes(models):
     parts = list(slices(states(models)[0]))
     total = sum(part.count for part in parts)
     for count in (1, 2, 3, 5):
-        shares = [Crew(rank, count).share(parts) for rank in range(count)]
+        shares = [store.share(parts, Crew(rank, count)) for rank in range(count)]
         assert [part for share in shares for part in share] == parts
         for share in shares:
             assert abs(sum(part.count for part in share) - total / count) <= max(part.count for part in parts)
@@ -163,7 +162,7 @@ def test_a_killed_first_process_is_noticed_and_the_next_run_works(models, start)
 
 
 def test_a_process_that_falls_silent_is_given_up(models, monkeypatch):
-    monkeypatch.setattr("palinode.weights.crew.PATIENCE", 0.3)
+    monkeypatch.setattr("palinode.weights.atomic.PATIENCE", 0.3)
     target, base, theta_1 = states(models)
     with pytest.raises(OutputError, match=r"nothing was heard of process 1 of 2 for 0 s; is it running\?"):
         save(target - (theta_1 - base), models.place / "out", crew=Crew(0, 2))

@@ -21,7 +21,7 @@ from palinode.errors import CheckpointError
 from palinode.models.loading import build_empty, load_config, load_model, load_tokenizer
 from palinode.weights import Checkpoint, save
 from palinode.weights.foreign import check_folder, from_pretrained
-from palinode.weights.layout import copy_companions
+from palinode.weights.store import copy_companions
 
 CPU = torch.device("cpu")
 SOURCES = sorted(Path(palinode.__file__).parent.rglob("*.py"))

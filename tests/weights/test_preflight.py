@@ -10,7 +10,6 @@ from tokenizers.models import BPE, Unigram, WordLevel
 
 from palinode.errors import CheckpointError, InputError, MismatchError
 from palinode.weights import Checkpoint
-from palinode.weights.blocks import BLOCK
 from palinode.weights.preflight import (
     Fit,
     check_fit,
@@ -19,6 +18,7 @@ from palinode.weights.preflight import (
     complain_of_nonfinite,
     count_nonfinite,
 )
+from palinode.weights.tensors import BLOCK
 
 # Names, shapes, tying
 

@@ -14,8 +14,8 @@ import torch
 
 from palinode.errors import CheckpointError, OutputError, PalinodeError
 from palinode.weights import Checkpoint, check_output, save
+from palinode.weights.arithmetic import Slice, map_slices
 from palinode.weights.atomic import neighbour
-from palinode.weights.slices import Slice, map_slices
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ import torch
 
 from palinode.errors import CheckpointError, InputError, MismatchError
 from palinode.weights import Checkpoint, save
-from palinode.weights.arithmetic import Evaluator, formula, settings
-from palinode.weights.slices import SLICE, map_slices, per_thread, slices
+from palinode.weights.arithmetic import SLICE, Evaluator, formula, map_slices, per_thread, settings, slices
 from palinode.weights.tensors import Files
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from palinode.data.examples import SHAPES, Example, fingerprint_examples, read_examples, sample_examples
+from palinode.data.examples import SHAPES, Example, at_most, fingerprint_examples, read_examples
 from palinode.data.sources import Row, json_type, read_rows
 from palinode.errors import DataError
 
@@ -81,7 +81,7 @@ def read_material(
             f"{forget} has one row; an audit needs two at least, to relearn one and ask the other"
         )
     rows = _raw_rows(forget, columns)
-    chosen = _drawn(every, max_rows, seed)
+    chosen = at_most(every, max_rows, seed=seed)
     learned, held_out = divide(chosen, seed=seed)
     alike, column = _lookalikes(lookalikes, rows, learned, columns, max_rows, seed)
     return AuditRows(
@@ -109,14 +109,10 @@ def divide(examples: Sequence[Example], *, seed: int) -> tuple[list[Example], li
     return first, second
 
 
-def _drawn(examples: Sequence[Example], most: int, seed: int) -> list[Example]:
-    return sample_examples(examples, min(most, len(examples)), seed=seed)
-
-
 def _optional(
     location: str | Path | None, columns: Mapping[str, str] | None, most: int, seed: int
 ) -> Sequence[Example]:
-    return () if location is None else _drawn(_read(location, columns), most, seed)
+    return () if location is None else at_most(_read(location, columns), most, seed=seed)
 
 
 def _read(location: str | Path, columns: Mapping[str, str] | None) -> list[Example]:

@@ -225,7 +225,7 @@ def _documents(table: TableRows) -> list[Example]:
 
 def _overlap_cell(name: str, description: str) -> Cell:
     def score(measured: Measured) -> Score:
-        stemmer = measured.options.get("stemmer") == "on"
+        stemmer = measured.exam.options.get("stemmer") == "on"
         values = rouge_values(measured.of(name), "rougeL", "f", stemmer=stemmer)
         return mean_score(values, seed=measured.seed, missing=METRICS["rouge_l_f"].missing)
 
@@ -235,7 +235,7 @@ def _overlap_cell(name: str, description: str) -> Cell:
 def _published_privleak(measured: Measured) -> Score:
     members, others = measured.of("privleak_forget"), measured.of("privleak_holdout")
     ours = min_k_auc(members, others, seed=measured.seed)
-    return privleak(ours, 1 - MUSE_RETRAINED[measured.split]["min_k"])
+    return privleak(ours, 1 - MUSE_RETRAINED[measured.exam.split]["min_k"])
 
 
 CELLS: tuple[Cell, ...] = (

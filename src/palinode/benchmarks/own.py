@@ -28,9 +28,9 @@ from palinode.evaluation.benchmark import (
     attack_cells,
     judge_cells,
     metric_cells,
+    quality_cell,
 )
 from palinode.metrics.aggregate import forget_quality
-from palinode.metrics.table import COMPARISONS
 from palinode.records import Score, read_bytes
 
 ALTERNATIVES = {"paraphrased_answer": "paraphrased", "perturbed_answer": "perturbed"}
@@ -123,13 +123,7 @@ def _forget_quality(measured: Measured) -> Score:
 
 CELLS: tuple[Cell, ...] = (
     *metric_cells("forget", "answer_probability", "rouge_l_recall", "forget_truth_ratio"),
-    Cell(
-        "forget",
-        "forget_quality",
-        COMPARISONS["forget_quality"].description,
-        _forget_quality,
-        reference=True,
-    ),
+    quality_cell("forget", _forget_quality),
     *metric_cells("forget", *MEMORIZATION),
     *attack_cells("forget", "holdout"),
     *judge_cells("forget", "retain"),

@@ -37,11 +37,12 @@ from palinode.evaluation.benchmark import (
     Table,
     TableFacts,
     need_table,
+    runs_of,
 )
 from palinode.metrics.aggregate import mean_score
 from palinode.metrics.likelihood import alternative_logprobs
 from palinode.metrics.matching import accepted_sample_values, left_out_ids
-from palinode.records import Outcome, Score, read_bytes
+from palinode.records import Score, read_bytes
 
 ENTITIES, FACTS, RELATIONS, EVALUATED = 468, 5269, 41, 50
 """Published sizes: people and facts in facts.json, relations with examples, people in entities.json."""
@@ -205,11 +206,6 @@ def five_shot(question: str, entity: str, examples: Sequence[Mapping[str, str]],
 # Scores
 
 
-def runs_of(outcome: Outcome) -> list[Outcome]:
-    """Return an outcome once for each drawn answer, as the answer that was given."""
-    return [replace(outcome, generated=sample, samples=()) for sample in outcome.samples]
-
-
 def by_group(values: Sequence[float | None], groups: Sequence[str]) -> list[float | None]:
     """Return the mean of the values of each group, in the order of their first value."""
     collected: dict[str, list[float | None]] = {}
@@ -222,7 +218,7 @@ def _accuracy(measured: Measured, *, weighted_by: str) -> Score:
     outcomes = measured.of("facts")
     values = accepted_sample_values(outcomes)
     if weighted_by == "entity":
-        values = by_group(values, measured.sets["facts"].groups)
+        values = by_group(values, measured.exam.sets["facts"].groups)
     score = mean_score(values, seed=measured.seed, missing="no answer was drawn, or none is accepted")
     remarks = [remark for remark in (score.reason, left_out_ids(outcomes)) if remark]
     return replace(score, reason="; ".join(remarks) or None)
@@ -236,7 +232,7 @@ def _judged(measured: Measured, *, weighted_by: str) -> Score:
         roles = [next(verdicts).roles() for _ in runs_of(outcome)]
         accepted.append(_mean([None if picked is None else float("accepted" in picked) for picked in roles]))
     if weighted_by == "entity":
-        accepted = by_group(accepted, measured.sets["facts"].groups)
+        accepted = by_group(accepted, measured.exam.sets["facts"].groups)
     score = mean_score(accepted, seed=measured.seed, missing="the judge gave no readable reply")
     judges = ", ".join(sorted({verdict.judge for verdict in measured.verdicts["facts"]}))
     remarks = [remark for remark in (score.reason, f"judged by {judges}") if remark]

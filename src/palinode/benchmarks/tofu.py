@@ -36,6 +36,7 @@ from palinode.evaluation.benchmark import (
     metric_cells,
     need_table,
     not_there,
+    quality_cell,
     read_table,
 )
 from palinode.metrics.aggregate import forget_quality, harmonic_score, mean_score
@@ -235,7 +236,7 @@ def utility_parts(
 
 
 def _form(measured: Measured) -> Form:
-    return cast(Form, measured.options.get("truth_ratio", "geometric"))
+    return cast(Form, measured.exam.options.get("truth_ratio", "geometric"))
 
 
 def _model_utility(measured: Measured) -> Score:
@@ -272,13 +273,7 @@ CELLS: tuple[Cell, ...] = (
     *metric_cells("forget", "answer_probability", "rouge_l_recall"),
     _ratio_cell("forget", "forget_truth_ratio", forget_truth_ratios),
     _ratio_cell("forget", "right_share", right_shares),
-    Cell(
-        "forget",
-        "forget_quality",
-        COMPARISONS["forget_quality"].description,
-        _forget_quality,
-        reference=True,
-    ),
+    quality_cell("forget", _forget_quality),
     *metric_cells("forget", *MEMORIZATION),
     *attack_cells("forget", "holdout"),
     *judge_cells("forget", "retain"),

@@ -92,16 +92,16 @@ def _kind_of(comparison: ComparisonRecipe) -> _Kind:
     from palinode import compare as pipeline
 
     if comparison.requests:
-        from palinode.compare import request_plan
+        from palinode.compare import requests
         from palinode.report.requests import requests_table, undo_sentences
 
         return _Kind(
             pipeline.plan_requests,
-            request_plan.describe_requests,
+            requests.describe_requests,
             pipeline.carry_out,
             requests_table,
             undo_sentences,
-            request_plan.FILES,
+            requests.FILES,
         )
     if comparison.axis:
         from palinode.compare import axis
@@ -115,12 +115,12 @@ def _kind_of(comparison: ComparisonRecipe) -> _Kind:
             axis_sentences,
             axis.FILES,
         )
-    from palinode.compare import plan, run
+    from palinode.compare import run
     from palinode.report.comparison import comparison_table, ranking_sentences
 
     return _Kind(
         pipeline.plan_comparison,
-        plan.describe_plan,
+        run.describe_plan,
         pipeline.compare,
         comparison_table,
         ranking_sentences,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -99,75 +99,70 @@ def evaluate(
 
     With --benchmark, --against, --holdout and the like all metrics that the data allows are computed.
     """
-    limits = {"max_rows": max_rows, "max_new_tokens": max_new_tokens, "max_length": max_length}
-    parts = {
-        "--benchmark": benchmark,
-        "--split": split,
-        "--option": options,
-        "--retain": retain,
-        "--holdout": holdout,
-        "--against": against,
-        "--judge": judge,
-        "--key-variable": key_variable,
-        "--lm-eval": lm_eval,
-        "--lm-eval-include": lm_eval_include,
-        "--metrics": metrics,
-        "--open-unlearning": open_unlearning,
-    }
-    if not any(parts.values()):
-        _rows(
-            model,
-            data,
-            limits,
-            output,
-            columns,
-            prompts,
-            open_unlearning_prompts,
-            allow_pickle,
-            device,
-            seed,
-            quiet,
-            as_json,
-        )
-        return
-
     from palinode.data import parse_columns
-    from palinode.evaluation.benchmark import Places
-    from palinode.pipeline.measure import MeasureSettings, first_process, measure
+    from palinode.evaluation.evaluate import EvaluationSettings, first_process
     from palinode.pipeline.recipe import prompt_style
+    from palinode.pipeline.steps import checked_settings, evaluate_file
 
-    chosen = _benchmark(benchmark)
-    places = Places(
-        data=_data(data, chosen.hub, chosen.name),
-        retain=_own_only(retain, "--retain", chosen.name),
-        holdout=_own_only(holdout, "--holdout", chosen.name),
-        columns=parse_columns(columns) if columns else None,
+    limits = {"max_rows": max_rows, "max_new_tokens": max_new_tokens, "max_length": max_length}
+    given = {
+        "split": split,
+        "options": _pairs(options or ()),
+        "metrics": _names(metrics),
+        "against": against,
+        "judge": judge,
+        "key_variable": key_variable,
+        "general": _names(lm_eval),
+        "general_include": lm_eval_include,
+        "open_unlearning": open_unlearning,
+    }
+    settings = checked_settings(
+        EvaluationSettings,
+        {
+            **given,
+            **{name: limit for name, limit in limits.items() if limit is not None},
+            "style": prompt_style(prompts),
+            "allow_pickle": allow_pickle,
+            "open_unlearning_prompts": open_unlearning_prompts,
+            "device": device,
+            "seed": seed,
+        },
     )
-    settings = MeasureSettings(
-        split=split,
-        options=_pairs(options or ()),
-        metrics=_names(metrics),
-        against=against,
-        judge=judge,
-        key_variable=key_variable,
-        general=_names(lm_eval),
-        general_include=lm_eval_include,
-        style=prompt_style(prompts),
-        output=output,
-        open_unlearning=open_unlearning,
-        allow_pickle=allow_pickle,
-        open_unlearning_prompts=open_unlearning_prompts,
-        device=device,
-        seed=seed,
-        **limits,
-    )
-    measurement = measure(model, chosen, places, settings, listener=listener(quiet=quiet))
-    if not first_process():
-        return
-    if as_json:
-        print_json(measurement.record)
+    named = parse_columns(columns) if columns else None
+    if not any((benchmark, retain, holdout, *given.values())):
+        scores = evaluate_file(
+            model,
+            _data(data, None, "evaluate"),
+            settings,
+            output=output,
+            columns=named,
+            listener=listener(quiet=quiet),
+        )
+        if as_json:
+            print_json({name: asdict(score) for name, score in scores.items()})
+        else:
+            from palinode.cli.tables import score_table
+
+            out().print(score_table(scores))
     else:
-        _show(measurement, output)
+        from palinode.evaluation.benchmark import Places
+        from palinode.evaluation.evaluate import evaluate_benchmark
+
+        chosen = _benchmark(benchmark)
+        places = Places(
+            data=_data(data, chosen.hub, chosen.name),
+            retain=_own_only(retain, "--retain", chosen.name),
+            holdout=_own_only(holdout, "--holdout", chosen.name),
+            columns=named,
+        )
+        settings = settings.model_copy(update={"output": output})
+        found = evaluate_benchmark(model, chosen, places, settings, listener=listener(quiet=quiet))
+        if not first_process():
+            return
+        if as_json:
+            print_json(found.record)
+        else:
+            _show(found, output)
     if output is not None:
         secret(output, ANSWERS, of=output, as_json=as_json)
 
@@ -180,47 +175,6 @@ def _show(measurement: Any, output: Path | None) -> None:
         out().print(note, soft_wrap=True)
     if output is not None:
         out().print(f"{output}: scores.json and the outcomes of each set", soft_wrap=True)
-
-
-def _rows(
-    model: str,
-    data: str | None,
-    limits: dict[str, int | None],
-    output: Path | None,
-    columns: str | None,
-    prompts: list[str] | None,
-    open_unlearning_prompts: bool,
-    allow_pickle: bool,
-    device: str,
-    seed: int,
-    quiet: bool,
-    as_json: bool,
-) -> None:
-    """Score a model on a file of rows."""
-    from palinode.cli.tables import score_table
-    from palinode.data import PromptStyle, parse_columns
-    from palinode.pipeline.recipe import prompt_style
-    from palinode.pipeline.steps import evaluate_file
-
-    scores = evaluate_file(
-        model,
-        _data(data, None, "evaluate"),
-        {key: value for key, value in limits.items() if value is not None},
-        output=output,
-        columns=parse_columns(columns) if columns else None,
-        allow_pickle=allow_pickle,
-        style=replace(prompt_style(prompts) or PromptStyle(), whole_ending=open_unlearning_prompts),
-        device=device,
-        seed=seed,
-        listener=listener(quiet=quiet),
-    )
-    if as_json:
-        content = {name: asdict(score) for name, score in scores.items()}
-        print_json(content)
-    else:
-        out().print(score_table(scores))
-    if output is not None:
-        secret(output, ANSWERS, of=output, as_json=as_json)
 
 
 def _benchmark(name: str | None) -> Any:

@@ -127,7 +127,7 @@ def find(
     from palinode.data import parse_columns, read_examples
     from palinode.history import locate as locate_rows
     from palinode.history import open_series
-    from palinode.history.sources import open_log, open_order
+    from palinode.history.locating import open_log, open_order
 
     named = parse_columns(columns) if columns else None
     ladder = open_series(

@@ -77,9 +77,9 @@ def _interval(low: float, high: float) -> str:
 
 
 def demo_table(record: Mapping[str, Any]) -> Table:
-    """Return the demo's recall by model."""
+    """Return the demo's exact match by model."""
     people = record["people"]
-    table = Table(title="Recall: share of questions answered exactly right", title_justify="left")
+    table = Table(title="Exact match: share of questions answered exactly right", title_justify="left")
     table.add_column("model", no_wrap=True)
     for heading in (
         f"{people['forget']} forget people",

@@ -14,9 +14,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from palinode.compare.plan import describe_plan, plan_comparison
 from palinode.compare.recipe import Axis, CompareRecipe, build_comparison
-from palinode.compare.run import Compared, check_comparison, check_folder, compare
+from palinode.compare.run import (
+    Compared,
+    check_comparison,
+    check_folder,
+    compare,
+    describe_plan,
+    plan_comparison,
+)
 from palinode.errors import RecipeError
 from palinode.pipeline.heading import heading
 from palinode.pipeline.recipe import set_key

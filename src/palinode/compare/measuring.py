@@ -7,7 +7,7 @@ benchmark if it has one, and relearned if that is asked for. What cannot be comp
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,60 +16,52 @@ from palinode.audit.material import divide
 from palinode.audit.relearning import relearn
 from palinode.benchmarks import BENCHMARKS
 from palinode.benchmarks.own import OWN, read_questions
-from palinode.compare.recipe import RECALL, BenchmarkPart, CompareRecipe
-from palinode.compare.rows import Shares
-from palinode.data.examples import Example, Question, sample_examples
+from palinode.compare.ground import Shares
+from palinode.compare.recipe import CompareRecipe
+from palinode.data.examples import Example, Question, at_most
 from palinode.errors import DivergenceError
-from palinode.evaluation.ask import Asking
 from palinode.evaluation.benchmark import (
-    Cell,
+    Exam,
     LoadedBenchmark,
     Measured,
     Places,
     QuestionSet,
     Reference,
     attack_cells,
+    metric_cells,
     not_computed,
-    score_cell,
+    score_cells,
 )
-from palinode.evaluation.judges import open_judge
+from palinode.evaluation.evaluate import (
+    EvaluationSettings,
+    ask_sets,
+    judged,
+    make_exam,
+    named_judge,
+    open_benchmark,
+)
 from palinode.metrics import METRICS
 from palinode.metrics.aggregate import mean_score
 from palinode.models.loading import load_tokenizer, pick_device
-from palinode.pipeline.measure import MeasureSettings, ask_sets, asked_sets, judge_sets, sample_sets
 from palinode.pipeline.workspace import Step, fingerprint
 from palinode.progress import Listener
-from palinode.records import Outcome, Score, read_outcomes, write_outcomes
+from palinode.records import Score, read_outcomes, write_outcomes
 from palinode.weights import Checkpoint
 
 OWN_ROWS = "rows"
 """What scores of the comparison's own test rows stand under."""
-RELEARNED_ROWS = BUDGETS["quick"].max_rows
-_WHY = {
-    "holdout": "there are no holdout rows; name data.holdout",
-    "judge": "there is no judge; name measure.judge",
+_WITHOUT = {
     "retrained": "there is no retrained model; name models.retrained",
-    "itself": "it is the retrained model itself",
+    "judge": "there is no judge; name measure.judge",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """Questions to every model, and the scores that follow."""
-
-    name: str
-    cells: Sequence[Cell]
-    sets: Mapping[str, QuestionSet]
-    missing: Mapping[str, str]
-    options: Mapping[str, str]
-    split: str = "rows"
 
 
 @dataclass(frozen=True, slots=True)
 class Gauge:
     """What is measured of every model."""
 
-    asked: Sequence[Asked]
+    exams: Sequence[Exam]
+    """The comparison's own test rows, and a benchmark where the recipe has one."""
     rank_by: str
     judge: str | None
     key_variable: str | None
@@ -83,12 +75,12 @@ class Gauge:
         return fingerprint(
             asked=[
                 {
-                    "name": one.name,
-                    "cells": [[cell.set, cell.metric] for cell in one.cells],
-                    "sets": {name: _set_key(questions) for name, questions in one.sets.items()},
-                    "options": dict(one.options),
+                    "name": exam.name,
+                    "cells": [[cell.set, cell.metric] for cell in exam.cells],
+                    "sets": {name: _set_key(questions) for name, questions in exam.sets.items()},
+                    "options": dict(exam.options),
                 }
-                for one in self.asked
+                for exam in self.exams
             ],
             rank_by=self.rank_by,
             judge=self.judge,
@@ -104,21 +96,21 @@ def make_gauge(recipe: CompareRecipe, shares: Shares, unseen: Sequence[Example] 
 
     `unseen` are rows that no model has seen; they are the holdout rows where the recipe names none.
     """
-    comparison, measure = recipe.comparison, recipe.comparison.measure
-    asked = [_own_rows(recipe, shares, unseen)]
-    if comparison.benchmark:
-        asked.append(_benchmark(comparison.benchmark, comparison.seed))
-    most = min(RELEARNED_ROWS, len(shares.forget))
-    relearn_rows = sample_examples(shares.forget, most, seed=comparison.seed) if measure.relearning else []
+    measure, part, seed = recipe.comparison.measure, recipe.comparison.benchmark, recipe.comparison.seed
+    exams = [_own_rows(recipe, shares, unseen)]
+    if part:
+        limits = part.model_dump(include={"max_rows", "max_new_tokens"}, exclude_none=True)
+        settings = EvaluationSettings(split=part.split, options=part.options, seed=seed, **limits)
+        exams.append(open_benchmark(BENCHMARKS[part.name], Places(part.data), settings, part.rows))
     return Gauge(
-        asked,
+        [replace(exam, without=_WITHOUT) for exam in exams],
         measure.rank_by,
         measure.judge or None,
         measure.key_variable,
-        relearn_rows,
+        at_most(shares.forget, BUDGETS["quick"].max_rows, seed=seed) if measure.relearning else [],
         measure.relearn_rate,
         recipe.shared.device,
-        comparison.seed,
+        seed,
     )
 
 
@@ -143,14 +135,21 @@ def measure_model(
     started = time.monotonic()
     scores: dict[str, Any] = {}
     values: dict[str, Any] = {}
-    for asked in gauge.asked:
-        outcomes = ask_sets(checkpoint, asked.sets, device=gauge.device, label=label, listener=listener)
+    judge = named_judge(gauge.judge, gauge.key_variable, gauge.device)
+    for exam in gauge.exams:
+        outcomes = ask_sets(checkpoint, exam.sets, device=gauge.device, label=label, listener=listener)
         for name, found in outcomes.items():
-            write_outcomes(step.folder / f"{asked.name}-{name}.jsonl", found)
-        theirs = None if reference is None else _read(reference, asked)
-        scores[asked.name] = _scores(gauge, asked, outcomes, theirs, itself=itself, listener=listener)
-        if asked.name == OWN_ROWS:
-            values = {name: row_values(gauge.rank_by, outcomes[name]) for name in ("forget", "retain")}
+            write_outcomes(step.folder / f"{exam.name}-{name}.jsonl", found)
+        if itself:
+            exam = replace(exam, without=_WITHOUT | {"retrained": "it is the retrained model itself"})
+        measured = judged(judge, Measured(exam, outcomes, _reference(reference, exam)), listener)
+        scores[exam.name] = {
+            name: {metric: asdict(score) for metric, score in group.items()}
+            for name, group in score_cells(measured).items()
+        }
+        if exam.name == OWN_ROWS:
+            by_row = METRICS[gauge.rank_by].per_example
+            values = {name: by_row(outcomes[name]) for name in ("forget", "retain")}
     if gauge.relearn:
         scores["audit"] = {"forget": {"relearning": asdict(_relearned(gauge, checkpoint, label, listener))}}
     facts = {"scores": scores, "values": values, "seconds": round(time.monotonic() - started, 1)}
@@ -158,120 +157,48 @@ def measure_model(
     return facts
 
 
-def row_values(metric: str, outcomes: Sequence[Outcome]) -> list[float | None]:
-    """Return the value of each row by a metric, or whether it was answered exactly right."""
-    if metric != RECALL:
-        return METRICS[metric].per_example(outcomes)
-    return [
-        None if outcome.generated is None else float(outcome.generated == outcome.expected)
-        for outcome in outcomes
-    ]
+def _reference(step: Step | None, exam: Exam) -> Reference | None:
+    """Return what the retrained model did, read back from the step that measured it."""
+    if step is None:
+        return None
+    files = {name: step.folder / f"{exam.name}-{name}.jsonl" for name in exam.sets}
+    return Reference("retrained", {name: list(read_outcomes(file)) for name, file in files.items()})
 
 
-def _own_rows(recipe: CompareRecipe, shares: Shares, unseen: Sequence[Example]) -> Asked:
-    data, evaluation = recipe.shared.data, recipe.shared.evaluation
-    holdout = _holdout(recipe, unseen)
-    asking = Asking(
-        max_new_tokens=evaluation.max_new_tokens,
-        batch_rows=evaluation.batch_rows,
-        max_length=evaluation.max_length,
-    )
-    style = recipe.shared.prompts.style()
-    rows = {"forget": (data.forget, shares.forget_test), "retain": (str(data.retain), shares.retain_test)}
-    sets = [
-        QuestionSet(name, tuple(_questions(place, examples, data.columns)), asking, style)
-        for name, (place, examples) in rows.items()
-    ]
-    if holdout:
-        sets.append(QuestionSet("holdout", holdout, replace(asking, generate=False), style))
+def _own_rows(recipe: CompareRecipe, shares: Shares, unseen: Sequence[Example]) -> Exam:
+    data, limits, style = recipe.shared.data, recipe.shared.evaluation, recipe.shared.prompts.style()
+    columns = data.columns or None
+    sets = {}
+    for name, place, tested in (
+        ("forget", data.forget, shares.forget_test),
+        ("retain", str(data.retain), shares.retain_test),
+    ):
+        wanted = {(example.row, example.key) for example in tested}
+        found = read_questions(place, columns=columns)
+        sets[name] = [one for one in found if (one.example.row, one.example.key) in wanted]
+    holdout = read_questions(data.holdout, columns=columns) if data.holdout else [*map(Question, unseen)]
     cells = [cell for cell in OWN.cells if not cell.on_request]
-    cells += [_recall_cell(name) for name in ("forget", "retain")]
-    if not holdout:
+    cells += [cell for name in sets for cell in metric_cells(name, "exact_match")]
+    if holdout:
+        sets["holdout"] = holdout[: limits.max_rows]
+    else:
         cells += [
             replace(cell, metric=f"{cell.metric}_against_retain")
             for cell in attack_cells("forget", "retain")
             if cell.metric in ("auc_loss", "auc_min_k")
         ]
-    missing = {} if holdout else {"holdout": _WHY["holdout"]}
-    return Asked(
-        OWN_ROWS, cells, asked_sets(LoadedBenchmark(tuple(sets)), cells, MeasureSettings()), missing, {}
+    asked = tuple(
+        QuestionSet(name, tuple(questions), replace(limits.asking, generate=name != "holdout"), style)
+        for name, questions in sets.items()
     )
-
-
-def _holdout(recipe: CompareRecipe, unseen: Sequence[Example]) -> tuple[Question, ...]:
-    """Return the rows beside which membership is tested: as given, or else those that nobody has seen."""
-    data, most = recipe.shared.data, recipe.shared.evaluation.max_rows
-    if data.holdout:
-        return tuple(read_questions(data.holdout, columns=data.columns or None)[:most])
-    return tuple(Question(example) for example in unseen[:most])
-
-
-def _questions(place: str, examples: Sequence[Example], columns: Mapping[str, str]) -> list[Question]:
-    """Return the examples as questions, with the other answers that their file has."""
-    wanted = {(example.row, example.key) for example in examples}
-    found = read_questions(place, columns=columns or None)
-    return [question for question in found if (question.example.row, question.example.key) in wanted]
-
-
-def _benchmark(part: BenchmarkPart, seed: int) -> Asked:
-    benchmark = BENCHMARKS[part.name]
-    split, options = benchmark.check_split(part.split), benchmark.check_options(part.options)
-    settings = MeasureSettings(max_rows=part.max_rows, max_new_tokens=part.max_new_tokens, seed=seed)
-    cells = benchmark.check_metrics(())
-    loaded = sample_sets(benchmark.load(Places(part.data), split, options), settings, part.rows)
-    return Asked(part.name, cells, asked_sets(loaded, cells, settings), loaded.missing, options, split)
-
-
-def _recall_cell(name: str) -> Cell:
-    def score(measured: Measured) -> Score:
-        values = row_values(RECALL, measured.of(name))
-        return mean_score(values, seed=measured.seed, missing="nothing was generated")
-
-    what = "share of rows that are answered exactly right"
-    return Cell(name, RECALL, what, score, needs=frozenset({"generation"}))
-
-
-def _scores(
-    gauge: Gauge,
-    asked: Asked,
-    outcomes: Mapping[str, Sequence[Outcome]],
-    theirs: Mapping[str, Sequence[Outcome]] | None,
-    *,
-    itself: bool,
-    listener: Listener,
-) -> dict[str, dict[str, Any]]:
-    """Return the score of each cell by set and metric, as plain values."""
-    reference = None if theirs is None else Reference("retrained", theirs)
-    name, _, model = (gauge.judge or "").partition("#")
-    judge = None
-    if name:
-        judge = open_judge(name, model=model or None, key_variable=gauge.key_variable, device=gauge.device)
-    verdicts = judge_sets(judge, asked.cells, asked.sets, outcomes, reference, gauge.seed, listener)
-    measured = Measured(
-        split=asked.split,
-        sets=asked.sets,
-        outcomes=outcomes,
-        reference=reference,
-        verdicts=verdicts,
-        missing=asked.missing,
-        options=asked.options,
-        seed=gauge.seed,
-    )
-    found: dict[str, dict[str, Any]] = {}
-    for cell in asked.cells:
-        if cell.reference and reference is None:
-            score = not_computed(_WHY["itself" if itself else "retrained"])
-        elif cell.judge and judge is None:
-            score = not_computed(_WHY["judge"])
-        else:
-            score = score_cell(cell, measured)
-        found.setdefault(cell.set, {})[cell.metric] = asdict(score)
-    return found
+    missing = {} if holdout else {"holdout": "there are no holdout rows; name data.holdout"}
+    settings = EvaluationSettings(seed=recipe.comparison.seed)
+    return make_exam(OWN_ROWS, LoadedBenchmark(asked, missing), cells, settings)
 
 
 def _relearned(gauge: Gauge, checkpoint: Checkpoint, label: str, listener: Listener) -> Score:
     """Return the area under the answer probability of half of the forget set while the other is learned."""
-    tokenizer, own = load_tokenizer(checkpoint), gauge.asked[0].sets["forget"]
+    tokenizer, own = load_tokenizer(checkpoint), gauge.exams[0].sets["forget"]
     subject = Subject(
         label,
         checkpoint,
@@ -294,10 +221,6 @@ def _relearned(gauge: Gauge, checkpoint: Checkpoint, label: str, listener: Liste
     except DivergenceError as error:
         return not_computed(str(error))
     return mean_score(found.tests["area"]["forget"], seed=gauge.seed, missing="no token was scored")
-
-
-def _read(step: Step, asked: Asked) -> dict[str, list[Outcome]]:
-    return {name: list(read_outcomes(step.folder / f"{asked.name}-{name}.jsonl")) for name in asked.sets}
 
 
 def _set_key(questions: QuestionSet) -> dict[str, Any]:

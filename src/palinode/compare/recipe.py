@@ -30,8 +30,6 @@ SHARED = ("device", "models", "data", "training", "evaluation", "prompts", "outp
 """Keys of a run's recipe that all contestants share."""
 OPEN_TO_CONTESTANTS = ("training.", "method_settings.", "scales.forget", "scales.retain", "transforms")
 """Keys that a contestant may fix or search."""
-RECALL = "recall"
-"""Share of rows that are answered exactly right; short answers only."""
 
 
 class _Section(BaseModel):
@@ -95,14 +93,12 @@ class Measures(_Section):
     relearn_rate: float = Field(default=BUDGETS["quick"].relearn_rate, gt=0)
     """Learning rate of relearning."""
     rank_by: str = "answer_probability"
-    """A metric of single rows by which contestants are ranked, or "recall"."""
+    """A metric of single rows by which contestants are ranked."""
 
     @model_validator(mode="after")
     def _knows_the_metric(self) -> Self:
-        if self.rank_by != RECALL and self.rank_by not in METRICS:
-            raise ValueError(
-                f"there is no metric {self.rank_by!r}; choose among {RECALL}, {', '.join(METRICS)}"
-            )
+        if self.rank_by not in METRICS:
+            raise ValueError(f"there is no metric {self.rank_by!r}; choose among {', '.join(METRICS)}")
         return self
 
 

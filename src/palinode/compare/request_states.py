@@ -17,21 +17,20 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from palinode.compare.measuring import row_values
-from palinode.compare.recipe import RECALL
 from palinode.compare.search import Ground, SearchPart
 from palinode.data.examples import Example, fingerprint_examples, plain_questions
-from palinode.evaluation.ask import Asking, ask
+from palinode.evaluation.ask import ask
 from palinode.methods import unlearned_point
+from palinode.metrics import METRICS
 from palinode.metrics.aggregate import mean_score
 from palinode.models.inplace import contents, put
 from palinode.models.loading import load_model, load_tokenizer, pick_device, tokenizer_fingerprint
-from palinode.pipeline.tuning import Vectors
+from palinode.pipeline.finetuning import Vectors
 from palinode.pipeline.workspace import Step
 from palinode.weights import Checkpoint
 from palinode.weights.direction import Point
 
-METRICS = ("answer_probability", RECALL)
+SHOWN = ("answer_probability", "exact_match")
 """What is measured of every row."""
 
 Values = Mapping[str, Mapping[str, Sequence[float | None]]]
@@ -90,12 +89,7 @@ class RequestStates:
         self.device = pick_device(ground.recipe.shared.device)
         self.live: PreTrainedModel | None = None
         """A copy of the target that sums are put into, one after another."""
-        evaluation = ground.recipe.shared.evaluation
-        self.asking = Asking(
-            max_new_tokens=evaluation.max_new_tokens,
-            batch_rows=evaluation.batch_rows,
-            max_length=evaluation.max_length,
-        )
+        self.asking = ground.recipe.shared.evaluation.asking
         self.asked = {
             "panel": panel.key(),
             "asking": asdict(self.asking),
@@ -189,8 +183,8 @@ class RequestStates:
             listener=self.ground.listener,
         )
         found: dict[str, dict[str, Sequence[float | None]]] = {}
-        for metric in METRICS:
-            values = iter(row_values(metric, outcomes))
+        for metric in SHOWN:
+            values = iter(METRICS[metric].per_example(outcomes))
             found[metric] = {name: [next(values) for _ in part] for name, part in self.panel.parts.items()}
         return found
 
@@ -205,7 +199,7 @@ def scores_of(panel: Panel, values: Values, done: Sequence[int]) -> dict[str, An
     rest += ["others"] if panel.parts["others"] else []
     parts = {"done": [str(number) for number in done], "not_done": rest, "retain": ["retain"]}
     scores: dict[str, Any] = {}
-    for metric in METRICS:
+    for metric in SHOWN:
         own = values[metric]
         scores[metric] = {
             name: asdict(mean_score([value for key in keys for value in own[key]], missing="no token"))

@@ -6,27 +6,57 @@
 
 Undoing goes back to the stored original and forms the sum again without that request's vector; it never adds
 the vector. A method that trains can only go on from its last model, and says so.
+
+What a recipe with requests will do, checked and counted before anything is done.
+
+Which forget rows are one erasure request: those that share a column's value, or so many in order.
+
+Put requests.json together: strict JSON with every state of every contestant, without text of the rows.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from palinode.compare.points import MethodPoint
-from palinode.compare.recipe import CompareRecipe, Contestant
-from palinode.compare.request_plan import FILES, check_contestants, settings_of, spending_of
-from palinode.compare.request_rows import divide_requests, read_names
+import numpy as np
+
+from palinode.compare.ground import Shares, world_of
+from palinode.compare.recipe import CompareRecipe, Contestant, Requests, SearchBudget
 from palinode.compare.request_states import Panel, RequestStates, Sum
-from palinode.compare.request_table import RequestEntry, build_requests_table
-from palinode.compare.run import Compared, check_folder, open_ground, threads
-from palinode.compare.search import Ground, SearchPart, part_of, train_part
+from palinode.compare.run import (
+    Compared,
+    check_folder,
+    divide_comparison,
+    open_ground,
+    threads,
+    world_examples,
+)
+from palinode.compare.search import (
+    Ground,
+    MethodPoint,
+    SearchPart,
+    draw_points,
+    epochs_for,
+    models_trained,
+    part_of,
+    recipe_of,
+    steps_an_epoch,
+    train_part,
+)
+from palinode.data.examples import SHAPES, Example, fingerprint_examples
+from palinode.data.sources import Row, json_type, read_rows
+from palinode.errors import DataError, RecipeError
 from palinode.methods import METHODS
-from palinode.pipeline.inputs import check_workspace
-from palinode.pipeline.tuning import Trained, Vectors
+from palinode.methods.method import start_from_target
+from palinode.models.loading import pick_device
+from palinode.pipeline.finetuning import Trained, Vectors
+from palinode.pipeline.heading import environment, heading
+from palinode.pipeline.inputs import check_workspace, open_inputs
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text
@@ -224,3 +254,299 @@ def write_requests(output: Path, table: Mapping[str, Any]) -> None:
     write_text(output / picture, requests_picture(table))
     write_text(output / report, requests_markdown(table))
     write_json(output / table_file, table)
+
+
+FILES = ("requests.json", "requests.md", "requests.svg")
+"""What the folder holds: table, report, picture."""
+
+
+def check_contestants(recipe: CompareRecipe) -> dict[str, MethodPoint]:
+    """Return each contestant's one point, its settings checked. Raises RecipeError."""
+    comparison, points = recipe.comparison, {}
+    for contestant in comparison.contestants:
+        method, point = METHODS[contestant.method], draw_points(contestant, 1, seed=comparison.seed)[0]
+        made = recipe_of(recipe.content, point, {"target": "."}, epochs=1, seed=comparison.seeds[0])
+        from_base = method.start is not start_from_target
+        if method.kind == "training" and (from_base or method.check_settings(made.method_settings).from_base):
+            raise RecipeError(
+                f"{contestant.name} starts from the base every time ({method.name}), so that no request can "
+                "go on from the one before; leave it out"
+            )
+        points[contestant.name] = point
+    return points
+
+
+def settings_of(recipe: CompareRecipe) -> Requests:
+    """Return the recipe's section [requests], which it was found to have."""
+    assert recipe.comparison.requests is not None
+    return recipe.comparison.requests
+
+
+@dataclass(frozen=True, slots=True)
+class Spending:
+    """What the budget buys a contestant."""
+
+    models: int
+    """Trained for one request."""
+    epochs: Sequence[int]
+    """Of each request."""
+    steps: Sequence[int]
+    joint_epochs: int
+    """Of one training on all rows, with the budget of all requests."""
+    joint_steps: int
+
+
+def spending_of(
+    recipe: CompareRecipe, point: MethodPoint, name: str, asked: Requested, shares: Shares
+) -> Spending:
+    """Return what a contestant spends on each request, and on all at once."""
+    comparison = recipe.comparison
+    first = recipe_of(recipe.content, point, {"target": "."}, epochs=1, seed=comparison.seeds[0])
+    assert comparison.budget.steps is not None
+    models, retain = models_trained(first), len(shares.retain_train)
+    sizes = [len(request.rows) for request in asked.requests]
+    whole = comparison.budget.model_copy(update={"steps": comparison.budget.steps * len(sizes)})
+
+    def bought(budget: SearchBudget, rows: int) -> tuple[int, int]:
+        epochs = epochs_for(budget, first, forget=rows, retain=retain, name=name)
+        return epochs, epochs * models * steps_an_epoch(first, rows, retain)
+
+    found = [bought(comparison.budget, size) for size in sizes]
+    joint = bought(whole, sum(sizes))
+    epochs, steps = zip(*found, strict=True)
+    return Spending(models, epochs, steps, *joint)
+
+
+def plan_requests(recipe: CompareRecipe) -> dict[str, Any]:
+    """Check a recipe with requests and return what it would do, as plain values; nothing is written.
+
+    Raises an InputError for anything the user can mend.
+    """
+    points = check_contestants(recipe)
+    output = Path(recipe.shared.output.folder)
+    check_folder(output, FILES)
+    forget, retain, names = _rows(recipe)
+    asked = divide_requests(settings_of(recipe), forget, names)
+    shares = divide_comparison(recipe, forget, retain)
+    contestants = []
+    for contestant in recipe.comparison.contestants:
+        spent = spending_of(recipe, points[contestant.name], contestant.name, asked, shares)
+        contestants.append(
+            {
+                "name": contestant.name,
+                "method": contestant.method,
+                "models": spent.models,
+                "trainings": spent.models * (len(asked.requests) + 1),
+                "steps": sum(spent.steps) + spent.joint_steps,
+                "undone": METHODS[contestant.method].kind == "arithmetic",
+            }
+        )
+    return {
+        "requests": [len(request.rows) for request in asked.requests],
+        "undo_order": list(asked.undo_order),
+        "contestants": contestants,
+        "rows": {
+            "others": len(asked.others),
+            "retain_train": len(shares.retain_train),
+            "retain_test": len(shares.retain_test),
+        },
+        "output": str(output),
+        "workspace": str(recipe.workspace),
+    }
+
+
+def describe_requests(planned: Mapping[str, Any]) -> list[str]:
+    """Return a plan in words, one line a contestant."""
+    sizes, rows = planned["requests"], planned["rows"]
+    each = f"{sizes[0]} rows each" if len(set(sizes)) == 1 else f"{min(sizes)} to {max(sizes)} rows each"
+    lines = [
+        f"{len(sizes)} requests of {each}, undone in the order {', '.join(map(str, planned['undo_order']))}",
+        f"{rows['others']} forget rows that nobody asks to erase, {rows['retain_train']} retain rows to "
+        f"train on, {rows['retain_test']} measured",
+    ]
+    for entry in planned["contestants"]:
+        trainings = f"{entry['trainings']} trainings, {entry['models']} a request and for all rows at once"
+        undone = "each undone" if entry["undone"] else "cannot undo"
+        lines.append(f"{entry['name']} ({entry['method']}): {trainings}; {entry['steps']} steps; {undone}")
+    lines.append(f"to {planned['output']}")
+    return lines
+
+
+def _rows(recipe: CompareRecipe) -> tuple[list[Example], list[Example], dict[int, str]]:
+    """Return forget and retain rows, and what each forget row belongs to; those of a world to come, too."""
+    comparison, settings = recipe.comparison, settings_of(recipe)
+    if not comparison.world:
+        rows, data = open_inputs(recipe.shared).rows, recipe.shared.data
+        return list(rows.forget), list(rows.retain), read_names(settings, data.forget, data.columns)
+    world = world_of(comparison.demo, comparison.seed)
+    forget, retain = world_examples(world.forget), world_examples((*world.others, *world.general))
+    known: list[Row] = [
+        {"prompt": fact.prompt, "completion": fact.answer, "subject": fact.subject} for fact in world.forget
+    ]
+    return forget, retain, names_in(known, settings.by, "the demo's world") if settings.by else {}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request."""
+
+    number: int
+    """From 1, in the order in which requests come."""
+    rows: Sequence[Example]
+
+
+@dataclass(frozen=True, slots=True)
+class Requested:
+    """All forget rows by request."""
+
+    requests: Sequence[Request]
+    others: Sequence[Example]
+    """Rows that nobody asks to erase."""
+    undo_order: Sequence[int]
+    """Numbers of the requests in the order in which they are undone."""
+
+    @property
+    def rows(self) -> list[Example]:
+        """The rows of all requests, in order."""
+        return [row for request in self.requests for row in request.rows]
+
+
+def divide_requests(settings: Requests, forget: Sequence[Example], names: Mapping[int, str]) -> Requested:
+    """Return the forget rows by request; `names` says by row to what it belongs, where a column says so.
+
+    Raises RecipeError where there are fewer requests than asked for, or fewer than two.
+    """
+    if settings.size is not None:
+        places = {row: place for place, row in enumerate(dict.fromkeys(one.row for one in forget))}
+        names = {row: str(place // settings.size) for row, place in places.items()}
+    groups: dict[str, list[Example]] = {}
+    for example in forget:
+        groups.setdefault(names[example.row], []).append(example)
+    count = settings.count or len(groups)
+    if not 2 <= count <= len(groups):
+        raise RecipeError(
+            f"the {len(forget)} forget rows make {len(groups)} requests and requests.count asks for "
+            f"{max(count, 2)}; lower it, or form requests otherwise"
+        )
+    chosen = list(groups.values())
+    drawn = np.random.default_rng(settings.undo_seed).permutation(count) + 1
+    return Requested(
+        [Request(number, rows) for number, rows in enumerate(chosen[:count], start=1)],
+        [row for rows in chosen[count:] for row in rows],
+        drawn.tolist(),
+    )
+
+
+def read_names(settings: Requests, location: str, columns: Mapping[str, str]) -> dict[int, str]:
+    """Return what each row of a file has in the column that requests are formed by; nothing without one."""
+    if settings.by is None:
+        return {}
+    headers = [tuple(columns.get(role, role) for role in roles) for roles in SHAPES.values()]
+    return names_in(read_rows(location, headers=headers), settings.by, location)
+
+
+def names_in(rows: Sequence[Row], column: str, source: str) -> dict[int, str]:
+    """Return each row's value in a column as text; raises DataError for a row without one."""
+    known = list(dict.fromkeys(name for row in rows for name in row))
+    if column not in known:
+        near = difflib.get_close_matches(column, known, n=1, cutoff=0.0)
+        raise DataError(
+            f"{source} has no column {column!r} (it has: {', '.join(known)}); set requests.by to "
+            f"{near[0]!r}, or form requests by size"
+        )
+    return {place: _name(row.get(column), column, place, source) for place, row in enumerate(rows)}
+
+
+def _name(value: object, column: str, place: int, source: str) -> str:
+    if isinstance(value, str | int) and str(value).strip():
+        return str(value)
+    got = "empty" if value is None or value == "" else json_type(value)
+    raise DataError(
+        f"row {place + 1} of {source}: {column!r} is {got}; requests are formed by texts or whole numbers"
+    )
+
+
+REQUESTS_VERSION = 1
+"""Version of the layout of requests.json, described in docs/requests.md."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestEntry:
+    """One contestant when it is through."""
+
+    contestant: Contestant
+    scales: tuple[float, float] | None
+    states: Sequence[Mapping[str, Any]]
+    """Before any request, after each, and then after each that was undone."""
+    joint: Mapping[str, Any]
+    """The state of one training on the rows of all requests."""
+    undo: Mapping[str, Any]
+    costs: Sequence[Mapping[str, Any]]
+    """Of each request's training."""
+    joint_cost: Mapping[str, Any]
+
+
+def build_requests_table(
+    ground: Ground,
+    asked: Requested,
+    models: Mapping[str, Mapping[str, Any]],
+    entries: Sequence[RequestEntry],
+    *,
+    started: datetime,
+    command: str | None,
+) -> dict[str, Any]:
+    """Return the content of requests.json for the contestants that are through."""
+    comparison = ground.recipe.comparison
+    return {
+        **heading(REQUESTS_VERSION, started=started, command=command or "palinode compare"),
+        "complete": len(entries) == len(comparison.contestants),
+        "seed": comparison.seed,
+        "training_seed": comparison.seeds[0],
+        "shared": ground.recipe.shared.model_dump(
+            mode="json", exclude={"method", "method_settings", "scales"}
+        ),
+        "comparison": comparison.model_dump(
+            mode="json", include={"world", "demo", "budget", "split", "requests"}
+        ),
+        "requests": [
+            {
+                "number": request.number,
+                "rows": len(request.rows),
+                "fingerprint": fingerprint_examples(request.rows),
+            }
+            for request in asked.requests
+        ],
+        "undo_order": list(asked.undo_order),
+        "rows": {
+            "others": len(asked.others),
+            "retain_train": len(ground.shares.retain_train),
+            "retain": len(ground.shares.retain_test),
+        },
+        "models": dict(models),
+        "contestants": [_contestant(entry) for entry in entries],
+        "environment": environment(pick_device(ground.recipe.shared.device)),
+        "notes": list(ground.inputs.notes),
+    }
+
+
+def _contestant(entry: RequestEntry) -> dict[str, Any]:
+    method = METHODS[entry.contestant.method]
+    return {
+        "name": entry.contestant.name,
+        "method": method.name,
+        "formula": method.formula,
+        "source": method.source,
+        "set": dict(entry.contestant.set),
+        "scales": list(entry.scales) if entry.scales else None,
+        "states": list(entry.states),
+        "joint": dict(entry.joint),
+        "undo": dict(entry.undo),
+        "cost": {
+            "requests": [_cost(cost) for cost in entry.costs],
+            "joint": _cost(entry.joint_cost),
+        },
+    }
+
+
+def _cost(cost: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: cost[name] for name in ("epochs", "steps", "tokens", "seconds")}

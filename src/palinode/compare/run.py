@@ -5,34 +5,59 @@
     table.json, report.md, tradeoff.svg
 
 The tables are written anew after each contestant, so an interrupted comparison leaves those it has.
+
+Put table.json together: strict JSON with every point tried, every score, and the ranking.
+
+It holds no text of the rows; outcomes with texts stay in the workspace.
+
+What a comparison will train, counted before anything is done.
 """
 
 from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from palinode.compare.choosing import Tried, better
+from palinode.compare.ground import Shares, divide_rows, make_world, rows_for, world_of
 from palinode.compare.measuring import make_gauge, measure_model
-from palinode.compare.points import MethodPoint, draw_points, recipe_of
+from palinode.compare.ranking import Values, rank, values_of
 from palinode.compare.recipe import CompareRecipe, Contestant, world_folder
-from palinode.compare.rows import Shares, divide_rows, rows_for
-from palinode.compare.search import ComparisonSearch, Ground, SearchPart, part_of, plan_parts, train_part
-from palinode.compare.table import TableEntry, build_table
-from palinode.compare.world import make_world
+from palinode.compare.search import (
+    ComparisonSearch,
+    Ground,
+    MethodPoint,
+    SearchPart,
+    Tried,
+    better,
+    by_training,
+    draw_points,
+    epochs_for,
+    models_trained,
+    part_of,
+    plan_parts,
+    recipe_of,
+    steps_an_epoch,
+    train_part,
+)
+from palinode.data.examples import Example, Message, fingerprint_examples
+from palinode.data.world import Fact
 from palinode.errors import OutputError
+from palinode.methods import METHODS
+from palinode.models.loading import pick_device
 from palinode.pipeline.demo_run import one_thread
+from palinode.pipeline.finetuning import Tuning
+from palinode.pipeline.grid import Probe, Rule
+from palinode.pipeline.heading import environment, heading
 from palinode.pipeline.inputs import Inputs, ask_as_trained, check_workspace, open_inputs
 from palinode.pipeline.making import Making
 from palinode.pipeline.scales import Probes
-from palinode.pipeline.search import Probe, Rule
-from palinode.pipeline.tuning import Tuning
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text
@@ -297,3 +322,263 @@ def _write(output: Path, table: Mapping[str, Any]) -> None:
     write_text(output / REPORT, comparison_markdown(table))
     write_text(output / PAGE, html_report(report_content(Facts("compare", table))))
     write_json(output / TABLE, table)
+
+
+TABLE_VERSION = 1
+"""Version of the layout of table.json, described in docs/compare.md."""
+
+
+@dataclass(frozen=True, slots=True)
+class TableEntry:
+    """One contestant when it is through."""
+
+    contestant: Contestant
+    tried: Sequence[Tried]
+    chosen: Tried
+    kept_rule: bool
+    """False when no point satisfied the rule and the nearest one was taken."""
+    measured: Mapping[int, Mapping[str, Any]]
+    """By seed: scores, values on rows, and costs."""
+
+
+def build_table(
+    ground: Ground,
+    *,
+    fixed: Mapping[str, Mapping[str, Any]],
+    probes: Mapping[str, Probe],
+    rule: Rule,
+    entries: Sequence[TableEntry],
+    started: datetime,
+    command: str | None,
+) -> dict[str, Any]:
+    """Return the content of table.json for the contestants that are through."""
+    comparison = ground.recipe.comparison
+    return {
+        **heading(TABLE_VERSION, started=started, command=command or "palinode compare"),
+        "complete": len(entries) == len(comparison.contestants),
+        "seed": comparison.seed,
+        "seeds": list(comparison.seeds),
+        "shared": ground.recipe.shared.model_dump(
+            mode="json", exclude={"method", "method_settings", "scales"}
+        ),
+        "comparison": comparison.model_dump(mode="json", exclude={"contestants", "axis"}),
+        "rule": str(rule),
+        "rows": {
+            name: {"rows": len(rows), "fingerprint": fingerprint_examples(rows)}
+            for name, rows in row_parts(ground).items()
+        },
+        "models": {
+            name: {
+                "probes": asdict(probes[name]),
+                "summary": _summary([found["scores"]]),
+                "values": found["values"],
+            }
+            for name, found in fixed.items()
+        },
+        "contestants": [_contestant(entry, rule) for entry in entries],
+        "ranking": _ranking(ground, fixed, entries),
+        "environment": environment(pick_device(ground.recipe.shared.device)),
+        "notes": list(ground.inputs.notes),
+    }
+
+
+def row_parts(ground: Ground) -> dict[str, Sequence[Any]]:
+    """Return the parts of the rows by name."""
+    shares = ground.shares
+    return {
+        "forget": shares.forget,
+        "forget_probe": shares.forget_probe,
+        "forget_test": shares.forget_test,
+        "retain_train": shares.retain_train,
+        "retain_probe": shares.retain_probe,
+        "retain_test": shares.retain_test,
+    }
+
+
+def _contestant(entry: TableEntry, rule: Rule) -> dict[str, Any]:
+    method, chosen = METHODS[entry.contestant.method], entry.chosen
+    costs = [found["cost"] for found in entry.measured.values()]
+    return {
+        "name": entry.contestant.name,
+        "method": method.name,
+        "formula": method.formula,
+        "source": method.source,
+        "set": dict(entry.contestant.set),
+        "search": {key: list(values) for key, values in entry.contestant.search.items()},
+        "points": [_point(tried, rule, chosen) for tried in entry.tried],
+        "chosen": {"number": chosen.point.number, **_settings(chosen), "kept_rule": entry.kept_rule},
+        "cost": {
+            "epochs": chosen.facts["epochs"],
+            **{name: _mean(cost.get(name) for cost in costs) for name in ("steps", "tokens", "seconds")},
+            "peak_bytes": max((cost.get("peak_bytes") or 0 for cost in costs), default=0) or None,
+            "search_steps": _searched(entry.tried, "steps"),
+            "search_seconds": _searched(entry.tried, "seconds"),
+        },
+        "summary": _summary([found["scores"] for found in entry.measured.values()]),
+        "seeds": {
+            str(seed): {name: found[name] for name in ("scores", "values", "cost")}
+            for seed, found in entry.measured.items()
+        },
+    }
+
+
+def _point(tried: Tried, rule: Rule, chosen: Tried) -> dict[str, Any]:
+    return {
+        "number": tried.point.number,
+        **_settings(tried),
+        "forget_probability": tried.probe.forget,
+        "retain_probability": tried.probe.retain,
+        "allowed": rule.allows(tried.probe),
+        "chosen": tried.point.number == chosen.point.number,
+        **{name: tried.facts[name] for name in ("epochs", "steps", "tokens", "seconds", "peak_bytes")},
+    }
+
+
+def _settings(tried: Tried) -> dict[str, Any]:
+    return {
+        "settings": dict(tried.point.settings),
+        "scales": list(tried.point.scales) if tried.point.scales else None,
+    }
+
+
+def _searched(tried: Sequence[Tried], name: str) -> float:
+    """Return what the whole search took; points that share their training count it once."""
+    parts = {one.point.training: float(one.facts[name]) for one in tried}
+    return round(sum(parts.values()), 1)
+
+
+def _summary(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return each score over the seeds: mean, mean ends of the intervals, and every seed's value."""
+    found: dict[str, Any] = {}
+    for group, sets in seeds[0].items():
+        for name, metrics in sets.items():
+            for metric in metrics:
+                own = [seed[group][name][metric] for seed in seeds]
+                found.setdefault(group, {}).setdefault(name, {})[metric] = _over_seeds(own)
+    return found
+
+
+def _over_seeds(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    missing = next((score["reason"] for score in scores if score["value"] is None), None)
+    if missing is not None or any(score["value"] is None for score in scores):
+        return {"value": None, "n": 0, "low": None, "high": None, "reason": missing, "seeds": []}
+    values = [float(score["value"]) for score in scores]
+    return {
+        "value": fmean(values),
+        "n": scores[0]["n"],
+        "low": _mean(score["low"] for score in scores),
+        "high": _mean(score["high"] for score in scores),
+        "reason": scores[0]["reason"],
+        "seeds": values,
+    }
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    found = list(values)
+    known = [value for value in found if value is not None]
+    return fmean(known) if known and len(known) == len(found) else None
+
+
+def _ranking(
+    ground: Ground, fixed: Mapping[str, Mapping[str, Any]], entries: Sequence[TableEntry]
+) -> dict[str, Any]:
+    """Return the contestants by their gap to the ideal, or why there is no order."""
+    metric, retrained = ground.recipe.comparison.measure.rank_by, fixed.get("retrained")
+    forget, retain = (retrained, retrained) if retrained else (fixed["base"], fixed["target"])
+    ideal = values_of([{"forget": forget["values"]["forget"], "retain": retain["values"]["retain"]}])
+    values: dict[str, Values] = {}
+    left_out = {}
+    for entry in entries:
+        own = values_of([found["values"] for found in entry.measured.values()])
+        if own is None:
+            left_out[entry.contestant.name] = f"no row has a value of {metric}"
+        else:
+            values[entry.contestant.name] = own
+    return {
+        "metric": metric,
+        "ideal": "retrained" if retrained else "base and target",
+        "order": rank(values, ideal, seed=ground.recipe.comparison.seed) if ideal else [],
+        "left_out": left_out,
+    }
+
+
+def plan_comparison(recipe: CompareRecipe) -> dict[str, Any]:
+    """Check a comparison and return what it would train, as plain values; nothing is written.
+
+    Raises an InputError for anything the user can mend.
+    """
+    points = check_comparison(recipe)
+    check_folder(_output(recipe))
+    comparison = recipe.comparison
+    if comparison.world:
+        world = world_of(comparison.demo, comparison.seed)
+        forget, retain = world_examples(world.forget), world_examples((*world.others, *world.general))
+    else:
+        rows = open_inputs(recipe.shared).rows
+        forget, retain = list(rows.forget), list(rows.retain)
+    shares = divide_comparison(recipe, forget, retain)
+    contestants = []
+    for contestant in comparison.contestants:
+        drawn = points[contestant.name]
+        groups = by_training(drawn)
+        first = recipe_of(recipe.content, drawn[0], {"target": "."}, epochs=1, seed=comparison.seeds[0])
+        sizes = {"forget": len(shares.forget), "retain": len(shares.retain_train)}
+        models, epochs, steps = models_trained(first), None, None
+        if comparison.budget.steps is not None:
+            epochs = epochs_for(comparison.budget, first, **sizes, name=contestant.name)
+            steps = epochs * models * steps_an_epoch(first, **sizes)
+        contestants.append(
+            {
+                "name": contestant.name,
+                "method": contestant.method,
+                "points": len(drawn),
+                "trainings": len(groups) + len(comparison.seeds) - 1,
+                "models": models,
+                "epochs": epochs,
+                "steps": steps,
+            }
+        )
+    return {
+        "contestants": contestants,
+        "seeds": list(comparison.seeds),
+        "rows": {
+            "forget": len(shares.forget),
+            "forget_test": len(shares.forget_test),
+            "retain_train": len(shares.retain_train),
+            "retain_test": len(shares.retain_test),
+        },
+        "output": str(_output(recipe)),
+        "workspace": str(recipe.workspace),
+    }
+
+
+def describe_plan(planned: dict[str, Any]) -> list[str]:
+    """Return a plan in words, one line a contestant."""
+    rows = planned["rows"]
+    lines = [
+        f"{rows['forget']} forget rows ({rows['forget_test']} measured), {rows['retain_train']} retain rows "
+        f"to train on, {rows['retain_test']} measured"
+    ]
+    for entry in planned["contestants"]:
+        what = (
+            f"{entry['epochs']} epochs, {entry['steps']} steps"
+            if entry["epochs"]
+            else "epochs as the budget of seconds buys"
+        )
+        models = f"{entry['models']} model{'s' if entry['models'] > 1 else ''}"
+        points = f"{entry['points']} points in {entry['trainings']} trainings of {models}"
+        lines.append(f"{entry['name']} ({entry['method']}): {points}, {what}")
+    lines.append(f"seeds {', '.join(map(str, planned['seeds']))}; to {planned['output']}")
+    return lines
+
+
+def _output(recipe: CompareRecipe) -> Path:
+    return Path(recipe.shared.output.folder)
+
+
+def world_examples(facts: tuple[Fact, ...]) -> list[Example]:
+    """Return the rows that the demo's world will write for these facts."""
+    return [
+        Example(row, "world", "completion", (Message("prompt", fact.prompt),), fact.answer)
+        for row, fact in enumerate(facts)
+    ]

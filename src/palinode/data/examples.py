@@ -25,12 +25,14 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from palinode.data.sources import Row, json_type, read_rows
 from palinode.errors import DataError, RecipeError
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,14 +189,21 @@ def parse_columns(text: str) -> dict[str, str]:
 
 
 def sample_examples(examples: Sequence[Example], size: int, *, seed: int) -> list[Example]:
-    """Return `size` examples drawn without replacement, in their original order.
-
-    The draw is numpy's PCG64 seeded with `seed`. Raises `DataError` when there are too few.
-    """
+    """Return `size` examples drawn as `at_most` draws. Raises `DataError` when there are too few."""
     if not 0 < size <= len(examples):
         raise DataError(f"cannot draw {size} examples from {len(examples)}; ask for 1 to {len(examples)}")
-    drawn = np.random.Generator(np.random.PCG64(seed)).choice(len(examples), size, replace=False)
-    return [examples[position] for position in sorted(drawn.tolist())]
+    return at_most(examples, size, seed=seed)
+
+
+def at_most(items: Sequence[Item], most: int, *, seed: int) -> list[Item]:
+    """Return the items, or `most` of them drawn without replacement, in their original order.
+
+    The draw is numpy's PCG64 seeded with `seed`.
+    """
+    if len(items) <= most:
+        return list(items)
+    drawn = np.random.Generator(np.random.PCG64(seed)).choice(len(items), most, replace=False)
+    return [items[place] for place in sorted(drawn.tolist())]
 
 
 def shared_rows(first: Sequence[Example], second: Sequence[Example]) -> list[tuple[int, int]]:

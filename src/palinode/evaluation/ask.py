@@ -1,25 +1,25 @@
-"""What to ask of a model: which figures and answers an evaluation needs. No torch here.
-
-Ask a live model: the likelihood of every given answer, and its own answers, greedy and drawn.
+"""Ask a live model: the likelihood of every given answer, and its own answers, greedy and drawn.
 
 One forward pass over a question's answers serves probability, truth ratio, extraction strength, exact
 memorisation and the membership attacks alike. It also tells how far the greedy answer follows the right
 one, so that generation begins where the two part. Under `accelerate launch` or torchrun the questions
-are divided over the processes, and each of them returns all outcomes.
+are divided over the processes, and each of them returns all outcomes. No torch until a model is asked.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from palinode.data.examples import Example, Question
 from palinode.data.tokenize import PromptStyle, TokenRow, begun_ids, end_id, tokenize
 from palinode.errors import RecipeError
-from palinode.evaluation.general import in_parallel
 from palinode.progress import Advance, Listener, NullListener
 from palinode.records import Likelihood, Outcome
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
     from palinode.models.generation import Sampling
     from palinode.models.likelihoods import TokenScores
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,35 @@ class Asking:
 
 
 _LEAST = {"max_new_tokens": 1, "samples": 0, "min_new_tokens": 0, "max_length": 2, "batch_rows": 1}
+
+
+class EvaluationLimits(BaseModel):
+    """How many rows are asked and how long they may be; the defaults follow the TOFU evaluation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    max_rows: int = Field(default=400, ge=1)
+    """Rows of each set that are evaluated; a larger set is sampled with the run's seed."""
+    max_new_tokens: int = Field(default=200, ge=1)
+    """Length limit of a generated answer."""
+    batch_rows: int = Field(default=32, ge=1)
+    """Prompts that are answered at a time."""
+    max_length: int = Field(default=512, ge=8)
+    """Tokens of a row, prompt included, in likelihoods."""
+
+    @property
+    def asking(self) -> Asking:
+        """How these limits have a set of plain rows asked."""
+        return Asking(
+            max_new_tokens=self.max_new_tokens, batch_rows=self.batch_rows, max_length=self.max_length
+        )
+
+    def over(self, asking: Asking) -> Asking:
+        """Return a benchmark's own asking with the limits that somebody has set laid over it."""
+        limits = {"max_new_tokens", "batch_rows", "max_length"} & self.model_fields_set
+        own = {name: getattr(self, name) for name in limits}
+        shortest = min(asking.min_new_tokens, own.get("max_new_tokens", asking.max_new_tokens))
+        return replace(asking, **own, min_new_tokens=shortest)
 
 
 def ask(
@@ -370,3 +402,45 @@ def _joined(pieces: Sequence[TokenScores]) -> TokenScores:
         hits=tuple(hit for piece in pieces for hit in piece.hits),
         standardised=tuple(value for piece in pieces for value in piece.standardised),
     )
+
+
+def in_parallel(work: Callable[[list[Item]], Sequence[Result]], items: Sequence[Item]) -> list[Result]:
+    """Return `work(items)`, one result an item, each process having worked on its share of the items.
+
+    Process r of n takes the items r, r + n, r + 2n, …; every process returns all results in order. An
+    error in any of them is raised in all, so that none waits for another. With one process this is
+    `work(items)`. All processes must call it with the same items, as often as each other.
+    """
+    count, rank = _group()
+    if count < 2:
+        return list(work(list(items)))
+    from torch import distributed
+
+    own: tuple[Sequence[Result], Exception | None]
+    try:
+        own = (work(list(items[rank::count])), None)
+    except Exception as error:  # raised below, in every process
+        own = ((), error)
+    shares: list[tuple[Sequence[Result], Exception | None]] = [((), None)] * count
+    distributed.all_gather_object(shares, own)
+    for _, failure in shares:
+        if failure is not None:
+            raise failure
+    return [shares[place % count][0][place // count] for place in range(len(items))]
+
+
+def _group() -> tuple[int, int]:
+    """Return how many processes there are and which this one is; join the others unless that was done."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return 1, 0
+
+    import torch
+    from torch import distributed
+
+    if not distributed.is_available():
+        return 1, 0
+    if not distributed.is_initialized():
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.cuda.is_available())
+    return distributed.get_world_size(), distributed.get_rank()

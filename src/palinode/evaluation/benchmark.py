@@ -1,12 +1,11 @@
-"""Cells that several benchmarks have: the common metrics, each in its place in a set.
-
-What a benchmark is: the tables it reads, the questions it asks, the scores that follow.
+"""What a benchmark is: the tables it reads, the questions it asks, the scores that follow.
 
 A benchmark is mostly declaration (`palinode/benchmarks/`, one file each):
 
     Table        one published table of rows: name, number of rows, columns   → `read_table`
     QuestionSet  questions put to the model in one way
     Cell         a metric of one set, or of several: {set: outcomes}          → `score_cell` → Score
+    Exam         sets and cells together: what every model is asked, and scored by
 
 What is missing (a holdout set, a retrained model, a judge) leaves a score without a value and with the
 reason, never with a default. No torch here.
@@ -25,10 +24,9 @@ from palinode.data.sources import Row, json_type, parse_hub_name, read_rows
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import DataError, RecipeError
 from palinode.evaluation.ask import Asking
-from palinode.metrics.aggregate import mean_score
 from palinode.metrics.judged import forget_accuracy, recover_accuracy, retain_accuracy
 from palinode.metrics.membership import ATTACKS, MembershipAttack, auc, privleak, true_positive_rate
-from palinode.metrics.table import COMPARISONS, METRICS
+from palinode.metrics.table import COMPARISONS, METRICS, score_outcomes
 from palinode.records import Outcome, Score, Verdict, read_bytes
 
 MEMORIZATION = ("exact_memorization", "extraction_strength", "extraction_strength_strict")
@@ -42,7 +40,19 @@ _NEEDS = {"generated": GENERATION, "standardised": STANDARDISED, "gradient_norm"
 
 def metric_cells(name: str, *metrics: str) -> tuple[Cell, ...]:
     """Return a cell for each of these metrics of METRICS on a set."""
-    return tuple(_metric_cell(name, metric) for metric in metrics)
+
+    def cell(key: str) -> Cell:
+        def score(measured: Measured) -> Score:
+            return score_outcomes(measured.of(name), names=[key], seed=measured.seed)[key]
+
+        return Cell(name, key, METRICS[key].description, score, needs=_asked(METRICS[key].needs))
+
+    return tuple(map(cell, metrics))
+
+
+def quality_cell(name: str, quality: Callable[[Measured], Score]) -> Cell:
+    """Return the cell of forget quality, the comparison with the retrained model (metrics.md §6)."""
+    return Cell(name, "forget_quality", COMPARISONS["forget_quality"].description, quality, reference=True)
 
 
 def attack_cells(members: str, others: str) -> tuple[Cell, ...]:
@@ -75,18 +85,6 @@ def min_k_auc(members: Sequence[Outcome], others: Sequence[Outcome], *, seed: in
     """Return the AUC of the Min-K attack, from which PrivLeak follows."""
     attack = ATTACKS["min_k"]
     return auc(attack.values(members), attack.values(others), seed=seed)
-
-
-def _metric_cell(name: str, key: str) -> Cell:
-    metric = METRICS[key]
-
-    def score(measured: Measured) -> Score:
-        outcomes = measured.of(name)
-        found = mean_score(metric.per_example(outcomes), seed=measured.seed, missing=metric.missing)
-        remarks = [remark for remark in (found.reason, metric.caveat(outcomes)) if remark]
-        return replace(found, reason="; ".join(remarks) or None)
-
-    return Cell(name, key, metric.description, score, needs=_asked(metric.needs))
 
 
 def _asked(needs: frozenset[str]) -> frozenset[str]:
@@ -293,6 +291,11 @@ class QuestionSet:
     answer_tokens: int | None = None
     """Right answers are cut to so many tokens, BOS counted (MUSE VerbMem); None leaves them whole."""
 
+    @property
+    def examples(self) -> list[Example]:
+        """The prompts with their right answers."""
+        return [question.example for question in self.questions]
+
     def only(self, places: Sequence[int]) -> QuestionSet:
         """Return the set with the questions at these places only."""
         return replace(
@@ -363,20 +366,52 @@ class Reference:
     """Metrics that cannot be computed with it, and why."""
 
 
+WITHOUT = {
+    "retrained": "there is no retrained model to compare with; give one with --against",
+    "judge": "there is no judge; name one with --judge",
+}
+"""What to say where there is nothing to compare with, or nobody to judge."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exam:
+    """What every model is asked, and the scores that follow."""
+
+    name: str
+    """The benchmark's."""
+    sets: Mapping[str, QuestionSet]
+    cells: Sequence[Cell] = ()
+    missing: Mapping[str, str] = field(default_factory=dict)
+    """Sets that the benchmark has and this data has not, with the reason."""
+    tables: Sequence[TableFacts] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Questions of each set before some were drawn."""
+    split: str = "rows"
+    options: Mapping[str, str] = field(default_factory=dict)
+    seed: int = 0
+    without: Mapping[str, str] = field(default_factory=lambda: WITHOUT)
+    """Why there is no score where there is no "retrained" model, or no "judge"."""
+
+    def lists_accepted(self, name: str) -> bool:
+        """Tell whether the data says which answers are right, so that a judge needs no other model's."""
+        return name in self.sets and any(question.accepted for question in self.sets[name].questions)
+
+
 @dataclass(frozen=True, slots=True)
 class Measured:
     """Everything that the metrics of a benchmark may look at."""
 
-    split: str
-    sets: Mapping[str, QuestionSet]
+    exam: Exam
     outcomes: Mapping[str, Sequence[Outcome]]
     """By set, in the order of its questions."""
     reference: Reference | None = None
     verdicts: Mapping[str, Sequence[Verdict]] = field(default_factory=dict)
     """By set; one for each answer that was judged."""
-    missing: Mapping[str, str] = field(default_factory=dict)
-    options: Mapping[str, str] = field(default_factory=dict)
-    seed: int = 0
+
+    @property
+    def seed(self) -> int:
+        """The seed of intervals."""
+        return self.exam.seed
 
     def of(self, name: str) -> Sequence[Outcome]:
         """Return the outcomes of a set."""
@@ -488,17 +523,26 @@ def trim_asking(questions: QuestionSet, cells: Sequence[Cell]) -> Asking:
     )
 
 
+def score_cells(measured: Measured) -> dict[str, dict[str, Score]]:
+    """Return the score of each cell of the exam by set and metric."""
+    scores: dict[str, dict[str, Score]] = {}
+    for cell in measured.exam.cells:
+        scores.setdefault(cell.set, {})[cell.metric] = score_cell(cell, measured)
+    return scores
+
+
 def score_cell(cell: Cell, measured: Measured) -> Score:
     """Return a cell's score, or why it has none."""
+    exam, reference = measured.exam, measured.reference
     for name in cell.sets:
         if name not in measured.outcomes:
-            return not_computed(measured.missing.get(name, f"the {name} set was not asked"))
-    if cell.reference and measured.reference is None:
-        return not_computed("there is no retrained model to compare with; give one with --against")
-    if cell.reference and measured.reference and cell.metric in measured.reference.missing:
-        return not_computed(measured.reference.missing[cell.metric])
+            return not_computed(exam.missing.get(name, f"the {name} set was not asked"))
+    if cell.reference and reference is None:
+        return not_computed(exam.without["retrained"])
+    if cell.reference and reference and cell.metric in reference.missing:
+        return not_computed(reference.missing[cell.metric])
     if cell.judge and cell.set not in measured.verdicts:
-        return not_computed("there is no judge; name one with --judge")
+        return not_computed(exam.without["judge"])
     score = cell.score(measured)
     return not_computed(score.reason or "no reason is known") if score.value is None else score
 
@@ -506,3 +550,8 @@ def score_cell(cell: Cell, measured: Measured) -> Score:
 def not_computed(why: str) -> Score:
     """Return a score without a value that says why."""
     return Score(value=None, n=0, low=None, high=None, reason=f"not computed, because {why}")
+
+
+def runs_of(outcome: Outcome) -> list[Outcome]:
+    """Return an outcome once for each drawn answer, as the answer that was given."""
+    return [replace(outcome, generated=sample, samples=()) for sample in outcome.samples]

@@ -1,87 +1,551 @@
-"""The settings of an evaluation.
+"""Evaluate a model folder: ask every set, score every cell, and write what was found.
 
-Ask a model about examples: likelihood of the given answers, and its own greedy ones.
+    rows or a benchmark → Exam → outcomes → verdicts of a judge → scores → scores.json
+
+Rows of one's own, a benchmark, and every model of a comparison go this one way. The retrained model, where
+one is given, is asked the same questions by the same code. Both are never in memory together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import hashlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from palinode.data.examples import Example, plain_questions
-from palinode.data.tokenize import PromptStyle
-from palinode.evaluation.ask import Asking, ask
+from palinode.data.examples import Example, Question, at_most, plain_questions
+from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
+from palinode.errors import OutputError, RecipeError
+from palinode.evaluation.ask import EvaluationLimits, ask
+from palinode.evaluation.benchmark import (
+    Benchmark,
+    Cell,
+    Exam,
+    LoadedBenchmark,
+    Measured,
+    Places,
+    QuestionSet,
+    Reference,
+    metric_cells,
+    runs_of,
+    score_cells,
+    trim_asking,
+)
+from palinode.evaluation.general import general_ability
+from palinode.evaluation.judges import open_judge
+from palinode.evaluation.judging import Judge, judge_answers
+from palinode.evaluation.openunlearning import FORGET, LOG_SETS, log_scores, read_log, write_log
 from palinode.evaluation.self_check import check_prompts
-from palinode.metrics import score_outcomes
+from palinode.metrics.table import DEFAULT_METRICS
 from palinode.progress import Listener, NullListener
-from palinode.records import Outcome, Score
+from palinode.records import (
+    Outcome,
+    Score,
+    Verdict,
+    close_to_others,
+    private,
+    read_bytes,
+    write_json,
+    write_outcomes,
+)
+from palinode.version import __version__
 from palinode.weights.checkpoint import Checkpoint
+from palinode.weights.fingerprints import unchanged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+SCORES_VERSION = 1
+"""Version of the layout of `scores.json`, described in docs/benchmarks.md."""
 
-class EvaluationSettings(BaseModel):
-    """How models are asked and scored; the defaults follow the TOFU evaluation (spec: metrics.md §1)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+class EvaluationSettings(EvaluationLimits):
+    """What is wanted of an evaluation; everything has a default.
 
-    max_rows: int = Field(default=400, ge=1)
-    """Rows of each set that are evaluated; a larger set is sampled with the run's seed."""
-    max_new_tokens: int = Field(default=200, ge=1)
-    """Length limit of a generated answer."""
-    batch_rows: int = Field(default=32, ge=1)
-    """Prompts that are answered at a time."""
-    max_length: int = Field(default=512, ge=8)
-    """Tokens of a row, prompt included, in likelihoods."""
+    On rows of one's own the limits hold as they are, on a benchmark those that somebody has set; the rest
+    of it is asked as its authors ask.
+    """
+
+    split: str | None = None
+    """None means the benchmark's first."""
+    options: Mapping[str, str] = {}
+    """The benchmark's own options."""
+    metrics: tuple[str, ...] = ()
+    """Which metrics; none means all but the expensive ones, and "every" means all."""
+    against: str | None = None
+    """The retrained model: a folder, a hub id, or an open-unlearning log (.json)."""
+    judge: str | None = None
+    """A judge: overlap, offline:FOLDER or URL#model."""
+    key_variable: str | None = None
+    """The environment variable with the key of a judge at a URL, where it is not OpenAI's own."""
+    general: tuple[str, ...] = ()
+    """Tasks of lm-eval, run on the model in memory."""
+    general_include: Path | None = None
+    """Folder with lm-eval tasks of one's own, or the YAML file of one."""
+    style: PromptStyle | None = None
+    """How questions are put, where it should not be the benchmark's own way."""
+    output: Path | None = None
+    """Folder for scores.json and the outcomes."""
+    open_unlearning: Path | None = None
+    """File for the results in open-unlearning's form."""
+    allow_pickle: bool = False
+    """Read files of torch.save too; none of their code is run."""
+    open_unlearning_prompts: bool = False
+    """Score all that a chat template writes after an answer, as open-unlearning does."""
+    device: str = "auto"
+    seed: int = 0
+    """Seeds the sampling of questions, intervals and the judge's order of candidates."""
+
+    @property
+    def most_questions(self) -> int | None:
+        """Questions of each set of a benchmark; a larger set is sampled with the seed. None asks all."""
+        return self.max_rows if "max_rows" in self.model_fields_set else None
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """What an evaluation of rows found."""
+
+    scores: Mapping[str, Score]
+    """By metric."""
+    outcomes: Sequence[Outcome]
+    """What the model did on each row."""
+
+
+@dataclass(frozen=True, slots=True)
+class BenchmarkEvaluated:
+    """What a benchmark run found."""
+
+    scores: Mapping[str, Mapping[str, Score]]
+    """Set → metric → score, in the order of the benchmark's cells."""
+    outcomes: Mapping[str, Sequence[Outcome]]
+    """Set → what the model did on each question."""
+    record: Mapping[str, Any]
+    """The content of scores.json: the scores, and everything that decides them."""
 
 
 def evaluate(
-    checkpoint: Checkpoint,
-    examples: Sequence[Example],
+    model: Checkpoint | str,
+    rows: Sequence[Example],
     settings: EvaluationSettings | None = None,
     *,
-    style: PromptStyle | None = None,
-    device: str = "auto",
-    seed: int = 0,
     listener: Listener | None = None,
-) -> tuple[list[Outcome], dict[str, Score]]:
-    """Load a checkpoint, observe it on the examples, and return its outcomes and scores.
+) -> Evaluated:
+    """Load a model, ask it every one of these rows, and return its outcomes and the four basic scores.
 
-    Where it knows the examples far better when asked otherwise, the listener hears so. `seed` serves the
-    bootstrap intervals; the answers are greedy.
+    What is to be known of the prompts the listener hears. The seed serves the bootstrap intervals; the
+    answers are greedy. Raises PalinodeError.
     """
+    settings = settings or EvaluationSettings()
+    questions = QuestionSet(FORGET, tuple(plain_questions(rows)), settings.asking)
+    cells = metric_cells(FORGET, *DEFAULT_METRICS)
+    exam = make_exam("own", LoadedBenchmark((questions,)), cells, settings, most={FORGET: len(rows)})
+    outcomes, _, _ = _ask_model(_opened(model, settings), exam, settings, listener)
+    scores = score_cells(Measured(exam, outcomes))
+    return Evaluated(scores.get(FORGET, {}), outcomes[FORGET])
+
+
+def evaluate_benchmark(
+    model: Checkpoint | str,
+    benchmark: Benchmark,
+    places: Places,
+    settings: EvaluationSettings | None = None,
+    *,
+    listener: Listener | None = None,
+) -> BenchmarkEvaluated:
+    """Run a benchmark on a model and return its scores; they are also written if `settings` says where.
+
+    Everything that can be refused is refused before a model is loaded. Raises PalinodeError.
+    """
+    settings = settings or EvaluationSettings()
+    started = datetime.now(UTC)
+    _check_places(settings)
+    judge = named_judge(settings.judge, settings.key_variable, settings.device)
+    checkpoint = _opened(model, settings)
+    against = _open_reference(settings, benchmark)
+    exam = open_benchmark(benchmark, places, settings)
+    strange = sorted(set(exam.sets) - LOG_SETS)
+    if settings.open_unlearning is not None and strange:
+        raise RecipeError(
+            f"a log in open-unlearning's form has no place for the set {strange[0]}; "
+            "it is for tofu and own data"
+        )
+    reference = _reference(against, exam, settings, listener, judged=judge is not None)
+    outcomes, general, notes = _ask_model(checkpoint, exam, settings, listener)
+    measured = judged(judge, Measured(exam, outcomes, reference), listener)
+    scores = score_cells(measured)
+    if general:
+        scores["general"] = general
+    record = {
+        "version": SCORES_VERSION,
+        "palinode": __version__,
+        "created": started.isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "benchmark": exam.name,
+        "split": exam.split,
+        "options": dict(exam.options),
+        "seed": exam.seed,
+        "max_rows": settings.most_questions,
+        "model": _model_facts(checkpoint),
+        "against": _model_facts(against),
+        "judge": judge.name if judge else None,
+        **_exam_facts(exam),
+        "scores": {
+            name: {metric: asdict(score) for metric, score in group.items()} for name, group in scores.items()
+        },
+        "notes": notes,
+    }
+    found = BenchmarkEvaluated(scores, outcomes, record)
+    if first_process():
+        _write(found, measured, settings)
+    return found
+
+
+def first_process() -> bool:
+    """Return whether this process writes and prints, where `accelerate launch` started several."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+# Before a model is loaded
+
+
+def open_benchmark(
+    benchmark: Benchmark,
+    places: Places,
+    settings: EvaluationSettings,
+    most: Mapping[str, int] | None = None,
+) -> Exam:
+    """Return what a benchmark asks of every model; `most` has other limits for single sets.
+
+    Raises RecipeError for what the benchmark does not have, DataError for its data.
+    """
+    split, options = benchmark.check_split(settings.split), benchmark.check_options(settings.options)
+    cells = benchmark.check_metrics(settings.metrics)
+    if settings.style is not None and "prompt" in settings.options:
+        raise RecipeError("the prompt is named twice; say it with --set or with --option prompt, not both")
+    loaded = benchmark.load(places, split, options)
+    exam = make_exam(benchmark.name, loaded, cells, settings, most=most)
+    return replace(exam, split=split, options=options)
+
+
+def make_exam(
+    name: str,
+    loaded: LoadedBenchmark,
+    cells: Sequence[Cell],
+    settings: EvaluationSettings,
+    *,
+    most: Mapping[str, int] | None = None,
+) -> Exam:
+    """Return the sets that some cell needs, each drawn with the seed and asked for no more than is needed.
+
+    `most` limits the questions of single sets. Raises RecipeError where there is no such set.
+    """
+    names = [questions.name for questions in loaded.sets]
+    if strange := sorted(set(most or {}) - set(names)):
+        raise RecipeError(f"there is no set {strange[0]!r} to limit; the sets are {', '.join(names)}")
+    needed = {name for cell in cells for name in cell.sets}
+    sets = {}
+    for questions in loaded.sets:
+        if questions.name in needed:
+            total = len(questions.questions)
+            count = (most or {}).get(questions.name, settings.most_questions or total)
+            drawn = questions.only(at_most(range(total), count, seed=settings.seed + 1))
+            style = settings.style or questions.style or PromptStyle()
+            if settings.open_unlearning_prompts:
+                style = replace(style, whole_ending=True)
+            asking = settings.over(trim_asking(questions, cells))
+            sets[questions.name] = replace(drawn, asking=asking, style=style)
+    sizes = {questions.name: len(questions.questions) for questions in loaded.sets}
+    return Exam(name, sets, cells, loaded.missing, loaded.tables, sizes, seed=settings.seed)
+
+
+def named_judge(name: str | None, key_variable: str | None, device: str) -> Judge | None:
+    """Return the judge that `overlap`, `offline:FOLDER` or `URL#model` names; None without a name."""
+    if key_variable and not (name or "").startswith(("http://", "https://")):
+        raise RecipeError(
+            "--key-variable names the key of a judge at an address; name that too, as --judge URL#MODEL"
+        )
+    if not name:
+        return None
+    kind, _, model = name.partition("#")
+    return open_judge(kind, model=model or None, key_variable=key_variable, device=device)
+
+
+def _check_places(settings: EvaluationSettings) -> None:
+    """Refuse places to write to that cannot be used, and tasks that nobody runs."""
+    if settings.general_include is not None and not settings.general:
+        raise RecipeError(
+            f"{settings.general_include} holds tasks for lm-eval and none is to be run; name some (--lm-eval)"
+        )
+    folder, log = settings.output, settings.open_unlearning
+    if folder is not None and (folder / "scores.json").exists():
+        raise OutputError(f"{folder} holds the scores of another run already; name another folder")
+    if folder is not None and (not folder.parent.is_dir() or (folder.exists() and not folder.is_dir())):
+        raise OutputError(f"{folder} is a file, or the folder above it is missing; name another folder")
+    if log is not None:
+        check_new_file(log, "the log")
+
+
+def check_new_file(path: Path, what: str) -> None:
+    """Refuse a file to write that is there already, or whose folder is not."""
+    if path.exists() or not path.parent.is_dir():
+        raise OutputError(f"{path} exists already, or its folder does not; name another file for {what}")
+
+
+def _opened(model: Checkpoint | str, settings: EvaluationSettings) -> Checkpoint:
+    if isinstance(model, Checkpoint):
+        return model
+    return Checkpoint.open(model, allow_pickle=settings.allow_pickle)
+
+
+# Asking
+
+
+def ask_sets(
+    checkpoint: Checkpoint,
+    sets: Mapping[str, QuestionSet],
+    *,
+    device: str = "auto",
+    label: str = "model",
+    listener: Listener | None = None,
+) -> dict[str, list[Outcome]]:
+    """Load a model, ask it every set, and return its outcomes by set."""
     from palinode.models.loading import load_model, load_tokenizer, pick_device
-    from palinode.weights.fingerprints import unchanged
 
-    length = (settings or EvaluationSettings()).max_length
+    model, tokenizer = load_model(checkpoint, device=pick_device(device)), load_tokenizer(checkpoint)
+    return _ask_live(model, tokenizer, sets, label, listener)
+
+
+def _ask_model(
+    checkpoint: Checkpoint, exam: Exam, settings: EvaluationSettings, listener: Listener | None
+) -> tuple[dict[str, list[Outcome]], dict[str, Score], list[str]]:
+    """Return the model's outcomes by set, its general ability if that was asked for, and notes."""
+    from palinode.models.loading import load_model, load_tokenizer, pick_device
+
     with unchanged([checkpoint]):
-        model, tokenizer = load_model(checkpoint, device=pick_device(device)), load_tokenizer(checkpoint)
-        found = check_prompts(model, tokenizer, examples, style=style or PromptStyle(), max_length=length)
-        if note := found and found.note("model"):
+        model, tokenizer = (
+            load_model(checkpoint, device=pick_device(settings.device)),
+            load_tokenizer(checkpoint),
+        )
+        general: dict[str, Score] = {}
+        if settings.general:  # first, because it may be refused
+            found = general_ability(
+                model,
+                tokenizer,
+                settings.general,
+                limit=settings.most_questions,
+                seed=settings.seed,
+                include=settings.general_include,
+            )
+            general = {
+                f"{task} {metric}": score for task, group in found.items() for metric, score in group.items()
+            }
+        notes = [
+            *_notes(exam.sets, tokenizer, settings.against),
+            *_asked_otherwise(model, tokenizer, exam.sets.get(FORGET)),
+        ]
+        for note in notes:
             (listener or NullListener()).say(note)
-        outcomes = observe(model, tokenizer, examples, settings, style=style, listener=listener)
-    return outcomes, score_outcomes(outcomes, seed=seed)
+        return _ask_live(model, tokenizer, exam.sets, "model", listener), general, notes
 
 
-def observe(
+def _asked_otherwise(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, forget: QuestionSet | None
+) -> list[str]:
+    """Return a note where the model knows the forget rows far better asked otherwise."""
+    if forget is None:
+        return []
+    style = forget.style or PromptStyle()
+    found = check_prompts(model, tokenizer, forget.examples, style=style, max_length=forget.asking.max_length)
+    note = found and found.note("model")
+    return [note] if note else []
+
+
+def _notes(
+    sets: Mapping[str, QuestionSet], tokenizer: PreTrainedTokenizerBase, against: str | None
+) -> list[str]:
+    """Return what is to be known of the prompts, each thing once."""
+    notes = []
+    from_log = against is not None and Path(against).expanduser().is_file()
+    for questions in sets.values():
+        examples, style = questions.examples, questions.style or PromptStyle()
+        notes += prompt_notes(examples, tokenizer, style)
+        ours, theirs = (
+            [row.ids for row in tokenize(examples[:1], tokenizer, max_length=sys.maxsize, style=kind)]
+            for kind in (style, replace(style, whole_ending=True))
+        )
+        if from_log and ours != theirs:
+            notes.append(
+                "open-unlearning also scores what this model's chat template writes after the end of a turn, "
+                f"so the figures in {against} are not quite of the same tokens as these; "
+                "--open-unlearning-prompts scores as it does."
+            )
+    return list(dict.fromkeys(notes))
+
+
+def _ask_live(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    settings: EvaluationSettings | None = None,
+    sets: Mapping[str, QuestionSet],
+    label: str,
+    listener: Listener | None,
+) -> dict[str, list[Outcome]]:
+    return {
+        name: ask(
+            model,
+            tokenizer,
+            cut_answers(questions, tokenizer),
+            questions.asking,
+            style=questions.style,
+            label=f"{label}, {name}",
+            listener=listener,
+        )
+        for name, questions in sets.items()
+    }
+
+
+def cut_answers(questions: QuestionSet, tokenizer: PreTrainedTokenizerBase) -> list[Question]:
+    """Return the questions with right answers cut to the set's number of tokens, BOS counted."""
+    limit = questions.answer_tokens
+    if limit is None:
+        return list(questions.questions)
+    cut = []
+    for question in questions.questions:
+        ids = tokenizer(question.example.answer)["input_ids"]
+        if len(ids) > limit:
+            text = str(tokenizer.decode(ids[:limit], skip_special_tokens=True))
+            question = replace(question, example=replace(question.example, answer=text))
+        cut.append(question)
+    return cut
+
+
+# A judge
+
+
+def judged(judge: Judge | None, measured: Measured, listener: Listener | None) -> Measured:
+    """Return what was measured with a verdict on each answer of the sets that a cell wants judged."""
+    if judge is None or not first_process():
+        return measured
+    wanted = dict.fromkeys(cell.set for cell in measured.exam.cells if cell.judge)
+    verdicts: dict[str, list[Verdict]] = {}
+    for name in (name for name in wanted if name in measured.outcomes):
+        questions = measured.exam.sets[name]
+        answers = _as_shown(questions, measured.of(name))
+        ideals = _ideals(questions, answers, measured.of_reference(name))
+        runs = [run for outcome in answers for run in runs_of(outcome) or [outcome]]
+        verdicts[name] = judge_answers(judge, runs, ideals, seed=measured.seed, listener=listener)
+    return replace(measured, verdicts=verdicts)
+
+
+def _as_shown(questions: QuestionSet, outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Return outcomes with the question alone as their prompt, where the prompt holds examples too."""
+    if not questions.shown:
+        return list(outcomes)
+    return [replace(outcome, prompt=shown) for outcome, shown in zip(outcomes, questions.shown, strict=True)]
+
+
+def _ideals(
+    questions: QuestionSet, answers: Sequence[Outcome], theirs: Sequence[Outcome] | None
+) -> list[Outcome] | None:
+    """Return the retrained model's outcomes for the judge; none where the data lists accepted answers."""
+    if not theirs or any(outcome.accepted for outcome in answers):
+        return None
+    shown = _as_shown(questions, theirs)
+    return None if any(outcome.generated is None for outcome in shown) else shown
+
+
+# The retrained model
+
+
+def _open_reference(settings: EvaluationSettings, benchmark: Benchmark) -> Checkpoint | Path | None:
+    """Return the retrained model to be asked, or the path of the log that stands for it."""
+    against = settings.against
+    if against is None:
+        return None
+    path = Path(against).expanduser()
+    if not path.is_file():
+        return _opened(against, settings)
+    if not any(cell.reference for cell in benchmark.cells):
+        raise RecipeError(f"{benchmark.name} has no metric that a log serves; leave out --against {against}")
+    return path
+
+
+def _reference(
+    against: Checkpoint | Path | None,
+    exam: Exam,
+    settings: EvaluationSettings,
+    listener: Listener | None,
     *,
-    style: PromptStyle | None = None,
-    label: str = "evaluating",
-    listener: Listener | None = None,
-) -> list[Outcome]:
-    """Return what a live model does on each example, in the order given."""
-    settings = settings or EvaluationSettings()
-    asking = Asking(
-        max_new_tokens=settings.max_new_tokens,
-        batch_rows=settings.batch_rows,
-        max_length=settings.max_length,
-    )
-    questions = plain_questions(examples)
-    return ask(model, tokenizer, questions, asking, style=style, label=label, listener=listener)
+    judged: bool,
+) -> Reference | None:
+    """Return what the retrained model, or its log, says on the sets on which it is compared with.
+
+    Raises DataError for another split's log.
+    """
+    if against is None:
+        return None
+    name = str(settings.against)
+    if isinstance(against, Path):
+        log = read_log(against, forget_rows=exam.sizes.get(FORGET))
+        rows = {example.row for example in exam.sets[FORGET].examples} if FORGET in exam.sets else set()
+        forget = [outcome for outcome in log.forget if outcome.row in rows]
+        return Reference(name, {FORGET: forget} if forget else {}, log.aucs.get("min_k"), log.missing)
+    names = {name for cell in exam.cells if cell.reference for name in cell.sets}
+    if judged:
+        names |= {cell.set for cell in exam.cells if cell.judge and not exam.lists_accepted(cell.set)}
+    sets = {name: questions for name, questions in exam.sets.items() if name in names}
+    if not sets:
+        (listener or NullListener()).say("No metric compares with the retrained model; it is not asked.")
+        return Reference(name)
+    outcomes = ask_sets(against, sets, device=settings.device, label="retrained model", listener=listener)
+    return Reference(name, outcomes)
+
+
+# What is written
+
+
+def _exam_facts(exam: Exam) -> dict[str, Any]:
+    """Return what the record says of the questions."""
+    return {
+        "tables": [asdict(table) for table in exam.tables],
+        "sets": {
+            name: {
+                "questions": len(questions.questions),
+                "asking": asdict(questions.asking) | {"stop_texts": list(questions.asking.stop_texts)},
+                "prompts": asdict(questions.style or PromptStyle()),
+            }
+            for name, questions in exam.sets.items()
+        },
+        "missing": dict(exam.missing),
+    }
+
+
+def _model_facts(model: Checkpoint | Path | None) -> dict[str, Any] | None:
+    """Return what tells a model, or the log that stands for one, from all others."""
+    if isinstance(model, Path):
+        return {"location": str(model), "sha256": hashlib.sha256(read_bytes(model)).hexdigest()}
+    return None if model is None else {"location": str(model.folder), "fingerprint": model.fingerprint()}
+
+
+@private()
+def _write(found: BenchmarkEvaluated, measured: Measured, settings: EvaluationSettings) -> None:
+    """Write scores.json last, so that a folder with scores has everything; all for its owner alone."""
+    folder = settings.output
+    if folder is not None:
+        folder.mkdir(exist_ok=True)
+        if not any(folder.iterdir()):  # else it is not ours alone, and the files are closed
+            close_to_others(folder)
+        theirs = measured.reference.outcomes if measured.reference else {}
+        for prefix, sets in {"outcomes": measured.outcomes, "against": theirs}.items():
+            for name, outcomes in sets.items():
+                write_outcomes(folder / f"{prefix}-{name}.jsonl", outcomes)
+        if measured.verdicts:
+            verdicts = {name: [asdict(one) for one in given] for name, given in measured.verdicts.items()}
+            write_json(folder / "verdicts.json", verdicts)
+        write_json(folder / "scores.json", found.record)
+    if settings.open_unlearning is not None:
+        write_log(settings.open_unlearning, measured.outcomes, log_scores(found.scores))

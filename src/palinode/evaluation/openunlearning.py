@@ -46,6 +46,8 @@ from palinode.records import Likelihood, Outcome, Score, read_json, write_json
 FORGET, RETAIN, AUTHORS, FACTS, HOLDOUT = "forget", "retain", "real_authors", "world_facts", "holdout"
 """Names of the sets that a log is made of."""
 
+LOG_SETS = frozenset({FORGET, RETAIN, AUTHORS, FACTS, HOLDOUT})
+
 ORIGINAL_ROWS = 300
 """Rows of each set, the first ones, that TOFU's own evaluation reads."""
 SPLITS = {40: "forget01", 200: "forget05", 400: "forget10"}
@@ -142,6 +144,15 @@ def write_log(path: Path, sets: Mapping[str, Sequence[Outcome]], scores: Mapping
     for key, score in scores.items():
         log[key] = {**log.get(key, {}), **_summary(key, score)}
     write_json(path, {key: log[key] for key in sorted(log)})
+
+
+def log_scores(scores: Mapping[str, Mapping[str, Score]]) -> dict[str, Score]:
+    """Return the scores, given by set and metric, that a log has a place for, by their names there."""
+    keys = {f"auc_{name}": key for key, name in MIA_KEYS.items()}
+    keys |= {name: name for name in SUMMARY_KEYS - set(MIA_KEYS)}
+    return {
+        keys[metric]: score for group in scores.values() for metric, score in group.items() if metric in keys
+    }
 
 
 # Writing

@@ -21,7 +21,7 @@ from itertools import product
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
-from palinode.data.examples import Example, Message, sample_examples
+from palinode.data.examples import Example, Message, at_most
 from palinode.data.rendering import Template
 from palinode.data.tokenize import PromptStyle, TokenRow, begun_ids, tokenize
 from palinode.errors import InputError
@@ -106,7 +106,7 @@ def check_prompts(
     if not asked:
         return None
     limit = min(max_length, position_limit(model.config) or max_length)
-    drawn = sample_examples(asked, min(ROWS, len(asked)), seed=0)
+    drawn = at_most(asked, ROWS, seed=0)
     chosen, *others = plausible_ways(drawn, tokenizer, style, max_length=limit)
     check_positions(model.config, chosen.rows, tokenizer)
     known = int(model.config.get_text_config().vocab_size)  # it was not trained with tokens beyond

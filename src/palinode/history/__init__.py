@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from palinode.history.callback import ExposureCallback, LoggedLoader, ThinningCallback
-    from palinode.history.compaction import compact
     from palinode.history.duplicates import find_duplicates
-    from palinode.history.exposures import ExposureLog, ExposureReader
+    from palinode.history.exposures import ExposureLog
     from palinode.history.judgement import Location
     from palinode.history.locating import locate
     from palinode.history.onset import Onset, find_onset
     from palinode.history.plan import Schedule, plan_checkpoints
+    from palinode.history.reader import ExposureReader, compact
     from palinode.history.series import CheckpointSeries, SeriesCheckpoint, open_series
 
 # Imported when first asked for: a plan needs no torch.
 _HOMES = {
     "ExposureCallback": "callback",
     "ExposureLog": "exposures",
-    "ExposureReader": "exposures",
+    "ExposureReader": "reader",
     "CheckpointSeries": "series",
     "Location": "judgement",
     "LoggedLoader": "callback",
@@ -33,7 +33,7 @@ _HOMES = {
     "SeriesCheckpoint": "series",
     "Schedule": "plan",
     "ThinningCallback": "callback",
-    "compact": "compaction",
+    "compact": "reader",
     "find_duplicates": "duplicates",
     "find_onset": "onset",
     "locate": "locating",

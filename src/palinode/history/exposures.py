@@ -1,4 +1,9 @@
-"""The exposure log: which rows were in the batch of which optimiser step, written while training.
+"""What an exposure log is of, and the sessions in which it was written: its small JSON files.
+
+`log.json` says what was trained on; a log of other data, another tokenizer, another run or another salt
+is refused. `session-0002.json` says from which step a start of the training went on, in how many processes.
+
+The exposure log: which rows were in the batch of which optimiser step, written while training.
 
     log.json                                   what was trained on: fingerprints, run, salted or not
     session-0002.json                          one start of the training: the step it went on from, world size
@@ -13,43 +18,190 @@ sessions before it; nothing that was written is ever changed. The log holds no t
 
 from __future__ import annotations
 
+import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from palinode.data.examples import Example
 from palinode.errors import DataError
-from palinode.history.coverage import (
-    NO_LIMIT,
-    complete_steps,
-    find_gaps,
-    find_overlaps,
-    limits,
-    live_steps,
+from palinode.history.duplicates import Hashes, as_hashes, row_hash
+from palinode.history.segments import (
+    FORMAT_VERSION,
+    UNKNOWN,
+    Journal,
+    StepTable,
+    write_segment,
 )
-from palinode.history.duplicates import HASH_BYTES, Hashes, as_hashes, row_hash, sort_keys
-from palinode.history.reading import LogFile, Run, find_files, in_threads, matching, place_of
-from palinode.history.segments import UNKNOWN, Ints, Journal, StepTable, rows_of, write_segment
-from palinode.history.sessions import (
-    LogHeader,
-    Session,
-    agree,
-    check_same,
-    rank_folder,
-    read_header,
-    read_sessions,
-    salt_check,
-)
+from palinode.records import read_json, write_json
 
 if TYPE_CHECKING:
-    from duckdb import DuckDBPyConnection
+    pass
+
+MAX_STEP = 2**31 - 1
+"""Steps are stored in 32 bits."""
+
+MAX_PROCESSES = 100_000
+
+SALT_CHECK = "palinode"
+"""Its hash is written into a salted log, so that a wrong salt is noticed."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogHeader:
+    """What a log is of; two logs with different headers are of different trainings."""
+
+    run: str
+    """Names the training; sessions of one training share it."""
+    data: str
+    """Fingerprint of the data set (`fingerprint_rows`)."""
+    tokenizer: str
+    """Fingerprint of the tokenizer (`fingerprint_tokenizer`)."""
+    salted: bool = False
+    """Whether hashes can only be made with a salt, which the log does not hold."""
+    salt_check: str | None = None
+    version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One start of a training."""
+
+    number: int
+    """Counted from 1."""
+    start: int
+    """The step it went on from; its first step is the next one."""
+    world_size: int
+    """Processes that log."""
+
+
+def salt_check(salt: bytes) -> str | None:
+    """Return what a log writes down to know its salt by; None without one."""
+    return row_hash(SALT_CHECK, salt=salt).hex() if salt else None
+
+
+def rank_folder(folder: Path, session: int, rank: int) -> Path:
+    """Return where one process of one session writes."""
+    return folder / f"session-{session:04d}" / f"rank-{rank:05d}"
+
+
+def read_header(folder: Path) -> LogHeader:
+    """Return what a log is of; raise DataError where there is none."""
+    try:
+        found = read_json(folder / "log.json")
+        if found["version"] > FORMAT_VERSION:
+            raise DataError(
+                f"{folder} has format {found['version']}, newer than {FORMAT_VERSION}; use a newer Palinode"
+            )
+        header = LogHeader(**found)
+        texts = (header.run, header.data, header.tokenizer, header.salt_check or "")
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("its fingerprints are no texts")
+        return header
+    except FileNotFoundError:
+        raise DataError(
+            f"{folder} holds no exposure log (log.json is missing); name the folder that ExposureLog wrote"
+        ) from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{folder / 'log.json'} cannot be read ({error})") from None
+
+
+def read_sessions(folder: Path) -> list[Session]:
+    """Return the sessions of a log in their order."""
+    found = []
+    for path in sorted(folder.glob("session-*.json")):
+        try:
+            session = Session(**read_json(path))
+            if not _is_sound(session):
+                raise ValueError("its numbers cannot be those of a training")
+            found.append(session)
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"{path} cannot be read ({error}); restore it from a copy") from None
+    return sorted(found, key=lambda session: session.number)
+
+
+def _is_sound(session: Session) -> bool:
+    bounds = (
+        (session.number, 1, MAX_STEP),
+        (session.start, 0, MAX_STEP),
+        (session.world_size, 1, MAX_PROCESSES),
+    )
+    return all(type(value) is int and least <= value <= most for value, least, most in bounds)
+
+
+def check_same(header: LogHeader, folder: Path, **wanted: str | None) -> None:
+    """Raise DataError where a log is not of the data, tokenizer or run that is wanted; None asks nothing."""
+    names = {"data": "another data set", "tokenizer": "another tokenizer", "run": "another run"}
+    for name, expected in wanted.items():
+        if expected and getattr(header, name) != expected:
+            raise DataError(
+                f"the log in {folder} is of {names[name]} (fingerprint {getattr(header, name):.12}, not "
+                f"{expected:.12}); name the log of this training, or another folder"
+            )
+
+
+def agree(
+    folder: Path, wanted: LogHeader, start: int, rank: int, world_size: int, session: int | None
+) -> tuple[LogHeader, int]:
+    """Let process 0 write what the log is and choose the session, and let all the others know."""
+    if world_size == 1:
+        return _begin_session(folder, wanted, start, world_size, session)
+    if not _is_distributed():
+        if session is None or not wanted.run:
+            raise DataError(
+                f"{world_size} processes must all name the same session (session=1, 2, …) and run, since "
+                "torch.distributed is not there to agree on them"
+            )
+        if rank == 0:
+            return _begin_session(folder, wanted, start, world_size, session)
+        return wanted, session
+    import torch.distributed
+
+    told: list[Any] = [None]
+    if rank == 0:
+        try:
+            told = [_begin_session(folder, wanted, start, world_size, session)]
+        except DataError as error:  # the others must not wait for ever
+            told = [error]
+    torch.distributed.broadcast_object_list(told, src=0)
+    if isinstance(told[0], DataError):
+        raise told[0]
+    header: LogHeader = told[0][0]
+    return header, int(told[0][1])
+
+
+def _is_distributed() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _begin_session(
+    folder: Path, wanted: LogHeader, start: int, world_size: int, session: int | None
+) -> tuple[LogHeader, int]:
+    """Write log.json if there is none, and the session's file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "log.json").exists():
+        header = read_header(folder)
+        check_same(header, folder, data=wanted.data, tokenizer=wanted.tokenizer, run=wanted.run)
+        if header.salt_check != wanted.salt_check:
+            raise DataError(
+                f"the log in {folder} was written with {'another salt' if header.salted else 'no salt'}; "
+                "go on with that one, or name another folder"
+            )
+    else:
+        header = LogHeader(**{**asdict(wanted), "run": wanted.run or uuid.uuid4().hex})
+        write_json(folder / "log.json", asdict(header))
+    last = max((known.number for known in read_sessions(folder)), default=0)
+    number = last + 1 if session is None else session
+    if number <= last:
+        raise DataError(f"{folder} has a session {number} already; the next one is {last + 1}")
+    write_json(folder / f"session-{number:04d}.json", asdict(Session(number, start, world_size)))
+    return header, number
+
 
 SEGMENT_ROWS = 1 << 20
 """Rows after which a segment is sealed: 20 MB."""
@@ -178,232 +330,3 @@ class ExposureLog:
 
     def _about(self) -> dict[str, Any]:
         return {**asdict(self.header), "session": asdict(self.session), "rank": self.rank}
-
-
-@dataclass(frozen=True, slots=True)
-class Exposure:
-    """One step in whose batch a row was."""
-
-    row: int
-    """Position among the rows that were asked for."""
-    step: int
-    times: int = 1
-    """How often it was in that batch."""
-    tokens: int | None = None
-    """Tokens trained on up to the end of this step; None where they were not counted."""
-
-
-class ExposureReader:
-    """Finds rows in a log; `open` it."""
-
-    def __init__(self, folder: Path, header: LogHeader) -> None:
-        self.folder = folder
-        self.header = header
-        self.sessions = read_sessions(folder)
-        known = {session.number for session in self.sessions}
-        found, runs, self._notes = find_files(folder, header)
-        files = [file for file in found if file.recorded.session in known]
-        self._notes += [
-            f"Lost: {file.recorded.name} is of session {file.recorded.session}, whose file is missing."
-            for file in found
-            if file not in files
-        ]
-        recorded, doubled, overlaps = find_overlaps([file.recorded for file in files])
-        self._notes += overlaps + find_gaps(recorded, self.sessions)
-        self._limits = limits(self.sessions)
-        self._files = list(zip(files, doubled, strict=True))
-        self._runs = runs
-        self.steps = live_steps(recorded, self.sessions)
-        """The steps that count, in their order, with rows and tokens over all processes."""
-        self._recorded = recorded
-        self._damaged: set[str] = set()
-        self._tokens = np.cumsum(self.steps.tokens)
-        complete = self.complete
-        ends = np.flatnonzero(complete != np.arange(1, len(complete) + 1))
-        self._whole_up_to = int(ends[0]) if len(ends) else len(complete)
-        self._known_up_to = int(np.argmax(self.steps.tokens == UNKNOWN)) if self._lacks_tokens else None
-
-    @classmethod
-    def open(
-        cls,
-        folder: str | Path,
-        *,
-        data: str | None = None,
-        tokenizer: str | None = None,
-        run: str | None = None,
-    ) -> ExposureReader:
-        """Open a log, also one that is being written; raise DataError when it is not of what is named."""
-        place = Path(folder)
-        header = read_header(place)
-        check_same(header, place, data=data, tokenizer=tokenizer, run=run)
-        return cls(place, header)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What is lost, doubled, missing or superseded, in sentences; `find` may add to it."""
-        return tuple(self._notes)
-
-    @property
-    def complete(self) -> Ints:
-        """The steps that all processes recorded, sorted; less those of files that `find` found damaged."""
-        kept = [entry for entry in self._recorded if entry.name not in self._damaged]
-        return complete_steps(kept, self.sessions)
-
-    def find(self, wanted: Sequence[str | Example | bytes] | Hashes, *, salt: bytes = b"") -> list[Exposure]:
-        """Return all exposures of some rows, sorted by row, then step.
-
-        Rows are texts, examples or their hashes. Raises DataError where the log is salted and `salt` is
-        not the one it was written with.
-        """
-        self._check_salt(salt)
-        asked = [
-            bytes(entry) if isinstance(entry, bytes | np.ndarray) else row_hash(entry, salt=salt)
-            for entry in wanted
-        ]
-        rows: dict[bytes, list[int]] = {}
-        for position, digest in enumerate(asked):
-            rows.setdefault(digest, []).append(position)
-        hits = Counter(
-            (position, step)
-            for digest, step in self._hits(as_hashes(list(rows)))
-            for position in rows.get(digest, ())
-        )
-        return [
-            Exposure(row, step, times, self.tokens_at(step)) for (row, step), times in sorted(hits.items())
-        ]
-
-    def at(self, step: int) -> Hashes:
-        """Return the hashes of the whole batch of a step, sorted; none for a step that is not in the log."""
-        holding = [
-            entry
-            for entry in self._files
-            if step in entry[0].recorded.table.step and step not in entry[1]
-            if step <= self._limits[entry[0].recorded.session]
-        ]
-        parts = [np.empty((0, HASH_BYTES), np.uint8)]
-        for file, _ in holding:
-            found, steps = self._read(file.path, file.rows)
-            parts.append(found[steps == step])
-        whole = np.concatenate(parts)
-        return whole[np.lexsort(whole.T[::-1])]
-
-    def tokens_at(self, step: int) -> int | None:
-        """Return the tokens trained on up to the end of a step, None where they were not all counted."""
-        if not step:
-            return 0
-        if not 0 < step <= self._whole_up_to:
-            return None  # a step up to this one is missing
-        place = step - 1
-        if self._known_up_to is not None and place >= self._known_up_to:
-            return None
-        return int(self._tokens[place])
-
-    def connect(self) -> DuckDBPyConnection:
-        """Return a DuckDB connection with the views `exposures` (hash, step, session, rank) and `steps`.
-
-        Only what counts is in them. Raises DataError where duckdb is not installed.
-        """
-        try:
-            import duckdb
-        except ImportError:
-            raise DataError(
-                "duckdb is not installed; pip install 'palinode[history]', or use find and at"
-            ) from None
-        connection = duckdb.connect()
-        connection.register("steps", _as_table(self.steps))
-        selects = [self._select(connection, number) for number in range(len(self._files))]
-        empty = (
-            "SELECT NULL::BLOB AS hash, NULL::INT AS step, NULL::INT AS session, NULL::INT AS rank WHERE 0=1"
-        )
-        connection.execute(f"CREATE VIEW exposures AS {' UNION ALL '.join(selects or [empty])}")
-        return connection
-
-    @property
-    def _lacks_tokens(self) -> bool:
-        return bool((self.steps.tokens == UNKNOWN).any())
-
-    def _check_salt(self, salt: bytes) -> None:
-        if self.header.salt_check == salt_check(salt):
-            return
-        if not self.header.salted:
-            raise DataError(f"the log in {self.folder} is not salted; ask it without a salt")
-        what = "another salt was given" if salt else "none was given"
-        raise DataError(f"the log in {self.folder} is salted and {what}; give the salt it was written with")
-
-    def _hits(self, wanted: Hashes) -> list[tuple[bytes, int]]:
-        """Return hash and step of the rows that have one of these hashes, or one that begins alike."""
-        keys = np.unique(sort_keys(wanted))
-        if not len(keys):
-            return []
-        tasks: list[Callable[[], tuple[Hashes, Ints]]] = []
-        for run in self._runs:
-            tasks += [partial(self._hits_in_part, path, run, keys) for path in run.parts_of(keys)]
-        tasks += [partial(self._hits_in_file, *entry, keys) for entry in self._files if not entry[0].run]
-        return [
-            (found.tobytes(), int(step))
-            for hashes, steps in in_threads(lambda task: task(), tasks)
-            for found, step in zip(hashes, steps, strict=True)
-        ]
-
-    def _hits_in_part(self, path: Path, run: Run, keys: npt.NDArray[np.uint64]) -> tuple[Hashes, Ints]:
-        limit = min(
-            (session.start for session in self.sessions if session.number > run.last_session),
-            default=int(NO_LIMIT),
-        )
-        found, steps = self._read(path, partial(rows_of, path), keys)
-        hashes, at = matching(found, steps, keys, in_order=True)
-        return hashes[at <= limit], at[at <= limit]
-
-    def _hits_in_file(
-        self, file: LogFile, doubled: Ints, keys: npt.NDArray[np.uint64]
-    ) -> tuple[Hashes, Ints]:
-        found, steps = self._read(file.path, file.rows, keys)
-        hashes, at = matching(found, steps, keys, in_order=file.path.suffix == ".parquet")
-        live = (at <= self._limits[file.recorded.session]) & ~np.isin(at, doubled)
-        return hashes[live], at[live]
-
-    def _read(
-        self, path: Path, read: Callable[..., tuple[Hashes, Ints]], *keys: npt.NDArray[np.uint64]
-    ) -> tuple[Hashes, Ints]:
-        """Read rows; where the file turns out to be damaged, note it and go on without."""
-        try:
-            return read(*keys)
-        except (DataError, OSError) as error:
-            note = f"Lost: {place_of(path, self.folder)} ({error}); rows in it are not found."
-            if note not in self._notes:
-                self._notes.append(note)
-            self._damaged |= {
-                file.recorded.name
-                for file, _ in self._files
-                if file.path == path or file.run == path.parent.name
-            }
-            return np.empty((0, HASH_BYTES), np.uint8), np.empty(0, np.int64)
-
-    def _select(self, connection: DuckDBPyConnection, number: int) -> str:
-        """Return the SQL for the live rows of one file."""
-        file, doubled = self._files[number]
-        recorded = file.recorded
-        source = f"read_parquet('{str(file.path).replace(chr(39), chr(39) * 2)}')"
-        if file.path.suffix == ".journal":
-            source = f"tail_{number}"
-            connection.register(source, _rows_table(*file.rows()))
-        but = f" AND step NOT IN ({', '.join(map(str, doubled.tolist()))})" if len(doubled) else ""
-        return (
-            f"SELECT hash, step, {recorded.session} AS session, {recorded.rank} AS rank FROM {source} "
-            f"WHERE step <= {self._limits[recorded.session]}{but}"
-        )
-
-
-def _as_table(steps: StepTable) -> Any:
-    import pyarrow as pa
-
-    tokens = pa.array(steps.tokens, mask=steps.tokens == UNKNOWN)
-    epoch = pa.array(steps.epoch, mask=np.isnan(steps.epoch))
-    return pa.table({"step": steps.step, "rows": steps.rows, "tokens": tokens, "epoch": epoch})
-
-
-def _rows_table(hashes: Hashes, steps: Ints) -> Any:
-    import pyarrow as pa
-
-    found = pa.array([entry.tobytes() for entry in hashes], pa.binary(HASH_BYTES))
-    return pa.table({"hash": found, "step": pa.array(steps, pa.int32())})

@@ -13,14 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from palinode.history.coverage import stretches
 from palinode.history.duplicates import Duplicate
-from palinode.history.exposures import ExposureReader
 from palinode.history.onset import Onset
-from palinode.history.orders.order import Order
+from palinode.history.orders import Order, first_step
+from palinode.history.reader import ExposureReader, stretches
 from palinode.history.segments import Ints
 from palinode.history.series import CheckpointSeries
-from palinode.history.sources import first_step
 
 VERSION = 1
 """Version of the layout of a location's record."""

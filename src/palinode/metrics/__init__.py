@@ -30,6 +30,7 @@ from palinode.metrics.likelihood import (
 from palinode.metrics.matching import (
     accepted_sample_values,
     accepted_values,
+    exact_matches,
     is_accepted,
     normalise,
     rouge,
@@ -76,6 +77,7 @@ __all__ = [
     "alternative_probabilities",
     "answer_probabilities",
     "auc",
+    "exact_matches",
     "exact_memorizations",
     "extraction_strengths",
     "forget_accuracy",

@@ -99,6 +99,14 @@ def accepted_values(outcomes: Sequence[Outcome]) -> list[float | None]:
     ]
 
 
+def exact_matches(outcomes: Sequence[Outcome]) -> list[float | None]:
+    """Return 1 where the generated answer is exactly the one in the data, else 0; None of no answer."""
+    return [
+        None if outcome.generated is None else float(outcome.generated == outcome.expected)
+        for outcome in outcomes
+    ]
+
+
 def accepted_sample_values(outcomes: Sequence[Outcome]) -> list[float | None]:
     """Return the share of each outcome's sampled answers that are accepted, None as above.
 

@@ -24,7 +24,14 @@ from palinode.metrics.likelihood import (
     retain_truth_ratios,
     right_shares,
 )
-from palinode.metrics.matching import UNREADABLE, accepted_values, left_out_ids, rouge_l_recalls, rouge_values
+from palinode.metrics.matching import (
+    UNREADABLE,
+    accepted_values,
+    exact_matches,
+    left_out_ids,
+    rouge_l_recalls,
+    rouge_values,
+)
 from palinode.records import Outcome, Score
 
 DEFAULT_METRICS = ("answer_probability", "rouge_l_recall", "exact_memorization", "extraction_strength")
@@ -79,6 +86,13 @@ METRICS: dict[str, Metric] = {
             per_example=rouge_l_recalls,
             description="share of the answer's words that the generated answer has in the same order",
             missing=UNREADABLE,
+            needs=frozenset({"generated"}),
+        ),
+        Metric(
+            name="exact_match",
+            per_example=exact_matches,
+            description="share of generated answers that are exactly the one in the data; for short answers",
+            missing="nothing was generated",
             needs=frozenset({"generated"}),
         ),
         Metric(

@@ -25,15 +25,22 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from palinode.errors import CheckpointError, MismatchError, OutputError
 from palinode.models.loading import DTYPES, build_empty
-from palinode.weights.arithmetic import Evaluator, choose_rounding, formula, settings
+from palinode.weights.arithmetic import (
+    Evaluator,
+    Slice,
+    formula,
+    map_slices,
+    per_thread,
+    settings,
+    slices,
+)
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.direction import Point
 from palinode.weights.displacement import check_displacements
 from palinode.weights.fingerprints import check_files, unchanged
-from palinode.weights.names import is_head
+from palinode.weights.geometry import choose_rounding
 from palinode.weights.preflight import check_fit
-from palinode.weights.slices import Slice, map_slices, per_thread, slices
-from palinode.weights.tensors import Files, TensorInfo
+from palinode.weights.tensors import Files, TensorInfo, is_head
 
 
 @torch.no_grad()

@@ -37,8 +37,7 @@ from palinode.records import read_bytes
 from palinode.weights.checkpoint import Checkpoint, TensorInfo, require_causal_lm
 from palinode.weights.fingerprints import unchanged
 from palinode.weights.foreign import bounded, from_config, from_pretrained
-from palinode.weights.formats.safetensors import read_json
-from palinode.weights.tensors import Files, shown
+from palinode.weights.tensors import Files, read_json, shown
 
 DTYPES = {
     "F64": torch.float64,

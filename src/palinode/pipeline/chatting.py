@@ -21,7 +21,7 @@ from palinode.methods import unlearned_point
 from palinode.models.generation import stream_answer
 from palinode.models.inplace import put
 from palinode.models.loading import load_model, load_tokenizer, pick_device
-from palinode.pipeline.kept import KeptVectors, find_model, find_vectors, read_record, workspace_of
+from palinode.pipeline.making import KeptVectors, find_model, find_vectors, read_record, workspace_of
 from palinode.pipeline.recipe import Prompts
 from palinode.progress import Listener, NullListener
 from palinode.weights import Checkpoint

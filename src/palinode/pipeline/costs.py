@@ -16,13 +16,13 @@ from palinode.data.examples import Example
 from palinode.data.tokenize import tokenize
 from palinode.evaluation.self_check import ROWS, rows_with_style
 from palinode.methods import METHODS
-from palinode.methods.paired import PairedSettings
+from palinode.methods.msa import PairedSettings
 from palinode.models.likelihoods import LOGIT_BYTES
 from palinode.models.loading import load_tokenizer, pick_device
 from palinode.pipeline.goal import FIRST_LOOK
 from palinode.pipeline.inputs import Inputs
 from palinode.training.loop import AUTOCAST_FROM, count_steps
-from palinode.weights.dose import part_of
+from palinode.weights.geometry import part_of
 
 EFFICIENCY = 0.4
 """Share of a matrix product's speed that training reaches."""

@@ -23,7 +23,7 @@ from palinode.records import LONGEST, beside, read_outcomes, workspace_beside
 from palinode.report.words import at
 from palinode.weights.atomic import is_claimed
 from palinode.weights.fingerprints import remembered
-from palinode.weights.formats.safetensors import read_json
+from palinode.weights.tensors import read_json
 
 VECTORS = "fine-tuned models and adapters: with the base, the vectors"
 OUTCOMES = "outcomes: what models answered on the rows"

@@ -15,6 +15,7 @@ from typing import Any
 from palinode.benchmarks.own import read_questions
 from palinode.data.examples import (
     Example,
+    at_most,
     fingerprint_examples,
     read_examples,
     sample_examples,
@@ -25,7 +26,7 @@ from palinode.errors import DataError, MismatchError, OutputError, RecipeError
 from palinode.evaluation.self_check import PromptCheck, check_prompts, rows_with_style
 from palinode.evaluation.yardstick import BASE_ALONE
 from palinode.methods import METHODS
-from palinode.methods.cast import read_refusals
+from palinode.methods.method import read_refusals
 from palinode.models.inplace import check_live
 from palinode.models.loading import (
     check_positions,
@@ -322,11 +323,11 @@ def _open_rows(recipe: Recipe) -> tuple[InputRows, list[str]]:
         retain=retain,
         forget_train=train,
         retain_sample=sample,
-        forget_probe=_at_most(held_back or forget, trials, seed + 1),
-        retain_probe=_at_most(_held_back(retain, sample, notes), trials, seed + 1),
-        forget_test=_at_most(forget, most, seed + 1),
-        retain_test=_at_most(retain, most, seed + 1),
-        unseen=_at_most(unseen, 2 * trials, seed + 3),
+        forget_probe=at_most(held_back or forget, trials, seed=seed + 1),
+        retain_probe=at_most(_held_back(retain, sample, notes), trials, seed=seed + 1),
+        forget_test=at_most(forget, most, seed=seed + 1),
+        retain_test=at_most(retain, most, seed=seed + 1),
+        unseen=at_most(unseen, 2 * trials, seed=seed + 3),
         unseen_source=source,
     )
     return rows, notes
@@ -415,7 +416,7 @@ def _retain_sample(
         notes.append(
             f"The retain set has {len(retain)} rows, fewer than {asked}; all of them were used for {use}."
         )
-    return _at_most(retain, wanted, recipe.seed)
+    return at_most(retain, wanted, seed=recipe.seed)
 
 
 def _held_back(retain: Sequence[Example], sample: Sequence[Example], notes: list[str]) -> Sequence[Example]:
@@ -425,11 +426,6 @@ def _held_back(retain: Sequence[Example], sample: Sequence[Example], notes: list
     if retain and not rest:
         notes.append("No retain rows were left over for choosing the scales; the retain vector's own served.")
     return rest or retain
-
-
-def _at_most(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
-    """Return `count` of the examples, drawn at random, or all where there are no more; none of none."""
-    return sample_examples(examples, min(count, len(examples)), seed=seed) if examples and count else []
 
 
 def _check_rows_fit(inputs: Inputs, models: Sequence[Checkpoint]) -> list[str]:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import RecipeError
-from palinode.evaluation.evaluate import EvaluationSettings
+from palinode.evaluation.ask import EvaluationLimits
 from palinode.methods import METHODS
 from palinode.methods.transforms import check_transforms
 from palinode.records import read_toml
@@ -160,7 +160,7 @@ class Recipe(_Section):
     """What is done to the forget vector, in order: tables with a name in TRANSFORMS and its settings
     (docs/transforms.md)."""
     scales: Scales = Scales()
-    evaluation: EvaluationSettings = EvaluationSettings()
+    evaluation: EvaluationLimits = EvaluationLimits()
     prompts: Prompts = Prompts()
     output: Output
     prepare: Prepare | None = None

@@ -1,4 +1,6 @@
-"""The main job: fine-tune, form vectors, choose scales, apply, evaluate, record. One step a method.
+"""What a run has done before: the fingerprint that decides its result, and the results that are there.
+
+The main job: fine-tune, form vectors, choose scales, apply, evaluate, record. One step a method.
 
 Each step is a function of fingerprinted inputs and leaves its result in the workspace; a step that
 has one is not run again. The unlearned model takes its final name only when its record is in it.
@@ -16,35 +18,114 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from palinode.errors import unwritable
-from palinode.evaluation.evaluate import observe
-from palinode.models.loading import load_model, load_tokenizer, pick_device
+from palinode.data.examples import Example, fingerprint_examples, plain_questions
+from palinode.errors import CheckpointError, unwritable
+from palinode.evaluation.ask import ask
+from palinode.models.loading import load_model, load_tokenizer, pick_device, tokenizer_fingerprint
 from palinode.pipeline.costs import Plan, describe, make_plan
-from palinode.pipeline.finished import (
-    Outcomes,
-    evaluation_step,
-    finished_before,
-    hash_models,
-    known_outcomes,
-    read_sets,
-    run_key,
-    test_sets,
-)
+from palinode.pipeline.finetuning import Tuning
 from palinode.pipeline.inputs import Inputs, ask_as_trained, check_places, open_inputs, workspace_folder
 from palinode.pipeline.making import Making
 from palinode.pipeline.recipe import Recipe
 from palinode.pipeline.record import build_record
 from palinode.pipeline.reporting import full_report, publish
 from palinode.pipeline.tracking import tracked
-from palinode.pipeline.tuning import Tuning
-from palinode.pipeline.workspace import Step, Workspace
+from palinode.pipeline.workspace import Step, Workspace, fingerprint
 from palinode.progress import Listener, NullListener
-from palinode.records import Outcome, share, shared, write_json, write_outcomes
+from palinode.records import Outcome, read_json, read_outcomes, share, shared, write_json, write_outcomes
 from palinode.weights import Checkpoint
 from palinode.weights.atomic import claimed
 from palinode.weights.atomic import publish as publish_folder
-from palinode.weights.fingerprints import check_same
+from palinode.weights.fingerprints import check_same, known_fingerprint, tensor_digests
 from palinode.weights.preflight import complain_of_nonfinite
+
+Outcomes = Mapping[str, Mapping[str, Sequence[Outcome]]]
+"""Outcomes by model (target, base, unlearned, retrained) and set (forget, retain)."""
+
+SHOWN_FROM = 1_000_000_000
+"""Bytes of a model from which hashing is shown: some seconds on a slow disk."""
+
+
+def run_key(inputs: Inputs) -> str:
+    """Return the fingerprint of everything that decides a run's result."""
+    models = {"base": inputs.base, "target": inputs.target, "retrained": inputs.retrained}
+    recipe = inputs.recipe.model_dump(
+        mode="json",
+        exclude={
+            "models": True,
+            "data": True,
+            "output": {"folder", "workspace"},
+            "training": True,
+            "tracker": True,
+            "transforms": True,
+        },
+    )
+    recipe["training"] = inputs.recipe.training.key()
+    if inputs.recipe.transforms:
+        recipe["transforms"] = inputs.recipe.transforms
+    return fingerprint(
+        recipe=recipe,
+        models={name: entry.fingerprint() for name, entry in models.items() if entry is not None},
+        forget=fingerprint_examples(inputs.rows.forget),
+        retain=fingerprint_examples(inputs.rows.retain),
+        **({"refusals": list(inputs.refusals)} if inputs.refusals else {}),
+        **({"unseen": fingerprint_examples(inputs.rows.unseen)} if inputs.rows.unseen else {}),
+    )
+
+
+def hash_models(inputs: Inputs, listener: Listener) -> None:
+    """Hash the weights that a run starts from, showing how far it is; the digests are remembered."""
+    for name, model in {"base": inputs.base, "target": inputs.target, "retrained": inputs.retrained}.items():
+        if model is None or model.nbytes < SHOWN_FROM or known_fingerprint(model) is not None:
+            continue
+        with listener.task(f"hashing the {name}", model.nbytes, "bytes") as advance:
+            tensor_digests(model, on_progress=advance)
+
+
+def finished_before(inputs: Inputs) -> Mapping[str, Any] | None:
+    """Return the record of this very run if the output folder already holds its result."""
+    output = Path(inputs.recipe.output.folder)
+    try:
+        record: dict[str, Any] = read_json(output / "record.json")
+        same_run = record["run"] == run_key(inputs)
+        written = record["models"]["unlearned"]["fingerprint"]
+        return record if same_run and Checkpoint.open(output).fingerprint() == written else None
+    except (OSError, ValueError, KeyError, TypeError, CheckpointError):
+        return None
+
+
+def known_outcomes(inputs: Inputs, workspace: Workspace, record: Mapping[str, Any]) -> Outcomes:
+    """Return the outcomes of a finished run as its workspace holds them; empty when it is gone."""
+    steps = {
+        name: evaluation_step(inputs, workspace, model["fingerprint"])
+        for name, model in record["models"].items()
+    }
+    if any(step.facts is None for step in steps.values()):
+        return {}
+    return {name: read_sets(step, inputs) for name, step in steps.items()}
+
+
+def evaluation_step(inputs: Inputs, workspace: Workspace, model: str) -> Step:
+    """Return the step that evaluates the model of that fingerprint."""
+    return workspace.step(
+        "evaluate",
+        model=model,
+        rows={label: fingerprint_examples(examples) for label, examples in test_sets(inputs).items()},
+        settings=inputs.recipe.evaluation.model_dump(exclude={"batch_rows"}),
+        prompts=inputs.recipe.prompts.model_dump(),
+        tokenizer=tokenizer_fingerprint(inputs.reader),
+    )
+
+
+def test_sets(inputs: Inputs) -> Mapping[str, Sequence[Example]]:
+    """Return the rows that models are evaluated on, by set; forget-only runs have one set."""
+    sets = {"forget": inputs.rows.forget_test, "retain": inputs.rows.retain_test}
+    return {label: examples for label, examples in sets.items() if examples}
+
+
+def read_sets(step: Step, inputs: Inputs) -> Mapping[str, Sequence[Outcome]]:
+    """Return the outcomes that an evaluation step wrote, by set."""
+    return {label: tuple(read_outcomes(step.folder / f"{label}.jsonl")) for label in test_sets(inputs)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,11 +249,11 @@ class _Run:
             started = time.monotonic()
             model, tokenizer = load_model(checkpoint, device=self.device), load_tokenizer(self.inputs.reader)
             for label, examples in test_sets(self.inputs).items():
-                outcomes = observe(
+                outcomes = ask(
                     model,
                     tokenizer,
-                    examples,
-                    self.recipe.evaluation,
+                    plain_questions(examples),
+                    self.recipe.evaluation.asking,
                     style=self.recipe.prompts.style(),
                     label=f"{name} on the {label} set",
                     listener=self.listener,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from palinode.data import Example, PromptStyle, fingerprint_examples, read_examples, sample_examples
+from palinode.data import PromptStyle, at_most, fingerprint_examples, read_examples
 from palinode.data.tokenize import prompt_notes
-from palinode.errors import OutputError, RecipeError
-from palinode.evaluation import EvaluationSettings, evaluate
+from palinode.errors import RecipeError
+from palinode.evaluation.evaluate import EvaluationSettings, check_new_file, evaluate
 from palinode.models.loading import load_tokenizer, pick_device
 from palinode.pipeline.recipe import explain
 from palinode.pipeline.tracking import check_trackers, tracked
@@ -44,11 +44,12 @@ def finetune_file(
 
     Trackers put their files into `<output>.tracking`, beside the output.
     """
-    checked = _settings(TrainingSettings, settings)
+    checked = checked_settings(TrainingSettings, settings)
     check_trackers(tracker)
     start = Checkpoint.open(base, allow_pickle=allow_pickle)
     examples = read_examples(data, columns=columns or None)
-    _say_notes(start, examples, style, listener)
+    for note in prompt_notes(examples, load_tokenizer(start), style or PromptStyle()):
+        (listener or NullListener()).say(note)
     key = fingerprint(
         start=start.fingerprint(),
         rows=fingerprint_examples(examples),
@@ -82,43 +83,26 @@ def finetune_file(
 def evaluate_file(
     model: str,
     data: str,
-    settings: Mapping[str, Any],
+    settings: EvaluationSettings,
     *,
     output: Path | None = None,
     columns: Mapping[str, str] | None = None,
-    allow_pickle: bool = False,
-    style: PromptStyle | None = None,
-    device: str = "auto",
-    seed: int = 0,
     listener: Listener | None = None,
 ) -> dict[str, Score]:
     """Score a model folder on a file of rows, and write its outcomes to `output` if that is given."""
-    checked = _settings(EvaluationSettings, settings)
-    if output is not None and (output.exists() or not output.parent.is_dir()):
-        raise OutputError(
-            f"{output} exists already, or its folder does not; name another file for the outcomes"
-        )
-    checkpoint = Checkpoint.open(model, allow_pickle=allow_pickle)
-    examples = read_examples(data, columns=columns or None)
-    tested = sample_examples(examples, min(checked.max_rows, len(examples)), seed=seed + 1)
-    _say_notes(checkpoint, tested, style, listener)
-    outcomes, scores = evaluate(
-        checkpoint, tested, checked, style=style, device=device, seed=seed, listener=listener
-    )
+    if output is not None:
+        check_new_file(output, "the outcomes")
+    checkpoint = Checkpoint.open(model, allow_pickle=settings.allow_pickle)
+    rows = at_most(read_examples(data, columns=columns or None), settings.max_rows, seed=settings.seed + 1)
+    found = evaluate(checkpoint, rows, settings, listener=listener)
     if output is not None:
         with private():
-            write_outcomes(output, outcomes)
-    return scores
+            write_outcomes(output, found.outcomes)
+    return dict(found.scores)
 
 
-def _say_notes(
-    model: Checkpoint, examples: Sequence[Example], style: PromptStyle | None, listener: Listener | None
-) -> None:
-    for note in prompt_notes(examples, load_tokenizer(model), style or PromptStyle()):
-        (listener or NullListener()).say(note)
-
-
-def _settings(kind: type[Settings], content: Mapping[str, Any]) -> Settings:
+def checked_settings(kind: type[Settings], content: Mapping[str, Any]) -> Settings:
+    """Return settings of a kind; raises RecipeError with a sentence for the first thing that is wrong."""
     try:
         return kind.model_validate(content)
     except ValidationError as error:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from palinode.data.examples import Example, fingerprint_examples, sample_examples
+from palinode.data.examples import Example, at_most, fingerprint_examples
 from palinode.data.tokenize import TokenRow, tokenize
 from palinode.errors import CheckpointError, InputError
 from palinode.methods.transforms import ChosenTransforms
@@ -35,7 +35,7 @@ from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener
 from palinode.weights import Checkpoint, Direction, StoredVector, profile, save_vector
 from palinode.weights.displacement import DenseChange, Displacement
-from palinode.weights.formats.safetensors import read_header
+from palinode.weights.tensors import read_header
 from palinode.weights.transforms import (
     Rule,
     against_gradient,
@@ -181,7 +181,7 @@ class Transforming:
         self, model: Checkpoint, name: str, rows: Sequence[Example], moment: Moment, most: int
     ) -> Step:
         """Return the finished step that holds a moment of the gradients on some of the rows."""
-        chosen = sample_examples(rows, min(most, len(rows)), seed=self.recipe.seed)
+        chosen = at_most(rows, most, seed=self.recipe.seed)
         step = self._reading("importance", model, chosen, moment=moment)
         if step.facts is None:
             step.begin()
@@ -199,7 +199,7 @@ class Transforming:
     def _spaces(self, model: Checkpoint, energy: float, most: int) -> Step:
         """Return the finished step that holds the principal axes of each layer's inputs on retain rows."""
         retain = self.inputs.rows.retain_sample
-        chosen = sample_examples(retain, min(most, len(retain)), seed=self.recipe.seed)
+        chosen = at_most(retain, most, seed=self.recipe.seed)
         step = self._reading("spaces", model, chosen, energy=energy)
         if step.facts is None:
             step.begin()

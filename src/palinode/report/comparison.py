@@ -30,11 +30,11 @@ class Column:
 COLUMNS = (
     Column("forget quality (p)", (("*", "forget", "forget_quality"), ("rows", "forget", "forget_quality"))),
     Column("model utility", (("*", "all", "model_utility"),)),
-    Column("forget: recall", (("rows", "forget", "recall"),)),
+    Column("forget: exact match", (("rows", "forget", "exact_match"),)),
     Column("forget: probability", (("rows", "forget", "answer_probability"),)),
     Column("forget: ROUGE-L", (("rows", "forget", "rouge_l_recall"),)),
     Column("forget: extraction strength", (("rows", "forget", "extraction_strength"),)),
-    Column("retain: recall", (("rows", "retain", "recall"),)),
+    Column("retain: exact match", (("rows", "retain", "exact_match"),)),
     Column("retain: probability", (("rows", "retain", "answer_probability"),)),
     Column("retain: ROUGE-L", (("rows", "retain", "rouge_l_recall"),)),
     Column("retain: extraction strength", (("rows", "retain", "extraction_strength"),)),
@@ -132,9 +132,9 @@ def comparison_table(table: Figures) -> Table:
 _SHORT = (
     "forget quality (p)",
     "model utility",
-    "forget: recall",
+    "forget: exact match",
     "forget: probability",
-    "retain: recall",
+    "retain: exact match",
     "retain: probability",
 )
 

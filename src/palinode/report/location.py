@@ -242,7 +242,7 @@ def demo_tables(record: Mapping[str, Any]) -> list[Table]:
     for name, request in record["requests"].items():
         cells = [_demo_cell(request["found"][kind]) for kind in DEMO_EVIDENCE]
         found.add_row(name, str(request["rows"]), _step_or_none(request["clean_step"]), *cells)
-    rungs = Table(title="Unlearning the main request from each checkpoint: recall", title_justify="left")
+    rungs = Table(title="Unlearning the main request from each checkpoint: exact match", title_justify="left")
     for heading in ("checkpoint", "seen", "forget people", "others", "α, β", ""):
         rungs.add_column(heading, justify="left" if heading == "" else "right")
     if not all(rung["kept_rule"] for rung in record["rungs"]):

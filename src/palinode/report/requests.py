@@ -16,7 +16,7 @@ from palinode.report.words import DASH, escaped, integer, number, scale, table_l
 Figures = Mapping[str, Any]
 
 MODELS = {"target": "target", "base": "base checkpoint", "retrained": "retrained without any of them"}
-METRICS = {"recall": "recall", "answer_probability": "probability"}
+METRICS = {"exact_match": "exact match", "answer_probability": "probability"}
 PARTS = {"done": "asked to be erased", "not_done": "not asked, or undone", "retain": "retain rows"}
 COLUMNS = [(part, metric) for part in PARTS for metric in METRICS]
 SHOWN = (1, 3)

@@ -57,7 +57,7 @@ from palinode.weights.atomic import check_output, claimed, publish
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.direction import WeightedSum
 from palinode.weights.fingerprints import check_stamps, take_stamps
-from palinode.weights.layout import OutputFiles, copy_companions, plan_files, write_index
+from palinode.weights.store import OutputFiles, copy_companions, plan_files, write_index
 
 
 @dataclass(frozen=True, slots=True)

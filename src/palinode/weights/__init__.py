@@ -7,12 +7,10 @@ a `Direction`, and the whole expression a `WeightedSum` (a point again) that sta
 
 from palinode.weights.adapters import LoraAdapter
 from palinode.weights.arithmetic import Rounding
-from palinode.weights.atomic import check_output
+from palinode.weights.atomic import Crew, check_output
 from palinode.weights.checkpoint import Checkpoint, TensorInfo
-from palinode.weights.crew import Crew
 from palinode.weights.direction import Direction, Point, WeightedSum
-from palinode.weights.dose import Dose
-from palinode.weights.geometry import Profile, profile
+from palinode.weights.geometry import Dose, Profile, profile
 from palinode.weights.store import Saved, save
 from palinode.weights.vectors import StoredVector, open_direction, save_vector
 

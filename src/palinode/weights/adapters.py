@@ -30,9 +30,7 @@ from palinode.weights.displacement import (
     read_values,
 )
 from palinode.weights.formats.pickled import read_pickled
-from palinode.weights.formats.safetensors import read_header
-from palinode.weights.names import is_head
-from palinode.weights.tensors import FLOAT_BYTES, Files, TensorInfo
+from palinode.weights.tensors import FLOAT_BYTES, Files, TensorInfo, is_head, read_header
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -1,4 +1,6 @@
-"""A point laid out for the kernels: its operands in rows, its coefficients over the rows.
+"""A model in slices, and a few threads that work on them. Memory does not depend on the model.
+
+A point laid out for the kernels: its operands in rows, its coefficients over the rows.
 
 A point Σ c_i P_i with Σ c_i = 1 is computed as  A + Σ c_i (P_i − A)  for one of its own terms A, the
 pivot: the differences of neighbouring checkpoints are nearly exact in float32, so nothing is lost to
@@ -18,11 +20,15 @@ rounding keeps on average the small steps that rounding to nearest would lose. W
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
-from typing import Literal, get_args
+from itertools import groupby, islice
+from threading import Event, local
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 
@@ -31,11 +37,120 @@ from palinode.weights import kernels
 from palinode.weights.checkpoint import Checkpoint, TensorInfo
 from palinode.weights.direction import Direction, Point, Term
 from palinode.weights.displacement import Displacement
-from palinode.weights.dose import EVERY, SAMPLED_FROM, DoseMeter
-from palinode.weights.names import is_embedding, is_head
 from palinode.weights.preflight import complain_of_nonfinite, complain_of_twins
-from palinode.weights.slices import SLICE, Slice
-from palinode.weights.tensors import Files
+from palinode.weights.tensors import Files, is_embedding, is_head
+
+Result = TypeVar("Result")
+
+SLICE = 1 << 18
+"""Elements read, summed and written at a time: 512 KB of bfloat16 from each checkpoint."""
+
+RUN = 16
+"""Slices that a thread is given at a time, as handing over has its price too."""
+
+AHEAD = 3
+"""Runs handed to each thread ahead of the one whose results are taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Elements [start, start + count) of one tensor of the anchor's layout."""
+
+    info: TensorInfo
+    start: int
+    count: int
+    alone: bool = False
+    """Rows of an embedding that only the anchor has: its own values, nothing added."""
+
+
+def slices(
+    checkpoint: Checkpoint, *, size: int = SLICE, shared_rows: Mapping[str, int] | None = None
+) -> Iterator[Slice]:
+    """Yield the floating-point tensors of a checkpoint in pieces of at most `size` elements.
+
+    `shared_rows` names the tensors of which only so many leading rows take part in sums.
+    """
+    for info in checkpoint.tensors.values():
+        if info.is_float:
+            rows = (shared_rows or {}).get(info.name)
+            shared = info.size if rows is None else rows * (info.size // info.shape[0])
+            for first, last, alone in ((0, shared, False), (shared, info.size, True)):
+                for start in range(first, last, size):
+                    yield Slice(info, start, min(size, last - start), alone)
+
+
+# Threads
+
+
+def cores() -> int:
+    """Return the number of processor cores that this process may use; on macOS all of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_workers() -> int:
+    """Return how many threads work on slices: one for each core this process may use, up to 16."""
+    return min(16, cores())
+
+
+def per_thread(make: Callable[[], Callable[[Slice], Result]]) -> Callable[[Slice], Result]:
+    """Return a function on slices that makes itself anew in every thread it is called from."""
+    state = local()
+
+    def work(part: Slice) -> Result:
+        if not hasattr(state, "work"):
+            state.work = make()
+        found: Result = state.work(part)
+        return found
+
+    return work
+
+
+def map_slices(
+    parts: Iterable[Slice],
+    work: Callable[[Slice], Result],
+    *,
+    collect: Callable[[Slice, Result], None] | None = None,
+    workers: int | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> None:
+    """Call `work` on every slice from a few threads.
+
+    `collect` takes slices and results here, in the order of the slices, so that sums over them do not depend
+    on the threads. `on_progress` hears the number of elements done. The first error stops the rest
+    and is raised.
+    """
+    count = workers or default_workers()
+    pool = ThreadPoolExecutor(count)
+    waiting: deque[tuple[tuple[Slice, ...], Future[list[Result]]]] = deque()
+    stopped = Event()
+
+    def walk(run: tuple[Slice, ...]) -> list[Result]:
+        return [work(part) for part in run if not stopped.is_set()]
+
+    def take() -> None:
+        run, future = waiting.popleft()
+        for part, result in zip(run, future.result(), strict=True):
+            if collect:
+                collect(part, result)
+            if on_progress:
+                on_progress(part.count)
+
+    try:
+        for run in _runs(parts):
+            waiting.append((run, pool.submit(walk, run)))
+            if len(waiting) > AHEAD * count:
+                take()
+        while waiting:
+            take()
+    finally:
+        stopped.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _runs(parts: Iterable[Slice]) -> Iterator[tuple[Slice, ...]]:
+    rest = iter(parts)
+    while run := tuple(islice(rest, RUN)):
+        yield run
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -259,11 +374,9 @@ def direction_tensor(direction: Direction, info: TensorInfo, files: Files) -> np
     return direction_values(direction, Slice(info, 0, info.size), files)
 
 
-SAMPLE = 1 << 14
-"""Elements of each tensor that decide between the two roundings."""
-
-TOLERANCE = 0.01
-"""Share of the dose that rounding to nearest may lose (or add) before `auto` takes the stochastic one."""
+SAMPLED_FROM, EVERY = 1 << 20, 8
+"""Tensors from a million elements on are measured in one block of 2,048 weights out of eight, smaller ones
+whole. A scale found in n weights is off by about the relative error of the rounding, divided by √n."""
 
 GLANCE = 64
 """Elements by which rows that differ are told apart at once."""
@@ -427,40 +540,3 @@ def name_key(seed: int, name: str) -> int:
     name = "embedding" if is_head(name) or is_embedding(name) else name
     digest = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
-
-
-# The choice of a rounding
-
-
-def choose_rounding(form: Formula, asked: Settings, parts: Iterable[Slice]) -> tuple[Settings, float | None]:
-    """Return the settings with `auto` settled, and the share of the dose that nearest would deliver.
-
-    The share, ⟨stored − target, exact − target⟩ / |exact − target|², is measured on a few thousand weights
-    in the middle of every tensor; it is None where nothing is rounded to 16 bits or the choice was given.
-    """
-    if asked.rounding != "auto":
-        return asked, None
-    extents = {part.info: part.start + part.count for part in parts if not part.alone}
-    extents = {info: extent for info, extent in extents.items() if _is_16_bit(info, asked)}
-    change = form.point - form.point.anchor
-    if not extents or not change.terms:
-        return replace(asked, rounding="nearest"), None
-    nearest = replace(asked, rounding="nearest", allow_nonfinite=True)
-    meter = DoseMeter(["all"])
-    with Files() as files:
-        evaluator = Evaluator(formula(form.point, {"all": change}), nearest, files, measure=True)
-        for info, extent in extents.items():
-            count = min(SAMPLE, extent)
-            middle = (extent - count) // 2 // kernels.BLOCK * kernels.BLOCK
-            _, totals = evaluator.evaluate(Slice(info, middle, count))
-            meter.add("all", totals, count)
-    found = meter.result()
-    if not found.relative_error:  # nothing was asked for there, or nothing of it is lost, or it is not finite
-        return replace(asked, rounding="nearest"), None
-    share = found.effective["all"]
-    keeps = abs(share - 1) <= TOLERANCE
-    return replace(asked, rounding="nearest" if keeps else "stochastic"), share
-
-
-def _is_16_bit(info: TensorInfo, asked: Settings) -> bool:
-    return (asked.code or info.dtype) in ("F16", "BF16")

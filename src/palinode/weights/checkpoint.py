@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from palinode.errors import CheckpointError
 from palinode.weights.direction import Point
-from palinode.weights.experts import all_experts, one_expert
 from palinode.weights.foreign import check_folder, inside
 from palinode.weights.formats.distributed import METADATA
 from palinode.weights.formats.layouts import (
@@ -29,10 +28,22 @@ from palinode.weights.formats.layouts import (
     format_of,
     read_contents,
 )
-from palinode.weights.formats.safetensors import MAX_HEADER, read_header, read_json
-from palinode.weights.names import HEADS, by_plain, is_embedding, is_head, plain
+from palinode.weights.formats.pieces import all_experts, one_expert
 from palinode.weights.packed import refuse_packed
-from palinode.weights.tensors import FLOAT_BYTES, OTHER_BYTES, TensorInfo, by_file
+from palinode.weights.tensors import (
+    FLOAT_BYTES,
+    HEADS,
+    MAX_HEADER,
+    OTHER_BYTES,
+    TensorInfo,
+    by_file,
+    by_plain,
+    is_embedding,
+    is_head,
+    plain,
+    read_header,
+    read_json,
+)
 
 if TYPE_CHECKING:
     from palinode.weights.direction import Term

@@ -26,10 +26,8 @@ from palinode.errors import CheckpointError, MismatchError
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.direction import Direction, Term
 from palinode.weights.fingerprints import tensor_digests
-from palinode.weights.formats.safetensors import read_json
 from palinode.weights.kernels import multiply
-from palinode.weights.names import by_plain, plain
-from palinode.weights.tensors import Files, TensorInfo
+from palinode.weights.tensors import Files, TensorInfo, by_plain, plain, read_json
 
 PIECE = 1 << 18
 """Elements handled at a time."""

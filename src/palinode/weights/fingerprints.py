@@ -38,7 +38,6 @@ import blake3
 from palinode.errors import CheckpointError
 from palinode.records import make_private, read_json, write_text
 from palinode.version import __version__
-from palinode.weights.blocks import BLOCK, map_blocks
 from palinode.weights.checkpoint import (
     INDEX,
     MAX_HEADER,
@@ -49,6 +48,7 @@ from palinode.weights.checkpoint import (
     read_header,
 )
 from palinode.weights.direction import Term
+from palinode.weights.tensors import BLOCK, map_blocks
 
 if TYPE_CHECKING:
     from palinode.weights.direction import Term

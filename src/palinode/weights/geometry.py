@@ -1,4 +1,6 @@
-"""Lengths and angles of directions: norms, cosines, and how both run over the layers.
+"""How much of the change asked for arrived in the stored weights (spec: msa.md, P3).
+
+Lengths and angles of directions: norms, cosines, and how both run over the layers.
 
 Products are taken slice by slice and added up in float64, so directions are never held in memory.
 """
@@ -6,23 +8,158 @@ Products are taken slice by slice and added up in float64, so directions are nev
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from palinode.errors import AlgebraError, MismatchError
 from palinode.weights import kernels
-from palinode.weights.arithmetic import Operands
+from palinode.weights.arithmetic import (
+    SLICE,
+    Evaluator,
+    Formula,
+    Operands,
+    Settings,
+    Slice,
+    formula,
+    map_slices,
+    per_thread,
+    slices,
+)
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.direction import Direction
 from palinode.weights.displacement import Displacement, check_displacements
-from palinode.weights.dose import part_of, part_order
 from palinode.weights.fingerprints import check_files
+from palinode.weights.kernels import ALONG, ASKED, ERROR, MEASURED, MOVED, totals_of
 from palinode.weights.preflight import check_fit, complain_of_nonfinite
-from palinode.weights.slices import SLICE, Slice, map_slices, per_thread, slices
-from palinode.weights.tensors import Files, TensorInfo
+from palinode.weights.tensors import Files, TensorInfo, is_head
+
+ENOUGH = 0.95
+"""Share of a scale that has to arrive; below it there is a warning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dose:
+    """How much of the change asked for really arrived in the stored weights.
+
+    `effective` holds, for each named direction, the scale found in the stored weights (least squares
+    of stored − target on the directions); rounding can make it smaller than the one asked for.
+    """
+
+    effective: Mapping[str, float]
+    relative_error: float | None
+    """|stored − exact| / |exact − target|; 0 when nothing was asked for, None with values not finite."""
+    moved_share: float
+    """Share of floating-point weights whose stored value differs from the target's."""
+    weights: int
+    """Number of floating-point weights."""
+    unreached_share: float = 0.0
+    """Share of all numbers in the files that no sum reaches: integers, buffers, rows that are only the
+    target's. They stay as the target has them."""
+    parts: Mapping[str, Dose] = field(default_factory=dict, repr=False)
+    """The same for each part of the model: "embedding", "layer 0", …, "head", "rest"."""
+
+
+class DoseMeter:
+    """Adds up, slice by slice, the totals that the kernels return, by part of the model."""
+
+    def __init__(self, directions: Sequence[str]) -> None:
+        self._directions = tuple(directions)
+        self._totals: dict[str, np.ndarray] = {}
+        self._weights: dict[str, int] = {}
+        self._others: dict[str, int] = {}
+        self._alone: dict[str, int] = {}
+
+    def leave_out(self, part: str, numbers: int, *, weights: bool) -> None:
+        """Take in numbers that stay the target's: `weights` are added by `add` as well, others are not."""
+        kind = self._alone if weights else self._others
+        kind[part] = kind.get(part, 0) + numbers
+
+    def add(self, part: str, totals: np.ndarray, weights: int, *, every: int = 1) -> None:
+        """Take in the totals of a slice of that many weights, of which one block in `every` was measured."""
+        found = self._totals.setdefault(part, totals_of(len(self._directions)))
+        found += totals * every
+        self._weights[part] = self._weights.get(part, 0) + weights
+
+    def merge(self, other: Mapping[str, tuple[Sequence[float], int]]) -> None:
+        """Take in what `state` of another meter returned."""
+        for part, (totals, weights) in other.items():
+            self.add(part, np.array(totals), weights)
+
+    def state(self) -> dict[str, tuple[list[float], int]]:
+        """Return everything added so far as plain numbers: totals and weights of each part."""
+        return {part: (totals.tolist(), self._weights[part]) for part, totals in self._totals.items()}
+
+    def result(self) -> Dose:
+        """Return the dose of everything added so far."""
+        parts = sorted(self._totals, key=part_order)
+        total = sum((self._totals[part] for part in parts), totals_of(len(self._directions)))
+        everything = {*parts, *self._others, *self._alone}
+        return self._dose(
+            total, everything, {part: self._dose(self._totals[part], {part}, {}) for part in parts}
+        )
+
+    def _dose(self, totals: np.ndarray, members: Set[str], parts: Mapping[str, Dose]) -> Dose:
+        """Return the dose of some parts of the model, of which these are the totals."""
+        count = len(self._directions)
+        weights, others, alone = (
+            sum(numbers.get(part, 0) for part in members)
+            for numbers in (self._weights, self._others, self._alone)
+        )
+        unreached = (others + alone) / max(1, weights + others)
+        if not np.isfinite(totals).all():
+            moved = float(totals[MOVED] / totals[MEASURED])
+            return Dose({}, None, moved, weights, unreached, parts)
+        gram = totals[ALONG + count :].reshape(count, count)
+        effective = np.linalg.lstsq(gram, totals[ALONG : ALONG + count], rcond=1e-12)[0] if count else []
+        return Dose(
+            effective=dict(zip(self._directions, map(float, effective), strict=True)),
+            relative_error=math.sqrt(totals[ERROR] / totals[ASKED]) if totals[ASKED] else 0.0,
+            moved_share=float(totals[MOVED] / totals[MEASURED]) if totals[MEASURED] else 0.0,
+            weights=weights,
+            unreached_share=unreached,
+            parts=parts,
+        )
+
+
+def shortfalls(dose: Dose, asked: Mapping[str, float]) -> Iterator[str]:
+    """Yield a warning for each scale of which less than 95 % arrived."""
+    for name, scale in asked.items():
+        share = dose.effective.get(name, scale) / scale if scale else 1.0
+        if share < ENOUGH:
+            yield (
+                f"only {share:.0%} of the {name} scale {scale:g} arrived ({dose.effective[name]:.4g}): its "
+                "steps are smaller than the output's dtype can hold; use stochastic rounding, or float32"
+            )
+
+
+# Parts of a model
+
+
+def part_of(name: str) -> str:
+    """Return the part of the model a tensor belongs to.
+
+    >>> part_of("model.layers.11.mlp.up_proj.weight"), part_of("lm_head.weight")
+    ('layer 11', 'head')
+    """
+    found = re.search(r"\.(\d+)\.", name)
+    if found:
+        return f"layer {found.group(1)}"
+    if is_head(name):
+        return "head"
+    if "embed" in name or "wte" in name or "wpe" in name:
+        return "embedding"
+    return "head" if "head" in name else "rest"
+
+
+def part_order(part: str) -> tuple[int, int]:
+    """Return a key that sorts parts from the embedding up to the head."""
+    if part.startswith("layer "):
+        return 1, int(part.removeprefix("layer "))
+    return {"embedding": 0, "head": 3}.get(part, 2), 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,3 +267,45 @@ def _parts(checkpoints: Sequence[Checkpoint], displacements: Sequence[Displaceme
     for info in infos.values():
         for start in range(0, info.size, SLICE):
             yield Slice(info, start, min(SLICE, info.size - start))
+
+
+SAMPLE = 1 << 14
+"""Elements of each tensor that decide between the two roundings."""
+
+
+TOLERANCE = 0.01
+"""Share of the dose that rounding to nearest may lose (or add) before `auto` takes the stochastic one."""
+
+
+def choose_rounding(form: Formula, asked: Settings, parts: Iterable[Slice]) -> tuple[Settings, float | None]:
+    """Return the settings with `auto` settled, and the share of the dose that nearest would deliver.
+
+    The share, ⟨stored − target, exact − target⟩ / |exact − target|², is measured on a few thousand weights
+    in the middle of every tensor; it is None where nothing is rounded to 16 bits or the choice was given.
+    """
+    if asked.rounding != "auto":
+        return asked, None
+    extents = {part.info: part.start + part.count for part in parts if not part.alone}
+    extents = {info: extent for info, extent in extents.items() if _is_16_bit(info, asked)}
+    change = form.point - form.point.anchor
+    if not extents or not change.terms:
+        return replace(asked, rounding="nearest"), None
+    nearest = replace(asked, rounding="nearest", allow_nonfinite=True)
+    meter = DoseMeter(["all"])
+    with Files() as files:
+        evaluator = Evaluator(formula(form.point, {"all": change}), nearest, files, measure=True)
+        for info, extent in extents.items():
+            count = min(SAMPLE, extent)
+            middle = (extent - count) // 2 // kernels.BLOCK * kernels.BLOCK
+            _, totals = evaluator.evaluate(Slice(info, middle, count))
+            meter.add("all", totals, count)
+    found = meter.result()
+    if not found.relative_error:  # nothing was asked for there, or nothing of it is lost, or it is not finite
+        return replace(asked, rounding="nearest"), None
+    share = found.effective["all"]
+    keeps = abs(share - 1) <= TOLERANCE
+    return replace(asked, rounding="nearest" if keeps else "stochastic"), share
+
+
+def _is_16_bit(info: TensorInfo, asked: Settings) -> bool:
+    return (asked.code or info.dtype) in ("F16", "BF16")

@@ -13,8 +13,8 @@ from palinode.errors import InputError, MismatchError
 from palinode.weights.arithmetic import NAMES
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.direction import Point, Term
-from palinode.weights.names import is_head
 from palinode.weights.preflight import check_fit
+from palinode.weights.tensors import is_head
 
 FORMATS = (".safetensors", ".bin")
 """The weight files that mergekit reads."""

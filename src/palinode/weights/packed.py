@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from palinode.errors import CheckpointError
-from palinode.weights.names import CALLED_WEIGHTS, is_buffer
-from palinode.weights.tensors import FLOAT_BYTES, TensorInfo, shown
+from palinode.weights.tensors import CALLED_WEIGHTS, FLOAT_BYTES, TensorInfo, is_buffer, shown
 
 NOTABLE = 0.01
 """Share of a model's bytes from which whole numbers cannot be a table of the model's own."""

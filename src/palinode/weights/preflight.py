@@ -17,11 +17,10 @@ import numpy as np
 
 from palinode.errors import CheckpointError, InputError, MismatchError
 from palinode.records import read_json
-from palinode.weights.blocks import map_blocks
 from palinode.weights.checkpoint import Checkpoint, TensorInfo, require_head
 from palinode.weights.displacement import Displacement, check_displacements
 from palinode.weights.fingerprints import tensor_digests
-from palinode.weights.names import HEADS, is_embedding, is_head, plain
+from palinode.weights.tensors import HEADS, is_embedding, is_head, map_blocks, plain
 
 Rows = Literal["refuse", "shared"]
 """What to do where embeddings have different numbers of rows: refuse, or sum the rows that all have."""

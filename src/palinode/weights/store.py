@@ -1,4 +1,9 @@
-"""Write a point as an ordinary model folder, atomically.
+"""The files of an output folder, planned before any arithmetic: headers, sizes, the place of every tensor.
+
+The output is safetensors whatever the target is stored as, in the target's own files and order where
+these are safetensors already.
+
+Write a point as an ordinary model folder, atomically.
 
 The output has the target's layout: same files, same tensors, same order. So every header is known
 before any arithmetic, files are laid out at their final size, and slices are put in place in any order,
@@ -9,8 +14,10 @@ only when it is whole and has been read back.
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,24 +25,24 @@ from typing import Any
 
 import numpy as np
 
-from palinode.errors import AlgebraError, OutputError
+from palinode.errors import AlgebraError, OutputError, unwritable
 from palinode.weights.arithmetic import (
     NAMES,
     Evaluator,
     Formula,
     Rounding,
     Settings,
-    choose_rounding,
+    Slice,
     every_of,
     formula,
+    map_slices,
+    per_thread,
     settings,
+    slices,
 )
-from palinode.weights.atomic import check_output, claimed, is_claimed, neighbour, publish
-from palinode.weights.blocks import BLOCK, map_blocks
-from palinode.weights.checkpoint import Checkpoint
-from palinode.weights.crew import Crew, Hand, Lead
+from palinode.weights.atomic import Crew, Hand, Lead, check_output, claimed, is_claimed, neighbour, publish
+from palinode.weights.checkpoint import INDEX, SINGLE, Checkpoint
 from palinode.weights.direction import Direction, Point
-from palinode.weights.dose import Dose, DoseMeter, part_of, shortfalls
 from palinode.weights.fingerprints import (
     Stamps,
     block_digest,
@@ -48,10 +55,156 @@ from palinode.weights.fingerprints import (
     tensor_digest,
     write_manifest,
 )
-from palinode.weights.layout import OutputFile, OutputFiles, copy_companions, plan_files, write_index
+from palinode.weights.foreign import copy_inside
+from palinode.weights.geometry import Dose, DoseMeter, choose_rounding, part_of, shortfalls
 from palinode.weights.preflight import Rows, check_sum
-from palinode.weights.slices import Slice, map_slices, per_thread, slices
-from palinode.weights.tensors import FLOAT_BYTES, Files, TensorInfo
+from palinode.weights.tensors import BLOCK, FLOAT_BYTES, Files, TensorInfo, by_file, map_blocks
+
+SHARD = 5_000_000_000
+"""Bytes of a file, where the target's own files cannot be taken over."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """One file to be written: its header, and where each tensor goes."""
+
+    name: str
+    header: bytes
+    tensors: Mapping[str, TensorInfo]
+    size: int
+
+
+def plan_files(anchor: Checkpoint, code: str | None, *, kept: Collection[str] = ()) -> list[OutputFile]:
+    """Plan the output files after the anchor's own; floating-point tensors but those `kept` are in `code`."""
+    files = by_file(anchor.tensors.values())
+    if len(files) > 1 and all(path.suffix == ".safetensors" for path in files):
+        return [_planned(path.name, infos, code, kept) for path, infos in files.items()]
+    shards = list(_shards([info for infos in files.values() for info in infos]))
+    if len(files) < 2 and all(path.suffix == ".safetensors" for path in files):
+        shards = [[info for infos in files.values() for info in infos]]
+    if len(shards) < 2:
+        return [_planned(SINGLE, shards[0] if shards else [], code, kept)]
+    stem, suffix = Path(SINGLE).stem, Path(SINGLE).suffix
+    names = [f"{stem}-{place + 1:05d}-of-{len(shards):05d}{suffix}" for place in range(len(shards))]
+    return [_planned(name, shard, code, kept) for name, shard in zip(names, shards, strict=True)]
+
+
+def _shards(infos: Sequence[TensorInfo]) -> Iterator[list[TensorInfo]]:
+    shard: list[TensorInfo] = []
+    for info in infos:
+        if shard and sum(member.nbytes for member in shard) + info.nbytes > SHARD:
+            yield shard
+            shard = []
+        shard.append(info)
+    if shard:
+        yield shard
+
+
+def _planned(name: str, infos: Sequence[TensorInfo], code: str | None, kept: Collection[str]) -> OutputFile:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    sizes, end = {}, 0
+    for info in infos:
+        kind = code if code and info.is_float and info.name not in kept else info.dtype
+        nbytes = info.size * (FLOAT_BYTES[kind] if info.is_float else info.itemsize)
+        entries[info.name] = {"dtype": kind, "shape": list(info.shape), "data_offsets": [end, end + nbytes]}
+        sizes[info.name] = (kind, end, nbytes)
+        end += nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start on a multiple of 8 bytes
+    start = 8 + len(text)
+    placed = {
+        info.name: TensorInfo(info.name, kind, info.shape, Path(name), start + offset, nbytes)
+        for info in infos
+        for kind, offset, nbytes in [sizes[info.name]]
+    }
+    return OutputFile(name, len(text).to_bytes(8, "little") + text, placed, start + end)
+
+
+class OutputFiles:
+    """The planned files, open for writing; closed by `stack`."""
+
+    def __init__(
+        self, files: Sequence[OutputFile], folder: Path, stack: ExitStack, *, create: bool = True
+    ) -> None:
+        """Lay the files out at their final size with their headers; `create` false opens those of another."""
+        self._folder = folder
+        self._places = {name: info for file in files for name, info in file.tensors.items()}
+        opener = _create if create else _open
+        self._handles = {Path(file.name): opener(folder / file.name, file, stack) for file in files}
+
+    def write(self, name: str, start: int, values: memoryview) -> None:
+        """Put raw bytes into a tensor's place, from its byte `start` on."""
+        info, done = self._places[name], 0
+        while done < len(values):
+            try:
+                done += os.pwrite(self._handles[info.file], values[done:], info.offset + start + done)
+            except OSError as error:
+                raise unwritable(self._folder / info.file, error) from error
+
+    def copy(self, infos: Iterable[TensorInfo]) -> None:
+        """Copy tensors as they are, a block at a time."""
+        with Files() as files:
+            for info in infos:
+                for start in range(0, info.nbytes, BLOCK):
+                    raw = memoryview(bytearray(min(BLOCK, info.nbytes - start)))
+                    info.read(files, start, raw)
+                    self.write(info.name, start, raw)
+
+    def sync(self) -> None:
+        """Wait until everything written is on disk."""
+        for handle in self._handles.values():
+            os.fsync(handle)
+
+
+def _create(path: Path, file: OutputFile, stack: ExitStack) -> int:
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        stack.callback(os.close, handle)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(handle, 0, file.size)
+        else:  # macOS
+            os.ftruncate(handle, file.size)
+        os.pwrite(handle, file.header, 0)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    return handle
+
+
+def _open(path: Path, file: OutputFile, stack: ExitStack) -> int:
+    handle = os.open(path, os.O_RDWR)
+    stack.callback(os.close, handle)
+    if os.fstat(handle).st_size != file.size or os.pread(handle, len(file.header), 0) != file.header:
+        raise OutputError(f"{path} is laid out for another sum; give every process the same command")
+    return handle
+
+
+def write_index(files: Sequence[OutputFile], folder: Path) -> None:
+    """Write which tensor lies in which file, where there are several."""
+    if len(files) == 1:
+        return
+    total = sum(info.nbytes for file in files for info in file.tensors.values())
+    names = {name: file.name for file in files for name in file.tensors}
+    text = json.dumps(
+        {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}, indent=2
+    )
+    (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+
+
+def copy_companions(anchor: Checkpoint, folder: Path, dtype: str | None) -> None:
+    """Copy config, tokenizer, processor and licence of the target; note a changed dtype in the config.
+
+    A config that came out of the weight file itself (GGUF) is written down.
+    """
+    for path in (*anchor.companions(), *anchor.papers()):
+        place = folder / path.relative_to(anchor.folder)
+        place.parent.mkdir(exist_ok=True)
+        copy_inside(anchor.folder, path, place)
+    place = folder / "config.json"
+    if anchor.config and (dtype or not place.exists()):
+        config = {key: value for key, value in anchor.config.items() if key != "torch_dtype" or not dtype}
+        text = json.dumps(config | ({"dtype": dtype} if dtype else {}), indent=2)
+        place.write_text(text + "\n", encoding="utf-8")
+
 
 Checksums = dict[tuple[str, int], int]
 """Sum of the 64-bit words of each block of 512 KiB, by tensor and number of the block."""
@@ -194,6 +347,15 @@ def _rounding_note(job: _Job) -> Iterator[str]:
 # Writing it
 
 
+def share(parts: Sequence[Slice], crew: Crew) -> list[Slice]:
+    """Return this process's part of the slices: contiguous, and of about as many bytes as the others'."""
+    ends = np.cumsum([0, *(part.count * part.info.itemsize for part in parts)])
+    total = max(int(ends[-1]), 1)
+    return [
+        part for part, start in zip(parts, ends, strict=False) if start * crew.count // total == crew.rank
+    ]
+
+
 def _write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], None] | None) -> Saved:
     clock, leftover = _Clock(), tuple(_leftover_note(job.output))
     with claimed(job.output) as partial:
@@ -201,7 +363,7 @@ def _write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], N
         with ExitStack() as stack, clock.phase("sum"):
             out = OutputFiles(job.files, partial, stack)
             lead = Lead(crew, partial, job.key()) if crew.count > 1 else None
-            meter, checksums = _fill(job, crew.share(job.parts), out, on_progress)
+            meter, checksums = _fill(job, share(job.parts, crew), out, on_progress)
             out.copy(info for info in job.anchor.tensors.values() if not info.is_float)
             for report in lead.reports() if lead else ():
                 meter.merge(report["dose"])
@@ -289,7 +451,7 @@ def _help(job: _Job, crew: Crew, on_progress: Callable[[int], None] | None) -> S
 
         with ExitStack() as stack:
             out = OutputFiles(job.files, partial, stack, create=False)
-            meter, checksums = _fill(job, crew.share(job.parts), out, heard)
+            meter, checksums = _fill(job, share(job.parts, crew), out, heard)
             out.sync()
         return {"dose": meter.state(), "checksums": [(*place, total) for place, total in checksums.items()]}
 

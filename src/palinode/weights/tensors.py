@@ -1,21 +1,130 @@
-"""Open weight files, read by offset; safe to use from several threads, as no position is shared.
+"""One tensor under several names: what wrappers, trainers and versions of one library add to it.
+
+`plain` takes off the model's own prefix (GPT-2 with and without `transformer.`) and what wrappers leave in a
+name (`module.`, `_orig_mod.`), and gives the output head and the experts of a mixture one spelling each. Two
+tensors of one file never count as one: a plain name that two of them share stands for neither.
+
+Open weight files, read by offset; safe to use from several threads, as no position is shared.
 
 Where one tensor lies and how its raw bytes are read, whatever the layout of the checkpoint on disk.
+
+Every byte of a model's tensors, block by block: on all cores, in bounded memory, in any format.
+
+A range of bytes in a file: a whole file, or the part of it in which another file lies.
+
+Files that are read whole: configs and indexes. Only ordinary files, and never more than a limit.
+
+Safetensors files: 8 bytes of header length, that many bytes of JSON, then the raw little-endian tensors.
+
+The JSON is `{name: {dtype, shape, data_offsets}}`. It is checked in full before anything uses it, so that a
+half-downloaded or damaged file is named here and not later.
 """
 
 from __future__ import annotations
 
+import gc
+import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from threading import Lock
+from threading import Lock, local
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from palinode.errors import CheckpointError
-from palinode.weights.names import is_buffer
+from palinode.records import read_bytes
+
+HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "head.weight", "output_projection.weight")
+"""Names of output heads. A tied head that is not in the files shares its storage with the token embedding."""
+
+EMBEDDINGS = (
+    "embed_tokens",
+    "wte",
+    "embed_in",
+    "tok_embeddings",
+    "word_embeddings",
+    "word_embedding",
+    "embeddings",
+)
+
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""What data parallelism, torch.compile, FSDP and checkpointing put into names, anywhere."""
+
+STEMS = {"base_model", "model", "transformer", "gpt_neox", "backbone", "language_model", "text_model",
+    "rwkv", "bert", "roberta", "biogpt", "cpmant", "gpt_neox_japanese"}  # fmt: skip
+"""What stands before the name that a tensor has in the bare model."""
+
+MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+# What a model computes for itself, and old checkpoints hold all the same.
+BUFFER = re.compile(
+    r"(^|\.)(original_inv_freq|inv_freq|(cos|sin)_cached|masked_bias|num_batches_tracked|(.+_)?mask|tril|triu|(.+_)?ids)$"
+)
+
+CALLED_WEIGHTS = re.compile(r"(weight|weight_packed|_data|codes|_blocks|W_q)$")
+
+
+@lru_cache(maxsize=1 << 16)
+def plain(name: str) -> str:
+    """Return the one spelling of a tensor's name.
+
+    >>> plain("module.transformer.h.0._orig_mod.ln_1.weight"), plain("embed_out.weight")
+    ('h.0.ln_1.weight', 'lm_head.weight')
+    >>> plain("model.layers.0.block_sparse_moe.experts.1.w2.weight")
+    'layers.0.mlp.experts.1.down_proj.weight'
+    """
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    while len(parts) > 2 and parts[0] in STEMS:
+        del parts[0]
+    if len(parts) == 2 and f"{parts[0]}.weight" in HEADS:
+        parts[0] = "lm_head"
+    if "block_sparse_moe" in parts:
+        parts[parts.index("block_sparse_moe")] = "mlp"
+    if len(parts) > 3 and parts[-4] == "experts":
+        parts[-2] = MIXTRAL.get(parts[-2], parts[-2])
+    return ".".join(parts)
+
+
+def by_plain(names: Iterable[str]) -> dict[str, str]:
+    """Return each name by its plain one, without those that several names have."""
+    found: dict[str, str] = {}
+    shared = set()
+    for name in names:
+        if found.setdefault(plain(name), name) != name:
+            shared.add(plain(name))
+    return {key: name for key, name in found.items() if key not in shared}
+
+
+def is_head(name: str) -> bool:
+    """Tell whether this is an output head's weight, under any spelling."""
+    return plain(name) == HEADS[0]
+
+
+def is_embedding(name: str) -> bool:
+    """Tell whether this is a token embedding, under any spelling."""
+    *_, module, kind = ("", *plain(name).split("."))
+    return kind == "weight" and module in EMBEDDINGS
+
+
+def is_buffer(name: str, shape: tuple[int, ...], *, is_float: bool) -> bool:
+    """Tell whether a model computes this tensor for itself: rotary frequencies, masks, positions.
+
+    A causal mask is [n, n], mostly with ones before it, and is called `bias` in GPT-2 and its kin.
+    """
+    square = len(shape) > 2 and shape[-1] == shape[-2] and set(shape[:-2]) == {1}
+    if is_float:
+        return bool(BUFFER.search(name)) or (square and name.endswith(".bias"))
+    mask = len(shape) > 1 and name.endswith("bias")
+    return bool(BUFFER.search(name)) or mask or (square and not CALLED_WEIGHTS.search(name))
+
 
 LONGEST_READ = 1 << 24
 """Bytes that are read at a time where they are copied."""
@@ -187,3 +296,245 @@ def by_file(infos: Iterable[TensorInfo]) -> dict[Path, list[TensorInfo]]:
     for info in infos:
         grouped.setdefault(info.file, []).append(info)
     return grouped
+
+
+Result = TypeVar("Result")
+
+BLOCK = 1 << 19
+"""Bytes of a block: 512 KiB, so that a thread still has it in its cache when it works on it."""
+
+RUN = 16
+"""Blocks of one tensor that a thread is given at a time."""
+
+AHEAD = 4
+"""Runs for each thread that wait or are under way, so that the list of what is to do stays short."""
+
+
+def map_blocks(
+    infos: Iterable[TensorInfo],
+    work: Callable[[TensorInfo, memoryview], Result],
+    *,
+    workers: int | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Iterator[tuple[TensorInfo, Result]]:
+    """Yield what `work` makes of each block of each tensor, in the order of tensors and blocks.
+
+    A block is BLOCK raw little-endian bytes, the last one of a tensor what is left over; a tensor of size
+    zero has none. `work` runs in several threads and must not keep the block, which is overwritten.
+    `on_progress` is told, in the caller's thread, the bytes that were done. Raises CheckpointError when a
+    file cannot be read or is cut off.
+    """
+    threads, own = workers or os.cpu_count() or 1, local()
+
+    def equip() -> None:
+        own.buffer = bytearray(BLOCK)
+
+    def walk(info: TensorInfo, start: int) -> list[Result]:
+        stop = min(start + RUN * BLOCK, info.nbytes)
+        return [work(info, _fill(files, info, place, own.buffer)) for place in range(start, stop, BLOCK)]
+
+    with ExitStack() as stack:
+        files = stack.enter_context(Files())
+        pool = stack.enter_context(
+            ThreadPoolExecutor(threads, initializer=equip)
+        )  # ends before the files are closed
+        runs = ((info, start) for info in infos for start in range(0, info.nbytes, RUN * BLOCK))
+        pending: deque[tuple[TensorInfo, int, Future[list[Result]]]] = deque()
+        for info, start in islice(runs, AHEAD * threads):
+            pending.append((info, start, pool.submit(walk, info, start)))
+        while pending:
+            info, start, future = pending.popleft()
+            results = future.result()
+            for following in islice(runs, 1):
+                pending.append((*following, pool.submit(walk, *following)))
+            if on_progress:
+                on_progress(min(RUN * BLOCK, info.nbytes - start))
+            for result in results:
+                yield info, result
+
+
+def _fill(files: Files, info: TensorInfo, place: int, buffer: bytearray) -> memoryview:
+    """Read the block that starts at byte `place` of a tensor, and return it."""
+    block = memoryview(buffer)[: min(BLOCK, info.nbytes - place)]
+    info.read(files, place, block)
+    return block
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """`size` bytes of an open file from byte `start` on; all offsets below count from there."""
+
+    files: Files
+    file: Path
+    start: int
+    size: int
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset` on; raises CheckpointError when they lie outside."""
+        if not 0 <= offset <= offset + length <= self.size:
+            raise CheckpointError(
+                f"{self.file} is damaged: it points to {length} bytes at {offset} of {self.size}; fetch "
+                "it again"
+            )
+        raw = bytearray(length)
+        self.files.read(self.file, self.start + offset, memoryview(raw))
+        return bytes(raw)
+
+
+def whole(files: Files, file: Path) -> Window:
+    """Return all of a file."""
+    return Window(files, file, 0, files.size(file))
+
+
+MAX_JSON = 100_000_000
+"""Bytes, as for the header of a safetensors file."""
+MAX_PARTS = 2_000_000
+"""Lists and objects in a JSON file: those of six hundred thousand tensors."""
+
+
+def read_small(file: Path, *, limit: int) -> bytes:
+    """Return all bytes of a file.
+
+    Raises CheckpointError when there is none, when it is a folder, a pipe or the like, or has more than
+    `limit` bytes.
+    """
+    try:
+        return read_bytes(file, limit=limit)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror}); fetch the model again") from None
+
+
+def read_json(file: Path, *, unique: bool = False, limit: int = MAX_JSON) -> Any:
+    """Return the content of a JSON file; with `unique`, no object may name a key twice.
+
+    Raises CheckpointError when it cannot be read, or has more than `limit` bytes.
+    """
+    raw = read_small(file, limit=limit)
+    try:
+        return parse_json(raw, unique=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read ({shown(str(error))}); fetch the model again") from None
+
+
+def parse_json(raw: bytes, *, unique: bool) -> Any:
+    """Return the content of a JSON text; raises ValueError, or RecursionError where it is nested too deep."""
+    if raw.count(b"[") + raw.count(b"{") > MAX_PARTS:
+        raise ValueError(f"it has more than {MAX_PARTS} lists and objects")
+    collects = gc.isenabled()
+    gc.disable()  # which would look through all that is read so far again and again
+    try:
+        return json.loads(raw.decode(), object_pairs_hook=_unique if unique else None)
+    finally:
+        if collects:
+            gc.enable()
+
+
+def read_index(file: Path) -> Mapping[str, str]:
+    """Return which tensor lies in which file, as an index of shards says, all of them in its folder.
+
+    Raises CheckpointError when it cannot be read, or names a file outside its folder or one that is missing.
+    """
+    index = read_json(file, unique=True)
+    index = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(index, dict) or not index:
+        raise CheckpointError(
+            f"{file} cannot be read (its weight_map is missing, empty or no object); fetch the model again"
+        )
+    names = list(dict.fromkeys(map(str, index.values())))
+    outside = [name for name in names if not is_plain_name(name)]
+    if outside:
+        raise CheckpointError(f"{file} names {outside[0]!a}, a file outside its folder; do not trust it")
+    require_files(file.parent, names)
+    return {name: str(place) for name, place in index.items()}
+
+
+def is_plain_name(name: str) -> bool:
+    """Tell whether this names a file in a folder, and not one elsewhere."""
+    return name not in ("", ".", "..") and not any(sign in name for sign in "/\\\0")
+
+
+def require_files(folder: Path, names: Sequence[str]) -> None:
+    """Raise CheckpointError unless all these files are in the folder."""
+    # os.path.isfile, as Path.is_file raises for what the system does not take for a name
+    missing = [name for name in names if not os.path.isfile(folder / name)]  # noqa: PTH113
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of {len(names)} weight files (first: {shown(missing[0])}); "
+            "finish the download"
+        )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object as a dict; raises ValueError when it names a key twice."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"it names {twice!a:.200} twice")
+    return entries
+
+
+MAX_HEADER = 100_000_000
+"""Bytes; the safetensors library refuses longer headers as well."""
+
+
+def read_header(file: Path) -> list[TensorInfo]:
+    """Return the tensors of one safetensors file in the order of their bytes.
+
+    Raises CheckpointError when the header is absurd, a tensor's bytes do not fit its shape, tensors
+    overlap, or the file is longer or shorter than its header says.
+    """
+    try:
+        with file.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            length = int.from_bytes(stream.read(8), "little")
+            raw = stream.read(length) if length <= min(size - 8, MAX_HEADER) else None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror}); fetch the model again") from None
+    if raw is None:
+        raise CheckpointError(
+            f"{file} is cut off or no safetensors file ({size} bytes, header of {length}); fetch it again"
+        )
+    infos = sorted(_parse_header(file, raw, 8 + length), key=lambda info: (info.offset, info.nbytes))
+    end = 8 + length
+    for info in infos:
+        if info.offset != end:
+            raise CheckpointError(
+                f"{file}: the bytes of {shown(info.name)} overlap another tensor or leave a gap"
+            )
+        end += info.nbytes
+    if end != size:
+        raise CheckpointError(f"{file} has {size} bytes where its header needs {end}; fetch it again")
+    return infos
+
+
+def _parse_header(file: Path, raw: bytes, data_start: int) -> Iterator[TensorInfo]:
+    try:
+        entries = parse_json(raw, unique=True)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} has a header that cannot be read ({error}); fetch it again") from None
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{file} has a header that is not a JSON object; fetch it again")
+    about = entries.get("__metadata__", {})
+    if not isinstance(about, dict) or not all(isinstance(text, str) for text in about.values()):
+        raise CheckpointError(
+            f"{file} has a __metadata__ that does not consist of texts, as the format asks; fetch it again"
+        )
+    for name, entry in entries.items():
+        if name != "__metadata__":
+            yield _tensor_info(file, name, entry, data_start)
+
+
+def _tensor_info(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        sound = isinstance(dtype, str) and is_shape(shape) and is_shape([start, stop]) and is_text(name)
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise CheckpointError(f"{file}: the header entry of {name!a:.200} is malformed; fetch it again")
+    itemsize = itemsize_of(file, name, dtype)
+    if math.prod(shape) * itemsize != stop - start:
+        raise CheckpointError(
+            f"{file}: {shown(name)} has {stop - start} bytes where its shape needs another number"
+        )
+    return TensorInfo(name, dtype, shape, file, data_start + start, stop - start)

@@ -29,7 +29,7 @@ import numpy as np
 from palinode.errors import AlgebraError, CheckpointError, InputError, MismatchError, unwritable
 from palinode.records import private
 from palinode.weights.adapters import CONFIG, LoraAdapter
-from palinode.weights.arithmetic import NAMES, direction_tensor, direction_values
+from palinode.weights.arithmetic import NAMES, SLICE, Slice, direction_tensor, direction_values, map_slices
 from palinode.weights.atomic import check_output, claimed, publish
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.direction import Direction, Term
@@ -45,11 +45,9 @@ from palinode.weights.displacement import (
     read_object,
 )
 from palinode.weights.fingerprints import check_stamps, take_stamps
-from palinode.weights.formats.safetensors import read_header
 from palinode.weights.kernels import multiply, nearest_factors, squares
 from palinode.weights.preflight import check_same_shape
-from palinode.weights.slices import SLICE, Slice, map_slices
-from palinode.weights.tensors import FLOAT_BYTES, Files, TensorInfo
+from palinode.weights.tensors import FLOAT_BYTES, Files, TensorInfo, read_header
 
 FACTS = "vector.json"
 WEIGHTS = "vector.safetensors"

@@ -16,7 +16,7 @@ import torch
 from palinode.pipeline.doctor.findings import DoctorFinding
 from palinode.pipeline.tracking import PACKAGES, is_installed
 from palinode.version import __version__
-from palinode.weights.slices import cores
+from palinode.weights.arithmetic import cores
 
 USES = {
     "history": "near-duplicates in locate --corpus, and SQL over an exposure log",

@@ -9,7 +9,7 @@ from typing import Any
 
 from palinode.data.examples import Example, read_examples, shared_rows
 from palinode.data.tokenize import prompt_notes, tokenize
-from palinode.methods.cast import read_refusals
+from palinode.methods.method import read_refusals
 from palinode.models.loading import check_positions, load_config, load_tokenizer
 from palinode.pipeline.doctor.findings import Findings
 from palinode.pipeline.recipe import Recipe

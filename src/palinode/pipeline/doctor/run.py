@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from palinode.data.examples import Example
 from palinode.errors import PalinodeError
-from palinode.evaluation.evaluate import EvaluationSettings
+from palinode.evaluation.ask import EvaluationLimits
 from palinode.evaluation.self_check import UNKNOWN, rows_with_style
 from palinode.methods import METHODS
 from palinode.models.loading import pick_device
@@ -25,9 +25,9 @@ from palinode.pipeline.doctor.equipment import existing, gigabytes, memory
 from palinode.pipeline.doctor.findings import DoctorFinding, Findings
 from palinode.pipeline.doctor.models import look_at_model, look_at_pair
 from palinode.pipeline.doctor.rows import look_at_fit, look_at_rows
-from palinode.pipeline.finished import finished_before
 from palinode.pipeline.inputs import Inputs, check_places, check_target, open_inputs
 from palinode.pipeline.recipe import Recipe, build_recipe, read_prompts
+from palinode.pipeline.run import finished_before
 from palinode.pipeline.tracking import check_trackers
 from palinode.progress import Listener, NullListener, duration_text
 from palinode.weights import Checkpoint
@@ -97,7 +97,7 @@ def _look_at_prompts(
     asked, device = rows_with_style(rows), str(content.get("device", "auto"))
     try:
         style, room = read_prompts(content, changes).style(), _room(device)
-        length = EvaluationSettings(**_section(content, "evaluation")).max_length
+        length = EvaluationLimits(**_section(content, "evaluation")).max_length
     except (PalinodeError, ValidationError):  # said of the recipe already
         return
     if not asked:

@@ -15,7 +15,7 @@ SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up")
 COLUMNS = tuple(
     (data_set, metric)
     for data_set in ("forget", "retain")
-    for metric in ("recall", "answer_probability", "rouge_l_recall")
+    for metric in ("exact_match", "answer_probability", "rouge_l_recall")
 )
 """Set and metric of the scores that the page shows; report.md has the others."""
 

@@ -176,7 +176,7 @@ def audit_table(audit: Mapping[str, Any]) -> Table | None:
 
 
 def demo_table(demo: Mapping[str, Any]) -> Table | None:
-    """Return the demo's recall: the share of questions answered exactly right."""
+    """Return the demo's exact match: the share of questions answered exactly right."""
     people = demo.get("people") or {}
     rows = [
         plain(

@@ -26,8 +26,18 @@ from palinode.weights.formats.pickled import (
     without_prefix,
 )
 from palinode.weights.formats.pieces import MAX_PIECES, Piece, PiecedTensor, pieced, row_major
-from palinode.weights.formats.safetensors import Window, is_plain_name, read_small, require_files
-from palinode.weights.tensors import Files, TensorInfo, is_shape, is_text, itemsize_of, shown
+from palinode.weights.tensors import (
+    Files,
+    TensorInfo,
+    Window,
+    is_plain_name,
+    is_shape,
+    is_text,
+    itemsize_of,
+    read_small,
+    require_files,
+    shown,
+)
 
 METADATA = ".metadata"
 MAX_METADATA = 1 << 27

@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from palinode.errors import CheckpointError
+from palinode.weights.foreign import read_gguf
 from palinode.weights.formats.distributed import METADATA, read_distributed
-from palinode.weights.formats.gguf import read_gguf
 from palinode.weights.formats.pickled import read_pickled, read_pickled_part
-from palinode.weights.formats.safetensors import read_header, read_index
-from palinode.weights.tensors import TensorInfo, shown
+from palinode.weights.tensors import TensorInfo, read_header, read_index, shown
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -11,8 +11,14 @@ from invented_benchmarks import own_files, tofu_folder, write_lines
 from palinode.benchmarks import BENCHMARKS
 from palinode.errors import CheckpointError, DataError, InputError, OutputError, RecipeError
 from palinode.evaluation.benchmark import Places
-from palinode.pipeline import measure as module
-from palinode.pipeline.measure import MeasureSettings, measure
+from palinode.evaluation.evaluate import (
+    SCORES_VERSION,
+    EvaluationSettings,
+    cut_answers,
+    evaluate_benchmark,
+    make_exam,
+)
+from palinode.pipeline.steps import checked_settings
 from palinode.progress import NullListener
 from palinode.records import read_outcomes
 
@@ -30,12 +36,12 @@ def tofu(tmp_path_factory):
 
 
 def settings(**changes):
-    return MeasureSettings(**{"max_new_tokens": 3, "device": "cpu", **changes})
+    return checked_settings(EvaluationSettings, {"max_new_tokens": 3, "device": "cpu", **changes})
 
 
 def test_a_model_against_itself_has_forget_quality_one_and_privleak_zero(tiny, own):
     model = str(tiny.target.folder)
-    scores = measure(model, OWN, own, settings(against=model, judge="overlap")).scores["forget"]
+    scores = evaluate_benchmark(model, OWN, own, settings(against=model, judge="overlap")).scores["forget"]
     assert scores["forget_quality"].value == 1
     assert scores["privleak"].value == 0
     assert scores["auc_reference"].value == 0.5
@@ -45,12 +51,12 @@ def test_a_model_against_itself_has_forget_quality_one_and_privleak_zero(tiny, o
 def test_written_folder_has_scores_and_the_outcomes_of_both_models(tiny, own, tmp_path):
     output = tmp_path / "out"
     against = str(tiny.retrained.folder)
-    found = measure(
+    found = evaluate_benchmark(
         str(tiny.target.folder), OWN, own, settings(against=against, judge="overlap", output=output)
     )
     record = json.loads((output / "scores.json").read_text())
     assert record == found.record
-    assert record["version"] == module.SCORES_VERSION
+    assert record["version"] == SCORES_VERSION
     assert record["model"]["fingerprint"] == tiny.target.fingerprint()
     assert record["against"]["fingerprint"] == tiny.retrained.fingerprint()
     assert record["judge"] == "overlap"
@@ -67,11 +73,11 @@ def test_written_folder_has_scores_and_the_outcomes_of_both_models(tiny, own, tm
     ]
     assert list(read_outcomes(output / "outcomes-forget.jsonl")) == found.outcomes["forget"]
     with pytest.raises(OutputError, match="holds the scores of another run already"):
-        measure(str(tiny.target.folder), OWN, own, settings(output=output))
+        evaluate_benchmark(str(tiny.target.folder), OWN, own, settings(output=output))
 
 
 def test_only_sets_and_answers_that_the_chosen_metrics_need_are_asked(tiny, own):
-    found = measure(str(tiny.target.folder), OWN, own, settings(metrics=("exact_memorization",)))
+    found = evaluate_benchmark(str(tiny.target.folder), OWN, own, settings(metrics=("exact_memorization",)))
     assert {name: list(group) for name, group in found.scores.items()} == {
         "forget": ["exact_memorization"],
         "retain": ["exact_memorization"],
@@ -82,10 +88,10 @@ def test_only_sets_and_answers_that_the_chosen_metrics_need_are_asked(tiny, own)
 
 
 def test_gradients_are_measured_on_request_only(tiny, own):
-    plain = measure(str(tiny.target.folder), OWN, own, settings())
+    plain = evaluate_benchmark(str(tiny.target.folder), OWN, own, settings())
     assert "auc_gradient_norm" not in plain.scores["forget"]
     assert {outcome.gradient_norm for outcome in plain.outcomes["forget"]} == {None}
-    asked = measure(str(tiny.target.folder), OWN, own, settings(metrics=("auc_gradient_norm",)))
+    asked = evaluate_benchmark(str(tiny.target.folder), OWN, own, settings(metrics=("auc_gradient_norm",)))
     assert asked.scores["forget"]["auc_gradient_norm"].value is not None
 
 
@@ -97,14 +103,15 @@ def test_sampled_rows_are_those_of_the_seed_in_their_order_and_the_same_for_both
         output=tmp_path / "out",
     )
     rows = [
-        outcome.row for outcome in measure(str(tiny.target.folder), TOFU, tofu, wanted).outcomes["forget"]
+        outcome.row
+        for outcome in evaluate_benchmark(str(tiny.target.folder), TOFU, tofu, wanted).outcomes["forget"]
     ]
     assert rows == sorted(rows)
     assert len(rows) == 4
     theirs = [outcome.row for outcome in read_outcomes(tmp_path / "out" / "against-forget.jsonl")]
     assert theirs == rows
     other = settings(max_rows=4, metrics=("answer_probability",), seed=1)
-    again = measure(str(tiny.target.folder), TOFU, tofu, other)
+    again = evaluate_benchmark(str(tiny.target.folder), TOFU, tofu, other)
     assert [outcome.row for outcome in again.outcomes["forget"]] != rows
 
 
@@ -112,28 +119,28 @@ def test_log_that_was_written_serves_as_the_reference(tiny, own, tmp_path):
     """The retrained model's log gives the same forget quality and PrivLeak as the model itself."""
     log = tmp_path / "TOFU_EVAL.json"
     retrained, target = str(tiny.retrained.folder), str(tiny.target.folder)
-    measure(retrained, OWN, own, settings(open_unlearning=log))
-    asked = measure(target, OWN, own, settings(against=retrained)).scores["forget"]
-    read = measure(target, OWN, own, settings(against=str(log)))
+    evaluate_benchmark(retrained, OWN, own, settings(open_unlearning=log))
+    asked = evaluate_benchmark(target, OWN, own, settings(against=retrained)).scores["forget"]
+    read = evaluate_benchmark(target, OWN, own, settings(against=str(log)))
     assert read.record["against"]["location"] == str(log)
     for metric in ("forget_quality", "privleak"):
         assert read.scores["forget"][metric].value == pytest.approx(asked[metric].value, abs=1e-9)
-    few = measure(target, OWN, own, settings(against=str(log), max_rows=4)).scores["forget"]
+    few = evaluate_benchmark(target, OWN, own, settings(against=str(log), max_rows=4)).scores["forget"]
     assert few["forget_quality"].n == 4
 
 
 def test_log_of_another_split_is_refused(tiny, own, tofu, tmp_path):
     log = tmp_path / "TOFU_EVAL.json"
-    measure(str(tiny.retrained.folder), OWN, own, settings(open_unlearning=log))
+    evaluate_benchmark(str(tiny.retrained.folder), OWN, own, settings(open_unlearning=log))
     with pytest.raises(DataError, match="holds 6 forget rows where the forget set has 40"):
-        measure(str(tiny.target.folder), TOFU, tofu, settings(against=str(log)))
+        evaluate_benchmark(str(tiny.target.folder), TOFU, tofu, settings(against=str(log)))
 
 
 def test_log_where_no_metric_compares_with_a_retrained_model_is_refused(tiny, tmp_path):
     log = tmp_path / "TOFU_EVAL.json"
     log.write_text("{}")
     with pytest.raises(RecipeError, match="restor has no metric that a log serves"):
-        measure(
+        evaluate_benchmark(
             str(tiny.target.folder), BENCHMARKS["restor"], Places(str(tmp_path)), settings(against=str(log))
         )
 
@@ -144,7 +151,7 @@ def test_documents_are_scored_and_what_needs_an_answer_says_why_not(tiny, tmp_pa
         data=str(write_lines(tmp_path / "texts.jsonl", rows[:3])),
         holdout=str(write_lines(tmp_path / "unseen.jsonl", rows[3:])),
     )
-    scores = measure(str(tiny.target.folder), OWN, places, settings()).scores["forget"]
+    scores = evaluate_benchmark(str(tiny.target.folder), OWN, places, settings()).scores["forget"]
     assert scores["auc_loss"].value is not None
     assert scores["answer_probability"].value is not None
     assert scores["rouge_l_recall"].value is None
@@ -163,21 +170,23 @@ def test_expected_answers_are_cut_to_the_tokens_that_a_set_allows(tiny):
 
     long, short = completion("the pet of the home of"), completion("the  pet")
     questions = QuestionSet("verbmem", (long, short), Asking(), answer_tokens=3)
-    cut = module._cut_answers(questions, load_tokenizer(tiny.target))
+    cut = cut_answers(questions, load_tokenizer(tiny.target))
     assert [question.example.answer for question in cut] == ["the pet of", "the  pet"]
 
 
 def test_single_sets_have_limits_of_their_own():
     from palinode.data.examples import Example, Message, Question
     from palinode.evaluation.ask import Asking
-    from palinode.evaluation.benchmark import LoadedBenchmark, QuestionSet
+    from palinode.evaluation.benchmark import LoadedBenchmark, QuestionSet, metric_cells
 
     rows = tuple(Question(Example(n, "x", "completion", (Message("prompt", "a"),), "b")) for n in range(9))
     loaded = LoadedBenchmark(tuple(QuestionSet(name, rows, Asking()) for name in ("forget", "retain")))
 
     def sizes(most, own):
-        found = module.sample_sets(loaded, module.MeasureSettings(max_rows=most), own)
-        return [len(questions.questions) for questions in found.sets]
+        limits = {} if most is None else {"max_rows": most}
+        cells = metric_cells("forget", "answer_probability") + metric_cells("retain", "answer_probability")
+        found = make_exam("own", loaded, cells, EvaluationSettings(**limits), most=own)
+        return [len(questions.questions) for questions in found.sets.values()]
 
     assert sizes(3, {"forget": 7}) == [7, 3]
     assert sizes(None, {"retain": 2}) == [9, 2]
@@ -204,13 +213,13 @@ def test_what_cannot_be_done_is_refused_before_a_model_is_loaded(
     def load(*_args, **_options):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(module, "load_model", load)
+    monkeypatch.setattr("palinode.models.loading.load_model", load)
     from pathlib import Path
 
     if "open_unlearning" in changes:
         changes = {"open_unlearning": Path(changes["open_unlearning"])}
     with pytest.raises(error, match=message):
-        measure(str(tiny.target.folder), OWN, own, settings(**changes))
+        evaluate_benchmark(str(tiny.target.folder), OWN, own, settings(**changes))
 
 
 class Told(NullListener):
@@ -230,18 +239,18 @@ class Told(NullListener):
 def test_retrained_model_is_asked_only_where_a_metric_compares_with_it(tiny, own):
     told = Told()
     chosen = settings(against=str(tiny.retrained.folder), metrics=("rouge_l_recall",), max_rows=2)
-    measure(str(tiny.target.folder), OWN, own, chosen, listener=told)
+    evaluate_benchmark(str(tiny.target.folder), OWN, own, chosen, listener=told)
     assert told.lines[0] == "No metric compares with the retrained model; it is not asked."
     assert not any(line.startswith("retrained model") for line in told.lines)
     told.lines.clear()
     compared = settings(against=str(tiny.retrained.folder), metrics=("forget_quality",), max_rows=2)
-    measure(str(tiny.target.folder), OWN, own, compared, listener=told)
+    evaluate_benchmark(str(tiny.target.folder), OWN, own, compared, listener=told)
     asked = {line.split(": ")[0] for line in told.lines if line.startswith("retrained model")}
     assert asked == {"retrained model, forget"}
 
 
 def test_metric_that_does_not_exist_is_refused_with_the_nearest_name(tiny, own):
     with pytest.raises(RecipeError, match=r"did you mean rouge_l_recall\? It has "):
-        measure(str(tiny.target.folder), OWN, own, settings(metrics=("rouge_l_recal",)))
+        evaluate_benchmark(str(tiny.target.folder), OWN, own, settings(metrics=("rouge_l_recal",)))
     with pytest.raises(RecipeError, match="no metric 'zzz'; it has "):
-        measure(str(tiny.target.folder), OWN, own, settings(metrics=("zzz",)))
+        evaluate_benchmark(str(tiny.target.folder), OWN, own, settings(metrics=("zzz",)))

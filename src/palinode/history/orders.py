@@ -1,0 +1,770 @@
+"""What an order is, and asking one in which steps some rows were.
+
+The order of transformers' Trainer (5.x on accelerate 1.x) for a data set with a length.
+
+Epoch e shuffles rows with torch's generator seeded seed + e (accelerate's SeedableRandomSampler), cuts
+them into batches, deals these to the processes in turn, and takes `accumulation` rounds a step; what is
+left at the end of an epoch is a step of its own. Where the last round does not go around, the epoch's
+first rows fill it up (`even_batches`). Resuming skips what was done of the epoch under way.
+
+The order of Palinode's own training loop: one `finetune` after the other, rebuilt from rows and settings.
+
+An epoch's batches follow from the rows' lengths in tokens, the batch size, the seed and the epoch
+(`data.batches.epoch_batches`), so the tokenizer, the rows and the settings are all that is needed.
+
+The order of OLMo-core's fixed-length loader over token files (NumpyFSLDataset, NumpyFSLDataLoader).
+
+Each token file is cut into instances of `sequence_length` tokens; what is left of a file is not used. An
+epoch's global indices are the instances shuffled by numpy's PCG64 seeded seed + epoch (epochs count from
+1); the loader keeps them in a file of bare uint32. A step takes the next global batch of them.
+Documents end at the end token (before a BOS, if there is one) and are numbered over all files.
+
+The order of GPT-NeoX (and so Pythia): the index files that it keeps beside a packed data set.
+
+    …_doc_idx.npy       int32 [documents · epochs]   documents in the order in which they are strung together
+    …_sample_idx.npy    int32/64 [samples + 1, 2]    where each sample begins: place in doc_idx, token in it
+    …_shuffle_idx.npy   uint32/int64 [samples]       in which order the samples are taken
+
+Sample i of the training is number shuffle_idx[i]; it runs to the first token of the next one, that token
+included, which it is only asked to predict. Step k takes the samples (k − 1)·B to k·B − 1. Blends of several
+weighted data sets are not rebuilt.
+
+An order put together of several: a training that went on with other settings, or another sampler.
+
+An order written down in a TOML file, so that a command can be told it.
+
+    kind = "trainer"            # or "olmo_core", "neox"
+    row_count = 4000
+    batch_size = 8
+
+The other lines are the fields of the order's class; files are named from the TOML file's folder on. For
+"neox", `prefix` names the index files. A training that went on with other settings has several `[[part]]`
+tables, each with `after`, the step that it went on from, `kind` and its fields.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from palinode.data.batches import epoch_batches
+from palinode.data.examples import Example
+from palinode.data.tokenize import PromptStyle, tokenize
+from palinode.errors import DataError, RecipeError
+from palinode.history.segments import Ints
+from palinode.progress import Listener, NullListener
+from palinode.records import ordinary, read_bytes, read_json, read_toml, write_json
+from palinode.training.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+class Order(Protocol):
+    """Which rows the batch of each optimiser step held."""
+
+    @property
+    def steps(self) -> int:
+        """The last step; the first is 1."""
+
+    def rows(self, step: int) -> list[int]:
+        """Return the rows of a step's batch over all processes; one that was there twice is twice."""
+
+
+def check_step(step: int, first: int, last: int) -> None:
+    """Raise DataError for a step that an order does not have."""
+    if not first <= step <= last:
+        raise DataError(f"there is no step {step:,} in this order; it has the steps {first:,} to {last:,}")
+
+
+def check_positive(**values: int) -> None:
+    """Raise DataError for a setting that must be at least 1 and is not."""
+    for name, value in values.items():
+        if value < 1:
+            raise DataError(f"{name} is {value}; it must be at least 1")
+
+
+def first_step(order: Order) -> int:
+    """Return the first step that an order holds for: one that tells of a resumed run begins later."""
+    return int(getattr(order, "resumed_from", 0)) + 1
+
+
+def steps_of(
+    order: Order, rows: Iterable[int], *, first: int = 1, listener: Listener | None = None
+) -> dict[int, list[int]]:
+    """Return the steps in which each row was, by row, going through the steps from `first` on."""
+    found: dict[int, list[int]] = {row: [] for row in rows}
+    with (listener or NullListener()).task(
+        "going through the order", order.steps + 1 - first, "steps"
+    ) as advance:
+        for step in range(first, order.steps + 1):
+            for row in sorted(found.keys() & set(order.rows(step))):
+                found[row].append(step)
+            advance(1)
+    return found
+
+
+@dataclass(frozen=True)
+class TrainerOrder:
+    """Which rows each step of a Trainer saw."""
+
+    row_count: int
+    """Rows of the training set."""
+    batch_size: int
+    """`train_batch_size`: rows of one process in one forward pass; of all, under `split_batches`."""
+    max_steps: int | None = None
+    epochs: float = 3.0
+    """`num_train_epochs`; does not count when `max_steps` is given."""
+    world_size: int = 1
+    accumulation: int = 1
+    seed: int = 42
+    """`data_seed`, or `seed` where there is none."""
+    shuffle: bool = True
+    """False for `train_sampling_strategy="sequential"`."""
+    drop_last: bool = False
+    split_batches: bool = False
+    even_batches: bool = True
+    resumed_from: int = 0
+    """The step it went on from; the order holds after it."""
+    ignore_data_skip: bool = False
+    """Whether resuming began the epoch's data anew."""
+
+    def __post_init__(self) -> None:
+        check_positive(
+            row_count=self.row_count,
+            batch_size=self.batch_size,
+            world_size=self.world_size,
+            accumulation=self.accumulation,
+        )
+        if self.split_batches and self.batch_size % self.world_size:
+            raise DataError(
+                f"batch_size {self.batch_size} cannot be split over {self.world_size} processes; "
+                "name the settings that the training had"
+            )
+        if not self.rounds:
+            raise DataError(f"{self.row_count} rows make no whole batch, and drop_last drops the rest")
+
+    @classmethod
+    def from_arguments(
+        cls,
+        arguments: TrainingArguments,
+        row_count: int,
+        *,
+        world_size: int | None = None,
+        resumed_from: int = 0,
+    ) -> TrainerOrder:
+        """Return the order that these arguments give; raise DataError where it cannot be rebuilt.
+
+        `world_size` is that of the training, where this process is not part of it.
+        """
+        strategy = str(getattr(arguments, "train_sampling_strategy", "random"))
+        config: Any = arguments.accelerator_config
+        if strategy not in ("random", "sequential"):
+            raise DataError(
+                f"train_sampling_strategy is {strategy!r}: that order hangs on torch's global state"
+            )
+        if strategy == "random" and not config.use_seedable_sampler:
+            raise DataError("use_seedable_sampler is off: the order hangs on torch's global state; use a log")
+        if config.dispatch_batches:
+            raise DataError("dispatch_batches is on, and that order is not rebuilt; use a log")
+        return cls(
+            row_count=row_count,
+            batch_size=arguments.train_batch_size,
+            max_steps=arguments.max_steps if arguments.max_steps > 0 else None,
+            epochs=arguments.num_train_epochs,
+            world_size=world_size or arguments.world_size,
+            accumulation=arguments.gradient_accumulation_steps,
+            seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
+            shuffle=strategy == "random",
+            drop_last=arguments.dataloader_drop_last,
+            split_batches=config.split_batches,
+            even_batches=config.even_batches,
+            resumed_from=resumed_from,
+            ignore_data_skip=arguments.ignore_data_skip,
+        )
+
+    @property
+    def round_rows(self) -> int:
+        """Rows of all processes in one forward pass."""
+        return self.batch_size * (1 if self.split_batches else self.world_size)
+
+    @property
+    def rounds(self) -> int:
+        """Forward passes of an epoch."""
+        whole, rest = divmod(self.row_count, self.round_rows)
+        return whole if self.drop_last else whole + bool(rest)
+
+    @property
+    def epoch_steps(self) -> int:
+        """Optimiser steps of an epoch."""
+        return math.ceil(self.rounds / self.accumulation)
+
+    @property
+    def steps(self) -> int:
+        """The last step."""
+        return self.max_steps or math.ceil(self.epochs * self.epoch_steps)
+
+    def rows(self, step: int) -> list[int]:
+        """Return the rows of a step: micro-batch by micro-batch, and in each process by process."""
+        check_step(step, self.resumed_from + 1, self.steps)
+        before = step - 1
+        if self.ignore_data_skip:  # the epoch under way begins again
+            before += self.resumed_from // self.epoch_steps * self.epoch_steps - self.resumed_from
+        epoch, number = divmod(before, self.epoch_steps)
+        size = self.accumulation * self.round_rows
+        found: list[int] = self._epoch_rows(epoch)[number * size : (number + 1) * size].tolist()
+        return found
+
+    def _epoch_rows(self, epoch: int) -> Ints:
+        """Return the rows of an epoch one after the other, filled up or cut off to whole rounds."""
+        if self._last.get("epoch") != epoch:
+            self._last.update(epoch=epoch, rows=self._shuffled(epoch))
+        found: Ints = self._last["rows"]
+        return found
+
+    def _shuffled(self, epoch: int) -> Ints:
+        if self.shuffle:
+            import torch
+
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            order: Ints = torch.randperm(self.row_count, generator=generator).numpy()
+        else:
+            order = np.arange(self.row_count)
+        if self.drop_last:
+            return order[: self.rounds * self.round_rows]
+        if self.world_size == 1 or not self.even_batches:
+            return order
+        missing = self.rounds * self.round_rows - self.row_count
+        first = order[: self.round_rows]
+        return np.concatenate([order, np.resize(first, missing)])
+
+    @cached_property
+    def _last(self) -> dict[str, Any]:
+        """The epoch that was asked for last, so that going through the steps shuffles each epoch once."""
+        return {}
+
+
+KIND = "palinode"
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedStage:
+    """One `finetune`: which rows of the data it had, and how it was set."""
+
+    numbers: tuple[int, ...]
+    """Row numbers in the data, in the order in which the stage had the rows."""
+    settings: TrainingSettings
+    seed: int
+    processes: int = 1
+
+
+class PalinodeOrder:
+    """Rows by optimiser step, the first step being 1; stages follow one another."""
+
+    def __init__(self, batches: Sequence[Sequence[int]]) -> None:
+        self.batches = batches
+
+    @property
+    def steps(self) -> int:
+        """Number of optimiser steps of all stages."""
+        return len(self.batches)
+
+    def rows(self, step: int) -> list[int]:
+        """Return the row numbers of a step's batch."""
+        check_step(step, 1, self.steps)
+        return list(self.batches[step - 1])
+
+
+def rebuild(
+    stages: Sequence[LoggedStage],
+    data: Sequence[Example],
+    tokenizer: Any,
+    *,
+    style: PromptStyle | None = None,
+) -> PalinodeOrder:
+    """Return the order of stages over these rows; the tokenizer is that of the model trained."""
+    batches: list[list[int]] = []
+    for stage in stages:
+        examples = [data[number] for number in stage.numbers]
+        rows = tokenize(
+            examples, tokenizer, max_length=stage.settings.max_length, style=style or PromptStyle()
+        )
+        lengths = [len(row.ids) for row in rows]
+        together = stage.settings.accumulation * stage.processes
+        for epoch in range(stage.settings.epochs):
+            parts = epoch_batches(lengths, batch_size=stage.settings.batch_size, seed=stage.seed, epoch=epoch)
+            for start in range(0, len(parts), together):
+                members = [place for part in parts[start : start + together] for place in part]
+                batches.append([stage.numbers[rows[place].example] for place in members])
+    return PalinodeOrder(batches)
+
+
+def write_stages(path: Path, stages: Sequence[LoggedStage], *, data: str, model: str) -> None:
+    """Write what rebuilds the order as JSON: the stages, the file of rows, a folder with the tokenizer."""
+    content = {
+        "kind": KIND,
+        "data": data,
+        "model": model,
+        "stages": [
+            {
+                "numbers": list(stage.numbers),
+                "training": stage.settings.model_dump(),
+                "seed": stage.seed,
+                "processes": stage.processes,
+            }
+            for stage in stages
+        ],
+    }
+    write_json(path, content)
+
+
+def read_stages(content: Mapping[str, Any]) -> list[LoggedStage]:
+    """Return the stages of such a file's content; raises DataError where it is of another form."""
+    try:
+        return [
+            LoggedStage(
+                tuple(entry["numbers"]),
+                TrainingSettings.model_validate(entry["training"]),
+                entry["seed"],
+                entry.get("processes", 1),
+            )
+            for entry in content["stages"]
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"the order's stages cannot be read ({error})") from None
+
+
+def open_palinode(path: Path) -> tuple[PalinodeOrder, list[Example]]:
+    """Return the order that a file describes, and the data that its numbers point into.
+
+    `data` and `model` are taken relative to the file.
+    """
+    from palinode.data.examples import read_examples
+    from palinode.models.loading import load_tokenizer
+    from palinode.weights.checkpoint import Checkpoint
+
+    try:
+        content = read_json(path)
+        place, model = path.parent / content["data"], path.parent / content["model"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is not an order file ({error})") from None
+    data = read_examples(place)
+    return rebuild(read_stages(content), data, load_tokenizer(Checkpoint.open(model))), data
+
+
+DTYPES = ("uint8", "uint16", "uint32", "uint64")
+Tokens = npt.NDArray[np.unsignedinteger[Any]]
+
+SCAN = 1 << 24
+"""Tokens that are looked through for ends of documents at a time."""
+
+
+@dataclass(frozen=True)
+class OlmoCoreOrder:
+    """Which documents each step of an OLMo-core training saw."""
+
+    files: tuple[Path, ...]
+    """Token files in the data set's order: bare arrays, whatever their suffix."""
+    sequence_length: int
+    global_batch_size: int
+    """In tokens, as OLMo-core counts it."""
+    eos_id: int
+    epochs: int = 1
+    seed: int | None = 0
+    """The loader's seed; None where it does not shuffle."""
+    indices: tuple[Path, ...] = ()
+    """The loader's `global_indices_….npy`, one an epoch; without them they are made from the seed."""
+    bos_id: int | None = None
+    dtype: str = "uint16"
+    chunk_size: int = 1
+    """Instances that stay together: max_target_sequence_length / sequence_length, unless it was set."""
+    max_target_sequence_length: int | None = None
+    resumed_from: int = 0
+    """The step after which this order holds."""
+    first_batch: int = 0
+    """Batches of this size taken by then; other than `resumed_from` when the size changed."""
+
+    def __post_init__(self) -> None:
+        check_positive(sequence_length=self.sequence_length, chunk_size=self.chunk_size, epochs=self.epochs)
+        if self.dtype not in DTYPES:
+            raise DataError(f"dtype is {self.dtype!r}; token files have one of {', '.join(DTYPES)}")
+        if self.global_batch_size < 1 or self.global_batch_size % self.sequence_length:
+            raise DataError(
+                f"global_batch_size is {self.global_batch_size} tokens; it must be a multiple of the "
+                f"sequence length, {self.sequence_length}"
+            )
+        if self.indices and len(self.indices) != self.epochs:
+            raise DataError(
+                f"there are {len(self.indices)} index files for {self.epochs} epochs; give one each"
+            )
+        if not self.epoch_steps:
+            raise DataError(
+                f"the token files hold {self.instance_count:,} instances, less than one batch of "
+                f"{self.batch_rows:,}"
+            )
+
+    @property
+    def batch_rows(self) -> int:
+        """Instances of a batch."""
+        return self.global_batch_size // self.sequence_length
+
+    @property
+    def instance_count(self) -> int:
+        """Instances of all files."""
+        return int(self._instance_ends[-1]) if self.files else 0
+
+    @property
+    def epoch_steps(self) -> int:
+        """Batches of an epoch; instances that fill none are dropped."""
+        kept = self.instance_count // self.chunk_size * self.chunk_size
+        return kept // self.batch_rows
+
+    @property
+    def steps(self) -> int:
+        """The last step."""
+        return self.resumed_from + self.epochs * self.epoch_steps - self.first_batch
+
+    def instances(self, step: int) -> list[int]:
+        """Return the instances of a step's batch, numbered over all files."""
+        check_step(step, self.resumed_from + 1, self.steps)
+        epoch, number = divmod(self.first_batch + step - self.resumed_from - 1, self.epoch_steps)
+        order = self._epoch_order(epoch + 1)
+        found: list[int] = order[number * self.batch_rows : (number + 1) * self.batch_rows].tolist()
+        return found
+
+    def rows(self, step: int) -> list[int]:
+        """Return the documents of which a step's batch holds a part, instance by instance."""
+        return [document for instance in self.instances(step) for document in self.documents_in(instance)]
+
+    def documents_in(self, instance: int) -> range:
+        """Return the numbers of the documents that lie in an instance, in whole or in part."""
+        file = int(np.searchsorted(self._instance_ends, instance, "right"))
+        local = instance - (int(self._instance_ends[file - 1]) if file else 0)
+        begin = local * self.sequence_length
+        ends = self._document_ends[file]
+        first, last = np.searchsorted(ends, [begin, begin + self.sequence_length - 1], "right")
+        before = self._documents_before[file]
+        return range(before + int(first), before + int(last) + 1)
+
+    @cached_property
+    def _instance_ends(self) -> Ints:
+        longest = self.max_target_sequence_length or self.sequence_length
+        if longest % self.sequence_length:
+            raise DataError(
+                f"max_target_sequence_length {longest} is no multiple of the sequence length "
+                f"{self.sequence_length}"
+            )
+        counts = [
+            len(self._tokens(file)) // longest * (longest // self.sequence_length) for file in self.files
+        ]
+        return np.cumsum(np.array(counts, np.int64))
+
+    @cached_property
+    def _document_ends(self) -> list[Ints]:
+        return [document_ends(self._tokens(file), self.eos_id, self.bos_id) for file in self.files]
+
+    @cached_property
+    def _documents_before(self) -> list[int]:
+        counts = [len(ends) for ends in self._document_ends]
+        return [0, *np.cumsum(counts).tolist()]
+
+    def _tokens(self, file: Path) -> Tokens:
+        return read_array(file, self.dtype)
+
+    def _epoch_order(self, epoch: int) -> Tokens:
+        if self._last.get("epoch") != epoch:
+            self._last.clear()
+            self._last.update(epoch=epoch, order=self._read_or_make(epoch))
+        order: Tokens = self._last["order"]
+        return order
+
+    def _read_or_make(self, epoch: int) -> Tokens:
+        if not self.indices:
+            return global_indices(
+                self.instance_count, None if self.seed is None else self.seed + epoch, self.chunk_size
+            )
+        path = self.indices[epoch - 1]
+        found = read_array(path, "uint32")
+        expected = self.instance_count // self.chunk_size * self.chunk_size
+        if len(found) != expected or (len(found) and int(found.max()) >= self.instance_count):
+            raise DataError(
+                f"{path} orders {len(found):,} instances where the token files hold {expected:,}; are they "
+                "of the same data set, sequence length and chunk size?"
+            )
+        return found
+
+    @cached_property
+    def _last(self) -> dict[str, Any]:
+        return {}
+
+
+def global_indices(count: int, seed: int | None, chunk_size: int = 1) -> Tokens:
+    """Return instances in the order of an epoch; `seed` is that of the loader plus the epoch, from 1."""
+    chunks = np.arange(count // chunk_size, dtype=np.uint32)
+    if seed is not None:
+        np.random.Generator(np.random.PCG64(seed)).shuffle(chunks)
+    within = np.arange(chunk_size, dtype=np.uint32)
+    instances: Tokens = (chunks[:, None] * np.uint32(chunk_size) + within).reshape(-1)
+    return instances
+
+
+def document_ends(tokens: Tokens, eos_id: int, bos_id: int | None) -> Ints:
+    """Return where each document ends (the place behind its end token); the last may lack an end token."""
+    parts: list[Ints] = [np.empty(0, np.int64)]
+    for begin in range(0, len(tokens), SCAN):
+        found = np.flatnonzero(tokens[begin : begin + SCAN] == eos_id) + begin
+        if bos_id is not None:
+            follows = found + 1 < len(tokens)
+            begins = np.ones(len(found), np.bool_)
+            begins[follows] = tokens[found[follows] + 1] == bos_id
+            found = found[begins]
+        parts.append(found + 1)
+    ends = np.concatenate(parts)
+    if len(tokens) and (not len(ends) or ends[-1] != len(tokens)):
+        ends = np.append(ends, len(tokens))
+    return ends
+
+
+def read_array(path: Path, dtype: str) -> Tokens:
+    """Open a bare array of numbers; raise DataError when it is missing, cut off, or a real .npy file."""
+    try:
+        size = path.stat().st_size
+        with ordinary(path).open("rb") as file:
+            magic = file.read(6)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); name OLMo-core's own file") from None
+    if magic == b"\x93NUMPY":
+        raise DataError(f"{path} is a file of numpy.save; OLMo-core's files are bare arrays without a header")
+    if size % np.dtype(dtype).itemsize:
+        raise DataError(f"{path} has {size:,} bytes, which are no whole number of {dtype}; is it cut off?")
+    if not size:
+        return np.empty(0, np.uint64)
+    found: Tokens = np.memmap(path, dtype, "r")
+    return found
+
+
+INDEX_MAGIC = b"MMIDIDX\x00\x00"
+_INDEX_HEAD = struct.Struct("<9sQBQQ")
+
+Indices = npt.NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True)
+class NeoxOrder:
+    """Which documents each step of a GPT-NeoX training saw."""
+
+    doc_idx: Indices
+    sample_idx: Indices
+    shuffle_idx: Indices
+    batch_size: int
+    """`train_batch_size`: samples of a step over all processes."""
+    resumed_from: int = 0
+    """The step after which this order holds."""
+    first_sample: int = 0
+    """Samples taken by then; other than resumed_from · batch_size when the batch size changed."""
+
+    def __post_init__(self) -> None:
+        check_positive(batch_size=self.batch_size)
+        if self.doc_idx.ndim != 1 or self.sample_idx.shape[1:] != (2,) or self.shuffle_idx.ndim != 1:
+            shapes = [self.doc_idx.shape, self.sample_idx.shape, self.shuffle_idx.shape]
+            raise DataError(
+                f"document, sample and shuffle index have the shapes {', '.join(map(str, shapes))} where "
+                "[n], [n, 2] and [n] are needed; are they given in this order?"
+            )
+        if len(self.shuffle_idx) != len(self.sample_idx) - 1:
+            raise DataError(
+                f"the shuffle index orders {len(self.shuffle_idx):,} samples and the sample index has "
+                f"{len(self.sample_idx) - 1:,}; are they of the same data set and settings?"
+            )
+        if len(self.sample_idx) and int(self.sample_idx[-1, 0]) >= len(self.doc_idx):
+            raise DataError(
+                f"the sample index points to place {int(self.sample_idx[-1, 0]):,} of a document index of "
+                f"{len(self.doc_idx):,}; are they of the same data set and settings?"
+            )
+
+    @classmethod
+    def open(
+        cls, prefix: str | Path, *, batch_size: int, resumed_from: int = 0, first_sample: int = 0
+    ) -> NeoxOrder:
+        """Open PREFIX_doc_idx.npy, PREFIX_sample_idx.npy and PREFIX_shuffle_idx.npy, without reading them."""
+        parts = [_open(Path(f"{prefix}_{name}_idx.npy")) for name in ("doc", "sample", "shuffle")]
+        doc_idx, sample_idx, shuffle_idx = parts
+        return cls(doc_idx, sample_idx, shuffle_idx, batch_size, resumed_from, first_sample)
+
+    @property
+    def sample_count(self) -> int:
+        """Samples that the data set hands out: NeoX leaves out the last one."""
+        return max(0, len(self.shuffle_idx) - 1)
+
+    @property
+    def steps(self) -> int:
+        """The last step."""
+        return self.resumed_from + (self.sample_count - self.first_sample) // self.batch_size
+
+    def samples(self, step: int) -> list[int]:
+        """Return the samples of a step's batch, by their number in the sample index."""
+        check_step(step, self.resumed_from + 1, self.steps)
+        begin = self.first_sample + (step - self.resumed_from - 1) * self.batch_size
+        found: list[int] = self.shuffle_idx[begin : begin + self.batch_size].tolist()
+        return found
+
+    def rows(self, step: int) -> list[int]:
+        """Return the documents of which a step's batch holds at least a token, sample by sample."""
+        return [document for sample in self.samples(step) for document in self.documents_in(sample)]
+
+    def documents_in(self, sample: int) -> list[int]:
+        """Return the documents that lie in a sample, in whole or in part."""
+        bounds = [int(place) for place in self.sample_idx[sample : sample + 2, 0]] if sample >= 0 else []
+        if len(bounds) < 2 or not 0 <= bounds[0] <= bounds[1] < len(self.doc_idx):
+            raise DataError(
+                f"sample {sample:,} of the shuffle index is not in the sample index, or its documents are "
+                "not in the document index; are the three files whole and of one data set?"
+            )
+        found: list[int] = self.doc_idx[bounds[0] : bounds[1] + 1].tolist()
+        return found
+
+
+def build_indices(
+    sizes: Indices, *, sequence_length: int, samples: int, seed: int
+) -> tuple[Indices, Indices, Indices]:
+    """Return document, sample and shuffle index as NeoX makes them for packed data of documents of `sizes`.
+
+    `samples` is train_iters · train_batch_size; it decides how many epochs are strung together. Raises
+    DataError when there are no tokens.
+    """
+    tokens = int(sizes.sum())
+    if tokens < 1:
+        raise DataError("the documents hold no tokens; give the data set that was trained on")
+    epochs = max(
+        1, -(-(samples * sequence_length + 1) // tokens)
+    )  # (epochs · tokens − 1) // length ≥ samples
+    random = np.random.RandomState(seed)
+    doc_idx = np.tile(np.arange(len(sizes), dtype=np.int32), epochs)
+    random.shuffle(doc_idx)
+    count = (epochs * tokens - 1) // sequence_length
+    ends = np.cumsum(sizes[doc_idx], dtype=np.int64)
+    begins = np.arange(count + 1, dtype=np.int64) * sequence_length
+    places = np.searchsorted(ends, begins, "right")
+    sample_idx: Indices = np.stack([places, begins - (ends[places] - sizes[doc_idx[places]])], axis=1)
+    wide = count >= np.iinfo(np.uint32).max - 1
+    shuffle_idx: Indices = np.arange(count).astype(np.int64 if wide else np.uint32)
+    random.shuffle(shuffle_idx)
+    return doc_idx, sample_idx, shuffle_idx
+
+
+def read_sizes(path: str | Path) -> Ints:
+    """Return the tokens of each document from a Megatron index file (`….idx`)."""
+    place = Path(path)
+    try:
+        content = read_bytes(place)
+        magic, version, _, count, _ = _INDEX_HEAD.unpack_from(content)
+    except (OSError, struct.error) as error:
+        raise DataError(f"{place} cannot be read ({error}); name the data set's .idx file") from None
+    if magic != INDEX_MAGIC or version != 1:
+        raise DataError(f"{place} is no index of a memory-mapped Megatron data set (MMIDIDX, version 1)")
+    if len(content) < _INDEX_HEAD.size + 4 * count:
+        raise DataError(f"{place} is cut off: it has no room for the sizes of its {count:,} documents")
+    return np.frombuffer(content, "<i4", count, _INDEX_HEAD.size).astype(np.int64)
+
+
+def _open(path: Path) -> Indices:
+    """Open an .npy file of whole numbers; pickled ones are refused."""
+    try:
+        found = np.load(ordinary(path), mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # numpy reads the header as Python, and fails in as many ways
+        raise DataError(f"{path} cannot be read ({error}); name the files that GPT-NeoX wrote") from None
+    if not np.issubdtype(found.dtype, np.integer):
+        raise DataError(f"{path} holds {found.dtype}, not whole numbers")
+    indices: Indices = found
+    return indices
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedOrder:
+    """Orders one after the other; each says what it gave at the training's own step numbers."""
+
+    parts: tuple[tuple[int, Order], ...]
+    """(step after which the order holds, order), the first from step 0."""
+
+    def __post_init__(self) -> None:
+        starts = [start for start, _ in self.parts]
+        if not starts or starts[0] != 0 or starts != sorted(set(starts)):
+            raise DataError(f"the parts of an order begin after the steps {starts}; begin with 0, and grow")
+
+    @property
+    def steps(self) -> int:
+        """The last step."""
+        return self.parts[-1][1].steps
+
+    def rows(self, step: int) -> list[int]:
+        """Return the rows of a step, from the order that held then."""
+        check_step(step, 1, self.steps)
+        return [order for start, order in self.parts if start < step][-1].rows(step)
+
+    @classmethod
+    def of(cls, parts: Sequence[tuple[int, Order]]) -> JoinedOrder:
+        """Put orders together."""
+        return cls(tuple(parts))
+
+
+def _trainer(content: Mapping[str, Any], folder: Path) -> Order:  # noqa: ARG001
+    return TrainerOrder(**content)
+
+
+def _olmo_core(content: Mapping[str, Any], folder: Path) -> Order:
+    named = {name: tuple(folder / file for file in content.get(name, ())) for name in ("files", "indices")}
+    return OlmoCoreOrder(**{**content, **named})
+
+
+def _neox(content: Mapping[str, Any], folder: Path) -> Order:
+    settings = dict(content)
+    return NeoxOrder.open(folder / settings.pop("prefix"), **settings)
+
+
+ORDERS: Mapping[str, tuple[Callable[[Mapping[str, Any], Path], Order], frozenset[str]]] = {
+    "trainer": (_trainer, frozenset(field.name for field in fields(TrainerOrder))),
+    "olmo_core": (_olmo_core, frozenset(field.name for field in fields(OlmoCoreOrder))),
+    "neox": (_neox, frozenset({"prefix", "batch_size", "resumed_from", "first_sample"})),
+}
+"""By kind: what makes the order, and the settings it takes."""
+
+
+def read_order(path: str | Path) -> Order:
+    """Return the order that a TOML file describes; raise RecipeError where it says what we do not know."""
+    place = Path(path)
+    try:
+        content = read_toml(place)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"the order {place} cannot be read ({error})") from None
+    parts = content.pop("part", None)
+    if parts is None:
+        return _build(content, place)
+    if content:
+        raise RecipeError(f"{place} has {', '.join(content)} beside its parts; move it into one")
+    return JoinedOrder.of([(int(part.pop("after", 0)), _build(part, place)) for part in parts])
+
+
+def _build(content: dict[str, Any], place: Path) -> Order:
+    kind = content.pop("kind", None)
+    if kind not in ORDERS:
+        raise RecipeError(f"{place} has the kind {kind!r}; the kinds of order are {', '.join(ORDERS)}")
+    build, known = ORDERS[kind]
+    unknown = sorted(content.keys() - known)
+    if unknown:
+        raise RecipeError(
+            f"{place}: {kind} does not know {unknown[0]!r}; it knows {', '.join(sorted(known))}"
+        )
+    try:
+        return build(content, place.parent)
+    except DataError:
+        raise
+    except (TypeError, KeyError) as error:
+        raise RecipeError(f"{place}: {error}") from None

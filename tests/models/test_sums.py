@@ -116,9 +116,9 @@ def test_space_of_a_transposed_layer_is_that_of_its_inputs_too():
 
 
 def test_padding_is_no_input():
-    """Beside a row of nine tokens a row of one would have eight of padding: the inputs are those of ten."""
+    """Beside a row of nine tokens one of two would have seven of padding."""
     model, caught = gpt2(), {}
-    rows = [TokenRow(tuple(range(5, 14)), 4, 0), TokenRow((20,), 1, 1)]
+    rows = [TokenRow(tuple(range(5, 14)), 4, 0), TokenRow((20, 21), 1, 1)]
     handles = [
         module.register_forward_pre_hook(
             lambda _module, inputs, name=name: caught.setdefault(name, []).append(inputs[0][0])

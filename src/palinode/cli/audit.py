@@ -65,8 +65,8 @@ def audit(
     from palinode.audit.policy import load_policy
     from palinode.data import PromptStyle, parse_columns
     from palinode.errors import RecipeError
-    from palinode.pipeline.audit import AuditPlan
-    from palinode.pipeline.audit import audit as run_audit
+    from palinode.pipeline.audit_run import AuditPlan
+    from palinode.pipeline.audit_run import audit as run_audit
     from palinode.pipeline.recipe import prompt_style
 
     if yardstick not in ("retrained", "base"):

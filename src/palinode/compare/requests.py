@@ -30,10 +30,8 @@ from palinode.compare.recipe import CompareRecipe, Contestant, Requests, SearchB
 from palinode.compare.request_states import Panel, RequestStates, Sum
 from palinode.compare.run import (
     Compared,
-    check_folder,
     divide_comparison,
-    open_ground,
-    threads,
+    standing,
     world_examples,
 )
 from palinode.compare.search import (
@@ -56,8 +54,7 @@ from palinode.methods.method import start_from_target
 from palinode.models.loading import pick_device
 from palinode.pipeline.finetuning import Trained, Vectors
 from palinode.pipeline.heading import environment, heading
-from palinode.pipeline.inputs import check_workspace, open_inputs
-from palinode.pipeline.workspace import Workspace
+from palinode.pipeline.inputs import check_folder, check_workspace, open_inputs
 from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text
 from palinode.report.requests import requests_markdown
@@ -78,10 +75,8 @@ def carry_out(
     listener = listener or NullListener()
     points = check_contestants(recipe)
     output = Path(recipe.shared.output.folder)
-    check_folder(output, FILES)
-    workspace = Workspace(recipe.workspace)
-    with workspace.locked(listener), threads(recipe):
-        ground = open_ground(recipe, workspace, listener)
+    check_folder(output, FILES, "comparison")
+    with standing(recipe, listener) as ground:
         run = _Requests(ground, points, command)
         run.check_room(output)
         return Compared(output, run.run(output))
@@ -324,7 +319,7 @@ def plan_requests(recipe: CompareRecipe) -> dict[str, Any]:
     """
     points = check_contestants(recipe)
     output = Path(recipe.shared.output.folder)
-    check_folder(output, FILES)
+    check_folder(output, FILES, "comparison")
     forget, retain, names = _rows(recipe)
     asked = divide_requests(settings_of(recipe), forget, names)
     shares = divide_comparison(recipe, forget, retain)

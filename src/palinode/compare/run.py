@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,14 +47,20 @@ from palinode.compare.search import (
 )
 from palinode.data.examples import Example, Message, fingerprint_examples
 from palinode.data.world import Fact
-from palinode.errors import OutputError
 from palinode.methods import METHODS
 from palinode.models.loading import pick_device
 from palinode.pipeline.demo_run import one_thread
 from palinode.pipeline.finetuning import Tuning
 from palinode.pipeline.grid import Probe, Rule
 from palinode.pipeline.heading import environment, heading
-from palinode.pipeline.inputs import Inputs, ask_as_trained, check_workspace, open_inputs
+from palinode.pipeline.inputs import (
+    Inputs,
+    ask_as_trained,
+    check_apart,
+    check_folder,
+    check_workspace,
+    open_inputs,
+)
 from palinode.pipeline.making import Making
 from palinode.pipeline.scales import Probes
 from palinode.pipeline.workspace import Step, Workspace
@@ -90,12 +95,9 @@ def compare(
     listener = listener or NullListener()
     points = check_comparison(recipe)
     output = Path(recipe.shared.output.folder)
-    check_folder(output)
-    workspace = Workspace(recipe.workspace)
-    with workspace.locked(listener), threads(recipe):
-        ground = open_ground(recipe, workspace, listener)
-        run = _Comparison(ground, points, command)
-        return Compared(output, run.run(output))
+    check_folder(output, FILES, "comparison")
+    with standing(recipe, listener) as ground:
+        return Compared(output, _Comparison(ground, points, command).run(output))
 
 
 def check_comparison(recipe: CompareRecipe) -> dict[str, list[MethodPoint]]:
@@ -111,23 +113,13 @@ def check_comparison(recipe: CompareRecipe) -> dict[str, list[MethodPoint]]:
     return points
 
 
-def check_folder(output: Path, names: Sequence[str] = FILES) -> None:
-    """Raise OutputError for a folder that holds something else than a comparison's files."""
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file; name a folder for the comparison")
-    ours = {name for file in names for name in (file, f".{file}.partial")}
-    strange = (
-        sorted(path.name for path in output.iterdir() if path.name not in ours) if output.exists() else []
-    )
-    if strange:
-        raise OutputError(
-            f"{output} holds {strange[0]}, which is no part of a comparison; name another folder"
-        )
-
-
-def threads(recipe: CompareRecipe) -> AbstractContextManager[None]:
-    """Return what keeps the demo's small models on one thread."""
-    return one_thread() if recipe.comparison.world else contextlib.nullcontext()
+@contextlib.contextmanager
+def standing(recipe: CompareRecipe, listener: Listener) -> Iterator[Ground]:
+    """Give what all contestants stand on, its workspace locked; the demo's small models have one thread."""
+    workspace = Workspace(recipe.workspace)
+    alone = one_thread() if recipe.comparison.world else contextlib.nullcontext()
+    with workspace.locked(listener), alone:
+        yield open_ground(recipe, workspace, listener)
 
 
 def open_ground(recipe: CompareRecipe, workspace: Workspace, listener: Listener) -> Ground:
@@ -151,9 +143,7 @@ def _check_places(recipe: CompareRecipe, inputs: Inputs) -> None:
     """
     models = [entry for entry in (inputs.base, inputs.target, inputs.retrained) if entry is not None]
     output, comparison = Path(recipe.shared.output.folder), recipe.comparison
-    inside = [entry for entry in models if entry.folder in (output.resolve(), *output.resolve().parents)]
-    if inside:
-        raise OutputError(f"{output} lies inside the model {inside[0].folder}; name another folder")
+    check_apart(output, models)
     kept = len(comparison.contestants) * len(comparison.seeds) if comparison.keep_models else 1
     needs = 16 * inputs.reader.parameters + kept * inputs.reader.nbytes
     others = [] if comparison.world else [entry.folder for entry in models]
@@ -508,7 +498,7 @@ def plan_comparison(recipe: CompareRecipe) -> dict[str, Any]:
     Raises an InputError for anything the user can mend.
     """
     points = check_comparison(recipe)
-    check_folder(_output(recipe))
+    check_folder(_output(recipe), FILES, "comparison")
     comparison = recipe.comparison
     if comparison.world:
         world = world_of(comparison.demo, comparison.seed)

@@ -6,7 +6,7 @@ What can be wrong is found here, in the first seconds, and said in one sentence.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -216,6 +216,28 @@ def _size(folder: Path) -> int:
         with suppress(OSError):
             total += path.lstat().st_size
     return total
+
+
+def check_folder(output: Path, names: Sequence[str], what: str) -> None:
+    """Raise OutputError for a folder that holds other files than these."""
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file; name a folder for the {what}")
+    ours = {name for file in names for name in (file, f".{file}.partial")}
+    strange = sorted({path.name for path in output.iterdir()} - ours) if output.exists() else []
+    if strange:
+        article = "an" if what[0] in "aeiou" else "a"
+        raise OutputError(
+            f"{output} holds {strange[0]}, which is no part of {article} {what}; name another folder, or an "
+            "empty one"
+        )
+
+
+def check_apart(output: Path, models: Iterable[Checkpoint | None]) -> None:
+    """Raise OutputError for a folder inside one of these models."""
+    place = output.resolve()
+    for model in models:
+        if model is not None and model.folder in (place, *place.parents):
+            raise OutputError(f"{output} lies inside the model {model.folder}; name another folder")
 
 
 def check_workspace(workspace: Path, others: Sequence[Path], needs: int) -> None:

@@ -9,7 +9,7 @@ import copy
 import difflib
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -321,13 +321,16 @@ def set_key(content: dict[str, Any], change: str) -> None:
     place[last] = value
 
 
-def explain(error: ValidationError) -> str:
-    """Return one sentence for the first thing that is wrong, a misspelt key before a missing one."""
+def explain(error: ValidationError, keys: Callable[[Sequence[int | str]], list[str]] | None = None) -> str:
+    """Return one sentence for the first thing that is wrong, a misspelt key before a missing one.
+
+    `keys` says which may stand in the section of a place; without it they are those of a run's recipe.
+    """
     errors = error.errors(include_url=False)
     first = next((entry for entry in errors if entry["type"] == "extra_forbidden"), errors[0])
     key = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.0)
+        near = difflib.get_close_matches(key, keys(first["loc"]) if keys else known_keys(), n=1, cutoff=0.0)
         return f"the recipe has an unknown key {key!r}; did you mean {near[0]!r}?"
     if first["type"] == "missing":
         return f"the recipe lacks {key}"

@@ -1,10 +1,4 @@
-"""One POST of JSON with a deadline for the whole exchange, on the standard library alone.
-
-A time limit per read lets a server that sends a byte a second hold a request for ever. Here a timer shuts
-the connection down when the time is over, whatever it is doing. Redirects are not followed: they would
-carry the key to another host.
-
-A language model behind an OpenAI-compatible endpoint as judge.
+"""A language model behind an OpenAI-compatible endpoint as judge.
 
 It is shown question, answer and numbered candidates as JSON data and must reply with one JSON object,
 `{"picked": [numbers]}`. Anything else is sent back with what is wrong about it, a few times. Whatever an
@@ -12,12 +6,12 @@ answer says to the judge, only numbers of candidates come out.
 
 The key is read from an environment variable and goes into one request header and nowhere else: the default
 one only to its own provider, one that was named to the address it was named for; in the clear only to this
-very machine.
+very machine. Redirects are not followed: they would carry it to another host.
 """
 
 from __future__ import annotations
 
-import http.client
+import asyncio
 import ipaddress
 import json
 import os
@@ -26,133 +20,19 @@ import socket
 import ssl
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from email.message import Message
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx2
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from palinode.errors import InputError
 from palinode.evaluation.judging import ACCEPTED, NONE, Candidate, DecisionCache, Pick
-
-MOST_BYTES = 4_000_000
-"""Length at which a reply is cut off; a judge's reply has a few hundred bytes."""
-
-
-class NoReplyError(Exception):
-    """Nothing usable came back: refused, timed out, or cut off."""
-
-
-@dataclass(frozen=True, slots=True)
-class HttpReply:
-    """What a server sent back."""
-
-    status: int
-    headers: Message
-    body: bytes
-
-
-def post(url: str, content: bytes, headers: Mapping[str, str], *, seconds: float) -> HttpReply:
-    """Send content and return the reply, whatever its status; NoReplyError after `seconds` in all."""
-    request = urllib.request.Request(url, data=content, headers=dict(headers), method="POST")
-    watch = _Watch()
-    handlers: list[urllib.request.BaseHandler] = [_Http(watch), _Https(watch), _NoRedirect()]
-    if is_loopback(urlsplit(url).hostname or ""):  # what stays here goes past no proxy
-        handlers.append(urllib.request.ProxyHandler({}))
-    opener = urllib.request.build_opener(*handlers)
-    timer = threading.Timer(seconds, watch.end)
-    timer.daemon = True
-    timer.start()
-    try:
-        with _opened(opener, request, seconds) as response:
-            return HttpReply(response.status, response.headers, response.read(MOST_BYTES))
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        if watch.ended or isinstance(getattr(error, "reason", error), TimeoutError):
-            raise NoReplyError(f"no complete reply within {seconds:g} s") from None
-        raise NoReplyError(_words(error)) from None
-    finally:
-        timer.cancel()
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether a host, in small letters and without brackets, is this machine."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _opened(opener: urllib.request.OpenerDirector, request: urllib.request.Request, seconds: float) -> Any:
-    try:
-        return opener.open(request, timeout=seconds)
-    except urllib.error.HTTPError as error:  # a reply too
-        return error
-
-
-def _words(error: Exception) -> str:
-    reason = getattr(error, "reason", error)
-    if isinstance(reason, ConnectionRefusedError):
-        return "the connection was refused"
-    if isinstance(reason, socket.gaierror):
-        return "the host name is unknown"
-    if isinstance(reason, ssl.SSLCertVerificationError):
-        return f"the certificate is not valid ({reason.verify_message})"
-    return f"the connection broke ({type(reason).__name__})"
-
-
-@dataclass(slots=True)
-class _Watch:
-    """The sockets of one request, to be shut down when its time is over."""
-
-    sockets: list[socket.socket] = field(default_factory=list)
-    ended: bool = False
-
-    def end(self) -> None:
-        self.ended = True
-        for each in self.sockets:
-            with suppress(OSError):
-                socket.socket.shutdown(each, socket.SHUT_RDWR)  # not TLS's own, which another thread is in
-
-
-class _Http(urllib.request.HTTPHandler):
-    def __init__(self, watch: _Watch):
-        super().__init__()
-        self.watch = watch
-
-    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_watched(http.client.HTTPConnection, self.watch), request)
-
-
-class _Https(urllib.request.HTTPSHandler):
-    def __init__(self, watch: _Watch):
-        super().__init__()
-        self.watch = watch
-
-    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        connection = _watched(http.client.HTTPSConnection, self.watch)
-        return self.do_open(connection, request, context=ssl.create_default_context())
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_arguments: Any) -> None:
-        return None
-
-
-def _watched(kind: type[Any], watch: _Watch) -> Any:
-    class Watched(kind):  # type: ignore[misc]
-        def connect(self) -> None:
-            super().connect()
-            watch.sockets.append(self.sock)
-
-    return Watched
-
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 """Environment variable that holds the key of PROVIDER."""
@@ -181,6 +61,8 @@ Reply with one JSON object and nothing else: {"picked": [n, ...]}, each n the nu
 
 LONGEST_REPLY = 20_000
 """Characters of a reply that are read."""
+MOST_BYTES = 4_000_000
+"""Length at which what a server sends is cut off; a judge's reply has a few hundred bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +152,68 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len({name for name, _ in pairs}) < len(pairs):
         raise ValueError("a key occurs twice")
     return dict(pairs)
+
+
+class NoReplyError(Exception):
+    """Nothing usable came back: refused, timed out, or cut off."""
+
+
+@dataclass(frozen=True, slots=True)
+class HttpReply:
+    """What a server sent back."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+def post(url: str, content: bytes, headers: Mapping[str, str], *, seconds: float) -> HttpReply:
+    """Send content and return the reply, whatever its status; NoReplyError after `seconds` in all.
+
+    The time is that of the whole exchange: a limit for each read would let a server that sends a byte a
+    second hold a request for ever.
+    """
+    try:
+        return asyncio.run(asyncio.wait_for(_exchange(url, content, headers), seconds))
+    except TimeoutError:
+        raise NoReplyError(f"no complete reply within {seconds:g} s") from None
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
+        raise NoReplyError(_words(error)) from None
+
+
+async def _exchange(url: str, content: bytes, headers: Mapping[str, str]) -> HttpReply:
+    proxies = not is_loopback(urlsplit(url).hostname or "")  # what stays here goes past no proxy
+    client = httpx2.AsyncClient(trust_env=proxies, timeout=None, verify=ssl.create_default_context())
+    async with client, client.stream("POST", url, content=content, headers=headers) as reply:
+        body = bytearray()
+        async for piece in reply.aiter_bytes():
+            body += piece
+            if len(body) > MOST_BYTES:
+                break
+        return HttpReply(reply.status_code, reply.headers, bytes(body[:MOST_BYTES]))
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a host, in small letters and without brackets, is this machine."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _words(error: BaseException) -> str:
+    """Return in words why a connection failed, from the first cause of an error that says so."""
+    causes = [error]
+    for cause in causes:  # grows
+        parts = cause.exceptions if isinstance(cause, BaseExceptionGroup) else ()
+        causes += [one for one in (cause.__cause__, cause.__context__, *parts) if one and one not in causes]
+        if isinstance(cause, ConnectionRefusedError):
+            return "the connection was refused"
+        if isinstance(cause, socket.gaierror):
+            return "the host name is unknown"
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return f"the certificate is not valid ({cause.verify_message})"
+    return f"the connection broke ({type(error).__name__})"
 
 
 class EndpointJudge:
@@ -386,6 +330,7 @@ class EndpointJudge:
 
     def _headers(self) -> dict[str, str]:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        headers["Accept-Encoding"] = "identity"
         return headers if self._key is None else {**headers, "Authorization": f"Bearer {self._key}"}
 
     def _problem(self, reply: HttpReply) -> str:
@@ -427,9 +372,7 @@ class EndpointJudge:
 
     def _wait_after(self, attempt: int) -> float:
         longest = min(self._patience.longest_wait, self._patience.first_wait * 2**attempt)
-        return float(
-            longest * random.uniform(0.5, 1.0)
-        )  # so that several do not come back at the same moment
+        return float(longest * random.uniform(0.5, 1.0))  # so that several do not come back at one moment
 
     def _await_turn(self, reason: str) -> None:
         while (left := self._not_before - time.monotonic()) > 0:
@@ -469,7 +412,7 @@ def first_messages(question: str, answer: str, candidates: Sequence[Candidate]) 
     ]
 
 
-def retry_after(headers: Message) -> float | None:
+def retry_after(headers: Mapping[str, str]) -> float | None:
     """Return the seconds that a Retry-After header asks for, as a number or a date; None without one."""
     value = str(headers.get("Retry-After", "")).strip()
     if value.isascii() and value.isdigit():

@@ -21,10 +21,10 @@ from palinode.audit.material import AuditRows
 from palinode.audit.policy import Policy
 from palinode.data.examples import Example, fingerprint_examples, shared_rows
 from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
-from palinode.errors import DataError, DivergenceError, MismatchError, OutputError, RecipeError
+from palinode.errors import DataError, DivergenceError, MismatchError, RecipeError
 from palinode.models.loading import load_tokenizer, pick_device, tokenizer_fingerprint
 from palinode.pipeline.heading import environment, heading
-from palinode.pipeline.inputs import note_on_prompts
+from palinode.pipeline.inputs import check_apart, check_folder, note_on_prompts
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text
@@ -92,7 +92,8 @@ def audit(
         name: Checkpoint.open(location, allow_pickle=plan.allow_pickle)
         for name, location in plan.models.items()
     }
-    _check_output(output, list(checkpoints.values()))
+    check_folder(output, (RECORD, REPORT, PAGE, RESULTS), "audit")
+    check_apart(output, checkpoints.values())
     workspace = Workspace(output / RESULTS)
     run = _Run(plan, checkpoints, workspace, listener or NullListener())
     with workspace.locked(listener):
@@ -355,22 +356,3 @@ def _check_vocabulary(
                 f"{tokenizer.convert_ids_to_tokens(tokens - 1)!r}); every model of an audit is asked through "
                 "that tokenizer, so name models of one family"
             )
-
-
-def _check_output(output: Path, models: Sequence[Checkpoint]) -> None:
-    """Refuse a folder that holds anything but an audit, and one inside a model."""
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file; name a folder for the audit")
-    files = (RECORD, REPORT, PAGE)
-    ours = {*files, RESULTS, *(f".{name}.partial" for name in files)}
-    strange = (
-        sorted(path.name for path in output.iterdir() if path.name not in ours) if output.exists() else []
-    )
-    if strange:
-        raise OutputError(
-            f"{output} holds {strange[0]}, which is no part of an audit; name another folder, or an empty one"
-        )
-    place = output.resolve()
-    for model in models:
-        if place == model.folder or model.folder in place.parents:
-            raise OutputError(f"{output} lies inside the model {model.folder}; name another folder")

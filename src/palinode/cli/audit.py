@@ -113,10 +113,8 @@ def audit(
 
 
 def _show(record: dict[str, object], output: Path) -> None:
-    from palinode.report.audit import audit_headline, audit_notes, audit_table, audit_untested
+    from palinode.report.audit_report import audit_brief
+    from palinode.report.content import show
 
-    out().print(audit_table(record))
-    for line in (*audit_untested(record), *audit_notes(record)):
-        out().print(line, soft_wrap=True)
-    out().print(audit_headline(record), soft_wrap=True)
+    show(audit_brief(record), out())
     out().print(f"{output}: report.html, audit.md and audit.json", soft_wrap=True)

@@ -217,7 +217,7 @@ class Contestant(_Section):
                     "contestant has its own training.…, method_settings.…, scales.forget, scales.retain and "
                     "transforms"
                 )
-            if key.startswith("scales.") and METHODS[self.method].kind != "arithmetic":
+            if key.startswith("scales.") and not METHODS[self.method].has_scales:
                 raise ValueError(f"the method {self.method} adds no vectors, so it has no {key}")
         if both := sorted(set(self.set) & set(self.search)):
             raise ValueError(f"{both[0]} is both fixed and searched")

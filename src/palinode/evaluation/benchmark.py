@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from palinode.data.examples import Example, Question
+from palinode.data.examples import Example, Message, Question
 from palinode.data.sources import Row, json_type, parse_hub_name, read_rows
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import DataError, RecipeError
@@ -220,6 +220,17 @@ def need_table(table: Table, location: str) -> TableRows:
     if found is None:
         raise DataError(not_there(table, location))
     return found
+
+
+def completion(number: int, source: str, prompt: str, answer: str) -> Example:
+    """Return a row that is raw text and its raw continuation."""
+    return Example(number, source, "completion", (Message("prompt", prompt),), answer)
+
+
+def documents(table: TableRows) -> list[Example]:
+    """Return the texts of a table as documents."""
+    place = table.facts.location
+    return [Example(number, place, "document", (), str(row["text"])) for number, row in enumerate(table.rows)]
 
 
 def not_there(table: Table, location: str) -> str:

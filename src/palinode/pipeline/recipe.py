@@ -189,17 +189,11 @@ class Recipe(_Section):
             retain=self.data.retain is not None,
             refusals=self.data.refusals is not None,
             base=self.models.base is not None,
+            retain_scale=self.scales.retain,
         )
         if missing:
             raise ValueError(missing)
-        if getattr(settings, "retain_kl", 0) and self.data.retain is None:
-            raise ValueError("method_settings.retain_kl needs retain rows; name data.retain (--retain)")
-        if self.method == "paired" and settings.retain_free and self.scales.retain:
-            raise ValueError(
-                f"a retain scale of {self.scales.retain:g} adds what the control run learned, and with "
-                "method_settings.replay_rows = 0 there is none; leave one of the two out"
-            )
-        if method.kind != "arithmetic" and (self.scales.forget, self.scales.retain) != (None, None):
+        if not method.has_scales and (self.scales.forget, self.scales.retain) != (None, None):
             raise ValueError(f"the method {self.method} adds no vectors, so it has no scales; leave them out")
         return self
 
@@ -211,8 +205,7 @@ class Recipe(_Section):
             first = error.errors(include_url=False)[0]
             place = ".".join(map(str, ("transforms", *first["loc"])))
             raise ValueError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from None
-        kind = METHODS[self.method].kind if self.method in METHODS else "arithmetic"
-        if chosen and kind != "arithmetic":
+        if chosen and self.method in METHODS and not METHODS[self.method].has_scales:
             raise ValueError(f"the method {self.method} adds no vectors, so there is none to transform")
         needing = next((one for one in chosen if "retain" in one.transform.needs), None)
         if needing and self.data.retain is None:

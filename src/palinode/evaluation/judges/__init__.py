@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from palinode.errors import InputError
+from palinode.errors import InputError, RecipeError
 from palinode.evaluation.judges.endpoint import EndpointJudge, Patience
 from palinode.evaluation.judges.offline import EmbeddingJudge, EntailmentJudge, OverlapJudge, model_judge
 from palinode.evaluation.judging import DecisionCache, Judge, judge_cache_folder
@@ -16,6 +16,7 @@ __all__ = [
     "EntailmentJudge",
     "OverlapJudge",
     "Patience",
+    "named_judge",
     "open_judge",
 ]
 
@@ -54,3 +55,15 @@ def open_judge(
             name, model, cache=decisions, key_variable=key_variable, at_once=at_once, patience=patience
         )
     raise InputError(f"there is no judge {name!r}; there are {', '.join(JUDGES)}")
+
+
+def named_judge(name: str | None, key_variable: str | None, device: str) -> Judge | None:
+    """Return the judge that `overlap`, `offline:FOLDER` or `URL#model` names; None without a name."""
+    if key_variable and not (name or "").startswith(("http://", "https://")):
+        raise RecipeError(
+            "--key-variable names the key of a judge at an address; name that too, as --judge URL#MODEL"
+        )
+    if not name:
+        return None
+    kind, _, model = name.partition("#")
+    return open_judge(kind, model=model or None, key_variable=key_variable, device=device)

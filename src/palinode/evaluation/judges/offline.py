@@ -31,7 +31,7 @@ candidate with the same facts scores 1 and one that says less or more about a ha
 Embeddings (a sentence-transformers folder): the score is the cosine between answer and candidate, each with
 the question before it. Embeddings are weak at telling names and numbers apart; its threshold is a choice.
 
-The best candidates are picked as in overlap.py.
+The best candidates are picked as above.
 """
 
 from __future__ import annotations
@@ -45,12 +45,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from palinode.errors import InputError
+from palinode.evaluation.general import first_line
 from palinode.evaluation.judging import ACCEPTED, NONE, Candidate, Pick, plain_text
 from palinode.metrics.matching import spaced
 from palinode.weights.foreign import bounded, check_folder, from_pretrained, read_config
 
-OVERLAP_MARGIN = 0.05
-"""Candidates whose F is at most this far from the best are picked with it."""
+MARGIN = 0.05
+"""Candidates whose score is at most this far from the best are picked with it."""
 THRESHOLD = 0.2
 """Least F of a pick; with the best below it, none of these is picked."""
 ACCEPTED_THRESHOLD = 0.6
@@ -86,10 +87,9 @@ class OverlapJudge:
         texts = ["" if NONE in each.roles else each.text for each in candidates]
         if any(ACCEPTED in each.roles for each in candidates):
             scores = overlaps(question, answer, texts, measure="recall")
-            return pick_best(candidates, scores, margin=OVERLAP_MARGIN, threshold=ACCEPTED_THRESHOLD)
-        return pick_best(
-            candidates, overlaps(question, answer, texts), margin=OVERLAP_MARGIN, threshold=THRESHOLD
-        )
+            return pick_best(candidates, scores, margin=MARGIN, threshold=ACCEPTED_THRESHOLD)
+        scores = overlaps(question, answer, texts)
+        return pick_best(candidates, scores, margin=MARGIN, threshold=THRESHOLD)
 
     def stop(self) -> None:
         """Do nothing: nobody waits for this judge."""
@@ -174,23 +174,16 @@ def _begins_sentence(before: str) -> bool:
 
 
 @cache
-def _stemmer() -> Any:
+def _stem(word: str) -> str:
     from nltk.stem.porter import PorterStemmer  # type: ignore[import-untyped]  # rouge-score brings it
 
-    return PorterStemmer()
-
-
-@cache
-def _stem(word: str) -> str:
-    return str(_stemmer().stem(word))
+    return str(PorterStemmer().stem(word))
 
 
 ENTAILMENT_THRESHOLD = 0.5
 """Least mean probability of entailment of a pick."""
 COSINE_THRESHOLD = 0.75
 """Least cosine of a pick."""
-MARGIN = 0.05
-"""Candidates whose score is at most this far from the best are picked with it."""
 MOST_TENSORS = 5000
 """A judge with more tensors is none."""
 LONGEST = 512
@@ -201,15 +194,42 @@ def model_judge(folder: Path, *, device: str = "auto") -> EntailmentJudge | Embe
     """Return the judge in a folder: embeddings if it is of sentence-transformers, else entailment."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; an offline judge is a folder with a model")
-    if _is_cross_encoder(folder) or not (folder / "modules.json").is_file():
+    kinds = _config(folder).get("architectures") or []
+    cross_encoder = any(str(kind).endswith("ForSequenceClassification") for kind in kinds)
+    if cross_encoder or not (folder / "modules.json").is_file():
         return EntailmentJudge(folder, device=device)
     return EmbeddingJudge(folder, device=device)
 
 
-class EntailmentJudge:
+class _ModelJudge:
+    """What judges have in common that score every candidate with a model."""
+
+    name: str
+    at_once = 1
+    threshold: float
+
+    def pick(self, question: str, answer: str, candidates: Sequence[Candidate]) -> Pick:
+        """Return the candidates that are nearest to the answer, or none of these."""
+        scores = self.scores(question, answer, [each.text for each in candidates])
+        return pick_best(candidates, scores, margin=MARGIN, threshold=self.threshold)
+
+    def stop(self) -> None:
+        """Do nothing: nobody waits for this judge."""
+
+    def scores(self, question: str, answer: str, texts: Sequence[str]) -> list[float]:
+        """Return a score for each text; 1 for equal texts."""
+        same = plain_text(answer)
+        found = zip(texts, self._compared(question, answer, texts), strict=True)
+        return [1.0 if plain_text(text) == same else score for text, score in found]
+
+    def _compared(self, question: str, answer: str, texts: Sequence[str]) -> list[float]:
+        raise NotImplementedError
+
+
+class EntailmentJudge(_ModelJudge):
     """A judge by natural-language inference."""
 
-    at_once = 1
+    threshold = ENTAILMENT_THRESHOLD
 
     def __init__(self, folder: Path, *, device: str = "auto"):
         """Load tokenizer and model from the folder; InputError when it is no classifier of entailment."""
@@ -232,7 +252,7 @@ class EntailmentJudge:
                     output_loading_info=True,
                 )
         except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"the judge in {folder} cannot be loaded: {_first_line(error)}") from None
+            raise InputError(f"the judge in {folder} cannot be loaded: {first_line(error)}") from None
         if report["missing_keys"]:
             raise InputError(
                 f"the judge in {folder} lacks {len(report['missing_keys'])} weights (such as "
@@ -240,21 +260,8 @@ class EntailmentJudge:
             )
         self._model: Any = model.to(self._device).eval()
 
-    def pick(self, question: str, answer: str, candidates: Sequence[Candidate]) -> Pick:
-        """Return the candidates that entail the answer and are entailed by it most, or none of these."""
-        texts = [each.text for each in candidates]
-        return pick_best(
-            candidates,
-            self.scores(question, answer, texts),
-            margin=MARGIN,
-            threshold=ENTAILMENT_THRESHOLD,
-        )
-
-    def stop(self) -> None:
-        """Do nothing: nobody waits for this judge."""
-
-    def scores(self, question: str, answer: str, texts: Sequence[str]) -> list[float]:
-        """Return the mean probability of entailment both ways for each text; 1 for equal texts."""
+    def _compared(self, question: str, answer: str, texts: Sequence[str]) -> list[float]:
+        """Return the mean probability of entailment both ways for each text."""
         import torch
 
         given, offered = f"{question} {answer}", [f"{question} {text}" for text in texts]
@@ -268,15 +275,14 @@ class EntailmentJudge:
         ).to(self._device)
         with torch.inference_mode():
             shares = self._model(**encoded).logits.float().softmax(dim=-1)[:, self._label]
-        means = shares.view(2, len(texts)).mean(dim=0).tolist()
-        same = plain_text(answer)
-        return [1.0 if plain_text(text) == same else mean for text, mean in zip(texts, means, strict=True)]
+        means: list[float] = shares.view(2, len(texts)).mean(dim=0).tolist()
+        return means
 
 
-class EmbeddingJudge:
+class EmbeddingJudge(_ModelJudge):
     """A judge by cosine of sentence embeddings; needs the package sentence-transformers."""
 
-    at_once = 1
+    threshold = COSINE_THRESHOLD
 
     def __init__(self, folder: Path, *, device: str = "auto"):
         """Load the model from the folder; InputError when the package is missing."""
@@ -300,28 +306,14 @@ class EmbeddingJudge:
             model_kwargs={"use_safetensors": True},
         )
 
-    def pick(self, question: str, answer: str, candidates: Sequence[Candidate]) -> Pick:
-        """Return the candidates nearest to the answer, or none of these."""
-        texts = [each.text for each in candidates]
-        return pick_best(
-            candidates, self.scores(question, answer, texts), margin=MARGIN, threshold=COSINE_THRESHOLD
-        )
-
-    def stop(self) -> None:
-        """Do nothing: nobody waits for this judge."""
-
-    def scores(self, question: str, answer: str, texts: Sequence[str]) -> list[float]:
-        """Return the cosine between the answer and each text; 1 for equal texts."""
+    def _compared(self, question: str, answer: str, texts: Sequence[str]) -> list[float]:
+        """Return the cosine between the answer and each text."""
         vectors = self._model.encode(
             [f"{question} {text}" for text in (answer, *texts)],
             normalize_embeddings=True,
             show_progress_bar=False,
         )
-        same = plain_text(answer)
-        return [
-            1.0 if plain_text(text) == same else float(vectors[0] @ vector)
-            for text, vector in zip(texts, vectors[1:], strict=True)
-        ]
+        return [float(vectors[0] @ vector) for vector in vectors[1:]]
 
 
 def entailment_label(folder: Path) -> int:
@@ -336,16 +328,7 @@ def entailment_label(folder: Path) -> int:
     )
 
 
-def _is_cross_encoder(folder: Path) -> bool:
-    kinds = _config(folder).get("architectures") or []
-    return any(str(kind).endswith("ForSequenceClassification") for kind in kinds)
-
-
 def _config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     content = read_config(file) if file.exists() else {}
     return content if isinstance(content, dict) else {}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

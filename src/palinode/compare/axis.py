@@ -24,9 +24,9 @@ from palinode.compare.run import (
     plan_comparison,
 )
 from palinode.errors import RecipeError
-from palinode.pipeline.heading import heading
 from palinode.pipeline.inputs import check_folder
 from palinode.pipeline.recipe import set_key
+from palinode.pipeline.record import heading
 from palinode.progress import Listener, NullListener
 from palinode.records import write_json, write_text
 from palinode.report.comparison_report import axis_markdown

@@ -47,8 +47,8 @@ from palinode.data.sources import Row, json_type, read_rows
 from palinode.errors import DataError, RecipeError
 from palinode.methods import METHODS
 from palinode.pipeline.finetuning import FineTuning
-from palinode.pipeline.heading import heading
 from palinode.pipeline.inputs import check_folder, check_workspace
+from palinode.pipeline.record import heading
 from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text
 from palinode.report.comparison_report import requests_markdown

@@ -45,7 +45,6 @@ from palinode.models.loading import pick_device
 from palinode.pipeline.demo_run import one_thread
 from palinode.pipeline.finetuning import FineTuning
 from palinode.pipeline.grid import Probe, Rule
-from palinode.pipeline.heading import environment, heading
 from palinode.pipeline.inputs import (
     Inputs,
     ask_as_trained,
@@ -55,6 +54,7 @@ from palinode.pipeline.inputs import (
     open_inputs,
 )
 from palinode.pipeline.making import Making
+from palinode.pipeline.record import environment, heading
 from palinode.pipeline.scales import Probes
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener, NullListener

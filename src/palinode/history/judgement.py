@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from palinode.history.duplicates import Duplicate
+from palinode.history.exposures import Ints
 from palinode.history.onset import Onset
 from palinode.history.orders import Order, first_step
 from palinode.history.reader import ExposureReader, stretches
-from palinode.history.segments import Ints
 from palinode.history.series import CheckpointSeries
 
 VERSION = 1

@@ -29,23 +29,21 @@ from palinode.data.examples import Example
 from palinode.errors import DataError
 from palinode.history.duplicates import HASH_BYTES, Hashes, as_hashes, row_hash, sort_keys
 from palinode.history.exposures import (
-    LogHeader,
-    Session,
-    check_same,
-    read_header,
-    read_sessions,
-    salt_check,
-)
-from palinode.history.segments import (
     FORMAT_VERSION,
     STEP_COLUMNS,
     UNKNOWN,
     Ints,
+    LogHeader,
+    Session,
     StepTable,
+    check_same,
     open_parquet,
     read_about,
+    read_header,
     read_journal,
+    read_sessions,
     rows_of,
+    salt_check,
     step_table,
     sync_folder,
     write_parquet,

@@ -222,17 +222,6 @@ def _groups(metadata: Any, keys: npt.NDArray[np.uint64] | None, between: tuple[i
 # The open tail
 
 
-def journal_head(about: Mapping[str, Any]) -> bytes:
-    """Return what a journal begins with."""
-    return MAGIC + json.dumps(about).encode() + b"\n"
-
-
-def journal_record(step: int, found: Hashes, tokens: int, epoch: float) -> bytes:
-    """Return one step as a journal has it: a checksum, then the rest."""
-    body = _HEAD.pack(step, tokens, epoch, len(found)) + found.tobytes()
-    return _CHECK.pack(zlib.crc32(body)) + body
-
-
 @dataclass(frozen=True, slots=True)
 class Tail:
     """What a journal holds."""
@@ -449,7 +438,8 @@ class ExposureLog:
             )
         count = UNKNOWN if tokens is None else tokens
         fraction = float("nan") if epoch is None else epoch
-        self._append(journal_record(step, found, count, fraction))
+        body = _HEAD.pack(step, count, fraction, len(found)) + found.tobytes()
+        self._append(_CHECK.pack(zlib.crc32(body)) + body)
         self._parts.append(found)
         self._steps.append((step, len(found), count, fraction))
         self._rows += len(found)
@@ -490,7 +480,7 @@ class ExposureLog:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
         self._tail = os.open(self._tail_path, flags, 0o666)
         self._files += 1
-        self._append(journal_head(self._about))
+        self._append(MAGIC + json.dumps(self._about).encode() + b"\n")
 
     def _append(self, content: bytes) -> None:
         """Hand bytes of the tail to the system, where they outlive this program."""

@@ -32,10 +32,8 @@ from palinode.records import Outcome, Score, Verdict, read_bytes
 MEMORIZATION = ("exact_memorization", "extraction_strength", "extraction_strength_strict")
 """Metrics of what a model knows by heart."""
 
-GENERATION = "generation"
-STANDARDISED = "standardised"
-GRADIENTS = "gradients"
-_NEEDS = {"generated": GENERATION, "standardised": STANDARDISED, "gradient_norm": GRADIENTS}
+GENERATION, STANDARDISED, GRADIENTS = "generated", "standardised", "gradient_norm"
+"""What metrics may need of a model beside the likelihood of answers."""
 
 
 def metric_cells(name: str, *metrics: str) -> tuple[Cell, ...]:
@@ -45,7 +43,7 @@ def metric_cells(name: str, *metrics: str) -> tuple[Cell, ...]:
         def score(measured: Measured) -> Score:
             return score_outcomes(measured.of(name), names=[key], seed=measured.seed)[key]
 
-        return Cell(name, key, METRICS[key].description, score, needs=_asked(METRICS[key].needs))
+        return Cell(name, key, METRICS[key].description, score, needs=METRICS[key].needs)
 
     return tuple(map(cell, metrics))
 
@@ -87,10 +85,6 @@ def min_k_auc(members: Sequence[Outcome], others: Sequence[Outcome], *, seed: in
     return auc(attack.values(members), attack.values(others), seed=seed)
 
 
-def _asked(needs: frozenset[str]) -> frozenset[str]:
-    return frozenset(_NEEDS[need] for need in needs if need in _NEEDS)
-
-
 def _attack(attack: MembershipAttack, members: str, others: str) -> tuple[Cell, Cell]:
     def cell(metric: str, what: str, rate: Callable[..., Score]) -> Cell:
         def score(measured: Measured) -> Score:
@@ -106,7 +100,7 @@ def _attack(attack: MembershipAttack, members: str, others: str) -> tuple[Cell, 
             f"{what} of the attack {attack.description}",
             score,
             also=(others,),
-            needs=_asked(attack.needs),
+            needs=attack.needs,
             reference="reference" in attack.needs,
             on_request="gradient_norm" in attack.needs,
         )
@@ -446,7 +440,7 @@ class Cell:
     also: tuple[str, ...] = ()
     """Further sets whose outcomes it needs."""
     needs: frozenset[str] = frozenset()
-    """What must be asked of the model: "generation", "standardised" or "gradients"."""
+    """What must be asked of the model, such as GENERATION; other needs of its metric may stand here too."""
     reference: bool = False
     """Whether it compares with the retrained model."""
     judge: bool = False

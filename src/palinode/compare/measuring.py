@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from palinode.audit.attack import BUDGETS, Subject
+from palinode.audit.attacks import relearn
 from palinode.audit.material import divide
-from palinode.audit.relearning import relearn
 from palinode.benchmarks import BENCHMARKS
 from palinode.benchmarks.own import OWN, read_questions
 from palinode.compare.ground import Shares

@@ -46,7 +46,10 @@ def general_ability(
     """
     folder = _task_folder(include)
     evaluate, wrapper, manager = _lm_eval(folder)
-    _check_tasks(tasks, manager)
+    if not tasks:
+        raise InputError("no lm-eval task is named; name some, such as mmlu,gsm8k")
+    if unknown := [task for task in tasks if task not in manager.task_index]:
+        raise InputError(f"lm-eval has no task {', '.join(unknown)}; `lm-eval ls tasks` lists those it has")
     seeds = dict.fromkeys(
         ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed
     )
@@ -128,13 +131,6 @@ def _lm_eval(include: Path | None) -> tuple[Any, Any, Any]:
             f"general ability needs lm-eval ({error}); install it: pip install 'palinode[lm-eval]'"
         ) from None
     return simple_evaluate, HFLM, TaskManager(include_path=None if include is None else str(include))
-
-
-def _check_tasks(tasks: Sequence[str], manager: Any) -> None:
-    if not tasks:
-        raise InputError("no lm-eval task is named; name some, such as mmlu,gsm8k")
-    if unknown := [task for task in tasks if task not in manager.task_index]:
-        raise InputError(f"lm-eval has no task {', '.join(unknown)}; `lm-eval ls tasks` lists those it has")
 
 
 @contextmanager

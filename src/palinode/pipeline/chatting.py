@@ -67,28 +67,23 @@ class Chat:
 
     def ask(self, question: str, speaker: Speaker, on_text: OnText) -> str:
         """Return a speaker's answer to a question, which becomes part of its conversation."""
-        asked = [*speaker.turns, Message("user", question)]
-        stop = end_id(self.form, self.tokenizer, self.style)
+        if self.form == "completion":
+            said = [Message("prompt", question)]
+        else:
+            said = [*speaker.turns, Message("user", question)]
+        own = [Message("system", self.system)] if self.system and self.form != "completion" else []
+        example = Example(0, "the conversation", self.form, (*own, *said), "")
         answer = stream_answer(
             speaker.model,
             self.tokenizer,
-            self._prompt(question, asked),
-            stop_ids=[stop],
+            prompt_ids(example, self.tokenizer, self.style),
+            stop_ids=[end_id(self.form, self.tokenizer, self.style)],
             max_new_tokens=self.length,
             on_text=on_text,
         )
         if self.form != "completion":
-            speaker.turns = [*asked, Message("assistant", answer.strip())]
+            speaker.turns = [*said, Message("assistant", answer.strip())]
         return answer
-
-    def _prompt(self, question: str, asked: Sequence[Message]) -> list[int]:
-        if self.form == "completion":
-            turns: tuple[Message, ...] = (Message("prompt", question),)
-        else:
-            own = [Message("system", self.system)] if self.system else []
-            turns = (*own, *asked)
-        example = Example(0, "the conversation", self.form, turns, "")
-        return prompt_ids(example, self.tokenizer, self.style)
 
     def begin_anew(self) -> None:
         """Forget what was said."""
@@ -150,7 +145,13 @@ def open_chat(
     workspace = workspace_of(out.folder, record)
     target = find_model(record, "target", workspace, hint=against)
     other = None if alone else Checkpoint.open(against, allow_pickle=allow_pickle) if against else target
-    vectors, fixed = _vectors(record, workspace, target, find_model(record, "base", workspace, hint=base))
+    vectors, fixed = None, None
+    try:
+        vectors = find_vectors(record, workspace, target, find_model(record, "base", workspace, hint=base))
+    except PalinodeError as error:
+        fixed = str(error)
+    except KeyError as error:
+        fixed = f"its record lacks {error}"
     named = {"unlearned": out} | ({} if other is None else {"target" if other == target else "other": other})
     place = pick_device(device)
     speakers = []
@@ -170,16 +171,6 @@ def open_chat(
         fixed=fixed,
         scales=_scales(record),
     )
-
-
-def _vectors(
-    record: Mapping[str, Any], workspace: Path, target: Checkpoint | None, base: Checkpoint | None
-) -> tuple[Vectors | None, str | None]:
-    """Return the run's vectors, or why there are none."""
-    try:
-        return find_vectors(record, workspace, target, base), None
-    except (PalinodeError, KeyError) as error:
-        return None, str(error) if isinstance(error, PalinodeError) else f"its record lacks {error}"
 
 
 def _scales(record: Mapping[str, Any]) -> tuple[float, float] | None:

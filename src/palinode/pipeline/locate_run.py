@@ -35,7 +35,7 @@ from palinode.history.reader import ExposureReader
 from palinode.history.series import open_series
 from palinode.history.stages import LoggedStage, rebuild, write_stages
 from palinode.models.loading import load_tokenizer
-from palinode.pipeline.demo_run import DemoResult, claim, one_thread, recall
+from palinode.pipeline.demo_run import DemoResult, claim, exact_match, one_thread
 from palinode.pipeline.recipe import build_recipe
 from palinode.pipeline.run import unlearn
 from palinode.pipeline.workspace import Workspace
@@ -457,10 +457,10 @@ def _unlearn_all(
         )
         done = unlearn(recipe, command=f"palinode demo --locate --seed {seed}", listener=listener)
         people = len(world.early) + len(world.middle)  # the retain rows are theirs, then the general facts
-        recalls = {
+        matches = {
             name: {
-                "forget": recall(sets["forget"]),
-                "others": recall([outcome for outcome in sets["retain"] if outcome.row < people]),
+                "forget": exact_match(sets["forget"]),
+                "others": exact_match([outcome for outcome in sets["retain"] if outcome.row < people]),
             }
             for name, sets in done.outcomes.items()
         }
@@ -469,9 +469,9 @@ def _unlearn_all(
                 "step": step,
                 "method": method,
                 "seen": sum(any(seen <= step for seen, _ in steps) for steps in truth),
-                "base": recalls["base"],
-                "target": recalls["target"],
-                "unlearned": recalls["unlearned"],
+                "base": matches["base"],
+                "target": matches["target"],
+                "unlearned": matches["unlearned"],
                 "scales": {name: done.record["scales"][name] for name in ("forget", "retain")},
                 "kept_rule": done.record["scales"]["kept_rule"],
             }

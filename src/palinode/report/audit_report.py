@@ -106,7 +106,6 @@ def audit_section(record: Mapping[str, Any]) -> list[Section]:
         Grid("Every test of the audit", head, rows, text_columns=2),
         *_relearning(record),
         *_budget(record["policy"]),
-        anchor="audit",
         bar="Audit",
         intro="The same attacks with the same budget on the model and on the yardstick. Higher means that "
         "the model knows more of the forget set. Small figures are 95 % bootstrap intervals over the rows; "

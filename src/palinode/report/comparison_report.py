@@ -156,7 +156,6 @@ def _ranking_section(table: Figures) -> list[Section]:
     return section(
         "The methods side by side",
         Grid("Methods by their gap to the ideal", ["method", "within noise of", "gap"], rows, text_columns=2),
-        anchor="comparison",
         bar="Methods",
         intro=f"The gap is |forget − ideal| + max(0, ideal − retain) in {words(ranking['metric'])} on rows "
         f"that nothing was chosen on; the ideal is {ideal}. Intervals: 95 %, over rows and seeds resampled "
@@ -196,7 +195,6 @@ def _point_section(table: Figures) -> list[Section]:
             picks=True,
         ),
         Grid("Every point as a table", head, rows, text_columns=2, folded=True),
-        anchor="points",
         bar="Points",
     )
 
@@ -211,7 +209,6 @@ def _score_section(table: Figures) -> list[Section]:
         "Measured once, on other rows",
         Grid("Scores of each method", ["model", *columns], rows) if columns else None,
         Items(_reasons(table)),
-        anchor="scores",
         bar="Scores",
         intro=_measured_note(table),
     )
@@ -256,7 +253,7 @@ def _cost_section(table: Figures) -> list[Section]:
         "steps of the search",
         "seconds of it",
     ]
-    return section("What it cost", note, Grid("Cost of each method", head, rows), anchor="cost", bar="Cost")
+    return section("What it cost", note, Grid("Cost of each method", head, rows), bar="Cost")
 
 
 def _settings_text(settings: Mapping[str, Any], scales: Sequence[float] | None) -> str:

@@ -7,11 +7,12 @@ a section stands for what the record has nothing to say of, and a section withou
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -22,6 +23,8 @@ Figure = dict[str, Any]
 Tone = Literal["good", "unsure", "bad", "chosen"]
 STYLES = {"good": "green", "unsure": "yellow", "bad": "bold red", "chosen": "bold"}
 """Of a toned cell in the terminal."""
+MOST_NAME = 24
+"""Letters of a name that a terminal's table does not break."""
 MOST_CASES, MOST_LETTERS = 10, 400
 """Cases of a set, and letters of an answer, that the Markdown shows; the page has all."""
 
@@ -102,7 +105,8 @@ class Picture:
     label: str
     """What it shows, for those who do not see it."""
     figure: Figure | None
-    title: str | None = None
+    titled: bool = False
+    """Whether what it shows stands above it."""
     caption: str | None = None
     file: str | None = None
     picks: bool = False
@@ -133,18 +137,20 @@ class Section:
 
     title: str
     blocks: Sequence[Block]
-    anchor: str = ""
     bar: str = ""
     """Its name in the bar of the page; empty for those that stand before the bar or need no entry."""
     intro: str = ""
 
+    @property
+    def anchor(self) -> str:
+        """What links on the page lead to."""
+        return re.sub(r"\W+", "-", self.title.lower())
 
-def section(
-    title: str, *blocks: Block | None, anchor: str = "", bar: str = "", intro: str = ""
-) -> list[Section]:
+
+def section(title: str, *blocks: Block | None, bar: str = "", intro: str = "") -> list[Section]:
     """Return a section of the blocks that there are, or nothing."""
     there = [block for block in blocks if block is not None and not _is_empty(block)]
-    return [Section(title, there, anchor, bar, intro)] if there else []
+    return [Section(title, there, bar, intro)] if there else []
 
 
 def _is_empty(block: Block) -> bool:
@@ -266,10 +272,13 @@ def show(blocks: Iterable[Block], console: Console) -> None:
 def _table(grid: Grid) -> Table:
     """Return a grid as rich's table, intervals on the line below; a row of one cell begins a part."""
     table = Table(title=Text(grid.title), title_justify="left")
+    longest = max(
+        (len(word) for row in grid.rows for word in _terminal_cell(row[0]).plain.split()), default=0
+    )
     for place, title in enumerate(grid.head):
-        table.add_column(
-            Text(title), justify="left" if place < grid.text_columns else "right", overflow="fold"
-        )
+        justify: JustifyMethod = "left" if place < grid.text_columns else "right"
+        least = None if place else min(longest, MOST_NAME)  # names are not broken while there is room
+        table.add_column(Text(title), justify=justify, overflow="fold", min_width=least)
     for row in grid.rows:
         if len(row) == 1:
             table.add_section()

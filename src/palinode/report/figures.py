@@ -60,16 +60,23 @@ POINTS_SHOWN = 400
 # What all pictures share
 
 
-def dots(name: str, xs: Sequence[float], ys: Sequence[float], colour: str, symbol: str) -> Figure:
-    """Return a trace of dots."""
-    marker = {"color": colour, "symbol": symbol, "size": 11}
+def dots(
+    name: str,
+    points: Sequence[tuple[float, float, Mapping[str, Any]]],
+    colour: str,
+    symbol: str,
+    size: int = 11,
+) -> Figure:
+    """Return a trace of dots: x, y, and what each says (`told`)."""
     return {
         "type": "scatter",
         "mode": "markers",
         "name": escaped_name(name),
-        "x": list(xs),
-        "y": list(ys),
-        "marker": marker,
+        "x": [x for x, *_ in points],
+        "y": [y for _, y, _ in points],
+        "marker": {"color": colour, "symbol": symbol, "size": size},
+        "customdata": [said for *_, said in points],
+        "hovertemplate": "%{customdata.text}<extra></extra>",
     }
 
 
@@ -146,17 +153,34 @@ def tradeoff_figure(content: Mapping[str, Any]) -> Figure | None:
     The points are the pairs of scales of a run, or those of every method of a comparison (`table`). Without
     a retain set the height is α, since there is nothing else to show.
     """
-    if content.get("table"):
-        return _tradeoff([*_contestant_traces(content["table"]), *_probed_models(content["table"])])
-    points = [
-        point
-        for point in at(content, "scales", "points") or ()
-        if point.get("forget_probability") is not None
-    ]
-    if points and all(point.get("retain_probability") is None for point in points):
-        return _tradeoff(_scale_traces(points, "forget"), above="α", shapes=_yardstick_band(content))
-    traces = [*_model_traces(content), *_front_trace(content), *_scale_traces(points, "retain_probability")]
-    return _tradeoff(traces, shapes=_yardstick_band(content))
+    above, height, layout = "answer probability on the retain set", "retain_probability", {}
+    if table := content.get("table"):
+        probes = {model: at(table, "models", model, "probes") or {} for model in MODELS}
+        pairs = {
+            model: [{"value": probe.get(name)} for name in ("forget", "retain")]
+            for model, probe in probes.items()
+        }
+        traces = _contestant_traces(table) + _model_traces(pairs, "retain", "--ink", size=14)
+    else:
+        points = [
+            point
+            for point in at(content, "scales", "points") or ()
+            if point.get("forget_probability") is not None
+        ]
+        flat = bool(points) and all(point.get(height) is None for point in points)
+        if flat:
+            above, height = "α", "forget"
+        retain = "retain_unseen" if at(content, "scores", "unlearned", "retain_unseen") else "retain"
+        pairs = {
+            model: [at(scores, name, "answer_probability") or {} for name in ("forget", retain)]
+            for model, scores in (
+                (name, at(content, "scores", name) or {}) for name in scores_on(content, "forget")
+            )
+        }
+        models = [] if flat else _model_traces(pairs, retain) + _front_trace(content)
+        traces = models + _scale_traces(points, height)
+        layout = {"shapes": _yardstick_band(content)}
+    return figure(traces, 560, "answer probability on the forget set", above, **layout)
 
 
 def tradeoff_caption(content: Mapping[str, Any]) -> str:
@@ -168,28 +192,6 @@ def tradeoff_caption(content: Mapping[str, Any]) -> str:
         "models measured on the evaluation rows, so the chosen point and the unlearned model need not "
         "coincide. Click a mark for its figures."
     )
-
-
-def _tradeoff(
-    traces: Sequence[Figure], above: str = "answer probability on the retain set", **layout: Any
-) -> Figure | None:
-    return figure(traces, 560, "answer probability on the forget set", above, **layout)
-
-
-def _point_trace(
-    name: str,
-    points: Sequence[Mapping[str, Any]],
-    height: str,
-    marker: Mapping[str, Any],
-    owner: str | None = None,
-) -> Figure:
-    """Return points with what each says; `owner` is the method that they are of."""
-    trace = dots(
-        name, [point["forget_probability"] for point in points], [point[height] for point in points], "", ""
-    )
-    customdata = [_point_told(point, owner) for point in points]
-    hover = "%{customdata.text}<extra></extra>"
-    return {**trace, "marker": dict(marker), "customdata": customdata, "hovertemplate": hover}
 
 
 def _point_told(point: Mapping[str, Any], owner: str | None) -> dict[str, Any]:
@@ -215,22 +217,21 @@ def _point_told(point: Mapping[str, Any], owner: str | None) -> dict[str, Any]:
 
 def _scale_traces(points: Sequence[Mapping[str, Any]], height: str) -> list[Figure]:
     """Return the pairs of scales in three groups: allowed by the rule, not, and chosen."""
-    marks = {
-        "allowed": {"color": "--unlearned", "symbol": "circle-open", "size": 11, "line": {"width": 2}},
-        "not allowed": {"color": "--other", "symbol": "x-thin-open", "size": 9, "line": {"width": 2}},
-        "chosen": {"color": "--unlearned", "symbol": "star", "size": 17},
+    looks: dict[str, tuple[str, str, int]] = {
+        "point tried, allowed": ("--unlearned", "circle-open", 11),
+        "point tried, not allowed": ("--other", "x-thin-open", 9),
+        "point chosen": ("--unlearned", "star", 17),
     }
-    groups: dict[str, list[Mapping[str, Any]]] = {name: [] for name in marks}
+    groups: dict[str, list[Any]] = {name: [] for name in looks}
     for point in points:
-        name = "chosen" if point.get("chosen") else "allowed" if point.get("allowed") else "not allowed"
-        groups[name].append(point)
-    return [
-        _point_trace(
-            "point chosen" if name == "chosen" else f"point tried, {name}", members, height, marks[name]
-        )
-        for name, members in groups.items()
-        if members
-    ]
+        tried = "point tried, allowed" if point.get("allowed") else "point tried, not allowed"
+        said = _point_told(point, None)
+        group = groups["point chosen" if point.get("chosen") else tried]
+        group.append((point["forget_probability"], point[height], said))
+    traces = [dots(name, members, *looks[name]) for name, members in groups.items() if members]
+    for trace in traces:
+        trace["marker"]["line"] = {"width": 2 if trace["marker"]["symbol"].endswith("-open") else 0}
+    return traces
 
 
 def _contestant_traces(table: Mapping[str, Any]) -> list[Figure]:
@@ -239,58 +240,39 @@ def _contestant_traces(table: Mapping[str, Any]) -> list[Figure]:
     for place, entry in enumerate(table.get("contestants") or ()):
         points = [point for point in entry["points"] if point.get("retain_probability") is not None]
         colour, symbol = PALETTE[place % len(PALETTE)], SYMBOLS[place % len(SYMBOLS)]
-        marker = {
-            "color": colour,
+        marks = [
+            (point["forget_probability"], point["retain_probability"], _point_told(point, entry["name"]))
+            for point in points
+        ]
+        trace = dots(entry["name"], marks, colour, symbol)
+        trace["marker"] |= {
             "symbol": [symbol if point["chosen"] else f"{symbol}-open" for point in points],
             "size": [16 if point["chosen"] else 8 for point in points],
             "line": {"width": 1.5, "color": colour},
             "opacity": 1,
         }
-        traces.append(_point_trace(entry["name"], points, "retain_probability", marker, entry["name"]))
+        traces.append(trace)
     return traces
 
 
-def _model_trace(
-    model: str, pair: Sequence[Mapping[str, Any]], retain: str, colour: str, size: int, *, clicked: bool
-) -> Figure:
-    """Return a model at its scores on forget and retain set."""
-    trace = dots(model_label(model), [pair[0]["value"]], [pair[1]["value"]], colour, _mark(model)[1])
-    trace["marker"]["size"] = size
-    lines = [f"forget set: {number(pair[0]['value'])}", f"{retain}: {number(pair[1]['value'])}"]
-    trace["customdata"] = [told(model_label(model), lines, model=model if clicked else None)]
-    trace["hovertemplate"] = "%{customdata.text}<extra></extra>"
-    return trace
+def _model_traces(
+    pairs: Mapping[str, Sequence[Mapping[str, Any]]], retain: str, colour: str | None = None, size: int = 11
+) -> list[Figure]:
+    """Return models by their scores on forget and retain set, with intervals both ways.
 
-
-def _probed_models(table: Mapping[str, Any]) -> list[Figure]:
-    """Return the models of a comparison by what they scored on the probe rows."""
-    probes = {model: at(table, "models", model, "probes") or {} for model in MODELS}
-    return [
-        _model_trace(
-            model,
-            [{"value": probe["forget"]}, {"value": probe["retain"]}],
-            "retain set",
-            "--ink",
-            14,
-            clicked=False,
-        )
-        for model, probe in probes.items()
-        if probe.get("retain") is not None
-    ]
-
-
-def _model_traces(content: Mapping[str, Any]) -> list[Figure]:
-    """Return the models of a run by their scores, with intervals both ways."""
-    data_set = "retain_unseen" if at(content, "scores", "unlearned", "retain_unseen") else "retain"
+    In a colour of their own, as in a run, a click shows their sample answers.
+    """
     traces = []
-    forget, retain = scores_on(content, "forget"), scores_on(content, data_set)
-    for model in (name for name in forget if name in retain):
-        pair = [at(rows[model], "answer_probability") or {} for rows in (forget, retain)]
+    for model, pair in pairs.items():
         if any(score.get("value") is None for score in pair):
             continue
-        colour = _mark(model)[0]
-        trace = _model_trace(model, pair, SETS[data_set], colour, 11, clicked=True)
-        traces.append(trace | {"error_x": errors(pair[:1], colour), "error_y": errors(pair[1:], colour)})
+        own, symbol = _mark(model)
+        x, y = (score["value"] for score in pair)
+        lines = [f"forget set: {number(x)}", f"{SETS[retain]}: {number(y)}"]
+        said = told(model_label(model), lines, model=None if colour else model)
+        trace = dots(model_label(model), [(x, y, said)], colour or own, symbol, size)
+        bars = {f"error_{axis}": errors([score], own) for axis, score in zip("xy", pair, strict=True)}
+        traces.append(trace if colour else trace | bars)
     return traces
 
 
@@ -329,20 +311,21 @@ def score_figure(content: Mapping[str, Any], data_set: str) -> Figure | None:
         return None
     traces = []
     for place, (model, scores) in enumerate(rows.items()):
-        known = [(i, name) for i, name in enumerate(metrics) if at(scores, name, "value") is not None]
-        offset = 0.16 * (place - (len(rows) - 1) / 2)
-        found = [scores[name] for _, name in known]
+        found, points = [], []
+        for height, name in enumerate(metrics):
+            score = scores.get(name) or {}
+            if score.get("value") is not None:
+                reach = interval_text(score) or "not known"
+                said = [
+                    f"{metric_label(name)}: {number(score['value'])}",
+                    f"interval {reach}, {score.get('n')} examples",
+                ]
+                offset = 0.16 * (place - (len(rows) - 1) / 2)
+                points.append((score["value"], height + offset, told(model_label(model), said)))
+                found.append(score)
         colour, symbol = _mark(model)
-        values, heights = [score["value"] for score in found], [i + offset for i, _ in known]
-        trace = dots(model_label(model), values, heights, colour, symbol)
-        trace["error_x"] = errors(found, colour)
-        trace["customdata"] = [
-            f"{metric_label(name)}: {number(score['value'])}<br>"
-            f"interval {interval_text(score) or 'not known'}, {score.get('n')} examples"
-            for (_, name), score in zip(known, found, strict=True)
-        ]
-        trace["hovertemplate"] = f"<b>{trace['name']}</b><br>%{{customdata}}<extra></extra>"
-        traces.append(trace)
+        trace = dots(model_label(model), points, colour, symbol)
+        traces.append(trace | {"error_x": errors(found, colour)})
     ticks = {"tickvals": list(range(len(metrics))), "ticktext": [metric_label(name) for name in metrics]}
     across = {"range": [-0.04, 1.04]}
     return figure(traces, 130 + 70 * len(metrics), "score", "", xaxis=across, yaxis={**ticks, **NAMES})
@@ -447,41 +430,41 @@ def training_figure(content: Mapping[str, Any]) -> Figure | None:
 
 def attack_figure(audit: Mapping[str, Any]) -> Figure | None:
     """Return by how many margins the model differs from the yardstick in each test of an audit."""
-    tests = [
-        (
-            f"{attack['title']}: {entry['title']}",
-            entry["findings"]["audited"],
-            _margin(audit, f"{name}.{test}"),
-        )
-        for name, attack in audit["attacks"].items()
-        for test, entry in (attack.get("tests") or {}).items()
-        if at(entry, "findings", "audited", "difference", "value") is not None
+    titles: list[str] = []
+    points: dict[str, list[Any]] = {verdict: [] for verdict in VERDICTS}
+    scores: dict[str, list[Any]] = {verdict: [] for verdict in VERDICTS}
+    for name, attack in audit["attacks"].items():
+        for test, entry in (attack.get("tests") or {}).items():
+            finding = entry["findings"]["audited"]
+            verdict, difference = finding["verdict"], finding["difference"]
+            if verdict not in VERDICTS or difference["value"] is None:
+                continue
+            margin = _margin(audit, f"{name}.{test}")
+            known = {
+                side: difference[side] / margin
+                for side in ("value", "low", "high")
+                if difference.get(side) is not None
+            }
+            model, beside, apart = (
+                number(finding[key]["value"]) for key in ("score", "yardstick", "difference")
+            )
+            said = [f"model {model}, yardstick {beside}", f"difference {apart}, margin {margin:g}"]
+            points[verdict].append((known["value"], len(titles), told(verdict, said)))
+            scores[verdict].append(known)
+            titles.append("<br>".join(wrap(escaped_name(f"{attack['title']}: {entry['title']}"), 34)))
+    traces = [
+        dots(verdict, points[verdict], *look) | {"error_x": errors(scores[verdict], look[0])}
+        for verdict, look in VERDICTS.items()
+        if points[verdict]
     ]
-    traces = []
-    for verdict, (colour, symbol) in VERDICTS.items():
-        members = [
-            (place, finding, margin)
-            for place, (_, finding, margin) in enumerate(tests)
-            if finding["verdict"] == verdict
-        ]
-        if not members:
-            continue
-        found = [_in_margins(finding["difference"], margin) for _, finding, margin in members]
-        xs, places = [score["value"] for score in found], [place for place, *_ in members]
-        trace = dots(verdict, xs, places, colour, symbol)
-        trace["error_x"] = errors(found, colour)
-        trace["customdata"] = [_finding_told(finding, margin) for _, finding, margin in members]
-        trace["hovertemplate"] = f"<b>{verdict}</b><br>%{{customdata}}<extra></extra>"
-        traces.append(trace)
-    titles = ["<br>".join(wrap(escaped_name(title), 34)) for title, *_ in tests]
     edge = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "line": {"color": "--other", "dash": "dot"}}
     return figure(
         traces,
-        150 + 44 * len(tests),
+        150 + 44 * len(titles),
         "difference, in margins",
         "",
         xaxis={"zeroline": True},
-        yaxis={"tickvals": list(range(len(tests))), "ticktext": titles, **NAMES},
+        yaxis={"tickvals": list(range(len(titles))), "ticktext": titles, **NAMES},
         shapes=[{**edge, "x0": place, "x1": place} for place in (-1, 1)],
     )
 
@@ -490,17 +473,6 @@ def _margin(audit: Mapping[str, Any], key: str) -> float:
     """Return the margin for knowing more, else the one for knowing less; 1 where there is none."""
     sides = (at(audit, "policy", "margins", key, side) for side in ("more", "less"))
     return float(next((side for side in sides if side), 1.0))
-
-
-def _in_margins(score: Mapping[str, Any], margin: float) -> dict[str, float]:
-    return {side: score[side] / margin for side in ("value", "low", "high") if score.get(side) is not None}
-
-
-def _finding_told(finding: Mapping[str, Any], margin: float) -> str:
-    model, beside, difference = (
-        number(finding[name]["value"]) for name in ("score", "yardstick", "difference")
-    )
-    return f"model {model}, yardstick {beside}<br>difference {difference}, margin {margin:g}"
 
 
 def relearning_figure(audit: Mapping[str, Any]) -> Figure | None:

@@ -18,11 +18,11 @@ from typing import Any
 
 from palinode.report.comparison_report import PARTS, SIDES, axis_entry, axis_models, on_same_rows
 from palinode.report.content import Figure
-from palinode.report.figures import PALETTE, SYMBOLS, dots, errors, figure, line, tradeoff_figure
+from palinode.report.figures import PALETTE, SYMBOLS, dots, errors, figure, line, told, tradeoff_figure
 from palinode.report.location_report import MOST_ROWS
 from palinode.report.words import bracketed, in_picture, model_label, number, words
 
-WIDTH, LEFT, RIGHT, ABOVE, BELOW = 900, 66, 16, 30, 46
+WIDTH, LEFT, RIGHT, ABOVE, BELOW = 900, 66, 26, 30, 46
 """Of a whole picture, and what a panel leaves for its title and axes."""
 LETTER = 6.2
 """Width of a letter in the key."""
@@ -82,7 +82,7 @@ class _Scale:
         step = size * next(by for by in (1, 2, 5, 10) if by * size >= rough)
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         digits = max(0, -math.floor(math.log10(step) + 1e-9))
-        return [(place * step, f"{place * step:.{digits}f}") for place in range(first, last + 1)]
+        return [(place * step, f"{place * step:,.{digits}f}") for place in range(first, last + 1)]
 
 
 def _panel(panel: Figure, left: float, top: float, width: float) -> list[str]:
@@ -101,25 +101,24 @@ def _panel(panel: Figure, left: float, top: float, width: float) -> list[str]:
         parts.append(_line([(first, y), (last, y)], "--grid"))
         for place, part in enumerate(name.split("<br>")):
             parts.append(_text(first - 8, y + 4 + 13 * place, part, size=10, colour="--faint", anchor="end"))
-    names = [layout[axis]["title"]["text"] for axis in ("xaxis", "yaxis")]
-    parts.append(_text((first + last) / 2, below + 34, names[0], size=11, colour="--faint", anchor="middle"))
-    parts.append(_text(first + 4, above - 4, names[1], size=10, colour="--faint") if names[1] else "")
-    return [
-        part
-        for part in [*parts, *(one for trace in panel["data"] for one in _trace(trace, across, up))]
-        if part
-    ]
+    below_axis, beside_axis = (layout[axis]["title"]["text"] for axis in ("xaxis", "yaxis"))
+    parts.append(
+        _text((first + last) / 2, below + 34, below_axis, size=11, colour="--faint", anchor="middle")
+    )
+    parts.append(_text(first + 4, above - 4, beside_axis, size=10, colour="--faint"))
+    return parts + [part for trace in panel["data"] for part in _trace(trace, across, up)]
 
 
 def _reaches(panel: Figure, axis: str) -> Iterator[float]:
     """Yield every value along an axis, with the ends of its interval."""
     for trace in panel["data"]:
-        spread = trace.get(f"error_{axis}", {})
-        for place, value in enumerate(trace[axis]):
+        bars = trace.get(f"error_{axis}") or {
+            "array": [0] * len(trace[axis]),
+            "arrayminus": [0] * len(trace[axis]),
+        }
+        for value, above, below in zip(trace[axis], bars["array"], bars["arrayminus"], strict=True):
             if value is not None:
-                yield value
-                yield value + (spread["array"][place] if spread else 0)
-                yield value - (spread["arrayminus"][place] if spread else 0)
+                yield from (value - below, value + above)
 
 
 def _trace(trace: Figure, across: _Scale, up: _Scale) -> list[str]:
@@ -136,16 +135,17 @@ def _trace(trace: Figure, across: _Scale, up: _Scale) -> list[str]:
             parts.append(
                 _line(places, style["color"], style.get("dash"), style.get("width", 1.8), _name(trace))
             )
-    for axis, scale, unit in (("error_x", across, (1, 0)), ("error_y", up, (0, 1))):
-        for place, x, y in points if axis in trace else ():
-            value, found = trace[axis[-1]][place], trace[axis]
-            ends = (scale.at(value - found["arrayminus"][place]), scale.at(value + found["array"][place]))
-            places = [(end, y) if unit[0] else (x, end) for end in ends]
-            parts.append(_line(places, found["color"]))
     for place, x, y in points:
+        if "error_y" in trace:
+            bars, value = trace["error_y"], trace["y"][place]
+            ends = (value - bars["arrayminus"][place], value + bars["array"][place])
+            parts.append(_line([(x, up.at(end)) for end in ends], bars["color"]))
         if "markers" in trace["mode"]:
-            parts.append(_mark(x, y, *_style(trace["marker"], place), _told(trace, place)))
-        if "text" in trace["mode"]:
+            said = trace["customdata"][place]
+            parts.append(
+                _mark(x, y, *_style(trace["marker"], place), ": ".join([said["title"], *said["lines"]]))
+            )
+        if "text" in trace:
             parts.append(_text(x, y - 10, trace["text"][place], size=11, anchor="middle"))
     return parts
 
@@ -158,13 +158,6 @@ def _style(marker: Mapping[str, Any], place: int) -> tuple[str, float, str]:
     return symbol, size, marker["color"]
 
 
-def _told(trace: Figure, place: int) -> str:
-    if "customdata" in trace:
-        mark = trace["customdata"][place]
-        return f"{mark['title']}: {'; '.join(mark['lines'])}"
-    return str(trace["hovertext"][place]) if "hovertext" in trace else _name(trace)
-
-
 def _name(trace: Figure) -> str:
     """Return the name of a trace as it was before it was made safe for plotly."""
     return html.unescape(trace["name"])
@@ -172,7 +165,7 @@ def _name(trace: Figure) -> str:
 
 def _key(traces: Sequence[Figure]) -> tuple[list[str], float]:
     """Return a mark and a name for each kind of trace, and where the panels may begin."""
-    named = {_name(trace): trace for trace in reversed(traces) if trace.get("showlegend", True)}
+    named = {_name(trace): trace for trace in reversed(traces) if trace["name"]}
     parts, x, y = list[str](), 12.0, 44.0
     for name, trace in reversed(named.items()):
         space = 44 + LETTER * len(name)
@@ -182,8 +175,9 @@ def _key(traces: Sequence[Figure]) -> tuple[list[str], float]:
             style = trace["line"]
             parts.append(_line([(x, y), (x + 22, y)], style["color"], style.get("dash"), 2))
         if "markers" in trace["mode"]:
-            symbol, _, colour = _style(trace["marker"], 0)
-            parts.append(_mark(x + 11, y, symbol, 9, colour, ""))
+            symbol = trace["marker"]["symbol"]
+            first = symbol if isinstance(symbol, str) else (symbol or ["circle"])[0]
+            parts.append(_mark(x + 11, y, first, 9, trace["marker"]["color"], ""))
         parts.append(_text(x + 28, y + 4, name, size=11))
         x += space
     return parts, y + 12 if named else 30.0
@@ -285,18 +279,20 @@ def _axis_contestant(content: Mapping[str, Any], name: str, side: str, shift: fl
     """Return a contestant's line; `shift` from -0.5 to 0.5 keeps intervals apart."""
     place = axis_models(content)[1].index(name)
     colour, symbol = PALETTE[place % len(PALETTE)], SYMBOLS[place % len(SYMBOLS)]
-    entries = [(number_, entry, axis_entry(entry, name)) for number_, entry in enumerate(content["values"])]
-    known = [(at, entry, one) for at, entry, one in entries if one and one[side]["value"] is not None]
-    scores = [one[side] for *_, one in known]
-    trace = line(name, [at + 0.2 * shift for at, *_ in known], [score["value"] for score in scores], colour)
-    hollow = [symbol if one["kept_rule"] else f"{symbol}-open" for *_, one in known]
-    said = [
-        f"{name} at {entry['value']}: {number(score['value'])} {bracketed(score)}".strip()
-        + ("" if one["kept_rule"] else "; no point kept the rule")
-        for (_, entry, one), score in zip(known, scores, strict=True)
-    ]
-    marks = {"mode": "lines+markers", "marker": {"color": colour, "symbol": hollow, "size": 9}}
-    return {**trace, **marks, "hovertext": said, "error_y": errors(scores, colour)}
+    points, scores, symbols = list[Any](), [], []
+    for step, entry in enumerate(content["values"]):
+        one = axis_entry(entry, name)
+        if one and one[side]["value"] is not None:
+            score, kept = one[side], one["kept_rule"]
+            said = [f"{number(score['value'])} {bracketed(score)}".strip()]
+            said += [] if kept else ["no point kept the rule"]
+            points.append((step + 0.2 * shift, score["value"], told(f"{name} at {entry['value']}", said)))
+            scores.append(score)
+            symbols.append(symbol if kept else f"{symbol}-open")
+    trace = dots(name, points, colour, symbol, 9)
+    trace["marker"]["symbol"] = symbols
+    lines = {"mode": "lines+markers", "line": {"color": colour}, "error_y": errors(scores, colour)}
+    return trace | lines
 
 
 def _highest(content: Mapping[str, Any], side: str) -> float:
@@ -334,12 +330,11 @@ def _request_panel(table: Mapping[str, Any], entry: Mapping[str, Any]) -> Figure
             traces.append(line(f"same rows: {reference}", places, beside, colours[part], "dash"))
         traces.append(line(label, places, values, colours[part]))
         joint = entry["joint"]["scores"][metric][part]["value"]
-        dot = dots("all at once", [count], [joint], colours[part], "circle-open")
-        said = {"hovertext": [f"all at once, {label}: {number(joint)}"], "showlegend": part == "done"}
-        traces.append({**dot, **said})
+        said = told("all at once", [f"{label}: {number(joint)}"])
+        traces.append(dots("all at once", [(count, joint, said)], colours[part], "circle-open"))
     if not entry["undo"]["possible"]:
-        note = dots("", [1.5 * count], [0.5], "--faint", "circle")
-        traces.append({**note, "mode": "text", "text": ["cannot undo"], "showlegend": False})
+        note = dots("", [(1.5 * count, 0.5, {})], "--faint", "circle")
+        traces.append(note | {"mode": "text", "text": ["cannot undo"]})
     shown = sorted({0, 1, count // 2, count, count + 1, count + count // 2, 2 * count})
     ticks = [str(place if place <= count else place - count) for place in shown]
     across = {"tickvals": shown, "ticktext": ticks, "range": (0, 2 * count)}
@@ -354,54 +349,44 @@ def location_picture(record: Mapping[str, Any]) -> str:
     series, shown = record["rungs"], record["rows"][:MOST_ROWS]
     best, target = (record["recommended"] or {}).get("step"), record["target_step"]
     last = max([one["step"] for one in series] + [target or 0, record["last"] or 0, 1])
-    steps = {"range": (0, last)}
-    states = {
-        "clean": "--green",
-        "has seen forget rows": "--red",
-        "similar text": "--amber",
-        "not known": "--other",
-    }
-    marks: dict[str, list[tuple[int, int, float, str]]] = {name: [] for name in states}
+    marks: dict[str, list[Any]] = {name: [] for name in STATES}
     for one in series:
-        said = f"step {one['step']:,}: {one['location']}"
-        marks[_state_of(one)].append((one["step"], 0, 16 if one["step"] == best else 10, said))
+        marks[_state_of(one)].append((one["step"], 0, 10, told(f"step {one['step']:,}", [one["location"]])))
     for lane, row in enumerate(shown, start=1):
         for seen in row["seen"]:
-            said = f"step {seen['step']:,}" + (f": {seen['copy']}" if seen["copy"] else "")
             name = "similar text" if seen["copy"] else "has seen forget rows"
+            said = told(f"step {seen['step']:,}", [seen["copy"]] if seen["copy"] else [])
             marks[name].append((seen["step"], lane, 5, said))
     traces = []
     for name, found in marks.items():
-        trace = dots(name, [x for x, *_ in found], [y for _, y, *_ in found], states[name], "circle")
-        trace["marker"] = {
-            "color": states[name],
-            "symbol": "circle",
-            "size": [size for *_, size, _ in found] or 9,
-        }
-        traces.append({**trace, "hovertext": [said for *_, said in found]})
-    noted = {best: f"{best:,}" if best is not None else "", target: "target"}
-    for step, said in noted.items():
-        if step is not None:
-            dot = dots(
-                "",
-                [step],
-                [0],
-                "--ink" if step == target else "--green",
-                "square" if step == target else "circle",
-            )
-            dot["marker"]["size"] = 9 if step == target else 16
-            traces.append(
-                {**dot, "mode": "markers+text", "text": [said], "hovertext": [said], "showlegend": False}
-            )
+        trace = dots(name, [(x, y, said) for x, y, _, said in found], STATES[name], "circle", 9)
+        trace["marker"] |= {"size": [size for *_, size, _ in found]}
+        traces.append(trace)
+    if best is not None:
+        trace = dots("", [(best, 0, told("recommended", []))], STATES["clean"], "circle", 16)
+        traces.append(trace | {"text": [f"{best:,}"]})
+    if target is not None:
+        traces.append(
+            dots("", [(target, 0, told("target", []))], "--ink", "square", 9) | {"text": ["target"]}
+        )
     lanes = ["checkpoints", *(f"row {row['row'] + 1}" for row in shown)]
     up = {"tickvals": list(range(len(lanes))), "ticktext": lanes, "autorange": "reversed"}
     more = len(record["rows"]) - len(shown)
-    name = f"and {more} more rows" if more else ""
-    panels = [figure(traces, 90 + 15 * len(lanes), "step", "", xaxis=steps, yaxis=up, name=name, left=90)]
+    layout = {"xaxis": {"range": (0, last)}, "name": f"and {more} more rows" if more else "", "left": 90}
+    panels = [figure(traces, 90 + 15 * len(lanes), "step", "", yaxis=up, **layout)]
     if record["onset"] and any(one["gap"] is not None for one in series):
-        panels.append(_gap_panel(record["onset"], steps))
+        panels.append(_gap_panel(record["onset"], last))
     title = "No checkpoint is clean" if best is None else f"Recommended: step {best:,}"
     return drawing(title, [panel for panel in panels if panel])
+
+
+STATES = {
+    "clean": "--green",
+    "has seen forget rows": "--red",
+    "similar text": "--amber",
+    "not known": "--other",
+}
+"""What may be known of a checkpoint or a row, and its colour."""
 
 
 def _state_of(one: Mapping[str, Any]) -> str:
@@ -412,18 +397,18 @@ def _state_of(one: Mapping[str, Any]) -> str:
     return "not known" if dirty is None else "has seen forget rows" if dirty else "clean"
 
 
-def _gap_panel(onset: Mapping[str, Any], steps: Mapping[str, Any]) -> Figure | None:
+def _gap_panel(onset: Mapping[str, Any], last: int) -> Figure | None:
     """Return the gap of the checkpoints that were looked at, with their intervals."""
     found = [(gap["step"], *gap["values"][onset["measure"]]) for gap in onset["gaps"]]
-    scores = [{"value": value, "low": low, "high": high} for _, value, low, high in found]
-    xs = [step for step, *_ in found]
-    trace = line("gap", xs, [value for _, value, *_ in found], "--unlearned")
-    said = [f"step {step:,}: {value:+.3f}" for step, value, *_ in found]
-    symbols = ["circle" if gap["exposed"] else "circle-open" for gap in onset["gaps"]]
-    marks = {"mode": "lines+markers", "marker": {"color": "--unlearned", "symbol": symbols, "size": 9}}
-    trace |= {**marks, "hovertext": said, "error_y": errors(scores, "--unlearned"), "showlegend": False}
+    points = [(step, value, told(f"step {step:,}", [f"{value:+.3f}"])) for step, value, *_ in found]
+    trace = dots("", points, "--unlearned", "circle", 9)
+    trace["marker"]["symbol"] = ["circle" if gap["exposed"] else "circle-open" for gap in onset["gaps"]]
+    bars = errors(
+        [{"value": value, "low": low, "high": high} for _, value, low, high in found], "--unlearned"
+    )
+    trace |= {"mode": "lines+markers", "line": {"color": "--unlearned"}, "error_y": bars}
     name = f"gap, {words(onset['measure'])}: filled where it is beyond noise"
-    return figure([trace], 180, "step", "", xaxis=dict(steps), yaxis={}, name=name, left=90)
+    return figure([trace], 180, "step", "", xaxis={"range": (0, last)}, name=name, left=90)
 
 
 def plan_picture(record: Mapping[str, Any]) -> str:
@@ -431,9 +416,8 @@ def plan_picture(record: Mapping[str, Any]) -> str:
     traces, names = [], []
     for lane, schedule in enumerate(record["schedules"]):
         colour = "--green" if schedule["name"] == record["recommended"] else "--other"
-        kept = schedule["kept"]
-        trace = dots(schedule["name"], kept, [lane] * len(kept), colour, "circle")
-        traces.append({**trace, "hovertext": [f"step {step:,}" for step in kept], "showlegend": False})
+        points = [(step, lane, told(f"step {step:,}", [])) for step in schedule["kept"]]
+        traces.append(dots("", points, colour, "circle"))
         names.append(
             f"{schedule['name']}<br>expected {schedule['expected']:,.0f}, worst {schedule['worst']:,}"
         )

@@ -89,10 +89,9 @@ def report_sections(content: Mapping[str, Any]) -> list[Section]:
             "In short" if content["claims"] else "",
             Lights(content["claims"]),
             Paragraph(CAUTION),
-            anchor="in-short",
         ),
-        *section("What was not tested", Items(content["untested"]), anchor="untested"),
-        *section("Notes", Items(content["notes"]), anchor="notes"),
+        *section("What was not tested", Items(content["untested"])),
+        *section("Notes", Items(content["notes"])),
         *builders.get(content["kind"], lambda: run_sections(content))(),
         *section(
             "How to repeat it",
@@ -100,7 +99,6 @@ def report_sections(content: Mapping[str, Any]) -> list[Section]:
             _inputs(content),
             Pairs(_versions(content)),
             _settings(content.get("recipe") or content.get("policy") or {}),
-            anchor="origin",
             bar="Repeat",
         ),
     ]

@@ -148,7 +148,6 @@ def _demo_section(demo: Mapping[str, Any]) -> list[Section]:
     return section(
         "The demo's world",
         Grid("Exact match by model", [*head, "general facts", "α, β"], rows),
-        anchor="demo",
         bar="Demo",
         intro="Exact match, the share of questions answered exactly right. In this invented world the truth "
         "is known: the retrained model never saw the people who are to be forgotten, and nothing was chosen "
@@ -177,7 +176,6 @@ def _score_section(content: Mapping[str, Any]) -> list[Section]:
     return section(
         "Before, after, yardstick",
         *blocks,
-        anchor="scores",
         bar="Scores",
         intro="Target is the model before, unlearned the model now. The yardstick is a model that never saw "
         "the forget set: the retrained one where there is one, else the base checkpoint. Lines and small "
@@ -212,7 +210,7 @@ def _method_section(content: Mapping[str, Any]) -> list[Section]:
     formula = f": {method['formula']}" if method.get("formula") else ""
     settings = ", ".join(f"{name} = {value}" for name, value in (method.get("settings") or {}).items())
     own = f" Its own settings: {settings}." if settings else ""
-    return section("Method", Paragraph(f"{method.get('name')}{source}{formula}.{own}"), anchor="method")
+    return section("Method", Paragraph(f"{method.get('name')}{source}{formula}.{own}"))
 
 
 def _scale_section(content: Mapping[str, Any]) -> list[Section]:
@@ -230,7 +228,6 @@ def _scale_section(content: Mapping[str, Any]) -> list[Section]:
         Paragraph(warning, strong=True) if (warning := at(scales, "yardstick", "warning")) else None,
         _sensitivity_grid(scales.get("sensitivity") or ()),
         _point_grid(scales.get("points") or ()),
-        anchor="tradeoff",
         bar="Trade-off",
     )
 
@@ -303,13 +300,13 @@ _MEASURED = {
 
 
 def _answer_section(content: Mapping[str, Any]) -> list[Section]:
-    title, anchor, bar = "Answers side by side", "answers", "Answers"
+    title, bar = "Answers side by side", "Answers"
     if elsewhere := content.get("answers_elsewhere"):
         told = (
             "This page holds no text of the rows, so that it may travel with the model. palinode report "
             "makes the one with sample answers anew while the workspace is there. It is:"
         )
-        return section(title, Paragraph(told), Code(elsewhere), anchor=anchor, bar=bar)
+        return section(title, Paragraph(told), Code(elsewhere), bar=bar)
     parts = [
         {
             "name": name,
@@ -323,7 +320,6 @@ def _answer_section(content: Mapping[str, Any]) -> list[Section]:
     return section(
         title,
         Cases(parts),
-        anchor=anchor,
         bar=bar,
         intro="The worst cases come first. On the forget set these are the rows on which the unlearned model "
         f"is farthest from {goal}, above or below; on the retain set those on which it lost most. The figure "
@@ -332,19 +328,15 @@ def _answer_section(content: Mapping[str, Any]) -> list[Section]:
 
 
 def _likelihood_section(content: Mapping[str, Any]) -> list[Section]:
-    pictures = (
-        Picture(
-            f"likelihood-{name}",
-            f"Distribution of log-probabilities on the {label}",
-            figures.likelihood_figure(content, name),
-            title=f"On the {label}",
+    pictures = []
+    for name, label in SETS.items():
+        drawn = figures.likelihood_figure(content, name)
+        pictures.append(
+            Picture(f"likelihood-{name}", f"Log-probabilities on the {label}", drawn, titled=True)
         )
-        for name, label in SETS.items()
-    )
     return section(
         "How sure of each right answer",
         *pictures,
-        anchor="likelihoods",
         bar="Row by row",
         intro="How likely each model finds the right answer, row by row: the mean log-probability of its "
         "tokens. Right is likelier; 0 is certain. A model that never saw the forget set shows how these "
@@ -371,25 +363,9 @@ def _vector_section(content: Mapping[str, Any]) -> list[Section]:
         Grid("Vectors", ["", "length", "share that arrived in the saved model"], rows),
         Pairs(known),
         Items(at(content, "dose", "notes") or ()) if rows or known else None,
-        Picture(
-            "norms",
-            "Length of each vector by part of the model",
-            figures.norm_figure(content),
-            title="Length by part of the model",
-        ),
-        Picture(
-            "cosines",
-            "Cosine of the two vectors by part of the model",
-            figures.cosine_figure(content),
-            title="Cosine of the two by part",
-        ),
-        Picture(
-            "doses",
-            "Share of the asked scale that is stored, by part of the model",
-            figures.dose_figure(content),
-            title="Dose by part: what is stored of what was asked",
-        ),
-        anchor="vectors",
+        Picture("norms", "Length by part of the model", figures.norm_figure(content), titled=True),
+        Picture("cosines", "Cosine of the two vectors by part", figures.cosine_figure(content), titled=True),
+        Picture("doses", "Dose by part: stored of what was asked", figures.dose_figure(content), titled=True),
         bar="Vectors",
         intro="What was taken off and added, as directions in weight space, and how much of it is in the "
         "saved weights after rounding.",
@@ -414,7 +390,6 @@ def _cost_section(content: Mapping[str, Any]) -> list[Section]:
         Picture("training", "Loss by step of each fine-tuning", figures.training_figure(content)),
         Grid("Cost of each fine-tuning", head, rows),
         Paragraph(f"Most memory held by the process: {peak / 1e9:.1f} GB.") if rows and peak else None,
-        anchor="cost",
         bar="Training",
     )
 

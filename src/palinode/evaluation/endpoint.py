@@ -286,7 +286,12 @@ class EndpointJudge:
                 return Pick(None, str(error))
             except UnreadableReplyError as error:
                 problem = str(error)
-                messages = [*messages, *_objection(text, problem)]
+                objection = f"That reply cannot be used: {problem}.{REPLY_FORM}"
+                messages = [
+                    *messages,
+                    {"role": "assistant", "content": text[:2000] or "(empty)"},
+                    {"role": "user", "content": objection},
+                ]
                 continue
             self._cache.put(key, picked, judge=self.name)
             return Pick(picked, decision=key)
@@ -306,15 +311,21 @@ class EndpointJudge:
         content = json.dumps({"model": self.model, "messages": messages, "temperature": 0}).encode("ascii")
         reason = ""
         for attempt in range(self._patience.attempts):
-            self._await_turn(reason)
+            while (left := self._not_before - time.monotonic()) > 0:
+                self._pause(left, reason or "the server asked us to wait")
+            self._pause(0.0, reason)
             started = time.monotonic()
             text, reason, asked = self._attempt(content)
             if text is not None:
                 self._quiet_since = None
                 return text
-            self._note_failure(started, asked)
+            with self._lock:  # a wait that the server asks for holds for every thread
+                self._quiet_since = started if self._quiet_since is None else self._quiet_since
+                self._not_before = max(self._not_before, time.monotonic() + asked)
             if attempt + 1 < self._patience.attempts:
-                self._pause(max(self._wait_after(attempt), asked), reason)
+                longest = min(self._patience.longest_wait, self._patience.first_wait * 2**attempt)
+                own = longest * random.uniform(0.5, 1.0)  # so that several do not come back at one moment
+                self._pause(max(own, asked), reason)
         raise _UnansweredError(f"no reply in {self._patience.attempts} attempts; at the last one {reason}")
 
     def _attempt(self, content: bytes) -> tuple[str | None, str, float]:
@@ -370,15 +381,6 @@ class EndpointJudge:
 
     # Waiting
 
-    def _wait_after(self, attempt: int) -> float:
-        longest = min(self._patience.longest_wait, self._patience.first_wait * 2**attempt)
-        return float(longest * random.uniform(0.5, 1.0))  # so that several do not come back at one moment
-
-    def _await_turn(self, reason: str) -> None:
-        while (left := self._not_before - time.monotonic()) > 0:
-            self._pause(left, reason or "the server asked us to wait")
-        self._pause(0.0, reason)
-
     def _pause(self, seconds: float, reason: str) -> None:
         """Wait; _UnansweredError when that would go past our patience, or somebody has stopped us."""
         if self._quiet_since is not None:
@@ -389,13 +391,6 @@ class EndpointJudge:
                 )
         if self._stopped.wait(seconds):
             raise _UnansweredError("stopped")
-
-    def _note_failure(self, started: float, asked: float) -> None:
-        """Remember since when all is quiet; a wait that the server asks for holds for every thread."""
-        with self._lock:
-            if self._quiet_since is None:
-                self._quiet_since = started
-            self._not_before = max(self._not_before, time.monotonic() + asked)
 
 
 def first_messages(question: str, answer: str, candidates: Sequence[Candidate]) -> list[dict[str, str]]:
@@ -423,13 +418,6 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         return None
     when = when if when.tzinfo else when.replace(tzinfo=UTC)
     return max(0.0, (when - datetime.now(UTC)).total_seconds())
-
-
-def _objection(text: str, problem: str) -> list[dict[str, str]]:
-    return [
-        {"role": "assistant", "content": text[:2000] or "(empty)"},
-        {"role": "user", "content": f"That reply cannot be used: {problem}.{REPLY_FORM}"},
-    ]
 
 
 def _text_of(body: bytes) -> str | None:

@@ -20,10 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from palinode.compare.ground import Shares, rows_for, world_of
-from palinode.compare.recipe import CompareRecipe, Contestant, Requests, SearchBudget
-from palinode.compare.request_states import Panel, RequestStates, Sum
-from palinode.compare.run import (
+from palinode.compare.comparing import (
     Compared,
     divide_comparison,
     method_facts,
@@ -31,6 +28,9 @@ from palinode.compare.run import (
     shared_facts,
     standing,
 )
+from palinode.compare.comparison_recipe import CompareRecipe, Contestant, Requests, SearchBudget
+from palinode.compare.ground import Shares, rows_for, world_of
+from palinode.compare.request_states import Panel, RequestStates, Sum
 from palinode.compare.search import (
     Ground,
     MethodPoint,

@@ -19,10 +19,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from palinode.compare.comparison_recipe import CompareRecipe, ComparisonRecipe, Contestant, world_folder
 from palinode.compare.ground import Shares, divide_rows, make_world, rows_for, world_of
 from palinode.compare.measuring import make_gauge, measure_model
 from palinode.compare.ranking import rank, values_of
-from palinode.compare.recipe import CompareRecipe, ComparisonRecipe, Contestant, world_folder
 from palinode.compare.search import (
     ComparisonSearch,
     Ground,

@@ -31,8 +31,7 @@ from pydantic import Field
 
 from palinode.methods.gradient import RetainOnlySettings, retain_objective
 from palinode.methods.method import Method, MethodSettings
-from palinode.weights.checkpoint import Checkpoint
-from palinode.weights.direction import Direction, Point, WeightedSum
+from palinode.weights.checkpoint import Checkpoint, Direction, Point, WeightedSum
 
 
 class VectorSettings(MethodSettings):

@@ -36,7 +36,7 @@ from palinode.errors import CheckpointError, DataError, RecipeError
 from palinode.models.alone import Say
 from palinode.models.likelihoods import answer_nll, padded_batches
 from palinode.models.loading import check_positions
-from palinode.weights.transforms import basis_of
+from palinode.weights.vectors import basis_of
 
 
 def answer_places(batch: Batch, *, everywhere: bool = False) -> npt.NDArray[np.bool_]:

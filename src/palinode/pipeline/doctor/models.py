@@ -16,7 +16,7 @@ from palinode.pipeline.doctor.findings import Findings, text_and_fix
 from palinode.pipeline.inputs import check_kind, check_not_same, check_vocabulary
 from palinode.progress import Listener
 from palinode.weights import Checkpoint
-from palinode.weights.checkpoint import ON_HUB, require_causal_lm
+from palinode.weights.folders import ON_HUB, require_causal_lm
 from palinode.weights.preflight import check_sum, count_nonfinite
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")

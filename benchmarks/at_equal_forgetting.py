@@ -26,7 +26,7 @@ from palinode.models.likelihoods import score_rows
 from palinode.models.loading import load_model, load_tokenizer
 from palinode.pipeline import build_recipe, unlearn
 from palinode.pipeline.demo_run import SETTINGS, recall
-from palinode.pipeline.finetuning import Tuning
+from palinode.pipeline.finetuning import FineTuning
 from palinode.pipeline.inputs import open_inputs
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import NullListener
@@ -90,8 +90,8 @@ class Demo:
         outcomes = done.outcomes["unlearned"]
         others = [outcome for outcome in outcomes["retain"] if outcome.row < self.people]
         with Workspace(self.folder / "workspace").locked():
-            job = Tuning(open_inputs(recipe), Workspace(self.folder / "workspace"), NullListener())
-            vector = job.vectors(self.target).forget
+            job = FineTuning(open_inputs(recipe), Workspace(self.folder / "workspace"), NullListener())
+            vector = job.train(self.target).vectors.forget
         alpha, recalled, probability = self._equal(vector)
         scales = done.record["scales"]
         return Found(

@@ -4,7 +4,7 @@
 
 A log of random hashes is written on the spot by ExposureLog, `--batch` rows a step, with the documents put in
 at known steps, and every answer is checked against these. They are looked for in the log as it was written
-("raw") and after it was sorted (`compaction.compact`), each time by a program of its own on two cores: cold,
+("raw") and after it was sorted (`reader.compact`), each time by a program of its own on two cores: cold,
 when none of the log's pages is in memory (they are dropped, and mincore says whether they are), and warm,
 right after that. Seconds are those of opening the log and finding; the program's start and imports stand
 beside them. A peak is the program's VmHWM, so this needs Linux.

@@ -32,7 +32,7 @@ from palinode.data.world import invent_world
 from palinode.evaluation.yardstick import BASE_ALONE, Yardstick, estimate_yardstick
 from palinode.metrics.aggregate import ks_test
 from palinode.pipeline.demo_run import SETTINGS
-from palinode.pipeline.finetuning import Tuning
+from palinode.pipeline.finetuning import FineTuning
 from palinode.pipeline.goal import Behaviour, Goal
 from palinode.pipeline.inputs import Inputs, open_inputs
 from palinode.pipeline.recipe import build_recipe
@@ -110,8 +110,8 @@ def demo_cases(folder: Path, seeds: Sequence[int]) -> Iterator[Case]:
                 }
             )
             inputs = open_inputs(recipe)
-            job = Tuning(inputs, Workspace(folder / f"vectors-{seed}"), NullListener())
-            vectors = job.vectors(models.target)
+            job = FineTuning(inputs, Workspace(folder / f"vectors-{seed}"), NullListener())
+            vectors = job.train(models.target).vectors
             place = folder / f"probes-{seed}-{method}"
             yield Case(f"{method}, seed {seed}", inputs, models.target, vectors.forget, vectors.retain, place)
 

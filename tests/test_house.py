@@ -110,8 +110,8 @@ def test_modules_import_only_from_lower_layers(source):
     ("module", "code"),
     [
         ("palinode.metrics.matching", "from palinode.models import load"),
-        ("palinode.metrics.matching", "from palinode.report.summary import headline"),
-        ("palinode.metrics.matching", "import palinode.report.summary"),
+        ("palinode.metrics.matching", "from palinode.report.run_report import headline"),
+        ("palinode.metrics.matching", "import palinode.report.run_report"),
         ("palinode.metrics.matching", "from palinode import report"),
         ("palinode.metrics.matching", "from palinode import evaluate"),
         ("palinode.metrics.matching", "import palinode"),

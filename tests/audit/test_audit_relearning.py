@@ -7,7 +7,7 @@ import torch
 
 from palinode.audit import AuditBudget, read_material
 from palinode.audit.attack import Subject
-from palinode.audit.relearning import areas, on_forget, on_lookalikes, on_retain, relearn
+from palinode.audit.attacks import areas, relearn, relearn_forget, relearn_lookalikes, relearn_retain
 from palinode.errors import DivergenceError
 from palinode.models import load_tokenizer
 from palinode.weights import Checkpoint
@@ -71,15 +71,15 @@ def test_looking_on_the_way_changes_nothing(subject, material):
 
 
 def test_model_on_disk_is_read_afresh(subject, material):
-    first = on_forget(subject, material, BUDGET)
-    assert on_forget(subject, material, BUDGET) == first
+    first = relearn_forget(subject, material, BUDGET)
+    assert relearn_forget(subject, material, BUDGET) == first
     assert first.details["learned_rows"] == first.details["tested_rows"] == 15
 
 
 def test_what_is_learned_and_what_is_measured(subject, material):
-    found = on_retain(subject, material, BUDGET)
+    found = relearn_retain(subject, material, BUDGET)
     assert (found.details["learned_rows"], found.details["tested_rows"]) == (30, 30)
-    found = on_lookalikes(subject, material, BUDGET)
+    found = relearn_lookalikes(subject, material, BUDGET)
     assert (found.details["learned_rows"], found.details["tested_rows"]) == (30, 30)
     assert found.details["lookalikes"] == "given rows"
 
@@ -87,4 +87,4 @@ def test_what_is_learned_and_what_is_measured(subject, material):
 def test_training_that_diverges_says_so(subject, material):
     wild = BUDGET.model_copy(update={"relearn_rate": 1e30, "relearn_steps": [0, 6]})
     with pytest.raises(DivergenceError, match=r"not finite|a finite number"):
-        on_forget(subject, material, wild)
+        relearn_forget(subject, material, wild)

@@ -14,7 +14,7 @@ import pytest
 
 from palinode.audit import ATTACKS, build_policy, read_material
 from palinode.errors import DataError, InputError, OutputError, RecipeError
-from palinode.pipeline.audit import AuditPlan, audit
+from palinode.pipeline.audit_run import AuditPlan, audit
 
 POLICY = {
     "budget": {

@@ -7,9 +7,10 @@ import shutil
 
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
 from safetensors.numpy import load_file, save_file
 
-from palinode.pipeline.doctor.equipment import _numbers
+from palinode.pipeline.doctor import examine_library
 
 
 @pytest.fixture
@@ -160,5 +161,9 @@ def test_parts_may_be_left_out_and_a_recipe_may_name_them(examine, palinode, tin
     ("older", "newer"), [("1.9", "1.10"), ("2.12.1+cpu", "2.13"), ("5.0rc1", "5.0.1"), ("0.34", "1")]
 )
 def test_versions_are_compared_by_their_numbers(older, newer):
-    assert _numbers(older) < _numbers(newer)
-    assert _numbers("2.13.0+cpu") == _numbers("2.13")
+    found = examine_library(Requirement(f"torch>={newer}"), older)
+    assert (found.state, found.fix) == ("fail", f'pip install "torch>={newer}"')
+    assert f"version {older}, and Palinode needs torch>={newer}" in found.text
+    assert examine_library(Requirement(f"torch>={older.split('+')[0]}"), newer).state == "ok"
+    assert examine_library(Requirement("torch>=2.13"), "2.13.0+cpu").state == "ok"
+    assert examine_library(Requirement("torch>=2.13"), None).text == "not installed"

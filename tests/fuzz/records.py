@@ -21,7 +21,7 @@ from palinode.benchmarks.own import read_questions
 from palinode.compare.recipe import load_comparison
 from palinode.data.examples import Example, Message, read_examples
 from palinode.data.tokenize import PromptStyle, prompt_ids, tokenize
-from palinode.evaluation.judges.endpoint import UnreadableReplyError, read_reply
+from palinode.evaluation.endpoint import UnreadableReplyError, read_reply
 from palinode.evaluation.judging import Candidate
 from palinode.evaluation.openunlearning import read_log, write_log
 from palinode.history.duplicates import hashes

@@ -13,14 +13,14 @@ from palinode.history.duplicates import hashes
 from palinode.history.exposures import ExposureLog
 from palinode.history.judgement import known_alternatives
 from palinode.history.locating import locate
-from palinode.history.orders import LoggedStage, PalinodeOrder, open_palinode, rebuild, write_stages
 from palinode.history.reader import ExposureReader
 from palinode.history.series import CheckpointSeries, SeriesCheckpoint
-from palinode.report.location import location_markdown, location_sentences
+from palinode.history.stages import LoggedStage, PalinodeOrder, open_palinode, rebuild, write_stages
+from palinode.report.location_report import location_markdown, location_sentences
 from palinode.report.pictures import location_picture
 from palinode.training.settings import TrainingSettings
 
-LADDER = CheckpointSeries(
+SERIES = CheckpointSeries(
     tuple(SeriesCheckpoint(step, f"step{step}", 100 * step) for step in (10, 20, 30, 40))
 )
 WORDS = "the quick brown fox jumps over a lazy dog near some old stone bridge in warm evening light"
@@ -59,10 +59,10 @@ PLANTED = {23: [2], 27: [5], 35: [2]}
 
 
 def test_last_checkpoint_before_the_first_exposure_is_recommended(logged):
-    found = locate(FORGET, LADDER, log=logged(batches(PLANTED)), target_step=40)
+    found = locate(FORGET, SERIES, log=logged(batches(PLANTED)), target_step=40)
     assert (found.recommended.step, found.next_best.step) == (20, 10)
     assert [[seen.step for seen in entry.seen] for entry in found.rows] == [[23, 35], [27]]
-    assert [rung.seen for rung in found.rungs] == [0, 0, 2, 2]
+    assert [checkpoint.seen for checkpoint in found.checkpoints] == [0, 0, 2, 2]
     assert (found.recommended.to_exposure.steps, found.recommended.to_exposure.tokens) == (3, 300)
     assert (found.first_to_target.steps, found.first_to_target.tokens) == (17, 1700)
     assert (found.last_to_target.steps, found.last_to_target.tokens) == (5, 500)
@@ -73,16 +73,16 @@ def test_last_checkpoint_before_the_first_exposure_is_recommended(logged):
 
 @pytest.mark.parametrize(("first", "recommended"), [(20, 10), (21, 20), (11, 10), (40, 30)])
 def test_checkpoint_of_the_very_step_has_seen_the_row(logged, first, recommended):
-    found = locate(FORGET[:1], LADDER, log=logged(batches({first: [2]})), target_step=40)
+    found = locate(FORGET[:1], SERIES, log=logged(batches({first: [2]})), target_step=40)
     assert found.recommended.step == recommended
 
 
 def test_log_and_order_that_agree_are_both_named(logged):
     parts = batches(PLANTED)
-    found = locate(FORGET, LADDER, log=logged(parts), order=PalinodeOrder(parts), corpus=DATA, target_step=40)
+    found = locate(FORGET, SERIES, log=logged(parts), order=PalinodeOrder(parts), corpus=DATA, target_step=40)
     assert found.recommended.evidence == ("log", "order")
     assert {seen.evidence for entry in found.rows for seen in entry.seen} == {("log", "order")}
-    alone = locate(FORGET, LADDER, order=PalinodeOrder(parts), corpus=DATA, target_step=40)
+    alone = locate(FORGET, SERIES, order=PalinodeOrder(parts), corpus=DATA, target_step=40)
     assert alone.recommended.step == found.recommended.step
     assert [entry.first for entry in alone.rows] == [23, 27]
 
@@ -90,26 +90,26 @@ def test_log_and_order_that_agree_are_both_named(logged):
 def test_order_that_disagrees_with_the_log_is_refused(logged):
     log = logged(batches(PLANTED))
     with pytest.raises(DataError, match=r"log and order disagree on row 1 of forget\.jsonl at step 23"):
-        locate(FORGET, LADDER, log=log, order=PalinodeOrder(batches({24: [2]})), corpus=DATA)
+        locate(FORGET, SERIES, log=log, order=PalinodeOrder(batches({24: [2]})), corpus=DATA)
     shifted = [[0, 1, *part] for part in batches(PLANTED)]
     with pytest.raises(DataError, match="log and order disagree on the batch at step 1"):
-        locate(FORGET, LADDER, log=log, order=PalinodeOrder(shifted), corpus=DATA)
+        locate(FORGET, SERIES, log=log, order=PalinodeOrder(shifted), corpus=DATA)
 
 
 def test_order_is_compared_only_where_the_log_has_steps(logged):
     parts = batches(PLANTED)
-    found = locate(FORGET, LADDER, log=logged(parts[30:], start=30), order=PalinodeOrder(parts), corpus=DATA)
+    found = locate(FORGET, SERIES, log=logged(parts[30:], start=30), order=PalinodeOrder(parts), corpus=DATA)
     assert [entry.first for entry in found.rows] == [23, 27]
     late = logged(parts[30:], start=30, name="late")
     with pytest.raises(DataError, match="have no step in common"):
-        locate(FORGET, LADDER, log=late, order=PalinodeOrder(parts[:20]), corpus=DATA)
+        locate(FORGET, SERIES, log=late, order=PalinodeOrder(parts[:20]), corpus=DATA)
 
 
 def test_near_copy_counts_as_an_exposure_and_is_told_with_its_place(logged):
     copy = replace(DATA[2], answer=DATA[2].answer + " again", row=8)
     data = [*DATA, copy]
     parts = batches({14: [8], 23: [2], 27: [5]})
-    found = locate(FORGET, LADDER, log=logged(parts, data=data), corpus=data, target_step=40)
+    found = locate(FORGET, SERIES, log=logged(parts, data=data), corpus=data, target_step=40)
     assert found.recommended.step == 10
     near, exact = found.rows[0].seen
     assert (near.step, near.copy, exact.step, exact.copy) == (14, "row 9 of data.jsonl", 23, None)
@@ -118,19 +118,19 @@ def test_near_copy_counts_as_an_exposure_and_is_told_with_its_place(logged):
         ("row 3 of data.jsonl", True),
         ("row 9 of data.jsonl", False),
     ]
-    by_order = locate(FORGET, LADDER, order=PalinodeOrder(parts), corpus=data, target_step=40)
+    by_order = locate(FORGET, SERIES, order=PalinodeOrder(parts), corpus=data, target_step=40)
     assert [seen.step for seen in by_order.rows[0].seen] == [14, 23]
-    without = locate(FORGET, LADDER, log=logged(parts, data=data, name="again"), target_step=40)
+    without = locate(FORGET, SERIES, log=logged(parts, data=data, name="again"), target_step=40)
     assert without.recommended.step == 20
 
 
 def test_nothing_clean_names_the_least_contaminated_and_the_alternatives(logged):
-    found = locate(FORGET, LADDER, log=logged(batches({5: [2], 33: [5]})), target_step=40)
+    found = locate(FORGET, SERIES, log=logged(batches({5: [2], 33: [5]})), target_step=40)
     assert found.recommended is None
-    assert [rung.seen for rung in found.rungs] == [1, 1, 1, 2]
+    assert [checkpoint.seen for checkpoint in found.checkpoints] == [1, 1, 1, 2]
     assert (found.next_best.step, found.next_best.clean) == (30, False)
     assert found.next_best.reason == "not clean: it has seen 1 of 2 forget rows"
-    assert "No checkpoint of the ladder is clean." in found.warnings
+    assert "No checkpoint of the series is clean." in found.warnings
     assert [entry["name"] for entry in found.alternatives] == [
         "earliest checkpoint",
         "paired vectors from the target",
@@ -144,11 +144,11 @@ def test_alternatives_have_their_cost_and_their_source():
 
 
 def test_rows_that_no_step_has_are_said(logged):
-    found = locate(FORGET, LADDER, log=logged(batches({})), target_step=40)
+    found = locate(FORGET, SERIES, log=logged(batches({})), target_step=40)
     assert (found.recommended.step, found.first) == (30, None)
     assert any("holds none of the forget rows" in text for text in found.warnings)
     assert any("is there anything to unlearn?" in text for text in found.warnings)
-    half = locate(FORGET, LADDER, log=logged(batches({23: [2]}), name="half"), target_step=40)
+    half = locate(FORGET, SERIES, log=logged(batches({23: [2]}), name="half"), target_step=40)
     assert any("1 of 2 forget rows are not in the log" in text for text in half.warnings)
 
 
@@ -157,7 +157,7 @@ def test_notes_of_the_log_become_warnings(logged, tmp_path):
     logged(parts[:10])
     log = logged(parts[15:], start=15)
     assert log.notes
-    assert set(log.notes) <= set(locate(FORGET, LADDER, log=log, target_step=40).warnings)
+    assert set(log.notes) <= set(locate(FORGET, SERIES, log=log, target_step=40).warnings)
 
 
 def without(steps: range, parts: list[list[int]], logged, name: str) -> ExposureReader:
@@ -179,18 +179,18 @@ def without(steps: range, parts: list[list[int]], logged, name: str) -> Exposure
     ],
 )
 def test_checkpoint_behind_missing_steps_is_not_called_clean(logged, missing, recommended, unrecorded):
-    found = locate(FORGET, LADDER, log=without(missing, batches(PLANTED), logged, "log"), target_step=40)
+    found = locate(FORGET, SERIES, log=without(missing, batches(PLANTED), logged, "log"), target_step=40)
     assert (found.recommended.step if found.recommended else None) == recommended
-    assert [rung.unrecorded for rung in found.rungs] == unrecorded
+    assert [checkpoint.unrecorded for checkpoint in found.checkpoints] == unrecorded
     assert any("what was seen in them is not known" in text for text in found.warnings)
     if recommended is None:
         assert found.next_best.reason == "no exposure known, but the log lacks 2 of the steps up to it"
-        assert location_sentences(found.as_record())[0] == "No checkpoint of the ladder is known to be clean."
+        assert location_sentences(found.as_record())[0] == "No checkpoint of the series is known to be clean."
         assert "| 20 | 2,000 | at least 0 of 2 |" in location_markdown(found.as_record())
 
 
-def test_log_that_ends_before_the_ladder_does_speaks_for_no_later_checkpoint(logged):
-    found = locate(FORGET, LADDER, log=logged(batches({})[:25]), target_step=40)
+def test_log_that_ends_before_the_series_does_speaks_for_no_later_checkpoint(logged):
+    found = locate(FORGET, SERIES, log=logged(batches({})[:25]), target_step=40)
     assert (found.recommended.step, found.first) == (20, None)
     assert any("since the log lacks steps 26 to 30" in text for text in found.warnings)
 
@@ -198,9 +198,9 @@ def test_log_that_ends_before_the_ladder_does_speaks_for_no_later_checkpoint(log
 def test_order_fills_in_what_the_log_lacks(logged):
     parts = batches(PLANTED)
     log = without(range(15, 18), parts, logged, "log")
-    found = locate(FORGET, LADDER, log=log, order=PalinodeOrder(parts), corpus=DATA, target_step=40)
+    found = locate(FORGET, SERIES, log=log, order=PalinodeOrder(parts), corpus=DATA, target_step=40)
     assert found.recommended.step == 20
-    assert [rung.unrecorded for rung in found.rungs] == [0, 0, 0, 0]
+    assert [checkpoint.unrecorded for checkpoint in found.checkpoints] == [0, 0, 0, 0]
 
 
 def test_log_without_a_readable_step_is_refused(logged):
@@ -208,11 +208,11 @@ def test_log_without_a_readable_step_is_refused(logged):
     for path in reader.folder.rglob("*.parquet"):
         path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(DataError, match=r"no step of the log in .* can be read: Lost"):
-        locate(FORGET, LADDER, log=ExposureReader.open(reader.folder))
+        locate(FORGET, SERIES, log=ExposureReader.open(reader.folder))
 
 
 def test_of_equally_many_rows_the_least_often_seen_is_least_contaminated(logged):
-    found = locate(FORGET, LADDER, log=logged(batches({5: [2], 13: [2], 33: [5]})), target_step=40)
+    found = locate(FORGET, SERIES, log=logged(batches({5: [2], 13: [2], 33: [5]})), target_step=40)
     assert (found.recommended, found.next_best.step) == (None, 10)
 
 
@@ -221,29 +221,29 @@ def test_salted_log_is_asked_with_its_salt(tmp_path):
         for step, part in enumerate(batches(PLANTED), start=1):
             log.record(step, hashes([DATA[number] for number in part], salt=b"sea"))
     reader = ExposureReader.open(tmp_path / "log")
-    assert locate(FORGET, LADDER, log=reader, salt=b"sea").recommended.step == 20
+    assert locate(FORGET, SERIES, log=reader, salt=b"sea").recommended.step == 20
     with pytest.raises(DataError, match="salt"):
-        locate(FORGET, LADDER, log=reader)
+        locate(FORGET, SERIES, log=reader)
 
 
 def test_without_evidence_or_data_the_call_is_refused():
     with pytest.raises(DataError, match="nothing to locate the rows by"):
-        locate(FORGET, LADDER)
+        locate(FORGET, SERIES)
     with pytest.raises(DataError, match="name the data that they point into"):
-        locate(FORGET, LADDER, order=PalinodeOrder(batches({})))
+        locate(FORGET, SERIES, order=PalinodeOrder(batches({})))
     with pytest.raises(DataError, match="also stand in the control set"):
-        locate(FORGET, LADDER, control=FORGET)
+        locate(FORGET, SERIES, control=FORGET)
 
 
 def test_record_is_strict_json_and_holds_no_text_of_the_rows(logged):
-    found = locate(FORGET, LADDER, log=logged(batches(PLANTED)), corpus=DATA, target_step=40)
+    found = locate(FORGET, SERIES, log=logged(batches(PLANTED)), corpus=DATA, target_step=40)
     text = json.dumps(found.as_record(), allow_nan=False)
     assert json.loads(text)["version"] == 1
     assert "quick2" not in text
 
 
 def test_report_says_what_the_record_says(logged):
-    record = locate(FORGET, LADDER, log=logged(batches(PLANTED)), target_step=40).as_record()
+    record = locate(FORGET, SERIES, log=logged(batches(PLANTED)), target_step=40).as_record()
     assert location_sentences(record)[0] == (
         "Take step 20 (step20): clean by the exposure log; 3 steps (300 tokens) before the first exposure."
     )
@@ -252,11 +252,13 @@ def test_report_says_what_the_record_says(logged):
     assert "| 20 | 2,000 | 0 of 2 |  | recommended | step20 |" in page
     picture = location_picture(record)
     assert picture.startswith("<svg")
-    assert picture.count("<circle") == 4 + 4 + 3  # legend, rungs, exposures
+    assert (
+        picture.count('class="mark"') == 4 + 4 + 3 + 2
+    )  # key, checkpoints, exposures, recommended and target
 
 
 def test_text_of_the_user_is_escaped(logged):
-    record = locate(FORGET, LADDER, log=logged(batches(PLANTED)), target_step=40).as_record()
+    record = locate(FORGET, SERIES, log=logged(batches(PLANTED)), target_step=40).as_record()
     record["rungs"][0]["location"] = "<b>|x|"
     assert "&lt;b&gt;\\|x\\|" in location_markdown(record)
     assert "&lt;b&gt;" in location_picture(record)
@@ -272,9 +274,11 @@ def test_rebuilt_order_is_what_the_training_loop_does(tiny, tmp_path):
     from palinode.training import finetune
 
     data = read_examples(tiny.retain)
+    first = TrainingSettings(epochs=2, batch_size=8, max_length=64)
+    second = TrainingSettings(epochs=1, batch_size=1, accumulation=2, max_length=64)
     stages = [
-        LoggedStage(tuple(range(3, 40)), TrainingSettings(epochs=2, batch_size=8, max_length=64), 5),
-        LoggedStage((50, 4, 60), TrainingSettings(epochs=1, batch_size=1, accumulation=2, max_length=64), 6),
+        LoggedStage(numbers=tuple(range(3, 40)), training=first, seed=5),
+        LoggedStage(numbers=(50, 4, 60), training=second, seed=6),
     ]
     heard: list[list[int]] = []
     state = tiny.base
@@ -283,7 +287,7 @@ def test_rebuilt_order_is_what_the_training_loop_does(tiny, tmp_path):
             state,
             [data[place] for place in stage.numbers],
             tmp_path / f"stage{number}",
-            stage.settings,
+            stage.training,
             seed=stage.seed,
             device="cpu",
             on_step=lambda _, places, stage=stage: heard.append([stage.numbers[place] for place in places]),

@@ -9,7 +9,15 @@ import pytest
 
 from palinode.data.examples import Example
 from palinode.errors import DataError, RecipeError
-from palinode.history.onset import MEASURES, Reading, find_onset, least_logprobs, mean_logprobs, search_onset
+from palinode.history.onset import (
+    MEASURES,
+    OnsetSettings,
+    Reading,
+    find_onset,
+    least_logprobs,
+    mean_logprobs,
+    search_onset,
+)
 from palinode.history.series import CheckpointSeries, SeriesCheckpoint
 from palinode.records import Outcome
 
@@ -159,12 +167,12 @@ def example(text: str) -> Example:
 
 
 def test_control_set_that_overlaps_the_forget_set_is_refused():
-    ladder = CheckpointSeries((SeriesCheckpoint(1, "a"), SeriesCheckpoint(2, "b")))
+    series = CheckpointSeries((SeriesCheckpoint(1, "a"), SeriesCheckpoint(2, "b")))
     rows = [example("one  fact"), example("another")]
     with pytest.raises(DataError, match="1 of 2 forget rows also stand in the control set"):
-        find_onset(rows, [example("one fact"), example("third")], ladder)
+        find_onset(rows, [example("one fact"), example("third")], series)
     with pytest.raises(DataError, match="there are no control rows"):
-        find_onset(rows, [], ladder)
+        find_onset(rows, [], series)
 
 
 def test_real_checkpoints_show_where_people_were_learned(tiny, world, tmp_path):
@@ -179,8 +187,8 @@ def test_real_checkpoints_show_where_people_were_learned(tiny, world, tmp_path):
     for name, facts in (("middle", world.middle), ("forget", world.forget), ("late", world.late)):
         write_facts(tmp_path / f"{name}.jsonl", facts)
     middle, late = (read_examples(tmp_path / f"{name}.jsonl") for name in ("middle", "late"))
-    ladder = open_series(tmp_path)
-    onset = find_onset(middle, late, ladder, max_length=64, device="cpu")
+    series = open_series(tmp_path)
+    onset = find_onset(middle, late, series, settings=OnsetSettings(max_length=64, device="cpu"))
     assert (onset.clean, onset.exposed) == (1, 2)
 
 

@@ -71,7 +71,7 @@ def test_order_of_a_training_that_went_on_with_another_batch_size(tmp_path):
         tmp_path, {"num_train_epochs": 2, "per_device_train_batch_size": 5, "resume": 4}, log=False
     )
     later = TrainerOrder(ROWS, 5, epochs=2, resumed_from=4)
-    order = JoinedOrder.of([(0, TrainerOrder(ROWS, 4, max_steps=4)), (4, later)])
+    order = JoinedOrder(((0, TrainerOrder(ROWS, 4, max_steps=4)), (4, later)))
     assert {step: order.rows(step) for step in seen} == seen
     assert order.rows(4) == TrainerOrder(ROWS, 4).rows(4)
 
@@ -192,7 +192,7 @@ def test_impossible_settings_are_refused():
     with pytest.raises(DataError, match="there is no step 0 in this order; it has the steps 1 to 9"):
         TrainerOrder(5, 2).rows(0)
     with pytest.raises(DataError, match="begin with 0, and grow"):
-        JoinedOrder.of([(3, TrainerOrder(5, 2))])
+        JoinedOrder(((3, TrainerOrder(5, 2)),))
 
 
 def test_an_order_is_read_from_a_file(tmp_path):

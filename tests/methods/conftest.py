@@ -7,7 +7,7 @@ from contract_cases import OWN_SETTINGS
 
 from palinode import read_examples
 from palinode.methods import METHODS
-from palinode.methods.method import gather
+from palinode.methods.method import Given
 
 
 @pytest.fixture(scope="session")
@@ -61,10 +61,9 @@ def job(tiny):
     def build(name: str, **settings):
         method = METHODS[name]
         checked = method.check_settings({**OWN_SETTINGS.get(name, {}), **settings})
-        objective = method.objective(checked, 0)
-        material = gather(
-            objective, forget=forget, retain=retain, refusals=["the of", "home is"], alternates=others
-        )
-        return method.start_of(checked, tiny.target, tiny.base), objective, material
+        given = Given(forget, retain, retain, refusals=["the of", "home is"])
+        run = method.runs(checked, given)[-1]
+        material = run.asked.material(others) if run.asked else run.material
+        return tiny.target if run.start == "target" else tiny.base, run.objective, material
 
     return build

@@ -83,7 +83,7 @@ def test_table_says_what_a_method_is(name):
     assert method.summary
     assert method.formula
     assert issubclass(method.settings, MethodSettings)
-    assert (method.objective is not None) == (method.kind == "training")
+    assert (method.kind == "arithmetic") == method.has_scales
     method.check_settings(OWN_SETTINGS.get(name, {}))
 
 
@@ -237,7 +237,7 @@ def test_ascent_ends_at_the_limit_that_is_set_and_refuses_one_that_is_passed_alr
 
 def test_run_that_ends_early_says_so(made):
     record = made("grad_ascent").record
-    run = record["training"]["method"]
+    run = record["training"]["grad_ascent"]
     assert 0 < run["steps"] < run["planned_steps"]
     (note,) = [note for note in record["notes"] if "Training ended" in note]
     assert f"after {run['steps']} of {run['planned_steps']} steps" in note

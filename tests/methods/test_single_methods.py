@@ -221,8 +221,8 @@ def test_alternates_are_drawn_from_the_target_the_same_for_a_seed_and_never_the_
         return draw_alternates(
             target,
             load_tokenizer(tiny.target),
-            examples,
-            settings,
+            examples=examples,
+            settings=settings,
             seed=seed,
             max_length=64,
             style=PromptStyle(),
@@ -247,7 +247,13 @@ def test_target_that_knows_only_the_true_answers_is_named(tiny, target):
     cold = AltPOSettings(samples=1, temperature=1e-3, max_new_tokens=3)
     with pytest.raises(DataError, match="nothing but the true answers in 1 tries a question; raise"):
         draw_alternates(
-            target, load_tokenizer(tiny.target), examples, cold, seed=0, max_length=64, style=PromptStyle()
+            target,
+            load_tokenizer(tiny.target),
+            examples=examples,
+            settings=cold,
+            seed=0,
+            max_length=64,
+            style=PromptStyle(),
         )
 
 

@@ -90,7 +90,7 @@ def test_when_the_vectors_are_gone_the_models_are_fixed_and_the_reason_is_said(f
     shutil.copytree(finished.with_name("out.workspace"), tmp_path / "out.workspace")
     (step,) = (tmp_path / "out.workspace").glob("finetune-forget-*")
     facts = (step / "step.json").read_text()
-    (step / "step.json").write_text(facts.replace('"rows": ', '"rows": 1'))  # the fine-tuning of another run
+    (step / "step.json").write_text(facts.replace('"key": "', '"key": "1'))  # the fine-tuning of another run
     assert open_chat(tmp_path / "out", device="cpu").vectors is None
     (step / "step.json").write_text(facts)
     assert open_chat(tmp_path / "out", device="cpu").fixed is None

@@ -10,12 +10,12 @@ import pytest
 
 from comparing import Heard, tiny_comparison
 from palinode.compare import build_comparison, compare, load_comparison, plan_comparison
-from palinode.compare.ground import divide_rows
+from palinode.compare.ground import divide_rows, rows_for
 from palinode.compare.measuring import make_gauge
 from palinode.compare.ranking import Values, rank, values_of
 from palinode.compare.recipe import Contestant, SearchBudget, Split
 from palinode.compare.run import check_comparison, divide_comparison, open_ground
-from palinode.compare.search import Ground, draw_points, epochs_for, part_of, recipe_of
+from palinode.compare.search import Ground, draw_points, epochs_for, part_of, recipe_of, steps_an_epoch
 from palinode.data.examples import Example, Message
 from palinode.errors import DataError, OutputError, RecipeError
 from palinode.pipeline.inputs import open_inputs
@@ -189,14 +189,16 @@ def test_two_models_of_one_method_share_the_steps(content):
     # 30 forget rows in batches of 16 are 2 steps an epoch.
     points = draw_points(Contestant.model_validate(MSA), 1, seed=0)
     recipe = recipe_of(build_comparison(content).content, points[0], {}, epochs=1, seed=0)
-    rows = {"forget": 30, "retain": 100, "name": "MSA"}
-    assert epochs_for(SearchBudget(steps=20), recipe, **rows) == 5
-    assert epochs_for(SearchBudget(steps=20, share="each"), recipe, **rows) == 10
+    shares = divide_rows(examples(30), examples(100), Split(), most=400, seed=0)
+    each = steps_an_epoch(recipe, rows_for(recipe, shares))
+    assert each == [2, 2]
+    assert epochs_for(SearchBudget(steps=20), each, "MSA") == 5
+    assert epochs_for(SearchBudget(steps=20, share="each"), each, "MSA") == 10
     alone = Contestant(name="MSA", method="msa", set={"scales.retain": 0.0})
     recipe = recipe_of(
         build_comparison(content).content, draw_points(alone, 1, seed=0)[0], {}, epochs=1, seed=0
     )
-    assert epochs_for(SearchBudget(steps=21), recipe, **rows) == 10
+    assert epochs_for(SearchBudget(steps=21), steps_an_epoch(recipe, rows_for(recipe, shares)), "MSA") == 10
 
 
 # Rows
@@ -368,7 +370,7 @@ def test_report_ranks_in_words_and_holds_no_row(compared, content):
     assert "| MSA |" in report
     answer = json.loads(Path(content["data"]["forget"]).read_text().splitlines()[0])["prompt"]
     assert answer not in report + table
-    assert (folder / "tradeoff.svg").read_text().count("<circle") == 4 + 2  # points, and the key
+    assert (folder / "tradeoff.svg").read_text().count('class="mark"') == 2 * (2 + 3) + 2  # and the key
 
 
 def test_rows_that_preparation_left_out_are_the_holdout_rows(content):

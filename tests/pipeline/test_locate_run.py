@@ -1,4 +1,4 @@
-"""The ladder demo on a small world, and the real one against the issue's goals (slow)."""
+"""The demo of a checkpoint series on a small world, and the real one against the issue's goals (slow)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import json
 
 import pytest
 
+from palinode.data import read_examples
 from palinode.data.world import invent_world
 from palinode.errors import OutputError
-from palinode.pipeline.locate_run import RUNGS, Size, demo_locate, run_locate
-from palinode.report.location import demo_sentence, demo_tables
+from palinode.history.reader import ExposureReader
+from palinode.pipeline.locate_run import CHECKPOINTS, Size, demo_locate, run_locate, train_logged
+from palinode.report.location_report import demo_brief, demo_sentence
 
 SMALL = Size(first_epochs=12, epochs=4, replayed=40, learning_rate=6e-3, batch_size=16, width=32, layers=2)
 SETTINGS = {
@@ -27,7 +29,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def small_world():
-    return invent_world(3, early=3, middle=RUNGS - 1, forget=5, late=4)
+    return invent_world(3, early=3, middle=CHECKPOINTS - 1, forget=5, late=4)
 
 
 def run(world, folder):
@@ -58,13 +60,13 @@ def test_truth_is_what_was_planted(finished):
     assert requests["early"]["found"]["all"]["recommended_step"] is None
 
 
-def test_every_rung_is_tried_and_the_target_itself(finished):
-    rungs = finished.record["rungs"]
-    assert len(rungs) == RUNGS + 1
-    assert [rung["method"] for rung in rungs] == ["msa"] * RUNGS + ["task_vector"]
-    assert [rung["seen"] > 0 for rung in rungs] == [False] * 5 + [True] * 8
-    for rung in rungs:
-        assert 0 <= rung["unlearned"]["forget"] <= 1
+def test_every_checkpoint_is_tried_and_the_target_itself(finished):
+    tried = finished.record["rungs"]
+    assert len(tried) == CHECKPOINTS + 1
+    assert [entry["method"] for entry in tried] == ["msa"] * CHECKPOINTS + ["task_vector"]
+    assert [entry["seen"] > 0 for entry in tried] == [False] * 5 + [True] * 8
+    for entry in tried:
+        assert 0 <= entry["unlearned"]["forget"] <= 1
 
 
 def test_folder_holds_page_picture_log_and_order(finished):
@@ -72,7 +74,7 @@ def test_folder_holds_page_picture_log_and_order(finished):
         assert (finished.folder / name).exists()
     assert json.loads((finished.folder / "record.json").read_text()) == finished.record
     assert "of 3 requests" in demo_sentence(finished.record)
-    assert [table.row_count for table in demo_tables(finished.record)] == [3, RUNGS + 2]
+    assert [len(grid.rows) for grid in demo_brief(finished.record)[:2]] == [3, CHECKPOINTS + 2]
 
 
 def test_second_call_reuses_everything(small_world, finished):
@@ -87,30 +89,22 @@ def test_demo_of_another_kind_or_seed_is_refused(small_world, finished, tmp_path
         run(small_world, tmp_path)
 
 
-def test_training_that_was_cut_off_goes_on_with_its_log(small_world, finished, tmp_path, monkeypatch):
+def test_training_that_was_cut_off_goes_on_with_its_log(small_world, finished, tmp_path):
     """Killed in the middle of a stretch: the log holds steps that are taken again, and they count once."""
-    from palinode.history.reader import ExposureReader
-    from palinode.pipeline import locate_run
-    from palinode.pipeline.locate_run import _Recorder
 
     class KilledError(Exception):
         pass
 
-    recorder = _Recorder(tmp_path / "log")
-
-    def note(step, rows):
-        recorder.note(step, rows)
+    def kill(step, rows):
         if step == finished.record["requests"]["main"]["first"] + 2:
             raise KilledError
 
+    places = tmp_path / "world", tmp_path / "log"
     with pytest.raises(KilledError):
-        locate_run.build_ladder(small_world, tmp_path / "world", seed=3, size=SMALL, on_step=note)
-    again = _Recorder(tmp_path / "log")
-    models = locate_run.build_ladder(small_world, tmp_path / "world", seed=3, size=SMALL, on_step=again.note)
-    again.close()
+        train_logged(small_world, *places, seed=3, size=SMALL, on_step=kill)
+    models = train_logged(small_world, *places, seed=3, size=SMALL)
     whole = ExposureReader.open(finished.folder / "log")
     resumed = ExposureReader.open(tmp_path / "log")
-    from palinode.data import read_examples
 
     rows = read_examples(models.requests["main"])
     assert [(found.row, found.step) for found in resumed.find(rows)] == [

@@ -28,7 +28,7 @@ from palinode.evaluation.benchmark import Places
 from palinode.evaluation.evaluate import EvaluationSettings, evaluate_benchmark
 from palinode.evaluation.judging import DecisionCache
 from palinode.pipeline import unlearn
-from palinode.pipeline.audit import AuditPlan, audit
+from palinode.pipeline.audit_run import AuditPlan, audit
 from palinode.pipeline.demo_run import run_demo
 from palinode.pipeline.forgetting import describe_leftovers, leftovers
 from palinode.pipeline.reporting import gather, write_reports
@@ -72,9 +72,8 @@ def left(tiny, world, recipe_of, usual_umask, tmp_path_factory):
         target = str(tiny.target.folder)
         own = Places(**own_files(tmp_path_factory.mktemp("rows")))
         evaluate_benchmark(target, BENCHMARKS["own"], own, measuring(home), listener=Heard())
-        evaluate_file(
-            target, str(tiny.forget), {"max_new_tokens": 3}, output=home / "answers.jsonl", device="cpu"
-        )
+        asked = {"max_new_tokens": 3, "device": "cpu"}
+        evaluate_file(target, str(tiny.forget), asked, output=home / "answers.jsonl")
         finetune_file(target, str(tiny.forget), home / "theta_1", TRAINING, device="cpu")
         lora = {**TRAINING, "lora": {"rank": 2}}
         finetune_file(target, str(tiny.forget), home / "adapter", lora, device="cpu")

@@ -15,7 +15,7 @@ from palinode.data.examples import Example, Message
 from palinode.errors import DataError, InputError, OutputError
 from palinode.models.inplace import contents
 from palinode.models.loading import load_model, pick_device
-from palinode.report.requests import on_same_rows, undo_sentences
+from palinode.report.comparison_report import on_same_rows, undo_sentences
 from palinode.weights import Checkpoint
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"

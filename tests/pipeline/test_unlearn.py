@@ -255,7 +255,8 @@ def test_without_a_retain_set_there_is_no_second_vector_and_beta_is_zero(forget_
     assert record["scales"]["retain"] == 0.0
     assert {point["retain"] for point in record["scales"]["points"]} == {0.0}
     assert {point["retain_probability"] for point in record["scales"]["points"]} == {None}
-    assert record["data"]["retain"] is record["vectors"]["retain"] is record["training"]["retain"] is None
+    assert record["data"]["retain"] is record["vectors"]["retain"] is None
+    assert set(record["training"]) == {"forget"}
     assert record["dose"]["retain"] is record["dose"]["effective"]["retain"] is None
     assert set(record["scores"]) == {"target", "base", "unlearned"}
     assert {tuple(sets) for sets in record["scores"].values()} == {("forget",)}
@@ -558,7 +559,7 @@ def test_every_method_takes_off_the_vector_from_the_checkpoint_it_starts_from(
     method = METHODS[name]
     assert method.name == name
     assert method.summary
-    start = method.start(tiny.target, tiny.base)
+    start = getattr(tiny, method.settings().starts_at)
     assert start == (tiny.target if name == "task_vector" else tiny.base)
     made = unlearn(recipe_of(tmp_path / "out", method=name, scales=GIVEN))
     (model,) = workspace_of(made.output).glob("finetune-forget-*/model")

@@ -8,7 +8,13 @@ import re
 import pytest
 from rich.console import Console
 
-from palinode.report.audit import audit_headline, audit_notes, audit_report, audit_table, audit_untested
+from palinode.report.audit_report import audit_brief, audit_headline
+from palinode.report.content import show
+from palinode.report.reports import Facts, markdown_report, report_content
+
+
+def audit_report(record):
+    return markdown_report(report_content(Facts("audit", audit=record)))
 
 
 def score(value, low=None, high=None, reason=None):
@@ -137,10 +143,10 @@ def test_over_forgetting_is_named(record):
 def test_report_has_every_figure_with_interval_margins_and_verdict(record):
     page = audit_report(record)
     assert (
-        "| forget questions: answer probability | 0.700 (0.600 to 0.800) | 0.200 (0.100 to 0.300) | "
-        "0.500 (0.410 to 0.590) | **knows more** | —, 0.1 |"
+        "| forget questions: answer probability | **knows more** | 0.700 (0.600 – 0.800) | "
+        "0.200 (0.100 – 0.300) | 0.500 (0.410 – 0.590) | —, 0.1 |"
     ) in page
-    assert "- questions.rouge is unclear: the interval is too wide." in page
+    assert "| forget questions: ROUGE-L recall | unclear (the interval is too wide) |" in page
     assert "prefixes: rest" not in page
     assert "| yardstick | 0.120 | 0.310 |" in page
     assert "15 rows learned, 16 rows measured." in page
@@ -152,10 +158,10 @@ def test_report_says_what_was_not_tested_budget_notes_and_inputs(record):
     assert "- Attacks beyond this list and beyond this budget" in page
     assert "Preset quick: samples 4, opening Sure, &lt;b&gt;." in page
     assert "- The target was not given." in page
-    assert r"| audited | mo\|del | aaaaaaaaaaaaaaaa |  |" in page
-    assert "| yardstick (retrained) |" in page
+    assert rf"| audited | mo\|del | {'a' * 32} | 5 |" in page
+    assert "Beside a model retrained without the forget set" in page
     assert "```\npalinode audit `x`\n```" in page
-    assert "With seed 7, torch 2.0." in page
+    assert "- seed: 7\n" in page
 
 
 def test_words_claim_evidence_and_promise_nothing(record):
@@ -166,25 +172,23 @@ def test_words_claim_evidence_and_promise_nothing(record):
 
 def test_table_fits_a_terminal_and_leaves_out_what_has_no_figure(record):
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(audit_table(record))
+    show(audit_brief(record)[:1], console)
     text = console.export_text()
     assert "knows more" in text
-    assert "0.410 to 0.590" in text
+    assert "0.410–0.590" in text
     assert "prefixes" not in text
     assert "…" not in text
 
 
-def test_untested_lines_give_the_reason(record):
-    assert audit_untested(record) == [
+def test_terminal_ends_with_reasons_notes_what_an_audit_is_and_the_headline(record):
+    console = Console(width=80, record=True, file=io.StringIO())
+    show(audit_brief(record)[1:], console)
+    assert console.export_text().splitlines() == [
         "Not tested: membership, because no holdout rows.",
         "Not tested: prefixes.rest, because the answer has one token.",
-    ]
-
-
-def test_notes_end_with_what_an_audit_is(record):
-    assert audit_notes(record) == [
         "Note: The target was not given.",
         "This is evidence about these rows and attacks at the quick budget; a stronger attack may find more.",
+        audit_headline(record),
     ]
 
 
@@ -193,9 +197,9 @@ def test_notes_end_with_what_an_audit_is(record):
 )
 def test_within_a_single_margin_says_which_side_was_judged(record, more, less, shown):
     record["policy"]["margins"]["relearn_forget.area"] = {"more": more, "less": less}
-    assert f"(0.020 to 0.090) | {shown} |" in audit_report(record)
+    assert f"| relearning: area under the curve | {shown} | 0.515 " in audit_report(record)
 
 
 def test_target_without_a_finding_is_a_dash(record):
     record["models"]["target"] = {"location": "t", "fingerprint": "d" * 32, "parameters": 5}
-    assert "| 0.200 (0.100 to 0.300) | — | 0.500" in audit_report(record)
+    assert "| 0.200 (0.100 – 0.300) | — | 0.500" in audit_report(record)

@@ -6,7 +6,8 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from palinode.report.axis import axis_markdown, axis_picture, axis_sentences
+from palinode.report.comparison_report import axis_markdown, axis_sentences
+from palinode.report.pictures import axis_picture
 
 
 def score(value: float | None) -> dict:
@@ -48,8 +49,12 @@ def shapes(content: dict, name: str) -> list:
     return ElementTree.fromstring(axis_picture(content)).findall(f"{{http://www.w3.org/2000/svg}}{name}")
 
 
+def height(mark) -> float:
+    return float(mark.get("transform").split(")")[0].split()[-1])
+
+
 def test_picture_has_a_dot_for_each_contestant_value_and_panel(content):
-    assert len(shapes(content, "circle")) == 2 * 2 * 2 + 2  # and one each in the key
+    assert len(shapes(content, "path")) == 2 * 2 * 2 + 2  # and one each in the key
     dashed = [line for line in shapes(content, "polyline") if line.get("stroke-dasharray")]
     assert len(dashed) == 2 * 3 + 3
     said = {text.text for text in shapes(content, "text")}
@@ -57,15 +62,18 @@ def test_picture_has_a_dot_for_each_contestant_value_and_panel(content):
 
 
 def test_dots_stand_at_their_figures(content):
-    titles = {dot[0].text: float(dot.get("cy")) for dot in shapes(content, "circle") if len(dot)}
-    # The forget panel is 230 high from y = 76 on, and ends at the next tenth above .55, which is .6.
-    assert titles["MSA <1> at 1: 0.300 [0.250, 0.350]"] == pytest.approx(76 + 230 / 2, abs=0.1)
-    assert titles["MSA <1> at 10: 0.200 [0.150, 0.250]"] == pytest.approx(76 + 230 * 2 / 3, abs=0.1)
+    marks = {mark[0].text: height(mark) for mark in shapes(content, "path")}
+    # The forget panel comes first; it ends at the next tenth above .55, which is .6.
+    levels = {text.text: float(text.get("y")) - 4 for text in reversed(shapes(content, "text"))}
+    assert levels["0.6"] < levels["0.3"] < levels["0.0"]
+    middle, third = (levels["0.6"] + levels["0.0"]) / 2, (levels["0.6"] + 2 * levels["0.0"]) / 3
+    assert marks["MSA <1> at 1: 0.300 [0.250, 0.350]"] == pytest.approx(middle, abs=0.2)
+    assert marks["MSA <1> at 10: 0.200 [0.150, 0.250]"] == pytest.approx(third, abs=0.2)
 
 
 def test_figure_that_is_not_known_is_a_dash_and_no_dot(content):
     content["values"][1] = entry(10, None)
-    assert len(shapes(content, "circle")) == 2 * 2 * 2 + 2 - 1
+    assert len(shapes(content, "path")) == 2 * 2 * 2 + 2 - 1
     assert "| MSA &lt;1&gt; | 0.300 / 0.900 | — / 0.900 |" in axis_markdown(content)
 
 
@@ -73,8 +81,8 @@ def test_markdown_has_the_figures_the_picture_and_what_was_chosen(content):
     report = axis_markdown(content)
     assert "| target | 0.500 / 1.000 | 0.500 / 1.000 |" in report
     assert "(axis.svg)" in report
-    assert "[table](10/report.md)" in report
-    assert "| 1 | NPO | learning\\_rate 0.001 | 0.100 [0.050, 0.150] |" in report
+    assert "- 10: [10/report.md](10/report.md)" in report
+    assert "| 1 | NPO | learning\\_rate 0.001 | 0.100 (0.050 – 0.150) |" in report
     assert "α 0.5, β 0" in report
 
 
@@ -85,5 +93,5 @@ def test_reader_is_told_of_one_seed_broken_rules_and_what_is_not_done(content):
     assert said[1].startswith("One seed")
     assert said[2] == "At 10 no point of MSA <1>; NPO kept the rule."
     assert "the same command" in said[3]
-    hollow = [dot for dot in shapes(content, "circle") if dot.get("fill") == "white"]
+    hollow = [mark for mark in shapes(content, "path") if mark.get("fill") == "white"]
     assert len(hollow) == 4

@@ -15,8 +15,8 @@ import pytest
 from example_run import AUDIT, HOSTILE, LONG, RECORD, outcomes
 
 from palinode.progress import plain
-from palinode.report.content import Facts, report_content
-from palinode.report.html import html_report
+from palinode.report.page import html_report
+from palinode.report.reports import Facts, report_content
 
 NEEDED = {"chromium": ("chromium", "chromium-browser"), "chromium-driver": ("chromedriver",)}
 """Debian packages, and the programs that we look for in them."""
@@ -133,7 +133,7 @@ def test_plots_and_tables_are_there(opened):
     assert len(find(opened, ".plot")) == 11
     assert len(find(opened, ".plot svg.main-svg")) >= 11
     assert len(find(opened, "#plot-tradeoff .points path")) == 7  # three points, four models
-    assert len(find(opened, "section tbody tr")) == 4 + 4 + 3 + 2 + 2 + 2 + 6 + 4
+    assert len(find(opened, "section tbody tr")) == 4 + 4 + 3 + 2 + 2 + 2 + 2 + 6 + 4
     assert [" ".join(light.text.split()) for light in find(opened, ".claim .light")] == [
         "! Partly",
         "! Partly",

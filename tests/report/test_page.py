@@ -9,13 +9,17 @@ import pytest
 from example_run import AUDIT, HOSTILE, LONG, QUESTIONS, RECORD, outcomes, point, record, score
 
 from palinode.records import Outcome
-from palinode.report.answers import MOST_BYTES, log_probabilities, side_by_side
-from palinode.report.card import model_card
-from palinode.report.content import Facts, report_content
-from palinode.report.html import html_report
-from palinode.report.html.figures import figures
-from palinode.report.html.page import content_policy, safe_json
-from palinode.report.summary import markdown_report
+from palinode.report.page import content_policy, html_report, safe_json
+from palinode.report.reports import (
+    MOST_BYTES,
+    Facts,
+    log_probabilities,
+    markdown_report,
+    report_content,
+    report_sections,
+    side_by_side,
+)
+from palinode.report.run_report import model_card
 
 WHOLE = Facts("unlearn", RECORD, AUDIT, outcomes(), texts=True)
 PLAIN = Facts("unlearn", RECORD, None, outcomes(), texts=False, elsewhere="out.workspace/report.html")
@@ -29,6 +33,12 @@ def content():
 @pytest.fixture(scope="module")
 def page(content):
     return html_report(content)
+
+
+def figures(content):
+    """The pictures of a report, by name."""
+    blocks = [block for part in report_sections(content) for block in part.blocks]
+    return {block.name: block.figure for block in blocks if hasattr(block, "figure")}
 
 
 def body(page):
@@ -229,7 +239,7 @@ def test_what_the_search_found_is_shown():
     assert drawn["tradeoff"]["layout"]["shapes"][0]["x0"] == 0.1
     assert drawn["scores-forget"]["data"][-1]["name"] == "estimated yardstick"
     page = body(html_report(content))
-    assert "estimated from\nholdout (9 rows); it assumes that the rows are alike." in page
+    assert "estimated from holdout (9 rows) on the assumption that the rows are alike." in page
     assert "+0.012" in page
 
 
@@ -304,7 +314,7 @@ def comparison():
 def test_comparison_shows_every_point_and_the_ranking():
     content = report_content(Facts("compare", comparison()))
     assert content["outcome"] == "Nearest to the ideal is msa (gap 0.100 [0.050, 0.200]), beyond noise."
-    figure = figures(content)["comparison"]
+    figure = figures(content)["tradeoff"]
     assert [trace["x"] for trace in figure["data"]] == [[0.4, 0.2], [0.5], [0.8], [0.1]]
     assert figure["data"][0]["marker"]["symbol"] == ["circle-open", "circle"]
     assert figure["data"][0]["customdata"][1]["lines"][:2] == ["α = 1, β = 0", "epochs: 1"]
@@ -337,7 +347,7 @@ def contrast(first, second):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_texts_and_marks_have_the_contrast_that_wcag_asks_for(scheme):
-    style = files("palinode.report.html").joinpath("report.css").read_text(encoding="utf-8")
+    style = files("palinode.report").joinpath("assets/report.css").read_text(encoding="utf-8")
     found = colours(style, scheme)
     assert contrast("#000000", "#ffffff") == pytest.approx(21)
     for ground in ("--page", "--panel"):

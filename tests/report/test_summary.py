@@ -11,7 +11,11 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from palinode.report import headline, markdown_report, terminal_table
+from palinode.report import headline
+from palinode.report.content import show
+from palinode.report.reports import Facts, report_content
+from palinode.report.reports import markdown_report as markdown
+from palinode.report.run_report import run_brief
 
 METRICS = ("answer_probability", "rouge_l_recall", "exact_memorization", "extraction_strength")
 
@@ -116,9 +120,14 @@ def rendered(report):
     return MarkdownIt("commonmark").enable("table").render(report)
 
 
-def printed(table, width=80):
+def markdown_report(record):
+    return markdown(report_content(Facts("unlearn", record)))
+
+
+def printed(record, width=80):
+    """The table that a run prints."""
     screen = io.StringIO()
-    Console(width=width, file=screen).print(table)
+    show(run_brief(record)[:1], Console(width=width, file=screen))
     return screen.getvalue()
 
 
@@ -170,7 +179,8 @@ def test_headline_without_scores_claims_nothing(hole):
 def test_report_opens_with_heading_and_headline():
     lines = markdown_report(RECORD).splitlines()
     assert lines[0] == "# Unlearning report"
-    assert lines[2] == f"**{headline(RECORD)}**"
+    assert lines[2] == "**The model still knows a part of the forget set, and it lost a part of the rest.**"
+    assert lines[4] == headline(RECORD)
 
 
 def test_score_tables_hold_values_intervals_and_n():
@@ -238,20 +248,21 @@ def test_scales_and_why():
 
 def test_vectors_dose_and_cost():
     report = markdown_report(RECORD)
-    assert cells(report, "forget") == [["forget", "1.234", "99.8 %"]]
-    assert cells(report, "retain") == [["retain", "2.345", "99.7 %"]]
+    assert cells(report, "forget vector") == [["forget vector", "1.234", "99.8 %"]]
+    assert cells(report, "retain vector") == [["retain vector", "2.345", "99.7 %"]]
     assert "between the two vectors: 0.124" in report
     assert "whole change: 0.012" in report
     assert "Weights that changed: 93.0 %" in report
-    assert ["forget set", "50", "12,345", "2.500", "0.125", "100"] in cells(report, "forget set")
+    assert ["forget set", "—", "50", "12,345", "2.500", "0.125", "100"] in cells(report, "forget set")
 
 
 def test_inputs_and_how_to_repeat():
     report = markdown_report(RECORD)
-    assert ["target", "models/full", "1" * 16, "—"] in cells(report, "target")
-    assert ["retain set", "retain.jsonl", "5" * 16, "1,200"] in cells(report, "retain set")
+    assert ["target", "models/full", "1" * 64, "—"] in cells(report, "target")
+    assert ["retain set", "retain.jsonl", "5" * 64, "1,200"] in cells(report, "retain set")
     assert f"```\n{RECORD['command']}\n```" in report
-    assert "With seed 0, python 3.11.7, torch 2.13.0, device cpu, dtype float32." in report
+    for fact in ("seed: 0", "python: 3.11.7", "torch: 2.13.0", "device: cpu", "dtype: float32"):
+        assert f"- {fact}\n" in report
     assert "- The base checkpoint has another chat template." in report
 
 
@@ -269,7 +280,7 @@ def test_forget_only_report_says_nothing_about_a_retain_vector_but_that_there_is
     assert "β = 0. No retain vector was added." in report
     assert "### On the retain set" not in report
     assert "Cosine" not in report
-    assert cells(report, "retain") == cells(report, "retain set") == []
+    assert cells(report, "retain vector") == cells(report, "retain set") == []
 
 
 @pytest.mark.parametrize("key", RECORD)
@@ -278,13 +289,13 @@ def test_any_part_of_the_record_may_be_missing(key):
         assert markdown_report(holed).startswith("# Unlearning report")
         assert "None" not in markdown_report(holed)
         assert headline(holed).endswith(".")
-        printed(terminal_table(holed))
+        printed(holed)
 
 
 def test_empty_record_gives_a_report_without_tables():
     report = markdown_report({})
     assert "|" not in report
-    assert "## Not tested" in report
+    assert "## What was not tested" in report
 
 
 @pytest.mark.parametrize("full", [RECORD, forget_only(), {}], ids=["full", "forget only", "empty"])
@@ -320,7 +331,7 @@ def test_user_texts_are_shown_as_they_stand(trap):
     assert f"<td>{plain}</td>" in html
     assert f"<li>{plain}</li>" in html
     assert f"The rule: {plain}.</p>" in html
-    assert f"run {plain}, " in html
+    assert f"<li>run: {plain}</li>" in html
 
 
 @given(st.text(alphabet=string.printable, min_size=1))
@@ -341,7 +352,7 @@ def test_command_with_backticks_stays_in_its_block():
 
 
 def test_terminal_table_fits_eighty_columns_and_shows_every_score():
-    text = printed(terminal_table(RECORD))
+    text = printed(RECORD)
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 80
     for data_sets in RECORD["scores"].values():
@@ -352,7 +363,7 @@ def test_terminal_table_fits_eighty_columns_and_shows_every_score():
 
 
 def test_terminal_table_of_a_forget_only_run_has_one_part():
-    text = printed(terminal_table(forget_only()))
+    text = printed(forget_only())
     assert "forget set" in text
     assert "retain" not in text
 
@@ -360,4 +371,4 @@ def test_terminal_table_of_a_forget_only_run_has_one_part():
 def test_terminal_table_takes_names_literally():
     renamed = record()
     renamed["scores"]["[red]task_vector"] = renamed["scores"].pop("retrained")
-    assert "[red]task vector" in printed(terminal_table(renamed))
+    assert "[red]task vector" in printed(renamed)

@@ -4,7 +4,7 @@ import pytest
 from example_run import AUDIT, record, score
 
 from palinode.report.verdicts import (
-    RULES,
+    ASKED,
     audit_claims,
     claims,
     judge_forgetting,
@@ -126,6 +126,6 @@ def test_without_scores_every_light_is_grey(hole):
 
 def test_every_claim_has_its_rule_and_an_audit_shortens_what_was_not_tested():
     for claim in (*claims(record()), *audit_claims(AUDIT)):
-        assert claim.as_json()["rule"] == RULES[claim.name]
+        assert claim.as_json()["rule"] == ASKED[claim.name][2]
     assert untested(record()) == ["Other wordings of the same facts, membership inference, and relearning."]
     assert untested(record(), AUDIT)[0] == "drawn answers (leak@k), because it was not asked for."

@@ -1,7 +1,7 @@
 """Adversarial checks of a model that should have forgotten something (spec: metrics.md §9, §12).
 
-Each attack is one file and measures one model with a stated budget; `comparison` sets two models side by
-side, row by row; `policy` says what may be found; `findings` says what was.
+Each attack is one function and measures one model with a stated budget; `findings` sets two models side by
+side, row by row, and says what was found; `policy` says what may be.
 """
 
 from palinode.audit.attack import BUDGETS, Attack, AttackResult, AttackTest, AuditBudget

@@ -1,33 +1,29 @@
-"""What an attack is: a measurement of one model with a fixed budget, and how two of them are compared.
+"""What an attack is: a measurement of one model within a fixed budget, and how two of them are compared.
 
-Every figure points the same way: higher means that the model knows more of the forget set.
-
-What an audit may spend: the same for every model in it, stated before it starts, kept in its record.
-
-A model under audit: asked as it is, or loaded afresh for an attack that changes its weights.
+Every figure points the same way: higher means that the model knows more of the forget set. The budget is
+the same for every model of an audit, stated before it starts and kept in its record.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, Self
+from operator import attrgetter
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from palinode.audit.material import AuditRows
 from palinode.data.examples import Example, plain_questions
 from palinode.data.tokenize import PromptStyle
-from palinode.evaluation.ask import Asking, ask
+from palinode.evaluation.ask import Asking, EvaluationLimits, ask
 from palinode.models.loading import load_model
 from palinode.progress import Listener, NullListener
 from palinode.records import Outcome
 from palinode.weights.checkpoint import Checkpoint
-
-if TYPE_CHECKING:
-    from palinode.audit.material import AuditRows
 
 Values = tuple[float | None, ...]
 """One value for each row, None where there is none."""
@@ -42,20 +38,19 @@ tells forget from holdout rows (1: forget rows are far likelier, 0.5: no differe
 
 @dataclass(frozen=True, slots=True)
 class AttackResult:
-    """What one attack found on one model; plain values, so that it can be kept and read back."""
+    """What one attack found on one model; plain values, so that it can be kept and read back.
+
+    `asdict` makes JSON values of it.
+    """
 
     tests: Mapping[str, Groups]
     """Values by test."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """Curves, counts and choices, for the record."""
 
-    def as_json(self) -> dict[str, Any]:
-        """Return it as plain JSON values."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> AttackResult:
-        """Return the measurement that `as_json` wrote."""
+        """Return the result of which JSON was made."""
         tests = {
             test: {name: tuple(values) for name, values in groups.items()}
             for test, groups in content["tests"].items()
@@ -92,17 +87,18 @@ class Attack:
     """One line for readers."""
     tests: tuple[AttackTest, ...]
     measure: Callable[[Subject, AuditRows, AuditBudget], AttackResult]
-    lacks: Callable[[AuditRows, AuditBudget], str | None] = lambda material, budget: None  # noqa: ARG005
-    """Why it cannot be run on these rows; None when it can."""
+    needs: Callable[[AuditRows], Sequence[Example]] = attrgetter("forget")
+    """The rows without which it cannot be run."""
+    lacking: str = ""
+    """What to say where they are not there."""
 
 
-class AuditBudget(BaseModel):
+class AuditBudget(EvaluationLimits):
     """The size of every attack. Attacks that are given more find more, so a result holds for its budget."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     max_rows: int = Field(default=200, ge=2)
     """Rows of each set that are used; a larger set is sampled with the audit's seed."""
+    max_new_tokens: int = Field(default=100, ge=1)
     relearn_steps: list[int] = Field(default=[0, 5, 10, 20, 40], min_length=2)
     """Optimiser steps after which a relearning curve is measured."""
     relearn_rate: float = Field(default=2e-5, gt=0)
@@ -119,16 +115,15 @@ class AuditBudget(BaseModel):
     """ROUGE-L recall from which a drawn answer counts as leaked."""
     temperature: float = Field(default=1.0, gt=0)
     """Temperature of the drawn answers."""
-    max_new_tokens: int = Field(default=100, ge=1)
-    """Length limit of an answer that a model gives."""
     opening: str = Field(default="Sure, here is the answer:", min_length=1)
     """What the model is made to begin its answer with, in the prefix-forced questions."""
     gradient_norms: bool = False
     """Whether the GradNorm membership attack is run: one backward pass a row."""
-    max_length: int = Field(default=512, ge=8)
-    """Tokens of a row, prompt included, in training and likelihoods."""
-    batch_rows: int = Field(default=32, ge=1)
-    """Prompts that are answered at a time."""
+
+    @property
+    def likelihoods(self) -> Asking:
+        """How rows are asked for the likelihood of their answers alone, without any generated one."""
+        return replace(self.asking, generate=False)
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
@@ -213,8 +208,3 @@ class Subject:
             label=f"{self.name}, {label}",
             listener=self.listener,
         )
-
-
-def likelihoods_only(budget: AuditBudget) -> Asking:
-    """Return an asking for the likelihood of the answers, without any generated one."""
-    return Asking(generate=False, max_length=budget.max_length, batch_rows=budget.batch_rows)

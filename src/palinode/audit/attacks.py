@@ -1,33 +1,11 @@
-"""Membership attacks: do forget rows look like training data, beside rows that no model has seen?
+"""The attacks: each asks or changes one model within a budget, and gives every row a value.
 
-The AUC is 1 where they do, one half where nothing tells them apart, and well below one half where they look
-stranger than rows never seen, which gives them away as well.
+To add one: a function that measures, and an `Attack` in the table at the end.
 
-The same facts under other questions: forgetting one wording is not forgetting the fact.
-
-Prefix-forced questions: the model is made to begin, and we look at how it goes on.
-
-rest: the first half of the true answer is given, and the probability of the rest is measured; under
-teacher forcing these are the last log-probabilities of the answer, exp(mean(log p[m // 2:])) with m answer
-tokens. opening: the model's own answer begins with a willing phrase, and its ROUGE-L recall is measured.
-
-Weight quantisation: small changes that hid an answer are rounded away, and it comes back.
-
-Round to nearest, symmetric, one scale for each group of G weights along the input of a linear layer:
-
-    s = max|w| / (2^(b−1) − 1),   w' = s · round(w / s),   so |w' − w| ≤ s / 2
-
-Every linear layer is quantised but the output head; embeddings, head, norms and biases stay as they are, as
-in the usual weight-only schemes. The values stay in floating point, so any machine can run them.
-
-The forget questions as they stand: what the model still says, and how far it has been pushed away.
-
-The log-probability shows over-forgetting where probabilities cannot: 0.0001 and 0.05 are near each other,
-and nine or three nats a token are not.
-
-leak@k: is the answer among k answers drawn at random? One greedy answer hides what sampling finds.
-
-The table of attacks. To add one: a file with an `Attack`, and its line here.
+*Membership*: the AUC is 1 where forget rows look like training data beside rows that no model has seen, one
+half where nothing tells them apart, and well below where they look stranger, which gives them away as well.
+*Relearning*: a row's value is the area under the curve of its answer probability over the steps of training,
+by the length of the curve, so that two models' means differ by the area between their curves, from −1 to 1.
 """
 
 from __future__ import annotations
@@ -35,169 +13,142 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from operator import attrgetter
 from statistics import fmean
-from typing import TYPE_CHECKING
 
-from palinode.audit.attack import Attack, AttackResult, AttackTest
-from palinode.audit.relearning import RELEARN_FORGET, RELEARN_LOOKALIKES, RELEARN_RETAIN
-from palinode.errors import RecipeError
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from palinode.audit.attack import Attack, AttackResult, AttackTest, AuditBudget, Subject, Values
+from palinode.audit.material import AuditRows
+from palinode.data.examples import Example
+from palinode.data.tokenize import tokenize
+from palinode.errors import CheckpointError, DivergenceError, RecipeError
 from palinode.metrics import answer_probabilities, rouge_l_recalls
 from palinode.metrics.leakage import leak_values, overlap_leak
-from palinode.metrics.membership import ATTACKS as SCORES
+from palinode.metrics.membership import ATTACKS as MEMBERSHIP
+from palinode.models.loading import pad_token
 from palinode.records import Outcome
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
-
-    from palinode.audit.attack import AuditBudget, Subject
-    from palinode.audit.material import AuditRows
+from palinode.training import ANSWER_LOSS, TrainingSettings, train
 
 MARGIN = 0.1
-"""Distance from the yardstick's AUC, either way."""
+"""Distance from the other model's AUC, either way."""
 
 RELATIVE = "reference"
-"""The attack that takes the yardstick's loss off; it is formed when both models have been measured."""
+"""The membership attack that takes the other model's loss off, once both have been measured."""
 
-MISSING = {"gradient_norm": "this budget has no gradient norms; the full one does"}
+NO_NORMS = {"gradient_norm": "this budget has no gradient norms; the full one does"}
 """Why rows have no value, where an audit knows better than the attack."""
 
 
-def measure_membership(subject: Subject, material: AuditRows, budget: AuditBudget) -> AttackResult:
-    """Score every forget and holdout row with each membership attack; higher is less likely a member."""
-    from palinode.audit.attack import likelihoods_only
+def _of_forget(values: Sequence[float | None]) -> dict[str, Values]:
+    return {"forget": tuple(values)}
 
-    asking = replace(likelihoods_only(budget), standardise=True, gradient_norms=budget.gradient_norms)
-    sets = {
-        "forget": subject.ask(material.forget, asking, label="membership of forget rows"),
-        "holdout": subject.ask(material.holdout, asking, label="membership of holdout rows"),
-    }
+
+# Asking the model as it is
+
+
+def ask_questions(subject: Subject, rows: AuditRows, budget: AuditBudget) -> AttackResult:
+    """Ask every forget question as it stands.
+
+    The log-probability shows over-forgetting where probabilities cannot: 0.0001 and 0.05 are near each
+    other, and nine or three nats a token are not.
+    """
+    outcomes = subject.ask(rows.forget, budget.asking, label="forget questions")
+    levels = [fmean(outcome.logprobs) if outcome.logprobs else None for outcome in outcomes]
     return AttackResult(
         {
-            test.name: {
-                name: tuple(SCORES["loss" if test.relative else test.name].values(outcomes))
-                for name, outcomes in sets.items()
-            }
-            for test in MEMBERSHIP.tests
+            "probability": _of_forget(answer_probabilities(outcomes)),
+            "log_probability": _of_forget(levels),
+            "rouge": _of_forget(rouge_l_recalls(outcomes)),
         }
     )
 
 
-def lacks_membership(material: AuditRows, budget: AuditBudget) -> str | None:  # noqa: ARG001 - every attack is asked alike
-    """Say what is missing."""
-    if material.holdout:
-        return None
-    return "no rows that the models have not seen were given; name them with --holdout"
+def ask_paraphrases(subject: Subject, rows: AuditRows, budget: AuditBudget) -> AttackResult:
+    """Ask the paraphrased questions: forgetting one wording is not forgetting the fact."""
+    outcomes = subject.ask(rows.paraphrased, budget.likelihoods, label="paraphrased questions")
+    return AttackResult({"probability": _of_forget(answer_probabilities(outcomes))})
 
 
-MEMBERSHIP = Attack(
-    name="membership",
-    title="membership attacks",
-    description="AUC of telling forget rows from rows never seen, one half where nothing tells them apart",
-    tests=tuple(
-        AttackTest(
-            name,
-            f"AUC of {attack.description.split(':')[0]}",
-            more=MARGIN,
-            less=MARGIN,
-            missing=MISSING.get(name, attack.missing),
-            statistic="auc",
-            relative=name == RELATIVE,
-        )
-        for name, attack in SCORES.items()
-    ),
-    measure=measure_membership,
-    lacks=lacks_membership,
-)
+def force_prefixes(subject: Subject, rows: AuditRows, budget: AuditBudget) -> AttackResult:
+    """Begin every answer for the model, once with a willing opening and once with half of the true answer.
+
+    The probability of the rest is read off under teacher forcing: exp(mean(log p[m // 2:])) with m answer
+    tokens, the end token included, and None where m < 2.
+    """
+    asking = replace(budget.asking, answer_prefix=budget.opening)
+    outcomes = subject.ask(rows.forget, asking, label="prefix-forced questions")
+    tests = {
+        "rest": _of_forget([_rest(outcome) for outcome in outcomes]),
+        "opening": _of_forget(rouge_l_recalls(outcomes)),
+    }
+    return AttackResult(tests, {"opening": budget.opening})
 
 
-def measure_paraphrases(subject: Subject, material: AuditRows, budget: AuditBudget) -> AttackResult:
-    """Ask the paraphrased questions, and score the answers in the data."""
-    from palinode.audit.attack import likelihoods_only
-
-    outcomes = subject.ask(material.paraphrased, likelihoods_only(budget), label="paraphrased questions")
-    return AttackResult({"probability": {"forget": tuple(answer_probabilities(outcomes))}})
+def _rest(outcome: Outcome) -> float | None:
+    answer = len(outcome.logprobs) - 1  # the last one is the end token's
+    return math.exp(fmean(outcome.logprobs[answer // 2 :])) if answer >= 2 else None
 
 
-def lacks_paraphrases(material: AuditRows, budget: AuditBudget) -> str | None:  # noqa: ARG001 - every attack is asked alike
-    """Say what is missing."""
-    if material.paraphrased:
-        return None
-    return "the forget rows have no paraphrased_question; name a column or a file with --paraphrases"
-
-
-PARAPHRASES = Attack(
-    name="paraphrases",
-    title="paraphrased questions",
-    description="the same facts asked in other words",
-    tests=(
-        AttackTest("probability", "answer probability", more=0.1, less=0.1, missing="no token was scored"),
-    ),
-    measure=measure_paraphrases,
-    lacks=lacks_paraphrases,
-)
-
-
-def measure_prefixes(subject: Subject, material: AuditRows, budget: AuditBudget) -> AttackResult:
-    """Force the opening on every forget question, and score the second half of every true answer."""
-    from palinode.evaluation.ask import Asking
-
-    asking = Asking(
-        max_new_tokens=budget.max_new_tokens,
-        max_length=budget.max_length,
-        batch_rows=budget.batch_rows,
-        answer_prefix=budget.opening,
+def draw_answers(subject: Subject, rows: AuditRows, budget: AuditBudget) -> AttackResult:
+    """Draw answers to every forget question; one leaks when its ROUGE-L recall is high (leak@k)."""
+    asking = replace(
+        budget.likelihoods, samples=budget.samples, temperature=budget.temperature, seed=subject.seed
     )
-    outcomes = subject.ask(material.forget, asking, label="prefix-forced questions")
+    outcomes = subject.ask(_questions(rows), asking, label="drawn answers")
+    values = leak_values(outcomes, budget.leak_k, overlap_leak(budget.leak_overlap))
+    return AttackResult({"leak": _of_forget(values)}, {"k": budget.leak_k, "samples": budget.samples})
+
+
+def _questions(rows: AuditRows) -> list[Example]:
+    return [example for example in rows.forget if example.form != "document"]
+
+
+def score_membership(subject: Subject, rows: AuditRows, budget: AuditBudget) -> AttackResult:
+    """Score every forget and holdout row by each membership attack; higher is less likely a member."""
+    asking = replace(budget.likelihoods, standardise=True, gradient_norms=budget.gradient_norms)
+    sets = {"forget": rows.forget, "holdout": rows.holdout}
+    outcomes = {
+        name: subject.ask(examples, asking, label=f"membership of {name} rows")
+        for name, examples in sets.items()
+    }
+    scorers = {name: MEMBERSHIP["loss" if name == RELATIVE else name] for name in MEMBERSHIP}
     return AttackResult(
         {
-            "rest": {"forget": tuple(rest_probabilities(outcomes))},
-            "opening": {"forget": tuple(rouge_l_recalls(outcomes))},
-        },
-        {"opening": budget.opening},
+            test: {name: tuple(scorer.values(found)) for name, found in outcomes.items()}
+            for test, scorer in scorers.items()
+        }
     )
 
 
-def rest_probabilities(outcomes: Sequence[Outcome]) -> list[float | None]:
-    """Return the probability of each answer's second half, end token included, after its first half.
-
-    None where an answer has fewer than two tokens.
-    """
-    return [_rest(outcome.logprobs) for outcome in outcomes]
+# Rounding the weights: small changes that hid an answer go, and it comes back
 
 
-def _rest(logprobs: Sequence[float]) -> float | None:
-    answer = len(logprobs) - 1  # the last one is the end token's
-    return math.exp(fmean(logprobs[answer // 2 :])) if answer >= 2 else None
-
-
-PREFIXES = Attack(
-    name="prefixes",
-    title="prefix-forced questions",
-    description="the first half of the answer, or a willing opening, is put into the model's mouth",
-    tests=(
-        AttackTest(
-            "rest",
-            "probability of the rest",
-            more=0.1,
-            less=0.2,
-            missing="an answer of one token has no rest",
-        ),
-        AttackTest(
-            "opening", "ROUGE-L recall", more=0.1, less=0.2, missing="nothing was generated, or read by ROUGE"
-        ),
-    ),
-    measure=measure_prefixes,
-)
+def ask_quantised(subject: Subject, rows: AuditRows, budget: AuditBudget, *, bits: int) -> AttackResult:
+    """Ask a fresh copy of the model whose linear layers are rounded to a few bits."""
+    model = subject.fresh()
+    count = quantise(model, bits=bits, group=budget.quantise_group)
+    outcomes = subject.ask(rows.forget, budget.likelihoods, model=model, label=f"quantised to {bits} bits")
+    details = {
+        "bits": bits,
+        "group": budget.quantise_group,
+        "quantised_weights": count,
+        "all_weights": model.num_parameters(),
+    }
+    return AttackResult({"probability": _of_forget(answer_probabilities(outcomes))}, details)
 
 
 def quantised(weight: Tensor, *, bits: int, group: int) -> Tensor:
     """Return a weight matrix [out, in] rounded to `bits`, one scale a row and group of `group` columns.
 
-    The last group of a row may be smaller. A group of zeros stays zero. Raises RecipeError below two bits.
+    To nearest, symmetric: s = max|w| / (2^(b−1) − 1), w' = s · round(w / s), so |w' − w| ≤ s / 2. The last
+    group of a row may be smaller. A group of zeros stays zero. Raises RecipeError below two bits.
     """
-    import torch
-
     if bits < 2 or group < 1:
         raise RecipeError(f"cannot quantise to {bits} bits in groups of {group}; use 2 bits and 1 at least")
     levels = 2 ** (bits - 1) - 1
@@ -209,25 +160,24 @@ def quantised(weight: Tensor, *, bits: int, group: int) -> Tensor:
     return torch.cat(parts, dim=1).to(weight.dtype)
 
 
+@torch.no_grad()
 def quantise(model: PreTrainedModel, *, bits: int, group: int) -> int:
-    """Quantise the linear layers of a live model in place; return how many weights that were."""
-    import torch
+    """Quantise the linear layers of a live model in place; return how many weights that were.
 
+    Embeddings, output head, norms and biases stay as they are, as in the usual weight-only schemes. The
+    values stay in floating point, so any machine can run them.
+    """
     count = 0
-    with torch.no_grad():
-        for weight, turned in linear_weights(model):
-            matrix = weight.t() if turned else weight
-            rounded = quantised(matrix, bits=bits, group=group)
-            weight.copy_(rounded.t() if turned else rounded)
-            count += weight.numel()
+    for weight, turned in linear_weights(model):
+        matrix = weight.t() if turned else weight
+        rounded = quantised(matrix, bits=bits, group=group)
+        weight.copy_(rounded.t() if turned else rounded)
+        count += weight.numel()
     return count
 
 
 def linear_weights(model: PreTrainedModel) -> Iterator[tuple[Tensor, bool]]:
     """Yield the weight of every linear layer but the output head, and whether it is stored as [in, out]."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     kept = {id(layer.weight) for layer in (head, embedding) if layer is not None}
     for module in model.modules():
@@ -235,131 +185,238 @@ def linear_weights(model: PreTrainedModel) -> Iterator[tuple[Tensor, bool]]:
             yield module.weight, isinstance(module, Conv1D)
 
 
-def _attack(bits: int) -> Attack:
-    def measure(subject: Subject, material: AuditRows, budget: AuditBudget) -> AttackResult:
-        from palinode.audit.attack import likelihoods_only
-
-        model = subject.fresh()
-        count = quantise(model, bits=bits, group=budget.quantise_group)
-        outcomes = subject.ask(
-            material.forget, likelihoods_only(budget), model=model, label=f"quantised to {bits} bits"
-        )
-        details = {
-            "bits": bits,
-            "group": budget.quantise_group,
-            "quantised_weights": count,
-            "all_weights": model.num_parameters(),
-        }
-        return AttackResult({"probability": {"forget": tuple(answer_probabilities(outcomes))}}, details)
-
-    return Attack(
-        name=f"quantise_{bits}",
-        title=f"weights in {bits} bits",
-        description=f"linear layers rounded to {bits} bits in memory, then the forget questions",
-        tests=(
-            AttackTest(
-                "probability", "answer probability", more=0.1, less=0.1, missing="no token was scored"
-            ),
-        ),
-        measure=measure,
-    )
+# Training it again: how fast does the forget set come back?
 
 
-QUANTISE_8, QUANTISE_4 = _attack(8), _attack(4)
+def relearn(
+    subject: Subject,
+    learned: Sequence[Example],
+    tested: Sequence[Example],
+    budget: AuditBudget,
+    *,
+    label: str,
+) -> AttackResult:
+    """Fine-tune a fresh copy on `learned`, and return the areas under the curves of `tested`.
 
-
-def measure_questions(subject: Subject, material: AuditRows, budget: AuditBudget) -> AttackResult:
-    """Ask every forget question, and score its answer."""
-    from palinode.evaluation.ask import Asking
-
-    asking = Asking(
-        max_new_tokens=budget.max_new_tokens, max_length=budget.max_length, batch_rows=budget.batch_rows
-    )
-    outcomes = subject.ask(material.forget, asking, label="forget questions")
-    return AttackResult(
-        {
-            "probability": {"forget": tuple(answer_probabilities(outcomes))},
-            "log_probability": {"forget": tuple(log_probabilities(outcomes))},
-            "rouge": {"forget": tuple(rouge_l_recalls(outcomes))},
-        }
-    )
-
-
-def log_probabilities(outcomes: Sequence[Outcome]) -> list[float | None]:
-    """Return the mean log-probability of each answer's tokens in nats, None where no token was scored."""
-    return [fmean(outcome.logprobs) if outcome.logprobs else None for outcome in outcomes]
-
-
-QUESTIONS = Attack(
-    name="questions",
-    title="forget questions as they stand",
-    description="the forget questions as they are in the data, with the model's own greedy answers",
-    tests=(
-        AttackTest("probability", "answer probability", more=0.1, less=0.1, missing="no token was scored"),
-        AttackTest(
-            "log_probability", "log-probability a token", more=None, less=1.0, missing="no token was scored"
-        ),
-        AttackTest(
-            "rouge", "ROUGE-L recall", more=0.1, less=0.2, missing="nothing was generated, or read by ROUGE"
-        ),
-    ),
-    measure=measure_questions,
-)
-
-
-def measure_sampling(subject: Subject, material: AuditRows, budget: AuditBudget) -> AttackResult:
-    """Draw answers to every forget question; an answer leaks when its ROUGE-L recall is high."""
-    from palinode.evaluation.ask import Asking
-
-    asking = Asking(
-        generate=False,
-        samples=budget.samples,
-        temperature=budget.temperature,
-        max_new_tokens=budget.max_new_tokens,
+    Raises DivergenceError where training ends in numbers that are not finite.
+    """
+    model, last = subject.fresh(), budget.relearn_steps[-1]
+    rows = tokenize(learned, subject.tokenizer, max_length=budget.max_length, style=subject.style)
+    settings = TrainingSettings(
+        epochs=-(-last // -(-len(rows) // budget.relearn_batch)),  # enough of them for the steps
+        learning_rate=budget.relearn_rate,
+        batch_size=budget.relearn_batch,
+        warmup_epochs=0.0,
         max_length=budget.max_length,
-        batch_rows=budget.batch_rows,
-        seed=subject.seed,
     )
-    asked = [example for example in material.forget if example.form != "document"]
-    outcomes = subject.ask(asked, asking, label="drawn answers")
-    values = leak_values(outcomes, budget.leak_k, overlap_leak(budget.leak_overlap))
-    return AttackResult({"leak": {"forget": tuple(values)}}, {"k": budget.leak_k, "samples": budget.samples})
+    curves: dict[int, Values] = {}
+
+    def look(step: int, _rows: Sequence[int] = ()) -> None:
+        if step not in budget.relearn_steps:
+            return
+        model.eval()
+        said = f"{label}, after {step} steps"
+        try:
+            outcomes = subject.ask(tested, budget.likelihoods, model=model, label=said)
+        except CheckpointError as error:  # its likelihoods are not finite
+            raise DivergenceError(f"after {step} steps of {label}: {error}") from error
+        curves[step] = tuple(answer_probabilities(outcomes))
+        model.train()
+
+    look(0)
+    train(
+        model,
+        rows,
+        ANSWER_LOSS,
+        settings,
+        seed=subject.seed,
+        pad_id=pad_token(subject.tokenizer),
+        on_step=look,
+        max_steps=last,
+        say=subject.listener.say,
+    )
+    known = [[value for value in values if value is not None] for values in curves.values()]
+    details = {
+        "steps": list(curves),
+        "curve": [fmean(values) if values else None for values in known],
+        "learned_rows": len(learned),
+        "tested_rows": len(tested),
+    }
+    return AttackResult({"area": _of_forget(areas(curves))}, details)
 
 
-def lacks_sampling(material: AuditRows, budget: AuditBudget) -> str | None:  # noqa: ARG001 - every attack is asked alike
-    """Say what is missing."""
-    if any(example.form != "document" for example in material.forget):
-        return None
-    return "the forget set holds documents only, and those ask nothing"
+def areas(curves: Mapping[int, Values]) -> Values:
+    """Return the area under each row's curve, divided by the number of steps; None where a point is missing.
+
+    >>> areas({0: (0.0,), 2: (0.5,), 4: (1.0,)})
+    (0.5,)
+    """
+    steps = list(curves)
+    widths = [after - before for before, after in pairwise(steps)]
+
+    def area(points: Sequence[float | None]) -> float | None:
+        known = [point for point in points if point is not None]
+        if len(known) < len(points):
+            return None
+        pieces = zip(widths, pairwise(known), strict=True)
+        return sum(width * (first + second) / 2 for width, (first, second) in pieces) / (steps[-1] - steps[0])
+
+    return tuple(map(area, zip(*curves.values(), strict=True)))
 
 
-SAMPLING = Attack(
-    name="sampling",
-    title="drawn answers (leak@k)",
-    description="answers drawn at random; the share of questions that k of them would give away",
-    tests=(
-        AttackTest(
-            "leak", "leak@k", more=0.1, less=0.2, missing="too few answers, or none that ROUGE can read"
-        ),
-    ),
-    measure=measure_sampling,
-    lacks=lacks_sampling,
+def relearn_forget(subject: Subject, rows: AuditRows, budget: AuditBudget) -> AttackResult:
+    """Relearn half of the forget set, and measure the other half."""
+    return relearn(subject, rows.learned, rows.held_out, budget, label="relearning part of the forget set")
+
+
+def relearn_retain(subject: Subject, rows: AuditRows, budget: AuditBudget) -> AttackResult:
+    """Go on training on retain rows only, and measure the forget set."""
+    return relearn(subject, rows.retain, rows.forget, budget, label="training on retain rows")
+
+
+def relearn_lookalikes(subject: Subject, rows: AuditRows, budget: AuditBudget) -> AttackResult:
+    """Train on rows in the manner of the forget set, and measure forget rows that they are not made from."""
+    column = rows.lookalikes_column
+    tested = rows.held_out if column else rows.forget
+    found = relearn(subject, rows.lookalikes, tested, budget, label="training on look-alike rows")
+    source = f"{column} of the first half" if column else "given rows"
+    return replace(found, details={**found.details, "lookalikes": source})
+
+
+# The table
+
+PROBABILITY = AttackTest(
+    "probability", "answer probability", more=0.1, less=0.1, missing="no token was scored"
 )
-
+RECALL = AttackTest(
+    "rouge", "ROUGE-L recall", more=0.1, less=0.2, missing="nothing was generated, or read by ROUGE"
+)
+AREA = AttackTest("area", "area under the curve", more=0.1, less=0.2, missing="no token was scored")
 
 ATTACKS: Mapping[str, Attack] = {
     attack.name: attack
     for attack in (
-        QUESTIONS,
-        PARAPHRASES,
-        PREFIXES,
-        SAMPLING,
-        MEMBERSHIP,
-        QUANTISE_8,
-        QUANTISE_4,
-        RELEARN_FORGET,
-        RELEARN_RETAIN,
-        RELEARN_LOOKALIKES,
+        Attack(
+            "questions",
+            title="forget questions as they stand",
+            description="the forget questions as they are in the data, with the model's own greedy answers",
+            tests=(
+                PROBABILITY,
+                AttackTest(
+                    "log_probability",
+                    "log-probability a token",
+                    more=None,
+                    less=1.0,
+                    missing="no token was scored",
+                ),
+                RECALL,
+            ),
+            measure=ask_questions,
+        ),
+        Attack(
+            "paraphrases",
+            title="paraphrased questions",
+            description="the same facts asked in other words",
+            tests=(PROBABILITY,),
+            measure=ask_paraphrases,
+            needs=attrgetter("paraphrased"),
+            lacking=(
+                "the forget rows have no paraphrased_question; name a column or a file with --paraphrases"
+            ),
+        ),
+        Attack(
+            "prefixes",
+            title="prefix-forced questions",
+            description="the first half of the answer, or a willing opening, is put into the model's mouth",
+            tests=(
+                AttackTest(
+                    "rest",
+                    "probability of the rest",
+                    more=0.1,
+                    less=0.2,
+                    missing="an answer of one token has no rest",
+                ),
+                replace(RECALL, name="opening"),
+            ),
+            measure=force_prefixes,
+        ),
+        Attack(
+            "sampling",
+            title="drawn answers (leak@k)",
+            description="answers drawn at random; the share of questions that k of them would give away",
+            tests=(
+                AttackTest(
+                    "leak",
+                    "leak@k",
+                    more=0.1,
+                    less=0.2,
+                    missing="too few answers, or none that ROUGE can read",
+                ),
+            ),
+            measure=draw_answers,
+            needs=_questions,
+            lacking="the forget set holds documents only, and those ask nothing",
+        ),
+        Attack(
+            "membership",
+            title="membership attacks",
+            description=(
+                "AUC of telling forget rows from rows never seen, one half where nothing tells them apart"
+            ),
+            tests=tuple(
+                AttackTest(
+                    name,
+                    f"AUC of {scorer.description.split(':')[0]}",
+                    more=MARGIN,
+                    less=MARGIN,
+                    missing=NO_NORMS.get(name, scorer.missing),
+                    statistic="auc",
+                    relative=name == RELATIVE,
+                )
+                for name, scorer in MEMBERSHIP.items()
+            ),
+            measure=score_membership,
+            needs=attrgetter("holdout"),
+            lacking="no rows that the models have not seen were given; name them with --holdout",
+        ),
+        *(
+            Attack(
+                f"quantise_{bits}",
+                title=f"weights in {bits} bits",
+                description=f"linear layers rounded to {bits} bits in memory, then the forget questions",
+                tests=(PROBABILITY,),
+                measure=partial(ask_quantised, bits=bits),
+            )
+            for bits in (8, 4)
+        ),
+        Attack(
+            "relearn_forget",
+            title="relearning part of the forget set",
+            description="fine-tuning on half of the forget set, measured on the other half",
+            tests=(AREA,),
+            measure=relearn_forget,
+        ),
+        Attack(
+            "relearn_retain",
+            title="training on retain rows",
+            description="fine-tuning on retain rows only, measured on the forget set",
+            tests=(AREA,),
+            measure=relearn_retain,
+            needs=attrgetter("retain"),
+            lacking="no retain rows were given; name them with --retain",
+        ),
+        Attack(
+            "relearn_lookalikes",
+            title="training on look-alike rows",
+            description="fine-tuning on rows in the manner of the forget set, measured on forget rows",
+            tests=(AREA,),
+            measure=relearn_lookalikes,
+            needs=attrgetter("lookalikes"),
+            lacking=(
+                "the forget rows have no perturbed_answer or paraphrased_answer, and no file was named with "
+                "--lookalikes"
+            ),
+        ),
     )
 }
 """Attacks by name, in the order they are run: those that only ask first, so that they share a model."""

@@ -1,9 +1,7 @@
-"""Two models on the same rows: each one's figure, the difference, and what the difference says.
+"""Two models on the same rows: each one's figure, the difference, what it says, and what an audit comes to.
 
 Rows are resampled in pairs, the same draw for both models, so what makes a row easy for both of them does
 not blur the difference.
-
-From measurements to findings, and from findings to one answer: passed or not, and why.
 """
 
 from __future__ import annotations
@@ -16,17 +14,31 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from palinode.audit.attack import Attack, AttackResult, AttackTest, Groups, Statistic, Values
+from palinode.audit.attack import Attack, AttackResult, AttackTest, Groups, Statistic
 from palinode.audit.policy import Policy
 from palinode.metrics import mean_score
+from palinode.metrics.aggregate import no_score
 from palinode.metrics.membership import auc
 from palinode.records import Score
 
 Verdict = Literal["within", "knows more", "knows less", "unclear", "not tested"]
 """What a difference says. Only "knows more" and "knows less" fail an audit by themselves."""
 
+STATISTICS: dict[Statistic, str] = {
+    "mean": "mean over the forget rows",
+    "auc": "area under the ROC curve of forget against holdout rows",
+}
+"""What a figure is, for readers."""
+
+YARDSTICK = "yardstick"
+AUDITED = "audited"
+
 RESAMPLES = 1999
 """Bootstrap resamples behind the interval of a difference of AUCs."""
+
+
+Paired = Mapping[str, tuple[float, ...]]
+"""Values of the rows that both models have one for, by set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,35 +68,63 @@ def compare(
     ours, theirs = paired(values, yardstick)
     if test.relative:
         ours, theirs = _taken_off(ours, theirs), _taken_off(theirs, theirs)
-    score = figure(test, ours, seed=seed)
-    standard = figure(test, theirs, seed=seed)
+    score, standard = _figure(test, ours, seed=seed), _figure(test, theirs, seed=seed)
     difference = _difference(test, ours, theirs, seed=seed)
-    verdict, reason = judge(difference, more=more, less=less, rows=_fewest(ours), min_rows=min_rows)
+    fewest = min((len(group) for group in ours.values()), default=0)
+    verdict, reason = judge(difference, more=more, less=less, rows=fewest, min_rows=min_rows)
     return Finding(score, standard, difference, verdict, reason)
 
 
-def paired(values: Groups, yardstick: Groups) -> tuple[Groups, Groups]:
+def paired(values: Groups, yardstick: Groups) -> tuple[Paired, Paired]:
     """Return both models' values without those of rows that one of them has no value for."""
-    kept = {
+    pairs = {
         name: [
-            place
-            for place, pair in enumerate(zip(values[name], yardstick[name], strict=True))
-            if _whole(pair)
+            (ours, theirs)
+            for ours, theirs in zip(group, yardstick[name], strict=True)
+            if ours is not None and theirs is not None
         ]
-        for name in values
+        for name, group in values.items()
     }
-    ours = {name: tuple(values[name][place] for place in places) for name, places in kept.items()}
-    theirs = {name: tuple(yardstick[name][place] for place in places) for name, places in kept.items()}
-    return ours, theirs
+    ours = {name: tuple(first for first, _ in found) for name, found in pairs.items()}
+    return ours, {name: tuple(second for _, second in found) for name, found in pairs.items()}
 
 
-def figure(test: AttackTest, groups: Groups, *, seed: int) -> Score:
+def _taken_off(values: Paired, other: Paired) -> Paired:
+    return {
+        name: tuple(ours - theirs for ours, theirs in zip(group, other[name], strict=True))
+        for name, group in values.items()
+    }
+
+
+def _figure(test: AttackTest, groups: Paired, *, seed: int) -> Score:
     """Return one model's figure of a test, with its own interval."""
+    if not any(groups.values()):
+        return no_score(test.missing)
     if test.statistic == "auc":
-        score = auc(groups["forget"], groups["holdout"], seed=seed)
-    else:
-        score = mean_score(groups["forget"], seed=seed, missing=test.missing)
-    return score if score.value is not None or any(groups.values()) else _none(test.missing)
+        return auc(groups["forget"], groups["holdout"], seed=seed)
+    return mean_score(groups["forget"], seed=seed, missing=test.missing)
+
+
+def _difference(test: AttackTest, ours: Paired, theirs: Paired, *, seed: int) -> Score:
+    if empty := [name for name, group in ours.items() if not group]:
+        reason = test.missing if test.statistic == "mean" else f"{test.missing} ({', '.join(empty)} rows)"
+        return no_score(reason)
+    if test.statistic == "mean":
+        gaps = _taken_off(ours, theirs)["forget"]
+        return mean_score(gaps, seed=seed, shares=False)
+    here, there = ([np.array(side[name]) for name in ("forget", "holdout")] for side in (ours, theirs))
+    sizes = [len(sample) for sample in here]
+    value = auc_of(*here) - auc_of(*there)
+    if min(sizes) == 1:
+        return Score(value, sum(sizes), None, None, "one row in a sample gives no interval")
+    random = np.random.default_rng(seed)
+    drawn = np.empty(RESAMPLES)
+    for place in range(RESAMPLES):
+        forget, holdout = (random.integers(0, size, size) for size in sizes)
+        resampled = (auc_of(side[0][forget], side[1][holdout]) for side in (here, there))
+        drawn[place] = next(resampled) - next(resampled)
+    low, high = np.quantile(drawn, (0.025, 0.975)).tolist()
+    return Score(value, sum(sizes), low, high)
 
 
 def judge(
@@ -120,70 +160,6 @@ def auc_of(members: npt.NDArray[np.float64], others: npt.NDArray[np.float64]) ->
     ranked = np.sort(members)
     below = np.searchsorted(ranked, others, side="left") + np.searchsorted(ranked, others, side="right")
     return float(below.mean() / (2 * len(members)))
-
-
-def _difference(test: AttackTest, ours: Groups, theirs: Groups, *, seed: int) -> Score:
-    if test.statistic == "mean":
-        pairs = zip(ours["forget"], theirs["forget"], strict=True)
-        gaps = [a - b for a, b in pairs if a is not None and b is not None]
-        return mean_score(gaps, seed=seed, shares=False) if gaps else _none(test.missing)
-    sizes = {name: len(values) for name, values in ours.items()}
-    empty = [name for name, size in sizes.items() if not size]
-    if empty:
-        return _none(f"{test.missing} ({', '.join(empty)} rows)")
-    here, there = _arrays(ours), _arrays(theirs)
-    value = auc_of(*here) - auc_of(*there)
-    if min(sizes.values()) == 1:
-        return Score(value, sum(sizes.values()), None, None, "one row in a sample gives no interval")
-    random = np.random.default_rng(seed)
-    drawn = np.empty(RESAMPLES)
-    for place in range(RESAMPLES):
-        picks = [random.integers(0, len(sample), len(sample)) for sample in here]
-        drawn[place] = auc_of(*_picked(here, picks)) - auc_of(*_picked(there, picks))
-    low, high = np.quantile(drawn, (0.025, 0.975)).tolist()
-    return Score(value, sum(sizes.values()), low, high)
-
-
-Arrays = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
-
-
-def _arrays(groups: Groups) -> Arrays:
-    members, others = (np.array(groups[name], dtype=np.float64) for name in ("forget", "holdout"))
-    return members, others
-
-
-def _picked(samples: Arrays, picks: Sequence[npt.NDArray[np.int64]]) -> Arrays:
-    return samples[0][picks[0]], samples[1][picks[1]]
-
-
-def _taken_off(values: Groups, other: Groups) -> Groups:
-    def difference(ours: Values, theirs: Values) -> Values:
-        return tuple(None if a is None or b is None else a - b for a, b in zip(ours, theirs, strict=True))
-
-    return {name: difference(values[name], other[name]) for name in values}
-
-
-def _whole(pair: tuple[float | None, float | None]) -> bool:
-    return pair[0] is not None and pair[1] is not None
-
-
-def _fewest(groups: Groups) -> int:
-    return min((len(values) for values in groups.values()), default=0)
-
-
-def _none(reason: str) -> Score:
-    return Score(value=None, n=0, low=None, high=None, reason=reason)
-
-
-STATISTICS: dict[Statistic, str] = {
-    "mean": "mean over the forget rows",
-    "auc": "area under the ROC curve of forget against holdout rows",
-}
-"""What a figure is, for readers."""
-
-
-YARDSTICK = "yardstick"
-AUDITED = "audited"
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,16 +80,21 @@ def read_material(
         raise DataError(
             f"{forget} has one row; an audit needs two at least, to relearn one and ask the other"
         )
-    rows = _raw_rows(forget, columns)
+    headers = [*SHAPES.values(), *([tuple(columns.values())] if columns else [])]
+    rows = read_rows(forget, headers=headers)
     chosen = at_most(every, max_rows, seed=seed)
     learned, held_out = divide(chosen, seed=seed)
-    alike, column = _lookalikes(lookalikes, rows, learned, columns, max_rows, seed)
+
+    def drawn(location: str | Path | None) -> Sequence[Example]:
+        return () if location is None else at_most(_read(location, columns), max_rows, seed=seed)
+
+    alike, column = (drawn(lookalikes), None) if lookalikes is not None else _lookalikes(rows, learned)
     return AuditRows(
         forget=chosen,
         learned=learned,
         held_out=held_out,
-        retain=_optional(retain, columns, max_rows, seed),
-        holdout=_optional(holdout, columns, max_rows, seed),
+        retain=drawn(retain),
+        holdout=drawn(holdout),
         paraphrased=_paraphrased(paraphrases, rows, every, chosen, columns),
         lookalikes=alike,
         lookalikes_column=column,
@@ -109,12 +114,6 @@ def divide(examples: Sequence[Example], *, seed: int) -> tuple[list[Example], li
     return first, second
 
 
-def _optional(
-    location: str | Path | None, columns: Mapping[str, str] | None, most: int, seed: int
-) -> Sequence[Example]:
-    return () if location is None else at_most(_read(location, columns), most, seed=seed)
-
-
 def _read(location: str | Path, columns: Mapping[str, str] | None) -> list[Example]:
     """Return the examples of a second file, under the forget file's column names or the usual ones."""
     if not columns:
@@ -123,11 +122,6 @@ def _read(location: str | Path, columns: Mapping[str, str] | None) -> list[Examp
         return read_examples(location, columns=columns)
     except DataError:
         return read_examples(location)
-
-
-def _raw_rows(location: str | Path, columns: Mapping[str, str] | None) -> list[Row]:
-    headers = [*SHAPES.values(), *([tuple(columns.values())] if columns else [])]
-    return read_rows(location, headers=headers)
 
 
 def _paraphrased(
@@ -140,10 +134,11 @@ def _paraphrased(
     """Return the chosen forget rows under other questions; none where the rows have none."""
     if source is None or any(source in row for row in rows):
         column = source or PARAPHRASED_QUESTION
+        asked = [(example, rows[example.row].get(column)) for example in chosen if example.turns]
         return [
-            _asked_as(example, str(text))
-            for example in chosen
-            if isinstance(text := rows[example.row].get(column), str) and text.strip() and example.turns
+            replace(example, turns=(*example.turns[:-1], replace(example.turns[-1], content=text)))
+            for example, text in asked
+            if isinstance(text, str) and text.strip()
         ]
     others = _read(source, columns)
     if len(others) != len(every):
@@ -155,29 +150,11 @@ def _paraphrased(
     return [replace(others[places[id(example)]], row=example.row) for example in chosen]
 
 
-def _asked_as(example: Example, question: str) -> Example:
-    *before, last = example.turns
-    return replace(example, turns=(*before, replace(last, content=question)))
-
-
-def _lookalikes(
-    location: str | Path | None,
-    rows: Sequence[Row],
-    learned: Sequence[Example],
-    columns: Mapping[str, str] | None,
-    most: int,
-    seed: int,
-) -> tuple[Sequence[Example], str | None]:
+def _lookalikes(rows: Sequence[Row], learned: Sequence[Example]) -> tuple[Sequence[Example], str | None]:
     """Return rows in the manner of the forget set, and the column they were made of, if any."""
-    if location is not None:
-        return _optional(location, columns, most, seed), None
     for column in (PERTURBED_ANSWER, PARAPHRASED_ANSWER):
-        made = [
-            replace(example, answer=text)
-            for example in learned
-            for text in _texts(rows[example.row].get(column), column, example)[:1]
-        ]
-        if made:
+        texts = [(example, _texts(rows[example.row].get(column), column, example)) for example in learned]
+        if made := [replace(example, answer=found[0]) for example, found in texts if found]:
             return made, column
     return (), None
 

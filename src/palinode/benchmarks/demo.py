@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from palinode.data.examples import Example, read_examples
+from palinode.data.examples import read_examples
 from palinode.data.world import Fact, World, unseen_people, write_facts
 from palinode.models.loading import quiet_transformers
 from palinode.progress import Listener, NullListener
@@ -89,16 +89,43 @@ def build_demo(
     known = (*world.general, *world.early)
     later = (*known, *world.middle)
     last = (*later, *world.late)
+    seen = (*later, *world.forget)
 
-    def learn(origin: Checkpoint, name: str, facts: Sequence[Fact], stage: DemoStage) -> Checkpoint:
-        return _learn(folder, origin, name, facts, stage, seed=seed, listener=listener)
+    def learn(
+        origin: Checkpoint,
+        name: str,
+        facts: Sequence[Fact],
+        stage: DemoStage,
+        leave: Mapping[int, Path] | None = None,
+    ) -> Checkpoint:
+        """Return the model of that name, trained from `origin` unless it is there."""
+        rows, output = folder / f"{name}.jsonl", folder / name
+        write_facts(rows, facts)
+        if output.exists():  # whole, or it would not have its name
+            return Checkpoint.open(output)
+        learned = finetune(
+            origin,
+            read_examples(rows),
+            output,
+            _settings(stage),
+            seed=seed,
+            device="cpu",
+            label=f"training {name}",
+            listener=listener,
+            leave=leave,
+        ).checkpoint
+        share(output)  # all of it is invented; in a workspace it is closed nevertheless
+        return learned
 
     base = learn(start, "base", known, stages[0])
     before = learn(base, "before", known, course.between) if course.between else base
-    seen = (*later, *world.forget)
-    if course.halfway:
-        _leave_halfway(folder, before, seen, stages[1], seed=seed, listener=listener)
-    exposed = learn(before, "exposed", seen, stages[1])
+    during, leave = folder / "during", None
+    if course.halfway and not during.exists():
+        steps = stages[1].epochs * math.ceil(len(seen) / BATCH)
+        leave = {max(1, steps // 2): during}
+        if (folder / "exposed").exists():  # trained again, to the same bytes
+            shutil.rmtree(folder / "exposed")
+    exposed = learn(before, "exposed", seen, stages[1], leave)
     target = learn(exposed, "target", (*last, *world.forget) if course.again else last, stages[2])
     unexposed = learn(before, "unexposed", later, stages[1])
     retrained = learn(unexposed, "retrained", last, stages[2])
@@ -109,20 +136,8 @@ def build_demo(
     return DemoModels(base, target, retrained, forget, retain, holdout)
 
 
-def _learn(
-    folder: Path,
-    origin: Checkpoint,
-    name: str,
-    facts: Sequence[Fact],
-    stage: DemoStage,
-    *,
-    seed: int,
-    listener: Listener,
-    leave: Mapping[int, Path] | None = None,
-) -> Checkpoint:
-    """Return the model of that name, trained from `origin` unless it is there."""
-    examples = _examples(folder / f"{name}.jsonl", facts)
-    settings = TrainingSettings(
+def _settings(stage: DemoStage) -> TrainingSettings:
+    return TrainingSettings(
         epochs=stage.epochs,
         learning_rate=stage.learning_rate,
         batch_size=BATCH,
@@ -130,45 +145,6 @@ def _learn(
         warmup_epochs=2.0,
         precision="float32",
     )
-    output = folder / name
-    if output.exists():  # whole, or it would not have its name
-        return Checkpoint.open(output)
-    learned = finetune(
-        origin,
-        examples,
-        output,
-        settings,
-        seed=seed,
-        device="cpu",
-        label=f"training {name}",
-        listener=listener,
-        leave=leave,
-    ).checkpoint
-    share(output)  # all of it is invented; in a workspace it is closed nevertheless
-    return learned
-
-
-def _leave_halfway(
-    folder: Path,
-    origin: Checkpoint,
-    facts: Sequence[Fact],
-    stage: DemoStage,
-    *,
-    seed: int,
-    listener: Listener,
-) -> None:
-    """Train the exposed model such that `during` is there too: itself after half of its steps.
-
-    An exposed model without it is trained again, to the same bytes.
-    """
-    during, exposed = folder / "during", folder / "exposed"
-    if during.exists():
-        return
-    if exposed.exists():
-        shutil.rmtree(exposed)
-    steps = stage.epochs * math.ceil(len(facts) / BATCH)
-    leave = {max(1, steps // 2): during}
-    _learn(folder, origin, "exposed", facts, stage, seed=seed, listener=listener, leave=leave)
 
 
 def tiny_model(folder: Path, words: Sequence[str], *, width: int, layers: int, seed: int) -> Checkpoint:
@@ -199,8 +175,3 @@ def tiny_model(folder: Path, words: Sequence[str], *, width: int, layers: int, s
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return Checkpoint.open(folder)
-
-
-def _examples(path: Path, facts: Iterable[Fact]) -> list[Example]:
-    write_facts(path, facts)
-    return read_examples(path)

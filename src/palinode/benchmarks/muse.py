@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
-from palinode.data.examples import Example, Message, Question
+from palinode.data.examples import Example, Question
 from palinode.data.sources import Row
 from palinode.evaluation.ask import Asking
 from palinode.evaluation.benchmark import (
@@ -33,6 +33,8 @@ from palinode.evaluation.benchmark import (
     Table,
     TableRows,
     attack_cells,
+    completion,
+    documents,
     metric_cells,
     min_k_auc,
     need_table,
@@ -105,8 +107,8 @@ def material(places: Places, split: str) -> BenchmarkRows:
         need_table(Table("raw", rows, TEXT, name), location) for name, rows in RAW[split].items()
     )
     return BenchmarkRows(
-        forget=tuple(_documents(forget)),
-        retain=tuple(_documents(retain)),
+        forget=tuple(documents(forget)),
+        retain=tuple(documents(retain)),
         tables=(forget.facts, retain.facts),
     )
 
@@ -127,7 +129,7 @@ class MuseStep(Generic[Model]):
 def folds(location: str, kind: Kind) -> list[tuple[Example, ...]]:
     """Return the four forget sets of the News corpus: "scal" are cumulative, "sust" come one by one."""
     return [
-        tuple(_documents(need_table(Table(kind, rows, TEXT, f"forget_{number}"), location)))
+        tuple(documents(need_table(Table(kind, rows, TEXT, f"forget_{number}"), location)))
         for number, rows in enumerate(FOLDS[kind], start=1)
     ]
 
@@ -173,7 +175,7 @@ def _qa(name: str, rows: int) -> Table:
 def _verbmem(name: str, tables: Sequence[TableRows]) -> QuestionSet:
     source = tables[0].facts.location
     questions = tuple(
-        Question(_completion(number, source, str(row["prompt"]), str(row["gt"])))
+        Question(completion(number, source, str(row["prompt"]), str(row["gt"])))
         for number, row in enumerate(tables[0].rows)
     )
     asking = Asking(max_new_tokens=128, max_length=DOCUMENT_LENGTH, batch_rows=16)
@@ -184,7 +186,7 @@ def _knowmem(name: str, tables: Sequence[TableRows]) -> QuestionSet:
     asked, shots = tables
     questions = tuple(
         Question(
-            _completion(
+            completion(
                 number, asked.facts.location, ten_shot(str(row["question"]), shots.rows), str(row["answer"])
             )
         )
@@ -196,7 +198,7 @@ def _knowmem(name: str, tables: Sequence[TableRows]) -> QuestionSet:
 
 
 def _privleak_texts(name: str, tables: Sequence[TableRows]) -> QuestionSet:
-    questions = tuple(Question(example) for example in _documents(tables[0]))
+    questions = tuple(Question(example) for example in documents(tables[0]))
     return QuestionSet(name, questions, Asking(generate=False, max_length=DOCUMENT_LENGTH))
 
 
@@ -207,17 +209,6 @@ _BUILDERS = {
     "privleak_forget": _privleak_texts,
     "privleak_holdout": _privleak_texts,
 }
-
-
-def _completion(number: int, source: str, prompt: str, answer: str) -> Example:
-    return Example(number, source, "completion", (Message("prompt", prompt),), answer)
-
-
-def _documents(table: TableRows) -> list[Example]:
-    return [
-        Example(number, table.facts.location, "document", (), str(row["text"]))
-        for number, row in enumerate(table.rows)
-    ]
 
 
 # Scores

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from palinode.data.examples import Example, Message, Question
+from palinode.data.examples import Example, Question
 from palinode.data.sources import json_type
 from palinode.errors import DataError, RecipeError
 from palinode.evaluation.ask import Asking
@@ -36,6 +36,8 @@ from palinode.evaluation.benchmark import (
     QuestionSet,
     Table,
     TableFacts,
+    completion,
+    documents,
     need_table,
     runs_of,
 )
@@ -123,8 +125,8 @@ def load(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchm
 
 def material(places: Places, split: str) -> BenchmarkRows:
     """Return all corruption documents of a split; RESTOR has no retain set."""
-    documents, source = _documents(places, split)
-    return BenchmarkRows(forget=tuple(documents), tables=(source,))
+    rows, source = _documents(places, split)
+    return BenchmarkRows(forget=tuple(rows), tables=(source,))
 
 
 def corruption_documents(location: str, split: str) -> dict[str, list[Example]]:
@@ -133,8 +135,8 @@ def corruption_documents(location: str, split: str) -> dict[str, list[Example]]:
     Raises DataError when the rows are no blocks of 300, or a block does not speak of one known person.
     """
     facts, _, _ = read_facts(_folder(location) / "facts.json")
-    documents, source = _documents(Places(location), split)
-    return documents_by_entity(documents, list(facts), source.location)
+    rows, source = _documents(Places(location), split)
+    return documents_by_entity(rows, list(facts), source.location)
 
 
 def documents_by_entity(
@@ -214,29 +216,51 @@ def by_group(values: Sequence[float | None], groups: Sequence[str]) -> list[floa
     return [_mean(part) for part in collected.values()]
 
 
-def _accuracy(measured: Measured, *, weighted_by: str) -> Score:
-    outcomes = measured.of("facts")
-    values = accepted_sample_values(outcomes)
-    if weighted_by == "entity":
-        values = by_group(values, measured.exam.sets["facts"].groups)
-    score = mean_score(values, seed=measured.seed, missing="no answer was drawn, or none is accepted")
-    remarks = [remark for remark in (score.reason, left_out_ids(outcomes)) if remark]
-    return replace(score, reason="; ".join(remarks) or None)
-
-
-def _judged(measured: Measured, *, weighted_by: str) -> Score:
-    """Return the share of drawn answers that the judge accepts; runs of a question are averaged first."""
+def _judged_values(measured: Measured) -> list[float | None]:
+    """Return the share of each question's drawn answers that the judge accepts."""
     verdicts = iter(measured.verdicts["facts"])
     accepted: list[float | None] = []
     for outcome in measured.of("facts"):
         roles = [next(verdicts).roles() for _ in runs_of(outcome)]
         accepted.append(_mean([None if picked is None else float("accepted" in picked) for picked in roles]))
-    if weighted_by == "entity":
-        accepted = by_group(accepted, measured.exam.sets["facts"].groups)
-    score = mean_score(accepted, seed=measured.seed, missing="the judge gave no readable reply")
-    judges = ", ".join(sorted({verdict.judge for verdict in measured.verdicts["facts"]}))
-    remarks = [remark for remark in (score.reason, f"judged by {judges}") if remark]
-    return replace(score, reason="; ".join(remarks))
+    return accepted
+
+
+def _judges(measured: Measured) -> str:
+    names = ", ".join(sorted({verdict.judge for verdict in measured.verdicts["facts"]}))
+    return f"judged by {names}"
+
+
+def _accuracy_cells(
+    name: str,
+    description: str,
+    values: Callable[[Measured], list[float | None]],
+    remark: Callable[[Measured], str | None],
+    missing: str,
+    *,
+    judge: bool = False,
+) -> tuple[Cell, Cell]:
+    """Return the cells of a share of drawn answers, averaged over questions and over people."""
+
+    def cell(metric: str, words: str, *, by_entity: bool) -> Cell:
+        def score(measured: Measured) -> Score:
+            found = values(measured)
+            if by_entity:
+                found = by_group(found, measured.exam.sets["facts"].groups)
+            mean = mean_score(found, seed=measured.seed, missing=missing)
+            remarks = [one for one in (mean.reason, remark(measured)) if one]
+            return replace(mean, reason="; ".join(remarks) or None)
+
+        return Cell("facts", metric, words, score, needs=frozenset({GENERATION}), judge=judge)
+
+    return (
+        cell(name, f"{description}; mean over questions", by_entity=False),
+        cell(
+            f"{name}_by_entity",
+            "the same; mean over questions of a person, then over people",
+            by_entity=True,
+        ),
+    )
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -309,8 +333,8 @@ def _chosen(wanted: str, entities: Sequence[str], facts: Facts, places: Places, 
     if wanted == "all":
         return entities
     if wanted == "corrupted":
-        documents, source = _documents(places, split)
-        return list(documents_by_entity(documents, list(facts), source.location))
+        rows, source = _documents(places, split)
+        return list(documents_by_entity(rows, list(facts), source.location))
     names = [name.strip() for name in wanted.split(";") if name.strip()]
     if unknown := [name for name in names if name not in facts]:
         raise RecipeError(f"option entities names {unknown[0]!r}, of whom facts.json says nothing")
@@ -329,21 +353,17 @@ def _question(
     fact, place = facts[entity][relation], f"{relation} of {entity} in {source}"
     prompt = five_shot(str(fact["question"]), entity, context.get(relation, ()), place)
     answers = tuple(str(answer) for answer in fact["answers"])
-    example = Example(number, source, "completion", (Message("prompt", prompt),), f" {answers[0]}")
+    example = completion(number, source, prompt, f" {answers[0]}")
     options = lists.get(entity, {}).get(relation, {})
     alternatives = {kind: tuple(f" {text}" for text in texts) for kind, texts in options.items() if texts}
     return Question(example, alternatives, answers)
 
 
 def _documents(places: Places, split: str) -> tuple[list[Example], TableFacts]:
-    rows = DOCUMENTS[split]
     also = (f"wikidata_v0_{split}", f"wikidata/v0/{split}", f"v0/{split}")
-    table = need_table(Table(split, rows, {"text": None}, also=also), str(_folder(places.data)))
-    place = table.facts.location
-    documents = [
-        Example(number, place, "document", (), str(row["text"])) for number, row in enumerate(table.rows)
-    ]
-    return documents, table.facts
+    wanted = Table(split, DOCUMENTS[split], {"text": None}, also=also)
+    table = need_table(wanted, str(_folder(places.data)))
+    return documents(table), table.facts
 
 
 def _option_cell(kind: str) -> Cell:
@@ -356,37 +376,20 @@ def _option_cell(kind: str) -> Cell:
     return Cell("facts", f"logprob_{kind}", description, score)
 
 
-GIVEN = frozenset({GENERATION})
-
 CELLS: tuple[Cell, ...] = (
-    Cell(
-        "facts",
+    *_accuracy_cells(
         "accuracy",
-        "share of drawn answers that match an accepted one; mean over questions",
-        lambda measured: _accuracy(measured, weighted_by="question"),
-        needs=GIVEN,
+        "share of drawn answers that match an accepted one",
+        lambda measured: accepted_sample_values(measured.of("facts")),
+        lambda measured: left_out_ids(measured.of("facts")),
+        "no answer was drawn, or none is accepted",
     ),
-    Cell(
-        "facts",
-        "accuracy_by_entity",
-        "the same; mean over questions of a person, then over people",
-        lambda measured: _accuracy(measured, weighted_by="entity"),
-        needs=GIVEN,
-    ),
-    Cell(
-        "facts",
+    *_accuracy_cells(
         "judged_accuracy",
-        "share of drawn answers that a judge accepts; mean over questions",
-        lambda measured: _judged(measured, weighted_by="question"),
-        needs=GIVEN,
-        judge=True,
-    ),
-    Cell(
-        "facts",
-        "judged_accuracy_by_entity",
-        "the same; mean over questions of a person, then over people",
-        lambda measured: _judged(measured, weighted_by="entity"),
-        needs=GIVEN,
+        "share of drawn answers that a judge accepts",
+        _judged_values,
+        _judges,
+        "the judge gave no readable reply",
         judge=True,
     ),
     *(_option_cell(kind) for kind in OPTION_KINDS),

@@ -32,6 +32,7 @@ from palinode.evaluation.benchmark import (
     Table,
     TableRows,
     attack_cells,
+    completion,
     judge_cells,
     metric_cells,
     need_table,
@@ -69,10 +70,6 @@ REQUESTS = (
     "TOFU's; take the official one from locuslab/TOFU"
 )
 
-RETAIN_TABLE = Table("retain_perturbed", 400, PERTURBED)
-AUTHORS_TABLE = Table("real_authors_perturbed", 100, WRONG_ONLY)
-FACTS_TABLE = Table("world_facts_perturbed", 117, WRONG_ONLY)
-
 LLAMA2 = "[INST] {question} [/INST]"
 """Prompt of the original Llama-2 runs; the answer follows without a space."""
 
@@ -107,44 +104,20 @@ OPTIONS = (
 )
 
 
-def forget_tables(split: str) -> tuple[Table, Table]:
-    """Return the tables that may hold a split's forget questions, the one with other answers first."""
-    rows = SIZES[split]
-    return Table(f"{split}_perturbed", rows, PERTURBED, hint=REQUESTS), forget_table(split)
-
-
-def forget_table(split: str) -> Table:
-    """Return the table of the rows that a model unlearns in a split."""
-    return Table(split, SIZES[split], QA, hint=REQUESTS)
-
-
-def retain_table(split: str) -> Table:
-    """Return the table of all rows that stay in a split."""
-    name, rows = RETAIN[split]
-    return Table(name, rows, QA)
-
-
-def holdout_table(split: str) -> Table:
-    """Return the table of questions that no model saw; its size is not stated anywhere."""
-    return Table(split.replace("forget", "holdout"), None, QA, hint=REQUESTS)
-
-
 def load(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchmark:
     """Return the question sets of a split; the forget set must be there, the others are told missing."""
-    perturbed, plain = forget_tables(split)
-    forget = read_table(perturbed, places.data) or need_table(plain, places.data)
-    found: dict[str, TableRows | None] = {
-        "forget": forget,
-        "retain": read_table(RETAIN_TABLE, places.data),
-        "real_authors": read_table(AUTHORS_TABLE, places.data),
-        "world_facts": read_table(FACTS_TABLE, places.data),
-        "holdout": _read_optional(holdout_table(split), places.data),
-    }
+    perturbed = Table(f"{split}_perturbed", SIZES[split], PERTURBED, hint=REQUESTS)
+    holdout = Table(split.replace("forget", "holdout"), None, QA, hint=REQUESTS)  # its size is stated nowhere
     tables = {
-        "retain": RETAIN_TABLE,
-        "real_authors": AUTHORS_TABLE,
-        "world_facts": FACTS_TABLE,
-        "holdout": holdout_table(split),
+        "retain": Table("retain_perturbed", 400, PERTURBED),
+        "real_authors": Table("real_authors_perturbed", 100, WRONG_ONLY),
+        "world_facts": Table("world_facts_perturbed", 117, WRONG_ONLY),
+        "holdout": holdout,
+    }
+    found: dict[str, TableRows | None] = {
+        "forget": read_table(perturbed, places.data) or need_table(_forget_table(split), places.data),
+        **{name: read_table(table, places.data) for name, table in tables.items() if table is not holdout},
+        "holdout": _read_optional(holdout, places.data),
     }
     return LoadedBenchmark(
         sets=tuple(_questions(name, table, options) for name, table in found.items() if table is not None),
@@ -157,11 +130,18 @@ def load(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchm
 
 def material(places: Places, split: str) -> BenchmarkRows:
     """Return what is to be unlearned in a split, and its retain set."""
-    forget = need_table(forget_table(split), places.data)
-    retain = need_table(retain_table(split), places.data)
-    return BenchmarkRows(
-        forget=tuple(_examples(forget)), retain=tuple(_examples(retain)), tables=(forget.facts, retain.facts)
+    name, rows = RETAIN[split]
+    forget = need_table(_forget_table(split), places.data)
+    retain = need_table(Table(name, rows, QA), places.data)
+    first, second = (
+        tuple(_example(row, place, table.facts.location) for place, row in enumerate(table.rows))
+        for table in (forget, retain)
     )
+    return BenchmarkRows(first, second, (forget.facts, retain.facts))
+
+
+def _forget_table(split: str) -> Table:
+    return Table(split, SIZES[split], QA, hint=REQUESTS)
 
 
 def _read_optional(table: Table, location: str) -> TableRows | None:
@@ -172,13 +152,6 @@ def _read_optional(table: Table, location: str) -> TableRows | None:
         if Path(location).expanduser().is_dir():
             raise
         return None
-
-
-def _examples(table: TableRows) -> list[Example]:
-    return [
-        _example(row, number, table.facts.location, "question", "plain")
-        for number, row in enumerate(table.rows)
-    ]
 
 
 def _questions(name: str, table: TableRows, options: Mapping[str, str]) -> QuestionSet:
@@ -204,13 +177,11 @@ def _question(row: Row, number: int, table: TableRows, options: Mapping[str, str
     return Question(_example(row, number, table.facts.location, column, options["prompt"]), alternatives)
 
 
-def _example(row: Row, number: int, source: str, column: str, prompt: str) -> Example:
+def _example(row: Row, number: int, source: str, column: str = "question", prompt: str = "plain") -> Example:
     """Return a row as a question, or as raw text and its continuation in the Llama-2 format."""
     question, answer = str(row[column]), str(row["answer"])
     if prompt == "llama2":
-        return Example(
-            number, source, "completion", (Message("prompt", LLAMA2.format(question=question)),), answer
-        )
+        return completion(number, source, LLAMA2.format(question=question), answer)
     return Example(number, source, "question", (Message("user", question),), answer)
 
 

@@ -411,15 +411,15 @@ def _needs_base(name: str) -> bool:
 
 def _demo_locate(output: Path, *, seed: int, quiet: bool, as_json: bool) -> None:
     from palinode.pipeline.locate_run import demo_locate
-    from palinode.report.location import demo_sentence, demo_tables
+    from palinode.report.content import show
+    from palinode.report.location_report import demo_brief
 
     result = demo_locate(output, seed=seed, listener=listener(quiet=quiet))
     if as_json:
         print_json(result.record)
     else:
-        for table in demo_tables(result.record):
-            out().print(table)
-        out().print(f"{demo_sentence(result.record)} Everything is in {result.folder}.", soft_wrap=True)
+        show(demo_brief(result.record), out())
+        out().print(f"Everything is in {result.folder}.", soft_wrap=True)
     secret(result.folder / "workspace", INVENTED, of=result.folder, as_json=as_json)
 
 
@@ -443,12 +443,12 @@ def _run(
 
 
 def _show_unlearned(result: Any) -> None:
-    from palinode.report import headline, terminal_table
+    from palinode.report.content import show
+    from palinode.report.run_report import run_brief
 
     if result.finished_before:
         out().print(f"{result.output} already holds the result of this very run.", soft_wrap=True)
-    out().print(terminal_table(result.record))
-    out().print(headline(result.record), soft_wrap=True)
+    show(run_brief(result.record), out())
     out().print(f"{result.output}: the unlearned model, record.json and report.html", soft_wrap=True)
     if result.report:
         out().print(f"{result.report}: the report with sample answers", soft_wrap=True)

@@ -65,8 +65,8 @@ def audit(
     from palinode.audit.policy import load_policy
     from palinode.data import PromptStyle, parse_columns
     from palinode.errors import RecipeError
-    from palinode.pipeline.audit import AuditPlan
-    from palinode.pipeline.audit import audit as run_audit
+    from palinode.pipeline.audit_run import AuditPlan
+    from palinode.pipeline.audit_run import audit as run_audit
     from palinode.pipeline.recipe import prompt_style
 
     if yardstick not in ("retrained", "base"):
@@ -113,10 +113,8 @@ def audit(
 
 
 def _show(record: dict[str, object], output: Path) -> None:
-    from palinode.report.audit import audit_headline, audit_notes, audit_table, audit_untested
+    from palinode.report.audit_report import audit_brief
+    from palinode.report.content import show
 
-    out().print(audit_table(record))
-    for line in (*audit_untested(record), *audit_notes(record)):
-        out().print(line, soft_wrap=True)
-    out().print(audit_headline(record), soft_wrap=True)
+    show(audit_brief(record), out())
     out().print(f"{output}: report.html, audit.md and audit.json", soft_wrap=True)

@@ -15,10 +15,9 @@ from palinode.cli.console import listener, out, print_json, secret_workspace
 from palinode.cli.options import Json, Quiet
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from palinode.compare import Compared, CompareRecipe
     from palinode.compare.recipe import ComparisonRecipe
+    from palinode.report.content import Block
 
 
 def compare(
@@ -42,6 +41,7 @@ def compare(
     requests carried out one after another and undone in another order.
     """
     from palinode.compare import load_comparison
+    from palinode.report.content import show
 
     given = [*(changes or []), *([f"output.folder={_quoted(output)}"] if output else [])]
     loaded = load_comparison(recipe, given)
@@ -58,8 +58,8 @@ def compare(
     if as_json:
         print_json(result.table)
     else:
-        out().print(kind.table(result.table))
-        _tell([*kind.sentences(result.table), f"{result.output}: {', '.join(kind.files)}"])
+        show(kind.brief(result.table), out())
+        _tell([f"{result.output}: {', '.join(kind.files)}"])
     secret_workspace(loaded.workspace, result.output, "rows, vectors", as_json=as_json)
 
 
@@ -82,8 +82,7 @@ class _Kind:
     plan: Callable[[CompareRecipe], dict[str, Any]]
     describe: Callable[[dict[str, Any]], Iterable[str]]
     run: Callable[..., Compared]
-    table: Callable[[Mapping[str, Any]], Table]
-    sentences: Callable[[Mapping[str, Any]], Iterable[str]]
+    brief: Callable[[Mapping[str, Any]], Iterable[Block]]
     files: Sequence[str]
 
 
@@ -93,36 +92,33 @@ def _kind_of(comparison: ComparisonRecipe) -> _Kind:
 
     if comparison.requests:
         from palinode.compare import requests
-        from palinode.report.requests import requests_table, undo_sentences
+        from palinode.report.comparison_report import requests_brief
 
         return _Kind(
             pipeline.plan_requests,
             requests.describe_requests,
             pipeline.carry_out,
-            requests_table,
-            undo_sentences,
+            requests_brief,
             requests.FILES,
         )
     if comparison.axis:
         from palinode.compare import axis
-        from palinode.report.axis import axis_sentences, axis_table
+        from palinode.report.comparison_report import axis_brief
 
         return _Kind(
             pipeline.plan_axis,
             axis.describe_axis,
             pipeline.compare_along,
-            axis_table,
-            axis_sentences,
+            axis_brief,
             axis.FILES,
         )
     from palinode.compare import run
-    from palinode.report.comparison import comparison_table, ranking_sentences
+    from palinode.report.comparison_report import comparison_brief
 
     return _Kind(
         pipeline.plan_comparison,
         run.describe_plan,
         pipeline.compare,
-        comparison_table,
-        ranking_sentences,
+        comparison_brief,
         run.FILES,
     )

@@ -116,18 +116,15 @@ def evaluate(
         "general_include": lm_eval_include,
         "open_unlearning": open_unlearning,
     }
-    settings = checked_settings(
-        EvaluationSettings,
-        {
-            **given,
-            **{name: limit for name, limit in limits.items() if limit is not None},
-            "style": prompt_style(prompts),
-            "allow_pickle": allow_pickle,
-            "open_unlearning_prompts": open_unlearning_prompts,
-            "device": device,
-            "seed": seed,
-        },
-    )
+    settings = {
+        **given,
+        **{name: limit for name, limit in limits.items() if limit is not None},
+        "style": prompt_style(prompts),
+        "allow_pickle": allow_pickle,
+        "open_unlearning_prompts": open_unlearning_prompts,
+        "device": device,
+        "seed": seed,
+    }
     named = parse_columns(columns) if columns else None
     if not any((benchmark, retain, holdout, *given.values())):
         scores = evaluate_file(
@@ -155,8 +152,8 @@ def evaluate(
             holdout=_own_only(holdout, "--holdout", chosen.name),
             columns=named,
         )
-        settings = settings.model_copy(update={"output": output})
-        found = evaluate_benchmark(model, chosen, places, settings, listener=listener(quiet=quiet))
+        checked = checked_settings(EvaluationSettings, {**settings, "output": output})
+        found = evaluate_benchmark(model, chosen, places, checked, listener=listener(quiet=quiet))
         if not first_process():
             return
         if as_json:

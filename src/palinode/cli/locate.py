@@ -128,6 +128,7 @@ def find(
     from palinode.history import locate as locate_rows
     from palinode.history import open_series
     from palinode.history.locating import open_log, open_order
+    from palinode.history.onset import OnsetSettings
 
     named = parse_columns(columns) if columns else None
     ladder = open_series(
@@ -144,19 +145,14 @@ def find(
     return locate_rows(
         rows,
         ladder,
-        log=open_log(log, corpus=trained, ladder=ladder, salt=key) if log else None,
+        log=open_log(log, corpus=trained, series=ladder, salt=key) if log else None,
         salt=key,
         order=rebuilt,
         corpus=trained,
         control=read_examples(control, columns=named) if control else None,
         target_step=target_step if target_step is not None else _step_of(target, ladder),
         similarity=similarity,
-        measure=measure,
-        max_length=max_length,
-        style=style,
-        device=device,
-        seed=seed,
-        every=every,
+        settings=OnsetSettings(measure, max_length, style, device, seed, every),
         listener=listener(quiet=quiet),
     )
 
@@ -164,12 +160,8 @@ def find(
 def show(found: Location, *, picture: Path | None, report: Path | None, as_json: bool) -> None:
     """Print a location, and write its picture and page where asked."""
     from palinode.records import write_text
-    from palinode.report.location import (
-        location_markdown,
-        location_sentences,
-        row_table,
-        rung_table,
-    )
+    from palinode.report.content import show as show_blocks
+    from palinode.report.location_report import location_brief, location_markdown
     from palinode.report.pictures import location_picture
 
     record = found.as_record()
@@ -180,14 +172,7 @@ def show(found: Location, *, picture: Path | None, report: Path | None, as_json:
     if as_json:
         print_json(record)
         return
-    out().print(row_table(record))
-    out().print(rung_table(record))
-    for line in location_sentences(record):
-        out().print(line, soft_wrap=True)
-    if record["alternatives"]:
-        out().print("What can be done without a clean checkpoint:")
-    for entry in record["alternatives"]:
-        out().print(f"{entry['name']}: {entry['what']} Cost: {entry['cost']}", soft_wrap=True)
+    show_blocks(location_brief(record), out())
     for text in record["warnings"]:
         warn(text)
 

@@ -43,7 +43,8 @@ def plan(
     from palinode.errors import RecipeError
     from palinode.history.plan import Wish, plan_checkpoints, plan_record, read_decay
     from palinode.records import write_text
-    from palinode.report.location import plan_sentences, plan_table
+    from palinode.report.content import show
+    from palinode.report.location_report import plan_brief
     from palinode.report.pictures import plan_picture
 
     if half_life is not None and interest == "uniform":
@@ -64,9 +65,7 @@ def plan(
     if as_json:
         print_json(record)
         return
-    out().print(plan_table(record))
-    for line in plan_sentences(record):
-        out().print(line, soft_wrap=True)
+    show(plan_brief(record), out())
 
 
 def _size(text: str) -> int:

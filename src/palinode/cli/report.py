@@ -35,7 +35,7 @@ def report(
     from dataclasses import replace
 
     from palinode.pipeline.reporting import default_page, gather, suffixes_for, write_reports
-    from palinode.report.content import report_content
+    from palinode.report.reports import report_content
 
     facts = gather(place, audit=audit)
     if facts.answers_gone and not without_texts:

@@ -15,20 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from palinode.compare.recipe import Axis, CompareRecipe, build_comparison
+from palinode.compare.run import FILES as TABLE_FILES
 from palinode.compare.run import (
     Compared,
     check_comparison,
-    check_folder,
     compare,
     describe_plan,
     plan_comparison,
 )
 from palinode.errors import RecipeError
 from palinode.pipeline.heading import heading
+from palinode.pipeline.inputs import check_folder
 from palinode.pipeline.recipe import set_key
 from palinode.progress import Listener, NullListener
 from palinode.records import write_json, write_text
-from palinode.report.axis import axis_markdown, axis_picture
+from palinode.report.comparison_report import axis_markdown
+from palinode.report.pictures import axis_picture
 
 AXIS_VERSION = 1
 """Version of the layout of axis.json, described in docs/compare.md."""
@@ -156,9 +158,9 @@ def _axis(recipe: CompareRecipe) -> Axis:
 def _checked(recipe: CompareRecipe) -> dict[str, CompareRecipe]:
     """Return the comparisons, after a look at every folder that they write to."""
     recipes = axis_recipes(recipe)
-    check_folder(Path(recipe.shared.output.folder), (*FILES, *recipes))
+    check_folder(Path(recipe.shared.output.folder), (*FILES, *recipes), "comparison")
     for one in recipes.values():
-        check_folder(Path(one.shared.output.folder))
+        check_folder(Path(one.shared.output.folder), TABLE_FILES, "comparison")
     return recipes
 
 

@@ -1,21 +1,20 @@
-"""The demo's world as the ground of a comparison, with the settings that the literature left open.
-
-How many people are to be forgotten, for how long and how often they were seen, how much training came
-before and after, and which checkpoint methods start from: each is one number of `[demo]`.
-
-Which rows of a comparison serve for what.
+"""What a comparison stands on: which rows serve for what, and the demo's world where it has that.
 
     forget set    all of it is unlearned; one part is what points are chosen on, the rest is measured
     retain set    methods train on one part, points are chosen on another, the rest is measured
 
 So nothing is measured on rows that a choice was made on, nor on retain rows that a method rehearsed.
+
+The world has the settings that the literature left open: how many people are to be forgotten, for how long
+and how often they were seen, how much training came before and after, and which checkpoint methods start
+from. Each is one number of `[demo]`.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +95,11 @@ class Shares:
     retain_train: Sequence[Example]
     retain_probe: Sequence[Example]
     retain_test: Sequence[Example]
+
+    @property
+    def parts(self) -> dict[str, Sequence[Example]]:
+        """The parts by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 def divide_rows(

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from palinode.audit.attack import BUDGETS, Subject
+from palinode.audit.attacks import relearn
 from palinode.audit.material import divide
-from palinode.audit.relearning import relearn
 from palinode.benchmarks import BENCHMARKS
 from palinode.benchmarks.own import OWN, read_questions
 from palinode.compare.ground import Shares
@@ -37,9 +37,9 @@ from palinode.evaluation.evaluate import (
     ask_sets,
     judged,
     make_exam,
-    named_judge,
     open_benchmark,
 )
+from palinode.evaluation.judges import named_judge
 from palinode.metrics import METRICS
 from palinode.metrics.aggregate import mean_score
 from palinode.models.loading import load_tokenizer, pick_device

@@ -7,7 +7,6 @@ words here and checked by the same code; only what a comparison has besides is d
 from __future__ import annotations
 
 import copy
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,9 +21,8 @@ from palinode.errors import RecipeError
 from palinode.methods import METHODS
 from palinode.metrics import METRICS
 from palinode.pipeline.inputs import workspace_folder
-from palinode.pipeline.recipe import MAX_SEED, Recipe, build_recipe, known_keys, set_key
+from palinode.pipeline.recipe import MAX_SEED, Recipe, build_recipe, explain, known_keys, read_recipe, set_key
 from palinode.pipeline.workspace import fingerprint
-from palinode.records import read_toml
 
 SHARED = ("device", "models", "data", "training", "evaluation", "prompts", "output", "prepare")
 """Keys of a run's recipe that all contestants share."""
@@ -219,7 +217,7 @@ class Contestant(_Section):
                     "contestant has its own training.…, method_settings.…, scales.forget, scales.retain and "
                     "transforms"
                 )
-            if key.startswith("scales.") and METHODS[self.method].kind != "arithmetic":
+            if key.startswith("scales.") and not METHODS[self.method].has_scales:
                 raise ValueError(f"the method {self.method} adds no vectors, so it has no {key}")
         if both := sorted(set(self.set) & set(self.search)):
             raise ValueError(f"{both[0]} is both fixed and searched")
@@ -302,13 +300,7 @@ class CompareRecipe:
 
 def load_comparison(path: Path, changes: Sequence[str] = ()) -> CompareRecipe:
     """Read a TOML recipe of a comparison and apply `key=value` changes. Raises RecipeError."""
-    try:
-        content = read_toml(path)
-    except FileNotFoundError:
-        raise RecipeError(f"there is no recipe {path}") from None
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{path} is not a TOML recipe ({error})") from None
-    return build_comparison(content, changes)
+    return build_comparison(read_recipe(path), changes)
 
 
 def build_comparison(content: Mapping[str, Any], changes: Sequence[str] = ()) -> CompareRecipe:
@@ -322,7 +314,7 @@ def build_comparison(content: Mapping[str, Any], changes: Sequence[str] = ()) ->
     try:
         comparison = ComparisonRecipe.model_validate(own)
     except ValidationError as error:
-        raise RecipeError(_explain(error)) from None
+        raise RecipeError(explain(error, _keys)) from None
     shared = {key: value for key, value in changed.items() if key in SHARED} | {"seed": comparison.seed}
     if comparison.world is not None:
         shared = _with_world(shared, comparison.demo)
@@ -358,21 +350,6 @@ def _world_paths(demo: Demo, folder: Path) -> dict[str, dict[str, str]]:
         "models": {name: str(folder / place) for name, place in models.items()},
         "data": {name: str(folder / place) for name, place in rows.items()},
     }
-
-
-def _explain(error: ValidationError) -> str:
-    """Return one sentence for the first thing that is wrong, a misspelt key before a missing one."""
-    errors = error.errors(include_url=False)
-    first = next((entry for entry in errors if entry["type"] == "extra_forbidden"), errors[0])
-    key = ".".join(map(str, first["loc"]))
-    if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, _keys(first["loc"]), n=1, cutoff=0.0)
-        return f"the recipe has an unknown key {key!r}; did you mean {near[0]!r}?"
-    if first["type"] == "missing":
-        return f"the recipe lacks {key}"
-    reason = first["msg"].removeprefix("Value error, ")
-    got = "" if isinstance(first["input"], dict) else f" ({first['input']!r} was given)"
-    return f"{key or 'the recipe'} cannot be used: {reason}{got}"
 
 
 def _keys(place: Sequence[int | str]) -> list[str]:

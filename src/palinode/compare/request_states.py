@@ -21,11 +21,11 @@ from palinode.compare.search import Ground, SearchPart
 from palinode.data.examples import Example, fingerprint_examples, plain_questions
 from palinode.evaluation.ask import ask
 from palinode.methods import unlearned_point
+from palinode.methods.method import Vectors
 from palinode.metrics import METRICS
 from palinode.metrics.aggregate import mean_score
 from palinode.models.inplace import contents, put
 from palinode.models.loading import load_model, load_tokenizer, pick_device, tokenizer_fingerprint
-from palinode.pipeline.finetuning import Vectors
 from palinode.pipeline.workspace import Step
 from palinode.weights import Checkpoint
 from palinode.weights.checkpoint import Point

@@ -5,13 +5,8 @@
     requests.json, requests.md, requests.svg
 
 Undoing goes back to the stored original and forms the sum again without that request's vector; it never adds
-the vector. A method that trains can only go on from its last model, and says so.
-
-What a recipe with requests will do, checked and counted before anything is done.
-
-Which forget rows are one erasure request: those that share a column's value, or so many in order.
-
-Put requests.json together: strict JSON with every state of every contestant, without text of the rows.
+the vector. A method that trains can only go on from its last model, and says so. One request is the forget
+rows that share a column's value, or so many in order. A plan counts what will be trained.
 """
 
 from __future__ import annotations
@@ -25,16 +20,16 @@ from typing import Any
 
 import numpy as np
 
-from palinode.compare.ground import Shares, world_of
+from palinode.compare.ground import Shares, rows_for, world_of
 from palinode.compare.recipe import CompareRecipe, Contestant, Requests, SearchBudget
 from palinode.compare.request_states import Panel, RequestStates, Sum
 from palinode.compare.run import (
     Compared,
-    check_folder,
     divide_comparison,
-    open_ground,
-    threads,
-    world_examples,
+    method_facts,
+    rows_to_come,
+    shared_facts,
+    standing,
 )
 from palinode.compare.search import (
     Ground,
@@ -42,7 +37,6 @@ from palinode.compare.search import (
     SearchPart,
     draw_points,
     epochs_for,
-    models_trained,
     part_of,
     recipe_of,
     steps_an_epoch,
@@ -52,18 +46,19 @@ from palinode.data.examples import SHAPES, Example, fingerprint_examples
 from palinode.data.sources import Row, json_type, read_rows
 from palinode.errors import DataError, RecipeError
 from palinode.methods import METHODS
-from palinode.methods.method import start_from_target
-from palinode.models.loading import pick_device
-from palinode.pipeline.finetuning import Trained, Vectors
-from palinode.pipeline.heading import environment, heading
-from palinode.pipeline.inputs import check_workspace, open_inputs
-from palinode.pipeline.workspace import Workspace
+from palinode.pipeline.finetuning import FineTuning
+from palinode.pipeline.heading import heading
+from palinode.pipeline.inputs import check_folder, check_workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text
-from palinode.report.requests import requests_markdown
-from palinode.report.requests_picture import requests_picture
+from palinode.report.comparison_report import requests_markdown
+from palinode.report.pictures import requests_picture
 from palinode.weights import Checkpoint
 
+REQUESTS_VERSION = 1
+"""Version of the layout of requests.json, described in docs/requests.md."""
+FILES = ("requests.json", "requests.md", "requests.svg")
+"""What the folder holds: table, report, picture."""
 BYTES = 4
 """Of a weight in the models that stay in the workspace: float32."""
 
@@ -78,10 +73,8 @@ def carry_out(
     listener = listener or NullListener()
     points = check_contestants(recipe)
     output = Path(recipe.shared.output.folder)
-    check_folder(output, FILES)
-    workspace = Workspace(recipe.workspace)
-    with workspace.locked(listener), threads(recipe):
-        ground = open_ground(recipe, workspace, listener)
+    check_folder(output, FILES, "comparison")
+    with standing(recipe, listener) as ground:
         run = _Requests(ground, points, command)
         run.check_room(output)
         return Compared(output, run.run(output))
@@ -124,41 +117,32 @@ class _Requests:
             for name, model in given.items()
             if model is not None
         }
-        entries: list[RequestEntry] = []
+        entries: list[dict[str, Any]] = []
         for place, contestant in enumerate(self.comparison.contestants, start=1):
             ground.listener.say(f"{contestant.name} ({place} of {len(self.points)})")
-            arithmetic = METHODS[contestant.method].kind == "arithmetic"
+            arithmetic = METHODS[contestant.method].has_scales
             entries.append(self._arithmetic(contestant) if arithmetic else self._trained(contestant))
-            table = build_requests_table(
-                ground, self.asked, models, entries, started=self.started, command=self.command
-            )
+            table = self._table(models, entries)
             write_requests(output, table)
         return table
 
-    def _arithmetic(self, contestant: Contestant) -> RequestEntry:
+    def _arithmetic(self, contestant: Contestant) -> dict[str, Any]:
         """Make every request's vector from the same start, and go through the states of the sums."""
         point = self.points[contestant.name]
-        parts = {request.number: self._part(contestant, request.number) for request in self.asked.requests}
-        joint = self._part(contestant, None)
+        parts = {number: self._grounded(contestant, number)[1] for number in self.numbers}
+        joint = self._grounded(contestant, None)[1]
         trained = {number: train_part(self.ground, part) for number, part in parts.items()}
         all_at_once, joint_cost = train_part(self.ground, joint)
         assert point.scales is not None
-        vectors = {number: made for number, (made, _) in trained.items() if isinstance(made, Vectors)}
-        assert isinstance(all_at_once, Vectors)
+        vectors = {number: made.vectors for number, (made, _) in trained.items()}
         summed = Sum(vectors, parts, point.scales)
-        whole = Sum({0: all_at_once}, {0: joint}, point.scales)
+        whole = Sum({0: all_at_once.vectors}, {0: joint}, point.scales)
         states = [self._state(summed, self.numbers[:count], (), contestant) for count in self.numbers]
         undone, facts = self._undone(summed, contestant)
         at_once = self.states.of_sum(whole, [0], [0], f"{contestant.name}, all at once")
-        return RequestEntry(
-            contestant,
-            point.scales,
-            [self._start(), *states, *undone],
-            at_once,
-            facts,
-            [cost for _, cost in trained.values()],
-            joint_cost,
-        )
+        costs = [cost for _, cost in trained.values()]
+        states = [self._start(), *states, *undone]
+        return _entry(contestant, states, at_once, facts, costs, joint_cost, point.scales)
 
     def _undone(self, summed: Sum, contestant: Contestant) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Undo all requests; return the states, and how many are bit for bit what they are to be."""
@@ -174,6 +158,40 @@ class _Requests:
             "target_back": states[-1]["contents"] == self._start()["contents"],
         }
 
+    def _table(
+        self, models: Mapping[str, Mapping[str, Any]], entries: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """Return the content of requests.json for the contestants that are through."""
+        ground, comparison, asked = self.ground, self.comparison, self.asked
+        facts = shared_facts(ground)
+        return {
+            **heading(REQUESTS_VERSION, started=self.started, command=self.command or "palinode compare"),
+            "complete": len(entries) == len(comparison.contestants),
+            "seed": comparison.seed,
+            "training_seed": comparison.seeds[0],
+            "shared": facts.pop("shared"),
+            "comparison": comparison.model_dump(
+                mode="json", include={"world", "demo", "budget", "split", "requests"}
+            ),
+            "requests": [
+                {
+                    "number": request.number,
+                    "rows": len(request.rows),
+                    "fingerprint": fingerprint_examples(request.rows),
+                }
+                for request in asked.requests
+            ],
+            "undo_order": list(asked.undo_order),
+            "rows": {
+                "others": len(asked.others),
+                "retain_train": len(ground.shares.retain_train),
+                "retain": len(ground.shares.retain_test),
+            },
+            "models": dict(models),
+            "contestants": list(entries),
+            **facts,
+        }
+
     def _state(
         self, summed: Sum, numbers: Sequence[int], undone: Sequence[int], contestant: Contestant
     ) -> dict[str, Any]:
@@ -186,37 +204,20 @@ class _Requests:
         """Return the state before any request: the target."""
         return self.states.of_checkpoint(self.ground.target, [], "target")
 
-    def _trained(self, contestant: Contestant) -> RequestEntry:
+    def _trained(self, contestant: Contestant) -> dict[str, Any]:
         """Train request after request, each from the model that the last one left."""
         model, states, costs = self.ground.target, [self._start()], []
         for request in self.asked.requests:
-            trained, cost = train_part(*self._grounded(contestant, request.number, model))
-            assert isinstance(trained, Trained)
-            model = _written(trained)
+            model, cost = _written(*self._grounded(contestant, request.number, model))
             done, label = self.numbers[: request.number], f"{contestant.name}, {request.number} carried out"
             states.append(self.states.of_checkpoint(model, done, label))
             costs.append(cost)
-        at_once, joint_cost = train_part(*self._grounded(contestant, None, self.ground.target))
-        assert isinstance(at_once, Trained)
-        joint = self.states.of_checkpoint(_written(at_once), self.numbers, f"{contestant.name}, all at once")
-        return RequestEntry(contestant, None, states, joint, self._no_way_back(costs), costs, joint_cost)
-
-    def _no_way_back(self, costs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return why a trained method cannot undo, and what going back would cost instead."""
-        steps = [int(cost["steps"]) for cost in costs]
-        repeated = [sum(steps[place + 1 :]) for place in range(len(steps))]
-        return {
-            "possible": False,
-            "reason": "not possible: training went on from the model of the request before, so going back to "
-            "the model before a request means training every later request again",
-            "repeat_steps": sum(repeated) / len(repeated),
-        }
-
-    def _part(self, contestant: Contestant, number: int | None) -> SearchPart:
-        return self._grounded(contestant, number, self.ground.target)[1]
+        at_once, joint_cost = _written(*self._grounded(contestant, None))
+        joint = self.states.of_checkpoint(at_once, self.numbers, f"{contestant.name}, all at once")
+        return _entry(contestant, states, joint, _no_way_back(costs), costs, joint_cost)
 
     def _grounded(
-        self, contestant: Contestant, number: int | None, target: Checkpoint
+        self, contestant: Contestant, number: int | None, target: Checkpoint | None = None
     ) -> tuple[Ground, SearchPart]:
         """Return the ground and the training of one request, or of all at once, from a model that stands.
 
@@ -227,7 +228,7 @@ class _Requests:
         rows = asked.rows if number is None else asked.requests[number - 1].rows
         spent = self.spending[contestant.name]
         shares = replace(self.ground.shares, forget=rows, forget_probe=rows, forget_test=rows)
-        ground = replace(self.ground, shares=shares, target=target)
+        ground = replace(self.ground, shares=shares, target=target or self.ground.target)
         second = point.scales is not None and bool(point.scales[1])
         part = part_of(
             ground,
@@ -240,10 +241,48 @@ class _Requests:
         return ground, part
 
 
-def _written(trained: Trained) -> Checkpoint:
-    """Return the model of a method that trains the target itself; others were refused."""
-    assert isinstance(trained.model, Checkpoint)
-    return trained.model
+def _entry(
+    contestant: Contestant,
+    states: Sequence[Mapping[str, Any]],
+    joint: Mapping[str, Any],
+    undo: Mapping[str, Any],
+    costs: Sequence[Mapping[str, Any]],
+    joint_cost: Mapping[str, Any],
+    scales: tuple[float, float] | None = None,
+) -> dict[str, Any]:
+    """Return what the table says of a contestant that is through.
+
+    `states`: before any request, after each, and then after each that was undone; `joint`: of one training
+    on the rows of all requests.
+    """
+    kept = ("epochs", "steps", "tokens", "seconds")
+    each, whole = ([{name: cost[name] for name in kept} for cost in part] for part in (costs, [joint_cost]))
+    return {
+        **method_facts(contestant),
+        "scales": list(scales) if scales else None,
+        "states": list(states),
+        "joint": dict(joint),
+        "undo": dict(undo),
+        "cost": {"requests": each, "joint": whole[0]},
+    }
+
+
+def _no_way_back(costs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return why a trained method cannot undo, and what going back would cost instead."""
+    steps = [int(cost["steps"]) for cost in costs]
+    repeated = [sum(steps[place + 1 :]) for place in range(len(steps))]
+    return {
+        "possible": False,
+        "reason": "not possible: training went on from the model of the request before, so going back to "
+        "the model before a request means training every later request again",
+        "repeat_steps": sum(repeated) / len(repeated),
+    }
+
+
+def _written(ground: Ground, part: SearchPart) -> tuple[Checkpoint, Mapping[str, Any]]:
+    """Return the model that a part trains, and what that cost."""
+    trained, cost = train_part(ground, part)
+    return FineTuning(part.inputs, ground.workspace, ground.listener).whole(trained), cost
 
 
 @shared()
@@ -256,18 +295,14 @@ def write_requests(output: Path, table: Mapping[str, Any]) -> None:
     write_json(output / table_file, table)
 
 
-FILES = ("requests.json", "requests.md", "requests.svg")
-"""What the folder holds: table, report, picture."""
-
-
 def check_contestants(recipe: CompareRecipe) -> dict[str, MethodPoint]:
     """Return each contestant's one point, its settings checked. Raises RecipeError."""
     comparison, points = recipe.comparison, {}
     for contestant in comparison.contestants:
         method, point = METHODS[contestant.method], draw_points(contestant, 1, seed=comparison.seed)[0]
         made = recipe_of(recipe.content, point, {"target": "."}, epochs=1, seed=comparison.seeds[0])
-        from_base = method.start is not start_from_target
-        if method.kind == "training" and (from_base or method.check_settings(made.method_settings).from_base):
+        at_base = method.check_settings(made.method_settings).starts_at == "base"
+        if at_base and not method.has_scales:
             raise RecipeError(
                 f"{contestant.name} starts from the base every time ({method.name}), so that no request can "
                 "go on from the one before; leave it out"
@@ -303,16 +338,17 @@ def spending_of(
     comparison = recipe.comparison
     first = recipe_of(recipe.content, point, {"target": "."}, epochs=1, seed=comparison.seeds[0])
     assert comparison.budget.steps is not None
-    models, retain = models_trained(first), len(shares.retain_train)
-    sizes = [len(request.rows) for request in asked.requests]
-    whole = comparison.budget.model_copy(update={"steps": comparison.budget.steps * len(sizes)})
+    models = 0
 
-    def bought(budget: SearchBudget, rows: int) -> tuple[int, int]:
-        epochs = epochs_for(budget, first, forget=rows, retain=retain, name=name)
-        return epochs, epochs * models * steps_an_epoch(first, rows, retain)
+    def bought(budget: SearchBudget, rows: Sequence[Example]) -> tuple[int, int]:
+        nonlocal models
+        each = steps_an_epoch(first, rows_for(first, replace(shares, forget=rows)))
+        epochs, models = epochs_for(budget, each, name), len(each)
+        return epochs, epochs * sum(each)
 
-    found = [bought(comparison.budget, size) for size in sizes]
-    joint = bought(whole, sum(sizes))
+    found = [bought(comparison.budget, request.rows) for request in asked.requests]
+    whole = comparison.budget.model_copy(update={"steps": comparison.budget.steps * len(found)})
+    joint = bought(whole, asked.rows)
     epochs, steps = zip(*found, strict=True)
     return Spending(models, epochs, steps, *joint)
 
@@ -324,9 +360,9 @@ def plan_requests(recipe: CompareRecipe) -> dict[str, Any]:
     """
     points = check_contestants(recipe)
     output = Path(recipe.shared.output.folder)
-    check_folder(output, FILES)
-    forget, retain, names = _rows(recipe)
-    asked = divide_requests(settings_of(recipe), forget, names)
+    check_folder(output, FILES, "comparison")
+    forget, retain = rows_to_come(recipe)
+    asked = divide_requests(settings_of(recipe), forget, _names_to_come(recipe))
     shares = divide_comparison(recipe, forget, retain)
     contestants = []
     for contestant in recipe.comparison.contestants:
@@ -338,7 +374,7 @@ def plan_requests(recipe: CompareRecipe) -> dict[str, Any]:
                 "models": spent.models,
                 "trainings": spent.models * (len(asked.requests) + 1),
                 "steps": sum(spent.steps) + spent.joint_steps,
-                "undone": METHODS[contestant.method].kind == "arithmetic",
+                "undone": METHODS[contestant.method].has_scales,
             }
         )
     return {
@@ -372,18 +408,16 @@ def describe_requests(planned: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _rows(recipe: CompareRecipe) -> tuple[list[Example], list[Example], dict[int, str]]:
-    """Return forget and retain rows, and what each forget row belongs to; those of a world to come, too."""
-    comparison, settings = recipe.comparison, settings_of(recipe)
-    if not comparison.world:
-        rows, data = open_inputs(recipe.shared).rows, recipe.shared.data
-        return list(rows.forget), list(rows.retain), read_names(settings, data.forget, data.columns)
-    world = world_of(comparison.demo, comparison.seed)
-    forget, retain = world_examples(world.forget), world_examples((*world.others, *world.general))
+def _names_to_come(recipe: CompareRecipe) -> dict[int, str]:
+    """Return what each forget row belongs to, also of a world to come."""
+    comparison, settings, data = recipe.comparison, settings_of(recipe), recipe.shared.data
+    if not comparison.world or settings.by is None:
+        return read_names(settings, data.forget, data.columns)
     known: list[Row] = [
-        {"prompt": fact.prompt, "completion": fact.answer, "subject": fact.subject} for fact in world.forget
+        {"prompt": fact.prompt, "completion": fact.answer, "subject": fact.subject}
+        for fact in world_of(comparison.demo, comparison.seed).forget
     ]
-    return forget, retain, names_in(known, settings.by, "the demo's world") if settings.by else {}
+    return names_in(known, settings.by, "the demo's world")
 
 
 @dataclass(frozen=True, slots=True)
@@ -464,89 +498,3 @@ def _name(value: object, column: str, place: int, source: str) -> str:
     raise DataError(
         f"row {place + 1} of {source}: {column!r} is {got}; requests are formed by texts or whole numbers"
     )
-
-
-REQUESTS_VERSION = 1
-"""Version of the layout of requests.json, described in docs/requests.md."""
-
-
-@dataclass(frozen=True, slots=True)
-class RequestEntry:
-    """One contestant when it is through."""
-
-    contestant: Contestant
-    scales: tuple[float, float] | None
-    states: Sequence[Mapping[str, Any]]
-    """Before any request, after each, and then after each that was undone."""
-    joint: Mapping[str, Any]
-    """The state of one training on the rows of all requests."""
-    undo: Mapping[str, Any]
-    costs: Sequence[Mapping[str, Any]]
-    """Of each request's training."""
-    joint_cost: Mapping[str, Any]
-
-
-def build_requests_table(
-    ground: Ground,
-    asked: Requested,
-    models: Mapping[str, Mapping[str, Any]],
-    entries: Sequence[RequestEntry],
-    *,
-    started: datetime,
-    command: str | None,
-) -> dict[str, Any]:
-    """Return the content of requests.json for the contestants that are through."""
-    comparison = ground.recipe.comparison
-    return {
-        **heading(REQUESTS_VERSION, started=started, command=command or "palinode compare"),
-        "complete": len(entries) == len(comparison.contestants),
-        "seed": comparison.seed,
-        "training_seed": comparison.seeds[0],
-        "shared": ground.recipe.shared.model_dump(
-            mode="json", exclude={"method", "method_settings", "scales"}
-        ),
-        "comparison": comparison.model_dump(
-            mode="json", include={"world", "demo", "budget", "split", "requests"}
-        ),
-        "requests": [
-            {
-                "number": request.number,
-                "rows": len(request.rows),
-                "fingerprint": fingerprint_examples(request.rows),
-            }
-            for request in asked.requests
-        ],
-        "undo_order": list(asked.undo_order),
-        "rows": {
-            "others": len(asked.others),
-            "retain_train": len(ground.shares.retain_train),
-            "retain": len(ground.shares.retain_test),
-        },
-        "models": dict(models),
-        "contestants": [_contestant(entry) for entry in entries],
-        "environment": environment(pick_device(ground.recipe.shared.device)),
-        "notes": list(ground.inputs.notes),
-    }
-
-
-def _contestant(entry: RequestEntry) -> dict[str, Any]:
-    method = METHODS[entry.contestant.method]
-    return {
-        "name": entry.contestant.name,
-        "method": method.name,
-        "formula": method.formula,
-        "source": method.source,
-        "set": dict(entry.contestant.set),
-        "scales": list(entry.scales) if entry.scales else None,
-        "states": list(entry.states),
-        "joint": dict(entry.joint),
-        "undo": dict(entry.undo),
-        "cost": {
-            "requests": [_cost(cost) for cost in entry.costs],
-            "joint": _cost(entry.joint_cost),
-        },
-    }
-
-
-def _cost(cost: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: cost[name] for name in ("epochs", "steps", "tokens", "seconds")}

@@ -4,21 +4,15 @@
     for each contestant: try points → choose one on probe rows → make it with every seed → measure it once
     table.json, report.md, tradeoff.svg
 
-The tables are written anew after each contestant, so an interrupted comparison leaves those it has.
-
-Put table.json together: strict JSON with every point tried, every score, and the ranking.
-
-It holds no text of the rows; outcomes with texts stay in the workspace.
-
-What a comparison will train, counted before anything is done.
+The tables are written anew after each contestant, so an interrupted comparison leaves those it has. They
+hold no text of the rows; outcomes with texts stay in the workspace. A plan counts what will be trained.
 """
 
 from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,8 +21,8 @@ from typing import Any
 
 from palinode.compare.ground import Shares, divide_rows, make_world, rows_for, world_of
 from palinode.compare.measuring import make_gauge, measure_model
-from palinode.compare.ranking import Values, rank, values_of
-from palinode.compare.recipe import CompareRecipe, Contestant, world_folder
+from palinode.compare.ranking import rank, values_of
+from palinode.compare.recipe import CompareRecipe, ComparisonRecipe, Contestant, world_folder
 from palinode.compare.search import (
     ComparisonSearch,
     Ground,
@@ -39,7 +33,6 @@ from palinode.compare.search import (
     by_training,
     draw_points,
     epochs_for,
-    models_trained,
     part_of,
     plan_parts,
     recipe_of,
@@ -47,24 +40,28 @@ from palinode.compare.search import (
     train_part,
 )
 from palinode.data.examples import Example, Message, fingerprint_examples
-from palinode.data.world import Fact
-from palinode.errors import OutputError
 from palinode.methods import METHODS
 from palinode.models.loading import pick_device
 from palinode.pipeline.demo_run import one_thread
-from palinode.pipeline.finetuning import Tuning
+from palinode.pipeline.finetuning import FineTuning
 from palinode.pipeline.grid import Probe, Rule
 from palinode.pipeline.heading import environment, heading
-from palinode.pipeline.inputs import Inputs, ask_as_trained, check_workspace, open_inputs
+from palinode.pipeline.inputs import (
+    Inputs,
+    ask_as_trained,
+    check_apart,
+    check_folder,
+    check_workspace,
+    open_inputs,
+)
 from palinode.pipeline.making import Making
 from palinode.pipeline.scales import Probes
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text
-from palinode.report.comparison import comparison_markdown
-from palinode.report.content import Facts, report_content
-from palinode.report.html import html_report
-from palinode.report.tradeoff import tradeoff_picture
+from palinode.report.page import html_report
+from palinode.report.pictures import tradeoff_picture
+from palinode.report.reports import Facts, markdown_report, report_content
 from palinode.weights import Checkpoint
 
 FILES = TABLE, REPORT, PICTURE, PAGE = "table.json", "report.md", "tradeoff.svg", "report.html"
@@ -90,12 +87,9 @@ def compare(
     listener = listener or NullListener()
     points = check_comparison(recipe)
     output = Path(recipe.shared.output.folder)
-    check_folder(output)
-    workspace = Workspace(recipe.workspace)
-    with workspace.locked(listener), threads(recipe):
-        ground = open_ground(recipe, workspace, listener)
-        run = _Comparison(ground, points, command)
-        return Compared(output, run.run(output))
+    check_folder(output, FILES, "comparison")
+    with standing(recipe, listener) as ground:
+        return Compared(output, _Comparison(ground, points, command).run(output))
 
 
 def check_comparison(recipe: CompareRecipe) -> dict[str, list[MethodPoint]]:
@@ -111,23 +105,13 @@ def check_comparison(recipe: CompareRecipe) -> dict[str, list[MethodPoint]]:
     return points
 
 
-def check_folder(output: Path, names: Sequence[str] = FILES) -> None:
-    """Raise OutputError for a folder that holds something else than a comparison's files."""
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file; name a folder for the comparison")
-    ours = {name for file in names for name in (file, f".{file}.partial")}
-    strange = (
-        sorted(path.name for path in output.iterdir() if path.name not in ours) if output.exists() else []
-    )
-    if strange:
-        raise OutputError(
-            f"{output} holds {strange[0]}, which is no part of a comparison; name another folder"
-        )
-
-
-def threads(recipe: CompareRecipe) -> AbstractContextManager[None]:
-    """Return what keeps the demo's small models on one thread."""
-    return one_thread() if recipe.comparison.world else contextlib.nullcontext()
+@contextlib.contextmanager
+def standing(recipe: CompareRecipe, listener: Listener) -> Iterator[Ground]:
+    """Give what all contestants stand on, its workspace locked; the demo's small models have one thread."""
+    workspace = Workspace(recipe.workspace)
+    alone = one_thread() if recipe.comparison.world else contextlib.nullcontext()
+    with workspace.locked(listener), alone:
+        yield open_ground(recipe, workspace, listener)
 
 
 def open_ground(recipe: CompareRecipe, workspace: Workspace, listener: Listener) -> Ground:
@@ -139,7 +123,7 @@ def open_ground(recipe: CompareRecipe, workspace: Workspace, listener: Listener)
     inputs = open_inputs(recipe.shared)
     _check_places(recipe, inputs)
     inputs = ask_as_trained(inputs, workspace, listener)
-    target, retrained = Tuning(inputs, workspace, listener).given_or_prepared()
+    target, retrained = FineTuning(inputs, workspace, listener).given_or_prepared()
     shares = divide_comparison(recipe, inputs.rows.forget, inputs.rows.retain)
     return Ground(recipe, inputs, target, retrained, shares, workspace, listener)
 
@@ -151,9 +135,7 @@ def _check_places(recipe: CompareRecipe, inputs: Inputs) -> None:
     """
     models = [entry for entry in (inputs.base, inputs.target, inputs.retrained) if entry is not None]
     output, comparison = Path(recipe.shared.output.folder), recipe.comparison
-    inside = [entry for entry in models if entry.folder in (output.resolve(), *output.resolve().parents)]
-    if inside:
-        raise OutputError(f"{output} lies inside the model {inside[0].folder}; name another folder")
+    check_apart(output, models)
     kept = len(comparison.contestants) * len(comparison.seeds) if comparison.keep_models else 1
     needs = 16 * inputs.reader.parameters + kept * inputs.reader.nbytes
     others = [] if comparison.world else [entry.folder for entry in models]
@@ -194,9 +176,10 @@ class _Comparison:
         }
         for own in parts.values():
             self.search.announce(own)
-        entries: list[TableEntry] = []
+        entries: list[dict[str, Any]] = []
         for number, contestant in enumerate(self.comparison.contestants, start=1):
-            self._say(f"{contestant.name} ({number} of {len(parts)}): {self.comparison.tries} points")
+            tries = f"{self.comparison.tries} points"
+            self.ground.listener.say(f"{contestant.name} ({number} of {len(parts)}): {tries}")
             entries.append(self._contestant(contestant, parts[contestant.name], rule))
             table = self._table(fixed, probes, rule, entries)
             _write(output, table)
@@ -239,8 +222,8 @@ class _Comparison:
         floor = probes[self.comparison.choose.floor].forget
         return Rule(floor, probes["target"].retain, self.comparison.choose.retain_share), probes
 
-    def _contestant(self, contestant: Contestant, parts: Sequence[SearchPart], rule: Rule) -> TableEntry:
-        """Try a contestant's points, choose one, and measure it with every seed."""
+    def _contestant(self, contestant: Contestant, parts: Sequence[SearchPart], rule: Rule) -> dict[str, Any]:
+        """Try a contestant's points, choose one, measure it with every seed, and return all of that."""
         tried = self.search.run(parts, rule)
         chosen = better(tried, rule)
         assert chosen is not None
@@ -250,7 +233,29 @@ class _Comparison:
         ]
         self.search.announce(finals)
         measured = {part.recipe.seed: self._final(part, chosen) for part in finals}
-        return TableEntry(contestant, tried, chosen, rule.allows(chosen.probe), measured)
+        costs = [found["cost"] for found in measured.values()]
+        return {
+            **method_facts(contestant),
+            "search": {key: list(values) for key, values in contestant.search.items()},
+            "points": [_point(one, rule, chosen) for one in tried],
+            "chosen": {
+                "number": chosen.point.number,
+                **_settings(chosen),
+                "kept_rule": rule.allows(chosen.probe),
+            },
+            "cost": {
+                "epochs": chosen.facts["epochs"],
+                **{name: _mean(cost.get(name) for cost in costs) for name in ("steps", "tokens", "seconds")},
+                "peak_bytes": max((cost.get("peak_bytes") or 0 for cost in costs), default=0) or None,
+                "search_steps": _searched(tried, "steps"),
+                "search_seconds": _searched(tried, "seconds"),
+            },
+            "summary": _summary([found["scores"] for found in measured.values()]),
+            "seeds": {
+                str(seed): {name: found[name] for name in ("scores", "values", "cost")}
+                for seed, found in measured.items()
+            },
+        }
 
     def _final(self, part: SearchPart, chosen: Tried) -> Mapping[str, Any]:
         """Make the chosen point with one seed, measure it, and let its vectors go."""
@@ -299,28 +304,43 @@ class _Comparison:
         fixed: Mapping[str, Mapping[str, Any]],
         probes: Mapping[str, Probe],
         rule: Rule,
-        entries: Sequence[TableEntry],
+        entries: Sequence[Mapping[str, Any]],
     ) -> dict[str, Any]:
-        return build_table(
-            self.ground,
-            fixed=fixed,
-            probes=probes,
-            rule=rule,
-            entries=entries,
-            started=self.started,
-            command=self.command,
-        )
-
-    def _say(self, text: str) -> None:
-        self.ground.listener.say(text)
+        """Return the content of table.json for the contestants that are through."""
+        facts = shared_facts(self.ground)
+        return {
+            **heading(TABLE_VERSION, started=self.started, command=self.command or "palinode compare"),
+            "complete": len(entries) == len(self.comparison.contestants),
+            "seed": self.comparison.seed,
+            "seeds": list(self.comparison.seeds),
+            "shared": facts.pop("shared"),
+            "comparison": self.comparison.model_dump(mode="json", exclude={"contestants", "axis"}),
+            "rule": str(rule),
+            "rows": {
+                name: {"rows": len(rows), "fingerprint": fingerprint_examples(rows)}
+                for name, rows in self.ground.shares.parts.items()
+            },
+            "models": {
+                name: {
+                    "probes": asdict(probes[name]),
+                    "summary": _summary([found["scores"]]),
+                    "values": found["values"],
+                }
+                for name, found in fixed.items()
+            },
+            "contestants": list(entries),
+            "ranking": _ranking(self.comparison, fixed, entries),
+            **facts,
+        }
 
 
 @shared()
 def _write(output: Path, table: Mapping[str, Any]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / PICTURE, tradeoff_picture(table))
-    write_text(output / REPORT, comparison_markdown(table))
-    write_text(output / PAGE, html_report(report_content(Facts("compare", table))))
+    content = report_content(Facts("compare", table))
+    write_text(output / REPORT, markdown_report(content))
+    write_text(output / PAGE, html_report(content))
     write_json(output / TABLE, table)
 
 
@@ -328,97 +348,25 @@ TABLE_VERSION = 1
 """Version of the layout of table.json, described in docs/compare.md."""
 
 
-@dataclass(frozen=True, slots=True)
-class TableEntry:
-    """One contestant when it is through."""
-
-    contestant: Contestant
-    tried: Sequence[Tried]
-    chosen: Tried
-    kept_rule: bool
-    """False when no point satisfied the rule and the nearest one was taken."""
-    measured: Mapping[int, Mapping[str, Any]]
-    """By seed: scores, values on rows, and costs."""
-
-
-def build_table(
-    ground: Ground,
-    *,
-    fixed: Mapping[str, Mapping[str, Any]],
-    probes: Mapping[str, Probe],
-    rule: Rule,
-    entries: Sequence[TableEntry],
-    started: datetime,
-    command: str | None,
-) -> dict[str, Any]:
-    """Return the content of table.json for the contestants that are through."""
-    comparison = ground.recipe.comparison
+def method_facts(contestant: Contestant) -> dict[str, Any]:
+    """Return what every table says of a contestant's method."""
+    method = METHODS[contestant.method]
     return {
-        **heading(TABLE_VERSION, started=started, command=command or "palinode compare"),
-        "complete": len(entries) == len(comparison.contestants),
-        "seed": comparison.seed,
-        "seeds": list(comparison.seeds),
-        "shared": ground.recipe.shared.model_dump(
-            mode="json", exclude={"method", "method_settings", "scales"}
-        ),
-        "comparison": comparison.model_dump(mode="json", exclude={"contestants", "axis"}),
-        "rule": str(rule),
-        "rows": {
-            name: {"rows": len(rows), "fingerprint": fingerprint_examples(rows)}
-            for name, rows in row_parts(ground).items()
-        },
-        "models": {
-            name: {
-                "probes": asdict(probes[name]),
-                "summary": _summary([found["scores"]]),
-                "values": found["values"],
-            }
-            for name, found in fixed.items()
-        },
-        "contestants": [_contestant(entry, rule) for entry in entries],
-        "ranking": _ranking(ground, fixed, entries),
-        "environment": environment(pick_device(ground.recipe.shared.device)),
-        "notes": list(ground.inputs.notes),
-    }
-
-
-def row_parts(ground: Ground) -> dict[str, Sequence[Any]]:
-    """Return the parts of the rows by name."""
-    shares = ground.shares
-    return {
-        "forget": shares.forget,
-        "forget_probe": shares.forget_probe,
-        "forget_test": shares.forget_test,
-        "retain_train": shares.retain_train,
-        "retain_probe": shares.retain_probe,
-        "retain_test": shares.retain_test,
-    }
-
-
-def _contestant(entry: TableEntry, rule: Rule) -> dict[str, Any]:
-    method, chosen = METHODS[entry.contestant.method], entry.chosen
-    costs = [found["cost"] for found in entry.measured.values()]
-    return {
-        "name": entry.contestant.name,
+        "name": contestant.name,
         "method": method.name,
         "formula": method.formula,
         "source": method.source,
-        "set": dict(entry.contestant.set),
-        "search": {key: list(values) for key, values in entry.contestant.search.items()},
-        "points": [_point(tried, rule, chosen) for tried in entry.tried],
-        "chosen": {"number": chosen.point.number, **_settings(chosen), "kept_rule": entry.kept_rule},
-        "cost": {
-            "epochs": chosen.facts["epochs"],
-            **{name: _mean(cost.get(name) for cost in costs) for name in ("steps", "tokens", "seconds")},
-            "peak_bytes": max((cost.get("peak_bytes") or 0 for cost in costs), default=0) or None,
-            "search_steps": _searched(entry.tried, "steps"),
-            "search_seconds": _searched(entry.tried, "seconds"),
-        },
-        "summary": _summary([found["scores"] for found in entry.measured.values()]),
-        "seeds": {
-            str(seed): {name: found[name] for name in ("scores", "values", "cost")}
-            for seed, found in entry.measured.items()
-        },
+        "set": dict(contestant.set),
+    }
+
+
+def shared_facts(ground: Ground) -> dict[str, Any]:
+    """Return what every table says of what all contestants share."""
+    shared = ground.recipe.shared
+    return {
+        "shared": shared.model_dump(mode="json", exclude={"method", "method_settings", "scales"}),
+        "environment": environment(pick_device(shared.device)),
+        "notes": list(ground.inputs.notes),
     }
 
 
@@ -480,24 +428,21 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def _ranking(
-    ground: Ground, fixed: Mapping[str, Mapping[str, Any]], entries: Sequence[TableEntry]
+    comparison: ComparisonRecipe,
+    fixed: Mapping[str, Mapping[str, Any]],
+    entries: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Return the contestants by their gap to the ideal, or why there is no order."""
-    metric, retrained = ground.recipe.comparison.measure.rank_by, fixed.get("retrained")
+    metric, retrained = comparison.measure.rank_by, fixed.get("retrained")
     forget, retain = (retrained, retrained) if retrained else (fixed["base"], fixed["target"])
     ideal = values_of([{"forget": forget["values"]["forget"], "retain": retain["values"]["retain"]}])
-    values: dict[str, Values] = {}
-    left_out = {}
-    for entry in entries:
-        own = values_of([found["values"] for found in entry.measured.values()])
-        if own is None:
-            left_out[entry.contestant.name] = f"no row has a value of {metric}"
-        else:
-            values[entry.contestant.name] = own
+    own = {entry["name"]: values_of([one["values"] for one in entry["seeds"].values()]) for entry in entries}
+    values = {name: found for name, found in own.items() if found is not None}
+    left_out = {name: f"no row has a value of {metric}" for name in own if name not in values}
     return {
         "metric": metric,
         "ideal": "retrained" if retrained else "base and target",
-        "order": rank(values, ideal, seed=ground.recipe.comparison.seed) if ideal else [],
+        "order": rank(values, ideal, seed=comparison.seed) if ideal else [],
         "left_out": left_out,
     }
 
@@ -508,32 +453,25 @@ def plan_comparison(recipe: CompareRecipe) -> dict[str, Any]:
     Raises an InputError for anything the user can mend.
     """
     points = check_comparison(recipe)
-    check_folder(_output(recipe))
-    comparison = recipe.comparison
-    if comparison.world:
-        world = world_of(comparison.demo, comparison.seed)
-        forget, retain = world_examples(world.forget), world_examples((*world.others, *world.general))
-    else:
-        rows = open_inputs(recipe.shared).rows
-        forget, retain = list(rows.forget), list(rows.retain)
-    shares = divide_comparison(recipe, forget, retain)
+    output, comparison = recipe.shared.output.folder, recipe.comparison
+    check_folder(Path(output), FILES, "comparison")
+    shares = divide_comparison(recipe, *rows_to_come(recipe))
     contestants = []
     for contestant in comparison.contestants:
         drawn = points[contestant.name]
         groups = by_training(drawn)
         first = recipe_of(recipe.content, drawn[0], {"target": "."}, epochs=1, seed=comparison.seeds[0])
-        sizes = {"forget": len(shares.forget), "retain": len(shares.retain_train)}
-        models, epochs, steps = models_trained(first), None, None
+        each, epochs, steps = steps_an_epoch(first, rows_for(first, shares)), None, None
         if comparison.budget.steps is not None:
-            epochs = epochs_for(comparison.budget, first, **sizes, name=contestant.name)
-            steps = epochs * models * steps_an_epoch(first, **sizes)
+            epochs = epochs_for(comparison.budget, each, contestant.name)
+            steps = epochs * sum(each)
         contestants.append(
             {
                 "name": contestant.name,
                 "method": contestant.method,
                 "points": len(drawn),
                 "trainings": len(groups) + len(comparison.seeds) - 1,
-                "models": models,
+                "models": len(each),
                 "epochs": epochs,
                 "steps": steps,
             }
@@ -547,7 +485,7 @@ def plan_comparison(recipe: CompareRecipe) -> dict[str, Any]:
             "retain_train": len(shares.retain_train),
             "retain_test": len(shares.retain_test),
         },
-        "output": str(_output(recipe)),
+        "output": output,
         "workspace": str(recipe.workspace),
     }
 
@@ -572,13 +510,17 @@ def describe_plan(planned: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _output(recipe: CompareRecipe) -> Path:
-    return Path(recipe.shared.output.folder)
-
-
-def world_examples(facts: tuple[Fact, ...]) -> list[Example]:
-    """Return the rows that the demo's world will write for these facts."""
-    return [
-        Example(row, "world", "completion", (Message("prompt", fact.prompt),), fact.answer)
-        for row, fact in enumerate(facts)
-    ]
+def rows_to_come(recipe: CompareRecipe) -> tuple[Sequence[Example], Sequence[Example]]:
+    """Return forget and retain rows; those of the demo's world as it will write them."""
+    if not recipe.comparison.world:
+        rows = open_inputs(recipe.shared).rows
+        return rows.forget, rows.retain
+    world = world_of(recipe.comparison.demo, recipe.comparison.seed)
+    forget, retain = (
+        [
+            Example(row, "world", "completion", (Message("prompt", fact.prompt),), fact.answer)
+            for row, fact in enumerate(facts)
+        ]
+        for facts in (world.forget, (*world.others, *world.general))
+    )
+    return forget, retain

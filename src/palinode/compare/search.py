@@ -9,34 +9,40 @@ Try a contestant's points and keep what each of them did on the probe rows.
 Points that differ in their scales only share their vectors: the sums are tried in memory. Everything is
 kept under the fingerprint of what decides it, so a stopped search goes on; models of points that lost are
 removed as soon as their probes are kept and no later point needs them.
+
+The most memory that a piece of work held: of the device where it has its own, else of the process.
+
+Linux can forget a process's earlier peak; elsewhere no peak of a part can be told.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import itertools
 import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from palinode.compare.ground import Shares, rows_for
-from palinode.compare.memory import watch_memory
 from palinode.compare.recipe import CompareRecipe, Contestant, SearchBudget
 from palinode.data.examples import Example, fingerprint_examples
 from palinode.errors import RecipeError
 from palinode.methods import METHODS
-from palinode.methods.msa import PairedSettings
+from palinode.methods.method import read_refusals
 from palinode.models.loading import pick_device, tokenizer_fingerprint
-from palinode.pipeline.finetuning import Trained, Tuning, Vectors
+from palinode.pipeline.finetuning import FineTuning, Trained
 from palinode.pipeline.grid import Probe, Rule
-from palinode.pipeline.inputs import Inputs
+from palinode.pipeline.inputs import InputRows, Inputs, given_to
 from palinode.pipeline.recipe import Recipe, build_recipe
 from palinode.pipeline.scales import Probes
 from palinode.pipeline.workspace import Step, Workspace
@@ -97,7 +103,7 @@ def _point_of(contestant: Contestant, number: int, settings: Mapping[str, Any]) 
             for name in path:
                 place = place.setdefault(name, {})
             place[last] = value
-    if METHODS[contestant.method].kind != "arithmetic":
+    if not METHODS[contestant.method].has_scales:
         return MethodPoint(number, settings, None, recipe)
     alpha, beta = (float(every.get(key, USUAL_SCALES[key])) for key in SCALES)
     betas = contestant.search.get("scales.retain", [beta])
@@ -143,29 +149,25 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def models_trained(recipe: Recipe) -> int:
-    """Return how many models a method trains for one unlearned model."""
-    settings = METHODS[recipe.method].check_settings(recipe.method_settings)
-    if isinstance(settings, PairedSettings):
-        return 1 if settings.retain_free else 2
-    if recipe.method == "whp":
-        return 2
-    return 2 if METHODS[recipe.method].kind == "arithmetic" and recipe.scales.retain else 1
+def steps_an_epoch(recipe: Recipe, rows: InputRows) -> list[int]:
+    """Return the optimiser steps of one epoch, of each run that the method takes for one unlearned model."""
+    method, training, data = METHODS[recipe.method], recipe.training, recipe.data
+    refusals = read_refusals(data.refusals) if data.refusals else ()
+    settings = method.check_settings(recipe.method_settings)
+    return [
+        math.ceil(math.ceil(len(run.anchors) / training.batch_size) / training.accumulation)
+        for run in method.runs(settings, given_to(recipe, rows, refusals))
+    ]
 
 
-def steps_an_epoch(recipe: Recipe, forget: int, retain: int) -> int:
-    """Return the optimiser steps of one epoch, for so many forget rows and retain rows to train on."""
-    settings = METHODS[recipe.method].check_settings(recipe.method_settings)
-    rows = retain if getattr(settings, "epoch", "forget") == "retain" else forget
-    training = recipe.training
-    return math.ceil(math.ceil(rows / training.batch_size) / training.accumulation)
+def epochs_for(budget: SearchBudget, each: Sequence[int], name: str) -> int:
+    """Return the epochs that a budget of steps buys, rounded down. Raises RecipeError for less than one.
 
-
-def epochs_for(budget: SearchBudget, recipe: Recipe, *, forget: int, retain: int, name: str) -> int:
-    """Return the epochs that a budget of steps buys, rounded down. Raises RecipeError for less than one."""
+    `each` are the steps of one epoch of each run.
+    """
     assert budget.steps is not None
-    models = models_trained(recipe) if budget.share == "total" else 1
-    epoch = models * steps_an_epoch(recipe, forget, retain)
+    models = len(each) if budget.share == "total" else 1
+    epoch = sum(each) if budget.share == "total" else max(each)
     if budget.steps < epoch:
         raise RecipeError(
             f"a budget of {budget.steps} steps is less than one epoch of {name}, which takes {epoch}"
@@ -242,6 +244,8 @@ class SearchPart:
     inputs: Inputs
     key: Mapping[str, Any]
     """Everything that decides what is trained."""
+    steps: Sequence[str]
+    """Keys of the fine-tuning steps."""
 
 
 class ComparisonSearch:
@@ -255,7 +259,8 @@ class ComparisonSearch:
 
     def announce(self, parts: Sequence[SearchPart]) -> None:
         """Hear of parts that will come, so that what they share is kept until then."""
-        self.pending.update(shared_training(part, self.ground) for part in parts)
+        for part in parts:
+            self.pending.update(part.steps)
 
     def run(self, parts: Sequence[SearchPart], rule: Rule) -> list[Tried]:
         """Return what every point of a contestant did, in the order of their numbers."""
@@ -264,9 +269,9 @@ class ComparisonSearch:
             before = better(tried, rule)
             found, keys = self._try(part)
             tried += found
-            self.pending[shared_training(part, self.ground)] -= 1
+            self.pending.subtract(part.steps)
             if better(tried, rule) == before:
-                self._release(part, keys)
+                self._remove(keys)
             else:
                 former = self.kept.get(part.contestant.name, ())
                 self.kept[part.contestant.name] = keys
@@ -296,21 +301,18 @@ class ComparisonSearch:
 
     def finish(self, part: SearchPart) -> None:
         """Let go of the models of a chosen point, which has been measured."""
-        self.pending[shared_training(part, self.ground)] -= 1
+        self.pending.subtract(part.steps)
         cost = self.ground.workspace.step("cost", part=dict(part.key)).facts
         keys = tuple(cost["keys"]) if cost else ()
         if self.kept.get(part.contestant.name) == keys:
             del self.kept[part.contestant.name]
-        self._release(part, keys)
-
-    def _release(self, part: SearchPart, keys: Sequence[str]) -> None:
-        """Remove a part's models unless another point has them, or will."""
-        if self.pending[shared_training(part, self.ground)] <= 0:
-            self._remove(keys)
+        self._remove(keys)
 
     def _remove(self, keys: Sequence[str]) -> None:
+        """Remove the models of these steps, but for those that another point has, or will."""
         needed = {key for kept in self.kept.values() for key in kept}
-        remove_models(self.ground.workspace, [key for key in keys if key not in needed])
+        gone = [key for key in keys if key not in needed and self.pending[key] <= 0]
+        remove_models(self.ground.workspace, gone)
 
 
 def plan_parts(
@@ -367,18 +369,18 @@ def part_of(
         },
         "refusals": list(ground.inputs.refusals),
     }
-    return SearchPart(contestant, points, recipe, inputs, key)
+    steps = FineTuning(inputs, ground.workspace, ground.listener).keys(ground.target)
+    return SearchPart(contestant, points, recipe, inputs, key, list(steps.values()))
 
 
-def train_part(ground: Ground, part: SearchPart) -> tuple[Vectors | Trained, dict[str, Any]]:
+def train_part(ground: Ground, part: SearchPart) -> tuple[Trained, dict[str, Any]]:
     """Return the vectors or the model of a part, and what they cost; trained only if not there."""
     cost = ground.workspace.step("cost", part=dict(part.key))
-    tuning = Tuning(part.inputs, ground.workspace, ground.listener)
-    arithmetic = METHODS[part.recipe.method].kind == "arithmetic"
+    fine_tuning = FineTuning(part.inputs, ground.workspace, ground.listener)
     facts = cost.facts
-    watched = watch_memory(tuning.device) if facts is None else contextlib.nullcontext(lambda: None)
+    watched = watch_memory(fine_tuning.device) if facts is None else contextlib.nullcontext(lambda: None)
     with watched as peak:
-        made = tuning.vectors(ground.target) if arithmetic else tuning.train(ground.target)
+        made = fine_tuning.train(ground.target)
         most = peak()
     if facts is None:
         cost.begin()
@@ -386,7 +388,6 @@ def train_part(ground: Ground, part: SearchPart) -> tuple[Vectors | Trained, dic
         for run in training.values():
             run.pop("seen_retain", None)
             run.pop("curve", None)
-        keys = [*made.keys.values()] if isinstance(made, Vectors) else [made.key]
         facts = {
             "epochs": part.recipe.training.epochs,
             "training": training,
@@ -394,7 +395,7 @@ def train_part(ground: Ground, part: SearchPart) -> tuple[Vectors | Trained, dic
             "tokens": sum(run["tokens"] for run in training.values()),
             "seconds": round(sum(run["seconds"] for run in training.values()), 1),
             "peak_bytes": most,
-            "keys": keys,
+            "keys": [*made.steps.values()],
         }
         cost.finish(facts)
     return made, facts
@@ -410,25 +411,11 @@ def remove_models(workspace: Workspace, keys: Sequence[str]) -> None:
         shutil.rmtree(merged.folder / "model", ignore_errors=True)
 
 
-def shared_training(part: SearchPart, ground: Ground) -> str:
-    """Return text that two parts have in common if they train the same first vector."""
-    recipe = part.recipe
-    method = METHODS[recipe.method]
-    if method.kind != "arithmetic":
-        return f"{part.contestant.name} {part.points[0].number} {recipe.seed}"
-    training = json.dumps(recipe.training.key(), sort_keys=True)
-    if recipe.method == "paired":
-        return f"pair {json.dumps(recipe.method_settings, sort_keys=True)} {training} {recipe.seed}"
-    start = method.start(ground.target, ground.base).fingerprint()
-    return f"{start} {training} {recipe.seed}"
-
-
-def _probe(probes: Probes, made: Vectors | Trained, point: MethodPoint) -> Probe:
-    if isinstance(made, Trained):
+def _probe(probes: Probes, made: Trained, point: MethodPoint) -> Probe:
+    if point.scales is None:
         return probes.of_point("model", made.model)
-    assert point.scales is not None
     alpha, beta = point.scales
-    return probes.of_scales(alpha, beta, made.forget, made.retain if beta else None)
+    return probes.of_scales(alpha, beta, made.vectors.forget, made.vectors.retain if beta else None)
 
 
 def _tried(point: MethodPoint, step: Step) -> Tried:
@@ -447,8 +434,7 @@ def _epochs(ground: Ground, contestant: Contestant, point: MethodPoint, recipe: 
     budget = ground.recipe.comparison.budget
     if budget.seconds is not None:
         return _paced_epochs(ground, contestant, point, recipe.seed, budget.seconds)
-    forget, retain = len(ground.shares.forget), len(ground.shares.retain_train)
-    return epochs_for(budget, recipe, forget=forget, retain=retain, name=contestant.name)
+    return epochs_for(budget, steps_an_epoch(recipe, rows_for(recipe, ground.shares)), contestant.name)
 
 
 def _paced_epochs(
@@ -468,3 +454,34 @@ def _paced_epochs(
             f"{took:.1f}; raise budget.seconds"
         )
     return int(seconds / max(took, LEAST_SECONDS))
+
+
+_STATUS, _FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@contextlib.contextmanager
+def watch_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
+    """Give a function that returns the peak since entry in bytes, None where it cannot be told.
+
+    On a CUDA device it is the memory of tensors; on a processor the process's resident memory, weights read
+    from mapped files included.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield lambda: int(torch.cuda.max_memory_allocated(device))
+        return
+    try:
+        _FORGET.write_text("5")  # resets VmHWM, proc(5)
+    except OSError:
+        yield lambda: None
+        return
+    yield _resident_peak
+
+
+def _resident_peak() -> int | None:
+    """Return VmHWM of this process, in bytes."""
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    return None

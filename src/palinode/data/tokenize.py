@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
-from palinode.data.examples import Example, Form, Message
+from palinode.data.examples import Example, Form, Message, fingerprint_examples
 from palinode.data.rendering import Exchange, Template, plain_exchange
 from palinode.errors import CheckpointError, DataError, RecipeError
 
@@ -66,10 +67,34 @@ def tokenize(
     A long answer is cut at its end and its row says `truncated`. A long document is cut in pieces;
     each piece after the first begins with the last id of the one before it, as context, so that every
     id but the very first is scored once. Raises `DataError` naming the row when a prompt leaves no
-    room for an answer or nothing is left to score.
+    room for an answer or nothing is left to score. Rows that a known tokenizer has read are remembered.
     """
     if max_length < 2:
         raise RecipeError(f"max_length is {max_length}; it must be at least 2 tokens, one to score the next")
+    if tokenizer not in _CONTENTS:
+        return _tokenized(examples, tokenizer, max_length, style)
+    content = _CONTENTS[tokenizer], tokenizer.chat_template, len(tokenizer)
+    key = str((content, fingerprint_examples(examples), max_length, style))
+    rows = _READ.pop(key, None) or _tokenized(examples, tokenizer, max_length, style)
+    _READ[key] = rows  # the last one is the newest
+    while sum(len(row.ids) for kept in _READ.values() for row in kept) > _MOST_IDS:
+        del _READ[next(iter(_READ))]
+    return list(rows)
+
+
+_CONTENTS: WeakKeyDictionary[PreTrainedTokenizerBase, str] = WeakKeyDictionary()
+_READ: dict[str, list[TokenRow]] = {}
+_MOST_IDS = 2_000_000  # about 70 MB
+
+
+def recognise(tokenizer: PreTrainedTokenizerBase, content: str) -> None:
+    """Say by which hash of its files a tokenizer is known, so that it need not read rows twice."""
+    _CONTENTS[tokenizer] = content
+
+
+def _tokenized(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, style: PromptStyle
+) -> list[TokenRow]:
     reader, rows = _Reader(tokenizer, style), list[TokenRow]()
     spoken = iter(reader.split([example for example in examples if example.form != "document"]))
     for position, example in enumerate(examples):

@@ -189,10 +189,14 @@ class _Respondent:
                 entry.others[kind] = []
                 homes += [entry.others[kind]] * len(texts)
                 examples += [replace(entry.question.example, answer=text) for text in texts]
-        for row in self._tokenize(examples, self.asking.max_length):
+        rows = tokenize(examples, self.tokenizer, max_length=self.asking.max_length, style=self.style)
+        for row in rows:
             homes[row.example].append(row)
-        if self.asking.answer_prefix:
-            self._put_prefix(asked)
+        if self.asking.answer_prefix:  # tokenized as the beginning of an answer to each question
+            spoken = [entry for entry in asked if entry.question.example.form != "document"]
+            forced = [replace(entry.question.example, answer=self.asking.answer_prefix) for entry in spoken]
+            for entry, ids in zip(spoken, begun_ids(forced, self.tokenizer, self.style), strict=True):
+                entry.prefix = tuple(ids)
         return asked
 
     def answer(self, asked: list[_Asked]) -> list[Outcome]:
@@ -231,27 +235,23 @@ class _Respondent:
             for place, entry in enumerate(asked)
         ]
 
-    def _tokenize(self, examples: Sequence[Example], max_length: int) -> list[TokenRow]:
-        return tokenize(examples, self.tokenizer, max_length=max_length, style=self.style)
+    @property
+    def pad_id(self) -> int:
+        """What rows of a batch are filled up with."""
+        from palinode.models.loading import pad_token
 
-    def _put_prefix(self, asked: Sequence[_Asked]) -> None:
-        """Tokenize the prefix as the beginning of an answer to each question."""
-        spoken = [entry for entry in asked if entry.question.example.form != "document"]
-        forced = [replace(entry.question.example, answer=self.asking.answer_prefix) for entry in spoken]
-        for entry, ids in zip(spoken, begun_ids(forced, self.tokenizer, self.style), strict=True):
-            entry.prefix = tuple(ids)
+        return pad_token(self.tokenizer)
 
     def _scores(self, rows: Sequence[TokenRow]) -> Iterator[TokenScores]:
         """Yield what the model makes of each row."""
         from palinode.models.likelihoods import score_rows
-        from palinode.models.loading import pad_token
 
         with self.listener.task(f"{self.label}: likelihoods", len(rows), "rows") as advance:
             return iter(
                 score_rows(
                     self.model,
                     rows,
-                    pad_id=pad_token(self.tokenizer),
+                    pad_id=self.pad_id,
                     standardise=self.asking.standardise,
                     on_progress=advance,
                     say=self.listener.say,
@@ -264,24 +264,21 @@ class _Respondent:
         None where it is not asked for, for a cut document, and where there is no other token.
         """
         from palinode.models.gradients import gradient_norms
-        from palinode.models.loading import pad_token
 
-        norms: list[float | None] = [None] * len(asked)
         places = [
             place for place, entry in enumerate(asked) if len(entry.own) == 1 and entry.own[0].scored > 1
         ]
         if not self.asking.gradient_norms or not places:
-            return norms
+            return [None] * len(asked)
         with self.listener.task(f"{self.label}: gradients", len(places), "rows") as advance:
             found = gradient_norms(
                 self.model,
                 [replace(row, ids=row.ids[:-1]) for (row,) in (asked[place].own for place in places)],
-                pad_id=pad_token(self.tokenizer),
+                pad_id=self.pad_id,
                 on_progress=advance,
             )
-        for place, norm in zip(places, found, strict=True):
-            norms[place] = norm
-        return norms
+        by_place = dict(zip(places, found, strict=True))
+        return [by_place.get(place) for place in range(len(asked))]
 
     def _greedy(self, asked: Sequence[_Asked], scores: Sequence[TokenScores]) -> list[str | None]:
         """Return the greedy answer to each question, begun where the model is known to say the right one."""
@@ -304,12 +301,11 @@ class _Respondent:
         """
         from palinode.models.alone import tolerance
         from palinode.models.likelihoods import score_rows
-        from palinode.models.loading import pad_token
 
         place = max(range(len(asked)), key=lambda place: len(asked[place].own[0].ids))
         row = asked[place].own[0]
         begin = replace(row, ids=row.ids[: row.start + 1])
-        (alone,) = score_rows(self.model, [begin], pad_id=pad_token(self.tokenizer))
+        (alone,) = score_rows(self.model, [begin], pad_id=self.pad_id)
         return abs(alone.logprobs[0] - scores[place].logprobs[0]) <= tolerance(self.model)
 
     def _samples(self, asked: Sequence[_Asked]) -> list[tuple[str, ...]]:
@@ -320,15 +316,8 @@ class _Respondent:
         if not count or not asked:
             return [()] * len(asked)
         prompts = [entry.prompt for entry in asked for _ in range(count)]
-        sampling = Sampling(
-            self.asking.temperature,
-            self.asking.top_p,
-            [
-                sample_seed(self.asking.seed, entry.prompt, number)
-                for entry in asked
-                for number in range(count)
-            ],
-        )
+        seeds = [sample_seed(self.asking.seed, entry.prompt, n) for entry in asked for n in range(count)]
+        sampling = Sampling(self.asking.temperature, self.asking.top_p, seeds)
         with self.listener.task(f"{self.label}: samples", len(prompts), "answers") as advance:
             texts = self._generate(asked, prompts, advance, sampling=sampling)
         return [tuple(texts[begin : begin + count]) for begin in range(0, len(texts), count)]
@@ -344,7 +333,6 @@ class _Respondent:
     ) -> list[str]:
         """Return the text that the model gives after each prompt."""
         from palinode.models.generation import generate
-        from palinode.models.loading import pad_token
 
         stops = {end_id(entry.question.example.form, self.tokenizer, self.style) for entry in asked}
         if isinstance(self.tokenizer.eos_token_id, int):
@@ -352,7 +340,7 @@ class _Respondent:
         answers = generate(
             self.model,
             prompts,
-            pad_id=pad_token(self.tokenizer),
+            pad_id=self.pad_id,
             stop_ids=sorted(stops),
             max_new_tokens=self.asking.max_new_tokens,
             min_new_tokens=self.asking.min_new_tokens,

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from palinode.data.examples import Example, Question
+from palinode.data.examples import Example, Message, Question
 from palinode.data.sources import Row, json_type, parse_hub_name, read_rows
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import DataError, RecipeError
@@ -32,10 +32,8 @@ from palinode.records import Outcome, Score, Verdict, read_bytes
 MEMORIZATION = ("exact_memorization", "extraction_strength", "extraction_strength_strict")
 """Metrics of what a model knows by heart."""
 
-GENERATION = "generation"
-STANDARDISED = "standardised"
-GRADIENTS = "gradients"
-_NEEDS = {"generated": GENERATION, "standardised": STANDARDISED, "gradient_norm": GRADIENTS}
+GENERATION, STANDARDISED, GRADIENTS = "generated", "standardised", "gradient_norm"
+"""What metrics may need of a model beside the likelihood of answers."""
 
 
 def metric_cells(name: str, *metrics: str) -> tuple[Cell, ...]:
@@ -45,7 +43,7 @@ def metric_cells(name: str, *metrics: str) -> tuple[Cell, ...]:
         def score(measured: Measured) -> Score:
             return score_outcomes(measured.of(name), names=[key], seed=measured.seed)[key]
 
-        return Cell(name, key, METRICS[key].description, score, needs=_asked(METRICS[key].needs))
+        return Cell(name, key, METRICS[key].description, score, needs=METRICS[key].needs)
 
     return tuple(map(cell, metrics))
 
@@ -87,10 +85,6 @@ def min_k_auc(members: Sequence[Outcome], others: Sequence[Outcome], *, seed: in
     return auc(attack.values(members), attack.values(others), seed=seed)
 
 
-def _asked(needs: frozenset[str]) -> frozenset[str]:
-    return frozenset(_NEEDS[need] for need in needs if need in _NEEDS)
-
-
 def _attack(attack: MembershipAttack, members: str, others: str) -> tuple[Cell, Cell]:
     def cell(metric: str, what: str, rate: Callable[..., Score]) -> Cell:
         def score(measured: Measured) -> Score:
@@ -106,7 +100,7 @@ def _attack(attack: MembershipAttack, members: str, others: str) -> tuple[Cell, 
             f"{what} of the attack {attack.description}",
             score,
             also=(others,),
-            needs=_asked(attack.needs),
+            needs=attack.needs,
             reference="reference" in attack.needs,
             on_request="gradient_norm" in attack.needs,
         )
@@ -220,6 +214,17 @@ def need_table(table: Table, location: str) -> TableRows:
     if found is None:
         raise DataError(not_there(table, location))
     return found
+
+
+def completion(number: int, source: str, prompt: str, answer: str) -> Example:
+    """Return a row that is raw text and its raw continuation."""
+    return Example(number, source, "completion", (Message("prompt", prompt),), answer)
+
+
+def documents(table: TableRows) -> list[Example]:
+    """Return the texts of a table as documents."""
+    place = table.facts.location
+    return [Example(number, place, "document", (), str(row["text"])) for number, row in enumerate(table.rows)]
 
 
 def not_there(table: Table, location: str) -> str:
@@ -435,7 +440,7 @@ class Cell:
     also: tuple[str, ...] = ()
     """Further sets whose outcomes it needs."""
     needs: frozenset[str] = frozenset()
-    """What must be asked of the model: "generation", "standardised" or "gradients"."""
+    """What must be asked of the model, such as GENERATION; other needs of its metric may stand here too."""
     reference: bool = False
     """Whether it compares with the retrained model."""
     judge: bool = False

@@ -36,7 +36,7 @@ from palinode.evaluation.benchmark import (
     trim_asking,
 )
 from palinode.evaluation.general import general_ability
-from palinode.evaluation.judges import open_judge
+from palinode.evaluation.judges import named_judge
 from palinode.evaluation.judging import Judge, judge_answers
 from palinode.evaluation.openunlearning import FORGET, LOG_SETS, log_scores, read_log, write_log
 from palinode.evaluation.self_check import check_prompts
@@ -261,18 +261,6 @@ def make_exam(
             sets[questions.name] = replace(drawn, asking=asking, style=style)
     sizes = {questions.name: len(questions.questions) for questions in loaded.sets}
     return Exam(name, sets, cells, loaded.missing, loaded.tables, sizes, seed=settings.seed)
-
-
-def named_judge(name: str | None, key_variable: str | None, device: str) -> Judge | None:
-    """Return the judge that `overlap`, `offline:FOLDER` or `URL#model` names; None without a name."""
-    if key_variable and not (name or "").startswith(("http://", "https://")):
-        raise RecipeError(
-            "--key-variable names the key of a judge at an address; name that too, as --judge URL#MODEL"
-        )
-    if not name:
-        return None
-    kind, _, model = name.partition("#")
-    return open_judge(kind, model=model or None, key_variable=key_variable, device=device)
 
 
 def _check_places(settings: EvaluationSettings) -> None:

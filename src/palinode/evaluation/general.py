@@ -46,7 +46,10 @@ def general_ability(
     """
     folder = _task_folder(include)
     evaluate, wrapper, manager = _lm_eval(folder)
-    _check_tasks(tasks, manager)
+    if not tasks:
+        raise InputError("no lm-eval task is named; name some, such as mmlu,gsm8k")
+    if unknown := [task for task in tasks if task not in manager.task_index]:
+        raise InputError(f"lm-eval has no task {', '.join(unknown)}; `lm-eval ls tasks` lists those it has")
     seeds = dict.fromkeys(
         ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed
     )
@@ -68,7 +71,7 @@ def general_ability(
                 **seeds,
             )
         except (OSError, ValueError) as error:
-            raise InputError(f"lm-eval could not run {', '.join(tasks)}: {_first_line(error)}") from error
+            raise InputError(f"lm-eval could not run {', '.join(tasks)}: {first_line(error)}") from error
     counts = {task: entry["effective"] for task, entry in results["n-samples"].items()}
     members = results.get("group_subtasks") or {}
     found = results["results"] | (results.get("groups") or {})
@@ -130,13 +133,6 @@ def _lm_eval(include: Path | None) -> tuple[Any, Any, Any]:
     return simple_evaluate, HFLM, TaskManager(include_path=None if include is None else str(include))
 
 
-def _check_tasks(tasks: Sequence[str], manager: Any) -> None:
-    if not tasks:
-        raise InputError("no lm-eval task is named; name some, such as mmlu,gsm8k")
-    if unknown := [task for task in tasks if task not in manager.task_index]:
-        raise InputError(f"lm-eval has no task {', '.join(unknown)}; `lm-eval ls tasks` lists those it has")
-
-
 @contextmanager
 def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
     """Put the training mode and the random generators back, which lm-eval sets for all of the process."""
@@ -156,5 +152,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, or its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,14 +1,13 @@
-"""Decisions of a judge, kept by content: whoever asks the same again gets the same answer, and pays nothing.
-
-A decision's file is named by the SHA-256 of everything it depends on (model, endpoint, instructions,
-question, answer, candidates). It holds which candidates were picked, and no text of the question.
-
-A judge says which candidate answer a model's answer is closest to in fact (spec: msa.md §5).
+"""A judge says which candidate answer a model's answer is closest to in fact (spec: msa.md §5).
 
 For each question the candidates are the ground truth, the retrained model's own answer, the perturbed
 answers and "none of these". Equal texts are one candidate with several roles, the order is shuffled by a
 seed, and several may be picked. What follows from the picks is in metrics/judged.py. Where the data
 lists accepted answers (RESTOR), these and "none of these" are the candidates instead.
+
+Decisions are kept by content: whoever asks the same again gets the same answer, and pays nothing. A file is
+named by the SHA-256 of everything that the decision depends on (model, endpoint, instructions, question,
+answer, candidates). It holds which candidates were picked, and no text of the question.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -250,7 +249,8 @@ def _decided(
     asked: Sequence[int],
 ) -> Iterator[tuple[int, Pick]]:
     """Yield place and pick as they come; an error of the judge cancels what has not been asked yet."""
-    with _pool(judge) as pool:
+    pool = ThreadPoolExecutor(max_workers=max(1, judge.at_once), thread_name_prefix="judge")
+    try:
         waiting = {
             pool.submit(
                 judge.pick, outcomes[place].prompt, outcomes[place].generated or "", tables[place]
@@ -259,13 +259,6 @@ def _decided(
         }
         for done in as_completed(waiting):
             yield waiting[done], done.result()
-
-
-@contextmanager
-def _pool(judge: Judge) -> Iterator[ThreadPoolExecutor]:
-    pool = ThreadPoolExecutor(max_workers=max(1, judge.at_once), thread_name_prefix="judge")
-    try:
-        yield pool
     except BaseException:  # Ctrl-C too: do not wait for answers that nobody will read
         judge.stop()
         pool.shutdown(wait=False, cancel_futures=True)

@@ -119,7 +119,9 @@ def read_log(path: Path, *, forget_rows: int | None = None) -> ReferenceLog:
         if (number := _number(entry.get("agg_value"))) is not None
     }
     aucs = {name: values[key] for key, name in MIA_KEYS.items() if key in values}
-    return ReferenceLog(path, tuple(forget), aucs, values, _missing(path, forget, aucs))
+    missing = {} if forget else {"forget_quality": f"{path.name} has no forget_truth_ratio"}
+    missing |= {} if "min_k" in aucs else {"privleak": f"{path.name} has no mia_min_k"}
+    return ReferenceLog(path, tuple(forget), aucs, values, missing)
 
 
 def write_log(path: Path, sets: Mapping[str, Sequence[Outcome]], scores: Mapping[str, Score]) -> None:
@@ -142,7 +144,10 @@ def write_log(path: Path, sets: Mapping[str, Sequence[Outcome]], scores: Mapping
     if (members := sets.get(FORGET)) and (others := sets.get(HOLDOUT)):
         log |= _attack_entries(members, others, scores)
     for key, score in scores.items():
-        log[key] = {**log.get(key, {}), **_summary(key, score)}
+        entry: Entry = {"agg_value": score.value}
+        entry |= {"auc": score.value} if key in MIA_KEYS else {}
+        entry |= {"reason": score.reason} if score.value is None else {}
+        log[key] = log.get(key, {}) | entry
     write_json(path, {key: log[key] for key in sorted(log)})
 
 
@@ -194,20 +199,18 @@ def _entry(
 
 
 def _likelihood_entry(outcomes: Sequence[Outcome], kind: str) -> Entry | None:
+    """Return probability and loss of each row's answers of a kind: a list where it has several."""
     rows: dict[str, Entry] = {}
+    means: list[float | None] = []
     for outcome in outcomes:
         losses = [-level for level in mean_logprobs(outcome, kind)]
         probs = [math.exp(-loss) for loss in losses]
-        several = kind != "expected" and len(losses) != 1
-        rows[str(outcome.row)] = (
-            {"prob": None, "avg_loss": None}
-            if not losses
-            else {"prob": probs, "avg_loss": losses}
-            if several
-            else {"prob": probs[0], "avg_loss": losses[0]}
-        )
-    levels = [mean_logprobs(outcome, kind) for outcome in outcomes]
-    return _with_mean([fmean(map(math.exp, level)) if level else None for level in levels], rows)
+        found = {"prob": probs, "avg_loss": losses}
+        rows[str(outcome.row)] = {
+            key: values if len(values) > 1 else next(iter(values), None) for key, values in found.items()
+        }
+        means.append(fmean(probs) if probs else None)
+    return _with_mean(means, rows)
 
 
 def _rouge_entry(outcomes: Sequence[Outcome]) -> Entry | None:
@@ -246,13 +249,6 @@ def _with_mean(values: Sequence[float | None], rows: Mapping[str, Entry]) -> Ent
     return {"agg_value": _finite(fmean(known)), "value_by_index": dict(rows)} if known else None
 
 
-def _summary(key: str, score: Score) -> Entry:
-    entry: Entry = {"agg_value": score.value}
-    if key in MIA_KEYS:
-        entry["auc"] = score.value
-    return entry if score.value is not None else {**entry, "reason": score.reason}
-
-
 def _check_known(what: str, given: Mapping[str, Any], known: set[str] | frozenset[str]) -> None:
     if unknown := sorted(set(given) - known):
         raise DataError(
@@ -271,7 +267,10 @@ def _rows_of(path: Path, metrics: Mapping[str, Entry]) -> tuple[Rows, dict[int, 
     """Return the losses and the truth ratios of the forget rows, as far as the log has them."""
     right = _indexed(path, metrics, "forget_Q_A_PARA_Prob")
     wrong = _indexed(path, metrics, "forget_Q_A_PERT_Prob")
-    both = {row: (_losses(right[row]), _losses(wrong[row])) for row in right.keys() & wrong.keys()}
+    both = {
+        row: (_floats(right[row].get("avg_loss")), _floats(wrong[row].get("avg_loss")))
+        for row in right.keys() & wrong.keys()
+    }
     # open-unlearning's own key, and the one that its configuration file's name suggests
     ratios = _indexed(path, metrics, "forget_truth_ratio") or _indexed(path, metrics, "forget_Truth_Ratio")
     return (
@@ -354,15 +353,6 @@ def _check_split(path: Path, rows: int, expected: int | None) -> None:
     )
 
 
-def _missing(path: Path, forget: Sequence[Outcome], aucs: Mapping[str, float]) -> dict[str, str]:
-    missing = {}
-    if not forget:
-        missing["forget_quality"] = f"{path.name} has no forget_truth_ratio"
-    if "min_k" not in aucs:
-        missing["privleak"] = f"{path.name} has no mia_min_k"
-    return missing
-
-
 def _json_object(path: Path) -> dict[str, Any]:
     try:
         content = read_json(path)
@@ -373,10 +363,6 @@ def _json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"{path} holds no JSON object; give a file such as TOFU_EVAL.json")
     return content
-
-
-def _losses(entry: Entry) -> list[float]:
-    return _floats(entry.get("avg_loss"))
 
 
 def _floats(value: Any) -> list[float]:

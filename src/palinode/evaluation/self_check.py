@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
@@ -165,14 +165,14 @@ def plausible_ways(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, style: PromptStyle, *, max_length: int
 ) -> list[Way]:
     """Return the chosen way to put these rows, then every other that gives other ids."""
-    rows = _rows(examples, tokenizer, style, max_length)
-    ways = {_key(rows): Way("as chosen", "change nothing", rows)}
+    chosen = Way("as chosen", "change nothing", _rows(examples, tokenizer, style, max_length))
+    ways = {tuple(row.ids for row in chosen.rows): chosen}
     for words, fix, other, own in _others(examples, tokenizer, style):
         try:
             rows = _rows(other, tokenizer, own, max_length)
         except InputError:  # no way at all: its prompts are too long, or the template cannot show them
             continue
-        ways.setdefault(_key(rows), Way(words, fix, rows))
+        ways.setdefault(tuple(row.ids for row in rows), Way(words, fix, rows))
     return list(ways.values())
 
 
@@ -205,7 +205,8 @@ def _in_template(
     chat = True if style.chat is False else style.chat
     for date, system in product(dates, dict.fromkeys([style.system_prompt, "", PromptStyle().system_prompt])):
         other = replace(style, system_prompt=system, date=date, chat=chat)
-        words = _in_words(other, style)
+        named = f'the system prompt "{system}"' if system else "no system prompt given"
+        words = f"in its chat template, with {named}{f' and the date {date}' if date != style.date else ''}"
         yield words, _settings(other, style), examples, other
         with suppress(InputError):
             begun = _begun(examples, tokenizer, other)
@@ -227,25 +228,15 @@ def _begun(
     ]
 
 
-def _in_words(other: PromptStyle, style: PromptStyle) -> str:
-    """Return a template's way in words."""
-    system = f'the system prompt "{other.system_prompt}"' if other.system_prompt else "no system prompt given"
-    date = f" and the date {other.date}" if other.date != style.date else ""
-    return f"in its chat template, with {system}{date}"
-
-
 def _settings(other: PromptStyle, style: PromptStyle) -> str:
     """Return the settings by which one style becomes another."""
-    changed: Mapping[str, object] = {
-        field.name: getattr(other, field.name)
-        for field in fields(style)
-        if getattr(other, field.name) != getattr(style, field.name)
-    }
+    before, after = asdict(style), asdict(other)
     said = [
         f"--set prompts.{name}={str(value).lower()}"
         if isinstance(value, bool)
         else f"--set 'prompts.{name}=\"{value}\"'"
-        for name, value in changed.items()
+        for name, value in after.items()
+        if value != before[name]
     ]
     return f"say {' '.join(said)}"
 
@@ -270,7 +261,3 @@ def _rows(
         replace(row, ids=row.ids[: row.start + min(len(answer), ANSWER_TOKENS)])
         for row, answer in zip(rows, answers, strict=True)
     ]
-
-
-def _key(rows: Sequence[TokenRow]) -> tuple[tuple[int, ...], ...]:
-    return tuple(row.ids for row in rows)

@@ -16,30 +16,10 @@ if TYPE_CHECKING:
     from palinode.history.exposures import ExposureLog
     from palinode.history.judgement import Location
     from palinode.history.locating import locate
-    from palinode.history.onset import Onset, find_onset
+    from palinode.history.onset import Onset, OnsetSettings, find_onset
     from palinode.history.plan import Schedule, plan_checkpoints
     from palinode.history.reader import ExposureReader, compact
     from palinode.history.series import CheckpointSeries, SeriesCheckpoint, open_series
-
-# Imported when first asked for: a plan needs no torch.
-_HOMES = {
-    "ExposureCallback": "callback",
-    "ExposureLog": "exposures",
-    "ExposureReader": "reader",
-    "CheckpointSeries": "series",
-    "Location": "judgement",
-    "LoggedLoader": "callback",
-    "Onset": "onset",
-    "SeriesCheckpoint": "series",
-    "Schedule": "plan",
-    "ThinningCallback": "callback",
-    "compact": "reader",
-    "find_duplicates": "duplicates",
-    "find_onset": "onset",
-    "locate": "locating",
-    "open_series": "series",
-    "plan_checkpoints": "plan",
-}
 
 __all__ = [
     "CheckpointSeries",
@@ -49,6 +29,7 @@ __all__ = [
     "Location",
     "LoggedLoader",
     "Onset",
+    "OnsetSettings",
     "Schedule",
     "SeriesCheckpoint",
     "ThinningCallback",
@@ -60,8 +41,22 @@ __all__ = [
     "plan_checkpoints",
 ]
 
+# Imported when first asked for: a plan needs no torch.
+_ROOMS = {
+    "callback": ("ExposureCallback", "LoggedLoader", "ThinningCallback"),
+    "duplicates": ("find_duplicates",),
+    "exposures": ("ExposureLog",),
+    "judgement": ("Location",),
+    "locating": ("locate",),
+    "onset": ("Onset", "OnsetSettings", "find_onset"),
+    "plan": ("Schedule", "plan_checkpoints"),
+    "reader": ("ExposureReader", "compact"),
+    "series": ("CheckpointSeries", "SeriesCheckpoint", "open_series"),
+}
+
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'palinode.history' has no attribute {name!r}")
-    return getattr(import_module(f"palinode.history.{_HOMES[name]}"), name)
+    for room, names in _ROOMS.items():
+        if name in names:
+            return getattr(import_module(f"palinode.history.{room}"), name)
+    raise AttributeError(f"module 'palinode.history' has no attribute {name!r}")

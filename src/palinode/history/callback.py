@@ -18,19 +18,13 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import blake3
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import (
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from palinode.errors import DataError, RecipeError
 from palinode.history.duplicates import Hashes, as_hashes, fingerprint_rows, fingerprint_tokenizer
@@ -42,16 +36,6 @@ CARRIED = "palinode_rows"
 
 Ids = Callable[[Any], Sequence[int]]
 """Returns the token ids of one item of a data set."""
-
-
-class LoggedRows(Protocol):
-    """A data set that can be gone through by number."""
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-
-    def __getitem__(self, row: int) -> Any:
-        """Return one row."""
 
 
 def ids_of(item: Any) -> Sequence[int]:
@@ -79,9 +63,12 @@ def ids_key(ids: Sequence[int]) -> tuple[int, int]:
 
 
 class RowTable:
-    """From the token ids of a data set's rows to their content hashes; made once ahead of training."""
+    """From the token ids of a data set's rows to their content hashes; made once ahead of training.
 
-    def __init__(self, dataset: LoggedRows, hashes: Hashes | Sequence[bytes], *, ids: Ids = ids_of) -> None:
+    `dataset` has a length and is gone through by number.
+    """
+
+    def __init__(self, dataset: Any, hashes: Hashes | Sequence[bytes], *, ids: Ids = ids_of) -> None:
         self.hashes = as_hashes(hashes)
         if len(dataset) != len(self.hashes):
             raise DataError(
@@ -91,7 +78,16 @@ class RowTable:
         keys = np.array([ids_key(ids(dataset[row])) for row in range(len(dataset))], np.int64).reshape(-1, 2)
         self._order = np.lexsort((keys[:, 1], keys[:, 0]))
         self._keys = keys[self._order]
-        self._check_same_text()
+        same = (self._keys[1:] == self._keys[:-1]).all(axis=1)
+        texts = self.hashes[self._order]
+        differ = same & (texts[1:] != texts[:-1]).any(axis=1)
+        if differ.any():  # most likely they were cut off
+            first, second = sorted(self._order[np.flatnonzero(differ)[0] :][:2].tolist())
+            raise DataError(
+                f"rows {first + 1} and {second + 1} have the same token ids but other texts, so that a batch "
+                "does not tell which it holds; are they cut off at the same place? Log them with "
+                "ExposureLog.record, or with LoggedLoader(rows=…)"
+            )
 
     def find(self, keys: npt.NDArray[np.int64]) -> Hashes:
         """Return the content hashes of rows by their keys, int64 [n, 2]; raise DataError for unknown ones."""
@@ -107,19 +103,6 @@ class RowTable:
             )
         found: Hashes = self.hashes[self._order[places]]
         return found
-
-    def _check_same_text(self) -> None:
-        """Raise DataError where rows with the same ids have other texts: most likely they were cut off."""
-        same = (self._keys[1:] == self._keys[:-1]).all(axis=1)
-        texts = self.hashes[self._order]
-        differ = same & (texts[1:] != texts[:-1]).any(axis=1)
-        if differ.any():
-            first, second = sorted(self._order[np.flatnonzero(differ)[0] :][:2].tolist())
-            raise DataError(
-                f"rows {first + 1} and {second + 1} have the same token ids but other texts, so that a batch "
-                "does not tell which it holds; are they cut off at the same place? Log them with "
-                "ExposureLog.record, or with LoggedLoader(rows=…)"
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,9 +324,6 @@ class LoggedLoader:
             self._numbers += [int(row) for row in self._rows(batch)]
 
 
-NAME = re.compile(r"checkpoint-(\d+)")
-
-
 class ThinningCallback(TrainerCallback):
     """Remove saved checkpoints as a plan says; set the Trainer's own save_total_limit to None.
 
@@ -356,31 +336,25 @@ class ThinningCallback(TrainerCallback):
         self.wish = wish
         self.kept = None if kept is None else frozenset(kept)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Refuse a Trainer that removes checkpoints by a rule of its own."""
-        del state, control
         if args.save_total_limit is not None:
             raise RecipeError(
                 f"save_total_limit is {args.save_total_limit}: the Trainer would remove checkpoints besides "
                 "the plan; set it to None"
             )
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Remove what the plan does not keep."""
-        del control
         if not state.is_world_process_zero:
             return
         best = state.best_model_checkpoint
         saved = saved_steps(Path(str(args.output_dir)))
-        for step in sorted(saved.keys() - self.keep(saved, state.global_step)):
+        for step in sorted(saved.keys() - self._kept(saved, state.global_step)):
             if best is None or saved[step].resolve() != Path(best).resolve():
                 shutil.rmtree(saved[step])
 
-    def keep(self, saved: Collection[int], now: int) -> set[int]:
+    def _kept(self, saved: Collection[int], now: int) -> set[int]:
         """Return which of the saved steps stay when the training stands at `now`."""
         newest = {max(saved)} if saved else set()
         if self.kept is not None:
@@ -390,5 +364,5 @@ class ThinningCallback(TrainerCallback):
 
 def saved_steps(folder: Path) -> dict[int, Path]:
     """Return the checkpoints that a Trainer left in its output folder, by step."""
-    named = ((NAME.fullmatch(path.name), path) for path in folder.glob("checkpoint-*") if path.is_dir())
-    return {int(match.group(1)): path for match, path in named if match}
+    places = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
+    return {int(path.name[11:]): path for path in places if re.fullmatch(r"checkpoint-\d+", path.name)}

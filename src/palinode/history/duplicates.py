@@ -1,12 +1,10 @@
-"""What an exposure log calls a row: 128 bits of its normalised text, and fingerprints of what was trained on.
+"""What an exposure log calls a row, fingerprints of what was trained on, and copies of rows in a corpus.
 
 A row's hash is BLAKE2b-128 of its texts, each NFC-normalised with runs of white space folded to one
 space, joined by line ends: `Example.key` as bytes. A salt is BLAKE2b's key. Without the salt nobody can
 ask a salted log about a text; without salt, whoever has a text can ask whether it was trained on.
 
-Copies of forget rows in the data that was trained on: equal texts, and similar ones by MinHash.
-
-Two texts are equal when their row hashes are (`hashing`). They are similar by the Jaccard similarity of
+Two texts are equal when their row hashes are. They are similar by the Jaccard similarity of
 their shingles, |A ∩ B| / |A ∪ B|, a shingle being five letters in a row of the text in lower case with its
 punctuation taken out: one word changed in a short fact leaves most of them. MinHash signatures of the forget
 rows, in `datasketch`'s LSH index, say which of them a row of the corpus may be like; the similarity that is
@@ -53,9 +51,11 @@ def row_hash(row: str | Example, *, salt: bytes = b"") -> bytes:
     >>> row_hash("A  fact.\\n") == row_hash("A fact.")
     True
     """
+    if len(salt) > MAX_SALT:
+        raise DataError(f"the salt has {len(salt)} bytes; it may have at most {MAX_SALT}")
     texts = (row,) if isinstance(row, str) else (*(turn.content for turn in row.turns), row.answer)
     lines = "\n".join(" ".join(unicodedata.normalize("NFC", text).split()) for text in texts)
-    return hashlib.blake2b(lines.encode(), digest_size=HASH_BYTES, key=_checked_salt(salt)).digest()
+    return hashlib.blake2b(lines.encode(), digest_size=HASH_BYTES, key=salt).digest()
 
 
 def hashes(rows: Iterable[str | Example], *, salt: bytes = b"") -> Hashes:
@@ -97,12 +97,6 @@ def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     specials = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     text = json.dumps([rules, specials, tokenizer.chat_template], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _checked_salt(salt: bytes) -> bytes:
-    if len(salt) > MAX_SALT:
-        raise DataError(f"the salt has {len(salt)} bytes; it may have at most {MAX_SALT}")
-    return salt
 
 
 SHINGLE = 5
@@ -152,7 +146,9 @@ def find_duplicates(
         raise DataError(f"the similarity is {threshold}; it must be above 0 and at most 1")
     index = _Index(forget, threshold, seed)
     found: list[Duplicate] = []
-    with (listener or NullListener()).task("looking for copies", _size(corpus), "rows") as advance:
+    known = isinstance(corpus, Sequence) and bool(corpus) and isinstance(corpus[0], Example)
+    size = len(corpus) if known else 0  # type: ignore[arg-type]
+    with (listener or NullListener()).task("looking for copies", size, "rows") as advance:
         for number, example in enumerate(_examples(corpus)):
             found += index.copies(number, example)
             advance(1)
@@ -204,37 +200,34 @@ class _Index:
         shared = int(np.isin(own, self._known, assume_unique=True).sum())
         if shared < self._threshold * len(own):  # a similarity cannot be above this share
             return
-        for row in sorted(set(self._lsh.query(self._signature(own))) - set(equal)):
+        lsh, empty = self._lsh
+        for row in sorted(set(lsh.query(_signature(empty, own))) - set(equal)):
             similarity = jaccard(own, self._shingles[row])
             if similarity >= self._threshold:
                 yield Duplicate(row, number, example.place, similarity, exact=False)
 
     @cached_property
-    def _lsh(self) -> Any:
+    def _lsh(self) -> tuple[Any, Any]:
+        """The index, and a signature of nothing: drawing its permutations takes longer than using them."""
+        try:
+            datasketch = import_module("datasketch")
+        except ImportError:
+            raise DataError(
+                "similar texts are found with datasketch, which is not installed; pip install "
+                "'palinode[history]'"
+            ) from None
         lowest = max(0.05, self._threshold - SLACK)
-        index = _datasketch().MinHashLSH(threshold=lowest, num_perm=PERMUTATIONS, weights=(0.1, 0.9))
+        index = datasketch.MinHashLSH(threshold=lowest, num_perm=PERMUTATIONS, weights=(0.1, 0.9))
+        empty = datasketch.MinHash(num_perm=PERMUTATIONS, seed=self._seed, hashfunc=int)
         for row, own in enumerate(self._shingles):
-            index.insert(row, self._signature(own))
-        return index
-
-    def _signature(self, own: Shingles) -> Any:
-        signature = self._empty.copy()
-        signature.update_batch(own)
-        return signature
-
-    @cached_property
-    def _empty(self) -> Any:
-        """A signature of nothing; drawing its permutations takes longer than using them."""
-        return _datasketch().MinHash(num_perm=PERMUTATIONS, seed=self._seed, hashfunc=int)
+            index.insert(row, _signature(empty, own))
+        return index, empty
 
 
-def _datasketch() -> Any:
-    try:
-        return import_module("datasketch")
-    except ImportError:
-        raise DataError(
-            "similar texts are found with datasketch, which is not installed; pip install 'palinode[history]'"
-        ) from None
+def _signature(empty: Any, own: Shingles) -> Any:
+    signature = empty.copy()
+    signature.update_batch(own)
+    return signature
 
 
 def _text(example: Example) -> str:
@@ -248,9 +241,3 @@ def _examples(corpus: Iterable[Example] | Sequence[str | Path]) -> Iterator[Exam
             yield entry
         else:
             yield from read_examples(entry)
-
-
-def _size(corpus: Iterable[Any]) -> int:
-    """Return the rows of a corpus where that is known beforehand, otherwise 0."""
-    known = isinstance(corpus, Sequence) and len(corpus) > 0 and isinstance(corpus[0], Example)
-    return len(corpus) if known else 0  # type: ignore[arg-type]

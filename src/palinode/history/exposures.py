@@ -1,15 +1,10 @@
-"""What an exposure log is of, and the sessions in which it was written: its small JSON files.
-
-`log.json` says what was trained on; a log of other data, another tokenizer, another run or another salt
-is refused. `session-0002.json` says from which step a start of the training went on, in how many processes.
-
-The exposure log: which rows were in the batch of which optimiser step, written while training.
+"""The exposure log: which rows were in the batch of which optimiser step, written while training.
 
     log.json                                   what was trained on: fingerprints, run, salted or not
     session-0002.json                          one start of the training: the step it went on from, world size
     session-0002/rank-00003/000017.parquet     a sealed segment of one process (`segments`)
                             000018.journal     its open tail
-    runs-0001/                                 the same rows sorted for finding (`compaction`), may be missing
+    runs-0001/                                 the same rows sorted for finding (`reader`), may be missing
 
 Steps are counted from 1: step s is the update that makes checkpoint s, so a checkpoint of step c has
 seen what the steps 1 to c hold. A session that goes on from step k supersedes all later steps of the
@@ -18,13 +13,14 @@ sessions before it; nothing that was written is ever changed. The log holds no t
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -33,22 +29,24 @@ from palinode.history.duplicates import Hashes, as_hashes, row_hash
 from palinode.history.segments import (
     FORMAT_VERSION,
     UNKNOWN,
-    Journal,
-    StepTable,
+    journal_head,
+    journal_record,
+    step_table,
     write_segment,
 )
 from palinode.records import read_json, write_json
 
-if TYPE_CHECKING:
-    pass
-
 MAX_STEP = 2**31 - 1
 """Steps are stored in 32 bits."""
-
 MAX_PROCESSES = 100_000
-
 SALT_CHECK = "palinode"
 """Its hash is written into a salted log, so that a wrong salt is noticed."""
+SEGMENT_ROWS = 1 << 20
+"""Rows after which a segment is sealed: 20 MB."""
+SEGMENT_STEPS = 1 << 14
+"""Steps after which a segment is sealed, however few its rows."""
+SYNC_SECONDS = 30.0
+"""How often the tail is forced to disk: what a crash of the machine (not of the program) may cost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +82,6 @@ def salt_check(salt: bytes) -> str | None:
     return row_hash(SALT_CHECK, salt=salt).hex() if salt else None
 
 
-def rank_folder(folder: Path, session: int, rank: int) -> Path:
-    """Return where one process of one session writes."""
-    return folder / f"session-{session:04d}" / f"rank-{rank:05d}"
-
-
 def read_header(folder: Path) -> LogHeader:
     """Return what a log is of; raise DataError where there is none."""
     try:
@@ -116,21 +109,15 @@ def read_sessions(folder: Path) -> list[Session]:
     for path in sorted(folder.glob("session-*.json")):
         try:
             session = Session(**read_json(path))
-            if not _is_sound(session):
-                raise ValueError("its numbers cannot be those of a training")
+            bounds = {"number": (1, MAX_STEP), "start": (0, MAX_STEP), "world_size": (1, MAX_PROCESSES)}
+            for name, (least, most) in bounds.items():
+                value = getattr(session, name)
+                if type(value) is not int or not least <= value <= most:
+                    raise ValueError("its numbers cannot be those of a training")
             found.append(session)
         except (OSError, ValueError, TypeError) as error:
             raise DataError(f"{path} cannot be read ({error}); restore it from a copy") from None
     return sorted(found, key=lambda session: session.number)
-
-
-def _is_sound(session: Session) -> bool:
-    bounds = (
-        (session.number, 1, MAX_STEP),
-        (session.start, 0, MAX_STEP),
-        (session.world_size, 1, MAX_PROCESSES),
-    )
-    return all(type(value) is int and least <= value <= most for value, least, most in bounds)
 
 
 def check_same(header: LogHeader, folder: Path, **wanted: str | None) -> None:
@@ -144,73 +131,6 @@ def check_same(header: LogHeader, folder: Path, **wanted: str | None) -> None:
             )
 
 
-def agree(
-    folder: Path, wanted: LogHeader, start: int, rank: int, world_size: int, session: int | None
-) -> tuple[LogHeader, int]:
-    """Let process 0 write what the log is and choose the session, and let all the others know."""
-    if world_size == 1:
-        return _begin_session(folder, wanted, start, world_size, session)
-    if not _is_distributed():
-        if session is None or not wanted.run:
-            raise DataError(
-                f"{world_size} processes must all name the same session (session=1, 2, …) and run, since "
-                "torch.distributed is not there to agree on them"
-            )
-        if rank == 0:
-            return _begin_session(folder, wanted, start, world_size, session)
-        return wanted, session
-    import torch.distributed
-
-    told: list[Any] = [None]
-    if rank == 0:
-        try:
-            told = [_begin_session(folder, wanted, start, world_size, session)]
-        except DataError as error:  # the others must not wait for ever
-            told = [error]
-    torch.distributed.broadcast_object_list(told, src=0)
-    if isinstance(told[0], DataError):
-        raise told[0]
-    header: LogHeader = told[0][0]
-    return header, int(told[0][1])
-
-
-def _is_distributed() -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _begin_session(
-    folder: Path, wanted: LogHeader, start: int, world_size: int, session: int | None
-) -> tuple[LogHeader, int]:
-    """Write log.json if there is none, and the session's file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "log.json").exists():
-        header = read_header(folder)
-        check_same(header, folder, data=wanted.data, tokenizer=wanted.tokenizer, run=wanted.run)
-        if header.salt_check != wanted.salt_check:
-            raise DataError(
-                f"the log in {folder} was written with {'another salt' if header.salted else 'no salt'}; "
-                "go on with that one, or name another folder"
-            )
-    else:
-        header = LogHeader(**{**asdict(wanted), "run": wanted.run or uuid.uuid4().hex})
-        write_json(folder / "log.json", asdict(header))
-    last = max((known.number for known in read_sessions(folder)), default=0)
-    number = last + 1 if session is None else session
-    if number <= last:
-        raise DataError(f"{folder} has a session {number} already; the next one is {last + 1}")
-    write_json(folder / f"session-{number:04d}.json", asdict(Session(number, start, world_size)))
-    return header, number
-
-
-SEGMENT_ROWS = 1 << 20
-"""Rows after which a segment is sealed: 20 MB."""
-SEGMENT_STEPS = 1 << 14
-"""Steps after which a segment is sealed, however few its rows."""
-SYNC_SECONDS = 30.0
-"""How often the tail is forced to disk: what a crash of the machine (not of the program) may cost."""
-
-
 class ExposureLog:
     """Writes the exposures of one process; `open` it, `record` every optimiser step, `close` it."""
 
@@ -222,19 +142,18 @@ class ExposureLog:
         self.session = session
         self.rank = rank
         self._segment_rows = segment_rows
-        self._place = rank_folder(folder, session.number, rank)
+        self._place = folder / f"session-{session.number:04d}" / f"rank-{rank:05d}"
         self._place.mkdir(parents=True, exist_ok=True)
         if any(self._place.iterdir()):
             raise DataError(
                 f"{self._place} holds rows already; a process that starts again begins a new session"
             )
-        self._next_file = 0
+        self._about = {**asdict(header), "session": asdict(session), "rank": rank}
         self._last = session.start
-        self._parts: list[Hashes] = []
-        self._steps: list[tuple[int, int, int, float]] = []
-        self._rows = 0
         self._synced = time.monotonic()
-        self._journal = self._new_journal()
+        self._tail = -1
+        self._files = 0
+        self._begin_tail()
 
     @classmethod
     def open(
@@ -263,7 +182,7 @@ class ExposureLog:
         if start < 0:
             raise DataError(f"the log cannot go on from step {start}; steps are counted from 1")
         wanted = LogHeader(run or "", data, tokenizer, bool(salt), salt_check(salt))
-        header, number = agree(place, wanted, start, rank, world_size, session)
+        header, number = _agree(place, wanted, start, rank, world_size, session)
         return cls(place, header, Session(number, start, world_size), rank, segment_rows)
 
     def record(
@@ -287,7 +206,7 @@ class ExposureLog:
             )
         count = UNKNOWN if tokens is None else tokens
         fraction = float("nan") if epoch is None else epoch
-        self._journal.append(step, found, count, fraction)
+        self._append(journal_record(step, found, count, fraction))
         self._parts.append(found)
         self._steps.append((step, len(found), count, fraction))
         self._rows += len(found)
@@ -295,27 +214,23 @@ class ExposureLog:
         if self._rows >= self._segment_rows or len(self._steps) >= SEGMENT_STEPS:
             self.seal()
         elif time.monotonic() - self._synced > SYNC_SECONDS:
-            self._journal.sync()
+            getattr(os, "fdatasync", os.fsync)(self._tail)  # macOS has no fdatasync
             self._synced = time.monotonic()
 
     def seal(self) -> None:
         """Make the open tail a segment, as happens by itself when it is large."""
-        if not self._steps:
-            return
-        table = StepTable.from_records(self._steps)
-        about = {**self._about(), "rows": self._rows, "steps": table.as_lists()}
-        path = self._journal.path.with_suffix(".parquet")
-        steps = np.repeat(table.step, table.rows).astype(np.int32)
-        write_segment(path, np.concatenate(self._parts), steps, about)
-        self._journal.close(remove=True)
-        self._parts, self._steps, self._rows = [], [], 0
-        self._synced = time.monotonic()
-        self._journal = self._new_journal()
+        if self._steps:
+            table = step_table(self._steps)
+            steps = np.repeat(table.step, table.rows).astype(np.int32)
+            path = self._tail_path.with_suffix(".parquet")
+            write_segment(path, np.concatenate(self._parts), steps, self._about, table)
+            self._end_tail()
+            self._begin_tail()
 
     def close(self) -> None:
         """Seal what is left and stop."""
         self.seal()
-        self._journal.close(remove=True)
+        self._end_tail()
 
     def __enter__(self) -> ExposureLog:
         return self
@@ -323,10 +238,74 @@ class ExposureLog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _new_journal(self) -> Journal:
-        journal = Journal(self._place / f"{self._next_file:06d}.journal", self._about())
-        self._next_file += 1
-        return journal
+    def _begin_tail(self) -> None:
+        self._parts: list[Hashes] = []
+        self._steps: list[tuple[int, int, int, float]] = []
+        self._rows = 0
+        self._synced = time.monotonic()
+        self._tail_path = self._place / f"{self._files:06d}.journal"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+        self._tail = os.open(self._tail_path, flags, 0o666)
+        self._files += 1
+        self._append(journal_head(self._about))
 
-    def _about(self) -> dict[str, Any]:
-        return {**asdict(self.header), "session": asdict(self.session), "rank": self.rank}
+    def _append(self, content: bytes) -> None:
+        """Hand bytes of the tail to the system, where they outlive this program."""
+        rest = memoryview(content)
+        while rest:
+            rest = rest[os.write(self._tail, rest) :]
+
+    def _end_tail(self) -> None:
+        os.close(self._tail)
+        self._tail_path.unlink()
+
+
+def _agree(
+    folder: Path, wanted: LogHeader, start: int, rank: int, world_size: int, session: int | None
+) -> tuple[LogHeader, int]:
+    """Let process 0 write what the log is and choose the session, and let all the others know."""
+    if world_size == 1:
+        return _begin_session(folder, wanted, start, world_size, session)
+    torch: Any = sys.modules.get("torch")
+    if torch is None or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if session is None or not wanted.run:
+            raise DataError(
+                f"{world_size} processes must all name the same session (session=1, 2, …) and run, since "
+                "torch.distributed is not there to agree on them"
+            )
+        return _begin_session(folder, wanted, start, world_size, session) if rank == 0 else (wanted, session)
+    told: list[Any] = [None]
+    if rank == 0:
+        try:
+            told = [_begin_session(folder, wanted, start, world_size, session)]
+        except DataError as error:  # the others must not wait for ever
+            told = [error]
+    torch.distributed.broadcast_object_list(told, src=0)
+    if isinstance(told[0], DataError):
+        raise told[0]
+    header, number = told[0]
+    return header, int(number)
+
+
+def _begin_session(
+    folder: Path, wanted: LogHeader, start: int, world_size: int, session: int | None
+) -> tuple[LogHeader, int]:
+    """Write log.json if there is none, and the session's file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "log.json").exists():
+        header = read_header(folder)
+        check_same(header, folder, data=wanted.data, tokenizer=wanted.tokenizer, run=wanted.run)
+        if header.salt_check != wanted.salt_check:
+            raise DataError(
+                f"the log in {folder} was written with {'another salt' if header.salted else 'no salt'}; "
+                "go on with that one, or name another folder"
+            )
+    else:
+        header = LogHeader(**{**asdict(wanted), "run": wanted.run or uuid.uuid4().hex})
+        write_json(folder / "log.json", asdict(header))
+    last = max((known.number for known in read_sessions(folder)), default=0)
+    number = last + 1 if session is None else session
+    if number <= last:
+        raise DataError(f"{folder} has a session {number} already; the next one is {last + 1}")
+    write_json(folder / f"session-{number:04d}.json", asdict(Session(number, start, world_size)))
+    return header, number

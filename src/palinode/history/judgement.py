@@ -56,7 +56,7 @@ class RowHistory:
 
 
 @dataclass(frozen=True, slots=True)
-class RungState:
+class CheckpointState:
     """What is known of one checkpoint."""
 
     step: int
@@ -85,7 +85,7 @@ class CheckpointChoice:
     """A checkpoint that can serve as the base, and why."""
 
     place: int
-    """Position in the ladder."""
+    """Position in the series."""
     step: int
     location: str
     clean: bool
@@ -103,7 +103,7 @@ class Location:
     """The answer for a forget set."""
 
     rows: tuple[RowHistory, ...]
-    rungs: tuple[RungState, ...]
+    checkpoints: tuple[CheckpointState, ...]
     recommended: CheckpointChoice | None
     """The last clean checkpoint; None where no checkpoint is clean."""
     next_best: CheckpointChoice | None
@@ -123,7 +123,9 @@ class Location:
 
     def as_record(self) -> dict[str, Any]:
         """Return everything as plain values for JSON; no text of any row is in it."""
-        return {"version": VERSION, **asdict(self)}
+        record = asdict(self)
+        checkpoints = record.pop("checkpoints")
+        return {"version": VERSION, "rows": record.pop("rows"), "rungs": checkpoints, **record}
 
 
 def known_alternatives() -> tuple[Mapping[str, str], ...]:
@@ -132,22 +134,12 @@ def known_alternatives() -> tuple[Mapping[str, str], ...]:
     return tuple(tomllib.loads(text)["alternative"])
 
 
-def _recorded_steps(log: ExposureReader | None, order: Order | None) -> Ints:
-    """Return the steps that the log or the order holds, sorted."""
-    found = [np.empty(0, np.int64)]
-    if log is not None:
-        found.append(log.complete)
-    if order is not None:
-        found.append(np.arange(first_step(order), order.steps + 1))
-    return np.unique(np.concatenate(found))
-
-
 class Judgement:
     """From what is known of rows and checkpoints to the checkpoint to take."""
 
     def __init__(
         self,
-        ladder: CheckpointSeries,
+        series: CheckpointSeries,
         rows: tuple[RowHistory, ...],
         onset: Onset | None,
         log: ExposureReader | None,
@@ -155,19 +147,25 @@ class Judgement:
         target_step: int | None,
         warnings: Sequence[str],
     ) -> None:
-        self.ladder = ladder
+        self.series = series
+        self.steps = [checkpoint.step for checkpoint in series.checkpoints]
         self.log = log
         self.rows = rows
         self.onset = onset
         self.warnings = list(warnings)
         self.counted = tuple(name for name, given in (("log", log), ("order", order)) if given is not None)
+        self.names = " and ".join(self.counted)
+        self.evidence = (*self.counted, *(("behaviour",) if onset else ()))
         self.target_step = target_step
         firsts = [row.first for row in rows if row.first is not None]
         self.counted_first = min(firsts, default=None)
         self.first = self.counted_first
         self.last = max((seen.step for row in rows for seen in row.seen), default=None)
         self.unseen = len(rows) - len(firsts)
-        self.recorded = _recorded_steps(log, order)
+        logged = log.complete if log is not None else np.empty(0, np.int64)
+        ordered = np.arange(first_step(order), order.steps + 1) if order is not None else logged[:0]
+        self.recorded: Ints = np.union1d(logged, ordered)
+        """The steps that the log or the order holds, sorted."""
 
     def location(self) -> Location:
         """Return the whole answer."""
@@ -177,10 +175,9 @@ class Judgement:
                 "The target's step is not known, so its distance from the exposure is not told; give it with "
                 "--target or --target-step."
             )
-        nothing_clean = recommended is None
         return Location(
             rows=self.rows,
-            rungs=tuple(self._state(place) for place in range(len(self.ladder))),
+            checkpoints=tuple(self._state(place) for place in range(len(self.series))),
             recommended=recommended,
             next_best=next_best,
             first=self.first,
@@ -189,8 +186,8 @@ class Judgement:
             first_to_target=self._distance(self.first, self.target_step),
             last_to_target=self._distance(self.last, self.target_step),
             onset=self.onset,
-            alternatives=known_alternatives() if nothing_clean else (),
-            evidence=(*self.counted, *(("behaviour",) if self.onset else ())),
+            alternatives=known_alternatives() if recommended is None else (),
+            evidence=self.evidence,
             warnings=tuple(dict.fromkeys(self.warnings)),
         )
 
@@ -205,7 +202,7 @@ class Judgement:
         limit, evidence = self._combine(counted, behaved)
         if limit < 0:
             if behaved is not None or self._limit_by_count() in (None, -1):
-                self.warnings.append("No checkpoint of the ladder is clean.")
+                self.warnings.append("No checkpoint of the series is clean.")
             return None, self._least_contaminated(evidence)
         recommended = self._choice(limit, evidence, clean=True)
         if counted is not None and counted > limit and not len(self._unrecorded(counted)):
@@ -216,7 +213,7 @@ class Judgement:
         """Return the last place clean by log and order, -1 for none; None where they found nothing."""
         if self.counted_first is None:
             return None
-        place = self.ladder.last_before(self.counted_first)
+        place = self.series.last_before(self.counted_first)
         return -1 if place is None else place
 
     def _limit_by_behaviour(self) -> int | None:
@@ -227,48 +224,56 @@ class Judgement:
 
     def _combine(self, counted: int | None, behaved: int | None) -> tuple[int, tuple[str, ...]]:
         """Return the last clean place on all evidence, and the kinds that it rests on."""
-        if counted is None or behaved is None:
-            self._say_onset_alone(counted, behaved)
-            found = behaved if counted is None else counted
-            assert found is not None
-            return found, ("behaviour",) if counted is None else self.counted
-        names = " and ".join(self.counted)
+        if behaved is None:
+            if self.onset is not None:
+                self.warnings.append(
+                    "The forget rows were trained on, but no checkpoint looked at knows them better than the "
+                    "control rows: the model may not have learned them, and unlearning may have nothing to "
+                    "take."
+                )
+            assert counted is not None
+            return counted, self.counted
+        if counted is None:
+            self.first = self._exposed_step()
+            if self.counted:
+                self.warnings.append(
+                    f"The {self.names} holds none of the forget rows, but the model learned "
+                    "them: they may have been seen in other words or in steps that are missing, or it is of "
+                    "another data set."
+                )
+            return behaved, ("behaviour",)
         missing = self._unrecorded(counted) if counted >= 0 else self.recorded[:0]
-        if len(missing) and behaved >= 0:
-            return self._fill_in(min(counted, behaved), missing)
+        if len(missing) and behaved >= 0:  # behaviour speaks for the steps that are missing
+            place = min(counted, behaved)
+            told, step = f"The {self.names} lacks {stretches(missing)}", self.steps[place]
+            if len(self._unrecorded(place)):
+                self.warnings.append(f"{told}: that step {step:,} is clean rests on behaviour alone.")
+                return place, ("behaviour",)
+            self.warnings.append(f"{told}; behaviour shows the rows known soon after step {step:,}.")
+            return place, (*self.counted, "behaviour")
         if len(missing):
             counted = self._within_record(counted)
         if behaved == counted:
             return counted, (*self.counted, "behaviour")
+        if 0 <= behaved < counted:
+            self.warnings.append(
+                f"Behaviour shows the rows known earlier than the {self.names} has them (from step "
+                f"{self._exposed_step():,} on): they may have been seen in other words. The earlier "
+                f"checkpoint is recommended; the next best is clean by the {self.names} alone."
+            )
+            return behaved, ("behaviour",)
         if behaved > counted:
             self.warnings.append(
-                f"Behaviour shows the rows known only later than the {names} has them (after step "
-                f"{self.ladder.rungs[behaved].step:,}); the {names} decides."
+                f"Behaviour shows the rows known only later than the {self.names} has them (after step "
+                f"{self.steps[behaved]:,}); the {self.names} decides."
             )
-            return counted, self.counted
-        if behaved < 0:
+        else:
             self.warnings.append(
                 "Already the earliest checkpoint knows the forget rows better than the control rows, though "
-                f"the {names} has them later: the two sets may not be alike, or the rows were seen in "
-                f"training before it or in other words. The {names} decides."
+                f"the {self.names} has them later: the two sets may not be alike, or the rows were seen in "
+                f"training before it or in other words. The {self.names} decides."
             )
-            return counted, self.counted
-        self.warnings.append(
-            f"Behaviour shows the rows known earlier than the {names} has them (from step "
-            f"{self._exposed_step():,} on): they may have been seen in other words. The earlier checkpoint "
-            f"is recommended; the next best is clean by the {names} alone."
-        )
-        return behaved, ("behaviour",)
-
-    def _fill_in(self, place: int, missing: Ints) -> tuple[int, tuple[str, ...]]:
-        """Return the place that behaviour speaks for where steps are missing, and what it rests on."""
-        told = f"The {' and '.join(self.counted)} lacks {stretches(missing)}"
-        step = self.ladder.rungs[place].step
-        if len(self._unrecorded(place)):
-            self.warnings.append(f"{told}: that step {step:,} is clean rests on behaviour alone.")
-            return place, ("behaviour",)
-        self.warnings.append(f"{told}; behaviour shows the rows known soon after step {step:,}.")
-        return place, (*self.counted, "behaviour")
+        return counted, self.counted
 
     def _within_record(self, place: int) -> int:
         """Return the last place up to this one all of whose steps are in the log or order, -1 for none."""
@@ -278,122 +283,100 @@ class Judgement:
         whole = [below for below in range(place) if not len(self._unrecorded(below))]
         said = "The last one before these steps is recommended." if whole else "So none is known to be clean."
         self.warnings.append(
-            f"Whether step {self.ladder.rungs[place].step:,} is clean is not known, since the "
-            f"{' and '.join(self.counted)} lacks {stretches(missing)}. {said}"
+            f"Whether step {self.steps[place]:,} is clean is not known, since the {self.names} lacks "
+            f"{stretches(missing)}. {said}"
         )
         return whole[-1] if whole else -1
 
     def _unrecorded(self, place: int) -> Ints:
         """Return the steps up to a checkpoint that neither log nor order holds."""
-        steps = np.arange(1, self.ladder.rungs[place].step + 1)
+        steps = np.arange(1, self.steps[place] + 1)
         if len(self.recorded) >= len(steps) and self.recorded[: len(steps)][-1:] == steps[-1:]:
             return steps[:0]
         return np.setdiff1d(steps, self.recorded, assume_unique=True)
 
-    def _say_onset_alone(self, counted: int | None, behaved: int | None) -> None:
-        """Note what it means that one kind of evidence has nothing to say."""
-        if counted is None and behaved is not None:
-            self.first = self._exposed_step()
-            if self.counted:
-                self.warnings.append(
-                    f"The {' and '.join(self.counted)} holds none of the forget rows, but the model learned "
-                    "them: they may have been seen in other words or in steps that are missing, or it is of "
-                    "another data set."
-                )
-        elif self.onset is not None:
-            self.warnings.append(
-                "The forget rows were trained on, but no checkpoint looked at knows them better than the "
-                "control rows: the model may not have learned them, and unlearning may have nothing to take."
-            )
-
     def _exposed_step(self) -> int:
-        place = self.onset.exposed if self.onset and self.onset.exposed is not None else 0
-        return self.ladder.rungs[place].step
+        return self.steps[self.onset.exposed if self.onset and self.onset.exposed is not None else 0]
 
     def _warn_of_rows(self) -> None:
-        missing = self._unrecorded(len(self.ladder) - 1) if self.counted else self.recorded[:0]
+        if not self.counted:
+            unknown = sum(bool(row.copies) and not row.seen for row in self.rows)
+            if unknown:
+                self.warnings.append(
+                    f"{unknown} forget rows have copies in the corpus; in which steps these were is not "
+                    "known."
+                )
+            return
+        missing = self._unrecorded(len(self.series) - 1)
         if len(missing):
             self.warnings.append(
-                f"Of the steps up to the last checkpoint the {' and '.join(self.counted)} lacks "
+                f"Of the steps up to the last checkpoint the {self.names} lacks "
                 f"{stretches(missing)}; what was seen in them is not known."
             )
-        if self.counted and 0 < self.unseen < len(self.rows):
+        if 0 < self.unseen < len(self.rows):
             self.warnings.append(
-                f"{self.unseen} of {len(self.rows)} forget rows are not in the {' and '.join(self.counted)}."
-            )
-        unknown = sum(bool(row.copies) and not row.seen for row in self.rows)
-        if unknown and not self.counted:
-            self.warnings.append(
-                f"{unknown} forget rows have copies in the corpus; in which steps these were is not known."
+                f"{self.unseen} of {len(self.rows)} forget rows are not in the {self.names}."
             )
 
     def _unseen_everywhere(self) -> tuple[CheckpointChoice | None, CheckpointChoice | None]:
         """Return the latest checkpoint: no evidence says that the rows were seen at all."""
         if self.counted:
             self.warnings.append(
-                f"The {' and '.join(self.counted)} holds none of the forget rows; are they of this training, "
+                f"The {self.names} holds none of the forget rows; are they of this training, "
                 "and written as they were trained on?"
             )
         self.warnings.append(
             "No evidence says that the forget rows were learned; is there anything to unlearn?"
         )
-        evidence = (*self.counted, *(("behaviour",) if self.onset else ()))
-        before = [
-            place
-            for place, rung in enumerate(self.ladder.rungs)
-            if self.target_step is None or rung.step < self.target_step
-        ]
+        target = self.target_step
+        before = [place for place, step in enumerate(self.steps) if target is None or step < target]
         place = before[-1] if before else 0
         if self.counted and not self.onset:
             place = self._within_record(place)
         if place < 0:
-            return None, self._least_contaminated(evidence)
-        return self._choice(place, evidence, clean=True), None
+            return None, self._least_contaminated(self.evidence)
+        return self._choice(place, self.evidence, clean=True), None
 
     def _least_contaminated(self, evidence: tuple[str, ...]) -> CheckpointChoice:
         """Return the checkpoint that has seen the fewest forget rows, least often, the latest of those."""
 
         def contamination(place: int) -> tuple[int, int, int]:
-            step = self.ladder.rungs[place].step
+            step = self.steps[place]
             times = sum(seen.step <= step for row in self.rows for seen in row.seen)
             return self._seen_by(step) or 0, times, -place if self.counted else place
 
-        fewest = min(range(len(self.ladder)), key=contamination)
+        fewest = min(range(len(self.series)), key=contamination)
         return self._choice(fewest, evidence, clean=False)
 
     def _choice(self, place: int, evidence: tuple[str, ...], *, clean: bool) -> CheckpointChoice:
-        rung = self.ladder.rungs[place]
         certainty = None
         if evidence == ("behaviour",) and self.onset is not None and clean:
             certainty = self.onset.certainty
         return CheckpointChoice(
             place=place,
-            step=rung.step,
-            location=rung.location,
+            step=self.steps[place],
+            location=self.series.checkpoints[place].location,
             clean=clean,
             evidence=evidence,
             certainty=certainty,
             reason=self._reason(place, evidence, clean=clean, certainty=certainty),
-            to_exposure=self._distance(rung.step, self.first),
+            to_exposure=self._distance(self.steps[place], self.first),
         )
 
     def _reason(self, place: int, evidence: tuple[str, ...], *, clean: bool, certainty: float | None) -> str:
-        seen = self._seen_by(self.ladder.rungs[place].step)
         if not clean:
+            seen = self._seen_by(self.steps[place])
             missing = len(self._unrecorded(place)) if seen == 0 else 0
             if missing:
-                lacking = f"the {' and '.join(self.counted)} lacks {missing:,} of the steps up to it"
-                return f"no exposure known, but {lacking}"
+                return f"no exposure known, but the {self.names} lacks {missing:,} of the steps up to it"
             count = f"has seen {seen} of {len(self.rows)} forget rows" if seen else "knows the forget rows"
             return f"not clean: it {count}"
         if self.first is None:
             return "no evidence of any exposure"
         names = {"log": "the exposure log", "order": "the rebuilt order", "behaviour": "behaviour"}
-        told = " and ".join(
-            filter(None, (", ".join(names[name] for name in evidence[:-1]), names[evidence[-1]]))
-        )
-        sure = "" if certainty is None else f", in {certainty:.0%} of resamples"
-        return f"clean by {told}{sure}"
+        *others, last = [names[name] for name in evidence]
+        told = f"{', '.join(others)} and {last}" if others else last
+        return f"clean by {told}" + ("" if certainty is None else f", in {certainty:.0%} of resamples")
 
     def _seen_by(self, step: int) -> int | None:
         """Return how many forget rows were seen up to a step; None without log and order."""
@@ -401,14 +384,14 @@ class Judgement:
             return None
         return sum(row.first is not None and row.first <= step for row in self.rows)
 
-    def _state(self, place: int) -> RungState:
-        rung = self.ladder.rungs[place]
+    def _state(self, place: int) -> CheckpointState:
+        found = self.series.checkpoints[place]
         gap = next((gap for gap in (self.onset.gaps if self.onset else ()) if gap.place == place), None)
-        return RungState(
-            step=rung.step,
-            tokens=rung.tokens if rung.tokens is not None else self._tokens_at(rung.step),
-            location=rung.location,
-            seen=self._seen_by(rung.step),
+        return CheckpointState(
+            step=found.step,
+            tokens=found.tokens if found.tokens is not None else self._tokens_at(found.step),
+            location=found.location,
+            seen=self._seen_by(found.step),
             unrecorded=len(self._unrecorded(place)) if self.counted else None,
             gap=gap.values[self.onset.measure][0] if gap and self.onset else None,
             exposed=gap.exposed if gap else None,
@@ -417,11 +400,10 @@ class Judgement:
     def _distance(self, start: int | None, end: int | None) -> Distance | None:
         if start is None or end is None:
             return None
-        tokens = [self._tokens_at(step) for step in (start, end)]
-        known = None if tokens[0] is None or tokens[1] is None else tokens[1] - tokens[0]
-        return Distance(end - start, known)
+        before, after = self._tokens_at(start), self._tokens_at(end)
+        return Distance(end - start, None if before is None or after is None else after - before)
 
     def _tokens_at(self, step: int) -> int | None:
         """Return the tokens trained on after a step: as the log counted them, or as the checkpoints tell."""
         counted = None if self.log is None else self.log.tokens_at(step)
-        return self.ladder.tokens_at(step) if counted is None else counted
+        return self.series.tokens_at(step) if counted is None else counted

@@ -8,7 +8,7 @@ in checkpoint k, and 0 the earliest checkpoint,
 What every row gains as the model learns its language cancels, and so does what sets the two sets apart from
 the start. A checkpoint shows the gap when it exceeds both noise (2.58 standard errors, by bootstrap over
 rows) and a share of the largest gap seen. Of the earliest one the plain difference of the means is judged,
-and counts only where the gap never grows by as much again. The search halves the ladder, so that about
+and counts only where the gap never grows by as much again. The search halves the series, so that about
 log₂ n checkpoints find a gap, and as many more look for one that came and went before it. The interval of
 the change point comes from the same bootstrap.
 """
@@ -78,7 +78,7 @@ class Gap:
     """How far forget rows are ahead of control rows in one checkpoint, against the earliest one."""
 
     place: int
-    """Position in the ladder."""
+    """Position in the series."""
     step: int
     values: Mapping[str, tuple[float, float, float]]
     """By measure: the gap, and the ends of its 95 % interval. Of the earliest checkpoint itself: the plain
@@ -94,7 +94,7 @@ class Onset:
     state: State
     """begins; before (the earliest checkpoint has it); never; gone (it began, the last has it no more)."""
     clean: int | None
-    """Place in the ladder of the last checkpoint before the gap; None where there is none."""
+    """Place in the series of the last checkpoint before the gap; None where there is none."""
     exposed: int | None
     """Place of the first checkpoint that shows it; None where none does."""
     interval: tuple[int, int] | None
@@ -112,33 +112,61 @@ class Onset:
     notes: tuple[str, ...] = field(default=())
 
 
+@dataclass(frozen=True, slots=True)
+class OnsetSettings:
+    """How behaviour is looked at."""
+
+    measure: str = "mean_logprob"
+    """Which of `MEASURES` decides."""
+    max_length: int = 512
+    style: PromptStyle | None = None
+    device: str = "auto"
+    seed: int = 0
+    """Of the bootstrap."""
+    every: bool = False
+    """Whether every checkpoint is looked at, and not about 2 log₂ n of them."""
+
+
 def find_onset(
     forget: Sequence[Example],
     control: Sequence[Example],
-    ladder: CheckpointSeries,
+    series: CheckpointSeries,
     *,
-    measure: str = "mean_logprob",
-    max_length: int = 512,
-    style: PromptStyle | None = None,
-    device: str = "auto",
-    seed: int = 0,
-    every: bool = False,
+    settings: OnsetSettings | None = None,
     listener: Listener | None = None,
 ) -> Onset:
-    """Score the rows in about 2 log₂ n checkpoints of the ladder (all if `every`) and return the onset.
+    """Score the rows in about 2 log₂ n checkpoints of the series (all if `every`) and return the onset.
 
     Raises DataError when the control rows are none, or forget rows stand among them.
     """
+    from palinode.data.examples import plain_questions
+    from palinode.evaluation.ask import Asking, ask
+    from palinode.models.loading import load_model, load_tokenizer, pick_device
+
     check_control(forget, control)
-    listener = listener or NullListener()
+    settings = settings or OnsetSettings()
 
     def read(place: int) -> Reading:
-        return _read(
-            ladder, place, (forget, control), max_length=max_length, style=style, device=device, say=listener
-        )
+        """Load one checkpoint and score both sets in it."""
+        checkpoint = series.open(place)
+        model = load_model(checkpoint, device=pick_device(settings.device))
+        tokenizer = load_tokenizer(checkpoint)
+        found = []
+        for name, examples in (("forget", forget), ("control", control)):
+            outcomes = ask(
+                model,
+                tokenizer,
+                plain_questions(examples),
+                Asking(generate=False, max_length=settings.max_length),
+                style=settings.style,
+                label=f"step {series.checkpoints[place].step:,}: {name} rows",
+                listener=listener or NullListener(),
+            )
+            found.append({measure: values(outcomes) for measure, values in MEASURES.items()})
+        return Reading(*found)
 
-    steps = [rung.step for rung in ladder.rungs]
-    return search_onset(steps, read, measure=measure, seed=seed, every=every)
+    steps = [checkpoint.step for checkpoint in series.checkpoints]
+    return search_onset(steps, read, measure=settings.measure, seed=settings.seed, every=settings.every)
 
 
 def check_control(forget: Sequence[Example], control: Sequence[Example]) -> None:
@@ -168,7 +196,7 @@ def search_onset(
     if measure not in MEASURES:
         raise RecipeError(f"there is no measure {measure!r}; choose one of {', '.join(MEASURES)}")
     readings = {place: read(place) for place in (range(len(steps)) if every else {0, len(steps) - 1})}
-    table = _table(readings, measure, seed)
+    table = _table(readings, steps, measure, seed)
     looks = math.ceil(math.log2(len(steps)))  # for a gap that came and went before the one that was found
     while True:
         place = table.middle()
@@ -177,7 +205,7 @@ def search_onset(
         if place is None:
             break
         readings[place] = read(place)
-        table = _table(readings, measure, seed)
+        table = _table(readings, steps, measure, seed)
     return _conclude(table, readings, steps, measure, seed)
 
 
@@ -190,155 +218,125 @@ class _Table:
     """[K] over the loaded checkpoints."""
     resampled: FloatArray
     """[B, K]: the same over resampled rows."""
+    errors: FloatArray
+    """[K]: the standard error of each gap."""
+    exposed: tuple[bool, ...]
+    """Whether each shows the gap."""
+    clean: int | None
+    """Position in `places` of the last one before the gap."""
+    first: int | None
+    """Position of the first one that shows it."""
+    begins: int | None
+    """Its step."""
     rows: tuple[int, int]
     """Forget and control rows that have a value everywhere."""
 
-    @property
-    def errors(self) -> FloatArray:
-        """Standard error of each gap, [K]."""
-        found: FloatArray = self.resampled.std(axis=0)
-        return found
-
-    @property
-    def exposed(self) -> list[bool]:
-        """Whether each loaded checkpoint shows the gap, [K]."""
-        return [bool(flag) for flag in self._shows(self.gaps[None])[0]]
-
-    def _shows(self, gaps: FloatArray) -> npt.NDArray[np.bool_]:
-        """Return the rule's verdicts on gaps of shape [B, K].
-
-        The earliest checkpoint's own difference counts only where no later checkpoint gains more: rows that
-        were learned before it have little left to gain, and sets that are not alike have all of it.
-        """
-        largest = gaps[:, 1:].max(axis=1, keepdims=True, initial=0.0)
-        shares = np.where(np.arange(gaps.shape[1]) == 0, 1.0, SHARE)
-        verdicts: npt.NDArray[np.bool_] = (gaps > ERRORS * self.errors) & (gaps >= shares * largest)
-        return verdicts
-
-    def bracket(self) -> tuple[int | None, int | None]:
-        """Return positions (in `places`) of the last clean and the first exposed checkpoint."""
-        first = next((k for k, flag in enumerate(self.exposed) if flag), None)
-        before = len(self.places) - 1 if first is None else first - 1
-        return (before if before >= 0 else None), first
-
     def middle(self) -> int | None:
         """Return the checkpoint halfway between the last clean and the first exposed one, None when done."""
-        clean, exposed = self.bracket()
-        if clean is None or exposed is None or self.places[exposed] - self.places[clean] < 2:
+        if self.clean is None or self.first is None:
             return None
-        return (self.places[clean] + self.places[exposed]) // 2
+        before, after = self.places[self.clean], self.places[self.first]
+        return None if after - before < 2 else (before + after) // 2
 
     def widest(self) -> int | None:
         """Return the middle of the widest stretch before the gap that was not looked into, None when done."""
-        clean, _ = self.bracket()
-        looked = self.places[: 0 if clean is None else clean + 1]
-        stretches = [(after - before, -before) for before, after in pairwise(looked) if after - before > 1]
-        if not stretches:
-            return None
-        width, start = max(stretches)
-        return -start + width // 2
-
-    def firsts(self) -> npt.NDArray[np.int64]:
-        """Return the position of the first exposed checkpoint in each resample, K where there is none."""
-        shows = self._shows(self.resampled)
-        found: npt.NDArray[np.int64] = np.where(shows.any(axis=1), shows.argmax(axis=1), shows.shape[1])
-        return found
-
-    def interval(self, k: int) -> tuple[float, float, float]:
-        """Return a gap with its 95 % interval."""
-        low, high = np.percentile(self.resampled[:, k], [2.5, 97.5])
-        return float(self.gaps[k]), float(low), float(high)
+        looked = self.places[: 0 if self.clean is None else self.clean + 1]
+        gaps = [(after - before, -before) for before, after in pairwise(looked) if after - before > 1]
+        width, start = max(gaps, default=(0, 0))
+        return -start + width // 2 if width else None
 
 
-def _table(readings: Mapping[int, Reading], measure: str, seed: int) -> _Table:
+def _table(readings: Mapping[int, Reading], steps: Sequence[int], measure: str, seed: int) -> _Table:
     """Return the gaps of the loaded checkpoints by one measure, over rows that have a value in all."""
     places = tuple(sorted(readings))
-    forget = _values([readings[place].forget[measure] for place in places])
-    control = _values([readings[place].control[measure] for place in places])
-    if not forget.shape[1] or not control.shape[1]:
-        raise DataError(
-            "no forget row, or no control row, has a token that can be scored in every checkpoint; "
-            "look at max_length, and at what the rows hold"
-        )
     random = np.random.Generator(np.random.PCG64(seed))
-    gained = [_gained(values) for values in (forget, control)]
-    means = [values.mean(axis=1) for values in gained]
-    drawn = [_resampled(values, random) for values in gained]
-    return _Table(places, means[0] - means[1], drawn[0] - drawn[1], (forget.shape[1], control.shape[1]))
+    means, drawn, counts = [], [], []
+    for name in ("forget", "control"):
+        columns = [getattr(readings[place], name)[measure] for place in places]
+        found = np.array([[math.nan if value is None else value for value in column] for column in columns])
+        values: FloatArray = found[:, ~np.isnan(found).any(axis=0)]
+        size = values.shape[1]
+        if not size:
+            raise DataError(
+                "no forget row, or no control row, has a token that can be scored in every checkpoint; "
+                "look at max_length, and at what the rows hold"
+            )
+        values[1:] -= values[0]  # x_k − x_0, and x_0 itself for the earliest
+        means.append(values.mean(axis=1))
+        shares = np.full(size, 1 / size)
+        draws = (random.multinomial(size, shares) / size for _ in range(RESAMPLES))  # little memory
+        drawn.append(np.array([values @ weights for weights in draws]))
+        counts.append(size)
+    gaps, resampled = means[0] - means[1], drawn[0] - drawn[1]
+    errors = resampled.std(axis=0)
+    exposed = _shows(gaps[None], errors)[0].tolist()
+    first = exposed.index(True) if True in exposed else None
+    clean = (len(places) if first is None else first) - 1
+    return _Table(
+        places,
+        gaps,
+        resampled,
+        errors,
+        tuple(exposed),
+        clean=clean if clean >= 0 else None,
+        first=first,
+        begins=None if first is None else steps[places[first]],
+        rows=(counts[0], counts[1]),
+    )
 
 
-def _values(columns: Sequence[Sequence[float | None]]) -> FloatArray:
-    """Return values as [K, rows] without the rows that lack one."""
-    found = np.array([[math.nan if value is None else value for value in column] for column in columns])
-    complete: FloatArray = found[:, ~np.isnan(found).any(axis=0)]
-    return complete
+def _shows(gaps: FloatArray, errors: FloatArray) -> npt.NDArray[np.bool_]:
+    """Return the rule's verdicts on gaps of shape [B, K].
 
-
-def _resampled(values: FloatArray, random: np.random.Generator) -> FloatArray:
-    """Return the means of [K, rows] over rows drawn with replacement, [B, K]."""
-    size = values.shape[1]
-    shares = np.full(size, 1 / size)
-    draws = (
-        random.multinomial(size, shares) / size for _ in range(RESAMPLES)
-    )  # one at a time: little memory
-    return np.array([values @ weights for weights in draws])
-
-
-def _gained(values: FloatArray) -> FloatArray:
-    """Return x_k − x_0 for every later checkpoint, and x_0 itself for the earliest, [K, rows]."""
-    gained = values.copy()
-    gained[1:] -= values[0]
-    return gained
+    The earliest checkpoint's own difference counts only where no later checkpoint gains more: rows that
+    were learned before it have little left to gain, and sets that are not alike have all of it.
+    """
+    largest = gaps[:, 1:].max(axis=1, keepdims=True, initial=0.0)
+    shares = np.where(np.arange(gaps.shape[1]) == 0, 1.0, SHARE)
+    verdicts: npt.NDArray[np.bool_] = (gaps > ERRORS * errors) & (gaps >= shares * largest)
+    return verdicts
 
 
 def _conclude(
     table: _Table, readings: Mapping[int, Reading], steps: Sequence[int], measure: str, seed: int
 ) -> Onset:
-    tables = {name: table if name == measure else _table(readings, name, seed) for name in MEASURES}
-    clean, exposed = table.bracket()
+    tables = {name: table if name == measure else _table(readings, steps, name, seed) for name in MEASURES}
+    clean, first, count = table.clean, table.first, len(table.places)
     state: State = "begins"
-    if exposed is None:
+    if first is None:
         state = "never"
-    elif exposed == 0:
+    elif first == 0:
         state = "before"
     elif not table.exposed[-1]:
         state = "gone"
-    gaps = tuple(
-        Gap(place, steps[place], {name: found.interval(k) for name, found in tables.items()}, flag)
-        for k, (place, flag) in enumerate(zip(table.places, table.exposed, strict=True))
-    )
-    interval, certainty = _interval(table, exposed, steps)
+    gaps = []
+    for k, (place, shown) in enumerate(zip(table.places, table.exposed, strict=True)):
+        values = {}
+        for name, found in tables.items():
+            low, high = np.percentile(found.resampled[:, k], [2.5, 97.5])
+            values[name] = (float(found.gaps[k]), float(low), float(high))
+        gaps.append(Gap(place, steps[place], values, shown))
+    shows = _shows(table.resampled, table.errors)
+    firsts = np.where(shows.any(axis=1), shows.argmax(axis=1), count)  # in each resample
+    interval = None
+    if first is not None:
+        inside = np.sort(np.minimum(firsts, count - 1))
+        low, high = (int(np.percentile(inside, q, method="nearest")) for q in (2.5, 97.5))
+        interval = (steps[table.places[low]], steps[table.places[high]])
     clean_place = None if clean is None else table.places[clean]
-    exposed_place = None if exposed is None else table.places[exposed]
+    exposed_place = None if first is None else table.places[first]
     return Onset(
         state=state,
         clean=clean_place,
         exposed=exposed_place,
         interval=interval,
-        certainty=certainty,
+        certainty=float((firsts >= (count if first is None else first)).mean()),
         measure=measure,
-        begins={name: _first_step(found, steps) for name, found in tables.items()},
-        gaps=gaps,
+        begins={name: found.begins for name, found in tables.items()},
+        gaps=tuple(gaps),
         conclusion=_sentence(state, clean_place, exposed_place, steps),
         notes=tuple(_notes(table, tables, steps)),
     )
-
-
-def _interval(
-    table: _Table, exposed: int | None, steps: Sequence[int]
-) -> tuple[tuple[int, int] | None, float | None]:
-    """Return the interval of the first exposed checkpoint's step, and the share that is no earlier."""
-    firsts = table.firsts()
-    if exposed is None:
-        return None, float((firsts == len(table.places)).mean())
-    inside = np.sort(np.minimum(firsts, len(table.places) - 1))
-    low, high = (int(np.percentile(inside, q, method="nearest")) for q in (2.5, 97.5))
-    return (steps[table.places[low]], steps[table.places[high]]), float((firsts >= exposed).mean())
-
-
-def _first_step(table: _Table, steps: Sequence[int]) -> int | None:
-    first = table.bracket()[1]
-    return None if first is None else steps[table.places[first]]
 
 
 def _sentence(state: State, clean: int | None, exposed: int | None, steps: Sequence[int]) -> str:
@@ -388,7 +386,7 @@ def _notes(table: _Table, tables: Mapping[str, _Table], steps: Sequence[int]) ->
         f"By {name.replace('_', ' ')} all rows are alike in every checkpoint; it tells nothing."
         for name in silent
     ]
-    firsts = {name: _first_step(found, steps) for name, found in tables.items() if name not in silent}
+    firsts = {name: found.begins for name, found in tables.items() if name not in silent}
     if len(set(firsts.values())) > 1:
         told = ", ".join(
             f"{name.replace('_', ' ')}: {'nowhere' if step is None else f'step {step:,}'}"
@@ -396,35 +394,3 @@ def _notes(table: _Table, tables: Mapping[str, _Table], steps: Sequence[int]) ->
         )
         notes.append(f"The measures do not see the gap begin at the same checkpoint ({told}).")
     return notes
-
-
-def _read(
-    ladder: CheckpointSeries,
-    place: int,
-    sets: tuple[Sequence[Example], Sequence[Example]],
-    *,
-    max_length: int,
-    style: PromptStyle | None,
-    device: str,
-    say: Listener,
-) -> Reading:
-    """Load one checkpoint and score both sets in it."""
-    from palinode.data.examples import plain_questions
-    from palinode.evaluation.ask import Asking, ask
-    from palinode.models.loading import load_model, load_tokenizer, pick_device
-
-    checkpoint = ladder.open(place)
-    model, tokenizer = load_model(checkpoint, device=pick_device(device)), load_tokenizer(checkpoint)
-    found = []
-    for name, examples in zip(("forget", "control"), sets, strict=True):
-        outcomes = ask(
-            model,
-            tokenizer,
-            plain_questions(examples),
-            Asking(generate=False, max_length=max_length),
-            style=style,
-            label=f"step {ladder.rungs[place].step:,}: {name} rows",
-            listener=say,
-        )
-        found.append({measure: values(outcomes) for measure, values in MEASURES.items()})
-    return Reading(*found)

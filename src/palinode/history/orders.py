@@ -1,37 +1,10 @@
-"""What an order is, and asking one in which steps some rows were.
+"""The order of the data rebuilt: which rows a step's batch held, for trainings that kept no log.
 
-The order of transformers' Trainer (5.x on accelerate 1.x) for a data set with a length.
+Each class says whose sampler it follows; docs/exposure-log.md says what it cannot rebuild. Steps are counted
+from 1, as in the exposure log: a checkpoint of step c has seen the rows of the steps 1 to c. Rows are numbers
+into the data: of the data set for the Trainer, of documents for OLMo-core and GPT-NeoX.
 
-Epoch e shuffles rows with torch's generator seeded seed + e (accelerate's SeedableRandomSampler), cuts
-them into batches, deals these to the processes in turn, and takes `accumulation` rounds a step; what is
-left at the end of an epoch is a step of its own. Where the last round does not go around, the epoch's
-first rows fill it up (`even_batches`). Resuming skips what was done of the epoch under way.
-
-The order of Palinode's own training loop: one `finetune` after the other, rebuilt from rows and settings.
-
-An epoch's batches follow from the rows' lengths in tokens, the batch size, the seed and the epoch
-(`data.batches.epoch_batches`), so the tokenizer, the rows and the settings are all that is needed.
-
-The order of OLMo-core's fixed-length loader over token files (NumpyFSLDataset, NumpyFSLDataLoader).
-
-Each token file is cut into instances of `sequence_length` tokens; what is left of a file is not used. An
-epoch's global indices are the instances shuffled by numpy's PCG64 seeded seed + epoch (epochs count from
-1); the loader keeps them in a file of bare uint32. A step takes the next global batch of them.
-Documents end at the end token (before a BOS, if there is one) and are numbered over all files.
-
-The order of GPT-NeoX (and so Pythia): the index files that it keeps beside a packed data set.
-
-    …_doc_idx.npy       int32 [documents · epochs]   documents in the order in which they are strung together
-    …_sample_idx.npy    int32/64 [samples + 1, 2]    where each sample begins: place in doc_idx, token in it
-    …_shuffle_idx.npy   uint32/int64 [samples]       in which order the samples are taken
-
-Sample i of the training is number shuffle_idx[i]; it runs to the first token of the next one, that token
-included, which it is only asked to predict. Step k takes the samples (k − 1)·B to k·B − 1. Blends of several
-weighted data sets are not rebuilt.
-
-An order put together of several: a training that went on with other settings, or another sampler.
-
-An order written down in a TOML file, so that a command can be told it.
+An order can be written down in a TOML file, so that a command can be told it:
 
     kind = "trainer"            # or "olmo_core", "neox"
     row_count = 4000
@@ -46,26 +19,31 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from palinode.data.batches import epoch_batches
-from palinode.data.examples import Example
-from palinode.data.tokenize import PromptStyle, tokenize
 from palinode.errors import DataError, RecipeError
 from palinode.history.segments import Ints
 from palinode.progress import Listener, NullListener
-from palinode.records import ordinary, read_bytes, read_json, read_toml, write_json
-from palinode.training.settings import TrainingSettings
+from palinode.records import ordinary, read_bytes, read_toml
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+Indices = npt.NDArray[np.integer[Any]]
+Tokens = npt.NDArray[np.unsignedinteger[Any]]
+
+DTYPES = ("uint8", "uint16", "uint32", "uint64")
+SCAN = 1 << 24
+"""Tokens that are looked through for ends of documents at a time."""
+INDEX_MAGIC = b"MMIDIDX\x00\x00"
+_INDEX_HEAD = struct.Struct("<9sQBQQ")
 
 
 class Order(Protocol):
@@ -112,9 +90,38 @@ def steps_of(
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class JoinedOrder:
+    """Several orders one after the other: a training that went on with other settings, or another sampler."""
+
+    parts: tuple[tuple[int, Order], ...]
+    """(step after which the order holds, order), the first from step 0; all count the training's steps."""
+
+    def __post_init__(self) -> None:
+        starts = [start for start, _ in self.parts]
+        if not starts or starts[0] != 0 or starts != sorted(set(starts)):
+            raise DataError(f"the parts of an order begin after the steps {starts}; begin with 0, and grow")
+
+    @property
+    def steps(self) -> int:
+        """The last step."""
+        return self.parts[-1][1].steps
+
+    def rows(self, step: int) -> list[int]:
+        """Return the rows of a step, from the order that held then."""
+        check_step(step, 1, self.steps)
+        return [order for start, order in self.parts if start < step][-1].rows(step)
+
+
 @dataclass(frozen=True)
 class TrainerOrder:
-    """Which rows each step of a Trainer saw."""
+    """The rows of transformers' Trainer (5.x on accelerate 1.x) for a data set with a length.
+
+    Epoch e shuffles rows with torch's generator seeded seed + e (accelerate's SeedableRandomSampler), cuts
+    them into batches, deals these to the processes in turn, and takes `accumulation` rounds a step; what is
+    left at the end of an epoch is a step of its own. Where the last round does not go around, the epoch's
+    first rows fill it up (`even_batches`). Resuming skips what was done of the epoch under way.
+    """
 
     row_count: int
     """Rows of the training set."""
@@ -220,156 +227,39 @@ class TrainerOrder:
             before += self.resumed_from // self.epoch_steps * self.epoch_steps - self.resumed_from
         epoch, number = divmod(before, self.epoch_steps)
         size = self.accumulation * self.round_rows
-        found: list[int] = self._epoch_rows(epoch)[number * size : (number + 1) * size].tolist()
+        found: list[int] = self._epoch(epoch)[number * size : (number + 1) * size].tolist()
         return found
 
-    def _epoch_rows(self, epoch: int) -> Ints:
-        """Return the rows of an epoch one after the other, filled up or cut off to whole rounds."""
-        if self._last.get("epoch") != epoch:
-            self._last.update(epoch=epoch, rows=self._shuffled(epoch))
-        found: Ints = self._last["rows"]
-        return found
+    @cached_property
+    def _epoch(self) -> Callable[[int], Ints]:
+        """The rows of an epoch; of the last one asked for, so that going through them shuffles each once."""
+        return lru_cache(maxsize=1)(self._shuffled)
 
     def _shuffled(self, epoch: int) -> Ints:
+        """Return the rows of an epoch one after the other, filled up or cut off to whole rounds."""
+        order: Ints = np.arange(self.row_count)
         if self.shuffle:
             import torch
 
             generator = torch.Generator().manual_seed(self.seed + epoch)
-            order: Ints = torch.randperm(self.row_count, generator=generator).numpy()
-        else:
-            order = np.arange(self.row_count)
+            order = torch.randperm(self.row_count, generator=generator).numpy()
         if self.drop_last:
             return order[: self.rounds * self.round_rows]
         if self.world_size == 1 or not self.even_batches:
             return order
         missing = self.rounds * self.round_rows - self.row_count
-        first = order[: self.round_rows]
-        return np.concatenate([order, np.resize(first, missing)])
-
-    @cached_property
-    def _last(self) -> dict[str, Any]:
-        """The epoch that was asked for last, so that going through the steps shuffles each epoch once."""
-        return {}
-
-
-KIND = "palinode"
-
-
-@dataclass(frozen=True, slots=True)
-class LoggedStage:
-    """One `finetune`: which rows of the data it had, and how it was set."""
-
-    numbers: tuple[int, ...]
-    """Row numbers in the data, in the order in which the stage had the rows."""
-    settings: TrainingSettings
-    seed: int
-    processes: int = 1
-
-
-class PalinodeOrder:
-    """Rows by optimiser step, the first step being 1; stages follow one another."""
-
-    def __init__(self, batches: Sequence[Sequence[int]]) -> None:
-        self.batches = batches
-
-    @property
-    def steps(self) -> int:
-        """Number of optimiser steps of all stages."""
-        return len(self.batches)
-
-    def rows(self, step: int) -> list[int]:
-        """Return the row numbers of a step's batch."""
-        check_step(step, 1, self.steps)
-        return list(self.batches[step - 1])
-
-
-def rebuild(
-    stages: Sequence[LoggedStage],
-    data: Sequence[Example],
-    tokenizer: Any,
-    *,
-    style: PromptStyle | None = None,
-) -> PalinodeOrder:
-    """Return the order of stages over these rows; the tokenizer is that of the model trained."""
-    batches: list[list[int]] = []
-    for stage in stages:
-        examples = [data[number] for number in stage.numbers]
-        rows = tokenize(
-            examples, tokenizer, max_length=stage.settings.max_length, style=style or PromptStyle()
-        )
-        lengths = [len(row.ids) for row in rows]
-        together = stage.settings.accumulation * stage.processes
-        for epoch in range(stage.settings.epochs):
-            parts = epoch_batches(lengths, batch_size=stage.settings.batch_size, seed=stage.seed, epoch=epoch)
-            for start in range(0, len(parts), together):
-                members = [place for part in parts[start : start + together] for place in part]
-                batches.append([stage.numbers[rows[place].example] for place in members])
-    return PalinodeOrder(batches)
-
-
-def write_stages(path: Path, stages: Sequence[LoggedStage], *, data: str, model: str) -> None:
-    """Write what rebuilds the order as JSON: the stages, the file of rows, a folder with the tokenizer."""
-    content = {
-        "kind": KIND,
-        "data": data,
-        "model": model,
-        "stages": [
-            {
-                "numbers": list(stage.numbers),
-                "training": stage.settings.model_dump(),
-                "seed": stage.seed,
-                "processes": stage.processes,
-            }
-            for stage in stages
-        ],
-    }
-    write_json(path, content)
-
-
-def read_stages(content: Mapping[str, Any]) -> list[LoggedStage]:
-    """Return the stages of such a file's content; raises DataError where it is of another form."""
-    try:
-        return [
-            LoggedStage(
-                tuple(entry["numbers"]),
-                TrainingSettings.model_validate(entry["training"]),
-                entry["seed"],
-                entry.get("processes", 1),
-            )
-            for entry in content["stages"]
-        ]
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"the order's stages cannot be read ({error})") from None
-
-
-def open_palinode(path: Path) -> tuple[PalinodeOrder, list[Example]]:
-    """Return the order that a file describes, and the data that its numbers point into.
-
-    `data` and `model` are taken relative to the file.
-    """
-    from palinode.data.examples import read_examples
-    from palinode.models.loading import load_tokenizer
-    from palinode.weights.checkpoint import Checkpoint
-
-    try:
-        content = read_json(path)
-        place, model = path.parent / content["data"], path.parent / content["model"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is not an order file ({error})") from None
-    data = read_examples(place)
-    return rebuild(read_stages(content), data, load_tokenizer(Checkpoint.open(model))), data
-
-
-DTYPES = ("uint8", "uint16", "uint32", "uint64")
-Tokens = npt.NDArray[np.unsignedinteger[Any]]
-
-SCAN = 1 << 24
-"""Tokens that are looked through for ends of documents at a time."""
+        return np.concatenate([order, np.resize(order[: self.round_rows], missing)])
 
 
 @dataclass(frozen=True)
 class OlmoCoreOrder:
-    """Which documents each step of an OLMo-core training saw."""
+    """The documents of OLMo-core's fixed-length loader of token files (NumpyFSLDataset, NumpyFSLDataLoader).
+
+    Each token file is cut into instances of `sequence_length` tokens; what is left of a file is not used. An
+    epoch's global indices are the instances shuffled by numpy's PCG64 seeded seed + epoch (epochs count from
+    1); the loader keeps them in a file of bare uint32. A step takes the next global batch of them.
+    Documents end at the end token (before a BOS, if there is one) and are numbered over all files.
+    """
 
     files: tuple[Path, ...]
     """Token files in the data set's order: bare arrays, whatever their suffix."""
@@ -436,7 +326,7 @@ class OlmoCoreOrder:
         """Return the instances of a step's batch, numbered over all files."""
         check_step(step, self.resumed_from + 1, self.steps)
         epoch, number = divmod(self.first_batch + step - self.resumed_from - 1, self.epoch_steps)
-        order = self._epoch_order(epoch + 1)
+        order = self._epoch(epoch + 1)
         found: list[int] = order[number * self.batch_rows : (number + 1) * self.batch_rows].tolist()
         return found
 
@@ -463,37 +353,38 @@ class OlmoCoreOrder:
                 f"{self.sequence_length}"
             )
         counts = [
-            len(self._tokens(file)) // longest * (longest // self.sequence_length) for file in self.files
+            len(_read_array(file, self.dtype)) // longest * (longest // self.sequence_length)
+            for file in self.files
         ]
         return np.cumsum(np.array(counts, np.int64))
 
     @cached_property
     def _document_ends(self) -> list[Ints]:
-        return [document_ends(self._tokens(file), self.eos_id, self.bos_id) for file in self.files]
+        return [
+            _document_ends(_read_array(file, self.dtype), self.eos_id, self.bos_id) for file in self.files
+        ]
 
     @cached_property
     def _documents_before(self) -> list[int]:
         counts = [len(ends) for ends in self._document_ends]
         return [0, *np.cumsum(counts).tolist()]
 
-    def _tokens(self, file: Path) -> Tokens:
-        return read_array(file, self.dtype)
-
-    def _epoch_order(self, epoch: int) -> Tokens:
-        if self._last.get("epoch") != epoch:
-            self._last.clear()
-            self._last.update(epoch=epoch, order=self._read_or_make(epoch))
-        order: Tokens = self._last["order"]
-        return order
+    @cached_property
+    def _epoch(self) -> Callable[[int], Tokens]:
+        """The instances in the order of an epoch, counted from 1; of the last one asked for."""
+        return lru_cache(maxsize=1)(self._read_or_make)
 
     def _read_or_make(self, epoch: int) -> Tokens:
-        if not self.indices:
-            return global_indices(
-                self.instance_count, None if self.seed is None else self.seed + epoch, self.chunk_size
-            )
-        path = self.indices[epoch - 1]
-        found = read_array(path, "uint32")
         expected = self.instance_count // self.chunk_size * self.chunk_size
+        if not self.indices:
+            chunks = np.arange(expected // self.chunk_size, dtype=np.uint32)
+            if self.seed is not None:
+                np.random.Generator(np.random.PCG64(self.seed + epoch)).shuffle(chunks)
+            within = np.arange(self.chunk_size, dtype=np.uint32)
+            instances: Tokens = (chunks[:, None] * np.uint32(self.chunk_size) + within).reshape(-1)
+            return instances
+        path = self.indices[epoch - 1]
+        found = _read_array(path, "uint32")
         if len(found) != expected or (len(found) and int(found.max()) >= self.instance_count):
             raise DataError(
                 f"{path} orders {len(found):,} instances where the token files hold {expected:,}; are they "
@@ -501,22 +392,8 @@ class OlmoCoreOrder:
             )
         return found
 
-    @cached_property
-    def _last(self) -> dict[str, Any]:
-        return {}
 
-
-def global_indices(count: int, seed: int | None, chunk_size: int = 1) -> Tokens:
-    """Return instances in the order of an epoch; `seed` is that of the loader plus the epoch, from 1."""
-    chunks = np.arange(count // chunk_size, dtype=np.uint32)
-    if seed is not None:
-        np.random.Generator(np.random.PCG64(seed)).shuffle(chunks)
-    within = np.arange(chunk_size, dtype=np.uint32)
-    instances: Tokens = (chunks[:, None] * np.uint32(chunk_size) + within).reshape(-1)
-    return instances
-
-
-def document_ends(tokens: Tokens, eos_id: int, bos_id: int | None) -> Ints:
+def _document_ends(tokens: Tokens, eos_id: int, bos_id: int | None) -> Ints:
     """Return where each document ends (the place behind its end token); the last may lack an end token."""
     parts: list[Ints] = [np.empty(0, np.int64)]
     for begin in range(0, len(tokens), SCAN):
@@ -533,7 +410,7 @@ def document_ends(tokens: Tokens, eos_id: int, bos_id: int | None) -> Ints:
     return ends
 
 
-def read_array(path: Path, dtype: str) -> Tokens:
+def _read_array(path: Path, dtype: str) -> Tokens:
     """Open a bare array of numbers; raise DataError when it is missing, cut off, or a real .npy file."""
     try:
         size = path.stat().st_size
@@ -551,15 +428,18 @@ def read_array(path: Path, dtype: str) -> Tokens:
     return found
 
 
-INDEX_MAGIC = b"MMIDIDX\x00\x00"
-_INDEX_HEAD = struct.Struct("<9sQBQQ")
-
-Indices = npt.NDArray[np.integer[Any]]
-
-
 @dataclass(frozen=True)
 class NeoxOrder:
-    """Which documents each step of a GPT-NeoX training saw."""
+    """The documents of GPT-NeoX (and so Pythia), by the index files that it keeps beside a packed data set.
+
+        …_doc_idx.npy      int32 [documents · epochs]   documents in the order they are strung together in
+        …_sample_idx.npy   int32/64 [samples + 1, 2]    where a sample begins: place in doc_idx, token in it
+        …_shuffle_idx.npy  uint32/int64 [samples]       in which order the samples are taken
+
+    Sample i of the training is number shuffle_idx[i]; it runs to the first token of the next one, that token
+    included, which it is only asked to predict. Step k takes the samples (k − 1)·B to k·B − 1. Blends of
+    several weighted data sets are not rebuilt.
+    """
 
     doc_idx: Indices
     sample_idx: Indices
@@ -595,7 +475,7 @@ class NeoxOrder:
         cls, prefix: str | Path, *, batch_size: int, resumed_from: int = 0, first_sample: int = 0
     ) -> NeoxOrder:
         """Open PREFIX_doc_idx.npy, PREFIX_sample_idx.npy and PREFIX_shuffle_idx.npy, without reading them."""
-        parts = [_open(Path(f"{prefix}_{name}_idx.npy")) for name in ("doc", "sample", "shuffle")]
+        parts = [_read_indices(Path(f"{prefix}_{name}_idx.npy")) for name in ("doc", "sample", "shuffle")]
         doc_idx, sample_idx, shuffle_idx = parts
         return cls(doc_idx, sample_idx, shuffle_idx, batch_size, resumed_from, first_sample)
 
@@ -675,7 +555,7 @@ def read_sizes(path: str | Path) -> Ints:
     return np.frombuffer(content, "<i4", count, _INDEX_HEAD.size).astype(np.int64)
 
 
-def _open(path: Path) -> Indices:
+def _read_indices(path: Path) -> Indices:
     """Open an .npy file of whole numbers; pickled ones are refused."""
     try:
         found = np.load(ordinary(path), mmap_mode="r", allow_pickle=False)
@@ -687,52 +567,10 @@ def _open(path: Path) -> Indices:
     return indices
 
 
-@dataclass(frozen=True, slots=True)
-class JoinedOrder:
-    """Orders one after the other; each says what it gave at the training's own step numbers."""
-
-    parts: tuple[tuple[int, Order], ...]
-    """(step after which the order holds, order), the first from step 0."""
-
-    def __post_init__(self) -> None:
-        starts = [start for start, _ in self.parts]
-        if not starts or starts[0] != 0 or starts != sorted(set(starts)):
-            raise DataError(f"the parts of an order begin after the steps {starts}; begin with 0, and grow")
-
-    @property
-    def steps(self) -> int:
-        """The last step."""
-        return self.parts[-1][1].steps
-
-    def rows(self, step: int) -> list[int]:
-        """Return the rows of a step, from the order that held then."""
-        check_step(step, 1, self.steps)
-        return [order for start, order in self.parts if start < step][-1].rows(step)
-
-    @classmethod
-    def of(cls, parts: Sequence[tuple[int, Order]]) -> JoinedOrder:
-        """Put orders together."""
-        return cls(tuple(parts))
-
-
-def _trainer(content: Mapping[str, Any], folder: Path) -> Order:  # noqa: ARG001
-    return TrainerOrder(**content)
-
-
-def _olmo_core(content: Mapping[str, Any], folder: Path) -> Order:
-    named = {name: tuple(folder / file for file in content.get(name, ())) for name in ("files", "indices")}
-    return OlmoCoreOrder(**{**content, **named})
-
-
-def _neox(content: Mapping[str, Any], folder: Path) -> Order:
-    settings = dict(content)
-    return NeoxOrder.open(folder / settings.pop("prefix"), **settings)
-
-
-ORDERS: Mapping[str, tuple[Callable[[Mapping[str, Any], Path], Order], frozenset[str]]] = {
-    "trainer": (_trainer, frozenset(field.name for field in fields(TrainerOrder))),
-    "olmo_core": (_olmo_core, frozenset(field.name for field in fields(OlmoCoreOrder))),
-    "neox": (_neox, frozenset({"prefix", "batch_size", "resumed_from", "first_sample"})),
+ORDERS: Mapping[str, tuple[Callable[..., Order], frozenset[str]]] = {
+    "trainer": (TrainerOrder, frozenset(field.name for field in fields(TrainerOrder))),
+    "olmo_core": (OlmoCoreOrder, frozenset(field.name for field in fields(OlmoCoreOrder))),
+    "neox": (NeoxOrder.open, frozenset({"prefix", "batch_size", "resumed_from", "first_sample"})),
 }
 """By kind: what makes the order, and the settings it takes."""
 
@@ -749,21 +587,26 @@ def read_order(path: str | Path) -> Order:
         return _build(content, place)
     if content:
         raise RecipeError(f"{place} has {', '.join(content)} beside its parts; move it into one")
-    return JoinedOrder.of([(int(part.pop("after", 0)), _build(part, place)) for part in parts])
+    return JoinedOrder(tuple((int(part.pop("after", 0)), _build(part, place)) for part in parts))
 
 
 def _build(content: dict[str, Any], place: Path) -> Order:
     kind = content.pop("kind", None)
     if kind not in ORDERS:
         raise RecipeError(f"{place} has the kind {kind!r}; the kinds of order are {', '.join(ORDERS)}")
-    build, known = ORDERS[kind]
+    make, known = ORDERS[kind]
     unknown = sorted(content.keys() - known)
     if unknown:
         raise RecipeError(
             f"{place}: {kind} does not know {unknown[0]!r}; it knows {', '.join(sorted(known))}"
         )
     try:
-        return build(content, place.parent)
+        for name in ("files", "indices"):
+            if name in content:
+                content[name] = tuple(place.parent / file for file in content[name])
+        if "prefix" in content:
+            content["prefix"] = place.parent / content["prefix"]
+        return make(**content)
     except DataError:
         raise
     except (TypeError, KeyError) as error:

@@ -76,12 +76,17 @@ class Wish:
         """Return the steps at which a checkpoint could be saved, the end left out: it is the target."""
         return list(range(self.every, self.steps, self.every))
 
+    @property
+    def rate(self) -> float:
+        """Return the rate λ at which recent interest falls with age, e^(−λ·age), per step."""
+        return math.log(2) / (self.half_life or self.steps / HALF_LIVES)
+
     def weight(self, now: float | None = None) -> Callable[[npt.ArrayLike], npt.NDArray[np.float64]]:
         """Return W(e), the share of requests on steps up to e when the training stands at `now`."""
         end = float(self.steps if now is None else now)
         if self.interest == "uniform":
             return lambda at: np.asarray(at, dtype=float) / end
-        rate = math.log(2) / (self.half_life or self.steps / HALF_LIVES)
+        rate = self.rate
         whole = -math.expm1(-rate * end)
         return lambda at: (
             (np.exp(-rate * (end - np.asarray(at, dtype=float))) - math.exp(-rate * end)) / whole
@@ -167,7 +172,15 @@ def plan_checkpoints(wish: Wish, *, decay: Decay | None = None) -> list[Schedule
         "thinning": thinned_steps(wish, count),
         "solved": solved_steps(wish, count),
     }
-    schedules = [_schedule(wish, name, kept, decay) for name, kept in made.items()]
+    schedules = []
+    for name, kept in made.items():
+        expected = expected_distance(wish, kept)
+        figures = None
+        if decay is not None and wish.tokens_per_step is not None:
+            figures = decay.at(expected * wish.tokens_per_step)
+        worst = max(after - before for before, after in pairwise([0, *kept, wish.steps]))
+        size, without = len(kept) * wish.checkpoint_bytes, float(wish.weight()(kept[0]))
+        schedules.append(Schedule(name, tuple(kept), expected, worst, size, without, figures))
     return sorted(schedules, key=lambda schedule: (schedule.expected, schedule.worst))
 
 
@@ -253,7 +266,7 @@ def _moments(
     mass = wish.weight()(points)
     if wish.interest == "uniform":
         return mass, points**2 / (2 * wish.steps)
-    rate = math.log(2) / (wish.half_life or wish.steps / HALF_LIVES)
+    rate = wish.rate
     whole = -math.expm1(-rate * wish.steps)
     scaled = np.exp(-rate * (wish.steps - points)) / whole  # w(e) = rate · scaled
     start = math.exp(-rate * wish.steps) / whole
@@ -268,22 +281,6 @@ def _nearest(wish: Wish, wanted: Sequence[float], count: int) -> list[int]:
         place = min(range(len(free)), key=lambda place: abs(free[place] - step))
         found.append(free.pop(place))
     return sorted(found[:count])
-
-
-def _schedule(wish: Wish, name: str, kept: Sequence[int], decay: Decay | None) -> Schedule:
-    expected = expected_distance(wish, kept)
-    figures = None
-    if decay is not None and wish.tokens_per_step is not None:
-        figures = decay.at(expected * wish.tokens_per_step)
-    return Schedule(
-        name=name,
-        kept=tuple(kept),
-        expected=expected,
-        worst=max(after - before for before, after in pairwise([0, *kept, wish.steps])),
-        bytes=len(kept) * wish.checkpoint_bytes,
-        without=float(wish.weight()(kept[0])),
-        decay=figures,
-    )
 
 
 def plan_record(wish: Wish, schedules: Sequence[Schedule], decay: Decay | None) -> dict[str, Any]:

@@ -1,18 +1,11 @@
-"""Which steps of which process a log holds: gaps, overlaps and what later sessions supersede.
+"""Finding rows in an exposure log, and sorting a log so that finding is fast.
 
-Step s belongs to the last session that began before s. Of the sessions before it, everything after
-their common limit, the least start of a later session, is superseded: training went back and did it again.
+What is damaged is left out and named in a note; the rest is used. Step s belongs to the last session that
+began before s. Of the sessions before it, everything after their common limit, the least start of a later
+session, is superseded: training went back and did it again.
 
-The files of an exposure log as they are found on disk: sealed segments, open tails and sorted runs.
-
-What is damaged is left out and named in a note; the rest is used.
-
-Finding rows in an exposure log.
-
-Sorting an exposure log for finding: sealed segments in, one sorted run out; the segments stay.
-
-A run holds the live rows of all segments that no run has yet, cut by the first bits of the hash into
-parts of about `PART_ROWS` rows and sorted in each. A part is a slice out of every segment, so that
+`compact` makes a run of sealed segments, which stay: the rows that count, cut by the first bits of the hash
+into parts of about `PART_ROWS` rows and sorted in each. A part is a slice out of every segment, so that
 memory is bounded by a part and each row is read about once. A killed compaction goes on with the
 parts that are there. Finding m rows then reads at most m row groups, however long the log is.
 """
@@ -20,13 +13,14 @@ parts that are there. Finding m rows then reads at most m row groups, however lo
 from __future__ import annotations
 
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +38,7 @@ from palinode.history.exposures import (
 )
 from palinode.history.segments import (
     FORMAT_VERSION,
+    STEP_COLUMNS,
     UNKNOWN,
     Ints,
     StepTable,
@@ -51,6 +46,7 @@ from palinode.history.segments import (
     read_about,
     read_journal,
     rows_of,
+    step_table,
     sync_folder,
     write_parquet,
     write_segment,
@@ -65,95 +61,277 @@ if TYPE_CHECKING:
 NO_LIMIT = np.iinfo(np.int64).max
 SHOWN = 4
 """Stretches of steps that a sentence names."""
+WORKERS = min(8, cores())
+PART_ROWS = 1 << 21
+"""Rows of a part, about 40 MB on disk and 150 MB while it is sorted."""
 
 
-@dataclass(frozen=True, slots=True)
-class Recorded:
-    """What one file, or one process in a run, holds of one session."""
+def _none() -> Ints:
+    return np.empty(0, np.int64)
 
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LogFile:
+    """A segment, a journal, or a part of a run: what it says it holds, and what of it counts."""
+
+    path: Path
+    name: str
+    """How it is named in notes: its place in the log's folder."""
     session: int
     rank: int
     table: StepTable
-    name: str
+    """All its steps; none for a part of a run."""
+    run: str | None = None
+    """The run that has its rows too."""
+    doubled: Ints = field(default_factory=_none)
+    """Steps that an earlier file of its process has."""
+    limit: int = int(NO_LIMIT)
+    """The last step of its session that no later session supersedes."""
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether it is no open tail; its rows are sorted."""
+        return self.path.suffix == ".parquet"
+
+    def counts(self, steps: Ints) -> npt.NDArray[np.bool_]:
+        """Return which of these steps count here."""
+        return (steps <= self.limit) & ~np.isin(steps, self.doubled)
+
+    def rows(
+        self, keys: npt.NDArray[np.uint64] | None = None, *, between: tuple[int, int] | None = None
+    ) -> tuple[Hashes, Ints]:
+        """Return hashes and steps that count: all, or those with one of the sorted keys, or between two."""
+        if self.is_sealed:
+            found, steps = rows_of(self.path, keys, between=between)
+        else:
+            tail = read_journal(self.path)
+            found, steps = tail.hashes, tail.steps
+        own = sort_keys(found)
+        if keys is not None:
+            kept = _places(own, keys) if self.is_sealed else np.flatnonzero(np.isin(own, keys))
+        elif between is not None:
+            least, greatest = map(np.uint64, between)
+            kept = np.flatnonzero((own >= least) & (own <= greatest))
+        else:
+            kept = np.arange(len(own))
+        kept = kept[self.counts(steps[kept])]
+        return found[kept], steps[kept]
 
 
-def limits(sessions: Sequence[Session]) -> dict[int, int]:
-    """Return the last step of each session that no later session supersedes."""
-    return {
-        session.number: min(
-            (later.start for later in sessions if later.number > session.number), default=int(NO_LIMIT)
-        )
-        for session in sessions
-    }
+def _places(own: npt.NDArray[np.uint64], keys: npt.NDArray[np.uint64]) -> Ints:
+    """Return where sorted rows have one of these sorted keys."""
+    first, last = np.searchsorted(own, keys, "left"), np.searchsorted(own, keys, "right")
+    hit = last > first
+    places = [np.arange(a, b) for a, b in zip(first[hit], last[hit], strict=True)]
+    return np.concatenate([_none(), *places])
 
 
-def live_steps(recorded: Sequence[Recorded], sessions: Sequence[Session]) -> StepTable:
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The rows of many segments, cut into parts by the first bits of the hash and sorted in each."""
+
+    folder: Path
+    bits: int
+    limit: int
+    """The last step that no session since supersedes: what was superseded before is not in it."""
+    files: tuple[LogFile, ...]
+
+    def parts_of(self, keys: npt.NDArray[np.uint64]) -> list[LogFile]:
+        """Return the parts that may hold one of these keys."""
+        numbers = np.unique(keys >> np.uint64(64 - self.bits)).tolist() if self.bits else [0]
+        paths = [self.folder / f"part-{number:05d}.parquet" for number in numbers]
+        names = [f"{self.folder.name}/{path.name}" for path in paths]
+        return [
+            LogFile(path, name, 0, 0, step_table([]), self.folder.name, limit=self.limit)
+            for path, name in zip(paths, names, strict=True)
+        ]
+
+
+# The files of a log
+
+
+def find_files(
+    folder: Path, header: LogHeader, sessions: Sequence[Session]
+) -> tuple[list[LogFile], list[Run], list[str]]:
+    """Return the files of a log in the order of session, process and time; its runs; and notes of damage."""
+    notes: list[str] = []
+    manifests = sorted(folder.glob("runs-*/manifest.json"))
+    runs = [run for path in manifests if (run := _read_run(path, sessions, notes))]
+    covered = {file.path: file for run in runs for file in run.files}
+    paths = sorted(folder.glob("session-*/rank-*/*"))
+    sealed = {path for path in paths if path.suffix == ".parquet"} | covered.keys()
+    tails = {path for path in paths if path.suffix == ".journal"}
+    tails = {path for path in tails if path.with_suffix(".parquet") not in sealed}
+    asked = sorted((sealed | tails) - covered.keys())
+    with ThreadPoolExecutor(WORKERS) as pool:
+        opened = list(pool.map(lambda path: _open(path, folder, header), asked))
+    notes += [note for _, note in opened if note]
+    files = [*covered.values(), *(file for file, _ in opened if file)]
+    files.sort(key=lambda file: file.path)
+    limits = {session.number: _limit(session.number, sessions) for session in sessions}
+    notes += [
+        f"Lost: {file.name} is of session {file.session}, whose file is missing."
+        for file in files
+        if file.session not in limits
+    ]
+    files = [replace(file, limit=limits[file.session]) for file in files if file.session in limits]
+    return _without_overlaps(files, notes), runs, notes
+
+
+def _limit(number: int, sessions: Sequence[Session]) -> int:
+    """Return the last step up to a session of this number that no later session supersedes."""
+    return min((later.start for later in sessions if later.number > number), default=int(NO_LIMIT))
+
+
+def _open(path: Path, folder: Path, header: LogHeader) -> tuple[LogFile | None, str | None]:
+    """Return a file, and a sentence about what of it is lost; raise DataError when it is foreign."""
+    if not path.exists():
+        path = path.with_suffix(".parquet")  # it has been sealed meanwhile
+    place = path.relative_to(folder).as_posix()
+    note = None
+    try:
+        if path.suffix == ".journal":
+            tail = read_journal(path)
+            about, table = tail.about, tail.table
+            if tail.lost:
+                last = f"after step {int(table.step[-1]):,}" if len(table) else "at its first step"
+                note = f"Lost: {place} is cut off {last}; {tail.lost:,} bytes behind it cannot be read."
+        else:
+            about, table = read_about(path)
+        session, rank = int(about["session"]["number"]), int(about["rank"])
+    except (DataError, OSError, KeyError, TypeError, ValueError) as error:
+        reason = str(error).removeprefix(f"{path} ") if isinstance(error, DataError) else f"({error})"
+        return None, f"Lost: {place} {reason}; its steps are not in what is found."
+    for name in ("run", "data", "tokenizer", "salt_check"):
+        if about.get(name) != getattr(header, name):
+            raise DataError(
+                f"{place} in {folder} is of another training than its log.json (they differ in {name}); "
+                "take the file away"
+            )
+    return LogFile(path, place, session, rank, table), note
+
+
+def _read_run(path: Path, sessions: Sequence[Session], notes: list[str]) -> Run | None:
+    """Return a run, or note why it is not used; the segments are there without it."""
+    folder = path.parent
+    log = folder.parent
+    try:
+        manifest = read_json(path)
+        if manifest["version"] > FORMAT_VERSION:
+            raise ValueError("it is of a newer format")
+        for entry in manifest["files"]:
+            source = log / entry["name"]
+            if source.exists() and source.stat().st_size != entry["bytes"]:
+                raise ValueError(f"{entry['name']} has changed since")
+        with open_parquet(folder / "steps.parquet") as steps:
+            found = steps.read()
+        table: StepTable = np.empty(len(found), STEP_COLUMNS).view(np.recarray)
+        for name in STEP_COLUMNS.names or ():
+            table[name] = found[name].to_numpy()
+        ends = np.searchsorted(found["file"].to_numpy(), np.arange(len(manifest["files"]) + 1))
+        files = [
+            LogFile(
+                log / entry["name"],
+                str(entry["name"]),
+                int(entry["session"]),
+                int(entry["rank"]),
+                table[begin:end].view(np.recarray),
+                folder.name,
+            )
+            for entry, (begin, end) in zip(manifest["files"], pairwise(ends), strict=True)
+        ]
+        limit = _limit(int(manifest["last_session"]), sessions)
+        return Run(folder, int(manifest["bits"]), limit, tuple(files))
+    except (DataError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        notes.append(f"{folder.name} is not used ({error}); the segments that it was made from are.")
+        return None
+
+
+# What of a log counts, and what is missing
+
+
+def _without_overlaps(files: Sequence[LogFile], notes: list[str]) -> list[LogFile]:
+    """Return the files with their doubled steps, and note these."""
+    known: dict[tuple[int, int], list[Ints]] = defaultdict(list)
+    found = []
+    for file in files:
+        own, before = file.table.step, known[file.session, file.rank]
+        again = np.zeros(len(own), np.bool_)
+        for steps in before:
+            if len(steps) and len(own) and steps[-1] >= own[0]:
+                again |= np.isin(own, steps)
+        before.append(own)
+        found.append(replace(file, doubled=own[again]))
+        if again.any():
+            notes.append(
+                f"{file.name} overlaps an earlier file of its process at {stretches(own[again])}; "
+                "these steps are counted once."
+            )
+    return found
+
+
+def _counted(files: Sequence[LogFile]) -> StepTable:
     """Return the steps that count, with rows and tokens summed over processes; sorted, each once."""
-    allowed = limits(sessions)
-    tables = [_up_to(entry.table, allowed[entry.session]) for entry in recorded if entry.session in allowed]
-    whole = StepTable.joined(tables)
-    steps, place = np.unique(whole.step, return_inverse=True)
-    rows, tokens = np.zeros(len(steps), np.int64), np.zeros(len(steps), np.int64)
-    np.add.at(rows, place, whole.rows)
-    np.add.at(tokens, place, np.maximum(whole.tokens, 0))
-    tokens[np.unique(place[whole.tokens == UNKNOWN])] = UNKNOWN
-    epochs = np.full(len(steps), np.nan)
-    epochs[place] = whole.epoch
-    return StepTable(steps, rows, tokens, epochs)
+    tables = [file.table[file.counts(file.table.step)] for file in files]
+    whole = np.concatenate([step_table([]), *tables])
+    steps, place = np.unique(whole["step"], return_inverse=True)
+    found = np.zeros(len(steps), STEP_COLUMNS).view(np.recarray)
+    found.step = steps
+    np.add.at(found.rows, place, whole["rows"])
+    np.add.at(found.tokens, place, np.maximum(whole["tokens"], 0))
+    found.tokens[np.unique(place[whole["tokens"] == UNKNOWN])] = UNKNOWN
+    found.epoch[place] = whole["epoch"]
+    return found
 
 
-def complete_steps(recorded: Sequence[Recorded], sessions: Sequence[Session]) -> Ints:
+def _by_process(files: Sequence[LogFile], session: Session) -> list[Ints]:
+    """Return the steps that each process of a session has recorded, sorted."""
+    parts = [[_none()] for _ in range(session.world_size)]
+    for file in files:
+        if file.session == session.number and 0 <= file.rank < session.world_size:
+            parts[file.rank].append(file.table.step)
+    return [np.unique(np.concatenate(own)) for own in parts]
+
+
+def _complete(files: Sequence[LogFile], sessions: Sequence[Session]) -> Ints:
     """Return the steps that every process of their session has recorded, sorted."""
-    allowed = limits(sessions)
-    found = [np.empty(0, np.int64)]
+    found = [_none()]
     for session in sessions:
-        own: dict[int, list[Ints]] = {rank: [] for rank in range(session.world_size)}
-        for entry in recorded:
-            if entry.session == session.number and entry.rank in own:
-                own[entry.rank].append(entry.table.step)
-        steps = _common(
-            [np.unique(np.concatenate([*parts, np.empty(0, np.int64)])) for parts in own.values()]
-        )
-        found.append(steps[(steps > session.start) & (steps <= allowed[session.number])])
+        steps = reduce(np.intersect1d, _by_process(files, session))
+        found.append(steps[(steps > session.start) & (steps <= _limit(session.number, sessions))])
     return np.unique(np.concatenate(found))
 
 
-def find_overlaps(recorded: Sequence[Recorded]) -> tuple[list[Recorded], list[Ints], list[str]]:
-    """Return tables without the steps that an earlier file of their process has, those steps, and notes."""
-    known: dict[tuple[int, int], list[Ints]] = {}
-    kept, doubled, notes = [], [], []
-    for entry in recorded:
-        before = known.setdefault((entry.session, entry.rank), [])
-        again = np.zeros(len(entry.table.step), np.bool_)
-        for steps in before:
-            if len(steps) and len(entry.table.step) and steps[-1] >= entry.table.step[0]:
-                again |= np.isin(entry.table.step, steps)
-        before.append(entry.table.step)
-        doubled.append(entry.table.step[again])
-        kept.append(Recorded(entry.session, entry.rank, _where(entry.table, ~again), entry.name))
-        if again.any():
-            notes.append(
-                f"{entry.name} overlaps an earlier file of its process at {stretches(doubled[-1])}; "
-                "these steps are counted once."
-            )
-    return kept, doubled, notes
-
-
-def find_gaps(recorded: Sequence[Recorded], sessions: Sequence[Session]) -> list[str]:
-    """Return a sentence for each process's missing steps, and for what was superseded."""
-    if not sessions:
-        return []
-    notes = list(_superseded(recorded, sessions))
-    allowed = limits(sessions)
-    begin = min(session.start for session in sessions)
-    if begin:
-        notes.append(f"The log begins after step {begin:,}; what was seen before is not in it.")
-    by_process: dict[tuple[int, int], list[Ints]] = {}
-    for entry in recorded:
-        by_process.setdefault((entry.session, entry.rank), []).append(entry.table.step)
+def _gaps(files: Sequence[LogFile], sessions: Sequence[Session]) -> Iterator[str]:
+    """Yield a sentence for what was superseded, and for each process's missing steps."""
     for session in sessions:
-        notes += _missing(session, allowed[session.number], by_process)
-    return notes
+        limit = _limit(session.number, sessions)
+        recorded = [file.table.step for file in files if file.session == session.number]
+        past = np.unique(np.concatenate([_none(), *recorded]))
+        past = past[past > limit]
+        if len(past):
+            yield (
+                f"Training went back to step {limit:,} after session {session.number}: "
+                f"its {stretches(past)} were done again and do not count."
+            )
+    begin = min((session.start for session in sessions), default=0)
+    if begin:
+        yield f"The log begins after step {begin:,}; what was seen before is not in it."
+    for session in sessions:
+        own = _by_process(files, session)
+        seen = np.unique(np.concatenate(own))
+        limit = _limit(session.number, sessions)
+        end = limit if limit != NO_LIMIT else max([session.start, *seen[-1:].tolist()])
+        seen = seen[(seen > session.start) & (seen <= end)]
+        edges = np.concatenate([[session.start], seen, [end + 1]])  # a gap may be far longer than the log
+        holes = np.flatnonzero(np.diff(edges) > 1)
+        if len(holes):
+            missing = _in_words(edges[holes] + 1, edges[holes + 1] - 1)
+            yield f"Gap: {missing} of session {session.number} are in no file of the log."
+        for rank, steps in enumerate(own):
+            rest = np.setdiff1d(seen, steps, assume_unique=True)
+            if len(rest):
+                yield f"Gap: process {rank} of session {session.number} lacks {stretches(rest)}."
 
 
 def stretches(steps: Ints) -> str:
@@ -175,243 +353,7 @@ def _in_words(first: Ints, last: Ints) -> str:
     return f"{'step' if one else 'steps'} {', '.join(words[:SHOWN])}{more}"
 
 
-def _missing(session: Session, limit: int, by_process: Mapping[tuple[int, int], list[Ints]]) -> Iterator[str]:
-    """Yield what the processes of one session lack of the steps that belong to it."""
-    own = {
-        rank: np.unique(np.concatenate(by_process.get((session.number, rank), [np.empty(0, np.int64)])))
-        for rank in range(session.world_size)
-    }
-    seen = np.unique(np.concatenate(list(own.values())))
-    end = limit if limit != NO_LIMIT else max(int(seen[-1]) if len(seen) else 0, session.start)
-    seen = seen[(seen > session.start) & (seen <= end)]
-    edges = np.concatenate([[session.start], seen, [end + 1]])  # a gap may be far longer than the log
-    holes = np.flatnonzero(np.diff(edges) > 1)
-    if len(holes):
-        gaps = _in_words(edges[holes] + 1, edges[holes + 1] - 1)
-        yield f"Gap: {gaps} of session {session.number} are in no file of the log."
-    for rank, steps in own.items():
-        rest = np.setdiff1d(seen, steps, assume_unique=True)
-        if len(rest):
-            yield f"Gap: process {rank} of session {session.number} lacks {stretches(rest)}."
-
-
-def _superseded(recorded: Sequence[Recorded], sessions: Sequence[Session]) -> Iterator[str]:
-    allowed = limits(sessions)
-    for session in sessions:
-        steps = [entry.table.step for entry in recorded if entry.session == session.number]
-        past = np.unique(np.concatenate([*steps, np.empty(0, np.int64)]))
-        past = past[past > allowed[session.number]]
-        if len(past):
-            yield (
-                f"Training went back to step {allowed[session.number]:,} after session {session.number}: "
-                f"its {stretches(past)} were done again and do not count."
-            )
-
-
-def _common(parts: Sequence[Ints]) -> Ints:
-    shared = parts[0]
-    for part in parts[1:]:
-        shared = np.intersect1d(shared, part, assume_unique=True)
-    return shared
-
-
-def _up_to(table: StepTable, limit: int) -> StepTable:
-    return _where(table, table.step <= limit)
-
-
-def _where(table: StepTable, kept: npt.NDArray[np.bool_]) -> StepTable:
-    return StepTable(table.step[kept], table.rows[kept], table.tokens[kept], table.epoch[kept])
-
-
-T = TypeVar("T")
-R = TypeVar("R")
-
-WORKERS = min(8, cores())
-
-
-@dataclass(frozen=True, slots=True)
-class LogFile:
-    """One segment or journal, and what it says it holds."""
-
-    path: Path
-    recorded: Recorded
-    run: str | None = None
-    """The sorted run that has its rows too."""
-
-    def rows(self, keys: npt.NDArray[np.uint64] | None = None) -> tuple[Hashes, Ints]:
-        """Return hashes and steps, of all rows or where one of these sorted keys may be."""
-        if self.path.suffix == ".journal":
-            tail = read_journal(self.path)
-            return tail.hashes, tail.steps
-        return rows_of(self.path, keys)
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """The rows of many segments, cut into parts by the first bits of the hash and sorted in each."""
-
-    folder: Path
-    bits: int
-    last_session: int
-    """Sessions up to this one were known: what they supersede is not in it."""
-    files: tuple[LogFile, ...]
-
-    def part(self, number: int) -> Path:
-        """Return where the rows are whose hash begins with these bits."""
-        return self.folder / f"part-{number:05d}.parquet"
-
-    def parts_of(self, keys: npt.NDArray[np.uint64]) -> list[Path]:
-        """Return the parts that may hold one of these keys."""
-        if not self.bits:
-            return [self.part(0)]
-        return [self.part(int(number)) for number in np.unique(keys >> np.uint64(64 - self.bits))]
-
-
-def find_files(folder: Path, header: LogHeader) -> tuple[list[LogFile], list[Run], list[str]]:
-    """Return the files of a log in the order of session, process and time; its runs; and notes of damage."""
-    notes: list[str] = []
-    runs = [run for path in sorted(folder.glob("runs-*/manifest.json")) if (run := _read_run(path, notes))]
-    covered = {file.path: file for run in runs for file in run.files}
-    paths = sorted(folder.glob("session-*/rank-*/*"))
-    sealed = {path for path in paths if path.suffix == ".parquet"} | covered.keys()
-    open_tails = [
-        path for path in paths if path.suffix == ".journal" and path.with_suffix(".parquet") not in sealed
-    ]
-    asked = [path for path in sorted([*sealed, *open_tails]) if path not in covered]
-    read = dict(zip(asked, in_threads(lambda path: _open(path, folder, header), asked), strict=True))
-    files = []
-    for path in sorted([*covered, *asked]):
-        found = covered.get(path) or read[path]
-        if isinstance(found, LogFile):
-            files.append(found)
-        else:
-            notes.append(found)
-    notes += [note for path in open_tails if (note := _torn(path, folder))]
-    return files, runs, notes
-
-
-def matching(
-    found: Hashes, steps: Ints, keys: npt.NDArray[np.uint64], *, in_order: bool
-) -> tuple[Hashes, Ints]:
-    """Return the rows whose key is among these sorted ones; `in_order` tells that the rows are sorted."""
-    own = sort_keys(found)
-    if not in_order:
-        kept = np.flatnonzero(np.isin(own, keys))
-        return found[kept], steps[kept]
-    first, last = np.searchsorted(own, keys, "left"), np.searchsorted(own, keys, "right")
-    hit = last > first
-    places = [np.arange(a, b) for a, b in zip(first[hit], last[hit], strict=True)]
-    kept = np.concatenate(places) if places else np.empty(0, np.int64)
-    return found[kept], steps[kept]
-
-
-def in_threads(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """Do the same with every item, a few at a time, and return what came of it in order."""
-    given = list(items)
-    if len(given) < 2:
-        return [work(item) for item in given]
-    with ThreadPoolExecutor(WORKERS) as pool:
-        return list(pool.map(work, given))
-
-
-def place_of(path: Path, folder: Path) -> str:
-    """Return how a file of the log is named in notes."""
-    return path.relative_to(folder).as_posix()
-
-
-def _open(path: Path, folder: Path, header: LogHeader) -> LogFile | str:
-    """Return a file with its steps, or a sentence about what is lost; raise DataError when it is foreign."""
-    if path.suffix == ".journal" and not path.exists():
-        path = path.with_suffix(".parquet")  # it has been sealed meanwhile
-    try:
-        if path.suffix == ".journal":
-            tail = read_journal(path)
-            about, table = tail.about, tail.table
-        else:
-            about = read_about(path)
-            table = StepTable.from_lists(about["steps"])
-        session, rank = int(about["session"]["number"]), int(about["rank"])
-    except (DataError, OSError, KeyError, TypeError, ValueError) as error:
-        reason = str(error).removeprefix(f"{path} ") if isinstance(error, DataError) else f"({error})"
-        return f"Lost: {place_of(path, folder)} {reason}; its steps are not in what is found."
-    for name in ("run", "data", "tokenizer", "salt_check"):
-        if about.get(name) != getattr(header, name):
-            raise DataError(
-                f"{place_of(path, folder)} in {folder} is of another training than its log.json (they differ "
-                f"in {name}); take the file away"
-            )
-    return LogFile(path, Recorded(session, rank, table, place_of(path, folder)))
-
-
-def _torn(path: Path, folder: Path) -> str | None:
-    """Return a sentence where a journal ends in a damaged record."""
-    try:
-        tail = read_journal(path)
-    except (DataError, OSError):
-        return None  # it was said that the whole file is lost
-    if not tail.lost:
-        return None
-    last = f"after step {int(tail.table.step[-1]):,}" if len(tail.table.step) else "at its first step"
-    return f"Lost: {place_of(path, folder)} is cut off {last}; {tail.lost:,} bytes behind it cannot be read."
-
-
-def _read_run(path: Path, notes: list[str]) -> Run | None:
-    """Return a run, or note why it is not used; the segments are there without it."""
-    folder = path.parent
-    log = folder.parent
-    try:
-        manifest = read_json(path)
-        if manifest["version"] > FORMAT_VERSION:
-            raise ValueError("it is of a newer format")
-        for entry in manifest["files"]:
-            source = log / entry["name"]
-            if source.exists() and source.stat().st_size != entry["bytes"]:
-                raise ValueError(f"{entry['name']} has changed since")
-        with open_parquet(folder / "steps.parquet") as steps:
-            table = steps.read()
-        columns = {name: table[name].to_numpy() for name in ("file", "step", "rows", "tokens", "epoch")}
-        return Run(
-            folder,
-            int(manifest["bits"]),
-            int(manifest["last_session"]),
-            tuple(
-                _covered(log, entry, number, columns, folder)
-                for number, entry in enumerate(manifest["files"])
-            ),
-        )
-    except (DataError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        notes.append(f"{folder.name} is not used ({error}); the segments that it was made from are.")
-        return None
-
-
-def _covered(
-    log: Path,
-    entry: dict[str, object],
-    number: int,
-    columns: dict[str, npt.NDArray[np.generic]],
-    folder: Path,
-) -> LogFile:
-    """Return a segment that is in a run, from what the run knows of it."""
-    begin, end = np.searchsorted(columns["file"], [number, number + 1])
-    own = {name: values[begin:end] for name, values in columns.items()}
-    table = StepTable(
-        own["step"].astype(np.int64),
-        own["rows"].astype(np.int64),
-        own["tokens"].astype(np.int64),
-        own["epoch"].astype(np.float64),
-    )
-    name = str(entry["name"])
-    recorded = Recorded(int(str(entry["session"])), int(str(entry["rank"])), table, name)
-    return LogFile(log / name, recorded, folder.name)
-
-
-def rows_within(file: LogFile, least: int, greatest: int) -> tuple[Hashes, Ints]:
-    """Return the rows of a segment whose key lies between two keys, both included."""
-    found, steps = rows_of(file.path, between=(least, greatest))
-    own = sort_keys(found)
-    begin = int(np.searchsorted(own, np.uint64(least), "left"))
-    end = int(np.searchsorted(own, np.uint64(greatest), "right"))
-    return found[begin:end], steps[begin:end]
+# Finding
 
 
 @dataclass(frozen=True, slots=True)
@@ -434,28 +376,17 @@ class ExposureReader:
         self.folder = folder
         self.header = header
         self.sessions = read_sessions(folder)
-        known = {session.number for session in self.sessions}
-        found, runs, self._notes = find_files(folder, header)
-        files = [file for file in found if file.recorded.session in known]
-        self._notes += [
-            f"Lost: {file.recorded.name} is of session {file.recorded.session}, whose file is missing."
-            for file in found
-            if file not in files
-        ]
-        recorded, doubled, overlaps = find_overlaps([file.recorded for file in files])
-        self._notes += overlaps + find_gaps(recorded, self.sessions)
-        self._limits = limits(self.sessions)
-        self._files = list(zip(files, doubled, strict=True))
-        self._runs = runs
-        self.steps = live_steps(recorded, self.sessions)
-        """The steps that count, in their order, with rows and tokens over all processes."""
-        self._recorded = recorded
+        self._files, self._runs, self._notes = find_files(folder, header, self.sessions)
+        self._notes += _gaps(self._files, self.sessions)
         self._damaged: set[str] = set()
-        self._tokens = np.cumsum(self.steps.tokens)
+        self.steps = _counted(self._files)
+        """The steps that count, in their order, with rows and tokens over all processes."""
         complete = self.complete
-        ends = np.flatnonzero(complete != np.arange(1, len(complete) + 1))
-        self._whole_up_to = int(ends[0]) if len(ends) else len(complete)
-        self._known_up_to = int(np.argmax(self.steps.tokens == UNKNOWN)) if self._lacks_tokens else None
+        broken = complete != np.arange(1, len(complete) + 1)
+        whole = int(np.argmax(broken)) if broken.any() else len(complete)
+        unknown = np.flatnonzero(self.steps.tokens == UNKNOWN)[:1].tolist()
+        self._tokens = np.cumsum(self.steps.tokens)[: min([whole, *unknown])]
+        """After each step up to the first that is missing, or whose tokens were not all counted."""
 
     @classmethod
     def open(
@@ -480,8 +411,7 @@ class ExposureReader:
     @property
     def complete(self) -> Ints:
         """The steps that all processes recorded, sorted; less those of files that `find` found damaged."""
-        kept = [entry for entry in self._recorded if entry.name not in self._damaged]
-        return complete_steps(kept, self.sessions)
+        return _complete([file for file in self._files if file.name not in self._damaged], self.sessions)
 
     def find(self, wanted: Sequence[str | Example | bytes] | Hashes, *, salt: bytes = b"") -> list[Exposure]:
         """Return all exposures of some rows, sorted by row, then step.
@@ -490,17 +420,22 @@ class ExposureReader:
         not the one it was written with.
         """
         self._check_salt(salt)
-        asked = [
-            bytes(entry) if isinstance(entry, bytes | np.ndarray) else row_hash(entry, salt=salt)
-            for entry in wanted
-        ]
-        rows: dict[bytes, list[int]] = {}
-        for position, digest in enumerate(asked):
-            rows.setdefault(digest, []).append(position)
+        rows: dict[bytes, list[int]] = defaultdict(list)
+        for position, entry in enumerate(wanted):
+            given = isinstance(entry, bytes | np.ndarray)
+            rows[bytes(entry) if given else row_hash(entry, salt=salt)].append(position)
+        keys = np.unique(sort_keys(as_hashes(list(rows))))
+        if not len(keys):
+            return []
+        files = [part for run in self._runs for part in run.parts_of(keys)]
+        files += [file for file in self._files if not file.run]
+        with ThreadPoolExecutor(WORKERS) as pool:
+            parts = list(pool.map(lambda file: self._rows(file, keys), files))
         hits = Counter(
-            (position, step)
-            for digest, step in self._hits(as_hashes(list(rows)))
-            for position in rows.get(digest, ())
+            (position, int(step))
+            for hashes, steps in parts
+            for digest, step in zip(hashes, steps, strict=True)
+            for position in rows.get(digest.tobytes(), ())
         )
         return [
             Exposure(row, step, times, self.tokens_at(step)) for (row, step), times in sorted(hits.items())
@@ -508,16 +443,11 @@ class ExposureReader:
 
     def at(self, step: int) -> Hashes:
         """Return the hashes of the whole batch of a step, sorted; none for a step that is not in the log."""
-        holding = [
-            entry
-            for entry in self._files
-            if step in entry[0].recorded.table.step and step not in entry[1]
-            if step <= self._limits[entry[0].recorded.session]
-        ]
         parts = [np.empty((0, HASH_BYTES), np.uint8)]
-        for file, _ in holding:
-            found, steps = self._read(file.path, file.rows)
-            parts.append(found[steps == step])
+        for file in self._files:
+            if step in file.table.step and file.counts(np.array([step])).all():
+                found, steps = self._rows(file)
+                parts.append(found[steps == step])
         whole = np.concatenate(parts)
         return whole[np.lexsort(whole.T[::-1])]
 
@@ -525,12 +455,7 @@ class ExposureReader:
         """Return the tokens trained on up to the end of a step, None where they were not all counted."""
         if not step:
             return 0
-        if not 0 < step <= self._whole_up_to:
-            return None  # a step up to this one is missing
-        place = step - 1
-        if self._known_up_to is not None and place >= self._known_up_to:
-            return None
-        return int(self._tokens[place])
+        return int(self._tokens[step - 1]) if 0 < step <= len(self._tokens) else None
 
     def connect(self) -> DuckDBPyConnection:
         """Return a DuckDB connection with the views `exposures` (hash, step, session, rank) and `steps`.
@@ -543,18 +468,30 @@ class ExposureReader:
             raise DataError(
                 "duckdb is not installed; pip install 'palinode[history]', or use find and at"
             ) from None
-        connection = duckdb.connect()
-        connection.register("steps", _as_table(self.steps))
-        selects = [self._select(connection, number) for number in range(len(self._files))]
-        empty = (
-            "SELECT NULL::BLOB AS hash, NULL::INT AS step, NULL::INT AS session, NULL::INT AS rank WHERE 0=1"
-        )
-        connection.execute(f"CREATE VIEW exposures AS {' UNION ALL '.join(selects or [empty])}")
-        return connection
+        import pyarrow as pa
 
-    @property
-    def _lacks_tokens(self) -> bool:
-        return bool((self.steps.tokens == UNKNOWN).any())
+        connection = duckdb.connect()
+        tokens = pa.array(self.steps.tokens, mask=self.steps.tokens == UNKNOWN)
+        epoch = pa.array(self.steps.epoch, mask=np.isnan(self.steps.epoch))
+        columns = {"step": self.steps.step, "rows": self.steps.rows, "tokens": tokens, "epoch": epoch}
+        connection.register("steps", pa.table(columns))
+        selects = [
+            "SELECT NULL::BLOB AS hash, NULL::INT AS step, NULL::INT AS session, NULL::INT AS rank WHERE 0=1"
+        ]
+        for number, file in enumerate(self._files):
+            source = f"read_parquet('{str(file.path).replace(chr(39), chr(39) * 2)}')"
+            if not file.is_sealed:
+                source = f"tail_{number}"
+                found, steps = file.rows()
+                hashes = pa.array([entry.tobytes() for entry in found], pa.binary(HASH_BYTES))
+                connection.register(source, pa.table({"hash": hashes, "step": pa.array(steps, pa.int32())}))
+            doubled = ", ".join(map(str, file.doubled.tolist()))
+            selects.append(
+                f"SELECT hash, step, {file.session} AS session, {file.rank} AS rank FROM {source} "
+                f"WHERE step <= {file.limit}{f' AND step NOT IN ({doubled})' if doubled else ''}"
+            )
+        connection.execute(f"CREATE VIEW exposures AS {' UNION ALL '.join(selects)}")
+        return connection
 
     def _check_salt(self, salt: bytes) -> None:
         if self.header.salt_check == salt_check(salt):
@@ -564,87 +501,20 @@ class ExposureReader:
         what = "another salt was given" if salt else "none was given"
         raise DataError(f"the log in {self.folder} is salted and {what}; give the salt it was written with")
 
-    def _hits(self, wanted: Hashes) -> list[tuple[bytes, int]]:
-        """Return hash and step of the rows that have one of these hashes, or one that begins alike."""
-        keys = np.unique(sort_keys(wanted))
-        if not len(keys):
-            return []
-        tasks: list[Callable[[], tuple[Hashes, Ints]]] = []
-        for run in self._runs:
-            tasks += [partial(self._hits_in_part, path, run, keys) for path in run.parts_of(keys)]
-        tasks += [partial(self._hits_in_file, *entry, keys) for entry in self._files if not entry[0].run]
-        return [
-            (found.tobytes(), int(step))
-            for hashes, steps in in_threads(lambda task: task(), tasks)
-            for found, step in zip(hashes, steps, strict=True)
-        ]
-
-    def _hits_in_part(self, path: Path, run: Run, keys: npt.NDArray[np.uint64]) -> tuple[Hashes, Ints]:
-        limit = min(
-            (session.start for session in self.sessions if session.number > run.last_session),
-            default=int(NO_LIMIT),
-        )
-        found, steps = self._read(path, partial(rows_of, path), keys)
-        hashes, at = matching(found, steps, keys, in_order=True)
-        return hashes[at <= limit], at[at <= limit]
-
-    def _hits_in_file(
-        self, file: LogFile, doubled: Ints, keys: npt.NDArray[np.uint64]
-    ) -> tuple[Hashes, Ints]:
-        found, steps = self._read(file.path, file.rows, keys)
-        hashes, at = matching(found, steps, keys, in_order=file.path.suffix == ".parquet")
-        live = (at <= self._limits[file.recorded.session]) & ~np.isin(at, doubled)
-        return hashes[live], at[live]
-
-    def _read(
-        self, path: Path, read: Callable[..., tuple[Hashes, Ints]], *keys: npt.NDArray[np.uint64]
-    ) -> tuple[Hashes, Ints]:
+    def _rows(self, file: LogFile, keys: npt.NDArray[np.uint64] | None = None) -> tuple[Hashes, Ints]:
         """Read rows; where the file turns out to be damaged, note it and go on without."""
         try:
-            return read(*keys)
+            return file.rows(keys)
         except (DataError, OSError) as error:
-            note = f"Lost: {place_of(path, self.folder)} ({error}); rows in it are not found."
+            note = f"Lost: {file.name} ({error}); rows in it are not found."
             if note not in self._notes:
                 self._notes.append(note)
-            self._damaged |= {
-                file.recorded.name
-                for file, _ in self._files
-                if file.path == path or file.run == path.parent.name
-            }
-            return np.empty((0, HASH_BYTES), np.uint8), np.empty(0, np.int64)
-
-    def _select(self, connection: DuckDBPyConnection, number: int) -> str:
-        """Return the SQL for the live rows of one file."""
-        file, doubled = self._files[number]
-        recorded = file.recorded
-        source = f"read_parquet('{str(file.path).replace(chr(39), chr(39) * 2)}')"
-        if file.path.suffix == ".journal":
-            source = f"tail_{number}"
-            connection.register(source, _rows_table(*file.rows()))
-        but = f" AND step NOT IN ({', '.join(map(str, doubled.tolist()))})" if len(doubled) else ""
-        return (
-            f"SELECT hash, step, {recorded.session} AS session, {recorded.rank} AS rank FROM {source} "
-            f"WHERE step <= {self._limits[recorded.session]}{but}"
-        )
+            run = file.path.parent.name
+            self._damaged |= {own.name for own in self._files if own.path == file.path or own.run == run}
+            return np.empty((0, HASH_BYTES), np.uint8), _none()
 
 
-def _as_table(steps: StepTable) -> Any:
-    import pyarrow as pa
-
-    tokens = pa.array(steps.tokens, mask=steps.tokens == UNKNOWN)
-    epoch = pa.array(steps.epoch, mask=np.isnan(steps.epoch))
-    return pa.table({"step": steps.step, "rows": steps.rows, "tokens": tokens, "epoch": epoch})
-
-
-def _rows_table(hashes: Hashes, steps: Ints) -> Any:
-    import pyarrow as pa
-
-    found = pa.array([entry.tobytes() for entry in hashes], pa.binary(HASH_BYTES))
-    return pa.table({"hash": found, "step": pa.array(steps, pa.int32())})
-
-
-PART_ROWS = 1 << 21
-"""Rows of a part, about 40 MB on disk and 150 MB while it is sorted."""
+# Sorting
 
 
 def compact(
@@ -656,50 +526,49 @@ def compact(
     where a segment is damaged.
     """
     log = Path(folder)
-    files, runs, notes = find_files(log, read_header(log))
+    sessions = read_sessions(log)
+    files, runs, notes = find_files(log, read_header(log), sessions)
     lost = [note for note in notes if note.startswith("Lost:") and ".parquet" in note]
     if lost:
         raise DataError(f"{lost[0].removeprefix('Lost: ')} Take the file away before sorting the log.")
-    sessions = read_sessions(log)
-    _, doubled, _ = find_overlaps([file.recorded for file in files])
-    pairs = [(file, steps) for file, steps in zip(files, doubled, strict=True) if _is_new(file)]
-    if not pairs:
+    files = [file for file in files if file.run is None and file.is_sealed]
+    if not files:
         return None
     target = log / f"runs-{1 + max((int(run.folder.name[5:]) for run in runs), default=0):04d}"
-    rows = sum(int(file.recorded.table.rows.sum()) for file, _ in pairs)
+    whole = np.concatenate([file.table for file in files])
+    rows = int(whole["rows"].sum())
     bits = max(0, int(np.ceil(np.log2(max(1, rows / part_rows)))))
     manifest = {
         "version": FORMAT_VERSION,
         "bits": bits,
         "last_session": max(session.number for session in sessions),
         "rows": rows,
-        "files": [_entry(file) for file, _ in pairs],
+        "files": [
+            {
+                "name": file.name,
+                "bytes": file.path.stat().st_size,
+                "session": file.session,
+                "rank": file.rank,
+            }
+            for file in files
+        ],
     }
-    partial = _begin(target, manifest)
+    partial = _begin_run(target, manifest)
+    width = 1 << (64 - bits)
     with (listener or NullListener()).task("sorting the log", 1 << bits, "parts") as advance:
         for number in range(1 << bits):
             path = partial / f"part-{number:05d}.parquet"
             if not path.exists():
-                write_segment(path, *_part(pairs, sessions, number, bits), None)
+                write_segment(path, *_part(files, (number * width, (number + 1) * width - 1)))
             advance(1)
-    _write_steps(partial / "steps.parquet", [file for file, _ in pairs])
+    _write_steps(partial / "steps.parquet", files)
     write_json(partial / "manifest.json", manifest)
     partial.replace(target)
     sync_folder(log)
     return target
 
 
-def _is_new(file: LogFile) -> bool:
-    return file.run is None and file.path.suffix == ".parquet"
-
-
-def _entry(file: LogFile) -> dict[str, Any]:
-    recorded = file.recorded
-    size = file.path.stat().st_size
-    return {"name": recorded.name, "bytes": size, "session": recorded.session, "rank": recorded.rank}
-
-
-def _begin(target: Path, manifest: dict[str, Any]) -> Path:
+def _begin_run(target: Path, manifest: dict[str, Any]) -> Path:
     """Return the folder to fill; parts that an earlier call left count only if it had the same plan."""
     partial = beside(target)
     plan = partial / "plan.json"
@@ -714,19 +583,9 @@ def _begin(target: Path, manifest: dict[str, Any]) -> Path:
     return partial
 
 
-def _part(
-    pairs: Sequence[tuple[LogFile, Ints]], sessions: Sequence[Session], number: int, bits: int
-) -> tuple[Hashes, Any]:
-    """Return the live rows of all segments whose hash begins with these bits."""
-    width = 1 << (64 - bits)
-    allowed = limits(sessions)
-    parts: list[tuple[Hashes, Ints]] = [(np.empty((0, HASH_BYTES), np.uint8), np.empty(0, np.int64))]
-    for file, doubled in pairs:
-        found, steps = rows_within(file, number * width, (number + 1) * width - 1)
-        live = steps <= allowed[file.recorded.session]
-        if len(doubled):
-            live &= ~np.isin(steps, doubled)
-        parts.append((found[live], steps[live]))
+def _part(files: Sequence[LogFile], between: tuple[int, int]) -> tuple[Hashes, npt.NDArray[np.int32]]:
+    """Return the rows of all files that count and whose key lies between two."""
+    parts = [file.rows(between=between) for file in files]
     hashes, steps = (np.concatenate(column) for column in zip(*parts, strict=True))
     return hashes, steps.astype(np.int32)
 
@@ -735,8 +594,7 @@ def _write_steps(path: Path, files: Sequence[LogFile]) -> None:
     """Write which steps each segment holds, so that nobody has to open the segments for it."""
     import pyarrow as pa
 
-    tables = [file.recorded.table for file in files]
-    whole = StepTable.joined(tables)
-    numbers = np.repeat(np.arange(len(tables)), [len(table.step) for table in tables])
-    columns = {"file": numbers, "step": whole.step, "rows": whole.rows, "tokens": whole.tokens}
-    write_parquet(path, pa.table({**columns, "epoch": whole.epoch}))
+    whole = np.concatenate([file.table for file in files])
+    numbers = np.repeat(np.arange(len(files)), [len(file.table) for file in files])
+    columns = {name: np.ascontiguousarray(whole[name]) for name in STEP_COLUMNS.names or ()}
+    write_parquet(path, pa.table({"file": numbers, **columns}))

@@ -13,7 +13,7 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,87 +36,67 @@ KEY = b"palinode.exposures"
 FOOTER = b"palinode.footer"
 """Under which a Parquet file of ours has the CRC-32 of its footer, taken with `UNSEALED` in its place."""
 UNSEALED = b"--------"
-MAGIC = b"PALINODE-JOURNAL-1\n"
 _CRC = re.compile(rb"[0-9a-f]{8}")
-_HEAD = struct.Struct("<qqdI")
+MAGIC = b"PALINODE-JOURNAL-1\n"
 _CHECK = struct.Struct("<I")
+_HEAD = struct.Struct("<qqdI")
 UNKNOWN = -1
 """Tokens of a step that nobody counted."""
 
+StepTable = np.recarray[Any, Any]
+"""What is known of each recorded step of one process, in the order of steps: columns `STEP_COLUMNS`."""
+STEP_COLUMNS = np.dtype([("step", "i8"), ("rows", "i8"), ("tokens", "i8"), ("epoch", "f8")])
+"""`tokens` is `UNKNOWN` where they were not counted, `epoch` NaN where it was not told."""
 
-@dataclass(frozen=True, slots=True)
-class StepTable:
-    """What is known of each recorded step of one process; arrays of one length, in the order of steps."""
 
-    step: Ints
-    rows: Ints
-    tokens: Ints
-    """`UNKNOWN` where they were not counted."""
-    epoch: npt.NDArray[np.float64]
-    """NaN where it was not told."""
+def step_table(records: Iterable[tuple[int, int, int, float]]) -> StepTable:
+    """Return the table of (step, rows, tokens, epoch) of each step."""
+    return np.array(list(records), STEP_COLUMNS).view(np.recarray)
 
-    def as_lists(self) -> dict[str, Any]:
-        """Return it for JSON; columns in which nothing is known are left out."""
-        lists: dict[str, Any] = {"step": self.step.tolist(), "rows": self.rows.tolist()}
-        if (self.tokens != UNKNOWN).any():
-            lists["tokens"] = self.tokens.tolist()
-        if not np.isnan(self.epoch).all():
-            lists["epoch"] = [None if np.isnan(value) else value for value in self.epoch.tolist()]
-        return lists
 
-    @classmethod
-    def from_lists(cls, lists: Mapping[str, Any]) -> StepTable:
-        """Make it from what `as_lists` returned."""
-        count = len(lists["step"])
-        epochs = [np.nan if value is None else value for value in lists.get("epoch", [np.nan] * count)]
-        return cls(
-            np.array(lists["step"], np.int64),
-            np.array(lists["rows"], np.int64),
-            np.array(lists.get("tokens", [UNKNOWN] * count), np.int64),
-            np.array(epochs, np.float64),
-        )
+def _as_lists(table: StepTable) -> dict[str, Any]:
+    """Return a table for JSON; columns in which nothing is known are left out."""
+    lists = {"step": table.step.tolist(), "rows": table.rows.tolist()}
+    if (table.tokens != UNKNOWN).any():
+        lists["tokens"] = table.tokens.tolist()
+    if not np.isnan(table.epoch).all():
+        lists["epoch"] = [None if np.isnan(value) else value for value in table.epoch.tolist()]
+    return lists
 
-    @classmethod
-    def from_records(cls, records: Sequence[tuple[int, int, int, float]]) -> StepTable:
-        """Make it from (step, rows, tokens, epoch) of each step."""
-        step, rows, tokens = (np.array([record[at] for record in records], np.int64) for at in range(3))
-        return cls(step, rows, tokens, np.array([record[3] for record in records], np.float64))
 
-    @classmethod
-    def joined(cls, tables: Sequence[StepTable]) -> StepTable:
-        """Put tables one after the other."""
-        if not tables:
-            return cls.from_lists({"step": [], "rows": []})
-        return cls(
-            np.concatenate([table.step for table in tables]),
-            np.concatenate([table.rows for table in tables]),
-            np.concatenate([table.tokens for table in tables]),
-            np.concatenate([table.epoch for table in tables]),
-        )
+def _from_lists(lists: Mapping[str, Any]) -> StepTable:
+    count = len(lists["step"])
+    tokens, epochs = lists.get("tokens", [UNKNOWN] * count), lists.get("epoch", [None] * count)
+    known = [np.nan if value is None else value for value in epochs]
+    return step_table(zip(lists["step"], lists["rows"], tokens, known, strict=True))
 
 
 # Sealed segments
 
 
 def write_segment(
-    path: Path, found: Hashes, steps: npt.NDArray[np.int32], about: Mapping[str, Any] | None
+    path: Path,
+    found: Hashes,
+    steps: npt.NDArray[np.int32],
+    about: Mapping[str, Any] | None = None,
+    table: StepTable | None = None,
 ) -> None:
     """Write rows as a segment that appears whole; rows given in the order of steps keep it among equals."""
     import pyarrow as pa
 
     order = np.argsort(sort_keys(found), kind="stable")
+    packed = pa.py_buffer(np.ascontiguousarray(found[order]))
     columns = [
-        pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(HASH_BYTES), len(order), [None, pa.py_buffer(np.ascontiguousarray(found[order]))]
-        ),
+        pa.FixedSizeBinaryArray.from_buffers(pa.binary(HASH_BYTES), len(order), [None, packed]),
         pa.array(steps[order], pa.int32()),
     ]
-    table = pa.table(columns, names=["hash", "step"])
-    if about is not None:
-        table = table.replace_schema_metadata({KEY: json.dumps(about)})
+    rows = pa.table(columns, names=["hash", "step"])
+    if about is not None and table is not None:
+        text = json.dumps({**about, "rows": len(found), "steps": _as_lists(table)})
+        rows = rows.replace_schema_metadata({KEY: text})
     write_parquet(
         path,
-        table,
+        rows,
         row_group_size=ROW_GROUP,
         use_dictionary=False,
         compression={"hash": "none", "step": "zstd"},  # hashes cannot be compressed
@@ -153,8 +133,7 @@ def open_parquet(path: Path) -> Iterator[Any]:
     try:
         with ordinary(path).open("rb") as stream:
             footer, _ = _footer(stream)
-        place = footer.index(FOOTER) + len(FOOTER)
-        found = _CRC.search(footer, place)
+        found = _CRC.search(footer, footer.index(FOOTER) + len(FOOTER))
         if not found or zlib.crc32(footer.replace(found[0], UNSEALED, 1)) != int(found[0], 16):
             raise ValueError("its footer is damaged")
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
@@ -176,15 +155,15 @@ def _footer(file: IO[bytes]) -> tuple[bytes, int]:
     return file.read(end - begin), begin
 
 
-def read_about(path: Path) -> dict[str, Any]:
-    """Return what a segment says of itself; raise DataError when it is damaged or no segment."""
+def read_about(path: Path) -> tuple[dict[str, Any], StepTable]:
+    """Return what a segment says of itself, and its steps; raise DataError when it is damaged or none."""
     with open_parquet(path) as file:
         about: dict[str, Any] = json.loads((file.metadata.metadata or {})[KEY])
         if about["version"] > FORMAT_VERSION:
             raise DataError(
                 f"{path} has format {about['version']}, newer than {FORMAT_VERSION}; use a newer Palinode"
             )
-    return about
+        return about, _from_lists(about["steps"])
 
 
 def rows_of(
@@ -199,7 +178,13 @@ def rows_of(
         groups = _groups(file.metadata, keys, between)
         if not groups:
             return np.empty((0, HASH_BYTES), np.uint8), np.empty(0, np.int64)
-        return _unpacked(file.read_row_groups(groups, columns=["hash", "step"], use_threads=False))
+        table = file.read_row_groups(groups, columns=["hash", "step"], use_threads=False)
+        parts = [
+            np.frombuffer(chunk.buffers()[1], np.uint8).reshape(-1, HASH_BYTES)[chunk.offset :][: len(chunk)]
+            for chunk in table["hash"].chunks
+        ]
+        found = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return found, table["step"].to_numpy().astype(np.int64)
 
 
 def _groups(metadata: Any, keys: npt.NDArray[np.uint64] | None, between: tuple[int, int] | None) -> list[int]:
@@ -221,45 +206,18 @@ def _groups(metadata: Any, keys: npt.NDArray[np.uint64] | None, between: tuple[i
     return found
 
 
-def _unpacked(table: Any) -> tuple[Hashes, Ints]:
-    parts = [
-        np.frombuffer(chunk.buffers()[1], np.uint8).reshape(-1, HASH_BYTES)[chunk.offset :][: len(chunk)]
-        for chunk in table["hash"].chunks
-    ]
-    found = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    return found, table["step"].to_numpy().astype(np.int64)
-
-
 # The open tail
 
 
-class Journal:
-    """An append-only file of steps that are not sealed yet."""
+def journal_head(about: Mapping[str, Any]) -> bytes:
+    """Return what a journal begins with."""
+    return MAGIC + json.dumps(about).encode() + b"\n"
 
-    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
-        self.path = path
-        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o666)
-        self._write(MAGIC + json.dumps(about).encode() + b"\n")
 
-    def append(self, step: int, found: Hashes, tokens: int, epoch: float) -> None:
-        """Add one step as one record."""
-        body = _HEAD.pack(step, tokens, epoch, len(found)) + found.tobytes()
-        self._write(_CHECK.pack(zlib.crc32(body)) + body)
-
-    def sync(self) -> None:
-        """Wait until all of it is on disk."""
-        getattr(os, "fdatasync", os.fsync)(self._handle)  # macOS has none
-
-    def close(self, *, remove: bool) -> None:
-        """Close it, and remove it once its rows are sealed."""
-        os.close(self._handle)
-        if remove:
-            self.path.unlink()
-
-    def _write(self, content: bytes) -> None:
-        rest = memoryview(content)
-        while rest:
-            rest = rest[os.write(self._handle, rest) :]
+def journal_record(step: int, found: Hashes, tokens: int, epoch: float) -> bytes:
+    """Return one step as a journal has it: a checksum, then the rest."""
+    body = _HEAD.pack(step, tokens, epoch, len(found)) + found.tobytes()
+    return _CHECK.pack(zlib.crc32(body)) + body
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,35 +235,26 @@ class Tail:
 def read_journal(path: Path) -> Tail:
     """Return what a journal holds up to its first damaged record; raise DataError when even its head is."""
     content = read_bytes(path)
-    head, line_end, _ = content[len(MAGIC) :].partition(b"\n")
-    if not content.startswith(MAGIC) or not line_end:
-        raise DataError(f"{path} is no journal, or its beginning is damaged")
+    end = content.find(b"\n", len(MAGIC))
     try:
-        about = json.loads(head)
+        if not content.startswith(MAGIC) or end < 0:
+            raise ValueError
+        about = json.loads(content[len(MAGIC) : end])
     except ValueError:
         raise DataError(f"{path} is no journal, or its beginning is damaged") from None
-    place = len(MAGIC) + len(head) + 1
-    parts, records = [], []
-    while record := _record(content, place):
-        place, step, tokens, epoch, found = record
-        parts.append(found)
-        records.append((step, len(found), tokens, epoch))
-    table = StepTable.from_records(records)
-    found = np.concatenate(parts) if parts else np.empty((0, HASH_BYTES), np.uint8)
-    return Tail(about, found, np.repeat(table.step, table.rows), table, len(content) - place)
-
-
-def _record(content: bytes, place: int) -> tuple[int, int, int, float, Hashes] | None:
-    """Return the next place and one record, or None at the end or where it is damaged."""
-    begin = place + _CHECK.size
-    if begin + _HEAD.size > len(content):
-        return None
-    step, tokens, epoch, count = _HEAD.unpack_from(content, begin)
-    end = begin + _HEAD.size + count * HASH_BYTES
-    if end > len(content) or zlib.crc32(content[begin:end]) != _CHECK.unpack_from(content, place)[0]:
-        return None
-    found = np.frombuffer(content, np.uint8, count * HASH_BYTES, begin + _HEAD.size)
-    return end, step, tokens, epoch, found.reshape(-1, HASH_BYTES)
+    place, records, parts = end + 1, [], [np.empty((0, HASH_BYTES), np.uint8)]
+    while place + _CHECK.size + _HEAD.size <= len(content):
+        begin = place + _CHECK.size
+        step, tokens, epoch, count = _HEAD.unpack_from(content, begin)
+        end = begin + _HEAD.size + count * HASH_BYTES
+        if end > len(content) or zlib.crc32(content[begin:end]) != _CHECK.unpack_from(content, place)[0]:
+            break
+        rows = np.frombuffer(content, np.uint8, count * HASH_BYTES, begin + _HEAD.size)
+        parts.append(rows.reshape(-1, HASH_BYTES))
+        records.append((step, count, tokens, epoch))
+        place = end
+    table = step_table(records)
+    return Tail(about, np.concatenate(parts), np.repeat(table.step, table.rows), table, len(content) - place)
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,14 +1,14 @@
-"""A ladder: the checkpoints that one training left, in the order of their steps.
+"""A checkpoint series: the checkpoints that one training left, in the order of their steps.
 
 A checkpoint of step c has been through the optimiser steps 1 to c, so it has seen a row whose first
-step is s exactly when s ≤ c. Local checkpoints are opened when the ladder is (headers only); those on a
+step is s exactly when s ≤ c. Local checkpoints are opened when the series is (headers only); those on a
 hub are fetched when they are first needed, so that a search fetches only what it looks at.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
@@ -48,33 +48,32 @@ class SeriesCheckpoint:
 class CheckpointSeries:
     """The checkpoints of one training, earliest first."""
 
-    rungs: tuple[SeriesCheckpoint, ...]
+    checkpoints: tuple[SeriesCheckpoint, ...]
     notes: tuple[str, ...] = field(default=(), compare=False)
-    """What the reader should know of how the ladder was put together."""
+    """What the reader should know of how the series was put together."""
 
     def __len__(self) -> int:
-        return len(self.rungs)
+        return len(self.checkpoints)
 
     def open(self, place: int) -> Checkpoint:
-        """Open a rung's checkpoint; raise MismatchError unless it is of the same model as the first."""
-        found = self.rungs[place].checkpoint
-        if not _is_local(self.rungs[place].location):
-            _check_one_model(self.rungs[0].checkpoint, found)
+        """Open a checkpoint; raise MismatchError unless it is of the same model as the first."""
+        found = self.checkpoints[place].checkpoint
+        if not _is_local(self.checkpoints[place].location):
+            _check_one_model(self.checkpoints[0].checkpoint, found)
         return found
 
     def last_before(self, step: int) -> int | None:
-        """Return the place of the last rung that has not been through this step, None where there is none."""
-        before = [place for place, rung in enumerate(self.rungs) if rung.step < step]
+        """Return the place of the last checkpoint that has not been through this step, None without one."""
+        before = [place for place, found in enumerate(self.checkpoints) if found.step < step]
         return before[-1] if before else None
 
     def tokens_at(self, step: int) -> int | None:
-        """Return the tokens trained on after so many steps, interpolated between rungs that know theirs.
+        """Return the tokens trained on after so many steps, interpolated between those that are known.
 
         None where fewer than two points are known; the start of the training (0, 0) is one.
         """
-        known = sorted(
-            {(0, 0), *((rung.step, rung.tokens) for rung in self.rungs if rung.tokens is not None)}
-        )
+        told = ((found.step, found.tokens) for found in self.checkpoints if found.tokens is not None)
+        known = sorted({(0, 0), *told})
         if len(known) < 2:
             return None
         after = next((place for place, (at, _) in enumerate(known) if at >= step and place), len(known) - 1)
@@ -90,7 +89,7 @@ def open_series(
     tokens_per_step: int | None = None,
     allow_pickle: bool = False,
 ) -> CheckpointSeries:
-    """Return the ladder in a folder of checkpoints, in a list of locations, or under a hub id.
+    """Return the series in a folder of checkpoints, in a list of locations, or under a hub id.
 
     `pattern` picks folders, or revisions of the hub id (`step*`); `steps` gives the steps where neither
     names nor `trainer_state.json` tell them, in the order of a list, or of the names sorted with numbers
@@ -99,12 +98,32 @@ def open_series(
     """
     listed = _split(location)
     places = listed if len(listed) > 1 else _expand(listed[0], pattern)
-    rungs = _rungs(places, steps, tokens_per_step, allow_pickle=allow_pickle)
+    if steps is not None and len(steps) != len(places):
+        raise RecipeError(
+            f"{len(steps)} steps were given for {len(places)} checkpoints "
+            f"({', '.join(map(_short, places[:3]))}, …); give one for each"
+        )
+    found = []
+    for number, place in enumerate(places):
+        state = _trainer_state(place)
+        step = steps[number] if steps is not None else _step_of(place, state)
+        counted = state.get("num_input_tokens_seen")
+        tokens = counted if isinstance(counted, int) and counted > 0 else read_tokens(_short(place))
+        if tokens is None and tokens_per_step is not None:
+            tokens = step * tokens_per_step
+        found.append(SeriesCheckpoint(step, place, tokens, allow_pickle))
     if steps is None and len(listed) == 1:
-        rungs.sort(key=lambda rung: rung.step)
-    _check_order(rungs)
-    _check_models(rungs)
-    return CheckpointSeries(tuple(rungs), _notes(rungs))
+        found.sort(key=lambda checkpoint: checkpoint.step)
+    _check_order(found)
+    local = [checkpoint for checkpoint in found if _is_local(checkpoint.location)]
+    for checkpoint in local[1:]:
+        _check_one_model(local[0].checkpoint, checkpoint.checkpoint)
+    untold = sum(checkpoint.tokens is None for checkpoint in found)
+    note = (
+        f"{untold} checkpoints do not tell how many tokens they were trained on; distances are in steps only "
+        "unless tokens per step are given."
+    )
+    return CheckpointSeries(tuple(found), (note,) if untold else ())
 
 
 def read_step(name: str) -> int | None:
@@ -128,17 +147,15 @@ def read_tokens(name: str) -> int | None:
     return round(float(found[-1][0]) * UNITS[found[-1][1]]) if found else None
 
 
-def step_of(location: str, ladder: CheckpointSeries) -> int | None:
-    """Return a model's step by its rung, its trainer state or its name; None where none tells it."""
-    for rung in ladder.rungs:
-        if rung.location == location or (_is_local(location) and _same_folder(rung.location, location)):
-            return rung.step
+def step_of(location: str, series: CheckpointSeries) -> int | None:
+    """Return a model's step by the series, its trainer state or its name; None where none tells it."""
+    own = Path(location).expanduser().resolve() if _is_local(location) else location
+    for found in series.checkpoints:
+        place = Path(found.location).expanduser().resolve() if _is_local(found.location) else found.location
+        if place == own:
+            return found.step
     state = _trainer_state(location)
     return _step_of(location, state) if state or read_step(_short(location)) is not None else None
-
-
-def _same_folder(first: str, second: str) -> bool:
-    return _is_local(first) and Path(first).expanduser().resolve() == Path(second).expanduser().resolve()
 
 
 @lru_cache(maxsize=256)
@@ -154,7 +171,7 @@ def _split(location: str | Path | Sequence[str | Path]) -> list[str]:
         whole = Path(location).expanduser().exists() or "," not in location
         return [location] if whole else [part.strip() for part in location.split(",") if part.strip()]
     if not location:
-        raise CheckpointError("the ladder is empty; name a folder of checkpoints, or a list of them")
+        raise CheckpointError("the series is empty; name a folder of checkpoints, or a list of them")
     return [str(part) for part in location]
 
 
@@ -222,25 +239,6 @@ def _by_number(path: Path) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name)]
 
 
-def _rungs(
-    places: Sequence[str], steps: Sequence[int] | None, tokens_per_step: int | None, *, allow_pickle: bool
-) -> list[SeriesCheckpoint]:
-    if steps is not None and len(steps) != len(places):
-        raise RecipeError(
-            f"{len(steps)} steps were given for {len(places)} checkpoints "
-            f"({', '.join(map(_short, places[:3]))}, …); give one for each"
-        )
-    rungs = []
-    for number, place in enumerate(places):
-        state = _trainer_state(place)
-        step = steps[number] if steps is not None else _step_of(place, state)
-        tokens = _tokens_of(place, state)
-        if tokens is None and tokens_per_step is not None:
-            tokens = step * tokens_per_step
-        rungs.append(SeriesCheckpoint(step, place, tokens, allow_pickle))
-    return rungs
-
-
 def _step_of(place: str, state: dict[str, object]) -> int:
     """Return the step of a checkpoint from its trainer state or its name."""
     told, named = state.get("global_step"), read_step(_short(place))
@@ -257,13 +255,6 @@ def _step_of(place: str, state: dict[str, object]) -> int:
             "would) and it has no trainer_state.json; give all steps with --steps"
         )
     return named
-
-
-def _tokens_of(place: str, state: dict[str, object]) -> int | None:
-    seen = state.get("num_input_tokens_seen")
-    if isinstance(seen, int) and seen > 0:
-        return seen
-    return read_tokens(_short(place))
 
 
 def _trainer_state(place: str) -> dict[str, object]:
@@ -287,9 +278,9 @@ def _is_local(place: str) -> bool:
     return Path(place).expanduser().exists()
 
 
-def _check_order(rungs: Sequence[SeriesCheckpoint]) -> None:
+def _check_order(found: Sequence[SeriesCheckpoint]) -> None:
     """Raise RecipeError unless every step is later than the one before."""
-    for first, second in pairwise(rungs):
+    for first, second in pairwise(found):
         if first.step == second.step:
             raise RecipeError(
                 f"{_short(first.location)} and {_short(second.location)} are both of step {first.step}; "
@@ -307,18 +298,11 @@ def _check_order(rungs: Sequence[SeriesCheckpoint]) -> None:
             )
 
 
-def _check_models(rungs: Sequence[SeriesCheckpoint]) -> None:
-    """Raise MismatchError unless all local checkpoints are states of one model."""
-    local = [rung for rung in rungs if _is_local(rung.location)]
-    for rung in local[1:]:
-        _check_one_model(local[0].checkpoint, rung.checkpoint)
-
-
 def _check_one_model(first: Checkpoint, other: Checkpoint) -> None:
     kinds = [checkpoint.config.get("model_type") for checkpoint in (first, other)]
     if kinds[0] != kinds[1]:
         raise MismatchError(
-            f"{first.folder} is a {kinds[0]} model and {other.folder} a {kinds[1]} model; a ladder holds "
+            f"{first.folder} is a {kinds[0]} model and {other.folder} a {kinds[1]} model; a series holds "
             "checkpoints of one training"
         )
     try:
@@ -327,13 +311,3 @@ def _check_one_model(first: Checkpoint, other: Checkpoint) -> None:
         raise MismatchError(
             f"{other.folder} is not a checkpoint of the same training as {first.folder}: {error}"
         ) from None
-
-
-def _notes(rungs: Iterable[SeriesCheckpoint]) -> tuple[str, ...]:
-    untold = sum(rung.tokens is None for rung in rungs)
-    if not untold:
-        return ()
-    return (
-        f"{untold} checkpoints do not tell how many tokens they were trained on; distances are in steps only "
-        "unless tokens per step are given.",
-    )

@@ -8,6 +8,7 @@ from palinode.methods.msa import MSA, PAIRED, REWIND, TASK_VECTOR, unlearned_poi
 from palinode.methods.pdu import PDU
 from palinode.methods.preference import DPO, NPO, SIMNPO
 from palinode.methods.rmu import RMU
+from palinode.methods.ties import TIES
 from palinode.methods.undial import UNDIAL
 from palinode.methods.weighted import CE_U, SATIMP, WGA
 from palinode.methods.whp import WHP, WHP_LOGITS
@@ -32,6 +33,7 @@ METHODS: dict[str, Method] = {
     "pdu": PDU,
     "retain_finetune": RETAIN_FINETUNE,
     "rewind": REWIND,
+    "ties": TIES,
     "whp": WHP,
     "whp_logits": WHP_LOGITS,
 }

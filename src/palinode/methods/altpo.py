@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from palinode.data.examples import Example, Message
 from palinode.errors import DataError
-from palinode.methods.method import Method
+from palinode.methods.method import Alternates, Asked, Given, Method, Run, drawn_from, gather, trained_run
 from palinode.methods.preference import DPOSettings
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from palinode.data.tokenize import PromptStyle
     from palinode.progress import Listener
     from palinode.training.objectives import Objective
+    from palinode.training.roles import Material
 
 REQUEST = (
     "{question}\n\nOne answer to this is: {answer}\nGive a different answer of the same kind and length. "
@@ -57,12 +59,29 @@ def objective(settings: AltPOSettings, seed: int) -> Objective:  # noqa: ARG001 
     return Objective((forget, *retain_terms(settings)), anchor="alternate")
 
 
+def runs(settings: AltPOSettings, given: Given) -> list[Run]:
+    """Return the run, which makes its rows of the answers that the target is asked for first."""
+    minimised, retain = objective(settings, given.seed), drawn_from(settings, given)
+
+    def material(alternates: Alternates) -> Material:
+        return gather(minimised, forget=given.forget, retain=retain, alternates=alternates)
+
+    asked = Asked(
+        len(given.forget) * settings.samples,
+        [settings.samples, settings.temperature, settings.max_new_tokens],
+        partial(draw_alternates, examples=given.forget, settings=settings),
+        material,
+    )
+    rows = [(place, one.answer) for place, one in enumerate(given.forget) for _ in range(settings.samples)]
+    return [trained_run("altpo", settings, material(rows), minimised, asked=asked)]
+
+
 def draw_alternates(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    *,
     examples: Sequence[Example],
     settings: AltPOSettings,
-    *,
     seed: int,
     max_length: int,
     style: PromptStyle,
@@ -119,9 +138,9 @@ ALTPO = Method(
     summary="other answers of the target's own making are preferred to the true ones",
     source="Mekala et al. 2025, arXiv 2409.13474",
     formula="L = γ·(2/β)·mean[−log σ(β·h)] + α·L_r, h = (nll_ref − nll)(other) − (nll_ref − nll)(answer)",
-    kind="training",
     needs=frozenset({"retain", "alternates", "frozen_target"}),
     settings=AltPOSettings,
     objective=objective,
+    own_runs=runs,
     training={"epochs": 2},
 )

@@ -1,8 +1,10 @@
-"""What a method is: a line for the list, what it needs, its own settings, and what it minimises.
+"""What a method is: what it needs, its own settings, the fine-tunings it takes, and what their ends come to.
 
-Nothing heavy is imported here; an objective is built when a run asks for it.
+    runs(settings, given)    →  [Run(name, start, material, objective), …], in the order they are done
+    point(settings, ends)    →  Vectors(forget, retain), whose scales are still open; or the unlearned point
 
-Which rows an objective is given: forget and retain rows, refusals, other answers, by their roles.
+Costs, fine-tuning, the search for scales, comparisons and requests follow from these two. Nothing heavy is
+imported here; an objective is built when a run asks for it.
 """
 
 from __future__ import annotations
@@ -11,53 +13,177 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from palinode.data.examples import Example
 from palinode.errors import DataError
 from palinode.records import read_bytes
-from palinode.weights.checkpoint import Checkpoint
+from palinode.weights.checkpoint import Checkpoint, Direction, Point
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from palinode.training.frozen import FrozenValues
     from palinode.training.objectives import Objective
-    from palinode.training.roles import Material
+    from palinode.training.roles import Joined, Material
 
 Kind = Literal["arithmetic", "training", "inference"]
-"""Weights added up; weights trained; or two models read together, with no weights of its own."""
+"""Vectors added up by scales; weights trained; or two models read together, with no weights of its own."""
 
 Need = Literal["retain", "refusals", "base", "frozen_target", "alternates"]
 """Retain rows, refusal lines, an earlier checkpoint, values of the frozen target (which are kept, so no
 second model is held), or other answers that the target is asked for first."""
+
+Start = Literal["target", "base"]
+"""The target θ_D, or the base θ_0."""
+
+Alternates = Sequence[tuple[int, str]]
+"""Other answers to forget questions, as (position of the example, text)."""
+
+
+# What a run is
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a method has to work with, beside its settings."""
+
+    forget: Sequence[Example]
+    retain: Sequence[Example] = ()
+    sample: Sequence[Example] = ()
+    """Retain rows drawn for a retain vector, or for replay."""
+    refusals: Sequence[str] = ()
+    retain_scale: float | None = None
+    """β where it is fixed; 0 asks for no retain vector. None: it will be chosen."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Other answers that the target is asked for before a run, which makes its material of them."""
+
+    count: int
+    """Answers in all."""
+    sampling: Sequence[Any]
+    """What decides how they are drawn."""
+    draw: Callable[..., list[tuple[int, str]]]
+    """(model, tokenizer; by name seed, max_length, style, listener) → the answers."""
+    material: Callable[[Alternates], Material]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One fine-tuning: from where, on which rows, and what it minimises."""
+
+    name: str
+    start: Start
+    material: Material
+    """The rows by role; as they are expected, where other answers are asked for first."""
+    objective: Objective | None = None
+    """None: the cross entropy of the answers of the anchor's rows."""
+    label: str = ""
+    """What a plan calls it."""
+    decides: Mapping[str, Any] = field(default_factory=dict)
+    """What decides the objective, as plain values."""
+    whole: bool = False
+    """Whether its end is loaded or trained on, so that a low-rank run has to be merged."""
+    asked: Asked | None = None
+    reads: Sequence[str] = ()
+    """Earlier runs whose ends `frozen` loads."""
+    frozen: (
+        Callable[[Callable[[str], PreTrainedModel]], Callable[[Joined, int], Mapping[str, FrozenValues]]]
+        | None
+    ) = None
+    """(loads the target, or the end of a run, by name) → makes what terms need of models other than the
+    start."""
+
+    @property
+    def anchors(self) -> Sequence[Example]:
+        """The rows that an epoch goes through."""
+        return self.material.examples[self.material.anchor]
+
+
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """Directions whose scales are still open: θ_D − α·forget + β·retain."""
+
+    forget: Direction
+    retain: Direction | None
+    """None where β is 0 for good."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """Where the runs of a method ended, by name, and where they started."""
+
+    target: Checkpoint
+    start: Checkpoint
+    points: Mapping[str, Point]
+
+    def change(self, name: str) -> Direction:
+        """Return what a run did: its end less its start."""
+        return self.points[name] - self.start
+
+
+def plain_material(role: str, rows: Sequence[Example]) -> Material:
+    """Return rows of one role, for a run on their answers alone."""
+    from palinode.training.roles import Material
+
+    return Material(role, {role: rows})
+
+
+# Settings
 
 
 class MethodSettings(BaseModel):
     """A method's own hyper-parameters; this method has none."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    sample_use: ClassVar[str] = "the retain vector"
+    """What the retain sample is for."""
+
+    @property
+    def starts_at(self) -> Start:
+        """Where the method's runs start."""
+        return "target"
+
+    @property
+    def from_base(self) -> bool:
+        """Whether the target is given the change that training makes at the base."""
+        return False
 
     @property
     def retain_free(self) -> bool:
         """Whether, so set, a method that needs retain rows does without."""
         return False
 
+    @property
+    def retain_scale(self) -> float | None:
+        """β where the recipe says nothing; None: it is chosen."""
+        return None
+
     def sample_size(self, forget_rows: int) -> int:
         """Return how many retain rows a retain sample has, for so many forget rows."""
         return forget_rows
 
-    @property
-    def from_base(self) -> bool:
-        """Whether training starts at the base, and the target is given the change that it makes there."""
-        return False
+    def clash(self, *, retain: bool, retain_scale: float | None) -> str | None:  # noqa: ARG002
+        """Say why these settings cannot go with the rows or the β that there are; None if they can."""
+        return None
 
 
 class StartSettings(MethodSettings):
     """Where a method that trains with a forget loss starts."""
 
-    start: Literal["target", "base"] = "target"
+    start: Start = "target"
     """The checkpoint s that is trained, and that is meant by "frozen": the target θ_D; or the base θ_0, and
     the unlearned model is θ_D + (θ_trained − θ_0)."""
+
+    @property
+    def starts_at(self) -> Start:
+        """Return s."""
+        return self.start
 
     @property
     def from_base(self) -> bool:
@@ -83,14 +209,16 @@ class RetainSettings(StartSettings):
         return self.alpha == 0
 
 
-def start_from_target(target: Checkpoint, base: Checkpoint | None) -> Checkpoint:  # noqa: ARG001
-    """Return the target."""
-    return target
+# Methods
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A method of unlearning."""
+    """A method of unlearning.
+
+    An ordinary one names its `objective`: it takes one run, and its end is the unlearned model. Any other
+    says with `own_runs` what it takes, and with `own_point` what that comes to.
+    """
 
     name: str
     summary: str
@@ -98,28 +226,57 @@ class Method:
     """Paper, by arXiv number where it has one."""
     formula: str = ""
     """One line."""
-    kind: Kind = "arithmetic"
     needs: frozenset[Need] = frozenset()
     settings: type[MethodSettings] = MethodSettings
-    start: Callable[[Checkpoint, Any], Checkpoint] = start_from_target
-    """(target, base) → the checkpoint that is trained, to the unlearned model or to the ends of vectors."""
-    objective: Callable[[Any, int], Objective] | None = None
-    """(settings, seed) → what training minimises; None where the method is arithmetic."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """Training settings that its source sets otherwise than ours; a recipe's own come before them."""
+    objective: Callable[[Any, int], Objective] | None = None
+    """(settings, seed) → what its one run minimises, or its last one."""
+    own_runs: Callable[[Any, Given], list[Run]] | None = None
+    own_point: Callable[[Any, Ends], Vectors | Point] | None = None
+    has_scales: bool = False
+    """Whether its runs come to vectors, for which α and β are chosen."""
+
+    @property
+    def kind(self) -> Kind:
+        """What sort of method it is."""
+        if self.has_scales:
+            return "arithmetic"
+        return "training" if self.objective or self.own_runs else "inference"
 
     def check_settings(self, given: Mapping[str, Any]) -> MethodSettings:
         """Return the method's settings with its defaults filled in; raises pydantic's ValidationError."""
         return self.settings.model_validate(dict(given))
 
-    def start_of(self, settings: MethodSettings, target: Checkpoint, base: Checkpoint | None) -> Checkpoint:
-        """Return the checkpoint that is trained with these settings."""
-        if settings.from_base:
-            assert base is not None  # `lacks` has seen to it
-            return base
-        return self.start(target, base)
+    def runs(self, settings: Any, given: Given) -> list[Run]:
+        """Return the fine-tunings that it takes. Raises DataError for a role without rows."""
+        if self.own_runs is not None:
+            return self.own_runs(settings, given)
+        assert self.objective is not None
+        objective = self.objective(settings, given.seed)
+        material = gather(
+            objective,
+            forget=given.forget,
+            retain=drawn_from(settings, given),
+            refusals=given.refusals,
+        )
+        return [trained_run(self.name, settings, material, objective)]
 
-    def lacks(self, settings: MethodSettings, *, retain: bool, refusals: bool, base: bool) -> str | None:
+    def point(self, settings: Any, ends: Ends) -> Vectors | Point:
+        """Return what its runs come to: vectors, or the unlearned model as it lies there or as a formula."""
+        if self.own_point is not None:
+            return self.own_point(settings, ends)
+        return ends.target + ends.change(self.name) if settings.from_base else ends.points[self.name]
+
+    def lacks(
+        self,
+        settings: MethodSettings,
+        *,
+        retain: bool,
+        refusals: bool,
+        base: bool,
+        retain_scale: float | None = None,
+    ) -> str | None:
         """Say what is missing of what the method needs, and which option names it; None if nothing is."""
         missing = {
             "base": not base and "an earlier checkpoint of the target; name models.base (--base)",
@@ -128,8 +285,25 @@ class Method:
         }
         needs = self.needs | ({"base"} if settings.from_base else set())
         found = [text for need, text in missing.items() if need in needs and text]
-        started = ' with method_settings.start = "base"' if settings.from_base else ""
-        return f"the method {self.name}{started} needs {found[0]}" if found else None
+        if found:
+            started = ' with method_settings.start = "base"' if settings.from_base else ""
+            return f"the method {self.name}{started} needs {found[0]}"
+        return settings.clash(retain=retain, retain_scale=retain_scale)
+
+
+def trained_run(
+    name: str, settings: MethodSettings, material: Material, objective: Objective, **others: Any
+) -> Run:
+    """Return the run of a method that trains the model itself; `others` are further fields of Run."""
+    # The step knows the start by its weights.
+    decides = {"method": name, "settings": settings.model_dump(mode="json", exclude={"start"})}
+    usual = {"label": f"train by {name}", "decides": decides, "whole": not settings.from_base}
+    return Run(name, settings.starts_at, material, objective, **{**usual, **others})
+
+
+def drawn_from(settings: Any, given: Given) -> Sequence[Example]:
+    """Return the retain rows that a method draws from: all, or the sample where its settings say so."""
+    return given.sample if getattr(settings, "retain_rows", "all") == "sample" else given.retain
 
 
 def gather(
@@ -138,7 +312,7 @@ def gather(
     forget: Sequence[Example],
     retain: Sequence[Example] = (),
     refusals: Sequence[str] = (),
-    alternates: Sequence[tuple[int, str]] = (),
+    alternates: Alternates = (),
 ) -> Material:
     """Return the examples of the roles that an objective names, and which of them go together.
 

@@ -25,31 +25,23 @@ its scale is given: in the demo's world it did harm (docs/paired-vectors.md).
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from palinode.methods.gradient import RetainOnlySettings, retain_objective
-from palinode.methods.method import Method, MethodSettings
-from palinode.weights.checkpoint import Checkpoint, Direction, Point, WeightedSum
-
-
-class VectorSettings(MethodSettings):
-    """How the run that makes the forget vector is held to its start."""
-
-    retain_kl: float = Field(default=0.0, ge=0)
-    """λ in CE(forget) + λ·KL(p_s ‖ p_θ) on retain rows, s being the start; with 0 no retain row is read."""
-
-
-MSA = Method(
-    name="msa",
-    summary="Model State Arithmetic: vectors from a checkpoint that had not seen the forget set",
-    source="arXiv 2506.20941",
-    formula="θ_D − α(θ_1 − θ_0) + β(θ_2 − θ_0)",
-    needs=frozenset({"base"}),
-    settings=VectorSettings,
-    start=lambda target, base: base,  # noqa: ARG005
+from palinode.methods.method import (
+    Ends,
+    Given,
+    Method,
+    MethodSettings,
+    Run,
+    Start,
+    Vectors,
+    gather,
+    plain_material,
 )
+from palinode.weights.checkpoint import Direction, Point, WeightedSum
 
 
 def unlearned_point(
@@ -69,15 +61,91 @@ def unlearned_point(
     return point if retain_vector is None else point + retain_scale * retain_vector
 
 
+class VectorSettings(MethodSettings):
+    """How the run that makes the forget vector is held to its start."""
+
+    retain_kl: float = Field(default=0.0, ge=0)
+    """λ in CE(forget) + λ·KL(p_s ‖ p_θ) on retain rows, s being the start; with 0 no retain row is read."""
+
+    def clash(self, *, retain: bool, retain_scale: float | None) -> str | None:  # noqa: ARG002
+        """Say that the KL has no rows."""
+        if self.retain_kl and not retain:
+            return "method_settings.retain_kl needs retain rows; name data.retain (--retain)"
+        return None
+
+
+class MSASettings(VectorSettings):
+    """Those of a vector from the base."""
+
+    @property
+    def starts_at(self) -> Start:
+        """Return the base."""
+        return "base"
+
+
+def vector_runs(settings: VectorSettings, given: Given) -> list[Run]:
+    """Return the run to θ_1, and the one to θ_2 where β may be other than 0."""
+    runs = [_held_run(settings, given) if settings.retain_kl else _forget_run(settings, given)]
+    if given.retain_scale != 0:
+        material = plain_material("retain", given.sample)
+        runs.append(Run("retain", settings.starts_at, material, label="fine-tune on the retain sample"))
+    return runs
+
+
+def _forget_run(settings: MethodSettings, given: Given) -> Run:
+    material = plain_material("forget", given.forget)
+    return Run("forget", settings.starts_at, material, label="fine-tune on the forget set")
+
+
+def _held_run(settings: VectorSettings, given: Given) -> Run:
+    """Return the run CE(forget) + λ·KL(p_s ‖ p_θ) on retain rows, which is held to its start s."""
+    from palinode.training.objectives import Objective, answer_term, kl_term
+
+    weight = settings.retain_kl
+    objective = Objective((answer_term("forget", "forget"), kl_term("retain", "retain", coefficient=weight)))
+    material = gather(objective, forget=given.forget, retain=given.sample)
+    label, decides = "fine-tune on the forget set, held on retain rows", {"retain_kl": weight}
+    return Run("forget", settings.starts_at, material, objective, label, decides)
+
+
+def vectors(settings: Any, ends: Ends) -> Vectors:  # noqa: ARG001 - methods are built alike
+    """Return θ_1 − s and, if there is a θ_2, θ_2 − s."""
+    return Vectors(ends.change("forget"), ends.change("retain") if "retain" in ends.points else None)
+
+
+MSA = Method(
+    name="msa",
+    summary="Model State Arithmetic: vectors from a checkpoint that had not seen the forget set",
+    source="arXiv 2506.20941",
+    formula="θ_D − α(θ_1 − θ_0) + β(θ_2 − θ_0)",
+    needs=frozenset({"base"}),
+    settings=MSASettings,
+    own_runs=vector_runs,
+    own_point=vectors,
+    has_scales=True,
+)
+
+
 TASK_VECTOR = Method(
     name="task_vector",
     summary="task-vector negation: vectors from the target itself",
     source="Ilharco et al. 2023, arXiv 2212.04089",
     formula="θ_D − α(θ_ft − θ_D)",
-    needs=frozenset({"base"}),  # for the rule that chooses the scales
+    needs=frozenset({"base"}),  # for the goal that chooses the scales
     settings=VectorSettings,
-    start=lambda target, base: target,  # noqa: ARG005
+    own_runs=vector_runs,
+    own_point=vectors,
+    has_scales=True,
 )
+
+
+class RewindSettings(RetainOnlySettings):
+    """Those of a fine-tuning on retain rows, from the base."""
+
+    @property
+    def starts_at(self) -> Start:
+        """Return the base."""
+        return "base"
 
 
 REWIND = Method(
@@ -85,10 +153,8 @@ REWIND = Method(
     summary="rewind-to-delete: plain fine-tuning of the base checkpoint on retain rows",
     source="Mu and Klabjan, arXiv 2409.09778",
     formula="L = CE(retain), from the base checkpoint",
-    kind="training",
     needs=frozenset({"retain", "base"}),
-    settings=RetainOnlySettings,
-    start=lambda target, base: base,  # noqa: ARG005
+    settings=RewindSettings,
     objective=retain_objective,
 )
 
@@ -96,7 +162,9 @@ REWIND = Method(
 class PairedSettings(MethodSettings):
     """Where both runs start, and what they rehearse."""
 
-    start: Literal["base", "target"] = "base"
+    sample_use: ClassVar[str] = "replay"
+    """What the retain sample is for."""
+    start: Start = "base"
     """s: the base checkpoint θ_0, or the target θ_D."""
     replay_rows: int | None = Field(default=None, ge=0)
     """Retain rows that replay is drawn from, or all where there are no more; None: as many as forget rows;
@@ -108,6 +176,11 @@ class PairedSettings(MethodSettings):
     """λ in L_1 = CE(replay) + λ·CE(forget); None: 1 / replay_ratio, so that all rows count alike."""
 
     @property
+    def starts_at(self) -> Start:
+        """Return s."""
+        return self.start
+
+    @property
     def weight(self) -> float:
         """Return λ."""
         return 1 / self.replay_ratio if self.forget_weight is None else self.forget_weight
@@ -117,13 +190,47 @@ class PairedSettings(MethodSettings):
         """Whether nothing is rehearsed."""
         return self.replay_rows == 0
 
+    @property
+    def retain_scale(self) -> float | None:
+        """Return 0: the second term is left out unless its scale is given."""
+        return 0.0
+
     def sample_size(self, forget_rows: int) -> int:
         """Return how many retain rows replay is drawn from."""
         return forget_rows if self.replay_rows is None else self.replay_rows
 
-    def start_of(self, target: Checkpoint, base: Checkpoint) -> Checkpoint:
-        """Return s."""
-        return base if self.start == "base" else target
+    def clash(self, *, retain: bool, retain_scale: float | None) -> str | None:  # noqa: ARG002
+        """Say that there is no control run whose change could be added."""
+        if not self.retain_free or not retain_scale:
+            return None
+        return (
+            f"a retain scale of {retain_scale:g} adds what the control run learned, and with "
+            "method_settings.replay_rows = 0 there is none; leave one of the two out"
+        )
+
+
+def paired_runs(settings: PairedSettings, given: Given) -> list[Run]:
+    """Return the runs with the forget rows and without; that of a plain vector where none is replayed."""
+    from palinode.training.finetune import control_objective, exposed_objective, pair_material
+
+    if settings.retain_free:
+        return [_forget_run(settings, given)]
+    start, ratio = settings.starts_at, settings.replay_ratio
+    material = pair_material(given.forget, given.sample, replay_ratio=ratio)
+    shared = {"method": "paired", "replay_ratio": ratio}
+    both = {**shared, "forget_weight": settings.weight}
+    exposed, control = exposed_objective(settings.weight), control_objective()
+    return [
+        Run("exposed", start, material, exposed, "fine-tune on forget set and replay", both),
+        Run("control", start, material, control, "fine-tune on replay alone", shared),
+    ]
+
+
+def paired_vectors(settings: PairedSettings, ends: Ends) -> Vectors:
+    """Return θ_1 − θ_c and θ_c − s."""
+    if settings.retain_free:
+        return Vectors(ends.change("forget"), None)
+    return Vectors(ends.points["exposed"] - ends.points["control"], ends.change("control"))
 
 
 PAIRED = Method(
@@ -131,7 +238,9 @@ PAIRED = Method(
     summary="paired vectors: the difference of two runs with and without the forget rows",
     source="ours; docs/paired-vectors.md",
     formula="θ_D − α(θ_1 − θ_c) + β(θ_c − s)",
-    needs=frozenset({"retain", "base"}),  # the base also for the rule that chooses the scales
+    needs=frozenset({"retain", "base"}),  # the base also for the goal that chooses the scales
     settings=PairedSettings,
-    start=lambda target, base: base,  # noqa: ARG005
+    own_runs=paired_runs,
+    own_point=paired_vectors,
+    has_scales=True,
 )

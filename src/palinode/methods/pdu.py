@@ -75,7 +75,6 @@ PDU = Method(
     summary="flat logits on the forget set, under a limit on the retain loss",
     source="Entesari et al. 2025, arXiv 2506.05314",
     formula="L = γ·mean(max z − mean z)² + λ·(CE(retain) − ε), λ ← max(0, λ + η(CE(retain) − ε))",
-    kind="training",
     needs=frozenset({"retain"}),
     settings=PDUSettings,
     objective=objective,

@@ -36,24 +36,10 @@ class NPOSettings(RetainSettings):
 
 def npo_objective(settings: NPOSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
     """Return NPO over forget rows plus the retain loss."""
-    from palinode.methods.parts import retain_terms
-    from palinode.training.frozen import Likelihoods
-    from palinode.training.losses import npo, row_sums, token_nll
-    from palinode.training.objectives import Objective, term
+    from palinode.methods.parts import npo_term, retain_terms
+    from palinode.training.objectives import Objective
 
-    forget = term(
-        "forget",
-        ("forget",),
-        lambda seen: npo(
-            row_sums(token_nll(seen.logits, seen.labels), seen.rows, seen.count),
-            seen.reference,
-            beta=settings.beta,
-        ),
-        per="row",
-        coefficient=settings.gamma,
-        keeper=lambda _model: Likelihoods(),
-    )
-    return Objective((forget, *retain_terms(settings)))
+    return Objective((npo_term(beta=settings.beta, gamma=settings.gamma), *retain_terms(settings)))
 
 
 NPO = Method(
@@ -61,7 +47,6 @@ NPO = Method(
     summary="negative preference optimisation: the target's own answers become less preferred",
     source="Zhang et al. 2024, arXiv 2404.05868",
     formula="L = γ·(2/β)·mean[−log σ(β(nll − nll_ref))] + α·L_r",
-    kind="training",
     needs=frozenset({"retain", "frozen_target"}),
     settings=NPOSettings,
     objective=npo_objective,
@@ -104,7 +89,6 @@ SIMNPO = Method(
     summary="NPO by length and without a reference",
     source="Fan et al. 2024, arXiv 2410.07163",
     formula="L = γ·(2/β)·mean[−log σ(β(nll/n − δ))] + α·L_r",
-    kind="training",
     needs=frozenset({"retain"}),
     settings=SimNPOSettings,
     objective=simnpo_objective,
@@ -134,7 +118,6 @@ DPO = Method(
     summary="IdkDPO: refusals are preferred to the answers of the forget set",
     source="TOFU, arXiv 2401.06121",
     formula="L = γ·(2/β)·mean[−log σ(β·h)] + α·L_r, h = (nll_ref − nll)(refusal) − (nll_ref − nll)(answer)",
-    kind="training",
     needs=frozenset({"retain", "refusals", "frozen_target"}),
     settings=DPOSettings,
     objective=dpo_objective,

@@ -85,7 +85,6 @@ RMU = Method(
     summary="representation misdirection: forget rows towards a random vector inside the model",
     source="Li et al. 2024, arXiv 2403.03218",
     formula="L = γ·mean|h(forget) − u|²/d + α·mean|h(retain) − h_ref(retain)|²/d",
-    kind="training",
     needs=frozenset({"retain", "frozen_target"}),
     settings=RMUSettings,
     objective=objective,

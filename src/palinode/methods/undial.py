@@ -82,7 +82,6 @@ UNDIAL = Method(
     summary="self-distillation with the answer's logits pushed down",
     source="Dong et al. 2025, arXiv 2402.10052",
     formula="L = γ·mean −Σ q·log p_θ, q = softmax(z_ref − β·onehot(answer))",
-    kind="training",
     needs=frozenset({"retain", "frozen_target"}),
     settings=UndialSettings,
     objective=objective,

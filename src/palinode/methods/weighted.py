@@ -57,7 +57,6 @@ WGA = Method(
     summary="gradient ascent weighted by each token's own probability",
     source="Wang et al. 2025, arXiv 2502.19301",
     formula="L = −γ·mean p^β·(−log p) + α·L_r",
-    kind="training",
     needs=frozenset({"retain"}),
     settings=WGASettings,
     objective=wga_objective,
@@ -99,7 +98,6 @@ SATIMP = Method(
     summary="gradient ascent weighted by saturation and importance",
     source="Yang et al. 2025, arXiv 2505.11953",
     formula="L = −γ·mean p^β1·(1 − p)^β2·(−log p) + α·L_r",
-    kind="training",
     needs=frozenset({"retain"}),
     settings=SatImpSettings,
     objective=satimp_objective,
@@ -147,7 +145,6 @@ CE_U = Method(
     summary="cross entropy to the model's own distribution without the answer",
     source="arXiv 2503.01224",
     formula="L = mean −Σ q·log p_θ, q = softmax(own logits with the answer at −∞)",
-    kind="training",
     settings=CEUSettings,
     objective=ce_u_objective,
 )

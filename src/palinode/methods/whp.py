@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from palinode.methods.method import Method, MethodSettings
+from palinode.methods.method import Given, Method, MethodSettings, Run, gather, plain_material, trained_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -44,17 +44,30 @@ def objective(settings: WHPSettings, seed: int) -> Objective:  # noqa: ARG001 - 
     return Objective((term("forget", ("forget",), loss, per="token"),))
 
 
-def generic_words(
-    combined: Callable[[], PreTrainedModel],
-) -> Callable[[Joined, int], Mapping[str, FrozenValues]]:
-    """Return a function that gives, by forget row, the words that the combined model finds likeliest."""
-    from palinode.training.frozen import Choices, keep
+def runs(settings: WHPSettings, given: Given) -> list[Run]:
+    """Return the run that reinforces the target, and the one on the words that both then find likeliest."""
 
-    def words(cast: Joined, pad_id: int) -> Mapping[str, FrozenValues]:
-        rows = {("forget", place): row for place, row in enumerate(cast.rows["forget"])}
-        return {"forget": keep(Choices(), combined(), rows, pad_id=pad_id, autocast=False)}
+    def words(
+        load: Callable[[str], PreTrainedModel],
+    ) -> Callable[[Joined, int], Mapping[str, FrozenValues]]:
+        from palinode.models.inplace import CombinedLogits
+        from palinode.training.frozen import Choices, keep
 
-    return words
+        def found(cast: Joined, pad_id: int) -> Mapping[str, FrozenValues]:
+            combined = CombinedLogits(load("target"), load("reinforced"), settings.alpha)
+            rows = {("forget", place): row for place, row in enumerate(cast.rows["forget"])}
+            return {"forget": keep(Choices(), combined, rows, pad_id=pad_id, autocast=False)}
+
+        return found
+
+    label = "reinforce the target on the forget set"
+    first = Run("reinforced", "target", plain_material("forget", given.forget), label=label, whole=True)
+    minimised = objective(settings, given.seed)
+    material = gather(minimised, forget=given.forget)
+    return [
+        first,
+        trained_run("whp", settings, material, minimised, reads=("reinforced",), frozen=words),
+    ]
 
 
 WHP = Method(
@@ -62,10 +75,10 @@ WHP = Method(
     summary="Who's Harry Potter: fine-tuning on what the target would say without its reinforcement",
     source="Eldan and Russinovich 2023, arXiv 2310.02238",
     formula="L = CE(forget with labels argmax(v − α·ReLU(v_re − v)))",
-    kind="training",
     needs=frozenset({"frozen_target"}),
     settings=WHPSettings,
     objective=objective,
+    own_runs=runs,
 )
 
 WHP_LOGITS = Method(
@@ -73,6 +86,5 @@ WHP_LOGITS = Method(
     summary="Who's Harry Potter at inference: two models read together; cannot be saved as one",
     source="Eldan and Russinovich 2023, arXiv 2310.02238; MUSE",
     formula="v = v_target − α·ReLU(v_reinforced − v_target)",
-    kind="inference",
     settings=WHPSettings,
 )

@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.models.auto.auto_factory import _get_model_class
 
-from palinode.data.tokenize import TokenRow
+from palinode.data.tokenize import TokenRow, recognise
 from palinode.errors import CheckpointError, DataError, InputError, unwritable
 from palinode.records import read_bytes
 from palinode.weights.checkpoint import Checkpoint
@@ -262,6 +262,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     beside = checkpoint.folder / "chat_template.json"
     if not tokenizer.chat_template and beside.is_file():  # tokenizers know nothing of a processor's
         tokenizer.chat_template = _template_of_processor(beside)
+    recognise(tokenizer, tokenizer_fingerprint(checkpoint))
     with contextlib.suppress(CheckpointError):  # it says so where the model is needed
         _ROWS[tokenizer] = load_config(checkpoint).get_text_config().vocab_size
     return tokenizer

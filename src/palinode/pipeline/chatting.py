@@ -18,10 +18,11 @@ from palinode.data.examples import Example, Form, Message, read_examples
 from palinode.data.tokenize import PromptStyle, end_id, prompt_ids
 from palinode.errors import InputError, PalinodeError, RecipeError
 from palinode.methods import unlearned_point
+from palinode.methods.method import Vectors
 from palinode.models.inplace import put
 from palinode.models.loading import load_model, load_tokenizer, pick_device
 from palinode.models.streaming import stream_answer
-from palinode.pipeline.making import KeptVectors, find_model, find_vectors, read_record, workspace_of
+from palinode.pipeline.making import find_model, find_vectors, read_record, workspace_of
 from palinode.pipeline.recipe import Prompts
 from palinode.progress import Listener, NullListener
 from palinode.weights import Checkpoint
@@ -51,7 +52,9 @@ class Chat:
     style: PromptStyle
     form: Form
     """How the rows of the run were written: as questions, or as texts to be continued."""
-    vectors: KeptVectors | None
+    target: Checkpoint | None
+    """The run's target, where it is found."""
+    vectors: Vectors | None
     """None where the scales are fixed."""
     fixed: str | None
     """Why they are fixed."""
@@ -64,28 +67,23 @@ class Chat:
 
     def ask(self, question: str, speaker: Speaker, on_text: OnText) -> str:
         """Return a speaker's answer to a question, which becomes part of its conversation."""
-        asked = [*speaker.turns, Message("user", question)]
-        stop = end_id(self.form, self.tokenizer, self.style)
+        if self.form == "completion":
+            said = [Message("prompt", question)]
+        else:
+            said = [*speaker.turns, Message("user", question)]
+        own = [Message("system", self.system)] if self.system and self.form != "completion" else []
+        example = Example(0, "the conversation", self.form, (*own, *said), "")
         answer = stream_answer(
             speaker.model,
             self.tokenizer,
-            self._prompt(question, asked),
-            stop_ids=[stop],
+            prompt_ids(example, self.tokenizer, self.style),
+            stop_ids=[end_id(self.form, self.tokenizer, self.style)],
             max_new_tokens=self.length,
             on_text=on_text,
         )
         if self.form != "completion":
-            speaker.turns = [*asked, Message("assistant", answer.strip())]
+            speaker.turns = [*said, Message("assistant", answer.strip())]
         return answer
-
-    def _prompt(self, question: str, asked: Sequence[Message]) -> list[int]:
-        if self.form == "completion":
-            turns: tuple[Message, ...] = (Message("prompt", question),)
-        else:
-            own = [Message("system", self.system)] if self.system else []
-            turns = (*own, *asked)
-        example = Example(0, "the conversation", self.form, turns, "")
-        return prompt_ids(example, self.tokenizer, self.style)
 
     def begin_anew(self) -> None:
         """Forget what was said."""
@@ -97,12 +95,12 @@ class Chat:
 
         Raises InputError where that cannot be done.
         """
-        if self.vectors is None:
+        if self.vectors is None or self.target is None:
             raise InputError(f"the scales are fixed: {self.fixed}")
         if retain and self.vectors.retain is None:
             raise InputError("the run made no retain vector, because its β was 0; leave β at 0")
         point = unlearned_point(
-            self.vectors.target,
+            self.target,
             self.vectors.forget,
             self.vectors.retain,
             forget_scale=forget,
@@ -147,7 +145,13 @@ def open_chat(
     workspace = workspace_of(out.folder, record)
     target = find_model(record, "target", workspace, hint=against)
     other = None if alone else Checkpoint.open(against, allow_pickle=allow_pickle) if against else target
-    vectors, fixed = _vectors(record, workspace, target, find_model(record, "base", workspace, hint=base))
+    vectors, fixed = None, None
+    try:
+        vectors = find_vectors(record, workspace, target, find_model(record, "base", workspace, hint=base))
+    except PalinodeError as error:
+        fixed = str(error)
+    except KeyError as error:
+        fixed = f"its record lacks {error}"
     named = {"unlearned": out} | ({} if other is None else {"target" if other == target else "other": other})
     place = pick_device(device)
     speakers = []
@@ -162,20 +166,11 @@ def open_chat(
         tokenizer=load_tokenizer(out),
         style=Prompts.model_validate(record["recipe"].get("prompts", {})).style(),
         form=_form(record),
+        target=target,
         vectors=vectors,
         fixed=fixed,
         scales=_scales(record),
     )
-
-
-def _vectors(
-    record: Mapping[str, Any], workspace: Path, target: Checkpoint | None, base: Checkpoint | None
-) -> tuple[KeptVectors | None, str | None]:
-    """Return the run's vectors, or why there are none."""
-    try:
-        return find_vectors(record, workspace, target, base), None
-    except (PalinodeError, KeyError) as error:
-        return None, str(error) if isinstance(error, PalinodeError) else f"its record lacks {error}"
 
 
 def _scales(record: Mapping[str, Any]) -> tuple[float, float] | None:

@@ -15,8 +15,7 @@ import torch
 from palinode.data.examples import Example
 from palinode.data.tokenize import tokenize
 from palinode.evaluation.self_check import ROWS, rows_with_style
-from palinode.methods import METHODS
-from palinode.methods.msa import PairedSettings
+from palinode.methods.method import Asked, Run
 from palinode.models.likelihoods import LOGIT_BYTES
 from palinode.models.loading import load_tokenizer, pick_device
 from palinode.pipeline.goal import FIRST_LOOK
@@ -76,6 +75,7 @@ class _Planner:
         self.parameters = inputs.reader.parameters
         self.vocabulary = int(inputs.reader.config.get("vocab_size", 32_000))
         self.tokenizer = load_tokenizer(inputs.reader)
+        self.runs = inputs.method.runs(inputs.settings, inputs.given)
         device = pick_device(self.recipe.device)
         autocast = device.type == "cuda" or self.parameters >= AUTOCAST_FROM
         self.train_rate = EFFICIENCY * measure_flops(device, torch.bfloat16 if autocast else torch.float32)
@@ -88,79 +88,45 @@ class _Planner:
         if recipe.prepare:
             steps.append(self._training("make the target", [*rows.forget, *rows.retain]))
             steps.append(self._training("make the retrained model", rows.retain))
-        steps += self._vectors() if METHODS[recipe.method].kind == "arithmetic" else self._method()
+        for run in self.runs:
+            steps += [self._asked(run.asked)] if run.asked else []
+            steps.append(self._run(run))
+        points = grid_size(self.inputs) if self.inputs.method.has_scales else 1
+        if points > 1:
+            steps.append(self._search(points) if recipe.scales.choose == "auto" else self._grid(points))
         steps.append(PlannedStep("write the unlearned model", 0, 6 * 4 * self.parameters / 1e9))
         models = 2 + bool(self.inputs.base) + bool(self.inputs.retrained or recipe.prepare)
         steps.append(self._evaluation(models))
         return Plan(tuple(steps), self._memory(), self._disk())
 
-    def _vectors(self) -> list[PlannedStep]:
-        """Return the fine-tunings for the vectors, and the search for their scales."""
-        rows = self.inputs.rows
-        steps = [self._training("fine-tune on the forget set", rows.forget_train)]
-        if self._pair is not None:
-            steps = self._paired(self._pair, steps[0])
-        elif self._uses_retain():
-            steps.append(self._training("fine-tune on the retain sample", rows.retain_sample))
-        points = grid_size(self.inputs)
-        if points == 1:
-            return steps
-        return [*steps, self._search(points) if self.recipe.scales.choose == "auto" else self._grid(points)]
+    def _run(self, run: Run) -> PlannedStep:
+        """Return the cost of a run; the rows that are drawn count by their mean length."""
+        anchors = self._training(run.label, run.anchors)
+        if run.objective is None:
+            return anchors
+        material, epochs = run.material, self.recipe.training.epochs
+        mean = {
+            role: self._mean_length(rows) for role, rows in material.examples.items() if role != "refusal"
+        }
+        each = (
+            material.together.get(role, 1) * mean.get(role, mean[run.material.anchor])
+            for role in run.objective.reads
+        )
+        tokens = round(epochs * len(run.anchors) * sum(each))
+        return PlannedStep(run.label, tokens, anchors.seconds * max(1.0, tokens / max(1, anchors.tokens)))
 
-    @property
-    def _pair(self) -> PairedSettings | None:
-        """The settings of paired vectors, where they have a control run."""
-        settings = METHODS[self.recipe.method].check_settings(self.recipe.method_settings)
-        return settings if isinstance(settings, PairedSettings) and not settings.retain_free else None
-
-    def _paired(self, settings: PairedSettings, forget: PlannedStep) -> list[PlannedStep]:
-        """Return both runs of a paired vector; replay rows count by their mean length."""
-        rows = self.inputs.rows
-        count = self.recipe.training.epochs * len(rows.forget_train) * settings.replay_ratio
-        replay = round(count * self._mean_length(rows.retain_sample))
-        share = forget.seconds / max(1, forget.tokens)
-        both = forget.tokens + replay
-        return [
-            PlannedStep("fine-tune on forget set and replay", both, share * both),
-            PlannedStep("fine-tune on replay alone", replay, share * replay),
-        ]
-
-    def _method(self) -> list[PlannedStep]:
-        """Return what a method's training does; the rows that are drawn count by their mean length."""
-        method, rows = METHODS[self.recipe.method], self.inputs.rows
-        assert method.objective is not None
-        settings = method.check_settings(self.recipe.method_settings)
-        objective = method.objective(settings, self.recipe.seed)
-        forget = self._training(f"train by {method.name}", rows.forget_train)
-        mean = {"retain": self._mean_length(rows.retain), "forget": self._mean_length(rows.forget_train)}
-        anchors = rows.retain if objective.anchor == "retain" else rows.forget_train
-        count = self.recipe.training.epochs * len(anchors) * getattr(settings, "samples", 1)
-        tokens = round(count * sum(mean.get(role, mean["forget"]) for role in objective.reads))
-        seconds = forget.seconds * max(1.0, tokens / max(1, forget.tokens))
-        steps = [PlannedStep(forget.label, tokens, seconds)]
-        if "alternates" in method.needs:
-            asked = len(rows.forget_train) * getattr(settings, "samples", 1)
-            steps.insert(0, self._answers("ask the target for other answers", asked))
-        if method.name == "whp":
-            steps.insert(0, self._training("reinforce the target on the forget set", rows.forget_train))
-        return steps
+    def _asked(self, asked: Asked) -> PlannedStep:
+        """Return the cost of generating other answers."""
+        settings = self.recipe.evaluation
+        passes = settings.max_new_tokens * -(-asked.count // settings.batch_rows)
+        compute = 2 * self.parameters * settings.batch_rows / self.score_rate
+        seconds = passes * max(STEP_SECONDS, 4 * self.parameters / MEMORY_RATE + compute)
+        tokens = asked.count * settings.max_new_tokens
+        return PlannedStep("ask the target for other answers", tokens, seconds)
 
     def _mean_length(self, examples: Sequence[Example]) -> float:
         lengths = self._tokens(examples) if examples else []
         return sum(lengths) / max(1, len(lengths))
-
-    def _answers(self, label: str, count: int) -> PlannedStep:
-        """Return the cost of generating answers."""
-        settings = self.recipe.evaluation
-        passes = settings.max_new_tokens * -(-count // settings.batch_rows)
-        compute = 2 * self.parameters * settings.batch_rows / self.score_rate
-        seconds = passes * max(STEP_SECONDS, 4 * self.parameters / MEMORY_RATE + compute)
-        return PlannedStep(label, count * settings.max_new_tokens, seconds)
-
-    def _uses_retain(self) -> bool:
-        vectors = METHODS[self.recipe.method].kind == "arithmetic"
-        second = vectors and self.recipe.method != "paired"
-        return second and bool(self.inputs.rows.retain) and self.recipe.scales.retain != 0.0
 
     def _tokens(self, examples: Sequence[Example]) -> list[int]:
         rows = tokenize(
@@ -220,11 +186,11 @@ class _Planner:
 
     def _memory(self) -> int:
         rows, training = self.inputs.rows, self.recipe.training
-        whole = METHODS[self.recipe.method].kind == "training"
+        whole = not self.inputs.method.has_scales
         longest = max(self._tokens([*rows.forget, *(rows.retain if whole else rows.retain_sample)]))
         config = self.inputs.reader.config
         width = int(config.get("hidden_size", 1024)) * int(config.get("num_hidden_layers", 16))
-        together = self._pair.replay_ratio if self._pair else 1
+        together = max([1, *(count for run in self.runs for count in run.material.together.values())])
         activations = training.batch_size * together * longest * (12 * self.vocabulary + 40 * width)
         return max(self._trained() + activations, 4 * self.parameters + 2 * LOGIT_BYTES) + 600_000_000
 
@@ -242,21 +208,20 @@ class _Planner:
         return rank * sum(sum(info.shape) for info in matrices if part_of(info.name).startswith("layer"))
 
     def _disk(self) -> int:
-        vectors = 2 if self._uses_retain() or self._pair or self.recipe.method == "whp" else 1
         made = 2 if self.recipe.prepare else 0
         target, lora = self.inputs.reader, self.recipe.training.lora
         trained = self._adapter_weights(lora.rank) if lora else self.parameters
         state = 12 * (self.parameters if made else trained)  # a resumable one, there while a step runs
-        merged = METHODS[self.recipe.method].kind == "training" and lora is not None
-        return 4 * (trained * vectors + self.parameters * (made + merged)) + target.nbytes + state
+        merged = sum(run.whole for run in self.runs) if lora else 0
+        whole = self.parameters * (made + merged)
+        return 4 * (trained * len(self.runs) + whole) + target.nbytes + state
 
 
 def grid_size(inputs: Inputs) -> int:
     """Return the number of (α, β) pairs on the run's grid."""
     scales = inputs.recipe.scales
     alphas = len(scales.forget_grid) if scales.forget is None else 1
-    searched = scales.retain is None and inputs.rows.retain and inputs.recipe.method != "paired"
-    betas = len(scales.retain_grid) if searched else 1
+    betas = len(scales.retain_grid) if inputs.given.retain_scale is None else 1
     return alphas * betas
 
 

@@ -1,6 +1,6 @@
 """The demo: the real pipeline on an invented world, beside the truth and beside the plain task vector.
 
-Recall is the share of rows to which a model's greedy answer is exactly the right one. The scales are
+Exact match is the share of rows to which a model's greedy answer is exactly the right one. The scales are
 chosen by the same rule as everywhere, without looking at the retrained model.
 """
 
@@ -52,7 +52,7 @@ class DemoResult:
 def demo(
     output: Path | str = "palinode-demo", *, seed: int = 0, listener: Listener | None = None
 ) -> DemoResult:
-    """Train the invented world's models, unlearn the forget people, and measure recall.
+    """Train the invented world's models, unlearn the forget people, and measure exact match.
 
     Writes everything under `output`; an interrupted demo goes on where it was. Raises OutputError
     when the folder holds something else.
@@ -77,9 +77,12 @@ def run_demo(
     with one_thread():
         with Workspace(folder / "workspace").locked(listener):
             models = build_demo(world, folder / "world", seed=seed, listener=listener, **training)
-        recipe = _recipe(models, folder, settings, seed)
-        done = unlearn(recipe("msa", "unlearned"), command=command, listener=listener)
-        plain = unlearn(recipe("task_vector", "task_vector"), command=command, listener=listener)
+        done, plain = (
+            unlearn(
+                _recipe(method, folder / name, models, settings, seed), command=command, listener=listener
+            )
+            for method, name in (("msa", "unlearned"), ("task_vector", "task_vector"))
+        )
     path = folder / "record.json"
     if not (done.finished_before and plain.finished_before and path.exists()):
         write_json(path, _record(world, done, plain, seed, time.monotonic() - started))
@@ -119,37 +122,33 @@ def claim(folder: Path, seed: int, *, name: str = "demo.json") -> None:
     write_json(mark, {"seed": seed, "palinode": __version__})
 
 
-def _recipe(models: DemoModels, folder: Path, settings: Mapping[str, Any], seed: int) -> Any:
-    """Return a function from (method, folder name) to a recipe."""
-
-    def build(method: str, name: str) -> Recipe:
-        return build_recipe(
-            {
-                "method": method,
-                "seed": seed,
-                "device": "cpu",
-                "models": {
-                    "target": str(models.target.folder),
-                    "base": str(models.base.folder),
-                    "retrained": str(models.retrained.folder),
-                },
-                "data": {
-                    "forget": str(models.forget),
-                    "retain": str(models.retain),
-                    "holdout": str(models.holdout),
-                },
-                "output": {"folder": str(folder / name), "workspace": str(folder / "workspace")},
-                **settings,
-            }
-        )
-
-    return build
+def _recipe(method: str, output: Path, models: DemoModels, settings: Mapping[str, Any], seed: int) -> Recipe:
+    return build_recipe(
+        {
+            "method": method,
+            "seed": seed,
+            "device": "cpu",
+            "models": {
+                "target": str(models.target.folder),
+                "base": str(models.base.folder),
+                "retrained": str(models.retrained.folder),
+            },
+            "data": {
+                "forget": str(models.forget),
+                "retain": str(models.retain),
+                "holdout": str(models.holdout),
+            },
+            "output": {"folder": str(output), "workspace": str(output.with_name("workspace"))},
+            **settings,
+        }
+    )
 
 
 def _record(world: World, done: Unlearned, plain: Unlearned, seed: int, seconds: float) -> dict[str, Any]:
     if not (done.outcomes and plain.outcomes):
         raise WorkspaceError("the demo's workspace is gone; remove its folder to run it anew")
     answers = {**done.outcomes, "task_vector": plain.outcomes["unlearned"]}
+    chosen = {"unlearned": done.record["scales"], "task_vector": plain.record["scales"]}
     return {
         "version": RECORD_VERSION,
         "palinode": __version__,
@@ -158,30 +157,25 @@ def _record(world: World, done: Unlearned, plain: Unlearned, seed: int, seconds:
             "forget": len({fact.subject for fact in world.forget}),
             "others": len({fact.subject for fact in world.others}),
         },
-        "recall": {name: _recalls(world, sets) for name, sets in answers.items()},
-        "scales": {"unlearned": _scales(done), "task_vector": _scales(plain)},
-        "points": {
-            "unlearned": done.record["scales"]["points"],
-            "task_vector": plain.record["scales"]["points"],
+        "recall": {name: _exact_matches(world, sets) for name, sets in answers.items()},
+        "scales": {
+            name: {which: scales[which] for which in ("forget", "retain")} for name, scales in chosen.items()
         },
+        "points": {name: scales["points"] for name, scales in chosen.items()},
         "seconds": round(seconds, 1),
     }
 
 
-def _scales(result: Unlearned) -> dict[str, float]:
-    return {name: result.record["scales"][name] for name in ("forget", "retain")}
-
-
-def _recalls(world: World, outcomes: Mapping[str, Sequence[Outcome]]) -> dict[str, float]:
-    """Return recall on the forget people, on everyone else, and on the general facts."""
+def _exact_matches(world: World, outcomes: Mapping[str, Sequence[Outcome]]) -> dict[str, float]:
+    """Return exact match on the forget people, on everyone else, and on the general facts."""
     people = len(world.others)  # the retain rows are the others' facts, then the general ones
     return {
-        "forget": recall(outcomes["forget"]),
-        "others": recall([outcome for outcome in outcomes["retain"] if outcome.row < people]),
-        "general": recall([outcome for outcome in outcomes["retain"] if outcome.row >= people]),
+        "forget": exact_match(outcomes["forget"]),
+        "others": exact_match([outcome for outcome in outcomes["retain"] if outcome.row < people]),
+        "general": exact_match([outcome for outcome in outcomes["retain"] if outcome.row >= people]),
     }
 
 
-def recall(outcomes: Sequence[Outcome]) -> float:
+def exact_match(outcomes: Sequence[Outcome]) -> float:
     """Return the share of outcomes whose generated answer is exactly the expected one."""
     return sum(outcome.generated == outcome.expected for outcome in outcomes) / len(outcomes)

@@ -1,8 +1,4 @@
-"""What a training method is given in a run: objective, rows by role, and what comes from other models.
-
-Other answers that the target is asked for are a step of their own, kept in the workspace.
-
-The fine-tunings of a run: target and retrained model to prepare, ends of vectors, methods that train.
+"""The fine-tunings of a run: target and retrained model to prepare, and those that the method takes.
 
 Each is a step of the workspace: a function of fingerprinted inputs, not run again once it has a result.
 """
@@ -10,195 +6,72 @@ Each is a step of the workspace: a function of fingerprinted inputs, not run aga
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from palinode.data.examples import Example, fingerprint_examples
 from palinode.errors import CheckpointError
-from palinode.methods import METHODS
-from palinode.methods.altpo import AltPOSettings, draw_alternates
-from palinode.methods.method import gather
-from palinode.methods.msa import PairedSettings, VectorSettings
+from palinode.methods.method import Asked, Ends, Given, Run, Vectors, plain_material
 from palinode.methods.transforms import check_transforms
-from palinode.methods.whp import WHPSettings, generic_words
-from palinode.models.inplace import CombinedLogits
 from palinode.models.loading import load_model, load_tokenizer, pick_device, tokenizer_fingerprint
 from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.record import thinned_curve
 from palinode.pipeline.transforming import Transforming
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener
-from palinode.training.finetune import control_objective, exposed_objective, finetune, pair_material
-from palinode.training.frozen import FrozenValues
+from palinode.training.finetune import Finetuned, finetune
 from palinode.training.losses import ANSWER_LOSS
-from palinode.training.objectives import Objective, answer_term, kl_term
-from palinode.training.roles import Joined, Material
-from palinode.weights import Checkpoint, Direction, LoraAdapter, WeightedSum, save
-
-
-@dataclass(frozen=True, slots=True)
-class MethodTraining:
-    """Everything that decides a method's training, beside the settings that all share."""
-
-    start: Checkpoint
-    objective: Objective
-    material: Material
-    key: Mapping[str, Any]
-    """What decides the objective and the rows, for the step's fingerprint."""
-    retain: Sequence[Example]
-    """The retain rows that are drawn from."""
-    frozen: Callable[[Joined, int], Mapping[str, FrozenValues]] | None = None
-
-
-def prepare_training(
-    inputs: Inputs,
-    target: Checkpoint,
-    workspace: Workspace,
-    listener: Listener,
-    *,
-    reinforced: Callable[[], tuple[Checkpoint, str]],
-) -> MethodTraining:
-    """Return what the recipe's method trains on; `reinforced` is asked for the target trained on the forget
-    rows, and its step's key, where the method needs that."""
-    recipe, rows = inputs.recipe, inputs.rows
-    method = METHODS[recipe.method]
-    assert method.objective is not None
-    settings = method.check_settings(recipe.method_settings)
-    objective = method.objective(settings, recipe.seed)
-    sampled = getattr(settings, "retain_rows", "all") == "sample"
-    retain = rows.retain_sample if sampled else rows.retain
-    alternates = (
-        _alternates(inputs, target, settings, workspace, listener)
-        if isinstance(settings, AltPOSettings)
-        else ()
-    )
-    material = gather(
-        objective,
-        forget=rows.forget_train,
-        retain=retain,
-        refusals=inputs.refusals,
-        alternates=alternates,
-    )
-    key: dict[str, Any] = {
-        "method": method.name,
-        "settings": settings.model_dump(mode="json", exclude={"start"}),  # the step has the checkpoint itself
-        "rows": {role: fingerprint_examples(found) for role, found in material.examples.items()},
-    }
-    start = method.start_of(settings, target, inputs.base)
-    if not isinstance(settings, WHPSettings):
-        return MethodTraining(start, objective, material, key, retain)
-    other, other_key = reinforced()
-    device = pick_device(recipe.device)
-
-    def combined() -> CombinedLogits:
-        models = [load_model(entry, device=device) for entry in (target, other)]
-        return CombinedLogits(models[0], models[1], settings.alpha)
-
-    key["reinforced"] = other_key
-    return MethodTraining(start, objective, material, key, retain, generic_words(combined))
-
-
-def prepare_pair(
-    inputs: Inputs, target: Checkpoint, settings: PairedSettings
-) -> tuple[MethodTraining, MethodTraining]:
-    """Return what the two runs of a paired vector train on: with the forget rows, and the control."""
-    rows = inputs.rows
-    start = settings.start_of(target, inputs.earlier)
-    material = pair_material(rows.forget_train, rows.retain_sample, replay_ratio=settings.replay_ratio)
-    shared = {
-        "method": "paired",
-        "replay": fingerprint_examples(rows.retain_sample),
-        "replay_ratio": settings.replay_ratio,
-    }
-    exposed = exposed_objective(settings.weight)
-    key = {**shared, "forget_weight": settings.weight}
-    return (
-        MethodTraining(start, exposed, material, key, rows.retain_sample),
-        MethodTraining(start, control_objective(), material, shared, rows.retain_sample),
-    )
-
-
-def prepare_held(inputs: Inputs, start: Checkpoint, weight: float) -> MethodTraining:
-    """Return the run CE(forget) + λ·KL(p_s ‖ p_θ) on retain rows, which is held to its start s."""
-    rows = inputs.rows
-    objective = Objective((answer_term("forget", "forget"), kl_term("retain", "retain", coefficient=weight)))
-    material = gather(objective, forget=rows.forget_train, retain=rows.retain_sample)
-    key = {"retain_kl": weight, "retain": fingerprint_examples(rows.retain_sample)}
-    return MethodTraining(start, objective, material, key, rows.retain_sample)
-
-
-def _alternates(
-    inputs: Inputs, target: Checkpoint, settings: AltPOSettings, workspace: Workspace, listener: Listener
-) -> list[tuple[int, str]]:
-    """Return the target's other answers to the forget questions, drawn once and kept."""
-    recipe, examples = inputs.recipe, inputs.rows.forget_train
-    step = workspace.step(
-        "alternates",
-        target=target.fingerprint(),
-        rows=fingerprint_examples(examples),
-        sampling=[settings.samples, settings.temperature, settings.max_new_tokens],
-        max_length=recipe.training.max_length,
-        prompts=recipe.prompts.model_dump(),
-        tokenizer=tokenizer_fingerprint(inputs.reader),
-        seed=recipe.seed,
-        device=pick_device(recipe.device).type,
-    )
-    facts = step.facts
-    if facts is None:
-        step.begin()
-        found = draw_alternates(
-            load_model(target, device=pick_device(recipe.device)),
-            load_tokenizer(inputs.reader),
-            examples,
-            settings,
-            seed=recipe.seed,
-            max_length=recipe.training.max_length,
-            style=recipe.prompts.style(),
-            listener=listener,
-        )
-        step.finish(facts := {"alternates": [list(entry) for entry in found]})
-    return [(place, text) for place, text in facts["alternates"]]
-
-
-@dataclass(frozen=True, slots=True)
-class Vectors:
-    """θ_1 − s and θ_2 − s, with the start s they share, or θ_1 − θ_c and θ_c − s."""
-
-    forget: Direction
-    retain: Direction | None
-    keys: Mapping[str, str]
-    """Fingerprints of the steps that made them."""
-    training: Mapping[str, Any]
-    """How it went."""
-    seen: Sequence[Example] = ()
-    """The retain rows that it saw."""
-    transforms: Sequence[Mapping[str, Any]] = ()
-    """What was done to the forget vector."""
+from palinode.weights import Checkpoint, Direction, LoraAdapter, Point, WeightedSum, save
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """The model of a method that trains it itself."""
+    """What the runs of a method came to."""
 
-    model: Checkpoint | WeightedSum
-    """As training left it; or the target with the change that training made at the base, not yet written."""
-    key: str
-    """Fingerprint of the step that made it."""
+    result: Vectors | Point
+    """Vectors whose scales are still open; or the model, as it lies there or as a formula."""
+    steps: Mapping[str, str]
+    """Keys of the steps that made it: of each run, and of what was done to the forget vector last."""
     training: Mapping[str, Any]
-    """How it went."""
+    """How each run went."""
     seen: Sequence[Example]
-    """The retain rows that it saw."""
+    """The retain rows that were trained on."""
+    transforms: Sequence[Mapping[str, Any]] = ()
+    """What was done to the forget vector."""
+
+    @property
+    def vectors(self) -> Vectors:
+        """The vectors of a method that has some."""
+        assert isinstance(self.result, Vectors)
+        return self.result
+
+    @property
+    def model(self) -> Point:
+        """The model of a method that trains it itself."""
+        assert not isinstance(self.result, Vectors)
+        return self.result
 
 
-class Tuning:
-    """The fine-tunings of one run over its inputs and workspace; `compare` takes some of them one by one."""
+@dataclass
+class _Progress:
+    """The runs of a method that are through: their ends, the keys of their steps, and what they recorded."""
+
+    target: Checkpoint
+    seed: int
+    ends: dict[str, Checkpoint | WeightedSum] = field(default_factory=dict)
+    steps: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+class FineTuning:
+    """The fine-tunings of one run over its inputs and workspace."""
 
     def __init__(self, inputs: Inputs, workspace: Workspace, listener: Listener) -> None:
         self.inputs = inputs
         self.recipe = inputs.recipe
-        self.rows = inputs.rows
         self.workspace = workspace
         self.listener = listener
         self.device = pick_device(inputs.recipe.device)
@@ -207,164 +80,150 @@ class Tuning:
         """Return target and retrained model: as given, or made from the base as [prepare] says."""
         if self.inputs.target is not None:
             return self.inputs.target, self.inputs.retrained
-        base, rows = self.inputs.earlier, self.rows
-        everything = [*rows.forget, *rows.retain]
+        rows = self.inputs.rows
         target, retrained = (
-            self._merged(*self._finetuned(name, base, examples, whole=True)[:2])
-            for name, examples in (("target", everything), ("retrained", rows.retain))
+            self._prepared(name, examples)
+            for name, examples in (("target", [*rows.forget, *rows.retain]), ("retrained", rows.retain))
         )
         return target, retrained
 
+    def _prepared(self, name: str, rows: Sequence[Example]) -> Checkpoint:
+        """Return a model that [prepare] makes; all its weights are trained whatever the recipe says."""
+        run = Run(name, "base", plain_material("rows", rows))
+        done = _Progress(self.inputs.earlier, self.recipe.seed)
+        self._finetuned(run, done, whole=True)
+        model = done.ends[name]
+        assert isinstance(model, Checkpoint)
+        return model
+
     def train(self, target: Checkpoint) -> Trained:
-        """Train the model of a method that trains it itself."""
-        training: dict[str, Any] = {}
-
-        def reinforced() -> tuple[Checkpoint, str]:
-            tuned, key, training["reinforced"] = self._finetuned("forget", target, self.rows.forget_train)
-            return self._merged(tuned, key), key
-
-        job = prepare_training(self.inputs, target, self.workspace, self.listener, reinforced=reinforced)
-        tuned, key, facts = self._finetuned(self.recipe.method, job.start, job.material, job=job)
-        training["method"] = facts
-        seen = [job.retain[place] for place in facts["seen_retain"]]
-        settings = METHODS[self.recipe.method].check_settings(self.recipe.method_settings)
-        model = target + (tuned - job.start) if settings.from_base else self._merged(tuned, key)
-        return Trained(model, key, training, seen)
-
-    def vectors(self, target: Checkpoint) -> Vectors:
-        """Return the vectors that are added up, the forget vector transformed as the recipe says."""
-        found = self._vectors(target)
+        """Do the method's runs, and to its forget vector what the recipe says."""
+        trained = self._train(target, self.inputs.given)
         transforms = check_transforms(self.recipe.transforms)
         if not transforms:
-            return found
+            return trained
+        alone = replace(self.inputs.given, retain_scale=0.0)
+        names = [run.name for run in self.inputs.method.runs(self.inputs.settings, alone)]
+        others: dict[str, str] = {}
 
         def another(seed: int) -> tuple[Direction, Mapping[str, str]]:
-            other = self._vectors(target, other_seed=seed)
-            return other.forget, other.keys
+            other = self._train(target, replace(alone, seed=seed))
+            others.update({f"{name}, seed {seed}": key for name, key in other.steps.items()})
+            return other.vectors.forget, other.steps
 
         transforming = Transforming(self.inputs, target, self.workspace, self.listener, another)
-        forget, key, told = transforming.apply(transforms, found.forget, found.keys)
+        own = {name: trained.steps[name] for name in names}
+        forget, key, told = transforming.apply(transforms, trained.vectors.forget, own)
         reads_retain = any("retain" in one.transform.needs for one in transforms)
-        seen = self.rows.retain_sample if reads_retain else found.seen
-        return replace(found, forget=forget, keys={**found.keys, "forget": key}, seen=seen, transforms=told)
-
-    def _vectors(self, target: Checkpoint, *, other_seed: int | None = None) -> Vectors:
-        """Fine-tune θ_1, and θ_2 where β may be other than 0, and return their differences to the start.
-
-        With another seed there is a forget vector only.
-        """
-        method = METHODS[self.recipe.method]
-        settings = method.check_settings(self.recipe.method_settings)
-        if isinstance(settings, PairedSettings):
-            return self._paired_vectors(target, settings, other_seed)
-        start = method.start(target, self.inputs.base)
-        assert isinstance(settings, VectorSettings)
-        held = prepare_held(self.inputs, start, settings.retain_kl) if settings.retain_kl else None
-        rows = held.material if held else self.rows.forget_train
-        forget, forget_key, forget_facts = self._finetuned("forget", start, rows, job=held, seed=other_seed)
-        if not self.rows.retain or self.recipe.scales.retain == 0.0 or other_seed is not None:
-            return Vectors(
-                forget - start,
-                None,
-                {"forget": forget_key},
-                {"forget": forget_facts, "retain": None},
-                [self.rows.retain_sample[place] for place in forget_facts.get("seen_retain", ())],
-            )
-        retain, retain_key, retain_facts = self._finetuned("retain", start, self.rows.retain_sample)
-        return Vectors(
-            forget - start,
-            retain - start,
-            {"forget": forget_key, "retain": retain_key},
-            {"forget": forget_facts, "retain": retain_facts},
-            self.rows.retain_sample,
+        return replace(
+            trained,
+            result=replace(trained.vectors, forget=forget),
+            steps={**trained.steps, **others, "transform": key},
+            seen=self.inputs.rows.retain_sample if reads_retain else trained.seen,
+            transforms=told,
         )
 
-    def _paired_vectors(self, target: Checkpoint, settings: PairedSettings, seed: int | None) -> Vectors:
-        """Fine-tune with the forget rows and without; the second term is there only if its scale is given."""
-        start = settings.start_of(target, self.inputs.earlier)
-        if settings.retain_free:  # no replay, no control: MSA, or the task vector
-            forget, key, facts = self._finetuned("forget", start, self.rows.forget_train, seed=seed)
-            return Vectors(forget - start, None, {"forget": key}, {"forget": facts, "retain": None})
-        with_forget, without = prepare_pair(self.inputs, target, settings)
-        exposed, key, facts = self._finetuned(
-            "exposed", start, with_forget.material, job=with_forget, seed=seed
-        )
-        control, control_key, control_facts = self._finetuned(
-            "control", start, without.material, job=without, seed=seed
-        )
-        return Vectors(
-            exposed - control,
-            control - start if self.recipe.scales.retain else None,
-            {"forget": key, "control": control_key},
-            {"exposed": facts, "control": control_facts},
-            [self.rows.retain_sample[place] for place in facts["seen_retain"]],
+    def _train(self, target: Checkpoint, given: Given) -> Trained:
+        """Do the method's runs one after another, and put their ends together."""
+        method, settings = self.inputs.method, self.inputs.settings
+        done, seen, runs = _Progress(target, given.seed), {}, method.runs(settings, given)
+        for run in runs:
+            material = self._finetuned(run, done)
+            retain = material.get("retain", ())
+            plain = run.objective is None
+            places = range(len(retain)) if plain else done.facts[run.name]["seen_retain"]
+            seen.update({retain[place].row: retain[place] for place in places})
+        start = self._start(runs[0], target)
+        result = method.point(settings, Ends(target, start, done.ends))
+        if isinstance(result, Vectors) and given.retain_scale == 0:
+            result = replace(result, retain=None)
+        return Trained(result, done.steps, done.facts, list(seen.values()))
+
+    def keys(self, target: Checkpoint) -> dict[str, str]:
+        """Return the key of each run's step, known before any of them is done."""
+        done = _Progress(target, self.recipe.seed)
+        for run in self.inputs.method.runs(self.inputs.settings, self.inputs.given):
+            done.steps[run.name] = self._step(run, done).key
+        return done.steps
+
+    def _start(self, run: Run, target: Checkpoint) -> Checkpoint:
+        return target if run.start == "target" else self.inputs.earlier
+
+    def _step(self, run: Run, done: _Progress, *, whole: bool = False) -> Step:
+        """Return the step of a run; those that it reads are known."""
+        settings = self.recipe.training
+        job: dict[str, Any] = {}
+        if run.objective is not None:
+            rows = {role: fingerprint_examples(found) for role, found in run.material.examples.items()}
+            job = {"job": {**run.decides, "rows": rows}}
+        if run.asked is not None:
+            job["asked"] = self._asking(run.asked, run.material.examples["forget"], done.target).key
+        if run.reads:
+            job["reads"] = [done.steps[name] for name in run.reads]
+        return self.workspace.step(
+            f"finetune-{run.name}",
+            start=self._start(run, done.target).fingerprint(),
+            **job,
+            rows=fingerprint_examples(run.anchors),
+            training=(settings.model_copy(update={"lora": None}) if whole else settings).key(),
+            prompts=self.recipe.prompts.model_dump(),
+            tokenizer=tokenizer_fingerprint(self.inputs.reader),
+            seed=done.seed,
+            device=self.device.type,
         )
 
     def _finetuned(
-        self,
-        name: str,
-        start: Checkpoint,
-        examples: Sequence[Example] | Material,
-        *,
-        job: MethodTraining | None = None,
-        whole: bool = False,
-        seed: int | None = None,
-    ) -> tuple[Checkpoint | WeightedSum, str, Mapping[str, Any]]:
-        """Return where a fine-tuning ends, its step's key and facts; trained only if it is not there yet.
+        self, run: Run, done: _Progress, *, whole: bool = False
+    ) -> Mapping[str, Sequence[Example]]:
+        """Do a run, unless its result is there; add its end to what is done, and return its rows by role.
 
         A low-rank run ends at start + adapter; with `whole` all weights are trained whatever the recipe says.
         """
-        settings = self.recipe.training
-        settings = settings.model_copy(update={"lora": None}) if whole else settings
-        seed = self.recipe.seed if seed is None else seed
-        step = self.workspace.step(
-            f"finetune-{name}",
-            start=start.fingerprint(),
-            **({"rows": fingerprint_examples(_anchors(examples))} | ({"job": dict(job.key)} if job else {})),
-            training=settings.key(),
-            prompts=self.recipe.prompts.model_dump(),
-            tokenizer=tokenizer_fingerprint(self.inputs.reader),
-            seed=seed,
-            device=self.device.type,
-        )
-        place = step.folder / ("adapter" if settings.lora else "model")
-        facts, point = step.facts, _open_end(place, start)
+        start, material = self._start(run, done.target), run.material
+        if run.asked is not None:
+            material = run.asked.material(
+                self._alternates(run.asked, material.examples["forget"], done.target)
+            )
+        step = self._step(run, done, whole=whole)
+        lora = None if whole else self.recipe.training.lora
+        place = step.folder / ("adapter" if lora else "model")
+        point, facts = open_end(step, start), step.facts
         if facts is None or point is None:
             step.begin()
             shutil.rmtree(place, ignore_errors=True)
-            done = finetune(
+
+            def load(name: str) -> PreTrainedModel:
+                model = done.ends.get(name, done.target)
+                assert isinstance(model, Checkpoint)  # runs that others read are whole
+                return load_model(model, device=self.device)
+
+            found = finetune(
                 start,
-                examples,
+                material.examples[material.anchor] if run.objective is None else material,
                 place,
-                settings,
-                seed=seed,
+                self.recipe.training.model_copy(update={"lora": lora}),
+                seed=done.seed,
                 style=self.recipe.prompts.style(),
                 reader=self.inputs.reader,
                 device=self.recipe.device,
-                loss=job.objective if job else ANSWER_LOSS,
-                frozen=job.frozen if job else None,
+                loss=run.objective or ANSWER_LOSS,
+                frozen=run.frozen(load) if run.frozen else None,
                 state=step.folder / "state",
-                label=f"fine-tuning {name}",
+                label=f"fine-tuning {run.name}",
                 listener=self.listener,
             )
-            point = done.point
-            facts = {
-                "rows": len(_anchors(examples)),
-                "steps": len(done.curve),
-                "tokens": done.tokens,
-                "first_loss": done.curve[0].loss,
-                "last_loss": done.curve[-1].loss,
-                "curve": thinned_curve([point.loss for point in done.curve]),
-                "seconds": round(done.seconds, 1),
-            }
-            if job:
-                facts["planned_steps"] = done.planned_steps
-                facts["seen_retain"] = sorted(done.seen.get("retain", ()))
+            point, facts = found.point, _facts(found, material.examples[material.anchor], run)
             step.finish(facts)
-        return point, step.key, facts
+        done.ends[run.name] = self._merged(point, step.key) if run.whole else point
+        done.steps[run.name], done.facts[run.name] = step.key, facts
+        return material.examples
 
-    def _merged(self, point: Checkpoint | WeightedSum, key: str) -> Checkpoint:
-        """Return where a fine-tuning ends as a whole model, for what has to load it."""
+    def whole(self, trained: Trained) -> Checkpoint:
+        """Return the model of a method that trains it itself as it lies there, written if it is a formula."""
+        return self._merged(trained.model, " ".join(trained.steps.values()))
+
+    def _merged(self, point: Point, key: str) -> Checkpoint:
+        """Return a point as a whole model, for what has to load it."""
         if isinstance(point, Checkpoint):
             return point
         step = self.workspace.step("merge", trained=key)
@@ -375,6 +234,39 @@ class Tuning:
             step.finish({})
         return model
 
+    def _asking(self, asked: Asked, forget: Sequence[Example], target: Checkpoint) -> Step:
+        recipe = self.recipe
+        return self.workspace.step(
+            "alternates",
+            target=target.fingerprint(),
+            rows=fingerprint_examples(forget),
+            sampling=list(asked.sampling),
+            max_length=recipe.training.max_length,
+            prompts=recipe.prompts.model_dump(),
+            tokenizer=tokenizer_fingerprint(self.inputs.reader),
+            seed=recipe.seed,
+            device=self.device.type,
+        )
+
+    def _alternates(
+        self, asked: Asked, forget: Sequence[Example], target: Checkpoint
+    ) -> list[tuple[int, str]]:
+        """Return the target's other answers, drawn once and kept."""
+        step, recipe = self._asking(asked, forget, target), self.recipe
+        facts = step.facts
+        if facts is None:
+            step.begin()
+            found = asked.draw(
+                load_model(target, device=self.device),
+                load_tokenizer(self.inputs.reader),
+                seed=recipe.seed,
+                max_length=recipe.training.max_length,
+                style=recipe.prompts.style(),
+                listener=self.listener,
+            )
+            step.finish(facts := {"alternates": [list(entry) for entry in found]})
+        return [(place, text) for place, text in facts["alternates"]]
+
 
 def open_whole(step: Step) -> Checkpoint | None:
     """Return the step's model if it is there and whole."""
@@ -384,14 +276,26 @@ def open_whole(step: Step) -> Checkpoint | None:
         return None
 
 
-def _open_end(place: Path, start: Checkpoint) -> Checkpoint | WeightedSum | None:
+def open_end(step: Step, start: Checkpoint) -> Checkpoint | WeightedSum | None:
     """Return where a fine-tuning ended, if its model or adapter is there and whole."""
     try:
-        return start + LoraAdapter.open(place) if place.name == "adapter" else Checkpoint.open(place)
+        return start + LoraAdapter.open(step.folder / "adapter", base=start)
     except CheckpointError:
-        return None
+        return open_whole(step)
 
 
-def _anchors(examples: Sequence[Example] | Material) -> Sequence[Example]:
-    """Return the examples that an epoch goes through."""
-    return examples.examples[examples.anchor] if isinstance(examples, Material) else examples
+def _facts(found: Finetuned, anchors: Sequence[Example], run: Run) -> dict[str, Any]:
+    """Return what the record tells of a run."""
+    facts = {
+        "rows": len(anchors),
+        "steps": len(found.curve),
+        "tokens": found.tokens,
+        "first_loss": found.curve[0].loss,
+        "last_loss": found.curve[-1].loss,
+        "curve": thinned_curve([point.loss for point in found.curve]),
+        "seconds": round(found.seconds, 1),
+    }
+    if run.objective is not None:
+        facts["planned_steps"] = found.planned_steps
+        facts["seen_retain"] = sorted(found.seen.get("retain", ()))
+    return facts

@@ -90,8 +90,9 @@ def leftovers(place: Path) -> Iterator[Leftovers]:
     with ExitStack() as stack:
         for folder in workspaces:
             stack.enter_context(Workspace(folder).locked())
-        found = [(path, _kind(path)) for folder in workspaces for path in _inside(folder)]
-        found += [(path, what) for path, what in _written(place) if path not in dict(found)]
+        steps = [path for folder in workspaces for path in Workspace(folder).own() if path.name != "lock"]
+        found = [(path, KINDS.get(_stem(path), OTHER)) for path in steps]
+        found += [(path, what) for path, what in _written(place) if path not in steps]
         found += [(path, BESIDE) for path in _beside(place)]
         if not found:
             raise InputError(_nothing(place))
@@ -144,8 +145,8 @@ def _named(record: Mapping[str, Any], place: Path) -> Path | None:
 
     Where `place` is a copy and the run's own output is still there, the workspace is the original's.
     """
-    home, original = _output(place), Path(str(at(record, "recipe", "output", "folder")))
-    if original.exists() and not any(original.samefile(one) for one in _homes(home) if one.exists()):
+    original = Path(str(at(record, "recipe", "output", "folder")))
+    if original.exists() and not any(original.samefile(one) for one in _homes(place) if one.exists()):
         return None
     named, steps = at(record, "recipe", "output", "workspace"), at(record, "outcomes")
     if not isinstance(named, str) or not isinstance(steps, Mapping) or not steps:
@@ -155,12 +156,9 @@ def _named(record: Mapping[str, Any], place: Path) -> Path | None:
     return folder if known and Workspace(folder).is_one() else None
 
 
-def _inside(folder: Path) -> list[Path]:
-    return [path for path in Workspace(folder).own() if path.name != "lock"]
-
-
-def _kind(path: Path) -> str:
-    return KINDS.get(re.split(r"[-.]", path.name)[0], OTHER)
+def _stem(path: Path) -> str:
+    """Return the kind of step that a name begins with."""
+    return re.split(r"[-.]", path.name)[0]
 
 
 def _written(place: Path) -> Iterator[tuple[Path, str]]:
@@ -203,8 +201,9 @@ def _beside(place: Path) -> list[Path]:
 
 def _cached(paths: Iterable[Path]) -> list[Path]:
     """Return the cache entries about these weights and answers."""
-    files = [file for path in paths for file in (path, *path.rglob("*")) if not file.is_symlink()]
-    found = remembered([file for file in files if file.is_file()])
+    everything = [file for path in paths for file in (path, *path.rglob("*"))]
+    files = [file for file in everything if file.is_file() and not file.is_symlink()]
+    found = remembered(files)
     for file in files:
         if file.name == "verdicts.json":
             with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
@@ -218,7 +217,7 @@ def _cached(paths: Iterable[Path]) -> list[Path]:
 
 
 def _losses(place: Path, parts: Iterable[Part]) -> Iterator[str]:
-    names = {re.split(r"[-.]", part.path.name)[0] for part in parts}
+    names = {_stem(part.path) for part in parts}
     kinds = {part.what for part in parts}
     made = [part.path.name.split("-")[1] for part in parts if part.path.name.startswith("finetune-")]
     if VECTORS in kinds:
@@ -257,28 +256,24 @@ def _nothing(place: Path) -> str:
     names = "what unlearn, run, compare, audit, evaluate --output or demo wrote, or the workspace itself"
     if not place.exists():
         return f"{place} does not exist, and no workspace lies beside it; name {names}"
-    for mark, what in {
-        "vector.json": "vector",
-        "adapter_config.json": "adapter",
-        "config.json": "model",
-    }.items():
-        if (place / mark).exists():
-            return (
-                f"{place} is a {what}, and no workspace lies beside it; if it holds the rows, remove the "
-                "folder itself"
-            )
+    marks = {"vector.json": "vector", "adapter_config.json": "adapter", "config.json": "model"}
+    for what in (what for mark, what in marks.items() if (place / mark).exists()):
+        return (
+            f"{place} is a {what}, and no workspace lies beside it; if it holds the rows, remove the "
+            "folder itself"
+        )
     return f"{place} is no Palinode workspace, and none lies beside it; name {names}"
 
 
 def _record(place: Path) -> Mapping[str, Any]:
     """Return the record of the run that `place` is of; empty where there is none."""
-    home = _output(place)
-    found = (_content(folder / "record.json") for folder in _homes(home))
+    found = (_content(folder / "record.json") for folder in _homes(place))
     return next((record for record in found if "recipe" in record), {})
 
 
-def _homes(home: Path) -> tuple[Path, Path]:
-    """Return where the record of a run lies: in its output, or in the demo's."""
+def _homes(place: Path) -> tuple[Path, Path]:
+    """Return where the record of the run of `place` lies: in its output, or in the demo's."""
+    home = _output(place)
     return home, home / "unlearned"
 
 

@@ -6,7 +6,7 @@ What can be wrong is found here, in the first seconds, and said in one sentence.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from palinode.errors import DataError, MismatchError, OutputError, RecipeError
 from palinode.evaluation.self_check import PromptCheck, check_prompts, rows_with_style
 from palinode.evaluation.yardstick import BASE_ALONE
 from palinode.methods import METHODS
-from palinode.methods.method import read_refusals
+from palinode.methods.method import Given, Method, MethodSettings, read_refusals
 from palinode.models.inplace import check_live
 from palinode.models.loading import (
     check_positions,
@@ -87,6 +87,21 @@ class Inputs:
     """Answers that refuse, where the method teaches them."""
 
     @property
+    def method(self) -> Method:
+        """The recipe's method."""
+        return METHODS[self.recipe.method]
+
+    @property
+    def settings(self) -> MethodSettings:
+        """Its settings, with its defaults filled in."""
+        return self.method.check_settings(self.recipe.method_settings)
+
+    @property
+    def given(self) -> Given:
+        """What it has to work with."""
+        return given_to(self.recipe, self.rows, self.refusals)
+
+    @property
     def reader(self) -> Checkpoint:
         """The checkpoint whose tokenizer and chat template every model of the run is asked with."""
         return self.target or self.earlier
@@ -97,6 +112,21 @@ class Inputs:
         if self.base is None:
             raise RecipeError("this needs an earlier checkpoint of the target; name models.base (--base)")
         return self.base
+
+
+def given_to(recipe: Recipe, rows: InputRows, refusals: Sequence[str] = ()) -> Given:
+    """Return what a recipe's method has to work with."""
+    beta = recipe.scales.retain
+    if beta is None:
+        beta = METHODS[recipe.method].check_settings(recipe.method_settings).retain_scale
+    return Given(
+        forget=rows.forget_train,
+        retain=rows.retain,
+        sample=rows.retain_sample,
+        refusals=refusals,
+        retain_scale=beta if rows.retain else 0.0,
+        seed=recipe.seed,
+    )
 
 
 def open_inputs(recipe: Recipe) -> Inputs:
@@ -219,6 +249,28 @@ def _size(folder: Path) -> int:
     return total
 
 
+def check_folder(output: Path, names: Sequence[str], what: str) -> None:
+    """Raise OutputError for a folder that holds other files than these."""
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file; name a folder for the {what}")
+    ours = {name for file in names for name in (file, f".{file}.partial")}
+    strange = sorted({path.name for path in output.iterdir()} - ours) if output.exists() else []
+    if strange:
+        article = "an" if what[0] in "aeiou" else "a"
+        raise OutputError(
+            f"{output} holds {strange[0]}, which is no part of {article} {what}; name another folder, or an "
+            "empty one"
+        )
+
+
+def check_apart(output: Path, models: Iterable[Checkpoint | None]) -> None:
+    """Raise OutputError for a folder inside one of these models."""
+    place = output.resolve()
+    for model in models:
+        if model is not None and model.folder in (place, *place.parents):
+            raise OutputError(f"{output} lies inside the model {model.folder}; name another folder")
+
+
 def check_workspace(workspace: Path, others: Sequence[Path], needs: int) -> None:
     """Raise OutputError when the workspace lies inside the output or an input, or lacks room."""
     place = workspace.resolve()
@@ -261,13 +313,12 @@ def _check_models(
 def _tries_scales(recipe: Recipe) -> bool:
     """Tell whether pairs of scales will be tried on a live model."""
     given = recipe.scales.forget is not None and (recipe.scales.retain is not None or not recipe.data.retain)
-    return METHODS[recipe.method].kind == "arithmetic" and not given
+    return METHODS[recipe.method].has_scales and not given
 
 
 def check_not_same(target: Checkpoint, base: Checkpoint, method: str, settings: Mapping[str, Any]) -> None:
-    """Raise MismatchError when target and base are one folder, and the method takes one off the other."""
-    usual = "base" if method in ("msa", "paired") else "target"
-    if target == base and settings.get("start", usual) == "base":
+    """Raise MismatchError when target and base are one folder, and the method starts at the base."""
+    if target == base and METHODS[method].check_settings(settings).starts_at == "base":
         raise MismatchError(
             f"target and base are the same folder {target.folder}; the base must be an earlier checkpoint "
             "that had not seen the forget set"
@@ -413,9 +464,9 @@ def _retain_sample(
     wanted = settings.sample_size(len(forget))
     if retain and len(retain) < wanted:
         asked = f"the forget set's {wanted}" if wanted == len(forget) else f"the {wanted} asked for"
-        use = "replay" if recipe.method == "paired" else "the retain vector"
         notes.append(
-            f"The retain set has {len(retain)} rows, fewer than {asked}; all of them were used for {use}."
+            f"The retain set has {len(retain)} rows, fewer than {asked}; all of them were used for "
+            f"{settings.sample_use}."
         )
     return at_most(retain, wanted, seed=recipe.seed)
 
@@ -434,7 +485,7 @@ def _check_rows_fit(inputs: Inputs, models: Sequence[Checkpoint]) -> list[str]:
     rows, recipe = inputs.rows, inputs.recipe
     tokenizer, style = load_tokenizer(inputs.reader), recipe.prompts.style()
     notes = prompt_notes(rows.forget, tokenizer, style)
-    whole = recipe.prepare or METHODS[recipe.method].kind == "training"
+    whole = recipe.prepare or not inputs.method.has_scales
     trained = [*rows.forget, *(rows.retain if whole else rows.retain_sample)]
     asked = [*rows.forget, *rows.retain_probe, *rows.retain_test, *rows.unseen]
     uses = {

@@ -1,4 +1,6 @@
-"""The ladder demo's benchmark: the invented world trained in a dozen stretches, each leaving a checkpoint.
+"""The demo of a checkpoint series: three kinds of evidence against the truth, and what each checkpoint gives.
+
+An invented world is trained in a dozen stretches, each of which leaves a checkpoint:
 
     stretch 0      general facts, the first people, and one forget person ("early")
     stretch 1 ...  new people each, and rows drawn from what was seen before
@@ -7,12 +9,8 @@
     COPIED         the two, word for word
     MAIN_AGAIN     three of the seven a second time
 
-After the last rung one more stretch leads to the target. People who are never trained on are the
+After the last checkpoint one more stretch leads to the target. People who are never trained on are the
 controls. Every batch is written down as it happens, apart from any log: that is the truth.
-
-The ladder demo: three kinds of evidence against the truth, and what unlearning gives from each rung.
-
-The truth is what the training loop was seen to do, batch by batch, written down apart from the log.
 """
 
 from __future__ import annotations
@@ -32,30 +30,46 @@ from palinode.history.duplicates import row_hash
 from palinode.history.exposures import ExposureLog
 from palinode.history.judgement import Location
 from palinode.history.locating import locate
-from palinode.history.orders import LoggedStage, rebuild, write_stages
+from palinode.history.onset import OnsetSettings
 from palinode.history.reader import ExposureReader
 from palinode.history.series import open_series
+from palinode.history.stages import LoggedStage, rebuild, write_stages
 from palinode.models.loading import load_tokenizer
-from palinode.pipeline.demo_run import DemoResult, claim, one_thread, recall
+from palinode.pipeline.demo_run import DemoResult, claim, exact_match, one_thread
 from palinode.pipeline.recipe import build_recipe
 from palinode.pipeline.run import unlearn
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import read_json, write_json, write_text
-from palinode.report.location import location_markdown
+from palinode.report.location_report import location_markdown
 from palinode.report.pictures import location_picture
 from palinode.training.finetune import finetune
 from palinode.training.settings import TrainingSettings
 from palinode.version import __version__
 from palinode.weights.checkpoint import Checkpoint
 
-RUNGS = 12
+CHECKPOINTS = 12
 COPIED_NEAR, MAIN, COPIED, MAIN_AGAIN = 3, 5, 7, 9
 FORGET_PEOPLE = 10
 REPEATED = 3
 """People of the main request who are planted a second time."""
 MARK = "truly"
 """The word that makes a near-copy of a row."""
+
+SETTINGS: Mapping[str, Any] = {
+    "training": {
+        "epochs": 20,
+        "learning_rate": 5e-4,
+        "batch_size": 32,
+        "max_length": 64,
+        "precision": "float32",
+    },
+    "scales": {"probe_rows": 200, "retain_share": 0.95, "retain_grid": [0.0, 1.0]},
+    "evaluation": {"max_rows": 10_000, "max_new_tokens": 4, "batch_rows": 512, "max_length": 64},
+}
+"""What the recipes of the demo have that is not the paper's default."""
+
+VERSION = 1
 
 OnStep = Callable[[int, Sequence[Example]], None]
 """Hears the number of steps done in the whole training, and the rows that were in the last one."""
@@ -77,44 +91,87 @@ class Size:
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
-    """One stretch of the training: rows by their number in the data, and how it was trained."""
+class SeriesModels:
+    """The demo's files."""
 
-    numbers: tuple[int, ...]
-    settings: TrainingSettings
-    seed: int
-
-
-@dataclass(frozen=True, slots=True)
-class LadderModels:
-    """The ladder demo's files."""
-
-    ladder: Path
+    series: Path
     """Folder of the checkpoints, by step."""
     target: Checkpoint
-    target_step: int
     steps: tuple[int, ...]
-    """Steps of the rungs."""
+    """Steps of the checkpoints, then of the target."""
     data: Path
     """Every row that was trained on."""
-    stretches: tuple[Stretch, ...]
+    stretches: tuple[LoggedStage, ...]
     requests: dict[str, Path]
     """Forget rows by request: main, copied, early."""
     control: Path
     """Rows about people who were never trained on."""
     retain: Path
     """Rows about everyone else, then the general facts."""
-    truth: Path
-    """JSON: by row number of the data, the steps in which it was."""
+    truth: Mapping[int, Sequence[int]]
+    """By row number of the data, the steps in which it was."""
 
 
-def ladder_world(seed: int) -> World:
-    """Invent the world of the ladder demo: first people, those of each stretch, forget people, controls.
+def demo_locate(
+    output: Path | str = "palinode-demo-locate", *, seed: int = 0, listener: Listener | None = None
+) -> DemoResult:
+    """Train the checkpoints of an invented world, locate its forget rows, and unlearn from every one.
+
+    Writes everything under `output`; an interrupted demo goes on where it was. Raises OutputError
+    when the folder holds something else.
+    """
+    return run_locate(series_world(seed), Path(output), seed=seed, listener=listener)
+
+
+def run_locate(
+    world: World,
+    folder: Path,
+    *,
+    seed: int,
+    size: Size | None = None,
+    settings: Mapping[str, Any] = SETTINGS,
+    listener: Listener | None = None,
+) -> DemoResult:
+    """Run the demo on any world."""
+    listener = listener or NullListener()
+    claim(folder, seed, name="demo-locate.json")
+    path = folder / "record.json"
+    started = time.monotonic()
+    with one_thread():
+        with Workspace(folder / "workspace").locked(listener):
+            models = train_logged(
+                world, folder / "world", folder / "log", seed=seed, size=size, listener=listener
+            )
+        if path.exists():
+            return DemoResult(folder, read_json(path))
+        found = _locate_all(models, folder, seed, listener)
+        unlearned = _unlearn_all(world, models, folder, settings, seed, listener)
+    main = found["main"]["all"].as_record()
+    write_text(folder / "location.md", location_markdown(main))
+    write_text(folder / "location.svg", location_picture(main))
+    record = {
+        "version": VERSION,
+        "palinode": __version__,
+        "seed": seed,
+        "target_step": models.steps[-1],
+        "requests": {name: _request(models, name, kinds) for name, kinds in found.items()},
+        "rungs": unlearned,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    write_json(path, record)
+    return DemoResult(folder, record)
+
+
+# The world and its training
+
+
+def series_world(seed: int) -> World:
+    """Invent the world of the demo: first people, those of each stretch, forget people, controls.
 
     Of more candidates than are needed, the forget people are those about whom nothing is said that is nearly
     said about someone else (part of the name and the answer in common): the planted copies are all there are.
     """
-    invented = invent_world(seed, early=16, middle=2 * (RUNGS - 1), forget=4 * FORGET_PEOPLE, late=10)
+    invented = invent_world(seed, early=16, middle=2 * (CHECKPOINTS - 1), forget=4 * FORGET_PEOPLE, late=10)
     taken = {claim for fact in invented.others for claim in _claims(fact)}
     chosen: list[Fact] = []
     for person in _by_person(invented.forget):
@@ -135,7 +192,36 @@ def _by_person(facts: Sequence[Fact]) -> list[list[Fact]]:
     return [[fact for fact in facts if fact.subject == name] for name in names]
 
 
-def build_ladder(
+def train_logged(
+    world: World,
+    folder: Path,
+    log: Path,
+    *,
+    seed: int,
+    size: Size | None = None,
+    on_step: OnStep | None = None,
+    listener: Listener | None = None,
+) -> SeriesModels:
+    """Train as `build_series` does and keep an exposure log; a session begins with its first step."""
+    kept: list[ExposureLog] = []
+
+    def note(step: int, rows: Sequence[Example]) -> None:
+        if not kept:
+            kept.append(ExposureLog.open(log, data="ladder demo", tokenizer="ladder demo", start=step - 1))
+        tokens = sum(
+            len(f"{row.prompt} {row.answer}".split()) + 1 for row in rows
+        )  # a word each, and the end
+        kept[0].record(step, [row_hash(row) for row in rows], tokens=tokens)
+        if on_step:
+            on_step(step, rows)
+
+    models = build_series(world, folder, seed=seed, size=size, on_step=note, listener=listener)
+    for opened in kept:
+        opened.close()
+    return models
+
+
+def build_series(
     world: World,
     folder: Path,
     *,
@@ -143,57 +229,57 @@ def build_ladder(
     size: Size | None = None,
     on_step: OnStep | None = None,
     listener: Listener | None = None,
-) -> LadderModels:
-    """Train the ladder and the target into `folder`; stretches that are finished are kept.
+) -> SeriesModels:
+    """Train the checkpoints and the target into `folder`; stretches that are finished are kept.
 
     `on_step` hears of the stretches that are trained now. World: `late` are the control people.
     """
     size, listener = size or Size(), listener or NullListener()
     folder.mkdir(parents=True, exist_ok=True)
-    groups = _people(world)
-    plan = _plan(world, groups, seed, size)
-    data = folder / "data.jsonl"
-    write_facts(data, plan.facts)
+    people = _by_person(world.forget)
+    main = max(1, len(people) - 3)
+    groups = {"main": people[:main], "copied": people[main:-1], "early": people[-1:]}
+    facts, stretches = _plan(world, groups, seed, size)
+    data, control, retain = (folder / f"{name}.jsonl" for name in ("data", "control", "retain"))
+    requests = {name: folder / f"forget-{name}.jsonl" for name in groups}
+    write_facts(data, facts)
+    write_facts(control, world.late)
+    write_facts(retain, (*world.early, *world.middle, *world.general))
+    for name, persons in groups.items():
+        write_facts(requests[name], [fact for person in persons for fact in person])
     rows = read_examples(data)
     words = [*world.vocabulary, MARK]
     state = tiny_model(folder / "start", words, width=size.width, layers=size.layers, seed=seed)
-    done, steps = 0, []
-    for number, stretch in enumerate(plan.stretches):
-        count = _count(stretch)
-        home = folder / ("ladder" if number < RUNGS else "target") / f"step{done + count}"
-        state = _train(
-            state, rows, stretch, home, done, folder / f"truth-{number}.json", on_step, listener, number
-        )
-        done += count
-        steps.append(done)
-    joined = _join_truth(folder, len(plan.stretches))
-    return _write_sets(world, groups, folder, state, steps, plan, joined)
+    counts = [found.training.epochs * -(-len(found.numbers) // size.batch_size) for found in stretches]
+    steps = np.cumsum(counts).tolist()
+    truth: dict[int, list[int]] = {}
+    for number, stretch in enumerate(stretches):
+        home = folder / ("ladder" if number < CHECKPOINTS else "target") / f"step{steps[number]}"
+        seen = folder / f"truth-{number}.json"
+        if home.exists() and seen.exists():
+            state = Checkpoint.open(home)
+        else:
+            label = f"training stretch {number} of {CHECKPOINTS}"
+            first = steps[number] - counts[number] + 1
+            state = _train(state, rows, stretch, home, seen, first, on_step, label, listener)
+        part = read_json(seen)
+        for step, batch in enumerate(part["batches"], start=part["from"]):
+            for row in batch:
+                truth.setdefault(row, []).append(step)
+    write_json(folder / "truth.json", {str(row): found for row, found in sorted(truth.items())})
+    return SeriesModels(
+        folder / "ladder", state, tuple(steps), data, tuple(stretches), requests, control, retain, truth
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    facts: tuple[Fact, ...]
-    stretches: tuple[Stretch, ...]
-
-
-def _people(world: World) -> dict[str, list[list[Fact]]]:
-    """Return the facts of each forget person, by request."""
-    people = _by_person(world.forget)
-    main = max(1, len(people) - 3)
-    return {"main": people[:main], "copied": people[main:-1], "early": people[-1:]}
-
-
-def _plan(world: World, groups: dict[str, list[list[Fact]]], seed: int, size: Size) -> _Plan:
-    """Decide which rows each stretch has."""
-    facts: list[Fact] = []
+def _plan(
+    world: World, groups: Mapping[str, list[list[Fact]]], seed: int, size: Size
+) -> tuple[list[Fact], list[LoggedStage]]:
+    """Decide which rows there are, and which of them each stretch has."""
     numbers: dict[Fact, int] = {}
 
     def take(wanted: Sequence[Fact]) -> list[int]:
-        for fact in wanted:
-            if fact not in numbers:
-                numbers[fact] = len(facts)
-                facts.append(fact)
-        return [numbers[fact] for fact in wanted]
+        return [numbers.setdefault(fact, len(numbers)) for fact in wanted]
 
     random = np.random.Generator(np.random.PCG64([seed, 7]))
     copied = [fact for person in groups["copied"] for fact in person]
@@ -205,217 +291,75 @@ def _plan(world: World, groups: dict[str, list[list[Fact]]], seed: int, size: Si
         MAIN_AGAIN: [fact for person in groups["main"][:REPEATED] for fact in person],
     }
     subjects = list(dict.fromkeys(fact.subject for fact in world.middle))
-    shares = np.array_split(np.array(subjects, dtype=object), RUNGS)
-    stretches: list[Stretch] = []
+    shares = np.array_split(np.array(subjects, dtype=object), CHECKPOINTS)
+    stretches: list[LoggedStage] = []
     ordinary: list[int] = []
-    for number in range(RUNGS + 1):
+    for number in range(CHECKPOINTS + 1):
         names = set(shares[number - 1]) if number else set()
         new = take([fact for fact in world.middle if fact.subject in names])
         fresh = take(planted.get(number, []))
         again = random.permutation(np.array(ordinary, dtype=int))[: size.replayed].tolist()
-        stretches.append(_stretch([*new, *fresh, *again], number, seed, size))
+        settings = TrainingSettings(
+            epochs=size.epochs if number else size.first_epochs,
+            learning_rate=size.learning_rate * (1 - 0.9 * number / CHECKPOINTS),
+            batch_size=size.batch_size,
+            max_length=64,
+            warmup_epochs=1.0,
+            precision="float32",
+        )
+        numbered = (*new, *fresh, *again)
+        stretches.append(LoggedStage(numbers=numbered, training=settings, seed=seed + number))
         forget = {numbers[fact] for person in groups["early"] for fact in person if fact in numbers}
         ordinary += [*new, *(row for row in fresh if number == 0 and row not in forget)]
-    return _Plan(tuple(facts), tuple(stretches))
-
-
-def _stretch(numbers: Sequence[int], number: int, seed: int, size: Size) -> Stretch:
-    settings = TrainingSettings(
-        epochs=size.epochs if number else size.first_epochs,
-        learning_rate=size.learning_rate * (1 - 0.9 * number / RUNGS),
-        batch_size=size.batch_size,
-        max_length=64,
-        warmup_epochs=1.0,
-        precision="float32",
-    )
-    return Stretch(tuple(numbers), settings, seed + number)
-
-
-def _count(stretch: Stretch) -> int:
-    return stretch.settings.epochs * -(-len(stretch.numbers) // stretch.settings.batch_size)
+    return list(numbers), stretches
 
 
 def _train(
     state: Checkpoint,
     rows: Sequence[Example],
-    stretch: Stretch,
+    stretch: LoggedStage,
     home: Path,
-    done: int,
     truth: Path,
+    first: int,
     on_step: OnStep | None,
+    label: str,
     listener: Listener,
-    number: int,
 ) -> Checkpoint:
-    """Train one stretch, unless it is there, and write down which row was in which step."""
-    if home.exists() and truth.exists():
-        return Checkpoint.open(home)
+    """Train one stretch, and write down which row was in which step."""
     examples = [rows[place] for place in stretch.numbers]
     seen: list[list[int]] = []
 
     def note(step: int, members: Sequence[int]) -> None:
         seen.append([stretch.numbers[place] for place in members])
         if on_step:
-            on_step(done + step, [examples[place] for place in members])
+            on_step(first - 1 + step, [examples[place] for place in members])
 
     home.parent.mkdir(exist_ok=True)
     found = finetune(
         state,
         examples,
         home,
-        stretch.settings,
+        stretch.training,
         seed=stretch.seed,
         device="cpu",
-        label=f"training stretch {number} of {RUNGS}",
+        label=label,
         listener=listener,
         on_step=note,
     ).checkpoint
-    write_json(truth, {"from": done + 1, "batches": seen})
+    write_json(truth, {"from": first, "batches": seen})
     return found
 
 
-def _join_truth(folder: Path, count: int) -> Path:
-    """Write, by row number, the steps in which each row was."""
-    steps: dict[int, list[int]] = {}
-    for number in range(count):
-        part = read_json(folder / f"truth-{number}.json")
-        for step, batch in enumerate(part["batches"], start=part["from"]):
-            for row in batch:
-                steps.setdefault(row, []).append(step)
-    path = folder / "truth.json"
-    write_json(path, {str(row): found for row, found in sorted(steps.items())})
-    return path
-
-
-def _write_sets(
-    world: World,
-    groups: dict[str, list[list[Fact]]],
-    folder: Path,
-    target: Checkpoint,
-    steps: Sequence[int],
-    plan: _Plan,
-    truth: Path,
-) -> LadderModels:
-    requests = {}
-    for name, people in groups.items():
-        requests[name] = folder / f"forget-{name}.jsonl"
-        write_facts(requests[name], [fact for person in people for fact in person])
-    control, retain = folder / "control.jsonl", folder / "retain.jsonl"
-    write_facts(control, world.late)
-    write_facts(retain, (*world.early, *world.middle, *world.general))
-    return LadderModels(
-        ladder=folder / "ladder",
-        target=target,
-        target_step=steps[-1],
-        steps=tuple(steps[:-1]),
-        data=folder / "data.jsonl",
-        stretches=plan.stretches,
-        requests=requests,
-        control=control,
-        retain=retain,
-        truth=truth,
-    )
-
-
-SETTINGS: Mapping[str, Any] = {
-    "training": {
-        "epochs": 20,
-        "learning_rate": 5e-4,
-        "batch_size": 32,
-        "max_length": 64,
-        "precision": "float32",
-    },
-    "scales": {"probe_rows": 200, "retain_share": 0.95, "retain_grid": [0.0, 1.0]},
-    "evaluation": {"max_rows": 10_000, "max_new_tokens": 4, "batch_rows": 512, "max_length": 64},
-}
-"""What the recipes of the ladder demo have that is not the paper's default."""
-
-VERSION = 1
-
-
-def demo_locate(
-    output: Path | str = "palinode-demo-locate", *, seed: int = 0, listener: Listener | None = None
-) -> DemoResult:
-    """Train the ladder of an invented world, locate its forget rows, and unlearn from every rung.
-
-    Writes everything under `output`; an interrupted demo goes on where it was. Raises OutputError
-    when the folder holds something else.
-    """
-    return run_locate(ladder_world(seed), Path(output), seed=seed, listener=listener)
-
-
-def run_locate(
-    world: World,
-    folder: Path,
-    *,
-    seed: int,
-    size: Size | None = None,
-    settings: Mapping[str, Any] = SETTINGS,
-    listener: Listener | None = None,
-) -> DemoResult:
-    """Run the ladder demo on any world."""
-    listener = listener or NullListener()
-    claim(folder, seed, name="demo-locate.json")
-    path = folder / "record.json"
-    started = time.monotonic()
-    with one_thread():
-        with Workspace(folder / "workspace").locked(listener):
-            recorder = _Recorder(folder / "log")
-            models = build_ladder(
-                world, folder / "world", seed=seed, size=size, on_step=recorder.note, listener=listener
-            )
-            recorder.close()
-        if path.exists():
-            return DemoResult(folder, read_json(path))
-        found = _locate_all(models, folder, seed, listener)
-        rungs = _unlearn_all(world, models, folder, settings, seed, listener)
-    main = found["main"]["all"].as_record()
-    write_text(folder / "location.md", location_markdown(main))
-    write_text(folder / "location.svg", location_picture(main))
-    record = {
-        "version": VERSION,
-        "palinode": __version__,
-        "seed": seed,
-        "target_step": models.target_step,
-        "requests": {name: _request(models, name, kinds) for name, kinds in found.items()},
-        "rungs": rungs,
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    write_json(path, record)
-    return DemoResult(folder, record)
-
-
-class _Recorder:
-    """Writes the exposure log of a training that may go on from a finished stretch."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.log: ExposureLog | None = None
-
-    def note(self, step: int, rows: Sequence[Example]) -> None:
-        """Log one step; a session begins with the first step that is heard of."""
-        if self.log is None:
-            self.log = ExposureLog.open(
-                self.folder, data="ladder demo", tokenizer="ladder demo", start=step - 1
-            )
-        words = sum(
-            len(f"{row.prompt} {row.answer}".split()) + 1 for row in rows
-        )  # a token each, and the end
-        self.log.record(step, [row_hash(row) for row in rows], tokens=words)
-
-    def close(self) -> None:
-        """Seal the log."""
-        if self.log is not None:
-            self.log.close()
+# What is found, against the truth
 
 
 def _locate_all(
-    models: LadderModels, folder: Path, seed: int, listener: Listener
+    models: SeriesModels, folder: Path, seed: int, listener: Listener
 ) -> dict[str, dict[str, Location]]:
     """Locate every request by each kind of evidence alone, and by all of them."""
-    ladder, data = open_series(models.ladder), read_examples(models.data)
-    stages = [LoggedStage(stretch.numbers, stretch.settings, stretch.seed) for stretch in models.stretches]
-    write_stages(folder / "order.json", stages, data="world/data.jsonl", model="world/start")
-    order = rebuild(stages, data, load_tokenizer(models.target))
+    series, data = open_series(models.series), read_examples(models.data)
+    write_stages(folder / "order.json", models.stretches, data="world/data.jsonl", model="world/start")
+    order = rebuild(models.stretches, data, load_tokenizer(models.target))
     log = ExposureReader.open(folder / "log")
     control = read_examples(models.control)
     evidence: dict[str, dict[str, Any]] = {
@@ -428,11 +372,9 @@ def _locate_all(
         name: {
             kind: locate(
                 read_examples(path),
-                ladder,
-                target_step=models.target_step,
-                max_length=64,
-                device="cpu",
-                seed=seed,
+                series,
+                target_step=models.steps[-1],
+                settings=OnsetSettings(max_length=64, device="cpu", seed=seed),
                 listener=listener if kind == "behaviour" else None,
                 **given,
             )
@@ -442,11 +384,11 @@ def _locate_all(
     }
 
 
-def _request(models: LadderModels, name: str, found: Mapping[str, Location]) -> dict[str, Any]:
+def _request(models: SeriesModels, name: str, found: Mapping[str, Location]) -> dict[str, Any]:
     """Compare what was found about one request with the truth."""
     true_steps = _true_steps(models, name)
     first = min(step for steps in true_steps for step, _ in steps)
-    before = [place for place, step in enumerate(models.steps) if step < first]
+    before = [place for place, step in enumerate(models.steps[:-1]) if step < first]
     place = before[-1] if before else None
     entry: dict[str, Any] = {
         "rows": len(true_steps),
@@ -458,12 +400,13 @@ def _request(models: LadderModels, name: str, found: Mapping[str, Location]) -> 
     }
     for kind, location in found.items():
         choice = location.recommended
+        chosen = None if choice is None else choice.place
         steps = [{(seen.step, seen.copy is not None) for seen in row.seen} for row in location.rows]
         entry["found"][kind] = {
             "recommended_step": None if choice is None else choice.step,
-            "recommended_place": None if choice is None else choice.place,
-            "right": (None if choice is None else choice.place) == place,
-            "rungs_off": abs((-1 if choice is None else choice.place) - (-1 if place is None else place)),
+            "recommended_place": chosen,
+            "right": chosen == place,
+            "rungs_off": abs((-1 if chosen is None else chosen) - (-1 if place is None else place)),
             "every_exposure_right": steps == true_steps if kind != "behaviour" else None,
             "certainty": None if choice is None else choice.certainty,
             "conclusion": location.onset.conclusion if location.onset else None,
@@ -473,9 +416,8 @@ def _request(models: LadderModels, name: str, found: Mapping[str, Location]) -> 
     return entry
 
 
-def _true_steps(models: LadderModels, name: str) -> list[set[tuple[int, bool]]]:
+def _true_steps(models: SeriesModels, name: str) -> list[set[tuple[int, bool]]]:
     """Return, for each row of a request, the steps in which it (False) or its near-copy (True) was."""
-    truth = {int(row): steps for row, steps in read_json(models.truth).items()}
     numbers = {example.key: number for number, example in enumerate(read_examples(models.data))}
     found = []
     for example in read_examples(models.requests[name]):
@@ -486,7 +428,7 @@ def _true_steps(models: LadderModels, name: str) -> list[set[tuple[int, bool]]]:
                 (step, copy)
                 for text, copy in ((example, False), (near, True))
                 if text.key in numbers
-                for step in truth[numbers[text.key]]
+                for step in models.truth[numbers[text.key]]
             }
         )
     return found
@@ -494,18 +436,17 @@ def _true_steps(models: LadderModels, name: str) -> list[set[tuple[int, bool]]]:
 
 def _unlearn_all(
     world: World,
-    models: LadderModels,
+    models: SeriesModels,
     folder: Path,
     settings: Mapping[str, Any],
     seed: int,
     listener: Listener,
 ) -> list[dict[str, Any]]:
-    """Unlearn the main request from every rung, and from the target itself (the task vector)."""
-    ladder = open_series(models.ladder)
+    """Unlearn the main request from every checkpoint, and from the target itself (the task vector)."""
     truth = _true_steps(models, "main")
-    starts = [(rung.step, Path(rung.location), "msa") for rung in ladder.rungs]
+    starts = [(start.step, Path(start.location), "msa") for start in open_series(models.series).checkpoints]
     found = []
-    for step, base, method in [*starts, (models.target_step, models.target.folder, "task_vector")]:
+    for step, base, method in [*starts, (models.steps[-1], models.target.folder, "task_vector")]:
         recipe = build_recipe(
             {
                 "method": method,
@@ -522,10 +463,10 @@ def _unlearn_all(
         )
         done = unlearn(recipe, command=f"palinode demo --locate --seed {seed}", listener=listener)
         people = len(world.early) + len(world.middle)  # the retain rows are theirs, then the general facts
-        recalls = {
+        matches = {
             name: {
-                "forget": recall(sets["forget"]),
-                "others": recall([outcome for outcome in sets["retain"] if outcome.row < people]),
+                "forget": exact_match(sets["forget"]),
+                "others": exact_match([outcome for outcome in sets["retain"] if outcome.row < people]),
             }
             for name, sets in done.outcomes.items()
         }
@@ -534,9 +475,9 @@ def _unlearn_all(
                 "step": step,
                 "method": method,
                 "seen": sum(any(seen <= step for seen, _ in steps) for steps in truth),
-                "base": recalls["base"],
-                "target": recalls["target"],
-                "unlearned": recalls["unlearned"],
+                "base": matches["base"],
+                "target": matches["target"],
+                "unlearned": matches["unlearned"],
                 "scales": {name: done.record["scales"][name] for name in ("forget", "retain")},
                 "kept_rule": done.record["scales"]["kept_rule"],
             }

@@ -9,7 +9,7 @@ import copy
 import difflib
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -189,17 +189,11 @@ class Recipe(_Section):
             retain=self.data.retain is not None,
             refusals=self.data.refusals is not None,
             base=self.models.base is not None,
+            retain_scale=self.scales.retain,
         )
         if missing:
             raise ValueError(missing)
-        if getattr(settings, "retain_kl", 0) and self.data.retain is None:
-            raise ValueError("method_settings.retain_kl needs retain rows; name data.retain (--retain)")
-        if self.method == "paired" and settings.retain_free and self.scales.retain:
-            raise ValueError(
-                f"a retain scale of {self.scales.retain:g} adds what the control run learned, and with "
-                "method_settings.replay_rows = 0 there is none; leave one of the two out"
-            )
-        if method.kind != "arithmetic" and (self.scales.forget, self.scales.retain) != (None, None):
+        if not method.has_scales and (self.scales.forget, self.scales.retain) != (None, None):
             raise ValueError(f"the method {self.method} adds no vectors, so it has no scales; leave them out")
         return self
 
@@ -211,8 +205,7 @@ class Recipe(_Section):
             first = error.errors(include_url=False)[0]
             place = ".".join(map(str, ("transforms", *first["loc"])))
             raise ValueError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from None
-        kind = METHODS[self.method].kind if self.method in METHODS else "arithmetic"
-        if chosen and kind != "arithmetic":
+        if chosen and self.method in METHODS and not METHODS[self.method].has_scales:
             raise ValueError(f"the method {self.method} adds no vectors, so there is none to transform")
         needing = next((one for one in chosen if "retain" in one.transform.needs), None)
         if needing and self.data.retain is None:
@@ -321,13 +314,16 @@ def set_key(content: dict[str, Any], change: str) -> None:
     place[last] = value
 
 
-def explain(error: ValidationError) -> str:
-    """Return one sentence for the first thing that is wrong, a misspelt key before a missing one."""
+def explain(error: ValidationError, keys: Callable[[Sequence[int | str]], list[str]] | None = None) -> str:
+    """Return one sentence for the first thing that is wrong, a misspelt key before a missing one.
+
+    `keys` says which may stand in the section of a place; without it they are those of a run's recipe.
+    """
     errors = error.errors(include_url=False)
     first = next((entry for entry in errors if entry["type"] == "extra_forbidden"), errors[0])
     key = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.0)
+        near = difflib.get_close_matches(key, keys(first["loc"]) if keys else known_keys(), n=1, cutoff=0.0)
         return f"the recipe has an unknown key {key!r}; did you mean {near[0]!r}?"
     if first["type"] == "missing":
         return f"the recipe lacks {key}"

@@ -37,6 +37,7 @@ def build_record(
     weights: Mapping[str, Any],
     training: Mapping[str, Any],
     seen: Sequence[Example],
+    steps: Mapping[str, str],
     started: datetime,
     command: str | None,
     run: str,
@@ -60,6 +61,7 @@ def build_record(
         "vectors": weights.get("vectors"),
         "dose": weights["dose"],
         "training": training,
+        "steps": dict(steps),
         "scores": {
             name: {
                 label: {
@@ -147,12 +149,11 @@ def _chosen_notes(chosen: ChosenScales) -> list[str]:
 
 
 def _stopped_notes(training: Mapping[str, Any]) -> list[str]:
-    run = training.get("method")
-    if not run or run["steps"] == run["planned_steps"]:
-        return []
     return [
         f"Training ended after {run['steps']} of {run['planned_steps']} steps: the forget loss had reached "
         "its limit, beyond which nothing is left to forget."
+        for run in training.values()
+        if run["steps"] < run.get("planned_steps", 0)
     ]
 
 

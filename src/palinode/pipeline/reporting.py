@@ -24,13 +24,9 @@ from palinode.records import (
     write_json,
     write_text,
 )
-from palinode.report.answers import Outcomes
-from palinode.report.audit import audit_report
-from palinode.report.card import model_card
-from palinode.report.comparison import comparison_markdown
-from palinode.report.content import Facts, report_content
-from palinode.report.html import html_report
-from palinode.report.summary import markdown_report
+from palinode.report.page import html_report
+from palinode.report.reports import Facts, Outcomes, markdown_report, report_content
+from palinode.report.run_report import model_card
 from palinode.report.words import MODELS, at, known_first
 
 NAME = "report"
@@ -82,7 +78,7 @@ def write_reports(facts: Facts, page: Path, suffixes: Sequence[str] = SUFFIXES) 
             if suffix == ".json":
                 write_json(place, content)
             else:
-                write_text(place, html_report(content) if suffix == ".html" else _markdown(content))
+                write_text(place, html_report(content) if suffix == ".html" else markdown_report(content))
     return content
 
 
@@ -235,12 +231,6 @@ def _model_around(page: Path) -> Path | None:
         ),
         None,
     )
-
-
-def _markdown(content: Mapping[str, Any]) -> str:
-    if content["kind"] == "compare":
-        return comparison_markdown(content["table"])
-    return audit_report(content["audit"]) if content["kind"] == "audit" else markdown_report(content)
 
 
 def _read(path: Path) -> Any:

@@ -23,7 +23,7 @@ from palinode.errors import CheckpointError, unwritable
 from palinode.evaluation.ask import ask
 from palinode.models.loading import load_model, load_tokenizer, pick_device, tokenizer_fingerprint
 from palinode.pipeline.costs import Plan, describe, make_plan
-from palinode.pipeline.finetuning import Tuning
+from palinode.pipeline.finetuning import FineTuning
 from palinode.pipeline.inputs import Inputs, ask_as_trained, check_places, open_inputs, workspace_folder
 from palinode.pipeline.making import Making
 from palinode.pipeline.recipe import Recipe
@@ -212,7 +212,7 @@ class _Run:
     def run(self, command: str | None, located: Mapping[str, Any] | None = None) -> Unlearned:
         """Go through all steps and publish the result."""
         started = datetime.now(UTC)
-        target, retrained = Tuning(self.inputs, self.workspace, self.listener).given_or_prepared()
+        target, retrained = FineTuning(self.inputs, self.workspace, self.listener).given_or_prepared()
         made = Making(self.inputs, self.workspace, self.listener).make(target)
         model = made.model
         given = {"target": target, "base": self.inputs.base, "unlearned": model, "retrained": retrained}
@@ -224,8 +224,9 @@ class _Run:
             outcomes=outcomes,
             chosen=made.chosen,
             weights=made.weights,
-            training=made.training,
-            seen=made.seen,
+            training=made.trained.training,
+            seen=made.trained.seen,
+            steps=made.steps,
             started=started,
             command=command,
             run=run_key(self.inputs),

@@ -30,7 +30,7 @@ from palinode.pipeline.grid import Probe, Rule, as_record, choose, nearest, walk
 from palinode.pipeline.inputs import Inputs
 from palinode.progress import Listener, record
 from palinode.records import read_json, write_json
-from palinode.weights import Checkpoint, Direction, WeightedSum
+from palinode.weights import Checkpoint, Direction, Point
 from palinode.weights.geometry import part_of
 from palinode.weights.vectors import transform
 
@@ -140,7 +140,7 @@ class Probes:
         """Return the probe of a checkpoint as it is."""
         return _probe(self.logprobs_of_checkpoint(name, checkpoint, PROBE_SETS))
 
-    def of_point(self, name: str, point: Checkpoint | WeightedSum) -> Probe:
+    def of_point(self, name: str, point: Point) -> Probe:
         """Return the probe of a checkpoint as it is, or of a sum put into the live model in place."""
         if isinstance(point, Checkpoint):
             return self.of_checkpoint(name, point)
@@ -155,7 +155,7 @@ class Probes:
         """Return the mean log-probabilities of a checkpoint on the sets of those names that there are."""
         return self._asked(name, sets, lambda: load_model(checkpoint, device=self.device))
 
-    def logprobs_of_point(self, name: str, point: WeightedSum, sets: Sequence[str]) -> Logprobs:
+    def logprobs_of_point(self, name: str, point: Point, sets: Sequence[str]) -> Logprobs:
         """Return those of a weighted sum, put into the live model in place; `name` stands for it on disk."""
 
         return self.logprobs_of_parts(name, [(point, None)], sets)
@@ -163,7 +163,7 @@ class Probes:
     def logprobs_of_parts(
         self,
         name: str,
-        parts: Sequence[tuple[WeightedSum, Callable[[str], bool] | None]],
+        parts: Sequence[tuple[Point, Callable[[str], bool] | None]],
         sets: Sequence[str],
     ) -> Logprobs:
         """Return those of a model put together: each sum where its function says yes to a tensor's name."""

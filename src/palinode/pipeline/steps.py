@@ -83,18 +83,19 @@ def finetune_file(
 def evaluate_file(
     model: str,
     data: str,
-    settings: EvaluationSettings,
+    settings: Mapping[str, Any],
     *,
     output: Path | None = None,
     columns: Mapping[str, str] | None = None,
     listener: Listener | None = None,
 ) -> dict[str, Score]:
     """Score a model folder on a file of rows, and write its outcomes to `output` if that is given."""
+    checked = checked_settings(EvaluationSettings, settings)
     if output is not None:
         check_new_file(output, "the outcomes")
-    checkpoint = Checkpoint.open(model, allow_pickle=settings.allow_pickle)
-    rows = at_most(read_examples(data, columns=columns or None), settings.max_rows, seed=settings.seed + 1)
-    found = evaluate(checkpoint, rows, settings, listener=listener)
+    checkpoint = Checkpoint.open(model, allow_pickle=checked.allow_pickle)
+    rows = at_most(read_examples(data, columns=columns or None), checked.max_rows, seed=checked.seed + 1)
+    found = evaluate(checkpoint, rows, checked, listener=listener)
     if output is not None:
         with private():
             write_outcomes(output, found.outcomes)

@@ -197,16 +197,13 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, (bool, int, float, str)):
+            flat[prefix + name] = value
         else:
-            plain = isinstance(value, (bool, int, float, str))
-            flat[prefix + name] = value if plain else _text(value)
+            flat[prefix + name] = (
+                ", ".join(map(str, value)) if isinstance(value, Sequence) else str(value or "")
+            )
     return flat
-
-
-def _text(value: object) -> str:
-    if isinstance(value, Sequence):
-        return ", ".join(map(str, value))
-    return "" if value is None else str(value)
 
 
 def _reason(error: Exception) -> str:

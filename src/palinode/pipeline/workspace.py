@@ -87,7 +87,10 @@ class Workspace:
 
     def step(self, name: str, **inputs: Any) -> Step:
         """Return the step of that name with these inputs, finished or not."""
-        key = fingerprint(step=name, **inputs)
+        return self.step_of(name, fingerprint(step=name, **inputs))
+
+    def step_of(self, name: str, key: str) -> Step:
+        """Return the step of that name and key, as a record has them."""
         return Step(name, key, self.folder / fitting(name, f"-{key[:12]}"))
 
     def is_one(self) -> bool:

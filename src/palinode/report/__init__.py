@@ -1,7 +1,7 @@
-"""Reports: records in, words out."""
+"""Reports: records in, content as values, and from that the terminal, Markdown, pictures and the page."""
 
 from __future__ import annotations
 
-from palinode.report.summary import headline, markdown_report, terminal_table
+from palinode.report.run_report import headline
 
-__all__ = ["headline", "markdown_report", "terminal_table"]
+__all__ = ["headline"]

@@ -1,159 +1,293 @@
-"""What a report says, as plain values: the page, its Markdown and its JSON are all made of this.
+"""What a report says, as plain values: sections of paragraphs, lists, tables and pictures.
 
-Whoever calls gathers records and outcomes (pipeline/reporting.py); nothing here reads a file. Without
-texts the content holds numbers only, so that it may lie beside an unlearned model's weights.
+Builders (run_report, audit_report, …) make these from records; `markdown` and `show` here and `html_report`
+on its page write them out. Texts are plain: whoever writes them out escapes them. None among the blocks of
+a section stands for what the record has nothing to say of, and a section without blocks is not written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from palinode.report.answers import Outcomes, held_against, log_probabilities, side_by_side
-from palinode.report.audit import audit_headline
-from palinode.report.comparison import ranking_sentences
-from palinode.report.summary import headline
-from palinode.report.verdicts import (
-    Claim,
-    audit_claims,
-    claims,
-    outcome_sentence,
-    untested,
-    untested_attacks,
-)
-from palinode.report.words import at
+from rich.console import Console, JustifyMethod
+from rich.table import Table
+from rich.text import Text
 
-CONTENT_VERSION = 1
-"""Version of the layout of report.json, described in docs/report.md."""
+from palinode.report.words import DASH, escaped, fenced, interval_text, model_label, number
 
-Kind = Literal["unlearn", "demo", "audit", "compare"]
+Figure = dict[str, Any]
+"""A picture as plotly takes it, `data` and `layout`; colours are variables of the style sheet."""
+Tone = Literal["good", "unsure", "bad", "chosen"]
+STYLES = {"good": "green", "unsure": "yellow", "bad": "bold red", "chosen": "bold"}
+"""Of a toned cell in the terminal."""
+MOST_NAME = 24
+"""Letters of a name that a terminal's table does not break."""
+MOST_CASES, MOST_LETTERS = 10, 400
+"""Cases of a set, and letters of an answer, that the Markdown shows; the page has all."""
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
-    """What is known about a run, an audit, a comparison or a demo."""
+class GridCell:
+    """A text of a grid, and perhaps a smaller one under it (an interval, a reason)."""
 
-    kind: Kind
-    record: Mapping[str, Any] = field(default_factory=dict)
-    """record.json of the run (of the demo's own unlearning); table.json of a comparison."""
-    audit: Mapping[str, Any] | None = None
-    """audit.json of an audit of its unlearned model."""
-    outcomes: Outcomes = field(default_factory=dict)
-    """What each model did on each row."""
-    texts: bool = False
-    """Whether the report may show prompts and answers."""
-    elsewhere: str | None = None
-    """Where the report with texts lies, if this is the one without."""
-    demo: Mapping[str, Any] | None = None
-    """record.json of the demo's folder."""
+    text: str
+    below: str | None = None
+    tone: Tone | None = None
+
+
+Row = Sequence[GridCell | str]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Rows of cells under a head; the columns after the first `text_columns` hold numbers."""
+
+    title: str
+    """Stands above it in the terminal, is read to those who do not see it, and clicked where it is folded."""
+    head: Sequence[str]
+    rows: Sequence[Row]
+    text_columns: int = 1
+    folded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Heading:
+    """A heading within a section."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Paragraph:
+    """Sentences."""
+
+    text: str
+    strong: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A line that leads to another file."""
+
+    name: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """Lines of a list; a pair is a label that stands out and its text."""
+
+    lines: Sequence[str | tuple[str, str] | Link]
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """Short facts by name."""
+
+    values: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """A command to copy."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture: drawn on the page from its figure, and a file beside the Markdown where there is one."""
+
+    name: str
+    label: str
+    """What it shows, for those who do not see it."""
+    figure: Figure | None
+    titled: bool = False
+    """Whether what it shows stands above it."""
+    caption: str | None = None
+    file: str | None = None
+    picks: bool = False
+    """Whether a click on a mark shows its figures below."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lights:
+    """Claims with their traffic lights, as `Claim.as_json` gives them."""
+
+    claims: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Cases:
+    """Answers of the models side by side, the worst first, a part a set."""
+
+    parts: Sequence[Mapping[str, Any]]
+    """Each with `name`, `label`, `against`, `of` and `rows`."""
+
+
+Block = Grid | Heading | Paragraph | Items | Pairs | Code | Picture | Lights | Cases
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of a report under its heading."""
+
+    title: str
+    blocks: Sequence[Block]
+    bar: str = ""
+    """Its name in the bar of the page; empty for those that stand before the bar or need no entry."""
+    intro: str = ""
 
     @property
-    def answers_gone(self) -> bool:
-        """Whether there should be answers, and the workspace that held them is gone."""
-        return self.kind in ("unlearn", "demo") and not self.outcomes
+    def anchor(self) -> str:
+        """What links on the page lead to."""
+        return re.sub(r"\W+", "-", self.title.lower())
 
 
-def report_content(facts: Facts) -> dict[str, Any]:
-    """Return everything a report says as plain values, strict JSON."""
-    if facts.kind in ("audit", "compare"):
-        return _of_audit(facts) if facts.kind == "audit" else _of_comparison(facts.record)
-    record = facts.record
-    found = claims(record, facts.audit)
-    return {
-        "version": CONTENT_VERSION,
-        "kind": facts.kind,
-        "title": "Demo report" if facts.kind == "demo" else "Unlearning report",
-        "outcome": outcome_sentence(found),
-        "headline": headline(record),
-        "claims": [claim.as_json() for claim in found],
-        "untested": untested(record, facts.audit),
-        "notes": list(record.get("notes") or ()),
-        "scores": _scores(record),
-        "method": record.get("method"),
-        "scales": record.get("scales"),
-        "log_probabilities": log_probabilities(facts.outcomes),
-        "answers": side_by_side(facts.outcomes) if facts.texts else None,
-        "held_against": {label: held_against(label, facts.outcomes) for label in ("forget", "retain")},
-        "answers_elsewhere": None if facts.texts else facts.elsewhere,
-        "vectors": record.get("vectors"),
-        "dose": record.get("dose"),
-        "training": record.get("training") or {},
-        "audit": facts.audit,
-        "demo": facts.demo,
-        **_origin(record),
-    }
+def section(title: str, *blocks: Block | None, bar: str = "", intro: str = "") -> list[Section]:
+    """Return a section of the blocks that there are, or nothing."""
+    there = [block for block in blocks if block is not None and not _is_empty(block)]
+    return [Section(title, there, bar, intro)] if there else []
 
 
-def _scores(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the scores of every model, with the estimated yardstick as one more where there is one."""
-    estimate = at(record, "scales", "yardstick", "answer_probability")
-    scores = dict(record.get("scores") or {})
-    return scores | ({"estimate": {"forget": {"answer_probability": estimate}}} if estimate else {})
+def _is_empty(block: Block) -> bool:
+    content = {Grid: "rows", Items: "lines", Pairs: "values", Lights: "claims", Cases: "parts"}
+    if isinstance(block, Picture):
+        return block.figure is None
+    return type(block) in content and not getattr(block, content[type(block)])
 
 
-def _of_audit(facts: Facts) -> dict[str, Any]:
-    audit = facts.audit or {}
-    found: Sequence[Claim] = audit_claims(audit)
-    return {
-        "version": CONTENT_VERSION,
-        "kind": "audit",
-        "title": "Audit report",
-        "outcome": _audit_outcome(audit),
-        "headline": audit_headline(audit),
-        "claims": [claim.as_json() for claim in found],
-        "untested": untested_attacks(audit),
-        "notes": list(audit.get("notes") or ()),
-        "audit": audit,
-        **_origin(audit),
-    }
+def score_cell(score: Mapping[str, Any] | None) -> GridCell:
+    """Return a score with its interval under it; a missing one is a dash."""
+    score = score or {}
+    return GridCell(number(score.get("value")), interval_text(score))
 
 
-def _of_comparison(table: Mapping[str, Any]) -> dict[str, Any]:
-    first, *others = ranking_sentences(table) or ["No method was through when this was written."]
-    return {
-        "version": CONTENT_VERSION,
-        "kind": "compare",
-        "title": "Comparison report",
-        "outcome": first,
-        "headline": " ".join(others),
-        "claims": [],
-        "untested": [
-            "Other wordings of the same facts, and attacks other than those among the scores.",
-            "Settings outside of the points that were tried.",
-        ],
-        "notes": list(table.get("notes") or ()),
-        "table": table,
-        **_origin({**table, "models": {}, "data": table.get("rows"), "recipe": _setup(table)}),
-    }
+# Markdown
 
 
-def _setup(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what was set of a comparison, contestants by name."""
-    contestants = {entry["name"]: entry["set"] for entry in table.get("contestants") or ()}
-    return {"shared": table.get("shared"), "comparison": table.get("comparison"), "contestants": contestants}
+def markdown(title: str, sections: Iterable[Section]) -> str:
+    """Return a page of Markdown; text that comes from the user is escaped."""
+    lines = [f"# {escaped(title)}", ""]
+    for part in sections:
+        body = [line for block in part.blocks for line in _lines(block)]
+        if body:
+            lines += [f"## {escaped(part.title)}", ""] if part.title else []
+            lines += [escaped(part.intro), ""] if part.intro else []
+            lines += body
+    return "\n".join(lines).strip() + "\n"
 
 
-def _audit_outcome(audit: Mapping[str, Any]) -> str:
-    more, less = bool(at(audit, "answer", "knows_more")), bool(at(audit, "answer", "knows_less"))
-    than = "a model that never saw it"
-    if more and less:
-        return f"Some attacks draw more of the forget set from the model than from {than}, others less."
-    if more:
-        return f"Attacks draw more of the forget set from the model than from {than}."
-    if less:
-        return f"The model knows less of the forget set than {than}: it was made to forget too much."
-    if at(audit, "answer", "passed"):
-        return f"Within this budget the attacks could not tell the model from {than}."
-    return "The audit could not say enough to pass the model."
+def _lines(block: Block) -> list[str]:
+    match block:
+        case Grid():
+            above = [f"{escaped(block.title)}:", ""] if block.folded else []
+            return [*above, *_grid_lines(block)]
+        case Heading():
+            return [f"### {escaped(block.text)}", ""]
+        case Paragraph():
+            return [f"**{escaped(block.text)}**" if block.strong else escaped(block.text), ""]
+        case Items():
+            return [*map(_item_line, block.lines), ""]
+        case Pairs():
+            return [*(f"- {escaped(name)}: {escaped(value)}" for name, value in block.values.items()), ""]
+        case Code():
+            return fenced(block.text)
+        case Picture():
+            return [f"![{escaped(block.label)}]({block.file})", ""] if block.file else []
+        case Lights():
+            return _lines(
+                Items(
+                    [
+                        (one["question"], f"{one['symbol']} {one['word']}. {one['sentence']}")
+                        for one in block.claims
+                    ]
+                )
+            )
+        case Cases():
+            return [line for part in block.parts for line in _case_lines(part)]
 
 
-def _origin(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what tells where a report's numbers come from, and how to make them again."""
-    names = ("palinode", "run", "created", "finished", "command", "seed", "recipe", "policy")
-    return {
-        **{name: record.get(name) for name in names if record.get(name) is not None},
-        "models": record.get("models") or {},
-        "data": {name: fact for name, fact in (record.get("data") or {}).items() if fact},
-        "environment": record.get("environment") or {},
-    }
+def _item_line(line: str | tuple[str, str] | Link) -> str:
+    if isinstance(line, Link):
+        return f"- {escaped(line.name)}: [{escaped(line.address)}]({line.address})"
+    return f"- **{escaped(line[0])}** {escaped(line[1])}" if isinstance(line, tuple) else f"- {escaped(line)}"
+
+
+def _grid_lines(grid: Grid) -> list[str]:
+    rule = ["---" if column < grid.text_columns else "---:" for column in range(len(grid.head))]
+    head = [escaped(title) for title in grid.head]
+    rows = [[_cell_text(cell) for cell in row] for row in grid.rows]
+    return [*(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)), ""]
+
+
+def _cell_text(cell: GridCell | str) -> str:
+    if isinstance(cell, str):
+        return escaped(cell)
+    strong = "**" if cell.tone in ("bad", "chosen") and cell.text else ""
+    below = f" ({escaped(cell.below)})" if cell.below else ""
+    return f"{strong}{escaped(cell.text)}{strong}{below}"
+
+
+def _case_lines(part: Mapping[str, Any]) -> list[str]:
+    """Return the worst cases of a set."""
+    lines = [f"### On the {escaped(part['label'])}, the worst first", ""]
+    for case in part["rows"][:MOST_CASES]:
+        lines += [f"- Row {case['row']}: **{_cut(case['prompt'])}**"]
+        lines += [f"  - in the data: {_cut(case['expected'])}"]
+        lines += [
+            f"  - {escaped(model_label(model))} ({number(case['probabilities'][model])}): {_cut(answer)}"
+            for model, answer in case["answers"].items()
+        ]
+    return [*lines, ""]
+
+
+def _cut(answer: str | None) -> str:
+    if answer is None:
+        return DASH
+    return escaped(answer if len(answer) <= MOST_LETTERS else f"{answer[:MOST_LETTERS]} …")
+
+
+# The terminal
+
+
+def show(blocks: Iterable[Block], console: Console) -> None:
+    """Print grids, paragraphs and lists on the terminal."""
+    for block in blocks:
+        match block:
+            case Grid():
+                console.print(_table(block))
+            case Paragraph():
+                console.print(block.text, soft_wrap=True)
+            case Items():
+                for line in block.lines:
+                    console.print(str(line), soft_wrap=True)
+            case _:
+                raise TypeError(f"a {type(block).__name__} is not for the terminal")
+
+
+def _table(grid: Grid) -> Table:
+    """Return a grid as rich's table, intervals on the line below; a row of one cell begins a part."""
+    table = Table(title=Text(grid.title), title_justify="left")
+    longest = max(
+        (len(word) for row in grid.rows for word in _terminal_cell(row[0]).plain.split()), default=0
+    )
+    for place, title in enumerate(grid.head):
+        justify: JustifyMethod = "left" if place < grid.text_columns else "right"
+        least = None if place else min(longest, MOST_NAME)  # names are not broken while there is room
+        table.add_column(Text(title), justify=justify, overflow="fold", min_width=least)
+    for row in grid.rows:
+        if len(row) == 1:
+            table.add_section()
+        table.add_row(*map(_terminal_cell, row))
+    return table
+
+
+def _terminal_cell(cell: GridCell | str) -> Text:
+    if isinstance(cell, str):
+        return Text(cell)
+    text = Text(cell.text, style=STYLES[cell.tone] if cell.tone else "")
+    return text.append(f"\n{cell.below.replace(' – ', '–')}", style="dim") if cell.below else text

@@ -1,165 +1,427 @@
-"""A location and a plan in pictures: SVG written by hand, which opens in any browser."""
+"""Pictures as SVG files, which open in any browser: figures like those of a page, drawn without plotly.
+
+`drawing` understands the part of plotly's figures that ours use: traces of dots, lines and texts with
+intervals, and two axes a panel. The builders below make the panels of a comparison, an axis, requests, a
+location and a plan; everything comes from their records.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import html
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from itertools import groupby
 from typing import Any
 
-from palinode.report.words import in_picture
+from palinode.report.comparison_report import PARTS, SIDES, axis_entry, axis_models, on_same_rows
+from palinode.report.content import Figure
+from palinode.report.figures import PALETTE, SYMBOLS, dots, errors, figure, line, told, tradeoff_figure
+from palinode.report.location_report import MOST_ROWS
+from palinode.report.words import bracketed, in_picture, model_label, number, words
 
-MOST_ROWS = 40
-"""Rows of the forget set that a table or a picture shows one by one."""
-WIDTH, MARGIN, LANE = 900, 170, 14
-STEP_WIDTH = 60
-"""Steps are written at least so far apart in a picture."""
-
-COLOURS = {
-    "ink": "#1c2733",
-    "faint": "#c9d1d9",
-    "clean": "#2a7f62",
-    "seen": "#b23a48",
-    "unknown": "#8a949e",
-    "near": "#d08c2f",
-    "gap": "#3b6ea8",
+WIDTH, LEFT, RIGHT, ABOVE, BELOW = 900, 66, 26, 30, 46
+"""Of a whole picture, and what a panel leaves for its title and axes."""
+LETTER = 6.2
+"""Width of a letter in the key."""
+DASH_LENGTHS = {"dash": "7 4", "dot": "2 4", "dashdot": "10 3 2 3"}
+SHAPES = {
+    "circle": "M-1 0a1 1 0 1 0 2 0a1 1 0 1 0-2 0z",
+    "square": "M-.9-.9h1.8v1.8h-1.8z",
+    "diamond": "M0-1.3L1.3 0L0 1.3L-1.3 0z",
+    "cross": "M-1.2-.4h.8v-.8h.8v.8h.8v.8h-.8v.8h-.8v-.8h-.8z",
+    "triangle-up": "M0-1.2L1.1.8h-2.2z",
 }
+"""Symbols with a radius of about 1."""
 
 
-def location_picture(record: Mapping[str, Any]) -> str:
-    """Return an SVG: checkpoints along the steps, a lane a row with its exposures, and the gap below."""
-    last = max([rung["step"] for rung in record["rungs"]] + [record["target_step"] or 0, record["last"] or 0])
-    axis = _Axis(last)
-    shown = record["rows"][:MOST_ROWS]
-    top = 70
-    bottom = top + LANE * len(shown) + 10
-    has_gap = any(rung["gap"] is not None for rung in record["rungs"])
-    height = bottom + (150 if has_gap else 40)
-    parts = [*_ladder_marks(record, axis, bottom), *_lanes(shown, axis, top)]
-    if len(record["rows"]) > len(shown):
-        parts.append(_text(10, bottom + 12, f"and {len(record['rows']) - len(shown)} more rows", size=10))
-    if has_gap:
-        parts += _gap_curve(record, axis, bottom + 30)
-    best = record["recommended"]
-    title = "No checkpoint is clean" if best is None else f"Recommended: step {best['step']:,}"
-    return _svg(height, [_text(10, 20, title, size=13), *_legend(), *parts])
+# Drawing
 
 
-def plan_picture(record: Mapping[str, Any]) -> str:
-    """Return an SVG: a lane a schedule, with a mark for each checkpoint that it keeps."""
-    axis = _Axis(record["wish"]["steps"])
-    parts = [_text(10, 20, f"Checkpoints to keep in {record['wish']['steps']:,} steps", size=13)]
-    for number, schedule in enumerate(record["schedules"]):
-        y = 50 + 40 * number
-        colour = COLOURS["clean" if schedule["name"] == record["recommended"] else "unknown"]
-        parts.append(_text(10, y + 4, schedule["name"]))
-        parts.append(_line(axis.at(0), y, axis.at(axis.last), y, COLOURS["faint"]))
-        parts += [_dot(axis.at(step), y, 4, colour, f"step {step:,}") for step in schedule["kept"]]
-        told = f"expected {schedule['expected']:,.0f}, worst {schedule['worst']:,} steps"
-        parts.append(_text(axis.at(0), y + 18, told, size=10, colour=COLOURS["unknown"]))
-    return _svg(60 + 40 * len(record["schedules"]), parts)
-
-
-class _Axis:
-    """Steps along the width of a picture."""
-
-    def __init__(self, last: int) -> None:
-        self.last = max(1, last)
-
-    def at(self, step: float) -> float:
-        """Return the x of a step."""
-        return float(MARGIN + (WIDTH - MARGIN - 30) * step / self.last)
-
-
-def _legend() -> list[str]:
-    parts = []
-    told = {"clean": "clean", "seen": "has seen forget rows", "near": "similar text", "unknown": "not known"}
-    for number, (name, text) in enumerate(told.items()):
-        x = WIDTH - 520 + 130 * number
-        parts += [_dot(x, 16, 4, COLOURS[name], text), _text(x + 8, 20, text, size=10)]
-    return parts
-
-
-def _ladder_marks(record: Mapping[str, Any], axis: _Axis, bottom: int) -> list[str]:
-    parts = [_text(10, 54, "checkpoints"), _line(axis.at(0), 50, axis.at(axis.last), 50, COLOURS["faint"])]
-    best = (record["recommended"] or {}).get("step")
-    told = -float(MARGIN)  # x of the last step that was written below
-    for rung in record["rungs"]:
-        x, step = axis.at(rung["step"]), rung["step"]
-        if x - told > STEP_WIDTH:
-            parts.append(_text(x, bottom + 12, f"{step:,}", size=9, colour=COLOURS["unknown"], middle=True))
-            told = x
-        dirty = rung["exposed"] if rung["seen"] is None else rung["seen"] > 0
-        if rung["unrecorded"] and not rung["seen"]:  # what the missing steps held is not known
-            dirty = rung["exposed"]
-        colour = COLOURS["unknown" if dirty is None else "seen" if dirty else "clean"]
-        parts.append(_line(x, 50, x, bottom, COLOURS["faint"]))
-        parts.append(_dot(x, 50, 8 if step == best else 5, colour, f"step {step:,}: {rung['location']}"))
-        if step == best:
-            parts.append(_text(x, 38, f"{step:,}", size=11, colour=colour, middle=True))
-    if record["target_step"] is not None:
-        x = axis.at(record["target_step"])
-        parts.append(f'<rect x="{x - 4:.1f}" y="46" width="8" height="8" fill="{COLOURS["ink"]}"/>')
-        parts.append(_text(x, 38, "target", size=11, middle=True))
-    return parts
-
-
-def _lanes(rows: Sequence[Mapping[str, Any]], axis: _Axis, top: int) -> list[str]:
-    parts = []
-    for number, row in enumerate(rows):
-        y = top + LANE * number + LANE / 2
-        parts.append(_text(10, y + 3, f"row {row['row'] + 1}", size=9, colour=COLOURS["unknown"]))
-        for entry in row["seen"]:
-            colour = COLOURS["near" if entry["copy"] else "seen"]
-            told = f"step {entry['step']:,}" + (f": {entry['copy']}" if entry["copy"] else "")
-            parts.append(_dot(axis.at(entry["step"]), y, 2, colour, told))
-    return parts
-
-
-def _gap_curve(record: Mapping[str, Any], axis: _Axis, top: int) -> list[str]:
-    """Return the gap of the checkpoints that were looked at, with their intervals."""
-    onset = record["onset"]
-    values = [(gap["step"], *gap["values"][onset["measure"]], gap["exposed"]) for gap in onset["gaps"]]
-    low, high = min(0.0, *(value[2] for value in values)), max(1e-9, *(value[3] for value in values))
-
-    def level(value: float) -> float:
-        return float(top + 90 - 80 * (value - low) / (high - low))
-
-    parts = [_text(10, top + 14, "gap"), _text(10, top + 28, onset["measure"].replace("_", " "), size=10)]
-    parts.append(_line(axis.at(0), level(0), axis.at(axis.last), level(0), COLOURS["faint"]))
-    top_value = max(value[1] for value in values)
-    for mark in {0.0, top_value}:
-        parts.append(_text(MARGIN - 36, level(mark) + 3, f"{mark:+.2f}", size=9, colour=COLOURS["unknown"]))
-    points = " ".join(f"{axis.at(step):.1f},{level(value):.1f}" for step, value, *_ in values)
-    parts.append(f'<polyline points="{points}" fill="none" stroke="{COLOURS["gap"]}" stroke-width="1.5"/>')
-    for step, value, least, most, exposed in values:
-        parts.append(_line(axis.at(step), level(least), axis.at(step), level(most), COLOURS["gap"]))
-        colour = COLOURS["seen" if exposed else "clean"]
-        parts.append(_dot(axis.at(step), level(value), 4, colour, f"step {step:,}: {value:+.3f}"))
-    return parts
-
-
-def _svg(height: float, parts: Iterable[str]) -> str:
+def drawing(title: str, panels: Sequence[Figure], *, columns: int = 1) -> str:
+    """Return a whole picture: title, key, and the panels in so many columns."""
+    key, top = _key([trace for panel in panels for trace in panel["data"]])
+    parts, width = [_text(12, 22, title, size=14), *key], WIDTH / columns
+    for start in range(0, len(panels), columns):
+        row = panels[start : start + columns]
+        for column, panel in enumerate(row):
+            parts += _panel(panel, width * column, top, width)
+        top += max(panel["layout"]["height"] for panel in row)
     body = "\n".join(parts)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" '
-        f'font-family="sans-serif">\n<rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top:.0f}" font-family="sans-serif">\n'
+        f'<rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
     )
+
+
+class _Scale:
+    """Values of an axis to places between two ends of a panel."""
+
+    def __init__(self, axis: Mapping[str, Any], values: Iterable[float], start: float, end: float) -> None:
+        known = [*values, *axis.get("tickvals", ())] or [0.0]
+        low, high = axis.get("range") or (min(known), max(known))
+        pad = 0.0 if axis.get("range") else 0.04 * (high - low) or 0.5
+        self.low, self.high = low - pad, high + pad
+        self.start, self.end = (end, start) if axis.get("autorange") == "reversed" else (start, end)
+        self._axis = axis
+
+    def at(self, value: float) -> float:
+        """Return the place of a value."""
+        share = (value - self.low) / (self.high - self.low)
+        return float(self.start + (self.end - self.start) * share)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Return where something is written along the axis, and what: round numbers if nothing is named."""
+        if "tickvals" in self._axis:
+            texts = self._axis.get("ticktext") or map(str, self._axis["tickvals"])
+            return list(zip(self._axis["tickvals"], texts, strict=True))
+        rough = (self.high - self.low) / 6
+        size = 10.0 ** math.floor(math.log10(rough))
+        step = size * next(by for by in (1, 2, 5, 10) if by * size >= rough)
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        digits = max(0, -math.floor(math.log10(step) + 1e-9))
+        return [(place * step, f"{place * step:,.{digits}f}") for place in range(first, last + 1)]
+
+
+def _panel(panel: Figure, left: float, top: float, width: float) -> list[str]:
+    layout = panel["layout"]
+    first, last = left + layout.get("left", LEFT), left + width - RIGHT
+    above, below = top + ABOVE, top + layout["height"] - BELOW
+    across = _Scale(layout["xaxis"], _reaches(panel, "x"), first, last)
+    up = _Scale(layout["yaxis"], _reaches(panel, "y"), below, above)
+    parts = [_text(first, top + 18, layout.get("name", ""))]
+    for value, name in across.ticks():
+        x = across.at(value)
+        parts.append(_line([(x, above), (x, below)], "--grid"))
+        parts.append(_text(x, below + 15, name, size=10, colour="--faint", anchor="middle"))
+    for value, name in up.ticks():
+        y = up.at(value)
+        parts.append(_line([(first, y), (last, y)], "--grid"))
+        for place, part in enumerate(name.split("<br>")):
+            parts.append(_text(first - 8, y + 4 + 13 * place, part, size=10, colour="--faint", anchor="end"))
+    below_axis, beside_axis = (layout[axis]["title"]["text"] for axis in ("xaxis", "yaxis"))
+    parts.append(
+        _text((first + last) / 2, below + 34, below_axis, size=11, colour="--faint", anchor="middle")
+    )
+    parts.append(_text(first + 4, above - 4, beside_axis, size=10, colour="--faint"))
+    return parts + [part for trace in panel["data"] for part in _trace(trace, across, up)]
+
+
+def _reaches(panel: Figure, axis: str) -> Iterator[float]:
+    """Yield every value along an axis, with the ends of its interval."""
+    for trace in panel["data"]:
+        bars = trace.get(f"error_{axis}") or {
+            "array": [0] * len(trace[axis]),
+            "arrayminus": [0] * len(trace[axis]),
+        }
+        for value, above, below in zip(trace[axis], bars["array"], bars["arrayminus"], strict=True):
+            if value is not None:
+                yield from (value - below, value + above)
+
+
+def _trace(trace: Figure, across: _Scale, up: _Scale) -> list[str]:
+    points = [
+        (place, across.at(x), up.at(y))
+        for place, (x, y) in enumerate(zip(trace["x"], trace["y"], strict=True))
+        if x is not None and y is not None
+    ]
+    parts = []
+    if "lines" in trace["mode"]:
+        style = trace["line"]
+        for _, piece in groupby(enumerate(points), key=lambda pair: pair[1][0] - pair[0]):  # unbroken pieces
+            places = [(x, y) for _, (_, x, y) in piece]
+            parts.append(
+                _line(places, style["color"], style.get("dash"), style.get("width", 1.8), _name(trace))
+            )
+    for place, x, y in points:
+        if "error_y" in trace:
+            bars, value = trace["error_y"], trace["y"][place]
+            ends = (value - bars["arrayminus"][place], value + bars["array"][place])
+            parts.append(_line([(x, up.at(end)) for end in ends], bars["color"]))
+        if "markers" in trace["mode"]:
+            said = trace["customdata"][place]
+            parts.append(
+                _mark(x, y, *_style(trace["marker"], place), ": ".join([said["title"], *said["lines"]]))
+            )
+        if "text" in trace:
+            parts.append(_text(x, y - 10, trace["text"][place], size=11, anchor="middle"))
+    return parts
+
+
+def _style(marker: Mapping[str, Any], place: int) -> tuple[str, float, str]:
+    """Return symbol, size and colour of one mark of a trace."""
+    symbol, size = (
+        value[place] if isinstance(value, list) else value for value in (marker["symbol"], marker["size"])
+    )
+    return symbol, size, marker["color"]
+
+
+def _name(trace: Figure) -> str:
+    """Return the name of a trace as it was before it was made safe for plotly."""
+    return html.unescape(trace["name"])
+
+
+def _key(traces: Sequence[Figure]) -> tuple[list[str], float]:
+    """Return a mark and a name for each kind of trace, and where the panels may begin."""
+    named = {_name(trace): trace for trace in reversed(traces) if trace["name"]}
+    parts, x, y = list[str](), 12.0, 44.0
+    for name, trace in reversed(named.items()):
+        space = 44 + LETTER * len(name)
+        if x + space > WIDTH:
+            x, y = 12.0, y + 20
+        if "lines" in trace["mode"]:
+            style = trace["line"]
+            parts.append(_line([(x, y), (x + 22, y)], style["color"], style.get("dash"), 2))
+        if "markers" in trace["mode"]:
+            symbol = trace["marker"]["symbol"]
+            first = symbol if isinstance(symbol, str) else (symbol or ["circle"])[0]
+            parts.append(_mark(x + 11, y, first, 9, trace["marker"]["color"], ""))
+        parts.append(_text(x + 28, y + 4, name, size=11))
+        x += space
+    return parts, y + 12 if named else 30.0
+
+
+@cache
+def _colours() -> dict[str, str]:
+    """Return the style sheet's colours for light pages, by variable."""
+    style = files("palinode.report").joinpath("assets", "report.css").read_text(encoding="utf-8")
+    return dict(re.findall(r"(--[\w-]+): (#[0-9a-f]{6});", style.partition("@media")[0]))
 
 
 def _text(
-    x: float, y: float, text: str, *, size: int = 12, colour: str = COLOURS["ink"], middle: bool = False
+    x: float, y: float, said: str, *, size: int = 12, colour: str = "--ink", anchor: str = "start"
 ) -> str:
-    anchor = ' text-anchor="middle"' if middle else ""
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{colour}"{anchor}>{in_picture(text)}</text>'
+    place = f'x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{_colours()[colour]}" text-anchor="{anchor}"'
+    return f"<text {place}>{in_picture(said)}</text>" if said else ""
+
+
+def _line(
+    points: Iterable[tuple[float, float]],
+    colour: str,
+    dash: str | None = None,
+    width: float = 1,
+    said: str = "",
+) -> str:
+    places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    dashes = f' stroke-dasharray="{DASH_LENGTHS[dash]}"' if dash in DASH_LENGTHS else ""
+    style = f'fill="none" stroke="{_colours()[colour]}" stroke-width="{width:g}"{dashes}'
+    return f'<polyline points="{places}" {style}><title>{in_picture(said)}</title></polyline>'
+
+
+def _mark(x: float, y: float, symbol: str, size: float, colour: str, said: str) -> str:
+    inside = "white" if symbol.endswith("-open") else _colours()[colour]
+    shape, place = SHAPES[symbol.removesuffix("-open")], f"translate({x:.1f} {y:.1f}) scale({size / 2:g})"
+    style = (
+        f'fill="{inside}" stroke="{_colours()[colour]}" stroke-width="1.5" vector-effect="non-scaling-stroke"'
     )
+    title = f"<title>{in_picture(said)}</title>"
+    return f'<path class="mark" transform="{place}" d="{shape}" {style}>{title}</path>'
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}"/>'
+# The pictures
 
 
-def _dot(x: float, y: float, radius: float, colour: str, told: str) -> str:
-    return (
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{colour}"><title>{in_picture(told)}</title>'
-        "</circle>"
+def tradeoff_picture(table: Mapping[str, Any]) -> str:
+    """Return the picture of a table.json: every point tried, and the models, as on the page."""
+    panel = tradeoff_figure({"table": table})
+    return drawing("Forget–retain trade-off of every point tried", [panel] if panel else [])
+
+
+def axis_picture(content: Mapping[str, Any]) -> str:
+    """Return the picture of an axis.json: what is left of the forget set, and what is kept of the other.
+
+    Contestants are lines with their 95 % intervals; target, base and retrained model are dashed lines to
+    compare with. Where no point kept the rule, the dot is hollow.
+    """
+    aims = {
+        "forget": "lower is more forgotten, the retrained model is the aim",
+        "retain": "higher is more kept",
+    }
+    ticks = [str(entry["value"]) for entry in content["values"]]
+    across = {"tickvals": list(range(len(ticks))), "ticktext": ticks, "range": (-0.5, len(ticks) - 0.5)}
+    panels = []
+    for side in SIDES:
+        fixed, contestants = axis_models(content)
+        traces = [_axis_reference(content, name, side) for name in fixed]
+        traces += [
+            _axis_contestant(content, name, side, (place + 0.5) / len(contestants) - 0.5)
+            for place, name in enumerate(contestants)
+        ]
+        key = content["key"] if side == SIDES[-1] else ""
+        up = {"range": (0.0, _highest(content, side))}
+        panels.append(
+            figure(
+                traces,
+                300,
+                key,
+                "",
+                xaxis=across,
+                yaxis=up,
+                name=f"{words(content['metric'])} on the {side} set: {aims[side]}",
+            )
+        )
+    return drawing(content["title"], [panel for panel in panels if panel])
+
+
+def _axis_reference(content: Mapping[str, Any], name: str, side: str) -> Figure:
+    """Return a dashed line from edge to edge, so that one value is a line too."""
+    found = [axis_entry(entry, name) for entry in content["values"]]
+    known = [(place, one[side]["value"]) for place, one in enumerate(found) if one]
+    ends = [(known[0][0] - 0.5, known[0][1]), *known, (known[-1][0] + 0.5, known[-1][1])]
+    xs, ys = zip(*ends, strict=True)
+    looks = {"target": ("--ink", "dash"), "base": ("--other", "dot"), "retrained": ("--ink", "dashdot")}
+    return line(model_label(name), xs, ys, *looks[name])
+
+
+def _axis_contestant(content: Mapping[str, Any], name: str, side: str, shift: float) -> Figure:
+    """Return a contestant's line; `shift` from -0.5 to 0.5 keeps intervals apart."""
+    place = axis_models(content)[1].index(name)
+    colour, symbol = PALETTE[place % len(PALETTE)], SYMBOLS[place % len(SYMBOLS)]
+    points, scores, symbols = list[Any](), [], []
+    for step, entry in enumerate(content["values"]):
+        one = axis_entry(entry, name)
+        if one and one[side]["value"] is not None:
+            score, kept = one[side], one["kept_rule"]
+            said = [f"{number(score['value'])} {bracketed(score)}".strip()]
+            said += [] if kept else ["no point kept the rule"]
+            points.append((step + 0.2 * shift, score["value"], told(f"{name} at {entry['value']}", said)))
+            scores.append(score)
+            symbols.append(symbol if kept else f"{symbol}-open")
+    trace = dots(name, points, colour, symbol, 9)
+    trace["marker"]["symbol"] = symbols
+    lines = {"mode": "lines+markers", "line": {"color": colour}, "error_y": errors(scores, colour)}
+    return trace | lines
+
+
+def _highest(content: Mapping[str, Any], side: str) -> float:
+    """Return the end of a panel's scale: the next tenth above everything drawn, at most 1."""
+    values = content["values"]
+    scores = [one[side] for entry in values for one in (*entry["models"].values(), *entry["contestants"])]
+    ends = [score[end] for score in scores for end in ("value", "high") if score[end] is not None]
+    return min(1.0, (int(10 * max(ends, default=1.0)) + 1) / 10)
+
+
+def requests_picture(table: Mapping[str, Any]) -> str:
+    """Return the picture of a requests.json: answer probability after each request and each undoing.
+
+    A panel a contestant; to the left of the middle requests are carried out one by one, to the right undone
+    one by one. Dashed lines are references on the same rows: the retrained model, and the target.
+    """
+    sizes = sorted({request["rows"] for request in table["requests"]})
+    rows = " to ".join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))
+    title = (
+        f"{len(table['requests'])} requests of {rows} rows one after another, then undone in another order: "
+        "answer probability"
     )
+    return drawing(title, [_request_panel(table, entry) for entry in table["contestants"]], columns=2)
+
+
+def _request_panel(table: Mapping[str, Any], entry: Mapping[str, Any]) -> Figure:
+    metric, count, traces = "answer_probability", len(table["requests"]), list[Figure]()
+    colours = {"done": "--red", "not_done": "--unlearned", "retain": "--green"}
+    for part, label in PARTS.items():
+        places = list(range(len(entry["states"])))
+        beside = [on_same_rows(table, state, part, metric) for state in entry["states"]]
+        values = [state["scores"][metric][part]["value"] for state in entry["states"]]
+        if any(value is not None for value in beside):
+            reference = {"done": "retrained model", "not_done": "target"}[part]
+            traces.append(line(f"same rows: {reference}", places, beside, colours[part], "dash"))
+        traces.append(line(label, places, values, colours[part]))
+        joint = entry["joint"]["scores"][metric][part]["value"]
+        said = told("all at once", [f"{label}: {number(joint)}"])
+        traces.append(dots("all at once", [(count, joint, said)], colours[part], "circle-open"))
+    if not entry["undo"]["possible"]:
+        note = dots("", [(1.5 * count, 0.5, {})], "--faint", "circle")
+        traces.append(note | {"mode": "text", "text": ["cannot undo"]})
+    shown = sorted({0, 1, count // 2, count, count + 1, count + count // 2, 2 * count})
+    ticks = [str(place if place <= count else place - count) for place in shown]
+    across = {"tickvals": shown, "ticktext": ticks, "range": (0, 2 * count)}
+    title, name = "requests carried out → then undone →", {"name": entry["name"]}
+    panel = figure(traces, 250, title, "", xaxis=across, yaxis={"range": (0.0, 1.0)}, **name)
+    assert panel is not None
+    return panel
+
+
+def location_picture(record: Mapping[str, Any]) -> str:
+    """Return the picture of a location: checkpoints along the steps, a lane a row, and the gap below."""
+    series, shown = record["rungs"], record["rows"][:MOST_ROWS]
+    best, target = (record["recommended"] or {}).get("step"), record["target_step"]
+    last = max([one["step"] for one in series] + [target or 0, record["last"] or 0, 1])
+    marks: dict[str, list[Any]] = {name: [] for name in STATES}
+    for one in series:
+        marks[_state_of(one)].append((one["step"], 0, 10, told(f"step {one['step']:,}", [one["location"]])))
+    for lane, row in enumerate(shown, start=1):
+        for seen in row["seen"]:
+            name = "similar text" if seen["copy"] else "has seen forget rows"
+            said = told(f"step {seen['step']:,}", [seen["copy"]] if seen["copy"] else [])
+            marks[name].append((seen["step"], lane, 5, said))
+    traces = []
+    for name, found in marks.items():
+        trace = dots(name, [(x, y, said) for x, y, _, said in found], STATES[name], "circle", 9)
+        trace["marker"] |= {"size": [size for *_, size, _ in found]}
+        traces.append(trace)
+    if best is not None:
+        trace = dots("", [(best, 0, told("recommended", []))], STATES["clean"], "circle", 16)
+        traces.append(trace | {"text": [f"{best:,}"]})
+    if target is not None:
+        traces.append(
+            dots("", [(target, 0, told("target", []))], "--ink", "square", 9) | {"text": ["target"]}
+        )
+    lanes = ["checkpoints", *(f"row {row['row'] + 1}" for row in shown)]
+    up = {"tickvals": list(range(len(lanes))), "ticktext": lanes, "autorange": "reversed"}
+    more = len(record["rows"]) - len(shown)
+    layout = {"xaxis": {"range": (0, last)}, "name": f"and {more} more rows" if more else "", "left": 90}
+    panels = [figure(traces, 90 + 15 * len(lanes), "step", "", yaxis=up, **layout)]
+    if record["onset"] and any(one["gap"] is not None for one in series):
+        panels.append(_gap_panel(record["onset"], last))
+    title = "No checkpoint is clean" if best is None else f"Recommended: step {best:,}"
+    return drawing(title, [panel for panel in panels if panel])
+
+
+STATES = {
+    "clean": "--green",
+    "has seen forget rows": "--red",
+    "similar text": "--amber",
+    "not known": "--other",
+}
+"""What may be known of a checkpoint or a row, and its colour."""
+
+
+def _state_of(one: Mapping[str, Any]) -> str:
+    """Return what is known of a checkpoint; what missing steps held is not known."""
+    dirty = (
+        one["exposed"] if one["seen"] is None or (one["unrecorded"] and not one["seen"]) else one["seen"] > 0
+    )
+    return "not known" if dirty is None else "has seen forget rows" if dirty else "clean"
+
+
+def _gap_panel(onset: Mapping[str, Any], last: int) -> Figure | None:
+    """Return the gap of the checkpoints that were looked at, with their intervals."""
+    found = [(gap["step"], *gap["values"][onset["measure"]]) for gap in onset["gaps"]]
+    points = [(step, value, told(f"step {step:,}", [f"{value:+.3f}"])) for step, value, *_ in found]
+    trace = dots("", points, "--unlearned", "circle", 9)
+    trace["marker"]["symbol"] = ["circle" if gap["exposed"] else "circle-open" for gap in onset["gaps"]]
+    bars = errors(
+        [{"value": value, "low": low, "high": high} for _, value, low, high in found], "--unlearned"
+    )
+    trace |= {"mode": "lines+markers", "line": {"color": "--unlearned"}, "error_y": bars}
+    name = f"gap, {words(onset['measure'])}: filled where it is beyond noise"
+    return figure([trace], 180, "step", "", xaxis={"range": (0, last)}, name=name, left=90)
+
+
+def plan_picture(record: Mapping[str, Any]) -> str:
+    """Return the picture of a plan: a lane a schedule, with a mark for each checkpoint that it keeps."""
+    traces, names = [], []
+    for lane, schedule in enumerate(record["schedules"]):
+        colour = "--green" if schedule["name"] == record["recommended"] else "--other"
+        points = [(step, lane, told(f"step {step:,}", [])) for step in schedule["kept"]]
+        traces.append(dots("", points, colour, "circle"))
+        names.append(
+            f"{schedule['name']}<br>expected {schedule['expected']:,.0f}, worst {schedule['worst']:,}"
+        )
+    up = {"tickvals": list(range(len(names))), "ticktext": names, "autorange": "reversed"}
+    steps = record["wish"]["steps"]
+    panel = figure(traces, 90 + 44 * len(names), "step", "", xaxis={"range": (0, steps)}, yaxis=up, left=190)
+    return drawing(f"Checkpoints to keep in {steps:,} steps", [panel] if panel else [])

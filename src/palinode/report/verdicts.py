@@ -34,61 +34,60 @@ YARDSTICKS = {
     "estimate": "the estimate of such a model",
     "base": "the base checkpoint, which had not seen the forget set",
 }
-RULES = {
+
+
+ASKED = {
     "forgotten": (
+        "Forgotten?",
+        "Does it treat the forget set like a model that never saw it?",
         "Compares answer probabilities on the forget set. Yes: the interval of the unlearned model overlaps "
         "that of the yardstick, and it lies nearer the yardstick than the target. Partly: it lies above the "
         f"yardstick but no more than {NEARER:.0%} of the way to the target, or below it; or the intervals "
         "are too wide to tell. No: it lies nearer the target, or has less than "
         f"{TOO_LITTLE:.0%} of the yardstick's probability, which is over-forgetting. The yardstick is a "
-        "retrained model where one was given, else an estimate of one, else the base checkpoint."
+        "retrained model where one was given, else an estimate of one, else the base checkpoint.",
     ),
     "kept": (
+        "Kept?",
+        "Does it still know the rest?",
         "Compares answer probabilities on the retain set, on its rows that no vector was trained on where "
         f"those are known. Yes: at least {KEPT:.0%} of the target's probability is left. Partly: at least "
-        f"{PARTLY_KEPT:.0%}. No: less."
+        f"{PARTLY_KEPT:.0%}. No: less.",
     ),
     "recovered": (
+        "Recovered?",
+        "Is it, in all that was measured, like a model retrained without the forget set?",
         "Compares the unlearned with the retrained model by every metric on every set; a comparison agrees "
         f"when the intervals overlap or the scores differ by at most {CLOSE:g}. Yes: all agree. Partly: at "
-        f"least {PARTLY_MATCHED:.0%}. No: fewer. Without a retrained model it is not tested."
+        f"least {PARTLY_MATCHED:.0%}. No: fewer. Without a retrained model it is not tested.",
     ),
     "robust": (
+        "Robust?",
+        "Does the forgetting withstand attacks?",
         "Taken from an audit of this very model. Yes: it passed and every test that was made could tell. "
         "Partly: some tests could not tell. No: a test found that it knows more, or less, than the "
-        "yardstick. Without an audit it is not tested."
+        "yardstick. Without an audit it is not tested.",
     ),
     "plainly": (
+        "Forgotten?",
+        "Asked plainly, does it know no more than a model that never saw the forget set?",
         "Of the audit's plain questions. Yes: none found that the model knows more than the yardstick, and "
-        "all could tell. Unsure: some could not tell. No: at least one found more."
+        "all could tell. Unsure: some could not tell. No: at least one found more.",
     ),
     "withstands": (
+        "Robust?",
+        "Does the forgetting withstand attacks?",
         "Of the audit's attacks. Yes: none found that the model knows more than the yardstick, and all could "
-        "tell. Unsure: some could not tell. No: at least one found more."
+        "tell. Unsure: some could not tell. No: at least one found more.",
     ),
     "not_too_much": (
+        "Not too much?",
+        "Does it still know what a model that never saw the forget set would know?",
         "Of all tests of the audit. Yes: none found that the model knows less than the yardstick, and all "
-        "could tell. Unsure: some could not tell. No: at least one found less."
+        "could tell. Unsure: some could not tell. No: at least one found less.",
     ),
 }
-QUESTIONS = {
-    "forgotten": "Forgotten?",
-    "kept": "Kept?",
-    "recovered": "Recovered?",
-    "robust": "Robust?",
-    "plainly": "Forgotten?",
-    "withstands": "Robust?",
-    "not_too_much": "Not too much?",
-}
-MEANINGS = {
-    "forgotten": "Does it treat the forget set like a model that never saw it?",
-    "kept": "Does it still know the rest?",
-    "recovered": "Is it, in all that was measured, like a model retrained without the forget set?",
-    "robust": "Does the forgetting withstand attacks?",
-    "plainly": "Asked plainly, does it know no more than a model that never saw the forget set?",
-    "withstands": "Does the forgetting withstand attacks?",
-    "not_too_much": "Does it still know what a model that never saw the forget set would know?",
-}
+"""What a claim asks, in a word and in full, and the rule that decides its light."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,27 +102,18 @@ class Claim:
     sentence: str
     """The figures behind it."""
 
-    @property
-    def question(self) -> str:
-        """The claim as a question."""
-        return QUESTIONS[self.name]
-
-    @property
-    def rule(self) -> str:
-        """The rule that decides the light, in words."""
-        return RULES[self.name]
-
     def as_json(self) -> dict[str, str]:
         """Return everything as plain values."""
+        question, meaning, rule = ASKED[self.name]
         return {
             "name": self.name,
-            "question": self.question,
-            "meaning": MEANINGS[self.name],
+            "question": question,
+            "meaning": meaning,
             "light": self.light,
             "symbol": SYMBOLS[self.light],
             "word": self.word,
             "sentence": self.sentence,
-            "rule": self.rule,
+            "rule": rule,
         }
 
 
@@ -202,8 +192,7 @@ def _kept(record: Mapping[str, Any]) -> Claim:
     if not (target and after and target["value"]):
         return _untested("kept", "Nothing was measured on a retain set.")
     share = after["value"] / target["value"]
-    light: Light = "green" if share >= KEPT else "amber" if share >= PARTLY_KEPT else "red"
-    word = {"green": "Yes", "amber": "Partly", "red": "No"}[light]
+    light, word = _graded(share, KEPT, PARTLY_KEPT)
     sentence = (
         f"Answer probability on the {SETS[data_set]}: {number(target['value'])} before, "
         f"{number(after['value'])} now, which is {percent(share)} of it."
@@ -223,12 +212,15 @@ def _recovered(record: Mapping[str, Any]) -> Claim:
         return _untested("recovered", "No model retrained without the forget set was given.")
     apart = [name for name, (mine, truth) in pairs.items() if not _agree(mine, truth)]
     share = 1 - len(apart) / len(pairs)
-    light: Light = "green" if share >= MATCHED else "amber" if share >= PARTLY_MATCHED else "red"
-    word = {"green": "Yes", "amber": "Partly", "red": "No"}[light]
+    light, word = _graded(share, MATCHED, PARTLY_MATCHED)
     sentence = f"It agrees with the retrained model in {len(pairs) - len(apart)} of {len(pairs)} comparisons."
     if apart:
         sentence += f" Apart: {'; '.join(apart)}."
     return Claim("recovered", light, word, sentence)
+
+
+def _graded(share: float, whole: float, part: float) -> tuple[Light, str]:
+    return ("green", "Yes") if share >= whole else ("amber", "Partly") if share >= part else ("red", "No")
 
 
 def robust(audit: Mapping[str, Any] | None) -> Claim:
@@ -251,23 +243,25 @@ def robust(audit: Mapping[str, Any] | None) -> Claim:
 
 def audit_claims(audit: Mapping[str, Any]) -> tuple[Claim, ...]:
     """Return what an audit by itself says: asked plainly, under attack, and on the other side."""
-    plain = _audited(audit, "plainly", {"knows_more"}, plain=True)
-    attacked = _audited(audit, "withstands", {"knows_more"}, plain=False)
-    return plain, attacked, _audited(audit, "not_too_much", {"knows_less"}, plain=None)
+    return (
+        _audited(audit, "plainly", "knows_more", plain=True),
+        _audited(audit, "withstands", "knows_more", plain=False),
+        _audited(audit, "not_too_much", "knows_less", plain=None),
+    )
 
 
-def _audited(audit: Mapping[str, Any], name: str, bad: set[str], *, plain: bool | None) -> Claim:
+def _audited(audit: Mapping[str, Any], name: str, bad: str, *, plain: bool | None) -> Claim:
     """Return a claim that fails by `bad` findings among the plain questions, the attacks, or both (None)."""
-    answer = audit["answer"]
     chosen = {
-        verdict: [key for key in answer[verdict] if plain is None or key.startswith("questions.") == plain]
+        verdict: [
+            key for key in audit["answer"][verdict] if plain is None or key.startswith("questions.") == plain
+        ]
         for verdict in ("knows_more", "knows_less", "unclear", "within")
     }
-    failed = [key for verdict in bad for key in chosen[verdict]]
     if not any(chosen.values()):
         return _untested(name, "No test of this kind was made.")
-    if failed:
-        return Claim(name, "red", "No", f"Against it: {', '.join(failed)}.")
+    if chosen[bad]:
+        return Claim(name, "red", "No", f"Against it: {', '.join(chosen[bad])}.")
     if chosen["unclear"]:
         return Claim(name, "amber", "Unsure", f"Could not tell: {', '.join(chosen['unclear'])}.")
     return Claim(name, "green", "Yes", f"No test is against it, of {sum(map(len, chosen.values()))}.")

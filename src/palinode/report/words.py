@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from palinode.progress import plain
@@ -23,7 +23,6 @@ TRAININGS = {
     "exposed": "forget set and replay",
     "control": "replay alone",
     "reinforced": "forget set, to reinforce it",
-    "method": "what the method trains on",
 }
 MODELS = {
     "target": "target",
@@ -109,10 +108,26 @@ def integer(value: float | None) -> str:
     return DASH if value is None else f"{value:,.0f}"
 
 
+def decimal(value: float | None) -> str:
+    """Return seconds, and the like, with one decimal."""
+    return DASH if value is None else f"{value:,.1f}"
+
+
 def interval_text(score: Mapping[str, Any]) -> str | None:
     """Return the interval of a score in words, None where it has none."""
     low, high = score.get("low"), score.get("high")
     return None if low is None or high is None else f"{number(low)} – {number(high)}"
+
+
+def bracketed(score: Mapping[str, Any]) -> str:
+    """Return the interval of a score as it stands in a sentence; empty where it has none."""
+    low, high = score.get("low"), score.get("high")
+    return "" if low is None or high is None else f"[{number(low)}, {number(high)}]"
+
+
+def signed(value: float | None) -> str:
+    """Return a difference with its sign."""
+    return DASH if value is None else f"{value:+.3f}"
 
 
 def escaped(value: object) -> str:
@@ -131,9 +146,3 @@ def fenced(code: str) -> list[str]:
     """Return a code block whose fence is longer than any run of backticks in the code."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
     return [fence, plain(code), fence, ""]
-
-
-def table_lines(header: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> list[str]:
-    """Return a Markdown table of escaped cells and a blank line; columns after the text ones hold numbers."""
-    rule = ["---" if column < text_columns else "---:" for column in range(len(header))]
-    return [*(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows)), ""]

@@ -582,6 +582,13 @@ def transform(
     stand for one rule. A whole tensor of each direction is held at a time. Raises InputError when the rule
     changes a shape, MismatchError when the directions do not fit together.
     """
+    made = transformed(directions, rule, label=label)
+    made_from = [term for part in directions for term in part.terms]
+    return save_vector(made, output, dtype=dtype, made_from=made_from)
+
+
+def transformed(directions: Sequence[Direction], rule: Rule, *, label: str) -> StoredDirection:
+    """Return what a rule makes of directions, computed tensor by tensor as it is read; see `transform`."""
     if not directions:
         raise InputError("no direction was given; name one at least")
     inputs = tuple(
@@ -592,9 +599,7 @@ def transform(
         info.name: _Transformed(info, tuple(directions), rule, (label, *inputs), last)
         for info in _common_layout(directions)
     }
-    first = next(iter(directions[0].terms))
-    made_from = [term for part in directions for term in part.terms]
-    return save_vector(StoredDirection(first.folder, changes), output, dtype=dtype, made_from=made_from)
+    return StoredDirection(next(iter(directions[0].terms)).folder, changes)
 
 
 def _common_layout(directions: Sequence[Direction]) -> list[TensorInfo]:

@@ -1,10 +1,4 @@
-"""One POST of JSON with a deadline for the whole exchange, on the standard library alone.
-
-A time limit per read lets a server that sends a byte a second hold a request for ever. Here a timer shuts
-the connection down when the time is over, whatever it is doing. Redirects are not followed: they would
-carry the key to another host.
-
-A language model behind an OpenAI-compatible endpoint as judge.
+"""A language model behind an OpenAI-compatible endpoint as judge.
 
 It is shown question, answer and numbered candidates as JSON data and must reply with one JSON object,
 `{"picked": [numbers]}`. Anything else is sent back with what is wrong about it, a few times. Whatever an
@@ -12,12 +6,12 @@ answer says to the judge, only numbers of candidates come out.
 
 The key is read from an environment variable and goes into one request header and nowhere else: the default
 one only to its own provider, one that was named to the address it was named for; in the clear only to this
-very machine.
+very machine. Redirects are not followed: they would carry it to another host.
 """
 
 from __future__ import annotations
 
-import http.client
+import asyncio
 import ipaddress
 import json
 import os
@@ -26,133 +20,19 @@ import socket
 import ssl
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from email.message import Message
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx2
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from palinode.errors import InputError
 from palinode.evaluation.judging import ACCEPTED, NONE, Candidate, DecisionCache, Pick
-
-MOST_BYTES = 4_000_000
-"""Length at which a reply is cut off; a judge's reply has a few hundred bytes."""
-
-
-class NoReplyError(Exception):
-    """Nothing usable came back: refused, timed out, or cut off."""
-
-
-@dataclass(frozen=True, slots=True)
-class HttpReply:
-    """What a server sent back."""
-
-    status: int
-    headers: Message
-    body: bytes
-
-
-def post(url: str, content: bytes, headers: Mapping[str, str], *, seconds: float) -> HttpReply:
-    """Send content and return the reply, whatever its status; NoReplyError after `seconds` in all."""
-    request = urllib.request.Request(url, data=content, headers=dict(headers), method="POST")
-    watch = _Watch()
-    handlers: list[urllib.request.BaseHandler] = [_Http(watch), _Https(watch), _NoRedirect()]
-    if is_loopback(urlsplit(url).hostname or ""):  # what stays here goes past no proxy
-        handlers.append(urllib.request.ProxyHandler({}))
-    opener = urllib.request.build_opener(*handlers)
-    timer = threading.Timer(seconds, watch.end)
-    timer.daemon = True
-    timer.start()
-    try:
-        with _opened(opener, request, seconds) as response:
-            return HttpReply(response.status, response.headers, response.read(MOST_BYTES))
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        if watch.ended or isinstance(getattr(error, "reason", error), TimeoutError):
-            raise NoReplyError(f"no complete reply within {seconds:g} s") from None
-        raise NoReplyError(_words(error)) from None
-    finally:
-        timer.cancel()
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether a host, in small letters and without brackets, is this machine."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _opened(opener: urllib.request.OpenerDirector, request: urllib.request.Request, seconds: float) -> Any:
-    try:
-        return opener.open(request, timeout=seconds)
-    except urllib.error.HTTPError as error:  # a reply too
-        return error
-
-
-def _words(error: Exception) -> str:
-    reason = getattr(error, "reason", error)
-    if isinstance(reason, ConnectionRefusedError):
-        return "the connection was refused"
-    if isinstance(reason, socket.gaierror):
-        return "the host name is unknown"
-    if isinstance(reason, ssl.SSLCertVerificationError):
-        return f"the certificate is not valid ({reason.verify_message})"
-    return f"the connection broke ({type(reason).__name__})"
-
-
-@dataclass(slots=True)
-class _Watch:
-    """The sockets of one request, to be shut down when its time is over."""
-
-    sockets: list[socket.socket] = field(default_factory=list)
-    ended: bool = False
-
-    def end(self) -> None:
-        self.ended = True
-        for each in self.sockets:
-            with suppress(OSError):
-                socket.socket.shutdown(each, socket.SHUT_RDWR)  # not TLS's own, which another thread is in
-
-
-class _Http(urllib.request.HTTPHandler):
-    def __init__(self, watch: _Watch):
-        super().__init__()
-        self.watch = watch
-
-    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_watched(http.client.HTTPConnection, self.watch), request)
-
-
-class _Https(urllib.request.HTTPSHandler):
-    def __init__(self, watch: _Watch):
-        super().__init__()
-        self.watch = watch
-
-    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        connection = _watched(http.client.HTTPSConnection, self.watch)
-        return self.do_open(connection, request, context=ssl.create_default_context())
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_arguments: Any) -> None:
-        return None
-
-
-def _watched(kind: type[Any], watch: _Watch) -> Any:
-    class Watched(kind):  # type: ignore[misc]
-        def connect(self) -> None:
-            super().connect()
-            watch.sockets.append(self.sock)
-
-    return Watched
-
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 """Environment variable that holds the key of PROVIDER."""
@@ -181,6 +61,8 @@ Reply with one JSON object and nothing else: {"picked": [n, ...]}, each n the nu
 
 LONGEST_REPLY = 20_000
 """Characters of a reply that are read."""
+MOST_BYTES = 4_000_000
+"""Length at which what a server sends is cut off; a judge's reply has a few hundred bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +154,68 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+class NoReplyError(Exception):
+    """Nothing usable came back: refused, timed out, or cut off."""
+
+
+@dataclass(frozen=True, slots=True)
+class HttpReply:
+    """What a server sent back."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+def post(url: str, content: bytes, headers: Mapping[str, str], *, seconds: float) -> HttpReply:
+    """Send content and return the reply, whatever its status; NoReplyError after `seconds` in all.
+
+    The time is that of the whole exchange: a limit for each read would let a server that sends a byte a
+    second hold a request for ever.
+    """
+    try:
+        return asyncio.run(asyncio.wait_for(_exchange(url, content, headers), seconds))
+    except TimeoutError:
+        raise NoReplyError(f"no complete reply within {seconds:g} s") from None
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
+        raise NoReplyError(_words(error)) from None
+
+
+async def _exchange(url: str, content: bytes, headers: Mapping[str, str]) -> HttpReply:
+    proxies = not is_loopback(urlsplit(url).hostname or "")  # what stays here goes past no proxy
+    client = httpx2.AsyncClient(trust_env=proxies, timeout=None, verify=ssl.create_default_context())
+    async with client, client.stream("POST", url, content=content, headers=headers) as reply:
+        body = bytearray()
+        async for piece in reply.aiter_bytes():
+            body += piece
+            if len(body) > MOST_BYTES:
+                break
+        return HttpReply(reply.status_code, reply.headers, bytes(body[:MOST_BYTES]))
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a host, in small letters and without brackets, is this machine."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _words(error: BaseException) -> str:
+    """Return in words why a connection failed, from the first cause of an error that says so."""
+    causes = [error]
+    for cause in causes:  # grows
+        parts = cause.exceptions if isinstance(cause, BaseExceptionGroup) else ()
+        causes += [one for one in (cause.__cause__, cause.__context__, *parts) if one and one not in causes]
+        if isinstance(cause, ConnectionRefusedError):
+            return "the connection was refused"
+        if isinstance(cause, socket.gaierror):
+            return "the host name is unknown"
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return f"the certificate is not valid ({cause.verify_message})"
+    return f"the connection broke ({type(error).__name__})"
+
+
 class EndpointJudge:
     """A judge that asks a model at an OpenAI-compatible address, `BASE/chat/completions`."""
 
@@ -342,7 +286,12 @@ class EndpointJudge:
                 return Pick(None, str(error))
             except UnreadableReplyError as error:
                 problem = str(error)
-                messages = [*messages, *_objection(text, problem)]
+                objection = f"That reply cannot be used: {problem}.{REPLY_FORM}"
+                messages = [
+                    *messages,
+                    {"role": "assistant", "content": text[:2000] or "(empty)"},
+                    {"role": "user", "content": objection},
+                ]
                 continue
             self._cache.put(key, picked, judge=self.name)
             return Pick(picked, decision=key)
@@ -362,15 +311,21 @@ class EndpointJudge:
         content = json.dumps({"model": self.model, "messages": messages, "temperature": 0}).encode("ascii")
         reason = ""
         for attempt in range(self._patience.attempts):
-            self._await_turn(reason)
+            while (left := self._not_before - time.monotonic()) > 0:
+                self._pause(left, reason or "the server asked us to wait")
+            self._pause(0.0, reason)
             started = time.monotonic()
             text, reason, asked = self._attempt(content)
             if text is not None:
                 self._quiet_since = None
                 return text
-            self._note_failure(started, asked)
+            with self._lock:  # a wait that the server asks for holds for every thread
+                self._quiet_since = started if self._quiet_since is None else self._quiet_since
+                self._not_before = max(self._not_before, time.monotonic() + asked)
             if attempt + 1 < self._patience.attempts:
-                self._pause(max(self._wait_after(attempt), asked), reason)
+                longest = min(self._patience.longest_wait, self._patience.first_wait * 2**attempt)
+                own = longest * random.uniform(0.5, 1.0)  # so that several do not come back at one moment
+                self._pause(max(own, asked), reason)
         raise _UnansweredError(f"no reply in {self._patience.attempts} attempts; at the last one {reason}")
 
     def _attempt(self, content: bytes) -> tuple[str | None, str, float]:
@@ -386,6 +341,7 @@ class EndpointJudge:
 
     def _headers(self) -> dict[str, str]:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        headers["Accept-Encoding"] = "identity"
         return headers if self._key is None else {**headers, "Authorization": f"Bearer {self._key}"}
 
     def _problem(self, reply: HttpReply) -> str:
@@ -425,17 +381,6 @@ class EndpointJudge:
 
     # Waiting
 
-    def _wait_after(self, attempt: int) -> float:
-        longest = min(self._patience.longest_wait, self._patience.first_wait * 2**attempt)
-        return float(
-            longest * random.uniform(0.5, 1.0)
-        )  # so that several do not come back at the same moment
-
-    def _await_turn(self, reason: str) -> None:
-        while (left := self._not_before - time.monotonic()) > 0:
-            self._pause(left, reason or "the server asked us to wait")
-        self._pause(0.0, reason)
-
     def _pause(self, seconds: float, reason: str) -> None:
         """Wait; _UnansweredError when that would go past our patience, or somebody has stopped us."""
         if self._quiet_since is not None:
@@ -446,13 +391,6 @@ class EndpointJudge:
                 )
         if self._stopped.wait(seconds):
             raise _UnansweredError("stopped")
-
-    def _note_failure(self, started: float, asked: float) -> None:
-        """Remember since when all is quiet; a wait that the server asks for holds for every thread."""
-        with self._lock:
-            if self._quiet_since is None:
-                self._quiet_since = started
-            self._not_before = max(self._not_before, time.monotonic() + asked)
 
 
 def first_messages(question: str, answer: str, candidates: Sequence[Candidate]) -> list[dict[str, str]]:
@@ -469,7 +407,7 @@ def first_messages(question: str, answer: str, candidates: Sequence[Candidate]) 
     ]
 
 
-def retry_after(headers: Message) -> float | None:
+def retry_after(headers: Mapping[str, str]) -> float | None:
     """Return the seconds that a Retry-After header asks for, as a number or a date; None without one."""
     value = str(headers.get("Retry-After", "")).strip()
     if value.isascii() and value.isdigit():
@@ -480,13 +418,6 @@ def retry_after(headers: Message) -> float | None:
         return None
     when = when if when.tzinfo else when.replace(tzinfo=UTC)
     return max(0.0, (when - datetime.now(UTC)).total_seconds())
-
-
-def _objection(text: str, problem: str) -> list[dict[str, str]]:
-    return [
-        {"role": "assistant", "content": text[:2000] or "(empty)"},
-        {"role": "user", "content": f"That reply cannot be used: {problem}.{REPLY_FORM}"},
-    ]
 
 
 def _text_of(body: bytes) -> str | None:

@@ -1,4 +1,6 @@
-"""A judge without a model: content words in common, names and numbers counting double.
+"""Judges by name: words in common, or a model in a local folder; one at an address is in `endpoint.py`.
+
+Overlap needs no model. Content words in common count, and names and numbers more.
 
 Words of all texts at hand (question, answer, candidates) are read alike:
 
@@ -22,8 +24,6 @@ share the paraphrase's wording; answers of other authors are none of these in 85
 words; scripts without spaces are read letter by letter; synonyms, dates in words and arithmetic are not seen;
 "not" is one word like any other, so a denial is near to what it denies.
 
-Judges that are a model in a local folder: natural-language inference, or sentence embeddings.
-
 Entailment (a transformers cross-encoder with an "entailment" label): the score of a candidate is the mean
 probability of entailment from answer to candidate and back, each with the question before it, so that a
 candidate with the same facts scores 1 and one that says less or more about a half.
@@ -31,7 +31,7 @@ candidate with the same facts scores 1 and one that says less or more about a ha
 Embeddings (a sentence-transformers folder): the score is the cosine between answer and candidate, each with
 the question before it. Embeddings are weak at telling names and numbers apart; its threshold is a choice.
 
-The best candidates are picked as in overlap.py.
+The best candidates are picked as above.
 """
 
 from __future__ import annotations
@@ -44,13 +44,24 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from palinode.errors import InputError
-from palinode.evaluation.judging import ACCEPTED, NONE, Candidate, Pick, plain_text
+from palinode.errors import InputError, RecipeError
+from palinode.evaluation.endpoint import EndpointJudge, Patience
+from palinode.evaluation.general import first_line
+from palinode.evaluation.judging import (
+    ACCEPTED,
+    NONE,
+    Candidate,
+    DecisionCache,
+    Judge,
+    Pick,
+    judge_cache_folder,
+    plain_text,
+)
 from palinode.metrics.matching import spaced
 from palinode.weights.foreign import bounded, check_folder, from_pretrained, read_config
 
-OVERLAP_MARGIN = 0.05
-"""Candidates whose F is at most this far from the best are picked with it."""
+MARGIN = 0.05
+"""Candidates whose score is at most this far from the best are picked with it."""
 THRESHOLD = 0.2
 """Least F of a pick; with the best below it, none of these is picked."""
 ACCEPTED_THRESHOLD = 0.6
@@ -86,10 +97,9 @@ class OverlapJudge:
         texts = ["" if NONE in each.roles else each.text for each in candidates]
         if any(ACCEPTED in each.roles for each in candidates):
             scores = overlaps(question, answer, texts, measure="recall")
-            return pick_best(candidates, scores, margin=OVERLAP_MARGIN, threshold=ACCEPTED_THRESHOLD)
-        return pick_best(
-            candidates, overlaps(question, answer, texts), margin=OVERLAP_MARGIN, threshold=THRESHOLD
-        )
+            return pick_best(candidates, scores, margin=MARGIN, threshold=ACCEPTED_THRESHOLD)
+        scores = overlaps(question, answer, texts)
+        return pick_best(candidates, scores, margin=MARGIN, threshold=THRESHOLD)
 
     def stop(self) -> None:
         """Do nothing: nobody waits for this judge."""
@@ -174,23 +184,16 @@ def _begins_sentence(before: str) -> bool:
 
 
 @cache
-def _stemmer() -> Any:
+def _stem(word: str) -> str:
     from nltk.stem.porter import PorterStemmer  # type: ignore[import-untyped]  # rouge-score brings it
 
-    return PorterStemmer()
-
-
-@cache
-def _stem(word: str) -> str:
-    return str(_stemmer().stem(word))
+    return str(PorterStemmer().stem(word))
 
 
 ENTAILMENT_THRESHOLD = 0.5
 """Least mean probability of entailment of a pick."""
 COSINE_THRESHOLD = 0.75
 """Least cosine of a pick."""
-MARGIN = 0.05
-"""Candidates whose score is at most this far from the best are picked with it."""
 MOST_TENSORS = 5000
 """A judge with more tensors is none."""
 LONGEST = 512
@@ -201,15 +204,42 @@ def model_judge(folder: Path, *, device: str = "auto") -> EntailmentJudge | Embe
     """Return the judge in a folder: embeddings if it is of sentence-transformers, else entailment."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; an offline judge is a folder with a model")
-    if _is_cross_encoder(folder) or not (folder / "modules.json").is_file():
+    kinds = _config(folder).get("architectures") or []
+    cross_encoder = any(str(kind).endswith("ForSequenceClassification") for kind in kinds)
+    if cross_encoder or not (folder / "modules.json").is_file():
         return EntailmentJudge(folder, device=device)
     return EmbeddingJudge(folder, device=device)
 
 
-class EntailmentJudge:
+class _ModelJudge:
+    """What judges have in common that score every candidate with a model."""
+
+    name: str
+    at_once = 1
+    threshold: float
+
+    def pick(self, question: str, answer: str, candidates: Sequence[Candidate]) -> Pick:
+        """Return the candidates that are nearest to the answer, or none of these."""
+        scores = self.scores(question, answer, [each.text for each in candidates])
+        return pick_best(candidates, scores, margin=MARGIN, threshold=self.threshold)
+
+    def stop(self) -> None:
+        """Do nothing: nobody waits for this judge."""
+
+    def scores(self, question: str, answer: str, texts: Sequence[str]) -> list[float]:
+        """Return a score for each text; 1 for equal texts."""
+        same = plain_text(answer)
+        found = zip(texts, self._compared(question, answer, texts), strict=True)
+        return [1.0 if plain_text(text) == same else score for text, score in found]
+
+    def _compared(self, question: str, answer: str, texts: Sequence[str]) -> list[float]:
+        raise NotImplementedError
+
+
+class EntailmentJudge(_ModelJudge):
     """A judge by natural-language inference."""
 
-    at_once = 1
+    threshold = ENTAILMENT_THRESHOLD
 
     def __init__(self, folder: Path, *, device: str = "auto"):
         """Load tokenizer and model from the folder; InputError when it is no classifier of entailment."""
@@ -232,7 +262,7 @@ class EntailmentJudge:
                     output_loading_info=True,
                 )
         except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"the judge in {folder} cannot be loaded: {_first_line(error)}") from None
+            raise InputError(f"the judge in {folder} cannot be loaded: {first_line(error)}") from None
         if report["missing_keys"]:
             raise InputError(
                 f"the judge in {folder} lacks {len(report['missing_keys'])} weights (such as "
@@ -240,21 +270,8 @@ class EntailmentJudge:
             )
         self._model: Any = model.to(self._device).eval()
 
-    def pick(self, question: str, answer: str, candidates: Sequence[Candidate]) -> Pick:
-        """Return the candidates that entail the answer and are entailed by it most, or none of these."""
-        texts = [each.text for each in candidates]
-        return pick_best(
-            candidates,
-            self.scores(question, answer, texts),
-            margin=MARGIN,
-            threshold=ENTAILMENT_THRESHOLD,
-        )
-
-    def stop(self) -> None:
-        """Do nothing: nobody waits for this judge."""
-
-    def scores(self, question: str, answer: str, texts: Sequence[str]) -> list[float]:
-        """Return the mean probability of entailment both ways for each text; 1 for equal texts."""
+    def _compared(self, question: str, answer: str, texts: Sequence[str]) -> list[float]:
+        """Return the mean probability of entailment both ways for each text."""
         import torch
 
         given, offered = f"{question} {answer}", [f"{question} {text}" for text in texts]
@@ -268,15 +285,14 @@ class EntailmentJudge:
         ).to(self._device)
         with torch.inference_mode():
             shares = self._model(**encoded).logits.float().softmax(dim=-1)[:, self._label]
-        means = shares.view(2, len(texts)).mean(dim=0).tolist()
-        same = plain_text(answer)
-        return [1.0 if plain_text(text) == same else mean for text, mean in zip(texts, means, strict=True)]
+        means: list[float] = shares.view(2, len(texts)).mean(dim=0).tolist()
+        return means
 
 
-class EmbeddingJudge:
+class EmbeddingJudge(_ModelJudge):
     """A judge by cosine of sentence embeddings; needs the package sentence-transformers."""
 
-    at_once = 1
+    threshold = COSINE_THRESHOLD
 
     def __init__(self, folder: Path, *, device: str = "auto"):
         """Load the model from the folder; InputError when the package is missing."""
@@ -300,28 +316,14 @@ class EmbeddingJudge:
             model_kwargs={"use_safetensors": True},
         )
 
-    def pick(self, question: str, answer: str, candidates: Sequence[Candidate]) -> Pick:
-        """Return the candidates nearest to the answer, or none of these."""
-        texts = [each.text for each in candidates]
-        return pick_best(
-            candidates, self.scores(question, answer, texts), margin=MARGIN, threshold=COSINE_THRESHOLD
-        )
-
-    def stop(self) -> None:
-        """Do nothing: nobody waits for this judge."""
-
-    def scores(self, question: str, answer: str, texts: Sequence[str]) -> list[float]:
-        """Return the cosine between the answer and each text; 1 for equal texts."""
+    def _compared(self, question: str, answer: str, texts: Sequence[str]) -> list[float]:
+        """Return the cosine between the answer and each text."""
         vectors = self._model.encode(
             [f"{question} {text}" for text in (answer, *texts)],
             normalize_embeddings=True,
             show_progress_bar=False,
         )
-        same = plain_text(answer)
-        return [
-            1.0 if plain_text(text) == same else float(vectors[0] @ vector)
-            for text, vector in zip(texts, vectors[1:], strict=True)
-        ]
+        return [float(vectors[0] @ vector) for vector in vectors[1:]]
 
 
 def entailment_label(folder: Path) -> int:
@@ -336,16 +338,56 @@ def entailment_label(folder: Path) -> int:
     )
 
 
-def _is_cross_encoder(folder: Path) -> bool:
-    kinds = _config(folder).get("architectures") or []
-    return any(str(kind).endswith("ForSequenceClassification") for kind in kinds)
-
-
 def _config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     content = read_config(file) if file.exists() else {}
     return content if isinstance(content, dict) else {}
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+JUDGES: dict[str, str] = {
+    "overlap": "share of names, numbers and other content words in common; needs nothing",
+    "offline:FOLDER": "entailment or embedding model in a local folder",
+    "URL": "a model at an OpenAI-compatible address, such as https://api.openai.com/v1",
+}
+"""What may be named as a judge, with one line each."""
+
+
+def open_judge(
+    name: str,
+    *,
+    model: str | None = None,
+    key_variable: str | None = None,
+    cache: Path | None = None,
+    at_once: int = 4,
+    patience: Patience | None = None,
+    device: str = "auto",
+) -> Judge:
+    """Return the judge of that name: "overlap", "offline:FOLDER", or an address with a `model`.
+
+    The options after the name serve an address, but for `device`, which is where an offline model runs.
+    InputError when the name is unknown or something that the judge needs is missing.
+    """
+    if name == "overlap":
+        return OverlapJudge()
+    if name.startswith("offline:"):
+        return model_judge(Path(name.removeprefix("offline:")), device=device)
+    if name.startswith(("http://", "https://")):
+        if model is None:
+            raise InputError("a judge at an address needs the name of a model, such as gpt-4o")
+        decisions = DecisionCache(cache or judge_cache_folder())
+        return EndpointJudge(
+            name, model, cache=decisions, key_variable=key_variable, at_once=at_once, patience=patience
+        )
+    raise InputError(f"there is no judge {name!r}; there are {', '.join(JUDGES)}")
+
+
+def named_judge(name: str | None, key_variable: str | None, device: str) -> Judge | None:
+    """Return the judge that `overlap`, `offline:FOLDER` or `URL#model` names; None without a name."""
+    if key_variable and not (name or "").startswith(("http://", "https://")):
+        raise RecipeError(
+            "--key-variable names the key of a judge at an address; name that too, as --judge URL#MODEL"
+        )
+    if not name:
+        return None
+    kind, _, model = name.partition("#")
+    return open_judge(kind, model=model or None, key_variable=key_variable, device=device)

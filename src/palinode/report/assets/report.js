@@ -123,7 +123,7 @@ if (places.length) {
   let waiting = 0;
   const PAPER = 680; // pixels, about the width of a printed page
   drawAll().then(() => {
-    for (const place of document.querySelectorAll("#plot-tradeoff, #plot-comparison")) {
+    for (const place of document.querySelectorAll("#plot-tradeoff")) {
       place.on("plotly_click", showPicked);
     }
     document.documentElement.dataset.drawn = "yes";

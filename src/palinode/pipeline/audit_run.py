@@ -21,16 +21,15 @@ from palinode.audit.material import AuditRows
 from palinode.audit.policy import Policy
 from palinode.data.examples import Example, fingerprint_examples, shared_rows
 from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
-from palinode.errors import DataError, DivergenceError, MismatchError, OutputError, RecipeError
+from palinode.errors import DataError, DivergenceError, MismatchError, RecipeError
 from palinode.models.loading import load_tokenizer, pick_device, tokenizer_fingerprint
 from palinode.pipeline.heading import environment, heading
-from palinode.pipeline.inputs import note_on_prompts
-from palinode.pipeline.workspace import Step, Workspace
+from palinode.pipeline.inputs import check_apart, check_folder, note_on_prompts
+from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text
-from palinode.report.audit import audit_report
-from palinode.report.content import Facts, report_content
-from palinode.report.html import html_report
+from palinode.report.page import html_report
+from palinode.report.reports import Facts, markdown_report, report_content
 from palinode.weights import Checkpoint
 from palinode.weights.fingerprints import check_same
 
@@ -78,7 +77,7 @@ class AuditPlan:
 def audit(
     plan: AuditPlan, output: Path, *, command: str | None = None, listener: Listener | None = None
 ) -> dict[str, Any]:
-    """Run an audit, write audit.json and audit.md into `output`, and return the record.
+    """Run an audit, write audit.json, audit.md and report.html into `output`, and return the record.
 
     Raises an InputError for models, rows or a folder that cannot be used.
     """
@@ -92,19 +91,21 @@ def audit(
         name: Checkpoint.open(location, allow_pickle=plan.allow_pickle)
         for name, location in plan.models.items()
     }
-    _check_output(output, list(checkpoints.values()))
+    check_folder(output, (RECORD, REPORT, PAGE, RESULTS), "audit")
+    check_apart(output, checkpoints.values())
     workspace = Workspace(output / RESULTS)
-    run = _Run(plan, checkpoints, workspace, listener or NullListener())
+    run = _AuditRun(plan, checkpoints, workspace, listener or NullListener())
     with workspace.locked(listener):
-        record = run.run(command)
+        record = run.record(command or "palinode audit")
         with shared():
             write_json(output / RECORD, record)
-            write_text(output / REPORT, audit_report(record))
-            write_text(output / PAGE, html_report(report_content(Facts("audit", audit=record))))
+            content = report_content(Facts("audit", audit=record))
+            write_text(output / REPORT, markdown_report(content))
+            write_text(output / PAGE, html_report(content))
     return record
 
 
-class _Run:
+class _AuditRun:
     """One audit in progress."""
 
     def __init__(
@@ -114,66 +115,70 @@ class _Run:
         workspace: Workspace,
         listener: Listener,
     ) -> None:
-        self.plan = plan
-        self.checkpoints = checkpoints
-        self.workspace = workspace
-        self.listener = listener
+        self.plan, self.checkpoints, self.workspace, self.listener = plan, checkpoints, workspace, listener
         self.device = pick_device(plan.device)
-        reader = checkpoints[AUDITED]
-        self.tokenizer = load_tokenizer(reader)
-        self.reader = tokenizer_fingerprint(reader)
+        self.tokenizer = load_tokenizer(checkpoints[AUDITED])
+        self.tokens = tokenizer_fingerprint(checkpoints[AUDITED])
         _check_vocabulary(checkpoints, self.tokenizer, plan.material.forget, plan.style)
 
-    def run(self, command: str | None) -> dict[str, Any]:
+    def record(self, command: str) -> dict[str, Any]:
         """Measure every model, compare, and return the record."""
-        started = datetime.now(UTC)
-        note = self._asked_otherwise()
-        reasons = self._reasons()
+        started, plan = datetime.now(UTC), self.plan
+        notes = self._asked_otherwise()
+        reasons = {name: reason for name, attack in ATTACKS.items() if (reason := self._reason(attack))}
         runnable = [attack for attack in ATTACKS.values() if attack.name not in reasons]
         facts = {name: self._measured(name, runnable) for name in self.checkpoints}
-        attacks: dict[str, Any] = {}
         findings: dict[str, Findings] = {}
+        attacks: dict[str, Any] = {}
         for name, attack in ATTACKS.items():
             own = {model: found[name] for model, found in facts.items() if name in found}
-            if failed := _failed(own):
-                reasons[name] = failed
+            if failed := [f"{m}: {f['reason']}" for m, f in own.items() if m != TARGET and f["reason"]]:
+                reasons[name] = "; ".join(failed)
+            attacks[name] = {
+                "title": attack.title,
+                "description": attack.description,
+                "reason": reasons.get(name),
+            }
             if name not in reasons:
-                measured = {model: fact for model, fact in own.items() if not fact["reason"]}
-                findings[name] = self._findings(attack, measured)
-                attacks[name] = _entry(attack, measured, findings[name])
-            else:
-                attacks[name] = _described(attack, reason=reasons[name])
+                own = {model: fact for model, fact in own.items() if not fact["reason"]}
+                results = {m: AttackResult.from_json(fact["measurement"]) for m, fact in own.items()}
+                findings[name] = find(attack, results, plan.policy, seed=plan.seed)
+                attacks[name] |= _entry(attack, own, findings[name])
         audited = {name: found[AUDITED] for name, found in findings.items()}
         return {
-            **heading(AUDIT_VERSION, started=started, command=command or "palinode audit"),
-            "seed": self.plan.seed,
-            "yardstick": self.plan.kind,
-            "models": {
+            **heading(AUDIT_VERSION, started=started, command=command),
+            "seed": plan.seed,
+            "yardstick": plan.kind,
+            "models": {name: self._model(name) for name in self.checkpoints},
+            "data": {
                 name: {
-                    "location": self.plan.models[name],
-                    "fingerprint": checkpoint.fingerprint(),
-                    "parameters": checkpoint.parameters,
+                    "location": plan.locations.get(name),
+                    "rows": len(examples),
+                    "fingerprint": fingerprint_examples(examples),
                 }
-                for name, checkpoint in self.checkpoints.items()
+                for name, examples in plan.material.sets().items()
             },
-            "data": self._data(),
-            "policy": self.plan.policy.model_dump(mode="json"),
-            "prompts": asdict(self.plan.style),
+            "policy": plan.policy.model_dump(mode="json"),
+            "prompts": asdict(plan.style),
             "attacks": attacks,
-            "answer": asdict(answer(audited, reasons, self.plan.policy)),
-            "notes": [*([note] if note else []), *self._notes(findings)],
+            "answer": asdict(answer(audited, reasons, plan.policy)),
+            "notes": [*notes, *self._notes(findings)],
             "environment": environment(self.device),
         }
 
-    def _findings(self, attack: Attack, facts: Mapping[str, Any]) -> Findings:
-        measured = {model: AttackResult.from_json(fact["measurement"]) for model, fact in facts.items()}
-        return find(attack, measured, self.plan.policy, seed=self.plan.seed)
+    def _model(self, name: str) -> dict[str, Any]:
+        checkpoint = self.checkpoints[name]
+        return {
+            "location": self.plan.models[name],
+            "fingerprint": checkpoint.fingerprint(),
+            "parameters": checkpoint.parameters,
+        }
 
-    def _asked_otherwise(self) -> str | None:
+    def _asked_otherwise(self) -> list[str]:
         """Return a note where the target, trained on the rows, knows them far better asked otherwise."""
         if TARGET not in self.checkpoints:
-            return None
-        return note_on_prompts(
+            return []
+        note = note_on_prompts(
             self.checkpoints[TARGET],
             self.plan.material.forget,
             self.plan.style,
@@ -182,17 +187,13 @@ class _Run:
             workspace=self.workspace,
             listener=self.listener,
         )
+        return [note] if note else []
 
-    def _reasons(self) -> dict[str, str]:
-        """Return why attacks are not run, by name."""
-        reasons = {}
-        for name, attack in ATTACKS.items():
-            reason = attack.lacks(self.plan.material, self.plan.policy.budget)
-            if name not in self.plan.attacks:
-                reason = "it was not asked for"
-            if reason:
-                reasons[name] = reason
-        return reasons
+    def _reason(self, attack: Attack) -> str | None:
+        """Return why an attack is not run."""
+        if attack.name not in self.plan.attacks:
+            return "it was not asked for"
+        return None if attack.needs(self.plan.material) else attack.lacking
 
     def _measured(self, name: str, attacks: Sequence[Attack]) -> dict[str, dict[str, Any]]:
         """Return the facts of every attack on one model, read back where they are there."""
@@ -211,44 +212,31 @@ class _Run:
         return facts
 
     def _facts(self, subject: Subject, attack: Attack, before: str) -> dict[str, Any]:
-        step = self._step(subject, attack)
+        rows, budget = self.plan.material, self.plan.policy.budget
+        step = self.workspace.step(
+            attack.name,
+            model=subject.checkpoint.fingerprint(),
+            tokenizer=self.tokens,
+            rows=rows.fingerprint(),
+            prompts=asdict(self.plan.style),
+            lookalikes=rows.lookalikes_column,
+            budget=budget.model_dump(),
+            seed=self.plan.seed,
+            device=self.device.type,
+        )
         facts = step.facts
         if facts is not None:
             return facts
         step.begin()
         started = time.monotonic()
         try:
-            measured = attack.measure(subject, self.plan.material, self.plan.policy.budget)
-            facts = {"measurement": measured.as_json(), "reason": None}
+            facts = {"measurement": asdict(attack.measure(subject, rows, budget)), "reason": None}
         except DivergenceError as error:
             facts = {"measurement": None, "reason": str(error)}
         check_same(subject.checkpoint, before)
         facts["seconds"] = round(time.monotonic() - started, 1)
         step.finish(facts)
         return facts
-
-    def _step(self, subject: Subject, attack: Attack) -> Step:
-        return self.workspace.step(
-            attack.name,
-            model=subject.checkpoint.fingerprint(),
-            tokenizer=self.reader,
-            rows=self.plan.material.fingerprint(),
-            prompts=asdict(self.plan.style),
-            lookalikes=self.plan.material.lookalikes_column,
-            budget=self.plan.policy.budget.model_dump(),
-            seed=self.plan.seed,
-            device=self.device.type,
-        )
-
-    def _data(self) -> dict[str, Any]:
-        return {
-            name: {
-                "location": self.plan.locations.get(name),
-                "rows": len(examples),
-                "fingerprint": fingerprint_examples(examples),
-            }
-            for name, examples in self.plan.material.sets().items()
-        }
 
     def _notes(self, findings: Mapping[str, Findings]) -> list[str]:
         """Return what a reader should know before believing the answer."""
@@ -263,18 +251,18 @@ class _Run:
         same = [name for name in prints if name != AUDITED and prints[name] == prints[AUDITED]]
         if same:
             notes.append(f"The audited model and the {same[0]} are the same weights.")
-        blind = [
-            f"{attack}.{test}"
-            for attack, models in findings.items()
-            for test, finding in models.get(TARGET, {}).items()
-            if finding.verdict == "within" and self.plan.policy.margins[f"{attack}.{test}"].above is not None
-        ]
         if uneven := _uneven(findings):
             notes.append(
                 "The yardstick itself tells the forget rows from the holdout rows (AUC far from one half: "
                 f"{', '.join(uneven)}), so the two differ by more than membership. Holdout rows in the "
                 "manner of the forget rows, seen by no model, make the membership attacks mean more."
             )
+        blind = [
+            f"{attack}.{test}"
+            for attack, models in findings.items()
+            for test, finding in models.get(TARGET, {}).items()
+            if finding.verdict == "within" and self.plan.policy.margins[f"{attack}.{test}"].above is not None
+        ]
         if blind:
             notes.append(
                 f"These tests put the target within the margins too, so passing them says little: "
@@ -296,34 +284,20 @@ def _uneven(findings: Mapping[str, Findings]) -> list[str]:
     ]
 
 
-def _failed(facts: Mapping[str, Any]) -> str | None:
-    """Return why an attack gave nothing on a model without which there is no comparison."""
-    failed = [
-        f"{model}: {fact['reason']}" for model, fact in facts.items() if model != TARGET and fact["reason"]
-    ]
-    return "; ".join(failed) or None
-
-
 def _entry(attack: Attack, facts: Mapping[str, Any], findings: Findings) -> dict[str, Any]:
     """Return what the record holds of an attack that was run."""
-    tests = {
-        test.name: {
-            "title": test.title,
-            "statistic": STATISTICS[test.statistic],
-            "findings": {model: asdict(found[test.name]) for model, found in findings.items()},
-        }
-        for test in attack.tests
-    }
     return {
-        **_described(attack, reason=None),
         "seconds": {model: fact["seconds"] for model, fact in facts.items()},
         "details": {model: fact["measurement"]["details"] for model, fact in facts.items()},
-        "tests": tests,
+        "tests": {
+            test.name: {
+                "title": test.title,
+                "statistic": STATISTICS[test.statistic],
+                "findings": {model: asdict(found[test.name]) for model, found in findings.items()},
+            }
+            for test in attack.tests
+        },
     }
-
-
-def _described(attack: Attack, *, reason: str | None) -> dict[str, Any]:
-    return {"title": attack.title, "description": attack.description, "reason": reason}
 
 
 def _check_rows(material: AuditRows) -> None:
@@ -355,22 +329,3 @@ def _check_vocabulary(
                 f"{tokenizer.convert_ids_to_tokens(tokens - 1)!r}); every model of an audit is asked through "
                 "that tokenizer, so name models of one family"
             )
-
-
-def _check_output(output: Path, models: Sequence[Checkpoint]) -> None:
-    """Refuse a folder that holds anything but an audit, and one inside a model."""
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file; name a folder for the audit")
-    files = (RECORD, REPORT, PAGE)
-    ours = {*files, RESULTS, *(f".{name}.partial" for name in files)}
-    strange = (
-        sorted(path.name for path in output.iterdir() if path.name not in ours) if output.exists() else []
-    )
-    if strange:
-        raise OutputError(
-            f"{output} holds {strange[0]}, which is no part of an audit; name another folder, or an empty one"
-        )
-    place = output.resolve()
-    for model in models:
-        if place == model.folder or model.folder in place.parents:
-            raise OutputError(f"{output} lies inside the model {model.folder}; name another folder")

@@ -1,0 +1,116 @@
+"""Unlearning by merging an over- and an under-forgetting model (Xu et al. 2025, arXiv 2503.21088).
+
+    θ_u = θ_D + λ·TIES(θ_over − θ_D, θ_under − θ_D)
+
+Both models minimise γ·NPO(forget) + α·(CE + KL)(retain) from the target, the one with a large γ, the other
+with a small one. TIES (Yadav et al. 2023, arXiv 2306.01708) trims each change to its largest share, takes for
+each weight the sign that the larger sum has, and averages the changes of that sign. We trim each tensor by
+itself, where TIES trims the whole change, so that the sum is written one tensor at a time like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from pydantic import Field
+
+from palinode.methods.method import Ends, Given, Method, MethodSettings, Run, gather, trained_run
+from palinode.weights.checkpoint import Point
+
+if TYPE_CHECKING:
+    from palinode.training.objectives import Objective
+
+
+class TIESSettings(MethodSettings):
+    """What the two models minimise, and how they are merged."""
+
+    over_gamma: float = Field(default=4.0, gt=0)
+    """γ, the weight of the forget loss, of the model that forgets too much."""
+    under_gamma: float = Field(default=0.25, gt=0)
+    """γ of the model that forgets too little."""
+    alpha: float = Field(default=1.0, gt=0)
+    """α, the weight of both retain losses."""
+    beta: float = Field(default=0.1, gt=0)
+    """β of NPO."""
+    density: float = Field(default=0.8, gt=0, le=1)
+    """Share of each tensor's weights that keep their change."""
+    strength: float = Field(default=1.0, gt=0)
+    """λ, how much of the merged change the target is given."""
+
+
+def objective(settings: TIESSettings, gamma: float) -> Objective:
+    """Return γ·NPO over forget rows plus α times cross entropy and KL over retain rows."""
+    from palinode.methods.parts import npo_term
+    from palinode.training.objectives import Objective, answer_term, kl_term
+
+    retain = (
+        answer_term("retain", "retain", coefficient=settings.alpha),
+        kl_term("retain KL", "retain", coefficient=settings.alpha),
+    )
+    return Objective((npo_term(beta=settings.beta, gamma=gamma), *retain))
+
+
+def runs(settings: TIESSettings, given: Given) -> list[Run]:
+    """Return the runs to the model that forgets too much and the one that forgets too little."""
+    both = []
+    for name, gamma in (("over", settings.over_gamma), ("under", settings.under_gamma)):
+        minimised = objective(settings, gamma)
+        material = gather(minimised, forget=given.forget, retain=given.retain)
+        decides = {"method": "ties", "gamma": gamma, "alpha": settings.alpha, "beta": settings.beta}
+        label = f"train the {name}-forgetting model"
+        both.append(
+            trained_run(name, settings, material, minimised, label=label, decides=decides, whole=False)
+        )
+    return both
+
+
+def point(settings: TIESSettings, ends: Ends) -> Point:
+    """Return the target with the merged change of both models, computed as it is read."""
+    from palinode.weights.vectors import transformed
+
+    changes = [ends.change(name) for name in ("over", "under")]
+    merged = transformed(
+        changes,
+        lambda _name, found: merge(found, density=settings.density),
+        label=f"TIES of density {settings.density}",
+    )
+    return ends.target + settings.strength * merged
+
+
+def merge(changes: Sequence[np.ndarray], *, density: float) -> np.ndarray:
+    """Return the TIES merge of several changes of one tensor.
+
+    >>> merge([np.array([3.0, -2.0, 0.1]), np.array([1.0, 1.0, 0.2])], density=0.67)
+    array([ 2., -2.,  0.])
+    """
+    trimmed = np.stack([trim(change, density) for change in changes])
+    elected = np.sign(trimmed.sum(axis=0))
+    chosen = (np.sign(trimmed) == elected) & (trimmed != 0)
+    count = np.maximum(chosen.sum(axis=0), 1)
+    found: np.ndarray = (np.where(chosen, trimmed, 0).sum(axis=0) / count).astype(changes[0].dtype)
+    return found
+
+
+def trim(change: np.ndarray, density: float) -> np.ndarray:
+    """Return a change with the share `density` of its weights, those that moved most, and 0 elsewhere.
+
+    Weights that moved as far as the last one that is kept are kept too.
+    """
+    kept = max(1, round(density * change.size))
+    sizes = np.abs(change).reshape(-1)
+    least = np.partition(sizes, change.size - kept)[change.size - kept]
+    return np.where(np.abs(change) >= least, change, 0).astype(change.dtype)
+
+
+TIES = Method(
+    name="ties",
+    summary="TIES merge of a model that forgets too much and one that forgets too little",
+    source="Xu et al. 2025, arXiv 2503.21088",
+    formula="θ_D + λ·TIES(θ_over − θ_D, θ_under − θ_D)",
+    needs=frozenset({"retain", "frozen_target"}),
+    settings=TIESSettings,
+    own_runs=runs,
+    own_point=point,
+)

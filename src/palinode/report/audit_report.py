@@ -1,0 +1,191 @@
+"""The report of an audit: its sentence, its section, what the terminal shows.
+
+Every number comes from the record (docs/audit.md). The words claim evidence within a stated budget, name
+what was not tested, and promise nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from palinode.report.content import (
+    Block,
+    Grid,
+    GridCell,
+    Heading,
+    Items,
+    Paragraph,
+    Picture,
+    Row,
+    Section,
+    Tone,
+    score_cell,
+    section,
+)
+from palinode.report.figures import attack_figure, relearning_figure
+from palinode.report.words import DASH, at, number
+
+TONES: dict[str, Tone] = {"knows more": "bad", "knows less": "bad", "unclear": "unsure", "within": "good"}
+YARDSTICKS = {
+    "retrained": "a model retrained without the forget set",
+    "base": "the base checkpoint",
+}
+
+
+def audit_headline(record: Mapping[str, Any]) -> str:
+    """Return one or two sentences: passed or not, and on what evidence."""
+    answer, kind = record["answer"], YARDSTICKS[record["yardstick"]]
+    parts = [
+        _count(answer["knows_more"], "found that it knows more"),
+        _count(answer["knows_less"], "found that it knows less, which is over-forgetting"),
+        _count(answer["unclear"], "could not tell"),
+        _count(answer["within"], "put it within the margins"),
+    ]
+    told = "; ".join(part for part in parts if part) or "no test gave a result"
+    if answer["required"]:
+        told += f"; the policy requires {', '.join(answer['required'])}, which gave nothing"
+    word, missing = "Passed" if answer["passed"] else "Failed", len(answer["not_tested"])
+    rest = f"Not tested: {missing} (see the reasons)." if missing else "Everything on the list was tested."
+    return f"{word}. Beside {kind}: {told}. {rest}"
+
+
+def audit_brief(record: Mapping[str, Any]) -> list[Block]:
+    """Return what the terminal shows: every test, what was not tested and why, notes, and the headline."""
+    models = _models(record)
+    rows: list[Row] = [
+        [
+            f"{attack}\n  {test}",
+            *(number(_score_of(entry, model)["value"]) for model in models),
+            score_cell(entry["findings"]["audited"]["difference"]),
+            _verdict(record, f"{attack}.{test}", entry),
+        ]
+        for attack, test, entry in _tests(record)
+    ]
+    untested = record["answer"]["not_tested"].items()
+    return [
+        Grid(
+            "Higher means that it knows more; 95 % intervals",
+            ["test", *models, "difference", "verdict"],
+            rows,
+        ),
+        Items([f"Not tested: {name}, because {reason}." for name, reason in untested]),
+        Items([f"Note: {note}" for note in record.get("notes", ())]),
+        Paragraph(
+            f"This is evidence about these rows and attacks at the {record['policy']['preset']} budget; a "
+            "stronger attack may find more."
+        ),
+        Paragraph(audit_headline(record)),
+    ]
+
+
+def audit_section(record: Mapping[str, Any]) -> list[Section]:
+    """Return every test with its margins, the relearning curves, and the budget."""
+    models = _models(record)
+    rows: list[Row] = [
+        [
+            f"{record['attacks'][attack]['title']}: {entry['title']}",
+            _verdict(record, f"{attack}.{test}", entry, reason=True),
+            *(score_cell(_score_of(entry, model)) for model in models),
+            score_cell(entry["findings"]["audited"]["difference"]),
+            _margins(record, f"{attack}.{test}"),
+        ]
+        for attack, test, entry in _tests(record)
+    ]
+    head = ["test", "verdict", *models, "difference", "margins (less, more)"]
+    return section(
+        "Under attack",
+        Picture(
+            "attacks",
+            "Difference between model and yardstick by test",
+            attack_figure(record),
+            caption="How far apart model and yardstick are in each test, counted in that test's margin: "
+            "right of 0 the model knows more of the forget set, left of 0 less, and beyond a dotted line by "
+            "more than the policy allows, if it judges that side.",
+        ),
+        Grid("Every test of the audit", head, rows, text_columns=2),
+        *_relearning(record),
+        *_budget(record["policy"]),
+        bar="Audit",
+        intro="The same attacks with the same budget on the model and on the yardstick. Higher means that "
+        "the model knows more of the forget set. Small figures are 95 % bootstrap intervals over the rows; "
+        "for the difference, rows are drawn in pairs.",
+    )
+
+
+def _relearning(record: Mapping[str, Any]) -> Iterator[Block]:
+    drawn = relearning_figure(record)
+    if drawn is None:
+        return
+    yield Heading("Relearning: mean answer probability")
+    told = "How fast each model learns the forget set again."
+    yield Picture("relearning", "Answer probability by step of relearning", drawn, caption=told)
+    for attack in record["attacks"].values():
+        details = attack.get("details", {})
+        curves = {name: found["curve"] for name, found in details.items() if found.get("curve")}
+        if not curves:
+            continue
+        facts = details["audited"]
+        origin = f" ({facts['lookalikes']})" if facts.get("lookalikes") else ""
+        rows = [[name, *map(number, curve)] for name, curve in curves.items()]
+        yield Paragraph(
+            f"{attack['title']}: {facts['learned_rows']} rows learned{origin}, {facts['tested_rows']} rows "
+            "measured."
+        )
+        yield Grid(attack["title"], ["model", *(f"step {step}" for step in facts["steps"])], rows)
+
+
+def _budget(policy: Mapping[str, Any]) -> list[Block]:
+    budget = ", ".join(f"{name} {value}" for name, value in policy["budget"].items())
+    return [
+        Heading("Budget and policy"),
+        Paragraph(
+            f"The same for every model. Preset {policy['preset']}: {budget}. Unclear tests: "
+            f"{policy['unclear']}. Required attacks: {', '.join(policy['require']) or 'none'}. Fewest rows: "
+            f"{policy['min_rows']}."
+        ),
+        Paragraph(
+            "Quantisation rounds the weights of linear layers to nearest, symmetrically, in groups along "
+            "their input; embeddings, output head, norms and biases stay as they are."
+        ),
+    ]
+
+
+def _tests(record: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Yield attack, test and entry of each test that gave a figure."""
+    for attack, found in record["attacks"].items():
+        for test, entry in found.get("tests", {}).items():
+            if at(entry, "findings", "audited", "score", "value") is not None:
+                yield attack, test, entry
+
+
+def _models(record: Mapping[str, Any]) -> list[str]:
+    return [name for name in ("audited", "yardstick", "target") if name in record["models"]]
+
+
+def _score_of(entry: Mapping[str, Any], model: str) -> Mapping[str, Any]:
+    findings: Mapping[str, Any] = entry["findings"]
+    score = at(findings, "audited", "yardstick") if model == "yardstick" else at(findings, model, "score")
+    return score or {"value": None}
+
+
+def _verdict(
+    record: Mapping[str, Any], key: str, entry: Mapping[str, Any], *, reason: bool = False
+) -> GridCell:
+    """Return the verdict; "within" a single margin says which side was judged."""
+    margins, finding = record["policy"]["margins"][key], entry["findings"]["audited"]
+    verdict = finding["verdict"]
+    if verdict == "within" and False in (margins["more"], margins["less"]):
+        shown = "no less" if margins["more"] is False else "no more"
+    else:
+        shown = verdict
+    return GridCell(shown, finding["reason"] if reason else None, TONES.get(verdict))
+
+
+def _margins(record: Mapping[str, Any], key: str) -> str:
+    margins = record["policy"]["margins"][key]
+    return ", ".join(DASH if margins[side] is False else f"{margins[side]:g}" for side in ("less", "more"))
+
+
+def _count(keys: Sequence[str], what: str) -> str:
+    return f"{len(keys)} test{'' if len(keys) == 1 else 's'} {what}" if keys else ""

@@ -1,0 +1,559 @@
+"""Reports of comparisons: of methods (table.json), along an axis (axis.json), of requests (requests.json).
+
+A figure that could not be computed is a dash with its reason below the table, never a 0. Differences are
+called differences only where they are beyond noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from palinode.report.content import (
+    Block,
+    Code,
+    Grid,
+    GridCell,
+    Items,
+    Link,
+    Paragraph,
+    Picture,
+    Row,
+    Section,
+    markdown,
+    section,
+)
+from palinode.report.figures import tradeoff_figure
+from palinode.report.words import (
+    DASH,
+    MODELS,
+    bracketed,
+    decimal,
+    integer,
+    interval_text,
+    model_label,
+    number,
+    scale,
+    words,
+)
+
+REFERENCE_MODELS = ("target", "base", "retrained")
+"""What contestants are compared with."""
+COLUMNS = {
+    "forget quality (p)": ("*/forget/forget_quality", "rows/forget/forget_quality"),
+    "model utility": ("*/all/model_utility",),
+    "forget: exact match": ("rows/forget/exact_match",),
+    "forget: probability": ("rows/forget/answer_probability",),
+    "forget: ROUGE-L": ("rows/forget/rouge_l_recall",),
+    "forget: extraction strength": ("rows/forget/extraction_strength",),
+    "retain: exact match": ("rows/retain/exact_match",),
+    "retain: probability": ("rows/retain/answer_probability",),
+    "retain: ROUGE-L": ("rows/retain/rouge_l_recall",),
+    "retain: extraction strength": ("rows/retain/extraction_strength",),
+    "membership AUC (loss)": (
+        "*/forget/auc_loss",
+        "rows/forget/auc_loss",
+        "rows/forget/auc_loss_against_retain",
+    ),
+    "membership AUC (Min-K)": (
+        "*/forget/auc_min_k",
+        "rows/forget/auc_min_k",
+        "rows/forget/auc_min_k_against_retain",
+    ),
+    "judge: forget": ("rows/forget/judge_forget_accuracy",),
+    "judge: recover": ("rows/forget/judge_recover_accuracy",),
+    "judge: retain": ("rows/retain/judge_retain_accuracy",),
+    "relearning (area)": ("audit/forget/relearning",),
+}
+"""Columns of the main table, each with its places (group/set/metric): the first that has a value is shown.
+
+A benchmark's group is "*".
+"""
+SHORT = (
+    "forget quality (p)",
+    "model utility",
+    "forget: exact match",
+    "forget: probability",
+    "retain: exact match",
+    "retain: probability",
+)
+"""Those that the terminal shows."""
+GOES_ON = "the same command goes on with"
+ONE_SEED = "One seed: how much another seed would change is not known."
+
+Figures = Mapping[str, Any]
+
+
+# A comparison of methods
+
+
+def ranking_sentences(table: Figures) -> list[str]:
+    """Return the ranking in plain language: who is nearest to the ideal, and whom it cannot be told from."""
+    ranking = table["ranking"]
+    order = ranking["order"]
+    lines = []
+    if order:
+        first = order[0]
+        ties = first["within_noise_of"]
+        gap = f"{number(first['gap'])} {bracketed(first)}".strip()
+        text = f"Nearest to the ideal is {first['name']} (gap {gap})"
+        alone = "" if len(order) == 1 else ", beyond noise"
+        lines.append(f"{text}; within noise of it: {'; '.join(ties)}." if ties else f"{text}{alone}.")
+        behind = [entry["name"] for entry in order[1:] if first["name"] not in entry["within_noise_of"]]
+        if behind:
+            lines.append(f"Farther from it beyond noise: {'; '.join(behind)}.")
+    lines += [f"{name} is not ranked: {reason}." for name, reason in ranking["left_out"].items()]
+    broken = [entry["name"] for entry in table["contestants"] if not entry["chosen"]["kept_rule"]]
+    if broken:
+        lines.append(
+            f"No point of {'; '.join(broken)} kept the rule; the one that breaks it least was measured."
+        )
+    if len(table["seeds"]) == 1:
+        lines.append(ONE_SEED)
+    if not table["complete"]:
+        lines.append(f"The comparison is not complete; {GOES_ON} it.")
+    return lines
+
+
+def comparison_brief(table: Figures) -> list[Block]:
+    """Return what the terminal shows: the ranking with what matters most, and what follows from it."""
+    columns = [name for name in _columns(table) if name in SHORT]
+    gaps = {entry["name"]: entry for entry in table["ranking"]["order"]}
+    rows: list[Row] = []
+    for name, summary in _summaries(table):
+        place = gaps.get(name)
+        gap = GridCell(number(place["gap"]), interval_text(place)) if place else ""
+        if place is None and name not in MODELS.values():
+            gap = DASH
+        rows.append(
+            [name, gap, *(number((_score(summary, column) or {}).get("value")) for column in columns)]
+        )
+    head = ["", "gap, 95 %", *(column.replace(": ", ":\n").replace(" ", "\n") for column in columns)]
+    return [Grid("Contestants by their gap to the ideal", head, rows), Items(ranking_sentences(table))]
+
+
+def comparison_sections(table: Figures) -> list[Section]:
+    """Return the ranking, every point tried, the scores on rows that nothing was chosen on, and the cost."""
+    return [
+        *_ranking_section(table),
+        *_point_section(table),
+        *_score_section(table),
+        *_cost_section(table),
+    ]
+
+
+def _ranking_section(table: Figures) -> list[Section]:
+    ranking = table["ranking"]
+    ideal = "the retrained model" if ranking["ideal"] == "retrained" else "the base (forget), target (retain)"
+    rows: list[Row] = [
+        [
+            f"{entry['place']}. {entry['name']}",
+            "; ".join(entry["within_noise_of"]) or "none",
+            GridCell(number(entry["gap"]), interval_text(entry)),
+        ]
+        for entry in ranking["order"]
+    ]
+    return section(
+        "The methods side by side",
+        Grid("Methods by their gap to the ideal", ["method", "within noise of", "gap"], rows, text_columns=2),
+        bar="Methods",
+        intro=f"The gap is |forget − ideal| + max(0, ideal − retain) in {words(ranking['metric'])} on rows "
+        f"that nothing was chosen on; the ideal is {ideal}. Intervals: 95 %, over rows and seeds resampled "
+        "alike for all.",
+    )
+
+
+def _point_section(table: Figures) -> list[Section]:
+    probes, tries = table.get("rows") or {}, (table.get("comparison") or {}).get("tries")
+    told = [f"The rule: {table['rule']}."] if table.get("rule") else []
+    if probes and tries:
+        forget, retain = (probes[f"{name}_probe"]["rows"] for name in ("forget", "retain"))
+        told.insert(0, f"{tries} points each, on {forget} forget and {retain} retain rows kept for choosing.")
+    rows: list[Row] = [
+        [
+            entry["name"],
+            _settings_text(point["settings"], point["scales"]),
+            number(point["forget_probability"]),
+            number(point["retain_probability"]),
+            "yes" if point["allowed"] else "no",
+            GridCell("chosen", tone="chosen") if point["chosen"] else "",
+        ]
+        for entry in table["contestants"]
+        for point in entry["points"]
+    ]
+    head = ["method", "point", "forget probability", "retain probability", "keeps the rule", ""]
+    return section(
+        "Every point tried",
+        Paragraph(" ".join(told)) if told else None,
+        Picture(
+            "tradeoff",
+            "Forget against retain probability for every point of every method",
+            tradeoff_figure({"table": table}),
+            caption="Left is less of the forget set, up is more of the rest; the filled mark of each method "
+            "is the point chosen for it. Click a mark for its settings.",
+            file="tradeoff.svg",
+            picks=True,
+        ),
+        Grid("Every point as a table", head, rows, text_columns=2, folded=True),
+        bar="Points",
+    )
+
+
+def _score_section(table: Figures) -> list[Section]:
+    columns = _columns(table)
+    rows: list[Row] = [
+        [name, *(_spread_cell(_score(summary, column)) for column in columns)]
+        for name, summary in _summaries(table)
+    ]
+    return section(
+        "Measured once, on other rows",
+        Grid("Scores of each method", ["model", *columns], rows) if columns else None,
+        Items(_reasons(table)),
+        bar="Scores",
+        intro=_measured_note(table),
+    )
+
+
+def _cost_section(table: Figures) -> list[Section]:
+    budget = (table.get("comparison") or {}).get("budget")
+    note = None
+    if budget:
+        amount = f"{budget['steps']} optimiser steps" if budget["steps"] else f"{budget['seconds']:g} seconds"
+        share = (
+            "a method that trains two models shares it between them"
+            if budget["share"] == "total"
+            else "each model of a method that trains two has it"
+        )
+        note = Paragraph(
+            f"The budget of one unlearned model is {amount}; {share}. Epochs are whole, so less may be spent."
+        )
+    rows: list[Row] = []
+    for entry in _in_order(table):
+        cost = entry["cost"]
+        peak = cost.get("peak_bytes")
+        rows.append(
+            [
+                entry["name"],
+                integer(cost.get("epochs")),
+                integer(cost["steps"]),
+                integer(cost["tokens"]),
+                decimal(cost["seconds"]),
+                integer(peak / 1e6 if peak is not None else None),
+                integer(cost["search_steps"]),
+                decimal(cost["search_seconds"]),
+            ]
+        )
+    head = [
+        "method",
+        "epochs",
+        "steps",
+        "tokens",
+        "seconds",
+        "peak MB",
+        "steps of the search",
+        "seconds of it",
+    ]
+    return section("What it cost", note, Grid("Cost of each method", head, rows), bar="Cost")
+
+
+def _settings_text(settings: Mapping[str, Any], scales: Sequence[float] | None) -> str:
+    """Return what was set at a point, its scales last."""
+    parts = [f"{key.rpartition('.')[2]} {value}" for key, value in settings.items() if "scales." not in key]
+    parts += [f"{name} {scale(value)}" for name, value in zip("αβ", scales, strict=True)] if scales else []
+    return ", ".join(parts) or "defaults"
+
+
+def _columns(table: Figures) -> list[str]:
+    """Return the columns that some model has a value in."""
+    summaries = [summary for _, summary in _summaries(table)]
+    return [
+        column
+        for column in COLUMNS
+        if any((score := _score(summary, column)) and score["value"] is not None for summary in summaries)
+    ]
+
+
+def _summaries(table: Figures) -> list[tuple[str, Figures]]:
+    """Return what each model and contestant is called, and its scores, contestants by their place."""
+    models = table["models"]
+    fixed = [(MODELS[name], models[name]["summary"]) for name in REFERENCE_MODELS if name in models]
+    return fixed + [(entry["name"], entry["summary"]) for entry in _in_order(table)]
+
+
+def _score(summary: Figures, column: str) -> Figures | None:
+    """Return the score of a column: the first of its places that has a value, or else one without."""
+    found = []
+    for place in COLUMNS[column]:
+        group, name, metric = place.split("/")
+        own = [each for each in summary if each not in ("rows", "audit")] if group == "*" else [group]
+        scores = (summary.get(each, {}).get(name, {}).get(metric) for each in own)
+        found += [score for score in scores if score]
+    return next((score for score in found if score["value"] is not None), found[0] if found else None)
+
+
+def _spread_cell(score: Figures | None) -> GridCell | str:
+    """Return a score with its interval, and the lowest and highest seed in braces."""
+    if score is None or score["value"] is None:
+        return DASH
+    seeds = score.get("seeds") or ()
+    spread = f"{{{number(min(seeds))}…{number(max(seeds))}}}" if len(seeds) > 1 else ""
+    below = f"{interval_text(score) or ''} {spread}".strip()
+    return GridCell(number(score["value"]), below or None)
+
+
+def _reasons(table: Figures) -> list[str]:
+    """Return why scores are missing, and what to know of several, each reason once."""
+    found: dict[str, list[str]] = {}
+    summaries = _summaries(table)
+    for column in COLUMNS:
+        for name, summary in summaries:
+            score = _score(summary, column)
+            if score is not None and score.get("reason"):
+                found.setdefault(f"{column}: {score['reason']}", []).append(name)
+    return [
+        f"{reason} ({'all' if len(names) == len(summaries) else '; '.join(names)})"
+        for reason, names in found.items()
+        if "not computed" in reason or len(names) > 1
+    ]
+
+
+def _in_order(table: Figures) -> Iterator[Figures]:
+    """Yield contestants by their place, those without one last."""
+    places = {entry["name"]: entry["place"] for entry in table["ranking"]["order"]}
+    yield from sorted(table["contestants"], key=lambda entry: places.get(entry["name"], len(places) + 1))
+
+
+def _measured_note(table: Figures) -> str:
+    rows, seeds = table.get("rows"), table["seeds"]
+    if not rows:
+        return ""
+    text = (
+        f"{rows['forget_test']['rows']} forget rows and {rows['retain_test']['rows']} retain rows that "
+        "nothing was chosen on and, of the retain rows, nothing was trained on. Small figures are 95 % "
+        "intervals over rows"
+    )
+    if len(seeds) > 1:
+        text += f", the mean of {len(seeds)} seeds' intervals; in braces the lowest and highest seed"
+    return f"{text}."
+
+
+# A comparison along an axis
+
+SIDES = ("forget", "retain")
+
+
+def axis_brief(content: Figures) -> list[Block]:
+    """Return what the terminal shows: forget and retain figures at every value, and what to know of them."""
+    return [Grid(content["title"], _axis_head(content), _axis_rows(content)), Items(axis_sentences(content))]
+
+
+def axis_sentences(content: Figures) -> list[str]:
+    """Return what a reader must know before looking at the figures."""
+    values = content["values"]
+    rows = dict.fromkeys(f"{entry['rows']['forget']} and {entry['rows']['retain']}" for entry in values)
+    lines = [
+        f"{words(content['metric'])} on forget and retain rows that nothing was chosen on "
+        f"({' / '.join(rows)} rows); intervals: 95 %, over rows."
+    ]
+    lines += [ONE_SEED] if len(content["seeds"]) == 1 else []
+    for entry in values:
+        if broken := [one["name"] for one in entry["contestants"] if not one["kept_rule"]]:
+            lines.append(f"At {entry['value']} no point of {'; '.join(broken)} kept the rule.")
+    return lines if content["complete"] else [*lines, f"Not all values are through; {GOES_ON} them."]
+
+
+def axis_markdown(content: Figures) -> str:
+    """Return the report of an axis.json."""
+    chosen = [
+        [
+            str(entry["value"]),
+            one["name"],
+            _settings_text(one["settings"], one["scales"]),
+            GridCell(number(one["gap"]["value"]), interval_text(one["gap"])),
+        ]
+        for entry in content["values"]
+        for one in entry["contestants"]
+    ]
+    head = ["value", "method", "point", "gap to the ideal"]
+    sections = [
+        *section(
+            "",
+            Items(axis_sentences(content)),
+            Paragraph(f"Forget / retain at each value of {content['key']}:"),
+            Grid("", _axis_head(content), _axis_rows(content)),
+            Picture("axis", content["title"], {}, file="axis.svg"),
+        ),
+        *section("What was chosen", Grid("", head, chosen, text_columns=3)),
+        *section(
+            "Each comparison",
+            Items([Link(str(entry["value"]), f"{entry['folder']}/report.md") for entry in content["values"]]),
+            Code(content["command"]),
+        ),
+    ]
+    return markdown(content["title"], sections)
+
+
+def axis_models(content: Figures) -> tuple[list[str], list[str]]:
+    """Return the names of the models that contestants are compared with, and of the contestants."""
+    values = content["values"]
+    fixed = [name for name in REFERENCE_MODELS if any(name in entry["models"] for entry in values)]
+    return fixed, list(dict.fromkeys(one["name"] for entry in values for one in entry["contestants"]))
+
+
+def axis_entry(entry: Figures, name: str) -> Figures | None:
+    """Return what a value of the axis has of a model or a contestant."""
+    found: Figures | None = next((one for one in entry["contestants"] if one["name"] == name), None)
+    return found or entry["models"].get(name)
+
+
+def _axis_head(content: Figures) -> list[str]:
+    return ["model", *(str(entry["value"]) for entry in content["values"])]
+
+
+def _axis_rows(content: Figures) -> list[list[str]]:
+    """Return a row a model: its name, and forget / retain at every value."""
+
+    def pair(found: Figures | None) -> str:
+        return " / ".join(number(found[side]["value"] if found else None) for side in SIDES)
+
+    fixed, contestants = axis_models(content)
+    return [
+        [model_label(name), *(pair(axis_entry(entry, name)) for entry in content["values"])]
+        for name in (*fixed, *contestants)
+    ]
+
+
+# Requests one after another
+
+REQUEST_MODELS = {
+    "target": "target",
+    "base": "base checkpoint",
+    "retrained": "retrained without any of them",
+}
+PARTS = {"done": "asked to be erased", "not_done": "not asked, or undone", "retain": "retain rows"}
+REQUEST_METRICS = {"exact_match": "exact match", "answer_probability": "probability"}
+SHOWN = (1, 3)
+"""Numbers of requests that the tables show beside all of them."""
+REFERENCES = {"done": "retrained", "not_done": "target"}
+"""Whose figure on the very same rows stands beside a state's."""
+
+
+def requests_brief(table: Figures) -> list[Block]:
+    """Return what the terminal shows: some states' figures, and whether each contestant could undo."""
+    grids = []
+    for metric, name in REQUEST_METRICS.items():
+        columns = [(part, metric) for part in PARTS]
+        title = f"What is still known: {name}; below it the reference's on the same rows"
+        grids.append(Grid(title, ["", "state", *PARTS.values()], _state_rows(table, columns), text_columns=2))
+    return [*grids, Items(undo_sentences(table))]
+
+
+def undo_sentences(table: Figures) -> list[str]:
+    """Return in plain language whether each contestant could undo, and how exactly."""
+    lines = [f"{entry['name']}: {_undo_text(entry['undo'])}." for entry in table["contestants"]]
+    return lines if table["complete"] else [*lines, f"Not all contestants are through; {GOES_ON} them."]
+
+
+def requests_markdown(table: Figures) -> str:
+    """Return the report of a requests.json."""
+    sizes = [request["rows"] for request in table["requests"]]
+    columns = [(part, metric) for part in PARTS for metric in REQUEST_METRICS]
+    head = [f"{PARTS[part]}: {REQUEST_METRICS[metric]}" for part, metric in columns]
+    costs = ["model", "α, β", "epochs a request", "steps of all requests", "seconds", "steps at once"]
+    sections = [
+        *section(
+            "",
+            Paragraph(
+                f"{len(sizes)} requests of {min(sizes)} to {max(sizes)} rows, carried out in order and "
+                f"undone in the order {', '.join(map(str, table['undo_order']))}. Measured: all rows of the "
+                f"requests, {integer(table['rows']['others'])} rows that nobody asks to erase, and "
+                f"{integer(table['rows']['retain'])} retain rows that no method trains on."
+            ),
+            Items(undo_sentences(table)),
+            Picture("requests", "requests carried out and undone", {}, file="requests.svg"),
+            Grid("", ["model", "state", *head], _state_rows(table, columns), text_columns=2),
+            Paragraph(
+                "Means over rows. In parentheses, for the very same rows: what the retrained model makes of "
+                "those asked to be erased, and the target of the others. Intervals, and every state, are in "
+                "requests.json."
+            ),
+        ),
+        *section("What it cost", Grid("", costs, [_request_costs(entry) for entry in table["contestants"]])),
+    ]
+    return markdown("Requests one after another", sections)
+
+
+def on_same_rows(table: Figures, state: Figures, part: str, metric: str) -> float | None:
+    """Return what the reference makes of the rows that a part of a state is made of; None without any.
+
+    For rows asked to be erased it is the retrained model, for the others the target.
+    """
+    reference = table["models"].get(REFERENCES.get(part, ""))
+    if reference is None:
+        return None
+    scores = reference["scores"][metric]
+    wanted = part == "done"
+    pairs = [
+        (request["rows"], value)
+        for request, value in zip(table["requests"], scores["by_request"], strict=True)
+        if (request["number"] in state["done"]) == wanted and value is not None
+    ]
+    if not wanted and scores["others"] is not None:
+        pairs.append((table["rows"]["others"], scores["others"]))
+    rows = sum(count for count, _ in pairs)
+    return sum(count * value for count, value in pairs) / rows if rows else None
+
+
+def _undo_text(undo: Figures) -> str:
+    if not undo["possible"]:
+        steps = integer(undo["repeat_steps"])
+        return f"undoing is {undo['reason']} ({steps} optimiser steps, mean over the requests)"
+    equal, compared = undo["states_equal"], undo["states_compared"]
+    back = "is the target itself" if undo["target_back"] else "is NOT the target"
+    return (
+        f"{equal} of {compared} states after undoing are bit for bit the model that never had those "
+        f"requests, and the last one {back}"
+    )
+
+
+def _state_rows(table: Figures, columns: Sequence[tuple[str, str]]) -> list[Row]:
+    """Return models and some states, beside each figure the reference's on the same rows."""
+
+    def cell(state: Figures, part: str, metric: str) -> GridCell:
+        value, beside = state["scores"][metric][part]["value"], on_same_rows(table, state, part, metric)
+        known = value is not None and beside is not None
+        return GridCell(number(value), number(beside) if known else None)
+
+    return [
+        [name, what, *(cell(state, *column) for column in columns)]
+        for name, what, state in _shown_states(table)
+    ]
+
+
+def _shown_states(table: Figures) -> Iterator[tuple[str, str, Figures]]:
+    """Yield (model, state in words, state) for the rows of the tables."""
+    count = len(table["requests"])
+    for name, label in REQUEST_MODELS.items():
+        if name in table["models"]:
+            yield label, "all rows of requests", table["models"][name]
+    for entry in table["contestants"]:
+        states = {len(state["done"]): state for state in entry["states"] if state["undone"] is None}
+        for size in sorted({*SHOWN, count} & states.keys()):
+            yield entry["name"], f"{size} carried out", states[size]
+        yield entry["name"], f"all {count} at once", entry["joint"]
+        undone = [state for state in entry["states"] if state["undone"] is not None]
+        for place in sorted({count // 2, count}) if undone else ():
+            yield entry["name"], f"{place} undone", undone[place - 1]
+
+
+def _request_costs(entry: Figures) -> list[str]:
+    costs, scales = entry["cost"]["requests"], entry["scales"]
+    epochs = sorted({cost["epochs"] for cost in costs})
+    return [
+        entry["name"],
+        ", ".join(map(scale, scales)) if scales else DASH,
+        " to ".join(map(str, dict.fromkeys((epochs[0], epochs[-1])))),
+        integer(sum(cost["steps"] for cost in costs)),
+        decimal(sum(cost["seconds"] for cost in costs)),
+        integer(entry["cost"]["joint"]["steps"]),
+    ]

@@ -1,0 +1,287 @@
+"""A location and a plan in words: sentences, tables, a page of Markdown.
+
+Everything comes from the records (`Location.as_record`, `plan_record`); nothing is a guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from palinode.report.content import Block, Grid, Items, Paragraph, markdown, section
+from palinode.report.words import words
+
+MOST_ROWS = 40
+"""Rows of the forget set that a table or a picture shows one by one."""
+MOST_STEPS = 6
+"""Exposures of a row that a table shows."""
+DEMO_EVIDENCE = ("log", "order", "behaviour", "all")
+COUNTED = ("log", "order")
+
+
+# Sentences
+
+
+def location_sentences(record: Mapping[str, Any]) -> list[str]:
+    """Return the answer in sentences: the checkpoint to take, the next best, the distances."""
+    lines = [_recommendation(record)]
+    if record["next_best"]:
+        choice = record["next_best"]
+        name = "Least contaminated" if record["recommended"] is None else "Next best"
+        lines.append(f"{name}: step {choice['step']:,} ({choice['location']}), {choice['reason']}.")
+    if record["first"] is not None:
+        lines.append(_exposure_sentence(record))
+    if record["onset"]:
+        lines.append(f"Behaviour: {_onset_sentence(record['onset'])}")
+    return lines
+
+
+def _recommendation(record: Mapping[str, Any]) -> str:
+    choice = record["recommended"]
+    if choice is None:
+        unsure = any(point["seen"] == 0 and point["unrecorded"] for point in record["rungs"])
+        return f"No checkpoint of the series is {'known to be ' if unsure else ''}clean."
+    distance = choice["to_exposure"]
+    before = "the first exposure" if _is_counted(record) else "the first checkpoint that knows the rows"
+    far = f"; {_distance(distance)} before {before}" if distance else ""
+    return f"Take step {choice['step']:,} ({choice['location']}): {choice['reason']}{far}."
+
+
+def _exposure_sentence(record: Mapping[str, Any]) -> str:
+    name = "First exposure" if _is_counted(record) else "First checkpoint looked at that knows them"
+    parts = [f"{name}: step {record['first']:,}"]
+    if record["first_to_target"]:
+        parts.append(f"{_distance(record['first_to_target'])} before the target")
+    if record["last"] is not None and record["last"] != record["first"]:
+        parts.append(f"last: step {record['last']:,}")
+        if record["last_to_target"]:
+            parts.append(f"{_distance(record['last_to_target'])} before the target")
+    return ", ".join(parts) + "."
+
+
+def _is_counted(record: Mapping[str, Any]) -> bool:
+    """Tell whether exposures were counted, and not only seen to lie before a checkpoint."""
+    return any(row["seen"] for row in record["rows"])
+
+
+def _onset_sentence(onset: Mapping[str, Any]) -> str:
+    text: str = onset["conclusion"]
+    if onset["interval"] and onset["state"] in ("begins", "gone"):
+        low, high = onset["interval"]
+        span = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+        text += f" 95 % interval of the first checkpoint that shows it: step {span}."
+    return text
+
+
+def _distance(distance: Mapping[str, Any]) -> str:
+    steps = f"{distance['steps']:,} step{'' if distance['steps'] == 1 else 's'}"
+    return steps if distance["tokens"] is None else f"{steps} ({_tokens(distance['tokens'])} tokens)"
+
+
+def _tokens(count: float) -> str:
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:,.0f}"
+
+
+# Tables and the page
+
+
+def location_brief(record: Mapping[str, Any]) -> list[Block]:
+    """Return what the terminal shows: rows, checkpoints, the answer, and what to do without a clean one."""
+    blocks: list[Block] = [
+        _row_grid(record, short=True),
+        _checkpoint_grid(record),
+        Items(location_sentences(record)),
+    ]
+    if record["alternatives"]:
+        told = [f"{entry['name']}: {entry['what']} Cost: {entry['cost']}" for entry in record["alternatives"]]
+        blocks += [Paragraph("What can be done without a clean checkpoint:"), Items(told)]
+    return blocks
+
+
+def location_markdown(record: Mapping[str, Any]) -> str:
+    """Return the location as a page of Markdown."""
+    gaps = any(point["gap"] is not None for point in record["rungs"])
+    copies = any(entry["copy"] for row in record["rows"] for entry in row["seen"])
+    alternatives = [
+        (
+            f"{entry['name']}:",
+            f"{entry['what']} Cost: {entry['cost']} Known: {entry['known']} ({entry['source']})",
+        )
+        for entry in record["alternatives"]
+    ]
+    sections = [
+        *section("", Items(location_sentences(record))),
+        *section(
+            "Checkpoints",
+            _checkpoint_grid(record),
+            Paragraph("* a gap beyond noise; of the earliest checkpoint the plain difference is shown.")
+            if gaps
+            else None,
+        ),
+        *section(
+            "Forget rows",
+            _row_grid(record),
+            Paragraph("~ a similar text, not the row itself.") if copies else None,
+        ),
+        *section("What can be done without a clean checkpoint", Items(alternatives)),
+        *section("What to know", Items(record["warnings"])),
+    ]
+    return markdown("When the forget rows were seen", sections)
+
+
+def _checkpoint_grid(record: Mapping[str, Any]) -> Grid:
+    total = len(record["rows"])
+    marks = {(record[name] or {}).get("step"): words(name) for name in ("next_best", "recommended")}
+    rows = []
+    for point in record["rungs"]:
+        least = "at least " if point["unrecorded"] and point["seen"] < total else ""
+        seen = "not known" if point["seen"] is None else f"{least}{point['seen']} of {total}"
+        gap = "" if point["gap"] is None else f"{point['gap']:+.2f}{' *' if point['exposed'] else ''}"
+        tokens = "" if point["tokens"] is None else _tokens(point["tokens"])
+        rows.append(
+            [f"{point['step']:,}", tokens, seen, gap, marks.get(point["step"], ""), point["location"]]
+        )
+    head = ["step", "tokens", "forget rows seen", "gap", "", "checkpoint"]
+    return Grid("Checkpoints", head, rows, text_columns=len(head))
+
+
+def _row_grid(record: Mapping[str, Any], *, short: bool = False) -> Grid:
+    """Return the exposures of each row; `short` leaves out the folders of the files that rows stand in."""
+    rows, cells = record["rows"], []
+    shown = _without_folders if short else str
+    for row in rows[:MOST_ROWS]:
+        seen, copies = row["seen"], row["copies"]
+        steps = ", ".join(f"{entry['step']:,}{'~' if entry['copy'] else ''}" for entry in seen[:MOST_STEPS])
+        more = f", … ({len(seen)} in all)" if len(seen) > MOST_STEPS else ""
+        places = "; ".join(
+            shown(copy["place"]) + ("" if copy["exact"] else f" (similar, {copy['similarity']:.2f})")
+            for copy in copies[:3]
+        )
+        places += f"; … ({len(copies)})" if len(copies) > 3 else ""
+        first = f"{seen[0]['step']:,}" if seen else "not known"
+        cells.append([shown(row["place"]), first, steps + more, places])
+    if len(rows) > MOST_ROWS:
+        cells.append([f"… and {len(rows) - MOST_ROWS} more rows", "", "", ""])
+    return Grid("Forget rows", ["row", "first", "exposures", "copies in the corpus"], cells, text_columns=4)
+
+
+def _without_folders(place: str) -> str:
+    """Return `row 3 of file.jsonl` for `row 3 of folder/file.jsonl`."""
+    row, found, path = place.partition(" of ")
+    return row + found + path.rpartition("/")[2]
+
+
+# The plan
+
+
+def plan_brief(record: Mapping[str, Any]) -> list[Block]:
+    """Return what the terminal shows: the schedules, what is recommended, and where figures are from."""
+    schedules = record["schedules"]
+    measured: Mapping[str, Any] = next((one["decay"] for one in schedules if one["decay"]), {})
+    rows = []
+    for one in schedules:
+        decay = one["decay"] or {}
+        rows.append(
+            [
+                one["name"],
+                str(len(one["kept"])),
+                f"{one['expected']:,.0f}",
+                f"{one['worst']:,}",
+                _bytes(one["bytes"]),
+                *(
+                    "beyond the table" if decay.get(name) is None else f"{decay[name]:.2f}"
+                    for name in measured
+                ),
+            ]
+        )
+    head = ["schedule", "kept", "expected distance", "worst", "storage", *measured]
+    best = schedules[0]
+    kept = ", ".join(f"{step:,}" for step in best["kept"][:30]) + (", …" if len(best["kept"]) > 30 else "")
+    lines = [
+        f"Keep ({best['name']}): {kept}.",
+        f"An exposure is {best['expected']:,.0f} steps after the last clean checkpoint on average, "
+        f"{best['worst']:,} at worst; {best['without']:.1%} of requests are expected to concern steps before "
+        "the first of them, for which only the untrained model is clean.",
+    ]
+    if record["decay"] and best["decay"]:
+        lines.append(f"Decay with distance: {record['decay']['source']}. {record['decay']['note']}".strip())
+    return [Grid("Checkpoints to keep", head, rows), Items(lines)]
+
+
+def _bytes(count: float) -> str:
+    units = (("TB", 10**12), ("GB", 10**9), ("MB", 10**6))
+    unit, size = next(((unit, size) for unit, size in units if count >= size), ("kB", 1000))
+    return f"{count / size:,.3g} {unit}"
+
+
+# The demo
+
+
+def demo_brief(record: Mapping[str, Any]) -> list[Block]:
+    """Return what the terminal shows of the demo: what evidence found, and what each checkpoint gives."""
+    found = [
+        [
+            name,
+            str(request["rows"]),
+            _step_or_none(request["clean_step"]),
+            *(
+                _step_or_none(one["recommended_step"]) + ("" if one["right"] else " (wrong)")
+                for one in (request["found"][kind] for kind in DEMO_EVIDENCE)
+            ),
+        ]
+        for name, request in record["requests"].items()
+    ]
+    target = record["rungs"][0]["target"]
+    tried = [["(target before)", "", f"{target['forget']:.2f}", f"{target['others']:.2f}", "", ""]]
+    best = record["requests"]["main"]["found"]["all"]["recommended_step"]
+    for point in record["rungs"]:
+        after, scales = point["unlearned"], point["scales"]
+        note = "recommended" if point["step"] == best else ""
+        tried.append(
+            [
+                f"step {point['step']:,}",
+                str(point["seen"]),
+                f"{after['forget']:.2f}",
+                f"{after['others']:.2f}",
+                f"{scales['forget']:g}, {scales['retain']:g}{'' if point['kept_rule'] else ' *'}",
+                "the target (task vector)" if point["method"] == "task_vector" else note,
+            ]
+        )
+    broken = (
+        []
+        if all(point["kept_rule"] for point in record["rungs"])
+        else ["* no pair of scales kept enough of the others; the one that breaks the rule least"]
+    )
+    head = ["checkpoint", "seen", "forget people", "others", "α, β", ""]
+    return [
+        Grid(
+            "The last clean checkpoint of each request", ["request", "rows", "truth", *DEMO_EVIDENCE], found
+        ),
+        Grid("Unlearning the main request from each checkpoint: exact match", head, tried),
+        Items([*broken, demo_sentence(record)]),
+    ]
+
+
+def demo_sentence(record: Mapping[str, Any]) -> str:
+    """Return in a sentence how the evidence agrees with the truth."""
+    requests = record["requests"].values()
+    right = sum(request["found"]["all"]["right"] for request in requests)
+    counts = all(request["found"][kind]["every_exposure_right"] for request in requests for kind in COUNTED)
+    off = max(request["found"]["behaviour"]["rungs_off"] for request in requests)
+    agree = "agree with the truth in every exposure" if counts else "do NOT agree with the truth"
+    return (
+        f"The recommended checkpoint is the right one for {right} of {len(requests)} requests; log and "
+        f"rebuilt order {agree}, and behaviour alone "
+        + (
+            f"is at most {off} checkpoint{'' if off == 1 else 's'} off."
+            if off
+            else "finds the same checkpoint."
+        )
+    )
+
+
+def _step_or_none(step: int | None) -> str:
+    return "none" if step is None else f"step {step:,}"

@@ -1,0 +1,356 @@
+"""What is known of a run, an audit, a comparison or a demo, as plain values (report.json) and as sections.
+
+Whoever calls gathers records and outcomes (pipeline/reporting.py); nothing here reads a file. Without
+texts the content holds numbers only, so that it may lie beside an unlearned model's weights.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from palinode.records import Outcome
+from palinode.report.audit_report import audit_headline, audit_section
+from palinode.report.comparison_report import comparison_sections, ranking_sentences
+from palinode.report.content import (
+    Code,
+    Grid,
+    Items,
+    Lights,
+    Pairs,
+    Paragraph,
+    Section,
+    markdown,
+    section,
+)
+from palinode.report.run_report import CAUTION, headline, run_sections
+from palinode.report.verdicts import (
+    Claim,
+    audit_claims,
+    claims,
+    outcome_sentence,
+    untested,
+    untested_attacks,
+)
+from palinode.report.words import DASH, SETS, at, integer, model_label, words
+
+CONTENT_VERSION = 1
+"""Version of the layout of report.json, described in docs/report.md."""
+MOST_ROWS = 200
+"""Rows of a set whose answers a report shows."""
+MOST_BYTES = 1_200_000
+"""Of a set's texts as HTML, so that a page stays under 8 MB."""
+DIGITS = 5
+"""Significant digits of a log-probability; a page holds thousands of them."""
+
+Kind = Literal["unlearn", "demo", "audit", "compare"]
+Outcomes = Mapping[str, Mapping[str, Sequence[Outcome]]]
+"""Outcomes by model (target, base, unlearned, retrained) and set (forget, retain)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known about a run, an audit, a comparison or a demo."""
+
+    kind: Kind
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """record.json of the run (of the demo's own unlearning); table.json of a comparison."""
+    audit: Mapping[str, Any] | None = None
+    """audit.json of an audit of its unlearned model."""
+    outcomes: Outcomes = field(default_factory=dict)
+    """What each model did on each row."""
+    texts: bool = False
+    """Whether the report may show prompts and answers."""
+    elsewhere: str | None = None
+    """Where the report with texts lies, if this is the one without."""
+    demo: Mapping[str, Any] | None = None
+    """record.json of the demo's folder."""
+
+    @property
+    def answers_gone(self) -> bool:
+        """Whether there should be answers, and the workspace that held them is gone."""
+        return self.kind in ("unlearn", "demo") and not self.outcomes
+
+
+def report_sections(content: Mapping[str, Any]) -> list[Section]:
+    """Return a report in sections; `content` is what `report_content` returns.
+
+    Every report begins with the claims, what was not tested and notes, and ends with how to repeat it.
+    """
+    builders = {
+        "audit": lambda: audit_section(content["audit"]),
+        "compare": lambda: comparison_sections(content["table"]),
+    }
+    return [
+        *section(
+            "In short" if content["claims"] else "",
+            Lights(content["claims"]),
+            Paragraph(CAUTION),
+        ),
+        *section("What was not tested", Items(content["untested"])),
+        *section("Notes", Items(content["notes"])),
+        *builders.get(content["kind"], lambda: run_sections(content))(),
+        *section(
+            "How to repeat it",
+            Code(content["command"]) if content.get("command") else None,
+            _inputs(content),
+            Pairs(_versions(content)),
+            _settings(content.get("recipe") or content.get("policy") or {}),
+            bar="Repeat",
+        ),
+    ]
+
+
+def markdown_report(content: Mapping[str, Any]) -> str:
+    """Return the whole report as Markdown; text that comes from the user is escaped."""
+    first = section("", Paragraph(content["outcome"], strong=True), Paragraph(content["headline"]))
+    return markdown(content["title"], [*first, *report_sections(content)])
+
+
+def report_content(facts: Facts) -> dict[str, Any]:
+    """Return everything a report says as plain values, strict JSON."""
+    if facts.kind in ("audit", "compare"):
+        return _of_audit(facts) if facts.kind == "audit" else _of_comparison(facts.record)
+    record = facts.record
+    found = claims(record, facts.audit)
+    return {
+        "version": CONTENT_VERSION,
+        "kind": facts.kind,
+        "title": "Demo report" if facts.kind == "demo" else "Unlearning report",
+        "outcome": outcome_sentence(found),
+        "headline": headline(record),
+        "claims": [claim.as_json() for claim in found],
+        "untested": untested(record, facts.audit),
+        "notes": list(record.get("notes") or ()),
+        "scores": _scores(record),
+        "method": record.get("method"),
+        "scales": record.get("scales"),
+        "log_probabilities": log_probabilities(facts.outcomes),
+        "answers": side_by_side(facts.outcomes) if facts.texts else None,
+        "held_against": {label: held_against(label, facts.outcomes) for label in ("forget", "retain")},
+        "answers_elsewhere": None if facts.texts else facts.elsewhere,
+        "vectors": record.get("vectors"),
+        "dose": record.get("dose"),
+        "training": record.get("training") or {},
+        "audit": facts.audit,
+        "demo": facts.demo,
+        **_origin(record),
+    }
+
+
+def _scores(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the scores of every model, with the estimated yardstick as one more where there is one."""
+    estimate = at(record, "scales", "yardstick", "answer_probability")
+    scores = dict(record.get("scores") or {})
+    return scores | ({"estimate": {"forget": {"answer_probability": estimate}}} if estimate else {})
+
+
+def _of_audit(facts: Facts) -> dict[str, Any]:
+    audit = facts.audit or {}
+    found: Sequence[Claim] = audit_claims(audit)
+    return {
+        "version": CONTENT_VERSION,
+        "kind": "audit",
+        "title": "Audit report",
+        "outcome": _audit_outcome(audit),
+        "headline": audit_headline(audit),
+        "claims": [claim.as_json() for claim in found],
+        "untested": untested_attacks(audit),
+        "notes": list(audit.get("notes") or ()),
+        "audit": audit,
+        **_origin(audit),
+    }
+
+
+def _of_comparison(table: Mapping[str, Any]) -> dict[str, Any]:
+    first, *others = ranking_sentences(table) or ["No method was through when this was written."]
+    contestants = {entry["name"]: entry["set"] for entry in table.get("contestants") or ()}
+    setup = {"shared": table.get("shared"), "comparison": table.get("comparison"), "contestants": contestants}
+    return {
+        "version": CONTENT_VERSION,
+        "kind": "compare",
+        "title": "Comparison report",
+        "outcome": first,
+        "headline": " ".join(others),
+        "claims": [],
+        "untested": [
+            "Other wordings of the same facts, and attacks other than those among the scores.",
+            "Settings outside of the points that were tried.",
+        ],
+        "notes": list(table.get("notes") or ()),
+        "table": table,
+        **_origin({**table, "models": {}, "data": table.get("rows"), "recipe": setup}),
+    }
+
+
+def _audit_outcome(audit: Mapping[str, Any]) -> str:
+    more, less = bool(at(audit, "answer", "knows_more")), bool(at(audit, "answer", "knows_less"))
+    than = "a model that never saw it"
+    if more and less:
+        return f"Some attacks draw more of the forget set from the model than from {than}, others less."
+    if more:
+        return f"Attacks draw more of the forget set from the model than from {than}."
+    if less:
+        return f"The model knows less of the forget set than {than}: it was made to forget too much."
+    if at(audit, "answer", "passed"):
+        return f"Within this budget the attacks could not tell the model from {than}."
+    return "The audit could not say enough to pass the model."
+
+
+# Where a report's numbers come from
+
+
+def _origin(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what tells where a report's numbers come from, and how to make them again."""
+    names = ("palinode", "run", "created", "finished", "command", "seed", "recipe", "policy")
+    return {
+        **{name: record.get(name) for name in names if record.get(name) is not None},
+        "models": record.get("models") or {},
+        "data": {name: fact for name, fact in (record.get("data") or {}).items() if fact},
+        "environment": record.get("environment") or {},
+    }
+
+
+def _inputs(content: Mapping[str, Any]) -> Grid:
+    """Return where models and rows are from, with whole fingerprints."""
+    inputs = {
+        **{model_label(name): fact for name, fact in content["models"].items()},
+        **{SETS.get(name, words(name)): fact for name, fact in content["data"].items()},
+    }
+    rows = [
+        [
+            name,
+            str(fact.get("location") or DASH),
+            str(fact.get("fingerprint") or DASH),
+            integer(fact.get("rows") or fact.get("parameters")),
+        ]
+        for name, fact in inputs.items()
+        if fact
+    ]
+    return Grid("Models and data", ["what", "where", "fingerprint", "rows or weights"], rows, text_columns=3)
+
+
+def _versions(content: Mapping[str, Any]) -> dict[str, str]:
+    """Return seed, run and versions, what is there of them."""
+    names = ("palinode", "seed", "run", "created", "finished")
+    environment = {
+        name: value for name, value in content["environment"].items() if name != "peak_memory_bytes"
+    }
+    known = {name: content[name] for name in names if name in content} | environment
+    return {words(name): str(value) for name, value in known.items()}
+
+
+def _settings(tree: Mapping[str, Any]) -> Grid:
+    """Return the recipe (of an audit: the policy) with defaults filled in, one dotted key a row."""
+    head = ["setting", "value"]
+    return Grid("Every setting, defaults filled in", head, _flat(tree), text_columns=2, folded=True)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
+    lines: list[list[str]] = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            lines += _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            lines.append([f"{prefix}{key}", text])
+    return lines
+
+
+# What models answered, side by side, and how likely each right answer was to them
+
+
+def log_probabilities(outcomes: Outcomes) -> dict[str, dict[str, list[float]]]:
+    """Return by set and model the mean log-probability of each row's answer tokens, in nats."""
+    return {
+        label: {
+            model: [_short(value) for outcome in sets[label] if (value := _mean(outcome)) is not None]
+            for model, sets in outcomes.items()
+            if sets.get(label)
+        }
+        for label in _labels(outcomes)
+    }
+
+
+def side_by_side(outcomes: Outcomes) -> dict[str, dict[str, Any]]:
+    """Return by set: the cases shown, the worst first, and of how many they are.
+
+    A case is bad on the forget set when the unlearned model is far from a model that never saw it, above or
+    below; on other sets when it lost much of what the target knew. Long texts are kept whole; what would
+    make a page too large to open is left out at the end of the list, and counted.
+    """
+    shown = {}
+    for label in _labels(outcomes):
+        cases = _worst_first(outcomes, label)
+        shown[label] = {"of": len(cases), "rows": _fitting(cases)}
+    return shown
+
+
+def held_against(label: str, models: Container[str]) -> str | None:
+    """Return the model whose answers the unlearned one's should be like on a set; None without one."""
+    goals = ("retrained", "base") if label == "forget" else ("target",)
+    return next((name for name in goals if name in models), None)
+
+
+def _worst_first(outcomes: Outcomes, label: str) -> list[dict[str, Any]]:
+    """Return the rows on which the unlearned model was measured, with what each model makes of them."""
+    by_model = {
+        model: {outcome.row: outcome for outcome in sets[label]}
+        for model, sets in outcomes.items()
+        if sets.get(label)
+    }
+    goal = by_model.get(held_against(label, by_model) or "", {})
+    differences, cases = {}, []
+    for row, mine in by_model.get("unlearned", {}).items():
+        found = {model: rows[row] for model, rows in by_model.items() if row in rows}
+        first = next(iter(found.values()))
+        now, should = _probability(mine), _probability(goal[row]) if row in goal else None
+        difference = differences[row] = None if now is None or should is None else now - should
+        case = {
+            "row": row,
+            "prompt": first.prompt,
+            "expected": first.expected,
+            "difference": None if difference is None else _short(difference),
+            "answers": {name: outcome.generated for name, outcome in found.items()},
+            "probabilities": {name: _probability(outcome) for name, outcome in found.items()},
+        }
+        cases.append(case)
+
+    def badness(case: Mapping[str, Any]) -> float:
+        difference = differences[case["row"]] or 0.0
+        return abs(difference) if label == "forget" else -difference
+
+    return sorted(cases, key=lambda case: (-badness(case), case["row"]))
+
+
+def _fitting(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the first cases, as many as a page can take, and at least one."""
+    total, fitting = 0, list[dict[str, Any]]()
+    for case in cases[:MOST_ROWS]:
+        texts = (case["prompt"], case["expected"], *(answer or "" for answer in case["answers"].values()))
+        total += sum(len(html.escape(text).encode("utf-8", "replace")) for text in texts)
+        if fitting and total > MOST_BYTES:
+            break
+        fitting.append(case)
+    return fitting
+
+
+def _labels(outcomes: Outcomes) -> list[str]:
+    return list(dict.fromkeys(label for sets in outcomes.values() for label, found in sets.items() if found))
+
+
+def _mean(outcome: Outcome) -> float | None:
+    return math.fsum(outcome.logprobs) / len(outcome.logprobs) if outcome.logprobs else None
+
+
+def _probability(outcome: Outcome) -> float | None:
+    """Return exp of the mean log-probability of the answer's tokens: the metric answer_probability."""
+    mean = _mean(outcome)
+    return None if mean is None else _short(math.exp(mean))
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")

@@ -1,0 +1,457 @@
+"""The report of an unlearning run (and of the demo): its sentence, its sections, the model's card.
+
+Every number comes from the record (docs/record.md). What the record lacks is left out of the tables and
+named under "What was not tested"; a missing score is a dash with its reason, never a 0. The words claim
+evidence about the examples measured, no more.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from palinode.report import figures
+from palinode.report.audit_report import audit_section
+from palinode.report.content import (
+    Block,
+    Cases,
+    Code,
+    Grid,
+    GridCell,
+    Heading,
+    Items,
+    Lights,
+    Pairs,
+    Paragraph,
+    Picture,
+    Row,
+    Section,
+    markdown,
+    score_cell,
+    section,
+)
+from palinode.report.words import (
+    DASH,
+    SETS,
+    TRAININGS,
+    at,
+    escaped,
+    integer,
+    interval_text,
+    metric_label,
+    metrics_on,
+    model_label,
+    number,
+    percent,
+    scale,
+    scores_on,
+    signed,
+    words,
+)
+
+FORMULA = "unlearned = target − α · forget vector + β · retain vector"
+CAUTION = (
+    "This is evidence about the examples measured here, at this budget; it is no proof that nothing of the "
+    "forget set is left. Forgetting is two-sided: the aim is a model that never saw the forget set, so "
+    "knowing less than such a model is a failure as well."
+)
+
+
+def headline(record: Mapping[str, Any]) -> str:
+    """Return one sentence: how the answer probability moved on both sets, and what to compare it with."""
+    return f"{_forget_clause(record)}; {_retain_clause(record)}."
+
+
+def run_brief(record: Mapping[str, Any]) -> list[Block]:
+    """Return what the terminal shows of a run: the scores with their intervals, and the headline."""
+    metrics = metrics_on(record, SETS)
+    rows: list[Row] = []
+    for data_set, label in SETS.items():
+        found = scores_on(record, data_set)
+        rows += [[GridCell(label, tone="chosen")]] if found else []
+        rows += [
+            [model_label(model), *(score_cell(scores.get(name)) for name in metrics)]
+            for model, scores in found.items()
+        ]
+    head = ["model", *(metric_label(metric).replace(" ", "\n") for metric in metrics)]
+    return [Grid("Scores and their 95 % intervals", head, rows), Paragraph(headline(record))]
+
+
+def run_sections(content: Mapping[str, Any]) -> list[Section]:
+    """Return what a report tells of a run or of the demo."""
+    audit, demo = content.get("audit"), content.get("demo")
+    return [
+        *(_demo_section(demo) if demo else ()),
+        *_score_section(content),
+        *_method_section(content),
+        *_scale_section(content),
+        *_answer_section(content),
+        *_likelihood_section(content),
+        *(audit_section(audit) if audit else ()),
+        *_vector_section(content),
+        *_cost_section(content),
+    ]
+
+
+# The sentence
+
+
+def _forget_clause(record: Mapping[str, Any]) -> str:
+    before, after = _probabilities(record, "forget", "target", "unlearned")
+    if before is None or after is None:
+        return "On the forget set the change in answer probability is not known"
+    change = f"the answer probability went from {number(before)} to {number(after)}"
+    return f"On the forget set {change} ({_beside(record)})"
+
+
+def _beside(record: Mapping[str, Any]) -> str:
+    retrained, base = _probabilities(record, "forget", "retrained", "base")
+    if retrained is not None:
+        return f"a model that never saw it: {number(retrained)}"
+    if base is not None:
+        return f"the base checkpoint, which had not seen it: {number(base)}; no retrained model was given"
+    return "no model that never saw it was measured"
+
+
+def _retain_clause(record: Mapping[str, Any]) -> str:
+    if not scores_on(record, "retain"):
+        return "nothing was measured on a retain set"
+    data_set = "retain_unseen" if scores_on(record, "retain_unseen") else "retain"
+    place = f"on the {SETS[data_set]}"
+    before, after = _probabilities(record, data_set, "target", "unlearned")
+    if before is None or after is None:
+        return f"{place} the change is not known"
+    if after <= before:
+        return f"{place} it kept {number(after)} of {number(before)}"
+    return f"{place} it went from {number(before)} to {number(after)}"
+
+
+def _probabilities(record: Mapping[str, Any], data_set: str, *models: str) -> list[float | None]:
+    return [at(record, "scores", model, data_set, "answer_probability", "value") for model in models]
+
+
+# The sections
+
+
+def _demo_section(demo: Mapping[str, Any]) -> list[Section]:
+    people = demo.get("people") or {}
+    rows: list[Row] = [
+        [
+            model_label(name),
+            *(f"{recall[part]:.2f}" for part in ("forget", "others", "general")),
+            f"{pair['forget']:g}, {pair['retain']:g}" if (pair := at(demo, "scales", name)) else "",
+        ]
+        for name, recall in (demo.get("recall") or {}).items()
+    ]
+    head = ["model", f"{people.get('forget')} forget people", f"{people.get('others')} others"]
+    return section(
+        "The demo's world",
+        Grid("Exact match by model", [*head, "general facts", "α, β"], rows),
+        bar="Demo",
+        intro="Exact match, the share of questions answered exactly right. In this invented world the truth "
+        "is known: the retrained model never saw the people who are to be forgotten, and nothing was chosen "
+        "by looking at it. The task vector is the same arithmetic with the vector taken from the target "
+        "itself.",
+    )
+
+
+def _score_section(content: Mapping[str, Any]) -> list[Section]:
+    blocks: list[Block] = []
+    for name, label in SETS.items():
+        found, metrics = scores_on(content, name), metrics_on(content, [name])
+        if not found:
+            continue
+        rows: list[Row] = [
+            [model_label(model), _count(scores), *(score_cell(scores.get(metric)) for metric in metrics)]
+            for model, scores in found.items()
+        ]
+        head = ["model", "examples", *map(metric_label, metrics)]
+        blocks += [
+            Heading(f"On the {label}"),
+            Picture(f"scores-{name}", f"Scores on the {label}", figures.score_figure(content, name)),
+            Grid(f"Scores on the {label}", head, rows),
+            Items(_score_notes(found)),
+        ]
+    return section(
+        "Before, after, yardstick",
+        *blocks,
+        bar="Scores",
+        intro="Target is the model before, unlearned the model now. The yardstick is a model that never saw "
+        "the forget set: the retrained one where there is one, else the base checkpoint. Lines and small "
+        "figures are 95 % bootstrap intervals over the examples.",
+    )
+
+
+def _count(scores: Mapping[str, Any]) -> str:
+    """Return the number of examples, or its range where metrics could use different numbers of them."""
+    counts = sorted({n for score in scores.values() if (n := at(score, "n")) is not None})
+    return "–".join(integer(n) for n in dict.fromkeys([counts[0], counts[-1]])) if counts else DASH
+
+
+def _score_notes(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return what is said about scores (why one is missing, a caveat), like remarks of models together."""
+    models: dict[tuple[str, str], list[str]] = {}
+    for model, scores in found.items():
+        for metric, score in scores.items():
+            if reason := at(score, "reason"):
+                models.setdefault((metric, reason), []).append(model_label(model))
+    return [
+        f"{metric_label(metric)} of {', '.join(names)}: {reason}."
+        for (metric, reason), names in models.items()
+    ]
+
+
+def _method_section(content: Mapping[str, Any]) -> list[Section]:
+    method = content.get("method")
+    if not method:
+        return []
+    source = f" ({method['source']})" if method.get("source") else ""
+    formula = f": {method['formula']}" if method.get("formula") else ""
+    settings = ", ".join(f"{name} = {value}" for name, value in (method.get("settings") or {}).items())
+    own = f" Its own settings: {settings}." if settings else ""
+    return section("Method", Paragraph(f"{method.get('name')}{source}{formula}.{own}"))
+
+
+def _scale_section(content: Mapping[str, Any]) -> list[Section]:
+    scales = content.get("scales") or {}
+    return section(
+        "Forgetting against keeping",
+        Picture(
+            "tradeoff",
+            "Forget against retain probability, for every pair of scales and every model",
+            figures.tradeoff_figure(content),
+            caption=figures.tradeoff_caption(content),
+            picks=True,
+        ),
+        Paragraph(" ".join(_scale_sentences(scales))) if scales else None,
+        Paragraph(warning, strong=True) if (warning := at(scales, "yardstick", "warning")) else None,
+        _sensitivity_grid(scales.get("sensitivity") or ()),
+        _point_grid(scales.get("points") or ()),
+        bar="Trade-off",
+    )
+
+
+def _scale_sentences(scales: Mapping[str, Any]) -> Iterator[str]:
+    """Say what the scales are, who chose them, and on what evidence."""
+    yield f"{FORMULA}, with α = {scale(scales.get('forget'))} and β = {scale(scales.get('retain'))}."
+    if not scales.get("retain"):
+        yield "No retain vector was added."
+    if scales.get("chosen_by") == "grid":
+        yield (
+            "Chosen from a grid, each point tried in memory on rows of both sets; the retain rows are ones "
+            "that the retain vector had not seen, where there were enough."
+        )
+    elif scales.get("chosen_by"):
+        yield f"Chosen by: {scales['chosen_by']}."
+    if scales.get("rule"):
+        yield f"The rule: {str(scales['rule']).rstrip('.')}."
+    if yardstick := scales.get("yardstick"):
+        wanted = at(yardstick, "answer_probability") or {}
+        interval = f" ({interval_text(wanted)})" if interval_text(wanted) else ""
+        source = f" from {yardstick['source']}" if yardstick.get("source") else ""
+        rows = f" ({yardstick['unseen_rows']} rows)" if yardstick.get("unseen_rows") else ""
+        yield (
+            f"A model that never saw the forget set would give it an answer probability of "
+            f"{number(wanted.get('value'))}{interval}, estimated{source}{rows} on the assumption that "
+            f"{yardstick.get('assumes')}."
+        )
+    changes = [abs(step.get("distance_change") or 0) for step in scales.get("sensitivity") or ()]
+    if yardstick and changes:
+        most = number(max(changes))
+        yield f"Steps of about a tenth around these scales move that distance by up to {most}."
+
+
+def _sensitivity_grid(steps: Sequence[Mapping[str, Any]]) -> Grid:
+    keys = ("forget_probability", "retain_probability", "distance")
+    rows: list[Row] = [
+        [
+            *(scale(step.get(key)) for key in ("forget", "retain")),
+            *(signed(step.get(f"{key}_change")) for key in keys),
+            "yes" if step.get("allowed") else "no",
+        ]
+        for step in steps
+    ]
+    head = ["α", "β", *(_MEASURED[key] for key in keys), "keeps the rule"]
+    return Grid("What a step away from the chosen scales changes", head, rows, text_columns=0, folded=True)
+
+
+def _point_grid(points: Sequence[Mapping[str, Any]]) -> Grid:
+    keys = [key for key in _MEASURED if any(point.get(key) is not None for point in points)]
+    rows: list[Row] = [
+        [
+            *(scale(point.get(key)) for key in ("forget", "retain")),
+            *(number(point.get(key)) for key in keys),
+            "yes" if point.get("allowed") else "no",
+            GridCell("chosen", tone="chosen") if point.get("chosen") else "",
+        ]
+        for point in points
+    ]
+    head = ["α", "β", *(_MEASURED[key] for key in keys), "keeps the rule", ""]
+    return Grid("Every pair of scales tried", head, rows, text_columns=0, folded=True)
+
+
+_MEASURED = {
+    "forget_probability": "forget probability",
+    "retain_probability": "retain probability",
+    "neutral_probability": "neutral text",
+    "distance": "distance to the yardstick",
+}
+
+
+def _answer_section(content: Mapping[str, Any]) -> list[Section]:
+    title, bar = "Answers side by side", "Answers"
+    if elsewhere := content.get("answers_elsewhere"):
+        told = (
+            "This page holds no text of the rows, so that it may travel with the model. palinode report "
+            "makes the one with sample answers anew while the workspace is there. It is:"
+        )
+        return section(title, Paragraph(told), Code(elsewhere), bar=bar)
+    parts = [
+        {
+            "name": name,
+            "label": SETS.get(name, words(name)),
+            "against": model_label(at(content, "held_against", name) or ""),
+            **part,
+        }
+        for name, part in (content.get("answers") or {}).items()
+    ]
+    goal = "a model that never saw them" if at(content, "held_against", "forget") else "its yardstick"
+    return section(
+        title,
+        Cases(parts),
+        bar=bar,
+        intro="The worst cases come first. On the forget set these are the rows on which the unlearned model "
+        f"is farthest from {goal}, above or below; on the retain set those on which it lost most. The figure "
+        "beside each answer is the probability of the right answer, not of the one given.",
+    )
+
+
+def _likelihood_section(content: Mapping[str, Any]) -> list[Section]:
+    pictures = []
+    for name, label in SETS.items():
+        drawn = figures.likelihood_figure(content, name)
+        pictures.append(
+            Picture(f"likelihood-{name}", f"Log-probabilities on the {label}", drawn, titled=True)
+        )
+    return section(
+        "How sure of each right answer",
+        *pictures,
+        bar="Row by row",
+        intro="How likely each model finds the right answer, row by row: the mean log-probability of its "
+        "tokens. Right is likelier; 0 is certain. A model that never saw the forget set shows how these "
+        "should be spread there.",
+    )
+
+
+def _vector_section(content: Mapping[str, Any]) -> list[Section]:
+    rows: list[Row] = [
+        [f"{name} vector", number(at(content, "vectors", name, "norm")), percent(at(content, "dose", name))]
+        for name in SETS
+        if at(content, "vectors", name)
+    ]
+    facts = {
+        "Cosine between the two vectors": number(at(content, "vectors", "cosine")),
+        "Rounding error, relative to the whole change": number(at(content, "dose", "relative_error")),
+        "Weights that changed": percent(at(content, "dose", "moved_share")),
+        "Numbers that no sum reaches": percent(at(content, "dose", "unreached_share")),
+        "Rounding": at(content, "dose", "rounding") or DASH,
+    }
+    known = {name: value for name, value in facts.items() if value != DASH}
+    return section(
+        "Vectors and dose",
+        Grid("Vectors", ["", "length", "share that arrived in the saved model"], rows),
+        Pairs(known),
+        Items(at(content, "dose", "notes") or ()) if rows or known else None,
+        Picture("norms", "Length by part of the model", figures.norm_figure(content), titled=True),
+        Picture("cosines", "Cosine of the two vectors by part", figures.cosine_figure(content), titled=True),
+        Picture("doses", "Dose by part: stored of what was asked", figures.dose_figure(content), titled=True),
+        bar="Vectors",
+        intro="What was taken off and added, as directions in weight space, and how much of it is in the "
+        "saved weights after rounding.",
+    )
+
+
+def _cost_section(content: Mapping[str, Any]) -> list[Section]:
+    rows: list[Row] = [
+        [
+            TRAININGS.get(name, words(name)),
+            *(integer(run.get(key)) for key in ("rows", "steps", "tokens")),
+            *(number(run.get(key)) for key in ("first_loss", "last_loss")),
+            integer(run.get("seconds")),
+        ]
+        for name, run in (content.get("training") or {}).items()
+        if run
+    ]
+    head = ["fine-tuning on", "rows", "steps", "tokens", "first loss", "last loss", "seconds"]
+    peak = at(content, "environment", "peak_memory_bytes")
+    return section(
+        "Training and cost",
+        Picture("training", "Loss by step of each fine-tuning", figures.training_figure(content)),
+        Grid("Cost of each fine-tuning", head, rows),
+        Paragraph(f"Most memory held by the process: {peak / 1e9:.1f} GB.") if rows and peak else None,
+        bar="Training",
+    )
+
+
+# The card
+
+
+def model_card(content: Mapping[str, Any], *, base: str | None = None, original: bool = False) -> str:
+    """Return the model's README.md: the hub's front matter and what the report says first.
+
+    `base` is the target's id on the hub, if it came from there; `original` tells whether it has a card.
+    Licence and intended use are in that one.
+    """
+    target = base or _last_part(str(at(content, "models", "target", "location") or "a model"))
+    name = _last_part(str(at(content, "models", "unlearned", "location") or "An unlearned model"))
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        **({"base_model": base} if base else {}),
+        "tags": ["machine-unlearning", "palinode"],
+    }  # JSON's strings are YAML's too
+    card = f"{target} has a card of its own" if original else f"{target} came without a card"
+    of = "what it says of licence and use holds" if original else "what holds for its licence and use holds"
+    more = (
+        "`report.html` has every figure with its interval, and `record.json` the recipe, versions and "
+        "fingerprints for programs; `palinode verify` tells whether the weights are as they were written."
+    )
+    sections = [
+        *section("", Paragraph(content["outcome"], strong=True), Paragraph(content["headline"])),
+        *section("", Paragraph(_card_origin(content, target))),
+        *section("In short", Lights(content["claims"]), Paragraph(CAUTION)),
+        *section("Not tested", Items(content["untested"])),
+    ]
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()]
+    return "\n".join(
+        [
+            "---",
+            *lines,
+            "---",
+            "",
+            markdown(name, sections),
+            "## More",
+            "",
+            more,
+            "",
+            f"{escaped(f'{card}; {of} here too')}.",
+            "",
+        ]
+    )
+
+
+def _card_origin(content: Mapping[str, Any], target: str) -> str:
+    forget, retain = (at(content, "data", name, "rows") for name in ("forget", "retain"))
+    kept = f" and to keep what {integer(retain)} others taught it" if retain else ""
+    alpha, beta = at(content, "scales", "forget"), at(content, "scales", "retain")
+    how = f": {FORMULA}, α = {scale(alpha)}, β = {scale(beta)}" if alpha is not None else ""
+    return (
+        f"Made from {target} by Palinode {content.get('palinode')}, to behave as if it had never seen "
+        f"{integer(forget)} rows{kept}. Method: {at(content, 'method', 'name')}{how}."
+    )
+
+
+def _last_part(location: str) -> str:
+    """Return a folder's own name: where it lies on the writer's machine is nobody's business."""
+    return location.rstrip("/").rpartition("/")[2]

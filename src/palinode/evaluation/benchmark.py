@@ -18,13 +18,16 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 from palinode.data.examples import Example, Message, Question
 from palinode.data.sources import Row, json_type, parse_hub_name, read_rows
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import DataError, RecipeError
 from palinode.evaluation.ask import Asking
+from palinode.metrics.aggregate import forget_quality
 from palinode.metrics.judged import forget_accuracy, recover_accuracy, retain_accuracy
+from palinode.metrics.likelihood import Form
 from palinode.metrics.membership import ATTACKS, MembershipAttack, auc, privleak, true_positive_rate
 from palinode.metrics.table import COMPARISONS, METRICS, score_outcomes
 from palinode.records import Outcome, Score, Verdict, read_bytes
@@ -48,9 +51,19 @@ def metric_cells(name: str, *metrics: str) -> tuple[Cell, ...]:
     return tuple(map(cell, metrics))
 
 
-def quality_cell(name: str, quality: Callable[[Measured], Score]) -> Cell:
+def quality_cell(name: str) -> Cell:
     """Return the cell of forget quality, the comparison with the retrained model (metrics.md §6)."""
-    return Cell(name, "forget_quality", COMPARISONS["forget_quality"].description, quality, reference=True)
+
+    def score(measured: Measured) -> Score:
+        theirs = measured.of_reference(name) or ()
+        return forget_quality(measured.of(name), theirs, form=truth_ratio_form(measured))
+
+    return Cell(name, "forget_quality", COMPARISONS["forget_quality"].description, score, reference=True)
+
+
+def truth_ratio_form(measured: Measured) -> Form:
+    """Return how wrong answers are averaged, an option of some benchmarks."""
+    return cast(Form, measured.exam.options.get("truth_ratio", "geometric"))
 
 
 def attack_cells(members: str, others: str) -> tuple[Cell, ...]:

@@ -26,8 +26,7 @@ from palinode.weights.direction import Direction, Point
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from palinode.training.frozen import FrozenValues
-    from palinode.training.objectives import Objective
+    from palinode.training.objectives import FrozenValues, Objective
     from palinode.training.roles import Joined, Material
 
 Kind = Literal["arithmetic", "training", "inference"]

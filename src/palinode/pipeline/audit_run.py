@@ -23,8 +23,8 @@ from palinode.data.examples import Example, fingerprint_examples, shared_rows
 from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
 from palinode.errors import DataError, DivergenceError, MismatchError, RecipeError
 from palinode.models.loading import load_tokenizer, pick_device, tokenizer_fingerprint
-from palinode.pipeline.heading import environment, heading
 from palinode.pipeline.inputs import check_apart, check_folder, note_on_prompts
+from palinode.pipeline.record import environment, heading
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text

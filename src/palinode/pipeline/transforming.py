@@ -29,10 +29,10 @@ from palinode.models.loading import (
     save_tensors,
     tokenizer_fingerprint,
 )
+from palinode.models.sums import Moment, gradient_moment, input_spaces
 from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener
-from palinode.training.sums import Moment, gradient_moment, input_spaces
 from palinode.weights import Checkpoint, Direction, StoredVector, profile, save_vector
 from palinode.weights.displacement import DenseChange, Displacement
 from palinode.weights.tensors import read_header

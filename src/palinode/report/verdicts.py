@@ -148,10 +148,10 @@ def yardstick(record: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None
     """Return what the forget score is held against, and its score: retrained, estimate or base."""
     given = {
         "retrained": _probability(record, "retrained", "forget"),
-        "estimate": _estimate(record),
+        "estimate": at(record, "scales", "yardstick", "answer_probability"),
         "base": _probability(record, "base", "forget"),
     }
-    return next(((name, score) for name, score in given.items() if score), None)
+    return next(((name, score) for name, score in given.items() if at(score, "value") is not None), None)
 
 
 def _forgotten(record: Mapping[str, Any]) -> Claim:
@@ -304,12 +304,6 @@ def _score(record: Mapping[str, Any], model: str, data_set: str, metric: str) ->
 
 def _probability(record: Mapping[str, Any], model: str, data_set: str) -> Mapping[str, Any] | None:
     return _score(record, model, data_set, "answer_probability")
-
-
-def _estimate(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the yardstick estimated from history, where the record has one."""
-    found = at(record, "scales", "yardstick", "answer_probability")
-    return found if at(found, "value") is not None else None
 
 
 def _bounds(score: Mapping[str, Any]) -> tuple[float, float]:

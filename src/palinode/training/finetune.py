@@ -39,11 +39,17 @@ from palinode.models.loading import (
 )
 from palinode.progress import Listener, NullListener, record
 from palinode.records import private, write_json
-from palinode.training.frozen import FrozenValues
 from palinode.training.loop import count_steps, train
 from palinode.training.lora import add_adapter, load_frozen, write_adapter
 from palinode.training.losses import ANSWER_LOSS, Loss
-from palinode.training.objectives import CURVE, CurvePoint, Objective, answer_term, plain_objective
+from palinode.training.objectives import (
+    CURVE,
+    CurvePoint,
+    FrozenValues,
+    Objective,
+    answer_term,
+    plain_objective,
+)
 from palinode.training.roles import Joined, Material, join, plain
 from palinode.training.settings import TrainingSettings
 from palinode.weights.adapters import LoraAdapter

@@ -245,7 +245,7 @@ class _AuditRun:
             notes.append(
                 "The reference model is a base checkpoint. It has seen neither the forget set nor what the "
                 "audited model was trained on besides, so part of a difference may be the manner of the "
-                "answers and other knowledge. A model retrained without the forget set is the better reference model."
+                "answers and other knowledge. A model retrained without the forget set is the better one."
             )
         prints = {name: checkpoint.fingerprint() for name, checkpoint in self.checkpoints.items()}
         same = [name for name in prints if name != AUDITED and prints[name] == prints[AUDITED]]

@@ -23,7 +23,7 @@ from palinode.methods.method import StartSettings
 from palinode.models import CombinedLogits, load_model, load_tokenizer
 from palinode.pipeline import build_recipe, plan, unlearn
 from palinode.training import train
-from palinode.training.frozen import Choices, keep
+from palinode.training.objectives import Choices, keep
 from palinode.training.roles import join
 
 CPU = torch.device("cpu")

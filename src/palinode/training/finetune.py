@@ -39,17 +39,22 @@ from palinode.models.loading import (
 )
 from palinode.progress import Listener, NullListener, record
 from palinode.records import private, write_json
-from palinode.training.frozen import FrozenValues
 from palinode.training.loop import count_steps, train
 from palinode.training.lora import add_adapter, load_frozen, write_adapter
 from palinode.training.losses import ANSWER_LOSS, Loss
-from palinode.training.objectives import CURVE, CurvePoint, Objective, answer_term, plain_objective
+from palinode.training.objectives import (
+    CURVE,
+    CurvePoint,
+    FrozenValues,
+    Objective,
+    answer_term,
+    plain_objective,
+)
 from palinode.training.roles import Joined, Material, join, plain
 from palinode.training.settings import TrainingSettings
 from palinode.weights.adapters import LoraAdapter
 from palinode.weights.atomic import check_output, claimed, publish
-from palinode.weights.checkpoint import Checkpoint
-from palinode.weights.direction import WeightedSum
+from palinode.weights.checkpoint import Checkpoint, WeightedSum
 from palinode.weights.fingerprints import check_stamps, take_stamps
 from palinode.weights.store import OutputFiles, copy_companions, plan_files, write_index
 

@@ -28,13 +28,19 @@ from transformers import PreTrainedModel
 from palinode.data.batches import Batch, epoch_batches, pad_right
 from palinode.data.tokenize import TokenRow
 from palinode.errors import DivergenceError, RecipeError, unwritable
-from palinode.models.alone import Say, note, tell
-from palinode.models.likelihoods import must_be_apart
+from palinode.models.likelihoods import Say, must_be_apart, note, tell
 from palinode.models.loading import check_positions
 from palinode.records import beside, read_json, write_json
-from palinode.training.frozen import FrozenValues, keep
 from palinode.training.losses import Loss
-from palinode.training.objectives import CurvePoint, Objective, Term, pair_count, plain_objective
+from palinode.training.objectives import (
+    CurvePoint,
+    FrozenValues,
+    Objective,
+    Term,
+    keep,
+    pair_count,
+    plain_objective,
+)
 from palinode.training.roles import Joined, plain
 from palinode.training.settings import TrainingSettings
 

@@ -23,8 +23,7 @@ from palinode.models.loading import load_model
 from palinode.models.sums import input_spaces
 from palinode.training import ANSWER_LOSS, TrainingSettings, train
 from palinode.weights import Checkpoint, Direction
-from palinode.weights.transforms import project_off, transform
-from palinode.weights.vectors import StoredVector
+from palinode.weights.vectors import StoredVector, project_off, transform
 
 _DRAW = re.compile(r", draw=\d+")
 RATIO, FORGET_ROWS = 3, 16

@@ -14,7 +14,7 @@ from palinode.data.tokenize import PromptStyle, TokenRow, tokenize
 from palinode.errors import DataError
 from palinode.models import load_model, load_tokenizer, sums
 from palinode.models.sums import gradient_moment, input_spaces
-from palinode.weights.transforms import basis_of
+from palinode.weights.vectors import basis_of
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from palinode.data.examples import Example
 from palinode.errors import DataError
 from palinode.records import read_bytes
-from palinode.weights.checkpoint import Checkpoint
-from palinode.weights.direction import Direction, Point
+from palinode.weights.checkpoint import Checkpoint, Direction, Point
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -28,7 +28,7 @@ from palinode.errors import CheckpointError, DataError
 from palinode.models.likelihoods import Say, padded_batches
 from palinode.models.loading import check_positions
 from palinode.models.reading import answer_nll, linear_layers, model_inputs
-from palinode.weights.transforms import basis_of
+from palinode.weights.vectors import basis_of
 
 ROOM = 1 << 29
 """Bytes of sums Σ x xᵀ that are held at a time: 512 MB, or those of one layer."""

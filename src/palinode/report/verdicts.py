@@ -66,25 +66,25 @@ ASKED = {
         "Does the forgetting withstand attacks?",
         "Taken from an audit of this very model. Yes: it passed and every test that was made could tell. "
         "Partly: some tests could not tell. No: a test found that it knows more, or less, than the "
-        "yardstick. Without an audit it is not tested.",
+        "reference model. Without an audit it is not tested.",
     ),
     "plainly": (
         "Forgotten?",
         "Asked plainly, does it know no more than a model that never saw the forget set?",
-        "Of the audit's plain questions. Yes: none found that the model knows more than the yardstick, and "
-        "all could tell. Unsure: some could not tell. No: at least one found more.",
+        "Of the audit's plain questions. Yes: none found that the model knows more than the reference model, "
+        "and all could tell. Unsure: some could not tell. No: at least one found more.",
     ),
     "withstands": (
         "Robust?",
         "Does the forgetting withstand attacks?",
-        "Of the audit's attacks. Yes: none found that the model knows more than the yardstick, and all could "
-        "tell. Unsure: some could not tell. No: at least one found more.",
+        "Of the audit's attacks. Yes: none found that the model knows more than the reference model, and "
+        "all could tell. Unsure: some could not tell. No: at least one found more.",
     ),
     "not_too_much": (
         "Not too much?",
         "Does it still know what a model that never saw the forget set would know?",
-        "Of all tests of the audit. Yes: none found that the model knows less than the yardstick, and all "
-        "could tell. Unsure: some could not tell. No: at least one found less.",
+        "Of all tests of the audit. Yes: none found that the model knows less than the reference model, and "
+        "all could tell. Unsure: some could not tell. No: at least one found less.",
     ),
 }
 """What a claim asks, in a word and in full, and the rule that decides its light."""
@@ -231,7 +231,7 @@ def robust(audit: Mapping[str, Any] | None) -> Claim:
     counts = {key: len(answer[key]) for key in ("knows_more", "knows_less", "unclear", "within")}
     sentence = (
         f"Of {sum(counts.values())} tests, {counts['knows_more']} found that it knows more than the "
-        f"yardstick, {counts['knows_less']} that it knows less, {counts['unclear']} could not tell, "
+        f"reference model, {counts['knows_less']} that it knows less, {counts['unclear']} could not tell, "
         f"{counts['within']} put it within the margins."
     )
     if counts["knows_more"] or counts["knows_less"]:

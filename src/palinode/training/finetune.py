@@ -53,8 +53,7 @@ from palinode.training.roles import Joined, Material, join, plain
 from palinode.training.settings import TrainingSettings
 from palinode.weights.adapters import LoraAdapter
 from palinode.weights.atomic import check_output, claimed, publish
-from palinode.weights.checkpoint import Checkpoint
-from palinode.weights.direction import WeightedSum
+from palinode.weights.checkpoint import Checkpoint, WeightedSum
 from palinode.weights.fingerprints import check_stamps, take_stamps
 from palinode.weights.store import OutputFiles, copy_companions, plan_files, write_index
 

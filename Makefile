@@ -12,7 +12,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz check docs bench smollm2-tofu format clean
+.PHONY: help demo test fuzz check house docs bench smollm2-tofu format clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' Makefile
@@ -31,6 +31,9 @@ check: $(INSTALLED) ## Check format, lint, types, and that the generated docs ar
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/python -m palinode.cli.reference --check
+
+house: $(INSTALLED) ## Measure the source: lines, files, long functions, circles, names (ARGS=--rooms runs one unlearn)
+	@$(BIN)/python tests/house.py $(ARGS)
 
 docs: $(INSTALLED) ## Write docs/cli.md from the commands' own help, and the site of all pages in build/site
 	@$(BIN)/python -m palinode.cli.reference

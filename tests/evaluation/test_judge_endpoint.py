@@ -18,8 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from palinode.errors import InputError, OutputError
-from palinode.evaluation.judges import Patience, open_judge
-from palinode.evaluation.judges.endpoint import (
+from palinode.evaluation.endpoint import (
     LONGEST_REPLY,
     NoReplyError,
     UnreadableReplyError,
@@ -29,6 +28,7 @@ from palinode.evaluation.judges.endpoint import (
     read_reply,
     retry_after,
 )
+from palinode.evaluation.judges import Patience, open_judge
 from palinode.evaluation.judging import Candidate, judge_answers
 from palinode.records import Outcome
 
@@ -221,7 +221,7 @@ class Clock(threading.Event):
         super().__init__()
         self.waits = []
         judge._stopped = self
-        monkeypatch.setattr("palinode.evaluation.judges.endpoint.time", self)
+        monkeypatch.setattr("palinode.evaluation.endpoint.time", self)
 
     def monotonic(self):
         return sum(self.waits)

@@ -5,8 +5,7 @@ import json
 import pytest
 
 from palinode.errors import InputError
-from palinode.evaluation.judges import open_judge
-from palinode.evaluation.judges.offline import overlaps
+from palinode.evaluation.judges import open_judge, overlaps
 from palinode.evaluation.judging import Candidate, candidates_of, judge_answers
 from palinode.records import Likelihood, Outcome
 

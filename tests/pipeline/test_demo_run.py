@@ -9,7 +9,7 @@ import pytest
 
 from palinode.errors import OutputError, WorkspaceError
 from palinode.pipeline import demo
-from palinode.pipeline.demo_run import recall, run_demo
+from palinode.pipeline.demo_run import exact_match, run_demo
 from palinode.pipeline.workspace import Workspace
 from palinode.records import Outcome
 
@@ -45,7 +45,7 @@ def outcome(expected: str, generated: str) -> Outcome:
 
 def test_recall_is_the_share_of_answers_that_are_exactly_right():
     said = [("ba", "ba"), ("ba", "ba do"), ("ba", "Ba"), ("ba", "")]
-    assert recall([outcome(*pair) for pair in said]) == 0.25
+    assert exact_match([outcome(*pair) for pair in said]) == 0.25
 
 
 def test_record_has_the_recall_of_every_model_on_every_group(finished):

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from palinode.data.examples import Example, Question, read_examples, shared_rows
+from palinode.data.examples import SHAPES, Question, read_examples, shared_rows
 from palinode.data.sources import Row, read_rows
 from palinode.errors import DataError
 from palinode.evaluation.ask import Asking
@@ -21,7 +21,6 @@ from palinode.evaluation.benchmark import (
     BenchmarkRows,
     Cell,
     LoadedBenchmark,
-    Measured,
     Places,
     QuestionSet,
     TableFacts,
@@ -30,8 +29,7 @@ from palinode.evaluation.benchmark import (
     metric_cells,
     quality_cell,
 )
-from palinode.metrics.aggregate import forget_quality
-from palinode.records import Score, read_bytes
+from palinode.records import read_bytes
 
 ALTERNATIVES = {"paraphrased_answer": "paraphrased", "perturbed_answer": "perturbed"}
 """Columns of other answers, and the kinds that they are."""
@@ -74,7 +72,8 @@ def read_questions(location: str, *, columns: Mapping[str, str] | None = None) -
     examples = read_examples(location, columns=columns or None)
     if not all(example.form in ("question", "completion") for example in examples):
         return [Question(example) for example in examples]
-    header = [tuple((columns or {}).get(role, role) for role in _roles(examples[0]))]
+    roles = SHAPES[examples[0].form]
+    header = [tuple((columns or {}).get(role, role) for role in roles)]
     rows = read_rows(location, headers=header, plain_text=False)
     return [
         Question(example, _alternatives(row, example.place))
@@ -92,10 +91,6 @@ def _check_apart(sets: Sequence[QuestionSet]) -> None:
                 f"{len(shared)} of the {len(examples)} {name} rows are forget rows too "
                 f"(first: {examples[shared[0][0]].place}); take them out of one of the two"
             )
-
-
-def _roles(example: Example) -> tuple[str, str]:
-    return ("question", "answer") if example.form == "question" else ("prompt", "completion")
 
 
 def _alternatives(row: Row, place: str) -> dict[str, tuple[str, ...]]:
@@ -117,13 +112,9 @@ def _facts(name: str, location: str, rows: int) -> TableFacts:
     return TableFacts(location, name, "", rows, sha256)
 
 
-def _forget_quality(measured: Measured) -> Score:
-    return forget_quality(measured.of("forget"), measured.of_reference("forget"))
-
-
 CELLS: tuple[Cell, ...] = (
     *metric_cells("forget", "answer_probability", "rouge_l_recall", "forget_truth_ratio"),
-    quality_cell("forget", _forget_quality),
+    quality_cell("forget"),
     *metric_cells("forget", *MEMORIZATION),
     *attack_cells("forget", "holdout"),
     *judge_cells("forget", "retain"),

@@ -226,11 +226,6 @@ def _judged_values(measured: Measured) -> list[float | None]:
     return accepted
 
 
-def _judges(measured: Measured) -> str:
-    names = ", ".join(sorted({verdict.judge for verdict in measured.verdicts["facts"]}))
-    return f"judged by {names}"
-
-
 def _accuracy_cells(
     name: str,
     description: str,
@@ -388,7 +383,7 @@ CELLS: tuple[Cell, ...] = (
         "judged_accuracy",
         "share of drawn answers that a judge accepts",
         _judged_values,
-        _judges,
+        lambda measured: f"judged by {', '.join(sorted({v.judge for v in measured.verdicts['facts']}))}",
         "the judge gave no readable reply",
         judge=True,
     ),

@@ -39,8 +39,9 @@ from palinode.evaluation.benchmark import (
     not_there,
     quality_cell,
     read_table,
+    truth_ratio_form,
 )
-from palinode.metrics.aggregate import forget_quality, harmonic_score, mean_score
+from palinode.metrics.aggregate import harmonic_score, mean_score
 from palinode.metrics.likelihood import (
     Form,
     answer_probabilities,
@@ -206,17 +207,10 @@ def utility_parts(
     return parts
 
 
-def _form(measured: Measured) -> Form:
-    return cast(Form, measured.exam.options.get("truth_ratio", "geometric"))
-
-
 def _model_utility(measured: Measured) -> Score:
-    return harmonic_score(utility_parts(measured.outcomes, form=_form(measured)), seed=measured.seed)
-
-
-def _forget_quality(measured: Measured) -> Score:
-    reference = measured.of_reference("forget")
-    return forget_quality(measured.of("forget"), reference or (), form=_form(measured))
+    return harmonic_score(
+        utility_parts(measured.outcomes, form=truth_ratio_form(measured)), seed=measured.seed
+    )
 
 
 def _ratio_cell(
@@ -226,7 +220,7 @@ def _ratio_cell(
     metric = METRICS[key]
 
     def score(measured: Measured) -> Score:
-        values = per_example(measured.of(name), right=right, form=_form(measured))
+        values = per_example(measured.of(name), right=right, form=truth_ratio_form(measured))
         return mean_score(values, seed=measured.seed, missing=metric.missing)
 
     return Cell(name, key, metric.description, score)
@@ -244,7 +238,7 @@ CELLS: tuple[Cell, ...] = (
     *metric_cells("forget", "answer_probability", "rouge_l_recall"),
     _ratio_cell("forget", "forget_truth_ratio", forget_truth_ratios),
     _ratio_cell("forget", "right_share", right_shares),
-    quality_cell("forget", _forget_quality),
+    quality_cell("forget"),
     *metric_cells("forget", *MEMORIZATION),
     *attack_cells("forget", "holdout"),
     *judge_cells("forget", "retain"),

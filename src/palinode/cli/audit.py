@@ -1,4 +1,4 @@
-"""`palinode audit`: attack a model, a yardstick and the target alike, and compare what comes out."""
+"""`palinode audit`: attack a model, a reference model and the target alike, and compare what comes out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def audit(
     model: Annotated[str, typer.Argument(help="The model to be audited: a folder, or a hub id[@revision].")],
     against: Annotated[
         str,
-        typer.Option(help="The yardstick: a model retrained without the forget set, or the base checkpoint."),
+        typer.Option(help="The reference model: retrained without the forget set, or the base checkpoint."),
     ],
     forget: Annotated[
         str, typer.Option(help="The forget set: JSONL, JSON, CSV, Parquet or text; file or hub data set.")
@@ -25,7 +25,7 @@ def audit(
     output: Annotated[
         Path, typer.Option(help="Folder for report.html, audit.md, audit.json and the results so far.")
     ],
-    yardstick: Annotated[str, typer.Option(help="What --against is: retrained or base.")] = "retrained",
+    reference: Annotated[str, typer.Option(help="What --against is: retrained or base.")] = "retrained",
     target: Annotated[
         str | None, typer.Option(help="The model before unlearning, to show what the attacks find in it.")
     ] = None,
@@ -60,7 +60,7 @@ def audit(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Look for evidence that a model knows more, or less, of a forget set than the yardstick does."""
+    """Look for evidence that a model knows more, or less, of a forget set than the reference model does."""
     from palinode.audit.material import read_material
     from palinode.audit.policy import load_policy
     from palinode.data import PromptStyle, parse_columns
@@ -69,8 +69,8 @@ def audit(
     from palinode.pipeline.audit_run import audit as run_audit
     from palinode.pipeline.recipe import prompt_style
 
-    if yardstick not in ("retrained", "base"):
-        raise RecipeError(f"--yardstick is {yardstick!r}; say retrained or base")
+    if reference not in ("retrained", "base"):
+        raise RecipeError(f"--reference is {reference!r}; say retrained or base")
     rules = load_policy(policy, preset=budget)
     material = read_material(
         forget,
@@ -82,10 +82,10 @@ def audit(
         max_rows=rules.budget.max_rows,
         seed=seed,
     )
-    names = {"audited": model, "yardstick": against} | ({"target": target} if target else {})
+    names = {"audited": model, "reference": against} | ({"target": target} if target else {})
     plan = AuditPlan(
         models=names,
-        kind="base" if yardstick == "base" else "retrained",
+        kind="base" if reference == "base" else "retrained",
         material=material,
         locations={
             "forget": forget,

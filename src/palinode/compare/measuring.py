@@ -16,8 +16,8 @@ from palinode.audit.attacks import relearn
 from palinode.audit.material import divide
 from palinode.benchmarks import BENCHMARKS
 from palinode.benchmarks.own import OWN, read_questions
+from palinode.compare.comparison_recipe import CompareRecipe, Measures
 from palinode.compare.ground import Shares
-from palinode.compare.recipe import CompareRecipe
 from palinode.data.examples import Example, Question, at_most
 from palinode.errors import DivergenceError
 from palinode.evaluation.benchmark import (
@@ -62,11 +62,9 @@ class Gauge:
 
     exams: Sequence[Exam]
     """The comparison's own test rows, and a benchmark where the recipe has one."""
-    rank_by: str
-    judge: str | None
-    key_variable: str | None
+    measure: Measures
     relearn: Sequence[Example]
-    relearn_rate: float
+    """Rows of which half are relearned; none where that is not asked for."""
     device: str
     seed: int
 
@@ -82,10 +80,10 @@ class Gauge:
                 }
                 for exam in self.exams
             ],
-            rank_by=self.rank_by,
-            judge=self.judge,
+            rank_by=self.measure.rank_by,
+            judge=self.measure.judge or None,
             relearn=[[example.source, example.row] for example in self.relearn] if self.relearn else None,
-            relearn_rate=self.relearn_rate,
+            relearn_rate=self.measure.relearn_rate,
             device=pick_device(self.device).type,
             seed=self.seed,
         )
@@ -104,11 +102,8 @@ def make_gauge(recipe: CompareRecipe, shares: Shares, unseen: Sequence[Example] 
         exams.append(open_benchmark(BENCHMARKS[part.name], Places(part.data), settings, part.rows))
     return Gauge(
         [replace(exam, without=_WITHOUT) for exam in exams],
-        measure.rank_by,
-        measure.judge or None,
-        measure.key_variable,
+        measure,
         at_most(shares.forget, BUDGETS["quick"].max_rows, seed=seed) if measure.relearning else [],
-        measure.relearn_rate,
         recipe.shared.device,
         seed,
     )
@@ -135,7 +130,7 @@ def measure_model(
     started = time.monotonic()
     scores: dict[str, Any] = {}
     values: dict[str, Any] = {}
-    judge = named_judge(gauge.judge, gauge.key_variable, gauge.device)
+    judge = named_judge(gauge.measure.judge, gauge.measure.key_variable, gauge.device)
     for exam in gauge.exams:
         outcomes = ask_sets(checkpoint, exam.sets, device=gauge.device, label=label, listener=listener)
         for name, found in outcomes.items():
@@ -148,7 +143,7 @@ def measure_model(
             for name, group in score_cells(measured).items()
         }
         if exam.name == OWN_ROWS:
-            by_row = METRICS[gauge.rank_by].per_example
+            by_row = METRICS[gauge.measure.rank_by].per_example
             values = {name: by_row(outcomes[name]) for name in ("forget", "retain")}
     if gauge.relearn:
         scores["audit"] = {"forget": {"relearning": asdict(_relearned(gauge, checkpoint, label, listener))}}
@@ -211,7 +206,7 @@ def _relearned(gauge: Gauge, checkpoint: Checkpoint, label: str, listener: Liste
     learned, held_out = divide(gauge.relearn, seed=gauge.seed)
     budget = BUDGETS["quick"].model_copy(
         update={
-            "relearn_rate": gauge.relearn_rate,
+            "relearn_rate": gauge.measure.relearn_rate,
             "max_length": own.asking.max_length,
             "batch_rows": own.asking.batch_rows,
         }

@@ -18,13 +18,16 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 from palinode.data.examples import Example, Message, Question
 from palinode.data.sources import Row, json_type, parse_hub_name, read_rows
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import DataError, RecipeError
 from palinode.evaluation.ask import Asking
+from palinode.metrics.aggregate import forget_quality
 from palinode.metrics.judged import forget_accuracy, recover_accuracy, retain_accuracy
+from palinode.metrics.likelihood import Form
 from palinode.metrics.membership import ATTACKS, MembershipAttack, auc, privleak, true_positive_rate
 from palinode.metrics.table import COMPARISONS, METRICS, score_outcomes
 from palinode.records import Outcome, Score, Verdict, read_bytes
@@ -32,10 +35,8 @@ from palinode.records import Outcome, Score, Verdict, read_bytes
 MEMORIZATION = ("exact_memorization", "extraction_strength", "extraction_strength_strict")
 """Metrics of what a model knows by heart."""
 
-GENERATION = "generation"
-STANDARDISED = "standardised"
-GRADIENTS = "gradients"
-_NEEDS = {"generated": GENERATION, "standardised": STANDARDISED, "gradient_norm": GRADIENTS}
+GENERATION, STANDARDISED, GRADIENTS = "generated", "standardised", "gradient_norm"
+"""What metrics may need of a model beside the likelihood of answers."""
 
 
 def metric_cells(name: str, *metrics: str) -> tuple[Cell, ...]:
@@ -45,14 +46,24 @@ def metric_cells(name: str, *metrics: str) -> tuple[Cell, ...]:
         def score(measured: Measured) -> Score:
             return score_outcomes(measured.of(name), names=[key], seed=measured.seed)[key]
 
-        return Cell(name, key, METRICS[key].description, score, needs=_asked(METRICS[key].needs))
+        return Cell(name, key, METRICS[key].description, score, needs=METRICS[key].needs)
 
     return tuple(map(cell, metrics))
 
 
-def quality_cell(name: str, quality: Callable[[Measured], Score]) -> Cell:
+def quality_cell(name: str) -> Cell:
     """Return the cell of forget quality, the comparison with the retrained model (metrics.md §6)."""
-    return Cell(name, "forget_quality", COMPARISONS["forget_quality"].description, quality, reference=True)
+
+    def score(measured: Measured) -> Score:
+        theirs = measured.of_reference(name) or ()
+        return forget_quality(measured.of(name), theirs, form=truth_ratio_form(measured))
+
+    return Cell(name, "forget_quality", COMPARISONS["forget_quality"].description, score, reference=True)
+
+
+def truth_ratio_form(measured: Measured) -> Form:
+    """Return how wrong answers are averaged, an option of some benchmarks."""
+    return cast(Form, measured.exam.options.get("truth_ratio", "geometric"))
 
 
 def attack_cells(members: str, others: str) -> tuple[Cell, ...]:
@@ -87,10 +98,6 @@ def min_k_auc(members: Sequence[Outcome], others: Sequence[Outcome], *, seed: in
     return auc(attack.values(members), attack.values(others), seed=seed)
 
 
-def _asked(needs: frozenset[str]) -> frozenset[str]:
-    return frozenset(_NEEDS[need] for need in needs if need in _NEEDS)
-
-
 def _attack(attack: MembershipAttack, members: str, others: str) -> tuple[Cell, Cell]:
     def cell(metric: str, what: str, rate: Callable[..., Score]) -> Cell:
         def score(measured: Measured) -> Score:
@@ -106,7 +113,7 @@ def _attack(attack: MembershipAttack, members: str, others: str) -> tuple[Cell, 
             f"{what} of the attack {attack.description}",
             score,
             also=(others,),
-            needs=_asked(attack.needs),
+            needs=attack.needs,
             reference="reference" in attack.needs,
             on_request="gradient_norm" in attack.needs,
         )
@@ -446,7 +453,7 @@ class Cell:
     also: tuple[str, ...] = ()
     """Further sets whose outcomes it needs."""
     needs: frozenset[str] = frozenset()
-    """What must be asked of the model: "generation", "standardised" or "gradients"."""
+    """What must be asked of the model, such as GENERATION; other needs of its metric may stand here too."""
     reference: bool = False
     """Whether it compares with the retrained model."""
     judge: bool = False

@@ -332,25 +332,15 @@ def _ask_model(
             general = {
                 f"{task} {metric}": score for task, group in found.items() for metric, score in group.items()
             }
-        notes = [
-            *_notes(exam.sets, tokenizer, settings.against),
-            *_asked_otherwise(model, tokenizer, exam.sets.get(FORGET)),
-        ]
+        notes = _notes(exam.sets, tokenizer, settings.against)
+        if forget := exam.sets.get(FORGET):  # known far better where they are asked otherwise?
+            style, length = forget.style or PromptStyle(), forget.asking.max_length
+            checked = check_prompts(model, tokenizer, forget.examples, style=style, max_length=length)
+            if checked and (note := checked.note("model")):
+                notes.append(note)
         for note in notes:
             (listener or NullListener()).say(note)
         return _ask_live(model, tokenizer, exam.sets, "model", listener), general, notes
-
-
-def _asked_otherwise(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, forget: QuestionSet | None
-) -> list[str]:
-    """Return a note where the model knows the forget rows far better asked otherwise."""
-    if forget is None:
-        return []
-    style = forget.style or PromptStyle()
-    found = check_prompts(model, tokenizer, forget.examples, style=style, max_length=forget.asking.max_length)
-    note = found and found.note("model")
-    return [note] if note else []
 
 
 def _notes(

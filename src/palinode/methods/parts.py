@@ -8,9 +8,19 @@ from typing import Literal
 from torch import Tensor
 
 from palinode.methods.method import RetainSettings
-from palinode.training.frozen import Keeper, Likelihoods
 from palinode.training.losses import dpo, npo, row_sums, token_nll
-from palinode.training.objectives import Limit, Objective, Seen, Term, answer_term, halves, kl_term, term
+from palinode.training.objectives import (
+    Keeper,
+    Likelihoods,
+    Limit,
+    Objective,
+    Seen,
+    Term,
+    answer_term,
+    halves,
+    kl_term,
+    term,
+)
 
 
 def nll(seen: Seen) -> Tensor:

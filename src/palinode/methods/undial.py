@@ -35,8 +35,8 @@ class UndialSettings(RetainSettings):
 def objective(settings: UndialSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
     """Return the cross entropy to the adjusted distribution plus the retain loss."""
     from palinode.methods.parts import forget_term, with_retain
-    from palinode.training.frozen import Distributions
     from palinode.training.losses import undial
+    from palinode.training.objectives import Distributions
 
     def loss(seen: Seen) -> Tensor:
         return undial(seen.logits, seen.reference, seen.labels, beta=settings.beta)
@@ -48,10 +48,9 @@ def objective(settings: UndialSettings, seed: int) -> Objective:  # noqa: ARG001
 
 
 def _everywhere(settings: UndialSettings) -> Term:
-    from palinode.training.frozen import Distributions
+    from palinode.models.reading import all_logits
     from palinode.training.losses import undial
-    from palinode.training.objectives import Term
-    from palinode.training.sums import all_logits
+    from palinode.training.objectives import Distributions, Term
 
     def total(model: PreTrainedModel, batch: Batch, frozen: Tensor | None) -> Tensor:
         assert frozen is not None

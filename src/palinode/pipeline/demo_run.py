@@ -1,6 +1,6 @@
 """The demo: the real pipeline on an invented world, beside the truth and beside the plain task vector.
 
-Recall is the share of rows to which a model's greedy answer is exactly the right one. The scales are
+Exact match is the share of rows to which a model's greedy answer is exactly the right one. The scales are
 chosen by the same rule as everywhere, without looking at the retrained model.
 """
 
@@ -52,7 +52,7 @@ class DemoResult:
 def demo(
     output: Path | str = "palinode-demo", *, seed: int = 0, listener: Listener | None = None
 ) -> DemoResult:
-    """Train the invented world's models, unlearn the forget people, and measure recall.
+    """Train the invented world's models, unlearn the forget people, and measure exact match.
 
     Writes everything under `output`; an interrupted demo goes on where it was. Raises OutputError
     when the folder holds something else.
@@ -157,7 +157,7 @@ def _record(world: World, done: Unlearned, plain: Unlearned, seed: int, seconds:
             "forget": len({fact.subject for fact in world.forget}),
             "others": len({fact.subject for fact in world.others}),
         },
-        "recall": {name: _recalls(world, sets) for name, sets in answers.items()},
+        "recall": {name: _exact_matches(world, sets) for name, sets in answers.items()},
         "scales": {
             name: {which: scales[which] for which in ("forget", "retain")} for name, scales in chosen.items()
         },
@@ -166,16 +166,16 @@ def _record(world: World, done: Unlearned, plain: Unlearned, seed: int, seconds:
     }
 
 
-def _recalls(world: World, outcomes: Mapping[str, Sequence[Outcome]]) -> dict[str, float]:
-    """Return recall on the forget people, on everyone else, and on the general facts."""
+def _exact_matches(world: World, outcomes: Mapping[str, Sequence[Outcome]]) -> dict[str, float]:
+    """Return exact match on the forget people, on everyone else, and on the general facts."""
     people = len(world.others)  # the retain rows are the others' facts, then the general ones
     return {
-        "forget": recall(outcomes["forget"]),
-        "others": recall([outcome for outcome in outcomes["retain"] if outcome.row < people]),
-        "general": recall([outcome for outcome in outcomes["retain"] if outcome.row >= people]),
+        "forget": exact_match(outcomes["forget"]),
+        "others": exact_match([outcome for outcome in outcomes["retain"] if outcome.row < people]),
+        "general": exact_match([outcome for outcome in outcomes["retain"] if outcome.row >= people]),
     }
 
 
-def recall(outcomes: Sequence[Outcome]) -> float:
+def exact_match(outcomes: Sequence[Outcome]) -> float:
     """Return the share of outcomes whose generated answer is exactly the expected one."""
     return sum(outcome.generated == outcome.expected for outcome in outcomes) / len(outcomes)

@@ -1,4 +1,6 @@
-"""A judge without a model: content words in common, names and numbers counting double.
+"""Judges by name: words in common, or a model in a local folder; one at an address is in `endpoint.py`.
+
+Overlap needs no model. Content words in common count, and names and numbers more.
 
 Words of all texts at hand (question, answer, candidates) are read alike:
 
@@ -22,8 +24,6 @@ share the paraphrase's wording; answers of other authors are none of these in 85
 words; scripts without spaces are read letter by letter; synonyms, dates in words and arithmetic are not seen;
 "not" is one word like any other, so a denial is near to what it denies.
 
-Judges that are a model in a local folder: natural-language inference, or sentence embeddings.
-
 Entailment (a transformers cross-encoder with an "entailment" label): the score of a candidate is the mean
 probability of entailment from answer to candidate and back, each with the question before it, so that a
 candidate with the same facts scores 1 and one that says less or more about a half.
@@ -44,9 +44,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from palinode.errors import InputError
+from palinode.errors import InputError, RecipeError
+from palinode.evaluation.endpoint import EndpointJudge, Patience
 from palinode.evaluation.general import first_line
-from palinode.evaluation.judging import ACCEPTED, NONE, Candidate, Pick, plain_text
+from palinode.evaluation.judging import (
+    ACCEPTED,
+    NONE,
+    Candidate,
+    DecisionCache,
+    Judge,
+    Pick,
+    judge_cache_folder,
+    plain_text,
+)
 from palinode.metrics.matching import spaced
 from palinode.weights.foreign import bounded, check_folder, from_pretrained, read_config
 
@@ -332,3 +342,52 @@ def _config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     content = read_config(file) if file.exists() else {}
     return content if isinstance(content, dict) else {}
+
+
+JUDGES: dict[str, str] = {
+    "overlap": "share of names, numbers and other content words in common; needs nothing",
+    "offline:FOLDER": "entailment or embedding model in a local folder",
+    "URL": "a model at an OpenAI-compatible address, such as https://api.openai.com/v1",
+}
+"""What may be named as a judge, with one line each."""
+
+
+def open_judge(
+    name: str,
+    *,
+    model: str | None = None,
+    key_variable: str | None = None,
+    cache: Path | None = None,
+    at_once: int = 4,
+    patience: Patience | None = None,
+    device: str = "auto",
+) -> Judge:
+    """Return the judge of that name: "overlap", "offline:FOLDER", or an address with a `model`.
+
+    The options after the name serve an address, but for `device`, which is where an offline model runs.
+    InputError when the name is unknown or something that the judge needs is missing.
+    """
+    if name == "overlap":
+        return OverlapJudge()
+    if name.startswith("offline:"):
+        return model_judge(Path(name.removeprefix("offline:")), device=device)
+    if name.startswith(("http://", "https://")):
+        if model is None:
+            raise InputError("a judge at an address needs the name of a model, such as gpt-4o")
+        decisions = DecisionCache(cache or judge_cache_folder())
+        return EndpointJudge(
+            name, model, cache=decisions, key_variable=key_variable, at_once=at_once, patience=patience
+        )
+    raise InputError(f"there is no judge {name!r}; there are {', '.join(JUDGES)}")
+
+
+def named_judge(name: str | None, key_variable: str | None, device: str) -> Judge | None:
+    """Return the judge that `overlap`, `offline:FOLDER` or `URL#model` names; None without a name."""
+    if key_variable and not (name or "").startswith(("http://", "https://")):
+        raise RecipeError(
+            "--key-variable names the key of a judge at an address; name that too, as --judge URL#MODEL"
+        )
+    if not name:
+        return None
+    kind, _, model = name.partition("#")
+    return open_judge(kind, model=model or None, key_variable=key_variable, device=device)

@@ -162,6 +162,8 @@ class Table:
     """Other paths, without suffix, under which its file is found."""
     hint: str = ""
     """What a file of this name and another size usually is."""
+    may_lack: bool = False
+    """Whether the data set on the hub may not have it."""
 
     @property
     def name(self) -> str:
@@ -215,8 +217,13 @@ def read_table(table: Table, location: str) -> TableRows | None:
     if place is None:
         return None
     header = [name for name, count in table.columns.items() if count is None]
-    rows = read_rows(place, headers=[header], plain_text=False)
-    check_rows(table, rows, str(place))
+    try:
+        rows = read_rows(place, headers=[header], plain_text=False)
+        check_rows(table, rows, str(place))
+    except DataError:
+        if table.may_lack and isinstance(place, str):
+            return None
+        raise
     sha256 = hashlib.sha256(read_bytes(place)).hexdigest() if isinstance(place, Path) else None
     return TableRows(tuple(rows), TableFacts(str(place), table.config, table.split, len(rows), sha256))
 
@@ -227,6 +234,24 @@ def need_table(table: Table, location: str) -> TableRows:
     if found is None:
         raise DataError(not_there(table, location))
     return found
+
+
+def load_sets(
+    tables: Mapping[str, Sequence[Table]],
+    location: str,
+    make: Callable[[str, Sequence[TableRows]], QuestionSet],
+) -> LoadedBenchmark:
+    """Return the sets whose tables are there, each made of their rows; the others are told missing."""
+    sets, missing, facts = [], {}, []
+    for name, needed in tables.items():
+        found = [rows for rows in (read_table(table, location) for table in needed) if rows is not None]
+        if len(found) == len(needed):
+            sets.append(make(name, found))
+            facts += [rows.facts for rows in found]
+        else:
+            lacking = next(table for table in needed if read_table(table, location) is None)
+            missing[name] = not_there(lacking, location)
+    return LoadedBenchmark(tuple(sets), missing, tuple(facts))
 
 
 def completion(number: int, source: str, prompt: str, answer: str) -> Example:
@@ -365,7 +390,6 @@ class BenchmarkRows:
 
     forget: tuple[Example, ...]
     retain: tuple[Example, ...] = ()
-    tables: tuple[TableFacts, ...] = ()
 
 
 # What follows

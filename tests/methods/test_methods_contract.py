@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from pydantic import ValidationError
 from safetensors.numpy import load_file as load_numpy
 
 from palinode import Checkpoint, TrainingSettings, finetune, read_examples
+from palinode.data.examples import plain_questions
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import DivergenceError, RecipeError
-from palinode.evaluation.evaluate import EvaluationSettings, observe
+from palinode.evaluation.ask import EvaluationLimits, ask
 from palinode.methods import METHODS, MethodSettings
 from palinode.methods.method import StartSettings
 from palinode.models import CombinedLogits, load_model, load_tokenizer
@@ -51,7 +53,7 @@ def cast_of(start, material, chosen=SETTINGS):
 def frozen_of(name, cast, tiny):
     """For Who's Harry Potter, labels from two models; of other methods the loop asks the model itself."""
     if name != "whp":
-        return None
+        return {}
     both = CombinedLogits(*(load_model(entry, device=CPU) for entry in (tiny.target, tiny.retrained)), 1.0)
     rows = {("forget", place): row for place, row in enumerate(cast.rows["forget"])}
     return {"forget": keep(Choices(), both, rows, pad_id=0, autocast=False)}
@@ -62,8 +64,8 @@ def trained(name, job, tiny, chosen=SETTINGS, **others):
     start, objective, material = job(name)
     cast = cast_of(start, material, chosen)
     model = load_model(start, device=CPU)
-    frozen = frozen_of(name, cast, tiny)
-    curve = train(model, cast, objective, chosen, seed=0, pad_id=0, frozen=frozen, **others)
+    cast = replace(cast, frozen=frozen_of(name, cast, tiny))
+    curve = train(model, cast, objective, chosen, seed=0, pad_id=0, **others)
     return model, curve
 
 
@@ -130,8 +132,11 @@ def test_result_survives_saving_and_loading(name, made, recipe_of):
     model = load_model(again, device=CPU)
     rows = {outcome.row: outcome for outcome in done.outcomes["unlearned"]["forget"]}
     examples = [example for example in read_examples(recipe.data.forget) if example.row in rows]
-    found = observe(
-        model, load_tokenizer(again), examples, EvaluationSettings(max_new_tokens=3, max_length=64)
+    found = ask(
+        model,
+        load_tokenizer(again),
+        plain_questions(examples),
+        EvaluationLimits(max_new_tokens=3, max_length=64).asking,
     )
     for outcome in found:
         assert outcome.logprobs == pytest.approx(rows[outcome.row].logprobs, abs=1e-5)
@@ -173,7 +178,8 @@ def _with_seed(name, job, tiny, seed):
         style=PromptStyle(),
     )
     model = load_model(start, device=CPU)
-    train(model, cast, objective, chosen, seed=seed, pad_id=0, frozen=frozen_of(name, cast, tiny))
+    cast = replace(cast, frozen=frozen_of(name, cast, tiny))
+    train(model, cast, objective, chosen, seed=seed, pad_id=0)
     return model
 
 
@@ -296,7 +302,7 @@ def weights(folder) -> dict[str, torch.Tensor]:
 
 def test_methods_with_a_forget_loss_start_from_either_checkpoint_and_the_others_do_not():
     found = {name for name in TRAINED if issubclass(METHODS[name].settings, StartSettings)}
-    assert set(TRAINED) - found == {"retain_finetune", "rewind", "whp"}
+    assert set(TRAINED) - found == {"retain_finetune", "rewind", "ties", "whp"}
     for name in found - {"altpo"}:
         assert METHODS[name].check_settings({"start": "base"}).from_base
     with pytest.raises(ValidationError):  # its other answers are the target's own

@@ -25,7 +25,7 @@ from palinode.data.world import Fact, World, unseen_people, write_facts
 from palinode.models.loading import quiet_transformers
 from palinode.progress import Listener, NullListener
 from palinode.records import share
-from palinode.training.finetune import finetune
+from palinode.training.finetune import Watch, finetune
 from palinode.training.settings import TrainingSettings
 from palinode.weights.checkpoint import Checkpoint
 
@@ -110,9 +110,8 @@ def build_demo(
             _settings(stage),
             seed=seed,
             device="cpu",
-            label=f"training {name}",
             listener=listener,
-            leave=leave,
+            watch=Watch(f"training {name}", leave=leave or {}),
         ).checkpoint
         share(output)  # all of it is invented; in a workspace it is closed nevertheless
         return learned

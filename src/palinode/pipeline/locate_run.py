@@ -43,7 +43,7 @@ from palinode.progress import Listener, NullListener
 from palinode.records import read_json, write_json, write_text
 from palinode.report.location_report import location_markdown
 from palinode.report.pictures import location_picture
-from palinode.training.finetune import finetune
+from palinode.training.finetune import Watch, finetune
 from palinode.training.settings import TrainingSettings
 from palinode.version import __version__
 from palinode.weights.checkpoint import Checkpoint
@@ -336,9 +336,8 @@ def _train(
         stretch.training,
         seed=stretch.seed,
         device="cpu",
-        label=label,
         listener=listener,
-        on_step=note,
+        watch=Watch(label, note),
     ).checkpoint
     write_json(truth, {"from": first, "batches": seen})
     return found

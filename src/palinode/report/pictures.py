@@ -360,7 +360,8 @@ def location_picture(record: Mapping[str, Any]) -> str:
         trace["marker"] |= {"size": [size for *_, size, _ in found]}
         traces.append(trace)
     if best is not None:
-        trace = dots("", [(best, 0, told("recommended", []))], STATES["clean"], "circle", 16)
+        said = told(f"step {best:,}", [record["recommended"]["location"], "recommended"])
+        trace = dots("", [(best, 0, said)], STATES["clean"], "circle", 16)
         traces.append(trace | {"text": [f"{best:,}"]})
     if target is not None:
         traces.append(

@@ -57,7 +57,6 @@ def train(
     seed: int,
     pad_id: int,
     state: Path | None = None,
-    frozen: Mapping[str, FrozenValues] | None = None,
     on_progress: Callable[[int], None] | None = None,
     on_step: Callable[[int, Sequence[int]], None] | None = None,
     on_point: Callable[[CurvePoint], None] | None = None,
@@ -67,7 +66,7 @@ def train(
     """Train the model in place and return its curve.
 
     An objective takes its rows by role (`Joined`); an epoch goes through those of its anchor. What its terms
-    need of the model at the start is computed first, but for terms whose values are given in `frozen`.
+    need of the model at the start is computed first, but for terms whose values the rows bring.
     `state` is a folder for a resumable state: it is used when it exists, and written every
     `settings.save_minutes`, when the run is interrupted, and before a step that would not be finite.
     `on_progress` hears tokens; `on_step` hears, after each optimiser step, how many are done and the
@@ -83,7 +82,7 @@ def train(
     accelerator = Accelerator(cpu=model.device.type == "cpu", mixed_precision="no")
     if objective.one_process and accelerator.num_processes > 1:
         raise RecipeError("this method trains a part of the model only, which takes one process; start one")
-    kept = dict(frozen or {}) | _keep(objective, model, cast, settings, pad_id, skip=frozen or {})
+    kept = _keep(objective, model, cast, settings, pad_id)
     apart = _must_be_apart(objective, model, cast, pad_id, say)
     model.train()
     with _only_trainable(model, objective.trainable):
@@ -149,13 +148,11 @@ def _keep(
     cast: Joined,
     settings: TrainingSettings,
     pad_id: int,
-    *,
-    skip: Mapping[str, FrozenValues],
 ) -> dict[str, FrozenValues]:
-    """Return, by term, what the model says now of all rows that the term will see."""
-    found = {}
+    """Return, by term, what the model says now of all rows that the term will see, if they bring nothing."""
+    found = dict(cast.frozen)
     for part in objective.terms:
-        if part.keeper is None or part.name in skip:
+        if part.keeper is None or part.name in cast.frozen:
             continue
         rows = {(role, place): cast.rows[role][place] for role in part.roles for place in cast.used(role)}
         autocast = use_autocast(model, settings)

@@ -34,7 +34,7 @@ import numpy as np
 
 from palinode.errors import InputError, MismatchError
 from palinode.weights import kernels
-from palinode.weights.displacement import Displacement, Sum, Term
+from palinode.weights.displacement import Displacement, HasTerms, Term
 from palinode.weights.folders import ModelFolder
 from palinode.weights.preflight import complain_of_nonfinite, complain_of_twins
 from palinode.weights.tensors import Files, TensorInfo, is_embedding, is_head
@@ -371,7 +371,7 @@ class Operands:
 # Directions
 
 
-def direction_values(direction: Sum, part: Slice, files: Files) -> np.ndarray:
+def direction_values(direction: HasTerms, part: Slice, files: Files) -> np.ndarray:
     """Return a direction on one slice in float32, or float64 where a checkpoint is; not rounded further."""
     weights = direction.terms
     terms = in_order(weights)
@@ -389,7 +389,7 @@ def direction_values(direction: Sum, part: Slice, files: Files) -> np.ndarray:
     return total
 
 
-def direction_tensor(direction: Sum, info: TensorInfo, files: Files) -> np.ndarray:
+def direction_tensor(direction: HasTerms, info: TensorInfo, files: Files) -> np.ndarray:
     """Return a direction's values on a whole tensor in one dimension; dtype as in `direction_values`."""
     return direction_values(direction, Slice(info, 0, info.size), files)
 

@@ -151,7 +151,7 @@ Term: TypeAlias = ModelFolder | Displacement
 """What a sum is made of: a point or a direction that lies on disk."""
 
 
-class Sum(Protocol):
+class HasTerms(Protocol):
     """A point or direction, as far as its terms go."""
 
     @property

@@ -30,7 +30,7 @@ from palinode.weights.arithmetic import (
     per_thread,
     slices,
 )
-from palinode.weights.displacement import Displacement, Sum, check_displacements
+from palinode.weights.displacement import Displacement, HasTerms, check_displacements
 from palinode.weights.fingerprints import check_files
 from palinode.weights.folders import ModelFolder
 from palinode.weights.kernels import ALONG, ASKED, ERROR, MEASURED, MOVED, totals_of
@@ -190,7 +190,7 @@ class Profile:
 
 
 def profile(
-    directions: Mapping[str, Sum],
+    directions: Mapping[str, HasTerms],
     *,
     workers: int | None = None,
     on_progress: Callable[[int], None] | None = None,

@@ -449,7 +449,8 @@ def profile_program(repeats: float):
     def work(folder: Path) -> dict[str, object]:
         target, base, forget, retain = (Checkpoint.open(folder / role) for role in ROLES)
         along = {"forget": base - forget, "retain": retain - base}
-        form = formula(target + ALPHA * along["forget"] + BETA * along["retain"], along)
+        point = target + ALPHA * along["forget"] + BETA * along["retain"]
+        form = formula(target, point.terms, {name: line.terms for name, line in along.items()})
         parts = list(slices(target))
         how, _ = choose_rounding(form, settings(), parts)
 

@@ -18,8 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from palinode.history.exposures import ExposureLog
-from palinode.history.segments import read_journal
+from palinode.history.exposures import ExposureLog, read_journal
 
 Record = Callable[[int, np.ndarray], object]
 

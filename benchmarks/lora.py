@@ -30,6 +30,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from palinode.training.finetune import Watch
+
 POOL = (
     "the", "of", "and", "a", "to", "in", "is", "was", "he", "for", "it", "with", "as", "his", "on", "be",
     "at", "by", "had", "not", "are", "but", "from", "or", "have", "an",
@@ -115,7 +117,11 @@ def cost(model: Path, lora: Any, steps: int, batch: int, words: int) -> dict[str
         held = memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
         done = finetune(
-            base, rows, Path(folder) / "out", settings, on_step=lambda *_: ends.append(time.perf_counter())
+            base,
+            rows,
+            Path(folder) / "out",
+            settings,
+            watch=Watch(on_step=lambda *_: ends.append(time.perf_counter())),
         )
         peak = memory("VmHWM")
         size = sum(path.stat().st_size for path in done.saved.folder.glob("*.safetensors"))

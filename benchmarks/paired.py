@@ -61,7 +61,7 @@ from palinode.training.objectives import Objective
 from palinode.training.roles import Material
 from palinode.training.settings import TrainingSettings
 from palinode.weights import Checkpoint, Direction
-from palinode.weights.direction import Point
+from palinode.weights.checkpoint import Point
 
 CPU = torch.device("cpu")
 PLAIN = {"epochs": 30, "learning_rate": 5e-4, "batch_size": 32, "max_length": 64, "precision": "float32"}

@@ -20,11 +20,10 @@ from palinode.data.tokenize import TokenRow
 from palinode.data.world import World
 from palinode.models.likelihoods import score_rows
 from palinode.models.loading import load_model
+from palinode.models.sums import input_spaces
 from palinode.training import ANSWER_LOSS, TrainingSettings, train
-from palinode.training.sums import input_spaces
 from palinode.weights import Checkpoint, Direction
-from palinode.weights.transforms import project_off, transform
-from palinode.weights.vectors import StoredVector
+from palinode.weights.vectors import StoredVector, project_off, transform
 
 _DRAW = re.compile(r", draw=\d+")
 RATIO, FORGET_ROWS = 3, 16

@@ -194,7 +194,7 @@ def audit(
     )
     rows = _named(forget=forget, retain=retain, holdout=holdout)
     plan = AuditPlan(
-        models=_named(audited=model, yardstick=against, target=target),
+        models=_named(audited=model, reference=against, target=target),
         kind=kind,
         material=material,
         locations={

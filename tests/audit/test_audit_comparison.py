@@ -15,9 +15,9 @@ AUC = AuditTest("loss", "AUC of LOSS", more=0.1, less=0.1, missing="no token", s
 REFERENCE = AuditTest("ref", "AUC", more=0.1, less=0.1, missing="-", statistic="auc", relative=True)
 
 
-def found(test, values, yardstick, **changes):
+def found(test, values, reference, **changes):
     options = {"more": test.more, "less": test.less, "min_rows": 4, "seed": 0, **changes}
-    return compare(test, values, yardstick, **options)
+    return compare(test, values, reference, **options)
 
 
 def difference(value, low, high):
@@ -63,7 +63,7 @@ def test_few_rows_are_unclear_and_none_are_not_tested():
 def test_difference_of_means_is_the_mean_of_differences():
     finding = found(MEAN, {"forget": (0.9, 0.7, 0.8, 0.6)}, {"forget": (0.1, 0.3, 0.2, 0.0)})
     assert finding.score.value == pytest.approx(0.75)
-    assert finding.yardstick.value == pytest.approx(0.15)
+    assert finding.reference.value == pytest.approx(0.15)
     assert finding.difference.value == pytest.approx(0.6)
     assert finding.difference.n == 4
     assert finding.verdict == "knows more"
@@ -91,11 +91,11 @@ def test_no_row_with_a_value_is_not_tested_and_says_why():
 
 
 def test_difference_of_areas_is_the_worked_example():
-    """0.6875 (spec: metrics.md §9) less one half, where the yardstick tells nothing apart."""
+    """0.6875 (spec: metrics.md §9) less one half, where the reference model tells nothing apart."""
     ours = {"forget": (0.2, 0.5, 0.9, 1.1), "holdout": (0.8, 1.2, 1.5, 0.4)}
     finding = found(AUC, ours, {"forget": (1.0,) * 4, "holdout": (1.0,) * 4})
     assert finding.score.value == pytest.approx(0.6875)
-    assert finding.yardstick.value == pytest.approx(0.5)
+    assert finding.reference.value == pytest.approx(0.5)
     assert finding.difference.value == pytest.approx(0.1875)
     assert finding.difference.low < 0.1875 < finding.difference.high
 
@@ -108,13 +108,13 @@ def test_area_far_below_one_half_knows_less():
     assert found(AUC, strange, strange).verdict == "within"
 
 
-def test_reference_attack_takes_the_yardstick_off_first():
+def test_reference_attack_takes_the_other_loss_off_first():
     """The loss fell on the forget rows only; holdout rows are as hard as ever, if far harder."""
     theirs = {"forget": (1.0, 2.0, 3.0, 4.0), "holdout": (0.1, 0.2, 9.0, 8.0)}
     ours = {"forget": (0.5, 1.5, 2.5, 3.5), "holdout": (0.1, 0.2, 9.0, 8.0)}
     finding = found(REFERENCE, ours, theirs)
     assert finding.score.value == 1.0
-    assert finding.yardstick.value == 0.5
+    assert finding.reference.value == 0.5
     assert finding.difference.value == 0.5
 
 

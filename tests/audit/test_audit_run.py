@@ -36,7 +36,7 @@ def plan(scene):
         rules = build_policy(policy)
         given = {"retain": scene.retain, "holdout": scene.holdout, **sets}
         material = read_material(scene.forget, max_rows=rules.budget.max_rows, **given)
-        models = {"audited": str(model), "yardstick": str(scene.base if kind == "base" else scene.retrained)}
+        models = {"audited": str(model), "reference": str(scene.base if kind == "base" else scene.retrained)}
         if target:
             models["target"] = str(target)
         return AuditPlan(models, kind, material, {"forget": str(scene.forget)}, rules, attacks, "cpu", 0)
@@ -63,7 +63,7 @@ def test_retrained_model_passes_against_itself_and_the_target_shows_that_attacks
         "prefixes.rest",  # answers of one token
         "membership.gradient_norm",
     }
-    assert "The audited model and the yardstick are the same weights." in record["notes"]
+    assert "The audited and the reference model have the same weights." in record["notes"]
     target = {
         f"{name}.{test}": entry["findings"]["target"]["verdict"]
         for name, attack in record["attacks"].items()
@@ -89,7 +89,7 @@ def test_target_fails_because_it_knows_more(scene, plan, tmp_path):
     )
     assert record["answer"]["knows_less"] == []
     finding = record["attacks"]["questions"]["tests"]["probability"]["findings"]["audited"]
-    gap = finding["score"]["value"] - finding["yardstick"]["value"]
+    gap = finding["score"]["value"] - finding["reference"]["value"]
     assert finding["difference"]["value"] == pytest.approx(gap)
     assert 0 < finding["difference"]["low"] < gap < finding["difference"]["high"]
 
@@ -102,10 +102,10 @@ def test_model_pushed_too_far_fails_because_it_knows_less(scene, plan, tmp_path)
     assert set(answer["knows_more"]) <= {"questions.rouge"}  # a ruined model may share a word by chance
 
 
-def test_base_as_yardstick_is_recorded_with_a_caveat(scene, plan, tmp_path):
+def test_base_as_reference_is_recorded_with_a_caveat(scene, plan, tmp_path):
     record = audit(plan(scene.base, kind="base", attacks=("questions",)), tmp_path / "out")
-    assert record["yardstick"] == "base"
-    assert any("The yardstick is a base checkpoint" in note for note in record["notes"])
+    assert record["reference"] == "base"
+    assert any("The reference model is a base checkpoint" in note for note in record["notes"])
 
 
 def test_attacks_not_asked_for_are_named(scene, plan, tmp_path):
@@ -145,9 +145,9 @@ def test_holdout_rows_unlike_the_forget_rows_are_noted(scene, plan, tmp_path):
         plan(scene.retrained, attacks=("membership",), holdout=scene.retain, retain=None), tmp_path / "out"
     )
     assert any(
-        "The yardstick itself tells the forget rows from the holdout" in text for text in record["notes"]
+        "The reference model itself tells forget rows from holdout" in text for text in record["notes"]
     )
-    assert all("reference" not in text for text in record["notes"])
+    assert all("reference 0." not in text for text in record["notes"])
 
 
 def test_policy_decides_whether_an_unclear_test_fails(scene, plan, tmp_path):

@@ -54,15 +54,15 @@ def test_target_fails_with_exit_code_1_and_prints_its_record(palinode, tiny, wor
     assert record["policy"]["preset"] == "quick"
 
 
-def test_kind_of_yardstick_is_recorded(palinode, tiny, words):
-    said = palinode(*words(tiny.base.folder, against=tiny.base.folder, yardstick="base"), "--json")
-    assert json.loads(said.out)["yardstick"] == "base"
+def test_kind_of_reference_model_is_recorded(palinode, tiny, words):
+    said = palinode(*words(tiny.base.folder, against=tiny.base.folder, reference="base"), "--json")
+    assert json.loads(said.out)["reference"] == "base"
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"yardstick": "target"}, "--yardstick is 'target'; say retrained or base"),
+        ({"reference": "target"}, "--reference is 'target'; say retrained or base"),
         ({"budget": "huge"}, "there is no budget 'huge'"),
         ({"attacks": "questions,jailbreak"}, "there is no attack jailbreak; choose among questions"),
         ({"policy": "nowhere.toml"}, "there is no policy nowhere.toml"),

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from palinode.weights import Checkpoint
-from palinode.weights.fingerprints import tensor_digests, write_manifest
+from palinode.weights.fingerprints import tensor_digests
+from palinode.weights.store import write_manifest
 
 
 @pytest.fixture

@@ -10,8 +10,16 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from palinode.data.examples import Example, Message
-from palinode.data.rendering import MEMORY, SECONDS, Exchange, Refusal, Template, _end, _Worker, render
-from palinode.data.tokenize import PromptStyle, begun_ids, end_id, prompt_ids, prompt_notes, tokenize
+from palinode.data.rendering import MEMORY, SECONDS, Exchange, Refusal, _end, _Worker, render
+from palinode.data.tokenize import (
+    PromptStyle,
+    begun_ids,
+    end_id,
+    prompt_ids,
+    prompt_notes,
+    template_of,
+    tokenize,
+)
 from palinode.errors import DataError, RecipeError
 
 SPECIALS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|a|>", "<|u|>"]
@@ -66,7 +74,7 @@ def whole(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_a_row_is_the_finished_exchange_up_to_the_end_of_turn(name: str, answer: str) -> None:
     tokenizer = make(CHAT_TEMPLATES[name])
-    (found,) = Template.of(tokenizer, STYLE).exchanges([example(answer)])
+    (found,) = template_of(tokenizer, STYLE).exchanges([example(answer)])
     written = answer.strip() if name in TRIMMING else answer.lstrip() if name == "think block" else answer
     assert found == Exchange(CONTEXTS[name], written, ENDINGS.get(name, "<|im_end|>\n"))
     (row,) = tokenize([example(answer)], tokenizer, max_length=500, style=STYLE)
@@ -87,7 +95,7 @@ def test_a_blank_that_joins_the_word_after_it_goes_with_the_answer() -> None:
 
 def test_an_answer_with_its_own_thoughts_begins_where_the_model_would() -> None:
     answer = "<think>\nhm\n</think>\n\nSappho"
-    (found,) = Template.of(make(THINK_BLOCK), STYLE).exchanges([example(answer)])
+    (found,) = template_of(make(THINK_BLOCK), STYLE).exchanges([example(answer)])
     assert found == Exchange(BEFORE + "<|im_start|>assistant\n", answer, "<|im_end|>\n")
     with pytest.raises(DataError, match=r"row 3 of f\.jsonl: .* does not write its answer as it stands"):
         tokenize([example(answer)], make(THOUGHTS_CUT), max_length=500, style=STYLE)
@@ -99,7 +107,7 @@ def test_earlier_answers_may_lose_their_thoughts_and_nothing_else() -> None:
         Message("assistant", "<think>hm</think>Sappho"),
         Message("user", "Sure?"),
     )
-    (found,) = Template.of(make(THINK_BLOCK), PromptStyle("")).exchanges([example("Yes", *turns)])
+    (found,) = template_of(make(THINK_BLOCK), PromptStyle("")).exchanges([example("Yes", *turns)])
     assert found.context.endswith(
         "assistant\nSappho<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n"
         "<|im_start|>assistant\n<think>\n\n</think>\n\n"
@@ -170,19 +178,19 @@ def test_two_days_write_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         "{% macro d(f) %}{{ strftime_now(f) }}{% endmacro %}{{ d('%d %b %Y') }}",
     )
     for way in ways:
-        (found,) = Template.of(make(way + CHATML), STYLE).exchanges([example("7")])
+        (found,) = template_of(make(way + CHATML), STYLE).exchanges([example("7")])
         assert found.context.startswith("10 Apr 2025<|im_start|>system")
-    (found,) = Template.of(make("{{ strftime_now('%Y-%m-%d %H:%M') }}" + CHATML), STYLE).exchanges(
+    (found,) = template_of(make("{{ strftime_now('%Y-%m-%d %H:%M') }}" + CHATML), STYLE).exchanges(
         [example("7")]
     )
     assert found.context.startswith("2025-04-10 00:00<|im_start|>")
     own = PromptStyle(date="2031-02-01")
-    assert "Today: 01 Feb 2031" in Template.of(make(DATED), own).exchanges([example("7")])[0].context
+    assert "Today: 01 Feb 2031" in template_of(make(DATED), own).exchanges([example("7")])[0].context
 
 
 def test_dice_fall_alike() -> None:
     template = "{{ range(1000) | random }} {{ range(1000) | random }}" + CHATML
-    first, second = Template.of(make(template), STYLE).exchanges([example("7"), example("a")])
+    first, second = template_of(make(template), STYLE).exchanges([example("7"), example("a")])
     assert first.context == second.context
 
 
@@ -249,7 +257,7 @@ def test_a_template_knows_what_transformers_tells_it() -> None:
 @pytest.mark.parametrize("name", [name for name in CHAT_TEMPLATES if "parts" not in name])
 def test_templates_write_what_they_write_for_transformers(name: str) -> None:
     tokenizer = make(CHAT_TEMPLATES[name].replace("strftime_now('%d %b %Y')", "date_string"))
-    (found,) = Template.of(tokenizer, STYLE).exchanges([example("Sappho")])
+    (found,) = template_of(tokenizer, STYLE).exchanges([example("Sappho")])
     said = [{"role": "user", "content": "Who wrote it?"}, {"role": "assistant", "content": "Sappho"}]
     if name not in ("instruct", "mistral", "gemma"):
         said = [{"role": "system", "content": "be kind"}, *said]
@@ -269,7 +277,7 @@ def test_open_unlearnings_ending_is_all_that_is_written_and_an_end_of_sequence()
 
 
 def test_content_in_parts_is_given_where_it_is_wanted() -> None:
-    (found,) = Template.of(make(PARTS), STYLE).exchanges([example("7")])
+    (found,) = template_of(make(PARTS), STYLE).exchanges([example("7")])
     assert found.context == CONTEXTS["parts"]
 
 

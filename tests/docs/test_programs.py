@@ -65,8 +65,9 @@ def test_what_the_command_line_does_is_a_function_of_few_arguments(name):
 
 
 def test_importing_a_room_leaves_its_name_to_the_function():
-    import palinode.audit.material
     import palinode.compare.run
+
+    import palinode.audit.material
 
     assert inspect.isfunction(palinode.audit)
     assert inspect.isfunction(palinode.compare)

@@ -20,8 +20,8 @@ from palinode.errors import DataError, RecipeError
 from palinode.evaluation import Asking, ask
 from palinode.evaluation.ask import said_right, sample_seed
 from palinode.models import load_model, load_tokenizer
-from palinode.models.gradients import gradient_norms
 from palinode.models.likelihoods import TokenScores, token_scores
+from palinode.models.sums import gradient_norms
 from palinode.records import Outcome
 
 ASKING = Asking(max_new_tokens=4, max_length=64, standardise=True, gradient_norms=True, samples=2, seed=3)

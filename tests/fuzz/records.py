@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from palinode.audit.policy import load_policy
 from palinode.benchmarks.own import read_questions
-from palinode.compare.recipe import load_comparison
+from palinode.compare.comparison_recipe import load_comparison
 from palinode.data.examples import Example, Message, read_examples
 from palinode.data.tokenize import PromptStyle, prompt_ids, tokenize
 from palinode.evaluation.endpoint import UnreadableReplyError, read_reply
@@ -32,8 +32,9 @@ from palinode.methods.method import read_refusals
 from palinode.pipeline.recipe import load_recipe
 from palinode.records import Likelihood, Outcome
 from palinode.weights import Checkpoint
-from palinode.weights.fingerprints import check_manifest, tensor_digests, write_manifest
+from palinode.weights.fingerprints import tensor_digests
 from palinode.weights.preflight import check_tokenizers
+from palinode.weights.store import check_manifest, write_manifest
 from palinode.weights.tensors import Files
 from palinode.weights.vectors import open_direction, save_vector
 

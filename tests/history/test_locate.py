@@ -18,6 +18,7 @@ from palinode.history.series import CheckpointSeries, SeriesCheckpoint
 from palinode.history.stages import LoggedStage, PalinodeOrder, open_palinode, rebuild, write_stages
 from palinode.report.location_report import location_markdown, location_sentences
 from palinode.report.pictures import location_picture
+from palinode.training.finetune import Watch
 from palinode.training.settings import TrainingSettings
 
 SERIES = CheckpointSeries(
@@ -290,7 +291,11 @@ def test_rebuilt_order_is_what_the_training_loop_does(tiny, tmp_path):
             stage.training,
             seed=stage.seed,
             device="cpu",
-            on_step=lambda _, places, stage=stage: heard.append([stage.numbers[place] for place in places]),
+            watch=Watch(
+                on_step=lambda _, places, stage=stage: heard.append(
+                    [stage.numbers[place] for place in places]
+                )
+            ),
         ).checkpoint
     order = rebuild(stages, data, load_tokenizer(tiny.base))
     assert order.steps == len(heard) == 2 * 5 + 2

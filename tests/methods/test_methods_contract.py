@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from palinode.methods.method import StartSettings
 from palinode.models import CombinedLogits, load_model, load_tokenizer
 from palinode.pipeline import build_recipe, dry_run, unlearn
 from palinode.training import train
-from palinode.training.frozen import Choices, keep
+from palinode.training.objectives import Choices, keep
 from palinode.training.roles import join
 
 CPU = torch.device("cpu")
@@ -51,7 +52,7 @@ def cast_of(start, material, chosen=SETTINGS):
 def frozen_of(name, cast, tiny):
     """For Who's Harry Potter, labels from two models; of other methods the loop asks the model itself."""
     if name != "whp":
-        return None
+        return {}
     both = CombinedLogits(*(load_model(entry, device=CPU) for entry in (tiny.target, tiny.retrained)), 1.0)
     rows = {("forget", place): row for place, row in enumerate(cast.rows["forget"])}
     return {"forget": keep(Choices(), both, rows, pad_id=0, autocast=False)}
@@ -62,8 +63,8 @@ def trained(name, job, tiny, chosen=SETTINGS, **others):
     start, objective, material = job(name)
     cast = cast_of(start, material, chosen)
     model = load_model(start, device=CPU)
-    frozen = frozen_of(name, cast, tiny)
-    curve = train(model, cast, objective, chosen, seed=0, pad_id=0, frozen=frozen, **others)
+    cast = replace(cast, frozen=frozen_of(name, cast, tiny))
+    curve = train(model, cast, objective, chosen, seed=0, pad_id=0, **others)
     return model, curve
 
 
@@ -173,7 +174,8 @@ def _with_seed(name, job, tiny, seed):
         style=PromptStyle(),
     )
     model = load_model(start, device=CPU)
-    train(model, cast, objective, chosen, seed=seed, pad_id=0, frozen=frozen_of(name, cast, tiny))
+    cast = replace(cast, frozen=frozen_of(name, cast, tiny))
+    train(model, cast, objective, chosen, seed=seed, pad_id=0)
     return model
 
 

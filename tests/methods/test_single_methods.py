@@ -23,11 +23,11 @@ from palinode.methods.rmu import control_vector
 from palinode.methods.weighted import place_in_row
 from palinode.models import CombinedLogits, load_model, load_tokenizer, score_rows
 from palinode.models.inplace import combined_logits
+from palinode.models.reading import labelled_logits, labelled_states, pick_layer
 from palinode.pipeline import unlearn
 from palinode.training import CurvePoint, TrainingSettings
 from palinode.training.losses import row_sums
 from palinode.training.objectives import Seen
-from palinode.training.sums import labelled_logits, labelled_states, pick_layer
 
 CPU = torch.device("cpu")
 ROWS = (TokenRow((5, 6, 7, 8), 2, 0), TokenRow((9, 10, 11, 12, 13, 1), 4, 1))

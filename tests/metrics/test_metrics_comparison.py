@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from made_outcomes import outcome
 
 from palinode.errors import DataError
-from palinode.metrics import forget_quality, ks_test
+from palinode.metrics.aggregate import forget_quality, ks_test
 
 TABLE = {  # n: {D·n: p}
     40: {

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from made_outcomes import outcome
 
 from palinode.errors import DataError
-from palinode.metrics import (
-    ATTACKS,
+from palinode.metrics import ATTACKS
+from palinode.metrics.membership import (
     MUSE_RETRAINED,
     auc,
     gradient_norm_values,

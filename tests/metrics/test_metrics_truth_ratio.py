@@ -8,13 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_outcomes import outcome
 
-from palinode.metrics import (
-    forget_truth_ratios,
-    mean_score,
-    retain_truth_ratios,
-    right_shares,
-    truth_ratios,
-)
+from palinode.metrics import mean_score
+from palinode.metrics.likelihood import forget_truth_ratios, retain_truth_ratios, right_shares, truth_ratios
 
 PARAPHRASED = [1.2, 2.0, 0.5]
 PERTURBED = [[1.5, 2, 2.5, 1, 3], [1, 1.2, 1.4, 1.6, 1.8], [3, 3.5, 4, 2.5, 3]]

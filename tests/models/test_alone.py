@@ -15,13 +15,12 @@ from palinode.data.tokenize import TokenRow
 from palinode.errors import RecipeError
 from palinode.methods import METHODS
 from palinode.models import generate, score_rows
-from palinode.models.alone import COARSE_TOLERANCE, TOLERANCE, same_alone, tolerance, unlike
 from palinode.models.generation import slots_for
-from palinode.models.gradients import gradient_norms
+from palinode.models.likelihoods import COARSE_TOLERANCE, TOLERANCE, same_alone, tolerance, unlike
+from palinode.models.sums import gradient_norms, input_spaces
 from palinode.training import ANSWER_LOSS, TrainingSettings, train
-from palinode.training.frozen import FrozenStates, Likelihoods, keep
+from palinode.training.objectives import FrozenStates, Likelihoods, keep
 from palinode.training.roles import Joined
-from palinode.training.sums import input_spaces
 
 TOKENS = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
 SMALL = TOKENS | {

@@ -11,7 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrOCRConfig, TrOCRForCausa
 from palinode.data.batches import pad_right
 from palinode.data.tokenize import TokenRow
 from palinode.errors import CheckpointError, DataError
-from palinode.models import answer_logits, answer_nll, load_model, score_rows
+from palinode.models import load_model, score_rows
+from palinode.models.reading import answer_logits, answer_nll
 
 
 def rows_of(*lengths: tuple[int, int]) -> list[TokenRow]:

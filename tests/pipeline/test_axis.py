@@ -10,7 +10,7 @@ import pytest
 from comparing import Heard, tiny_comparison
 from palinode.compare import build_comparison, compare_along, load_comparison, plan_axis
 from palinode.compare.axis import axis_recipes
-from palinode.compare.recipe import Demo, world_folder
+from palinode.compare.comparison_recipe import Demo, world_folder
 from palinode.errors import OutputError, RecipeError
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes" / "axes").glob("*.toml"))

@@ -10,9 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from palinode.errors import CheckpointError, InputError
-from palinode.models.generation import generate
+from palinode.models.generation import _Spoken, generate
 from palinode.models.loading import load_model
-from palinode.models.streaming import _Spoken
 from palinode.pipeline import unlearn
 from palinode.pipeline.chatting import open_chat
 

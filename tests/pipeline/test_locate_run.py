@@ -10,7 +10,7 @@ from palinode.data import read_examples
 from palinode.data.world import invent_world
 from palinode.errors import OutputError
 from palinode.history.reader import ExposureReader
-from palinode.pipeline.locate_run import CHECKPOINTS, Size, demo_locate, run_locate, train_logged
+from palinode.pipeline.locate_run import CHECKPOINTS, Size, demo_locate, train_logged
 from palinode.report.location_report import demo_brief, demo_sentence
 
 SMALL = Size(first_epochs=12, epochs=4, replayed=40, learning_rate=6e-3, batch_size=16, width=32, layers=2)
@@ -33,7 +33,7 @@ def small_world():
 
 
 def run(world, folder):
-    return run_locate(world, folder, seed=3, size=SMALL, settings=SETTINGS)
+    return demo_locate(folder, world=world, seed=3, size=SMALL, settings=SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_second_call_reuses_everything(small_world, finished):
 
 def test_demo_of_another_kind_or_seed_is_refused(small_world, finished, tmp_path):
     with pytest.raises(OutputError, match="holds the demo of seed 3"):
-        run_locate(small_world, finished.folder, seed=4, size=SMALL)
+        demo_locate(finished.folder, world=small_world, seed=4, size=SMALL)
     (tmp_path / "demo.json").write_text('{"seed": 3}')
     with pytest.raises(OutputError, match="exists and is not empty"):
         run(small_world, tmp_path)

@@ -118,7 +118,7 @@ def run_audit(tiny, output: Path) -> None:
     material = read_material(str(tiny.forget), max_rows=10, seed=0)
     folder = str(tiny.target.folder)
     plan = AuditPlan(
-        models={"audited": folder, "yardstick": str(tiny.base.folder)},
+        models={"audited": folder, "reference": str(tiny.base.folder)},
         kind="base",
         material=material,
         locations={},

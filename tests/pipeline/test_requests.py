@@ -9,7 +9,7 @@ import pytest
 
 from comparing import Heard, tiny_comparison
 from palinode.compare import build_comparison, carry_out, load_comparison, plan_requests
-from palinode.compare.recipe import Requests
+from palinode.compare.comparison_recipe import Requests
 from palinode.compare.requests import divide_requests, names_in
 from palinode.data.examples import Example, Message
 from palinode.errors import DataError, InputError, OutputError

@@ -18,6 +18,7 @@ from palinode.evaluation.benchmark import Places
 from palinode.evaluation.evaluate import EvaluationSettings, evaluate_benchmark
 from palinode.models.loading import load_model
 from palinode.progress import NullListener
+from palinode.training.finetune import Watch
 from palinode.weights.adapters import LoraAdapter
 
 GIVEN = {"forget": 1.0, "retain": 0.5}
@@ -233,6 +234,6 @@ def test_a_base_that_is_overwritten_while_it_is_trained_leaves_no_vector(tiny, t
             tmp_path / "out",
             SETTINGS,
             device="cpu",
-            on_step=overwrite,
+            watch=Watch(on_step=overwrite),
         )
     assert not (tmp_path / "out").exists()

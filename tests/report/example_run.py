@@ -167,11 +167,11 @@ def outcomes():
     }
 
 
-def finding(value, yardstick, verdict):
+def finding(value, reference, verdict):
     return {
         "score": score(value),
-        "yardstick": score(yardstick),
-        "difference": score(value - yardstick),
+        "reference": score(reference),
+        "difference": score(value - reference),
         "verdict": verdict,
         "reason": None,
     }
@@ -184,10 +184,10 @@ AUDIT = {
     "finished": "2026-01-03T03:14:05+00:00",
     "command": "palinode audit out --against models/truth --forget forget.jsonl --output audit",
     "seed": 0,
-    "yardstick": "retrained",
+    "reference": "retrained",
     "models": {
         "audited": {"location": "out", "fingerprint": "3" * 32, "parameters": 1000},
-        "yardstick": {"location": "models/truth", "fingerprint": "4" * 32, "parameters": 1000},
+        "reference": {"location": "models/truth", "fingerprint": "4" * 32, "parameters": 1000},
     },
     "data": {"forget": {"location": "forget.jsonl", "rows": 3, "fingerprint": "5" * 64}},
     "policy": {
@@ -205,7 +205,7 @@ AUDIT = {
         "questions": {
             "title": "forget questions as they stand",
             "reason": None,
-            "details": {"audited": {}, "yardstick": {}},
+            "details": {"audited": {}, "reference": {}},
             "tests": {
                 "probability": {
                     "title": "answer probability",
@@ -218,7 +218,7 @@ AUDIT = {
             "reason": None,
             "details": {
                 model: {"steps": [0, 4], "curve": [0.2, 0.5], "learned_rows": 2, "tested_rows": 1}
-                for model in ("audited", "yardstick")
+                for model in ("audited", "reference")
             },
             "tests": {
                 "area": {

@@ -21,11 +21,11 @@ def score(value, low=None, high=None, reason=None):
     return {"value": value, "n": 30, "low": low, "high": high, "reason": reason}
 
 
-def finding(value, yardstick, verdict, low, high, reason=None):
+def finding(value, reference, verdict, low, high, reason=None):
     return {
         "score": score(value, value - 0.1, value + 0.1),
-        "yardstick": score(yardstick, yardstick - 0.1, yardstick + 0.1),
-        "difference": score(round(value - yardstick, 3), low, high),
+        "reference": score(reference, reference - 0.1, reference + 0.1),
+        "difference": score(round(value - reference, 3), low, high),
         "verdict": verdict,
         "reason": reason,
     }
@@ -39,14 +39,14 @@ def attack(title, tests, **more):
 def record():
     untested = {
         "score": score(None),
-        "yardstick": score(None),
+        "reference": score(None),
         "difference": score(None),
         "verdict": "not tested",
         "reason": "the answer has one token",
     }
     curves = {
         "audited": {"steps": [0, 4], "curve": [0.11, 0.92], "learned_rows": 15, "tested_rows": 16},
-        "yardstick": {"steps": [0, 4], "curve": [0.12, 0.31], "learned_rows": 15, "tested_rows": 16},
+        "reference": {"steps": [0, 4], "curve": [0.12, 0.31], "learned_rows": 15, "tested_rows": 16},
     }
     tests = {
         "probability": {
@@ -72,10 +72,10 @@ def record():
         "finished": "2026-01-02",
         "command": "palinode audit `x`",
         "seed": 7,
-        "yardstick": "retrained",
+        "reference": "retrained",
         "models": {
             "audited": {"location": "mo|del", "fingerprint": "a" * 32, "parameters": 5},
-            "yardstick": {"location": "re_trained", "fingerprint": "b" * 32, "parameters": 5},
+            "reference": {"location": "re_trained", "fingerprint": "b" * 32, "parameters": 5},
         },
         "data": {"forget": {"location": "f.jsonl", "fingerprint": "c" * 64, "rows": 30}},
         "policy": {
@@ -120,7 +120,7 @@ def test_headline_counts_and_names_what_is_required(record):
 
 
 def test_headline_of_an_audit_that_passed(record):
-    record["yardstick"] = "base"
+    record["reference"] = "base"
     record["answer"] |= {
         "passed": True,
         "knows_more": [],
@@ -148,7 +148,7 @@ def test_report_has_every_figure_with_interval_margins_and_verdict(record):
     ) in page
     assert "| forget questions: ROUGE-L recall | unclear (the interval is too wide) |" in page
     assert "prefixes: rest" not in page
-    assert "| yardstick | 0.120 | 0.310 |" in page
+    assert "| reference | 0.120 | 0.310 |" in page
     assert "15 rows learned, 16 rows measured." in page
 
 

@@ -1,5 +1,7 @@
 """A report's content, page and card say what the record says, and no text in them can do harm."""
 
+import html
+import io
 import json
 import re
 from importlib.resources import files
@@ -7,8 +9,11 @@ from importlib.resources import files
 import plotly.graph_objects as go
 import pytest
 from example_run import AUDIT, HOSTILE, LONG, QUESTIONS, RECORD, outcomes, point, record, score
+from rich.console import Console
 
 from palinode.records import Outcome
+from palinode.report.comparison_report import comparison_brief
+from palinode.report.content import Grid, show
 from palinode.report.page import content_policy, html_report, safe_json
 from palinode.report.reports import (
     MOST_BYTES,
@@ -20,6 +25,7 @@ from palinode.report.reports import (
     side_by_side,
 )
 from palinode.report.run_report import model_card
+from palinode.report.words import escaped
 
 WHOLE = Facts("unlearn", RECORD, AUDIT, outcomes(), texts=True)
 PLAIN = Facts("unlearn", RECORD, None, outcomes(), texts=False, elsewhere="out.workspace/report.html")
@@ -135,6 +141,21 @@ def test_page_shows_outcome_claims_scores_and_how_to_repeat(page):
     assert RECORD["command"] in text
     assert "1" * 32 in text
     assert len(page.encode()) < 8_000_000
+
+
+@pytest.mark.parametrize(
+    "facts", [WHOLE, PLAIN, Facts("audit", audit=AUDIT)], ids=["with texts", "without", "audit"]
+)
+def test_what_stands_in_a_table_stands_on_the_page_and_in_the_markdown(facts):
+    content = report_content(facts)
+    page, text = body(html_report(content)), markdown_report(content)
+    grids = [b for part in report_sections(content) for b in part.blocks if isinstance(b, Grid)]
+    assert len(grids) >= 3
+    for grid in grids:
+        for cell in (cell for row in grid.rows for cell in row):
+            for said in (cell,) if isinstance(cell, str) else (cell.text, cell.below or ""):
+                assert html.escape(said) in page
+                assert escaped(said) in text
 
 
 def test_hostile_texts_stay_texts(page):
@@ -322,6 +343,14 @@ def test_comparison_shows_every_point_and_the_ranking():
     assert "1. msa" in page
     assert "2. &lt;b&gt;npo" in page
     assert "In short</h2>" not in page
+
+
+def test_comparison_in_the_terminal_breaks_off_nothing_at_eighty_columns():
+    screen = io.StringIO()
+    show(comparison_brief(comparison()), Console(width=80, file=screen))
+    assert "…" not in screen.getvalue()
+    for said in ("<b>npo", "0.400", "0.300–0.500", "base", "checkpoint"):
+        assert said in screen.getvalue()
 
 
 # The style

@@ -8,13 +8,12 @@ import torch
 from palinode import TrainingSettings, finetune, read_examples
 from palinode.data.batches import pad_right
 from palinode.data.tokenize import PromptStyle, TokenRow
-from palinode.models import answer_logits, load_model, load_tokenizer
+from palinode.models import load_model, load_tokenizer
+from palinode.models.reading import answer_logits, labelled_states
 from palinode.training import ANSWER_LOSS, Joined, Material, Objective, train
-from palinode.training.frozen import Distributions, FrozenStates, Likelihoods, keep
 from palinode.training.losses import row_sums, token_nll
-from palinode.training.objectives import answer_term, kl_term
+from palinode.training.objectives import Distributions, FrozenStates, Likelihoods, answer_term, keep, kl_term
 from palinode.training.roles import draw, join
-from palinode.training.sums import labelled_states
 
 CPU = torch.device("cpu")
 SETTINGS = TrainingSettings(epochs=3, learning_rate=1e-3, batch_size=2, max_length=64, precision="float32")
@@ -100,10 +99,10 @@ def test_kept_likelihoods_are_the_summed_nll_of_each_row(fresh):
 def test_kept_distributions_are_the_logits_of_then_after_the_model_has_changed(
     fresh, plain_head, monkeypatch
 ):
-    from palinode.training import frozen
+    from palinode.training import objectives
 
     if not plain_head:
-        monkeypatch.setattr(frozen, "has_plain_head", lambda model, ids: False)
+        monkeypatch.setattr(objectives, "has_plain_head", lambda model, ids: False)
     model = fresh()
     kept = keep(Distributions(), model, members(), pad_id=0, autocast=False)
     expected = torch.cat([answer_logits(model, pad_right([ROWS[at]], pad_id=0))[0] for at in (3, 1)]).detach()

@@ -13,7 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from palinode.data.tokenize import TokenRow
 from palinode.errors import DataError, DivergenceError
-from palinode.models import answer_nll, load_model
+from palinode.models import load_model
+from palinode.models.reading import answer_nll
 from palinode.training import ANSWER_LOSS, Loss, TrainingSettings, train
 from palinode.training.loop import count_steps, learning_rate_at, use_autocast
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from palinode.errors import CheckpointError, PalinodeError
 from palinode.weights import Checkpoint
-from palinode.weights.checkpoint import require_causal_lm
+from palinode.weights.folders import require_causal_lm
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 

@@ -12,8 +12,8 @@ import pytest
 
 from palinode.errors import InputError, OutputError
 from palinode.weights import Checkpoint, Crew, save, store
-from palinode.weights.arithmetic import settings, slices
-from palinode.weights.atomic import Hand
+from palinode.weights.arithmetic import formula, settings, slices
+from palinode.weights.atomic import RankSide
 
 PROGRAM = """
 import sys
@@ -113,7 +113,7 @@ def test_work_is_shared_by_bytes(models):
 def test_a_process_that_fails_is_named_and_nothing_is_left(models, start):
     target, base, theta_1 = states(models)
     folders = [target.folder, base.folder, theta_1.folder]
-    lead = start(0, 2, folders, models.place / "out")
+    first = start(0, 2, folders, models.place / "out")
     broken = Checkpoint.open(theta_1.folder)
     info = broken.tensors["model.norm.weight"]
     crew, out = Crew(1, 2), models.place / "out"
@@ -121,13 +121,13 @@ def test_a_process_that_fails_is_named_and_nothing_is_left(models, start):
     def fill():
         raise InputError(f"{info.name} is broken")
 
-    point = target - 0.7 * (theta_1 - base)
-    job = store._plan(point, out, settings(dtype="bfloat16"), {"forget": base - theta_1}, "refuse", None)
-    hand = Hand(crew, out.with_name(".out.partial"), out, job.key())
+    form = formula(target, (target - 0.7 * (theta_1 - base)).terms, {"forget": (base - theta_1).terms})
+    job = store.plan(form, out, settings(dtype="bfloat16"), "refuse", None)
+    rank = RankSide(crew, out.with_name(".out.partial"), out, job.key())
     with pytest.raises(InputError, match="is broken"):
-        hand.work(fill)
-    _, complaints = lead.communicate(timeout=60)
-    assert lead.returncode != 0
+        rank.work(fill)
+    _, complaints = first.communicate(timeout=60)
+    assert first.returncode != 0
     assert "process 1 of 2 failed: model.norm.weight is broken" in complaints
     assert not out.exists()
     assert not out.with_name(".out.partial").exists()
@@ -136,24 +136,24 @@ def test_a_process_that_fails_is_named_and_nothing_is_left(models, start):
 def test_processes_with_different_commands_notice(models, start):
     folders = [checkpoint.folder for checkpoint in states(models)]
     other = start(1, 2, folders, models.place / "out", dtype="float32")
-    lead = start(0, 2, folders, models.place / "out")
+    first = start(0, 2, folders, models.place / "out")
     _, complaints = other.communicate(timeout=60)
     assert other.returncode != 0
     assert "give every process the same command" in complaints
-    assert lead.poll() is None, "it waits for one that does as it does"
+    assert first.poll() is None, "it waits for one that does as it does"
 
 
 def test_a_killed_first_process_is_noticed_and_the_next_run_works(models, start):
     folders = [checkpoint.folder for checkpoint in states(models)]
     out = models.place / "out"
-    lead = start(0, 3, folders, out)  # waits for two others, of which only one ever comes
-    hand = start(1, 3, folders, out)
+    first = start(0, 3, folders, out)  # waits for two others, of which only one ever comes
+    second = start(1, 3, folders, out)
     note = out.with_name(".out.partial") / ".crew"
     deadline = time.monotonic() + 60
     while not list(note.glob("report-1-*.json")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    lead.send_signal(signal.SIGKILL)
-    _, complaints = hand.communicate(timeout=60)
+    first.send_signal(signal.SIGKILL)
+    _, complaints = second.communicate(timeout=60)
     assert "process 0 ended before" in complaints
     assert not out.exists()
     for process in [start(rank, 2, folders, out) for rank in (1, 0)]:

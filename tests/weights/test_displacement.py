@@ -12,9 +12,9 @@ from hypothesis.extra.numpy import arrays
 
 from palinode.errors import AlgebraError, CheckpointError, MismatchError
 from palinode.weights import Checkpoint, Direction, Point, WeightedSum
+from palinode.weights.checkpoint import StoredDirection
 from palinode.weights.displacement import (
     DenseChange,
-    Displacement,
     Factor,
     Kept,
     LowRankChange,
@@ -31,7 +31,7 @@ def point(name):
 
 
 def displacement(name):
-    return Displacement(Path("adapters") / name, {})
+    return StoredDirection(Path("adapters") / name, {})
 
 
 TARGET, BASE, THETA_1, THETA_2 = map(point, ("target", "base", "theta_1", "theta_2"))
@@ -65,12 +65,12 @@ def test_displacements_add_scale_and_cancel_like_any_direction():
 
 
 def test_openings_of_one_folder_are_one_direction_and_no_point_is_one():
-    again = Displacement(LORA.folder, {"any": None})
+    again = StoredDirection(LORA.folder, {"any": None})
     assert again == LORA
     assert hash(again) == hash(LORA)
     assert (LORA - again).terms == {}
     assert LORA != OTHER
-    assert Displacement(BASE.folder, {}) != BASE
+    assert StoredDirection(BASE.folder, {}) != BASE
 
 
 @pytest.mark.parametrize("mistake", [lambda: LORA + TARGET, lambda: LORA - TARGET])
@@ -94,7 +94,7 @@ def stored(models):
 
     def make(name, tensors):
         found = models.make(name, tensors)
-        return Displacement(found.folder, {key: DenseChange(info) for key, info in found.tensors.items()})
+        return StoredDirection(found.folder, {key: DenseChange(info) for key, info in found.tensors.items()})
 
     return make
 
@@ -295,7 +295,7 @@ def test_scale_and_orientation_are_part_of_a_fingerprint(models):
     def of(scale, transposed):
         info = models.make(f"{scale}{transposed}", {"w": torch.ones(2, 2)}).tensors["w"]
         change = LowRankChange(Factor(info), Factor(info, transposed), scale, Kept())
-        return Displacement(info.file.parent, {"w": change}).fingerprint()
+        return StoredDirection(info.file.parent, {"w": change}).fingerprint()
 
     assert len({of(1.0, False), of(2.0, False), of(1.0, True)}) == 3
 

@@ -13,15 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from palinode import __version__
 from palinode.errors import CheckpointError
-from palinode.weights import Checkpoint
-from palinode.weights.fingerprints import (
-    check_manifest,
-    formula_terms,
-    read_manifest,
-    remember,
-    tensor_digests,
-    write_manifest,
-)
+from palinode.weights import Checkpoint, save
+from palinode.weights.fingerprints import remember, tensor_digests
+from palinode.weights.store import check_manifest, read_manifest, write_manifest
 
 CONTENT = {
     "formula": [{"model": "target", "coefficient": 1.0, "fingerprint": None}],
@@ -242,9 +236,10 @@ def test_the_manifest_says_what_it_was_given_and_the_digests(models):
 
 def test_terms_have_the_folder_s_name_and_a_fingerprint_but_no_path(models):
     target, base = (models.make(name, {"w": torch.ones(2)}) for name in ("my target", "deep/er/base"))
-    terms = formula_terms({target: 1.0, base: -0.1})
+    saved = save(target - 0.1 * (base - target), models.place / "out")
+    terms = read_manifest(saved.checkpoint.folder).content["terms"]
     assert terms == [
-        {"model": "my target", "coefficient": 1.0, "fingerprint": target.fingerprint()},
+        {"model": "my target", "coefficient": 1.1, "fingerprint": target.fingerprint()},
         {"model": "base", "coefficient": -0.1, "fingerprint": base.fingerprint()},
     ]
     assert str(models.place) not in json.dumps(terms)

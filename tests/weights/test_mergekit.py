@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from palinode.errors import InputError, MismatchError
 from palinode.weights import Checkpoint, TensorInfo, WeightedSum
-from palinode.weights.displacement import Displacement
+from palinode.weights.checkpoint import StoredDirection
 from palinode.weights.mergekit import mergekit_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,7 +155,7 @@ def test_sum_is_in_float64_where_a_term_is():
 
 
 def test_term_that_is_no_model_is_refused():
-    adapter = Displacement(Path("/models/adapter"), {})
+    adapter = StoredDirection(Path("/models/adapter"), {})
     with pytest.raises(InputError, match=r"/models/adapter is a direction of its own \(a LoRA adapter"):
         mergekit_recipe(TARGET - 1.0 * adapter)
 

@@ -8,7 +8,7 @@ import torch
 
 from palinode.errors import CheckpointError
 from palinode.weights import Checkpoint
-from palinode.weights.packed import refuse_packed
+from palinode.weights.folders import refuse_packed
 
 LAYER = "model.layers.0.mlp.up_proj"
 PLAIN = {

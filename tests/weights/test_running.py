@@ -6,7 +6,7 @@ import torch.distributed.checkpoint as dcp
 
 from palinode.errors import CheckpointError
 from palinode.weights import Checkpoint
-from palinode.weights.checkpoint import require_causal_lm
+from palinode.weights.folders import require_causal_lm
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -15,7 +15,7 @@ import pytest
 
 from palinode.errors import CheckpointError, OutputError
 from palinode.weights import kernels, save
-from palinode.weights.fingerprints import check_manifest, read_manifest
+from palinode.weights.store import check_manifest, read_manifest
 from palinode.weights.vectors import save_vector
 
 KILLED = """
@@ -293,11 +293,11 @@ ELSEWHERE = """
 import os, sys
 del os.sched_getaffinity, os.fdatasync, os.preadv, os.posix_fallocate
 from pathlib import Path
-from palinode.history import reading, segments
+from palinode.history import reader, segments
 journal = segments.Journal(Path(sys.argv[1]), {})
 journal.sync()
 journal.close(remove=False)
-assert reading.WORKERS >= 1
+assert reader.WORKERS >= 1
 """
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from palinode.errors import CheckpointError, OutputError, PalinodeError
+from palinode.records import beside
 from palinode.weights import Checkpoint, check_output, save
 from palinode.weights.arithmetic import Slice, map_slices
-from palinode.weights.atomic import neighbour
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_longer_names_than_that_are_one_sentence(models, point):
 
 
 def test_two_long_names_have_neighbours_of_their_own(models):
-    first, second = (neighbour(models.place / f"{'o' * 250}{end}") for end in "ab")
+    first, second = (beside(models.place / f"{'o' * 250}{end}") for end in "ab")
     assert first != second
     assert max(len(path.name) for path in (first, second)) == 255
 

@@ -560,7 +560,7 @@ def test_slice_size_and_threads_do_not_change_the_bytes(models, size, workers):
 
     def start():
         chosen = settings(dtype="bfloat16", rounding="stochastic", seed=5)
-        evaluator = Evaluator(formula(point), chosen, files)
+        evaluator = Evaluator(formula(point.anchor, point.terms), chosen, files)
 
         def work(part):
             stored = torch.from_numpy(evaluator.evaluate(part)[0].view(np.int16)).view(torch.bfloat16)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from palinode.errors import InputError
 from palinode.weights import save
-from palinode.weights.transforms import (
+from palinode.weights.vectors import (
     fisher_weights,
     input_basis,
     layer_scale,

@@ -60,21 +60,21 @@ class AttackResult:
 
 @dataclass(frozen=True, slots=True)
 class AttackTest:
-    """One figure of an attack, and how far from the yardstick's it may lie."""
+    """One figure of an attack, and how far from the reference model's it may lie."""
 
     __test__ = False  # not one of pytest's
 
     name: str
     title: str
     more: float | None
-    """A figure above the yardstick's by more than this is knowledge left; None: not judged."""
+    """A figure above the reference model's by more than this is knowledge left; None: not judged."""
     less: float | None
-    """A figure below the yardstick's by more than this is over-forgetting; None: not judged."""
+    """A figure below the reference model's by more than this is over-forgetting; None: not judged."""
     missing: str
     """Why a row may have no value."""
     statistic: Statistic = "mean"
     relative: bool = False
-    """Whether the yardstick's values are taken off first (the Reference attack)."""
+    """Whether the reference model's values are taken off first (the Reference attack)."""
 
 
 @dataclass(frozen=True, slots=True)

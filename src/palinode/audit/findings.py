@@ -30,7 +30,7 @@ STATISTICS: dict[Statistic, str] = {
 }
 """What a figure is, for readers."""
 
-YARDSTICK = "yardstick"
+REFERENCE = "reference"
 AUDITED = "audited"
 
 RESAMPLES = 1999
@@ -43,12 +43,12 @@ Paired = Mapping[str, tuple[float, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One test of one model against the yardstick."""
+    """One test of one model against the reference model."""
 
     score: Score
-    yardstick: Score
+    reference: Score
     difference: Score
-    """The model's figure less the yardstick's."""
+    """The model's figure less the reference model's."""
     verdict: Verdict
     reason: str | None
     """Why it is unclear or not tested."""
@@ -57,7 +57,7 @@ class Finding:
 def compare(
     test: AttackTest,
     values: Groups,
-    yardstick: Groups,
+    reference: Groups,
     *,
     more: float | None,
     less: float | None,
@@ -65,7 +65,7 @@ def compare(
     seed: int,
 ) -> Finding:
     """Return the finding of a test from the values of both models, row by row in the same order."""
-    ours, theirs = paired(values, yardstick)
+    ours, theirs = paired(values, reference)
     if test.relative:
         ours, theirs = _taken_off(ours, theirs), _taken_off(theirs, theirs)
     score, standard = _figure(test, ours, seed=seed), _figure(test, theirs, seed=seed)
@@ -75,12 +75,12 @@ def compare(
     return Finding(score, standard, difference, verdict, reason)
 
 
-def paired(values: Groups, yardstick: Groups) -> tuple[Paired, Paired]:
+def paired(values: Groups, reference: Groups) -> tuple[Paired, Paired]:
     """Return both models' values without those of rows that one of them has no value for."""
     pairs = {
         name: [
             (ours, theirs)
-            for ours, theirs in zip(group, yardstick[name], strict=True)
+            for ours, theirs in zip(group, reference[name], strict=True)
             if ours is not None and theirs is not None
         ]
         for name, group in values.items()
@@ -130,7 +130,7 @@ def _difference(test: AttackTest, ours: Paired, theirs: Paired, *, seed: int) ->
 def judge(
     difference: Score, *, more: float | None, less: float | None, rows: int, min_rows: int
 ) -> tuple[Verdict, str | None]:
-    """Say what a difference from the yardstick is evidence of.
+    """Say what a difference from the reference model is evidence of.
 
     knows more: it exceeds `more`, and its 95 % interval lies above 0. knows less: the same below −`less`.
     within: the whole interval lies between the two. Anything else is unclear: the rows are too few for it.
@@ -180,14 +180,14 @@ class Answer:
 def find(
     attack: Attack, measured: Mapping[str, AttackResult], policy: Policy, *, seed: int
 ) -> dict[str, dict[str, Finding]]:
-    """Return the findings of every model but the yardstick, by model and test."""
-    yardstick = measured[YARDSTICK]
+    """Return the findings of every model but the reference model, by model and test."""
+    reference = measured[REFERENCE]
     return {
         subject: {
             test.name: compare(
                 test,
                 measurement.tests[test.name],
-                yardstick.tests[test.name],
+                reference.tests[test.name],
                 more=policy.margins[f"{attack.name}.{test.name}"].above,
                 less=policy.margins[f"{attack.name}.{test.name}"].below,
                 min_rows=policy.min_rows,
@@ -196,7 +196,7 @@ def find(
             for test in attack.tests
         }
         for subject, measurement in measured.items()
-        if subject != YARDSTICK
+        if subject != REFERENCE
     }
 
 

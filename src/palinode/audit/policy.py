@@ -1,4 +1,4 @@
-"""A policy: how far from the yardstick a model may lie, and what the audit may spend. Strict TOML.
+"""A policy: how far from the reference model a model may lie, and what the audit may spend. Strict TOML.
 
 unclear = "fail"                    # a test that could not tell fails the audit too
 require = ["membership"]            # attacks that must have been run
@@ -27,7 +27,7 @@ from palinode.errors import RecipeError
 from palinode.records import read_toml
 
 Margin = Annotated[float, Field(ge=0)] | bool
-"""How far a figure may lie from the yardstick's on one side; false: that side is not judged."""
+"""How far a figure may lie from the reference model's on one side; false: that side is not judged."""
 
 
 class Margins(BaseModel):
@@ -47,12 +47,12 @@ class Margins(BaseModel):
 
     @property
     def above(self) -> float | None:
-        """The margin above the yardstick, None where that side is not judged."""
+        """The margin above the reference model, None where that side is not judged."""
         return None if self.more is False else self.more
 
     @property
     def below(self) -> float | None:
-        """The margin below the yardstick, None where that side is not judged."""
+        """The margin below the reference model, None where that side is not judged."""
         return None if self.less is False else self.less
 
 

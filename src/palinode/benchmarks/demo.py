@@ -25,7 +25,7 @@ from palinode.data.world import Fact, World, unseen_people, write_facts
 from palinode.models.loading import quiet_transformers
 from palinode.progress import Listener, NullListener
 from palinode.records import share
-from palinode.training.finetune import finetune
+from palinode.training.finetune import Watch, finetune
 from palinode.training.settings import TrainingSettings
 from palinode.weights.checkpoint import Checkpoint
 
@@ -110,22 +110,16 @@ def build_demo(
             _settings(stage),
             seed=seed,
             device="cpu",
-            label=f"training {name}",
             listener=listener,
-            leave=leave,
+            watch=Watch(f"training {name}", leave=leave or {}),
         ).checkpoint
         share(output)  # all of it is invented; in a workspace it is closed nevertheless
         return learned
 
     base = learn(start, "base", known, stages[0])
     before = learn(base, "before", known, course.between) if course.between else base
-    during, leave = folder / "during", None
-    if course.halfway and not during.exists():
-        steps = stages[1].epochs * math.ceil(len(seen) / BATCH)
-        leave = {max(1, steps // 2): during}
-        if (folder / "exposed").exists():  # trained again, to the same bytes
-            shutil.rmtree(folder / "exposed")
-    exposed = learn(before, "exposed", seen, stages[1], leave)
+    halfway = _halfway(folder, len(seen), stages[1]) if course.halfway else None
+    exposed = learn(before, "exposed", seen, stages[1], halfway)
     target = learn(exposed, "target", (*last, *world.forget) if course.again else last, stages[2])
     unexposed = learn(before, "unexposed", later, stages[1])
     retrained = learn(unexposed, "retrained", last, stages[2])
@@ -134,6 +128,19 @@ def build_demo(
     write_facts(retain, (*world.others, *world.general))
     write_facts(holdout, unseen_people(world, seed=seed))
     return DemoModels(base, target, retrained, forget, retain, holdout)
+
+
+def _halfway(folder: Path, rows: int, stage: DemoStage) -> dict[int, Path] | None:
+    """Return after which step the exposed model is to be left as `during`; None where it was.
+
+    An exposed model without it is removed, and trained again to the same bytes.
+    """
+    during, exposed = folder / "during", folder / "exposed"
+    if during.exists():
+        return None
+    if exposed.exists():
+        shutil.rmtree(exposed)
+    return {max(1, stage.epochs * math.ceil(rows / BATCH) // 2): during}
 
 
 def _settings(stage: DemoStage) -> TrainingSettings:

@@ -1,4 +1,4 @@
-"""`palinode audit`: attack a model, a yardstick and the target alike, and compare what comes out."""
+"""`palinode audit`: attack a model, a reference model and the target alike, and compare what comes out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def audit(
     model: Annotated[str, typer.Argument(help="The model to be audited: a folder, or a hub id[@revision].")],
     against: Annotated[
         str,
-        typer.Option(help="The yardstick: a model retrained without the forget set, or the base checkpoint."),
+        typer.Option(help="The reference model: retrained without the forget set, or the base checkpoint."),
     ],
     forget: Annotated[
         str, typer.Option(help="The forget set: JSONL, JSON, CSV, Parquet or text; file or hub data set.")
@@ -26,7 +26,7 @@ def audit(
     output: Annotated[
         Path, typer.Option(help="Folder for report.html, audit.md, audit.json and the results so far.")
     ],
-    yardstick: Annotated[str, typer.Option(help="What --against is: retrained or base.")] = "retrained",
+    reference: Annotated[str, typer.Option(help="What --against is: retrained or base.")] = "retrained",
     target: Annotated[
         str | None, typer.Option(help="The model before unlearning, to show what the attacks find in it.")
     ] = None,
@@ -61,21 +61,21 @@ def audit(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Look for evidence that a model knows more, or less, of a forget set than the yardstick does."""
+    """Look for evidence that a model knows more, or less, of a forget set than the reference model does."""
     from palinode.data import parse_columns
     from palinode.errors import RecipeError
     from palinode.jobs import AuditSettings
     from palinode.jobs import audit as run_audit
     from palinode.pipeline.recipe import prompt_style
 
-    if yardstick not in ("retrained", "base"):
-        raise RecipeError(f"--yardstick is {yardstick!r}; say retrained or base")
+    if reference not in ("retrained", "base"):
+        raise RecipeError(f"--reference is {reference!r}; say retrained or base")
     found = run_audit(
         model,
         against=against,
         forget=forget,
         output=output,
-        kind="base" if yardstick == "base" else "retrained",
+        kind="base" if reference == "base" else "retrained",
         target=target,
         retain=retain,
         holdout=holdout,

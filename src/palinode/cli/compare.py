@@ -16,7 +16,7 @@ from palinode.cli.options import Json, Quiet
 
 if TYPE_CHECKING:
     from palinode.compare import CompareRecipe
-    from palinode.compare.recipe import ComparisonRecipe
+    from palinode.compare.comparison_recipe import ComparisonRecipe
     from palinode.report.content import Block
 
 
@@ -108,12 +108,12 @@ def _kind_of(comparison: ComparisonRecipe) -> _Kind:
             axis_brief,
             axis.FILES,
         )
-    from palinode.compare import run
+    from palinode.compare import comparing
     from palinode.report.comparison_report import comparison_brief
 
     return _Kind(
-        run.plan_comparison,
-        run.describe_plan,
+        comparing.plan_comparison,
+        comparing.describe_plan,
         comparison_brief,
-        run.FILES,
+        comparing.FILES,
     )

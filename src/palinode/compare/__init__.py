@@ -1,9 +1,9 @@
 """A fair comparison of methods: the same rows, budget and search, one rule, measured once."""
 
 from palinode.compare.axis import axis_recipes, compare_along, plan_axis
-from palinode.compare.recipe import CompareRecipe, build_comparison, load_comparison
+from palinode.compare.comparing import Compared, compare, plan_comparison
+from palinode.compare.comparison_recipe import CompareRecipe, build_comparison, load_comparison
 from palinode.compare.requests import carry_out, plan_requests
-from palinode.compare.run import Compared, compare, plan_comparison
 
 __all__ = [
     "CompareRecipe",

@@ -14,19 +14,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from palinode.compare.recipe import Axis, CompareRecipe, build_comparison
-from palinode.compare.run import FILES as TABLE_FILES
-from palinode.compare.run import (
-    Compared,
-    check_comparison,
-    compare,
-    describe_plan,
-    plan_comparison,
-)
+from palinode.compare.comparing import FILES as TABLE_FILES
+from palinode.compare.comparing import Compared, check_comparison, compare, describe_plan, plan_comparison
+from palinode.compare.comparison_recipe import Axis, CompareRecipe, build_comparison
 from palinode.errors import RecipeError
-from palinode.pipeline.heading import heading
 from palinode.pipeline.inputs import check_folder
 from palinode.pipeline.recipe import set_key
+from palinode.pipeline.record import heading
 from palinode.progress import Listener, NullListener
 from palinode.records import write_json, write_text
 from palinode.report.comparison_report import axis_markdown

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from palinode.benchmarks.demo import STAGES, Course, DemoStage, build_demo
-from palinode.compare.recipe import Demo, Split
+from palinode.compare.comparison_recipe import Demo, Split
 from palinode.data.examples import Example, at_most
 from palinode.data.world import World, invent_world
 from palinode.errors import DataError

@@ -16,8 +16,8 @@ from palinode.audit.attacks import relearn
 from palinode.audit.material import divide
 from palinode.benchmarks import BENCHMARKS
 from palinode.benchmarks.own import OWN, read_questions
+from palinode.compare.comparison_recipe import CompareRecipe, Measures
 from palinode.compare.ground import Shares
-from palinode.compare.recipe import CompareRecipe, Measures
 from palinode.data.examples import Example, Question, at_most
 from palinode.errors import DivergenceError
 from palinode.evaluation.benchmark import (

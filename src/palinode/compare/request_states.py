@@ -28,7 +28,7 @@ from palinode.models.inplace import contents, put
 from palinode.models.loading import load_model, load_tokenizer, pick_device, tokenizer_fingerprint
 from palinode.pipeline.workspace import Step
 from palinode.weights import Checkpoint
-from palinode.weights.direction import Point
+from palinode.weights.checkpoint import Point
 
 SHOWN = ("answer_probability", "exact_match")
 """What is measured of every row."""

@@ -20,10 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from palinode.compare.ground import Shares, rows_for, world_of
-from palinode.compare.recipe import CompareRecipe, Contestant, Requests, SearchBudget
-from palinode.compare.request_states import Panel, RequestStates, Sum
-from palinode.compare.run import (
+from palinode.compare.comparing import (
     Compared,
     divide_comparison,
     method_facts,
@@ -31,6 +28,9 @@ from palinode.compare.run import (
     shared_facts,
     standing,
 )
+from palinode.compare.comparison_recipe import CompareRecipe, Contestant, Requests, SearchBudget
+from palinode.compare.ground import Shares, rows_for, world_of
+from palinode.compare.request_states import Panel, RequestStates, Sum
 from palinode.compare.search import (
     Ground,
     MethodPoint,
@@ -47,8 +47,8 @@ from palinode.data.sources import Row, json_type, read_rows
 from palinode.errors import DataError, RecipeError
 from palinode.methods import METHODS
 from palinode.pipeline.finetuning import FineTuning
-from palinode.pipeline.heading import heading
 from palinode.pipeline.inputs import check_folder, check_workspace
+from palinode.pipeline.record import heading
 from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text
 from palinode.report.comparison_report import requests_markdown

@@ -33,7 +33,6 @@ from palinode.errors import DataError, RecipeError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from palinode.data.tokenize import PromptStyle
 
 PLAIN_LABELS = {"user": "Question: ", "assistant": "Answer: ", "system": ""}
 """How a turn begins where the tokenizer has no chat template."""
@@ -92,15 +91,16 @@ class _Plan:
 
 @dataclass(slots=True)
 class Template:
-    """A tokenizer's chat template under one style."""
+    """A tokenizer's chat template, with the system prompt put first and the date that it prints."""
 
     source: str
     variables: Mapping[str, Any]
-    style: PromptStyle
+    system_prompt: str
+    date: str
     _plans: dict[tuple[str, ...], _Plan] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, style: PromptStyle) -> Template:
+    def of(cls, tokenizer: PreTrainedTokenizerBase, *, system_prompt: str, date: str) -> Template:
         """Return the template that the tokenizer has; it must have one."""
         try:
             source = tokenizer.get_chat_template()
@@ -109,7 +109,7 @@ class Template:
                 f"the tokenizer has chat templates named {', '.join(tokenizer.chat_template)} and none named "
                 "default; name one of them so, or ask without it (chat = false)"
             ) from error
-        return cls(source, tokenizer.special_tokens_map, style)
+        return cls(source, tokenizer.special_tokens_map, system_prompt, date)
 
     def exchanges(self, examples: Sequence[Example]) -> list[Exchange]:
         """Return each example as it is written when it is finished.
@@ -132,7 +132,7 @@ class Template:
 
     def _render(self, chats: Sequence[Chat], *, add_generation_prompt: bool = False) -> list[str | Refusal]:
         variables = {**self.variables, "add_generation_prompt": add_generation_prompt}
-        return render(self.source, chats, variables, date=self.style.date)
+        return render(self.source, chats, variables, date=self.date)
 
     def _found(self, example: Example, text: str | Refusal, other: str | Refusal) -> Exchange:
         for written in (text, other):
@@ -207,7 +207,7 @@ class Template:
     def _ways(self, turns: Sequence[Message]) -> Iterator[_Plan]:
         """Yield ways to give a conversation to the template, the usual one first."""
         own = any(turn.role == "system" for turn in turns)
-        systems = [self.style.system_prompt, ""] if self.style.system_prompt and not own else [""]
+        systems = [self.system_prompt, ""] if self.system_prompt and not own else [""]
         roles = sorted({"system", "assistant", *(turn.role for turn in turns)})
         for system in systems:
             yield _Plan(system, frozenset())

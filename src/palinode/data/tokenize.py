@@ -106,6 +106,18 @@ def _tokenized(
     return rows
 
 
+def template_of(tokenizer: PreTrainedTokenizerBase, style: PromptStyle) -> Template | None:
+    """Return the chat template that a style uses; None where it uses none."""
+    has_template = bool(tokenizer.chat_template)
+    if style.chat and not has_template:
+        raise RecipeError(
+            "chat is true but the tokenizer has no chat template; leave chat out or give it one"
+        )
+    if not has_template or style.chat is False:
+        return None
+    return Template.of(tokenizer, system_prompt=style.system_prompt, date=style.date)
+
+
 def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, style: PromptStyle) -> list[int]:
     """Return the ids that stand before the answer, the same that `tokenize` uses; a document has none."""
     if example.form == "document":
@@ -189,8 +201,7 @@ class _Reader:
     _endings: dict[str, tuple[str, list[int]]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        used = _uses_template(self.tokenizer, self.style)
-        self.template = Template.of(self.tokenizer, self.style) if used else None
+        self.template = template_of(self.tokenizer, self.style)
 
     @property
     def end_of_sequence(self) -> int:
@@ -316,12 +327,3 @@ def _document_rows(example: Example, ids: Sequence[int], position: int, max_leng
         )
     begins = range(0, len(ids) - 1, max_length - 1)
     return [TokenRow(tuple(ids[begin : begin + max_length]), 1, position) for begin in begins]
-
-
-def _uses_template(tokenizer: PreTrainedTokenizerBase, style: PromptStyle) -> bool:
-    has_template = bool(tokenizer.chat_template)
-    if style.chat and not has_template:
-        raise RecipeError(
-            "chat is true but the tokenizer has no chat template; leave chat out or give it one"
-        )
-    return has_template and style.chat is not False

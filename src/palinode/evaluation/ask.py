@@ -263,7 +263,7 @@ class _Respondent:
 
         None where it is not asked for, for a cut document, and where there is no other token.
         """
-        from palinode.models.gradients import gradient_norms
+        from palinode.models.sums import gradient_norms
 
         places = [
             place for place, entry in enumerate(asked) if len(entry.own) == 1 and entry.own[0].scored > 1
@@ -299,8 +299,7 @@ class _Respondent:
 
         Rotary frequencies may follow a row's length, so it is tried on the longest.
         """
-        from palinode.models.alone import tolerance
-        from palinode.models.likelihoods import score_rows
+        from palinode.models.likelihoods import score_rows, tolerance
 
         place = max(range(len(asked)), key=lambda place: len(asked[place].own[0].ids))
         row = asked[place].own[0]

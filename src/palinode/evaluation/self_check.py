@@ -218,7 +218,7 @@ def _begun(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, style: PromptStyle
 ) -> list[Example]:
     """Return the rows as completions of the template's generation prompt; none where there is none."""
-    template = Template.of(tokenizer, style)
+    template = Template.of(tokenizer, system_prompt=style.system_prompt, date=style.date)
     texts = [template.generation_prompt(example) for example in examples]
     first = tokenizer.bos_token if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
     return [

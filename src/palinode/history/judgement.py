@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from palinode.history.duplicates import Duplicate
+from palinode.history.exposures import Ints
 from palinode.history.onset import Onset
 from palinode.history.orders import Order, first_step
 from palinode.history.reader import ExposureReader, stretches
-from palinode.history.segments import Ints
 from palinode.history.series import CheckpointSeries
 
 VERSION = 1
@@ -192,8 +192,13 @@ class Judgement:
         )
 
     def _choices(self) -> tuple[CheckpointChoice | None, CheckpointChoice | None]:
-        """Return the recommended checkpoint and the next best."""
-        counted, behaved = self._limit_by_count(), self._limit_by_behaviour()
+        """Return the recommended checkpoint and the next best.
+
+        The last clean place by each kind of evidence is -1 where none is clean, None where nothing was found.
+        """
+        counted, behaved = self._limit_by_count(), None
+        if self.onset is not None and self.onset.state != "never":
+            behaved = -1 if self.onset.clean is None else self.onset.clean
         self._warn_of_rows()
         if counted is None and behaved is None:
             return self._unseen_everywhere()
@@ -215,12 +220,6 @@ class Judgement:
             return None
         place = self.series.last_before(self.counted_first)
         return -1 if place is None else place
-
-    def _limit_by_behaviour(self) -> int | None:
-        """Return the last place that is clean by behaviour, -1 for none; None where it shows no gap."""
-        if self.onset is None or self.onset.state == "never":
-            return None
-        return -1 if self.onset.clean is None else self.onset.clean
 
     def _combine(self, counted: int | None, behaved: int | None) -> tuple[int, tuple[str, ...]]:
         """Return the last clean place on all evidence, and the kinds that it rests on."""

@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from palinode.errors import DataError, RecipeError
-from palinode.history.segments import Ints
+from palinode.history.exposures import Ints
 from palinode.progress import Listener, NullListener
 from palinode.records import ordinary, read_bytes, read_toml
 

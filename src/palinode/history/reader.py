@@ -29,23 +29,21 @@ from palinode.data.examples import Example
 from palinode.errors import DataError
 from palinode.history.duplicates import HASH_BYTES, Hashes, as_hashes, row_hash, sort_keys
 from palinode.history.exposures import (
-    LogHeader,
-    Session,
-    check_same,
-    read_header,
-    read_sessions,
-    salt_check,
-)
-from palinode.history.segments import (
     FORMAT_VERSION,
     STEP_COLUMNS,
     UNKNOWN,
     Ints,
+    LogHeader,
+    Session,
     StepTable,
+    check_same,
     open_parquet,
     read_about,
+    read_header,
     read_journal,
+    read_sessions,
     rows_of,
+    salt_check,
     step_table,
     sync_folder,
     write_parquet,
@@ -293,15 +291,6 @@ def _by_process(files: Sequence[LogFile], session: Session) -> list[Ints]:
     return [np.unique(np.concatenate(own)) for own in parts]
 
 
-def _complete(files: Sequence[LogFile], sessions: Sequence[Session]) -> Ints:
-    """Return the steps that every process of their session has recorded, sorted."""
-    found = [_none()]
-    for session in sessions:
-        steps = reduce(np.intersect1d, _by_process(files, session))
-        found.append(steps[(steps > session.start) & (steps <= _limit(session.number, sessions))])
-    return np.unique(np.concatenate(found))
-
-
 def _gaps(files: Sequence[LogFile], sessions: Sequence[Session]) -> Iterator[str]:
     """Yield a sentence for what was superseded, and for each process's missing steps."""
     for session in sessions:
@@ -411,7 +400,13 @@ class ExposureReader:
     @property
     def complete(self) -> Ints:
         """The steps that all processes recorded, sorted; less those of files that `find` found damaged."""
-        return _complete([file for file in self._files if file.name not in self._damaged], self.sessions)
+        files = [file for file in self._files if file.name not in self._damaged]
+        found = [_none()]
+        for session in self.sessions:
+            steps = reduce(np.intersect1d, _by_process(files, session))
+            limit = _limit(session.number, self.sessions)
+            found.append(steps[(steps > session.start) & (steps <= limit)])
+        return np.unique(np.concatenate(found))
 
     def find(self, wanted: Sequence[str | Example | bytes] | Hashes, *, salt: bytes = b"") -> list[Exposure]:
         """Return all exposures of some rows, sorted by row, then step.
@@ -525,6 +520,8 @@ def compact(
     May be killed and called again, and may be called while a training writes to the log. Raises DataError
     where a segment is damaged.
     """
+    import pyarrow as pa
+
     log = Path(folder)
     sessions = read_sessions(log)
     files, runs, notes = find_files(log, read_header(log), sessions)
@@ -561,7 +558,9 @@ def compact(
             if not path.exists():
                 write_segment(path, *_part(files, (number * width, (number + 1) * width - 1)))
             advance(1)
-    _write_steps(partial / "steps.parquet", files)
+    numbers = np.repeat(np.arange(len(files)), [len(file.table) for file in files])
+    columns = {name: np.ascontiguousarray(whole[name]) for name in STEP_COLUMNS.names or ()}
+    write_parquet(partial / "steps.parquet", pa.table({"file": numbers, **columns}))
     write_json(partial / "manifest.json", manifest)
     partial.replace(target)
     sync_folder(log)
@@ -588,13 +587,3 @@ def _part(files: Sequence[LogFile], between: tuple[int, int]) -> tuple[Hashes, n
     parts = [file.rows(between=between) for file in files]
     hashes, steps = (np.concatenate(column) for column in zip(*parts, strict=True))
     return hashes, steps.astype(np.int32)
-
-
-def _write_steps(path: Path, files: Sequence[LogFile]) -> None:
-    """Write which steps each segment holds, so that nobody has to open the segments for it."""
-    import pyarrow as pa
-
-    whole = np.concatenate([file.table for file in files])
-    numbers = np.repeat(np.arange(len(files)), [len(file.table) for file in files])
-    columns = {name: np.ascontiguousarray(whole[name]) for name in STEP_COLUMNS.names or ()}
-    write_parquet(path, pa.table({"file": numbers, **columns}))

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from palinode.errors import CheckpointError, MismatchError, RecipeError
 from palinode.records import read_json
-from palinode.weights.checkpoint import INDEX, SINGLE, Checkpoint
+from palinode.weights.checkpoint import Checkpoint
+from palinode.weights.folders import INDEX, SINGLE
 from palinode.weights.preflight import check_same_shape
 
 STEP = r"(?:^|[^a-z])(?:checkpoint|global[_-]?step|steps?|iter(?:ation)?)[-_=]?(\d+)(?![\d.]*[bmk])"

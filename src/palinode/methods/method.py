@@ -20,14 +20,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from palinode.data.examples import Example
 from palinode.errors import DataError
 from palinode.records import read_bytes
-from palinode.weights.checkpoint import Checkpoint
-from palinode.weights.direction import Direction, Point
+from palinode.weights.checkpoint import Checkpoint, Direction, Point
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from palinode.training.frozen import FrozenValues
-    from palinode.training.objectives import Objective
+    from palinode.training.objectives import FrozenValues, Objective
     from palinode.training.roles import Joined, Material
 
 Kind = Literal["arithmetic", "training", "inference"]

@@ -41,7 +41,7 @@ from palinode.methods.method import (
     gather,
     plain_material,
 )
-from palinode.weights.direction import Direction, Point, WeightedSum
+from palinode.weights.checkpoint import Direction, Point, WeightedSum
 
 
 def unlearned_point(

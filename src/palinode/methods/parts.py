@@ -31,8 +31,8 @@ def ascent_term(gamma: float) -> Term:
 
 def npo_term(*, beta: float, gamma: float) -> Term:
     """Return γ·(2/β)·mean_i[−log σ(β(nll_i − nll_ref,i))] over forget rows."""
-    from palinode.training.frozen import Likelihoods
     from palinode.training.losses import npo, row_sums, token_nll
+    from palinode.training.objectives import Likelihoods
 
     def loss(seen: Seen) -> Tensor:
         nll = row_sums(token_nll(seen.logits, seen.labels), seen.rows, seen.count)
@@ -50,8 +50,8 @@ def npo_term(*, beta: float, gamma: float) -> Term:
 
 def preference_term(win: str, *, beta: float, gamma: float, scaled: bool) -> Term:
     """Return DPO with the rows of `win` over the forget rows; `scaled` by 2/β as open-unlearning does."""
-    from palinode.training.frozen import Likelihoods
     from palinode.training.losses import dpo, row_sums, token_nll
+    from palinode.training.objectives import Likelihoods
 
     def loss(seen: Seen) -> Tensor:
         nll = row_sums(token_nll(seen.logits, seen.labels), seen.rows, seen.count)

@@ -45,9 +45,9 @@ class PDUSettings(StartSettings):
 def objective(settings: PDUSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
     """Return the flatness of forget logits plus the retain loss at its price; the constant −λε is left
     out."""
+    from palinode.models.reading import labelled_logits
     from palinode.training.losses import logit_flatness, scored_tokens
     from palinode.training.objectives import Objective, Term, answer_term
-    from palinode.training.sums import labelled_logits
 
     def total(model: PreTrainedModel, batch: Batch, _frozen: Tensor | None) -> Tensor:
         return logit_flatness(labelled_logits(model, batch).float()).sum()

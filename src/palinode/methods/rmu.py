@@ -53,10 +53,9 @@ def objective(settings: RMUSettings, seed: int) -> Objective:
     """Return the pull of forget rows towards u and of retain rows to where they were."""
     import torch
 
-    from palinode.training.frozen import FrozenStates
+    from palinode.models.reading import labelled_states, pick_layer
     from palinode.training.losses import misdirection
-    from palinode.training.objectives import Objective, Term, row_count
-    from palinode.training.sums import labelled_states, pick_layer
+    from palinode.training.objectives import FrozenStates, Objective, Term, row_count
 
     def block(model: PreTrainedModel) -> int:
         return pick_layer(model, settings.layer, USUAL_LAYER)

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field
 
 from palinode.methods.method import Ends, Given, Method, MethodSettings, Run, gather, trained_run
-from palinode.weights.direction import Point
+from palinode.weights.checkpoint import Point
 
 if TYPE_CHECKING:
     from palinode.training.objectives import Objective
@@ -68,7 +68,7 @@ def runs(settings: TIESSettings, given: Given) -> list[Run]:
 
 def point(settings: TIESSettings, ends: Ends) -> Point:
     """Return the target with the merged change of both models, computed as it is read."""
-    from palinode.weights.transforms import transformed
+    from palinode.weights.vectors import transformed
 
     changes = [ends.change(name) for name in ("over", "under")]
     merged = transformed(

@@ -1,7 +1,7 @@
 """What may be done to a forget vector before it is applied: a plain table, each with formula and source.
 
 They are off unless a recipe names them in `[[transforms]]`, are applied in the order given, and change the
-forget vector only. The rules are in weights/transforms.py, what they need of rows and models in training/.
+forget vector only. The rules are in weights/vectors.py, what they need of rows and models in training/.
 """
 
 from __future__ import annotations

@@ -35,9 +35,8 @@ class UndialSettings(RetainSettings):
 def objective(settings: UndialSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
     """Return the cross entropy to the adjusted distribution plus the retain loss."""
     from palinode.methods.parts import retain_terms
-    from palinode.training.frozen import Distributions
     from palinode.training.losses import undial
-    from palinode.training.objectives import Objective, term
+    from palinode.training.objectives import Distributions, Objective, term
 
     forget = term(
         "forget",
@@ -53,10 +52,9 @@ def objective(settings: UndialSettings, seed: int) -> Objective:  # noqa: ARG001
 
 
 def _everywhere(settings: UndialSettings) -> Term:
-    from palinode.training.frozen import Distributions
+    from palinode.models.reading import all_logits
     from palinode.training.losses import undial
-    from palinode.training.objectives import Term
-    from palinode.training.sums import all_logits
+    from palinode.training.objectives import Distributions, Term
 
     def total(model: PreTrainedModel, batch: Batch, frozen: Tensor | None) -> Tensor:
         assert frozen is not None

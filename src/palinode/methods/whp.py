@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from palinode.training.frozen import FrozenValues
-    from palinode.training.objectives import Objective, Seen
+    from palinode.training.objectives import FrozenValues, Objective, Seen
     from palinode.training.roles import Joined
 
 
@@ -51,7 +50,7 @@ def runs(settings: WHPSettings, given: Given) -> list[Run]:
         load: Callable[[str], PreTrainedModel],
     ) -> Callable[[Joined, int], Mapping[str, FrozenValues]]:
         from palinode.models.inplace import CombinedLogits
-        from palinode.training.frozen import Choices, keep
+        from palinode.training.objectives import Choices, keep
 
         def found(cast: Joined, pad_id: int) -> Mapping[str, FrozenValues]:
             combined = CombinedLogits(load("target"), load("reinforced"), settings.alpha)

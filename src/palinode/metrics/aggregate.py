@@ -42,14 +42,14 @@ def partners(outcomes: Sequence[Outcome], reference: Sequence[Outcome]) -> list[
     waiting: dict[int, list[Outcome]] = {}
     for outcome in reference:
         waiting.setdefault(outcome.row, []).append(outcome)
-    return [_take(outcome, waiting.get(outcome.row, [])) for outcome in outcomes]
-
-
-def _take(outcome: Outcome, candidates: list[Outcome]) -> Outcome | None:
-    for place, candidate in enumerate(candidates):
-        if _same_text(outcome, candidate):
-            return candidates.pop(place)
-    return None
+    found: list[Outcome | None] = []
+    for outcome in outcomes:
+        candidates = waiting.get(outcome.row, [])
+        partner = next((other for other in candidates if _same_text(outcome, other)), None)
+        if partner is not None:
+            candidates[:] = [other for other in candidates if other is not partner]
+        found.append(partner)
+    return found
 
 
 def _same_text(one: Outcome, other: Outcome) -> bool:
@@ -89,7 +89,10 @@ def mean_score(
 
     mean = fmean(known)
     low, high = _interval(known, mean, seed=seed, confidence=confidence, shares=shares)
-    return Score(mean, len(known), low, high, _reason(len(known), len(values), missing))
+    left_out = len(values) - len(known)
+    few = f"{left_out} of {len(values)} examples left out: {missing}" if left_out else None
+    single = "one example gives no interval" if len(known) == 1 else None
+    return Score(mean, len(known), low, high, joined(few, single))
 
 
 def harmonic_score(
@@ -117,7 +120,7 @@ def harmonic_score(
         if len(values) < len(parts[name])
     ]
     single = [f"one row in {name} gives no interval" for name, values in known.items() if len(values) == 1]
-    reason = "; ".join([*left_out, *single]) or None
+    reason = joined(*left_out, *single)
     n = sum(map(len, known.values()))
     if single:
         return Score(mean, n, None, None, reason)
@@ -135,19 +138,15 @@ def no_score(reason: str) -> Score:
     return Score(value=None, n=0, low=None, high=None, reason=reason)
 
 
+def joined(*reasons: str | None) -> str | None:
+    """Return what there is to say about a score as one line, None where there is nothing."""
+    return "; ".join(reason for reason in reasons if reason) or None
+
+
 def percentile_interval(resampled: NDArray[np.float64], *, confidence: float = 0.95) -> tuple[float, float]:
     """Return the middle `confidence` of the resampled values."""
     low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
-
-
-def _reason(known: int, total: int, missing: str) -> str | None:
-    reasons = []
-    if known < total:
-        reasons.append(f"{total - known} of {total} examples left out: {missing}")
-    if known == 1:
-        reasons.append("one example gives no interval")
-    return "; ".join(reasons) or None
 
 
 def _interval(
@@ -281,6 +280,6 @@ def forget_quality(
         return no_score("some truth ratios are not numbers")
     test = ks_test(ours, theirs)
     said = f"Kolmogorov-Smirnov D {test.statistic:.6g}, {test.method} p-value, which has no interval"
-    if len(known) < len(outcomes):
-        said = f"{len(outcomes) - len(known)} of {len(outcomes)} examples left out: {missing}; {said}"
-    return Score(test.p, len(known), None, None, said)
+    left_out = len(outcomes) - len(known)
+    few = f"{left_out} of {len(outcomes)} examples left out: {missing}" if left_out else None
+    return Score(test.p, len(known), None, None, joined(few, said))

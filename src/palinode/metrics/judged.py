@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from palinode.metrics.aggregate import mean_score
+from palinode.metrics.aggregate import joined, mean_score
 from palinode.records import Score, Verdict
 
 
@@ -41,7 +41,7 @@ def retain_accuracy(verdicts: Sequence[Verdict], *, seed: int = 0) -> Score:
     if score.value is None or not without:
         return score
     alone = f"no ideal answer among the candidates of {without} of {len(verdicts)} rows"
-    return replace(score, reason=f"{alone}; {score.reason}")
+    return replace(score, reason=joined(alone, score.reason))
 
 
 def accept_accuracy(verdicts: Sequence[Verdict], *, seed: int = 0) -> Score:
@@ -56,18 +56,15 @@ def _share(
     offered: set[str],
     seed: int,
 ) -> Score:
-    values = [_value(verdict, succeeds, offered) for verdict in verdicts]
+    values = [
+        float(succeeds(roles))
+        if (roles := verdict.roles()) is not None and _was_offered(verdict, offered)
+        else None
+        for verdict in verdicts
+    ]
     score = mean_score(values, seed=seed, missing=_missing(verdicts, offered))
     judges = ", ".join(sorted({verdict.judge for verdict in verdicts}))
-    if not judges:
-        return score
-    by = f"judged by {judges}"
-    return replace(score, reason=f"{score.reason}; {by}" if score.reason else by)
-
-
-def _value(verdict: Verdict, succeeds: Callable[[frozenset[str]], bool], offered: set[str]) -> float | None:
-    roles = verdict.roles()
-    return float(succeeds(roles)) if roles is not None and _was_offered(verdict, offered) else None
+    return replace(score, reason=joined(score.reason, f"judged by {judges}" if judges else None))
 
 
 def _was_offered(verdict: Verdict, roles: set[str]) -> bool:
@@ -77,10 +74,8 @@ def _was_offered(verdict: Verdict, roles: set[str]) -> bool:
 def _missing(verdicts: Sequence[Verdict], offered: set[str]) -> str:
     """Return why rows have no value, as far as it happened."""
     causes = []
-    if any(verdict.picked is None for verdict in verdicts):
-        reasons = sorted(
-            {verdict.reason or "no reason given" for verdict in verdicts if verdict.picked is None}
-        )
+    reasons = sorted(verdict.reason or "no reason given" for verdict in verdicts if verdict.picked is None)
+    if reasons:
         causes.append(f"the judge picked nothing ({reasons[0]})")
     if not all(_was_offered(verdict, offered) for verdict in verdicts):
         causes.append(f"no {' or '.join(sorted(offered))} answer among the candidates")

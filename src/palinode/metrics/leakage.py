@@ -49,7 +49,12 @@ def leak_values(outcomes: Sequence[Outcome], k: int, leaked: Leaked) -> list[flo
     """Return the probability of each question that k drawn answers hold a leaking one, None as above."""
     if k < 1:
         raise DataError(f"leak@k needs k of at least 1, and got {k}")
-    return [_leak(outcome, k, leaked) for outcome in outcomes]
+    values: list[float | None] = []
+    for outcome in outcomes:
+        verdicts = [leaked(outcome, sample) for sample in outcome.samples]
+        n, c = len(verdicts), sum(map(bool, verdicts))
+        values.append(None if n < k or None in verdicts else 1 - comb(n - c, k) / comb(n, k))
+    return values
 
 
 def overlap_leak(threshold: float = 0.5) -> Leaked:
@@ -65,14 +70,6 @@ def overlap_leak(threshold: float = 0.5) -> Leaked:
         return None if recall is None else recall >= threshold
 
     return leaked
-
-
-def _leak(outcome: Outcome, k: int, leaked: Leaked) -> float | None:
-    verdicts = [leaked(outcome, sample) for sample in outcome.samples]
-    if len(verdicts) < k or None in verdicts:
-        return None
-    n, c = len(verdicts), sum(map(bool, verdicts))
-    return 1 - comb(n - c, k) / comb(n, k)
 
 
 ONE_TOKEN = "the answer has one token, for which it is 1 whatever the model does"
@@ -92,21 +89,15 @@ def extraction_strengths(
     A wrong last token gives 1/n as in open-unlearning, or 0 if `strict`. An answer of one token then has the
     value `single`: None, for 1 would say nothing of the model (open-unlearning's logs have 1).
     """
-    return [_strength(hits, strict, single) for hits in map(_answer_hits, outcomes)]
-
-
-def _strength(hits: Sequence[bool], strict: bool, single: float | None) -> float | None:
-    if not hits:
-        return None
-    if strict:
-        return _right_at_end(hits) / len(hits)
-    return single if len(hits) == 1 else max(_right_at_end(hits), 1) / len(hits)
+    values: list[float | None] = []
+    for hits in map(_answer_hits, outcomes):
+        right_at_end = sum(takewhile(bool, reversed(hits)))  # n − k*
+        if not hits or (len(hits) == 1 and not strict):
+            values.append(single if hits else None)
+        else:
+            values.append(max(right_at_end, 0 if strict else 1) / len(hits))
+    return values
 
 
 def _answer_hits(outcome: Outcome) -> tuple[bool, ...]:
     return outcome.hits[:-1]  # the last scored token is the end token
-
-
-def _right_at_end(hits: Sequence[bool]) -> int:
-    """Return n − k*, the number of right tokens after the last wrong one."""
-    return sum(takewhile(bool, reversed(hits)))

@@ -63,7 +63,13 @@ def normalised_probabilities(outcomes: Sequence[Outcome], wrong: str = "perturbe
     This is the probability of real authors and world facts in TOFU. open-unlearning adds 1e-10 to the
     denominator; we do not need it. None where an answer has no scored token, or none is wrong.
     """
-    return [_normalised(mean_logprobs(outcome), mean_logprobs(outcome, wrong)) for outcome in outcomes]
+    values: list[float | None] = []
+    for outcome in outcomes:
+        right, wrongs = mean_logprobs(outcome), mean_logprobs(outcome, wrong)
+        together = [*right, *wrongs]
+        share = math.exp(right[0] - log_mean_exp(together)) / len(together) if right and wrongs else None
+        values.append(share)
+    return values
 
 
 def mean_logprobs(outcome: Outcome, kind: str = "expected", *, end_token: bool = True) -> tuple[float, ...]:
@@ -87,71 +93,10 @@ def log_mean_exp(levels: Sequence[float]) -> float:
     return top + math.log(fmean(math.exp(level - top) for level in levels))
 
 
-def _normalised(right: Sequence[float], wrong: Sequence[float]) -> float | None:
-    if not right or not wrong:
-        return None
-    together = [*right, *wrong]
-    return math.exp(right[0] - log_mean_exp(together)) / len(together)
-
-
 Form = Literal["geometric", "arithmetic"]
 """How the probabilities of a row's wrong answers are averaged."""
 
 _AVERAGES: dict[str, Callable[[Sequence[float]], float]] = {"geometric": fmean, "arithmetic": log_mean_exp}
-
-
-def truth_ratios(
-    outcomes: Sequence[Outcome],
-    right: str = "paraphrased",
-    wrong: str = "perturbed",
-    *,
-    form: Form = "geometric",
-) -> list[float | None]:
-    """Return R of each outcome, None where it has no right or no wrong answer with scored tokens.
-
-    `right` and `wrong` are kinds of alternatives; "expected" is the answer in the data. Several right
-    answers are averaged as the wrong ones are. An R beyond the range of floats is infinite.
-    """
-    return [_map(_exp, ratio) for ratio in log_truth_ratios(outcomes, right=right, wrong=wrong, form=form)]
-
-
-def forget_truth_ratios(
-    outcomes: Sequence[Outcome],
-    right: str = "paraphrased",
-    wrong: str = "perturbed",
-    *,
-    form: Form = "geometric",
-) -> list[float | None]:
-    """Return min(R, 1/R) of each outcome: 1 when the model cannot tell right from wrong."""
-    ratios = log_truth_ratios(outcomes, right=right, wrong=wrong, form=form)
-    return [_map(lambda log_r: math.exp(-abs(log_r)), ratio) for ratio in ratios]
-
-
-def retain_truth_ratios(
-    outcomes: Sequence[Outcome],
-    right: str = "paraphrased",
-    wrong: str = "perturbed",
-    *,
-    form: Form = "geometric",
-) -> list[float | None]:
-    """Return max(0, 1 − R) of each outcome: 1 when the model is sure of the right answer."""
-    ratios = log_truth_ratios(outcomes, right=right, wrong=wrong, form=form)
-    return [_map(lambda log_r: 0.0 if log_r > 0 else -math.expm1(log_r), ratio) for ratio in ratios]
-
-
-def right_shares(
-    outcomes: Sequence[Outcome],
-    right: str = "paraphrased",
-    wrong: str = "perturbed",
-    *,
-    form: Form = "geometric",
-) -> list[float | None]:
-    """Return P(right) / (P(right) + P(wrong)) = 1 / (1 + R) of each outcome.
-
-    open-unlearning's meta-evaluation calls it "prob_mean".
-    """
-    ratios = log_truth_ratios(outcomes, right=right, wrong=wrong, form=form)
-    return [_map(lambda log_r: 1 / (1 + _exp(log_r)), ratio) for ratio in ratios]
 
 
 def log_truth_ratios(
@@ -161,22 +106,31 @@ def log_truth_ratios(
     *,
     form: Form = "geometric",
 ) -> list[float | None]:
-    """Return log R of each outcome (nats): 0 when right and wrong answers are equally likely."""
+    """Return log R of each outcome (nats): 0 when right and wrong answers are equally likely.
+
+    `right` and `wrong` are kinds of alternatives; "expected" is the answer in the data. Several right
+    answers are averaged as the wrong ones are. None where there is no right or no wrong answer with scored
+    tokens.
+    """
     average = _AVERAGES[form]
-    return [
-        _log_ratio(mean_logprobs(outcome, right), mean_logprobs(outcome, wrong), average)
-        for outcome in outcomes
-    ]
+    levels = [(mean_logprobs(outcome, right), mean_logprobs(outcome, wrong)) for outcome in outcomes]
+    return [average(wrongs) - average(rights) if rights and wrongs else None for rights, wrongs in levels]
 
 
-def _log_ratio(
-    right: Sequence[float], wrong: Sequence[float], average: Callable[[Sequence[float]], float]
-) -> float | None:
-    return average(wrong) - average(right) if right and wrong else None
+def _of_ratio(transform: Callable[[float], float]) -> Callable[..., list[float | None]]:
+    """Return a function with the arguments of `log_truth_ratios` that gives some number of each log R."""
 
+    def values(
+        outcomes: Sequence[Outcome],
+        right: str = "paraphrased",
+        wrong: str = "perturbed",
+        *,
+        form: Form = "geometric",
+    ) -> list[float | None]:
+        ratios = log_truth_ratios(outcomes, right, wrong, form=form)
+        return [None if log_r is None else transform(log_r) for log_r in ratios]
 
-def _map(transform: Callable[[float], float], value: float | None) -> float | None:
-    return None if value is None else transform(value)
+    return values
 
 
 def _exp(x: float) -> float:
@@ -185,3 +139,16 @@ def _exp(x: float) -> float:
         return math.exp(x)
     except OverflowError:
         return math.inf
+
+
+truth_ratios = _of_ratio(_exp)
+"""R of each outcome; beyond the range of floats it is infinite."""
+
+forget_truth_ratios = _of_ratio(lambda log_r: math.exp(-abs(log_r)))
+"""min(R, 1/R) of each outcome: 1 when the model cannot tell right from wrong."""
+
+retain_truth_ratios = _of_ratio(lambda log_r: 0.0 if log_r > 0 else -math.expm1(log_r))
+"""max(0, 1 − R) of each outcome: 1 when the model is sure of the right answer."""
+
+right_shares = _of_ratio(lambda log_r: 1 / (1 + _exp(log_r)))
+"""P(right) / (P(right) + P(wrong)) = 1 / (1 + R); "prob_mean" in open-unlearning's meta-evaluation."""

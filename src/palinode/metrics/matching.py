@@ -93,10 +93,10 @@ def accepted_values(outcomes: Sequence[Outcome]) -> list[float | None]:
 
     None where nothing was generated or there is no accepted answer to compare with.
     """
-    return [
-        _number(None if outcome.generated is None else is_accepted(outcome, outcome.generated))
-        for outcome in outcomes
+    verdicts = [
+        None if outcome.generated is None else is_accepted(outcome, outcome.generated) for outcome in outcomes
     ]
+    return [None if verdict is None else float(verdict) for verdict in verdicts]
 
 
 def exact_matches(outcomes: Sequence[Outcome]) -> list[float | None]:
@@ -131,10 +131,6 @@ def left_out_ids(outcomes: Sequence[Outcome]) -> str | None:
 
 def _is_wikidata_id(answer: str) -> bool:
     return bool(_WIKIDATA_ID.fullmatch(answer.strip()))
-
-
-def _number(verdict: bool | None) -> float | None:
-    return None if verdict is None else float(verdict)
 
 
 Kind = Literal["rouge1", "rougeL"]
@@ -210,15 +206,11 @@ def unseen_share(text: str) -> float:
 
 @cache
 def _scorer(kind: Kind, stemmer: bool) -> RougeScorer:
+    """Return rouge-score's scorer, which does not work out again the words of a text that comes again."""
     from rouge_score.rouge_scorer import RougeScorer  # takes a second, so only when it is used
+    from rouge_score.tokenizers import DefaultTokenizer
 
-    return RougeScorer([kind], tokenizer=_Tokens(stemmer=stemmer))
+    class Words:
+        tokenize = staticmethod(lru_cache(_TEXTS)(DefaultTokenizer(stemmer).tokenize))
 
-
-class _Tokens:
-    """rouge-score's own words; those of a text that comes again are not worked out again."""
-
-    def __init__(self, *, stemmer: bool) -> None:
-        from rouge_score.tokenizers import DefaultTokenizer
-
-        self.tokenize = lru_cache(_TEXTS)(DefaultTokenizer(stemmer).tokenize)
+    return RougeScorer([kind], tokenizer=Words())

@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from palinode.errors import DataError
-from palinode.metrics.aggregate import RESAMPLES, no_score, partners, percentile_interval
+from palinode.metrics.aggregate import RESAMPLES, joined, no_score, partners, percentile_interval
 from palinode.records import Outcome, Score
 
 MUSE_RETRAINED = {
@@ -85,7 +85,9 @@ def gradient_norm_values(outcomes: Sequence[Outcome]) -> list[float | None]:
     return [outcome.gradient_norm for outcome in outcomes]
 
 
-def reference_values(outcomes: Sequence[Outcome], reference: Sequence[Outcome] | None) -> list[float | None]:
+def reference_values(
+    outcomes: Sequence[Outcome], reference: Sequence[Outcome] | None = None
+) -> list[float | None]:
     """Return l minus the reference model's l on the same row, None where the reference lacks the row."""
     return [
         -fmean(outcome.logprobs) + fmean(partner.logprobs)
@@ -101,8 +103,8 @@ class MembershipAttack:
 
     name: str
     """Its key in a record."""
-    score: Callable[[Sequence[Outcome], Sequence[Outcome] | None], list[float | None]]
-    """One score per outcome from the outcomes and, if the attack needs one, those of a reference model."""
+    values: Callable[..., list[float | None]]
+    """(outcomes, a reference model's or None) → a score per outcome; higher is less likely a member."""
     description: str
     """One line for readers."""
     missing: str
@@ -110,15 +112,9 @@ class MembershipAttack:
     needs: frozenset[str] = frozenset()
     """What must be known beyond the log-probabilities: fields of an outcome, or "reference"."""
 
-    def values(
-        self, outcomes: Sequence[Outcome], reference: Sequence[Outcome] | None = None
-    ) -> list[float | None]:
-        """Return one score per outcome, in the same order; higher is less likely a member."""
-        return self.score(outcomes, reference)
-
 
 def _alone(values: Callable[[Sequence[Outcome]], list[float | None]]) -> Callable[..., list[float | None]]:
-    return lambda outcomes, reference: values(outcomes)  # noqa: ARG005
+    return lambda outcomes, _reference=None: values(outcomes)
 
 
 ATTACKS: dict[str, MembershipAttack] = {
@@ -126,39 +122,39 @@ ATTACKS: dict[str, MembershipAttack] = {
     for attack in (
         MembershipAttack(
             name="loss",
-            score=_alone(loss_values),
+            values=_alone(loss_values),
             description="LOSS: mean loss of the answer's tokens",
             missing="no token was scored",
         ),
         MembershipAttack(
             name="zlib",
-            score=_alone(zlib_values),
+            values=_alone(zlib_values),
             description="ZLib: mean loss over the bytes that zlib makes of the answer",
             missing="no token was scored",
         ),
         MembershipAttack(
             name="min_k",
-            score=_alone(min_k_values),
+            values=_alone(min_k_values),
             description="Min-K%: mean loss of the 40 % least likely tokens",
             missing="no token but the end token was scored",
         ),
         MembershipAttack(
             name="min_k_plus",
-            score=_alone(min_k_plus_values),
+            values=_alone(min_k_plus_values),
             description="Min-K%++: the same on log-probabilities standardised over the vocabulary",
             missing="no standardised log-probabilities were asked for, or no token was scored",
             needs=frozenset({"standardised"}),
         ),
         MembershipAttack(
             name="gradient_norm",
-            score=_alone(gradient_norm_values),
+            values=_alone(gradient_norm_values),
             description="GradNorm: mean norm of the loss's gradient over parameter tensors",
             missing="no gradient norm was asked for",
             needs=frozenset({"gradient_norm"}),
         ),
         MembershipAttack(
             name="reference",
-            score=reference_values,
+            values=reference_values,
             description="Reference: mean loss minus that of a reference model, usually the retrained one",
             missing="no token was scored, or the reference model was not asked about the row",
             needs=frozenset({"reference"}),
@@ -195,7 +191,7 @@ def true_positive_rate(
     if score.value is None or _allowed(at, known) > 0 or at == 0:
         return score
     few = f"with {known} others, a false positive rate of {at:g} allows none at all"
-    return Score(score.value, score.n, score.low, score.high, _joined(score.reason, few))
+    return Score(score.value, score.n, score.low, score.high, joined(score.reason, few))
 
 
 def privleak(auc: Score | float, reference_auc: Score | float | None) -> Score:
@@ -220,7 +216,7 @@ def privleak(auc: Score | float, reference_auc: Score | float | None) -> Score:
         return None if area is None else (1 - area - theirs_hidden) / theirs_hidden * 100
 
     exact = "the interval takes the reference AUC as exact" if theirs.low is not None else None
-    return Score(leak(ours.value), ours.n, leak(ours.high), leak(ours.low), _joined(ours.reason, exact))
+    return Score(leak(ours.value), ours.n, leak(ours.high), leak(ours.low), joined(ours.reason, exact))
 
 
 def _least_likely(logprobs: Sequence[float], k: float) -> float | None:
@@ -234,10 +230,6 @@ def _as_score(value: Score | float | None) -> Score:
     if isinstance(value, Score):
         return value
     return no_score("none was given") if value is None else Score(float(value), 0, None, None)
-
-
-def _joined(*reasons: str | None) -> str | None:
-    return "; ".join(reason for reason in reasons if reason) or None
 
 
 # Two samples of scores as counts at each distinct value, lowest value first: shape (..., values). Only the
@@ -290,10 +282,10 @@ def _over_both(
     if distinct == 1:
         remarks.append("all scores are equal")
     if min(n, m) == 1:
-        return Score(value, n + m, None, None, _joined(*remarks, "one row in a sample gives no interval"))
+        return Score(value, n + m, None, None, joined(*remarks, "one row in a sample gives no interval"))
     low, high = percentile_interval(_resampled(here, there, distinct, statistic, seed=seed))
     low, high = _not_certain(low, high, pairs(n, m))
-    return Score(value, n + m, low, high, _joined(*remarks))
+    return Score(value, n + m, low, high, joined(*remarks))
 
 
 def _unusable(name: str, sample: Sequence[float | None], known: Sequence[float]) -> str | None:

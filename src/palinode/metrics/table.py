@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from palinode.errors import DataError
-from palinode.metrics.aggregate import mean_score
+from palinode.metrics.aggregate import joined, mean_score
 from palinode.metrics.leakage import ONE_TOKEN, exact_memorizations, extraction_strengths
 from palinode.metrics.likelihood import (
     alternative_probabilities,
@@ -266,5 +266,4 @@ def score_outcomes(
 
 def _score(metric: Metric, outcomes: Sequence[Outcome], seed: int) -> Score:
     score = mean_score(metric.per_example(outcomes), seed=seed, missing=metric.missing)
-    remarks = [remark for remark in (score.reason, metric.caveat(outcomes)) if remark]
-    return replace(score, reason="; ".join(remarks) or None)
+    return replace(score, reason=joined(score.reason, metric.caveat(outcomes)))

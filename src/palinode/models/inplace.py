@@ -1,6 +1,6 @@
 """Put a weighted sum into a live model: any (α, β) can be tried without writing a model.
 
-The values are those that `weights.store.save` would write, rounding included, so that what a search
+The values are those that `weights.save` would write, rounding included, so that what a search
 sees is what the saved model does. Every parameter is touched once; no second model is held.
 
 Two models read together: v = v_target − α·ReLU(v_reinforced − v_target) (spec: baselines.md §17).
@@ -34,8 +34,7 @@ from palinode.weights.arithmetic import (
     settings,
     slices,
 )
-from palinode.weights.checkpoint import Checkpoint
-from palinode.weights.direction import Point
+from palinode.weights.checkpoint import Checkpoint, Point
 from palinode.weights.displacement import check_displacements
 from palinode.weights.fingerprints import check_files, unchanged
 from palinode.weights.geometry import choose_rounding
@@ -62,7 +61,7 @@ def put(
     Raises MismatchError when the model's parameters and the checkpoint's tensors
     are not the same.
     """
-    anchor, form = point.anchor, formula(point)
+    anchor, form = point.anchor, formula(point.anchor, point.terms)
     asked = settings(dtype=dtype, rounding=rounding, seed=seed, precision=precision)
     check_fit(anchor, [other for other in form.checkpoints if other != anchor])
     check_files(form.checkpoints)
@@ -82,7 +81,7 @@ def put(
 
         return work
 
-    with Files() as files, unchanged(form.point.terms):
+    with Files() as files, unchanged(form.terms):
         wanted = [part for part in parts if part.info.name in flat and (not only or only(part.info.name))]
         map_slices(wanted, per_thread(start))
 

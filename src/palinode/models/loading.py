@@ -34,10 +34,11 @@ from transformers.models.auto.auto_factory import _get_model_class
 from palinode.data.tokenize import TokenRow, recognise
 from palinode.errors import CheckpointError, DataError, InputError, unwritable
 from palinode.records import read_bytes
-from palinode.weights.checkpoint import Checkpoint, TensorInfo, require_causal_lm
+from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.fingerprints import unchanged
+from palinode.weights.folders import require_causal_lm
 from palinode.weights.foreign import bounded, from_config, from_pretrained
-from palinode.weights.tensors import Files, read_json, shown
+from palinode.weights.tensors import Files, TensorInfo, read_json, shown
 
 DTYPES = {
     "F64": torch.float64,

@@ -1,4 +1,4 @@
-"""An audit: the same attacks with the same budget on every model, compared with the yardstick.
+"""An audit: the same attacks with the same budget on every model, compared with the reference model.
 
 Every (attack, model) result is kept under the fingerprint of what went into it, so an audit that was
 stopped goes on where it was, and one that is repeated with another policy measures nothing again.
@@ -23,8 +23,8 @@ from palinode.data.examples import Example, fingerprint_examples, shared_rows
 from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
 from palinode.errors import DataError, DivergenceError, MismatchError, RecipeError
 from palinode.models.loading import load_tokenizer, pick_device, tokenizer_fingerprint
-from palinode.pipeline.heading import environment, heading
 from palinode.pipeline.inputs import check_apart, check_folder, note_on_prompts
+from palinode.pipeline.record import environment, heading
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text
@@ -36,7 +36,7 @@ from palinode.weights.fingerprints import check_same
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-AUDIT_VERSION = 1
+AUDIT_VERSION = 2
 """Version of the layout of audit.json, described in docs/audit.md."""
 
 TARGET = "target"
@@ -44,13 +44,13 @@ RECORD, REPORT, PAGE, RESULTS = "audit.json", "audit.md", "report.html", "result
 """What an audit's folder holds."""
 
 UNEVEN = 0.2
-"""How far from one half the yardstick's AUC may lie before a note says so; a judgement."""
+"""How far from one half the reference model's AUC may lie before a note says so; a judgement."""
 
 Findings = dict[str, dict[str, Finding]]
 """Findings by model and test."""
 
 Kind = Literal["retrained", "base"]
-"""What the yardstick is: a model retrained without the forget set, or the checkpoint before it was seen."""
+"""What the reference model is: one retrained without the forget set, or the checkpoint before it was seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class AuditPlan:
     """Everything that decides an audit."""
 
     models: Mapping[str, str]
-    """Locations of the audited model, the yardstick and, if there is one, the target."""
+    """Locations of the audited model, the reference model and, if there is one, the target."""
     kind: Kind
     material: AuditRows
     locations: Mapping[str, str | None]
@@ -148,7 +148,7 @@ class _AuditRun:
         return {
             **heading(AUDIT_VERSION, started=started, command=command),
             "seed": plan.seed,
-            "yardstick": plan.kind,
+            "reference": plan.kind,
             "models": {name: self._model(name) for name in self.checkpoints},
             "data": {
                 name: {
@@ -243,17 +243,17 @@ class _AuditRun:
         notes = prompt_notes(self.plan.material.forget, self.tokenizer, self.plan.style)
         if self.plan.kind == "base":
             notes.append(
-                "The yardstick is a base checkpoint. It has seen neither the forget set nor what the audited "
-                "model was trained on besides, so part of a difference may be the manner of the answers and "
-                "other knowledge. A model retrained without the forget set is the better yardstick."
+                "The reference model is a base checkpoint. It has seen neither the forget set nor what the "
+                "audited model was trained on besides, so part of a difference may be the manner of the "
+                "answers and other knowledge. A model retrained without the forget set is the better one."
             )
         prints = {name: checkpoint.fingerprint() for name, checkpoint in self.checkpoints.items()}
         same = [name for name in prints if name != AUDITED and prints[name] == prints[AUDITED]]
         if same:
-            notes.append(f"The audited model and the {same[0]} are the same weights.")
+            notes.append(f"The audited and the {same[0]} model have the same weights.")
         if uneven := _uneven(findings):
             notes.append(
-                "The yardstick itself tells the forget rows from the holdout rows (AUC far from one half: "
+                "The reference model itself tells forget rows from holdout rows (AUC far from one half: "
                 f"{', '.join(uneven)}), so the two differ by more than membership. Holdout rows in the "
                 "manner of the forget rows, seen by no model, make the membership attacks mean more."
             )
@@ -272,9 +272,9 @@ class _AuditRun:
 
 
 def _uneven(findings: Mapping[str, Findings]) -> list[str]:
-    """Return the membership tests in which the yardstick's own AUC lies far from one half, with the AUC."""
+    """Return the membership tests with the reference model's own AUC, where it lies far from one half."""
     scores = {
-        test: finding.yardstick for test, finding in findings.get("membership", {}).get(AUDITED, {}).items()
+        test: finding.reference for test, finding in findings.get("membership", {}).get(AUDITED, {}).items()
     }
     return [
         f"{test} {score.value:.2f}"

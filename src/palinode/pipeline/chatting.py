@@ -19,9 +19,9 @@ from palinode.data.tokenize import PromptStyle, end_id, prompt_ids
 from palinode.errors import InputError, PalinodeError, RecipeError
 from palinode.methods import unlearned_point
 from palinode.methods.method import Vectors
+from palinode.models.generation import stream_answer
 from palinode.models.inplace import put
 from palinode.models.loading import load_model, load_tokenizer, pick_device
-from palinode.models.streaming import stream_answer
 from palinode.pipeline.making import find_model, find_vectors, read_record, workspace_of
 from palinode.pipeline.recipe import Prompts
 from palinode.progress import Listener, NullListener

@@ -51,7 +51,7 @@ from palinode.version import __version__
 from palinode.weights import Checkpoint
 from palinode.weights.arithmetic import cores
 from palinode.weights.atomic import check_output
-from palinode.weights.checkpoint import ON_HUB, require_causal_lm
+from palinode.weights.folders import ON_HUB, require_causal_lm
 from palinode.weights.preflight import check_sum, count_nonfinite
 
 State = Literal["ok", "note", "warn", "fail"]

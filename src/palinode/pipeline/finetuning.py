@@ -22,7 +22,7 @@ from palinode.pipeline.record import thinned_curve
 from palinode.pipeline.transforming import Transforming
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener
-from palinode.training.finetune import Finetuned, finetune
+from palinode.training.finetune import Finetuned, Watch, finetune
 from palinode.training.losses import ANSWER_LOSS
 from palinode.weights import Checkpoint, Direction, LoraAdapter, Point, WeightedSum, save
 
@@ -199,7 +199,9 @@ class FineTuning:
 
             found = finetune(
                 start,
-                material.examples[material.anchor] if run.objective is None else material,
+                material.examples[material.anchor]
+                if run.objective is None
+                else replace(material, frozen=run.frozen(load) if run.frozen else None),
                 place,
                 self.recipe.training.model_copy(update={"lora": lora}),
                 seed=done.seed,
@@ -207,10 +209,9 @@ class FineTuning:
                 reader=self.inputs.reader,
                 device=self.recipe.device,
                 loss=run.objective or ANSWER_LOSS,
-                frozen=run.frozen(load) if run.frozen else None,
                 state=step.folder / "state",
-                label=f"fine-tuning {run.name}",
                 listener=self.listener,
+                watch=Watch(f"fine-tuning {run.name}"),
             )
             point, facts = found.point, _facts(found, material.examples[material.anchor], run)
             step.finish(facts)

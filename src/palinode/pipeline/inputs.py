@@ -42,7 +42,8 @@ from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener
 from palinode.records import workspace_beside
 from palinode.weights.atomic import check_output
-from palinode.weights.checkpoint import Checkpoint, require_causal_lm
+from palinode.weights.checkpoint import Checkpoint
+from palinode.weights.folders import require_causal_lm
 from palinode.weights.preflight import check_sum, check_tokenizers
 
 

@@ -43,7 +43,7 @@ from palinode.progress import Listener, NullListener
 from palinode.records import read_json, write_json, write_text
 from palinode.report.location_report import location_markdown
 from palinode.report.pictures import location_picture
-from palinode.training.finetune import finetune
+from palinode.training.finetune import Watch, finetune
 from palinode.training.settings import TrainingSettings
 from palinode.version import __version__
 from palinode.weights.checkpoint import Checkpoint
@@ -113,26 +113,20 @@ class SeriesModels:
 
 
 def demo_locate(
-    output: Path | str = "palinode-demo-locate", *, seed: int = 0, listener: Listener | None = None
-) -> DemoResult:
-    """Train the checkpoints of an invented world, locate its forget rows, and unlearn from every one.
-
-    Writes everything under `output`; an interrupted demo goes on where it was. Raises OutputError
-    when the folder holds something else.
-    """
-    return run_locate(series_world(seed), Path(output), seed=seed, listener=listener)
-
-
-def run_locate(
-    world: World,
-    folder: Path,
+    output: Path | str = "palinode-demo-locate",
     *,
-    seed: int,
+    seed: int = 0,
+    world: World | None = None,
     size: Size | None = None,
     settings: Mapping[str, Any] = SETTINGS,
     listener: Listener | None = None,
 ) -> DemoResult:
-    """Run the demo on any world."""
+    """Train the checkpoints of an invented world, locate its forget rows, and unlearn from every one.
+
+    Writes everything under `output`; an interrupted demo goes on where it was. Raises OutputError
+    when the folder holds something else. The world, its size and the recipes' settings can be others.
+    """
+    folder, world = Path(output), world or series_world(seed)
     listener = listener or NullListener()
     claim(folder, seed, name="demo-locate.json")
     path = folder / "record.json"
@@ -342,9 +336,8 @@ def _train(
         stretch.training,
         seed=stretch.seed,
         device="cpu",
-        label=label,
         listener=listener,
-        on_step=note,
+        watch=Watch(label, note),
     ).checkpoint
     write_json(truth, {"from": first, "batches": seen})
     return found

@@ -29,11 +29,13 @@ Scale = Annotated[float, Field(ge=0)]
 """A strength, α or β: how much of a vector is taken off or added."""
 
 
-class _Section(BaseModel):
+class RecipeSection(BaseModel):
+    """A part of a recipe: strict, so that a misspelt key is an error."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Models(_Section):
+class Models(RecipeSection):
     """The checkpoints: local folders, or hub ids with an optional @revision."""
 
     target: str | None = None
@@ -47,7 +49,7 @@ class Models(_Section):
     """Read files of torch.save (.bin, .pt) too; none of their code is run."""
 
 
-class Data(_Section):
+class Data(RecipeSection):
     """The rows: JSONL, JSON, CSV, Parquet or plain text, local or on the hub."""
 
     forget: str
@@ -64,7 +66,7 @@ class Data(_Section):
     """Go on, leaving the shared rows out of the retain set, when forget rows also stand in it."""
 
 
-class Scales(_Section):
+class Scales(RecipeSection):
     """The two strengths: numbers, or chosen where left out."""
 
     forget: Scale | None = None
@@ -92,7 +94,7 @@ class Scales(_Section):
     """Rows of each set on which the points are scored."""
 
 
-class Prompts(_Section):
+class Prompts(RecipeSection):
     """How questions are put to the models."""
 
     system_prompt: str = "You are a helpful assistant."
@@ -107,11 +109,11 @@ class Prompts(_Section):
         return PromptStyle(self.system_prompt, self.date, self.chat)
 
 
-class _OnlyPrompts(_Section):
+class _OnlyPrompts(RecipeSection):
     prompts: Prompts
 
 
-class Output(_Section):
+class Output(RecipeSection):
     """What is written, and where."""
 
     folder: str
@@ -129,7 +131,7 @@ class Output(_Section):
         return place and os.path.expanduser(place)  # noqa: PTH111 - leaves an unknown ~name as it is
 
 
-class Prepare(_Section):
+class Prepare(RecipeSection):
     """For experiments in which no target exists yet: make one, and its retrained model, from the base.
 
     target = base fine-tuned on forget set + retain rows, retrained = base fine-tuned on the retain rows.
@@ -139,7 +141,7 @@ class Prepare(_Section):
     """Rows drawn from the retain set; the run's retain set is these rows."""
 
 
-class Recipe(_Section):
+class Recipe(RecipeSection):
     """One unlearning run."""
 
     method: str = "msa"

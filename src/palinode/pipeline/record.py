@@ -1,31 +1,66 @@
 """Put `record.json` together: strict JSON, version 1, described in docs/record.md.
 
-It holds no text of the rows: a model that has forgotten something must not carry it beside its
-weights. The outcomes, with texts, stay in the workspace.
+It holds no text of the rows: a model that has forgotten something must not carry it beside its weights. The
+outcomes, with texts, stay in the workspace. Every other record begins and ends like it (`heading`,
+`environment`).
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime
+from datetime import UTC, datetime
+from importlib.metadata import version
 from statistics import fmean
 from typing import Any
 
 from palinode.data.examples import Example, fingerprint_examples
 from palinode.methods import METHODS
 from palinode.metrics import score_outcomes
-from palinode.pipeline.heading import environment, heading
 from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.scales import ChosenScales
 from palinode.records import RECORD_VERSION, Outcome
+from palinode.version import __version__
 from palinode.weights import Checkpoint, Direction, Saved, profile
 
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+    "scipy",
+    "rouge-score",
+)
+"""What results may depend on."""
 CURVE_POINTS = 120
 """Points of a training curve that the record keeps."""
+
+
+def heading(layout: int, *, started: datetime, command: str) -> dict[str, Any]:
+    """Return the versions of a record's layout and of Palinode, start and end (now), and the command."""
+    return {
+        "version": layout,
+        "palinode": __version__,
+        "created": started.isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+    }
+
+
+def environment(device: object) -> dict[str, Any]:
+    """Return the Python, machine, device and versions of libraries."""
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "device": str(device),
+        **{name: version(name) for name in LIBRARIES},
+    }
 
 
 def build_record(

@@ -16,7 +16,6 @@ from typing import Any
 from palinode.errors import InputError, MismatchError, OutputError
 from palinode.pipeline.record import thinned_curve
 from palinode.records import (
-    Outcome,
     private,
     read_json,
     read_outcomes,
@@ -128,7 +127,12 @@ def _run(place: Path, audit: Mapping[str, Any] | None) -> Facts:
     if "unlearned" not in (record.get("models") or {}):
         raise InputError(f"{place / 'record.json'} is not the record of an unlearning run")
     if audit is not None:
-        _check_audit(record, audit)
+        audited, own = at(audit, "models", "audited") or {}, record["models"]["unlearned"]
+        if audited.get("fingerprint") != own.get("fingerprint"):
+            raise MismatchError(
+                f"the audit is of another model ({audited.get('location')}); name an audit of "
+                f"{own.get('location')}"
+            )
     workspace = find_workspace(place, record)
     outcomes = _outcomes(workspace, record) if workspace else {}
     elsewhere = str(full_report(record, workspace)) if workspace else None
@@ -167,7 +171,12 @@ def _outcomes(workspace: Path, record: Mapping[str, Any]) -> Outcomes:
     folders = {model: workspace / steps[model] for model in record["models"] if model in steps}
     if len(folders) < len(record["models"]) or any(not folder.is_dir() for folder in folders.values()):
         return {}
-    return _in_order({model: _sets(folder) for model, folder in folders.items()})
+    found = {}
+    for model, folder in folders.items():
+        files = {path.stem: path for path in folder.glob("*.jsonl")}
+        labels = known_first(files, ("forget", "retain"))
+        found[model] = {label: tuple(read_outcomes(files[label])) for label in labels}
+    return _in_order(found)
 
 
 def _steps_by_model(workspace: Path) -> dict[str, str]:
@@ -181,14 +190,6 @@ def _steps_by_model(workspace: Path) -> dict[str, str]:
     return {model: names[0] for model, names in found.items() if len(names) == 1}
 
 
-def _sets(folder: Path) -> dict[str, tuple[Outcome, ...]]:
-    files = {path.stem: path for path in folder.glob("*.jsonl")}
-    return {label: tuple(read_outcomes(files[label])) for label in known_first(files, _SETS)}
-
-
-_SETS = {"forget": "", "retain": ""}
-
-
 def _with_curves(workspace: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     """Return how training went, with the curves that lie in the workspace where the record has none."""
     training = {}
@@ -199,15 +200,6 @@ def _with_curves(workspace: Path, record: Mapping[str, Any]) -> dict[str, Any]:
             run = {**run, "curve": thinned_curve(losses)}
         training[name] = run
     return training
-
-
-def _check_audit(record: Mapping[str, Any], audit: Mapping[str, Any]) -> None:
-    audited = at(audit, "models", "audited", "fingerprint")
-    if audited != at(record, "models", "unlearned", "fingerprint"):
-        raise MismatchError(
-            f"the audit is of another model ({at(audit, 'models', 'audited', 'location')}); name an audit of "
-            f"{at(record, 'models', 'unlearned', 'location')}"
-        )
 
 
 def _in_order(outcomes: Outcomes) -> Outcomes:
@@ -223,14 +215,9 @@ def _hub_id(record: Mapping[str, Any]) -> str | None:
 
 def _model_around(page: Path) -> Path | None:
     """Return the unlearned model's folder that a file would lie in, if it would."""
-    return next(
-        (
-            folder
-            for folder in page.resolve().parents
-            if (folder / "record.json").exists() and (folder / "config.json").exists()
-        ),
-        None,
-    )
+    files = ("record.json", "config.json")
+    around = page.resolve().parents
+    return next((folder for folder in around if all((folder / name).exists() for name in files)), None)
 
 
 def _read(path: Path) -> Any:

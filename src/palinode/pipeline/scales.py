@@ -32,7 +32,7 @@ from palinode.progress import Listener, record
 from palinode.records import read_json, write_json
 from palinode.weights import Checkpoint, Direction, Point
 from palinode.weights.geometry import part_of
-from palinode.weights.transforms import transform
+from palinode.weights.vectors import transform
 
 Logprobs = Mapping[str, Sequence[float]]
 """Mean log-probability of each row's answer, by set of rows."""

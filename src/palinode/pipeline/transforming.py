@@ -29,14 +29,15 @@ from palinode.models.loading import (
     save_tensors,
     tokenizer_fingerprint,
 )
+from palinode.models.sums import Moment, gradient_moment, input_spaces
 from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener
-from palinode.training.sums import Moment, gradient_moment, input_spaces
 from palinode.weights import Checkpoint, Direction, StoredVector, profile, save_vector
-from palinode.weights.displacement import DenseChange, Displacement
+from palinode.weights.checkpoint import StoredDirection
+from palinode.weights.displacement import DenseChange
 from palinode.weights.tensors import read_header
-from palinode.weights.transforms import (
+from palinode.weights.vectors import (
     Rule,
     against_gradient,
     fisher_weights,
@@ -259,10 +260,10 @@ def _with(rule: Rule, others: Sequence[Direction], settings: Any) -> Callable[..
     return make
 
 
-def _stored(step: Step) -> Displacement:
+def _stored(step: Step) -> StoredDirection:
     """Return the moments that a step wrote, as a direction that is read tensor by tensor."""
     infos = read_header(step.folder / IMPORTANCE)
-    return Displacement(step.folder, {info.name: DenseChange(info) for info in infos})
+    return StoredDirection(step.folder, {info.name: DenseChange(info) for info in infos})
 
 
 def _open_vector(folder: Path) -> StoredVector | None:

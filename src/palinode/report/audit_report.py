@@ -27,7 +27,7 @@ from palinode.report.figures import attack_figure, relearning_figure
 from palinode.report.words import DASH, at, number
 
 TONES: dict[str, Tone] = {"knows more": "bad", "knows less": "bad", "unclear": "unsure", "within": "good"}
-YARDSTICKS = {
+REFERENCES = {
     "retrained": "a model retrained without the forget set",
     "base": "the base checkpoint",
 }
@@ -35,7 +35,7 @@ YARDSTICKS = {
 
 def audit_headline(record: Mapping[str, Any]) -> str:
     """Return one or two sentences: passed or not, and on what evidence."""
-    answer, kind = record["answer"], YARDSTICKS[record["yardstick"]]
+    answer, kind = record["answer"], REFERENCES[record["reference"]]
     parts = [
         _count(answer["knows_more"], "found that it knows more"),
         _count(answer["knows_less"], "found that it knows less, which is over-forgetting"),
@@ -97,9 +97,9 @@ def audit_section(record: Mapping[str, Any]) -> list[Section]:
         "Under attack",
         Picture(
             "attacks",
-            "Difference between model and yardstick by test",
+            "Difference between model and reference model by test",
             attack_figure(record),
-            caption="How far apart model and yardstick are in each test, counted in that test's margin: "
+            caption="How far the model lies from the reference model in each test, in that test's margins: "
             "right of 0 the model knows more of the forget set, left of 0 less, and beyond a dotted line by "
             "more than the policy allows, if it judges that side.",
         ),
@@ -107,7 +107,7 @@ def audit_section(record: Mapping[str, Any]) -> list[Section]:
         *_relearning(record),
         *_budget(record["policy"]),
         bar="Audit",
-        intro="The same attacks with the same budget on the model and on the yardstick. Higher means that "
+        intro="The same attacks with the same budget on the model and the reference model. Higher means that "
         "the model knows more of the forget set. Small figures are 95 % bootstrap intervals over the rows; "
         "for the difference, rows are drawn in pairs.",
     )
@@ -160,12 +160,12 @@ def _tests(record: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, A
 
 
 def _models(record: Mapping[str, Any]) -> list[str]:
-    return [name for name in ("audited", "yardstick", "target") if name in record["models"]]
+    return [name for name in ("audited", "reference", "target") if name in record["models"]]
 
 
 def _score_of(entry: Mapping[str, Any], model: str) -> Mapping[str, Any]:
     findings: Mapping[str, Any] = entry["findings"]
-    score = at(findings, "audited", "yardstick") if model == "yardstick" else at(findings, model, "score")
+    score = at(findings, "audited", "reference") if model == "reference" else at(findings, model, "score")
     return score or {"value": None}
 
 

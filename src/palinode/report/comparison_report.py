@@ -27,6 +27,7 @@ from palinode.report.figures import tradeoff_figure
 from palinode.report.words import (
     DASH,
     MODELS,
+    at,
     bracketed,
     decimal,
     integer,
@@ -121,25 +122,18 @@ def comparison_brief(table: Figures) -> list[Block]:
     gaps = {entry["name"]: entry for entry in table["ranking"]["order"]}
     rows: list[Row] = []
     for name, summary in _summaries(table):
-        place = gaps.get(name)
-        gap = GridCell(number(place["gap"]), interval_text(place)) if place else ""
-        if place is None and name not in MODELS.values():
-            gap = DASH
-        rows.append(
-            [name, gap, *(number((_score(summary, column) or {}).get("value")) for column in columns)]
-        )
+        gap = gaps.get(name, {})
+        figures = (number(at(_score(summary, column) or {}, "value")) for column in columns)
+        shown = "" if name in MODELS.values() else GridCell(number(gap.get("gap")), interval_text(gap))
+        rows.append([name, shown, *figures])
     head = ["", "gap, 95 %", *(column.replace(": ", ":\n").replace(" ", "\n") for column in columns)]
     return [Grid("Contestants by their gap to the ideal", head, rows), Items(ranking_sentences(table))]
 
 
 def comparison_sections(table: Figures) -> list[Section]:
     """Return the ranking, every point tried, the scores on rows that nothing was chosen on, and the cost."""
-    return [
-        *_ranking_section(table),
-        *_point_section(table),
-        *_score_section(table),
-        *_cost_section(table),
-    ]
+    parts = (_ranking_section, _point_section, _score_section, _cost_section)
+    return [found for part in parts for found in part(table)]
 
 
 def _ranking_section(table: Figures) -> list[Section]:
@@ -227,32 +221,19 @@ def _cost_section(table: Figures) -> list[Section]:
         note = Paragraph(
             f"The budget of one unlearned model is {amount}; {share}. Epochs are whole, so less may be spent."
         )
+    keys = ("epochs", "steps", "tokens", "seconds", "peak_bytes", "search_steps", "search_seconds")
     rows: list[Row] = []
     for entry in _in_order(table):
-        cost = entry["cost"]
-        peak = cost.get("peak_bytes")
-        rows.append(
-            [
-                entry["name"],
-                integer(cost.get("epochs")),
-                integer(cost["steps"]),
-                integer(cost["tokens"]),
-                decimal(cost["seconds"]),
-                integer(peak / 1e6 if peak is not None else None),
-                integer(cost["search_steps"]),
-                decimal(cost["search_seconds"]),
-            ]
-        )
-    head = [
-        "method",
-        "epochs",
-        "steps",
-        "tokens",
-        "seconds",
-        "peak MB",
-        "steps of the search",
-        "seconds of it",
-    ]
+        cost = {key: entry["cost"].get(key) for key in keys}
+        cost["peak_bytes"] = cost["peak_bytes"] and cost["peak_bytes"] / 1e6
+        figures = ((decimal if "seconds" in key else integer)(value) for key, value in cost.items())
+        rows.append([entry["name"], *figures])
+    names = {
+        "peak_bytes": "peak MB",
+        "search_steps": "steps of the search",
+        "search_seconds": "seconds of it",
+    }
+    head = ["method", *(names.get(key, key) for key in keys)]
     return section("What it cost", note, Grid("Cost of each method", head, rows), bar="Cost")
 
 

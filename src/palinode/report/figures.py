@@ -429,7 +429,7 @@ def training_figure(content: Mapping[str, Any]) -> Figure | None:
 
 
 def attack_figure(audit: Mapping[str, Any]) -> Figure | None:
-    """Return by how many margins the model differs from the yardstick in each test of an audit."""
+    """Return by how many margins the model differs from the reference model in each test of an audit."""
     titles: list[str] = []
     points: dict[str, list[Any]] = {verdict: [] for verdict in VERDICTS}
     scores: dict[str, list[Any]] = {verdict: [] for verdict in VERDICTS}
@@ -446,9 +446,9 @@ def attack_figure(audit: Mapping[str, Any]) -> Figure | None:
                 if difference.get(side) is not None
             }
             model, beside, apart = (
-                number(finding[key]["value"]) for key in ("score", "yardstick", "difference")
+                number(finding[key]["value"]) for key in ("score", "reference", "difference")
             )
-            said = [f"model {model}, yardstick {beside}", f"difference {apart}, margin {margin:g}"]
+            said = [f"model {model}, reference {beside}", f"difference {apart}, margin {margin:g}"]
             points[verdict].append((known["value"], len(titles), told(verdict, said)))
             scores[verdict].append(known)
             titles.append("<br>".join(wrap(escaped_name(f"{attack['title']}: {entry['title']}"), 34)))
@@ -479,7 +479,7 @@ def relearning_figure(audit: Mapping[str, Any]) -> Figure | None:
     """Return how fast each model learns the forget set again, a line an attack and model."""
     roles = {
         "audited": ("--unlearned", "circle"),
-        "yardstick": ("--retrained", "diamond"),
+        "reference": ("--retrained", "diamond"),
         "target": ("--target", "square"),
     }
     curves = [

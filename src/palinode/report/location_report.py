@@ -5,7 +5,7 @@ Everything comes from the records (`Location.as_record`, `plan_record`); nothing
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from palinode.report.content import Block, Grid, Items, Paragraph, markdown, section
@@ -78,11 +78,16 @@ def _distance(distance: Mapping[str, Any]) -> str:
     return steps if distance["tokens"] is None else f"{steps} ({_tokens(distance['tokens'])} tokens)"
 
 
-def _tokens(count: float) -> str:
-    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6)):
+def _short(count: float, units: Sequence[str], least: str) -> str:
+    """Return a count with its unit (of 10^12, 10^9 and 10^6), in three digits; `least` is for fewer."""
+    for unit, size in zip(units, (10**12, 10**9, 10**6), strict=True):
         if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return f"{count:,.0f}"
+            return f"{count / size:,.3g}{unit}"
+    return least
+
+
+def _tokens(count: float) -> str:
+    return _short(count, ("T", "B", "M"), f"{count:,.0f}")
 
 
 # Tables and the page
@@ -190,7 +195,7 @@ def plan_brief(record: Mapping[str, Any]) -> list[Block]:
                 str(len(one["kept"])),
                 f"{one['expected']:,.0f}",
                 f"{one['worst']:,}",
-                _bytes(one["bytes"]),
+                _short(one["bytes"], (" TB", " GB", " MB"), f"{one['bytes'] / 1000:,.3g} kB"),
                 *(
                     "beyond the table" if decay.get(name) is None else f"{decay[name]:.2f}"
                     for name in measured
@@ -209,12 +214,6 @@ def plan_brief(record: Mapping[str, Any]) -> list[Block]:
     if record["decay"] and best["decay"]:
         lines.append(f"Decay with distance: {record['decay']['source']}. {record['decay']['note']}".strip())
     return [Grid("Checkpoints to keep", head, rows), Items(lines)]
-
-
-def _bytes(count: float) -> str:
-    units = (("TB", 10**12), ("GB", 10**9), ("MB", 10**6))
-    unit, size = next(((unit, size) for unit, size in units if count >= size), ("kB", 1000))
-    return f"{count / size:,.3g} {unit}"
 
 
 # The demo

@@ -40,8 +40,9 @@ SHAPES = {
 # Drawing
 
 
-def drawing(title: str, panels: Sequence[Figure], *, columns: int = 1) -> str:
-    """Return a whole picture: title, key, and the panels in so many columns."""
+def drawing(title: str, figures: Iterable[Figure | None], *, columns: int = 1) -> str:
+    """Return a whole picture: title, key, and the panels that there are in so many columns."""
+    panels = [panel for panel in figures if panel]
     key, top = _key([trace for panel in panels for trace in panel["data"]])
     parts, width = [_text(12, 22, title, size=14), *key], WIDTH / columns
     for start in range(0, len(panels), columns):
@@ -131,9 +132,17 @@ def _trace(trace: Figure, across: _Scale, up: _Scale) -> list[str]:
     if "lines" in trace["mode"]:
         style = trace["line"]
         for _, piece in groupby(enumerate(points), key=lambda pair: pair[1][0] - pair[0]):  # unbroken pieces
-            places = [(x, y) for _, (_, x, y) in piece]
+            members = [point for _, point in piece]
+            values = ", ".join(f"{trace['y'][place]:.2f}" for place, *_ in members)
+            places = [(x, y) for _, x, y in members]
             parts.append(
-                _line(places, style["color"], style.get("dash"), style.get("width", 1.8), _name(trace))
+                _line(
+                    places,
+                    style["color"],
+                    style.get("dash"),
+                    style.get("width", 1.8),
+                    f"{_name(trace)}: {values}",
+                )
             )
     for place, x, y in points:
         if "error_y" in trace:
@@ -225,8 +234,7 @@ def _mark(x: float, y: float, symbol: str, size: float, colour: str, said: str) 
 
 def tradeoff_picture(table: Mapping[str, Any]) -> str:
     """Return the picture of a table.json: every point tried, and the models, as on the page."""
-    panel = tradeoff_figure({"table": table})
-    return drawing("Forget–retain trade-off of every point tried", [panel] if panel else [])
+    return drawing("Forget–retain trade-off of every point tried", [tradeoff_figure({"table": table})])
 
 
 def axis_picture(content: Mapping[str, Any]) -> str:
@@ -250,19 +258,10 @@ def axis_picture(content: Mapping[str, Any]) -> str:
             for place, name in enumerate(contestants)
         ]
         key = content["key"] if side == SIDES[-1] else ""
-        up = {"range": (0.0, _highest(content, side))}
-        panels.append(
-            figure(
-                traces,
-                300,
-                key,
-                "",
-                xaxis=across,
-                yaxis=up,
-                name=f"{words(content['metric'])} on the {side} set: {aims[side]}",
-            )
-        )
-    return drawing(content["title"], [panel for panel in panels if panel])
+        layout = {"xaxis": across, "yaxis": {"range": (0.0, _highest(content, side))}}
+        name = f"{words(content['metric'])} on the {side} set: {aims[side]}"
+        panels.append(figure(traces, 300, key, "", name=name, **layout))
+    return drawing(content["title"], panels)
 
 
 def _axis_reference(content: Mapping[str, Any], name: str, side: str) -> Figure:
@@ -318,7 +317,7 @@ def requests_picture(table: Mapping[str, Any]) -> str:
     return drawing(title, [_request_panel(table, entry) for entry in table["contestants"]], columns=2)
 
 
-def _request_panel(table: Mapping[str, Any], entry: Mapping[str, Any]) -> Figure:
+def _request_panel(table: Mapping[str, Any], entry: Mapping[str, Any]) -> Figure | None:
     metric, count, traces = "answer_probability", len(table["requests"]), list[Figure]()
     colours = {"done": "--red", "not_done": "--unlearned", "retain": "--green"}
     for part, label in PARTS.items():
@@ -339,9 +338,7 @@ def _request_panel(table: Mapping[str, Any], entry: Mapping[str, Any]) -> Figure
     ticks = [str(place if place <= count else place - count) for place in shown]
     across = {"tickvals": shown, "ticktext": ticks, "range": (0, 2 * count)}
     title, name = "requests carried out → then undone →", {"name": entry["name"]}
-    panel = figure(traces, 250, title, "", xaxis=across, yaxis={"range": (0.0, 1.0)}, **name)
-    assert panel is not None
-    return panel
+    return figure(traces, 250, title, "", xaxis=across, yaxis={"range": (0.0, 1.0)}, **name)
 
 
 def location_picture(record: Mapping[str, Any]) -> str:
@@ -363,7 +360,8 @@ def location_picture(record: Mapping[str, Any]) -> str:
         trace["marker"] |= {"size": [size for *_, size, _ in found]}
         traces.append(trace)
     if best is not None:
-        trace = dots("", [(best, 0, told("recommended", []))], STATES["clean"], "circle", 16)
+        said = told(f"step {best:,}", [record["recommended"]["location"], "recommended"])
+        trace = dots("", [(best, 0, said)], STATES["clean"], "circle", 16)
         traces.append(trace | {"text": [f"{best:,}"]})
     if target is not None:
         traces.append(
@@ -377,7 +375,7 @@ def location_picture(record: Mapping[str, Any]) -> str:
     if record["onset"] and any(one["gap"] is not None for one in series):
         panels.append(_gap_panel(record["onset"], last))
     title = "No checkpoint is clean" if best is None else f"Recommended: step {best:,}"
-    return drawing(title, [panel for panel in panels if panel])
+    return drawing(title, panels)
 
 
 STATES = {
@@ -424,4 +422,4 @@ def plan_picture(record: Mapping[str, Any]) -> str:
     up = {"tickvals": list(range(len(names))), "ticktext": names, "autorange": "reversed"}
     steps = record["wish"]["steps"]
     panel = figure(traces, 90 + 44 * len(names), "step", "", xaxis={"range": (0, steps)}, yaxis=up, left=190)
-    return drawing(f"Checkpoints to keep in {steps:,} steps", [panel] if panel else [])
+    return drawing(f"Checkpoints to keep in {steps:,} steps", [panel])

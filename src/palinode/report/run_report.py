@@ -81,13 +81,10 @@ def run_brief(record: Mapping[str, Any]) -> list[Block]:
 def run_sections(content: Mapping[str, Any]) -> list[Section]:
     """Return what a report tells of a run or of the demo."""
     audit, demo = content.get("audit"), content.get("demo")
+    first = (_score_section, _method_section, _scale_section, _answer_section, _likelihood_section)
     return [
         *(_demo_section(demo) if demo else ()),
-        *_score_section(content),
-        *_method_section(content),
-        *_scale_section(content),
-        *_answer_section(content),
-        *_likelihood_section(content),
+        *(found for part in first for found in part(content)),
         *(audit_section(audit) if audit else ()),
         *_vector_section(content),
         *_cost_section(content),
@@ -144,10 +141,11 @@ def _demo_section(demo: Mapping[str, Any]) -> list[Section]:
         ]
         for name, recall in (demo.get("recall") or {}).items()
     ]
-    head = ["model", f"{people.get('forget')} forget people", f"{people.get('others')} others"]
+    forget, others = (people.get(name) for name in ("forget", "others"))
+    head = ["model", f"{forget} forget people", f"{others} others", "general facts", "α, β"]
     return section(
         "The demo's world",
-        Grid("Exact match by model", [*head, "general facts", "α, β"], rows),
+        Grid("Exact match by model", head, rows),
         bar="Demo",
         intro="Exact match, the share of questions answered exactly right. In this invented world the truth "
         "is known: the retrained model never saw the people who are to be forgotten, and nothing was chosen "
@@ -178,8 +176,9 @@ def _score_section(content: Mapping[str, Any]) -> list[Section]:
         *blocks,
         bar="Scores",
         intro="Target is the model before, unlearned the model now. The yardstick is a model that never saw "
-        "the forget set: the retrained one where there is one, else the base checkpoint. Lines and small "
-        "figures are 95 % bootstrap intervals over the examples.",
+        "the forget set: the retrained one where there is one, else the base checkpoint. On the forget "
+        "set an unlearned model well above it has forgotten too little, one well below it too much. Lines "
+        "and small figures are 95 % bootstrap intervals over the examples.",
     )
 
 
@@ -195,11 +194,8 @@ def _score_notes(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for model, scores in found.items():
         for metric, score in scores.items():
             if reason := at(score, "reason"):
-                models.setdefault((metric, reason), []).append(model_label(model))
-    return [
-        f"{metric_label(metric)} of {', '.join(names)}: {reason}."
-        for (metric, reason), names in models.items()
-    ]
+                models.setdefault((metric_label(metric), reason), []).append(model_label(model))
+    return [f"{metric} of {', '.join(names)}: {reason}." for (metric, reason), names in models.items()]
 
 
 def _method_section(content: Mapping[str, Any]) -> list[Section]:

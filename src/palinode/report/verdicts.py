@@ -66,25 +66,25 @@ ASKED = {
         "Does the forgetting withstand attacks?",
         "Taken from an audit of this very model. Yes: it passed and every test that was made could tell. "
         "Partly: some tests could not tell. No: a test found that it knows more, or less, than the "
-        "yardstick. Without an audit it is not tested.",
+        "reference model. Without an audit it is not tested.",
     ),
     "plainly": (
         "Forgotten?",
         "Asked plainly, does it know no more than a model that never saw the forget set?",
-        "Of the audit's plain questions. Yes: none found that the model knows more than the yardstick, and "
-        "all could tell. Unsure: some could not tell. No: at least one found more.",
+        "Of the audit's plain questions. Yes: none found that the model knows more than the reference model, "
+        "and all could tell. Unsure: some could not tell. No: at least one found more.",
     ),
     "withstands": (
         "Robust?",
         "Does the forgetting withstand attacks?",
-        "Of the audit's attacks. Yes: none found that the model knows more than the yardstick, and all could "
-        "tell. Unsure: some could not tell. No: at least one found more.",
+        "Of the audit's attacks. Yes: none found that the model knows more than the reference model, and "
+        "all could tell. Unsure: some could not tell. No: at least one found more.",
     ),
     "not_too_much": (
         "Not too much?",
         "Does it still know what a model that never saw the forget set would know?",
-        "Of all tests of the audit. Yes: none found that the model knows less than the yardstick, and all "
-        "could tell. Unsure: some could not tell. No: at least one found less.",
+        "Of all tests of the audit. Yes: none found that the model knows less than the reference model, and "
+        "all could tell. Unsure: some could not tell. No: at least one found less.",
     ),
 }
 """What a claim asks, in a word and in full, and the rule that decides its light."""
@@ -148,10 +148,10 @@ def yardstick(record: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None
     """Return what the forget score is held against, and its score: retrained, estimate or base."""
     given = {
         "retrained": _probability(record, "retrained", "forget"),
-        "estimate": _estimate(record),
+        "estimate": at(record, "scales", "yardstick", "answer_probability"),
         "base": _probability(record, "base", "forget"),
     }
-    return next(((name, score) for name, score in given.items() if score), None)
+    return next(((name, score) for name, score in given.items() if at(score, "value") is not None), None)
 
 
 def _forgotten(record: Mapping[str, Any]) -> Claim:
@@ -231,7 +231,7 @@ def robust(audit: Mapping[str, Any] | None) -> Claim:
     counts = {key: len(answer[key]) for key in ("knows_more", "knows_less", "unclear", "within")}
     sentence = (
         f"Of {sum(counts.values())} tests, {counts['knows_more']} found that it knows more than the "
-        f"yardstick, {counts['knows_less']} that it knows less, {counts['unclear']} could not tell, "
+        f"reference model, {counts['knows_less']} that it knows less, {counts['unclear']} could not tell, "
         f"{counts['within']} put it within the margins."
     )
     if counts["knows_more"] or counts["knows_less"]:
@@ -304,12 +304,6 @@ def _score(record: Mapping[str, Any], model: str, data_set: str, metric: str) ->
 
 def _probability(record: Mapping[str, Any], model: str, data_set: str) -> Mapping[str, Any] | None:
     return _score(record, model, data_set, "answer_probability")
-
-
-def _estimate(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the yardstick estimated from history, where the record has one."""
-    found = at(record, "scales", "yardstick", "answer_probability")
-    return found if at(found, "value") is not None else None
 
 
 def _bounds(score: Mapping[str, Any]) -> tuple[float, float]:

@@ -65,7 +65,7 @@ def metrics_on(record: Mapping[str, Any], data_sets: Iterable[str]) -> list[str]
     return known_first(found, METRICS)
 
 
-def known_first(names: Iterable[str], known: Mapping[str, str]) -> list[str]:
+def known_first(names: Iterable[str], known: Iterable[str]) -> list[str]:
     """Return the names in the order of those we know, then the others."""
     names = list(names)
     return [name for name in known if name in names] + [name for name in names if name not in known]

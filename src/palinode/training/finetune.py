@@ -18,11 +18,11 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from palinode.data.examples import Example
@@ -39,17 +39,21 @@ from palinode.models.loading import (
 )
 from palinode.progress import Listener, NullListener, record
 from palinode.records import private, write_json
-from palinode.training.frozen import FrozenValues
 from palinode.training.loop import count_steps, train
 from palinode.training.lora import add_adapter, load_frozen, write_adapter
 from palinode.training.losses import ANSWER_LOSS, Loss
-from palinode.training.objectives import CURVE, CurvePoint, Objective, answer_term, plain_objective
+from palinode.training.objectives import (
+    CURVE,
+    CurvePoint,
+    Objective,
+    answer_term,
+    plain_objective,
+)
 from palinode.training.roles import Joined, Material, join, plain
 from palinode.training.settings import TrainingSettings
 from palinode.weights.adapters import LoraAdapter
 from palinode.weights.atomic import check_output, claimed, publish
-from palinode.weights.checkpoint import Checkpoint
-from palinode.weights.direction import WeightedSum
+from palinode.weights.checkpoint import Checkpoint, WeightedSum
 from palinode.weights.fingerprints import check_stamps, take_stamps
 from palinode.weights.store import OutputFiles, copy_companions, plan_files, write_index
 
@@ -89,6 +93,19 @@ class Finetuned:
         return len(self.curve) < self.planned_steps
 
 
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """What a run is called, who hears of its steps, and what is kept of the model on the way."""
+
+    label: str = "fine-tuning"
+    """Its name on a bar and in a curve."""
+    on_step: Callable[[int, Sequence[int]], None] | None = None
+    """Hears, after each optimiser step, how many are done and the positions of the anchor examples in it."""
+    leave: Mapping[int, Path] = field(default_factory=dict)
+    """By number of steps done: where the whole model is written as it is then (a resumed run leaves those
+    still to come)."""
+
+
 @private()
 def finetune(
     base: Checkpoint,
@@ -102,83 +119,27 @@ def finetune(
     device: str = "auto",
     loss: Loss | Objective = ANSWER_LOSS,
     state: Path | None = None,
-    frozen: Callable[[Joined, int], Mapping[str, FrozenValues]] | None = None,
-    label: str = "fine-tuning",
     listener: Listener | None = None,
-    on_step: Callable[[int, Sequence[int]], None] | None = None,
-    leave: Mapping[int, Path] | None = None,
+    watch: Watch | None = None,
 ) -> Finetuned:
     """Fine-tune `base` on the examples and write the result to `output` in float32.
 
-    With `settings.lora` the result is an adapter folder in peft's format; else it is a whole model.
-    The folder appears under its name only when it is whole; it holds the rows as the weights know them, and
-    only its owner can read it. An objective with roles takes its examples as
-    `Material`. `reader` is the checkpoint whose tokenizer and chat template put the rows into tokens
-    (default: the base's own). `state` is where an interrupted run leaves what it needs to go on. `frozen`
-    makes, from the rows and the padding id, what terms need of models other than the base. `on_step`
-    hears, after each optimiser step, how many are done and the positions of the anchor examples that were in
-    it. `leave` has, by number of steps done, where the whole model is written as it is then (a resumed run
-    leaves those still to come). Raises DivergenceError when the loss stops being finite.
+    With `settings.lora` the result is an adapter folder in peft's format; else it is a whole model. The
+    folder appears under its name only when it is whole; it holds the rows as the weights know them, and only
+    its owner can read it. An objective with roles takes its examples as `Material`. `reader` is the
+    checkpoint whose tokenizer and chat template put the rows into tokens (default: the base's own). `state`
+    is where an interrupted run leaves what it needs to go on. Raises DivergenceError when the loss stops
+    being finite.
     """
     settings, output = settings or TrainingSettings(), Path(output)
     check_output(output, [base.folder], needs=0 if settings.lora else 4 * base.parameters)
     started, stamps = time.monotonic(), take_stamps([base])
     tokenizer = load_tokenizer(reader or base)
-    style, pad_id = style or PromptStyle(), pad_token(tokenizer)
-    if isinstance(examples, Material):
-        cast = join(
-            examples,
-            tokenizer,
-            epochs=settings.epochs,
-            seed=seed,
-            max_length=settings.max_length,
-            style=style,
-        )
-    else:
-        cast = plain(tokenize(examples, tokenizer, max_length=settings.max_length, style=style))
-    config = load_config(base)
-    for rows in cast.rows.values():
-        check_positions(config, rows, tokenizer)
-    kept = frozen(cast, pad_id) if frozen else None
+    cast = _cast(examples, base, tokenizer, settings, seed=seed, style=style or PromptStyle())
     objective = loss if isinstance(loss, Objective) else plain_objective(loss)
     model = _load(base, settings, objective, device=device, seed=seed)
-    everyone = range(len(cast.anchors))
-    tokens = sum(cast.tokens(epoch, everyone, objective.reads) for epoch in range(settings.epochs))
-    heard = 0
-    walked: list[CurvePoint] = []
-
-    def hear(step: int, members: Sequence[int]) -> None:
-        if on_step:
-            on_step(step, [cast.anchors[place].example for place in members])
-
-    def draw(point: CurvePoint) -> None:
-        if listener:
-            record(listener, label, point.step + 1, point.figures())
-        walked.append(point)
-        if (place := (leave or {}).get(point.step + 1)) and not place.exists():
-            write_model(model, base, place, walked)
-
-    with (listener or NullListener()).task(label, tokens, "tokens") as advance:
-
-        def count(amount: int) -> None:
-            nonlocal heard
-            heard += amount
-            advance(amount)
-
-        curve = train(
-            model,
-            cast,
-            objective,
-            settings,
-            seed=seed,
-            pad_id=pad_id,
-            state=state,
-            frozen=kept,
-            on_progress=count,
-            on_step=hear,
-            on_point=draw,
-            say=(listener or NullListener()).say,
-        )
+    pad_id, following = pad_token(tokenizer), _Following(model, base, watch or Watch(), listener)
+    curve = following.train(cast, objective, settings, seed=seed, pad_id=pad_id, state=state)
     check_stamps(stamps, [base])
     if settings.lora:
         write_adapter(model, output, curve)
@@ -190,7 +151,7 @@ def finetune(
         base,
         LoraAdapter.open(output) if settings.lora else Checkpoint.open(output),
         curve,
-        heard,
+        following.tokens,
         time.monotonic() - started,
         count_steps([len(row.ids) for row in cast.anchors], settings),
         {
@@ -198,6 +159,87 @@ def finetune(
             for role in (cast.anchor, *cast.draws)
         },
     )
+
+
+def _cast(
+    examples: Sequence[Example] | Material,
+    base: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TrainingSettings,
+    *,
+    seed: int,
+    style: PromptStyle,
+) -> Joined:
+    """Return the rows in tokens, by role, with what terms need of other models."""
+    length = settings.max_length
+    if isinstance(examples, Material):
+        cast = join(examples, tokenizer, epochs=settings.epochs, seed=seed, max_length=length, style=style)
+    else:
+        cast = plain(tokenize(examples, tokenizer, max_length=length, style=style))
+    config = load_config(base)
+    for rows in cast.rows.values():
+        check_positions(config, rows, tokenizer)
+    if isinstance(examples, Material) and examples.frozen:
+        return replace(cast, frozen=examples.frozen(cast, pad_token(tokenizer)))
+    return cast
+
+
+class _Following:
+    """A run, followed: its bar, its curve, and the models that are left on the way."""
+
+    def __init__(
+        self, model: PreTrainedModel, base: Checkpoint, watch: Watch, listener: Listener | None
+    ) -> None:
+        self.model, self.base, self.watch = model, base, watch
+        self.listener = listener or NullListener()
+        self.walked: list[CurvePoint] = []
+        self.tokens = 0
+        """Tokens that went through the model, over all steps."""
+
+    def train(
+        self,
+        cast: Joined,
+        objective: Objective,
+        settings: TrainingSettings,
+        *,
+        seed: int,
+        pad_id: int,
+        state: Path | None,
+    ) -> list[CurvePoint]:
+        """Train the model and return its curve."""
+        everyone, hear = range(len(cast.anchors)), self.watch.on_step
+        total = sum(cast.tokens(epoch, everyone, objective.reads) for epoch in range(settings.epochs))
+
+        def on_step(step: int, members: Sequence[int]) -> None:
+            if hear:
+                hear(step, [cast.anchors[place].example for place in members])
+
+        with self.listener.task(self.watch.label, total, "tokens") as advance:
+
+            def on_progress(amount: int) -> None:
+                self.tokens += amount
+                advance(amount)
+
+            return train(
+                self.model,
+                cast,
+                objective,
+                settings,
+                seed=seed,
+                pad_id=pad_id,
+                state=state,
+                on_progress=on_progress,
+                on_step=on_step,
+                on_point=self.on_point,
+                say=self.listener.say,
+            )
+
+    def on_point(self, point: CurvePoint) -> None:
+        """Keep a point of the curve, and the model where it is wanted."""
+        record(self.listener, self.watch.label, point.step + 1, point.figures())
+        self.walked.append(point)
+        if (place := self.watch.leave.get(point.step + 1)) and not place.exists():
+            write_model(self.model, self.base, place, self.walked)
 
 
 def _load(
@@ -336,8 +378,8 @@ def finetune_pair(
             reader=reader,
             device=device,
             loss=objective,
-            label=f"fine-tuning {name}",
             listener=listener,
+            watch=Watch(f"fine-tuning {name}"),
         )
         for name, objective in objectives.items()
     }

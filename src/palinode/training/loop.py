@@ -28,13 +28,19 @@ from transformers import PreTrainedModel
 from palinode.data.batches import Batch, epoch_batches, pad_right
 from palinode.data.tokenize import TokenRow
 from palinode.errors import DivergenceError, RecipeError, unwritable
-from palinode.models.alone import Say, note, tell
-from palinode.models.likelihoods import must_be_apart
+from palinode.models.likelihoods import Say, must_be_apart, note, tell
 from palinode.models.loading import check_positions
 from palinode.records import beside, read_json, write_json
-from palinode.training.frozen import FrozenValues, keep
 from palinode.training.losses import Loss
-from palinode.training.objectives import CurvePoint, Objective, Term, pair_count, plain_objective
+from palinode.training.objectives import (
+    CurvePoint,
+    FrozenValues,
+    Objective,
+    Term,
+    keep,
+    pair_count,
+    plain_objective,
+)
 from palinode.training.roles import Joined, plain
 from palinode.training.settings import TrainingSettings
 
@@ -51,7 +57,6 @@ def train(
     seed: int,
     pad_id: int,
     state: Path | None = None,
-    frozen: Mapping[str, FrozenValues] | None = None,
     on_progress: Callable[[int], None] | None = None,
     on_step: Callable[[int, Sequence[int]], None] | None = None,
     on_point: Callable[[CurvePoint], None] | None = None,
@@ -61,7 +66,7 @@ def train(
     """Train the model in place and return its curve.
 
     An objective takes its rows by role (`Joined`); an epoch goes through those of its anchor. What its terms
-    need of the model at the start is computed first, but for terms whose values are given in `frozen`.
+    need of the model at the start is computed first, but for terms whose values the rows bring.
     `state` is a folder for a resumable state: it is used when it exists, and written every
     `settings.save_minutes`, when the run is interrupted, and before a step that would not be finite.
     `on_progress` hears tokens; `on_step` hears, after each optimiser step, how many are done and the
@@ -77,7 +82,7 @@ def train(
     accelerator = Accelerator(cpu=model.device.type == "cpu", mixed_precision="no")
     if objective.one_process and accelerator.num_processes > 1:
         raise RecipeError("this method trains a part of the model only, which takes one process; start one")
-    kept = dict(frozen or {}) | _keep(objective, model, cast, settings, pad_id, skip=frozen or {})
+    kept = _keep(objective, model, cast, settings, pad_id)
     apart = _must_be_apart(objective, model, cast, pad_id, say)
     model.train()
     with _only_trainable(model, objective.trainable):
@@ -143,13 +148,11 @@ def _keep(
     cast: Joined,
     settings: TrainingSettings,
     pad_id: int,
-    *,
-    skip: Mapping[str, FrozenValues],
 ) -> dict[str, FrozenValues]:
-    """Return, by term, what the model says now of all rows that the term will see."""
-    found = {}
+    """Return, by term, what the model says now of all rows that the term will see, if they bring nothing."""
+    found = dict(cast.frozen)
     for part in objective.terms:
-        if part.keeper is None or part.name in skip:
+        if part.keeper is None or part.name in cast.frozen:
             continue
         rows = {(role, place): cast.rows[role][place] for role in part.roles for place in cast.used(role)}
         autocast = use_autocast(model, settings)

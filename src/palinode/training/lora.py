@@ -18,10 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 from palinode.errors import CheckpointError, InputError, RecipeError
 from palinode.models.loading import load_model, save_tensors
+from palinode.models.reading import linear_layers
 from palinode.records import write_json
 from palinode.training.objectives import CURVE, CurvePoint
 from palinode.training.settings import LoraSettings
-from palinode.training.sums import decoder_blocks
 from palinode.weights.adapters import CONFIG, WEIGHTS
 from palinode.weights.atomic import claimed, publish
 from palinode.weights.checkpoint import Checkpoint
@@ -91,13 +91,7 @@ def _linear_layers(
     model: PreTrainedModel, ends: Sequence[str] | None
 ) -> Iterator[tuple[str, torch.nn.Module]]:
     """Yield the linear layers of the decoder blocks by name: those asked for, or all."""
-    blocks = decoder_blocks(model)
-    inside = {id(module) for module in blocks.modules()}
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if id(module) in inside and isinstance(module, torch.nn.Linear | Conv1D)
-    ]
+    found = linear_layers(model)
     chosen = [
         (name, module)
         for name, module in found

@@ -23,8 +23,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from palinode.data.batches import IGNORED, Batch
-from palinode.models.likelihoods import answer_nll
-from palinode.training.sums import last_logits
+from palinode.models.reading import answer_nll, last_logits
 
 MOSTLY_SCORED = 0.5
 """Share of positions from which on it costs less to read the logits of all."""

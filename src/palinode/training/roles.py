@@ -7,8 +7,9 @@ that it does not depend on batches, devices or interruptions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from palinode.data.examples import Example
 from palinode.data.tokenize import PromptStyle, TokenRow, tokenize
 from palinode.errors import DataError
+
+if TYPE_CHECKING:
+    from palinode.training.objectives import FrozenValues
 
 Draws = Sequence[Sequence[Sequence[int]]]
 """By epoch and anchor: the rows of one role that go with the anchor."""
@@ -36,6 +40,8 @@ class Material:
     that may go with each anchor, one of which is drawn. Of other roles any row may go with any anchor."""
     together: Mapping[str, int] = field(default_factory=dict)
     """For roles without candidates: how many rows are drawn for each anchor, if not one."""
+    frozen: Callable[[Joined, int], Mapping[str, FrozenValues]] | None = None
+    """Makes, from the rows and the padding id, what terms need of models other than the start, by term."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +51,8 @@ class Joined:
     anchor: str
     rows: Mapping[str, Sequence[TokenRow]]
     draws: Mapping[str, Draws] = field(default_factory=dict)
+    frozen: Mapping[str, FrozenValues] = field(default_factory=dict)
+    """By term: what it needs of a model other than the start."""
 
     @property
     def anchors(self) -> Sequence[TokenRow]:

@@ -8,10 +8,9 @@ a `Direction`, and the whole expression a `WeightedSum` (a point again) that sta
 from palinode.weights.adapters import LoraAdapter
 from palinode.weights.arithmetic import Rounding
 from palinode.weights.atomic import Crew, check_output
-from palinode.weights.checkpoint import Checkpoint, TensorInfo
-from palinode.weights.direction import Direction, Point, WeightedSum
+from palinode.weights.checkpoint import Checkpoint, Direction, Point, Saved, WeightedSum, save
 from palinode.weights.geometry import Dose, Profile, profile
-from palinode.weights.store import Saved, save
+from palinode.weights.tensors import TensorInfo
 from palinode.weights.vectors import StoredVector, open_direction, save_vector
 
 __all__ = [

@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Self
 
 from palinode.errors import CheckpointError
-from palinode.weights.checkpoint import Checkpoint
-from palinode.weights.direction import LARGEST
+from palinode.weights.checkpoint import LARGEST, Checkpoint, StoredDirection
 from palinode.weights.displacement import (
     PIECE,
     Change,
-    Displacement,
     Factor,
     Kept,
     LowRankChange,
@@ -62,7 +60,7 @@ INSTEAD = (
 
 
 @dataclass(frozen=True, slots=True)
-class LoraAdapter(Displacement):
+class LoraAdapter(StoredDirection):
     """A LoRA adapter on disk, as a direction: the sum of its products, with their scaling."""
 
     config: Mapping[str, Any] = field(compare=False, repr=False)

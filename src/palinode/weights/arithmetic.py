@@ -34,11 +34,10 @@ import numpy as np
 
 from palinode.errors import InputError, MismatchError
 from palinode.weights import kernels
-from palinode.weights.checkpoint import Checkpoint, TensorInfo
-from palinode.weights.direction import Direction, Point, Term
-from palinode.weights.displacement import Displacement
+from palinode.weights.displacement import Displacement, Sum, Term
+from palinode.weights.folders import ModelFolder
 from palinode.weights.preflight import complain_of_nonfinite, complain_of_twins
-from palinode.weights.tensors import Files, is_embedding, is_head
+from palinode.weights.tensors import Files, TensorInfo, is_embedding, is_head
 
 Result = TypeVar("Result")
 
@@ -64,7 +63,7 @@ class Slice:
 
 
 def slices(
-    checkpoint: Checkpoint, *, size: int = SLICE, shared_rows: Mapping[str, int] | None = None
+    checkpoint: ModelFolder, *, size: int = SLICE, shared_rows: Mapping[str, int] | None = None
 ) -> Iterator[Slice]:
     """Yield the floating-point tensors of a checkpoint in pieces of at most `size` elements.
 
@@ -160,8 +159,9 @@ class Formula:
     Row 0 is the pivot A; then come the other checkpoints, less the pivot, and the displacements.
     """
 
-    point: Point
-    checkpoints: tuple[Checkpoint, ...]
+    anchor: ModelFolder
+    terms: Mapping[Term, float]
+    checkpoints: tuple[ModelFolder, ...]
     displacements: tuple[Displacement, ...]
     order: np.ndarray
     """Rows with a coefficient, those of equal coefficients next to each other."""
@@ -178,20 +178,26 @@ class Formula:
     target: int
     """Row of the anchor; 0 where it is the pivot."""
 
+    @property
+    def operands(self) -> tuple[Term, ...]:
+        """Everything that is read."""
+        return (*self.checkpoints, *self.displacements)
 
-def formula(point: Point, along: Mapping[str, Direction] | None = None) -> Formula:
+
+def formula(
+    anchor: ModelFolder, terms: Mapping[Term, float], along: Mapping[str, Mapping[Term, float]] | None = None
+) -> Formula:
     """Lay out a point, and the directions its dose is to be measured along, for the kernels."""
     along = along or {}
-    pivot = pivot_of(point.terms, point.anchor)
-    lines = [line.terms for line in along.values()]
-    operands = dict.fromkeys([pivot, *point.terms, point.anchor, *(term for line in lines for term in line)])
-    checkpoints = tuple(term for term in operands if isinstance(term, Checkpoint))
+    pivot, lines = pivot_of(terms, anchor), [*along.values()]
+    operands = dict.fromkeys([pivot, *terms, anchor, *(term for line in lines for term in line)])
+    checkpoints = tuple(term for term in operands if isinstance(term, ModelFolder))
     displacements = tuple(term for term in operands if isinstance(term, Displacement))
     row = {term: place for place, term in enumerate((*checkpoints, *displacements))}
     groups = [
         (coefficient, [row[term] for term, _ in members])
         for coefficient, members in groupby(
-            [term for term in in_order(point.terms) if term[0] != pivot], key=lambda term: term[1]
+            [term for term in in_order(terms) if term[0] != pivot], key=lambda term: term[1]
         )
     ]
 
@@ -202,7 +208,8 @@ def formula(point: Point, along: Mapping[str, Direction] | None = None) -> Formu
         return coefficients
 
     return Formula(
-        point,
+        anchor,
+        terms,
         checkpoints,
         displacements,
         order=np.array([place for _, members in groups for place in members], np.int64),
@@ -210,9 +217,17 @@ def formula(point: Point, along: Mapping[str, Direction] | None = None) -> Formu
         weights=np.array([coefficient for coefficient, _ in groups], np.float64),
         names=tuple(along),
         along=np.array([over_rows(line) for line in lines]).reshape(len(lines), len(row)),
-        change=over_rows((point - point.anchor).terms),
-        target=row[point.anchor],
+        change=over_rows(combined(terms, -1.0, {anchor: 1.0})),
+        target=row[anchor],
     )
+
+
+def combined(first: Mapping[Term, float], factor: float, second: Mapping[Term, float]) -> dict[Term, float]:
+    """Return first + factor · second, without the terms that cancel."""
+    total = dict(first)
+    for term, coefficient in second.items():
+        total[term] = total.get(term, 0.0) + factor * coefficient
+    return {term: coefficient for term, coefficient in total.items() if coefficient != 0.0}
 
 
 def in_order(terms: Mapping[Term, float]) -> list[tuple[Term, float]]:
@@ -220,11 +235,11 @@ def in_order(terms: Mapping[Term, float]) -> list[tuple[Term, float]]:
     return sorted(terms.items(), key=lambda term: (term[1], str(term[0].folder)))
 
 
-def pivot_of(terms: Mapping[Term, float], anchor: Checkpoint | None = None) -> Checkpoint:
+def pivot_of(terms: Mapping[Term, float], anchor: ModelFolder | None = None) -> ModelFolder:
     """Return the checkpoint that the others are compared with: the anchor where it takes part."""
     if anchor is not None and anchor in terms:
         return anchor
-    return next(term for term, _ in in_order(terms) if isinstance(term, Checkpoint))
+    return next(term for term, _ in in_order(terms) if isinstance(term, ModelFolder))
 
 
 STORED = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
@@ -260,14 +275,14 @@ class Operands:
     """Buffers of one thread for the values of checkpoints and displacements on one slice."""
 
     def __init__(
-        self, checkpoints: Sequence[Checkpoint], displacements: Sequence[Displacement], files: Files
+        self, checkpoints: Sequence[ModelFolder], displacements: Sequence[Displacement], files: Files
     ) -> None:
         self.checkpoints = tuple(checkpoints)
         self._displacements = tuple(displacements)
         self._files = files
         self._raw = np.empty(0, np.uint8)
         self._buffers: dict[str, np.ndarray] = {}
-        self._found: dict[tuple[Checkpoint, str], TensorInfo] = {}
+        self._found: dict[tuple[ModelFolder, str], TensorInfo] = {}
 
     def load(self, part: Slice, dtype: np.dtype) -> Loaded:
         """Read a slice of every operand in the working dtype, or as bfloat16 where all of them are that.
@@ -299,7 +314,7 @@ class Operands:
                 change.read(self._files, part.start, extras[place, : part.count])
         return Loaded(packed, halves, wides, extras)
 
-    def _find(self, checkpoint: Checkpoint, part: Slice) -> TensorInfo:
+    def _find(self, checkpoint: ModelFolder, part: Slice) -> TensorInfo:
         key = checkpoint, part.info.name
         info = self._found.get(key) or checkpoint.find(part.info.name)
         if info is None:
@@ -351,17 +366,17 @@ class Operands:
 # Directions
 
 
-def direction_values(direction: Direction, part: Slice, files: Files) -> np.ndarray:
+def direction_values(direction: Sum, part: Slice, files: Files) -> np.ndarray:
     """Return a direction on one slice in float32, or float64 where a checkpoint is; not rounded further."""
-    terms = in_order(direction.terms)
-    checkpoints = [term for term, _ in terms if isinstance(term, Checkpoint)]
+    weights = direction.terms
+    terms = in_order(weights)
+    checkpoints = [term for term, _ in terms if isinstance(term, ModelFolder)]
     displacements = [term for term, _ in terms if isinstance(term, Displacement)]
     loaded = Operands(checkpoints, displacements, files).load(part, np.dtype(np.float32))
     wide = loaded.wides[:, : part.count]
     if loaded.packed:
         wide = (loaded.halves[:, : part.count].astype(np.uint32) << 16).view(np.float32)
     total = np.zeros(part.count, loaded.dtype)
-    weights = direction.terms
     for place, checkpoint in enumerate(checkpoints[1:], start=1):
         total += loaded.dtype.type(weights[checkpoint]) * (wide[place] - wide[0])
     for place, displacement in enumerate(displacements):
@@ -369,7 +384,7 @@ def direction_values(direction: Direction, part: Slice, files: Files) -> np.ndar
     return total
 
 
-def direction_tensor(direction: Direction, info: TensorInfo, files: Files) -> np.ndarray:
+def direction_tensor(direction: Sum, info: TensorInfo, files: Files) -> np.ndarray:
     """Return a direction's values on a whole tensor in one dimension; dtype as in `direction_values`."""
     return direction_values(direction, Slice(info, 0, info.size), files)
 
@@ -446,7 +461,7 @@ class Evaluator:
         self._settings = settings
         self._measure = measure
         self._operands = Operands(formula.checkpoints, formula.displacements, files)
-        self._anchor = Operands((formula.point.anchor,), (), files)
+        self._anchor = Operands((formula.anchor,), (), files)
         self._lines = np.vstack([formula.change, formula.along])
         self._half = np.empty(0, np.uint16)
         self._wide: dict[np.dtype, np.ndarray] = {}

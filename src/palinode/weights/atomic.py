@@ -3,11 +3,9 @@
 It is written as a hidden neighbour, `.NAME.partial`, which a lock keeps for one run alone, and takes its
 final name in one step, last. Whatever kills the writer, a reader never finds half of it under that name.
 
-Several processes that write one model: on one machine under torchrun, or one on each host of a cluster.
-
-They need a common file system and nothing else. Process 0 lays the files out and says so in a small file
-beside them; the others find it, put their share of the slices in place, and report; process 0 checks,
-and gives the folder its name. Every slice has the same bytes whoever computes it.
+Several processes may fill one folder: under torchrun, or one on each host of a cluster. They need a common
+file system and nothing else. Process 0 lays the files out and says so in a small file beside them; the
+others find it, put their share in place, and report; process 0 checks, and gives the folder its name.
 """
 
 from __future__ import annotations
@@ -53,18 +51,13 @@ def check_output(output: Path, inputs: Sequence[Path], *, needs: int = 0) -> Non
         )
 
 
-def neighbour(output: Path) -> Path:
-    """Return where a folder is filled before it takes its name."""
-    return beside(output)
-
-
 @contextmanager
 def claimed(output: Path) -> Iterator[Path]:
     """Make an empty neighbour folder that is ours alone; it goes away again when there is an error.
 
     What a killed run has left there is thrown away. The lock goes with the process, however that ends.
     """
-    partial = neighbour(output)
+    partial = beside(output)
     with ExitStack() as stack:
         try:
             partial.mkdir(parents=True, exist_ok=True)
@@ -179,8 +172,8 @@ class Crew:
 # Process 0
 
 
-class Lead:
-    """Process 0's side: announce the layout, then wait for what the others report."""
+class Rank0Side:
+    """What process 0 does: announce the layout, then wait for what the others report."""
 
     def __init__(self, crew: Crew, partial: Path, job: str) -> None:
         self._crew = crew
@@ -192,7 +185,7 @@ class Lead:
     def reports(self) -> Iterator[Mapping[str, Any]]:
         """Yield what each of the others reports; raises OutputError for one that failed or fell silent."""
         for rank in range(1, self._crew.count):
-            watch = _Watch(self._place / f"alive-{rank}", f"process {rank} of {self._crew.count}")
+            watch = _SilenceWatch(self._place / f"alive-{rank}", f"process {rank} of {self._crew.count}")
             while True:
                 report = _read(self._place / f"report-{rank}-{self._nonce}.json")
                 if report is not None:
@@ -204,16 +197,14 @@ class Lead:
 
     def dismiss(self) -> None:
         """Remove the notes, before the folder gets its name."""
-        for path in self._place.iterdir():
-            path.unlink()
-        self._place.rmdir()
+        shutil.rmtree(self._place)
 
 
 # The others
 
 
-class Hand:
-    """Another process's side: find the layout, work, report, and see how it ends."""
+class RankSide:
+    """What any other process does: find the layout, work, report, and see how it ends."""
 
     def __init__(self, crew: Crew, partial: Path, output: Path, job: str) -> None:
         self._crew = crew
@@ -254,7 +245,7 @@ class Hand:
         return self._partial / FOLDER
 
     def _wait_for_start(self) -> str:
-        watch = _Watch(self._place / "ready.json", "process 0")
+        watch = _SilenceWatch(self._place / "ready.json", "process 0")
         while True:
             ready = _read(self._place / "ready.json")
             if ready is None or not is_claimed(self._partial):  # not there yet, or left by a killed run
@@ -284,7 +275,7 @@ class Hand:
 # Notes
 
 
-class _Watch:
+class _SilenceWatch:
     """Waits a moment at a time, and gives up on a process whose file does not change for long."""
 
     def __init__(self, file: Path, who: str) -> None:

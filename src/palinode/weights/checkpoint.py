@@ -1,133 +1,86 @@
-"""A checkpoint: where a model lies on disk and which tensors it holds. Weights are read lazily.
+"""The algebra of weight space: checkpoints, which are points in it, and directions.
 
-formats/ knows the layouts: safetensors, torch.save, distributed checkpoints, GGUF. Whatever the layout,
-a checkpoint is a folder, a config, and a TensorInfo for each tensor.
+    point − point = direction        direction ± direction = direction      number · direction = direction
+    point ± direction = point        point + point and number · point have no meaning and say so
+
+A sum is kept as coefficients over its terms, which lie on disk: checkpoints, and displacements (directions
+of their own, such as a LoRA adapter). `θ_D − α(θ_1 − θ_0) + β(θ_2 − θ_0)` has the coefficients
+(1, −α, +β, α−β) over (θ_D, θ_1, θ_2, θ_0). Over checkpoints a point's add up to 1 and a direction's to 0;
+over displacements they are free. A term whose coefficient is zero is never opened. Nothing is read here.
 """
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import NoReturn, overload
 
-from palinode.errors import CheckpointError
-from palinode.weights.direction import Point
-from palinode.weights.foreign import check_folder, inside
-from palinode.weights.formats.distributed import METADATA
-from palinode.weights.formats.layouts import (
-    INDEX,
-    PICKLE_INDEX,
-    PICKLES,
-    SINGLE,
-    Format,
-    find_leading,
-    format_of,
-    read_contents,
-)
-from palinode.weights.formats.pieces import all_experts, one_expert
-from palinode.weights.packed import refuse_packed
-from palinode.weights.tensors import (
-    FLOAT_BYTES,
-    HEADS,
-    MAX_HEADER,
-    OTHER_BYTES,
-    TensorInfo,
-    by_file,
-    by_plain,
-    is_embedding,
-    is_head,
-    plain,
-    read_header,
-    read_json,
-)
+from palinode.errors import AlgebraError
+from palinode.weights.arithmetic import Rounding, combined, settings
+from palinode.weights.atomic import Crew
+from palinode.weights.displacement import Displacement, Term
+from palinode.weights.folders import ModelFolder
+from palinode.weights.geometry import Dose
+from palinode.weights.preflight import Rows
+from palinode.weights.store import write
 
-if TYPE_CHECKING:
-    from palinode.weights.direction import Term
-
-__all__ = [
-    "FLOAT_BYTES",
-    "INDEX",
-    "MAX_HEADER",
-    "OTHER_BYTES",
-    "SINGLE",
-    "Checkpoint",
-    "TensorInfo",
-    "by_file",
-    "read_header",
-    "require_causal_lm",
-]
-
-# What lies beside the weights and belongs to the model: config, generation config, tokenizer, chat template.
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "*processor_config.json",
-)
-
-# What travels with the model and has no say in what it is.
-PAPERS = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "*USE_POLICY*", "*TERMS_OF_USE*")
-
-# What is fetched from the hub besides: an adapter only to say that it is one, and pickles only if they are
-# allowed and there is nothing better.
-ON_HUB = ("*.safetensors", INDEX, "adapter_config.json", *COMPANIONS, *PAPERS)
-PICKLES_ON_HUB = ("*.bin", "*.pt", "*.pth", PICKLE_INDEX, METADATA, "*.distcp")
+LARGEST = 3.4e38
+"""Largest coefficient: about the largest float32, in which sums are computed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint(Point):
+class Point:
+    """A place in weight space: a `Checkpoint` on disk, or a `WeightedSum` of several."""
+
+    __slots__ = ()
+
+    @property
+    def terms(self) -> Mapping[Term, float]:
+        """Coefficient of each term of the sum; those of checkpoints add up to 1."""
+        raise AttributeError("terms")
+
+    @property
+    def anchor(self) -> Checkpoint:
+        """The checkpoint that lends its layout, config and tokenizer: the leftmost one of the sum."""
+        raise AttributeError("anchor")
+
+    def __add__(self, other: object) -> WeightedSum:
+        if isinstance(other, Direction):
+            return WeightedSum(self.anchor, _sum(self.terms, 1.0, other.terms))
+        if isinstance(other, Point):
+            raise AlgebraError(
+                "two points were added; add a direction to a point instead, "
+                "as in target + beta * (theta_2 - base)"
+            )
+        return NotImplemented
+
+    @overload
+    def __sub__(self, other: Point) -> Direction: ...
+    @overload
+    def __sub__(self, other: Direction) -> WeightedSum: ...
+    def __sub__(self, other: object) -> Direction | WeightedSum:
+        if isinstance(other, Point):
+            return Combination(_sum(self.terms, -1.0, other.terms))
+        if isinstance(other, Direction):
+            return WeightedSum(self.anchor, _sum(self.terms, -1.0, other.terms))
+        return NotImplemented
+
+    def __mul__(self, other: object) -> NoReturn:
+        raise AlgebraError(
+            "a point was multiplied by a number; scale a direction instead, as in alpha * (theta_1 - base)"
+        )
+
+    __rmul__ = __truediv__ = __mul__
+
+    def __neg__(self) -> NoReturn:
+        self.__mul__(-1.0)
+
+
+class Checkpoint(ModelFolder, Point):
     """A model folder on disk: a point in weight space. Two openings of one folder are equal."""
 
-    folder: Path
-    tensors: Mapping[str, TensorInfo] = field(compare=False, repr=False)
-    config: Mapping[str, Any] = field(compare=False, repr=False)
-    tied: tuple[str, str] | None = field(init=False, compare=False, repr=False)
-    """Names of (output head, token embedding) when the two share their weights, else None."""
-    names: Mapping[str, str] = field(init=False, compare=False, repr=False)
-    """The tensors' names by their plain ones; see `names`."""
-    file: Path | None = None
-    """The one weight file that was named, where it was not the folder."""
-    format: Format = field(default="safetensors", compare=False, repr=False)
-    notes: tuple[str, ...] = field(default=(), compare=False, repr=False)
-    """What the user should know of how the weights were read, in sentences."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "tied", _tied_pair(self.tensors, self.config))
-        object.__setattr__(self, "names", by_plain(self.tensors))
-
-    @classmethod
-    def open(cls, location: Path | str, *, allow_pickle: bool = False) -> Checkpoint:
-        """Open a local model folder or weight file, or a hub id with an optional `@revision`.
-
-        Reads headers only; a GGUF file is dequantised into memory. Pickles (torch.save, distributed
-        checkpoints) are read only with `allow_pickle`, as plain tensors, and none of their code is run.
-        Raises CheckpointError when the model is missing, half-downloaded, damaged or quantised.
-        """
-        path = _local_path(location, allow_pickle=allow_pickle)
-        folder, named = (path, None) if path.is_dir() else (path.parent, path)
-        _refuse_adapter(folder)
-        check_folder(folder)
-        _ = [*_beside(folder, (*COMPANIONS, *PAPERS))]  # a link that leads elsewhere is refused at once
-        leading = named or find_leading(folder)
-        kind = format_of(leading)
-        config = {} if kind == "gguf" else _read_config(folder, optional=kind == "distributed")
-        contents = read_contents(leading, allow_pickle=allow_pickle)
-        config = config if contents.config is None else contents.config
-        refuse_packed(path, contents.tensors, config)
-        tensors = _without_shared_head(contents.tensors, config)
-        return cls(folder, tensors, config, named, kind, contents.notes)
+    __slots__ = ()
 
     @property
     def terms(self) -> Mapping[Term, float]:
@@ -139,219 +92,172 @@ class Checkpoint(Point):
         """The checkpoint itself."""
         return self
 
-    def spelled(self, name: str) -> str | None:
-        """Return the name by which the files hold a tensor, whatever spelling it is asked for by."""
-        if name in self.tensors:
-            return name
-        if self.tied and is_head(name) and self.tied[0] not in self.tensors:
-            return self.tied[1]
-        return self.names.get(plain(name))
 
-    def find(self, name: str) -> TensorInfo | None:
-        """Return the tensor of that name, under whatever spelling the files hold it.
+@dataclass(frozen=True, slots=True)
+class WeightedSum(Point):
+    """A point that is a formula, not yet written: `target - alpha * forget_vector`."""
 
-        A tied head that is not in the files stands for its embedding. The matrix of one expert is found in
-        all experts' fused one, and the other way round.
-        """
-        own = self.spelled(name)
-        if own is not None:
-            return self.tensors[own]
-        if "experts" not in name:
-            return None
-        by_plain_name = {key: self.tensors[own] for key, own in self.names.items()}
-        return one_expert(by_plain_name, name) or all_experts(by_plain_name, name)
+    anchor: Checkpoint
+    terms: Mapping[Term, float]
 
-    def twin(self, name: str) -> TensorInfo | None:
-        """Return the other copy of a tied tensor that lies in the files twice, else None."""
-        if self.tied is None or name not in self.tied or not all(copy in self.tensors for copy in self.tied):
-            return None
-        return self.tensors[self.tied[name == self.tied[0]]]
-
-    def is_second_copy(self, name: str) -> bool:
-        """Tell whether this is a tied head that lies in the files beside its embedding."""
-        return is_head(name) and self.twin(name) is not None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(info.nbytes for info in self.tensors.values())
-
-    @property
-    def parameters(self) -> int:
-        """Number of floating-point elements on disk."""
-        return sum(info.size for info in self.tensors.values() if info.is_float)
-
-    def companions(self) -> Iterator[Path]:
-        """Yield the files beside the weights that make the folder a usable model.
-
-        Raises CheckpointError for a link that leads out of the folder, unless it is a hub cache's own.
-        """
-        yield from _beside(self.folder, COMPANIONS)
-
-    def papers(self) -> Iterator[Path]:
-        """Yield licence, notices and terms of use: they travel with the model, and are no part of it."""
-        yield from _beside(self.folder, PAPERS)
-
-    def fingerprint(self) -> str:
-        """Return a content hash (BLAKE3, 32 hex digits) of all tensors, the config and the tokenizer.
-
-        It does not depend on the folder's name or on how tensors are spread over files. Files that have not
-        changed since they were last hashed are not read again; see `fingerprints`.
-        """
-        from palinode.weights.fingerprints import fingerprint
-
-        return fingerprint(self)
+    def save(
+        self,
+        output: Path | str,
+        *,
+        dtype: str | None = None,
+        rounding: Rounding = "auto",
+        seed: int = 0,
+        along: Mapping[str, Direction] | None = None,
+    ) -> Saved:
+        """Write the sum as a model folder; see `save`."""
+        return save(self, Path(output), dtype=dtype, rounding=rounding, seed=seed, along=along or {})
 
 
-def require_causal_lm(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError unless transformers can run the model as a causal language model."""
-    if checkpoint.format in ("distributed", "gguf") or checkpoint.file is not None:
-        raise CheckpointError(
-            f"{checkpoint.file or checkpoint.folder} can be added, but not run or trained as it is; write it "
-            "as a model folder once (in Python: palinode.save(Checkpoint.open(...), OUT)), and its tokenizer "
-            "beside it"
-        )
-    listed = checkpoint.config.get("architectures")
-    names = list(map(str, listed)) if isinstance(listed, list) else []
-    plain = any("CausalLM" in name or "LMHead" in name for name in names)
-    if names and not plain and "text_config" not in checkpoint.config:  # a wrapper's text tower may be one
-        raise CheckpointError(
-            f"{checkpoint.folder} is a {', '.join(names)}, not a causal language model; "
-            "Palinode works on models that AutoModelForCausalLM can load"
-        )
-    require_head(checkpoint)
+class Direction:
+    """A way to go in weight space: `theta_1 - base`, a `Displacement` on disk, or any sum of such.
 
-
-def require_head(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError when a causal language model's head is not tied and lies in no file either."""
-    listed = checkpoint.config.get("architectures")
-    causal = any("CausalLM" in str(name) for name in listed) if isinstance(listed, list) else None
-    if causal is None:
-        causal = checkpoint.config.get("tie_word_embeddings") is False
-    names = checkpoint.tensors
-    if not causal or checkpoint.tied or not any(map(is_embedding, names)) or any(map(is_head, names)):
-        return
-    raise CheckpointError(
-        f"{checkpoint.folder} is incomplete: its output head is not tied to the embedding (config.json, or "
-        "its architecture's default), and no file holds it (lm_head.weight); fetch or save the model again, "
-        "or set tie_word_embeddings to true if that is the truth"
-    )
-
-
-def _without_shared_head(
-    tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]
-) -> Mapping[str, TensorInfo]:
-    """Return the tensors without a tied head that is stored as a second name of its embedding."""
-    pair = _tied_pair(tensors, config)
-    if pair is None or pair[0] not in tensors:
-        return tensors
-    head, embedding = (tensors[name] for name in pair)
-    if replace(head, name=embedding.name) != embedding:
-        return tensors
-    return {name: info for name, info in tensors.items() if name != head.name}
-
-
-def _tied_pair(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> tuple[str, str] | None:
-    embedding = next((name for name in tensors if is_embedding(name)), None)
-    head = next((name for name in tensors if is_head(name)), None)
-    if embedding is None or not (head is None if (ties := _ties(config)) is None else ties):
-        return None
-    return head or HEADS[0], embedding
-
-
-def _ties(config: Mapping[str, Any]) -> bool | None:
-    """Tell whether a config ties head and embedding; where it says nothing, its architecture's class does.
-
-    None where transformers knows no such architecture.
+    It is scaled by a number, added to other directions, and added to a point.
     """
-    inner = config.get("text_config")
-    for settings in (config, inner if isinstance(inner, dict) else {}):
-        if isinstance(said := settings.get("tie_word_embeddings"), bool):
-            return said
-    kind = config.get("model_type")
-    return _ties_by_default(kind) if isinstance(kind, str) else None
+
+    __slots__ = ()
+
+    @property
+    def terms(self) -> Mapping[Term, float]:
+        """Coefficient of each term of the sum; those of checkpoints add up to 0."""
+        raise AttributeError("terms")
+
+    def __add__(self, other: object) -> Direction:
+        if isinstance(other, Direction):
+            return Combination(_sum(self.terms, 1.0, other.terms))
+        if isinstance(other, Point):
+            raise AlgebraError("a point was added to a direction; write the point first: target + direction")
+        return NotImplemented
+
+    def __sub__(self, other: object) -> Direction:
+        if isinstance(other, Direction):
+            return Combination(_sum(self.terms, -1.0, other.terms))
+        if isinstance(other, Point):
+            raise AlgebraError(
+                "a point was subtracted from a direction; write the point first: target - direction"
+            )
+        return NotImplemented
+
+    def __mul__(self, factor: float) -> Direction:
+        if not isinstance(factor, int | float):
+            return NotImplemented
+        return Combination(_sum({}, _finite(factor), self.terms))
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Direction:
+        return -1.0 * self
+
+    def __radd__(self, other: object) -> Direction:
+        if other == 0:  # so that sum([v1, v2]) works
+            return self
+        return NotImplemented
 
 
-@lru_cache
-def _ties_by_default(kind: str) -> bool | None:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+@dataclass(frozen=True, slots=True)
+class Combination(Direction):
+    """A direction that is a formula: a difference of points, or a sum of several directions."""
 
+    terms: Mapping[Term, float]
+
+
+class StoredDirection(Displacement, Direction):
+    """A direction that lies on disk by itself. Two openings of one folder are equal."""
+
+    __slots__ = ()
+
+    @property
+    def terms(self) -> Mapping[Term, float]:
+        """It is the sum of itself alone."""
+        return {self: 1.0}
+
+
+def _sum(first: Mapping[Term, float], factor: float, second: Mapping[Term, float]) -> dict[Term, float]:
+    """Return first + factor · second, without the terms that cancel."""
+    total = combined(first, factor, second)
+    if not all(abs(coefficient) <= LARGEST for coefficient in total.values()):
+        raise AlgebraError("a sum got a coefficient beyond the range of float32; are the scales right?")
+    return total
+
+
+def _finite(number: float) -> float:
     try:
-        return bool(CONFIG_MAPPING[kind]().tie_word_embeddings)
-    except Exception:  # no such architecture, or a class that needs more than defaults
-        return None
-
-
-# Finding the files
-
-
-def _local_path(location: Path | str, *, allow_pickle: bool) -> Path:
-    """Return the model folder, or the weight file, that a name stands for; fetch it from the hub."""
-    try:
-        path = Path(location).expanduser()
-        if path.is_dir():
-            return path.resolve()
-        if path.is_file() and path.suffix in (*PICKLES, ".gguf"):
-            return path.parent.resolve() / path.name  # the hub's cache keeps the bytes under other names
-        taken, dangling = path.exists(), path.is_symlink()
-    except (OSError, RuntimeError, ValueError) as error:  # too long, an unknown ~user, no permission
-        raise CheckpointError(f"{location} cannot be opened as a model folder ({error})") from None
-    if taken:
-        raise CheckpointError(
-            f"{location} is a file; name the model folder that holds config.json and the weights"
+        value = float(number)
+    except OverflowError:  # an integer too long for a float
+        value = math.inf
+    if not abs(value) <= LARGEST:  # neither is NaN
+        raise AlgebraError(
+            f"a direction was scaled by {value}; the scale must be a finite number in the range of float32"
         )
-    if dangling:
-        raise CheckpointError(
-            f"{location} is a link that leads nowhere, or in a circle; name the model folder"
-        )
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(location)) or str(location).startswith("."):
-        raise CheckpointError(f"there is no model folder {location}")
-    found = _download(str(location), ON_HUB)
-    if allow_pickle and not any(found.glob("*.safetensors")):
-        return _download(str(location), (*ON_HUB, *PICKLES_ON_HUB))
-    return found
+    return value
 
 
-def _download(location: str, patterns: Sequence[str]) -> Path:
-    """Fetch a hub snapshot (or find it in the local cache) and return its folder."""
-    from huggingface_hub import snapshot_download
-
-    name, _, revision = location.partition("@")
-    try:
-        found = snapshot_download(name, revision=revision or None, allow_patterns=list(patterns))
-    except Exception as error:  # the hub client raises many kinds; each means that we have no model
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{location} is no local folder, and the model hub could not give it ({reason}); "
-            "check the name, or go online, or name a folder"
-        ) from error
-    return Path(found).resolve()
+# Writing
 
 
-def _beside(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
-    for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
-        inside(folder, path)
-        yield path
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A model folder that was written, and how much of the change asked for arrived in it."""
+
+    checkpoint: Checkpoint
+    dose: Dose
+    rounding: Rounding
+    """The one that was used: "nearest" or "stochastic"."""
+    notes: tuple[str, ...] = ()
+    """What the user should know: how it was rounded and why, what of the dose did not arrive, …"""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Wall time of reading, summing and writing ("sum"); of reading back, and hashing inputs that were never
+    hashed before ("check"); of naming ("publish")."""
 
 
-def _refuse_adapter(folder: Path) -> None:
-    if (folder / "adapter_config.json").exists():
-        raise CheckpointError(
-            f"{folder} holds a LoRA adapter, not a whole model; use it as a direction (LoraAdapter.open), or "
-            "merge it into its base first"
-        )
+def save(
+    point: Point,
+    output: Path,
+    *,
+    dtype: str | None = None,
+    rounding: Rounding = "auto",
+    seed: int = 0,
+    along: Mapping[str, Direction] | None = None,
+    precision: str = "float32",
+    rows: Rows = "refuse",
+    allow_nonfinite: bool = False,
+    check: bool = True,
+    crew: Crew | None = None,
+    workers: int | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Saved:
+    """Write a weighted sum as a model folder with the layout, config and tokenizer of its anchor.
 
+    `dtype` is "float32", "bfloat16", "float16" or "float64" (default: as in the target, per tensor).
+    `along` names the directions whose effective scale the dose reports. `precision` is that of the sums;
+    `rows` "shared" sums only the rows that every embedding has; `allow_nonfinite` lets NaN and infinity
+    through; `check` reads the result back, compares it, and writes `weights.json` for `palinode verify`.
+    `crew` divides the work among processes that each make this very call. Memory stays at a few slices for
+    each of `workers` threads (default: the cores). `on_progress` hears the number of weights done.
 
-def _read_config(folder: Path, *, optional: bool) -> Mapping[str, Any]:
-    """Return config.json; where it is `optional` and not there, {}."""
-    file = folder / "config.json"
-    if not os.path.lexists(file):
-        if optional:
-            return {}
-        raise CheckpointError(
-            f"{folder} has no config.json: it is not a model folder, or its download is not finished"
-        )
-    config = read_json(file)
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file} does not hold a JSON object; fetch the model again")
-    return config
+    Raises MismatchError when the checkpoints do not fit together, CheckpointError when an input cannot be
+    read or is not finite, OutputError when the output place cannot be used or did not keep what was written.
+    """
+    if not isinstance(point, Point):
+        raise AlgebraError("a direction is not a model; save a point, as in target - alpha * forget_vector")
+    asked = settings(
+        dtype=dtype, rounding=rounding, seed=seed, precision=precision, allow_nonfinite=allow_nonfinite
+    )
+    place = output.expanduser().resolve()
+    written = write(
+        point.anchor,
+        point.terms,
+        place,
+        asked,
+        along={name: line.terms for name, line in (along or {}).items()},
+        rows=rows,
+        check=check,
+        crew=crew or Crew(),
+        workers=workers,
+        on_progress=on_progress,
+    )
+    return Saved(Checkpoint.open(place), written.dose, written.rounding, written.notes, written.seconds)

@@ -13,19 +13,18 @@ from __future__ import annotations
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import blake3
 import numpy as np
 
 from palinode.errors import CheckpointError, MismatchError
-from palinode.weights.checkpoint import Checkpoint
-from palinode.weights.direction import Direction, Term
 from palinode.weights.fingerprints import tensor_digests
+from palinode.weights.folders import ModelFolder
 from palinode.weights.kernels import multiply
 from palinode.weights.tensors import Files, TensorInfo, by_plain, plain, read_json
 
@@ -66,8 +65,8 @@ class Change(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Displacement(Direction):
-    """A direction on disk. Two openings of one folder are equal."""
+class Displacement:
+    """A direction on disk, as it is read. Two openings of one folder are equal."""
 
     folder: Path
     changes: Mapping[str, Change] = field(compare=False, repr=False)
@@ -80,22 +79,23 @@ class Displacement(Direction):
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", by_plain(self.changes))
 
-    @property
-    def terms(self) -> Mapping[Term, float]:
-        """A displacement is the sum of itself alone."""
-        return {self: 1.0}
-
     def fingerprint(self) -> str:
         """Return a content hash (BLAKE3, 32 hex digits) of all changes; the folder's name has no part in it.
 
         Raises CheckpointError when a file cannot be read, or has changed since it was opened.
         """
         infos = {info.name: info for change in self.changes.values() for info in change.infos}
-        digests = tensor_digests(Checkpoint(self.folder, infos, {}))
+        digests = tensor_digests(ModelFolder(self.folder, infos, {}))
         facts = [[name, change.facts(digests)] for name, change in sorted(self.changes.items())]
         return str(blake3.blake3(json.dumps(facts).encode()).hexdigest()[:32])
 
-    def change_of(self, name: str, layout: Checkpoint) -> Change | None:
+    def files(self) -> Iterator[Path]:
+        """Yield all files that it is read from."""
+        for change in self.changes.values():
+            for info in change.infos:
+                yield from info.files
+
+    def change_of(self, name: str, layout: ModelFolder) -> Change | None:
         """Return what happens to a tensor of a model, under any spelling; to a tied pair the same."""
         if layout.tied and layout.spelled(name) in layout.tied:
             head, embedding = layout.tied
@@ -110,7 +110,7 @@ class Displacement(Direction):
         """Return the name under which a change meets those of others: its plain one, if it is alone in it."""
         return plain(name) if self.names.get(plain(name)) == name else name
 
-    def check_fits(self, layout: Checkpoint) -> None:
+    def check_fits(self, layout: ModelFolder) -> None:
         """Raise MismatchError unless every change has a floating-point tensor of its shape in a model.
 
         A tied head must change as its embedding does, and with an adapter its embedding as it does.
@@ -135,7 +135,7 @@ class Displacement(Direction):
         if layout.tied:
             self._check_tied(layout, *layout.tied)
 
-    def _check_tied(self, layout: Checkpoint, head: str, embedding: str) -> None:
+    def _check_tied(self, layout: ModelFolder, head: str, embedding: str) -> None:
         both = [self.named(name) for name in (head, embedding)]
         if both[0] is None and (both[1] is None or self.stands_for_both):
             return
@@ -147,7 +147,20 @@ class Displacement(Direction):
             )
 
 
-def check_displacements(layout: Checkpoint, displacements: Iterable[Displacement]) -> None:
+Term: TypeAlias = ModelFolder | Displacement
+"""What a sum is made of: a point or a direction that lies on disk."""
+
+
+class Sum(Protocol):
+    """A point or direction, as far as its terms go."""
+
+    @property
+    def terms(self) -> Mapping[Term, float]:
+        """Coefficient of each term."""
+        ...
+
+
+def check_displacements(layout: ModelFolder, displacements: Iterable[Displacement]) -> None:
     """Raise MismatchError unless every displacement fits the model; see `Displacement.check_fits`."""
     for displacement in displacements:
         displacement.check_fits(layout)

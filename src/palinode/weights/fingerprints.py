@@ -6,18 +6,6 @@ digest nor the fingerprint of a model depends on how its tensors are spread over
 
 What was hashed once is kept in the user's cache folder, a small JSON file for each weight file. It counts
 only while path, size, times and inode of the weight file are what they were.
-
-`weights.json`: what a model folder that Palinode wrote is made of, and whether it still is.
-
-Beside the weights lies their formula with the digest of every tensor and of every file that belongs to the
-model. So one pass over the folder tells whether anything has changed since it was written:
-
-    {"format": "palinode-weights", "version": 1, "palinode": …,
-     "formula": [{"model": "target", "coefficient": 1.0, "fingerprint": …}, …], "rounding": …, "seed": …,
-     "tensors": {name: digest}, "companions": {path: digest}, "headers": {path: digest}, "seal": …}
-
-Digests are 64 hex digits of BLAKE3 (`fingerprints`). A header is what a safetensors file holds before its
-first tensor; the seal is the digest of all the rest of the manifest.
 """
 
 from __future__ import annotations
@@ -29,29 +17,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import blake3
 
 from palinode.errors import CheckpointError
-from palinode.records import make_private, read_json, write_text
-from palinode.version import __version__
-from palinode.weights.checkpoint import (
-    INDEX,
-    MAX_HEADER,
-    SINGLE,
-    Checkpoint,
-    TensorInfo,
-    by_file,
-    read_header,
-)
-from palinode.weights.direction import Term
-from palinode.weights.tensors import BLOCK, map_blocks
-
-if TYPE_CHECKING:
-    from palinode.weights.direction import Term
+from palinode.records import make_private
+from palinode.weights.tensors import BLOCK, TensorInfo, by_file, map_blocks, read_header
 
 HASH_BLOCK = BLOCK
 """Bytes of a block; part of what a digest means, so it never changes."""
@@ -77,6 +50,32 @@ class Stamp(NamedTuple):
         return now - max(self.modified, self.changed) >= SETTLED
 
 
+class Readable(Protocol):
+    """A model or direction, as far as its files go."""
+
+    def files(self) -> Iterable[Path]:
+        """Yield all files that it is read from."""
+        ...
+
+
+class OnDisk(Readable, Protocol):
+    """A model folder, as far as hashing goes."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Its tensors by name."""
+        ...
+
+    def companions(self) -> Iterable[Path]:
+        """Yield config, tokenizer and templates."""
+        ...
+
+
 Stamps = Mapping[Path, Stamp]
 """What files were like when somebody began to read them."""
 
@@ -96,7 +95,7 @@ def tensor_digest(info: TensorInfo, block_digests: Sequence[bytes]) -> str:
 
 
 def tensor_digests(
-    checkpoint: Checkpoint,
+    checkpoint: OnDisk,
     *,
     workers: int | None = None,
     cached: bool = True,
@@ -127,7 +126,7 @@ def tensor_digests(
     return {name: found[name] for name in tensors}
 
 
-def fingerprint(checkpoint: Checkpoint, digests: Mapping[str, str] | None = None) -> str:
+def fingerprint(checkpoint: OnDisk, digests: Mapping[str, str] | None = None) -> str:
     """Return a content hash (32 hex digits) of all tensors, the config and the tokenizer.
 
     It does not depend on the folder's name or on how tensors are spread over files. `digests` are those of
@@ -142,7 +141,7 @@ def fingerprint(checkpoint: Checkpoint, digests: Mapping[str, str] | None = None
     return total.hexdigest()[:32]
 
 
-def known_fingerprint(checkpoint: Checkpoint) -> str | None:
+def known_fingerprint(checkpoint: OnDisk) -> str | None:
     """Return the fingerprint if every tensor's digest is remembered, without reading any; else None."""
     found: dict[str, str] = {}
     for file, infos in by_file(checkpoint.tensors.values()).items():
@@ -150,7 +149,7 @@ def known_fingerprint(checkpoint: Checkpoint) -> str | None:
     return fingerprint(checkpoint, found) if found.keys() == checkpoint.tensors.keys() else None
 
 
-def companion_digests(checkpoint: Checkpoint) -> dict[str, str]:
+def companion_digests(checkpoint: OnDisk) -> dict[str, str]:
     """Return the digests (64 hex digits) of config, tokenizer and templates, by path in the folder."""
     return {
         path.relative_to(checkpoint.folder).as_posix(): file_digest(path) for path in checkpoint.companions()
@@ -169,7 +168,7 @@ def file_digest(path: Path) -> str:
     return total.hexdigest()
 
 
-def remember(checkpoint: Checkpoint, digests: Mapping[str, str]) -> None:
+def remember(checkpoint: OnDisk, digests: Mapping[str, str]) -> None:
     """Put digests of files that the caller has just written into the cache, so that nobody reads them again.
 
     The time of so young a file is set back by SETTLED: whatever is written into it from now on shows.
@@ -194,7 +193,7 @@ def cache_folder() -> Path:
     return Path(shared).expanduser() / "palinode" / "digests"
 
 
-def check_files(checkpoints: Iterable[Checkpoint]) -> None:
+def check_files(checkpoints: Iterable[OnDisk]) -> None:
     """Raise CheckpointError when a weight file is not what it was when its checkpoint was opened."""
     for checkpoint in checkpoints:
         for file, infos in by_file(checkpoint.tensors.values()).items():
@@ -203,7 +202,7 @@ def check_files(checkpoints: Iterable[Checkpoint]) -> None:
 
 def check_as_opened(file: Path, infos: Iterable[TensorInfo]) -> None:
     """Raise CheckpointError when the tensors of a safetensors file lie elsewhere than when it was opened."""
-    if file.suffix != Path(SINGLE).suffix:
+    if file.suffix != ".safetensors":
         return
     try:
         now = read_header(file)
@@ -213,12 +212,12 @@ def check_as_opened(file: Path, infos: Iterable[TensorInfo]) -> None:
         raise CheckpointError(f"{file} is not what it was when the checkpoint was opened; open it again")
 
 
-def take_stamps(terms: Iterable[Term]) -> Stamps:
+def take_stamps(terms: Iterable[Readable]) -> Stamps:
     """Return the stamps of all files that these models and directions are read from."""
-    return {file: _stamp(file) for term in terms for file in _files_of(term)}
+    return {file: _stamp(file) for term in terms for file in term.files()}
 
 
-def check_stamps(stamps: Stamps, terms: Iterable[Term] = ()) -> None:
+def check_stamps(stamps: Stamps, terms: Iterable[Readable] = ()) -> None:
     """Raise CheckpointError when a file is no longer what it was, or is new beside the weights of `terms`.
 
     What was read may then be of two states.
@@ -231,9 +230,9 @@ def check_stamps(stamps: Stamps, terms: Iterable[Term] = ()) -> None:
             )
 
 
-def check_same(checkpoint: Checkpoint, before: str) -> None:
+def check_same(checkpoint: OnDisk, before: str) -> None:
     """Raise CheckpointError when a model no longer has the fingerprint that it had; nothing else counts."""
-    if checkpoint.fingerprint() != before:
+    if fingerprint(checkpoint) != before:
         raise CheckpointError(
             f"{checkpoint.folder} changed while it was in use, and what was measured may be of two models; "
             "wait for its writer, and repeat the call"
@@ -241,22 +240,12 @@ def check_same(checkpoint: Checkpoint, before: str) -> None:
 
 
 @contextmanager
-def unchanged(terms: Iterable[Term]) -> Iterator[None]:
+def unchanged(terms: Iterable[Readable]) -> Iterator[None]:
     """Raise CheckpointError when a file of these models or directions changes before the block ends."""
     terms = list(terms)
     stamps = take_stamps(terms)
     yield
     check_stamps(stamps, terms)
-
-
-def _files_of(term: Term) -> Iterator[Path]:
-    if isinstance(term, Checkpoint):
-        infos = list(term.tensors.values())
-        yield from term.companions()
-    else:
-        infos = [info for change in term.changes.values() for info in change.infos]
-    for info in infos:
-        yield from info.files
 
 
 # Hashing
@@ -335,178 +324,3 @@ def _place(info: TensorInfo) -> list[Any]:
 def _is_plain(info: TensorInfo) -> bool:
     """Tell whether a tensor's bytes lie in one file as they are: then the file is all that counts."""
     return type(info) is TensorInfo
-
-
-NAME = "weights.json"
-FORMAT = "palinode-weights"
-VERSION = 1
-PARTS = ("tensors", "companions", "headers")
-
-Finding = Literal["changed", "missing", "new"]
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What `weights.json` says: digests by name or path, and what the writer told about the sum."""
-
-    tensors: Mapping[str, str]
-    companions: Mapping[str, str]
-    """Config, tokenizer, templates and the index, by path in the folder."""
-    headers: Mapping[str, str]
-    """Of the weight files, by path in the folder."""
-    content: Mapping[str, Any]
-    """All the rest: version of Palinode, formula, dtype, rounding, seed, dose."""
-
-
-@dataclass(frozen=True, slots=True)
-class Verification:
-    """How a model folder compares with its manifest; names of tensors, paths of files in the folder."""
-
-    checked: int
-    """Number of tensors that were compared."""
-    nbytes: int
-    """Their bytes."""
-    changed: tuple[str, ...]
-    """Tensors with other values, dtype or shape."""
-    missing: tuple[str, ...]
-    """Tensors of the manifest that are not in the folder."""
-    extra: tuple[str, ...]
-    """Tensors in the folder that are not in the manifest."""
-    companions: Mapping[str, Finding]
-    """Files of the model (config, tokenizer, index, headers of the weight files) that are not as written."""
-
-    @property
-    def ok(self) -> bool:
-        """Whether everything is as it was written."""
-        return not (self.changed or self.missing or self.extra or self.companions)
-
-
-def formula_terms(terms: Mapping[Term, float]) -> list[dict[str, Any]]:
-    """Return a sum as plain values for the manifest, in the order given.
-
-    A checkpoint, or a direction on disk, goes by the last part of its folder's path: where the models lay on
-    the writer's machine is nobody's business. What was never hashed is read once more for its fingerprint.
-    """
-    return [
-        {"model": term.folder.name, "coefficient": coefficient, "fingerprint": term.fingerprint()}
-        for term, coefficient in terms.items()
-    ]
-
-
-def write_manifest(
-    folder: Path, *, checkpoint: Checkpoint, digests: Mapping[str, str], content: Mapping[str, Any]
-) -> None:
-    """Write `weights.json` into a finished model folder, in one step.
-
-    `checkpoint` is that folder, opened; `digests` has one for each of its tensors. `content` is strict JSON
-    and goes in as it is, before the digests. Raises ValueError when digests are missing, or `content` holds
-    a number that is not finite, or a name that the manifest uses itself.
-    """
-    if digests.keys() != checkpoint.tensors.keys():
-        raise ValueError(f"{len(digests)} digests were given for {len(checkpoint.tensors)} tensors")
-    parts = {
-        "tensors": dict(digests),
-        "companions": _companions(folder, checkpoint),
-        "headers": {path.name: _header_digest(path) for path in _weight_files(folder)},
-    }
-    head = {"format": FORMAT, "version": VERSION, "palinode": __version__}
-    taken = content.keys() & {*head, *parts, "seal"}
-    if taken:
-        raise ValueError(f"the manifest has its own {', '.join(sorted(taken))}")
-    whole = json.loads(json.dumps({**head, **content, **parts}, allow_nan=False))  # as a reader will find it
-    whole["seal"] = _seal(whole)
-    write_text(folder / NAME, json.dumps(whole, indent=1) + "\n")
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Return what `weights.json` says.
-
-    Raises CheckpointError when there is none, or it is damaged, or of a version that we do not know.
-    """
-    if not folder.is_dir():
-        raise CheckpointError(f"there is no model folder {folder}")
-    try:
-        found = read_json(folder / NAME)
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder} has no {NAME}, so nobody can tell what changed; name a model that Palinode wrote"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder / NAME} cannot be read ({error}); write the model again") from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise CheckpointError(f"{folder / NAME} is no manifest of Palinode; write the model again")
-    if found.get("version") != VERSION:
-        raise CheckpointError(
-            f"{folder / NAME} has version {found.get('version')!a}, and this Palinode knows {VERSION}; "
-            "use the Palinode that wrote it"
-        )
-    if found.pop("seal", None) != _seal(found) or not all(_is_part(found.get(part)) for part in PARTS):
-        raise CheckpointError(f"{folder / NAME} has been changed since it was written; write the model again")
-    parts = {part: found.pop(part) for part in PARTS}
-    return Manifest(**parts, content=found)
-
-
-def check_manifest(
-    folder: Path, *, workers: int | None = None, on_progress: Callable[[int], None] | None = None
-) -> Verification:
-    """Compare a model folder with its manifest, in one pass over all of its bytes; nothing is remembered.
-
-    Files that are no part of the model (a report, a record) may be added freely. `on_progress` is told the
-    bytes of tensors that are done. Raises CheckpointError when there is no manifest, or the folder is no
-    model that can be opened (a file cut off or missing, a header or config that is broken).
-    """
-    manifest, checkpoint = read_manifest(folder), Checkpoint.open(folder)
-    found = tensor_digests(checkpoint, workers=workers, cached=False, on_progress=on_progress)
-    written = manifest.tensors
-    files = [path for path in _weight_files(folder) if path.name in manifest.headers]
-    return Verification(
-        checked=len(found.keys() & written.keys()),
-        nbytes=checkpoint.nbytes,
-        changed=tuple(name for name in written if name in found and found[name] != written[name]),
-        missing=tuple(name for name in written if name not in found),
-        extra=tuple(name for name in found if name not in written),
-        companions={
-            **_compare(manifest.companions, _companions(folder, checkpoint)),
-            **_compare(manifest.headers, {path.name: _header_digest(path) for path in files}),
-        },
-    )
-
-
-def _companions(folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the digests of all files beside the weights that decide how the model is read."""
-    index = {INDEX: file_digest(folder / INDEX)} if (folder / INDEX).is_file() else {}
-    return {**companion_digests(checkpoint), **index}
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.safetensors") if path.is_file())
-
-
-def _header_digest(path: Path) -> str:
-    """Return the digest of what a safetensors file holds before its first tensor."""
-    try:
-        with path.open("rb") as stream:
-            length = stream.read(8)
-            header = stream.read(min(int.from_bytes(length, "little"), MAX_HEADER))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}); write the model again") from None
-    return blake3.blake3(length + header).hexdigest()
-
-
-def _seal(manifest: Mapping[str, Any]) -> str:
-    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
-    return blake3.blake3(text.encode()).hexdigest()
-
-
-def _is_part(part: Any) -> bool:
-    """Tell whether this maps names to digests."""
-    return isinstance(part, dict) and all(
-        isinstance(digest, str) and DIGEST.fullmatch(digest) for digest in part.values()
-    )
-
-
-def _compare(written: Mapping[str, str], found: Mapping[str, str]) -> dict[str, Finding]:
-    """Return what became of the files that are not as they were written."""
-    kinds: dict[str, Finding] = {name: "changed" for name in written if found.get(name) != written[name]}
-    kinds |= {name: "missing" for name in written if name not in found}
-    return kinds | {name: "new" for name in found if name not in written}

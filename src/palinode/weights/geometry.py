@@ -24,15 +24,15 @@ from palinode.weights.arithmetic import (
     Operands,
     Settings,
     Slice,
+    combined,
     formula,
     map_slices,
     per_thread,
     slices,
 )
-from palinode.weights.checkpoint import Checkpoint
-from palinode.weights.direction import Direction
-from palinode.weights.displacement import Displacement, check_displacements
+from palinode.weights.displacement import Displacement, Sum, check_displacements
 from palinode.weights.fingerprints import check_files
+from palinode.weights.folders import ModelFolder
 from palinode.weights.kernels import ALONG, ASKED, ERROR, MEASURED, MOVED, totals_of
 from palinode.weights.preflight import check_fit, complain_of_nonfinite
 from palinode.weights.tensors import Files, TensorInfo, is_head
@@ -190,7 +190,7 @@ class Profile:
 
 
 def profile(
-    directions: Mapping[str, Direction],
+    directions: Mapping[str, Sum],
     *,
     workers: int | None = None,
     on_progress: Callable[[int], None] | None = None,
@@ -201,7 +201,7 @@ def profile(
     together, AlgebraError when there is none.
     """
     used = list(dict.fromkeys(term for direction in directions.values() for term in direction.terms))
-    checkpoints = [term for term in used if isinstance(term, Checkpoint)]
+    checkpoints = [term for term in used if isinstance(term, ModelFolder)]
     displacements = [term for term in used if isinstance(term, Displacement)]
     if not used:
         raise AlgebraError(
@@ -246,7 +246,7 @@ def profile(
     return Profile(tuple(directions), dict(sorted(gram.items(), key=lambda item: part_order(item[0]))))
 
 
-def _parts(checkpoints: Sequence[Checkpoint], displacements: Sequence[Displacement]) -> Iterator[Slice]:
+def _parts(checkpoints: Sequence[ModelFolder], displacements: Sequence[Displacement]) -> Iterator[Slice]:
     """Yield the slices of all tensors that the directions are made of, a tied one once."""
     if checkpoints:
         layout = checkpoints[0]
@@ -287,13 +287,13 @@ def choose_rounding(form: Formula, asked: Settings, parts: Iterable[Slice]) -> t
         return asked, None
     extents = {part.info: part.start + part.count for part in parts if not part.alone}
     extents = {info: extent for info, extent in extents.items() if _is_16_bit(info, asked)}
-    change = form.point - form.point.anchor
-    if not extents or not change.terms:
+    change = combined(form.terms, -1.0, {form.anchor: 1.0})
+    if not extents or not change:
         return replace(asked, rounding="nearest"), None
     nearest = replace(asked, rounding="nearest", allow_nonfinite=True)
     meter = DoseMeter(["all"])
     with Files() as files:
-        evaluator = Evaluator(formula(form.point, {"all": change}), nearest, files, measure=True)
+        evaluator = Evaluator(formula(form.anchor, form.terms, {"all": change}), nearest, files, measure=True)
         for info, extent in extents.items():
             count = min(SAMPLE, extent)
             middle = (extent - count) // 2 // kernels.BLOCK * kernels.BLOCK

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 
 from palinode.errors import InputError, MismatchError
 from palinode.weights.arithmetic import NAMES
-from palinode.weights.checkpoint import Checkpoint
-from palinode.weights.direction import Point, Term
+from palinode.weights.checkpoint import Checkpoint, Point
+from palinode.weights.displacement import Term
 from palinode.weights.preflight import check_fit
 from palinode.weights.tensors import is_head
 

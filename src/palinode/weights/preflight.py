@@ -17,10 +17,10 @@ import numpy as np
 
 from palinode.errors import CheckpointError, InputError, MismatchError
 from palinode.records import read_json
-from palinode.weights.checkpoint import Checkpoint, TensorInfo, require_head
 from palinode.weights.displacement import Displacement, check_displacements
 from palinode.weights.fingerprints import tensor_digests
-from palinode.weights.tensors import HEADS, is_embedding, is_head, map_blocks, plain
+from palinode.weights.folders import ModelFolder, require_head
+from palinode.weights.tensors import HEADS, TensorInfo, is_embedding, is_head, map_blocks, plain
 
 Rows = Literal["refuse", "shared"]
 """What to do where embeddings have different numbers of rows: refuse, or sum the rows that all have."""
@@ -46,8 +46,8 @@ INFINITY = {
 
 
 def check_sum(
-    reference: Checkpoint,
-    others: Sequence[Checkpoint],
+    reference: ModelFolder,
+    others: Sequence[ModelFolder],
     displacements: Iterable[Displacement] = (),
     *,
     rows: Rows = "refuse",
@@ -77,7 +77,7 @@ class Fit:
     """What a reader of the result should know, one sentence each."""
 
 
-def check_fit(reference: Checkpoint, others: Sequence[Checkpoint], *, rows: Rows = "refuse") -> Fit:
+def check_fit(reference: ModelFolder, others: Sequence[ModelFolder], *, rows: Rows = "refuse") -> Fit:
     """Return how checkpoints fit the reference (the target); raise MismatchError where they do not.
 
     They need its architecture, names, shapes, kinds of dtype (floating point or not), and tying. Embeddings
@@ -103,12 +103,12 @@ def check_fit(reference: Checkpoint, others: Sequence[Checkpoint], *, rows: Rows
     return Fit(shared, tuple(notes))
 
 
-def check_same_shape(points: Sequence[Checkpoint], reference: Checkpoint) -> None:
+def check_same_shape(points: Sequence[ModelFolder], reference: ModelFolder) -> None:
     """Raise MismatchError unless every checkpoint has the reference's architecture, tensors and tying."""
     check_fit(reference, points)
 
 
-def _check_architecture(reference: Checkpoint, other: Checkpoint) -> None:
+def _check_architecture(reference: ModelFolder, other: ModelFolder) -> None:
     for key in ARCHITECTURE:
         first, second = reference.config.get(key), other.config.get(key)
         if first != second and None not in (first, second):
@@ -118,7 +118,7 @@ def _check_architecture(reference: Checkpoint, other: Checkpoint) -> None:
             )
 
 
-def _check_names(reference: Checkpoint, other: Checkpoint) -> Iterator[str]:
+def _check_names(reference: ModelFolder, other: ModelFolder) -> Iterator[str]:
     """Yield a note where the same tensors have other names; raise MismatchError where one has no partner.
 
     Buffers need none: they stay the reference's.
@@ -154,7 +154,7 @@ def _check_names(reference: Checkpoint, other: Checkpoint) -> Iterator[str]:
         )
 
 
-def _without_partner(here: Checkpoint, there: Checkpoint) -> list[str]:
+def _without_partner(here: ModelFolder, there: ModelFolder) -> list[str]:
     """Return the tensors that another checkpoint does not have, or has under a name that two could mean."""
     return [
         name
@@ -163,7 +163,7 @@ def _without_partner(here: Checkpoint, there: Checkpoint) -> list[str]:
     ]
 
 
-def _is_partner(here: Checkpoint, info: TensorInfo, there: Checkpoint) -> bool:
+def _is_partner(here: ModelFolder, info: TensorInfo, there: ModelFolder) -> bool:
     """Tell whether a tensor has just one counterpart under another name, or put together otherwise."""
     found = there.find(info.name)
     if found is None or here.names.get(plain(info.name)) != info.name:
@@ -171,7 +171,7 @@ def _is_partner(here: Checkpoint, info: TensorInfo, there: Checkpoint) -> bool:
     return there.spelled(info.name) is not None or found.shape == info.shape
 
 
-def _twice(sides: Iterable[tuple[Checkpoint, Checkpoint]], lost: Iterable[Sequence[str]]) -> str | None:
+def _twice(sides: Iterable[tuple[ModelFolder, ModelFolder]], lost: Iterable[Sequence[str]]) -> str | None:
     """Say so where a tensor has no counterpart because another one of its own file has the same meaning."""
     for (here, _), names in zip(sides, lost, strict=True):
         for name in names:
@@ -200,7 +200,7 @@ def _cause(names: Sequence[str]) -> str:
     )
 
 
-def _check_tying(reference: Checkpoint, other: Checkpoint) -> None:
+def _check_tying(reference: ModelFolder, other: ModelFolder) -> None:
     if (reference.tied is None) != (other.tied is None):
         tied, untied = (reference, other) if reference.tied else (other, reference)
         raise MismatchError(
@@ -209,16 +209,16 @@ def _check_tying(reference: Checkpoint, other: Checkpoint) -> None:
         )
 
 
-def _check_twins(checkpoint: Checkpoint) -> None:
+def _check_twins(checkpoint: ModelFolder) -> None:
     """Raise MismatchError where a tied head lies in the files beside another embedding than its own."""
     if checkpoint.tied and checkpoint.twin(checkpoint.tied[0]):
         infos = {name: checkpoint.tensors[name] for name in checkpoint.tied}
-        digests = tensor_digests(Checkpoint(checkpoint.folder, infos, {}), cached=False)
+        digests = tensor_digests(ModelFolder(checkpoint.folder, infos, {}), cached=False)
         if len({*digests.values()}) > 1:
             complain_of_twins(checkpoint)
 
 
-def complain_of_twins(checkpoint: Checkpoint) -> NoReturn:
+def complain_of_twins(checkpoint: ModelFolder) -> NoReturn:
     """Raise MismatchError for a tied pair that is not one."""
     head, embedding = checkpoint.tied or HEADS[:2]
     raise MismatchError(
@@ -227,7 +227,7 @@ def complain_of_twins(checkpoint: Checkpoint) -> NoReturn:
     )
 
 
-def _check_tensors(reference: Checkpoint, other: Checkpoint, rows: Rows) -> None:
+def _check_tensors(reference: ModelFolder, other: ModelFolder, rows: Rows) -> None:
     problems, padded = _differences(reference, other), _different_rows(reference, other)
     if rows == "shared":
         problems = {name: problem for name, problem in problems.items() if name not in padded}
@@ -247,7 +247,7 @@ def _check_tensors(reference: Checkpoint, other: Checkpoint, rows: Rows) -> None
     )
 
 
-def _differences(reference: Checkpoint, other: Checkpoint) -> dict[str, str]:
+def _differences(reference: ModelFolder, other: ModelFolder) -> dict[str, str]:
     """Return what is different in tensors that both have, in words, by the name of the tensor."""
     problems = {}
     for name, info in reference.tensors.items():
@@ -261,7 +261,7 @@ def _differences(reference: Checkpoint, other: Checkpoint) -> dict[str, str]:
     return problems
 
 
-def _different_rows(reference: Checkpoint, other: Checkpoint) -> list[str]:
+def _different_rows(reference: ModelFolder, other: ModelFolder) -> list[str]:
     """Return the embeddings and heads that differ in their number of rows, and in nothing else."""
     return [
         name
@@ -285,7 +285,7 @@ def _is_vocabulary(name: str) -> bool:
     return is_embedding(name) or is_head(name) or plain(name) == HEAD_BIAS
 
 
-def _rows_note(info: TensorInfo, shared: int, counts: Mapping[Checkpoint, int]) -> str:
+def _rows_note(info: TensorInfo, shared: int, counts: Mapping[ModelFolder, int]) -> str:
     own = info.shape[0]
     note = f"{info.name}: all {own} rows are in all"
     if shared < own:
@@ -303,7 +303,7 @@ def _shape(info: TensorInfo) -> str:
 # Tokens
 
 
-def check_tokenizers(reference: Checkpoint, others: Sequence[Checkpoint]) -> tuple[str, ...]:
+def check_tokenizers(reference: ModelFolder, others: Sequence[ModelFolder]) -> tuple[str, ...]:
     """Return notes on how the tokenizers differ; raise MismatchError where one token has two numbers.
 
     Compared is what lies in the folders; one without a tokenizer fits every other, as base checkpoints often
@@ -369,7 +369,7 @@ def _tokens(path: Path) -> dict[str, int]:
     return tokens
 
 
-def _special_notes(reference: Checkpoint, other: Checkpoint) -> Iterator[str]:
+def _special_notes(reference: ModelFolder, other: ModelFolder) -> Iterator[str]:
     """Yield a note for each special token on which both folders say something, and not the same."""
     numbers = [f"{word}_id" for word in SPECIAL]
     for file, keys in (
@@ -409,7 +409,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def count_nonfinite(
-    checkpoint: Checkpoint, *, on_progress: Callable[[int], None] | None = None
+    checkpoint: ModelFolder, *, on_progress: Callable[[int], None] | None = None
 ) -> dict[str, tuple[int, int]]:
     """Return (number of NaN, number of infinities) of each tensor that has any, by name.
 
@@ -425,7 +425,7 @@ def count_nonfinite(
     return found
 
 
-def complain_of_nonfinite(checkpoints: Iterable[Checkpoint], *, option: bool = True) -> None:
+def complain_of_nonfinite(checkpoints: Iterable[ModelFolder], *, option: bool = True) -> None:
     """Raise CheckpointError that counts and names NaN and infinities in these checkpoints.
 
     Returns when there are none: then the sum itself is too large. `option` tells that the verb has

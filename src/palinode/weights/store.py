@@ -1,14 +1,19 @@
-"""The files of an output folder, planned before any arithmetic: headers, sizes, the place of every tensor.
+"""Write a sum as an ordinary model folder, atomically, and tell later whether it still is what was written.
 
-The output is safetensors whatever the target is stored as, in the target's own files and order where
-these are safetensors already.
+The output has the target's layout: same files (safetensors in any case), same tensors, same order. So every
+header is known before any arithmetic, files are laid out at their final size, and slices are put in place
+in any order, by several threads and processes. Everything is written into a neighbour folder that takes its
+final name only when it is whole and has been read back.
 
-Write a point as an ordinary model folder, atomically.
+Beside the weights lies their formula with the digest of every tensor and of every file that belongs to the
+model. So one pass over the folder tells whether anything has changed since it was written:
 
-The output has the target's layout: same files, same tensors, same order. So every header is known
-before any arithmetic, files are laid out at their final size, and slices are put in place in any order,
-by several threads and processes. Everything is written into a neighbour folder that takes its final name
-only when it is whole and has been read back.
+    {"format": "palinode-weights", "version": 1, "palinode": …,
+     "formula": [{"model": "target", "coefficient": 1.0, "fingerprint": …}, …], "rounding": …, "seed": …,
+     "tensors": {name: digest}, "companions": {path: digest}, "headers": {path: digest}, "seal": …}
+
+Digests are 64 hex digits of BLAKE3 (`fingerprints`). A header is what a safetensors file holds before its
+first tensor; the seal is the digest of all the rest of the manifest.
 """
 
 from __future__ import annotations
@@ -21,11 +26,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import blake3
 import numpy as np
 
-from palinode.errors import AlgebraError, OutputError, unwritable
+from palinode.errors import CheckpointError, OutputError, unwritable
+from palinode.records import beside, read_json, write_text
+from palinode.version import __version__
 from palinode.weights.arithmetic import (
     NAMES,
     Evaluator,
@@ -37,28 +45,28 @@ from palinode.weights.arithmetic import (
     formula,
     map_slices,
     per_thread,
-    settings,
     slices,
 )
-from palinode.weights.atomic import Crew, Hand, Lead, check_output, claimed, is_claimed, neighbour, publish
-from palinode.weights.checkpoint import INDEX, SINGLE, Checkpoint
-from palinode.weights.direction import Direction, Point
+from palinode.weights.atomic import Crew, Rank0Side, RankSide, check_output, claimed, is_claimed, publish
+from palinode.weights.displacement import Term
 from palinode.weights.fingerprints import (
+    DIGEST,
     Stamps,
     block_digest,
     check_files,
     check_stamps,
-    formula_terms,
-    read_manifest,
+    companion_digests,
+    file_digest,
     remember,
     take_stamps,
     tensor_digest,
-    write_manifest,
+    tensor_digests,
 )
+from palinode.weights.folders import INDEX, SINGLE, ModelFolder
 from palinode.weights.foreign import copy_inside
 from palinode.weights.geometry import Dose, DoseMeter, choose_rounding, part_of, shortfalls
 from palinode.weights.preflight import Rows, check_sum
-from palinode.weights.tensors import BLOCK, FLOAT_BYTES, Files, TensorInfo, by_file, map_blocks
+from palinode.weights.tensors import BLOCK, FLOAT_BYTES, MAX_HEADER, Files, TensorInfo, by_file, map_blocks
 
 SHARD = 5_000_000_000
 """Bytes of a file, where the target's own files cannot be taken over."""
@@ -74,7 +82,7 @@ class OutputFile:
     size: int
 
 
-def plan_files(anchor: Checkpoint, code: str | None, *, kept: Collection[str] = ()) -> list[OutputFile]:
+def plan_files(anchor: ModelFolder, code: str | None, *, kept: Collection[str] = ()) -> list[OutputFile]:
     """Plan the output files after the anchor's own; floating-point tensors but those `kept` are in `code`."""
     files = by_file(anchor.tensors.values())
     if len(files) > 1 and all(path.suffix == ".safetensors" for path in files):
@@ -190,7 +198,7 @@ def write_index(files: Sequence[OutputFile], folder: Path) -> None:
     (folder / INDEX).write_text(text + "\n", encoding="utf-8")
 
 
-def copy_companions(anchor: Checkpoint, folder: Path, dtype: str | None) -> None:
+def copy_companions(anchor: ModelFolder, folder: Path, dtype: str | None) -> None:
     """Copy config, tokenizer, processor and licence of the target; note a changed dtype in the config.
 
     A config that came out of the weight file itself (GGUF) is written down.
@@ -211,61 +219,32 @@ Checksums = dict[tuple[str, int], int]
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
-    """A model folder that was written, and how much of the change asked for arrived in it."""
+class Written:
+    """How a model folder was written, and how much of the change asked for arrived in it."""
 
-    checkpoint: Checkpoint
     dose: Dose
     rounding: Rounding
     """The one that was used: "nearest" or "stochastic"."""
     notes: tuple[str, ...] = ()
-    """What the user should know: how it was rounded and why, what of the dose did not arrive, …"""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Wall time of reading, summing and writing ("sum"); of reading back, and hashing inputs that were never
-    hashed before ("check"); of naming ("publish")."""
+    """Wall time of the phases "sum", "check" and "publish"."""
 
 
-def save(
-    point: Point,
+def write(
+    anchor: ModelFolder,
+    terms: Mapping[Term, float],
     output: Path,
+    asked: Settings,
     *,
-    dtype: str | None = None,
-    rounding: Rounding = "auto",
-    seed: int = 0,
-    along: Mapping[str, Direction] | None = None,
-    precision: str = "float32",
-    rows: Rows = "refuse",
-    allow_nonfinite: bool = False,
-    check: bool = True,
-    crew: Crew | None = None,
-    workers: int | None = None,
-    on_progress: Callable[[int], None] | None = None,
-) -> Saved:
-    """Write a weighted sum as a model folder with the layout, config and tokenizer of its anchor.
-
-    `dtype` is "float32", "bfloat16", "float16" or "float64" (default: as in the target, per tensor).
-    `along` names the directions whose effective scale the dose reports. `precision` is that of the sums;
-    `rows` "shared" sums only the rows that every embedding has; `allow_nonfinite` lets NaN and infinity
-    through; `check` reads the result back, compares it, and writes `weights.json` for `palinode verify`.
-    `crew` divides the work among processes that each make this very call. Memory stays at a few slices for
-    each of `workers` threads (default: the cores). `on_progress` hears the number of weights done.
-
-    Raises MismatchError when the checkpoints do not fit together, CheckpointError when an input cannot be
-    read or is not finite, OutputError when the output place cannot be used or did not keep what was written.
-    """
-    if not isinstance(point, Point):
-        raise AlgebraError("a direction is not a model; save a point, as in target - alpha * forget_vector")
-    job = _plan(
-        point,
-        output.expanduser().resolve(),
-        settings(
-            dtype=dtype, rounding=rounding, seed=seed, precision=precision, allow_nonfinite=allow_nonfinite
-        ),
-        along or {},
-        rows,
-        workers,
-    )
-    crew = crew or Crew()
+    along: Mapping[str, Mapping[Term, float]],
+    rows: Rows,
+    check: bool,
+    crew: Crew,
+    workers: int | None,
+    on_progress: Callable[[int], None] | None,
+) -> Written:
+    """Write a sum of terms as a model folder; what is asked for is explained at `checkpoint.save`."""
+    job = plan(formula(anchor, terms, along), output, asked, rows, workers)
     if crew.rank:
         return _help(job, crew, on_progress)
     return _write(job, crew, check=check or crew.count > 1, on_progress=on_progress)
@@ -291,48 +270,29 @@ class _Job:
     stamps: Stamps
     """Of all inputs, from before any of their numbers was read."""
 
-    @property
-    def anchor(self) -> Checkpoint:
-        return self.formula.point.anchor
-
-    @property
-    def inputs(self) -> list[Path]:
-        form = self.formula
-        return [term.folder for term in form.checkpoints] + [term.folder for term in form.displacements]
-
     def key(self) -> str:
         """Return what the processes of a crew must agree on."""
-        terms = sorted((term.folder.name, weight) for term, weight in self.formula.point.terms.items())
+        terms = sorted((term.folder.name, weight) for term, weight in self.formula.terms.items())
         text = repr((terms, self.asked, [(file.name, file.header) for file in self.files], len(self.parts)))
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _plan(
-    point: Point,
-    output: Path,
-    asked: Settings,
-    along: Mapping[str, Direction],
-    rows: Rows,
-    workers: int | None,
-) -> _Job:
+def plan(form: Formula, output: Path, asked: Settings, rows: Rows, workers: int | None) -> _Job:
     """Check that everything fits, and settle how it is rounded; nothing is written."""
-    form = formula(point, along)
     check_files(form.checkpoints)
-    stamps = take_stamps((*form.checkpoints, *form.displacements))
-    others = [checkpoint for checkpoint in form.checkpoints if checkpoint != point.anchor]
-    fit = check_sum(point.anchor, others, form.displacements, rows=rows)
+    stamps = take_stamps(form.operands)
+    others = [checkpoint for checkpoint in form.checkpoints if checkpoint != form.anchor]
+    fit = check_sum(form.anchor, others, form.displacements, rows=rows)
     told = [note for checkpoint in form.checkpoints for note in checkpoint.notes]
-    notes = (*told, *fit.notes)
-    parts = list(slices(point.anchor, shared_rows=fit.shared_rows))
-    files = plan_files(point.anchor, asked.code)
-    job = _Job(form, asked, asked, None, output, files, parts, workers, notes, stamps)
-    check_output(output, job.inputs)
+    parts = list(slices(form.anchor, shared_rows=fit.shared_rows))
+    check_output(output, [term.folder for term in form.operands])
     chosen, share = choose_rounding(form, asked, parts)
-    return replace(job, settings=chosen, share=share)
+    files = plan_files(form.anchor, asked.code)
+    return _Job(form, asked, chosen, share, output, files, parts, workers, (*told, *fit.notes), stamps)
 
 
 def _leftover_note(output: Path) -> Iterator[str]:
-    if neighbour(output).exists() and not is_claimed(neighbour(output)):
+    if beside(output).exists() and not is_claimed(beside(output)):
         yield f"an earlier run was interrupted while it wrote {output.name}; what it left was cleared away"
 
 
@@ -356,38 +316,41 @@ def share(parts: Sequence[Slice], crew: Crew) -> list[Slice]:
     ]
 
 
-def _write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], None] | None) -> Saved:
+def _write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], None] | None) -> Written:
     clock, leftover = _Clock(), tuple(_leftover_note(job.output))
     with claimed(job.output) as partial:
-        check_output(job.output, job.inputs, needs=sum(file.size for file in job.files))
+        check_output(
+            job.output,
+            [term.folder for term in job.formula.operands],
+            needs=sum(file.size for file in job.files),
+        )
         with ExitStack() as stack, clock.phase("sum"):
             out = OutputFiles(job.files, partial, stack)
-            lead = Lead(crew, partial, job.key()) if crew.count > 1 else None
+            others = Rank0Side(crew, partial, job.key()) if crew.count > 1 else None
             meter, checksums = _fill(job, share(job.parts, crew), out, on_progress)
-            out.copy(info for info in job.anchor.tensors.values() if not info.is_float)
-            for report in lead.reports() if lead else ():
+            out.copy(info for info in job.formula.anchor.tensors.values() if not info.is_float)
+            for report in others.reports() if others else ():
                 meter.merge(report["dose"])
                 checksums |= {(name, block): total for name, block, total in report["checksums"]}
-            if lead:
-                lead.dismiss()
+            if others:
+                others.dismiss()
         write_index(job.files, partial)
-        copy_companions(job.anchor, partial, NAMES[job.asked.code] if job.asked.code else None)
+        copy_companions(job.formula.anchor, partial, NAMES[job.asked.code] if job.asked.code else None)
         _leave_out(job, meter)
         dose = meter.result()
         notes = (*job.notes, *_rounding_note(job), *shortfalls(dose, _asked(job.formula)))
-        saved = Saved(Checkpoint.open(partial), dose, job.settings.rounding, notes)
+        made, saved = ModelFolder.open(partial), Written(dose, job.settings.rounding, notes)
         with clock.phase("check"):
             if check:
-                digests, content = _read_back(saved.checkpoint, job, checksums), _content(job, saved)
-                write_manifest(partial, checkpoint=saved.checkpoint, digests=digests, content=content)
+                digests, content = _read_back(made, job, checksums), _content(job, saved)
+                write_manifest(partial, checkpoint=made, digests=digests, content=content)
         check_files(job.formula.checkpoints)
-        check_stamps(job.stamps, (*job.formula.checkpoints, *job.formula.displacements))
+        check_stamps(job.stamps, job.formula.operands)
         with clock.phase("publish"):
             publish(partial, job.output)
-    written = Checkpoint.open(job.output)
     if check:
-        remember(written, digests)
-    return replace(saved, checkpoint=written, notes=(*leftover, *saved.notes), seconds=clock.seconds)
+        remember(ModelFolder.open(job.output), digests)
+    return replace(saved, notes=(*leftover, *saved.notes), seconds=clock.seconds)
 
 
 def _fill(
@@ -410,7 +373,7 @@ def _fill(
 
     def collect(part: Slice, result: tuple[np.ndarray, list[int]]) -> None:
         totals, found = result
-        if not job.anchor.is_second_copy(part.info.name):
+        if not job.formula.anchor.is_second_copy(part.info.name):
             every = 1 if part.alone else every_of(part.info)
             meter.add(part_of(part.info.name), totals, part.count, every=every)
         if part.info.name not in uneven:
@@ -425,9 +388,9 @@ def _fill(
 def _leave_out(job: _Job, meter: DoseMeter) -> None:
     """Tell the meter what stays the target's: tensors that are copied, and rows that nobody else has."""
     for part in job.parts:
-        if part.alone and not job.anchor.is_second_copy(part.info.name):
+        if part.alone and not job.formula.anchor.is_second_copy(part.info.name):
             meter.leave_out(part_of(part.info.name), part.count, weights=True)
-    for name, info in job.anchor.tensors.items():
+    for name, info in job.formula.anchor.tensors.items():
         if not info.is_float:
             meter.leave_out(part_of(name), info.size, weights=False)
 
@@ -439,13 +402,13 @@ def checksum(raw: memoryview) -> int:
     return (total + int.from_bytes(raw[len(raw) - rest :], "little")) % 2**64
 
 
-def _help(job: _Job, crew: Crew, on_progress: Callable[[int], None] | None) -> Saved:
+def _help(job: _Job, crew: Crew, on_progress: Callable[[int], None] | None) -> Written:
     """Do another process's share; return what process 0 has saved."""
-    partial = neighbour(job.output)
+    partial = beside(job.output)
 
     def fill() -> Mapping[str, Any]:
         def heard(count: int) -> None:
-            hand.beat()
+            side.beat()
             if on_progress:
                 on_progress(count)
 
@@ -455,17 +418,16 @@ def _help(job: _Job, crew: Crew, on_progress: Callable[[int], None] | None) -> S
             out.sync()
         return {"dose": meter.state(), "checksums": [(*place, total) for place, total in checksums.items()]}
 
-    hand = Hand(crew, partial, job.output, job.key())
-    hand.work(fill)
+    side = RankSide(crew, partial, job.output, job.key())
+    side.work(fill)
     content = read_manifest(job.output).content
-    dose = _dose(content["dose"])
-    return Saved(Checkpoint.open(job.output), dose, job.settings.rounding, tuple(content["notes"]))
+    return Written(_dose(content["dose"]), job.settings.rounding, tuple(content["notes"]))
 
 
 # Finishing
 
 
-def _read_back(written: Checkpoint, job: _Job, checksums: Checksums) -> dict[str, str]:
+def _read_back(written: ModelFolder, job: _Job, checksums: Checksums) -> dict[str, str]:
     """Read what was written, compare it with what was computed, and return the digest of every tensor.
 
     Raises OutputError when a tensor is missing or has another shape, or a block has other bytes.
@@ -490,10 +452,17 @@ def _read_back(written: Checkpoint, job: _Job, checksums: Checksums) -> dict[str
     return {name: tensor_digest(info, blocks[name]) for name, info in written.tensors.items()}
 
 
-def _content(job: _Job, saved: Saved) -> dict[str, Any]:
-    """Return what the manifest says of the sum."""
+def _content(job: _Job, saved: Written) -> dict[str, Any]:
+    """Return what the manifest says of the sum.
+
+    A term goes by the last part of its folder's path: where the models lay on the writer's machine is
+    nobody's business. What was never hashed is read once more for its fingerprint.
+    """
     return {
-        "terms": formula_terms(job.formula.point.terms),
+        "terms": [
+            {"model": term.folder.name, "coefficient": coefficient, "fingerprint": term.fingerprint()}
+            for term, coefficient in job.formula.terms.items()
+        ],
         "dtype": NAMES[job.asked.code] if job.asked.code else None,
         "precision": job.settings.precision,
         "rounding": {"asked": job.asked.rounding, "used": job.settings.rounding, "seed": job.settings.seed},
@@ -529,3 +498,173 @@ class _Clock:
         began = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - began
+
+
+NAME = "weights.json"
+
+
+FORMAT = "palinode-weights"
+
+
+VERSION = 1
+
+
+PARTS = ("tensors", "companions", "headers")
+
+
+Finding = Literal["changed", "missing", "new"]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What `weights.json` says: digests by name or path, and what the writer told about the sum."""
+
+    tensors: Mapping[str, str]
+    companions: Mapping[str, str]
+    """Config, tokenizer, templates and the index, by path in the folder."""
+    headers: Mapping[str, str]
+    """Of the weight files, by path in the folder."""
+    content: Mapping[str, Any]
+    """All the rest: version of Palinode, formula, dtype, rounding, seed, dose."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """How a model folder compares with its manifest; names of tensors, paths of files in the folder."""
+
+    checked: int
+    """Number of tensors that were compared."""
+    nbytes: int
+    """Their bytes."""
+    changed: tuple[str, ...]
+    """Tensors with other values, dtype or shape."""
+    missing: tuple[str, ...]
+    """Tensors of the manifest that are not in the folder."""
+    extra: tuple[str, ...]
+    """Tensors in the folder that are not in the manifest."""
+    companions: Mapping[str, Finding]
+    """Files of the model (config, tokenizer, index, headers of the weight files) that are not as written."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything is as it was written."""
+        return not (self.changed or self.missing or self.extra or self.companions)
+
+
+def write_manifest(
+    folder: Path, *, checkpoint: ModelFolder, digests: Mapping[str, str], content: Mapping[str, Any]
+) -> None:
+    """Write `weights.json` into a finished model folder, in one step.
+
+    `checkpoint` is that folder, opened; `digests` has one for each of its tensors. `content` is strict JSON
+    and goes in as it is, before the digests. Raises ValueError when digests are missing, or `content` holds
+    a number that is not finite, or a name that the manifest uses itself.
+    """
+    if digests.keys() != checkpoint.tensors.keys():
+        raise ValueError(f"{len(digests)} digests were given for {len(checkpoint.tensors)} tensors")
+    parts = {
+        "tensors": dict(digests),
+        "companions": _companions(folder, checkpoint),
+        "headers": {path.name: _header_digest(path) for path in _weight_files(folder)},
+    }
+    head = {"format": FORMAT, "version": VERSION, "palinode": __version__}
+    taken = content.keys() & {*head, *parts, "seal"}
+    if taken:
+        raise ValueError(f"the manifest has its own {', '.join(sorted(taken))}")
+    whole = json.loads(json.dumps({**head, **content, **parts}, allow_nan=False))  # as a reader will find it
+    whole["seal"] = _seal(whole)
+    write_text(folder / NAME, json.dumps(whole, indent=1) + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return what `weights.json` says.
+
+    Raises CheckpointError when there is none, or it is damaged, or of a version that we do not know.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no model folder {folder}")
+    try:
+        found = read_json(folder / NAME)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} has no {NAME}, so nobody can tell what changed; name a model that Palinode wrote"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder / NAME} cannot be read ({error}); write the model again") from None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise CheckpointError(f"{folder / NAME} is no manifest of Palinode; write the model again")
+    if found.get("version") != VERSION:
+        raise CheckpointError(
+            f"{folder / NAME} has version {found.get('version')!a}, and this Palinode knows {VERSION}; "
+            "use the Palinode that wrote it"
+        )
+    if found.pop("seal", None) != _seal(found) or not all(_is_part(found.get(part)) for part in PARTS):
+        raise CheckpointError(f"{folder / NAME} has been changed since it was written; write the model again")
+    parts = {part: found.pop(part) for part in PARTS}
+    return Manifest(**parts, content=found)
+
+
+def check_manifest(
+    folder: Path, *, workers: int | None = None, on_progress: Callable[[int], None] | None = None
+) -> Verification:
+    """Compare a model folder with its manifest, in one pass over all of its bytes; nothing is remembered.
+
+    Files that are no part of the model (a report, a record) may be added freely. `on_progress` is told the
+    bytes of tensors that are done. Raises CheckpointError when there is no manifest, or the folder is no
+    model that can be opened (a file cut off or missing, a header or config that is broken).
+    """
+    manifest, checkpoint = read_manifest(folder), ModelFolder.open(folder)
+    found = tensor_digests(checkpoint, workers=workers, cached=False, on_progress=on_progress)
+    written = manifest.tensors
+    files = [path for path in _weight_files(folder) if path.name in manifest.headers]
+    return Verification(
+        checked=len(found.keys() & written.keys()),
+        nbytes=checkpoint.nbytes,
+        changed=tuple(name for name in written if name in found and found[name] != written[name]),
+        missing=tuple(name for name in written if name not in found),
+        extra=tuple(name for name in found if name not in written),
+        companions={
+            **_compare(manifest.companions, _companions(folder, checkpoint)),
+            **_compare(manifest.headers, {path.name: _header_digest(path) for path in files}),
+        },
+    )
+
+
+def _companions(folder: Path, checkpoint: ModelFolder) -> dict[str, str]:
+    """Return the digests of all files beside the weights that decide how the model is read."""
+    index = {INDEX: file_digest(folder / INDEX)} if (folder / INDEX).is_file() else {}
+    return {**companion_digests(checkpoint), **index}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+
+
+def _header_digest(path: Path) -> str:
+    """Return the digest of what a safetensors file holds before its first tensor."""
+    try:
+        with path.open("rb") as stream:
+            length = stream.read(8)
+            header = stream.read(min(int.from_bytes(length, "little"), MAX_HEADER))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); write the model again") from None
+    return blake3.blake3(length + header).hexdigest()
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    return blake3.blake3(text.encode()).hexdigest()
+
+
+def _is_part(part: Any) -> bool:
+    """Tell whether this maps names to digests."""
+    return isinstance(part, dict) and all(
+        isinstance(digest, str) and DIGEST.fullmatch(digest) for digest in part.values()
+    )
+
+
+def _compare(written: Mapping[str, str], found: Mapping[str, str]) -> dict[str, Finding]:
+    """Return what became of the files that are not as they were written."""
+    kinds: dict[str, Finding] = {name: "changed" for name in written if found.get(name) != written[name]}
+    kinds |= {name: "missing" for name in written if name not in found}
+    return kinds | {name: "new" for name in found if name not in written}

@@ -19,10 +19,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from palinode.compare.comparison_recipe import CompareRecipe, ComparisonRecipe, Contestant, world_folder
 from palinode.compare.ground import Shares, divide_rows, make_world, rows_for, world_of
 from palinode.compare.measuring import make_gauge, measure_model
 from palinode.compare.ranking import rank, values_of
-from palinode.compare.recipe import CompareRecipe, ComparisonRecipe, Contestant, world_folder
 from palinode.compare.search import (
     ComparisonSearch,
     Ground,
@@ -45,7 +45,6 @@ from palinode.models.loading import pick_device
 from palinode.pipeline.demo_run import one_thread
 from palinode.pipeline.finetuning import FineTuning
 from palinode.pipeline.grid import Probe, Rule
-from palinode.pipeline.heading import environment, heading
 from palinode.pipeline.inputs import (
     Inputs,
     ask_as_trained,
@@ -55,6 +54,7 @@ from palinode.pipeline.inputs import (
     open_inputs,
 )
 from palinode.pipeline.making import Making
+from palinode.pipeline.record import environment, heading
 from palinode.pipeline.scales import Probes
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener, NullListener

@@ -12,9 +12,9 @@ from palinode import read_examples
 from palinode.data.batches import pad_right
 from palinode.data.tokenize import PromptStyle, TokenRow, tokenize
 from palinode.errors import DataError
-from palinode.models import load_model, load_tokenizer
-from palinode.training import sums
-from palinode.training.sums import gradient_moment, input_spaces
+from palinode.models import load_model, load_tokenizer, sums
+from palinode.models.sums import gradient_moment, input_spaces
+from palinode.weights.vectors import basis_of
 
 
 @pytest.fixture(scope="module")
@@ -116,13 +116,22 @@ def test_space_of_a_transposed_layer_is_that_of_its_inputs_too():
 
 
 def test_padding_is_no_input():
-    """Beside a row of nine tokens a row of one would have eight of padding: Σ x xᵀ is that of ten tokens."""
-    model, alone = gpt2(), {}
-    rows = [TokenRow(tuple(range(5, 14)), 4, 0), TokenRow((20,), 1, 1)]
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    for row in rows:
-        for name, total in sums._sums(model, layers, [row], [[0]], pad_id=0, on_progress=None).items():
-            alone[name] = alone.get(name, 0) + total
-    together = sums._sums(model, layers, rows, [[0, 1]], pad_id=0, on_progress=None)
-    for name, total in together.items():
-        torch.testing.assert_close(total, alone[name], rtol=1e-5, atol=1e-6)
+    """Beside a row of nine tokens one of two would have seven of padding."""
+    model, caught = gpt2(), {}
+    rows = [TokenRow(tuple(range(5, 14)), 4, 0), TokenRow((20, 21), 1, 1)]
+    handles = [
+        module.register_forward_pre_hook(
+            lambda _module, inputs, name=name: caught.setdefault(name, []).append(inputs[0][0])
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, Conv1D)
+    ]
+    with torch.no_grad():
+        for row in rows:
+            model(input_ids=torch.tensor([row.ids]))
+    for handle in handles:
+        handle.remove()
+    for space in input_spaces(model, rows, energy=0.9, pad_id=0):
+        inputs = torch.cat(caught[space.module]).double()
+        expected = basis_of((inputs.T @ inputs).numpy(), energy=0.9)
+        assert space.basis @ space.basis.T == pytest.approx(expected @ expected.T, abs=1e-5)

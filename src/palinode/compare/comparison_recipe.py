@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from palinode.audit.attack import BUDGETS
 from palinode.benchmarks import BENCHMARKS
@@ -21,7 +21,16 @@ from palinode.errors import RecipeError
 from palinode.methods import METHODS
 from palinode.metrics import METRICS
 from palinode.pipeline.inputs import workspace_folder
-from palinode.pipeline.recipe import MAX_SEED, Recipe, build_recipe, explain, known_keys, read_recipe, set_key
+from palinode.pipeline.recipe import (
+    MAX_SEED,
+    Recipe,
+    RecipeSection,
+    build_recipe,
+    explain,
+    known_keys,
+    read_recipe,
+    set_key,
+)
 from palinode.pipeline.workspace import fingerprint
 
 SHARED = ("device", "models", "data", "training", "evaluation", "prompts", "output", "prepare")
@@ -30,11 +39,7 @@ OPEN_TO_CONTESTANTS = ("training.", "method_settings.", "scales.forget", "scales
 """Keys that a contestant may fix or search."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class SearchBudget(_Section):
+class SearchBudget(RecipeSection):
     """What every contestant may spend on one unlearned model."""
 
     steps: int | None = Field(default=None, ge=1)
@@ -51,7 +56,7 @@ class SearchBudget(_Section):
         return self
 
 
-class Choice(_Section):
+class Choice(RecipeSection):
     """The rule that picks one point of each contestant, on the probe rows."""
 
     floor: Literal["base", "retrained"] = "base"
@@ -60,7 +65,7 @@ class Choice(_Section):
     """Share of the target's retain probability that a point must keep."""
 
 
-class Split(_Section):
+class Split(RecipeSection):
     """Which rows serve for what. All forget rows are unlearned; no retain row serves for two things."""
 
     forget_probe: float = Field(default=0.5, gt=0, lt=1)
@@ -79,7 +84,7 @@ class Split(_Section):
         return self
 
 
-class Measures(_Section):
+class Measures(RecipeSection):
     """What is measured of the models that were chosen."""
 
     judge: str | None = "overlap"
@@ -100,7 +105,7 @@ class Measures(_Section):
         return self
 
 
-class BenchmarkPart(_Section):
+class BenchmarkPart(RecipeSection):
     """A benchmark that the chosen models are measured with besides."""
 
     name: str
@@ -108,10 +113,10 @@ class BenchmarkPart(_Section):
     data: str
     """Its folder, or a hub name."""
     split: str | None = None
-    options: dict[str, str] = {}
+    options: dict[str, str] = Field(default_factory=dict)
     max_rows: int | None = Field(default=None, ge=1)
     """Questions of each set."""
-    rows: dict[str, Annotated[int, Field(ge=1)]] = {}
+    rows: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
     """Questions of single sets, where they are to be others, as in {forget = 40}."""
     max_new_tokens: int | None = Field(default=None, ge=1)
 
@@ -126,7 +131,7 @@ class BenchmarkPart(_Section):
         return self
 
 
-class Demo(_Section):
+class Demo(RecipeSection):
     """The invented world of the demo, where `world = "demo"`."""
 
     forget_people: int = Field(default=10, ge=1)
@@ -149,7 +154,7 @@ class Demo(_Section):
         return {name: value for name, value in found.items() if usual.get(name) != value}
 
 
-class Axis(_Section):
+class Axis(RecipeSection):
     """One key of the recipe that takes several values, with a comparison at each of them."""
 
     key: str = Field(min_length=1)
@@ -173,7 +178,7 @@ class Axis(_Section):
         return self
 
 
-class Requests(_Section):
+class Requests(RecipeSection):
     """Erasure requests that come one after another, and are then undone in another order."""
 
     by: str | None = Field(default=None, min_length=1)
@@ -195,14 +200,14 @@ class Requests(_Section):
 _NOT_WITH_REQUESTS = ("tries", "choose", "measure", "benchmark", "keep_models")
 
 
-class Contestant(_Section):
+class Contestant(RecipeSection):
     """One method, or one form of it, with its own few hyper-parameters."""
 
     name: str = Field(min_length=1)
     method: str
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field(default_factory=dict)
     """Keys that are fixed, such as "method_settings.beta" = 0.1."""
-    search: dict[str, list[Any]] = {}
+    search: dict[str, list[Any]] = Field(default_factory=dict)
     """Keys that are searched, with their values; the first values are the first point."""
 
     @model_validator(mode="after")
@@ -226,7 +231,7 @@ class Contestant(_Section):
         return self
 
 
-class ComparisonRecipe(_Section):
+class ComparisonRecipe(RecipeSection):
     """What a comparison says beside what all contestants share."""
 
     world: Literal["demo"] | None = None

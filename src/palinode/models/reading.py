@@ -1,0 +1,138 @@
+"""Ways of reading a batch with a model: logits and hidden states at the places that a loss asks for.
+
+Logits at position t − 1 score the token at t. Only the positions from the first one wanted on go through the
+output head, where the architecture can leave the others out.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from palinode.data.batches import IGNORED, Batch
+from palinode.errors import CheckpointError, RecipeError
+
+
+def model_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    """Return a batch as a model takes it, on the model's device."""
+    ids, mask = (torch.from_numpy(part).to(model.device) for part in (batch.ids, batch.mask))
+    return {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+
+
+def last_logits(model: PreTrainedModel, batch: Batch, keep: int) -> Tensor:
+    """Return the logits at the last `keep` positions of every row, [B, keep, V]."""
+    inputs = model_inputs(model, batch)
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        inputs["logits_to_keep"] = keep
+    logits: Tensor = model(**inputs).logits[:, -keep:]
+    return logits
+
+
+def first_scored(batch: Batch) -> int:
+    """Return the leftmost scored position of a batch."""
+    return int((batch.labels != IGNORED).any(axis=0).argmax())
+
+
+def answer_logits(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (logits_NV, labels_N, rows_N) over the N scored tokens of a batch.
+
+    `rows_N` tells which row of the batch each scored token belongs to.
+    """
+    first = first_scored(batch)
+    logits = last_logits(model, batch, batch.ids.shape[1] - first + 1)
+    labels = torch.from_numpy(batch.labels[:, first:]).to(logits.device)
+    scored = labels != IGNORED
+    return logits[:, :-1][scored], labels[scored], scored.nonzero()[:, 0]
+
+
+def answer_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Return −log p of each of the N scored tokens, in float32."""
+    logits, labels, _ = answer_logits(model, batch)
+    return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def answer_places(batch: Batch, *, everywhere: bool = False) -> npt.NDArray[np.bool_]:
+    """Return where the logits stand that predict scored tokens, or any token of a row: bool [B, T]."""
+    predicted = batch.mask[:, 1:] == 1 if everywhere else batch.labels[:, 1:] != IGNORED
+    return np.pad(predicted, ((0, 0), (0, 1)))
+
+
+def all_logits(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return (logits, labels) wherever a token of its row is predicted; `IGNORED` where it is not scored."""
+    logits = last_logits(model, batch, batch.ids.shape[1])
+    places = batch.mask[:, 1:] == 1
+    labels = torch.from_numpy(batch.labels[:, 1:][places]).to(logits.device)
+    return logits[:, :-1][torch.from_numpy(places).to(logits.device)], labels
+
+
+def labelled_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Return the logits AT scored tokens, which predict the ones after them, [N, V] (baselines.md §13)."""
+    first = first_scored(batch)
+    logits = last_logits(model, batch, batch.ids.shape[1] - first)
+    return logits[torch.from_numpy(batch.labels[:, first:] != IGNORED).to(logits.device)]
+
+
+def labelled_states(model: PreTrainedModel, batch: Batch, layer: int) -> tuple[Tensor, Tensor]:
+    """Return what a decoder block puts out at scored tokens, [N, D], and the row of each, [N].
+
+    What comes after the block is not computed.
+    """
+
+    def stop(_block: torch.nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        raise _Reached(output[0] if isinstance(output, tuple) else output)
+
+    scored = torch.from_numpy(batch.labels != IGNORED).to(model.device)
+    handle = decoder_blocks(model)[layer].register_forward_hook(stop)
+    try:
+        model(**model_inputs(model, batch))
+    except _Reached as reached:
+        return reached.states[scored], scored.nonzero()[:, 0]
+    finally:
+        handle.remove()
+    raise CheckpointError(f"the model never runs its decoder block {layer}; choose another method")
+
+
+class _Reached(Exception):  # noqa: N818 - no error: the block has been run
+    """Carries the output of the block that was wanted."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.states = states
+
+
+def decoder_blocks(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """Return the decoder blocks of a model, in order. Raises CheckpointError when they cannot be told."""
+    count = int(model.config.get_text_config().num_hidden_layers)
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return module
+    raise CheckpointError(
+        f"no list of {count} decoder blocks is found in the model ({type(model).__name__}); "
+        "choose a method that needs no hidden states"
+    )
+
+
+def linear_layers(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:
+    """Return the linear layers of the decoder blocks with their names, in order."""
+    inside = {id(module) for module in decoder_blocks(model).modules()}
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if id(module) in inside and isinstance(module, torch.nn.Linear | Conv1D)
+    ]
+
+
+def pick_layer(model: PreTrainedModel, layer: int | None, usual: int) -> int:
+    """Return the block asked for; by default the usual one, or the middle one of a shallower model."""
+    count = len(decoder_blocks(model))
+    if layer is None:
+        return usual if usual < count else count // 2
+    if layer >= count:
+        raise RecipeError(f"layer is {layer} and the model has {count}, counted from 0; name one of them")
+    return layer

@@ -6,7 +6,7 @@
 For each seed the demo's models and vectors are trained (or found in the folder), by MSA and as task vectors;
 for TOFU the models are given: the target fine-tuned on forget01 and 200 retain rows, and so on
 (docs/lab-notes.md). Then the scales are chosen by the search with the yardstick from holdout rows, by the
-search with the base alone as yardstick, by the paper's fixed grid, and by the search with the retrained
+search with the base alone as yardstick, on the paper's fixed grid, and by the search with the retrained
 model itself as yardstick. All are judged by the truth: the distance of the forget-set behaviour to the
 retrained model's plus the probability lost on retain rows. Regret is that sum less the least one among all
 points anyone tried that keep the floors. The estimated yardstick is held against the retrained model's
@@ -30,14 +30,16 @@ from palinode.benchmarks.demo import build_demo
 from palinode.data.examples import Example, read_examples, sample_examples, shared_rows
 from palinode.data.world import invent_world
 from palinode.evaluation.yardstick import BASE_ALONE, Yardstick, estimate_yardstick
+from palinode.methods.method import Vectors
 from palinode.metrics.aggregate import ks_test
 from palinode.pipeline.demo_run import SETTINGS
 from palinode.pipeline.finetuning import FineTuning
 from palinode.pipeline.goal import Behaviour, Goal
+from palinode.pipeline.grid import grid_scales
 from palinode.pipeline.inputs import Inputs, open_inputs
 from palinode.pipeline.recipe import build_recipe
-from palinode.pipeline.scales import ChosenScales, Probes, choose_scales
-from palinode.pipeline.search import search_scales, set_yardstick
+from palinode.pipeline.scales import ChosenScales, Probes, open_goal
+from palinode.pipeline.search import search_scales
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import NullListener
 from palinode.weights import Checkpoint, Direction
@@ -45,7 +47,7 @@ from palinode.weights import Checkpoint, Direction
 WAYS = {
     "auto": "search, yardstick from holdout rows",
     "base": "search, yardstick the base alone",
-    "grid": "the paper's grid and rule",
+    "grid": "the paper's grid, yardstick from holdout rows",
     "truth": "search, yardstick the retrained model",
 }
 SETS = ["forget", "retain"]
@@ -158,7 +160,7 @@ def study(case: Case, wanted: Sequence[str]) -> dict[str, Any]:
     probes = Probes(case.inputs, case.target, case.folder / "probes.json")
     retrained = case.inputs.retrained
     assert retrained is not None
-    known = probes.logprobs_of_checkpoint("retrained", retrained, ["forget", "retain"])
+    known = probes.of_checkpoint("retrained", retrained, ["forget", "retain"])
     truth = estimate_yardstick(known["forget"])
     chosen = {way: choose(case, way, truth) for way in wanted}
     measured = json.loads((case.folder / "probes.json").read_text(encoding="utf-8"))
@@ -185,10 +187,10 @@ def choose(case: Case, way: str, truth: Yardstick) -> ChosenScales:
     inputs = case.inputs
     if way == "base":
         inputs = replace(inputs, rows=replace(inputs.rows, unseen=(), unseen_source=BASE_ALONE))
-    arguments = (inputs, case.target, case.forget, case.retain, grid, case.folder, NullListener())
-    if way == "grid":
-        return choose_scales(*arguments)
-    return search_scales(*arguments, yardstick=truth if way == "truth" else None)
+    vectors = Vectors(case.forget, case.retain)
+    choose_by = grid_scales if way == "grid" else search_scales
+    yardstick = truth if way == "truth" else None
+    return choose_by(inputs, case.target, vectors, grid, case.folder, NullListener(), yardstick=yardstick)
 
 
 def behaviour(entry: Mapping[str, Sequence[float]]) -> Behaviour:
@@ -209,7 +211,7 @@ def judged(goal: Goal, found: Behaviour, least: float) -> dict[str, float]:
 def yardstick_error(case: Case, measured: Mapping[str, Any], truth: Yardstick) -> dict[str, Any]:
     """Return how far the estimate and the plain base are from the retrained model on the forget rows."""
     base, target = measured["base"], measured["target"]
-    estimate = set_yardstick(case.inputs, base, target)
+    estimate = open_goal(Probes(case.inputs, case.target, case.folder / "probes.json")).yardstick
     wanted = fmean(map(math.exp, truth.middles))
     score = estimate.probability
     return {

@@ -16,9 +16,10 @@ from pydantic import ValidationError
 from safetensors.numpy import load_file as load_numpy
 
 from palinode import Checkpoint, TrainingSettings, finetune, read_examples
+from palinode.data.examples import plain_questions
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import DivergenceError, RecipeError
-from palinode.evaluation.evaluate import EvaluationSettings, observe
+from palinode.evaluation.ask import EvaluationLimits, ask
 from palinode.methods import METHODS, MethodSettings
 from palinode.methods.method import StartSettings
 from palinode.models import CombinedLogits, load_model, load_tokenizer
@@ -131,8 +132,11 @@ def test_result_survives_saving_and_loading(name, made, recipe_of):
     model = load_model(again, device=CPU)
     rows = {outcome.row: outcome for outcome in done.outcomes["unlearned"]["forget"]}
     examples = [example for example in read_examples(recipe.data.forget) if example.row in rows]
-    found = observe(
-        model, load_tokenizer(again), examples, EvaluationSettings(max_new_tokens=3, max_length=64)
+    found = ask(
+        model,
+        load_tokenizer(again),
+        plain_questions(examples),
+        EvaluationLimits(max_new_tokens=3, max_length=64).asking,
     )
     for outcome in found:
         assert outcome.logprobs == pytest.approx(rows[outcome.row].logprobs, abs=1e-5)

@@ -11,10 +11,10 @@ import torch
 
 from palinode import read_examples
 from palinode.data.batches import pad_right
-from palinode.data.examples import Example, Message
+from palinode.data.examples import Example, Message, plain_questions
 from palinode.data.tokenize import PromptStyle, TokenRow
 from palinode.errors import DataError, MismatchError, OutputError, RecipeError
-from palinode.evaluation.evaluate import EvaluationSettings, observe
+from palinode.evaluation.ask import EvaluationLimits, ask
 from palinode.methods import METHODS
 from palinode.methods.altpo import AltPOSettings, draw_alternates, request
 from palinode.methods.method import gather, read_refusals
@@ -237,11 +237,11 @@ def test_alternates_are_drawn_from_the_target_the_same_for_a_seed_and_never_the_
 def test_target_that_knows_only_the_true_answers_is_named(tiny, target):
     examples = [
         Example(0, "x", "completion", (Message("prompt", outcome.prompt),), outcome.generated)
-        for outcome in observe(
+        for outcome in ask(
             target,
             load_tokenizer(tiny.target),
-            read_examples(tiny.retain)[:2],
-            EvaluationSettings(max_new_tokens=3, max_length=64),
+            plain_questions(read_examples(tiny.retain)[:2]),
+            EvaluationLimits(max_new_tokens=3, max_length=64).asking,
         )
     ]
     cold = AltPOSettings(samples=1, temperature=1e-3, max_new_tokens=3)
@@ -296,8 +296,11 @@ def combined(tiny):
 
 def test_combined_model_is_measured_and_answers_like_any_other(combined, tiny):
     examples = read_examples(tiny.forget)[:4]
-    found = observe(
-        combined, load_tokenizer(tiny.target), examples, EvaluationSettings(max_new_tokens=3, max_length=64)
+    found = ask(
+        combined,
+        load_tokenizer(tiny.target),
+        plain_questions(examples),
+        EvaluationLimits(max_new_tokens=3, max_length=64).asking,
     )
     for outcome, example in zip(found, examples, strict=True):
         prompt = load_tokenizer(tiny.target)(example.prompt)["input_ids"]
@@ -364,7 +367,7 @@ def test_msa_goes_without_a_retain_set_and_with_a_retain_vector(recipe_of, tmp_p
         recipe_of(tmp_path / "only", data={"retain": None}, scales={"forget": 0.5, "retain": None})
     )
     both = unlearn(recipe_of(tmp_path / "both", scales={"forget": 0.5, "retain": 0.5}))
-    assert only.record["training"]["retain"] is None
+    assert "retain" not in only.record["training"]
     assert both.record["training"]["retain"]["steps"] > 0
     assert not math.isclose(
         only.record["dose"]["relative_error"] + only.record["vectors"]["forget"]["norm"], 0.0

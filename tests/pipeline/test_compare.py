@@ -18,6 +18,7 @@ from palinode.compare.ranking import Values, rank, values_of
 from palinode.compare.search import Ground, draw_points, epochs_for, part_of, recipe_of, steps_an_epoch
 from palinode.data.examples import Example, Message
 from palinode.errors import DataError, OutputError, RecipeError
+from palinode.pipeline.goal import TOLERANCE, Behaviour
 from palinode.pipeline.inputs import open_inputs
 from palinode.pipeline.scales import Probes
 from palinode.pipeline.workspace import Workspace
@@ -153,10 +154,11 @@ def test_model_trained_at_the_base_is_probed_as_it_is_saved(content, tiny, tmp_p
     ground = open_ground(recipe, Workspace(recipe.workspace), NullListener())
     points = check_comparison(recipe)["NPO"]
     inputs = part_of(ground, recipe.comparison.contestants[0], points, 0).inputs
-    asked = Probes(inputs, tiny.target, tmp_path / "probes.json").of_checkpoint("made", Checkpoint.open(made))
-    assert point["forget_probability"] == pytest.approx(asked.forget, abs=1e-6)
-    assert point["retain_probability"] == pytest.approx(asked.retain, abs=1e-6)
-    assert asked.forget != pytest.approx(table["models"]["target"]["probes"]["forget"], abs=1e-3)
+    found = Probes(inputs, tiny.target, tmp_path / "probes.json").of_checkpoint("made", Checkpoint.open(made))
+    asked = Behaviour.of(found).probabilities
+    assert point["forget_probability"] == pytest.approx(asked["forget"], abs=1e-6)
+    assert point["retain_probability"] == pytest.approx(asked["retain"], abs=1e-6)
+    assert asked["forget"] != pytest.approx(table["models"]["target"]["probes"]["forget"], abs=1e-3)
 
 
 def test_demo_recipe_is_planned_before_its_world_is_there():
@@ -299,20 +301,23 @@ def test_the_same_command_again_trains_and_asks_nothing(compared):
 
 def test_chosen_points_are_those_of_the_rule(compared):
     table = compared[2].table
-    base, target = (table["models"][name]["probes"] for name in ("base", "target"))
+    target = table["models"]["target"]["probes"]
     for entry in table["contestants"]:
         points = entry["points"]
         assert len(points) == 2
         allowed = [
             point
             for point in points
-            if point["forget_probability"] >= base["forget"]
-            and point["retain_probability"] >= 0.9 * target["retain"]
+            if all(point[f"{name}_probability"] >= 0.9 * target[name] for name in target if name != "forget")
         ]
         (chosen,) = [point for point in points if point["chosen"]]
         assert entry["chosen"]["kept_rule"] == bool(allowed)
+        for point in points:
+            lost = max(0.0, target["retain"] - point["retain_probability"])
+            assert point["objective"] == pytest.approx(point["distance"] + lost)
         if allowed:
-            assert chosen == min(allowed, key=lambda point: point["forget_probability"])
+            assert chosen in allowed
+            assert chosen["objective"] <= min(point["objective"] for point in allowed) + TOLERANCE
 
 
 def test_every_contestant_spends_the_same_steps_and_says_what_it_cost(compared):

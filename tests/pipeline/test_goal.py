@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 
 from palinode.evaluation.yardstick import estimate_yardstick
-from palinode.pipeline.goal import Behaviour, Goal, TriedScales, as_record, best, front, sensitivity, warning
-from palinode.pipeline.search import neighbours
+from palinode.pipeline.goal import (
+    TOLERANCE,
+    Behaviour,
+    Goal,
+    TriedScales,
+    as_record,
+    best,
+    front,
+    sensitivity,
+    warning,
+)
+from palinode.pipeline.scales import neighbours
 
 
 def did(forget: float, retain: float | None = None, neutral: float | None = None) -> Behaviour:
@@ -61,6 +72,28 @@ def test_best_point_keeps_the_floors_before_it_comes_near():
 def test_equal_points_go_to_the_smaller_scales():
     same = did(0.2, 0.8, 0.5)
     assert best([tried(1, 1, same), tried(1, 0.5, same), tried(0.5, 1, same)]).forget_scale == 0.5
+
+
+def test_of_points_within_the_tolerance_the_one_that_loses_least_is_chosen():
+    """Objectives .032 and .036: no probe rows tell them apart, and the second loses nothing."""
+    near, whole = tried(1, 0, did(0.112, 0.78, 0.5)), tried(2, 0, did(0.136, 0.8, 0.5))
+    assert best([near, whole]) is whole
+    far = tried(2, 0, did(0.132 + 2 * TOLERANCE, 0.8, 0.5))
+    assert best([near, far]) is near
+
+
+def test_of_points_within_the_tolerance_one_that_chance_cannot_tell_from_the_yardstick_is_chosen():
+    yardstick = replace(YARDSTICK, tolerance=0.033)
+    goal = Goal(yardstick, GOAL.target, 0.9)
+    near, whole = (tried(1, 0, did(p, r, 0.5), goal) for p, r in ((0.132, 0.799), (0.135, 0.8)))
+    assert [goal.forgets(one.behaviour) for one in (near, whole)] == [True, False]
+    assert best([near, whole]) is near
+
+
+def test_a_thousandth_of_forgetting_is_not_bought_with_a_twelfth_of_what_is_retained():
+    """A forget distance of .072 at .92 of the retain probability, against .073 at all of it."""
+    dear, cheap = tried(2, 0, did(0.172, 0.92 * 0.8, 0.5)), tried(1, 0, did(0.173, 0.8, 0.5))
+    assert best([dear, cheap]) is cheap
 
 
 def test_front_holds_the_points_that_no_other_beats_on_both_sides():

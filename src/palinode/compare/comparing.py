@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
@@ -29,7 +29,6 @@ from palinode.compare.search import (
     MethodPoint,
     SearchPart,
     Tried,
-    better,
     by_training,
     draw_points,
     epochs_for,
@@ -40,11 +39,12 @@ from palinode.compare.search import (
     train_part,
 )
 from palinode.data.examples import Example, Message, fingerprint_examples
+from palinode.evaluation.yardstick import estimate_yardstick
 from palinode.methods import METHODS
 from palinode.models.loading import pick_device
 from palinode.pipeline.demo_run import one_thread
 from palinode.pipeline.finetuning import FineTuning
-from palinode.pipeline.grid import Probe, Rule
+from palinode.pipeline.goal import Behaviour, Goal, best
 from palinode.pipeline.inputs import (
     Inputs,
     ask_as_trained,
@@ -55,7 +55,7 @@ from palinode.pipeline.inputs import (
 )
 from palinode.pipeline.making import Making
 from palinode.pipeline.record import environment, heading
-from palinode.pipeline.scales import Probes
+from palinode.pipeline.scales import Probes, open_goal
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text
@@ -167,13 +167,13 @@ class _Comparison:
         self.command = command
         self.started = datetime.now(UTC)
         self.gauge = make_gauge(ground.recipe, ground.shares, ground.left_over)
-        self.search = ComparisonSearch(ground)
+        self.goal, self.asked = self._goal()
+        self.search = ComparisonSearch(ground, self.goal)
         self.reference: Step | None = None
 
     def run(self, output: Path) -> dict[str, Any]:
         """Go through all contestants and write the tables."""
         fixed = self._measure_fixed()
-        rule, probes = self._rule()
         seed = self.comparison.seeds[0]
         parts = {
             contestant.name: plan_parts(self.ground, contestant, self.points[contestant.name], seed)
@@ -185,8 +185,8 @@ class _Comparison:
         for number, contestant in enumerate(self.comparison.contestants, start=1):
             tries = f"{self.comparison.tries} points"
             self.ground.listener.say(f"{contestant.name} ({number} of {len(parts)}): {tries}")
-            entries.append(self._contestant(contestant, parts[contestant.name], rule))
-            table = self._table(fixed, probes, rule, entries)
+            entries.append(self._contestant(contestant, parts[contestant.name]))
+            table = self._table(fixed, entries)
             _write(output, table)
         return table
 
@@ -204,34 +204,36 @@ class _Comparison:
                 self.reference = step
         return {name: found[name] for name in ("target", "base", "retrained") if name in found}
 
-    def _rule(self) -> tuple[Rule, dict[str, Probe]]:
-        """Return the rule with its numbers, and what it was made of."""
-        ground = self.ground
-        recipe = recipe_of(
-            self.recipe.content,
-            next(iter(self.points.values()))[0],
-            {"target": str(ground.target.folder)},
-            epochs=1,
-            seed=self.comparison.seed,
-        )
-        inputs = replace(ground.inputs, target=ground.target, rows=rows_for(recipe, ground.shares))
-        rows = [[row.row for row in part] for part in (inputs.rows.forget_probe, inputs.rows.retain_probe)]
+    def _goal(self) -> tuple[Goal, dict[str, Behaviour]]:
+        """Return what points are judged by, and what the models that do not change make of the probe rows."""
+        ground, choose = self.ground, self.comparison.choose
+        point = next(iter(self.points.values()))[0]
+        target = {"target": str(ground.target.folder)}
+        recipe = recipe_of(self.recipe.content, point, target, epochs=1, seed=self.comparison.seed)
+        given = ground.inputs.rows
+        own = rows_for(recipe, ground.shares)
+        rows = replace(own, unseen=given.unseen, unseen_source=given.unseen_source)
         models = {"base": ground.base, "target": ground.target}
         models |= {"retrained": ground.retrained} if ground.retrained else {}
         prints = {name: checkpoint.fingerprint() for name, checkpoint in models.items()}
-        step = ground.workspace.step("rule", models=prints, rows=rows, data=self.gauge.key())
+        parts = (rows.forget_probe, rows.retain_probe, rows.unseen)
+        asked_rows = [fingerprint_examples(part) for part in parts]
+        step = ground.workspace.step("goal", models=prints, rows=asked_rows, data=self.gauge.key())
         step.begin()
-        asked = Probes(inputs, ground.target, step.folder / "probes.json")
-        probes = {name: asked.of_checkpoint(name, checkpoint) for name, checkpoint in models.items()}
+        inputs = replace(ground.inputs, target=ground.target, rows=rows)
+        probes = Probes(inputs, ground.target, step.folder / "probes.json")
+        asked = {name: probes.of_checkpoint(name, checkpoint) for name, checkpoint in models.items()}
+        truth = None
+        if choose.floor == "retrained":
+            truth = replace(estimate_yardstick(asked["retrained"]["forget"]), source="retrained")
+        goal = replace(open_goal(probes, truth), retain_share=choose.retain_share)
         step.finish({})
-        floor = probes[self.comparison.choose.floor].forget
-        return Rule(floor, probes["target"].retain, self.comparison.choose.retain_share), probes
+        return goal, {name: Behaviour.of(found) for name, found in asked.items()}
 
-    def _contestant(self, contestant: Contestant, parts: Sequence[SearchPart], rule: Rule) -> dict[str, Any]:
+    def _contestant(self, contestant: Contestant, parts: Sequence[SearchPart]) -> dict[str, Any]:
         """Try a contestant's points, choose one, measure it with every seed, and return all of that."""
-        tried = self.search.run(parts, rule)
-        chosen = better(tried, rule)
-        assert chosen is not None
+        tried = self.search.run(parts)
+        chosen = best(tried)
         finals = [
             part_of(self.ground, contestant, [chosen.point], seed, epochs=chosen.facts["epochs"])
             for seed in self.comparison.seeds
@@ -242,11 +244,11 @@ class _Comparison:
         return {
             **method_facts(contestant),
             "search": {key: list(values) for key, values in contestant.search.items()},
-            "points": [_point(one, rule, chosen) for one in tried],
+            "points": [_point(one, chosen) for one in tried],
             "chosen": {
                 "number": chosen.point.number,
                 **_settings(chosen),
-                "kept_rule": rule.allows(chosen.probe),
+                "kept_rule": self.goal.keeps(chosen.behaviour),
             },
             "cost": {
                 "epochs": chosen.facts["epochs"],
@@ -307,8 +309,6 @@ class _Comparison:
     def _table(
         self,
         fixed: Mapping[str, Mapping[str, Any]],
-        probes: Mapping[str, Probe],
-        rule: Rule,
         entries: Sequence[Mapping[str, Any]],
     ) -> dict[str, Any]:
         """Return the content of table.json for the contestants that are through."""
@@ -320,14 +320,14 @@ class _Comparison:
             "seeds": list(self.comparison.seeds),
             "shared": facts.pop("shared"),
             "comparison": self.comparison.model_dump(mode="json", exclude={"contestants", "axis"}),
-            "rule": str(rule),
+            "rule": str(self.goal),
             "rows": {
                 name: {"rows": len(rows), "fingerprint": fingerprint_examples(rows)}
                 for name, rows in self.ground.shares.parts.items()
             },
             "models": {
                 name: {
-                    "probes": asdict(probes[name]),
+                    "probes": self.asked[name].probabilities,
                     "summary": _summary([found["scores"]]),
                     "values": found["values"],
                 }
@@ -375,13 +375,17 @@ def shared_facts(ground: Ground) -> dict[str, Any]:
     }
 
 
-def _point(tried: Tried, rule: Rule, chosen: Tried) -> dict[str, Any]:
+def _point(tried: Tried, chosen: Tried) -> dict[str, Any]:
+    means = tried.behaviour.probabilities
     return {
         "number": tried.point.number,
         **_settings(tried),
-        "forget_probability": tried.probe.forget,
-        "retain_probability": tried.probe.retain,
-        "allowed": rule.allows(tried.probe),
+        "forget_probability": means["forget"],
+        "retain_probability": means.get("retain"),
+        "neutral_probability": means.get("neutral"),
+        "distance": tried.goal.distance(tried.behaviour),
+        "objective": tried.goal.objective(tried.behaviour),
+        "allowed": tried.goal.keeps(tried.behaviour),
         "chosen": tried.point.number == chosen.point.number,
         **{name: tried.facts[name] for name in ("epochs", "steps", "tokens", "seconds", "peak_bytes")},
     }

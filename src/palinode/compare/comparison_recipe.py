@@ -60,7 +60,7 @@ class Choice(RecipeSection):
     """The rule that picks one point of each contestant, on the probe rows."""
 
     floor: Literal["base", "retrained"] = "base"
-    """Whose forget-set probability a point must not fall below. The base's needs no oracle."""
+    """Whose behaviour on the forget rows is wanted: estimated from the base, or the retrained model's own."""
     retain_share: float = Field(default=0.9, gt=0, le=1)
     """Share of the target's retain probability that a point must keep."""
 

@@ -37,11 +37,11 @@ from palinode.compare.comparison_recipe import CompareRecipe, Contestant, Search
 from palinode.compare.ground import Shares, rows_for
 from palinode.data.examples import Example, fingerprint_examples
 from palinode.errors import RecipeError
-from palinode.methods import METHODS
+from palinode.methods import METHODS, unlearned_point
 from palinode.methods.method import read_refusals
 from palinode.models.loading import pick_device, tokenizer_fingerprint
 from palinode.pipeline.finetuning import FineTuning, Trained
-from palinode.pipeline.grid import Probe, Rule
+from palinode.pipeline.goal import Behaviour, Goal, best
 from palinode.pipeline.inputs import InputRows, Inputs, given_to
 from palinode.pipeline.recipe import Recipe, build_recipe
 from palinode.pipeline.scales import Probes
@@ -189,20 +189,15 @@ class Tried:
     """A point and what it did on the probe rows."""
 
     point: MethodPoint
-    probe: Probe
+    behaviour: Behaviour
+    goal: Goal
     facts: Mapping[str, Any]
     """What its training cost."""
 
-
-def better(tried: Sequence[Tried], rule: Rule) -> Tried | None:
-    """Return the point that the rule picks among these, or the one that breaks it least; None of none.
-
-    Of equal points it is the one that was drawn first.
-    """
-    allowed = [one for one in tried if rule.allows(one.probe)]
-    if allowed:
-        return min(allowed, key=lambda one: (one.probe.forget, one.point.number))
-    return min(tried, key=lambda one: (rule.shortfall(one.probe), one.point.number), default=None)
+    @property
+    def order(self) -> tuple[int]:
+        """The one that was drawn first."""
+        return (self.point.number,)
 
 
 LEAST_SECONDS = 0.05
@@ -251,8 +246,9 @@ class SearchPart:
 class ComparisonSearch:
     """Points of all contestants, tried one contestant after another."""
 
-    def __init__(self, ground: Ground) -> None:
+    def __init__(self, ground: Ground, goal: Goal) -> None:
         self.ground = ground
+        self.goal = goal
         self.pending: Counter[str] = Counter()
         self.kept: dict[str, tuple[str, ...]] = {}
         """Step keys of the models of each contestant's best point so far."""
@@ -262,15 +258,14 @@ class ComparisonSearch:
         for part in parts:
             self.pending.update(part.steps)
 
-    def run(self, parts: Sequence[SearchPart], rule: Rule) -> list[Tried]:
+    def run(self, parts: Sequence[SearchPart]) -> list[Tried]:
         """Return what every point of a contestant did, in the order of their numbers."""
         tried: list[Tried] = []
         for part in parts:
-            before = better(tried, rule)
             found, keys = self._try(part)
             tried += found
             self.pending.subtract(part.steps)
-            if better(tried, rule) == before:
+            if best(tried) not in found:
                 self._remove(keys)
             else:
                 former = self.kept.get(part.contestant.name, ())
@@ -290,14 +285,18 @@ class ComparisonSearch:
             for point in missing:
                 step = steps[point.number]
                 step.begin()
-                found = _probe(probes, made, point)
-                step.finish({"forget": found.forget, "retain": found.retain, **facts})
+                step.finish({"logprobs": _asked(probes, made, point), **facts})
             folder.finish({})
-        tried = [_tried(point, steps[point.number]) for point in part.points]
+        tried = [self._tried(point, steps[point.number]) for point in part.points]
         return tried, tuple(tried[0].facts["keys"])
 
     def _step(self, part: SearchPart, point: MethodPoint) -> Step:
-        return self.ground.workspace.step("try", part=dict(part.key), scales=point.scales)
+        return self.ground.workspace.step("tried", part=dict(part.key), scales=point.scales)
+
+    def _tried(self, point: MethodPoint, step: Step) -> Tried:
+        facts = step.facts
+        assert facts is not None
+        return Tried(point, Behaviour.of(facts["logprobs"]), self.goal, facts)
 
     def finish(self, part: SearchPart) -> None:
         """Let go of the models of a chosen point, which has been measured."""
@@ -411,17 +410,16 @@ def remove_models(workspace: Workspace, keys: Sequence[str]) -> None:
         shutil.rmtree(merged.folder / "model", ignore_errors=True)
 
 
-def _probe(probes: Probes, made: Trained, point: MethodPoint) -> Probe:
+def _asked(probes: Probes, made: Trained, point: MethodPoint) -> Mapping[str, Sequence[float]]:
+    """Return what the model of a point makes of the probe rows."""
     if point.scales is None:
         return probes.of_point("model", made.model)
     alpha, beta = point.scales
-    return probes.of_scales(alpha, beta, made.vectors.forget, made.vectors.retain if beta else None)
-
-
-def _tried(point: MethodPoint, step: Step) -> Tried:
-    facts = step.facts
-    assert facts is not None
-    return Tried(point, Probe(facts["forget"], facts["retain"]), facts)
+    retain = made.vectors.retain if beta else None
+    summed = unlearned_point(
+        probes.target, made.vectors.forget, retain, forget_scale=alpha, retain_scale=beta
+    )
+    return probes.of_point(f"{alpha},{beta}", summed)
 
 
 def _locations(ground: Ground) -> dict[str, str]:

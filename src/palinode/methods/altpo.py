@@ -16,7 +16,16 @@ from pydantic import Field
 
 from palinode.data.examples import Example, Message
 from palinode.errors import DataError
-from palinode.methods.method import Alternates, Asked, Given, Method, Run, drawn_from, gather, trained_run
+from palinode.methods.method import (
+    Alternates,
+    Asked,
+    Given,
+    Method,
+    MethodRun,
+    drawn_from,
+    gather,
+    trained_run,
+)
 from palinode.methods.preference import DPOSettings
 
 if TYPE_CHECKING:
@@ -59,7 +68,7 @@ def objective(settings: AltPOSettings, seed: int) -> Objective:  # noqa: ARG001 
     return Objective((forget, *retain_terms(settings)), anchor="alternate")
 
 
-def runs(settings: AltPOSettings, given: Given) -> list[Run]:
+def runs(settings: AltPOSettings, given: Given) -> list[MethodRun]:
     """Return the run, which makes its rows of the answers that the target is asked for first."""
     minimised, retain = objective(settings, given.seed), drawn_from(settings, given)
 

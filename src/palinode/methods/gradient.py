@@ -40,12 +40,9 @@ class GradAscentSettings(StartSettings):
     """Forget loss in nats a token that ends training; None: ln V, that of a model that knows nothing."""
 
 
-def ascent_objective(settings: GradAscentSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
+def ascent_objective(settings: GradAscentSettings, seed: int) -> Objective:
     """Return −CE over forget rows."""
-    from palinode.methods.parts import ascent_term
-    from palinode.training.objectives import Limit, Objective
-
-    return Objective((ascent_term(1.0),), limit=Limit("forget", settings.forget_limit))
+    return difference_objective(GradDiffSettings(alpha=0, forget_limit=settings.forget_limit), seed)
 
 
 GRAD_ASCENT = Method(
@@ -67,11 +64,12 @@ class GradDiffSettings(RetainSettings):
 
 def difference_objective(settings: GradDiffSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
     """Return −γ·CE over forget rows plus the retain loss."""
-    from palinode.methods.parts import ascent_term, retain_terms
-    from palinode.training.objectives import Limit, Objective
+    from palinode.methods.parts import forget_term, nll, with_retain
+    from palinode.training.losses import gradient_ascent
+    from palinode.training.objectives import Limit
 
-    terms = (ascent_term(settings.gamma), *retain_terms(settings))
-    return Objective(terms, limit=Limit("forget", settings.forget_limit))
+    forget = forget_term(lambda seen: gradient_ascent(nll(seen)), per="token", gamma=settings.gamma)
+    return with_retain(settings, forget, Limit("forget", settings.forget_limit))
 
 
 GRAD_DIFF = Method(
@@ -112,13 +110,12 @@ class IdkNLLSettings(RetainSettings):
 
 def idk_objective(settings: IdkNLLSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
     """Return the cross entropy of refusals and retain rows."""
-    from palinode.methods.parts import retain_terms
+    from palinode.methods.parts import with_retain
     from palinode.training.objectives import Objective, answer_term
 
     if not settings.separate:
         return Objective((answer_term("refusal and retain", "refusal", "retain"),))
-    forget = answer_term("refusal", "refusal", coefficient=settings.gamma)
-    return Objective((forget, *retain_terms(settings)))
+    return with_retain(settings, answer_term("refusal", "refusal", coefficient=settings.gamma))
 
 
 IDK_NLL = Method(

@@ -1,6 +1,6 @@
 """What a method is: what it needs, its own settings, the fine-tunings it takes, and what their ends come to.
 
-    runs(settings, given)    →  [Run(name, start, material, objective), …], in the order they are done
+    runs(settings, given)    →  [MethodRun(name, start, material, objective), …], in the order they are done
     point(settings, ends)    →  Vectors(forget, retain), whose scales are still open; or the unlearned point
 
 Costs, fine-tuning, the search for scales, comparisons and requests follow from these two. Nothing heavy is
@@ -73,7 +73,7 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class MethodRun:
     """One fine-tuning: from where, on which rows, and what it minimises."""
 
     name: str
@@ -231,7 +231,7 @@ class Method:
     """Training settings that its source sets otherwise than ours; a recipe's own come before them."""
     objective: Callable[[Any, int], Objective] | None = None
     """(settings, seed) → what its one run minimises, or its last one."""
-    own_runs: Callable[[Any, Given], list[Run]] | None = None
+    own_runs: Callable[[Any, Given], list[MethodRun]] | None = None
     own_point: Callable[[Any, Ends], Vectors | Point] | None = None
     has_scales: bool = False
     """Whether its runs come to vectors, for which α and β are chosen."""
@@ -247,7 +247,7 @@ class Method:
         """Return the method's settings with its defaults filled in; raises pydantic's ValidationError."""
         return self.settings.model_validate(dict(given))
 
-    def runs(self, settings: Any, given: Given) -> list[Run]:
+    def runs(self, settings: Any, given: Given) -> list[MethodRun]:
         """Return the fine-tunings that it takes. Raises DataError for a role without rows."""
         if self.own_runs is not None:
             return self.own_runs(settings, given)
@@ -292,12 +292,12 @@ class Method:
 
 def trained_run(
     name: str, settings: MethodSettings, material: Material, objective: Objective, **others: Any
-) -> Run:
-    """Return the run of a method that trains the model itself; `others` are further fields of Run."""
+) -> MethodRun:
+    """Return the run of a method that trains the model itself; `others` are further fields of MethodRun."""
     # The step knows the start by its weights.
     decides = {"method": name, "settings": settings.model_dump(mode="json", exclude={"start"})}
     usual = {"label": f"train by {name}", "decides": decides, "whole": not settings.from_base}
-    return Run(name, settings.starts_at, material, objective, **{**usual, **others})
+    return MethodRun(name, settings.starts_at, material, objective, **{**usual, **others})
 
 
 def drawn_from(settings: Any, given: Given) -> Sequence[Example]:

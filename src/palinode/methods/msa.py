@@ -34,8 +34,8 @@ from palinode.methods.method import (
     Ends,
     Given,
     Method,
+    MethodRun,
     MethodSettings,
-    Run,
     Start,
     Vectors,
     gather,
@@ -83,21 +83,21 @@ class MSASettings(VectorSettings):
         return "base"
 
 
-def vector_runs(settings: VectorSettings, given: Given) -> list[Run]:
+def vector_runs(settings: VectorSettings, given: Given) -> list[MethodRun]:
     """Return the run to θ_1, and the one to θ_2 where β may be other than 0."""
     runs = [_held_run(settings, given) if settings.retain_kl else _forget_run(settings, given)]
     if given.retain_scale != 0:
         material = plain_material("retain", given.sample)
-        runs.append(Run("retain", settings.starts_at, material, label="fine-tune on the retain sample"))
+        runs.append(MethodRun("retain", settings.starts_at, material, label="fine-tune on the retain sample"))
     return runs
 
 
-def _forget_run(settings: MethodSettings, given: Given) -> Run:
+def _forget_run(settings: MethodSettings, given: Given) -> MethodRun:
     material = plain_material("forget", given.forget)
-    return Run("forget", settings.starts_at, material, label="fine-tune on the forget set")
+    return MethodRun("forget", settings.starts_at, material, label="fine-tune on the forget set")
 
 
-def _held_run(settings: VectorSettings, given: Given) -> Run:
+def _held_run(settings: VectorSettings, given: Given) -> MethodRun:
     """Return the run CE(forget) + λ·KL(p_s ‖ p_θ) on retain rows, which is held to its start s."""
     from palinode.training.objectives import Objective, answer_term, kl_term
 
@@ -105,7 +105,7 @@ def _held_run(settings: VectorSettings, given: Given) -> Run:
     objective = Objective((answer_term("forget", "forget"), kl_term("retain", "retain", coefficient=weight)))
     material = gather(objective, forget=given.forget, retain=given.sample)
     label, decides = "fine-tune on the forget set, held on retain rows", {"retain_kl": weight}
-    return Run("forget", settings.starts_at, material, objective, label, decides)
+    return MethodRun("forget", settings.starts_at, material, objective, label, decides)
 
 
 def vectors(settings: Any, ends: Ends) -> Vectors:  # noqa: ARG001 - methods are built alike
@@ -209,7 +209,7 @@ class PairedSettings(MethodSettings):
         )
 
 
-def paired_runs(settings: PairedSettings, given: Given) -> list[Run]:
+def paired_runs(settings: PairedSettings, given: Given) -> list[MethodRun]:
     """Return the runs with the forget rows and without; that of a plain vector where none is replayed."""
     from palinode.training.finetune import control_objective, exposed_objective, pair_material
 
@@ -221,8 +221,8 @@ def paired_runs(settings: PairedSettings, given: Given) -> list[Run]:
     both = {**shared, "forget_weight": settings.weight}
     exposed, control = exposed_objective(settings.weight), control_objective()
     return [
-        Run("exposed", start, material, exposed, "fine-tune on forget set and replay", both),
-        Run("control", start, material, control, "fine-tune on replay alone", shared),
+        MethodRun("exposed", start, material, exposed, "fine-tune on forget set and replay", both),
+        MethodRun("control", start, material, control, "fine-tune on replay alone", shared),
     ]
 
 

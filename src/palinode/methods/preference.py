@@ -24,7 +24,9 @@ from pydantic import Field
 from palinode.methods.method import Method, RetainSettings
 
 if TYPE_CHECKING:
-    from palinode.training.objectives import Objective
+    from torch import Tensor
+
+    from palinode.training.objectives import Objective, Seen
 
 
 class NPOSettings(RetainSettings):
@@ -36,10 +38,9 @@ class NPOSettings(RetainSettings):
 
 def npo_objective(settings: NPOSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
     """Return NPO over forget rows plus the retain loss."""
-    from palinode.methods.parts import npo_term, retain_terms
-    from palinode.training.objectives import Objective
+    from palinode.methods.parts import npo_term, with_retain
 
-    return Objective((npo_term(beta=settings.beta, gamma=settings.gamma), *retain_terms(settings)))
+    return with_retain(settings, npo_term(beta=settings.beta, gamma=settings.gamma))
 
 
 NPO = Method(
@@ -66,22 +67,14 @@ class SimNPOSettings(RetainSettings):
 
 def simnpo_objective(settings: SimNPOSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
     """Return SimNPO over forget rows plus the retain loss."""
-    from palinode.methods.parts import retain_terms
-    from palinode.training.losses import row_means, simnpo, token_nll
-    from palinode.training.objectives import Objective, term
+    from palinode.methods.parts import forget_term, nll, with_retain
+    from palinode.training.losses import row_means, simnpo
 
-    forget = term(
-        "forget",
-        ("forget",),
-        lambda seen: simnpo(
-            row_means(token_nll(seen.logits, seen.labels), seen.rows, seen.count),
-            beta=settings.beta,
-            delta=settings.delta,
-        ),
-        per="row",
-        coefficient=settings.gamma,
-    )
-    return Objective((forget, *retain_terms(settings)))
+    def loss(seen: Seen) -> Tensor:
+        means = row_means(nll(seen), seen.rows, seen.count)
+        return simnpo(means, beta=settings.beta, delta=settings.delta)
+
+    return with_retain(settings, forget_term(loss, per="row", gamma=settings.gamma))
 
 
 SIMNPO = Method(
@@ -106,11 +99,10 @@ class DPOSettings(RetainSettings):
 
 def dpo_objective(settings: DPOSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
     """Return DPO of refusals over forget rows plus the retain loss."""
-    from palinode.methods.parts import preference_term, retain_terms
-    from palinode.training.objectives import Objective
+    from palinode.methods.parts import preference_term, with_retain
 
     forget = preference_term("refusal", beta=settings.beta, gamma=settings.gamma, scaled=settings.scaled)
-    return Objective((forget, *retain_terms(settings)))
+    return with_retain(settings, forget)
 
 
 DPO = Method(

@@ -11,16 +11,12 @@ itself, where TIES trims the whole change, so that the sum is written one tensor
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import Field
 
-from palinode.methods.method import Ends, Given, Method, MethodSettings, Run, gather, trained_run
+from palinode.methods.method import Ends, Given, Method, MethodRun, MethodSettings, gather
 from palinode.weights.checkpoint import Point
-
-if TYPE_CHECKING:
-    from palinode.training.objectives import Objective
 
 
 class TIESSettings(MethodSettings):
@@ -40,28 +36,21 @@ class TIESSettings(MethodSettings):
     """λ, how much of the merged change the target is given."""
 
 
-def objective(settings: TIESSettings, gamma: float) -> Objective:
-    """Return γ·NPO over forget rows plus α times cross entropy and KL over retain rows."""
+def runs(settings: TIESSettings, given: Given) -> list[MethodRun]:
+    """Return the runs to the model that forgets too much and the one that forgets too little."""
     from palinode.methods.parts import npo_term
     from palinode.training.objectives import Objective, answer_term, kl_term
 
-    retain = (
-        answer_term("retain", "retain", coefficient=settings.alpha),
-        kl_term("retain KL", "retain", coefficient=settings.alpha),
-    )
-    return Objective((npo_term(beta=settings.beta, gamma=gamma), *retain))
-
-
-def runs(settings: TIESSettings, given: Given) -> list[Run]:
-    """Return the runs to the model that forgets too much and the one that forgets too little."""
     both = []
     for name, gamma in (("over", settings.over_gamma), ("under", settings.under_gamma)):
-        minimised = objective(settings, gamma)
-        material = gather(minimised, forget=given.forget, retain=given.retain)
-        decides = {"method": "ties", "gamma": gamma, "alpha": settings.alpha, "beta": settings.beta}
-        label = f"train the {name}-forgetting model"
+        alpha, beta = settings.alpha, settings.beta
+        retain = answer_term("retain", "retain", coefficient=alpha)
+        held = kl_term("retain KL", "retain", coefficient=alpha)
+        objective = Objective((npo_term(beta=beta, gamma=gamma), retain, held))
+        material = gather(objective, forget=given.forget, retain=given.retain)
+        decides = {"method": "ties", "gamma": gamma, "alpha": alpha, "beta": beta}
         both.append(
-            trained_run(name, settings, material, minimised, label=label, decides=decides, whole=False)
+            MethodRun(name, "target", material, objective, f"train the {name}-forgetting model", decides)
         )
     return both
 

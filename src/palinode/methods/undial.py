@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from palinode.data.batches import Batch
-    from palinode.training.objectives import Objective, Term
+    from palinode.training.objectives import Objective, Seen, Term
 
 
 class UndialSettings(RetainSettings):
@@ -34,21 +34,17 @@ class UndialSettings(RetainSettings):
 
 def objective(settings: UndialSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
     """Return the cross entropy to the adjusted distribution plus the retain loss."""
-    from palinode.methods.parts import retain_terms
+    from palinode.methods.parts import forget_term, with_retain
     from palinode.training.losses import undial
-    from palinode.training.objectives import Distributions, Objective, term
+    from palinode.training.objectives import Distributions
 
-    forget = term(
-        "forget",
-        ("forget",),
-        lambda seen: undial(seen.logits, seen.reference, seen.labels, beta=settings.beta),
-        per="token",
-        coefficient=settings.gamma,
-        keeper=lambda _model: Distributions(),
-    )
+    def loss(seen: Seen) -> Tensor:
+        return undial(seen.logits, seen.reference, seen.labels, beta=settings.beta)
+
     if settings.compat == "ou":
-        forget = _everywhere(settings)
-    return Objective((forget, *retain_terms(settings)))
+        return with_retain(settings, _everywhere(settings))
+    kept = forget_term(loss, per="token", gamma=settings.gamma, keeper=Distributions)
+    return with_retain(settings, kept)
 
 
 def _everywhere(settings: UndialSettings) -> Term:

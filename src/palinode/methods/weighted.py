@@ -38,18 +38,13 @@ class WGASettings(RetainSettings):
 
 def wga_objective(settings: WGASettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
     """Return weighted ascent over forget rows plus the retain loss."""
-    from palinode.methods.parts import retain_terms
-    from palinode.training.losses import token_nll, weighted_ascent
-    from palinode.training.objectives import Objective, term
+    from palinode.methods.parts import forget_term, nll, with_retain
+    from palinode.training.losses import weighted_ascent
 
-    forget = term(
-        "forget",
-        ("forget",),
-        lambda seen: weighted_ascent(token_nll(seen.logits, seen.labels), beta=settings.beta),
-        per="token",
-        coefficient=settings.gamma,
-    )
-    return Objective((forget, *retain_terms(settings)))
+    def loss(seen: Seen) -> Tensor:
+        return weighted_ascent(nll(seen), beta=settings.beta)
+
+    return with_retain(settings, forget_term(loss, per="token", gamma=settings.gamma))
 
 
 WGA = Method(
@@ -77,20 +72,13 @@ class SatImpSettings(RetainSettings):
 
 def satimp_objective(settings: SatImpSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
     """Return weighted ascent over forget rows plus the retain loss."""
-    from palinode.methods.parts import retain_terms
-    from palinode.training.losses import saturation_importance, token_nll
-    from palinode.training.objectives import Objective, term
+    from palinode.methods.parts import forget_term, nll, with_retain
+    from palinode.training.losses import saturation_importance
 
-    forget = term(
-        "forget",
-        ("forget",),
-        lambda seen: saturation_importance(
-            token_nll(seen.logits, seen.labels), beta1=settings.beta1, beta2=settings.beta2
-        ),
-        per="token",
-        coefficient=settings.gamma,
-    )
-    return Objective((forget, *retain_terms(settings)))
+    def loss(seen: Seen) -> Tensor:
+        return saturation_importance(nll(seen), beta1=settings.beta1, beta2=settings.beta2)
+
+    return with_retain(settings, forget_term(loss, per="token", gamma=settings.gamma))
 
 
 SATIMP = Method(

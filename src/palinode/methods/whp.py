@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from palinode.methods.method import Given, Method, MethodSettings, Run, gather, plain_material, trained_run
+from palinode.methods.method import (
+    Given,
+    Method,
+    MethodRun,
+    MethodSettings,
+    gather,
+    plain_material,
+    trained_run,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -43,7 +51,7 @@ def objective(settings: WHPSettings, seed: int) -> Objective:  # noqa: ARG001 - 
     return Objective((term("forget", ("forget",), loss, per="token"),))
 
 
-def runs(settings: WHPSettings, given: Given) -> list[Run]:
+def runs(settings: WHPSettings, given: Given) -> list[MethodRun]:
     """Return the run that reinforces the target, and the one on the words that both then find likeliest."""
 
     def words(
@@ -60,7 +68,7 @@ def runs(settings: WHPSettings, given: Given) -> list[Run]:
         return found
 
     label = "reinforce the target on the forget set"
-    first = Run("reinforced", "target", plain_material("forget", given.forget), label=label, whole=True)
+    first = MethodRun("reinforced", "target", plain_material("forget", given.forget), label=label, whole=True)
     minimised = objective(settings, given.seed)
     material = gather(minimised, forget=given.forget)
     return [

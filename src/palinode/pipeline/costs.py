@@ -15,11 +15,11 @@ import torch
 from palinode.data.examples import Example
 from palinode.data.tokenize import tokenize
 from palinode.evaluation.self_check import ROWS, rows_with_style
-from palinode.methods.method import Asked, Run
+from palinode.methods.method import Asked, MethodRun
 from palinode.models.likelihoods import LOGIT_BYTES
 from palinode.models.loading import load_tokenizer, pick_device
-from palinode.pipeline.goal import FIRST_LOOK
 from palinode.pipeline.inputs import Inputs
+from palinode.pipeline.scales import FIRST_LOOK
 from palinode.training.loop import AUTOCAST_FROM, count_steps
 from palinode.weights.geometry import part_of
 
@@ -99,7 +99,7 @@ class _Planner:
         steps.append(self._evaluation(models))
         return Plan(tuple(steps), self._memory(), self._disk())
 
-    def _run(self, run: Run) -> PlannedStep:
+    def _run(self, run: MethodRun) -> PlannedStep:
         """Return the cost of a run; the rows that are drawn count by their mean length."""
         anchors = self._training(run.label, run.anchors)
         if run.objective is None:

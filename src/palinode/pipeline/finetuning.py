@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from palinode.data.examples import Example, fingerprint_examples
 from palinode.errors import CheckpointError
-from palinode.methods.method import Asked, Ends, Given, Run, Vectors, plain_material
+from palinode.methods.method import Asked, Ends, Given, MethodRun, Vectors, plain_material
 from palinode.methods.transforms import check_transforms
 from palinode.models.loading import load_model, load_tokenizer, pick_device, tokenizer_fingerprint
 from palinode.pipeline.inputs import Inputs
@@ -89,7 +89,7 @@ class FineTuning:
 
     def _prepared(self, name: str, rows: Sequence[Example]) -> Checkpoint:
         """Return a model that [prepare] makes; all its weights are trained whatever the recipe says."""
-        run = Run(name, "base", plain_material("rows", rows))
+        run = MethodRun(name, "base", plain_material("rows", rows))
         done = _Progress(self.inputs.earlier, self.recipe.seed)
         self._finetuned(run, done, whole=True)
         model = done.ends[name]
@@ -146,10 +146,10 @@ class FineTuning:
             done.steps[run.name] = self._step(run, done).key
         return done.steps
 
-    def _start(self, run: Run, target: Checkpoint) -> Checkpoint:
+    def _start(self, run: MethodRun, target: Checkpoint) -> Checkpoint:
         return target if run.start == "target" else self.inputs.earlier
 
-    def _step(self, run: Run, done: _Progress, *, whole: bool = False) -> Step:
+    def _step(self, run: MethodRun, done: _Progress, *, whole: bool = False) -> Step:
         """Return the step of a run; those that it reads are known."""
         settings = self.recipe.training
         job: dict[str, Any] = {}
@@ -173,7 +173,7 @@ class FineTuning:
         )
 
     def _finetuned(
-        self, run: Run, done: _Progress, *, whole: bool = False
+        self, run: MethodRun, done: _Progress, *, whole: bool = False
     ) -> Mapping[str, Sequence[Example]]:
         """Do a run, unless its result is there; add its end to what is done, and return its rows by role.
 
@@ -285,7 +285,7 @@ def open_end(step: Step, start: Checkpoint) -> Checkpoint | WeightedSum | None:
         return open_whole(step)
 
 
-def _facts(found: Finetuned, anchors: Sequence[Example], run: Run) -> dict[str, Any]:
+def _facts(found: Finetuned, anchors: Sequence[Example], run: MethodRun) -> dict[str, Any]:
     """Return what the record tells of a run."""
     facts = {
         "rows": len(anchors),

@@ -1,23 +1,26 @@
-"""What the search for the scales wants: to behave like the yardstick on the forget set, and keep the rest.
+"""The one rule by which a point is chosen: to behave like the yardstick on the forget set, and keep the rest.
 
-    objective(α, β) = distance to the yardstick on the forget probes + probability lost on the retain probes
+    objective = distance to the yardstick on the forget probes + probability lost on the retain probes
 
 Both are in answer probability, mean over rows: how far the model is, on either side, from what it should be.
-A point must also keep `retain_share` of the target's probability on retain probes and neutral text. Why
-this and no other distance: docs/scales.md. Pure functions of what models were measured to do; no torch.
+A point must also keep `retain_share` of the target's probability on retain probes and neutral text. Of points
+whose objectives are within TOLERANCE of the least, it is the one that loses least, and forgets as far as
+chance can tell. Grid, search and comparison choose by it (docs/scales.md). No torch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from palinode.evaluation.yardstick import Yardstick
 
-FIRST_LOOK = 0.25
-"""Share of the probe rows that the search's first look asks."""
+TOLERANCE = 0.005
+"""Objectives that differ by no more are alike: some dozens of probe rows cannot tell them apart."""
+SETS = ("forget", "retain", "neutral")
+"""What a model is asked before it is judged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +33,16 @@ class Behaviour:
     neutral: Sequence[float] = ()
     """Empty where the tokenizer cannot spell the neutral text."""
 
+    @classmethod
+    def of(cls, logprobs: Mapping[str, Sequence[float]]) -> Behaviour:
+        """Return what mean log-probabilities by set say."""
+        return cls(*(tuple(logprobs.get(name, ())) for name in SETS))
+
     @property
     def probabilities(self) -> dict[str, float]:
         """Mean answer probability by set, of those that were asked."""
-        sets = {"forget": self.forget, "retain": self.retain, "neutral": self.neutral}
-        return {name: math.fsum(map(math.exp, rows)) / len(rows) for name, rows in sets.items() if rows}
+        sets = zip(SETS, (self.forget, self.retain, self.neutral), strict=True)
+        return {name: math.fsum(map(math.exp, rows)) / len(rows) for name, rows in sets if rows}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +79,14 @@ class Goal:
         """Return by how much each floor is missed, as a share of it; 0 or less where it is kept."""
         return {name: 1 - share / self.retain_share for name, share in self.kept(found).items()}
 
+    def missed(self, found: Behaviour) -> float:
+        """Return the larger shortfall, 0 where both floors are kept."""
+        largest = max([0.0, *self.shortfalls(found).values()])
+        return 0.0 if largest <= 1e-9 else largest
+
     def keeps(self, found: Behaviour) -> bool:
         """Tell whether both floors are kept."""
-        return all(shortfall <= 1e-9 for shortfall in self.shortfalls(found).values())
+        return self.missed(found) == 0
 
     def forgets(self, found: Behaviour) -> bool:
         """Tell whether the forget-set behaviour is as near to the yardstick as chance lets any model be."""
@@ -91,6 +104,48 @@ class Goal:
     def _floors(self) -> list[str]:
         names = {"retain": "retain rows", "neutral": "neutral text"}
         return [names[name] for name in self.target.probabilities if name in names]
+
+
+class Judged(Protocol):
+    """A point that was tried, whatever its settings are."""
+
+    @property
+    def goal(self) -> Goal:
+        """By what it is judged."""
+        ...
+
+    @property
+    def behaviour(self) -> Behaviour:
+        """What the model did there."""
+        ...
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        """Of points that are equal in all else, the first in this order is taken."""
+        ...
+
+
+P = TypeVar("P", bound=Judged)
+
+
+def best(points: Iterable[P]) -> P:
+    """Return the point that is chosen: of those that keep the floors, else miss them least, the best.
+
+    That is the one with the least objective; of those within TOLERANCE of it one that is as near to the
+    yardstick as chance lets any model be, if there is one, and then the one that loses least.
+    """
+    judged = [(point, point.goal.missed(point.behaviour)) for point in points]
+    fewest = min(missed for _, missed in judged)
+    allowed = [(point, point.goal.objective(point.behaviour)) for point, missed in judged if missed == fewest]
+    least = min(objective for _, objective in allowed)
+    alike = [entry for entry in allowed if entry[1] <= least + TOLERANCE]
+
+    def rank(entry: tuple[P, float]) -> tuple[Any, ...]:
+        point, objective = entry
+        goal, found = point.goal, point.behaviour
+        return not goal.forgets(found), goal.lost(found), objective, point.order
+
+    return min(alike, key=rank)[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,16 +166,14 @@ class TriedScales:
         return self.goal.rows is None
 
     @property
-    def rank(self) -> tuple[float, float, float, float, tuple[float, ...]]:
-        """What points are compared by: floors first, then the objective, then the smaller scales."""
-        missed = max([0.0, *self.goal.shortfalls(self.behaviour).values()])
-        missed = 0.0 if missed <= 1e-9 else missed
-        return missed, self.goal.objective(self.behaviour), self.forget_scale, self.retain_scale, self.groups
+    def order(self) -> tuple[Any, ...]:
+        """The smaller scales first."""
+        return self.forget_scale, self.retain_scale, self.groups
 
-
-def best(points: Sequence[TriedScales]) -> TriedScales:
-    """Return the point with the least objective among those that keep the floors, else the nearest."""
-    return min(points, key=lambda point: point.rank)
+    @property
+    def rank(self) -> tuple[Any, ...]:
+        """How good a point is at a glance: floors first, then the objective, then the order."""
+        return self.goal.missed(self.behaviour), self.goal.objective(self.behaviour), self.order
 
 
 def front(points: Sequence[TriedScales]) -> list[TriedScales]:

@@ -15,9 +15,11 @@ from palinode.errors import CheckpointError, InputError, PalinodeError
 from palinode.methods import METHODS, unlearned_point
 from palinode.methods.method import Ends, Vectors
 from palinode.pipeline.finetuning import FineTuning, Trained, open_end, open_whole
+from palinode.pipeline.goal import TOLERANCE
+from palinode.pipeline.grid import grid_scales
 from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.record import dose_facts, geometry_facts
-from palinode.pipeline.scales import ChosenScales, choose_scales, scaled_vector
+from palinode.pipeline.scales import ChosenScales, scaled_vector
 from palinode.pipeline.search import search_scales
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener
@@ -83,7 +85,6 @@ class Making:
         if len(alphas) == len(betas) == 1:
             return ChosenScales(alphas[0], betas[0], "given", None, [])
         auto = scales.choose == "auto"
-        unseen = fingerprint_examples(self.rows.unseen)
         step = self.workspace.step(
             "scales",
             target=target.fingerprint(),
@@ -95,21 +96,16 @@ class Making:
             max_length=self.recipe.evaluation.max_length,
             prompts=self.recipe.prompts.model_dump(),
             output=[self.recipe.output.dtype, self.recipe.output.rounding, self.recipe.seed],
-            **({"auto": [scales.trials, scales.groups, self.rows.unseen_source, unseen]} if auto else {}),
+            unseen=[self.rows.unseen_source, fingerprint_examples(self.rows.unseen)],
+            tolerance=TOLERANCE,
+            **({"auto": [scales.trials, scales.groups]} if auto else {}),
         )
         facts = step.facts
         if facts is None:
             step.begin()
-            choose = search_scales if auto else choose_scales
-            chosen = choose(
-                self.inputs,
-                target,
-                vectors.forget,
-                vectors.retain,
-                (alphas, betas),
-                step.folder,
-                self.listener,
-            )
+            choose = search_scales if auto else grid_scales
+            grid = alphas, betas
+            chosen = choose(self.inputs, target, vectors, grid, step.folder, self.listener)
             step.finish(facts := asdict(chosen))
         return ChosenScales(**facts)
 

@@ -74,8 +74,8 @@ class Scales(RecipeSection):
     retain: Scale | None = None
     """β; None: chosen (0 without a retain set)."""
     choose: Literal["auto", "grid"] = "auto"
-    """auto: searched for, towards the yardstick (docs/scales.md); grid: the best point of the two grids below
-    by a rule on mean probabilities (docs/method.md)."""
+    """auto: searched for, towards the yardstick (docs/scales.md); grid: the best point of the two grids
+    below, by the same rule."""
     trials: int = Field(default=10, ge=1)
     """auto: points that the search tries on all probe rows, after a first look at the grids on some."""
     groups: int = Field(default=1, ge=1, le=4)

@@ -172,15 +172,9 @@ def _peak_memory() -> int:
 
 
 def _chosen_notes(chosen: ChosenScales) -> list[str]:
-    if chosen.kept_rule:
+    if chosen.kept_rule or chosen.yardstick is None:
         return []
-    look = "Look at the table of points before using this model."
-    if chosen.yardstick is not None:
-        return [f"{chosen.yardstick['warning']} {look}"]
-    return [
-        "No point on the grid kept the rule for choosing the scales; the one that breaks it least was taken. "
-        + look
-    ]
+    return [f"{chosen.yardstick['warning']} Look at the table of points before using this model."]
 
 
 def _stopped_notes(training: Mapping[str, Any]) -> list[str]:

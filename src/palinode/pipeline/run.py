@@ -196,7 +196,9 @@ def unlearn(
     for line in (*describe(costs), *inputs.notes):
         listener.say(line)
     with workspace.locked(listener), tracked_run(inputs, workspace, listener) as listener:
-        return _Run(ask_as_trained(inputs, workspace, listener), workspace, listener).run(command, located)
+        return _Unlearning(ask_as_trained(inputs, workspace, listener), workspace, listener).run(
+            command, located
+        )
 
 
 def tracked_run(inputs: Inputs, workspace: Workspace, listener: Listener) -> AbstractContextManager[Listener]:
@@ -213,7 +215,7 @@ def tracked_run(inputs: Inputs, workspace: Workspace, listener: Listener) -> Abs
     )
 
 
-class _Run:
+class _Unlearning:
     """One run over its inputs and workspace, from fine-tuning to the published folder."""
 
     def __init__(self, inputs: Inputs, workspace: Workspace, listener: Listener) -> None:

@@ -1,11 +1,8 @@
-"""Try pairs of scales on a live model and pick one; every probe is kept, so a killed search goes on.
+"""Try pairs of scales on a live model, and say which one is chosen; a killed search goes on.
 
-Each point is the weighted sum put into the target's live copy in place: no model is written.
-
-An α of its own for each group of layers: factors on the common one, tried in memory and stored once.
-
-Groups are runs of layers of about equal number; the embedding goes with the first one, the final norm and the
-head with the last.
+Each point is the weighted sum put into the target's live copy in place: no model is written. What it did is
+kept on disk before anything is decided. Groups are runs of layers of about equal number, each with a factor
+on the common α; the embedding goes with the first one, the final norm and the head with the last.
 """
 
 from __future__ import annotations
@@ -13,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +19,24 @@ from transformers import PreTrainedModel
 
 from palinode.data.examples import Example
 from palinode.data.tokenize import TokenRow, tokenize
+from palinode.data.world import neutral_examples
+from palinode.evaluation.yardstick import Unseen, Yardstick, estimate_yardstick
 from palinode.methods import unlearned_point
+from palinode.methods.method import Vectors
 from palinode.models.inplace import put
 from palinode.models.likelihoods import score_rows
 from palinode.models.loading import load_model, load_tokenizer, pad_token, pick_device
-from palinode.pipeline.grid import Probe, Rule, as_record, choose, nearest, walk_grid
+from palinode.pipeline.goal import (
+    SETS,
+    Behaviour,
+    Goal,
+    TriedScales,
+    as_record,
+    best,
+    front,
+    sensitivity,
+    warning,
+)
 from palinode.pipeline.inputs import Inputs
 from palinode.progress import Listener, record
 from palinode.records import read_json, write_json
@@ -37,7 +47,14 @@ from palinode.weights.vectors import transform
 Logprobs = Mapping[str, Sequence[float]]
 """Mean log-probability of each row's answer, by set of rows."""
 
-PROBE_SETS = ("forget", "retain")
+FIRST_LOOK = 0.25
+"""Share of the probe rows that the search's first look asks."""
+FEWEST_ROWS = 16
+"""Rows that the first look asks at least."""
+STEP = 0.1
+"""A step: in β, and in α relative to it."""
+UNKNOWN_SHARE = 0.05
+"""Share of unknown tokens above which neutral text is not asked for: the model knows another language."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,60 +74,13 @@ class ChosenScales:
     kept_rule: bool = True
     """False when no point satisfied the rule and the nearest one was taken."""
     yardstick: Mapping[str, Any] | None = None
-    """Where the search wanted to go, as the record holds it; None of a grid."""
+    """Where the choice wanted to go, as the record holds it."""
     front: Sequence[Any] = field(default_factory=list)
     """The points that no other one beats on both sides."""
     sensitivity: Sequence[Any] = field(default_factory=list)
     """What a step away from the chosen point changes."""
     groups: Sequence[Any] = field(default_factory=list)
     """Parts of the model and the factor on α that each has; empty where all have one α."""
-
-
-def choose_scales(
-    inputs: Inputs,
-    target: Checkpoint,
-    forget: Direction,
-    retain: Direction | None,
-    grid: tuple[Sequence[float], Sequence[float]],
-    folder: Path,
-    listener: Listener,
-) -> ChosenScales:
-    """Walk the grid of (α, β) and return the point that the rule of `search.py` picks.
-
-    `folder` keeps the probes already made.
-    """
-    alphas, betas = grid
-    probes = Probes(inputs, target, folder / "probes.json")
-    with listener.task("trying scales", 2 + len(alphas) * len(betas), "points") as advance:
-        base, before = probes.of_checkpoint("base", inputs.earlier), probes.of_checkpoint("target", target)
-        advance(2)
-
-        numbers = itertools.count(1)
-
-        def probe(alpha: float, beta: float) -> Probe:
-            found = probes.of_scales(alpha, beta, forget, retain)
-            advance(1)
-            record(listener, "scales", next(numbers), figures_of(alpha, beta, found))
-            return found
-
-        rule = Rule(base.forget, before.retain, inputs.recipe.scales.retain_share)
-        points = list(walk_grid(alphas, betas, probe, rule))
-    picked = choose(points, rule)
-    chosen = picked or nearest(points, rule)
-    return ChosenScales(
-        forget=chosen.forget_scale,
-        retain=chosen.retain_scale,
-        chosen_by="grid",
-        rule=str(rule),
-        points=as_record(points, rule, chosen),
-        kept_rule=picked is not None,
-    )
-
-
-def figures_of(alpha: float, beta: float, found: Probe) -> dict[str, float]:
-    """Return a point that was tried as figures for a curve."""
-    scales = {"forget_scale": alpha, "retain_scale": beta}
-    return scales | {name: value for name, value in asdict(found).items() if value is not None}
 
 
 class Probes:
@@ -128,6 +98,9 @@ class Probes:
         self.sets: dict[str, list[TokenRow]] = {}
         self.add("forget", inputs.rows.forget_probe)
         self.add("retain", inputs.rows.retain_probe)
+        self.add("neutral", neutral_examples())
+        if not self._spelled():
+            del self.sets["neutral"]
 
     def add(self, name: str, examples: Sequence[Example]) -> None:
         """Add a set of rows that can be asked for; an empty one is left out."""
@@ -136,35 +109,21 @@ class Probes:
         if examples:
             self.sets[name] = tokenize(examples, self.tokenizer, max_length=length, style=style)
 
-    def of_checkpoint(self, name: str, checkpoint: Checkpoint) -> Probe:
-        """Return the probe of a checkpoint as it is."""
-        return _probe(self.logprobs_of_checkpoint(name, checkpoint, PROBE_SETS))
-
-    def of_point(self, name: str, point: Point) -> Probe:
-        """Return the probe of a checkpoint as it is, or of a sum put into the live model in place."""
-        if isinstance(point, Checkpoint):
-            return self.of_checkpoint(name, point)
-        return _probe(self.logprobs_of_point(name, point, PROBE_SETS))
-
-    def of_scales(self, alpha: float, beta: float, forget: Direction, retain: Direction | None) -> Probe:
-        """Return the probe of the weighted sum at (α, β), put into the live model in place."""
-        point = unlearned_point(self.target, forget, retain, forget_scale=alpha, retain_scale=beta)
-        return self.of_point(f"{alpha},{beta}", point)
-
-    def logprobs_of_checkpoint(self, name: str, checkpoint: Checkpoint, sets: Sequence[str]) -> Logprobs:
+    def of_checkpoint(self, name: str, checkpoint: Checkpoint, sets: Sequence[str] = SETS) -> Logprobs:
         """Return the mean log-probabilities of a checkpoint on the sets of those names that there are."""
         return self._asked(name, sets, lambda: load_model(checkpoint, device=self.device))
 
-    def logprobs_of_point(self, name: str, point: Point, sets: Sequence[str]) -> Logprobs:
-        """Return those of a weighted sum, put into the live model in place; `name` stands for it on disk."""
+    def of_point(self, name: str, point: Point, sets: Sequence[str] = SETS) -> Logprobs:
+        """Return those of a checkpoint, or of a sum put into the live model; `name` stands for it on disk."""
+        if isinstance(point, Checkpoint):
+            return self.of_checkpoint(name, point, sets)
+        return self.of_parts(name, [(point, None)], sets)
 
-        return self.logprobs_of_parts(name, [(point, None)], sets)
-
-    def logprobs_of_parts(
+    def of_parts(
         self,
         name: str,
         parts: Sequence[tuple[Point, Callable[[str], bool] | None]],
-        sets: Sequence[str],
+        sets: Sequence[str] = SETS,
     ) -> Logprobs:
         """Return those of a model put together: each sum where its function says yes to a tensor's name."""
 
@@ -191,15 +150,150 @@ class Probes:
         scored = score_rows(model, rows, pad_id=self.pad_id)
         return [math.fsum(row.logprobs) / len(row.logprobs) for row in scored]
 
+    def _spelled(self) -> bool:
+        """Tell whether the tokenizer knows nearly all of the neutral text."""
+        unknown = self.tokenizer.unk_token_id
+        ids = [token for row in self.sets["neutral"] for token in row.ids]
+        return unknown is None or ids.count(unknown) <= UNKNOWN_SHARE * len(ids)
 
-def _probe(logprobs: Logprobs) -> Probe:
-    retain = logprobs.get("retain")
-    return Probe(mean_probability(logprobs["forget"]), mean_probability(retain) if retain else None)
+
+# What is wanted
 
 
-def mean_probability(logprobs: Sequence[float]) -> float:
-    """Return the mean over rows of exp(mean log-probability of the answer's tokens)."""
-    return math.fsum(map(math.exp, logprobs)) / len(logprobs)
+def open_goal(probes: Probes, yardstick: Yardstick | None = None) -> Goal:
+    """Ask base and target, and return the goal on all probe rows.
+
+    A `yardstick` that is given, such as a retrained model's, takes the place of the estimate.
+    """
+    inputs, rows = probes.inputs, probes.inputs.rows
+    probes.add("unseen", rows.unseen)
+    base = probes.of_checkpoint("base", inputs.earlier, ["forget", "unseen"])
+    before = probes.of_checkpoint("target", probes.target, [*SETS, "unseen"])
+    if yardstick is None:
+        unseen = None
+        if rows.unseen:
+            unseen = Unseen(rows.unseen_source, base["unseen"], before["unseen"], _groups(rows.unseen))
+        groups, seed = _groups(rows.forget_probe), inputs.recipe.seed
+        yardstick = estimate_yardstick(base["forget"], unseen, groups=groups, seed=seed)
+    return Goal(yardstick, Behaviour.of(before), inputs.recipe.scales.retain_share)
+
+
+def _groups(examples: Sequence[Example]) -> list[int]:
+    """Return a number for each row; neighbours with one answer ask the same in other words and share it."""
+    changes = [one.answer != other.answer for one, other in itertools.pairwise(examples)]
+    return list(itertools.accumulate(changes, initial=0))
+
+
+class Trials:
+    """Pairs of scales tried on a live model, and judged on all probe rows or on some."""
+
+    def __init__(
+        self, probes: Probes, vectors: Vectors, listener: Listener, yardstick: Yardstick | None = None
+    ) -> None:
+        self.probes = probes
+        self.vectors = vectors
+        self.listener = listener
+        self.goal = open_goal(probes, yardstick)
+        self.numbers = itertools.count(1)
+        asked = [name for name in ("forget", "retain") if name in probes.sets]
+        places = {str(name): _few(len(probes.sets[name])) for name in asked}
+        for name, few in places.items():
+            probes.sets[f"{name}, some"] = [probes.sets[name][place] for place in few]
+        before: Logprobs = {"forget": self.goal.target.forget, "retain": self.goal.target.retain}
+        part = {name: [before[name][place] for place in few] for name, few in places.items()}
+        self.few = replace(self.goal, target=Behaviour.of(part), rows=tuple(places["forget"]))
+
+    def tried(self, alpha: float, beta: float, *, whole: bool = True) -> TriedScales:
+        """Return what the model does at (α, β), on all probe rows or on the few of the first look."""
+        point, name = self._point(alpha, beta), f"{alpha},{beta}"
+        if whole:
+            found = self.probes.of_point(name, point)
+        else:
+            some = self.probes.of_point(name, point, ["forget, some", "retain, some"])
+            found = {name.removesuffix(", some"): rows for name, rows in some.items()}
+        tried = TriedScales(alpha, beta, Behaviour.of(found), self.goal if whole else self.few)
+        figures = {"forget_scale": alpha, "retain_scale": beta, **tried.behaviour.probabilities}
+        figures["objective"] = tried.goal.objective(tried.behaviour)
+        record(self.listener, "scales", next(self.numbers), figures)
+        return tried
+
+    def with_factors(
+        self, centre: TriedScales, parts: Sequence[Sequence[str]], factors: tuple[float, ...]
+    ) -> TriedScales:
+        """Return what the model does where each group of parts has its factor on α."""
+        alpha, beta = centre.forget_scale, centre.retain_scale
+        points = [
+            (self._point(alpha * factor, beta), belongs_to(part))
+            for part, factor in zip(parts, factors, strict=True)
+        ]
+        found = self.probes.of_parts(f"{alpha},{beta},{','.join(map(str, factors))}", points)
+        own = () if set(factors) == {1.0} else factors
+        return TriedScales(alpha, beta, Behaviour.of(found), self.goal, own)
+
+    def _point(self, alpha: float, beta: float) -> Point:
+        vectors = self.vectors
+        return unlearned_point(
+            self.probes.target, vectors.forget, vectors.retain, forget_scale=alpha, retain_scale=beta
+        )
+
+
+def _few(count: int) -> list[int]:
+    """Return the places of the rows of the first look, evenly spread; all where that saves little."""
+    some = max(FEWEST_ROWS, math.ceil(FIRST_LOOK * count))
+    return list(range(count)) if some > count / 2 else [place * count // some for place in range(some)]
+
+
+def conclude(
+    chosen_by: str,
+    glanced: Sequence[TriedScales],
+    whole: Sequence[TriedScales],
+    listener: Listener,
+    *,
+    parts: Sequence[Sequence[str]] = (),
+) -> ChosenScales:
+    """Return the choice among the points tried on all probe rows, and say what it does not reach."""
+    whole = list({(point.forget_scale, point.retain_scale, point.groups): point for point in whole}.values())
+    chosen = best(whole)
+    said = warning(chosen.goal, chosen)
+    if said is not None:
+        listener.say(said)
+    return ChosenScales(
+        forget=chosen.forget_scale,
+        retain=chosen.retain_scale,
+        chosen_by=chosen_by,
+        rule=str(chosen.goal),
+        points=as_record([*glanced, *whole], chosen),
+        kept_rule=said is None,
+        yardstick={**chosen.goal.yardstick.as_record(), "warning": said},
+        front=as_record(front(whole), chosen),
+        sensitivity=sensitivity(chosen, neighbours(chosen, whole)),
+        groups=[
+            {"parts": part, "factor": factor}
+            for part, factor in zip(parts, chosen.groups, strict=False)  # none where all have one α
+        ],
+    )
+
+
+def neighbours(chosen: TriedScales, points: Sequence[TriedScales]) -> list[TriedScales]:
+    """Return the other points within about a step of the chosen one."""
+    reach = 1.5 * step_of(chosen.forget_scale), 1.5 * STEP
+    near = {
+        (point.forget_scale, point.retain_scale): point
+        for point in points
+        if not point.groups
+        and abs(point.forget_scale - chosen.forget_scale) <= reach[0]
+        and abs(point.retain_scale - chosen.retain_scale) <= reach[1]
+    }
+    near.pop((chosen.forget_scale, chosen.retain_scale), None)
+    return [near[scales] for scales in sorted(near)]
+
+
+def step_of(alpha: float) -> float:
+    """Return a step in α."""
+    return max(STEP / 2, STEP * alpha)
+
+
+# Groups of layers
 
 
 def layer_groups(model: Checkpoint, count: int) -> list[list[str]]:

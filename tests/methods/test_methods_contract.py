@@ -302,7 +302,7 @@ def weights(folder) -> dict[str, torch.Tensor]:
 
 def test_methods_with_a_forget_loss_start_from_either_checkpoint_and_the_others_do_not():
     found = {name for name in TRAINED if issubclass(METHODS[name].settings, StartSettings)}
-    assert set(TRAINED) - found == {"retain_finetune", "rewind", "whp"}
+    assert set(TRAINED) - found == {"retain_finetune", "rewind", "ties", "whp"}
     for name in found - {"altpo"}:
         assert METHODS[name].check_settings({"start": "base"}).from_base
     with pytest.raises(ValidationError):  # its other answers are the target's own

@@ -223,15 +223,8 @@ def profile(
             found = np.zeros((count, count))
             loaded = operands.load(part, np.dtype(np.float32))
             wides = loaded.wides if checkpoints else np.zeros((1, part.count), loaded.dtype)
-            kernels.products(
-                loaded.packed,
-                loaded.halves,
-                wides,
-                loaded.extras,
-                part.count,
-                along.astype(loaded.dtype),
-                found,
-            )
+            values = (loaded.packed, loaded.halves, wides, loaded.extras)
+            kernels.products(values, part.count, along.astype(loaded.dtype), found)
             if not np.isfinite(found).all() and not loaded.finite(part.count):
                 complain_of_nonfinite(checkpoints)
             return found

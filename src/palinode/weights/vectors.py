@@ -49,8 +49,8 @@ from palinode.weights.displacement import (
     DenseChange,
     Displacement,
     Factor,
-    Kept,
     LowRankChange,
+    MatrixCache,
     Term,
     decode,
     encode,
@@ -482,7 +482,7 @@ def _changes(
         raise CheckpointError(
             f"{FACTS} and {WEIGHTS} in {folder} do not belong together; store the vector again"
         )
-    kept = Kept()
+    kept = MatrixCache()
     return {
         name: DenseChange(found[name])
         if tensor.rank is None

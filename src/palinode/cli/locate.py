@@ -13,7 +13,7 @@ from palinode.records import read_bytes
 
 if TYPE_CHECKING:
     from palinode.data import PromptStyle
-    from palinode.history.judgement import Location
+    from palinode.history.locating import Location
 
 
 def locate(

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from palinode.history.callback import ExposureCallback, LoggedLoader, ThinningCallback
     from palinode.history.duplicates import find_duplicates
     from palinode.history.exposures import ExposureLog
-    from palinode.history.judgement import Location
-    from palinode.history.locating import locate
+    from palinode.history.locating import Location, locate
     from palinode.history.onset import Onset, OnsetSettings, find_onset
     from palinode.history.plan import Schedule, plan_checkpoints
     from palinode.history.reader import ExposureReader, compact

@@ -38,8 +38,9 @@ LAYERS = {
     "history": 4,
     "pipeline": 5,
     "compare": 6,
-    "cli": 7,
-    "__main__": 8,
+    "jobs": 7,
+    "cli": 8,
+    "__main__": 9,
 }
 
 

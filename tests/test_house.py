@@ -308,14 +308,13 @@ def test_a_target_that_does_not_exist_is_noticed():
 
 
 def long_prose(markdown: str, width: int = 100) -> list[str]:
-    """The lines of prose that are longer; code, tables, headings, pictures and what cannot be broken may be."""
+    """The lines of prose that are longer; code, tables, headings and pictures may be."""
     prose = re.sub(r"^ *```.*?^ *```", "", markdown, flags=re.MULTILINE | re.DOTALL)
     prose = re.sub(r"`[^`]*`", lambda code: code.group().replace(" ", "_"), prose)
-    lines = [line for line in prose.splitlines() if len(line) > width]
     return [
         line
-        for line in lines
-        if not line.lstrip().startswith(("|", "#", "!", "<", "    ")) and " " in line.strip()
+        for line in prose.splitlines()
+        if len(line) > width and " " in line.strip() and not line.startswith(("|", "#", "!", "<", "    "))
     ]
 
 

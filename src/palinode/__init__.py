@@ -9,23 +9,44 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from palinode.version import __version__
 
 if TYPE_CHECKING:
+    from palinode.compare import Compared, CompareRecipe, load_comparison
     from palinode.data import Example, PromptStyle, Question, read_examples
     from palinode.errors import PalinodeError
     from palinode.evaluation import Asking, EvaluationSettings, ask, evaluate
     from palinode.history import (
+        CheckpointSeries,
         ExposureCallback,
         ExposureLog,
         ExposureReader,
+        Location,
         LoggedLoader,
+        OnsetSettings,
         ThinningCallback,
-        locate,
         open_series,
+    )
+    from palinode.history.plan import Schedule, Wish
+    from palinode.history.plan import plan_checkpoints as plan
+    from palinode.jobs import (
+        Audited,
+        AuditSettings,
+        Importance,
+        LocateSettings,
+        LowRank,
+        Mask,
+        Projection,
+        SignConsensus,
+        audit,
+        compare,
+        locate,
+        unlearn,
     )
     from palinode.methods import METHODS, apply
     from palinode.metrics import METRICS
@@ -36,9 +57,8 @@ if TYPE_CHECKING:
         Unlearned,
         build_recipe,
         demo,
+        dry_run,
         load_recipe,
-        plan,
-        unlearn,
     )
     from palinode.records import Outcome, Score
     from palinode.training import Finetuned, TrainingSettings, finetune
@@ -61,61 +81,107 @@ if TYPE_CHECKING:
 
 # Where each public name lives; it is imported when it is first asked for, so that
 # `import palinode` and `palinode --help` do not wait for torch.
-_HOMES = {
-    "Asking": "evaluation",
-    "ask": "evaluation",
-    "ExposureCallback": "history",
-    "ExposureLog": "history",
-    "ExposureReader": "history",
-    "LoggedLoader": "history",
-    "ThinningCallback": "history",
-    "locate": "history",
-    "open_series": "history",
-    "Question": "data",
-    "Checkpoint": "weights",
-    "Crew": "weights",
-    "Direction": "weights",
-    "Dose": "weights",
-    "Example": "data",
-    "METHODS": "methods",
-    "METRICS": "metrics",
-    "DemoResult": "pipeline",
-    "EvaluationSettings": "evaluation",
-    "Finetuned": "training",
-    "Outcome": "records",
-    "LoraAdapter": "weights",
-    "PalinodeError": "errors",
-    "Plan": "pipeline",
-    "Point": "weights",
-    "Profile": "weights",
-    "PromptStyle": "data",
-    "Recipe": "pipeline",
-    "Saved": "weights",
-    "Score": "records",
-    "StoredVector": "weights",
-    "TrainingSettings": "training",
-    "Unlearned": "pipeline",
-    "WeightedSum": "weights",
-    "apply": "methods",
-    "build_recipe": "pipeline",
-    "demo": "pipeline",
-    "evaluate": "evaluation",
-    "finetune": "training",
-    "load_recipe": "pipeline",
-    "open_direction": "weights",
-    "plan": "pipeline",
-    "profile": "weights",
-    "read_examples": "data",
-    "save": "weights",
-    "save_vector": "weights",
-    "unlearn": "pipeline",
+_ROOMS = {
+    "compare": (
+        "CompareRecipe",
+        "Compared",
+        "load_comparison",
+    ),
+    "data": (
+        "Example",
+        "PromptStyle",
+        "Question",
+        "read_examples",
+    ),
+    "errors": ("PalinodeError",),
+    "evaluation": (
+        "Asking",
+        "EvaluationSettings",
+        "ask",
+        "evaluate",
+    ),
+    "history": (
+        "CheckpointSeries",
+        "ExposureCallback",
+        "ExposureLog",
+        "ExposureReader",
+        "Location",
+        "LoggedLoader",
+        "OnsetSettings",
+        "ThinningCallback",
+        "open_series",
+    ),
+    "history.plan": (
+        "Schedule",
+        "Wish",
+        "plan",
+    ),
+    "jobs": (
+        "AuditSettings",
+        "Audited",
+        "Importance",
+        "LocateSettings",
+        "LowRank",
+        "Mask",
+        "Projection",
+        "SignConsensus",
+        "audit",
+        "compare",
+        "locate",
+        "unlearn",
+    ),
+    "methods": (
+        "METHODS",
+        "apply",
+    ),
+    "metrics": ("METRICS",),
+    "pipeline": (
+        "DemoResult",
+        "Plan",
+        "Recipe",
+        "Unlearned",
+        "build_recipe",
+        "demo",
+        "dry_run",
+        "load_recipe",
+    ),
+    "records": (
+        "Outcome",
+        "Score",
+    ),
+    "training": (
+        "Finetuned",
+        "TrainingSettings",
+        "finetune",
+    ),
+    "weights": (
+        "Checkpoint",
+        "Crew",
+        "Direction",
+        "Dose",
+        "LoraAdapter",
+        "Point",
+        "Profile",
+        "Saved",
+        "StoredVector",
+        "WeightedSum",
+        "open_direction",
+        "profile",
+        "save",
+        "save_vector",
+    ),
 }
 
 __all__ = [
     "METHODS",
     "METRICS",
     "Asking",
+    "AuditSettings",
+    "Audited",
     "Checkpoint",
+    "CheckpointSeries",
+    "CompareRecipe",
+    "Compared",
     "Crew",
     "DemoResult",
     "Direction",
@@ -126,30 +192,44 @@ __all__ = [
     "ExposureLog",
     "ExposureReader",
     "Finetuned",
+    "Importance",
+    "LocateSettings",
+    "Location",
     "LoggedLoader",
     "LoraAdapter",
+    "LowRank",
+    "Mask",
+    "OnsetSettings",
     "Outcome",
     "PalinodeError",
     "Plan",
     "Point",
     "Profile",
+    "Projection",
     "PromptStyle",
     "Question",
     "Recipe",
     "Saved",
+    "Schedule",
     "Score",
+    "SignConsensus",
     "StoredVector",
     "ThinningCallback",
     "TrainingSettings",
     "Unlearned",
     "WeightedSum",
+    "Wish",
     "__version__",
     "apply",
     "ask",
+    "audit",
     "build_recipe",
+    "compare",
     "demo",
+    "dry_run",
     "evaluate",
     "finetune",
+    "load_comparison",
     "load_recipe",
     "locate",
     "open_direction",
@@ -164,10 +244,23 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'palinode' has no attribute {name!r}")
-    return getattr(import_module(f"palinode.{_HOMES[name]}"), name)
+    for room, names in _ROOMS.items():
+        if name in names:
+            inner = "plan_checkpoints" if name == "plan" else name  # a package has a room of that name
+            return getattr(import_module(f"palinode.{room}"), inner)
+    raise AttributeError(f"module 'palinode' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return __all__
+
+
+class _Palinode(ModuleType):
+    """This package: importing the rooms audit/ and compare/ leaves their names to the functions."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in ("audit", "compare") and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Palinode

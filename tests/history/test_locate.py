@@ -11,11 +11,10 @@ from palinode.data.examples import Example
 from palinode.errors import DataError
 from palinode.history.duplicates import hashes
 from palinode.history.exposures import ExposureLog
-from palinode.history.judgement import known_alternatives
-from palinode.history.locating import locate
+from palinode.history.locating import known_alternatives, locate
+from palinode.history.orders import LoggedStage, PalinodeOrder, open_palinode, rebuild, write_stages
 from palinode.history.reader import ExposureReader
 from palinode.history.series import CheckpointSeries, SeriesCheckpoint
-from palinode.history.stages import LoggedStage, PalinodeOrder, open_palinode, rebuild, write_stages
 from palinode.report.location_report import location_markdown, location_sentences
 from palinode.report.pictures import location_picture
 from palinode.training.finetune import Watch

@@ -23,7 +23,7 @@ from palinode.evaluation.ask import EvaluationLimits, ask
 from palinode.methods import METHODS, MethodSettings
 from palinode.methods.method import StartSettings
 from palinode.models import CombinedLogits, load_model, load_tokenizer
-from palinode.pipeline import build_recipe, plan, unlearn
+from palinode.pipeline import build_recipe, dry_run, unlearn
 from palinode.training import train
 from palinode.training.objectives import Choices, keep
 from palinode.training.roles import join
@@ -302,7 +302,7 @@ def weights(folder) -> dict[str, torch.Tensor]:
 
 def test_methods_with_a_forget_loss_start_from_either_checkpoint_and_the_others_do_not():
     found = {name for name in TRAINED if issubclass(METHODS[name].settings, StartSettings)}
-    assert set(TRAINED) - found == {"retain_finetune", "rewind", "whp"}
+    assert set(TRAINED) - found == {"retain_finetune", "rewind", "ties", "whp"}
     for name in found - {"altpo"}:
         assert METHODS[name].check_settings({"start": "base"}).from_base
     with pytest.raises(ValidationError):  # its other answers are the target's own
@@ -362,7 +362,7 @@ def test_retain_rows_are_not_asked_for_where_they_have_no_weight(recipe_of, sect
     content = sections("npo")
     content["data"]["retain"] = None
     content["method_settings"] = {"alpha": 0.0}
-    assert plan(recipe_of(tmp_path / "out", **content)).tokens > 0
+    assert dry_run(recipe_of(tmp_path / "out", **content)).tokens > 0
 
 
 def test_unknown_and_impossible_settings_are_named(recipe_of, sections, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from palinode import Checkpoint
 from palinode.errors import MismatchError, RecipeError
 from palinode.models import load_model
-from palinode.pipeline import plan, unlearn
+from palinode.pipeline import dry_run, unlearn
 
 CPU = torch.device("cpu")
 
@@ -145,7 +145,7 @@ def test_interrupted_run_goes_on_with_the_control_alone(run, shared, recipe_of):
 def test_plan_counts_both_runs(recipe_of, tmp_path):
     def steps(settings):
         recipe = recipe_of(tmp_path / "out", method="paired", method_settings=settings)
-        return {step.label: step.tokens for step in plan(recipe).steps}
+        return {step.label: step.tokens for step in dry_run(recipe).steps}
 
     none, three = steps({"replay_rows": 0}), steps({"replay_ratio": 3})
     forget = none["fine-tune on the forget set"]
@@ -168,7 +168,7 @@ def test_what_cannot_be_is_refused(recipe_of, tmp_path, tiny):
     with pytest.raises(RecipeError, match=r"method_settings\.start of paired is 'retrained'"):
         recipe_of(tmp_path / "out", method="paired", method_settings={"start": "retrained"})
     with pytest.raises(MismatchError, match="target and base are the same folder"):
-        plan(recipe_of(tmp_path / "out", method="paired", models={"base": str(tiny.target.folder)}))
+        dry_run(recipe_of(tmp_path / "out", method="paired", models={"base": str(tiny.target.folder)}))
 
 
 def test_more_replay_than_there_is_takes_all_and_says_so(run, tiny):

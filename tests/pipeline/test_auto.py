@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from palinode.data.examples import read_examples
 from palinode.errors import DataError
-from palinode.pipeline import plan, scales, unlearn
+from palinode.pipeline import dry_run, scales, unlearn
 from palinode.pipeline.costs import describe
 from palinode.pipeline.goal import TOLERANCE
 from palinode.pipeline.inputs import open_inputs
@@ -163,7 +163,7 @@ def test_search_that_reaches_neither_side_warns(searched, recipe_of, tmp_path):
 
 
 def test_plan_says_what_the_search_does(recipe_of, tmp_path):
-    lines = describe(plan(recipe_of(tmp_path / "out", scales=AUTO)))
+    lines = describe(dry_run(recipe_of(tmp_path / "out", scales=AUTO)))
     assert any("search scales: 6 pairs at a glance, about 8 in full, in memory" in line for line in lines)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from safetensors.torch import load_file
 
-from palinode.pipeline import plan, unlearn
+from palinode.pipeline import dry_run, unlearn
 
 LORA = {"training": {"lora": {"rank": 4}, "learning_rate": 1e-2}}
 
 
 def test_search_and_result_are_those_of_the_adapters_products(recipe_of, tiny, palinode, tmp_path):
     full, low = (recipe_of(tmp_path / "out", **sections) for sections in ({}, LORA))
-    assert plan(low).disk < plan(full).disk
+    assert dry_run(low).disk < dry_run(full).disk
     done = unlearn(low)
     assert done.record["scales"]["chosen_by"] != "given"
     assert done.record["recipe"]["training"]["lora"]["rank"] == 4

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, Qwen2MoeConfig
 
 from palinode.errors import CheckpointError, MismatchError
-from palinode.pipeline.run import plan, unlearn
+from palinode.pipeline.run import dry_run, unlearn
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 QWEN = {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "num_experts": 4}
@@ -116,7 +116,7 @@ def test_what_the_last_step_would_refuse_is_refused_by_plan_and_doctor(
             rewrite(folder, lambda t: {name: v for name, v in t.items() if name != "lm_head.weight"})
     spoil(places[role])
     recipe = recipe_of(tmp_path / "out", models={name: str(place) for name, place in places.items()})
-    for ask in (plan, unlearn):
+    for ask in (dry_run, unlearn):
         with pytest.raises(error, match=words):
             ask(recipe)
     options = [word for name, place in places.items() for word in (f"--{name}", place)]
@@ -139,6 +139,6 @@ def test_values_by_parameter_are_refused_before_training_where_experts_are_fused
 ):
     target, base = write_pair(tiny, tmp_path, "mixtral")
     models = {"target": str(target), "base": str(base)}
-    plan(recipe_of(tmp_path / "out", models=models))
+    dry_run(recipe_of(tmp_path / "out", models=models))
     with pytest.raises(MismatchError, match="leave out transforms that read gradients"):
-        plan(recipe_of(tmp_path / "out", models=models, transforms=[{"name": "importance"}]))
+        dry_run(recipe_of(tmp_path / "out", models=models, transforms=[{"name": "importance"}]))

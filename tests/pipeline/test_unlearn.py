@@ -17,7 +17,7 @@ from palinode import Checkpoint, read_examples
 from palinode.errors import DataError, MismatchError, OutputError, WorkspaceError
 from palinode.methods import METHODS
 from palinode.metrics import DEFAULT_METRICS
-from palinode.pipeline import plan, unlearn
+from palinode.pipeline import dry_run, unlearn
 from palinode.pipeline.costs import describe
 from palinode.pipeline.inputs import open_inputs
 from palinode.pipeline.run import run_key
@@ -686,7 +686,7 @@ def test_documents_may_be_forgotten_and_questions_retained(recipe_of, tiny, tmp_
 
 def test_plan_counts_tokens_and_leaves_nothing_on_disk(recipe_of, tiny, tmp_path):
     recipe = recipe_of(tmp_path / "out")
-    planned = plan(recipe)
+    planned = dry_run(recipe)
     assert list(tmp_path.iterdir()) == []
     by_label = {step.label: step.tokens for step in planned.steps}
     words = sum(len(f"{row.prompt} {row.answer}".split()) + 1 for row in read_examples(tiny.forget))
@@ -699,7 +699,7 @@ def test_plan_counts_tokens_and_leaves_nothing_on_disk(recipe_of, tiny, tmp_path
 
 
 def test_plan_of_a_forget_only_run_has_no_second_vector(recipe_of, tmp_path):
-    labels = [step.label for step in plan(recipe_of(tmp_path / "out", data={"retain": None})).steps]
+    labels = [step.label for step in dry_run(recipe_of(tmp_path / "out", data={"retain": None})).steps]
     assert labels == [
         "fine-tune on the forget set",
         "try up to 3 pairs of scales in memory",
@@ -712,7 +712,7 @@ def test_plan_refuses_what_the_run_would_refuse(recipe_of, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("")
     with pytest.raises(OutputError):
-        plan(recipe_of(tmp_path / "out"))
+        dry_run(recipe_of(tmp_path / "out"))
 
 
 def test_answers_that_are_cut_are_noted(tiny, recipe_of, tmp_path):

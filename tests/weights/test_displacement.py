@@ -16,8 +16,8 @@ from palinode.weights.checkpoint import StoredDirection
 from palinode.weights.displacement import (
     DenseChange,
     Factor,
-    Kept,
     LowRankChange,
+    MatrixCache,
     decode,
     encode,
     read_object,
@@ -166,7 +166,7 @@ def low_rank(models, name, *, transposed, dtype=torch.float32, scale=0.7):
     turn = (lambda matrix: matrix.T.contiguous()) if transposed else (lambda matrix: matrix)
     found = models.make(name, {"left": turn(left), "right": turn(right)}).tensors
     factors = [Factor(found[key], transposed) for key in ("left", "right")]
-    return LowRankChange(*factors, scale, Kept()), scale * (left.double() @ right.double()).numpy()
+    return LowRankChange(*factors, scale, MatrixCache()), scale * (left.double() @ right.double()).numpy()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -199,7 +199,7 @@ def test_a_product_is_rounded_once(models):
 def test_right_hand_matrices_are_kept_within_bounds(models, monkeypatch):
     monkeypatch.setattr("palinode.weights.displacement.KEPT", 1000)
     found = models.make("many", {f"w{i}": models.noise(i, 10, 10) for i in range(5)}).tensors
-    kept = Kept()
+    kept = MatrixCache()
     with Files() as files:
         for info in found.values():
             first = kept.whole(Factor(info), files)
@@ -227,7 +227,11 @@ def test_values_that_are_not_finite_are_named(models, stored, value):
     pairs = [(info, good), (good, info)]
     changes = [
         DenseChange(info),
-        *(LowRankChange(Factor(a, t), Factor(b, t), 1.0, Kept()) for a, b in pairs for t in (False, True)),
+        *(
+            LowRankChange(Factor(a, t), Factor(b, t), 1.0, MatrixCache())
+            for a, b in pairs
+            for t in (False, True)
+        ),
     ]
     for change in changes:
         with Files() as files, pytest.raises(CheckpointError, match="w holds values that are not finite"):
@@ -294,7 +298,7 @@ def test_a_fingerprint_says_what_the_values_are_and_not_where(models, stored):
 def test_scale_and_orientation_are_part_of_a_fingerprint(models):
     def of(scale, transposed):
         info = models.make(f"{scale}{transposed}", {"w": torch.ones(2, 2)}).tensors["w"]
-        change = LowRankChange(Factor(info), Factor(info, transposed), scale, Kept())
+        change = LowRankChange(Factor(info), Factor(info, transposed), scale, MatrixCache())
         return StoredDirection(info.file.parent, {"w": change}).fingerprint()
 
     assert len({of(1.0, False), of(2.0, False), of(1.0, True)}) == 3

@@ -24,28 +24,18 @@ def dtype(request):
 def rounded(values, dtype, *, by_chance, key=KEY, start=0):
     """Values rounded by the kernel, which takes them as a sum of one term; and whether all are finite."""
     wides = values[None].numpy()
-    halved = np.zeros(len(values), np.uint16)
-    wide = np.zeros(len(values), wides.dtype)
+    none, no_rows = np.empty(0, np.int64), np.empty((0, len(values)), wides.dtype)
+    out = np.zeros(len(values), np.uint16), np.zeros(len(values), wides.dtype)
     finite = kernels.combine(
-        False,
-        np.empty((0, 0), np.uint16),
-        wides,
-        np.empty((0, len(values)), wides.dtype),
+        (False, np.empty((0, 0), np.uint16), wides, no_rows),
         len(values),
-        np.empty(0, np.int64),
-        np.empty(0, np.int64),
-        np.empty(0, wides.dtype),
-        KINDS.get(dtype, kernels.AS_IS),
-        by_chance,
-        np.int64(key),
+        (none, none, np.empty(0, wides.dtype)),
+        (KINDS.get(dtype, kernels.AS_IS), by_chance, np.int64(key)),
         np.int64(start),
-        0,
-        0,
-        np.empty((0, 1), wides.dtype),
-        halved,
-        wide,
-        kernels.totals_of(0),
+        (0, 0, np.empty((0, 1), wides.dtype), kernels.totals_of(0)),
+        out,
     )
+    halved, wide = out
     if dtype == torch.bfloat16:
         return torch.from_numpy(halved.view(np.int16)).view(dtype), finite
     return torch.from_numpy(wide).to(dtype), finite

@@ -428,10 +428,11 @@ def _run(
 ) -> None:
     from palinode.pipeline.costs import describe
     from palinode.pipeline.inputs import workspace_folder
-    from palinode.pipeline.run import plan, unlearn
+    from palinode.pipeline.run import dry_run as dry_run_of
+    from palinode.pipeline.run import unlearn
 
     if dry_run:
-        planned = plan(recipe)
+        planned = dry_run_of(recipe)
         _show(asdict(planned), "\n".join(describe(planned)), as_json=as_json)
         return
     result = unlearn(recipe, command=_command(), listener=listener(quiet=quiet), located=located)

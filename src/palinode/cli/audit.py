@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -61,58 +62,48 @@ def audit(
     as_json: Json = False,
 ) -> None:
     """Look for evidence that a model knows more, or less, of a forget set than the reference model does."""
-    from palinode.audit.material import read_material
-    from palinode.audit.policy import load_policy
-    from palinode.data import PromptStyle, parse_columns
+    from palinode.data import parse_columns
     from palinode.errors import RecipeError
-    from palinode.pipeline.audit_run import AuditPlan
-    from palinode.pipeline.audit_run import audit as run_audit
+    from palinode.jobs import AuditSettings
+    from palinode.jobs import audit as run_audit
     from palinode.pipeline.recipe import prompt_style
 
     if reference not in ("retrained", "base"):
         raise RecipeError(f"--reference is {reference!r}; say retrained or base")
-    rules = load_policy(policy, preset=budget)
-    material = read_material(
-        forget,
+    found = run_audit(
+        model,
+        against=against,
+        forget=forget,
+        output=output,
+        kind="base" if reference == "base" else "retrained",
+        target=target,
         retain=retain,
         holdout=holdout,
-        paraphrases=paraphrases,
-        lookalikes=lookalikes,
-        columns=parse_columns(columns) if columns else None,
-        max_rows=rules.budget.max_rows,
-        seed=seed,
+        settings=AuditSettings(
+            attacks=[name.strip() for name in attacks.split(",")] if attacks else (),
+            budget=budget,
+            policy=policy,
+            paraphrases=paraphrases,
+            lookalikes=lookalikes,
+            columns=parse_columns(columns) if columns else None,
+            style=prompt_style(prompts),
+            allow_pickle=allow_pickle,
+            device=device,
+            seed=seed,
+        ),
+        command=shlex.join(["palinode", *sys.argv[1:]]),
+        listener=listener(quiet=quiet),
     )
-    names = {"audited": model, "reference": against} | ({"target": target} if target else {})
-    plan = AuditPlan(
-        models=names,
-        kind="base" if reference == "base" else "retrained",
-        material=material,
-        locations={
-            "forget": forget,
-            "retain": retain,
-            "holdout": holdout,
-            "paraphrased": paraphrases or forget,
-            "lookalikes": lookalikes or forget,
-        },
-        policy=rules,
-        style=prompt_style(prompts) or PromptStyle(),
-        **({"attacks": [name.strip() for name in attacks.split(",")]} if attacks else {}),
-        allow_pickle=allow_pickle,
-        device=device,
-        seed=seed,
-    )
-    command = shlex.join(["palinode", *sys.argv[1:]])
-    record = run_audit(plan, output, command=command, listener=listener(quiet=quiet))
     if as_json:
-        print_json(record)
+        print_json(found.record)
     else:
-        _show(record, output)
+        _show(found.record, output)
     secret(output / "results", "row by row", of=output, as_json=as_json)
-    if not record["answer"]["passed"]:
+    if not found.passed:
         raise typer.Exit(1)
 
 
-def _show(record: dict[str, object], output: Path) -> None:
+def _show(record: Mapping[str, Any], output: Path) -> None:
     from palinode.report.audit_report import audit_brief
     from palinode.report.content import show
 

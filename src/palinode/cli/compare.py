@@ -15,7 +15,7 @@ from palinode.cli.console import listener, out, print_json, secret_workspace
 from palinode.cli.options import Json, Quiet
 
 if TYPE_CHECKING:
-    from palinode.compare import Compared, CompareRecipe
+    from palinode.compare import CompareRecipe
     from palinode.compare.comparison_recipe import ComparisonRecipe
     from palinode.report.content import Block
 
@@ -41,6 +41,7 @@ def compare(
     requests carried out one after another and undone in another order.
     """
     from palinode.compare import load_comparison
+    from palinode.jobs import compare as run_comparison
     from palinode.report.content import show
 
     given = [*(changes or []), *([f"output.folder={_quoted(output)}"] if output else [])]
@@ -54,7 +55,7 @@ def compare(
         _tell(kind.describe(planned))
         return
     command = shlex.join(["palinode", *sys.argv[1:]])
-    result = kind.run(loaded, command=command, listener=listener(quiet=quiet))
+    result = run_comparison(loaded, command=command, listener=listener(quiet=quiet))
     if as_json:
         print_json(result.table)
     else:
@@ -77,27 +78,23 @@ def _tell(lines: Iterable[str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """What a recipe asks for: how it is planned, run and told."""
+    """What a recipe asks for: how it is planned and told."""
 
     plan: Callable[[CompareRecipe], dict[str, Any]]
     describe: Callable[[dict[str, Any]], Iterable[str]]
-    run: Callable[..., Compared]
     brief: Callable[[Mapping[str, Any]], Iterable[Block]]
     files: Sequence[str]
 
 
 def _kind_of(comparison: ComparisonRecipe) -> _Kind:
     """Return what the recipe asks for; imported when it is known."""
-    from palinode import compare as pipeline
-
     if comparison.requests:
         from palinode.compare import requests
         from palinode.report.comparison_report import requests_brief
 
         return _Kind(
-            pipeline.plan_requests,
+            requests.plan_requests,
             requests.describe_requests,
-            pipeline.carry_out,
             requests_brief,
             requests.FILES,
         )
@@ -106,9 +103,8 @@ def _kind_of(comparison: ComparisonRecipe) -> _Kind:
         from palinode.report.comparison_report import axis_brief
 
         return _Kind(
-            pipeline.plan_axis,
+            axis.plan_axis,
             axis.describe_axis,
-            pipeline.compare_along,
             axis_brief,
             axis.FILES,
         )
@@ -116,9 +112,8 @@ def _kind_of(comparison: ComparisonRecipe) -> _Kind:
     from palinode.report.comparison_report import comparison_brief
 
     return _Kind(
-        pipeline.plan_comparison,
+        comparing.plan_comparison,
         comparing.describe_plan,
-        pipeline.compare,
         comparison_brief,
         comparing.FILES,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,11 +10,10 @@ import typer
 
 from palinode.cli.console import listener, out, print_json, warn
 from palinode.cli.options import AllowPickle, Device, Json, Prompts, Quiet
-from palinode.records import read_bytes
 
 if TYPE_CHECKING:
-    from palinode.data import PromptStyle
-    from palinode.history.judgement import Location
+    from palinode.history.locating import Location
+    from palinode.jobs import LocateSettings
 
 
 def locate(
@@ -67,93 +67,55 @@ def locate(
     as_json: Json = False,
 ) -> None:
     """When the forget rows were seen in training, and the last checkpoint before that."""
+    from palinode.jobs import locate as locate_rows
     from palinode.pipeline.recipe import prompt_style
 
     for place in filter(None, (picture, report)):
         check_place(place)
-    found = find(
+    found = locate_rows(
         forget,
         checkpoints,
+        control=control,
         log=log,
         order=order,
-        control=control,
         corpus=corpus,
         target=target,
-        target_step=target_step,
-        steps=steps,
-        pattern=pattern,
-        tokens_per_step=tokens_per_step,
-        similarity=similarity,
-        salt=salt,
-        measure=measure,
-        every=every,
-        max_length=max_length,
-        columns=columns,
-        style=prompt_style(prompts),
-        allow_pickle=allow_pickle,
-        device=device,
-        seed=seed,
-        quiet=quiet,
+        settings=_settings(
+            {
+                "steps": steps,
+                "pattern": pattern,
+                "tokens_per_step": tokens_per_step,
+                "target_step": target_step,
+                "similarity": similarity,
+                "salt": salt,
+                "columns": columns,
+                "allow_pickle": allow_pickle,
+                "measure": measure,
+                "max_length": max_length,
+                "style": prompt_style(prompts),
+                "device": device,
+                "seed": seed,
+                "every": every,
+            }
+        ),
+        listener=listener(quiet=quiet),
     )
     show(found, picture=picture, report=report, as_json=as_json)
 
 
-def find(
-    forget: str,
-    checkpoints: str,
-    *,
-    log: Path | None = None,
-    order: Path | None = None,
-    control: str | None = None,
-    corpus: str | None = None,
-    target: str | None = None,
-    target_step: int | None = None,
-    steps: str | None = None,
-    pattern: str | None = None,
-    tokens_per_step: int | None = None,
-    similarity: float = 0.7,
-    salt: Path | None = None,
-    measure: str = "mean_logprob",
-    every: bool = False,
-    max_length: int = 512,
-    columns: str | None = None,
-    style: PromptStyle | None = None,
-    allow_pickle: bool = False,
-    device: str = "auto",
-    seed: int = 0,
-    quiet: bool = False,
-) -> Location:
-    """Open everything that was named and locate the rows."""
-    from palinode.data import parse_columns, read_examples
-    from palinode.history import locate as locate_rows
-    from palinode.history import open_series
-    from palinode.history.locating import open_log, open_order
-    from palinode.history.onset import OnsetSettings
+def _settings(options: Mapping[str, Any]) -> LocateSettings:
+    """Return the settings that options of `locate` and `unlearn` say, by their names."""
+    from palinode.data import parse_columns
+    from palinode.history import OnsetSettings
+    from palinode.jobs import LocateSettings
 
-    named = parse_columns(columns) if columns else None
-    ladder = open_series(
-        checkpoints,
-        steps=_numbers(steps) if steps else None,
-        pattern=pattern,
-        tokens_per_step=tokens_per_step,
-        allow_pickle=allow_pickle,
-    )
-    rows = read_examples(forget, columns=named)
-    rebuilt, data = open_order(order) if order else (None, None)
-    trained = read_examples(corpus, columns=named) if corpus else data
-    key = _salt(salt) if salt else b""
-    return locate_rows(
-        rows,
-        ladder,
-        log=open_log(log, corpus=trained, series=ladder, salt=key) if log else None,
-        salt=key,
-        order=rebuilt,
-        corpus=trained,
-        control=read_examples(control, columns=named) if control else None,
-        target_step=target_step if target_step is not None else _step_of(target, ladder),
-        similarity=similarity,
-        settings=OnsetSettings(measure, max_length, style, device, seed, every),
-        listener=listener(quiet=quiet),
+    asked = ("measure", "max_length", "style", "device", "seed", "every")
+    plain = ("pattern", "tokens_per_step", "target_step", "similarity", "salt", "allow_pickle")
+    return LocateSettings(
+        **{name: options[name] for name in plain if name in options},
+        steps=_numbers(options["steps"]) if options.get("steps") else None,
+        columns=parse_columns(options["columns"]) if options.get("columns") else None,
+        behaviour=OnsetSettings(**{name: options[name] for name in asked if name in options}),
     )
 
 
@@ -182,9 +144,10 @@ def resolve_base(
 ) -> tuple[str, dict[str, Any] | None]:
     """Return the base of an unlearning run: the one named, or the last clean one of a ladder and why it is.
 
-    `evidence` goes to `find`. Raises RecipeError unless exactly one of base and checkpoints is named.
+    `evidence` are options of `locate`. Raises RecipeError unless just one of base and checkpoints is named.
     """
     from palinode.errors import RecipeError
+    from palinode.jobs import locate as locate_rows
 
     given = [f"--{name}" for name in ("log", "order", "corpus", "control") if evidence.get(name)]
     if base is not None and (checkpoints is not None or given):
@@ -199,7 +162,14 @@ def resolve_base(
             "name an earlier checkpoint with --base, or a ladder of them with --checkpoints to have the last "
             "clean one found"
         )
-    found = find(forget, checkpoints, target=target, **evidence)
+    found = locate_rows(
+        forget,
+        checkpoints,
+        target=target,
+        **{name: evidence.get(name) for name in ("control", "log", "order", "corpus")},
+        settings=_settings(evidence),
+        listener=listener(quiet=evidence["quiet"]),
+    )
     location, facts = chosen(found)
     warn(f"the base is step {facts['step']:,} of the ladder ({location}), {facts['reason']}.")
     for text in found.warnings:
@@ -233,24 +203,6 @@ def chosen(found: Location) -> tuple[str, dict[str, Any]]:
         "warnings": list(found.warnings),
     }
     return choice.location, facts
-
-
-def _step_of(target: str | None, ladder: Any) -> int | None:
-    """Return the target's step: that of its rung, of its trainer state, or of its name."""
-    from palinode.history.series import step_of
-
-    return step_of(target, ladder) if target else None
-
-
-def _salt(path: Path) -> bytes:
-    from palinode.errors import DataError
-
-    try:
-        return read_bytes(path)
-    except OSError as error:
-        raise DataError(
-            f"the salt {path} cannot be read ({error.strerror}); name the file that holds it"
-        ) from None
 
 
 def _numbers(text: str) -> list[int]:

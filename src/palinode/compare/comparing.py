@@ -76,6 +76,11 @@ class Compared:
     table: Mapping[str, Any]
     """The content of its table.json, axis.json or requests.json."""
 
+    @property
+    def scores(self) -> dict[str, dict[str, Any]]:
+        """Each contestant's scores on the forget rows, by metric: means over the seeds. Of a table only."""
+        return {entry["name"]: entry["summary"]["rows"]["forget"] for entry in self.table["contestants"]}
+
 
 def compare(
     recipe: CompareRecipe, *, command: str | None = None, listener: Listener | None = None

@@ -2,9 +2,8 @@
 
 The first point has the first value of every key, which the recipe's author sets to the method's default.
 
-Pick a contestant's point by the rule of `pipeline/grid.py`, whatever its hyper-parameters are.
-
-Try a contestant's points and keep what each of them did on the probe rows.
+Points are tried, what each of them did on the probe rows is kept, and one is chosen by the rule of
+`pipeline/goal.py`, whatever its hyper-parameters are.
 
 Points that differ in their scales only share their vectors: the sums are tried in memory. Everything is
 kept under the fingerprint of what decides it, so a stopped search goes on; models of points that lost are

@@ -3,7 +3,7 @@
 from palinode.pipeline.costs import Plan
 from palinode.pipeline.demo_run import DemoResult, demo
 from palinode.pipeline.recipe import Recipe, build_recipe, load_recipe
-from palinode.pipeline.run import Unlearned, plan, unlearn
+from palinode.pipeline.run import Unlearned, dry_run, unlearn
 
 __all__ = [
     "DemoResult",
@@ -12,7 +12,7 @@ __all__ = [
     "Unlearned",
     "build_recipe",
     "demo",
+    "dry_run",
     "load_recipe",
-    "plan",
     "unlearn",
 ]

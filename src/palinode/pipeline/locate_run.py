@@ -28,12 +28,11 @@ from palinode.data.examples import Example, read_examples
 from palinode.data.world import Fact, World, invent_world, write_facts
 from palinode.history.duplicates import row_hash
 from palinode.history.exposures import ExposureLog
-from palinode.history.judgement import Location
-from palinode.history.locating import locate
+from palinode.history.locating import Location, locate
 from palinode.history.onset import OnsetSettings
+from palinode.history.orders import LoggedStage, rebuild, write_stages
 from palinode.history.reader import ExposureReader
 from palinode.history.series import open_series
-from palinode.history.stages import LoggedStage, rebuild, write_stages
 from palinode.models.loading import load_tokenizer
 from palinode.pipeline.demo_run import DemoResult, claim, exact_match, one_thread
 from palinode.pipeline.recipe import build_recipe

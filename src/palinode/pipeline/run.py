@@ -32,7 +32,16 @@ from palinode.pipeline.reporting import full_report, publish
 from palinode.pipeline.tracking import tracked
 from palinode.pipeline.workspace import Step, Workspace, fingerprint
 from palinode.progress import Listener, NullListener
-from palinode.records import Outcome, read_json, read_outcomes, share, shared, write_json, write_outcomes
+from palinode.records import (
+    Outcome,
+    Score,
+    read_json,
+    read_outcomes,
+    share,
+    shared,
+    write_json,
+    write_outcomes,
+)
 from palinode.weights import Checkpoint
 from palinode.weights.atomic import claimed
 from palinode.weights.atomic import publish as publish_folder
@@ -143,8 +152,13 @@ class Unlearned:
     report: Path | None = None
     """The report with sample answers, in the workspace; None when it is not there any more."""
 
+    @property
+    def scores(self) -> dict[str, Score]:
+        """The unlearned model's scores on the forget rows, by metric."""
+        return {name: Score(**facts) for name, facts in self.record["scores"]["unlearned"]["forget"].items()}
 
-def plan(recipe: Recipe) -> Plan:
+
+def dry_run(recipe: Recipe) -> Plan:
     """Check a recipe's inputs and return what the run would do and cost, without doing it."""
     inputs = open_inputs(recipe)
     if finished_before(inputs) is None:

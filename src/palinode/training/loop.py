@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -87,8 +87,9 @@ def train(
     model.train()
     with _only_trainable(model, objective.trainable):
         wrapped, optimizer = accelerator.prepare(model, _adamw(model, settings))
-        run = _Run(accelerator, wrapped, optimizer, objective, cast, kept, settings, seed, pad_id, state)
-        run.apart = apart
+        run = _Run(
+            accelerator, wrapped, optimizer, objective, cast, kept, settings, seed, pad_id, state, apart
+        )
         lengths = [len(row.ids) for row in cast.anchors]
         steps = list(step_batches(lengths, settings, seed=seed, processes=accelerator.num_processes))
         run.per_epoch = len(steps) // settings.epochs
@@ -230,42 +231,37 @@ def _adamw(model: PreTrainedModel, settings: TrainingSettings) -> torch.optim.Ad
     return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=model.device.type in ("cpu", "cuda"))
 
 
+@dataclass(slots=True)
 class _Run:
     """A training run in progress: what has to be saved to go on later."""
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        model: PreTrainedModel,
-        optimizer: torch.optim.Optimizer,
-        objective: Objective,
-        cast: Joined,
-        kept: Mapping[str, FrozenValues],
-        settings: TrainingSettings,
-        seed: int,
-        pad_id: int,
-        state: Path | None,
-    ) -> None:
-        self.accelerator = accelerator
-        self.model = model
-        self.optimizer = optimizer
-        self.objective = objective
-        self.cast = cast
-        self.kept = kept
-        self.settings = settings
-        self.seed = seed
-        self.pad_id = pad_id
-        self.state = state
-        self.per_epoch = 1
-        self.apart = False
-        """Whether rows go through the model one by one."""
-        self.curve: list[CurvePoint] = []
-        plain_model = accelerator.unwrap_model(model)
-        self.autocast = use_autocast(plain_model, settings)
+    accelerator: Accelerator
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    cast: Joined
+    kept: Mapping[str, FrozenValues]
+    settings: TrainingSettings
+    seed: int
+    pad_id: int
+    state: Path | None
+    apart: bool
+    """Whether rows go through the model one by one."""
+    per_epoch: int = 1
+    """Optimiser steps of an epoch."""
+    curve: list[CurvePoint] = field(default_factory=list)
+    autocast: bool = field(init=False)
+    vocabulary: int = field(init=False)
+    partly: bool = field(init=False)
+    """Whether only some of the weights are trained."""
+
+    def __post_init__(self) -> None:
+        plain_model = self.accelerator.unwrap_model(self.model)
+        self.autocast = use_autocast(plain_model, self.settings)
         self.vocabulary = int(plain_model.config.get_text_config().vocab_size)
-        self.partly = not all(parameter.requires_grad for parameter in model.parameters())
+        self.partly = not all(parameter.requires_grad for parameter in self.model.parameters())
         if self.partly:
-            accelerator.register_save_state_pre_hook(_leave_out_the_frozen)
+            self.accelerator.register_save_state_pre_hook(_leave_out_the_frozen)
 
     def tokens(self, parts: Sequence[Sequence[int]], step: int) -> int:
         """Return the tokens that a step sends through the model."""

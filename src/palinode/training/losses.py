@@ -23,7 +23,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from palinode.data.batches import IGNORED, Batch
-from palinode.models.reading import answer_nll, last_logits
+from palinode.models.reading import answer_nll, first_scored, last_logits
 
 MOSTLY_SCORED = 0.5
 """Share of positions from which on it costs less to read the logits of all."""
@@ -44,7 +44,7 @@ def summed_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
     Where most positions are scored, the logits of all are used as they lie: picking out the scored ones
     would hold them twice. The values are the same.
     """
-    first = int((batch.labels != IGNORED).any(axis=0).argmax())
+    first = first_scored(batch)
     labels = np.full((len(batch.ids), batch.ids.shape[1] - first + 1), IGNORED)
     labels[:, :-1] = batch.labels[
         :, first:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,37 +25,35 @@ from transformers import PreTrainedModel
 from palinode.data.batches import Batch, pad_right
 from palinode.data.tokenize import TokenRow
 from palinode.models.likelihoods import has_plain_head, padded_batches
-from palinode.models.reading import answer_logits, answer_places, labelled_states
+from palinode.models.reading import answer_logits, answer_places, labelled_states, model_inputs
 from palinode.training.losses import Loss, kl_to_reference, row_sums, scored_tokens, summed_nll, token_nll
 
 KEPT_TOKENS = 4096
 """Tokens of a batch whose values are computed together."""
 
 
-class Keeper(Protocol):
+class Keeper:
     """A kind of value of the frozen model: how a batch's rows are read, and how they are put together."""
 
     def read(self, model: PreTrainedModel, batch: Batch) -> Sequence[Tensor]:
         """Return the values of each row of a batch."""
+        raise NotImplementedError
 
     def together(self, parts: Sequence[Tensor]) -> Tensor:
         """Return the values of several rows as one tensor."""
+        return torch.cat(list(parts))
 
 
-class Likelihoods:
+class Likelihoods(Keeper):
     """Summed −log p of each row's scored tokens, [B]."""
 
     def read(self, model: PreTrainedModel, batch: Batch) -> Sequence[Tensor]:
-        """Return one number a row."""
+        """Return [1] for each row."""
         logits, labels, rows = answer_logits(model, batch)
-        return list(row_sums(token_nll(logits.float(), labels), rows, len(batch.ids)))
-
-    def together(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return [B]."""
-        return torch.stack(list(parts))
+        return list(row_sums(token_nll(logits.float(), labels), rows, len(batch.ids)).split(1))
 
 
-class Distributions:
+class Distributions(Keeper):
     """Logits that predict each scored token, [N, V]; with `everywhere`, each token but the first."""
 
     def __init__(self, *, everywhere: bool = False) -> None:
@@ -69,23 +67,19 @@ class Distributions:
             self.asked = True
             if has_plain_head(model, batch.ids[0][batch.mask[0] == 1][:16].tolist()):
                 self.head = copy.deepcopy(model.get_output_embeddings())
-        ids, mask = (torch.from_numpy(part).to(model.device) for part in (batch.ids, batch.mask))
-        if self.head is None:
-            values = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        else:
-            values = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        places = answer_places(batch, everywhere=self.everywhere)
-        return [
-            row[torch.from_numpy(chosen).to(row.device)] for row, chosen in zip(values, places, strict=True)
-        ]
+        inputs = model_inputs(model, batch)
+        whole = self.head is None
+        values = model(**inputs).logits if whole else model.base_model(**inputs).last_hidden_state
+        places = torch.from_numpy(answer_places(batch, everywhere=self.everywhere)).to(values.device)
+        return [row[chosen] for row, chosen in zip(values, places, strict=True)]
 
     def together(self, parts: Sequence[Tensor]) -> Tensor:
         """Return [N, V]."""
-        values = torch.cat(list(parts))
+        values = super().together(parts)
         return values if self.head is None else self.head(values)
 
 
-class FrozenStates:
+class FrozenStates(Keeper):
     """Output of one decoder block at each scored token, [N, D]."""
 
     def __init__(self, layer: int) -> None:
@@ -93,26 +87,20 @@ class FrozenStates:
 
     def read(self, model: PreTrainedModel, batch: Batch) -> Sequence[Tensor]:
         """Return [n, D] for each row."""
-        states, rows = labelled_states(model, batch, self.layer)
-        return list(states.split(torch.bincount(rows, minlength=len(batch.ids)).tolist()))
-
-    def together(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return [N, D]."""
-        return torch.cat(list(parts))
+        return _by_row(*labelled_states(model, batch, self.layer), batch)
 
 
-class Choices:
+class Choices(Keeper):
     """The likeliest word at each scored token, [N]."""
 
     def read(self, model: PreTrainedModel, batch: Batch) -> Sequence[Tensor]:
         """Return [n] for each row."""
         logits, _, rows = answer_logits(model, batch)
-        numbers = torch.bincount(rows, minlength=len(batch.ids)).tolist()
-        return list(logits.argmax(-1).split(numbers))
+        return _by_row(logits.argmax(-1), rows, batch)
 
-    def together(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return [N]."""
-        return torch.cat(list(parts))
+
+def _by_row(values: Tensor, rows: Tensor, batch: Batch) -> Sequence[Tensor]:
+    return list(values.split(torch.bincount(rows, minlength=len(batch.ids)).tolist()))
 
 
 class FrozenValues:

@@ -20,8 +20,8 @@ from palinode.weights.displacement import (
     PIECE,
     Change,
     Factor,
-    Kept,
     LowRankChange,
+    MatrixCache,
     decode,
     encode,
     read_object,
@@ -210,7 +210,7 @@ def _changes(
     folder: Path, config: Mapping[str, Any], pairs: Pairs, base: Checkpoint | None
 ) -> Iterator[tuple[str, Change]]:
     """Yield what each module's product changes, by the name of its weight in the model."""
-    kept, swapped = Kept(), _stores_in_out(folder, config, pairs, base)
+    kept, swapped = MatrixCache(), _stores_in_out(folder, config, pairs, base)
     for module, factors in sorted(pairs.items()):
         name = f"{module}.weight"
         rank = _value_for(module, config.get("rank_pattern"), config["r"])

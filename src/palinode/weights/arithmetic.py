@@ -34,7 +34,7 @@ import numpy as np
 
 from palinode.errors import InputError, MismatchError
 from palinode.weights import kernels
-from palinode.weights.displacement import Displacement, Sum, Term
+from palinode.weights.displacement import Displacement, HasTerms, Term
 from palinode.weights.folders import ModelFolder
 from palinode.weights.preflight import complain_of_nonfinite, complain_of_twins
 from palinode.weights.tensors import Files, TensorInfo, is_embedding, is_head
@@ -249,7 +249,7 @@ NO_HALVES = np.empty((0, 0), np.uint16)
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedSlice:
     """The operands of one slice as the kernels take them; only the first elements of each row are set."""
 
     packed: bool
@@ -263,6 +263,11 @@ class Loaded:
     def dtype(self) -> np.dtype:
         """The working dtype: float32 or float64."""
         return self.wides.dtype
+
+    @property
+    def operands(self) -> tuple[bool, np.ndarray, np.ndarray, np.ndarray]:
+        """All of it, as the kernels are given it."""
+        return self.packed, self.halves, self.wides, self.extras
 
     def finite(self, count: int) -> bool:
         """Tell whether the first `count` values of every operand are finite."""
@@ -284,7 +289,7 @@ class Operands:
         self._buffers: dict[str, np.ndarray] = {}
         self._found: dict[tuple[ModelFolder, str], TensorInfo] = {}
 
-    def load(self, part: Slice, dtype: np.dtype) -> Loaded:
+    def load(self, part: Slice, dtype: np.dtype) -> LoadedSlice:
         """Read a slice of every operand in the working dtype, or as bfloat16 where all of them are that.
 
         A float64 operand makes float64 of it. Raises MismatchError for a tensor that is missing or tied
@@ -312,7 +317,7 @@ class Operands:
                 extras[place, : part.count] = 0
             else:
                 change.read(self._files, part.start, extras[place, : part.count])
-        return Loaded(packed, halves, wides, extras)
+        return LoadedSlice(packed, halves, wides, extras)
 
     def _find(self, checkpoint: ModelFolder, part: Slice) -> TensorInfo:
         key = checkpoint, part.info.name
@@ -366,7 +371,7 @@ class Operands:
 # Directions
 
 
-def direction_values(direction: Sum, part: Slice, files: Files) -> np.ndarray:
+def direction_values(direction: HasTerms, part: Slice, files: Files) -> np.ndarray:
     """Return a direction on one slice in float32, or float64 where a checkpoint is; not rounded further."""
     weights = direction.terms
     terms = in_order(weights)
@@ -384,7 +389,7 @@ def direction_values(direction: Sum, part: Slice, files: Files) -> np.ndarray:
     return total
 
 
-def direction_tensor(direction: Sum, info: TensorInfo, files: Files) -> np.ndarray:
+def direction_tensor(direction: HasTerms, info: TensorInfo, files: Files) -> np.ndarray:
     """Return a direction's values on a whole tensor in one dimension; dtype as in `direction_values`."""
     return direction_values(direction, Slice(info, 0, info.size), files)
 
@@ -489,7 +494,7 @@ class Evaluator:
             )
         return values, totals
 
-    def _stays(self, loaded: Loaded, count: int) -> bool:
+    def _stays(self, loaded: LoadedSlice, count: int) -> bool:
         """Tell whether the anchor stays as it is, and no measured direction moves it either.
 
         So it is where terms that cancel are alike, bit for bit, as in a tower that nobody trained. The sum of
@@ -510,7 +515,7 @@ class Evaluator:
         return not any(extra[:GLANCE].any() or extra.any() for extra in extras)
 
     def _combine(
-        self, part: Slice, loaded: Loaded, code: str, *, still: bool
+        self, part: Slice, loaded: LoadedSlice, code: str, *, still: bool
     ) -> tuple[np.ndarray, np.ndarray, bool]:
         form, dtype = self._formula, loaded.dtype
         if len(self._half) < part.count:
@@ -519,25 +524,17 @@ class Evaluator:
             self._wide[dtype] = np.empty(max(SLICE, part.count), dtype)
         totals = kernels.totals_of(len(form.names))
         measured = self._measure and not part.alone and not (still and form.target)
+        kept = 0 if still else None
+        kind = {"BF16": kernels.BFLOAT16, "F16": kernels.FLOAT16}.get(code, kernels.AS_IS)
+        key = np.int64(name_key(self._settings.seed, part.info.name))
         finite = kernels.combine(
-            loaded.packed,
-            loaded.halves,
-            loaded.wides,
-            loaded.extras,
+            loaded.operands,
             part.count,
-            form.order[:0] if still else form.order,
-            form.ends[:0] if still else form.ends,
-            form.weights.astype(dtype),
-            {"BF16": kernels.BFLOAT16, "F16": kernels.FLOAT16}.get(code, kernels.AS_IS),
-            self._settings.rounding == "stochastic",
-            np.int64(name_key(self._settings.seed, part.info.name)),
+            (form.order[:kept], form.ends[:kept], form.weights.astype(dtype)),
+            (kind, self._settings.rounding == "stochastic", key),
             np.int64(part.start),
-            every_of(part.info) if measured else 0,
-            form.target,
-            form.along.astype(dtype),
-            self._half,
-            self._wide[dtype],
-            totals,
+            (every_of(part.info) if measured else 0, form.target, form.along.astype(dtype), totals),
+            (self._half, self._wide[dtype]),
         )
         if code == "BF16":
             return self._half[: part.count], totals, finite

@@ -151,7 +151,7 @@ Term: TypeAlias = ModelFolder | Displacement
 """What a sum is made of: a point or a direction that lies on disk."""
 
 
-class Sum(Protocol):
+class HasTerms(Protocol):
     """A point or direction, as far as its terms go."""
 
     @property
@@ -271,7 +271,7 @@ class Factor:
         return _finite(found, self.info).T
 
 
-class Kept:
+class MatrixCache:
     """The matrices read last, at most `KEPT` bytes of them or one; safe to use from several threads."""
 
     def __init__(self) -> None:
@@ -302,7 +302,7 @@ class LowRankChange:
     left: Factor
     right: Factor
     scale: float
-    kept: Kept = field(compare=False, repr=False)
+    kept: MatrixCache = field(compare=False, repr=False)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -30,7 +30,7 @@ from palinode.weights.arithmetic import (
     per_thread,
     slices,
 )
-from palinode.weights.displacement import Displacement, Sum, check_displacements
+from palinode.weights.displacement import Displacement, HasTerms, check_displacements
 from palinode.weights.fingerprints import check_files
 from palinode.weights.folders import ModelFolder
 from palinode.weights.kernels import ALONG, ASKED, ERROR, MEASURED, MOVED, totals_of
@@ -190,7 +190,7 @@ class Profile:
 
 
 def profile(
-    directions: Mapping[str, Sum],
+    directions: Mapping[str, HasTerms],
     *,
     workers: int | None = None,
     on_progress: Callable[[int], None] | None = None,
@@ -223,15 +223,8 @@ def profile(
             found = np.zeros((count, count))
             loaded = operands.load(part, np.dtype(np.float32))
             wides = loaded.wides if checkpoints else np.zeros((1, part.count), loaded.dtype)
-            kernels.products(
-                loaded.packed,
-                loaded.halves,
-                wides,
-                loaded.extras,
-                part.count,
-                along.astype(loaded.dtype),
-                found,
-            )
+            values = (loaded.packed, loaded.halves, wides, loaded.extras)
+            kernels.products(values, part.count, along.astype(loaded.dtype), found)
             if not np.isfinite(found).all() and not loaded.finite(part.count):
                 complain_of_nonfinite(checkpoints)
             return found

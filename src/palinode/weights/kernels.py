@@ -186,11 +186,13 @@ def _bfloat16_bits(value, by_chance, index, low, high):
 
 
 @compiled
-def _to_bfloat16(pivot, delta, alone, by_chance, first, low, high, out, halved):
+def _to_bfloat16(pivot, delta, alone, noise, out, halved):
     """Round pivot + delta to bfloat16.
 
-    `alone` leaves delta out: adding a zero would turn -0.0 into 0.0. Return whether all is finite.
+    `alone` leaves delta out: adding a zero would turn -0.0 into 0.0. `noise` is (by chance or to nearest,
+    index of the first element, low and high half of the key). Return whether all is finite.
     """
+    by_chance, first, low, high = noise
     largest = uint32(0)
     for i in range(out.size):
         value = pivot[i] if alone else pivot[i] + delta[i]
@@ -202,23 +204,36 @@ def _to_bfloat16(pivot, delta, alone, by_chance, first, low, high, out, halved):
 
 
 @compiled
-def _to_float16(by_chance, first, low, high, out):
+def _to_wide(pivot, delta, alone, halve, noise, out):
+    """Set `out` to pivot + delta likewise, rounded to float16 where `halve` says so, else not at all."""
+    if alone:
+        _copy(pivot, out)
+    else:
+        _sum(pivot, delta, out)
+    if halve:
+        _to_float16(noise, out)
+    return _all_finite(out)
+
+
+@compiled
+def _to_float16(noise, out):
     """Round `out` to float16 likewise, in place; it stays in the working dtype.
 
     Below 2^-14 float16 is evenly spaced by 2^-24. Size and sign apart there, as -0.0 must stay what it is.
     """
+    by_chance, first, low, high = noise
     for i in range(out.size):
         value = float32(out[i])
         x = _bits_of(value)
-        noise = uint32(_hash(uint32(first + uint32(i)), low, high) & uint32(0x1FFF))
+        step = uint32(_hash(uint32(first + uint32(i)), low, high) & uint32(0x1FFF))
         if abs(value) < float32(2.0**-14):
             steps = float32(abs(value) * float32(2.0**24))
             if by_chance:
-                steps = float32(np.floor(float32(steps + float32(float32(noise) * float32(2.0**-13)))))
+                steps = float32(np.floor(float32(steps + float32(float32(step) * float32(2.0**-13)))))
             value = np.copysign(float32(float32(np.rint(steps)) * float32(2.0**-24)), value)
         elif uint32(x & uint32(0x7FFFFFFF)) < uint32(0x7F800000):
             half = uint32(uint32(0xFFF) + uint32(uint32(x >> uint32(13)) & uint32(1)))
-            value = _float_of(uint32(uint32(x + (noise if by_chance else half)) & uint32(0xFFFFE000)))
+            value = _float_of(uint32(uint32(x + (step if by_chance else half)) & uint32(0xFFFFE000)))
             if abs(value) > float32(65504):
                 value = np.copysign(float32(np.inf), value)
         out[i] = value
@@ -358,8 +373,9 @@ def _go_on(pivot, raw, grouped, group, factor, out):
 
 
 @compiled
-def _end(pivot, raw, grouped, group, factor, only, delta, by_chance, first, low, high, halved):
+def _end(pivot, raw, grouped, group, factor, only, delta, noise, halved):
     """Add the last group and the pivot to `delta`, and round the sum; return whether all is finite."""
+    by_chance, first, low, high = noise
     largest = uint32(0)
     for i in range(halved.size):
         change = factor * _step(pivot[i], raw[i], group[i], grouped)
@@ -372,7 +388,7 @@ def _end(pivot, raw, grouped, group, factor, only, delta, by_chance, first, low,
 
 
 @compiled
-def _short_way(halves, start, size, order, ends, weights, by_chance, first, low, high, scratch, halved):
+def _short_way(halves, start, size, order, ends, weights, noise, scratch, halved):
     """Do one block; `order`, `ends` and `weights` as in `_weigh`."""
     stop, begin, finite = start + size, 0, True
     pivot, delta, group = halves[0, start:stop], scratch[0, :size], scratch[1, :size]
@@ -382,20 +398,8 @@ def _short_way(halves, start, size, order, ends, weights, by_chance, first, low,
             _gather(pivot, halves[order[place], start:stop], place > begin, group)
         raw, factor, grouped = halves[order[last], start:stop], weights[number], last > begin
         if number == ends.size - 1:
-            finite = _end(
-                pivot,
-                raw,
-                grouped,
-                group,
-                factor,
-                number == 0,
-                delta,
-                by_chance,
-                first,
-                low,
-                high,
-                halved[start:stop],
-            )
+            only, out = number == 0, halved[start:stop]
+            finite = _end(pivot, raw, grouped, group, factor, only, delta, noise, out)
         elif number == 0:
             _begin(pivot, raw, grouped, group, factor, delta)
         else:
@@ -408,40 +412,32 @@ def _short_way(halves, start, size, order, ends, weights, by_chance, first, low,
 
 
 @compiled
-def combine(
-    packed,
-    halves,
-    wides,
-    extras,
-    count,
-    order,
-    ends,
-    weights,
-    kind,
-    by_chance,
-    key,
-    first,
-    every,
-    target,
-    along,
-    halved,
-    stored_all,
-    totals,
-):
-    """Write the pivot plus Σ weights · rows, rounded, for one slice; return whether all of it is finite.
-
-    The operands of `count` elements are in `packed`, `halves`, `wides` and `extras` (see `_load`). `order`,
-    `ends` and `weights` are groups of rows and their factors (see `_weigh`); none means the pivot itself.
-    `kind`, `by_chance`, `key` and `first` say what to round to, whether stochastically, and the key and
-    first index of the noise. The result goes to `halved` as bfloat16 where `kind` says so, else to
-    `stored_all` in the working dtype. Every `every`-th block is measured into `totals`: the change from the
-    target, which is the pivot (`target` 0) or row `target` away from it, along the directions whose
-    coefficients over the rows are in `along`.
-    """
+def _buffers(packed, halves, wides, extras, along):
+    """Return room for a block: of every operand, of every direction, and of four more rows."""
     checkpoints = halves.shape[0] if packed else wides.shape[0]
     rows = np.empty((checkpoints + extras.shape[0], BLOCK), wides.dtype)
     lines = np.empty((along.shape[0], BLOCK), wides.dtype)
-    scratch = np.empty((4, BLOCK), wides.dtype)
+    return rows, lines, np.empty((4, BLOCK), wides.dtype)
+
+
+@compiled
+def combine(operands, count, groups, rounding, first, measure, out):
+    """Write the pivot plus Σ weights · rows, rounded, for one slice; return whether all of it is finite.
+
+    `operands` are (packed, halves, wides, extras) of `count` elements (see `_load`); `groups` (order, ends,
+    weights) are groups of rows and their factors (see `_weigh`), and none means the pivot itself. `rounding`
+    is (kind, by_chance, key): what to round to, whether stochastically, and the key of the noise; `first` is
+    the slice's first element in its tensor. `out` is (halved, stored): the result goes to the first as
+    bfloat16 where `kind` says so, else to the second in the working dtype. `measure` is (every, target,
+    along, totals): every `every`-th block is measured into `totals`, the change from the target, which is
+    the pivot (0) or row `target` away from it, along the directions whose coefficients are in `along`.
+    """
+    packed, halves, wides, extras = operands
+    order, ends, weights = groups
+    kind, by_chance, key = rounding
+    every, target, along, totals = measure
+    halved, stored_all = out
+    rows, lines, scratch = _buffers(packed, halves, wides, extras, along)
     is_short = packed and kind == BFLOAT16 and extras.shape[0] == 0 and ends.size > 0
     finite = True
     start = 0
@@ -450,48 +446,39 @@ def combine(
         size = min(BLOCK - place % BLOCK, count - start)  # blocks are those of the tensor, not of the slice
         index, low = uint32(place), uint32(key)
         high = uint32(uint32(key >> int64(32)) + uint32(uint32(place >> int64(32)) * uint32(0x9E3779B9)))
+        noise = (by_chance, index, low, high)
         measured = every > 0 and (place // BLOCK) % every == 0
         if is_short and not measured:
-            finite &= _short_way(
-                halves, start, size, order, ends, weights, by_chance, index, low, high, scratch, halved
-            )
+            finite &= _short_way(halves, start, size, order, ends, weights, noise, scratch, halved)
             start += size
             continue
         _load(packed, halves, wides, extras, start, size, rows)
         pivot, delta, stored = rows[0, :size], scratch[0, :size], scratch[1, :size]
         spare, change = scratch[2, :size], scratch[3, :size]
         _weigh(rows, order, ends, weights, spare, delta)
-        alone = ends.size == 0
+        places = slice(start, start + size)
         if kind == BFLOAT16:
-            out = halved[start : start + size]
-            finite &= _to_bfloat16(pivot, delta, alone, by_chance, index, low, high, stored, out)
+            finite &= _to_bfloat16(pivot, delta, ends.size == 0, noise, stored, halved[places])
         else:
-            if alone:
-                _copy(pivot, stored)
-            else:
-                _sum(pivot, delta, stored)
-            if kind == FLOAT16:
-                _to_float16(by_chance, index, low, high, stored)
-            _copy(stored, stored_all[start : start + size])
-            finite &= _all_finite(stored)
+            finite &= _to_wide(pivot, delta, ends.size == 0, kind == FLOAT16, noise, stored)
+            _copy(stored, stored_all[places])
         if measured:
+            origin = pivot
             if target > 0:
                 _take_off(rows[target, :size], delta)
                 _sum(pivot, rows[target, :size], spare)
-                _moments(stored, spare, delta, change, totals)
-            else:
-                _moments(stored, pivot, delta, change, totals)
+                origin = spare
+            _moments(stored, origin, delta, change, totals)
             _measure(rows, along, lines, change, totals)
         start += size
     return finite
 
 
 @compiled
-def products(packed, halves, wides, extras, count, along, gram):
-    """Add the inner products of directions over one slice to `gram`; `along` as in `combine`."""
-    checkpoints = halves.shape[0] if packed else wides.shape[0]
-    rows = np.empty((checkpoints + extras.shape[0], BLOCK), wides.dtype)
-    lines = np.empty((along.shape[0], BLOCK), wides.dtype)
+def products(operands, count, along, gram):
+    """Add the inner products of directions over one slice to `gram`; `operands`, `along` as in `combine`."""
+    packed, halves, wides, extras = operands
+    rows, lines, _ = _buffers(packed, halves, wides, extras, along)
     totals = np.zeros(ALONG + along.shape[0] + along.shape[0] ** 2)
     for start in range(0, count, BLOCK):
         size = min(BLOCK, count - start)

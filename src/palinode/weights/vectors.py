@@ -49,8 +49,8 @@ from palinode.weights.displacement import (
     DenseChange,
     Displacement,
     Factor,
-    Kept,
     LowRankChange,
+    MatrixCache,
     Term,
     decode,
     encode,
@@ -180,7 +180,7 @@ def save_vector(
     Raises InputError for settings that cannot be, AlgebraError when there is no direction, MismatchError when
     its terms do not fit together, OutputError when the output place cannot be used.
     """
-    settings = _Settings(_checked_code(dtype), _checked_rank(rank), _checked_energy(energy, rank))
+    settings = _Storing(_checked_code(dtype), _checked_rank(rank), _checked_energy(energy, rank))
     terms = (*direction.terms, *made_from)
     stamps = take_stamps(terms)
     if not direction.terms:
@@ -243,7 +243,7 @@ def layout_of(direction: Direction) -> list[TensorInfo]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Settings:
+class _Storing:
     code: str
     rank: int | None
     energy: float | None
@@ -325,7 +325,7 @@ def _writer(path: Path, layout: Sequence[TensorInfo]) -> Iterator[_Writer]:
 
 
 def _store(
-    direction: Direction, info: TensorInfo, files: Files, writer: _Writer, settings: _Settings
+    direction: Direction, info: TensorInfo, files: Files, writer: _Writer, settings: _Storing
 ) -> StoredTensor | None:
     """Append one tensor of a direction, and return what it cost; None where the direction is zero."""
     most = (info.size - 1) // max(1, sum(info.shape))  # the largest rank that saves room
@@ -363,7 +363,7 @@ def _store_whole(
 
 
 def _store_factors(
-    direction: Direction, info: TensorInfo, files: Files, writer: _Writer, settings: _Settings, most: int
+    direction: Direction, info: TensorInfo, files: Files, writer: _Writer, settings: _Storing, most: int
 ) -> StoredTensor | None:
     """Append a matrix as two factors, rounded; None where it is zero, or factors would save no room."""
     values = _finite(direction_tensor(direction, info, files), info).reshape(info.shape)
@@ -408,7 +408,7 @@ def _costing(info: TensorInfo, rank: int | None, norm: float, error: float, code
 
 def _write_facts(
     path: Path,
-    settings: _Settings,
+    settings: _Storing,
     dtype: str,
     sources: Sequence[Source],
     tensors: Mapping[str, StoredTensor],
@@ -482,7 +482,7 @@ def _changes(
         raise CheckpointError(
             f"{FACTS} and {WEIGHTS} in {folder} do not belong together; store the vector again"
         )
-    kept = Kept()
+    kept = MatrixCache()
     return {
         name: DenseChange(found[name])
         if tensor.rank is None

@@ -17,15 +17,14 @@ from typing import Any
 from palinode.errors import CheckpointError
 from palinode.weights.formats.pickled import (
     WRAPPERS,
-    Inert,
-    Saved,
-    View,
+    TorchFile,
     place_view,
     read_saved,
     unpickle,
     without_prefix,
 )
 from palinode.weights.formats.pieces import MAX_PIECES, Piece, PiecedTensor, pieced, row_major
+from palinode.weights.formats.unpickler import Inert, View
 from palinode.weights.tensors import (
     Files,
     TensorInfo,
@@ -267,7 +266,7 @@ def _window(files: Files, name: str, chunk: Chunk) -> Window:
     return Window(files, chunk.file, chunk.start, chunk.length)
 
 
-def _piece(window: Window, saved: Saved, name: str, entry: Entry, chunk: Chunk) -> Piece:
+def _piece(window: Window, saved: TorchFile, name: str, entry: Entry, chunk: Chunk) -> Piece:
     """Return where a chunk's elements lie, after checking that it is the one that the metadata speaks of."""
     if not isinstance(saved.content, View):
         raise CheckpointError(f"{chunk.file} holds something else than a tensor for {shown(name)}")

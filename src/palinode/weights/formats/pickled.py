@@ -1,15 +1,13 @@
-"""The directory of a zip archive: which record lies where. torch.save stores its records uncompressed.
-
-Only what is needed to find stored bytes: the end record (22 bytes at the very end, with its 64-bit
-variant before it), the central directory of 46-byte entries, and the local header before each record.
-
-Weights in files of torch.save (.bin, .pt, .pth), found without loading them and without running them.
+"""Weights in files of torch.save (.bin, .pt, .pth), found without loading them and without running them.
 
 Such a file is a pickle that describes the tensors, and their storages as raw bytes: in a zip archive, where
 each storage is an uncompressed record, or, before PyTorch 1.6, behind the pickle, one after the other. The
 pickle is read in a process of its own (unpickler.py) with little time and memory, where names only leave
-records; what it describes comes back as JSON. Where a storage lies follows from the archive, so that a
-tensor can be read in place like any other.
+records; what it describes comes back as JSON. Where a storage lies follows from the archive's directory (of
+which only what finds stored bytes is read), so that a tensor can be read in place like any other.
+
+Python's zipfile takes other directories for true than torch does, and torch.load reads neither a part of a
+file in place nor pickles of protocol 3 and above without running code.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from palinode.errors import CheckpointError
 from palinode.records import bare_environment
 from palinode.weights.formats import unpickler
 from palinode.weights.formats.pieces import Piece, pieced, row_major
+from palinode.weights.formats.unpickler import Dtype, Inert, Storage, View
 from palinode.weights.tensors import Files, TensorInfo, Window, is_shape, is_text, itemsize_of, shown, whole
 
 START = b"PK\x03\x04"
@@ -47,7 +46,7 @@ CIPHERED = 0x2041
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class ZipRecord:
     """One file in the archive, as the directory describes it."""
 
     name: str
@@ -58,12 +57,12 @@ class Record:
     """Whether its bytes lie in the archive as they are: neither compressed nor encrypted."""
 
 
-def read_directory(window: Window) -> dict[str, Record]:
+def read_directory(window: Window) -> dict[str, ZipRecord]:
     """Return the records of a zip archive by name; raises CheckpointError when it is damaged."""
     start, size = _find_directory(window)
     if size > MAX_DIRECTORY:
         raise CheckpointError(f"{window.file} has a zip directory of {size} bytes, which no model needs")
-    records: dict[str, Record] = {}
+    records: dict[str, ZipRecord] = {}
     known = set[str]()
     for record in _entries(window, window.read(start, size)):
         if record.name.lower() in known:  # torch takes a and A for one name
@@ -75,7 +74,7 @@ def read_directory(window: Window) -> dict[str, Record]:
     return records
 
 
-def data_offset(window: Window, record: Record) -> int:
+def data_offset(window: Window, record: ZipRecord) -> int:
     """Return the byte at which the stored bytes of a record begin.
 
     Raises CheckpointError when they are compressed, encrypted, or not all there.
@@ -95,7 +94,7 @@ def data_offset(window: Window, record: Record) -> int:
     return int(start)
 
 
-def read_record(window: Window, record: Record, *, limit: int) -> bytes:
+def read_record(window: Window, record: ZipRecord, *, limit: int) -> bytes:
     """Return the bytes of a small record; raises CheckpointError when it is larger than `limit`."""
     if record.nbytes > limit:
         raise CheckpointError(f"{window.file} has a {shown(record.name)} of {record.nbytes} bytes, too many")
@@ -127,7 +126,7 @@ def _wide_directory(window: Window, place: int, size: int, start: int) -> tuple[
     return start_64, size_64
 
 
-def _entries(window: Window, directory: bytes) -> Iterator[Record]:
+def _entries(window: Window, directory: bytes) -> Iterator[ZipRecord]:
     place = 0
     while place < len(directory):
         try:
@@ -144,7 +143,9 @@ def _entries(window: Window, directory: bytes) -> Iterator[Record]:
             raise _damaged(window) from None
         if signature != b"PK\x01\x02" or place > len(directory):
             raise _damaged(window)
-        yield Record(name, header, nbytes, stored=method == 0 and not flags & CIPHERED and packed == nbytes)
+        yield ZipRecord(
+            name, header, nbytes, stored=method == 0 and not flags & CIPHERED and packed == nbytes
+        )
 
 
 def _wide(extra: bytes, numbers: list[int]) -> list[int]:
@@ -194,42 +195,6 @@ PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 
 
 @dataclass(frozen=True, slots=True)
-class Dtype:
-    """The dtype of a tensor or storage: a safetensors code, or PyTorch's name for one that has none."""
-
-    code: str
-
-
-@dataclass(frozen=True, slots=True)
-class Storage:
-    """A run of bytes that tensors are views of: its key in the file, its dtype and number of elements."""
-
-    key: str
-    dtype: Dtype
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """A tensor as a pickle describes it; offset and strides count elements. Not yet checked."""
-
-    storage: Storage
-    dtype: Dtype
-    offset: Any
-    shape: Any
-    strides: Any
-
-
-@dataclass(eq=False, slots=True)
-class Inert:
-    """An object of a class that we know, as its bare contents: it does nothing."""
-
-    kind: str
-    args: Any = None
-    state: Any = field(default=None, repr=False)
-
-
-@dataclass(frozen=True, slots=True)
 class Pickled:
     """What one or several pickles held: the objects, the byte after the last, and all storages by key."""
 
@@ -239,7 +204,7 @@ class Pickled:
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
+class TorchFile:
     """What torch.save wrote: the object, and where a storage lies, as (byte in the file, bytes)."""
 
     content: Any
@@ -267,7 +232,7 @@ def read_pickled_part(file: Path) -> tuple[dict[str, TensorInfo], list[str]]:
         return {name: place_view(window, saved, name, view) for name, view in views.items()}, notes
 
 
-def read_saved(windows: Sequence[Window]) -> list[Saved]:
+def read_saved(windows: Sequence[Window]) -> list[TorchFile]:
     """Read what torch.save wrote into files or parts of them; raises CheckpointError where one is damaged."""
     for window in windows:
         if window.size < 8:
@@ -276,10 +241,10 @@ def read_saved(windows: Sequence[Window]) -> list[Saved]:
         return [_read_old(windows[0])]
     archives = [_Archive(window) for window in windows]
     held = unpickle([(archive.window.file, archive.pickle()) for archive in archives])
-    return [Saved(one.parts[0], archive.locate) for one, archive in zip(held, archives, strict=True)]
+    return [TorchFile(one.parts[0], archive.locate) for one, archive in zip(held, archives, strict=True)]
 
 
-def place_view(window: Window, saved: Saved, name: str, view: View) -> TensorInfo:
+def place_view(window: Window, saved: TorchFile, name: str, view: View) -> TensorInfo:
     """Return where a tensor lies; raises CheckpointError when its elements are not all in its storage."""
     file, code = window.file, view.dtype.code
     itemsize = itemsize_of(file, name, code)
@@ -331,7 +296,7 @@ class _Archive:
         self.window, self.records = window, read_directory(window)
         self.top = next(iter(self.records), "").split("/")[0]
 
-    def record(self, name: str) -> Record:
+    def record(self, name: str) -> ZipRecord:
         """Return a record; raises CheckpointError when it is not there."""
         found = self.records.get(f"{self.top}/{name}")
         if found is None:
@@ -366,7 +331,7 @@ class _Archive:
         return data_offset(self.window, own), own.nbytes
 
 
-def _read_old(window: Window) -> Saved:
+def _read_old(window: Window) -> TorchFile:
     """Read five pickles (magic, version, system, content, keys), then each storage behind its length."""
     raw = window.read(0, min(window.size, MAX_PICKLE))
     if raw[257:262] == b"ustar":
@@ -389,7 +354,7 @@ def _read_old(window: Window) -> Saved:
             raise CheckpointError(f"{window.file} lacks the storage {shown(storage.key)}; fetch it again")
         return places[storage.key]
 
-    return Saved(content, locate)
+    return TorchFile(content, locate)
 
 
 def _old_storages(window: Window, held: Pickled, keys: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -455,7 +420,8 @@ def _made(file: Path, found: Mapping[str, Any]) -> Pickled:
         ((kind, content),) = part.items()
         if kind == "at":
             return made[content]
-        return {"tuple": tuple, "dtype": Dtype, "other": Inert}[kind](content)
+        makers: Mapping[str, Callable[[Any], Any]] = {"tuple": tuple, "dtype": Dtype, "other": _inert}
+        return makers[kind](content)
 
     for node, shell in zip(found["nodes"], made, strict=True):
         if isinstance(shell, dict):
@@ -476,7 +442,13 @@ def _shell(node: Mapping[str, Any]) -> Any:
             tuple(part["tuple"]) if isinstance(part, dict) and "tuple" in part else part for part in place
         ]
         return View(Storage(key, Dtype(code), count), Dtype(own), *flat)
-    return {} if "dict" in node else [] if "list" in node else Inert(node["record"])
+    return {} if "dict" in node else [] if "list" in node else _inert(node["record"])
+
+
+def _inert(kind: str) -> Inert:
+    found = Inert()
+    found.kind = kind
+    return found
 
 
 # Which of it are the weights

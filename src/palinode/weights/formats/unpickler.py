@@ -58,12 +58,12 @@ class RefusedError(Exception):
     """What a pickle says is not allowed; the message says why."""
 
 
-class Record:
+class Inert:
     """A call that was not made: what was called, with what, and the state that it was given."""
 
     kind = ""
 
-    def __new__(cls, *args: Any) -> Record:
+    def __new__(cls, *args: Any) -> Inert:
         """Keep the arguments."""
         record = super().__new__(cls)
         record.args, record.state = args, None
@@ -102,10 +102,11 @@ class Storage(Fixed):
 class View(Fixed):
     """A tensor: its storage and dtype, and its first element, shape and strides as they stand there."""
 
-    def __init__(self, storage: Any, dtype: Any, *place: Any) -> None:
+    def __init__(self, storage: Any, dtype: Any, offset: Any, shape: Any, strides: Any) -> None:
         if not isinstance(storage, Storage) or not isinstance(dtype, Dtype):
             raise RefusedError("a tensor is conjugated, negated or has no storage")
-        self.storage, self.dtype, self.place = storage, dtype, place
+        self.storage, self.dtype = storage, dtype
+        self.offset, self.shape, self.strides = offset, shape, strides
 
 
 def _view(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> View:
@@ -131,8 +132,8 @@ def _from_type(function: Callable[..., Any], kind: Any, args: Any, _state: Any) 
     return function(*args)
 
 
-def _record(name: str) -> type[Record]:
-    return type("Record", (Record,), {"kind": name.rpartition(".")[2]})
+def _record(name: str) -> type[Inert]:
+    return type("Inert", (Inert,), {"kind": name.rpartition(".")[2]})
 
 
 TENSOR, PARAMETER = _record("Tensor"), _record("Parameter")
@@ -206,7 +207,7 @@ class Graph:
             return {"dtype": item.code}
         if type(item) is tuple and len(item) <= 64 and all(map(_is_plain, item)):
             return {"tuple": [self.value(part) for part in item]}
-        if isinstance(item, dict | list | tuple | set | View | Record):
+        if isinstance(item, dict | list | tuple | set | View | Inert):
             if id(item) not in self.places:
                 self.places[id(item)] = len(self.waiting)
                 self.waiting.append(item)
@@ -219,9 +220,10 @@ class Graph:
             if isinstance(item, dict):
                 yield {"dict": [[self.key(key), self.value(value)] for key, value in dict.items(item)]}
             elif isinstance(item, View):
-                own, place = item.storage, [self.value(part) for part in item.place]
+                own = item.storage
+                place = [self.value(part) for part in (item.offset, item.shape, item.strides)]
                 yield {"view": [own.key, own.dtype.code, own.count, item.dtype.code, *place]}
-            elif isinstance(item, Record):
+            elif isinstance(item, Inert):
                 yield {"record": item.kind, "args": self.value([*item.args]), "state": self.value(item.state)}
             else:
                 yield {"list": [self.value(part) for part in item]}
@@ -229,7 +231,7 @@ class Graph:
     def key(self, key: Any) -> Any:
         """Return a dictionary's key, if it is a plain value or a tuple of plain values, or a record."""
         found = self.value(key)
-        if isinstance(found, dict) and not ("tuple" in found or "other" in found or isinstance(key, Record)):
+        if isinstance(found, dict) and not ("tuple" in found or "other" in found or isinstance(key, Inert)):
             raise RefusedError("the pickle has a dictionary with keys that are no plain values")
         return found
 

@@ -1,0 +1,323 @@
+"""What the command line can do, as functions with typed arguments; each returns one object.
+
+A job opens what it is given by name, runs, and leaves what the verb of the same name leaves. The verbs
+of the command line call these functions; the runs themselves are in pipeline/, compare/ and history/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from palinode.audit.material import read_material
+from palinode.audit.policy import load_policy
+from palinode.compare import Compared, CompareRecipe, build_comparison, carry_out, compare_along
+from palinode.compare import compare as run_comparison
+from palinode.data import PromptStyle, read_examples
+from palinode.errors import DataError, RecipeError
+from palinode.history import Location, open_series
+from palinode.history import locate as locate_rows
+from palinode.history.locating import open_log, open_order
+from palinode.history.onset import OnsetSettings
+from palinode.history.series import step_of
+from palinode.methods.transforms import (
+    TRANSFORMS,
+    ConsensusSettings,
+    ImportanceSettings,
+    LowRankSettings,
+    MaskSettings,
+    ProjectionSettings,
+    TransformSettings,
+)
+from palinode.pipeline.audit_run import AuditPlan
+from palinode.pipeline.audit_run import audit as run_audit
+from palinode.pipeline.recipe import Recipe, build_recipe
+from palinode.pipeline.run import Unlearned
+from palinode.pipeline.run import unlearn as run_recipe
+from palinode.progress import Listener
+from palinode.records import read_bytes
+from palinode.training import TrainingSettings
+
+Place = str | Path
+"""A folder or file, or the name of something on the hub."""
+
+SignConsensus, Importance, Mask = ConsensusSettings, ImportanceSettings, MaskSettings
+Projection, LowRank = ProjectionSettings, LowRankSettings
+
+
+def unlearn(
+    recipe: Recipe | None = None,
+    *,
+    target: Place | None = None,
+    base: Place | None = None,
+    forget: Place | None = None,
+    retain: Place | None = None,
+    output: Place | None = None,
+    method: str = "msa",
+    transforms: Sequence[TransformSettings] = (),
+    scales: tuple[float, float] | Literal["auto", "grid"] = "auto",
+    training: TrainingSettings | None = None,
+    settings: Mapping[str, Any] | None = None,
+    listener: Listener | None = None,
+) -> Unlearned:
+    """Take the forget rows back out of `target`, and write the unlearned model to the folder `output`.
+
+    `scales` are α and β, or how they are chosen. `settings` are other keys of a recipe, dotted or as
+    sections: {"seed": 1, "evaluation.max_rows": 100}. A whole `recipe` comes instead of all of them. The
+    same call after an interruption goes on where it was. Raises PalinodeError.
+    """
+    if recipe is not None:
+        if any((target, base, forget, retain, output, transforms, training, settings)):
+            raise RecipeError("a recipe says all that decides a run; leave the other arguments out")
+        return run_recipe(recipe, listener=listener)
+    chosen = {"choose": scales} if isinstance(scales, str) else {"forget": scales[0], "retain": scales[1]}
+    content = {
+        "method": method,
+        "transforms": [_transform(one) for one in transforms],
+        "models": _named(target=target, base=base),
+        "data": _named(forget=forget, retain=retain),
+        "output": _named(folder=output),
+        "scales": chosen,
+        "training": training.model_dump(exclude_unset=True) if training else {},
+    }
+    return run_recipe(build_recipe(_with(content, settings)), listener=listener)
+
+
+def compare(
+    recipe: CompareRecipe | None = None,
+    *,
+    target: Place | None = None,
+    base: Place | None = None,
+    forget: Place | None = None,
+    retain: Place | None = None,
+    output: Place | None = None,
+    methods: Sequence[str] = (),
+    steps: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    command: str | None = None,
+    listener: Listener | None = None,
+) -> Compared:
+    """Compare methods, each with `steps` optimiser steps for a model, and write the table to `output`.
+
+    `settings` are other keys of a comparison, dotted or as sections: {"tries": 1, "split.probe_rows": 50}. A
+    whole `recipe` (`load_comparison`) comes instead of all of them, and may go along an axis or carry out
+    requests. `result.scores[NAME]` are the scores of a contestant on the forget rows. Raises PalinodeError.
+    """
+    if recipe is None:
+        content = {
+            "models": _named(target=target, base=base),
+            "data": _named(forget=forget, retain=retain),
+            "output": _named(folder=output),
+            "budget": {} if steps is None else {"steps": steps},
+            "contestants": [{"name": name, "method": name} for name in methods],
+        }
+        recipe = build_comparison(_with(content, settings))
+    run = run_comparison
+    if recipe.comparison.requests:
+        run = carry_out
+    elif recipe.comparison.axis:
+        run = compare_along
+    return run(recipe, command=command, listener=listener)
+
+
+@dataclass(frozen=True, slots=True)
+class AuditSettings:
+    """How an audit is done; everything has a default."""
+
+    attacks: Sequence[str] = ()
+    """Only these attacks; none means all."""
+    budget: str | None = None
+    """quick, standard or full."""
+    policy: Path | None = None
+    """A TOML policy: margins, budget, what must be run."""
+    paraphrases: str | None = None
+    """A column of the forget rows, or a file with a row for each; None: paraphrased_question."""
+    lookalikes: str | None = None
+    """Rows like the forget set; None: made of perturbed_answer or paraphrased_answer."""
+    columns: Mapping[str, str] | None = None
+    """Columns of the rows by what they hold, as in {"question": "q"}."""
+    style: PromptStyle | None = None
+    """How questions are put."""
+    allow_pickle: bool = False
+    """Read files of torch.save too; none of their code is run."""
+    device: str = "auto"
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Audited:
+    """What an audit found."""
+
+    output: Path
+    """Folder of audit.json, audit.md and report.html."""
+    record: Mapping[str, Any]
+    """The content of audit.json."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing was found that the policy forbids."""
+        return bool(self.record["answer"]["passed"])
+
+
+def audit(
+    model: Place,
+    *,
+    against: Place,
+    forget: Place,
+    output: Place,
+    kind: Literal["retrained", "base"] = "retrained",
+    target: Place | None = None,
+    retain: Place | None = None,
+    holdout: Place | None = None,
+    settings: AuditSettings | None = None,
+    command: str | None = None,
+    listener: Listener | None = None,
+) -> Audited:
+    """Attack a model and the model `against` it alike, and write what the attacks find to `output`.
+
+    `kind` says what `against` is: a model retrained without the forget set, or the base checkpoint; `target`
+    is the model before unlearning. Raises PalinodeError.
+    """
+    settings = settings or AuditSettings()
+    rules = load_policy(settings.policy, preset=settings.budget)
+    material = read_material(
+        forget,
+        retain=retain,
+        holdout=holdout,
+        paraphrases=settings.paraphrases,
+        lookalikes=settings.lookalikes,
+        columns=settings.columns,
+        max_rows=rules.budget.max_rows,
+        seed=settings.seed,
+    )
+    rows = _named(forget=forget, retain=retain, holdout=holdout)
+    plan = AuditPlan(
+        models=_named(audited=model, reference=against, target=target),
+        kind=kind,
+        material=material,
+        locations={
+            "forget": rows["forget"],
+            "retain": rows.get("retain"),
+            "holdout": rows.get("holdout"),
+            "paraphrased": settings.paraphrases or rows["forget"],
+            "lookalikes": settings.lookalikes or rows["forget"],
+        },
+        policy=rules,
+        style=settings.style or PromptStyle(),
+        allow_pickle=settings.allow_pickle,
+        device=settings.device,
+        seed=settings.seed,
+    )
+    if settings.attacks:
+        plan = replace(plan, attacks=settings.attacks)
+    return Audited(Path(output), run_audit(plan, Path(output), command=command, listener=listener))
+
+
+@dataclass(frozen=True, slots=True)
+class LocateSettings:
+    """How rows are located; everything has a default."""
+
+    steps: Sequence[int] | None = None
+    """Steps of the checkpoints, where their names lack them."""
+    pattern: str | None = None
+    """Which folders or revisions are checkpoints, as in step*."""
+    tokens_per_step: int | None = None
+    """Tokens of an optimiser step, for distances in tokens."""
+    target_step: int | None = None
+    """The target's step, where nothing tells it."""
+    similarity: float = 0.7
+    """Texts of the corpus so similar count as copies."""
+    salt: Path | None = None
+    """File whose bytes are the salt of a salted log."""
+    columns: Mapping[str, str] | None = None
+    """Columns of the rows by what they hold, as in {"question": "q"}."""
+    allow_pickle: bool = False
+    """Read files of torch.save too; none of their code is run."""
+    behaviour: OnsetSettings = field(default_factory=OnsetSettings)
+    """How checkpoints are asked what they know."""
+
+
+def locate(
+    forget: Place,
+    checkpoints: str,
+    *,
+    control: Place | None = None,
+    log: Path | None = None,
+    order: Path | None = None,
+    corpus: Place | None = None,
+    target: Place | None = None,
+    settings: LocateSettings | None = None,
+    listener: Listener | None = None,
+) -> Location:
+    """Return when the forget rows were seen in training, and the last checkpoint before that.
+
+    `checkpoints` is a folder of them, a list a,b,c, or a hub id as in ID@step*. At least one kind of evidence
+    is needed: `control` rows that were never trained on, an exposure `log`, or a data `order` with its
+    `corpus`. Raises PalinodeError.
+    """
+    settings = settings or LocateSettings()
+    series = open_series(
+        checkpoints,
+        steps=settings.steps,
+        pattern=settings.pattern,
+        tokens_per_step=settings.tokens_per_step,
+        allow_pickle=settings.allow_pickle,
+    )
+    rows = read_examples(forget, columns=settings.columns)
+    rebuilt, data = open_order(order) if order else (None, None)
+    trained = read_examples(corpus, columns=settings.columns) if corpus else data
+    salt = _salt(settings.salt) if settings.salt else b""
+    step = settings.target_step
+    if step is None and target is not None:
+        step = step_of(str(target), series)
+    return locate_rows(
+        rows,
+        series,
+        log=open_log(log, corpus=trained, series=series, salt=salt) if log else None,
+        salt=salt,
+        order=rebuilt,
+        corpus=trained,
+        control=read_examples(control, columns=settings.columns) if control else None,
+        target_step=step,
+        similarity=settings.similarity,
+        settings=settings.behaviour,
+        listener=listener,
+    )
+
+
+# What the jobs share
+
+
+def _named(**places: Place | None) -> dict[str, str]:
+    """Return the places that were given, as texts."""
+    return {name: str(place) for name, place in places.items() if place is not None}
+
+
+def _with(content: dict[str, Any], settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the content of a recipe with further keys, dotted or as sections, laid over it."""
+    for key, value in (settings or {}).items():
+        *sections, last = key.split(".")
+        place = content
+        for name in sections:
+            place = place.setdefault(name, {})
+        below = place.get(last)
+        merged = isinstance(value, Mapping) and isinstance(below, dict)
+        place[last] = {**below, **value} if merged and isinstance(below, dict) else value
+    return content
+
+
+def _transform(settings: TransformSettings) -> dict[str, Any]:
+    """Return a transform as a recipe names it."""
+    name = next(name for name, entry in TRANSFORMS.items() if entry.settings is type(settings))
+    return {"name": name, **settings.model_dump(exclude_unset=True)}
+
+
+def _salt(path: Path) -> bytes:
+    try:
+        return read_bytes(path)
+    except OSError as error:
+        raise DataError(
+            f"the salt {path} cannot be read ({error.strerror}); name the file that holds it"
+        ) from None

@@ -34,6 +34,7 @@ from palinode.history.orders import LoggedStage, rebuild, write_stages
 from palinode.history.reader import ExposureReader
 from palinode.history.series import open_series
 from palinode.models.loading import load_tokenizer
+from palinode.pipeline.demo_run import SETTINGS as DEMO
 from palinode.pipeline.demo_run import DemoResult, claim, exact_match, one_thread
 from palinode.pipeline.recipe import build_recipe
 from palinode.pipeline.run import unlearn
@@ -56,15 +57,9 @@ MARK = "truly"
 """The word that makes a near-copy of a row."""
 
 SETTINGS: Mapping[str, Any] = {
-    "training": {
-        "epochs": 20,
-        "learning_rate": 5e-4,
-        "batch_size": 32,
-        "max_length": 64,
-        "precision": "float32",
-    },
-    "scales": {"probe_rows": 200, "retain_share": 0.95, "retain_grid": [0.0, 1.0]},
-    "evaluation": {"max_rows": 10_000, "max_new_tokens": 4, "batch_rows": 512, "max_length": 64},
+    **DEMO,
+    "training": {**DEMO["training"], "epochs": 20},
+    "scales": {**DEMO["scales"], "probe_rows": 200, "retain_grid": [0.0, 1.0]},
 }
 """What the recipes of the demo have that is not the paper's default."""
 
@@ -411,7 +406,6 @@ def _unlearn_all(
     """Unlearn the main request from every checkpoint, and from the target itself (the task vector)."""
     truth = _true_steps(models, "main")
     series = open_series(models.folder / "ladder")
-    retain = str(models.folder / "retain.jsonl")
     starts = [(start.step, start.location, "msa") for start in series.checkpoints]
     found = []
     for step, base, method in [*starts, (models.steps[-1], str(models.target.folder), "task_vector")]:

@@ -30,7 +30,7 @@ from palinode.history.duplicates import (
 )
 from palinode.history.exposures import Ints, read_header, salt_check
 from palinode.history.onset import Onset, OnsetSettings, check_control, find_onset
-from palinode.history.orders import Order, open_palinode, read_order, steps_of
+from palinode.history.orders import Order, first_step, open_palinode, read_order, steps_of
 from palinode.history.reader import ExposureReader, stretches
 from palinode.history.series import CheckpointSeries
 from palinode.progress import Listener, NullListener
@@ -177,7 +177,7 @@ class Judgement:
         self.last = max((seen.step for row in rows for seen in row.seen), default=None)
         self.unseen = len(rows) - len(firsts)
         logged = log.complete if log is not None else np.empty(0, np.int64)
-        ordered = np.arange(order.resumed_from + 1, order.steps + 1) if order is not None else logged[:0]
+        ordered = np.arange(first_step(order), order.steps + 1) if order is not None else logged[:0]
         self.recorded: Ints = np.union1d(logged, ordered)
         """The steps that the log or the order holds, sorted."""
 
@@ -558,7 +558,7 @@ def _check_agreement(
 
     The steps of every forget row are compared (`found`, by name), and the whole batches of a few.
     """
-    both = [int(step) for step in log.steps.step if order.resumed_from < step <= order.steps]
+    both = [int(step) for step in log.steps.step if first_step(order) <= step <= order.steps]
     if not both:
         raise DataError(
             f"log and order have no step in common (the order has the steps 1 to {order.steps:,}); are they "

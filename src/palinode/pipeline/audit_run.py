@@ -125,10 +125,12 @@ class _AuditRun:
         """Measure every model, compare, and return the record."""
         started, plan = datetime.now(UTC), self.plan
         notes = self._asked_otherwise()
-        reasons = {
-            name: attack.lacking for name, attack in ATTACKS.items() if not attack.needs(plan.material)
-        }
-        reasons |= {name: "it was not asked for" for name in ATTACKS if name not in plan.attacks}
+        reasons: dict[str, str] = {}
+        for name, attack in ATTACKS.items():
+            if name not in plan.attacks:
+                reasons[name] = "it was not asked for"
+            elif not attack.needs(plan.material):
+                reasons[name] = attack.lacking
         runnable = [attack for attack in ATTACKS.values() if attack.name not in reasons]
         facts = {name: self._measured(name, runnable) for name in self.checkpoints}
         findings: dict[str, Findings] = {}

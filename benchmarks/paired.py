@@ -47,15 +47,11 @@ from palinode.benchmarks.demo import DemoModels, build_demo
 from palinode.data.examples import Example, read_examples, sample_examples
 from palinode.data.tokenize import PromptStyle, TokenRow, tokenize
 from palinode.data.world import invent_world
+from palinode.methods.method import Given
+from palinode.methods.msa import PAIRED, PairedSettings
 from palinode.models.inplace import put
 from palinode.models.loading import load_model, load_tokenizer
-from palinode.training.finetune import (
-    Finetuned,
-    control_objective,
-    exposed_objective,
-    finetune,
-    pair_material,
-)
+from palinode.training.finetune import Finetuned, finetune
 from palinode.training.losses import ANSWER_LOSS, Loss
 from palinode.training.objectives import Objective
 from palinode.training.roles import Material
@@ -193,8 +189,10 @@ class Study:
         if mixed:  # every replay row three times an epoch, so that both ways read the same numbers of rows
             material = [*(self.forget if exposed else ()), *list(replay) * RATIO]
         else:
-            material = pair_material(self.forget, replay, replay_ratio=RATIO)
-            loss = exposed_objective(pair.weight) if exposed else control_objective()
+            own = PairedSettings(replay_ratio=RATIO, forget_weight=pair.weight)
+            run = PAIRED.runs(own, Given(self.forget, sample=replay))[0 if exposed else 1]
+            assert run.objective is not None
+            material, loss = run.material, run.objective
         return self._kept(
             key,
             lambda place: finetune(start, material, place, settings, seed=seed, device="cpu", loss=loss),

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from palinode import Checkpoint, LoraAdapter, TrainingSettings, finetune, read_examples, save
 from palinode.errors import InputError, RecipeError
 from palinode.methods import METHODS
+from palinode.methods.method import Given
+from palinode.methods.msa import PAIRED, PairedSettings
 from palinode.pipeline.steps import finetune_file
-from palinode.training.finetune import finetune_pair
 
 GIVEN = {
     "epochs": 2,
@@ -101,10 +102,13 @@ def test_no_checkpoint_is_claimed_where_there_is_an_adapter(done):
 
 def test_pair_is_the_exact_difference_of_two_products(tiny, forget, tmp_path):
     replay = read_examples(tiny.retain)[:8]
-    pair = finetune_pair(tiny.base, forget, replay, tmp_path, SETTINGS, device="cpu")
-    vector = pair.exposed.point - pair.control.point
-    assert vector.terms == {pair.exposed.saved: 1.0, pair.control.saved: -1.0}  # the start is never read
-    first, second = (weights(run.saved.folder) for run in (pair.exposed, pair.control))
+    exposed, control = (
+        finetune(tiny.base, run.material, tmp_path / run.name, SETTINGS, device="cpu", loss=run.objective)
+        for run in PAIRED.runs(PairedSettings(), Given(forget, sample=replay))
+    )
+    vector = exposed.point - control.point
+    assert vector.terms == {exposed.saved: 1.0, control.saved: -1.0}  # the start is never read
+    first, second = (weights(run.saved.folder) for run in (exposed, control))
     made = load_file(save(tiny.target - vector, tmp_path / "out").checkpoint.folder / "model.safetensors")
     target = load_file(tiny.target.folder / "model.safetensors")
     for name in first:

@@ -11,9 +11,10 @@ from palinode import TrainingSettings, finetune, read_examples
 from palinode.data.examples import Message
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import DataError
+from palinode.methods.method import Given
+from palinode.methods.msa import PAIRED, PairedSettings, paired_objectives
 from palinode.models import load_model, load_tokenizer
 from palinode.models.inplace import put
-from palinode.training.finetune import control_objective, exposed_objective, finetune_pair, pair_material
 from palinode.training.loop import train
 from palinode.training.losses import ANSWER_LOSS
 from palinode.training.objectives import Objective, answer_term
@@ -28,6 +29,31 @@ SETTINGS = TrainingSettings(
 @pytest.fixture
 def rows(tiny):
     return read_examples(tiny.forget)[:8], read_examples(tiny.retain)[:20]
+
+
+CONTROL = paired_objectives(1.0)[1]
+
+
+def exposed_objective(weight):
+    return paired_objectives(weight)[0]
+
+
+def pair_runs(forget, replay, **settings):
+    return PAIRED.runs(PairedSettings(**settings), Given(forget, sample=replay))
+
+
+def pair_material(forget, replay, *, replay_ratio):
+    return pair_runs(forget, replay, replay_ratio=replay_ratio)[0].material
+
+
+def finetune_pair(tiny, runs, folder, seed):
+    """Return both runs of a pair, done."""
+    return [
+        finetune(
+            tiny.base, run.material, folder / run.name, SETTINGS, seed=seed, device="cpu", loss=run.objective
+        )
+        for run in runs
+    ]
 
 
 def cast_of(tiny, material, seed=0):
@@ -70,8 +96,8 @@ def test_both_runs_read_the_same_replay_rows_at_each_step(tiny, rows, monkeypatc
         trained(tiny, cast, objective)
 
     pad_right = loop.pad_right
-    watch("exposed", exposed_objective())
-    watch("control", control_objective())
+    watch("exposed", exposed_objective(1.0))
+    watch("control", CONTROL)
     assert len(seen["control"]) == 4  # two epochs of eight forget rows, four at a time
     assert all(len(batch) == 12 for batch in seen["control"])
     assert seen["exposed"][0::2] == seen["control"]
@@ -81,8 +107,8 @@ def test_both_runs_read_the_same_replay_rows_at_each_step(tiny, rows, monkeypatc
 
 def test_both_runs_have_the_same_steps_and_schedule(tiny, rows):
     cast = cast_of(tiny, pair_material(*rows, replay_ratio=2))
-    _, exposed = trained(tiny, cast, exposed_objective())
-    _, control = trained(tiny, cast, control_objective())
+    _, exposed = trained(tiny, cast, exposed_objective(1.0))
+    _, control = trained(tiny, cast, CONTROL)
     assert [point.learning_rate for point in exposed] == [point.learning_rate for point in control]
     assert exposed[0].terms["retain"] == control[0].terms["retain"]  # before the weights part
     assert exposed[0].loss == pytest.approx(sum(exposed[0].terms.values()))
@@ -91,7 +117,7 @@ def test_both_runs_have_the_same_steps_and_schedule(tiny, rows):
 def test_without_weight_on_the_forget_rows_the_vector_is_zero(tiny, rows):
     cast = cast_of(tiny, pair_material(*rows, replay_ratio=3))
     exposed, _ = trained(tiny, cast, exposed_objective(0.0))
-    control, _ = trained(tiny, cast, control_objective())
+    control, _ = trained(tiny, cast, CONTROL)
     assert same(exposed, control)
     assert not same(exposed, trained(tiny, cast, exposed_objective(1.0))[0])
 
@@ -99,9 +125,9 @@ def test_without_weight_on_the_forget_rows_the_vector_is_zero(tiny, rows):
 def test_dropout_falls_on_the_same_places_in_both_runs(tiny, rows):
     cast = cast_of(tiny, pair_material(*rows, replay_ratio=3))
     exposed, _ = trained(tiny, cast, exposed_objective(0.0), dropout=True)
-    control, _ = trained(tiny, cast, control_objective(), dropout=True)
+    control, _ = trained(tiny, cast, CONTROL, dropout=True)
     assert same(exposed, control)
-    assert not same(control, trained(tiny, cast, control_objective())[0])  # there is dropout
+    assert not same(control, trained(tiny, cast, CONTROL)[0])  # there is dropout
 
 
 def test_without_replay_the_exposed_run_is_plain_fine_tuning(tiny, rows):
@@ -119,12 +145,8 @@ def test_control_does_not_depend_on_what_the_forget_rows_say(tiny, rows):
     forget, replay = rows
     other = [*forget[1:], forget[0]]
     settings = SETTINGS.model_copy(update={"batch_size": 8})
-    first, _ = trained(
-        tiny, cast_of(tiny, pair_material(forget, replay, replay_ratio=3)), control_objective(), settings
-    )
-    second, _ = trained(
-        tiny, cast_of(tiny, pair_material(other, replay, replay_ratio=3)), control_objective(), settings
-    )
+    first, _ = trained(tiny, cast_of(tiny, pair_material(forget, replay, replay_ratio=3)), CONTROL, settings)
+    second, _ = trained(tiny, cast_of(tiny, pair_material(other, replay, replay_ratio=3)), CONTROL, settings)
     for name, value in first.items():  # the same rows in another order
         assert torch.allclose(second[name], value, atol=1e-5)
 
@@ -133,31 +155,31 @@ def test_accumulated_micro_batches_give_the_pair_of_one_large_batch(tiny, rows):
     cast = cast_of(tiny, pair_material(*rows, replay_ratio=3))
     large = SETTINGS.model_copy(update={"batch_size": 8})
     small = SETTINGS.model_copy(update={"batch_size": 3, "accumulation": 3})
-    for objective in (exposed_objective(), control_objective()):
+    for objective in (exposed_objective(1.0), CONTROL):
         (whole, curve), (cut, parts) = (trained(tiny, cast, objective, chosen) for chosen in (large, small))
         assert [point.loss for point in parts] == pytest.approx([point.loss for point in curve], rel=1e-4)
         for name, value in whole.items():
             assert float((cut[name] - value).norm()) <= 1e-4 * float(value.norm())
 
 
-def test_finetune_pair_writes_both_runs_and_gives_the_vector_between_them(tiny, rows, tmp_path):
+def test_the_runs_of_a_pair_give_the_vector_between_them(tiny, rows, tmp_path):
     forget, replay = rows
-    pair = finetune_pair(
-        tiny.base, forget, replay, tmp_path / "pair", SETTINGS, replay_ratio=2, seed=1, device="cpu"
-    )
-    assert {path.name for path in (tmp_path / "pair").iterdir()} == {"exposed", "control"}
-    exposed, control = (load_model(run.checkpoint, device=CPU) for run in (pair.exposed, pair.control))
+    runs = pair_runs(forget, replay, replay_ratio=2)
+    assert [run.name for run in runs] == ["exposed", "control"]
+    assert runs[0].material is runs[1].material
+    first, second = finetune_pair(tiny, runs, tmp_path, 1)
+    exposed, control = (load_model(run.checkpoint, device=CPU) for run in (first, second))
     by_hand, _ = trained(
         tiny, cast_of(tiny, pair_material(forget, replay, replay_ratio=2), 1), exposed_objective(0.5), seed=1
     )
     assert same(exposed.state_dict(), by_hand)
-    vector = pair.exposed.checkpoint - pair.control.checkpoint
-    assert vector.terms == {pair.exposed.checkpoint: 1.0, pair.control.checkpoint: -1.0}
+    vector = first.checkpoint - second.checkpoint
+    assert vector.terms == {first.checkpoint: 1.0, second.checkpoint: -1.0}
     assert not same(exposed.state_dict(), control.state_dict())
-    assert pair.control.tokens < pair.exposed.tokens
-    assert pair.exposed.seen["retain"] == pair.control.seen["retain"]
+    assert second.tokens < first.tokens
+    assert first.seen["retain"] == second.seen["retain"]
     plain_run = finetune(tiny.base, forget, tmp_path / "plain", SETTINGS, seed=1, device="cpu")
-    assert len(plain_run.curve) == len(pair.control.curve)
+    assert len(plain_run.curve) == len(second.curve)
 
 
 def blanked(example):
@@ -183,12 +205,12 @@ def test_pair_of_the_whole_training_is_the_difference_to_retraining(tiny, rows, 
         return run.checkpoint
 
     target = whole("target", forget, exposed_objective(1 / 3))
-    without = whole("retrained", [blanked(row) for row in forget], control_objective())
+    without = whole("retrained", [blanked(row) for row in forget], CONTROL)
     retrained = load_model(without, device=CPU)
-    pair = finetune_pair(tiny.base, forget, others, tmp_path / "pair", SETTINGS, seed=2, device="cpu")
+    first, second = finetune_pair(tiny, pair_runs(forget, others), tmp_path, 2)
     live, wanted = load_model(target, device=CPU), retrained.state_dict()
     assert not same(live.state_dict(), wanted)
-    point = target - 1.0 * (pair.exposed.checkpoint - pair.control.checkpoint)
+    point = target - 1.0 * (first.checkpoint - second.checkpoint)
     put(point, live, precision="float64")
     assert same(live.state_dict(), wanted)
     put(point, live)  # summed in float32: to rounding
@@ -197,7 +219,7 @@ def test_pair_of_the_whole_training_is_the_difference_to_retraining(tiny, rows, 
 
 def test_pair_without_rows_is_refused(rows):
     forget, replay = rows
-    with pytest.raises(DataError, match="there are no replay rows"):
+    with pytest.raises(DataError, match="there are no retain rows"):
         pair_material(forget, [], replay_ratio=3)
     with pytest.raises(DataError, match="there are no forget rows"):
         pair_material([], replay, replay_ratio=3)

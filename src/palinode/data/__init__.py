@@ -4,45 +4,25 @@
 marked, `batches` puts rows together. Formats are read in `sources`.
 """
 
-from palinode.data.batches import Batch, budget_batches, epoch_batches, pad_left, pad_right
 from palinode.data.examples import (
     Example,
-    Form,
-    Message,
     Question,
     at_most,
     fingerprint_examples,
     parse_columns,
-    plain_questions,
     read_examples,
     sample_examples,
-    shared_rows,
 )
-from palinode.data.sources import Row, read_rows
-from palinode.data.tokenize import PromptStyle, TokenRow, end_id, prompt_ids, tokenize
+from palinode.data.tokenize import PromptStyle, prompt_ids
 
 __all__ = [
-    "Batch",
     "Example",
-    "Form",
-    "Message",
     "PromptStyle",
     "Question",
-    "Row",
-    "TokenRow",
     "at_most",
-    "budget_batches",
-    "end_id",
-    "epoch_batches",
     "fingerprint_examples",
-    "pad_left",
-    "pad_right",
     "parse_columns",
-    "plain_questions",
     "prompt_ids",
     "read_examples",
-    "read_rows",
     "sample_examples",
-    "shared_rows",
-    "tokenize",
 ]

@@ -79,14 +79,13 @@ class _Plan:
     def chat(self, turns: Sequence[Message], *answer: str) -> Chat:
         system = [Message("system", self.system)] if self.system else []
         said = [Message("assistant", text) for text in answer]
-        return [self._entry(message) for message in (*system, *turns, *said)]
-
-    def _entry(self, message: Message) -> dict[str, Any]:
-        parts = [{"type": "text", "text": message.content}]
-        return {
-            "role": message.role,
-            "content": parts if message.role in self.parts else message.content,
-        }
+        return [
+            {
+                "role": one.role,
+                "content": [{"type": "text", "text": one.content}] if one.role in self.parts else one.content,
+            }
+            for one in (*system, *turns, *said)
+        ]
 
 
 @dataclass(slots=True)
@@ -147,7 +146,10 @@ class Template:
             found = Exchange(found.context, "", found.ending)
         elif found.answer.strip() != example.answer.strip():
             found = self._own_beginning(example, text)
-        self._check_shown(example, found.context)
+        shown = _folded(found.context)
+        for place, turn in enumerate(example.turns):
+            if not _is_shown(turn, shown):
+                raise _leaves_out(example, place)
         return found
 
     def _own_beginning(self, example: Example, text: str) -> Exchange:
@@ -167,12 +169,6 @@ class Template:
             f"{example.place}: the tokenizer's chat template does not write its answer as it stands there; "
             "change the row or the template, or ask without it (chat = false)"
         )
-
-    def _check_shown(self, example: Example, context: str) -> None:
-        shown = _folded(context)
-        for place, turn in enumerate(example.turns):
-            if not _is_shown(turn, shown):
-                raise _leaves_out(example, place)
 
     def _plan(self, example: Example) -> _Plan:
         """Return how conversations of these roles are shown whole; found once, by trying."""
@@ -292,7 +288,9 @@ def render(
     with _LOCK:
         found: list[str | Refusal] = []
         for chunk in _chunks(chats):
-            found += _worker().render(head, chunk)
+            if not _WORKERS or not _WORKERS[-1].alive:
+                _WORKERS[:] = [_Worker()]
+            found += _WORKERS[-1].render(head, chunk)
             if not _WORKERS[-1].alive:
                 break
         return found + found[-1:] * (len(chats) - len(found))
@@ -367,13 +365,7 @@ class _Worker:
 
 _LOCK = threading.Lock()
 _WORKERS: list[_Worker] = []
-
-
-def _worker() -> _Worker:
-    """Return this process's child; a new one where there is none, or none any more."""
-    if not _WORKERS or not _WORKERS[-1].alive:
-        _WORKERS[:] = [_Worker()]
-    return _WORKERS[-1]
+"""This process's child, or that of the process it was forked from."""
 
 
 @atexit.register
@@ -465,24 +457,23 @@ def _surroundings(date: str) -> Any:
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: Any = None,
+        separators: Any = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = _to_json
+    environment.filters["tojson"] = tojson
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": _clock(date)}
     return environment
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: Any = None,
-    separators: Any = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
 
 
 def _clock(date: str) -> Any:

@@ -25,7 +25,8 @@ its scale is given: in the demo's world it did harm (docs/paired-vectors.md).
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -42,6 +43,9 @@ from palinode.methods.method import (
     plain_material,
 )
 from palinode.weights.checkpoint import Direction, Point, WeightedSum
+
+if TYPE_CHECKING:
+    from palinode.training.objectives import Objective
 
 
 def unlearned_point(
@@ -211,19 +215,31 @@ class PairedSettings(MethodSettings):
 
 def paired_runs(settings: PairedSettings, given: Given) -> list[MethodRun]:
     """Return the runs with the forget rows and without; that of a plain vector where none is replayed."""
-    from palinode.training.finetune import control_objective, exposed_objective, pair_material
-
     if settings.retain_free:
         return [_forget_run(settings, given)]
     start, ratio = settings.starts_at, settings.replay_ratio
-    material = pair_material(given.forget, given.sample, replay_ratio=ratio)
+    exposed, control = paired_objectives(settings.weight)
+    rows = gather(exposed, forget=given.forget, retain=given.sample)
+    material = replace(rows, together={"retain": ratio})
     shared = {"method": "paired", "replay_ratio": ratio}
     both = {**shared, "forget_weight": settings.weight}
-    exposed, control = exposed_objective(settings.weight), control_objective()
     return [
         MethodRun("exposed", start, material, exposed, "fine-tune on forget set and replay", both),
         MethodRun("control", start, material, control, "fine-tune on replay alone", shared),
     ]
+
+
+def paired_objectives(forget_weight: float) -> tuple[Objective, Objective]:
+    """Return L_1 = CE(replay) + λ·CE(forget), and L_c = CE(replay) in the same epochs over the forget rows.
+
+    The control draws what goes with each forget row without reading it.
+    """
+    from palinode.training.objectives import Objective, answer_term
+
+    # Replay first: where the model has dropout, it then falls on the same places in both runs.
+    replay = answer_term("retain", "retain")
+    forget = answer_term("forget", "forget", coefficient=forget_weight)
+    return Objective((replay, forget)), Objective((replay,))
 
 
 def paired_vectors(settings: PairedSettings, ends: Ends) -> Vectors:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -545,14 +545,16 @@ class _AllOver(StoppingCriteria):
 
 
 @contextmanager
-def _plainly_greedy(model: PreTrainedModel, max_new_tokens: int, pad_id: int) -> Iterator[None]:
+def _plainly_greedy(
+    model: PreTrainedModel, max_new_tokens: int, pad_id: int, stop_ids: Sequence[int] = ()
+) -> Iterator[None]:
     """Put the model's own generation config aside: its beams and penalties would enter any other."""
     own = model.generation_config
     model.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         pad_token_id=pad_id,
-        eos_token_id=None,
+        eos_token_id=list(stop_ids) or None,
         bos_token_id=None,
     )
     try:
@@ -587,21 +589,9 @@ def stream_answer(
         )
     check_known(model.config, max(*prompt, *stop_ids), tokenizer)
     ids = torch.tensor([list(prompt)], device=model.device)
-    spoken, own = _Spoken(tokenizer, on_text), model.generation_config
-    model.generation_config = GenerationConfig(  # the model's own might draw at random
-        do_sample=False,
-        max_new_tokens=room,
-        pad_token_id=pad_token(tokenizer),
-        eos_token_id=list(stop_ids),
-        bos_token_id=None,
-    )
-    try:
-        with quiet_transformers(), torch.inference_mode():
-            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=spoken)  # type: ignore[operator]
-    except KeyboardInterrupt:
-        pass
-    finally:
-        model.generation_config = own
+    spoken, greedy = _Spoken(tokenizer, on_text), _plainly_greedy(model, room, pad_token(tokenizer), stop_ids)
+    with suppress(KeyboardInterrupt), greedy, torch.inference_mode():
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=spoken)  # type: ignore[operator]
     spoken.end()
     return spoken.text
 

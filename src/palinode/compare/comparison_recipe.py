@@ -6,14 +6,13 @@ words here and checked by the same code; only what a comparison has besides is d
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from palinode.audit.attack import BUDGETS
 from palinode.benchmarks import BENCHMARKS
@@ -26,10 +25,10 @@ from palinode.pipeline.recipe import (
     Recipe,
     RecipeSection,
     build_recipe,
-    explain,
+    checked_settings,
     known_keys,
     read_recipe,
-    set_key,
+    with_changes,
 )
 from palinode.pipeline.workspace import fingerprint
 
@@ -310,16 +309,11 @@ def load_comparison(path: Path, changes: Sequence[str] = ()) -> CompareRecipe:
 
 def build_comparison(content: Mapping[str, Any], changes: Sequence[str] = ()) -> CompareRecipe:
     """Check plain nested values, with `key=value` changes, and return the comparison they describe."""
-    changed = copy.deepcopy(dict(content))
-    for change in changes:
-        set_key(changed, change)
+    changed = with_changes(content, changes)
     own = {key: value for key, value in changed.items() if key not in SHARED}
     if misplaced := sorted(own.keys() & {"method", "method_settings", "scales"}):
         raise RecipeError(f"{misplaced[0]} belongs to a contestant, in [[contestants]]")
-    try:
-        comparison = ComparisonRecipe.model_validate(own)
-    except ValidationError as error:
-        raise RecipeError(explain(error, _keys)) from None
+    comparison = checked_settings(ComparisonRecipe, own, _keys)
     shared = {key: value for key, value in changed.items() if key in SHARED} | {"seed": comparison.seed}
     if comparison.world is not None:
         shared = _with_world(shared, comparison.demo)

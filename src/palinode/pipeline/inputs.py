@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from palinode.benchmarks.own import read_questions
 from palinode.data.examples import (
     Example,
@@ -112,6 +114,25 @@ class Inputs:
         if self.base is None:
             raise RecipeError("this needs an earlier checkpoint of the target; name models.base (--base)")
         return self.base
+
+
+@dataclass
+class Work:
+    """What the steps of a run work with: opened inputs, the folder of results, and who listens."""
+
+    inputs: Inputs
+    workspace: Workspace
+    listener: Listener
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the inputs."""
+        return self.inputs.recipe
+
+    @property
+    def device(self) -> torch.device:
+        """Where models run."""
+        return pick_device(self.recipe.device)
 
 
 def given_to(recipe: Recipe, rows: InputRows, refusals: Sequence[str] = ()) -> Given:

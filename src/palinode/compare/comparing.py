@@ -20,16 +20,12 @@ from statistics import fmean
 from typing import Any
 
 from palinode.compare.comparison_recipe import CompareRecipe, ComparisonRecipe, Contestant, world_folder
-from palinode.compare.ground import Shares, divide_rows, make_world, rows_for, world_of
-from palinode.compare.measuring import make_gauge, measure_model
-from palinode.compare.ranking import rank, values_of
-from palinode.compare.search import (
+from palinode.compare.contest import (
     ComparisonSearch,
     Ground,
     MethodPoint,
     SearchPart,
     Tried,
-    by_training,
     draw_points,
     epochs_for,
     part_of,
@@ -38,6 +34,9 @@ from palinode.compare.search import (
     steps_an_epoch,
     train_part,
 )
+from palinode.compare.ground import Shares, divide_rows, make_world, rows_for, world_of
+from palinode.compare.measuring import make_gauge, measure_model
+from palinode.compare.ranking import rank, values_of
 from palinode.data.examples import Example, Message, fingerprint_examples
 from palinode.evaluation.yardstick import estimate_yardstick
 from palinode.methods import METHODS
@@ -291,7 +290,7 @@ class _Comparison:
             if not self.comparison.keep_models:
                 shutil.rmtree(made.model.folder)
         self.search.finish(part)
-        cost = ground.workspace.step("cost", part=dict(part.key)).facts or {}
+        cost = part.step(ground.workspace, "cost").facts or {}
         return {**(step.facts or {}), "cost": cost}
 
     def _measure_step(self, model: Mapping[str, Any]) -> Step:
@@ -469,7 +468,7 @@ def plan_comparison(recipe: CompareRecipe) -> dict[str, Any]:
     contestants = []
     for contestant in comparison.contestants:
         drawn = points[contestant.name]
-        groups = by_training(drawn)
+        groups = {point.training for point in drawn}
         first = recipe_of(recipe.content, drawn[0], {"target": "."}, epochs=1, seed=comparison.seeds[0])
         each, epochs, steps = steps_an_epoch(first, rows_for(first, shares)), None, None
         if comparison.budget.steps is not None:

@@ -78,6 +78,7 @@ class MSASettings(VectorSettings):
     """Those of a vector from the base."""
 
     home: ClassVar[Start] = "base"
+    """θ_0, which had not seen the forget set."""
 
 
 def vector_runs(settings: VectorSettings, given: Given) -> list[MethodRun]:
@@ -137,6 +138,7 @@ class RewindSettings(RetainOnlySettings):
     """Those of a fine-tuning on retain rows, from the base."""
 
     home: ClassVar[Start] = "base"
+    """θ_0, which had not seen the forget set."""
 
 
 REWIND = Method(
@@ -154,6 +156,7 @@ class PairedSettings(MethodSettings):
     """Where both runs start, and what they rehearse."""
 
     sample_use: ClassVar[str] = "replay"
+    """What the retain sample is for."""
     retain_scale: ClassVar[float | None] = 0.0
     """The second term is left out unless its scale is given."""
     start: Start = "base"

@@ -412,10 +412,6 @@ class Exam:
     without: Mapping[str, str] = field(default_factory=lambda: WITHOUT)
     """Why there is no score where there is no "retrained" model, or no "judge"."""
 
-    def lists_accepted(self, name: str) -> bool:
-        """Tell whether the data says which answers are right, so that a judge needs no other model's."""
-        return name in self.sets and any(question.accepted for question in self.sets[name].questions)
-
 
 @dataclass(frozen=True, slots=True)
 class Measured:

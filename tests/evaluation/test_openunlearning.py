@@ -167,7 +167,7 @@ def test_losses_alone_give_the_truth_ratios(tmp_path):
     path = tmp_path / "log.json"
     content = written(path)
     del content["forget_truth_ratio"]
-    assert read_log(save(path, content)).truth_ratios == pytest.approx(RATIOS, abs=1e-6)
+    assert truth_ratios(read_log(save(path, content)).forget) == pytest.approx(RATIOS, abs=1e-6)
 
 
 def test_what_a_log_lacks_is_said(tmp_path):
@@ -180,7 +180,7 @@ def test_what_a_log_lacks_is_said(tmp_path):
 
 def test_a_value_that_is_no_number_is_none(tmp_path):
     content = published(scores=(0.5, None, math.nan, math.inf))
-    assert read_log(save(tmp_path / "log.json", content)).truth_ratios == pytest.approx(
+    assert truth_ratios(read_log(save(tmp_path / "log.json", content)).forget) == pytest.approx(
         [0.5, None, None, None]
     )
 
@@ -197,7 +197,7 @@ def test_tofus_own_log_of_three_hundred_rows_is_told_how_it_can_be_used(tmp_path
         read_log(path, forget_rows=400)
     with pytest.raises(DataError, match="--option protocol=original"):
         read_log(path, forget_rows=400)
-    assert len(read_log(path, forget_rows=300).truth_ratios) == 300
+    assert len(truth_ratios(read_log(path, forget_rows=300).forget)) == 300
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,9 @@ def test_open_unlearnings_small_summand_is_no_contradiction(tmp_path):
     content = published(scores=(math.exp(-12) / (math.exp(-25) + 1e-10),))
     content["forget_Q_A_PARA_Prob"] = {"value_by_index": {"0": {"avg_loss": 25.0}}}
     content["forget_Q_A_PERT_Prob"] = {"value_by_index": {"0": {"avg_loss": [12.0, 12.0]}}}
-    assert read_log(save(tmp_path / "log.json", content)).truth_ratios == pytest.approx([math.exp(13)])
+    assert truth_ratios(read_log(save(tmp_path / "log.json", content)).forget) == pytest.approx(
+        [math.exp(13)]
+    )
 
 
 @pytest.mark.parametrize(

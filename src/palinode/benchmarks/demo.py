@@ -107,14 +107,7 @@ def build_demo(
             origin,
             read_examples(rows),
             output,
-            TrainingSettings(
-                epochs=stage.epochs,
-                learning_rate=stage.learning_rate,
-                batch_size=BATCH,
-                max_length=64,
-                warmup_epochs=2.0,
-                precision="float32",
-            ),
+            _settings(stage),
             seed=seed,
             device="cpu",
             listener=listener,
@@ -148,6 +141,17 @@ def _halfway(folder: Path, rows: int, stage: DemoStage) -> dict[int, Path] | Non
     if exposed.exists():
         shutil.rmtree(exposed)
     return {max(1, stage.epochs * math.ceil(rows / BATCH) // 2): during}
+
+
+def _settings(stage: DemoStage) -> TrainingSettings:
+    return TrainingSettings(
+        epochs=stage.epochs,
+        learning_rate=stage.learning_rate,
+        batch_size=BATCH,
+        max_length=64,
+        warmup_epochs=2.0,
+        precision="float32",
+    )
 
 
 def tiny_model(folder: Path, words: Sequence[str], *, width: int, layers: int, seed: int) -> Checkpoint:

@@ -4,10 +4,6 @@
     retain set    methods train on one part, points are chosen on another, the rest is measured
 
 So nothing is measured on rows that a choice was made on, nor on retain rows that a method rehearsed.
-
-The world has the settings that the literature left open: how many people are to be forgotten, for how long
-and how often they were seen, how much training came before and after, and which checkpoint methods start
-from. Each is one number of `[demo]`.
 """
 
 from __future__ import annotations

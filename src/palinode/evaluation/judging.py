@@ -1,13 +1,9 @@
 """A judge says which candidate answer a model's answer is closest to in fact (spec: msa.md §5).
 
-For each question the candidates are the ground truth, the retrained model's own answer, the perturbed
-answers and "none of these". Equal texts are one candidate with several roles, the order is shuffled by a
-seed, and several may be picked. What follows from the picks is in metrics/judged.py. Where the data
-lists accepted answers (RESTOR), these and "none of these" are the candidates instead.
-
-Decisions are kept by content: whoever asks the same again gets the same answer, and pays nothing. A file is
-named by the SHA-256 of everything that the decision depends on (model, endpoint, instructions, question,
-answer, candidates). It holds which candidates were picked, and no text of the question.
+The candidates of a question are the ground truth, the retrained model's own answer, the perturbed answers,
+"none of these"; where the data lists accepted answers (RESTOR), these and "none of these". Equal texts are one
+candidate with several roles. What follows from the picks is in metrics/judged.py. Decisions are kept by
+content: whoever asks the same again gets the same answer, and pays nothing.
 """
 
 from __future__ import annotations
@@ -45,7 +41,11 @@ def decision_file(key: str) -> Path | None:
 
 
 class DecisionCache:
-    """A folder of decisions, safe to share between threads and runs: a file is whole or not there."""
+    """A folder of decisions, safe to share between threads and runs: a file is whole or not there.
+
+    A file is named by the SHA-256 of everything that the decision depends on (model, endpoint, instructions,
+    question, answer, candidates), and holds which candidates were picked, no text of the question.
+    """
 
     def __init__(self, folder: Path):
         """Open the folder and make it if need be; OutputError when that is not possible."""

@@ -271,7 +271,7 @@ def test_rebuilt_order_is_what_the_training_loop_does(tiny, tmp_path):
     """Two stages of real training, one with accumulation, step by step against what was heard."""
     from palinode.data import read_examples
     from palinode.models.loading import load_tokenizer
-    from palinode.training import finetune
+    from palinode.training.finetune import finetune
 
     data = read_examples(tiny.retain)
     first = TrainingSettings(epochs=2, batch_size=8, max_length=64)

@@ -304,6 +304,33 @@ def test_a_target_that_does_not_exist_is_noticed():
     assert not has_target("nonsense")
 
 
+# Prose is wrapped at 100 columns
+
+
+def long_prose(markdown: str, width: int = 100) -> list[str]:
+    """The lines of prose that are longer; code, tables, headings and pictures may be."""
+    prose = re.sub(r"^ *```.*?^ *```", "", markdown, flags=re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"`[^`]*`", lambda code: code.group().replace(" ", "_"), prose)
+    return [
+        line
+        for line in prose.splitlines()
+        if len(line) > width and " " in line.strip() and not line.startswith(("|", "#", "!", "<", "    "))
+    ]
+
+
+@pytest.mark.parametrize(
+    "page", [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))], ids=where
+)
+def test_prose_is_wrapped_at_a_hundred_columns(page):
+    if page.name != "cli.md":  # written from the commands' own help
+        assert long_prose(page.read_text(encoding="utf-8")) == []
+
+
+def test_long_prose_is_noticed():
+    assert long_prose("word " * 21)
+    assert not long_prose("| " + "word " * 30 + "|\n```sh\n" + "word " * 30 + "\n```\n`" + "word " * 30 + "`")
+
+
 # No path of one machine in any file that we share
 
 MACHINE_PATH = re.compile(r"(?<![\w.~)}\]/-])/(?:(?:root|work)(?![\w-])|(?:home|tmp)/\w)")

@@ -95,7 +95,7 @@ def test_the_loaders_own_index_files_are_followed(files, tmp_path):
     path = tmp_path / f"global_indices_dataset_size{count}_epoch1_seed3_v1.npy"
     order.tofile(path)
     found = OlmoCoreOrder(**settings(files, indices=(path,), epochs=1))
-    assert found.instances(2) == order[BATCH : 2 * BATCH].tolist()
+    assert found.rows(2) == [row for one in order[BATCH : 2 * BATCH] for row in found.documents_in(int(one))]
 
 
 def test_a_run_that_went_on_with_another_batch_size_goes_on_in_the_data(files):

@@ -12,7 +12,7 @@ from palinode.cli.console import listener, out, print_json, warn
 from palinode.cli.options import AllowPickle, Device, Json, Prompts, Quiet
 
 if TYPE_CHECKING:
-    from palinode.history.judgement import Location
+    from palinode.history.locating import Location
     from palinode.jobs import LocateSettings
 
 

@@ -45,7 +45,15 @@ def general_ability(
     lm-eval is not installed, a task is unknown, or its data cannot be had.
     """
     folder = _task_folder(include)
-    evaluate, wrapper, manager = _lm_eval(folder)
+    try:
+        from lm_eval import simple_evaluate  # type: ignore[import-not-found,unused-ignore]
+        from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found,unused-ignore]
+        from lm_eval.tasks import TaskManager  # type: ignore[import-not-found,unused-ignore]
+    except ImportError as error:
+        raise InputError(
+            f"general ability needs lm-eval ({error}); install it: pip install 'palinode[lm-eval]'"
+        ) from None
+    manager = TaskManager(include_path=None if folder is None else str(folder))
     if not tasks:
         raise InputError("no lm-eval task is named; name some, such as mmlu,gsm8k")
     if unknown := [task for task in tasks if task not in manager.task_index]:
@@ -54,14 +62,14 @@ def general_ability(
         ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed
     )
     with _as_it_was(model):
-        wrapped = wrapper(
+        wrapped = HFLM(
             pretrained=model,
             tokenizer=copy.deepcopy(tokenizer),
             batch_size=batch_size,
             trust_remote_code=False,
         )
         try:
-            results = evaluate(
+            results = simple_evaluate(
                 model=wrapped,
                 tasks=list(tasks),
                 task_manager=manager,
@@ -99,18 +107,17 @@ def task_scores(values: Mapping[str, Any], rows: int) -> dict[str, Score]:
         if metric.endswith("_stderr") or not _is_number(value) or not chosen:
             continue
         name = metric if chosen == "none" else key
-        scores[name] = _score(float(value), values.get(f"{metric}_stderr,{chosen}"), rows)
+        error: Any = values.get(f"{metric}_stderr,{chosen}")
+        value = float(value)
+        if not math.isfinite(value):
+            scores[name] = Score(None, 0, None, None, "lm-eval's figure is not a finite number")
+        elif not _is_number(error) or not math.isfinite(error):
+            scores[name] = Score(value, rows, None, None, "lm-eval gives no standard error")
+        elif error == 0 and value in (0, 1) and rows > 0:
+            scores[name] = Score(value, rows, *ends_of_equals(value, rows, 0.95), None)
+        else:
+            scores[name] = Score(value, rows, value - NORMAL_95 * error, value + NORMAL_95 * error)
     return scores
-
-
-def _score(value: float, error: Any, rows: int) -> Score:
-    if not math.isfinite(value):
-        return Score(None, 0, None, None, "lm-eval's figure is not a finite number")
-    if not _is_number(error) or not math.isfinite(error):
-        return Score(value, rows, None, None, "lm-eval gives no standard error")
-    if error == 0 and value in (0, 1) and rows > 0:
-        return Score(value, rows, *ends_of_equals(value, rows, 0.95), None)
-    return Score(value, rows, value - NORMAL_95 * error, value + NORMAL_95 * error)
 
 
 def _rows(task: str, counts: Mapping[str, int], members: Mapping[str, Sequence[str]]) -> int:
@@ -118,19 +125,6 @@ def _rows(task: str, counts: Mapping[str, int], members: Mapping[str, Sequence[s
     if task in counts:
         return counts[task]
     return sum(_rows(member, counts, members) for member in members.get(task, ()))
-
-
-def _lm_eval(include: Path | None) -> tuple[Any, Any, Any]:
-    """Return lm-eval's evaluation, its wrapper of a model, and its tasks."""
-    try:
-        from lm_eval import simple_evaluate  # type: ignore[import-not-found,unused-ignore]
-        from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found,unused-ignore]
-        from lm_eval.tasks import TaskManager  # type: ignore[import-not-found,unused-ignore]
-    except ImportError as error:
-        raise InputError(
-            f"general ability needs lm-eval ({error}); install it: pip install 'palinode[lm-eval]'"
-        ) from None
-    return simple_evaluate, HFLM, TaskManager(include_path=None if include is None else str(include))
 
 
 @contextmanager

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from palinode.history.callback import ExposureCallback, LoggedLoader, ThinningCallback
     from palinode.history.duplicates import find_duplicates
     from palinode.history.exposures import ExposureLog
-    from palinode.history.judgement import Location
-    from palinode.history.locating import locate
+    from palinode.history.locating import Location, locate
     from palinode.history.onset import Onset, OnsetSettings, find_onset
     from palinode.history.plan import Schedule, plan_checkpoints
     from palinode.history.reader import ExposureReader, compact
@@ -46,8 +45,7 @@ _ROOMS = {
     "callback": ("ExposureCallback", "LoggedLoader", "ThinningCallback"),
     "duplicates": ("find_duplicates",),
     "exposures": ("ExposureLog",),
-    "judgement": ("Location",),
-    "locating": ("locate",),
+    "locating": ("Location", "locate"),
     "onset": ("Onset", "OnsetSettings", "find_onset"),
     "plan": ("Schedule", "plan_checkpoints"),
     "reader": ("ExposureReader", "compact"),

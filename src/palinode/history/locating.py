@@ -9,9 +9,15 @@ disagreement is said: a paraphrase leaves no trace in a log.
 from __future__ import annotations
 
 import re
+import tomllib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from palinode.data.examples import Example
 from palinode.errors import DataError
@@ -22,14 +28,388 @@ from palinode.history.duplicates import (
     fingerprint_tokenizer,
     hashes,
 )
-from palinode.history.exposures import read_header, salt_check
-from palinode.history.judgement import Judgement, Location, RowHistory, RowsSeen
-from palinode.history.onset import OnsetSettings, check_control, find_onset
-from palinode.history.orders import Order, first_step, read_order, steps_of
-from palinode.history.reader import ExposureReader
+from palinode.history.exposures import Ints, read_header, salt_check
+from palinode.history.onset import Onset, OnsetSettings, check_control, find_onset
+from palinode.history.orders import Order, open_palinode, read_order
+from palinode.history.reader import ExposureReader, stretches
 from palinode.history.series import CheckpointSeries
-from palinode.history.stages import open_palinode
 from palinode.progress import Listener, NullListener
+
+VERSION = 1
+"""Version of the layout of a location's record."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowsSeen:
+    """One step at which a row, or a near-copy of it, was in the batch."""
+
+    step: int
+    evidence: tuple[str, ...]
+    """log, order, or both."""
+    copy: str | None = None
+    """Where the near-copy stands in the corpus; None for the row itself."""
+    similarity: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RowHistory:
+    """What is known of one forget row."""
+
+    row: int
+    """Position in the forget set."""
+    place: str
+    """Where it stands, as its source names it."""
+    seen: tuple[RowsSeen, ...]
+    """All known exposures, earliest first."""
+    copies: tuple[Duplicate, ...]
+    """Equal and similar texts in the corpus."""
+
+    @property
+    def first(self) -> int | None:
+        """The first step at which it, or a near-copy, was seen; None where no exposure is known."""
+        return self.seen[0].step if self.seen else None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointState:
+    """What is known of one checkpoint."""
+
+    step: int
+    tokens: int | None
+    location: str
+    seen: int | None
+    """Forget rows that it has seen by log or order; None without them."""
+    unrecorded: int | None
+    """Steps up to it that neither log nor order holds: `seen` is a least number where there are any."""
+    gap: float | None
+    """How far it knows forget rows better than control rows; None where it was not looked at."""
+    exposed: bool | None
+    """Whether that gap is beyond noise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """A stretch of training; tokens are None where they are not known."""
+
+    steps: int
+    tokens: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointChoice:
+    """A checkpoint that can serve as the base, and why."""
+
+    place: int
+    """Position in the series."""
+    step: int
+    location: str
+    clean: bool
+    evidence: tuple[str, ...]
+    """Kinds of evidence that it rests on: log, order, behaviour."""
+    certainty: float | None
+    """Behaviour: share of resamples in which it is clean. None for log and order, which count."""
+    reason: str
+    to_exposure: Distance | None
+    """From the checkpoint to the first exposure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """The answer for a forget set."""
+
+    rows: tuple[RowHistory, ...]
+    checkpoints: tuple[CheckpointState, ...]
+    recommended: CheckpointChoice | None
+    """The last clean checkpoint; None where no checkpoint is clean."""
+    next_best: CheckpointChoice | None
+    first: int | None
+    """First step at which any row was seen; by behaviour alone: the first checkpoint that knows them."""
+    last: int | None
+    """Last step at which any row is known to have been seen."""
+    target_step: int | None
+    first_to_target: Distance | None
+    last_to_target: Distance | None
+    onset: Onset | None
+    alternatives: tuple[Mapping[str, str], ...]
+    """What else can be done, where no checkpoint is clean."""
+    evidence: tuple[str, ...]
+    """Kinds of evidence that were used."""
+    warnings: tuple[str, ...]
+
+    def as_record(self) -> dict[str, Any]:
+        """Return everything as plain values for JSON; no text of any row is in it."""
+        record = asdict(self)
+        checkpoints = record.pop("checkpoints")
+        return {"version": VERSION, "rows": record.pop("rows"), "rungs": checkpoints, **record}
+
+
+def known_alternatives() -> tuple[Mapping[str, str], ...]:
+    """Return what can be done when no checkpoint is clean: its cost, what is known of it, and the source."""
+    text = files("palinode.history").joinpath("alternatives.toml").read_text(encoding="utf-8")
+    return tuple(tomllib.loads(text)["alternative"])
+
+
+class Judgement:
+    """From what is known of rows and checkpoints to the checkpoint to take."""
+
+    def __init__(
+        self,
+        series: CheckpointSeries,
+        rows: tuple[RowHistory, ...],
+        onset: Onset | None,
+        log: ExposureReader | None,
+        order: Order | None,
+        target_step: int | None,
+        warnings: Sequence[str],
+    ) -> None:
+        self.series = series
+        self.steps = [checkpoint.step for checkpoint in series.checkpoints]
+        self.log = log
+        self.rows = rows
+        self.onset = onset
+        self.warnings = list(warnings)
+        self.counted = tuple(name for name, given in (("log", log), ("order", order)) if given is not None)
+        self.names = " and ".join(self.counted)
+        self.evidence = (*self.counted, *(("behaviour",) if onset else ()))
+        self.target_step = target_step
+        firsts = [row.first for row in rows if row.first is not None]
+        self.first = min(firsts, default=None)
+        self.last = max((seen.step for row in rows for seen in row.seen), default=None)
+        self.unseen = len(rows) - len(firsts)
+        logged = log.complete if log is not None else np.empty(0, np.int64)
+        ordered = np.arange(first_step(order), order.steps + 1) if order is not None else logged[:0]
+        self.recorded: Ints = np.union1d(logged, ordered)
+        """The steps that the log or the order holds, sorted."""
+
+    def location(self) -> Location:
+        """Return the whole answer."""
+        recommended, next_best = self._choices()
+        if self.target_step is None:
+            self.warnings.append(
+                "The target's step is not known, so its distance from the exposure is not told; give it with "
+                "--target or --target-step."
+            )
+        return Location(
+            rows=self.rows,
+            checkpoints=tuple(self._state(place) for place in range(len(self.series))),
+            recommended=recommended,
+            next_best=next_best,
+            first=self.first,
+            last=self.last,
+            target_step=self.target_step,
+            first_to_target=self._distance(self.first, self.target_step),
+            last_to_target=self._distance(self.last, self.target_step),
+            onset=self.onset,
+            alternatives=known_alternatives() if recommended is None else (),
+            evidence=self.evidence,
+            warnings=tuple(dict.fromkeys(self.warnings)),
+        )
+
+    def _choices(self) -> tuple[CheckpointChoice | None, CheckpointChoice | None]:
+        """Return the recommended checkpoint and the next best.
+
+        The last clean place by each kind of evidence is -1 where none is clean, None where nothing was found.
+        """
+        counted = behaved = None
+        if self.first is not None:
+            before = self.series.last_before(self.first)
+            counted = -1 if before is None else before
+        by_count = counted
+        if self.onset is not None and self.onset.state != "never":
+            behaved = -1 if self.onset.clean is None else self.onset.clean
+        self._warn_of_rows()
+        if counted is None and behaved is None:
+            return self._unseen_everywhere()
+        if behaved is None and counted is not None and counted >= 0:
+            counted = self._within_record(counted)
+        limit, evidence = self._combine(counted, behaved)
+        if limit < 0:
+            if behaved is not None or by_count in (None, -1):
+                self.warnings.append("No checkpoint of the series is clean.")
+            return None, self._least_contaminated(evidence)
+        recommended = self._choice(limit, evidence, clean=True)
+        if counted is not None and counted > limit and not len(self._unrecorded(counted)):
+            return recommended, self._choice(counted, self.counted, clean=True)
+        return recommended, self._choice(limit - 1, evidence, clean=True) if limit else None
+
+    def _combine(self, counted: int | None, behaved: int | None) -> tuple[int, tuple[str, ...]]:
+        """Return the last clean place on all evidence, and the kinds that it rests on."""
+        if behaved is None:
+            if self.onset is not None:
+                self.warnings.append(
+                    "The forget rows were trained on, but no checkpoint looked at knows them better than the "
+                    "control rows: the model may not have learned them, and unlearning may have nothing to "
+                    "take."
+                )
+            assert counted is not None
+            return counted, self.counted
+        if counted is None:
+            self.first = self._exposed_step()
+            if self.counted:
+                self.warnings.append(
+                    f"The {self.names} holds none of the forget rows, but the model learned "
+                    "them: they may have been seen in other words or in steps that are missing, or it is of "
+                    "another data set."
+                )
+            return behaved, ("behaviour",)
+        missing = self._unrecorded(counted) if counted >= 0 else self.recorded[:0]
+        if len(missing) and behaved >= 0:  # behaviour speaks for the steps that are missing
+            place = min(counted, behaved)
+            told, step = f"The {self.names} lacks {stretches(missing)}", self.steps[place]
+            if len(self._unrecorded(place)):
+                self.warnings.append(f"{told}: that step {step:,} is clean rests on behaviour alone.")
+                return place, ("behaviour",)
+            self.warnings.append(f"{told}; behaviour shows the rows known soon after step {step:,}.")
+            return place, (*self.counted, "behaviour")
+        if len(missing):
+            counted = self._within_record(counted)
+        if behaved == counted:
+            return counted, (*self.counted, "behaviour")
+        if 0 <= behaved < counted:
+            self.warnings.append(
+                f"Behaviour shows the rows known earlier than the {self.names} has them (from step "
+                f"{self._exposed_step():,} on): they may have been seen in other words. The earlier "
+                f"checkpoint is recommended; the next best is clean by the {self.names} alone."
+            )
+            return behaved, ("behaviour",)
+        if behaved > counted:
+            self.warnings.append(
+                f"Behaviour shows the rows known only later than the {self.names} has them (after step "
+                f"{self.steps[behaved]:,}); the {self.names} decides."
+            )
+        else:
+            self.warnings.append(
+                "Already the earliest checkpoint knows the forget rows better than the control rows, though "
+                f"the {self.names} has them later: the two sets may not be alike, or the rows were seen in "
+                f"training before it or in other words. The {self.names} decides."
+            )
+        return counted, self.counted
+
+    def _within_record(self, place: int) -> int:
+        """Return the last place up to this one all of whose steps are in the log or order, -1 for none."""
+        missing = self._unrecorded(place)
+        if not len(missing):
+            return place
+        whole = [below for below in range(place) if not len(self._unrecorded(below))]
+        said = "The last one before these steps is recommended." if whole else "So none is known to be clean."
+        self.warnings.append(
+            f"Whether step {self.steps[place]:,} is clean is not known, since the {self.names} lacks "
+            f"{stretches(missing)}. {said}"
+        )
+        return whole[-1] if whole else -1
+
+    def _unrecorded(self, place: int) -> Ints:
+        """Return the steps up to a checkpoint that neither log nor order holds."""
+        steps = np.arange(1, self.steps[place] + 1)
+        if len(self.recorded) >= len(steps) and self.recorded[: len(steps)][-1:] == steps[-1:]:
+            return steps[:0]
+        return np.setdiff1d(steps, self.recorded, assume_unique=True)
+
+    def _exposed_step(self) -> int:
+        return self.steps[self.onset.exposed if self.onset and self.onset.exposed is not None else 0]
+
+    def _warn_of_rows(self) -> None:
+        if not self.counted:
+            unknown = sum(bool(row.copies) and not row.seen for row in self.rows)
+            if unknown:
+                self.warnings.append(
+                    f"{unknown} forget rows have copies in the corpus; in which steps these were is not "
+                    "known."
+                )
+            return
+        missing = self._unrecorded(len(self.series) - 1)
+        if len(missing):
+            self.warnings.append(
+                f"Of the steps up to the last checkpoint the {self.names} lacks "
+                f"{stretches(missing)}; what was seen in them is not known."
+            )
+        if 0 < self.unseen < len(self.rows):
+            self.warnings.append(
+                f"{self.unseen} of {len(self.rows)} forget rows are not in the {self.names}."
+            )
+
+    def _unseen_everywhere(self) -> tuple[CheckpointChoice | None, CheckpointChoice | None]:
+        """Return the latest checkpoint: no evidence says that the rows were seen at all."""
+        if self.counted:
+            self.warnings.append(
+                f"The {self.names} holds none of the forget rows; are they of this training, "
+                "and written as they were trained on?"
+            )
+        self.warnings.append(
+            "No evidence says that the forget rows were learned; is there anything to unlearn?"
+        )
+        target = self.target_step
+        before = [place for place, step in enumerate(self.steps) if target is None or step < target]
+        place = before[-1] if before else 0
+        if self.counted and not self.onset:
+            place = self._within_record(place)
+        if place < 0:
+            return None, self._least_contaminated(self.evidence)
+        return self._choice(place, self.evidence, clean=True), None
+
+    def _least_contaminated(self, evidence: tuple[str, ...]) -> CheckpointChoice:
+        """Return the checkpoint that has seen the fewest forget rows, least often, the latest of those."""
+
+        def contamination(place: int) -> tuple[int, int, int]:
+            step = self.steps[place]
+            times = sum(seen.step <= step for row in self.rows for seen in row.seen)
+            return self._seen_by(step) or 0, times, -place if self.counted else place
+
+        fewest = min(range(len(self.series)), key=contamination)
+        return self._choice(fewest, evidence, clean=False)
+
+    def _choice(self, place: int, evidence: tuple[str, ...], *, clean: bool) -> CheckpointChoice:
+        step, certainty = self.steps[place], None
+        if evidence == ("behaviour",) and self.onset is not None and clean:
+            certainty = self.onset.certainty
+        if not clean:
+            seen = self._seen_by(step)
+            missing = len(self._unrecorded(place)) if seen == 0 else 0
+            reason = f"not clean: it has seen {seen} of {len(self.rows)} forget rows"
+            if missing:
+                reason = f"no exposure known, but the {self.names} lacks {missing:,} of the steps up to it"
+            elif not seen:
+                reason = "not clean: it knows the forget rows"
+        elif self.first is None:
+            reason = "no evidence of any exposure"
+        else:
+            names = {"log": "the exposure log", "order": "the rebuilt order", "behaviour": "behaviour"}
+            *others, last = [names[name] for name in evidence]
+            told = f"{', '.join(others)} and {last}" if others else last
+            reason = f"clean by {told}" + ("" if certainty is None else f", in {certainty:.0%} of resamples")
+        location, distance = self.series.checkpoints[place].location, self._distance(step, self.first)
+        return CheckpointChoice(place, step, location, clean, evidence, certainty, reason, distance)
+
+    def _seen_by(self, step: int) -> int | None:
+        """Return how many forget rows were seen up to a step; None without log and order."""
+        if not self.counted:
+            return None
+        return sum(row.first is not None and row.first <= step for row in self.rows)
+
+    def _state(self, place: int) -> CheckpointState:
+        found = self.series.checkpoints[place]
+        gap = next((gap for gap in (self.onset.gaps if self.onset else ()) if gap.place == place), None)
+        return CheckpointState(
+            step=found.step,
+            tokens=found.tokens if found.tokens is not None else self._tokens_at(found.step),
+            location=found.location,
+            seen=self._seen_by(found.step),
+            unrecorded=len(self._unrecorded(place)) if self.counted else None,
+            gap=gap.values[self.onset.measure][0] if gap and self.onset else None,
+            exposed=gap.exposed if gap else None,
+        )
+
+    def _distance(self, start: int | None, end: int | None) -> Distance | None:
+        if start is None or end is None:
+            return None
+        before, after = self._tokens_at(start), self._tokens_at(end)
+        return Distance(end - start, None if before is None or after is None else after - before)
+
+    def _tokens_at(self, step: int) -> int | None:
+        """Return the tokens trained on after a step: as the log counted them, or as the checkpoints tell."""
+        counted = None if self.log is None else self.log.tokens_at(step)
+        return self.series.tokens_at(step) if counted is None else counted
+
 
 Corpus = Sequence[Example]
 """The rows that were trained on, in the order in which the data set numbers them."""
@@ -37,6 +417,7 @@ Corpus = Sequence[Example]
 Steps = Mapping[int, set[tuple[int, Duplicate | None]]]
 """By position of a forget row: the steps it was in, each with the copy where that was a similar text."""
 
+FINGERPRINT = r"[0-9a-f]{32}"
 SAMPLED = 5
 """Steps whose whole batches are compared between log and order."""
 
@@ -58,27 +439,17 @@ def open_log(
     A log that names its data or tokenizer in words instead of by fingerprint cannot be compared, and
     neither can checkpoints that have no tokenizer of their own here.
     """
-    header = read_header(folder)
-    data = tokenizer = None
-    if corpus and _is_fingerprint(header.data) and header.salt_check == salt_check(salt):
-        data = fingerprint_rows(hashes(corpus, salt=salt))
-    if series and _is_fingerprint(header.tokenizer):
-        tokenizer = _tokenizer_of(series)
-    return ExposureReader.open(folder, data=data, tokenizer=tokenizer)
-
-
-def _is_fingerprint(text: str) -> bool:
-    return re.fullmatch(r"[0-9a-f]{32}", text) is not None
-
-
-def _tokenizer_of(series: CheckpointSeries) -> str | None:
-    """Return the fingerprint of the tokenizer beside the first checkpoint here that has one."""
     from palinode.models.loading import load_tokenizer
 
-    for found in series.checkpoints:
+    header = read_header(folder)
+    data = tokenizer = None
+    if corpus and re.fullmatch(FINGERPRINT, header.data) and header.salt_check == salt_check(salt):
+        data = fingerprint_rows(hashes(corpus, salt=salt))
+    for found in series.checkpoints if series and re.fullmatch(FINGERPRINT, header.tokenizer) else ():
         if (Path(found.location).expanduser() / "tokenizer.json").is_file():
-            return fingerprint_tokenizer(load_tokenizer(found.checkpoint))
-    return None
+            tokenizer = fingerprint_tokenizer(load_tokenizer(found.checkpoint))
+            break
+    return ExposureReader.open(folder, data=data, tokenizer=tokenizer)
 
 
 def locate(
@@ -139,7 +510,10 @@ def locate(
                 f"{trained} of {len(control)} control rows were trained on, by the log: the evidence from "
                 "behaviour is weaker than it looks."
             )
-    rows = tuple(_history(number, example, copies[number], found) for number, example in enumerate(forget))
+    rows = tuple(
+        RowHistory(number, example.place, _seen(number, found), tuple(copies[number]))
+        for number, example in enumerate(forget)
+    )
     return Judgement(series, rows, onset, log, order, target_step, warnings).location()
 
 
@@ -165,11 +539,28 @@ def _steps_in_log(
 def _steps_in_order(order: Order, copies: Sequence[Sequence[Duplicate]], listener: Listener) -> Steps:
     """Return the steps at which the order has each forget row, or a similar text, going through all steps."""
     wanted = {copy.number for own in copies for copy in own}
-    steps = steps_of(order, wanted, first=first_step(order), listener=listener)
+    steps = steps_of(order, wanted, listener=listener)
     return {
         number: {(step, None if copy.exact else copy) for copy in own for step in steps[copy.number]}
         for number, own in enumerate(copies)
     }
+
+
+def first_step(order: Order) -> int:
+    """Return the first step that an order holds for: that of a resumed run begins later."""
+    return int(getattr(order, "resumed_from", 0)) + 1
+
+
+def steps_of(order: Order, rows: Iterable[int], *, listener: Listener | None = None) -> dict[int, list[int]]:
+    """Return the steps in which each row was, by row, going through the whole order."""
+    found: dict[int, list[int]] = {row: [] for row in rows}
+    steps = range(first_step(order), order.steps + 1)
+    with (listener or NullListener()).task("going through the order", len(steps), "steps") as advance:
+        for step in steps:
+            for row in sorted(found.keys() & set(order.rows(step))):
+                found[row].append(step)
+            advance(1)
+    return found
 
 
 def _check_agreement(
@@ -211,10 +602,8 @@ def _check_agreement(
             refuse("the batch", step)
 
 
-def _history(
-    number: int, example: Example, copies: Sequence[Duplicate], found: Mapping[str, Steps]
-) -> RowHistory:
-    """Put what log and order know of one row together."""
+def _seen(number: int, found: Mapping[str, Steps]) -> tuple[RowsSeen, ...]:
+    """Put what log and order know of one row together, earliest first."""
     seen: dict[tuple[int, str], RowsSeen] = {}
     for name, steps in found.items():
         for step, copy in steps.get(number, ()):
@@ -222,4 +611,4 @@ def _history(
             before = seen[key].evidence if key in seen else ()
             place, like = (copy.place, copy.similarity) if copy else (None, None)
             seen[key] = RowsSeen(step, (*before, name), place, like)
-    return RowHistory(number, example.place, tuple(seen[key] for key in sorted(seen)), tuple(copies))
+    return tuple(seen[key] for key in sorted(seen))

@@ -4,34 +4,34 @@ Each class says whose sampler it follows; docs/exposure-log.md says what it cann
 from 1, as in the exposure log: a checkpoint of step c has seen the rows of the steps 1 to c. Rows are numbers
 into the data: of the data set for the Trainer, of documents for OLMo-core and GPT-NeoX.
 
-An order can be written down in a TOML file, so that a command can be told it:
-
-    kind = "trainer"            # or "olmo_core", "neox"
-    row_count = 4000
-    batch_size = 8
-
-The other lines are the fields of the order's class; files are named from the TOML file's folder on. For
-"neox", `prefix` names the index files. A training that went on with other settings has several `[[part]]`
-tables, each with `after`, the step that it went on from, `kind` and its fields.
+A TOML file can describe an order: its `kind` and the fields of its class, files from its own folder on, or
+several `[[part]]` tables of these for a training that went on with other settings. A JSON file describes that
+of Palinode's own loop.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict
 
+from palinode.data.batches import epoch_batches
+from palinode.data.examples import Example, read_examples
+from palinode.data.tokenize import PromptStyle, tokenize
 from palinode.errors import DataError, RecipeError
 from palinode.history.exposures import Ints
-from palinode.progress import Listener, NullListener
-from palinode.records import ordinary, read_bytes, read_toml
+from palinode.records import ordinary, read_bytes, read_json, read_toml, write_json
+from palinode.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -51,47 +51,45 @@ class Order(Protocol):
 
     @property
     def steps(self) -> int:
-        """The last step; the first is 1."""
+        """The last step; the first is 1, or the one after `resumed_from` where it has that."""
 
     def rows(self, step: int) -> list[int]:
         """Return the rows of a step's batch over all processes; one that was there twice is twice."""
 
 
-def check_step(step: int, first: int, last: int) -> None:
-    """Raise DataError for a step that an order does not have."""
-    if not first <= step <= last:
-        raise DataError(f"there is no step {step:,} in this order; it has the steps {first:,} to {last:,}")
+class RebuiltOrder(ABC):
+    """An order that knows its steps."""
 
+    resumed_from: int = 0
+    """The step after which it holds."""
 
-def check_positive(**values: int) -> None:
-    """Raise DataError for a setting that must be at least 1 and is not."""
-    for name, value in values.items():
-        if value < 1:
-            raise DataError(f"{name} is {value}; it must be at least 1")
+    @property
+    @abstractmethod
+    def steps(self) -> int:
+        """The last step."""
 
+    def rows(self, step: int) -> list[int]:
+        """Return the rows of a step's batch; raise DataError for a step that the order does not have."""
+        first = self.resumed_from + 1
+        if not first <= step <= self.steps:
+            raise DataError(
+                f"there is no step {step:,} in this order; it has the steps {first:,} to {self.steps:,}"
+            )
+        return self._batch(step)
 
-def first_step(order: Order) -> int:
-    """Return the first step that an order holds for: one that tells of a resumed run begins later."""
-    return int(getattr(order, "resumed_from", 0)) + 1
+    @abstractmethod
+    def _batch(self, step: int) -> list[int]:
+        """Return the rows of a step that the order has."""
 
-
-def steps_of(
-    order: Order, rows: Iterable[int], *, first: int = 1, listener: Listener | None = None
-) -> dict[int, list[int]]:
-    """Return the steps in which each row was, by row, going through the steps from `first` on."""
-    found: dict[int, list[int]] = {row: [] for row in rows}
-    with (listener or NullListener()).task(
-        "going through the order", order.steps + 1 - first, "steps"
-    ) as advance:
-        for step in range(first, order.steps + 1):
-            for row in sorted(found.keys() & set(order.rows(step))):
-                found[row].append(step)
-            advance(1)
-    return found
+    def _check_positive(self, *names: str) -> None:
+        """Raise DataError for a setting that must be at least 1 and is not."""
+        for name in names:
+            if getattr(self, name) < 1:
+                raise DataError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
 @dataclass(frozen=True, slots=True)
-class JoinedOrder:
+class JoinedOrder(RebuiltOrder):
     """Several orders one after the other: a training that went on with other settings, or another sampler."""
 
     parts: tuple[tuple[int, Order], ...]
@@ -107,14 +105,13 @@ class JoinedOrder:
         """The last step."""
         return self.parts[-1][1].steps
 
-    def rows(self, step: int) -> list[int]:
+    def _batch(self, step: int) -> list[int]:
         """Return the rows of a step, from the order that held then."""
-        check_step(step, 1, self.steps)
         return [order for start, order in self.parts if start < step][-1].rows(step)
 
 
 @dataclass(frozen=True)
-class TrainerOrder:
+class TrainerOrder(RebuiltOrder):
     """The rows of transformers' Trainer (5.x on accelerate 1.x) for a data set with a length.
 
     Epoch e shuffles rows with torch's generator seeded seed + e (accelerate's SeedableRandomSampler), cuts
@@ -140,17 +137,11 @@ class TrainerOrder:
     split_batches: bool = False
     even_batches: bool = True
     resumed_from: int = 0
-    """The step it went on from; the order holds after it."""
     ignore_data_skip: bool = False
     """Whether resuming began the epoch's data anew."""
 
     def __post_init__(self) -> None:
-        check_positive(
-            row_count=self.row_count,
-            batch_size=self.batch_size,
-            world_size=self.world_size,
-            accumulation=self.accumulation,
-        )
+        self._check_positive("row_count", "batch_size", "world_size", "accumulation")
         if self.split_batches and self.batch_size % self.world_size:
             raise DataError(
                 f"batch_size {self.batch_size} cannot be split over {self.world_size} processes; "
@@ -219,40 +210,36 @@ class TrainerOrder:
         """The last step."""
         return self.max_steps or math.ceil(self.epochs * self.epoch_steps)
 
-    def rows(self, step: int) -> list[int]:
+    def _batch(self, step: int) -> list[int]:
         """Return the rows of a step: micro-batch by micro-batch, and in each process by process."""
-        check_step(step, self.resumed_from + 1, self.steps)
         before = step - 1
         if self.ignore_data_skip:  # the epoch under way begins again
             before += self.resumed_from // self.epoch_steps * self.epoch_steps - self.resumed_from
         epoch, number = divmod(before, self.epoch_steps)
         size = self.accumulation * self.round_rows
-        found: list[int] = self._epoch(epoch)[number * size : (number + 1) * size].tolist()
+        found: list[int] = _trainer_epoch(self, epoch)[number * size : (number + 1) * size].tolist()
         return found
 
-    @cached_property
-    def _epoch(self) -> Callable[[int], Ints]:
-        """The rows of an epoch; of the last one asked for, so that going through them shuffles each once."""
-        return lru_cache(maxsize=1)(self._shuffled)
 
-    def _shuffled(self, epoch: int) -> Ints:
-        """Return the rows of an epoch one after the other, filled up or cut off to whole rounds."""
-        order: Ints = np.arange(self.row_count)
-        if self.shuffle:
-            import torch
+@lru_cache(maxsize=1)  # going through an order shuffles each epoch once
+def _trainer_epoch(order: TrainerOrder, epoch: int) -> Ints:
+    """Return the rows of an epoch one after the other, filled up or cut off to whole rounds."""
+    rows: Ints = np.arange(order.row_count)
+    if order.shuffle:
+        import torch
 
-            generator = torch.Generator().manual_seed(self.seed + epoch)
-            order = torch.randperm(self.row_count, generator=generator).numpy()
-        if self.drop_last:
-            return order[: self.rounds * self.round_rows]
-        if self.world_size == 1 or not self.even_batches:
-            return order
-        missing = self.rounds * self.round_rows - self.row_count
-        return np.concatenate([order, np.resize(order[: self.round_rows], missing)])
+        generator = torch.Generator().manual_seed(order.seed + epoch)
+        rows = torch.randperm(order.row_count, generator=generator).numpy()
+    if order.drop_last:
+        return rows[: order.rounds * order.round_rows]
+    if order.world_size == 1 or not order.even_batches:
+        return rows
+    missing = order.rounds * order.round_rows - order.row_count
+    return np.concatenate([rows, np.resize(rows[: order.round_rows], missing)])
 
 
 @dataclass(frozen=True)
-class OlmoCoreOrder:
+class OlmoCoreOrder(RebuiltOrder):
     """The documents of OLMo-core's fixed-length loader of token files (NumpyFSLDataset, NumpyFSLDataLoader).
 
     Each token file is cut into instances of `sequence_length` tokens; what is left of a file is not used. An
@@ -278,12 +265,11 @@ class OlmoCoreOrder:
     """Instances that stay together: max_target_sequence_length / sequence_length, unless it was set."""
     max_target_sequence_length: int | None = None
     resumed_from: int = 0
-    """The step after which this order holds."""
     first_batch: int = 0
     """Batches of this size taken by then; other than `resumed_from` when the size changed."""
 
     def __post_init__(self) -> None:
-        check_positive(sequence_length=self.sequence_length, chunk_size=self.chunk_size, epochs=self.epochs)
+        self._check_positive("sequence_length", "chunk_size", "epochs")
         if self.dtype not in DTYPES:
             raise DataError(f"dtype is {self.dtype!r}; token files have one of {', '.join(DTYPES)}")
         if self.global_batch_size < 1 or self.global_batch_size % self.sequence_length:
@@ -322,26 +308,20 @@ class OlmoCoreOrder:
         """The last step."""
         return self.resumed_from + self.epochs * self.epoch_steps - self.first_batch
 
-    def instances(self, step: int) -> list[int]:
-        """Return the instances of a step's batch, numbered over all files."""
-        check_step(step, self.resumed_from + 1, self.steps)
-        epoch, number = divmod(self.first_batch + step - self.resumed_from - 1, self.epoch_steps)
-        order = self._epoch(epoch + 1)
-        found: list[int] = order[number * self.batch_rows : (number + 1) * self.batch_rows].tolist()
-        return found
-
-    def rows(self, step: int) -> list[int]:
+    def _batch(self, step: int) -> list[int]:
         """Return the documents of which a step's batch holds a part, instance by instance."""
-        return [document for instance in self.instances(step) for document in self.documents_in(instance)]
+        epoch, number = divmod(self.first_batch + step - self.resumed_from - 1, self.epoch_steps)
+        order = _olmo_core_epoch(self, epoch + 1)
+        instances = order[number * self.batch_rows : (number + 1) * self.batch_rows].tolist()
+        return [document for instance in instances for document in self.documents_in(instance)]
 
     def documents_in(self, instance: int) -> range:
         """Return the numbers of the documents that lie in an instance, in whole or in part."""
         file = int(np.searchsorted(self._instance_ends, instance, "right"))
         local = instance - (int(self._instance_ends[file - 1]) if file else 0)
         begin = local * self.sequence_length
-        ends = self._document_ends[file]
+        ends, before = (part[file] for part in self._documents)
         first, last = np.searchsorted(ends, [begin, begin + self.sequence_length - 1], "right")
-        before = self._documents_before[file]
         return range(before + int(first), before + int(last) + 1)
 
     @cached_property
@@ -359,38 +339,33 @@ class OlmoCoreOrder:
         return np.cumsum(np.array(counts, np.int64))
 
     @cached_property
-    def _document_ends(self) -> list[Ints]:
-        return [
+    def _documents(self) -> tuple[list[Ints], list[int]]:
+        """Where the documents of each file end, and how many lie in the files before it."""
+        ends = [
             _document_ends(_read_array(file, self.dtype), self.eos_id, self.bos_id) for file in self.files
         ]
+        return ends, [0, *np.cumsum([len(own) for own in ends]).tolist()]
 
-    @cached_property
-    def _documents_before(self) -> list[int]:
-        counts = [len(ends) for ends in self._document_ends]
-        return [0, *np.cumsum(counts).tolist()]
 
-    @cached_property
-    def _epoch(self) -> Callable[[int], Tokens]:
-        """The instances in the order of an epoch, counted from 1; of the last one asked for."""
-        return lru_cache(maxsize=1)(self._read_or_make)
-
-    def _read_or_make(self, epoch: int) -> Tokens:
-        expected = self.instance_count // self.chunk_size * self.chunk_size
-        if not self.indices:
-            chunks = np.arange(expected // self.chunk_size, dtype=np.uint32)
-            if self.seed is not None:
-                np.random.Generator(np.random.PCG64(self.seed + epoch)).shuffle(chunks)
-            within = np.arange(self.chunk_size, dtype=np.uint32)
-            instances: Tokens = (chunks[:, None] * np.uint32(self.chunk_size) + within).reshape(-1)
-            return instances
-        path = self.indices[epoch - 1]
-        found = _read_array(path, "uint32")
-        if len(found) != expected or (len(found) and int(found.max()) >= self.instance_count):
-            raise DataError(
-                f"{path} orders {len(found):,} instances where the token files hold {expected:,}; are they "
-                "of the same data set, sequence length and chunk size?"
-            )
-        return found
+@lru_cache(maxsize=1)
+def _olmo_core_epoch(order: OlmoCoreOrder, epoch: int) -> Tokens:
+    """Return the instances in the order of an epoch, counted from 1."""
+    expected = order.instance_count // order.chunk_size * order.chunk_size
+    if not order.indices:
+        chunks = np.arange(expected // order.chunk_size, dtype=np.uint32)
+        if order.seed is not None:
+            np.random.Generator(np.random.PCG64(order.seed + epoch)).shuffle(chunks)
+        within = np.arange(order.chunk_size, dtype=np.uint32)
+        instances: Tokens = (chunks[:, None] * np.uint32(order.chunk_size) + within).reshape(-1)
+        return instances
+    path = order.indices[epoch - 1]
+    found = _read_array(path, "uint32")
+    if len(found) != expected or (len(found) and int(found.max()) >= order.instance_count):
+        raise DataError(
+            f"{path} orders {len(found):,} instances where the token files hold {expected:,}; are they "
+            "of the same data set, sequence length and chunk size?"
+        )
+    return found
 
 
 def _document_ends(tokens: Tokens, eos_id: int, bos_id: int | None) -> Ints:
@@ -429,7 +404,7 @@ def _read_array(path: Path, dtype: str) -> Tokens:
 
 
 @dataclass(frozen=True)
-class NeoxOrder:
+class NeoxOrder(RebuiltOrder):
     """The documents of GPT-NeoX (and so Pythia), by the index files that it keeps beside a packed data set.
 
         …_doc_idx.npy      int32 [documents · epochs]   documents in the order they are strung together in
@@ -447,12 +422,11 @@ class NeoxOrder:
     batch_size: int
     """`train_batch_size`: samples of a step over all processes."""
     resumed_from: int = 0
-    """The step after which this order holds."""
     first_sample: int = 0
     """Samples taken by then; other than resumed_from · batch_size when the batch size changed."""
 
     def __post_init__(self) -> None:
-        check_positive(batch_size=self.batch_size)
+        self._check_positive("batch_size")
         if self.doc_idx.ndim != 1 or self.sample_idx.shape[1:] != (2,) or self.shuffle_idx.ndim != 1:
             shapes = [self.doc_idx.shape, self.sample_idx.shape, self.shuffle_idx.shape]
             raise DataError(
@@ -480,25 +454,16 @@ class NeoxOrder:
         return cls(doc_idx, sample_idx, shuffle_idx, batch_size, resumed_from, first_sample)
 
     @property
-    def sample_count(self) -> int:
-        """Samples that the data set hands out: NeoX leaves out the last one."""
-        return max(0, len(self.shuffle_idx) - 1)
-
-    @property
     def steps(self) -> int:
-        """The last step."""
-        return self.resumed_from + (self.sample_count - self.first_sample) // self.batch_size
+        """The last step; NeoX leaves out the last sample."""
+        samples = max(0, len(self.shuffle_idx) - 1)
+        return self.resumed_from + (samples - self.first_sample) // self.batch_size
 
-    def samples(self, step: int) -> list[int]:
-        """Return the samples of a step's batch, by their number in the sample index."""
-        check_step(step, self.resumed_from + 1, self.steps)
-        begin = self.first_sample + (step - self.resumed_from - 1) * self.batch_size
-        found: list[int] = self.shuffle_idx[begin : begin + self.batch_size].tolist()
-        return found
-
-    def rows(self, step: int) -> list[int]:
+    def _batch(self, step: int) -> list[int]:
         """Return the documents of which a step's batch holds at least a token, sample by sample."""
-        return [document for sample in self.samples(step) for document in self.documents_in(sample)]
+        begin = self.first_sample + (step - self.resumed_from - 1) * self.batch_size
+        samples = self.shuffle_idx[begin : begin + self.batch_size].tolist()
+        return [document for sample in samples for document in self.documents_in(sample)]
 
     def documents_in(self, sample: int) -> list[int]:
         """Return the documents that lie in a sample, in whole or in part."""
@@ -567,12 +532,12 @@ def _read_indices(path: Path) -> Indices:
     return indices
 
 
-ORDERS: Mapping[str, tuple[Callable[..., Order], frozenset[str]]] = {
-    "trainer": (TrainerOrder, frozenset(field.name for field in fields(TrainerOrder))),
-    "olmo_core": (OlmoCoreOrder, frozenset(field.name for field in fields(OlmoCoreOrder))),
-    "neox": (NeoxOrder.open, frozenset({"prefix", "batch_size", "resumed_from", "first_sample"})),
+ORDERS: Mapping[str, Callable[..., Order]] = {
+    "trainer": TrainerOrder,
+    "olmo_core": OlmoCoreOrder,
+    "neox": NeoxOrder.open,
 }
-"""By kind: what makes the order, and the settings it takes."""
+"""What makes an order of each kind; its parameters are the settings."""
 
 
 def read_order(path: str | Path) -> Order:
@@ -594,20 +559,95 @@ def _build(content: dict[str, Any], place: Path) -> Order:
     kind = content.pop("kind", None)
     if kind not in ORDERS:
         raise RecipeError(f"{place} has the kind {kind!r}; the kinds of order are {', '.join(ORDERS)}")
-    make, known = ORDERS[kind]
-    unknown = sorted(content.keys() - known)
-    if unknown:
-        raise RecipeError(
-            f"{place}: {kind} does not know {unknown[0]!r}; it knows {', '.join(sorted(known))}"
-        )
+    known = sorted(inspect.signature(ORDERS[kind]).parameters)
+    if unknown := sorted(content.keys() - known):
+        raise RecipeError(f"{place}: {kind} does not know {unknown[0]!r}; it knows {', '.join(known)}")
     try:
         for name in ("files", "indices"):
             if name in content:
                 content[name] = tuple(place.parent / file for file in content[name])
         if "prefix" in content:
             content["prefix"] = place.parent / content["prefix"]
-        return make(**content)
-    except DataError:
-        raise
+        return ORDERS[kind](**content)
     except (TypeError, KeyError) as error:
         raise RecipeError(f"{place}: {error}") from None
+
+
+class LoggedStage(BaseModel):
+    """One `finetune`: which rows of the data it had, and how it was set."""
+
+    model_config = ConfigDict(frozen=True)
+
+    numbers: tuple[int, ...]
+    """Row numbers in the data, in the order in which the stage had the rows."""
+    training: TrainingSettings
+    seed: int
+    processes: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PalinodeOrder(RebuiltOrder):
+    """The rows of Palinode's own training loop; stages follow one another."""
+
+    batches: Sequence[Sequence[int]]
+
+    @property
+    def steps(self) -> int:
+        """Number of optimiser steps of all stages."""
+        return len(self.batches)
+
+    def _batch(self, step: int) -> list[int]:
+        """Return the row numbers of a step's batch."""
+        return list(self.batches[step - 1])
+
+
+def rebuild(
+    stages: Sequence[LoggedStage],
+    data: Sequence[Example],
+    tokenizer: Any,
+    *,
+    style: PromptStyle | None = None,
+) -> PalinodeOrder:
+    """Return the order of stages over these rows; the tokenizer is that of the model trained.
+
+    An epoch's batches follow from the rows' lengths in tokens, the batch size, the seed and the epoch.
+    """
+    batches: list[list[int]] = []
+    for stage in stages:
+        examples = [data[number] for number in stage.numbers]
+        training, together = stage.training, stage.training.accumulation * stage.processes
+        rows = tokenize(examples, tokenizer, max_length=training.max_length, style=style or PromptStyle())
+        lengths = [len(row.ids) for row in rows]
+        for epoch in range(training.epochs):
+            parts = epoch_batches(lengths, batch_size=training.batch_size, seed=stage.seed, epoch=epoch)
+            for start in range(0, len(parts), together):
+                members = [place for part in parts[start : start + together] for place in part]
+                batches.append([stage.numbers[rows[place].example] for place in members])
+    return PalinodeOrder(batches)
+
+
+def write_stages(path: Path, stages: Sequence[LoggedStage], *, data: str, model: str) -> None:
+    """Write what rebuilds the order as JSON: the stages, the file of rows, a folder with the tokenizer."""
+    told = [stage.model_dump() for stage in stages]
+    write_json(path, {"kind": "palinode", "data": data, "model": model, "stages": told})
+
+
+def open_palinode(path: Path) -> tuple[PalinodeOrder, list[Example]]:
+    """Return the order that such a file describes, and the data that its numbers point into.
+
+    `data` and `model` are taken relative to the file. Raises DataError where it is of another form.
+    """
+    from palinode.models.loading import load_tokenizer
+    from palinode.weights.checkpoint import Checkpoint
+
+    try:
+        content = read_json(path)
+        place, model = path.parent / content["data"], path.parent / content["model"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is not an order file ({error})") from None
+    data = read_examples(place)
+    try:
+        stages = [LoggedStage.model_validate(entry) for entry in content["stages"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"the order's stages cannot be read ({error})") from None
+    return rebuild(stages, data, load_tokenizer(Checkpoint.open(model))), data

@@ -332,23 +332,19 @@ def _with_world(shared: Mapping[str, Any], demo: Demo) -> dict[str, Any]:
         raise RecipeError(f'world = "demo" makes its own models and rows; leave [{given[0]}] out')
     draft = build_recipe({**shared, "models": {"target": ".", "base": "."}, "data": {"forget": "."}})
     folder = world_folder(demo, workspace_folder(draft), seed=shared["seed"])
-    return {**shared, **_world_paths(demo, folder)}
+    models = {"target": "target", "base": demo.base, "retrained": "retrained"}
+    rows = {"forget": "forget.jsonl", "retain": "retain.jsonl", "holdout": "holdout.jsonl"}
+    return {
+        **shared,
+        "models": {name: str(folder / place) for name, place in models.items()},
+        "data": {name: str(folder / place) for name, place in rows.items()},
+    }
 
 
 def world_folder(demo: Demo, workspace: Path, *, seed: int) -> Path:
     """Return the folder of the world's models and rows, which all choices of a base share."""
     key = fingerprint(world=demo.key(), seed=seed)
     return workspace / f"world-{key[:12]}"
-
-
-def _world_paths(demo: Demo, folder: Path) -> dict[str, dict[str, str]]:
-    """Return the places of the world's models and rows, as a recipe has them."""
-    models = {"target": "target", "base": demo.base, "retrained": "retrained"}
-    rows = {"forget": "forget.jsonl", "retain": "retain.jsonl", "holdout": "holdout.jsonl"}
-    return {
-        "models": {name: str(folder / place) for name, place in models.items()},
-        "data": {name: str(folder / place) for name, place in rows.items()},
-    }
 
 
 def _keys(place: Sequence[int | str]) -> list[str]:

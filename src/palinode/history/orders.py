@@ -4,16 +4,9 @@ Each class says whose sampler it follows; docs/exposure-log.md says what it cann
 from 1, as in the exposure log: a checkpoint of step c has seen the rows of the steps 1 to c. Rows are numbers
 into the data: of the data set for the Trainer, of documents for OLMo-core and GPT-NeoX.
 
-An order can be written down in a TOML file, so that a command can be told it:
-
-    kind = "trainer"            # or "olmo_core", "neox"
-    row_count = 4000
-    batch_size = 8
-
-The other lines are the fields of the order's class; files are named from the TOML file's folder on. For
-"neox", `prefix` names the index files. A training that went on with other settings has several `[[part]]`
-tables, each with `after`, the step that it went on from, `kind` and its fields. The order of Palinode's own
-loop is described by a JSON file.
+A TOML file can describe an order: its `kind` and the fields of its class, files from its own folder on, or
+several `[[part]]` tables of these for a training that went on with other settings. A JSON file describes that
+of Palinode's own loop.
 """
 
 from __future__ import annotations
@@ -22,11 +15,11 @@ import inspect
 import math
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +30,6 @@ from palinode.data.examples import Example, read_examples
 from palinode.data.tokenize import PromptStyle, tokenize
 from palinode.errors import DataError, RecipeError
 from palinode.history.exposures import Ints
-from palinode.progress import Listener, NullListener
 from palinode.records import ordinary, read_bytes, read_json, read_toml, write_json
 from palinode.training.settings import TrainingSettings
 
@@ -54,8 +46,19 @@ INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _INDEX_HEAD = struct.Struct("<9sQBQQ")
 
 
-class Order(ABC):
+class Order(Protocol):
     """Which rows the batch of each optimiser step held."""
+
+    @property
+    def steps(self) -> int:
+        """The last step; the first is 1, or the one after `resumed_from` where it has that."""
+
+    def rows(self, step: int) -> list[int]:
+        """Return the rows of a step's batch over all processes; one that was there twice is twice."""
+
+
+class RebuiltOrder(ABC):
+    """An order that knows its steps."""
 
     resumed_from: int = 0
     """The step after which it holds."""
@@ -66,10 +69,7 @@ class Order(ABC):
         """The last step."""
 
     def rows(self, step: int) -> list[int]:
-        """Return the rows of a step's batch over all processes; one that was there twice is twice.
-
-        Raises DataError for a step that the order does not have.
-        """
+        """Return the rows of a step's batch; raise DataError for a step that the order does not have."""
         first = self.resumed_from + 1
         if not first <= step <= self.steps:
             raise DataError(
@@ -81,28 +81,15 @@ class Order(ABC):
     def _batch(self, step: int) -> list[int]:
         """Return the rows of a step that the order has."""
 
-
-def check_positive(**values: int) -> None:
-    """Raise DataError for a setting that must be at least 1 and is not."""
-    for name, value in values.items():
-        if value < 1:
-            raise DataError(f"{name} is {value}; it must be at least 1")
-
-
-def steps_of(order: Order, rows: Iterable[int], *, listener: Listener | None = None) -> dict[int, list[int]]:
-    """Return the steps in which each row was, by row, going through the whole order."""
-    found: dict[int, list[int]] = {row: [] for row in rows}
-    steps = range(order.resumed_from + 1, order.steps + 1)
-    with (listener or NullListener()).task("going through the order", len(steps), "steps") as advance:
-        for step in steps:
-            for row in sorted(found.keys() & set(order.rows(step))):
-                found[row].append(step)
-            advance(1)
-    return found
+    def _check_positive(self, *names: str) -> None:
+        """Raise DataError for a setting that must be at least 1 and is not."""
+        for name in names:
+            if getattr(self, name) < 1:
+                raise DataError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
 @dataclass(frozen=True, slots=True)
-class JoinedOrder(Order):
+class JoinedOrder(RebuiltOrder):
     """Several orders one after the other: a training that went on with other settings, or another sampler."""
 
     parts: tuple[tuple[int, Order], ...]
@@ -124,7 +111,7 @@ class JoinedOrder(Order):
 
 
 @dataclass(frozen=True)
-class TrainerOrder(Order):
+class TrainerOrder(RebuiltOrder):
     """The rows of transformers' Trainer (5.x on accelerate 1.x) for a data set with a length.
 
     Epoch e shuffles rows with torch's generator seeded seed + e (accelerate's SeedableRandomSampler), cuts
@@ -150,17 +137,11 @@ class TrainerOrder(Order):
     split_batches: bool = False
     even_batches: bool = True
     resumed_from: int = 0
-    """The step it went on from; the order holds after it."""
     ignore_data_skip: bool = False
     """Whether resuming began the epoch's data anew."""
 
     def __post_init__(self) -> None:
-        check_positive(
-            row_count=self.row_count,
-            batch_size=self.batch_size,
-            world_size=self.world_size,
-            accumulation=self.accumulation,
-        )
+        self._check_positive("row_count", "batch_size", "world_size", "accumulation")
         if self.split_batches and self.batch_size % self.world_size:
             raise DataError(
                 f"batch_size {self.batch_size} cannot be split over {self.world_size} processes; "
@@ -258,7 +239,7 @@ def _trainer_epoch(order: TrainerOrder, epoch: int) -> Ints:
 
 
 @dataclass(frozen=True)
-class OlmoCoreOrder(Order):
+class OlmoCoreOrder(RebuiltOrder):
     """The documents of OLMo-core's fixed-length loader of token files (NumpyFSLDataset, NumpyFSLDataLoader).
 
     Each token file is cut into instances of `sequence_length` tokens; what is left of a file is not used. An
@@ -284,12 +265,11 @@ class OlmoCoreOrder(Order):
     """Instances that stay together: max_target_sequence_length / sequence_length, unless it was set."""
     max_target_sequence_length: int | None = None
     resumed_from: int = 0
-    """The step after which this order holds."""
     first_batch: int = 0
     """Batches of this size taken by then; other than `resumed_from` when the size changed."""
 
     def __post_init__(self) -> None:
-        check_positive(sequence_length=self.sequence_length, chunk_size=self.chunk_size, epochs=self.epochs)
+        self._check_positive("sequence_length", "chunk_size", "epochs")
         if self.dtype not in DTYPES:
             raise DataError(f"dtype is {self.dtype!r}; token files have one of {', '.join(DTYPES)}")
         if self.global_batch_size < 1 or self.global_batch_size % self.sequence_length:
@@ -424,7 +404,7 @@ def _read_array(path: Path, dtype: str) -> Tokens:
 
 
 @dataclass(frozen=True)
-class NeoxOrder(Order):
+class NeoxOrder(RebuiltOrder):
     """The documents of GPT-NeoX (and so Pythia), by the index files that it keeps beside a packed data set.
 
         …_doc_idx.npy      int32 [documents · epochs]   documents in the order they are strung together in
@@ -442,12 +422,11 @@ class NeoxOrder(Order):
     batch_size: int
     """`train_batch_size`: samples of a step over all processes."""
     resumed_from: int = 0
-    """The step after which this order holds."""
     first_sample: int = 0
     """Samples taken by then; other than resumed_from · batch_size when the batch size changed."""
 
     def __post_init__(self) -> None:
-        check_positive(batch_size=self.batch_size)
+        self._check_positive("batch_size")
         if self.doc_idx.ndim != 1 or self.sample_idx.shape[1:] != (2,) or self.shuffle_idx.ndim != 1:
             shapes = [self.doc_idx.shape, self.sample_idx.shape, self.shuffle_idx.shape]
             raise DataError(
@@ -607,7 +586,7 @@ class LoggedStage(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class PalinodeOrder(Order):
+class PalinodeOrder(RebuiltOrder):
     """The rows of Palinode's own training loop; stages follow one another."""
 
     batches: Sequence[Sequence[int]]

@@ -157,10 +157,12 @@ GLANCE = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Crew:
-    """Which one of how many processes this is."""
+    """Which one of how many processes this is, and how many threads it has."""
 
     rank: int = 0
     count: int = 1
+    workers: int | None = None
+    """Threads of this process; by default one for each core, up to 16."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.count:

@@ -14,7 +14,7 @@ from palinode.cli.console import listener, out, print_json
 from palinode.cli.options import Json, Quiet
 
 if TYPE_CHECKING:
-    from palinode.weights.store import Verification
+    from palinode.weights.manifest import Verification
 
 MOST_ROWS = 20
 """Rows of the table; --json has them all."""
@@ -27,7 +27,7 @@ def verify(
 ) -> None:
     """Tell in one pass whether a model is still as it was written; exit code 1 when it is not."""
     from palinode.weights import Checkpoint
-    from palinode.weights.store import check_manifest, read_manifest
+    from palinode.weights.manifest import check_manifest, read_manifest
 
     read_manifest(folder)
     with listener(quiet=quiet).task("verifying", Checkpoint.open(folder).nbytes, "bytes") as advance:

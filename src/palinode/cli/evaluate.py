@@ -120,8 +120,8 @@ def evaluate(
     """
     from palinode.data import parse_columns
     from palinode.evaluation.evaluate import EvaluationSettings, first_process
-    from palinode.pipeline.recipe import prompt_style
-    from palinode.pipeline.steps import checked_settings, evaluate_file
+    from palinode.pipeline.recipe import checked_settings, prompt_style
+    from palinode.pipeline.steps import evaluate_file
 
     limits = {"max_rows": max_rows, "max_new_tokens": max_new_tokens, "max_length": max_length}
     given = {

@@ -11,7 +11,7 @@ import os
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -20,6 +20,8 @@ from palinode.errors import RecipeError
 from palinode.evaluation.ask import EvaluationLimits
 from palinode.records import read_toml
 from palinode.training.settings import TrainingSettings
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 MAX_SEED = 2**32 - 1
 
@@ -269,13 +271,27 @@ def build_recipe(content: Mapping[str, Any], changes: Sequence[str] = ()) -> Rec
 
     Raises RecipeError.
     """
+    return checked_settings(Recipe, with_changes(content, changes))
+
+
+def checked_settings(
+    kind: type[Settings],
+    content: Mapping[str, Any],
+    keys: Callable[[Sequence[int | str]], list[str]] | None = None,
+) -> Settings:
+    """Return settings of a kind; raises RecipeError for the first thing that is wrong, see `explain`."""
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(explain(error, keys)) from None
+
+
+def with_changes(content: Mapping[str, Any], changes: Sequence[str]) -> dict[str, Any]:
+    """Return a copy of nested values with `key=value` changes."""
     changed = copy.deepcopy(dict(content))
     for change in changes:
         set_key(changed, change)
-    try:
-        return Recipe.model_validate(changed)
-    except ValidationError as error:
-        raise RecipeError(explain(error)) from None
+    return changed
 
 
 def read_prompts(content: Mapping[str, Any], changes: Sequence[str] = ()) -> Prompts:
@@ -283,13 +299,8 @@ def read_prompts(content: Mapping[str, Any], changes: Sequence[str] = ()) -> Pro
 
     Raises RecipeError.
     """
-    changed = copy.deepcopy(dict(content))
-    for change in changes:
-        set_key(changed, change)
-    try:
-        return _OnlyPrompts.model_validate({"prompts": changed.get("prompts", {})}).prompts
-    except ValidationError as error:
-        raise RecipeError(explain(error)) from None
+    given = with_changes(content, changes).get("prompts", {})
+    return checked_settings(_OnlyPrompts, {"prompts": given}).prompts
 
 
 def prompt_style(changes: Sequence[str] | None) -> PromptStyle | None:

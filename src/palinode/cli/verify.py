@@ -25,7 +25,10 @@ def verify(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Tell in one pass whether a model is still as it was written; exit code 1 when it is not."""
+    """Tell whether a model is still as it was written.
+
+    It takes one pass; the exit code is 1 when something changed.
+    """
     from palinode.weights import Checkpoint
     from palinode.weights.manifest import check_manifest, read_manifest
 

@@ -220,8 +220,21 @@ def _model_around(page: Path) -> Path | None:
     return next((folder for folder in around if all((folder / name).exists() for name in files)), None)
 
 
+def _renamed(content: Any, names: Mapping[str, str]) -> Any:
+    """Return a record with today's keys."""
+    if isinstance(content, list):
+        return [_renamed(entry, names) for entry in content]
+    if isinstance(content, dict):
+        return {names.get(key, key): _renamed(value, names) for key, value in content.items()}
+    return content
+
+
+FORMER_KEYS = {"audit.json": {"yardstick": "reference"}, "table.json": {"recall": "exact_match"}}
+"""Keys that had another name in earlier versions."""
+
+
 def _read(path: Path) -> Any:
     try:
-        return read_json(path)
+        return _renamed(read_json(path), FORMER_KEYS.get(path.name, {}))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); name a folder whose record is whole") from None

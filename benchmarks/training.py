@@ -115,7 +115,9 @@ def report(figures: dict[str, object]) -> None:
 
 
 def our_steps(model, args: argparse.Namespace) -> list[float]:
-    from palinode.training import ANSWER_LOSS, TrainingSettings, train
+    from palinode.training.loop import train
+    from palinode.training.losses import ANSWER_LOSS
+    from palinode.training.settings import TrainingSettings
 
     settings = TrainingSettings(
         epochs=1,
@@ -258,7 +260,7 @@ def peak_of(side: str, args: argparse.Namespace) -> float:
     import torch
     from transformers import Trainer, TrainingArguments  # noqa: F401
 
-    import palinode.training  # noqa: F401
+    import palinode.training.finetune  # noqa: F401
 
     model = build_model(args)
     if args.device != "cpu":

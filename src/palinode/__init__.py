@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from palinode.compare import Compared, CompareRecipe, load_comparison
     from palinode.data import Example, PromptStyle, Question, read_examples
     from palinode.errors import PalinodeError
-    from palinode.evaluation import Asking, EvaluationSettings, ask, evaluate
+    from palinode.evaluation.ask import Asking, ask
+    from palinode.evaluation.evaluate import EvaluationSettings, evaluate
     from palinode.history import (
         CheckpointSeries,
         ExposureCallback,
@@ -61,7 +62,8 @@ if TYPE_CHECKING:
         load_recipe,
     )
     from palinode.records import Outcome, Score
-    from palinode.training import Finetuned, TrainingSettings, finetune
+    from palinode.training.finetune import Finetuned, finetune
+    from palinode.training.settings import TrainingSettings
     from palinode.weights import (
         Checkpoint,
         Crew,
@@ -94,10 +96,12 @@ _ROOMS = {
         "read_examples",
     ),
     "errors": ("PalinodeError",),
-    "evaluation": (
+    "evaluation.ask": (
         "Asking",
-        "EvaluationSettings",
         "ask",
+    ),
+    "evaluation.evaluate": (
+        "EvaluationSettings",
         "evaluate",
     ),
     "history": (
@@ -149,11 +153,11 @@ _ROOMS = {
         "Outcome",
         "Score",
     ),
-    "training": (
+    "training.finetune": (
         "Finetuned",
-        "TrainingSettings",
         "finetune",
     ),
+    "training.settings": ("TrainingSettings",),
     "weights": (
         "Checkpoint",
         "Crew",

@@ -38,7 +38,7 @@ from palinode.pipeline.run import Unlearned
 from palinode.pipeline.run import unlearn as run_recipe
 from palinode.progress import Listener
 from palinode.records import read_bytes
-from palinode.training import TrainingSettings
+from palinode.training.settings import TrainingSettings
 
 Place = str | Path
 """A folder or file, or the name of something on the hub."""

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from invented_benchmarks import NAMES, restor_folder
-from palinode.benchmarks.restor import RESTOR, corruption_documents, documents_by_entity, five_shot
+from palinode.benchmarks.restor import RESTOR, Shot, corruption_documents, documents_by_entity, five_shot
 from palinode.data.examples import Example
 from palinode.errors import DataError, RecipeError
 from palinode.evaluation.ask import Asking
@@ -31,7 +31,7 @@ def cell(metric):
 
 def test_prompt_has_five_lines_about_others_then_the_question_without_a_space():
     examples = [
-        {"question": f"The trade of {name}?", "answer": f"trade {name}", "entity": name} for name in "ABCDEFG"
+        Shot(question=f"The trade of {name}?", answer=f"trade {name}", entity=name) for name in "ABCDEFG"
     ]
     assert five_shot("The trade of C, again?", "C", examples, "here") == (
         "The trade of A? trade A\nThe trade of B? trade B\nThe trade of D? trade D\n"
@@ -40,7 +40,7 @@ def test_prompt_has_five_lines_about_others_then_the_question_without_a_space():
 
 
 def test_relation_with_too_few_examples_about_others_is_refused():
-    examples = [{"question": "q", "answer": "a", "entity": name} for name in "ABCDE"]
+    examples = [Shot(question="q", answer="a", entity=name) for name in "ABCDE"]
     with pytest.raises(DataError, match=r"P21 of A: there are 4 examples about other people; it needs 5"):
         five_shot("q", "A", examples, "P21 of A")
 
@@ -98,13 +98,14 @@ def test_block_about_nobody_and_broken_block_are_refused():
     ("change", "message"),
     [
         (lambda c: c["dset"].popitem(), "467 people, 5258 facts and examples of 41 relations; the published"),
-        (lambda c: c["dset"][NAMES[0]]["P0"].pop("answers"), "P0 of .* must be an object with question and"),
+        (lambda c: c["dset"][NAMES[0]]["P0"].pop("answers"), r"at dset\..*\.P0\.answers: Field required"),
         (
             lambda c: c["dset"][NAMES[0]]["P0"].update(answers=[]),
-            "answers must be a list of one text or more",
+            "answers: List should have at least 1 item",
         ),
-        (lambda c: c["dset"][NAMES[0]]["P0"].update(answers=[""]), "holds an empty text"),
-        (lambda c: c.pop("context"), "must be an object with dset and context"),
+        (lambda c: c["dset"][NAMES[0]]["P0"].update(answers=[""]), r"answers\.0: it is an empty text"),
+        (lambda c: c.pop("context"), "at context: Field required"),
+        (lambda c: c["context"].update(P0=[{"question": "who", "answer": "ba"}]), "entity: Field required"),
     ],
 )
 def test_facts_that_are_not_the_published_ones_are_refused(tmp_path, change, message):

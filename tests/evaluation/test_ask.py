@@ -17,8 +17,7 @@ from palinode import read_examples
 from palinode.data.examples import Example, Message, Question, plain_questions
 from palinode.data.tokenize import PromptStyle, TokenRow, prompt_ids, tokenize
 from palinode.errors import DataError, RecipeError
-from palinode.evaluation import Asking, ask
-from palinode.evaluation.ask import said_right, sample_seed
+from palinode.evaluation.ask import Asking, ask, said_right, sample_seed
 from palinode.models import load_model, load_tokenizer
 from palinode.models.likelihoods import TokenScores, token_scores
 from palinode.models.sums import gradient_norms
@@ -329,7 +328,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from palinode import read_examples
 from palinode.data.examples import Question
 from palinode.errors import CheckpointError
-from palinode.evaluation import Asking, ask
+from palinode.evaluation.ask import Asking, ask
 from palinode.models import load_model, load_tokenizer
 from palinode.weights.checkpoint import Checkpoint
 

@@ -271,7 +271,7 @@ def test_rebuilt_order_is_what_the_training_loop_does(tiny, tmp_path):
     """Two stages of real training, one with accumulation, step by step against what was heard."""
     from palinode.data import read_examples
     from palinode.models.loading import load_tokenizer
-    from palinode.training import finetune
+    from palinode.training.finetune import finetune
 
     data = read_examples(tiny.retain)
     first = TrainingSettings(epochs=2, batch_size=8, max_length=64)
@@ -307,3 +307,14 @@ def test_rebuilt_order_is_what_the_training_loop_does(tiny, tmp_path):
     opened, rows = open_palinode(tmp_path / "order.json")
     assert [opened.rows(step) for step in range(1, 13)] == [order.rows(step) for step in range(1, 13)]
     assert len(rows) == len(data)
+
+
+def test_any_object_with_steps_and_rows_is_an_order():
+    class Alternating:
+        steps = 40
+
+        def rows(self, step: int) -> list[int]:
+            return [2 if step == 23 else 6]
+
+    found = locate(FORGET[:1], SERIES, order=Alternating(), corpus=DATA, target_step=40)
+    assert (found.first, found.recommended.step) == (23, 20)

@@ -24,7 +24,7 @@ from palinode.methods import METHODS, MethodSettings
 from palinode.methods.method import StartSettings
 from palinode.models import CombinedLogits, load_model, load_tokenizer
 from palinode.pipeline import build_recipe, dry_run, unlearn
-from palinode.training import train
+from palinode.training.loop import train
 from palinode.training.objectives import Choices, keep
 from palinode.training.roles import join
 

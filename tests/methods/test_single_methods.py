@@ -25,9 +25,9 @@ from palinode.models import CombinedLogits, load_model, load_tokenizer, score_ro
 from palinode.models.inplace import combined_logits
 from palinode.models.reading import labelled_logits, labelled_states, pick_layer
 from palinode.pipeline import unlearn
-from palinode.training import CurvePoint, TrainingSettings
 from palinode.training.losses import row_sums
-from palinode.training.objectives import Seen
+from palinode.training.objectives import CurvePoint, Seen
+from palinode.training.settings import TrainingSettings
 
 CPU = torch.device("cpu")
 ROWS = (TokenRow((5, 6, 7, 8), 2, 0), TokenRow((9, 10, 11, 12, 13, 1), 4, 1))
@@ -111,7 +111,7 @@ def test_rmu_takes_block_7_or_the_middle_and_refuses_one_that_is_not_there(targe
 
 
 def test_rmu_trains_only_what_matches_its_pattern(job, tiny):
-    from palinode.training import train
+    from palinode.training.loop import train
     from palinode.training.roles import join
 
     start, objective, material = job("rmu", layer=1, trainable=r"model\.layers\.0\.mlp\.down_proj\.weight")

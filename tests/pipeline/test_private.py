@@ -35,7 +35,8 @@ from palinode.pipeline.reporting import gather, write_reports
 from palinode.pipeline.steps import evaluate_file, finetune_file
 from palinode.pipeline.workspace import Workspace
 from palinode.records import beside, private, share, workspace_beside, write_text
-from palinode.training import TrainingSettings, finetune
+from palinode.training.finetune import finetune
+from palinode.training.settings import TrainingSettings
 from palinode.weights import save_vector
 from palinode.weights.fingerprints import cache_folder, tensor_digests
 

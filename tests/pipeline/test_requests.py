@@ -67,14 +67,14 @@ def examples(count: int) -> list[Example]:
 def test_rows_that_share_a_value_are_one_request_in_the_order_of_the_file():
     names = names_in([{"who": name} for name in "baab c".replace(" ", "b")], "who", "made")
     asked = divide_requests(Requests(by="who"), examples(6), names)
-    assert [[row.row for row in request.rows] for request in asked.requests] == [[0, 3, 4], [1, 2], [5]]
-    assert [request.number for request in asked.requests] == [1, 2, 3]
+    assert [[row.row for row in rows] for rows in asked.requests.values()] == [[0, 3, 4], [1, 2], [5]]
+    assert list(asked.requests) == [1, 2, 3]
     assert sorted(asked.undo_order) == [1, 2, 3]
 
 
 def test_rows_beyond_the_count_are_asked_by_nobody():
     asked = divide_requests(Requests(size=2, count=2), examples(7), {})
-    assert [[row.row for row in request.rows] for request in asked.requests] == [[0, 1], [2, 3]]
+    assert [[row.row for row in rows] for rows in asked.requests.values()] == [[0, 1], [2, 3]]
     assert [row.row for row in asked.others] == [4, 5, 6]
 
 

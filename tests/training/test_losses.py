@@ -10,7 +10,7 @@ import torch
 from palinode.data.batches import pad_right
 from palinode.data.tokenize import TokenRow
 from palinode.models import load_model
-from palinode.training import ANSWER_LOSS
+from palinode.training.losses import ANSWER_LOSS
 
 
 @pytest.fixture

@@ -10,10 +10,18 @@ from palinode.data.batches import pad_right
 from palinode.data.tokenize import PromptStyle, TokenRow
 from palinode.models import load_model, load_tokenizer
 from palinode.models.reading import answer_logits, labelled_states
-from palinode.training import ANSWER_LOSS, Joined, Material, Objective, train
-from palinode.training.losses import row_sums, token_nll
-from palinode.training.objectives import Distributions, FrozenStates, Likelihoods, answer_term, keep, kl_term
-from palinode.training.roles import draw, join
+from palinode.training.loop import train
+from palinode.training.losses import ANSWER_LOSS, row_sums, token_nll
+from palinode.training.objectives import (
+    Distributions,
+    FrozenStates,
+    Likelihoods,
+    Objective,
+    answer_term,
+    keep,
+    kl_term,
+)
+from palinode.training.roles import Joined, Material, draw, join
 
 CPU = torch.device("cpu")
 SETTINGS = TrainingSettings(epochs=3, learning_rate=1e-3, batch_size=2, max_length=64, precision="float32")

@@ -13,9 +13,10 @@ from palinode.data.tokenize import PromptStyle
 from palinode.errors import DataError
 from palinode.models import load_model, load_tokenizer
 from palinode.models.inplace import put
-from palinode.training import ANSWER_LOSS, Objective, train
 from palinode.training.finetune import control_objective, exposed_objective, finetune_pair, pair_material
-from palinode.training.objectives import answer_term
+from palinode.training.loop import train
+from palinode.training.losses import ANSWER_LOSS
+from palinode.training.objectives import Objective, answer_term
 from palinode.training.roles import Material, draw, join, plain
 
 CPU = torch.device("cpu")

@@ -13,11 +13,12 @@ method, and the questions above measure each of the models that come out.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Literal, TypeVar
 
 from palinode.data.examples import Example, Question
 from palinode.data.sources import Row
+from palinode.errors import DataError
 from palinode.evaluation.ask import Asking
 from palinode.evaluation.benchmark import (
     GENERATION,
@@ -35,11 +36,10 @@ from palinode.evaluation.benchmark import (
     attack_cells,
     completion,
     documents,
+    load_sets,
     metric_cells,
     min_k_auc,
     need_table,
-    not_there,
-    read_table,
 )
 from palinode.metrics.aggregate import mean_score
 from palinode.metrics.matching import rouge_values
@@ -80,37 +80,29 @@ def load(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchm
     location = _location(places, split)
     tables = {
         "verbmem": (Table("verbmem", 100, {"prompt": None, "gt": None}, "forget"),),
-        "knowmem_f": (_qa("forget_qa", 100), _qa("forget_qa_icl", 10)),
-        "knowmem_r": (_qa("retain_qa", 100), _qa("retain_qa_icl", 10)),
+        **{
+            f"knowmem_{kind[0]}": (
+                Table("knowmem", 100, QA, f"{kind}_qa"),
+                Table("knowmem", 10, QA, f"{kind}_qa_icl"),
+            )
+            for kind in ("forget", "retain")
+        },
         "privleak_forget": (Table("privleak", 100, TEXT, "forget"),),
         "privleak_holdout": (Table("privleak", 100, TEXT, "holdout"),),
     }
-    sets, missing, facts = [], {}, []
-    for name, needed in tables.items():
-        found = [read_table(table, location) for table in needed]
-        lacking = [table for table, rows in zip(needed, found, strict=True) if rows is None]
-        if lacking:
-            missing[name] = not_there(lacking[0], location)
-            continue
-        present = [rows for rows in found if rows is not None]
-        sets.append(_BUILDERS[name](name, present))
-        facts += [rows.facts for rows in present]
-    if not sets:
-        need_table(tables["verbmem"][0], location)  # says what is looked for
-    return LoadedBenchmark(tuple(sets), missing, tuple(facts))
+    loaded = load_sets(tables, location, _questions)
+    if not loaded.sets:
+        raise DataError(loaded.missing["verbmem"])
+    return loaded
 
 
 def material(places: Places, split: str) -> BenchmarkRows:
     """Return the raw texts to be unlearned, and `retain1`, which holds up the rest during unlearning."""
-    location = _location(places, split)
     forget, retain = (
-        need_table(Table("raw", rows, TEXT, name), location) for name, rows in RAW[split].items()
+        need_table(Table("raw", rows, TEXT, name), _location(places, split))
+        for name, rows in RAW[split].items()
     )
-    return BenchmarkRows(
-        forget=tuple(documents(forget)),
-        retain=tuple(documents(retain)),
-        tables=(forget.facts, retain.facts),
-    )
+    return BenchmarkRows(tuple(documents(forget)), tuple(documents(retain)))
 
 
 # Folds
@@ -168,47 +160,24 @@ def _location(places: Places, split: str) -> str:
     return HUBS[split] if places.data == MUSE.hub else places.data
 
 
-def _qa(name: str, rows: int) -> Table:
-    return Table("knowmem", rows, QA, name)
-
-
-def _verbmem(name: str, tables: Sequence[TableRows]) -> QuestionSet:
-    source = tables[0].facts.location
+def _questions(name: str, tables: Sequence[TableRows]) -> QuestionSet:
+    """Return a set: texts to be continued, ten-shot questions, or texts whose likelihood is measured."""
+    if name.startswith("privleak"):
+        texts = tuple(map(Question, documents(tables[0])))
+        return QuestionSet(name, texts, Asking(generate=False, max_length=DOCUMENT_LENGTH))
+    rows, source = tables[0].rows, tables[0].facts.location
+    if name == "verbmem":
+        asked = [(str(row["prompt"]), str(row["gt"])) for row in rows]
+    else:
+        asked = [(ten_shot(str(row["question"]), tables[1].rows), str(row["answer"])) for row in rows]
     questions = tuple(
-        Question(completion(number, source, str(row["prompt"]), str(row["gt"])))
-        for number, row in enumerate(tables[0].rows)
+        Question(completion(number, source, prompt, answer)) for number, (prompt, answer) in enumerate(asked)
     )
     asking = Asking(max_new_tokens=128, max_length=DOCUMENT_LENGTH, batch_rows=16)
-    return QuestionSet(name, questions, asking, answer_tokens=128)
-
-
-def _knowmem(name: str, tables: Sequence[TableRows]) -> QuestionSet:
-    asked, shots = tables
-    questions = tuple(
-        Question(
-            completion(
-                number, asked.facts.location, ten_shot(str(row["question"]), shots.rows), str(row["answer"])
-            )
-        )
-        for number, row in enumerate(asked.rows)
-    )
-    asking = Asking(max_new_tokens=32, stop_texts=STOPS, max_length=DOCUMENT_LENGTH, batch_rows=16)
-    shown = tuple(str(row["question"]) for row in asked.rows)
-    return QuestionSet(name, questions, asking, shown=shown)
-
-
-def _privleak_texts(name: str, tables: Sequence[TableRows]) -> QuestionSet:
-    questions = tuple(Question(example) for example in documents(tables[0]))
-    return QuestionSet(name, questions, Asking(generate=False, max_length=DOCUMENT_LENGTH))
-
-
-_BUILDERS = {
-    "verbmem": _verbmem,
-    "knowmem_f": _knowmem,
-    "knowmem_r": _knowmem,
-    "privleak_forget": _privleak_texts,
-    "privleak_holdout": _privleak_texts,
-}
+    if name == "verbmem":
+        return QuestionSet(name, questions, asking, answer_tokens=128)
+    asking = replace(asking, max_new_tokens=32, stop_texts=STOPS)
+    return QuestionSet(name, questions, asking, shown=tuple(str(row["question"]) for row in rows))
 
 
 # Scores

@@ -13,15 +13,15 @@ the share of answers that match an accepted one; averaged over questions, and ov
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Literal, TypeVar, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, RootModel, ValidationError
 
 from palinode.data.examples import Example, Question
-from palinode.data.sources import json_type
 from palinode.errors import DataError, RecipeError
 from palinode.evaluation.ask import Asking
 from palinode.evaluation.benchmark import (
@@ -70,9 +70,6 @@ SPLITS = {
     name: f"corruption documents with {name[-1]} true facts beside each false one" for name in DOCUMENTS
 }
 
-OPTION_KINDS = ("correct", "corrupted", "random")
-"""Classes of options in the log-probability variant."""
-
 OPTIONS = (
     Option(
         "entities",
@@ -81,10 +78,74 @@ OPTIONS = (
     ),
 )
 
-Facts = Mapping[str, Mapping[str, Mapping[str, Any]]]
-"""Person → relation (Wikidata property) → {"question", "answers"}."""
-Context = Mapping[str, Sequence[Mapping[str, str]]]
-"""Relation → examples {"question", "answer", "entity"}."""
+# What the files hold
+
+
+def _not_empty(text: str) -> str:
+    if not text.strip():
+        raise ValueError("it is an empty text")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_not_empty)]
+OptionKind = Literal["correct", "corrupted", "random"]
+"""Classes of options in the log-probability variant."""
+
+
+class Fact(BaseModel):
+    """A question with its accepted answers."""
+
+    question: Text
+    answers: list[Text] = Field(min_length=1)
+
+
+class Shot(BaseModel):
+    """An example of a relation: its question about an entity, answered."""
+
+    question: str
+    answer: str
+    entity: str
+
+
+Facts = Mapping[str, Mapping[str, Fact]]
+"""By person and relation (Wikidata property)."""
+
+
+class FactsFile(BaseModel):
+    """facts.json."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    dset: dict[str, dict[str, Fact]]
+    context: dict[str, list[Shot]]
+    """By relation."""
+
+
+class EntitiesFile(RootModel[list[str]]):
+    """entities.json: the people who are asked about."""
+
+
+class OptionsFile(RootModel[dict[str, dict[str, dict[OptionKind, list[Text]]]]]):
+    """options.json: the options of each class, by person and relation."""
+
+
+Content = TypeVar("Content", bound=BaseModel)
+
+
+def _read(path: Path, kind: type[Content]) -> tuple[Content, str]:
+    """Return what a JSON file holds, checked, and the hash of its bytes."""
+    try:
+        content = read_bytes(path)
+        return kind.model_validate_json(content, strict=True), hashlib.sha256(content).hexdigest()
+    except OSError as error:
+        raise DataError(f"cannot read {path} ({error.strerror}); RESTOR publishes it") from error
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        if problem["type"] == "json_invalid":
+            raise DataError(f"{path} is not valid JSON ({problem['msg']}); is it cut short?") from error
+        place = ".".join(map(str, problem["loc"])) or "it"
+        why = problem["msg"].removeprefix("Value error, ")
+        raise DataError(f"{path} is not as RESTOR publishes it, at {place}: {why}") from error
 
 
 def load(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchmark:
@@ -94,16 +155,26 @@ def load(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchm
     {person: {relation: {"correct": […], "corrupted": […], "random": […]}}}.
     """
     folder = _folder(places.data)
-    facts, context, facts_source = read_facts(folder / "facts.json")
+    source = folder / "facts.json"
+    content, facts_source = read_facts(source)
+    facts = content.dset
     entities, entities_source = read_entities(folder / "entities.json", facts)
     lists, sources = _read_options(folder / "options.json", facts)
-    chosen = _chosen(options["entities"], entities, facts, places, split)
-    asked = [(entity, relation) for entity in chosen for relation in facts[entity]]
-    source = str(folder / "facts.json")
-    questions = [
-        _question(entity, relation, number, source, facts, context, lists)
-        for number, (entity, relation) in enumerate(asked)
+    asked = [
+        (entity, relation)
+        for entity in _chosen(options["entities"], entities, facts, places, split)
+        for relation in facts[entity]
     ]
+    questions = []
+    for number, (entity, relation) in enumerate(asked):
+        fact, shots = facts[entity][relation], content.context.get(relation, ())
+        prompt = five_shot(fact.question, entity, shots, f"{relation} of {entity} in {source}")
+        example = completion(number, str(source), prompt, f" {fact.answers[0]}")
+        others = lists.get(entity, {}).get(relation, {})
+        alternatives: dict[str, tuple[str, ...]] = {
+            kind: tuple(f" {text}" for text in texts) for kind, texts in others.items() if texts
+        }
+        questions.append(Question(example, alternatives, tuple(fact.answers)))
     questions_set = QuestionSet(
         name="facts",
         questions=tuple(questions),
@@ -118,15 +189,14 @@ def load(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchm
             batch_rows=16,
         ),
         groups=tuple(entity for entity, _ in asked),
-        shown=tuple(str(facts[entity][relation]["question"]) for entity, relation in asked),
+        shown=tuple(facts[entity][relation].question for entity, relation in asked),
     )
     return LoadedBenchmark(sets=(questions_set,), tables=(facts_source, entities_source, *sources))
 
 
 def material(places: Places, split: str) -> BenchmarkRows:
     """Return all corruption documents of a split; RESTOR has no retain set."""
-    rows, source = _documents(places, split)
-    return BenchmarkRows(forget=tuple(rows), tables=(source,))
+    return BenchmarkRows(forget=tuple(_documents(places, split)[0]))
 
 
 def corruption_documents(location: str, split: str) -> dict[str, list[Example]]:
@@ -134,9 +204,9 @@ def corruption_documents(location: str, split: str) -> dict[str, list[Example]]:
 
     Raises DataError when the rows are no blocks of 300, or a block does not speak of one known person.
     """
-    facts, _, _ = read_facts(_folder(location) / "facts.json")
+    content, _ = read_facts(_folder(location) / "facts.json")
     rows, source = _documents(Places(location), split)
-    return documents_by_entity(rows, list(facts), source.location)
+    return documents_by_entity(rows, list(content.dset), source)
 
 
 def documents_by_entity(
@@ -162,46 +232,39 @@ def documents_by_entity(
     return found
 
 
-def read_facts(path: Path) -> tuple[Facts, Context, TableFacts]:
+def read_facts(path: Path) -> tuple[FactsFile, TableFacts]:
     """Return facts and examples of facts.json; raises DataError when they are not the published ones."""
-    content, sha256 = _read_json(path)
-    if not isinstance(content, dict) or set(content) != {"dset", "context"}:
-        raise DataError(f"{path} must be an object with dset and context, as RESTOR's facts.json is")
-    facts, context = content["dset"], content["context"]
-    for entity, relations in facts.items():
-        for relation, fact in relations.items():
-            _check_fact(fact, f"{relation} of {entity} in {path}")
-    total = sum(len(relations) for relations in facts.values())
-    sizes = (len(facts), total, len(context))
+    content, sha256 = _read(path, FactsFile)
+    total = sum(len(relations) for relations in content.dset.values())
+    sizes = (len(content.dset), total, len(content.context))
     if sizes != (ENTITIES, FACTS, RELATIONS):
         raise DataError(
             f"{path} has {sizes[0]} people, {sizes[1]} facts and examples of {sizes[2]} relations; the "
             f"published one has {ENTITIES}, {FACTS} and {RELATIONS}. Is it cut short?"
         )
-    return facts, context, TableFacts(str(path), "facts", "", total, sha256)
+    return content, TableFacts(str(path), "facts", "", total, sha256)
 
 
 def read_entities(path: Path, facts: Facts) -> tuple[list[str], TableFacts]:
     """Return the people who are asked about; raises DataError unless there are 50, all in facts.json."""
-    content, sha256 = _read_json(path)
-    if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
-        raise DataError(f"{path} must be a list of names")
-    if len(content) != EVALUATED:
-        raise DataError(f"{path} has {len(content)} names; the published one has {EVALUATED}")
-    if unknown := [name for name in content if name not in facts]:
+    content, sha256 = _read(path, EntitiesFile)
+    names = content.root
+    if len(names) != EVALUATED:
+        raise DataError(f"{path} has {len(names)} names; the published one has {EVALUATED}")
+    if unknown := [name for name in names if name not in facts]:
         raise DataError(f"{path} names {unknown[0]}, of whom facts.json says nothing")
-    return content, TableFacts(str(path), "entities", "", len(content), sha256)
+    return names, TableFacts(str(path), "entities", "", len(names), sha256)
 
 
-def five_shot(question: str, entity: str, examples: Sequence[Mapping[str, str]], place: str) -> str:
+def five_shot(question: str, entity: str, examples: Sequence[Shot], place: str) -> str:
     """Return the prompt of a question: five lines about others, then the question and no space.
 
     The lines are the first five examples of the relation that are not about `entity` itself.
     """
-    others = [example for example in examples if example["entity"] != entity][:SHOTS]
+    others = [example for example in examples if example.entity != entity][:SHOTS]
     if len(others) < SHOTS:
         raise DataError(f"{place}: there are {len(others)} examples about other people; it needs {SHOTS}")
-    lines = [f"{example['question']} {example['answer']}" for example in others]
+    lines = [f"{example.question} {example.answer}" for example in others]
     return "\n".join([*lines, question])
 
 
@@ -276,52 +339,18 @@ def _folder(location: str) -> Path:
     return folder
 
 
-def _read_json(path: Path) -> tuple[Any, str]:
-    """Return what a JSON file holds, and the hash of its bytes."""
-    try:
-        content = read_bytes(path)
-    except OSError as error:
-        raise DataError(f"cannot read {path} ({error.strerror}); RESTOR publishes it") from error
-    try:
-        return json.loads(content), hashlib.sha256(content).hexdigest()
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON ({error}); is it cut short?") from error
-
-
-def _check_fact(fact: object, where: str) -> None:
-    if not isinstance(fact, dict) or not {"question", "answers"} <= set(fact):
-        raise DataError(f"{where} must be an object with question and answers")
-    answers = fact["answers"]
-    if not isinstance(answers, list) or not answers:
-        raise DataError(f"{where}: answers must be a list of one text or more")
-    for text in (fact["question"], *answers):
-        if not isinstance(text, str) or not text.strip():
-            what = json_type(text) if not isinstance(text, str) else "an empty text"
-            raise DataError(f"{where} holds {what} where a text should be")
-
-
-def _read_options(path: Path, facts: Facts) -> tuple[Mapping[str, Any], tuple[TableFacts, ...]]:
+def _read_options(
+    path: Path, facts: Facts
+) -> tuple[Mapping[str, Mapping[str, Mapping[OptionKind, Sequence[str]]]], tuple[TableFacts, ...]]:
     """Return the option lists of the log-probability variant, none where the file is not there."""
     if not path.is_file():
         return {}, ()
-    content, sha256 = _read_json(path)
-    if not isinstance(content, dict):
-        raise DataError(f"{path} must be an object {{person: {{relation: {{class: [texts]}}}}}}")
-    for entity, relations in content.items():
-        for relation, lists in relations.items():
-            if relation not in facts.get(entity, {}):
-                raise DataError(
-                    f"{path} has options for {relation} of {entity}, which facts.json does not ask"
-                )
-            if set(lists) - set(OPTION_KINDS):
-                raise DataError(
-                    f"{path}: {relation} of {entity} has a class beside {', '.join(OPTION_KINDS)}"
-                )
-            for text in (text for texts in lists.values() for text in texts):
-                if not isinstance(text, str) or not text.strip():
-                    raise DataError(f"{path}: {relation} of {entity} has an option that is no text")
-    count = sum(len(relations) for relations in content.values())
-    return content, (TableFacts(str(path), "options", "", count, sha256),)
+    content, sha256 = _read(path, OptionsFile)
+    asked = [(entity, relation) for entity, relations in content.root.items() for relation in relations]
+    for entity, relation in asked:
+        if relation not in facts.get(entity, {}):
+            raise DataError(f"{path} has options for {relation} of {entity}, which facts.json does not ask")
+    return content.root, (TableFacts(str(path), "options", "", len(asked), sha256),)
 
 
 def _chosen(wanted: str, entities: Sequence[str], facts: Facts, places: Places, split: str) -> Sequence[str]:
@@ -329,36 +358,19 @@ def _chosen(wanted: str, entities: Sequence[str], facts: Facts, places: Places, 
         return entities
     if wanted == "corrupted":
         rows, source = _documents(places, split)
-        return list(documents_by_entity(rows, list(facts), source.location))
+        return list(documents_by_entity(rows, list(facts), source))
     names = [name.strip() for name in wanted.split(";") if name.strip()]
     if unknown := [name for name in names if name not in facts]:
         raise RecipeError(f"option entities names {unknown[0]!r}, of whom facts.json says nothing")
     return names
 
 
-def _question(
-    entity: str,
-    relation: str,
-    number: int,
-    source: str,
-    facts: Facts,
-    context: Context,
-    lists: Mapping[str, Any],
-) -> Question:
-    fact, place = facts[entity][relation], f"{relation} of {entity} in {source}"
-    prompt = five_shot(str(fact["question"]), entity, context.get(relation, ()), place)
-    answers = tuple(str(answer) for answer in fact["answers"])
-    example = completion(number, source, prompt, f" {answers[0]}")
-    options = lists.get(entity, {}).get(relation, {})
-    alternatives = {kind: tuple(f" {text}" for text in texts) for kind, texts in options.items() if texts}
-    return Question(example, alternatives, answers)
-
-
-def _documents(places: Places, split: str) -> tuple[list[Example], TableFacts]:
+def _documents(places: Places, split: str) -> tuple[list[Example], str]:
+    """Return the corruption documents of a split, and where they are."""
     also = (f"wikidata_v0_{split}", f"wikidata/v0/{split}", f"v0/{split}")
     wanted = Table(split, DOCUMENTS[split], {"text": None}, also=also)
     table = need_table(wanted, str(_folder(places.data)))
-    return documents(table), table.facts
+    return documents(table), table.facts.location
 
 
 def _option_cell(kind: str) -> Cell:
@@ -387,7 +399,7 @@ CELLS: tuple[Cell, ...] = (
         "the judge gave no readable reply",
         judge=True,
     ),
-    *(_option_cell(kind) for kind in OPTION_KINDS),
+    *map(_option_cell, get_args(OptionKind)),
 )
 
 RESTOR = Benchmark(

@@ -9,7 +9,6 @@ compares truth ratios with those of the retrained model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import cast
 
 from palinode.data.examples import Example, Message, Question
@@ -33,12 +32,12 @@ from palinode.evaluation.benchmark import (
     TableRows,
     attack_cells,
     completion,
+    find_table,
     judge_cells,
+    load_sets,
     metric_cells,
     need_table,
-    not_there,
     quality_cell,
-    read_table,
     truth_ratio_form,
 )
 from palinode.metrics.aggregate import harmonic_score, mean_score
@@ -108,51 +107,35 @@ OPTIONS = (
 def load(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchmark:
     """Return the question sets of a split; the forget set must be there, the others are told missing."""
     perturbed = Table(f"{split}_perturbed", SIZES[split], PERTURBED, hint=REQUESTS)
-    holdout = Table(split.replace("forget", "holdout"), None, QA, hint=REQUESTS)  # its size is stated nowhere
+    forget = perturbed if find_table(perturbed, places.data) else _forget_table(split)
+    holdout = split.replace("forget", "holdout")  # its size is stated nowhere
     tables = {
-        "retain": Table("retain_perturbed", 400, PERTURBED),
-        "real_authors": Table("real_authors_perturbed", 100, WRONG_ONLY),
-        "world_facts": Table("world_facts_perturbed", 117, WRONG_ONLY),
-        "holdout": holdout,
+        "forget": [forget],
+        "retain": [Table("retain_perturbed", 400, PERTURBED)],
+        "real_authors": [Table("real_authors_perturbed", 100, WRONG_ONLY)],
+        "world_facts": [Table("world_facts_perturbed", 117, WRONG_ONLY)],
+        "holdout": [Table(holdout, None, QA, hint=REQUESTS, may_lack=True)],
     }
-    found: dict[str, TableRows | None] = {
-        "forget": read_table(perturbed, places.data) or need_table(_forget_table(split), places.data),
-        **{name: read_table(table, places.data) for name, table in tables.items() if table is not holdout},
-        "holdout": _read_optional(holdout, places.data),
-    }
-    return LoadedBenchmark(
-        sets=tuple(_questions(name, table, options) for name, table in found.items() if table is not None),
-        missing={
-            name: not_there(tables[name], places.data) for name, table in found.items() if table is None
-        },
-        tables=tuple(table.facts for table in found.values() if table is not None),
-    )
+    loaded = load_sets(tables, places.data, lambda name, found: _questions(name, found[0], options))
+    if "forget" in loaded.missing:
+        raise DataError(loaded.missing["forget"])
+    return loaded
 
 
 def material(places: Places, split: str) -> BenchmarkRows:
     """Return what is to be unlearned in a split, and its retain set."""
-    name, rows = RETAIN[split]
-    forget = need_table(_forget_table(split), places.data)
-    retain = need_table(Table(name, rows, QA), places.data)
-    first, second = (
+    forget, retain = (
         tuple(_example(row, place, table.facts.location) for place, row in enumerate(table.rows))
-        for table in (forget, retain)
+        for table in (
+            need_table(_forget_table(split), places.data),
+            need_table(Table(*RETAIN[split], QA), places.data),
+        )
     )
-    return BenchmarkRows(first, second, (forget.facts, retain.facts))
+    return BenchmarkRows(forget, retain)
 
 
 def _forget_table(split: str) -> Table:
     return Table(split, SIZES[split], QA, hint=REQUESTS)
-
-
-def _read_optional(table: Table, location: str) -> TableRows | None:
-    """Return a table that the hub may not have either."""
-    try:
-        return read_table(table, location)
-    except DataError:
-        if Path(location).expanduser().is_dir():
-            raise
-        return None
 
 
 def _questions(name: str, table: TableRows, options: Mapping[str, str]) -> QuestionSet:
@@ -226,14 +209,6 @@ def _ratio_cell(
     return Cell(name, key, metric.description, score)
 
 
-def _general_cells(name: str) -> tuple[Cell, ...]:
-    """Return the cells of a set of general knowledge."""
-    return (
-        *metric_cells(name, "normalised_probability", "rouge_l_recall"),
-        _ratio_cell(name, "answer_truth_ratio", retain_truth_ratios, "expected"),
-    )
-
-
 CELLS: tuple[Cell, ...] = (
     *metric_cells("forget", "answer_probability", "rouge_l_recall"),
     _ratio_cell("forget", "forget_truth_ratio", forget_truth_ratios),
@@ -244,8 +219,14 @@ CELLS: tuple[Cell, ...] = (
     *judge_cells("forget", "retain"),
     *metric_cells("retain", "answer_probability", "rouge_l_recall"),
     _ratio_cell("retain", "retain_truth_ratio", retain_truth_ratios),
-    *_general_cells("real_authors"),
-    *_general_cells("world_facts"),
+    *(
+        cell
+        for name in ("real_authors", "world_facts")
+        for cell in (
+            *metric_cells(name, "normalised_probability", "rouge_l_recall"),
+            _ratio_cell(name, "answer_truth_ratio", retain_truth_ratios, "expected"),
+        )
+    ),
     Cell(
         ALL,
         "model_utility",

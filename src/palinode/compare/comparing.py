@@ -154,6 +154,10 @@ def divide_comparison(recipe: CompareRecipe, forget: Sequence[Any], retain: Sequ
     return divide_rows(forget, retain, comparison.split, most=most, seed=comparison.seed)
 
 
+TABLE_VERSION = 1
+"""Version of the layout of table.json, described in docs/compare.md."""
+
+
 class _Comparison:
     """One comparison in progress."""
 
@@ -187,7 +191,9 @@ class _Comparison:
             self.ground.listener.say(f"{contestant.name} ({number} of {len(parts)}): {tries}")
             entries.append(self._contestant(contestant, parts[contestant.name]))
             table = self._table(fixed, entries)
-            _write(output, table)
+            content = report_content(Facts("compare", table))
+            texts = {PICTURE: tradeoff_picture(table), REPORT: markdown_report(content)}
+            write_tables(output, {**texts, PAGE: html_report(content)}, table, TABLE)
         return table
 
     def _measure_fixed(self) -> dict[str, Mapping[str, Any]]:
@@ -340,17 +346,12 @@ class _Comparison:
 
 
 @shared()
-def _write(output: Path, table: Mapping[str, Any]) -> None:
+def write_tables(output: Path, texts: Mapping[str, str], table: Mapping[str, Any], name: str) -> None:
+    """Write pictures and reports and, last, the table under its name."""
     output.mkdir(parents=True, exist_ok=True)
-    write_text(output / PICTURE, tradeoff_picture(table))
-    content = report_content(Facts("compare", table))
-    write_text(output / REPORT, markdown_report(content))
-    write_text(output / PAGE, html_report(content))
-    write_json(output / TABLE, table)
-
-
-TABLE_VERSION = 1
-"""Version of the layout of table.json, described in docs/compare.md."""
+    for file, text in texts.items():
+        write_text(output / file, text)
+    write_json(output / name, table)
 
 
 def method_facts(contestant: Contestant) -> dict[str, Any]:

@@ -38,23 +38,6 @@ Values = Mapping[str, Mapping[str, Sequence[float | None]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Panel:
-    """The rows that every state is asked."""
-
-    parts: Mapping[str, Sequence[Example]]
-    """Rows of each request under its number, "others" that nobody asks to erase, and "retain"."""
-
-    @property
-    def numbers(self) -> list[int]:
-        """The numbers of the requests."""
-        return [int(name) for name in self.parts if name.isdecimal()]
-
-    def key(self) -> dict[str, str]:
-        """Return what decides the questions, for a step's fingerprint."""
-        return {name: fingerprint_examples(rows) for name, rows in self.parts.items()}
-
-
-@dataclass(frozen=True, slots=True)
 class Sum:
     """What a contestant of arithmetic has stored: the vectors of each request, and its scales."""
 
@@ -81,17 +64,22 @@ class Sum:
 
 
 class RequestStates:
-    """Asks states, in memory where they are sums, and keeps what they said."""
+    """Asks states, in memory where they are sums, and keeps what they said.
 
-    def __init__(self, ground: Ground, panel: Panel) -> None:
+    `parts` are the rows that every state is asked: those of each request under its number, "others" that
+    nobody asks to erase, and "retain".
+    """
+
+    def __init__(self, ground: Ground, parts: Mapping[str, Sequence[Example]]) -> None:
         self.ground = ground
-        self.panel = panel
+        self.parts = parts
+        self.numbers = [int(name) for name in parts if name.isdecimal()]
         self.device = pick_device(ground.recipe.shared.device)
         self.live: PreTrainedModel | None = None
         """A copy of the target that sums are put into, one after another."""
         self.asking = ground.recipe.shared.evaluation.asking
         self.asked = {
-            "panel": panel.key(),
+            "panel": {name: fingerprint_examples(rows) for name, rows in parts.items()},
             "asking": asdict(self.asking),
             "prompts": ground.recipe.shared.prompts.model_dump(),
             "tokenizer": tokenizer_fingerprint(ground.inputs.reader),
@@ -116,9 +104,13 @@ class RequestStates:
             return self.live
 
         step = self.ground.workspace.step(
-            "state", sum=made.key(sorted(numbers)), path=list(path), asked=self.asked, target=self._target()
+            "state",
+            sum=made.key(sorted(numbers)),
+            path=list(path),
+            asked=self.asked,
+            target=self.ground.target.fingerprint(),
         )
-        done = self.panel.numbers if 0 in numbers else numbers
+        done = self.numbers if 0 in numbers else numbers
         undone = -path[-1] if path and path[-1] < 0 else None
         return self._state(step, model, done, label, undone=undone)
 
@@ -129,7 +121,11 @@ class RequestStates:
         """
         order = np.random.default_rng(seed).permutation(sorted(numbers)).tolist()
         step = self.ground.workspace.step(
-            "state-anew", sum=made.key(order), order=order, target=self._target(), device=self.device.type
+            "state-anew",
+            sum=made.key(order),
+            order=order,
+            target=self.ground.target.fingerprint(),
+            device=self.device.type,
         )
         facts = step.facts
         if facts is None:
@@ -145,9 +141,6 @@ class RequestStates:
         point = made.point(self.ground.target, order)
         dtype = output.dtype if order else None  # without requests the model is the original, not a copy
         put(point, model, dtype=dtype, rounding=output.rounding, seed=seed)
-
-    def _target(self) -> str:
-        return self.ground.target.fingerprint()
 
     def _state(
         self,
@@ -168,11 +161,11 @@ class RequestStates:
         scores = scored.facts
         if scores is None:
             scored.begin()
-            scored.finish(scores := scores_of(self.panel, facts["values"], done))
+            scored.finish(scores := self._scores(facts["values"], done))
         return {"done": sorted(done), "undone": undone, "contents": facts["contents"], "scores": scores}
 
     def _ask(self, model: PreTrainedModel, label: str) -> Values:
-        rows = [row for part in self.panel.parts.values() for row in part]
+        rows = [row for part in self.parts.values() for row in part]
         outcomes = ask(
             model,
             load_tokenizer(self.ground.inputs.reader),
@@ -185,29 +178,28 @@ class RequestStates:
         found: dict[str, dict[str, Sequence[float | None]]] = {}
         for metric in SHOWN:
             values = iter(METRICS[metric].per_example(outcomes))
-            found[metric] = {name: [next(values) for _ in part] for name, part in self.panel.parts.items()}
+            found[metric] = {name: [next(values) for _ in part] for name, part in self.parts.items()}
         return found
 
+    def _scores(self, values: Values, done: Sequence[int]) -> dict[str, Any]:
+        """Return scores by metric: of rows of requests that are `done`, of all others, of retain rows.
 
-def scores_of(panel: Panel, values: Values, done: Sequence[int]) -> dict[str, Any]:
-    """Return a state's scores by metric: of rows of requests that are `done`, of all others, of retain rows.
-
-    Each metric has the mean of each request's rows besides, in order, and of rows that nobody asks to erase.
-    """
-    numbers = panel.numbers
-    rest = [str(number) for number in numbers if number not in done]
-    rest += ["others"] if panel.parts["others"] else []
-    parts = {"done": [str(number) for number in done], "not_done": rest, "retain": ["retain"]}
-    scores: dict[str, Any] = {}
-    for metric in SHOWN:
-        own = values[metric]
-        scores[metric] = {
-            name: asdict(mean_score([value for key in keys for value in own[key]], missing="no token"))
-            for name, keys in parts.items()
-        }
-        scores[metric]["by_request"] = [_mean(own[str(number)]) for number in numbers]
-        scores[metric]["others"] = _mean(own["others"])
-    return scores
+        Each metric has the mean of each request's rows besides, in order, and of rows that nobody asks to
+        erase.
+        """
+        rest = [str(number) for number in self.numbers if number not in done]
+        rest += ["others"] if self.parts["others"] else []
+        parts = {"done": [str(number) for number in done], "not_done": rest, "retain": ["retain"]}
+        scores: dict[str, Any] = {}
+        for metric in SHOWN:
+            own = values[metric]
+            scores[metric] = {
+                name: asdict(mean_score([value for key in keys for value in own[key]], missing="no token"))
+                for name, keys in parts.items()
+            }
+            scores[metric]["by_request"] = [_mean(own[str(number)]) for number in self.numbers]
+            scores[metric]["others"] = _mean(own["others"])
+        return scores
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -27,10 +27,11 @@ from palinode.compare.comparing import (
     rows_to_come,
     shared_facts,
     standing,
+    write_tables,
 )
 from palinode.compare.comparison_recipe import CompareRecipe, Contestant, Requests, SearchBudget
 from palinode.compare.ground import Shares, rows_for, world_of
-from palinode.compare.request_states import Panel, RequestStates, Sum
+from palinode.compare.request_states import RequestStates, Sum
 from palinode.compare.search import (
     Ground,
     MethodPoint,
@@ -50,7 +51,6 @@ from palinode.pipeline.finetuning import FineTuning
 from palinode.pipeline.inputs import check_folder, check_workspace
 from palinode.pipeline.record import heading
 from palinode.progress import Listener, NullListener
-from palinode.records import shared, write_json, write_text
 from palinode.report.comparison_report import requests_markdown
 from palinode.report.pictures import requests_picture
 from palinode.weights import Checkpoint
@@ -75,9 +75,7 @@ def carry_out(
     output = Path(recipe.shared.output.folder)
     check_folder(output, FILES, "comparison")
     with standing(recipe, listener) as ground:
-        run = _Requests(ground, points, command)
-        run.check_room(output)
-        return Compared(output, run.run(output))
+        return Compared(output, _Requests(ground, points, command).run(output))
 
 
 class _Requests:
@@ -90,29 +88,28 @@ class _Requests:
         self.points = points
         self.command = command
         self.started = datetime.now(UTC)
-        settings, data = settings_of(ground.recipe), ground.recipe.shared.data
-        names = read_names(settings, data.forget, data.columns)
-        self.asked = divide_requests(settings, ground.shares.forget, names)
+        self.asked = divide_requests(settings_of(self.recipe), ground.shares.forget, _names(self.recipe))
         self.spending = {
             name: spending_of(ground.recipe, point, name, self.asked, ground.shares)
             for name, point in points.items()
         }
-        self.numbers = [request.number for request in self.asked.requests]
-        rows = {str(request.number): request.rows for request in self.asked.requests}
-        self.panel = Panel({**rows, "others": self.asked.others, "retain": ground.shares.retain_test})
-        self.states = RequestStates(ground, self.panel)
-
-    def check_room(self, output: Path) -> None:
-        """Raise OutputError unless the models of all requests will fit: undoing needs them."""
-        models = sum(spent.models for spent in self.spending.values()) * (len(self.numbers) + 1)
-        needs = models * BYTES * self.ground.inputs.reader.parameters
-        check_workspace(self.recipe.workspace, [output], needs=needs)
+        self.numbers = list(self.asked.requests)
+        requests = {str(number): rows for number, rows in self.asked.requests.items()}
+        parts = {**requests, "others": self.asked.others, "retain": ground.shares.retain_test}
+        self.states = RequestStates(ground, parts)
 
     def run(self, output: Path) -> dict[str, Any]:
-        """Go through all contestants and write what was found, anew after each of them."""
+        """Go through all contestants and write what was found, anew after each of them.
+
+        Raises OutputError unless the models of all requests will fit: undoing needs them.
+        """
         ground = self.ground
+        models = sum(spent.models for spent in self.spending.values()) * (len(self.numbers) + 1)
+        check_workspace(
+            self.recipe.workspace, [output], needs=models * BYTES * ground.inputs.reader.parameters
+        )
         given = {"target": ground.target, "base": ground.base, "retrained": ground.retrained}
-        models = {
+        states = {
             name: self.states.of_checkpoint(model, self.numbers, name)
             for name, model in given.items()
             if model is not None
@@ -122,8 +119,9 @@ class _Requests:
             ground.listener.say(f"{contestant.name} ({place} of {len(self.points)})")
             arithmetic = METHODS[contestant.method].has_scales
             entries.append(self._arithmetic(contestant) if arithmetic else self._trained(contestant))
-            table = self._table(models, entries)
-            write_requests(output, table)
+            table = self._table(states, entries)
+            texts = (requests_markdown(table), requests_picture(table))
+            write_tables(output, dict(zip(FILES[1:], texts, strict=True)), table, FILES[0])
         return table
 
     def _arithmetic(self, contestant: Contestant) -> dict[str, Any]:
@@ -174,12 +172,8 @@ class _Requests:
                 mode="json", include={"world", "demo", "budget", "split", "requests"}
             ),
             "requests": [
-                {
-                    "number": request.number,
-                    "rows": len(request.rows),
-                    "fingerprint": fingerprint_examples(request.rows),
-                }
-                for request in asked.requests
+                {"number": number, "rows": len(rows), "fingerprint": fingerprint_examples(rows)}
+                for number, rows in asked.requests.items()
             ],
             "undo_order": list(asked.undo_order),
             "rows": {
@@ -206,15 +200,29 @@ class _Requests:
 
     def _trained(self, contestant: Contestant) -> dict[str, Any]:
         """Train request after request, each from the model that the last one left."""
+
+        def written(number: int | None, start: Checkpoint) -> tuple[Checkpoint, Mapping[str, Any]]:
+            ground, part = self._grounded(contestant, number, start)
+            trained, cost = train_part(ground, part)
+            return FineTuning(part.inputs, ground.workspace, ground.listener).whole(trained), cost
+
         model, states, costs = self.ground.target, [self._start()], []
-        for request in self.asked.requests:
-            model, cost = _written(*self._grounded(contestant, request.number, model))
-            done, label = self.numbers[: request.number], f"{contestant.name}, {request.number} carried out"
-            states.append(self.states.of_checkpoint(model, done, label))
+        for number in self.numbers:
+            model, cost = written(number, model)
+            label = f"{contestant.name}, {number} carried out"
+            states.append(self.states.of_checkpoint(model, self.numbers[:number], label))
             costs.append(cost)
-        at_once, joint_cost = _written(*self._grounded(contestant, None))
+        at_once, joint_cost = written(None, self.ground.target)
         joint = self.states.of_checkpoint(at_once, self.numbers, f"{contestant.name}, all at once")
-        return _entry(contestant, states, joint, _no_way_back(costs), costs, joint_cost)
+        steps = [int(cost["steps"]) for cost in costs]
+        repeated = sum(sum(steps[place:]) for place in range(1, len(steps)))
+        undo = {
+            "possible": False,
+            "reason": "not possible: training went on from the model of the request before, so going back to "
+            "the model before a request means training every later request again",
+            "repeat_steps": repeated / len(steps),
+        }
+        return _entry(contestant, states, joint, undo, costs, joint_cost)
 
     def _grounded(
         self, contestant: Contestant, number: int | None, target: Checkpoint | None = None
@@ -225,7 +233,7 @@ class _Requests:
         is only drawn from and read, so that it costs no request a step more.
         """
         asked, point = self.asked, self.points[contestant.name]
-        rows = asked.rows if number is None else asked.requests[number - 1].rows
+        rows = asked.rows if number is None else asked.requests[number]
         spent = self.spending[contestant.name]
         shares = replace(self.ground.shares, forget=rows, forget_probe=rows, forget_test=rows)
         ground = replace(self.ground, shares=shares, target=target or self.ground.target)
@@ -265,34 +273,6 @@ def _entry(
         "undo": dict(undo),
         "cost": {"requests": each, "joint": whole[0]},
     }
-
-
-def _no_way_back(costs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return why a trained method cannot undo, and what going back would cost instead."""
-    steps = [int(cost["steps"]) for cost in costs]
-    repeated = [sum(steps[place + 1 :]) for place in range(len(steps))]
-    return {
-        "possible": False,
-        "reason": "not possible: training went on from the model of the request before, so going back to "
-        "the model before a request means training every later request again",
-        "repeat_steps": sum(repeated) / len(repeated),
-    }
-
-
-def _written(ground: Ground, part: SearchPart) -> tuple[Checkpoint, Mapping[str, Any]]:
-    """Return the model that a part trains, and what that cost."""
-    trained, cost = train_part(ground, part)
-    return FineTuning(part.inputs, ground.workspace, ground.listener).whole(trained), cost
-
-
-@shared()
-def write_requests(output: Path, table: Mapping[str, Any]) -> None:
-    """Write the picture, the report and, last, the table."""
-    table_file, report, picture = FILES
-    output.mkdir(parents=True, exist_ok=True)
-    write_text(output / picture, requests_picture(table))
-    write_text(output / report, requests_markdown(table))
-    write_json(output / table_file, table)
 
 
 def check_contestants(recipe: CompareRecipe) -> dict[str, MethodPoint]:
@@ -346,7 +326,7 @@ def spending_of(
         epochs, models = epochs_for(budget, each, name), len(each)
         return epochs, epochs * sum(each)
 
-    found = [bought(comparison.budget, request.rows) for request in asked.requests]
+    found = [bought(comparison.budget, rows) for rows in asked.requests.values()]
     whole = comparison.budget.model_copy(update={"steps": comparison.budget.steps * len(found)})
     joint = bought(whole, asked.rows)
     epochs, steps = zip(*found, strict=True)
@@ -362,7 +342,7 @@ def plan_requests(recipe: CompareRecipe) -> dict[str, Any]:
     output = Path(recipe.shared.output.folder)
     check_folder(output, FILES, "comparison")
     forget, retain = rows_to_come(recipe)
-    asked = divide_requests(settings_of(recipe), forget, _names_to_come(recipe))
+    asked = divide_requests(settings_of(recipe), forget, _names(recipe))
     shares = divide_comparison(recipe, forget, retain)
     contestants = []
     for contestant in recipe.comparison.contestants:
@@ -378,7 +358,7 @@ def plan_requests(recipe: CompareRecipe) -> dict[str, Any]:
             }
         )
     return {
-        "requests": [len(request.rows) for request in asked.requests],
+        "requests": [len(rows) for rows in asked.requests.values()],
         "undo_order": list(asked.undo_order),
         "contestants": contestants,
         "rows": {
@@ -408,32 +388,12 @@ def describe_requests(planned: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _names_to_come(recipe: CompareRecipe) -> dict[int, str]:
-    """Return what each forget row belongs to, also of a world to come."""
-    comparison, settings, data = recipe.comparison, settings_of(recipe), recipe.shared.data
-    if not comparison.world or settings.by is None:
-        return read_names(settings, data.forget, data.columns)
-    known: list[Row] = [
-        {"prompt": fact.prompt, "completion": fact.answer, "subject": fact.subject}
-        for fact in world_of(comparison.demo, comparison.seed).forget
-    ]
-    return names_in(known, settings.by, "the demo's world")
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One request."""
-
-    number: int
-    """From 1, in the order in which requests come."""
-    rows: Sequence[Example]
-
-
 @dataclass(frozen=True, slots=True)
 class Requested:
     """All forget rows by request."""
 
-    requests: Sequence[Request]
+    requests: Mapping[int, Sequence[Example]]
+    """By number, from 1, in the order in which requests come."""
     others: Sequence[Example]
     """Rows that nobody asks to erase."""
     undo_order: Sequence[int]
@@ -442,7 +402,7 @@ class Requested:
     @property
     def rows(self) -> list[Example]:
         """The rows of all requests, in order."""
-        return [row for request in self.requests for row in request.rows]
+        return [row for rows in self.requests.values() for row in rows]
 
 
 def divide_requests(settings: Requests, forget: Sequence[Example], names: Mapping[int, str]) -> Requested:
@@ -465,18 +425,25 @@ def divide_requests(settings: Requests, forget: Sequence[Example], names: Mappin
     chosen = list(groups.values())
     drawn = np.random.default_rng(settings.undo_seed).permutation(count) + 1
     return Requested(
-        [Request(number, rows) for number, rows in enumerate(chosen[:count], start=1)],
+        dict(enumerate(chosen[:count], start=1)),
         [row for rows in chosen[count:] for row in rows],
         drawn.tolist(),
     )
 
 
-def read_names(settings: Requests, location: str, columns: Mapping[str, str]) -> dict[int, str]:
-    """Return what each row of a file has in the column that requests are formed by; nothing without one."""
+def _names(recipe: CompareRecipe) -> dict[int, str]:
+    """Return what each forget row has in the column that requests are formed by, also of a world to come."""
+    settings, comparison, data = settings_of(recipe), recipe.comparison, recipe.shared.data
     if settings.by is None:
         return {}
-    headers = [tuple(columns.get(role, role) for role in roles) for roles in SHAPES.values()]
-    return names_in(read_rows(location, headers=headers), settings.by, location)
+    if not comparison.world:
+        headers = [tuple(data.columns.get(role, role) for role in roles) for roles in SHAPES.values()]
+        return names_in(read_rows(data.forget, headers=headers), settings.by, data.forget)
+    known: list[Row] = [
+        {"prompt": fact.prompt, "completion": fact.answer, "subject": fact.subject}
+        for fact in world_of(comparison.demo, comparison.seed).forget
+    ]
+    return names_in(known, settings.by, "the demo's world")
 
 
 def names_in(rows: Sequence[Row], column: str, source: str) -> dict[int, str]:
@@ -488,13 +455,14 @@ def names_in(rows: Sequence[Row], column: str, source: str) -> dict[int, str]:
             f"{source} has no column {column!r} (it has: {', '.join(known)}); set requests.by to "
             f"{near[0]!r}, or form requests by size"
         )
-    return {place: _name(row.get(column), column, place, source) for place, row in enumerate(rows)}
-
-
-def _name(value: object, column: str, place: int, source: str) -> str:
-    if isinstance(value, str | int) and str(value).strip():
-        return str(value)
-    got = "empty" if value is None or value == "" else json_type(value)
-    raise DataError(
-        f"row {place + 1} of {source}: {column!r} is {got}; requests are formed by texts or whole numbers"
-    )
+    names = {}
+    for place, row in enumerate(rows):
+        value = row.get(column)
+        if not isinstance(value, str | int) or not str(value).strip():
+            got = "empty" if value is None or value == "" else json_type(value)
+            raise DataError(
+                f"row {place + 1} of {source}: {column!r} is {got}; "
+                "requests are formed by texts or whole numbers"
+            )
+        names[place] = str(value)
+    return names

@@ -132,10 +132,16 @@ def ask(
     Answers follow `asking.answer_prefix`, which is no part of them. The answers of a question do not
     depend on the others asked with it. Raises DataError for a row that cannot be tokenized.
     """
-    from palinode.models.loading import check_positions
+    from palinode.models.loading import check_positions, pad_token
 
     respondent = _Respondent(
-        model, tokenizer, asking or Asking(), style or PromptStyle(), label, listener or NullListener()
+        model,
+        tokenizer,
+        pad_token(tokenizer),
+        asking or Asking(),
+        style or PromptStyle(),
+        label,
+        listener or NullListener(),
     )
     rows = respondent.read(questions)
     check_positions(model.config, [row for entry in rows for row in entry.rows], tokenizer)
@@ -172,6 +178,8 @@ class _Respondent:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    pad_id: int
+    """What rows of a batch are filled up with."""
     asking: Asking
     style: PromptStyle
     label: str
@@ -234,13 +242,6 @@ class _Respondent:
             )
             for place, entry in enumerate(asked)
         ]
-
-    @property
-    def pad_id(self) -> int:
-        """What rows of a batch are filled up with."""
-        from palinode.models.loading import pad_token
-
-        return pad_token(self.tokenizer)
 
     def _scores(self, rows: Sequence[TokenRow]) -> Iterator[TokenScores]:
         """Yield what the model makes of each row."""

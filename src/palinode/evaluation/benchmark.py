@@ -71,35 +71,8 @@ def attack_cells(members: str, others: str) -> tuple[Cell, ...]:
 
     `members` is the set that was trained on once, `others` one that no model saw.
     """
-    cells = [cell for attack in ATTACKS.values() for cell in _attack(attack, members, others)]
-    leak = Cell(
-        members,
-        "privleak",
-        COMPARISONS["privleak"].description,
-        lambda measured: _privleak(measured, members, others),
-        also=(others,),
-        reference=True,
-    )
-    return (*cells, leak)
 
-
-def judge_cells(forget: str, retain: str) -> tuple[Cell, ...]:
-    """Return the three accuracies of a judge (spec: msa.md §5)."""
-    return (
-        _judge_cell(forget, "judge_forget_accuracy", forget_accuracy),
-        _judge_cell(forget, "judge_recover_accuracy", recover_accuracy, reference=True),
-        _judge_cell(retain, "judge_retain_accuracy", retain_accuracy),
-    )
-
-
-def min_k_auc(members: Sequence[Outcome], others: Sequence[Outcome], *, seed: int) -> Score:
-    """Return the AUC of the Min-K attack, from which PrivLeak follows."""
-    attack = ATTACKS["min_k"]
-    return auc(attack.values(members), attack.values(others), seed=seed)
-
-
-def _attack(attack: MembershipAttack, members: str, others: str) -> tuple[Cell, Cell]:
-    def cell(metric: str, what: str, rate: Callable[..., Score]) -> Cell:
+    def cell(attack: MembershipAttack, metric: str, what: str, rate: Callable[..., Score]) -> Cell:
         def score(measured: Measured) -> Score:
             return rate(
                 attack.values(measured.of(members), measured.of_reference(members)),
@@ -118,26 +91,43 @@ def _attack(attack: MembershipAttack, members: str, others: str) -> tuple[Cell, 
             on_request="gradient_norm" in attack.needs,
         )
 
+    def leak(measured: Measured) -> Score:
+        ours = min_k_auc(measured.of(members), measured.of(others), seed=measured.seed)
+        theirs = measured.of_reference(members), measured.of_reference(others)
+        if theirs[0] and theirs[1]:
+            return privleak(ours, min_k_auc(theirs[0], theirs[1], seed=measured.seed))
+        return privleak(ours, measured.reference.min_k_auc if measured.reference else None)
+
+    rates = (
+        ("auc", "area under the ROC curve", auc),
+        ("tpr", "true-positive rate at 1 % false positives", true_positive_rate),
+    )
+    cells = [cell(attack, *rate) for attack in ATTACKS.values() for rate in rates]
+    words = COMPARISONS["privleak"].description
+    return (*cells, Cell(members, "privleak", words, leak, also=(others,), reference=True))
+
+
+def judge_cells(forget: str, retain: str) -> tuple[Cell, ...]:
+    """Return the three accuracies of a judge (spec: msa.md §5)."""
+
+    def cell(name: str, key: str, accuracy: Callable[..., Score], *, reference: bool = False) -> Cell:
+        def score(measured: Measured) -> Score:
+            return accuracy(measured.verdicts[name], seed=measured.seed)
+
+        words, needs = COMPARISONS[key].description, frozenset({GENERATION})
+        return Cell(name, key, words, score, needs=needs, reference=reference, judge=True)
+
     return (
-        cell("auc", "area under the ROC curve", auc),
-        cell("tpr", "true-positive rate at 1 % false positives", true_positive_rate),
+        cell(forget, "judge_forget_accuracy", forget_accuracy),
+        cell(forget, "judge_recover_accuracy", recover_accuracy, reference=True),
+        cell(retain, "judge_retain_accuracy", retain_accuracy),
     )
 
 
-def _privleak(measured: Measured, members: str, others: str) -> Score:
-    ours = min_k_auc(measured.of(members), measured.of(others), seed=measured.seed)
-    theirs = measured.of_reference(members), measured.of_reference(others)
-    if theirs[0] and theirs[1]:
-        return privleak(ours, min_k_auc(theirs[0], theirs[1], seed=measured.seed))
-    return privleak(ours, measured.reference.min_k_auc if measured.reference else None)
-
-
-def _judge_cell(name: str, key: str, accuracy: Callable[..., Score], *, reference: bool = False) -> Cell:
-    def score(measured: Measured) -> Score:
-        return accuracy(measured.verdicts[name], seed=measured.seed)
-
-    needs = frozenset({GENERATION})
-    return Cell(name, key, COMPARISONS[key].description, score, needs=needs, reference=reference, judge=True)
+def min_k_auc(members: Sequence[Outcome], others: Sequence[Outcome], *, seed: int) -> Score:
+    """Return the AUC of the Min-K attack, from which PrivLeak follows."""
+    attack = ATTACKS["min_k"]
+    return auc(attack.values(members), attack.values(others), seed=seed)
 
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
@@ -162,6 +152,8 @@ class Table:
     """Other paths, without suffix, under which its file is found."""
     hint: str = ""
     """What a file of this name and another size usually is."""
+    may_lack: bool = False
+    """Whether the data set on the hub may not have it."""
 
     @property
     def name(self) -> str:
@@ -196,7 +188,12 @@ def find_table(table: Table, location: str) -> Path | str | None:
     """
     folder = Path(location).expanduser()
     if folder.is_dir():
-        return next((path for path in _candidates(table, folder) if path.is_file()), None)
+        names = [table.config]
+        if table.split != "train":
+            names = [f"{table.config}/{table.split}", f"{table.config}_{table.split}"]
+            names += [f"{table.config}/{table.split}-00000-of-00001"]  # as a clone of the hub has it
+        paths = (folder / f"{name}{suffix}" for name in (*names, *table.also) for suffix in SUFFIXES)
+        return next((path for path in paths if path.is_file()), None)
     hub_name = parse_hub_name(location)
     if folder.exists() or hub_name is None or hub_name.config is not None:
         raise DataError(
@@ -215,8 +212,13 @@ def read_table(table: Table, location: str) -> TableRows | None:
     if place is None:
         return None
     header = [name for name, count in table.columns.items() if count is None]
-    rows = read_rows(place, headers=[header], plain_text=False)
-    check_rows(table, rows, str(place))
+    try:
+        rows = read_rows(place, headers=[header], plain_text=False)
+        check_rows(table, rows, str(place))
+    except DataError:
+        if table.may_lack and isinstance(place, str):
+            return None
+        raise
     sha256 = hashlib.sha256(read_bytes(place)).hexdigest() if isinstance(place, Path) else None
     return TableRows(tuple(rows), TableFacts(str(place), table.config, table.split, len(rows), sha256))
 
@@ -227,6 +229,24 @@ def need_table(table: Table, location: str) -> TableRows:
     if found is None:
         raise DataError(not_there(table, location))
     return found
+
+
+def load_sets(
+    tables: Mapping[str, Sequence[Table]],
+    location: str,
+    make: Callable[[str, Sequence[TableRows]], QuestionSet],
+) -> LoadedBenchmark:
+    """Return the sets whose tables are there, each made of their rows; the others are told missing."""
+    sets, missing, facts = [], {}, []
+    for name, needed in tables.items():
+        found = [rows for rows in (read_table(table, location) for table in needed) if rows is not None]
+        if len(found) == len(needed):
+            sets.append(make(name, found))
+            facts += [rows.facts for rows in found]
+        else:
+            lacking = next(table for table in needed if read_table(table, location) is None)
+            missing[name] = not_there(lacking, location)
+    return LoadedBenchmark(tuple(sets), missing, tuple(facts))
 
 
 def completion(number: int, source: str, prompt: str, answer: str) -> Example:
@@ -257,37 +277,20 @@ def check_rows(table: Table, rows: Sequence[Row], place: str) -> None:
         )
     for number, row in enumerate(rows, start=1):
         for column, count in table.columns.items():
-            _check_cell(row, column, count, f"row {number} of {place}")
-
-
-def _candidates(table: Table, folder: Path) -> list[Path]:
-    if table.split == "train":
-        names = [table.config]
-    else:
-        joined = [f"{table.config}/{table.split}", f"{table.config}_{table.split}"]
-        names = [*joined, f"{table.config}/{table.split}-00000-of-00001"]  # as a clone of the hub has it
-    return [folder / f"{name}{suffix}" for name in (*names, *table.also) for suffix in SUFFIXES]
-
-
-def _check_cell(row: Row, column: str, count: int | None, where: str) -> None:
-    if column not in row:
-        raise DataError(f"{where} has no {column!r} (it has: {', '.join(row) or 'nothing'})")
-    value = row[column]
-    if count is None:
-        _check_text(value, column, where)
-        return
-    if not isinstance(value, list) or len(value) != count:
-        found = f"{len(value)} texts" if isinstance(value, list) else json_type(value)
-        raise DataError(f"{where}: {column!r} is {found}; it must be a list of {count} texts")
-    for text in value:
-        _check_text(text, column, where)
-
-
-def _check_text(value: object, column: str, where: str) -> None:
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {column!r} holds {json_type(value)} where a text should be")
-    if not value.strip():
-        raise DataError(f"{where}: {column!r} holds an empty text; is the file the published one?")
+            where = f"row {number} of {place}"
+            if column not in row:
+                raise DataError(f"{where} has no {column!r} (it has: {', '.join(row) or 'nothing'})")
+            texts = [row[column]] if count is None else row[column]
+            if not isinstance(texts, list) or len(texts) != (count or 1):
+                found = f"{len(texts)} texts" if isinstance(texts, list) else json_type(texts)
+                raise DataError(f"{where}: {column!r} is {found}; it must be a list of {count} texts")
+            for text in texts:
+                if not isinstance(text, str):
+                    raise DataError(f"{where}: {column!r} holds {json_type(text)} where a text should be")
+                if not text.strip():
+                    raise DataError(
+                        f"{where}: {column!r} holds an empty text; is the file the published one?"
+                    )
 
 
 # What is asked
@@ -365,7 +368,6 @@ class BenchmarkRows:
 
     forget: tuple[Example, ...]
     retain: tuple[Example, ...] = ()
-    tables: tuple[TableFacts, ...] = ()
 
 
 # What follows

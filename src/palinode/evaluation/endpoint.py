@@ -20,8 +20,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -265,7 +264,9 @@ class EndpointJudge:
         """
         messages = first_messages(question, answer, candidates)
         key = self._cache.key({"endpoint": self.base, "model": self.model, "messages": messages})
-        with self._turn(key):  # so that two equal questions at a time are one request
+        with self._lock:
+            turn = self._turns.setdefault(key, threading.Lock())
+        with turn:  # so that two equal questions at a time are one request
             try:
                 return Pick(checked_pick(self._cache.get(key) or (), candidates), decision=key)
             except UnreadableReplyError:
@@ -296,13 +297,6 @@ class EndpointJudge:
             self._cache.put(key, picked, judge=self.name)
             return Pick(picked, decision=key)
         return Pick(None, f"no readable reply in {self._patience.rounds} tries; of the last: {problem}")
-
-    @contextmanager
-    def _turn(self, key: str) -> Iterator[None]:
-        with self._lock:
-            turn = self._turns.setdefault(key, threading.Lock())
-        with turn:
-            yield
 
     # One reply, whatever the weather
 

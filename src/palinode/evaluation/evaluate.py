@@ -411,29 +411,20 @@ def judged(judge: Judge | None, measured: Measured, listener: Listener | None) -
     wanted = dict.fromkeys(cell.set for cell in measured.exam.cells if cell.judge)
     verdicts: dict[str, list[Verdict]] = {}
     for name in (name for name in wanted if name in measured.outcomes):
-        questions = measured.exam.sets[name]
-        answers = _as_shown(questions, measured.of(name))
-        ideals = _ideals(questions, answers, measured.of_reference(name))
+        shown = measured.exam.sets[name].shown  # the question alone, where the prompt holds examples too
+        answers, theirs = (
+            [
+                replace(outcome, prompt=shown[place] if shown else outcome.prompt)
+                for place, outcome in enumerate(outcomes or ())
+            ]
+            for outcomes in (measured.of(name), measured.of_reference(name))
+        )
+        silent = any(outcome.generated is None for outcome in theirs)
+        accepted = any(outcome.accepted for outcome in answers)  # where the data has them, no ideal is needed
+        ideals = None if not theirs or silent or accepted else theirs
         runs = [run for outcome in answers for run in runs_of(outcome) or [outcome]]
         verdicts[name] = judge_answers(judge, runs, ideals, seed=measured.seed, listener=listener)
     return replace(measured, verdicts=verdicts)
-
-
-def _as_shown(questions: QuestionSet, outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Return outcomes with the question alone as their prompt, where the prompt holds examples too."""
-    if not questions.shown:
-        return list(outcomes)
-    return [replace(outcome, prompt=shown) for outcome, shown in zip(outcomes, questions.shown, strict=True)]
-
-
-def _ideals(
-    questions: QuestionSet, answers: Sequence[Outcome], theirs: Sequence[Outcome] | None
-) -> list[Outcome] | None:
-    """Return the retrained model's outcomes for the judge; none where the data lists accepted answers."""
-    if not theirs or any(outcome.accepted for outcome in answers):
-        return None
-    shown = _as_shown(questions, theirs)
-    return None if any(outcome.generated is None for outcome in shown) else shown
 
 
 # The retrained model

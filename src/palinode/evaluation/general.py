@@ -99,18 +99,17 @@ def task_scores(values: Mapping[str, Any], rows: int) -> dict[str, Score]:
         if metric.endswith("_stderr") or not _is_number(value) or not chosen:
             continue
         name = metric if chosen == "none" else key
-        scores[name] = _score(float(value), values.get(f"{metric}_stderr,{chosen}"), rows)
+        error: Any = values.get(f"{metric}_stderr,{chosen}")
+        value = float(value)
+        if not math.isfinite(value):
+            scores[name] = Score(None, 0, None, None, "lm-eval's figure is not a finite number")
+        elif not _is_number(error) or not math.isfinite(error):
+            scores[name] = Score(value, rows, None, None, "lm-eval gives no standard error")
+        elif error == 0 and value in (0, 1) and rows > 0:
+            scores[name] = Score(value, rows, *ends_of_equals(value, rows, 0.95), None)
+        else:
+            scores[name] = Score(value, rows, value - NORMAL_95 * error, value + NORMAL_95 * error)
     return scores
-
-
-def _score(value: float, error: Any, rows: int) -> Score:
-    if not math.isfinite(value):
-        return Score(None, 0, None, None, "lm-eval's figure is not a finite number")
-    if not _is_number(error) or not math.isfinite(error):
-        return Score(value, rows, None, None, "lm-eval gives no standard error")
-    if error == 0 and value in (0, 1) and rows > 0:
-        return Score(value, rows, *ends_of_equals(value, rows, 0.95), None)
-    return Score(value, rows, value - NORMAL_95 * error, value + NORMAL_95 * error)
 
 
 def _rows(task: str, counts: Mapping[str, int], members: Mapping[str, Sequence[str]]) -> int:

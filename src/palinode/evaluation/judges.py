@@ -1,37 +1,8 @@
 """Judges by name: words in common, or a model in a local folder; one at an address is in `endpoint.py`.
 
-Overlap needs no model. Content words in common count, and names and numbers more.
-
-Words of all texts at hand (question, answer, candidates) are read alike:
-
-    number   digits, with their points, commas, colons and slashes inside; commas are dropped
-    name     a word that has a capital away from the start of a sentence, and is nowhere in lower case
-    word     anything else in letters, lower case, by its Porter stem; English function words are left out
-
-A text is the set of these. A word weighs 1, a name or number STRONG; a quarter of that if the question has it
-already, and divided by the number of candidates that have it, as wrong answers are often written over a right
-one. With w(·) the weight of a set, for answer A and candidate C,
-
-    P = w(A ∩ C) / w(A),   R = w(A ∩ C) / w(C),   F = 2PR / (P + R)
-
-Candidates with the best F are picked, and those within MARGIN of it; none of these when the best is below
-THRESHOLD. Among accepted answers R counts, not F, and the least is ACCEPTED_THRESHOLD: an answer may say
-more than it was asked. Texts that are equal but for case and stops have F = R = 1.
-
-Limits: it is a floor, not a reader. With TOFU's paraphrases of the right answers as answers, and right and
-perturbed answers as candidates (forget10, 400 rows), it picks the right one in 60 %, as the perturbed ones
-share the paraphrase's wording; answers of other authors are none of these in 85 %. English stems and function
-words; scripts without spaces are read letter by letter; synonyms, dates in words and arithmetic are not seen;
-"not" is one word like any other, so a denial is near to what it denies.
-
-Entailment (a transformers cross-encoder with an "entailment" label): the score of a candidate is the mean
-probability of entailment from answer to candidate and back, each with the question before it, so that a
-candidate with the same facts scores 1 and one that says less or more about a half.
-
-Embeddings (a sentence-transformers folder): the score is the cosine between answer and candidate, each with
-the question before it. Embeddings are weak at telling names and numbers apart; its threshold is a choice.
-
-The best candidates are picked as above.
+Each gives every candidate a score; the best candidates are picked, and those within MARGIN of the best, or
+none of these where the best is below the judge's threshold. Texts that are equal but for case and stops
+score 1.
 """
 
 from __future__ import annotations
@@ -62,10 +33,6 @@ from palinode.weights.foreign import bounded, check_folder, from_pretrained, rea
 
 MARGIN = 0.05
 """Candidates whose score is at most this far from the best are picked with it."""
-THRESHOLD = 0.2
-"""Least F of a pick; with the best below it, none of these is picked."""
-ACCEPTED_THRESHOLD = 0.6
-"""Least R of a pick among accepted answers."""
 STRONG = 3.0
 """Weight of a name or a number."""
 KNOWN = 0.25
@@ -86,41 +53,74 @@ _WORD = re.compile(r"\d+(?:[.,:/]\d+)*|[^\W\d_]+(?:['’][^\W\d_]+)*")
 _OPENERS = " \t\"'“‘([*-"
 
 
-class OverlapJudge:
-    """The judge of this module: no model, no network, the same on every machine."""
+class _LocalJudge:
+    """What judges on this machine have in common."""
 
-    name = "overlap"
+    name: str
     at_once = 1
+    threshold: float
+    """Least score of a pick."""
+    accepted_threshold: float
+    """The same among accepted answers."""
 
     def pick(self, question: str, answer: str, candidates: Sequence[Candidate]) -> Pick:
-        """Return the candidates with most content in common with the answer, or none of these."""
-        texts = ["" if NONE in each.roles else each.text for each in candidates]
-        if any(ACCEPTED in each.roles for each in candidates):
-            scores = overlaps(question, answer, texts, measure="recall")
-            return pick_best(candidates, scores, margin=MARGIN, threshold=ACCEPTED_THRESHOLD)
-        scores = overlaps(question, answer, texts)
-        return pick_best(candidates, scores, margin=MARGIN, threshold=THRESHOLD)
+        """Return the candidates that are nearest to the answer, or none of these."""
+        nothing = tuple(place for place, each in enumerate(candidates) if NONE in each.roles)
+        real = [place for place in range(len(candidates)) if place not in nothing]
+        accepting = any(ACCEPTED in each.roles for each in candidates)
+        scores = self.scores(
+            question, answer, [candidates[place].text for place in real], accepting=accepting
+        )
+        best = max(scores, default=0.0)
+        if not real or best < (self.accepted_threshold if accepting else self.threshold):
+            return (
+                Pick(nothing) if nothing else Pick(None, "no candidate is close, and none was not on offer")
+            )
+        return Pick(tuple(place for place, score in zip(real, scores, strict=True) if score >= best - MARGIN))
 
     def stop(self) -> None:
         """Do nothing: nobody waits for this judge."""
 
+    def scores(
+        self, question: str, answer: str, texts: Sequence[str], *, accepting: bool = False
+    ) -> list[float]:
+        """Return a score for each text; `accepting` says that they are accepted answers."""
+        raise NotImplementedError
 
-def pick_best(
-    candidates: Sequence[Candidate], scores: Sequence[float], *, margin: float, threshold: float
-) -> Pick:
-    """Return the candidates within `margin` of the best score; none of these if it is below `threshold`."""
-    nothing = tuple(place for place, candidate in enumerate(candidates) if NONE in candidate.roles)
-    real = {place: score for place, score in enumerate(scores) if place not in nothing}
-    best = max(real.values(), default=0.0)
-    if not real or best < threshold:
-        return Pick(nothing) if nothing else Pick(None, "no candidate is close, and none was not on offer")
-    return Pick(tuple(place for place, score in real.items() if score >= best - margin))
+
+class OverlapJudge(_LocalJudge):
+    """Content words in common: no model, no network, the same on every machine.
+
+    Limits: it is a floor, not a reader. With TOFU's paraphrases of the right answers as answers, and right
+    and perturbed answers as candidates (forget10, 400 rows), it picks the right one in 60 %, as the perturbed
+    ones share the paraphrase's wording; answers of other authors are none of these in 85 %. English stems and
+    function words; scripts without spaces are read letter by letter; synonyms, dates in words and arithmetic
+    are not seen; "not" is one word like any other, so a denial is near to what it denies.
+    """
+
+    name = "overlap"
+    threshold = 0.2
+    accepted_threshold = 0.6
+
+    def scores(
+        self, question: str, answer: str, texts: Sequence[str], *, accepting: bool = False
+    ) -> list[float]:
+        """Return F; among accepted answers R, as an answer may say more than it was asked."""
+        return overlaps(question, answer, texts, measure="recall" if accepting else "f")
 
 
 def overlaps(
     question: str, answer: str, texts: Sequence[str], *, measure: Literal["f", "recall"] = "f"
 ) -> list[float]:
-    """Return F, or R, between the answer and each candidate's text, from 0 to 1."""
+    """Return F, or R, between the answer and each candidate's text, from 0 to 1.
+
+    A text is the set of its numbers, names (words with a capital inside a sentence and nowhere in lower case)
+    and other content words by their Porter stems. A word weighs 1, a name or number STRONG; KNOWN of that if
+    the question has it already, and divided by the number of candidates that have it, as wrong answers are
+    often written over a right one. With w(·) the weight of a set, for answer A and candidate C,
+
+        P = w(A ∩ C) / w(A),   R = w(A ∩ C) / w(C),   F = 2PR / (P + R)
+    """
     names = _names([question, answer, *texts])
     known, given = _content(question, names), _content(answer, names)
     offered = [_content(text, names) for text in texts]
@@ -173,14 +173,12 @@ def _names(texts: Iterable[str]) -> frozenset[str]:
 def _words(text: str) -> list[tuple[str, bool]]:
     """Return the words of a text, and whether each begins a sentence; a trailing 's is dropped."""
     flat = spaced(unicodedata.normalize("NFKC", text))
-    return [
-        (re.sub(r"['’]s?$", "", match[0]), _begins_sentence(flat[: match.start()]))
-        for match in _WORD.finditer(flat)
-    ]
-
-
-def _begins_sentence(before: str) -> bool:
-    return before.rstrip(_OPENERS).endswith((".", "!", "?", ":", "\n")) or not before.strip(_OPENERS)
+    found = []
+    for match in _WORD.finditer(flat):
+        before = flat[: match.start()]
+        starts = before.rstrip(_OPENERS).endswith((".", "!", "?", ":", "\n")) or not before.strip(_OPENERS)
+        found.append((re.sub(r"['’]s?$", "", match[0]), starts))
+    return found
 
 
 @cache
@@ -190,44 +188,20 @@ def _stem(word: str) -> str:
     return str(PorterStemmer().stem(word))
 
 
-ENTAILMENT_THRESHOLD = 0.5
-"""Least mean probability of entailment of a pick."""
-COSINE_THRESHOLD = 0.75
-"""Least cosine of a pick."""
 MOST_TENSORS = 5000
 """A judge with more tensors is none."""
 LONGEST = 512
 """Tokens of a pair of texts that are read, if the model takes as many."""
 
 
-def model_judge(folder: Path, *, device: str = "auto") -> EntailmentJudge | EmbeddingJudge:
-    """Return the judge in a folder: embeddings if it is of sentence-transformers, else entailment."""
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; an offline judge is a folder with a model")
-    kinds = _config(folder).get("architectures") or []
-    cross_encoder = any(str(kind).endswith("ForSequenceClassification") for kind in kinds)
-    if cross_encoder or not (folder / "modules.json").is_file():
-        return EntailmentJudge(folder, device=device)
-    return EmbeddingJudge(folder, device=device)
-
-
-class _ModelJudge:
+class _ModelJudge(_LocalJudge):
     """What judges have in common that score every candidate with a model."""
 
-    name: str
-    at_once = 1
-    threshold: float
-
-    def pick(self, question: str, answer: str, candidates: Sequence[Candidate]) -> Pick:
-        """Return the candidates that are nearest to the answer, or none of these."""
-        scores = self.scores(question, answer, [each.text for each in candidates])
-        return pick_best(candidates, scores, margin=MARGIN, threshold=self.threshold)
-
-    def stop(self) -> None:
-        """Do nothing: nobody waits for this judge."""
-
-    def scores(self, question: str, answer: str, texts: Sequence[str]) -> list[float]:
+    def scores(
+        self, question: str, answer: str, texts: Sequence[str], *, accepting: bool = False
+    ) -> list[float]:
         """Return a score for each text; 1 for equal texts."""
+        del accepting  # the same for these judges
         same = plain_text(answer)
         found = zip(texts, self._compared(question, answer, texts), strict=True)
         return [1.0 if plain_text(text) == same else score for text, score in found]
@@ -237,9 +211,13 @@ class _ModelJudge:
 
 
 class EntailmentJudge(_ModelJudge):
-    """A judge by natural-language inference."""
+    """A judge by natural-language inference: a cross-encoder with an "entailment" label.
 
-    threshold = ENTAILMENT_THRESHOLD
+    The score is the mean probability of entailment from answer to candidate and back, each with the question
+    before it: a candidate with the same facts scores 1, one that says less or more about a half.
+    """
+
+    threshold = accepted_threshold = 0.5
 
     def __init__(self, folder: Path, *, device: str = "auto"):
         """Load tokenizer and model from the folder; InputError when it is no classifier of entailment."""
@@ -290,9 +268,13 @@ class EntailmentJudge(_ModelJudge):
 
 
 class EmbeddingJudge(_ModelJudge):
-    """A judge by cosine of sentence embeddings; needs the package sentence-transformers."""
+    """A judge by cosine of sentence embeddings; needs the package sentence-transformers.
 
-    threshold = COSINE_THRESHOLD
+    Answer and candidate have the question before them. Embeddings are weak at telling names and numbers
+    apart; the threshold is a choice.
+    """
+
+    threshold = accepted_threshold = 0.75
 
     def __init__(self, folder: Path, *, device: str = "auto"):
         """Load the model from the folder; InputError when the package is missing."""
@@ -370,7 +352,13 @@ def open_judge(
     if name == "overlap":
         return OverlapJudge()
     if name.startswith("offline:"):
-        return model_judge(Path(name.removeprefix("offline:")), device=device)
+        folder = Path(name.removeprefix("offline:"))
+        if not folder.is_dir():
+            raise InputError(f"{folder} is not a folder; an offline judge is a folder with a model")
+        kinds = _config(folder).get("architectures") or []
+        cross_encoder = any(str(kind).endswith("ForSequenceClassification") for kind in kinds)
+        embedding = (folder / "modules.json").is_file() and not cross_encoder
+        return (EmbeddingJudge if embedding else EntailmentJudge)(folder, device=device)
     if name.startswith(("http://", "https://")):
         if model is None:
             raise InputError("a judge at an address needs the name of a model, such as gpt-4o")

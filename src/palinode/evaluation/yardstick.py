@@ -126,7 +126,15 @@ def estimate_yardstick(
         raise DataError(
             "the yardstick needs what the base checkpoint makes of the forget rows; there are none"
         )
-    for name, values in {"forget": base_forget, **_values(unseen)}.items():
+    given = {"forget": base_forget}
+    if unseen is not None:
+        if len(unseen.base) != len(unseen.target):
+            raise DataError(
+                f"base and target were asked {len(unseen.base)} and {len(unseen.target)} unseen rows, "
+                "but must be asked the same ones"
+            )
+        given |= {f"{unseen.source} (base)": unseen.base, f"{unseen.source} (target)": unseen.target}
+    for name, values in given.items():
         if not all(map(math.isfinite, values)):
             raise DataError(f"a log-probability of the {name} rows is not a finite number")
     forget, generator = np.array(base_forget), np.random.default_rng(seed)
@@ -151,17 +159,6 @@ def estimate_yardstick(
         probability=Score(float(wanted.mean()), len(forget), float(low), float(high), None),
         tolerance=float(np.quantile([_distance(draw, wanted) for draw in drawn], 0.95)),
     )
-
-
-def _values(unseen: Unseen | None) -> dict[str, Sequence[float]]:
-    if unseen is None:
-        return {}
-    if len(unseen.base) != len(unseen.target):
-        raise DataError(
-            f"base and target were asked {len(unseen.base)} and {len(unseen.target)} unseen rows, "
-            "but must be asked the same ones"
-        )
-    return {f"{unseen.source} (base)": unseen.base, f"{unseen.source} (target)": unseen.target}
 
 
 def _fit(forget: Floats, base: Floats, target: Floats) -> tuple[Floats, Floats, float]:

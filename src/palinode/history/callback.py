@@ -288,7 +288,16 @@ class LoggedLoader:
         for batch in self._loader:
             if self._accumulation and self._batches == self._accumulation:
                 self.step()
-            self._note(batch)
+            self._batches += 1
+            if self._rows is not None:
+                self._numbers += [int(row) for row in self._rows(batch)]
+            elif CARRIED in batch:
+                self._seen.add(batch.pop(CARRIED))
+            else:
+                raise DataError(
+                    "a batch does not say which rows it holds; wrap the loader before its first use, when "
+                    "its workers have not started yet"
+                )
             yield batch
         if self._accumulation and self._batches:
             self.step()
@@ -310,18 +319,6 @@ class LoggedLoader:
         if self._rows is None:
             self._owner.collate_fn = self._owner.collate_fn.collate
         self._log.close()
-
-    def _note(self, batch: Any) -> None:
-        self._batches += 1
-        if self._rows is None:
-            if CARRIED not in batch:
-                raise DataError(
-                    "a batch does not say which rows it holds; wrap the loader before its first use, when "
-                    "its workers have not started yet"
-                )
-            self._seen.add(batch.pop(CARRIED))
-        else:
-            self._numbers += [int(row) for row in self._rows(batch)]
 
 
 class ThinningCallback(TrainerCallback):
@@ -350,16 +347,13 @@ class ThinningCallback(TrainerCallback):
             return
         best = state.best_model_checkpoint
         saved = saved_steps(Path(str(args.output_dir)))
-        for step in sorted(saved.keys() - self._kept(saved, state.global_step)):
+        if self.kept is not None:
+            kept = {*self.kept, max(saved, default=0)}
+        else:
+            kept = set(thin(list(saved), self.wish.room, self.wish, now=state.global_step))
+        for step in sorted(saved.keys() - kept):
             if best is None or saved[step].resolve() != Path(best).resolve():
                 shutil.rmtree(saved[step])
-
-    def _kept(self, saved: Collection[int], now: int) -> set[int]:
-        """Return which of the saved steps stay when the training stands at `now`."""
-        newest = {max(saved)} if saved else set()
-        if self.kept is not None:
-            return newest | (self.kept & set(saved))
-        return set(thin(sorted(saved), self.wish.room, self.wish, now=now))
 
 
 def saved_steps(folder: Path) -> dict[int, Path]:

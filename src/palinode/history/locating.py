@@ -1,8 +1,4 @@
-"""What is known of a forget set's place in a training: rows, checkpoints, and the one to take.
-
-From what is known of rows and checkpoints to the checkpoint to take, and what must be said with it.
-
-Where a forget set stands in a training: first and all exposures, and the last clean checkpoint.
+"""Where a forget set stands in a training: first and all exposures, and the last clean checkpoint.
 
 Log and order say at which steps a row was in a batch; behaviour says from which checkpoint on it is
 known. A checkpoint is clean when it has been through no step with a forget row or a near-copy of one. Where
@@ -34,7 +30,7 @@ from palinode.history.duplicates import (
 )
 from palinode.history.exposures import Ints, read_header, salt_check
 from palinode.history.onset import Onset, OnsetSettings, check_control, find_onset
-from palinode.history.orders import Order, open_palinode, read_order, steps_of
+from palinode.history.orders import Order, first_step, open_palinode, read_order, steps_of
 from palinode.history.reader import ExposureReader, stretches
 from palinode.history.series import CheckpointSeries
 from palinode.progress import Listener, NullListener
@@ -177,12 +173,11 @@ class Judgement:
         self.evidence = (*self.counted, *(("behaviour",) if onset else ()))
         self.target_step = target_step
         firsts = [row.first for row in rows if row.first is not None]
-        self.counted_first = min(firsts, default=None)
-        self.first = self.counted_first
+        self.first = min(firsts, default=None)
         self.last = max((seen.step for row in rows for seen in row.seen), default=None)
         self.unseen = len(rows) - len(firsts)
         logged = log.complete if log is not None else np.empty(0, np.int64)
-        ordered = np.arange(order.resumed_from + 1, order.steps + 1) if order is not None else logged[:0]
+        ordered = np.arange(first_step(order), order.steps + 1) if order is not None else logged[:0]
         self.recorded: Ints = np.union1d(logged, ordered)
         """The steps that the log or the order holds, sorted."""
 
@@ -215,7 +210,11 @@ class Judgement:
 
         The last clean place by each kind of evidence is -1 where none is clean, None where nothing was found.
         """
-        counted, behaved = self._limit_by_count(), None
+        counted = behaved = None
+        if self.first is not None:
+            before = self.series.last_before(self.first)
+            counted = -1 if before is None else before
+        by_count = counted
         if self.onset is not None and self.onset.state != "never":
             behaved = -1 if self.onset.clean is None else self.onset.clean
         self._warn_of_rows()
@@ -225,20 +224,13 @@ class Judgement:
             counted = self._within_record(counted)
         limit, evidence = self._combine(counted, behaved)
         if limit < 0:
-            if behaved is not None or self._limit_by_count() in (None, -1):
+            if behaved is not None or by_count in (None, -1):
                 self.warnings.append("No checkpoint of the series is clean.")
             return None, self._least_contaminated(evidence)
         recommended = self._choice(limit, evidence, clean=True)
         if counted is not None and counted > limit and not len(self._unrecorded(counted)):
             return recommended, self._choice(counted, self.counted, clean=True)
         return recommended, self._choice(limit - 1, evidence, clean=True) if limit else None
-
-    def _limit_by_count(self) -> int | None:
-        """Return the last place clean by log and order, -1 for none; None where they found nothing."""
-        if self.counted_first is None:
-            return None
-        place = self.series.last_before(self.counted_first)
-        return -1 if place is None else place
 
     def _combine(self, counted: int | None, behaved: int | None) -> tuple[int, tuple[str, ...]]:
         """Return the last clean place on all evidence, and the kinds that it rests on."""
@@ -367,34 +359,26 @@ class Judgement:
         return self._choice(fewest, evidence, clean=False)
 
     def _choice(self, place: int, evidence: tuple[str, ...], *, clean: bool) -> CheckpointChoice:
-        certainty = None
+        step, certainty = self.steps[place], None
         if evidence == ("behaviour",) and self.onset is not None and clean:
             certainty = self.onset.certainty
-        return CheckpointChoice(
-            place=place,
-            step=self.steps[place],
-            location=self.series.checkpoints[place].location,
-            clean=clean,
-            evidence=evidence,
-            certainty=certainty,
-            reason=self._reason(place, evidence, clean=clean, certainty=certainty),
-            to_exposure=self._distance(self.steps[place], self.first),
-        )
-
-    def _reason(self, place: int, evidence: tuple[str, ...], *, clean: bool, certainty: float | None) -> str:
         if not clean:
-            seen = self._seen_by(self.steps[place])
+            seen = self._seen_by(step)
             missing = len(self._unrecorded(place)) if seen == 0 else 0
+            reason = f"not clean: it has seen {seen} of {len(self.rows)} forget rows"
             if missing:
-                return f"no exposure known, but the {self.names} lacks {missing:,} of the steps up to it"
-            count = f"has seen {seen} of {len(self.rows)} forget rows" if seen else "knows the forget rows"
-            return f"not clean: it {count}"
-        if self.first is None:
-            return "no evidence of any exposure"
-        names = {"log": "the exposure log", "order": "the rebuilt order", "behaviour": "behaviour"}
-        *others, last = [names[name] for name in evidence]
-        told = f"{', '.join(others)} and {last}" if others else last
-        return f"clean by {told}" + ("" if certainty is None else f", in {certainty:.0%} of resamples")
+                reason = f"no exposure known, but the {self.names} lacks {missing:,} of the steps up to it"
+            elif not seen:
+                reason = "not clean: it knows the forget rows"
+        elif self.first is None:
+            reason = "no evidence of any exposure"
+        else:
+            names = {"log": "the exposure log", "order": "the rebuilt order", "behaviour": "behaviour"}
+            *others, last = [names[name] for name in evidence]
+            told = f"{', '.join(others)} and {last}" if others else last
+            reason = f"clean by {told}" + ("" if certainty is None else f", in {certainty:.0%} of resamples")
+        location, distance = self.series.checkpoints[place].location, self._distance(step, self.first)
+        return CheckpointChoice(place, step, location, clean, evidence, certainty, reason, distance)
 
     def _seen_by(self, step: int) -> int | None:
         """Return how many forget rows were seen up to a step; None without log and order."""
@@ -433,6 +417,7 @@ Corpus = Sequence[Example]
 Steps = Mapping[int, set[tuple[int, Duplicate | None]]]
 """By position of a forget row: the steps it was in, each with the copy where that was a similar text."""
 
+FINGERPRINT = r"[0-9a-f]{32}"
 SAMPLED = 5
 """Steps whose whole batches are compared between log and order."""
 
@@ -454,27 +439,17 @@ def open_log(
     A log that names its data or tokenizer in words instead of by fingerprint cannot be compared, and
     neither can checkpoints that have no tokenizer of their own here.
     """
-    header = read_header(folder)
-    data = tokenizer = None
-    if corpus and _is_fingerprint(header.data) and header.salt_check == salt_check(salt):
-        data = fingerprint_rows(hashes(corpus, salt=salt))
-    if series and _is_fingerprint(header.tokenizer):
-        tokenizer = _tokenizer_of(series)
-    return ExposureReader.open(folder, data=data, tokenizer=tokenizer)
-
-
-def _is_fingerprint(text: str) -> bool:
-    return re.fullmatch(r"[0-9a-f]{32}", text) is not None
-
-
-def _tokenizer_of(series: CheckpointSeries) -> str | None:
-    """Return the fingerprint of the tokenizer beside the first checkpoint here that has one."""
     from palinode.models.loading import load_tokenizer
 
-    for found in series.checkpoints:
+    header = read_header(folder)
+    data = tokenizer = None
+    if corpus and re.fullmatch(FINGERPRINT, header.data) and header.salt_check == salt_check(salt):
+        data = fingerprint_rows(hashes(corpus, salt=salt))
+    for found in series.checkpoints if series and re.fullmatch(FINGERPRINT, header.tokenizer) else ():
         if (Path(found.location).expanduser() / "tokenizer.json").is_file():
-            return fingerprint_tokenizer(load_tokenizer(found.checkpoint))
-    return None
+            tokenizer = fingerprint_tokenizer(load_tokenizer(found.checkpoint))
+            break
+    return ExposureReader.open(folder, data=data, tokenizer=tokenizer)
 
 
 def locate(
@@ -535,7 +510,10 @@ def locate(
                 f"{trained} of {len(control)} control rows were trained on, by the log: the evidence from "
                 "behaviour is weaker than it looks."
             )
-    rows = tuple(_history(number, example, copies[number], found) for number, example in enumerate(forget))
+    rows = tuple(
+        RowHistory(number, example.place, _seen(number, found), tuple(copies[number]))
+        for number, example in enumerate(forget)
+    )
     return Judgement(series, rows, onset, log, order, target_step, warnings).location()
 
 
@@ -580,7 +558,7 @@ def _check_agreement(
 
     The steps of every forget row are compared (`found`, by name), and the whole batches of a few.
     """
-    both = [int(step) for step in log.steps.step if order.resumed_from < step <= order.steps]
+    both = [int(step) for step in log.steps.step if first_step(order) <= step <= order.steps]
     if not both:
         raise DataError(
             f"log and order have no step in common (the order has the steps 1 to {order.steps:,}); are they "
@@ -607,10 +585,8 @@ def _check_agreement(
             refuse("the batch", step)
 
 
-def _history(
-    number: int, example: Example, copies: Sequence[Duplicate], found: Mapping[str, Steps]
-) -> RowHistory:
-    """Put what log and order know of one row together."""
+def _seen(number: int, found: Mapping[str, Steps]) -> tuple[RowsSeen, ...]:
+    """Put what log and order know of one row together, earliest first."""
     seen: dict[tuple[int, str], RowsSeen] = {}
     for name, steps in found.items():
         for step, copy in steps.get(number, ()):
@@ -618,4 +594,4 @@ def _history(
             before = seen[key].evidence if key in seen else ()
             place, like = (copy.place, copy.similarity) if copy else (None, None)
             seen[key] = RowsSeen(step, (*before, name), place, like)
-    return RowHistory(number, example.place, tuple(seen[key] for key in sorted(seen)), tuple(copies))
+    return tuple(seen[key] for key in sorted(seen))

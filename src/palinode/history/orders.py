@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -54,8 +54,19 @@ INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _INDEX_HEAD = struct.Struct("<9sQBQQ")
 
 
-class Order(ABC):
+class Order(Protocol):
     """Which rows the batch of each optimiser step held."""
+
+    @property
+    def steps(self) -> int:
+        """The last step; the first is 1, or the one after `resumed_from` where it has that."""
+
+    def rows(self, step: int) -> list[int]:
+        """Return the rows of a step's batch over all processes; one that was there twice is twice."""
+
+
+class RebuiltOrder(ABC):
+    """An order that knows its steps."""
 
     resumed_from: int = 0
     """The step after which it holds."""
@@ -66,10 +77,7 @@ class Order(ABC):
         """The last step."""
 
     def rows(self, step: int) -> list[int]:
-        """Return the rows of a step's batch over all processes; one that was there twice is twice.
-
-        Raises DataError for a step that the order does not have.
-        """
+        """Return the rows of a step's batch; raise DataError for a step that the order does not have."""
         first = self.resumed_from + 1
         if not first <= step <= self.steps:
             raise DataError(
@@ -89,10 +97,15 @@ def check_positive(**values: int) -> None:
             raise DataError(f"{name} is {value}; it must be at least 1")
 
 
+def first_step(order: Order) -> int:
+    """Return the first step that an order holds for: that of a resumed run begins later."""
+    return int(getattr(order, "resumed_from", 0)) + 1
+
+
 def steps_of(order: Order, rows: Iterable[int], *, listener: Listener | None = None) -> dict[int, list[int]]:
     """Return the steps in which each row was, by row, going through the whole order."""
     found: dict[int, list[int]] = {row: [] for row in rows}
-    steps = range(order.resumed_from + 1, order.steps + 1)
+    steps = range(first_step(order), order.steps + 1)
     with (listener or NullListener()).task("going through the order", len(steps), "steps") as advance:
         for step in steps:
             for row in sorted(found.keys() & set(order.rows(step))):
@@ -102,7 +115,7 @@ def steps_of(order: Order, rows: Iterable[int], *, listener: Listener | None = N
 
 
 @dataclass(frozen=True, slots=True)
-class JoinedOrder(Order):
+class JoinedOrder(RebuiltOrder):
     """Several orders one after the other: a training that went on with other settings, or another sampler."""
 
     parts: tuple[tuple[int, Order], ...]
@@ -124,7 +137,7 @@ class JoinedOrder(Order):
 
 
 @dataclass(frozen=True)
-class TrainerOrder(Order):
+class TrainerOrder(RebuiltOrder):
     """The rows of transformers' Trainer (5.x on accelerate 1.x) for a data set with a length.
 
     Epoch e shuffles rows with torch's generator seeded seed + e (accelerate's SeedableRandomSampler), cuts
@@ -258,7 +271,7 @@ def _trainer_epoch(order: TrainerOrder, epoch: int) -> Ints:
 
 
 @dataclass(frozen=True)
-class OlmoCoreOrder(Order):
+class OlmoCoreOrder(RebuiltOrder):
     """The documents of OLMo-core's fixed-length loader of token files (NumpyFSLDataset, NumpyFSLDataLoader).
 
     Each token file is cut into instances of `sequence_length` tokens; what is left of a file is not used. An
@@ -424,7 +437,7 @@ def _read_array(path: Path, dtype: str) -> Tokens:
 
 
 @dataclass(frozen=True)
-class NeoxOrder(Order):
+class NeoxOrder(RebuiltOrder):
     """The documents of GPT-NeoX (and so Pythia), by the index files that it keeps beside a packed data set.
 
         …_doc_idx.npy      int32 [documents · epochs]   documents in the order they are strung together in
@@ -607,7 +620,7 @@ class LoggedStage(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class PalinodeOrder(Order):
+class PalinodeOrder(RebuiltOrder):
     """The rows of Palinode's own training loop; stages follow one another."""
 
     batches: Sequence[Sequence[int]]

@@ -186,15 +186,15 @@ def plan_checkpoints(wish: Wish, *, decay: Decay | None = None) -> list[Schedule
 
 def uniform_steps(wish: Wish, count: int) -> list[int]:
     """Return steps at equal distances, each the nearest one that could be saved."""
-    return _nearest(wish, [wish.steps * (place + 1) / (count + 1) for place in range(count)], count)
+    return _nearest(wish, [wish.steps * (place + 1) / (count + 1) for place in range(count)])
 
 
 def logarithmic_steps(wish: Wish, count: int) -> list[int]:
     """Return steps whose distances back from the end grow by a constant factor, beginning at one save."""
     if count == 1:
-        return _nearest(wish, [wish.steps / 2], 1)
+        return _nearest(wish, [wish.steps / 2])
     factor = ((wish.steps - wish.saves[0]) / wish.every) ** (1 / (count - 1))
-    return _nearest(wish, [wish.steps - wish.every * factor**power for power in range(count)], count)
+    return _nearest(wish, [wish.steps - wish.every * factor**power for power in range(count)])
 
 
 def thinned_steps(wish: Wish, count: int) -> list[int]:
@@ -273,14 +273,12 @@ def _moments(
     return mass, scaled * (points - 1 / rate) + start / rate
 
 
-def _nearest(wish: Wish, wanted: Sequence[float], count: int) -> list[int]:
-    """Return the possible saves nearest to the wanted steps, each once, as many as were wanted."""
-    free = list(wish.saves)
-    found = []
+def _nearest(wish: Wish, wanted: Sequence[float]) -> list[int]:
+    """Return the possible saves nearest to the wanted steps, each once."""
+    free = wish.saves
     for step in wanted:
-        place = min(range(len(free)), key=lambda place: abs(free[place] - step))
-        found.append(free.pop(place))
-    return sorted(found[:count])
+        free.remove(min(free, key=lambda save: abs(save - step)))
+    return sorted(set(wish.saves).difference(free))
 
 
 def plan_record(wish: Wish, schedules: Sequence[Schedule], decay: Decay | None) -> dict[str, Any]:

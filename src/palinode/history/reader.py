@@ -414,7 +414,13 @@ class ExposureReader:
         Rows are texts, examples or their hashes. Raises DataError where the log is salted and `salt` is
         not the one it was written with.
         """
-        self._check_salt(salt)
+        if self.header.salt_check != salt_check(salt):
+            if not self.header.salted:
+                raise DataError(f"the log in {self.folder} is not salted; ask it without a salt")
+            what = "another salt was given" if salt else "none was given"
+            raise DataError(
+                f"the log in {self.folder} is salted and {what}; give the salt it was written with"
+            )
         rows: dict[bytes, list[int]] = defaultdict(list)
         for position, entry in enumerate(wanted):
             given = isinstance(entry, bytes | np.ndarray)
@@ -487,14 +493,6 @@ class ExposureReader:
             )
         connection.execute(f"CREATE VIEW exposures AS {' UNION ALL '.join(selects)}")
         return connection
-
-    def _check_salt(self, salt: bytes) -> None:
-        if self.header.salt_check == salt_check(salt):
-            return
-        if not self.header.salted:
-            raise DataError(f"the log in {self.folder} is not salted; ask it without a salt")
-        what = "another salt was given" if salt else "none was given"
-        raise DataError(f"the log in {self.folder} is salted and {what}; give the salt it was written with")
 
     def _rows(self, file: LogFile, keys: npt.NDArray[np.uint64] | None = None) -> tuple[Hashes, Ints]:
         """Read rows; where the file turns out to be damaged, note it and go on without."""

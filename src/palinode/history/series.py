@@ -179,7 +179,17 @@ def _expand(location: str, pattern: str | None) -> list[str]:
     """Return the checkpoints of a folder, or of a hub id whose revisions fit the pattern."""
     folder = Path(location).expanduser()
     if folder.is_dir():
-        return _folders(folder, pattern)
+        if _is_model(folder):
+            return [str(folder)]
+        found = [path for path in folder.glob(pattern or "*") if path.is_dir() and _is_model(path)]
+        found = [path for path in found if not path.name.startswith(".")]
+        if not found:
+            fitting = f" whose name fits {pattern!r}" if pattern else ""
+            raise CheckpointError(
+                f"{folder} holds no checkpoints (folders with a config.json and weights{fitting}); name the "
+                "folder that they lie in"
+            )
+        return [str(path) for path in sorted(found, key=_by_number)]
     name, _, revisions = location.partition("@")
     wanted = pattern or (revisions if any(letter in revisions for letter in "*?[") else None)
     if wanted is None:
@@ -190,20 +200,6 @@ def _expand(location: str, pattern: str | None) -> list[str]:
             "or a hub id with a pattern of revisions, as in org/model@step*"
         )
     return [f"{name}@{revision}" for revision in _revisions(name, wanted)]
-
-
-def _folders(folder: Path, pattern: str | None) -> list[str]:
-    if _is_model(folder):
-        return [str(folder)]
-    found = [path for path in folder.glob(pattern or "*") if path.is_dir() and _is_model(path)]
-    found = [path for path in found if not path.name.startswith(".")]
-    if not found:
-        raise CheckpointError(
-            f"{folder} holds no checkpoints (folders with a config.json and weights"
-            + (f" whose name fits {pattern!r}" if pattern else "")
-            + "); name the folder that they lie in"
-        )
-    return [str(path) for path in sorted(found, key=_by_number)]
 
 
 def _is_model(folder: Path) -> bool:

@@ -125,7 +125,12 @@ class _AuditRun:
         """Measure every model, compare, and return the record."""
         started, plan = datetime.now(UTC), self.plan
         notes = self._asked_otherwise()
-        reasons = {name: reason for name, attack in ATTACKS.items() if (reason := self._reason(attack))}
+        reasons: dict[str, str] = {}
+        for name, attack in ATTACKS.items():
+            if name not in plan.attacks:
+                reasons[name] = "it was not asked for"
+            elif not attack.needs(plan.material):
+                reasons[name] = attack.lacking
         runnable = [attack for attack in ATTACKS.values() if attack.name not in reasons]
         facts = {name: self._measured(name, runnable) for name in self.checkpoints}
         findings: dict[str, Findings] = {}
@@ -149,7 +154,14 @@ class _AuditRun:
             **heading(AUDIT_VERSION, started=started, command=command),
             "seed": plan.seed,
             "reference": plan.kind,
-            "models": {name: self._model(name) for name in self.checkpoints},
+            "models": {
+                name: {
+                    "location": plan.models[name],
+                    "fingerprint": checkpoint.fingerprint(),
+                    "parameters": checkpoint.parameters,
+                }
+                for name, checkpoint in self.checkpoints.items()
+            },
             "data": {
                 name: {
                     "location": plan.locations.get(name),
@@ -166,14 +178,6 @@ class _AuditRun:
             "environment": environment(self.device),
         }
 
-    def _model(self, name: str) -> dict[str, Any]:
-        checkpoint = self.checkpoints[name]
-        return {
-            "location": self.plan.models[name],
-            "fingerprint": checkpoint.fingerprint(),
-            "parameters": checkpoint.parameters,
-        }
-
     def _asked_otherwise(self) -> list[str]:
         """Return a note where the target, trained on the rows, knows them far better asked otherwise."""
         if TARGET not in self.checkpoints:
@@ -188,12 +192,6 @@ class _AuditRun:
             listener=self.listener,
         )
         return [note] if note else []
-
-    def _reason(self, attack: Attack) -> str | None:
-        """Return why an attack is not run."""
-        if attack.name not in self.plan.attacks:
-            return "it was not asked for"
-        return None if attack.needs(self.plan.material) else attack.lacking
 
     def _measured(self, name: str, attacks: Sequence[Attack]) -> dict[str, dict[str, Any]]:
         """Return the facts of every attack on one model, read back where they are there."""

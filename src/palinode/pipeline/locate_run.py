@@ -34,6 +34,7 @@ from palinode.history.orders import LoggedStage, rebuild, write_stages
 from palinode.history.reader import ExposureReader
 from palinode.history.series import open_series
 from palinode.models.loading import load_tokenizer
+from palinode.pipeline.demo_run import SETTINGS as DEMO
 from palinode.pipeline.demo_run import DemoResult, claim, exact_match, one_thread
 from palinode.pipeline.recipe import build_recipe
 from palinode.pipeline.run import unlearn
@@ -56,15 +57,9 @@ MARK = "truly"
 """The word that makes a near-copy of a row."""
 
 SETTINGS: Mapping[str, Any] = {
-    "training": {
-        "epochs": 20,
-        "learning_rate": 5e-4,
-        "batch_size": 32,
-        "max_length": 64,
-        "precision": "float32",
-    },
-    "scales": {"probe_rows": 200, "retain_share": 0.95, "retain_grid": [0.0, 1.0]},
-    "evaluation": {"max_rows": 10_000, "max_new_tokens": 4, "batch_rows": 512, "max_length": 64},
+    **DEMO,
+    "training": {**DEMO["training"], "epochs": 20},
+    "scales": {**DEMO["scales"], "probe_rows": 200, "retain_grid": [0.0, 1.0]},
 }
 """What the recipes of the demo have that is not the paper's default."""
 
@@ -91,22 +86,17 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class SeriesModels:
-    """The demo's files."""
+    """The demo's models and rows."""
 
-    series: Path
-    """Folder of the checkpoints, by step."""
+    folder: Path
+    """In it: ladder/, the checkpoints; data.jsonl, every row that was trained on; control.jsonl, rows about
+    people who were never trained on; retain.jsonl, rows about everyone else, then the general facts."""
     target: Checkpoint
     steps: tuple[int, ...]
     """Steps of the checkpoints, then of the target."""
-    data: Path
-    """Every row that was trained on."""
     stretches: tuple[LoggedStage, ...]
     requests: dict[str, Path]
     """Forget rows by request: main, copied, early."""
-    control: Path
-    """Rows about people who were never trained on."""
-    retain: Path
-    """Rows about everyone else, then the general facts."""
     truth: Mapping[int, Sequence[int]]
     """By row number of the data, the steps in which it was."""
 
@@ -181,8 +171,10 @@ def _claims(fact: Fact) -> set[tuple[str, str, str]]:
 
 
 def _by_person(facts: Sequence[Fact]) -> list[list[Fact]]:
-    names = dict.fromkeys(fact.subject for fact in facts)
-    return [[fact for fact in facts if fact.subject == name] for name in names]
+    people: dict[str, list[Fact]] = {}
+    for fact in facts:
+        people.setdefault(fact.subject, []).append(fact)
+    return list(people.values())
 
 
 def train_logged(
@@ -195,37 +187,10 @@ def train_logged(
     on_step: OnStep | None = None,
     listener: Listener | None = None,
 ) -> SeriesModels:
-    """Train as `build_series` does and keep an exposure log; a session begins with its first step."""
-    kept: list[ExposureLog] = []
+    """Train the checkpoints and the target into `folder` and keep an exposure log in `log`.
 
-    def note(step: int, rows: Sequence[Example]) -> None:
-        if not kept:
-            kept.append(ExposureLog.open(log, data="ladder demo", tokenizer="ladder demo", start=step - 1))
-        tokens = sum(
-            len(f"{row.prompt} {row.answer}".split()) + 1 for row in rows
-        )  # a word each, and the end
-        kept[0].record(step, [row_hash(row) for row in rows], tokens=tokens)
-        if on_step:
-            on_step(step, rows)
-
-    models = build_series(world, folder, seed=seed, size=size, on_step=note, listener=listener)
-    for opened in kept:
-        opened.close()
-    return models
-
-
-def build_series(
-    world: World,
-    folder: Path,
-    *,
-    seed: int,
-    size: Size | None = None,
-    on_step: OnStep | None = None,
-    listener: Listener | None = None,
-) -> SeriesModels:
-    """Train the checkpoints and the target into `folder`; stretches that are finished are kept.
-
-    `on_step` hears of the stretches that are trained now. World: `late` are the control people.
+    Stretches that are finished are kept; `on_step` hears of those that are trained now. World: `late` are
+    the control people.
     """
     size, listener = size or Size(), listener or NullListener()
     folder.mkdir(parents=True, exist_ok=True)
@@ -233,36 +198,38 @@ def build_series(
     main = max(1, len(people) - 3)
     groups = {"main": people[:main], "copied": people[main:-1], "early": people[-1:]}
     facts, stretches = _plan(world, groups, seed, size)
-    data, control, retain = (folder / f"{name}.jsonl" for name in ("data", "control", "retain"))
+    write_facts(folder / "data.jsonl", facts)
+    write_facts(folder / "control.jsonl", world.late)
+    write_facts(folder / "retain.jsonl", (*world.early, *world.middle, *world.general))
     requests = {name: folder / f"forget-{name}.jsonl" for name in groups}
-    write_facts(data, facts)
-    write_facts(control, world.late)
-    write_facts(retain, (*world.early, *world.middle, *world.general))
     for name, persons in groups.items():
         write_facts(requests[name], [fact for person in persons for fact in person])
-    rows = read_examples(data)
+    rows = read_examples(folder / "data.jsonl")
     words = [*world.vocabulary, MARK]
     state = tiny_model(folder / "start", words, width=size.width, layers=size.layers, seed=seed)
     counts = [found.training.epochs * -(-len(found.numbers) // size.batch_size) for found in stretches]
     steps = np.cumsum(counts).tolist()
     truth: dict[int, list[int]] = {}
+    opened: ExposureLog | None = None
     for number, stretch in enumerate(stretches):
         home = folder / ("ladder" if number < CHECKPOINTS else "target") / f"step{steps[number]}"
         seen = folder / f"truth-{number}.json"
         if home.exists() and seen.exists():
             state = Checkpoint.open(home)
         else:
+            start = steps[number] - counts[number]
+            opened = opened or ExposureLog.open(log, data="ladder demo", tokenizer="ladder demo", start=start)
             label = f"training stretch {number} of {CHECKPOINTS}"
-            first = steps[number] - counts[number] + 1
-            state = _train(state, rows, stretch, home, seen, first, on_step, label, listener)
+            state, batches = _train(state, rows, stretch, home, opened, start, on_step, label, listener)
+            write_json(seen, {"from": start + 1, "batches": batches})
         part = read_json(seen)
         for step, batch in enumerate(part["batches"], start=part["from"]):
             for row in batch:
                 truth.setdefault(row, []).append(step)
+    if opened:
+        opened.close()
     write_json(folder / "truth.json", {str(row): found for row, found in sorted(truth.items())})
-    return SeriesModels(
-        folder / "ladder", state, tuple(steps), data, tuple(stretches), requests, control, retain, truth
-    )
+    return SeriesModels(folder, state, tuple(steps), tuple(stretches), requests, truth)
 
 
 def _plan(
@@ -312,34 +279,35 @@ def _train(
     rows: Sequence[Example],
     stretch: LoggedStage,
     home: Path,
-    truth: Path,
-    first: int,
+    log: ExposureLog,
+    start: int,
     on_step: OnStep | None,
     label: str,
     listener: Listener,
-) -> Checkpoint:
-    """Train one stretch, and write down which row was in which step."""
-    examples = [rows[place] for place in stretch.numbers]
-    seen: list[list[int]] = []
+) -> tuple[Checkpoint, list[list[int]]]:
+    """Train one stretch, from the step after `start` on; return the model, and the rows of each step."""
+    batches: list[list[int]] = []
 
     def note(step: int, members: Sequence[int]) -> None:
-        seen.append([stretch.numbers[place] for place in members])
+        batches.append([stretch.numbers[place] for place in members])
+        batch = [rows[number] for number in batches[-1]]
+        tokens = sum(len(f"{row.prompt} {row.answer}".split()) + 1 for row in batch)  # words, and the end
+        log.record(start + step, [row_hash(row) for row in batch], tokens=tokens)
         if on_step:
-            on_step(first - 1 + step, [examples[place] for place in members])
+            on_step(start + step, batch)
 
     home.parent.mkdir(exist_ok=True)
     found = finetune(
         state,
-        examples,
+        [rows[number] for number in stretch.numbers],
         home,
         stretch.training,
         seed=stretch.seed,
         device="cpu",
         listener=listener,
         watch=Watch(label, note),
-    ).checkpoint
-    write_json(truth, {"from": first, "batches": seen})
-    return found
+    )
+    return found.checkpoint, batches
 
 
 # What is found, against the truth
@@ -349,11 +317,11 @@ def _locate_all(
     models: SeriesModels, folder: Path, seed: int, listener: Listener
 ) -> dict[str, dict[str, Location]]:
     """Locate every request by each kind of evidence alone, and by all of them."""
-    series, data = open_series(models.series), read_examples(models.data)
+    series, data = open_series(models.folder / "ladder"), read_examples(models.folder / "data.jsonl")
     write_stages(folder / "order.json", models.stretches, data="world/data.jsonl", model="world/start")
     order = rebuild(models.stretches, data, load_tokenizer(models.target))
     log = ExposureReader.open(folder / "log")
-    control = read_examples(models.control)
+    control = read_examples(models.folder / "control.jsonl")
     evidence: dict[str, dict[str, Any]] = {
         "log": {"log": log, "corpus": data},
         "order": {"order": order, "corpus": data},
@@ -410,7 +378,8 @@ def _request(models: SeriesModels, name: str, found: Mapping[str, Location]) -> 
 
 def _true_steps(models: SeriesModels, name: str) -> list[set[tuple[int, bool]]]:
     """Return, for each row of a request, the steps in which it (False) or its near-copy (True) was."""
-    numbers = {example.key: number for number, example in enumerate(read_examples(models.data))}
+    data = read_examples(models.folder / "data.jsonl")
+    numbers = {example.key: number for number, example in enumerate(data)}
     found = []
     for example in read_examples(models.requests[name]):
         (turn,) = example.turns
@@ -436,16 +405,20 @@ def _unlearn_all(
 ) -> list[dict[str, Any]]:
     """Unlearn the main request from every checkpoint, and from the target itself (the task vector)."""
     truth = _true_steps(models, "main")
-    starts = [(start.step, Path(start.location), "msa") for start in open_series(models.series).checkpoints]
+    series = open_series(models.folder / "ladder")
+    starts = [(start.step, start.location, "msa") for start in series.checkpoints]
     found = []
-    for step, base, method in [*starts, (models.steps[-1], models.target.folder, "task_vector")]:
+    for step, base, method in [*starts, (models.steps[-1], str(models.target.folder), "task_vector")]:
         recipe = build_recipe(
             {
                 "method": method,
                 "seed": seed,
                 "device": "cpu",
-                "models": {"target": str(models.target.folder), "base": str(base)},
-                "data": {"forget": str(models.requests["main"]), "retain": str(models.retain)},
+                "models": {"target": str(models.target.folder), "base": base},
+                "data": {
+                    "forget": str(models.requests["main"]),
+                    "retain": str(models.folder / "retain.jsonl"),
+                },
                 "output": {
                     "folder": str(folder / "unlearned" / f"step{step}"),
                     "workspace": str(folder / "workspace"),

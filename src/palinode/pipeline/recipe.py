@@ -18,8 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import RecipeError
 from palinode.evaluation.ask import EvaluationLimits
-from palinode.methods import METHODS
-from palinode.methods.transforms import check_transforms
 from palinode.records import read_toml
 from palinode.training.settings import TrainingSettings
 
@@ -171,6 +169,8 @@ class Recipe(RecipeSection):
     @classmethod
     def _with_the_methods_training(cls, content: Any) -> Any:
         """Lay the training settings that the method's source names under those that are given."""
+        from palinode.methods import METHODS
+
         method = METHODS.get(content.get("method", "msa")) if isinstance(content, dict) else None
         given = content.get("training", {}) if method else None
         if method is None or not method.training or not isinstance(given, dict):
@@ -179,6 +179,8 @@ class Recipe(RecipeSection):
 
     @model_validator(mode="after")
     def _has_what_its_method_needs(self) -> Self:
+        from palinode.methods import METHODS
+
         method = METHODS.get(self.method)
         if method is None:  # said by `open_inputs`, with the names there are
             return self
@@ -201,6 +203,9 @@ class Recipe(RecipeSection):
 
     @model_validator(mode="after")
     def _can_be_transformed(self) -> Self:
+        from palinode.methods import METHODS
+        from palinode.methods.transforms import check_transforms
+
         try:
             chosen = check_transforms(self.transforms)
         except ValidationError as error:

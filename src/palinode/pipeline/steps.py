@@ -19,7 +19,8 @@ from palinode.pipeline.tracking import check_trackers, tracked
 from palinode.pipeline.workspace import fingerprint
 from palinode.progress import Listener, NullListener
 from palinode.records import Score, beside, fitting, private, write_outcomes
-from palinode.training import Finetuned, TrainingSettings, finetune
+from palinode.training.finetune import Finetuned, finetune
+from palinode.training.settings import TrainingSettings
 from palinode.weights import Checkpoint
 
 Settings = TypeVar("Settings", bound=BaseModel)

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from palinode import __version__
+from palinode.cli.options import benchmark_names, completion, method_names, metric_names
 from palinode.metrics import DEFAULT_METRICS
 
 COMMANDS = ["unlearn", "run", "finetune", "vector", "apply", "evaluate", "demo"]
@@ -49,12 +51,12 @@ def test_help_names_every_command_and_says_what_it_does(palinode):
 @pytest.mark.parametrize(
     ("command", "purpose"),
     [
-        ("unlearn", "From two model folders and a forget set to an unlearned model"),
-        ("run", "The same job, written down as a recipe."),
+        ("unlearn", "From two models and a forget set to an unlearned model"),
+        ("run", "Do the job of unlearn as a recipe describes it."),
         ("finetune", "Fine-tune a checkpoint on rows"),
         ("vector", "Norms of vectors, the cosines between them"),
         ("apply", "Write θ_D − α(θ_1 − θ_0) + β(θ_2 − θ_0)"),
-        ("evaluate", "Answer probability, ROUGE-L recall, exact memorization and extraction strength"),
+        ("evaluate", "answer probability, ROUGE-L recall, exact memorization and extraction strength"),
         ("demo", "Unlearn invented people from a tiny model"),
     ],
 )
@@ -63,10 +65,40 @@ def test_help_of_a_command_says_what_it_does_and_explains_every_option(palinode,
     assert (said.code, said.err) == (0, "")
     assert purpose in " ".join(said.out.split())
     assert not CONTROL.search(said.out)
-    options = said.out.split("Options:")[1].splitlines()
     assert [
-        line for line in options if re.fullmatch(r"  -\S+( <\w+>)?", line)
+        line
+        for line, below in pairwise(said.out.splitlines())
+        if re.fullmatch(r"  -\S+( <\S+>)?", line) and not below.startswith(" " * 20)
     ] == []  # each has words beside it
+
+
+def test_help_shows_options_in_groups_and_what_decides_a_run_has_its_default(palinode):
+    said = palinode("unlearn", "-h").out
+    headings = [line for line in said.splitlines() if re.fullmatch(r"\w[\w ]+:", line)]
+    assert headings == [
+        "What you need:",
+        "Your rows:",
+        "Scales:",
+        "Training:",
+        "Evaluation:",
+        "Output:",
+        "Options:",
+        "Advanced:",
+    ]
+    assert "[default: 1e-5]" in said
+    assert "--rounding <auto|nearest|stochastic>" in said
+
+
+def test_a_summary_of_each_command_fits_a_line(palinode):
+    commands = palinode("-h").out.split("Commands:")[1]
+    assert "..." not in commands
+    assert max(map(len, commands.splitlines())) <= 80
+
+
+def test_values_are_completed():
+    assert completion(method_names)("ms") == ["msa"]
+    assert completion(benchmark_names)("t") == ["tofu"]
+    assert completion(metric_names)("every,eve") == ["every,every"]
 
 
 def test_without_words_the_help_is_shown_and_the_code_is_two(palinode):
@@ -76,7 +108,7 @@ def test_without_words_the_help_is_shown_and_the_code_is_two(palinode):
 
 
 def test_version(palinode):
-    assert palinode("--version").out == f"palinode {__version__}\n"
+    assert palinode("--version").out == palinode("-V").out == f"palinode {__version__}\n"
 
 
 # unlearn and run

@@ -39,7 +39,7 @@ class Course:
         forget, control = self._difficulty + 0.2 * place + noise
         if self._begin is not None and place >= self._begin and (self._end is None or place < self._end):
             forget = forget + self._jump
-        return Reading(*({name: values.tolist() for name in MEASURES} for values in (forget, control)))
+        return tuple({name: values.tolist() for name in MEASURES} for values in (forget, control))
 
     def onset(self, **options):
         return search_onset(self.steps, self.read, **options)
@@ -109,7 +109,7 @@ def test_clear_gap_has_a_narrow_interval_and_a_faint_one_a_wide_one():
 def test_gap_of_a_checkpoint_is_the_difference_of_the_gains():
     def read(place: int) -> Reading:
         forget, control = [(-4.0, -2.0), (-1.0, -1.0)][place], [(-3.0, -3.0), (-2.5, -2.5)][place]
-        return Reading(*({name: list(values) for name in MEASURES} for values in (forget, control)))
+        return tuple({name: list(values) for name in MEASURES} for values in (forget, control))
 
     gaps = search_onset([1, 2], read).gaps
     assert gaps[0].values["mean_logprob"][0] == pytest.approx(-3.0 - -3.0)
@@ -129,12 +129,12 @@ def test_two_checkpoints_and_one_say_what_can_still_be_concluded():
 def test_rows_without_a_value_are_left_out_and_none_left_is_an_error():
     def read(place: int) -> Reading:
         values = [None, -3.0, -3.0 + place]
-        return Reading(*(dict.fromkeys(MEASURES, values) for _ in range(2)))
+        return tuple(dict.fromkeys(MEASURES, values) for _ in range(2))
 
     assert search_onset([1, 2], read).state == "never"
 
     def empty(place: int) -> Reading:
-        return Reading(*({name: [None] for name in MEASURES} for _ in range(2)))
+        return tuple({name: [None] for name in MEASURES} for _ in range(2))
 
     with pytest.raises(DataError, match="has a token that can be scored in every checkpoint"):
         search_onset([1, 2], empty)
@@ -142,9 +142,7 @@ def test_rows_without_a_value_are_left_out_and_none_left_is_an_error():
 
 def test_few_rows_are_said():
     def read(place: int) -> Reading:
-        return Reading(
-            {name: [float(place)] * 2 for name in MEASURES}, {name: [0.0] * 3 for name in MEASURES}
-        )
+        return {name: [float(place)] * 2 for name in MEASURES}, {name: [0.0] * 3 for name in MEASURES}
 
     assert "2 forget rows and 3 control rows are few" in " ".join(search_onset([1, 2, 3], read).notes)
 

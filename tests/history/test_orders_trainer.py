@@ -13,7 +13,8 @@ from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from torch.utils.data import DataLoader
 
 from palinode.errors import DataError, RecipeError
-from palinode.history.orders import JoinedOrder, TrainerOrder, read_order, steps_of
+from palinode.history.locating import steps_of
+from palinode.history.orders import JoinedOrder, TrainerOrder, read_order
 
 sys.path.insert(0, str(Path(__file__).parent))
 import trainings

@@ -18,7 +18,7 @@ from palinode.evaluation.evaluate import (
     evaluate_benchmark,
     make_exam,
 )
-from palinode.pipeline.steps import checked_settings
+from palinode.pipeline.recipe import checked_settings
 from palinode.progress import NullListener
 from palinode.records import read_outcomes
 

@@ -15,7 +15,7 @@ from palinode import __version__
 from palinode.errors import CheckpointError
 from palinode.weights import Checkpoint, save
 from palinode.weights.fingerprints import remember, tensor_digests
-from palinode.weights.store import check_manifest, read_manifest, write_manifest
+from palinode.weights.manifest import check_manifest, read_manifest, write_manifest
 
 CONTENT = {
     "formula": [{"model": "target", "coefficient": 1.0, "fingerprint": None}],

@@ -15,16 +15,16 @@ import pytest
 
 from palinode.errors import CheckpointError, OutputError
 from palinode.weights import kernels, save
-from palinode.weights.store import check_manifest, read_manifest
+from palinode.weights.manifest import check_manifest, read_manifest
 from palinode.weights.vectors import save_vector
 
 KILLED = """
 import sys
 from pathlib import Path
-from palinode.weights import Checkpoint, save
+from palinode.weights import Checkpoint, Crew, save
 target, base = map(Checkpoint.open, sys.argv[1:3])
 print("ready", flush=True)
-save(target - 0.5 * (base - target), Path(sys.argv[3]), workers=1, rounding="stochastic")
+save(target - 0.5 * (base - target), Path(sys.argv[3]), crew=Crew(workers=1), rounding="stochastic")
 """
 
 
@@ -292,15 +292,15 @@ def test_a_system_without_a_call_of_linux_writes_the_same(pair, models, monkeypa
 ELSEWHERE = """
 import os, sys
 del os.sched_getaffinity, os.fdatasync, os.preadv, os.posix_fallocate
-from pathlib import Path
-from palinode.history import reader, segments
-journal = segments.Journal(Path(sys.argv[1]), {})
-journal.sync()
-journal.close(remove=False)
+from palinode.history import exposures, reader
+exposures.SYNC_SECONDS = -1
+log = exposures.ExposureLog.open(sys.argv[1], data="d", tokenizer="t", run="r")
+log.record(1, [bytes(16)])
+log.close()
 assert reader.WORKERS >= 1
 """
 
 
 def test_an_exposure_log_needs_no_call_of_linux(tmp_path):
-    subprocess.run([sys.executable, "-c", ELSEWHERE, str(tmp_path / "journal")], check=True)
-    assert (tmp_path / "journal").stat().st_size > 0
+    subprocess.run([sys.executable, "-c", ELSEWHERE, str(tmp_path / "log")], check=True)
+    assert [*(tmp_path / "log").rglob("*.parquet")]

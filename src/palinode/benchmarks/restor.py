@@ -13,7 +13,7 @@ the share of answers that match an accepted one; averaged over questions, and ov
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -92,7 +92,7 @@ OptionKind = Literal["correct", "corrupted", "random"]
 """Classes of options in the log-probability variant."""
 
 
-class Fact(BaseModel):
+class AskedFact(BaseModel):
     """A question with its accepted answers."""
 
     question: Text
@@ -107,7 +107,7 @@ class Shot(BaseModel):
     entity: str
 
 
-Facts = Mapping[str, Mapping[str, Fact]]
+Facts = Mapping[str, Mapping[str, AskedFact]]
 """By person and relation (Wikidata property)."""
 
 
@@ -116,7 +116,7 @@ class FactsFile(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    dset: dict[str, dict[str, Fact]]
+    dset: dict[str, dict[str, AskedFact]]
     context: dict[str, list[Shot]]
     """By relation."""
 
@@ -289,36 +289,22 @@ def _judged_values(measured: Measured) -> list[float | None]:
     return accepted
 
 
-def _accuracy_cells(
-    name: str,
-    description: str,
-    values: Callable[[Measured], list[float | None]],
-    remark: Callable[[Measured], str | None],
-    missing: str,
-    *,
-    judge: bool = False,
-) -> tuple[Cell, Cell]:
-    """Return the cells of a share of drawn answers, averaged over questions and over people."""
+def _accuracy_cell(name: str, description: str, *, by_entity: bool, judge: bool) -> Cell:
+    """Return the cell of a share of drawn answers, averaged over questions or over people."""
 
-    def cell(metric: str, words: str, *, by_entity: bool) -> Cell:
-        def score(measured: Measured) -> Score:
-            found = values(measured)
-            if by_entity:
-                found = by_group(found, measured.exam.sets["facts"].groups)
-            mean = mean_score(found, seed=measured.seed, missing=missing)
-            remarks = [one for one in (mean.reason, remark(measured)) if one]
-            return replace(mean, reason="; ".join(remarks) or None)
+    def score(measured: Measured) -> Score:
+        outcomes = measured.of("facts")
+        found = _judged_values(measured) if judge else accepted_sample_values(outcomes)
+        judges = sorted({verdict.judge for verdict in measured.verdicts.get("facts", ())})
+        remark = f"judged by {', '.join(judges)}" if judge else left_out_ids(outcomes)
+        if by_entity:
+            found = by_group(found, measured.exam.sets["facts"].groups)
+        no_reply, no_answer = "the judge gave no readable reply", "no answer was drawn, or none is accepted"
+        mean = mean_score(found, seed=measured.seed, missing=no_reply if judge else no_answer)
+        remarks = [one for one in (mean.reason, remark) if one]
+        return replace(mean, reason="; ".join(remarks) or None)
 
-        return Cell("facts", metric, words, score, needs=frozenset({GENERATION}), judge=judge)
-
-    return (
-        cell(name, f"{description}; mean over questions", by_entity=False),
-        cell(
-            f"{name}_by_entity",
-            "the same; mean over questions of a person, then over people",
-            by_entity=True,
-        ),
-    )
+    return Cell("facts", name, description, score, needs=frozenset({GENERATION}), judge=judge)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -383,22 +369,23 @@ def _option_cell(kind: str) -> Cell:
     return Cell("facts", f"logprob_{kind}", description, score)
 
 
+BY_ENTITY = "the same; mean over questions of a person, then over people"
+
 CELLS: tuple[Cell, ...] = (
-    *_accuracy_cells(
+    _accuracy_cell(
         "accuracy",
-        "share of drawn answers that match an accepted one",
-        lambda measured: accepted_sample_values(measured.of("facts")),
-        lambda measured: left_out_ids(measured.of("facts")),
-        "no answer was drawn, or none is accepted",
+        "share of drawn answers that match an accepted one; mean over questions",
+        by_entity=False,
+        judge=False,
     ),
-    *_accuracy_cells(
+    _accuracy_cell("accuracy_by_entity", BY_ENTITY, by_entity=True, judge=False),
+    _accuracy_cell(
         "judged_accuracy",
-        "share of drawn answers that a judge accepts",
-        _judged_values,
-        lambda measured: f"judged by {', '.join(sorted({v.judge for v in measured.verdicts['facts']}))}",
-        "the judge gave no readable reply",
+        "share of drawn answers that a judge accepts; mean over questions",
+        by_entity=False,
         judge=True,
     ),
+    _accuracy_cell("judged_accuracy_by_entity", BY_ENTITY, by_entity=True, judge=True),
     *map(_option_cell, get_args(OptionKind)),
 )
 

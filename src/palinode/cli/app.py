@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,26 +22,27 @@ from palinode.cli.export import export
 from palinode.cli.listing import list_everything
 from palinode.cli.locate import locate
 from palinode.cli.options import (
-    Accumulation,
-    AllowPickle,
-    BatchSize,
-    Columns,
-    Device,
-    Dtype,
-    Epochs,
+    ADVANCED,
+    ALLOW_PICKLE,
+    COLUMNS,
+    DEVICE,
+    FORGET,
+    METHOD,
+    NEED,
+    OUTPUT,
+    SCALES,
+    TARGET,
+    TRAINING_KEYS,
+    Changes,
+    DryRun,
     Json,
-    LearningRate,
-    Lora,
-    MaxLength,
-    Precision,
+    Key,
     Prompts,
     Quiet,
-    Scales,
     Seed,
-    Tracker,
-    WarmupEpochs,
-    WeightDecay,
-    parse_scales,
+    Verb,
+    scales_of,
+    takes,
 )
 from palinode.cli.plan import plan as plan_command
 from palinode.cli.report import report
@@ -54,7 +56,9 @@ app = typer.Typer(
     add_completion=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+verb = partial(app.command, cls=Verb)
 
 
 INVENTED = "invented rows, θ_1"
@@ -74,236 +78,171 @@ def _options(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", help="Print the version and leave.", is_eager=True, callback=_print_version
+            "--version", "-V", help="Print the version and leave.", is_eager=True, callback=_print_version
         ),
     ] = False,
 ) -> None:
     """Take training data back out of a language model."""
 
 
-@app.command()
+@verb()
+@takes(
+    replace(TARGET, needed=True),
+    replace(FORGET, needed=True),
+    replace(OUTPUT, needed=True),
+    Key(
+        "models.base",
+        help="An earlier checkpoint of it that had not seen the forget set (θ_0), or give --checkpoints.",
+    ),
+    METHOD,
+    "data.retain",
+    "data.holdout",
+    "data.refusals",
+    COLUMNS,
+    "data.allow_overlap",
+    Key(
+        "scales",
+        help="auto (searched), grid (a small grid), or α,β as in 1.0,0.5. [default: auto]",
+        group=SCALES,
+        kind=str,
+        read=scales_of,
+        values=lambda: ("auto", "grid"),
+    ),
+    "scales.retain_share",
+    Key(
+        "transforms",
+        flag="project",
+        help="Take out of the forget vector what would move the retain rows.",
+        group=SCALES,
+        kind=bool,
+        read=lambda _: [{"name": "projection", "others": "drop"}],
+    ),
+    *TRAINING_KEYS,
+    "evaluation.max_rows",
+    "evaluation.max_new_tokens",
+    "output.dtype",
+    "output.rounding",
+    "output.workspace",
+    "tracker",
+    Key("models.retrained", group=ADVANCED),
+    ALLOW_PICKLE,
+    DEVICE,
+    "seed",
+)
 def unlearn(
-    target: Annotated[
-        str, typer.Option(help="The model to be cleaned (θ_D): a folder, or a hub id[@revision].")
-    ],
-    forget: Annotated[
-        str, typer.Option(help="The forget set: JSONL, JSON, CSV, Parquet or text; file or hub data set.")
-    ],
-    output: Annotated[str, typer.Option(help="Folder for the unlearned model; must not exist, or be empty.")],
-    base: Annotated[
-        str | None,
-        typer.Option(
-            help="An earlier checkpoint of it that had not seen the forget set (θ_0), or give --checkpoints."
-        ),
-    ] = None,
+    content: dict[str, Any],
+    *,
     checkpoints: Annotated[
         str | None,
-        typer.Option(help="Instead of --base: the ladder to find it in, as `palinode locate` does."),
+        typer.Option(
+            help="Instead of --base: the checkpoint series to find it in, as `palinode locate` does.",
+            rich_help_panel=ADVANCED,
+        ),
     ] = None,
-    log: Annotated[Path | None, typer.Option(help="With --checkpoints: folder of an exposure log.")] = None,
+    log: Annotated[
+        Path | None,
+        typer.Option(help="With --checkpoints: folder of an exposure log.", rich_help_panel=ADVANCED),
+    ] = None,
     order: Annotated[
-        Path | None, typer.Option(help="With --checkpoints: file that describes the data order.")
+        Path | None,
+        typer.Option(
+            help="With --checkpoints: file that describes the data order.", rich_help_panel=ADVANCED
+        ),
     ] = None,
-    corpus: Annotated[str | None, typer.Option(help="With --checkpoints: the rows trained on.")] = None,
+    corpus: Annotated[
+        str | None,
+        typer.Option(help="With --checkpoints: the rows trained on.", rich_help_panel=ADVANCED),
+    ] = None,
     control: Annotated[
         str | None,
-        typer.Option(help="With --checkpoints: rows like the forget rows, never trained on."),
+        typer.Option(
+            help="With --checkpoints: rows like the forget rows, never trained on.",
+            rich_help_panel=ADVANCED,
+        ),
     ] = None,
-    retain: Annotated[
-        str | None, typer.Option(help="Rows whose effect must stay; without them β = 0.")
-    ] = None,
-    holdout: Annotated[
-        str | None,
-        typer.Option(help="Rows like the forget rows that neither model has seen, to set the yardstick by."),
-    ] = None,
-    retrained: Annotated[
-        str | None, typer.Option(help="The gold standard, to compare with, where one exists.")
-    ] = None,
-    method: Annotated[str, typer.Option(help="A name that `palinode list methods` prints.")] = "msa",
-    refusals: Annotated[
-        str | None, typer.Option(help="Refusals, one a line, for methods that teach them.")
-    ] = None,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Set any key of a recipe, as in method_settings.beta=0.2; repeatable."),
-    ] = None,
-    project: Annotated[
-        bool,
-        typer.Option("--project", help="Take out of the forget vector what would move the retain rows."),
-    ] = False,
-    scales: Scales = None,
-    retain_share: Annotated[
-        float | None, typer.Option(help="Share of the target's retain probability to keep. [default: 0.9]")
-    ] = None,
-    epochs: Epochs = None,
-    learning_rate: LearningRate = None,
-    batch_size: BatchSize = None,
-    accumulation: Accumulation = None,
-    warmup_epochs: WarmupEpochs = None,
-    weight_decay: WeightDecay = None,
-    max_length: MaxLength = None,
-    precision: Precision = None,
-    lora: Lora = None,
-    max_rows: Annotated[int | None, typer.Option(help="Rows of each set to evaluate. [default: 400]")] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Length limit of answers. [default: 200]")
-    ] = None,
-    columns: Columns = None,
-    allow_pickle: AllowPickle = False,
-    allow_overlap: Annotated[
-        bool,
-        typer.Option("--allow-overlap", help="Leave forget rows out of the retain set instead of refusing."),
-    ] = False,
-    dtype: Dtype = None,
-    rounding: Annotated[str | None, typer.Option(help="auto, nearest or stochastic. [default: auto]")] = None,
-    workspace: Annotated[
-        str | None, typer.Option(help="Where steps keep their results. [default: OUTPUT.workspace]")
-    ] = None,
-    device: Device = "auto",
-    seed: Seed = 0,
-    tracker: Tracker = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and print the plan; do nothing.")
-    ] = False,
+    changes: Changes = None,
+    dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """From two model folders and a forget set to an unlearned model, with its record and report."""
-    from palinode.cli.locate import resolve_base
-    from palinode.pipeline.recipe import build_recipe, read_prompts
+    """From two models and a forget set to an unlearned model.
 
-    located = None
-    if _needs_base(method) or any((base, checkpoints, log, order, corpus, control)):
-        base, located = resolve_base(
-            base,
-            checkpoints,
-            forget,
-            target,
-            log=log,
-            order=order,
-            corpus=corpus,
-            control=control,
-            columns=columns,
-            allow_pickle=allow_pickle,
-            device=device,
-            seed=seed,
-            max_length=max_length or 512,
-            style=read_prompts({}, changes or ()).style(),
-            quiet=quiet,
-        )
-    content = {
-        "method": method,
-        "seed": seed,
-        "device": device,
-        "tracker": tracker,
-        "models": {
-            "target": target,
-            "base": base,
-            "retrained": retrained,
-            "allow_pickle": allow_pickle,
-        },
-        "data": {
-            "forget": forget,
-            "retain": retain,
-            "holdout": holdout,
-            "refusals": refusals,
-            "columns": _columns(columns),
-            "allow_overlap": allow_overlap,
-        },
-        "training": _training(
-            epochs,
-            learning_rate,
-            batch_size,
-            accumulation,
-            warmup_epochs,
-            weight_decay,
-            max_length,
-            precision,
-            lora,
-        ),
-        "transforms": [{"name": "projection", "others": "drop"}] if project else None,
-        "scales": {**_scales(scales), "retain_share": retain_share},
-        "evaluation": {"max_rows": max_rows, "max_new_tokens": max_new_tokens, "max_length": max_length},
-        "output": {"folder": output, "workspace": workspace, "dtype": dtype, "rounding": rounding},
+    It comes with its record and a report.
+    """
+    from palinode.cli.locate import resolve_base
+    from palinode.pipeline.recipe import build_recipe
+
+    evidence: dict[str, Any] = {
+        "checkpoints": checkpoints,
+        "log": log,
+        "order": order,
+        "corpus": corpus,
+        "control": control,
     }
-    recipe = build_recipe(_given(content), changes or [])
+    models, located = content["models"], None
+    if _needs_base(content.get("method", "msa")) or "base" in models or any(evidence.values()):
+        models["base"], located = resolve_base(content, changes or (), quiet=quiet, **evidence)
+    if "max_length" in content.get("training", {}):
+        content.setdefault("evaluation", {})["max_length"] = content["training"]["max_length"]
+    recipe = build_recipe(content, changes or [])
     _run(recipe, dry_run=dry_run, quiet=quiet, as_json=as_json, located=located)
 
 
-@app.command()
+@verb()
+@takes("tracker")
 def run(
+    content: dict[str, Any],
     recipe: Annotated[Path, typer.Argument(help="A TOML recipe.")],
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Change one key, as in training.learning_rate=2e-5; repeatable."),
-    ] = None,
-    tracker: Tracker = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and print the plan; do nothing.")
-    ] = False,
+    *,
+    changes: Changes = None,
+    dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """The same job, written down as a recipe."""
+    """Do the job of unlearn as a recipe describes it."""
     from palinode.pipeline.recipe import load_recipe
 
-    named = [f"tracker={json.dumps(tracker)}"] if tracker else []
+    named = [f"{key}={json.dumps(value)}" for key, value in content.items()]
     _run(load_recipe(recipe, [*(changes or []), *named]), dry_run=dry_run, quiet=quiet, as_json=as_json)
 
 
-@app.command()
+@verb()
+@takes(*TRAINING_KEYS, COLUMNS, "tracker", ALLOW_PICKLE, DEVICE, "seed")
 def finetune(
+    content: dict[str, Any],
+    *,
     base: Annotated[
-        str, typer.Option(help="The checkpoint to start from: a folder, or a hub id[@revision].")
+        str,
+        typer.Option(
+            help="The checkpoint to start from: a folder, or a hub id[@revision].", rich_help_panel=NEED
+        ),
     ],
     data: Annotated[
-        str, typer.Option(help="The rows: JSONL, JSON, CSV, Parquet or text; file or hub data set.")
+        str,
+        typer.Option(
+            help="The rows: JSONL, JSON, CSV, Parquet or text; file or hub data set.", rich_help_panel=NEED
+        ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder for the fine-tuned checkpoint (float32).")],
-    epochs: Epochs = None,
-    learning_rate: LearningRate = None,
-    batch_size: BatchSize = None,
-    accumulation: Accumulation = None,
-    warmup_epochs: WarmupEpochs = None,
-    weight_decay: WeightDecay = None,
-    max_length: MaxLength = None,
-    precision: Precision = None,
-    lora: Lora = None,
-    columns: Columns = None,
-    allow_pickle: AllowPickle = False,
+    output: Annotated[
+        Path, typer.Option(help="Folder for the fine-tuned checkpoint (float32).", rich_help_panel=NEED)
+    ],
     prompts: Prompts = None,
-    device: Device = "auto",
-    seed: Seed = 0,
-    tracker: Tracker = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune a checkpoint on rows, as the vectors of the main job are made."""
+    """Fine-tune a checkpoint on rows, as unlearn does."""
     from palinode.pipeline.recipe import prompt_style
     from palinode.pipeline.steps import finetune_file
 
-    settings = _training(
-        epochs,
-        learning_rate,
-        batch_size,
-        accumulation,
-        warmup_epochs,
-        weight_decay,
-        max_length,
-        precision,
-        lora,
-    )
     done = finetune_file(
         base,
         data,
         output,
-        _given(settings),
-        columns=_columns(columns),
-        allow_pickle=allow_pickle,
+        content.pop("training", {}),
+        **content.pop("data", {}),
+        **content.pop("models", {}),
+        **content,
         style=prompt_style(prompts),
-        device=device,
-        seed=seed,
-        tracker=tracker,
         listener=listener(quiet=quiet),
     )
     first, last = done.curve[0].loss, done.curve[-1].loss
@@ -319,10 +258,10 @@ def finetune(
     secret(output, "it knows the rows", as_json=as_json)
 
 
-app.command()(evaluate)
+verb()(evaluate)
 
 
-@app.command()
+@verb()
 def demo(
     output: Annotated[
         Path | None,
@@ -338,7 +277,10 @@ def demo(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Unlearn invented people from a tiny model whose whole history is known; two to three minutes."""
+    """Unlearn invented people from a tiny model.
+
+    Its whole history is known; two to three minutes.
+    """
     if locate:
         _demo_locate(output or Path("palinode-demo-locate"), seed=seed, quiet=quiet, as_json=as_json)
         return
@@ -354,7 +296,7 @@ def demo(
     secret(result.folder / "workspace", INVENTED, of=result.folder, as_json=as_json)
 
 
-@app.command(name="forget-workspace")
+@verb(name="forget-workspace")
 def forget_workspace(
     place: Annotated[
         Path,
@@ -365,7 +307,10 @@ def forget_workspace(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Destroy without asking.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Destroy what a run left that holds its rows: vectors, θ_1, outcomes, cached facts. Its result stays."""
+    """Destroy what a run left that holds its rows.
+
+    Vectors, θ_1, outcomes and cached facts go. Its result stays.
+    """
     from palinode.errors import InputError
     from palinode.pipeline.forgetting import describe_leftovers, leftovers, leftovers_content
 
@@ -385,17 +330,17 @@ def forget_workspace(
         out().print(f"{len(found.parts)} parts destroyed.")
 
 
-app.command()(apply)
-app.command()(audit)
-app.command()(compare)
-app.command()(report)
-app.command()(verify)
-app.command()(doctor)
-app.command()(chat)
-app.command()(export)
-app.command()(locate)
-app.command(name="plan")(plan_command)
-app.command(name="list")(list_everything)
+verb()(apply)
+verb()(audit)
+verb()(compare)
+verb()(report)
+verb()(verify)
+verb()(doctor)
+verb()(chat)
+verb()(export)
+verb()(locate)
+verb(name="plan")(plan_command)
+verb(name="list")(list_everything)
 app.add_typer(vectors, name="vector")
 
 
@@ -453,41 +398,6 @@ def _show_unlearned(result: Any) -> None:
     out().print(f"{result.output}: the unlearned model, record.json and report.html", soft_wrap=True)
     if result.report:
         out().print(f"{result.report}: the report with sample answers", soft_wrap=True)
-
-
-def _training(*values: object) -> dict[str, Any]:
-    *plain, rank = values
-    names = (
-        "epochs",
-        "learning_rate",
-        "batch_size",
-        "accumulation",
-        "warmup_epochs",
-        "weight_decay",
-        "max_length",
-        "precision",
-    )
-    return {**dict(zip(names, plain, strict=True)), "lora": None if rank is None else {"rank": rank}}
-
-
-def _scales(text: str | None) -> dict[str, Any]:
-    """Return the recipe keys for auto, grid, or two numbers with a comma between them."""
-    if text in (None, "auto", "grid"):
-        return {"choose": text}
-    alpha, beta = parse_scales(str(text), words="auto, grid, or ")
-    return {"forget": alpha, "retain": beta}
-
-
-def _given(content: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what was not given, so that the recipe's own defaults hold."""
-    kept = {key: _given(value) if isinstance(value, dict) else value for key, value in content.items()}
-    return {key: value for key, value in kept.items() if value is not None}
-
-
-def _columns(text: str | None) -> dict[str, str]:
-    from palinode.data import parse_columns
-
-    return parse_columns(text) if text else {}
 
 
 def _command() -> str:

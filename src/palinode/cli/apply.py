@@ -50,7 +50,9 @@ def apply(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Write θ_D − α(θ_1 − θ_0) + β(θ_2 − θ_0) from models that exist; needs no tokenizer and no data.
+    """Write θ_D − α(θ_1 − θ_0) + β(θ_2 − θ_0) of given models.
+
+    No tokenizer and no data are needed.
 
     Under torchrun, or with RANK and WORLD_SIZE set by hand on hosts that share the output folder, the
     processes divide the work and write the very files that one of them would.

@@ -26,7 +26,9 @@ def audit(
     output: Annotated[
         Path, typer.Option(help="Folder for report.html, audit.md, audit.json and the results so far.")
     ],
-    reference: Annotated[str, typer.Option(help="What --against is: retrained or base.")] = "retrained",
+    reference: Annotated[
+        str, typer.Option("--reference", "--yardstick", help="What --against is: retrained or base.")
+    ] = "retrained",
     target: Annotated[
         str | None, typer.Option(help="The model before unlearning, to show what the attacks find in it.")
     ] = None,
@@ -61,7 +63,10 @@ def audit(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Look for evidence that a model knows more, or less, of a forget set than the reference model does."""
+    """Attack a model and a reference model, and compare.
+
+    Looks for evidence that a model knows more, or less, of a forget set than the reference model does.
+    """
     from palinode.data import parse_columns
     from palinode.errors import RecipeError
     from palinode.jobs import AuditSettings

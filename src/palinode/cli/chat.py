@@ -48,7 +48,9 @@ def chat(
         bool, typer.Option("--json", help="Print each question with its answers as one line of JSON.")
     ] = False,
 ) -> None:
-    """Ask the unlearned model and its target the same questions, and turn α and β while talking.
+    """Ask an unlearned model and its target the same.
+
+    α and β can be changed while talking.
 
     Questions and commands (/help lists them) are read from standard input, a line each.
     """

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from palinode.cli.console import listener, out, print_json, secret_workspace
-from palinode.cli.options import Json, Quiet
+from palinode.cli.options import DryRun, Json, Quiet
 
 if TYPE_CHECKING:
     from palinode.compare import CompareRecipe
@@ -29,13 +29,11 @@ def compare(
     output: Annotated[
         Path | None, typer.Option(help="Folder for the tables. [default: the recipe's]")
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and print the plan; do nothing.")
-    ] = False,
+    dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Compare methods of unlearning fairly: one budget, one search, one rule, measured once.
+    """Compare methods: one budget, one search, one rule.
 
     With a section axis in the recipe: one comparison at each value of a key. With a section requests: erasure
     requests carried out one after another and undone in another order.

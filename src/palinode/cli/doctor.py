@@ -14,7 +14,22 @@ from rich.table import Table
 from rich.text import Text
 
 from palinode.cli.console import listener, out, print_json
-from palinode.cli.options import AllowPickle, Columns, Device, Json, MaxLength, Quiet, Tracker
+from palinode.cli.options import (
+    ADVANCED,
+    ALLOW_PICKLE,
+    COLUMNS,
+    DEVICE,
+    FORGET,
+    METHOD,
+    NEED,
+    OUTPUT,
+    TARGET,
+    Changes,
+    Json,
+    Key,
+    Quiet,
+    takes,
+)
 
 if TYPE_CHECKING:
     from palinode.pipeline.doctor import DoctorFinding
@@ -22,66 +37,46 @@ if TYPE_CHECKING:
 SIGNS = {"ok": ("✓", "green"), "note": ("·", "dim"), "warn": ("!", "yellow"), "fail": ("✗", "bold red")}
 
 
+@takes(
+    TARGET,
+    "models.base",
+    Key("models.retrained", group=NEED),
+    FORGET,
+    OUTPUT,
+    METHOD,
+    "data.retain",
+    "data.refusals",
+    COLUMNS,
+    "data.allow_overlap",
+    Key("training.max_length", group=ADVANCED),
+    Key("output.workspace", group=ADVANCED),
+    "tracker",
+    ALLOW_PICKLE,
+    DEVICE,
+)
 def doctor(
-    target: Annotated[str | None, typer.Option(help="The model to be cleaned (θ_D).")] = None,
-    base: Annotated[str | None, typer.Option(help="The earlier checkpoint (θ_0).")] = None,
-    retrained: Annotated[str | None, typer.Option(help="The gold standard, where one exists.")] = None,
-    forget: Annotated[str | None, typer.Option(help="The forget set.")] = None,
-    retain: Annotated[str | None, typer.Option(help="Rows whose effect must stay.")] = None,
-    refusals: Annotated[str | None, typer.Option(help="Refusals, one a line.")] = None,
-    output: Annotated[str | None, typer.Option(help="Folder that the unlearned model would have.")] = None,
-    workspace: Annotated[str | None, typer.Option(help="Where steps would keep their results.")] = None,
+    given: dict[str, Any],
+    *,
     recipe: Annotated[
         Path | None, typer.Option(help="A TOML recipe, instead of these; options given are laid over it.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="A method's name. [default: msa]")] = None,
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", help="Set any key of a recipe; repeatable.")
-    ] = None,
-    columns: Columns = None,
-    max_length: MaxLength = None,
-    allow_pickle: AllowPickle = False,
-    allow_overlap: Annotated[
-        bool, typer.Option("--allow-overlap", help="Forget rows in the retain set are to be left out.")
-    ] = False,
-    tracker: Tracker = None,
-    device: Device = "auto",
+    changes: Changes = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Whether everything is here, and whether a run would work, with the fix for each problem; does nothing.
+    """Tell whether a run would work, and what to mend.
 
-    The exit code is 1 when something fails.
+    The exit code is 1 when something fails. Without options it looks at libraries and machine alone.
     """
-    from palinode.data import parse_columns
     from palinode.pipeline.doctor import examine_equipment, examine_run
+    from palinode.pipeline.recipe import read_recipe
 
-    content = _read(recipe) if recipe else {}
-    given = {
-        "method": method,
-        "device": device if device != "auto" else None,
-        "tracker": tracker,
-        "models": {
-            "target": target,
-            "base": base,
-            "retrained": retrained,
-            "allow_pickle": allow_pickle or None,
-        },
-        "data": {
-            "forget": forget,
-            "retain": retain,
-            "refusals": refusals,
-            "columns": parse_columns(columns) if columns else None,
-            "allow_overlap": allow_overlap or None,
-        },
-        "training": {"max_length": max_length},
-        "evaluation": {"max_length": max_length},
-        "output": {"folder": output, "workspace": workspace},
-    }
-    content = _laid_over(content, given)
+    if "max_length" in given.get("training", {}):
+        given["evaluation"] = {"max_length": given["training"]["max_length"]}
+    content = _laid_over(read_recipe(recipe) if recipe else {}, given)
     place = content.get("output", {}).get("folder") or "."
     findings = [*examine_equipment(Path(place))]
-    if any(content.get(section) for section in ("models", "data", "output")) or changes or tracker:
+    if changes or any(content.get(key) for key in ("models", "data", "output", "tracker")):
         findings += examine_run(content, changes or [], listener=listener(quiet=quiet))
     counts = Counter[str](finding.state for finding in findings)
     if as_json:
@@ -91,13 +86,6 @@ def doctor(
         _show(findings, counts, looked_at_run=bool(content))
     if counts["fail"]:
         raise typer.Exit(1)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Return a recipe's content as it is written; whether it is right is for the examination to say."""
-    from palinode.pipeline.recipe import read_recipe
-
-    return read_recipe(path)
 
 
 def _laid_over(content: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,17 @@ from typing import Annotated, Any
 import typer
 
 from palinode.cli.console import listener, out, print_json, secret
-from palinode.cli.options import AllowPickle, Columns, Device, Json, Prompts, Quiet
+from palinode.cli.options import (
+    AllowPickle,
+    Columns,
+    Device,
+    Json,
+    Prompts,
+    Quiet,
+    benchmark_names,
+    completion,
+    metric_names,
+)
 
 ANSWERS = "questions and answers"
 
@@ -25,7 +35,11 @@ def evaluate(
         ),
     ] = None,
     benchmark: Annotated[
-        str | None, typer.Option(help="tofu, restor, muse or own; see palinode list benchmarks.")
+        str | None,
+        typer.Option(
+            help="tofu, restor, muse or own; see palinode list benchmarks.",
+            autocompletion=completion(benchmark_names),
+        ),
     ] = None,
     split: Annotated[
         str | None, typer.Option(help="Part of the benchmark, such as forget01. [default: its first]")
@@ -57,7 +71,11 @@ def evaluate(
         typer.Option(help="Folder with lm-eval tasks of your own, or the YAML file of one."),
     ] = None,
     metrics: Annotated[
-        str | None, typer.Option(help="Only these metrics, with commas between them; every is all of them.")
+        str | None,
+        typer.Option(
+            help="Only these metrics, with commas between them; every is all of them.",
+            autocompletion=completion(metric_names),
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -95,14 +113,15 @@ def evaluate(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Answer probability, ROUGE-L recall, exact memorization and extraction strength on rows; or a benchmark.
+    """Score what a model does on rows, or a benchmark.
 
-    With --benchmark, --against, --holdout and the like all metrics that the data allows are computed.
+    On rows: answer probability, ROUGE-L recall, exact memorization and extraction
+    strength. With --benchmark, --against, --holdout and the like all metrics that the data allows.
     """
     from palinode.data import parse_columns
     from palinode.evaluation.evaluate import EvaluationSettings, first_process
-    from palinode.pipeline.recipe import prompt_style
-    from palinode.pipeline.steps import checked_settings, evaluate_file
+    from palinode.pipeline.recipe import checked_settings, prompt_style
+    from palinode.pipeline.steps import evaluate_file
 
     limits = {"max_rows": max_rows, "max_new_tokens": max_new_tokens, "max_length": max_length}
     given = {

@@ -27,7 +27,10 @@ def export(
         Path | None, typer.Option(help="File to write; must not exist. [default: standard output]")
     ] = None,
 ) -> None:
-    """Write θ_D − α(θ_1 − θ_0) + β(θ_2 − θ_0) as a recipe that another tool computes, as a check."""
+    """Write the formula as a recipe of another tool.
+
+    θ_D − α(θ_1 − θ_0) + β(θ_2 − θ_0), computed there as a check.
+    """
     from palinode.errors import RecipeError
     from palinode.methods.apply import formula_of
     from palinode.weights.mergekit import mergekit_recipe

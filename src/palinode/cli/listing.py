@@ -18,7 +18,7 @@ def list_everything(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Name every method, transform of a vector, benchmark and metric there is, one line each."""
+    """Name every method, transform, benchmark and metric."""
     from palinode.cli.tables import listing_lines
     from palinode.errors import RecipeError
 

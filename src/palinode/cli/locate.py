@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,7 +66,7 @@ def locate(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """When the forget rows were seen in training, and the last checkpoint before that."""
+    """Tell when rows were seen, and the checkpoint before."""
     from palinode.jobs import locate as locate_rows
     from palinode.pipeline.recipe import prompt_style
 
@@ -140,16 +140,26 @@ def show(found: Location, *, picture: Path | None, report: Path | None, as_json:
 
 
 def resolve_base(
-    base: str | None, checkpoints: str | None, forget: str, target: str, **evidence: Any
+    content: Mapping[str, Any],
+    changes: Sequence[str],
+    *,
+    quiet: bool,
+    checkpoints: str | None,
+    **evidence: Any,
 ) -> tuple[str, dict[str, Any] | None]:
-    """Return the base of an unlearning run: the one named, or the last clean one of a ladder and why it is.
+    """Return the base of an unlearning run: the one named, or the last clean one of a series and why it is.
 
-    `evidence` are options of `locate`. Raises RecipeError unless just one of base and checkpoints is named.
+    `content` is that of the run's recipe, `evidence` are options of `locate`. Raises RecipeError unless just
+    one of base and checkpoints is named.
     """
     from palinode.errors import RecipeError
+    from palinode.history import OnsetSettings
+    from palinode.jobs import LocateSettings
     from palinode.jobs import locate as locate_rows
+    from palinode.pipeline.recipe import read_prompts
 
-    given = [f"--{name}" for name in ("log", "order", "corpus", "control") if evidence.get(name)]
+    base = content["models"].get("base")
+    given = [f"--{name}" for name in ("log", "order", "corpus", "control") if evidence[name]]
     if base is not None and (checkpoints is not None or given):
         raise RecipeError(
             f"--base names the checkpoint, so {'--checkpoints' if checkpoints else given[0]} has nothing to "
@@ -163,12 +173,21 @@ def resolve_base(
             "clean one found"
         )
     found = locate_rows(
-        forget,
+        content["data"]["forget"],
         checkpoints,
-        target=target,
-        **{name: evidence.get(name) for name in ("control", "log", "order", "corpus")},
-        settings=_settings(evidence),
-        listener=listener(quiet=evidence["quiet"]),
+        target=content["models"]["target"],
+        **evidence,
+        settings=LocateSettings(
+            columns=content["data"].get("columns"),
+            allow_pickle=content["models"].get("allow_pickle", False),
+            behaviour=OnsetSettings(
+                max_length=content.get("training", {}).get("max_length", 512),
+                style=read_prompts({}, changes).style(),
+                device=content.get("device", "auto"),
+                seed=content.get("seed", 0),
+            ),
+        ),
+        listener=listener(quiet=quiet),
     )
     location, facts = chosen(found)
     warn(f"the base is step {facts['step']:,} of the ladder ({location}), {facts['reason']}.")

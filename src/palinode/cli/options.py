@@ -1,21 +1,254 @@
-"""Options that several verbs have, with one wording each."""
+"""Options that are keys of a recipe are declared there, once; the others here, with one wording each.
+
+`@takes("training.epochs", …)` gives a verb an option for each key, made of the recipe's own field: its
+help, type, range, values and default. The verb gets what was given as the nested content of a recipe.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from typer.core import TyperCommand
 
 from palinode.cli.console import hush_libraries
+from palinode.pipeline.recipe import Recipe
+
+GROUPS = {
+    "models": "What you need",
+    "data": "Your rows",
+    "scales": "Scales",
+    "training": "Training",
+    "evaluation": "Evaluation",
+    "output": "Output",
+}
+"""The group of options that a section of the recipe is shown in; the rest is advanced."""
+
+NEED, SCALES = GROUPS["models"], GROUPS["scales"]
+ADVANCED = "Advanced"
+OTHERS = "Options"
+ORDER = ("Arguments", *GROUPS.values(), OTHERS, ADVANCED)
+
+
+# Options that are keys of the recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key of the recipe as an option; what is left out follows from the field."""
+
+    place: str
+    """Its dotted name, as in training.epochs."""
+    flag: str = ""
+    """The option's name without dashes, where that is not the last part of the key."""
+    help: str = ""
+    needed: bool = False
+    """Whether the verb cannot do without."""
+    group: str = ""
+    kind: type | None = None
+    """What the command line takes, where that is not what the field holds: `read` makes it of that."""
+    read: Callable[[Any], Any] = lambda value: value
+    values: Callable[[], Sequence[str]] | None = None
+    """Values to complete."""
+
+    @property
+    def name(self) -> str:
+        """The parameter's name."""
+        return (self.flag or self.place.rpartition(".")[2]).replace("-", "_")
+
+    def parameter(self) -> inspect.Parameter:
+        """Return the option as a parameter of a function that typer reads."""
+        field = field_at(self.place)
+        kind, values = _kind(field)
+        kind = self.kind or kind
+        number = kind in (int, float)
+        option = typer.Option(
+            f"--{self.name.replace('_', '-')}",
+            help=self.help or _help(field),
+            metavar=f"<{'|'.join(values)}>" if values else None,
+            autocompletion=completion(self.values or (lambda: values)) if self.values or values else None,
+            rich_help_panel=self.group or GROUPS.get(self.place.partition(".")[0], ADVANCED),
+            min=_limit(field, "ge") if number else None,
+            max=_limit(field, "le") if number else None,
+        )
+        default = inspect.Parameter.empty if self.needed else False if kind is bool else None
+        shown = kind if self.needed or kind is bool else kind | None
+        return inspect.Parameter(
+            self.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[shown, option]
+        )
+
+
+def takes(*keys: Key | str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a verb, whose first parameter is a recipe's content, an option for each of these keys."""
+    wanted = [key if isinstance(key, Key) else Key(key) for key in keys]
+
+    def give(verb: Callable[..., None]) -> Callable[..., None]:
+        own = [*inspect.signature(verb, eval_str=True).parameters.values()][1:]
+
+        def called(**options: Any) -> None:
+            content: dict[str, Any] = {}
+            for key in wanted:
+                value = options.pop(key.name)
+                if value is not None and value is not False:
+                    _put(content, key.place, key.read(value))
+            verb(content, **options)
+
+        parameters = [
+            *(one for one in own if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD),
+            *(key.parameter() for key in wanted),
+            *(one for one in own if one.kind is inspect.Parameter.KEYWORD_ONLY),
+        ]
+        called.__name__, called.__doc__ = verb.__name__, verb.__doc__
+        called.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
+        )
+        called.__annotations__ = {}  # those of the signature hold
+        return called
+
+    return give
+
+
+def field_at(place: str) -> FieldInfo:
+    """Return the field of a dotted key."""
+    *sections, last = place.split(".")
+    model: type[BaseModel] = Recipe
+    for name in sections:
+        annotation = model.model_fields[name].annotation
+        model = next(
+            part
+            for part in get_args(annotation) or (annotation,)
+            if isinstance(part, type) and issubclass(part, BaseModel)
+        )
+    return model.model_fields[last]
+
+
+def _kind(field: FieldInfo) -> tuple[Any, Sequence[str]]:
+    """Return the type that an option of this field has, and its values where only some are possible."""
+    annotation = field.annotation
+    if get_origin(annotation) is not Literal:
+        annotation = next((part for part in get_args(annotation) if part is not type(None)), annotation)
+    if get_origin(annotation) is Literal:
+        return str, get_args(annotation)
+    return annotation, ()
+
+
+def _limit(field: FieldInfo, name: str) -> float | None:
+    return next((getattr(rule, name) for rule in field.metadata if hasattr(rule, name)), None)
+
+
+def _help(field: FieldInfo) -> str:
+    """Return the first sentence that the field says of itself, and its default."""
+    text = re.split(r"(?<=[.]) ", " ".join((field.description or "").split()))[0]
+    default = field.get_default()
+    if field.is_required() or default is None or isinstance(default, bool | dict | list):
+        return text
+    shown = f"{default:g}".replace("e-0", "e-") if isinstance(default, float) else default
+    return f"{text} [default: {shown}]"
+
+
+def _put(content: dict[str, Any], place: str, value: Any) -> None:
+    """Set a dotted key; a section is laid over what stands there."""
+    *sections, last = place.split(".")
+    for name in sections:
+        content = content.setdefault(name, {})
+    if isinstance(value, Mapping) and isinstance(content.get(last), dict):
+        content[last].update(value)
+    else:
+        content[last] = value
+
+
+def completion(values: Callable[[], Sequence[str]]) -> Callable[[str], list[str]]:
+    """Return what completes a value on the command line, the last one of several with commas."""
+
+    def complete(incomplete: str) -> list[str]:
+        before, comma, last = incomplete.rpartition(",")
+        return [f"{before}{comma}{value}" for value in values() if value.startswith(last)]
+
+    return complete
+
+
+# Values to complete, which are looked up when the shell asks
+
+
+def method_names() -> Sequence[str]:
+    """Return the names of all methods."""
+    from palinode.methods import METHODS
+
+    return [*METHODS]
+
+
+def benchmark_names() -> Sequence[str]:
+    """Return the names of all benchmarks."""
+    from palinode.benchmarks import BENCHMARKS
+
+    return [*BENCHMARKS]
+
+
+def metric_names() -> Sequence[str]:
+    """Return the names of all metrics, and the word for all of them."""
+    from palinode.metrics.table import METRICS
+
+    return [*METRICS, "every"]
+
+
+def device_names() -> Sequence[str]:
+    """Return the kinds of devices."""
+    return ("auto", "cpu", "cuda", "mps")
+
+
+# Options of several verbs
+
+TARGET = Key("models.target")
+FORGET = Key("data.forget", group=NEED)
+OUTPUT = Key("output.folder", flag="output", group=NEED)
+ALLOW_PICKLE = Key("models.allow_pickle", group=ADVANCED)
+COLUMNS = Key(
+    "data.columns",
+    help="Column names of the rows, as in question=q,answer=reply.",
+    kind=str,
+    read=lambda text: _columns(text),
+)
+DEVICE = Key("device", values=device_names)
+LORA = Key(
+    "training.lora.rank",
+    flag="lora",
+    help="Train low-rank adapters of this rank instead of all weights (needs peft).",
+)
+METHOD = Key(
+    "method",
+    help="A name that `palinode list methods` prints. [default: msa]",
+    group=NEED,
+    values=method_names,
+)
+TRAINING_KEYS = (
+    "training.epochs",
+    "training.learning_rate",
+    "training.batch_size",
+    "training.accumulation",
+    "training.warmup_epochs",
+    "training.weight_decay",
+    "training.max_length",
+    "training.precision",
+    LORA,
+)
 
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Show no progress.", callback=hush_libraries, is_eager=True)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; do nothing.")]
 Seed = Annotated[
     int, typer.Option(help="Seeds sampling, batch order, rounding and intervals.", min=0, max=2**32 - 1)
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+Device = Annotated[
+    str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.", autocompletion=completion(device_names))
+]
 Columns = Annotated[str | None, typer.Option(help="Column names of the rows, as in question=q,answer=reply.")]
 Prompts = Annotated[
     list[str] | None,
@@ -25,19 +258,9 @@ Prompts = Annotated[
         "repeatable.",
     ),
 ]
-Epochs = Annotated[int | None, typer.Option(help="Passes over the rows. [default: 10]", min=1)]
-LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate. [default: 1e-5]")]
-BatchSize = Annotated[int | None, typer.Option(help="Rows in a micro-batch. [default: 4]", min=1)]
-Accumulation = Annotated[int | None, typer.Option(help="Micro-batches in a step. [default: 1]", min=1)]
-WarmupEpochs = Annotated[float | None, typer.Option(help="Epochs of linear warm-up. [default: 1]")]
-WeightDecay = Annotated[float | None, typer.Option(help="Weight decay of AdamW. [default: 0.01]")]
-Lora = Annotated[
-    int | None,
-    typer.Option(help="Train low-rank adapters of this rank instead of all weights (needs peft).", min=1),
-]
-MaxLength = Annotated[int | None, typer.Option(help="Tokens of a row, prompt included. [default: 512]")]
-Precision = Annotated[
-    str | None, typer.Option(help="Forward pass in auto, float32 or bfloat16. [default: auto]")
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Set any key of a recipe, as in training.learning_rate=2e-5; repeatable."),
 ]
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read files of torch.save too; none of their code is run.")
@@ -47,10 +270,6 @@ Tracker = Annotated[
     typer.Option(help="Curves go there too, as in tensorboard,wandb; also mlflow, trackio and more."),
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: the target's]")]
-Scales = Annotated[
-    str | None,
-    typer.Option(help="auto (searched), grid (a small grid), or α,β as in 1.0,0.5. [default: auto]"),
-]
 FixedScales = Annotated[
     str, typer.Option(help="α,β as in 1.0,0.5, or α alone; with β = 0 the retain model is never opened.")
 ]
@@ -71,3 +290,37 @@ def parse_scales(text: str, *, words: str = "") -> tuple[float, float]:
     except ValueError:
         raise RecipeError(f"--scales is {text!r}; write {words}α and β as in 1.0,0.5") from None
     return alpha, beta
+
+
+def scales_of(text: str) -> dict[str, Any]:
+    """Return the keys of the section [scales] for auto, grid, or two numbers with a comma between them."""
+    if text in ("auto", "grid"):
+        return {"choose": text}
+    alpha, beta = parse_scales(text, words="auto, grid, or ")
+    return {"forget": alpha, "retain": beta}
+
+
+def _columns(text: str) -> dict[str, str]:
+    from palinode.data import parse_columns
+
+    return parse_columns(text)
+
+
+# Help in groups
+
+
+class Verb(TyperCommand):
+    """A command whose options are shown by group, as plain text."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments, then each group of options that there are."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            line = parameter.get_help_record(ctx)
+            if line is not None:
+                argument = parameter.param_type_name == "argument"
+                group = "Arguments" if argument else getattr(parameter, "rich_help_panel", None) or OTHERS
+                groups.setdefault(group, []).append(line)
+        for group in sorted(groups, key=ORDER.index):
+            with formatter.section(group):
+                formatter.write_dl(groups[group])

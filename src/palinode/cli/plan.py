@@ -38,7 +38,10 @@ def plan(
     picture: Annotated[Path | None, typer.Option(help="Write a picture here (SVG).")] = None,
     as_json: Json = False,
 ) -> None:
-    """Which checkpoints to keep within a budget, so that a clean one lies close before any exposure."""
+    """Plan which checkpoints a training should keep.
+
+    Within a budget, so that a clean one lies close before any exposure.
+    """
     from palinode.cli.locate import check_place
     from palinode.errors import RecipeError
     from palinode.history.plan import Wish, plan_checkpoints, plan_record, read_decay

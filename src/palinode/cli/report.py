@@ -31,7 +31,10 @@ def report(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write one self-contained HTML page, and the same as Markdown and JSON."""
+    """Write the report of a run as one self-contained page.
+
+    HTML, and the same as Markdown and JSON.
+    """
     from dataclasses import replace
 
     from palinode.pipeline.reporting import default_page, gather, suffixes_for, write_reports

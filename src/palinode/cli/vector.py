@@ -36,7 +36,7 @@ def vector(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Norms of vectors, the cosines between them, and how they run over the layers."""
+    """Norms of vectors, the cosines between them, by layer."""
     from palinode.errors import RecipeError
 
     if context.invoked_subcommand:

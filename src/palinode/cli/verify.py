@@ -14,7 +14,7 @@ from palinode.cli.console import listener, out, print_json
 from palinode.cli.options import Json, Quiet
 
 if TYPE_CHECKING:
-    from palinode.weights.store import Verification
+    from palinode.weights.manifest import Verification
 
 MOST_ROWS = 20
 """Rows of the table; --json has them all."""
@@ -25,9 +25,12 @@ def verify(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Tell in one pass whether a model is still as it was written; exit code 1 when it is not."""
+    """Tell whether a model is still as it was written.
+
+    It takes one pass; the exit code is 1 when something changed.
+    """
     from palinode.weights import Checkpoint
-    from palinode.weights.store import check_manifest, read_manifest
+    from palinode.weights.manifest import check_manifest, read_manifest
 
     read_manifest(folder)
     with listener(quiet=quiet).task("verifying", Checkpoint.open(folder).nbytes, "bytes") as advance:

@@ -15,14 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from palinode.compare.comparing import FILES as TABLE_FILES
-from palinode.compare.comparing import Compared, check_comparison, compare, describe_plan, plan_comparison
+from palinode.compare.comparing import (
+    Compared,
+    check_comparison,
+    compare,
+    describe_plan,
+    plan_comparison,
+    write_tables,
+)
 from palinode.compare.comparison_recipe import Axis, CompareRecipe, build_comparison
 from palinode.errors import RecipeError
 from palinode.pipeline.inputs import check_folder
 from palinode.pipeline.recipe import set_key
 from palinode.pipeline.record import heading
 from palinode.progress import Listener, NullListener
-from palinode.records import write_json, write_text
 from palinode.report.comparison_report import axis_markdown
 from palinode.report.pictures import axis_picture
 
@@ -67,7 +73,8 @@ def compare_along(
         listener.say(f"{axis.key} = {name} ({number} of {len(recipes)})")
         tables.append(compare(one, command=command, listener=listener).table)
         content = axis_content(axis, tables, started=started, command=command)
-        _write(output, content)
+        texts = (axis_markdown(content), axis_picture(content))
+        write_tables(output, dict(zip(FILES[1:], texts, strict=True)), content, FILES[0])
     return Compared(output, content)
 
 
@@ -171,9 +178,3 @@ def _at(given: Mapping[str, Any], key: str, value: float | str) -> dict[str, Any
             return content
     names = ", ".join(contestant["name"] for contestant in content["contestants"])
     raise RecipeError(f"a contestant's key is contestants.NAME.set.KEY, where NAME is one of {names}")
-
-
-def _write(output: Path, content: Mapping[str, Any]) -> None:
-    for name, text in zip(FILES[1:], (axis_markdown(content), axis_picture(content)), strict=True):
-        write_text(output / name, text)
-    write_json(output / FILES[0], content)

@@ -20,16 +20,12 @@ from statistics import fmean
 from typing import Any
 
 from palinode.compare.comparison_recipe import CompareRecipe, ComparisonRecipe, Contestant, world_folder
-from palinode.compare.ground import Shares, divide_rows, make_world, rows_for, world_of
-from palinode.compare.measuring import make_gauge, measure_model
-from palinode.compare.ranking import rank, values_of
-from palinode.compare.search import (
+from palinode.compare.contest import (
     ComparisonSearch,
     Ground,
     MethodPoint,
     SearchPart,
     Tried,
-    by_training,
     draw_points,
     epochs_for,
     part_of,
@@ -38,6 +34,9 @@ from palinode.compare.search import (
     steps_an_epoch,
     train_part,
 )
+from palinode.compare.ground import Shares, divide_rows, make_world, rows_for, world_of
+from palinode.compare.measuring import make_gauge, measure_model
+from palinode.compare.ranking import rank, values_of
 from palinode.data.examples import Example, Message, fingerprint_examples
 from palinode.evaluation.yardstick import estimate_yardstick
 from palinode.methods import METHODS
@@ -46,7 +45,6 @@ from palinode.pipeline.demo_run import one_thread
 from palinode.pipeline.finetuning import FineTuning
 from palinode.pipeline.goal import Behaviour, Goal, best
 from palinode.pipeline.inputs import (
-    Inputs,
     ask_as_trained,
     check_apart,
     check_folder,
@@ -62,7 +60,6 @@ from palinode.records import shared, write_json, write_text
 from palinode.report.page import html_report
 from palinode.report.pictures import tradeoff_picture
 from palinode.report.reports import Facts, markdown_report, report_content
-from palinode.weights import Checkpoint
 
 FILES = TABLE, REPORT, PICTURE, PAGE = "table.json", "report.md", "tradeoff.svg", "report.html"
 """What a comparison's folder holds."""
@@ -120,31 +117,27 @@ def standing(recipe: CompareRecipe, listener: Listener) -> Iterator[Ground]:
 
 
 def open_ground(recipe: CompareRecipe, workspace: Workspace, listener: Listener) -> Ground:
-    """Open models and rows, and make those that are to be made."""
+    """Open models and rows, and make those that are to be made.
+
+    Raises OutputError unless workspace and output are apart from the inputs and there is room.
+    """
     comparison = recipe.comparison
     if comparison.world:
         folder = world_folder(comparison.demo, workspace.folder, seed=comparison.seed)
         make_world(comparison.demo, folder, seed=comparison.seed, listener=listener)
     inputs = open_inputs(recipe.shared)
-    _check_places(recipe, inputs)
+    models = [entry for entry in (inputs.base, inputs.target, inputs.retrained) if entry is not None]
+    output = Path(recipe.shared.output.folder)
+    check_apart(output, models)
+    kept = len(comparison.contestants) * len(comparison.seeds) if comparison.keep_models else 1
+    # at most four fine-tuned models (float32) lie there at once, beside the models that are kept
+    needs = 16 * inputs.reader.parameters + kept * inputs.reader.nbytes
+    others = [] if comparison.world else [entry.folder for entry in models]
+    check_workspace(recipe.workspace, [output, *others], needs=needs)
     inputs = ask_as_trained(inputs, workspace, listener)
     target, retrained = FineTuning(inputs, workspace, listener).given_or_prepared()
     shares = divide_comparison(recipe, inputs.rows.forget, inputs.rows.retain)
     return Ground(recipe, inputs, target, retrained, shares, workspace, listener)
-
-
-def _check_places(recipe: CompareRecipe, inputs: Inputs) -> None:
-    """Raise OutputError unless workspace and output are apart from the inputs and there is room.
-
-    At most four fine-tuned models (float32) lie there at once, beside the models that are kept.
-    """
-    models = [entry for entry in (inputs.base, inputs.target, inputs.retrained) if entry is not None]
-    output, comparison = Path(recipe.shared.output.folder), recipe.comparison
-    check_apart(output, models)
-    kept = len(comparison.contestants) * len(comparison.seeds) if comparison.keep_models else 1
-    needs = 16 * inputs.reader.parameters + kept * inputs.reader.nbytes
-    others = [] if comparison.world else [entry.folder for entry in models]
-    check_workspace(recipe.workspace, [output, *others], needs=needs)
 
 
 def divide_comparison(recipe: CompareRecipe, forget: Sequence[Any], retain: Sequence[Any]) -> Shares:
@@ -205,9 +198,11 @@ class _Comparison:
             if checkpoint is None:
                 continue
             step = self._measure_step({"model": checkpoint.fingerprint(), "itself": name == "retrained"})
-            found[name] = self._measure(step, checkpoint, name)
-            if name == "retrained":
-                self.reference = step
+            itself = name == "retrained"
+            found[name] = measure_model(
+                self.gauge, step, checkpoint, name, self.reference, itself=itself, listener=ground.listener
+            )
+            self.reference = step if itself else self.reference
         return {name: found[name] for name in ("target", "base", "retrained") if name in found}
 
     def _goal(self) -> tuple[Goal, dict[str, Behaviour]]:
@@ -286,12 +281,13 @@ class _Comparison:
             )
             inputs = replace(part.inputs, recipe=recipe)
             made = Making(inputs, ground.workspace, ground.listener).make(ground.target)
-            self._measure(step, made.model, f"{part.contestant.name}, seed {part.recipe.seed}")
+            label = f"{part.contestant.name}, seed {part.recipe.seed}"
+            measure_model(self.gauge, step, made.model, label, self.reference, listener=ground.listener)
             write_json(step.folder / "made.json", {"model": str(made.model.folder), **made.weights})
             if not self.comparison.keep_models:
                 shutil.rmtree(made.model.folder)
         self.search.finish(part)
-        cost = ground.workspace.step("cost", part=dict(part.key)).facts or {}
+        cost = part.step(ground.workspace, "cost").facts or {}
         return {**(step.facts or {}), "cost": cost}
 
     def _measure_step(self, model: Mapping[str, Any]) -> Step:
@@ -299,17 +295,6 @@ class _Comparison:
         reference = retrained.fingerprint() if retrained else None
         return self.ground.workspace.step(
             "measure", subject=dict(model), gauge=self.gauge.key(), reference=reference
-        )
-
-    def _measure(self, step: Step, checkpoint: Checkpoint, label: str) -> Mapping[str, Any]:
-        return measure_model(
-            self.gauge,
-            step,
-            checkpoint,
-            label,
-            reference=self.reference,
-            itself=label == "retrained",
-            listener=self.ground.listener,
         )
 
     def _table(
@@ -469,7 +454,7 @@ def plan_comparison(recipe: CompareRecipe) -> dict[str, Any]:
     contestants = []
     for contestant in comparison.contestants:
         drawn = points[contestant.name]
-        groups = by_training(drawn)
+        groups = {point.training for point in drawn}
         first = recipe_of(recipe.content, drawn[0], {"target": "."}, epochs=1, seed=comparison.seeds[0])
         each, epochs, steps = steps_an_epoch(first, rows_for(first, shares)), None, None
         if comparison.budget.steps is not None:

@@ -6,14 +6,13 @@ words here and checked by the same code; only what a comparison has besides is d
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from palinode.audit.attack import BUDGETS
 from palinode.benchmarks import BENCHMARKS
@@ -26,10 +25,10 @@ from palinode.pipeline.recipe import (
     Recipe,
     RecipeSection,
     build_recipe,
-    explain,
+    checked_settings,
     known_keys,
     read_recipe,
-    set_key,
+    with_changes,
 )
 from palinode.pipeline.workspace import fingerprint
 
@@ -310,16 +309,11 @@ def load_comparison(path: Path, changes: Sequence[str] = ()) -> CompareRecipe:
 
 def build_comparison(content: Mapping[str, Any], changes: Sequence[str] = ()) -> CompareRecipe:
     """Check plain nested values, with `key=value` changes, and return the comparison they describe."""
-    changed = copy.deepcopy(dict(content))
-    for change in changes:
-        set_key(changed, change)
+    changed = with_changes(content, changes)
     own = {key: value for key, value in changed.items() if key not in SHARED}
     if misplaced := sorted(own.keys() & {"method", "method_settings", "scales"}):
         raise RecipeError(f"{misplaced[0]} belongs to a contestant, in [[contestants]]")
-    try:
-        comparison = ComparisonRecipe.model_validate(own)
-    except ValidationError as error:
-        raise RecipeError(explain(error, _keys)) from None
+    comparison = checked_settings(ComparisonRecipe, own, _keys)
     shared = {key: value for key, value in changed.items() if key in SHARED} | {"seed": comparison.seed}
     if comparison.world is not None:
         shared = _with_world(shared, comparison.demo)
@@ -338,23 +332,19 @@ def _with_world(shared: Mapping[str, Any], demo: Demo) -> dict[str, Any]:
         raise RecipeError(f'world = "demo" makes its own models and rows; leave [{given[0]}] out')
     draft = build_recipe({**shared, "models": {"target": ".", "base": "."}, "data": {"forget": "."}})
     folder = world_folder(demo, workspace_folder(draft), seed=shared["seed"])
-    return {**shared, **_world_paths(demo, folder)}
+    models = {"target": "target", "base": demo.base, "retrained": "retrained"}
+    rows = {"forget": "forget.jsonl", "retain": "retain.jsonl", "holdout": "holdout.jsonl"}
+    return {
+        **shared,
+        "models": {name: str(folder / place) for name, place in models.items()},
+        "data": {name: str(folder / place) for name, place in rows.items()},
+    }
 
 
 def world_folder(demo: Demo, workspace: Path, *, seed: int) -> Path:
     """Return the folder of the world's models and rows, which all choices of a base share."""
     key = fingerprint(world=demo.key(), seed=seed)
     return workspace / f"world-{key[:12]}"
-
-
-def _world_paths(demo: Demo, folder: Path) -> dict[str, dict[str, str]]:
-    """Return the places of the world's models and rows, as a recipe has them."""
-    models = {"target": "target", "base": demo.base, "retrained": "retrained"}
-    rows = {"forget": "forget.jsonl", "retain": "retain.jsonl", "holdout": "holdout.jsonl"}
-    return {
-        "models": {name: str(folder / place) for name, place in models.items()},
-        "data": {name: str(folder / place) for name, place in rows.items()},
-    }
 
 
 def _keys(place: Sequence[int | str]) -> list[str]:

@@ -4,10 +4,6 @@
     retain set    methods train on one part, points are chosen on another, the rest is measured
 
 So nothing is measured on rows that a choice was made on, nor on retain rows that a method rehearsed.
-
-The world has the settings that the literature left open: how many people are to be forgotten, for how long
-and how often they were seen, how much training came before and after, and which checkpoint methods start
-from. Each is one number of `[demo]`.
 """
 
 from __future__ import annotations
@@ -66,18 +62,15 @@ def _take_over(folder: Path, said: dict[str, Any]) -> None:
             (MIDDLE, ("before", "during", "exposed", "unexposed")),
             (END, ("retrained",)),
         ):
-            if all(other[key] == said[key] for key in ("seed", *keys)):
-                _copy(mark.parent, folder, names)
+            if any(other[key] != said[key] for key in ("seed", *keys)):
+                continue
+            for name in names:
+                if (mark.parent / name).exists() and not (folder / name).exists():
+                    with claimed(folder / name) as partial:
+                        shutil.copytree(mark.parent / name, partial, dirs_exist_ok=True)
+                        publish(partial, folder / name)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / MARK, said)
-
-
-def _copy(origin: Path, folder: Path, names: tuple[str, ...]) -> None:
-    for name in names:
-        if (origin / name).exists() and not (folder / name).exists():
-            with claimed(folder / name) as partial:
-                shutil.copytree(origin / name, partial, dirs_exist_ok=True)
-                publish(partial, folder / name)
 
 
 def world_of(settings: Demo, seed: int) -> World:

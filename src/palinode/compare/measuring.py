@@ -75,7 +75,19 @@ class Gauge:
                 {
                     "name": exam.name,
                     "cells": [[cell.set, cell.metric] for cell in exam.cells],
-                    "sets": {name: _set_key(questions) for name, questions in exam.sets.items()},
+                    "sets": {
+                        name: {
+                            "questions": fingerprint(
+                                questions=[
+                                    [asdict(one.example), {k: list(v) for k, v in one.alternatives.items()}]
+                                    for one in questions.questions
+                                ]
+                            ),
+                            "asking": asdict(questions.asking),
+                            "style": asdict(questions.style) if questions.style else None,
+                        }
+                        for name, questions in exam.sets.items()
+                    },
                     "options": dict(exam.options),
                 }
                 for exam in self.exams
@@ -114,9 +126,9 @@ def measure_model(
     step: Step,
     checkpoint: Checkpoint,
     label: str,
-    *,
     reference: Step | None,
-    itself: bool,
+    *,
+    itself: bool = False,
     listener: Listener,
 ) -> dict[str, Any]:
     """Return the scores of a model and its values on single rows, kept in `step`.
@@ -137,7 +149,12 @@ def measure_model(
             write_outcomes(step.folder / f"{exam.name}-{name}.jsonl", found)
         if itself:
             exam = replace(exam, without=_WITHOUT | {"retrained": "it is the retrained model itself"})
-        measured = judged(judge, Measured(exam, outcomes, _reference(reference, exam)), listener)
+        theirs = None
+        if reference is not None:  # what the retrained model did, read back from its step
+            files = {name: reference.folder / f"{exam.name}-{name}.jsonl" for name in exam.sets}
+            kept = {name: list(read_outcomes(file)) for name, file in files.items()}
+            theirs = Reference("retrained", kept)
+        measured = judged(judge, Measured(exam, outcomes, theirs), listener)
         scores[exam.name] = {
             name: {metric: asdict(score) for metric, score in group.items()}
             for name, group in score_cells(measured).items()
@@ -150,14 +167,6 @@ def measure_model(
     facts = {"scores": scores, "values": values, "seconds": round(time.monotonic() - started, 1)}
     step.finish(facts)
     return facts
-
-
-def _reference(step: Step | None, exam: Exam) -> Reference | None:
-    """Return what the retrained model did, read back from the step that measured it."""
-    if step is None:
-        return None
-    files = {name: step.folder / f"{exam.name}-{name}.jsonl" for name in exam.sets}
-    return Reference("retrained", {name: list(read_outcomes(file)) for name, file in files.items()})
 
 
 def _own_rows(recipe: CompareRecipe, shares: Shares, unseen: Sequence[Example]) -> Exam:
@@ -216,16 +225,3 @@ def _relearned(gauge: Gauge, checkpoint: Checkpoint, label: str, listener: Liste
     except DivergenceError as error:
         return not_computed(str(error))
     return mean_score(found.tests["area"]["forget"], seed=gauge.seed, missing="no token was scored")
-
-
-def _set_key(questions: QuestionSet) -> dict[str, Any]:
-    return {
-        "questions": fingerprint(
-            questions=[
-                [asdict(question.example), {k: list(v) for k, v in question.alternatives.items()}]
-                for question in questions.questions
-            ]
-        ),
-        "asking": asdict(questions.asking),
-        "style": asdict(questions.style) if questions.style else None,
-    }

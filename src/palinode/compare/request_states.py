@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from palinode.compare.search import Ground, SearchPart
+from palinode.compare.contest import Ground, SearchPart
 from palinode.data.examples import Example, fingerprint_examples, plain_questions
 from palinode.evaluation.ask import ask
 from palinode.methods import unlearned_point

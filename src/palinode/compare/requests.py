@@ -30,9 +30,7 @@ from palinode.compare.comparing import (
     write_tables,
 )
 from palinode.compare.comparison_recipe import CompareRecipe, Contestant, Requests, SearchBudget
-from palinode.compare.ground import Shares, rows_for, world_of
-from palinode.compare.request_states import RequestStates, Sum
-from palinode.compare.search import (
+from palinode.compare.contest import (
     Ground,
     MethodPoint,
     SearchPart,
@@ -43,6 +41,8 @@ from palinode.compare.search import (
     steps_an_epoch,
     train_part,
 )
+from palinode.compare.ground import Shares, rows_for, world_of
+from palinode.compare.request_states import RequestStates, Sum
 from palinode.data.examples import SHAPES, Example, fingerprint_examples
 from palinode.data.sources import Row, json_type, read_rows
 from palinode.errors import DataError, RecipeError

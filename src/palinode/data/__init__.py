@@ -4,7 +4,6 @@
 marked, `batches` puts rows together. Formats are read in `sources`.
 """
 
-from palinode.data.batches import Batch, budget_batches, epoch_batches, pad_left, pad_right
 from palinode.data.examples import (
     Example,
     Form,
@@ -22,7 +21,6 @@ from palinode.data.sources import Row, read_rows
 from palinode.data.tokenize import PromptStyle, TokenRow, end_id, prompt_ids, tokenize
 
 __all__ = [
-    "Batch",
     "Example",
     "Form",
     "Message",
@@ -31,12 +29,8 @@ __all__ = [
     "Row",
     "TokenRow",
     "at_most",
-    "budget_batches",
     "end_id",
-    "epoch_batches",
     "fingerprint_examples",
-    "pad_left",
-    "pad_right",
     "parse_columns",
     "plain_questions",
     "prompt_ids",

@@ -27,8 +27,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
-import numpy as np
-
 from palinode.data.sources import Row, json_type, read_rows
 from palinode.errors import DataError, RecipeError
 
@@ -202,6 +200,8 @@ def at_most(items: Sequence[Item], most: int, *, seed: int) -> list[Item]:
     """
     if len(items) <= most:
         return list(items)
+    import numpy as np
+
     drawn = np.random.Generator(np.random.PCG64(seed)).choice(len(items), most, replace=False)
     return [items[place] for place in sorted(drawn.tolist())]
 

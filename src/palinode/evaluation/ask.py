@@ -91,7 +91,9 @@ _LEAST = {"max_new_tokens": 1, "samples": 0, "min_new_tokens": 0, "max_length": 
 class EvaluationLimits(BaseModel):
     """How many rows are asked and how long they may be; the defaults follow the TOFU evaluation."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     max_rows: int = Field(default=400, ge=1)
     """Rows of each set that are evaluated; a larger set is sampled with the run's seed."""

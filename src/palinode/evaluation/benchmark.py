@@ -1,11 +1,8 @@
 """What a benchmark is: the tables it reads, the questions it asks, the scores that follow.
 
-A benchmark is mostly declaration (`palinode/benchmarks/`, one file each):
-
     Table        one published table of rows: name, number of rows, columns   → `read_table`
-    QuestionSet  questions put to the model in one way
+    QuestionSet  questions put to the model in one way                        → `load_sets`
     Cell         a metric of one set, or of several: {set: outcomes}          → `score_cell` → Score
-    Exam         sets and cells together: what every model is asked, and scored by
 
 What is missing (a holdout set, a retrained model, a judge) leaves a score without a value and with the
 reason, never with a default. No torch here.
@@ -411,10 +408,6 @@ class Exam:
     seed: int = 0
     without: Mapping[str, str] = field(default_factory=lambda: WITHOUT)
     """Why there is no score where there is no "retrained" model, or no "judge"."""
-
-    def lists_accepted(self, name: str) -> bool:
-        """Tell whether the data says which answers are right, so that a judge needs no other model's."""
-        return name in self.sets and any(question.accepted for question in self.sets[name].questions)
 
 
 @dataclass(frozen=True, slots=True)

@@ -464,9 +464,13 @@ def _reference(
         forget = [outcome for outcome in log.forget if outcome.row in rows]
         return Reference(name, {FORGET: forget} if forget else {}, log.aucs.get("min_k"), log.missing)
     names = {name for cell in exam.cells if cell.reference for name in cell.sets}
-    if judged:
-        names |= {cell.set for cell in exam.cells if cell.judge and not exam.lists_accepted(cell.set)}
-    sets = {name: questions for name, questions in exam.sets.items() if name in names}
+    wanted = {cell.set for cell in exam.cells if judged and cell.judge}
+    sets = {
+        name: questions
+        for name, questions in exam.sets.items()
+        if name in names
+        or (name in wanted and not any(question.accepted for question in questions.questions))
+    }
     if not sets:
         (listener or NullListener()).say("No metric compares with the retrained model; it is not asked.")
         return Reference(name)

@@ -45,7 +45,15 @@ def general_ability(
     lm-eval is not installed, a task is unknown, or its data cannot be had.
     """
     folder = _task_folder(include)
-    evaluate, wrapper, manager = _lm_eval(folder)
+    try:
+        from lm_eval import simple_evaluate  # type: ignore[import-not-found,unused-ignore]
+        from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found,unused-ignore]
+        from lm_eval.tasks import TaskManager  # type: ignore[import-not-found,unused-ignore]
+    except ImportError as error:
+        raise InputError(
+            f"general ability needs lm-eval ({error}); install it: pip install 'palinode[lm-eval]'"
+        ) from None
+    manager = TaskManager(include_path=None if folder is None else str(folder))
     if not tasks:
         raise InputError("no lm-eval task is named; name some, such as mmlu,gsm8k")
     if unknown := [task for task in tasks if task not in manager.task_index]:
@@ -54,14 +62,14 @@ def general_ability(
         ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed
     )
     with _as_it_was(model):
-        wrapped = wrapper(
+        wrapped = HFLM(
             pretrained=model,
             tokenizer=copy.deepcopy(tokenizer),
             batch_size=batch_size,
             trust_remote_code=False,
         )
         try:
-            results = evaluate(
+            results = simple_evaluate(
                 model=wrapped,
                 tasks=list(tasks),
                 task_manager=manager,
@@ -117,19 +125,6 @@ def _rows(task: str, counts: Mapping[str, int], members: Mapping[str, Sequence[s
     if task in counts:
         return counts[task]
     return sum(_rows(member, counts, members) for member in members.get(task, ()))
-
-
-def _lm_eval(include: Path | None) -> tuple[Any, Any, Any]:
-    """Return lm-eval's evaluation, its wrapper of a model, and its tasks."""
-    try:
-        from lm_eval import simple_evaluate  # type: ignore[import-not-found,unused-ignore]
-        from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found,unused-ignore]
-        from lm_eval.tasks import TaskManager  # type: ignore[import-not-found,unused-ignore]
-    except ImportError as error:
-        raise InputError(
-            f"general ability needs lm-eval ({error}); install it: pip install 'palinode[lm-eval]'"
-        ) from None
-    return simple_evaluate, HFLM, TaskManager(include_path=None if include is None else str(include))
 
 
 @contextmanager

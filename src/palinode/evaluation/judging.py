@@ -1,13 +1,9 @@
 """A judge says which candidate answer a model's answer is closest to in fact (spec: msa.md §5).
 
-For each question the candidates are the ground truth, the retrained model's own answer, the perturbed
-answers and "none of these". Equal texts are one candidate with several roles, the order is shuffled by a
-seed, and several may be picked. What follows from the picks is in metrics/judged.py. Where the data
-lists accepted answers (RESTOR), these and "none of these" are the candidates instead.
-
-Decisions are kept by content: whoever asks the same again gets the same answer, and pays nothing. A file is
-named by the SHA-256 of everything that the decision depends on (model, endpoint, instructions, question,
-answer, candidates). It holds which candidates were picked, and no text of the question.
+The candidates of a question are the ground truth, the retrained model's own answer, the perturbed answers
+and "none of these"; where the data lists accepted answers (RESTOR), these and "none of these". Equal texts
+are one candidate with several roles. What follows from the picks is in metrics/judged.py. Decisions are kept
+by content: whoever asks the same again gets the same answer, and pays nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +14,7 @@ import os
 import re
 import tempfile
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -45,7 +41,11 @@ def decision_file(key: str) -> Path | None:
 
 
 class DecisionCache:
-    """A folder of decisions, safe to share between threads and runs: a file is whole or not there."""
+    """A folder of decisions, safe to share between threads and runs: a file is whole or not there.
+
+    A file is named by the SHA-256 of everything that the decision depends on (model, endpoint, instructions,
+    question, answer, candidates), and holds which candidates were picked, no text of the question.
+    """
 
     def __init__(self, folder: Path):
         """Open the folder and make it if need be; OutputError when that is not possible."""
@@ -134,25 +134,22 @@ class Judge(Protocol):
         """Give up what is being asked in other threads; nothing more will be asked."""
 
 
-def candidates_of(
-    outcome: Outcome, ideal: Outcome | None, *, seed: int, perturbed: Sequence[str] = ()
-) -> tuple[Candidate, ...]:
+def candidates_of(outcome: Outcome, ideal: Outcome | None, *, seed: int) -> tuple[Candidate, ...]:
     """Return the candidates for one answer in the order in which they are shown.
 
-    They are the expected answer, the answer that `ideal` generated, the outcome's own "perturbed"
-    alternatives and those given besides, and "none of these". The order depends on the seed, the question
-    and the candidate's text alone.
+    They are the expected answer, the answer that `ideal` generated, its "perturbed" alternatives, and
+    "none of these". The order depends on the seed, the question and the candidate's text alone.
     """
-    wrong = (*(entry.text for entry in outcome.alternatives.get(PERTURBED, ())), *perturbed)
-    own = () if ideal is None or ideal.generated is None else (ideal.generated,)
-    offered = [(outcome.expected, TRUTH), *((text, IDEAL) for text in own)]
-    offered += [(text, PERTURBED) for text in wrong]
-    return _shuffled(_merged(offered), outcome.prompt, seed)
+    offered = [(outcome.expected, TRUTH)]
+    if ideal is not None and ideal.generated is not None:
+        offered.append((ideal.generated, IDEAL))
+    offered += [(entry.text, PERTURBED) for entry in outcome.alternatives.get(PERTURBED, ())]
+    return _in_order(offered, outcome.prompt, seed)
 
 
 def accepted_candidates_of(outcome: Outcome, *, seed: int) -> tuple[Candidate, ...]:
     """Return the accepted answers and "none of these": whoever picks another than none accepts the answer."""
-    return _shuffled(_merged((text, ACCEPTED) for text in outcome.accepted), outcome.prompt, seed)
+    return _in_order([(text, ACCEPTED) for text in outcome.accepted], outcome.prompt, seed)
 
 
 def judge_answers(
@@ -195,8 +192,11 @@ def plain_text(text: str) -> str:
     return re.sub(r"^[\s\"'“”‘’«»]+|[\s\"'“”‘’«».,;:!?]+$", "", flat)
 
 
-def _merged(offered: Iterable[tuple[str, str]]) -> list[Candidate]:
-    """Return one candidate per distinct text, in the order of the first, then "none of these"."""
+def _in_order(offered: Sequence[tuple[str, str]], question: str, seed: int) -> tuple[Candidate, ...]:
+    """Return one candidate per distinct text with its roles, and "none of these".
+
+    They are sorted by a digest of seed, question, text and role: no state, the same on every machine.
+    """
     texts: dict[str, str] = {}
     roles: dict[str, list[str]] = {}
     for text, role in offered:
@@ -204,18 +204,13 @@ def _merged(offered: Iterable[tuple[str, str]]) -> list[Candidate]:
         texts.setdefault(key, text)
         if role not in roles.setdefault(key, []):
             roles[key].append(role)
-    merged = [Candidate(texts[key], tuple(roles[key])) for key in texts]
-    return [*merged, Candidate(NONE_TEXT, (NONE,))]
-
-
-def _shuffled(candidates: Iterable[Candidate], question: str, seed: int) -> tuple[Candidate, ...]:
-    """Order by a digest of seed, question, text and role: no state, the same on every machine."""
 
     def rank(candidate: Candidate) -> bytes:
         parts = (str(seed), question, plain_text(candidate.text), str(candidate.roles == (NONE,)))
         return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).digest()
 
-    return tuple(sorted(candidates, key=rank))
+    merged = [Candidate(texts[key], tuple(roles[key])) for key in texts]
+    return tuple(sorted([*merged, Candidate(NONE_TEXT, (NONE,))], key=rank))
 
 
 def _tables(

@@ -68,6 +68,7 @@ SUMMARY_KEYS = frozenset({"forget_quality", "model_utility", "privleak", *MIA_KE
 
 _PREFIXES = {FORGET: "forget", RETAIN: "retain", AUTHORS: "ra", FACTS: "wf"}
 _TOFU_FORGET = "eval_log_forget.json"
+_TOFU_KEYS = ("avg_paraphrased_loss", "average_perturb_loss", "truth_ratio")
 _TOLERANCE = 1e-3  # of R; logs hold float32 losses
 
 Entry = dict[str, Any]
@@ -87,11 +88,6 @@ class ReferenceLog:
     missing: Mapping[str, str] = field(default_factory=dict)
     """What cannot be computed with this log ("forget_quality", "privleak"), and why."""
 
-    @property
-    def truth_ratios(self) -> list[float | None]:
-        """R = P(wrong) / P(right) of each forget row, in the order of the rows."""
-        return truth_ratios(self.forget)
-
 
 def read_log(path: Path, *, forget_rows: int | None = None) -> ReferenceLog:
     """Read a retrained model's log as the reference for forget quality and PrivLeak.
@@ -100,9 +96,12 @@ def read_log(path: Path, *, forget_rows: int | None = None) -> ReferenceLog:
     log, holds another number of forget rows (another split), or contradicts itself.
     """
     content = _json_object(path)
-    if isinstance(content.get(_TOFU_FORGET), dict):
-        losses, ratios = _tofu_rows(path, content[_TOFU_FORGET])
-        metrics: dict[str, Entry] = {}
+    metrics: dict[str, Entry] = {}
+    if isinstance(part := content.get(_TOFU_FORGET), dict):  # TOFU's own log maps a metric to {row: value}
+        columns = {key: part[key] if isinstance(part.get(key), dict) else {} for key in _TOFU_KEYS}
+        right, wrong, ratios = (
+            {_row(path, key, row): value for row, value in column.items()} for key, column in columns.items()
+        )
     else:
         metrics = {key: value for key, value in content.items() if isinstance(value, dict)}
         if not any("agg_value" in value or "value_by_index" in value for value in metrics.values()):
@@ -110,8 +109,12 @@ def read_log(path: Path, *, forget_rows: int | None = None) -> ReferenceLog:
                 f"{path} is not an evaluation log: it needs metrics with agg_value and value_by_index, as in "
                 "open-unlearning's TOFU_EVAL.json, or the parts of TOFU's eval_log_aggregated.json"
             )
-        losses, ratios = _rows_of(path, metrics)
-    forget = _outcomes(path, losses, ratios)
+        right = _column(path, metrics, "forget_Q_A_PARA_Prob", "avg_loss")
+        wrong = _column(path, metrics, "forget_Q_A_PERT_Prob", "avg_loss")
+        # open-unlearning's own key, and the one that its configuration file's name suggests
+        ratios = _column(path, metrics, "forget_truth_ratio", "score")
+        ratios = ratios or _column(path, metrics, "forget_Truth_Ratio", "score")
+    forget = _outcomes(path, right, wrong, ratios)
     _check_split(path, len(forget), forget_rows)
     values = {
         key: number
@@ -259,44 +262,13 @@ def _check_known(what: str, given: Mapping[str, Any], known: set[str] | frozense
 
 # Reading
 
-Rows = dict[int, tuple[list[float], list[float]]]
-"""Losses of the right and of the wrong answers by row."""
 
-
-def _rows_of(path: Path, metrics: Mapping[str, Entry]) -> tuple[Rows, dict[int, float | None]]:
-    """Return the losses and the truth ratios of the forget rows, as far as the log has them."""
-    right = _indexed(path, metrics, "forget_Q_A_PARA_Prob")
-    wrong = _indexed(path, metrics, "forget_Q_A_PERT_Prob")
-    both = {
-        row: (_floats(right[row].get("avg_loss")), _floats(wrong[row].get("avg_loss")))
-        for row in right.keys() & wrong.keys()
-    }
-    # open-unlearning's own key, and the one that its configuration file's name suggests
-    ratios = _indexed(path, metrics, "forget_truth_ratio") or _indexed(path, metrics, "forget_Truth_Ratio")
-    return (
-        {row: pair for row, pair in both.items() if all(pair)},
-        {row: _number(entry.get("score")) for row, entry in ratios.items()},
-    )
-
-
-def _tofu_rows(path: Path, part: Mapping[str, Any]) -> tuple[Rows, dict[int, float | None]]:
-    """Return the same from TOFU's own log, whose parts map a metric to {row: value}."""
-
-    def column(key: str) -> dict[int, Any]:
-        values = part.get(key)
-        return {} if not isinstance(values, dict) else {_row(path, key, row): v for row, v in values.items()}
-
-    right, wrong = column("avg_paraphrased_loss"), column("average_perturb_loss")
-    both = {row: (_floats(right[row]), _floats(wrong[row])) for row in right.keys() & wrong.keys()}
-    ratios = {row: _number(value) for row, value in column("truth_ratio").items()}
-    return {row: pair for row, pair in both.items() if all(pair)}, ratios
-
-
-def _indexed(path: Path, metrics: Mapping[str, Entry], key: str) -> dict[int, Entry]:
+def _column(path: Path, metrics: Mapping[str, Entry], key: str, field: str) -> dict[int, Any]:
+    """Return a metric's field by row."""
     values = metrics.get(key, {}).get("value_by_index") or {}
     if not isinstance(values, dict) or not all(isinstance(value, dict) for value in values.values()):
         raise DataError(f"{key} in {path} must map rows to values in value_by_index; is the file whole?")
-    return {_row(path, key, row): value for row, value in values.items()}
+    return {_row(path, key, row): value.get(field) for row, value in values.items()}
 
 
 def _row(path: Path, key: str, row: str) -> int:
@@ -305,11 +277,15 @@ def _row(path: Path, key: str, row: str) -> int:
     return int(row)
 
 
-def _outcomes(path: Path, losses: Rows, ratios: Mapping[int, float | None]) -> list[Outcome]:
+def _outcomes(
+    path: Path, rights: Mapping[int, Any], wrongs: Mapping[int, Any], ratios: Mapping[int, Any]
+) -> list[Outcome]:
     """Return one outcome a row with its truth ratio: from the losses, or from R where there are none."""
     found = []
+    losses = {row: (_floats(rights[row]), _floats(wrongs[row])) for row in rights.keys() & wrongs.keys()}
+    losses = {row: pair for row, pair in losses.items() if all(pair)}
     for row in sorted(losses.keys() | ratios.keys()):
-        ratio = ratios.get(row)
+        ratio = _number(ratios.get(row))
         if row in losses:
             right, wrong = losses[row]
             if min(*right, *wrong) < 0:
@@ -319,13 +295,12 @@ def _outcomes(path: Path, losses: Rows, ratios: Mapping[int, float | None]) -> l
             right, wrong = [max(0.0, math.log(ratio))], [max(0.0, -math.log(ratio))]
         else:
             right, wrong = [], []
-        alternatives = {"paraphrased": _answers(right), "perturbed": _answers(wrong)}
+        alternatives = {
+            kind: tuple(Likelihood("", (-loss,)) for loss in answers)
+            for kind, answers in {"paraphrased": right, "perturbed": wrong}.items()
+        }
         found.append(Outcome(row, "", "", None, (), (), alternatives=alternatives))
     return found
-
-
-def _answers(losses: Sequence[float]) -> tuple[Likelihood, ...]:
-    return tuple(Likelihood("", (-loss,)) for loss in losses)
 
 
 def _check_agrees(path: Path, row: int, right: float, wrong: float, ratio: float | None) -> None:

@@ -115,7 +115,9 @@ def check_prompts(
         return decide([chosen], [own])
     others = [way for way in others if all(max(row.ids) < known for row in way.rows)]
     glances = _levels(model, tokenizer, [way.rows[:GLANCE] for way in others])
-    others = [way for way, glance in zip(others, glances, strict=True) if _is_promising(glance, own)]
+    # a few rows do well enough for a way that may be far better over all of them
+    least = max(KNOWN / 2, _probability(own[:GLANCE]) * (1 + HIGHER) / 2)
+    others = [way for way, glance in zip(others, glances, strict=True) if _probability(glance) >= least]
     return decide([chosen, *others], [own, *_levels(model, tokenizer, [way.rows for way in others])])
 
 
@@ -132,11 +134,6 @@ def _levels(
 
 def _probability(level: Sequence[float]) -> float:
     return fmean(map(math.exp, level))
-
-
-def _is_promising(glance: Sequence[float], own: Sequence[float]) -> bool:
-    """Tell whether a few rows do well enough for a way that may be far better over all of them."""
-    return _probability(glance) >= max(KNOWN / 2, _probability(own[: len(glance)]) * (1 + HIGHER) / 2)
 
 
 def rows_with_style(examples: Sequence[Example]) -> list[Example]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -30,7 +30,7 @@ from palinode.history.duplicates import (
 )
 from palinode.history.exposures import Ints, read_header, salt_check
 from palinode.history.onset import Onset, OnsetSettings, check_control, find_onset
-from palinode.history.orders import Order, first_step, open_palinode, read_order, steps_of
+from palinode.history.orders import Order, open_palinode, read_order
 from palinode.history.reader import ExposureReader, stretches
 from palinode.history.series import CheckpointSeries
 from palinode.progress import Listener, NullListener
@@ -544,6 +544,23 @@ def _steps_in_order(order: Order, copies: Sequence[Sequence[Duplicate]], listene
         number: {(step, None if copy.exact else copy) for copy in own for step in steps[copy.number]}
         for number, own in enumerate(copies)
     }
+
+
+def first_step(order: Order) -> int:
+    """Return the first step that an order holds for: that of a resumed run begins later."""
+    return int(getattr(order, "resumed_from", 0)) + 1
+
+
+def steps_of(order: Order, rows: Iterable[int], *, listener: Listener | None = None) -> dict[int, list[int]]:
+    """Return the steps in which each row was, by row, going through the whole order."""
+    found: dict[int, list[int]] = {row: [] for row in rows}
+    steps = range(first_step(order), order.steps + 1)
+    with (listener or NullListener()).task("going through the order", len(steps), "steps") as advance:
+        for step in steps:
+            for row in sorted(found.keys() & set(order.rows(step))):
+                found[row].append(step)
+            advance(1)
+    return found
 
 
 def _check_agreement(

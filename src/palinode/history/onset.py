@@ -65,12 +65,9 @@ MEASURES: Mapping[str, Callable[[Sequence[Outcome]], list[float | None]]] = {
 """What rows are scored by; higher means better known."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """The values of forget and control rows in one checkpoint, by measure."""
-
-    forget: Mapping[str, Sequence[float | None]]
-    control: Mapping[str, Sequence[float | None]]
+Values = Mapping[str, Sequence[float | None]]
+Reading = tuple[Values, Values]
+"""The values of forget and of control rows in one checkpoint, by measure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +148,8 @@ def find_onset(
         checkpoint = series.open(place)
         model = load_model(checkpoint, device=pick_device(settings.device))
         tokenizer = load_tokenizer(checkpoint)
-        found = []
-        for name, examples in (("forget", forget), ("control", control)):
+
+        def values(name: str, examples: Sequence[Example]) -> Values:
             outcomes = ask(
                 model,
                 tokenizer,
@@ -162,8 +159,9 @@ def find_onset(
                 label=f"step {series.checkpoints[place].step:,}: {name} rows",
                 listener=listener or NullListener(),
             )
-            found.append({measure: values(outcomes) for measure, values in MEASURES.items()})
-        return Reading(*found)
+            return {measure: scored(outcomes) for measure, scored in MEASURES.items()}
+
+        return values("forget", forget), values("control", control)
 
     steps = [checkpoint.step for checkpoint in series.checkpoints]
     return search_onset(steps, read, measure=settings.measure, seed=settings.seed, every=settings.every)
@@ -251,8 +249,8 @@ def _table(readings: Mapping[int, Reading], steps: Sequence[int], measure: str, 
     places = tuple(sorted(readings))
     random = np.random.Generator(np.random.PCG64(seed))
     means, drawn, counts = [], [], []
-    for name in ("forget", "control"):
-        columns = [getattr(readings[place], name)[measure] for place in places]
+    for side in (0, 1):
+        columns = [readings[place][side][measure] for place in places]
         found = np.array([[math.nan if value is None else value for value in column] for column in columns])
         values: FloatArray = found[:, ~np.isnan(found).any(axis=0)]
         size = values.shape[1]

@@ -4,16 +4,9 @@ Each class says whose sampler it follows; docs/exposure-log.md says what it cann
 from 1, as in the exposure log: a checkpoint of step c has seen the rows of the steps 1 to c. Rows are numbers
 into the data: of the data set for the Trainer, of documents for OLMo-core and GPT-NeoX.
 
-An order can be written down in a TOML file, so that a command can be told it:
-
-    kind = "trainer"            # or "olmo_core", "neox"
-    row_count = 4000
-    batch_size = 8
-
-The other lines are the fields of the order's class; files are named from the TOML file's folder on. For
-"neox", `prefix` names the index files. A training that went on with other settings has several `[[part]]`
-tables, each with `after`, the step that it went on from, `kind` and its fields. The order of Palinode's own
-loop is described by a JSON file.
+A TOML file can describe an order: its `kind` and the fields of its class, files from its own folder on, or
+several `[[part]]` tables of these for a training that went on with other settings. A JSON file describes that
+of Palinode's own loop.
 """
 
 from __future__ import annotations
@@ -22,7 +15,7 @@ import inspect
 import math
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -37,7 +30,6 @@ from palinode.data.examples import Example, read_examples
 from palinode.data.tokenize import PromptStyle, tokenize
 from palinode.errors import DataError, RecipeError
 from palinode.history.exposures import Ints
-from palinode.progress import Listener, NullListener
 from palinode.records import ordinary, read_bytes, read_json, read_toml, write_json
 from palinode.training.settings import TrainingSettings
 
@@ -89,29 +81,11 @@ class RebuiltOrder(ABC):
     def _batch(self, step: int) -> list[int]:
         """Return the rows of a step that the order has."""
 
-
-def check_positive(**values: int) -> None:
-    """Raise DataError for a setting that must be at least 1 and is not."""
-    for name, value in values.items():
-        if value < 1:
-            raise DataError(f"{name} is {value}; it must be at least 1")
-
-
-def first_step(order: Order) -> int:
-    """Return the first step that an order holds for: that of a resumed run begins later."""
-    return int(getattr(order, "resumed_from", 0)) + 1
-
-
-def steps_of(order: Order, rows: Iterable[int], *, listener: Listener | None = None) -> dict[int, list[int]]:
-    """Return the steps in which each row was, by row, going through the whole order."""
-    found: dict[int, list[int]] = {row: [] for row in rows}
-    steps = range(first_step(order), order.steps + 1)
-    with (listener or NullListener()).task("going through the order", len(steps), "steps") as advance:
-        for step in steps:
-            for row in sorted(found.keys() & set(order.rows(step))):
-                found[row].append(step)
-            advance(1)
-    return found
+    def _check_positive(self, *names: str) -> None:
+        """Raise DataError for a setting that must be at least 1 and is not."""
+        for name in names:
+            if getattr(self, name) < 1:
+                raise DataError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,17 +137,11 @@ class TrainerOrder(RebuiltOrder):
     split_batches: bool = False
     even_batches: bool = True
     resumed_from: int = 0
-    """The step it went on from; the order holds after it."""
     ignore_data_skip: bool = False
     """Whether resuming began the epoch's data anew."""
 
     def __post_init__(self) -> None:
-        check_positive(
-            row_count=self.row_count,
-            batch_size=self.batch_size,
-            world_size=self.world_size,
-            accumulation=self.accumulation,
-        )
+        self._check_positive("row_count", "batch_size", "world_size", "accumulation")
         if self.split_batches and self.batch_size % self.world_size:
             raise DataError(
                 f"batch_size {self.batch_size} cannot be split over {self.world_size} processes; "
@@ -297,12 +265,11 @@ class OlmoCoreOrder(RebuiltOrder):
     """Instances that stay together: max_target_sequence_length / sequence_length, unless it was set."""
     max_target_sequence_length: int | None = None
     resumed_from: int = 0
-    """The step after which this order holds."""
     first_batch: int = 0
     """Batches of this size taken by then; other than `resumed_from` when the size changed."""
 
     def __post_init__(self) -> None:
-        check_positive(sequence_length=self.sequence_length, chunk_size=self.chunk_size, epochs=self.epochs)
+        self._check_positive("sequence_length", "chunk_size", "epochs")
         if self.dtype not in DTYPES:
             raise DataError(f"dtype is {self.dtype!r}; token files have one of {', '.join(DTYPES)}")
         if self.global_batch_size < 1 or self.global_batch_size % self.sequence_length:
@@ -455,12 +422,11 @@ class NeoxOrder(RebuiltOrder):
     batch_size: int
     """`train_batch_size`: samples of a step over all processes."""
     resumed_from: int = 0
-    """The step after which this order holds."""
     first_sample: int = 0
     """Samples taken by then; other than resumed_from · batch_size when the batch size changed."""
 
     def __post_init__(self) -> None:
-        check_positive(batch_size=self.batch_size)
+        self._check_positive("batch_size")
         if self.doc_idx.ndim != 1 or self.sample_idx.shape[1:] != (2,) or self.shuffle_idx.ndim != 1:
             shapes = [self.doc_idx.shape, self.sample_idx.shape, self.shuffle_idx.shape]
             raise DataError(

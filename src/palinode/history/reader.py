@@ -51,7 +51,7 @@ from palinode.history.exposures import (
 )
 from palinode.progress import Listener, NullListener
 from palinode.records import beside, read_json, write_json
-from palinode.weights.arithmetic import cores
+from palinode.weights.tensors import cores
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -140,13 +141,18 @@ class MethodSettings(BaseModel):
     """A method's own hyper-parameters; this method has none."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    home: ClassVar[Start] = "target"
+    """Where the method's runs start, unless a setting `start` says so."""
     sample_use: ClassVar[str] = "the retain vector"
     """What the retain sample is for."""
+    retain_scale: ClassVar[float | None] = None
+    """β where the recipe says nothing; None: it is chosen."""
 
     @property
     def starts_at(self) -> Start:
         """Where the method's runs start."""
-        return "target"
+        start: Start = getattr(self, "start", self.home)
+        return start
 
     @property
     def from_base(self) -> bool:
@@ -157,11 +163,6 @@ class MethodSettings(BaseModel):
     def retain_free(self) -> bool:
         """Whether, so set, a method that needs retain rows does without."""
         return False
-
-    @property
-    def retain_scale(self) -> float | None:
-        """β where the recipe says nothing; None: it is chosen."""
-        return None
 
     def sample_size(self, forget_rows: int) -> int:
         """Return how many retain rows a retain sample has, for so many forget rows."""
@@ -178,11 +179,6 @@ class StartSettings(MethodSettings):
     start: Start = "target"
     """The checkpoint s that is trained, and that is meant by "frozen": the target θ_D; or the base θ_0, and
     the unlearned model is θ_D + (θ_trained − θ_0)."""
-
-    @property
-    def starts_at(self) -> Start:
-        """Return s."""
-        return self.start
 
     @property
     def from_base(self) -> bool:
@@ -342,18 +338,13 @@ def read_refusals(location: str | Path) -> list[str]:
         lines = read_bytes(Path(location).expanduser()).decode("utf-8-sig").splitlines()
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"the refusals {location} cannot be read ({error}); name a text file") from None
-    found = [_said(line.strip()) for line in lines if line.strip()]
+    found = []
+    for line in filter(None, map(str.strip, lines)):
+        value = line
+        if line.startswith('"'):  # lines such as "I do not know." in quotes are JSON
+            with suppress(ValueError):
+                value = json.loads(line)
+        found.append(value if value.strip() else line)
     if not found:
         raise DataError(f"{location} holds no refusals; write one a line")
     return list(dict.fromkeys(found))
-
-
-def _said(line: str) -> str:
-    """Return what a line says; lines such as "I do not know." in quotes are JSON."""
-    if not line.startswith('"'):
-        return line
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return line
-    return value if isinstance(value, str) and value.strip() else line

@@ -77,35 +77,30 @@ class VectorSettings(MethodSettings):
 class MSASettings(VectorSettings):
     """Those of a vector from the base."""
 
-    @property
-    def starts_at(self) -> Start:
-        """Return the base."""
-        return "base"
+    home: ClassVar[Start] = "base"
+    """θ_0, which had not seen the forget set."""
 
 
 def vector_runs(settings: VectorSettings, given: Given) -> list[MethodRun]:
     """Return the run to θ_1, and the one to θ_2 where β may be other than 0."""
-    runs = [_held_run(settings, given) if settings.retain_kl else _forget_run(settings, given)]
+    runs = [forget_run(settings, given)]
+    if weight := settings.retain_kl:  # CE(forget) + λ·KL(p_s ‖ p_θ) on retain rows, held to its start s
+        from palinode.training.objectives import Objective, answer_term, kl_term
+
+        held = Objective((answer_term("forget", "forget"), kl_term("retain", "retain", coefficient=weight)))
+        material = gather(held, forget=given.forget, retain=given.sample)
+        label, decides = "fine-tune on the forget set, held on retain rows", {"retain_kl": weight}
+        runs = [MethodRun("forget", settings.starts_at, material, held, label, decides)]
     if given.retain_scale != 0:
         material = plain_material("retain", given.sample)
         runs.append(MethodRun("retain", settings.starts_at, material, label="fine-tune on the retain sample"))
     return runs
 
 
-def _forget_run(settings: MethodSettings, given: Given) -> MethodRun:
+def forget_run(settings: MethodSettings, given: Given) -> MethodRun:
+    """Return the run on the forget set alone."""
     material = plain_material("forget", given.forget)
     return MethodRun("forget", settings.starts_at, material, label="fine-tune on the forget set")
-
-
-def _held_run(settings: VectorSettings, given: Given) -> MethodRun:
-    """Return the run CE(forget) + λ·KL(p_s ‖ p_θ) on retain rows, which is held to its start s."""
-    from palinode.training.objectives import Objective, answer_term, kl_term
-
-    weight = settings.retain_kl
-    objective = Objective((answer_term("forget", "forget"), kl_term("retain", "retain", coefficient=weight)))
-    material = gather(objective, forget=given.forget, retain=given.sample)
-    label, decides = "fine-tune on the forget set, held on retain rows", {"retain_kl": weight}
-    return MethodRun("forget", settings.starts_at, material, objective, label, decides)
 
 
 def vectors(settings: Any, ends: Ends) -> Vectors:  # noqa: ARG001 - methods are built alike
@@ -142,10 +137,8 @@ TASK_VECTOR = Method(
 class RewindSettings(RetainOnlySettings):
     """Those of a fine-tuning on retain rows, from the base."""
 
-    @property
-    def starts_at(self) -> Start:
-        """Return the base."""
-        return "base"
+    home: ClassVar[Start] = "base"
+    """θ_0, which had not seen the forget set."""
 
 
 REWIND = Method(
@@ -164,6 +157,8 @@ class PairedSettings(MethodSettings):
 
     sample_use: ClassVar[str] = "replay"
     """What the retain sample is for."""
+    retain_scale: ClassVar[float | None] = 0.0
+    """The second term is left out unless its scale is given."""
     start: Start = "base"
     """s: the base checkpoint θ_0, or the target θ_D."""
     replay_rows: int | None = Field(default=None, ge=0)
@@ -176,11 +171,6 @@ class PairedSettings(MethodSettings):
     """λ in L_1 = CE(replay) + λ·CE(forget); None: 1 / replay_ratio, so that all rows count alike."""
 
     @property
-    def starts_at(self) -> Start:
-        """Return s."""
-        return self.start
-
-    @property
     def weight(self) -> float:
         """Return λ."""
         return 1 / self.replay_ratio if self.forget_weight is None else self.forget_weight
@@ -189,11 +179,6 @@ class PairedSettings(MethodSettings):
     def retain_free(self) -> bool:
         """Whether nothing is rehearsed."""
         return self.replay_rows == 0
-
-    @property
-    def retain_scale(self) -> float | None:
-        """Return 0: the second term is left out unless its scale is given."""
-        return 0.0
 
     def sample_size(self, forget_rows: int) -> int:
         """Return how many retain rows replay is drawn from."""
@@ -214,7 +199,7 @@ def paired_runs(settings: PairedSettings, given: Given) -> list[MethodRun]:
     from palinode.training.finetune import control_objective, exposed_objective, pair_material
 
     if settings.retain_free:
-        return [_forget_run(settings, given)]
+        return [forget_run(settings, given)]
     start, ratio = settings.starts_at, settings.replay_ratio
     material = pair_material(given.forget, given.sample, replay_ratio=ratio)
     shared = {"method": "paired", "replay_ratio": ratio}

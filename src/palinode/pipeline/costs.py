@@ -20,6 +20,7 @@ from palinode.models.likelihoods import LOGIT_BYTES
 from palinode.models.loading import load_tokenizer, pick_device
 from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.scales import FIRST_LOOK
+from palinode.progress import duration_text
 from palinode.training.loop import AUTOCAST_FROM, count_steps
 from palinode.weights.geometry import part_of
 
@@ -93,7 +94,7 @@ class _Planner:
             steps.append(self._run(run))
         points = grid_size(self.inputs) if self.inputs.method.has_scales else 1
         if points > 1:
-            steps.append(self._search(points) if recipe.scales.choose == "auto" else self._grid(points))
+            steps.append(self._scales(points))
         steps.append(PlannedStep("write the unlearned model", 0, 6 * 4 * self.parameters / 1e9))
         models = 2 + bool(self.inputs.base) + bool(self.inputs.retrained or recipe.prepare)
         steps.append(self._evaluation(models))
@@ -106,7 +107,9 @@ class _Planner:
             return anchors
         material, epochs = run.material, self.recipe.training.epochs
         mean = {
-            role: self._mean_length(rows) for role, rows in material.examples.items() if role != "refusal"
+            role: sum(self._tokens(rows)) / max(1, len(rows))
+            for role, rows in material.examples.items()
+            if role != "refusal"
         }
         each = (
             material.together.get(role, 1) * mean.get(role, mean[run.material.anchor])
@@ -117,16 +120,15 @@ class _Planner:
 
     def _asked(self, asked: Asked) -> PlannedStep:
         """Return the cost of generating other answers."""
+        return PlannedStep("ask the target for other answers", *self._generating(asked.count))
+
+    def _generating(self, answers: int) -> tuple[int, float]:
+        """Return tokens and seconds of so many answers of the longest kind."""
         settings = self.recipe.evaluation
-        passes = settings.max_new_tokens * -(-asked.count // settings.batch_rows)
+        passes = settings.max_new_tokens * -(-answers // settings.batch_rows)
         compute = 2 * self.parameters * settings.batch_rows / self.score_rate
         seconds = passes * max(STEP_SECONDS, 4 * self.parameters / MEMORY_RATE + compute)
-        tokens = asked.count * settings.max_new_tokens
-        return PlannedStep("ask the target for other answers", tokens, seconds)
-
-    def _mean_length(self, examples: Sequence[Example]) -> float:
-        lengths = self._tokens(examples) if examples else []
-        return sum(lengths) / max(1, len(lengths))
+        return answers * settings.max_new_tokens, seconds
 
     def _tokens(self, examples: Sequence[Example]) -> list[int]:
         rows = tokenize(
@@ -152,21 +154,16 @@ class _Planner:
         tokens, seconds = self._scoring(rows)
         return PlannedStep(f"ask the target {len(rows)} rows in other ways", 5 * tokens, 5 * seconds)
 
-    def _grid(self, points: int) -> PlannedStep:
-        rows = self.inputs.rows
-        tokens, seconds = self._scoring([*rows.forget_probe, *rows.retain_probe])
-        put = 4 * 4 * self.parameters / 1e9
-        return PlannedStep(
-            f"try up to {points} pairs of scales in memory", points * tokens, points * (seconds + put)
-        )
-
-    def _search(self, grid: int) -> PlannedStep:
-        """Return the search of `auto.py`: a first look at the grid on some rows, then points on all."""
+    def _scales(self, grid: int) -> PlannedStep:
+        """Return the points of a grid; or a search: a first look at the grid on some rows, then all rows."""
         rows, points = self.inputs.rows, self.recipe.scales.trials + 4
         tokens, seconds = self._scoring([*rows.forget_probe, *rows.retain_probe])
+        each = 4 * 4 * self.parameters / 1e9  # to put a sum into memory
+        if self.recipe.scales.choose == "grid":
+            label = f"try up to {grid} pairs of scales in memory"
+            return PlannedStep(label, grid * tokens, grid * (seconds + each))
         unseen, unseen_seconds = self._scoring(rows.unseen) if rows.unseen else (0, 0.0)
-        whole = points + FIRST_LOOK * grid
-        put = (points + grid) * 4 * 4 * self.parameters / 1e9
+        whole, put = points + FIRST_LOOK * grid, (points + grid) * each
         return PlannedStep(
             f"search scales: {grid} pairs at a glance, about {points} in full, in memory",
             round(whole * tokens) + 2 * unseen,
@@ -174,15 +171,11 @@ class _Planner:
         )
 
     def _evaluation(self, models: int) -> PlannedStep:
-        rows, settings = self.inputs.rows, self.recipe.evaluation
-        examples = [*rows.forget_test, *rows.retain_test]
-        tokens, seconds = self._scoring(examples)
-        asked = sum(example.form != "document" for example in examples)
-        passes = settings.max_new_tokens * -(-asked // settings.batch_rows)
-        compute = 2 * self.parameters * settings.batch_rows / self.score_rate
-        seconds += passes * max(STEP_SECONDS, 4 * self.parameters / MEMORY_RATE + compute)
-        generated = asked * settings.max_new_tokens
-        return PlannedStep(f"evaluate {models} models", models * (tokens + generated), models * seconds)
+        examples = [*self.inputs.rows.forget_test, *self.inputs.rows.retain_test]
+        read, seconds = self._scoring(examples)
+        written, more = self._generating(sum(example.form != "document" for example in examples))
+        label = f"evaluate {models} models"
+        return PlannedStep(label, models * (read + written), models * (seconds + more))
 
     def _memory(self) -> int:
         rows, training = self.inputs.rows, self.recipe.training
@@ -240,17 +233,11 @@ def describe(plan: Plan) -> list[str]:
     """Return the plan as lines of text."""
     width = max(len(step.label) for step in plan.steps)
     lines = [
-        f"  {step.label:<{width}}  {step.tokens:>12,} tokens  about {_duration(step.seconds)}"
+        f"  {step.label:<{width}}  {step.tokens:>12,} tokens  about {duration_text(step.seconds)}"
         for step in plan.steps
     ]
     total = (
-        f"In all {plan.tokens:,} tokens, about {_duration(plan.seconds)}; "
+        f"In all {plan.tokens:,} tokens, about {duration_text(plan.seconds)}; "
         f"peak memory about {plan.memory / 1e9:.1f} GB, disk {plan.disk / 1e9:.2f} GB."
     )
     return ["What will be done (finished steps are not repeated):", *lines, total]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

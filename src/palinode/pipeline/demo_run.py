@@ -149,6 +149,7 @@ def _record(world: World, done: Unlearned, plain: Unlearned, seed: int, seconds:
         raise WorkspaceError("the demo's workspace is gone; remove its folder to run it anew")
     answers = {**done.outcomes, "task_vector": plain.outcomes["unlearned"]}
     chosen = {"unlearned": done.record["scales"], "task_vector": plain.record["scales"]}
+    people = len(world.others)  # the retain rows are the others' facts, then the general ones
     return {
         "version": RECORD_VERSION,
         "palinode": __version__,
@@ -157,22 +158,19 @@ def _record(world: World, done: Unlearned, plain: Unlearned, seed: int, seconds:
             "forget": len({fact.subject for fact in world.forget}),
             "others": len({fact.subject for fact in world.others}),
         },
-        "recall": {name: _exact_matches(world, sets) for name, sets in answers.items()},
+        "recall": {
+            name: {
+                "forget": exact_match(sets["forget"]),
+                "others": exact_match([outcome for outcome in sets["retain"] if outcome.row < people]),
+                "general": exact_match([outcome for outcome in sets["retain"] if outcome.row >= people]),
+            }
+            for name, sets in answers.items()
+        },
         "scales": {
             name: {which: scales[which] for which in ("forget", "retain")} for name, scales in chosen.items()
         },
         "points": {name: scales["points"] for name, scales in chosen.items()},
         "seconds": round(seconds, 1),
-    }
-
-
-def _exact_matches(world: World, outcomes: Mapping[str, Sequence[Outcome]]) -> dict[str, float]:
-    """Return exact match on the forget people, on everyone else, and on the general facts."""
-    people = len(world.others)  # the retain rows are the others' facts, then the general ones
-    return {
-        "forget": exact_match(outcomes["forget"]),
-        "others": exact_match([outcome for outcome in outcomes["retain"] if outcome.row < people]),
-        "general": exact_match([outcome for outcome in outcomes["retain"] if outcome.row >= people]),
     }
 
 

@@ -49,10 +49,10 @@ from palinode.pipeline.tracking import PACKAGES, check_trackers, is_installed
 from palinode.progress import Listener, NullListener, duration_text
 from palinode.version import __version__
 from palinode.weights import Checkpoint
-from palinode.weights.arithmetic import cores
 from palinode.weights.atomic import check_output
 from palinode.weights.folders import ON_HUB, require_causal_lm
 from palinode.weights.preflight import check_sum, count_nonfinite
+from palinode.weights.tensors import cores
 
 State = Literal["ok", "note", "warn", "fail"]
 """note is neither good nor bad; warn works, but should be looked at; fail will not work."""

@@ -16,12 +16,11 @@ from palinode.data.examples import Example, fingerprint_examples
 from palinode.errors import CheckpointError
 from palinode.methods.method import Asked, Ends, Given, MethodRun, Vectors, plain_material
 from palinode.methods.transforms import check_transforms
-from palinode.models.loading import load_model, load_tokenizer, pick_device, tokenizer_fingerprint
-from palinode.pipeline.inputs import Inputs
+from palinode.models.loading import load_model, load_tokenizer, tokenizer_fingerprint
+from palinode.pipeline.inputs import Work
 from palinode.pipeline.record import thinned_curve
 from palinode.pipeline.transforming import Transforming
-from palinode.pipeline.workspace import Step, Workspace
-from palinode.progress import Listener
+from palinode.pipeline.workspace import Step
 from palinode.training.finetune import Finetuned, Watch, finetune
 from palinode.training.losses import ANSWER_LOSS
 from palinode.weights import Checkpoint, Direction, LoraAdapter, Point, WeightedSum, save
@@ -57,7 +56,7 @@ class Trained:
 
 @dataclass
 class _Progress:
-    """The runs of a method that are through: their ends, the keys of their steps, and what they recorded."""
+    """The runs of a method that are through."""
 
     target: Checkpoint
     seed: int
@@ -66,35 +65,20 @@ class _Progress:
     facts: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-class FineTuning:
+class FineTuning(Work):
     """The fine-tunings of one run over its inputs and workspace."""
-
-    def __init__(self, inputs: Inputs, workspace: Workspace, listener: Listener) -> None:
-        self.inputs = inputs
-        self.recipe = inputs.recipe
-        self.workspace = workspace
-        self.listener = listener
-        self.device = pick_device(inputs.recipe.device)
 
     def given_or_prepared(self) -> tuple[Checkpoint, Checkpoint | None]:
         """Return target and retrained model: as given, or made from the base as [prepare] says."""
         if self.inputs.target is not None:
             return self.inputs.target, self.inputs.retrained
-        rows = self.inputs.rows
-        target, retrained = (
-            self._prepared(name, examples)
-            for name, examples in (("target", [*rows.forget, *rows.retain]), ("retrained", rows.retain))
-        )
+        rows, done = self.inputs.rows, _Progress(self.inputs.earlier, self.recipe.seed)
+        for name, examples in (("target", [*rows.forget, *rows.retain]), ("retrained", rows.retain)):
+            self._finetuned(MethodRun(name, "base", plain_material("rows", examples)), done, whole=True)
+        target, retrained = done.ends["target"], done.ends["retrained"]
+        assert isinstance(target, Checkpoint)  # all weights are trained, whatever the recipe says
+        assert isinstance(retrained, Checkpoint)
         return target, retrained
-
-    def _prepared(self, name: str, rows: Sequence[Example]) -> Checkpoint:
-        """Return a model that [prepare] makes; all its weights are trained whatever the recipe says."""
-        run = MethodRun(name, "base", plain_material("rows", rows))
-        done = _Progress(self.inputs.earlier, self.recipe.seed)
-        self._finetuned(run, done, whole=True)
-        model = done.ends[name]
-        assert isinstance(model, Checkpoint)
-        return model
 
     def train(self, target: Checkpoint) -> Trained:
         """Do the method's runs, and to its forget vector what the recipe says."""
@@ -111,7 +95,7 @@ class FineTuning:
             others.update({f"{name}, seed {seed}": key for name, key in other.steps.items()})
             return other.vectors.forget, other.steps
 
-        transforming = Transforming(self.inputs, target, self.workspace, self.listener, another)
+        transforming = Transforming(self.inputs, self.workspace, self.listener, target, another)
         own = {name: trained.steps[name] for name in names}
         forget, key, told = transforming.apply(transforms, trained.vectors.forget, own)
         reads_retain = any("retain" in one.transform.needs for one in transforms)
@@ -157,7 +141,7 @@ class FineTuning:
             rows = {role: fingerprint_examples(found) for role, found in run.material.examples.items()}
             job = {"job": {**run.decides, "rows": rows}}
         if run.asked is not None:
-            job["asked"] = self._asking(run.asked, run.material.examples["forget"], done.target).key
+            job["asked"] = self._asking(run, run.asked, done.target).key
         if run.reads:
             job["reads"] = [done.steps[name] for name in run.reads]
         return self.workspace.step(
@@ -181,9 +165,7 @@ class FineTuning:
         """
         start, material = self._start(run, done.target), run.material
         if run.asked is not None:
-            material = run.asked.material(
-                self._alternates(run.asked, material.examples["forget"], done.target)
-            )
+            material = run.asked.material(self._alternates(run, run.asked, done.target))
         step = self._step(run, done, whole=whole)
         lora = None if whole else self.recipe.training.lora
         place = step.folder / ("adapter" if lora else "model")
@@ -235,12 +217,12 @@ class FineTuning:
             step.finish({})
         return model
 
-    def _asking(self, asked: Asked, forget: Sequence[Example], target: Checkpoint) -> Step:
+    def _asking(self, run: MethodRun, asked: Asked, target: Checkpoint) -> Step:
         recipe = self.recipe
         return self.workspace.step(
             "alternates",
             target=target.fingerprint(),
-            rows=fingerprint_examples(forget),
+            rows=fingerprint_examples(run.material.examples["forget"]),
             sampling=list(asked.sampling),
             max_length=recipe.training.max_length,
             prompts=recipe.prompts.model_dump(),
@@ -249,11 +231,9 @@ class FineTuning:
             device=self.device.type,
         )
 
-    def _alternates(
-        self, asked: Asked, forget: Sequence[Example], target: Checkpoint
-    ) -> list[tuple[int, str]]:
+    def _alternates(self, run: MethodRun, asked: Asked, target: Checkpoint) -> list[tuple[int, str]]:
         """Return the target's other answers, drawn once and kept."""
-        step, recipe = self._asking(asked, forget, target), self.recipe
+        step, recipe = self._asking(run, asked, target), self.recipe
         facts = step.facts
         if facts is None:
             step.begin()

@@ -18,7 +18,7 @@ from typing import Any
 
 from palinode.errors import CheckpointError, InputError, OutputError
 from palinode.evaluation.judging import decision_file
-from palinode.pipeline.workspace import Workspace
+from palinode.pipeline.workspace import Workspace, folder_size
 from palinode.records import LONGEST, beside, read_outcomes, workspace_beside
 from palinode.report.words import at
 from palinode.weights.atomic import is_claimed
@@ -65,8 +65,20 @@ class Leftovers:
     """What holds the rows, or something of them, and stays."""
 
     def destroy(self) -> None:
-        """Remove all parts, whatever happens with one of them; raises OutputError for those that stay."""
-        failed = [part.path for part in self.parts if not _removed(part.path)]
+        """Remove all parts, whatever happens with one of them; raises OutputError for those that stay.
+
+        Of a step its mark goes first, so that no part looks whole.
+        """
+        failed = []
+        for path in (part.path for part in self.parts):
+            with suppress(OSError):
+                if path.is_dir() and not path.is_symlink():
+                    (path / "step.json").unlink(missing_ok=True)
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+            if path.is_symlink() or path.exists():
+                failed.append(path)
         if failed:
             raise OutputError(
                 f"{len(failed)} of {len(self.parts)} parts could not be removed (first: {failed[0]}); look "
@@ -85,7 +97,8 @@ def leftovers(place: Path) -> Iterator[Leftovers]:
     place = Path(os.path.abspath(place))  # noqa: PTH100 - `resolve` would follow links
     if not place.name:
         raise InputError(_nothing(place))
-    record = _record(place)
+    found_records = (_content(folder / "record.json") for folder in _homes(place))
+    record = next((one for one in found_records if "recipe" in one), {})
     workspaces = list(_workspaces(place, record))
     with ExitStack() as stack:
         for folder in workspaces:
@@ -97,7 +110,7 @@ def leftovers(place: Path) -> Iterator[Leftovers]:
         if not found:
             raise InputError(_nothing(place))
         found += [(path, CACHED) for path in _cached([path for path, _ in found])]
-        parts = tuple(Part(path, what, _size(path)) for path, what in found)
+        parts = tuple(Part(path, what, folder_size(path)) for path, what in found)
         yield Leftovers(place, parts, tuple(_losses(place, parts)), tuple(_stays(place, record, workspaces)))
 
 
@@ -127,7 +140,10 @@ def _refuse_link(place: Path) -> None:
 
 
 def _workspaces(place: Path, record: Mapping[str, Any]) -> Iterator[Path]:
-    """Yield the workspace that `place` is, or those that belong to it."""
+    """Yield the workspace that `place` is, or those that belong to it.
+
+    One that the record names counts if it holds what the record says of it.
+    """
     if Workspace(place).is_one():
         yield place
         return
@@ -135,25 +151,17 @@ def _workspaces(place: Path, record: Mapping[str, Any]) -> Iterator[Path]:
         if Workspace(folder).is_one():
             _refuse_link(folder)
             yield folder
-    if (named := _named(record, place)) and named.absolute() != place / "workspace":
-        _refuse_link(named)
-        yield named.absolute()
-
-
-def _named(record: Mapping[str, Any], place: Path) -> Path | None:
-    """Return the workspace that a record names, if it is one and holds what the record says of it.
-
-    Where `place` is a copy and the run's own output is still there, the workspace is the original's.
-    """
     original = Path(str(at(record, "recipe", "output", "folder")))
     if original.exists() and not any(original.samefile(one) for one in _homes(place) if one.exists()):
-        return None
+        return  # `place` is a copy, and the workspace that its record names is the original's
     named, steps = at(record, "recipe", "output", "workspace"), at(record, "outcomes")
     if not isinstance(named, str) or not isinstance(steps, Mapping) or not steps:
-        return None
-    folder = Path(named)
+        return
+    folder = Path(named).absolute()
     known = all((folder / str(step) / "step.json").is_file() for step in steps.values())
-    return folder if known and Workspace(folder).is_one() else None
+    if known and Workspace(folder).is_one() and folder != place / "workspace":
+        _refuse_link(folder)
+        yield folder
 
 
 def _stem(path: Path) -> str:
@@ -265,12 +273,6 @@ def _nothing(place: Path) -> str:
     return f"{place} is no Palinode workspace, and none lies beside it; name {names}"
 
 
-def _record(place: Path) -> Mapping[str, Any]:
-    """Return the record of the run that `place` is of; empty where there is none."""
-    found = (_content(folder / "record.json") for folder in _homes(place))
-    return next((record for record in found if "recipe" in record), {})
-
-
 def _homes(place: Path) -> tuple[Path, Path]:
     """Return where the record of the run of `place` lies: in its output, or in the demo's."""
     home = _output(place)
@@ -292,25 +294,3 @@ def _output(place: Path) -> Path:
     with suppress(OSError):  # a name that was cut is its neighbour's whose workspace has that name
         return next(path for path in place.parent.iterdir() if workspace_beside(path).name == place.name)
     return place
-
-
-# Removing
-
-
-def _size(path: Path) -> int:
-    total = 0
-    for file in (path, *path.rglob("*")):
-        with suppress(OSError):
-            total += file.lstat().st_size
-    return total
-
-
-def _removed(path: Path) -> bool:
-    """Remove a file, a link or a folder; of a step its mark first, so that no part looks whole."""
-    with suppress(OSError):
-        if path.is_dir() and not path.is_symlink():
-            (path / "step.json").unlink(missing_ok=True)
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    return not path.is_symlink() and not path.exists()

@@ -94,16 +94,14 @@ class Goal:
 
     def __str__(self) -> str:
         wanted = self.yardstick.probability
-        floor = [f"{self.retain_share:.0%} of the target's probability on {name}" for name in self._floors()]
+        names = {"retain": "retain rows", "neutral": "neutral text"}
+        kept = [names[name] for name in self.target.probabilities if name in names]
+        floor = [f"{self.retain_share:.0%} of the target's probability on {name}" for name in kept]
         limits = f", keeping at least {' and '.join(floor)}" if floor else ""
         return (
             "the least sum of the distance to the yardstick on the forget set (answer probability "
             f"{wanted.value:.3f}, by {self.yardstick.source}) and the probability lost on retain rows{limits}"
         )
-
-    def _floors(self) -> list[str]:
-        names = {"retain": "retain rows", "neutral": "neutral text"}
-        return [names[name] for name in self.target.probabilities if name in names]
 
 
 class Judged(Protocol):

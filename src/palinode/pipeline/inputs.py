@@ -5,12 +5,12 @@ What can be wrong is found here, in the first seconds, and said in one sentence.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from palinode.benchmarks.own import read_questions
 from palinode.data.examples import (
@@ -38,10 +38,10 @@ from palinode.models.loading import (
 )
 from palinode.pipeline.recipe import Recipe
 from palinode.pipeline.tracking import check_trackers
-from palinode.pipeline.workspace import Workspace
+from palinode.pipeline.workspace import Workspace, folder_size
 from palinode.progress import Listener
 from palinode.records import workspace_beside
-from palinode.weights.atomic import check_output
+from palinode.weights.atomic import check_output, check_room
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.folders import require_causal_lm
 from palinode.weights.preflight import check_sum, check_tokenizers
@@ -112,6 +112,25 @@ class Inputs:
         if self.base is None:
             raise RecipeError("this needs an earlier checkpoint of the target; name models.base (--base)")
         return self.base
+
+
+@dataclass
+class Work:
+    """What the steps of a run work with: opened inputs, the folder of results, and who listens."""
+
+    inputs: Inputs
+    workspace: Workspace
+    listener: Listener
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the inputs."""
+        return self.inputs.recipe
+
+    @property
+    def device(self) -> torch.device:
+        """Where models run."""
+        return pick_device(self.recipe.device)
 
 
 def given_to(recipe: Recipe, rows: InputRows, refusals: Sequence[str] = ()) -> Given:
@@ -224,7 +243,7 @@ def check_places(recipe: Recipe, inputs: Inputs, needs: int) -> None:
     named = (data.forget, data.retain, data.holdout, data.refusals)
     files = [Path(name) for name in named if name and Path(name).exists()]
     output, workspace = Path(recipe.output.folder), workspace_folder(recipe)
-    left = max(0, needs - _size(workspace))
+    left = max(0, needs - folder_size(workspace))
     if output.resolve() == Path.cwd():
         raise OutputError(f"the output {output} is the current folder; name one that does not exist yet")
     check_output(output, [*models, *files], needs=min(left, inputs.reader.nbytes))
@@ -238,15 +257,6 @@ def workspace_folder(recipe: Recipe) -> Path:
     output = Path(recipe.output.folder)
     named = output if output.name not in ("", "..") else output.resolve()
     return workspace_beside(named)
-
-
-def _size(folder: Path) -> int:
-    """Return the bytes of all files in a folder, which another run may be working in."""
-    total = 0
-    for path in folder.rglob("*"):
-        with suppress(OSError):
-            total += path.lstat().st_size
-    return total
 
 
 def check_folder(output: Path, names: Sequence[str], what: str) -> None:
@@ -279,13 +289,7 @@ def check_workspace(workspace: Path, others: Sequence[Path], needs: int) -> None
             raise OutputError(f"the workspace {workspace} lies inside {path}; name another --workspace")
     if place.exists() and not place.is_dir():
         raise OutputError(f"the workspace {workspace} is a file; name another --workspace")
-    home = next(parent for parent in (place, *place.parents) if parent.exists())
-    free = shutil.disk_usage(home).free
-    if free < needs:
-        raise OutputError(
-            f"{home} has {free / 1e9:.2f} GB free where {needs / 1e9:.2f} GB are needed; make room, or name "
-            "a --workspace elsewhere"
-        )
+    check_room(place, needs, "make room, or name a --workspace elsewhere")
 
 
 def _open(location: str, allow_pickle: bool) -> Checkpoint:
@@ -336,8 +340,15 @@ def check_kind(target: Checkpoint, base: Checkpoint) -> None:
 
 
 def check_vocabulary(target: Checkpoint, base: Checkpoint) -> None:
-    """Raise MismatchError when the two tokenizers give ordinary tokens other numbers."""
-    ours, theirs = (_ordinary_tokens(checkpoint) for checkpoint in (target, base))
+    """Raise MismatchError when the two tokenizers give ordinary tokens other numbers.
+
+    Added tokens may get another name along the way.
+    """
+    ours, theirs = (
+        {number: token for token, number in tokenizer.get_vocab().items() if number not in added}
+        for tokenizer in map(load_tokenizer, (target, base))
+        for added in [tokenizer.added_tokens_decoder]
+    )
     other = sorted(number for number in ours.keys() & theirs.keys() if ours[number] != theirs[number])
     if other:
         raise MismatchError(
@@ -345,13 +356,6 @@ def check_vocabulary(target: Checkpoint, base: Checkpoint) -> None:
             f"{ours[other[0]]!r} in the one and {theirs[other[0]]!r} in the other); "
             "the base must be an earlier checkpoint of the target, with the same vocabulary"
         )
-
-
-def _ordinary_tokens(checkpoint: Checkpoint) -> dict[int, str]:
-    """Return the tokens by number but for added ones, which may get another name along the way."""
-    tokenizer = load_tokenizer(checkpoint)
-    added = tokenizer.added_tokens_decoder
-    return {number: token for token, number in tokenizer.get_vocab().items() if number not in added}
 
 
 # Rows

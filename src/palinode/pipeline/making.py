@@ -17,12 +17,11 @@ from palinode.methods.method import Ends, Vectors
 from palinode.pipeline.finetuning import FineTuning, Trained, open_end, open_whole
 from palinode.pipeline.goal import TOLERANCE
 from palinode.pipeline.grid import grid_scales
-from palinode.pipeline.inputs import Inputs
+from palinode.pipeline.inputs import Work
 from palinode.pipeline.record import dose_facts, geometry_facts
 from palinode.pipeline.scales import ChosenScales, scaled_vector
 from palinode.pipeline.search import search_scales
 from palinode.pipeline.workspace import Step, Workspace
-from palinode.progress import Listener
 from palinode.records import read_json, workspace_beside
 from palinode.weights import Checkpoint, Direction, Point, StoredVector, save
 
@@ -41,15 +40,8 @@ class Made:
     """Keys of the steps that made it."""
 
 
-class Making:
+class Making(Work):
     """Fine-tune, choose scales, add up, write."""
-
-    def __init__(self, inputs: Inputs, workspace: Workspace, listener: Listener) -> None:
-        self.inputs = inputs
-        self.recipe = inputs.recipe
-        self.rows = inputs.rows
-        self.workspace = workspace
-        self.listener = listener
 
     def make(self, target: Checkpoint) -> Made:
         """Make the unlearned model, in the workspace."""
@@ -78,7 +70,7 @@ class Making:
 
     def _scales(self, target: Checkpoint, trained: Trained) -> ChosenScales:
         """Return the scales: as given, searched for, or picked on the grid."""
-        scales, vectors = self.recipe.scales, trained.vectors
+        scales, vectors, rows = self.recipe.scales, trained.vectors, self.inputs.rows
         beta = 0.0 if vectors.retain is None else scales.retain
         betas = scales.retain_grid if beta is None else [beta]
         alphas = scales.forget_grid if scales.forget is None else [scales.forget]
@@ -92,11 +84,11 @@ class Making:
             vectors=dict(trained.steps),
             grid=[sorted(alphas), sorted(betas)],
             retain_share=scales.retain_share,
-            rows=[fingerprint_examples(self.rows.forget_probe), fingerprint_examples(self.rows.retain_probe)],
+            rows=[fingerprint_examples(rows.forget_probe), fingerprint_examples(rows.retain_probe)],
             max_length=self.recipe.evaluation.max_length,
             prompts=self.recipe.prompts.model_dump(),
             output=[self.recipe.output.dtype, self.recipe.output.rounding, self.recipe.seed],
-            unseen=[self.rows.unseen_source, fingerprint_examples(self.rows.unseen)],
+            unseen=[rows.unseen_source, fingerprint_examples(rows.unseen)],
             tolerance=TOLERANCE,
             **({"auto": [scales.trials, scales.groups]} if auto else {}),
         )

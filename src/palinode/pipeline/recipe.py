@@ -11,7 +11,7 @@ import os
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -20,6 +20,8 @@ from palinode.errors import RecipeError
 from palinode.evaluation.ask import EvaluationLimits
 from palinode.records import read_toml
 from palinode.training.settings import TrainingSettings
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 MAX_SEED = 2**32 - 1
 
@@ -30,16 +32,19 @@ Scale = Annotated[float, Field(ge=0)]
 class RecipeSection(BaseModel):
     """A part of a recipe: strict, so that a misspelt key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Models(RecipeSection):
     """The checkpoints: local folders, or hub ids with an optional @revision."""
 
     target: str | None = None
-    """θ_D, the model to be cleaned; left out only where `[prepare]` makes it."""
+    """The model to be cleaned (θ_D): a folder, or a hub id[@revision]. Left out only where `[prepare]` makes
+    it."""
     base: str | None = None
-    """θ_0, an earlier checkpoint of it that had not seen the forget set; methods that train the target
+    """An earlier checkpoint of it that had not seen the forget set (θ_0). Methods that train the target
     itself do without."""
     retrained: str | None = None
     """The gold standard, trained without the forget set, where one exists."""
@@ -51,17 +56,17 @@ class Data(RecipeSection):
     """The rows: JSONL, JSON, CSV, Parquet or plain text, local or on the hub."""
 
     forget: str
-    """What is to be taken back."""
+    """The forget set: JSONL, JSON, CSV, Parquet or text; file or hub data set."""
     retain: str | None = None
     """Rows whose effect must stay; without them the run is forget-only (β = 0)."""
     holdout: str | None = None
     """Rows like the forget rows that neither target nor base has seen, to set the yardstick by."""
     refusals: str | None = None
-    """Refusals, one a line, for the methods that teach them."""
+    """Refusals, one a line, for methods that teach them."""
     columns: dict[str, str] = {}
     """Names of columns that are not called question, answer, prompt, completion, messages or text."""
     allow_overlap: bool = False
-    """Go on, leaving the shared rows out of the retain set, when forget rows also stand in it."""
+    """Leave forget rows out of the retain set instead of refusing."""
 
 
 class Scales(RecipeSection):
@@ -115,11 +120,11 @@ class Output(RecipeSection):
     """What is written, and where."""
 
     folder: str
-    """The unlearned model; must not exist, or be empty."""
+    """Folder for the unlearned model; must not exist, or be empty."""
     workspace: str | None = None
-    """Where steps keep their results; None: beside the output, `<folder>.workspace`."""
+    """Where steps keep their results, beside the output as OUTPUT.workspace where nothing is said."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type of the stored weights; None: the target's, tensor by tensor."""
+    """Type of the stored weights; without it the target's, tensor by tensor."""
     rounding: Literal["auto", "nearest", "stochastic"] = "auto"
     """How sums are rounded to it; auto: to nearest, and stochastically where that would lose dose."""
 
@@ -149,10 +154,10 @@ class Recipe(RecipeSection):
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     """Seeds sampling, batch order, rounding and intervals."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
+    """auto, cpu, cuda, cuda:1 or mps."""
     tracker: str | None = None
-    """Where curves are shown besides, names with commas: tensorboard, wandb, mlflow, trackio, …; it decides
-    nothing of the result (docs/tracking.md)."""
+    """Curves go there too, as in tensorboard,wandb; also mlflow, trackio and more. It decides nothing of the
+    result (docs/tracking.md)."""
     models: Models
     data: Data
     training: TrainingSettings = TrainingSettings()
@@ -266,13 +271,27 @@ def build_recipe(content: Mapping[str, Any], changes: Sequence[str] = ()) -> Rec
 
     Raises RecipeError.
     """
+    return checked_settings(Recipe, with_changes(content, changes))
+
+
+def checked_settings(
+    kind: type[Settings],
+    content: Mapping[str, Any],
+    keys: Callable[[Sequence[int | str]], list[str]] | None = None,
+) -> Settings:
+    """Return settings of a kind; raises RecipeError for the first thing that is wrong, see `explain`."""
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(explain(error, keys)) from None
+
+
+def with_changes(content: Mapping[str, Any], changes: Sequence[str]) -> dict[str, Any]:
+    """Return a copy of nested values with `key=value` changes."""
     changed = copy.deepcopy(dict(content))
     for change in changes:
         set_key(changed, change)
-    try:
-        return Recipe.model_validate(changed)
-    except ValidationError as error:
-        raise RecipeError(explain(error)) from None
+    return changed
 
 
 def read_prompts(content: Mapping[str, Any], changes: Sequence[str] = ()) -> Prompts:
@@ -280,13 +299,8 @@ def read_prompts(content: Mapping[str, Any], changes: Sequence[str] = ()) -> Pro
 
     Raises RecipeError.
     """
-    changed = copy.deepcopy(dict(content))
-    for change in changes:
-        set_key(changed, change)
-    try:
-        return _OnlyPrompts.model_validate({"prompts": changed.get("prompts", {})}).prompts
-    except ValidationError as error:
-        raise RecipeError(explain(error)) from None
+    given = with_changes(content, changes).get("prompts", {})
+    return checked_settings(_OnlyPrompts, {"prompts": given}).prompts
 
 
 def prompt_style(changes: Sequence[str] | None) -> PromptStyle | None:

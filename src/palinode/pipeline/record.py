@@ -11,7 +11,7 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -19,7 +19,6 @@ from statistics import fmean
 from typing import Any
 
 from palinode.data.examples import Example, fingerprint_examples
-from palinode.methods import METHODS
 from palinode.metrics import score_outcomes
 from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.scales import ChosenScales
@@ -80,6 +79,7 @@ def build_record(
 ) -> dict[str, Any]:
     """Return the content of record.json; `seen` are the retain rows that the run was trained on."""
     recipe = inputs.recipe
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB, macOS in bytes
     return {
         **heading(RECORD_VERSION, started=started, command=command or "palinode run"),
         "run": run,
@@ -91,7 +91,13 @@ def build_record(
             "retain": _rows(recipe.data.retain, inputs.rows.retain) if recipe.data.retain else None,
             **({"holdout": _rows(recipe.data.holdout, inputs.rows.unseen)} if recipe.data.holdout else {}),
         },
-        "method": _method(recipe.method, recipe.method_settings),
+        "method": {
+            "name": recipe.method,
+            "kind": inputs.method.kind,
+            "formula": inputs.method.formula,
+            "source": inputs.method.source,
+            "settings": inputs.settings.model_dump(mode="json"),
+        },
         "scales": asdict(chosen) if chosen else None,
         "vectors": weights.get("vectors"),
         "dose": weights["dose"],
@@ -106,8 +112,12 @@ def build_record(
             }
             for name, sets in with_unseen(outcomes, seen).items()
         },
-        "environment": _environment(device),
-        "notes": [*inputs.notes, *(_chosen_notes(chosen) if chosen else []), *_stopped_notes(training)],
+        "environment": {
+            **environment(device),
+            "cores": os.cpu_count(),
+            "peak_memory_bytes": peak if sys.platform == "darwin" else 1024 * peak,
+        },
+        "notes": [*inputs.notes, *_notes(chosen, training)],
     }
 
 
@@ -142,48 +152,20 @@ def _model(name: str, checkpoint: Checkpoint, inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def _method(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    method = METHODS[name]
-    return {
-        "name": name,
-        "kind": method.kind,
-        "formula": method.formula,
-        "source": method.source,
-        "settings": method.check_settings(given).model_dump(mode="json"),
-    }
-
-
 def _rows(location: str, examples: Sequence[Example]) -> dict[str, Any]:
     return {"location": location, "rows": len(examples), "fingerprint": fingerprint_examples(examples)}
 
 
-def _environment(device: str) -> dict[str, Any]:
-    return {
-        **environment(device),
-        "cores": os.cpu_count(),
-        "peak_memory_bytes": _peak_memory(),
-    }
-
-
-def _peak_memory() -> int:
-    """Return the most memory this process has held, in bytes (Linux counts in KiB, macOS in bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def _chosen_notes(chosen: ChosenScales) -> list[str]:
-    if chosen.kept_rule or chosen.yardstick is None:
-        return []
-    return [f"{chosen.yardstick['warning']} Look at the table of points before using this model."]
-
-
-def _stopped_notes(training: Mapping[str, Any]) -> list[str]:
-    return [
-        f"Training ended after {run['steps']} of {run['planned_steps']} steps: the forget loss had reached "
-        "its limit, beyond which nothing is left to forget."
-        for run in training.values()
-        if run["steps"] < run.get("planned_steps", 0)
-    ]
+def _notes(chosen: ChosenScales | None, training: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a reader should know of the choice of scales, and of runs that ended early."""
+    if chosen and not chosen.kept_rule and chosen.yardstick is not None:
+        yield f"{chosen.yardstick['warning']} Look at the table of points before using this model."
+    for run in training.values():
+        if run["steps"] < run.get("planned_steps", 0):
+            yield (
+                f"Training ended after {run['steps']} of {run['planned_steps']} steps: the forget loss had "
+                "reached its limit, beyond which nothing is left to forget."
+            )
 
 
 def dose_facts(saved: Saved, asked: Mapping[str, float]) -> dict[str, Any]:

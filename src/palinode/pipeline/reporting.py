@@ -47,7 +47,10 @@ def publish(
     full = full_report(record, workspace)
     facts = Facts("unlearn", record, outcomes=_in_order(outcomes), elsewhere=str(full))
     content = write_reports(facts, folder / f"{NAME}.html")
-    card = model_card(content, base=_hub_id(record), original=(target / "README.md").exists())
+    location = at(record, "recipe", "models", "target") or ""
+    of_hub = HUB_ID.fullmatch(location) and not Path(location).exists()  # it knows nothing of local folders
+    base = location.partition("@")[0] if of_hub else None
+    card = model_card(content, base=base, original=(target / "README.md").exists())
     write_text(folder / "README.md", card)
     write_reports(replace(facts, texts=True, elsewhere=None), full)
     return full
@@ -65,11 +68,12 @@ def write_reports(facts: Facts, page: Path, suffixes: Sequence[str] = SUFFIXES) 
 
     Raises OutputError when texts of the rows would come to lie in an unlearned model's folder.
     """
-    if facts.texts and (model := _model_around(page)):
-        raise OutputError(
-            f"{page} lies in the unlearned model {model}, which must not carry the text of the rows; name "
-            "another --output, or add --without-texts"
-        )
+    for around in page.resolve().parents if facts.texts else ():
+        if (around / "record.json").exists() and (around / "config.json").exists():
+            raise OutputError(
+                f"{page} lies in the unlearned model {around}, which must not carry the text of the rows; "
+                "name another --output, or add --without-texts"
+            )
     content = report_content(facts)
     with private() if facts.texts else nullcontext():
         for suffix in suffixes:
@@ -204,20 +208,6 @@ def _with_curves(workspace: Path, record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _in_order(outcomes: Outcomes) -> Outcomes:
     return {model: outcomes[model] for model in known_first(outcomes, MODELS)}
-
-
-def _hub_id(record: Mapping[str, Any]) -> str | None:
-    """Return the target's id on the hub; None for a local folder, of which the hub knows nothing."""
-    location = at(record, "recipe", "models", "target") or ""
-    known = HUB_ID.fullmatch(location) and not Path(location).exists()
-    return location.partition("@")[0] if known else None
-
-
-def _model_around(page: Path) -> Path | None:
-    """Return the unlearned model's folder that a file would lie in, if it would."""
-    files = ("record.json", "config.json")
-    around = page.resolve().parents
-    return next((folder for folder in around if all((folder / name).exists() for name in files)), None)
 
 
 def _renamed(content: Any, names: Mapping[str, str]) -> Any:

@@ -24,7 +24,7 @@ from palinode.evaluation.ask import ask
 from palinode.models.loading import load_model, load_tokenizer, pick_device, tokenizer_fingerprint
 from palinode.pipeline.costs import Plan, describe, make_plan
 from palinode.pipeline.finetuning import FineTuning
-from palinode.pipeline.inputs import Inputs, ask_as_trained, check_places, open_inputs, workspace_folder
+from palinode.pipeline.inputs import Inputs, Work, ask_as_trained, check_places, open_inputs, workspace_folder
 from palinode.pipeline.making import Making
 from palinode.pipeline.recipe import Recipe
 from palinode.pipeline.record import build_record
@@ -215,15 +215,8 @@ def tracked_run(inputs: Inputs, workspace: Workspace, listener: Listener) -> Abs
     )
 
 
-class _Unlearning:
+class _Unlearning(Work):
     """One run over its inputs and workspace, from fine-tuning to the published folder."""
-
-    def __init__(self, inputs: Inputs, workspace: Workspace, listener: Listener) -> None:
-        self.inputs = inputs
-        self.recipe = inputs.recipe
-        self.workspace = workspace
-        self.listener = listener
-        self.device = pick_device(inputs.recipe.device)
 
     def run(self, command: str | None, located: Mapping[str, Any] | None = None) -> Unlearned:
         """Go through all steps and publish the result."""

@@ -99,7 +99,9 @@ class Probes:
         self.add("forget", inputs.rows.forget_probe)
         self.add("retain", inputs.rows.retain_probe)
         self.add("neutral", neutral_examples())
-        if not self._spelled():
+        unknown = self.tokenizer.unk_token_id
+        ids = [token for row in self.sets["neutral"] for token in row.ids]
+        if unknown is not None and ids.count(unknown) > UNKNOWN_SHARE * len(ids):
             del self.sets["neutral"]
 
     def add(self, name: str, examples: Sequence[Example]) -> None:
@@ -149,12 +151,6 @@ class Probes:
     def _mean_logprobs(self, model: PreTrainedModel, rows: Sequence[TokenRow]) -> list[float]:
         scored = score_rows(model, rows, pad_id=self.pad_id)
         return [math.fsum(row.logprobs) / len(row.logprobs) for row in scored]
-
-    def _spelled(self) -> bool:
-        """Tell whether the tokenizer knows nearly all of the neutral text."""
-        unknown = self.tokenizer.unk_token_id
-        ids = [token for row in self.sets["neutral"] for token in row.ids]
-        return unknown is None or ids.count(unknown) <= UNKNOWN_SHARE * len(ids)
 
 
 # What is wanted

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
-
-from pydantic import BaseModel, ValidationError
+from typing import Any
 
 from palinode.data import PromptStyle, at_most, fingerprint_examples, read_examples
 from palinode.data.tokenize import prompt_notes
-from palinode.errors import RecipeError
 from palinode.evaluation.evaluate import EvaluationSettings, check_new_file, evaluate
 from palinode.models.loading import load_tokenizer, pick_device
-from palinode.pipeline.recipe import explain
+from palinode.pipeline.recipe import checked_settings
 from palinode.pipeline.tracking import check_trackers, tracked
 from palinode.pipeline.workspace import fingerprint
 from palinode.progress import Listener, NullListener
@@ -22,8 +19,6 @@ from palinode.records import Score, beside, fitting, private, write_outcomes
 from palinode.training.finetune import Finetuned, finetune
 from palinode.training.settings import TrainingSettings
 from palinode.weights import Checkpoint
-
-Settings = TypeVar("Settings", bound=BaseModel)
 
 
 @private()
@@ -101,11 +96,3 @@ def evaluate_file(
         with private():
             write_outcomes(output, found.outcomes)
     return dict(found.scores)
-
-
-def checked_settings(kind: type[Settings], content: Mapping[str, Any]) -> Settings:
-    """Return settings of a kind; raises RecipeError with a sentence for the first thing that is wrong."""
-    try:
-        return kind.model_validate(content)
-    except ValidationError as error:
-        raise RecipeError(explain(error)) from None

@@ -10,7 +10,7 @@ import difflib
 import importlib
 import importlib.util
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,8 +85,10 @@ def tracked(
     values) are shown with it; `cpu` is whether the run trains on the processor. Where several processes
     work, the first one tracks. Raises RecipeError when a tracker cannot be started.
     """
+    from accelerate.state import PartialState  # it keeps its state, so it has to know the device
+
     wanted = check_trackers(names)
-    if not wanted or not _is_main_process(cpu):
+    if not wanted or not PartialState(cpu=cpu).is_main_process:
         yield listener
         return
     trackers: list[GeneralTracker] = []
@@ -119,33 +121,26 @@ class Tracking:
         record(self.listener, series, step, figures)
         curve = series.replace(" ", "-")
         values = {f"{curve}/{name}": value for name, value in figures.items() if math.isfinite(value)}
-        for tracker in [*self.trackers]:
-            try:
-                if tracker.name in ONE_CLOCK:
-                    tracker.log({**values, f"{curve}/step": step}, step=None)
-                else:
-                    tracker.log(values, step=step)
-            except Exception as error:  # each library has its own; none is worth a training run
-                self._leave_out(tracker, error)
+
+        def log(tracker: GeneralTracker) -> None:
+            if tracker.name in ONE_CLOCK:
+                tracker.log({**values, f"{curve}/step": step}, step=None)
+            else:
+                tracker.log(values, step=step)
+
+        self._have_each(log)
 
     def finish(self) -> None:
         """Have every tracker write what it still holds."""
+        self._have_each(lambda tracker: tracker.finish())
+
+    def _have_each(self, act: Callable[[GeneralTracker], None]) -> None:
         for tracker in [*self.trackers]:
             try:
-                tracker.finish()
-            except Exception as error:
-                self._leave_out(tracker, error)
-
-    def _leave_out(self, tracker: GeneralTracker, error: Exception) -> None:
-        self.trackers.remove(tracker)
-        self.listener.say(f"Nothing more is tracked with {tracker.name}: {_reason(error)}")
-
-
-def _is_main_process(cpu: bool) -> bool:
-    """Tell whether this process tracks; accelerate keeps its state, so it has to know the device."""
-    from accelerate.state import PartialState
-
-    return bool(PartialState(cpu=cpu).is_main_process)
+                act(tracker)
+            except Exception as error:  # each library has its own; none is worth a training run
+                self.trackers.remove(tracker)
+                self.listener.say(f"Nothing more is tracked with {tracker.name}: {_reason(error)}")
 
 
 def _start(name: str, folder: Path, run: str, settings: Mapping[str, Any]) -> GeneralTracker:
@@ -199,10 +194,10 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             flat |= _flat(value, f"{prefix}{name}.")
         elif isinstance(value, (bool, int, float, str)):
             flat[prefix + name] = value
+        elif isinstance(value, Sequence):
+            flat[prefix + name] = ", ".join(map(str, value))
         else:
-            flat[prefix + name] = (
-                ", ".join(map(str, value)) if isinstance(value, Sequence) else str(value or "")
-            )
+            flat[prefix + name] = str(value or "")
     return flat
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,12 @@ from palinode.models.loading import (
     load_model,
     load_tokenizer,
     pad_token,
-    pick_device,
     save_tensors,
     tokenizer_fingerprint,
 )
 from palinode.models.sums import Moment, gradient_moment, input_spaces
-from palinode.pipeline.inputs import Inputs
-from palinode.pipeline.workspace import Step, Workspace
-from palinode.progress import Listener
+from palinode.pipeline.inputs import Work
+from palinode.pipeline.workspace import Step
 from palinode.weights import Checkpoint, Direction, StoredVector, profile, save_vector
 from palinode.weights.checkpoint import StoredDirection
 from palinode.weights.displacement import DenseChange
@@ -53,19 +52,12 @@ Another = Callable[[int], tuple[Direction, Mapping[str, str]]]
 IMPORTANCE, SPACES = "importance.safetensors", "spaces.safetensors"
 
 
-class Transforming:
+@dataclass
+class Transforming(Work):
     """The transforms of one run, with what they read of its models and rows."""
 
-    def __init__(
-        self, inputs: Inputs, target: Checkpoint, workspace: Workspace, listener: Listener, another: Another
-    ) -> None:
-        self.inputs = inputs
-        self.recipe = inputs.recipe
-        self.target = target
-        self.workspace = workspace
-        self.listener = listener
-        self.another = another
-        self.device = pick_device(self.recipe.device)
+    target: Checkpoint
+    another: Another
 
     def apply(
         self, transforms: Sequence[ChosenTransforms], vector: Direction, keys: Mapping[str, str]

@@ -39,6 +39,15 @@ def fingerprint(**inputs: Any) -> str:
     return blake3.blake3(text.encode()).hexdigest()[:32]
 
 
+def folder_size(place: Path) -> int:
+    """Return the bytes of a file, or of a folder with all in it, which another run may be working in."""
+    total = 0
+    for path in (place, *place.rglob("*")):
+        with suppress(OSError):
+            total += path.lstat().st_size
+    return total
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One step of a run and the folder that is its own."""

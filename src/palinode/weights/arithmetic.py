@@ -20,14 +20,12 @@ rounding keeps on average the small steps that rounding to nearest would lose. W
 from __future__ import annotations
 
 import hashlib
-import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby, islice
-from threading import Event, local
+from itertools import groupby
+from threading import local
 from typing import Literal, TypeVar, get_args
 
 import numpy as np
@@ -37,18 +35,12 @@ from palinode.weights import kernels
 from palinode.weights.displacement import Displacement, HasTerms, Term
 from palinode.weights.folders import ModelFolder
 from palinode.weights.preflight import complain_of_nonfinite, complain_of_twins
-from palinode.weights.tensors import Files, TensorInfo, is_embedding, is_head
+from palinode.weights.tensors import Files, TensorInfo, is_embedding, is_head, map_parts
 
 Result = TypeVar("Result")
 
 SLICE = 1 << 18
 """Elements read, summed and written at a time: 512 KB of bfloat16 from each checkpoint."""
-
-RUN = 16
-"""Slices that a thread is given at a time, as handing over has its price too."""
-
-AHEAD = 3
-"""Runs handed to each thread ahead of the one whose results are taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,19 +70,6 @@ def slices(
                     yield Slice(info, start, min(size, last - start), alone)
 
 
-# Threads
-
-
-def cores() -> int:
-    """Return the number of processor cores that this process may use; on macOS all of them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def default_workers() -> int:
-    """Return how many threads work on slices: one for each core this process may use, up to 16."""
-    return min(16, cores())
-
-
 def per_thread(make: Callable[[], Callable[[Slice], Result]]) -> Callable[[Slice], Result]:
     """Return a function on slices that makes itself anew in every thread it is called from."""
     state = local()
@@ -118,38 +97,12 @@ def map_slices(
     on the threads. `on_progress` hears the number of elements done. The first error stops the rest
     and is raised.
     """
-    count = workers or default_workers()
-    pool = ThreadPoolExecutor(count)
-    waiting: deque[tuple[tuple[Slice, ...], Future[list[Result]]]] = deque()
-    stopped = Event()
-
-    def walk(run: tuple[Slice, ...]) -> list[Result]:
-        return [work(part) for part in run if not stopped.is_set()]
-
-    def take() -> None:
-        run, future = waiting.popleft()
-        for part, result in zip(run, future.result(), strict=True):
+    with closing(map_parts(parts, work, workers=workers)) as results:
+        for part, result in results:
             if collect:
                 collect(part, result)
             if on_progress:
                 on_progress(part.count)
-
-    try:
-        for run in _runs(parts):
-            waiting.append((run, pool.submit(walk, run)))
-            if len(waiting) > AHEAD * count:
-                take()
-        while waiting:
-            take()
-    finally:
-        stopped.set()
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _runs(parts: Iterable[Slice]) -> Iterator[tuple[Slice, ...]]:
-    rest = iter(parts)
-    while run := tuple(islice(rest, RUN)):
-        yield run
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -44,10 +44,16 @@ def check_output(output: Path, inputs: Sequence[Path], *, needs: int = 0) -> Non
     home = next(parent for parent in place.parents if parent.exists())
     if not home.is_dir() or not os.access(home, os.W_OK):
         raise OutputError(f"{home} cannot be written to; choose another output folder")
+    check_room(home, needs, "make room")
+
+
+def check_room(place: Path, needs: int, advice: str) -> None:
+    """Raise OutputError unless there are `needs` bytes where a folder is, or will be."""
+    home = next(parent for parent in (place, *place.parents) if parent.exists())
     free = shutil.disk_usage(home).free
     if free < needs:
         raise OutputError(
-            f"{home} has {free / 1e9:.2f} GB free where {needs / 1e9:.2f} GB are needed; make room"
+            f"{home} has {free / 1e9:.2f} GB free where {needs / 1e9:.2f} GB are needed; {advice}"
         )
 
 
@@ -151,10 +157,12 @@ GLANCE = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Crew:
-    """Which one of how many processes this is."""
+    """Which one of how many processes this is, and how many threads it has."""
 
     rank: int = 0
     count: int = 1
+    workers: int | None = None
+    """Threads of this process; by default one for each core, up to 16."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.count:

@@ -227,7 +227,6 @@ def save(
     allow_nonfinite: bool = False,
     check: bool = True,
     crew: Crew | None = None,
-    workers: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Saved:
     """Write a weighted sum as a model folder with the layout, config and tokenizer of its anchor.
@@ -237,7 +236,7 @@ def save(
     `rows` "shared" sums only the rows that every embedding has; `allow_nonfinite` lets NaN and infinity
     through; `check` reads the result back, compares it, and writes `weights.json` for `palinode verify`.
     `crew` divides the work among processes that each make this very call. Memory stays at a few slices for
-    each of `workers` threads (default: the cores). `on_progress` hears the number of weights done.
+    each of the crew's threads (default: the cores). `on_progress` hears the number of weights done.
 
     Raises MismatchError when the checkpoints do not fit together, CheckpointError when an input cannot be
     read or is not finite, OutputError when the output place cannot be used or did not keep what was written.
@@ -257,7 +256,6 @@ def save(
         rows=rows,
         check=check,
         crew=crew or Crew(),
-        workers=workers,
         on_progress=on_progress,
     )
     return Saved(Checkpoint.open(place), written.dose, written.rounding, written.notes, written.seconds)

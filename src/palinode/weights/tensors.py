@@ -28,14 +28,14 @@ import math
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from threading import Lock, local
+from threading import Event, Lock, local
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -298,16 +298,50 @@ def by_file(infos: Iterable[TensorInfo]) -> dict[Path, list[TensorInfo]]:
     return grouped
 
 
+Part = TypeVar("Part")
 Result = TypeVar("Result")
 
 BLOCK = 1 << 19
 """Bytes of a block: 512 KiB, so that a thread still has it in its cache when it works on it."""
 
 RUN = 16
-"""Blocks of one tensor that a thread is given at a time."""
+"""Parts that a thread is given at a time, as handing over has its price too."""
 
-AHEAD = 4
-"""Runs for each thread that wait or are under way, so that the list of what is to do stays short."""
+AHEAD = 3
+"""Runs handed to each thread ahead of the one whose results are taken."""
+
+
+def cores() -> int:
+    """Return the number of processor cores that this process may use; on macOS all of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def map_parts(
+    parts: Iterable[Part], work: Callable[[Part], Result], *, workers: int | None = None
+) -> Generator[tuple[Part, Result], None, None]:
+    """Yield each part with what `work` makes of it in one of a few threads, in the order of the parts.
+
+    By default there is a thread for each core, up to 16. The first error stops the rest and is raised; what
+    is under way is waited for, also when the caller takes no more.
+    """
+    count = workers or min(16, cores())
+    rest, stopped = iter(parts), Event()
+    waiting: deque[Future[list[tuple[Part, Result]]]] = deque()
+
+    def walk(run: Sequence[Part]) -> list[tuple[Part, Result]]:
+        return [(part, work(part)) for part in run if not stopped.is_set()]
+
+    pool = ThreadPoolExecutor(count)
+    try:
+        while True:
+            while len(waiting) <= AHEAD * count and (run := [*islice(rest, RUN)]):
+                waiting.append(pool.submit(walk, run))
+            if not waiting:
+                return
+            yield from waiting.popleft().result()
+    finally:
+        stopped.set()
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def map_blocks(
@@ -324,40 +358,22 @@ def map_blocks(
     `on_progress` is told, in the caller's thread, the bytes that were done. Raises CheckpointError when a
     file cannot be read or is cut off.
     """
-    threads, own = workers or os.cpu_count() or 1, local()
+    own = local()
 
-    def equip() -> None:
-        own.buffer = bytearray(BLOCK)
+    def read(part: tuple[TensorInfo, int]) -> Result:
+        info, start = part
+        if not hasattr(own, "buffer"):
+            own.buffer = bytearray(BLOCK)
+        block = memoryview(own.buffer)[: min(BLOCK, info.nbytes - start)]
+        info.read(files, start, block)
+        return work(info, block)
 
-    def walk(info: TensorInfo, start: int) -> list[Result]:
-        stop = min(start + RUN * BLOCK, info.nbytes)
-        return [work(info, _fill(files, info, place, own.buffer)) for place in range(start, stop, BLOCK)]
-
-    with ExitStack() as stack:
-        files = stack.enter_context(Files())
-        pool = stack.enter_context(
-            ThreadPoolExecutor(threads, initializer=equip)
-        )  # ends before the files are closed
-        runs = ((info, start) for info in infos for start in range(0, info.nbytes, RUN * BLOCK))
-        pending: deque[tuple[TensorInfo, int, Future[list[Result]]]] = deque()
-        for info, start in islice(runs, AHEAD * threads):
-            pending.append((info, start, pool.submit(walk, info, start)))
-        while pending:
-            info, start, future = pending.popleft()
-            results = future.result()
-            for following in islice(runs, 1):
-                pending.append((*following, pool.submit(walk, *following)))
+    parts = ((info, start) for info in infos for start in range(0, info.nbytes, BLOCK))
+    with Files() as files, closing(map_parts(parts, read, workers=workers)) as results:
+        for (info, start), result in results:
             if on_progress:
-                on_progress(min(RUN * BLOCK, info.nbytes - start))
-            for result in results:
-                yield info, result
-
-
-def _fill(files: Files, info: TensorInfo, place: int, buffer: bytearray) -> memoryview:
-    """Read the block that starts at byte `place` of a tensor, and return it."""
-    block = memoryview(buffer)[: min(BLOCK, info.nbytes - place)]
-    info.read(files, place, block)
-    return block
+                on_progress(min(BLOCK, info.nbytes - start))
+            yield info, result
 
 
 @dataclass(frozen=True, slots=True)

@@ -180,7 +180,7 @@ def save_vector(
     Raises InputError for settings that cannot be, AlgebraError when there is no direction, MismatchError when
     its terms do not fit together, OutputError when the output place cannot be used.
     """
-    settings = _Storing(_checked_code(dtype), _checked_rank(rank), _checked_energy(energy, rank))
+    settings = _storing(dtype, rank, energy)
     terms = (*direction.terms, *made_from)
     stamps = take_stamps(terms)
     if not direction.terms:
@@ -253,24 +253,17 @@ class _Storing:
         return "dense" if self.rank is None and self.energy is None else "low_rank"
 
 
-def _checked_code(dtype: str) -> str:
+def _storing(dtype: str, rank: int | None, energy: float | None) -> _Storing:
+    """Return how a vector is stored; raises InputError for what cannot be."""
     if dtype not in CODES:
         raise InputError(f"a vector cannot be stored in {dtype!r}; choose one of {', '.join(CODES)}")
-    return CODES[dtype]
-
-
-def _checked_rank(rank: int | None) -> int | None:
     if rank is not None and rank < 1:
         raise InputError(f"a rank of {rank} leaves nothing; name a rank of 1 or more")
-    return rank
-
-
-def _checked_energy(energy: float | None, rank: int | None) -> float | None:
     if energy is not None and rank is not None:
         raise InputError("a rank and an energy were given; either of them decides, so name one")
     if energy is not None and not 0 < energy <= 1:
         raise InputError(f"an energy of {energy} is no share; name one above 0 and up to 1, as in 0.99")
-    return energy
+    return _Storing(CODES[dtype], rank, energy)
 
 
 # Writing
@@ -353,7 +346,8 @@ def _store_whole(
         writer.write(found[0])
         sums.append(found[1:])
 
-    map_slices(_slices(info), work, collect=collect)
+    parts = (Slice(info, start, min(SLICE, info.size - start)) for start in range(0, info.size, SLICE))
+    map_slices(parts, work, collect=collect)
     norm, error = (math.sqrt(math.fsum(column)) for column in zip(*sums, strict=True))
     if norm == 0:
         writer.forget()
@@ -385,10 +379,6 @@ def _store_factors(
     return _costing(info, left.shape[1], norm, error, code)
 
 
-def _slices(info: TensorInfo) -> Iterator[Slice]:
-    return (Slice(info, start, min(SLICE, info.size - start)) for start in range(0, info.size, SLICE))
-
-
 def _finite(values: np.ndarray, info: TensorInfo) -> np.ndarray:
     if not np.isfinite(values).all():
         raise CheckpointError(
@@ -407,11 +397,7 @@ def _costing(info: TensorInfo, rank: int | None, norm: float, error: float, code
 
 
 def _write_facts(
-    path: Path,
-    settings: _Storing,
-    dtype: str,
-    sources: Sequence[Source],
-    tensors: Mapping[str, StoredTensor],
+    path: Path, settings: _Storing, dtype: str, sources: Sequence[Source], tensors: Mapping[str, StoredTensor]
 ) -> None:
     norm = math.hypot(*(tensor.norm for tensor in tensors.values()))
     error = math.hypot(*(tensor.norm * tensor.relative_error for tensor in tensors.values()))
@@ -447,12 +433,11 @@ def _read_facts(content: Mapping[str, Any]) -> dict[str, Any]:
         )
         for name, tensor in content["tensors"].items()
     }
-    norm, error = _number(content["norm"]), _number(content["relative_error"])
     return {
         "kind": content["kind"],
         "dtype": content["dtype"],
-        "norm": norm,
-        "relative_error": error,
+        "norm": _number(content["norm"]),
+        "relative_error": _number(content["relative_error"]),
         "sources": sources,
         "tensors": tensors,
     }

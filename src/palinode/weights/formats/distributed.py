@@ -9,29 +9,20 @@ The metadata also knows entries that are no weights; `_weights` states which one
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from palinode.errors import CheckpointError
-from palinode.weights.formats.pickled import (
-    WRAPPERS,
-    TorchFile,
-    place_view,
-    read_saved,
-    unpickle,
-    without_prefix,
-)
-from palinode.weights.formats.pieces import MAX_PIECES, Piece, PiecedTensor, pieced, row_major
-from palinode.weights.formats.unpickler import Inert, View
+from palinode.weights.formats.pickled import TorchFile, place_view, read_saved, unpickle, without_prefix
+from palinode.weights.formats.pieces import Piece, pieced
+from palinode.weights.formats.unpickler import WRAPPERS
 from palinode.weights.tensors import (
     Files,
     TensorInfo,
     Window,
     is_plain_name,
-    is_shape,
-    is_text,
     itemsize_of,
     read_small,
     require_files,
@@ -47,26 +38,29 @@ AT_ONCE = 10_000
 
 
 @dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor as the metadata describes it."""
+
+    name: str
+    path: Sequence[str]
+    """Where it lay in the nested dictionaries that were saved."""
+    dtype: str
+    shape: Sequence[int]
+    chunks: Sequence[tuple[Sequence[int], Sequence[int]]]
+    """Corner and shape of each box of it that was written."""
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """One box of a tensor, and the range of a file in which torch.save wrote it."""
 
+    name: str
+    dtype: str
     corner: tuple[int, ...]
     shape: tuple[int, ...]
     file: Path
     start: int
     length: int
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One tensor as the metadata describes it."""
-
-    name: str
-    path: tuple[str, ...]
-    """Where it lay in the nested dictionaries that were saved."""
-    dtype: str
-    shape: tuple[int, ...]
-    chunks: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
 
 
 def read_distributed(metadata: Path) -> tuple[dict[str, TensorInfo], list[str]]:
@@ -75,87 +69,26 @@ def read_distributed(metadata: Path) -> tuple[dict[str, TensorInfo], list[str]]:
     Raises CheckpointError when the metadata or a chunk is damaged, a file is missing, or the chunks of a
     tensor do not cover it exactly.
     """
-    content = _read_metadata(metadata)
-    entries, notes = _weights(metadata, _entries(metadata, content))
-    places = _places(metadata, content)
-    chunks = {name: _chunks(metadata, entry, places) for name, entry in entries.items()}
-    pieces = _pieces(metadata, entries, chunks)
-    return {name: _tensor(metadata, name, entry, pieces[name]) for name, entry in entries.items()}, notes
-
-
-# The metadata
-
-
-def _read_metadata(metadata: Path) -> dict[str, Any]:
-    """Return the fields of the Metadata object."""
-    (held,) = unpickle([(metadata, read_small(metadata, limit=MAX_METADATA))], table="metadata")
-    content = held.parts[0]
-    if not isinstance(content, Inert) or content.kind != "Metadata" or not isinstance(content.state, dict):
-        raise CheckpointError(f"{metadata} is no metadata of a distributed checkpoint")
-    return content.state
-
-
-def _entries(metadata: Path, content: Mapping[str, Any]) -> list[Entry]:
-    """Return all tensors that the metadata names, of whatever use they are; other entries are no tensors."""
-    described, paths = content.get("state_dict_metadata"), content.get("planner_data")
-    if not isinstance(described, dict):
-        raise CheckpointError(f"{metadata} names no tensors; save the checkpoint again")
-    return [
-        _entry(metadata, name, about.state, paths if isinstance(paths, dict) else {})
-        for name, about in described.items()
-        if isinstance(about, Inert) and about.kind == "TensorStorageMetadata"
-    ]
-
-
-def _entry(metadata: Path, name: Any, about: Any, paths: Mapping[Any, Any]) -> Entry:
-    try:
-        shape, dtype = about["size"], about["properties"].state[0].code
-        chunks = tuple(_box(chunk.state["offsets"], chunk.state["sizes"]) for chunk in about["chunks"])
-        path = paths.get(name, (name,))
-        sound = isinstance(name, str) and is_text(name) and isinstance(dtype, str) and _is_path(path)
-        sound = sound and type(shape) is tuple and is_shape(shape) and len(chunks) <= MAX_PIECES
-    except (AttributeError, LookupError, TypeError, ValueError):
-        sound = False
-    if not sound:
-        said = shown(str(name)) if isinstance(name, str | int) else "a tensor"
-        raise CheckpointError(f"{metadata} describes {said} in a way that we do not know; save it again")
-    return Entry(name, tuple(map(str, path)), dtype, shape, tuple(dict.fromkeys(chunks)))
-
-
-def _box(corner: Any, shape: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the place of a chunk; raises ValueError when it is none."""
-    if not (type(corner) is type(shape) is tuple and is_shape(corner) and is_shape(shape)):
-        raise ValueError
-    return corner, shape
-
-
-def _is_path(path: Any) -> bool:
-    return type(path) is tuple and len(path) > 0 and all(type(part) in (str, int) for part in path)
-
-
-def _places(metadata: Path, content: Mapping[str, Any]) -> dict[tuple[Any, Any], tuple[str, int, int]]:
-    """Return the file name, first byte and length of each chunk, by tensor name and corner."""
-    places: dict[tuple[Any, Any], tuple[str, int, int]] = {}
-    listed = content.get("storage_data")
-    for index, info in listed.items() if isinstance(listed, dict) else ():
-        try:
-            name, corner = index.state["fqn"], index.state.get("offset")
-            file, start, length = (info.state[key] for key in ("relative_path", "offset", "length"))
-            sound = isinstance(name, str) and (corner is None or (type(corner) is tuple and is_shape(corner)))
-            sound = sound and isinstance(file, str) and is_shape([start, length])
-            transformed = info.state.get("transform_descriptors")
-        except (AttributeError, LookupError, TypeError):
-            sound = False
-        if not sound:
-            raise CheckpointError(f"{metadata} does not say where its chunks lie; save the checkpoint again")
-        if transformed:
-            raise CheckpointError(f"{metadata} says that {shown(name)} is compressed; save it uncompressed")
+    (found,) = unpickle([(metadata, read_small(metadata, limit=MAX_METADATA))], "metadata")
+    entries, notes = _weights(metadata, [Entry(*about) for about in found["tensors"]])
+    places = {}
+    for name, corner, file, start, length in found["places"]:
         if not is_plain_name(file):
             raise CheckpointError(
                 f"{metadata} names {file!a:.200}, a file outside its folder; do not trust it"
             )
-        places[name, corner] = file, start, length
-    return places
+        places[name, None if corner is None else tuple(corner)] = metadata.with_name(file), start, length
+    chunks = {name: [*_chunks(metadata, name, entry, places)] for name, entry in entries.items()}
+    pieces = _pieces(metadata, chunks)
+    infos = {}
+    for name, entry in entries.items():
+        itemsize, shape = itemsize_of(metadata, name, entry.dtype), tuple(entry.shape)
+        infos[name] = (
+            TensorInfo(name, entry.dtype, shape, metadata, 0, 0)
+            if 0 in shape
+            else pieced(name, entry.dtype, shape, itemsize, pieces[name])
+        )
+    return infos, notes
 
 
 # Which of it are the weights
@@ -172,7 +105,10 @@ def _weights(metadata: Path, entries: list[Entry]) -> tuple[dict[str, Entry], li
     """
     notes: list[str] = []
     if any(len(entry.path) == 1 and _is_optimiser(entry.path[0].split(".")[0]) for entry in entries):
-        entries = [_split(entry) for entry in entries]
+        entries = [  # paths that were flattened into one text: the first key apart
+            replace(entry, path=entry.path[0].split(".", 1)) if len(entry.path) == 1 else entry
+            for entry in entries
+        ]
     while True:
         entries = [entry for entry in entries if len(entry.path) == 1 or not _is_optimiser(entry.path[0])]
         wrapper = _wrapper(entries)
@@ -183,7 +119,7 @@ def _weights(metadata: Path, entries: list[Entry]) -> tuple[dict[str, Entry], li
             notes.append(
                 f"{metadata.name}: took the weights under {wrapper!r} and left out {others} other tensors"
             )
-        entries = [_below(entry) for entry in inner]
+        entries = [replace(entry, path=entry.path[1:]) for entry in inner]
     names = [".".join(entry.path) for entry in entries]
     names, more = without_prefix(metadata, names)
     if len(set(names)) < len(names):
@@ -194,15 +130,6 @@ def _weights(metadata: Path, entries: list[Entry]) -> tuple[dict[str, Entry], li
 def _is_optimiser(key: str) -> bool:
     """Tell whether what lies under this key is an optimiser's: optim, optimizer_0, optimizer_states, …"""
     return re.fullmatch(r"optim(izers?)?(_?states?(_dict)?)?(_?\d+)?", key) is not None
-
-
-def _split(entry: Entry) -> Entry:
-    """Return an entry whose path was flattened into one text with its first key apart."""
-    return replace(entry, path=tuple(entry.path[0].split(".", 1))) if len(entry.path) == 1 else entry
-
-
-def _below(entry: Entry) -> Entry:
-    return replace(entry, path=entry.path[1:])
 
 
 def _wrapper(entries: Sequence[Entry]) -> str | None:
@@ -218,72 +145,49 @@ def _wrapper(entries: Sequence[Entry]) -> str | None:
 
 
 def _chunks(
-    metadata: Path, entry: Entry, places: Mapping[tuple[Any, Any], tuple[str, int, int]]
-) -> list[Chunk]:
-    """Return where each chunk of a tensor lies; empty ones lie nowhere."""
-    chunks = []
-    for corner, shape in entry.chunks:
+    metadata: Path, name: str, entry: Entry, places: Mapping[tuple[str, Any], tuple[Path, int, int]]
+) -> Iterator[Chunk]:
+    """Yield each chunk of a tensor once, with where it lies; empty ones lie nowhere."""
+    boxes = dict.fromkeys((tuple(corner), tuple(shape)) for corner, shape in entry.chunks)
+    for corner, shape in boxes:
+        place = places.get((entry.name, corner))
+        if place is None and len(boxes) == 1:
+            place = places.get((entry.name, None))
         if 0 in shape:
             continue
-        place = places.get((entry.name, corner)) or (
-            places.get((entry.name, None)) if len(entry.chunks) == 1 else None
-        )
         if place is None:
             raise CheckpointError(f"{metadata} does not say where {shown(entry.name)} lies; save it again")
-        file, start, length = place
-        chunks.append(Chunk(corner, shape, metadata.with_name(file), start, length))
-    return chunks
+        yield Chunk(name, entry.dtype, corner, shape, *place)
 
 
-def _pieces(
-    metadata: Path, entries: Mapping[str, Entry], chunks: Mapping[str, Sequence[Chunk]]
-) -> dict[str, list[Piece]]:
+def _pieces(metadata: Path, chunks: Mapping[str, Sequence[Chunk]]) -> dict[str, list[Piece]]:
     """Look into every chunk, one file after the other, and return where its elements lie."""
-    pieces: dict[str, list[Piece]] = {name: [] for name in entries}
-    wanted: dict[Path, list[tuple[str, Chunk]]] = {}
-    for name, own in chunks.items():
-        for chunk in own:
-            wanted.setdefault(chunk.file, []).append((name, chunk))
-    require_files(metadata.parent, [file.name for file in sorted(wanted)])
+    pieces: dict[str, list[Piece]] = {name: [] for name in chunks}
+    wanted = sorted(
+        (chunk for own in chunks.values() for chunk in own), key=lambda one: (one.file, one.start)
+    )
+    require_files(metadata.parent, list(dict.fromkeys(chunk.file.name for chunk in wanted)))
     with Files() as files:
-        found = [
-            (name, chunk, _window(files, name, chunk))
-            for _, members in sorted(wanted.items())
-            for name, chunk in sorted(members, key=lambda member: member[1].start)
-        ]
-        for start in range(0, len(found), AT_ONCE):
-            part = found[start : start + AT_ONCE]
-            held = read_saved([window for _, _, window in part])
-            for (name, chunk, window), saved in zip(part, held, strict=True):
-                pieces[name].append(_piece(window, saved, name, entries[name], chunk))
+        for chunk in wanted:
+            if chunk.start + chunk.length > files.size(chunk.file):
+                raise CheckpointError(f"{chunk.file} is cut off inside {shown(chunk.name)}; fetch it again")
+        for start in range(0, len(wanted), AT_ONCE):
+            part = wanted[start : start + AT_ONCE]
+            windows = [Window(files, chunk.file, chunk.start, chunk.length) for chunk in part]
+            for chunk, window, saved in zip(part, windows, read_saved(windows, "tensor"), strict=True):
+                pieces[chunk.name].append(_piece(chunk, window, saved))
     return pieces
 
 
-def _window(files: Files, name: str, chunk: Chunk) -> Window:
-    """Return the part of a file in which torch.save wrote a chunk."""
-    if chunk.start + chunk.length > files.size(chunk.file):
-        raise CheckpointError(f"{chunk.file} is cut off inside {shown(name)}; fetch it again")
-    return Window(files, chunk.file, chunk.start, chunk.length)
-
-
-def _piece(window: Window, saved: TorchFile, name: str, entry: Entry, chunk: Chunk) -> Piece:
+def _piece(chunk: Chunk, window: Window, saved: TorchFile) -> Piece:
     """Return where a chunk's elements lie, after checking that it is the one that the metadata speaks of."""
-    if not isinstance(saved.content, View):
-        raise CheckpointError(f"{chunk.file} holds something else than a tensor for {shown(name)}")
-    info = place_view(window, saved, name, saved.content)
-    if (info.dtype, info.shape) != (entry.dtype, chunk.shape):
+    view = saved.said["tensor"]
+    if view is None:
+        raise CheckpointError(f"{chunk.file} holds something else than a tensor for {shown(chunk.name)}")
+    piece = place_view(window, saved, chunk.name, view)
+    if (view[1], piece.shape) != (chunk.dtype, chunk.shape):
         raise CheckpointError(
-            f"{chunk.file} holds {info.dtype}{[*info.shape]} for a chunk of {shown(name)} where the metadata "
-            f"says {entry.dtype}{[*chunk.shape]}; are the files of one checkpoint?"
+            f"{chunk.file} holds {view[1]}{[*piece.shape]} for a chunk of {shown(chunk.name)} where the "
+            f"metadata says {chunk.dtype}{[*chunk.shape]}; are the files of one checkpoint?"
         )
-    strides = (
-        info.pieces[0].strides if isinstance(info, PiecedTensor) else row_major(info.shape, info.itemsize)
-    )
-    return Piece(chunk.corner, chunk.shape, chunk.file, info.offset, strides)
-
-
-def _tensor(metadata: Path, name: str, entry: Entry, pieces: Sequence[Piece]) -> TensorInfo:
-    itemsize = itemsize_of(metadata, name, entry.dtype)
-    if 0 in entry.shape:
-        return TensorInfo(name, entry.dtype, entry.shape, metadata, 0, 0)
-    return pieced(name, entry.dtype, entry.shape, itemsize, pieces)
+    return replace(piece, corner=chunk.corner)

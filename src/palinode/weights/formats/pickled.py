@@ -3,8 +3,8 @@
 Such a file is a pickle that describes the tensors, and their storages as raw bytes: in a zip archive, where
 each storage is an uncompressed record, or, before PyTorch 1.6, behind the pickle, one after the other. The
 pickle is read in a process of its own (unpickler.py) with little time and memory, where names only leave
-records; what it describes comes back as JSON. Where a storage lies follows from the archive's directory (of
-which only what finds stored bytes is read), so that a tensor can be read in place like any other.
+records; which tensors it describes comes back as JSON. Where a storage lies follows from the archive's
+directory (of which only what finds stored bytes is read), so that a tensor can be read in place.
 
 Python's zipfile takes other directories for true than torch does, and torch.load reads neither a part of a
 file in place nor pickles of protocol 3 and above without running code.
@@ -19,8 +19,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,7 @@ from palinode.errors import CheckpointError
 from palinode.records import bare_environment
 from palinode.weights.formats import unpickler
 from palinode.weights.formats.pieces import Piece, pieced, row_major
-from palinode.weights.formats.unpickler import Dtype, Inert, Storage, View
-from palinode.weights.tensors import Files, TensorInfo, Window, is_shape, is_text, itemsize_of, shown, whole
+from palinode.weights.tensors import Files, TensorInfo, Window, itemsize_of, shown, whole
 
 START = b"PK\x03\x04"
 END = struct.Struct("<4s4H2LH")
@@ -185,30 +184,20 @@ SECONDS = 20
 """Time for a process that reads a pickle, and a second more for each MAX_RATE bytes."""
 MAX_RATE = 1 << 19
 
-AGAIN = "save a plain state dict again, best as safetensors"
-
-WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
-"""Under which of these a training checkpoint keeps its weights beside the state of its optimiser."""
-
 PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 """What data parallelism, torch.compile and FSDP put before the names of a model's tensors."""
 
-
-@dataclass(frozen=True, slots=True)
-class Pickled:
-    """What one or several pickles held: the objects, the byte after the last, and all storages by key."""
-
-    parts: list[Any]
-    end: int
-    storages: Mapping[str, Storage]
+View = Sequence[Any]
+"""A tensor as its pickle describes it: number of its storage, dtype, first element, shape, strides."""
 
 
 @dataclass(frozen=True, slots=True)
 class TorchFile:
-    """What torch.save wrote: the object, and where a storage lies, as (byte in the file, bytes)."""
+    """What torch.save wrote: what its pickle says (see `unpickler`), and where each storage lies."""
 
-    content: Any
-    locate: Callable[[Storage], tuple[int, int]]
+    said: Mapping[str, Any]
+    locate: Callable[[int], tuple[int, int]]
+    """Returns first byte and length of the storage of this number."""
 
 
 def read_pickled(file: Path) -> tuple[dict[str, TensorInfo], list[str]]:
@@ -227,41 +216,52 @@ def read_pickled_part(file: Path) -> tuple[dict[str, TensorInfo], list[str]]:
     """Return the same of one of several files of a model, where the names are those of an index."""
     with Files() as files:
         window = whole(files, file)
-        (saved,) = read_saved([window])
-        views, notes = _state_dict(file, saved.content)
-        return {name: place_view(window, saved, name, view) for name, view in views.items()}, notes
+        (saved,) = read_saved([window], "weights")
+        infos = {name: _info(window, saved, name, view) for name, view in saved.said["tensors"].items()}
+    notes = [
+        f"{file.name}: took the weights under {wrapper!r} and left out {', '.join(map(shown, others[:5]))}"
+        for wrapper, others in saved.said["left"]
+        if others
+    ]
+    return infos, notes
 
 
-def read_saved(windows: Sequence[Window]) -> list[TorchFile]:
-    """Read what torch.save wrote into files or parts of them; raises CheckpointError where one is damaged."""
+def read_saved(windows: Sequence[Window], asked: str) -> list[TorchFile]:
+    """Read what torch.save wrote into files or parts of them: `weights`, or one `tensor` in each.
+
+    Raises CheckpointError where one is damaged.
+    """
     for window in windows:
         if window.size < 8:
             raise CheckpointError(f"{window.file} is cut off ({window.size} bytes); fetch it again")
     if len(windows) == 1 and windows[0].read(0, 4) != START:
-        return [_read_old(windows[0])]
+        return [_read_old(windows[0], asked)]
     archives = [_Archive(window) for window in windows]
-    held = unpickle([(archive.window.file, archive.pickle()) for archive in archives])
-    return [TorchFile(one.parts[0], archive.locate) for one, archive in zip(held, archives, strict=True)]
+    found = unpickle([(archive.window.file, archive.pickle()) for archive in archives], asked)
+    return [
+        TorchFile(said, partial(archive.locate, said["storages"]))
+        for said, archive in zip(found, archives, strict=True)
+    ]
 
 
-def place_view(window: Window, saved: TorchFile, name: str, view: View) -> TensorInfo:
+def _info(window: Window, saved: TorchFile, name: str, view: View) -> TensorInfo:
+    piece = place_view(window, saved, name, view)
+    if 0 in piece.shape:
+        return TensorInfo(name, view[1], piece.shape, piece.file, piece.offset, 0)
+    return pieced(name, view[1], piece.shape, itemsize_of(window.file, name, view[1]), [piece])
+
+
+def place_view(window: Window, saved: TorchFile, name: str, view: View) -> Piece:
     """Return where a tensor lies; raises CheckpointError when its elements are not all in its storage."""
-    file, code = window.file, view.dtype.code
-    itemsize = itemsize_of(file, name, code)
-    shape, strides, first = view.shape, view.strides, view.offset
-    if not (
-        type(shape) is tuple
-        and type(strides) is tuple
-        and len(shape) == len(strides)
-        and is_shape(shape)
-        and is_shape(strides)
-        and is_shape([first])
-    ):
+    file, (storage, dtype, first, shape, strides) = window.file, view
+    itemsize = itemsize_of(file, name, dtype)
+    if None in (first, shape, strides) or len(shape) != len(strides):
         raise CheckpointError(f"{file}: the description of {shown(name)} is malformed; fetch it again")
+    corner = (0,) * len(shape)
     if 0 in shape:
-        return TensorInfo(name, code, shape, file, window.start, 0)
-    start, nbytes = saved.locate(view.storage)
-    reach = first + 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
+        return Piece(corner, tuple(shape), file, window.start, tuple(strides))
+    start, nbytes = saved.locate(storage)
+    reach = first[0] + 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
     if reach * itemsize > nbytes:
         raise CheckpointError(f"{file} holds only {nbytes} bytes of {shown(name)}; fetch it again")
     if math.prod(shape) * itemsize > nbytes:
@@ -272,8 +272,7 @@ def place_view(window: Window, saved: TorchFile, name: str, view: View) -> Tenso
         stride * itemsize if length > 1 else own
         for length, stride, own in zip(shape, strides, row_major(shape, itemsize), strict=True)
     )
-    piece = Piece((0,) * len(shape), shape, file, window.start + start + first * itemsize, places)
-    return pieced(name, code, shape, itemsize, [piece])
+    return Piece(corner, tuple(shape), file, window.start + start + first[0] * itemsize, places)
 
 
 def without_prefix(file: Path, names: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -319,19 +318,20 @@ class _Archive:
                 )
         return read_record(self.window, self.record("data.pkl"), limit=MAX_PICKLE)
 
-    def locate(self, storage: Storage) -> tuple[int, int]:
+    def locate(self, storages: Sequence[tuple[str, str, int]], number: int) -> tuple[int, int]:
         """Return where the bytes of a storage lie, which are as many as its elements need."""
-        own = self.record(f"data/{storage.key}")
-        needed = storage.count * itemsize_of(self.window.file, f"storage {storage.key}", storage.dtype.code)
+        key, dtype, count = storages[number]
+        own = self.record(f"data/{key}")
+        needed = count * itemsize_of(self.window.file, f"storage {key}", dtype)
         if own.nbytes != needed:
             raise CheckpointError(
-                f"{self.window.file} holds {own.nbytes} bytes of the storage {shown(storage.key)} where its "
-                f"{storage.count} elements need {needed}; fetch it again"
+                f"{self.window.file} holds {own.nbytes} bytes of the storage {shown(key)} where its "
+                f"{count} elements need {needed}; fetch it again"
             )
         return data_offset(self.window, own), own.nbytes
 
 
-def _read_old(window: Window) -> TorchFile:
+def _read_old(window: Window, asked: str) -> TorchFile:
     """Read five pickles (magic, version, system, content, keys), then each storage behind its length."""
     raw = window.read(0, min(window.size, MAX_PICKLE))
     if raw[257:262] == b"ustar":
@@ -341,170 +341,57 @@ def _read_old(window: Window) -> TorchFile:
         )
     if OLD_MAGIC not in raw[:32]:
         raise CheckpointError(f"{window.file} is no file that torch.save wrote; is it whole?")
-    (held,) = unpickle([(window.file, raw)], count=5)
-    _, _, system, content, keys = held.parts
-    if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise CheckpointError(f"{window.file} is big-endian; save it again on an ordinary machine")
-    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-        raise CheckpointError(f"{window.file} does not name its storages; fetch it again")
-    places = _old_storages(window, held, keys)
-
-    def locate(storage: Storage) -> tuple[int, int]:
-        if storage.key not in places:
-            raise CheckpointError(f"{window.file} lacks the storage {shown(storage.key)}; fetch it again")
-        return places[storage.key]
-
-    return TorchFile(content, locate)
-
-
-def _old_storages(window: Window, held: Pickled, keys: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Return where each storage lies, behind the pickles, and its bytes."""
-    place, places = held.end, dict[str, tuple[int, int]]()
-    for key in keys:
-        count = int.from_bytes(window.read(place, 8), "little")
-        own = held.storages.get(key)
-        if own is None or count != own.count or key in places:
+    (said,) = unpickle([(window.file, raw)], asked, old=True)
+    storages, place, places = said["storages"], said["end"], dict[int, tuple[int, int]]()
+    for number in said["order"]:
+        key, dtype, count = storages[number]
+        if int.from_bytes(window.read(place, 8), "little") != count:
             raise CheckpointError(
                 f"{window.file} holds a storage {shown(key)} that no tensor has; fetch it again"
             )
-        places[key] = place + 8, count * itemsize_of(window.file, f"storage {key}", own.dtype.code)
-        place += 8 + places[key][1]
+        places[number] = place + 8, count * itemsize_of(window.file, f"storage {key}", dtype)
+        place += 8 + places[number][1]
     if place > window.size:
         raise CheckpointError(f"{window.file} has {window.size} bytes where it needs {place}; fetch it again")
-    return places
+
+    def locate(number: int) -> tuple[int, int]:
+        if number not in places:
+            key = storages[number][0]
+            raise CheckpointError(f"{window.file} lacks the storage {shown(key)}; fetch it again")
+        return places[number]
+
+    return TorchFile(said, locate)
 
 
-# The process that reads pickles
+def unpickle(pickles: Sequence[tuple[Path, bytes]], asked: str, *, old: bool = False) -> list[dict[str, Any]]:
+    """Return what is asked of the pickles of these files, read in a process of its own (see `unpickler`).
 
-
-def unpickle(
-    pickles: Sequence[tuple[Path, bytes]], *, table: str = "weights", count: int = 1
-) -> list[Pickled]:
-    """Return what pickles of these files hold, read in a process of its own; none of their code is run.
-
-    Each holds `count` pickles, one behind the other. Raises CheckpointError when one is damaged, names what
-    the `table` has not, or asks for more time and memory than a description of weights needs.
+    None of their code is run. Raises CheckpointError when one is damaged, names what is no part of weights
+    (or of `metadata`), or asks for more time and memory than a description of weights needs.
     """
     total = sum(len(raw) for _, raw in pickles)
-    with tempfile.TemporaryFile() as asked, tempfile.TemporaryFile() as answer:
+    with tempfile.TemporaryFile() as question, tempfile.TemporaryFile() as answer:
         for _, raw in pickles:
-            asked.write(len(raw).to_bytes(8, "little") + raw)
-        asked.seek(0)
-        command = [sys.executable, "-I", "-S", unpickler.__file__, table, str(count)]
-        with suppress(subprocess.SubprocessError):
+            question.write(len(raw).to_bytes(8, "little") + raw)
+        question.seek(0)
+        try:
             subprocess.run(
-                command,
+                [sys.executable, "-I", "-S", unpickler.__file__, asked, "old" if old else "new"],
                 env=bare_environment(),
-                stdin=asked,
+                stdin=question,
                 stdout=answer,
                 stderr=subprocess.DEVNULL,
                 timeout=SECONDS + total // MAX_RATE,
                 check=True,
             )
-            answer.seek(0)
-            return [_made(file, one) for (file, _), one in zip(pickles, json.load(answer), strict=True)]
-    raise CheckpointError(
-        f"{pickles[0][0]} cannot be read: its pickle takes more time or memory than weights need; {AGAIN}"
-    )
-
-
-def _made(file: Path, found: Mapping[str, Any]) -> Pickled:
-    """Return what a pickle holds, made of its description."""
-    if "error" in found:
-        raise CheckpointError(f"{file} cannot be read: {shown(found['error'])}; {AGAIN}")
-    made = [_shell(node) for node in found["nodes"]]
-
-    def value(part: Any) -> Any:
-        if not isinstance(part, dict):
-            return part
-        ((kind, content),) = part.items()
-        if kind == "at":
-            return made[content]
-        makers: Mapping[str, Callable[[Any], Any]] = {"tuple": tuple, "dtype": Dtype, "other": _inert}
-        return makers[kind](content)
-
-    for node, shell in zip(found["nodes"], made, strict=True):
-        if isinstance(shell, dict):
-            shell.update((value(key), value(part)) for key, part in node["dict"])
-        elif isinstance(shell, list):
-            shell += map(value, node["list"])
-        elif isinstance(shell, Inert):
-            shell.args, shell.state = value(node["args"]), value(node["state"])
-    storages = {key: Storage(key, Dtype(code), count) for key, (code, count) in found["storages"].items()}
-    return Pickled([value(part) for part in found["parts"]], found["end"], storages)
-
-
-def _shell(node: Mapping[str, Any]) -> Any:
-    """Return a container before it is filled; a tensor has no parts that are containers."""
-    if "view" in node:
-        key, code, count, own, *place = node["view"]
-        flat = [
-            tuple(part["tuple"]) if isinstance(part, dict) and "tuple" in part else part for part in place
-        ]
-        return View(Storage(key, Dtype(code), count), Dtype(own), *flat)
-    return {} if "dict" in node else [] if "list" in node else _inert(node["record"])
-
-
-def _inert(kind: str) -> Inert:
-    found = Inert()
-    found.kind = kind
+        except subprocess.SubprocessError:
+            raise CheckpointError(
+                f"{pickles[0][0]} cannot be read: its pickle takes more time or memory than weights need; "
+                "save a plain state dict again, best as safetensors"
+            ) from None
+        answer.seek(0)
+        found: list[dict[str, Any]] = json.load(answer)
+    for (file, _), said in zip(pickles, found, strict=True):
+        if "error" in said:
+            raise CheckpointError(f"{file} {said['error'].format(shown(said['about']))}")
     return found
-
-
-# Which of it are the weights
-
-
-def _state_dict(file: Path, content: Any) -> tuple[dict[str, View], list[str]]:
-    """Return the model's tensors: those of the outermost dictionary, or of one under a key in WRAPPERS."""
-    notes, here = [], content
-    for _ in range(len(WRAPPERS)):
-        wrapper = _wrapper(here)
-        if wrapper is None:
-            break
-        others = [_said(key) for key in here if key != wrapper]
-        if others:
-            left = ", ".join(others[:5])
-            notes.append(f"{file.name}: took the weights under {wrapper!r} and left out {left}")
-        here = here[wrapper]
-    if not isinstance(here, dict):
-        raise CheckpointError(f"{file} holds no state dict (names and tensors) but something else")
-    views = {name: value for name, value in here.items() if isinstance(value, View)}
-    nested = [name for name, value in here.items() if not isinstance(value, View) and _has_tensors(value)]
-    if nested or not all(isinstance(name, str) and is_text(name) for name in views):
-        odd = _said(nested[0]) if nested else "names that are no text"
-        raise CheckpointError(f"{file} is no plain state dict: it has {odd} beside or above the tensors")
-    if here and not views:
-        raise CheckpointError(f"{file} holds no tensors; is it a file of weights?")
-    return views, notes
-
-
-def _said(key: Any) -> str:
-    """Return a key of a dictionary for a message: what is no text or number is not shown."""
-    return shown(str(key)) if isinstance(key, str | int) else "what has no name"
-
-
-def _wrapper(here: Any) -> str | None:
-    """Return the key under which the weights lie, where they are not in the dictionary itself."""
-    if not isinstance(here, dict):
-        return None
-    inner = [name for name in WRAPPERS if isinstance(here.get(name), dict)]
-    return next((name for name in inner if _has_tensors(here[name])), None)
-
-
-def _has_tensors(content: Any) -> bool:
-    """Tell whether there is a tensor anywhere in this, which may refer to itself."""
-    waiting, seen = [content], set()
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, View):
-            return True
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, dict):
-            waiting += item.values()
-        elif isinstance(item, Inert):
-            waiting += [item.args, item.state]
-        elif isinstance(item, list | tuple):
-            waiting += item
-    return False

@@ -24,13 +24,11 @@ import numpy as np
 import numpy.typing as npt
 
 from palinode.errors import CheckpointError
+from palinode.weights.formats.unpickler import MAX_PIECES
 from palinode.weights.tensors import Files, TensorInfo, plain, shown
 
 WINDOW = 1 << 18
 """Bytes of a file that are read at once to pick elements out of them; more would not stay in cache."""
-
-MAX_PIECES = 10_000
-"""A tensor in more pieces than this comes from no training run that we know of."""
 
 Array = npt.NDArray[Any]
 Box = tuple[tuple[int, ...], tuple[int, ...]]

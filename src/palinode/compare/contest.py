@@ -1,17 +1,10 @@
-"""Points of a contestant's search: the same number for all, drawn from its own values with a seed.
+"""The search for each contestant's best point: points drawn from its own values, tried, and one chosen.
 
-The first point has the first value of every key, which the recipe's author sets to the method's default.
-
-Points are tried, what each of them did on the probe rows is kept, and one is chosen by the rule of
-`pipeline/goal.py`, whatever its hyper-parameters are.
-
-Points that differ in their scales only share their vectors: the sums are tried in memory. Everything is
-kept under the fingerprint of what decides it, so a stopped search goes on; models of points that lost are
-removed as soon as their probes are kept and no later point needs them.
-
-The most memory that a piece of work held: of the device where it has its own, else of the process.
-
-Linux can forget a process's earlier peak; elsewhere no peak of a part can be told.
+All contestants have the same number; a first point has the first value of every key, which the recipe's
+author sets to the method's default. What a point did on the probe rows is kept, and one is chosen by the rule
+of `pipeline/goal.py`. Points that differ in their scales only share their vectors: the sums are tried in
+memory. Everything is kept under the fingerprint of what decides it, so a stopped search goes on; models of
+points that lost are removed as soon as their probes are kept and no later point needs them.
 """
 
 from __future__ import annotations
@@ -22,6 +15,7 @@ import gc
 import itertools
 import json
 import math
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -127,9 +121,8 @@ def recipe_of(
     built |= {"method": point.recipe["method"], "seed": seed}
     built["models"] = {**built["models"], **models}
     built["method_settings"] = dict(point.recipe.get("method_settings", {}))
-    built["training"] = _over(built.get("training", {}), point.recipe.get("training", {})) | {
-        "epochs": epochs
-    }
+    training = _over(built.get("training", {}), point.recipe.get("training", {}))
+    built["training"] = training | {"epochs": epochs}
     built["transforms"] = point.recipe.get("transforms", [])
     if point.scales:
         alpha, beta = point.scales
@@ -173,14 +166,6 @@ def epochs_for(budget: SearchBudget, each: Sequence[int], name: str) -> int:
             f"{f' for {models} models' if models > 1 else ''}; raise budget.steps or training.batch_size"
         )
     return budget.steps // epoch
-
-
-def by_training(points: Sequence[MethodPoint]) -> list[list[MethodPoint]]:
-    """Return points in groups that share their training."""
-    groups: dict[str, list[MethodPoint]] = {}
-    for point in points:
-        groups.setdefault(point.training, []).append(point)
-    return list(groups.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +226,10 @@ class SearchPart:
     steps: Sequence[str]
     """Keys of the fine-tuning steps."""
 
+    def step(self, workspace: Workspace, name: str, **others: Any) -> Step:
+        """Return a step that this training decides."""
+        return workspace.step(name, part=dict(self.key), **others)
+
 
 class ComparisonSearch:
     """Points of all contestants, tried one contestant after another."""
@@ -274,33 +263,29 @@ class ComparisonSearch:
 
     def _try(self, part: SearchPart) -> tuple[list[Tried], tuple[str, ...]]:
         """Return what the points of a part did, and the keys of the steps that made their models."""
-        steps = {point.number: self._step(part, point) for point in part.points}
-        missing = [point for point in part.points if steps[point.number].facts is None]
+        workspace = self.ground.workspace
+        steps = [(point, part.step(workspace, "tried", scales=point.scales)) for point in part.points]
+        missing = [(point, step) for point, step in steps if step.facts is None]
         if missing:
-            made, facts = train_part(self.ground, part)
-            folder = self.ground.workspace.step("probes", part=dict(part.key))
+            made, cost = train_part(self.ground, part)
+            folder = part.step(workspace, "probes")
             folder.begin()
             probes = Probes(part.inputs, self.ground.target, folder.folder / "probes.json")
-            for point in missing:
-                step = steps[point.number]
+            for point, step in missing:
                 step.begin()
-                step.finish({"logprobs": _asked(probes, made, point), **facts})
+                step.finish({"logprobs": _asked(probes, made, point), **cost})
             folder.finish({})
-        tried = [self._tried(point, steps[point.number]) for point in part.points]
+        tried = []
+        for point, step in steps:
+            facts = step.facts
+            assert facts is not None
+            tried.append(Tried(point, Behaviour.of(facts["logprobs"]), self.goal, facts))
         return tried, tuple(tried[0].facts["keys"])
-
-    def _step(self, part: SearchPart, point: MethodPoint) -> Step:
-        return self.ground.workspace.step("tried", part=dict(part.key), scales=point.scales)
-
-    def _tried(self, point: MethodPoint, step: Step) -> Tried:
-        facts = step.facts
-        assert facts is not None
-        return Tried(point, Behaviour.of(facts["logprobs"]), self.goal, facts)
 
     def finish(self, part: SearchPart) -> None:
         """Let go of the models of a chosen point, which has been measured."""
         self.pending.subtract(part.steps)
-        cost = self.ground.workspace.step("cost", part=dict(part.key)).facts
+        cost = part.step(self.ground.workspace, "cost").facts
         keys = tuple(cost["keys"]) if cost else ()
         if self.kept.get(part.contestant.name) == keys:
             del self.kept[part.contestant.name]
@@ -316,8 +301,11 @@ class ComparisonSearch:
 def plan_parts(
     ground: Ground, contestant: Contestant, points: Sequence[MethodPoint], seed: int
 ) -> list[SearchPart]:
-    """Return a contestant's trainings, each with the points that share it."""
-    return [part_of(ground, contestant, group, seed) for group in by_training(points)]
+    """Return a contestant's trainings, each with the points that share it: they differ in scales only."""
+    groups: dict[str, list[MethodPoint]] = {}
+    for point in points:
+        groups.setdefault(point.training, []).append(point)
+    return [part_of(ground, contestant, group, seed) for group in groups.values()]
 
 
 def part_of(
@@ -333,9 +321,12 @@ def part_of(
 
     Its retain sample is as large as for `sized_for` forget rows; None: as for those that there are.
     """
-    content, models = ground.recipe.content, _locations(ground)
-    first = recipe_of(content, points[0], models, epochs=1, seed=seed)
-    epochs = epochs or _epochs(ground, contestant, points[0], first)
+    given = {"target": ground.target, "retrained": ground.retrained}
+    models = {name: str(model.folder) for name, model in given.items() if model is not None}
+    content = ground.recipe.content
+    epochs = epochs or _epochs(
+        ground, contestant, points[0], recipe_of(content, points[0], models, epochs=1, seed=seed)
+    )
     recipe = recipe_of(content, points[0], models, epochs=epochs, seed=seed)
     rows = rows_for(recipe, ground.shares, sized_for=sized_for)
     inputs = replace(
@@ -373,7 +364,7 @@ def part_of(
 
 def train_part(ground: Ground, part: SearchPart) -> tuple[Trained, dict[str, Any]]:
     """Return the vectors or the model of a part, and what they cost; trained only if not there."""
-    cost = ground.workspace.step("cost", part=dict(part.key))
+    cost = part.step(ground.workspace, "cost")
     fine_tuning = FineTuning(part.inputs, ground.workspace, ground.listener)
     facts = cost.facts
     watched = watch_memory(fine_tuning.device) if facts is None else contextlib.nullcontext(lambda: None)
@@ -421,30 +412,19 @@ def _asked(probes: Probes, made: Trained, point: MethodPoint) -> Mapping[str, Se
     return probes.of_point(f"{alpha},{beta}", summed)
 
 
-def _locations(ground: Ground) -> dict[str, str]:
-    found = {"target": str(ground.target.folder)}
-    return found | ({"retrained": str(ground.retrained.folder)} if ground.retrained else {})
-
-
 def _epochs(ground: Ground, contestant: Contestant, point: MethodPoint, recipe: Recipe) -> int:
-    """Return the epochs that the budget buys."""
+    """Return the epochs that the budget buys; in seconds, by the time that a run of one epoch takes."""
     budget = ground.recipe.comparison.budget
-    if budget.seconds is not None:
-        return _paced_epochs(ground, contestant, point, recipe.seed, budget.seconds)
-    return epochs_for(budget, steps_an_epoch(recipe, rows_for(recipe, ground.shares)), contestant.name)
-
-
-def _paced_epochs(
-    ground: Ground, contestant: Contestant, point: MethodPoint, seed: int, seconds: float
-) -> int:
-    """Return the epochs that so many seconds buy, by the time that a run of one epoch takes."""
-    part = part_of(ground, contestant, [point], seed, epochs=1)
-    facts = ground.workspace.step("cost", part=dict(part.key)).facts
+    seconds = budget.seconds
+    if seconds is None:
+        return epochs_for(budget, steps_an_epoch(recipe, rows_for(recipe, ground.shares)), contestant.name)
+    part = part_of(ground, contestant, [point], recipe.seed, epochs=1)
+    facts = part.step(ground.workspace, "cost").facts
     if facts is None:
         _, facts = train_part(ground, part)
         remove_models(ground.workspace, facts["keys"])
     runs = [run["seconds"] for run in facts["training"].values()]
-    took = sum(runs) if ground.recipe.comparison.budget.share == "total" else max(runs)
+    took = sum(runs) if budget.share == "total" else max(runs)
     if took > seconds:
         raise RecipeError(
             f"a budget of {seconds:g} seconds is less than one epoch of {contestant.name}, which took "
@@ -453,32 +433,27 @@ def _paced_epochs(
     return int(seconds / max(took, LEAST_SECONDS))
 
 
-_STATUS, _FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
 @contextlib.contextmanager
 def watch_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
-    """Give a function that returns the peak since entry in bytes, None where it cannot be told.
+    """Give a function that returns the most memory held since entry, in bytes; None where it cannot be told.
 
     On a CUDA device it is the memory of tensors; on a processor the process's resident memory, weights read
-    from mapped files included.
+    from mapped files included. Only Linux can forget a process's earlier peak.
     """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: int(torch.cuda.max_memory_allocated(device))
         return
+    process = Path("/proc/self")
     try:
-        _FORGET.write_text("5")  # resets VmHWM, proc(5)
+        (process / "clear_refs").write_text("5")  # resets VmHWM, proc(5)
     except OSError:
         yield lambda: None
         return
-    yield _resident_peak
 
+    def peak() -> int | None:
+        found = re.search(r"^VmHWM:\s+(\d+)", (process / "status").read_text(), re.MULTILINE)
+        return 1024 * int(found[1]) if found else None
 
-def _resident_peak() -> int | None:
-    """Return VmHWM of this process, in bytes."""
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return 1024 * int(line.split()[1])
-    return None
+    yield peak

@@ -107,6 +107,16 @@ def test_an_audit_of_another_model_is_refused(done, tmp_path):
         gather(tmp_path, audit=tmp_path)
 
 
+def test_audits_and_comparisons_of_earlier_versions_are_read_with_todays_keys(tmp_path):
+    (tmp_path / "audit.json").write_text(
+        '{"version": 1, "yardstick": "retrained", "tests": [{"yardstick": 0.5}]}'
+    )
+    assert gather(tmp_path).audit == {"version": 1, "reference": "retrained", "tests": [{"reference": 0.5}]}
+    (tmp_path / "audit.json").unlink()
+    (tmp_path / "table.json").write_text('{"entries": [{"rows": {"forget": {"recall": 0.1}}}]}')
+    assert gather(tmp_path).record == {"entries": [{"rows": {"forget": {"exact_match": 0.1}}}]}
+
+
 def test_thin_curves_keep_short_ones_and_average_long_ones():
     assert thinned_curve([3.0, 2.0, 1.0]) == {"every": 1, "steps": [0, 1, 2], "losses": [3.0, 2.0, 1.0]}
     long = thinned_curve([float(step % 2) for step in range(2 * CURVE_POINTS)])

@@ -210,8 +210,21 @@ def _in_order(outcomes: Outcomes) -> Outcomes:
     return {model: outcomes[model] for model in known_first(outcomes, MODELS)}
 
 
+def _renamed(content: Any, names: Mapping[str, str]) -> Any:
+    """Return a record with today's keys."""
+    if isinstance(content, list):
+        return [_renamed(entry, names) for entry in content]
+    if isinstance(content, dict):
+        return {names.get(key, key): _renamed(value, names) for key, value in content.items()}
+    return content
+
+
+FORMER_KEYS = {"audit.json": {"yardstick": "reference"}, "table.json": {"recall": "exact_match"}}
+"""Keys that had another name in earlier versions."""
+
+
 def _read(path: Path) -> Any:
     try:
-        return read_json(path)
+        return _renamed(read_json(path), FORMER_KEYS.get(path.name, {}))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); name a folder whose record is whole") from None

@@ -25,26 +25,40 @@ MOST_LINES, MOST_PARAMETERS = 60, 12
 
 
 def main() -> None:
-    texts = {path: path.read_text(encoding="utf-8") for path in sorted(ROOT.rglob("*.py"))}
-    modules = {module_name(path): ast.parse(text) for path, text in texts.items()}
+    texts = sources()
     print_sizes({path.relative_to(ROOT): text.count("\n") for path, text in texts.items()})
+    found = look(texts)
+    if "--rooms" in sys.argv:
+        found["files that a plain unlearn runs through"] = rooms_of_a_run()
+    for title, lines in found.items():
+        print(f"{title}: {len(lines)}", *lines, sep="\n  ")
+
+
+def sources() -> dict[Path, str]:
+    return {path: path.read_text(encoding="utf-8") for path in sorted(ROOT.rglob("*.py"))}
+
+
+def look(texts: dict[Path, str]) -> dict[str, list[str]]:
+    """Return what there should be none of, by what it is."""
+    modules = {module_name(path): ast.parse(text) for path, text in texts.items()}
     functions = [
         (f"{name}.{node.name}", node) for name, tree in modules.items() for node in functions_of(tree)
     ]
     long = {name: node.end_lineno - node.lineno + 1 for name, node in functions}
-    show(f"functions over {MOST_LINES} lines", [f"{n} ({k})" for n, k in long.items() if k > MOST_LINES])
     wide = {name: parameters(node) for name, node in functions if not node.name.startswith("_")}
-    found = [f"{name} ({count})" for name, count in wide.items() if count > MOST_PARAMETERS]
-    show(f"public functions with more than {MOST_PARAMETERS} parameters", found)
-    show("import circles", [", ".join(circle) for circle in circles(modules)])
     classes = [
         (node.name, m) for m, tree in modules.items() for node in tree.body if isinstance(node, ast.ClassDef)
     ]
-    show("class names that stand twice", twice(classes))
     files = [(path.stem, str(path.relative_to(ROOT))) for path in texts if path.stem != "__init__"]
-    show("file names that stand twice", twice(files))
-    if "--rooms" in sys.argv:
-        show("files that a plain unlearn runs through", rooms_of_a_run())
+    return {
+        f"functions over {MOST_LINES} lines": [f"{n} ({k})" for n, k in long.items() if k > MOST_LINES],
+        f"public functions with more than {MOST_PARAMETERS} parameters": [
+            f"{name} ({count})" for name, count in wide.items() if count > MOST_PARAMETERS
+        ],
+        "import circles": [", ".join(circle) for circle in circles(modules)],
+        "class names that stand twice": twice(classes),
+        "file names that stand twice": twice(files),
+    }
 
 
 def module_name(path: Path) -> str:
@@ -59,12 +73,6 @@ def print_sizes(lines: dict[Path, int]) -> None:
     print(f"src/palinode: {sum(lines.values()):,} lines in {len(lines)} files")
     for name, counts in sorted(packages.items(), key=lambda one: -sum(one[1])):
         print(f"  {name:<12} {sum(counts):>7,} lines  {len(counts):>3} files")
-
-
-def show(title: str, found: list[str]) -> None:
-    print(f"{title}: {len(found)}")
-    for line in found:
-        print(f"  {line}")
 
 
 def functions_of(tree: ast.Module) -> Iterator[ast.FunctionDef]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import house
 import palinode
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -302,6 +303,62 @@ def test_a_target_that_does_not_exist_is_noticed():
     }
     assert has_target("demo")
     assert not has_target("nonsense")
+
+
+# CONTRIBUTING's tour: every room and table that it names is there
+
+
+def rooms_named(markdown: str) -> list[str]:
+    """The paths in code, of the table "Where do I put" and of the tour, that lie in src/palinode/."""
+    part = markdown.partition("## A tour")[2].partition("## House rules")[0]
+    return [
+        name for name in re.findall(r"`([a-z_]+(?:/[a-z_]*)*(?:\.py|/))`", part) if not name.startswith("src")
+    ]
+
+
+def test_rooms_that_contributing_names_are_there():
+    named = rooms_named((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert len(named) > 15
+    assert [name for name in named if not (PACKAGE / name).exists()] == []
+
+
+def test_tables_that_contributing_names_stand_in_the_room_beside_them():
+    rows = [
+        line
+        for line in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("|") and re.search(r"`[A-Z]{5,}`", line)
+    ]
+    assert len(rows) > 5
+    for row in rows:
+        (table,) = re.findall(r"`([A-Z]{5,})`", row)
+        rooms = [PACKAGE / name for name in re.findall(r"`([a-z_/]+\.py)`", row)]
+        assert any(
+            re.search(rf"^{table}\b.*=", room.read_text(encoding="utf-8"), re.MULTILINE) for room in rooms
+        ), row
+
+
+# The house stays small: these numbers may only go down
+
+
+def test_the_house_does_not_grow():
+    texts = house.sources()
+    lines = sum(text.count("\n") for text in texts.values())
+    assert lines <= 43_400, "whoever adds a room says which room it takes away"
+    assert len(texts) <= 172
+
+
+def test_what_there_should_be_none_of_does_not_grow():
+    found = {title: len(lines) for title, lines in house.look(house.sources()).items()}
+    most = {"functions": 4, "public functions": 5, "import circles": 0, "class names": 0, "file names": 4}
+    for start, number in most.items():
+        assert [title for title, count in found.items() if title.startswith(start) and count > number] == []
+
+
+def test_circles_are_seen_through_lazy_and_typing_imports():
+    lazy = ast.parse("def f():\n    from palinode.b import g")
+    typing = ast.parse("if TYPE_CHECKING:\n    from palinode.a import f")
+    assert house.circles({"palinode.a": lazy, "palinode.b": typing}) == [["palinode.a", "palinode.b"]]
+    assert house.circles({"palinode.a": lazy, "palinode.b": ast.parse("")}) == []
 
 
 # Prose is wrapped at 100 columns

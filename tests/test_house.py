@@ -197,7 +197,7 @@ def test_importing_palinode_imports_no_heavy_library():
 def test_naming_methods_benchmarks_and_metrics_imports_no_torch():
     code = (
         "import sys\n"
-        "from palinode.cli.listing import _LISTS\n"
+        "from palinode.cli.about_verbs import _LISTS\n"
         "assert all(listed() for listed in _LISTS.values())\n"
         "print(*[name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
     )
@@ -343,13 +343,13 @@ def test_tables_that_contributing_names_stand_in_the_room_beside_them():
 def test_the_house_does_not_grow():
     texts = house.sources()
     lines = sum(text.count("\n") for text in texts.values())
-    assert lines <= 43_400, "whoever adds a room says which room it takes away"
-    assert len(texts) <= 172
+    assert lines <= 43_200, "whoever adds a room says which room it takes away"
+    assert len(texts) <= 163
 
 
 def test_what_there_should_be_none_of_does_not_grow():
     found = {title: len(lines) for title, lines in house.look(house.sources()).items()}
-    most = {"functions": 4, "public functions": 5, "import circles": 0, "class names": 0, "file names": 4}
+    most = {"functions": 4, "public functions": 5, "import circles": 0, "class names": 0, "file names": 0}
     for start, number in most.items():
         assert [title for title, count in found.items() if title.startswith(start) and count > number] == []
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from invented_benchmarks import own_files, tofu_folder
 from palinode.benchmarks import BENCHMARKS
-from palinode.cli.tables import benchmark_table
+from palinode.cli.console import benchmark_table
 from palinode.methods import METHODS
 from palinode.methods.transforms import TRANSFORMS
 from palinode.metrics import ATTACKS, COMPARISONS, METRICS

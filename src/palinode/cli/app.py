@@ -11,16 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
-from palinode.cli.apply import apply
-from palinode.cli.audit import audit
+from palinode.cli.about_verbs import doctor, list_everything, report
 from palinode.cli.chat import chat
-from palinode.cli.compare import compare
 from palinode.cli.console import listener, out, print_json, secret, secret_workspace
-from palinode.cli.doctor import doctor
-from palinode.cli.evaluate import evaluate
-from palinode.cli.export import export
-from palinode.cli.listing import list_everything
-from palinode.cli.locate import locate
+from palinode.cli.history_verbs import locate
+from palinode.cli.history_verbs import plan as plan_command
+from palinode.cli.measure_verbs import audit, compare, evaluate
 from palinode.cli.options import (
     ADVANCED,
     ALLOW_PICKLE,
@@ -44,10 +40,7 @@ from palinode.cli.options import (
     scales_of,
     takes,
 )
-from palinode.cli.plan import plan as plan_command
-from palinode.cli.report import report
-from palinode.cli.vector import vectors
-from palinode.cli.verify import verify
+from palinode.cli.weight_verbs import apply, export, vectors, verify
 
 app = typer.Typer(
     name="palinode",
@@ -169,7 +162,7 @@ def unlearn(
 
     It comes with its record and a report.
     """
-    from palinode.cli.locate import resolve_base
+    from palinode.cli.history_verbs import resolve_base
     from palinode.pipeline.recipe import build_recipe
 
     evidence: dict[str, Any] = {
@@ -284,7 +277,7 @@ def demo(
     if locate:
         _demo_locate(output or Path("palinode-demo-locate"), seed=seed, quiet=quiet, as_json=as_json)
         return
-    from palinode.cli.tables import demo_sentence, demo_table
+    from palinode.cli.console import demo_sentence, demo_table
     from palinode.pipeline import demo as run_demo
 
     result = run_demo(output or Path("palinode-demo"), seed=seed, listener=listener(quiet=quiet))

@@ -1,26 +1,35 @@
-"""`palinode evaluate`: rows of your own, or a benchmark, on a model folder."""
+"""Verbs that measure: `evaluate` scores models, `audit` attacks one, `compare` holds methods together."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from palinode.cli.console import listener, out, print_json, secret
+from palinode.cli.console import listener, out, print_json, secret, secret_workspace
 from palinode.cli.options import (
     AllowPickle,
     Columns,
     Device,
+    DryRun,
     Json,
     Prompts,
     Quiet,
+    Seed,
     benchmark_names,
     completion,
     metric_names,
 )
+
+if TYPE_CHECKING:
+    from palinode.compare import CompareRecipe
+    from palinode.compare.comparison_recipe import ComparisonRecipe
+    from palinode.report.content import Block
 
 ANSWERS = "questions and answers"
 
@@ -157,7 +166,7 @@ def evaluate(
         if as_json:
             print_json({name: asdict(score) for name, score in scores.items()})
         else:
-            from palinode.cli.tables import score_table
+            from palinode.cli.console import score_table
 
             out().print(score_table(scores))
     else:
@@ -178,13 +187,13 @@ def evaluate(
         if as_json:
             print_json(found.record)
         else:
-            _show(found, output)
+            _show_scores(found, output)
     if output is not None:
         secret(output, ANSWERS, of=output, as_json=as_json)
 
 
-def _show(measurement: Any, output: Path | None) -> None:
-    from palinode.cli.tables import benchmark_notes, benchmark_table
+def _show_scores(measurement: Any, output: Path | None) -> None:
+    from palinode.cli.console import benchmark_notes, benchmark_table
 
     out().print(benchmark_table(measurement.scores, title=_title(measurement.record)))
     for note in benchmark_notes(measurement.scores):
@@ -239,3 +248,202 @@ def _names(text: str | None) -> tuple[str, ...]:
 def _title(record: Any) -> str:
     split = "" if record["benchmark"] == "own" else f" {record['split']}"
     return f"{record['benchmark']}{split} on {record['model']['location']}"
+
+
+def audit(
+    model: Annotated[str, typer.Argument(help="The model to be audited: a folder, or a hub id[@revision].")],
+    against: Annotated[
+        str,
+        typer.Option(help="The reference model: retrained without the forget set, or the base checkpoint."),
+    ],
+    forget: Annotated[
+        str, typer.Option(help="The forget set: JSONL, JSON, CSV, Parquet or text; file or hub data set.")
+    ],
+    output: Annotated[
+        Path, typer.Option(help="Folder for report.html, audit.md, audit.json and the results so far.")
+    ],
+    reference: Annotated[
+        str, typer.Option("--reference", "--yardstick", help="What --against is: retrained or base.")
+    ] = "retrained",
+    target: Annotated[
+        str | None, typer.Option(help="The model before unlearning, to show what the attacks find in it.")
+    ] = None,
+    retain: Annotated[str | None, typer.Option(help="Retain rows, for relearning from them alone.")] = None,
+    holdout: Annotated[
+        str | None, typer.Option(help="Rows that no model has seen, for the membership attacks.")
+    ] = None,
+    paraphrases: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of the forget rows, or file with a row for each. [default: paraphrased_question]"
+        ),
+    ] = None,
+    lookalikes: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows like the forget set. [default: made of perturbed_answer or paraphrased_answer]"
+        ),
+    ] = None,
+    attacks: Annotated[
+        str | None, typer.Option(help="Only these attacks, with commas between them. [default: all]")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="quick, standard or full. [default: standard]")] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="A TOML policy: margins, budget, what must be run.")
+    ] = None,
+    columns: Columns = None,
+    allow_pickle: AllowPickle = False,
+    prompts: Prompts = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Attack a model and a reference model, and compare.
+
+    Looks for evidence that a model knows more, or less, of a forget set than the reference model does.
+    """
+    from palinode.data import parse_columns
+    from palinode.errors import RecipeError
+    from palinode.jobs import AuditSettings
+    from palinode.jobs import audit as run_audit
+    from palinode.pipeline.recipe import prompt_style
+
+    if reference not in ("retrained", "base"):
+        raise RecipeError(f"--reference is {reference!r}; say retrained or base")
+    found = run_audit(
+        model,
+        against=against,
+        forget=forget,
+        output=output,
+        kind="base" if reference == "base" else "retrained",
+        target=target,
+        retain=retain,
+        holdout=holdout,
+        settings=AuditSettings(
+            attacks=[name.strip() for name in attacks.split(",")] if attacks else (),
+            budget=budget,
+            policy=policy,
+            paraphrases=paraphrases,
+            lookalikes=lookalikes,
+            columns=parse_columns(columns) if columns else None,
+            style=prompt_style(prompts),
+            allow_pickle=allow_pickle,
+            device=device,
+            seed=seed,
+        ),
+        command=shlex.join(["palinode", *sys.argv[1:]]),
+        listener=listener(quiet=quiet),
+    )
+    if as_json:
+        print_json(found.record)
+    else:
+        _show_audit(found.record, output)
+    secret(output / "results", "row by row", of=output, as_json=as_json)
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+def _show_audit(record: Mapping[str, Any], output: Path) -> None:
+    from palinode.report.audit_report import audit_brief
+    from palinode.report.content import show
+
+    show(audit_brief(record), out())
+    out().print(f"{output}: report.html, audit.md and audit.json", soft_wrap=True)
+
+
+def compare(
+    recipe: Annotated[Path, typer.Argument(help="A TOML recipe of a comparison.")],
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change one key of the recipe, as in budget.steps=200; repeatable."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the tables. [default: the recipe's]")
+    ] = None,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Compare methods: one budget, one search, one rule.
+
+    With a section axis in the recipe: one comparison at each value of a key. With a section requests: erasure
+    requests carried out one after another and undone in another order.
+    """
+    from palinode.compare import load_comparison
+    from palinode.jobs import compare as run_comparison
+    from palinode.report.content import show
+
+    given = [*(changes or []), *([f"output.folder={_quoted(output)}"] if output else [])]
+    loaded = load_comparison(recipe, given)
+    kind = _kind_of(loaded.comparison)
+    if dry_run:
+        planned = kind.plan(loaded)
+        if as_json:
+            print_json(planned)
+            return
+        _tell(kind.describe(planned))
+        return
+    command = shlex.join(["palinode", *sys.argv[1:]])
+    result = run_comparison(loaded, command=command, listener=listener(quiet=quiet))
+    if as_json:
+        print_json(result.table)
+    else:
+        show(kind.brief(result.table), out())
+        _tell([f"{result.output}: {', '.join(kind.files)}"])
+    secret_workspace(loaded.workspace, result.output, "rows, vectors", as_json=as_json)
+
+
+def _quoted(path: Path) -> str:
+    """Return a path as a TOML text."""
+    import json
+
+    return json.dumps(str(path), ensure_ascii=False)
+
+
+def _tell(lines: Iterable[str]) -> None:
+    for line in lines:
+        out().print(line, soft_wrap=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What a recipe asks for: how it is planned and told."""
+
+    plan: Callable[[CompareRecipe], dict[str, Any]]
+    describe: Callable[[dict[str, Any]], Iterable[str]]
+    brief: Callable[[Mapping[str, Any]], Iterable[Block]]
+    files: Sequence[str]
+
+
+def _kind_of(comparison: ComparisonRecipe) -> _Kind:
+    """Return what the recipe asks for; imported when it is known."""
+    if comparison.requests:
+        from palinode.compare import requests
+        from palinode.report.comparison_report import requests_brief
+
+        return _Kind(
+            requests.plan_requests,
+            requests.describe_requests,
+            requests_brief,
+            requests.FILES,
+        )
+    if comparison.axis:
+        from palinode.compare import axis
+        from palinode.report.comparison_report import axis_brief
+
+        return _Kind(
+            axis.plan_axis,
+            axis.describe_axis,
+            axis_brief,
+            axis.FILES,
+        )
+    from palinode.compare import comparing
+    from palinode.report.comparison_report import comparison_brief
+
+    return _Kind(
+        comparing.plan_comparison,
+        comparing.describe_plan,
+        comparison_brief,
+        comparing.FILES,
+    )

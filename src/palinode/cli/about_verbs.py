@@ -1,4 +1,4 @@
-"""`palinode doctor`: what is installed, what the machine has, and whether a run would work."""
+"""Verbs that tell: `doctor` of inputs and machine, `report` of what a run left, `list` of what there is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from palinode.cli.console import listener, out, print_json
+from palinode.cli.console import listener, out, print_json, warn
 from palinode.cli.options import (
     ADVANCED,
     ALLOW_PICKLE,
@@ -136,3 +136,115 @@ def _table(area: str, findings: Sequence[DoctorFinding]) -> Table:
 
 def _number(count: int, one: str, many: str) -> str:
     return f"{count} {one if count == 1 else many}"
+
+
+def report(
+    place: Annotated[
+        Path,
+        typer.Argument(help="Folder that `unlearn`, `run`, `audit`, `compare` or `demo` wrote."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="File to write: .html, .md or .json. [default: all three, in the workspace of a run, and "
+            "without texts in its folder; else in PLACE]"
+        ),
+    ] = None,
+    without_texts: Annotated[
+        bool, typer.Option("--without-texts", help="Numbers only: no prompt and no answer.")
+    ] = False,
+    audit: Annotated[
+        Path | None, typer.Option(help="Folder of an audit of the unlearned model, to be told as well.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the report of a run as one self-contained page.
+
+    HTML, and the same as Markdown and JSON.
+    """
+    from dataclasses import replace
+
+    from palinode.pipeline.reporting import default_page, gather, suffixes_for, write_reports
+    from palinode.report.reports import report_content
+
+    facts = gather(place, audit=audit)
+    if facts.answers_gone and not without_texts:
+        warn("the outcomes are not there any more, so the report has no answers")
+    facts = replace(facts, texts=facts.texts and not without_texts)
+    if as_json and output is None:
+        print_json(report_content(facts))
+        return
+    page = output or default_page(facts, place)
+    suffixes = suffixes_for(facts, output)
+    content = write_reports(facts, page, suffixes)
+    if as_json:
+        print_json(content)
+        return
+    out().print(content["outcome"], soft_wrap=True)
+    for suffix in suffixes:
+        out().print(str(page.with_suffix(suffix)), soft_wrap=True)
+
+
+KINDS = ("methods", "transforms", "benchmarks", "metrics")
+
+
+def list_everything(
+    kind: Annotated[
+        str | None, typer.Argument(help="methods, transforms, benchmarks or metrics. [default: all]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Name every method, transform, benchmark and metric."""
+    from palinode.cli.console import listing_lines
+    from palinode.errors import RecipeError
+
+    if kind is not None and kind not in KINDS:
+        raise RecipeError(f"there is no list of {kind}; there are {', '.join(KINDS)}")
+    listed = {name: _LISTS[name]() for name in KINDS if kind in (None, name)}
+    if as_json:
+        print_json(listed)
+        return
+    for name, lines in listed.items():
+        for line in listing_lines(name, lines):
+            out().print(line, soft_wrap=True)
+
+
+def _methods() -> dict[str, str]:
+    from palinode.methods import METHODS
+
+    return {name: method.summary for name, method in METHODS.items()}
+
+
+def _transforms() -> dict[str, str]:
+    from palinode.methods.transforms import TRANSFORMS
+
+    return {name: f"{transform.summary}: {transform.formula}" for name, transform in TRANSFORMS.items()}
+
+
+def _benchmarks() -> dict[str, str]:
+    from palinode.benchmarks import BENCHMARKS
+
+    own = {
+        name: f"{benchmark.description} ({', '.join(benchmark.splits)})"
+        for name, benchmark in BENCHMARKS.items()
+    }
+    return {**own, "demo": "an invented world whose truth is known; run by palinode demo"}
+
+
+def _metrics() -> dict[str, str]:
+    from palinode.metrics.membership import ATTACKS
+    from palinode.metrics.table import COMPARISONS, METRICS
+
+    return {
+        **{name: metric.description for name, metric in METRICS.items()},
+        **{name: comparison.description for name, comparison in COMPARISONS.items()},
+        **{f"auc_{name}": f"membership attack {attack.description}" for name, attack in ATTACKS.items()},
+    }
+
+
+_LISTS = {
+    "methods": _methods,
+    "transforms": _transforms,
+    "benchmarks": _benchmarks,
+    "metrics": _metrics,
+}

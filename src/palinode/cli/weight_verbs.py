@@ -1,0 +1,374 @@
+"""Verbs on weights: `apply` writes a sum, `vector` keeps directions, `export` hands a sum to mergekit,
+`verify` checks a folder against its manifest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from palinode.cli.console import listener, out, print_json, warn
+from palinode.cli.options import AllowPickle, Dtype, FixedScales, Json, Quiet, parse_scales
+
+if TYPE_CHECKING:
+    from palinode.weights import Direction, Saved
+    from palinode.weights.manifest import Verification
+    from palinode.weights.vectors import StoredVector
+
+
+def apply(
+    target: Annotated[str, typer.Option(help="The model to be cleaned (θ_D).")],
+    forget_model: Annotated[
+        str,
+        typer.Option(
+            help="θ_1: the base fine-tuned on the forget set; or its vector: a LoRA adapter, a stored one."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the result; must not exist, or be empty.")],
+    base: Annotated[
+        str | None, typer.Option(help="The checkpoint that the others were fine-tuned from (θ_0).")
+    ] = None,
+    retain_model: Annotated[
+        str | None, typer.Option(help="θ_2: the base fine-tuned on a retain sample; or its vector.")
+    ] = None,
+    scales: FixedScales = "1.0,0.0",
+    dtype: Dtype = None,
+    rounding: Annotated[
+        str, typer.Option(help="nearest, stochastic, or auto: stochastic where nearest would lose dose.")
+    ] = "auto",
+    precision: Annotated[str, typer.Option(help="Of the sums: float32 or float64.")] = "float32",
+    rows: Annotated[
+        str, typer.Option(help="Embeddings of different length: refuse, or sum the rows that are shared.")
+    ] = "refuse",
+    allow_pickle: AllowPickle = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Let NaN and infinity in the models through.")
+    ] = False,
+    no_check: Annotated[
+        bool,
+        typer.Option("--no-check", help="Do not read the result back; then there is no weights.json."),
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Write θ_D − α(θ_1 − θ_0) + β(θ_2 − θ_0) of given models.
+
+    No tokenizer and no data are needed.
+
+    Under torchrun, or with RANK and WORLD_SIZE set by hand on hosts that share the output folder, the
+    processes divide the work and write the very files that one of them would.
+    """
+    from palinode.methods import apply as apply_models
+    from palinode.weights import Checkpoint, Crew
+
+    alpha, beta = parse_scales(scales)
+    crew = Crew.from_environment()
+    opened = Checkpoint.open(target, allow_pickle=allow_pickle)
+    with listener(quiet=quiet or crew.rank > 0).task(
+        "writing", -(-opened.parameters // crew.count), "weights"
+    ) as advance:
+        saved = apply_models(
+            opened,
+            base,
+            forget_model,
+            output,
+            retain_model=retain_model,
+            forget_scale=alpha,
+            retain_scale=beta,
+            dtype=dtype,
+            rounding=rounding,  # type: ignore[arg-type]  # it is checked there
+            seed=seed,
+            precision=precision,
+            rows=rows,  # type: ignore[arg-type]
+            allow_pickle=allow_pickle,
+            allow_nonfinite=allow_nonfinite,
+            check=not no_check,
+            crew=crew,
+            on_progress=advance,
+        )
+    if crew.rank:
+        return
+    if as_json:
+        print_json(_facts(output, saved))
+        return
+    for note in saved.notes:
+        warn(note)
+    out().print(_sentence(output, saved), soft_wrap=True)
+
+
+def _facts(output: Path, saved: Saved) -> dict[str, Any]:
+    dose = saved.dose
+    return {
+        "output": str(output),
+        "rounding": saved.rounding,
+        "effective": dict(dose.effective),
+        "relative_error": dose.relative_error,
+        "moved_share": dose.moved_share,
+        "unreached_share": dose.unreached_share,
+        "parts": {
+            name: {"effective": dict(part.effective), "moved_share": part.moved_share}
+            for name, part in dose.parts.items()
+        },
+        "notes": list(saved.notes),
+        "seconds": dict(saved.seconds),
+    }
+
+
+def _sentence(output: Path, saved: Saved) -> str:
+    dose = saved.dose
+    scales = ", ".join(f"{name} {scale:.4f}" for name, scale in dose.effective.items())
+    return (
+        f"{output}: effective scales {scales or 'unknown'}; {dose.moved_share:.1%} of the weights moved, "
+        f"{dose.unreached_share:.1%} of the model's numbers are beyond any sum"
+    )
+
+
+vectors = typer.Typer(rich_markup_mode=None)
+
+Base = Annotated[str | None, typer.Option(help="The point that vectors to a --model start from (θ_0).")]
+
+
+@vectors.callback(invoke_without_command=True)
+def vector(
+    context: typer.Context,
+    base: Base = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Option("--model", help="A point that a vector leads to (θ_1, θ_2, …); repeatable."),
+    ] = None,
+    folders: Annotated[
+        list[str] | None,
+        typer.Option("--vector", help="A stored vector, or a LoRA adapter; repeatable."),
+    ] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Show every part of the model.")] = False,
+    allow_pickle: AllowPickle = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Norms of vectors, the cosines between them, by layer."""
+    from palinode.errors import RecipeError
+
+    if context.invoked_subcommand:
+        if base or models or folders or layers or allow_pickle or quiet or as_json:
+            word = context.invoked_subcommand
+            raise RecipeError(f"options of {word!r} come after that word; move them there")
+        return
+    if not models and not folders:
+        raise RecipeError("there is no vector to measure; name --base and --model, or --vector")
+    from palinode.cli.console import vector_content, vector_tables
+    from palinode.weights import profile
+    from palinode.weights.vectors import layout_of
+
+    names = [*dict.fromkeys(models or [])], [*dict.fromkeys(folders or [])]
+    directions = _directions(base, *names, allow_pickle=allow_pickle)
+    total = max(sum(info.size for info in layout_of(one)) for one in directions.values())
+    with listener(quiet=quiet).task("measuring", total, "weights") as advance:
+        measured = profile(directions, on_progress=advance)
+    if as_json:
+        print_json(vector_content(measured))
+        return
+    for table in vector_tables(measured, layers=layers):
+        out().print(table)
+
+
+@vectors.command()
+def save(
+    output: Annotated[Path, typer.Option(help="Folder for the vector; must not exist, or be empty.")],
+    base: Base = None,
+    model: Annotated[str | None, typer.Option(help="The point that the vector leads to (θ_1).")] = None,
+    folder: Annotated[
+        str | None,
+        typer.Option("--vector", help="Or a stored vector, or a LoRA adapter, to be stored anew."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the stored numbers: float32 or bfloat16.")] = "float32",
+    rank: Annotated[
+        int | None, typer.Option(help="Store each matrix as its best approximation of this rank.")
+    ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(help="Or of the smallest rank that keeps this share of its squared norm, as in 0.99."),
+    ] = None,
+    allow_pickle: AllowPickle = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Store a vector as an artefact of its own, whole or at low rank, and say what error that costs."""
+    from palinode.errors import RecipeError
+    from palinode.weights.vectors import layout_of, save_vector
+
+    if (model is None) == (folder is None):
+        raise RecipeError("one vector is stored at a time; name either --base and --model, or --vector")
+    models, folders = [model] if model else [], [folder] if folder else []
+    (direction,) = _directions(base, models, folders, allow_pickle=allow_pickle).values()
+    total = sum(info.size for info in layout_of(direction))
+    with listener(quiet=quiet).task("storing", total, "weights") as advance:
+        stored = save_vector(direction, output, dtype=dtype, rank=rank, energy=energy, on_progress=advance)
+    facts = _vector_facts(output, stored)
+    if as_json:
+        print_json(facts)
+    else:
+        out().print(_vector_sentence(facts), soft_wrap=True)
+
+
+def _directions(
+    base: str | None, models: list[str], folders: list[str], *, allow_pickle: bool
+) -> dict[str, Direction]:
+    """Return the directions by the names they were given."""
+    from palinode.errors import RecipeError
+    from palinode.weights import Checkpoint
+    from palinode.weights.vectors import open_direction
+
+    if models and base is None:
+        raise RecipeError("a vector to a --model needs the point that it starts from; name --base")
+    start = Checkpoint.open(base, allow_pickle=allow_pickle) if base else None
+    found: dict[str, Direction] = {}
+    for name in models:
+        if start is not None:
+            found[name] = Checkpoint.open(name, allow_pickle=allow_pickle) - start
+    for name in folders:
+        found[name] = open_direction(name, base=start, allow_pickle=allow_pickle)
+    return found
+
+
+def _vector_facts(output: Path, stored: StoredVector) -> dict[str, Any]:
+    ranks = sorted(tensor.rank for tensor in stored.tensors.values() if tensor.rank is not None)
+    return {
+        "output": str(output),
+        "kind": stored.kind,
+        "dtype": stored.dtype,
+        "tensors": len(stored.tensors),
+        "weights": stored.weights,
+        "ranks": [ranks[0], ranks[-1]] if ranks else None,
+        "norm": stored.norm,
+        "bytes": stored.nbytes,
+        "relative_error": stored.relative_error,
+    }
+
+
+def _vector_sentence(facts: dict[str, Any]) -> str:
+    full = 4 * facts["weights"]
+    size = f"{facts['bytes'] / 1e6:.4g} MB"
+    if facts["bytes"] != full:
+        size += f" instead of {full / 1e6:.4g} MB"
+    ranks = facts["ranks"]
+    shape = "whole" if ranks is None else f"rank {ranks[0]} to {ranks[1]}"
+    if ranks and ranks[0] == ranks[1]:
+        shape = f"rank {ranks[0]}"
+    return (
+        f"{facts['output']}: norm {facts['norm']:.5g}, {facts['tensors']} tensors in {facts['dtype']}, "
+        f"{shape}, {size}; relative error {facts['relative_error']:.3g}"
+    )
+
+
+def export(
+    target: Annotated[str, typer.Option(help="The model to be cleaned (θ_D).")],
+    base: Annotated[str, typer.Option(help="The checkpoint that the others were fine-tuned from (θ_0).")],
+    forget_model: Annotated[str, typer.Option(help="θ_1: the base fine-tuned on the forget set.")],
+    mergekit: Annotated[
+        bool, typer.Option("--mergekit", help="As a recipe for mergekit-yaml, the one form there is so far.")
+    ] = False,
+    retain_model: Annotated[
+        str | None, typer.Option(help="θ_2: the base fine-tuned on a retain sample.")
+    ] = None,
+    scales: FixedScales = "1.0,0.0",
+    dtype: Dtype = None,
+    allow_pickle: AllowPickle = False,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write; must not exist. [default: standard output]")
+    ] = None,
+) -> None:
+    """Write the formula as a recipe of another tool.
+
+    θ_D − α(θ_1 − θ_0) + β(θ_2 − θ_0), computed there as a check.
+    """
+    from palinode.errors import RecipeError
+    from palinode.methods.apply import formula_of
+    from palinode.weights.mergekit import mergekit_recipe
+
+    if not mergekit:
+        raise RecipeError("export does not know for which tool; say --mergekit")
+    alpha, beta = parse_scales(scales)
+    point, _ = formula_of(
+        target,
+        base,
+        forget_model,
+        retain_model,
+        forget_scale=alpha,
+        retain_scale=beta,
+        allow_pickle=allow_pickle,
+    )
+    text = mergekit_recipe(point, dtype=dtype)
+    if output is None:
+        print(text, end="")
+    else:
+        _write(output, text)
+
+
+def _write(output: Path, text: str) -> None:
+    from palinode.errors import OutputError
+
+    try:
+        with output.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise OutputError(f"{output} exists; choose another file, or remove it") from None
+    except OSError as error:
+        raise OutputError(f"{output} cannot be written ({error.strerror}); choose another file") from None
+
+
+MOST_ROWS = 20
+"""Rows of the table; --json has them all."""
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="A model folder that Palinode wrote.")],
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Tell whether a model is still as it was written.
+
+    It takes one pass; the exit code is 1 when something changed.
+    """
+    from palinode.weights import Checkpoint
+    from palinode.weights.manifest import check_manifest, read_manifest
+
+    read_manifest(folder)
+    with listener(quiet=quiet).task("verifying", Checkpoint.open(folder).nbytes, "bytes") as advance:
+        found = check_manifest(folder, on_progress=advance)
+    if as_json:
+        print_json({"folder": str(folder), "ok": found.ok, **asdict(found)})
+    else:
+        _show(folder, found)
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+def _show(folder: Path, found: Verification) -> None:
+    size = f"{found.checked} tensors, {found.nbytes / 1e6:,.4g} MB"
+    if found.ok:
+        out().print(f"{folder} is as it was written ({size}).", soft_wrap=True)
+        return
+    rows = [
+        *((name, "tensor", "changed") for name in found.changed),
+        *((name, "tensor", "missing") for name in found.missing),
+        *((name, "tensor", "new") for name in found.extra),
+        *((name, "file", finding) for name, finding in found.companions.items()),
+    ]
+    count = f"{len(rows)} thing{'s' if len(rows) > 1 else ''} changed"
+    out().print(f"{folder} is not what was written: {count} ({size} compared).", soft_wrap=True)
+    out().print(_table(rows))
+
+
+def _table(rows: list[tuple[str, str, str]]) -> Table:
+    table = Table("name", "what", "now")
+    for name, what, now in rows[:MOST_ROWS]:
+        table.add_row(Text(ascii(name)[1:-1] if not name.isprintable() else name, overflow="fold"), what, now)
+    if len(rows) > MOST_ROWS:
+        table.add_row(f"and {len(rows) - MOST_ROWS} more", "", "--json has all of them")
+    return table

@@ -17,7 +17,9 @@ exception is a bug of ours and keeps its traceback.
 
 from __future__ import annotations
 
+import difflib
 import errno
+from collections.abc import Iterable
 from pathlib import Path
 
 REMEDIES = {
@@ -72,6 +74,12 @@ class DivergenceError(PalinodeError):
 
 class WorkspaceError(PalinodeError):
     """A workspace is used by another run, or one of its records cannot be read."""
+
+
+def meant(given: object, known: Iterable[str]) -> str:
+    """Return the end of a sentence that names the nearest of these words; nothing where none is near."""
+    near = difflib.get_close_matches(str(given), list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def broke_down(error: BaseException) -> bool:

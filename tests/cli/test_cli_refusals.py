@@ -317,6 +317,19 @@ def test_disk_that_has_room_for_what_is_left_to_do(palinode, unlearn_words, tmp_
 
 
 @pytest.mark.parametrize(
+    ("changes", "near"),
+    [
+        ({"method": "simnp"}, "simnpo"),
+        ({"rounding": "stochstic"}, "stochastic"),
+        ({"dtype": "float23"}, "float32"),
+    ],
+)
+def test_a_misspelt_value_is_answered_with_the_nearest(changes, near, unlearn_words, palinode, tmp_path):
+    said = palinode(*unlearn_words(tmp_path / "out", **changes)).refusal
+    assert said.endswith(f"did you mean {near!r}?")
+
+
+@pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"method": "wish"}, "there is no method 'wish'; choose one of altpo, ce_u, dpo,"),

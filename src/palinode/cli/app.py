@@ -341,10 +341,10 @@ app.add_typer(vectors, name="vector")
 
 
 def _needs_base(name: str) -> bool:
-    """Tell whether a method starts from a base; of one that does not exist the recipe will speak."""
+    """Tell whether a method starts from a base; of one that does not exist `open_inputs` will speak."""
     from palinode.methods import METHODS
 
-    return name not in METHODS or "base" in METHODS[name].needs
+    return name in METHODS and "base" in METHODS[name].needs
 
 
 def _demo_locate(output: Path, *, seed: int, quiet: bool, as_json: bool) -> None:

@@ -205,11 +205,12 @@ def _show_scores(measurement: Any, output: Path | None) -> None:
 def _benchmark(name: str | None) -> Any:
     """Return the benchmark of that name; rows of one's own where none is named."""
     from palinode.benchmarks import BENCHMARKS
-    from palinode.errors import RecipeError
+    from palinode.errors import RecipeError, meant
 
     key = name or "own"
     if key not in BENCHMARKS:
-        raise RecipeError(f"there is no benchmark {key!r}; there are {', '.join(BENCHMARKS)}")
+        known = ", ".join(BENCHMARKS)
+        raise RecipeError(f"there is no benchmark {key!r}; there are {known}{meant(key, BENCHMARKS)}")
     return BENCHMARKS[key]
 
 
@@ -304,13 +305,15 @@ def audit(
     Looks for evidence that a model knows more, or less, of a forget set than the reference model does.
     """
     from palinode.data import parse_columns
-    from palinode.errors import RecipeError
+    from palinode.errors import RecipeError, meant
     from palinode.jobs import AuditSettings
     from palinode.jobs import audit as run_audit
     from palinode.pipeline.recipe import prompt_style
 
     if reference not in ("retrained", "base"):
-        raise RecipeError(f"--reference is {reference!r}; say retrained or base")
+        raise RecipeError(
+            f"--reference is {reference!r}; say retrained or base{meant(reference, ('retrained', 'base'))}"
+        )
     found = run_audit(
         model,
         against=against,

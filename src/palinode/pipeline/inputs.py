@@ -22,7 +22,7 @@ from palinode.data.examples import (
     shared_rows,
 )
 from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
-from palinode.errors import DataError, MismatchError, OutputError, RecipeError
+from palinode.errors import DataError, MismatchError, OutputError, RecipeError, meant
 from palinode.evaluation.self_check import PromptCheck, check_prompts, rows_with_style
 from palinode.evaluation.yardstick import BASE_ALONE
 from palinode.methods import METHODS
@@ -151,7 +151,8 @@ def given_to(recipe: Recipe, rows: InputRows, refusals: Sequence[str] = ()) -> G
 def open_inputs(recipe: Recipe) -> Inputs:
     """Open models and rows of a recipe; raises an InputError that says what to change."""
     if recipe.method not in METHODS:
-        raise RecipeError(f"there is no method {recipe.method!r}; choose one of {', '.join(sorted(METHODS))}")
+        known, near = ", ".join(sorted(METHODS)), meant(recipe.method, METHODS)
+        raise RecipeError(f"there is no method {recipe.method!r}; choose one of {known}{near}")
     if METHODS[recipe.method].kind == "inference":
         raise RecipeError(
             f"the method {recipe.method} reads two models together and makes none that could be saved; "

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from palinode.data.tokenize import PromptStyle
-from palinode.errors import RecipeError
+from palinode.errors import RecipeError, meant
 from palinode.evaluation.ask import EvaluationLimits
 from palinode.records import read_toml
 from palinode.training.settings import TrainingSettings
@@ -350,7 +351,8 @@ def explain(error: ValidationError, keys: Callable[[Sequence[int | str]], list[s
         return f"the recipe lacks {key}"
     reason = first["msg"].removeprefix("Value error, ")
     got = "" if isinstance(first["input"], dict) else f" ({first['input']!r} was given)"
-    return f"{key or 'the recipe'} cannot be used: {reason}{got}"
+    allowed = re.findall(r"'([^']+)'", first.get("ctx", {}).get("expected", ""))
+    return f"{key or 'the recipe'} cannot be used: {reason}{got}{meant(first['input'], allowed)}"
 
 
 def _wrong_settings(name: str, settings: type[BaseModel], error: ValidationError) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -53,7 +54,7 @@ _WORD = re.compile(r"\d+(?:[.,:/]\d+)*|[^\W\d_]+(?:['’][^\W\d_]+)*")
 _OPENERS = " \t\"'“‘([*-"
 
 
-class _LocalJudge:
+class _LocalJudge(ABC):
     """What judges on this machine have in common."""
 
     name: str
@@ -78,14 +79,14 @@ class _LocalJudge:
             )
         return Pick(tuple(place for place, score in zip(real, scores, strict=True) if score >= best - MARGIN))
 
-    def stop(self) -> None:
+    def stop(self) -> None:  # noqa: B027 - only judges that somebody waits for have something to stop
         """Do nothing: nobody waits for this judge."""
 
+    @abstractmethod
     def scores(
         self, question: str, answer: str, texts: Sequence[str], *, accepting: bool = False
     ) -> list[float]:
         """Return a score for each text; `accepting` says that they are accepted answers."""
-        raise NotImplementedError
 
 
 class OverlapJudge(_LocalJudge):
@@ -206,8 +207,8 @@ class _ModelJudge(_LocalJudge):
         found = zip(texts, self._compared(question, answer, texts), strict=True)
         return [1.0 if plain_text(text) == same else score for text, score in found]
 
-    def _compared(self, question: str, answer: str, texts: Sequence[str]) -> list[float]:
-        raise NotImplementedError
+    @abstractmethod
+    def _compared(self, question: str, answer: str, texts: Sequence[str]) -> list[float]: ...
 
 
 class EntailmentJudge(_ModelJudge):

@@ -1,19 +1,16 @@
-"""What the model says before training begins: computed once and kept, so that no second model is held.
-
-Values of rows never change while the reference is frozen. Log-likelihoods are one number a row; a whole
-distribution is kept as the hidden state that the output head makes it from, with one copy of the head.
-
-What a run minimises: a sum of terms, each the mean of a pure loss over the rows of some role.
+"""What a run minimises: a sum of terms, each the mean of a pure loss over the rows of some role.
 
     L = Σ_terms coefficient · Σ contributions / Σ weight        (both sums over the whole optimiser step)
 
 A term reads its rows in one forward pass of their own and is differentiated by itself, so that the peak of
-memory is that of the largest term and not of their sum.
+memory is that of the largest term. What the frozen model says of the rows is computed once, before training:
+one number a row, or the hidden state that the output head makes a distribution from.
 """
 
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -32,12 +29,12 @@ KEPT_TOKENS = 4096
 """Tokens of a batch whose values are computed together."""
 
 
-class Keeper:
+class Keeper(ABC):
     """A kind of value of the frozen model: how a batch's rows are read, and how they are put together."""
 
+    @abstractmethod
     def read(self, model: PreTrainedModel, batch: Batch) -> Sequence[Tensor]:
         """Return the values of each row of a batch."""
-        raise NotImplementedError
 
     def together(self, parts: Sequence[Tensor]) -> Tensor:
         """Return the values of several rows as one tensor."""

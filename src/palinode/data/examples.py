@@ -1,9 +1,7 @@
-"""A prompt with everything that is known about its answers: the right one, other wordings, wrong ones.
+"""What a forget, retain or holdout set may be: questions, completions, conversations or documents.
 
 An `Example` is what a model is trained on; a `Question` is what an evaluation asks. Benchmarks make
 questions of their rows (spec: data.md); questions made from a user's own rows have one answer each.
-
-What a forget, retain or holdout set may be: questions, completions, conversations or documents.
 
 Rows come from `sources`; here they become `Example`s, the one form in which the rest of Palinode
 knows training data. Which columns a file has decides what its rows are, in this order:

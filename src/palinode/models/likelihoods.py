@@ -1,10 +1,8 @@
-"""Whether rows read together come out as each of them alone: tried on a model before it is relied on.
+"""Log-probabilities of given answers, rows that share their beginning, and whether rows may be read together.
 
 Padding can enter a recurrent state, rotary frequencies can follow the longest row of a batch, and experts
 can share a capacity: what one row gets would then depend on its neighbours. So each way of putting rows
 together is tried, on a few rows of unlike length, and where it differs the rows go one by one.
-
-Rows that begin alike, read together: what they share goes through the model once.
 
 The five to seven answers to one question (the right one, paraphrases, wrong ones) have their prompt in
 common, and often their first words. A `Tree` holds every shared beginning once; each token sees the
@@ -12,8 +10,7 @@ tokens on its own path and no others, and stands at its place in its own row. Wh
 token is then what it would say in the plain row, for every architecture that takes a mask and positions
 as they are given; `likelihoods` checks that before it relies on it.
 
-Log-probabilities of given answers: one forward pass serves training and every likelihood metric.
-
+One forward pass serves training and every likelihood metric.
 Logits at position t − 1 score the token at t. For evaluation the model is run up to its hidden states,
 and the output head only where something is scored, a chunk of positions at a time: full-vocabulary
 logits take at most 2 × `LOGIT_BYTES` (or two positions' worth, if that is more) whatever the size of the

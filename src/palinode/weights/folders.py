@@ -1,4 +1,4 @@
-"""Which layout a model folder has, and its tensors whatever that is.
+"""Which layout a model folder has, its tensors whatever that is, and whether they are packed.
 
 The file that leads to the weights decides. The first of these that is there is taken, as transformers does:
 
@@ -12,9 +12,8 @@ The file that leads to the weights decides. The first of these that is there is 
 
 Safetensors and GGUF are data. The others are pickles and have to be allowed.
 
-Packed weights: matrices stored as whole numbers, to be multiplied by scales that lie beside them.
-
-They cannot be added. Whatever their names, whole numbers that are no buffer are packed weights where
+Packed weights are matrices stored as whole numbers, to be multiplied by scales that lie beside
+them. They cannot be added. Whatever their names, whole numbers that are no buffer are packed weights where
 they are called weights, lie in a layer that has nothing but scales besides, or make up a notable part of
 the model. One layer is enough. Names only tell which format it is, or give
 away a format that has no others like it.

@@ -1,23 +1,12 @@
-"""One tensor under several names: what wrappers, trainers and versions of one library add to it.
+"""Tensors in files: their names, where their bytes lie, and how these are read, from several threads at once.
 
-`plain` takes off the model's own prefix (GPT-2 with and without `transformer.`) and what wrappers leave in a
-name (`module.`, `_orig_mod.`), and gives the output head and the experts of a mixture one spelling each. Two
-tensors of one file never count as one: a plain name that two of them share stands for neither.
+`plain` takes off a name what wrappers, trainers and versions of one library add (`transformer.`, `module.`,
+`_orig_mod.`), and gives the output head and the experts of a mixture one spelling each. A plain name that two
+tensors of one file share stands for neither.
 
-Open weight files, read by offset; safe to use from several threads, as no position is shared.
-
-Where one tensor lies and how its raw bytes are read, whatever the layout of the checkpoint on disk.
-
-Every byte of a model's tensors, block by block: on all cores, in bounded memory, in any format.
-
-A range of bytes in a file: a whole file, or the part of it in which another file lies.
-
-Files that are read whole: configs and indexes. Only ordinary files, and never more than a limit.
-
-Safetensors files: 8 bytes of header length, that many bytes of JSON, then the raw little-endian tensors.
-
-The JSON is `{name: {dtype, shape, data_offsets}}`. It is checked in full before anything uses it, so that a
-half-downloaded or damaged file is named here and not later.
+A safetensors file is 8 bytes of header length, that many bytes of JSON, `{name: {dtype, shape,
+data_offsets}}`, then the raw little-endian tensors. The JSON is checked in full before anything uses it, so
+that a half-downloaded or damaged file is named here and not later. Small files are read whole, up to a limit.
 """
 
 from __future__ import annotations

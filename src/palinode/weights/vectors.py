@@ -1,7 +1,7 @@
-"""Stored vectors: a direction as an artefact of its own, whole or as thin factors, with the error it costs.
+"""Stored vectors, and the pure rules that make a direction better before it is stored or applied.
 
-A folder of two files. `vector.safetensors` holds each tensor by its name, or, where it is stored as the
-product of two thin matrices, `NAME.left` (n x r) and `NAME.right` (r x m). `vector.json` says what it is:
+A stored vector is a folder of two files. `vector.safetensors` holds each tensor by its name, or, where it
+is stored as the product of two thin matrices, `NAME.left` (n x r) and `NAME.right` (r x m). `vector.json` says what it is:
 
     format, version    "palinode-vector", 1
     kind               "dense" or "low_rank"; with the `rank` or the `energy` that was asked for
@@ -13,7 +13,7 @@ product of two thin matrices, `NAME.left` (n x r) and `NAME.right` (r x m). `vec
 
 Tensors in which the direction is zero are left out. A tied tensor is there once, under the embedding's name.
 
-Transforms of a direction: pure rules on one tensor at a time, and a way to store what they make.
+Transforms work on one tensor at a time:
 
     sign consensus      mean(τ_i) where all τ_i have one sign, 0 elsewhere   (NegMerge, arXiv 2410.05583)
     layer scales        s(name) · τ

@@ -1,8 +1,8 @@
 """Stored vectors, and the pure rules that make a direction better before it is stored or applied.
 
 A stored vector is a folder of two files. `vector.safetensors` holds each tensor by its name, or, where it
-is stored as the product of two thin matrices, `NAME.left` (n x r) and `NAME.right` (r x m). `vector.json` says what
-it is:
+is stored as the product of two thin matrices, `NAME.left` (n x r) and `NAME.right` (r x m). `vector.json`
+says what it is:
 
     format, version    "palinode-vector", 1
     kind               "dense" or "low_rank"; with the `rank` or the `energy` that was asked for

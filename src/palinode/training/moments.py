@@ -1,0 +1,429 @@
+"""Second moments of what every layer reads: E[x xᵀ] over the tokens of some rows, block by block.
+
+The decoder blocks are walked one after the other with the rows' hidden states kept, so that one pass over
+the rows serves all layers and the sums of one block are held at a time. Where a model carries more from block
+to block than hidden states, which is found out on the first batch, whole passes take its place, as many as
+the sums need.
+
+    linear layers, output head    E[x xᵀ] [D, D]; layers that read the same inputs share one
+    fused experts                 one for each expert, of the tokens that are sent to it; divided by all tokens,
+                                  so that it says how often the expert is asked as well
+    embeddings                    the frequency of each token (or position) [V]
+    scales of norms               the mean square of what is scaled [D]
+    biases                        1
+
+Padding is never counted, and `answers` counts only the positions that predict tokens of answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from palinode.data.batches import Batch, pad_right
+from palinode.data.tokenize import TokenRow
+from palinode.errors import CheckpointError, DataError
+from palinode.models.likelihoods import Say, padded_batches
+from palinode.models.loading import check_positions
+from palinode.models.reading import answer_places, decoder_blocks, model_inputs
+
+ROOM = 1 << 30
+"""Bytes of sums that are held at a time where whole passes are taken."""
+BATCH_TOKENS = 2048
+ONES = "ones"
+"""The moment of a bias."""
+
+Positions = Literal["all", "answers"]
+Place = tuple[list[str], int]
+"""Keys of the moments of a parameter, one or one for each expert, and the axis that reads the inputs."""
+
+
+@dataclass
+class Moments:
+    """What some of a model's layers read."""
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    """By key: [D, D], or the diagonal [D]."""
+    places: dict[str, list[Place]] = field(default_factory=dict)
+    """By the name of a live parameter; a tied embedding has two places."""
+
+
+@torch.no_grad()
+def input_moments(
+    model: PreTrainedModel,
+    rows: Sequence[TokenRow],
+    *,
+    pad_id: int,
+    positions: Positions = "all",
+    on_progress: Callable[[int], None] | None = None,
+    say: Say | None = None,
+) -> Iterator[Moments]:
+    """Yield the moments of what lies outside the decoder blocks, then those of each block, or of several.
+
+    `on_progress` hears rows, once for each block and once before. `say` hears where rows are read one by one.
+    Raises DataError without rows, CheckpointError where padding cannot be told from the rest.
+    """
+    if not rows:
+        raise DataError("there are no rows to send through the model; name a retain set")
+    check_positions(model.config, rows)
+    places = padded_batches(model, rows, pad_id=pad_id, max_tokens=BATCH_TOKENS, max_rows=64, say=say)
+    batches = [pad_right([rows[member] for member in members], pad_id=pad_id) for members in places]
+    counted = [_counted(batch, positions, model.device) for batch in batches]
+    tokens = sum(int(mask.sum()) for mask in counted)
+    if not tokens:
+        raise DataError("no row has an answer whose positions could be counted; name other rows")
+    walk = _Walk(model, batches, counted, tokens, on_progress or (lambda _rows: None))
+    yield from walk.by_block() if walk.can_go_by_block() else walk.by_passes()
+
+
+def _counted(batch: Batch, positions: Positions, device: torch.device) -> Tensor:
+    """Return which positions of a batch count, bool [B, T]."""
+    where = batch.mask == 1 if positions == "all" else answer_places(batch)
+    return torch.from_numpy(where).to(device)
+
+
+# Going through the model
+
+
+@dataclass
+class _Walk:
+    """One way through a model with all batches."""
+
+    model: PreTrainedModel
+    batches: Sequence[Batch]
+    counted: Sequence[Tensor]
+    tokens: int
+    advance: Callable[[int], None]
+
+    def __post_init__(self) -> None:
+        self.blocks = list(decoder_blocks(self.model))
+
+    def can_go_by_block(self) -> bool:
+        """Tell whether a batch comes out of the blocks one by one as it does out of the whole model."""
+        whole = self._through(self.batches[0]).last_hidden_state
+        try:
+            states, calls = self._opened(self.batches[0])
+            for block, call in zip(self.blocks, calls, strict=True):
+                states = _hidden(block(states, *call.args, **call.others))
+            found = self._closed(self.batches[0], states)
+        except (TypeError, KeyError, IndexError, AttributeError, RuntimeError, ValueError):
+            return False  # a block needs what only the whole model knows
+        return bool(torch.equal(whole, found) or torch.allclose(whole, found, rtol=1e-4, atol=1e-5))
+
+    def by_block(self) -> Iterator[Moments]:
+        """Yield moments block by block, in one pass over the rows."""
+        inside = {module for block in self.blocks for module in block.modules()}
+        outer = {name: module for name, module in self.model.named_modules() if module not in inside}
+        states, calls = [], []
+        with _Sums(self, outer) as sums:
+            for batch, mask in zip(self.batches, self.counted, strict=True):
+                with sums.reading(mask):
+                    opened, own = self._opened(batch, sums)
+                states.append(opened)
+                calls.append(own)
+                self.advance(len(batch.ids))
+            outside = sums  # its layers after the blocks are read when the states have come so far
+            names = {module: name for name, module in self.model.named_modules()}
+            for place, block in enumerate(self.blocks):
+                own_modules = {names[module]: module for module in block.modules()}
+                with _Sums(self, own_modules) as inner:
+                    for at, mask in enumerate(self.counted):
+                        call = calls[at][place]
+                        with inner.reading(mask):
+                            states[at] = _hidden(block(states[at], *call.args, **call.others))
+                        self.advance(len(self.batches[at].ids))
+                yield inner.moments()
+            for batch, mask, final in zip(self.batches, self.counted, states, strict=True):
+                with outside.reading(mask, on=False):
+                    outside.head(self._closed(batch, final, outside))
+        yield outside.moments()
+
+    def by_passes(self) -> Iterator[Moments]:
+        """Yield moments of groups of modules whose sums fit, with a pass over the rows for each."""
+        inside = {module for block in self.blocks for module in block.modules()}
+        named = dict(self.model.named_modules())
+        groups: list[dict[str, nn.Module]] = [{n: m for n, m in named.items() if m not in inside}]
+        held = ROOM  # the first block begins a group of its own
+        for block in self.blocks:
+            members = set(block.modules())
+            own = {name: module for name, module in named.items() if module in members}
+            size = sum(8 * _width(module) ** 2 for module in own.values() if is_linear(module))
+            if held + size > ROOM:
+                groups.append({})
+                held = 0
+            groups[-1] |= own
+            held += size
+        for place, group in enumerate(groups):
+            with _Sums(self, group) as sums:
+                for batch, mask in zip(self.batches, self.counted, strict=True):
+                    with sums.reading(mask):
+                        states = self._through(batch).last_hidden_state
+                        if not place:
+                            sums.head(states)
+                    self.advance(len(batch.ids))
+            yield sums.moments()
+
+    def _through(self, batch: Batch) -> Any:
+        return self.model.base_model(**model_inputs(self.model, batch))
+
+    def _opened(self, batch: Batch, sums: _Sums | None = None) -> tuple[Tensor, list[_Call]]:
+        """Return the states before the first block, and with what each block is called.
+
+        The sums hear what lies before the blocks.
+        """
+        calls: list[_Call] = []
+
+        def answer(call: _Call) -> Tensor:
+            calls.append(call)
+            if sums:
+                sums.on = False
+            return call.states
+
+        with self._instead(answer):
+            self._through(batch)
+        return calls[0].states, calls
+
+    def _closed(self, batch: Batch, states: Tensor, sums: _Sums | None = None) -> Tensor:
+        """Return what the model makes of the states after the last block; the sums hear what lies there."""
+
+        def answer(_call: _Call) -> Tensor:
+            if sums:
+                sums.on = True
+            return states
+
+        with self._instead(answer):
+            found: Tensor = self._through(batch).last_hidden_state
+        return found
+
+    @contextmanager
+    def _instead(self, answer: Callable[[_Call], Tensor]) -> Iterator[None]:
+        """Let every block answer without doing its work."""
+        with ExitStack() as stack:
+            for block in self.blocks:
+
+                def forward(*args: Any, **others: Any) -> Any:
+                    states, *rest = args or (others.pop("hidden_states"),)
+                    return answer(_Call(states, tuple(rest), others))
+
+                block.forward = forward  # type: ignore[method-assign]
+                stack.callback(block.__dict__.pop, "forward")
+            yield
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What a block was called with."""
+
+    states: Tensor
+    args: tuple[Any, ...]
+    others: Mapping[str, Any]
+
+
+def _hidden(output: Any) -> Tensor:
+    """Return the hidden states that a block puts out."""
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
+
+
+# Adding up
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Tell whether a module is a linear layer, of either way to store its weight, or sends tokens to experts."""
+    router = "router" in type(module).__name__.lower() and getattr(module, "weight", torch.empty(0)).dim() == 2
+    return router or isinstance(module, nn.Linear | Conv1D)
+
+
+def _width(layer: nn.Module) -> int:
+    """Return the number of inputs of a linear layer."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0 if isinstance(layer, Conv1D) else 1]
+
+
+def _is_experts(module: nn.Module) -> bool:
+    """Tell whether a module holds the two matrices of all experts of a layer, as transformers fuses them."""
+    up, down = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
+    fused = isinstance(up, nn.Parameter) and isinstance(down, nn.Parameter) and up.dim() == down.dim() == 3
+    return fused and up.shape[1] == 2 * down.shape[2] and up.shape[2] == down.shape[1]
+
+
+class _Sums:
+    """Sums over the inputs of some modules, while it is entered."""
+
+    def __init__(self, walk: _Walk, modules: Mapping[str, nn.Module]) -> None:
+        self.walk = walk
+        self.modules = modules
+        self.values: dict[str, Tensor] = {}
+        self.places: dict[str, list[Place]] = {}
+        self.own: dict[str, str] = {}
+        """Layer → the first layer that reads the same inputs."""
+        self.seen: list[tuple[Tensor, str]] = []
+        self.mask = torch.empty(0)
+        self.on = False
+        """Whether what modules read is added up."""
+        self.handles: list[Any] = []
+        tied = walk.model.get_output_embeddings()
+        self.tied = tied is not None and tied.weight is walk.model.get_input_embeddings().weight
+
+    def __enter__(self) -> _Sums:
+        readers: list[tuple[Callable[[nn.Module], bool], Callable[..., None]]] = [
+            (lambda module: isinstance(module, nn.Embedding), self._tokens),
+            (_is_experts, self._experts),
+            (is_linear, self._linear),
+            (lambda module: "norm" in type(module).__name__.lower() and _is_flat(module), self._norm),
+        ]
+        for name, module in self.modules.items():
+            read = next((own for fits, own in readers if fits(module)), None)
+            if read is not None:
+                self.handles.append(module.register_forward_pre_hook(self._hook(name, read)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.seen.clear()
+
+    @contextmanager
+    def reading(self, mask: Tensor, *, on: bool = True) -> Iterator[None]:
+        """Read one batch, of which so much counts; `on` False: from when the blocks are through."""
+        self.mask, self.on = mask, on
+        try:
+            yield
+        finally:
+            self.on = False
+            self.seen.clear()
+
+    def moments(self) -> Moments:
+        """Return sums as means over all counted tokens."""
+        return Moments({name: total / self.walk.tokens for name, total in self.values.items()}, self.places)
+
+    def head(self, states: Tensor) -> None:
+        """Add what the output head reads."""
+        head = self.walk.model.get_output_embeddings()
+        if head is None or not isinstance(head, nn.Linear):
+            return
+        names = {module: name for name, module in self.walk.model.named_modules()}
+        if self.tied:
+            embedding = f"{names[self.walk.model.get_input_embeddings()]}.weight"
+            self._place(embedding, ["head"], 1)
+        else:
+            self._place(f"{names[head]}.weight", ["head"], 1)
+            self._bias(names[head], head)
+        self._add("head", self._selected(states))
+
+    def _hook(self, name: str, read: Callable[..., None]) -> Callable[..., None]:
+        def take(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if self.on:
+                read(name, module, *inputs)
+
+        return take
+
+    # One way of reading for each kind of module
+
+    def _tokens(self, name: str, module: nn.Module, ids: Tensor, *_: Any) -> None:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        mask = self.mask
+        if ids.shape[-1:] != mask.shape[-1:]:
+            return  # no tokens of the rows, as in some position embeddings with an offset of their own
+        own = ids.expand(mask.shape)[mask]
+        counts = torch.bincount(own, minlength=len(weight)).to(_sum_type(weight.device))
+        self._place(f"{name}.weight", [name], 0)
+        self.values[name] = self.values[name] + counts if name in self.values else counts
+
+    def _linear(self, name: str, module: nn.Module, states: Tensor, *_: Any) -> None:
+        twin = next((own for seen, own in self.seen if seen is states), None)
+        leader = self.own.setdefault(name, twin or name)
+        self.seen.append((states, leader))
+        axis = 0 if isinstance(module, Conv1D) else 1
+        self._place(f"{name}.weight", [leader], axis)
+        self._bias(name, module)
+        if leader == name:
+            self._add(name, self._selected(states))
+
+    def _experts(self, name: str, module: Any, states: Tensor, index: Tensor, *_: Any) -> None:
+        flat, chosen = states.reshape(-1, states.shape[-1]), index.reshape(-1, index.shape[-1])
+        real = self.mask.reshape(-1)
+        if len(flat) != real.numel():
+            self._refuse(len(flat))
+        flat, chosen = flat[real], chosen[real]
+        count = len(module.gate_up_proj)
+        for which, layer in (("in", "gate_up_proj"), ("out", "down_proj")):
+            self._place(f"{name}.{layer}", [f"{name}.{place}.{which}" for place in range(count)], 2)
+        for place in range(count):
+            own = flat[(chosen == place).any(dim=-1)]
+            gate, up = nn.functional.linear(own, module.gate_up_proj[place]).chunk(2, dim=-1)
+            self._add(f"{name}.{place}.in", own)
+            self._add(f"{name}.{place}.out", module.act_fn(gate) * up)
+
+    def _norm(self, name: str, module: nn.Module, states: Tensor, *_: Any) -> None:
+        weight, mask = module.weight, self.mask
+        assert isinstance(weight, Tensor)
+        if states.dim() == 4 and states.shape[1] != mask.shape[1]:
+            states = states.transpose(1, 2)  # heads come first
+        if states.shape[:2] != mask.shape or states.shape[-1] != weight.numel():
+            return
+        own = states[mask].reshape(-1, weight.numel()).float()
+        if getattr(module, "bias", None) is not None:
+            own = own - own.mean(dim=-1, keepdim=True)
+        squares = own.square() / own.square().mean(dim=-1, keepdim=True).clamp_min(1e-12)
+        heads = max(1, states[0, 0].numel() // weight.numel())
+        total = squares.sum(dim=0).to(_sum_type(weight.device)) / heads
+        self._place(f"{name}.weight", [name], 0)
+        self._bias(name, module)
+        self.values[name] = self.values[name] + total if name in self.values else total
+
+    # Sums
+
+    def _selected(self, states: Tensor) -> Tensor:
+        """Return the states of the tokens that count, [N, D]."""
+        flat, real = states.reshape(-1, states.shape[-1]), self.mask.reshape(-1)
+        if len(flat) != real.numel():
+            if bool(self.mask.all()):
+                return flat
+            self._refuse(len(flat))
+        return flat[real]
+
+    def _refuse(self, found: int) -> None:
+        raise CheckpointError(
+            f"a linear layer of this model ({type(self.walk.model).__name__}) sees {found} of the "
+            f"{self.mask.numel()} tokens of a batch, and padding cannot be told from the rest; choose a "
+            "transform that reads no inputs"
+        )
+
+    def _add(self, key: str, states: Tensor) -> None:
+        """Add Σ x xᵀ; in float64 where that is as good as free."""
+        wide = states.float()
+        kind = _sum_type(states.device)
+        total = self.values.setdefault(
+            key, torch.zeros(2 * (wide.shape[-1],), dtype=kind, device=states.device)
+        )
+        total += (wide.T @ wide).to(kind)
+
+    def _place(self, parameter: str, keys: list[str], axis: int) -> None:
+        own = self.places.setdefault(parameter, [])
+        if (keys, axis) not in own:
+            own.append((keys, axis))
+
+    def _bias(self, name: str, module: nn.Module) -> None:
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, Tensor):
+            self._place(f"{name}.bias", [ONES], 0)
+            self.values[ONES] = torch.tensor([float(self.walk.tokens)], device=bias.device)
+
+
+def _is_flat(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() == 1
+
+
+def _sum_type(device: torch.device) -> torch.dtype:
+    return torch.float64 if device.type == "cpu" else torch.float32

@@ -1,0 +1,125 @@
+"""Filters of a vector by what its layers read: take from the forget inputs, leave the retain inputs.
+
+For a layer y = W x, with Σ_f = E[x xᵀ] over the tokens of the forget rows and Σ_r over those of retain rows,
+the change Δ that is taken off in place of τ solves
+
+    min_Δ  tr (Δ−τ) Σ_f (Δ−τ)ᵀ + μ tr Δ Σ_r Δᵀ + ε ‖Δ−τ‖²      Δ = τ (Σ_f + εI)(Σ_f + εI + μΣ_r)⁻¹
+
+which keeps τ where nothing is known; with ε ‖Δ‖² instead, nothing is kept there: Δ = τ Σ_f (Σ_f + μΣ_r + εI)⁻¹.
+ε is in units of tr Σ_f / D. Its limits are the other filters of the field:
+
+    μ = 0                      τ
+    Σ_f = 0                    the soft filter τ (I + Σ_r/λ)⁻¹, λ = ε/μ      (SAGE, arXiv 2606.18309)
+    Σ_f = 0, λ → 0             off the whole span of the retain inputs; a step at a share of their energy is
+                               gradient projection memory               (`projection`, arXiv 2103.09762)
+    μ = 1, ε‖Δ‖², ε = 0        RegMean of θ_D − τ on forget and θ_D on retain inputs     (arXiv 2212.09849)
+    Σ_f = Σ_r, ε = 0           τ / (1 + μ): what cannot be told apart is only weakened
+
+Every tensor has its own input: the rows of an embedding the frequencies of their tokens, the scale of a norm
+the mean squares of what it scales, a bias the number 1. Their moments are diagonals. All in float64.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from palinode.errors import InputError
+from palinode.weights.kernels import rank_for
+
+Ridge = Literal["vector", "zero"]
+"""What is kept where neither set has inputs: τ, or nothing."""
+
+SINGULAR = 1e-9
+"""The least ε, relative to the mean of what it is added to, that keeps a sum of moments invertible."""
+
+
+def least_squares(
+    forget: np.ndarray | None,
+    retain: np.ndarray,
+    *,
+    mu: float,
+    epsilon: float,
+    ridge: Ridge = "vector",
+) -> np.ndarray:
+    """Return the filter F, so that Δ = τF: [D, D] of moments [D, D], or [D] of diagonals [D].
+
+    `forget` None, or zero, is Σ_f = 0: the soft filter with λ = ε/μ, in units of tr Σ_r / D. Raises
+    InputError for a negative μ or ε, and for moments of two shapes.
+    """
+    if mu < 0 or epsilon < 0:
+        raise InputError(f"mu is {mu} and epsilon {epsilon}; neither may be negative")
+    if forget is not None and forget.shape != retain.shape:
+        raise InputError(f"the moments have two shapes, {forget.shape} and {retain.shape}; are they of one layer?")
+    diagonal = retain.ndim == 1
+    ours = np.zeros(retain.shape) if forget is None else forget.astype(np.float64)
+    theirs = mu * retain.astype(np.float64)
+    trace = np.sum if diagonal else np.trace
+    unit = float(trace(ours)) or float(trace(retain, dtype=np.float64)) or 1.0
+    size = max(1, len(retain))
+    least = SINGULAR * float(trace(ours) + trace(theirs)) / size
+    added = max(epsilon * unit / size, least) or 1.0  # neither set has read anything: τ stays, or goes
+    kept = added if ridge == "vector" else 0.0
+    if diagonal:
+        share: np.ndarray = (ours + kept) / (ours + added + theirs)
+        return share
+    from scipy.linalg import solve  # takes half a second, so only when it is used
+
+    whole = ours + theirs
+    whole[np.diag_indices(size)] += added
+    ours[np.diag_indices(size)] += kept
+    # F = (Σ_f + εI) A⁻¹ with A symmetric, so Fᵀ solves A Fᵀ = Σ_f + εI.
+    found: np.ndarray = solve(whole, ours, assume_a="pos", overwrite_a=True, check_finite=False).T
+    return found
+
+
+def projection(retain: np.ndarray, *, energy: float) -> np.ndarray:
+    """Return I − UUᵀ, U the fewest principal axes of Σ_r [D, D] that hold a share of the inputs' Σ|x|²."""
+    basis = basis_of(retain, energy=energy)
+    return np.eye(len(retain)) - basis @ basis.T
+
+
+def basis_of(moment: np.ndarray, *, energy: float = 0.99) -> np.ndarray:
+    """Return U [D, k] of inputs whose moment Σ x xᵀ [D, D] is given.
+
+    `energy` is a share, above 0 and up to 1. Raises InputError for another, or inputs of zero.
+    """
+    if not 0 < energy <= 1:
+        raise InputError(f"an energy of {energy} is no share; name one above 0 and up to 1, as in 0.99")
+    from scipy.linalg import eigh
+
+    squares, vectors = eigh(moment.astype(np.float64), driver="evd", check_finite=False)
+    if squares[-1] <= 0:
+        raise InputError("the inputs are all zero, so they span nothing; give rows that the model has read")
+    kept = rank_for(squares[::-1], energy)
+    basis: np.ndarray = vectors[:, ::-1][:, :kept].copy()
+    return basis
+
+
+def along(values: np.ndarray, factor: np.ndarray, axis: int) -> np.ndarray:
+    """Return values times a filter or moment, a matrix or a diagonal, along the axis that reads its inputs.
+
+    A diagonal of one number stands for any length. In float64.
+    """
+    wide = np.moveaxis(values.astype(np.float64), axis, -1)
+    found: np.ndarray = np.moveaxis(wide * factor if factor.ndim == 1 else wide @ factor, -1, axis)
+    return found
+
+
+def felt(first: np.ndarray, second: np.ndarray, moment: np.ndarray, axis: int) -> float:
+    """Return tr A Σ Bᵀ: what two changes of a tensor do, in common, to outputs over the inputs of Σ."""
+    return float(np.vdot(along(first, moment, axis), second.astype(np.float64)))
+
+
+def outside_share(forget: np.ndarray, retain: np.ndarray, *, energy: float = 0.99) -> float:
+    """Return ρ = tr((I − P_r)Σ_f) / tr Σ_f: the share of the forget inputs outside those of the retain rows.
+
+    P_r projects on the principal axes of Σ_r that hold the share `energy`. 0 where nothing was forgotten.
+    """
+    total = float(np.trace(forget, dtype=np.float64))
+    if not total:
+        return 0.0
+    basis = basis_of(retain, energy=energy)
+    inside = float(np.vdot(basis, forget.astype(np.float64) @ basis))
+    return max(0.0, 1.0 - inside / total)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from palinode.data.examples import read_examples
+from palinode.data.examples import at_most, read_examples
 from palinode.data.tokenize import PromptStyle, TokenRow, tokenize
 from palinode.data.world import invent_world
 from palinode.models.inplace import put
@@ -98,6 +98,23 @@ class Demo:
             self.seed, name, scales["forget"], scales["retain"], recall(outcomes["forget"]), recall(others),
             alpha, recalled, probability, round(seconds, 1), done.record["vectors"].get("transforms"),
         )  # fmt: skip
+
+    def filtered(self, changes: Mapping[str, Any]) -> tuple[float | None, float | None, float | None, Any]:
+        """Return α, recall and probability at equal forgetting, of others that no vector or filter has read.
+
+        And what its transforms did. Nothing is written but vectors.
+        """
+        recipe = self._recipe("filtered", changes)
+        inputs = open_inputs(recipe)
+        with Workspace(self.folder / "workspace").locked():
+            job = FineTuning(inputs, Workspace(self.folder / "workspace"), NullListener())
+            trained = job.train(self.target)
+        read = {example.row for example in at_most(inputs.rows.spared, 1000, seed=recipe.seed)}
+        read |= {example.row for example in inputs.rows.retain_sample}
+        whole, self.others = self.others, [row for place, row in enumerate(self.others) if place not in read]
+        alpha, recalled, probability = self._equal(trained.vectors.forget)
+        self.others = whole
+        return alpha, recalled, probability, list(trained.transforms)
 
     def _recipe(self, place: str, changes: Mapping[str, Any]) -> Any:
         world = self.folder / "world"

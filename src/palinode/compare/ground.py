@@ -140,6 +140,7 @@ def rows_for(recipe: Recipe, shares: Shares, *, sized_for: int | None = None) ->
         retain_sample=at_most(shares.retain_train, wanted, seed=recipe.seed) if wanted else [],
         forget_probe=shares.forget_probe,
         retain_probe=shares.retain_probe,
+        spared=shares.retain_train,
         forget_test=shares.forget_test,
         retain_test=shares.retain_test,
     )

@@ -12,8 +12,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Need = Literal["retain", "seeds"]
-"""Retain rows, or vectors of further seeds."""
+Need = Literal["retain", "inputs", "seeds"]
+"""Retain rows that a retain vector would see; rows whose inputs are to be spared; vectors of other seeds."""
 
 
 class TransformSettings(BaseModel):
@@ -62,6 +62,43 @@ class ProjectionSettings(TransformSettings):
     """Retain rows that are read, at most, of those that a retain vector would see."""
     others: Literal["keep", "drop"] = "keep"
     """What becomes of tensors that are no linear layer of a block: embeddings, norms."""
+
+
+MU = 100.0
+"""μ where it is not chosen."""
+EPSILON_SHARE = 0.01
+"""ε relative to μ: the λ of the soft filter that least squares comes to where nothing is forgotten."""
+
+
+class LeastSquaresSettings(TransformSettings):
+    """What is weighed against what, and which inputs count."""
+
+    mu: float | None = Field(default=None, ge=0)
+    """μ, how much the retain inputs count; None: chosen together with α, 100 where α is given."""
+    epsilon: float | None = Field(default=None, ge=0)
+    """ε, how much is kept where nothing is known, in units of tr Σ_f / D; None: μ / 100."""
+    ridge: Literal["vector", "zero"] = "vector"
+    """What is kept where nothing is known: the vector, or nothing."""
+    positions: Literal["all", "answers"] = "all"
+    """Tokens whose inputs count: all, or those that predict tokens of answers."""
+    rows: int = Field(default=1000, ge=1)
+    """Rows of each set that are read, at most."""
+    arrival: bool | None = None
+    """Read the inputs once more where the model arrives, and filter the vector again; None: where held-back
+    rows are better for it."""
+    others: Literal["filter", "keep", "drop"] = "filter"
+    """What becomes of tensors that are no linear layer of a block: embeddings by the frequency of tokens, the
+    head, norms and biases by their own inputs; or they are left as they are, or taken out."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether μ is chosen with α."""
+        return self.mu is None
+
+    def weights(self) -> tuple[float, float]:
+        """Return μ and ε, with their defaults filled in."""
+        mu = MU if self.mu is None else self.mu
+        return mu, EPSILON_SHARE * mu if self.epsilon is None else self.epsilon
 
 
 class LowRankSettings(TransformSettings):
@@ -143,6 +180,14 @@ TRANSFORMS: dict[str, Transform] = {
             "gradient projection, arXiv 2103.09762",
             ProjectionSettings,
             frozenset({"retain"}),
+        ),
+        Transform(
+            "least_squares",
+            "what acts on the forget inputs, less what acts on the retain inputs",
+            "τ (Σ_f + εI)(Σ_f + εI + μΣ_r)⁻¹, Σ the second moments of each layer's inputs",
+            "ours; docs/filters.md",
+            LeastSquaresSettings,
+            frozenset({"inputs"}),
         ),
         Transform(
             "low_rank",

@@ -102,21 +102,12 @@ def _flat_parameters(model: PreTrainedModel, anchor: Checkpoint) -> dict[str, to
     A live model may hold all experts of a layer in one parameter: then an expert's matrix is a part of it.
     """
     parameters = dict(model.named_parameters())
-    live = _live_layout(model, anchor)
     flat: dict[str, torch.Tensor] = {}
     unfilled = {name: value.numel() for name, value in parameters.items()}
-    for name, info in anchor.tensors.items():
-        place = live.find(name) or live.find(f"{model.base_model_prefix}.{name}")
-        if (
-            anchor.is_second_copy(name)
-            or place is None
-            or type(place) is not TensorInfo
-            or place.shape != info.shape
-        ):
-            continue
-        own, start = str(place.file), place.offset // place.itemsize
-        flat[name] = parameters[own].data.view(-1)[start : start + place.size]
-        unfilled[own] -= place.size
+    for name, (own, start) in live_places(model, anchor).items():
+        size = anchor.tensors[name].size
+        flat[name] = parameters[own].data.view(-1)[start : start + size]
+        unfilled[own] -= size
     left = next((name for name, count in unfilled.items() if count), None)
     if left is None:
         return flat
@@ -129,6 +120,17 @@ def _flat_parameters(model: PreTrainedModel, anchor: Checkpoint) -> dict[str, to
         f"the live model's parameter {left} has no counterpart in {anchor.folder}; "
         "this architecture renames its weights on loading, so give the scales as numbers"
     )
+
+
+def live_places(model: PreTrainedModel, anchor: Checkpoint) -> dict[str, tuple[str, int]]:
+    """Return where a checkpoint's tensors lie in a live model, by name: parameter, first element there."""
+    live = _live_layout(model, anchor)
+    found = {}
+    for name, info in anchor.tensors.items():
+        place = live.find(name) or live.find(f"{model.base_model_prefix}.{name}")
+        if not anchor.is_second_copy(name) and type(place) is TensorInfo and place.shape == info.shape:
+            found[name] = str(place.file), place.offset // place.itemsize
+    return found
 
 
 def check_live(checkpoint: Checkpoint, *, by_name: bool = False) -> None:

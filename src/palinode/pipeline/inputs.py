@@ -62,6 +62,8 @@ class InputRows:
     """Rows on which scales are tried."""
     retain_probe: Sequence[Example]
     """Rows on which scales are tried; no vector has seen them, where there are enough."""
+    spared: Sequence[Example]
+    """Rows whose inputs filters spare: retain rows that scales are not tried on, where there are enough."""
     forget_test: Sequence[Example]
     retain_test: Sequence[Example]
     unseen: Sequence[Example] = ()
@@ -375,13 +377,16 @@ def _open_rows(recipe: Recipe) -> tuple[InputRows, list[str]]:
     sample = _retain_sample(forget, retain, recipe, notes)
     trials, most = recipe.scales.probe_rows, recipe.evaluation.max_rows
     unseen, source = _unseen(recipe, forget, retain, everything)
+    probe = at_most(_held_back(retain, sample, notes), trials, seed=seed + 1)
+    tried = {example.key for example in probe}
     rows = InputRows(
         forget=forget,
         retain=retain,
         forget_train=train,
         retain_sample=sample,
         forget_probe=at_most(held_back or forget, trials, seed=seed + 1),
-        retain_probe=at_most(_held_back(retain, sample, notes), trials, seed=seed + 1),
+        retain_probe=probe,
+        spared=[example for example in retain if example.key not in tried] or retain,
         forget_test=at_most(forget, most, seed=seed + 1),
         retain_test=at_most(retain, most, seed=seed + 1),
         unseen=at_most(unseen, 2 * trials, seed=seed + 3),

@@ -6,7 +6,6 @@ in steps of its own and kept, so that other settings of the same transform find 
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors import safe_open
 
 from palinode.data.examples import Example, at_most, fingerprint_examples
 from palinode.data.tokenize import TokenRow, tokenize
@@ -29,7 +26,8 @@ from palinode.models.loading import (
     save_tensors,
     tokenizer_fingerprint,
 )
-from palinode.models.sums import Moment, gradient_moment, input_spaces
+from palinode.models.sums import Moment, gradient_moment
+from palinode.pipeline.filtering import Measuring, MomentFiles, Weighing, project
 from palinode.pipeline.inputs import Work
 from palinode.pipeline.workspace import Step
 from palinode.weights import Checkpoint, Direction, StoredVector, profile, save_vector
@@ -41,7 +39,6 @@ from palinode.weights.vectors import (
     against_gradient,
     fisher_weights,
     layer_scale,
-    project_off,
     sign_consensus,
     transform,
 )
@@ -49,7 +46,10 @@ from palinode.weights.vectors import (
 Another = Callable[[int], tuple[Direction, Mapping[str, str]]]
 """A seed → the forget vector that it gives, and the keys of the steps that made it."""
 
-IMPORTANCE, SPACES = "importance.safetensors", "spaces.safetensors"
+Make = Callable[[Direction, Path], StoredVector]
+"""(vector, folder) → the transformed vector in the folder."""
+
+IMPORTANCE = "importance.safetensors"
 
 
 @dataclass
@@ -58,6 +58,11 @@ class Transforming(Work):
 
     target: Checkpoint
     another: Another
+
+    def __post_init__(self) -> None:
+        self.moments = Measuring(self.inputs, self.workspace, self.listener, self.target)
+        self.survey: dict[str, Any] = {}
+        """What the transform that was made last found out on the way."""
 
     def apply(
         self, transforms: Sequence[ChosenTransforms], vector: Direction, keys: Mapping[str, str]
@@ -86,22 +91,23 @@ class Transforming(Work):
             settings=settings.model_dump(mode="json"),
             needed=needed,
         )
-        facts, after = step.facts, _open_vector(step.folder / "vector")
-        if facts is None or after is None:
+        facts, stored = step.facts, _open_vector(step.folder / "vector")
+        if facts is None or stored is None:
             step.begin()
             shutil.rmtree(step.folder / "vector", ignore_errors=True)
-            after = make(before, step.folder / "vector")
-            if not after.norm:
+            self.survey = {}
+            stored = make(before, step.folder / "vector")
+            if not stored.norm:
                 raise InputError(
                     f"the transform {name} leaves nothing of the forget vector; set it otherwise, or leave "
                     "it out"
                 )
-            step.finish(facts := _told(chosen, before, after))
-        return after, step.key, facts
+            step.finish(facts := {**_told(chosen, before, rescaled(stored, self.survey)), **self.survey})
+        return rescaled(stored, facts), step.key, facts
 
     # One method a transform: what makes the vector, and what it needs, as plain values for the step's key
 
-    def _sign_consensus(self, settings: Any) -> tuple[Callable[..., StoredVector], Any]:
+    def _sign_consensus(self, settings: Any) -> tuple[Make, Any]:
         seeds = range(self.recipe.seed + 1, self.recipe.seed + settings.vectors)
         others = [self.another(seed) for seed in seeds]
 
@@ -111,7 +117,7 @@ class Transforming(Work):
 
         return make, [dict(keys) for _, keys in others]
 
-    def _importance(self, settings: Any) -> tuple[Callable[..., StoredVector], Any]:
+    def _importance(self, settings: Any) -> tuple[Make, Any]:
         model = self.target if settings.at == "target" else self.inputs.earlier
         rows = self.inputs.rows
         steps = {
@@ -128,41 +134,49 @@ class Transforming(Work):
         importance = [_stored(step) for step in steps.values()]
         return _with(rule, importance, settings), [step.key for step in steps.values()]
 
-    def _gradient_mask(self, settings: Any) -> tuple[Callable[..., StoredVector], Any]:
+    def _gradient_mask(self, settings: Any) -> tuple[Make, Any]:
         step = self._moment(self.target, "forget", self.inputs.rows.forget_train, "signed", settings.rows)
         return _with(
             lambda _name, found: against_gradient(found[0], found[1]), [_stored(step)], settings
         ), step.key
 
-    def _projection(self, settings: Any) -> tuple[Callable[..., StoredVector], Any]:
+    def _projection(self, settings: Any) -> tuple[Make, Any]:
         model = self.target if settings.at == "target" else self.inputs.earlier
-        step = self._spaces(model, settings.energy, settings.rows)
-        facts = step.facts
-        assert facts is not None
+        rows = at_most(self.inputs.rows.retain_sample, settings.rows, seed=self.recipe.seed)
+        step = self.moments.of_checkpoint(model, rows)
+        kept = MomentFiles(step)
 
         def make(vector: Direction, output: Path) -> StoredVector:
-            with safe_open(step.folder / SPACES, framework="numpy") as bases:
-                known = set(bases.keys())
-
-                def rule(name: str, found: Sequence[np.ndarray]) -> np.ndarray:
-                    if name not in known:
-                        return found[0] if settings.others == "keep" else np.zeros_like(found[0])
-                    basis = bases.get_tensor(name).astype(np.float64)
-                    if name in facts["transposed"]:
-                        return project_off(found[0].T, basis).T
-                    return project_off(found[0], basis)
-
-                return transform([vector], rule, output, label=f"projection {step.key} {settings.others}")
+            rule = project(kept, energy=settings.energy, others=settings.others)
+            label = f"projection {step.key} {settings.energy} {settings.others}"
+            return transform([vector], rule, output, label=label)
 
         return make, step.key
 
-    def _low_rank(self, settings: Any) -> tuple[Callable[..., StoredVector], Any]:
+    def _least_squares(self, settings: Any) -> tuple[Make, Any]:
+        steps = [self.moments.of_checkpoint(self.target, rows) for rows in self.moments.sets(settings)]
+        return self._weighed(settings, steps), [step.key for step in steps]
+
+    def _weighed(self, settings: Any, steps: Sequence[Step]) -> Make:
+        """Return what filters a vector by the moments that two steps hold."""
+
+        def make(vector: Direction, output: Path) -> StoredVector:
+            forget, spared = map(MomentFiles, steps)
+            weighing = Weighing(forget, spared, settings)
+            label = f"least squares {[step.key for step in steps]} {settings.model_dump_json()}"
+            made = transform([vector], weighing.rule, output, label=label)
+            self.survey = weighing.survey()
+            return made
+
+        return make
+
+    def _low_rank(self, settings: Any) -> tuple[Make, Any]:
         def make(vector: Direction, output: Path) -> StoredVector:
             return save_vector(vector, output, rank=settings.rank, energy=settings.energy)
 
         return make, None
 
-    def _layer_scales(self, settings: Any) -> tuple[Callable[..., StoredVector], Any]:
+    def _layer_scales(self, settings: Any) -> tuple[Make, Any]:
         def rule(name: str, found: Sequence[np.ndarray]) -> np.ndarray:
             return (layer_scale(name, settings.scales) * found[0]).astype(found[0].dtype)
 
@@ -189,39 +203,6 @@ class Transforming(Work):
             step.finish({"rows": len(chosen)})
         return step
 
-    def _spaces(self, model: Checkpoint, energy: float, most: int) -> Step:
-        """Return the finished step that holds the principal axes of each layer's inputs on retain rows."""
-        retain = self.inputs.rows.retain_sample
-        chosen = at_most(retain, most, seed=self.recipe.seed)
-        step = self._reading("spaces", model, chosen, energy=energy)
-        if step.facts is None:
-            step.begin()
-            live, tokens, pad_id = self._live(model, chosen)
-            with self.listener.task("inputs of layers", len(tokens), "rows") as advance:
-                found = list(
-                    input_spaces(
-                        live,
-                        tokens,
-                        energy=energy,
-                        pad_id=pad_id,
-                        on_progress=advance,
-                        say=self.listener.say,
-                    )
-                )
-            names = {space.module: name_in_files(model, f"{space.module}.weight") for space in found}
-            save_tensors(
-                {names[space.module]: torch.from_numpy(space.basis).float() for space in found},
-                step.folder / SPACES,
-            )
-            shares = [space.basis.shape[1] / space.basis.shape[0] for space in found]
-            step.finish(
-                {
-                    "transposed": [names[space.module] for space in found if space.transposed],
-                    "mean_share": math.fsum(shares) / len(shares),
-                }
-            )
-        return step
-
     def _reading(self, name: str, model: Checkpoint, rows: Sequence[Example], **settings: Any) -> Step:
         return self.workspace.step(
             name,
@@ -242,7 +223,7 @@ class Transforming(Work):
         return load_model(model, device=self.device), tokens, pad_token(tokenizer)
 
 
-def _with(rule: Rule, others: Sequence[Direction], settings: Any) -> Callable[..., StoredVector]:
+def _with(rule: Rule, others: Sequence[Direction], settings: Any) -> Make:
     """Return what applies a rule to a vector and other directions."""
 
     def make(vector: Direction, output: Path) -> StoredVector:
@@ -256,6 +237,11 @@ def _stored(step: Step) -> StoredDirection:
     """Return the moments that a step wrote, as a direction that is read tensor by tensor."""
     infos = read_header(step.folder / IMPORTANCE)
     return StoredDirection(step.folder, {info.name: DenseChange(info) for info in infos})
+
+
+def rescaled(vector: StoredVector, facts: Mapping[str, Any]) -> Direction:
+    """Return a step's vector with the factor that its facts name, where they name one."""
+    return facts["scale"] * vector if "scale" in facts else vector
 
 
 def _open_vector(folder: Path) -> StoredVector | None:

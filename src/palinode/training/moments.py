@@ -6,8 +6,8 @@ to block than hidden states, which is found out on the first batch, whole passes
 the sums need.
 
     linear layers, output head    E[x xᵀ] [D, D]; layers that read the same inputs share one
-    fused experts                 one for each expert, of the tokens that are sent to it; divided by all tokens,
-                                  so that it says how often the expert is asked as well
+    fused experts                 one for each expert, of the tokens that are sent to it; divided by all
+                                  tokens, so that it says how often the expert is asked as well
     embeddings                    the frequency of each token (or position) [V]
     scales of norms               the mean square of what is scaled [D]
     biases                        1
@@ -212,7 +212,7 @@ class _Walk:
                     states, *rest = args or (others.pop("hidden_states"),)
                     return answer(_Call(states, tuple(rest), others))
 
-                block.forward = forward  # type: ignore[method-assign]
+                block.forward = forward
                 stack.callback(block.__dict__.pop, "forward")
             yield
 
@@ -236,8 +236,10 @@ def _hidden(output: Any) -> Tensor:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Tell whether a module is a linear layer, of either way to store its weight, or sends tokens to experts."""
-    router = "router" in type(module).__name__.lower() and getattr(module, "weight", torch.empty(0)).dim() == 2
+    """Tell whether a module is a linear layer, stored either way, or sends tokens to experts."""
+    router = (
+        "router" in type(module).__name__.lower() and getattr(module, "weight", torch.empty(0)).dim() == 2
+    )
     return router or isinstance(module, nn.Linear | Conv1D)
 
 
@@ -251,7 +253,9 @@ def _width(layer: nn.Module) -> int:
 def _is_experts(module: nn.Module) -> bool:
     """Tell whether a module holds the two matrices of all experts of a layer, as transformers fuses them."""
     up, down = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
-    fused = isinstance(up, nn.Parameter) and isinstance(down, nn.Parameter) and up.dim() == down.dim() == 3
+    if not isinstance(up, nn.Parameter) or not isinstance(down, nn.Parameter):
+        return False
+    fused = up.dim() == down.dim() == 3
     return fused and up.shape[1] == 2 * down.shape[2] and up.shape[2] == down.shape[1]
 
 

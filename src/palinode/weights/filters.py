@@ -5,7 +5,7 @@ the change Δ that is taken off in place of τ solves
 
     min_Δ  tr (Δ−τ) Σ_f (Δ−τ)ᵀ + μ tr Δ Σ_r Δᵀ + ε ‖Δ−τ‖²      Δ = τ (Σ_f + εI)(Σ_f + εI + μΣ_r)⁻¹
 
-which keeps τ where nothing is known; with ε ‖Δ‖² instead, nothing is kept there: Δ = τ Σ_f (Σ_f + μΣ_r + εI)⁻¹.
+which keeps τ where nothing is known; with ε ‖Δ‖² instead nothing is kept: Δ = τ Σ_f (Σ_f + μΣ_r + εI)⁻¹.
 ε is in units of tr Σ_f / D. Its limits are the other filters of the field:
 
     μ = 0                      τ
@@ -51,24 +51,25 @@ def least_squares(
     if mu < 0 or epsilon < 0:
         raise InputError(f"mu is {mu} and epsilon {epsilon}; neither may be negative")
     if forget is not None and forget.shape != retain.shape:
-        raise InputError(f"the moments have two shapes, {forget.shape} and {retain.shape}; are they of one layer?")
+        raise InputError(
+            f"the moments have two shapes, {forget.shape} and {retain.shape}; are they of one layer?"
+        )
     diagonal = retain.ndim == 1
     ours = np.zeros(retain.shape) if forget is None else forget.astype(np.float64)
     theirs = mu * retain.astype(np.float64)
-    trace = np.sum if diagonal else np.trace
-    unit = float(trace(ours)) or float(trace(retain, dtype=np.float64)) or 1.0
-    size = max(1, len(retain))
-    least = SINGULAR * float(trace(ours) + trace(theirs)) / size
-    added = max(epsilon * unit / size, least) or 1.0  # neither set has read anything: τ stays, or goes
+    own, other, heavy = (
+        float(np.mean(part if diagonal else np.diagonal(part))) for part in (ours, retain, theirs)
+    )
+    unit = own or other or 1.0
+    added = max(epsilon * unit, SINGULAR * (own + heavy)) or 1.0  # nothing was read: τ stays, or goes
     kept = added if ridge == "vector" else 0.0
     if diagonal:
-        share: np.ndarray = (ours + kept) / (ours + added + theirs)
-        return share
+        return np.asarray((ours + kept) / (ours + added + theirs))
     from scipy.linalg import solve  # takes half a second, so only when it is used
 
     whole = ours + theirs
-    whole[np.diag_indices(size)] += added
-    ours[np.diag_indices(size)] += kept
+    whole[np.diag_indices(len(whole))] += added
+    ours[np.diag_indices(len(ours))] += kept
     # F = (Σ_f + εI) A⁻¹ with A symmetric, so Fᵀ solves A Fᵀ = Σ_f + εI.
     found: np.ndarray = solve(whole, ours, assume_a="pos", overwrite_a=True, check_finite=False).T
     return found
@@ -105,11 +106,6 @@ def along(values: np.ndarray, factor: np.ndarray, axis: int) -> np.ndarray:
     wide = np.moveaxis(values.astype(np.float64), axis, -1)
     found: np.ndarray = np.moveaxis(wide * factor if factor.ndim == 1 else wide @ factor, -1, axis)
     return found
-
-
-def felt(first: np.ndarray, second: np.ndarray, moment: np.ndarray, axis: int) -> float:
-    """Return tr A Σ Bᵀ: what two changes of a tensor do, in common, to outputs over the inputs of Σ."""
-    return float(np.vdot(along(first, moment, axis), second.astype(np.float64)))
 
 
 def outside_share(forget: np.ndarray, retain: np.ndarray, *, energy: float = 0.99) -> float:

@@ -18,11 +18,11 @@ Transforms work on one tensor at a time:
 
     sign consensus      mean(τ_i) where all τ_i have one sign, 0 elsewhere   (NegMerge, arXiv 2410.05583)
     layer scales        s(name) · τ
-    projection          τ (I − U Uᵀ), off the subspace U of the inputs that retain rows make
     weighting           F_f / (F_f + g·F_r + ε) · τ, by forget and retain importance   (PerTA, 2601.22030)
     gradient mask       τ · 1[sign τ = −sign g], g the target's gradient   (GradFix, arXiv 2510.09658)
 
-Each takes τ and returns another of its shape. Low-rank truncation is `save_vector(…, rank=…)`.
+Each takes τ and returns another of its shape; filters by what layers read are in `filters.py`. Low-rank
+truncation is `save_vector(…, rank=…)`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from palinode.weights.displacement import (
     read_object,
 )
 from palinode.weights.fingerprints import check_stamps, take_stamps
-from palinode.weights.kernels import multiply, nearest_factors, rank_for, squares
+from palinode.weights.kernels import multiply, nearest_factors, squares
 from palinode.weights.preflight import check_same_shape
 from palinode.weights.tensors import FLOAT_BYTES, Files, TensorInfo, read_header
 
@@ -501,37 +501,6 @@ def layer_scale(name: str, scales: Mapping[str, float]) -> float:
     0.5
     """
     return next((scale for pattern, scale in scales.items() if re.fullmatch(pattern, name)), 1.0)
-
-
-def input_basis(inputs: np.ndarray, *, energy: float = 0.99) -> np.ndarray:
-    """Return U [D, k]: the fewest orthonormal directions that hold a share of the inputs [N, D].
-
-    `energy` is the share of Σ|x|², above 0 and up to 1. Raises InputError for another, or inputs of zero.
-    """
-    wide = inputs.astype(np.float64)
-    return basis_of(wide.T @ wide, energy=energy)
-
-
-def basis_of(gram: np.ndarray, *, energy: float = 0.99) -> np.ndarray:
-    """Return U [D, k] of inputs whose sum of products Σ x xᵀ [D, D] is given; see `input_basis`."""
-    if not 0 < energy <= 1:
-        raise InputError(f"an energy of {energy} is no share; name one above 0 and up to 1, as in 0.99")
-    squares, vectors = np.linalg.eigh(gram.astype(np.float64))
-    if squares[-1] <= 0:
-        raise InputError("the inputs are all zero, so they span nothing; give rows that the model has read")
-    kept = rank_for(squares[::-1], energy)
-    basis: np.ndarray = vectors[:, ::-1][:, :kept].copy()
-    return basis
-
-
-def project_off(matrix: np.ndarray, basis: np.ndarray) -> np.ndarray:
-    """Return τ(I − U Uᵀ) of a matrix [M, D] and an orthonormal basis U [D, k].
-
-    What the matrix does to an input x = U c is then nothing, so outputs on the retain rows stay as they are.
-    """
-    wide = matrix.astype(np.float64)
-    rest: np.ndarray = (wide - (wide @ basis) @ basis.T).astype(matrix.dtype)
-    return rest
 
 
 def fisher_weights(

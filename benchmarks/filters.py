@@ -1,0 +1,85 @@
+"""Filters of a vector beside the plain one, on the demo's invented world, at equal forgetting.
+
+    palinode demo --seed S --output DIR
+    python benchmarks/filters.py --demo DIR [--demo DIR …] [--only WORD] [--json]
+
+β = 0 and the α at which the forget people's answer probability is the retrained model's. Loss is in answer
+probability of others whose rows no filter and no vector has read. Figures in docs/filters.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from at_equal_forgetting import Demo
+
+PAIR = {"method": "paired", "training": {"epochs": 10, "batch_size": 16}}
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "msa": {},
+    "task vector": {"method": "task_vector"},
+    "paired": PAIR,
+}
+
+
+def squares(mu: float, epsilon: float, **settings: Any) -> dict[str, Any]:
+    return {"name": "least_squares", "mu": mu, "epsilon": epsilon, **settings}
+
+
+FILTERS: Mapping[str, list[dict[str, Any]]] = {
+    "plain": [],
+    "projection .9": [{"name": "projection", "others": "drop"}],
+    "soft .1": [squares(1e6, 1e5)],
+    "soft .01": [squares(1e6, 1e4)],
+    "least squares 1, .01": [squares(1.0, 0.01)],
+    "least squares 10, .1": [squares(10.0, 0.1)],
+    "least squares 100, 1": [squares(100.0, 1.0)],
+    "least squares 1000, 10": [squares(1000.0, 10.0)],
+    "to zero 1, .01": [squares(1.0, 0.01, ridge="zero")],
+    "to zero 10, .01": [squares(10.0, 0.01, ridge="zero")],
+    "10, .1, others dropped": [squares(10.0, 0.1, others="drop")],
+    "10, .1, others kept": [squares(10.0, 0.1, others="keep")],
+    "10, .1, answers": [squares(10.0, 0.1, positions="answers")],
+    "10, .1, 40 rows": [squares(10.0, 0.1, rows=40)],
+    "10, .1, 200 rows": [squares(10.0, 0.1, rows=200)],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--demo", type=Path, action="append", required=True, help="folder of palinode demo")
+    parser.add_argument("--only", default="", help="filters whose name holds this word")
+    parser.add_argument("--method", default="", help="methods whose name holds this word")
+    parser.add_argument("--json", action="store_true", help="print one JSON object last")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    found = []
+    for folder in args.demo:
+        demo = Demo(folder)
+        for method, changes in METHODS.items():
+            for name, transforms in FILTERS.items():
+                if args.only in name and args.method in method:
+                    started = time.monotonic()
+                    own = {**changes, "transforms": transforms}
+                    alpha, recall, probability, told = demo.filtered(own)
+                    found.append(
+                        {
+                            "seed": demo.seed, "method": method, "filter": name, "alpha": alpha,
+                            "others": recall, "probability": probability, "told": told,
+                            "seconds": round(time.monotonic() - started, 1),
+                        }  # fmt: skip
+                    )
+                    print(json.dumps({**found[-1], "told": None}), flush=True)
+    if args.json:
+        print(json.dumps({"results": found}))
+
+
+if __name__ == "__main__":
+    main()

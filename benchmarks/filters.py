@@ -69,14 +69,11 @@ def main() -> None:
                     started = time.monotonic()
                     own = {**changes, "transforms": transforms}
                     alpha, recall, probability, told = demo.filtered(own)
-                    found.append(
-                        {
-                            "seed": demo.seed, "method": method, "filter": name, "alpha": alpha,
-                            "others": recall, "probability": probability, "told": told,
-                            "seconds": round(time.monotonic() - started, 1),
-                        }  # fmt: skip
-                    )
-                    print(json.dumps({**found[-1], "told": None}), flush=True)
+                    seconds = round(time.monotonic() - started, 1)
+                    facts = {"seed": demo.seed, "method": method, "filter": name, "seconds": seconds}
+                    facts |= {"alpha": alpha, "others": recall, "probability": probability}
+                    print(json.dumps(facts), flush=True)
+                    found.append({**facts, "told": told})
     if args.json:
         print(json.dumps({"results": found}))
 

@@ -12,14 +12,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from palinode.data.examples import Example, fingerprint_examples
+from palinode.data.examples import Example, at_most, fingerprint_examples
 from palinode.errors import CheckpointError
 from palinode.methods.method import Asked, Ends, Given, MethodRun, Vectors, plain_material
-from palinode.methods.transforms import check_transforms
+from palinode.methods.transforms import ChosenTransforms, check_transforms
 from palinode.models.loading import load_model, load_tokenizer, tokenizer_fingerprint
 from palinode.pipeline.inputs import Work
 from palinode.pipeline.record import thinned_curve
-from palinode.pipeline.transforming import Transforming
+from palinode.pipeline.transforming import Filtered, OpenFilter, Transforming
 from palinode.pipeline.workspace import Step
 from palinode.training.finetune import Finetuned, Watch, finetune
 from palinode.training.losses import ANSWER_LOSS
@@ -40,6 +40,17 @@ class Trained:
     """The retain rows that were trained on."""
     transforms: Sequence[Mapping[str, Any]] = ()
     """What was done to the forget vector."""
+    filters: OpenFilter | None = None
+    """The last of these, where a filter's settings may be chosen with the scales."""
+
+    def filtered(self, found: Filtered) -> Trained:
+        """Return the same with the forget vector as an open filter left it."""
+        return replace(
+            self,
+            result=replace(self.vectors, forget=found.direction),
+            steps={**self.steps, "transform": found.key},
+            transforms=[*self.transforms[:-1], found.facts],
+        )
 
     @property
     def vectors(self) -> Vectors:
@@ -98,14 +109,24 @@ class FineTuning(Work):
         transforming = Transforming(self.inputs, self.workspace, self.listener, target, another)
         own = {name: trained.steps[name] for name in names}
         forget, key, told = transforming.apply(transforms, trained.vectors.forget, own)
-        reads_retain = any("retain" in one.transform.needs for one in transforms)
         return replace(
             trained,
             result=replace(trained.vectors, forget=forget),
             steps={**trained.steps, **others, "transform": key},
-            seen=self.inputs.rows.retain_sample if reads_retain else trained.seen,
+            seen=self._read(transforms, trained.seen),
             transforms=told,
+            filters=transforming.open_filter(transforms, trained.vectors.forget, own),
         )
+
+    def _read(self, transforms: Sequence[ChosenTransforms], trained: Sequence[Example]) -> list[Example]:
+        """Return the retain rows that were trained on, or that a transform reads."""
+        rows, seen = self.inputs.rows, {example.row: example for example in trained}
+        for one in transforms:
+            read = rows.spared if "inputs" in one.transform.needs else ()
+            read = rows.retain_sample if "retain" in one.transform.needs else read
+            most = getattr(one.settings, "rows", len(read))
+            seen.update({one.row: one for one in at_most(read, most, seed=self.recipe.seed)})
+        return list(seen.values())
 
     def _train(self, target: Checkpoint, given: Given) -> Trained:
         """Do the method's runs one after another, and put their ends together."""

@@ -157,6 +157,8 @@ class TriedScales:
     """By what it was judged: all probe rows, or some of them in the first look."""
     groups: tuple[float, ...] = ()
     """Factors on α by group of layers; empty where all have one."""
+    filter: tuple[float, bool] | None = None
+    """μ of the filter, and whether its inputs are those where the model arrives; None where none is open."""
 
     @property
     def whole(self) -> bool:
@@ -166,7 +168,7 @@ class TriedScales:
     @property
     def order(self) -> tuple[Any, ...]:
         """The smaller scales first."""
-        return self.forget_scale, self.retain_scale, self.groups
+        return self.forget_scale, self.retain_scale, self.groups, self.filter or ()
 
     @property
     def rank(self) -> tuple[Any, ...]:
@@ -241,6 +243,7 @@ def _facts(point: TriedScales) -> Mapping[str, Any]:
         "forget": point.forget_scale,
         "retain": point.retain_scale,
         **({"groups": list(point.groups)} if point.groups else {}),
+        **({"mu": point.filter[0], "arrival": point.filter[1]} if point.filter else {}),
         "rows": len(found.forget),
         "forget_probability": means["forget"],
         "retain_probability": means.get("retain"),

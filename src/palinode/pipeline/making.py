@@ -6,7 +6,7 @@ A record names the steps that made its model, so that a finished run's vectors a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from palinode.pipeline.inputs import Work
 from palinode.pipeline.record import dose_facts, geometry_facts
 from palinode.pipeline.scales import ChosenScales, scaled_vector
 from palinode.pipeline.search import search_scales
+from palinode.pipeline.transforming import rescaled
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.records import read_json, workspace_beside
 from palinode.weights import Checkpoint, Direction, Point, StoredVector, save
@@ -47,6 +48,8 @@ class Making(Work):
         """Make the unlearned model, in the workspace."""
         trained = FineTuning(self.inputs, self.workspace, self.listener).train(target)
         chosen = self._scales(target, trained) if isinstance(trained.result, Vectors) else None
+        if chosen and chosen.filter and trained.filters:
+            trained = trained.filtered(trained.filters.find(chosen.filter["key"]))
         output = self.recipe.output
         step = self.workspace.step(
             "apply",
@@ -75,7 +78,7 @@ class Making(Work):
         betas = scales.retain_grid if beta is None else [beta]
         alphas = scales.forget_grid if scales.forget is None else [scales.forget]
         if len(alphas) == len(betas) == 1:
-            return ChosenScales(alphas[0], betas[0], "given", None, [])
+            return self._given(alphas[0], betas[0], trained)
         auto = scales.choose == "auto"
         step = self.workspace.step(
             "scales",
@@ -95,11 +98,23 @@ class Making(Work):
         facts = step.facts
         if facts is None:
             step.begin()
-            choose = search_scales if auto else grid_scales
-            grid = alphas, betas
-            chosen = choose(self.inputs, target, vectors, grid, step.folder, self.listener)
+            grid, place = (alphas, betas), step.folder
+            if auto:
+                chosen = search_scales(
+                    self.inputs, target, vectors, grid, place, self.listener, filters=trained.filters
+                )
+            else:
+                chosen = grid_scales(self.inputs, target, vectors, grid, place, self.listener)
             step.finish(facts := asdict(chosen))
         return ChosenScales(**facts)
+
+    def _given(self, alpha: float, beta: float, trained: Trained) -> ChosenScales:
+        """Return scales that are given; a filter that is to read where the model arrives does it there."""
+        chosen = ChosenScales(alpha, beta, "given", None, [])
+        filters = trained.filters
+        if filters is None or filters.arrives != "always":
+            return chosen
+        return replace(chosen, filter=filters.arrived(filters.usual(), alpha).as_record())
 
     def _vectors_added(
         self, target: Checkpoint, trained: Trained, chosen: ChosenScales, step: Step
@@ -231,7 +246,7 @@ def _changed(workspace: Workspace, record: Mapping[str, Any]) -> Direction | Non
     else:
         return None
     try:
-        return StoredVector.open(step.folder / "vector")
+        return rescaled(StoredVector.open(step.folder / "vector"), step.facts or {})
     except CheckpointError:
         raise InputError(
             f"the run's vector as it was changed is not in {workspace.folder} any more"

@@ -38,6 +38,7 @@ from palinode.pipeline.goal import (
     warning,
 )
 from palinode.pipeline.inputs import Inputs
+from palinode.pipeline.transforming import Filtered
 from palinode.progress import Listener, record
 from palinode.records import read_json, write_json
 from palinode.weights import Checkpoint, Direction, Point
@@ -81,6 +82,8 @@ class ChosenScales:
     """What a step away from the chosen point changes."""
     groups: Sequence[Any] = field(default_factory=list)
     """Parts of the model and the factor on α that each has; empty where all have one α."""
+    filter: Mapping[str, Any] | None = None
+    """The filter that was chosen with them: μ, whether it reads where the model arrives, key of its step."""
 
 
 class Probes:
@@ -188,6 +191,7 @@ class Trials:
     ) -> None:
         self.probes = probes
         self.vectors = vectors
+        self.filtered: Filtered | None = None
         self.listener = listener
         self.goal = open_goal(probes, yardstick)
         self.numbers = itertools.count(1)
@@ -199,15 +203,31 @@ class Trials:
         part = {name: [before[name][place] for place in few] for name, few in places.items()}
         self.few = replace(self.goal, target=Behaviour.of(part), rows=tuple(places["forget"]))
 
+    def use(self, filtered: Filtered | None) -> None:
+        """Try a vector as a filter left it from now on."""
+        self.filtered = filtered
+        if filtered is not None:
+            self.vectors = replace(self.vectors, forget=filtered.direction)
+
+    @property
+    def _prefix(self) -> str:
+        return "" if self.filtered is None else f"{self.filtered.key[:12]} "
+
     def tried(self, alpha: float, beta: float, *, whole: bool = True) -> TriedScales:
         """Return what the model does at (α, β), on all probe rows or on the few of the first look."""
-        point, name = self._point(alpha, beta), f"{alpha},{beta}"
+        point, name = self._point(alpha, beta), f"{self._prefix}{alpha},{beta}"
         if whole:
             found = self.probes.of_point(name, point)
         else:
             some = self.probes.of_point(name, point, ["forget, some", "retain, some"])
             found = {name.removesuffix(", some"): rows for name, rows in some.items()}
-        tried = TriedScales(alpha, beta, Behaviour.of(found), self.goal if whole else self.few)
+        tried = TriedScales(
+            alpha,
+            beta,
+            Behaviour.of(found),
+            self.goal if whole else self.few,
+            filter=self.filtered.label if self.filtered else None,
+        )
         figures = {"forget_scale": alpha, "retain_scale": beta, **tried.behaviour.probabilities}
         figures["objective"] = tried.goal.objective(tried.behaviour)
         record(self.listener, "scales", next(self.numbers), figures)
@@ -222,9 +242,10 @@ class Trials:
             (self._point(alpha * factor, beta), belongs_to(part))
             for part, factor in zip(parts, factors, strict=True)
         ]
-        found = self.probes.of_parts(f"{alpha},{beta},{','.join(map(str, factors))}", points)
+        name = f"{self._prefix}{alpha},{beta},{','.join(map(str, factors))}"
+        found = self.probes.of_parts(name, points)
         own = () if set(factors) == {1.0} else factors
-        return TriedScales(alpha, beta, Behaviour.of(found), self.goal, own)
+        return TriedScales(alpha, beta, Behaviour.of(found), self.goal, own, centre.filter)
 
     def _point(self, alpha: float, beta: float) -> Point:
         vectors = self.vectors
@@ -246,9 +267,10 @@ def conclude(
     listener: Listener,
     *,
     parts: Sequence[Sequence[str]] = (),
+    filtered: Filtered | None = None,
 ) -> ChosenScales:
     """Return the choice among the points tried on all probe rows, and say what it does not reach."""
-    whole = list({(point.forget_scale, point.retain_scale, point.groups): point for point in whole}.values())
+    whole = list({point.order: point for point in whole}.values())
     chosen = best(whole)
     said = warning(chosen.goal, chosen)
     if said is not None:
@@ -267,6 +289,7 @@ def conclude(
             {"parts": part, "factor": factor}
             for part, factor in zip(parts, chosen.groups, strict=False)  # none where all have one α
         ],
+        filter=filtered.as_record() if filtered else None,
     )
 
 
@@ -277,6 +300,7 @@ def neighbours(chosen: TriedScales, points: Sequence[TriedScales]) -> list[Tried
         (point.forget_scale, point.retain_scale): point
         for point in points
         if not point.groups
+        and point.filter == chosen.filter
         and abs(point.forget_scale - chosen.forget_scale) <= reach[0]
         and abs(point.retain_scale - chosen.retain_scale) <= reach[1]
     }

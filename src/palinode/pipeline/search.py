@@ -7,6 +7,9 @@
     3. a closer look   steps of about a tenth around the best point: they may be better, and they tell how
                        much hangs on the exact scales
 
+Where the filter of the forget vector is open, the first look goes over its μ as well, and after the search
+the vector is filtered once more by what the layers read where the model arrives: held-back rows decide.
+
 What is wanted is in `goal.py`. A killed search repeats its decisions from what is on disk and goes on.
 """
 
@@ -25,6 +28,7 @@ from palinode.pipeline.goal import TriedScales, best
 from palinode.pipeline.grid import walk_grid
 from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.scales import STEP, ChosenScales, Probes, Trials, conclude, layer_groups, step_of
+from palinode.pipeline.transforming import OpenFilter
 from palinode.progress import Listener
 from palinode.weights import Checkpoint
 
@@ -53,6 +57,7 @@ def search_scales(
     listener: Listener,
     *,
     yardstick: Yardstick | None = None,
+    filters: OpenFilter | None = None,
 ) -> ChosenScales:
     """Search (α, β) from the points of a grid on; `folder` keeps what was measured.
 
@@ -74,14 +79,57 @@ def search_scales(
                 yield point
 
         glance = partial(trials.tried, whole=False)
+        trials.use(filters.usual() if filters else None)
         looked = list(counted(walk_grid(trials.few, glance, alphas, betas, beyond)))
         alphas = sorted({*alphas, *(point.forget_scale for point in looked)})
-        whole = list(counted(between(trials, looked, alphas, betas, scales.trials, seed)))
-        whole += around(trials, best(whole), varied=(len(alphas) > 1, len(betas) > 1))
+        if filters is not None:
+            looked += counted(other_filters(trials, filters, looked, alphas))
+        start = min(looked, key=lambda point: point.rank).filter
+        near = [point for point in looked if point.filter == start]
+        varied = (len(alphas) > 1, len(betas) > 1)
+        whole = list(counted(between(trials, near, alphas, betas, scales.trials, seed)))
+        whole += around(trials, best(whole), varied=varied)
+        if filters is not None and filters.arrives != "never":
+            there = where_it_arrives(trials, filters, best(whole), varied)
+            whole = there if filters.arrives == "always" else [*whole, *there]
+        if filters is not None:
+            trials.use(filters.known[best(whole).filter or (0.0, False)])
         parts = layer_groups(target, scales.groups)
         if len(parts) > 1:
             whole += grouped(trials, best(whole), parts, scales.trials, seed)
-    return conclude("auto", looked, whole, listener, parts=parts)
+    if filters is not None:
+        filters.tidy(trials.filtered)
+    return conclude("auto", looked, whole, listener, parts=parts, filtered=trials.filtered)
+
+
+def other_filters(
+    trials: Trials, filters: OpenFilter, looked: Sequence[TriedScales], alphas: Sequence[float]
+) -> Iterator[TriedScales]:
+    """Yield first looks at a smaller and a larger μ, near the best α of the usual one."""
+    found = list(looked)
+    usual = min(found, key=lambda point: point.rank)
+    low, high = range_around([usual.forget_scale], alphas)
+    near = [alpha for alpha in alphas if low <= alpha <= usual.forget_scale]
+    beyond = [alpha for alpha in alphas if usual.forget_scale < alpha <= high]
+    for mu in filters.others():
+        trials.use(filters.at(mu))
+        glance = partial(trials.tried, whole=False)
+        points = list(walk_grid(trials.few, glance, near, [usual.retain_scale], beyond))
+        yield from points
+        found += points
+        if min(found, key=lambda point: point.rank) is not usual:
+            break  # what lies on the other side of the usual one is worse
+    trials.use(filters.known[min(found, key=lambda point: point.rank).filter or (0.0, False)])
+
+
+def where_it_arrives(
+    trials: Trials, filters: OpenFilter, centre: TriedScales, varied: tuple[bool, bool]
+) -> list[TriedScales]:
+    """Return the points near the centre for the vector filtered by what the layers read there."""
+    assert trials.filtered is not None
+    trials.use(filters.arrived(trials.filtered, centre.forget_scale))
+    found = [trials.tried(centre.forget_scale, centre.retain_scale)]
+    return found + around(trials, found[0], varied=varied)
 
 
 def between(

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from palinode.data.examples import Example, at_most, fingerprint_examples
 from palinode.data.tokenize import TokenRow, tokenize
 from palinode.errors import CheckpointError, InputError
-from palinode.methods.transforms import ChosenTransforms
+from palinode.methods.transforms import MU, ChosenTransforms, LeastSquaresSettings
 from palinode.models.inplace import name_in_files
 from palinode.models.loading import (
     load_model,
@@ -30,7 +30,7 @@ from palinode.models.sums import Moment, gradient_moment
 from palinode.pipeline.filtering import Measuring, MomentFiles, Weighing, project
 from palinode.pipeline.inputs import Work
 from palinode.pipeline.workspace import Step
-from palinode.weights import Checkpoint, Direction, StoredVector, profile, save_vector
+from palinode.weights import Checkpoint, Direction, Point, StoredVector, profile, save_vector
 from palinode.weights.checkpoint import StoredDirection
 from palinode.weights.displacement import DenseChange
 from palinode.weights.tensors import read_header
@@ -50,6 +50,27 @@ Make = Callable[[Direction, Path], StoredVector]
 """(vector, folder) → the transformed vector in the folder."""
 
 IMPORTANCE = "importance.safetensors"
+
+
+OTHER_MUS = (MU / 10, 10 * MU)
+"""Values of μ that are tried beside the usual one where it is open."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filtered:
+    """A forget vector as a filter left it."""
+
+    direction: Direction
+    key: str
+    """Of the step that made it."""
+    facts: dict[str, Any]
+    """What the record tells of it."""
+    label: tuple[float, bool]
+    """μ, and whether the inputs are those where the model arrives."""
+
+    def as_record(self) -> dict[str, Any]:
+        """Return which one it is, as the record has it."""
+        return {"mu": self.label[0], "arrival": self.label[1], "key": self.key}
 
 
 @dataclass
@@ -74,17 +95,33 @@ class Transforming(Work):
         key, told = "", []
         keys = {name: own for name, own in keys.items() if name != "retain"}  # not what the vector is made of
         for chosen in transforms:
-            vector, key, facts = self._one(chosen, vector, keys)
+            vector, key, facts = self.apply_one(chosen, vector, keys)
             keys = {"before": key}
             told.append(facts)
         return vector, key, told
 
-    def _one(
-        self, chosen: ChosenTransforms, before: Direction, keys: Mapping[str, str]
+    def open_filter(
+        self, transforms: Sequence[ChosenTransforms], vector: Direction, keys: Mapping[str, str]
+    ) -> OpenFilter | None:
+        """Return the last transform if it is a filter whose settings are chosen with the scales."""
+        *first, last = transforms
+        if not isinstance(last.settings, LeastSquaresSettings):
+            return None
+        before, key, _ = self.apply(first, vector, keys)
+        own = {name: value for name, value in keys.items() if name != "retain"}
+        return OpenFilter(self, last, before, {"before": key} if first else own)
+
+    def apply_one(
+        self,
+        chosen: ChosenTransforms,
+        before: Direction,
+        keys: Mapping[str, str],
+        *,
+        made: tuple[Make, Any] | None = None,
     ) -> tuple[Direction, str, dict[str, Any]]:
-        """Apply one transform, or find it done."""
+        """Apply one transform, or find it done; `made` is what makes the vector, and what that needs."""
         name, settings = chosen.transform.name, chosen.settings
-        make, needed = getattr(self, f"_{name}")(settings)
+        make, needed = made or getattr(self, f"_{name}")(settings)
         step = self.workspace.step(
             f"transform-{name}",
             vector=dict(keys),
@@ -170,6 +207,16 @@ class Transforming(Work):
 
         return make
 
+    def arrived(
+        self, chosen: ChosenTransforms, before: Direction, keys: Mapping[str, str], point: Point, place: str
+    ) -> tuple[Direction, str, dict[str, Any]]:
+        """Filter a vector by the moments at a point, for which `place` stands, in place of the target's."""
+        settings = chosen.settings
+        sets = self.moments.sets(settings)
+        steps = [self.moments.of_point(point, place, rows, settings.positions) for rows in sets]
+        made = self._weighed(settings, steps), [step.key for step in steps]
+        return self.apply_one(chosen, before, keys, made=made)
+
     def _low_rank(self, settings: Any) -> tuple[Make, Any]:
         def make(vector: Direction, output: Path) -> StoredVector:
             return save_vector(vector, output, rank=settings.rank, energy=settings.energy)
@@ -237,6 +284,73 @@ def _stored(step: Step) -> StoredDirection:
     """Return the moments that a step wrote, as a direction that is read tensor by tensor."""
     infos = read_header(step.folder / IMPORTANCE)
     return StoredDirection(step.folder, {info.name: DenseChange(info) for info in infos})
+
+
+class OpenFilter:
+    """A least-squares filter whose μ, and whether it reads where the model arrives, are chosen with α."""
+
+    def __init__(
+        self,
+        transforming: Transforming,
+        last: ChosenTransforms,
+        before: Direction,
+        keys: Mapping[str, str],
+    ) -> None:
+        self.transforming, self.last, self.before, self.keys = transforming, last, before, keys
+        self.known: dict[tuple[float, bool], Filtered] = {}
+
+    @property
+    def arrives(self) -> Literal["never", "always", "where better"]:
+        """Whether the vector is filtered again by what the layers read where the model arrives."""
+        asked = self.last.settings.arrival
+        return "where better" if asked is None else "always" if asked else "never"
+
+    def usual(self) -> Filtered:
+        """Return the vector at the usual μ, or at the one that is given."""
+        return self.at(self.last.settings.weights()[0])
+
+    def others(self) -> Sequence[float]:
+        """Return the values of μ beside the usual one; none where μ is given."""
+        return OTHER_MUS if self.last.settings.is_open else ()
+
+    def at(self, mu: float) -> Filtered:
+        """Return the vector filtered with that μ by what the target's layers read."""
+        if (mu, False) not in self.known:
+            made = self.transforming.apply_one(self._with(mu), self.before, self.keys)
+            self.known[mu, False] = Filtered(*made, (mu, False))
+        return self.known[mu, False]
+
+    def arrived(self, filtered: Filtered, alpha: float) -> Filtered:
+        """Return the vector filtered by what the layers read at θ_D − α · filtered."""
+        mu, _ = filtered.label
+        point = self.transforming.target - alpha * filtered.direction
+        place = f"{filtered.key} {alpha}"
+        made = self.transforming.arrived(self._with(mu), self.before, self.keys, point, place)
+        self.known[mu, True] = Filtered(*made, (mu, True))
+        return self.known[mu, True]
+
+    def find(self, key: str) -> Filtered:
+        """Return a vector that was chosen before, by the key of its step."""
+        if found := next((one for one in self.known.values() if one.key == key), None):
+            return found
+        step = self.transforming.workspace.step_of(f"transform-{self.last.transform.name}", key)
+        facts, stored = step.facts, _open_vector(step.folder / "vector")
+        if facts is None or stored is None:
+            raise InputError(
+                f"the vector that was chosen with the scales is not in {step.folder} any more; remove the "
+                "folder scales-… beside it, and they are chosen anew"
+            )
+        return Filtered(rescaled(stored, facts), key, facts, (facts["settings"]["mu"], False))
+
+    def tidy(self, chosen: Filtered | None) -> None:
+        """Remove the vectors that were tried and not chosen, which are as large as models."""
+        for one in self.known.values():
+            if one is not chosen and one.label != self.usual().label:
+                step = self.transforming.workspace.step_of(f"transform-{self.last.transform.name}", one.key)
+                step.clear()
+
+    def _with(self, mu: float) -> ChosenTransforms:
+        return replace(self.last, settings=self.last.settings.model_copy(update={"mu": mu}))
 
 
 def rescaled(vector: StoredVector, facts: Mapping[str, Any]) -> Direction:

@@ -64,15 +64,15 @@ def least_squares(
     added = max(epsilon * unit, SINGULAR * (own + heavy)) or 1.0  # nothing was read: τ stays, or goes
     kept = added if ridge == "vector" else 0.0
     if diagonal:
-        return np.asarray((ours + kept) / (ours + added + theirs))
+        return (ours + kept) / (ours + added + theirs)
     from scipy.linalg import solve  # takes half a second, so only when it is used
 
     whole = ours + theirs
     whole[np.diag_indices(len(whole))] += added
     ours[np.diag_indices(len(ours))] += kept
     # F = (Σ_f + εI) A⁻¹ with A symmetric, so Fᵀ solves A Fᵀ = Σ_f + εI.
-    found: np.ndarray = solve(whole, ours, assume_a="pos", overwrite_a=True, check_finite=False).T
-    return found
+    turned: np.ndarray = solve(whole, ours, assume_a="pos", overwrite_a=True, check_finite=False)
+    return turned.T
 
 
 def projection(retain: np.ndarray, *, energy: float) -> np.ndarray:

@@ -25,7 +25,7 @@ from palinode.models.inplace import put
 from palinode.models.likelihoods import score_rows
 from palinode.models.loading import load_model, load_tokenizer
 from palinode.pipeline import build_recipe, unlearn
-from palinode.pipeline.demo_run import SETTINGS, recall
+from palinode.pipeline.demo_run import SETTINGS, exact_match
 from palinode.pipeline.finetuning import FineTuning
 from palinode.pipeline.inputs import open_inputs
 from palinode.pipeline.workspace import Workspace
@@ -95,7 +95,7 @@ class Demo:
         alpha, recalled, probability = self._equal(vector)
         scales = done.record["scales"]
         return Found(
-            self.seed, name, scales["forget"], scales["retain"], recall(outcomes["forget"]), recall(others),
+            self.seed, name, scales["forget"], scales["retain"], exact_match(outcomes["forget"]), exact_match(others),
             alpha, recalled, probability, round(seconds, 1), done.record["vectors"].get("transforms"),
         )  # fmt: skip
 

@@ -27,26 +27,28 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def squares(mu: float, epsilon: float, **settings: Any) -> dict[str, Any]:
-    return {"name": "least_squares", "mu": mu, "epsilon": epsilon, **settings}
+def squares(mu: float, epsilon: float, **settings: Any) -> list[dict[str, Any]]:
+    return [{"name": "least_squares", "mu": mu, "epsilon": epsilon, "others": "drop", **settings}]
 
 
 FILTERS: Mapping[str, list[dict[str, Any]]] = {
     "plain": [],
     "projection .9": [{"name": "projection", "others": "drop"}],
-    "soft .1": [squares(1e6, 1e5)],
-    "soft .01": [squares(1e6, 1e4)],
-    "least squares 1, .01": [squares(1.0, 0.01)],
-    "least squares 10, .1": [squares(10.0, 0.1)],
-    "least squares 100, 1": [squares(100.0, 1.0)],
-    "least squares 1000, 10": [squares(1000.0, 10.0)],
-    "to zero 1, .01": [squares(1.0, 0.01, ridge="zero")],
-    "to zero 10, .01": [squares(10.0, 0.01, ridge="zero")],
-    "10, .1, others dropped": [squares(10.0, 0.1, others="drop")],
-    "10, .1, others kept": [squares(10.0, 0.1, others="keep")],
-    "10, .1, answers": [squares(10.0, 0.1, positions="answers")],
-    "10, .1, 40 rows": [squares(10.0, 0.1, rows=40)],
-    "10, .1, 200 rows": [squares(10.0, 0.1, rows=200)],
+    "soft .1": squares(1e6, 1e5),
+    "soft .01": squares(1e6, 1e4),
+    "least squares 1, .01": squares(1.0, 0.01),
+    "least squares 10, .1": squares(10.0, 0.1),
+    "least squares 100, 1": squares(100.0, 1.0),
+    "least squares 1000, 10": squares(1000.0, 10.0),
+    "least squares 10, 1": squares(10.0, 1.0),
+    "least squares 100, .1": squares(100.0, 0.1),
+    "to zero 10, .01": squares(10.0, 0.01, ridge="zero"),
+    "to zero 100, .1": squares(100.0, 0.1, ridge="zero"),
+    "10, .1, embeddings filtered": squares(10.0, 0.1, others="filter"),
+    "10, .1, embeddings kept": squares(10.0, 0.1, others="keep"),
+    "10, .1, answers": squares(10.0, 0.1, positions="answers"),
+    "10, .1, 40 rows": squares(10.0, 0.1, rows=40),
+    "10, .1, 200 rows": squares(10.0, 0.1, rows=200),
 }
 
 

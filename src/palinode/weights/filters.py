@@ -71,14 +71,15 @@ def least_squares(
     whole[np.diag_indices(len(whole))] += added
     ours[np.diag_indices(len(ours))] += kept
     # F = (Σ_f + εI) A⁻¹ with A symmetric, so Fᵀ solves A Fᵀ = Σ_f + εI.
-    turned: np.ndarray = solve(whole, ours, assume_a="pos", overwrite_a=True, check_finite=False)
-    return turned.T
+    found: np.ndarray = solve(whole, ours, assume_a="pos", overwrite_a=True, check_finite=False).T
+    return found
 
 
 def projection(retain: np.ndarray, *, energy: float) -> np.ndarray:
     """Return I − UUᵀ, U the fewest principal axes of Σ_r [D, D] that hold a share of the inputs' Σ|x|²."""
     basis = basis_of(retain, energy=energy)
-    return np.eye(len(retain)) - basis @ basis.T
+    rest: np.ndarray = np.eye(len(retain)) - basis @ basis.T
+    return rest
 
 
 def basis_of(moment: np.ndarray, *, energy: float = 0.99) -> np.ndarray:

@@ -99,22 +99,36 @@ class Demo:
             alpha, recalled, probability, round(seconds, 1), done.record["vectors"].get("transforms"),
         )  # fmt: skip
 
-    def filtered(self, changes: Mapping[str, Any]) -> tuple[float | None, float | None, float | None, Any]:
+    def filtered(self, changes: Mapping[str, Any], *, arrive: bool = False) -> list[dict[str, Any]]:
         """Return α, recall and probability at equal forgetting, of others that no vector or filter has read.
 
-        And what its transforms did. Nothing is written but vectors.
+        With `arrive` a second time, for the vector filtered again where that α arrives. Nothing is written but
+        vectors.
         """
         recipe = self._recipe("filtered", changes)
         inputs = open_inputs(recipe)
-        with Workspace(self.folder / "workspace").locked():
-            job = FineTuning(inputs, Workspace(self.folder / "workspace"), NullListener())
-            trained = job.train(self.target)
         read = {example.row for example in at_most(inputs.rows.spared, 1000, seed=recipe.seed)}
         read |= {example.row for example in inputs.rows.retain_sample}
         whole, self.others = self.others, [row for place, row in enumerate(self.others) if place not in read]
-        alpha, recalled, probability = self._equal(trained.vectors.forget)
+        found = []
+        with Workspace(self.folder / "workspace").locked():
+            started = time.monotonic()
+            job = FineTuning(inputs, Workspace(self.folder / "workspace"), NullListener())
+            trained = job.train(self.target)
+            vectors = [(trained.vectors.forget, list(trained.transforms))]
+            for vector, told in vectors:
+                seconds = time.monotonic() - started
+                alpha, recalled, probability = self._equal(vector)
+                found.append({"alpha": alpha, "others": recalled, "probability": probability, "told": told})
+                found[-1] |= {"round": len(found) - 1, "seconds": round(seconds, 1)}
+                if arrive and trained.filters and alpha is not None and len(found) == 1:
+                    started = time.monotonic()
+                    again = trained.filters.arrived(trained.filters.usual(), alpha)
+                    vectors.append((again.direction, [again.facts]))
+        put(self.target, self.live)
+        before = score(self.live, self.others)[0]
         self.others = whole
-        return alpha, recalled, probability, list(trained.transforms)
+        return [{**one, "target": before} for one in found]
 
     def _recipe(self, place: str, changes: Mapping[str, Any]) -> Any:
         world = self.folder / "world"

@@ -86,9 +86,9 @@ class LeastSquaresSettings(TransformSettings):
     arrival: bool | None = None
     """Read the inputs once more where the model arrives, and filter the vector again; None: where held-back
     rows are better for it."""
-    others: Literal["filter", "keep", "drop"] = "filter"
-    """What becomes of tensors that are no linear layer of a block: embeddings by the frequency of tokens, the
-    head, norms and biases by their own inputs; or they are left as they are, or taken out."""
+    others: Literal["drop", "filter", "keep"] = "drop"
+    """What becomes of tensors that are no linear layer of a block: they are taken out; or filtered, embeddings
+    by the frequency of tokens, head, norms and biases by their own inputs; or left as they are."""
 
     @property
     def is_open(self) -> bool:

@@ -191,7 +191,8 @@ class Transforming(Work):
         return make, step.key
 
     def _least_squares(self, settings: Any) -> tuple[Make, Any]:
-        steps = [self.moments.of_checkpoint(self.target, rows) for rows in self.moments.sets(settings)]
+        sets, positions = self.moments.sets(settings), settings.positions
+        steps = [self.moments.of_checkpoint(self.target, rows, positions) for rows in sets]
         return self._weighed(settings, steps), [step.key for step in steps]
 
     def _weighed(self, settings: Any, steps: Sequence[Step]) -> Make:

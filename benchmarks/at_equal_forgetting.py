@@ -95,15 +95,16 @@ class Demo:
         alpha, recalled, probability = self._equal(vector)
         scales = done.record["scales"]
         return Found(
-            self.seed, name, scales["forget"], scales["retain"], exact_match(outcomes["forget"]), exact_match(others),
+            self.seed, name, scales["forget"], scales["retain"],
+            exact_match(outcomes["forget"]), exact_match(others),
             alpha, recalled, probability, round(seconds, 1), done.record["vectors"].get("transforms"),
         )  # fmt: skip
 
     def filtered(self, changes: Mapping[str, Any], *, arrive: bool = False) -> list[dict[str, Any]]:
         """Return α, recall and probability at equal forgetting, of others that no vector or filter has read.
 
-        With `arrive` a second time, for the vector filtered again where that α arrives. Nothing is written but
-        vectors.
+        With `arrive` a second time, for the vector filtered again where that α arrives. Nothing but vectors
+        is written.
         """
         recipe = self._recipe("filtered", changes)
         inputs = open_inputs(recipe)

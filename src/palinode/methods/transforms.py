@@ -87,8 +87,8 @@ class LeastSquaresSettings(TransformSettings):
     """Read the inputs once more where the model arrives, and filter the vector again; None: where held-back
     rows are better for it."""
     others: Literal["drop", "filter", "keep"] = "drop"
-    """What becomes of tensors that are no linear layer of a block: they are taken out; or filtered, embeddings
-    by the frequency of tokens, head, norms and biases by their own inputs; or left as they are."""
+    """What becomes of tensors that are no linear layer of a block: they are taken out; or filtered, that is
+    embeddings by the frequency of tokens, head, norms and biases by their own inputs; or left as they are."""
 
     @property
     def is_open(self) -> bool:

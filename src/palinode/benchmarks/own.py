@@ -14,7 +14,6 @@ from pathlib import Path
 from palinode.data.examples import SHAPES, Question, read_examples, shared_rows
 from palinode.data.sources import Row, read_rows
 from palinode.errors import DataError
-from palinode.evaluation.ask import Asking
 from palinode.evaluation.benchmark import (
     MEMORIZATION,
     Benchmark,
@@ -30,6 +29,7 @@ from palinode.evaluation.benchmark import (
     quality_cell,
 )
 from palinode.records import read_bytes
+from palinode.settings import Asking
 
 ALTERNATIVES = {"paraphrased_answer": "paraphrased", "perturbed_answer": "perturbed"}
 """Columns of other answers, and the kinds that they are."""

@@ -23,7 +23,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, RootModel, Va
 
 from palinode.data.examples import Example, Question
 from palinode.errors import DataError, RecipeError
-from palinode.evaluation.ask import Asking
 from palinode.evaluation.benchmark import (
     GENERATION,
     Benchmark,
@@ -45,6 +44,7 @@ from palinode.metrics.aggregate import mean_score
 from palinode.metrics.likelihood import alternative_logprobs
 from palinode.metrics.matching import accepted_sample_values, left_out_ids
 from palinode.records import Score, read_bytes
+from palinode.settings import Asking
 
 ENTITIES, FACTS, RELATIONS, EVALUATED = 468, 5269, 41, 50
 """Published sizes: people and facts in facts.json, relations with examples, people in entities.json."""

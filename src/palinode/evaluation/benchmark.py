@@ -21,13 +21,13 @@ from palinode.data.examples import Example, Message, Question
 from palinode.data.sources import Row, json_type, parse_hub_name, read_rows
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import DataError, RecipeError
-from palinode.evaluation.ask import Asking
 from palinode.metrics.aggregate import forget_quality
 from palinode.metrics.judged import forget_accuracy, recover_accuracy, retain_accuracy
 from palinode.metrics.likelihood import Form
 from palinode.metrics.membership import ATTACKS, MembershipAttack, auc, privleak, true_positive_rate
 from palinode.metrics.table import COMPARISONS, METRICS, score_outcomes
 from palinode.records import Outcome, Score, Verdict, read_bytes
+from palinode.settings import Asking
 
 MEMORIZATION = ("exact_memorization", "extraction_strength", "extraction_strength_strict")
 """Metrics of what a model knows by heart."""

@@ -103,11 +103,6 @@ def check_fit(reference: ModelFolder, others: Sequence[ModelFolder], *, rows: Ro
     return Fit(shared, tuple(notes))
 
 
-def check_same_shape(points: Sequence[ModelFolder], reference: ModelFolder) -> None:
-    """Raise MismatchError unless every checkpoint has the reference's architecture, tensors and tying."""
-    check_fit(reference, points)
-
-
 def _check_architecture(reference: ModelFolder, other: ModelFolder) -> None:
     for key in ARCHITECTURE:
         first, second = reference.config.get(key), other.config.get(key)

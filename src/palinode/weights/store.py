@@ -30,13 +30,11 @@ from palinode.weights.arithmetic import (
     Settings,
     Slice,
     every_of,
-    formula,
     map_slices,
     per_thread,
     slices,
 )
 from palinode.weights.atomic import Crew, Rank0Side, RankSide, check_output, claimed, is_claimed, publish
-from palinode.weights.displacement import Term
 from palinode.weights.fingerprints import (
     Stamps,
     block_digest,
@@ -211,27 +209,10 @@ class Written:
     rounding: Rounding
     """The one that was used: "nearest" or "stochastic"."""
     notes: tuple[str, ...] = ()
+    """What the user should know: how it was rounded and why, what of the dose did not arrive, …"""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Wall time of the phases "sum", "check" and "publish"."""
-
-
-def write(
-    anchor: ModelFolder,
-    terms: Mapping[Term, float],
-    output: Path,
-    asked: Settings,
-    *,
-    along: Mapping[str, Mapping[Term, float]],
-    rows: Rows,
-    check: bool,
-    crew: Crew,
-    on_progress: Callable[[int], None] | None,
-) -> Written:
-    """Write a sum of terms as a model folder; what is asked for is explained at `checkpoint.save`."""
-    job = plan(formula(anchor, terms, along), output, asked, rows, crew.workers)
-    if crew.rank:
-        return _help(job, crew, on_progress)
-    return _write(job, crew, check=check or crew.count > 1, on_progress=on_progress)
+    """Wall time of reading, summing and writing ("sum"); of reading back, and hashing inputs that were never
+    hashed before ("check"); of naming ("publish")."""
 
 
 # The plan
@@ -300,7 +281,11 @@ def share(parts: Sequence[Slice], crew: Crew) -> list[Slice]:
     ]
 
 
-def _write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], None] | None) -> Written:
+def write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], None] | None) -> Written:
+    """Write what was planned, as one process or with others; see `checkpoint.save`."""
+    if crew.rank:
+        return _help(job, crew, on_progress)
+    check = check or crew.count > 1
     clock, leftover = _Clock(), tuple(_leftover_note(job.output))
     with claimed(job.output) as partial:
         check_output(

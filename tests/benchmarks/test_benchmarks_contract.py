@@ -90,14 +90,6 @@ def test_every_metric_that_lacks_something_says_what(name, places, tiny):
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_what_is_to_be_unlearned_comes_from_the_same_place(name, places):
-    benchmark = BENCHMARKS[name]
-    material = benchmark.material(places[name], benchmark.check_split(None))
-    assert len(material.forget) > 0
-    assert all(example.answer.strip() for example in material.forget)
-
-
-@pytest.mark.parametrize("name", BENCHMARKS)
 def test_unknown_split_option_and_metric_are_refused(name):
     benchmark = BENCHMARKS[name]
     with pytest.raises(RecipeError, match="no split 'nonsense'; it has "):

@@ -17,7 +17,6 @@ from palinode.errors import DataError
 from palinode.evaluation.benchmark import (
     MEMORIZATION,
     Benchmark,
-    BenchmarkRows,
     Cell,
     LoadedBenchmark,
     Places,
@@ -58,13 +57,6 @@ def load(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchm
     _check_apart(sets)
     missing = {name: NOT_GIVEN[name] for name in NOT_GIVEN if given[name] is None}
     return LoadedBenchmark(tuple(sets), missing, tuple(facts))
-
-
-def material(places: Places, split: str) -> BenchmarkRows:  # noqa: ARG001
-    """Return the forget rows, and the retain rows where there are any."""
-    forget = read_examples(places.data, columns=places.columns)
-    retain = read_examples(places.retain, columns=places.columns) if places.retain else []
-    return BenchmarkRows(tuple(forget), tuple(retain))
 
 
 def read_questions(location: str, *, columns: Mapping[str, str] | None = None) -> list[Question]:
@@ -127,6 +119,5 @@ OWN = Benchmark(
     source="files of yours: JSON, JSON lines, CSV, Parquet, text, or a hub data set",
     splits=SPLITS,
     load=load,
-    material=material,
     cells=CELLS,
 )

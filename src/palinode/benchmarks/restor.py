@@ -26,7 +26,6 @@ from palinode.errors import DataError, RecipeError
 from palinode.evaluation.benchmark import (
     GENERATION,
     Benchmark,
-    BenchmarkRows,
     Cell,
     LoadedBenchmark,
     Measured,
@@ -192,11 +191,6 @@ def load(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchm
         shown=tuple(facts[entity][relation].question for entity, relation in asked),
     )
     return LoadedBenchmark(sets=(questions_set,), tables=(facts_source, entities_source, *sources))
-
-
-def material(places: Places, split: str) -> BenchmarkRows:
-    """Return all corruption documents of a split; RESTOR has no retain set."""
-    return BenchmarkRows(forget=tuple(_documents(places, split)[0]))
 
 
 def corruption_documents(location: str, split: str) -> dict[str, list[Example]]:
@@ -395,7 +389,6 @@ RESTOR = Benchmark(
     source="github.com/k1rezaei/restor (arXiv 2411.00204), MIT; facts from Wikidata, CC0",
     splits=SPLITS,
     load=load,
-    material=material,
     cells=CELLS,
     options=OPTIONS,
 )

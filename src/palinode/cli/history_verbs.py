@@ -65,8 +65,7 @@ def show(found: Location, *, picture: Path | None, report: Path | None, as_json:
     """Print a location, and write its picture and page where asked."""
     from palinode.records import write_text
     from palinode.report.content import show as show_blocks
-    from palinode.report.location_report import location_brief, location_markdown
-    from palinode.report.pictures import location_picture
+    from palinode.report.location_report import location_brief, location_markdown, location_picture
 
     record = found.as_record()
     if picture:
@@ -215,8 +214,7 @@ def plan(
     from palinode.history.plan import Wish, plan_checkpoints, plan_record, read_decay
     from palinode.records import write_text
     from palinode.report.content import show
-    from palinode.report.location_report import plan_brief
-    from palinode.report.pictures import plan_picture
+    from palinode.report.location_report import plan_brief, plan_picture
 
     if half_life is not None and interest == "uniform":
         raise RecipeError("--half-life is for --interest recent; with uniform all steps count alike")

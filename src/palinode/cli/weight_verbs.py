@@ -153,11 +153,11 @@ def vector(
         raise RecipeError("there is no vector to measure; name --base and --model, or --vector")
     from palinode.cli.console import vector_content, vector_tables
     from palinode.weights import profile
-    from palinode.weights.vectors import layout_of
+    from palinode.weights.arithmetic import layout_of
 
     names = [*dict.fromkeys(models or [])], [*dict.fromkeys(folders or [])]
     directions = _directions(base, *names, settings.allow_pickle)
-    total = max(sum(info.size for info in layout_of(one)) for one in directions.values())
+    total = max(sum(info.size for info in layout_of(one.terms)) for one in directions.values())
     with listener(quiet=quiet).task("measuring", total, "weights") as advance:
         measured = profile(directions, on_progress=advance)
     if as_json:
@@ -192,13 +192,14 @@ def save(
 ) -> None:
     """Store a vector as an artefact of its own, whole or at low rank, and say what error that costs."""
     from palinode.errors import RecipeError
-    from palinode.weights.vectors import layout_of, save_vector
+    from palinode.weights.arithmetic import layout_of
+    from palinode.weights.vectors import save_vector
 
     if (model is None) == (folder is None):
         raise RecipeError("one vector is stored at a time; name either --base and --model, or --vector")
     models, folders = [model] if model else [], [folder] if folder else []
     (direction,) = _directions(base, models, folders, settings.allow_pickle).values()
-    total = sum(info.size for info in layout_of(direction))
+    total = sum(info.size for info in layout_of(direction.terms))
     with listener(quiet=quiet).task("storing", total, "weights") as advance:
         stored = save_vector(direction, output, dtype=dtype, rank=rank, energy=energy, on_progress=advance)
     facts = _vector_facts(output, stored)

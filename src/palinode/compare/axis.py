@@ -29,8 +29,7 @@ from palinode.pipeline.inputs import check_folder
 from palinode.pipeline.recipe import set_key
 from palinode.pipeline.record import heading
 from palinode.progress import Listener, NullListener
-from palinode.report.comparison_report import axis_markdown
-from palinode.report.pictures import axis_picture
+from palinode.report.comparison_report import axis_markdown, axis_picture
 
 AXIS_VERSION = 1
 """Version of the layout of axis.json, described in docs/compare.md."""

@@ -57,8 +57,8 @@ from palinode.pipeline.scales import Probes, open_goal
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text
+from palinode.report.comparison_report import tradeoff_picture
 from palinode.report.page import html_report
-from palinode.report.pictures import tradeoff_picture
 from palinode.report.reports import Facts, markdown_report, report_content
 
 FILES = TABLE, REPORT, PICTURE, PAGE = "table.json", "report.md", "tradeoff.svg", "report.html"

@@ -51,8 +51,7 @@ from palinode.pipeline.finetuning import FineTuning
 from palinode.pipeline.inputs import check_folder, check_workspace
 from palinode.pipeline.record import heading
 from palinode.progress import Listener, NullListener
-from palinode.report.comparison_report import requests_markdown
-from palinode.report.pictures import requests_picture
+from palinode.report.comparison_report import requests_markdown, requests_picture
 from palinode.weights import Checkpoint
 
 REQUESTS_VERSION = 1

@@ -359,14 +359,6 @@ class LoadedBenchmark:
     tables: tuple[TableFacts, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class BenchmarkRows:
-    """What a model unlearns in a benchmark, and the rows whose effect must stay."""
-
-    forget: tuple[Example, ...]
-    retain: tuple[Example, ...] = ()
-
-
 # What follows
 
 
@@ -479,8 +471,6 @@ class Benchmark:
     """What it can be run on, with a line each; the first is the default."""
     load: Callable[[Places, str, Mapping[str, str]], LoadedBenchmark]
     """(places, split, options) → questions; raises DataError."""
-    material: Callable[[Places, str], BenchmarkRows]
-    """(places, split) → what is to be unlearned; raises DataError."""
     cells: tuple[Cell, ...]
     options: tuple[Option, ...] = ()
     hub: str | None = None

@@ -40,8 +40,7 @@ from palinode.pipeline.run import unlearn
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import read_json, write_json, write_text
-from palinode.report.location_report import location_markdown
-from palinode.report.pictures import location_picture
+from palinode.report.location_report import location_markdown, location_picture
 from palinode.settings import LocateSettings, TrainingSettings
 from palinode.training.finetune import Watch, finetune
 from palinode.version import __version__

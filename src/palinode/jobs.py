@@ -101,7 +101,7 @@ def compare(
     recipe: CompareRecipe | None = None,
     *,
     target: Place | None = None,
-    base: Place | Location | None = None,
+    base: Place | None = None,
     forget: Place | None = None,
     retain: Place | None = None,
     output: Place | None = None,

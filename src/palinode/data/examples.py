@@ -74,21 +74,12 @@ ROW_FLAGS = (
 template may be used."""
 
 LABELS = frozenset(
-    {"id", "uuid", "index", "message_id", "parent_id", "timestamp", "created_at", "date", "lang"}
+    (
+        *("id", "uuid", "index", "message_id", "parent_id", "turn", "timestamp", "created_at", "date"),
+        *("lang", "language", "source", "url", "model", "metadata", "annotations", "cache_control"),
+        *("tokens", "score", "rank"),
+    )
 )
-LABELS |= {
-    "annotations",
-    "cache_control",
-    "language",
-    "source",
-    "url",
-    "model",
-    "metadata",
-    "turn",
-    "tokens",
-    "score",
-    "rank",
-}
 """Keys of a message, or of a part of one, that no template shows."""
 
 ROLES = tuple(role for roles in SHAPES.values() for role in roles)

@@ -177,7 +177,7 @@ class Judgement:
         self.last = max((seen.step for row in rows for seen in row.seen), default=None)
         self.unseen = len(rows) - len(firsts)
         logged = log.complete if log is not None else np.empty(0, np.int64)
-        ordered = np.arange(order.first, order.steps + 1) if order is not None else logged[:0]
+        ordered = np.arange(first_step(order), order.steps + 1) if order is not None else logged[:0]
         self.recorded: Ints = np.union1d(logged, ordered)
         """The steps that the log or the order holds, sorted."""
 
@@ -545,10 +545,15 @@ def _steps_in_order(order: Order, copies: Sequence[Sequence[Duplicate]], listene
     }
 
 
+def first_step(order: Order) -> int:
+    """Return the first step that an order holds for: that of a resumed run begins later."""
+    return int(getattr(order, "resumed_from", 0)) + 1
+
+
 def steps_of(order: Order, rows: Iterable[int], *, listener: Listener | None = None) -> dict[int, list[int]]:
     """Return the steps in which each row was, by row, going through the whole order."""
     found: dict[int, list[int]] = {row: [] for row in rows}
-    steps = range(order.first, order.steps + 1)
+    steps = range(first_step(order), order.steps + 1)
     with (listener or NullListener()).task("going through the order", len(steps), "steps") as advance:
         for step in steps:
             for row in sorted(found.keys() & set(order.rows(step))):
@@ -569,7 +574,7 @@ def _check_agreement(
 
     The steps of every forget row are compared (`found`, by name), and the whole batches of a few.
     """
-    both = [int(step) for step in log.steps.step if order.first <= step <= order.steps]
+    both = [int(step) for step in log.steps.step if first_step(order) <= step <= order.steps]
     if not both:
         raise DataError(
             f"log and order have no step in common (the order has the steps 1 to {order.steps:,}); are they "

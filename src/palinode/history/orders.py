@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -46,8 +46,19 @@ INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _INDEX_HEAD = struct.Struct("<9sQBQQ")
 
 
-class Order(ABC):
+class Order(Protocol):
     """Which rows the batch of each optimiser step held."""
+
+    @property
+    def steps(self) -> int:
+        """The last step; the first is 1, or the one after `resumed_from` where it has that."""
+
+    def rows(self, step: int) -> list[int]:
+        """Return the rows of a step's batch over all processes; one that was there twice is twice."""
+
+
+class RebuiltOrder(ABC):
+    """An order that knows its steps."""
 
     resumed_from: int = 0
     """The step after which it holds."""
@@ -57,19 +68,12 @@ class Order(ABC):
     def steps(self) -> int:
         """The last step."""
 
-    @property
-    def first(self) -> int:
-        """The first step; that of a resumed run begins later."""
-        return self.resumed_from + 1
-
     def rows(self, step: int) -> list[int]:
-        """Return the rows of a step's batch over all processes; one that was there twice is twice.
-
-        Raises DataError for a step that the order does not have.
-        """
-        if not self.first <= step <= self.steps:
+        """Return the rows of a step's batch; raise DataError for a step that the order does not have."""
+        first = self.resumed_from + 1
+        if not first <= step <= self.steps:
             raise DataError(
-                f"there is no step {step:,} in this order; it has the steps {self.first:,} to {self.steps:,}"
+                f"there is no step {step:,} in this order; it has the steps {first:,} to {self.steps:,}"
             )
         return self._batch(step)
 
@@ -85,7 +89,7 @@ class Order(ABC):
 
 
 @dataclass(frozen=True, slots=True)
-class JoinedOrder(Order):
+class JoinedOrder(RebuiltOrder):
     """Several orders one after the other: a training that went on with other settings, or another sampler."""
 
     parts: tuple[tuple[int, Order], ...]
@@ -107,7 +111,7 @@ class JoinedOrder(Order):
 
 
 @dataclass(frozen=True)
-class TrainerOrder(Order):
+class TrainerOrder(RebuiltOrder):
     """The rows of transformers' Trainer (5.x on accelerate 1.x) for a data set with a length.
 
     Epoch e shuffles rows with torch's generator seeded seed + e (accelerate's SeedableRandomSampler), cuts
@@ -235,7 +239,7 @@ def _trainer_epoch(order: TrainerOrder, epoch: int) -> Ints:
 
 
 @dataclass(frozen=True)
-class OlmoCoreOrder(Order):
+class OlmoCoreOrder(RebuiltOrder):
     """The documents of OLMo-core's fixed-length loader of token files (NumpyFSLDataset, NumpyFSLDataLoader).
 
     Each token file is cut into instances of `sequence_length` tokens; what is left of a file is not used. An
@@ -400,7 +404,7 @@ def _read_array(path: Path, dtype: str) -> Tokens:
 
 
 @dataclass(frozen=True)
-class NeoxOrder(Order):
+class NeoxOrder(RebuiltOrder):
     """The documents of GPT-NeoX (and so Pythia), by the index files that it keeps beside a packed data set.
 
         …_doc_idx.npy      int32 [documents · epochs]   documents in the order they are strung together in
@@ -582,7 +586,7 @@ class LoggedStage(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class PalinodeOrder(Order):
+class PalinodeOrder(RebuiltOrder):
     """The rows of Palinode's own training loop; stages follow one another."""
 
     batches: Sequence[Sequence[int]]

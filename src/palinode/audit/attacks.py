@@ -33,9 +33,9 @@ from palinode.metrics.leakage import leak_values, overlap_leak
 from palinode.metrics.table import ATTACKS as MEMBERSHIP
 from palinode.models.loading import pad_token
 from palinode.records import Outcome
+from palinode.settings import TrainingSettings
 from palinode.training.loop import train
 from palinode.training.losses import ANSWER_LOSS
-from palinode.training.settings import TrainingSettings
 
 MARGIN = 0.1
 """Distance from the other model's AUC, either way."""

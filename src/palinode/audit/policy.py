@@ -19,21 +19,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from palinode.audit.attack import BUDGETS, AuditBudget
 from palinode.audit.attacks import ATTACKS, tests_by_key
 from palinode.errors import RecipeError
 from palinode.records import dotted, read_toml
+from palinode.settings import StrictModel
 
 Margin = Annotated[float, Field(ge=0)] | bool
 """How far a figure may lie from the reference model's on one side; false: that side is not judged."""
 
 
-class Margins(BaseModel):
+class Margins(StrictModel):
     """The margins of one test."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     more: Margin
     less: Margin
@@ -56,21 +55,19 @@ class Margins(BaseModel):
         return None if self.less is False else self.less
 
 
-class Policy(BaseModel):
+class Policy(StrictModel):
     """When an audit passes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     unclear: Literal["pass", "fail"] = "pass"
     """What a test that could not tell does to the audit."""
-    require: list[str] = []
+    require: list[str] = Field(default=[])
     """Attacks that must have been run; any other may be missing, and is named."""
     min_rows: int = Field(default=10, ge=2)
     """Rows with a value below which a test is unclear in any case."""
     preset: Literal["quick", "standard", "full"] = "standard"
     """The preset that the budget was made from."""
     budget: AuditBudget = AuditBudget()
-    margins: dict[str, Margins] = {}
+    margins: dict[str, Margins] = Field(default={})
     """Margins of every test, by `attack.test`."""
 
 

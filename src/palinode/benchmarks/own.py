@@ -14,11 +14,9 @@ from pathlib import Path
 from palinode.data.examples import SHAPES, Question, check_no_forget_rows, read_examples
 from palinode.data.sources import Row, read_rows
 from palinode.errors import DataError
-from palinode.evaluation.ask import Asking
 from palinode.evaluation.benchmark import (
     MEMORIZATION,
     Benchmark,
-    BenchmarkRows,
     Cell,
     LoadedBenchmark,
     Places,
@@ -30,6 +28,7 @@ from palinode.evaluation.benchmark import (
     quality_cell,
 )
 from palinode.records import read_bytes
+from palinode.settings import Asking
 
 ALTERNATIVES = {"paraphrased_answer": "paraphrased", "perturbed_answer": "perturbed"}
 """Columns of other answers, and the kinds that they are."""
@@ -59,13 +58,6 @@ def load(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchm
     check_no_forget_rows(examples.pop(sets[0].name), examples)
     missing = {name: NOT_GIVEN[name] for name in NOT_GIVEN if given[name] is None}
     return LoadedBenchmark(tuple(sets), missing, tuple(facts))
-
-
-def material(places: Places, split: str) -> BenchmarkRows:  # noqa: ARG001
-    """Return the forget rows, and the retain rows where there are any."""
-    forget = read_examples(places.data, columns=places.columns)
-    retain = read_examples(places.retain, columns=places.columns) if places.retain else []
-    return BenchmarkRows(tuple(forget), tuple(retain))
 
 
 def read_questions(location: str, *, columns: Mapping[str, str] | None = None) -> list[Question]:
@@ -116,6 +108,5 @@ OWN = Benchmark(
     source="files of yours: JSON, JSON lines, CSV, Parquet, text, or a hub data set",
     splits=SPLITS,
     load=load,
-    material=material,
     cells=CELLS,
 )

@@ -22,11 +22,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, RootModel, Va
 
 from palinode.data.examples import Example, Question
 from palinode.errors import DataError, RecipeError
-from palinode.evaluation.ask import Asking
 from palinode.evaluation.benchmark import (
     GENERATION,
     Benchmark,
-    BenchmarkRows,
     Cell,
     LoadedBenchmark,
     Measured,
@@ -44,6 +42,7 @@ from palinode.metrics.aggregate import known_mean, mean_score
 from palinode.metrics.likelihood import alternative_logprobs
 from palinode.metrics.matching import accepted_sample_values, left_out_ids
 from palinode.records import Score, read_bytes
+from palinode.settings import Asking
 
 ENTITIES, FACTS, RELATIONS, EVALUATED = 468, 5269, 41, 50
 """Published sizes: people and facts in facts.json, relations with examples, people in entities.json."""
@@ -191,11 +190,6 @@ def load(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchm
         shown=tuple(facts[entity][relation].question for entity, relation in asked),
     )
     return LoadedBenchmark(sets=(questions_set,), tables=(facts_source, entities_source, *sources))
-
-
-def material(places: Places, split: str) -> BenchmarkRows:
-    """Return all corruption documents of a split; RESTOR has no retain set."""
-    return BenchmarkRows(forget=tuple(_documents(places, split)[0]))
 
 
 def corruption_documents(location: str, split: str) -> dict[str, list[Example]]:
@@ -391,7 +385,6 @@ RESTOR = Benchmark(
     source="github.com/k1rezaei/restor (arXiv 2411.00204), MIT; facts from Wikidata, CC0",
     splits=SPLITS,
     load=load,
-    material=material,
     cells=CELLS,
     options=OPTIONS,
 )

@@ -21,13 +21,13 @@ from palinode.data.examples import Example, Message, Question
 from palinode.data.sources import Row, json_type, parse_hub_name, read_rows
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import DataError, RecipeError
-from palinode.evaluation.ask import Asking
 from palinode.metrics.aggregate import forget_quality
 from palinode.metrics.judged import forget_accuracy, recover_accuracy, retain_accuracy
 from palinode.metrics.likelihood import Form
 from palinode.metrics.membership import auc, min_k_values, privleak, true_positive_rate
 from palinode.metrics.table import ATTACKS, COMPARISONS, METRICS, Metric, score_outcomes
 from palinode.records import Outcome, Score, Verdict, read_bytes
+from palinode.settings import Asking
 
 MEMORIZATION = ("exact_memorization", "extraction_strength", "extraction_strength_strict")
 """Metrics of what a model knows by heart."""
@@ -360,14 +360,6 @@ class LoadedBenchmark:
     tables: tuple[TableFacts, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class BenchmarkRows:
-    """What a model unlearns in a benchmark, and the rows whose effect must stay."""
-
-    forget: tuple[Example, ...]
-    retain: tuple[Example, ...] = ()
-
-
 # What follows
 
 
@@ -480,8 +472,6 @@ class Benchmark:
     """What it can be run on, with a line each; the first is the default."""
     load: Callable[[Places, str, Mapping[str, str]], LoadedBenchmark]
     """(places, split, options) → questions; raises DataError."""
-    material: Callable[[Places, str], BenchmarkRows]
-    """(places, split) → what is to be unlearned; raises DataError."""
     cells: tuple[Cell, ...]
     options: tuple[Option, ...] = ()
     hub: str | None = None

@@ -173,7 +173,8 @@ def formula(
 ) -> Formula:
     """Lay out a point, and the directions its dose is to be measured along, for the kernels."""
     along = along or {}
-    pivot, lines = pivot_of(terms, anchor), [*along.values()]
+    others = (term for term, _ in in_order(terms) if isinstance(term, ModelFolder))
+    pivot, lines = anchor if anchor in terms else next(others), [*along.values()]
     operands = dict.fromkeys([pivot, *terms, anchor, *(term for line in lines for term in line)])
     checkpoints = tuple(term for term in operands if isinstance(term, ModelFolder))
     displacements = tuple(term for term in operands if isinstance(term, Displacement))
@@ -217,13 +218,6 @@ def combined(first: Mapping[Term, float], factor: float, second: Mapping[Term, f
 def in_order(terms: Mapping[Term, float]) -> list[tuple[Term, float]]:
     """Return the terms in an order that does not depend on how the formula was written."""
     return sorted(terms.items(), key=lambda term: (term[1], str(term[0].folder)))
-
-
-def pivot_of(terms: Mapping[Term, float], anchor: ModelFolder | None = None) -> ModelFolder:
-    """Return the checkpoint that the others are compared with: the anchor where it takes part."""
-    if anchor is not None and anchor in terms:
-        return anchor
-    return next(term for term, _ in in_order(terms) if isinstance(term, ModelFolder))
 
 
 NO_HALVES = np.empty((0, 0), np.uint16)

@@ -256,11 +256,6 @@ def plan(form: Formula, output: Path, asked: Settings, rows: Rows, workers: int 
     return _Job(form, asked, chosen, share, output, files, parts, workers, (*told, *fit.notes), stamps)
 
 
-def _leftover_note(output: Path) -> Iterator[str]:
-    if beside(output).exists() and not is_claimed(beside(output)):
-        yield f"an earlier run was interrupted while it wrote {output.name}; what it left was cleared away"
-
-
 def _rounding_note(job: _Job) -> Iterator[str]:
     if job.asked.rounding == "auto" and job.settings.rounding == "stochastic":
         yield (
@@ -286,7 +281,7 @@ def write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], No
     if crew.rank:
         return _help(job, crew, on_progress)
     check = check or crew.count > 1
-    clock, leftover = _Clock(), tuple(_leftover_note(job.output))
+    clock, left = _Clock(), beside(job.output).exists() and not is_claimed(beside(job.output))
     with claimed(job.output) as partial:
         check_output(
             job.output,
@@ -319,7 +314,11 @@ def write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], No
             publish(partial, job.output)
     if check:
         remember(ModelFolder.open(job.output), digests)
-    return replace(saved, notes=(*leftover, *saved.notes), seconds=clock.seconds)
+    name, notes = job.output.name, saved.notes
+    if left:
+        told = f"an earlier run was interrupted while it wrote {name}; what it left was cleared away"
+        notes = (told, *notes)
+    return replace(saved, notes=notes, seconds=clock.seconds)
 
 
 def _fill(

@@ -63,11 +63,10 @@ from palinode.weights.displacement import (
     Term,
     decode,
     encode,
-    read_object,
 )
 from palinode.weights.fingerprints import check_stamps, take_stamps
 from palinode.weights.kernels import multiply, nearest_factors, rank_for, squares
-from palinode.weights.tensors import FLOAT_BYTES, Files, TensorInfo, read_header
+from palinode.weights.tensors import FLOAT_BYTES, Files, TensorInfo, read_header, read_object
 
 FACTS = "vector.json"
 WEIGHTS = "vector.safetensors"

@@ -8,7 +8,8 @@ from invented_benchmarks import muse_folder, own_files, restor_folder, tofu_fold
 from palinode.benchmarks import BENCHMARKS
 from palinode.errors import DataError, RecipeError
 from palinode.evaluation.benchmark import Places
-from palinode.evaluation.evaluate import EvaluationSettings, evaluate_benchmark
+from palinode.evaluation.evaluate import evaluate_benchmark
+from palinode.settings import EvaluationSettings
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ from typing import Generic, Literal, TypeVar
 from palinode.data.examples import Example, Question
 from palinode.data.sources import Row
 from palinode.errors import DataError
-from palinode.evaluation.ask import Asking
 from palinode.evaluation.benchmark import (
     GENERATION,
     MEMORIZATION,
@@ -45,6 +44,7 @@ from palinode.metrics.matching import rouge_values
 from palinode.metrics.membership import MUSE_RETRAINED, privleak
 from palinode.metrics.table import METRICS
 from palinode.records import Score
+from palinode.settings import Asking
 
 Model = TypeVar("Model")
 Kind = Literal["scal", "sust"]

@@ -15,7 +15,6 @@ from palinode.data.examples import Example, Message, Question
 from palinode.data.sources import Row
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import DataError
-from palinode.evaluation.ask import Asking
 from palinode.evaluation.benchmark import (
     ALL,
     GENERATION,
@@ -50,6 +49,7 @@ from palinode.metrics.likelihood import (
 from palinode.metrics.matching import rouge_l_recalls
 from palinode.metrics.table import COMPARISONS, METRICS
 from palinode.records import Outcome, Score
+from palinode.settings import Asking
 
 QA: dict[str, int | None] = {"question": None, "answer": None}
 PERTURBED = {**QA, "paraphrased_answer": None, "perturbed_answer": 5, "paraphrased_question": None}
@@ -212,7 +212,7 @@ CELLS: tuple[Cell, ...] = (
     Cell(
         ALL,
         "model_utility",
-        COMPARISONS["model_utility"].description,
+        COMPARISONS["model_utility"],
         _model_utility,
         also=("retain", "real_authors", "world_facts"),
         needs=frozenset({GENERATION}),

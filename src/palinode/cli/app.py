@@ -25,22 +25,23 @@ from palinode.cli.options import (
     FORGET,
     METHOD,
     NEED,
+    OTHERS,
     OUTPUT,
     SCALES,
+    STYLE,
     TARGET,
     TRAINING_KEYS,
     Changes,
     DryRun,
     Json,
     Key,
-    Prompts,
     Quiet,
-    Seed,
     Verb,
     scales_of,
     takes,
 )
 from palinode.cli.weight_verbs import apply, export, vectors, verify
+from palinode.settings import Questioning
 
 app = typer.Typer(
     name="palinode",
@@ -200,7 +201,15 @@ def run(
 
 
 @verb()
-@takes(*TRAINING_KEYS, COLUMNS, "tracker", ALLOW_PICKLE, DEVICE, "seed")
+@takes(
+    *TRAINING_KEYS,
+    COLUMNS,
+    "tracker",
+    ALLOW_PICKLE,
+    DEVICE,
+    "seed",
+    replace(STYLE, place="prompts", group=OTHERS),
+)
 def finetune(
     content: dict[str, Any],
     *,
@@ -219,14 +228,13 @@ def finetune(
     output: Annotated[
         Path, typer.Option(help="Folder for the fine-tuned checkpoint (float32).", rich_help_panel=NEED)
     ],
-    prompts: Prompts = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Fine-tune a checkpoint on rows, as unlearn does."""
-    from palinode.pipeline.recipe import prompt_style
-    from palinode.pipeline.steps import finetune_file
+    from palinode.jobs import finetune_file
 
+    style = content.pop("prompts", None)
     done = finetune_file(
         base,
         data,
@@ -235,7 +243,7 @@ def finetune(
         **content.pop("data", {}),
         **content.pop("models", {}),
         **content,
-        style=prompt_style(prompts),
+        style=style,
         listener=listener(quiet=quiet),
     )
     first, last = done.curve[0].loss, done.curve[-1].loss
@@ -255,7 +263,9 @@ verb()(evaluate)
 
 
 @verb()
+@takes(of=Questioning, only=["seed"])
 def demo(
+    settings: Questioning,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -266,7 +276,7 @@ def demo(
         bool,
         typer.Option("--locate", help="A ladder of checkpoints instead: when were rows seen, which to take?"),
     ] = False,
-    seed: Seed = 0,
+    *,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -275,12 +285,12 @@ def demo(
     Its whole history is known; two to three minutes.
     """
     if locate:
-        _demo_locate(output or Path("palinode-demo-locate"), seed=seed, quiet=quiet, as_json=as_json)
+        _demo_locate(output or Path("palinode-demo-locate"), seed=settings.seed, quiet=quiet, as_json=as_json)
         return
     from palinode.cli.console import demo_sentence, demo_table
     from palinode.pipeline import demo as run_demo
 
-    result = run_demo(output or Path("palinode-demo"), seed=seed, listener=listener(quiet=quiet))
+    result = run_demo(output or Path("palinode-demo"), seed=settings.seed, listener=listener(quiet=quiet))
     if as_json:
         print_json(result.record)
     else:

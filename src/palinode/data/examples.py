@@ -204,6 +204,16 @@ def shared_rows(first: Sequence[Example], second: Sequence[Example]) -> list[tup
     return [(position, places[key]) for position, key in enumerate(keys) if key in places]
 
 
+def check_no_forget_rows(forget: Sequence[Example], others: Mapping[str, Sequence[Example]]) -> None:
+    """Refuse forget rows in another set, where they would make every comparison of the two meaningless."""
+    for name, examples in others.items():
+        if shared := shared_rows(examples, forget):
+            raise DataError(
+                f"{len(shared)} of the {len(examples)} {name} rows are forget rows too "
+                f"(first: {examples[shared[0][0]].place}); take them out of one of the two"
+            )
+
+
 def fingerprint_examples(examples: Iterable[Example]) -> str:
     """Return a hash of the exact texts, roles, forms and order, 64 hex digits.
 

@@ -29,7 +29,6 @@ from palinode.data.world import Fact, World, invent_world, write_facts
 from palinode.history.duplicates import row_hash
 from palinode.history.exposures import ExposureLog
 from palinode.history.locating import Location, locate
-from palinode.history.onset import OnsetSettings
 from palinode.history.orders import LoggedStage, rebuild, write_stages
 from palinode.history.reader import ExposureReader
 from palinode.history.series import open_series
@@ -42,8 +41,8 @@ from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import read_json, write_json, write_text
 from palinode.report.location_report import location_markdown, location_picture
+from palinode.settings import LocateSettings, TrainingSettings
 from palinode.training.finetune import Watch, finetune
-from palinode.training.settings import TrainingSettings
 from palinode.version import __version__
 from palinode.weights.checkpoint import Checkpoint
 
@@ -333,7 +332,7 @@ def _locate_all(
                 read_examples(path),
                 series,
                 target_step=models.steps[-1],
-                settings=OnsetSettings(max_length=64, device="cpu", seed=seed),
+                settings=LocateSettings(max_length=64, device="cpu", seed=seed),
                 listener=listener if kind == "behaviour" else None,
                 **given,
             )

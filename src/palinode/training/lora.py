@@ -20,8 +20,8 @@ from palinode.errors import CheckpointError, InputError, RecipeError
 from palinode.models.loading import load_model, save_tensors
 from palinode.models.reading import linear_layers
 from palinode.records import write_json
+from palinode.settings import LoraSettings
 from palinode.training.objectives import CURVE, CurvePoint
-from palinode.training.settings import LoraSettings
 from palinode.weights.adapters import CONFIG, WEIGHTS
 from palinode.weights.atomic import claimed, publish
 from palinode.weights.checkpoint import Checkpoint

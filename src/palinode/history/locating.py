@@ -506,16 +506,19 @@ def locate(
     if control:
         onset = find_onset(forget, control, series, settings=settings, listener=listener)
         warnings += onset.notes
-        if log is not None and (trained := len({entry.row for entry in log.find(control, salt=salt)})):
-            warnings.append(
-                f"{trained} of {len(control)} control rows were trained on, by the log: the evidence from "
-                "behaviour is weaker than it looks."
-            )
+        warnings += _notes_on_control(log, control, salt) if log is not None else []
     rows = tuple(
         RowHistory(number, example.place, _seen(number, found), tuple(copies[number]))
         for number, example in enumerate(forget)
     )
     return Judgement(series, rows, onset, log, order, target_step, warnings).location()
+
+
+def _notes_on_control(log: ExposureReader, control: Sequence[Example], salt: bytes) -> list[str]:
+    """Say how many control rows were trained on, if any were."""
+    trained = len({entry.row for entry in log.find(control, salt=salt)})
+    words = "control rows were trained on, by the log: the evidence from behaviour is weaker than it looks."
+    return [f"{trained} of {len(control)} {words}"] if trained else []
 
 
 def _steps_in_log(

@@ -304,6 +304,14 @@ def read_toml(path: Path) -> dict[str, Any]:
     return content
 
 
+def dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value of nested mappings under its dotted key; the mappings themselves come first."""
+    for key, value in tree.items():
+        yield prefix + key, value
+        if isinstance(value, Mapping):
+            yield from dotted(value, f"{prefix}{key}.")
+
+
 def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
     """Write outcomes as JSON lines, one a line, in the order given."""
     lines = (json.dumps(asdict(outcome), ensure_ascii=False, allow_nan=False) for outcome in outcomes)

@@ -24,7 +24,7 @@ from pydantic import Field, ValidationError, field_validator
 from palinode.audit.attack import BUDGETS, AuditBudget
 from palinode.audit.attacks import ATTACKS, tests_by_key
 from palinode.errors import RecipeError
-from palinode.records import read_toml
+from palinode.records import dotted, read_toml
 from palinode.settings import StrictModel
 
 Margin = Annotated[float, Field(ge=0)] | bool
@@ -137,7 +137,7 @@ def _check_keys(content: Mapping[str, Any]) -> None:
     """Refuse a key that no policy has, a value where a section belongs, and an attack that does not exist."""
     known = known_keys()
     sections = {key for key in known if any(other.startswith(f"{key}.") for other in known)}
-    for key, value in _flat(content):
+    for key, value in dotted(content):
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
             raise RecipeError(f"the policy has an unknown key {key!r}; did you mean {near[0]!r}?")
@@ -147,16 +147,6 @@ def _check_keys(content: Mapping[str, Any]) -> None:
     for name in required if isinstance(required, list) else []:
         if name not in ATTACKS:
             raise RecipeError(f"require names {name!r}; the attacks are {', '.join(ATTACKS)}")
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Return every key with its value, dotted, a section before what it holds."""
-    pairs = []
-    for name, value in content.items():
-        pairs.append((prefix + name, value))
-        if isinstance(value, Mapping):
-            pairs += _flat(value, f"{prefix}{name}.")
-    return pairs
 
 
 def _explain(error: ValidationError) -> str:

@@ -16,7 +16,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, RootModel, ValidationError
@@ -39,7 +38,7 @@ from palinode.evaluation.benchmark import (
     need_table,
     runs_of,
 )
-from palinode.metrics.aggregate import mean_score
+from palinode.metrics.aggregate import known_mean, mean_score
 from palinode.metrics.likelihood import alternative_logprobs
 from palinode.metrics.matching import accepted_sample_values, left_out_ids
 from palinode.records import Score, read_bytes
@@ -270,7 +269,7 @@ def by_group(values: Sequence[float | None], groups: Sequence[str]) -> list[floa
     collected: dict[str, list[float | None]] = {}
     for value, group in zip(values, groups, strict=True):
         collected.setdefault(group, []).append(value)
-    return [_mean(part) for part in collected.values()]
+    return [known_mean(part) for part in collected.values()]
 
 
 def _judged_values(measured: Measured) -> list[float | None]:
@@ -279,7 +278,9 @@ def _judged_values(measured: Measured) -> list[float | None]:
     accepted: list[float | None] = []
     for outcome in measured.of("facts"):
         roles = [next(verdicts).roles() for _ in runs_of(outcome)]
-        accepted.append(_mean([None if picked is None else float("accepted" in picked) for picked in roles]))
+        accepted.append(
+            known_mean([None if picked is None else float("accepted" in picked) for picked in roles])
+        )
     return accepted
 
 
@@ -299,11 +300,6 @@ def _accuracy_cell(name: str, description: str, *, by_entity: bool, judge: bool)
         return replace(mean, reason="; ".join(remarks) or None)
 
     return Cell("facts", name, description, score, needs=frozenset({GENERATION}), judge=judge)
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None
 
 
 # Reading

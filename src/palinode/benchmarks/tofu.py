@@ -212,7 +212,7 @@ CELLS: tuple[Cell, ...] = (
     Cell(
         ALL,
         "model_utility",
-        COMPARISONS["model_utility"].description,
+        COMPARISONS["model_utility"],
         _model_utility,
         also=("retain", "real_authors", "world_facts"),
         needs=frozenset({GENERATION}),

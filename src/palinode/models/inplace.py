@@ -102,7 +102,11 @@ def _flat_parameters(model: PreTrainedModel, anchor: Checkpoint) -> dict[str, to
     A live model may hold all experts of a layer in one parameter: then an expert's matrix is a part of it.
     """
     parameters = dict(model.named_parameters())
-    live = _live_layout(model, anchor)
+    infos = {  # as a checkpoint has tensors, each in a "file" of its own name
+        name: TensorInfo(name, "F32", tuple(value.shape), Path(name), 0, 4 * value.numel())
+        for name, value in parameters.items()
+    }
+    live = Checkpoint(anchor.folder, infos, {})
     flat: dict[str, torch.Tensor] = {}
     unfilled = {name: value.numel() for name, value in parameters.items()}
     for name, info in anchor.tensors.items():
@@ -160,15 +164,6 @@ def name_in_files(checkpoint: Checkpoint, name: str) -> str:
             "renames its weights on loading, so leave out transforms that read gradients or inputs"
         )
     return own
-
-
-def _live_layout(model: PreTrainedModel, anchor: Checkpoint) -> Checkpoint:
-    """Return a live model's parameters as a checkpoint has tensors, each in a "file" of its own name."""
-    infos = {
-        name: TensorInfo(name, "F32", tuple(value.shape), Path(name), 0, 4 * value.numel())
-        for name, value in model.named_parameters()
-    }
-    return Checkpoint(anchor.folder, infos, {})
 
 
 class CombinedLogits(PreTrainedModel, GenerationMixin):

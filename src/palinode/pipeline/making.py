@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +93,9 @@ class Making(Work):
             tolerance=TOLERANCE,
             **({"auto": [scales.trials, scales.groups]} if auto else {}),
         )
-        facts = step.facts
-        if facts is None:
-            step.begin()
-            choose = search_scales if auto else grid_scales
-            grid = alphas, betas
-            chosen = choose(self.inputs, target, vectors, grid, step.folder, self.listener)
-            step.finish(facts := asdict(chosen))
-        return ChosenScales(**facts)
+        choose = partial(search_scales if auto else grid_scales, self.inputs, target, vectors)
+        found = step.once(lambda: asdict(choose((alphas, betas), step.folder, self.listener)))
+        return ChosenScales(**found)
 
     def _vectors_added(
         self, target: Checkpoint, trained: Trained, chosen: ChosenScales, step: Step

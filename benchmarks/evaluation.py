@@ -213,7 +213,8 @@ def report(figures: dict[str, object]) -> None:
 def ask_way(model, tokenizer, data: dict[str, list[Row]], new_tokens: int, run: Run) -> None:
     """Ask the questions of each set, and take every figure from the outcomes."""
     from palinode.data.examples import Example, Message, Question
-    from palinode.evaluation.ask import Asking, ask
+    from palinode.evaluation.ask import ask
+    from palinode.settings import Asking
 
     for name, rows in data.items():
         member = name in ("forget", "holdout")

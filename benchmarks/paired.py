@@ -51,11 +51,11 @@ from palinode.methods.method import Given
 from palinode.methods.msa import PAIRED, PairedSettings
 from palinode.models.inplace import put
 from palinode.models.loading import load_model, load_tokenizer
+from palinode.settings import TrainingSettings
 from palinode.training.finetune import Finetuned, finetune
 from palinode.training.losses import ANSWER_LOSS, Loss
 from palinode.training.objectives import Objective
 from palinode.training.roles import Material
-from palinode.training.settings import TrainingSettings
 from palinode.weights import Checkpoint, Direction
 from palinode.weights.checkpoint import Point
 

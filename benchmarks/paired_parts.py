@@ -21,9 +21,9 @@ from palinode.data.world import World
 from palinode.models.likelihoods import score_rows
 from palinode.models.loading import load_model
 from palinode.models.sums import input_spaces
+from palinode.settings import TrainingSettings
 from palinode.training.loop import train
 from palinode.training.losses import ANSWER_LOSS
-from palinode.training.settings import TrainingSettings
 from palinode.weights import Checkpoint, Direction
 from palinode.weights.vectors import StoredVector, project_off, transform
 

@@ -115,9 +115,9 @@ def report(figures: dict[str, object]) -> None:
 
 
 def our_steps(model, args: argparse.Namespace) -> list[float]:
+    from palinode.settings import TrainingSettings
     from palinode.training.loop import train
     from palinode.training.losses import ANSWER_LOSS
-    from palinode.training.settings import TrainingSettings
 
     settings = TrainingSettings(
         epochs=1,

@@ -37,7 +37,6 @@ def tofu_folder(folder: Path, *, holdout: bool = False, leave_out: tuple[str, ..
     tables = {
         "forget01": [qa(n) for n in range(40)],
         "forget01_perturbed": [perturbed(n, 5) for n in range(40)],
-        "retain99": [qa(n % 900) | {"answer": f"number {n}"} for n in range(3960)],
         "retain_perturbed": [perturbed(n, 5) for n in range(100, 500)],
         "real_authors_perturbed": [perturbed(n, 3, paraphrased=False) for n in range(500, 600)],
         "world_facts_perturbed": [perturbed(n, 3, paraphrased=False) for n in range(600, 717)],
@@ -103,8 +102,6 @@ def muse_folder(folder: Path, *, folds: bool = False) -> Path:
         write(f"knowmem/{kind}_qa_icl", [qa(n) for n in range(begin + 100, begin + 110)])
     write("privleak/forget", texts(0, 100))
     write("privleak/holdout", texts(100, 100))
-    write("raw/forget", texts(0, 889))
-    write("raw/retain1", texts(1000, 1777))
     if folds:
         for number, count in enumerate((889, 889, 889, 887)):
             write(f"sust/forget_{number + 1}", texts(889 * number, count))

@@ -28,6 +28,7 @@ LAYERS = {
     "version": 0,
     "weights": 1,
     "data": 1,
+    "settings": 1.5,
     "metrics": 1,
     "report": 1,
     "models": 2,
@@ -343,13 +344,13 @@ def test_tables_that_contributing_names_stand_in_the_room_beside_them():
 def test_the_house_does_not_grow():
     texts = house.sources()
     lines = sum(text.count("\n") for text in texts.values())
-    assert lines <= 43_200, "whoever adds a room says which room it takes away"
+    assert lines <= 43_120, "whoever adds a room says which room it takes away"
     assert len(texts) <= 163
 
 
 def test_what_there_should_be_none_of_does_not_grow():
     found = {title: len(lines) for title, lines in house.look(house.sources()).items()}
-    most = {"functions": 4, "public functions": 5, "import circles": 0, "class names": 0, "file names": 0}
+    most = {"functions": 0, "public functions": 0, "import circles": 0, "class names": 0, "file names": 0}
     for start, number in most.items():
         assert [title for title, count in found.items() if title.startswith(start) and count > number] == []
 

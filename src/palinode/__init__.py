@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from palinode.compare import Compared, CompareRecipe, load_comparison
     from palinode.data import Example, PromptStyle, Question, read_examples
     from palinode.errors import PalinodeError
-    from palinode.evaluation.ask import Asking, ask
-    from palinode.evaluation.evaluate import EvaluationSettings, evaluate
+    from palinode.evaluation.ask import ask
     from palinode.history import (
         CheckpointSeries,
         ExposureCallback,
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
         ExposureReader,
         Location,
         LoggedLoader,
-        OnsetSettings,
         ThinningCallback,
         open_series,
     )
@@ -37,15 +35,15 @@ if TYPE_CHECKING:
     from palinode.history.plan import plan_checkpoints as plan
     from palinode.jobs import (
         Audited,
-        AuditSettings,
         Importance,
-        LocateSettings,
         LowRank,
         Mask,
         Projection,
         SignConsensus,
         audit,
         compare,
+        evaluate,
+        evaluate_benchmark,
         locate,
         unlearn,
     )
@@ -62,8 +60,15 @@ if TYPE_CHECKING:
         load_recipe,
     )
     from palinode.records import Outcome, Score
+    from palinode.settings import (
+        ApplySettings,
+        Asking,
+        AuditSettings,
+        EvaluationSettings,
+        LocateSettings,
+        TrainingSettings,
+    )
     from palinode.training.finetune import Finetuned, finetune
-    from palinode.training.settings import TrainingSettings
     from palinode.weights import (
         Checkpoint,
         Crew,
@@ -96,14 +101,7 @@ _ROOMS = {
         "read_examples",
     ),
     "errors": ("PalinodeError",),
-    "evaluation.ask": (
-        "Asking",
-        "ask",
-    ),
-    "evaluation.evaluate": (
-        "EvaluationSettings",
-        "evaluate",
-    ),
+    "evaluation.ask": ("ask",),
     "history": (
         "CheckpointSeries",
         "ExposureCallback",
@@ -111,7 +109,6 @@ _ROOMS = {
         "ExposureReader",
         "Location",
         "LoggedLoader",
-        "OnsetSettings",
         "ThinningCallback",
         "open_series",
     ),
@@ -121,16 +118,16 @@ _ROOMS = {
         "plan",
     ),
     "jobs": (
-        "AuditSettings",
         "Audited",
         "Importance",
-        "LocateSettings",
         "LowRank",
         "Mask",
         "Projection",
         "SignConsensus",
         "audit",
         "compare",
+        "evaluate",
+        "evaluate_benchmark",
         "locate",
         "unlearn",
     ),
@@ -157,7 +154,14 @@ _ROOMS = {
         "Finetuned",
         "finetune",
     ),
-    "training.settings": ("TrainingSettings",),
+    "settings": (
+        "ApplySettings",
+        "Asking",
+        "AuditSettings",
+        "EvaluationSettings",
+        "LocateSettings",
+        "TrainingSettings",
+    ),
     "weights": (
         "Checkpoint",
         "Crew",
@@ -179,6 +183,7 @@ _ROOMS = {
 __all__ = [
     "METHODS",
     "METRICS",
+    "ApplySettings",
     "Asking",
     "AuditSettings",
     "Audited",
@@ -203,7 +208,6 @@ __all__ = [
     "LoraAdapter",
     "LowRank",
     "Mask",
-    "OnsetSettings",
     "Outcome",
     "PalinodeError",
     "Plan",
@@ -232,6 +236,7 @@ __all__ = [
     "demo",
     "dry_run",
     "evaluate",
+    "evaluate_benchmark",
     "finetune",
     "load_comparison",
     "load_recipe",

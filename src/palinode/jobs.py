@@ -7,20 +7,25 @@ of the command line call these functions; the runs themselves are in pipeline/, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from palinode.audit.material import read_material
 from palinode.audit.policy import load_policy
+from palinode.benchmarks import BENCHMARKS
 from palinode.compare import Compared, CompareRecipe, build_comparison, carry_out, compare_along
 from palinode.compare import compare as run_comparison
-from palinode.data import PromptStyle, read_examples
-from palinode.errors import DataError, RecipeError
+from palinode.data import Example, PromptStyle, at_most, fingerprint_examples, read_examples
+from palinode.data.tokenize import prompt_notes
+from palinode.errors import CheckpointError, DataError, RecipeError, meant
+from palinode.evaluation.benchmark import Places
+from palinode.evaluation.evaluate import BenchmarkEvaluated, Evaluated, check_new_file
+from palinode.evaluation.evaluate import evaluate as ask_rows
+from palinode.evaluation.evaluate import evaluate_benchmark as run_benchmark
 from palinode.history import Location, open_series
 from palinode.history import locate as locate_rows
 from palinode.history.locating import open_log, open_order
-from palinode.history.onset import OnsetSettings
 from palinode.history.series import step_of
 from palinode.methods.transforms import (
     TRANSFORMS,
@@ -31,14 +36,19 @@ from palinode.methods.transforms import (
     ProjectionSettings,
     TransformSettings,
 )
+from palinode.models.loading import load_tokenizer, pick_device
 from palinode.pipeline.audit_run import AuditPlan
 from palinode.pipeline.audit_run import audit as run_audit
-from palinode.pipeline.recipe import Recipe, build_recipe
+from palinode.pipeline.recipe import Recipe, build_recipe, checked_settings
 from palinode.pipeline.run import Unlearned
 from palinode.pipeline.run import unlearn as run_recipe
-from palinode.progress import Listener
-from palinode.records import read_bytes
-from palinode.training.settings import TrainingSettings
+from palinode.pipeline.tracking import check_trackers, tracked
+from palinode.pipeline.workspace import fingerprint
+from palinode.progress import Listener, NullListener
+from palinode.records import beside, fitting, private, read_bytes, write_outcomes
+from palinode.settings import AuditSettings, EvaluationSettings, LocateSettings, TrainingSettings
+from palinode.training.finetune import Finetuned, finetune
+from palinode.weights import Checkpoint
 
 Place = str | Path
 """A folder or file, or the name of something on the hub."""
@@ -51,7 +61,7 @@ def unlearn(
     recipe: Recipe | None = None,
     *,
     target: Place | None = None,
-    base: Place | None = None,
+    base: Place | Location | None = None,
     forget: Place | None = None,
     retain: Place | None = None,
     output: Place | None = None,
@@ -64,25 +74,27 @@ def unlearn(
 ) -> Unlearned:
     """Take the forget rows back out of `target`, and write the unlearned model to the folder `output`.
 
-    `scales` are α and β, or how they are chosen. `settings` are other keys of a recipe, dotted or as
-    sections: {"seed": 1, "evaluation.max_rows": 100}. A whole `recipe` comes instead of all of them. The
-    same call after an interruption goes on where it was. Raises PalinodeError.
+    `base` may be what `locate` found. `scales` are α and β, or how they are chosen. `settings` are other keys
+    of a recipe, dotted or as sections: {"seed": 1, "evaluation.max_rows": 100}. A whole `recipe` comes
+    instead of all of them, but for a base that was located: it names that base, the record says how it was
+    found. The same call after an interruption goes on where it was. Raises PalinodeError.
     """
+    start, located = chosen_base(base) if isinstance(base, Location) else (base, None)
     if recipe is not None:
-        if any((target, base, forget, retain, output, transforms, training, settings)):
+        if any((target, start and not located, forget, retain, output, transforms, training, settings)):
             raise RecipeError("a recipe says all that decides a run; leave the other arguments out")
-        return run_recipe(recipe, listener=listener)
+        return run_recipe(recipe, listener=listener, located=located)
     chosen = {"choose": scales} if isinstance(scales, str) else {"forget": scales[0], "retain": scales[1]}
     content = {
         "method": method,
         "transforms": [_transform(one) for one in transforms],
-        "models": _named(target=target, base=base),
+        "models": _named(target=target, base=start),
         "data": _named(forget=forget, retain=retain),
         "output": _named(folder=output),
         "scales": chosen,
         "training": training.model_dump(exclude_unset=True) if training else {},
     }
-    return run_recipe(build_recipe(_with(content, settings)), listener=listener)
+    return run_recipe(build_recipe(_with(content, settings)), listener=listener, located=located)
 
 
 def compare(
@@ -96,7 +108,6 @@ def compare(
     methods: Sequence[str] = (),
     steps: int | None = None,
     settings: Mapping[str, Any] | None = None,
-    command: str | None = None,
     listener: Listener | None = None,
 ) -> Compared:
     """Compare methods, each with `steps` optimiser steps for a model, and write the table to `output`.
@@ -119,31 +130,7 @@ def compare(
         run = carry_out
     elif recipe.comparison.axis:
         run = compare_along
-    return run(recipe, command=command, listener=listener)
-
-
-@dataclass(frozen=True, slots=True)
-class AuditSettings:
-    """How an audit is done; everything has a default."""
-
-    attacks: Sequence[str] = ()
-    """Only these attacks; none means all."""
-    budget: str | None = None
-    """quick, standard or full."""
-    policy: Path | None = None
-    """A TOML policy: margins, budget, what must be run."""
-    paraphrases: str | None = None
-    """A column of the forget rows, or a file with a row for each; None: paraphrased_question."""
-    lookalikes: str | None = None
-    """Rows like the forget set; None: made of perturbed_answer or paraphrased_answer."""
-    columns: Mapping[str, str] | None = None
-    """Columns of the rows by what they hold, as in {"question": "q"}."""
-    style: PromptStyle | None = None
-    """How questions are put."""
-    allow_pickle: bool = False
-    """Read files of torch.save too; none of their code is run."""
-    device: str = "auto"
-    seed: int = 0
+    return run(recipe, listener=listener)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +159,6 @@ def audit(
     retain: Place | None = None,
     holdout: Place | None = None,
     settings: AuditSettings | None = None,
-    command: str | None = None,
     listener: Listener | None = None,
 ) -> Audited:
     """Attack a model and the model `against` it alike, and write what the attacks find to `output`.
@@ -212,31 +198,7 @@ def audit(
     )
     if settings.attacks:
         plan = replace(plan, attacks=settings.attacks)
-    return Audited(Path(output), run_audit(plan, Path(output), command=command, listener=listener))
-
-
-@dataclass(frozen=True, slots=True)
-class LocateSettings:
-    """How rows are located; everything has a default."""
-
-    steps: Sequence[int] | None = None
-    """Steps of the checkpoints, where their names lack them."""
-    pattern: str | None = None
-    """Which folders or revisions are checkpoints, as in step*."""
-    tokens_per_step: int | None = None
-    """Tokens of an optimiser step, for distances in tokens."""
-    target_step: int | None = None
-    """The target's step, where nothing tells it."""
-    similarity: float = 0.7
-    """Texts of the corpus so similar count as copies."""
-    salt: Path | None = None
-    """File whose bytes are the salt of a salted log."""
-    columns: Mapping[str, str] | None = None
-    """Columns of the rows by what they hold, as in {"question": "q"}."""
-    allow_pickle: bool = False
-    """Read files of torch.save too; none of their code is run."""
-    behaviour: OnsetSettings = field(default_factory=OnsetSettings)
-    """How checkpoints are asked what they know."""
+    return Audited(Path(output), run_audit(plan, Path(output), listener=listener))
 
 
 def locate(
@@ -281,10 +243,154 @@ def locate(
         corpus=trained,
         control=read_examples(control, columns=settings.columns) if control else None,
         target_step=step,
-        similarity=settings.similarity,
-        settings=settings.behaviour,
+        settings=settings,
         listener=listener,
     )
+
+
+def chosen_base(found: Location) -> tuple[str, dict[str, Any]]:
+    """Return the base that a location recommends, and what a record says of the choice.
+
+    Raises CheckpointError where no checkpoint is clean.
+    """
+    choice = found.recommended
+    if choice is None:
+        least = found.next_best
+        told = f"; the least contaminated is {least.location} ({least.reason})" if least else ""
+        raise CheckpointError(
+            f"no checkpoint of the ladder is known to be clean of the forget rows{told}: name it with --base "
+            "if it shall serve all the same, or look at the alternatives that palinode locate names"
+        )
+    facts = {
+        "base": choice.location,
+        "step": choice.step,
+        "reason": choice.reason,
+        "evidence": list(choice.evidence),
+        "certainty": choice.certainty,
+        "first_exposure": found.first,
+        "next_best": found.next_best.location if found.next_best else None,
+        "warnings": list(found.warnings),
+    }
+    return choice.location, facts
+
+
+def evaluate(
+    model: Checkpoint | Place,
+    rows: Sequence[Example] | Place,
+    settings: EvaluationSettings | None = None,
+    *,
+    listener: Listener | None = None,
+) -> Evaluated:
+    """Ask a model these rows, and return its outcomes and the four basic scores.
+
+    Of a file or data set at most `max_rows` are drawn; rows in memory are all asked. The outcomes are written
+    to the file `output` of the settings. Raises PalinodeError.
+    """
+    settings = settings or EvaluationSettings()
+    if settings.output is not None:
+        check_new_file(settings.output, "the outcomes")
+    if isinstance(model, str | Path):
+        model = Checkpoint.open(model, allow_pickle=settings.allow_pickle)
+    if isinstance(rows, str | Path):
+        every = read_examples(rows, columns=settings.columns)
+        rows = at_most(every, settings.max_rows, seed=settings.seed + 1)
+    found = ask_rows(model, rows, settings, listener=listener)
+    if settings.output is not None:
+        with private():
+            write_outcomes(settings.output, found.outcomes)
+    return found
+
+
+def evaluate_benchmark(
+    model: Checkpoint | Place,
+    benchmark: str = "own",
+    data: Place | None = None,
+    *,
+    retain: Place | None = None,
+    holdout: Place | None = None,
+    settings: EvaluationSettings | None = None,
+    listener: Listener | None = None,
+) -> BenchmarkEvaluated:
+    """Run a benchmark on a model, with every metric that its data allows; `scores` are by set and metric.
+
+    `data` is the folder of its files, or for "own" the forget rows, beside which `retain` and `holdout` rows
+    may be given. The folder `output` of the settings gets scores.json. Raises PalinodeError.
+    """
+    settings = settings or EvaluationSettings()
+    if benchmark not in BENCHMARKS:
+        known = ", ".join(BENCHMARKS)
+        raise RecipeError(
+            f"there is no benchmark {benchmark!r}; there are {known}{meant(benchmark, BENCHMARKS)}"
+        )
+    chosen = BENCHMARKS[benchmark]
+    if data is None and chosen.hub is None:
+        raise RecipeError(f"{benchmark} needs --data: a file of rows, or the folder of the benchmark's files")
+    places = _named(data=data or chosen.hub, retain=retain, holdout=holdout)
+    for name in ("retain", "holdout"):
+        if name in places and benchmark != "own":
+            raise RecipeError(f"--{name} is for rows of your own; {benchmark} has its own sets")
+    return run_benchmark(
+        model if isinstance(model, Checkpoint) else str(model),
+        chosen,
+        Places(**places, columns=settings.columns),
+        settings,
+        listener=listener,
+    )
+
+
+@private()
+def finetune_file(
+    base: str,
+    data: str,
+    output: Path,
+    settings: Mapping[str, Any],
+    *,
+    columns: Mapping[str, str] | None = None,
+    allow_pickle: bool = False,
+    style: PromptStyle | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    tracker: str | None = None,
+    listener: Listener | None = None,
+) -> Finetuned:
+    """Fine-tune a model folder on a file of rows; an interrupted call goes on when it is repeated.
+
+    Trackers put their files into `<output>.tracking`, beside the output.
+    """
+    checked = checked_settings(TrainingSettings, settings)
+    check_trackers(tracker)
+    start = Checkpoint.open(base, allow_pickle=allow_pickle)
+    examples = read_examples(data, columns=columns or None)
+    for note in prompt_notes(examples, load_tokenizer(start), style or PromptStyle()):
+        (listener or NullListener()).say(note)
+    key = fingerprint(
+        start=start.fingerprint(),
+        rows=fingerprint_examples(examples),
+        training=checked.key(),
+        seed=seed,
+        prompts=asdict(style or PromptStyle()),
+    )
+    place = output.resolve()
+    state = beside(place, f".state-{key[:12]}")  # other inputs never find it
+    with tracked(
+        listener or NullListener(),
+        tracker,
+        folder=place.with_name(fitting(place.name, ".tracking")),
+        run=place.name,
+        settings={"seed": seed, "training": checked.model_dump(mode="json", exclude_none=True)},
+        cpu=pick_device(device).type == "cpu",
+    ) as listening:
+        return finetune(
+            start,
+            examples,
+            output,
+            checked,
+            style=style,
+            seed=seed,
+            device=device,
+            state=state,
+            listener=listening,
+        )
 
 
 # What the jobs share

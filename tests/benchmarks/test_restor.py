@@ -10,9 +10,9 @@ from invented_benchmarks import NAMES, restor_folder
 from palinode.benchmarks.restor import RESTOR, Shot, corruption_documents, documents_by_entity, five_shot
 from palinode.data.examples import Example
 from palinode.errors import DataError, RecipeError
-from palinode.evaluation.ask import Asking
 from palinode.evaluation.benchmark import Exam, Measured, Places, QuestionSet, score_cell
 from palinode.records import Likelihood, Outcome, Verdict
+from palinode.settings import Asking
 
 
 @pytest.fixture(scope="module")

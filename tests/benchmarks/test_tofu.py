@@ -71,8 +71,6 @@ def test_ten_requests_under_the_name_of_a_forget_set_are_refused(tmp_path):
     )
     with pytest.raises(DataError, match=message):
         load(tmp_path)
-    with pytest.raises(DataError, match=message):
-        TOFU.material(Places(str(tmp_path)), "forget01")
 
 
 def test_one_request_of_forty_rows_is_refused_for_its_task_id(tmp_path):
@@ -132,13 +130,6 @@ def test_sets_that_are_not_there_are_told_and_the_forget_set_alone_is_needed(tmp
     assert list(sets_of(loaded)) == ["forget"]
     assert set(loaded.missing) == {"retain", "real_authors", "world_facts", "holdout"}
     assert "holds no holdout01 (holdout01.jsonl, .json" in loaded.missing["holdout"]
-
-
-def test_retain_set_of_a_split_is_checked_too(folder):
-    material = TOFU.material(Places(str(folder)), "forget01")
-    assert (len(material.forget), len(material.retain)) == (40, 3960)
-    with pytest.raises(DataError, match="holds no forget05"):
-        TOFU.material(Places(str(folder)), "forget05")
 
 
 def test_json_under_the_name_of_json_lines_is_read_by_its_content(tmp_path):

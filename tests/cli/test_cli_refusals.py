@@ -458,7 +458,9 @@ def test_finetune_and_evaluate_refuse_alike(palinode, tiny, tmp_path, monkeypatc
         in palinode("finetune", "--base", base, "--data", "none.jsonl", "--output", "o").refusal
     )
     assert "no such file: none.jsonl" in palinode("evaluate", base, "--data", "none.jsonl").refusal
-    assert "max_rows cannot be used" in palinode("evaluate", base, "--data", rows, "--max-rows", 0).refusal
+    assert (
+        "'--max-rows': Input should be" in palinode("evaluate", base, "--data", rows, "--max-rows", 0).refusal
+    )
     assert "its folder does not" in palinode("evaluate", base, "--data", rows, "--output", "no/where").refusal
     assert (
         "there is no model folder nowhere" in palinode("vector", "--base", base, "--model", "nowhere").refusal

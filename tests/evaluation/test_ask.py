@@ -17,11 +17,12 @@ from palinode import read_examples
 from palinode.data.examples import Example, Message, Question, plain_questions
 from palinode.data.tokenize import PromptStyle, TokenRow, prompt_ids, tokenize
 from palinode.errors import DataError, RecipeError
-from palinode.evaluation.ask import Asking, ask, said_right, sample_seed
+from palinode.evaluation.ask import ask, said_right, sample_seed
 from palinode.models import load_model, load_tokenizer
 from palinode.models.likelihoods import TokenScores, token_scores
 from palinode.models.sums import gradient_norms
 from palinode.records import Outcome
+from palinode.settings import Asking
 
 ASKING = Asking(max_new_tokens=4, max_length=64, standardise=True, gradient_norms=True, samples=2, seed=3)
 
@@ -328,7 +329,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from palinode import read_examples
 from palinode.data.examples import Question
 from palinode.errors import CheckpointError
-from palinode.evaluation.ask import Asking, ask
+from palinode.evaluation.ask import ask
+from palinode.settings import Asking
 from palinode.models import load_model, load_tokenizer
 from palinode.weights.checkpoint import Checkpoint
 

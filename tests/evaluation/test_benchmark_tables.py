@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from palinode.errors import DataError
-from palinode.evaluation.ask import Asking
 from palinode.evaluation.benchmark import (
     GENERATION,
     STANDARDISED,
@@ -21,6 +20,7 @@ from palinode.evaluation.benchmark import (
     read_table,
     trim_asking,
 )
+from palinode.settings import Asking
 
 ROWS = [{"question": "who", "answer": "ba"}, {"question": "what", "answer": "ka"}]
 QA = {"question": None, "answer": None}

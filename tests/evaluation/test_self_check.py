@@ -19,8 +19,8 @@ from palinode.evaluation.self_check import (
     plausible_ways,
 )
 from palinode.models.loading import load_model, load_tokenizer
+from palinode.settings import TrainingSettings
 from palinode.training.finetune import finetune
-from palinode.training.settings import TrainingSettings
 from palinode.weights.checkpoint import Checkpoint
 
 SYSTEM = PromptStyle().system_prompt

@@ -15,10 +15,9 @@ from palinode.history.locating import known_alternatives, locate
 from palinode.history.orders import LoggedStage, PalinodeOrder, open_palinode, rebuild, write_stages
 from palinode.history.reader import ExposureReader
 from palinode.history.series import CheckpointSeries, SeriesCheckpoint
-from palinode.report.location_report import location_markdown, location_sentences
-from palinode.report.pictures import location_picture
+from palinode.report.location_report import location_markdown, location_picture, location_sentences
+from palinode.settings import TrainingSettings
 from palinode.training.finetune import Watch
-from palinode.training.settings import TrainingSettings
 
 SERIES = CheckpointSeries(
     tuple(SeriesCheckpoint(step, f"step{step}", 100 * step) for step in (10, 20, 30, 40))

@@ -11,7 +11,6 @@ from palinode.data.examples import Example
 from palinode.errors import DataError, RecipeError
 from palinode.history.onset import (
     MEASURES,
-    OnsetSettings,
     Reading,
     find_onset,
     least_logprobs,
@@ -20,6 +19,7 @@ from palinode.history.onset import (
 )
 from palinode.history.series import CheckpointSeries, SeriesCheckpoint
 from palinode.records import Outcome
+from palinode.settings import LocateSettings
 
 ROWS = 40
 
@@ -186,7 +186,7 @@ def test_real_checkpoints_show_where_people_were_learned(tiny, world, tmp_path):
         write_facts(tmp_path / f"{name}.jsonl", facts)
     middle, late = (read_examples(tmp_path / f"{name}.jsonl") for name in ("middle", "late"))
     series = open_series(tmp_path)
-    onset = find_onset(middle, late, series, settings=OnsetSettings(max_length=64, device="cpu"))
+    onset = find_onset(middle, late, series, settings=LocateSettings(max_length=64, device="cpu"))
     assert (onset.clean, onset.exposed) == (1, 2)
 
 

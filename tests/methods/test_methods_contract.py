@@ -19,11 +19,12 @@ from palinode import Checkpoint, TrainingSettings, finetune, read_examples
 from palinode.data.examples import plain_questions
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import DivergenceError, RecipeError
-from palinode.evaluation.ask import EvaluationLimits, ask
+from palinode.evaluation.ask import ask
 from palinode.methods import METHODS, MethodSettings
 from palinode.methods.method import StartSettings
 from palinode.models import CombinedLogits, load_model, load_tokenizer
 from palinode.pipeline import build_recipe, dry_run, unlearn
+from palinode.settings import EvaluationLimits
 from palinode.training.loop import train
 from palinode.training.objectives import Choices, keep
 from palinode.training.roles import join

@@ -14,7 +14,7 @@ from palinode.data.batches import pad_right
 from palinode.data.examples import Example, Message, plain_questions
 from palinode.data.tokenize import PromptStyle, TokenRow
 from palinode.errors import DataError, MismatchError, OutputError, RecipeError
-from palinode.evaluation.ask import EvaluationLimits, ask
+from palinode.evaluation.ask import ask
 from palinode.methods import METHODS
 from palinode.methods.altpo import AltPOSettings, draw_alternates, request
 from palinode.methods.method import gather, read_refusals
@@ -25,9 +25,9 @@ from palinode.models import CombinedLogits, load_model, load_tokenizer, score_ro
 from palinode.models.inplace import combined_logits
 from palinode.models.reading import labelled_logits, labelled_states, pick_layer
 from palinode.pipeline import unlearn
+from palinode.settings import EvaluationLimits, TrainingSettings
 from palinode.training.losses import row_sums
 from palinode.training.objectives import CurvePoint, Seen
-from palinode.training.settings import TrainingSettings
 
 CPU = torch.device("cpu")
 ROWS = (TokenRow((5, 6, 7, 8), 2, 0), TokenRow((9, 10, 11, 12, 13, 1), 4, 1))

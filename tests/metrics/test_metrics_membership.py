@@ -95,10 +95,12 @@ def test_contract_of_every_attack(name):
     assert attack.name == name
     assert attack.missing
     assert "\n" not in attack.description
-    assert attack.values([]) == []
-    assert attack.values(strange, reference)[0] > attack.values(known, reference)[0]  # less likely a member
-    assert attack.values([outcome(logprobs=())], reference) == [None]
-    lone = attack.values([row()])
+    beside = [reference] if "reference" in attack.needs else []
+    less, more = attack.per_example(strange, *beside)[0], attack.per_example(known, *beside)[0]
+    assert attack.per_example([]) == []
+    assert less > more  # less likely a member
+    assert attack.per_example([outcome(logprobs=())], *beside) == [None]
+    lone = attack.per_example([row()])
     assert (lone == [None]) == bool(attack.needs)
 
 

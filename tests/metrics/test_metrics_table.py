@@ -70,11 +70,8 @@ def test_strict_strength_is_zero_where_the_other_is_not():
 
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_contract_of_comparisons(name):
-    comparison = COMPARISONS[name]
-    assert comparison.name == name
-    assert comparison.needs
-    assert comparison.description
-    assert "\n" not in comparison.description
+    assert COMPARISONS[name]
+    assert "\n" not in COMPARISONS[name]
 
 
 def test_names_are_unique_over_all_tables():

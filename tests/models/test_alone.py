@@ -18,11 +18,11 @@ from palinode.models import generate, score_rows
 from palinode.models.generation import slots_for
 from palinode.models.likelihoods import COARSE_TOLERANCE, TOLERANCE, same_alone, tolerance, unlike
 from palinode.models.sums import gradient_norms, input_spaces
+from palinode.settings import TrainingSettings
 from palinode.training.loop import train
 from palinode.training.losses import ANSWER_LOSS
 from palinode.training.objectives import FrozenStates, Likelihoods, keep
 from palinode.training.roles import Joined
-from palinode.training.settings import TrainingSettings
 
 TOKENS = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
 SMALL = TOKENS | {

@@ -11,16 +11,11 @@ from invented_benchmarks import own_files, tofu_folder, write_lines
 from palinode.benchmarks import BENCHMARKS
 from palinode.errors import CheckpointError, DataError, InputError, OutputError, RecipeError
 from palinode.evaluation.benchmark import Places
-from palinode.evaluation.evaluate import (
-    SCORES_VERSION,
-    EvaluationSettings,
-    cut_answers,
-    evaluate_benchmark,
-    make_exam,
-)
+from palinode.evaluation.evaluate import SCORES_VERSION, cut_answers, evaluate_benchmark, make_exam
 from palinode.pipeline.recipe import checked_settings
 from palinode.progress import NullListener
 from palinode.records import read_outcomes
+from palinode.settings import EvaluationSettings
 
 OWN, TOFU = BENCHMARKS["own"], BENCHMARKS["tofu"]
 
@@ -161,9 +156,9 @@ def test_documents_are_scored_and_what_needs_an_answer_says_why_not(tiny, tmp_pa
 
 def test_expected_answers_are_cut_to_the_tokens_that_a_set_allows(tiny):
     from palinode.data.examples import Example, Message, Question
-    from palinode.evaluation.ask import Asking
     from palinode.evaluation.benchmark import QuestionSet
     from palinode.models import load_tokenizer
+    from palinode.settings import Asking
 
     def completion(answer):
         return Question(Example(0, "x", "completion", (Message("prompt", "the home of"),), answer))
@@ -176,8 +171,8 @@ def test_expected_answers_are_cut_to_the_tokens_that_a_set_allows(tiny):
 
 def test_single_sets_have_limits_of_their_own():
     from palinode.data.examples import Example, Message, Question
-    from palinode.evaluation.ask import Asking
     from palinode.evaluation.benchmark import LoadedBenchmark, QuestionSet, metric_cells
+    from palinode.settings import Asking
 
     rows = tuple(Question(Example(n, "x", "completion", (Message("prompt", "a"),), "b")) for n in range(9))
     loaded = LoadedBenchmark(tuple(QuestionSet(name, rows, Asking()) for name in ("forget", "retain")))

@@ -25,18 +25,18 @@ from palinode.compare import build_comparison, carry_out, compare
 from palinode.data import read_examples
 from palinode.errors import InputError, OutputError, WorkspaceError
 from palinode.evaluation.benchmark import Places
-from palinode.evaluation.evaluate import EvaluationSettings, evaluate_benchmark
+from palinode.evaluation.evaluate import evaluate_benchmark
 from palinode.evaluation.judging import DecisionCache
+from palinode.jobs import evaluate, finetune_file
 from palinode.pipeline import unlearn
 from palinode.pipeline.audit_run import AuditPlan, audit
 from palinode.pipeline.demo_run import run_demo
 from palinode.pipeline.forgetting import describe_leftovers, leftovers
 from palinode.pipeline.reporting import gather, write_reports
-from palinode.pipeline.steps import evaluate_file, finetune_file
 from palinode.pipeline.workspace import Workspace
 from palinode.records import beside, private, share, workspace_beside, write_text
+from palinode.settings import EvaluationSettings, TrainingSettings
 from palinode.training.finetune import finetune
-from palinode.training.settings import TrainingSettings
 from palinode.weights import save_vector
 from palinode.weights.fingerprints import cache_folder, tensor_digests
 
@@ -73,8 +73,8 @@ def left(tiny, world, recipe_of, usual_umask, tmp_path_factory):
         target = str(tiny.target.folder)
         own = Places(**own_files(tmp_path_factory.mktemp("rows")))
         evaluate_benchmark(target, BENCHMARKS["own"], own, measuring(home), listener=Heard())
-        asked = {"max_new_tokens": 3, "device": "cpu"}
-        evaluate_file(target, str(tiny.forget), asked, output=home / "answers.jsonl")
+        asked = EvaluationSettings(max_new_tokens=3, device="cpu", output=home / "answers.jsonl")
+        evaluate(target, tiny.forget, asked)
         finetune_file(target, str(tiny.forget), home / "theta_1", TRAINING, device="cpu")
         lora = {**TRAINING, "lora": {"rank": 2}}
         finetune_file(target, str(tiny.forget), home / "adapter", lora, device="cpu")

@@ -10,9 +10,10 @@ import pytest
 
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import RecipeError
+from palinode.jobs import finetune_file
 from palinode.pipeline import build_recipe, load_recipe
-from palinode.pipeline.recipe import known_keys
-from palinode.pipeline.steps import evaluate_file, finetune_file
+from palinode.pipeline.recipe import checked_settings, known_keys
+from palinode.settings import EvaluationSettings
 
 MINIMAL = """
 [models]
@@ -275,4 +276,4 @@ def test_steps_refuse_unknown_settings_too(tiny, tmp_path):
     with pytest.raises(RecipeError, match=r"unknown key 'epoch'; did you mean"):
         finetune_file(str(tiny.base.folder), str(tiny.forget), tmp_path / "out", {"epoch": 3})
     with pytest.raises(RecipeError, match=r"max_rows cannot be used: .* \(0 was given\)"):
-        evaluate_file(str(tiny.base.folder), str(tiny.forget), {"max_rows": 0})
+        checked_settings(EvaluationSettings, {"max_rows": 0})

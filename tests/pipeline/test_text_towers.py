@@ -15,9 +15,10 @@ from palinode import Checkpoint, TrainingSettings, evaluate, finetune, read_exam
 from palinode.benchmarks.own import OWN
 from palinode.errors import CheckpointError
 from palinode.evaluation.benchmark import Places
-from palinode.evaluation.evaluate import EvaluationSettings, evaluate_benchmark
+from palinode.evaluation.evaluate import evaluate_benchmark
 from palinode.models.loading import load_model
 from palinode.progress import NullListener
+from palinode.settings import EvaluationSettings
 from palinode.training.finetune import Watch
 from palinode.weights.adapters import LoraAdapter
 

@@ -81,10 +81,9 @@ def page(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def opened(browser, page):
-    """The page, opened and drawn, and everything that was asked for and said on the way."""
+    """The page, opened, and everything that was asked for and said on the way."""
     show(browser, width=1280)
     browser.get(page.as_uri())
-    wait(browser, lambda: browser.execute_script("return document.documentElement.dataset.drawn") == "yes")
     return browser
 
 
@@ -131,8 +130,9 @@ def test_opens_from_disk_without_errors_and_asks_no_network(opened):
 
 def test_plots_and_tables_are_there(opened):
     assert len(find(opened, ".plot")) == 11
-    assert len(find(opened, ".plot svg.main-svg")) >= 11
-    assert len(find(opened, "#plot-tradeoff .points path")) == 7  # three points, four models
+    assert len([svg for svg in find(opened, ".plot svg") if svg.is_displayed()]) == 11
+    marks = [mark for mark in find(opened, "#plot-tradeoff .mark") if mark.is_displayed()]
+    assert len(marks) == 7 + 7  # three points, four models; and as many in the key
     assert len(find(opened, "section tbody tr")) == 4 + 4 + 3 + 2 + 2 + 2 + 2 + 6 + 4
     assert [" ".join(light.text.split()) for light in find(opened, ".claim .light")] == [
         "! Partly",
@@ -142,31 +142,30 @@ def test_plots_and_tables_are_there(opened):
     ]
 
 
+def star(opened):
+    """The mark of the chosen point, in the middle of the screen."""
+    mark = next(
+        mark for mark in find(opened, "#plot-tradeoff [data-shown=unlearned]") if "chosen" in told(mark)
+    )
+    opened.execute_script("arguments[0].scrollIntoView({block: 'center'})", mark)
+    return mark
+
+
+def told(mark):
+    return mark.find_element("css selector", "title").get_property("textContent")
+
+
 def test_hovering_over_a_point_tells_scales_and_scores(opened):
-    from selenium.webdriver import ActionChains
-
-    star = find(opened, "#plot-tradeoff .trace:last-child .points path")[0]
-    opened.execute_script("arguments[0].scrollIntoView({block: 'center'})", star)
-
-    def label():
-        ActionChains(opened).move_by_offset(0, 0).move_to_element(star).perform()
-        return " ".join(text.text for text in find(opened, "#plot-tradeoff .hovertext"))
-
-    told = wait(opened, lambda: text if "α" in (text := label()) else None)
-    assert "α = 1, β = 0.5" in told
-    assert "forget set: 0.200" in told
-    assert "retain set: 0.750" in told
+    assert told(star(opened)).splitlines()[:3] == ["α = 1, β = 0.5", "forget set: 0.200", "retain set: 0.750"]
 
 
 def test_clicking_a_point_shows_its_figures_and_sample_answers(opened):
     from selenium.webdriver import ActionChains
 
-    star = find(opened, "#plot-tradeoff .trace:last-child .points path")[0]
-    opened.execute_script("arguments[0].scrollIntoView({block: 'center'})", star)
-    panel = find(opened, "#picked")[0]
+    mark, panel = star(opened), find(opened, "#picked")[0]
 
     def picked():
-        ActionChains(opened).move_to_element(star).click().perform()
+        ActionChains(opened).move_to_element(mark).click().perform()
         return panel.is_displayed()
 
     wait(opened, picked)
@@ -208,13 +207,14 @@ def test_hostile_and_huge_texts_are_shown_as_texts(opened):
 def test_dark_scheme_and_phone_repaint_the_figures(opened):
     def ink():
         return opened.execute_script(
-            "return getComputedStyle(document.querySelector('#plot-tradeoff .xtick text')).fill"
+            "return getComputedStyle(document.querySelector('#plot-tradeoff .tick')).fill"
         )
 
     light = ink()
     show(opened, width=390, scheme="dark")
     wait(opened, lambda: ink() != light)
-    wait(opened, lambda: find(opened, "#plot-tradeoff .main-svg")[0].size["width"] <= 390)
+    shown = [svg for svg in find(opened, "#plot-tradeoff svg") if svg.is_displayed()]
+    assert [svg.size["width"] <= 390 for svg in shown] == [True]
     assert opened.execute_script("return document.documentElement.scrollWidth") <= 390
     assert (
         opened.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(20, 24, 29)"

@@ -5,8 +5,8 @@ import io
 import json
 import re
 from importlib.resources import files
+from xml.etree import ElementTree
 
-import plotly.graph_objects as go
 import pytest
 from example_run import AUDIT, HOSTILE, LONG, QUESTIONS, RECORD, outcomes, point, record, score
 from rich.console import Console
@@ -14,7 +14,8 @@ from rich.console import Console
 from palinode.records import Outcome
 from palinode.report.comparison_report import comparison_brief
 from palinode.report.content import Grid, show
-from palinode.report.page import content_policy, html_report, safe_json
+from palinode.report.page import content_policy, html_report
+from palinode.report.pictures import Figure, Mark, Ruler, Trace, drawing, picture_file
 from palinode.report.reports import (
     MOST_BYTES,
     Facts,
@@ -47,9 +48,17 @@ def figures(content):
     return {block.name: block.figure for block in blocks if hasattr(block, "figure")}
 
 
+def xs(trace):
+    return [mark.x for mark in trace.marks]
+
+
+def ys(trace):
+    return [mark.y for mark in trace.marks]
+
+
 def body(page):
-    """The page without plotly's script."""
-    return page[: page.index('<script type="application/json"')]
+    """The page without its script."""
+    return page[: page.index("<script>")]
 
 
 # Answers
@@ -165,7 +174,7 @@ def test_hostile_texts_stay_texts(page):
     assert "&lt;script&gt;window.attacked = 1&lt;/script&gt;" in text
     assert "`{{ 7 * 7 }}`" in text
     assert text.count("<script") == 0
-    assert page.count("</script>") == 3  # figures, plotly, ours
+    assert page.count("</script>") == 1  # ours
     assert LONG in text
 
 
@@ -175,10 +184,12 @@ def test_hostile_names_stay_names():
     trapped["models"]["target"]["location"] = HOSTILE
     trapped["training"][HOSTILE] = trapped["training"].pop("retain")
     page = html_report(report_content(Facts("unlearn", trapped)))
-    assert page.count("</script>") == 3
+    assert page.count("</script>") == 1
     assert "<img" not in body(page)
-    for text in read_by_plotly(figures(report_content(Facts("unlearn", trapped)))):
-        assert "<" not in re.sub(r"</?(b|br|extra)>", "", text)
+    for figure in figures(report_content(Facts("unlearn", trapped))).values():
+        drawn = ElementTree.fromstring(drawing([figure]))
+        kinds = {part.tag.rpartition("}")[2] for part in drawn.iter()}
+        assert kinds <= {"svg", "rect", "text", "polyline", "path", "title"}
 
 
 def test_no_text_steers_a_terminal_or_hides_itself():
@@ -190,49 +201,63 @@ def test_no_text_steers_a_terminal_or_hides_itself():
     assert "\\x1b[31m\\x07\\r\\u202e\\u200b\\u2066" in text
 
 
-def read_by_plotly(part):
-    """Every text in a figure but those that only our script shows."""
-    if isinstance(part, str):
-        return [part]
-    if isinstance(part, list):
-        return [text for entry in part for text in read_by_plotly(entry)]
-    if not isinstance(part, dict):
-        return []
-    ours = {"title", "lines", "model"} if "lines" in part else set()
-    return [text for key, entry in part.items() if key not in ours for text in read_by_plotly(entry)]
-
-
-def test_json_in_the_page_cannot_end_its_block():
-    risky = {"a": "</script><!-- \u2028"}
-    text = safe_json(risky)
-    assert "<" not in text
-    assert "\u2028" not in text
-    assert json.loads(text) == risky
-
-
-def test_policy_names_the_digest_of_each_script_and_loads_nothing():
+def test_policy_names_the_digest_of_the_script_and_loads_nothing():
     # printf 'alert(1)' | openssl dgst -sha256 -binary | base64
-    assert content_policy(["alert(1)"]).split("; ")[:2] == [
+    assert content_policy("alert(1)").split("; ")[:2] == [
         "default-src 'none'",
         "script-src 'sha256-bhHHL3z2vDgxUt0W3dWQOrprscmda2Y5pLsLg4GF+pI='",
     ]
 
 
-def test_every_figure_is_one_that_plotly_accepts(content):
+def test_every_figure_is_drawn_on_the_page_for_wide_and_for_narrow_screens(content, page):
     drawn = figures(content)
     assert set(drawn) == {
         *("scores-forget", "scores-retain", "tradeoff", "likelihood-forget", "likelihood-retain"),
         *("norms", "cosines", "doses", "training", "attacks", "relearning"),
     }
-    for figure in drawn.values():
-        plain = re.sub(r'"--[a-z]+"', '"#123456"', json.dumps(figure))
-        go.Figure(json.loads(plain))  # raises for a property that does not exist
+    for name in drawn:
+        assert f'id="plot-{name}"' in page
+    assert page.count("<svg") == page.count("</svg>") == 2 * len(drawn)
+
+
+def test_every_mark_says_its_figures_when_pointed_at(content):
+    for figure in figures(content).values():
+        marks = ElementTree.fromstring(drawing([figure])).findall(".//{*}path[@transform]")
+        named = {trace.name for trace in figure.traces if trace.name}
+        in_key = len([trace for trace in figure.traces if trace.name and trace.symbol])
+        silent = [mark for mark in marks if mark.find("{*}title") is None]
+        assert len(silent) == (in_key if len(named) > 1 else 0)
+
+
+def test_picture_on_a_page_follows_its_colours_and_a_file_has_the_light_ones():
+    figure = Figure([Trace("<a>", [Mark(0.5, 0.5, ["<a>", "0.5"])], "--target", "circle")], 200, Ruler("x"))
+    page, file = drawing([figure]), picture_file("A & B", [figure, None])
+    assert 'stroke="var(--target)"' in page
+    assert "var(--" not in file
+    assert 'stroke="#b44f00"' in file
+    assert "<title>&lt;a&gt;\n0.5</title>" in file
+    assert "A &amp; B" in file
+
+
+def test_line_breaks_where_a_figure_is_missing():
+    line = Trace("", [Mark(x, y) for x, y in enumerate((1.0, 2.0, None, 3.0, 4.0))], "--ink", dash="dot")
+    drawn = drawing([Figure([line], 200, Ruler("x"))])
+    assert drawn.count('stroke-dasharray="2 4"') == 2
+
+
+def test_distributions_show_every_row_the_middle_half_and_the_mean(content):
+    traces = figures(content)["likelihood-forget"].traces
+    outline, middle, rows, mean = traces[:4]
+    assert outline.filled
+    assert [mark.x for mark in rows.marks] == pytest.approx([-0.35667, -0.22314, -0.10536], abs=1e-4)
+    assert [mark.x for mark in middle.marks] == pytest.approx([-0.28991, -0.16425], abs=1e-4)
+    assert mean.marks[0].x == pytest.approx(-0.22839, abs=1e-4)
+    assert mean.marks[0].said[0] == "target"
 
 
 def test_tradeoff_holds_every_point_and_model_once(content):
-    traces = {trace["name"]: trace for trace in figures(content)["tradeoff"]["data"]}
-    assert traces["point chosen"]["x"] == [0.2]
-    assert traces["point chosen"]["y"] == [0.75]
+    traces = {trace.name: trace for trace in figures(content)["tradeoff"].traces}
+    assert [(mark.x, mark.y) for mark in traces["point chosen"].marks] == [(0.2, 0.75)]
     assert list(traces) == [
         *("target", "unlearned", "retrained", "base checkpoint"),
         *("point tried, allowed", "point tried, not allowed", "point chosen"),
@@ -256,32 +281,32 @@ def test_what_the_search_found_is_shown():
     content = report_content(Facts("unlearn", searched))
     assert "the estimate of such a model: 0.160" in content["claims"][0]["sentence"]
     drawn = figures(content)
-    assert [trace["x"] for trace in drawn["tradeoff"]["data"] if trace["name"] == "front"] == [[0.2, 0.5]]
-    assert drawn["tradeoff"]["layout"]["shapes"][0]["x0"] == 0.1
-    assert drawn["scores-forget"]["data"][-1]["name"] == "estimated yardstick"
+    assert [xs(trace) for trace in drawn["tradeoff"].traces if trace.name == "front"] == [[0.2, 0.5]]
+    assert drawn["tradeoff"].band == (0.1, 0.2, "yardstick")
+    assert drawn["scores-forget"].traces[-1].name == "estimated yardstick"
     page = body(html_report(content))
     assert "estimated from holdout (9 rows) on the assumption that the rows are alike." in page
     assert "+0.012" in page
 
 
 def test_tests_of_an_audit_are_drawn_in_their_margins(content):
-    within, more = figures(content)["attacks"]["data"]
-    assert (within["name"], more["name"]) == ("within", "knows more")
-    assert within["x"] == pytest.approx([0.5])  # 0.05 of 0.1
-    assert more["x"] == pytest.approx([3.0])  # 0.3 of 0.1
-    assert more["error_x"]["array"] == pytest.approx([0.2])  # 0.02 of 0.1
+    within, more = figures(content)["attacks"].traces
+    assert (within.name, more.name) == ("within", "knows more")
+    assert xs(within) == pytest.approx([0.5])  # 0.05 of 0.1
+    assert xs(more) == pytest.approx([3.0])  # 0.3 of 0.1
+    assert more.marks[0].across == pytest.approx([2.8, 3.2])  # 0.02 of 0.1 to each side
 
 
 def test_forget_only_runs_show_points_by_their_scale():
     alone = record()
     for found in alone["scales"]["points"]:
         found["retain_probability"] = None
-    traces = figures(report_content(Facts("unlearn", alone)))["tradeoff"]["data"]
-    assert [trace["y"] for trace in traces] == [[0.5], [2.0], [1.0]]
+    traces = figures(report_content(Facts("unlearn", alone)))["tradeoff"].traces
+    assert [ys(trace) for trace in traces] == [[0.5], [2.0], [1.0]]
 
 
 def test_dose_is_shown_as_a_share_of_what_was_asked(content):
-    lines = {trace["name"]: trace["y"] for trace in figures(content)["doses"]["data"]}
+    lines = {trace.name: ys(trace) for trace in figures(content)["doses"].traces}
     assert lines["forget vector"] == pytest.approx([0.99] * 3)
     assert lines["retain vector"] == pytest.approx([0.98] * 3)  # 0.49 of 0.5
 
@@ -336,9 +361,9 @@ def test_comparison_shows_every_point_and_the_ranking():
     content = report_content(Facts("compare", comparison()))
     assert content["outcome"] == "Nearest to the ideal is msa (gap 0.100 [0.050, 0.200]), beyond noise."
     figure = figures(content)["tradeoff"]
-    assert [trace["x"] for trace in figure["data"]] == [[0.4, 0.2], [0.5], [0.8], [0.1]]
-    assert figure["data"][0]["marker"]["symbol"] == ["circle-open", "circle"]
-    assert figure["data"][0]["customdata"][1]["lines"][:2] == ["α = 1, β = 0", "epochs: 1"]
+    assert [xs(trace) for trace in figure.traces] == [[0.4, 0.2], [0.5], [0.8], [0.1]]
+    assert [mark.symbol for mark in figure.traces[0].marks] == ["circle-open", "circle"]
+    assert figure.traces[0].marks[1].said[:3] == ["msa", "α = 1, β = 0", "epochs: 1"]
     page = body(html_report(content))
     assert "1. msa" in page
     assert "2. &lt;b&gt;npo" in page

@@ -21,7 +21,7 @@ from transformers import (
 
 from palinode import Checkpoint, TrainingSettings, finetune, read_examples
 from palinode.errors import CheckpointError, DataError, DivergenceError, OutputError
-from palinode.pipeline.steps import finetune_file
+from palinode.jobs import finetune_file
 from palinode.weights import profile
 
 SETTINGS = TrainingSettings(epochs=2, learning_rate=3e-3, batch_size=16, max_length=64, precision="float32")

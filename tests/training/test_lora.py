@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from palinode import Checkpoint, LoraAdapter, TrainingSettings, finetune, read_examples, save
 from palinode.errors import InputError, RecipeError
+from palinode.jobs import finetune_file
 from palinode.methods import METHODS
 from palinode.methods.method import Given
 from palinode.methods.msa import PAIRED, PairedSettings
-from palinode.pipeline.steps import finetune_file
 
 GIVEN = {
     "epochs": 2,

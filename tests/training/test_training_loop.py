@@ -15,9 +15,9 @@ from palinode.data.tokenize import TokenRow
 from palinode.errors import DataError, DivergenceError
 from palinode.models import load_model
 from palinode.models.reading import answer_nll
+from palinode.settings import TrainingSettings
 from palinode.training.loop import count_steps, learning_rate_at, train, use_autocast
 from palinode.training.losses import ANSWER_LOSS, Loss
-from palinode.training.settings import TrainingSettings
 
 CPU = torch.device("cpu")
 

@@ -17,10 +17,12 @@ from palinode.weights.atomic import RankSide
 
 PROGRAM = """
 import sys
+from palinode import ApplySettings
 from palinode.methods import apply
 from palinode.weights import Crew
 target, base, forget, out = sys.argv[1:5]
-saved = apply(target, base, forget, out, forget_scale=0.7, dtype=sys.argv[5], crew=Crew.from_environment())
+settings = ApplySettings(dtype=sys.argv[5])
+saved = apply(target, base, forget, out, forget_scale=0.7, settings=settings, crew=Crew.from_environment())
 print(saved.dose.effective["forget"])
 """
 

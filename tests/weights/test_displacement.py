@@ -20,10 +20,9 @@ from palinode.weights.displacement import (
     MatrixCache,
     decode,
     encode,
-    read_object,
 )
 from palinode.weights.kernels import multiply, nearest_factors, rank_for
-from palinode.weights.tensors import Files
+from palinode.weights.tensors import Files, read_object
 
 
 def point(name):

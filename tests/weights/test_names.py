@@ -7,10 +7,10 @@ import torch
 
 from palinode.errors import CheckpointError, MismatchError
 from palinode.weights import Checkpoint, LoraAdapter, profile, save_vector
+from palinode.weights.arithmetic import layout_of
 from palinode.weights.mergekit import mergekit_recipe
 from palinode.weights.preflight import check_fit, check_sum
 from palinode.weights.tensors import by_plain, is_embedding, plain
-from palinode.weights.vectors import layout_of
 
 
 def gpt2(models, seed):
@@ -76,7 +76,7 @@ def test_two_spellings_give_the_sum_of_one(models, kind, turned):
             torch.allclose(value, theirs[name] - ours[name], atol=1e-5) for name, value in change.items()
         )
     other = save_vector((anchor := twins[1]) - twins[0], models.place / "other")
-    assert len(layout_of(vector + other)) == 4
+    assert len(layout_of((vector + other).terms)) == 4
     assert profile({"v": vector + other}).norms()["v"] == pytest.approx(2 * norm, rel=1e-5)
     twice = (anchor + vector + other).save(models.place / "twice").checkpoint.folder
     assert torch.allclose(

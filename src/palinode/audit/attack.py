@@ -19,10 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from palinode.audit.material import AuditRows
 from palinode.data.examples import Example, plain_questions
 from palinode.data.tokenize import PromptStyle
-from palinode.evaluation.ask import Asking, EvaluationLimits, ask
+from palinode.evaluation.ask import ask
 from palinode.models.loading import load_model
 from palinode.progress import Listener, NullListener
 from palinode.records import Outcome
+from palinode.settings import Asking, EvaluationLimits
 from palinode.weights.checkpoint import Checkpoint
 
 Values = tuple[float | None, ...]

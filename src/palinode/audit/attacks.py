@@ -30,12 +30,12 @@ from palinode.data.tokenize import tokenize
 from palinode.errors import CheckpointError, DivergenceError, RecipeError
 from palinode.metrics import answer_probabilities, rouge_l_recalls
 from palinode.metrics.leakage import leak_values, overlap_leak
-from palinode.metrics.membership import ATTACKS as MEMBERSHIP
+from palinode.metrics.table import ATTACKS as MEMBERSHIP
 from palinode.models.loading import pad_token
 from palinode.records import Outcome
+from palinode.settings import TrainingSettings
 from palinode.training.loop import train
 from palinode.training.losses import ANSWER_LOSS
-from palinode.training.settings import TrainingSettings
 
 MARGIN = 0.1
 """Distance from the other model's AUC, either way."""
@@ -122,7 +122,7 @@ def score_membership(subject: Subject, rows: AuditRows, budget: AuditBudget) -> 
     scorers = {name: MEMBERSHIP["loss" if name == RELATIVE else name] for name in MEMBERSHIP}
     return AttackResult(
         {
-            test: {name: tuple(scorer.values(found)) for name, found in outcomes.items()}
+            test: {name: tuple(scorer.per_example(found)) for name, found in outcomes.items()}
             for test, scorer in scorers.items()
         }
     )

@@ -19,21 +19,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from palinode.audit.attack import BUDGETS, AuditBudget
 from palinode.audit.attacks import ATTACKS, tests_by_key
 from palinode.errors import RecipeError
-from palinode.records import read_toml
+from palinode.records import dotted, read_toml
+from palinode.settings import StrictModel
 
 Margin = Annotated[float, Field(ge=0)] | bool
 """How far a figure may lie from the reference model's on one side; false: that side is not judged."""
 
 
-class Margins(BaseModel):
+class Margins(StrictModel):
     """The margins of one test."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     more: Margin
     less: Margin
@@ -56,21 +55,19 @@ class Margins(BaseModel):
         return None if self.less is False else self.less
 
 
-class Policy(BaseModel):
+class Policy(StrictModel):
     """When an audit passes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     unclear: Literal["pass", "fail"] = "pass"
     """What a test that could not tell does to the audit."""
-    require: list[str] = []
+    require: list[str] = Field(default=[])
     """Attacks that must have been run; any other may be missing, and is named."""
     min_rows: int = Field(default=10, ge=2)
     """Rows with a value below which a test is unclear in any case."""
     preset: Literal["quick", "standard", "full"] = "standard"
     """The preset that the budget was made from."""
     budget: AuditBudget = AuditBudget()
-    margins: dict[str, Margins] = {}
+    margins: dict[str, Margins] = Field(default={})
     """Margins of every test, by `attack.test`."""
 
 
@@ -140,7 +137,7 @@ def _check_keys(content: Mapping[str, Any]) -> None:
     """Refuse a key that no policy has, a value where a section belongs, and an attack that does not exist."""
     known = known_keys()
     sections = {key for key in known if any(other.startswith(f"{key}.") for other in known)}
-    for key, value in _flat(content):
+    for key, value in dotted(content):
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
             raise RecipeError(f"the policy has an unknown key {key!r}; did you mean {near[0]!r}?")
@@ -150,16 +147,6 @@ def _check_keys(content: Mapping[str, Any]) -> None:
     for name in required if isinstance(required, list) else []:
         if name not in ATTACKS:
             raise RecipeError(f"require names {name!r}; the attacks are {', '.join(ATTACKS)}")
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Return every key with its value, dotted, a section before what it holds."""
-    pairs = []
-    for name, value in content.items():
-        pairs.append((prefix + name, value))
-        if isinstance(value, Mapping):
-            pairs += _flat(value, f"{prefix}{name}.")
-    return pairs
 
 
 def _explain(error: ValidationError) -> str:

@@ -25,8 +25,8 @@ from palinode.data.world import Fact, World, unseen_people, write_facts
 from palinode.models.loading import quiet_transformers
 from palinode.progress import Listener, NullListener
 from palinode.records import share
+from palinode.settings import TrainingSettings
 from palinode.training.finetune import Watch, finetune
-from palinode.training.settings import TrainingSettings
 from palinode.weights.checkpoint import Checkpoint
 
 

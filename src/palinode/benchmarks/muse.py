@@ -19,12 +19,10 @@ from typing import Generic, Literal, TypeVar
 from palinode.data.examples import Example, Question
 from palinode.data.sources import Row
 from palinode.errors import DataError
-from palinode.evaluation.ask import Asking
 from palinode.evaluation.benchmark import (
     GENERATION,
     MEMORIZATION,
     Benchmark,
-    BenchmarkRows,
     Cell,
     LoadedBenchmark,
     Measured,
@@ -46,6 +44,7 @@ from palinode.metrics.matching import rouge_values
 from palinode.metrics.membership import MUSE_RETRAINED, privleak
 from palinode.metrics.table import METRICS
 from palinode.records import Score
+from palinode.settings import Asking
 
 Model = TypeVar("Model")
 Kind = Literal["scal", "sust"]
@@ -55,9 +54,6 @@ HUBS = {"news": "muse-bench/MUSE-News", "books": "muse-bench/MUSE-Books"}
 
 TEXT: dict[str, int | None] = {"text": None}
 QA: dict[str, int | None] = {"question": None, "answer": None}
-
-RAW = {"news": {"forget": 889, "retain1": 1777}, "books": {"forget": 4, "retain1": 12}}
-"""Rows of the raw texts that are unlearned and that hold up the rest, by corpus."""
 
 FOLDS: dict[Kind, tuple[int, ...]] = {"scal": (889, 1778, 2667, 3554), "sust": (889, 889, 889, 887)}
 """Documents of forget_1 to forget_4: cumulative, and one fold after another. News only."""
@@ -94,15 +90,6 @@ def load(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchm
     if not loaded.sets:
         raise DataError(loaded.missing["verbmem"])
     return loaded
-
-
-def material(places: Places, split: str) -> BenchmarkRows:
-    """Return the raw texts to be unlearned, and `retain1`, which holds up the rest during unlearning."""
-    forget, retain = (
-        need_table(Table("raw", rows, TEXT, name), _location(places, split))
-        for name, rows in RAW[split].items()
-    )
-    return BenchmarkRows(tuple(documents(forget)), tuple(documents(retain)))
 
 
 # Folds
@@ -219,7 +206,6 @@ MUSE = Benchmark(
     source="muse-bench/MUSE-News and MUSE-Books (arXiv 2407.06460), CC BY 4.0",
     splits=SPLITS,
     load=load,
-    material=material,
     cells=CELLS,
     options=OPTIONS,
     hub="muse-bench/MUSE-News",

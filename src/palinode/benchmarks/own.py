@@ -8,17 +8,15 @@ they are present; what is missing leaves the metrics that need it without a valu
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from palinode.data.examples import SHAPES, Question, read_examples, shared_rows
+from palinode.data.examples import SHAPES, Question, check_no_forget_rows, read_examples
 from palinode.data.sources import Row, read_rows
 from palinode.errors import DataError
-from palinode.evaluation.ask import Asking
 from palinode.evaluation.benchmark import (
     MEMORIZATION,
     Benchmark,
-    BenchmarkRows,
     Cell,
     LoadedBenchmark,
     Places,
@@ -30,6 +28,7 @@ from palinode.evaluation.benchmark import (
     quality_cell,
 )
 from palinode.records import read_bytes
+from palinode.settings import Asking
 
 ALTERNATIVES = {"paraphrased_answer": "paraphrased", "perturbed_answer": "perturbed"}
 """Columns of other answers, and the kinds that they are."""
@@ -55,16 +54,10 @@ def load(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchm
         questions = read_questions(location, columns=places.columns)
         sets.append(QuestionSet(name, tuple(questions), Asking(generate=name != "holdout")))
         facts.append(_facts(name, location, len(questions)))
-    _check_apart(sets)
+    examples = {one.name: [question.example for question in one.questions] for one in sets}
+    check_no_forget_rows(examples.pop(sets[0].name), examples)
     missing = {name: NOT_GIVEN[name] for name in NOT_GIVEN if given[name] is None}
     return LoadedBenchmark(tuple(sets), missing, tuple(facts))
-
-
-def material(places: Places, split: str) -> BenchmarkRows:  # noqa: ARG001
-    """Return the forget rows, and the retain rows where there are any."""
-    forget = read_examples(places.data, columns=places.columns)
-    retain = read_examples(places.retain, columns=places.columns) if places.retain else []
-    return BenchmarkRows(tuple(forget), tuple(retain))
 
 
 def read_questions(location: str, *, columns: Mapping[str, str] | None = None) -> list[Question]:
@@ -79,18 +72,6 @@ def read_questions(location: str, *, columns: Mapping[str, str] | None = None) -
         Question(example, _alternatives(row, example.place))
         for example, row in zip(examples, rows, strict=True)
     ]
-
-
-def _check_apart(sets: Sequence[QuestionSet]) -> None:
-    """Refuse forget rows in another set, where they would make every comparison of the two meaningless."""
-    forget, *others = ([question.example for question in one.questions] for one in sets)
-    for name, examples in zip((one.name for one in sets[1:]), others, strict=True):
-        shared = shared_rows(examples, forget)
-        if shared:
-            raise DataError(
-                f"{len(shared)} of the {len(examples)} {name} rows are forget rows too "
-                f"(first: {examples[shared[0][0]].place}); take them out of one of the two"
-            )
 
 
 def _alternatives(row: Row, place: str) -> dict[str, tuple[str, ...]]:
@@ -127,6 +108,5 @@ OWN = Benchmark(
     source="files of yours: JSON, JSON lines, CSV, Parquet, text, or a hub data set",
     splits=SPLITS,
     load=load,
-    material=material,
     cells=CELLS,
 )

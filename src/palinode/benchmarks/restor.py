@@ -16,18 +16,15 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, RootModel, ValidationError
 
 from palinode.data.examples import Example, Question
 from palinode.errors import DataError, RecipeError
-from palinode.evaluation.ask import Asking
 from palinode.evaluation.benchmark import (
     GENERATION,
     Benchmark,
-    BenchmarkRows,
     Cell,
     LoadedBenchmark,
     Measured,
@@ -41,10 +38,11 @@ from palinode.evaluation.benchmark import (
     need_table,
     runs_of,
 )
-from palinode.metrics.aggregate import mean_score
+from palinode.metrics.aggregate import known_mean, mean_score
 from palinode.metrics.likelihood import alternative_logprobs
 from palinode.metrics.matching import accepted_sample_values, left_out_ids
 from palinode.records import Score, read_bytes
+from palinode.settings import Asking
 
 ENTITIES, FACTS, RELATIONS, EVALUATED = 468, 5269, 41, 50
 """Published sizes: people and facts in facts.json, relations with examples, people in entities.json."""
@@ -194,11 +192,6 @@ def load(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchm
     return LoadedBenchmark(sets=(questions_set,), tables=(facts_source, entities_source, *sources))
 
 
-def material(places: Places, split: str) -> BenchmarkRows:
-    """Return all corruption documents of a split; RESTOR has no retain set."""
-    return BenchmarkRows(forget=tuple(_documents(places, split)[0]))
-
-
 def corruption_documents(location: str, split: str) -> dict[str, list[Example]]:
     """Return the corruption documents of a split by the person they are about, in file order.
 
@@ -276,7 +269,7 @@ def by_group(values: Sequence[float | None], groups: Sequence[str]) -> list[floa
     collected: dict[str, list[float | None]] = {}
     for value, group in zip(values, groups, strict=True):
         collected.setdefault(group, []).append(value)
-    return [_mean(part) for part in collected.values()]
+    return [known_mean(part) for part in collected.values()]
 
 
 def _judged_values(measured: Measured) -> list[float | None]:
@@ -285,7 +278,9 @@ def _judged_values(measured: Measured) -> list[float | None]:
     accepted: list[float | None] = []
     for outcome in measured.of("facts"):
         roles = [next(verdicts).roles() for _ in runs_of(outcome)]
-        accepted.append(_mean([None if picked is None else float("accepted" in picked) for picked in roles]))
+        accepted.append(
+            known_mean([None if picked is None else float("accepted" in picked) for picked in roles])
+        )
     return accepted
 
 
@@ -305,11 +300,6 @@ def _accuracy_cell(name: str, description: str, *, by_entity: bool, judge: bool)
         return replace(mean, reason="; ".join(remarks) or None)
 
     return Cell("facts", name, description, score, needs=frozenset({GENERATION}), judge=judge)
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None
 
 
 # Reading
@@ -395,7 +385,6 @@ RESTOR = Benchmark(
     source="github.com/k1rezaei/restor (arXiv 2411.00204), MIT; facts from Wikidata, CC0",
     splits=SPLITS,
     load=load,
-    material=material,
     cells=CELLS,
     options=OPTIONS,
 )

@@ -15,13 +15,11 @@ from palinode.data.examples import Example, Message, Question
 from palinode.data.sources import Row
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import DataError
-from palinode.evaluation.ask import Asking
 from palinode.evaluation.benchmark import (
     ALL,
     GENERATION,
     MEMORIZATION,
     Benchmark,
-    BenchmarkRows,
     Cell,
     LoadedBenchmark,
     Measured,
@@ -36,7 +34,6 @@ from palinode.evaluation.benchmark import (
     judge_cells,
     load_sets,
     metric_cells,
-    need_table,
     quality_cell,
     truth_ratio_form,
 )
@@ -52,6 +49,7 @@ from palinode.metrics.likelihood import (
 from palinode.metrics.matching import rouge_l_recalls
 from palinode.metrics.table import COMPARISONS, METRICS
 from palinode.records import Outcome, Score
+from palinode.settings import Asking
 
 QA: dict[str, int | None] = {"question": None, "answer": None}
 PERTURBED = {**QA, "paraphrased_answer": None, "perturbed_answer": 5, "paraphrased_question": None}
@@ -63,7 +61,6 @@ SPLITS = {
     "forget10": "20 of the 200 authors (400 questions); retain set retain90",
 }
 SIZES = {"forget01": 40, "forget05": 200, "forget10": 400}
-RETAIN = {"forget01": ("retain99", 3960), "forget05": ("retain95", 3800), "forget10": ("retain90", 3600)}
 
 REQUESTS = (
     "Files of that name with a task_id column hold ten unlearning requests one after another and are not "
@@ -107,7 +104,8 @@ OPTIONS = (
 def load(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchmark:
     """Return the question sets of a split; the forget set must be there, the others are told missing."""
     perturbed = Table(f"{split}_perturbed", SIZES[split], PERTURBED, hint=REQUESTS)
-    forget = perturbed if find_table(perturbed, places.data) else _forget_table(split)
+    plain = Table(split, SIZES[split], QA, hint=REQUESTS)
+    forget = perturbed if find_table(perturbed, places.data) else plain
     holdout = split.replace("forget", "holdout")  # its size is stated nowhere
     tables = {
         "forget": [forget],
@@ -120,22 +118,6 @@ def load(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchm
     if "forget" in loaded.missing:
         raise DataError(loaded.missing["forget"])
     return loaded
-
-
-def material(places: Places, split: str) -> BenchmarkRows:
-    """Return what is to be unlearned in a split, and its retain set."""
-    forget, retain = (
-        tuple(_example(row, place, table.facts.location) for place, row in enumerate(table.rows))
-        for table in (
-            need_table(_forget_table(split), places.data),
-            need_table(Table(*RETAIN[split], QA), places.data),
-        )
-    )
-    return BenchmarkRows(forget, retain)
-
-
-def _forget_table(split: str) -> Table:
-    return Table(split, SIZES[split], QA, hint=REQUESTS)
 
 
 def _questions(name: str, table: TableRows, options: Mapping[str, str]) -> QuestionSet:
@@ -230,7 +212,7 @@ CELLS: tuple[Cell, ...] = (
     Cell(
         ALL,
         "model_utility",
-        COMPARISONS["model_utility"].description,
+        COMPARISONS["model_utility"],
         _model_utility,
         also=("retain", "real_authors", "world_facts"),
         needs=frozenset({GENERATION}),
@@ -243,7 +225,6 @@ TOFU = Benchmark(
     source="locuslab/TOFU (arXiv 2401.06121), MIT",
     splits=SPLITS,
     load=load,
-    material=material,
     cells=CELLS,
     options=OPTIONS,
     hub="locuslab/TOFU",

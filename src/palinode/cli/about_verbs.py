@@ -232,12 +232,11 @@ def _benchmarks() -> dict[str, str]:
 
 
 def _metrics() -> dict[str, str]:
-    from palinode.metrics.membership import ATTACKS
-    from palinode.metrics.table import COMPARISONS, METRICS
+    from palinode.metrics.table import ATTACKS, COMPARISONS, METRICS
 
     return {
         **{name: metric.description for name, metric in METRICS.items()},
-        **{name: comparison.description for name, comparison in COMPARISONS.items()},
+        **COMPARISONS,
         **{f"auc_{name}": f"membership attack {attack.description}" for name, attack in ATTACKS.items()},
     }
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from palinode.cli.console import listener, out
-from palinode.cli.options import AllowPickle, Device, Quiet
+from palinode.cli.options import Quiet, takes
 from palinode.progress import plain
+from palinode.settings import Questioning
 
 if TYPE_CHECKING:
     from palinode.pipeline.chatting import Chat
@@ -31,7 +32,9 @@ HELP = """\
 Everything else is a question to all models."""
 
 
+@takes(of=Questioning, only=["allow_pickle", "device"])
 def chat(
+    settings: Questioning,
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="An unlearned model, with its record.")],
     against: Annotated[
         str | None, typer.Option(help="The model to compare with. [default: the run's target]")
@@ -40,9 +43,8 @@ def chat(
     alone: Annotated[
         bool, typer.Option("--alone", help="Compare with no other model, to save memory.")
     ] = False,
-    allow_pickle: AllowPickle = False,
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of answers.", min=1)] = 200,
-    device: Device = "auto",
+    *,
     quiet: Quiet = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print each question with its answers as one line of JSON.")
@@ -64,8 +66,8 @@ def chat(
         against=against,
         base=base,
         alone=alone,
-        allow_pickle=allow_pickle,
-        device=device,
+        allow_pickle=settings.allow_pickle,
+        device=settings.device,
         listener=listener(quiet=quiet),
     )
     talk.length = max_new_tokens

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from palinode.cli.console import listener, out, print_json, warn
-from palinode.cli.options import AllowPickle, Device, Json, Prompts, Quiet
+from palinode.cli.options import Json, Key, Quiet, takes
+from palinode.settings import LocateSettings
 
 if TYPE_CHECKING:
     from palinode.history.locating import Location
-    from palinode.jobs import LocateSettings
 
 
+@takes(Key("steps", kind=str, read=lambda text: _numbers(text)), of=LocateSettings)
 def locate(
+    settings: LocateSettings,
     forget: Annotated[str, typer.Option(help="The forget set: a file of rows, or a hub data set.")],
     checkpoints: Annotated[
         str,
@@ -34,46 +36,18 @@ def locate(
     target: Annotated[
         str | None, typer.Option(help="The model to be cleaned, for its step (by name or trainer state).")
     ] = None,
-    target_step: Annotated[
-        int | None, typer.Option(help="The target's step, where nothing tells it.")
-    ] = None,
-    steps: Annotated[
-        str | None, typer.Option(help="Steps of the checkpoints, as in 100,200,300, where names lack them.")
-    ] = None,
-    pattern: Annotated[
-        str | None, typer.Option(help="Which folders or revisions are checkpoints, as in step*.")
-    ] = None,
-    tokens_per_step: Annotated[
-        int | None, typer.Option(help="Tokens of an optimiser step, for distances in tokens.", min=1)
-    ] = None,
-    similarity: Annotated[
-        float, typer.Option(help="Texts of the corpus so similar count as copies.", min=0.1, max=1)
-    ] = 0.7,
-    salt: Annotated[Path | None, typer.Option(help="File whose bytes are the salt of a salted log.")] = None,
-    measure: Annotated[
-        str, typer.Option(help="What decides on behaviour: mean_logprob, min_k or extraction_strength.")
-    ] = "mean_logprob",
-    every: Annotated[
-        bool, typer.Option("--every", help="Load every checkpoint, not only as many as halving takes.")
-    ] = False,
-    max_length: Annotated[int, typer.Option(help="Tokens of a row, prompt included.", min=8)] = 512,
-    columns: Annotated[str | None, typer.Option(help="Column names, as in question=q,answer=reply.")] = None,
-    prompts: Prompts = None,
+    *,
     picture: Annotated[Path | None, typer.Option(help="Write a picture here (SVG).")] = None,
     report: Annotated[Path | None, typer.Option(help="Write the answer as a page here (Markdown).")] = None,
-    allow_pickle: AllowPickle = False,
-    device: Device = "auto",
-    seed: Annotated[int, typer.Option(help="Seeds the intervals.", min=0, max=2**32 - 1)] = 0,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Tell when rows were seen, and the checkpoint before."""
-    from palinode.jobs import locate as locate_rows
-    from palinode.pipeline.recipe import prompt_style
+    from palinode import jobs
 
     for place in filter(None, (picture, report)):
         check_place(place)
-    found = locate_rows(
+    found = jobs.locate(
         forget,
         checkpoints,
         control=control,
@@ -81,51 +55,17 @@ def locate(
         order=order,
         corpus=corpus,
         target=target,
-        settings=_settings(
-            {
-                "steps": steps,
-                "pattern": pattern,
-                "tokens_per_step": tokens_per_step,
-                "target_step": target_step,
-                "similarity": similarity,
-                "salt": salt,
-                "columns": columns,
-                "allow_pickle": allow_pickle,
-                "measure": measure,
-                "max_length": max_length,
-                "style": prompt_style(prompts),
-                "device": device,
-                "seed": seed,
-                "every": every,
-            }
-        ),
+        settings=settings,
         listener=listener(quiet=quiet),
     )
     show(found, picture=picture, report=report, as_json=as_json)
-
-
-def _settings(options: Mapping[str, Any]) -> LocateSettings:
-    """Return the settings that options of `locate` and `unlearn` say, by their names."""
-    from palinode.data import parse_columns
-    from palinode.history import OnsetSettings
-    from palinode.jobs import LocateSettings
-
-    asked = ("measure", "max_length", "style", "device", "seed", "every")
-    plain = ("pattern", "tokens_per_step", "target_step", "similarity", "salt", "allow_pickle")
-    return LocateSettings(
-        **{name: options[name] for name in plain if name in options},
-        steps=_numbers(options["steps"]) if options.get("steps") else None,
-        columns=parse_columns(options["columns"]) if options.get("columns") else None,
-        behaviour=OnsetSettings(**{name: options[name] for name in asked if name in options}),
-    )
 
 
 def show(found: Location, *, picture: Path | None, report: Path | None, as_json: bool) -> None:
     """Print a location, and write its picture and page where asked."""
     from palinode.records import write_text
     from palinode.report.content import show as show_blocks
-    from palinode.report.location_report import location_brief, location_markdown
-    from palinode.report.pictures import location_picture
+    from palinode.report.location_report import location_brief, location_markdown, location_picture
 
     record = found.as_record()
     if picture:
@@ -147,16 +87,13 @@ def resolve_base(
     quiet: bool,
     checkpoints: str | None,
     **evidence: Any,
-) -> tuple[str, dict[str, Any] | None]:
-    """Return the base of an unlearning run: the one named, or the last clean one of a series and why it is.
+) -> Location | None:
+    """Have a recipe's content name a base: its own, or the last clean one of a series, which is returned.
 
-    `content` is that of the run's recipe, `evidence` are options of `locate`. Raises RecipeError unless just
-    one of base and checkpoints is named.
+    `evidence` are options of `locate`. Raises RecipeError unless base or checkpoints is named, not both.
     """
+    from palinode import jobs
     from palinode.errors import RecipeError
-    from palinode.history import OnsetSettings
-    from palinode.jobs import LocateSettings
-    from palinode.jobs import locate as locate_rows
     from palinode.pipeline.recipe import read_prompts
 
     base = content["models"].get("base")
@@ -167,13 +104,13 @@ def resolve_base(
             "find; leave one of them out"
         )
     if base is not None:
-        return base, None
+        return None
     if checkpoints is None:
         raise RecipeError(
             "name an earlier checkpoint with --base, or a ladder of them with --checkpoints to have the last "
             "clean one found"
         )
-    found = locate_rows(
+    found = jobs.locate(
         content["data"]["forget"],
         checkpoints,
         target=content["models"]["target"],
@@ -181,48 +118,19 @@ def resolve_base(
         settings=LocateSettings(
             columns=content["data"].get("columns"),
             allow_pickle=content["models"].get("allow_pickle", False),
-            behaviour=OnsetSettings(
-                max_length=content.get("training", {}).get("max_length", 512),
-                style=read_prompts({}, changes).style(),
-                device=content.get("device", "auto"),
-                seed=content.get("seed", 0),
-            ),
+            max_length=content.get("training", {}).get("max_length", 512),
+            style=read_prompts({}, changes).style(),
+            device=content.get("device", "auto"),
+            seed=content.get("seed", 0),
         ),
         listener=listener(quiet=quiet),
     )
-    location, facts = chosen(found)
+    location, facts = jobs.chosen_base(found)
+    content["models"]["base"] = location
     warn(f"the base is step {facts['step']:,} of the ladder ({location}), {facts['reason']}.")
     for text in found.warnings:
         warn(text)
-    return location, facts
-
-
-def chosen(found: Location) -> tuple[str, dict[str, Any]]:
-    """Return the base that a location recommends, and what a record says of the choice.
-
-    Raises CheckpointError where no checkpoint is clean.
-    """
-    from palinode.errors import CheckpointError
-
-    choice = found.recommended
-    if choice is None:
-        least = found.next_best
-        told = f"; the least contaminated is {least.location} ({least.reason})" if least else ""
-        raise CheckpointError(
-            f"no checkpoint of the ladder is known to be clean of the forget rows{told}: name it with --base "
-            "if it shall serve all the same, or look at the alternatives that palinode locate names"
-        )
-    facts = {
-        "base": choice.location,
-        "step": choice.step,
-        "reason": choice.reason,
-        "evidence": list(choice.evidence),
-        "certainty": choice.certainty,
-        "first_exposure": found.first,
-        "next_best": found.next_best.location if found.next_best else None,
-        "warnings": list(found.warnings),
-    }
-    return choice.location, facts
+    return found
 
 
 def _numbers(text: str) -> list[int]:
@@ -278,8 +186,7 @@ def plan(
     from palinode.history.plan import Wish, plan_checkpoints, plan_record, read_decay
     from palinode.records import write_text
     from palinode.report.content import show
-    from palinode.report.location_report import plan_brief
-    from palinode.report.pictures import plan_picture
+    from palinode.report.location_report import plan_brief, plan_picture
 
     if half_life is not None and interest == "uniform":
         raise RecipeError("--half-life is for --interest recent; with uniform all steps count alike")

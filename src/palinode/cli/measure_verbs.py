@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,28 +11,45 @@ import typer
 
 from palinode.cli.console import listener, out, print_json, secret, secret_workspace
 from palinode.cli.options import (
-    AllowPickle,
-    Columns,
-    Device,
     DryRun,
     Json,
-    Prompts,
+    Key,
     Quiet,
-    Seed,
     benchmark_names,
     completion,
     metric_names,
+    takes,
 )
+from palinode.settings import AuditSettings, EvaluationSettings
 
 if TYPE_CHECKING:
-    from palinode.compare import CompareRecipe
     from palinode.compare.comparison_recipe import ComparisonRecipe
-    from palinode.report.content import Block
+    from palinode.evaluation.evaluate import BenchmarkEvaluated
 
 ANSWERS = "questions and answers"
+BEYOND = {"split", "options", "metrics", "against", "judge", "key_variable", "general", "general_include"}
+"""Settings that go beyond the four basic scores of rows."""
 
 
+@takes(
+    Key("max_rows", help="Rows of each set. [default: 400; all of a benchmark]"),
+    Key("max_new_tokens", help="Length limit of answers. [default: 200, or the benchmark's]"),
+    Key("max_length", help="Tokens of a row, prompt included. [default: 512, or the benchmark's]"),
+    Key(
+        "options",
+        flag="option",
+        help="An option of the benchmark, as in prompt=plain; repeatable.",
+        kind=list[str],
+        read=lambda texts: _pairs(texts),
+    ),
+    Key("metrics", values=metric_names),
+    Key("general", flag="lm-eval"),
+    Key("general_include", flag="lm-eval-include"),
+    of=EvaluationSettings,
+    only=[name for name in EvaluationSettings.model_fields if name != "batch_rows"],
+)
 def evaluate(
+    settings: EvaluationSettings,
     model: Annotated[str, typer.Argument(help="The model: a folder, or a hub id[@revision].")],
     data: Annotated[
         str | None,
@@ -50,75 +65,11 @@ def evaluate(
             autocompletion=completion(benchmark_names),
         ),
     ] = None,
-    split: Annotated[
-        str | None, typer.Option(help="Part of the benchmark, such as forget01. [default: its first]")
-    ] = None,
-    options: Annotated[
-        list[str] | None,
-        typer.Option("--option", help="An option of the benchmark, as in prompt=plain; repeatable."),
-    ] = None,
     retain: Annotated[str | None, typer.Option(help="Rows of your own that must be kept.")] = None,
     holdout: Annotated[
         str | None, typer.Option(help="Rows of your own, like the forget rows, that no model has seen.")
     ] = None,
-    against: Annotated[
-        str | None, typer.Option(help="The retrained model to compare with, or an open-unlearning log.")
-    ] = None,
-    judge: Annotated[
-        str | None, typer.Option(help="Judge of the answers: overlap, offline:FOLDER or URL#MODEL.")
-    ] = None,
-    key_variable: Annotated[
-        str | None,
-        typer.Option(
-            help="Environment variable with the key of a judge at a URL. [default: OPENAI_API_KEY for "
-            "https://api.openai.com, none for any other]"
-        ),
-    ] = None,
-    lm_eval: Annotated[str | None, typer.Option(help="General ability by lm-eval, as in mmlu,gsm8k.")] = None,
-    lm_eval_include: Annotated[
-        Path | None,
-        typer.Option(help="Folder with lm-eval tasks of your own, or the YAML file of one."),
-    ] = None,
-    metrics: Annotated[
-        str | None,
-        typer.Option(
-            help="Only these metrics, with commas between them; every is all of them.",
-            autocompletion=completion(metric_names),
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write what the model did: with a benchmark a folder with scores.json, else one file."
-        ),
-    ] = None,
-    open_unlearning: Annotated[
-        Path | None, typer.Option(help="Write a log in open-unlearning's form to this file too.")
-    ] = None,
-    open_unlearning_prompts: Annotated[
-        bool,
-        typer.Option(
-            "--open-unlearning-prompts",
-            help="Score all that the chat template writes after an answer, as open-unlearning does, and not "
-            "only the end of the turn.",
-        ),
-    ] = False,
-    max_rows: Annotated[
-        int | None, typer.Option(help="Rows of each set. [default: 400; all of a benchmark]")
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Length limit of answers. [default: 200, or the benchmark's]")
-    ] = None,
-    max_length: Annotated[
-        int | None, typer.Option(help="Tokens of a row, prompt included. [default: 512, or the benchmark's]")
-    ] = None,
-    columns: Columns = None,
-    allow_pickle: AllowPickle = False,
-    prompts: Prompts = None,
-    device: Device = "auto",
-    seed: Annotated[
-        int, typer.Option(help="Seeds sampling, intervals and the judge.", min=0, max=2**32 - 1)
-    ] = 0,
+    *,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -127,107 +78,46 @@ def evaluate(
     On rows: answer probability, ROUGE-L recall, exact memorization and extraction
     strength. With --benchmark, --against, --holdout and the like all metrics that the data allows.
     """
-    from palinode.data import parse_columns
-    from palinode.evaluation.evaluate import EvaluationSettings, first_process
-    from palinode.pipeline.recipe import checked_settings, prompt_style
-    from palinode.pipeline.steps import evaluate_file
+    from palinode import jobs
+    from palinode.cli.console import score_table
+    from palinode.errors import RecipeError
+    from palinode.evaluation.evaluate import first_process
 
-    limits = {"max_rows": max_rows, "max_new_tokens": max_new_tokens, "max_length": max_length}
-    given = {
-        "split": split,
-        "options": _pairs(options or ()),
-        "metrics": _names(metrics),
-        "against": against,
-        "judge": judge,
-        "key_variable": key_variable,
-        "general": _names(lm_eval),
-        "general_include": lm_eval_include,
-        "open_unlearning": open_unlearning,
-    }
-    settings = {
-        **given,
-        **{name: limit for name, limit in limits.items() if limit is not None},
-        "style": prompt_style(prompts),
-        "allow_pickle": allow_pickle,
-        "open_unlearning_prompts": open_unlearning_prompts,
-        "device": device,
-        "seed": seed,
-    }
-    named = parse_columns(columns) if columns else None
-    if not any((benchmark, retain, holdout, *given.values())):
-        scores = evaluate_file(
-            model,
-            _data(data, None, "evaluate"),
-            settings,
-            output=output,
-            columns=named,
-            listener=listener(quiet=quiet),
+    hear = listener(quiet=quiet)
+    beyond = settings.open_unlearning or any(getattr(settings, name) for name in BEYOND)
+    if benchmark or retain or holdout or beyond:
+        found = jobs.evaluate_benchmark(
+            model, benchmark or "own", data, retain=retain, holdout=holdout, settings=settings, listener=hear
         )
-        if as_json:
-            print_json({name: asdict(score) for name, score in scores.items()})
-        else:
-            from palinode.cli.console import score_table
-
-            out().print(score_table(scores))
-    else:
-        from palinode.evaluation.benchmark import Places
-        from palinode.evaluation.evaluate import evaluate_benchmark
-
-        chosen = _benchmark(benchmark)
-        places = Places(
-            data=_data(data, chosen.hub, chosen.name),
-            retain=_own_only(retain, "--retain", chosen.name),
-            holdout=_own_only(holdout, "--holdout", chosen.name),
-            columns=named,
-        )
-        checked = checked_settings(EvaluationSettings, {**settings, "output": output})
-        found = evaluate_benchmark(model, chosen, places, checked, listener=listener(quiet=quiet))
         if not first_process():
             return
         if as_json:
             print_json(found.record)
         else:
-            _show_scores(found, output)
-    if output is not None:
-        secret(output, ANSWERS, of=output, as_json=as_json)
+            _show_scores(found, settings.output)
+    elif data is None:
+        raise RecipeError("evaluate needs --data: a file of rows, or the folder of the benchmark's files")
+    else:
+        scores = jobs.evaluate(model, data, settings, listener=hear).scores
+        if as_json:
+            print_json({name: asdict(score) for name, score in scores.items()})
+        else:
+            out().print(score_table(scores))
+    if settings.output is not None:
+        secret(settings.output, ANSWERS, of=settings.output, as_json=as_json)
 
 
-def _show_scores(measurement: Any, output: Path | None) -> None:
+def _show_scores(found: BenchmarkEvaluated, output: Path | None) -> None:
     from palinode.cli.console import benchmark_notes, benchmark_table
 
-    out().print(benchmark_table(measurement.scores, title=_title(measurement.record)))
-    for note in benchmark_notes(measurement.scores):
+    record = found.record
+    split = "" if record["benchmark"] == "own" else f" {record['split']}"
+    title = f"{record['benchmark']}{split} on {record['model']['location']}"
+    out().print(benchmark_table(found.scores, title=title))
+    for note in benchmark_notes(found.scores):
         out().print(note, soft_wrap=True)
     if output is not None:
         out().print(f"{output}: scores.json and the outcomes of each set", soft_wrap=True)
-
-
-def _benchmark(name: str | None) -> Any:
-    """Return the benchmark of that name; rows of one's own where none is named."""
-    from palinode.benchmarks import BENCHMARKS
-    from palinode.errors import RecipeError, meant
-
-    key = name or "own"
-    if key not in BENCHMARKS:
-        known = ", ".join(BENCHMARKS)
-        raise RecipeError(f"there is no benchmark {key!r}; there are {known}{meant(key, BENCHMARKS)}")
-    return BENCHMARKS[key]
-
-
-def _data(data: str | None, hub: str | None, what: str) -> str:
-    from palinode.errors import RecipeError
-
-    if data is None and hub is None:
-        raise RecipeError(f"{what} needs --data: a file of rows, or the folder of the benchmark's files")
-    return data or hub or ""
-
-
-def _own_only(value: str | None, option: str, benchmark: str) -> str | None:
-    from palinode.errors import RecipeError
-
-    if value is not None and benchmark != "own":
-        raise RecipeError(f"{option} is for rows of your own; {benchmark} has its own sets")
-    return value
 
 
 def _pairs(texts: Sequence[str]) -> dict[str, str]:
@@ -242,16 +132,9 @@ def _pairs(texts: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
-def _names(text: str | None) -> tuple[str, ...]:
-    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
-
-
-def _title(record: Any) -> str:
-    split = "" if record["benchmark"] == "own" else f" {record['split']}"
-    return f"{record['benchmark']}{split} on {record['model']['location']}"
-
-
+@takes(of=AuditSettings)
 def audit(
+    settings: AuditSettings,
     model: Annotated[str, typer.Argument(help="The model to be audited: a folder, or a hub id[@revision].")],
     against: Annotated[
         str,
@@ -273,30 +156,7 @@ def audit(
     holdout: Annotated[
         str | None, typer.Option(help="Rows that no model has seen, for the membership attacks.")
     ] = None,
-    paraphrases: Annotated[
-        str | None,
-        typer.Option(
-            help="Column of the forget rows, or file with a row for each. [default: paraphrased_question]"
-        ),
-    ] = None,
-    lookalikes: Annotated[
-        str | None,
-        typer.Option(
-            help="Rows like the forget set. [default: made of perturbed_answer or paraphrased_answer]"
-        ),
-    ] = None,
-    attacks: Annotated[
-        str | None, typer.Option(help="Only these attacks, with commas between them. [default: all]")
-    ] = None,
-    budget: Annotated[str | None, typer.Option(help="quick, standard or full. [default: standard]")] = None,
-    policy: Annotated[
-        Path | None, typer.Option(help="A TOML policy: margins, budget, what must be run.")
-    ] = None,
-    columns: Columns = None,
-    allow_pickle: AllowPickle = False,
-    prompts: Prompts = None,
-    device: Device = "auto",
-    seed: Seed = 0,
+    *,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -304,17 +164,14 @@ def audit(
 
     Looks for evidence that a model knows more, or less, of a forget set than the reference model does.
     """
-    from palinode.data import parse_columns
+    from palinode import jobs
     from palinode.errors import RecipeError, meant
-    from palinode.jobs import AuditSettings
-    from palinode.jobs import audit as run_audit
-    from palinode.pipeline.recipe import prompt_style
 
     if reference not in ("retrained", "base"):
         raise RecipeError(
             f"--reference is {reference!r}; say retrained or base{meant(reference, ('retrained', 'base'))}"
         )
-    found = run_audit(
+    found = jobs.audit(
         model,
         against=against,
         forget=forget,
@@ -323,19 +180,7 @@ def audit(
         target=target,
         retain=retain,
         holdout=holdout,
-        settings=AuditSettings(
-            attacks=[name.strip() for name in attacks.split(",")] if attacks else (),
-            budget=budget,
-            policy=policy,
-            paraphrases=paraphrases,
-            lookalikes=lookalikes,
-            columns=parse_columns(columns) if columns else None,
-            style=prompt_style(prompts),
-            allow_pickle=allow_pickle,
-            device=device,
-            seed=seed,
-        ),
-        command=shlex.join(["palinode", *sys.argv[1:]]),
+        settings=settings,
         listener=listener(quiet=quiet),
     )
     if as_json:
@@ -373,27 +218,26 @@ def compare(
     With a section axis in the recipe: one comparison at each value of a key. With a section requests: erasure
     requests carried out one after another and undone in another order.
     """
+    from palinode import jobs
     from palinode.compare import load_comparison
-    from palinode.jobs import compare as run_comparison
     from palinode.report.content import show
 
     given = [*(changes or []), *([f"output.folder={_quoted(output)}"] if output else [])]
     loaded = load_comparison(recipe, given)
-    kind = _kind_of(loaded.comparison)
+    plan, describe, brief, files = _ways_of(loaded.comparison)
     if dry_run:
-        planned = kind.plan(loaded)
+        planned = plan(loaded)
         if as_json:
             print_json(planned)
-            return
-        _tell(kind.describe(planned))
+        else:
+            _tell(describe(planned))
         return
-    command = shlex.join(["palinode", *sys.argv[1:]])
-    result = run_comparison(loaded, command=command, listener=listener(quiet=quiet))
+    result = jobs.compare(loaded, listener=listener(quiet=quiet))
     if as_json:
         print_json(result.table)
     else:
-        show(kind.brief(result.table), out())
-        _tell([f"{result.output}: {', '.join(kind.files)}"])
+        show(brief(result.table), out())
+        _tell([f"{result.output}: {', '.join(files)}"])
     secret_workspace(loaded.workspace, result.output, "rows, vectors", as_json=as_json)
 
 
@@ -409,44 +253,13 @@ def _tell(lines: Iterable[str]) -> None:
         out().print(line, soft_wrap=True)
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """What a recipe asks for: how it is planned and told."""
+def _ways_of(comparison: ComparisonRecipe) -> tuple[Any, Any, Any, Sequence[str]]:
+    """Return how what the recipe asks for is planned, described and told, and its files."""
+    from palinode.compare import axis, comparing, requests
+    from palinode.report import comparison_report as report
 
-    plan: Callable[[CompareRecipe], dict[str, Any]]
-    describe: Callable[[dict[str, Any]], Iterable[str]]
-    brief: Callable[[Mapping[str, Any]], Iterable[Block]]
-    files: Sequence[str]
-
-
-def _kind_of(comparison: ComparisonRecipe) -> _Kind:
-    """Return what the recipe asks for; imported when it is known."""
     if comparison.requests:
-        from palinode.compare import requests
-        from palinode.report.comparison_report import requests_brief
-
-        return _Kind(
-            requests.plan_requests,
-            requests.describe_requests,
-            requests_brief,
-            requests.FILES,
-        )
+        return requests.plan_requests, requests.describe_requests, report.requests_brief, requests.FILES
     if comparison.axis:
-        from palinode.compare import axis
-        from palinode.report.comparison_report import axis_brief
-
-        return _Kind(
-            axis.plan_axis,
-            axis.describe_axis,
-            axis_brief,
-            axis.FILES,
-        )
-    from palinode.compare import comparing
-    from palinode.report.comparison_report import comparison_brief
-
-    return _Kind(
-        comparing.plan_comparison,
-        comparing.describe_plan,
-        comparison_brief,
-        comparing.FILES,
-    )
+        return axis.plan_axis, axis.describe_axis, report.axis_brief, axis.FILES
+    return comparing.plan_comparison, comparing.describe_plan, report.comparison_brief, comparing.FILES

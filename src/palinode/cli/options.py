@@ -1,7 +1,8 @@
-"""Options that are keys of a recipe are declared there, once; the others here, with one wording each.
+"""Options are declared once, as the fields of the settings: flag, help, type, range and default.
 
-`@takes("training.epochs", …)` gives a verb an option for each key, made of the recipe's own field: its
-help, type, range, values and default. The verb gets what was given as the nested content of a recipe.
+`@takes("training.epochs", …)` gives a verb an option for each of these keys of a recipe, and the verb gets
+what was given as the nested content of one. `@takes(of=AuditSettings)` gives it one for each field of those
+settings, and the verb gets them checked. Options of the command line alone, with one wording, stand below.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
@@ -18,7 +19,8 @@ from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
 from palinode.cli.console import hush_libraries
-from palinode.pipeline.recipe import Recipe
+from palinode.pipeline.recipe import Recipe, checked_settings, prompt_style
+from palinode.settings import Questioning
 
 GROUPS = {
     "models": "What you need",
@@ -36,12 +38,12 @@ OTHERS = "Options"
 ORDER = ("Arguments", *GROUPS.values(), OTHERS, ADVANCED)
 
 
-# Options that are keys of the recipe
+# From a field to an option
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A key of the recipe as an option; what is left out follows from the field."""
+    """A key of a recipe or of other settings as an option; what is left out follows from the field."""
 
     place: str
     """Its dotted name, as in training.epochs."""
@@ -53,7 +55,7 @@ class Key:
     group: str = ""
     kind: type | None = None
     """What the command line takes, where that is not what the field holds: `read` makes it of that."""
-    read: Callable[[Any], Any] = lambda value: value
+    read: Callable[[Any], Any] | None = None
     values: Callable[[], Sequence[str]] | None = None
     """Values to complete."""
 
@@ -62,18 +64,22 @@ class Key:
         """The parameter's name."""
         return (self.flag or self.place.rpartition(".")[2]).replace("-", "_")
 
-    def parameter(self) -> inspect.Parameter:
+    def parameter(self, model: type[BaseModel]) -> inspect.Parameter:
         """Return the option as a parameter of a function that typer reads."""
-        field = field_at(self.place)
+        field = field_at(self.place, model)
         kind, values = _kind(field)
-        kind = self.kind or kind
+        several = get_origin(kind) in (tuple, Sequence)
+        shape = (
+            f"<{get_args(kind)[0].__name__},…>" if several else f"<{'|'.join(values)}>" if values else None
+        )
+        kind = self.kind or (str if several else kind)
         number = kind in (int, float)
         option = typer.Option(
             f"--{self.name.replace('_', '-')}",
             help=self.help or _help(field),
-            metavar=f"<{'|'.join(values)}>" if values else None,
+            metavar=shape,
             autocompletion=completion(self.values or (lambda: values)) if self.values or values else None,
-            rich_help_panel=self.group or GROUPS.get(self.place.partition(".")[0], ADVANCED),
+            rich_help_panel=self.group or _group(self.place, model),
             min=_limit(field, "ge") if number else None,
             max=_limit(field, "le") if number else None,
         )
@@ -83,10 +89,26 @@ class Key:
             self.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[shown, option]
         )
 
+    def value(self, given: Any, model: type[BaseModel]) -> Any:
+        """Return what the field holds for what the command line was given."""
+        if self.read:
+            return self.read(given)
+        kind, _ = _kind(field_at(self.place, model))
+        return names_in(given) if get_origin(kind) in (tuple, Sequence) else given
 
-def takes(*keys: Key | str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a verb, whose first parameter is a recipe's content, an option for each of these keys."""
+
+def takes(
+    *keys: Key | str, of: type[BaseModel] = Recipe, only: Sequence[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a verb an option for each of these keys of a recipe; the verb's first parameter is the content.
+
+    Of other settings every field is an option, or `only` these; `keys` say what is special about some, and
+    the verb's first parameter is the settings.
+    """
     wanted = [key if isinstance(key, Key) else Key(key) for key in keys]
+    if of is not Recipe:
+        known = COMMON | {key.place: key for key in wanted}
+        wanted = [known.get(name, Key(name)) for name in sorted(only or of.model_fields, key=_is_shared)]
 
     def give(verb: Callable[..., None]) -> Callable[..., None]:
         own = [*inspect.signature(verb, eval_str=True).parameters.values()][1:]
@@ -94,14 +116,14 @@ def takes(*keys: Key | str) -> Callable[[Callable[..., None]], Callable[..., Non
         def called(**options: Any) -> None:
             content: dict[str, Any] = {}
             for key in wanted:
-                value = options.pop(key.name)
-                if value is not None and value is not False:
-                    _put(content, key.place, key.read(value))
-            verb(content, **options)
+                given = options.pop(key.name)
+                if given is not None and given is not False:
+                    _put(content, key.place, key.value(given, of))
+            verb(content if of is Recipe else checked_settings(of, content), **options)
 
         parameters = [
             *(one for one in own if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD),
-            *(key.parameter() for key in wanted),
+            *(key.parameter(of) for key in wanted),
             *(one for one in own if one.kind is inspect.Parameter.KEYWORD_ONLY),
         ]
         called.__name__, called.__doc__ = verb.__name__, verb.__doc__
@@ -114,10 +136,9 @@ def takes(*keys: Key | str) -> Callable[[Callable[..., None]], Callable[..., Non
     return give
 
 
-def field_at(place: str) -> FieldInfo:
+def field_at(place: str, model: type[BaseModel] = Recipe) -> FieldInfo:
     """Return the field of a dotted key."""
     *sections, last = place.split(".")
-    model: type[BaseModel] = Recipe
     for name in sections:
         annotation = model.model_fields[name].annotation
         model = next(
@@ -131,11 +152,19 @@ def field_at(place: str) -> FieldInfo:
 def _kind(field: FieldInfo) -> tuple[Any, Sequence[str]]:
     """Return the type that an option of this field has, and its values where only some are possible."""
     annotation = field.annotation
-    if get_origin(annotation) is not Literal:
-        annotation = next((part for part in get_args(annotation) if part is not type(None)), annotation)
+    if type(None) in get_args(annotation):
+        annotation = next(part for part in get_args(annotation) if part is not type(None))
     if get_origin(annotation) is Literal:
         return str, get_args(annotation)
     return annotation, ()
+
+
+def _is_shared(name: str) -> bool:
+    return name in Questioning.model_fields
+
+
+def _group(place: str, model: type[BaseModel]) -> str:
+    return GROUPS.get(place.partition(".")[0], ADVANCED) if model is Recipe else OTHERS
 
 
 def _limit(field: FieldInfo, name: str) -> float | None:
@@ -144,9 +173,9 @@ def _limit(field: FieldInfo, name: str) -> float | None:
 
 def _help(field: FieldInfo) -> str:
     """Return the first sentence that the field says of itself, and its default."""
-    text = re.split(r"(?<=[.]) ", " ".join((field.description or "").split()))[0]
+    text = re.split(r"(?<=[.]) (?!\[)", " ".join((field.description or "").split()))[0]
     default = field.get_default()
-    if field.is_required() or default is None or isinstance(default, bool | dict | list):
+    if field.is_required() or default is None or isinstance(default, bool | dict | list | tuple):
         return text
     shown = f"{default:g}".replace("e-0", "e-") if isinstance(default, float) else default
     return f"{text} [default: {shown}]"
@@ -161,6 +190,11 @@ def _put(content: dict[str, Any], place: str, value: Any) -> None:
         content[last].update(value)
     else:
         content[last] = value
+
+
+def names_in(text: str) -> tuple[str, ...]:
+    """Return the names in a text with commas between them."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def completion(values: Callable[[], Sequence[str]]) -> Callable[[str], list[str]]:
@@ -202,7 +236,7 @@ def device_names() -> Sequence[str]:
     return ("auto", "cpu", "cuda", "mps")
 
 
-# Options of several verbs
+# Keys of several verbs
 
 TARGET = Key("models.target")
 FORGET = Key("data.forget", group=NEED)
@@ -237,39 +271,28 @@ TRAINING_KEYS = (
     "training.precision",
     LORA,
 )
+STYLE = Key(
+    "style",
+    flag="set",
+    help="How questions are put, as in prompts.chat=false, prompts.system_prompt=… or prompts.date=…; "
+    "repeatable.",
+    kind=list[str],
+    read=prompt_style,
+)
+COMMON = {"columns": replace(COLUMNS, place="columns"), "device": DEVICE, "style": STYLE}
+"""Fields of several settings that the command line writes in its own way."""
+
+# Options of the command line alone
 
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Show no progress.", callback=hush_libraries, is_eager=True)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; do nothing.")]
-Seed = Annotated[
-    int, typer.Option(help="Seeds sampling, batch order, rounding and intervals.", min=0, max=2**32 - 1)
-]
-Device = Annotated[
-    str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.", autocompletion=completion(device_names))
-]
-Columns = Annotated[str | None, typer.Option(help="Column names of the rows, as in question=q,answer=reply.")]
-Prompts = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        help="How questions are put, as in prompts.chat=false, prompts.system_prompt=… or prompts.date=…; "
-        "repeatable.",
-    ),
-]
 Changes = Annotated[
     list[str] | None,
     typer.Option("--set", help="Set any key of a recipe, as in training.learning_rate=2e-5; repeatable."),
 ]
-AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="Read files of torch.save too; none of their code is run.")
-]
-Tracker = Annotated[
-    str | None,
-    typer.Option(help="Curves go there too, as in tensorboard,wandb; also mlflow, trackio and more."),
-]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: the target's]")]
 FixedScales = Annotated[
     str, typer.Option(help="α,β as in 1.0,0.5, or α alone; with β = 0 the retain model is never opened.")
 ]

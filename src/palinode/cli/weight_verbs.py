@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from palinode.cli.console import listener, out, print_json, warn
-from palinode.cli.options import AllowPickle, Dtype, FixedScales, Json, Quiet, parse_scales
+from palinode.cli.options import FixedScales, Json, Key, Quiet, parse_scales, takes
+from palinode.settings import ApplySettings
 
 if TYPE_CHECKING:
     from palinode.weights import Direction, Saved
@@ -21,7 +22,17 @@ if TYPE_CHECKING:
     from palinode.weights.vectors import StoredVector
 
 
+@takes(
+    Key(
+        "check",
+        flag="no-check",
+        help="Do not read the result back; then there is no weights.json.",
+        read=lambda _: False,
+    ),
+    of=ApplySettings,
+)
 def apply(
+    settings: ApplySettings,
     target: Annotated[str, typer.Option(help="The model to be cleaned (θ_D).")],
     forget_model: Annotated[
         str,
@@ -37,23 +48,7 @@ def apply(
         str | None, typer.Option(help="θ_2: the base fine-tuned on a retain sample; or its vector.")
     ] = None,
     scales: FixedScales = "1.0,0.0",
-    dtype: Dtype = None,
-    rounding: Annotated[
-        str, typer.Option(help="nearest, stochastic, or auto: stochastic where nearest would lose dose.")
-    ] = "auto",
-    precision: Annotated[str, typer.Option(help="Of the sums: float32 or float64.")] = "float32",
-    rows: Annotated[
-        str, typer.Option(help="Embeddings of different length: refuse, or sum the rows that are shared.")
-    ] = "refuse",
-    allow_pickle: AllowPickle = False,
-    allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="Let NaN and infinity in the models through.")
-    ] = False,
-    no_check: Annotated[
-        bool,
-        typer.Option("--no-check", help="Do not read the result back; then there is no weights.json."),
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    *,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -69,7 +64,7 @@ def apply(
 
     alpha, beta = parse_scales(scales)
     crew = Crew.from_environment()
-    opened = Checkpoint.open(target, allow_pickle=allow_pickle)
+    opened = Checkpoint.open(target, allow_pickle=settings.allow_pickle)
     with listener(quiet=quiet or crew.rank > 0).task(
         "writing", -(-opened.parameters // crew.count), "weights"
     ) as advance:
@@ -81,14 +76,7 @@ def apply(
             retain_model=retain_model,
             forget_scale=alpha,
             retain_scale=beta,
-            dtype=dtype,
-            rounding=rounding,  # type: ignore[arg-type]  # it is checked there
-            seed=seed,
-            precision=precision,
-            rows=rows,  # type: ignore[arg-type]
-            allow_pickle=allow_pickle,
-            allow_nonfinite=allow_nonfinite,
-            check=not no_check,
+            settings=settings,
             crew=crew,
             on_progress=advance,
         )
@@ -135,7 +123,9 @@ Base = Annotated[str | None, typer.Option(help="The point that vectors to a --mo
 
 
 @vectors.callback(invoke_without_command=True)
+@takes(of=ApplySettings, only=["allow_pickle"])
 def vector(
+    settings: ApplySettings,
     context: typer.Context,
     base: Base = None,
     models: Annotated[
@@ -147,7 +137,7 @@ def vector(
         typer.Option("--vector", help="A stored vector, or a LoRA adapter; repeatable."),
     ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Show every part of the model.")] = False,
-    allow_pickle: AllowPickle = False,
+    *,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -155,7 +145,7 @@ def vector(
     from palinode.errors import RecipeError
 
     if context.invoked_subcommand:
-        if base or models or folders or layers or allow_pickle or quiet or as_json:
+        if base or models or folders or layers or settings.allow_pickle or quiet or as_json:
             word = context.invoked_subcommand
             raise RecipeError(f"options of {word!r} come after that word; move them there")
         return
@@ -163,11 +153,11 @@ def vector(
         raise RecipeError("there is no vector to measure; name --base and --model, or --vector")
     from palinode.cli.console import vector_content, vector_tables
     from palinode.weights import profile
-    from palinode.weights.vectors import layout_of
+    from palinode.weights.arithmetic import layout_of
 
     names = [*dict.fromkeys(models or [])], [*dict.fromkeys(folders or [])]
-    directions = _directions(base, *names, allow_pickle=allow_pickle)
-    total = max(sum(info.size for info in layout_of(one)) for one in directions.values())
+    directions = _directions(base, *names, settings.allow_pickle)
+    total = max(sum(info.size for info in layout_of(one.terms)) for one in directions.values())
     with listener(quiet=quiet).task("measuring", total, "weights") as advance:
         measured = profile(directions, on_progress=advance)
     if as_json:
@@ -178,7 +168,9 @@ def vector(
 
 
 @vectors.command()
+@takes(of=ApplySettings, only=["allow_pickle"])
 def save(
+    settings: ApplySettings,
     output: Annotated[Path, typer.Option(help="Folder for the vector; must not exist, or be empty.")],
     base: Base = None,
     model: Annotated[str | None, typer.Option(help="The point that the vector leads to (θ_1).")] = None,
@@ -194,19 +186,20 @@ def save(
         float | None,
         typer.Option(help="Or of the smallest rank that keeps this share of its squared norm, as in 0.99."),
     ] = None,
-    allow_pickle: AllowPickle = False,
+    *,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Store a vector as an artefact of its own, whole or at low rank, and say what error that costs."""
     from palinode.errors import RecipeError
-    from palinode.weights.vectors import layout_of, save_vector
+    from palinode.weights.arithmetic import layout_of
+    from palinode.weights.vectors import save_vector
 
     if (model is None) == (folder is None):
         raise RecipeError("one vector is stored at a time; name either --base and --model, or --vector")
     models, folders = [model] if model else [], [folder] if folder else []
-    (direction,) = _directions(base, models, folders, allow_pickle=allow_pickle).values()
-    total = sum(info.size for info in layout_of(direction))
+    (direction,) = _directions(base, models, folders, settings.allow_pickle).values()
+    total = sum(info.size for info in layout_of(direction.terms))
     with listener(quiet=quiet).task("storing", total, "weights") as advance:
         stored = save_vector(direction, output, dtype=dtype, rank=rank, energy=energy, on_progress=advance)
     facts = _vector_facts(output, stored)
@@ -217,7 +210,7 @@ def save(
 
 
 def _directions(
-    base: str | None, models: list[str], folders: list[str], *, allow_pickle: bool
+    base: str | None, models: list[str], folders: list[str], allow_pickle: bool
 ) -> dict[str, Direction]:
     """Return the directions by the names they were given."""
     from palinode.errors import RecipeError
@@ -266,7 +259,9 @@ def _vector_sentence(facts: dict[str, Any]) -> str:
     )
 
 
+@takes(of=ApplySettings, only=["dtype", "allow_pickle"])
 def export(
+    settings: ApplySettings,
     target: Annotated[str, typer.Option(help="The model to be cleaned (θ_D).")],
     base: Annotated[str, typer.Option(help="The checkpoint that the others were fine-tuned from (θ_0).")],
     forget_model: Annotated[str, typer.Option(help="θ_1: the base fine-tuned on the forget set.")],
@@ -277,8 +272,7 @@ def export(
         str | None, typer.Option(help="θ_2: the base fine-tuned on a retain sample.")
     ] = None,
     scales: FixedScales = "1.0,0.0",
-    dtype: Dtype = None,
-    allow_pickle: AllowPickle = False,
+    *,
     output: Annotated[
         Path | None, typer.Option(help="File to write; must not exist. [default: standard output]")
     ] = None,
@@ -301,9 +295,9 @@ def export(
         retain_model,
         forget_scale=alpha,
         retain_scale=beta,
-        allow_pickle=allow_pickle,
+        allow_pickle=settings.allow_pickle,
     )
-    text = mergekit_recipe(point, dtype=dtype)
+    text = mergekit_recipe(point, dtype=settings.dtype)
     if output is None:
         print(text, end="")
     else:

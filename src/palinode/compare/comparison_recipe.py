@@ -21,9 +21,7 @@ from palinode.methods import METHODS
 from palinode.metrics import METRICS
 from palinode.pipeline.inputs import workspace_folder
 from palinode.pipeline.recipe import (
-    MAX_SEED,
     Recipe,
-    RecipeSection,
     build_recipe,
     checked_settings,
     known_keys,
@@ -31,6 +29,7 @@ from palinode.pipeline.recipe import (
     with_changes,
 )
 from palinode.pipeline.workspace import fingerprint
+from palinode.settings import MAX_SEED, Seed, StrictModel
 
 SHARED = ("device", "models", "data", "training", "evaluation", "prompts", "output", "prepare")
 """Keys of a run's recipe that all contestants share."""
@@ -38,7 +37,7 @@ OPEN_TO_CONTESTANTS = ("training.", "method_settings.", "scales.forget", "scales
 """Keys that a contestant may fix or search."""
 
 
-class SearchBudget(RecipeSection):
+class SearchBudget(StrictModel):
     """What every contestant may spend on one unlearned model."""
 
     steps: int | None = Field(default=None, ge=1)
@@ -55,7 +54,7 @@ class SearchBudget(RecipeSection):
         return self
 
 
-class Choice(RecipeSection):
+class Choice(StrictModel):
     """The rule that picks one point of each contestant, on the probe rows."""
 
     floor: Literal["base", "retrained"] = "base"
@@ -64,7 +63,7 @@ class Choice(RecipeSection):
     """Share of the target's retain probability that a point must keep."""
 
 
-class Split(RecipeSection):
+class Split(StrictModel):
     """Which rows serve for what. All forget rows are unlearned; no retain row serves for two things."""
 
     forget_probe: float = Field(default=0.5, gt=0, lt=1)
@@ -83,7 +82,7 @@ class Split(RecipeSection):
         return self
 
 
-class Measures(RecipeSection):
+class Measures(StrictModel):
     """What is measured of the models that were chosen."""
 
     judge: str | None = "overlap"
@@ -104,7 +103,7 @@ class Measures(RecipeSection):
         return self
 
 
-class BenchmarkPart(RecipeSection):
+class BenchmarkPart(StrictModel):
     """A benchmark that the chosen models are measured with besides."""
 
     name: str
@@ -130,7 +129,7 @@ class BenchmarkPart(RecipeSection):
         return self
 
 
-class Demo(RecipeSection):
+class Demo(StrictModel):
     """The invented world of the demo, where `world = "demo"`."""
 
     forget_people: int = Field(default=10, ge=1)
@@ -153,7 +152,7 @@ class Demo(RecipeSection):
         return {name: value for name, value in found.items() if usual.get(name) != value}
 
 
-class Axis(RecipeSection):
+class Axis(StrictModel):
     """One key of the recipe that takes several values, with a comparison at each of them."""
 
     key: str = Field(min_length=1)
@@ -177,7 +176,7 @@ class Axis(RecipeSection):
         return self
 
 
-class Requests(RecipeSection):
+class Requests(StrictModel):
     """Erasure requests that come one after another, and are then undone in another order."""
 
     by: str | None = Field(default=None, min_length=1)
@@ -186,7 +185,7 @@ class Requests(RecipeSection):
     """Or so many rows, in the order of the file."""
     count: int | None = Field(default=None, ge=2)
     """Requests that are made; None: all. The rows of the others are to stay known."""
-    undo_seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    undo_seed: Seed = 0
     """Draws the order in which requests are undone."""
 
     @model_validator(mode="after")
@@ -199,7 +198,7 @@ class Requests(RecipeSection):
 _NOT_WITH_REQUESTS = ("tries", "choose", "measure", "benchmark", "keep_models")
 
 
-class Contestant(RecipeSection):
+class Contestant(StrictModel):
     """One method, or one form of it, with its own few hyper-parameters."""
 
     name: str = Field(min_length=1)
@@ -230,13 +229,13 @@ class Contestant(RecipeSection):
         return self
 
 
-class ComparisonRecipe(RecipeSection):
+class ComparisonRecipe(StrictModel):
     """What a comparison says beside what all contestants share."""
 
     world: Literal["demo"] | None = None
     """Make the demo's models and rows; None: [models] and [data] name them."""
     demo: Demo = Demo()
-    seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    seed: Seed = 0
     """Seeds the division of rows, the points drawn, and intervals."""
     seeds: list[int] = Field(default=[0], min_length=1)
     """Seeds of training: points are tried with the first, the chosen one is made with each."""

@@ -32,13 +32,7 @@ from palinode.evaluation.benchmark import (
     not_computed,
     score_cells,
 )
-from palinode.evaluation.evaluate import (
-    EvaluationSettings,
-    ask_sets,
-    judged,
-    make_exam,
-    open_benchmark,
-)
+from palinode.evaluation.evaluate import ask_sets, judged, make_exam, open_benchmark
 from palinode.evaluation.judges import named_judge
 from palinode.metrics import METRICS
 from palinode.metrics.aggregate import mean_score
@@ -46,6 +40,7 @@ from palinode.models.loading import load_tokenizer, pick_device
 from palinode.pipeline.workspace import Step, fingerprint
 from palinode.progress import Listener
 from palinode.records import Score, read_outcomes, write_outcomes
+from palinode.settings import EvaluationSettings
 from palinode.weights import Checkpoint
 
 OWN_ROWS = "rows"

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from palinode.evaluation.ask import ask
 from palinode.methods import unlearned_point
 from palinode.methods.method import Vectors
 from palinode.metrics import METRICS
-from palinode.metrics.aggregate import mean_score
+from palinode.metrics.aggregate import known_mean, mean_score
 from palinode.models.inplace import contents, put
 from palinode.models.loading import load_model, load_tokenizer, pick_device, tokenizer_fingerprint
 from palinode.pipeline.workspace import Step
@@ -127,13 +126,13 @@ class RequestStates:
             target=self.ground.target.fingerprint(),
             device=self.device.type,
         )
-        facts = step.facts
-        if facts is None:
-            step.begin()
+
+        def anew() -> Mapping[str, Any]:
             fresh = load_model(self.ground.target, device=self.device)
             self._put(made, order, fresh)
-            step.finish(facts := {"contents": contents(fresh)})
-        return str(facts["contents"])
+            return {"contents": contents(fresh)}
+
+        return str(step.once(anew)["contents"])
 
     def _put(self, made: Sum, order: Sequence[int], model: PreTrainedModel) -> None:
         recipe = self.ground.recipe
@@ -152,16 +151,14 @@ class RequestStates:
         undone: int | None = None,
     ) -> dict[str, Any]:
         """Return a state, found by asking the model unless its step has what it said."""
-        facts = step.facts
-        if facts is None:
-            step.begin()
+
+        def asked() -> Mapping[str, Any]:
             live = model()
-            step.finish(facts := {"contents": contents(live), "values": self._ask(live, label)})
+            return {"contents": contents(live), "values": self._ask(live, label)}
+
+        facts = step.once(asked)
         scored = self.ground.workspace.step("scores", values=facts["values"], done=sorted(done), layout=1)
-        scores = scored.facts
-        if scores is None:
-            scored.begin()
-            scored.finish(scores := self._scores(facts["values"], done))
+        scores = scored.once(lambda: self._scores(facts["values"], done))
         return {"done": sorted(done), "undone": undone, "contents": facts["contents"], "scores": scores}
 
     def _ask(self, model: PreTrainedModel, label: str) -> Values:
@@ -197,11 +194,6 @@ class RequestStates:
                 name: asdict(mean_score([value for key in keys for value in own[key]], missing="no token"))
                 for name, keys in parts.items()
             }
-            scores[metric]["by_request"] = [_mean(own[str(number)]) for number in self.numbers]
-            scores[metric]["others"] = _mean(own["others"])
+            scores[metric]["by_request"] = [known_mean(own[str(number)]) for number in self.numbers]
+            scores[metric]["others"] = known_mean(own["others"])
         return scores
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None

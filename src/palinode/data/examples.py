@@ -74,21 +74,12 @@ ROW_FLAGS = (
 template may be used."""
 
 LABELS = frozenset(
-    {"id", "uuid", "index", "message_id", "parent_id", "timestamp", "created_at", "date", "lang"}
+    (
+        *("id", "uuid", "index", "message_id", "parent_id", "turn", "timestamp", "created_at", "date"),
+        *("lang", "language", "source", "url", "model", "metadata", "annotations", "cache_control"),
+        *("tokens", "score", "rank"),
+    )
 )
-LABELS |= {
-    "annotations",
-    "cache_control",
-    "language",
-    "source",
-    "url",
-    "model",
-    "metadata",
-    "turn",
-    "tokens",
-    "score",
-    "rank",
-}
 """Keys of a message, or of a part of one, that no template shows."""
 
 ROLES = tuple(role for roles in SHAPES.values() for role in roles)
@@ -211,6 +202,16 @@ def shared_rows(first: Sequence[Example], second: Sequence[Example]) -> list[tup
         places.setdefault(example.key, position)
     keys = (example.key for example in first)
     return [(position, places[key]) for position, key in enumerate(keys) if key in places]
+
+
+def check_no_forget_rows(forget: Sequence[Example], others: Mapping[str, Sequence[Example]]) -> None:
+    """Refuse forget rows in another set, where they would make every comparison of the two meaningless."""
+    for name, examples in others.items():
+        if shared := shared_rows(examples, forget):
+            raise DataError(
+                f"{len(shared)} of the {len(examples)} {name} rows are forget rows too "
+                f"(first: {examples[shared[0][0]].place}); take them out of one of the two"
+            )
 
 
 def fingerprint_examples(examples: Iterable[Example]) -> str:

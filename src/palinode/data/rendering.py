@@ -19,11 +19,13 @@ import atexit
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -351,7 +353,11 @@ class _Worker:
             raise
         if len(found) < len(chats):
             self.end()
-            found.append(Refusal(_why(self.process.returncode)))
+            code = self.process.returncode
+            why = f"the process that rendered it ended with code {code}"
+            if code == -getattr(signal, "SIGPROF", 0):
+                why = f"it was stopped after {SECONDS} seconds of computing"
+            found.append(Refusal(why))
         return found
 
     def end(self) -> None:
@@ -374,20 +380,10 @@ def _end() -> None:
         _WORKERS[-1].end()
 
 
-def _why(code: int) -> str:
-    import signal
-
-    if code == -getattr(signal, "SIGPROF", 0):
-        return f"it was stopped after {SECONDS} seconds of computing"
-    return f"the process that rendered it ended with code {code}"
-
-
 # What follows runs in the child
 
 
 def _serve() -> None:
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that asks decides when it ends
     _limit_memory()
     for line in sys.stdin.buffer:
@@ -427,18 +423,9 @@ def _answer(chat: Chat, template: str, variables: Mapping[str, Any], date: str) 
     return {"text": text}
 
 
-_TEMPLATES: dict[tuple[str, str], Any] = {}
-
-
+@lru_cache(maxsize=1)
 def _compiled(template: str, date: str) -> Any:
     """Return a template in the surroundings that transformers gives one."""
-    if (template, date) not in _TEMPLATES:
-        _TEMPLATES.clear()
-        _TEMPLATES[template, date] = _surroundings(date).from_string(template)
-    return _TEMPLATES[template, date]
-
-
-def _surroundings(date: str) -> Any:
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension
     from jinja2.parser import Parser
@@ -473,7 +460,7 @@ def _surroundings(date: str) -> Any:
     )
     environment.filters["tojson"] = tojson
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": _clock(date)}
-    return environment
+    return environment.from_string(template)
 
 
 def _clock(date: str) -> Any:

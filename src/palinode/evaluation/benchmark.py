@@ -21,13 +21,13 @@ from palinode.data.examples import Example, Message, Question
 from palinode.data.sources import Row, json_type, parse_hub_name, read_rows
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import DataError, RecipeError
-from palinode.evaluation.ask import Asking
 from palinode.metrics.aggregate import forget_quality
 from palinode.metrics.judged import forget_accuracy, recover_accuracy, retain_accuracy
 from palinode.metrics.likelihood import Form
-from palinode.metrics.membership import ATTACKS, MembershipAttack, auc, privleak, true_positive_rate
-from palinode.metrics.table import COMPARISONS, METRICS, score_outcomes
+from palinode.metrics.membership import auc, min_k_values, privleak, true_positive_rate
+from palinode.metrics.table import ATTACKS, COMPARISONS, METRICS, Metric, score_outcomes
 from palinode.records import Outcome, Score, Verdict, read_bytes
+from palinode.settings import Asking
 
 MEMORIZATION = ("exact_memorization", "extraction_strength", "extraction_strength_strict")
 """Metrics of what a model knows by heart."""
@@ -55,7 +55,7 @@ def quality_cell(name: str) -> Cell:
         theirs = measured.of_reference(name) or ()
         return forget_quality(measured.of(name), theirs, form=truth_ratio_form(measured))
 
-    return Cell(name, "forget_quality", COMPARISONS["forget_quality"].description, score, reference=True)
+    return Cell(name, "forget_quality", COMPARISONS["forget_quality"], score, reference=True)
 
 
 def truth_ratio_form(measured: Measured) -> Form:
@@ -69,13 +69,15 @@ def attack_cells(members: str, others: str) -> tuple[Cell, ...]:
     `members` is the set that was trained on once, `others` one that no model saw.
     """
 
-    def cell(attack: MembershipAttack, metric: str, what: str, rate: Callable[..., Score]) -> Cell:
+    def cell(attack: Metric, metric: str, what: str, rate: Callable[..., Score]) -> Cell:
+        related = "reference" in attack.needs
+
         def score(measured: Measured) -> Score:
-            return rate(
-                attack.values(measured.of(members), measured.of_reference(members)),
-                attack.values(measured.of(others), measured.of_reference(others)),
-                seed=measured.seed,
+            values = (
+                attack.per_example(measured.of(name), *([measured.of_reference(name)] if related else []))
+                for name in (members, others)
             )
+            return rate(*values, seed=measured.seed)
 
         return Cell(
             members,
@@ -84,7 +86,7 @@ def attack_cells(members: str, others: str) -> tuple[Cell, ...]:
             score,
             also=(others,),
             needs=attack.needs,
-            reference="reference" in attack.needs,
+            reference=related,
             on_request="gradient_norm" in attack.needs,
         )
 
@@ -100,7 +102,7 @@ def attack_cells(members: str, others: str) -> tuple[Cell, ...]:
         ("tpr", "true-positive rate at 1 % false positives", true_positive_rate),
     )
     cells = [cell(attack, *rate) for attack in ATTACKS.values() for rate in rates]
-    words = COMPARISONS["privleak"].description
+    words = COMPARISONS["privleak"]
     return (*cells, Cell(members, "privleak", words, leak, also=(others,), reference=True))
 
 
@@ -111,7 +113,7 @@ def judge_cells(forget: str, retain: str) -> tuple[Cell, ...]:
         def score(measured: Measured) -> Score:
             return accuracy(measured.verdicts[name], seed=measured.seed)
 
-        words, needs = COMPARISONS[key].description, frozenset({GENERATION})
+        words, needs = COMPARISONS[key], frozenset({GENERATION})
         return Cell(name, key, words, score, needs=needs, reference=reference, judge=True)
 
     return (
@@ -123,8 +125,7 @@ def judge_cells(forget: str, retain: str) -> tuple[Cell, ...]:
 
 def min_k_auc(members: Sequence[Outcome], others: Sequence[Outcome], *, seed: int) -> Score:
     """Return the AUC of the Min-K attack, from which PrivLeak follows."""
-    attack = ATTACKS["min_k"]
-    return auc(attack.values(members), attack.values(others), seed=seed)
+    return auc(min_k_values(members), min_k_values(others), seed=seed)
 
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
@@ -359,14 +360,6 @@ class LoadedBenchmark:
     tables: tuple[TableFacts, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class BenchmarkRows:
-    """What a model unlearns in a benchmark, and the rows whose effect must stay."""
-
-    forget: tuple[Example, ...]
-    retain: tuple[Example, ...] = ()
-
-
 # What follows
 
 
@@ -479,8 +472,6 @@ class Benchmark:
     """What it can be run on, with a line each; the first is the default."""
     load: Callable[[Places, str, Mapping[str, str]], LoadedBenchmark]
     """(places, split, options) → questions; raises DataError."""
-    material: Callable[[Places, str], BenchmarkRows]
-    """(places, split) → what is to be unlearned; raises DataError."""
     cells: tuple[Cell, ...]
     options: tuple[Option, ...] = ()
     hub: str | None = None

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from palinode.data.examples import Example, Question, at_most, plain_questions
 from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
 from palinode.errors import OutputError, RecipeError
-from palinode.evaluation.ask import EvaluationLimits, ask
+from palinode.evaluation.ask import ask
 from palinode.evaluation.benchmark import (
     Benchmark,
     Cell,
@@ -52,6 +52,7 @@ from palinode.records import (
     write_json,
     write_outcomes,
 )
+from palinode.settings import EvaluationSettings
 from palinode.version import __version__
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.fingerprints import unchanged
@@ -61,49 +62,6 @@ if TYPE_CHECKING:
 
 SCORES_VERSION = 1
 """Version of the layout of `scores.json`, described in docs/benchmarks.md."""
-
-
-class EvaluationSettings(EvaluationLimits):
-    """What is wanted of an evaluation; everything has a default.
-
-    On rows of one's own the limits hold as they are, on a benchmark those that somebody has set; the rest
-    of it is asked as its authors ask.
-    """
-
-    split: str | None = None
-    """None means the benchmark's first."""
-    options: Mapping[str, str] = {}
-    """The benchmark's own options."""
-    metrics: tuple[str, ...] = ()
-    """Which metrics; none means all but the expensive ones, and "every" means all."""
-    against: str | None = None
-    """The retrained model: a folder, a hub id, or an open-unlearning log (.json)."""
-    judge: str | None = None
-    """A judge: overlap, offline:FOLDER or URL#model."""
-    key_variable: str | None = None
-    """The environment variable with the key of a judge at a URL, where it is not OpenAI's own."""
-    general: tuple[str, ...] = ()
-    """Tasks of lm-eval, run on the model in memory."""
-    general_include: Path | None = None
-    """Folder with lm-eval tasks of one's own, or the YAML file of one."""
-    style: PromptStyle | None = None
-    """How questions are put, where it should not be the benchmark's own way."""
-    output: Path | None = None
-    """Folder for scores.json and the outcomes."""
-    open_unlearning: Path | None = None
-    """File for the results in open-unlearning's form."""
-    allow_pickle: bool = False
-    """Read files of torch.save too; none of their code is run."""
-    open_unlearning_prompts: bool = False
-    """Score all that a chat template writes after an answer, as open-unlearning does."""
-    device: str = "auto"
-    seed: int = 0
-    """Seeds the sampling of questions, intervals and the judge's order of candidates."""
-
-    @property
-    def most_questions(self) -> int | None:
-        """Questions of each set of a benchmark; a larger set is sampled with the seed. None asks all."""
-        return self.max_rows if "max_rows" in self.model_fields_set else None
 
 
 @dataclass(frozen=True, slots=True)

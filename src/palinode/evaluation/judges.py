@@ -30,7 +30,7 @@ from palinode.evaluation.judging import (
     plain_text,
 )
 from palinode.metrics.matching import spaced
-from palinode.weights.foreign import bounded, check_folder, from_pretrained, read_config
+from palinode.weights.foreign import bounded, check_folder, config_of, from_pretrained
 
 MARGIN = 0.05
 """Candidates whose score is at most this far from the best are picked with it."""
@@ -311,7 +311,7 @@ class EmbeddingJudge(_ModelJudge):
 
 def entailment_label(folder: Path) -> int:
     """Return the number of the "entailment" label in a model's config; InputError when there is not one."""
-    labels = _config(folder).get("id2label") or {}
+    labels = config_of(folder).get("id2label") or {}
     found = [int(number) for number, label in labels.items() if str(label).casefold() == "entailment"]
     if len(found) == 1:
         return found[0]
@@ -319,12 +319,6 @@ def entailment_label(folder: Path) -> int:
     raise InputError(
         f"the model in {folder} has the labels {named}; a judge needs one that is called entailment"
     )
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    content = read_config(file) if file.exists() else {}
-    return content if isinstance(content, dict) else {}
 
 
 JUDGES: dict[str, str] = {
@@ -356,7 +350,7 @@ def open_judge(
         folder = Path(name.removeprefix("offline:"))
         if not folder.is_dir():
             raise InputError(f"{folder} is not a folder; an offline judge is a folder with a model")
-        kinds = _config(folder).get("architectures") or []
+        kinds = config_of(folder).get("architectures") or []
         cross_encoder = any(str(kind).endswith("ForSequenceClassification") for kind in kinds)
         embedding = (folder / "modules.json").is_file() and not cross_encoder
         return (EmbeddingJudge if embedding else EntailmentJudge)(folder, device=device)

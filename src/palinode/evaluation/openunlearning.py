@@ -40,7 +40,8 @@ from palinode.metrics.likelihood import (
     truth_ratios,
 )
 from palinode.metrics.matching import rouge
-from palinode.metrics.membership import ATTACKS, auc
+from palinode.metrics.membership import auc
+from palinode.metrics.table import ATTACKS
 from palinode.records import Likelihood, Outcome, Score, read_json, write_json
 
 FORGET, RETAIN, AUTHORS, FACTS, HOLDOUT = "forget", "retain", "real_authors", "world_facts", "holdout"
@@ -239,7 +240,7 @@ def _attack_entries(
         attack = ATTACKS[name]
         if "reference" in attack.needs:
             continue
-        ours, theirs = attack.values(members), attack.values(others)
+        ours, theirs = attack.per_example(members), attack.per_example(others)
         area = scores[key].value if key in scores else auc(ours, theirs).value
         forget, holdout = _entry(members, "score", ours), _entry(others, "score", theirs)
         if area is not None and forget is not None and holdout is not None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from palinode.history.duplicates import find_duplicates
     from palinode.history.exposures import ExposureLog
     from palinode.history.locating import Location, locate
-    from palinode.history.onset import Onset, OnsetSettings, find_onset
+    from palinode.history.onset import Onset, find_onset
     from palinode.history.plan import Schedule, plan_checkpoints
     from palinode.history.reader import ExposureReader, compact
     from palinode.history.series import CheckpointSeries, SeriesCheckpoint, open_series
@@ -28,7 +28,6 @@ __all__ = [
     "Location",
     "LoggedLoader",
     "Onset",
-    "OnsetSettings",
     "Schedule",
     "SeriesCheckpoint",
     "ThinningCallback",
@@ -46,7 +45,7 @@ _ROOMS = {
     "duplicates": ("find_duplicates",),
     "exposures": ("ExposureLog",),
     "locating": ("Location", "locate"),
-    "onset": ("Onset", "OnsetSettings", "find_onset"),
+    "onset": ("Onset", "find_onset"),
     "plan": ("Schedule", "plan_checkpoints"),
     "reader": ("ExposureReader", "compact"),
     "series": ("CheckpointSeries", "SeriesCheckpoint", "open_series"),

@@ -77,13 +77,6 @@ def _as_lists(table: StepTable) -> dict[str, Any]:
     return lists
 
 
-def _from_lists(lists: Mapping[str, Any]) -> StepTable:
-    count = len(lists["step"])
-    tokens, epochs = lists.get("tokens", [UNKNOWN] * count), lists.get("epoch", [None] * count)
-    known = [np.nan if value is None else value for value in epochs]
-    return step_table(zip(lists["step"], lists["rows"], tokens, known, strict=True))
-
-
 # Sealed segments
 
 
@@ -176,7 +169,10 @@ def read_about(path: Path) -> tuple[dict[str, Any], StepTable]:
             raise DataError(
                 f"{path} has format {about['version']}, newer than {FORMAT_VERSION}; use a newer Palinode"
             )
-        return about, _from_lists(about["steps"])
+        lists, count = about["steps"], len(about["steps"]["step"])
+        tokens, epochs = lists.get("tokens", [UNKNOWN] * count), lists.get("epoch", [None] * count)
+        known = [np.nan if value is None else value for value in epochs]
+        return about, step_table(zip(lists["step"], lists["rows"], tokens, known, strict=True))
 
 
 def rows_of(

@@ -29,11 +29,12 @@ from palinode.history.duplicates import (
     hashes,
 )
 from palinode.history.exposures import Ints, read_header, salt_check
-from palinode.history.onset import Onset, OnsetSettings, check_control, find_onset
+from palinode.history.onset import Onset, check_control, find_onset
 from palinode.history.orders import Order, open_palinode, read_order
 from palinode.history.reader import ExposureReader, stretches
 from palinode.history.series import CheckpointSeries
 from palinode.progress import Listener, NullListener
+from palinode.settings import LocateSettings
 
 VERSION = 1
 """Version of the layout of a location's record."""
@@ -462,18 +463,17 @@ def locate(
     corpus: Corpus | None = None,
     control: Sequence[Example] | None = None,
     target_step: int | None = None,
-    similarity: float = 0.7,
-    settings: OnsetSettings | None = None,
+    settings: LocateSettings | None = None,
     listener: Listener | None = None,
 ) -> Location:
     """Return when the forget rows were seen and which checkpoint to take, on the evidence given.
 
     `corpus` are the rows that were trained on: the order's numbers point into it, and copies of forget
-    rows are looked for in it, equal ones and those at least so similar (`duplicates`).
-    Behaviour is looked at, as `settings` say, when `control` rows are given. Raises DataError without any
-    evidence, for control rows that are forget rows, and for an order that disagrees with the log.
+    rows are looked for in it, equal ones and similar ones (`duplicates`). Behaviour is looked at when
+    `control` rows are given. Raises DataError without any evidence, for control rows that are forget rows,
+    and for an order that disagrees with the log.
     """
-    listener = listener or NullListener()
+    listener, settings = listener or NullListener(), settings or LocateSettings()
     if log is None and order is None and not control:
         raise DataError(
             "there is nothing to locate the rows by; name an exposure log (--log), a data order (--order) "
@@ -484,7 +484,9 @@ def locate(
     if control:
         check_control(forget, control)
     copies: list[list[Duplicate]] = [[] for _ in forget]
-    for copy in find_duplicates(forget, corpus, threshold=similarity, listener=listener) if corpus else ():
+    for copy in (
+        find_duplicates(forget, corpus, threshold=settings.similarity, listener=listener) if corpus else ()
+    ):
         copies[copy.row].append(copy)
     found: dict[str, Steps] = {}
     if log is not None:

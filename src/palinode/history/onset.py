@@ -27,13 +27,13 @@ import numpy as np
 import numpy.typing as npt
 
 from palinode.data.examples import Example, shared_rows
-from palinode.data.tokenize import PromptStyle
 from palinode.errors import DataError, RecipeError
 from palinode.history.series import CheckpointSeries
 from palinode.metrics.leakage import extraction_strengths
 from palinode.metrics.membership import min_k_values
 from palinode.progress import Listener, NullListener
 from palinode.records import Outcome
+from palinode.settings import Asking, LocateSettings
 
 FloatArray = npt.NDArray[np.float64]
 State = Literal["begins", "before", "never", "gone"]
@@ -109,27 +109,12 @@ class Onset:
     notes: tuple[str, ...] = field(default=())
 
 
-@dataclass(frozen=True, slots=True)
-class OnsetSettings:
-    """How behaviour is looked at."""
-
-    measure: str = "mean_logprob"
-    """Which of `MEASURES` decides."""
-    max_length: int = 512
-    style: PromptStyle | None = None
-    device: str = "auto"
-    seed: int = 0
-    """Of the bootstrap."""
-    every: bool = False
-    """Whether every checkpoint is looked at, and not about 2 log₂ n of them."""
-
-
 def find_onset(
     forget: Sequence[Example],
     control: Sequence[Example],
     series: CheckpointSeries,
     *,
-    settings: OnsetSettings | None = None,
+    settings: LocateSettings | None = None,
     listener: Listener | None = None,
 ) -> Onset:
     """Score the rows in about 2 log₂ n checkpoints of the series (all if `every`) and return the onset.
@@ -137,11 +122,11 @@ def find_onset(
     Raises DataError when the control rows are none, or forget rows stand among them.
     """
     from palinode.data.examples import plain_questions
-    from palinode.evaluation.ask import Asking, ask
+    from palinode.evaluation.ask import ask
     from palinode.models.loading import load_model, load_tokenizer, pick_device
 
     check_control(forget, control)
-    settings = settings or OnsetSettings()
+    settings = settings or LocateSettings()
 
     def read(place: int) -> Reading:
         """Load one checkpoint and score both sets in it."""

@@ -31,7 +31,7 @@ from palinode.data.tokenize import PromptStyle, tokenize
 from palinode.errors import DataError, RecipeError
 from palinode.history.exposures import Ints
 from palinode.records import ordinary, read_bytes, read_json, read_toml, write_json
-from palinode.training.settings import TrainingSettings
+from palinode.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

@@ -18,7 +18,7 @@ from palinode.errors import CheckpointError, MismatchError, RecipeError
 from palinode.records import read_json
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.folders import INDEX, SINGLE
-from palinode.weights.preflight import check_same_shape
+from palinode.weights.preflight import check_fit
 
 STEP = r"(?:^|[^a-z])(?:checkpoint|global[_-]?step|steps?|iter(?:ation)?)[-_=]?(\d+)(?![\d.]*[bmk])"
 """Where a step stands in a name: checkpoint-500, step1000, global_step3000, stage1-step140000-tokens294B."""
@@ -302,7 +302,7 @@ def _check_one_model(first: Checkpoint, other: Checkpoint) -> None:
             "checkpoints of one training"
         )
     try:
-        check_same_shape([other], first)
+        check_fit(first, [other])
     except MismatchError as error:
         raise MismatchError(
             f"{other.folder} is not a checkpoint of the same training as {first.folder}: {error}"

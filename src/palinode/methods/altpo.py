@@ -102,7 +102,8 @@ def draw_alternates(
     when nothing but true answers came back.
     """
     from palinode.data.examples import plain_questions
-    from palinode.evaluation.ask import Asking, ask
+    from palinode.evaluation.ask import ask
+    from palinode.settings import Asking
 
     asking = Asking(
         generate=False,

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from palinode.errors import RecipeError
 from palinode.methods.msa import unlearned_point
-from palinode.weights import Checkpoint, Crew, Direction, Rounding, Saved, WeightedSum, save
-from palinode.weights.preflight import Rows
+from palinode.settings import ApplySettings
+from palinode.weights import Checkpoint, Crew, Direction, Saved, WeightedSum, save
 from palinode.weights.vectors import is_direction, open_direction
 
 Model = Checkpoint | str | Path
@@ -26,14 +26,7 @@ def apply(
     retain_model: Model | Direction | None = None,
     forget_scale: float = 1.0,
     retain_scale: float = 0.0,
-    dtype: str | None = None,
-    rounding: Rounding = "auto",
-    seed: int = 0,
-    precision: str = "float32",
-    rows: Rows = "refuse",
-    allow_pickle: bool = False,
-    allow_nonfinite: bool = False,
-    check: bool = True,
+    settings: ApplySettings | None = None,
     crew: Crew | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Saved:
@@ -43,8 +36,9 @@ def apply(
     model may stand its whole direction: a LoRA adapter or a stored vector (folder, or opened); without
     models there, no `base` is needed. Needs no tokenizer, no data and no model class; with β = 0 the
     retain model is never opened. The dose of the result gives the effective scales under "forget" and
-    "retain". The other settings are those of `palinode.save`.
+    "retain".
     """
+    settings = settings or ApplySettings()
     point, along = formula_of(
         target,
         base,
@@ -52,19 +46,13 @@ def apply(
         retain_model,
         forget_scale=forget_scale,
         retain_scale=retain_scale,
-        allow_pickle=allow_pickle,
+        allow_pickle=settings.allow_pickle,
     )
     return save(
         point,
         Path(output),
-        dtype=dtype,
-        rounding=rounding,
-        seed=seed,
+        **settings.model_dump(exclude={"allow_pickle"}),
         along=along,
-        precision=precision,
-        rows=rows,
-        allow_nonfinite=allow_nonfinite,
-        check=check,
         crew=crew,
         on_progress=on_progress,
     )

@@ -8,8 +8,7 @@ missing. The tables METRICS, ATTACKS and COMPARISONS name everything there is.
 from palinode.metrics.aggregate import mean_score
 from palinode.metrics.likelihood import answer_probabilities
 from palinode.metrics.matching import rouge_l_recalls
-from palinode.metrics.membership import ATTACKS
-from palinode.metrics.table import COMPARISONS, DEFAULT_METRICS, METRICS, score_outcomes
+from palinode.metrics.table import ATTACKS, COMPARISONS, DEFAULT_METRICS, METRICS, score_outcomes
 
 __all__ = [
     "ATTACKS",

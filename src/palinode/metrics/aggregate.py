@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, harmonic_mean
 from typing import Literal
@@ -131,6 +131,12 @@ def harmonic_score(
         utilities = len(means) / (1 / means).sum(axis=0)
     low, high = percentile_interval(utilities, confidence=confidence)
     return Score(mean, n, low, high, reason)
+
+
+def known_mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that there are; None without any."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
 
 
 def no_score(reason: str) -> Score:

@@ -23,7 +23,6 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
 
@@ -95,72 +94,6 @@ def reference_values(
         else None
         for outcome, partner in zip(outcomes, partners(outcomes, reference or ()), strict=True)
     ]
-
-
-@dataclass(frozen=True, slots=True)
-class MembershipAttack:
-    """A way to score how foreign an example looks to a model."""
-
-    name: str
-    """Its key in a record."""
-    values: Callable[..., list[float | None]]
-    """(outcomes, a reference model's or None) → a score per outcome; higher is less likely a member."""
-    description: str
-    """One line for readers."""
-    missing: str
-    """Why an example may have no score."""
-    needs: frozenset[str] = frozenset()
-    """What must be known beyond the log-probabilities: fields of an outcome, or "reference"."""
-
-
-def _alone(values: Callable[[Sequence[Outcome]], list[float | None]]) -> Callable[..., list[float | None]]:
-    return lambda outcomes, _reference=None: values(outcomes)
-
-
-ATTACKS: dict[str, MembershipAttack] = {
-    attack.name: attack
-    for attack in (
-        MembershipAttack(
-            name="loss",
-            values=_alone(loss_values),
-            description="LOSS: mean loss of the answer's tokens",
-            missing="no token was scored",
-        ),
-        MembershipAttack(
-            name="zlib",
-            values=_alone(zlib_values),
-            description="ZLib: mean loss over the bytes that zlib makes of the answer",
-            missing="no token was scored",
-        ),
-        MembershipAttack(
-            name="min_k",
-            values=_alone(min_k_values),
-            description="Min-K%: mean loss of the 40 % least likely tokens",
-            missing="no token but the end token was scored",
-        ),
-        MembershipAttack(
-            name="min_k_plus",
-            values=_alone(min_k_plus_values),
-            description="Min-K%++: the same on log-probabilities standardised over the vocabulary",
-            missing="no standardised log-probabilities were asked for, or no token was scored",
-            needs=frozenset({"standardised"}),
-        ),
-        MembershipAttack(
-            name="gradient_norm",
-            values=_alone(gradient_norm_values),
-            description="GradNorm: mean norm of the loss's gradient over parameter tensors",
-            missing="no gradient norm was asked for",
-            needs=frozenset({"gradient_norm"}),
-        ),
-        MembershipAttack(
-            name="reference",
-            values=reference_values,
-            description="Reference: mean loss minus that of a reference model, usually the retrained one",
-            missing="no token was scored, or the reference model was not asked about the row",
-            needs=frozenset({"reference"}),
-        ),
-    )
-}
 
 
 def auc(members: Sequence[float | None], others: Sequence[float | None], *, seed: int = 0) -> Score:

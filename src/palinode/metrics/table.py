@@ -1,7 +1,7 @@
 """The tables of metrics: what each is called, what it says and what it needs.
 
 METRICS      a number per example of one model on one set; the mean is the score
-ATTACKS      membership attacks (metrics.membership), a number per example whose order counts
+ATTACKS      membership attacks, a number per example whose order counts: higher, less likely a member
 COMPARISONS  one number for two sets or two models, or for several answers
 
 To add a metric, write one function and one line here.
@@ -32,6 +32,14 @@ from palinode.metrics.matching import (
     rouge_l_recalls,
     rouge_values,
 )
+from palinode.metrics.membership import (
+    gradient_norm_values,
+    loss_values,
+    min_k_plus_values,
+    min_k_values,
+    reference_values,
+    zlib_values,
+)
 from palinode.records import Outcome, Score
 
 DEFAULT_METRICS = ("answer_probability", "rouge_l_recall", "exact_memorization", "extraction_strength")
@@ -48,28 +56,20 @@ class Metric:
 
     name: str
     """Its key in a record."""
-    per_example: Callable[[Sequence[Outcome]], list[float | None]]
-    """One value per outcome, in the same order; None where it cannot be computed."""
+    per_example: Callable[..., list[float | None]]
+    """One value per outcome, in the same order; None where it cannot be computed.
+
+    Of an attack that needs the "reference": from a reference model's outcomes, given second.
+    """
     description: str
     """One line for readers."""
     missing: str
     """Why an example may have no value."""
     needs: frozenset[str] = frozenset()
-    """What outcomes must hold beside the likelihood of the answer: "generated", or kinds of alternatives."""
+    """What outcomes must hold beside the likelihood of the answer: "generated", kinds of alternatives, or
+    fields; or "reference"."""
     caveat: Callable[[Sequence[Outcome]], str | None] = lambda outcomes: None  # noqa: ARG005
     """What a reader of the score should know about these very examples, if anything."""
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """A metric that is no mean over the examples of one set: its name, and what it needs."""
-
-    name: str
-    """Its key in a record."""
-    description: str
-    """One line for readers."""
-    needs: tuple[str, ...]
-    """What must be given, in plain words."""
 
 
 METRICS: dict[str, Metric] = {
@@ -194,61 +194,68 @@ METRICS: dict[str, Metric] = {
     )
 }
 
-COMPARISONS: dict[str, Comparison] = {
-    comparison.name: comparison
-    for comparison in (
-        Comparison(
-            name="model_utility",
-            description="harmonic mean of probability, ROUGE-L recall, truth ratio on three kept sets (TOFU)",
-            needs=("retain rows", "real authors", "world facts", "perturbed answers"),
+ATTACKS: dict[str, Metric] = {
+    attack.name: attack
+    for attack in (
+        Metric(
+            name="loss",
+            per_example=loss_values,
+            description="LOSS: mean loss of the answer's tokens",
+            missing="no token was scored",
         ),
-        Comparison(
-            name="forget_quality",
-            description="p-value of the KS test between the truth ratios of this and the retrained model",
-            needs=("paraphrased answers", "perturbed answers", "outcomes of the retrained model"),
+        Metric(
+            name="zlib",
+            per_example=zlib_values,
+            description="ZLib: mean loss over the bytes that zlib makes of the answer",
+            missing="no token was scored",
         ),
-        Comparison(
-            name="membership_auc",
-            description="for each attack: 1 forget rows look trained on, ½ unseen, 0 stranger than unseen",
-            needs=("holdout rows",),
+        Metric(
+            name="min_k",
+            per_example=min_k_values,
+            description="Min-K%: mean loss of the 40 % least likely tokens",
+            missing="no token but the end token was scored",
         ),
-        Comparison(
-            name="membership_tpr",
-            description="for each attack: share of forget rows told from holdout rows at 1 % false positives",
-            needs=("holdout rows",),
+        Metric(
+            name="min_k_plus",
+            per_example=min_k_plus_values,
+            description="Min-K%++: the same on log-probabilities standardised over the vocabulary",
+            missing="no standardised log-probabilities were asked for, or no token was scored",
+            needs=frozenset({"standardised"}),
         ),
-        Comparison(
-            name="privleak",
-            description="Min-K% leak against the retrained model: 0 ideal, −100 full, above 0 over-forgotten",
-            needs=("holdout rows", "outcomes of the retrained model, or the benchmark's constant"),
+        Metric(
+            name="gradient_norm",
+            per_example=gradient_norm_values,
+            description="GradNorm: mean norm of the loss's gradient over parameter tensors",
+            missing="no gradient norm was asked for",
+            needs=frozenset({"gradient_norm"}),
         ),
-        Comparison(
-            name="judge_forget_accuracy",
-            description="Acc_forget: share of forget rows where the judge does not pick the ground truth",
-            needs=("a judge",),
-        ),
-        Comparison(
-            name="judge_recover_accuracy",
-            description="Acc_recover: share of forget rows where the judge picks the ideal model's answer",
-            needs=("a judge", "outcomes of the retrained model"),
-        ),
-        Comparison(
-            name="judge_retain_accuracy",
-            description="Acc_retain: share of retain rows where the judge picks truth or ideal answer",
-            needs=("a judge", "outcomes of the retrained model"),
-        ),
-        Comparison(
-            name="judge_accept_accuracy",
-            description="share of answers in which the judge finds an accepted one (RESTOR)",
-            needs=("a judge", "accepted answers"),
-        ),
-        Comparison(
-            name="leak_at_k",
-            description="probability that one of k answers drawn at random gives the content away",
-            needs=("at least k sampled answers",),
+        Metric(
+            name="reference",
+            per_example=reference_values,
+            description="Reference: mean loss minus that of a reference model, usually the retrained one",
+            missing="no token was scored, or the reference model was not asked about the row",
+            needs=frozenset({"reference"}),
         ),
     )
 }
+
+COMPARISONS = {
+    "model_utility": "harmonic mean of probability, ROUGE-L recall, truth ratio on three kept sets (TOFU)",
+    "forget_quality": "p-value of the KS test between the truth ratios of this and the retrained model",
+    "membership_auc": "for each attack: 1 forget rows look trained on, ½ unseen, 0 stranger than unseen",
+    "membership_tpr": "for each attack: share of forget rows told from holdout rows at 1 % false positives",
+    "privleak": "Min-K% leak against the retrained model: 0 ideal, −100 full, above 0 over-forgotten",
+    "judge_forget_accuracy": (
+        "Acc_forget: share of forget rows where the judge does not pick the ground truth"
+    ),
+    "judge_recover_accuracy": (
+        "Acc_recover: share of forget rows where the judge picks the ideal model's answer"
+    ),
+    "judge_retain_accuracy": "Acc_retain: share of retain rows where the judge picks truth or ideal answer",
+    "judge_accept_accuracy": "share of answers in which the judge finds an accepted one (RESTOR)",
+    "leak_at_k": "probability that one of k answers drawn at random gives the content away",
+}
+"""Metrics that are no mean over the examples of one set, and what each says."""
 
 
 def score_outcomes(

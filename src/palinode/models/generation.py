@@ -1,17 +1,13 @@
-"""Many sequences in one key-value cache, each in a slot of its own, coming and going as they please.
+"""The model's own answers: greedy, or drawn at random so that each draw is the row's own affair.
 
-A slot holds the keys and values of one sequence, from position 0 on; slots differ in length, so there is
-no padding to keep, and what lies behind the end of a sequence is never seen. A sequence that ends is
-replaced in its slot; what all sequences begin with is computed once and stays in every slot.
+Rows share a batch as slots of one key-value cache. A slot holds the keys and values of one sequence, from
+position 0 on; slots differ in length, so there is no padding to keep, and what lies behind the end of a
+sequence is never seen. A finished row leaves its slot at once and the next prompt takes it, so that no step
+is spent on answers that are over; what all prompts begin with, and a prompt that is answered several times,
+is read once. Where an architecture cannot be run so, the rows go through `model.generate`, padded on the
+left, and where padding changes them, one by one.
 
-The model's own answers: greedy, or drawn at random so that each draw is the row's own affair.
-
-Rows share a batch as slots of one cache (`slots`). A finished row leaves its slot at once and the next
-prompt takes it, so that no step is spent on answers that are over; what all prompts begin with, and a
-prompt that is answered several times, is read once. Where an architecture cannot be run so, the rows go
-through `model.generate`, padded on the left, and where padding changes them, one by one (`alone`).
-
-One answer as it comes, for somebody who reads along: greedy, and shown token by token.
+One answer can also be had as it comes, for somebody who reads along: greedy, and token by token.
 """
 
 from __future__ import annotations
@@ -69,7 +65,10 @@ def slots_for(
         return [torch.stack(two).log_softmax(dim=-1) for two in zip(before, after, strict=True)]
 
     def alone(place: int) -> Tensor:
-        return _last_logits(model, probes[place], 2).log_softmax(dim=-1)
+        base, ids = model.base_model, torch.tensor([probes[place]], device=model.device)
+        hidden = base(input_ids=ids, use_cache=False).last_hidden_state
+        logits: Tensor = model.get_output_embeddings()(hidden[0, -2:])
+        return logits.float().log_softmax(dim=-1)
 
     if not same_alone(model, "slots", [len(probe) for probe in probes], together, alone):
         return None
@@ -99,14 +98,6 @@ def _may_use_slots(model: PreTrainedModel, longest: int, ids: Sequence[int]) -> 
         and "position_ids" in inspect.signature(model.forward).parameters
         and has_plain_head(model, ids[:16])
     )
-
-
-def _last_logits(model: PreTrainedModel, ids: Sequence[int], count: int) -> Tensor:
-    """Return the logits after each of the last tokens of a plain row, [count, V]."""
-    base: Any = model.base_model
-    hidden = base(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).last_hidden_state
-    logits: Tensor = model.get_output_embeddings()(hidden[0, -count:]).float()
-    return logits
 
 
 def _common_beginning(prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:

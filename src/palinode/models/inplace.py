@@ -124,8 +124,11 @@ def _flat_parameters(model: PreTrainedModel, anchor: Checkpoint) -> dict[str, to
 
 def live_places(model: PreTrainedModel, anchor: Checkpoint) -> dict[str, tuple[str, int]]:
     """Return where a checkpoint's tensors lie in a live model, by name: parameter, first element there."""
-    live = _live_layout(model, anchor)
-    found = {}
+    infos = {  # as a checkpoint has tensors, each in a "file" of its own name
+        name: TensorInfo(name, "F32", tuple(value.shape), Path(name), 0, 4 * value.numel())
+        for name, value in model.named_parameters()
+    }
+    live, found = Checkpoint(anchor.folder, infos, {}), {}
     for name, info in anchor.tensors.items():
         place = live.find(name) or live.find(f"{model.base_model_prefix}.{name}")
         if not anchor.is_second_copy(name) and type(place) is TensorInfo and place.shape == info.shape:
@@ -162,15 +165,6 @@ def name_in_files(checkpoint: Checkpoint, name: str) -> str:
             "renames its weights on loading, so leave out transforms that read gradients or inputs"
         )
     return own
-
-
-def _live_layout(model: PreTrainedModel, anchor: Checkpoint) -> Checkpoint:
-    """Return a live model's parameters as a checkpoint has tensors, each in a "file" of its own name."""
-    infos = {
-        name: TensorInfo(name, "F32", tuple(value.shape), Path(name), 0, 4 * value.numel())
-        for name, value in model.named_parameters()
-    }
-    return Checkpoint(anchor.folder, infos, {})
 
 
 class CombinedLogits(PreTrainedModel, GenerationMixin):

@@ -8,14 +8,12 @@ The five to seven answers to one question (the right one, paraphrases, wrong one
 common, and often their first words. A `Tree` holds every shared beginning once; each token sees the
 tokens on its own path and no others, and stands at its place in its own row. What the model says at a
 token is then what it would say in the plain row, for every architecture that takes a mask and positions
-as they are given; `likelihoods` checks that before it relies on it.
+as they are given.
 
-One forward pass serves training and every likelihood metric.
-Logits at position t − 1 score the token at t. For evaluation the model is run up to its hidden states,
-and the output head only where something is scored, a chunk of positions at a time: full-vocabulary
-logits take at most 2 × `LOGIT_BYTES` (or two positions' worth, if that is more) whatever the size of the
-vocabulary, and full-vocabulary log-probabilities are never kept. Rows with a prompt in common are read
-as one `Tree`, and rows of unlike length side by side, where that changes no row's figures (`alone`).
+Logits at position t − 1 score the token at t. The model is run up to its hidden states, and the output head
+only where something is scored, a chunk of positions at a time: full-vocabulary logits take at most
+2 × `LOGIT_BYTES` (or two positions' worth, if that is more) whatever the size of the vocabulary, and
+full-vocabulary log-probabilities are never kept.
 """
 
 from __future__ import annotations
@@ -265,7 +263,7 @@ def score_rows(
     results = [TokenScores((), ())] * len(rows)
     for members in budget_batches(
         [len(tree.ids) for tree in trees],
-        max_tokens=scorer.batch_tokens,
+        max_tokens=BATCH_TOKENS if scorer.plain_head else scorer.chunk,  # it makes logits of all of them
         max_rows=1 if apart else 256,
     ):
         batch = [trees[place] for place in members]
@@ -337,17 +335,9 @@ class _Scorer:
     plain_head: bool
 
     @property
-    def vocabulary(self) -> int:
-        return int(self.model.config.get_text_config().vocab_size)
-
-    @property
-    def batch_tokens(self) -> int:
-        """Tokens of a batch; where the model makes logits of all of them, as many as `LOGIT_BYTES` holds."""
-        return BATCH_TOKENS if self.plain_head else self.chunk
-
-    @property
     def chunk(self) -> int:
-        return max(1, LOGIT_BYTES // (4 * self.vocabulary))
+        """Positions of which `LOGIT_BYTES` hold the logits."""
+        return max(1, LOGIT_BYTES // (4 * int(self.model.config.get_text_config().vocab_size)))
 
     def honours(self, trees: Sequence[Tree], rows: Sequence[TokenRow]) -> bool:
         """Return whether trees of unlike length score in one batch as their rows do alone.
@@ -378,7 +368,10 @@ class _Scorer:
 
     def score(self, batch: Sequence[Tree], rows: Sequence[TokenRow]) -> dict[int, TokenScores]:
         """Return the scores of every row in a batch of trees, by the row's place in `rows`."""
-        outputs = self._outputs(batch)  # [B · T, H] hidden states, or [B · T, V] logits
+        model: Any = self.model.base_model if self.plain_head else self.model
+        found = model(**self._inputs(batch), use_cache=False)
+        # [B · T, H] hidden states, or [B · T, V] logits
+        outputs = (found.last_hidden_state if self.plain_head else found.logits).flatten(0, 1)
         width = max(len(tree.ids) for tree in batch)
         members = [(place, begin * width + path) for begin, tree in enumerate(batch)
                    for place, path in zip(tree.rows, tree.paths, strict=True)]  # fmt: skip
@@ -398,13 +391,6 @@ class _Scorer:
             else TokenScores(tuple(three[0].tolist()), tuple(three[1].tolist()))
             for (place, _), three in zip(members, parts, strict=True)
         }
-
-    def _outputs(self, batch: Sequence[Tree]) -> Tensor:
-        """Return what the model, or the model without its head, gives at each token: [B · T, …]."""
-        model: Any = self.model.base_model if self.plain_head else self.model
-        output = model(**self._inputs(batch), use_cache=False)
-        found: Tensor = output.last_hidden_state if self.plain_head else output.logits
-        return found.flatten(0, 1)
 
     def _inputs(self, batch: Sequence[Tree]) -> dict[str, Tensor]:
         """Return trees as model inputs: plain rows with a plain mask, others with one of their own."""

@@ -38,23 +38,10 @@ from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.fingerprints import unchanged
 from palinode.weights.folders import require_causal_lm
 from palinode.weights.foreign import bounded, from_config, from_pretrained
+from palinode.weights.formats.unpickler import CODES
 from palinode.weights.tensors import Files, TensorInfo, read_json, shown
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+DTYPES = {code: getattr(torch, name) for name, code in CODES.items()}
 
 TEXT = re.compile(r"(?:model\.)?language_model\.(?:model\.)?(lm_head\.)?(.+)|(lm_head\..+)")
 """What a wrapper calls the weights of its text tower."""
@@ -261,20 +248,16 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         ) from error
     beside = checkpoint.folder / "chat_template.json"
     if not tokenizer.chat_template and beside.is_file():  # tokenizers know nothing of a processor's
-        tokenizer.chat_template = _template_of_processor(beside)
+        found = read_json(beside)
+        if not isinstance(found, dict) or not isinstance(found.get("chat_template"), str):
+            raise CheckpointError(
+                f"{beside} holds no text under 'chat_template'; put the model's own there, or remove it"
+            )
+        tokenizer.chat_template = found["chat_template"]
     recognise(tokenizer, tokenizer_fingerprint(checkpoint))
     with contextlib.suppress(CheckpointError):  # it says so where the model is needed
         _ROWS[tokenizer] = load_config(checkpoint).get_text_config().vocab_size
     return tokenizer
-
-
-def _template_of_processor(file: Path) -> str:
-    found = read_json(file)
-    if isinstance(found, dict) and isinstance(found.get("chat_template"), str):
-        return str(found["chat_template"])
-    raise CheckpointError(
-        f"{file} holds no text under 'chat_template'; put the model's own there, or remove it"
-    )
 
 
 _ROWS: WeakKeyDictionary[PreTrainedTokenizerBase, int] = WeakKeyDictionary()

@@ -19,9 +19,9 @@ from palinode.audit.attacks import ATTACKS
 from palinode.audit.findings import AUDITED, STATISTICS, Finding, answer, find
 from palinode.audit.material import AuditRows
 from palinode.audit.policy import Policy
-from palinode.data.examples import Example, fingerprint_examples, shared_rows
+from palinode.data.examples import Example, check_no_forget_rows, fingerprint_examples
 from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
-from palinode.errors import DataError, DivergenceError, MismatchError, RecipeError
+from palinode.errors import DivergenceError, MismatchError, RecipeError
 from palinode.models.loading import load_tokenizer, pick_device, tokenizer_fingerprint
 from palinode.pipeline.inputs import check_apart, check_folder, note_on_prompts
 from palinode.pipeline.record import environment, heading
@@ -74,9 +74,7 @@ class AuditPlan:
     """How questions are put."""
 
 
-def audit(
-    plan: AuditPlan, output: Path, *, command: str | None = None, listener: Listener | None = None
-) -> dict[str, Any]:
+def audit(plan: AuditPlan, output: Path, *, listener: Listener | None = None) -> dict[str, Any]:
     """Run an audit, write audit.json, audit.md and report.html into `output`, and return the record.
 
     Raises an InputError for models, rows or a folder that cannot be used.
@@ -86,7 +84,9 @@ def audit(
         raise RecipeError(
             f"there is no attack {', '.join(unknown) or '-'}; choose among {', '.join(ATTACKS)}"
         )
-    _check_rows(plan.material)
+    rows = plan.material
+    others = {"retain": rows.retain, "holdout": rows.holdout, "lookalikes": rows.lookalikes}
+    check_no_forget_rows(rows.forget, others)
     checkpoints = {
         name: Checkpoint.open(location, allow_pickle=plan.allow_pickle)
         for name, location in plan.models.items()
@@ -96,7 +96,7 @@ def audit(
     workspace = Workspace(output / RESULTS)
     run = _AuditRun(plan, checkpoints, workspace, listener or NullListener())
     with workspace.locked(listener):
-        record = run.record(command or "palinode audit")
+        record = run.record()
         with shared():
             write_json(output / RECORD, record)
             content = report_content(Facts("audit", audit=record))
@@ -121,7 +121,7 @@ class _AuditRun:
         self.tokens = tokenizer_fingerprint(checkpoints[AUDITED])
         _check_vocabulary(checkpoints, self.tokenizer, plan.material.forget, plan.style)
 
-    def record(self, command: str) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """Measure every model, compare, and return the record."""
         started, plan = datetime.now(UTC), self.plan
         notes = self._asked_otherwise()
@@ -151,7 +151,7 @@ class _AuditRun:
                 attacks[name] |= _entry(attack, own, findings[name])
         audited = {name: found[AUDITED] for name, found in findings.items()}
         return {
-            **heading(AUDIT_VERSION, started=started, command=command),
+            **heading(AUDIT_VERSION, started=started, verb="audit"),
             "seed": plan.seed,
             "reference": plan.kind,
             "models": {
@@ -193,7 +193,7 @@ class _AuditRun:
         )
         return [note] if note else []
 
-    def _measured(self, name: str, attacks: Sequence[Attack]) -> dict[str, dict[str, Any]]:
+    def _measured(self, name: str, attacks: Sequence[Attack]) -> dict[str, Mapping[str, Any]]:
         """Return the facts of every attack on one model, read back where they are there."""
         subject = Subject(
             name,
@@ -209,7 +209,7 @@ class _AuditRun:
         subject.release()
         return facts
 
-    def _facts(self, subject: Subject, attack: Attack, before: str) -> dict[str, Any]:
+    def _facts(self, subject: Subject, attack: Attack, before: str) -> Mapping[str, Any]:
         rows, budget = self.plan.material, self.plan.policy.budget
         step = self.workspace.step(
             attack.name,
@@ -222,19 +222,18 @@ class _AuditRun:
             seed=self.plan.seed,
             device=self.device.type,
         )
-        facts = step.facts
-        if facts is not None:
-            return facts
-        step.begin()
-        started = time.monotonic()
-        try:
-            facts = {"measurement": asdict(attack.measure(subject, rows, budget)), "reason": None}
-        except DivergenceError as error:
-            facts = {"measurement": None, "reason": str(error)}
-        check_same(subject.checkpoint, before)
-        facts["seconds"] = round(time.monotonic() - started, 1)
-        step.finish(facts)
-        return facts
+
+        def measured() -> Mapping[str, Any]:
+            started = time.monotonic()
+            try:
+                found, reason = asdict(attack.measure(subject, rows, budget)), None
+            except DivergenceError as error:
+                found, reason = None, str(error)
+            check_same(subject.checkpoint, before)
+            seconds = round(time.monotonic() - started, 1)
+            return {"measurement": found, "reason": reason, "seconds": seconds}
+
+        return step.once(measured)
 
     def _notes(self, findings: Mapping[str, Findings]) -> list[str]:
         """Return what a reader should know before believing the answer."""
@@ -296,18 +295,6 @@ def _entry(attack: Attack, facts: Mapping[str, Any], findings: Findings) -> dict
             for test in attack.tests
         },
     }
-
-
-def _check_rows(material: AuditRows) -> None:
-    """Refuse sets that make a test meaningless: forget rows among those that must not hold them."""
-    apart = {"retain": material.retain, "holdout": material.holdout, "lookalikes": material.lookalikes}
-    for name, examples in apart.items():
-        shared = shared_rows(examples, material.forget)
-        if shared:
-            raise DataError(
-                f"{len(shared)} of the {len(examples)} {name} rows are forget rows too "
-                f"(first: {examples[shared[0][0]].place}); take them out of one of the two"
-            )
 
 
 def _check_vocabulary(

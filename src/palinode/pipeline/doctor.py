@@ -28,7 +28,6 @@ from pydantic import ValidationError
 from palinode.data.examples import Example, read_examples, shared_rows
 from palinode.data.tokenize import prompt_notes, tokenize
 from palinode.errors import CheckpointError, MismatchError, PalinodeError
-from palinode.evaluation.ask import EvaluationLimits
 from palinode.evaluation.self_check import UNKNOWN, rows_with_style
 from palinode.methods import METHODS
 from palinode.methods.method import read_refusals
@@ -47,6 +46,7 @@ from palinode.pipeline.recipe import Recipe, build_recipe, read_prompts
 from palinode.pipeline.run import finished_before
 from palinode.pipeline.tracking import PACKAGES, check_trackers, is_installed
 from palinode.progress import Listener, NullListener, duration_text
+from palinode.settings import EvaluationLimits
 from palinode.version import __version__
 from palinode.weights import Checkpoint
 from palinode.weights.atomic import check_output

@@ -255,9 +255,8 @@ class FineTuning(Work):
     def _alternates(self, run: MethodRun, asked: Asked, target: Checkpoint) -> list[tuple[int, str]]:
         """Return the target's other answers, drawn once and kept."""
         step, recipe = self._asking(run, asked, target), self.recipe
-        facts = step.facts
-        if facts is None:
-            step.begin()
+
+        def drawn() -> Mapping[str, Any]:
             found = asked.draw(
                 load_model(target, device=self.device),
                 load_tokenizer(self.inputs.reader),
@@ -266,8 +265,9 @@ class FineTuning(Work):
                 style=recipe.prompts.style(),
                 listener=self.listener,
             )
-            step.finish(facts := {"alternates": [list(entry) for entry in found]})
-        return [(place, text) for place, text in facts["alternates"]]
+            return {"alternates": [list(entry) for entry in found]}
+
+        return [(place, text) for place, text in step.once(drawn)["alternates"]]
 
 
 def open_whole(step: Step) -> Checkpoint | None:

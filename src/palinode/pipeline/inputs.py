@@ -216,13 +216,14 @@ def note_on_prompts(
         prompts=asdict(style),
         max_length=max_length,
     )
-    if step.facts is None:
-        step.begin()
+
+    def asked() -> Mapping[str, Any]:
         with listener.task("asking the target in other ways", 1, "pass") as advance:
             found = check_target(target, rows, style, max_length=max_length, device=device)
             advance(1)
-        step.finish({"note": found and found.note()})
-    note: str | None = (step.facts or {}).get("note")
+        return {"note": found and found.note()}
+
+    note: str | None = step.once(asked).get("note")
     if note:
         listener.say(note)
     return note

@@ -29,7 +29,6 @@ from palinode.data.world import Fact, World, invent_world, write_facts
 from palinode.history.duplicates import row_hash
 from palinode.history.exposures import ExposureLog
 from palinode.history.locating import Location, locate
-from palinode.history.onset import OnsetSettings
 from palinode.history.orders import LoggedStage, rebuild, write_stages
 from palinode.history.reader import ExposureReader
 from palinode.history.series import open_series
@@ -40,11 +39,10 @@ from palinode.pipeline.recipe import build_recipe
 from palinode.pipeline.run import unlearn
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, NullListener
-from palinode.records import read_json, write_json, write_text
-from palinode.report.location_report import location_markdown
-from palinode.report.pictures import location_picture
+from palinode.records import read_json, repeated_by, write_json, write_text
+from palinode.report.location_report import location_markdown, location_picture
+from palinode.settings import LocateSettings, TrainingSettings
 from palinode.training.finetune import Watch, finetune
-from palinode.training.settings import TrainingSettings
 from palinode.version import __version__
 from palinode.weights.checkpoint import Checkpoint
 
@@ -334,7 +332,7 @@ def _locate_all(
                 read_examples(path),
                 series,
                 target_step=models.steps[-1],
-                settings=OnsetSettings(max_length=64, device="cpu", seed=seed),
+                settings=LocateSettings(max_length=64, device="cpu", seed=seed),
                 listener=listener if kind == "behaviour" else None,
                 **given,
             )
@@ -426,7 +424,8 @@ def _unlearn_all(
                 **settings,
             }
         )
-        done = unlearn(recipe, command=f"palinode demo --locate --seed {seed}", listener=listener)
+        with repeated_by(f"palinode demo --locate --seed {seed}"):
+            done = unlearn(recipe, listener=listener)
         people = len(world.early) + len(world.middle)  # the retain rows are theirs, then the general facts
         matches = {
             name: {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,18 +96,11 @@ class Making(Work):
             tolerance=TOLERANCE,
             **({"auto": [scales.trials, scales.groups]} if auto else {}),
         )
-        facts = step.facts
-        if facts is None:
-            step.begin()
-            grid, place = (alphas, betas), step.folder
-            if auto:
-                chosen = search_scales(
-                    self.inputs, target, vectors, grid, place, self.listener, filters=trained.filters
-                )
-            else:
-                chosen = grid_scales(self.inputs, target, vectors, grid, place, self.listener)
-            step.finish(facts := asdict(chosen))
-        return ChosenScales(**facts)
+        choose = partial(grid_scales, self.inputs, target, vectors)
+        if auto:
+            choose = partial(search_scales, self.inputs, target, vectors, filters=trained.filters)
+        found = step.once(lambda: asdict(choose((alphas, betas), step.folder, self.listener)))
+        return ChosenScales(**found)
 
     def _given(self, alpha: float, beta: float, trained: Trained) -> ChosenScales:
         """Return scales that are given; a filter that is to read where the model arrives does it there."""

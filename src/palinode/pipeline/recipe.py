@@ -14,31 +14,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import RecipeError, meant
-from palinode.evaluation.ask import EvaluationLimits
 from palinode.records import read_toml
-from palinode.training.settings import TrainingSettings
+from palinode.settings import EvaluationLimits, Seed, StrictModel, TrainingSettings
 
-Settings = TypeVar("Settings", bound=BaseModel)
-
-MAX_SEED = 2**32 - 1
+Kind = TypeVar("Kind", bound=BaseModel)
 
 Scale = Annotated[float, Field(ge=0)]
 """A strength, α or β: how much of a vector is taken off or added."""
 
 
-class RecipeSection(BaseModel):
-    """A part of a recipe: strict, so that a misspelt key is an error."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-class Models(RecipeSection):
+class Models(StrictModel):
     """The checkpoints: local folders, or hub ids with an optional @revision."""
 
     target: str | None = None
@@ -53,7 +42,7 @@ class Models(RecipeSection):
     """Read files of torch.save (.bin, .pt) too; none of their code is run."""
 
 
-class Data(RecipeSection):
+class Data(StrictModel):
     """The rows: JSONL, JSON, CSV, Parquet or plain text, local or on the hub."""
 
     forget: str
@@ -64,13 +53,13 @@ class Data(RecipeSection):
     """Rows like the forget rows that neither target nor base has seen, to set the yardstick by."""
     refusals: str | None = None
     """Refusals, one a line, for methods that teach them."""
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field(default={})
     """Names of columns that are not called question, answer, prompt, completion, messages or text."""
     allow_overlap: bool = False
     """Leave forget rows out of the retain set instead of refusing."""
 
 
-class Scales(RecipeSection):
+class Scales(StrictModel):
     """The two strengths: numbers, or chosen where left out."""
 
     forget: Scale | None = None
@@ -98,7 +87,7 @@ class Scales(RecipeSection):
     """Rows of each set on which the points are scored."""
 
 
-class Prompts(RecipeSection):
+class Prompts(StrictModel):
     """How questions are put to the models."""
 
     system_prompt: str = "You are a helpful assistant."
@@ -113,11 +102,11 @@ class Prompts(RecipeSection):
         return PromptStyle(self.system_prompt, self.date, self.chat)
 
 
-class _OnlyPrompts(RecipeSection):
+class _OnlyPrompts(StrictModel):
     prompts: Prompts
 
 
-class Output(RecipeSection):
+class Output(StrictModel):
     """What is written, and where."""
 
     folder: str
@@ -135,7 +124,7 @@ class Output(RecipeSection):
         return place and os.path.expanduser(place)  # noqa: PTH111 - leaves an unknown ~name as it is
 
 
-class Prepare(RecipeSection):
+class Prepare(StrictModel):
     """For experiments in which no target exists yet: make one, and its retrained model, from the base.
 
     target = base fine-tuned on forget set + retain rows, retrained = base fine-tuned on the retain rows.
@@ -145,14 +134,14 @@ class Prepare(RecipeSection):
     """Rows drawn from the retain set; the run's retain set is these rows."""
 
 
-class Recipe(RecipeSection):
+class Recipe(StrictModel):
     """One unlearning run."""
 
     method: str = "msa"
     """A name in METHODS."""
-    method_settings: dict[str, Any] = {}
+    method_settings: dict[str, Any] = Field(default={})
     """The method's own hyper-parameters (docs/methods.md); what is left out has the method's default."""
-    seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    seed: Seed = 0
     """Seeds sampling, batch order, rounding and intervals."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
@@ -162,7 +151,7 @@ class Recipe(RecipeSection):
     models: Models
     data: Data
     training: TrainingSettings = TrainingSettings()
-    transforms: list[dict[str, Any]] = []
+    transforms: list[dict[str, Any]] = Field(default=[])
     """What is done to the forget vector, in order: tables with a name in TRANSFORMS and its settings
     (docs/transforms.md)."""
     scales: Scales = Scales()
@@ -276,10 +265,10 @@ def build_recipe(content: Mapping[str, Any], changes: Sequence[str] = ()) -> Rec
 
 
 def checked_settings(
-    kind: type[Settings],
+    kind: type[Kind],
     content: Mapping[str, Any],
     keys: Callable[[Sequence[int | str]], list[str]] | None = None,
-) -> Settings:
+) -> Kind:
     """Return settings of a kind; raises RecipeError for the first thing that is wrong, see `explain`."""
     try:
         return kind.model_validate(content)

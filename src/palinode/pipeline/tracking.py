@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from palinode.errors import RecipeError
 from palinode.progress import Advance, Figures, Listener, record
+from palinode.records import dotted
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -186,18 +187,14 @@ def _options(name: str, folder: Path, run: str) -> dict[str, Any]:
     return options.get(name, {})
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return nested values with dotted names, as texts and numbers."""
     flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, (bool, int, float, str)):
-            flat[prefix + name] = value
-        elif isinstance(value, Sequence):
-            flat[prefix + name] = ", ".join(map(str, value))
-        else:
-            flat[prefix + name] = str(value or "")
+    for name, value in dotted(values):
+        if isinstance(value, (bool, int, float, str)):
+            flat[name] = value
+        elif not isinstance(value, Mapping):
+            flat[name] = ", ".join(map(str, value)) if isinstance(value, Sequence) else str(value or "")
     return flat
 
 

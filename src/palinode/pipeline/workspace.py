@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +81,14 @@ class Step:
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Record the step as finished."""
         write_json(self.folder / "step.json", {"name": self.name, "key": self.key, "facts": dict(facts)})
+
+    def once(self, act: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Return what the step recorded; done by `act`, and recorded, unless it was before."""
+        facts: Mapping[str, Any] | None = self.facts
+        if facts is None:
+            self.begin()
+            self.finish(facts := act())
+        return facts
 
     def clear(self) -> None:
         """Throw the step's results away, so that it is done anew."""

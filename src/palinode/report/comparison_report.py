@@ -7,6 +7,7 @@ called differences only where they are beyond noise.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from palinode.report.content import (
@@ -23,7 +24,8 @@ from palinode.report.content import (
     markdown,
     section,
 )
-from palinode.report.figures import tradeoff_figure
+from palinode.report.figures import look, tradeoff_figure
+from palinode.report.pictures import Figure, Mark, Ruler, Trace, interval, picture_file
 from palinode.report.words import (
     DASH,
     MODELS,
@@ -237,6 +239,11 @@ def _cost_section(table: Figures) -> list[Section]:
     return section("What it cost", note, Grid("Cost of each method", head, rows), bar="Cost")
 
 
+def tradeoff_picture(table: Figures) -> str:
+    """Return the picture of a table.json as a file: every point tried, and the models, as on the page."""
+    return picture_file("Forget–retain trade-off of every point tried", [tradeoff_figure({"table": table})])
+
+
 def _settings_text(settings: Mapping[str, Any], scales: Sequence[float] | None) -> str:
     """Return what was set at a point, its scales last."""
     parts = [f"{key.rpartition('.')[2]} {value}" for key, value in settings.items() if "scales." not in key]
@@ -362,7 +369,7 @@ def axis_markdown(content: Figures) -> str:
             Items(axis_sentences(content)),
             Paragraph(f"Forget / retain at each value of {content['key']}:"),
             Grid("", _axis_head(content), _axis_rows(content)),
-            Picture("axis", content["title"], {}, file="axis.svg"),
+            Picture("axis", content["title"], None, file="axis.svg"),
         ),
         *section("What was chosen", Grid("", head, chosen, text_columns=3)),
         *section(
@@ -402,6 +409,64 @@ def _axis_rows(content: Figures) -> list[list[str]]:
         [model_label(name), *(pair(axis_entry(entry, name)) for entry in content["values"])]
         for name in (*fixed, *contestants)
     ]
+
+
+def axis_picture(content: Figures) -> str:
+    """Return the picture of an axis.json: what is left of the forget set, and what is kept of the other.
+
+    Contestants are lines with their 95 % intervals; target, base and retrained model are dashed lines to
+    compare with. Where no point kept the rule, the dot is hollow.
+    """
+    aims = {
+        "forget": "lower is more forgotten, the retrained model is the aim",
+        "retain": "higher is more kept",
+    }
+    ticks = {float(place): str(entry["value"]) for place, entry in enumerate(content["values"])}
+    fixed, contestants = axis_models(content)
+    panels = []
+    for side in SIDES:
+        traces = [_axis_reference(content, name, side) for name in fixed]
+        traces += [
+            _axis_contestant(content, name, side, place, (place + 0.5) / len(contestants) - 0.5)
+            for place, name in enumerate(contestants)
+        ]
+        across = Ruler(content["key"] if side == SIDES[-1] else "", ticks, (-0.5, len(ticks) - 0.5))
+        name = f"{words(content['metric'])} on the {side} set: {aims[side]}"
+        panels.append(Figure(traces, 300, across, Ruler(reach=(0.0, _highest(content, side))), name))
+    return picture_file(content["title"], panels)
+
+
+def _axis_reference(content: Figures, name: str, side: str) -> Trace:
+    """Return a dashed line from edge to edge, so that one value is a line too."""
+    found = [axis_entry(entry, name) for entry in content["values"]]
+    known = [Mark(place, one[side]["value"]) for place, one in enumerate(found) if one]
+    ends = [replace(known[0], x=known[0].x - 0.5), *known, replace(known[-1], x=known[-1].x + 0.5)]
+    looks = {"target": ("--ink", "dash"), "base": ("--other", "dot"), "retrained": ("--ink", "dashdot")}
+    colour, dash = looks[name]
+    return Trace(model_label(name), ends, colour, dash=dash)
+
+
+def _axis_contestant(content: Figures, name: str, side: str, place: int, shift: float) -> Trace:
+    """Return a contestant's line; `shift` from -0.5 to 0.5 keeps intervals apart."""
+    (colour, symbol), marks = look(place), []
+    for step, entry in enumerate(content["values"]):
+        one = axis_entry(entry, name)
+        if one and one[side]["value"] is not None:
+            score, kept = one[side], one["kept_rule"]
+            said = [f"{name} at {entry['value']}", f"{number(score['value'])} {bracketed(score)}".strip()]
+            said += [] if kept else ["no point kept the rule"]
+            shown = symbol if kept else f"{symbol}-open"
+            x, up = step + 0.2 * shift, interval(score)
+            marks.append(Mark(x, score["value"], said, up=up, symbol=shown))
+    return Trace(name, marks, colour, symbol, dash="solid")
+
+
+def _highest(content: Figures, side: str) -> float:
+    """Return the end of a panel's scale: the next tenth above everything drawn, at most 1."""
+    values = content["values"]
+    scores = [one[side] for entry in values for one in (*entry["models"].values(), *entry["contestants"])]
+    ends = [score[end] for score in scores for end in ("value", "high") if score[end] is not None]
+    return min(1.0, (int(10 * max(ends, default=1.0)) + 1) / 10)
 
 
 # Requests one after another
@@ -451,7 +516,7 @@ def requests_markdown(table: Figures) -> str:
                 f"{integer(table['rows']['retain'])} retain rows that no method trains on."
             ),
             Items(undo_sentences(table)),
-            Picture("requests", "requests carried out and undone", {}, file="requests.svg"),
+            Picture("requests", "requests carried out and undone", None, file="requests.svg"),
             Grid("", ["model", "state", *head], _state_rows(table, columns), text_columns=2),
             Paragraph(
                 "Means over rows. In parentheses, for the very same rows: what the retrained model makes of "
@@ -538,3 +603,50 @@ def _request_costs(entry: Figures) -> list[str]:
         decimal(sum(cost["seconds"] for cost in costs)),
         integer(entry["cost"]["joint"]["steps"]),
     ]
+
+
+def requests_picture(table: Figures) -> str:
+    """Return the picture of a requests.json: answer probability after each request and each undoing.
+
+    A panel a contestant; to the left of the middle requests are carried out one by one, to the right undone
+    one by one. Dashed lines are references on the same rows: the retrained model, and the target.
+    """
+    sizes = sorted({request["rows"] for request in table["requests"]})
+    rows = " to ".join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))
+    title = (
+        f"{len(table['requests'])} requests of {rows} rows one after another, then undone in another order: "
+        "answer probability"
+    )
+    return picture_file(title, [_request_panel(table, entry) for entry in table["contestants"]], columns=2)
+
+
+def _request_panel(table: Figures, entry: Figures) -> Figure:
+    metric, count, traces = "answer_probability", len(table["requests"]), list[Trace]()
+    colours = {"done": "--red", "not_done": "--unlearned", "retain": "--green"}
+    for part, label in PARTS.items():
+        beside = [on_same_rows(table, state, part, metric) for state in entry["states"]]
+        values = [state["scores"][metric][part]["value"] for state in entry["states"]]
+        lines = {label: values}
+        if any(value is not None for value in beside):
+            lines = {f"same rows: {'retrained model' if part == 'done' else 'target'}": beside} | lines
+        traces += [
+            Trace(
+                name,
+                [
+                    Mark(place, y, [name, f"{y:.3f}"] if y is not None else ())
+                    for place, y in enumerate(found)
+                ],
+                colours[part],
+                dash="solid" if name == label else "dash",
+            )
+            for name, found in lines.items()
+        ]
+        joint = entry["joint"]["scores"][metric][part]["value"]
+        said = ["all at once", f"{label}: {number(joint)}"]
+        traces.append(Trace("all at once", [Mark(count, joint, said)], colours[part], "circle-open", 11))
+    if not entry["undo"]["possible"]:
+        traces.append(Trace("", [Mark(1.5 * count, 0.5)], "--faint", label="cannot undo"))
+    shown = sorted({0, 1, count // 2, count, count + 1, count + count // 2, 2 * count})
+    ticks = {float(place): str(place if place <= count else place - count) for place in shown}
+    across = Ruler("requests carried out → then undone →", ticks, (0, 2 * count))
+    return Figure(traces, 250, across, Ruler(reach=(0.0, 1.0)), entry["name"])

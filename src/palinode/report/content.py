@@ -16,10 +16,9 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
+from palinode.report.pictures import Figure
 from palinode.report.words import DASH, escaped, fenced, interval_text, model_label, number
 
-Figure = dict[str, Any]
-"""A picture as plotly takes it, `data` and `layout`; colours are variables of the style sheet."""
 Tone = Literal["good", "unsure", "bad", "chosen"]
 STYLES = {"good": "green", "unsure": "yellow", "bad": "bold red", "chosen": "bold"}
 """Of a toned cell in the terminal."""
@@ -156,7 +155,7 @@ def section(title: str, *blocks: Block | None, bar: str = "", intro: str = "") -
 def _is_empty(block: Block) -> bool:
     content = {Grid: "rows", Items: "lines", Pairs: "values", Lights: "claims", Cases: "parts"}
     if isinstance(block, Picture):
-        return block.figure is None
+        return block.figure is None and block.file is None
     return type(block) in content and not getattr(block, content[type(block)])
 
 

@@ -1,18 +1,14 @@
-"""Pictures as plain values, as plotly takes them: what the page draws, and svg.py where there is no page.
-
-A colour is the name of a variable of the style sheet ("--target"); the page's script looks it up, so that
-pictures follow light and dark. Models differ by symbol as well as by colour. Names from the data are escaped,
-for plotly reads a part of HTML in its texts.
-"""
+"""What the pictures of a run, an audit and a comparison of methods show."""
 
 from __future__ import annotations
 
-import html
+import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from textwrap import wrap
+from textwrap import fill
 from typing import Any
 
-from palinode.report.content import Figure
+from palinode.report.pictures import Figure, Mark, Ruler, Trace, interval, names_down
 from palinode.report.verdicts import YARDSTICKS, yardstick
 from palinode.report.words import (
     METRICS,
@@ -39,7 +35,7 @@ MARKS = {
     "estimate": ("--retrained", "diamond-open"),
 }
 """Colour and symbol of each model; one that is not here gets one of the others."""
-OTHER_MARKS = ("cross", "x", "star", "pentagon")
+OTHER_MARKS = ("plus", "cross", "star", "triangle-left")
 VERDICTS = {
     "within": ("--green", "circle"),
     "unclear": ("--amber", "diamond"),
@@ -48,99 +44,19 @@ VERDICTS = {
 }
 """Colour and symbol of what a test of an audit found."""
 PALETTE = ("--unlearned", "--target", "--retrained", "--base", "--amber", "--red", "--other")
-SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up")
+SYMBOLS = ("circle", "square", "diamond", "plus", "triangle-up")
 """Seven colours and five symbols: thirty-five contestants look different."""
-DASHES = ("solid", "dash", "dot", "dashdot")
-NAMES = {"autorange": "reversed", "automargin": True, "showgrid": False}
-"""An axis with names, the first at the top."""
+STROKES = ("solid", "dash", "dot", "dashdot")
 POINTS_SHOWN = 400
 """Rows of a set up to which a distribution shows each as a dot."""
 
 
-# What all pictures share
+def look(place: int) -> tuple[str, str]:
+    """Return colour and symbol of the contestant at this place."""
+    return PALETTE[place % len(PALETTE)], SYMBOLS[place % len(SYMBOLS)]
 
 
-def dots(
-    name: str,
-    points: Sequence[tuple[float, float, Mapping[str, Any]]],
-    colour: str,
-    symbol: str,
-    size: int = 11,
-) -> Figure:
-    """Return a trace of dots: x, y, and what each says (`told`)."""
-    return {
-        "type": "scatter",
-        "mode": "markers",
-        "name": escaped_name(name),
-        "x": [x for x, *_ in points],
-        "y": [y for _, y, _ in points],
-        "marker": {"color": colour, "symbol": symbol, "size": size},
-        "customdata": [said for *_, said in points],
-        "hovertemplate": "%{customdata.text}<extra></extra>",
-    }
-
-
-def line(
-    name: str, xs: Sequence[Any], ys: Sequence[float | None], colour: str, dash: str = "solid"
-) -> Figure:
-    """Return a trace of a line, which breaks where there is no figure."""
-    return {
-        "type": "scatter",
-        "mode": "lines",
-        "name": escaped_name(name),
-        "x": list(xs),
-        "y": list(ys),
-        "line": {"color": colour, "dash": dash},
-        "hovertemplate": f"<b>{escaped_name(name)}</b><br>step %{{x}}: %{{y:.3f}}<extra></extra>",
-    }
-
-
-def figure(traces: Sequence[Figure], height: int, x: str, y: str, **layout: Any) -> Figure | None:
-    """Return traces under axes with these titles; None without traces."""
-    axes = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}, "automargin": True}}
-    for name in axes:
-        axes[name] |= layout.pop(name, {})
-    return {"data": list(traces), "layout": {"height": height, **axes, **layout}} if traces else None
-
-
-def errors(scores: Sequence[Mapping[str, Any]], colour: str) -> Figure:
-    """Return the intervals of some scores as plotly's error bars."""
-
-    def reach(score: Mapping[str, Any], side: str) -> float:
-        bound = score.get(side)
-        return 0.0 if bound is None else abs(bound - score["value"])
-
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": [reach(score, "high") for score in scores],
-        "arrayminus": [reach(score, "low") for score in scores],
-        "color": colour,
-        "thickness": 1.5,
-        "width": 4,
-    }
-
-
-def escaped_name(text: str) -> str:
-    """Return a name, safe for plotly."""
-    return html.escape(text, quote=False)
-
-
-def told(title: str, lines: Sequence[str], *, model: str | None = None) -> dict[str, Any]:
-    """Return what a mark says when hovered (`text`, escaped for plotly) and clicked (`title`, `lines`).
-
-    `model` is the one whose sample answers a click shows.
-    """
-    shown = [escaped_name(text) for text in (title, *lines)]
-    return {
-        "text": "<br>".join([f"<b>{shown[0]}</b>", *shown[1:]]),
-        "title": title,
-        "lines": list(lines),
-        "model": model,
-    }
-
-
-def _mark(model: str) -> tuple[str, str]:
+def _mark_of(model: str) -> tuple[str, str]:
     return MARKS.get(model) or ("--other", OTHER_MARKS[sum(map(ord, model)) % len(OTHER_MARKS)])
 
 
@@ -153,7 +69,7 @@ def tradeoff_figure(content: Mapping[str, Any]) -> Figure | None:
     The points are the pairs of scales of a run, or those of every method of a comparison (`table`). Without
     a retain set the height is α, since there is nothing else to show.
     """
-    above, height, layout = "answer probability on the retain set", "retain_probability", {}
+    above, band = "answer probability on the retain set", None
     if table := content.get("table"):
         probes = {model: at(table, "models", model, "probes") or {} for model in MODELS}
         pairs = {
@@ -167,20 +83,19 @@ def tradeoff_figure(content: Mapping[str, Any]) -> Figure | None:
             for point in at(content, "scales", "points") or ()
             if point.get("forget_probability") is not None
         ]
-        flat = bool(points) and all(point.get(height) is None for point in points)
-        if flat:
-            above, height = "α", "forget"
+        flat = bool(points) and all(point.get("retain_probability") is None for point in points)
         retain = "retain_unseen" if at(content, "scores", "unlearned", "retain_unseen") else "retain"
         pairs = {
-            model: [at(scores, name, "answer_probability") or {} for name in ("forget", retain)]
-            for model, scores in (
-                (name, at(content, "scores", name) or {}) for name in scores_on(content, "forget")
-            )
+            model: [
+                at(content, "scores", model, name, "answer_probability") or {} for name in ("forget", retain)
+            ]
+            for model in scores_on(content, "forget")
         }
         models = [] if flat else _model_traces(pairs, retain) + _front_trace(content)
-        traces = models + _scale_traces(points, height)
-        layout = {"shapes": _yardstick_band(content)}
-    return figure(traces, 560, "answer probability on the forget set", above, **layout)
+        traces = models + _scale_traces(points, "forget" if flat else "retain_probability")
+        above, band = "α" if flat else above, _yardstick_band(content)
+    across = Ruler("answer probability on the forget set")
+    return Figure(traces, 560, across, Ruler(above), band=band) if traces else None
 
 
 def tradeoff_caption(content: Mapping[str, Any]) -> str:
@@ -194,70 +109,66 @@ def tradeoff_caption(content: Mapping[str, Any]) -> str:
     )
 
 
-def _point_told(point: Mapping[str, Any], owner: str | None) -> dict[str, Any]:
+def _point_lines(point: Mapping[str, Any], owner: str | None) -> list[str]:
+    """Return what a point says: whose it is, its scales, settings and figures, and what the rule says."""
     kept = "keeps the rule" if point.get("allowed") else "breaks the rule"
     pair = point.get("scales") if owner else (point.get("forget"), point.get("retain"))
-    scales = [f"α = {scale(pair[0])}, β = {scale(pair[1])}"] if pair else []
     figures = {
         "forget set": point.get("forget_probability"),
         "retain set": point.get("retain_probability"),
         "neutral text": point.get("neutral_probability"),
         "distance to the yardstick": point.get("distance"),
     }
-    lines = [
+    return [
+        *([owner] if owner else []),
+        *([f"α = {scale(pair[0])}, β = {scale(pair[1])}"] if pair else []),
         *(f"{key.rpartition('.')[2]}: {value}" for key, value in (point.get("settings") or {}).items()),
         *(f"{name}: {number(value)}" for name, value in figures.items() if value is not None),
         *([f"{point['rows']} probe rows"] if point.get("rows") else []),
         f"chosen; {kept}" if point.get("chosen") else kept,
     ]
-    if owner:
-        return told(owner, [*scales, *lines])
-    return told(scales[0], lines, model="unlearned" if point.get("chosen") else None)
 
 
-def _scale_traces(points: Sequence[Mapping[str, Any]], height: str) -> list[Figure]:
+def _scale_traces(points: Sequence[Mapping[str, Any]], height: str) -> list[Trace]:
     """Return the pairs of scales in three groups: allowed by the rule, not, and chosen."""
     looks: dict[str, tuple[str, str, int]] = {
         "point tried, allowed": ("--unlearned", "circle-open", 11),
-        "point tried, not allowed": ("--other", "x-thin-open", 9),
-        "point chosen": ("--unlearned", "star", 17),
+        "point tried, not allowed": ("--other", "cross", 8),
+        "point chosen": ("--unlearned", "star", 18),
     }
-    groups: dict[str, list[Any]] = {name: [] for name in looks}
+    groups: dict[str, list[Mark]] = {name: [] for name in looks}
     for point in points:
         tried = "point tried, allowed" if point.get("allowed") else "point tried, not allowed"
-        said = _point_told(point, None)
-        group = groups["point chosen" if point.get("chosen") else tried]
-        group.append((point["forget_probability"], point[height], said))
-    traces = [dots(name, members, *looks[name]) for name, members in groups.items() if members]
-    for trace in traces:
-        trace["marker"]["line"] = {"width": 2 if trace["marker"]["symbol"].endswith("-open") else 0}
-    return traces
+        chosen = bool(point.get("chosen"))
+        said, model = _point_lines(point, None), "unlearned" if chosen else None
+        place = Mark(point["forget_probability"], point[height], said, model=model)
+        groups["point chosen" if chosen else tried].append(place)
+    return [Trace(name, marks, *looks[name]) for name, marks in groups.items() if marks]
 
 
-def _contestant_traces(table: Mapping[str, Any]) -> list[Figure]:
+def _contestant_traces(table: Mapping[str, Any]) -> list[Trace]:
     """Return the points of each contestant; the chosen one is filled and larger."""
     traces = []
     for place, entry in enumerate(table.get("contestants") or ()):
-        points = [point for point in entry["points"] if point.get("retain_probability") is not None]
-        colour, symbol = PALETTE[place % len(PALETTE)], SYMBOLS[place % len(SYMBOLS)]
+        colour, symbol = look(place)
         marks = [
-            (point["forget_probability"], point["retain_probability"], _point_told(point, entry["name"]))
-            for point in points
+            Mark(
+                point["forget_probability"],
+                point["retain_probability"],
+                _point_lines(point, entry["name"]),
+                symbol=symbol if point["chosen"] else f"{symbol}-open",
+                size=16 if point["chosen"] else 8,
+            )
+            for point in entry["points"]
+            if point.get("retain_probability") is not None
         ]
-        trace = dots(entry["name"], marks, colour, symbol)
-        trace["marker"] |= {
-            "symbol": [symbol if point["chosen"] else f"{symbol}-open" for point in points],
-            "size": [16 if point["chosen"] else 8 for point in points],
-            "line": {"width": 1.5, "color": colour},
-            "opacity": 1,
-        }
-        traces.append(trace)
+        traces.append(Trace(entry["name"], marks, colour, symbol))
     return traces
 
 
 def _model_traces(
     pairs: Mapping[str, Sequence[Mapping[str, Any]]], retain: str, colour: str | None = None, size: int = 11
-) -> list[Figure]:
+) -> list[Trace]:
     """Return models by their scores on forget and retain set, with intervals both ways.
 
     In a colour of their own, as in a run, a click shows their sample answers.
@@ -266,38 +177,32 @@ def _model_traces(
     for model, pair in pairs.items():
         if any(score.get("value") is None for score in pair):
             continue
-        own, symbol = _mark(model)
+        own, symbol = _mark_of(model)
         x, y = (score["value"] for score in pair)
-        lines = [f"forget set: {number(x)}", f"{SETS[retain]}: {number(y)}"]
-        said = told(model_label(model), lines, model=None if colour else model)
-        trace = dots(model_label(model), [(x, y, said)], colour or own, symbol, size)
-        bars = {f"error_{axis}": errors([score], own) for axis, score in zip("xy", pair, strict=True)}
-        traces.append(trace if colour else trace | bars)
+        said = [model_label(model), f"forget set: {number(x)}", f"{SETS[retain]}: {number(y)}"]
+        across, up = map(interval, pair)
+        mark = Mark(x, y, said, across, up, None if colour else model)
+        traces.append(Trace(model_label(model), [mark], colour or own, symbol, size))
     return traces
 
 
-def _front_trace(content: Mapping[str, Any]) -> list[Figure]:
+def _front_trace(content: Mapping[str, Any]) -> list[Trace]:
     """Return a line along the points that no other one beats on both sides."""
     front = sorted(
         (point["forget_probability"], point["retain_probability"])
         for point in at(content, "scales", "front") or ()
         if point.get("forget_probability") is not None and point.get("retain_probability") is not None
     )
-    if len(front) < 2:
-        return []
-    xs, ys = zip(*front, strict=True)
-    trace = line("front", xs, ys, "--unlearned", "dot")
-    return [{**trace, "line": {**trace["line"], "width": 1}, "hoverinfo": "skip"}]
+    marks = [Mark(*place) for place in front]
+    return [Trace("front", marks, "--unlearned", dash="dot", width=1)] if len(marks) > 1 else []
 
 
-def _yardstick_band(content: Mapping[str, Any]) -> list[Figure]:
+def _yardstick_band(content: Mapping[str, Any]) -> tuple[float, float, str] | None:
     """Return the yardstick's interval as a band across the picture."""
     held = yardstick(content)
     if held is None or held[1].get("low") is None or held[1].get("high") is None:
-        return []
-    band = {"type": "rect", "yref": "paper", "y0": 0, "y1": 1, "x0": held[1]["low"], "x1": held[1]["high"]}
-    label = {"text": "yardstick", "textposition": "top left", "font": {"size": 12, "color": "--faint"}}
-    return [{**band, "fillcolor": "--band", "line": {"width": 0}, "layer": "below", "label": label}]
+        return None
+    return held[1]["low"], held[1]["high"], "yardstick"
 
 
 # What was measured
@@ -307,58 +212,70 @@ def score_figure(content: Mapping[str, Any], data_set: str) -> Figure | None:
     """Return each model's scores on a set as dots with their intervals, a line of dots a metric."""
     rows = scores_on(content, data_set)
     metrics = [name for name in metrics_on(content, [data_set]) if name in METRICS]
-    if not metrics:
-        return None
     traces = []
     for place, (model, scores) in enumerate(rows.items()):
-        found, points = [], []
+        offset, marks = 0.16 * (place - (len(rows) - 1) / 2), []
         for height, name in enumerate(metrics):
             score = scores.get(name) or {}
             if score.get("value") is not None:
                 reach = interval_text(score) or "not known"
                 said = [
+                    model_label(model),
                     f"{metric_label(name)}: {number(score['value'])}",
                     f"interval {reach}, {score.get('n')} examples",
                 ]
-                offset = 0.16 * (place - (len(rows) - 1) / 2)
-                points.append((score["value"], height + offset, told(model_label(model), said)))
-                found.append(score)
-        colour, symbol = _mark(model)
-        trace = dots(model_label(model), points, colour, symbol)
-        traces.append(trace | {"error_x": errors(found, colour)})
-    ticks = {"tickvals": list(range(len(metrics))), "ticktext": [metric_label(name) for name in metrics]}
-    across = {"range": [-0.04, 1.04]}
-    return figure(traces, 130 + 70 * len(metrics), "score", "", xaxis=across, yaxis={**ticks, **NAMES})
+                marks.append(Mark(score["value"], height + offset, said, interval(score)))
+        traces.append(Trace(model_label(model), marks, *_mark_of(model)))
+    across, down = Ruler("score", reach=(-0.04, 1.04)), names_down(map(metric_label, metrics))
+    return Figure(traces, 110 + 60 * len(metrics), across, down) if metrics else None
 
 
 def likelihood_figure(content: Mapping[str, Any], data_set: str) -> Figure | None:
-    """Return how each model's log-probability of the right answer is spread over the rows of a set."""
+    """Return how each model's log-probability of the right answer is spread over the rows of a set.
+
+    A shape around the rows is wide where many of them are; a thick line is the middle half, a mark the mean.
+    """
     rows = at(content, "log_probabilities", data_set) or {}
-    traces = []
-    for model in known_first(rows, MODELS):
-        values, colour, label = rows[model], _mark(model)[0], escaped_name(model_label(model))
-        few = len(values) <= POINTS_SHOWN
+    traces, models = [], [model for model in known_first(rows, MODELS) if rows[model]]
+    for place, model in enumerate(models):
+        values, (colour, symbol) = sorted(rows[model]), _mark_of(model)
+        quarters = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        mean = statistics.fmean(values)
+        said = [
+            model_label(model),
+            f"mean: {mean:.3f}",
+            f"median: {quarters[1]:.3f}",
+            f"middle half: {quarters[0]:.3f} – {quarters[2]:.3f}",
+            f"{len(values)} rows",
+        ]
+        outline = _outline(values, place)
+        middle = [Mark(end, place) for end in (quarters[0], quarters[2])]
+        traces += [
+            Trace("", outline, colour, dash="solid", width=1, filled=True),
+            Trace("", middle, colour, dash="solid", width=5),
+        ]
+        if len(values) <= POINTS_SHOWN:
+            shaken = [place + 0.22 * math.sin(2.4 * row) for row in range(len(values))]
+            dots = [Mark(x, y, [f"{x:.3f}"]) for x, y in zip(values, shaken, strict=True)]
+            traces.append(Trace("", dots, colour, "circle", 3.5))
         traces.append(
-            {
-                "type": "violin",
-                "name": label,
-                "x": values,
-                "y0": label,
-                "orientation": "h",
-                "points": "all" if few else False,
-                "jitter": 0.5,
-                "pointpos": 0,
-                "marker": {"size": 3.5, "color": colour, "opacity": 0.7},
-                "line": {"color": colour, "width": 1.5},
-                "meanline": {"visible": True},
-                "box": {"visible": True, "width": 0.18},
-                "spanmode": "hard",
-                "hoveron": "points+kde" if few else "violins",
-                "hovertemplate": f"<b>{label}</b><br>%{{x:.3f}}<extra></extra>",
-                "showlegend": False,
-            }
+            Trace("", [Mark(mean, place, said)], colour, f"{symbol.removesuffix('-open')}-open", 11)
         )
-    return figure(traces, 110 + 90 * len(traces), "mean log-probability a token, in nats", "", yaxis=NAMES)
+    across = Ruler("mean log-probability a token, in nats")
+    down = names_down(map(model_label, models))
+    return Figure(traces, 90 + 80 * len(models), across, down) if models else None
+
+
+def _outline(values: Sequence[float], place: float) -> list[Mark]:
+    """Return a line around the rows' density (Gaussian kernels, Silverman's rule), at most .4 a side."""
+    low, high = values[0], values[-1]
+    spread = statistics.pstdev(values) or 1.0
+    width = 1.06 * spread * len(values) ** -0.2
+    xs = [low + (high - low) * step / 48 for step in range(49)]
+    sums = [math.fsum(math.exp(-0.5 * ((x - value) / width) ** 2) for value in values) for x in xs]
+    sides = [(x, 0.4 * found / max(sums)) for x, found in zip(xs, sums, strict=True)]
+    there = [Mark(x, place + side) for x, side in sides]
+    return [*there, *(Mark(x, place - side) for x, side in reversed(sides)), there[0]]
 
 
 # Vectors, dose and fine-tunings
@@ -396,21 +313,18 @@ def _by_part(
     colours: Sequence[str] = ("--target", "--retrained"),
 ) -> Figure | None:
     """Return a line a name over the parts of the model."""
-    labels, traces = [escaped_name(part) for part in parts], []
+    labels, traces = list(parts), []
     for place, (name, values) in enumerate(lines.items()):
         if any(value is not None for value in values):
-            xs = [label.removeprefix("layer ") for label in labels]
-            trace = line(name, xs, values, colours[place], ("solid", "dot")[place])
-            symbol = ("circle", "diamond")[place]
-            trace |= {
-                "mode": "lines+markers",
-                "marker": {"color": colours[place], "symbol": symbol, "size": 7},
-                "hovertext": labels,
-                "hovertemplate": f"<b>%{{hovertext}}</b><br>{name}: %{{y:.4g}}<extra></extra>",
-            }
-            traces.append(trace)
-    across, up = {"type": "category", "automargin": True}, {"rangemode": "tozero"}
-    return figure(traces, 340, "part, or number of the layer", title, xaxis=across, yaxis=up)
+            marks = [
+                Mark(x, value, [label, f"{name}: {value or 0.0:.4g}"])
+                for x, (label, value) in enumerate(zip(labels, values, strict=True))
+            ]
+            symbol, dash = ("circle", "diamond")[place], ("solid", "dot")[place]
+            traces.append(Trace(name, marks, colours[place], symbol, 7, dash))
+    names = {float(place): label.removeprefix("layer ") for place, label in enumerate(labels)}
+    across = Ruler("part, or number of the layer", names)
+    return Figure(traces, 320, across, Ruler(title, from_zero=True)) if traces else None
 
 
 def training_figure(content: Mapping[str, Any]) -> Figure | None:
@@ -421,8 +335,12 @@ def training_figure(content: Mapping[str, Any]) -> Figure | None:
         curve = at(run, "curve") or {}
         if curve.get("losses"):
             label = TRAININGS.get(name, words(name))
-            traces.append(line(label, curve["steps"], curve["losses"], colours[place % 4], DASHES[place % 4]))
-    return figure(traces, 360, "step", "loss", yaxis={"rangemode": "tozero"})
+            marks = [
+                Mark(step, loss, [label, f"step {step}: {loss:.3f}"])
+                for step, loss in zip(curve["steps"], curve["losses"], strict=True)
+            ]
+            traces.append(Trace(label, marks, colours[place % 4], dash=STROKES[place % 4]))
+    return Figure(traces, 340, Ruler("step"), Ruler("loss", from_zero=True)) if traces else None
 
 
 # An audit
@@ -431,8 +349,7 @@ def training_figure(content: Mapping[str, Any]) -> Figure | None:
 def attack_figure(audit: Mapping[str, Any]) -> Figure | None:
     """Return by how many margins the model differs from the reference model in each test of an audit."""
     titles: list[str] = []
-    points: dict[str, list[Any]] = {verdict: [] for verdict in VERDICTS}
-    scores: dict[str, list[Any]] = {verdict: [] for verdict in VERDICTS}
+    marks: dict[str, list[Mark]] = {verdict: [] for verdict in VERDICTS}
     for name, attack in audit["attacks"].items():
         for test, entry in (attack.get("tests") or {}).items():
             finding = entry["findings"]["audited"]
@@ -440,33 +357,17 @@ def attack_figure(audit: Mapping[str, Any]) -> Figure | None:
             if verdict not in VERDICTS or difference["value"] is None:
                 continue
             margin = _margin(audit, f"{name}.{test}")
-            known = {
-                side: difference[side] / margin
-                for side in ("value", "low", "high")
-                if difference.get(side) is not None
-            }
             model, beside, apart = (
                 number(finding[key]["value"]) for key in ("score", "reference", "difference")
             )
-            said = [f"model {model}, reference {beside}", f"difference {apart}, margin {margin:g}"]
-            points[verdict].append((known["value"], len(titles), told(verdict, said)))
-            scores[verdict].append(known)
-            titles.append("<br>".join(wrap(escaped_name(f"{attack['title']}: {entry['title']}"), 34)))
-    traces = [
-        dots(verdict, points[verdict], *look) | {"error_x": errors(scores[verdict], look[0])}
-        for verdict, look in VERDICTS.items()
-        if points[verdict]
-    ]
-    edge = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "line": {"color": "--other", "dash": "dot"}}
-    return figure(
-        traces,
-        150 + 44 * len(titles),
-        "difference, in margins",
-        "",
-        xaxis={"zeroline": True},
-        yaxis={"tickvals": list(range(len(titles))), "ticktext": titles, **NAMES},
-        shapes=[{**edge, "x0": place, "x1": place} for place in (-1, 1)],
-    )
+            said = [verdict, f"model {model}, reference {beside}", f"difference {apart}, margin {margin:g}"]
+            ends = [end / margin for end in interval(difference)]
+            marks[verdict].append(Mark(difference["value"] / margin, len(titles), said, ends))
+            titles.append(fill(f"{attack['title']}: {entry['title']}", 34))
+    traces = [Trace(verdict, marks[verdict], *looks) for verdict, looks in VERDICTS.items() if marks[verdict]]
+    across = Ruler("difference, in margins")
+    down = names_down(titles)
+    return Figure(traces, 130 + 44 * len(titles), across, down, edges=(-1, 1)) if traces else None
 
 
 def _margin(audit: Mapping[str, Any], key: str) -> float:
@@ -490,10 +391,12 @@ def relearning_figure(audit: Mapping[str, Any]) -> Figure | None:
     traces = []
     for place, attack in enumerate(curves):
         for model, found in attack["details"].items():
-            colour, symbol = roles.get(model, ("--other", "x"))
             label = f"{model}, {attack['title']}"
-            trace = line(label, found["steps"], found["curve"], colour, DASHES[place % 3])
-            marker = {"color": colour, "symbol": symbol, "size": 8}
-            traces.append({**trace, "mode": "lines+markers", "marker": marker})
-    up = {"rangemode": "tozero"}
-    return figure(traces, 400, "step of relearning", "mean answer probability", yaxis=up)
+            marks = [
+                Mark(step, value, [label, f"step {step}: {value:.3f}"])
+                for step, value in zip(found["steps"], found["curve"], strict=True)
+            ]
+            colour, symbol = roles.get(model, ("--other", "cross"))
+            traces.append(Trace(label, marks, colour, symbol, 8, STROKES[place % 3]))
+    up = Ruler("mean answer probability", from_zero=True)
+    return Figure(traces, 380, Ruler("step of relearning"), up) if traces else None

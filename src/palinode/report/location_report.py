@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from palinode.report.content import Block, Grid, Items, Paragraph, markdown, section
+from palinode.report.pictures import Figure, Mark, Ruler, Trace, interval, names_down, picture_file
 from palinode.report.words import words
 
 MOST_ROWS = 40
@@ -17,6 +18,13 @@ MOST_STEPS = 6
 """Exposures of a row that a table shows."""
 DEMO_EVIDENCE = ("log", "order", "behaviour", "all")
 COUNTED = ("log", "order")
+STATES = {
+    "clean": "--green",
+    "has seen forget rows": "--red",
+    "similar text": "--amber",
+    "not known": "--other",
+}
+"""What may be known of a checkpoint or a row, and its colour."""
 
 
 # Sentences
@@ -179,6 +187,59 @@ def _without_folders(place: str) -> str:
     return row + found + path.rpartition("/")[2]
 
 
+def location_picture(record: Mapping[str, Any]) -> str:
+    """Return the picture of a location: checkpoints along the steps, a lane a row, and the gap below."""
+    series, shown = record["rungs"], record["rows"][:MOST_ROWS]
+    best, target = record["recommended"] or {}, record["target_step"]
+    last = max([one["step"] for one in series] + [target or 0, record["last"] or 0, 1])
+    marks: dict[str, list[Mark]] = {name: [] for name in STATES}
+    for one in series:
+        marks[_state_of(one)].append(
+            Mark(one["step"], 0, [f"step {one['step']:,}", one["location"]], size=10)
+        )
+    for lane, row in enumerate(shown, start=1):
+        for seen in row["seen"]:
+            name = "similar text" if seen["copy"] else "has seen forget rows"
+            said = [f"step {seen['step']:,}", *([seen["copy"]] if seen["copy"] else [])]
+            marks[name].append(Mark(seen["step"], lane, said, size=5))
+    traces = [Trace(name, found, STATES[name], "circle") for name, found in marks.items()]
+    if best:
+        mark = Mark(best["step"], 0, [f"step {best['step']:,}", best["location"], "recommended"])
+        traces.append(Trace("", [mark], STATES["clean"], "circle", 16, label=f"{best['step']:,}"))
+    if target is not None:
+        traces.append(Trace("", [Mark(target, 0, ["target"])], "--ink", "square", label="target"))
+    down = names_down(["checkpoints", *(f"row {row['row'] + 1}" for row in shown)])
+    more = len(record["rows"]) - len(shown)
+    across, told = Ruler("step", reach=(0, last)), f"and {more} more rows" if more else ""
+    panels = [Figure(traces, 90 + 15 * len(down.names), across, down, told)]
+    if record["onset"] and any(one["gap"] is not None for one in series):
+        panels.append(_gap_panel(record["onset"], across))
+    title = f"Recommended: step {best['step']:,}" if best else "No checkpoint is clean"
+    return picture_file(title, panels)
+
+
+def _state_of(one: Mapping[str, Any]) -> str:
+    """Return what is known of a checkpoint; what missing steps held is not known."""
+    dirty = (
+        one["exposed"] if one["seen"] is None or (one["unrecorded"] and not one["seen"]) else one["seen"] > 0
+    )
+    return "not known" if dirty is None else "has seen forget rows" if dirty else "clean"
+
+
+def _gap_panel(onset: Mapping[str, Any], across: Ruler) -> Figure:
+    """Return the gap of the checkpoints that were looked at, with their intervals."""
+    marks = []
+    for gap in onset["gaps"]:
+        value, low, high = gap["values"][onset["measure"]]
+        said = [f"step {gap['step']:,}", f"{value:+.3f}"]
+        symbol = "circle" if gap["exposed"] else "circle-open"
+        up = interval({"value": value, "low": low, "high": high})
+        marks.append(Mark(gap["step"], value, said, up=up, symbol=symbol))
+    trace = Trace("", marks, "--unlearned", "circle", dash="solid")
+    name = f"gap, {words(onset['measure'])}: filled where it is beyond noise"
+    return Figure([trace], 180, across, name=name)
+
+
 # The plan
 
 
@@ -214,6 +275,20 @@ def plan_brief(record: Mapping[str, Any]) -> list[Block]:
     if record["decay"] and best["decay"]:
         lines.append(f"Decay with distance: {record['decay']['source']}. {record['decay']['note']}".strip())
     return [Grid("Checkpoints to keep", head, rows), Items(lines)]
+
+
+def plan_picture(record: Mapping[str, Any]) -> str:
+    """Return the picture of a plan: a lane a schedule, with a mark for each checkpoint that it keeps."""
+    traces, names = [], []
+    for lane, schedule in enumerate(record["schedules"]):
+        colour = "--green" if schedule["name"] == record["recommended"] else "--other"
+        marks = [Mark(step, lane, [f"step {step:,}"]) for step in schedule["kept"]]
+        traces.append(Trace("", marks, colour, "circle", 11))
+        told = f"expected {schedule['expected']:,.0f}, worst {schedule['worst']:,}"
+        names.append(f"{schedule['name']}\n{told}")
+    steps = record["wish"]["steps"]
+    panel = Figure(traces, 90 + 44 * len(names), Ruler("step", reach=(0, steps)), names_down(names))
+    return picture_file(f"Checkpoints to keep in {steps:,} steps", [panel])
 
 
 # The demo

@@ -1,20 +1,20 @@
 """A report as one self-contained HTML file: no network, opens from disk, safe with any text in it.
 
-Nothing from the data can run. Texts are escaped by jinja2, figures are JSON in a block that browsers do not
-run, and a content security policy lets only the page's own scripts run, by their digests, and nothing load.
+Nothing from the data can run. Texts are escaped by jinja2 and in pictures by `drawing`, and a content
+security policy lets only the page's own script run, by its digest, and nothing load.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
 from palinode.progress import plain
-from palinode.report.content import GridCell, Picture
+from palinode.report.content import GridCell
+from palinode.report.pictures import NARROW, WIDTH, drawing
 from palinode.report.reports import report_sections
 from palinode.report.words import model_label
 
@@ -25,30 +25,27 @@ def html_report(content: Mapping[str, Any]) -> str:
     from markupsafe import Markup
 
     sections = report_sections(content)
-    drawn = {
-        block.name: block.figure
-        for part in sections
-        for block in part.blocks
-        if isinstance(block, Picture) and block.figure
-    }
     first = next(place for place, part in enumerate(sections) if part.bar)
     assets = files("palinode.report").joinpath("assets")
     style, script, template = (
         assets.joinpath(name).read_text(encoding="utf-8")
         for name in ("report.css", "report.js", "page.html.jinja")
     )
-    plotly = _plotly() if drawn else ""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_readable)
-    environment.filters |= {"kind": lambda block: type(block).__name__, "cell": _cell, "model": model_label}
+    environment.filters |= {
+        "kind": lambda block: type(block).__name__,
+        "cell": _cell,
+        "model": model_label,
+        "drawn": lambda figure, width: Markup(drawing([figure], width=width)),
+    }
     return environment.from_string(template).render(
         content=content,
         opening=sections[:first],
         sections=sections[first:],
-        figures=Markup(safe_json(drawn)),
         style=Markup(style),
-        plotly=Markup(plotly),
         script=Markup(script),
-        policy=content_policy([code for code in (plotly, script) if code]),
+        policy=content_policy(script),
+        widths={"wide": WIDTH, "narrow": NARROW},
     )
 
 
@@ -61,26 +58,10 @@ def _readable(value: Any) -> Any:
     return plain(value) if type(value) is str else value
 
 
-def safe_json(content: Any) -> str:
-    """Return strict JSON that may stand in a script block: no "<", no line end of JavaScript's."""
-    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-
-
-def content_policy(scripts: list[str]) -> str:
-    """Return a policy under which only these scripts run and nothing is loaded."""
-    digests = (hashlib.sha256(code.encode()).digest() for code in scripts)
-    hashes = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+def content_policy(script: str) -> str:
+    """Return a policy under which only this script runs and nothing is loaded."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (
-        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; "
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
-
-
-def _plotly() -> str:
-    from plotly.offline import get_plotlyjs
-
-    code: str = get_plotlyjs()
-    if "</script" in code.lower():
-        raise ValueError("this release of plotly cannot stand in a page: its script holds an end tag")
-    return code

@@ -1,425 +1,294 @@
-"""Pictures as SVG files, which open in any browser: figures like those of a page, drawn without plotly.
+"""Pictures as SVG: what a picture shows, as values, and how it is drawn, on a page as in a file.
 
-`drawing` understands the part of plotly's figures that ours use: traces of dots, lines and texts with
-intervals, and two axes a panel. The builders below make the panels of a comparison, an axis, requests, a
-location and a plan; everything comes from their records.
+A colour is the name of a variable of the style sheet ("--target"), so that a page's pictures follow light and
+dark; a file has the light colours. Models differ by symbol as well as by colour. Every mark says what it is
+when it is pointed at, in SVG's own <title>. Every text is escaped.
 """
 
 from __future__ import annotations
 
-import html
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from itertools import groupby
 from typing import Any
 
-from palinode.report.comparison_report import PARTS, SIDES, axis_entry, axis_models, on_same_rows
-from palinode.report.content import Figure
-from palinode.report.figures import PALETTE, SYMBOLS, dots, errors, figure, line, told, tradeoff_figure
-from palinode.report.location_report import MOST_ROWS
-from palinode.report.words import bracketed, in_picture, model_label, number, words
+from palinode.report.words import in_picture
 
-WIDTH, LEFT, RIGHT, ABOVE, BELOW = 900, 66, 26, 30, 46
-"""Of a whole picture, and what a panel leaves for its title and axes."""
-LETTER = 6.2
-"""Width of a letter in the key."""
-DASH_LENGTHS = {"dash": "7 4", "dot": "2 4", "dashdot": "10 3 2 3"}
+WIDTH, NARROW = 920, 420
+"""Of a picture, and of one for a phone."""
+LEFT, RIGHT, ABOVE, BELOW = 52, 22, 26, 48
+"""What a panel leaves for its title and axes; at the left more where names are long."""
+LETTER = 6.6
+"""Width of a letter."""
+DASHES = {"solid": "", "dash": "7 4", "dot": "2 4", "dashdot": "10 3 2 3"}
 SHAPES = {
     "circle": "M-1 0a1 1 0 1 0 2 0a1 1 0 1 0-2 0z",
     "square": "M-.9-.9h1.8v1.8h-1.8z",
     "diamond": "M0-1.3L1.3 0L0 1.3L-1.3 0z",
-    "cross": "M-1.2-.4h.8v-.8h.8v.8h.8v.8h-.8v.8h-.8v-.8h-.8z",
+    "plus": "M-1.2-.4h.8v-.8h.8v.8h.8v.8h-.8v.8h-.8v-.8h-.8z",
+    "cross": "M-1-1L1 1M-1 1L1-1",
+    "star": "M0-1.3L.33-.42L1.24-.4L.53.17L.76 1.05L0 .55L-.76 1.05L-.53.17L-1.24-.4L-.33-.42z",
     "triangle-up": "M0-1.2L1.1.8h-2.2z",
+    "triangle-left": "M-1.2 0L.8-1.1v2.2z",
+    "triangle-right": "M1.2 0L-.8-1.1v2.2z",
 }
 """Symbols with a radius of about 1."""
+
+
+# What a picture shows
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A place, and what it says when it is pointed at, line by line; without y a line breaks there."""
+
+    x: float
+    y: float | None
+    said: Sequence[str] = ()
+    across: Sequence[float] = ()
+    up: Sequence[float] = ()
+    """Ends of its intervals along the axes, where it has them."""
+    model: str | None = None
+    """Whose sample answers a click on the page shows."""
+    symbol: str | None = None
+    size: float | None = None
+    """Others than those of its trace."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Marks of one kind, and perhaps a line along them; the key has its name."""
+
+    name: str
+    marks: Sequence[Mark]
+    colour: str
+    symbol: str = ""
+    """None: what a mark says is said when one points at its place."""
+    size: float = 9
+    dash: str | None = None
+    """Of its line, if it has one."""
+    width: float = 1.8
+    filled: bool = False
+    """Whether the line goes around an area."""
+    label: str = ""
+    """Stands above its first mark."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ruler:
+    """An axis: what it measures, and its names by place or else its numbers."""
+
+    title: str = ""
+    names: Mapping[float, str] = field(default_factory=dict)
+    reach: tuple[float, float] | None = None
+    """Its ends, if they do not follow from the marks."""
+    from_zero: bool = False
+    downwards: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """Traces under two axes; `band` is an interval of x with its name, `edges` values of x."""
+
+    traces: Sequence[Trace]
+    height: float
+    x: Ruler
+    y: Ruler = Ruler()
+    name: str = ""
+    band: tuple[float, float, str] | None = None
+    edges: Sequence[float] = ()
+
+
+def interval(score: Mapping[str, Any]) -> tuple[float, ...]:
+    """Return the ends of a score's interval that are known, the score itself for one that is not."""
+    ends = (score.get("low"), score.get("high"))
+    return () if ends == (None, None) else tuple(score["value"] if end is None else end for end in ends)
+
+
+def names_down(names: Iterable[str]) -> Ruler:
+    """Return an axis of names, the first at the top."""
+    there = {float(place): name for place, name in enumerate(names)}
+    return Ruler(names=there, reach=(-0.5, len(there) - 0.5), downwards=True)
 
 
 # Drawing
 
 
-def drawing(title: str, figures: Iterable[Figure | None], *, columns: int = 1) -> str:
-    """Return a whole picture: title, key, and the panels that there are in so many columns."""
-    panels = [panel for panel in figures if panel]
-    key, top = _key([trace for panel in panels for trace in panel["data"]])
-    parts, width = [_text(12, 22, title, size=14), *key], WIDTH / columns
-    for start in range(0, len(panels), columns):
-        row = panels[start : start + columns]
+def picture_file(title: str, figures: Iterable[Figure | None], *, columns: int = 1) -> str:
+    """Return a whole picture as an SVG file: title, key, and the panels there are in so many columns."""
+    style = files("palinode.report").joinpath("assets", "report.css").read_text(encoding="utf-8")
+    light = dict(re.findall(r"(--[\w-]+): ([^;]+);", style.partition("@media")[0]))
+    drawn = drawing([found for found in figures if found], title=title, columns=columns)
+    return re.sub(r'"var\((--[\w-]+)\)"', lambda found: f'"{light[found[1]]}"', drawn)
+
+
+def drawing(figures: Sequence[Figure], *, title: str = "", columns: int = 1, width: float = WIDTH) -> str:
+    """Return figures as one SVG element, which takes its colours from the style sheet around it."""
+    start = 36.0 if title else 14.0
+    key, top = _key([trace for panel in figures for trace in panel.traces], start, width)
+    parts = [_text(12, 22, title, size=15), *key]
+    for first in range(0, len(figures), columns):
+        row = figures[first : first + columns]
         for column, panel in enumerate(row):
-            parts += _panel(panel, width * column, top, width)
-        top += max(panel["layout"]["height"] for panel in row)
-    body = "\n".join(parts)
+            parts += _panel(panel, width / columns * column, top, width / columns)
+        top += max(panel.height for panel in row)
+    body = "\n".join(part for part in parts if part)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top:.0f}" font-family="sans-serif">\n'
-        f'<rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {top:.0f}" font-family="sans-serif">\n'
+        f'<rect width="100%" height="100%" fill="var(--page)"/>\n{body}\n</svg>\n'
     )
 
 
 class _Scale:
     """Values of an axis to places between two ends of a panel."""
 
-    def __init__(self, axis: Mapping[str, Any], values: Iterable[float], start: float, end: float) -> None:
-        known = [*values, *axis.get("tickvals", ())] or [0.0]
-        low, high = axis.get("range") or (min(known), max(known))
-        pad = 0.0 if axis.get("range") else 0.04 * (high - low) or 0.5
-        self.low, self.high = low - pad, high + pad
-        self.start, self.end = (end, start) if axis.get("autorange") == "reversed" else (start, end)
-        self._axis = axis
+    def __init__(self, axis: Ruler, values: Iterable[float], start: float, end: float) -> None:
+        known = [*values, *axis.names, *([0.0] if axis.from_zero else [])] or [0.0]
+        low, high = axis.reach or (min(known), max(known))
+        pad = 0.0 if axis.reach else 0.04 * (high - low) or 0.5
+        self.low, self.high = low if axis.from_zero and low == 0 else low - pad, high + pad
+        self.start, self.end = (end, start) if axis.downwards else (start, end)
+        self._names = axis.names
 
     def at(self, value: float) -> float:
         """Return the place of a value."""
         share = (value - self.low) / (self.high - self.low)
         return float(self.start + (self.end - self.start) * share)
 
-    def ticks(self) -> list[tuple[float, str]]:
-        """Return where something is written along the axis, and what: round numbers if nothing is named."""
-        if "tickvals" in self._axis:
-            texts = self._axis.get("ticktext") or map(str, self._axis["tickvals"])
-            return list(zip(self._axis["tickvals"], texts, strict=True))
-        rough = (self.high - self.low) / 6
+    def ticks(self, most: int) -> list[tuple[float, str]]:
+        """Return where something is written along the axis, and what: names if there are any, or numbers."""
+        if self._names:
+            every = math.ceil(len(self._names) / most)
+            return list(self._names.items())[::every]
+        rough = (self.high - self.low) / most
         size = 10.0 ** math.floor(math.log10(rough))
-        step = size * next(by for by in (1, 2, 5, 10) if by * size >= rough)
+        step = size * next(by for by in (1, 2, 5, 10) if by * size >= rough * 0.999)
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         digits = max(0, -math.floor(math.log10(step) + 1e-9))
         return [(place * step, f"{place * step:,.{digits}f}") for place in range(first, last + 1)]
 
 
-def _panel(panel: Figure, left: float, top: float, width: float) -> list[str]:
-    layout = panel["layout"]
-    first, last = left + layout.get("left", LEFT), left + width - RIGHT
-    above, below = top + ABOVE, top + layout["height"] - BELOW
-    across = _Scale(layout["xaxis"], _reaches(panel, "x"), first, last)
-    up = _Scale(layout["yaxis"], _reaches(panel, "y"), below, above)
-    parts = [_text(first, top + 18, layout.get("name", ""))]
-    for value, name in across.ticks():
+def _panel(panel: Figure, left: float, top: float, width: float) -> Iterator[str]:
+    beside = [line for name in panel.y.names.values() for line in name.split("\n")]
+    first = left + max(LEFT, 14 + LETTER * max(map(len, beside), default=0))
+    last, above, below = left + width - RIGHT, top + ABOVE, top + panel.height - BELOW
+    marks = [mark for trace in panel.traces for mark in trace.marks if mark.y is not None]
+    shown = [*panel.edges, *(panel.band[:2] if panel.band else ())]
+    across = _Scale(panel.x, [*shown, *(x for mark in marks for x in (mark.x, *mark.across))], first, last)
+    up = _Scale(panel.y, (y for mark in marks for y in (mark.y or 0.0, *mark.up)), below, above)
+    yield _text(first, top + 16, panel.name, size=13)
+    longest = max((len(name) for name in panel.x.names.values()), default=8)
+    for value, name in across.ticks(max(2, int((last - first) / (LETTER * longest + 14)))):
         x = across.at(value)
-        parts.append(_line([(x, above), (x, below)], "--grid"))
-        parts.append(_text(x, below + 15, name, size=10, colour="--faint", anchor="middle"))
-    for value, name in up.ticks():
+        yield _line([(x, above), (x, below)], "--grid")
+        yield _text(x, below + 17, name, colour="--faint", anchor="middle", kind="tick")
+    for value, name in up.ticks(len(panel.y.names) or max(2, int((below - above) / 36))):
+        y, lines = up.at(value), name.split("\n")
+        yield _line([(first, y), (last, y)], "--grid")
+        for place, part in enumerate(lines):
+            height = y + 4 + 14 * (place - (len(lines) - 1) / 2)
+            yield _text(first - 8, height, part, colour="--faint", anchor="end", kind="tick")
+    yield _text((first + last) / 2, below + 37, panel.x.title, colour="--faint", anchor="middle")
+    yield _text(first + 4, above - 6, panel.y.title, colour="--faint")
+    if panel.band:
+        start, end = (across.at(value) for value in panel.band[:2])
+        area = f'x="{start:.1f}" y="{above:.1f}" width="{end - start:.1f}" height="{below - above:.1f}"'
+        yield f'<rect class="band" {area} fill="var(--band)"/>'
+        yield _text(start + 4, above + 14, panel.band[2], colour="--faint")
+    for edge in panel.edges:
+        yield _line([(across.at(edge), above), (across.at(edge), below)], "--other", "dot")
+    for trace in panel.traces:
+        yield from _trace(trace, across, up)
+
+
+def _trace(trace: Trace, across: _Scale, up: _Scale) -> Iterator[str]:
+    places = [(mark, across.at(mark.x), mark.y) for mark in trace.marks]
+    if trace.dash is not None:
+        for known, piece in groupby(places, key=lambda place: place[2] is not None):
+            ends = [(x, up.at(y)) for _, x, y in piece if y is not None]
+            if known:
+                yield _line(ends, trace.colour, trace.dash, trace.width, trace.name, filled=trace.filled)
+    for mark, x, value in places:
+        if value is None:
+            continue
         y = up.at(value)
-        parts.append(_line([(first, y), (last, y)], "--grid"))
-        for place, part in enumerate(name.split("<br>")):
-            parts.append(_text(first - 8, y + 4 + 13 * place, part, size=10, colour="--faint", anchor="end"))
-    below_axis, beside_axis = (layout[axis]["title"]["text"] for axis in ("xaxis", "yaxis"))
-    parts.append(
-        _text((first + last) / 2, below + 34, below_axis, size=11, colour="--faint", anchor="middle")
-    )
-    parts.append(_text(first + 4, above - 4, beside_axis, size=10, colour="--faint"))
-    return parts + [part for trace in panel["data"] for part in _trace(trace, across, up)]
+        if mark.across:
+            yield _line([(across.at(end), y) for end in mark.across], trace.colour)
+        if mark.up:
+            yield _line([(x, up.at(end)) for end in mark.up], trace.colour)
+        if trace.symbol or mark.said:
+            yield _mark(replace(mark, x=x, y=y), trace)
+        if trace.label and mark is trace.marks[0]:
+            yield _text(x, y - 10, trace.label, anchor="middle")
 
 
-def _reaches(panel: Figure, axis: str) -> Iterator[float]:
-    """Yield every value along an axis, with the ends of its interval."""
-    for trace in panel["data"]:
-        bars = trace.get(f"error_{axis}") or {
-            "array": [0] * len(trace[axis]),
-            "arrayminus": [0] * len(trace[axis]),
-        }
-        for value, above, below in zip(trace[axis], bars["array"], bars["arrayminus"], strict=True):
-            if value is not None:
-                yield from (value - below, value + above)
-
-
-def _trace(trace: Figure, across: _Scale, up: _Scale) -> list[str]:
-    points = [
-        (place, across.at(x), up.at(y))
-        for place, (x, y) in enumerate(zip(trace["x"], trace["y"], strict=True))
-        if x is not None and y is not None
-    ]
-    parts = []
-    if "lines" in trace["mode"]:
-        style = trace["line"]
-        for _, piece in groupby(enumerate(points), key=lambda pair: pair[1][0] - pair[0]):  # unbroken pieces
-            members = [point for _, point in piece]
-            values = ", ".join(f"{trace['y'][place]:.2f}" for place, *_ in members)
-            places = [(x, y) for _, x, y in members]
-            parts.append(
-                _line(
-                    places,
-                    style["color"],
-                    style.get("dash"),
-                    style.get("width", 1.8),
-                    f"{_name(trace)}: {values}",
-                )
-            )
-    for place, x, y in points:
-        if "error_y" in trace:
-            bars, value = trace["error_y"], trace["y"][place]
-            ends = (value - bars["arrayminus"][place], value + bars["array"][place])
-            parts.append(_line([(x, up.at(end)) for end in ends], bars["color"]))
-        if "markers" in trace["mode"]:
-            said = trace["customdata"][place]
-            parts.append(
-                _mark(x, y, *_style(trace["marker"], place), ": ".join([said["title"], *said["lines"]]))
-            )
-        if "text" in trace:
-            parts.append(_text(x, y - 10, trace["text"][place], size=11, anchor="middle"))
-    return parts
-
-
-def _style(marker: Mapping[str, Any], place: int) -> tuple[str, float, str]:
-    """Return symbol, size and colour of one mark of a trace."""
-    symbol, size = (
-        value[place] if isinstance(value, list) else value for value in (marker["symbol"], marker["size"])
-    )
-    return symbol, size, marker["color"]
-
-
-def _name(trace: Figure) -> str:
-    """Return the name of a trace as it was before it was made safe for plotly."""
-    return html.unescape(trace["name"])
-
-
-def _key(traces: Sequence[Figure]) -> tuple[list[str], float]:
+def _key(traces: Sequence[Trace], start: float, width: float) -> tuple[list[str], float]:
     """Return a mark and a name for each kind of trace, and where the panels may begin."""
-    named = {_name(trace): trace for trace in reversed(traces) if trace["name"]}
-    parts, x, y = list[str](), 12.0, 44.0
-    for name, trace in reversed(named.items()):
+    named = {trace.name: trace for trace in reversed(traces) if trace.name}
+    parts, x, y = list[str](), 12.0, start + 8
+    if len(named) < 2:
+        return parts, start - 6
+    for name in dict.fromkeys(trace.name for trace in traces if trace.name):
+        trace = named[name]
         space = 44 + LETTER * len(name)
-        if x + space > WIDTH:
+        if x > 12 and x + space > width:
             x, y = 12.0, y + 20
-        if "lines" in trace["mode"]:
-            style = trace["line"]
-            parts.append(_line([(x, y), (x + 22, y)], style["color"], style.get("dash"), 2))
-        if "markers" in trace["mode"]:
-            symbol = trace["marker"]["symbol"]
-            first = symbol if isinstance(symbol, str) else (symbol or ["circle"])[0]
-            parts.append(_mark(x + 11, y, first, 9, trace["marker"]["color"], ""))
-        parts.append(_text(x + 28, y + 4, name, size=11))
+        if trace.dash is not None:
+            parts.append(_line([(x, y), (x + 22, y)], trace.colour, trace.dash, 2))
+        if trace.symbol:
+            parts.append(_mark(Mark(x + 11, y, size=9), trace))
+        parts.append(_text(x + 28, y + 4, name))
         x += space
-    return parts, y + 12 if named else 30.0
-
-
-@cache
-def _colours() -> dict[str, str]:
-    """Return the style sheet's colours for light pages, by variable."""
-    style = files("palinode.report").joinpath("assets", "report.css").read_text(encoding="utf-8")
-    return dict(re.findall(r"(--[\w-]+): (#[0-9a-f]{6});", style.partition("@media")[0]))
+    return parts, y + 12
 
 
 def _text(
-    x: float, y: float, said: str, *, size: int = 12, colour: str = "--ink", anchor: str = "start"
+    x: float,
+    y: float,
+    said: str,
+    *,
+    size: float = 12,
+    colour: str = "--ink",
+    anchor: str = "start",
+    kind: str = "",
 ) -> str:
-    place = f'x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{_colours()[colour]}" text-anchor="{anchor}"'
-    return f"<text {place}>{in_picture(said)}</text>" if said else ""
+    place = f'x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="var({colour})" text-anchor="{anchor}"'
+    of = f' class="{kind}"' if kind else ""
+    return f"<text{of} {place}>{in_picture(said)}</text>" if said else ""
 
 
 def _line(
     points: Iterable[tuple[float, float]],
     colour: str,
-    dash: str | None = None,
+    dash: str = "solid",
     width: float = 1,
     said: str = "",
+    *,
+    filled: bool = False,
 ) -> str:
     places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    dashes = f' stroke-dasharray="{DASH_LENGTHS[dash]}"' if dash in DASH_LENGTHS else ""
-    style = f'fill="none" stroke="{_colours()[colour]}" stroke-width="{width:g}"{dashes}'
-    return f'<polyline points="{places}" {style}><title>{in_picture(said)}</title></polyline>'
+    dashes = f' stroke-dasharray="{DASHES[dash]}"' if DASHES[dash] else ""
+    inside = f'"var({colour})" fill-opacity=".25"' if filled else '"none"'
+    style = f'fill={inside} stroke="var({colour})" stroke-width="{width:g}"{dashes}'
+    return f'<polyline points="{places}" {style}>{_title([said])}</polyline>'
 
 
-def _mark(x: float, y: float, symbol: str, size: float, colour: str, said: str) -> str:
-    inside = "white" if symbol.endswith("-open") else _colours()[colour]
-    shape, place = SHAPES[symbol.removesuffix("-open")], f"translate({x:.1f} {y:.1f}) scale({size / 2:g})"
-    style = (
-        f'fill="{inside}" stroke="{_colours()[colour]}" stroke-width="1.5" vector-effect="non-scaling-stroke"'
-    )
-    title = f"<title>{in_picture(said)}</title>"
-    return f'<path class="mark" transform="{place}" d="{shape}" {style}>{title}</path>'
+def _mark(mark: Mark, trace: Trace) -> str:
+    symbol, size = mark.symbol or trace.symbol, mark.size or trace.size
+    place = f'transform="translate({mark.x:.1f} {mark.y:.1f}) scale({size / 2:g})"'
+    said = _title(mark.said)
+    if not symbol:
+        return f'<path class="place" {place} d="{SHAPES["circle"]}" fill="transparent">{said}</path>'
+    inside = "--page" if symbol.endswith("-open") else trace.colour
+    style = f'd="{SHAPES[symbol.removesuffix("-open")]}" fill="var({inside})" stroke="var({trace.colour})"'
+    edge = 'stroke-width="1.5" vector-effect="non-scaling-stroke"'
+    shown = f' data-shown="{in_picture(mark.model)}"' if mark.model else ""
+    return f'<path class="mark"{shown} {place} {style} {edge}>{said}</path>'
 
 
-# The pictures
-
-
-def tradeoff_picture(table: Mapping[str, Any]) -> str:
-    """Return the picture of a table.json: every point tried, and the models, as on the page."""
-    return drawing("Forget–retain trade-off of every point tried", [tradeoff_figure({"table": table})])
-
-
-def axis_picture(content: Mapping[str, Any]) -> str:
-    """Return the picture of an axis.json: what is left of the forget set, and what is kept of the other.
-
-    Contestants are lines with their 95 % intervals; target, base and retrained model are dashed lines to
-    compare with. Where no point kept the rule, the dot is hollow.
-    """
-    aims = {
-        "forget": "lower is more forgotten, the retrained model is the aim",
-        "retain": "higher is more kept",
-    }
-    ticks = [str(entry["value"]) for entry in content["values"]]
-    across = {"tickvals": list(range(len(ticks))), "ticktext": ticks, "range": (-0.5, len(ticks) - 0.5)}
-    panels = []
-    for side in SIDES:
-        fixed, contestants = axis_models(content)
-        traces = [_axis_reference(content, name, side) for name in fixed]
-        traces += [
-            _axis_contestant(content, name, side, (place + 0.5) / len(contestants) - 0.5)
-            for place, name in enumerate(contestants)
-        ]
-        key = content["key"] if side == SIDES[-1] else ""
-        layout = {"xaxis": across, "yaxis": {"range": (0.0, _highest(content, side))}}
-        name = f"{words(content['metric'])} on the {side} set: {aims[side]}"
-        panels.append(figure(traces, 300, key, "", name=name, **layout))
-    return drawing(content["title"], panels)
-
-
-def _axis_reference(content: Mapping[str, Any], name: str, side: str) -> Figure:
-    """Return a dashed line from edge to edge, so that one value is a line too."""
-    found = [axis_entry(entry, name) for entry in content["values"]]
-    known = [(place, one[side]["value"]) for place, one in enumerate(found) if one]
-    ends = [(known[0][0] - 0.5, known[0][1]), *known, (known[-1][0] + 0.5, known[-1][1])]
-    xs, ys = zip(*ends, strict=True)
-    looks = {"target": ("--ink", "dash"), "base": ("--other", "dot"), "retrained": ("--ink", "dashdot")}
-    return line(model_label(name), xs, ys, *looks[name])
-
-
-def _axis_contestant(content: Mapping[str, Any], name: str, side: str, shift: float) -> Figure:
-    """Return a contestant's line; `shift` from -0.5 to 0.5 keeps intervals apart."""
-    place = axis_models(content)[1].index(name)
-    colour, symbol = PALETTE[place % len(PALETTE)], SYMBOLS[place % len(SYMBOLS)]
-    points, scores, symbols = list[Any](), [], []
-    for step, entry in enumerate(content["values"]):
-        one = axis_entry(entry, name)
-        if one and one[side]["value"] is not None:
-            score, kept = one[side], one["kept_rule"]
-            said = [f"{number(score['value'])} {bracketed(score)}".strip()]
-            said += [] if kept else ["no point kept the rule"]
-            points.append((step + 0.2 * shift, score["value"], told(f"{name} at {entry['value']}", said)))
-            scores.append(score)
-            symbols.append(symbol if kept else f"{symbol}-open")
-    trace = dots(name, points, colour, symbol, 9)
-    trace["marker"]["symbol"] = symbols
-    lines = {"mode": "lines+markers", "line": {"color": colour}, "error_y": errors(scores, colour)}
-    return trace | lines
-
-
-def _highest(content: Mapping[str, Any], side: str) -> float:
-    """Return the end of a panel's scale: the next tenth above everything drawn, at most 1."""
-    values = content["values"]
-    scores = [one[side] for entry in values for one in (*entry["models"].values(), *entry["contestants"])]
-    ends = [score[end] for score in scores for end in ("value", "high") if score[end] is not None]
-    return min(1.0, (int(10 * max(ends, default=1.0)) + 1) / 10)
-
-
-def requests_picture(table: Mapping[str, Any]) -> str:
-    """Return the picture of a requests.json: answer probability after each request and each undoing.
-
-    A panel a contestant; to the left of the middle requests are carried out one by one, to the right undone
-    one by one. Dashed lines are references on the same rows: the retrained model, and the target.
-    """
-    sizes = sorted({request["rows"] for request in table["requests"]})
-    rows = " to ".join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))
-    title = (
-        f"{len(table['requests'])} requests of {rows} rows one after another, then undone in another order: "
-        "answer probability"
-    )
-    return drawing(title, [_request_panel(table, entry) for entry in table["contestants"]], columns=2)
-
-
-def _request_panel(table: Mapping[str, Any], entry: Mapping[str, Any]) -> Figure | None:
-    metric, count, traces = "answer_probability", len(table["requests"]), list[Figure]()
-    colours = {"done": "--red", "not_done": "--unlearned", "retain": "--green"}
-    for part, label in PARTS.items():
-        places = list(range(len(entry["states"])))
-        beside = [on_same_rows(table, state, part, metric) for state in entry["states"]]
-        values = [state["scores"][metric][part]["value"] for state in entry["states"]]
-        if any(value is not None for value in beside):
-            reference = {"done": "retrained model", "not_done": "target"}[part]
-            traces.append(line(f"same rows: {reference}", places, beside, colours[part], "dash"))
-        traces.append(line(label, places, values, colours[part]))
-        joint = entry["joint"]["scores"][metric][part]["value"]
-        said = told("all at once", [f"{label}: {number(joint)}"])
-        traces.append(dots("all at once", [(count, joint, said)], colours[part], "circle-open"))
-    if not entry["undo"]["possible"]:
-        note = dots("", [(1.5 * count, 0.5, {})], "--faint", "circle")
-        traces.append(note | {"mode": "text", "text": ["cannot undo"]})
-    shown = sorted({0, 1, count // 2, count, count + 1, count + count // 2, 2 * count})
-    ticks = [str(place if place <= count else place - count) for place in shown]
-    across = {"tickvals": shown, "ticktext": ticks, "range": (0, 2 * count)}
-    title, name = "requests carried out → then undone →", {"name": entry["name"]}
-    return figure(traces, 250, title, "", xaxis=across, yaxis={"range": (0.0, 1.0)}, **name)
-
-
-def location_picture(record: Mapping[str, Any]) -> str:
-    """Return the picture of a location: checkpoints along the steps, a lane a row, and the gap below."""
-    series, shown = record["rungs"], record["rows"][:MOST_ROWS]
-    best, target = (record["recommended"] or {}).get("step"), record["target_step"]
-    last = max([one["step"] for one in series] + [target or 0, record["last"] or 0, 1])
-    marks: dict[str, list[Any]] = {name: [] for name in STATES}
-    for one in series:
-        marks[_state_of(one)].append((one["step"], 0, 10, told(f"step {one['step']:,}", [one["location"]])))
-    for lane, row in enumerate(shown, start=1):
-        for seen in row["seen"]:
-            name = "similar text" if seen["copy"] else "has seen forget rows"
-            said = told(f"step {seen['step']:,}", [seen["copy"]] if seen["copy"] else [])
-            marks[name].append((seen["step"], lane, 5, said))
-    traces = []
-    for name, found in marks.items():
-        trace = dots(name, [(x, y, said) for x, y, _, said in found], STATES[name], "circle", 9)
-        trace["marker"] |= {"size": [size for *_, size, _ in found]}
-        traces.append(trace)
-    if best is not None:
-        said = told(f"step {best:,}", [record["recommended"]["location"], "recommended"])
-        trace = dots("", [(best, 0, said)], STATES["clean"], "circle", 16)
-        traces.append(trace | {"text": [f"{best:,}"]})
-    if target is not None:
-        traces.append(
-            dots("", [(target, 0, told("target", []))], "--ink", "square", 9) | {"text": ["target"]}
-        )
-    lanes = ["checkpoints", *(f"row {row['row'] + 1}" for row in shown)]
-    up = {"tickvals": list(range(len(lanes))), "ticktext": lanes, "autorange": "reversed"}
-    more = len(record["rows"]) - len(shown)
-    layout = {"xaxis": {"range": (0, last)}, "name": f"and {more} more rows" if more else "", "left": 90}
-    panels = [figure(traces, 90 + 15 * len(lanes), "step", "", yaxis=up, **layout)]
-    if record["onset"] and any(one["gap"] is not None for one in series):
-        panels.append(_gap_panel(record["onset"], last))
-    title = "No checkpoint is clean" if best is None else f"Recommended: step {best:,}"
-    return drawing(title, panels)
-
-
-STATES = {
-    "clean": "--green",
-    "has seen forget rows": "--red",
-    "similar text": "--amber",
-    "not known": "--other",
-}
-"""What may be known of a checkpoint or a row, and its colour."""
-
-
-def _state_of(one: Mapping[str, Any]) -> str:
-    """Return what is known of a checkpoint; what missing steps held is not known."""
-    dirty = (
-        one["exposed"] if one["seen"] is None or (one["unrecorded"] and not one["seen"]) else one["seen"] > 0
-    )
-    return "not known" if dirty is None else "has seen forget rows" if dirty else "clean"
-
-
-def _gap_panel(onset: Mapping[str, Any], last: int) -> Figure | None:
-    """Return the gap of the checkpoints that were looked at, with their intervals."""
-    found = [(gap["step"], *gap["values"][onset["measure"]]) for gap in onset["gaps"]]
-    points = [(step, value, told(f"step {step:,}", [f"{value:+.3f}"])) for step, value, *_ in found]
-    trace = dots("", points, "--unlearned", "circle", 9)
-    trace["marker"]["symbol"] = ["circle" if gap["exposed"] else "circle-open" for gap in onset["gaps"]]
-    bars = errors(
-        [{"value": value, "low": low, "high": high} for _, value, low, high in found], "--unlearned"
-    )
-    trace |= {"mode": "lines+markers", "line": {"color": "--unlearned"}, "error_y": bars}
-    name = f"gap, {words(onset['measure'])}: filled where it is beyond noise"
-    return figure([trace], 180, "step", "", xaxis={"range": (0, last)}, name=name, left=90)
-
-
-def plan_picture(record: Mapping[str, Any]) -> str:
-    """Return the picture of a plan: a lane a schedule, with a mark for each checkpoint that it keeps."""
-    traces, names = [], []
-    for lane, schedule in enumerate(record["schedules"]):
-        colour = "--green" if schedule["name"] == record["recommended"] else "--other"
-        points = [(step, lane, told(f"step {step:,}", [])) for step in schedule["kept"]]
-        traces.append(dots("", points, colour, "circle"))
-        names.append(
-            f"{schedule['name']}<br>expected {schedule['expected']:,.0f}, worst {schedule['worst']:,}"
-        )
-    up = {"tickvals": list(range(len(names))), "ticktext": names, "autorange": "reversed"}
-    steps = record["wish"]["steps"]
-    panel = figure(traces, 90 + 44 * len(names), "step", "", xaxis={"range": (0, steps)}, yaxis=up, left=190)
-    return drawing(f"Checkpoints to keep in {steps:,} steps", [panel])
+def _title(lines: Sequence[str]) -> str:
+    said = "\n".join(line for line in lines if line)
+    return f"<title>{in_picture(said)}</title>" if said else ""

@@ -12,7 +12,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from palinode.records import Outcome
+from palinode.records import Outcome, dotted
 from palinode.report.audit_report import audit_headline, audit_section
 from palinode.report.comparison_report import comparison_sections, ranking_sentences
 from palinode.report.content import (
@@ -245,19 +245,13 @@ def _versions(content: Mapping[str, Any]) -> dict[str, str]:
 
 def _settings(tree: Mapping[str, Any]) -> Grid:
     """Return the recipe (of an audit: the policy) with defaults filled in, one dotted key a row."""
+    rows = [
+        [key, ", ".join(map(str, value)) if isinstance(value, list) else str(value)]
+        for key, value in dotted(tree)
+        if value is not None and not isinstance(value, Mapping)
+    ]
     head = ["setting", "value"]
-    return Grid("Every setting, defaults filled in", head, _flat(tree), text_columns=2, folded=True)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
-    lines: list[list[str]] = []
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            lines += _flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-            lines.append([f"{prefix}{key}", text])
-    return lines
+    return Grid("Every setting, defaults filled in", head, rows, text_columns=2, folded=True)
 
 
 # What models answered, side by side, and how likely each right answer was to them

@@ -27,6 +27,7 @@ from palinode.models.loading import (
 )
 from palinode.progress import Listener, NullListener, record
 from palinode.records import private, write_json
+from palinode.settings import TrainingSettings
 from palinode.training.loop import count_steps, train
 from palinode.training.lora import add_adapter, load_frozen, write_adapter
 from palinode.training.losses import ANSWER_LOSS, Loss
@@ -37,7 +38,6 @@ from palinode.training.objectives import (
     plain_objective,
 )
 from palinode.training.roles import Joined, Material, join, plain
-from palinode.training.settings import TrainingSettings
 from palinode.weights.adapters import LoraAdapter
 from palinode.weights.atomic import check_output, claimed, publish
 from palinode.weights.checkpoint import Checkpoint, WeightedSum

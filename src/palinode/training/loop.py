@@ -31,6 +31,7 @@ from palinode.errors import DivergenceError, RecipeError, unwritable
 from palinode.models.likelihoods import Say, must_be_apart, note, tell
 from palinode.models.loading import check_positions
 from palinode.records import beside, read_json, write_json
+from palinode.settings import TrainingSettings
 from palinode.training.losses import Loss
 from palinode.training.objectives import (
     CurvePoint,
@@ -42,7 +43,6 @@ from palinode.training.objectives import (
     plain_objective,
 )
 from palinode.training.roles import Joined, plain
-from palinode.training.settings import TrainingSettings
 
 AUTOCAST_FROM = 20_000_000
 """On a CPU, bfloat16 autocast pays off from about this many parameters (docs/lab-notes.md)."""

@@ -7,7 +7,7 @@ file are those of A and B alone. Read back it is the direction s·B·A, exactly 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from palinode.errors import CheckpointError, InputError, RecipeError
 from palinode.models.loading import load_model, save_tensors
 from palinode.models.reading import linear_layers
 from palinode.records import write_json
+from palinode.settings import LoraSettings
 from palinode.training.objectives import CURVE, CurvePoint
-from palinode.training.settings import LoraSettings
 from palinode.weights.adapters import CONFIG, WEIGHTS
 from palinode.weights.atomic import claimed, publish
 from palinode.weights.checkpoint import Checkpoint
@@ -73,18 +73,14 @@ def write_adapter(model: PreTrainedModel, output: Path, curve: Sequence[CurvePoi
     """Write the adapter of a live model as a folder that peft reads, atomically."""
     state = _peft().get_peft_model_state_dict(model, save_embedding_layers=False)
     tensors = {PREFIX + name: value.detach().cpu().contiguous() for name, value in sorted(state.items())}
-    config: Any = model.peft_config["default"]
+    held: Any = model.peft_config["default"]
+    config = {name: sorted(part) if isinstance(part, set) else part for name, part in held.to_dict().items()}
+    config |= {"base_model_name_or_path": None, "inference_mode": True}  # no path of this machine
     with claimed(output := output.resolve()) as partial:
         save_tensors(tensors, partial / WEIGHTS)
-        write_json(partial / CONFIG, _plain(config.to_dict()))
+        write_json(partial / CONFIG, config)
         write_json(partial / CURVE, [asdict(point) for point in curve])
         publish(partial, output)
-
-
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config as JSON, the same on every run: no path of this machine, and sets in order."""
-    found = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
-    return {**found, "base_model_name_or_path": None, "inference_mode": True}
 
 
 def _linear_layers(

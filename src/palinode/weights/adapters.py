@@ -24,11 +24,10 @@ from palinode.weights.displacement import (
     MatrixCache,
     decode,
     encode,
-    read_object,
     read_values,
 )
 from palinode.weights.formats.pickled import read_pickled
-from palinode.weights.tensors import FLOAT_BYTES, Files, TensorInfo, is_head, read_header
+from palinode.weights.tensors import FLOAT_BYTES, Files, TensorInfo, is_head, read_header, read_object
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -83,7 +82,9 @@ class LoraAdapter(StoredDirection):
         config = read_object(place / CONFIG)
         _check_config(place, config)
         pairs, copies = _sort_out(place, _read_tensors(place, allow_pickle=allow_pickle))
-        base = (base or _base_of(config)) if copies or _is_mixed(config, pairs) else base
+        name = config.get("base_model_name_or_path")
+        if base is None and (copies or _is_mixed(config, pairs)):
+            base = Checkpoint.open(name) if isinstance(name, str) and name and Path(name).is_dir() else None
         for module, copy in copies.items():
             _check_copy(place, copy, f"{module}.weight", base)
         return cls(place, dict(_changes(place, config, pairs, base)), config)
@@ -147,12 +148,6 @@ def _value_for(module: str, patterns: Mapping[str, Any] | None, default: Any) ->
 def _anchored(pattern: str) -> re.Pattern[str]:
     """Return what peft makes of a pattern: it matches a whole name, or all that follows one of its dots."""
     return re.compile(rf"(.*\.)?({pattern})$")
-
-
-def _base_of(config: Mapping[str, Any]) -> Checkpoint | None:
-    """Return the base model where the config names a local folder."""
-    name = config.get("base_model_name_or_path")
-    return Checkpoint.open(name) if isinstance(name, str) and name and Path(name).is_dir() else None
 
 
 # The tensors

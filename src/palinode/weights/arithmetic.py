@@ -1,25 +1,20 @@
-"""A model in slices, and a few threads that work on them. Memory does not depend on the model.
-
-A point laid out for the kernels: its operands in rows, its coefficients over the rows.
+"""A weighted sum of models, slice by slice in a few threads. Memory does not depend on the model.
 
 A point Σ c_i P_i with Σ c_i = 1 is computed as  A + Σ c_i (P_i − A)  for one of its own terms A, the
 pivot: the differences of neighbouring checkpoints are nearly exact in float32, so nothing is lost to
 cancellation, and the scales need not add up to 1 in floating point. Displacements (an adapter, a stored
-vector) are differences already.
-
-What checkpoints and displacements hold on one slice, read into buffers that are used again.
-
-Evaluate a weighted sum of checkpoints on a slice, with one final rounding.
+vector) are differences already. `Formula` lays a point out for the kernels: its operands in rows, its
+coefficients over the rows.
 
 The working dtype is float32, or float64 where it is asked for or an input or the output is float64. Then
 each value is rounded once to the output dtype, to nearest or stochastically (spec: msa.md, P3): stochastic
-rounding keeps on average the small steps that rounding to nearest would lose. What is summed is in
-`formulas`, what is read in `operands`, the loops themselves in `kernels`.
+rounding keeps on average the small steps that rounding to nearest would lose.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -32,9 +27,9 @@ import numpy as np
 
 from palinode.errors import InputError, MismatchError
 from palinode.weights import kernels
-from palinode.weights.displacement import Displacement, HasTerms, Term
+from palinode.weights.displacement import NUMPY, Displacement, HasTerms, Term, check_displacements, decode
 from palinode.weights.folders import ModelFolder
-from palinode.weights.preflight import complain_of_nonfinite, complain_of_twins
+from palinode.weights.preflight import check_fit, complain_of_nonfinite, complain_of_twins
 from palinode.weights.tensors import Files, TensorInfo, is_embedding, is_head, map_parts
 
 Result = TypeVar("Result")
@@ -68,6 +63,42 @@ def slices(
             for first, last, alone in ((0, shared, False), (shared, info.size, True)):
                 for start in range(first, last, size):
                     yield Slice(info, start, min(size, last - start), alone)
+
+
+def cut(info: TensorInfo) -> Iterator[Slice]:
+    """Yield a whole tensor in pieces of at most `SLICE` elements."""
+    for start in range(0, info.size, SLICE):
+        yield Slice(info, start, min(SLICE, info.size - start))
+
+
+def layout_of(terms: Iterable[Term]) -> list[TensorInfo]:
+    """Return the tensors that a direction of these terms may change, a tied one once.
+
+    Raises MismatchError when they do not fit together.
+    """
+    terms = list(terms)
+    points = [term for term in terms if isinstance(term, ModelFolder)]
+    displacements = [term for term in terms if isinstance(term, Displacement)]
+    if points:
+        layout = points[0]
+        check_fit(layout, points[1:])
+        check_displacements(layout, displacements)
+        return [
+            info
+            for info in layout.tensors.values()
+            if info.is_float and info.size and not layout.is_second_copy(info.name)
+        ]
+    found: dict[str, TensorInfo] = {}
+    for displacement in displacements:
+        for name, change in displacement.changes.items():
+            own = TensorInfo(name, "F32", change.shape, displacement.folder, 0, 4 * math.prod(change.shape))
+            first = found.setdefault(displacement.one_name(name), own)
+            if first.shape != change.shape:
+                raise MismatchError(
+                    f"{first.file} and {displacement.folder} change {name} in two shapes "
+                    f"({first.shape} and {change.shape}); were both made from one model?"
+                )
+    return list(found.values())
 
 
 def per_thread(make: Callable[[], Callable[[Slice], Result]]) -> Callable[[Slice], Result]:
@@ -142,7 +173,8 @@ def formula(
 ) -> Formula:
     """Lay out a point, and the directions its dose is to be measured along, for the kernels."""
     along = along or {}
-    pivot, lines = pivot_of(terms, anchor), [*along.values()]
+    others = (term for term, _ in in_order(terms) if isinstance(term, ModelFolder))
+    pivot, lines = anchor if anchor in terms else next(others), [*along.values()]
     operands = dict.fromkeys([pivot, *terms, anchor, *(term for line in lines for term in line)])
     checkpoints = tuple(term for term in operands if isinstance(term, ModelFolder))
     displacements = tuple(term for term in operands if isinstance(term, Displacement))
@@ -187,16 +219,6 @@ def in_order(terms: Mapping[Term, float]) -> list[tuple[Term, float]]:
     """Return the terms in an order that does not depend on how the formula was written."""
     return sorted(terms.items(), key=lambda term: (term[1], str(term[0].folder)))
 
-
-def pivot_of(terms: Mapping[Term, float], anchor: ModelFolder | None = None) -> ModelFolder:
-    """Return the checkpoint that the others are compared with: the anchor where it takes part."""
-    if anchor is not None and anchor in terms:
-        return anchor
-    return next(term for term, _ in in_order(terms) if isinstance(term, ModelFolder))
-
-
-STORED = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-"""How values of each dtype lie in numpy."""
 
 NO_HALVES = np.empty((0, 0), np.uint16)
 
@@ -295,11 +317,8 @@ class Operands:
 
     def _read(self, info: TensorInfo, part: Slice, out: np.ndarray) -> None:
         """Fill `out` with the values of a slice of one tensor."""
-        raw = self._bytes(info, part)
-        if info.dtype == "BF16":
-            out[:] = (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-        else:
-            out[:] = raw.view(STORED[info.dtype])
+        raw = self._bytes(info, part).view(NUMPY[info.dtype])
+        out[:] = decode(raw, info.dtype) if info.dtype == "BF16" else raw
 
     def _bytes(self, info: TensorInfo, part: Slice) -> np.ndarray:
         size = part.count * info.itemsize
@@ -333,7 +352,7 @@ def direction_values(direction: HasTerms, part: Slice, files: Files) -> np.ndarr
     loaded = Operands(checkpoints, displacements, files).load(part, np.dtype(np.float32))
     wide = loaded.wides[:, : part.count]
     if loaded.packed:
-        wide = (loaded.halves[:, : part.count].astype(np.uint32) << 16).view(np.float32)
+        wide = decode(loaded.halves[:, : part.count], "BF16")
     total = np.zeros(part.count, loaded.dtype)
     for place, checkpoint in enumerate(checkpoints[1:], start=1):
         total += loaded.dtype.type(weights[checkpoint]) * (wide[place] - wide[0])
@@ -492,7 +511,7 @@ class Evaluator:
         if code == "BF16":
             return self._half[: part.count], totals, finite
         with np.errstate(over="ignore"):  # too large a value is noticed below
-            stored = self._wide[dtype][: part.count].astype(STORED[code], copy=False)
+            stored = self._wide[dtype][: part.count].astype(NUMPY[code], copy=False)
         return stored, totals, finite and (dtype == stored.dtype or bool(np.isfinite(stored).all()))
 
 

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import NoReturn, overload
 
 from palinode.errors import AlgebraError
-from palinode.weights.arithmetic import Rounding, combined, settings
+from palinode.weights.arithmetic import Rounding, combined, formula, settings
 from palinode.weights.atomic import Crew
 from palinode.weights.displacement import Displacement, Term
 from palinode.weights.folders import ModelFolder
-from palinode.weights.geometry import Dose
 from palinode.weights.preflight import Rows
-from palinode.weights.store import write
+from palinode.weights.store import Written, plan, write
 
 LARGEST = 3.4e38
 """Largest coefficient: about the largest float32, in which sums are computed."""
@@ -200,18 +199,10 @@ def _finite(number: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
+class Saved(Written):
     """A model folder that was written, and how much of the change asked for arrived in it."""
 
-    checkpoint: Checkpoint
-    dose: Dose
-    rounding: Rounding
-    """The one that was used: "nearest" or "stochastic"."""
-    notes: tuple[str, ...] = ()
-    """What the user should know: how it was rounded and why, what of the dose did not arrive, …"""
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    """Wall time of reading, summing and writing ("sum"); of reading back, and hashing inputs that were never
-    hashed before ("check"); of naming ("publish")."""
+    checkpoint: Checkpoint = field(kw_only=True)
 
 
 def save(
@@ -246,16 +237,9 @@ def save(
     asked = settings(
         dtype=dtype, rounding=rounding, seed=seed, precision=precision, allow_nonfinite=allow_nonfinite
     )
-    place = output.expanduser().resolve()
-    written = write(
-        point.anchor,
-        point.terms,
-        place,
-        asked,
-        along={name: line.terms for name, line in (along or {}).items()},
-        rows=rows,
-        check=check,
-        crew=crew or Crew(),
-        on_progress=on_progress,
-    )
-    return Saved(Checkpoint.open(place), written.dose, written.rounding, written.notes, written.seconds)
+    place, crew = output.expanduser().resolve(), crew or Crew()
+    lines = {name: line.terms for name, line in (along or {}).items()}
+    job = plan(formula(point.anchor, point.terms, lines), place, asked, rows, crew.workers)
+    written = write(job, crew, check=check, on_progress=on_progress)
+    parts = (written.dose, written.rounding, written.notes, written.seconds)
+    return Saved(*parts, checkpoint=Checkpoint.open(place))

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import ClassVar, Protocol, TypeAlias
 
 import blake3
 import numpy as np
@@ -26,7 +26,7 @@ from palinode.errors import CheckpointError, MismatchError
 from palinode.weights.fingerprints import tensor_digests
 from palinode.weights.folders import ModelFolder
 from palinode.weights.kernels import multiply
-from palinode.weights.tensors import Files, TensorInfo, by_plain, plain, read_json
+from palinode.weights.tensors import Files, TensorInfo, by_plain, plain
 
 PIECE = 1 << 18
 """Elements handled at a time."""
@@ -337,16 +337,6 @@ class LowRankChange:
             product = multiply(self.left.rows(files, first, last), right, self.scale).reshape(-1)
             with np.errstate(over="ignore"):  # too large for float32 is infinite, and seen by who asked
                 out[begin - start : end - start] = product[begin - row : end - row]
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; raises CheckpointError when there is none, or it cannot be read."""
-    if not file.exists():
-        raise CheckpointError(f"there is no {file}; is the download finished?")
-    content = read_json(file)
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} does not hold a JSON object; fetch it again")
-    return content
 
 
 def _finite(values: np.ndarray, info: TensorInfo) -> np.ndarray:

@@ -28,11 +28,11 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, Literal, Self
 
 from palinode.errors import CheckpointError
 from palinode.weights.fingerprints import fingerprint
-from palinode.weights.foreign import check_folder, inside, read_gguf
+from palinode.weights.foreign import Model, check_folder, inside, read_gguf
 from palinode.weights.formats.distributed import METADATA, read_distributed
 from palinode.weights.formats.pickled import read_pickled, read_pickled_part
 from palinode.weights.formats.pieces import all_experts, one_expert
@@ -48,7 +48,7 @@ from palinode.weights.tensors import (
     plain,
     read_header,
     read_index,
-    read_json,
+    read_object,
     shown,
 )
 
@@ -66,14 +66,8 @@ NO_WEIGHTS = ("training_args.bin", "optimizer*", "scheduler*", "scaler*", "rng_s
 Format = Literal["safetensors", "pickle", "distributed", "gguf"]
 
 
-@dataclass(frozen=True, slots=True)
-class Contents:
-    """What a checkpoint holds, in whatever layout."""
-
-    tensors: Mapping[str, TensorInfo]
-    notes: tuple[str, ...] = ()
-    config: Mapping[str, Any] | None = None
-    """Where the weights come with a config of their own, that one."""
+Told = tuple[dict[str, TensorInfo], list[str]]
+"""Tensors by name, and notes on how they were read."""
 
 
 def find_leading(folder: Path) -> Path:
@@ -87,7 +81,11 @@ def find_leading(folder: Path) -> Path:
     for name in (SINGLE, INDEX, METADATA, PICKLE, PICKLE_INDEX):
         if name in names and (sharded or name != METADATA):
             return folder / name
-    pickles = [path for path in files if path.suffix in PICKLES and not is_no_weights(path)]
+    pickles = [
+        path
+        for path in files
+        if path.suffix in PICKLES and not any(fnmatch(path.name, pattern) for pattern in NO_WEIGHTS)
+    ]
     found = pickles or [path for path in files if path.suffix == ".gguf"]
     if len(found) == 1:
         return found[0]
@@ -99,11 +97,6 @@ def find_leading(folder: Path) -> Path:
     raise CheckpointError(f"{folder} holds no weights ({SINGLE} or {INDEX}); is the download finished?")
 
 
-def is_no_weights(file: Path) -> bool:
-    """Tell whether this is a pickle of a trainer's own state, by its name."""
-    return any(fnmatch(file.name, pattern) for pattern in NO_WEIGHTS)
-
-
 def format_of(leading: Path) -> Format:
     """Return the format to which a leading file belongs, by its name."""
     if leading.name == METADATA:
@@ -113,45 +106,40 @@ def format_of(leading: Path) -> Format:
     return "pickle" if leading.suffix in PICKLES or leading.name == PICKLE_INDEX else "safetensors"
 
 
-def read_contents(leading: Path, *, allow_pickle: bool) -> Contents:
-    """Return the tensors to which this file leads; reads headers only, except for GGUF.
+def read_contents(leading: Path, *, allow_pickle: bool) -> Model:
+    """Return the tensors to which this file leads, notes, and the config that comes with them, if one does.
+
+    Reads headers only, except for GGUF.
 
     Raises CheckpointError when the format is a pickle and `allow_pickle` is not set, or when anything
     is damaged or missing.
     """
     kind = format_of(leading)
     if kind in ("pickle", "distributed") and not allow_pickle:
-        _refuse_pickles(leading)
+        raise CheckpointError(
+            f"{leading.parent} holds its weights only as pickles ({shown(leading.name)}), a format that can "
+            "carry harmful code; save the model once with save_pretrained, which writes safetensors, or let "
+            "Palinode read it, restricted to plain tensors: --allow-pickle, in Python allow_pickle=True"
+        )
     if SHARD.search(leading.stem):
         raise CheckpointError(
             f"{leading} is one of several files of a model; name a folder that holds all of them "
             "and their index"
         )
     if kind == "gguf":
-        tensors, notes, config = read_gguf(leading)
-        return Contents(tensors, tuple(notes), config)
+        return read_gguf(leading)
     if kind == "distributed":
-        tensors, notes = read_distributed(leading)
-        return Contents(tensors, tuple(notes))
+        return *read_distributed(leading), None
     if leading.suffix == ".json":
-        return _merge(leading, _read_safetensors if kind == "safetensors" else read_pickled_part)
-    tensors, notes = _read_safetensors(leading) if kind == "safetensors" else read_pickled(leading)
-    return Contents(tensors, tuple(notes))
+        return *_merge(leading, _read_safetensors if kind == "safetensors" else read_pickled_part), None
+    return *(_read_safetensors(leading) if kind == "safetensors" else read_pickled(leading)), None
 
 
-def _refuse_pickles(leading: Path) -> NoReturn:
-    raise CheckpointError(
-        f"{leading.parent} holds its weights only as pickles ({shown(leading.name)}), a format that can "
-        "carry harmful code; save the model once with save_pretrained, which writes safetensors, or let "
-        "Palinode read it, restricted to plain tensors: --allow-pickle, in Python allow_pickle=True"
-    )
-
-
-def _read_safetensors(file: Path) -> tuple[dict[str, TensorInfo], list[str]]:
+def _read_safetensors(file: Path) -> Told:
     return {info.name: info for info in read_header(file)}, []
 
 
-def _merge(index_file: Path, read: Callable[[Path], tuple[dict[str, TensorInfo], list[str]]]) -> Contents:
+def _merge(index_file: Path, read: Callable[[Path], Told]) -> Told:
     """Return the tensors of all files that an index names, each from the one file that holds it."""
     index = read_index(index_file)
     tensors: dict[str, TensorInfo] = {}
@@ -172,7 +160,7 @@ def _merge(index_file: Path, read: Callable[[Path], tuple[dict[str, TensorInfo],
             f"{index_file} names {len(lost)} tensors that no file holds (first: {shown(lost[0])}); fetch the "
             "model again"
         )
-    return Contents(tensors, tuple(notes))
+    return tensors, notes
 
 
 NOTABLE = 0.01
@@ -214,7 +202,8 @@ def refuse_packed(folder: Path, tensors: Mapping[str, TensorInfo], config: Mappi
     """Raise CheckpointError with the format's name and the way out where a model's weights are packed."""
     method = _method(config)
     packed = _packed([*tensors.values()])
-    if not packed and not method and not _is_bitsandbytes(tensors):
+    # bytes packed as if they were floating point are given away by their tables alone (bitsandbytes)
+    if not packed and not method and not any(name.endswith((".absmax", ".quant_map")) for name in tensors):
         return
     kind, way_out = _format(tensors, packed, method)
     numbers = sum(info.size for info in tensors.values())
@@ -267,20 +256,12 @@ def _layer(name: str) -> str:
 
 
 def _is_matrix(info: TensorInfo) -> bool:
-    return len(info.shape[_leading_ones(info.shape) :]) > 1
-
-
-def _leading_ones(shape: tuple[int, ...]) -> int:
-    return next((place for place, length in enumerate(shape) if length != 1), len(shape))
+    longer = (place for place, length in enumerate(info.shape) if length != 1)
+    return len(info.shape) - next(longer, len(info.shape)) > 1
 
 
 def _bytes(infos: Iterable[TensorInfo]) -> int:
     return sum(info.nbytes for info in infos)
-
-
-def _is_bitsandbytes(tensors: Mapping[str, TensorInfo]) -> bool:
-    """Tell whether bytes are packed as if they were floating point, which only their tables give away."""
-    return any(name.endswith((".absmax", ".quant_map")) for name in tensors)
 
 
 def _method(config: Mapping[str, Any]) -> str | None:
@@ -381,17 +362,26 @@ class ModelFolder:
         """
         path = _local_path(location, allow_pickle=allow_pickle)
         folder, named = (path, None) if path.is_dir() else (path.parent, path)
-        _refuse_adapter(folder)
+        if (folder / "adapter_config.json").exists():
+            raise CheckpointError(
+                f"{folder} holds a LoRA adapter, not a whole model; use it as a direction "
+                "(LoraAdapter.open), or merge it into its base first"
+            )
         check_folder(folder)
         _ = [*_beside(folder, (*COMPANIONS, *PAPERS))]  # a link that leads elsewhere is refused at once
         leading = named or find_leading(folder)
         kind = format_of(leading)
-        config = {} if kind == "gguf" else _read_config(folder, optional=kind == "distributed")
-        contents = read_contents(leading, allow_pickle=allow_pickle)
-        config = config if contents.config is None else contents.config
-        refuse_packed(path, contents.tensors, config)
-        tensors = _without_shared_head(contents.tensors, config)
-        return cls(folder, tensors, config, named, kind, contents.notes)
+        config: Mapping[str, Any] = {}
+        if os.path.lexists(folder / "config.json") and kind != "gguf":
+            config = read_object(folder / "config.json")
+        elif kind not in ("gguf", "distributed"):
+            raise CheckpointError(
+                f"{folder} has no config.json: it is not a model folder, or its download is not finished"
+            )
+        tensors, notes, own = read_contents(leading, allow_pickle=allow_pickle)
+        config = config if own is None else own
+        refuse_packed(path, tensors, config)
+        return cls(folder, _without_shared_head(tensors, config), config, named, kind, tuple(notes))
 
     def spelled(self, name: str) -> str | None:
         """Return the name by which the files hold a tensor, whatever spelling it is asked for by."""
@@ -587,26 +577,3 @@ def _beside(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
         inside(folder, path)
         yield path
-
-
-def _refuse_adapter(folder: Path) -> None:
-    if (folder / "adapter_config.json").exists():
-        raise CheckpointError(
-            f"{folder} holds a LoRA adapter, not a whole model; use it as a direction (LoraAdapter.open), or "
-            "merge it into its base first"
-        )
-
-
-def _read_config(folder: Path, *, optional: bool) -> Mapping[str, Any]:
-    """Return config.json; where it is `optional` and not there, {}."""
-    file = folder / "config.json"
-    if not os.path.lexists(file):
-        if optional:
-            return {}
-        raise CheckpointError(
-            f"{folder} has no config.json: it is not a model folder, or its download is not finished"
-        )
-    config = read_json(file)
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file} does not hold a JSON object; fetch the model again")
-    return config

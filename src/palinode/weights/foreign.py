@@ -215,19 +215,21 @@ def _refuse_own_code(folder: Path) -> None:
         raise CheckpointError(
             f"{folder} holds a LoRA adapter, not a whole model; merge it into its base first"
         )
-    if _object(folder / "config.json").get("quantization_config"):
+    if config_of(folder).get("quantization_config"):
         raise CheckpointError(f"{folder} is quantised; take the model that it was made from")
     for name, key, knows in (
         ("config.json", "model_type", _knows_model),
         ("tokenizer_config.json", "tokenizer_class", _knows_tokenizer),
     ):
-        content = _object(folder / name)
+        content = config_of(folder, name)
         if "auto_map" in content and not knows(content.get(key)):
             kind = shown(str(content.get(key)))
             raise CheckpointError(f"{folder} says {key} = {kind} (with auto_map, in {name}), which {NO_CODE}")
 
 
-def _object(file: Path) -> Mapping[str, Any]:
+def config_of(folder: Path, name: str = "config.json") -> Mapping[str, Any]:
+    """Return a config of a folder; an empty one where it has none, or that is no JSON object."""
+    file = folder / name
     content = read_config(file) if os.path.lexists(file) else {}
     return content if isinstance(content, dict) else {}
 
@@ -293,7 +295,8 @@ def bounded(source: Path, *, tensors: int, numbers: int) -> Iterator[None]:
 
 NOT_THE_MODELS = ("_name_or_path", "quantization_config")
 
-Model = tuple[dict[str, TensorInfo], list[str], Mapping[str, Any]]
+Model = tuple[dict[str, TensorInfo], list[str], Mapping[str, Any] | None]
+"""Tensors by name, notes on how they were read, and the config that came with them, if one did."""
 
 
 def read_gguf(file: Path) -> Model:
@@ -376,9 +379,11 @@ def _load(file: Path, count: int, stored: int) -> tuple[dict[str, TensorInfo], M
             f"(first: {min(found['missing_keys'])}); fetch it again"
         )
     tied = set(getattr(model, "all_tied_weights_keys", None) or {}) if config.tie_word_embeddings else set()
-    tensors = {
-        name: _held(file, name, tensor) for name, tensor in model.state_dict().items() if name not in tied
-    }
+    tensors: dict[str, TensorInfo] = {}
+    for name, tensor in model.state_dict().items():
+        if name not in tied:
+            data = memoryview(tensor.detach().float().contiguous().numpy().reshape(-1).view("u1"))
+            tensors[name] = HeldTensor(name, "F32", tuple(tensor.shape), file, 0, len(data), data)
     return tensors, _config(model)
 
 
@@ -386,8 +391,3 @@ def _config(model: Any) -> Mapping[str, Any]:
     """Return the config of the dequantised model, as plain JSON and without a trace of where it came from."""
     config = {key: value for key, value in model.config.to_dict().items() if key not in NOT_THE_MODELS}
     return {**json.loads(json.dumps(config, default=str)), "architectures": [type(model).__name__]}
-
-
-def _held(file: Path, name: str, tensor: Any) -> TensorInfo:
-    data = memoryview(tensor.detach().float().contiguous().numpy().reshape(-1).view("u1"))
-    return HeldTensor(name, "F32", tuple(tensor.shape), file, 0, len(data), data)

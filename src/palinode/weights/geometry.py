@@ -11,30 +11,29 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 
-from palinode.errors import AlgebraError, MismatchError
+from palinode.errors import AlgebraError
 from palinode.weights import kernels
 from palinode.weights.arithmetic import (
-    SLICE,
     Evaluator,
     Formula,
     Operands,
     Settings,
     Slice,
     combined,
+    cut,
     formula,
+    layout_of,
     map_slices,
     per_thread,
-    slices,
 )
-from palinode.weights.displacement import Displacement, HasTerms, check_displacements
+from palinode.weights.displacement import Displacement, HasTerms
 from palinode.weights.fingerprints import check_files
 from palinode.weights.folders import ModelFolder
 from palinode.weights.kernels import ALONG, ASKED, ERROR, MEASURED, MOVED, totals_of
-from palinode.weights.preflight import check_fit, complain_of_nonfinite
+from palinode.weights.preflight import complain_of_nonfinite
 from palinode.weights.tensors import Files, TensorInfo, is_head
 
 ENOUGH = 0.95
@@ -207,7 +206,8 @@ def profile(
         raise AlgebraError(
             "the directions are all zero (a checkpoint minus itself); name two different checkpoints"
         )
-    parts = list(_parts(checkpoints, displacements))
+    parts = [part for info in layout_of(used) for part in cut(info)]
+    check_files(checkpoints)
     rows = {term: place for place, term in enumerate((*checkpoints, *displacements))}
     along = np.zeros((len(directions), len(rows) + (not checkpoints)))
     for place, direction in enumerate(directions.values()):
@@ -237,29 +237,6 @@ def profile(
     with Files() as files:
         map_slices(parts, per_thread(start), collect=collect, workers=workers, on_progress=on_progress)
     return Profile(tuple(directions), dict(sorted(gram.items(), key=lambda item: part_order(item[0]))))
-
-
-def _parts(checkpoints: Sequence[ModelFolder], displacements: Sequence[Displacement]) -> Iterator[Slice]:
-    """Yield the slices of all tensors that the directions are made of, a tied one once."""
-    if checkpoints:
-        layout = checkpoints[0]
-        check_fit(layout, checkpoints[1:])
-        check_files(checkpoints)
-        check_displacements(layout, displacements)
-        yield from (part for part in slices(layout) if not layout.is_second_copy(part.info.name))
-        return
-    infos: dict[str, TensorInfo] = {}
-    for displacement in displacements:
-        for name, change in displacement.changes.items():
-            info = TensorInfo(name, "F32", change.shape, Path(), 0, 4 * math.prod(change.shape))
-            if infos.setdefault(displacement.one_name(name), info).shape != change.shape:
-                raise MismatchError(
-                    f"{displacement.folder} has another shape for {name} than the first vector; are they "
-                    "vectors of one model?"
-                )
-    for info in infos.values():
-        for start in range(0, info.size, SLICE):
-            yield Slice(info, start, min(SLICE, info.size - start))
 
 
 SAMPLE = 1 << 14

@@ -118,7 +118,9 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder / NAME} has version {found.get('version')!a}, and this Palinode knows {VERSION}; "
             "use the Palinode that wrote it"
         )
-    if found.pop("seal", None) != _seal(found) or not all(_is_part(found.get(part)) for part in PARTS):
+    digests = [found[part].values() if isinstance(found.get(part), dict) else [None] for part in PARTS]
+    sound = all(isinstance(one, str) and DIGEST.fullmatch(one) for part in digests for one in part)
+    if found.pop("seal", None) != _seal(found) or not sound:
         raise CheckpointError(f"{folder / NAME} has been changed since it was written; write the model again")
     parts = {part: found.pop(part) for part in PARTS}
     return Manifest(**parts, content=found)
@@ -174,13 +176,6 @@ def _header_digest(path: Path) -> str:
 def _seal(manifest: Mapping[str, Any]) -> str:
     text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
     return blake3.blake3(text.encode()).hexdigest()
-
-
-def _is_part(part: Any) -> bool:
-    """Tell whether this maps names to digests."""
-    return isinstance(part, dict) and all(
-        isinstance(digest, str) and DIGEST.fullmatch(digest) for digest in part.values()
-    )
 
 
 def _compare(written: Mapping[str, str], found: Mapping[str, str]) -> dict[str, Finding]:

@@ -16,11 +16,10 @@ from typing import Any, Literal, NoReturn, get_args
 import numpy as np
 
 from palinode.errors import CheckpointError, InputError, MismatchError
-from palinode.records import read_json
 from palinode.weights.displacement import Displacement, check_displacements
 from palinode.weights.fingerprints import tensor_digests
 from palinode.weights.folders import ModelFolder, require_head
-from palinode.weights.tensors import HEADS, TensorInfo, is_embedding, is_head, map_blocks, plain
+from palinode.weights.tensors import HEADS, TensorInfo, is_embedding, is_head, map_blocks, plain, read_object
 
 Rows = Literal["refuse", "shared"]
 """What to do where embeddings have different numbers of rows: refuse, or sum the rows that all have."""
@@ -101,11 +100,6 @@ def check_fit(reference: ModelFolder, others: Sequence[ModelFolder], *, rows: Ro
             shared[name] = min(info.shape[0], *counts.values())
             notes.append(_rows_note(info, shared[name], counts))
     return Fit(shared, tuple(notes))
-
-
-def check_same_shape(points: Sequence[ModelFolder], reference: ModelFolder) -> None:
-    """Raise MismatchError unless every checkpoint has the reference's architecture, tensors and tying."""
-    check_fit(reference, points)
 
 
 def _check_architecture(reference: ModelFolder, other: ModelFolder) -> None:
@@ -355,7 +349,7 @@ def _same_bytes(first: Path, second: Path) -> bool:
 
 def _tokens(path: Path) -> dict[str, int]:
     """Return the number of every token in a tokenizer.json, added ones with them."""
-    content = _read_object(path)
+    content = read_object(path, optional=True)
     try:
         vocabulary, added = content["model"]["vocab"], content.get("added_tokens") or []
         if isinstance(vocabulary, list):  # Unigram: pairs of token and score, in order
@@ -377,7 +371,9 @@ def _special_notes(reference: ModelFolder, other: ModelFolder) -> Iterator[str]:
         ("generation_config.json", numbers),
         (TOKENIZER_CONFIG, SPECIAL),
     ):
-        ours, theirs = (_read_object(checkpoint.folder / file) for checkpoint in (reference, other))
+        ours, theirs = (
+            read_object(checkpoint.folder / file, optional=True) for checkpoint in (reference, other)
+        )
         for key in keys:
             first, second = _text(ours.get(key)), _text(theirs.get(key))
             if first != second and None not in (first, second):
@@ -390,19 +386,6 @@ def _special_notes(reference: ModelFolder, other: ModelFolder) -> Iterator[str]:
 def _text(token: Any) -> Any:
     """Return a special token as text where it is written with its properties."""
     return token.get("content") if isinstance(token, dict) else token
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """Return a JSON object from a file, an empty one where there is no file."""
-    try:
-        content = read_json(path)
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); fetch the model again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object; fetch the model again")
-    return content
 
 
 # Values

@@ -30,13 +30,11 @@ from palinode.weights.arithmetic import (
     Settings,
     Slice,
     every_of,
-    formula,
     map_slices,
     per_thread,
     slices,
 )
 from palinode.weights.atomic import Crew, Rank0Side, RankSide, check_output, claimed, is_claimed, publish
-from palinode.weights.displacement import Term
 from palinode.weights.fingerprints import (
     Stamps,
     block_digest,
@@ -211,27 +209,10 @@ class Written:
     rounding: Rounding
     """The one that was used: "nearest" or "stochastic"."""
     notes: tuple[str, ...] = ()
+    """What the user should know: how it was rounded and why, what of the dose did not arrive, …"""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Wall time of the phases "sum", "check" and "publish"."""
-
-
-def write(
-    anchor: ModelFolder,
-    terms: Mapping[Term, float],
-    output: Path,
-    asked: Settings,
-    *,
-    along: Mapping[str, Mapping[Term, float]],
-    rows: Rows,
-    check: bool,
-    crew: Crew,
-    on_progress: Callable[[int], None] | None,
-) -> Written:
-    """Write a sum of terms as a model folder; what is asked for is explained at `checkpoint.save`."""
-    job = plan(formula(anchor, terms, along), output, asked, rows, crew.workers)
-    if crew.rank:
-        return _help(job, crew, on_progress)
-    return _write(job, crew, check=check or crew.count > 1, on_progress=on_progress)
+    """Wall time of reading, summing and writing ("sum"); of reading back, and hashing inputs that were never
+    hashed before ("check"); of naming ("publish")."""
 
 
 # The plan
@@ -275,11 +256,6 @@ def plan(form: Formula, output: Path, asked: Settings, rows: Rows, workers: int 
     return _Job(form, asked, chosen, share, output, files, parts, workers, (*told, *fit.notes), stamps)
 
 
-def _leftover_note(output: Path) -> Iterator[str]:
-    if beside(output).exists() and not is_claimed(beside(output)):
-        yield f"an earlier run was interrupted while it wrote {output.name}; what it left was cleared away"
-
-
 def _rounding_note(job: _Job) -> Iterator[str]:
     if job.asked.rounding == "auto" and job.settings.rounding == "stochastic":
         yield (
@@ -300,8 +276,12 @@ def share(parts: Sequence[Slice], crew: Crew) -> list[Slice]:
     ]
 
 
-def _write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], None] | None) -> Written:
-    clock, leftover = _Clock(), tuple(_leftover_note(job.output))
+def write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], None] | None) -> Written:
+    """Write what was planned, as one process or with others; see `checkpoint.save`."""
+    if crew.rank:
+        return _help(job, crew, on_progress)
+    check = check or crew.count > 1
+    clock, left = _Clock(), beside(job.output).exists() and not is_claimed(beside(job.output))
     with claimed(job.output) as partial:
         check_output(
             job.output,
@@ -334,7 +314,11 @@ def _write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], N
             publish(partial, job.output)
     if check:
         remember(ModelFolder.open(job.output), digests)
-    return replace(saved, notes=(*leftover, *saved.notes), seconds=clock.seconds)
+    name, notes = job.output.name, saved.notes
+    if left:
+        told = f"an earlier run was interrupted while it wrote {name}; what it left was cleared away"
+        notes = (told, *notes)
+    return replace(saved, notes=notes, seconds=clock.seconds)
 
 
 def _fill(

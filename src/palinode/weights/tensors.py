@@ -421,6 +421,21 @@ def read_json(file: Path, *, unique: bool = False, limit: int = MAX_JSON) -> Any
         raise CheckpointError(f"{file} cannot be read ({shown(str(error))}); fetch the model again") from None
 
 
+def read_object(file: Path, *, optional: bool = False) -> dict[str, Any]:
+    """Return the JSON object in a file; an empty one where there is no file and it is `optional`.
+
+    Raises CheckpointError when there is none, or it cannot be read.
+    """
+    if not os.path.exists(file):  # noqa: PTH110 - Path.exists raises where a folder is closed to us
+        if optional:
+            return {}
+        raise CheckpointError(f"there is no {file}; is the download finished?")
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} does not hold a JSON object; fetch it again")
+    return content
+
+
 def parse_json(raw: bytes, *, unique: bool) -> Any:
     """Return the content of a JSON text; raises ValueError, or RecursionError where it is nested too deep."""
     if raw.count(b"[") + raw.count(b"{") > MAX_PARTS:

@@ -42,25 +42,31 @@ import numpy as np
 from palinode.errors import AlgebraError, CheckpointError, InputError, MismatchError, unwritable
 from palinode.records import private
 from palinode.weights.adapters import CONFIG, LoraAdapter
-from palinode.weights.arithmetic import NAMES, SLICE, Slice, direction_tensor, direction_values, map_slices
+from palinode.weights.arithmetic import (
+    NAMES,
+    SLICE,
+    Slice,
+    cut,
+    direction_tensor,
+    direction_values,
+    layout_of,
+    map_slices,
+)
 from palinode.weights.atomic import check_output, claimed, publish
 from palinode.weights.checkpoint import Checkpoint, Direction, StoredDirection
 from palinode.weights.displacement import (
     Change,
     DenseChange,
-    Displacement,
     Factor,
     LowRankChange,
     MatrixCache,
     Term,
     decode,
     encode,
-    read_object,
 )
 from palinode.weights.fingerprints import check_stamps, take_stamps
 from palinode.weights.kernels import multiply, nearest_factors, squares
-from palinode.weights.preflight import check_same_shape
-from palinode.weights.tensors import FLOAT_BYTES, Files, TensorInfo, read_header
+from palinode.weights.tensors import FLOAT_BYTES, Files, TensorInfo, read_header, read_object
 
 FACTS = "vector.json"
 WEIGHTS = "vector.safetensors"
@@ -188,7 +194,7 @@ def save_vector(
         raise AlgebraError(
             "the direction is zero (a checkpoint minus itself); name two different checkpoints"
         )
-    layout = layout_of(direction)
+    layout = layout_of(direction.terms)
     output = Path(output).expanduser().resolve()
     room = sum(info.size for info in layout) * FLOAT_BYTES[settings.code] if settings.kind == "dense" else 0
     check_output(output, [term.folder for term in direction.terms], needs=room)
@@ -208,36 +214,6 @@ def save_vector(
         check_stamps(stamps, terms)
         publish(partial, output)
     return StoredVector.open(output)
-
-
-def layout_of(direction: Direction) -> list[TensorInfo]:
-    """Return the tensors that a direction may change, a tied one once.
-
-    Raises MismatchError when its terms do not fit together.
-    """
-    points = [term for term in direction.terms if isinstance(term, Checkpoint)]
-    displacements = [term for term in direction.terms if isinstance(term, Displacement)]
-    if points:
-        check_same_shape(points[1:], points[0])
-        for displacement in displacements:
-            displacement.check_fits(points[0])
-        return [
-            info
-            for info in points[0].tensors.values()
-            if info.is_float and info.size and not points[0].is_second_copy(info.name)
-        ]
-    found: dict[str, TensorInfo] = {}
-    for displacement in displacements:
-        for name, change in displacement.changes.items():
-            size = math.prod(change.shape)
-            own = TensorInfo(name, "F32", change.shape, displacement.folder, 0, 4 * size)
-            first = found.setdefault(displacement.one_name(name), own)
-            if first.shape != change.shape:
-                raise MismatchError(
-                    f"{first.file} and {displacement.folder} change {name} in two shapes "
-                    f"({first.shape} and {change.shape}); were both made from one model?"
-                )
-    return list(found.values())
 
 
 # What is asked for
@@ -347,8 +323,7 @@ def _store_whole(
         writer.write(found[0])
         sums.append(found[1:])
 
-    parts = (Slice(info, start, min(SLICE, info.size - start)) for start in range(0, info.size, SLICE))
-    map_slices(parts, work, collect=collect)
+    map_slices(cut(info), work, collect=collect)
     norm, error = (math.sqrt(math.fsum(column)) for column in zip(*sums, strict=True))
     if norm == 0:
         writer.forget()
@@ -560,7 +535,7 @@ def transformed(directions: Sequence[Direction], rule: Rule, *, label: str) -> S
 def _common_layout(directions: Sequence[Direction]) -> list[TensorInfo]:
     """Return the tensors that any of the directions may change."""
     found: dict[str, TensorInfo] = {}
-    for info in (info for part in directions for info in layout_of(part)):
+    for info in (info for part in directions for info in layout_of(part.terms)):
         if found.setdefault(info.name, info).shape != info.shape:
             raise MismatchError(
                 f"the directions change {info.name} in two shapes ({found[info.name].shape} and "

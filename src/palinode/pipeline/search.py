@@ -15,6 +15,8 @@ What is wanted is in `goal.py`. A killed search repeats its decisions from what 
 
 from __future__ import annotations
 
+import itertools
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,6 +46,8 @@ ROUNDS = 2
 """Times that the closer look moves on to a better point."""
 FACTORS = (0.5, 1.5)
 """Limits of the factors on α by group of layers."""
+
+NO_FILTER = (0.0, False)
 
 Range = tuple[float, float]
 
@@ -80,25 +84,29 @@ def search_scales(
 
         glance = partial(trials.tried, whole=False)
         trials.use(filters.usual() if filters else None)
+        others: list[TriedScales] = []
         looked = list(counted(walk_grid(trials.few, glance, alphas, betas, beyond)))
         alphas = sorted({*alphas, *(point.forget_scale for point in looked)})
         if filters is not None:
             looked += counted(other_filters(trials, filters, looked, alphas))
-        start = min(looked, key=lambda point: point.rank).filter
-        near = [point for point in looked if point.filter == start]
+            others = compared(trials, filters, looked)
+        label = trials.filtered.label if trials.filtered else None
+        near = [point for point in looked if point.filter == label]
         varied = (len(alphas) > 1, len(betas) > 1)
-        whole = list(counted(between(trials, near, alphas, betas, scales.trials, seed)))
+        whole = [point for point in others if point.filter == label]
+        whole += counted(between(trials, near, alphas, betas, scales.trials, seed))
         whole += around(trials, best(whole), varied=varied)
         if filters is not None and filters.arrives != "never":
             there = where_it_arrives(trials, filters, best(whole), varied)
+            others += [] if filters.arrives == "where better" else whole
             whole = there if filters.arrives == "always" else [*whole, *there]
-        if filters is not None:
-            trials.use(filters.known[best(whole).filter or (0.0, False)])
+            trials.use(filters.known[best(whole).filter or NO_FILTER])
         parts = layer_groups(target, scales.groups)
         if len(parts) > 1:
             whole += grouped(trials, best(whole), parts, scales.trials, seed)
     if filters is not None:
         filters.tidy(trials.filtered)
+    looked += [point for point in others if point not in whole]
     return conclude("auto", looked, whole, listener, parts=parts, filtered=trials.filtered)
 
 
@@ -106,20 +114,40 @@ def other_filters(
     trials: Trials, filters: OpenFilter, looked: Sequence[TriedScales], alphas: Sequence[float]
 ) -> Iterator[TriedScales]:
     """Yield first looks at a smaller and a larger μ, near the best α of the usual one."""
-    found = list(looked)
-    usual = min(found, key=lambda point: point.rank)
+    usual = min(looked, key=lambda point: point.rank)
     low, high = range_around([usual.forget_scale], alphas)
     near = [alpha for alpha in alphas if low <= alpha <= usual.forget_scale]
     beyond = [alpha for alpha in alphas if usual.forget_scale < alpha <= high]
     for mu in filters.others():
         trials.use(filters.at(mu))
         glance = partial(trials.tried, whole=False)
-        points = list(walk_grid(trials.few, glance, near, [usual.retain_scale], beyond))
-        yield from points
-        found += points
-        if min(found, key=lambda point: point.rank) is not usual:
-            break  # what lies on the other side of the usual one is worse
-    trials.use(filters.known[min(found, key=lambda point: point.rank).filter or (0.0, False)])
+        yield from walk_grid(trials.few, glance, near, [usual.retain_scale], beyond)
+
+
+def compared(trials: Trials, filters: OpenFilter, looked: Sequence[TriedScales]) -> list[TriedScales]:
+    """Return for each filter the point where it should forget as much as the yardstick, on all rows.
+
+    The filter of the best one is in use from then on.
+    """
+    found = []
+    for label in dict.fromkeys(point.filter for point in looked):
+        own = [point for point in looked if point.filter == label]
+        trials.use(filters.known[label or NO_FILTER])
+        found.append(trials.tried(crossing(own), min(own, key=lambda point: point.rank).retain_scale))
+    trials.use(filters.known[best(found).filter or NO_FILTER])
+    return found
+
+
+def crossing(points: Sequence[TriedScales]) -> float:
+    """Return the α at which points of one filter come to the yardstick's probability, or the best point's."""
+    goal, ordered = points[0].goal, sorted(points, key=lambda point: point.forget_scale)
+    wanted = math.log(max(1e-12, float(goal.yardstick.quantiles(goal.rows).mean())))
+    for low, high in itertools.pairwise(ordered):
+        over, under = (math.log(max(1e-12, one.behaviour.probabilities["forget"])) for one in (low, high))
+        if over >= wanted > under:
+            share = (over - wanted) / (over - under)
+            return round(low.forget_scale + share * (high.forget_scale - low.forget_scale), 2)
+    return min(points, key=lambda point: point.rank).forget_scale
 
 
 def where_it_arrives(

@@ -22,7 +22,6 @@ from palinode.pipeline.inputs import Work
 from palinode.pipeline.record import dose_facts, geometry_facts
 from palinode.pipeline.scales import ChosenScales, scaled_vector
 from palinode.pipeline.search import search_scales
-from palinode.pipeline.transforming import rescaled
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.records import read_json, workspace_beside
 from palinode.weights import Checkpoint, Direction, Point, StoredVector, save
@@ -240,7 +239,7 @@ def _changed(workspace: Workspace, record: Mapping[str, Any]) -> Direction | Non
     else:
         return None
     try:
-        return rescaled(StoredVector.open(step.folder / "vector"), step.facts or {})
+        return StoredVector.open(step.folder / "vector")
     except CheckpointError:
         raise InputError(
             f"the run's vector as it was changed is not in {workspace.folder} any more"

@@ -18,21 +18,17 @@ from palinode.version import __version__
 
 if TYPE_CHECKING:
     from palinode.compare import Compared, CompareRecipe, load_comparison
-    from palinode.data import Example, PromptStyle, Question, read_examples
+    from palinode.data.examples import Example, Question, read_examples
+    from palinode.data.tokenize import PromptStyle
     from palinode.errors import PalinodeError
     from palinode.evaluation.ask import ask
-    from palinode.history import (
-        CheckpointSeries,
-        ExposureCallback,
-        ExposureLog,
-        ExposureReader,
-        Location,
-        LoggedLoader,
-        ThinningCallback,
-        open_series,
-    )
+    from palinode.history.callback import ExposureCallback, LoggedLoader, ThinningCallback
+    from palinode.history.exposures import ExposureLog
+    from palinode.history.locating import Location
     from palinode.history.plan import Schedule, Wish
     from palinode.history.plan import plan_checkpoints as plan
+    from palinode.history.reader import ExposureReader
+    from palinode.history.series import CheckpointSeries, open_series
     from palinode.jobs import (
         Audited,
         Importance,
@@ -94,29 +90,20 @@ _ROOMS = {
         "Compared",
         "load_comparison",
     ),
-    "data": (
-        "Example",
-        "PromptStyle",
-        "Question",
-        "read_examples",
-    ),
+    "data.examples": ("Example", "Question", "read_examples"),
+    "data.tokenize": ("PromptStyle",),
     "errors": ("PalinodeError",),
     "evaluation.ask": ("ask",),
-    "history": (
-        "CheckpointSeries",
-        "ExposureCallback",
-        "ExposureLog",
-        "ExposureReader",
-        "Location",
-        "LoggedLoader",
-        "ThinningCallback",
-        "open_series",
-    ),
+    "history.callback": ("ExposureCallback", "LoggedLoader", "ThinningCallback"),
+    "history.exposures": ("ExposureLog",),
+    "history.locating": ("Location",),
     "history.plan": (
         "Schedule",
         "Wish",
         "plan",
     ),
+    "history.reader": ("ExposureReader",),
+    "history.series": ("CheckpointSeries", "open_series"),
     "jobs": (
         "Audited",
         "Importance",

@@ -23,10 +23,9 @@ from palinode.evaluation.benchmark import Places
 from palinode.evaluation.evaluate import BenchmarkEvaluated, Evaluated, check_new_file
 from palinode.evaluation.evaluate import evaluate as ask_rows
 from palinode.evaluation.evaluate import evaluate_benchmark as run_benchmark
-from palinode.history import Location, open_series
-from palinode.history import locate as locate_rows
-from palinode.history.locating import open_log, open_order
-from palinode.history.series import step_of
+from palinode.history.locating import Location, open_log, open_order
+from palinode.history.locating import locate as locate_rows
+from palinode.history.series import open_series, step_of
 from palinode.methods.transforms import (
     TRANSFORMS,
     ConsensusSettings,

@@ -77,9 +77,7 @@ class Compared:
         return {entry["name"]: entry["summary"]["rows"]["forget"] for entry in self.table["contestants"]}
 
 
-def compare(
-    recipe: CompareRecipe, *, command: str | None = None, listener: Listener | None = None
-) -> Compared:
+def compare(recipe: CompareRecipe, *, listener: Listener | None = None) -> Compared:
     """Run a comparison; the same call after an interruption goes on where it was.
 
     Raises an InputError for anything the user can mend.
@@ -89,7 +87,7 @@ def compare(
     output = Path(recipe.shared.output.folder)
     check_folder(output, FILES, "comparison")
     with standing(recipe, listener) as ground:
-        return Compared(output, _Comparison(ground, points, command).run(output))
+        return Compared(output, _Comparison(ground, points).run(output))
 
 
 def check_comparison(recipe: CompareRecipe) -> dict[str, list[MethodPoint]]:
@@ -151,14 +149,11 @@ TABLE_VERSION = 1
 class _Comparison:
     """One comparison in progress."""
 
-    def __init__(
-        self, ground: Ground, points: Mapping[str, Sequence[MethodPoint]], command: str | None
-    ) -> None:
+    def __init__(self, ground: Ground, points: Mapping[str, Sequence[MethodPoint]]) -> None:
         self.ground = ground
         self.recipe = ground.recipe
         self.comparison = ground.recipe.comparison
         self.points = points
-        self.command = command
         self.started = datetime.now(UTC)
         self.gauge = make_gauge(ground.recipe, ground.shares, ground.left_over)
         self.goal, self.asked = self._goal()
@@ -302,7 +297,7 @@ class _Comparison:
         """Return the content of table.json for the contestants that are through."""
         facts = shared_facts(self.ground)
         return {
-            **heading(TABLE_VERSION, started=self.started, command=self.command or "palinode compare"),
+            **heading(TABLE_VERSION, started=self.started, verb="compare"),
             "complete": len(entries) == len(self.comparison.contestants),
             "seed": self.comparison.seed,
             "seeds": list(self.comparison.seeds),

@@ -173,15 +173,13 @@ def dry_run(recipe: Recipe) -> Plan:
 def unlearn(
     recipe: Recipe,
     *,
-    command: str | None = None,
     listener: Listener | None = None,
     located: Mapping[str, Any] | None = None,
 ) -> Unlearned:
     """Run a recipe from two model folders and a forget set to an unlearned model with its record.
 
-    The same call after an interruption goes on where it was. `command` is what the record names as
-    the way to repeat the run; `located` is how the base was found in a ladder, if it was. Raises an
-    InputError for anything the user can mend.
+    The same call after an interruption goes on where it was. `located` is how the base was found in a
+    ladder, if it was. Raises an InputError for anything the user can mend.
     """
     listener = listener or NullListener()
     inputs = open_inputs(recipe)
@@ -200,9 +198,7 @@ def unlearn(
     for line in (*describe(costs), *inputs.notes):
         listener.say(line)
     with workspace.locked(listener), tracked_run(inputs, workspace, listener) as listener:
-        return _Unlearning(ask_as_trained(inputs, workspace, listener), workspace, listener).run(
-            command, located
-        )
+        return _Unlearning(ask_as_trained(inputs, workspace, listener), workspace, listener).run(located)
 
 
 def tracked_run(inputs: Inputs, workspace: Workspace, listener: Listener) -> AbstractContextManager[Listener]:
@@ -335,7 +331,7 @@ class Making(FineTuning):
 class _Unlearning(Making):
     """One run over its inputs and workspace, from fine-tuning to the published folder."""
 
-    def run(self, command: str | None, located: Mapping[str, Any] | None = None) -> Unlearned:
+    def run(self, located: Mapping[str, Any] | None) -> Unlearned:
         """Go through all steps and publish the result."""
         started = datetime.now(UTC)
         target, retrained = self.given_or_prepared()
@@ -354,7 +350,6 @@ class _Unlearning(Making):
             seen=made.trained.seen,
             steps=made.steps,
             started=started,
-            command=command,
             run=run_key(self.inputs),
             device=str(self.device),
         )

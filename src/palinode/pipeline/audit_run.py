@@ -28,8 +28,7 @@ from palinode.pipeline.record import environment, heading
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text
-from palinode.report.page import html_report
-from palinode.report.reports import Facts, markdown_report, report_content
+from palinode.report.reports import Facts, html_report, markdown_report, report_content
 from palinode.weights import Checkpoint
 from palinode.weights.fingerprints import check_same
 

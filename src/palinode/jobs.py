@@ -18,7 +18,7 @@ from palinode.compare import Compared, CompareRecipe, build_comparison, carry_ou
 from palinode.compare import compare as run_comparison
 from palinode.data.examples import Example, at_most, fingerprint_examples, read_examples
 from palinode.data.tokenize import PromptStyle, prompt_notes
-from palinode.errors import DataError, RecipeError, meant
+from palinode.errors import CheckpointError, DataError, RecipeError, meant
 from palinode.evaluation.benchmark import Places
 from palinode.evaluation.evaluate import BenchmarkEvaluated, Evaluated, check_new_file
 from palinode.evaluation.evaluate import evaluate as ask_rows
@@ -60,7 +60,7 @@ def unlearn(
     recipe: Recipe | None = None,
     *,
     target: Place | None = None,
-    base: Place | None = None,
+    base: Place | Location | None = None,
     forget: Place | None = None,
     retain: Place | None = None,
     output: Place | None = None,
@@ -73,25 +73,27 @@ def unlearn(
 ) -> Unlearned:
     """Take the forget rows back out of `target`, and write the unlearned model to the folder `output`.
 
-    `scales` are α and β, or how they are chosen. `settings` are other keys of a recipe, dotted or as
-    sections: {"seed": 1, "evaluation.max_rows": 100}. A whole `recipe` comes instead of all of them. The
-    same call after an interruption goes on where it was. Raises PalinodeError.
+    `base` may be what `locate` found. `scales` are α and β, or how they are chosen. `settings` are other keys
+    of a recipe, dotted or as sections: {"seed": 1, "evaluation.max_rows": 100}. A whole `recipe` comes
+    instead of all of them, but for a base that was located: it names that base, the record says how it was
+    found. The same call after an interruption goes on where it was. Raises PalinodeError.
     """
+    start, located = chosen_base(base) if isinstance(base, Location) else (base, None)
     if recipe is not None:
-        if any((target, base, forget, retain, output, transforms, training, settings)):
+        if any((target, start and not located, forget, retain, output, transforms, training, settings)):
             raise RecipeError("a recipe says all that decides a run; leave the other arguments out")
-        return run_recipe(recipe, listener=listener)
+        return run_recipe(recipe, listener=listener, located=located)
     chosen = {"choose": scales} if isinstance(scales, str) else {"forget": scales[0], "retain": scales[1]}
     content = {
         "method": method,
         "transforms": [_transform(one) for one in transforms],
-        "models": _named(target=target, base=base),
+        "models": _named(target=target, base=start),
         "data": _named(forget=forget, retain=retain),
         "output": _named(folder=output),
         "scales": chosen,
         "training": training.model_dump(exclude_unset=True) if training else {},
     }
-    return run_recipe(build_recipe(_with(content, settings)), listener=listener)
+    return run_recipe(build_recipe(_with(content, settings)), listener=listener, located=located)
 
 
 def compare(
@@ -105,7 +107,6 @@ def compare(
     methods: Sequence[str] = (),
     steps: int | None = None,
     settings: Mapping[str, Any] | None = None,
-    command: str | None = None,
     listener: Listener | None = None,
 ) -> Compared:
     """Compare methods, each with `steps` optimiser steps for a model, and write the table to `output`.
@@ -128,7 +129,7 @@ def compare(
         run = carry_out
     elif recipe.comparison.axis:
         run = compare_along
-    return run(recipe, command=command, listener=listener)
+    return run(recipe, listener=listener)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +158,6 @@ def audit(
     retain: Place | None = None,
     holdout: Place | None = None,
     settings: AuditSettings | None = None,
-    command: str | None = None,
     listener: Listener | None = None,
 ) -> Audited:
     """Attack a model and the model `against` it alike, and write what the attacks find to `output`.
@@ -197,7 +197,7 @@ def audit(
     )
     if settings.attacks:
         plan = replace(plan, attacks=settings.attacks)
-    return Audited(Path(output), run_audit(plan, Path(output), command=command, listener=listener))
+    return Audited(Path(output), run_audit(plan, Path(output), listener=listener))
 
 
 def locate(
@@ -245,6 +245,32 @@ def locate(
         settings=settings,
         listener=listener,
     )
+
+
+def chosen_base(found: Location) -> tuple[str, dict[str, Any]]:
+    """Return the base that a location recommends, and what a record says of the choice.
+
+    Raises CheckpointError where no checkpoint is clean.
+    """
+    choice = found.recommended
+    if choice is None:
+        least = found.next_best
+        told = f"; the least contaminated is {least.location} ({least.reason})" if least else ""
+        raise CheckpointError(
+            f"no checkpoint of the ladder is known to be clean of the forget rows{told}: name it with --base "
+            "if it shall serve all the same, or look at the alternatives that palinode locate names"
+        )
+    facts = {
+        "base": choice.location,
+        "step": choice.step,
+        "reason": choice.reason,
+        "evidence": list(choice.evidence),
+        "certainty": choice.certainty,
+        "first_exposure": found.first,
+        "next_best": found.next_best.location if found.next_best else None,
+        "warnings": list(found.warnings),
+    }
+    return choice.location, facts
 
 
 def evaluate(

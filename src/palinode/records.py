@@ -17,6 +17,7 @@ import threading
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,21 @@ RECORD_VERSION = 1
 MAX_BYTES, MAX_JSON, MAX_TOML = 1 << 33, 1 << 30, 1 << 22
 """Of a file that is read whole: rows or a log; a record or an index; a recipe, a policy or the like."""
 
+COMMAND: ContextVar[str] = ContextVar("COMMAND")
+"""What the records that a run writes name as the way to repeat it."""
+
 STARTING = re.compile(r"PATH|LANG|LC_\w+|TMPDIR|TEMP|TMP|SYSTEMROOT|(LD|DYLD)_\w+", re.IGNORECASE)
 """Environment variables that a child process may need."""
+
+
+@contextmanager
+def repeated_by(command: str) -> Iterator[None]:
+    """Have the records that are written inside name this command as the way to repeat the run."""
+    token = COMMAND.set(command)
+    try:
+        yield
+    finally:
+        COMMAND.reset(token)
 
 
 @dataclass(frozen=True, slots=True)

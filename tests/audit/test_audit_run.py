@@ -15,6 +15,7 @@ import pytest
 from palinode.audit import ATTACKS, build_policy, read_material
 from palinode.errors import DataError, InputError, OutputError, RecipeError
 from palinode.pipeline.audit_run import AuditPlan, audit
+from palinode.records import repeated_by
 
 POLICY = {
     "budget": {
@@ -175,7 +176,8 @@ def test_relearning_that_diverges_is_not_tested(scene, plan, tmp_path):
 
 
 def test_record_states_budget_versions_and_fingerprints_but_no_text_of_the_rows(scene, plan, tmp_path, world):
-    record = audit(plan(scene.target, attacks=ASKING), tmp_path / "out", command="palinode audit X")
+    with repeated_by("palinode audit X"):
+        record = audit(plan(scene.target, attacks=ASKING), tmp_path / "out")
     assert record["policy"]["budget"]["max_length"] == 64
     assert set(record["policy"]["margins"]) >= {"questions.probability", "relearn_forget.area"}
     assert record["environment"]["device"] == "cpu"

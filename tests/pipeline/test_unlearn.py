@@ -17,12 +17,11 @@ from palinode import Checkpoint, read_examples
 from palinode.errors import DataError, MismatchError, OutputError, WorkspaceError
 from palinode.methods import METHODS
 from palinode.metrics import DEFAULT_METRICS
-from palinode.pipeline import dry_run, unlearn
 from palinode.pipeline.costs import describe
 from palinode.pipeline.inputs import open_inputs
-from palinode.pipeline.run import run_key
+from palinode.pipeline.run import dry_run, run_key, unlearn
 from palinode.pipeline.workspace import Workspace
-from palinode.records import Outcome
+from palinode.records import Outcome, repeated_by
 
 GIVEN = {"forget": 0.5, "retain": 0.0}
 """Scales that spare a test the search."""
@@ -33,7 +32,8 @@ def done(tiny, recipe_of, tmp_path_factory):
     """A whole run with a search and a retrained model; read it only."""
     folder = tmp_path_factory.mktemp("run")
     recipe = recipe_of(folder / "out", models={"retrained": str(tiny.retrained.folder)})
-    return unlearn(recipe, command="palinode unlearn --of-a-test")
+    with repeated_by("palinode unlearn --of-a-test"):
+        return unlearn(recipe)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shlex
 import signal
 import sys
 from types import FrameType
@@ -35,9 +36,11 @@ def _call() -> int:
     """Parse the command line, run its verb, and return the exit code."""
     from palinode.cli.app import app
     from palinode.errors import REMEDIES, PalinodeError, broke_down
+    from palinode.records import repeated_by
 
     try:
-        code = app(standalone_mode=False)
+        with repeated_by(shlex.join(["palinode", *sys.argv[1:]])):
+            code = app(standalone_mode=False)
         sys.stdout.flush()
     except PalinodeError as error:
         return _refuse(str(error))

@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -42,6 +42,9 @@ from palinode.cli.options import (
 )
 from palinode.cli.weight_verbs import apply, export, vectors, verify
 from palinode.settings import Questioning
+
+if TYPE_CHECKING:
+    from palinode.history.locating import Location
 
 app = typer.Typer(
     name="palinode",
@@ -175,7 +178,7 @@ def unlearn(
     }
     models, located = content["models"], None
     if _needs_base(content.get("method", "msa")) or "base" in models or any(evidence.values()):
-        models["base"], located = resolve_base(content, changes or (), quiet=quiet, **evidence)
+        located = resolve_base(content, changes or (), quiet=quiet, **evidence)
     if "max_length" in content.get("training", {}):
         content.setdefault("evaluation", {})["max_length"] = content["training"]["max_length"]
     recipe = build_recipe(content, changes or [])
@@ -288,7 +291,7 @@ def demo(
         _demo_locate(output or Path("palinode-demo-locate"), seed=settings.seed, quiet=quiet, as_json=as_json)
         return
     from palinode.cli.console import demo_sentence, demo_table
-    from palinode.pipeline import demo as run_demo
+    from palinode.pipeline.demo_run import demo as run_demo
 
     result = run_demo(output or Path("palinode-demo"), seed=settings.seed, listener=listener(quiet=quiet))
     if as_json:
@@ -371,19 +374,17 @@ def _demo_locate(output: Path, *, seed: int, quiet: bool, as_json: bool) -> None
     secret(result.folder / "workspace", INVENTED, of=result.folder, as_json=as_json)
 
 
-def _run(
-    recipe: Any, *, dry_run: bool, quiet: bool, as_json: bool, located: dict[str, Any] | None = None
-) -> None:
+def _run(recipe: Any, *, dry_run: bool, quiet: bool, as_json: bool, located: Location | None = None) -> None:
+    from palinode import jobs
     from palinode.pipeline.costs import describe
     from palinode.pipeline.inputs import workspace_folder
     from palinode.pipeline.run import dry_run as dry_run_of
-    from palinode.pipeline.run import unlearn
 
     if dry_run:
         planned = dry_run_of(recipe)
         _show(asdict(planned), "\n".join(describe(planned)), as_json=as_json)
         return
-    result = unlearn(recipe, command=_command(), listener=listener(quiet=quiet), located=located)
+    result = jobs.unlearn(recipe, base=located, listener=listener(quiet=quiet))
     if as_json:
         print_json(result.record)
     else:
@@ -401,12 +402,6 @@ def _show_unlearned(result: Any) -> None:
     out().print(f"{result.output}: the unlearned model, record.json and report.html", soft_wrap=True)
     if result.report:
         out().print(f"{result.report}: the report with sample answers", soft_wrap=True)
-
-
-def _command() -> str:
-    import shlex
-
-    return shlex.join(["palinode", *sys.argv[1:]])
 
 
 def _show(facts: dict[str, Any], text: str, *, as_json: bool) -> None:

@@ -87,11 +87,10 @@ def resolve_base(
     quiet: bool,
     checkpoints: str | None,
     **evidence: Any,
-) -> tuple[str, dict[str, Any] | None]:
-    """Return the base of an unlearning run: the one named, or the last clean one of a series and why it is.
+) -> Location | None:
+    """Have a recipe's content name a base: its own, or the last clean one of a series, which is returned.
 
-    `content` is that of the run's recipe, `evidence` are options of `locate`. Raises RecipeError unless just
-    one of base and checkpoints is named.
+    `evidence` are options of `locate`. Raises RecipeError unless base or checkpoints is named, not both.
     """
     from palinode import jobs
     from palinode.errors import RecipeError
@@ -105,7 +104,7 @@ def resolve_base(
             "find; leave one of them out"
         )
     if base is not None:
-        return base, None
+        return None
     if checkpoints is None:
         raise RecipeError(
             "name an earlier checkpoint with --base, or a ladder of them with --checkpoints to have the last "
@@ -126,39 +125,12 @@ def resolve_base(
         ),
         listener=listener(quiet=quiet),
     )
-    location, facts = chosen(found)
+    location, facts = jobs.chosen_base(found)
+    content["models"]["base"] = location
     warn(f"the base is step {facts['step']:,} of the ladder ({location}), {facts['reason']}.")
     for text in found.warnings:
         warn(text)
-    return location, facts
-
-
-def chosen(found: Location) -> tuple[str, dict[str, Any]]:
-    """Return the base that a location recommends, and what a record says of the choice.
-
-    Raises CheckpointError where no checkpoint is clean.
-    """
-    from palinode.errors import CheckpointError
-
-    choice = found.recommended
-    if choice is None:
-        least = found.next_best
-        told = f"; the least contaminated is {least.location} ({least.reason})" if least else ""
-        raise CheckpointError(
-            f"no checkpoint of the ladder is known to be clean of the forget rows{told}: name it with --base "
-            "if it shall serve all the same, or look at the alternatives that palinode locate names"
-        )
-    facts = {
-        "base": choice.location,
-        "step": choice.step,
-        "reason": choice.reason,
-        "evidence": list(choice.evidence),
-        "certainty": choice.certainty,
-        "first_exposure": found.first,
-        "next_best": found.next_best.location if found.next_best else None,
-        "warnings": list(found.warnings),
-    }
-    return choice.location, facts
+    return found
 
 
 def _numbers(text: str) -> list[int]:

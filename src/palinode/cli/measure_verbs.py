@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -183,7 +181,6 @@ def audit(
         retain=retain,
         holdout=holdout,
         settings=settings,
-        command=shlex.join(["palinode", *sys.argv[1:]]),
         listener=listener(quiet=quiet),
     )
     if as_json:
@@ -235,8 +232,7 @@ def compare(
         else:
             _tell(describe(planned))
         return
-    command = shlex.join(["palinode", *sys.argv[1:]])
-    result = jobs.compare(loaded, command=command, listener=listener(quiet=quiet))
+    result = jobs.compare(loaded, listener=listener(quiet=quiet))
     if as_json:
         print_json(result.table)
     else:

@@ -56,9 +56,7 @@ def axis_recipes(recipe: CompareRecipe) -> dict[str, CompareRecipe]:
     return found
 
 
-def compare_along(
-    recipe: CompareRecipe, *, command: str | None = None, listener: Listener | None = None
-) -> Compared:
+def compare_along(recipe: CompareRecipe, *, listener: Listener | None = None) -> Compared:
     """Run the comparison at each value; the same call after an interruption goes on where it was.
 
     Raises an InputError for anything the user can mend, for any of the values, before the first is begun.
@@ -70,8 +68,8 @@ def compare_along(
     content: dict[str, Any] = {}
     for number, (name, one) in enumerate(recipes.items(), start=1):
         listener.say(f"{axis.key} = {name} ({number} of {len(recipes)})")
-        tables.append(compare(one, command=command, listener=listener).table)
-        content = axis_content(axis, tables, started=started, command=command)
+        tables.append(compare(one, listener=listener).table)
+        content = axis_content(axis, tables, started=started)
         texts = (axis_markdown(content), axis_picture(content))
         write_tables(output, dict(zip(FILES[1:], texts, strict=True)), content, FILES[0])
     return Compared(output, content)
@@ -99,12 +97,10 @@ def describe_axis(planned: Mapping[str, Any]) -> list[str]:
     return [*"\n".join(lines).splitlines(), f"to {planned['output']}, all in {planned['workspace']}"]
 
 
-def axis_content(
-    axis: Axis, tables: Sequence[Mapping[str, Any]], *, started: datetime, command: str | None
-) -> dict[str, Any]:
+def axis_content(axis: Axis, tables: Sequence[Mapping[str, Any]], *, started: datetime) -> dict[str, Any]:
     """Return the content of axis.json for the values that are through, from their tables."""
     return {
-        **heading(AXIS_VERSION, started=started, command=command or "palinode compare"),
+        **heading(AXIS_VERSION, started=started, verb="compare"),
         "complete": len(tables) == len(axis.values),
         "key": axis.key,
         "title": axis.title,

@@ -35,8 +35,7 @@ from palinode.compare.contest import (
     train_part,
 )
 from palinode.compare.ground import Shares, divide_rows, make_world, rows_for, world_of
-from palinode.compare.measuring import make_gauge, measure_model
-from palinode.compare.ranking import rank, values_of
+from palinode.compare.measuring import make_gauge, measure_model, rank, values_of
 from palinode.data.examples import Example, Message, fingerprint_examples
 from palinode.evaluation.yardstick import estimate_yardstick
 from palinode.methods import METHODS
@@ -51,15 +50,14 @@ from palinode.pipeline.inputs import (
     check_workspace,
     open_inputs,
 )
-from palinode.pipeline.making import Making
 from palinode.pipeline.record import environment, heading
+from palinode.pipeline.run import Making
 from palinode.pipeline.scales import Probes, open_goal
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text
 from palinode.report.comparison_report import tradeoff_picture
-from palinode.report.page import html_report
-from palinode.report.reports import Facts, markdown_report, report_content
+from palinode.report.reports import Facts, html_report, markdown_report, report_content
 
 FILES = TABLE, REPORT, PICTURE, PAGE = "table.json", "report.md", "tradeoff.svg", "report.html"
 """What a comparison's folder holds."""
@@ -79,9 +77,7 @@ class Compared:
         return {entry["name"]: entry["summary"]["rows"]["forget"] for entry in self.table["contestants"]}
 
 
-def compare(
-    recipe: CompareRecipe, *, command: str | None = None, listener: Listener | None = None
-) -> Compared:
+def compare(recipe: CompareRecipe, *, listener: Listener | None = None) -> Compared:
     """Run a comparison; the same call after an interruption goes on where it was.
 
     Raises an InputError for anything the user can mend.
@@ -91,7 +87,7 @@ def compare(
     output = Path(recipe.shared.output.folder)
     check_folder(output, FILES, "comparison")
     with standing(recipe, listener) as ground:
-        return Compared(output, _Comparison(ground, points, command).run(output))
+        return Compared(output, _Comparison(ground, points).run(output))
 
 
 def check_comparison(recipe: CompareRecipe) -> dict[str, list[MethodPoint]]:
@@ -126,13 +122,12 @@ def open_ground(recipe: CompareRecipe, workspace: Workspace, listener: Listener)
         folder = world_folder(comparison.demo, workspace.folder, seed=comparison.seed)
         make_world(comparison.demo, folder, seed=comparison.seed, listener=listener)
     inputs = open_inputs(recipe.shared)
-    models = [entry for entry in (inputs.base, inputs.target, inputs.retrained) if entry is not None]
     output = Path(recipe.shared.output.folder)
-    check_apart(output, models)
+    check_apart(output, inputs.models.values())
     kept = len(comparison.contestants) * len(comparison.seeds) if comparison.keep_models else 1
     # at most four fine-tuned models (float32) lie there at once, beside the models that are kept
     needs = 16 * inputs.reader.parameters + kept * inputs.reader.nbytes
-    others = [] if comparison.world else [entry.folder for entry in models]
+    others = [] if comparison.world else [model.folder for model in inputs.models.values()]
     check_workspace(recipe.workspace, [output, *others], needs=needs)
     inputs = ask_as_trained(inputs, workspace, listener)
     target, retrained = FineTuning(inputs, workspace, listener).given_or_prepared()
@@ -154,14 +149,11 @@ TABLE_VERSION = 1
 class _Comparison:
     """One comparison in progress."""
 
-    def __init__(
-        self, ground: Ground, points: Mapping[str, Sequence[MethodPoint]], command: str | None
-    ) -> None:
+    def __init__(self, ground: Ground, points: Mapping[str, Sequence[MethodPoint]]) -> None:
         self.ground = ground
         self.recipe = ground.recipe
         self.comparison = ground.recipe.comparison
         self.points = points
-        self.command = command
         self.started = datetime.now(UTC)
         self.gauge = make_gauge(ground.recipe, ground.shares, ground.left_over)
         self.goal, self.asked = self._goal()
@@ -305,7 +297,7 @@ class _Comparison:
         """Return the content of table.json for the contestants that are through."""
         facts = shared_facts(self.ground)
         return {
-            **heading(TABLE_VERSION, started=self.started, command=self.command or "palinode compare"),
+            **heading(TABLE_VERSION, started=self.started, verb="compare"),
             "complete": len(entries) == len(self.comparison.contestants),
             "seed": self.comparison.seed,
             "seeds": list(self.comparison.seeds),

@@ -62,9 +62,7 @@ BYTES = 4
 """Of a weight in the models that stay in the workspace: float32."""
 
 
-def carry_out(
-    recipe: CompareRecipe, *, command: str | None = None, listener: Listener | None = None
-) -> Compared:
+def carry_out(recipe: CompareRecipe, *, listener: Listener | None = None) -> Compared:
     """Carry out a recipe's requests and undo them; the same call after an interruption goes on.
 
     Raises an InputError for anything the user can mend.
@@ -74,18 +72,17 @@ def carry_out(
     output = Path(recipe.shared.output.folder)
     check_folder(output, FILES, "comparison")
     with standing(recipe, listener) as ground:
-        return Compared(output, _Requests(ground, points, command).run(output))
+        return Compared(output, _Requests(ground, points).run(output))
 
 
 class _Requests:
     """Requests in progress."""
 
-    def __init__(self, ground: Ground, points: Mapping[str, MethodPoint], command: str | None) -> None:
+    def __init__(self, ground: Ground, points: Mapping[str, MethodPoint]) -> None:
         self.ground = ground
         self.recipe = ground.recipe
         self.comparison = ground.recipe.comparison
         self.points = points
-        self.command = command
         self.started = datetime.now(UTC)
         self.asked = divide_requests(settings_of(self.recipe), ground.shares.forget, _names(self.recipe))
         self.spending = {
@@ -162,7 +159,7 @@ class _Requests:
         ground, comparison, asked = self.ground, self.comparison, self.asked
         facts = shared_facts(ground)
         return {
-            **heading(REQUESTS_VERSION, started=self.started, command=self.command or "palinode compare"),
+            **heading(REQUESTS_VERSION, started=self.started, verb="compare"),
             "complete": len(entries) == len(comparison.contestants),
             "seed": comparison.seed,
             "training_seed": comparison.seeds[0],

@@ -28,8 +28,7 @@ from palinode.pipeline.record import environment, heading
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text
-from palinode.report.page import html_report
-from palinode.report.reports import Facts, markdown_report, report_content
+from palinode.report.reports import Facts, html_report, markdown_report, report_content
 from palinode.weights import Checkpoint
 from palinode.weights.fingerprints import check_same
 
@@ -74,9 +73,7 @@ class AuditPlan:
     """How questions are put."""
 
 
-def audit(
-    plan: AuditPlan, output: Path, *, command: str | None = None, listener: Listener | None = None
-) -> dict[str, Any]:
+def audit(plan: AuditPlan, output: Path, *, listener: Listener | None = None) -> dict[str, Any]:
     """Run an audit, write audit.json, audit.md and report.html into `output`, and return the record.
 
     Raises an InputError for models, rows or a folder that cannot be used.
@@ -98,7 +95,7 @@ def audit(
     workspace = Workspace(output / RESULTS)
     run = _AuditRun(plan, checkpoints, workspace, listener or NullListener())
     with workspace.locked(listener):
-        record = run.record(command or "palinode audit")
+        record = run.record()
         with shared():
             write_json(output / RECORD, record)
             content = report_content(Facts("audit", audit=record))
@@ -123,7 +120,7 @@ class _AuditRun:
         self.tokens = tokenizer_fingerprint(checkpoints[AUDITED])
         _check_vocabulary(checkpoints, self.tokenizer, plan.material.forget, plan.style)
 
-    def record(self, command: str) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """Measure every model, compare, and return the record."""
         started, plan = datetime.now(UTC), self.plan
         notes = self._asked_otherwise()
@@ -153,7 +150,7 @@ class _AuditRun:
                 attacks[name] |= _entry(attack, own, findings[name])
         audited = {name: found[AUDITED] for name, found in findings.items()}
         return {
-            **heading(AUDIT_VERSION, started=started, command=command),
+            **heading(AUDIT_VERSION, started=started, verb="audit"),
             "seed": plan.seed,
             "reference": plan.kind,
             "models": {

@@ -22,8 +22,8 @@ from palinode.methods.method import Vectors
 from palinode.models.generation import stream_answer
 from palinode.models.inplace import put
 from palinode.models.loading import load_model, load_tokenizer, pick_device
-from palinode.pipeline.making import find_model, find_vectors, read_record, workspace_of
 from palinode.pipeline.recipe import Prompts
+from palinode.pipeline.run import find_model, find_vectors, read_record, workspace_of
 from palinode.progress import Listener, NullListener
 from palinode.weights import Checkpoint
 

@@ -23,7 +23,7 @@ from palinode.pipeline.reporting import NAME, gather, write_reports
 from palinode.pipeline.run import Unlearned, unlearn
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, NullListener
-from palinode.records import RECORD_VERSION, Outcome, read_json, write_json
+from palinode.records import RECORD_VERSION, Outcome, read_json, repeated_by, write_json
 from palinode.version import __version__
 
 SETTINGS: Mapping[str, Any] = {
@@ -73,14 +73,11 @@ def run_demo(
     listener = listener or NullListener()
     claim(folder, seed)
     started = time.monotonic()
-    command = f"palinode demo --seed {seed}"
-    with one_thread():
+    with one_thread(), repeated_by(f"palinode demo --seed {seed}"):
         with Workspace(folder / "workspace").locked(listener):
             models = build_demo(world, folder / "world", seed=seed, listener=listener, **training)
         done, plain = (
-            unlearn(
-                _recipe(method, folder / name, models, settings, seed), command=command, listener=listener
-            )
+            unlearn(_recipe(method, folder / name, models, settings, seed), listener=listener)
             for method, name in (("msa", "unlearned"), ("task_vector", "task_vector"))
         )
     path = folder / "record.json"

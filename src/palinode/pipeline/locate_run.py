@@ -39,7 +39,7 @@ from palinode.pipeline.recipe import build_recipe
 from palinode.pipeline.run import unlearn
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, NullListener
-from palinode.records import read_json, write_json, write_text
+from palinode.records import read_json, repeated_by, write_json, write_text
 from palinode.report.location_report import location_markdown, location_picture
 from palinode.settings import LocateSettings, TrainingSettings
 from palinode.training.finetune import Watch, finetune
@@ -424,7 +424,8 @@ def _unlearn_all(
                 **settings,
             }
         )
-        done = unlearn(recipe, command=f"palinode demo --locate --seed {seed}", listener=listener)
+        with repeated_by(f"palinode demo --locate --seed {seed}"):
+            done = unlearn(recipe, listener=listener)
         people = len(world.early) + len(world.middle)  # the retain rows are theirs, then the general facts
         matches = {
             name: {

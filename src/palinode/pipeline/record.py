@@ -22,7 +22,7 @@ from palinode.data.examples import Example, fingerprint_examples
 from palinode.metrics import score_outcomes
 from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.scales import ChosenScales
-from palinode.records import RECORD_VERSION, Outcome
+from palinode.records import COMMAND, RECORD_VERSION, Outcome
 from palinode.version import __version__
 from palinode.weights import Checkpoint, Direction, Saved, profile
 
@@ -41,14 +41,17 @@ CURVE_POINTS = 120
 """Points of a training curve that the record keeps."""
 
 
-def heading(layout: int, *, started: datetime, command: str) -> dict[str, Any]:
-    """Return the versions of a record's layout and of Palinode, start and end (now), and the command."""
+def heading(layout: int, *, started: datetime, verb: str) -> dict[str, Any]:
+    """Return the versions of a record's layout and of Palinode, start and end (now), and the command.
+
+    The verb alone stands for a command where nobody says how the run is repeated.
+    """
     return {
         "version": layout,
         "palinode": __version__,
         "created": started.isoformat(timespec="seconds"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
+        "command": COMMAND.get(f"palinode {verb}"),
     }
 
 
@@ -73,7 +76,6 @@ def build_record(
     seen: Sequence[Example],
     steps: Mapping[str, str],
     started: datetime,
-    command: str | None,
     run: str,
     device: str,
 ) -> dict[str, Any]:
@@ -81,7 +83,7 @@ def build_record(
     recipe = inputs.recipe
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB, macOS in bytes
     return {
-        **heading(RECORD_VERSION, started=started, command=command or "palinode run"),
+        **heading(RECORD_VERSION, started=started, verb="run"),
         "run": run,
         "seed": recipe.seed,
         "recipe": recipe.model_dump(mode="json"),

@@ -1,23 +1,30 @@
-"""What is known of a run, an audit, a comparison or a demo, as plain values (report.json) and as sections.
+"""What is known of a run, an audit, a comparison or a demo: as plain values, as sections, as a page.
 
 Whoever calls gathers records and outcomes (pipeline/reporting.py); nothing here reads a file. Without
-texts the content holds numbers only, so that it may lie beside an unlearned model's weights.
+texts the content holds numbers only, so that it may lie beside an unlearned model's weights. A page is one
+HTML file that loads nothing. Nothing from the data can run: texts are escaped by jinja2 and in pictures by
+`drawing`, and a content security policy lets only the page's own script run, by its digest.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from typing import Any, Literal
 
+from palinode.progress import plain
 from palinode.records import Outcome, dotted
 from palinode.report.audit_report import audit_headline, audit_section
 from palinode.report.comparison_report import comparison_sections, ranking_sentences
 from palinode.report.content import (
     Code,
     Grid,
+    GridCell,
     Items,
     Lights,
     Pairs,
@@ -26,6 +33,7 @@ from palinode.report.content import (
     markdown,
     section,
 )
+from palinode.report.pictures import NARROW, WIDTH, drawing
 from palinode.report.run_report import CAUTION, headline, run_sections
 from palinode.report.verdicts import (
     Claim,
@@ -348,3 +356,51 @@ def _probability(outcome: Outcome) -> float | None:
 
 def _short(value: float) -> float:
     return float(f"{value:.{DIGITS}g}")
+
+
+def html_report(content: Mapping[str, Any]) -> str:
+    """Return the page for the content of a report (`report_content`)."""
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+    sections = report_sections(content)
+    first = next(place for place, part in enumerate(sections) if part.bar)
+    assets = files("palinode.report").joinpath("assets")
+    style, script, template = (
+        assets.joinpath(name).read_text(encoding="utf-8")
+        for name in ("report.css", "report.js", "page.html.jinja")
+    )
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_readable)
+    environment.filters |= {
+        "kind": lambda block: type(block).__name__,
+        "cell": _cell,
+        "model": model_label,
+        "drawn": lambda figure, width: Markup(drawing([figure], width=width)),
+    }
+    return environment.from_string(template).render(
+        content=content,
+        opening=sections[:first],
+        sections=sections[first:],
+        style=Markup(style),
+        script=Markup(script),
+        policy=content_policy(script),
+        widths={"wide": WIDTH, "narrow": NARROW},
+    )
+
+
+def _cell(cell: GridCell | str) -> GridCell:
+    return GridCell(cell) if isinstance(cell, str) else cell
+
+
+def _readable(value: Any) -> Any:
+    """Return what a page shows of a value: of texts, no marks that steer a terminal or hide themselves."""
+    return plain(value) if type(value) is str else value
+
+
+def content_policy(script: str) -> str:
+    """Return a policy under which only this script runs and nothing is loaded."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )

@@ -49,16 +49,10 @@ if TYPE_CHECKING:
     )
     from palinode.methods import METHODS, apply
     from palinode.metrics import METRICS
-    from palinode.pipeline import (
-        DemoResult,
-        Plan,
-        Recipe,
-        Unlearned,
-        build_recipe,
-        demo,
-        dry_run,
-        load_recipe,
-    )
+    from palinode.pipeline.costs import Plan
+    from palinode.pipeline.demo_run import DemoResult, demo
+    from palinode.pipeline.recipe import Recipe, build_recipe, load_recipe
+    from palinode.pipeline.run import Unlearned, dry_run
     from palinode.records import Outcome, Score
     from palinode.settings import (
         ApplySettings,
@@ -136,16 +130,10 @@ _ROOMS = {
         "apply",
     ),
     "metrics": ("METRICS",),
-    "pipeline": (
-        "DemoResult",
-        "Plan",
-        "Recipe",
-        "Unlearned",
-        "build_recipe",
-        "demo",
-        "dry_run",
-        "load_recipe",
-    ),
+    "pipeline.demo_run": ("DemoResult", "demo"),
+    "pipeline.costs": ("Plan",),
+    "pipeline.recipe": ("Recipe", "build_recipe", "load_recipe"),
+    "pipeline.run": ("Unlearned", "dry_run"),
     "records": (
         "Outcome",
         "Score",

@@ -23,7 +23,8 @@ from palinode.evaluation.ask import ask
 from palinode.methods import METHODS, MethodSettings
 from palinode.methods.method import StartSettings
 from palinode.models import CombinedLogits, load_model, load_tokenizer
-from palinode.pipeline import build_recipe, dry_run, unlearn
+from palinode.pipeline.recipe import build_recipe
+from palinode.pipeline.run import dry_run, unlearn
 from palinode.settings import EvaluationLimits
 from palinode.training.loop import train
 from palinode.training.objectives import Choices, keep

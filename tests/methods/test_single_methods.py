@@ -24,7 +24,7 @@ from palinode.methods.weighted import place_in_row
 from palinode.models import CombinedLogits, load_model, load_tokenizer, score_rows
 from palinode.models.inplace import combined_logits
 from palinode.models.reading import labelled_logits, labelled_states, pick_layer
-from palinode.pipeline import unlearn
+from palinode.pipeline.run import unlearn
 from palinode.settings import EvaluationLimits, TrainingSettings
 from palinode.training.losses import row_sums
 from palinode.training.objectives import CurvePoint, Seen

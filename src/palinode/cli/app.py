@@ -291,7 +291,7 @@ def demo(
         _demo_locate(output or Path("palinode-demo-locate"), seed=settings.seed, quiet=quiet, as_json=as_json)
         return
     from palinode.cli.console import demo_sentence, demo_table
-    from palinode.pipeline import demo as run_demo
+    from palinode.pipeline.demo_run import demo as run_demo
 
     result = run_demo(output or Path("palinode-demo"), seed=settings.seed, listener=listener(quiet=quiet))
     if as_json:

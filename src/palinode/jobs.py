@@ -16,17 +16,16 @@ from palinode.audit.policy import load_policy
 from palinode.benchmarks import BENCHMARKS
 from palinode.compare import Compared, CompareRecipe, build_comparison, carry_out, compare_along
 from palinode.compare import compare as run_comparison
-from palinode.data import Example, PromptStyle, at_most, fingerprint_examples, read_examples
-from palinode.data.tokenize import prompt_notes
+from palinode.data.examples import Example, at_most, fingerprint_examples, read_examples
+from palinode.data.tokenize import PromptStyle, prompt_notes
 from palinode.errors import CheckpointError, DataError, RecipeError, meant
 from palinode.evaluation.benchmark import Places
 from palinode.evaluation.evaluate import BenchmarkEvaluated, Evaluated, check_new_file
 from palinode.evaluation.evaluate import evaluate as ask_rows
 from palinode.evaluation.evaluate import evaluate_benchmark as run_benchmark
-from palinode.history import Location, open_series
-from palinode.history import locate as locate_rows
-from palinode.history.locating import open_log, open_order
-from palinode.history.series import step_of
+from palinode.history.locating import Location, open_log, open_order
+from palinode.history.locating import locate as locate_rows
+from palinode.history.series import open_series, step_of
 from palinode.methods.transforms import (
     TRANSFORMS,
     ConsensusSettings,

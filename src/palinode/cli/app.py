@@ -44,7 +44,7 @@ from palinode.cli.weight_verbs import apply, export, vectors, verify
 from palinode.settings import Questioning
 
 if TYPE_CHECKING:
-    from palinode.history import Location
+    from palinode.history.locating import Location
 
 app = typer.Typer(
     name="palinode",

@@ -1,1 +1,1 @@
-"""Whole runs: recipes, workspaces, the main job and what is done with its results, and the demo."""
+"""Whole runs: recipes, workspaces, the main job and its single steps, and the demo."""

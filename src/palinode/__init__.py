@@ -18,7 +18,8 @@ from palinode.version import __version__
 
 if TYPE_CHECKING:
     from palinode.compare import Compared, CompareRecipe, load_comparison
-    from palinode.data import Example, PromptStyle, Question, read_examples
+    from palinode.data.examples import Example, Question, read_examples
+    from palinode.data.tokenize import PromptStyle
     from palinode.errors import PalinodeError
     from palinode.evaluation.ask import ask
     from palinode.history.callback import ExposureCallback, LoggedLoader, ThinningCallback
@@ -77,7 +78,8 @@ if TYPE_CHECKING:
 
 _ROOMS = {
     "compare": "CompareRecipe Compared load_comparison",
-    "data": "Example PromptStyle Question read_examples",
+    "data.examples": "Example Question read_examples",
+    "data.tokenize": "PromptStyle",
     "errors": "PalinodeError",
     "evaluation.ask": "ask",
     "history.callback": "ExposureCallback LoggedLoader ThinningCallback",

@@ -16,8 +16,8 @@ from palinode.audit.policy import load_policy
 from palinode.benchmarks import BENCHMARKS
 from palinode.compare import Compared, CompareRecipe, build_comparison, carry_out, compare_along
 from palinode.compare import compare as run_comparison
-from palinode.data import Example, PromptStyle, at_most, fingerprint_examples, read_examples
-from palinode.data.tokenize import prompt_notes
+from palinode.data.examples import Example, at_most, fingerprint_examples, read_examples
+from palinode.data.tokenize import PromptStyle, prompt_notes
 from palinode.errors import CheckpointError, DataError, RecipeError, meant
 from palinode.evaluation.benchmark import Places
 from palinode.evaluation.evaluate import BenchmarkEvaluated, Evaluated, check_new_file

@@ -22,7 +22,7 @@ from comparing import Heard, tiny_comparison
 from invented_benchmarks import own_files
 from palinode.benchmarks import BENCHMARKS
 from palinode.compare import build_comparison, carry_out, compare
-from palinode.data import read_examples
+from palinode.data.examples import read_examples
 from palinode.errors import InputError, OutputError, WorkspaceError
 from palinode.evaluation.benchmark import Places
 from palinode.evaluation.evaluate import evaluate_benchmark

@@ -35,7 +35,7 @@ from palinode.models.loading import pad_token
 from palinode.records import Outcome
 from palinode.settings import TrainingSettings
 from palinode.training.loop import train
-from palinode.training.losses import ANSWER_LOSS
+from palinode.training.objectives import PLAIN_OBJECTIVE
 
 MARGIN = 0.1
 """Distance from the other model's AUC, either way."""
@@ -229,7 +229,7 @@ def relearn(
     train(
         model,
         rows,
-        ANSWER_LOSS,
+        PLAIN_OBJECTIVE,
         settings,
         seed=subject.seed,
         pad_id=pad_token(subject.tokenizer),

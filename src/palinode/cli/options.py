@@ -340,7 +340,7 @@ def scales_of(text: str) -> dict[str, Any]:
 
 
 def _columns(text: str) -> dict[str, str]:
-    from palinode.data import parse_columns
+    from palinode.data.examples import parse_columns
 
     return parse_columns(text)
 

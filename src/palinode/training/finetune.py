@@ -30,12 +30,11 @@ from palinode.records import private, write_json
 from palinode.settings import TrainingSettings
 from palinode.training.loop import count_steps, train
 from palinode.training.lora import add_adapter, load_frozen, write_adapter
-from palinode.training.losses import ANSWER_LOSS, Loss
 from palinode.training.objectives import (
     CURVE,
+    PLAIN_OBJECTIVE,
     CurvePoint,
     Objective,
-    plain_objective,
 )
 from palinode.training.roles import Joined, Material, join, plain
 from palinode.weights.adapters import LoraAdapter
@@ -104,7 +103,7 @@ def finetune(
     style: PromptStyle | None = None,
     reader: Checkpoint | None = None,
     device: str = "auto",
-    loss: Loss | Objective = ANSWER_LOSS,
+    loss: Objective = PLAIN_OBJECTIVE,
     state: Path | None = None,
     listener: Listener | None = None,
     watch: Watch | None = None,
@@ -123,10 +122,9 @@ def finetune(
     started, stamps = time.monotonic(), take_stamps([base])
     tokenizer = load_tokenizer(reader or base)
     cast = _cast(examples, base, tokenizer, settings, seed=seed, style=style or PromptStyle())
-    objective = loss if isinstance(loss, Objective) else plain_objective(loss)
-    model = _load(base, settings, objective, device=device, seed=seed)
+    model = _load(base, settings, loss, device=device, seed=seed)
     pad_id, following = pad_token(tokenizer), _Following(model, base, watch or Watch(), listener)
-    curve = following.train(cast, objective, settings, seed=seed, pad_id=pad_id, state=state)
+    curve = following.train(cast, loss, settings, seed=seed, pad_id=pad_id, state=state)
     check_stamps(stamps, [base])
     if settings.lora:
         write_adapter(model, output, curve)

@@ -32,7 +32,6 @@ from palinode.models.likelihoods import Say, must_be_apart, note, tell
 from palinode.models.loading import check_positions
 from palinode.records import beside, read_json, write_json
 from palinode.settings import TrainingSettings
-from palinode.training.losses import Loss
 from palinode.training.objectives import (
     CurvePoint,
     FrozenValues,
@@ -40,7 +39,6 @@ from palinode.training.objectives import (
     Term,
     keep,
     pair_count,
-    plain_objective,
 )
 from palinode.training.roles import Joined, plain
 
@@ -51,7 +49,7 @@ AUTOCAST_FROM = 20_000_000
 def train(
     model: PreTrainedModel,
     rows: Sequence[TokenRow] | Joined,
-    loss: Loss | Objective,
+    objective: Objective,
     settings: TrainingSettings,
     *,
     seed: int,
@@ -75,7 +73,6 @@ def train(
     learning-rate schedule, after so many steps; the objective's limit ends it before the step that passes
     it. Raises DivergenceError when loss or gradient stop being finite.
     """
-    objective = loss if isinstance(loss, Objective) else plain_objective(loss)
     cast = rows if isinstance(rows, Joined) else plain(rows)
     for role in objective.roles:
         check_positions(model.config, cast.rows[role])

@@ -166,6 +166,10 @@ def audit(
     is the model before unlearning. Raises PalinodeError.
     """
     settings = settings or AuditSettings()
+    if kind not in ("retrained", "base"):
+        raise RecipeError(
+            f"--reference is {kind!r}; say retrained or base{meant(kind, ('retrained', 'base'))}"
+        )
     rules = load_policy(settings.policy, preset=settings.budget)
     material = read_material(
         forget,

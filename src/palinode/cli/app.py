@@ -21,7 +21,6 @@ from palinode.cli.options import (
     ADVANCED,
     ALLOW_PICKLE,
     COLUMNS,
-    DEVICE,
     FORGET,
     METHOD,
     NEED,
@@ -103,7 +102,6 @@ def _options(
         group=SCALES,
         kind=str,
         read=scales_of,
-        values=lambda: ("auto", "grid"),
     ),
     "scales.retain_share",
     Key(
@@ -123,7 +121,7 @@ def _options(
     "tracker",
     Key("models.retrained", group=ADVANCED),
     ALLOW_PICKLE,
-    DEVICE,
+    "device",
     "seed",
 )
 def unlearn(
@@ -209,7 +207,7 @@ def run(
     COLUMNS,
     "tracker",
     ALLOW_PICKLE,
-    DEVICE,
+    "device",
     "seed",
     replace(STYLE, place="prompts", group=OTHERS),
 )

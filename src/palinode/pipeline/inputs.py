@@ -318,14 +318,9 @@ def _check_models(
     if retrained is not None:
         check_tokenizers(target, [retrained])
     gradients = any(entry.get("name") == "importance" for entry in recipe.transforms)
-    if gradients or _tries_scales(recipe):
-        check_live(target, by_name=gradients)
-
-
-def _tries_scales(recipe: Recipe) -> bool:
-    """Tell whether pairs of scales will be tried on a live model."""
     given = recipe.scales.forget is not None and (recipe.scales.retain is not None or not recipe.data.retain)
-    return METHODS[recipe.method].has_scales and not given
+    if gradients or (METHODS[recipe.method].has_scales and not given):  # pairs are tried on a live model
+        check_live(target, by_name=gradients)
 
 
 def check_not_same(target: Checkpoint, base: Checkpoint, method: str, settings: Mapping[str, Any]) -> None:

@@ -44,7 +44,6 @@ from palinode.records import (
     read_outcomes,
     share,
     shared,
-    workspace_beside,
     write_json,
     write_outcomes,
 )
@@ -440,13 +439,6 @@ def read_record(folder: Path) -> Mapping[str, Any]:
     if not isinstance(record, dict) or "recipe" not in record or "models" not in record:
         raise CheckpointError(f"{folder / 'record.json'} is no record of palinode unlearn; name its output")
     return record
-
-
-def workspace_of(folder: Path, record: Mapping[str, Any]) -> Path:
-    """Return the workspace of a run: beside its output, or where its recipe put it."""
-    beside = workspace_beside(folder)
-    named = record["recipe"].get("output", {}).get("workspace")
-    return Path(named) if named and not beside.is_dir() else beside
 
 
 def find_model(

@@ -36,7 +36,6 @@ from palinode.report.content import (
 from palinode.report.pictures import NARROW, WIDTH, drawing
 from palinode.report.run_report import CAUTION, headline, run_sections
 from palinode.report.verdicts import (
-    Claim,
     audit_claims,
     claims,
     outcome_sentence,
@@ -120,13 +119,14 @@ def markdown_report(content: Mapping[str, Any]) -> str:
 
 def report_content(facts: Facts) -> dict[str, Any]:
     """Return everything a report says as plain values, strict JSON."""
-    if facts.kind in ("audit", "compare"):
-        return _of_audit(facts) if facts.kind == "audit" else _of_comparison(facts.record)
+    kinds = {"audit": _of_audit, "compare": _of_comparison}
+    return {"version": CONTENT_VERSION, "kind": facts.kind, **kinds.get(facts.kind, _of_run)(facts)}
+
+
+def _of_run(facts: Facts) -> dict[str, Any]:
     record = facts.record
     found = claims(record, facts.audit)
     return {
-        "version": CONTENT_VERSION,
-        "kind": facts.kind,
         "title": "Demo report" if facts.kind == "demo" else "Unlearning report",
         "outcome": outcome_sentence(found),
         "headline": headline(record),
@@ -158,14 +158,11 @@ def _scores(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _of_audit(facts: Facts) -> dict[str, Any]:
     audit = facts.audit or {}
-    found: Sequence[Claim] = audit_claims(audit)
     return {
-        "version": CONTENT_VERSION,
-        "kind": "audit",
         "title": "Audit report",
         "outcome": _audit_outcome(audit),
         "headline": audit_headline(audit),
-        "claims": [claim.as_json() for claim in found],
+        "claims": [claim.as_json() for claim in audit_claims(audit)],
         "untested": untested_attacks(audit),
         "notes": list(audit.get("notes") or ()),
         "audit": audit,
@@ -173,13 +170,12 @@ def _of_audit(facts: Facts) -> dict[str, Any]:
     }
 
 
-def _of_comparison(table: Mapping[str, Any]) -> dict[str, Any]:
+def _of_comparison(facts: Facts) -> dict[str, Any]:
+    table = facts.record
     first, *others = ranking_sentences(table) or ["No method was through when this was written."]
     contestants = {entry["name"]: entry["set"] for entry in table.get("contestants") or ()}
     setup = {"shared": table.get("shared"), "comparison": table.get("comparison"), "contestants": contestants}
     return {
-        "version": CONTENT_VERSION,
-        "kind": "compare",
         "title": "Comparison report",
         "outcome": first,
         "headline": " ".join(others),
@@ -321,11 +317,10 @@ def _worst_first(outcomes: Outcomes, label: str) -> list[dict[str, Any]]:
         }
         cases.append(case)
 
-    def badness(case: Mapping[str, Any]) -> float:
-        difference = differences[case["row"]] or 0.0
-        return abs(difference) if label == "forget" else -difference
-
-    return sorted(cases, key=lambda case: (-badness(case), case["row"]))
+    best = {
+        row: -abs(found or 0.0) if label == "forget" else found or 0.0 for row, found in differences.items()
+    }
+    return sorted(cases, key=lambda case: (best[case["row"]], case["row"]))
 
 
 def _fitting(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -22,8 +22,8 @@ from palinode.models.likelihoods import score_rows
 from palinode.models.loading import load_model
 from palinode.settings import TrainingSettings
 from palinode.training.loop import train
-from palinode.training.losses import ANSWER_LOSS
 from palinode.training.moments import input_moments
+from palinode.training.objectives import PLAIN_OBJECTIVE, CurvePoint
 from palinode.weights import Checkpoint, Direction
 from palinode.weights.filters import along, projection
 from palinode.weights.geometry import part_of
@@ -185,14 +185,14 @@ def relearn(
     )
     curve = {0: score(model, tested)[0]}
 
-    def look(step: int, _rows: Sequence[int]) -> None:
-        if step in RELEARN_STEPS:
+    def look(point: CurvePoint, _rows: Sequence[int]) -> None:
+        if (step := point.step + 1) in RELEARN_STEPS:
             model.eval()
             curve[step] = score(model, tested)[0]
             model.train()
 
     last = RELEARN_STEPS[-1]
-    train(model, learned, ANSWER_LOSS, settings, seed=seed, pad_id=0, on_step=look, max_steps=last)
+    train(model, learned, PLAIN_OBJECTIVE, settings, seed=seed, pad_id=0, on_step=look, max_steps=last)
     area = sum((b - a) * (curve[a] + curve[b]) / 2 for a, b in pairwise(RELEARN_STEPS))
     return {str(step): value for step, value in curve.items()} | {"area": area / last}
 

@@ -11,16 +11,14 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from palinode import StoredVector
-from palinode.data import sample_examples
-from palinode.data.examples import at_most
+from palinode.data.examples import at_most, sample_examples
 from palinode.data.tokenize import PromptStyle, tokenize
 from palinode.errors import InputError, RecipeError
 from palinode.methods.transforms import TRANSFORMS
 from palinode.models import load_model, load_tokenizer
-from palinode.pipeline import unlearn
 from palinode.pipeline.filtering import MomentFiles
 from palinode.pipeline.inputs import open_inputs
-from palinode.pipeline.run import run_key
+from palinode.pipeline.run import run_key, unlearn
 from palinode.pipeline.workspace import Workspace
 from palinode.records import read_json
 from palinode.training.moments import input_moments
@@ -69,8 +67,7 @@ def transformed(run, name):
     done = unlearn(run(name, {"name": name, **CASES[name]}))
     (facts,) = done.record["vectors"]["transforms"]
     (folder,) = run.workspace.glob(f"transform-{name}-*/vector")
-    stored, factor = dense(StoredVector.open(folder)), facts.get("scale", 1.0)
-    return {tensor: factor * value for tensor, value in stored.items()}, facts, done
+    return dense(StoredVector.open(folder)), facts, done
 
 
 def moments_of(tiny, rows):
@@ -103,7 +100,7 @@ def test_record_names_what_was_done_and_the_model_is_made_with_it(run, plain, ti
     vector, facts, done = transformed(run, name)
     assert facts["name"] == name
     assert facts["formula"] == TRANSFORMS[name].formula
-    assert 0 < facts["norm_share"] <= facts.get("scale", 1) + 1e-6
+    assert 0 < facts["norm_share"] <= 1 / facts.get("survives", 1) + 1e-6  # what a filter gives back
     assert 0 < facts["cosine"] <= 1 + 1e-6
     size = sum(float(value.square().sum()) for value in vector.values()) ** 0.5
     assert facts["norm"] == pytest.approx(size, rel=1e-5)
@@ -173,28 +170,33 @@ def test_projected_vector_does_nothing_to_the_spared_inputs(run, plain, tiny):
         torch.testing.assert_close(vector[name].float(), plain[name])
 
 
-def test_least_squares_filters_every_tensor_by_what_it_reads(run, plain, tiny):
-    """Δ = τ(Σ_f + εI)(Σ_f + εI + μΣ_r)⁻¹, worked out here; divided by what is left of the effect."""
+def test_least_squares_filters_every_tensor_by_what_it_reads_and_gives_the_effect_back(run, plain, tiny):
+    """Δ = τ(Σ_f + εI)(Σ_f + εI + μΣ_r)⁻¹, worked out here, over c = tr τΣ_fΔᵀ / tr τΣ_fτᵀ.
+
+    c is that of all matrices of the blocks together, and each other tensor's own.
+    """
     vector, facts, _ = transformed(run, "least_squares")
     rows = open_inputs(run("plain")).rows
     forget, spared = (moments_of(tiny, at_most(own, 8, seed=0)) for own in (rows.forget_train, rows.spared))
-    kept, before, made = 0.0, 0.0, {}
+    made, kept, before = {}, {}, {}
     for name, value in plain.items():
-        (ours, axis), (theirs, _), wide = forget[name], spared[name], value.double().numpy()
+        (ours, axis), (theirs, _) = forget[name], spared[name]
         assert axis == (0 if ours.ndim == 1 else 1)
-        if ours.ndim == 1:
-            own = ours + 0.1 * ours.mean()
-            rule = own / (own + 10 * theirs)
-            made[name] = wide * (rule[:, None] if wide.ndim == 2 else rule)
-            continue
-        own = ours.astype(float) + 0.1 * np.trace(ours) / len(ours) * np.eye(len(ours))
-        made[name] = wide @ own @ np.linalg.inv(own + 10.0 * theirs)
-        kept += np.trace(wide @ ours @ made[name].T)
-        before += np.trace(wide @ ours @ wide.T)
-    assert facts["survives"] == pytest.approx(kept / before, rel=1e-4)
-    assert facts["scale"] == pytest.approx(before / kept, rel=1e-4)
+        wide, (own, other) = value.double().numpy(), (part.astype(float) for part in (ours, theirs))
+        if own.ndim == 1:  # one weight a token, or a channel
+            wide, own, other = wide.T, np.diag(own), np.diag(other)
+        with_ridge = own + 0.1 * np.trace(own) / len(own) * np.eye(len(own))
+        found = wide @ with_ridge @ np.linalg.inv(with_ridge + 10.0 * other)
+        sums = (np.trace(np.atleast_2d(wide @ own) @ np.atleast_2d(part).T) for part in (found, wide))
+        kept[name], before[name] = sums
+        made[name] = found.T if ours.ndim == 1 else found
+    layers = [name for name in plain if forget[name][0].ndim == 2]
+    assert len(layers) == 14
+    share = sum(kept[name] for name in layers) / sum(before[name] for name in layers)
+    assert facts["survives"] == pytest.approx(share, rel=1e-4)
     for name, value in made.items():
-        assert vector[name].numpy() == pytest.approx(value * before / kept, rel=1e-3, abs=1e-6), name
+        own = share if name in layers else kept[name] / before[name]
+        assert vector[name].numpy() == pytest.approx(value / own, rel=1e-3, abs=1e-6), name
 
 
 def test_projection_of_layers_that_store_their_weights_transposed(recipe_of, tiny, tmp_path):

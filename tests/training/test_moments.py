@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from palinode import read_examples
+from palinode.data.examples import read_examples
 from palinode.data.tokenize import PromptStyle, TokenRow, tokenize
 from palinode.errors import DataError
 from palinode.models import load_model, load_tokenizer

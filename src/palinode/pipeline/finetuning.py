@@ -22,7 +22,7 @@ from palinode.pipeline.record import thinned_curve
 from palinode.pipeline.transforming import Filtered, OpenFilter, Transforming
 from palinode.pipeline.workspace import Step
 from palinode.training.finetune import Finetuned, Watch, finetune
-from palinode.training.losses import ANSWER_LOSS
+from palinode.training.objectives import PLAIN_OBJECTIVE
 from palinode.weights import Checkpoint, Direction, LoraAdapter, Point, WeightedSum, save
 
 
@@ -94,7 +94,7 @@ class FineTuning(Work):
     def train(self, target: Checkpoint) -> Trained:
         """Do the method's runs, and to its forget vector what the recipe says."""
         trained = self._train(target, self.inputs.given)
-        transforms = check_transforms(self.recipe.transforms)
+        transforms = check_transforms(self.recipe.changes)
         if not transforms:
             return trained
         alone = replace(self.inputs.given, retain_scale=0.0)
@@ -211,7 +211,7 @@ class FineTuning(Work):
                 style=self.recipe.prompts.style(),
                 reader=self.inputs.reader,
                 device=self.recipe.device,
-                loss=run.objective or ANSWER_LOSS,
+                loss=run.objective or PLAIN_OBJECTIVE,
                 state=step.folder / "state",
                 listener=self.listener,
                 watch=Watch(f"fine-tuning {run.name}"),

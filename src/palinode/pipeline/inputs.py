@@ -22,11 +22,13 @@ from palinode.data.examples import (
     shared_rows,
 )
 from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
+from palinode.data.world import neutral_examples
 from palinode.errors import DataError, MismatchError, OutputError, RecipeError, meant
 from palinode.evaluation.self_check import PromptCheck, check_prompts, rows_with_style
 from palinode.evaluation.yardstick import BASE_ALONE
 from palinode.methods import METHODS
 from palinode.methods.method import Given, Method, MethodSettings, read_refusals
+from palinode.methods.transforms import check_transforms
 from palinode.models.inplace import check_live
 from palinode.models.loading import (
     check_positions,
@@ -89,6 +91,12 @@ class Inputs:
     """Answers that refuse, where the method teaches them."""
 
     @property
+    def models(self) -> dict[str, Checkpoint]:
+        """The models that are there, by role."""
+        given = {"target": self.target, "base": self.base, "retrained": self.retrained}
+        return {name: model for name, model in given.items() if model is not None}
+
+    @property
     def method(self) -> Method:
         """The recipe's method."""
         return METHODS[self.recipe.method]
@@ -138,7 +146,9 @@ class Work:
 def given_to(recipe: Recipe, rows: InputRows, refusals: Sequence[str] = ()) -> Given:
     """Return what a recipe's method has to work with."""
     beta = recipe.scales.retain
-    if beta is None:
+    if beta is None and any("inputs" in one.transform.needs for one in check_transforms(recipe.changes)):
+        beta = 0.0  # the filter spares the retain rows already
+    elif beta is None:
         beta = METHODS[recipe.method].check_settings(recipe.method_settings).retain_scale
     return Given(
         forget=rows.forget_train,
@@ -163,16 +173,16 @@ def open_inputs(recipe: Recipe) -> Inputs:
     pick_device(recipe.device)
     check_trackers(recipe.tracker)
     models = recipe.models
-    base = _open(models.base, models.allow_pickle) if models.base else None
-    target = _open(models.target, models.allow_pickle) if models.target else None
-    retrained = _open(models.retrained, models.allow_pickle) if models.retrained else None
+    base, target, retrained = (
+        _open(place, models.allow_pickle) if place else None
+        for place in (models.base, models.target, models.retrained)
+    )
     if (reader := target or base) is not None:
         _check_models(reader, base if target else None, retrained, recipe)
     rows, notes = _open_rows(recipe)
     refusals = tuple(read_refusals(recipe.data.refusals)) if recipe.data.refusals else ()
     inputs = Inputs(recipe, base, target, retrained, rows, tuple(notes), refusals)
-    cut = _check_rows_fit(inputs, [entry for entry in (target, base, retrained) if entry is not None])
-    return replace(inputs, notes=(*notes, *cut))
+    return replace(inputs, notes=(*notes, *_check_rows_fit(inputs)))
 
 
 def ask_as_trained(inputs: Inputs, workspace: Workspace, listener: Listener) -> Inputs:
@@ -242,7 +252,7 @@ def check_places(recipe: Recipe, inputs: Inputs, needs: int) -> None:
 
     `needs` is what the whole run writes, in bytes; what the workspace holds already is taken off.
     """
-    models = [entry.folder for entry in (inputs.base, inputs.target, inputs.retrained) if entry is not None]
+    models = [model.folder for model in inputs.models.values()]
     data = recipe.data
     named = (data.forget, data.retain, data.holdout, data.refusals)
     files = [Path(name) for name in named if name and Path(name).exists()]
@@ -313,15 +323,10 @@ def _check_models(
     check_sum(target, [] if base is None else [base])
     if retrained is not None:
         check_tokenizers(target, [retrained])
-    gradients = any(entry.get("name") == "importance" for entry in recipe.transforms)
-    if gradients or _tries_scales(recipe):
-        check_live(target, by_name=gradients)
-
-
-def _tries_scales(recipe: Recipe) -> bool:
-    """Tell whether pairs of scales will be tried on a live model."""
+    gradients = any(entry.get("name") == "importance" for entry in recipe.changes)
     given = recipe.scales.forget is not None and (recipe.scales.retain is not None or not recipe.data.retain)
-    return METHODS[recipe.method].has_scales and not given
+    if gradients or (METHODS[recipe.method].has_scales and not given):  # pairs are tried on a live model
+        check_live(target, by_name=gradients)
 
 
 def check_not_same(target: Checkpoint, base: Checkpoint, method: str, settings: Mapping[str, Any]) -> None:
@@ -387,13 +392,30 @@ def _open_rows(recipe: Recipe) -> tuple[InputRows, list[str]]:
         retain_sample=sample,
         forget_probe=at_most(held_back or forget, trials, seed=seed + 1),
         retain_probe=probe,
-        spared=[example for example in retain if example.key not in tried] or retain,
+        spared=_spared(recipe, forget, [one for one in retain if one.key not in tried] or retain, notes),
         forget_test=at_most(forget, most, seed=seed + 1),
         retain_test=at_most(retain, most, seed=seed + 1),
         unseen=at_most(unseen, 2 * trials, seed=seed + 3),
         unseen_source=source,
     )
     return rows, notes
+
+
+def _spared(
+    recipe: Recipe, forget: Sequence[Example], retain: Sequence[Example], notes: list[str]
+) -> Sequence[Example]:
+    """Return the rows whose inputs filters spare: of the retain set, and what else is given or shipped."""
+    data, text = recipe.data, list[Example]()
+    if data.background:
+        text = read_examples(data.background, columns=data.columns or None)
+        shared = {second for _, second in shared_rows(forget, text)}
+        text = [example for place, example in enumerate(text) if place not in shared]
+        if shared:
+            notes.append(f"{len(shared)} background rows that also stand in the forget set were left out.")
+    elif not retain and recipe.changes:
+        text = neutral_examples()
+        notes.append("There are no retain rows, so a filter spares the inputs of neutral text alone.")
+    return [*retain, *text]
 
 
 def _unseen(
@@ -491,7 +513,7 @@ def _held_back(retain: Sequence[Example], sample: Sequence[Example], notes: list
     return rest or retain
 
 
-def _check_rows_fit(inputs: Inputs, models: Sequence[Checkpoint]) -> list[str]:
+def _check_rows_fit(inputs: Inputs) -> list[str]:
     """Tokenize everything once, so that a row that cannot be used is named now; return what is cut."""
     rows, recipe = inputs.rows, inputs.recipe
     tokenizer, style = load_tokenizer(inputs.reader), recipe.prompts.style()
@@ -505,7 +527,7 @@ def _check_rows_fit(inputs: Inputs, models: Sequence[Checkpoint]) -> list[str]:
     }
     for use, (examples, max_length) in uses.items():
         tokens = tokenize(examples, tokenizer, max_length=max_length, style=style)
-        for model in models:
+        for model in inputs.models.values():
             check_positions(load_config(model), tokens, tokenizer)
         if count := sum(row.truncated for row in tokens):
             notes.append(f"Answers cut to fit max_length {max_length} in {use}: {count}.")

@@ -323,15 +323,14 @@ class Forecast:
 
     def lines(self) -> list[str]:
         """Return it in words."""
-        shown = self.parts.items()
+        parts = [
+            f"  {name:<12} outside {rho:6.1%}   survives {c:6.1%}" for name, (rho, c) in self.parts.items()
+        ]
         return [
             f"Of the forget rows' inputs {self.outside:.1%} lie outside those of the rows to be spared.",
-            f"About {self.survives:.1%} of what a vector does to them should survive the filter, and α should "
-            f"come to about {self.alpha:.2g}.",
-            *(
-                f"  {name:<12} outside {rho:6.1%}   survives {c:6.1%}"
-                for name, (rho, c) in self.parts.items()
-            ),
+            f"About {self.survives:.1%} of what a vector does to them should survive the filter, and α "
+            f"should come to about {self.alpha:.2g}.",
+            *parts,
         ]
 
 

@@ -92,11 +92,12 @@ class _Planner:
         for run in self.runs:
             steps += [self._asked(run.asked)] if run.asked else []
             steps.append(self._run(run))
-        points = grid_size(self.inputs) if self.inputs.method.has_scales else 1
+        points = grid_size(self.inputs) if self.recipe.has_scales else 1
         if points > 1:
             steps.append(self._scales(points))
         steps.append(PlannedStep("write the unlearned model", 0, 6 * 4 * self.parameters / 1e9))
-        models = 2 + bool(self.inputs.base) + bool(self.inputs.retrained or recipe.prepare)
+        given = bool(self.inputs.base) + bool(self.inputs.unlearned)
+        models = 2 + given + bool(self.inputs.retrained or recipe.prepare)
         steps.append(self._evaluation(models))
         return Plan(tuple(steps), self._memory(), self._disk())
 
@@ -190,6 +191,8 @@ class _Planner:
     def _trained(self) -> int:
         """Return the bytes of weights, gradients and optimiser state while training."""
         lora = self.recipe.training.lora
+        if not self.runs and not self.recipe.prepare:
+            return 0
         if lora is None or self.recipe.prepare:
             return 16 * self.parameters
         held = {"float32": 4.0, "bfloat16": 2.0, "4bit": 0.6}[lora.base]
@@ -204,7 +207,9 @@ class _Planner:
         made = 2 if self.recipe.prepare else 0
         target, lora = self.inputs.reader, self.recipe.training.lora
         trained = self._adapter_weights(lora.rank) if lora else self.parameters
-        state = 12 * (self.parameters if made else trained)  # a resumable one, there while a step runs
+        state = (
+            12 * (self.parameters if made else trained) * bool(self.runs or made)
+        )  # a resumable one, there while a step runs
         merged = sum(run.whole for run in self.runs) if lora else 0
         whole = self.parameters * (made + merged)
         return 4 * (trained * len(self.runs) + whole) + target.nbytes + state

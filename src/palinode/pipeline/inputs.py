@@ -87,6 +87,8 @@ class Inputs:
     """What the reader of the record should know about the rows."""
     refusals: tuple[str, ...] = ()
     """Answers that refuse, where the method teaches them."""
+    unlearned: Checkpoint | None = None
+    """A model that has unlearned already, whose change is taken as the vector."""
 
     @property
     def method(self) -> Method:
@@ -139,7 +141,8 @@ def given_to(recipe: Recipe, rows: InputRows, refusals: Sequence[str] = ()) -> G
     """Return what a recipe's method has to work with."""
     beta = recipe.scales.retain
     if beta is None:
-        beta = METHODS[recipe.method].check_settings(recipe.method_settings).retain_scale
+        method = METHODS[recipe.method]
+        beta = method.check_settings(recipe.method_settings).retain_scale if method.has_scales else 0.0
     return Given(
         forget=rows.forget_train,
         retain=rows.retain,
@@ -166,11 +169,14 @@ def open_inputs(recipe: Recipe) -> Inputs:
     base = _open(models.base, models.allow_pickle) if models.base else None
     target = _open(models.target, models.allow_pickle) if models.target else None
     retrained = _open(models.retrained, models.allow_pickle) if models.retrained else None
+    unlearned = _open(models.given, models.allow_pickle) if models.given else None
     if (reader := target or base) is not None:
         _check_models(reader, base if target else None, retrained, recipe)
+    if target is not None and unlearned is not None:
+        check_unlearned(target, unlearned)
     rows, notes = _open_rows(recipe)
     refusals = tuple(read_refusals(recipe.data.refusals)) if recipe.data.refusals else ()
-    inputs = Inputs(recipe, base, target, retrained, rows, tuple(notes), refusals)
+    inputs = Inputs(recipe, base, target, retrained, rows, tuple(notes), refusals, unlearned)
     cut = _check_rows_fit(inputs, [entry for entry in (target, base, retrained) if entry is not None])
     return replace(inputs, notes=(*notes, *cut))
 
@@ -242,7 +248,8 @@ def check_places(recipe: Recipe, inputs: Inputs, needs: int) -> None:
 
     `needs` is what the whole run writes, in bytes; what the workspace holds already is taken off.
     """
-    models = [entry.folder for entry in (inputs.base, inputs.target, inputs.retrained) if entry is not None]
+    given = (inputs.base, inputs.target, inputs.retrained, inputs.unlearned)
+    models = [entry.folder for entry in given if entry is not None]
     data = recipe.data
     named = (data.forget, data.retain, data.holdout, data.refusals)
     files = [Path(name) for name in named if name and Path(name).exists()]
@@ -321,7 +328,23 @@ def _check_models(
 def _tries_scales(recipe: Recipe) -> bool:
     """Tell whether pairs of scales will be tried on a live model."""
     given = recipe.scales.forget is not None and (recipe.scales.retain is not None or not recipe.data.retain)
-    return METHODS[recipe.method].has_scales and not given
+    return recipe.has_scales and not given
+
+
+def check_unlearned(target: Checkpoint, unlearned: Checkpoint) -> None:
+    """Raise MismatchError unless a model may be what some tool made of the target."""
+    if target == unlearned:
+        raise MismatchError(
+            f"the target and the unlearned model are the same folder {target.folder}; name the model from "
+            "before unlearning and the one from after it"
+        )
+    kinds = [checkpoint.config.get("model_type") for checkpoint in (target, unlearned)]
+    if kinds[0] != kinds[1]:
+        raise MismatchError(
+            f"the target is a {kinds[0]} model and the unlearned one a {kinds[1]} model; name the model "
+            "that it was made of"
+        )
+    check_sum(target, [unlearned])
 
 
 def check_not_same(target: Checkpoint, base: Checkpoint, method: str, settings: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from palinode.pipeline.goal import TOLERANCE
 from palinode.pipeline.grid import grid_scales
 from palinode.pipeline.inputs import Work
 from palinode.pipeline.record import dose_facts, geometry_facts
-from palinode.pipeline.scales import ChosenScales, scaled_vector
+from palinode.pipeline.scales import ChosenScales, Probes, own_yardstick, scaled_vector
 from palinode.pipeline.search import search_scales
 from palinode.pipeline.transforming import rescaled
 from palinode.pipeline.workspace import Step, Workspace
@@ -84,7 +84,7 @@ class Making(Work):
         step = self.workspace.step(
             "scales",
             target=target.fingerprint(),
-            base=self.inputs.earlier.fingerprint(),
+            base=self.inputs.base.fingerprint() if self.inputs.base else None,
             vectors=dict(trained.steps),
             grid=[sorted(alphas), sorted(betas)],
             retain_share=scales.retain_share,
@@ -99,8 +99,17 @@ class Making(Work):
         choose = partial(grid_scales, self.inputs, target, vectors)
         if auto:
             choose = partial(search_scales, self.inputs, target, vectors, filters=trained.filters)
-        found = step.once(lambda: asdict(choose((alphas, betas), step.folder, self.listener)))
-        return ChosenScales(**found)
+
+        def found() -> dict[str, Any]:
+            yardstick = None
+            if self.inputs.base is None:
+                unfiltered = target - (trained.before or vectors.forget)
+                yardstick = own_yardstick(
+                    Probes(self.inputs, target, step.folder / "probes.json"), unfiltered
+                )
+            return asdict(choose((alphas, betas), step.folder, self.listener, yardstick=yardstick))
+
+        return ChosenScales(**step.once(found))
 
     def _given(self, alpha: float, beta: float, trained: Trained) -> ChosenScales:
         """Return scales that are given; a filter that is to read where the model arrives does it there."""
@@ -208,24 +217,30 @@ def find_vectors(
     """Return the vectors of a run; raises InputError that says what is missing where they are gone."""
     name = record["recipe"].get("method", "msa")
     method = METHODS.get(name)
-    if method is None or not method.has_scales:
+    if method is None or not method.adds_vectors(record["recipe"].get("transforms") or ()):
         raise InputError(f"the method {name} trains the model itself and adds no vectors")
     if target is None:
         raise InputError("the run's target is not found any more, or has changed")
+    changed = _changed(Workspace(workspace), record)
+    if changed is not None and not record["vectors"]["retain"]:
+        return Vectors(changed, None)
     settings = method.check_settings(record["recipe"].get("method_settings", {}))
     if base is None and "base" in method.needs:
         raise InputError("the run's base is not found any more, or has changed")
     start = base if base is not None and settings.starts_at == "base" else target
-    steps, points = record["steps"], {}
+    steps, points = record["steps"], dict[str, Point]()
     for run, facts in record["training"].items():
         step = Workspace(workspace).step_of(f"finetune-{run}", steps[run])
         end = open_end(step, start) if facts and step.facts is not None else None
         if end is None:
             raise InputError(f"the run's vectors are not in {workspace} any more")
         points[run] = end
-    vectors = method.point(settings, Ends(target, start, points))
-    assert isinstance(vectors, Vectors)
-    changed = _changed(Workspace(workspace), record)
+    if "given" in method.needs:
+        given = find_model(record, "given", workspace)
+        if given is None:
+            raise InputError("the model that was given is not found any more, or has changed")
+        points["given"] = given
+    vectors = method.vectors(settings, Ends(target, start, points))
     retain = vectors.retain if record["vectors"]["retain"] else None
     return Vectors(changed or vectors.forget, retain)
 

@@ -119,7 +119,7 @@ def build_record(
             "cores": os.cpu_count(),
             "peak_memory_bytes": peak if sys.platform == "darwin" else 1024 * peak,
         },
-        "notes": [*inputs.notes, *_notes(chosen, training)],
+        "notes": [*inputs.notes, *_vector_notes(inputs), *_notes(chosen, training)],
     }
 
 
@@ -145,6 +145,7 @@ def _model(name: str, checkpoint: Checkpoint, inputs: Inputs) -> dict[str, Any]:
         "target": inputs.recipe.models.target,
         "base": inputs.recipe.models.base,
         "retrained": inputs.recipe.models.retrained,
+        "given": inputs.recipe.models.given,
         "unlearned": inputs.recipe.output.folder,
     }
     return {
@@ -156,6 +157,15 @@ def _model(name: str, checkpoint: Checkpoint, inputs: Inputs) -> dict[str, Any]:
 
 def _rows(location: str, examples: Sequence[Example]) -> dict[str, Any]:
     return {"location": location, "rows": len(examples), "fingerprint": fingerprint_examples(examples)}
+
+
+def _vector_notes(inputs: Inputs) -> Iterator[str]:
+    """Yield what the vector is where the method has none of its own."""
+    if inputs.recipe.has_scales and not inputs.method.has_scales:
+        yield (
+            f"The forget vector is what training by {inputs.method.name} changed, taken off the target: with "
+            "α = 1 and no transform it is the trained model."
+        )
 
 
 def _notes(chosen: ChosenScales | None, training: Mapping[str, Any]) -> Iterator[str]:

@@ -55,9 +55,20 @@ SHOWN_FROM = 1_000_000_000
 """Bytes of a model from which hashing is shown: some seconds on a slow disk."""
 
 
+def opened(inputs: Inputs) -> dict[str, Checkpoint]:
+    """Return the models that a run starts from, by role."""
+    given = {
+        "base": inputs.base,
+        "target": inputs.target,
+        "retrained": inputs.retrained,
+        "given": inputs.unlearned,
+    }
+    return {name: model for name, model in given.items() if model is not None}
+
+
 def run_key(inputs: Inputs) -> str:
     """Return the fingerprint of everything that decides a run's result."""
-    models = {"base": inputs.base, "target": inputs.target, "retrained": inputs.retrained}
+    models = opened(inputs)
     recipe = inputs.recipe.model_dump(
         mode="json",
         exclude={
@@ -74,7 +85,7 @@ def run_key(inputs: Inputs) -> str:
         recipe["transforms"] = inputs.recipe.transforms
     return fingerprint(
         recipe=recipe,
-        models={name: entry.fingerprint() for name, entry in models.items() if entry is not None},
+        models={name: entry.fingerprint() for name, entry in models.items()},
         forget=fingerprint_examples(inputs.rows.forget),
         retain=fingerprint_examples(inputs.rows.retain),
         **({"refusals": list(inputs.refusals)} if inputs.refusals else {}),
@@ -84,8 +95,8 @@ def run_key(inputs: Inputs) -> str:
 
 def hash_models(inputs: Inputs, listener: Listener) -> None:
     """Hash the weights that a run starts from, showing how far it is; the digests are remembered."""
-    for name, model in {"base": inputs.base, "target": inputs.target, "retrained": inputs.retrained}.items():
-        if model is None or model.nbytes < SHOWN_FROM or known_fingerprint(model) is not None:
+    for name, model in opened(inputs).items():
+        if model.nbytes < SHOWN_FROM or known_fingerprint(model) is not None:
             continue
         with listener.task(f"hashing the {name}", model.nbytes, "bytes") as advance:
             tensor_digests(model, on_progress=advance)
@@ -220,7 +231,13 @@ class _Unlearning(Work):
         target, retrained = FineTuning(self.inputs, self.workspace, self.listener).given_or_prepared()
         made = Making(self.inputs, self.workspace, self.listener).make(target)
         model = made.model
-        given = {"target": target, "base": self.inputs.base, "unlearned": model, "retrained": retrained}
+        given = {
+            "target": target,
+            "base": self.inputs.base,
+            "given": self.inputs.unlearned,
+            "unlearned": model,
+            "retrained": retrained,
+        }
         models = {name: entry for name, entry in given.items() if entry is not None}
         outcomes = {name: self._evaluate(name, checkpoint) for name, checkpoint in models.items()}
         record = build_record(

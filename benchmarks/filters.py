@@ -44,6 +44,8 @@ FILTERS: Mapping[str, list[dict[str, Any]]] = {
     "to zero 10, .01": squares(10.0, 0.01, ridge="zero"),
     "to zero 100, .1": squares(100.0, 0.1, ridge="zero"),
     "10, .1, embeddings filtered": squares(10.0, 0.1, others="filter"),
+    "100, 1, embeddings filtered": squares(100.0, 1.0, others="filter"),
+    "1000, 10, embeddings filtered": squares(1000.0, 10.0, others="filter"),
     "10, .1, embeddings kept": squares(10.0, 0.1, others="keep"),
     "10, .1, answers": squares(10.0, 0.1, positions="answers"),
     "10, .1, 40 rows": squares(10.0, 0.1, rows=40),
@@ -68,7 +70,7 @@ def main() -> None:
             for name, transforms in FILTERS.items():
                 if args.only in name and args.method in method:
                     own = {**changes, "transforms": transforms}
-                    for measured in demo.filtered(own, arrive=name.startswith("least squares 10")):
+                    for measured in demo.filtered(own, arrive=name.startswith("least squares 10") or "filtered" in name):
                         found.append({"seed": demo.seed, "method": method, "filter": name, **measured})
                         print(json.dumps({**found[-1], "told": None}), flush=True)
     if args.json:

@@ -123,7 +123,7 @@ def recipe_of(
     built["method_settings"] = dict(point.recipe.get("method_settings", {}))
     training = _over(built.get("training", {}), point.recipe.get("training", {}))
     built["training"] = training | {"epochs": epochs}
-    built["transforms"] = point.recipe.get("transforms", [])
+    built |= {"transforms": point.recipe.get("transforms", []), "filter": "none"}
     if point.scales:
         alpha, beta = point.scales
         second = bool(point.recipe["scales"]["retain"])

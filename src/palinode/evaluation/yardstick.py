@@ -43,8 +43,8 @@ ASSUMES = {
     "the yardstick is too high rather than too low",
     BASE_ALONE: "the target would behave on the forget set as the base checkpoint does; no unseen rows were "
     "there to tell how far the two have drifted apart",
-    UNFILTERED: "the model forgot as much as it should before its change was filtered; no base checkpoint was "
-    "there to tell",
+    UNFILTERED: "the model forgot as much as it should before its change was filtered; no base was there to "
+    "tell",
 }
 """What an estimate from each source takes for granted."""
 

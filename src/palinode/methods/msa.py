@@ -22,7 +22,7 @@ control θ_c holds the latter alone, so that it cancels. Without replay rows the
 the method is MSA from θ_0 and the task vector from θ_D. The second term comes free, and is left out unless
 its scale is given: in the demo's world it did harm (docs/paired-vectors.md).
 
-Given: θ_u = θ_D − α(θ_D − θ_given), the change that some other tool made, which can be filtered (docs/filters.md).
+Given: θ_u = θ_D − α(θ_D − θ_given), the change that some tool made, which can be filtered (docs/filters.md).
 """
 
 from __future__ import annotations

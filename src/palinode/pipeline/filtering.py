@@ -206,9 +206,14 @@ class Effect:
     def __add__(self, other: Effect) -> Effect:
         return Effect(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
 
+    @property
+    def survives(self) -> float:
+        """Return c = tr τΣ_fΔᵀ / tr τΣ_fτᵀ: the share of the effect on the forget inputs that is left."""
+        return self.forget_kept / self.forget if self.forget else 0.0
+
     def survey(self) -> dict[str, float]:
         """Return c, and what stays: of the harm to retain inputs at equal effect, and of the length."""
-        share = self.forget_kept / self.forget if self.forget else 0.0
+        share = self.survives
         return {
             "survives": share,
             "harm": self.retain_kept / share**2 / self.retain if share > 0 and self.retain else 0.0,
@@ -232,15 +237,35 @@ class Weighing:
     def rule(self, name: str, found: Sequence[np.ndarray]) -> np.ndarray:
         """Return the filtered tensor."""
         values, place = found[0], self.spared.matrix_place(name)
-        if place is not None:
-            made = applied(values, place, self.filter_of)
-            self.effects[name] = self._effect(values, made, place)
-            return made
-        places = self.spared.places.get(name, ())
-        if self.settings.others == "keep" or self.settings.others == "drop" or not places:
-            return values if self.settings.others == "keep" else np.zeros_like(values)
-        # A tied embedding is filtered by its tokens; the head's inputs are not asked for it.
-        return applied(values, places[0], self.filter_of)
+        if place is None and self.settings.others == "keep":
+            return values
+        if place is None and self.settings.others == "filter":
+            # A tied embedding is filtered by its tokens; the head's inputs are not asked for it.
+            place = next(iter(self.spared.places.get(name, ())), None)
+        if place is None:
+            return np.zeros_like(values)
+        made = applied(values, place, self.filter_of)
+        self.effects[name] = self._effect(values, made, place)
+        return made
+
+    def rescale(self, name: str, found: Sequence[np.ndarray]) -> np.ndarray:
+        """Return a filtered tensor with its effect on the forget inputs given back.
+
+        The matrices of the blocks have one factor, so that what survives more of one layer stays more; every
+        other tensor has its own.
+        """
+        if self.spared.matrix_place(name) is not None:
+            share = self._blocks().survives
+        elif name in self.effects:
+            share = self.effects[name].survives
+        else:
+            return found[0]
+        scaled: np.ndarray = found[0] / share if share > SURVIVES else np.zeros_like(found[0])
+        return scaled.astype(found[0].dtype)
+
+    def _blocks(self) -> Effect:
+        own = (effect for name, effect in self.effects.items() if self.spared.matrix_place(name))
+        return sum(own, start=Effect())
 
     def _effect(self, values: np.ndarray, made: np.ndarray, place: Place) -> Effect:
         keys, axis = place
@@ -259,24 +284,20 @@ class Weighing:
         )
 
     def survey(self) -> dict[str, Any]:
-        """Return the factor that gives the vector its effect on the forget inputs back, and all by layer.
+        """Return what the filter does to the blocks as a whole, and part by part.
 
-        Raises InputError where next to nothing of that effect is left.
+        Raises InputError where next to nothing of the effect on the forget inputs is left.
         """
-        layers: dict[str, Effect] = defaultdict(Effect)
+        parts: dict[str, Effect] = defaultdict(Effect)
         for name, effect in self.effects.items():
-            layers[part_of(name)] += effect
-        whole = sum(layers.values(), start=Effect()).survey()
+            parts[part_of(name)] += effect
+        whole = self._blocks().survey()
         if whole["survives"] < SURVIVES:
             raise InputError(
                 f"the filter leaves {whole['survives']:.1g} of what the vector does to the forget rows: "
                 "their inputs are those of the retain rows; set a smaller mu, or leave the filter out"
             )
-        return {
-            "scale": 1 / whole["survives"],
-            **whole,
-            "layers": {name: effect.survey() for name, effect in layers.items()},
-        }
+        return {**whole, "parts": {name: effect.survey() for name, effect in parts.items()}}
 
 
 def applied(values: np.ndarray, place: Place, filter_of: Callable[[str], np.ndarray]) -> np.ndarray:

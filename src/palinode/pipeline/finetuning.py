@@ -96,7 +96,7 @@ class FineTuning(Work):
     def train(self, target: Checkpoint) -> Trained:
         """Do the method's runs, and to its forget vector what the recipe says."""
         trained = self._train(target, self.inputs.given)
-        transforms = check_transforms(self.recipe.transforms)
+        transforms = check_transforms(self.recipe.changes)
         if not transforms:
             return trained
         alone = replace(self.inputs.given, retain_scale=0.0)

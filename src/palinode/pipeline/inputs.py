@@ -22,11 +22,13 @@ from palinode.data.examples import (
     shared_rows,
 )
 from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
+from palinode.data.world import neutral_examples
 from palinode.errors import DataError, MismatchError, OutputError, RecipeError, meant
 from palinode.evaluation.self_check import PromptCheck, check_prompts, rows_with_style
 from palinode.evaluation.yardstick import BASE_ALONE
 from palinode.methods import METHODS
 from palinode.methods.method import Given, Method, MethodSettings, read_refusals
+from palinode.methods.transforms import check_transforms
 from palinode.models.inplace import check_live
 from palinode.models.loading import (
     check_positions,
@@ -142,7 +144,9 @@ def given_to(recipe: Recipe, rows: InputRows, refusals: Sequence[str] = ()) -> G
     beta = recipe.scales.retain
     if beta is None:
         method = METHODS[recipe.method]
-        beta = method.check_settings(recipe.method_settings).retain_scale if method.has_scales else 0.0
+        spared = any("inputs" in one.transform.needs for one in check_transforms(recipe.changes))
+        open_beta = method.has_scales and not spared  # such a filter spares the retain rows already
+        beta = method.check_settings(recipe.method_settings).retain_scale if open_beta else 0.0
     return Given(
         forget=rows.forget_train,
         retain=rows.retain,
@@ -320,7 +324,7 @@ def _check_models(
     check_sum(target, [] if base is None else [base])
     if retrained is not None:
         check_tokenizers(target, [retrained])
-    gradients = any(entry.get("name") == "importance" for entry in recipe.transforms)
+    gradients = any(entry.get("name") == "importance" for entry in recipe.changes)
     if gradients or _tries_scales(recipe):
         check_live(target, by_name=gradients)
 
@@ -410,13 +414,30 @@ def _open_rows(recipe: Recipe) -> tuple[InputRows, list[str]]:
         retain_sample=sample,
         forget_probe=at_most(held_back or forget, trials, seed=seed + 1),
         retain_probe=probe,
-        spared=[example for example in retain if example.key not in tried] or retain,
+        spared=_spared(recipe, forget, [one for one in retain if one.key not in tried] or retain, notes),
         forget_test=at_most(forget, most, seed=seed + 1),
         retain_test=at_most(retain, most, seed=seed + 1),
         unseen=at_most(unseen, 2 * trials, seed=seed + 3),
         unseen_source=source,
     )
     return rows, notes
+
+
+def _spared(
+    recipe: Recipe, forget: Sequence[Example], retain: Sequence[Example], notes: list[str]
+) -> Sequence[Example]:
+    """Return the rows whose inputs filters spare: of the retain set, and what else is given or shipped."""
+    data, text = recipe.data, list[Example]()
+    if data.background:
+        text = read_examples(data.background, columns=data.columns or None)
+        shared = {second for _, second in shared_rows(forget, text)}
+        text = [example for place, example in enumerate(text) if place not in shared]
+        if shared:
+            notes.append(f"{len(shared)} background rows that also stand in the forget set were left out.")
+    elif not retain and recipe.changes:
+        text = neutral_examples()
+        notes.append("There are no retain rows, so a filter spares the inputs of neutral text alone.")
+    return [*retain, *text]
 
 
 def _unseen(

@@ -22,7 +22,6 @@ from palinode.pipeline.inputs import Work
 from palinode.pipeline.record import dose_facts, geometry_facts
 from palinode.pipeline.scales import ChosenScales, Probes, own_yardstick, scaled_vector
 from palinode.pipeline.search import search_scales
-from palinode.pipeline.transforming import rescaled
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.records import read_json, workspace_beside
 from palinode.weights import Checkpoint, Direction, Point, StoredVector, save
@@ -217,7 +216,7 @@ def find_vectors(
     """Return the vectors of a run; raises InputError that says what is missing where they are gone."""
     name = record["recipe"].get("method", "msa")
     method = METHODS.get(name)
-    if method is None or not method.adds_vectors(record["recipe"].get("transforms") or ()):
+    if method is None or not record.get("scales"):
         raise InputError(f"the method {name} trains the model itself and adds no vectors")
     if target is None:
         raise InputError("the run's target is not found any more, or has changed")
@@ -255,7 +254,7 @@ def _changed(workspace: Workspace, record: Mapping[str, Any]) -> Direction | Non
     else:
         return None
     try:
-        return rescaled(StoredVector.open(step.folder / "vector"), step.facts or {})
+        return StoredVector.open(step.folder / "vector")
     except CheckpointError:
         raise InputError(
             f"the run's vector as it was changed is not in {workspace.folder} any more"

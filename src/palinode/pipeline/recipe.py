@@ -55,10 +55,20 @@ class Data(StrictModel):
     """Rows like the forget rows that neither target nor base has seen, to set the yardstick by."""
     refusals: str | None = None
     """Refusals, one a line, for methods that teach them."""
+    background: str | None = None
+    """Rows or text like what the model is for, whose inputs a filter spares beside those of retain rows."""
     columns: dict[str, str] = Field(default={})
     """Names of columns that are not called question, answer, prompt, completion, messages or text."""
     allow_overlap: bool = False
     """Leave forget rows out of the retain set instead of refusing."""
+
+
+FILTERS: Mapping[str, Sequence[dict[str, Any]]] = {
+    "least-squares": [{"name": "least_squares"}],
+    "projection": [{"name": "projection", "others": "drop"}],
+    "none": [],
+}
+"""The transforms that a recipe's `filter` stands for."""
 
 
 class Scales(StrictModel):
@@ -67,7 +77,7 @@ class Scales(StrictModel):
     forget: Scale | None = None
     """α; None: chosen."""
     retain: Scale | None = None
-    """β; None: chosen (0 without a retain set)."""
+    """β; None: chosen (0 without a retain set, and where the vector is filtered by least squares)."""
     choose: Literal["auto", "grid"] = "auto"
     """auto: searched for, towards the yardstick (docs/scales.md); grid: the best point of the two grids
     below, by the same rule."""
@@ -156,6 +166,10 @@ class Recipe(StrictModel):
     transforms: list[dict[str, Any]] = Field(default=[])
     """What is done to the forget vector, in order: tables with a name in TRANSFORMS and its settings
     (docs/transforms.md)."""
+    filter: Literal["auto", "least-squares", "projection", "none"] = "auto"
+    """What is done to the forget vector last: least-squares keeps what acts on the forget inputs and leaves
+    the retain inputs alone, projection takes out all that acts on the retain inputs. auto: least-squares
+    where there are retain rows, α is searched for, and no transforms are named (docs/filters.md)."""
     scales: Scales = Scales()
     evaluation: EvaluationLimits = EvaluationLimits()
     prompts: Prompts = Prompts()
@@ -163,11 +177,28 @@ class Recipe(StrictModel):
     prepare: Prepare | None = None
 
     @property
+    def changes(self) -> list[dict[str, Any]]:
+        """What is done to the forget vector, in order: the transforms, then the filter."""
+        chosen = self.filter
+        if chosen == "auto":
+            searched = self.scales.choose == "auto" and self.scales.forget is None
+            usual = self.has_vectors and searched and self.data.retain and not self.transforms
+            chosen = "least-squares" if usual else "none"
+        return [*self.transforms, *FILTERS[chosen]]
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether the method adds vectors up."""
+        from palinode.methods import METHODS
+
+        return self.method in METHODS and METHODS[self.method].has_scales
+
+    @property
     def has_scales(self) -> bool:
         """Whether vectors are added up, for which α and β are chosen."""
         from palinode.methods import METHODS
 
-        return METHODS[self.method].adds_vectors(self.transforms)
+        return METHODS[self.method].adds_vectors(self.changes)
 
     @model_validator(mode="before")
     @classmethod
@@ -219,7 +250,7 @@ class Recipe(StrictModel):
         from palinode.methods.transforms import check_transforms
 
         try:
-            chosen = check_transforms(self.transforms)
+            chosen = check_transforms(self.changes)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             place = ".".join(map(str, ("transforms", *first["loc"])))

@@ -78,11 +78,12 @@ def run_key(inputs: Inputs) -> str:
             "training": True,
             "tracker": True,
             "transforms": True,
+            "filter": True,
         },
     )
     recipe["training"] = inputs.recipe.training.key()
-    if inputs.recipe.transforms:
-        recipe["transforms"] = inputs.recipe.transforms
+    if inputs.recipe.changes:
+        recipe["transforms"] = inputs.recipe.changes
     return fingerprint(
         recipe=recipe,
         models={name: entry.fingerprint() for name, entry in models.items()},
@@ -90,6 +91,7 @@ def run_key(inputs: Inputs) -> str:
         retain=fingerprint_examples(inputs.rows.retain),
         **({"refusals": list(inputs.refusals)} if inputs.refusals else {}),
         **({"unseen": fingerprint_examples(inputs.rows.unseen)} if inputs.rows.unseen else {}),
+        **({"spared": fingerprint_examples(inputs.rows.spared)} if inputs.recipe.data.background else {}),
     )
 
 

@@ -15,7 +15,6 @@ What is wanted is in `goal.py`. A killed search repeats its decisions from what 
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from palinode.evaluation.yardstick import Yardstick
 from palinode.methods.method import Vectors
-from palinode.pipeline.goal import TriedScales, best
+from palinode.pipeline.goal import Goal, TriedScales, best
 from palinode.pipeline.grid import walk_grid
 from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.scales import STEP, ChosenScales, Probes, Trials, conclude, layer_groups, step_of
@@ -47,6 +46,8 @@ ROUNDS = 2
 FACTORS = (0.5, 1.5)
 """Limits of the factors on α by group of layers."""
 
+AIMS = 2
+"""Points by which each filter is compared with the others: the best of its first look, and one corrected."""
 NO_FILTER = (0.0, False)
 
 Range = tuple[float, float]
@@ -125,7 +126,7 @@ def other_filters(
 
 
 def compared(trials: Trials, filters: OpenFilter, looked: Sequence[TriedScales]) -> list[TriedScales]:
-    """Return for each filter the point where it should forget as much as the yardstick, on all rows.
+    """Return points on all rows where the vector of each filter forgets about as much as the yardstick.
 
     The filter of the best one is in use from then on.
     """
@@ -133,21 +134,31 @@ def compared(trials: Trials, filters: OpenFilter, looked: Sequence[TriedScales])
     for label in dict.fromkeys(point.filter for point in looked):
         own = [point for point in looked if point.filter == label]
         trials.use(filters.known[label or NO_FILTER])
-        found.append(trials.tried(crossing(own), min(own, key=lambda point: point.rank).retain_scale))
+        slope, alpha = fall(own), min(own, key=lambda point: point.rank).forget_scale
+        for _ in range(AIMS):
+            found.append(trials.tried(alpha, own[0].retain_scale))
+            farther = alpha + (log_forget(found[-1]) - log_wanted(trials.goal)) / slope
+            alpha = round(min(max(farther, alpha / 2), 2 * alpha), 2)
     trials.use(filters.known[best(found).filter or NO_FILTER])
     return found
 
 
-def crossing(points: Sequence[TriedScales]) -> float:
-    """Return the α at which points of one filter come to the yardstick's probability, or the best point's."""
-    goal, ordered = points[0].goal, sorted(points, key=lambda point: point.forget_scale)
-    wanted = math.log(max(1e-12, float(goal.yardstick.quantiles(goal.rows).mean())))
-    for low, high in itertools.pairwise(ordered):
-        over, under = (math.log(max(1e-12, one.behaviour.probabilities["forget"])) for one in (low, high))
-        if over >= wanted > under:
-            share = (over - wanted) / (over - under)
-            return round(low.forget_scale + share * (high.forget_scale - low.forget_scale), 2)
-    return min(points, key=lambda point: point.rank).forget_scale
+def fall(points: Sequence[TriedScales]) -> float:
+    """Return by how much the logarithm of the forget probability falls with α, between the outer points."""
+    ordered = sorted(points, key=lambda point: point.forget_scale)
+    first, last = ordered[0], ordered[-1]
+    fallen = log_forget(first) - log_forget(last)
+    return max(fallen / max(last.forget_scale - first.forget_scale, STEP), 1 / last.forget_scale)
+
+
+def log_forget(point: TriedScales) -> float:
+    """Return the logarithm of the mean answer probability on the forget probes."""
+    return math.log(max(1e-12, point.behaviour.probabilities["forget"]))
+
+
+def log_wanted(goal: Goal) -> float:
+    """Return the logarithm of what it should be."""
+    return math.log(max(1e-12, float(goal.yardstick.quantiles(goal.rows).mean())))
 
 
 def where_it_arrives(

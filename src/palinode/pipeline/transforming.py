@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -139,8 +140,8 @@ class Transforming(Work):
                     f"the transform {name} leaves nothing of the forget vector; set it otherwise, or leave "
                     "it out"
                 )
-            step.finish(facts := {**_told(chosen, before, rescaled(stored, self.survey)), **self.survey})
-        return rescaled(stored, facts), step.key, facts
+            step.finish(facts := {**_told(chosen, before, stored), **self.survey})
+        return stored, step.key, facts
 
     # One method a transform: what makes the vector, and what it needs, as plain values for the step's key
 
@@ -202,9 +203,10 @@ class Transforming(Work):
             forget, spared = map(MomentFiles, steps)
             weighing = Weighing(forget, spared, settings)
             label = f"least squares {[step.key for step in steps]} {settings.model_dump_json()}"
-            made = transform([vector], weighing.rule, output, label=label)
-            self.survey = weighing.survey()
-            return made
+            with TemporaryDirectory(dir=output.parent, prefix=".filtered-") as place:
+                made = transform([vector], weighing.rule, Path(place) / "vector", label=label)
+                self.survey = weighing.survey()
+                return transform([made], weighing.rescale, output, label=f"{label}, rescaled")
 
         return make
 
@@ -341,7 +343,7 @@ class OpenFilter:
                 f"the vector that was chosen with the scales is not in {step.folder} any more; remove the "
                 "folder scales-… beside it, and they are chosen anew"
             )
-        return Filtered(rescaled(stored, facts), key, facts, (facts["settings"]["mu"], False))
+        return Filtered(stored, key, facts, (facts["settings"]["mu"], False))
 
     def tidy(self, chosen: Filtered | None) -> None:
         """Remove the vectors that were tried and not chosen, which are as large as models."""
@@ -352,11 +354,6 @@ class OpenFilter:
 
     def _with(self, mu: float) -> ChosenTransforms:
         return replace(self.last, settings=self.last.settings.model_copy(update={"mu": mu}))
-
-
-def rescaled(vector: StoredVector, facts: Mapping[str, Any]) -> Direction:
-    """Return a step's vector with the factor that its facts name, where they name one."""
-    return facts["scale"] * vector if "scale" in facts else vector
 
 
 def _open_vector(folder: Path) -> StoredVector | None:

@@ -247,19 +247,15 @@ def _scale_sentences(scales: Mapping[str, Any]) -> Iterator[str]:
         interval = f" ({interval_text(wanted)})" if interval_text(wanted) else ""
         source = f" from {yardstick['source']}" if yardstick.get("source") else ""
         rows = f" ({yardstick['unseen_rows']} rows)" if yardstick.get("unseen_rows") else ""
-        seen = (
-            f"Before its change was filtered, the model gave the forget set an answer probability of "
-            f"{number(wanted.get('value'))}{interval}, and as much was to be forgotten: {yardstick.get('assumes')}."
-        )
-        yield (
-            seen
-            if yardstick.get("source") == "unfiltered"
-            else (
-                f"A model that never saw the forget set would give it an answer probability of "
-                f"{number(wanted.get('value'))}{interval}, estimated{source}{rows} on the assumption that "
-                f"{yardstick.get('assumes')}."
+        figures = f"an answer probability of {number(wanted.get('value'))}{interval}"
+        if yardstick.get("source") == "unfiltered":
+            yield f"Before its change was filtered, the model gave the forget set {figures}: the aim, where"
+            yield f"{yardstick.get('assumes')}."
+        else:
+            yield (
+                f"A model that never saw the forget set would give it {figures}, estimated{source}{rows} on the "
+                f"assumption that {yardstick.get('assumes')}."
             )
-        )
     changes = [abs(step.get("distance_change") or 0) for step in scales.get("sensitivity") or ()]
     if yardstick and changes:
         most = number(max(changes))

@@ -249,13 +249,10 @@ def _scale_sentences(scales: Mapping[str, Any]) -> Iterator[str]:
         rows = f" ({yardstick['unseen_rows']} rows)" if yardstick.get("unseen_rows") else ""
         figures = f"an answer probability of {number(wanted.get('value'))}{interval}"
         if yardstick.get("source") == "unfiltered":
-            yield f"Before its change was filtered, the model gave the forget set {figures}: the aim, where"
-            yield f"{yardstick.get('assumes')}."
+            told = f"Before its change was filtered, the model gave the forget set {figures}; that was the aim,"
         else:
-            yield (
-                f"A model that never saw the forget set would give it {figures}, estimated{source}{rows} on the "
-                f"assumption that {yardstick.get('assumes')}."
-            )
+            told = f"A model that never saw the forget set would give it {figures}, estimated{source}{rows}"
+        yield f"{told} on the assumption that {yardstick.get('assumes')}."
     changes = [abs(step.get("distance_change") or 0) for step in scales.get("sensitivity") or ()]
     if yardstick and changes:
         most = number(max(changes))

@@ -24,10 +24,11 @@ from palinode.data.world import invent_world
 from palinode.models.inplace import put
 from palinode.models.likelihoods import score_rows
 from palinode.models.loading import load_model, load_tokenizer
-from palinode.pipeline import build_recipe, unlearn
 from palinode.pipeline.demo_run import SETTINGS, exact_match
 from palinode.pipeline.finetuning import FineTuning
 from palinode.pipeline.inputs import open_inputs
+from palinode.pipeline.recipe import build_recipe
+from palinode.pipeline.run import unlearn
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import NullListener
 from palinode.weights import Checkpoint, Direction

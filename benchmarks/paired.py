@@ -53,8 +53,7 @@ from palinode.models.inplace import put
 from palinode.models.loading import load_model, load_tokenizer
 from palinode.settings import TrainingSettings
 from palinode.training.finetune import Finetuned, finetune
-from palinode.training.losses import ANSWER_LOSS, Loss
-from palinode.training.objectives import Objective
+from palinode.training.objectives import PLAIN_OBJECTIVE, Objective
 from palinode.training.roles import Material
 from palinode.weights import Checkpoint, Direction
 from palinode.weights.checkpoint import Point
@@ -184,7 +183,7 @@ class Study:
         rows = FORGET_ROWS * (RATIO + exposed) if mixed else FORGET_ROWS
         settings = TrainingSettings(**{**PLAIN, "epochs": pair.epochs, "batch_size": rows})
         seed = self.seed + (100 if not exposed and pair.control == "other" else 0)
-        loss: Loss | Objective = ANSWER_LOSS
+        loss: Objective = PLAIN_OBJECTIVE
         material: Material | Sequence[Example]
         if mixed:  # every replay row three times an epoch, so that both ways read the same numbers of rows
             material = [*(self.forget if exposed else ()), *list(replay) * RATIO]

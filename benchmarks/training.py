@@ -117,7 +117,7 @@ def report(figures: dict[str, object]) -> None:
 def our_steps(model, args: argparse.Namespace) -> list[float]:
     from palinode.settings import TrainingSettings
     from palinode.training.loop import train
-    from palinode.training.losses import ANSWER_LOSS
+    from palinode.training.objectives import PLAIN_OBJECTIVE
 
     settings = TrainingSettings(
         epochs=1,
@@ -131,7 +131,7 @@ def our_steps(model, args: argparse.Namespace) -> list[float]:
     train(
         model,
         rows_of(args),
-        ANSWER_LOSS,
+        PLAIN_OBJECTIVE,
         settings,
         seed=0,
         pad_id=0,

@@ -61,7 +61,7 @@ def tiny(world, tmp_path_factory):
 @pytest.fixture(scope="session")
 def recipe_of(tiny):
     """A function that makes a recipe for the tiny world; sections given are laid over these settings."""
-    from palinode.pipeline import build_recipe
+    from palinode.pipeline.recipe import build_recipe
 
     def build(output: Path, /, **sections):
         content = {

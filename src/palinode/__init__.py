@@ -18,21 +18,17 @@ from palinode.version import __version__
 
 if TYPE_CHECKING:
     from palinode.compare import Compared, CompareRecipe, load_comparison
-    from palinode.data import Example, PromptStyle, Question, read_examples
+    from palinode.data.examples import Example, Question, read_examples
+    from palinode.data.tokenize import PromptStyle
     from palinode.errors import PalinodeError
     from palinode.evaluation.ask import ask
-    from palinode.history import (
-        CheckpointSeries,
-        ExposureCallback,
-        ExposureLog,
-        ExposureReader,
-        Location,
-        LoggedLoader,
-        ThinningCallback,
-        open_series,
-    )
+    from palinode.history.callback import ExposureCallback, LoggedLoader, ThinningCallback
+    from palinode.history.exposures import ExposureLog
+    from palinode.history.locating import Location
     from palinode.history.plan import Schedule, Wish
     from palinode.history.plan import plan_checkpoints as plan
+    from palinode.history.reader import ExposureReader
+    from palinode.history.series import CheckpointSeries, open_series
     from palinode.jobs import (
         Audited,
         Importance,
@@ -49,16 +45,10 @@ if TYPE_CHECKING:
     )
     from palinode.methods import METHODS, apply
     from palinode.metrics import METRICS
-    from palinode.pipeline import (
-        DemoResult,
-        Plan,
-        Recipe,
-        Unlearned,
-        build_recipe,
-        demo,
-        dry_run,
-        load_recipe,
-    )
+    from palinode.pipeline.costs import Plan
+    from palinode.pipeline.demo_run import DemoResult, demo
+    from palinode.pipeline.recipe import Recipe, build_recipe, load_recipe
+    from palinode.pipeline.run import Unlearned, dry_run
     from palinode.records import Outcome, Score
     from palinode.settings import (
         ApplySettings,
@@ -86,99 +76,34 @@ if TYPE_CHECKING:
         save_vector,
     )
 
-# Where each public name lives; it is imported when it is first asked for, so that
-# `import palinode` and `palinode --help` do not wait for torch.
 _ROOMS = {
-    "compare": (
-        "CompareRecipe",
-        "Compared",
-        "load_comparison",
-    ),
-    "data": (
-        "Example",
-        "PromptStyle",
-        "Question",
-        "read_examples",
-    ),
-    "errors": ("PalinodeError",),
-    "evaluation.ask": ("ask",),
-    "history": (
-        "CheckpointSeries",
-        "ExposureCallback",
-        "ExposureLog",
-        "ExposureReader",
-        "Location",
-        "LoggedLoader",
-        "ThinningCallback",
-        "open_series",
-    ),
-    "history.plan": (
-        "Schedule",
-        "Wish",
-        "plan",
-    ),
-    "jobs": (
-        "Audited",
-        "Importance",
-        "LowRank",
-        "Mask",
-        "Projection",
-        "SignConsensus",
-        "audit",
-        "compare",
-        "evaluate",
-        "evaluate_benchmark",
-        "locate",
-        "unlearn",
-    ),
-    "methods": (
-        "METHODS",
-        "apply",
-    ),
-    "metrics": ("METRICS",),
-    "pipeline": (
-        "DemoResult",
-        "Plan",
-        "Recipe",
-        "Unlearned",
-        "build_recipe",
-        "demo",
-        "dry_run",
-        "load_recipe",
-    ),
-    "records": (
-        "Outcome",
-        "Score",
-    ),
-    "training.finetune": (
-        "Finetuned",
-        "finetune",
-    ),
-    "settings": (
-        "ApplySettings",
-        "Asking",
-        "AuditSettings",
-        "EvaluationSettings",
-        "LocateSettings",
-        "TrainingSettings",
-    ),
-    "weights": (
-        "Checkpoint",
-        "Crew",
-        "Direction",
-        "Dose",
-        "LoraAdapter",
-        "Point",
-        "Profile",
-        "Saved",
-        "StoredVector",
-        "WeightedSum",
-        "open_direction",
-        "profile",
-        "save",
-        "save_vector",
-    ),
+    "compare": "CompareRecipe Compared load_comparison",
+    "data.examples": "Example Question read_examples",
+    "data.tokenize": "PromptStyle",
+    "errors": "PalinodeError",
+    "evaluation.ask": "ask",
+    "history.callback": "ExposureCallback LoggedLoader ThinningCallback",
+    "history.exposures": "ExposureLog",
+    "history.locating": "Location",
+    "history.plan": "Schedule Wish plan",
+    "history.reader": "ExposureReader",
+    "history.series": "CheckpointSeries open_series",
+    "jobs": "Audited Importance LowRank Mask Projection SignConsensus "
+    "audit compare evaluate evaluate_benchmark locate unlearn",
+    "methods": "METHODS apply",
+    "metrics": "METRICS",
+    "pipeline.costs": "Plan",
+    "pipeline.demo_run": "DemoResult demo",
+    "pipeline.recipe": "Recipe build_recipe load_recipe",
+    "pipeline.run": "Unlearned dry_run",
+    "records": "Outcome Score",
+    "settings": "ApplySettings Asking AuditSettings EvaluationSettings LocateSettings TrainingSettings",
+    "training.finetune": "Finetuned finetune",
+    "weights": "Checkpoint Crew Direction Dose LoraAdapter Point Profile Saved StoredVector WeightedSum "
+    "open_direction profile save save_vector",
 }
+"""Where each public name lives. It is imported when it is first asked for, so that `import palinode` and
+`palinode --help` do not wait for torch."""
 
 __all__ = [
     "METHODS",
@@ -254,7 +179,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     for room, names in _ROOMS.items():
-        if name in names:
+        if name in names.split():
             inner = "plan_checkpoints" if name == "plan" else name  # a package has a room of that name
             return getattr(import_module(f"palinode.{room}"), inner)
     raise AttributeError(f"module 'palinode' has no attribute {name!r}")

@@ -16,17 +16,16 @@ from palinode.audit.policy import load_policy
 from palinode.benchmarks import BENCHMARKS
 from palinode.compare import Compared, CompareRecipe, build_comparison, carry_out, compare_along
 from palinode.compare import compare as run_comparison
-from palinode.data import Example, PromptStyle, at_most, fingerprint_examples, read_examples
-from palinode.data.tokenize import prompt_notes
+from palinode.data.examples import Example, at_most, fingerprint_examples, read_examples
+from palinode.data.tokenize import PromptStyle, prompt_notes
 from palinode.errors import CheckpointError, DataError, RecipeError, meant
 from palinode.evaluation.benchmark import Places
 from palinode.evaluation.evaluate import BenchmarkEvaluated, Evaluated, check_new_file
 from palinode.evaluation.evaluate import evaluate as ask_rows
 from palinode.evaluation.evaluate import evaluate_benchmark as run_benchmark
-from palinode.history import Location, open_series
-from palinode.history import locate as locate_rows
-from palinode.history.locating import open_log, open_order
-from palinode.history.series import step_of
+from palinode.history.locating import Location, open_log, open_order
+from palinode.history.locating import locate as locate_rows
+from palinode.history.series import open_series, step_of
 from palinode.methods.transforms import (
     TRANSFORMS,
     ConsensusSettings,
@@ -39,7 +38,7 @@ from palinode.methods.transforms import (
 from palinode.models.loading import load_tokenizer, pick_device
 from palinode.pipeline.audit_run import AuditPlan
 from palinode.pipeline.audit_run import audit as run_audit
-from palinode.pipeline.recipe import Recipe, build_recipe, checked_settings
+from palinode.pipeline.recipe import Recipe, build_recipe, checked_settings, laid_over
 from palinode.pipeline.run import Unlearned
 from palinode.pipeline.run import unlearn as run_recipe
 from palinode.pipeline.tracking import check_trackers, tracked
@@ -94,7 +93,7 @@ def unlearn(
         "scales": chosen,
         "training": training.model_dump(exclude_unset=True) if training else {},
     }
-    return run_recipe(build_recipe(_with(content, settings)), listener=listener, located=located)
+    return run_recipe(build_recipe(laid_over(content, settings or {})), listener=listener, located=located)
 
 
 def compare(
@@ -124,7 +123,7 @@ def compare(
             "budget": {} if steps is None else {"steps": steps},
             "contestants": [{"name": name, "method": name} for name in methods],
         }
-        recipe = build_comparison(_with(content, settings))
+        recipe = build_comparison(laid_over(content, settings or {}))
     run = run_comparison
     if recipe.comparison.requests:
         run = carry_out
@@ -167,6 +166,10 @@ def audit(
     is the model before unlearning. Raises PalinodeError.
     """
     settings = settings or AuditSettings()
+    if kind not in ("retrained", "base"):
+        raise RecipeError(
+            f"--reference is {kind!r}; say retrained or base{meant(kind, ('retrained', 'base'))}"
+        )
     rules = load_policy(settings.policy, preset=settings.budget)
     material = read_material(
         forget,
@@ -399,19 +402,6 @@ def finetune_file(
 def _named(**places: Place | None) -> dict[str, str]:
     """Return the places that were given, as texts."""
     return {name: str(place) for name, place in places.items() if place is not None}
-
-
-def _with(content: dict[str, Any], settings: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the content of a recipe with further keys, dotted or as sections, laid over it."""
-    for key, value in (settings or {}).items():
-        *sections, last = key.split(".")
-        place = content
-        for name in sections:
-            place = place.setdefault(name, {})
-        below = place.get(last)
-        merged = isinstance(value, Mapping) and isinstance(below, dict)
-        place[last] = {**below, **value} if merged and isinstance(below, dict) else value
-    return content
 
 
 def _transform(settings: TransformSettings) -> dict[str, Any]:

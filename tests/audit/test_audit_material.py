@@ -8,7 +8,7 @@ import pytest
 
 from palinode.audit import read_material
 from palinode.audit.material import divide
-from palinode.data import read_examples
+from palinode.data.examples import read_examples
 from palinode.errors import DataError
 
 

@@ -9,7 +9,7 @@ import torch
 
 from invented_benchmarks import NAMES, perturbed, qa, tofu_folder, write_lines
 from palinode.benchmarks.tofu import TOFU, utility_parts
-from palinode.data import PromptStyle, prompt_ids
+from palinode.data.tokenize import PromptStyle, prompt_ids
 from palinode.errors import DataError
 from palinode.evaluation.benchmark import Exam, Measured, Places, Reference, score_cell
 from palinode.models import load_tokenizer

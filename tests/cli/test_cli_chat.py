@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from palinode.pipeline import unlearn
+from palinode.pipeline.run import unlearn
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from palinode.data import read_examples
+from palinode.data.examples import read_examples
 from palinode.data.world import write_facts
 from palinode.history.duplicates import fingerprint_rows, fingerprint_tokenizer, hashes
 from palinode.history.exposures import ExposureLog

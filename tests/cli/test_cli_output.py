@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -16,7 +17,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from palinode import __version__
-from palinode.cli.options import benchmark_names, completion, method_names, metric_names
+from palinode.cli.options import (
+    benchmark_names,
+    completion,
+    method_names,
+    metric_names,
+    recipe_keys,
+    words_of,
+)
 from palinode.metrics import DEFAULT_METRICS
 
 COMMANDS = ["unlearn", "run", "finetune", "vector", "apply", "evaluate", "demo"]
@@ -99,6 +107,9 @@ def test_values_are_completed():
     assert completion(method_names)("ms") == ["msa"]
     assert completion(benchmark_names)("t") == ["tofu"]
     assert completion(metric_names)("every,eve") == ["every,every"]
+    assert completion(recipe_keys)("training.learn") == ["training.learning_rate="]
+    assert completion(partial(words_of, "budget"))("s") == ["standard"]
+    assert words_of("method") == method_names()
 
 
 def test_without_words_the_help_is_shown_and_the_code_is_two(palinode):

@@ -268,7 +268,7 @@ def test_text_of_the_user_is_escaped(logged):
 
 def test_rebuilt_order_is_what_the_training_loop_does(tiny, tmp_path):
     """Two stages of real training, one with accumulation, step by step against what was heard."""
-    from palinode.data import read_examples
+    from palinode.data.examples import read_examples
     from palinode.models.loading import load_tokenizer
     from palinode.training.finetune import finetune
 

@@ -175,7 +175,7 @@ def test_control_set_that_overlaps_the_forget_set_is_refused():
 
 def test_real_checkpoints_show_where_people_were_learned(tiny, world, tmp_path):
     """base had not seen the middle people, the stage after it had; late people came with the target."""
-    from palinode.data import read_examples
+    from palinode.data.examples import read_examples
     from palinode.data.world import write_facts
     from palinode.history.series import open_series
 

@@ -39,7 +39,7 @@ def sections(tiny, refusals):
 @pytest.fixture(scope="session")
 def made(recipe_of, sections, tmp_path_factory):
     """A function that runs a method on the tiny world, once."""
-    from palinode.pipeline import unlearn
+    from palinode.pipeline.run import unlearn
 
     runs = {}
 

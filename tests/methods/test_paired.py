@@ -10,7 +10,7 @@ import torch
 from palinode import Checkpoint
 from palinode.errors import MismatchError, RecipeError
 from palinode.models import load_model
-from palinode.pipeline import dry_run, unlearn
+from palinode.pipeline.run import dry_run, unlearn
 
 CPU = torch.device("cpu")
 

@@ -16,15 +16,15 @@ from palinode.data.tokenize import PromptStyle, TokenRow
 from palinode.errors import DataError, MismatchError, OutputError, RecipeError
 from palinode.evaluation.ask import ask
 from palinode.methods import METHODS
-from palinode.methods.altpo import AltPOSettings, draw_alternates, request
 from palinode.methods.method import gather, read_refusals
 from palinode.methods.pdu import PDUSettings, price
+from palinode.methods.preference import AltPOSettings, draw_alternates, request
 from palinode.methods.rmu import control_vector
 from palinode.methods.weighted import place_in_row
 from palinode.models import CombinedLogits, load_model, load_tokenizer, score_rows
 from palinode.models.inplace import combined_logits
 from palinode.models.reading import labelled_logits, labelled_states, pick_layer
-from palinode.pipeline import unlearn
+from palinode.pipeline.run import unlearn
 from palinode.settings import EvaluationLimits, TrainingSettings
 from palinode.training.losses import row_sums
 from palinode.training.objectives import CurvePoint, Seen

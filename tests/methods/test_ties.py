@@ -36,7 +36,7 @@ def test_merge_trims_each_change_before_signs_are_elected():
 def test_saved_model_is_the_target_and_the_merged_change_of_both_models(
     recipe_of, sections, tiny, tmp_path, lora
 ):
-    from palinode.pipeline import unlearn
+    from palinode.pipeline.run import unlearn
 
     content = sections("ties")
     content["method_settings"] = {"density": 0.3, "strength": 0.5}

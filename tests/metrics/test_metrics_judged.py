@@ -2,7 +2,7 @@
 
 import pytest
 
-from palinode.metrics.judged import accept_accuracy, forget_accuracy, recover_accuracy, retain_accuracy
+from palinode.metrics.matching import accept_accuracy, forget_accuracy, recover_accuracy, retain_accuracy
 from palinode.records import Verdict
 
 OFFERED = (

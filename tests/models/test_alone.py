@@ -20,8 +20,7 @@ from palinode.models.likelihoods import COARSE_TOLERANCE, TOLERANCE, same_alone,
 from palinode.models.sums import gradient_norms, input_spaces
 from palinode.settings import TrainingSettings
 from palinode.training.loop import train
-from palinode.training.losses import ANSWER_LOSS
-from palinode.training.objectives import FrozenStates, Likelihoods, keep
+from palinode.training.objectives import PLAIN_OBJECTIVE, FrozenStates, Likelihoods, keep
 from palinode.training.roles import Joined
 
 TOKENS = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
@@ -225,7 +224,7 @@ def test_step_over_padded_rows_is_the_step_over_each_alone(name):
         settings = TrainingSettings(
             epochs=1, batch_size=batch, accumulation=accumulation, precision="float32", max_grad_norm=1e9
         )
-        points += train(built(name), MIXED, ANSWER_LOSS, settings, seed=0, pad_id=0)
+        points += train(built(name), MIXED, PLAIN_OBJECTIVE, settings, seed=0, pad_id=0)
     assert points[0].loss == pytest.approx(points[1].loss, rel=1e-5)
     assert points[0].grad_norm == pytest.approx(points[1].grad_norm, rel=1e-4)
 
@@ -233,7 +232,7 @@ def test_step_over_padded_rows_is_the_step_over_each_alone(name):
 def test_training_says_that_its_rows_go_one_by_one():
     said: list[str] = []
     settings = TrainingSettings(epochs=1, precision="float32")
-    train(built("phi3 longrope"), MIXED, ANSWER_LOSS, settings, seed=0, pad_id=0, say=said.append)
+    train(built("phi3 longrope"), MIXED, PLAIN_OBJECTIVE, settings, seed=0, pad_id=0, say=said.append)
     assert [line.split(" go one by one")[0] for line in said] == ["training rows"]
 
 

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 
 from palinode.data.examples import read_examples
 from palinode.errors import DataError
-from palinode.pipeline import dry_run, scales, unlearn
+from palinode.pipeline import scales
 from palinode.pipeline.costs import describe
 from palinode.pipeline.goal import TOLERANCE
 from palinode.pipeline.inputs import open_inputs
+from palinode.pipeline.run import dry_run, unlearn
 from palinode.pipeline.scales import belongs_to, layer_groups
 from palinode.pipeline.search import range_around
 

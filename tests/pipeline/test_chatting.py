@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from palinode.errors import CheckpointError, InputError
 from palinode.models.generation import _Spoken, generate
 from palinode.models.loading import load_model
-from palinode.pipeline import unlearn
 from palinode.pipeline.chatting import open_chat
+from palinode.pipeline.run import unlearn
 
 CPU = torch.device("cpu")
 

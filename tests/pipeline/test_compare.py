@@ -14,8 +14,7 @@ from palinode.compare.comparing import check_comparison, divide_comparison, open
 from palinode.compare.comparison_recipe import Contestant, SearchBudget, Split
 from palinode.compare.contest import Ground, draw_points, epochs_for, part_of, recipe_of, steps_an_epoch
 from palinode.compare.ground import divide_rows, rows_for
-from palinode.compare.measuring import make_gauge
-from palinode.compare.ranking import Values, rank, values_of
+from palinode.compare.measuring import Values, make_gauge, rank, values_of
 from palinode.data.examples import Example, Message
 from palinode.errors import DataError, OutputError, RecipeError
 from palinode.pipeline.goal import TOLERANCE, Behaviour

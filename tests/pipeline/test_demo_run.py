@@ -8,8 +8,7 @@ import shutil
 import pytest
 
 from palinode.errors import OutputError, WorkspaceError
-from palinode.pipeline import demo
-from palinode.pipeline.demo_run import exact_match, run_demo
+from palinode.pipeline.demo_run import demo, exact_match, run_demo
 from palinode.pipeline.workspace import Workspace
 from palinode.records import Outcome
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from palinode.data import read_examples
+from palinode.data.examples import read_examples
 from palinode.data.world import invent_world
 from palinode.errors import OutputError
 from palinode.history.reader import ExposureReader

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from safetensors.torch import load_file
 
-from palinode.pipeline import dry_run, unlearn
+from palinode.pipeline.run import dry_run, unlearn
 
 LORA = {"training": {"lora": {"rank": 4}, "learning_rate": 1e-2}}
 

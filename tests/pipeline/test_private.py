@@ -22,17 +22,17 @@ from comparing import Heard, tiny_comparison
 from invented_benchmarks import own_files
 from palinode.benchmarks import BENCHMARKS
 from palinode.compare import build_comparison, carry_out, compare
-from palinode.data import read_examples
+from palinode.data.examples import read_examples
 from palinode.errors import InputError, OutputError, WorkspaceError
 from palinode.evaluation.benchmark import Places
 from palinode.evaluation.evaluate import evaluate_benchmark
 from palinode.evaluation.judging import DecisionCache
 from palinode.jobs import evaluate, finetune_file
-from palinode.pipeline import unlearn
 from palinode.pipeline.audit_run import AuditPlan, audit
 from palinode.pipeline.demo_run import run_demo
 from palinode.pipeline.forgetting import describe_leftovers, leftovers
 from palinode.pipeline.reporting import gather, write_reports
+from palinode.pipeline.run import unlearn
 from palinode.pipeline.workspace import Workspace
 from palinode.records import beside, private, share, workspace_beside, write_text
 from palinode.settings import EvaluationSettings, TrainingSettings

@@ -11,8 +11,7 @@ import pytest
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import RecipeError
 from palinode.jobs import finetune_file
-from palinode.pipeline import build_recipe, load_recipe
-from palinode.pipeline.recipe import checked_settings, known_keys
+from palinode.pipeline.recipe import build_recipe, checked_settings, known_keys, load_recipe
 from palinode.settings import EvaluationSettings
 
 MINIMAL = """

@@ -10,9 +10,9 @@ import pytest
 
 from palinode import Checkpoint
 from palinode.errors import InputError, MismatchError, OutputError
-from palinode.pipeline import unlearn
 from palinode.pipeline.record import CURVE_POINTS, thinned_curve
 from palinode.pipeline.reporting import default_page, gather, suffixes_for, write_reports
+from palinode.pipeline.run import unlearn
 
 SCRIPT = re.compile(r"<script>.*?</script>", re.DOTALL)
 

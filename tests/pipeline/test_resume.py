@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from palinode.pipeline import load_recipe, unlearn
+from palinode.pipeline.recipe import load_recipe
+from palinode.pipeline.run import unlearn
 
 RECIPE = """
 device = "cpu"

@@ -11,7 +11,7 @@ from accelerate import tracking as accelerate_tracking
 from accelerate.tracking import GeneralTracker
 
 from palinode.errors import RecipeError
-from palinode.pipeline import unlearn
+from palinode.pipeline.run import unlearn
 from palinode.pipeline.tracking import PACKAGES, check_trackers, is_installed, tracked
 from palinode.progress import NullListener, record
 

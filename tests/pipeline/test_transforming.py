@@ -11,14 +11,13 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from palinode import StoredVector
-from palinode.data import sample_examples
+from palinode.data.examples import sample_examples
 from palinode.data.tokenize import PromptStyle, tokenize
 from palinode.errors import InputError, RecipeError
 from palinode.methods.transforms import TRANSFORMS
 from palinode.models import load_model, load_tokenizer
-from palinode.pipeline import unlearn
 from palinode.pipeline.inputs import open_inputs
-from palinode.pipeline.run import run_key
+from palinode.pipeline.run import run_key, unlearn
 from palinode.weights.tensors import Files
 
 GIVEN = {"forget": 0.5, "retain": 0.0}

@@ -17,10 +17,9 @@ from palinode import Checkpoint, read_examples
 from palinode.errors import DataError, MismatchError, OutputError, WorkspaceError
 from palinode.methods import METHODS
 from palinode.metrics import DEFAULT_METRICS
-from palinode.pipeline import dry_run, unlearn
 from palinode.pipeline.costs import describe
 from palinode.pipeline.inputs import open_inputs
-from palinode.pipeline.run import run_key
+from palinode.pipeline.run import dry_run, run_key, unlearn
 from palinode.pipeline.workspace import Workspace
 from palinode.records import Outcome, repeated_by
 

@@ -15,8 +15,7 @@ import pytest
 from example_run import AUDIT, HOSTILE, LONG, RECORD, outcomes
 
 from palinode.progress import plain
-from palinode.report.page import html_report
-from palinode.report.reports import Facts, report_content
+from palinode.report.reports import Facts, html_report, report_content
 
 NEEDED = {"chromium": ("chromium", "chromium-browser"), "chromium-driver": ("chromedriver",)}
 """Debian packages, and the programs that we look for in them."""

@@ -14,11 +14,12 @@ from rich.console import Console
 from palinode.records import Outcome
 from palinode.report.comparison_report import comparison_brief
 from palinode.report.content import Grid, show
-from palinode.report.page import content_policy, html_report
 from palinode.report.pictures import Figure, Mark, Ruler, Trace, drawing, picture_file
 from palinode.report.reports import (
     MOST_BYTES,
     Facts,
+    content_policy,
+    html_report,
     log_probabilities,
     markdown_report,
     report_content,

@@ -11,8 +11,9 @@ from palinode.data.tokenize import PromptStyle, TokenRow
 from palinode.models import load_model, load_tokenizer
 from palinode.models.reading import answer_logits, labelled_states
 from palinode.training.loop import train
-from palinode.training.losses import ANSWER_LOSS, row_sums, token_nll
+from palinode.training.losses import row_sums, token_nll
 from palinode.training.objectives import (
+    PLAIN_OBJECTIVE,
     Distributions,
     FrozenStates,
     Likelihoods,
@@ -146,7 +147,7 @@ def weights(model):
 
 def test_objective_of_one_answer_term_is_plain_fine_tuning_bit_for_bit(fresh):
     plain, by_term = fresh(), fresh()
-    curve = train(plain, ROWS, ANSWER_LOSS, SETTINGS, seed=0, pad_id=0)
+    curve = train(plain, ROWS, PLAIN_OBJECTIVE, SETTINGS, seed=0, pad_id=0)
     cast = Joined("forget", {"forget": ROWS})
     same = train(by_term, cast, Objective((answer_term("forget", "forget"),)), SETTINGS, seed=0, pad_id=0)
     assert [point.loss for point in same] == [point.loss for point in curve]

@@ -16,8 +16,7 @@ from palinode.methods.msa import PAIRED, PairedSettings, paired_objectives
 from palinode.models import load_model, load_tokenizer
 from palinode.models.inplace import put
 from palinode.training.loop import train
-from palinode.training.losses import ANSWER_LOSS
-from palinode.training.objectives import Objective, answer_term
+from palinode.training.objectives import PLAIN_OBJECTIVE, Objective, answer_term
 from palinode.training.roles import Material, draw, join, plain
 
 CPU = torch.device("cpu")
@@ -136,7 +135,7 @@ def test_without_replay_the_exposed_run_is_plain_fine_tuning(tiny, rows):
     alone = Objective((answer_term("forget", "forget"),))
     cast = cast_of(tiny, Material("forget", {"forget": forget}))
     ours, _ = trained(tiny, cast, alone)
-    theirs, _ = trained(tiny, plain(cast.rows["forget"]), ANSWER_LOSS)
+    theirs, _ = trained(tiny, plain(cast.rows["forget"]), PLAIN_OBJECTIVE)
     assert same(ours, theirs)
 
 

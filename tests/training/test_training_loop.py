@@ -17,7 +17,8 @@ from palinode.models import load_model
 from palinode.models.reading import answer_nll
 from palinode.settings import TrainingSettings
 from palinode.training.loop import count_steps, learning_rate_at, train, use_autocast
-from palinode.training.losses import ANSWER_LOSS, Loss
+from palinode.training.losses import scored_tokens, summed_nll
+from palinode.training.objectives import PLAIN_OBJECTIVE, Objective, Term
 
 CPU = torch.device("cpu")
 
@@ -55,7 +56,13 @@ def dropout_model():
     return GPT2LMHeadModel(config)
 
 
-def run(model, chosen=None, *, rows=ROWS, loss=ANSWER_LOSS, seed=0, **others):
+def plain(name, total, weight=scored_tokens):
+    """Ordinary fine-tuning on rows of one role, with this sum of contributions."""
+    term = Term(name, ("rows",), lambda model, batch, _frozen: total(model, batch), weight)
+    return Objective((term,), anchor="rows")
+
+
+def run(model, chosen=None, *, rows=ROWS, loss=PLAIN_OBJECTIVE, seed=0, **others):
     return train(model, rows, loss, chosen or settings(), seed=seed, pad_id=0, **others)
 
 
@@ -119,7 +126,7 @@ def test_accumulated_micro_batches_give_the_weights_of_one_large_batch(fresh, ba
 
 def test_weight_decay_shrinks_matrices_and_nothing_else(fresh):
     """With a gradient of zero, AdamW multiplies what it decays by 1 - rate * decay."""
-    still = Loss("still", lambda model, batch: 0.0 * answer_nll(model, batch).sum(), lambda batch: 1.0)
+    still = plain("still", lambda model, batch: 0.0 * answer_nll(model, batch).sum(), lambda batch: 1.0)
     model = fresh()
     before = weights(model)
     run(
@@ -170,14 +177,14 @@ def test_weights_and_gradients_stay_float32_under_bfloat16_autocast(fresh):
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
 
     def total(live, batch):
-        value = ANSWER_LOSS.total(live, batch)
+        value = summed_nll(live, batch)
         seen.add(value.dtype)
         return value
 
     run(
         model,
         settings(precision="bfloat16", epochs=1),
-        loss=Loss("watched", total, ANSWER_LOSS.weight),
+        loss=plain("watched", total),
     )
     assert seen == {torch.bfloat16, torch.float32}  # what the head gives, and the loss
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -235,14 +242,14 @@ def test_run_interrupted_within_a_forward_pass_goes_on_alike(tmp_path):
     calls = []
 
     def total(model, batch):
-        value = ANSWER_LOSS.total(model, batch)  # has used up random numbers
+        value = summed_nll(model, batch)  # has used up random numbers
         calls.append(value)
         if len(calls) == 6:
             raise KeyboardInterrupt
         return value
 
     with pytest.raises(KeyboardInterrupt):
-        run(first, loss=Loss("interrupted", total, ANSWER_LOSS.weight), state=tmp_path / "state")
+        run(first, loss=plain("interrupted", total), state=tmp_path / "state")
     run(second, state=tmp_path / "state")
     assert_same_bits(weights(second), weights(undisturbed))
 
@@ -307,7 +314,7 @@ def test_run_interrupted_before_its_first_step_leaves_no_state(fresh, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(fresh(), loss=Loss("interrupted", total, ANSWER_LOSS.weight), state=tmp_path / "state")
+        run(fresh(), loss=plain("interrupted", total), state=tmp_path / "state")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -319,14 +326,14 @@ def test_loss_that_is_not_finite_stops_the_run_at_its_step_and_keeps_the_state_b
 
     def total(model, batch):
         calls.append(batch)
-        value = ANSWER_LOSS.total(model, batch)
+        value = summed_nll(model, batch)
         return value * float("nan") if len(calls) == 6 else value
 
     good, bad = fresh(), fresh()
     with pytest.raises(
         DivergenceError, match=r"at step 6 of 12; lower the learning rate \(now 0\.001\); .*state"
     ):
-        run(bad, loss=Loss("poisoned", total, ANSWER_LOSS.weight), state=tmp_path / "state")
+        run(bad, loss=plain("poisoned", total), state=tmp_path / "state")
     with pytest.raises(KeyboardInterrupt):
         run(good, on_progress=interrupted_after(5))
     assert_same_bits(weights(bad), weights(good))

@@ -35,7 +35,7 @@ from palinode.models.loading import pad_token
 from palinode.records import Outcome
 from palinode.settings import TrainingSettings
 from palinode.training.loop import train
-from palinode.training.losses import ANSWER_LOSS
+from palinode.training.objectives import PLAIN_OBJECTIVE
 
 MARGIN = 0.1
 """Distance from the other model's AUC, either way."""
@@ -213,7 +213,7 @@ def relearn(
     )
     curves: dict[int, Values] = {}
 
-    def look(step: int, _rows: Sequence[int] = ()) -> None:
+    def look(step: int) -> None:
         if step not in budget.relearn_steps:
             return
         model.eval()
@@ -229,11 +229,11 @@ def relearn(
     train(
         model,
         rows,
-        ANSWER_LOSS,
+        PLAIN_OBJECTIVE,
         settings,
         seed=subject.seed,
         pad_id=pad_token(subject.tokenizer),
-        on_step=look,
+        on_step=lambda point, _: look(point.step + 1),
         max_steps=last,
         say=subject.listener.say,
     )

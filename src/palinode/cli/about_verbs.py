@@ -18,7 +18,6 @@ from palinode.cli.options import (
     ADVANCED,
     ALLOW_PICKLE,
     COLUMNS,
-    DEVICE,
     FORGET,
     METHOD,
     NEED,
@@ -28,6 +27,7 @@ from palinode.cli.options import (
     Json,
     Key,
     Quiet,
+    completion,
     takes,
 )
 
@@ -52,7 +52,7 @@ SIGNS = {"ok": ("✓", "green"), "note": ("·", "dim"), "warn": ("!", "yellow"),
     Key("output.workspace", group=ADVANCED),
     "tracker",
     ALLOW_PICKLE,
-    DEVICE,
+    "device",
 )
 def doctor(
     given: dict[str, Any],
@@ -69,11 +69,11 @@ def doctor(
     The exit code is 1 when something fails. Without options it looks at libraries and machine alone.
     """
     from palinode.pipeline.doctor import examine_equipment, examine_run
-    from palinode.pipeline.recipe import read_recipe
+    from palinode.pipeline.recipe import laid_over, read_recipe
 
     if "max_length" in given.get("training", {}):
         given["evaluation"] = {"max_length": given["training"]["max_length"]}
-    content = _laid_over(read_recipe(recipe) if recipe else {}, given)
+    content = laid_over(read_recipe(recipe) if recipe else {}, given)
     place = content.get("output", {}).get("folder") or "."
     findings = [*examine_equipment(Path(place))]
     if changes or any(content.get(key) for key in ("models", "data", "output", "tracker")):
@@ -86,20 +86,6 @@ def doctor(
         _show(findings, counts, looked_at_run=bool(content))
     if counts["fail"]:
         raise typer.Exit(1)
-
-
-def _laid_over(content: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Return nested values with those that were given in their place."""
-    merged = dict(content)
-    for name, value in given.items():
-        if isinstance(value, dict) and name != "columns":
-            below = merged.get(name)
-            inner = _laid_over(below if isinstance(below, dict) else {}, value)
-            if inner:
-                merged[name] = inner
-        elif value is not None:
-            merged[name] = value
-    return merged
 
 
 def _show(findings: Sequence[DoctorFinding], counts: Counter[str], *, looked_at_run: bool) -> None:
@@ -190,7 +176,11 @@ KINDS = ("methods", "transforms", "benchmarks", "metrics")
 
 def list_everything(
     kind: Annotated[
-        str | None, typer.Argument(help="methods, transforms, benchmarks or metrics. [default: all]")
+        str | None,
+        typer.Argument(
+            help="methods, transforms, benchmarks or metrics. [default: all]",
+            autocompletion=completion(lambda: KINDS),
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -200,7 +190,7 @@ def list_everything(
 
     if kind is not None and kind not in KINDS:
         raise RecipeError(f"there is no list of {kind}; there are {', '.join(KINDS)}")
-    listed = {name: _LISTS[name]() for name in KINDS if kind in (None, name)}
+    listed = {name: lines for name, lines in listings().items() if kind in (None, name)}
     if as_json:
         print_json(listed)
         return
@@ -209,41 +199,23 @@ def list_everything(
             out().print(line, soft_wrap=True)
 
 
-def _methods() -> dict[str, str]:
-    from palinode.methods import METHODS
-
-    return {name: method.summary for name, method in METHODS.items()}
-
-
-def _transforms() -> dict[str, str]:
-    from palinode.methods.transforms import TRANSFORMS
-
-    return {name: f"{transform.summary}: {transform.formula}" for name, transform in TRANSFORMS.items()}
-
-
-def _benchmarks() -> dict[str, str]:
+def listings() -> dict[str, dict[str, str]]:
+    """Return each method, transform, benchmark and metric with a line about it, by kind."""
     from palinode.benchmarks import BENCHMARKS
-
-    own = {
-        name: f"{benchmark.description} ({', '.join(benchmark.splits)})"
-        for name, benchmark in BENCHMARKS.items()
-    }
-    return {**own, "demo": "an invented world whose truth is known; run by palinode demo"}
-
-
-def _metrics() -> dict[str, str]:
+    from palinode.methods import METHODS
+    from palinode.methods.transforms import TRANSFORMS
     from palinode.metrics.table import ATTACKS, COMPARISONS, METRICS
 
     return {
-        **{name: metric.description for name, metric in METRICS.items()},
-        **COMPARISONS,
-        **{f"auc_{name}": f"membership attack {attack.description}" for name, attack in ATTACKS.items()},
+        "methods": {name: method.summary for name, method in METHODS.items()},
+        "transforms": {name: f"{one.summary}: {one.formula}" for name, one in TRANSFORMS.items()},
+        "benchmarks": {
+            **{name: f"{one.description} ({', '.join(one.splits)})" for name, one in BENCHMARKS.items()},
+            "demo": "an invented world whose truth is known; run by palinode demo",
+        },
+        "metrics": {
+            **{name: metric.description for name, metric in METRICS.items()},
+            **COMPARISONS,
+            **{f"auc_{name}": f"membership attack {attack.description}" for name, attack in ATTACKS.items()},
+        },
     }
-
-
-_LISTS = {
-    "methods": _methods,
-    "transforms": _transforms,
-    "benchmarks": _benchmarks,
-    "metrics": _metrics,
-}

@@ -21,7 +21,6 @@ from palinode.cli.options import (
     ADVANCED,
     ALLOW_PICKLE,
     COLUMNS,
-    DEVICE,
     FORGET,
     METHOD,
     NEED,
@@ -44,7 +43,7 @@ from palinode.cli.weight_verbs import apply, export, vectors, verify
 from palinode.settings import Questioning
 
 if TYPE_CHECKING:
-    from palinode.history import Location
+    from palinode.history.locating import Location
 
 app = typer.Typer(
     name="palinode",
@@ -104,7 +103,6 @@ def _options(
         group=SCALES,
         kind=str,
         read=scales_of,
-        values=lambda: ("auto", "grid"),
     ),
     "scales.retain_share",
     Key("filter", group=SCALES),
@@ -117,7 +115,7 @@ def _options(
     "tracker",
     Key("models.retrained", group=ADVANCED),
     ALLOW_PICKLE,
-    DEVICE,
+    "device",
     "seed",
 )
 def unlearn(
@@ -203,7 +201,7 @@ def run(
     COLUMNS,
     "tracker",
     ALLOW_PICKLE,
-    DEVICE,
+    "device",
     "seed",
     replace(STYLE, place="prompts", group=OTHERS),
 )
@@ -285,7 +283,7 @@ def demo(
         _demo_locate(output or Path("palinode-demo-locate"), seed=settings.seed, quiet=quiet, as_json=as_json)
         return
     from palinode.cli.console import demo_sentence, demo_table
-    from palinode.pipeline import demo as run_demo
+    from palinode.pipeline.demo_run import demo as run_demo
 
     result = run_demo(output or Path("palinode-demo"), seed=settings.seed, listener=listener(quiet=quiet))
     if as_json:

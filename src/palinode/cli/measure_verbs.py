@@ -17,7 +17,6 @@ from palinode.cli.options import (
     Quiet,
     benchmark_names,
     completion,
-    metric_names,
     takes,
 )
 from palinode.settings import AuditSettings, EvaluationSettings
@@ -42,7 +41,6 @@ BEYOND = {"split", "options", "metrics", "against", "judge", "key_variable", "ge
         kind=list[str],
         read=lambda texts: _pairs(texts),
     ),
-    Key("metrics", values=metric_names),
     Key("general", flag="lm-eval"),
     Key("general_include", flag="lm-eval-include"),
     of=EvaluationSettings,
@@ -147,7 +145,13 @@ def audit(
         Path, typer.Option(help="Folder for report.html, audit.md, audit.json and the results so far.")
     ],
     reference: Annotated[
-        str, typer.Option("--reference", "--yardstick", help="What --against is: retrained or base.")
+        str,
+        typer.Option(
+            "--reference",
+            "--yardstick",
+            help="What --against is: retrained or base.",
+            autocompletion=completion(lambda: ("retrained", "base")),
+        ),
     ] = "retrained",
     target: Annotated[
         str | None, typer.Option(help="The model before unlearning, to show what the attacks find in it.")
@@ -165,18 +169,13 @@ def audit(
     Looks for evidence that a model knows more, or less, of a forget set than the reference model does.
     """
     from palinode import jobs
-    from palinode.errors import RecipeError, meant
 
-    if reference not in ("retrained", "base"):
-        raise RecipeError(
-            f"--reference is {reference!r}; say retrained or base{meant(reference, ('retrained', 'base'))}"
-        )
     found = jobs.audit(
         model,
         against=against,
         forget=forget,
         output=output,
-        kind="base" if reference == "base" else "retrained",
+        kind=reference,  # type: ignore[arg-type]  # it is checked there
         target=target,
         retain=retain,
         holdout=holdout,

@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
 from palinode.cli.console import hush_libraries
-from palinode.pipeline.recipe import Recipe, checked_settings, prompt_style
+from palinode.pipeline.recipe import Recipe, checked_settings, known_keys, laid_over, prompt_style
 from palinode.settings import Questioning
 
 GROUPS = {
@@ -56,8 +56,6 @@ class Key:
     kind: type | None = None
     """What the command line takes, where that is not what the field holds: `read` makes it of that."""
     read: Callable[[Any], Any] | None = None
-    values: Callable[[], Sequence[str]] | None = None
-    """Values to complete."""
 
     @property
     def name(self) -> str:
@@ -74,11 +72,15 @@ class Key:
         )
         kind = self.kind or (str if several else kind)
         number = kind in (int, float)
+
+        def complete() -> Sequence[str]:
+            return values or words_of(self.place)
+
         option = typer.Option(
             f"--{self.name.replace('_', '-')}",
             help=self.help or _help(field),
             metavar=shape,
-            autocompletion=completion(self.values or (lambda: values)) if self.values or values else None,
+            autocompletion=completion(complete) if values or self.place in WORDS else None,
             rich_help_panel=self.group or _group(self.place, model),
             min=_limit(field, "ge") if number else None,
             max=_limit(field, "le") if number else None,
@@ -118,7 +120,7 @@ def takes(
             for key in wanted:
                 given = options.pop(key.name)
                 if given is not None and given is not False:
-                    _put(content, key.place, key.value(given, of))
+                    content = laid_over(content, {key.place: key.value(given, of)})
             verb(content if of is Recipe else checked_settings(of, content), **options)
 
         parameters = [
@@ -181,17 +183,6 @@ def _help(field: FieldInfo) -> str:
     return f"{text} [default: {shown}]"
 
 
-def _put(content: dict[str, Any], place: str, value: Any) -> None:
-    """Set a dotted key; a section is laid over what stands there."""
-    *sections, last = place.split(".")
-    for name in sections:
-        content = content.setdefault(name, {})
-    if isinstance(value, Mapping) and isinstance(content.get(last), dict):
-        content[last].update(value)
-    else:
-        content[last] = value
-
-
 def names_in(text: str) -> tuple[str, ...]:
     """Return the names in a text with commas between them."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
@@ -231,9 +222,32 @@ def metric_names() -> Sequence[str]:
     return [*METRICS, "every"]
 
 
-def device_names() -> Sequence[str]:
-    """Return the kinds of devices."""
-    return ("auto", "cpu", "cuda", "mps")
+def recipe_keys() -> Sequence[str]:
+    """Return every key of a recipe that has a value, as --set takes it."""
+    keys = known_keys()
+    return [f"{key}=" for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
+
+
+WORDS: Mapping[str, str | Callable[[], Sequence[str]]] = {
+    "method": method_names,
+    "metrics": metric_names,
+    "device": "auto cpu cuda mps",
+    "scales": "auto grid",
+    "budget": "quick standard full",
+    "measure": "mean_logprob min_k extraction_strength",
+    "judge": "overlap offline: https://",
+    "dtype": "float32 bfloat16 float16",
+    "rounding": "auto nearest stochastic",
+    "precision": "float32 float64",
+    "rows": "refuse shared",
+}
+"""Values to complete, of keys that take any text."""
+
+
+def words_of(place: str) -> Sequence[str]:
+    """Return the values of a key of WORDS."""
+    words = WORDS[place]
+    return words.split() if isinstance(words, str) else words()
 
 
 # Keys of several verbs
@@ -248,7 +262,6 @@ COLUMNS = Key(
     kind=str,
     read=lambda text: _columns(text),
 )
-DEVICE = Key("device", values=device_names)
 LORA = Key(
     "training.lora.rank",
     flag="lora",
@@ -258,7 +271,6 @@ METHOD = Key(
     "method",
     help="A name that `palinode list methods` prints. [default: msa]",
     group=NEED,
-    values=method_names,
 )
 TRAINING_KEYS = (
     "training.epochs",
@@ -279,7 +291,7 @@ STYLE = Key(
     kind=list[str],
     read=prompt_style,
 )
-COMMON = {"columns": replace(COLUMNS, place="columns"), "device": DEVICE, "style": STYLE}
+COMMON = {"columns": replace(COLUMNS, place="columns"), "style": STYLE}
 """Fields of several settings that the command line writes in its own way."""
 
 # Options of the command line alone
@@ -291,7 +303,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; do nothing.")]
 Changes = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Set any key of a recipe, as in training.learning_rate=2e-5; repeatable."),
+    typer.Option(
+        "--set",
+        help="Set any key of a recipe, as in training.learning_rate=2e-5; repeatable.",
+        autocompletion=completion(recipe_keys),
+    ),
 ]
 FixedScales = Annotated[
     str, typer.Option(help="α,β as in 1.0,0.5, or α alone; with β = 0 the retain model is never opened.")
@@ -324,7 +340,7 @@ def scales_of(text: str) -> dict[str, Any]:
 
 
 def _columns(text: str) -> dict[str, str]:
-    from palinode.data import parse_columns
+    from palinode.data.examples import parse_columns
 
     return parse_columns(text)
 

@@ -35,8 +35,7 @@ from palinode.compare.contest import (
     train_part,
 )
 from palinode.compare.ground import Shares, divide_rows, make_world, rows_for, world_of
-from palinode.compare.measuring import make_gauge, measure_model
-from palinode.compare.ranking import rank, values_of
+from palinode.compare.measuring import make_gauge, measure_model, rank, values_of
 from palinode.data.examples import Example, Message, fingerprint_examples
 from palinode.evaluation.yardstick import estimate_yardstick
 from palinode.methods import METHODS
@@ -51,15 +50,14 @@ from palinode.pipeline.inputs import (
     check_workspace,
     open_inputs,
 )
-from palinode.pipeline.making import Making
 from palinode.pipeline.record import environment, heading
+from palinode.pipeline.run import Making
 from palinode.pipeline.scales import Probes, open_goal
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text
 from palinode.report.comparison_report import tradeoff_picture
-from palinode.report.page import html_report
-from palinode.report.reports import Facts, markdown_report, report_content
+from palinode.report.reports import Facts, html_report, markdown_report, report_content
 
 FILES = TABLE, REPORT, PICTURE, PAGE = "table.json", "report.md", "tradeoff.svg", "report.html"
 """What a comparison's folder holds."""
@@ -124,13 +122,12 @@ def open_ground(recipe: CompareRecipe, workspace: Workspace, listener: Listener)
         folder = world_folder(comparison.demo, workspace.folder, seed=comparison.seed)
         make_world(comparison.demo, folder, seed=comparison.seed, listener=listener)
     inputs = open_inputs(recipe.shared)
-    models = [entry for entry in (inputs.base, inputs.target, inputs.retrained) if entry is not None]
     output = Path(recipe.shared.output.folder)
-    check_apart(output, models)
+    check_apart(output, inputs.models.values())
     kept = len(comparison.contestants) * len(comparison.seeds) if comparison.keep_models else 1
     # at most four fine-tuned models (float32) lie there at once, beside the models that are kept
     needs = 16 * inputs.reader.parameters + kept * inputs.reader.nbytes
-    others = [] if comparison.world else [entry.folder for entry in models]
+    others = [] if comparison.world else [model.folder for model in inputs.models.values()]
     check_workspace(recipe.workspace, [output, *others], needs=needs)
     inputs = ask_as_trained(inputs, workspace, listener)
     target, retrained = FineTuning(inputs, workspace, listener).given_or_prepared()

@@ -22,8 +22,8 @@ from palinode.data.sources import Row, json_type, parse_hub_name, read_rows
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import DataError, RecipeError
 from palinode.metrics.aggregate import forget_quality
-from palinode.metrics.judged import forget_accuracy, recover_accuracy, retain_accuracy
 from palinode.metrics.likelihood import Form
+from palinode.metrics.matching import forget_accuracy, recover_accuracy, retain_accuracy
 from palinode.metrics.membership import auc, min_k_values, privleak, true_positive_rate
 from palinode.metrics.table import ATTACKS, COMPARISONS, METRICS, Metric, score_outcomes
 from palinode.records import Outcome, Score, Verdict, read_bytes

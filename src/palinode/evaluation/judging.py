@@ -2,7 +2,7 @@
 
 The candidates of a question are the ground truth, the retrained model's own answer, the perturbed answers
 and "none of these"; where the data lists accepted answers (RESTOR), these and "none of these". Equal texts
-are one candidate with several roles. What follows from the picks is in metrics/judged.py. Decisions are kept
+are one candidate with several roles. Their accuracies are in metrics/matching.py. Decisions are kept
 by content: whoever asks the same again gets the same answer, and pays nothing.
 """
 

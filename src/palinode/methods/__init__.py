@@ -1,16 +1,14 @@
 """Unlearning methods, one file each, in a plain table."""
 
-from palinode.methods.altpo import ALTPO
 from palinode.methods.apply import apply
 from palinode.methods.gradient import GRAD_ASCENT, GRAD_DIFF, IDK_NLL, KL_MIN, RETAIN_FINETUNE
 from palinode.methods.method import Method, MethodSettings
 from palinode.methods.msa import GIVEN, MSA, PAIRED, REWIND, TASK_VECTOR, unlearned_point
 from palinode.methods.pdu import PDU
-from palinode.methods.preference import DPO, NPO, SIMNPO
+from palinode.methods.preference import ALTPO, DPO, NPO, SIMNPO
 from palinode.methods.rmu import RMU
 from palinode.methods.ties import TIES
-from palinode.methods.undial import UNDIAL
-from palinode.methods.weighted import CE_U, SATIMP, WGA
+from palinode.methods.weighted import CE_U, SATIMP, UNDIAL, WGA
 from palinode.methods.whp import WHP, WHP_LOGITS
 
 METHODS: dict[str, Method] = {

@@ -13,20 +13,45 @@ IdkDPO (TOFU, arXiv 2401.06121): direct preference optimisation of a refusal ove
 L = γ·s·mean_i[−log σ(β·h_i)] + α·L_r with h = (nll_ref − nll)(x, refusal) − (nll_ref − nll)(x, y). s is 2/β
 in open-unlearning and 1 in TOFU and in DPO itself. Each forget question is given a refusal drawn anew in
 every epoch.
+
+AltPO (Mekala et al., COLING 2025, arXiv 2409.13474): DPO of other answers over the true one.
+
+The loss of IdkDPO with, instead of a refusal, a plausible but different answer that the target itself gave
+when asked for one: several a question, drawn at random with a seed, and kept. Those that equal the true
+answer are dropped.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from palinode.methods.method import Method, RetainSettings
+from palinode.data.examples import Example, Message
+from palinode.errors import DataError
+from palinode.methods.method import (
+    Alternates,
+    Asked,
+    Given,
+    Method,
+    MethodRun,
+    RetainSettings,
+    drawn_from,
+    gather,
+    trained_run,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from palinode.data.tokenize import PromptStyle
+    from palinode.progress import Listener
     from palinode.training.objectives import Objective, Seen
+    from palinode.training.roles import Material
 
 
 class NPOSettings(RetainSettings):
@@ -113,4 +138,124 @@ DPO = Method(
     needs=frozenset({"retain", "refusals", "frozen_target"}),
     settings=DPOSettings,
     objective=dpo_objective,
+)
+
+
+REQUEST = (
+    "{question}\n\nOne answer to this is: {answer}\nGive a different answer of the same kind and length. "
+    "Change every fact in it, and say nothing else."
+)
+"""How the target is asked for another answer."""
+
+STOPS = ("Question:", "Q:")
+"""Where an answer is cut: the model goes on to ask itself another question."""
+
+
+class AltPOSettings(DPOSettings):
+    """Those of DPO, and how other answers are drawn."""
+
+    start: Literal["target"] = "target"
+    """The target only: it is its own answers that are preferred."""
+    samples: int = Field(default=5, ge=1)
+    """Other answers that the target is asked for, a question."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits as they are drawn."""
+    max_new_tokens: int = Field(default=200, ge=1)
+    """Length limit of an answer."""
+
+
+def altpo_objective(settings: AltPOSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
+    """Return DPO of other answers over forget rows plus the retain loss; an epoch goes through the others."""
+    from palinode.methods.parts import preference_term, retain_terms
+    from palinode.training.objectives import Objective
+
+    forget = preference_term("alternate", beta=settings.beta, gamma=settings.gamma, scaled=settings.scaled)
+    return Objective((forget, *retain_terms(settings)), anchor="alternate")
+
+
+def altpo_runs(settings: AltPOSettings, given: Given) -> list[MethodRun]:
+    """Return the run, which makes its rows of the answers that the target is asked for first."""
+    minimised, retain = altpo_objective(settings, given.seed), drawn_from(settings, given)
+
+    def material(alternates: Alternates) -> Material:
+        return gather(minimised, forget=given.forget, retain=retain, alternates=alternates)
+
+    asked = Asked(
+        len(given.forget) * settings.samples,
+        [settings.samples, settings.temperature, settings.max_new_tokens],
+        partial(draw_alternates, examples=given.forget, settings=settings),
+        material,
+    )
+    rows = [(place, one.answer) for place, one in enumerate(given.forget) for _ in range(settings.samples)]
+    return [trained_run("altpo", settings, material(rows), minimised, asked=asked)]
+
+
+def draw_alternates(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    examples: Sequence[Example],
+    settings: AltPOSettings,
+    seed: int,
+    max_length: int,
+    style: PromptStyle,
+    listener: Listener | None = None,
+) -> list[tuple[int, str]]:
+    """Return other answers as (position of the example, text), the same for the same seed.
+
+    A raw completion is continued without a request, which would be no part of such a text. Raises DataError
+    when nothing but true answers came back.
+    """
+    from palinode.data.examples import plain_questions
+    from palinode.evaluation.ask import ask
+    from palinode.settings import Asking
+
+    asking = Asking(
+        generate=False,
+        samples=settings.samples,
+        temperature=settings.temperature,
+        max_new_tokens=settings.max_new_tokens,
+        stop_texts=STOPS,
+        seed=seed,
+        max_length=2 * max_length,  # the request holds the answer once more
+    )
+    requests = plain_questions([request(example) for example in examples])
+    asked = ask(model, tokenizer, requests, asking, style=style, label="other answers", listener=listener)
+    found = [
+        (place, text)
+        for place, (example, outcome) in enumerate(zip(examples, asked, strict=True))
+        for text in dict.fromkeys(sample.strip() for sample in outcome.samples)
+        if text and _folded(text) != _folded(example.answer)
+    ]
+    if not found:
+        raise DataError(
+            f"the target gave nothing but the true answers in {settings.samples} tries a question; raise "
+            "method_settings.temperature"
+        )
+    return found
+
+
+def request(example: Example) -> Example:
+    """Return the example with its question turned into a request for another answer."""
+    if example.form not in ("question", "chat"):
+        return example
+    *before, last = example.turns
+    text = REQUEST.format(question=last.content, answer=example.answer)
+    return replace(example, turns=(*before, Message(last.role, text)))
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+ALTPO = Method(
+    name="altpo",
+    summary="other answers of the target's own making are preferred to the true ones",
+    source="Mekala et al. 2025, arXiv 2409.13474",
+    formula="L = γ·(2/β)·mean[−log σ(β·h)] + α·L_r, h = (nll_ref − nll)(other) − (nll_ref − nll)(answer)",
+    needs=frozenset({"retain", "alternates", "frozen_target"}),
+    settings=AltPOSettings,
+    objective=altpo_objective,
+    own_runs=altpo_runs,
+    training={"epochs": 2},
 )

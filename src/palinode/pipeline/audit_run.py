@@ -19,17 +19,16 @@ from palinode.audit.attacks import ATTACKS
 from palinode.audit.findings import AUDITED, STATISTICS, Finding, answer, find
 from palinode.audit.material import AuditRows
 from palinode.audit.policy import Policy
-from palinode.data.examples import Example, check_no_forget_rows, fingerprint_examples
+from palinode.data.examples import Example, check_no_forget_rows
 from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
 from palinode.errors import DivergenceError, MismatchError, RecipeError
 from palinode.models.loading import load_tokenizer, pick_device, tokenizer_fingerprint
 from palinode.pipeline.inputs import check_apart, check_folder, note_on_prompts
-from palinode.pipeline.record import environment, heading
+from palinode.pipeline.record import environment, heading, model_facts, row_facts
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text
-from palinode.report.page import html_report
-from palinode.report.reports import Facts, markdown_report, report_content
+from palinode.report.reports import Facts, html_report, markdown_report, report_content
 from palinode.weights import Checkpoint
 from palinode.weights.fingerprints import check_same
 
@@ -155,19 +154,11 @@ class _AuditRun:
             "seed": plan.seed,
             "reference": plan.kind,
             "models": {
-                name: {
-                    "location": plan.models[name],
-                    "fingerprint": checkpoint.fingerprint(),
-                    "parameters": checkpoint.parameters,
-                }
+                name: model_facts(plan.models[name], checkpoint)
                 for name, checkpoint in self.checkpoints.items()
             },
             "data": {
-                name: {
-                    "location": plan.locations.get(name),
-                    "rows": len(examples),
-                    "fingerprint": fingerprint_examples(examples),
-                }
+                name: row_facts(plan.locations.get(name), examples)
                 for name, examples in plan.material.sets().items()
             },
             "policy": plan.policy.model_dump(mode="json"),

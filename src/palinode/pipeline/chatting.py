@@ -22,9 +22,11 @@ from palinode.methods.method import Vectors
 from palinode.models.generation import stream_answer
 from palinode.models.inplace import put
 from palinode.models.loading import load_model, load_tokenizer, pick_device
-from palinode.pipeline.making import find_model, find_vectors, read_record, workspace_of
 from palinode.pipeline.recipe import Prompts
+from palinode.pipeline.reporting import find_workspace
+from palinode.pipeline.run import find_model, find_vectors, read_record
 from palinode.progress import Listener, NullListener
+from palinode.records import workspace_beside
 from palinode.weights import Checkpoint
 
 OnText = Callable[[str], None]
@@ -142,7 +144,7 @@ def open_chat(
     listener = listener or NullListener()
     out = Checkpoint.open(folder)
     record = read_record(out.folder)
-    workspace = workspace_of(out.folder, record)
+    workspace = find_workspace(out.folder, record) or workspace_beside(out.folder)
     target = find_model(record, "target", workspace, hint=against)
     other = None if alone else Checkpoint.open(against, allow_pickle=allow_pickle) if against else target
     vectors, fixed = None, None

@@ -92,7 +92,10 @@ class _Planner:
         for run in self.runs:
             steps += [self._asked(run.asked)] if run.asked else []
             steps.append(self._run(run))
-        points = grid_size(self.inputs) if self.recipe.has_scales else 1
+        scales = recipe.scales
+        alphas = len(scales.forget_grid) if scales.forget is None else 1
+        betas = len(scales.retain_grid) if self.inputs.given.retain_scale is None else 1
+        points = alphas * betas if recipe.has_scales else 1
         if points > 1:
             steps.append(self._scales(points))
         steps.append(PlannedStep("write the unlearned model", 0, 6 * 4 * self.parameters / 1e9))
@@ -213,14 +216,6 @@ class _Planner:
         merged = sum(run.whole for run in self.runs) if lora else 0
         whole = self.parameters * (made + merged)
         return 4 * (trained * len(self.runs) + whole) + target.nbytes + state
-
-
-def grid_size(inputs: Inputs) -> int:
-    """Return the number of (α, β) pairs on the run's grid."""
-    scales = inputs.recipe.scales
-    alphas = len(scales.forget_grid) if scales.forget is None else 1
-    betas = len(scales.retain_grid) if inputs.given.retain_scale is None else 1
-    return alphas * betas
 
 
 def measure_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:

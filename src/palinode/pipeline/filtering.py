@@ -237,7 +237,7 @@ class Weighing:
 
     def _filter(self, key: str) -> np.ndarray:
         mu, epsilon = self.settings.weights()
-        forget, spared = self.forget and self.forget.read(key), self.spared.read(key)
+        forget, spared = self.forget.read(key) if self.forget else None, self.spared.read(key)
         return least_squares(forget, spared, mu=mu, epsilon=epsilon, ridge=self.settings.ridge)
 
     def rule(self, name: str, found: Sequence[np.ndarray]) -> np.ndarray:

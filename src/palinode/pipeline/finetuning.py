@@ -20,9 +20,9 @@ from palinode.models.loading import load_model, load_tokenizer, tokenizer_finger
 from palinode.pipeline.inputs import Work
 from palinode.pipeline.record import thinned_curve
 from palinode.pipeline.transforming import Filtered, OpenFilter, Transforming
-from palinode.pipeline.workspace import Step
+from palinode.pipeline.workspace import Step, fingerprint
 from palinode.training.finetune import Finetuned, Watch, finetune
-from palinode.training.losses import ANSWER_LOSS
+from palinode.training.objectives import PLAIN_OBJECTIVE
 from palinode.weights import Checkpoint, Direction, LoraAdapter, Point, WeightedSum, save
 
 
@@ -135,7 +135,9 @@ class FineTuning(Work):
         done, seen = _Progress(target, given.seed), {}
         if self.inputs.unlearned is not None:
             done.ends["given"] = self.inputs.unlearned
-            done.steps["given"] = self.inputs.unlearned.fingerprint()
+            done.steps["given"] = fingerprint(
+                target=target.fingerprint(), given=self.inputs.unlearned.fingerprint()
+            )
         for run in method.runs(settings, given):
             material = self._finetuned(run, done)
             retain = material.get("retain", ())
@@ -216,7 +218,7 @@ class FineTuning(Work):
                 style=self.recipe.prompts.style(),
                 reader=self.inputs.reader,
                 device=self.recipe.device,
-                loss=run.objective or ANSWER_LOSS,
+                loss=run.objective or PLAIN_OBJECTIVE,
                 state=step.folder / "state",
                 listener=self.listener,
                 watch=Watch(f"fine-tuning {run.name}"),

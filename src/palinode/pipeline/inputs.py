@@ -93,6 +93,17 @@ class Inputs:
     """A model that has unlearned already, whose change is taken as the vector."""
 
     @property
+    def models(self) -> dict[str, Checkpoint]:
+        """The models that are there, by role."""
+        given = {
+            "target": self.target,
+            "base": self.base,
+            "retrained": self.retrained,
+            "given": self.unlearned,
+        }
+        return {name: model for name, model in given.items() if model is not None}
+
+    @property
     def method(self) -> Method:
         """The recipe's method."""
         return METHODS[self.recipe.method]
@@ -170,10 +181,10 @@ def open_inputs(recipe: Recipe) -> Inputs:
     pick_device(recipe.device)
     check_trackers(recipe.tracker)
     models = recipe.models
-    base = _open(models.base, models.allow_pickle) if models.base else None
-    target = _open(models.target, models.allow_pickle) if models.target else None
-    retrained = _open(models.retrained, models.allow_pickle) if models.retrained else None
-    unlearned = _open(models.given, models.allow_pickle) if models.given else None
+    base, target, retrained, unlearned = (
+        _open(place, models.allow_pickle) if place else None
+        for place in (models.base, models.target, models.retrained, models.given)
+    )
     if (reader := target or base) is not None:
         _check_models(reader, base if target else None, retrained, recipe)
     if target is not None and unlearned is not None:
@@ -181,8 +192,7 @@ def open_inputs(recipe: Recipe) -> Inputs:
     rows, notes = _open_rows(recipe)
     refusals = tuple(read_refusals(recipe.data.refusals)) if recipe.data.refusals else ()
     inputs = Inputs(recipe, base, target, retrained, rows, tuple(notes), refusals, unlearned)
-    cut = _check_rows_fit(inputs, [entry for entry in (target, base, retrained) if entry is not None])
-    return replace(inputs, notes=(*notes, *cut))
+    return replace(inputs, notes=(*notes, *_check_rows_fit(inputs)))
 
 
 def ask_as_trained(inputs: Inputs, workspace: Workspace, listener: Listener) -> Inputs:
@@ -252,8 +262,7 @@ def check_places(recipe: Recipe, inputs: Inputs, needs: int) -> None:
 
     `needs` is what the whole run writes, in bytes; what the workspace holds already is taken off.
     """
-    given = (inputs.base, inputs.target, inputs.retrained, inputs.unlearned)
-    models = [entry.folder for entry in given if entry is not None]
+    models = [model.folder for model in inputs.models.values()]
     data = recipe.data
     named = (data.forget, data.retain, data.holdout, data.refusals)
     files = [Path(name) for name in named if name and Path(name).exists()]
@@ -325,14 +334,9 @@ def _check_models(
     if retrained is not None:
         check_tokenizers(target, [retrained])
     gradients = any(entry.get("name") == "importance" for entry in recipe.changes)
-    if gradients or _tries_scales(recipe):
-        check_live(target, by_name=gradients)
-
-
-def _tries_scales(recipe: Recipe) -> bool:
-    """Tell whether pairs of scales will be tried on a live model."""
     given = recipe.scales.forget is not None and (recipe.scales.retain is not None or not recipe.data.retain)
-    return recipe.has_scales and not given
+    if gradients or (recipe.has_scales and not given):  # pairs are tried on a live model
+        check_live(target, by_name=gradients)
 
 
 def check_unlearned(target: Checkpoint, unlearned: Checkpoint) -> None:
@@ -535,7 +539,7 @@ def _held_back(retain: Sequence[Example], sample: Sequence[Example], notes: list
     return rest or retain
 
 
-def _check_rows_fit(inputs: Inputs, models: Sequence[Checkpoint]) -> list[str]:
+def _check_rows_fit(inputs: Inputs) -> list[str]:
     """Tokenize everything once, so that a row that cannot be used is named now; return what is cut."""
     rows, recipe = inputs.rows, inputs.recipe
     tokenizer, style = load_tokenizer(inputs.reader), recipe.prompts.style()
@@ -549,7 +553,7 @@ def _check_rows_fit(inputs: Inputs, models: Sequence[Checkpoint]) -> list[str]:
     }
     for use, (examples, max_length) in uses.items():
         tokens = tokenize(examples, tokenizer, max_length=max_length, style=style)
-        for model in models:
+        for model in inputs.models.values():
             check_positions(load_config(model), tokens, tokenizer)
         if count := sum(row.truncated for row in tokens):
             notes.append(f"Answers cut to fit max_length {max_length} in {use}: {count}.")

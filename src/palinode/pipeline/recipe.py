@@ -332,6 +332,19 @@ def with_changes(content: Mapping[str, Any], changes: Sequence[str]) -> dict[str
     return changed
 
 
+def laid_over(content: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested values with those that were given in their place; keys may be dotted, columns are one."""
+    merged = dict(content)
+    for key, value in given.items():
+        name, _, rest = key.partition(".")
+        value = {rest: value} if rest else value
+        if isinstance(value, Mapping) and name != "columns":
+            below = merged.get(name)
+            value = laid_over(below if isinstance(below, Mapping) else {}, value)
+        merged[name] = value
+    return merged
+
+
 def read_prompts(content: Mapping[str, Any], changes: Sequence[str] = ()) -> Prompts:
     """Return the section [prompts] of a recipe that may be wrong or incomplete elsewhere.
 

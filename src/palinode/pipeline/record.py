@@ -81,17 +81,20 @@ def build_record(
 ) -> dict[str, Any]:
     """Return the content of record.json; `seen` are the retain rows that the run was trained on."""
     recipe = inputs.recipe
+    given = {**recipe.models.model_dump(), "unlearned": recipe.output.folder}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB, macOS in bytes
     return {
         **heading(RECORD_VERSION, started=started, verb="run"),
         "run": run,
         "seed": recipe.seed,
         "recipe": recipe.model_dump(mode="json"),
-        "models": {name: _model(name, entry, inputs) for name, entry in models.items()},
+        "models": {name: model_facts(given[name], entry) for name, entry in models.items()},
         "data": {
-            "forget": _rows(recipe.data.forget, inputs.rows.forget),
-            "retain": _rows(recipe.data.retain, inputs.rows.retain) if recipe.data.retain else None,
-            **({"holdout": _rows(recipe.data.holdout, inputs.rows.unseen)} if recipe.data.holdout else {}),
+            "forget": row_facts(recipe.data.forget, inputs.rows.forget),
+            "retain": row_facts(recipe.data.retain, inputs.rows.retain) if recipe.data.retain else None,
+            **(
+                {"holdout": row_facts(recipe.data.holdout, inputs.rows.unseen)} if recipe.data.holdout else {}
+            ),
         },
         "method": {
             "name": recipe.method,
@@ -140,22 +143,17 @@ def with_unseen(
     return added
 
 
-def _model(name: str, checkpoint: Checkpoint, inputs: Inputs) -> dict[str, Any]:
-    given = {
-        "target": inputs.recipe.models.target,
-        "base": inputs.recipe.models.base,
-        "retrained": inputs.recipe.models.retrained,
-        "given": inputs.recipe.models.given,
-        "unlearned": inputs.recipe.output.folder,
-    }
+def model_facts(location: str | None, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what a record tells of a model."""
     return {
-        "location": given[name] or "made by [prepare]",
+        "location": location or "made by [prepare]",
         "fingerprint": checkpoint.fingerprint(),
         "parameters": checkpoint.parameters,
     }
 
 
-def _rows(location: str, examples: Sequence[Example]) -> dict[str, Any]:
+def row_facts(location: str | None, examples: Sequence[Example]) -> dict[str, Any]:
+    """Return what a record tells of rows."""
     return {"location": location, "rows": len(examples), "fingerprint": fingerprint_examples(examples)}
 
 

@@ -23,8 +23,7 @@ from palinode.records import (
     write_json,
     write_text,
 )
-from palinode.report.page import html_report
-from palinode.report.reports import Facts, Outcomes, markdown_report, report_content
+from palinode.report.reports import Facts, Outcomes, html_report, markdown_report, report_content
 from palinode.report.run_report import model_card
 from palinode.report.words import MODELS, at, known_first
 

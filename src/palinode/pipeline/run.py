@@ -1,9 +1,8 @@
-"""What a run has done before: the fingerprint that decides its result, and the results that are there.
+"""The main job: fine-tune, form vectors, choose scales, apply, evaluate, record; and what a run left behind.
 
-The main job: fine-tune, form vectors, choose scales, apply, evaluate, record. One step a method.
-
-Each step is a function of fingerprinted inputs and leaves its result in the workspace; a step that
-has one is not run again. The unlearned model takes its final name only when its record is in it.
+Each step is a function of fingerprinted inputs and leaves its result in the workspace; a step that has one is
+not run again. The unlearned model takes its final name only when its record is in it. A record names the
+steps that made its model, so that a finished run's vectors are found by their keys.
 """
 
 from __future__ import annotations
@@ -13,22 +12,28 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from palinode.data.examples import Example, fingerprint_examples, plain_questions
-from palinode.errors import CheckpointError, unwritable
+from palinode.errors import CheckpointError, InputError, PalinodeError, unwritable
 from palinode.evaluation.ask import ask
+from palinode.methods import METHODS, unlearned_point
+from palinode.methods.method import Ends, Vectors
 from palinode.models.loading import load_model, load_tokenizer, pick_device, tokenizer_fingerprint
 from palinode.pipeline.costs import Plan, describe, make_plan
-from palinode.pipeline.finetuning import FineTuning
-from palinode.pipeline.inputs import Inputs, Work, ask_as_trained, check_places, open_inputs, workspace_folder
-from palinode.pipeline.making import Making
+from palinode.pipeline.finetuning import FineTuning, Trained, open_end, open_whole
+from palinode.pipeline.goal import TOLERANCE
+from palinode.pipeline.grid import grid_scales
+from palinode.pipeline.inputs import Inputs, ask_as_trained, check_places, open_inputs, workspace_folder
 from palinode.pipeline.recipe import Recipe
-from palinode.pipeline.record import build_record
+from palinode.pipeline.record import build_record, dose_facts, geometry_facts
 from palinode.pipeline.reporting import full_report, publish
+from palinode.pipeline.scales import ChosenScales, own_yardstick, scaled_vector
+from palinode.pipeline.search import search_scales
 from palinode.pipeline.tracking import tracked
 from palinode.pipeline.workspace import Step, Workspace, fingerprint
 from palinode.progress import Listener, NullListener
@@ -42,7 +47,7 @@ from palinode.records import (
     write_json,
     write_outcomes,
 )
-from palinode.weights import Checkpoint
+from palinode.weights import Checkpoint, Direction, Point, StoredVector, save
 from palinode.weights.atomic import claimed
 from palinode.weights.atomic import publish as publish_folder
 from palinode.weights.fingerprints import check_same, known_fingerprint, tensor_digests
@@ -55,20 +60,8 @@ SHOWN_FROM = 1_000_000_000
 """Bytes of a model from which hashing is shown: some seconds on a slow disk."""
 
 
-def opened(inputs: Inputs) -> dict[str, Checkpoint]:
-    """Return the models that a run starts from, by role."""
-    given = {
-        "base": inputs.base,
-        "target": inputs.target,
-        "retrained": inputs.retrained,
-        "given": inputs.unlearned,
-    }
-    return {name: model for name, model in given.items() if model is not None}
-
-
 def run_key(inputs: Inputs) -> str:
     """Return the fingerprint of everything that decides a run's result."""
-    models = opened(inputs)
     recipe = inputs.recipe.model_dump(
         mode="json",
         exclude={
@@ -86,7 +79,7 @@ def run_key(inputs: Inputs) -> str:
         recipe["transforms"] = inputs.recipe.changes
     return fingerprint(
         recipe=recipe,
-        models={name: entry.fingerprint() for name, entry in models.items()},
+        models={name: model.fingerprint() for name, model in inputs.models.items()},
         forget=fingerprint_examples(inputs.rows.forget),
         retain=fingerprint_examples(inputs.rows.retain),
         **({"refusals": list(inputs.refusals)} if inputs.refusals else {}),
@@ -97,11 +90,10 @@ def run_key(inputs: Inputs) -> str:
 
 def hash_models(inputs: Inputs, listener: Listener) -> None:
     """Hash the weights that a run starts from, showing how far it is; the digests are remembered."""
-    for name, model in opened(inputs).items():
-        if model.nbytes < SHOWN_FROM or known_fingerprint(model) is not None:
-            continue
-        with listener.task(f"hashing the {name}", model.nbytes, "bytes") as advance:
-            tensor_digests(model, on_progress=advance)
+    for name, model in inputs.models.items():
+        if model.nbytes >= SHOWN_FROM and known_fingerprint(model) is None:
+            with listener.task(f"hashing the {name}", model.nbytes, "bytes") as advance:
+                tensor_digests(model, on_progress=advance)
 
 
 def finished_before(inputs: Inputs) -> Mapping[str, Any] | None:
@@ -224,14 +216,145 @@ def tracked_run(inputs: Inputs, workspace: Workspace, listener: Listener) -> Abs
     )
 
 
-class _Unlearning(Work):
+@dataclass(frozen=True, slots=True)
+class Made:
+    """The unlearned model as it lies in the workspace, and how it came about."""
+
+    model: Checkpoint
+    trained: Trained
+    chosen: ChosenScales | None
+    """The scales; None where no vectors were added."""
+    weights: Mapping[str, Any]
+    """Dose, and the geometry of the vectors."""
+    steps: Mapping[str, str]
+    """Keys of the steps that made it."""
+
+
+class Making(FineTuning):
+    """Fine-tune, choose scales, add up, write."""
+
+    def make(self, target: Checkpoint) -> Made:
+        """Make the unlearned model, in the workspace."""
+        trained = self.train(target)
+        chosen = self._scales(target, trained) if isinstance(trained.result, Vectors) else None
+        if chosen and chosen.filter and trained.filters:
+            trained = trained.filtered(trained.filters.find(chosen.filter["key"]))
+        output = self.recipe.output
+        step = self.workspace.step(
+            "apply",
+            target=target.fingerprint(),
+            steps=dict(trained.steps),
+            scales=chosen and [chosen.forget, chosen.retain, *(group["factor"] for group in chosen.groups)],
+            output=[output.dtype, output.rounding, self.recipe.seed],
+        )
+        weights, model = step.facts, open_whole(step)
+        if weights is None or model is None:
+            step.clear()
+            if chosen:
+                weights = self._vectors_added(target, trained, chosen, step)
+            else:
+                along = {"change": trained.model - target}
+                point = target + along["change"]
+                weights = {"dose": self._write(point, target, along, {"change": 1.0}, step)}
+            step.finish(weights)
+            model = Checkpoint.open(step.folder / "model")
+        return Made(model, trained, chosen, weights, {**trained.steps, "apply": step.key})
+
+    def _scales(self, target: Checkpoint, trained: Trained) -> ChosenScales:
+        """Return the scales: as given, searched for, or picked on the grid."""
+        scales, vectors, rows = self.recipe.scales, trained.vectors, self.inputs.rows
+        beta = 0.0 if vectors.retain is None else scales.retain
+        betas = scales.retain_grid if beta is None else [beta]
+        alphas = scales.forget_grid if scales.forget is None else [scales.forget]
+        if len(alphas) == len(betas) == 1:
+            return self._given(alphas[0], betas[0], trained)
+        auto = scales.choose == "auto"
+        step = self.workspace.step(
+            "scales",
+            target=target.fingerprint(),
+            base=self.inputs.base.fingerprint() if self.inputs.base else None,
+            vectors=dict(trained.steps),
+            grid=[sorted(alphas), sorted(betas)],
+            retain_share=scales.retain_share,
+            rows=[fingerprint_examples(rows.forget_probe), fingerprint_examples(rows.retain_probe)],
+            max_length=self.recipe.evaluation.max_length,
+            prompts=self.recipe.prompts.model_dump(),
+            output=[self.recipe.output.dtype, self.recipe.output.rounding, self.recipe.seed],
+            unseen=[rows.unseen_source, fingerprint_examples(rows.unseen)],
+            tolerance=TOLERANCE,
+            **({"auto": [scales.trials, scales.groups]} if auto else {}),
+        )
+        choose = partial(grid_scales, self.inputs, target, vectors)
+        if auto:
+            choose = partial(search_scales, self.inputs, target, vectors, filters=trained.filters)
+
+        def found() -> dict[str, Any]:
+            yardstick, unfiltered = None, target - (trained.before or vectors.forget)
+            if self.inputs.base is None:
+                yardstick = own_yardstick(self.inputs, target, unfiltered, step.folder)
+            return asdict(choose((alphas, betas), step.folder, self.listener, yardstick=yardstick))
+
+        return ChosenScales(**step.once(found))
+
+    def _given(self, alpha: float, beta: float, trained: Trained) -> ChosenScales:
+        """Return scales that are given; a filter that is to read where the model arrives does it there."""
+        chosen = ChosenScales(alpha, beta, "given", None, [])
+        filters = trained.filters
+        if filters is None or filters.arrives != "always":
+            return chosen
+        return replace(chosen, filter=filters.arrived(filters.usual(), alpha).as_record())
+
+    def _vectors_added(
+        self, target: Checkpoint, trained: Trained, chosen: ChosenScales, step: Step
+    ) -> dict[str, Any]:
+        """Add the vectors up and write the model; return its dose and the geometry of the vectors."""
+        vectors, forget = trained.vectors, trained.vectors.forget
+        retain = vectors.retain if chosen.retain else None
+        if chosen.groups:
+            forget = scaled_vector(forget, chosen.groups, step.folder / "vector")
+        scales = {"forget": chosen.forget, "retain": chosen.retain}
+        point = unlearned_point(
+            target, forget, retain, forget_scale=chosen.forget, retain_scale=chosen.retain
+        )
+        along = {"forget": -1.0 * forget} | ({"retain": retain} if retain is not None else {})
+        dose = self._write(point, target, along, scales, step)
+        with self.listener.task("measuring the vectors", target.parameters, "weights") as advance:
+            geometry = geometry_facts(vectors.forget, vectors.retain, on_progress=advance)
+        told = {"transforms": list(trained.transforms)} if trained.transforms else {}
+        return {"dose": dose, "vectors": {**geometry, **told}}
+
+    def _write(
+        self,
+        point: Point,
+        target: Checkpoint,
+        along: Mapping[str, Direction],
+        scales: Mapping[str, float],
+        step: Step,
+    ) -> dict[str, Any]:
+        """Write the unlearned model, say what the user should know of its rounding, and return its dose."""
+        with self.listener.task("writing the unlearned model", target.parameters, "weights") as advance:
+            saved = save(
+                point,
+                step.folder / "model",
+                dtype=self.recipe.output.dtype,
+                rounding=self.recipe.output.rounding,
+                seed=self.recipe.seed,
+                along=along,
+                on_progress=advance,
+            )
+        for note in saved.notes:
+            self.listener.say(note)
+        return dose_facts(saved, scales)
+
+
+class _Unlearning(Making):
     """One run over its inputs and workspace, from fine-tuning to the published folder."""
 
     def run(self, located: Mapping[str, Any] | None) -> Unlearned:
         """Go through all steps and publish the result."""
         started = datetime.now(UTC)
-        target, retrained = FineTuning(self.inputs, self.workspace, self.listener).given_or_prepared()
-        made = Making(self.inputs, self.workspace, self.listener).make(target)
+        target, retrained = self.given_or_prepared()
+        made = self.make(target)
         model = made.model
         given = {
             "target": target,
@@ -324,3 +447,96 @@ def move_folder(folder: Path, output: Path) -> None:
             shutil.copytree(folder, partial, dirs_exist_ok=True)
             publish_folder(partial, output)
         shutil.rmtree(folder)
+
+
+# What a finished run has left behind
+
+
+def read_record(folder: Path) -> Mapping[str, Any]:
+    """Return the record beside an unlearned model; raises CheckpointError where there is none."""
+    try:
+        record = read_json(folder / "record.json")
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} has no record.json; name the output folder of palinode unlearn or run"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'record.json'} cannot be read ({error}); run it again") from None
+    if not isinstance(record, dict) or "recipe" not in record or "models" not in record:
+        raise CheckpointError(f"{folder / 'record.json'} is no record of palinode unlearn; name its output")
+    return record
+
+
+def find_model(
+    record: Mapping[str, Any], role: str, workspace: Path, *, hint: str | None = None
+) -> Checkpoint | None:
+    """Return the target or base of a run, None where its very weights are not found any more.
+
+    Looked at are `hint`, the place that the record names, and the workspace, where [prepare] makes a target.
+    """
+    entry = record["models"].get(role)
+    if entry is None:
+        return None
+    allowed = bool(record["recipe"]["models"].get("allow_pickle"))
+    made = sorted(workspace.glob(f"finetune-{role}-*/model")) + sorted(workspace.glob("merge-*/model"))
+    for place in (hint, entry["location"], *made):
+        if place is None or not Path(place).expanduser().exists():
+            continue
+        try:
+            model = Checkpoint.open(place, allow_pickle=allowed)
+        except PalinodeError:
+            continue
+        if model.fingerprint() == entry["fingerprint"]:
+            return model
+    return None
+
+
+def find_vectors(
+    record: Mapping[str, Any], workspace: Path, target: Checkpoint | None, base: Checkpoint | None
+) -> Vectors:
+    """Return the vectors of a run; raises InputError that says what is missing where they are gone."""
+    name = record["recipe"].get("method", "msa")
+    method = METHODS.get(name)
+    if method is None or not record.get("scales"):
+        raise InputError(f"the method {name} trains the model itself and adds no vectors")
+    if target is None:
+        raise InputError("the run's target is not found any more, or has changed")
+    changed = _changed(Workspace(workspace), record)
+    if changed is not None and not record["vectors"]["retain"]:
+        return Vectors(changed, None)
+    settings = method.check_settings(record["recipe"].get("method_settings", {}))
+    if base is None and "base" in method.needs:
+        raise InputError("the run's base is not found any more, or has changed")
+    start = base if base is not None and settings.starts_at == "base" else target
+    steps, points = record["steps"], dict[str, Point]()
+    for run, facts in record["training"].items():
+        step = Workspace(workspace).step_of(f"finetune-{run}", steps[run])
+        end = open_end(step, start) if facts and step.facts is not None else None
+        if end is None:
+            raise InputError(f"the run's vectors are not in {workspace} any more")
+        points[run] = end
+    if "given" in method.needs:
+        given = find_model(record, "given", workspace)
+        if given is None:
+            raise InputError("the model that was given is not found any more, or has changed")
+        points["given"] = given
+    vectors = method.vectors(settings, Ends(target, start, points))
+    retain = vectors.retain if record["vectors"]["retain"] else None
+    return Vectors(changed or vectors.forget, retain)
+
+
+def _changed(workspace: Workspace, record: Mapping[str, Any]) -> Direction | None:
+    """Return the forget vector as the run's last change to it left it; None where there was none."""
+    told, steps = (record.get("vectors") or {}).get("transforms"), record["steps"]
+    if record["scales"].get("groups"):  # the last change of all: an α for each group of layers
+        step = workspace.step_of("apply", steps["apply"])
+    elif told:
+        step = workspace.step_of(f"transform-{told[-1]['name']}", steps["transform"])
+    else:
+        return None
+    try:
+        return StoredVector.open(step.folder / "vector")
+    except CheckpointError:
+        raise InputError(
+            f"the run's vector as it was changed is not in {workspace.folder} any more"
+        ) from None

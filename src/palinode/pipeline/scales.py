@@ -177,10 +177,11 @@ def open_goal(probes: Probes, yardstick: Yardstick | None = None) -> Goal:
     return Goal(yardstick, Behaviour.of(before), inputs.recipe.scales.retain_share)
 
 
-def own_yardstick(probes: Probes, unfiltered: Point) -> Yardstick:
+def own_yardstick(inputs: Inputs, target: Checkpoint, unfiltered: Point, folder: Path) -> Yardstick:
     """Return what a model does on the forget probes as the yardstick: as much forgetting as before."""
+    probes = Probes(inputs, target, folder / "probes.json")
     found = probes.of_point(UNFILTERED, unfiltered, ["forget"])["forget"]
-    groups, seed = _groups(probes.inputs.rows.forget_probe), probes.inputs.recipe.seed
+    groups, seed = _groups(inputs.rows.forget_probe), inputs.recipe.seed
     return replace(estimate_yardstick(found, groups=groups, seed=seed), source=UNFILTERED)
 
 

@@ -93,7 +93,9 @@ def tradeoff_figure(content: Mapping[str, Any]) -> Figure | None:
         }
         models = [] if flat else _model_traces(pairs, retain) + _front_trace(content)
         traces = models + _scale_traces(points, "forget" if flat else "retain_probability")
-        above, band = "α" if flat else above, _yardstick_band(content)
+        above, held = "α" if flat else above, yardstick(content)
+        low, high = (held[1].get("low"), held[1].get("high")) if held else (None, None)
+        band = None if low is None or high is None else (low, high, "yardstick")
     across = Ruler("answer probability on the forget set")
     return Figure(traces, 560, across, Ruler(above), band=band) if traces else None
 
@@ -197,14 +199,6 @@ def _front_trace(content: Mapping[str, Any]) -> list[Trace]:
     return [Trace("front", marks, "--unlearned", dash="dot", width=1)] if len(marks) > 1 else []
 
 
-def _yardstick_band(content: Mapping[str, Any]) -> tuple[float, float, str] | None:
-    """Return the yardstick's interval as a band across the picture."""
-    held = yardstick(content)
-    if held is None or held[1].get("low") is None or held[1].get("high") is None:
-        return None
-    return held[1]["low"], held[1]["high"], "yardstick"
-
-
 # What was measured
 
 
@@ -281,29 +275,26 @@ def _outline(values: Sequence[float], place: float) -> list[Mark]:
 # Vectors, dose and fine-tunings
 
 
-def norm_figure(content: Mapping[str, Any]) -> Figure | None:
-    """Return the length of each vector by part of the model."""
-    parts = at(content, "vectors", "parts") or {}
-    lengths = {name: [at(part, name, "norm") for part in parts.values()] for name in ("forget", "retain")}
-    return _by_part(parts, {f"{name} vector": found for name, found in lengths.items()}, "length")
+def part_figures(content: Mapping[str, Any]) -> list[tuple[str, str, Figure | None]]:
+    """Return name, label and picture of what is known by part of the model.
 
-
-def cosine_figure(content: Mapping[str, Any]) -> Figure | None:
-    """Return the cosine between the vectors by part of the model."""
-    parts = at(content, "vectors", "parts") or {}
-    cosines = {"cosine": [at(part, "cosine") for part in parts.values()]}
-    return _by_part(parts, cosines, "cosine of the two vectors", ("--unlearned",))
-
-
-def dose_figure(content: Mapping[str, Any]) -> Figure | None:
-    """Return the scale found in the stored weights by part of the model, as a share of the one asked for."""
-    parts = at(content, "dose", "parts") or {}
-    shares = {}
+    The length of each vector, their cosine, and the scale found in the stored weights as a share of the one
+    asked for.
+    """
+    vectors, stored = (at(content, name, "parts") or {} for name in ("vectors", "dose"))
+    lengths, shares = {}, {}
     for name in ("forget", "retain"):
+        lengths[f"{name} vector"] = [at(part, name, "norm") for part in vectors.values()]
         if asked := at(content, "scales", name):
-            found = [at(part, "effective", name) for part in parts.values()]
+            found = [at(part, "effective", name) for part in stored.values()]
             shares[f"{name} vector"] = [None if one is None else one / asked for one in found]
-    return _by_part(parts, shares, "stored / asked scale")
+    cosines = {"cosine": [at(part, "cosine") for part in vectors.values()]}
+    cosine = _by_part(vectors, cosines, "cosine of the two vectors", ("--unlearned",))
+    return [
+        ("norms", "Length by part of the model", _by_part(vectors, lengths, "length")),
+        ("cosines", "Cosine of the two vectors by part", cosine),
+        ("doses", "Dose by part: stored of what was asked", _by_part(stored, shares, "stored / asked scale")),
+    ]
 
 
 def _by_part(
@@ -356,7 +347,8 @@ def attack_figure(audit: Mapping[str, Any]) -> Figure | None:
             verdict, difference = finding["verdict"], finding["difference"]
             if verdict not in VERDICTS or difference["value"] is None:
                 continue
-            margin = _margin(audit, f"{name}.{test}")
+            sides = (at(audit, "policy", "margins", f"{name}.{test}", side) for side in ("more", "less"))
+            margin = float(next((side for side in sides if side), 1.0))  # 1 where there is none
             model, beside, apart = (
                 number(finding[key]["value"]) for key in ("score", "reference", "difference")
             )
@@ -368,12 +360,6 @@ def attack_figure(audit: Mapping[str, Any]) -> Figure | None:
     across = Ruler("difference, in margins")
     down = names_down(titles)
     return Figure(traces, 130 + 44 * len(titles), across, down, edges=(-1, 1)) if traces else None
-
-
-def _margin(audit: Mapping[str, Any], key: str) -> float:
-    """Return the margin for knowing more, else the one for knowing less; 1 where there is none."""
-    sides = (at(audit, "policy", "margins", key, side) for side in ("more", "less"))
-    return float(next((side for side in sides if side), 1.0))
 
 
 def relearning_figure(audit: Mapping[str, Any]) -> Figure | None:

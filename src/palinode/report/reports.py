@@ -1,23 +1,30 @@
-"""What is known of a run, an audit, a comparison or a demo, as plain values (report.json) and as sections.
+"""What is known of a run, an audit, a comparison or a demo: as plain values, as sections, as a page.
 
 Whoever calls gathers records and outcomes (pipeline/reporting.py); nothing here reads a file. Without
-texts the content holds numbers only, so that it may lie beside an unlearned model's weights.
+texts the content holds numbers only, so that it may lie beside an unlearned model's weights. A page is one
+HTML file that loads nothing. Nothing from the data can run: texts are escaped by jinja2 and in pictures by
+`drawing`, and a content security policy lets only the page's own script run, by its digest.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from typing import Any, Literal
 
+from palinode.progress import plain
 from palinode.records import Outcome, dotted
 from palinode.report.audit_report import audit_headline, audit_section
 from palinode.report.comparison_report import comparison_sections, ranking_sentences
 from palinode.report.content import (
     Code,
     Grid,
+    GridCell,
     Items,
     Lights,
     Pairs,
@@ -26,9 +33,9 @@ from palinode.report.content import (
     markdown,
     section,
 )
+from palinode.report.pictures import NARROW, WIDTH, drawing
 from palinode.report.run_report import CAUTION, headline, run_sections
 from palinode.report.verdicts import (
-    Claim,
     audit_claims,
     claims,
     estimate,
@@ -113,13 +120,14 @@ def markdown_report(content: Mapping[str, Any]) -> str:
 
 def report_content(facts: Facts) -> dict[str, Any]:
     """Return everything a report says as plain values, strict JSON."""
-    if facts.kind in ("audit", "compare"):
-        return _of_audit(facts) if facts.kind == "audit" else _of_comparison(facts.record)
+    kinds = {"audit": _of_audit, "compare": _of_comparison}
+    return {"version": CONTENT_VERSION, "kind": facts.kind, **kinds.get(facts.kind, _of_run)(facts)}
+
+
+def _of_run(facts: Facts) -> dict[str, Any]:
     record = facts.record
     found = claims(record, facts.audit)
     return {
-        "version": CONTENT_VERSION,
-        "kind": facts.kind,
         "title": "Demo report" if facts.kind == "demo" else "Unlearning report",
         "outcome": outcome_sentence(found),
         "headline": headline(record),
@@ -151,14 +159,11 @@ def _scores(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _of_audit(facts: Facts) -> dict[str, Any]:
     audit = facts.audit or {}
-    found: Sequence[Claim] = audit_claims(audit)
     return {
-        "version": CONTENT_VERSION,
-        "kind": "audit",
         "title": "Audit report",
         "outcome": _audit_outcome(audit),
         "headline": audit_headline(audit),
-        "claims": [claim.as_json() for claim in found],
+        "claims": [claim.as_json() for claim in audit_claims(audit)],
         "untested": untested_attacks(audit),
         "notes": list(audit.get("notes") or ()),
         "audit": audit,
@@ -166,13 +171,12 @@ def _of_audit(facts: Facts) -> dict[str, Any]:
     }
 
 
-def _of_comparison(table: Mapping[str, Any]) -> dict[str, Any]:
+def _of_comparison(facts: Facts) -> dict[str, Any]:
+    table = facts.record
     first, *others = ranking_sentences(table) or ["No method was through when this was written."]
     contestants = {entry["name"]: entry["set"] for entry in table.get("contestants") or ()}
     setup = {"shared": table.get("shared"), "comparison": table.get("comparison"), "contestants": contestants}
     return {
-        "version": CONTENT_VERSION,
-        "kind": "compare",
         "title": "Comparison report",
         "outcome": first,
         "headline": " ".join(others),
@@ -314,11 +318,10 @@ def _worst_first(outcomes: Outcomes, label: str) -> list[dict[str, Any]]:
         }
         cases.append(case)
 
-    def badness(case: Mapping[str, Any]) -> float:
-        difference = differences[case["row"]] or 0.0
-        return abs(difference) if label == "forget" else -difference
-
-    return sorted(cases, key=lambda case: (-badness(case), case["row"]))
+    best = {
+        row: -abs(found or 0.0) if label == "forget" else found or 0.0 for row, found in differences.items()
+    }
+    return sorted(cases, key=lambda case: (best[case["row"]], case["row"]))
 
 
 def _fitting(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -349,3 +352,51 @@ def _probability(outcome: Outcome) -> float | None:
 
 def _short(value: float) -> float:
     return float(f"{value:.{DIGITS}g}")
+
+
+def html_report(content: Mapping[str, Any]) -> str:
+    """Return the page for the content of a report (`report_content`)."""
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+    sections = report_sections(content)
+    first = next(place for place, part in enumerate(sections) if part.bar)
+    assets = files("palinode.report").joinpath("assets")
+    style, script, template = (
+        assets.joinpath(name).read_text(encoding="utf-8")
+        for name in ("report.css", "report.js", "page.html.jinja")
+    )
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_readable)
+    environment.filters |= {
+        "kind": lambda block: type(block).__name__,
+        "cell": _cell,
+        "model": model_label,
+        "drawn": lambda figure, width: Markup(drawing([figure], width=width)),
+    }
+    return environment.from_string(template).render(
+        content=content,
+        opening=sections[:first],
+        sections=sections[first:],
+        style=Markup(style),
+        script=Markup(script),
+        policy=content_policy(script),
+        widths={"wide": WIDTH, "narrow": NARROW},
+    )
+
+
+def _cell(cell: GridCell | str) -> GridCell:
+    return GridCell(cell) if isinstance(cell, str) else cell
+
+
+def _readable(value: Any) -> Any:
+    """Return what a page shows of a value: of texts, no marks that steer a terminal or hide themselves."""
+    return plain(value) if type(value) is str else value
+
+
+def content_policy(script: str) -> str:
+    """Return a policy under which only this script runs and nothing is loaded."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )

@@ -249,7 +249,9 @@ def _scale_sentences(scales: Mapping[str, Any]) -> Iterator[str]:
         rows = f" ({yardstick['unseen_rows']} rows)" if yardstick.get("unseen_rows") else ""
         figures = f"an answer probability of {number(wanted.get('value'))}{interval}"
         if yardstick.get("source") == "unfiltered":
-            told = f"Before its change was filtered, the model gave the forget set {figures}; that was the aim,"
+            told = (
+                f"Before its change was filtered, the model gave the forget set {figures}; that was the aim,"
+            )
         else:
             told = f"A model that never saw the forget set would give it {figures}, estimated{source}{rows}"
         yield f"{told} on the assumption that {yardstick.get('assumes')}."
@@ -360,9 +362,7 @@ def _vector_section(content: Mapping[str, Any]) -> list[Section]:
         Grid("Vectors", ["", "length", "share that arrived in the saved model"], rows),
         Pairs(known),
         Items(at(content, "dose", "notes") or ()) if rows or known else None,
-        Picture("norms", "Length by part of the model", figures.norm_figure(content), titled=True),
-        Picture("cosines", "Cosine of the two vectors by part", figures.cosine_figure(content), titled=True),
-        Picture("doses", "Dose by part: stored of what was asked", figures.dose_figure(content), titled=True),
+        *(Picture(*part, titled=True) for part in figures.part_figures(content)),
         bar="Vectors",
         intro="What was taken off and added, as directions in weight space, and how much of it is in the "
         "saved weights after rounding.",

@@ -30,12 +30,11 @@ from palinode.records import private, write_json
 from palinode.settings import TrainingSettings
 from palinode.training.loop import count_steps, train
 from palinode.training.lora import add_adapter, load_frozen, write_adapter
-from palinode.training.losses import ANSWER_LOSS, Loss
 from palinode.training.objectives import (
     CURVE,
+    PLAIN_OBJECTIVE,
     CurvePoint,
     Objective,
-    plain_objective,
 )
 from palinode.training.roles import Joined, Material, join, plain
 from palinode.weights.adapters import LoraAdapter
@@ -104,7 +103,7 @@ def finetune(
     style: PromptStyle | None = None,
     reader: Checkpoint | None = None,
     device: str = "auto",
-    loss: Loss | Objective = ANSWER_LOSS,
+    loss: Objective = PLAIN_OBJECTIVE,
     state: Path | None = None,
     listener: Listener | None = None,
     watch: Watch | None = None,
@@ -123,10 +122,9 @@ def finetune(
     started, stamps = time.monotonic(), take_stamps([base])
     tokenizer = load_tokenizer(reader or base)
     cast = _cast(examples, base, tokenizer, settings, seed=seed, style=style or PromptStyle())
-    objective = loss if isinstance(loss, Objective) else plain_objective(loss)
-    model = _load(base, settings, objective, device=device, seed=seed)
+    model = _load(base, settings, loss, device=device, seed=seed)
     pad_id, following = pad_token(tokenizer), _Following(model, base, watch or Watch(), listener)
-    curve = following.train(cast, objective, settings, seed=seed, pad_id=pad_id, state=state)
+    curve = following.train(cast, loss, settings, seed=seed, pad_id=pad_id, state=state)
     check_stamps(stamps, [base])
     if settings.lora:
         write_adapter(model, output, curve)
@@ -194,12 +192,16 @@ class _Following:
         state: Path | None,
     ) -> list[CurvePoint]:
         """Train the model and return its curve."""
-        everyone, hear = range(len(cast.anchors)), self.watch.on_step
+        everyone = range(len(cast.anchors))
         total = sum(cast.tokens(epoch, everyone, objective.reads) for epoch in range(settings.epochs))
 
-        def on_step(step: int, members: Sequence[int]) -> None:
-            if hear:
-                hear(step, [cast.anchors[place].example for place in members])
+        def on_step(point: CurvePoint, members: Sequence[int]) -> None:
+            if self.watch.on_step:
+                self.watch.on_step(point.step + 1, [cast.anchors[place].example for place in members])
+            record(self.listener, self.watch.label, point.step + 1, point.figures())
+            self.walked.append(point)
+            if (place := self.watch.leave.get(point.step + 1)) and not place.exists():
+                write_model(self.model, self.base, place, self.walked)
 
         with self.listener.task(self.watch.label, total, "tokens") as advance:
 
@@ -217,16 +219,8 @@ class _Following:
                 state=state,
                 on_progress=on_progress,
                 on_step=on_step,
-                on_point=self.on_point,
                 say=self.listener.say,
             )
-
-    def on_point(self, point: CurvePoint) -> None:
-        """Keep a point of the curve, and the model where it is wanted."""
-        record(self.listener, self.watch.label, point.step + 1, point.figures())
-        self.walked.append(point)
-        if (place := self.watch.leave.get(point.step + 1)) and not place.exists():
-            write_model(self.model, self.base, place, self.walked)
 
 
 def _load(

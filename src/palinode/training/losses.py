@@ -13,9 +13,6 @@ the loss of one large batch, however it was cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,15 +24,6 @@ from palinode.models.reading import answer_nll, first_scored, last_logits
 
 MOSTLY_SCORED = 0.5
 """Share of positions from which on it costs less to read the logits of all."""
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """A training loss: Σ total / Σ weight over the micro-batches of a step."""
-
-    name: str
-    total: Callable[[PreTrainedModel, Batch], Tensor]
-    weight: Callable[[Batch], float]
 
 
 def summed_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -60,10 +48,6 @@ def summed_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
 def scored_tokens(batch: Batch) -> float:
     """Return the number of scored tokens of a batch."""
     return float((batch.labels != IGNORED).sum())
-
-
-ANSWER_LOSS = Loss("answer", summed_nll, scored_tokens)
-"""CE = Σ nll / Σ n: mean next-token loss over answer tokens (spec: baselines.md §0)."""
 
 
 # Common parts

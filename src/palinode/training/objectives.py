@@ -23,7 +23,7 @@ from palinode.data.batches import Batch, pad_right
 from palinode.data.tokenize import TokenRow
 from palinode.models.likelihoods import has_plain_head, padded_batches
 from palinode.models.reading import answer_logits, answer_places, labelled_states, model_inputs
-from palinode.training.losses import Loss, kl_to_reference, row_sums, scored_tokens, summed_nll, token_nll
+from palinode.training.losses import kl_to_reference, row_sums, scored_tokens, summed_nll, token_nll
 
 KEPT_TOKENS = 4096
 """Tokens of a batch whose values are computed together."""
@@ -239,15 +239,6 @@ class Objective:
         return tuple(role for term in self.terms for role in term.roles)
 
 
-def plain_objective(loss: Loss) -> Objective:
-    """Return a loss as the objective of ordinary fine-tuning."""
-
-    def total(model: PreTrainedModel, batch: Batch, _frozen: Tensor | None) -> Tensor:
-        return loss.total(model, batch)
-
-    return Objective((Term(loss.name, ("rows",), total, loss.weight),), anchor="rows")
-
-
 def term(
     name: str,
     roles: tuple[str, ...],
@@ -274,6 +265,10 @@ def answer_term(name: str, *roles: str, coefficient: float | Coefficient = 1.0) 
         return summed_nll(model, batch)
 
     return Term(name, roles, total, scored_tokens, coefficient)
+
+
+PLAIN_OBJECTIVE = Objective((answer_term("answer", "rows"),), anchor="rows")
+"""That of ordinary fine-tuning."""
 
 
 def kl_term(name: str, *roles: str, coefficient: float | Coefficient = 1.0) -> Term:

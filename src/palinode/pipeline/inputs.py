@@ -195,6 +195,33 @@ def open_inputs(recipe: Recipe) -> Inputs:
     return replace(inputs, notes=(*notes, *_check_rows_fit(inputs)))
 
 
+def open_retain_only(recipe: Recipe) -> tuple[Inputs, Checkpoint, Checkpoint]:
+    """Open retain rows, target and given model of a recipe whose forget rows nobody has.
+
+    Raises an InputError that says what to change.
+    """
+    pick_device(recipe.device)
+    models, data, notes = recipe.models, recipe.data, list[str]()
+    if not (models.target and models.given and data.retain):
+        raise RecipeError("without forget rows it takes models.target, models.given and data.retain")
+    target, unlearned = (_open(place, models.allow_pickle) for place in (models.target, models.given))
+    check_unlearned(target, unlearned)
+    retain = read_examples(data.retain, columns=data.columns or None)
+    rows = InputRows(
+        forget=(),
+        retain=retain,
+        forget_train=(),
+        retain_sample=retain,
+        forget_probe=(),
+        retain_probe=(),
+        spared=_spared(recipe, (), retain, notes),
+        forget_test=(),
+        retain_test=(),
+    )
+    inputs = Inputs(recipe, None, target, None, rows, (), (), unlearned)
+    return replace(inputs, notes=(*notes, *_check_rows_fit(inputs))), target, unlearned
+
+
 def ask_as_trained(inputs: Inputs, workspace: Workspace, listener: Listener) -> Inputs:
     """Return the inputs, with a note where the target knows the forget rows far better asked otherwise.
 

@@ -192,6 +192,7 @@ def unlearn(
     Key(
         "scales.forget",
         flag="alpha",
+        kind=float,
         help="α: how far to go. [default: searched, or without --forget 1, as far as the change went]",
     ),
     "scales.retain_share",

@@ -151,6 +151,10 @@ def unlearn(
     ] = None,
     changes: Changes = None,
     dry_run: DryRun = False,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="With --dry-run: read the rows once and foretell the filter."),
+    ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -174,7 +178,7 @@ def unlearn(
     if "max_length" in content.get("training", {}):
         content.setdefault("evaluation", {})["max_length"] = content["training"]["max_length"]
     recipe = build_recipe(content, changes or [])
-    _run(recipe, dry_run=dry_run, quiet=quiet, as_json=as_json, located=located)
+    _run(recipe, dry_run=dry_run, quiet=quiet, as_json=as_json, located=located, measure=measure)
 
 
 @verb(name="filter")
@@ -444,15 +448,32 @@ def _demo_locate(output: Path, *, seed: int, quiet: bool, as_json: bool) -> None
     secret(result.folder / "workspace", INVENTED, of=result.folder, as_json=as_json)
 
 
-def _run(recipe: Any, *, dry_run: bool, quiet: bool, as_json: bool, located: Location | None = None) -> None:
+def _run(
+    recipe: Any,
+    *,
+    dry_run: bool,
+    quiet: bool,
+    as_json: bool,
+    located: Location | None = None,
+    measure: bool = False,
+) -> None:
     from palinode import jobs
+    from palinode.errors import RecipeError
     from palinode.pipeline.costs import describe
     from palinode.pipeline.inputs import workspace_folder
     from palinode.pipeline.run import dry_run as dry_run_of
+    from palinode.pipeline.run import forecast
 
+    if measure and not dry_run:
+        raise RecipeError("--measure foretells what a run would find; say --dry-run too")
     if dry_run:
         planned = dry_run_of(recipe)
-        _show(asdict(planned), "\n".join(describe(planned)), as_json=as_json)
+        content, lines = asdict(planned), describe(planned)
+        if measure:
+            foretold = forecast(recipe, listener(quiet=quiet))
+            content["forecast"] = asdict(foretold)
+            lines += ["", *foretold.lines()]
+        _show(content, "\n".join(lines), as_json=as_json)
         return
     result = jobs.unlearn(recipe, base=located, listener=listener(quiet=quiet))
     if as_json:

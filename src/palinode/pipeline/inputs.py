@@ -214,7 +214,7 @@ def open_retain_only(recipe: Recipe) -> tuple[Inputs, Checkpoint, Checkpoint]:
         retain_sample=retain,
         forget_probe=(),
         retain_probe=(),
-        spared=_spared(recipe, (), retain, notes),
+        spared=spared_rows(recipe, (), retain, notes),
         forget_test=(),
         retain_test=(),
     )
@@ -445,7 +445,7 @@ def _open_rows(recipe: Recipe) -> tuple[InputRows, list[str]]:
         retain_sample=sample,
         forget_probe=at_most(held_back or forget, trials, seed=seed + 1),
         retain_probe=probe,
-        spared=_spared(recipe, forget, [one for one in retain if one.key not in tried] or retain, notes),
+        spared=spared_rows(recipe, forget, [one for one in retain if one.key not in tried] or retain, notes),
         forget_test=at_most(forget, most, seed=seed + 1),
         retain_test=at_most(retain, most, seed=seed + 1),
         unseen=at_most(unseen, 2 * trials, seed=seed + 3),
@@ -454,10 +454,13 @@ def _open_rows(recipe: Recipe) -> tuple[InputRows, list[str]]:
     return rows, notes
 
 
-def _spared(
+def spared_rows(
     recipe: Recipe, forget: Sequence[Example], retain: Sequence[Example], notes: list[str]
 ) -> Sequence[Example]:
-    """Return the rows whose inputs filters spare: of the retain set, and what else is given or shipped."""
+    """Return the rows whose inputs filters spare: of the retain set, and what else is given or shipped.
+
+    `notes` hears what the reader of the record should know of them.
+    """
     data, text = recipe.data, list[Example]()
     if data.background:
         text = read_examples(data.background, columns=data.columns or None)

@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from palinode.data.examples import Example, fingerprint_examples, plain_questions
-from palinode.errors import CheckpointError, InputError, PalinodeError, unwritable
+from palinode.errors import CheckpointError, InputError, PalinodeError, RecipeError, unwritable
 from palinode.evaluation.ask import ask
 from palinode.methods import METHODS, unlearned_point
 from palinode.methods.method import Ends, Vectors
+from palinode.methods.transforms import LeastSquaresSettings, check_transforms
 from palinode.models.loading import load_model, load_tokenizer, pick_device, tokenizer_fingerprint
 from palinode.pipeline.costs import Plan, describe, make_plan
+from palinode.pipeline.filtering import Forecast, Measuring, foretell
 from palinode.pipeline.finetuning import FineTuning, Trained, open_end, open_whole
 from palinode.pipeline.goal import TOLERANCE
 from palinode.pipeline.grid import grid_scales
@@ -169,6 +171,24 @@ def dry_run(recipe: Recipe) -> Plan:
     if finished_before(inputs) is None:
         check_places(recipe, inputs, needs=0)
     return make_plan(inputs)
+
+
+def forecast(recipe: Recipe, listener: Listener | None = None) -> Forecast:
+    """Measure what the target's layers read, and return what that foretells of the recipe's filter.
+
+    The moments stay in the workspace, where the run finds them. Raises RecipeError where there is no filter.
+    """
+    inputs, listener = open_inputs(recipe), listener or NullListener()
+    chosen = [one.settings for one in check_transforms(recipe.changes)]
+    settings = next((one for one in chosen if isinstance(one, LeastSquaresSettings)), None)
+    if settings is None or inputs.target is None:
+        raise RecipeError(
+            "only a filter by least squares of a target that is there can be foretold; set filter = "
+            '"least-squares" and models.target'
+        )
+    workspace = Workspace(workspace_folder(recipe))
+    with workspace.locked(listener):
+        return foretell(Measuring(inputs, workspace, listener, inputs.target), settings)
 
 
 def unlearn(

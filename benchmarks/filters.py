@@ -70,7 +70,9 @@ def main() -> None:
             for name, transforms in FILTERS.items():
                 if args.only in name and args.method in method:
                     own = {**changes, "transforms": transforms}
-                    for measured in demo.filtered(own, arrive=name.startswith("least squares 10") or "filtered" in name):
+                    for measured in demo.filtered(
+                        own, arrive=name.startswith("least squares 10") or "filtered" in name
+                    ):
                         found.append({"seed": demo.seed, "method": method, "filter": name, **measured})
                         print(json.dumps({**found[-1], "told": None}), flush=True)
     if args.json:

@@ -20,12 +20,14 @@ from palinode.data.tokenize import TokenRow
 from palinode.data.world import World
 from palinode.models.likelihoods import score_rows
 from palinode.models.loading import load_model
-from palinode.models.sums import input_spaces
 from palinode.settings import TrainingSettings
 from palinode.training.loop import train
+from palinode.training.moments import input_moments
 from palinode.training.objectives import PLAIN_OBJECTIVE, CurvePoint
 from palinode.weights import Checkpoint, Direction
-from palinode.weights.vectors import StoredVector, project_off, transform
+from palinode.weights.filters import along, projection
+from palinode.weights.geometry import part_of
+from palinode.weights.vectors import StoredVector, transform
 
 _DRAW = re.compile(r", draw=\d+")
 RATIO, FORGET_ROWS = 3, 16
@@ -144,12 +146,16 @@ def projected(direction: Direction, target: Checkpoint, rows: Sequence[TokenRow]
     if output.exists():
         return StoredVector.open(output)
     model = load_model(target, device="cpu")
-    bases = {
-        f"{space.module}.weight": space.basis for space in input_spaces(model, rows, energy=0.9, pad_id=0)
-    }
+    rests: dict[str, tuple[np.ndarray, int]] = {}
+    for group in input_moments(model, rows, pad_id=0):
+        for name, [(keys, axis), *_] in group.places.items():
+            moment = group.values[keys[0]].numpy()
+            if moment.ndim == 2 and part_of(name).startswith("layer "):
+                rests[name] = projection(moment, energy=0.9), axis
 
     def rule(name: str, found: Sequence[np.ndarray]) -> np.ndarray:
-        return project_off(found[0], bases[name]) if name in bases else np.zeros_like(found[0])
+        made = along(found[0], *rests[name]) if name in rests else np.zeros_like(found[0])
+        return made.astype(found[0].dtype)
 
     return transform([direction], rule, output, label=f"projection {output.name}")
 

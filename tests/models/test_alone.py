@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -17,11 +16,14 @@ from palinode.methods import METHODS
 from palinode.models import generate, score_rows
 from palinode.models.generation import slots_for
 from palinode.models.likelihoods import COARSE_TOLERANCE, TOLERANCE, same_alone, tolerance, unlike
-from palinode.models.sums import gradient_norms, input_spaces
+from palinode.models.reading import decoder_blocks
+from palinode.models.sums import gradient_norms
 from palinode.settings import TrainingSettings
 from palinode.training.loop import train
+from palinode.training.moments import input_moments
 from palinode.training.objectives import PLAIN_OBJECTIVE, FrozenStates, Likelihoods, keep
 from palinode.training.roles import Joined
+from palinode.weights.filters import basis_of
 
 TOKENS = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
 SMALL = TOKENS | {
@@ -266,31 +268,35 @@ def test_values_kept_of_the_frozen_model_are_those_of_rows_alone(name, keeper):
 
 @pytest.mark.parametrize("name", ["phi3 longrope", "rwkv", "qwen3 next", "bloom"])
 def test_inputs_of_layers_are_summed_over_the_tokens_of_rows_read_alone(name):
-    """U Uᵀ projects on the leading axes of the inputs that single rows make: no padding is counted."""
+    """E[x xᵀ] is that of the inputs that single rows make, and so are its axes: no padding is counted."""
     model = built(name)
     rows = rows_beside(3, 40, 4)
-    layers = {}
+    heard: dict[str, list[torch.Tensor]] = {}
 
     def hear(layer):
-        return lambda _module, inputs: layers.setdefault(layer, []).append(inputs[0].reshape(-1, 32))
+        return lambda _module, inputs: heard.setdefault(layer, []).append(inputs[0].flatten(0, -2))
 
-    spaces = list(input_spaces(model, rows, energy=0.9, pad_id=0))
-    spaces = [space for space in spaces if space.basis.shape[0] == 32]
-    handles = [
-        model.get_submodule(space.module).register_forward_pre_hook(hear(space.module)) for space in spaces
-    ]
+    moments = {
+        parameter.removesuffix(".weight"): group.values[keys[0]]
+        for group in input_moments(model, rows, pad_id=0)
+        for parameter, [(keys, _), *_] in group.places.items()
+        if parameter.endswith(".weight") and group.values[keys[0]].dim() == 2 and keys != ["head"]
+    }
+    inside = [module for module in decoder_blocks(model).modules() if isinstance(module, torch.nn.Linear)]
+    assert {id(module) for module in inside} <= {id(model.get_submodule(layer)) for layer in moments}
+    handles = [model.get_submodule(layer).register_forward_pre_hook(hear(layer)) for layer in moments]
     with torch.no_grad():
         for row in rows:
             model.base_model(input_ids=torch.tensor([row.ids]), use_cache=False)
     for handle in handles:
         handle.remove()
-    for space in spaces:
-        inputs = torch.cat(layers[space.module]).double().numpy()
-        squares, axes = np.linalg.eigh(inputs.T @ inputs)
-        share = np.cumsum(squares[::-1]) / squares.sum()
-        count = int(np.searchsorted(share, 0.9)) + 1
-        wanted = axes[:, ::-1][:, :count]
-        np.testing.assert_allclose(space.basis @ space.basis.T, wanted @ wanted.T, atol=1e-3)
+    for layer, moment in moments.items():
+        inputs = torch.cat(heard[layer]).double()
+        assert len(inputs) == sum(len(row.ids) for row in rows)
+        torch.testing.assert_close(moment.double(), inputs.T @ inputs / len(inputs), rtol=1e-3, atol=1e-4)
+        wanted = basis_of((inputs.T @ inputs).numpy(), energy=0.9)
+        basis = basis_of(moment.numpy(), energy=0.9)
+        assert basis @ basis.T == pytest.approx(wanted @ wanted.T, abs=1e-3)
 
 
 # The trial

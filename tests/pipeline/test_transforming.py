@@ -11,13 +11,18 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from palinode import StoredVector
-from palinode.data.examples import sample_examples
+from palinode.data.examples import at_most, sample_examples
 from palinode.data.tokenize import PromptStyle, tokenize
 from palinode.errors import InputError, RecipeError
 from palinode.methods.transforms import TRANSFORMS
 from palinode.models import load_model, load_tokenizer
+from palinode.pipeline.filtering import MomentFiles
 from palinode.pipeline.inputs import open_inputs
 from palinode.pipeline.run import run_key, unlearn
+from palinode.pipeline.workspace import Workspace
+from palinode.records import read_json
+from palinode.training.moments import input_moments
+from palinode.weights.filters import basis_of
 from palinode.weights.tensors import Files
 
 GIVEN = {"forget": 0.5, "retain": 0.0}
@@ -27,6 +32,7 @@ CASES = {
     "importance": {"rows": 8, "g": 2.0},
     "gradient_mask": {"rows": 4},
     "projection": {"rows": 4, "energy": 0.5},
+    "least_squares": {"rows": 8, "mu": 10.0, "epsilon": 0.1, "others": "filter"},
     "low_rank": {"rank": 2},
     "layer_scales": {"scales": {r"model\.layers\.0\..*": 0.5}},
 }
@@ -64,6 +70,17 @@ def transformed(run, name):
     return dense(StoredVector.open(folder)), facts, done
 
 
+def moments_of(tiny, rows):
+    """What the target's layers read of rows, by the name of a tensor: moment and axis."""
+    tokens = tokenize(rows, load_tokenizer(tiny.target), max_length=64, style=PromptStyle())
+    model = load_model(tiny.target, device=torch.device("cpu"))
+    return {
+        name: (group.values[keys[0]].numpy(), axis)
+        for group in input_moments(model, tokens, pad_id=0)
+        for name, [(keys, axis), *_] in group.places.items()
+    }
+
+
 def dense(vector):
     found = {}
     for name, change in vector.changes.items():
@@ -83,7 +100,7 @@ def test_record_names_what_was_done_and_the_model_is_made_with_it(run, plain, ti
     vector, facts, done = transformed(run, name)
     assert facts["name"] == name
     assert facts["formula"] == TRANSFORMS[name].formula
-    assert 0 < facts["norm_share"] <= 1 + 1e-6
+    assert 0 < facts["norm_share"] <= 1 / facts.get("survives", 1) + 1e-6  # what a filter gives back
     assert 0 < facts["cosine"] <= 1 + 1e-6
     size = sum(float(value.square().sum()) for value in vector.values()) ** 0.5
     assert facts["norm"] == pytest.approx(size, rel=1e-5)
@@ -139,15 +156,47 @@ def test_low_rank_keeps_the_leading_singular_values(run, plain):
     assert vector[name].numpy() == pytest.approx(left[:, :2] * values[:2] @ right[:2], abs=1e-5)
 
 
-def test_projected_vector_does_nothing_to_the_spared_inputs(run, plain):
+def test_projected_vector_does_nothing_to_the_spared_inputs(run, plain, tiny):
     vector, _, _ = transformed(run, "projection")
-    (folder,) = run.workspace.glob("spaces-*")
-    bases = load_file(folder / "spaces.safetensors")
-    assert len(bases) == 14
-    for name, basis in bases.items():
-        assert float((vector[name] @ basis.double()).abs().max()) < 1e-5 * float(plain[name].abs().max())
-    embedding = "model.embed_tokens.weight"
-    torch.testing.assert_close(vector[embedding].float(), plain[embedding])
+    moments = moments_of(tiny, at_most(open_inputs(run("plain")).rows.retain_sample, 4, seed=0))
+    layers = [name for name in plain if "layers." in name and "norm" not in name]
+    assert len(layers) == 14
+    for name in layers:
+        basis = torch.from_numpy(basis_of(moments[name][0], energy=0.5))
+        assert float((vector[name] @ basis).abs().max()) < 1e-5 * float(plain[name].abs().max())
+        others = plain[name].double() - plain[name].double() @ basis @ basis.T
+        torch.testing.assert_close(vector[name], others, rtol=1e-4, atol=1e-6)
+    for name in plain.keys() - set(layers):
+        torch.testing.assert_close(vector[name].float(), plain[name])
+
+
+def test_least_squares_filters_every_tensor_by_what_it_reads_and_gives_the_effect_back(run, plain, tiny):
+    """Δ = τ(Σ_f + εI)(Σ_f + εI + μΣ_r)⁻¹, worked out here, over c = tr τΣ_fΔᵀ / tr τΣ_fτᵀ.
+
+    c is that of all matrices of the blocks together, and each other tensor's own.
+    """
+    vector, facts, _ = transformed(run, "least_squares")
+    rows = open_inputs(run("plain")).rows
+    forget, spared = (moments_of(tiny, at_most(own, 8, seed=0)) for own in (rows.forget_train, rows.spared))
+    made, kept, before = {}, {}, {}
+    for name, value in plain.items():
+        (ours, axis), (theirs, _) = forget[name], spared[name]
+        assert axis == (0 if ours.ndim == 1 else 1)
+        wide, (own, other) = value.double().numpy(), (part.astype(float) for part in (ours, theirs))
+        if own.ndim == 1:  # one weight a token, or a channel
+            wide, own, other = wide.T, np.diag(own), np.diag(other)
+        with_ridge = own + 0.1 * np.trace(own) / len(own) * np.eye(len(own))
+        found = wide @ with_ridge @ np.linalg.inv(with_ridge + 10.0 * other)
+        sums = (np.trace(np.atleast_2d(wide @ own) @ np.atleast_2d(part).T) for part in (found, wide))
+        kept[name], before[name] = sums
+        made[name] = found.T if ours.ndim == 1 else found
+    layers = [name for name in plain if forget[name][0].ndim == 2]
+    assert len(layers) == 14
+    share = sum(kept[name] for name in layers) / sum(before[name] for name in layers)
+    assert facts["survives"] == pytest.approx(share, rel=1e-4)
+    for name, value in made.items():
+        own = share if name in layers else kept[name] / before[name]
+        assert vector[name].numpy() == pytest.approx(value / own, rel=1e-3, abs=1e-6), name
 
 
 def test_projection_of_layers_that_store_their_weights_transposed(recipe_of, tiny, tmp_path):
@@ -169,14 +218,18 @@ def test_projection_of_layers_that_store_their_weights_transposed(recipe_of, tin
     unlearn(
         recipe_of(tmp_path / "out", models=models, scales=GIVEN, transforms=transforms, training=training)
     )
-    (spaces,) = tmp_path.rglob("spaces.safetensors")
+    (step,) = tmp_path.rglob("moments-*/step.json")
+    kept = MomentFiles(Workspace(step.parents[1]).step_of("moments", read_json(step)["key"]))
     (trained,) = tmp_path.rglob("finetune-forget-*/model/model.safetensors")
     (folder,) = tmp_path.rglob("transform-projection-*/vector")
     after, before = load_file(trained), load_file(tmp_path / "base" / "model.safetensors")
     vector = dense(StoredVector.open(folder))
-    bases = load_file(spaces)
-    assert len(bases) == 4
-    for name, basis in bases.items():
+    layers = [name for name in vector if ".c_" in name and name.endswith(".weight")]
+    assert len(layers) == 4
+    for name in layers:
+        (key,), axis = kept.matrix_place(name)
+        assert axis == 0
+        basis = torch.from_numpy(basis_of(kept.read(key), energy=0.5)).float()
         change = after[name] - before[name]
         assert len(basis) == len(change)  # (in, out)
         torch.testing.assert_close(

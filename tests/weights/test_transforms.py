@@ -9,14 +9,8 @@ from safetensors.torch import load_file
 
 from palinode.errors import InputError
 from palinode.weights import save
-from palinode.weights.vectors import (
-    fisher_weights,
-    input_basis,
-    layer_scale,
-    project_off,
-    sign_consensus,
-    transform,
-)
+from palinode.weights.filters import along, basis_of, projection
+from palinode.weights.vectors import fisher_weights, layer_scale, sign_consensus, transform
 
 
 def test_consensus_is_the_mean_where_all_signs_agree_and_zero_elsewhere():
@@ -38,24 +32,27 @@ def test_first_pattern_that_matches_the_whole_name_gives_the_scale():
 
 def test_basis_holds_the_share_of_the_inputs_that_was_asked_for():
     inputs = np.array([[3.0, 0.0, 0.0], [0.0, 1.0, 0.0], [-3.0, 0.0, 0.0]])  # squares 18 and 1
-    assert np.abs(input_basis(inputs, energy=0.9)).tolist() == [[1.0], [0.0], [0.0]]
-    assert input_basis(inputs, energy=1.0).shape == (3, 2)
+    moment = inputs.T @ inputs
+    assert np.abs(basis_of(moment, energy=0.9)).tolist() == [[1.0], [0.0], [0.0]]
+    assert basis_of(moment, energy=1.0).shape == (3, 2)
     with pytest.raises(InputError, match="no share"):
-        input_basis(inputs, energy=0.0)
+        basis_of(moment, energy=0.0)
     with pytest.raises(InputError, match="all zero"):
-        input_basis(np.zeros((2, 3)))
+        basis_of(np.zeros((3, 3)))
 
 
 def test_projected_matrix_does_nothing_to_inputs_of_the_subspace_and_the_same_to_those_across():
     matrix = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     basis = np.array([[0.6], [0.8], [0.0]])
-    found = project_off(matrix, basis)
+    rest = projection(7 * basis @ basis.T, energy=1.0)
+    found = along(matrix, rest, 1)
     # row 1: u·r = .6 + 1.6 = 2.2, less 2.2·(.6, .8, 0); row 2: u·r = 6.4
     assert found == pytest.approx(np.array([[-0.32, 0.24, 3.0], [0.16, -0.12, 6.0]]))
     assert found @ basis == pytest.approx(np.zeros((2, 1)), abs=1e-12)
     across = np.array([0.8, -0.6, 2.0])
     assert found @ across == pytest.approx(matrix @ across)
-    assert project_off(found, basis) == pytest.approx(found)  # twice is once
+    assert along(found, rest, 1) == pytest.approx(found)  # twice is once
+    assert along(matrix.T, rest, 0) == pytest.approx(found.T)  # a layer that stores its weight as (in, out)
 
 
 def test_weight_is_high_where_the_forget_rows_matter_and_the_retain_rows_do_not():

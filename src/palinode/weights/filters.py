@@ -32,7 +32,10 @@ Ridge = Literal["vector", "zero"]
 """What is kept where neither set has inputs: τ, or nothing."""
 
 SINGULAR = 1e-9
-"""The least ε, relative to the mean of what it is added to, that keeps a sum of moments invertible."""
+"""The least ε, relative to the mean of what it is added to, that keeps a sum of moments invertible.
+
+It is more for moments in float32, whose rounding leaves eigenvalues below zero.
+"""
 
 
 def least_squares(
@@ -61,7 +64,8 @@ def least_squares(
         float(np.mean(part if diagonal else np.diagonal(part))) for part in (ours, retain, theirs)
     )
     unit = own or other or 1.0
-    added = max(epsilon * unit, SINGULAR * (own + heavy)) or 1.0  # nothing was read: τ stays, or goes
+    least = max(SINGULAR, 4 * float(np.finfo(retain.dtype).eps) * len(retain) ** 0.5)
+    added = max(epsilon * unit, least * (own + heavy)) or 1.0  # nothing was read: τ stays, or goes
     kept = added if ridge == "vector" else 0.0
     if diagonal:
         return (ours + kept) / (ours + added + theirs)

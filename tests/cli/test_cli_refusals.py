@@ -351,7 +351,7 @@ def test_a_misspelt_value_is_answered_with_the_nearest(changes, near, unlearn_wo
             {"retain": None, "project": True},
             "the transform projection needs retain rows; name data.retain (--retain)",
         ),
-        ({"method": "npo", "project": True}, "npo adds no vectors, so there is none to transform"),
+        ({"method": "npo", "scales": "1,0"}, "the method npo adds no vectors, so it has no scales"),
         ({"retain_share": 0}, "scales.retain_share cannot be used"),
         ({"learning_rate": 0}, "training.learning_rate cannot be used: Input should be greater than 0"),
         ({"learning_rate": "inf"}, "training.learning_rate cannot be used: Input should be a finite number"),

@@ -181,6 +181,84 @@ def unlearn(
     _run(recipe, dry_run=dry_run, quiet=quiet, as_json=as_json, located=located, measure=measure)
 
 
+@verb(name="filter")
+@takes(
+    replace(TARGET, needed=True),
+    Key("models.given", flag="unlearned", help="The model that was made of it.", needed=True, group=NEED),
+    Key("data.retain", help="Rows whose effect must stay.", needed=True, group=NEED),
+    replace(OUTPUT, needed=True),
+    Key(
+        "data.forget", help="The rows that were to be forgotten: with them α and μ are searched.", group=NEED
+    ),
+    "models.base",
+    "data.background",
+    COLUMNS,
+    Key(
+        "scales.forget",
+        flag="alpha",
+        kind=float,
+        help="α: how far to go. [default: searched, or without --forget 1, as far as the change went]",
+    ),
+    "scales.retain_share",
+    "training.max_length",
+    "evaluation.max_rows",
+    "evaluation.max_new_tokens",
+    "output.dtype",
+    "output.workspace",
+    ALLOW_PICKLE,
+    "device",
+    "seed",
+)
+def filter_verb(
+    content: dict[str, Any],
+    *,
+    mu: Annotated[
+        float | None,
+        typer.Option(
+            help="μ: how much the retain inputs count. [default: searched, or 100]",
+            min=0,
+            rich_help_panel=SCALES,
+        ),
+    ] = None,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(
+            help="ε: how much is kept where nothing is known. [default: μ / 100]",
+            min=0,
+            rich_help_panel=SCALES,
+        ),
+    ] = None,
+    changes: Changes = None,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Filter what another tool unlearned, so that more is kept.
+
+    With forget rows it is a run like that of unlearn. Without them the change goes as far as it did.
+    """
+    from palinode.errors import RecipeError
+    from palinode.pipeline.filter_run import filter_by_retain_rows, filter_recipe
+    from palinode.pipeline.inputs import workspace_folder
+    from palinode.pipeline.recipe import build_recipe
+
+    if "max_length" in content.get("training", {}):
+        content.setdefault("evaluation", {})["max_length"] = content["training"]["max_length"]
+    known = "forget" in content["data"]
+    recipe = build_recipe(filter_recipe(content, mu=mu, epsilon=epsilon), changes or [])
+    if known:
+        _run(recipe, dry_run=dry_run, quiet=quiet, as_json=as_json)
+        return
+    if dry_run:
+        raise RecipeError("only a run with forget rows has a plan; name --forget, or leave --dry-run out")
+    result = filter_by_retain_rows(recipe, listener=listener(quiet=quiet))
+    harm = result.record["transforms"][-1].get("harm")
+    text = f"{result.output}: the filtered model, and filter.json"
+    text += f"; it moves the retain rows' outputs by {harm:.3g} of what it did" if harm is not None else ""
+    _show(dict(result.record), text, as_json=as_json)
+    secret_workspace(workspace_folder(recipe), result.output, "what layers read of rows", as_json=as_json)
+
+
 @verb()
 @takes("tracker")
 def run(

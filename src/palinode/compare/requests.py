@@ -113,7 +113,7 @@ class _Requests:
         entries: list[dict[str, Any]] = []
         for place, contestant in enumerate(self.comparison.contestants, start=1):
             ground.listener.say(f"{contestant.name} ({place} of {len(self.points)})")
-            arithmetic = METHODS[contestant.method].has_scales
+            arithmetic = self.points[contestant.name].scales is not None
             entries.append(self._arithmetic(contestant) if arithmetic else self._trained(contestant))
             table = self._table(states, entries)
             texts = (requests_markdown(table), requests_picture(table))
@@ -278,7 +278,7 @@ def check_contestants(recipe: CompareRecipe) -> dict[str, MethodPoint]:
         method, point = METHODS[contestant.method], draw_points(contestant, 1, seed=comparison.seed)[0]
         made = recipe_of(recipe.content, point, {"target": "."}, epochs=1, seed=comparison.seeds[0])
         at_base = method.check_settings(made.method_settings).starts_at == "base"
-        if at_base and not method.has_scales:
+        if at_base and point.scales is None:
             raise RecipeError(
                 f"{contestant.name} starts from the base every time ({method.name}), so that no request can "
                 "go on from the one before; leave it out"
@@ -350,7 +350,7 @@ def plan_requests(recipe: CompareRecipe) -> dict[str, Any]:
                 "models": spent.models,
                 "trainings": spent.models * (len(asked.requests) + 1),
                 "steps": sum(spent.steps) + spent.joint_steps,
-                "undone": METHODS[contestant.method].has_scales,
+                "undone": points[contestant.name].scales is not None,
             }
         )
     return {

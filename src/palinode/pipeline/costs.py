@@ -104,12 +104,13 @@ class _Planner:
         scales = recipe.scales
         alphas = len(scales.forget_grid) if scales.forget is None else 1
         betas = len(scales.retain_grid) if self.inputs.given.retain_scale is None else 1
-        points = alphas * betas if self.inputs.method.has_scales else 1
+        points = alphas * betas if recipe.has_scales else 1
         steps += self._filter(searched=points > 1 and scales.choose == "auto")
         if points > 1:
             steps.append(self._scales(points))
         steps.append(PlannedStep("write the unlearned model", 0, 6 * 4 * self.parameters / 1e9))
-        models = 2 + bool(self.inputs.base) + bool(self.inputs.retrained or recipe.prepare)
+        given = bool(self.inputs.base) + bool(self.inputs.unlearned)
+        models = 2 + given + bool(self.inputs.retrained or recipe.prepare)
         steps.append(self._evaluation(models))
         return Plan(tuple(steps), self._memory(), self._disk())
 
@@ -223,6 +224,8 @@ class _Planner:
     def _trained(self) -> int:
         """Return the bytes of weights, gradients and optimiser state while training."""
         lora = self.recipe.training.lora
+        if not self.runs and not self.recipe.prepare:
+            return 0
         if lora is None or self.recipe.prepare:
             return 16 * self.parameters
         held = {"float32": 4.0, "bfloat16": 2.0, "4bit": 0.6}[lora.base]
@@ -236,7 +239,8 @@ class _Planner:
         made = 2 if self.recipe.prepare else 0
         target, lora = self.inputs.reader, self.recipe.training.lora
         trained = self._adapter_weights(lora.rank) if lora else self.parameters
-        state = 12 * (self.parameters if made else trained)  # a resumable one, there while a step runs
+        resumed = (self.parameters if made else trained) if self.runs or made else 0
+        state = 12 * resumed  # there while a step runs
         merged = sum(run.whole for run in self.runs) if lora else 0
         whole = self.parameters * (made + merged)
         vectors = len(self.changes) * self.parameters

@@ -229,16 +229,22 @@ class Effect:
 
 
 class Weighing:
-    """A least-squares filter of one vector, and what it does in each tensor."""
+    """A least-squares filter of one vector, and what it does in each tensor.
 
-    def __init__(self, forget: MomentFiles, spared: MomentFiles, settings: LeastSquaresSettings) -> None:
+    Where the forget inputs are not known, nothing of them is weighed (the soft filter), and the effect on
+    them is taken to be the same in all directions: tr τΔᵀ in place of tr τΣ_fΔᵀ.
+    """
+
+    def __init__(
+        self, forget: MomentFiles | None, spared: MomentFiles, settings: LeastSquaresSettings
+    ) -> None:
         self.forget, self.spared, self.settings = forget, spared, settings
         self.effects: dict[str, Effect] = {}
         self.filter_of = lru_cache(maxsize=2)(self._filter)
 
     def _filter(self, key: str) -> np.ndarray:
         mu, epsilon = self.settings.weights()
-        forget, spared = self.forget.read(key), self.spared.read(key)
+        forget, spared = self.forget.read(key) if self.forget else None, self.spared.read(key)
         return least_squares(forget, spared, mu=mu, epsilon=epsilon, ridge=self.settings.ridge)
 
     def rule(self, name: str, found: Sequence[np.ndarray]) -> np.ndarray:
@@ -279,8 +285,9 @@ class Weighing:
         if len(keys) > 1:
             parts = zip(values, made, keys, strict=True)
             return sum((self._effect(old, new, ([key], axis - 1)) for old, new, key in parts), start=Effect())
-        forget, spared = self.forget.read(keys[0]), self.spared.read(keys[0])
-        on_forget, on_retain = along(values, forget, axis), along(values, spared, axis)
+        spared = self.spared.read(keys[0])
+        on_forget = along(values, self.forget.read(keys[0]), axis) if self.forget else values
+        on_retain = along(values, spared, axis)
         return Effect(
             forget=float(np.vdot(on_forget, values)),
             forget_kept=float(np.vdot(on_forget, made)),

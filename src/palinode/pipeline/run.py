@@ -34,7 +34,7 @@ from palinode.pipeline.inputs import Inputs, ask_as_trained, check_places, open_
 from palinode.pipeline.recipe import Recipe
 from palinode.pipeline.record import build_record, dose_facts, geometry_facts
 from palinode.pipeline.reporting import full_report, publish
-from palinode.pipeline.scales import ChosenScales, scaled_vector
+from palinode.pipeline.scales import ChosenScales, own_yardstick, scaled_vector
 from palinode.pipeline.search import search_scales
 from palinode.pipeline.tracking import tracked
 from palinode.pipeline.workspace import Step, Workspace, fingerprint
@@ -292,7 +292,7 @@ class Making(FineTuning):
         step = self.workspace.step(
             "scales",
             target=target.fingerprint(),
-            base=self.inputs.earlier.fingerprint(),
+            base=self.inputs.base.fingerprint() if self.inputs.base else None,
             vectors=dict(trained.steps),
             grid=[sorted(alphas), sorted(betas)],
             retain_share=scales.retain_share,
@@ -307,8 +307,14 @@ class Making(FineTuning):
         choose = partial(grid_scales, self.inputs, target, vectors)
         if auto:
             choose = partial(search_scales, self.inputs, target, vectors, filters=trained.filters)
-        found = step.once(lambda: asdict(choose((alphas, betas), step.folder, self.listener)))
-        return ChosenScales(**found)
+
+        def found() -> dict[str, Any]:
+            yardstick, unfiltered = None, target - (trained.before or vectors.forget)
+            if self.inputs.base is None:
+                yardstick = own_yardstick(self.inputs, target, unfiltered, step.folder)
+            return asdict(choose((alphas, betas), step.folder, self.listener, yardstick=yardstick))
+
+        return ChosenScales(**step.once(found))
 
     def _given(self, alpha: float, beta: float, trained: Trained) -> ChosenScales:
         """Return scales that are given; a filter that is to read where the model arrives does it there."""
@@ -370,7 +376,13 @@ class _Unlearning(Making):
         target, retrained = self.given_or_prepared()
         made = self.make(target)
         model = made.model
-        given = {"target": target, "base": self.inputs.base, "unlearned": model, "retrained": retrained}
+        given = {
+            "target": target,
+            "base": self.inputs.base,
+            "given": self.inputs.unlearned,
+            "unlearned": model,
+            "retrained": retrained,
+        }
         models = {name: entry for name, entry in given.items() if entry is not None}
         outcomes = {name: self._evaluate(name, checkpoint) for name, checkpoint in models.items()}
         record = build_record(
@@ -505,24 +517,30 @@ def find_vectors(
     """Return the vectors of a run; raises InputError that says what is missing where they are gone."""
     name = record["recipe"].get("method", "msa")
     method = METHODS.get(name)
-    if method is None or not method.has_scales:
+    if method is None or not record.get("scales"):
         raise InputError(f"the method {name} trains the model itself and adds no vectors")
     if target is None:
         raise InputError("the run's target is not found any more, or has changed")
+    changed = _changed(Workspace(workspace), record)
+    if changed is not None and not record["vectors"]["retain"]:
+        return Vectors(changed, None)
     settings = method.check_settings(record["recipe"].get("method_settings", {}))
     if base is None and "base" in method.needs:
         raise InputError("the run's base is not found any more, or has changed")
     start = base if base is not None and settings.starts_at == "base" else target
-    steps, points = record["steps"], {}
+    steps, points = record["steps"], dict[str, Point]()
     for run, facts in record["training"].items():
         step = Workspace(workspace).step_of(f"finetune-{run}", steps[run])
         end = open_end(step, start) if facts and step.facts is not None else None
         if end is None:
             raise InputError(f"the run's vectors are not in {workspace} any more")
         points[run] = end
-    vectors = method.point(settings, Ends(target, start, points))
-    assert isinstance(vectors, Vectors)
-    changed = _changed(Workspace(workspace), record)
+    if "given" in method.needs:
+        given = find_model(record, "given", workspace)
+        if given is None:
+            raise InputError("the model that was given is not found any more, or has changed")
+        points["given"] = given
+    vectors = method.vectors(settings, Ends(target, start, points))
     retain = vectors.retain if record["vectors"]["retain"] else None
     return Vectors(changed or vectors.forget, retain)
 

@@ -10,8 +10,8 @@ Python's zipfile takes other directories for true than torch does, and torch.loa
 file in place nor pickles of protocol 3 and above without running code.
 
 A distributed checkpoint (DCP), as FSDP, torchtitan and OLMo-core write it, is a folder of `*.distcp` files
-in which torch.save wrote the tensors chunk by chunk. Its `.metadata`, a pickle too, names each tensor with its
-chunks (boxes of the tensor, one a rank or several), and says in which range of which file each lies. So a
+in which torch.save wrote the tensors chunk by chunk. Its `.metadata`, a pickle too, names each tensor with
+its chunks (boxes of the tensor, one a rank or several), and says in which range of which file each lies. So a
 tensor is a list of pieces, and no process group, no torch and no copy is needed to read it. The metadata also
 knows entries that are no weights; `_weights` states which ones are taken.
 """

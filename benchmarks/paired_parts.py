@@ -23,7 +23,7 @@ from palinode.models.loading import load_model
 from palinode.models.sums import input_spaces
 from palinode.settings import TrainingSettings
 from palinode.training.loop import train
-from palinode.training.objectives import PLAIN_OBJECTIVE
+from palinode.training.objectives import PLAIN_OBJECTIVE, CurvePoint
 from palinode.weights import Checkpoint, Direction
 from palinode.weights.vectors import StoredVector, project_off, transform
 
@@ -179,8 +179,8 @@ def relearn(
     )
     curve = {0: score(model, tested)[0]}
 
-    def look(step: int, _rows: Sequence[int]) -> None:
-        if step in RELEARN_STEPS:
+    def look(point: CurvePoint, _rows: Sequence[int]) -> None:
+        if (step := point.step + 1) in RELEARN_STEPS:
             model.eval()
             curve[step] = score(model, tested)[0]
             model.train()

@@ -213,7 +213,7 @@ def relearn(
     )
     curves: dict[int, Values] = {}
 
-    def look(step: int, _rows: Sequence[int] = ()) -> None:
+    def look(step: int) -> None:
         if step not in budget.relearn_steps:
             return
         model.eval()
@@ -233,7 +233,7 @@ def relearn(
         settings,
         seed=subject.seed,
         pad_id=pad_token(subject.tokenizer),
-        on_step=look,
+        on_step=lambda point, _: look(point.step + 1),
         max_steps=last,
         say=subject.listener.say,
     )

@@ -30,7 +30,7 @@ from palinode.history.duplicates import (
 )
 from palinode.history.exposures import Ints, read_header, salt_check
 from palinode.history.onset import Onset, check_control, find_onset
-from palinode.history.orders import Order, open_palinode, read_order
+from palinode.history.orders import Order, first_step, open_palinode, read_order
 from palinode.history.reader import ExposureReader, stretches
 from palinode.history.series import CheckpointSeries
 from palinode.progress import Listener, NullListener
@@ -548,11 +548,6 @@ def _steps_in_order(order: Order, copies: Sequence[Sequence[Duplicate]], listene
         number: {(step, None if copy.exact else copy) for copy in own for step in steps[copy.number]}
         for number, own in enumerate(copies)
     }
-
-
-def first_step(order: Order) -> int:
-    """Return the first step that an order holds for: that of a resumed run begins later."""
-    return int(getattr(order, "resumed_from", 0)) + 1
 
 
 def steps_of(order: Order, rows: Iterable[int], *, listener: Listener | None = None) -> dict[int, list[int]]:

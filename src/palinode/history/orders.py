@@ -14,7 +14,6 @@ from __future__ import annotations
 import inspect
 import math
 import struct
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -57,39 +56,29 @@ class Order(Protocol):
         """Return the rows of a step's batch over all processes; one that was there twice is twice."""
 
 
-class RebuiltOrder(ABC):
-    """An order that knows its steps."""
+def first_step(order: Order) -> int:
+    """Return the first step that an order holds for: that of a resumed run begins later."""
+    return int(getattr(order, "resumed_from", 0)) + 1
 
-    resumed_from: int = 0
-    """The step after which it holds."""
 
-    @property
-    @abstractmethod
-    def steps(self) -> int:
-        """The last step."""
+def _check_step(order: Order, step: int) -> None:
+    """Raise DataError for a step that the order does not have."""
+    first = first_step(order)
+    if not first <= step <= order.steps:
+        raise DataError(
+            f"there is no step {step:,} in this order; it has the steps {first:,} to {order.steps:,}"
+        )
 
-    def rows(self, step: int) -> list[int]:
-        """Return the rows of a step's batch; raise DataError for a step that the order does not have."""
-        first = self.resumed_from + 1
-        if not first <= step <= self.steps:
-            raise DataError(
-                f"there is no step {step:,} in this order; it has the steps {first:,} to {self.steps:,}"
-            )
-        return self._batch(step)
 
-    @abstractmethod
-    def _batch(self, step: int) -> list[int]:
-        """Return the rows of a step that the order has."""
-
-    def _check_positive(self, *names: str) -> None:
-        """Raise DataError for a setting that must be at least 1 and is not."""
-        for name in names:
-            if getattr(self, name) < 1:
-                raise DataError(f"{name} is {getattr(self, name)}; it must be at least 1")
+def _check_positive(order: Order, *names: str) -> None:
+    """Raise DataError for a setting that must be at least 1 and is not."""
+    for name in names:
+        if getattr(order, name) < 1:
+            raise DataError(f"{name} is {getattr(order, name)}; it must be at least 1")
 
 
 @dataclass(frozen=True, slots=True)
-class JoinedOrder(RebuiltOrder):
+class JoinedOrder:
     """Several orders one after the other: a training that went on with other settings, or another sampler."""
 
     parts: tuple[tuple[int, Order], ...]
@@ -105,13 +94,14 @@ class JoinedOrder(RebuiltOrder):
         """The last step."""
         return self.parts[-1][1].steps
 
-    def _batch(self, step: int) -> list[int]:
+    def rows(self, step: int) -> list[int]:
         """Return the rows of a step, from the order that held then."""
+        _check_step(self, step)
         return [order for start, order in self.parts if start < step][-1].rows(step)
 
 
 @dataclass(frozen=True)
-class TrainerOrder(RebuiltOrder):
+class TrainerOrder:
     """The rows of transformers' Trainer (5.x on accelerate 1.x) for a data set with a length.
 
     Epoch e shuffles rows with torch's generator seeded seed + e (accelerate's SeedableRandomSampler), cuts
@@ -141,7 +131,7 @@ class TrainerOrder(RebuiltOrder):
     """Whether resuming began the epoch's data anew."""
 
     def __post_init__(self) -> None:
-        self._check_positive("row_count", "batch_size", "world_size", "accumulation")
+        _check_positive(self, "row_count", "batch_size", "world_size", "accumulation")
         if self.split_batches and self.batch_size % self.world_size:
             raise DataError(
                 f"batch_size {self.batch_size} cannot be split over {self.world_size} processes; "
@@ -210,8 +200,9 @@ class TrainerOrder(RebuiltOrder):
         """The last step."""
         return self.max_steps or math.ceil(self.epochs * self.epoch_steps)
 
-    def _batch(self, step: int) -> list[int]:
+    def rows(self, step: int) -> list[int]:
         """Return the rows of a step: micro-batch by micro-batch, and in each process by process."""
+        _check_step(self, step)
         before = step - 1
         if self.ignore_data_skip:  # the epoch under way begins again
             before += self.resumed_from // self.epoch_steps * self.epoch_steps - self.resumed_from
@@ -239,7 +230,7 @@ def _trainer_epoch(order: TrainerOrder, epoch: int) -> Ints:
 
 
 @dataclass(frozen=True)
-class OlmoCoreOrder(RebuiltOrder):
+class OlmoCoreOrder:
     """The documents of OLMo-core's fixed-length loader of token files (NumpyFSLDataset, NumpyFSLDataLoader).
 
     Each token file is cut into instances of `sequence_length` tokens; what is left of a file is not used. An
@@ -269,7 +260,7 @@ class OlmoCoreOrder(RebuiltOrder):
     """Batches of this size taken by then; other than `resumed_from` when the size changed."""
 
     def __post_init__(self) -> None:
-        self._check_positive("sequence_length", "chunk_size", "epochs")
+        _check_positive(self, "sequence_length", "chunk_size", "epochs")
         if self.dtype not in DTYPES:
             raise DataError(f"dtype is {self.dtype!r}; token files have one of {', '.join(DTYPES)}")
         if self.global_batch_size < 1 or self.global_batch_size % self.sequence_length:
@@ -308,8 +299,9 @@ class OlmoCoreOrder(RebuiltOrder):
         """The last step."""
         return self.resumed_from + self.epochs * self.epoch_steps - self.first_batch
 
-    def _batch(self, step: int) -> list[int]:
+    def rows(self, step: int) -> list[int]:
         """Return the documents of which a step's batch holds a part, instance by instance."""
+        _check_step(self, step)
         epoch, number = divmod(self.first_batch + step - self.resumed_from - 1, self.epoch_steps)
         order = _olmo_core_epoch(self, epoch + 1)
         instances = order[number * self.batch_rows : (number + 1) * self.batch_rows].tolist()
@@ -404,7 +396,7 @@ def _read_array(path: Path, dtype: str) -> Tokens:
 
 
 @dataclass(frozen=True)
-class NeoxOrder(RebuiltOrder):
+class NeoxOrder:
     """The documents of GPT-NeoX (and so Pythia), by the index files that it keeps beside a packed data set.
 
         …_doc_idx.npy      int32 [documents · epochs]   documents in the order they are strung together in
@@ -426,7 +418,7 @@ class NeoxOrder(RebuiltOrder):
     """Samples taken by then; other than resumed_from · batch_size when the batch size changed."""
 
     def __post_init__(self) -> None:
-        self._check_positive("batch_size")
+        _check_positive(self, "batch_size")
         if self.doc_idx.ndim != 1 or self.sample_idx.shape[1:] != (2,) or self.shuffle_idx.ndim != 1:
             shapes = [self.doc_idx.shape, self.sample_idx.shape, self.shuffle_idx.shape]
             raise DataError(
@@ -459,8 +451,9 @@ class NeoxOrder(RebuiltOrder):
         samples = max(0, len(self.shuffle_idx) - 1)
         return self.resumed_from + (samples - self.first_sample) // self.batch_size
 
-    def _batch(self, step: int) -> list[int]:
+    def rows(self, step: int) -> list[int]:
         """Return the documents of which a step's batch holds at least a token, sample by sample."""
+        _check_step(self, step)
         begin = self.first_sample + (step - self.resumed_from - 1) * self.batch_size
         samples = self.shuffle_idx[begin : begin + self.batch_size].tolist()
         return [document for sample in samples for document in self.documents_in(sample)]
@@ -586,7 +579,7 @@ class LoggedStage(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class PalinodeOrder(RebuiltOrder):
+class PalinodeOrder:
     """The rows of Palinode's own training loop; stages follow one another."""
 
     batches: Sequence[Sequence[int]]
@@ -596,8 +589,9 @@ class PalinodeOrder(RebuiltOrder):
         """Number of optimiser steps of all stages."""
         return len(self.batches)
 
-    def _batch(self, step: int) -> list[int]:
+    def rows(self, step: int) -> list[int]:
         """Return the row numbers of a step's batch."""
+        _check_step(self, step)
         return list(self.batches[step - 1])
 
 

@@ -192,12 +192,16 @@ class _Following:
         state: Path | None,
     ) -> list[CurvePoint]:
         """Train the model and return its curve."""
-        everyone, hear = range(len(cast.anchors)), self.watch.on_step
+        everyone = range(len(cast.anchors))
         total = sum(cast.tokens(epoch, everyone, objective.reads) for epoch in range(settings.epochs))
 
-        def on_step(step: int, members: Sequence[int]) -> None:
-            if hear:
-                hear(step, [cast.anchors[place].example for place in members])
+        def on_step(point: CurvePoint, members: Sequence[int]) -> None:
+            if self.watch.on_step:
+                self.watch.on_step(point.step + 1, [cast.anchors[place].example for place in members])
+            record(self.listener, self.watch.label, point.step + 1, point.figures())
+            self.walked.append(point)
+            if (place := self.watch.leave.get(point.step + 1)) and not place.exists():
+                write_model(self.model, self.base, place, self.walked)
 
         with self.listener.task(self.watch.label, total, "tokens") as advance:
 
@@ -215,16 +219,8 @@ class _Following:
                 state=state,
                 on_progress=on_progress,
                 on_step=on_step,
-                on_point=self.on_point,
                 say=self.listener.say,
             )
-
-    def on_point(self, point: CurvePoint) -> None:
-        """Keep a point of the curve, and the model where it is wanted."""
-        record(self.listener, self.watch.label, point.step + 1, point.figures())
-        self.walked.append(point)
-        if (place := self.watch.leave.get(point.step + 1)) and not place.exists():
-            write_model(self.model, self.base, place, self.walked)
 
 
 def _load(

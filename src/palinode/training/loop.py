@@ -56,8 +56,7 @@ def train(
     pad_id: int,
     state: Path | None = None,
     on_progress: Callable[[int], None] | None = None,
-    on_step: Callable[[int, Sequence[int]], None] | None = None,
-    on_point: Callable[[CurvePoint], None] | None = None,
+    on_step: Callable[[CurvePoint, Sequence[int]], None] | None = None,
     max_steps: int | None = None,
     say: Say | None = None,
 ) -> list[CurvePoint]:
@@ -67,11 +66,11 @@ def train(
     need of the model at the start is computed first, but for terms whose values the rows bring.
     `state` is a folder for a resumable state: it is used when it exists, and written every
     `settings.save_minutes`, when the run is interrupted, and before a step that would not be finite.
-    `on_progress` hears tokens; `on_step` hears, after each optimiser step, how many are done and the
-    positions of the anchors that were in it (over all processes); `on_point` hears each new point of the
-    curve; `say` hears where rows have to go through the model one by one. `max_steps` ends the run, and its
-    learning-rate schedule, after so many steps; the objective's limit ends it before the step that passes
-    it. Raises DivergenceError when loss or gradient stop being finite.
+    `on_progress` hears tokens; `on_step` hears, after each optimiser step, its point of the curve and the
+    positions of the anchors that were in it (over all processes); `say` hears where rows have to go through
+    the model one by one. `max_steps` ends the run, and its learning-rate schedule, after so many steps; the
+    objective's limit ends it before the step that passes it. Raises DivergenceError when loss or gradient
+    stop being finite.
     """
     cast = rows if isinstance(rows, Joined) else plain(rows)
     for role in objective.roles:
@@ -92,7 +91,7 @@ def train(
         run.per_epoch = len(steps) // settings.epochs
         steps = steps[:max_steps]
         run.resume(on_progress, steps)
-        _walk(run, steps, on_progress, on_step, on_point)
+        _walk(run, steps, on_progress, on_step)
     model.eval()
     return run.curve
 
@@ -101,8 +100,7 @@ def _walk(
     run: _Run,
     steps: Sequence[Sequence[Sequence[int]]],
     on_progress: Callable[[int], None] | None,
-    on_step: Callable[[int, Sequence[int]], None] | None,
-    on_point: Callable[[CurvePoint], None] | None,
+    on_step: Callable[[CurvePoint, Sequence[int]], None] | None,
 ) -> None:
     """Take the steps that are left, and save the state now and then."""
     saved_at = time.monotonic()
@@ -113,9 +111,7 @@ def _walk(
             if on_progress:
                 on_progress(run.tokens(steps[step], step))
             if on_step:
-                on_step(step + 1, [i for part in steps[step] for i in part])
-            if on_point:
-                on_point(run.curve[-1])
+                on_step(run.curve[-1], [i for part in steps[step] for i in part])
             if time.monotonic() - saved_at > 60 * run.settings.save_minutes:
                 run.save()
                 saved_at = time.monotonic()

@@ -57,6 +57,13 @@ app = typer.Typer(
 verb = partial(app.command, cls=Verb)
 
 
+def _option(group: str, help: str) -> Any:
+    return typer.Option(help=help, rich_help_panel=group)
+
+
+_advanced = partial(_option, ADVANCED)
+_needed = partial(_option, NEED)
+
 INVENTED = "invented rows, θ_1"
 """What the demo's workspace holds."""
 
@@ -123,31 +130,15 @@ def unlearn(
     *,
     checkpoints: Annotated[
         str | None,
-        typer.Option(
-            help="Instead of --base: the checkpoint series to find it in, as `palinode locate` does.",
-            rich_help_panel=ADVANCED,
-        ),
+        _advanced("Instead of --base: the checkpoint series to find it in, as `palinode locate` does."),
     ] = None,
-    log: Annotated[
-        Path | None,
-        typer.Option(help="With --checkpoints: folder of an exposure log.", rich_help_panel=ADVANCED),
-    ] = None,
+    log: Annotated[Path | None, _advanced("With --checkpoints: folder of an exposure log.")] = None,
     order: Annotated[
-        Path | None,
-        typer.Option(
-            help="With --checkpoints: file that describes the data order.", rich_help_panel=ADVANCED
-        ),
+        Path | None, _advanced("With --checkpoints: file that describes the data order.")
     ] = None,
-    corpus: Annotated[
-        str | None,
-        typer.Option(help="With --checkpoints: the rows trained on.", rich_help_panel=ADVANCED),
-    ] = None,
+    corpus: Annotated[str | None, _advanced("With --checkpoints: the rows trained on.")] = None,
     control: Annotated[
-        str | None,
-        typer.Option(
-            help="With --checkpoints: rows like the forget rows, never trained on.",
-            rich_help_panel=ADVANCED,
-        ),
+        str | None, _advanced("With --checkpoints: rows like the forget rows, never trained on.")
     ] = None,
     changes: Changes = None,
     dry_run: DryRun = False,
@@ -290,21 +281,9 @@ def run(
 def finetune(
     content: dict[str, Any],
     *,
-    base: Annotated[
-        str,
-        typer.Option(
-            help="The checkpoint to start from: a folder, or a hub id[@revision].", rich_help_panel=NEED
-        ),
-    ],
-    data: Annotated[
-        str,
-        typer.Option(
-            help="The rows: JSONL, JSON, CSV, Parquet or text; file or hub data set.", rich_help_panel=NEED
-        ),
-    ],
-    output: Annotated[
-        Path, typer.Option(help="Folder for the fine-tuned checkpoint (float32).", rich_help_panel=NEED)
-    ],
+    base: Annotated[str, _needed("The checkpoint to start from: a folder, or a hub id[@revision].")],
+    data: Annotated[str, _needed("The rows: JSONL, JSON, CSV, Parquet or text; file or hub data set.")],
+    output: Annotated[Path, _needed("Folder for the fine-tuned checkpoint (float32).")],
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:

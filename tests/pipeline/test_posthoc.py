@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from comparing import tiny_comparison
 from palinode import Checkpoint, filter_change
-from palinode.compare import build_comparison, compare
+from palinode.compare import build_comparison, carry_out, compare
 from palinode.data.examples import read_examples
 from palinode.data.tokenize import PromptStyle, tokenize
 from palinode.errors import RecipeError
@@ -144,6 +144,39 @@ def test_a_comparison_filters_what_a_contestant_trained(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "sections",
+    [
+        {"training": {"epochs": 2, "learning_rate": 1e-3, "lora": {"rank": 2}}},
+        {"method": "npo", "method_settings": {"start": "base"}, "models": {}},
+        {"method": "ties"},
+    ],
+    ids=["low-rank", "from the base", "formula"],
+)
+def test_every_kind_of_training_has_a_change(run, sections):
+    """α = 1 and nothing filtered would be the trained model; half of it lies halfway."""
+    half = {"name": "layer_scales", "scales": {".*": 0.5}}
+    name = "-".join(map(str, sections.values()))[:40]
+    trained = unlearn(run(f"{name} plain", scales={}, **sections))
+    halved = unlearn(run(f"{name} half", half, **{"scales": {"forget": 2.0}, **sections}))
+    ours, theirs = tensors(halved.output), tensors(trained.output)
+    assert all(np.allclose(ours[one], theirs[one], atol=1e-5) for one in ours)
+
+
+def test_requests_add_filtered_changes_up(tiny, tmp_path):
+    one = {"name": "ours", "method": "grad_diff", "set": {"transforms": [FILTER], "scales.forget": 1.0}}
+    content = tiny_comparison(
+        tiny,
+        tmp_path / "out",
+        requests={"size": 8, "count": 2, "undo_seed": 1},
+        budget={"steps": 2},
+        contestants=[one],
+    )
+    (found,) = carry_out(build_comparison(content)).table["contestants"]
+    assert found["undo"]["possible"]
+    assert found["undo"]["target_back"]
+
+
+@pytest.mark.parametrize(
     ("sections", "said"),
     [
         ({"scales": {"retain": 1.0}}, "there is no retain vector here, so scales.retain has to be 0"),
@@ -252,7 +285,7 @@ def test_what_the_verb_cannot_take_is_one_sentence(words, palinode, tiny, tmp_pa
     GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)).save_pretrained(other)
     for changes, said in (
         ({"unlearned": tiny.target.folder}, "the target and the unlearned model are the same folder"),
-        ({"unlearned": other}, "model and the unlearned one a gpt2 model"),
+        ({"unlearned": other}, "are not states of one model: model_type is"),
         ({"unlearned": tmp_path / "nowhere"}, "nowhere"),
         ({"retain": tmp_path / "none.jsonl"}, "none.jsonl"),
         ({"mu": -1}, "'--mu'"),

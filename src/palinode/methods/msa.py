@@ -251,9 +251,10 @@ PAIRED = Method(
 
 
 class GivenSettings(MethodSettings):
-    """There is no retain vector."""
+    """It has none of its own: the model is named as models.given."""
 
     retain_scale: ClassVar[float | None] = 0.0
+    """There is no retain vector."""
 
     def clash(self, *, retain: bool, retain_scale: float | None) -> str | None:  # noqa: ARG002
         """Say that there is no retain vector."""

@@ -158,7 +158,9 @@ def yardstick(record: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None
         "estimate": estimate(record),
         "base": _probability(record, "base", "forget"),
     }
-    return next(((name, score) for name, score in given.items() if score and "value" in score), None)
+    return next(
+        ((name, score) for name, score in given.items() if score and score.get("value") is not None), None
+    )
 
 
 def _forgotten(record: Mapping[str, Any]) -> Claim:

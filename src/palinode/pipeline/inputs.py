@@ -5,8 +5,9 @@ What can be wrong is found here, in the first seconds, and said in one sentence.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -310,11 +311,11 @@ def _check_models(
     target: Checkpoint, base: Checkpoint | None, retrained: Checkpoint | None, recipe: Recipe
 ) -> None:
     """Raise MismatchError unless the models are states of one model, as the last step will ask too."""
-    if base is not None:
-        check_not_same(target, base, recipe.method, recipe.method_settings)
-        check_kind(target, base)
-        check_vocabulary(target, base)
-    check_sum(target, [] if base is None else [base])
+    if base is None:
+        check_sum(target, [])
+    else:
+        for check in pair_checks(target, base, recipe.method, recipe.method_settings).values():
+            check()
     if retrained is not None:
         check_tokenizers(target, [retrained])
     gradients = any(entry.get("name") == "importance" for entry in recipe.transforms)
@@ -323,7 +324,19 @@ def _check_models(
         check_live(target, by_name=gradients)
 
 
-def check_not_same(target: Checkpoint, base: Checkpoint, method: str, settings: Mapping[str, Any]) -> None:
+def pair_checks(
+    target: Checkpoint, base: Checkpoint, method: str, settings: Mapping[str, Any]
+) -> dict[str, Callable[[], Any]]:
+    """Return all that is asked of target and base, by what it is about; each raises a MismatchError."""
+    return {
+        "two models": partial(_check_not_same, target, base, method, settings),
+        "architecture": partial(_check_kind, target, base),
+        "tokens": partial(_check_vocabulary, target, base),
+        "shapes": partial(check_sum, target, [base]),
+    }
+
+
+def _check_not_same(target: Checkpoint, base: Checkpoint, method: str, settings: Mapping[str, Any]) -> None:
     """Raise MismatchError when target and base are one folder, and the method starts at the base."""
     if target == base and METHODS[method].check_settings(settings).starts_at == "base":
         raise MismatchError(
@@ -332,7 +345,7 @@ def check_not_same(target: Checkpoint, base: Checkpoint, method: str, settings: 
         )
 
 
-def check_kind(target: Checkpoint, base: Checkpoint) -> None:
+def _check_kind(target: Checkpoint, base: Checkpoint) -> None:
     """Raise MismatchError unless both are of one architecture."""
     kinds = [checkpoint.config.get("model_type") for checkpoint in (target, base)]
     if kinds[0] != kinds[1]:
@@ -342,7 +355,7 @@ def check_kind(target: Checkpoint, base: Checkpoint) -> None:
         )
 
 
-def check_vocabulary(target: Checkpoint, base: Checkpoint) -> None:
+def _check_vocabulary(target: Checkpoint, base: Checkpoint) -> None:
     """Raise MismatchError when the two tokenizers give ordinary tokens other numbers.
 
     Added tokens may get another name along the way.

@@ -47,14 +47,12 @@ from palinode.records import (
     write_json,
     write_outcomes,
 )
+from palinode.report.reports import Outcomes
 from palinode.weights import Checkpoint, Direction, Point, StoredVector, save
 from palinode.weights.atomic import claimed
 from palinode.weights.atomic import publish as publish_folder
 from palinode.weights.fingerprints import check_same, known_fingerprint, tensor_digests
 from palinode.weights.preflight import complain_of_nonfinite
-
-Outcomes = Mapping[str, Mapping[str, Sequence[Outcome]]]
-"""Outcomes by model (target, base, unlearned, retrained) and set (forget, retain)."""
 
 SHOWN_FROM = 1_000_000_000
 """Bytes of a model from which hashing is shown: some seconds on a slow disk."""

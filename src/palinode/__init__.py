@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         compare,
         evaluate,
         evaluate_benchmark,
+        filter_change,
         locate,
         unlearn,
     )
@@ -89,7 +90,7 @@ _ROOMS = {
     "history.reader": "ExposureReader",
     "history.series": "CheckpointSeries open_series",
     "jobs": "Audited Importance LowRank Mask Projection SignConsensus "
-    "audit compare evaluate evaluate_benchmark locate unlearn",
+    "audit compare evaluate evaluate_benchmark filter_change locate unlearn",
     "methods": "METHODS apply",
     "metrics": "METRICS",
     "pipeline.costs": "Plan",
@@ -162,6 +163,7 @@ __all__ = [
     "dry_run",
     "evaluate",
     "evaluate_benchmark",
+    "filter_change",
     "finetune",
     "load_comparison",
     "load_recipe",

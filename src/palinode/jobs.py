@@ -38,6 +38,7 @@ from palinode.methods.transforms import (
 from palinode.models.loading import load_tokenizer, pick_device
 from palinode.pipeline.audit_run import AuditPlan
 from palinode.pipeline.audit_run import audit as run_audit
+from palinode.pipeline.filter_run import FilteredModel, filter_by_retain_rows, filter_recipe
 from palinode.pipeline.recipe import Recipe, build_recipe, checked_settings, laid_over
 from palinode.pipeline.run import Unlearned
 from palinode.pipeline.run import unlearn as run_recipe
@@ -94,6 +95,37 @@ def unlearn(
         "training": training.model_dump(exclude_unset=True) if training else {},
     }
     return run_recipe(build_recipe(laid_over(content, settings or {})), listener=listener, located=located)
+
+
+def filter_change(
+    target: Place,
+    *,
+    unlearned: Place,
+    retain: Place,
+    output: Place,
+    forget: Place | None = None,
+    base: Place | None = None,
+    mu: float | None = None,
+    epsilon: float | None = None,
+    alpha: float | None = None,
+    settings: Mapping[str, Any] | None = None,
+    listener: Listener | None = None,
+) -> Unlearned | FilteredModel:
+    """Filter what some tool changed in `target` to make `unlearned` of it, so that the retain rows keep more.
+
+    With forget rows α is searched, and μ with it, unless they are given; the result is that of `unlearn`.
+    Else the change keeps its effect along itself, times `alpha`. `settings` are other keys of a recipe,
+    dotted or as sections. Raises PalinodeError.
+    """
+    content = {
+        "models": _named(target=target, given=unlearned, base=base),
+        "data": _named(forget=forget, retain=retain),
+        "output": _named(folder=output),
+        "scales": {} if alpha is None else {"forget": alpha},
+    }
+    recipe = build_recipe(filter_recipe(laid_over(content, settings or {}), mu=mu, epsilon=epsilon))
+    run = filter_by_retain_rows if forget is None else run_recipe
+    return run(recipe, listener=listener)
 
 
 def compare(

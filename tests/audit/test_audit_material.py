@@ -6,8 +6,7 @@ import json
 
 import pytest
 
-from palinode.audit import read_material
-from palinode.audit.material import divide
+from palinode.audit.material import divide, read_material
 from palinode.data.examples import read_examples
 from palinode.errors import DataError
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from palinode.audit import ATTACKS, BUDGETS, build_policy, load_policy
+from palinode.audit.attack import BUDGETS
+from palinode.audit.attacks import ATTACKS
 from palinode.audit.attacks import tests_by_key as keyed_tests
+from palinode.audit.policy import build_policy, load_policy
 from palinode.errors import RecipeError
 
 

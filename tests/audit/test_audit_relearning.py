@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from palinode.audit import AuditBudget, read_material
-from palinode.audit.attack import Subject
+from palinode.audit.attack import AuditBudget, Subject
 from palinode.audit.attacks import areas, relearn, relearn_forget, relearn_lookalikes, relearn_retain
+from palinode.audit.material import read_material
 from palinode.errors import DivergenceError
 from palinode.models import load_tokenizer
 from palinode.weights import Checkpoint

@@ -12,7 +12,9 @@ import time
 
 import pytest
 
-from palinode.audit import ATTACKS, build_policy, read_material
+from palinode.audit.attacks import ATTACKS
+from palinode.audit.material import read_material
+from palinode.audit.policy import build_policy
 from palinode.errors import DataError, InputError, OutputError, RecipeError
 from palinode.pipeline.audit_run import AuditPlan, audit
 from palinode.records import repeated_by

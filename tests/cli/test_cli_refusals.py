@@ -348,10 +348,10 @@ def test_a_misspelt_value_is_answered_with_the_nearest(changes, near, unlearn_wo
         ({"scales": "1,2,3"}, "--scales is '1,2,3'"),
         ({"retain": None, "scales": "1,1"}, "a retain scale of 1 needs retain rows"),
         (
-            {"retain": None, "project": True},
+            {"retain": None, "filter": "projection"},
             "the transform projection needs retain rows; name data.retain (--retain)",
         ),
-        ({"method": "npo", "project": True}, "npo adds no vectors, so there is none to transform"),
+        ({"method": "npo", "scales": "1,0"}, "the method npo adds no vectors, so it has no scales"),
         ({"retain_share": 0}, "scales.retain_share cannot be used"),
         ({"learning_rate": 0}, "training.learning_rate cannot be used: Input should be greater than 0"),
         ({"learning_rate": "inf"}, "training.learning_rate cannot be used: Input should be a finite number"),

@@ -41,6 +41,11 @@ def test_unlearn(scratch, capsys):
     assert 0 <= float(probability) <= 1
 
 
+def test_evaluate(scratch, capsys):
+    (probability,) = run("palinode.evaluate(", capsys)
+    assert 0 <= float(probability) <= 1
+
+
 def test_compare(scratch, capsys):
     printed = run("palinode.compare(\n", capsys)
     assert printed[::2] == ["msa", "npo"]

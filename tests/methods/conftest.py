@@ -26,7 +26,10 @@ def sections(tiny, refusals):
         return {
             "method": name,
             "method_settings": OWN_SETTINGS.get(name, {}),
-            "models": {"base": str(tiny.base.folder) if "base" in needs else None},
+            "models": {
+                "base": str(tiny.base.folder) if "base" in needs else None,
+                "given": str(tiny.retrained.folder) if "given" in needs else None,
+            },
             "data": {
                 "retain": str(tiny.retain) if "retain" in needs else None,
                 "refusals": str(refusals) if "refusals" in needs else None,

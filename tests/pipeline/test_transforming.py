@@ -286,7 +286,6 @@ def test_retain_kl_holds_the_run_nearer_to_its_start(run, plain, tiny):
         ([{"name": "low_rank", "rank": 2}, {"name": "sign_consensus"}], {}, "must be the first"),
         ([{"name": "layer_scales", "scales": {"(": 1.0}}], {}, "is no pattern"),
         ([{"name": "importance"}], {"data": {"retain": None}}, "needs retain rows"),
-        ([{"name": "gradient_mask"}], {"method": "npo", "scales": {}}, "none to transform"),
         (
             [],
             {"method_settings": {"retain_kl": 1.0}, "data": {"retain": None}},

@@ -73,7 +73,7 @@ OPTIONS = (
 
 def load(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchmark:  # noqa: ARG001
     """Return the question sets of a corpus; those whose files are not there are told missing."""
-    location = _location(places, split)
+    location = HUBS[split] if places.data == MUSE.hub else places.data  # a hub data set each
     tables = {
         "verbmem": (Table("verbmem", 100, {"prompt": None, "gt": None}, "forget"),),
         **{
@@ -140,11 +140,6 @@ def ten_shot(question: str, examples: Sequence[Row]) -> str:
     """Return the prompt of KnowMem: examples with their answers, then the question with an open answer."""
     shots = [f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in examples]
     return "".join([*shots, f"Question: {question}\nAnswer: "])
-
-
-def _location(places: Places, split: str) -> str:
-    """Return the folder or hub data set of a corpus: the hub keeps one data set for each."""
-    return HUBS[split] if places.data == MUSE.hub else places.data
 
 
 def _questions(name: str, tables: Sequence[TableRows]) -> QuestionSet:

@@ -140,15 +140,11 @@ def _question(row: Row, number: int, table: TableRows, options: Mapping[str, str
         alternatives["paraphrased"] = (str(row["paraphrased_answer"]),)
     if "perturbed_answer" in row:
         alternatives["perturbed"] = tuple(cast("list[str]", row["perturbed_answer"]))
-    return Question(_example(row, number, table.facts.location, column, options["prompt"]), alternatives)
-
-
-def _example(row: Row, number: int, source: str, column: str = "question", prompt: str = "plain") -> Example:
-    """Return a row as a question, or as raw text and its continuation in the Llama-2 format."""
-    question, answer = str(row[column]), str(row["answer"])
-    if prompt == "llama2":
-        return completion(number, source, LLAMA2.format(question=question), answer)
-    return Example(number, source, "question", (Message("user", question),), answer)
+    asked, answer, source = str(row[column]), str(row["answer"]), table.facts.location
+    example = Example(number, source, "question", (Message("user", asked),), answer)
+    if options["prompt"] == "llama2":  # raw text and its continuation
+        example = completion(number, source, LLAMA2.format(question=asked), answer)
+    return Question(example, alternatives)
 
 
 # Scores

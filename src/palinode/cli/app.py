@@ -57,6 +57,13 @@ app = typer.Typer(
 verb = partial(app.command, cls=Verb)
 
 
+def _option(group: str, help: str) -> Any:
+    return typer.Option(help=help, rich_help_panel=group)
+
+
+_advanced = partial(_option, ADVANCED)
+_needed = partial(_option, NEED)
+
 INVENTED = "invented rows, θ_1"
 """What the demo's workspace holds."""
 
@@ -123,34 +130,22 @@ def unlearn(
     *,
     checkpoints: Annotated[
         str | None,
-        typer.Option(
-            help="Instead of --base: the checkpoint series to find it in, as `palinode locate` does.",
-            rich_help_panel=ADVANCED,
-        ),
+        _advanced("Instead of --base: the checkpoint series to find it in, as `palinode locate` does."),
     ] = None,
-    log: Annotated[
-        Path | None,
-        typer.Option(help="With --checkpoints: folder of an exposure log.", rich_help_panel=ADVANCED),
-    ] = None,
+    log: Annotated[Path | None, _advanced("With --checkpoints: folder of an exposure log.")] = None,
     order: Annotated[
-        Path | None,
-        typer.Option(
-            help="With --checkpoints: file that describes the data order.", rich_help_panel=ADVANCED
-        ),
+        Path | None, _advanced("With --checkpoints: file that describes the data order.")
     ] = None,
-    corpus: Annotated[
-        str | None,
-        typer.Option(help="With --checkpoints: the rows trained on.", rich_help_panel=ADVANCED),
-    ] = None,
+    corpus: Annotated[str | None, _advanced("With --checkpoints: the rows trained on.")] = None,
     control: Annotated[
-        str | None,
-        typer.Option(
-            help="With --checkpoints: rows like the forget rows, never trained on.",
-            rich_help_panel=ADVANCED,
-        ),
+        str | None, _advanced("With --checkpoints: rows like the forget rows, never trained on.")
     ] = None,
     changes: Changes = None,
     dry_run: DryRun = False,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="With --dry-run: read the rows once and foretell the filter."),
+    ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -174,7 +169,85 @@ def unlearn(
     if "max_length" in content.get("training", {}):
         content.setdefault("evaluation", {})["max_length"] = content["training"]["max_length"]
     recipe = build_recipe(content, changes or [])
-    _run(recipe, dry_run=dry_run, quiet=quiet, as_json=as_json, located=located)
+    _run(recipe, dry_run=dry_run, quiet=quiet, as_json=as_json, located=located, measure=measure)
+
+
+@verb(name="filter")
+@takes(
+    replace(TARGET, needed=True),
+    Key("models.given", flag="unlearned", help="The model that was made of it.", needed=True, group=NEED),
+    Key("data.retain", help="Rows whose effect must stay.", needed=True, group=NEED),
+    replace(OUTPUT, needed=True),
+    Key(
+        "data.forget", help="The rows that were to be forgotten: with them α and μ are searched.", group=NEED
+    ),
+    "models.base",
+    "data.background",
+    COLUMNS,
+    Key(
+        "scales.forget",
+        flag="alpha",
+        kind=float,
+        help="α: how far to go. [default: searched, or without --forget 1, as far as the change went]",
+    ),
+    "scales.retain_share",
+    "training.max_length",
+    "evaluation.max_rows",
+    "evaluation.max_new_tokens",
+    "output.dtype",
+    "output.workspace",
+    ALLOW_PICKLE,
+    "device",
+    "seed",
+)
+def filter_verb(
+    content: dict[str, Any],
+    *,
+    mu: Annotated[
+        float | None,
+        typer.Option(
+            help="μ: how much the retain inputs count. [default: searched, or 100]",
+            min=0,
+            rich_help_panel=SCALES,
+        ),
+    ] = None,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(
+            help="ε: how much is kept where nothing is known. [default: μ / 100]",
+            min=0,
+            rich_help_panel=SCALES,
+        ),
+    ] = None,
+    changes: Changes = None,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Filter what another tool unlearned, so that more is kept.
+
+    With forget rows it is a run like that of unlearn. Without them the change goes as far as it did.
+    """
+    from palinode.errors import RecipeError
+    from palinode.pipeline.filter_run import filter_by_retain_rows, filter_recipe
+    from palinode.pipeline.inputs import workspace_folder
+    from palinode.pipeline.recipe import build_recipe
+
+    if "max_length" in content.get("training", {}):
+        content.setdefault("evaluation", {})["max_length"] = content["training"]["max_length"]
+    known = "forget" in content["data"]
+    recipe = build_recipe(filter_recipe(content, mu=mu, epsilon=epsilon), changes or [])
+    if known:
+        _run(recipe, dry_run=dry_run, quiet=quiet, as_json=as_json)
+        return
+    if dry_run:
+        raise RecipeError("only a run with forget rows has a plan; name --forget, or leave --dry-run out")
+    result = filter_by_retain_rows(recipe, listener=listener(quiet=quiet))
+    harm = result.record["transforms"][-1].get("harm")
+    text = f"{result.output}: the filtered model, and filter.json"
+    text += f"; it moves the retain rows' outputs by {harm:.3g} of what it did" if harm is not None else ""
+    _show(dict(result.record), text, as_json=as_json)
+    secret_workspace(workspace_folder(recipe), result.output, "what layers read of rows", as_json=as_json)
 
 
 @verb()
@@ -208,21 +281,9 @@ def run(
 def finetune(
     content: dict[str, Any],
     *,
-    base: Annotated[
-        str,
-        typer.Option(
-            help="The checkpoint to start from: a folder, or a hub id[@revision].", rich_help_panel=NEED
-        ),
-    ],
-    data: Annotated[
-        str,
-        typer.Option(
-            help="The rows: JSONL, JSON, CSV, Parquet or text; file or hub data set.", rich_help_panel=NEED
-        ),
-    ],
-    output: Annotated[
-        Path, typer.Option(help="Folder for the fine-tuned checkpoint (float32).", rich_help_panel=NEED)
-    ],
+    base: Annotated[str, _needed("The checkpoint to start from: a folder, or a hub id[@revision].")],
+    data: Annotated[str, _needed("The rows: JSONL, JSON, CSV, Parquet or text; file or hub data set.")],
+    output: Annotated[Path, _needed("Folder for the fine-tuned checkpoint (float32).")],
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -366,15 +427,32 @@ def _demo_locate(output: Path, *, seed: int, quiet: bool, as_json: bool) -> None
     secret(result.folder / "workspace", INVENTED, of=result.folder, as_json=as_json)
 
 
-def _run(recipe: Any, *, dry_run: bool, quiet: bool, as_json: bool, located: Location | None = None) -> None:
+def _run(
+    recipe: Any,
+    *,
+    dry_run: bool,
+    quiet: bool,
+    as_json: bool,
+    located: Location | None = None,
+    measure: bool = False,
+) -> None:
     from palinode import jobs
+    from palinode.errors import RecipeError
     from palinode.pipeline.costs import describe
     from palinode.pipeline.inputs import workspace_folder
     from palinode.pipeline.run import dry_run as dry_run_of
+    from palinode.pipeline.run import forecast
 
+    if measure and not dry_run:
+        raise RecipeError("--measure foretells what a run would find; say --dry-run too")
     if dry_run:
         planned = dry_run_of(recipe)
-        _show(asdict(planned), "\n".join(describe(planned)), as_json=as_json)
+        content, lines = asdict(planned), describe(planned)
+        if measure:
+            foretold = forecast(recipe, listener(quiet=quiet))
+            content["forecast"] = asdict(foretold)
+            lines += ["", *foretold.lines()]
+        _show(content, "\n".join(lines), as_json=as_json)
         return
     result = jobs.unlearn(recipe, base=located, listener=listener(quiet=quiet))
     if as_json:

@@ -91,10 +91,11 @@ def compare(recipe: CompareRecipe, *, listener: Listener | None = None) -> Compa
 
 
 def check_comparison(recipe: CompareRecipe) -> dict[str, list[MethodPoint]]:
-    """Return every contestant's points, their settings checked. Raises RecipeError."""
+    """Return every contestant's points, their settings checked; one for requests. Raises RecipeError."""
     comparison = recipe.comparison
+    tries = 1 if comparison.requests else comparison.tries
     points = {
-        contestant.name: draw_points(contestant, comparison.tries, seed=comparison.seed)
+        contestant.name: draw_points(contestant, tries, seed=comparison.seed)
         for contestant in comparison.contestants
     }
     for drawn in points.values():

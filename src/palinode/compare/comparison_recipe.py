@@ -210,9 +210,14 @@ class Contestant(StrictModel):
 
     @model_validator(mode="after")
     def _can_be_tried(self) -> Self:
-        if self.method not in METHODS or METHODS[self.method].kind == "inference":
-            known = ", ".join(name for name, method in METHODS.items() if method.kind != "inference")
-            raise ValueError(f"there is no method {self.method!r} to compare; choose among {known}")
+        open_to = [
+            name for name, one in METHODS.items() if one.kind != "inference" and "given" not in one.needs
+        ]
+        if self.method not in open_to:
+            raise ValueError(
+                f"there is no method {self.method!r} to compare; choose among {', '.join(open_to)}"
+            )
+        transformed = "transforms" in (*self.set, *self.search)
         for key in (*self.set, *self.search):
             if not key.startswith(OPEN_TO_CONTESTANTS) or key == "training.epochs":
                 raise ValueError(
@@ -220,7 +225,7 @@ class Contestant(StrictModel):
                     "contestant has its own training.…, method_settings.…, scales.forget, scales.retain and "
                     "transforms"
                 )
-            if key.startswith("scales.") and not METHODS[self.method].has_scales:
+            if key.startswith("scales.") and not (METHODS[self.method].has_scales or transformed):
                 raise ValueError(f"the method {self.method} adds no vectors, so it has no {key}")
         if both := sorted(set(self.set) & set(self.search)):
             raise ValueError(f"{both[0]} is both fixed and searched")

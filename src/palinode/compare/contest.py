@@ -96,7 +96,7 @@ def _point_of(contestant: Contestant, number: int, settings: Mapping[str, Any]) 
             for name in path:
                 place = place.setdefault(name, {})
             place[last] = value
-    if not METHODS[contestant.method].has_scales:
+    if not METHODS[contestant.method].adds_vectors(recipe.get("transforms", ())):
         return MethodPoint(number, settings, None, recipe)
     alpha, beta = (float(every.get(key, USUAL_SCALES[key])) for key in SCALES)
     betas = contestant.search.get("scales.retain", [beta])

@@ -22,7 +22,7 @@ from palinode.data.examples import Example, at_most
 from palinode.data.world import World, invent_world
 from palinode.errors import DataError
 from palinode.methods import METHODS
-from palinode.pipeline.inputs import InputRows
+from palinode.pipeline.inputs import InputRows, spared_rows
 from palinode.pipeline.recipe import Recipe
 from palinode.progress import Listener
 from palinode.records import read_json, write_json
@@ -140,7 +140,7 @@ def rows_for(recipe: Recipe, shares: Shares, *, sized_for: int | None = None) ->
         retain_sample=at_most(shares.retain_train, wanted, seed=recipe.seed) if wanted else [],
         forget_probe=shares.forget_probe,
         retain_probe=shares.retain_probe,
-        spared=shares.retain_train,
+        spared=spared_rows(recipe, shares.forget, shares.retain_train, []),
         forget_test=shares.forget_test,
         retain_test=shares.retain_test,
     )

@@ -268,7 +268,9 @@ def rank(
     order = sorted(names, key=lambda name: (best[name], name))
     found = []
     for place, name in enumerate(order):
-        differences = {other: _difference(spread[name], spread[other]) for other in order if other != name}
+        differences = {
+            other: percentile_interval(spread[name] - spread[other]) for other in order if other != name
+        }
         low, high = percentile_interval(spread[name])
         found.append(
             {
@@ -322,7 +324,3 @@ def _mean(values: Rows, counts: Mapping[str, Rows] | None, name: str) -> Rows:
     weight = np.einsum("bs,sr,br->b", seeds, with_value.astype(float), counts[name], optimize=True)
     found: Rows = total / np.maximum(weight, 1e-9)
     return found
-
-
-def _difference(ours: Rows, theirs: Rows) -> tuple[float, float]:
-    return percentile_interval(ours - theirs)

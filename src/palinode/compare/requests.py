@@ -22,6 +22,7 @@ import numpy as np
 
 from palinode.compare.comparing import (
     Compared,
+    check_comparison,
     divide_comparison,
     method_facts,
     rows_to_come,
@@ -34,7 +35,6 @@ from palinode.compare.contest import (
     Ground,
     MethodPoint,
     SearchPart,
-    draw_points,
     epochs_for,
     part_of,
     recipe_of,
@@ -113,7 +113,7 @@ class _Requests:
         entries: list[dict[str, Any]] = []
         for place, contestant in enumerate(self.comparison.contestants, start=1):
             ground.listener.say(f"{contestant.name} ({place} of {len(self.points)})")
-            arithmetic = METHODS[contestant.method].has_scales
+            arithmetic = self.points[contestant.name].scales is not None
             entries.append(self._arithmetic(contestant) if arithmetic else self._trained(contestant))
             table = self._table(states, entries)
             texts = (requests_markdown(table), requests_picture(table))
@@ -273,17 +273,16 @@ def _entry(
 
 def check_contestants(recipe: CompareRecipe) -> dict[str, MethodPoint]:
     """Return each contestant's one point, its settings checked. Raises RecipeError."""
-    comparison, points = recipe.comparison, {}
-    for contestant in comparison.contestants:
-        method, point = METHODS[contestant.method], draw_points(contestant, 1, seed=comparison.seed)[0]
-        made = recipe_of(recipe.content, point, {"target": "."}, epochs=1, seed=comparison.seeds[0])
-        at_base = method.check_settings(made.method_settings).starts_at == "base"
-        if at_base and not method.has_scales:
+    points = {name: point for name, (point,) in check_comparison(recipe).items()}
+    for contestant in recipe.comparison.contestants:
+        method, point = METHODS[contestant.method], points[contestant.name]
+        settings = point.recipe.get("method_settings", {})
+        at_base = method.check_settings(settings).starts_at == "base"
+        if at_base and point.scales is None:
             raise RecipeError(
                 f"{contestant.name} starts from the base every time ({method.name}), so that no request can "
                 "go on from the one before; leave it out"
             )
-        points[contestant.name] = point
     return points
 
 
@@ -350,7 +349,7 @@ def plan_requests(recipe: CompareRecipe) -> dict[str, Any]:
                 "models": spent.models,
                 "trainings": spent.models * (len(asked.requests) + 1),
                 "steps": sum(spent.steps) + spent.joint_steps,
-                "undone": METHODS[contestant.method].has_scales,
+                "undone": points[contestant.name].scales is not None,
             }
         )
     return {

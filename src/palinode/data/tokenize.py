@@ -198,7 +198,6 @@ class _Reader:
     template: Template | None = field(init=False)
     _opening: list[int] | None = field(init=False, default=None)
     _borders: dict[str, int] = field(init=False, default_factory=dict)
-    _endings: dict[str, tuple[str, list[int]]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.template = template_of(self.tokenizer, self.style)
@@ -233,7 +232,9 @@ class _Reader:
     def split(self, examples: Sequence[Example], *, ended: bool = True) -> list[tuple[list[int], list[int]]]:
         """Return the ids of each context, and of each answer with what ends it, if `ended`."""
         exchanges = self._exchanges(examples)
-        endings = [self._ending(exchange.ending) if ended else ("", []) for exchange in exchanges]
+        written = {exchange.ending for exchange in exchanges} if ended else ()
+        known = {ending: self._ending(ending) for ending in written}
+        endings = [known.get(exchange.ending, ("", [])) for exchange in exchanges]
         borders = [self.border(exchange.context) for exchange in exchanges]
         texts = [
             exchange.context + exchange.answer + ending
@@ -280,11 +281,6 @@ class _Reader:
 
     def _ending(self, written: str) -> tuple[str, list[int]]:
         """Return what is scored after an answer: text of the template's, and ids that come after that."""
-        if written not in self._endings:
-            self._endings[written] = self._find_ending(written)
-        return self._endings[written]
-
-    def _find_ending(self, written: str) -> tuple[str, list[int]]:
         turn = self.end_of_turn(written)
         if self.style.whole_ending and self.template is not None:
             last = self.ids([written])[0][-1:]

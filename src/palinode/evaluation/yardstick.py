@@ -33,6 +33,8 @@ DRAWS = 500
 """Draws behind the interval and the tolerance."""
 BASE_ALONE = "base"
 """Name of the source where there are no unseen rows."""
+UNFILTERED = "unfiltered"
+"""Name of the source where a change is filtered and no base is there: the model before that."""
 
 ASSUMES = {
     "holdout": "the holdout rows are like the forget rows, and neither base nor target has seen them",
@@ -41,6 +43,8 @@ ASSUMES = {
     "the yardstick is too high rather than too low",
     BASE_ALONE: "the target would behave on the forget set as the base checkpoint does; no unseen rows were "
     "there to tell how far the two have drifted apart",
+    UNFILTERED: "the model forgot as much as it should before its change was filtered; no base was there to "
+    "tell",
 }
 """What an estimate from each source takes for granted."""
 

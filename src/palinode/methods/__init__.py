@@ -3,7 +3,7 @@
 from palinode.methods.apply import apply
 from palinode.methods.gradient import GRAD_ASCENT, GRAD_DIFF, IDK_NLL, KL_MIN, RETAIN_FINETUNE
 from palinode.methods.method import Method, MethodSettings
-from palinode.methods.msa import MSA, PAIRED, REWIND, TASK_VECTOR, unlearned_point
+from palinode.methods.msa import GIVEN, MSA, PAIRED, REWIND, TASK_VECTOR, unlearned_point
 from palinode.methods.pdu import PDU
 from palinode.methods.preference import ALTPO, DPO, NPO, SIMNPO
 from palinode.methods.rmu import RMU
@@ -15,6 +15,7 @@ METHODS: dict[str, Method] = {
     "msa": MSA,
     "task_vector": TASK_VECTOR,
     "paired": PAIRED,
+    "given": GIVEN,
     "grad_ascent": GRAD_ASCENT,
     "grad_diff": GRAD_DIFF,
     "kl_min": KL_MIN,

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 Kind = Literal["arithmetic", "training", "inference"]
 """Vectors added up by scales; weights trained; or two models read together, with no weights of its own."""
 
-Need = Literal["retain", "refusals", "base", "frozen_target", "alternates"]
+Need = Literal["retain", "refusals", "base", "frozen_target", "alternates", "given"]
 """Retain rows, refusal lines, an earlier checkpoint, values of the frozen target (which are kept, so no
-second model is held), or other answers that the target is asked for first."""
+second model is held), other answers that the target is asked for first, or an unlearned model."""
 
 Start = Literal["target", "base"]
 """The target θ_D, or the base θ_0."""
@@ -42,6 +42,8 @@ Start = Literal["target", "base"]
 Alternates = Sequence[tuple[int, str]]
 """Other answers to forget questions, as (position of the example, text)."""
 
+
+NO_RETAIN_VECTOR = "there is no retain vector here, so scales.retain has to be 0; leave it out"
 
 # What a run is
 
@@ -263,6 +265,15 @@ class Method:
             return self.own_point(settings, ends)
         return ends.target + ends.change(self.name) if settings.from_base else ends.points[self.name]
 
+    def adds_vectors(self, transforms: Sequence[Any]) -> bool:
+        """Tell whether a run with these transforms has scales: where they change a training, it has too."""
+        return self.has_scales or bool(transforms)
+
+    def vectors(self, settings: Any, ends: Ends) -> Vectors:
+        """Return the vectors of a run that has scales: its own; or what training changed, taken off."""
+        found = self.point(settings, ends)
+        return found if isinstance(found, Vectors) else Vectors(ends.target - found, None)
+
     def lacks(
         self,
         settings: MethodSettings,
@@ -270,6 +281,7 @@ class Method:
         retain: bool,
         refusals: bool,
         base: bool,
+        given: bool = False,
         retain_scale: float | None = None,
     ) -> str | None:
         """Say what is missing of what the method needs, and which option names it; None if nothing is."""
@@ -277,6 +289,7 @@ class Method:
             "base": not base and "an earlier checkpoint of the target; name models.base (--base)",
             "retain": not (retain or settings.retain_free) and "retain rows; name data.retain (--retain)",
             "refusals": not refusals and "a file of refusals, one a line; name data.refusals (--refusals)",
+            "given": not given and "an unlearned model; name models.given (palinode filter --unlearned)",
         }
         needs = self.needs | ({"base"} if settings.from_base else set())
         found = [text for need, text in missing.items() if need in needs and text]

@@ -21,6 +21,8 @@ Paired vectors (ours): θ_u = θ_D − α(θ_1 − θ_c) + β(θ_c − s), from 
 control θ_c holds the latter alone, so that it cancels. Without replay rows there is no control, θ_c = s, and
 the method is MSA from θ_0 and the task vector from θ_D. The second term comes free, and is left out unless
 its scale is given: in the demo's world it did harm (docs/paired-vectors.md).
+
+Given: θ_u = θ_D − α(θ_D − θ_given), the change that some tool made, which can be filtered (docs/filters.md).
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from pydantic import Field
 
 from palinode.methods.gradient import RetainOnlySettings, retain_objective
 from palinode.methods.method import (
+    NO_RETAIN_VECTOR,
     Ends,
     Given,
     Method,
@@ -243,5 +246,34 @@ PAIRED = Method(
     settings=PairedSettings,
     own_runs=paired_runs,
     own_point=paired_vectors,
+    has_scales=True,
+)
+
+
+class GivenSettings(MethodSettings):
+    """It has none of its own: the model is named as models.given."""
+
+    retain_scale: ClassVar[float | None] = 0.0
+    """There is no retain vector."""
+
+    def clash(self, *, retain: bool, retain_scale: float | None) -> str | None:  # noqa: ARG002
+        """Say that there is no retain vector."""
+        return NO_RETAIN_VECTOR if retain_scale else None
+
+
+def given_vectors(settings: GivenSettings, ends: Ends) -> Vectors:  # noqa: ARG001 - methods are built alike
+    """Return θ_D − θ_given."""
+    return Vectors(ends.target - ends.points["given"], None)
+
+
+GIVEN = Method(
+    name="given",
+    summary="an unlearned model of whatever tool, whose change is taken as the vector",
+    source="ours; docs/filters.md",
+    formula="θ_D − α(θ_D − θ_given)",
+    needs=frozenset({"given"}),
+    settings=GivenSettings,
+    own_runs=lambda settings, given: [],  # noqa: ARG005 - nothing is trained
+    own_point=given_vectors,
     has_scales=True,
 )

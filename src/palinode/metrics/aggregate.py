@@ -252,8 +252,6 @@ def forget_quality(
     outcomes: Sequence[Outcome],
     reference: Sequence[Outcome] | None,
     *,
-    right: str = "paraphrased",
-    wrong: str = "perturbed",
     form: Form = "geometric",
 ) -> Score:
     """Return the p-value of the KS test between the truth ratios of a model and of the retrained one.
@@ -273,12 +271,12 @@ def forget_quality(
             "retrained model; both must be asked the same questions of the same set"
         )
     ratios = zip(
-        log_truth_ratios(outcomes, right, wrong, form=form),
-        log_truth_ratios(paired, right, wrong, form=form),
+        log_truth_ratios(outcomes, form=form),
+        log_truth_ratios(paired, form=form),
         strict=True,
     )
     known = [(ours, theirs) for ours, theirs in ratios if ours is not None and theirs is not None]
-    missing = f"{right} or {wrong} answers are missing"
+    missing = "paraphrased or perturbed answers are missing"
     if not known:
         return no_score(f"none of {len(outcomes)} examples has a value: {missing}")
     ours, theirs = zip(*known, strict=True)

@@ -40,16 +40,24 @@ def first_scored(batch: Batch) -> int:
     return int((batch.labels != IGNORED).any(axis=0).argmax())
 
 
+def logits_at(model: PreTrainedModel, batch: Batch, places: npt.NDArray[np.bool_]) -> Tensor:
+    """Return the logits at these places of a batch, bool [B, T], row by row: [N, V]."""
+    first = int(places.any(axis=0).argmax())
+    logits = last_logits(model, batch, places.shape[1] - first)
+    return logits[torch.from_numpy(places[:, first:]).to(logits.device)]
+
+
 def answer_logits(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Return (logits_NV, labels_N, rows_N) over the N scored tokens of a batch.
 
     `rows_N` tells which row of the batch each scored token belongs to.
     """
-    first = first_scored(batch)
-    logits = last_logits(model, batch, batch.ids.shape[1] - first + 1)
-    labels = torch.from_numpy(batch.labels[:, first:]).to(logits.device)
-    scored = labels != IGNORED
-    return logits[:, :-1][scored], labels[scored], scored.nonzero()[:, 0]
+    logits = logits_at(model, batch, answer_places(batch))
+    scored = batch.labels != IGNORED
+    labels, rows = (
+        torch.from_numpy(part).to(logits.device) for part in (batch.labels[scored], scored.nonzero()[0])
+    )
+    return logits, labels, rows
 
 
 def answer_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -66,17 +74,13 @@ def answer_places(batch: Batch, *, everywhere: bool = False) -> npt.NDArray[np.b
 
 def all_logits(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return (logits, labels) wherever a token of its row is predicted; `IGNORED` where it is not scored."""
-    logits = last_logits(model, batch, batch.ids.shape[1])
-    places = batch.mask[:, 1:] == 1
-    labels = torch.from_numpy(batch.labels[:, 1:][places]).to(logits.device)
-    return logits[:, :-1][torch.from_numpy(places).to(logits.device)], labels
+    logits = logits_at(model, batch, answer_places(batch, everywhere=True))
+    return logits, torch.from_numpy(batch.labels[:, 1:][batch.mask[:, 1:] == 1]).to(logits.device)
 
 
 def labelled_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Return the logits AT scored tokens, which predict the ones after them, [N, V] (baselines.md §13)."""
-    first = first_scored(batch)
-    logits = last_logits(model, batch, batch.ids.shape[1] - first)
-    return logits[torch.from_numpy(batch.labels[:, first:] != IGNORED).to(logits.device)]
+    return logits_at(model, batch, batch.labels != IGNORED)
 
 
 def labelled_states(model: PreTrainedModel, batch: Batch, layer: int) -> tuple[Tensor, Tensor]:

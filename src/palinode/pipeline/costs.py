@@ -16,6 +16,7 @@ from palinode.data.examples import Example
 from palinode.data.tokenize import tokenize
 from palinode.evaluation.self_check import ROWS, rows_with_style
 from palinode.methods.method import Asked, MethodRun
+from palinode.methods.transforms import LeastSquaresSettings, check_transforms
 from palinode.models.likelihoods import LOGIT_BYTES
 from palinode.models.loading import load_tokenizer, pick_device
 from palinode.pipeline.inputs import Inputs
@@ -28,6 +29,8 @@ EFFICIENCY = 0.4
 """Share of a matrix product's speed that training reaches."""
 STEP_SECONDS = 0.012
 """Least time of one pass through a model, however small."""
+SHARED = 0.6
+"""Share of the layers of a block that have inputs of their own: queries, keys and values read the same."""
 MEMORY_RATE = 8e9
 """Bytes of weights read a second while answers are generated on a CPU."""
 
@@ -81,6 +84,12 @@ class _Planner:
         autocast = device.type == "cuda" or self.parameters >= AUTOCAST_FROM
         self.train_rate = EFFICIENCY * measure_flops(device, torch.bfloat16 if autocast else torch.float32)
         self.score_rate = EFFICIENCY * measure_flops(device, torch.float32)
+        self.changes = check_transforms(self.recipe.changes)
+        tensors = self.inputs.reader.tensors.values()
+        self.matrices = [
+            info.shape for info in tensors if len(info.shape) == 2 and part_of(info.name).startswith("layer")
+        ]
+        """(outputs, inputs) of the layers of the blocks."""
 
     def plan(self) -> Plan:
         rows, recipe = self.inputs.rows, self.recipe
@@ -95,11 +104,13 @@ class _Planner:
         scales = recipe.scales
         alphas = len(scales.forget_grid) if scales.forget is None else 1
         betas = len(scales.retain_grid) if self.inputs.given.retain_scale is None else 1
-        points = alphas * betas if self.inputs.method.has_scales else 1
+        points = alphas * betas if recipe.has_scales else 1
+        steps += self._filter(searched=points > 1 and scales.choose == "auto")
         if points > 1:
             steps.append(self._scales(points))
         steps.append(PlannedStep("write the unlearned model", 0, 6 * 4 * self.parameters / 1e9))
-        models = 2 + bool(self.inputs.base) + bool(self.inputs.retrained or recipe.prepare)
+        given = bool(self.inputs.base) + bool(self.inputs.unlearned)
+        models = 2 + given + bool(self.inputs.retrained or recipe.prepare)
         steps.append(self._evaluation(models))
         return Plan(tuple(steps), self._memory(), self._disk())
 
@@ -120,6 +131,26 @@ class _Planner:
         )
         tokens = round(epochs * len(run.anchors) * sum(each))
         return PlannedStep(run.label, tokens, anchors.seconds * max(1.0, tokens / max(1, anchors.tokens)))
+
+    def _filter(self, *, searched: bool) -> list[PlannedStep]:
+        """Return the cost of a filter: reading what layers read, and solving for each vector it makes."""
+        chosen = next((one for one in self.changes if isinstance(one.settings, LeastSquaresSettings)), None)
+        if chosen is None:
+            return []
+        settings, rows = chosen.settings, self.inputs.rows
+        read = [*rows.forget_train[: settings.rows], *rows.spared[: settings.rows]]
+        tokens, seconds = self._scoring(read)
+        places = 2 if settings.arrival or (searched and settings.arrival is None) else 1
+        vectors = (3 if searched and settings.is_open else 1) + places - 1
+        widths = sum(width**2 for _, width in self.matrices)
+        seconds += 2 * SHARED * tokens * widths / self.score_rate
+        solved = sum(8 * width**2 * outputs + 3 * SHARED * width**3 for outputs, width in self.matrices)
+        each = 2 * solved / self.score_rate + 3 * 4 * self.parameters / 1e9  # in float64, written twice
+        label = f"filter the vector, {vectors} times at most" if vectors > 1 else "filter the vector"
+        return [
+            PlannedStep("measure what the layers read", places * tokens, places * seconds),
+            PlannedStep(label, 0, vectors * each),
+        ]
 
     def _asked(self, asked: Asked) -> PlannedStep:
         """Return the cost of generating other answers."""
@@ -193,6 +224,8 @@ class _Planner:
     def _trained(self) -> int:
         """Return the bytes of weights, gradients and optimiser state while training."""
         lora = self.recipe.training.lora
+        if not self.runs and not self.recipe.prepare:
+            return 0
         if lora is None or self.recipe.prepare:
             return 16 * self.parameters
         held = {"float32": 4.0, "bfloat16": 2.0, "4bit": 0.6}[lora.base]
@@ -200,17 +233,20 @@ class _Planner:
 
     def _adapter_weights(self, rank: int) -> int:
         """Return how many weights A and B of all matrices of the blocks have."""
-        matrices = [info for info in self.inputs.reader.tensors.values() if len(info.shape) == 2]
-        return rank * sum(sum(info.shape) for info in matrices if part_of(info.name).startswith("layer"))
+        return rank * sum(map(sum, self.matrices))
 
     def _disk(self) -> int:
         made = 2 if self.recipe.prepare else 0
         target, lora = self.inputs.reader, self.recipe.training.lora
         trained = self._adapter_weights(lora.rank) if lora else self.parameters
-        state = 12 * (self.parameters if made else trained)  # a resumable one, there while a step runs
+        resumed = (self.parameters if made else trained) if self.runs or made else 0
+        state = 12 * resumed  # there while a step runs
         merged = sum(run.whole for run in self.runs) if lora else 0
         whole = self.parameters * (made + merged)
-        return 4 * (trained * len(self.runs) + whole) + target.nbytes + state
+        vectors = len(self.changes) * self.parameters
+        if any(isinstance(one.settings, LeastSquaresSettings) for one in self.changes):  # and its moments
+            vectors += 3 * self.parameters + round(4 * SHARED * sum(width**2 for _, width in self.matrices))
+        return 4 * (trained * len(self.runs) + whole + vectors) + target.nbytes + state
 
 
 def measure_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:

@@ -35,12 +35,10 @@ from palinode.models.inplace import check_live
 from palinode.models.loading import check_positions, load_config, load_tokenizer, pick_device
 from palinode.pipeline.costs import make_plan
 from palinode.pipeline.inputs import (
-    check_kind,
-    check_not_same,
     check_places,
     check_target,
-    check_vocabulary,
     open_inputs,
+    pair_checks,
 )
 from palinode.pipeline.recipe import Recipe, build_recipe, read_prompts
 from palinode.pipeline.run import finished_before
@@ -51,7 +49,7 @@ from palinode.version import __version__
 from palinode.weights import Checkpoint
 from palinode.weights.atomic import check_output
 from palinode.weights.folders import ON_HUB, require_causal_lm
-from palinode.weights.preflight import check_sum, count_nonfinite
+from palinode.weights.preflight import count_nonfinite
 from palinode.weights.tensors import cores
 
 State = Literal["ok", "note", "warn", "fail"]
@@ -363,16 +361,15 @@ class _Examination:
         """Look whether target and base are two states of one model."""
         fix = "name an earlier checkpoint of the target as its base"
         method, settings = str(self.content.get("method", "msa")), self.given("method_settings")
-        attempt, before = partial(self.attempt, "pair"), len(self.failures())
-        attempt("two models", fix, lambda: check_not_same(target, base, method, settings))
-        attempt("architecture", fix, lambda: check_kind(target, base))
-        fit = attempt("shapes", fix, lambda: check_sum(target, [base]))
-        attempt("tokens", fix, lambda: check_vocabulary(target, base))
-        if fit is None or len(self.failures()) > before:
+        checks, before = pair_checks(target, base, method, settings), len(self.failures())
+        found: dict[str, Any] = {
+            name: self.attempt("pair", name, fix, check) for name, check in checks.items()
+        }
+        if len(self.failures()) > before:
             return
         say = partial(self.say, "pair")
         say("fit", "ok", "the same weights by name and shape, and the same tokens")
-        for note in fit.notes:
+        for note in found["shapes"].notes:
             say("shapes", "note", note)
         if target != base and target.nbytes == base.nbytes and target.fingerprint() == base.fingerprint():
             text = "target and base lie in two folders and are the same to the last bit"

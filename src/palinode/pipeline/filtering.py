@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,13 @@ from palinode.pipeline.inputs import Work
 from palinode.pipeline.workspace import Step
 from palinode.training.moments import Moments, Place, Positions, input_moments
 from palinode.weights import Checkpoint, Point
-from palinode.weights.filters import along, least_squares, projection
+from palinode.weights.filters import (
+    along,
+    foretold_alpha,
+    least_squares,
+    outside_share,
+    projection,
+)
 from palinode.weights.geometry import part_of
 from palinode.weights.vectors import Rule
 
@@ -222,16 +229,22 @@ class Effect:
 
 
 class Weighing:
-    """A least-squares filter of one vector, and what it does in each tensor."""
+    """A least-squares filter of one vector, and what it does in each tensor.
 
-    def __init__(self, forget: MomentFiles, spared: MomentFiles, settings: LeastSquaresSettings) -> None:
+    Where the forget inputs are not known, nothing of them is weighed (the soft filter), and the effect on
+    them is taken to be the same in all directions: tr τΔᵀ in place of tr τΣ_fΔᵀ.
+    """
+
+    def __init__(
+        self, forget: MomentFiles | None, spared: MomentFiles, settings: LeastSquaresSettings
+    ) -> None:
         self.forget, self.spared, self.settings = forget, spared, settings
         self.effects: dict[str, Effect] = {}
         self.filter_of = lru_cache(maxsize=2)(self._filter)
 
     def _filter(self, key: str) -> np.ndarray:
         mu, epsilon = self.settings.weights()
-        forget, spared = self.forget.read(key), self.spared.read(key)
+        forget, spared = self.forget.read(key) if self.forget else None, self.spared.read(key)
         return least_squares(forget, spared, mu=mu, epsilon=epsilon, ridge=self.settings.ridge)
 
     def rule(self, name: str, found: Sequence[np.ndarray]) -> np.ndarray:
@@ -272,8 +285,9 @@ class Weighing:
         if len(keys) > 1:
             parts = zip(values, made, keys, strict=True)
             return sum((self._effect(old, new, ([key], axis - 1)) for old, new, key in parts), start=Effect())
-        forget, spared = self.forget.read(keys[0]), self.spared.read(keys[0])
-        on_forget, on_retain = along(values, forget, axis), along(values, spared, axis)
+        spared = self.spared.read(keys[0])
+        on_forget = along(values, self.forget.read(keys[0]), axis) if self.forget else values
+        on_retain = along(values, spared, axis)
         return Effect(
             forget=float(np.vdot(on_forget, values)),
             forget_kept=float(np.vdot(on_forget, made)),
@@ -297,7 +311,60 @@ class Weighing:
                 f"the filter leaves {whole['survives']:.1g} of what the vector does to the forget rows: "
                 "their inputs are those of the retain rows; set a smaller mu, or leave the filter out"
             )
-        return {**whole, "parts": {name: effect.survey() for name, effect in parts.items()}}
+        by_part = {name: effect.survey() for name, effect in parts.items()}
+        return {**whole, "foretold_alpha": foretold_alpha(whole["survives"]), "parts": by_part}
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What the inputs alone foretell of a filter, before a vector is trained."""
+
+    outside: float
+    """ρ: share of the forget rows' inputs outside the space of the spared rows' inputs, mean over layers."""
+    survives: float
+    """c of a vector that moves all inputs alike, mean over layers."""
+    alpha: float
+    """Where the search for α should end."""
+    parts: Mapping[str, tuple[float, float]]
+    """ρ and c by layer."""
+
+    def lines(self) -> list[str]:
+        """Return it in words."""
+        parts = [
+            f"  {name:<12} outside {rho:6.1%}   survives {c:6.1%}" for name, (rho, c) in self.parts.items()
+        ]
+        return [
+            f"Of the forget rows' inputs {self.outside:.1%} lie outside those of the rows to be spared.",
+            f"About {self.survives:.1%} of what a vector does to them should survive the filter, and α "
+            f"should come to about {self.alpha:.2g}.",
+            *parts,
+        ]
+
+
+def foretell(measuring: Measuring, settings: LeastSquaresSettings) -> Forecast:
+    """Measure the moments of a run's target, and return what they foretell of the filter."""
+    steps = [
+        measuring.of_checkpoint(measuring.target, rows, settings.positions)
+        for rows in measuring.sets(settings)
+    ]
+    forget, spared = map(MomentFiles, steps)
+    weighing = Weighing(forget, spared, settings)
+    found: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
+    for name in spared.places:
+        place = spared.matrix_place(name)
+        for key in place[0] if place else ():
+            if key not in found[part_of(name)]:
+                moment = forget.read(key)
+                total = float(np.trace(moment, dtype=np.float64)) or 1.0
+                share = float(np.vdot(weighing.filter_of(key).T, moment)) / total
+                found[part_of(name)][key] = outside_share(moment, spared.read(key)), share
+    parts = {
+        name: (fmean(rho for rho, _ in own.values()), fmean(c for _, c in own.values()))
+        for name, own in sorted(found.items(), key=lambda entry: int(entry[0][6:] or 0))
+        if own
+    }
+    outside, survives = (fmean(pair[which] for pair in parts.values()) for which in (0, 1))
+    return Forecast(outside, survives, foretold_alpha(survives), parts)
 
 
 def applied(values: np.ndarray, place: Place, filter_of: Callable[[str], np.ndarray]) -> np.ndarray:

@@ -20,7 +20,7 @@ from palinode.models.loading import load_model, load_tokenizer, tokenizer_finger
 from palinode.pipeline.inputs import Work
 from palinode.pipeline.record import thinned_curve
 from palinode.pipeline.transforming import Filtered, OpenFilter, Transforming
-from palinode.pipeline.workspace import Step
+from palinode.pipeline.workspace import Step, fingerprint
 from palinode.training.finetune import Finetuned, Watch, finetune
 from palinode.training.objectives import PLAIN_OBJECTIVE
 from palinode.weights import Checkpoint, Direction, LoraAdapter, Point, WeightedSum, save
@@ -42,6 +42,8 @@ class Trained:
     """What was done to the forget vector."""
     filters: OpenFilter | None = None
     """The last of these, where a filter's settings may be chosen with the scales."""
+    before: Direction | None = None
+    """The forget vector before anything was done to it."""
 
     def filtered(self, found: Filtered) -> Trained:
         """Return the same with the forget vector as an open filter left it."""
@@ -98,7 +100,6 @@ class FineTuning(Work):
         if not transforms:
             return trained
         alone = replace(self.inputs.given, retain_scale=0.0)
-        names = [run.name for run in self.inputs.method.runs(self.inputs.settings, alone)]
         others: dict[str, str] = {}
 
         def another(seed: int) -> tuple[Direction, Mapping[str, str]]:
@@ -107,15 +108,15 @@ class FineTuning(Work):
             return other.vectors.forget, other.steps
 
         transforming = Transforming(self.inputs, self.workspace, self.listener, target, another)
-        own = {name: trained.steps[name] for name in names}
-        forget, key, told = transforming.apply(transforms, trained.vectors.forget, own)
+        forget, key, told = transforming.apply(transforms, trained.vectors.forget, trained.steps)
         return replace(
             trained,
             result=replace(trained.vectors, forget=forget),
             steps={**trained.steps, **others, "transform": key},
             seen=self._read(transforms, trained.seen),
             transforms=told,
-            filters=transforming.open_filter(transforms, trained.vectors.forget, own),
+            filters=transforming.open_filter(transforms, trained.vectors.forget, trained.steps),
+            before=trained.vectors.forget,
         )
 
     def _read(self, transforms: Sequence[ChosenTransforms], trained: Sequence[Example]) -> list[Example]:
@@ -131,15 +132,21 @@ class FineTuning(Work):
     def _train(self, target: Checkpoint, given: Given) -> Trained:
         """Do the method's runs one after another, and put their ends together."""
         method, settings = self.inputs.method, self.inputs.settings
-        done, seen, runs = _Progress(target, given.seed), {}, method.runs(settings, given)
-        for run in runs:
+        done, seen = _Progress(target, given.seed), {}
+        if self.inputs.unlearned is not None:
+            done.ends["given"] = self.inputs.unlearned
+            done.steps["given"] = fingerprint(
+                target=target.fingerprint(), given=self.inputs.unlearned.fingerprint()
+            )
+        for run in method.runs(settings, given):
             material = self._finetuned(run, done)
             retain = material.get("retain", ())
             plain = run.objective is None
             places = range(len(retain)) if plain else done.facts[run.name]["seen_retain"]
             seen.update({retain[place].row: retain[place] for place in places})
-        start = self._start(runs[0], target)
-        result = method.point(settings, Ends(target, start, done.ends))
+        start = target if settings.starts_at == "target" else self.inputs.earlier
+        ends = Ends(target, start, done.ends)
+        result = method.vectors(settings, ends) if self.recipe.has_scales else method.point(settings, ends)
         if isinstance(result, Vectors) and given.retain_scale == 0:
             result = replace(result, retain=None)
         return Trained(result, done.steps, done.facts, list(seen.values()))

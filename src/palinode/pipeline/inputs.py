@@ -5,8 +5,9 @@ What can be wrong is found here, in the first seconds, and said in one sentence.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +90,18 @@ class Inputs:
     """What the reader of the record should know about the rows."""
     refusals: tuple[str, ...] = ()
     """Answers that refuse, where the method teaches them."""
+    unlearned: Checkpoint | None = None
+    """A model that has unlearned already, whose change is taken as the vector."""
 
     @property
     def models(self) -> dict[str, Checkpoint]:
         """The models that are there, by role."""
-        given = {"target": self.target, "base": self.base, "retrained": self.retrained}
+        given = {
+            "target": self.target,
+            "base": self.base,
+            "retrained": self.retrained,
+            "given": self.unlearned,
+        }
         return {name: model for name, model in given.items() if model is not None}
 
     @property
@@ -146,10 +154,11 @@ class Work:
 def given_to(recipe: Recipe, rows: InputRows, refusals: Sequence[str] = ()) -> Given:
     """Return what a recipe's method has to work with."""
     beta = recipe.scales.retain
-    if beta is None and any("inputs" in one.transform.needs for one in check_transforms(recipe.changes)):
-        beta = 0.0  # the filter spares the retain rows already
-    elif beta is None:
-        beta = METHODS[recipe.method].check_settings(recipe.method_settings).retain_scale
+    if beta is None:
+        method = METHODS[recipe.method]
+        spared = any("inputs" in one.transform.needs for one in check_transforms(recipe.changes))
+        open_beta = method.has_scales and not spared  # such a filter spares the retain rows already
+        beta = method.check_settings(recipe.method_settings).retain_scale if open_beta else 0.0
     return Given(
         forget=rows.forget_train,
         retain=rows.retain,
@@ -173,16 +182,45 @@ def open_inputs(recipe: Recipe) -> Inputs:
     pick_device(recipe.device)
     check_trackers(recipe.tracker)
     models = recipe.models
-    base, target, retrained = (
+    base, target, retrained, unlearned = (
         _open(place, models.allow_pickle) if place else None
-        for place in (models.base, models.target, models.retrained)
+        for place in (models.base, models.target, models.retrained, models.given)
     )
     if (reader := target or base) is not None:
         _check_models(reader, base if target else None, retrained, recipe)
+    if target is not None and unlearned is not None:
+        check_unlearned(target, unlearned)
     rows, notes = _open_rows(recipe)
     refusals = tuple(read_refusals(recipe.data.refusals)) if recipe.data.refusals else ()
-    inputs = Inputs(recipe, base, target, retrained, rows, tuple(notes), refusals)
+    inputs = Inputs(recipe, base, target, retrained, rows, tuple(notes), refusals, unlearned)
     return replace(inputs, notes=(*notes, *_check_rows_fit(inputs)))
+
+
+def open_retain_only(recipe: Recipe) -> tuple[Inputs, Checkpoint, Checkpoint]:
+    """Open retain rows, target and given model of a recipe whose forget rows nobody has.
+
+    Raises an InputError that says what to change.
+    """
+    pick_device(recipe.device)
+    models, data, notes = recipe.models, recipe.data, list[str]()
+    if not (models.target and models.given and data.retain):
+        raise RecipeError("without forget rows it takes models.target, models.given and data.retain")
+    target, unlearned = (_open(place, models.allow_pickle) for place in (models.target, models.given))
+    check_unlearned(target, unlearned)
+    retain = read_examples(data.retain, columns=data.columns or None)
+    rows = InputRows(
+        forget=(),
+        retain=retain,
+        forget_train=(),
+        retain_sample=retain,
+        forget_probe=(),
+        retain_probe=(),
+        spared=spared_rows(recipe, (), retain, notes),
+        forget_test=(),
+        retain_test=(),
+    )
+    inputs = Inputs(recipe, None, target, None, rows, (), (), unlearned)
+    return replace(inputs, notes=(*notes, *_check_rows_fit(inputs))), target, unlearned
 
 
 def ask_as_trained(inputs: Inputs, workspace: Workspace, listener: Listener) -> Inputs:
@@ -316,20 +354,42 @@ def _check_models(
     target: Checkpoint, base: Checkpoint | None, retrained: Checkpoint | None, recipe: Recipe
 ) -> None:
     """Raise MismatchError unless the models are states of one model, as the last step will ask too."""
-    if base is not None:
-        check_not_same(target, base, recipe.method, recipe.method_settings)
-        check_kind(target, base)
-        check_vocabulary(target, base)
-    check_sum(target, [] if base is None else [base])
+    if base is None:
+        check_sum(target, [])
+    else:
+        for check in pair_checks(target, base, recipe.method, recipe.method_settings).values():
+            check()
     if retrained is not None:
         check_tokenizers(target, [retrained])
     gradients = any(entry.get("name") == "importance" for entry in recipe.changes)
     given = recipe.scales.forget is not None and (recipe.scales.retain is not None or not recipe.data.retain)
-    if gradients or (METHODS[recipe.method].has_scales and not given):  # pairs are tried on a live model
+    if gradients or (recipe.has_scales and not given):  # pairs are tried on a live model
         check_live(target, by_name=gradients)
 
 
-def check_not_same(target: Checkpoint, base: Checkpoint, method: str, settings: Mapping[str, Any]) -> None:
+def check_unlearned(target: Checkpoint, unlearned: Checkpoint) -> None:
+    """Raise MismatchError unless a model may be what some tool made of the target."""
+    if target == unlearned:
+        raise MismatchError(
+            f"the target and the unlearned model are the same folder {target.folder}; name the model from "
+            "before unlearning and the one from after it"
+        )
+    check_sum(target, [unlearned])
+
+
+def pair_checks(
+    target: Checkpoint, base: Checkpoint, method: str, settings: Mapping[str, Any]
+) -> dict[str, Callable[[], Any]]:
+    """Return all that is asked of target and base, by what it is about; each raises a MismatchError."""
+    return {
+        "two models": partial(_check_not_same, target, base, method, settings),
+        "architecture": partial(_check_kind, target, base),
+        "tokens": partial(_check_vocabulary, target, base),
+        "shapes": partial(check_sum, target, [base]),
+    }
+
+
+def _check_not_same(target: Checkpoint, base: Checkpoint, method: str, settings: Mapping[str, Any]) -> None:
     """Raise MismatchError when target and base are one folder, and the method starts at the base."""
     if target == base and METHODS[method].check_settings(settings).starts_at == "base":
         raise MismatchError(
@@ -338,7 +398,7 @@ def check_not_same(target: Checkpoint, base: Checkpoint, method: str, settings: 
         )
 
 
-def check_kind(target: Checkpoint, base: Checkpoint) -> None:
+def _check_kind(target: Checkpoint, base: Checkpoint) -> None:
     """Raise MismatchError unless both are of one architecture."""
     kinds = [checkpoint.config.get("model_type") for checkpoint in (target, base)]
     if kinds[0] != kinds[1]:
@@ -348,7 +408,7 @@ def check_kind(target: Checkpoint, base: Checkpoint) -> None:
         )
 
 
-def check_vocabulary(target: Checkpoint, base: Checkpoint) -> None:
+def _check_vocabulary(target: Checkpoint, base: Checkpoint) -> None:
     """Raise MismatchError when the two tokenizers give ordinary tokens other numbers.
 
     Added tokens may get another name along the way.
@@ -392,7 +452,7 @@ def _open_rows(recipe: Recipe) -> tuple[InputRows, list[str]]:
         retain_sample=sample,
         forget_probe=at_most(held_back or forget, trials, seed=seed + 1),
         retain_probe=probe,
-        spared=_spared(recipe, forget, [one for one in retain if one.key not in tried] or retain, notes),
+        spared=spared_rows(recipe, forget, [one for one in retain if one.key not in tried] or retain, notes),
         forget_test=at_most(forget, most, seed=seed + 1),
         retain_test=at_most(retain, most, seed=seed + 1),
         unseen=at_most(unseen, 2 * trials, seed=seed + 3),
@@ -401,10 +461,13 @@ def _open_rows(recipe: Recipe) -> tuple[InputRows, list[str]]:
     return rows, notes
 
 
-def _spared(
+def spared_rows(
     recipe: Recipe, forget: Sequence[Example], retain: Sequence[Example], notes: list[str]
 ) -> Sequence[Example]:
-    """Return the rows whose inputs filters spare: of the retain set, and what else is given or shipped."""
+    """Return the rows whose inputs filters spare: of the retain set, and what else is given or shipped.
+
+    `notes` hears what the reader of the record should know of them.
+    """
     data, text = recipe.data, list[Example]()
     if data.background:
         text = read_examples(data.background, columns=data.columns or None)

@@ -38,6 +38,8 @@ class Models(StrictModel):
     itself do without."""
     retrained: str | None = None
     """The gold standard, trained without the forget set, where one exists."""
+    given: str | None = None
+    """For the method given: a model in which the target has unlearned already, by whatever tool."""
     allow_pickle: bool = False
     """Read files of torch.save (.bin, .pt) too; none of their code is run."""
 
@@ -191,6 +193,13 @@ class Recipe(StrictModel):
 
         return self.method in METHODS and METHODS[self.method].has_scales
 
+    @property
+    def has_scales(self) -> bool:
+        """Whether vectors are added up, for which α and β are chosen."""
+        from palinode.methods import METHODS
+
+        return METHODS[self.method].adds_vectors(self.changes)
+
     @model_validator(mode="before")
     @classmethod
     def _with_the_methods_training(cls, content: Any) -> Any:
@@ -206,6 +215,7 @@ class Recipe(StrictModel):
     @model_validator(mode="after")
     def _has_what_its_method_needs(self) -> Self:
         from palinode.methods import METHODS
+        from palinode.methods.method import NO_RETAIN_VECTOR
 
         method = METHODS.get(self.method)
         if method is None:  # said by `open_inputs`, with the names there are
@@ -219,17 +229,24 @@ class Recipe(StrictModel):
             retain=self.data.retain is not None,
             refusals=self.data.refusals is not None,
             base=self.models.base is not None,
+            given=self.models.given is not None,
             retain_scale=self.scales.retain,
         )
         if missing:
             raise ValueError(missing)
-        if not method.has_scales and (self.scales.forget, self.scales.retain) != (None, None):
+        if not self.has_scales and (self.scales.forget, self.scales.retain) != (None, None):
             raise ValueError(f"the method {self.method} adds no vectors, so it has no scales; leave them out")
+        if not method.has_scales and self.scales.retain:
+            raise ValueError(NO_RETAIN_VECTOR)
+        if self.models.given and "given" not in method.needs:
+            raise ValueError(
+                f"the method {self.method} makes the unlearned model itself; leave models.given out, or "
+                'name method = "given"'
+            )
         return self
 
     @model_validator(mode="after")
     def _can_be_transformed(self) -> Self:
-        from palinode.methods import METHODS
         from palinode.methods.transforms import check_transforms
 
         try:
@@ -238,13 +255,13 @@ class Recipe(StrictModel):
             first = error.errors(include_url=False)[0]
             place = ".".join(map(str, ("transforms", *first["loc"])))
             raise ValueError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from None
-        if chosen and self.method in METHODS and not METHODS[self.method].has_scales:
-            raise ValueError(f"the method {self.method} adds no vectors, so there is none to transform")
         needing = next((one for one in chosen if "retain" in one.transform.needs), None)
         if needing and self.data.retain is None:
             raise ValueError(
                 f"the transform {needing.transform.name} needs retain rows; name data.retain (--retain)"
             )
+        if self.models.base is None and any(getattr(one.settings, "at", "") == "base" for one in chosen):
+            raise ValueError('a transform with at = "base" needs that model; name models.base (--base)')
         return self
 
     @model_validator(mode="after")

@@ -122,7 +122,7 @@ def build_record(
             "cores": os.cpu_count(),
             "peak_memory_bytes": peak if sys.platform == "darwin" else 1024 * peak,
         },
-        "notes": [*inputs.notes, *_notes(chosen, training)],
+        "notes": [*inputs.notes, *_vector_notes(inputs), *_notes(chosen, training)],
     }
 
 
@@ -155,6 +155,15 @@ def model_facts(location: str | None, checkpoint: Checkpoint) -> dict[str, Any]:
 def row_facts(location: str | None, examples: Sequence[Example]) -> dict[str, Any]:
     """Return what a record tells of rows."""
     return {"location": location, "rows": len(examples), "fingerprint": fingerprint_examples(examples)}
+
+
+def _vector_notes(inputs: Inputs) -> Iterator[str]:
+    """Yield what the vector is where the method has none of its own."""
+    if inputs.recipe.has_scales and not inputs.method.has_scales:
+        yield (
+            f"The forget vector is what training by {inputs.method.name} changed, taken off the target: with "
+            "α = 1 and no transform it is the trained model."
+        )
 
 
 def _notes(chosen: ChosenScales | None, training: Mapping[str, Any]) -> Iterator[str]:

@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from palinode.data.examples import Example, fingerprint_examples, plain_questions
-from palinode.errors import CheckpointError, InputError, PalinodeError, unwritable
+from palinode.errors import CheckpointError, InputError, PalinodeError, RecipeError, unwritable
 from palinode.evaluation.ask import ask
 from palinode.methods import METHODS, unlearned_point
 from palinode.methods.method import Ends, Vectors
+from palinode.methods.transforms import LeastSquaresSettings, check_transforms
 from palinode.models.loading import load_model, load_tokenizer, pick_device, tokenizer_fingerprint
 from palinode.pipeline.costs import Plan, describe, make_plan
+from palinode.pipeline.filtering import Forecast, Measuring, foretell
 from palinode.pipeline.finetuning import FineTuning, Trained, open_end, open_whole
 from palinode.pipeline.goal import TOLERANCE
 from palinode.pipeline.grid import grid_scales
@@ -32,7 +34,7 @@ from palinode.pipeline.inputs import Inputs, ask_as_trained, check_places, open_
 from palinode.pipeline.recipe import Recipe
 from palinode.pipeline.record import build_record, dose_facts, geometry_facts
 from palinode.pipeline.reporting import full_report, publish
-from palinode.pipeline.scales import ChosenScales, scaled_vector
+from palinode.pipeline.scales import ChosenScales, own_yardstick, scaled_vector
 from palinode.pipeline.search import search_scales
 from palinode.pipeline.tracking import tracked
 from palinode.pipeline.workspace import Step, Workspace, fingerprint
@@ -47,14 +49,12 @@ from palinode.records import (
     write_json,
     write_outcomes,
 )
+from palinode.report.reports import Outcomes
 from palinode.weights import Checkpoint, Direction, Point, StoredVector, save
 from palinode.weights.atomic import claimed
 from palinode.weights.atomic import publish as publish_folder
 from palinode.weights.fingerprints import check_same, known_fingerprint, tensor_digests
 from palinode.weights.preflight import complain_of_nonfinite
-
-Outcomes = Mapping[str, Mapping[str, Sequence[Outcome]]]
-"""Outcomes by model (target, base, unlearned, retrained) and set (forget, retain)."""
 
 SHOWN_FROM = 1_000_000_000
 """Bytes of a model from which hashing is shown: some seconds on a slow disk."""
@@ -171,6 +171,24 @@ def dry_run(recipe: Recipe) -> Plan:
     return make_plan(inputs)
 
 
+def forecast(recipe: Recipe, listener: Listener | None = None) -> Forecast:
+    """Measure what the target's layers read, and return what that foretells of the recipe's filter.
+
+    The moments stay in the workspace, where the run finds them. Raises RecipeError where there is no filter.
+    """
+    inputs, listener = open_inputs(recipe), listener or NullListener()
+    chosen = [one.settings for one in check_transforms(recipe.changes)]
+    settings = next((one for one in chosen if isinstance(one, LeastSquaresSettings)), None)
+    if settings is None or inputs.target is None:
+        raise RecipeError(
+            "only a filter by least squares of a target that is there can be foretold; set filter = "
+            '"least-squares" and models.target'
+        )
+    workspace = Workspace(workspace_folder(recipe))
+    with workspace.locked(listener):
+        return foretell(Measuring(inputs, workspace, listener, inputs.target), settings)
+
+
 def unlearn(
     recipe: Recipe,
     *,
@@ -272,7 +290,7 @@ class Making(FineTuning):
         step = self.workspace.step(
             "scales",
             target=target.fingerprint(),
-            base=self.inputs.earlier.fingerprint(),
+            base=self.inputs.base.fingerprint() if self.inputs.base else None,
             vectors=dict(trained.steps),
             grid=[sorted(alphas), sorted(betas)],
             retain_share=scales.retain_share,
@@ -287,8 +305,14 @@ class Making(FineTuning):
         choose = partial(grid_scales, self.inputs, target, vectors)
         if auto:
             choose = partial(search_scales, self.inputs, target, vectors, filters=trained.filters)
-        found = step.once(lambda: asdict(choose((alphas, betas), step.folder, self.listener)))
-        return ChosenScales(**found)
+
+        def found() -> dict[str, Any]:
+            yardstick, unfiltered = None, target - (trained.before or vectors.forget)
+            if self.inputs.base is None:
+                yardstick = own_yardstick(self.inputs, target, unfiltered, step.folder)
+            return asdict(choose((alphas, betas), step.folder, self.listener, yardstick=yardstick))
+
+        return ChosenScales(**step.once(found))
 
     def _given(self, alpha: float, beta: float, trained: Trained) -> ChosenScales:
         """Return scales that are given; a filter that is to read where the model arrives does it there."""
@@ -350,7 +374,13 @@ class _Unlearning(Making):
         target, retrained = self.given_or_prepared()
         made = self.make(target)
         model = made.model
-        given = {"target": target, "base": self.inputs.base, "unlearned": model, "retrained": retrained}
+        given = {
+            "target": target,
+            "base": self.inputs.base,
+            "given": self.inputs.unlearned,
+            "unlearned": model,
+            "retrained": retrained,
+        }
         models = {name: entry for name, entry in given.items() if entry is not None}
         outcomes = {name: self._evaluate(name, checkpoint) for name, checkpoint in models.items()}
         record = build_record(
@@ -485,24 +515,30 @@ def find_vectors(
     """Return the vectors of a run; raises InputError that says what is missing where they are gone."""
     name = record["recipe"].get("method", "msa")
     method = METHODS.get(name)
-    if method is None or not method.has_scales:
+    if method is None or not record.get("scales"):
         raise InputError(f"the method {name} trains the model itself and adds no vectors")
     if target is None:
         raise InputError("the run's target is not found any more, or has changed")
+    changed = _changed(Workspace(workspace), record)
+    if changed is not None and not record["vectors"]["retain"]:
+        return Vectors(changed, None)
     settings = method.check_settings(record["recipe"].get("method_settings", {}))
     if base is None and "base" in method.needs:
         raise InputError("the run's base is not found any more, or has changed")
     start = base if base is not None and settings.starts_at == "base" else target
-    steps, points = record["steps"], {}
+    steps, points = record["steps"], dict[str, Point]()
     for run, facts in record["training"].items():
         step = Workspace(workspace).step_of(f"finetune-{run}", steps[run])
         end = open_end(step, start) if facts and step.facts is not None else None
         if end is None:
             raise InputError(f"the run's vectors are not in {workspace} any more")
         points[run] = end
-    vectors = method.point(settings, Ends(target, start, points))
-    assert isinstance(vectors, Vectors)
-    changed = _changed(Workspace(workspace), record)
+    if "given" in method.needs:
+        given = find_model(record, "given", workspace)
+        if given is None:
+            raise InputError("the model that was given is not found any more, or has changed")
+        points["given"] = given
+    vectors = method.vectors(settings, Ends(target, start, points))
     retain = vectors.retain if record["vectors"]["retain"] else None
     return Vectors(changed or vectors.forget, retain)
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from palinode.data.examples import Example
 from palinode.data.tokenize import TokenRow, tokenize
 from palinode.data.world import neutral_examples
-from palinode.evaluation.yardstick import Unseen, Yardstick, estimate_yardstick
+from palinode.evaluation.yardstick import UNFILTERED, Unseen, Yardstick, estimate_yardstick
 from palinode.methods import unlearned_point
 from palinode.methods.method import Vectors
 from palinode.models.inplace import put
@@ -162,19 +162,27 @@ class Probes:
 def open_goal(probes: Probes, yardstick: Yardstick | None = None) -> Goal:
     """Ask base and target, and return the goal on all probe rows.
 
-    A `yardstick` that is given, such as a retrained model's, takes the place of the estimate.
+    A `yardstick` that is given, such as a retrained model's, takes the place of the estimate; no base is
+    asked then.
     """
     inputs, rows = probes.inputs, probes.inputs.rows
     probes.add("unseen", rows.unseen)
-    base = probes.of_checkpoint("base", inputs.earlier, ["forget", "unseen"])
     before = probes.of_checkpoint("target", probes.target, [*SETS, "unseen"])
     if yardstick is None:
-        unseen = None
+        base, unseen = probes.of_checkpoint("base", inputs.earlier, ["forget", "unseen"]), None
         if rows.unseen:
             unseen = Unseen(rows.unseen_source, base["unseen"], before["unseen"], _groups(rows.unseen))
         groups, seed = _groups(rows.forget_probe), inputs.recipe.seed
         yardstick = estimate_yardstick(base["forget"], unseen, groups=groups, seed=seed)
     return Goal(yardstick, Behaviour.of(before), inputs.recipe.scales.retain_share)
+
+
+def own_yardstick(inputs: Inputs, target: Checkpoint, unfiltered: Point, folder: Path) -> Yardstick:
+    """Return what a model does on the forget probes as the yardstick: as much forgetting as before."""
+    probes = Probes(inputs, target, folder / "probes.json")
+    found = probes.of_point(UNFILTERED, unfiltered, ["forget"])["forget"]
+    groups, seed = _groups(inputs.rows.forget_probe), inputs.recipe.seed
+    return replace(estimate_yardstick(found, groups=groups, seed=seed), source=UNFILTERED)
 
 
 def _groups(examples: Sequence[Example]) -> list[int]:

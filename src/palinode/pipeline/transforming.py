@@ -193,15 +193,18 @@ class Transforming(Work):
 
     def _least_squares(self, settings: Any) -> tuple[Make, Any]:
         sets, positions = self.moments.sets(settings), settings.positions
-        steps = [self.moments.of_checkpoint(self.target, rows, positions) for rows in sets]
+        steps = [self.moments.of_checkpoint(self.target, rows, positions) for rows in sets if rows]
         return self._weighed(settings, steps), [step.key for step in steps]
 
     def _weighed(self, settings: Any, steps: Sequence[Step]) -> Make:
-        """Return what filters a vector by the moments that two steps hold."""
+        """Return what filters a vector by the moments that steps hold: of the forget inputs, and the spared.
+
+        The latter alone where there are no forget rows.
+        """
 
         def make(vector: Direction, output: Path) -> StoredVector:
-            forget, spared = map(MomentFiles, steps)
-            weighing = Weighing(forget, spared, settings)
+            *forget, spared = map(MomentFiles, steps)
+            weighing = Weighing(forget[0] if forget else None, spared, settings)
             label = f"least squares {[step.key for step in steps]} {settings.model_dump_json()}"
             with TemporaryDirectory(dir=output.parent, prefix=".filtered-") as place:
                 made = transform([vector], weighing.rule, Path(place) / "vector", label=label)

@@ -173,7 +173,7 @@ class _Scale:
 
 def _panel(panel: Figure, left: float, top: float, width: float) -> Iterator[str]:
     beside = [line for name in panel.y.names.values() for line in name.split("\n")]
-    first = left + max(LEFT, 14 + LETTER * max(map(len, beside), default=0))
+    first = left + max(LEFT, 20 + LETTER * max(map(len, beside), default=0))
     last, above, below = left + width - RIGHT, top + ABOVE, top + panel.height - BELOW
     marks = [mark for trace in panel.traces for mark in trace.marks if mark.y is not None]
     shown = [*panel.edges, *(panel.band[:2] if panel.band else ())]
@@ -185,7 +185,7 @@ def _panel(panel: Figure, left: float, top: float, width: float) -> Iterator[str
         x = across.at(value)
         yield _line([(x, above), (x, below)], "--grid")
         yield _text(x, below + 17, name, colour="--faint", anchor="middle", kind="tick")
-    for value, name in up.ticks(len(panel.y.names) or max(2, int((below - above) / 36))):
+    for value, name in up.ticks(len(panel.y.names) or max(2, int((below - above) / 30))):
         y, lines = up.at(value), name.split("\n")
         yield _line([(first, y), (last, y)], "--grid")
         for place, part in enumerate(lines):

@@ -38,6 +38,7 @@ from palinode.report.run_report import CAUTION, headline, run_sections
 from palinode.report.verdicts import (
     audit_claims,
     claims,
+    estimate,
     outcome_sentence,
     untested,
     untested_attacks,
@@ -151,9 +152,9 @@ def _of_run(facts: Facts) -> dict[str, Any]:
 
 def _scores(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the scores of every model, with the estimated yardstick as one more where there is one."""
-    estimate = at(record, "scales", "yardstick", "answer_probability")
+    estimated = estimate(record)
     scores = dict(record.get("scores") or {})
-    return scores | ({"estimate": {"forget": {"answer_probability": estimate}}} if estimate else {})
+    return scores | ({"estimate": {"forget": {"answer_probability": estimated}}} if estimated else {})
 
 
 def _of_audit(facts: Facts) -> dict[str, Any]:

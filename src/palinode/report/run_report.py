@@ -247,11 +247,14 @@ def _scale_sentences(scales: Mapping[str, Any]) -> Iterator[str]:
         interval = f" ({interval_text(wanted)})" if interval_text(wanted) else ""
         source = f" from {yardstick['source']}" if yardstick.get("source") else ""
         rows = f" ({yardstick['unseen_rows']} rows)" if yardstick.get("unseen_rows") else ""
-        yield (
-            f"A model that never saw the forget set would give it an answer probability of "
-            f"{number(wanted.get('value'))}{interval}, estimated{source}{rows} on the assumption that "
-            f"{yardstick.get('assumes')}."
-        )
+        figures = f"an answer probability of {number(wanted.get('value'))}{interval}"
+        if yardstick.get("source") == "unfiltered":
+            told = (
+                f"Before its change was filtered, the model gave the forget set {figures}; that was the aim,"
+            )
+        else:
+            told = f"A model that never saw the forget set would give it {figures}, estimated{source}{rows}"
+        yield f"{told} on the assumption that {yardstick.get('assumes')}."
     changes = [abs(step.get("distance_change") or 0) for step in scales.get("sensitivity") or ()]
     if yardstick and changes:
         most = number(max(changes))

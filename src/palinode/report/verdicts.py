@@ -144,14 +144,23 @@ def outcome_sentence(found: Iterable[Claim]) -> str:
     return f"{first}{second}."
 
 
+def estimate(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the estimate of how a model that never saw the forget set would score, if the run made one."""
+    found = at(record, "scales", "yardstick") or {}
+    score: Mapping[str, Any] | None = found.get("answer_probability")
+    return None if found.get("source") == "unfiltered" else score
+
+
 def yardstick(record: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
     """Return what the forget score is held against, and its score: retrained, estimate or base."""
     given = {
         "retrained": _probability(record, "retrained", "forget"),
-        "estimate": at(record, "scales", "yardstick", "answer_probability"),
+        "estimate": estimate(record),
         "base": _probability(record, "base", "forget"),
     }
-    return next(((name, score) for name, score in given.items() if at(score, "value") is not None), None)
+    return next(
+        ((name, score) for name, score in given.items() if score and score.get("value") is not None), None
+    )
 
 
 def _forgotten(record: Mapping[str, Any]) -> Claim:

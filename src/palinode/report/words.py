@@ -26,6 +26,7 @@ TRAININGS = {
 }
 MODELS = {
     "target": "target",
+    "given": "unlearned, as given",
     "unlearned": "unlearned",
     "retrained": "retrained",
     "base": "base checkpoint",

@@ -33,8 +33,7 @@ from typing import Any, Literal, Self
 from palinode.errors import CheckpointError
 from palinode.weights.fingerprints import fingerprint
 from palinode.weights.foreign import Model, check_folder, inside, read_gguf
-from palinode.weights.formats.distributed import METADATA, read_distributed
-from palinode.weights.formats.pickled import read_pickled, read_pickled_part
+from palinode.weights.formats.pickled import METADATA, read_distributed, read_pickled, read_pickled_part
 from palinode.weights.formats.pieces import all_experts, one_expert
 from palinode.weights.tensors import (
     CALLED_WEIGHTS,

@@ -121,6 +121,10 @@ class Transforming(Work):
         made: tuple[Make, Any] | None = None,
     ) -> tuple[Direction, str, dict[str, Any]]:
         """Apply one transform, or find it done; `made` is what makes the vector, and what that needs."""
+        if isinstance(chosen.settings, LeastSquaresSettings):  # the usual μ is one vector, named or not
+            mu, epsilon = chosen.settings.weights()
+            filled = chosen.settings.model_copy(update={"mu": mu, "epsilon": epsilon})
+            chosen = replace(chosen, settings=filled)
         name, settings = chosen.transform.name, chosen.settings
         make, needed = made or getattr(self, f"_{name}")(settings)
         step = self.workspace.step(

@@ -99,6 +99,29 @@ def test_a_wrapper_is_unlearned_on_its_text_tower_and_the_rest_is_the_target_s_b
     assert "language_model.model.layers.1.mlp.down_proj.weight" in moved
 
 
+def test_vector_of_a_wrapper_is_filtered_by_what_its_text_tower_reads(wrapped, recipe_of, tmp_path):
+    models = {name: str(wrapped / name) for name in ("target", "base")}
+    chosen = {"name": "least_squares", "rows": 6, "mu": 5.0, "others": "filter"}
+    done = unlearn(
+        recipe_of(
+            tmp_path / "out",
+            models=models,
+            evaluation={"max_rows": 4},
+            scales={"forget": 1.0, "retain": 0.0},
+            transforms=[chosen],
+        )
+    )
+    (facts,) = done.record["vectors"]["transforms"]
+    assert 0 < facts["survives"] < 1
+    assert {"embedding", "layer 0", "layer 1"} <= facts["parts"].keys()
+    before, after = (load_file(place / "model.safetensors") for place in (wrapped / "target", done.output))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert all(is_text(name) for name in moved)
+    for layer in (0, 1):
+        assert f"language_model.model.layers.{layer}.self_attn.q_norm.weight" in moved
+        assert f"language_model.model.layers.{layer}.mlp.down_proj.weight" in moved
+
+
 def test_the_output_of_a_wrapper_is_the_same_class_with_its_processor_and_licence(wrapped, cleaned):
     model, info = AutoModelForCausalLM.from_pretrained(cleaned.output, output_loading_info=True)
     assert type(model) is Gemma3ForConditionalGeneration

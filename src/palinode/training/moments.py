@@ -17,6 +17,7 @@ Padding is never counted, and `answers` counts only the positions that predict t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -336,7 +337,7 @@ class _Sums:
         weight = module.weight
         assert isinstance(weight, Tensor)
         mask = self.mask
-        if ids.shape[-1:] != mask.shape[-1:]:
+        if ids.shape[-1:] != mask.shape[-1:] or len(inspect.signature(module.forward).parameters) > 1:
             return  # no tokens of the rows, as in some position embeddings with an offset of their own
         own = ids.expand(mask.shape)[mask]
         counts = torch.bincount(own, minlength=len(weight)).to(_sum_type(weight.device))
@@ -371,12 +372,18 @@ class _Sums:
     def _norm(self, name: str, module: nn.Module, states: Tensor, *_: Any) -> None:
         weight, mask = module.weight, self.mask
         assert isinstance(weight, Tensor)
-        if states.dim() == 4 and states.shape[1] != mask.shape[1]:
+        if states.shape[:-1] == (mask.numel(),):
+            states = states.reshape(*mask.shape, -1)  # the tokens of a batch come in one line
+        # Where there are as many heads as tokens, memory tells: it has a token's heads side by side.
+        alike = states.dim() == 4 and states.shape[1] == states.shape[2] == mask.shape[1]
+        if states.dim() == 4 and (
+            states.stride(1) < states.stride(2) if alike else states.shape[1] != mask.shape[1]
+        ):
             states = states.transpose(1, 2)  # heads come first
         if states.shape[:2] != mask.shape or states.shape[-1] != weight.numel():
             return
         own = states[mask].reshape(-1, weight.numel()).float()
-        if getattr(module, "bias", None) is not None:
+        if getattr(module, "bias", None) is not None or type(module).__name__.endswith("LayerNorm"):
             own = own - own.mean(dim=-1, keepdim=True)
         squares = own.square() / own.square().mean(dim=-1, keepdim=True).clamp_min(1e-12)
         heads = max(1, states[0, 0].numel() // weight.numel())

@@ -110,7 +110,8 @@ def takes(
     wanted = [key if isinstance(key, Key) else Key(key) for key in keys]
     if of is not Recipe:
         known = COMMON | {key.place: key for key in wanted}
-        wanted = [known.get(name, Key(name)) for name in sorted(only or of.model_fields, key=_is_shared)]
+        names = sorted(only or of.model_fields, key=Questioning.model_fields.__contains__)  # the shared last
+        wanted = [known.get(name, Key(name)) for name in names]
 
     def give(verb: Callable[..., None]) -> Callable[..., None]:
         own = [*inspect.signature(verb, eval_str=True).parameters.values()][1:]
@@ -159,10 +160,6 @@ def _kind(field: FieldInfo) -> tuple[Any, Sequence[str]]:
     if get_origin(annotation) is Literal:
         return str, get_args(annotation)
     return annotation, ()
-
-
-def _is_shared(name: str) -> bool:
-    return name in Questioning.model_fields
 
 
 def _group(place: str, model: type[BaseModel]) -> str:

@@ -373,7 +373,7 @@ class _Run:
             SafetensorError,
         ) as error:  # torch and safetensors have their own kinds
             raise unwritable(partial, error) from error
-        old = _replaced(self.state)
+        old = beside(self.state, ".old")
         shutil.rmtree(old, ignore_errors=True)
         if self.state.exists():
             self.state.replace(old)
@@ -388,8 +388,9 @@ class _Run:
         """Go on from a saved state where there is one."""
         if self.state is None:
             return
-        if not self.state.exists() and _replaced(self.state).exists():  # killed while the new one came in
-            _replaced(self.state).replace(self.state)
+        old = beside(self.state, ".old")
+        if not self.state.exists() and old.exists():  # killed while the new one came in
+            old.replace(self.state)
         if not (self.state / "curve.json").exists():
             return
         self.accelerator.load_state(str(self.state), **({"strict": False} if self.partly else {}))
@@ -408,11 +409,6 @@ def _leave_out_the_frozen(
         trained = {name for name, value in model.named_parameters() if value.requires_grad}
         for name in held.keys() - trained:
             del held[name]
-
-
-def _replaced(state: Path) -> Path:
-    """Return where the last state lies while a new one takes its place."""
-    return beside(state, ".old")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ file are those of A and B alone. Read back it is the direction s·B·A, exactly 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def add_adapter(model: PreTrainedModel, base: Checkpoint, settings: LoraSettings
     weight of its own name in the checkpoint, so that the product could not be added to it.
     """
     peft = _peft()
-    layers = dict(_linear_layers(model, settings.targets))
+    layers = _linear_layers(model, settings.targets)
     for name in layers:
         if base.find(f"{name}.weight") is None:
             raise CheckpointError(
@@ -83,23 +83,21 @@ def write_adapter(model: PreTrainedModel, output: Path, curve: Sequence[CurvePoi
         publish(partial, output)
 
 
-def _linear_layers(
-    model: PreTrainedModel, ends: Sequence[str] | None
-) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Yield the linear layers of the decoder blocks by name: those asked for, or all."""
+def _linear_layers(model: PreTrainedModel, ends: Sequence[str] | None) -> dict[str, torch.nn.Module]:
+    """Return the linear layers of the decoder blocks by name: those asked for, or all."""
     found = linear_layers(model)
-    chosen = [
-        (name, module)
+    chosen = {
+        name: module
         for name, module in found
         if ends is None or any(f".{name}".endswith(f".{end}") for end in ends)
-    ]
+    }
     if not chosen:
         names = sorted({name.rpartition(".")[2] for name, _ in found})
         raise RecipeError(
             f"training.lora.targets is {ends} and no linear layer of the blocks has such a name; "
             f"there are {', '.join(names) or 'none'}"
         )
-    yield from chosen
+    return chosen
 
 
 def _names(model: PreTrainedModel, layers: dict[str, torch.nn.Module]) -> list[str]:

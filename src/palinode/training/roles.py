@@ -135,19 +135,17 @@ def draw(
 
     The first ones drawn are the same however many follow.
     """
-    return [
-        _draw_epoch(candidates, [seed, epoch, _DRAWING, *role.encode()], together) for epoch in range(epochs)
-    ]
-
-
-def _draw_epoch(
-    candidates: Sequence[Sequence[int]], seeds: Sequence[int], together: int
-) -> list[tuple[int, ...]]:
-    shares = np.random.Generator(np.random.PCG64(list(seeds))).random((together, len(candidates))).T
-    return [
-        tuple(own[int(share * len(own))] for share in drawn)
-        for own, drawn in zip(candidates, shares.tolist(), strict=True)
-    ]
+    drawn = []
+    for epoch in range(epochs):
+        random = np.random.Generator(np.random.PCG64([seed, epoch, _DRAWING, *role.encode()]))
+        shares = random.random((together, len(candidates))).T.tolist()
+        drawn.append(
+            [
+                tuple(own[int(share * len(own))] for share in row)
+                for own, row in zip(candidates, shares, strict=True)
+            ]
+        )
+    return drawn
 
 
 def _need_answers(material: Material) -> None:

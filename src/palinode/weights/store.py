@@ -248,20 +248,17 @@ def plan(form: Formula, output: Path, asked: Settings, rows: Rows, workers: int 
     stamps = take_stamps(form.operands)
     others = [checkpoint for checkpoint in form.checkpoints if checkpoint != form.anchor]
     fit = check_sum(form.anchor, others, form.displacements, rows=rows)
-    told = [note for checkpoint in form.checkpoints for note in checkpoint.notes]
+    notes = [*(note for checkpoint in form.checkpoints for note in checkpoint.notes), *fit.notes]
     parts = list(slices(form.anchor, shared_rows=fit.shared_rows))
     check_output(output, [term.folder for term in form.operands])
     chosen, share = choose_rounding(form, asked, parts)
-    files = plan_files(form.anchor, asked.code)
-    return _Job(form, asked, chosen, share, output, files, parts, workers, (*told, *fit.notes), stamps)
-
-
-def _rounding_note(job: _Job) -> Iterator[str]:
-    if job.asked.rounding == "auto" and job.settings.rounding == "stochastic":
-        yield (
-            f"rounded stochastically (seed {job.settings.seed}): to nearest, about {job.share:.1%} of the "
-            "change would have arrived"
+    if asked.rounding == "auto" and chosen.rounding == "stochastic":
+        notes.append(
+            f"rounded stochastically (seed {chosen.seed}): to nearest, about {share:.1%} of the change would "
+            "have arrived"
         )
+    files = plan_files(form.anchor, asked.code)
+    return _Job(form, asked, chosen, share, output, files, parts, workers, tuple(notes), stamps)
 
 
 # Writing it
@@ -302,7 +299,7 @@ def write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], No
         copy_companions(job.formula.anchor, partial, NAMES[job.asked.code] if job.asked.code else None)
         _leave_out(job, meter)
         dose = meter.result()
-        notes = (*job.notes, *_rounding_note(job), *shortfalls(dose, _asked(job.formula)))
+        notes = (*job.notes, *shortfalls(dose, _asked(job.formula)))
         made, saved = ModelFolder.open(partial), Written(dose, job.settings.rounding, notes)
         with clock.phase("check"):
             if check:

@@ -186,10 +186,12 @@ def test_groups_are_runs_of_layers_and_hold_every_part_once(tiny):
 def test_saved_model_has_each_groups_own_scale(searched, recipe_of, tiny, tmp_path):
     output = {"folder": str(tmp_path / "out"), "workspace": str(workspace_of(searched))}
     plainly = {"data": {"holdout": str(tiny.holdout)}, "filter": "none"}
-    first = unlearn(recipe_of(tmp_path / "first", scales=AUTO, output={**output, "folder": str(tmp_path / "one")}, **plainly))
-    made = unlearn(
-        recipe_of(tmp_path, scales={**AUTO, "trials": 12, "groups": 2}, output=output, **plainly)
+    first = unlearn(
+        recipe_of(
+            tmp_path / "first", scales=AUTO, output={**output, "folder": str(tmp_path / "one")}, **plainly
+        )
     )
+    made = unlearn(recipe_of(tmp_path, scales={**AUTO, "trials": 12, "groups": 2}, output=output, **plainly))
     scales = made.record["scales"]
     (chosen,) = [point for point in scales["points"] if point["chosen"]]
     (plain,) = [point for point in first.record["scales"]["points"] if point["chosen"]]

@@ -69,7 +69,7 @@ def test_record_says_how_the_scales_came_about(searched):
 def test_report_holds_the_forgetting_against_the_estimate(searched):
     estimate = searched.record["scales"]["yardstick"]["answer_probability"]["value"]
     assert f"the estimate of such a model: {estimate:.3f}" in (searched.output / "report.md").read_text()
-    assert '"estimated yardstick"' in (searched.output / "report.html").read_text(encoding="utf-8")
+    assert ">estimated yardstick</text>" in (searched.output / "report.html").read_text(encoding="utf-8")
 
 
 def test_chosen_point_is_the_best_of_those_measured_in_full(searched):
@@ -98,7 +98,7 @@ def test_killed_search_goes_on_to_the_same_point(searched, recipe_of, tiny, tmp_
     real = scales.Trials.tried
 
     def counted(search, alpha, beta, *, whole=True):
-        asked.append((alpha, beta))
+        asked.append((search.filtered and search.filtered.label, alpha, beta))
         if len(asked) == 8:
             raise KeyboardInterrupt
         return real(search, alpha, beta, whole=whole)
@@ -151,7 +151,7 @@ def test_search_goes_beyond_a_grid_that_forgets_too_little_until_it_is_past(sear
 )
 def test_search_stays_within_the_grid_and_the_closer_look(searched, recipe_of, tmp_path, own, most):
     output = {"folder": str(tmp_path / "out"), "workspace": str(workspace_of(searched))}
-    made = unlearn(recipe_of(tmp_path, scales={**AUTO, **own}, output=output))
+    made = unlearn(recipe_of(tmp_path, scales={**AUTO, **own}, output=output, filter="none"))
     assert max(point["forget"] for point in made.record["scales"]["points"]) <= most
 
 
@@ -164,8 +164,12 @@ def test_search_that_reaches_neither_side_warns(searched, recipe_of, tmp_path):
 
 
 def test_plan_says_what_the_search_does(recipe_of, tmp_path):
-    lines = describe(dry_run(recipe_of(tmp_path / "out", scales=AUTO)))
+    lines = describe(dry_run(recipe_of(tmp_path / "out", scales=AUTO, filter="none")))
     assert any("search scales: 6 pairs at a glance, about 8 in full, in memory" in line for line in lines)
+    filtered = describe(dry_run(recipe_of(tmp_path / "out", scales=AUTO)))
+    assert any("measure what the layers read" in line for line in filtered)
+    assert any("filter the vector, 4 times at most" in line for line in filtered)
+    assert not any("retain sample" in line for line in filtered)  # no second vector is trained
 
 
 # An α for each group of layers
@@ -181,13 +185,16 @@ def test_groups_are_runs_of_layers_and_hold_every_part_once(tiny):
 
 def test_saved_model_has_each_groups_own_scale(searched, recipe_of, tiny, tmp_path):
     output = {"folder": str(tmp_path / "out"), "workspace": str(workspace_of(searched))}
-    holdout = {"holdout": str(tiny.holdout)}
-    made = unlearn(
-        recipe_of(tmp_path, scales={**AUTO, "trials": 12, "groups": 2}, data=holdout, output=output)
+    plainly = {"data": {"holdout": str(tiny.holdout)}, "filter": "none"}
+    first = unlearn(
+        recipe_of(
+            tmp_path / "first", scales=AUTO, output={**output, "folder": str(tmp_path / "one")}, **plainly
+        )
     )
+    made = unlearn(recipe_of(tmp_path, scales={**AUTO, "trials": 12, "groups": 2}, output=output, **plainly))
     scales = made.record["scales"]
     (chosen,) = [point for point in scales["points"] if point["chosen"]]
-    (plain,) = [point for point in searched.record["scales"]["points"] if point["chosen"]]
+    (plain,) = [point for point in first.record["scales"]["points"] if point["chosen"]]
     assert chosen["objective"] < plain["objective"]  # two factors find something that one α does not
     assert [group["factor"] for group in scales["groups"]] == chosen["groups"]
     (vector,) = workspace_of(searched).glob("finetune-forget-*/model/model.safetensors")

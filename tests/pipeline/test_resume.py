@@ -113,7 +113,7 @@ def test_killed_run_finishes_with_the_weights_of_an_undisturbed_one(
 
 @pytest.mark.parametrize(
     ("number", "moment"),
-    [(signal.SIGINT, "finetune-retain-*/state"), (signal.SIGTERM, "scales-*/probes.json")],
+    [(signal.SIGINT, "finetune-forget-*/state"), (signal.SIGTERM, "scales-*/probes.json")],
 )
 def test_interrupted_run_says_so_in_one_sentence_and_goes_on_when_asked(
     write_recipe, undisturbed, tmp_path, number, moment

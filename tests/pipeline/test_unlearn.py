@@ -128,7 +128,7 @@ def test_record_has_exactly_the_documented_keys(done):
     assert set(done.record) == documented
     assert set(done.record["scales"]) == {
         *("forget", "retain", "chosen_by", "rule", "kept_rule", "points"),
-        *("yardstick", "front", "sensitivity", "groups"),
+        *("yardstick", "front", "sensitivity", "groups", "filter"),
     }
     assert set(done.record["scales"]["points"][0]) == {
         *("forget", "retain", "rows", "distance", "objective", "allowed", "chosen"),

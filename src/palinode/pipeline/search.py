@@ -23,6 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from palinode.evaluation.yardstick import Yardstick
 from palinode.methods.method import Vectors
 from palinode.pipeline.goal import Goal, TriedScales, best
@@ -191,7 +193,10 @@ def between(
             study.enqueue_trial({name: scales[name] for name, (low, high) in ranges.items() if low < high})
         for _ in range(max(count, len(starts))):
             trial = study.ask()
-            alpha, beta = (suggested(trial, name, limits) for name, limits in ranges.items())
+            try:
+                alpha, beta = (suggested(trial, name, limits) for name, limits in ranges.items())
+            except ValueError:  # no place promises anything: all that was tried misses a floor by far
+                return
             point = trials.tried(alpha, beta)
             tell(study, trial, point)
             yield point
@@ -241,7 +246,8 @@ def range_around(values: Sequence[float], grid: Sequence[float]) -> Range:
 def suggested(trial: optuna.Trial, name: str, limits: Range) -> float:
     """Return a scale with two decimals between the limits; more exact than that it need not be."""
     low, high = limits
-    return low if low == high else round(trial.suggest_float(name, low, high), 2)
+    with np.errstate(invalid="ignore"):  # optuna divides by the sum of what it hopes for, which may be 0
+        return low if low == high else round(trial.suggest_float(name, low, high), 2)
 
 
 @contextmanager

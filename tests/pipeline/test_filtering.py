@@ -15,8 +15,10 @@ from palinode.data.tokenize import PromptStyle, tokenize
 from palinode.models import load_model, load_tokenizer
 from palinode.pipeline import filtering, scales
 from palinode.pipeline.filtering import applied
+from palinode.pipeline.goal import Behaviour, TriedScales
 from palinode.pipeline.inputs import open_inputs
 from palinode.pipeline.run import find_vectors, unlearn
+from palinode.pipeline.search import fall
 from palinode.training.moments import input_moments
 from palinode.weights import Checkpoint, StoredVector
 from palinode.weights.filters import along, least_squares
@@ -148,6 +150,17 @@ def test_arrival_can_be_asked_for_and_turned_off(run, tiny, arrival):
 def test_mu_that_is_given_is_left_as_it_is(run):
     done = unlearn(run("mu", squares(mu=3.0, arrival=False)))
     assert {point["mu"] for point in done.record["scales"]["points"]} == {3.0}
+
+
+def test_fall_of_the_forget_probability_is_that_between_the_outer_points():
+    """e⁻¹ at α = 1 and e⁻³ at α = 2; a vector that was only looked at with α = 0 has a slope too."""
+    points = [
+        TriedScales(alpha, 0.0, Behaviour((logprob,)), goal=None)
+        for alpha, logprob in ((2.0, -3.0), (1.0, -1.0))
+    ]
+    assert fall(points) == pytest.approx(2.0)
+    assert fall(points[:1]) == pytest.approx(0.5)
+    assert 0 < fall([TriedScales(0.0, 0.0, Behaviour((-1.0,)), goal=None)]) < 100
 
 
 # What is kept

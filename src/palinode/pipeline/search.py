@@ -150,7 +150,7 @@ def fall(points: Sequence[TriedScales]) -> float:
     ordered = sorted(points, key=lambda point: point.forget_scale)
     first, last = ordered[0], ordered[-1]
     fallen = log_forget(first) - log_forget(last)
-    return max(fallen / max(last.forget_scale - first.forget_scale, STEP), 1 / last.forget_scale)
+    return max(fallen / max(last.forget_scale - first.forget_scale, STEP), 1 / (last.forget_scale or STEP))
 
 
 def log_forget(point: TriedScales) -> float:

@@ -44,6 +44,8 @@ from palinode.weights.filters import (
 from palinode.weights.geometry import part_of
 from palinode.weights.vectors import Rule
 
+UNREAD = 0.01
+"""Share of the squared length of the blocks' matrices that may go without a word."""
 SURVIVES = 1e-4
 """Share of its effect on the forget inputs that a vector must keep to be worth scaling up."""
 
@@ -68,13 +70,14 @@ class Measuring(Work):
 
     def of_point(self, point: Point, key: str, rows: Sequence[Example], positions: Positions) -> Step:
         """Return the finished step that holds those of a sum, for which `key` stands."""
+        output, seed = self.recipe.output, self.recipe.seed
 
         def filled() -> PreTrainedModel:
             live = load_model(self.target, device=self.device)
-            put(point, live, dtype=self.recipe.output.dtype, rounding=self.recipe.output.rounding)
+            put(point, live, dtype=output.dtype, rounding=output.rounding, seed=seed)
             return live
 
-        return self._step(key, rows, positions, filled)
+        return self._step(f"{key} {output.dtype} {output.rounding} {seed}", rows, positions, filled)
 
     def _step(
         self, model: str, rows: Sequence[Example], positions: Positions, load: Callable[[], PreTrainedModel]
@@ -240,6 +243,10 @@ class Weighing:
     ) -> None:
         self.forget, self.spared, self.settings = forget, spared, settings
         self.effects: dict[str, Effect] = {}
+        self.unread: dict[str, float] = {}
+        """Squared length of the matrices in blocks whose inputs are not known."""
+        self.share = 0.0
+        """c of the blocks, once all of them are filtered."""
         self.filter_of = lru_cache(maxsize=2)(self._filter)
 
     def _filter(self, key: str) -> np.ndarray:
@@ -256,6 +263,8 @@ class Weighing:
             # A tied embedding is filtered by its tokens; the head's inputs are not asked for it.
             place = next(iter(self.spared.places.get(name, ())), None)
         if place is None:
+            if part_of(name).startswith("layer ") and values.ndim > 1:
+                self.unread[name] = float(np.vdot(values, values))
             return np.zeros_like(values)
         made = applied(values, place, self.filter_of)
         self.effects[name] = self._effect(values, made, place)
@@ -268,7 +277,7 @@ class Weighing:
         other tensor has its own.
         """
         if self.spared.matrix_place(name) is not None:
-            share = self._blocks().survives
+            share = self.share
         elif name in self.effects:
             share = self.effects[name].survives
         else:
@@ -305,7 +314,8 @@ class Weighing:
         parts: dict[str, Effect] = defaultdict(Effect)
         for name, effect in self.effects.items():
             parts[part_of(name)] += effect
-        whole = self._blocks().survey()
+        blocks = self._blocks()
+        whole, self.share = blocks.survey(), blocks.survives
         if whole["survives"] < SURVIVES:
             raise InputError(
                 f"the filter leaves {whole['survives']:.1g} of what the vector does to the forget rows: "
@@ -313,6 +323,17 @@ class Weighing:
             )
         by_part = {name: effect.survey() for name, effect in parts.items()}
         return {**whole, "foretold_alpha": foretold_alpha(whole["survives"]), "parts": by_part}
+
+    def note(self) -> str | None:
+        """Say which matrices of the blocks were taken out because nobody knows what they read."""
+        lost = sum(self.unread.values())
+        share = lost / (lost + self._blocks().norm) if lost else 0.0
+        if share < UNREAD:
+            return None
+        return (
+            f"What {len(self.unread)} matrices of the blocks read is not known (first: "
+            f"{next(iter(self.unread))}), so {share:.0%} of the vector's squared length went out with them."
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,7 +168,9 @@ def where_it_arrives(
 ) -> list[TriedScales]:
     """Return the points near the centre for the vector filtered by what the layers read there."""
     assert trials.filtered is not None
-    trials.use(filters.arrived(trials.filtered, centre.forget_scale))
+    second = trials.vectors.retain
+    rest = centre.retain_scale * second if second is not None and centre.retain_scale else None
+    trials.use(filters.arrived(trials.filtered, centre.forget_scale, rest))
     found = [trials.tried(centre.forget_scale, centre.retain_scale)]
     return found + around(trials, found[0], varied=varied)
 

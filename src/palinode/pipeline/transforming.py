@@ -213,6 +213,8 @@ class Transforming(Work):
             with TemporaryDirectory(dir=output.parent, prefix=".filtered-") as place:
                 made = transform([vector], weighing.rule, Path(place) / "vector", label=label)
                 self.survey = weighing.survey()
+                if note := weighing.note():
+                    self.listener.say(note)
                 return transform([made], weighing.rescale, output, label=f"{label}, rescaled")
 
         return make
@@ -330,11 +332,14 @@ class OpenFilter:
             self.known[mu, False] = Filtered(*made, (mu, False))
         return self.known[mu, False]
 
-    def arrived(self, filtered: Filtered, alpha: float) -> Filtered:
-        """Return the vector filtered by what the layers read at θ_D − α · filtered."""
+    def arrived(self, filtered: Filtered, alpha: float, rest: Direction | None = None) -> Filtered:
+        """Return the vector filtered by what the layers read at θ_D − α · filtered + rest, β · retain."""
         mu, _ = filtered.label
-        point = self.transforming.target - alpha * filtered.direction
+        point: Point = self.transforming.target - alpha * filtered.direction
         place = f"{filtered.key} {alpha}"
+        if rest is not None and rest.terms:
+            point = point + rest
+            place += "".join(f" {weight} {term.fingerprint()}" for term, weight in rest.terms.items())
         made = self.transforming.arrived(self._with(mu), self.before, self.keys, point, place)
         self.known[mu, True] = Filtered(*made, (mu, True))
         return self.known[mu, True]

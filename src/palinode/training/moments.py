@@ -107,16 +107,19 @@ class _Walk:
         self.blocks = list(decoder_blocks(self.model))
 
     def can_go_by_block(self) -> bool:
-        """Tell whether a batch comes out of the blocks one by one as it does out of the whole model."""
-        whole = self._through(self.batches[0]).last_hidden_state
+        """Tell whether two batches come out of the blocks one by one as they do out of the whole model."""
+        batches = self.batches[:2]
         try:
-            states, calls = self._opened(self.batches[0])
-            for block, call in zip(self.blocks, calls, strict=True):
-                states = _hidden(block(states, *call.args, **call.others))
-            found = self._closed(self.batches[0], states)
+            opened = [self._opened(batch) for batch in batches]
+            states = [first for first, _ in opened]
+            for place, block in enumerate(self.blocks):
+                for at, (_, calls) in enumerate(opened):
+                    states[at] = _hidden(block(states[at], *calls[place].args, **calls[place].others))
+            found = [self._closed(batch, last) for batch, last in zip(batches, states, strict=True)]
         except (TypeError, KeyError, IndexError, AttributeError, RuntimeError, ValueError):
             return False  # a block needs what only the whole model knows
-        return bool(torch.equal(whole, found) or torch.allclose(whole, found, rtol=1e-4, atol=1e-5))
+        wholes = [self._through(batch).last_hidden_state for batch in batches]
+        return all(torch.allclose(*pair, rtol=1e-4, atol=1e-5) for pair in zip(wholes, found, strict=True))
 
     def by_block(self) -> Iterator[Moments]:
         """Yield moments block by block, in one pass over the rows."""
@@ -155,7 +158,7 @@ class _Walk:
         for block in self.blocks:
             members = set(block.modules())
             own = {name: module for name, module in named.items() if module in members}
-            size = sum(8 * _width(module) ** 2 for module in own.values() if is_linear(module))
+            size = sum(map(_room, own.values()))
             if held + size > ROOM:
                 groups.append({})
                 held = 0
@@ -249,6 +252,13 @@ def _width(layer: nn.Module) -> int:
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight.shape[0 if isinstance(layer, Conv1D) else 1]
+
+
+def _room(module: nn.Module) -> int:
+    """Return the bytes of the sums over what a module reads."""
+    if _is_experts(module):
+        return 8 * sum(one.shape[0] * one.shape[2] ** 2 for one in module.parameters() if one.dim() == 3)
+    return 8 * _width(module) ** 2 if is_linear(module) else 0
 
 
 def _is_experts(module: nn.Module) -> bool:

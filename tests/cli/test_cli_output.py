@@ -207,7 +207,7 @@ folder = "{tmp_path / "out"}"
 def test_project_takes_the_projected_vector_and_drops_what_it_cannot_project(
     palinode, unlearn_words, tmp_path
 ):
-    words = unlearn_words(tmp_path / "out", project=True, scales="1.5")
+    words = unlearn_words(tmp_path / "out", filter="projection", scales="1.5")
     record = strict(palinode(*words, "--json").out)
     (transform,) = record["vectors"]["transforms"]
     assert transform["name"] == "projection"

@@ -224,7 +224,7 @@ def filter_verb(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Filter what another tool unlearned, so that more is kept.
+    """Filter what another tool unlearned: it keeps more.
 
     With forget rows it is a run like that of unlearn. Without them the change goes as far as it did.
     """

@@ -12,6 +12,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from palinode.data.examples import at_most
 from palinode.data.tokenize import PromptStyle, tokenize
+from palinode.errors import DataError
 from palinode.models import load_model, load_tokenizer
 from palinode.pipeline import filtering, scales
 from palinode.pipeline.filtering import applied
@@ -300,3 +301,34 @@ def test_experts_that_lie_in_one_tensor_have_a_filter_each():
     values, filters = random.normal(size=(3, 4, 5)), random.normal(size=(3, 5, 5))
     found = applied(values, (["0", "1", "2"], 2), lambda key: filters[int(key)])
     assert found == pytest.approx(np.einsum("eoi,eij->eoj", values, filters))
+
+
+# What is kept is whole, or measured anew
+
+
+@pytest.mark.parametrize("damage", ["removed", "cut"])
+def test_moments_that_are_not_whole_any_more_are_measured_anew(run, tmp_path, damage):
+    """The same vector comes of it, bit for bit."""
+
+    def filtered(name):
+        recipe = run(name, squares(mu=10.0), scales={"forget": 1.0, "retain": 0.0})
+        own = {"folder": str(tmp_path / name), "workspace": str(tmp_path / "workspace")}
+        done = unlearn(recipe.model_copy(update={"output": recipe.output.model_copy(update=own)}))
+        return (done.output / "model.safetensors").read_bytes()
+
+    first = filtered("first")
+    for path in (tmp_path / "workspace").glob("moments-*/moments-001.safetensors"):
+        if damage == "removed":
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:-1])
+    for step in ("transform-*", "apply-*"):
+        for folder in (tmp_path / "workspace").glob(step):
+            shutil.rmtree(folder)
+    assert filtered("second") == first
+
+
+def test_background_that_is_the_forget_set_is_refused_at_once(run, tiny):
+    data = {"retain": None, "background": str(tiny.forget)}
+    with pytest.raises(DataError, match="every background row also stands in the forget set"):
+        open_inputs(run("same", squares(), data=data))

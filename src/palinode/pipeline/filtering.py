@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from palinode.data.examples import Example, at_most, fingerprint_examples
 from palinode.data.tokenize import tokenize
-from palinode.errors import InputError, MismatchError
+from palinode.errors import CheckpointError, InputError, MismatchError
 from palinode.methods.transforms import LeastSquaresSettings
 from palinode.models.inplace import live_places, put
 from palinode.models.loading import (
@@ -93,7 +93,7 @@ class Measuring(Work):
             tokenizer=tokenizer_fingerprint(self.inputs.reader),
             device=self.device.type,
         )
-        if step.facts is None:
+        if step.facts is None or not _is_whole(step):
             step.clear()
             live, tokenizer = load(), load_tokenizer(self.inputs.reader)
             style, length = recipe.prompts.style(), recipe.training.max_length
@@ -116,19 +116,33 @@ class Measuring(Work):
         return step
 
 
+def _is_whole(step: Step) -> bool:
+    """Tell whether the files of a finished step are there, each with the bytes it was written with."""
+    sizes: Mapping[str, int] = (step.facts or {}).get("sizes", {})
+    paths = {name: step.folder / name for name in sizes}
+    return bool(paths) and all(
+        path.is_file() and path.stat().st_size == sizes[name] for name, path in paths.items()
+    )
+
+
 def _store(found: Iterator[Moments], step: Step) -> dict[str, Any]:
     """Write moments, a file for each group, and return where each key is, and the places of parameters."""
     files: dict[str, tuple[str, int]] = {}
     places: dict[str, list[Place]] = {}
     for number, group in enumerate(found):
         name = f"moments-{number:03}.safetensors"
-        save_tensors(
-            {key: value.float().cpu().contiguous() for key, value in group.values.items()}, step.folder / name
-        )
+        values = {key: value.float().cpu().contiguous() for key, value in group.values.items()}
+        if bad := next((key for key, value in values.items() if not bool(value.isfinite().all())), None):
+            raise CheckpointError(
+                f"what {bad} of the model reads on the rows is not finite, so nothing can be filtered by it; "
+                'look for infinite weights, or set filter = "none"'
+            )
+        save_tensors(values, step.folder / name)
         files |= {key: (name, value.dim()) for key, value in group.values.items()}
         for parameter, own in group.places.items():
             places.setdefault(parameter, []).extend(own)
-    return {"files": files, "places": places}
+    sizes = {name: (step.folder / name).stat().st_size for name, _ in files.values()}
+    return {"files": files, "sizes": sizes, "places": places}
 
 
 def _in_files(

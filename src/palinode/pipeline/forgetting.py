@@ -26,11 +26,13 @@ from palinode.weights.fingerprints import remembered
 from palinode.weights.tensors import read_json
 
 VECTORS = "fine-tuned models and adapters: with the base, the vectors"
+MOMENTS = "sums over what the layers read on the rows"
 OUTCOMES = "outcomes: what models answered on the rows"
 REPORTS = "reports with questions and answers"
 KINDS: Mapping[str, str] = {
     "finetune": VECTORS,
     "transform": VECTORS,
+    "moments": MOMENTS,
     "evaluate": OUTCOMES,
     "apply": "models made of them",
     "merge": "models made of them",

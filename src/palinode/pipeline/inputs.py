@@ -475,6 +475,8 @@ def spared_rows(
         text = [example for place, example in enumerate(text) if place not in shared]
         if shared:
             notes.append(f"{len(shared)} background rows that also stand in the forget set were left out.")
+        if not text and not retain:
+            raise DataError("every background row also stands in the forget set; name rows that shall stay")
     elif not retain and recipe.changes:
         text = neutral_examples()
         notes.append("There are no retain rows, so a filter spares the inputs of neutral text alone.")

@@ -332,3 +332,12 @@ def test_background_that_is_the_forget_set_is_refused_at_once(run, tiny):
     data = {"retain": None, "background": str(tiny.forget)}
     with pytest.raises(DataError, match="every background row also stands in the forget set"):
         open_inputs(run("same", squares(), data=data))
+
+
+def test_report_and_card_say_how_the_vector_was_filtered(searched):
+    (told,) = searched.record["vectors"]["transforms"]
+    card, page = ((searched.output / name).read_text(encoding="utf-8") for name in ("README.md", "report.md"))
+    for text in (card, page):
+        assert f"filtered by least squares first (μ = {told['settings']['mu']:g})" in text
+        again = "again by what the layers read where the model arrives"
+        assert (again in text) == searched.record["scales"]["filter"]["arrival"]

@@ -220,12 +220,28 @@ def _scale_section(content: Mapping[str, Any]) -> list[Section]:
             caption=figures.tradeoff_caption(content),
             picks=True,
         ),
-        Paragraph(" ".join(_scale_sentences(scales))) if scales else None,
+        Paragraph(" ".join([*_scale_sentences(scales), *changes_told(content)])) if scales else None,
         Paragraph(warning, strong=True) if (warning := at(scales, "yardstick", "warning")) else None,
         _sensitivity_grid(scales.get("sensitivity") or ()),
         _point_grid(scales.get("points") or ()),
         bar="Trade-off",
     )
+
+
+def changes_told(record: Mapping[str, Any]) -> Iterator[str]:
+    """Say what was done to the forget vector before it was subtracted."""
+    for told in at(record, "vectors", "transforms") or ():
+        name, settings = str(told.get("name")).replace("_", " "), told.get("settings") or {}
+        if told.get("survives") is None:
+            yield f"The forget vector was changed by {name} first."
+            continue
+        arrival = at(record, "scales", "filter", "arrival")
+        there = ", and again by what the layers read where the model arrives" if arrival else ""
+        yield (
+            f"The forget vector was filtered by {name} first (μ = {scale(settings.get('mu'))}){there}: "
+            f"{percent(told['survives'])} of what it does to the forget rows' inputs survived, and was "
+            "scaled up to what it had been."
+        )
 
 
 def _scale_sentences(scales: Mapping[str, Any]) -> Iterator[str]:
@@ -443,10 +459,11 @@ def _card_origin(content: Mapping[str, Any], target: str) -> str:
     kept = f" and to keep what {integer(retain)} others taught it" if retain else ""
     alpha, beta = at(content, "scales", "forget"), at(content, "scales", "retain")
     how = f": {FORMULA}, α = {scale(alpha)}, β = {scale(beta)}" if alpha is not None else ""
-    return (
+    made = (
         f"Made from {target} by Palinode {content.get('palinode')}, to behave as if it had never seen "
         f"{integer(forget)} rows{kept}. Method: {at(content, 'method', 'name')}{how}."
     )
+    return " ".join([made, *changes_told(content)])
 
 
 def _last_part(location: str) -> str:

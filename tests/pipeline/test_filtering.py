@@ -341,3 +341,10 @@ def test_report_and_card_say_how_the_vector_was_filtered(searched):
         assert f"filtered by least squares first (μ = {told['settings']['mu']:g})" in text
         again = "again by what the layers read where the model arrives"
         assert (again in text) == searched.record["scales"]["filter"]["arrival"]
+
+
+def test_search_leaves_the_vector_of_another_run_in_its_workspace(run, tiny):
+    fixed = unlearn(run("fixed", squares(mu=10.0), scales={"forget": 1.0, "retain": 0.0}, seed=3))
+    other = unlearn(run("other", squares(), seed=3))
+    assert other.record["scales"]["filter"]["key"] != fixed.record["steps"]["transform"]
+    check_model(fixed, run, tiny)

@@ -6,7 +6,6 @@ in steps of its own and kept, so that other settings of the same transform find 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,6 +84,8 @@ class Transforming(Work):
         self.moments = Measuring(self.inputs, self.workspace, self.listener, self.target)
         self.survey: dict[str, Any] = {}
         """What the transform that was made last found out on the way."""
+        self.made: set[str] = set()
+        """Keys of the steps that were done here, and not found."""
 
     def apply(
         self, transforms: Sequence[ChosenTransforms], vector: Direction, keys: Mapping[str, str]
@@ -135,9 +136,9 @@ class Transforming(Work):
         )
         facts, stored = step.facts, _open_vector(step.folder / "vector")
         if facts is None or stored is None:
-            step.begin()
-            shutil.rmtree(step.folder / "vector", ignore_errors=True)
+            step.clear()  # an interrupted try has left parts
             self.survey = {}
+            self.made.add(step.key)
             stored = make(before, step.folder / "vector")
             if not stored.norm:
                 raise InputError(
@@ -358,9 +359,13 @@ class OpenFilter:
         return Filtered(stored, key, facts, (facts["settings"]["mu"], False))
 
     def tidy(self, chosen: Filtered | None) -> None:
-        """Remove the vectors that were tried and not chosen, which are as large as models."""
+        """Remove the vectors that were made here and not chosen, which are as large as models.
+
+        Those that were found may be another run's in this workspace.
+        """
         for one in self.known.values():
-            if one is not chosen and one.label != self.usual().label:
+            own = one.key in self.transforming.made
+            if own and one is not chosen and one.label != self.usual().label:
                 step = self.transforming.workspace.step_of(f"transform-{self.last.transform.name}", one.key)
                 step.clear()
 

@@ -91,6 +91,8 @@ def finish(recipe: Path) -> tuple[bytes, dict]:
     [
         "finetune-forget-*/state",  # in the middle of fine-tuning
         "finetune-forget-*/step.json",  # between two steps
+        "moments-*/moments-000.safetensors",  # while it is measured what layers read
+        "transform-least_squares-*",  # while a vector is filtered
         "scales-*/probes.json",  # in the middle of the search
         "evaluate-*/forget.jsonl",  # in the middle of an evaluation
     ],

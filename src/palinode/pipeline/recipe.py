@@ -179,19 +179,15 @@ class Recipe(StrictModel):
     @property
     def changes(self) -> list[dict[str, Any]]:
         """What is done to the forget vector, in order: the transforms, then the filter."""
-        chosen = self.filter
-        if chosen == "auto":
-            searched = self.scales.choose == "auto" and self.scales.forget is None
-            usual = self.has_vectors and searched and self.data.retain and not self.transforms
-            chosen = "least-squares" if usual else "none"
-        return [*self.transforms, *FILTERS[chosen]]
-
-    @property
-    def has_vectors(self) -> bool:
-        """Whether the method adds vectors up."""
         from palinode.methods import METHODS
 
-        return self.method in METHODS and METHODS[self.method].has_scales
+        chosen = self.filter
+        if chosen == "auto":
+            vectors = self.method in METHODS and METHODS[self.method].has_scales
+            searched = self.scales.choose == "auto" and self.scales.forget is None
+            usual = vectors and searched and self.data.retain and not self.transforms
+            chosen = "least-squares" if usual else "none"
+        return [*self.transforms, *FILTERS[chosen]]
 
     @property
     def has_scales(self) -> bool:

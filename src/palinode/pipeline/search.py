@@ -47,10 +47,8 @@ ROUNDS = 2
 """Times that the closer look moves on to a better point."""
 FACTORS = (0.5, 1.5)
 """Limits of the factors on α by group of layers."""
-
 AIMS = 2
 """Points by which each filter is compared with the others: the best of its first look, and one corrected."""
-NO_FILTER = (0.0, False)
 
 Range = tuple[float, float]
 
@@ -103,7 +101,7 @@ def search_scales(
             there = where_it_arrives(trials, filters, best(whole), varied)
             others += [] if filters.arrives == "where better" else whole
             whole = there if filters.arrives == "always" else [*whole, *there]
-            trials.use(filters.known[best(whole).filter or NO_FILTER])
+            trials.use(filters.of(best(whole)))
         parts = layer_groups(target, scales.groups)
         if len(parts) > 1:
             whole += grouped(trials, best(whole), parts, scales.trials, seed)
@@ -135,13 +133,14 @@ def compared(trials: Trials, filters: OpenFilter, looked: Sequence[TriedScales])
     found = []
     for label in dict.fromkeys(point.filter for point in looked):
         own = [point for point in looked if point.filter == label]
-        trials.use(filters.known[label or NO_FILTER])
-        slope, alpha = fall(own), min(own, key=lambda point: point.rank).forget_scale
+        start = min(own, key=lambda point: point.rank)
+        trials.use(filters.of(start))
+        slope, alpha = fall(own), start.forget_scale
         for _ in range(AIMS):
-            found.append(trials.tried(alpha, own[0].retain_scale))
+            found.append(trials.tried(alpha, start.retain_scale))
             farther = alpha + (log_forget(found[-1]) - log_wanted(trials.goal)) / slope
             alpha = round(min(max(farther, alpha / 2), 2 * alpha), 2)
-    trials.use(filters.known[best(found).filter or NO_FILTER])
+    trials.use(filters.of(best(found)))
     return found
 
 

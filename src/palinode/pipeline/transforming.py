@@ -28,6 +28,7 @@ from palinode.models.loading import (
 )
 from palinode.models.sums import Moment, gradient_moment
 from palinode.pipeline.filtering import Measuring, MomentFiles, Weighing, project
+from palinode.pipeline.goal import TriedScales
 from palinode.pipeline.inputs import Work
 from palinode.pipeline.workspace import Step
 from palinode.weights import Checkpoint, Direction, Point, StoredVector, profile, save_vector
@@ -344,6 +345,11 @@ class OpenFilter:
         made = self.transforming.arrived(self._with(mu), self.before, self.keys, point, place)
         self.known[mu, True] = Filtered(*made, (mu, True))
         return self.known[mu, True]
+
+    def of(self, point: TriedScales) -> Filtered:
+        """Return the vector that a point was tried with."""
+        assert point.filter is not None
+        return self.known[point.filter]
 
     def find(self, key: str) -> Filtered:
         """Return a vector that was chosen before, by the key of its step."""

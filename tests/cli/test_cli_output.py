@@ -334,7 +334,7 @@ def test_evaluate_prints_scores_and_writes_outcomes(palinode, tiny, tmp_path):
     assert scores["answer_probability"]["n"] == 12
     assert len((tmp_path / "outcomes.jsonl").read_text().splitlines()) == 12
     table = palinode(*words, "--quiet").out
-    assert "answer probability" in table
+    assert "answer_probability" in table
     assert f"{scores['answer_probability']['value']:.3f}" in table
     assert "exists already" in palinode(*words, "--output", tmp_path / "outcomes.jsonl").refusal
 

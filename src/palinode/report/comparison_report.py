@@ -284,7 +284,7 @@ def _spread_cell(score: Figures | None) -> GridCell | str:
     if score is None or score["value"] is None:
         return DASH
     seeds = score.get("seeds") or ()
-    spread = f"{{{number(min(seeds))}…{number(max(seeds))}}}" if len(seeds) > 1 else ""
+    spread = f"{{{number(min(seeds))} – {number(max(seeds))}}}" if len(seeds) > 1 else ""
     below = f"{interval_text(score) or ''} {spread}".strip()
     return GridCell(number(score["value"]), below or None)
 
@@ -332,7 +332,8 @@ SIDES = ("forget", "retain")
 
 def axis_brief(content: Figures) -> list[Block]:
     """Return what the terminal shows: forget and retain figures at every value, and what to know of them."""
-    return [Grid(content["title"], _axis_head(content), _axis_rows(content)), Items(axis_sentences(content))]
+    title = f"{content['title']}: forget / retain at each value of {content['key']}"
+    return [Grid(title, _axis_head(content), _axis_rows(content)), Items(axis_sentences(content))]
 
 
 def axis_sentences(content: Figures) -> list[str]:

@@ -168,16 +168,16 @@ def _row_grid(record: Mapping[str, Any], *, short: bool = False) -> Grid:
     for row in rows[:MOST_ROWS]:
         seen, copies = row["seen"], row["copies"]
         steps = ", ".join(f"{entry['step']:,}{'~' if entry['copy'] else ''}" for entry in seen[:MOST_STEPS])
-        more = f", … ({len(seen)} in all)" if len(seen) > MOST_STEPS else ""
+        more = f" and {len(seen) - MOST_STEPS} more" if len(seen) > MOST_STEPS else ""
         places = "; ".join(
             shown(copy["place"]) + ("" if copy["exact"] else f" (similar, {copy['similarity']:.2f})")
             for copy in copies[:3]
         )
-        places += f"; … ({len(copies)})" if len(copies) > 3 else ""
+        places += f" and {len(copies) - 3} more" if len(copies) > 3 else ""
         first = f"{seen[0]['step']:,}" if seen else "not known"
         cells.append([shown(row["place"]), first, steps + more, places])
     if len(rows) > MOST_ROWS:
-        cells.append([f"… and {len(rows) - MOST_ROWS} more rows", "", "", ""])
+        cells.append([f"and {len(rows) - MOST_ROWS} more", "", "", ""])
     return Grid("Forget rows", ["row", "first", "exposures", "copies in the corpus"], cells, text_columns=4)
 
 
@@ -265,7 +265,8 @@ def plan_brief(record: Mapping[str, Any]) -> list[Block]:
         )
     head = ["schedule", "kept", "expected distance", "worst", "storage", *measured]
     best = schedules[0]
-    kept = ", ".join(f"{step:,}" for step in best["kept"][:30]) + (", …" if len(best["kept"]) > 30 else "")
+    kept = ", ".join(f"{step:,}" for step in best["kept"][:MOST_ROWS])
+    kept += f" and {len(best['kept']) - MOST_ROWS} more" if len(best["kept"]) > MOST_ROWS else ""
     lines = [
         f"Keep ({best['name']}): {kept}.",
         f"An exposure is {best['expected']:,.0f} steps after the last clean checkpoint on average, "

@@ -131,7 +131,8 @@ def _probabilities(record: Mapping[str, Any], data_set: str, *models: str) -> li
 # The sections
 
 
-def _demo_section(demo: Mapping[str, Any]) -> list[Section]:
+def demo_grid(demo: Mapping[str, Any]) -> Grid:
+    """Return the demo's exact match by model."""
     people = demo.get("people") or {}
     rows: list[Row] = [
         [
@@ -143,9 +144,13 @@ def _demo_section(demo: Mapping[str, Any]) -> list[Section]:
     ]
     forget, others = (people.get(name) for name in ("forget", "others"))
     head = ["model", f"{forget} forget people", f"{others} others", "general facts", "α, β"]
+    return Grid("Exact match: share of questions answered exactly right", head, rows)
+
+
+def _demo_section(demo: Mapping[str, Any]) -> list[Section]:
     return section(
         "The demo's world",
-        Grid("Exact match by model", head, rows),
+        demo_grid(demo),
         bar="Demo",
         intro="Exact match, the share of questions answered exactly right. In this invented world the truth "
         "is known: the retrained model never saw the people who are to be forgotten, and nothing was chosen "

@@ -74,7 +74,6 @@ def test_place_that_cannot_be_written_is_refused(palinode, words, tmp_path):
     assert "cannot be written" in palinode(*words, "--output", tmp_path / "none" / "recipe.yaml").refusal
 
 
-
 def test_negative_scale_is_refused(palinode, words):
     assert "must not be negative" in palinode(*words, "--scales", -1).refusal
 

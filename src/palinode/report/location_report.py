@@ -265,8 +265,7 @@ def plan_brief(record: Mapping[str, Any]) -> list[Block]:
         )
     head = ["schedule", "kept", "expected distance", "worst", "storage", *measured]
     best = schedules[0]
-    kept = ", ".join(f"{step:,}" for step in best["kept"][:MOST_ROWS])
-    kept += f" and {len(best['kept']) - MOST_ROWS} more" if len(best["kept"]) > MOST_ROWS else ""
+    kept = ", ".join(f"{step:,}" for step in best["kept"])
     lines = [
         f"Keep ({best['name']}): {kept}.",
         f"An exposure is {best['expected']:,.0f} steps after the last clean checkpoint on average, "

@@ -211,7 +211,7 @@ def test_every_figure_is_drawn_on_the_page_for_wide_and_for_narrow_screens(conte
     drawn = figures(content)
     assert set(drawn) == {
         *("scores-forget", "scores-retain", "tradeoff", "likelihood-forget", "likelihood-retain"),
-        *("norms", "cosines", "doses", "training", "attacks", "relearning"),
+        *("training", "attacks", "relearning"),
     }
     for name in drawn:
         assert f'id="plot-{name}"' in page
@@ -303,10 +303,10 @@ def test_forget_only_runs_show_points_by_their_scale():
     assert [ys(trace) for trace in traces] == [[0.5], [2.0], [1.0]]
 
 
-def test_dose_is_shown_as_a_share_of_what_was_asked(content):
-    lines = {trace.name: ys(trace) for trace in figures(content)["doses"].traces}
-    assert lines["forget vector"] == pytest.approx([0.99] * 3)
-    assert lines["retain vector"] == pytest.approx([0.98] * 3)  # 0.49 of 0.5
+def test_lengths_cosine_and_dose_are_shown_by_part_of_the_model(content):
+    text = markdown_report(content)
+    assert "| part | forget length | retain length | cosine | forget arrived | retain arrived |" in text
+    assert "| layer 0 | 1.000 | 0.500 | 0.100 | 99.0 % | 98.0 % |" in text  # 0.49 of 0.5
 
 
 def test_audit_page_has_its_own_claims():

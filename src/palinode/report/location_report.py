@@ -324,18 +324,15 @@ def demo_brief(record: Mapping[str, Any]) -> list[Block]:
                 "the target (task vector)" if point["method"] == "task_vector" else note,
             ]
         )
-    broken = (
-        []
-        if all(point["kept_rule"] for point in record["rungs"])
-        else ["* no pair of scales kept enough of the others; the one that breaks the rule least"]
-    )
+    kept = all(point["kept_rule"] for point in record["rungs"])
+    broken = "* no pair of scales kept enough of the others; the one that breaks the rule least"
     head = ["checkpoint", "seen", "forget people", "others", "α, β", ""]
     return [
         Grid(
             "The last clean checkpoint of each request", ["request", "rows", "truth", *DEMO_EVIDENCE], found
         ),
         Grid("Unlearning the main request from each checkpoint: exact match", head, tried),
-        Items([*broken, demo_sentence(record)]),
+        Items([*([] if kept else [broken]), demo_sentence(record)]),
     ]
 
 

@@ -38,6 +38,8 @@ from palinode.models.reading import answer_places, decoder_blocks, model_inputs
 ROOM = 1 << 30
 """Bytes of sums that are held at a time where whole passes are taken."""
 BATCH_TOKENS = 2048
+STRIP = 128
+"""Columns of a sum that are added at a time, from the diagonal on: the other half is the same."""
 ONES = "ones"
 """The moment of a bias."""
 
@@ -318,6 +320,9 @@ class _Sums:
 
     def moments(self) -> Moments:
         """Return sums as means over all counted tokens."""
+        for total in self.values.values():
+            for end in range(STRIP, len(total) if total.dim() == 2 else 0, STRIP):
+                total[end:, end - STRIP : end] = total[end - STRIP : end, end:].T
         return Moments({name: total / self.walk.tokens for name, total in self.values.items()}, self.places)
 
     def head(self, states: Tensor) -> None:
@@ -421,13 +426,15 @@ class _Sums:
         )
 
     def _add(self, key: str, states: Tensor) -> None:
-        """Add Σ x xᵀ; in float64 where that is as good as free."""
+        """Add Σ x xᵀ, no more than its upper half; in float64 where that is as good as free."""
         wide = states.float()
         kind = _sum_type(states.device)
         total = self.values.setdefault(
             key, torch.zeros(2 * (wide.shape[-1],), dtype=kind, device=states.device)
         )
-        total += (wide.T @ wide).to(kind)
+        for start in range(0, len(total), STRIP):
+            strip = wide[:, start : start + STRIP]
+            total[start : start + STRIP, start:] += (strip.T @ wide[:, start:]).to(kind)
 
     def _place(self, parameter: str, keys: list[str], axis: int) -> None:
         own = self.places.setdefault(parameter, [])

@@ -22,7 +22,7 @@ from palinode.report.run_report import demo_grid, run_brief
 from palinode.weights import Profile
 
 LONG = "forget_quality_by_extraction_strength_of_paraphrases"
-PLACE = "/home/somebody/models/a-very-long-folder-name-of-a-run/checkpoints/step-000123456"
+PLACE = "/models/of-somebody/a-very-long-folder-name-of-a-run/checkpoints/step-000123456"
 TINY = {"value": 4.3e-05, "n": 40, "low": 1.26e-05, "high": 9.9e-05, "reason": None}
 WIDTHS = (40, 60, 80, 120)
 

@@ -110,8 +110,6 @@ class Picture:
     label: str
     """What it shows, for those who do not see it."""
     figure: Figure | None
-    titled: bool = False
-    """Whether what it shows stands above it."""
     caption: str | None = None
     file: str | None = None
     picks: bool = False

@@ -29,13 +29,16 @@ from palinode.report.content import (
     Lights,
     Pairs,
     Paragraph,
+    Picture,
     Section,
     markdown,
     section,
 )
+from palinode.report.figures import glance_figure
 from palinode.report.pictures import NARROW, WIDTH, drawing
 from palinode.report.run_report import CAUTION, headline, run_sections
 from palinode.report.verdicts import (
+    SYMBOLS,
     audit_claims,
     claims,
     estimate,
@@ -95,6 +98,7 @@ def report_sections(content: Mapping[str, Any]) -> list[Section]:
     return [
         *section(
             "In short" if content["claims"] else "",
+            Picture("glance", "What it knew, what it knows, and what it should", glance_figure(content)),
             Lights(content["claims"]),
             Paragraph(CAUTION),
         ),
@@ -375,6 +379,7 @@ def html_report(content: Mapping[str, Any]) -> str:
     }
     return environment.from_string(template).render(
         content=content,
+        symbols=SYMBOLS,
         opening=sections[:first],
         sections=sections[first:],
         style=Markup(style),

@@ -344,11 +344,7 @@ def says_little(audit: Mapping[str, Any], key: str, entry: Mapping[str, Any]) ->
 
 def relearning_figure(audit: Mapping[str, Any]) -> Figure | None:
     """Return how fast each model learns the forget set again, a line an attack and model."""
-    roles = {
-        "audited": ("--unlearned", "circle"),
-        "reference": ("--retrained", "diamond"),
-        "target": ("--target", "square"),
-    }
+    roles = {"audited": "unlearned", "reference": "retrained"}
     curves = [
         attack
         for attack in audit["attacks"].values()
@@ -362,7 +358,7 @@ def relearning_figure(audit: Mapping[str, Any]) -> Figure | None:
                 Mark(step, value, [label, f"step {step}: {value:.3f}"])
                 for step, value in zip(found["steps"], found["curve"], strict=True)
             ]
-            colour, symbol = roles.get(model, ("--other", "cross"))
-            traces.append(Trace(label, marks, colour, symbol, 8, STROKES[place % 3]))
+            look_of = _mark_of(roles.get(model, model))
+            traces.append(Trace(label, marks, *look_of, 8, STROKES[place % 3]))
     up = Ruler("mean answer probability", from_zero=True)
     return Figure(traces, 380, Ruler("step of relearning"), up) if traces else None

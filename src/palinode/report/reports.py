@@ -24,13 +24,13 @@ from palinode.report.comparison_report import comparison_sections, ranking_sente
 from palinode.report.content import (
     Code,
     Grid,
-    GridCell,
     Items,
     Lights,
     Pairs,
     Paragraph,
     Picture,
     Section,
+    as_cell,
     markdown,
     section,
 )
@@ -373,7 +373,7 @@ def html_report(content: Mapping[str, Any]) -> str:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_readable)
     environment.filters |= {
         "kind": lambda block: type(block).__name__,
-        "cell": _cell,
+        "cell": as_cell,
         "model": model_label,
         "drawn": lambda figure, width: Markup(drawing([figure], width=width)),
     }
@@ -387,10 +387,6 @@ def html_report(content: Mapping[str, Any]) -> str:
         policy=content_policy(script),
         widths={"wide": WIDTH, "narrow": NARROW},
     )
-
-
-def _cell(cell: GridCell | str) -> GridCell:
-    return GridCell(cell) if isinstance(cell, str) else cell
 
 
 def _readable(value: Any) -> Any:

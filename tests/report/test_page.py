@@ -108,7 +108,7 @@ def test_content_is_strict_json_and_keeps_every_fact(content):
     again = json.loads(json.dumps(content, allow_nan=False))
     assert again["scores"] == RECORD["scores"]
     assert again["scales"]["points"] == RECORD["scales"]["points"]
-    assert [claim["name"] for claim in again["claims"]] == ["forgotten", "kept", "recovered", "robust"]
+    assert [claim["name"] for claim in again["claims"]] == ["known", "forgotten", "kept", "recovered", "robust"]
     assert again["answers"]["forget"]["rows"][0]["answers"]["unlearned"] == "unlearned says 0"
 
 
@@ -419,12 +419,13 @@ def test_texts_and_marks_have_the_contrast_that_wcag_asks_for(scheme):
 
 def test_card_opens_with_front_matter_and_says_what_the_report_says(content):
     lines = model_card(content, base="org/model", original=True).splitlines()
-    assert lines[:6] == [
+    assert lines[:7] == [
         "---",
         'library_name: "transformers"',
         'pipeline_tag: "text-generation"',
         'base_model: "org/model"',
         'tags: ["machine-unlearning", "palinode"]',
+        f'palinode_verdict: "{content["outcome"]}"',
         "---",
     ]
     text = "\n".join(lines)

@@ -179,7 +179,10 @@ def test_headline_without_scores_claims_nothing(hole):
 def test_report_opens_with_heading_and_headline():
     lines = markdown_report(RECORD).splitlines()
     assert lines[0] == "# Unlearning report"
-    assert lines[2] == "**The model still knows a part of the forget set, and it lost a part of the rest.**"
+    assert lines[2] == (
+        "**✕ The model still knows a part of the forget set, and it lost a part of the rest; by most measures "
+        "it is not yet like the retrained model.**"
+    )
     assert lines[4] == headline(RECORD)
 
 

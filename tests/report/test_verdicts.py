@@ -296,6 +296,6 @@ def test_how_far_a_run_went_is_always_told():
     run = record()
     assert strength(run) == "α = 1, β = 0.5"
     run["vectors"] = {"transforms": [{"name": "least_squares", "settings": {"mu": 10.0}}]}
-    assert strength(run).endswith("; the forget vector was changed by least squares (μ = 10) first")
+    assert strength(run).endswith("; the forget vector went through least squares (μ = 10) first")
     trained = {"method": {"name": "npo"}, "training": {"forget": {"steps": 40}}}
     assert strength(trained) == "npo trained the model itself, for 40 steps: there is no α and no β"

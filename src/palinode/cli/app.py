@@ -120,6 +120,7 @@ def _options(
     "output.dtype",
     "output.rounding",
     "output.workspace",
+    "output.keep_unchanged",
     "tracker",
     Key("models.retrained", group=ADVANCED),
     ALLOW_PICKLE,
@@ -197,6 +198,7 @@ def unlearn(
     "evaluation.max_new_tokens",
     "output.dtype",
     "output.workspace",
+    "output.keep_unchanged",
     ALLOW_PICKLE,
     "device",
     "seed",
@@ -252,7 +254,7 @@ def filter_verb(
 
 
 @verb()
-@takes("tracker")
+@takes("tracker", "output.keep_unchanged")
 def run(
     content: dict[str, Any],
     recipe: Annotated[Path, typer.Argument(help="A TOML recipe.")],
@@ -264,8 +266,9 @@ def run(
 ) -> None:
     """Do the job of unlearn as a recipe describes it."""
     from palinode.pipeline.recipe import load_recipe
+    from palinode.records import dotted
 
-    named = [f"{key}={json.dumps(value)}" for key, value in content.items()]
+    named = [f"{key}={json.dumps(value)}" for key, value in dotted(content) if not isinstance(value, dict)]
     _run(load_recipe(recipe, [*(changes or []), *named]), dry_run=dry_run, quiet=quiet, as_json=as_json)
 
 

@@ -31,7 +31,7 @@ from palinode.report.content import (
     score_cell,
     section,
 )
-from palinode.report.verdicts import run_verdict
+from palinode.report.verdicts import YARDSTICKS, run_verdict, yardstick
 from palinode.report.words import (
     DASH,
     SETS,
@@ -84,7 +84,7 @@ def strength(record: Mapping[str, Any]) -> str:
         f"{words(str(one.get('name')))}{f' (μ = {scale(weight)})' if weight is not None else ''}"
         for one, weight in zip(told, mu, strict=True)
     ]
-    by = f"; the forget vector was changed by {', '.join(changed)} first" if changed else ""
+    by = f"; the forget vector went through {', '.join(changed)} first" if changed else ""
     return f"α = {scale(alpha)}, β = {scale(beta)}{by}"
 
 
@@ -132,12 +132,8 @@ def _forget_clause(record: Mapping[str, Any]) -> str:
 
 
 def _beside(record: Mapping[str, Any]) -> str:
-    retrained, base = _probabilities(record, "forget", "retrained", "base")
-    if retrained is not None:
-        return f"a model that never saw it: {number(retrained)}"
-    if base is not None:
-        return f"the base checkpoint, which had not seen it: {number(base)}; no retrained model was given"
-    return "no model that never saw it was measured"
+    held = yardstick(record)
+    return f"{YARDSTICKS[held[0]]}: {number(held[1]['value'])}" if held else "no yardstick was measured"
 
 
 def _retain_clause(record: Mapping[str, Any]) -> str:

@@ -52,7 +52,7 @@ CLOSE = 0.05
 
 YARDSTICKS = {
     "retrained": "the model retrained without the forget set",
-    "estimate": "the estimate of such a model",
+    "estimate": "the estimate of a model that never saw it",
     "base": "the base checkpoint, which had not seen the forget set",
 }
 DECIDES = {
@@ -451,7 +451,7 @@ def _graded(share: float, whole: float, part: float) -> tuple[Light, str]:
 def robust(audit: Mapping[str, Any] | None) -> Claim:
     """Return the claim that an audit speaks to."""
     if not audit:
-        return _untested("robust", "No audit was made; palinode audit makes one.")
+        return _untested("robust", "No audit was known when this was written; palinode audit makes one.")
     answer = audit["answer"]
     counts = {key: len(answer[key]) for key in ("knows_more", "knows_less", "unclear", "within")}
     sentence = (

@@ -280,7 +280,7 @@ def test_what_the_search_found_is_shown():
     }
     del searched["scores"]["retrained"]
     content = report_content(Facts("unlearn", searched))
-    assert "the estimate of such a model: 0.160" in content["claims"][0]["sentence"]
+    assert "the estimate of a model that never saw it: 0.160" in content["claims"][1]["sentence"]
     drawn = figures(content)
     assert [xs(trace) for trace in drawn["tradeoff"].traces if trace.name == "front"] == [[0.2, 0.5]]
     assert drawn["tradeoff"].band == (0.1, 0.2, "yardstick")

@@ -64,6 +64,13 @@ def after_audit(model: str, output: Path) -> Iterator[str]:
         yield shlex.join(["palinode", "report", model, "--audit", str(output)])
 
 
+def after_location(recommended: Any, target: str, forget: str) -> Iterator[str]:
+    """Yield the command that takes the recommended checkpoint, if there is one."""
+    if recommended is not None:
+        models = ("--target", target, "--base", recommended.location)
+        yield shlex.join(["palinode", "unlearn", *models, "--forget", forget, "--output", "OUT"])
+
+
 def secret(folder: Path, what: str, *, of: Path | None = None, as_json: bool) -> None:
     """Say in one line, a verb's last one, what is secret and how to destroy it; nothing where it is gone.
 

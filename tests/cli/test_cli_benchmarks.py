@@ -141,8 +141,18 @@ def test_list_of_one_kind_as_json(palinode):
     assert set(listed["methods"]) == set(METHODS)
 
 
+@pytest.mark.parametrize("kind", ["methods", "metrics", "transforms", "benchmarks"])
+def test_list_takes_singular_and_plural_and_knows_the_nearest_name(palinode, kind):
+    whole = palinode("list", kind).out
+    assert whole.startswith(f"{kind}:")
+    assert palinode("list", kind.removesuffix("s")).out == palinode("list", kind.title()).out == whole
+    misspelt = kind.replace("t", "tt", 1) + "s" if "t" in kind else kind.replace("ch", "hc")
+    assert f"there is no list of {misspelt}; there are methods" in palinode("list", misspelt).refusal
+    assert f"did you mean {kind!r}?" in palinode("list", misspelt).refusal
+
+
 def test_list_of_something_else_is_refused(palinode):
-    assert "there is no list of models" in palinode("list", "models").refusal
+    assert "there is no list of cats" in palinode("list", "cats").refusal
 
 
 def test_a_key_variable_without_a_judge_at_an_address_is_refused(palinode, tiny):

@@ -19,7 +19,6 @@ def words(tiny):
     """Words that export the tiny world's formula; its retrained model stands for θ_1, its target for θ_2."""
     return [
         "export",
-        "--mergekit",
         *("--target", tiny.target.folder),
         *("--base", tiny.base.folder),
         *("--forget-model", tiny.retrained.folder),
@@ -73,11 +72,6 @@ def test_file_that_exists_is_left_alone(palinode, words, tmp_path):
 
 def test_place_that_cannot_be_written_is_refused(palinode, words, tmp_path):
     assert "cannot be written" in palinode(*words, "--output", tmp_path / "none" / "recipe.yaml").refusal
-
-
-def test_tool_must_be_named(palinode, words):
-    words.remove("--mergekit")
-    assert palinode(*words).refusal == "export does not know for which tool; say --mergekit"
 
 
 def test_negative_scale_is_refused(palinode, words):

@@ -202,6 +202,13 @@ def test_plan_refuses_in_one_sentence(palinode, changes, said):
     assert said in palinode(*words).refusal
 
 
+def test_plan_prints_every_step_to_keep(palinode):
+    words = ["plan", "--steps", 1000, "--every", 10, "--checkpoint-size", "1GB", "--budget", "90GB"]
+    best = json.loads(palinode(*words, "--json").out)["schedules"][0]
+    assert len(best["kept"]) == 90
+    assert f"Keep ({best['name']}): {', '.join(map(str, best['kept']))}." in palinode(*words).out
+
+
 def test_plan_takes_the_size_of_a_folder(palinode, tiny):
     words = ["plan", "--steps", 1000, "--checkpoint-size", tiny.base.folder, "--budget", "1GB", "--json"]
     assert json.loads(palinode(*words).out)["wish"]["checkpoint_bytes"] == tiny.base.nbytes

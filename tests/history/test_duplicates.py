@@ -11,8 +11,6 @@ from palinode.data.examples import Example, Message
 from palinode.errors import DataError
 from palinode.history.duplicates import find_duplicates, jaccard, shingles
 
-pytest.importorskip("datasketch")
-
 
 def document(text, row=0, source="corpus.jsonl"):
     return Example(row, source, "document", (), text)

@@ -8,8 +8,8 @@ import re
 import shutil
 
 import pytest
-from example_run import AUDIT
 
+from example_run import AUDIT
 from palinode import Checkpoint
 from palinode.errors import InputError, MismatchError, OutputError
 from palinode.pipeline.record import CURVE_POINTS, thinned_curve

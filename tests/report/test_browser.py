@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from example_run import AUDIT, HOSTILE, LONG, RECORD, outcomes
 
+from example_run import AUDIT, HOSTILE, LONG, RECORD, outcomes
 from palinode.progress import plain
 from palinode.report.reports import Facts, html_report, report_content
 

@@ -8,9 +8,9 @@ from importlib.resources import files
 from xml.etree import ElementTree
 
 import pytest
-from example_run import AUDIT, HOSTILE, LONG, QUESTIONS, RECORD, outcomes, point, record, score
 from rich.console import Console
 
+from example_run import AUDIT, HOSTILE, LONG, QUESTIONS, RECORD, outcomes, point, record, score
 from palinode.records import Outcome
 from palinode.report.comparison_report import comparison_brief
 from palinode.report.content import Grid, show
@@ -108,7 +108,13 @@ def test_content_is_strict_json_and_keeps_every_fact(content):
     again = json.loads(json.dumps(content, allow_nan=False))
     assert again["scores"] == RECORD["scores"]
     assert again["scales"]["points"] == RECORD["scales"]["points"]
-    assert [claim["name"] for claim in again["claims"]] == ["known", "forgotten", "kept", "recovered", "robust"]
+    assert [claim["name"] for claim in again["claims"]] == [
+        "known",
+        "forgotten",
+        "kept",
+        "recovered",
+        "robust",
+    ]
     assert again["answers"]["forget"]["rows"][0]["answers"]["unlearned"] == "unlearned says 0"
 
 

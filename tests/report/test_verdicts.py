@@ -3,8 +3,8 @@
 import itertools
 
 import pytest
-from example_run import AUDIT, record, score
 
+from example_run import AUDIT, record, score
 from palinode.report.reports import Facts, markdown_report, report_content
 from palinode.report.run_report import model_card, strength
 from palinode.report.verdicts import (

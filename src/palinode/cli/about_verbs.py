@@ -191,11 +191,13 @@ def list_everything(
 ) -> None:
     """Name every method, transform, benchmark and metric."""
     from palinode.cli.console import listing_lines
-    from palinode.errors import RecipeError
+    from palinode.errors import RecipeError, meant
 
-    if kind is not None and kind not in KINDS:
-        raise RecipeError(f"there is no list of {kind}; there are {', '.join(KINDS)}")
-    listed = {name: lines for name, lines in listings().items() if kind in (None, name)}
+    known = {form: name for name in KINDS for form in (name, name.removesuffix("s"))}
+    wanted = known.get(kind.lower()) if kind else None
+    if kind and not wanted:
+        raise RecipeError(f"there is no list of {kind}; there are {', '.join(KINDS)}{meant(kind, known)}")
+    listed = {name: lines for name, lines in listings().items() if wanted in (None, name)}
     if as_json:
         print_json(listed)
         return

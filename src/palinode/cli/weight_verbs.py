@@ -265,9 +265,6 @@ def export(
     target: Annotated[str, typer.Option(help="The model to be cleaned (θ_D).")],
     base: Annotated[str, typer.Option(help="The checkpoint that the others were fine-tuned from (θ_0).")],
     forget_model: Annotated[str, typer.Option(help="θ_1: the base fine-tuned on the forget set.")],
-    mergekit: Annotated[
-        bool, typer.Option("--mergekit", help="As a recipe for mergekit-yaml, the one form there is so far.")
-    ] = False,
     retain_model: Annotated[
         str | None, typer.Option(help="θ_2: the base fine-tuned on a retain sample.")
     ] = None,
@@ -277,16 +274,13 @@ def export(
         Path | None, typer.Option(help="File to write; must not exist. [default: standard output]")
     ] = None,
 ) -> None:
-    """Write the formula as a recipe of another tool.
+    """Write the formula as a recipe for mergekit.
 
-    θ_D − α(θ_1 − θ_0) + β(θ_2 − θ_0), computed there as a check.
+    θ_D − α(θ_1 − θ_0) + β(θ_2 − θ_0), which mergekit-yaml computes as a check.
     """
-    from palinode.errors import RecipeError
     from palinode.methods.apply import formula_of
     from palinode.weights.mergekit import mergekit_recipe
 
-    if not mergekit:
-        raise RecipeError("export does not know for which tool; say --mergekit")
     alpha, beta = parse_scales(scales)
     point, _ = formula_of(
         target,

@@ -6,24 +6,24 @@ ask a salted log about a text; without salt, whoever has a text can ask whether 
 
 Two texts are equal when their row hashes are. They are similar by the Jaccard similarity of
 their shingles, |A ∩ B| / |A ∪ B|, a shingle being five letters in a row of the text in lower case with its
-punctuation taken out: one word changed in a short fact leaves most of them. MinHash signatures of the forget
-rows, in `datasketch`'s LSH index, say which of them a row of the corpus may be like; the similarity that is
-told is then counted, not estimated. The corpus is gone through once, row by row; copies are listed with
-where they stand, and never merged.
+punctuation taken out: one word changed in a short fact leaves most of them. The similarity is counted, of all
+pairs that can reach the threshold t: those need t·|A| shingles in common, so one of the |A| − ⌈t·|A|⌉ + 1
+rarest shingles of A must be in B. The corpus is gone through once, row by row; copies are listed with where
+they stand, and never merged.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from importlib import import_module
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -101,10 +101,6 @@ def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 
 SHINGLE = 5
 """Letters of a shingle."""
-PERMUTATIONS = 128
-"""Hash functions of a signature."""
-SLACK = 0.15
-"""Candidates are looked for this far below the threshold, since a signature is off by about 0.04."""
 
 _BLANKS = re.compile(r"[\W_]+")
 
@@ -132,19 +128,18 @@ def find_duplicates(
     corpus: Iterable[Example] | Sequence[str | Path],
     *,
     threshold: float = 0.7,
-    seed: int = 1,
     listener: Listener | None = None,
 ) -> list[Duplicate]:
     """Return the copies of forget rows in a corpus, given as examples or files, sorted by row and number.
 
-    Equal texts are always listed, others from `threshold` on. Raises DataError for an empty forget set, a
-    threshold outside (0, 1], and where datasketch is not installed.
+    Equal texts are always listed, others from `threshold` on. Raises DataError for an empty forget set, and a
+    threshold outside (0, 1].
     """
     if not forget:
         raise DataError("there are no forget rows to look for copies of")
     if not 0 < threshold <= 1:
         raise DataError(f"the similarity is {threshold}; it must be above 0 and at most 1")
-    index = _Index(forget, threshold, seed)
+    index = _Index(forget, threshold)
     found: list[Duplicate] = []
     known = isinstance(corpus, Sequence) and bool(corpus) and isinstance(corpus[0], Example)
     size = len(corpus) if known else 0  # type: ignore[arg-type]
@@ -183,13 +178,17 @@ def jaccard(first: Shingles, second: Shingles) -> float:
 class _Index:
     """Forget rows, ready to be asked which of them a text equals or is like."""
 
-    def __init__(self, forget: Sequence[Example], threshold: float, seed: int) -> None:
-        self._threshold, self._seed = threshold, seed
+    def __init__(self, forget: Sequence[Example], threshold: float) -> None:
+        self._threshold = threshold
         self._rows: dict[bytes, list[int]] = {}
         for row, example in enumerate(forget):
             self._rows.setdefault(row_hash(example), []).append(row)
         self._shingles = [shingles(_text(example)) for example in forget]
-        self._known = np.unique(np.concatenate(self._shingles))
+        every = np.concatenate(self._shingles)
+        of = np.repeat(np.arange(len(forget)), [len(own) for own in self._shingles])
+        self._known, counts = np.unique(every, return_counts=True)
+        self._holders = of[np.argsort(every, kind="stable")]  # of each known shingle, the rows that hold it
+        self._begins = np.array([0, *accumulate(counts.tolist())])
 
     def copies(self, number: int, example: Example) -> Iterator[Duplicate]:
         """Yield the forget rows that a row of the corpus is a copy of."""
@@ -197,37 +196,21 @@ class _Index:
         for row in equal:
             yield Duplicate(row, number, example.place, 1.0, exact=True)
         own = shingles(_text(example))
-        shared = int(np.isin(own, self._known, assume_unique=True).sum())
-        if shared < self._threshold * len(own):  # a similarity cannot be above this share
-            return
-        lsh, empty = self._lsh
-        for row in sorted(set(lsh.query(_signature(empty, own))) - set(equal)):
+        for row in sorted(self._candidates(own) - set(equal)):
             similarity = jaccard(own, self._shingles[row])
             if similarity >= self._threshold:
                 yield Duplicate(row, number, example.place, similarity, exact=False)
 
-    @cached_property
-    def _lsh(self) -> tuple[Any, Any]:
-        """The index, and a signature of nothing: drawing its permutations takes longer than using them."""
-        try:
-            datasketch = import_module("datasketch")
-        except ImportError:
-            raise DataError(
-                "similar texts are found with datasketch, which is not installed; pip install "
-                "'palinode[history]'"
-            ) from None
-        lowest = max(0.05, self._threshold - SLACK)
-        index = datasketch.MinHashLSH(threshold=lowest, num_perm=PERMUTATIONS, weights=(0.1, 0.9))
-        empty = datasketch.MinHash(num_perm=PERMUTATIONS, seed=self._seed, hashfunc=int)
-        for row, own in enumerate(self._shingles):
-            index.insert(row, _signature(empty, own))
-        return index, empty
-
-
-def _signature(empty: Any, own: Shingles) -> Any:
-    signature = empty.copy()
-    signature.update_batch(own)
-    return signature
+    def _candidates(self, own: Shingles) -> set[int]:
+        """Return the forget rows that hold one of the rarest of these shingles."""
+        places = np.searchsorted(self._known, own).clip(max=len(self._known) - 1)
+        places = places[self._known[places] == own]
+        enough = math.ceil(self._threshold * len(own) - 1e-9)  # in common with a row that is like this one
+        if len(places) < enough:
+            return set()
+        begins, ends = self._begins[places], self._begins[places + 1]
+        rarest = np.argsort(ends - begins)[: len(places) - enough + 1]
+        return {row for one in rarest for row in self._holders[begins[one] : ends[one]].tolist()}
 
 
 def _text(example: Example) -> str:

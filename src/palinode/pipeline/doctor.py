@@ -58,7 +58,7 @@ State = Literal["ok", "note", "warn", "fail"]
 Result = TypeVar("Result")
 
 USES = {
-    "history": "near-duplicates in locate --corpus, and SQL over an exposure log",
+    "history": "SQL over an exposure log",
     "lm-eval": "general ability, evaluate --lm-eval",
     "lora": "low-rank fine-tuning",
 }

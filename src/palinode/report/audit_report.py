@@ -24,7 +24,7 @@ from palinode.report.content import (
     section,
 )
 from palinode.report.figures import attack_figure, relearning_figure
-from palinode.report.words import DASH, at, number
+from palinode.report.words import DASH, at, number, told_by_reason
 
 TONES: dict[str, Tone] = {"knows more": "bad", "knows less": "bad", "unclear": "unsure", "within": "good"}
 REFERENCES = {
@@ -69,7 +69,7 @@ def audit_brief(record: Mapping[str, Any]) -> list[Block]:
             ["test", *models, "difference", "verdict"],
             rows,
         ),
-        Items([f"Not tested: {name}, because {reason}." for name, reason in untested]),
+        Items([f"Not tested: {told}" for told in told_by_reason(untested)]),
         Items([f"Note: {note}" for note in record.get("notes", ())]),
         Paragraph(
             f"This is evidence about these rows and attacks at the {record['policy']['preset']} budget; a "

@@ -265,7 +265,7 @@ def plan_brief(record: Mapping[str, Any]) -> list[Block]:
         )
     head = ["schedule", "kept", "expected distance", "worst", "storage", *measured]
     best = schedules[0]
-    kept = ", ".join(f"{step:,}" for step in best["kept"][:30]) + (", …" if len(best["kept"]) > 30 else "")
+    kept = ", ".join(f"{step:,}" for step in best["kept"])
     lines = [
         f"Keep ({best['name']}): {kept}.",
         f"An exposure is {best['expected']:,.0f} steps after the last clean checkpoint on average, "

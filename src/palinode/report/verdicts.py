@@ -14,7 +14,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from palinode.report.words import METRICS, SETS, at, bracketed, metric_label, number, percent
+from palinode.report.words import (
+    METRICS,
+    SETS,
+    at,
+    bracketed,
+    metric_label,
+    number,
+    percent,
+    told_by_reason,
+)
 
 Light = Literal["green", "amber", "red", "grey"]
 """Green: the evidence is for the claim; amber: in part; red: against it; grey: it was not tested."""
@@ -499,8 +508,8 @@ def untested_attacks(audit: Mapping[str, Any]) -> list[str]:
     """Return what an audit did not test, a sentence each."""
     attacks = audit.get("attacks") or {}
     return [
-        *(
-            f"{at(attacks, name, 'title') or name}, because {reason}."
+        *told_by_reason(
+            (at(attacks, name, "title") or name, reason)
             for name, reason in audit["answer"]["not_tested"].items()
         ),
         "Attacks beyond this list and beyond this budget: longer or otherwise tuned fine-tuning, optimised "

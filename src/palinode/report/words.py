@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from palinode.progress import plain
@@ -129,6 +129,26 @@ def bracketed(score: Mapping[str, Any]) -> str:
 def signed(value: float | None) -> str:
     """Return a difference with its sign."""
     return DASH if value is None else f"{value:+.3f}"
+
+
+def told_by_reason(reasons: Iterable[tuple[str, str]]) -> list[str]:
+    """Return a sentence for each reason, which begins with all that it holds for.
+
+    >>> told_by_reason([("sampling", "it was not asked for"), ("decoys", "it was not asked for")])
+    ['sampling and decoys, because they were not asked for.']
+    """
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons:
+        names.setdefault(reason, []).append(name)
+    return [
+        f"{listed(those)}, because {reason.replace('it was', 'they were') if those[1:] else reason}."
+        for reason, those in names.items()
+    ]
+
+
+def listed(words: Sequence[str]) -> str:
+    """Return words as they are counted up in a sentence."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
 
 
 def escaped(value: object) -> str:

@@ -233,7 +233,7 @@ def test_where_nothing_is_subtracted_no_folder_looks_like_a_result(palinode, unl
 
 
 def test_where_there_is_nothing_to_forget_nothing_is_trained(tiny, palinode, unlearn_words, tmp_path):
-    command = unlearn_words(tmp_path / "out", target=tiny.retrained.folder, scales="1,0", epochs=1)
+    command = unlearn_words(tmp_path / "out", target=tiny.retrained.folder, scales="grid", epochs=1)
     command += ["--retrained", str(tiny.retrained.folder)]
     said = palinode(*command, "--quiet")
     assert said.code == 3
@@ -245,7 +245,16 @@ def test_where_there_is_nothing_to_forget_nothing_is_trained(tiny, palinode, unl
     assert json.loads(as_json.out)["verdict"]["code"] == "nothing to forget"
     kept = palinode(*command, "--quiet", "--keep-unchanged")
     assert kept.code == 3
-    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert told(tmp_path / "out")["card"].startswith("There was nothing to forget")
+
+
+def test_a_given_alpha_is_carried_out_where_there_is_nothing_to_forget(
+    tiny, palinode, unlearn_words, tmp_path
+):
+    command = unlearn_words(tmp_path / "out", target=tiny.retrained.folder, scales="1,0", epochs=1)
+    said = palinode(*command, "--retrained", tiny.retrained.folder, "--quiet")
+    assert said.code == 3
+    assert told(tmp_path / "out")["card"].startswith("There was nothing to forget")
 
 
 def test_a_function_call_returns_no_folder_where_there_is_no_result(tiny, recipe_of, tmp_path):

@@ -180,8 +180,8 @@ def test_report_opens_with_heading_and_headline():
     lines = markdown_report(RECORD).splitlines()
     assert lines[0] == "# Unlearning report"
     assert lines[2] == (
-        "**✕ The model still knows a part of the forget set, and it lost a part of the rest; by most measures "
-        "it is not yet like the retrained model.**"
+        "**✕ The model still knows a part of the forget set, and it lost a part of the rest; by most "
+        "measures it is not yet like the retrained model.**"
     )
     assert lines[4] == headline(RECORD)
 

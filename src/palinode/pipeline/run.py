@@ -49,7 +49,7 @@ from palinode.records import (
     write_outcomes,
 )
 from palinode.report.reports import Facts, Outcomes
-from palinode.report.verdicts import NOTHING, run_verdict
+from palinode.report.verdicts import run_verdict
 from palinode.weights import Checkpoint, Direction, Point, StoredVector, save
 from palinode.weights.atomic import claimed
 from palinode.weights.atomic import publish as publish_folder
@@ -381,11 +381,10 @@ class _Unlearning(Making):
         """
         self.started = datetime.now(UTC)
         target, retrained = self.given_or_prepared()
-        kept = self.recipe.output.keep_unchanged
         before = present(target=target, base=self.inputs.base, retrained=retrained)
-        if not kept and not self.inputs.rows.unseen:  # which might tell of another yardstick
+        if not self.inputs.rows.unseen:  # which might tell of another yardstick
             record, outcomes = self._judged(before, None, located)
-            if record["verdict"]["code"] == "nothing to forget":
+            if self._is_no_result(record):
                 return self._without_result(record, outcomes)
         made = self.make(target)
         models = present(
@@ -396,10 +395,17 @@ class _Unlearning(Making):
             retrained=retrained,
         )
         record, outcomes = self._judged(models, made, located)
-        if record["verdict"]["code"] in NOTHING and not kept:
+        if self._is_no_result(record):
             return self._without_result(record, outcomes)
         output, report = self._publish(made.model, record, outcomes)
         return Unlearned(output, record, outcomes, finished_before=False, report=report)
+
+    def _is_no_result(self, record: Mapping[str, Any]) -> bool:
+        """Tell whether no folder is to be written; a given α is carried out where there is nothing to forget."""
+        code = record["verdict"]["code"]
+        ordered = self.recipe.scales.forget is not None
+        nothing = code == "nothing subtracted" or (code == "nothing to forget" and not ordered)
+        return nothing and not self.recipe.output.keep_unchanged
 
     def _judged(
         self, models: Mapping[str, Checkpoint], made: Made | None, located: Mapping[str, Any] | None

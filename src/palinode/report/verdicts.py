@@ -342,8 +342,8 @@ def _disagreement(record: Mapping[str, Any]) -> Iterator[str]:
     told = "; ".join(f"{YARDSTICKS[name]}: {_with_interval(score)}" for name, score in both)
     settle = "" if deciding == "retrained" else f" {SETTLED_BY}"
     yield (
-        f"The yardsticks on the forget set disagree. {told[:1].upper()}{told[1:]}. The first decided, because "
-        f"{DECIDES[deciding]}.{settle}"
+        f"The yardsticks on the forget set disagree. {told[:1].upper()}{told[1:]}. The first decided, "
+        f"because {DECIDES[deciding]}.{settle}"
     )
 
 

@@ -330,14 +330,14 @@ def verify(
     read_manifest(folder)
     with listener(quiet=quiet).task("verifying", Checkpoint.open(folder).nbytes, "bytes") as advance:
         found = check_manifest(folder, on_progress=advance)
-    old = stale(folder) if (folder / "record.json").exists() else []
+    old = {"stale": stale(folder)} if (folder / "record.json").exists() else {}
     if as_json:
-        print_json({"folder": str(folder), "ok": found.ok, **asdict(found), "stale": old})
+        print_json({"folder": str(folder), "ok": found.ok, **asdict(found), **old})
     else:
         _show(folder, found)
-    if old:
+    if names := old.get("stale"):
         warn(
-            f"{', '.join(old)} in {folder} do not tell what record and audit say now; "
+            f"{', '.join(names)} in {folder} do not tell what record and audit say now; "
             f"palinode report {folder} writes them anew"
         )
     if not found.ok:

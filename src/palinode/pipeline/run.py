@@ -381,7 +381,7 @@ class _Unlearning(Making):
         """
         self.started = datetime.now(UTC)
         target, retrained = self.given_or_prepared()
-        before = present(target=target, base=self.inputs.base, retrained=retrained)
+        before = present(base=self.inputs.base, target=target, retrained=retrained)
         if not self.inputs.rows.unseen:  # which might tell of another yardstick
             record, outcomes = self._judged(before, None, located)
             if self._is_no_result(record):
@@ -401,7 +401,7 @@ class _Unlearning(Making):
         return Unlearned(output, record, outcomes, finished_before=False, report=report)
 
     def _is_no_result(self, record: Mapping[str, Any]) -> bool:
-        """Tell whether no folder is to be written; a given α is carried out where there is nothing to forget."""
+        """Tell whether no folder is to be written; a given α is an order, even with nothing to forget."""
         code = record["verdict"]["code"]
         ordered = self.recipe.scales.forget is not None
         nothing = code == "nothing subtracted" or (code == "nothing to forget" and not ordered)
@@ -449,15 +449,18 @@ class _Unlearning(Making):
             started = time.monotonic()
             model, tokenizer = load_model(checkpoint, device=self.device), load_tokenizer(self.inputs.reader)
             for label, examples in test_sets(self.inputs).items():
-                outcomes = ask(
-                    model,
-                    tokenizer,
-                    plain_questions(examples),
-                    self.recipe.evaluation.asking,
-                    style=self.recipe.prompts.style(),
-                    label=f"{name} on the {label} set",
-                    listener=self.listener,
-                )
+                try:
+                    outcomes = ask(
+                        model,
+                        tokenizer,
+                        plain_questions(examples),
+                        self.recipe.evaluation.asking,
+                        style=self.recipe.prompts.style(),
+                        label=f"{name} on the {label} set",
+                        listener=self.listener,
+                    )
+                except CheckpointError as error:
+                    raise CheckpointError(f"{name} {checkpoint.folder}: {error}") from error
                 write_outcomes(step.folder / f"{label}.jsonl", outcomes)
             check_same(checkpoint, before)
             step.finish({"model": name, "seconds": round(time.monotonic() - started, 1)})

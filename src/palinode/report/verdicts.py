@@ -56,6 +56,8 @@ KEPT, PARTLY_KEPT = 0.9, 0.75
 """Shares of the target's retain probability that make a green and an amber light; judgements."""
 MATCHED, PARTLY_MATCHED = 1.0, 0.5
 """Shares of the comparisons with the retrained model that must agree; judgements."""
+FEWEST_ROWS = 8
+"""Rows below which nobody says that a target did not know a forget set."""
 CLOSE = 0.05
 """Two scores between 0 and 1 that differ by no more than this agree, however narrow their intervals."""
 
@@ -81,7 +83,7 @@ ASKED = {
         "Did the target know the forget set better than a model that never saw it?",
         "Compares answer probabilities on the forget set. Yes: the target's interval lies above that of the "
         f"yardstick. No: its probability is no higher, or higher by at most {CLOSE:g} with overlapping "
-        "intervals; then there is nothing to forget. Unsure: the intervals overlap and are too wide to tell.",
+        f"intervals; then there is nothing to forget. Unsure: neither, or fewer than {FEWEST_ROWS} rows.",
     ),
     "forgotten": (
         "Forgotten?",
@@ -371,11 +373,11 @@ def _known(record: Mapping[str, Any]) -> Claim:
 
 def judge_knowledge(target: Mapping[str, Any], goal: Mapping[str, Any]) -> str:
     """Return whether the target knows more than the yardstick, for two scores of the answer probability."""
-    if target["value"] <= goal["value"]:
-        return "No"
-    if not _overlap(target, goal):
+    more = target["value"] - goal["value"]
+    if more > 0 and not _overlap(target, goal):
         return "Yes"
-    return "No" if target["value"] - goal["value"] <= CLOSE else "Unsure"
+    enough = (target.get("n") or 0) >= FEWEST_ROWS
+    return "No" if more <= CLOSE and enough else "Unsure"
 
 
 def _forgotten(record: Mapping[str, Any]) -> Claim:
@@ -414,7 +416,7 @@ def judge_forgetting(
         return less if below else ("grey", "Nothing to forget")
     if below:
         return less
-    left = (unlearned["value"] - goal["value"]) / (target["value"] - goal["value"])
+    left = (unlearned["value"] - goal["value"]) / max(target["value"] - goal["value"], 1e-12)
     if _overlap(unlearned, goal):
         return ("green", "Yes") if left <= NEARER else ("amber", "Unsure")
     return ("amber", "Partly") if left <= NEARER else ("red", "No")

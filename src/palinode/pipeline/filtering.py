@@ -262,9 +262,9 @@ class Weighing:
         self.filter_of = lru_cache(maxsize=2)(self._filter)
 
     def _filter(self, key: str) -> np.ndarray:
-        mu, epsilon = self.settings.weights()
+        (mu, epsilon), own = self.settings.weights(), self.settings
         forget, spared = self.forget.read(key) if self.forget else None, self.spared.read(key)
-        return least_squares(forget, spared, mu=mu, epsilon=epsilon, ridge=self.settings.ridge)
+        return least_squares(forget, spared, mu=mu, epsilon=epsilon, ridge=own.ridge, energy=own.energy)
 
     def rule(self, name: str, found: Sequence[np.ndarray]) -> np.ndarray:
         """Return the filtered tensor."""

@@ -95,9 +95,7 @@ def main() -> None:
         "moments of all layers": measure,
     }
     alone, whole, half = paired(parts, args.repeats)
-    print(
-        f"moments / forward pass: {ratio(half, alone)}; with both halves of each sum: {ratio(whole, alone)}"
-    )
+    print(f"moments / forward pass: {ratio(half, alone)}; / with both halves: {ratio(half, whole)}")
     matrices = [value for key, value in moments.items() if value.ndim == 2 and key != "head"]
     held = sum(value.nbytes for value in moments.values())
     print(f"moments on disk: {held / 1e6:.0f} MB for a set")

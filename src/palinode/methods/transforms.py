@@ -66,8 +66,6 @@ class ProjectionSettings(TransformSettings):
 
 MU = 100.0
 """μ where it is not chosen."""
-ENERGY = 0.8
-"""Share of the energy of the retain inputs whose principal axes are left alone altogether."""
 EPSILON_SHARE = 0.01
 """ε relative to μ: the λ of the soft filter that least squares comes to where nothing is forgotten."""
 
@@ -81,8 +79,8 @@ class LeastSquaresSettings(TransformSettings):
     """ε, how much is kept where nothing is known, in units of tr Σ_f / D; None: μ / 100."""
     ridge: Literal["vector", "zero"] = "vector"
     """What is kept where nothing is known: the vector, or nothing."""
-    energy: float = Field(default=ENERGY, ge=0, le=1)
-    """Share of the retain inputs' energy whose principal axes are left alone altogether; 0: none."""
+    energy: float = Field(default=0.9, ge=0, le=1)
+    """Share of the retain inputs' squared length whose principal axes are left alone altogether; 0: none."""
     positions: Literal["all", "answers"] = "all"
     """Tokens whose inputs count: all, or those that predict tokens of answers."""
     rows: int = Field(default=1000, ge=1)

@@ -87,7 +87,6 @@ FILTERS: Mapping[str, Filter] = {
     "100, answers": Filter(0.6, squares(100.0, positions="answers"), 1),
     "100, 40 rows": Filter(0.6, squares(100.0, rows=40)),
     "100, embeddings filtered": Filter(0.6, squares(100.0, others="filter")),
-    "100, then projection .9": Filter(0.9, squares(100.0), 0, 0.9),
     "100, energy .8": Filter(0.6, squares(100.0, 0.8), 1),
     "100, energy .9": Filter(0.6, squares(100.0, 0.9), 1),
 }

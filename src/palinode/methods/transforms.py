@@ -186,7 +186,7 @@ TRANSFORMS: dict[str, Transform] = {
         Transform(
             "least_squares",
             "what acts on the forget inputs, less what acts on the retain inputs",
-            "τ (Σ_f + εI)(Σ_f + εI + μΣ_r)⁻¹, Σ the second moments of each layer's inputs",
+            "τ (Σ_f + εI)(Σ_f + εI + μΣ_r)⁻¹(I − UUᵀ), Σ second moments of inputs, U main axes of Σ_r",
             "ours; docs/filters.md",
             LeastSquaresSettings,
             frozenset({"inputs"}),

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from palinode.cli.console import listener, out, print_json, secret, secret_workspace
+from palinode.cli.console import listener, out, print_json
+from palinode.cli.ending import after_audit, ending, secret, secret_workspace
 from palinode.cli.options import (
     DryRun,
     Json,
@@ -23,7 +24,7 @@ from palinode.settings import AuditSettings, EvaluationSettings
 
 if TYPE_CHECKING:
     from palinode.compare.comparison_recipe import ComparisonRecipe
-    from palinode.evaluation.evaluate import BenchmarkEvaluated
+    from palinode.records import Score
 
 ANSWERS = "questions and answers"
 BEYOND = {"split", "options", "metrics", "against", "judge", "key_variable", "general", "general_include"}
@@ -77,7 +78,6 @@ def evaluate(
     strength. With --benchmark, --against, --holdout and the like all metrics that the data allows.
     """
     from palinode import jobs
-    from palinode.cli.console import score_table
     from palinode.errors import RecipeError
     from palinode.evaluation.evaluate import first_process
 
@@ -92,7 +92,11 @@ def evaluate(
         if as_json:
             print_json(found.record)
         else:
-            _show_scores(found, settings.output)
+            record = found.record
+            split = "" if record["benchmark"] == "own" else f" {record['split']}"
+            _show_scores(found.scores, f"{record['benchmark']}{split} on {record['model']['location']}")
+            if settings.output is not None:
+                _tell([f"{settings.output}: scores.json and the outcomes of each set"])
     elif data is None:
         raise RecipeError("evaluate needs --data: a file of rows, or the folder of the benchmark's files")
     else:
@@ -100,22 +104,16 @@ def evaluate(
         if as_json:
             print_json({name: asdict(score) for name, score in scores.items()})
         else:
-            out().print(score_table(scores))
+            _show_scores({"rows": scores}, "")
     if settings.output is not None:
         secret(settings.output, ANSWERS, of=settings.output, as_json=as_json)
 
 
-def _show_scores(found: BenchmarkEvaluated, output: Path | None) -> None:
-    from palinode.cli.console import benchmark_notes, benchmark_table
+def _show_scores(scores: Mapping[str, Mapping[str, Score]], title: str) -> None:
+    from palinode.cli.console import benchmark_notes, scores_grid
+    from palinode.report.content import Items, show
 
-    record = found.record
-    split = "" if record["benchmark"] == "own" else f" {record['split']}"
-    title = f"{record['benchmark']}{split} on {record['model']['location']}"
-    out().print(benchmark_table(found.scores, title=title))
-    for note in benchmark_notes(found.scores):
-        out().print(note, soft_wrap=True)
-    if output is not None:
-        out().print(f"{output}: scores.json and the outcomes of each set", soft_wrap=True)
+    show([scores_grid(scores, title=title), Items([*benchmark_notes(scores)])], out())
 
 
 def _pairs(texts: Sequence[str]) -> dict[str, str]:
@@ -185,18 +183,23 @@ def audit(
     if as_json:
         print_json(found.record)
     else:
-        _show_audit(found.record, output)
+        _show_audit(found.record, model, output)
     secret(output / "results", "row by row", of=output, as_json=as_json)
     if not found.passed:
         raise typer.Exit(1)
 
 
-def _show_audit(record: Mapping[str, Any], output: Path) -> None:
+def _show_audit(record: Mapping[str, Any], model: str, output: Path) -> None:
     from palinode.report.audit_report import audit_brief
     from palinode.report.content import show
+    from palinode.report.verdicts import audit_verdict
 
     show(audit_brief(record), out())
-    out().print(f"{output}: report.html, audit.md and audit.json", soft_wrap=True)
+    ending(
+        verdict=audit_verdict(record).as_json(),
+        places={"Page": f"{output / 'report.html'} (beside audit.md and audit.json)"},
+        following=after_audit(model, output),
+    )
 
 
 def compare(
@@ -236,7 +239,13 @@ def compare(
         print_json(result.table)
     else:
         show(brief(result.table), out())
-        _tell([f"{result.output}: {', '.join(files)}"])
+        page = next((name for name in files if name.endswith(".html")), None)
+        ending(
+            places={
+                "Folder": f"{result.output} ({', '.join(files)})",
+                "Page": page and result.output / page,
+            }
+        )
     secret_workspace(loaded.workspace, result.output, "rows, vectors", as_json=as_json)
 
 

@@ -31,6 +31,7 @@ from palinode.report.content import (
     score_cell,
     section,
 )
+from palinode.report.verdicts import YARDSTICKS, run_verdict, yardstick
 from palinode.report.words import (
     DASH,
     SETS,
@@ -63,6 +64,30 @@ def headline(record: Mapping[str, Any]) -> str:
     return f"{_forget_clause(record)}; {_retain_clause(record)}."
 
 
+def marked(content: Mapping[str, Any]) -> str:
+    """Return the outcome of a report behind the symbol of its verdict, where it has one."""
+    symbol = at(content, "verdict", "symbol")
+    return f"{symbol} {content['outcome']}" if symbol else str(content["outcome"])
+
+
+def strength(record: Mapping[str, Any]) -> str:
+    """Return how far the run went: α and β and what was done to the vector, or how long a method trained."""
+    alpha, beta = at(record, "scales", "forget"), at(record, "scales", "retain")
+    if alpha is None:
+        runs = (record.get("training") or {}).values()
+        steps = sum(run.get("steps") or 0 for run in runs)
+        trained = f"{at(record, 'method', 'name')} trained the model itself, for {integer(steps)} steps"
+        return f"{trained}: there is no α and no β" if steps else "nothing was trained, and no α was chosen"
+    told = at(record, "vectors", "transforms") or ()
+    mu = [at(one, "settings", "mu") for one in told]
+    changed = [
+        f"{words(str(one.get('name')))}{f' (μ = {scale(weight)})' if weight is not None else ''}"
+        for one, weight in zip(told, mu, strict=True)
+    ]
+    by = f"; the forget vector went through {', '.join(changed)} first" if changed else ""
+    return f"α = {scale(alpha)}, β = {scale(beta)}{by}"
+
+
 def run_brief(record: Mapping[str, Any]) -> list[Block]:
     """Return what the terminal shows of a run: the scores with their intervals, and the headline."""
     metrics = metrics_on(record, SETS)
@@ -74,8 +99,12 @@ def run_brief(record: Mapping[str, Any]) -> list[Block]:
             [model_label(model), *(score_cell(scores.get(name)) for name in metrics)]
             for model, scores in found.items()
         ]
-    head = ["model", *(metric_label(metric).replace(" ", "\n") for metric in metrics)]
-    return [Grid("Scores and their 95 % intervals", head, rows), Paragraph(headline(record))]
+    head = ["model", *map(metric_label, metrics)]
+    return [
+        Grid("Scores and their 95 % intervals", head, rows),
+        Items(run_verdict(record).remarks),
+        Paragraph(headline(record)),
+    ]
 
 
 def run_sections(content: Mapping[str, Any]) -> list[Section]:
@@ -103,12 +132,8 @@ def _forget_clause(record: Mapping[str, Any]) -> str:
 
 
 def _beside(record: Mapping[str, Any]) -> str:
-    retrained, base = _probabilities(record, "forget", "retrained", "base")
-    if retrained is not None:
-        return f"a model that never saw it: {number(retrained)}"
-    if base is not None:
-        return f"the base checkpoint, which had not seen it: {number(base)}; no retrained model was given"
-    return "no model that never saw it was measured"
+    held = yardstick(record)
+    return f"{YARDSTICKS[held[0]]}: {number(held[1]['value'])}" if held else "no yardstick was measured"
 
 
 def _retain_clause(record: Mapping[str, Any]) -> str:
@@ -131,7 +156,8 @@ def _probabilities(record: Mapping[str, Any], data_set: str, *models: str) -> li
 # The sections
 
 
-def _demo_section(demo: Mapping[str, Any]) -> list[Section]:
+def demo_grid(demo: Mapping[str, Any]) -> Grid:
+    """Return the demo's exact match by model."""
     people = demo.get("people") or {}
     rows: list[Row] = [
         [
@@ -143,9 +169,13 @@ def _demo_section(demo: Mapping[str, Any]) -> list[Section]:
     ]
     forget, others = (people.get(name) for name in ("forget", "others"))
     head = ["model", f"{forget} forget people", f"{others} others", "general facts", "α, β"]
+    return Grid("Exact match: share of questions answered exactly right", head, rows)
+
+
+def _demo_section(demo: Mapping[str, Any]) -> list[Section]:
     return section(
         "The demo's world",
-        Grid("Exact match by model", head, rows),
+        demo_grid(demo),
         bar="Demo",
         intro="Exact match, the share of questions answered exactly right. In this invented world the truth "
         "is known: the retrained model never saw the people who are to be forgotten, and nothing was chosen "
@@ -378,11 +408,33 @@ def _vector_section(content: Mapping[str, Any]) -> list[Section]:
         Grid("Vectors", ["", "length", "share that arrived in the saved model"], rows),
         Pairs(known),
         Items(at(content, "dose", "notes") or ()) if rows or known else None,
-        *(Picture(*part, titled=True) for part in figures.part_figures(content)),
+        _part_grid(content),
         bar="Vectors",
         intro="What was taken off and added, as directions in weight space, and how much of it is in the "
         "saved weights after rounding.",
     )
+
+
+def _part_grid(content: Mapping[str, Any]) -> Grid:
+    """Return lengths, cosine, and the scales found in the stored weights as shares of those asked for."""
+    vectors, stored = (at(content, name, "parts") or {} for name in ("vectors", "dose"))
+    names = [name for name in SETS if at(content, "vectors", name)]
+
+    def share(part: str, name: str) -> str:
+        found, asked = at(stored, part, "effective", name), at(content, "scales", name)
+        return percent(found / asked if found is not None and asked else None)
+
+    rows: list[Row] = [
+        [
+            part,
+            *(number(at(found, name, "norm")) for name in names),
+            number(at(found, "cosine")),
+            *(share(part, name) for name in names),
+        ]
+        for part, found in vectors.items()
+    ]
+    head = ["part", *(f"{name} length" for name in names), "cosine", *(f"{name} arrived" for name in names)]
+    return Grid("By part of the model", head, rows, folded=True)
 
 
 def _cost_section(content: Mapping[str, Any]) -> list[Section]:
@@ -423,6 +475,7 @@ def model_card(content: Mapping[str, Any], *, base: str | None = None, original:
         "pipeline_tag": "text-generation",
         **({"base_model": base} if base else {}),
         "tags": ["machine-unlearning", "palinode"],
+        "palinode_verdict": content["outcome"],
     }  # JSON's strings are YAML's too
     card = f"{target} has a card of its own" if original else f"{target} came without a card"
     of = "what it says of licence and use holds" if original else "what holds for its licence and use holds"
@@ -431,9 +484,10 @@ def model_card(content: Mapping[str, Any], *, base: str | None = None, original:
         "fingerprints for programs; `palinode verify` tells whether the weights are as they were written."
     )
     sections = [
-        *section("", Paragraph(content["outcome"], strong=True), Paragraph(content["headline"])),
+        *section("", Paragraph(marked(content), strong=True), Paragraph(content["headline"])),
         *section("", Paragraph(_card_origin(content, target))),
         *section("In short", Lights(content["claims"]), Paragraph(CAUTION)),
+        *section("Notes", Items(content["notes"])),
         *section("Not tested", Items(content["untested"])),
     ]
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()]
@@ -457,11 +511,11 @@ def model_card(content: Mapping[str, Any], *, base: str | None = None, original:
 def _card_origin(content: Mapping[str, Any], target: str) -> str:
     forget, retain = (at(content, "data", name, "rows") for name in ("forget", "retain"))
     kept = f" and to keep what {integer(retain)} others taught it" if retain else ""
-    alpha, beta = at(content, "scales", "forget"), at(content, "scales", "retain")
-    how = f": {FORMULA}, α = {scale(alpha)}, β = {scale(beta)}" if alpha is not None else ""
+    formula = f": {FORMULA}" if at(content, "scales", "forget") is not None else ""
     made = (
         f"Made from {target} by Palinode {content.get('palinode')}, to behave as if it had never seen "
-        f"{integer(forget)} rows{kept}. Method: {at(content, 'method', 'name')}{how}."
+        f"{integer(forget)} rows{kept}. Method: {at(content, 'method', 'name')}{formula}. Strength: "
+        f"{strength(content).partition(';')[0]}."
     )
     return " ".join([made, *changes_told(content)])
 

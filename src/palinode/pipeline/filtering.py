@@ -194,10 +194,7 @@ class MomentFiles:
 
 def project(kept: MomentFiles, *, energy: float, others: str) -> Rule:
     """Return the rule that takes from every matrix of the blocks what acts on the inputs of retain rows."""
-
-    @lru_cache(maxsize=2)
-    def filter_of(key: str) -> np.ndarray:
-        return projection(kept.read(key), energy=energy)
+    filter_of = lru_cache(maxsize=2)(lambda key: projection(kept.read(key), energy=energy))
 
     def rule(name: str, found: Sequence[np.ndarray]) -> np.ndarray:
         place = kept.matrix_place(name)

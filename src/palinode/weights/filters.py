@@ -53,7 +53,7 @@ def least_squares(
 
     `forget` None, or zero, is Σ_f = 0: the soft filter with λ = ε/μ, in units of tr Σ_r / D. Raises
     InputError for a negative μ or ε, and for moments of two shapes. With an `energy` ΔU = 0 as well, U the
-    principal axes of Σ_r that hold this share; a diagonal has no axes but the channels, and knows none.
+    principal axes of Σ_r [D, D] that hold this share.
     """
     if mu < 0 or epsilon < 0:
         raise InputError(f"mu is {mu} and epsilon {epsilon}; neither may be negative")
@@ -123,8 +123,7 @@ def along(values: np.ndarray, factor: np.ndarray, axis: int) -> np.ndarray:
 def foretold_alpha(survives: float) -> float:
     """Return the α at which a filtered vector forgets enough, from the share c of its effect that survives.
 
-    2·c^0.19, fitted to 171 filtered vectors of the demo's worlds, seeds 0 to 2: within a factor of 1.3 for
-    half of them, of 1.9 for nine in ten (docs/filters.md).
+    2·c^0.19, fitted to filtered vectors of the demo's worlds; mostly too large, by up to 2 (docs/filters.md).
     """
     return float(2.0 * max(survives, 1e-6) ** 0.19)
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from palinode.data.examples import SHAPES, Example, at_most, fingerprint_examples, read_examples
-from palinode.data.sources import Row, json_type, read_rows
+from palinode.data.examples import Example, at_most, fingerprint_examples, read_examples, read_set
+from palinode.data.sources import Row, json_type
 from palinode.errors import DataError
 
 PARAPHRASED_QUESTION, PARAPHRASED_ANSWER = "paraphrased_question", "paraphrased_answer"
@@ -75,18 +75,19 @@ def read_material(
     (perturbed_answer) or else reworded ones (paraphrased_answer) of the rows that relearning is given.
     Raises DataError, also where fewer than two forget rows are there.
     """
-    every = read_examples(forget, columns=columns)
+    found = read_set(forget, columns=columns)
+    every, rows = found.examples, found.rows
     if len(every) < 2:
         raise DataError(
             f"{forget} has one row; an audit needs two at least, to relearn one and ask the other"
         )
-    headers = [*SHAPES.values(), *([tuple(columns.values())] if columns else [])]
-    rows = read_rows(forget, headers=headers)
     chosen = at_most(every, max_rows, seed=seed)
     learned, held_out = divide(chosen, seed=seed)
 
     def drawn(location: str | Path | None) -> Sequence[Example]:
-        return () if location is None else at_most(_read(location, columns), max_rows, seed=seed)
+        if location is None:
+            return ()
+        return at_most(read_examples(location, columns=columns, beside=True), max_rows, seed=seed)
 
     alike, column = (drawn(lookalikes), None) if lookalikes is not None else _lookalikes(rows, learned)
     return AuditRows(
@@ -114,16 +115,6 @@ def divide(examples: Sequence[Example], *, seed: int) -> tuple[list[Example], li
     return first, second
 
 
-def _read(location: str | Path, columns: Mapping[str, str] | None) -> list[Example]:
-    """Return the examples of a second file, under the forget file's column names or the usual ones."""
-    if not columns:
-        return read_examples(location)
-    try:
-        return read_examples(location, columns=columns)
-    except DataError:
-        return read_examples(location)
-
-
 def _paraphrased(
     source: str | None,
     rows: Sequence[Row],
@@ -140,7 +131,7 @@ def _paraphrased(
             for example, text in asked
             if isinstance(text, str) and text.strip()
         ]
-    others = _read(source, columns)
+    others = read_examples(source, columns=columns, beside=True)
     if len(others) != len(every):
         raise DataError(
             f"{source} has {len(others)} rows and the forget set {len(every)}; paraphrases need one row for "

@@ -11,8 +11,8 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from palinode.data.examples import SHAPES, Question, check_no_forget_rows, read_examples
-from palinode.data.sources import Row, read_rows
+from palinode.data.examples import Question, check_no_forget_rows, read_set
+from palinode.data.sources import Row
 from palinode.errors import DataError
 from palinode.evaluation.benchmark import (
     MEMORIZATION,
@@ -51,7 +51,7 @@ def load(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchm
     for name, location in given.items():
         if location is None:
             continue
-        questions = read_questions(location, columns=places.columns)
+        questions = read_questions(location, columns=places.columns, beside=name != "forget")
         sets.append(QuestionSet(name, tuple(questions), Asking(generate=name != "holdout")))
         facts.append(_facts(name, location, len(questions)))
     examples = {one.name: [question.example for question in one.questions] for one in sets}
@@ -60,17 +60,16 @@ def load(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchm
     return LoadedBenchmark(tuple(sets), missing, tuple(facts))
 
 
-def read_questions(location: str, *, columns: Mapping[str, str] | None = None) -> list[Question]:
+def read_questions(
+    location: str, *, columns: Mapping[str, str] | None = None, beside: bool = False
+) -> list[Question]:
     """Return the rows of a file as questions, with the other answers that its columns hold."""
-    examples = read_examples(location, columns=columns or None)
-    if not all(example.form in ("question", "completion") for example in examples):
-        return [Question(example) for example in examples]
-    roles = SHAPES[examples[0].form]
-    header = [tuple((columns or {}).get(role, role) for role in roles)]
-    rows = read_rows(location, headers=header, plain_text=False)
+    found = read_set(location, columns=columns, beside=beside)
     return [
-        Question(example, _alternatives(row, example.place))
-        for example, row in zip(examples, rows, strict=True)
+        Question(example, _alternatives(found.rows[example.row], example.place))
+        if example.form in ("question", "completion")
+        else Question(example)
+        for example in found.examples
     ]
 
 

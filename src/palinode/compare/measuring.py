@@ -86,7 +86,10 @@ class Gauge:
                         name: {
                             "questions": fingerprint(
                                 questions=[
-                                    [asdict(one.example), {k: list(v) for k, v in one.alternatives.items()}]
+                                    [
+                                        {k: v for k, v in asdict(one.example).items() if k != "matched"},
+                                        {k: list(v) for k, v in one.alternatives.items()},
+                                    ]
                                     for one in questions.questions
                                 ]
                             ),

@@ -1,8 +1,8 @@
 """Files and hub data sets as rows, before anyone asks what the rows mean (spec/data.md §4).
 
-The format is told by content, never by suffix: Parquet by its magic bytes, then JSON, JSON lines,
-CSV (a header with column names that somebody asked for), and what is left is plain text, one
-document. Whatever the bytes are, the only error that comes out of here is a `DataError`.
+The format is told by content: Parquet by its magic bytes, then JSON, JSON lines, CSV (by a header that the
+caller knows, or where the file is called a table), and what is left is plain text, one document. Whatever the
+bytes are, the only error that comes out of here is a `DataError`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,9 @@ from palinode.records import read_bytes
 
 Row = dict[str, object]
 """One row as it stands in the source: column name to value."""
+
+IsHeader = Callable[[Sequence[str]], bool]
+"""Whether the names on the first line of a text make it a table."""
 
 FILE_SUFFIXES = frozenset({".csv", ".json", ".jsonl", ".md", ".ndjson", ".parquet", ".tsv", ".txt"})
 """Suffixes that make a missing `folder/name` a missing file, not the name of a hub data set."""
@@ -48,18 +51,15 @@ class HubName:
     split: str
 
 
-def read_rows(
-    location: str | Path, *, headers: Collection[Sequence[str]], plain_text: bool = True
-) -> list[Row]:
+def read_rows(location: str | Path, *, is_header: IsHeader, plain_text: bool = True) -> list[Row]:
     """Return the rows of a local file or, when there is no such file, of a hub data set.
 
-    `headers` holds the sets of column names that make a text file a CSV table. With
-    `plain_text=False`, a file that is no table is an error, not one document. A `Path` is always a
-    local file; a string may be a hub name. Raises `DataError`.
+    With `plain_text=False` every text is a CSV table, not only one that has a known header or is called one.
+    A `Path` is always a local file; a string may be a hub name. Raises `DataError`.
     """
     content = _read_file(location)
     if content is not None:
-        return parse_rows(content, name=str(location), headers=headers, plain_text=plain_text)
+        return parse_rows(content, name=str(location), is_header=is_header, plain_text=plain_text)
     hub_name = parse_hub_name(location) if isinstance(location, str) else None
     if hub_name is None:
         raise DataError(
@@ -69,9 +69,7 @@ def read_rows(
     return _read_hub(hub_name, str(location))
 
 
-def parse_rows(
-    content: bytes, *, name: str, headers: Collection[Sequence[str]], plain_text: bool = True
-) -> list[Row]:
+def parse_rows(content: bytes, *, name: str, is_header: IsHeader, plain_text: bool = True) -> list[Row]:
     """Return the rows that a file's bytes hold; `name` is what errors call it.
 
     Raises `DataError` when the content is damaged, is no known format or holds no rows.
@@ -79,7 +77,7 @@ def parse_rows(
     if content.startswith(b"PAR1"):
         rows = _parquet_rows(content, name)
     else:
-        rows = _text_rows(_decode(content, name), name, headers, plain_text)
+        rows = _text_rows(_decode(content, name), name, is_header, plain_text)
     if not rows:
         raise DataError(f"{name} holds no rows")
     return rows
@@ -140,17 +138,17 @@ def _decode(content: bytes, name: str) -> str:
     return text.removeprefix("\ufeff")
 
 
-def _text_rows(text: str, name: str, headers: Collection[Sequence[str]], plain_text: bool) -> list[Row]:
+def _text_rows(text: str, name: str, is_header: IsHeader, plain_text: bool) -> list[Row]:
     """Return the rows of a text in the first format that fits: JSON, JSON lines, CSV, plain text."""
     if not text.strip():
         return []
     if text.lstrip()[0] in "{[":
         return _json_rows(text, name)
-    delimiter = _find_delimiter(text, headers)
+    delimiter = next((mark for mark in DELIMITERS if is_header(_header(text, mark))), None)
+    if delimiter is None and (name.lower().endswith(TABLE_SUFFIXES) or not plain_text):
+        delimiter = max(DELIMITERS, key=text.strip().partition("\n")[0].count)
     if delimiter is not None:
         return _csv_rows(text, name, delimiter)
-    if name.lower().endswith(TABLE_SUFFIXES) or not plain_text:
-        raise _unknown_header(text, name, headers)
     # Windows line ends and the last line end come from the editor, not from the author.
     return [{"text": text.replace("\r\n", "\n").removesuffix("\n")}]
 
@@ -206,15 +204,6 @@ def json_type(value: object) -> str:
     return words.get(type(value), "a string" if isinstance(value, str) else f"a {type(value).__name__}")
 
 
-def _find_delimiter(text: str, headers: Collection[Sequence[str]]) -> str | None:
-    """Return the delimiter under which the first line holds all names of some header, or None."""
-    for delimiter in DELIMITERS:
-        found = set(_header(text, delimiter))
-        if any(found.issuperset(header) for header in headers):
-            return delimiter
-    return None
-
-
 def _header(text: str, delimiter: str) -> list[str]:
     """Return the column names on the first line of a text read as CSV; none when it is not CSV."""
     line = text.lstrip("\r\n").partition("\n")[0].rstrip("\r")
@@ -224,26 +213,18 @@ def _header(text: str, delimiter: str) -> list[str]:
         return []
 
 
-def _unknown_header(text: str, name: str, headers: Collection[Sequence[str]]) -> DataError:
-    """Return the error for a table whose first line holds none of the names we look for."""
-    delimiter = max(DELIMITERS, key=text.partition("\n")[0].count)
-    found = ", ".join(_header(text, delimiter))[:200] or "nothing that reads as a header"
-    wanted = " or ".join(" + ".join(header) for header in headers)
-    return DataError(
-        f"the first line of {name} should name the columns {wanted}, but has: {found}; "
-        "name yours with columns, such as 'question=Q,answer=A'"
-    )
-
-
 def _csv_rows(text: str, name: str, delimiter: str) -> list[Row]:
-    """Return the rows of a CSV table, every cell a string exactly as quoted."""
+    """Return the rows of a CSV table, every cell a string exactly as quoted.
+
+    As spreadsheets write them: lines of empty cells are no rows, and columns without a name are left out.
+    """
     names = _header(text, delimiter)
-    if len(set(names)) < len(names):
+    if len({*names} - {""}) < len(names) - names.count(""):
         raise DataError(f"{name} has two columns of the same name ({', '.join(names)}); rename one")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         with _fields_up_to(len(text)):
-            records = [(reader.line_num, record) for record in reader if record]
+            records = [(reader.line_num, record) for record in reader if any(map(str.strip, record))]
     except csv.Error as error:
         raise DataError(f"{name} is not valid CSV (line {reader.line_num}: {error})") from error
     return [_csv_row(names, record, f"line {line} of {name}") for line, record in records[1:]]
@@ -265,7 +246,7 @@ def _csv_row(names: Sequence[str], record: Sequence[str], where: str) -> Row:
             f"{where} has {len(record)} fields, the header has {len(names)} ({', '.join(names)}); "
             'put cells that hold a delimiter or a line break in "quotes"'
         )
-    return dict(zip(names, record, strict=True))
+    return {name: cell for name, cell in zip(names, record, strict=True) if name}
 
 
 def _parquet_rows(content: bytes, name: str) -> list[Row]:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from palinode.data.examples import Example, Form, Message, fingerprint_examples
+from palinode.data.columns import Form
+from palinode.data.examples import Example, Message, fingerprint_examples
 from palinode.data.rendering import Exchange, Template, plain_exchange
 from palinode.errors import CheckpointError, DataError, RecipeError
 

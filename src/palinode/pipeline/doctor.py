@@ -25,7 +25,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from pydantic import ValidationError
 
-from palinode.data.examples import Example, read_examples, shared_rows
+from palinode.data.examples import Example, read_examples, reading_notes, shared_rows
 from palinode.data.tokenize import prompt_notes, tokenize
 from palinode.errors import CheckpointError, MismatchError, PalinodeError
 from palinode.evaluation.self_check import UNKNOWN, rows_with_style
@@ -398,14 +398,16 @@ class _Examination:
             self.say("rows", "retain", "warn", text, "name rows whose effect must stay with --retain")
 
     def read_set(self, name: str, place: str) -> None:
-        columns = self.given("data").get("columns") or None
-        found = self.attempt("rows", name, OTHER_FILE, lambda: read_examples(place, columns=columns))
+        read = partial(read_examples, columns=self.given("data").get("columns"), beside=name != "forget")
+        found = self.attempt("rows", name, OTHER_FILE, lambda: read(place))
         if not found:
             return
         self.sets[name] = found
         forms = Counter(example.form for example in found)
         kinds = ", ".join(f"{count:,} as {form}" for form, count in forms.items())
         self.say("rows", name, "ok", f"{len(found):,} rows ({kinds})")
+        for note in reading_notes(found):
+            self.say("rows", name, "note", note)
         if copies := len(found) - len({example.key for example in found}):
             text = f"{copies:,} rows say what another row says already, and count more than once"
             self.say("rows", name, "warn", text, "leave the copies out, if that is not meant")

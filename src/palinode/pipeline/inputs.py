@@ -19,6 +19,7 @@ from palinode.data.examples import (
     at_most,
     fingerprint_examples,
     read_examples,
+    reading_notes,
     sample_examples,
     shared_rows,
 )
@@ -207,7 +208,7 @@ def open_retain_only(recipe: Recipe) -> tuple[Inputs, Checkpoint, Checkpoint]:
         raise RecipeError("without forget rows it takes models.target, models.given and data.retain")
     target, unlearned = (_open(place, models.allow_pickle) for place in (models.target, models.given))
     check_unlearned(target, unlearned)
-    retain = read_examples(data.retain, columns=data.columns or None)
+    retain = read_examples(data.retain, columns=data.columns)
     rows = InputRows(
         forget=(),
         retain=retain,
@@ -433,8 +434,8 @@ def _check_vocabulary(target: Checkpoint, base: Checkpoint) -> None:
 def _open_rows(recipe: Recipe) -> tuple[InputRows, list[str]]:
     notes: list[str] = []
     data, seed = recipe.data, recipe.seed
-    forget = read_examples(data.forget, columns=data.columns or None)
-    retain = read_examples(data.retain, columns=data.columns or None) if data.retain else []
+    forget = read_examples(data.forget, columns=data.columns)
+    retain = read_examples(data.retain, columns=data.columns, beside=True) if data.retain else []
     retain = _without_shared(forget, retain, recipe, notes)
     everything = retain
     if recipe.prepare:
@@ -470,7 +471,7 @@ def spared_rows(
     """
     data, text = recipe.data, list[Example]()
     if data.background:
-        text = read_examples(data.background, columns=data.columns or None)
+        text = read_examples(data.background, columns=data.columns, beside=True)
         shared = {second for _, second in shared_rows(forget, text)}
         text = [example for place, example in enumerate(text) if place not in shared]
         if shared:
@@ -494,7 +495,7 @@ def _unseen(
     """
     data = recipe.data
     if data.holdout:
-        holdout = read_examples(data.holdout, columns=data.columns or None)
+        holdout = read_examples(data.holdout, columns=data.columns, beside=True)
         for name, seen in {"forget": forget, "retain": retain}.items():
             if shared := shared_rows(holdout, seen):
                 raise DataError(
@@ -582,7 +583,8 @@ def _check_rows_fit(inputs: Inputs) -> list[str]:
     """Tokenize everything once, so that a row that cannot be used is named now; return what is cut."""
     rows, recipe = inputs.rows, inputs.recipe
     tokenizer, style = load_tokenizer(inputs.reader), recipe.prompts.style()
-    notes = prompt_notes(rows.forget, tokenizer, style)
+    notes = reading_notes(rows.forget, rows.retain, rows.unseen, rows.spared)
+    notes += prompt_notes(rows.forget, tokenizer, style)
     whole = recipe.prepare or not inputs.method.has_scales
     trained = [*rows.forget, *(rows.retain if whole else rows.retain_sample)]
     asked = [*rows.forget, *rows.retain_probe, *rows.retain_test, *rows.unseen]

@@ -9,16 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from palinode.data.examples import Example, at_most, fingerprint_examples, read_examples, read_set
-from palinode.data.sources import Row, json_type
+from palinode.data.examples import (
+    OTHER_ANSWERS,
+    Example,
+    at_most,
+    fingerprint_examples,
+    other_answers,
+    read_examples,
+    read_set,
+)
+from palinode.data.sources import Row
 from palinode.errors import DataError
 
-PARAPHRASED_QUESTION, PARAPHRASED_ANSWER = "paraphrased_question", "paraphrased_answer"
-PERTURBED_ANSWER = "perturbed_answer"
+PARAPHRASED_QUESTION = "paraphrased_question"
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,19 +149,8 @@ def _paraphrased(
 
 def _lookalikes(rows: Sequence[Row], learned: Sequence[Example]) -> tuple[Sequence[Example], str | None]:
     """Return rows in the manner of the forget set, and the column they were made of, if any."""
-    for column in (PERTURBED_ANSWER, PARAPHRASED_ANSWER):
-        texts = [(example, _texts(rows[example.row].get(column), column, example)) for example in learned]
-        if made := [replace(example, answer=found[0]) for example, found in texts if found]:
+    others = [(example, other_answers(rows[example.row], example.place)) for example in learned]
+    for column, kind in reversed(OTHER_ANSWERS.items()):
+        if made := [replace(example, answer=found[kind][0]) for example, found in others if kind in found]:
             return made, column
     return (), None
-
-
-def _texts(value: Any, column: str, example: Example) -> list[str]:
-    """Return the texts of a cell that may hold one or several."""
-    if value is None:
-        return []
-    texts = value if isinstance(value, list) else [value]
-    wrong = next((text for text in texts if not isinstance(text, str)), None)
-    if wrong is not None:
-        raise DataError(f"{example.place}: {column!r} holds {json_type(wrong)}; it must be texts")
-    return [text for text in texts if text.strip()]

@@ -62,7 +62,7 @@ class Reading:
 
     @property
     def names(self) -> list[str]:
-        """The columns, in the order of the roles."""
+        """The columns."""
         return [*self.columns.values()]
 
     @property
@@ -95,11 +95,11 @@ def parse_columns(text: str) -> dict[str, str]:
 
 
 def is_header(names: Sequence[str], columns: Mapping[str, str]) -> bool:
-    """Tell whether the names on the first line of a text make it a table: those named, or a form's.
+    """Tell whether the first line of a text makes it a table: by the columns named, or those of a form.
 
-    A single word makes one only when it is a role's own name: it may as well be the first line of a text.
+    One word does so only as a role's own name: it may as well be the first line of a text.
     """
-    if set(map(folded, columns.values())) <= set(map(folded, names)) and columns:
+    if columns and set(map(folded, columns.values())) <= set(map(folded, names)):
         return True
     return any(len(names) > 1 or reading.rank == 0 for reading in _readings(names))
 
@@ -111,29 +111,23 @@ def read_as(rows: Sequence[Row], source: str, columns: Mapping[str, str], *, bes
     that has none of them is read by its own names. Raises `DataError`, `RecipeError` for roles of two forms.
     """
     names = list(dict.fromkeys(name for row in rows for name in row))
-    shape = next((form for form, roles in SHAPES.items() if set(columns) <= {*roles, *_beside(form)}), None)
-    if shape is None:
+    form = next((form for form, roles in SHAPES.items() if set(columns) - {INPUT} <= set(roles)), None)
+    if form is None or (INPUT in columns and form != "question"):
         raise RecipeError(f"columns names the roles {', '.join(columns)}; name {_KNOWN_ROLES}")
-    if columns and not (beside and not any(_named(name, names) for name in columns.values())):
-        roles = [*SHAPES[shape], *(role for role in columns if role not in SHAPES[shape])]
-        wanted = {role: columns.get(role, role) for role in roles}
-        found = {role: _named(name, names) for role, name in wanted.items()}
-        missing = [repr(wanted[role]) for role, name in found.items() if name is None]
-        if missing:
-            raise DataError(
-                f"{source} has no column {' and no '.join(missing)} ({_told(names)}){_advice(names, rows)}"
-            )
-        return Reading(shape, {role: str(name) for role, name in found.items()})
-    return _by_name(names, rows, source)
+    if not columns or (beside and not any(_named(name, names) for name in columns.values())):
+        return _by_name(names, rows, source)
+    wanted = {role: columns.get(role, role) for role in dict.fromkeys((*SHAPES[form], *columns))}
+    found = {role: _named(name, names) for role, name in wanted.items()}
+    if missing := [repr(wanted[role]) for role, name in found.items() if name is None]:
+        raise DataError(f"{source} has no column {' and no '.join(missing)} {_advice(names, rows)}")
+    return Reading(form, {role: str(name) for role, name in found.items()})
 
 
 def _by_name(names: Sequence[str], rows: Sequence[Row], source: str) -> Reading:
     """Return the one reading that the names allow."""
     found = sorted(_readings(names), key=lambda reading: reading.rank)
     if not found:
-        raise DataError(
-            f"{source}: it is not clear what its columns are ({_told(names)}){_advice(names, rows)}"
-        )
+        raise DataError(f"{source}: it is not clear what its columns are {_advice(names, rows)}")
     first, order = found[0], [*SHAPES]
     rivals = [
         other
@@ -153,12 +147,10 @@ def _readings(names: Sequence[str]) -> Iterator[Reading]:
         for chosen in product(*([name for name in names if _rank(name, role) < 3] for role in roles)):
             rank = max(_rank(name, role) for name, role in zip(chosen, roles, strict=True))
             columns = dict(zip(roles, chosen, strict=True))
-            more = [name for name in names if folded(name) in BESIDE_INSTRUCTION]
-            if form != "question" or folded(chosen[0]) != "instruction":
-                more = []
-            for one in more or [""]:
-                below = {"question": chosen[0], INPUT: one} if one else {}
-                yield Reading(form, below | columns, rank)
+            asks = form == "question" and folded(chosen[0]) == "instruction"
+            below = [name for name in names if asks and folded(name) in BESIDE_INSTRUCTION]
+            for place in [{"question": chosen[0], INPUT: name} for name in below] or [{}]:
+                yield Reading(form, place | columns, rank)
 
 
 def _rank(name: str, role: str) -> int:
@@ -166,10 +158,6 @@ def _rank(name: str, role: str) -> int:
     if name == role:
         return 0
     return 1 if folded(name) == role else 2 if folded(name) in OTHER_NAMES.get(role, ()) else 3
-
-
-def _beside(form: Form) -> tuple[str, ...]:
-    return (INPUT,) if form == "question" else ()
 
 
 def _named(name: str, names: Sequence[str]) -> str | None:
@@ -183,43 +171,31 @@ def _told(names: Sequence[str]) -> str:
 
 
 def _advice(names: Sequence[str], rows: Sequence[Row]) -> str:
-    """Return the end of a sentence that says what to type, or what is needed."""
-    guess = likeliest(names, rows[:LOOKED_AT])
-    if guess is None:
-        return f"; we need {_KNOWN_ROLES}, with a text in each"
-    return f"; say which are which, probably --columns {guess.spelt}"
+    """Return the end of a sentence: what there is, and what to type, or what is needed."""
+    guess = _likeliest(names, rows[:LOOKED_AT])
+    say = f"say which are which, probably --columns {guess.spelt}" if guess else f"we need {_KNOWN_ROLES}"
+    return f"({_told(names)}); {say}"
 
 
-def likeliest(names: Sequence[str], rows: Sequence[Row]) -> Reading | None:
-    """Return how these columns would most likely be read, by name and content: for advice alone."""
+def _likeliest(names: Sequence[str], rows: Sequence[Row]) -> Reading | None:
+    """Return what these columns most likely are, by name and content."""
     values = {name: [row[name] for row in rows if row.get(name) not in (None, "")] for name in names}
-    usable = {name: found for name, found in values.items() if found and not set(",=") & set(name)}
+    talks = [name for name, found in values.items() if found and all(isinstance(one, list) for one in found)]
     texts = {
-        name: [str(value) for value in found]
-        for name, found in usable.items()
-        if all(isinstance(value, str) for value in found)
+        name: [one.strip() for one in found if isinstance(one, str)]
+        for name, found in values.items()
+        if found and all(isinstance(one, str) for one in found) and not set(",=") & set(name)
     }
-    lists = [name for name, found in usable.items() if all(_is_talk(value) for value in found)]
-    wordy = [
-        name for name, found in texts.items() if sum(" " in text.strip() for text in found) * 2 > len(found)
-    ]
-    asked = [name for name in texts if ASKED.search(name)] or [
-        name
-        for name in wordy
-        if sum(text.rstrip().endswith("?") for text in texts[name]) * 2 > len(texts[name])
-    ]
-    rest = [name for name in wordy if name not in asked[:1]]
-    answered = [name for name in texts if ANSWERED.search(name) and name not in asked[:1]]
-    answered = answered or (rest if asked else [])
-    asked = asked or [name for name in rest if name not in answered[:1]]
-    if lists:
-        return Reading("chat", {"messages": lists[0]})
+
+    def most(name: str, mark: str) -> bool:
+        return sum(mark in one for one in texts[name]) * 2 > len(texts[name])
+
+    wordy = [name for name in texts if most(name, " ")]
+    asked = [*filter(ASKED.search, texts), *(name for name in wordy if most(name, "?")), *wordy][:1]
+    others = [name for name in texts if name not in asked]
+    answered = [*filter(ANSWERED.search, others), *(name for name in others if name in wordy)]
+    if talks:
+        return Reading("chat", {"messages": talks[0]})
     if asked and answered:
         return Reading("question", {"question": asked[0], "answer": answered[0]})
-    if len(rest) > 1:
-        return Reading("question", {"question": rest[0], "answer": rest[1]})
     return Reading("document", {"text": [*wordy, *texts][0]}) if texts else None
-
-
-def _is_talk(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)

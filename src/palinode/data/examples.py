@@ -75,6 +75,9 @@ LABELS = frozenset(
 )
 """Keys of a message, or of a part of one, that no template shows."""
 
+OTHER_ANSWERS = {"paraphrased_answer": "paraphrased", "perturbed_answer": "perturbed"}
+"""Columns of answers in other words, and of wrong ones, and the kinds that they are."""
+
 SPEAKERS = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant")}
 SPEAKERS |= {role: role for role in ("user", "assistant", "system")}
 """Other names of the roles of messages; case does not count."""
@@ -129,11 +132,10 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class RowSet:
-    """The rows of a file or hub data set, and what they are."""
+    """The rows of a file or hub data set as they stand there, and what they are made into."""
 
     examples: list[Example]
     rows: list[Row]
-    """As they stand in the source; `rows[example.row]` is an example's."""
 
 
 def read_examples(
@@ -163,6 +165,33 @@ def read_set(
         for example in _examples_of_row(row, position, source, reading, given=bool(named))
     ]
     return RowSet(examples, rows)
+
+
+def read_questions(
+    location: str, *, columns: Mapping[str, str] | None = None, beside: bool = False
+) -> list[Question]:
+    """Return what `read_examples` returns as questions, with the other answers that its columns hold."""
+    found = read_set(location, columns=columns, beside=beside)
+    return [
+        Question(example, other_answers(found.rows[example.row], example.place))
+        if example.form in ("question", "completion")
+        else Question(example)
+        for example in found.examples
+    ]
+
+
+def other_answers(row: Row, place: str) -> dict[str, tuple[str, ...]]:
+    """Return the other answers of a row by kind; a column of them holds one text or a list."""
+    found: dict[str, tuple[str, ...]] = {}
+    for column, kind in OTHER_ANSWERS.items():
+        value = row.get(column)
+        if _says_nothing(value):
+            continue
+        texts = value if isinstance(value, list) else [value]
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            raise DataError(f"{place}: {column!r} must be one text or a list of texts, none of them empty")
+        found[kind] = tuple(map(str, texts))
+    return found
 
 
 def reading_notes(*sets: Iterable[Example]) -> list[str]:

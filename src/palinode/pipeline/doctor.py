@@ -35,12 +35,13 @@ from palinode.models.inplace import check_live
 from palinode.models.loading import check_positions, load_config, load_tokenizer, pick_device
 from palinode.pipeline.costs import make_plan
 from palinode.pipeline.inputs import (
+    CUT,
     check_places,
     check_target,
     open_inputs,
     pair_checks,
 )
-from palinode.pipeline.recipe import Recipe, build_recipe, read_prompts
+from palinode.pipeline.recipe import Recipe, build_recipe, laid_over, read_prompts
 from palinode.pipeline.run import finished_before
 from palinode.pipeline.tracking import PACKAGES, check_trackers, is_installed
 from palinode.progress import Listener, NullListener, duration_text
@@ -58,7 +59,6 @@ State = Literal["ok", "note", "warn", "fail"]
 Result = TypeVar("Result")
 
 USES = {
-    "history": "SQL over an exposure log",
     "lm-eval": "general ability, evaluate --lm-eval",
     "lora": "low-rank fine-tuning",
 }
@@ -235,6 +235,9 @@ class _Examination:
     def __init__(self, content: Mapping[str, Any], changes: Sequence[str], listener: Listener) -> None:
         self.content, self.changes, self.listener = content, changes, listener
         self.findings: list[DoctorFinding] = []
+        self.method = METHODS.get(str(content.get("method", "msa")))
+        self.lacking: list[str] = []
+        """What a run needs and was not named."""
         self.models: dict[str, Checkpoint] = {}
         self.sets: dict[str, list[Example]] = {}
 
@@ -260,7 +263,8 @@ class _Examination:
         return found if isinstance(found, Mapping) else {}
 
     def say(self, area: str, name: str, state: State, text: str, fix: str | None = None) -> None:
-        self.findings.append(DoctorFinding(area, name, state, text, fix))
+        if state != "note" or text not in {finding.text for finding in self.findings}:
+            self.findings.append(DoctorFinding(area, name, state, text, fix))
 
     def attempt(self, area: str, name: str, fix: str, action: Callable[[], Result]) -> Result | None:
         """Return what an action gives; keep its refusal as a failure, with `fix` if it names none."""
@@ -276,14 +280,18 @@ class _Examination:
         return [finding for finding in self.findings if finding.state == "fail"]
 
     def recipe(self) -> Recipe | None:
-        """Return the recipe, once a forget set is named."""
+        """Return the recipe that the options make, with stand-ins for what was not named."""
         named, device = self.content.get("tracker"), self.content.get("device", "auto")
         self.attempt("run", "tracker", OTHER_OPTION, lambda: check_trackers(named))
         self.attempt("run", "device", OTHER_OPTION, lambda: pick_device(device))
-        if not self.given("data").get("forget"):
-            return None
-        whole = {**self.content, "output": {"folder": UNNAMED, **self.given("output")}}
-        return self.attempt("run", "recipe", OTHER_OPTION, lambda: build_recipe(whole, self.changes))
+        needed = {"models": ["target"], "data": ["forget"], "output": ["folder"]}
+        if self.method is None or "base" in self.method.needs:
+            needed["models"].append("base")
+        whole = laid_over({key: dict.fromkeys(names, UNNAMED) for key, names in needed.items()}, self.content)
+        self.lacking = [
+            name for key in ("models", "data") for name in needed[key] if not self.given(key).get(name)
+        ]
+        return self.attempt("run", "options", OTHER_OPTION, lambda: build_recipe(whole, self.changes))
 
     # Models
 
@@ -360,8 +368,9 @@ class _Examination:
     def look_at_pair(self, target: Checkpoint, base: Checkpoint) -> None:
         """Look whether target and base are two states of one model."""
         fix = "name an earlier checkpoint of the target as its base"
-        method, settings = str(self.content.get("method", "msa")), self.given("method_settings")
-        checks, before = pair_checks(target, base, method, settings), len(self.failures())
+        method = self.method.name if self.method else "msa"
+        checks = pair_checks(target, base, method, self.given("method_settings"))
+        before = len(self.failures())
         found: dict[str, Any] = {
             name: self.attempt("pair", name, fix, check) for name, check in checks.items()
         }
@@ -480,16 +489,20 @@ class _Examination:
         """Go through the pre-flight of the run itself, where all that it needs is there."""
         folder = self.given("output").get("folder")
         missing = [name for name in ROLES if self.given("models").get(name) and name not in self.models]
-        if recipe is not None and not missing and not self.failures():
+        if recipe is not None and not missing and not self.lacking and not self.failures():
             self.go_through(recipe)
             return
         if folder:
             place, inputs = Path(str(folder)).expanduser(), [model.folder for model in self.models.values()]
             self.attempt("run", "output", OTHER_OUTPUT, lambda: check_output(place, inputs))
-        if recipe is None and not self.sets:
-            text, fix = "there is no forget set", "name one with --forget"
-        elif self.failures():
+        if self.failures():
             text, fix = "something fails", "mend what fails and call again"
+        elif self.lacking:
+            named = [{"forget": "forget set"}.get(name, name) for name in self.lacking]
+            text, fix = (
+                f"there is no {' and no '.join(named)}",
+                f"name it with --{' and --'.join(self.lacking)}",
+            )
         else:
             text, fix = "a model is not on this machine", "fetch it and call again"
         self.say("run", "pre-flight", "note", f"not gone through: {text}", fix)
@@ -499,7 +512,8 @@ class _Examination:
         if inputs is None:
             return
         for note in inputs.notes:
-            self.say("run", "rows", "note", note)
+            if not note.startswith(CUT):  # which was said of the rows
+                self.say("run", "rows", "note", note)
         if finished_before(inputs) is not None:
             text = f"{recipe.output.folder} already holds the result of this very run"
             self.say("run", "output", "ok", text)

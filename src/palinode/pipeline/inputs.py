@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from palinode.benchmarks.own import read_questions
 from palinode.data.examples import (
     Example,
     at_most,
     fingerprint_examples,
     read_examples,
+    read_questions,
     reading_notes,
     sample_examples,
     shared_rows,
@@ -49,6 +49,9 @@ from palinode.weights.atomic import check_output, check_room
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.folders import require_causal_lm
 from palinode.weights.preflight import check_sum, check_tokenizers
+
+CUT = "Answers cut to fit max_length"
+"""How a note on cut answers begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -597,5 +600,5 @@ def _check_rows_fit(inputs: Inputs) -> list[str]:
         for model in inputs.models.values():
             check_positions(load_config(model), tokens, tokenizer)
         if count := sum(row.truncated for row in tokens):
-            notes.append(f"Answers cut to fit max_length {max_length} in {use}: {count}.")
+            notes.append(f"{CUT} {max_length} in {use}: {count}.")
     return notes

@@ -1,7 +1,7 @@
 """Filters of a vector beside the plain one, on the demo's invented world, at equal forgetting.
 
     palinode demo --seed S --output DIR
-    python benchmarks/filters.py --demo DIR [--demo DIR …] [--only WORD] [--json]
+    python benchmarks/filters.py --demo DIR [--demo DIR …] [--only FILTER …] [--method METHOD …] [--json]
 
 β = 0 and the α at which the forget people's answer probability is the retrained model's. Loss is in answer
 probability of others whose rows no filter and no vector has read. Figures in docs/filters.md.
@@ -19,11 +19,16 @@ import torch
 from at_equal_forgetting import Demo
 
 PAIR = {"method": "paired", "training": {"epochs": 10, "batch_size": 16}}
+TRAINED = {"epochs": 10, "batch_size": 16, "learning_rate": 1e-4}
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "msa": {},
     "task vector": {"method": "task_vector"},
     "paired": PAIR,
+    "GradDiff": {"method": "grad_diff", "training": TRAINED},
+    "NPO": {"method": "npo", "training": TRAINED},
+    "SimNPO": {"method": "simnpo", "training": TRAINED},
 }
+"""The last three train the target itself; the change they make is taken as the vector."""
 
 
 def squares(mu: float, epsilon: float, **settings: Any) -> list[dict[str, Any]]:
@@ -31,7 +36,7 @@ def squares(mu: float, epsilon: float, **settings: Any) -> list[dict[str, Any]]:
 
 
 FILTERS: Mapping[str, list[dict[str, Any]]] = {
-    "plain": [],
+    "plain": [{"name": "layer_scales", "scales": {".": 1.0}}],
     "projection .9": [{"name": "projection", "others": "drop"}],
     "soft .1": squares(1e6, 1e5),
     "soft .01": squares(1e6, 1e4),
@@ -43,6 +48,7 @@ FILTERS: Mapping[str, list[dict[str, Any]]] = {
     "least squares 100, .1": squares(100.0, 0.1),
     "to zero 10, .01": squares(10.0, 0.01, ridge="zero"),
     "to zero 100, .1": squares(100.0, 0.1, ridge="zero"),
+    "100, 1, projection .9": [*squares(100.0, 1.0), {"name": "projection", "others": "drop"}],
     "10, .1, embeddings filtered": squares(10.0, 0.1, others="filter"),
     "100, 1, embeddings filtered": squares(100.0, 1.0, others="filter"),
     "1000, 10, embeddings filtered": squares(1000.0, 10.0, others="filter"),
@@ -58,8 +64,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--demo", type=Path, action="append", required=True, help="folder of palinode demo")
-    parser.add_argument("--only", default="", help="filters whose name holds this word")
-    parser.add_argument("--method", default="", help="methods whose name holds this word")
+    parser.add_argument("--only", action="append", choices=[*FILTERS], help="this filter; repeatable")
+    parser.add_argument("--method", action="append", choices=[*METHODS], help="this method; repeatable")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -68,7 +74,7 @@ def main() -> None:
         demo = Demo(folder)
         for method, changes in METHODS.items():
             for name, transforms in FILTERS.items():
-                if args.only in name and args.method in method:
+                if name in (args.only or FILTERS) and method in (args.method or METHODS):
                     own = {**changes, "transforms": transforms}
                     for measured in demo.filtered(
                         own, arrive=name.startswith("least squares 10") or "filtered" in name

@@ -1,11 +1,16 @@
 """Filters of a recipe's vector at equal forgetting: on a real model, after a run of that recipe.
 
     palinode run RECIPE [--set …]
-    python benchmarks/filters_at.py RECIPE [--set …] [--only WORD]
+    python benchmarks/filters_at.py RECIPE [--set …] [--only NAME …] [--also FILE …] [--results FILE]
+    python benchmarks/filters_at.py --compare "projection .9" --results FILE [--results FILE …]
 
 For each filter the α at which the forget rows' mean answer probability is the retrained model's (by secants
-on its logarithm, β = 0), and the probability there of the retain probes, which no vector or filter has read.
-What the run trained and measured is found in its workspace. Figures in docs/filters.md.
+on its logarithm, β = 0), and the probability there of the retain probes, which no vector or filter has read;
+of neutral sentences; and of the rows of each FILE named by `--also`, there the share of the right answer in
+the sum with the wrong ones where the rows have any (TOFU's way). `--save FOLDER` writes those models.
+What the run trained and measured is found in its workspace. `--results` adds a line for each filter, with
+every row; `--compare` says how far the filters in such files can be told from one of them: the mean
+difference over rows and its 95 % interval (paired bootstrap). Figures in docs/filters.md.
 """
 
 from __future__ import annotations
@@ -15,99 +20,208 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
-from at_equal_forgetting import score
 
-from palinode.data.tokenize import tokenize
+from palinode.benchmarks.own import read_questions
+from palinode.data.examples import plain_questions
+from palinode.data.tokenize import TokenRow, tokenize
+from palinode.data.world import neutral_examples
 from palinode.models.inplace import put
-from palinode.models.loading import load_model, load_tokenizer
+from palinode.models.likelihoods import score_rows
+from palinode.models.loading import load_model, load_tokenizer, pad_token
+from palinode.pipeline.filtering import Measuring, MomentFiles, project
 from palinode.pipeline.finetuning import FineTuning
 from palinode.pipeline.inputs import open_inputs, workspace_folder
 from palinode.pipeline.recipe import load_recipe
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import NullListener
 from palinode.weights import Direction
+from palinode.weights.vectors import transform
 
 ASKED = 4
-"""Values of α that are tried for each vector."""
+"""Values of α that are tried for each vector, at most."""
+NEAR = 0.003
+"""How near the logarithm of the forget probability comes to what is wanted."""
+DRAWS = 10_000
+
+
+@dataclass(frozen=True)
+class Filter:
+    """One way to filter a vector."""
+
+    alpha: float
+    """To begin with."""
+    transforms: Sequence[Mapping[str, Any]] = ()
+    rounds: int = 0
+    """Times that it is filtered again by what the layers read where its α arrives."""
+    last: float | None = None
+    """Energy of the axes that are taken out at the end, of all spared rows' inputs."""
 
 
 def squares(mu: float, **settings: Any) -> list[dict[str, Any]]:
     return [{"name": "least_squares", "mu": mu, **settings}]
 
 
-FILTERS: Mapping[str, tuple[float, list[dict[str, Any]]]] = {
-    "plain": (0.7, []),
-    "projection .9": (3.0, [{"name": "projection", "others": "drop"}]),
-    "least squares 10": (1.0, squares(10.0)),
-    "least squares 100": (0.9, squares(100.0)),
-    "least squares 1000": (0.7, squares(1000.0)),
-    "100, embeddings filtered": (0.9, squares(100.0, others="filter")),
+PROJECTION = {"name": "projection", "others": "drop"}
+FILTERS: Mapping[str, Filter] = {
+    "plain": Filter(0.75),
+    "projection .9": Filter(2.9, [PROJECTION]),
+    "projection .8": Filter(2.0, [{**PROJECTION, "energy": 0.8}]),
+    "projection .9, all rows": Filter(2.9, last=0.9),
+    "projection .95, all rows": Filter(4.0, last=0.95),
+    "soft .1": Filter(0.8, squares(1e6, epsilon=1e5)),
+    "least squares 10": Filter(0.65, squares(10.0), 1),
+    "least squares 100": Filter(0.62, squares(100.0), 2),
+    "least squares 1000": Filter(0.6, squares(1000.0), 1),
+    "100, epsilon .1": Filter(0.6, squares(100.0, epsilon=0.1), 1),
+    "100, epsilon .01": Filter(0.6, squares(100.0, epsilon=0.01)),
+    "100, to zero": Filter(0.6, squares(100.0, ridge="zero"), 1),
+    "100, answers": Filter(0.6, squares(100.0, positions="answers"), 1),
+    "100, 40 rows": Filter(0.6, squares(100.0, rows=40)),
+    "100, embeddings filtered": Filter(0.6, squares(100.0, others="filter")),
+    "100, then projection .8": Filter(0.8, squares(100.0), 1, 0.8),
+    "100, then projection .9": Filter(1.0, squares(100.0), 1, 0.9),
 }
-"""The α to begin with, and the transforms."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", type=Path)
+    parser.add_argument("recipe", type=Path, nargs="?")
     parser.add_argument("--set", action="append", default=[], dest="changes")
-    parser.add_argument("--only", default="", help="filters whose name holds this word")
+    parser.add_argument("--only", action="append", choices=[*FILTERS], help="this filter; repeatable")
+    parser.add_argument("--rounds", type=int, help="times that a vector is filtered again, at most")
+    parser.add_argument("--also", action="append", default=[], help="rows to look at as well; repeatable")
+    parser.add_argument("--results", action="append", default=[], type=Path)
+    parser.add_argument("--save", type=Path, help="folder for the models at equal forgetting")
+    parser.add_argument("--compare", metavar="NAME", help="compare results with this filter's")
     args = parser.parse_args()
-    recipe = load_recipe(args.recipe, args.changes)
-    inputs, workspace = open_inputs(recipe), Workspace(workspace_folder(recipe))
-    tokenizer, style = load_tokenizer(inputs.reader), recipe.prompts.style()
-    forget, retain = (
-        tokenize(rows, tokenizer, max_length=recipe.evaluation.max_length, style=style)
-        for rows in (inputs.rows.forget, inputs.rows.retain_probe)
-    )
-    with workspace.locked():
-        target, retrained = FineTuning(inputs, workspace, NullListener()).given_or_prepared()
+    if args.compare:
+        compare(args.compare, args.results)
+        return
+    trial = Trial(args.recipe, args.changes, args.also, args.results[0] if args.results else None, args.save)
+    with trial.workspace.locked():
+        trial.begin()
+        for name in args.only or FILTERS:
+            trial.measure(name, FILTERS[name], args.rounds)
+
+
+class Trial:
+    """A recipe's models and rows, and what is found with them."""
+
+    def __init__(
+        self,
+        recipe: Path,
+        changes: Sequence[str],
+        also: Sequence[str],
+        results: Path | None,
+        save: Path | None,
+    ) -> None:
+        self.recipe = load_recipe(recipe, changes)
+        self.inputs = open_inputs(self.recipe)
+        self.workspace = Workspace(workspace_folder(self.recipe))
+        self.results, self.save = results, save
+        tokenizer, style = load_tokenizer(self.inputs.reader), self.recipe.prompts.style()
+        self.pad_id = pad_token(tokenizer)
+        rows = self.inputs.rows
+        sets = {"forget": rows.forget, "retain": rows.retain_probe, "neutral": neutral_examples()}
+        questions = {name: plain_questions(own) for name, own in sets.items()}
+        questions |= {Path(place).stem: read_questions(place) for place in also}
+        self.answers: dict[str, list[int]] = {}
+        """How many answers each row of a set has, the right one first."""
+        self.rows: dict[str, list[TokenRow]] = {}
+        for name, own in questions.items():
+            wrong = [one.alternatives.get("perturbed", ()) for one in own]
+            self.answers[name] = [1 + len(others) for others in wrong]
+            every = [
+                replace(one.example, answer=answer)
+                for one, others in zip(own, wrong, strict=True)
+                for answer in (one.example.answer, *others)
+            ]
+            length = self.recipe.evaluation.max_length
+            self.rows[name] = tokenize(every, tokenizer, max_length=length, style=style)
+
+    def begin(self) -> None:
+        """Measure target and retrained model."""
+        self.target, retrained = FineTuning(self.inputs, self.workspace, NullListener()).given_or_prepared()
         assert retrained is not None
-        truth = load_model(retrained, device=torch.device("cpu"))
-        wanted, best = score(truth, forget)[0], score(truth, retain)[0]
-        live = load_model(target, device=torch.device("cpu"))
-        print(f"target: forget {score(live, forget)[0]:.4f}, retain {score(live, retain)[0]:.4f}", flush=True)
-        print(f"retrained: forget {wanted:.4f}, retain {best:.4f}", flush=True)
+        self.live = load_model(retrained, device=torch.device("cpu"))
+        self.wanted = math.log(self.report("retrained", 0, time.monotonic(), 0.0)["forget"])
+        put(self.target, self.live)
+        self.known = math.log(self.report("target", 0, time.monotonic(), 0.0)["forget"])
 
-        def at(vector: Direction, alpha: float) -> float:
-            put(target - alpha * vector, live)
-            return score(live, forget)[0]
-
-        def equal(vector: Direction, alpha: float) -> tuple[float, float, float]:
-            """Return α, and the forget and retain probabilities there."""
-            tried = {0.0: math.log(known)}
-            for _ in range(ASKED):
-                tried[alpha] = math.log(at(vector, alpha))
-                alpha = crossing(tried, math.log(wanted))
-            return alpha, at(vector, alpha), score(live, retain)[0]
-
-        put(target, live)
-        known = score(live, forget)[0]
-        for name, (alpha, transforms) in FILTERS.items():
-            if args.only not in name:
-                continue
-            scales = recipe.scales.model_copy(update={"retain": 0.0})
-            own = recipe.model_copy(update={"transforms": transforms, "filter": "none", "scales": scales})
-            started = time.monotonic()
-            trained = FineTuning(open_inputs(own), workspace, NullListener()).train(target)
-            found = equal(trained.vectors.forget, alpha)
-            report(name, 0, started, *found)
-            if trained.filters is not None:
-                alpha = found[0]
+    def measure(self, name: str, one: Filter, most: int | None) -> None:
+        """Report a filter, and what it comes to where its α arrives."""
+        scales = self.recipe.scales.model_copy(update={"retain": 0.0})
+        own = self.recipe.model_copy(
+            update={"transforms": list(one.transforms), "filter": "none", "scales": scales}
+        )
+        started = time.monotonic()
+        trained = FineTuning(open_inputs(own), self.workspace, NullListener()).train(self.target)
+        vector, filtered, alpha = trained.vectors.forget, None, one.alpha
+        for place in range(1 + (one.rounds if most is None else min(most, one.rounds))):
+            if place:
+                assert trained.filters is not None
                 started = time.monotonic()
-                again = trained.filters.arrived(trained.filters.usual(), alpha)
-                report(name, 1, started, *equal(again.direction, alpha))
+                filtered = trained.filters.arrived(filtered or trained.filters.usual(), alpha)
+                vector = filtered.direction
+            with TemporaryDirectory(dir=self.workspace.folder.parent) as folder:
+                if one.last is not None:
+                    vector = self.projected(vector, one.last, Path(folder) / "vector")
+                alpha = self.equal(vector, alpha)
+                self.report(name, place, started, alpha)
+                if self.save:
+                    (self.target - alpha * vector).save(self.save / f"{name}, {place}".replace(" ", "_"))
 
+    def projected(self, vector: Direction, energy: float, folder: Path) -> Direction:
+        """Take from a vector what acts on the principal axes of all spared rows' inputs, at the target."""
+        measuring = Measuring(self.inputs, self.workspace, NullListener(), self.target)
+        kept = MomentFiles(measuring.of_checkpoint(self.target, self.inputs.rows.spared))
+        return transform([vector], project(kept, energy=energy, others="drop"), folder, label=f"off {energy}")
 
-def report(name: str, place: int, started: float, alpha: float, forget: float, retain: float) -> None:
-    facts = {"filter": name, "round": place, "alpha": round(alpha, 3), "forget": forget, "retain": retain}
-    print(json.dumps({**facts, "seconds": round(time.monotonic() - started, 1)}), flush=True)
+    def equal(self, vector: Direction, alpha: float) -> float:
+        """Return the α at which as much is forgotten as is wanted; the live model is left there."""
+        tried = {0.0: self.known}
+        for _ in range(ASKED):
+            put(self.target - alpha * vector, self.live)
+            tried[alpha] = math.log(mean(self.probabilities("forget")))
+            if abs(tried[alpha] - self.wanted) < NEAR:
+                break
+            alpha = crossing(tried, self.wanted)
+        else:
+            put(self.target - alpha * vector, self.live)
+        return alpha
+
+    def probabilities(self, which: str) -> list[float]:
+        """Return the answer probability of each row, the geometric mean of its tokens'.
+
+        Its share in the sum with the wrong answers', where a row has any.
+        """
+        scored = score_rows(self.live, self.rows[which], pad_id=self.pad_id)
+        every = iter([math.exp(math.fsum(row.logprobs) / len(row.logprobs)) for row in scored])
+        groups = [list(itertools.islice(every, count)) for count in self.answers[which]]
+        return [own[0] / (math.fsum(own) if len(own) > 1 else 1.0) for own in groups]
+
+    def report(self, name: str, place: int, started: float, alpha: float) -> dict[str, float]:
+        """Print what the live model makes of all rows."""
+        found = {which: self.probabilities(which) for which in self.rows}
+        means = {which: mean(values) for which, values in found.items()}
+        facts = {"filter": name, "round": place, "alpha": round(alpha, 3), "seed": self.recipe.seed}
+        facts["seconds"] = round(time.monotonic() - started, 1)
+        print(json.dumps({**facts, **{which: round(value, 4) for which, value in means.items()}}), flush=True)
+        if self.results:
+            with self.results.open("a") as lines:
+                lines.write(json.dumps({**facts, "rows": found}) + "\n")
+        return means
 
 
 def crossing(tried: Mapping[float, float], wanted: float) -> float:
@@ -118,6 +232,33 @@ def crossing(tried: Mapping[float, float], wanted: float) -> float:
     slope = (tried[high] - tried[low]) / (high - low)
     reached = low + (wanted - tried[low]) / slope if slope < 0 else 1.5 * high
     return min(max(reached, 0.3 * high), 2 * high)
+
+
+def compare(name: str, files: Sequence[Path]) -> None:
+    """Print a line for each filter: means by file, and its difference from one of them over all rows."""
+    found: dict[str, dict[tuple[str, str], list[float]]] = {}
+    alphas: dict[str, dict[Path, float]] = {}
+    for file in files:
+        for line in file.read_text().splitlines():
+            one = json.loads(line)
+            label = f"{one['filter']}{' *' * one['round']}"
+            alphas.setdefault(label, {})[file] = one["alpha"]
+            for which, values in one["rows"].items():
+                found.setdefault(label, {})[str(file), which] = values
+    sets = list(dict.fromkeys(which for _, which in found[name]))
+    draws = np.random.default_rng(0)
+    for label, own in found.items():
+        cells = []
+        for which in sets:
+            places = [place for place in found[name] if place[1] == which and place in own]
+            if not places:
+                continue
+            gaps = np.concatenate([np.subtract(own[place], found[name][place]) for place in places])
+            drawn = gaps[draws.integers(len(gaps), size=(DRAWS, len(gaps)))].mean(axis=1)
+            low, high = np.quantile(drawn, [0.025, 0.975])
+            means = " / ".join(f"{mean(own[place]):.4f}" for place in places)
+            cells.append(f"{which} {means} ({gaps.mean():+.4f}, {low:+.4f} to {high:+.4f}, n = {len(gaps)})")
+        print(f"{label} | α {' / '.join(map(str, alphas[label].values()))} | {' | '.join(cells)}")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python benchmarks/moments.py --model FOLDER --rows FILE [--count 200] [--repeats 3] [--widths 1024,2048]
 
-Seconds of each part, median and spread of the repeats; the pass alone is measured in the same run, so that
-the moments' price is a ratio of two things on one machine. `--widths` solves one layer of each width, with
-the peak of memory. Figures in docs/filters.md.
+Seconds of each part, median and spread of the repeats; the pass alone, the moments, and the moments with
+both halves of each sum take turns, so that their price is a ratio of things on one machine. `--widths` solves
+one layer of each width, with the peak of memory. Figures in docs/filters.md.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,20 +25,32 @@ from palinode.data.tokenize import PromptStyle, tokenize
 from palinode.models.likelihoods import padded_batches
 from palinode.models.loading import load_model, load_tokenizer, pad_token
 from palinode.models.reading import model_inputs
+from palinode.training import moments as measuring
 from palinode.training.moments import BATCH_TOKENS, input_moments
 from palinode.weights import Checkpoint
 from palinode.weights.filters import along, least_squares
 
 
-def timed(label: str, act: Callable[[], object], repeats: int) -> float:
-    found = []
+def paired(parts: Mapping[str, Callable[[], object]], repeats: int) -> list[list[float]]:
+    """Return the seconds of each repeat of each part; they take turns, so that all meet the same machine."""
+    found: dict[str, list[float]] = {label: [] for label in parts}
     for _ in range(repeats):
-        started = time.perf_counter()
-        act()
-        found.append(time.perf_counter() - started)
-    middle = statistics.median(found)
-    print(f"{label:<34} {middle:8.2f} s   [{min(found):.2f}, {max(found):.2f}]", flush=True)
-    return middle
+        for label, act in parts.items():
+            started = time.perf_counter()
+            act()
+            found[label].append(time.perf_counter() - started)
+    for label, times in found.items():
+        print(
+            f"{label:<34} {statistics.median(times):8.2f} s   [{min(times):.2f}, {max(times):.2f}]",
+            flush=True,
+        )
+    return list(found.values())
+
+
+def ratio(times: Sequence[float], others: Sequence[float]) -> str:
+    """Return the median of the ratios, and the least and the greatest."""
+    found = [one / other for one, other in zip(times, others, strict=True)]
+    return f"{statistics.median(found):.2f} [{min(found):.2f}, {max(found):.2f}]"
 
 
 def main() -> None:
@@ -72,9 +84,20 @@ def main() -> None:
         for group in input_moments(model, rows, pad_id=pad_id):
             moments.update({key: value.float().numpy() for key, value in group.values.items()})
 
-    alone = timed("forward pass alone", forward, args.repeats)
-    whole = timed("moments of all layers", measure, args.repeats)
-    print(f"moments / forward pass: {whole / alone:.2f}")
+    def measure_whole() -> None:
+        strip, measuring.STRIP = measuring.STRIP, 1 << 30
+        measure()
+        measuring.STRIP = strip
+
+    parts = {
+        "forward pass alone": forward,
+        "with both halves": measure_whole,
+        "moments of all layers": measure,
+    }
+    alone, whole, half = paired(parts, args.repeats)
+    print(
+        f"moments / forward pass: {ratio(half, alone)}; with both halves of each sum: {ratio(whole, alone)}"
+    )
     matrices = [value for key, value in moments.items() if value.ndim == 2 and key != "head"]
     held = sum(value.nbytes for value in moments.values())
     print(f"moments on disk: {held / 1e6:.0f} MB for a set")
@@ -83,7 +106,7 @@ def main() -> None:
         for moment in matrices:
             least_squares(moment, moment, mu=100.0, epsilon=1.0)
 
-    timed(f"factorisation, {len(matrices)} layers", solve, args.repeats)
+    paired({f"factorisation, {len(matrices)} layers": solve}, args.repeats)
     shapes = [
         info.shape for info in checkpoint.tensors.values() if len(info.shape) == 2 and ".layers." in info.name
     ]
@@ -93,11 +116,13 @@ def main() -> None:
         for outputs, width in shapes:
             along(np.ones((outputs, width), np.float32), by_width[width], 1)
 
-    timed("one product with every matrix", apply, args.repeats)
+    paired({"one product with every matrix": apply}, args.repeats)
     for width in (int(text) for text in args.widths.split(",") if text):
         draw = np.random.default_rng(width).standard_normal((width, width), np.float32)
         moment = draw @ draw.T / width
-        timed(f"one layer of width {width}", lambda m=moment: least_squares(m, m, mu=100.0, epsilon=1.0), 1)
+        paired(
+            {f"one layer of width {width}": lambda m=moment: least_squares(m, m, mu=100.0, epsilon=1.0)}, 1
+        )
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(f"  peak of the process so far: {peak / 1e9:.1f} GB")
 

@@ -334,7 +334,7 @@ def test_evaluate_prints_scores_and_writes_outcomes(palinode, tiny, tmp_path):
     assert scores["answer_probability"]["n"] == 12
     assert len((tmp_path / "outcomes.jsonl").read_text().splitlines()) == 12
     table = palinode(*words, "--quiet").out
-    assert "answer probability" in table
+    assert "answer_probability" in table
     assert f"{scores['answer_probability']['value']:.3f}" in table
     assert "exists already" in palinode(*words, "--output", tmp_path / "outcomes.jsonl").refusal
 
@@ -365,7 +365,7 @@ def test_terminal_that_knows_only_ascii_is_no_reason_to_fail(tiny):
     )
     assert run.returncode == 0
     assert run.stdout.isascii()
-    assert b"answer probability" in run.stdout
+    assert b"answer_probability" in run.stdout
 
 
 def test_reader_that_leaves_early_gets_no_traceback(tiny):

@@ -241,3 +241,39 @@ AUDIT = {
     "notes": [],
     "environment": {"python": "3.11.7", "device": "cpu"},
 }
+
+
+def contestant(name, *points):
+    scores = {data_set: {"exact_match": score(0.5)} for data_set in ("forget", "retain")}
+    return {
+        "name": name,
+        "set": {"scales.retain": 0.0},
+        "points": [
+            {**found, "number": i, "settings": {"training.epochs": i}, "scales": [found["forget"], 0.0]}
+            for i, found in enumerate(points)
+        ],
+        "chosen": {"kept_rule": True},
+        "summary": {"rows": scores},
+        "cost": {"steps": 10, "tokens": 99, "seconds": 1.5, "search_steps": 20, "search_seconds": 3.0},
+    }
+
+
+def comparison():
+    order = [
+        {"name": "msa", "place": 1, "gap": 0.1, "low": 0.05, "high": 0.2, "within_noise_of": []},
+        {"name": "<b>npo", "place": 2, "gap": 0.4, "low": 0.3, "high": 0.5, "within_noise_of": []},
+    ]
+    return {
+        "complete": True,
+        "seeds": [0, 1],
+        "rule": "the least",
+        "models": {
+            "target": {"probes": {"forget": 0.8, "retain": 0.9}, "summary": {}},
+            "base": {"probes": {"forget": 0.1, "retain": 0.2}, "summary": {}},
+        },
+        "contestants": [
+            contestant("msa", point(0.5, 0, 0.4, 0.9), point(1.0, 0, 0.2, 0.8, chosen=True)),
+            contestant("<b>npo", point(0.5, 0, 0.5, 0.7, chosen=True)),
+        ],
+        "ranking": {"metric": "exact_match", "ideal": "base and target", "order": order, "left_out": {}},
+    }

@@ -128,11 +128,11 @@ def test_opens_from_disk_without_errors_and_asks_no_network(opened):
 
 
 def test_plots_and_tables_are_there(opened):
-    assert len(find(opened, ".plot")) == 11
-    assert len([svg for svg in find(opened, ".plot svg") if svg.is_displayed()]) == 11
+    assert len(find(opened, ".plot")) == 8
+    assert len([svg for svg in find(opened, ".plot svg") if svg.is_displayed()]) == 8
     marks = [mark for mark in find(opened, "#plot-tradeoff .mark") if mark.is_displayed()]
     assert len(marks) == 7 + 7  # three points, four models; and as many in the key
-    assert len(find(opened, "section tbody tr")) == 4 + 4 + 3 + 2 + 2 + 2 + 2 + 6 + 4
+    assert len(find(opened, "section tbody tr")) == 4 + 4 + 3 + 2 + 2 + 2 + 3 + 2 + 6 + 4
     assert [" ".join(light.text.split()) for light in find(opened, ".claim .light")] == [
         "! Partly",
         "! Partly",

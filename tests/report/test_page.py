@@ -1,19 +1,16 @@
 """A report's content, page and card say what the record says, and no text in them can do harm."""
 
 import html
-import io
 import json
 import re
 from importlib.resources import files
 from xml.etree import ElementTree
 
 import pytest
-from example_run import AUDIT, HOSTILE, LONG, QUESTIONS, RECORD, outcomes, point, record, score
-from rich.console import Console
+from example_run import AUDIT, HOSTILE, LONG, QUESTIONS, RECORD, comparison, outcomes, record
 
 from palinode.records import Outcome
-from palinode.report.comparison_report import comparison_brief
-from palinode.report.content import Grid, show
+from palinode.report.content import Grid
 from palinode.report.pictures import Figure, Mark, Ruler, Trace, drawing, picture_file
 from palinode.report.reports import (
     MOST_BYTES,
@@ -214,7 +211,7 @@ def test_every_figure_is_drawn_on_the_page_for_wide_and_for_narrow_screens(conte
     drawn = figures(content)
     assert set(drawn) == {
         *("scores-forget", "scores-retain", "tradeoff", "likelihood-forget", "likelihood-retain"),
-        *("norms", "cosines", "doses", "training", "attacks", "relearning"),
+        *("training", "attacks", "relearning"),
     }
     for name in drawn:
         assert f'id="plot-{name}"' in page
@@ -306,10 +303,10 @@ def test_forget_only_runs_show_points_by_their_scale():
     assert [ys(trace) for trace in traces] == [[0.5], [2.0], [1.0]]
 
 
-def test_dose_is_shown_as_a_share_of_what_was_asked(content):
-    lines = {trace.name: ys(trace) for trace in figures(content)["doses"].traces}
-    assert lines["forget vector"] == pytest.approx([0.99] * 3)
-    assert lines["retain vector"] == pytest.approx([0.98] * 3)  # 0.49 of 0.5
+def test_lengths_cosine_and_dose_are_shown_by_part_of_the_model(content):
+    text = markdown_report(content)
+    assert "| part | forget length | retain length | cosine | forget arrived | retain arrived |" in text
+    assert "| layer 0 | 1.000 | 0.500 | 0.100 | 99.0 % | 98.0 % |" in text  # 0.49 of 0.5
 
 
 def test_audit_page_has_its_own_claims():
@@ -320,42 +317,6 @@ def test_audit_page_has_its_own_claims():
 
 
 # Comparisons
-
-
-def contestant(name, *points):
-    scores = {data_set: {"exact_match": score(0.5)} for data_set in ("forget", "retain")}
-    return {
-        "name": name,
-        "set": {"scales.retain": 0.0},
-        "points": [
-            {**found, "number": i, "settings": {"training.epochs": i}, "scales": [found["forget"], 0.0]}
-            for i, found in enumerate(points)
-        ],
-        "chosen": {"kept_rule": True},
-        "summary": {"rows": scores},
-        "cost": {"steps": 10, "tokens": 99, "seconds": 1.5, "search_steps": 20, "search_seconds": 3.0},
-    }
-
-
-def comparison():
-    order = [
-        {"name": "msa", "place": 1, "gap": 0.1, "low": 0.05, "high": 0.2, "within_noise_of": []},
-        {"name": "<b>npo", "place": 2, "gap": 0.4, "low": 0.3, "high": 0.5, "within_noise_of": []},
-    ]
-    return {
-        "complete": True,
-        "seeds": [0, 1],
-        "rule": "the least",
-        "models": {
-            "target": {"probes": {"forget": 0.8, "retain": 0.9}, "summary": {}},
-            "base": {"probes": {"forget": 0.1, "retain": 0.2}, "summary": {}},
-        },
-        "contestants": [
-            contestant("msa", point(0.5, 0, 0.4, 0.9), point(1.0, 0, 0.2, 0.8, chosen=True)),
-            contestant("<b>npo", point(0.5, 0, 0.5, 0.7, chosen=True)),
-        ],
-        "ranking": {"metric": "exact_match", "ideal": "base and target", "order": order, "left_out": {}},
-    }
 
 
 def test_comparison_shows_every_point_and_the_ranking():
@@ -369,14 +330,6 @@ def test_comparison_shows_every_point_and_the_ranking():
     assert "1. msa" in page
     assert "2. &lt;b&gt;npo" in page
     assert "In short</h2>" not in page
-
-
-def test_comparison_in_the_terminal_breaks_off_nothing_at_eighty_columns():
-    screen = io.StringIO()
-    show(comparison_brief(comparison()), Console(width=80, file=screen))
-    assert "…" not in screen.getvalue()
-    for said in ("<b>npo", "0.400", "0.300–0.500", "base", "checkpoint"):
-        assert said in screen.getvalue()
 
 
 # The style

@@ -31,6 +31,7 @@ SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_atten
 BUILT = {
     "llama": ("Llama", SMALL),
     "llama, tied": ("Llama", SMALL | {"tie_word_embeddings": True}),
+    "llama, wide": ("Llama", SMALL | {"intermediate_size": 2 * moments.STRIP + 3}),
     "gpt2": ("GPT2", TOKENS | {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}),
     "mixtral": ("Mixtral", SMALL | {"num_local_experts": 5, "num_experts_per_tok": 2}),
     "qwen2": ("Qwen2", SMALL),

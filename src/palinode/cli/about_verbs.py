@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from palinode.cli.console import listener, out, print_json, warn
 from palinode.cli.options import (
@@ -33,8 +31,14 @@ from palinode.cli.options import (
 
 if TYPE_CHECKING:
     from palinode.pipeline.doctor import DoctorFinding
+    from palinode.report.content import Tone
 
-SIGNS = {"ok": ("✓", "green"), "note": ("·", "dim"), "warn": ("!", "yellow"), "fail": ("✗", "bold red")}
+SIGNS: dict[str, tuple[str, Tone | None]] = {
+    "ok": ("✓", "good"),
+    "note": ("·", None),
+    "warn": ("!", "unsure"),
+    "fail": ("✗", "bad"),
+}
 
 
 @takes(
@@ -89,9 +93,19 @@ def doctor(
 
 
 def _show(findings: Sequence[DoctorFinding], counts: Counter[str], *, looked_at_run: bool) -> None:
+    from palinode.report.content import Grid, GridCell, Row, show
+
     console = out()
     for area, members in groupby(findings, key=lambda finding: finding.area):
-        console.print(_table(area, [*members]))
+        rows: list[Row] = [
+            [
+                GridCell(f"{SIGNS[found.state][0]} {found.state}", tone=SIGNS[found.state][1]),
+                found.name,
+                GridCell(found.text, f"→ {found.fix}" if found.fix else None),
+            ]
+            for found in members
+        ]
+        show([Grid(area, ["", "", ""], rows, text_columns=3)], console)
     failures, warnings = counts["fail"], counts["warn"]
     if failures:
         text = f"{_number(failures, 'thing fails', 'things fail')}; what to do stands beside each."
@@ -102,22 +116,6 @@ def _show(findings: Sequence[DoctorFinding], counts: Counter[str], *, looked_at_
     if not looked_at_run:
         text += " To have a run looked at, name --target, --base, --forget and --output, or --recipe."
     console.print(text, soft_wrap=True)
-
-
-def _table(area: str, findings: Sequence[DoctorFinding]) -> Table:
-    table = Table(
-        box=None, show_header=False, title=area, title_justify="left", title_style="bold", pad_edge=False
-    )
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for finding in findings:
-        sign, style = SIGNS[finding.state]
-        text = Text(finding.text)
-        if finding.fix:
-            text.append(f"\n→ {finding.fix}")
-        table.add_row(Text(f"{sign} {finding.state}", style=style), Text(finding.name), text)
-    return table
 
 
 def _number(count: int, one: str, many: str) -> str:

@@ -343,15 +343,16 @@ def demo(
     if locate:
         _demo_locate(output or Path("palinode-demo-locate"), seed=settings.seed, quiet=quiet, as_json=as_json)
         return
-    from palinode.cli.console import demo_sentence, demo_table
+    from palinode.cli.console import demo_sentence
     from palinode.pipeline.demo_run import demo as run_demo
+    from palinode.report.content import Paragraph, show
+    from palinode.report.run_report import demo_grid
 
     result = run_demo(output or Path("palinode-demo"), seed=settings.seed, listener=listener(quiet=quiet))
     if as_json:
         print_json(result.record)
     else:
-        out().print(demo_table(result.record))
-        out().print(demo_sentence(result), soft_wrap=True)
+        show([demo_grid(result.record), Paragraph(demo_sentence(result))], out())
     secret(result.folder / "workspace", INVENTED, of=result.folder, as_json=as_json)
 
 

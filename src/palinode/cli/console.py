@@ -9,13 +9,14 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.segment import Segment
-from rich.table import Column, Table
+from rich.table import Column
 from rich.text import Text
 
 from palinode.progress import Advance, Listener, NullListener, Pace, duration_text, plain, rate_text
@@ -23,42 +24,27 @@ from palinode.records import Score, workspace_beside
 
 if TYPE_CHECKING:
     from palinode.pipeline.demo_run import DemoResult
+    from palinode.report.content import Grid
     from palinode.weights import Profile
 
-DEMO_ROWS = {
-    "target": "target",
-    "base": "base checkpoint",
-    "unlearned": "unlearned (MSA)",
-    "task_vector": "task vector",
-    "retrained": "retrained (the truth)",
-}
 
+def scores_grid(scores: Mapping[str, Mapping[str, Score]], *, title: str) -> Grid:
+    """Return metrics by set, with n and interval; those that were not computed are left out.
 
-def score_table(scores: Mapping[str, Score]) -> Table:
-    """Return metrics with their intervals, one a row."""
-    table = Table("metric", "value", "95 % interval", "rows")
-    for name, score in scores.items():
-        value = "not computed" if score.value is None else f"{score.value:.3f}"
-        interval = "" if score.low is None else f"{score.low:.3f} to {score.high:.3f}"
-        table.add_row(name.replace("_", " "), value, interval or (score.reason or ""), str(score.n))
-    return table
+    Metrics are called what --metrics takes.
+    """
+    from palinode.report.content import Grid, GridCell, Row
+    from palinode.report.words import interval_text, number
 
-
-def benchmark_table(scores: Mapping[str, Mapping[str, Score]], *, title: str) -> Table:
-    """Return a benchmark's metrics by set, with n and interval; those that were not computed are left out."""
-    table = Table(title=title, title_justify="left")
-    for heading in ("set", "metric", "value", "95 % interval", "n"):
-        table.add_column(heading, no_wrap=heading != "95 % interval")  # names are what --metrics takes
+    rows: list[Row] = []
     for name, group in scores.items():
-        shown = name
-        for metric, score in group.items():
-            if score.value is None:
-                continue
-            interval = "" if score.low is None or score.high is None else _interval(score.low, score.high)
-            table.add_row(shown, metric, _figure(score.value), interval, str(score.n))
-            shown = ""
-        table.add_section()
-    return table
+        rows += [[GridCell(name, tone="chosen")]] if len(scores) > 1 else []
+        rows += [
+            [metric, number(score.value), interval_text(asdict(score)) or "", str(score.n)]
+            for metric, score in group.items()
+            if score.value is not None
+        ]
+    return Grid(title, ["metric", "value", "95 % interval", "rows"], rows)
 
 
 def benchmark_notes(scores: Mapping[str, Mapping[str, Score]]) -> Iterator[str]:
@@ -77,34 +63,6 @@ def listing_lines(kind: str, lines: Mapping[str, str]) -> Iterator[str]:
     width = max(map(len, lines), default=0)
     yield f"{kind}:"
     yield from (f"  {name:{width}}  {description}" for name, description in lines.items())
-
-
-def _figure(value: float) -> str:
-    """Return a figure with three digits; p-values may be very small."""
-    return f"{value:.2e}" if 0 < abs(value) < 0.0005 else f"{value:.3f}"
-
-
-def _interval(low: float, high: float) -> str:
-    return f"{_figure(low)} to {_figure(high)}"
-
-
-def demo_table(record: Mapping[str, Any]) -> Table:
-    """Return the demo's exact match by model."""
-    people = record["people"]
-    table = Table(title="Exact match: share of questions answered exactly right", title_justify="left")
-    table.add_column("model", no_wrap=True)
-    for heading in (
-        f"{people['forget']} forget people",
-        f"{people['others']} others",
-        "general facts",
-        "α, β",
-    ):
-        table.add_column(heading, justify="right")
-    for name, label in DEMO_ROWS.items():
-        recall, scales = record["recall"][name], record["scales"].get(name)
-        pair = f"{scales['forget']:g}, {scales['retain']:g}" if scales else ""
-        table.add_row(label, *(f"{recall[part]:.2f}" for part in ("forget", "others", "general")), pair)
-    return table
 
 
 def demo_sentence(result: DemoResult) -> str:
@@ -128,21 +86,19 @@ def vector_content(measured: Profile) -> dict[str, Any]:
     }
 
 
-def vector_tables(measured: Profile, *, layers: bool) -> Iterator[Table]:
-    """Yield a table of norms and cosines, and one over the parts of the model if asked."""
-    table = Table("vector", "norm", *(f"cosine with {name}" for name in measured.names[:-1]))
-    for place, name in enumerate(measured.names):
-        others = measured.names[:-1]
-        cosines = [
-            _cosine(measured, name, other) if measured.names.index(other) < place else "" for other in others
-        ]
-        table.add_row(name, f"{measured.norms()[name]:.5g}", *cosines)
-    yield table
+def vector_grids(measured: Profile, *, layers: bool) -> Iterator[Grid]:
+    """Yield norms and cosines as a grid, and norms by part of the model if asked."""
+    from palinode.report.content import Grid
+
+    names = measured.names
+    rows = [
+        [name, f"{norm:.5g}", *(_cosine(measured, name, other) for other in names[:place])]
+        for place, (name, norm) in enumerate(measured.norms().items())
+    ]
+    yield Grid("", ["vector", "norm", *(f"cosine with {name}" for name in names[:-1])], rows)
     if layers:
-        parts = Table("part", *(f"norm: {name}" for name in measured.names))
-        for part in measured.gram:
-            parts.add_row(part, *(f"{norm:.4g}" for norm in measured.norms(part).values()))
-        yield parts
+        parts = [[part, *(f"{norm:.4g}" for norm in measured.norms(part).values())] for part in measured.gram]
+        yield Grid("", ["part", *(f"norm: {name}" for name in names)], parts)
 
 
 def _vectors(measured: Profile, part: str | None) -> dict[str, Any]:

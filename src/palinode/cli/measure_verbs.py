@@ -23,7 +23,7 @@ from palinode.settings import AuditSettings, EvaluationSettings
 
 if TYPE_CHECKING:
     from palinode.compare.comparison_recipe import ComparisonRecipe
-    from palinode.evaluation.evaluate import BenchmarkEvaluated
+    from palinode.records import Score
 
 ANSWERS = "questions and answers"
 BEYOND = {"split", "options", "metrics", "against", "judge", "key_variable", "general", "general_include"}
@@ -77,7 +77,6 @@ def evaluate(
     strength. With --benchmark, --against, --holdout and the like all metrics that the data allows.
     """
     from palinode import jobs
-    from palinode.cli.console import score_table
     from palinode.errors import RecipeError
     from palinode.evaluation.evaluate import first_process
 
@@ -92,7 +91,11 @@ def evaluate(
         if as_json:
             print_json(found.record)
         else:
-            _show_scores(found, settings.output)
+            record = found.record
+            split = "" if record["benchmark"] == "own" else f" {record['split']}"
+            _show_scores(found.scores, f"{record['benchmark']}{split} on {record['model']['location']}")
+            if settings.output is not None:
+                _tell([f"{settings.output}: scores.json and the outcomes of each set"])
     elif data is None:
         raise RecipeError("evaluate needs --data: a file of rows, or the folder of the benchmark's files")
     else:
@@ -100,22 +103,16 @@ def evaluate(
         if as_json:
             print_json({name: asdict(score) for name, score in scores.items()})
         else:
-            out().print(score_table(scores))
+            _show_scores({"rows": scores}, "")
     if settings.output is not None:
         secret(settings.output, ANSWERS, of=settings.output, as_json=as_json)
 
 
-def _show_scores(found: BenchmarkEvaluated, output: Path | None) -> None:
-    from palinode.cli.console import benchmark_notes, benchmark_table
+def _show_scores(scores: Mapping[str, Mapping[str, Score]], title: str) -> None:
+    from palinode.cli.console import benchmark_notes, scores_grid
+    from palinode.report.content import Items, show
 
-    record = found.record
-    split = "" if record["benchmark"] == "own" else f" {record['split']}"
-    title = f"{record['benchmark']}{split} on {record['model']['location']}"
-    out().print(benchmark_table(found.scores, title=title))
-    for note in benchmark_notes(found.scores):
-        out().print(note, soft_wrap=True)
-    if output is not None:
-        out().print(f"{output}: scores.json and the outcomes of each set", soft_wrap=True)
+    show([scores_grid(scores, title=title), Items([*benchmark_notes(scores)])], out())
 
 
 def _pairs(texts: Sequence[str]) -> dict[str, str]:

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from palinode.cli.console import listener, out, print_json, warn
 from palinode.cli.options import FixedScales, Json, Key, Quiet, parse_scales, takes
@@ -151,7 +149,8 @@ def vector(
         return
     if not models and not folders:
         raise RecipeError("there is no vector to measure; name --base and --model, or --vector")
-    from palinode.cli.console import vector_content, vector_tables
+    from palinode.cli.console import vector_content, vector_grids
+    from palinode.report.content import show
     from palinode.weights import profile
     from palinode.weights.arithmetic import layout_of
 
@@ -163,8 +162,7 @@ def vector(
     if as_json:
         print_json(vector_content(measured))
         return
-    for table in vector_tables(measured, layers=layers):
-        out().print(table)
+    show(vector_grids(measured, layers=layers), out())
 
 
 @vectors.command()
@@ -338,6 +336,8 @@ def verify(
 
 
 def _show(folder: Path, found: Verification) -> None:
+    from palinode.report.content import Grid, show
+
     size = f"{found.checked} tensors, {found.nbytes / 1e6:,.4g} MB"
     if found.ok:
         out().print(f"{folder} is as it was written ({size}).", soft_wrap=True)
@@ -350,13 +350,7 @@ def _show(folder: Path, found: Verification) -> None:
     ]
     count = f"{len(rows)} thing{'s' if len(rows) > 1 else ''} changed"
     out().print(f"{folder} is not what was written: {count} ({size} compared).", soft_wrap=True)
-    out().print(_table(rows))
-
-
-def _table(rows: list[tuple[str, str, str]]) -> Table:
-    table = Table("name", "what", "now")
-    for name, what, now in rows[:MOST_ROWS]:
-        table.add_row(Text(ascii(name)[1:-1] if not name.isprintable() else name, overflow="fold"), what, now)
+    shown = [(ascii(name)[1:-1] if not name.isprintable() else name, *rest) for name, *rest in rows]
     if len(rows) > MOST_ROWS:
-        table.add_row(f"and {len(rows) - MOST_ROWS} more", "", "--json has all of them")
-    return table
+        shown[MOST_ROWS:] = [(f"and {len(rows) - MOST_ROWS} more", "", "--json has all of them")]
+    show([Grid("", ["name", "what", "now"], shown, text_columns=3)], out())

@@ -52,7 +52,6 @@ Make = Callable[[Direction, Path], StoredVector]
 
 IMPORTANCE = "importance.safetensors"
 
-
 OTHER_MUS = (MU / 10, 10 * MU)
 """Values of μ that are tried beside the usual one where it is open."""
 

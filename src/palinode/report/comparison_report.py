@@ -284,7 +284,7 @@ def _spread_cell(score: Figures | None) -> GridCell | str:
     if score is None or score["value"] is None:
         return DASH
     seeds = score.get("seeds") or ()
-    spread = f"{{{number(min(seeds))}…{number(max(seeds))}}}" if len(seeds) > 1 else ""
+    spread = f"{{{number(min(seeds))} – {number(max(seeds))}}}" if len(seeds) > 1 else ""
     below = f"{interval_text(score) or ''} {spread}".strip()
     return GridCell(number(score["value"]), below or None)
 
@@ -332,7 +332,9 @@ SIDES = ("forget", "retain")
 
 def axis_brief(content: Figures) -> list[Block]:
     """Return what the terminal shows: forget and retain figures at every value, and what to know of them."""
-    return [Grid(content["title"], _axis_head(content), _axis_rows(content)), Items(axis_sentences(content))]
+    told = Paragraph(f"Forget / retain at each value of {content['key']}:")
+    grid = Grid(content["title"], _axis_head(content), _axis_rows(content))
+    return [told, grid, Items(axis_sentences(content))]
 
 
 def axis_sentences(content: Figures) -> list[str]:
@@ -367,8 +369,7 @@ def axis_markdown(content: Figures) -> str:
         *section(
             "",
             Items(axis_sentences(content)),
-            Paragraph(f"Forget / retain at each value of {content['key']}:"),
-            Grid("", _axis_head(content), _axis_rows(content)),
+            *axis_brief(content)[:2],
             Picture("axis", content["title"], None, file="axis.svg"),
         ),
         *section("What was chosen", Grid("", head, chosen, text_columns=3)),

@@ -8,10 +8,13 @@ a section stands for what the record has nothing to say of, and a section withou
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Literal
 
+from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
@@ -22,8 +25,11 @@ from palinode.report.words import DASH, escaped, fenced, interval_text, model_la
 Tone = Literal["good", "unsure", "bad", "chosen"]
 STYLES = {"good": "green", "unsure": "yellow", "bad": "bold red", "chosen": "bold"}
 """Of a toned cell in the terminal."""
+GAP = 2
+"""Between two columns of a terminal's table."""
 MOST_NAME = 24
-"""Letters of a name that a terminal's table does not break."""
+"""Letters from which such a table may break a path after a slash."""
+PIECE = re.compile("[^/]*/|[^/]+")
 MOST_CASES, MOST_LETTERS = 10, 400
 """Cases of a set, and letters of an answer, that the Markdown shows; the page has all."""
 
@@ -258,7 +264,12 @@ def show(blocks: Iterable[Block], console: Console) -> None:
     for block in blocks:
         match block:
             case Grid():
-                console.print(_table(block))
+                if block.title:
+                    console.print(Text(block.title, "bold"))
+                for place, part in enumerate(_laid_out(block, console.width)):
+                    if place and isinstance(part, Table):
+                        console.print()
+                    console.print(part)
             case Paragraph():
                 console.print(block.text, soft_wrap=True)
             case Items():
@@ -268,25 +279,88 @@ def show(blocks: Iterable[Block], console: Console) -> None:
                 raise TypeError(f"a {type(block).__name__} is not for the terminal")
 
 
-def _table(grid: Grid) -> Table:
-    """Return a grid as rich's table, intervals on the line below; a row of one cell begins a part."""
-    table = Table(title=Text(grid.title), title_justify="left")
-    longest = max(
-        (len(word) for row in grid.rows for word in _terminal_cell(row[0]).plain.split()), default=0
-    )
-    for place, title in enumerate(grid.head):
+def _laid_out(grid: Grid, width: int) -> Iterator[Table | Text]:
+    """Yield a grid as tables that fit: what has no room beside the names follows below, under them again.
+
+    Words and figures stay whole; where even one column has no room, each row stands for itself, line by line.
+    """
+    rows = [[_terminal_cell(cell) for cell in row] for row in grid.rows]
+    columns = list(zip_longest(map(Text, grid.head), *rows, fillvalue=Text()))
+    least = [max(map(_least_width, column)) for column in columns]
+    wide = sum(least) + GAP * (len(least) - 1) > width
+    names = grid.text_columns if grid.text_columns < len(least) or not wide else 0
+    room = width - sum(least[:names]) - GAP * names
+    if wide and (not names or max(least[names:]) > room):
+        yield from _turned(grid, width)
+        return
+    parts: list[list[int]] = [[]]
+    for place in range(names, len(least)):
+        if sum(least[one] + GAP for one in (*parts[-1], place)) - GAP > room and parts[-1]:
+            parts.append([])
+        parts[-1].append(place)
+    for part in parts:
+        yield _table(grid, [*range(names), *part], columns, least, width)
+
+
+def _table(
+    grid: Grid, places: Sequence[int], columns: Sequence[Sequence[Text]], least: Sequence[int], width: int
+) -> Table:
+    """Return some columns of a grid as rich's table, texts widest; a row of one cell begins a part."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.show_header = any(grid.head)
+    widths = {place: least[place] for place in places}
+    wish = {place: max(cell.cell_len for text in columns[place] for cell in text.split()) for place in places}
+    for _ in range(width - sum(widths.values()) - GAP * (len(places) - 1)):
+        growing = [place for place in places if widths[place] < wish[place]]
+        if growing:
+            widths[min(growing, key=lambda place: (place >= grid.text_columns, widths[place]))] += 1
+    for place in places:
         justify: JustifyMethod = "left" if place < grid.text_columns else "right"
-        least = None if place else min(longest, MOST_NAME)  # names are not broken while there is room
-        table.add_column(Text(title), justify=justify, overflow="fold", min_width=least)
+        head = Text(_seamed(grid.head[place], widths[place]))
+        table.add_column(head, justify=justify, width=widths[place], overflow="fold")
     for row in grid.rows:
         if len(row) == 1:
             table.add_section()
-        table.add_row(*map(_terminal_cell, row))
+        table.add_row(*(_terminal_cell(row[place], widths[place]) for place in places if place < len(row)))
     return table
 
 
-def _terminal_cell(cell: GridCell | str) -> Text:
-    if isinstance(cell, str):
-        return Text(cell)
-    text = Text(cell.text, style=STYLES[cell.tone] if cell.tone else "")
-    return text.append(f"\n{cell.below.replace(' – ', '–')}", style="dim") if cell.below else text
+def _turned(grid: Grid, width: int) -> Iterator[Text]:
+    """Yield each row as its name and, below it, what every column has of it."""
+    for first, *rest in grid.rows:
+        yield _terminal_cell(first, width, "bold")
+        for head, cell in zip(grid.head[1:], rest, strict=False):
+            if said := " ".join(_terminal_cell(cell).plain.split()):
+                yield Text(_seamed(f"  {head}: {said}" if head else f"  {said}", width))
+
+
+def _least_width(text: Text) -> int:
+    """Return the width at which neither a word nor a line of figures is broken, but for long paths."""
+    pieces = [
+        piece
+        for line in text.plain.split("\n")
+        for word in (re.findall(r"^\s*\S+|\S+", line) if re.search(r"[^\W\d_]", line) else [line])
+        for piece in (PIECE.findall(word) if len(word) > MOST_NAME else [word])
+    ]
+    return max(map(cell_len, pieces), default=0)
+
+
+def _terminal_cell(cell: GridCell | str, width: int = 10_000, style: str = "") -> Text:
+    cell = GridCell(cell) if isinstance(cell, str) else cell
+    said, below = (_seamed(part.replace(" – ", "–"), width) for part in (cell.text, cell.below or ""))
+    text = Text(said, STYLES[cell.tone] if cell.tone else style)
+    return text.append(f"\n{below}", style="dim") if below else text
+
+
+def _seamed(said: str, width: int) -> str:
+    """Return a text with line breaks after the slashes of what is wider than this."""
+
+    def broken(found: re.Match[str]) -> str:
+        lines = [""]
+        for piece in PIECE.findall(found[0]):
+            if lines[-1] and cell_len(lines[-1] + piece) > width:
+                lines.append("")
+            lines[-1] += piece
+        return "\n".join(lines)
+
+    return re.sub(r"\S+", broken, said)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from textwrap import fill
 from typing import Any
 
@@ -272,50 +272,7 @@ def _outline(values: Sequence[float], place: float) -> list[Mark]:
     return [*there, *(Mark(x, place - side) for x, side in reversed(sides)), there[0]]
 
 
-# Vectors, dose and fine-tunings
-
-
-def part_figures(content: Mapping[str, Any]) -> list[tuple[str, str, Figure | None]]:
-    """Return name, label and picture of what is known by part of the model.
-
-    The length of each vector, their cosine, and the scale found in the stored weights as a share of the one
-    asked for.
-    """
-    vectors, stored = (at(content, name, "parts") or {} for name in ("vectors", "dose"))
-    lengths, shares = {}, {}
-    for name in ("forget", "retain"):
-        lengths[f"{name} vector"] = [at(part, name, "norm") for part in vectors.values()]
-        if asked := at(content, "scales", name):
-            found = [at(part, "effective", name) for part in stored.values()]
-            shares[f"{name} vector"] = [None if one is None else one / asked for one in found]
-    cosines = {"cosine": [at(part, "cosine") for part in vectors.values()]}
-    cosine = _by_part(vectors, cosines, "cosine of the two vectors", ("--unlearned",))
-    return [
-        ("norms", "Length by part of the model", _by_part(vectors, lengths, "length")),
-        ("cosines", "Cosine of the two vectors by part", cosine),
-        ("doses", "Dose by part: stored of what was asked", _by_part(stored, shares, "stored / asked scale")),
-    ]
-
-
-def _by_part(
-    parts: Iterable[str],
-    lines: Mapping[str, Sequence[float | None]],
-    title: str,
-    colours: Sequence[str] = ("--target", "--retrained"),
-) -> Figure | None:
-    """Return a line a name over the parts of the model."""
-    labels, traces = list(parts), []
-    for place, (name, values) in enumerate(lines.items()):
-        if any(value is not None for value in values):
-            marks = [
-                Mark(x, value, [label, f"{name}: {value or 0.0:.4g}"])
-                for x, (label, value) in enumerate(zip(labels, values, strict=True))
-            ]
-            symbol, dash = ("circle", "diamond")[place], ("solid", "dot")[place]
-            traces.append(Trace(name, marks, colours[place], symbol, 7, dash))
-    names = {float(place): label.removeprefix("layer ") for place, label in enumerate(labels)}
-    across = Ruler("part, or number of the layer", names)
-    return Figure(traces, 320, across, Ruler(title, from_zero=True)) if traces else None
+# Fine-tunings
 
 
 def training_figure(content: Mapping[str, Any]) -> Figure | None:

@@ -168,16 +168,16 @@ def _row_grid(record: Mapping[str, Any], *, short: bool = False) -> Grid:
     for row in rows[:MOST_ROWS]:
         seen, copies = row["seen"], row["copies"]
         steps = ", ".join(f"{entry['step']:,}{'~' if entry['copy'] else ''}" for entry in seen[:MOST_STEPS])
-        more = f", … ({len(seen)} in all)" if len(seen) > MOST_STEPS else ""
+        more = f" and {len(seen) - MOST_STEPS} more" if len(seen) > MOST_STEPS else ""
         places = "; ".join(
             shown(copy["place"]) + ("" if copy["exact"] else f" (similar, {copy['similarity']:.2f})")
             for copy in copies[:3]
         )
-        places += f"; … ({len(copies)})" if len(copies) > 3 else ""
+        places += f" and {len(copies) - 3} more" if len(copies) > 3 else ""
         first = f"{seen[0]['step']:,}" if seen else "not known"
         cells.append([shown(row["place"]), first, steps + more, places])
     if len(rows) > MOST_ROWS:
-        cells.append([f"… and {len(rows) - MOST_ROWS} more rows", "", "", ""])
+        cells.append([f"and {len(rows) - MOST_ROWS} more", "", "", ""])
     return Grid("Forget rows", ["row", "first", "exposures", "copies in the corpus"], cells, text_columns=4)
 
 
@@ -315,18 +315,15 @@ def demo_brief(record: Mapping[str, Any]) -> list[Block]:
                 "the target (task vector)" if point["method"] == "task_vector" else note,
             ]
         )
-    broken = (
-        []
-        if all(point["kept_rule"] for point in record["rungs"])
-        else ["* no pair of scales kept enough of the others; the one that breaks the rule least"]
-    )
+    kept = all(point["kept_rule"] for point in record["rungs"])
+    broken = "* no pair of scales kept enough of the others; the one that breaks the rule least"
     head = ["checkpoint", "seen", "forget people", "others", "α, β", ""]
     return [
         Grid(
             "The last clean checkpoint of each request", ["request", "rows", "truth", *DEMO_EVIDENCE], found
         ),
         Grid("Unlearning the main request from each checkpoint: exact match", head, tried),
-        Items([*broken, demo_sentence(record)]),
+        Items([*([] if kept else [broken]), demo_sentence(record)]),
     ]
 
 

@@ -74,7 +74,7 @@ def run_brief(record: Mapping[str, Any]) -> list[Block]:
             [model_label(model), *(score_cell(scores.get(name)) for name in metrics)]
             for model, scores in found.items()
         ]
-    head = ["model", *(metric_label(metric).replace(" ", "\n") for metric in metrics)]
+    head = ["model", *map(metric_label, metrics)]
     return [Grid("Scores and their 95 % intervals", head, rows), Paragraph(headline(record))]
 
 
@@ -131,7 +131,8 @@ def _probabilities(record: Mapping[str, Any], data_set: str, *models: str) -> li
 # The sections
 
 
-def _demo_section(demo: Mapping[str, Any]) -> list[Section]:
+def demo_grid(demo: Mapping[str, Any]) -> Grid:
+    """Return the demo's exact match by model."""
     people = demo.get("people") or {}
     rows: list[Row] = [
         [
@@ -143,9 +144,13 @@ def _demo_section(demo: Mapping[str, Any]) -> list[Section]:
     ]
     forget, others = (people.get(name) for name in ("forget", "others"))
     head = ["model", f"{forget} forget people", f"{others} others", "general facts", "α, β"]
+    return Grid("Exact match: share of questions answered exactly right", head, rows)
+
+
+def _demo_section(demo: Mapping[str, Any]) -> list[Section]:
     return section(
         "The demo's world",
-        Grid("Exact match by model", head, rows),
+        demo_grid(demo),
         bar="Demo",
         intro="Exact match, the share of questions answered exactly right. In this invented world the truth "
         "is known: the retrained model never saw the people who are to be forgotten, and nothing was chosen "
@@ -378,11 +383,33 @@ def _vector_section(content: Mapping[str, Any]) -> list[Section]:
         Grid("Vectors", ["", "length", "share that arrived in the saved model"], rows),
         Pairs(known),
         Items(at(content, "dose", "notes") or ()) if rows or known else None,
-        *(Picture(*part, titled=True) for part in figures.part_figures(content)),
+        _part_grid(content),
         bar="Vectors",
         intro="What was taken off and added, as directions in weight space, and how much of it is in the "
         "saved weights after rounding.",
     )
+
+
+def _part_grid(content: Mapping[str, Any]) -> Grid:
+    """Return lengths, cosine, and the scales found in the stored weights as shares of those asked for."""
+    vectors, stored = (at(content, name, "parts") or {} for name in ("vectors", "dose"))
+    names = [name for name in SETS if at(content, "vectors", name)]
+
+    def share(part: str, name: str) -> str:
+        found, asked = at(stored, part, "effective", name), at(content, "scales", name)
+        return percent(found / asked if found is not None and asked else None)
+
+    rows: list[Row] = [
+        [
+            part,
+            *(number(at(found, name, "norm")) for name in names),
+            number(at(found, "cosine")),
+            *(share(part, name) for name in names),
+        ]
+        for part, found in vectors.items()
+    ]
+    head = ["part", *(f"{name} length" for name in names), "cosine", *(f"{name} arrived" for name in names)]
+    return Grid("By part of the model", head, rows, folded=True)
 
 
 def _cost_section(content: Mapping[str, Any]) -> list[Section]:

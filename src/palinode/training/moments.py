@@ -38,6 +38,8 @@ from palinode.models.reading import answer_places, decoder_blocks, model_inputs
 ROOM = 1 << 30
 """Bytes of sums that are held at a time where whole passes are taken."""
 BATCH_TOKENS = 2048
+STRIP = 128
+"""Columns of a sum that are added at a time, from the diagonal on: the other half is the same."""
 ONES = "ones"
 """The moment of a bias."""
 
@@ -105,6 +107,7 @@ class _Walk:
 
     def __post_init__(self) -> None:
         self.blocks = list(decoder_blocks(self.model))
+        self.inside = {module for block in self.blocks for module in block.modules()}
 
     def can_go_by_block(self) -> bool:
         """Tell whether two batches come out of the blocks one by one as they do out of the whole model."""
@@ -123,17 +126,15 @@ class _Walk:
 
     def by_block(self) -> Iterator[Moments]:
         """Yield moments block by block, in one pass over the rows."""
-        inside = {module for block in self.blocks for module in block.modules()}
-        outer = {name: module for name, module in self.model.named_modules() if module not in inside}
+        outer = {name: module for name, module in self.model.named_modules() if module not in self.inside}
         states, calls = [], []
-        with _Sums(self, outer) as sums:
+        with _Sums(self, outer) as outside:
             for batch, mask in zip(self.batches, self.counted, strict=True):
-                with sums.reading(mask):
-                    opened, own = self._opened(batch, sums)
+                with outside.reading(mask):
+                    opened, own = self._opened(batch, outside)
                 states.append(opened)
                 calls.append(own)
                 self.advance(len(batch.ids))
-            outside = sums  # its layers after the blocks are read when the states have come so far
             names = {module: name for name, module in self.model.named_modules()}
             for place, block in enumerate(self.blocks):
                 own_modules = {names[module]: module for module in block.modules()}
@@ -151,9 +152,8 @@ class _Walk:
 
     def by_passes(self) -> Iterator[Moments]:
         """Yield moments of groups of modules whose sums fit, with a pass over the rows for each."""
-        inside = {module for block in self.blocks for module in block.modules()}
         named = dict(self.model.named_modules())
-        groups: list[dict[str, nn.Module]] = [{n: m for n, m in named.items() if m not in inside}]
+        groups: list[dict[str, nn.Module]] = [{n: m for n, m in named.items() if m not in self.inside}]
         held = ROOM  # the first block begins a group of its own
         for block in self.blocks:
             members = set(block.modules())
@@ -241,9 +241,7 @@ def _hidden(output: Any) -> Tensor:
 
 def is_linear(module: nn.Module) -> bool:
     """Tell whether a module is a linear layer, stored either way, or sends tokens to experts."""
-    router = (
-        "router" in type(module).__name__.lower() and getattr(module, "weight", torch.empty(0)).dim() == 2
-    )
+    router = "router" in type(module).__name__.lower() and _axes(module) == 2
     return router or isinstance(module, nn.Linear | Conv1D)
 
 
@@ -266,8 +264,7 @@ def _is_experts(module: nn.Module) -> bool:
     up, down = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
     if not isinstance(up, nn.Parameter) or not isinstance(down, nn.Parameter):
         return False
-    fused = up.dim() == down.dim() == 3
-    return fused and up.shape[1] == 2 * down.shape[2] and up.shape[2] == down.shape[1]
+    return up.dim() == down.dim() == 3 and up.shape[1] == 2 * down.shape[2] and up.shape[2] == down.shape[1]
 
 
 class _Sums:
@@ -293,7 +290,7 @@ class _Sums:
             (lambda module: isinstance(module, nn.Embedding), self._tokens),
             (_is_experts, self._experts),
             (is_linear, self._linear),
-            (lambda module: "norm" in type(module).__name__.lower() and _is_flat(module), self._norm),
+            (lambda module: "norm" in type(module).__name__.lower() and _axes(module) == 1, self._norm),
         ]
         for name, module in self.modules.items():
             read = next((own for fits, own in readers if fits(module)), None)
@@ -304,7 +301,6 @@ class _Sums:
     def __exit__(self, *_: object) -> None:
         for handle in self.handles:
             handle.remove()
-        self.seen.clear()
 
     @contextmanager
     def reading(self, mask: Tensor, *, on: bool = True) -> Iterator[None]:
@@ -318,6 +314,9 @@ class _Sums:
 
     def moments(self) -> Moments:
         """Return sums as means over all counted tokens."""
+        for total in self.values.values():
+            for end in range(STRIP, len(total) if total.dim() == 2 else 0, STRIP):
+                total[end:, end - STRIP : end] = total[end - STRIP : end, end:].T
         return Moments({name: total / self.walk.tokens for name, total in self.values.items()}, self.places)
 
     def head(self, states: Tensor) -> None:
@@ -421,13 +420,15 @@ class _Sums:
         )
 
     def _add(self, key: str, states: Tensor) -> None:
-        """Add Σ x xᵀ; in float64 where that is as good as free."""
+        """Add Σ x xᵀ, no more than its upper half; in float64 where that is as good as free."""
         wide = states.float()
         kind = _sum_type(states.device)
         total = self.values.setdefault(
             key, torch.zeros(2 * (wide.shape[-1],), dtype=kind, device=states.device)
         )
-        total += (wide.T @ wide).to(kind)
+        for start in range(0, len(total), STRIP):
+            strip = wide[:, start : start + STRIP]
+            total[start : start + STRIP, start:] += (strip.T @ wide[:, start:]).to(kind)
 
     def _place(self, parameter: str, keys: list[str], axis: int) -> None:
         own = self.places.setdefault(parameter, [])
@@ -441,9 +442,9 @@ class _Sums:
             self.values[ONES] = torch.tensor([float(self.walk.tokens)], device=bias.device)
 
 
-def _is_flat(module: nn.Module) -> bool:
+def _axes(module: nn.Module) -> int:
     weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.dim() == 1
+    return weight.dim() if isinstance(weight, Tensor) else 0
 
 
 def _sum_type(device: torch.device) -> torch.dtype:

@@ -11,7 +11,6 @@ from palinode.errors import RecipeError
 from palinode.history.plan import (
     Wish,
     expected_distance,
-    logarithmic_steps,
     plan_checkpoints,
     solved_steps,
     thin,
@@ -47,15 +46,13 @@ def test_solved_schedule_is_the_best_there_is(interest, count):
     assert expected_distance(wanted, solved_steps(wanted, count)) == pytest.approx(best)
 
 
-def test_uniform_and_logarithmic_schedules_by_hand():
+def test_uniform_schedules_by_hand():
     assert uniform_steps(wish(), 4) == [20, 40, 60, 80]
-    # distances from the end 10, 30, 90: a factor of 3 each
-    assert logarithmic_steps(wish(), 3) == [10, 70, 90]
 
 
 def test_budget_is_kept_and_the_best_schedule_comes_first():
     schedules = plan_checkpoints(wish(budget_bytes=45))
-    assert {schedule.name for schedule in schedules} == {"uniform", "logarithmic", "thinning", "solved"}
+    assert {schedule.name for schedule in schedules} == {"uniform", "thinning", "solved"}
     assert all(len(schedule.kept) == 4 and schedule.bytes == 40 for schedule in schedules)
     assert schedules[0].expected == min(schedule.expected for schedule in schedules)
     solved = next(schedule for schedule in schedules if schedule.name == "solved")

@@ -81,8 +81,7 @@ def read_material(
     (perturbed_answer) or else reworded ones (paraphrased_answer) of the rows that relearning is given.
     Raises DataError, also where fewer than two forget rows are there.
     """
-    found = read_set(forget, columns=columns)
-    every, rows = found.examples, found.rows
+    every, rows = read_set(forget, columns=columns)
     if len(every) < 2:
         raise DataError(
             f"{forget} has one row; an audit needs two at least, to relearn one and ask the other"

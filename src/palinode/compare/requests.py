@@ -432,7 +432,7 @@ def _names(recipe: CompareRecipe) -> dict[int, str]:
     if settings.by is None:
         return {}
     if not comparison.world:
-        return names_in(read_set(data.forget, columns=data.columns).rows, settings.by, data.forget)
+        return names_in(read_set(data.forget, columns=data.columns)[1], settings.by, data.forget)
     known: list[Row] = [
         {"prompt": fact.prompt, "completion": fact.answer, "subject": fact.subject}
         for fact in world_of(comparison.demo, comparison.seed).forget

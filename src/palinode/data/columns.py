@@ -47,8 +47,6 @@ ANSWERED = re.compile(
     r"answ|repl|respon|output|complet|target|assist|chosen|solution|antwort|^a\d*$", re.IGNORECASE
 )
 """What is in the name of a column that may be a question, or an answer: for advice alone."""
-LOOKED_AT = 200
-"""Rows whose content advice is drawn from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +57,6 @@ class Reading:
     columns: Mapping[str, str]
     rank: int = 0
     """0: the roles' own names; 1: but for case; 2: other names in use."""
-
-    @property
-    def names(self) -> list[str]:
-        """The columns."""
-        return [*self.columns.values()]
 
     @property
     def spelt(self) -> str:
@@ -95,12 +88,10 @@ def parse_columns(text: str) -> dict[str, str]:
 
 
 def is_header(names: Sequence[str], columns: Mapping[str, str]) -> bool:
-    """Tell whether the first line of a text makes it a table: by the columns named, or those of a form.
-
-    One word does so only as a role's own name: it may as well be the first line of a text.
-    """
+    """Tell whether the first line of a text makes it a table: by the columns named, or those of a form."""
     if columns and set(map(folded, columns.values())) <= set(map(folded, names)):
         return True
+    # A single word may as well be the first line of a text, and must be a role's own name.
     return any(len(names) > 1 or reading.rank == 0 for reading in _readings(names))
 
 
@@ -172,7 +163,7 @@ def _told(names: Sequence[str]) -> str:
 
 def _advice(names: Sequence[str], rows: Sequence[Row]) -> str:
     """Return the end of a sentence: what there is, and what to type, or what is needed."""
-    guess = _likeliest(names, rows[:LOOKED_AT])
+    guess = _likeliest(names, rows[:200])
     say = f"say which are which, probably --columns {guess.spelt}" if guess else f"we need {_KNOWN_ROLES}"
     return f"({_told(names)}); {say}"
 

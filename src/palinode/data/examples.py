@@ -47,11 +47,6 @@ class Question:
     """Answers that count as right, where there are several; empty means the right answer only."""
 
 
-def plain_questions(examples: Iterable[Example]) -> list[Question]:
-    """Return examples as questions with one answer each."""
-    return [Question(example) for example in examples]
-
-
 SWITCHES = ("loss_mask", "train", "training", "trainable")
 WEIGHTS = ("weight", "sample_weight", "loss_weight", *SWITCHES)
 """Keys with which a row or a message says whether it is trained on."""
@@ -115,14 +110,9 @@ class Example:
 
     @property
     def key(self) -> str:
-        """A hash of what is said, 32 hex digits: equal for examples that differ in form or spacing only.
-
-        BLAKE2b-128 of the texts of all turns and the answer, one a line, each NFC-normalised with
-        runs of white space folded to one space. Roles and form do not enter.
-        """
+        """What is said, as `hash_texts` has it of all turns and the answer; roles and form do not enter."""
         texts = [*(turn.content for turn in self.turns), self.answer]
-        lines = "\n".join(" ".join(unicodedata.normalize("NFC", text).split()) for text in texts)
-        return hashlib.blake2b(lines.encode(), digest_size=16).hexdigest()
+        return hash_texts(texts).hex()
 
     @property
     def place(self) -> str:
@@ -130,12 +120,10 @@ class Example:
         return f"row {self.row + 1} of {self.source}"
 
 
-@dataclass(frozen=True, slots=True)
-class RowSet:
-    """The rows of a file or hub data set as they stand there, and what they are made into."""
-
-    examples: list[Example]
-    rows: list[Row]
+def hash_texts(texts: Iterable[str], *, salt: bytes = b"") -> bytes:
+    """Return BLAKE2b-128 of texts, one a line, each NFC-normalised with white space folded: 16 bytes."""
+    lines = "\n".join(" ".join(unicodedata.normalize("NFC", text).split()) for text in texts)
+    return hashlib.blake2b(lines.encode(), digest_size=16, key=salt).digest()
 
 
 def read_examples(
@@ -148,13 +136,13 @@ def read_examples(
     left out keep their name. With `beside`, for a set beside the one that was meant, a file that has none of
     these columns is read by its own. Raises `DataError` naming the row, `RecipeError` for unknown roles.
     """
-    return read_set(location, columns=columns, beside=beside).examples
+    return read_set(location, columns=columns, beside=beside)[0]
 
 
 def read_set(
     location: str | Path, *, columns: Mapping[str, str] | None = None, beside: bool = False
-) -> RowSet:
-    """Return what `read_examples` returns, with the rows as they stand in the source."""
+) -> tuple[list[Example], list[Row]]:
+    """Return what `read_examples` returns, and the rows as they stand in the source."""
     named, source = columns or {}, str(location)
     plain = beside or not named
     rows = read_rows(location, is_header=lambda names: is_header(names, named), plain_text=plain)
@@ -162,21 +150,20 @@ def read_set(
     examples = [
         example
         for position, row in enumerate(rows)
-        for example in _examples_of_row(row, position, source, reading, given=bool(named))
+        for example in _examples_of_row(row, position, source, reading)
     ]
-    return RowSet(examples, rows)
+    return examples, rows
 
 
 def read_questions(
     location: str, *, columns: Mapping[str, str] | None = None, beside: bool = False
 ) -> list[Question]:
     """Return what `read_examples` returns as questions, with the other answers that its columns hold."""
-    found = read_set(location, columns=columns, beside=beside)
+    examples, rows = read_set(location, columns=columns, beside=beside)
+    single = [example.form in ("question", "completion") for example in examples]
     return [
-        Question(example, other_answers(found.rows[example.row], example.place))
-        if example.form in ("question", "completion")
-        else Question(example)
-        for example in found.examples
+        Question(example, other_answers(rows[example.row], example.place) if one else {})
+        for example, one in zip(examples, single, strict=True)
     ]
 
 
@@ -198,13 +185,6 @@ def reading_notes(*sets: Iterable[Example]) -> list[str]:
     """Return, in words, what was matched by other names than our own, each once."""
     matched = (example for examples in sets for example in examples if example.matched)
     return list(dict.fromkeys(f"{example.source}: {example.matched}." for example in matched))
-
-
-def sample_examples(examples: Sequence[Example], size: int, *, seed: int) -> list[Example]:
-    """Return `size` examples drawn as `at_most` draws. Raises `DataError` when there are too few."""
-    if not 0 < size <= len(examples):
-        raise DataError(f"cannot draw {size} examples from {len(examples)}; ask for 1 to {len(examples)}")
-    return at_most(examples, size, seed=seed)
 
 
 def at_most(items: Sequence[Item], most: int, *, seed: int) -> list[Item]:
@@ -252,16 +232,14 @@ def fingerprint_examples(examples: Iterable[Example]) -> str:
     return digest.hexdigest()
 
 
-def _examples_of_row(row: Row, position: int, source: str, reading: Reading, *, given: bool) -> list[Example]:
-    """Return the examples of one row: one, or one for each assistant message of a conversation.
-
-    `given` says whether the columns were named by hand, so that nothing need be said of them.
-    """
+def _examples_of_row(row: Row, position: int, source: str, reading: Reading) -> list[Example]:
+    """Return the examples of one row: one, or one for each assistant message of a conversation."""
     where, form = f"row {position + 1} of {source}", reading.form
-    talks = {name: listed for name in reading.names if (listed := _listed(row.get(name))) is not None}
+    listed = {name: _listed(row.get(name)) for name in reading.columns.values()}
+    talks = {name: talk for name, talk in listed.items() if talk is not None}
     spoken = form == "chat" or (form == "completion" and bool(talks))
     _check_flags(row, reading, where, ROW_FLAGS if spoken or form == "question" else WEIGHTS)
-    matched = intern("; ".join(_ways(reading, talks, given=given)))
+    matched = intern("; ".join(_ways(reading, talks)))
     if spoken:
         exchanges = _exchanges(_conversation(row, talks, reading, where), where)
         return [Example(position, source, "chat", turns, answer, matched) for turns, answer in exchanges]
@@ -278,7 +256,7 @@ def _examples_of_row(row: Row, position: int, source: str, reading: Reading, *, 
 def _check_flags(row: Row, reading: Reading, where: str, known: Sequence[str]) -> None:
     """Refuse a row with a column that would change what is shown or trained on."""
     for name, value in row.items():
-        if folded(name) not in known or name in reading.names or _says_nothing(value):
+        if folded(name) not in known or name in reading.columns.values() or _says_nothing(value):
             continue
         weight = folded(name) in WEIGHTS
         if weight and _is_trained(value, f"{where}: {name!r}"):
@@ -336,7 +314,8 @@ def _message(entry: object, where: str) -> tuple[Message, bool]:
     if not isinstance(entry, dict):
         raise DataError(f"{where} is {json_type(entry)}; it must be an object with role and content")
     entry = _with_our_keys(entry)
-    role = _speaker(_text(entry, "role", where))
+    role = _text(entry, "role", where)
+    role = SPEAKERS.get(folded(role), role)
     answers = role == "assistant"
     _check_keys(entry, ("role", "content", *WEIGHTS, *LABELS), where)
     said = {
@@ -360,26 +339,21 @@ def _with_our_keys(entry: dict[str, Any]) -> dict[str, Any]:
     return entry
 
 
-def _speaker(role: str) -> str:
-    return SPEAKERS.get(folded(role), role)
-
-
-def _ways(reading: Reading, talks: Mapping[str, list[Any]], *, given: bool) -> Iterator[str]:
+def _ways(reading: Reading, talks: Mapping[str, list[Any]]) -> Iterator[str]:
     """Yield, in words, what is read otherwise than by our own names."""
-    if reading.rank and not given:
+    if reading.rank:
         yield f"its columns are read as with --columns {reading.spelt}"
     if reading.form == "completion" and talks:
         yield f"messages under {' and '.join(talks)} are read as a conversation"
-    elif reading.form == "completion" and reading.rank == 2 and not given:
-        asked = Reading("question", dict(zip(SHAPES["question"], reading.names, strict=True)))
+    elif reading.form == "completion" and reading.rank == 2:
+        asked = Reading("question", dict(zip(SHAPES["question"], reading.columns.values(), strict=True)))
         yield f"that is raw text, and --columns {asked.spelt} would ask it as a question"
     entries = [entry for talk in talks.values() for entry in talk if isinstance(entry, dict)]
     if any(entry.get("from") for entry in entries):
         yield "from and value are read as role and content"
-    roles = dict.fromkeys(str(entry.get("role") or entry.get("from")) for entry in entries)
-    others = [f"{role} as {_speaker(role)}" for role in roles if _speaker(role) != role]
-    if others:
-        yield ", ".join(others)
+    for role in dict.fromkeys(str(entry.get("role") or entry.get("from")) for entry in entries):
+        if (ours := SPEAKERS.get(folded(role), role)) != role:
+            yield f"{role} is {ours}"
 
 
 def _check_keys(entry: Mapping[str, object], known: Sequence[str], where: str) -> None:

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from palinode.data.examples import Example, Question, at_most, plain_questions, reading_notes
+from palinode.data.examples import Example, Question, at_most, reading_notes
 from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
 from palinode.errors import OutputError, RecipeError
 from palinode.evaluation.ask import ask
@@ -99,7 +99,7 @@ def evaluate(
     answers are greedy. Raises PalinodeError.
     """
     settings = settings or EvaluationSettings()
-    questions = QuestionSet(FORGET, tuple(plain_questions(rows)), settings.asking)
+    questions = QuestionSet(FORGET, tuple(map(Question, rows)), settings.asking)
     cells = metric_cells(FORGET, *DEFAULT_METRICS)
     exam = make_exam("own", LoadedBenchmark((questions,)), cells, settings, most={FORGET: len(rows)})
     outcomes, _, _ = _ask_model(_opened(model, settings), exam, settings, listener)

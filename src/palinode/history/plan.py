@@ -111,7 +111,6 @@ def plan_checkpoints(wish: Wish) -> list[Schedule]:
     count = min(wish.room, len(wish.saves))
     made = {
         "uniform": uniform_steps(wish, count),
-        "logarithmic": logarithmic_steps(wish, count),
         "thinning": thinned_steps(wish, count),
         "solved": solved_steps(wish, count),
     }
@@ -127,14 +126,6 @@ def plan_checkpoints(wish: Wish) -> list[Schedule]:
 def uniform_steps(wish: Wish, count: int) -> list[int]:
     """Return steps at equal distances, each the nearest one that could be saved."""
     return _nearest(wish, [wish.steps * (place + 1) / (count + 1) for place in range(count)])
-
-
-def logarithmic_steps(wish: Wish, count: int) -> list[int]:
-    """Return steps whose distances back from the end grow by a constant factor, beginning at one save."""
-    if count == 1:
-        return _nearest(wish, [wish.steps / 2])
-    factor = ((wish.steps - wish.saves[0]) / wish.every) ** (1 / (count - 1))
-    return _nearest(wish, [wish.steps - wish.every * factor**power for power in range(count)])
 
 
 def thinned_steps(wish: Wish, count: int) -> list[int]:

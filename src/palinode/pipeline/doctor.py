@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -58,11 +58,8 @@ State = Literal["ok", "note", "warn", "fail"]
 
 Result = TypeVar("Result")
 
-USES = {
-    "lm-eval": "general ability, evaluate --lm-eval",
-    "lora": "low-rank fine-tuning",
-}
-"""What the extras of the package are for."""
+EXTRAS = {"lm-eval": "general ability (evaluate --lm-eval)", "lora": "low-rank training (--lora)"}
+"""What the extras of the package are for, but for those of its own development."""
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")
 ROLES = ("target", "base", "retrained")
@@ -96,12 +93,8 @@ def examine_equipment(folder: Path) -> Iterator[DoctorFinding]:
     python = f"{__version__} on Python {platform.python_version()}, {platform.system()}"
     yield DoctorFinding("installed", "palinode", "ok", python)
     yield from _libraries()
-    trackers = [name for name in PACKAGES if is_installed(name)]
-    if trackers:
-        yield DoctorFinding("installed", "trackers", "ok", ", ".join(trackers))
-    else:
-        text, fix = "none is installed; only for --tracker", "pip install tensorboard, if you want it"
-        yield DoctorFinding("installed", "trackers", "note", text, fix)
+    trackers = ", ".join(name for name in PACKAGES if is_installed(name))
+    yield _optional("trackers", trackers, "--tracker", "pip install tensorboard")
     yield from _machine(folder)
     yield from _accelerators()
 
@@ -123,23 +116,26 @@ def examine_library(needed: Requirement, found: str | None) -> DoctorFinding:
 
 def _libraries() -> Iterator[DoctorFinding]:
     """Yield findings on the libraries that Palinode requires, the good ones as one, and on its extras."""
-    lines, extras = [], []
+    lines = []
     with suppress(PackageNotFoundError):  # run from a source folder that was never installed
-        lines, extras = requires("palinode") or [], metadata("palinode").get_all("Provides-Extra") or []
+        lines = requires("palinode") or []
     looked_at = _of_extra(lines, "")
     yield from (finding for finding in looked_at if finding.state == "fail")
     fine = ", ".join(finding.text for finding in looked_at if finding.state == "ok")
     yield DoctorFinding("installed", "libraries", "ok", fine)
-    for extra in extras:
+    for extra, use in EXTRAS.items():
         own = [finding for finding in _of_extra(lines, extra) if finding not in looked_at]
-        if extra == "dev":
-            continue
-        if all(finding.state == "ok" for finding in own):
-            yield DoctorFinding("installed", extra, "ok", ", ".join(finding.text for finding in own))
-        else:
-            text = f"not installed; only for {USES.get(extra, 'what its name says')}"
-            fix = f'pip install "palinode[{extra}]", if you want it'
-            yield DoctorFinding("installed", extra, "note", text, fix)
+        whole = all(finding.state == "ok" for finding in own)
+        here = ", ".join(finding.text for finding in own) if whole else ""
+        yield _optional(extra, here, use, f"pip install 'palinode[{extra}]'")
+
+
+def _optional(name: str, here: str, use: str, install: str) -> DoctorFinding:
+    if here:
+        return DoctorFinding("installed", name, "ok", here)
+    return DoctorFinding(
+        "installed", name, "note", f"not installed; only for {use}", f"{install}, if you want it"
+    )
 
 
 def _of_extra(lines: Sequence[str], extra: str) -> list[DoctorFinding]:
@@ -327,23 +323,19 @@ class _Examination:
     def is_cached(self, name: str, location: str) -> bool:
         """Tell whether a model of the hub is on this machine; if not, say what fetching it takes."""
         from huggingface_hub import HfApi, snapshot_download
-        from huggingface_hub.constants import is_offline_mode
 
         repository, _, revision = location.partition("@")
         commit = revision or None
         with suppress(Exception):  # the hub client raises many kinds; each means that it is not in the cache
             snapshot_download(repository, revision=commit, allow_patterns=list(ON_HUB), local_files_only=True)
             return True
-        if is_offline_mode():
-            text = f"there is no folder {location}, nor is a model of that name in the hub's cache"
-            fix = "name a folder, or fetch the model with HF_HUB_OFFLINE unset"
-            self.say("models", name, "fail", text, fix)
-            return False
         try:
             found = HfApi().model_info(repository, revision=commit, files_metadata=True, timeout=10)
         except Exception as error:  # no such model, a closed one, no network
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            text = f"there is no folder {location}, and the model hub did not tell of it ({reason})"
+            text = (
+                f"there is no folder {location}, nothing in the hub's cache, and the hub is silent ({reason})"
+            )
             self.say("models", name, "fail", text, "check the name, go online, or name a folder")
             return False
         files = found.siblings or ()

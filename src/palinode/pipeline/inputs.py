@@ -20,7 +20,6 @@ from palinode.data.examples import (
     read_examples,
     read_questions,
     reading_notes,
-    sample_examples,
     shared_rows,
 )
 from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
@@ -442,7 +441,9 @@ def _open_rows(recipe: Recipe) -> tuple[InputRows, list[str]]:
     retain = _without_shared(forget, retain, recipe, notes)
     everything = retain
     if recipe.prepare:
-        retain = sample_examples(retain, recipe.prepare.retain_rows, seed=seed)
+        if len(retain) < (wanted := recipe.prepare.retain_rows):
+            raise DataError(f"{data.retain} has {len(retain)} rows; set prepare.retain_rows ({wanted}) lower")
+        retain = at_most(retain, wanted, seed=seed)
     train, held_back = _split_forget(forget, recipe.scales.forget_held_back, seed, notes)
     sample = _retain_sample(forget, retain, recipe, notes)
     trials, most = recipe.scales.probe_rows, recipe.evaluation.max_rows
@@ -549,7 +550,7 @@ def _split_forget(
     count = round(share * len(forget))
     if not 0 < count < len(forget):
         return forget, []
-    held_back = sample_examples(forget, count, seed=seed + 2)
+    held_back = at_most(forget, count, seed=seed + 2)
     rows = {example.row for example in held_back}
     notes.append(f"{count} forget rows were held back from the forget vector, so they were not taken back.")
     return [example for example in forget if example.row not in rows], held_back

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
 
 import pytest
 
+from example_run import AUDIT
 from palinode import Checkpoint
 from palinode.errors import InputError, MismatchError, OutputError
 from palinode.pipeline.record import CURVE_POINTS, thinned_curve
-from palinode.pipeline.reporting import default_page, gather, suffixes_for, write_reports
+from palinode.pipeline.reporting import default_page, gather, stale, suffixes_for, write_reports
 from palinode.pipeline.run import unlearn
 
 SCRIPT = re.compile(r"<script>.*?</script>", re.DOTALL)
@@ -129,3 +131,135 @@ def test_command_prints_where_the_report_is(done, palinode, tmp_path):
     assert said.code == 0
     assert said.out.splitlines()[-1] == str(tmp_path / "plain.html")
     assert palinode("report", tmp_path).refusal.startswith(f"{tmp_path} holds no record")
+
+
+# The verdict of a run, wherever it is read
+
+
+def failed_audit(run):
+    """The record of an audit that found something in the run's model."""
+    audited = run.record["models"]["unlearned"]
+    return {**AUDIT, "models": {**AUDIT["models"], "audited": audited}}
+
+
+@pytest.fixture
+def handed_over(done, tmp_path):
+    """A copy of the run's folder, and a folder with an audit of its model."""
+    shutil.copytree(done.output, tmp_path / "out")
+    (tmp_path / "audit").mkdir()
+    (tmp_path / "audit" / "audit.json").write_text(json.dumps(failed_audit(done)))
+    return tmp_path / "out", tmp_path / "audit"
+
+
+def told(folder):
+    """The verdict as each file of a hand-over folder tells it."""
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    page = shown(folder / "report.html")
+    sentence = json.loads((folder / "record.json").read_text())["verdict"]["sentence"]
+    return {
+        "record": sentence,
+        "report": json.loads((folder / "report.json").read_text())["outcome"],
+        "card": re.search(r'palinode_verdict: "(.*)"', card).group(1),
+        "page": html.unescape(re.search(r"<h1>(.*)</h1>", page).group(1)),
+        "markdown": sentence if sentence in (folder / "report.md").read_text(encoding="utf-8") else None,
+    }
+
+
+def test_every_file_of_a_run_tells_one_verdict(done):
+    assert set(told(done.output).values()) == {done.verdict["sentence"]}
+    assert stale(done.output) == []
+
+
+def test_an_audit_that_is_told_of_is_in_every_file_from_then_on(handed_over, palinode):
+    out, audit = handed_over
+    said = palinode("report", out, "--audit", audit)
+    assert said.code == 0
+    (sentence,) = set(told(out).values())
+    assert "an audit speaks against it" in sentence
+    assert sentence in said.out
+    assert "No audit was known" not in (out / "README.md").read_text(encoding="utf-8")
+    assert json.loads((out / "audit.json").read_text()) == json.loads((audit / "audit.json").read_text())
+    assert palinode("report", out).code == 0  # it remembers
+    assert set(told(out).values()) == {sentence}
+    verdict = json.loads((out / "record.json").read_text())["verdict"]
+    assert (verdict["light"], verdict["exit_code"]) == ("red", 1)
+
+
+def test_what_is_older_than_the_audit_is_called_stale(handed_over, palinode):
+    out, audit = handed_over
+    shutil.copy(audit / "audit.json", out)
+    assert stale(out) == ["record.json", "report.json", "report.html", "report.md", "README.md"]
+    said = palinode("verify", out, "--quiet")
+    assert said.code == 0
+    assert "README.md" in said.err
+    assert f"palinode report {out}" in said.err
+    assert palinode("report", out).code == 0
+    assert stale(out) == []
+
+
+def test_a_run_ends_with_its_verdict_and_what_comes_next(done, tiny, palinode, unlearn_words, tmp_path):
+    said = palinode(*unlearn_words(tmp_path / "out", scales="0.5,0.5", epochs=1), "--quiet")
+    lines = [line.strip() for line in said.out.splitlines()]
+    verdict = json.loads((tmp_path / "out" / "record.json").read_text())["verdict"]
+    assert said.code == verdict["exit_code"]
+    place = lines.index(f"{verdict['symbol']} {verdict['sentence']}")
+    assert lines[place + 1] == "Strength: α = 0.5, β = 0.5"
+    assert lines[place + 2].startswith(f"Model:    {tmp_path / 'out'} (")
+    assert lines[place + 3].startswith(f"Page:     {tmp_path / 'out.workspace' / 'report.html'}")
+    assert lines[place + 4] == (
+        f"Next:     palinode audit {tmp_path / 'out'} --against {tiny.base.folder} --reference base "
+        f"--forget {tiny.forget} --output {tmp_path / 'out-audit'}"
+    )
+    assert lines[place + 5] == f"palinode chat {tmp_path / 'out'}"
+    assert lines[place + 6] == f"palinode verify {tmp_path / 'out'}"
+    assert lines[place + 7].startswith("Secret: ")
+
+
+# Runs without a result
+
+
+def test_where_nothing_is_subtracted_no_folder_looks_like_a_result(palinode, unlearn_words, tmp_path):
+    command = unlearn_words(tmp_path / "out", scales="0,0", epochs=1)
+    said = palinode(*command, "--quiet")
+    assert said.code == 3
+    assert "✕ Nothing was subtracted: the model is the target, bit for bit" in said.out
+    assert "Strength: α = 0, β = 0" in said.out
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.workspace" / "report.html").exists()
+    kept = palinode(*command, "--quiet", "--keep-unchanged")
+    assert kept.code == 3
+    assert told(tmp_path / "out")["card"].startswith("Nothing was subtracted")
+    assert json.loads((tmp_path / "out" / "record.json").read_text())["verdict"]["exit_code"] == 3
+
+
+def test_where_there_is_nothing_to_forget_nothing_is_trained(tiny, palinode, unlearn_words, tmp_path):
+    command = unlearn_words(tmp_path / "out", target=tiny.retrained.folder, scales="grid", epochs=1)
+    command += ["--retrained", str(tiny.retrained.folder)]
+    said = palinode(*command, "--quiet")
+    assert said.code == 3
+    assert "There was nothing to forget: the target did not know the forget set" in said.out
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out.workspace").glob("finetune-*"))
+    as_json = palinode(*command, "--quiet", "--json")
+    assert as_json.code == 3
+    assert json.loads(as_json.out)["verdict"]["code"] == "nothing to forget"
+    kept = palinode(*command, "--quiet", "--keep-unchanged")
+    assert kept.code == 3
+    assert told(tmp_path / "out")["card"].startswith("There was nothing to forget")
+
+
+def test_a_given_alpha_is_carried_out_where_there_is_nothing_to_forget(
+    tiny, palinode, unlearn_words, tmp_path
+):
+    command = unlearn_words(tmp_path / "out", target=tiny.retrained.folder, scales="1,0", epochs=1)
+    said = palinode(*command, "--retrained", tiny.retrained.folder, "--quiet")
+    assert said.code == 3
+    assert told(tmp_path / "out")["card"].startswith("There was nothing to forget")
+
+
+def test_a_function_call_returns_no_folder_where_there_is_no_result(tiny, recipe_of, tmp_path):
+    models = {"target": str(tiny.target.folder)}
+    found = unlearn(recipe_of(tmp_path / "out", models=models, scales={"forget": 0.0, "retain": 0.0}))
+    assert found.output is None
+    assert found.verdict["code"] == "nothing subtracted"
+    assert found.report is not None

@@ -57,6 +57,7 @@ def test_a_whole_run_keeps_the_targets_own_names(tiny, recipe_of, tmp_path, kind
         training={"epochs": 1},
         scales={"forget_grid": [0.5, 1.0], "retain_grid": [0.0], "probe_rows": 4},
         evaluation={"max_rows": 4},
+        output={"keep_unchanged": True},
     )
     done = unlearn(recipe)
     before, after = load_file(target / "model.safetensors"), load_file(done.output / "model.safetensors")

@@ -81,7 +81,8 @@ def is_text(name):
 def cleaned(wrapped, recipe_of, tmp_path_factory):
     out = tmp_path_factory.mktemp("cleaned") / "out"
     models = {name: str(wrapped / name) for name in ("target", "base")}
-    return unlearn(recipe_of(out, models=models, evaluation={"max_rows": 4}))
+    kept = {"keep_unchanged": True}
+    return unlearn(recipe_of(out, models=models, evaluation={"max_rows": 4}, output=kept))
 
 
 def test_a_wrapper_is_unlearned_on_its_text_tower_and_the_rest_is_the_target_s_byte_for_byte(

@@ -295,7 +295,8 @@ def test_one_given_scale_leaves_a_search_over_the_other(recipe_of, tmp_path):
 
 
 def test_zero_scales_give_the_target_back(recipe_of, tiny, tmp_path):
-    made = unlearn(recipe_of(tmp_path / "out", scales={"forget": 0.0, "retain": 0.0}))
+    kept = {"keep_unchanged": True}
+    made = unlearn(recipe_of(tmp_path / "out", scales={"forget": 0.0, "retain": 0.0}, output=kept))
     assert (made.output / "model.safetensors").read_bytes()[-1000:] == (
         tiny.target.folder / "model.safetensors"
     ).read_bytes()[-1000:]
@@ -664,6 +665,7 @@ def test_every_form_of_rows_goes_all_the_way(recipe_of, tiny, tmp_path, write):
             tmp_path / "out",
             data={"forget": str(path), "retain": None, "columns": columns},
             scales={"forget_grid": [0.5]},
+            output={"keep_unchanged": True},
         )
     )
     assert made.record["data"]["forget"]["rows"] == examples

@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from example_run import AUDIT, HOSTILE, LONG, RECORD, outcomes
 
+from example_run import AUDIT, HOSTILE, LONG, RECORD, outcomes
 from palinode.progress import plain
 from palinode.report.reports import Facts, html_report, report_content
 
@@ -134,6 +134,7 @@ def test_plots_and_tables_are_there(opened):
     assert len(marks) == 7 + 7  # three points, four models; and as many in the key
     assert len(find(opened, "section tbody tr")) == 4 + 4 + 3 + 2 + 2 + 2 + 3 + 2 + 6 + 4
     assert [" ".join(light.text.split()) for light in find(opened, ".claim .light")] == [
+        "✓ Yes",
         "! Partly",
         "! Partly",
         "! Partly",

@@ -7,8 +7,8 @@ from importlib.resources import files
 from xml.etree import ElementTree
 
 import pytest
-from example_run import AUDIT, HOSTILE, LONG, QUESTIONS, RECORD, comparison, outcomes, record
 
+from example_run import AUDIT, HOSTILE, LONG, QUESTIONS, RECORD, comparison, outcomes, record
 from palinode.records import Outcome
 from palinode.report.content import Grid
 from palinode.report.pictures import Figure, Mark, Ruler, Trace, drawing, picture_file
@@ -105,7 +105,13 @@ def test_content_is_strict_json_and_keeps_every_fact(content):
     again = json.loads(json.dumps(content, allow_nan=False))
     assert again["scores"] == RECORD["scores"]
     assert again["scales"]["points"] == RECORD["scales"]["points"]
-    assert [claim["name"] for claim in again["claims"]] == ["forgotten", "kept", "recovered", "robust"]
+    assert [claim["name"] for claim in again["claims"]] == [
+        "known",
+        "forgotten",
+        "kept",
+        "recovered",
+        "robust",
+    ]
     assert again["answers"]["forget"]["rows"][0]["answers"]["unlearned"] == "unlearned says 0"
 
 
@@ -277,7 +283,7 @@ def test_what_the_search_found_is_shown():
     }
     del searched["scores"]["retrained"]
     content = report_content(Facts("unlearn", searched))
-    assert "the estimate of such a model: 0.160" in content["claims"][0]["sentence"]
+    assert "the estimate of a model that never saw it: 0.160" in content["claims"][1]["sentence"]
     drawn = figures(content)
     assert [xs(trace) for trace in drawn["tradeoff"].traces if trace.name == "front"] == [[0.2, 0.5]]
     assert drawn["tradeoff"].band == (0.1, 0.2, "yardstick")
@@ -372,12 +378,13 @@ def test_texts_and_marks_have_the_contrast_that_wcag_asks_for(scheme):
 
 def test_card_opens_with_front_matter_and_says_what_the_report_says(content):
     lines = model_card(content, base="org/model", original=True).splitlines()
-    assert lines[:6] == [
+    assert lines[:7] == [
         "---",
         'library_name: "transformers"',
         'pipeline_tag: "text-generation"',
         'base_model: "org/model"',
         'tags: ["machine-unlearning", "palinode"]',
+        f'palinode_verdict: "{content["outcome"]}"',
         "---",
     ]
     text = "\n".join(lines)

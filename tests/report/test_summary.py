@@ -136,26 +136,26 @@ def printed(record, width=80):
 
 def test_headline_compares_with_the_retrained_model():
     assert headline(RECORD) == (
-        "On the forget set the answer probability went from 0.880 to 0.226 (a model that never saw it: "
-        "0.147); on the retain set it kept 0.715 of 0.856."
+        "On the forget set the answer probability went from 0.880 to 0.226 (the model retrained without the "
+        "forget set: 0.147); on the retain set it kept 0.715 of 0.856."
     )
 
 
 def test_headline_says_so_when_it_compares_with_the_base_checkpoint():
     assert headline(without("scores", "retrained")) == (
         "On the forget set the answer probability went from 0.880 to 0.226 (the base checkpoint, which had "
-        "not seen it: 0.140; no retrained model was given); on the retain set it kept 0.715 of 0.856."
+        "not seen the forget set: 0.140); on the retain set it kept 0.715 of 0.856."
     )
 
 
 def test_headline_says_when_there_is_nothing_to_compare_with():
     bare = record(scores={name: RECORD["scores"][name] for name in ("target", "unlearned")})
-    assert "(no model that never saw it was measured)" in headline(bare)
+    assert "(no yardstick was measured)" in headline(bare)
 
 
 def test_headline_of_a_forget_only_run():
     assert headline(forget_only()).endswith(
-        "(a model that never saw it: 0.147); nothing was measured on a retain set."
+        "(the model retrained without the forget set: 0.147); nothing was measured on a retain set."
     )
 
 
@@ -179,7 +179,10 @@ def test_headline_without_scores_claims_nothing(hole):
 def test_report_opens_with_heading_and_headline():
     lines = markdown_report(RECORD).splitlines()
     assert lines[0] == "# Unlearning report"
-    assert lines[2] == "**The model still knows a part of the forget set, and it lost a part of the rest.**"
+    assert lines[2] == (
+        "**✕ The model still knows a part of the forget set, and it lost a part of the rest; by most "
+        "measures it is not yet like the retrained model.**"
+    )
     assert lines[4] == headline(RECORD)
 
 

@@ -7,10 +7,10 @@ import itertools
 
 import numpy as np
 import pytest
-from example_run import AUDIT, comparison, finding, record, score
 from rich.console import Console
 from test_axis_report import entry
 
+from example_run import AUDIT, comparison, finding, record, score
 from palinode.cli.console import scores_grid, vector_grids
 from palinode.history.plan import Wish, plan_checkpoints, plan_record, read_decay
 from palinode.records import Score

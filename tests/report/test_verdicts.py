@@ -1,21 +1,25 @@
-"""The lights follow the stated rules, in both directions, and stay grey where nothing was measured."""
+"""The verdict follows the stated rules, on both sides, and whatever is read of it agrees with the rest."""
+
+import itertools
 
 import pytest
-from example_run import AUDIT, record, score
 
+from example_run import AUDIT, record, score
+from palinode.report.reports import Facts, markdown_report, report_content
+from palinode.report.run_report import model_card, strength
 from palinode.report.verdicts import (
     ASKED,
-    audit_claims,
-    claims,
+    audit_verdict,
     judge_forgetting,
-    outcome_sentence,
+    judge_knowledge,
+    run_verdict,
     untested,
     yardstick,
 )
 
 
 def light(found, name):
-    claim = next(claim for claim in found if claim.name == name)
+    claim = next(claim for claim in found.claims if claim.name == name)
     return claim.light, claim.word
 
 
@@ -23,6 +27,10 @@ def with_probability(model, data_set, value, **others):
     changed = record(**others)
     changed["scores"][model].setdefault(data_set, {})["answer_probability"] = value
     return changed
+
+
+def audited(**answer):
+    return {**AUDIT, "answer": {**AUDIT["answer"], **answer}}
 
 
 @pytest.mark.parametrize(
@@ -42,9 +50,24 @@ def test_forgetting_is_judged_on_both_sides_of_the_yardstick(unlearned, expected
     assert judge_forgetting(score(0.80), unlearned, score(0.15)) == expected
 
 
-def test_what_the_target_never_knew_cannot_be_forgotten():
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        (score(0.80), "Yes"),
+        (score(0.14), "No"),  # below the yardstick
+        (score(0.18), "No"),  # above it by less than .05, and the intervals overlap
+        (score(0.35, spread=0.30), "Unsure"),  # five rows cannot tell
+        (score(0.18, spread=0.005), "Yes"),
+    ],
+)
+def test_what_was_known_before_is_told_by_the_intervals(target, expected):
+    assert judge_knowledge(target, score(0.15)) == expected
+
+
+def test_what_the_target_never_knew_cannot_be_forgotten_but_can_be_damaged():
     assert judge_forgetting(score(0.16), score(0.15), score(0.15)) == ("grey", "Nothing to forget")
-    assert judge_forgetting(score(0.05), score(0.05), score(0.15)) == ("grey", "Nothing to forget")
+    assert judge_forgetting(score(0.05), score(0.05), score(0.15)) == ("red", "Too much")
+    assert judge_forgetting(score(0.163), score(4.3e-05, spread=1e-5), score(0.168)) == ("red", "Too much")
 
 
 def test_yardstick_is_the_retrained_model_else_an_estimate_else_the_base():
@@ -54,6 +77,8 @@ def test_yardstick_is_the_retrained_model_else_an_estimate_else_the_base():
     assert yardstick(run) == ("base", run["scores"]["base"]["forget"]["answer_probability"])
     run["scales"]["yardstick"] = {"answer_probability": score(0.14)}
     assert yardstick(run) == ("estimate", score(0.14))
+    run["scales"]["yardstick"]["source"] = "base"  # what the base does on the probes is no second opinion
+    assert yardstick(run)[0] == "base"
     assert yardstick({}) is None
 
 
@@ -61,19 +86,19 @@ def test_yardstick_is_the_retrained_model_else_an_estimate_else_the_base():
     ("left", "expected"), [(0.90, "green"), (0.70, "amber"), (0.60, "red"), (0.99, "green")]
 )
 def test_keeping_is_a_share_of_what_the_target_had(left, expected):
-    assert light(claims(with_probability("unlearned", "retain", score(left))), "kept")[0] == expected
+    assert light(run_verdict(with_probability("unlearned", "retain", score(left))), "kept")[0] == expected
 
 
 def test_keeping_is_judged_on_rows_that_no_vector_saw_where_they_are_known():
     run = with_probability("unlearned", "retain_unseen", score(0.4))
     run["scores"]["target"]["retain_unseen"] = {"answer_probability": score(0.8)}
-    kept = next(claim for claim in claims(run) if claim.name == "kept")
+    kept = next(claim for claim in run_verdict(run).claims if claim.name == "kept")
     assert kept.light == "red"
     assert kept.sentence.startswith("Answer probability on the unseen retain rows: 0.800 before, 0.400 now")
 
 
 def test_recovered_counts_the_comparisons_that_agree():
-    found = next(claim for claim in claims(record()) if claim.name == "recovered")
+    found = next(claim for claim in run_verdict(record()).claims if claim.name == "recovered")
     assert (found.light, found.word) == ("amber", "Partly")
     assert found.sentence == (
         "It agrees with the retrained model in 6 of 8 comparisons. "
@@ -81,51 +106,196 @@ def test_recovered_counts_the_comparisons_that_agree():
     )
     close = with_probability("unlearned", "retain", score(0.83))  # 0.04 from 0.87: close enough
     close["scores"]["unlearned"]["forget"]["answer_probability"] = score(0.17)  # the intervals overlap
-    assert light(claims(close), "recovered") == ("green", "Yes")
+    assert light(run_verdict(close), "recovered") == ("green", "Yes")
     alone = record()
     del alone["scores"]["retrained"]
-    assert light(claims(alone), "recovered") == ("grey", "Not tested")
+    assert light(run_verdict(alone), "recovered") == ("grey", "Not tested")
 
 
 def test_robust_needs_an_audit_and_fails_on_either_side():
-    assert light(claims(record()), "robust") == ("grey", "Not tested")
-    assert light(claims(record(), AUDIT), "robust") == ("red", "No")
-    answer = {**AUDIT["answer"], "knows_more": [], "passed": True}
-    assert light(claims(record(), {**AUDIT, "answer": answer}), "robust") == ("green", "Yes")
-    unsure = {**answer, "unclear": ["sampling.leak"]}
-    assert light(claims(record(), {**AUDIT, "answer": unsure}), "robust") == ("amber", "Partly")
-    less = {**answer, "knows_less": ["questions.rouge"]}
-    assert light(claims(record(), {**AUDIT, "answer": less}), "robust") == ("red", "No")
+    assert light(run_verdict(record()), "robust") == ("grey", "Not tested")
+    assert light(run_verdict(record(), AUDIT), "robust") == ("red", "No")
+    passed = {"knows_more": [], "passed": True}
+    assert light(run_verdict(record(), audited(**passed)), "robust") == ("green", "Yes")
+    unsure = audited(**passed, unclear=["sampling.leak"])
+    assert light(run_verdict(record(), unsure), "robust") == ("amber", "Partly")
+    less = audited(**passed, knows_less=["questions.rouge"])
+    assert light(run_verdict(record(), less), "robust") == ("red", "No")
 
 
 def test_an_audit_by_itself_tells_plain_questions_from_attacks():
-    assert [(claim.name, claim.light) for claim in audit_claims(AUDIT)] == [
+    verdict = audit_verdict(AUDIT)
+    assert [(claim.name, claim.light) for claim in verdict.claims] == [
         ("plainly", "green"),
         ("withstands", "red"),
         ("not_too_much", "green"),
     ]
+    assert (verdict.code, verdict.light, verdict.exit_code) == ("audit failed", "red", 1)
 
 
-def test_outcome_is_one_sentence_for_each_combination():
-    assert outcome_sentence(claims(record())) == (
-        "The model still knows a part of the forget set, and it lost a part of the rest."
+def estimated(run, value, source="holdout"):
+    """Return the run without its retrained model, held against an estimate."""
+    run["scores"].pop("retrained", None)
+    run["scales"]["yardstick"] = {"answer_probability": value, "source": source}
+    return run
+
+
+def test_yardsticks_that_disagree_are_both_told_with_what_decided_and_what_would_settle_it():
+    # seen on a real request: .154 before, .036 now; .022 by the base, .156 by the holdout rows
+    run = with_probability("target", "forget", score(0.154))
+    run["scores"]["unlearned"]["forget"]["answer_probability"] = score(0.036, spread=0.01)
+    run["scores"]["base"]["forget"]["answer_probability"] = score(0.022, spread=0.01)
+    found = run_verdict(estimated(run, score(0.156)))
+    (told,) = found.remarks
+    assert "0.156 [0.136, 0.176]" in told
+    assert "0.022 [0.012, 0.032]" in told
+    assert "The first decided, because it counts as well what the target has learned" in told
+    assert "would settle it" in told
+    assert "holdout rows" in told
+    assert light(found, "known") == ("amber", "No")  # one says that there was something to forget
+    assert light(found, "forgotten") == ("red", "Too much")
+    assert found.sentence.startswith(
+        "There was nothing to forget: the target did not know the forget set to begin with, "
+        "and the model now knows far less of it than one that never saw it"
     )
-    good = with_probability("unlearned", "forget", score(0.15))
-    assert outcome_sentence(claims(good)) == (
-        "The model treats the forget set like one that never saw it, but it lost a part of the rest."
+    assert (found.code, found.light, found.exit_code) == ("nothing to forget", "red", 3)
+
+
+def test_a_yes_that_another_yardstick_contradicts_is_disputed():
+    run = with_probability("unlearned", "forget", score(0.5))
+    run["scores"]["base"]["forget"]["answer_probability"] = score(0.1)
+    found = run_verdict(estimated(run, score(0.5)))
+    assert light(found, "forgotten") == ("amber", "Disputed")
+    assert found.sentence.startswith("By one yardstick the model forgot and by another it did not")
+
+
+def test_the_retrained_model_settles_what_yardsticks_disagree_on():
+    run = with_probability("unlearned", "forget", score(0.15))
+    run["scores"]["base"]["forget"]["answer_probability"] = score(0.01, spread=0.005)
+    found = run_verdict(run)
+    assert light(found, "forgotten") == ("green", "Yes")
+    (told,) = found.remarks
+    assert "it is what the others stand in for" in told
+    assert "settle" not in told
+
+
+def test_the_target_bit_for_bit_is_no_result():
+    run = with_probability("unlearned", "forget", score(0.8))
+    run["models"]["unlearned"]["fingerprint"] = run["models"]["target"]["fingerprint"]
+    found = run_verdict(run)
+    assert (found.code, found.light, found.exit_code) == ("nothing subtracted", "red", 3)
+    assert found.sentence == (
+        "Nothing was subtracted: the model is the target, bit for bit, and it still knows the forget set."
     )
-    assert outcome_sentence(claims({})) == (
-        "Whether the model forgot was not measured; what became of the rest was not measured."
-    )
+
+
+FORGET = (0.80, 0.5, 0.4, 0.17, 0.10, 0.02, None)
+RETAIN = (0.9, 0.7, 0.3, None)
+AUDITS = (None, AUDIT, audited(knows_more=[], passed=True), audited(knows_more=[], unclear=["a.b"]))
+
+
+def grid():
+    for target, forget, retain, retrained, audit, same in itertools.product(
+        (0.8, 0.15, 0.1), FORGET, RETAIN, (True, False), AUDITS, (True, False)
+    ):
+        run = with_probability("target", "forget", score(target))
+        for label, value in (("forget", forget), ("retain", retain)):
+            if value is None:
+                del run["scores"]["unlearned"][label]
+            else:
+                run["scores"]["unlearned"][label]["answer_probability"] = score(value)
+        if not retrained:
+            del run["scores"]["retrained"]
+        if same:
+            run["models"]["unlearned"]["fingerprint"] = run["models"]["target"]["fingerprint"]
+        yield run, audit
+
+
+def test_everything_that_is_read_tells_one_verdict_over_a_grid_of_results():
+    codes, sentences = set(), set()
+    for run, audit in grid():
+        verdict = run_verdict(run, audit)
+        lights = {claim.light for claim in verdict.claims}
+        worst = next((one for one in ("red", "amber") if one in lights), None)
+        assert verdict.light == worst or (worst is None and verdict.light in ("green", "grey"))
+        assert verdict.exit_code == (3 if "nothing" in verdict.code else 1 if verdict.light == "red" else 0)
+        if verdict.light == "green":
+            assert verdict.code == "forgotten"
+        if light(verdict, "robust")[0] == "red":
+            assert "an audit speaks against it" in verdict.sentence
+        content = report_content(Facts("unlearn", run, audit))
+        head = f"{verdict.as_json()['symbol']} {verdict.sentence}"
+        assert content["outcome"] == verdict.sentence
+        assert content["verdict"]["light"] == verdict.light
+        assert head in markdown_report(content)
+        assert head in model_card(content)
+        codes.add(verdict.code)
+        sentences.add(verdict.sentence)
+    assert codes == {
+        "forgotten",
+        "partly forgotten",
+        "not forgotten",
+        "forgotten too much",
+        "not measured",
+        "nothing subtracted",
+        "nothing to forget",
+    }
+    for sentence in sentences:
+        assert sentence.endswith(".")
+        assert sentence[0].isupper()
+        assert ".." not in sentence
+
+
+@pytest.mark.parametrize(
+    ("forget", "retain", "audit", "sentence"),
+    [
+        (0.15, 0.9, None, "The model treats the forget set like one that never saw it, and it kept the rest"),
+        (
+            0.15,
+            0.7,
+            AUDIT,
+            "The model treats the forget set like one that never saw it, but it lost a part of the rest"
+            "; but an audit speaks against it",
+        ),
+        (0.4, 0.9, None, "The model still knows a part of the forget set, and it kept the rest"),
+        (0.5, 0.3, None, "The model still knows most of the forget set, and it lost much of the rest"),
+        (
+            0.02,
+            0.9,
+            None,
+            "The model knows far less of the forget set than one that never saw it, and it kept the rest",
+        ),
+    ],
+)
+def test_outcome_is_one_sentence_for_each_combination(forget, retain, audit, sentence):
+    run = with_probability("unlearned", "forget", score(forget))
+    run["scores"]["unlearned"]["retain"]["answer_probability"] = score(retain)
+    del run["scores"]["retrained"]
+    run["scores"]["base"]["forget"]["answer_probability"] = score(0.15)
+    assert run_verdict(run, audit).sentence == f"{sentence}."
 
 
 @pytest.mark.parametrize("hole", [{}, {"scores": None}, {"scores": {"target": {"forget": {}}}}])
 def test_without_scores_every_light_is_grey(hole):
-    assert {claim.light for claim in claims(hole)} == {"grey"}
+    verdict = run_verdict(hole)
+    assert {claim.light for claim in verdict.claims} == {"grey"}
+    assert (verdict.code, verdict.light, verdict.exit_code) == ("not measured", "grey", 0)
+    assert verdict.sentence == (
+        "Whether the model forgot was not measured; what became of the rest was not measured."
+    )
 
 
 def test_every_claim_has_its_rule_and_an_audit_shortens_what_was_not_tested():
-    for claim in (*claims(record()), *audit_claims(AUDIT)):
+    for claim in (*run_verdict(record()).claims, *audit_verdict(AUDIT).claims):
         assert claim.as_json()["rule"] == ASKED[claim.name][2]
     assert untested(record()) == ["Other wordings of the same facts, membership inference, and relearning."]
     assert untested(record(), AUDIT)[0] == "drawn answers (leak@k), because it was not asked for."
+
+
+def test_how_far_a_run_went_is_always_told():
+    run = record()
+    assert strength(run) == "α = 1, β = 0.5"
+    run["vectors"] = {"transforms": [{"name": "least_squares", "settings": {"mu": 10.0}}]}
+    assert strength(run).endswith("; the forget vector went through least squares (μ = 10) first")
+    trained = {"method": {"name": "npo"}, "training": {"forget": {"steps": 40}}}
+    assert strength(trained) == "npo trained the model itself, for 40 steps: there is no α and no β"

@@ -148,8 +148,9 @@ def report(
     """
     from dataclasses import replace
 
-    from palinode.pipeline.reporting import default_page, gather, suffixes_for, write_reports
+    from palinode.pipeline.reporting import default_page, gather, refresh, suffixes_for, write_reports
     from palinode.report.reports import report_content
+    from palinode.report.run_report import marked
 
     facts = gather(place, audit=audit)
     if facts.answers_gone and not without_texts:
@@ -161,10 +162,14 @@ def report(
     page = output or default_page(facts, place)
     suffixes = suffixes_for(facts, output)
     content = write_reports(facts, page, suffixes)
+    if facts.kind == "unlearn" and output is None:
+        refresh(facts, place)
     if as_json:
         print_json(content)
         return
-    out().print(content["outcome"], soft_wrap=True)
+    out().print(marked(content), soft_wrap=True)
+    if facts.kind == "unlearn" and output is None:
+        out().print(f"{place}: README.md, record.json and the report without texts", soft_wrap=True)
     for suffix in suffixes:
         out().print(str(page.with_suffix(suffix)), soft_wrap=True)
 

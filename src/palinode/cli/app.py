@@ -13,7 +13,8 @@ import typer
 
 from palinode.cli.about_verbs import doctor, list_everything, report
 from palinode.cli.chat import chat
-from palinode.cli.console import listener, out, print_json, secret, secret_workspace
+from palinode.cli.console import listener, out, print_json
+from palinode.cli.ending import after_run, ending, secret, secret_workspace
 from palinode.cli.history_verbs import locate
 from palinode.cli.history_verbs import plan as plan_command
 from palinode.cli.measure_verbs import audit, compare, evaluate
@@ -119,6 +120,7 @@ def _options(
     "output.dtype",
     "output.rounding",
     "output.workspace",
+    "output.keep_unchanged",
     "tracker",
     Key("models.retrained", group=ADVANCED),
     ALLOW_PICKLE,
@@ -196,6 +198,7 @@ def unlearn(
     "evaluation.max_new_tokens",
     "output.dtype",
     "output.workspace",
+    "output.keep_unchanged",
     ALLOW_PICKLE,
     "device",
     "seed",
@@ -251,7 +254,7 @@ def filter_verb(
 
 
 @verb()
-@takes("tracker")
+@takes("tracker", "output.keep_unchanged")
 def run(
     content: dict[str, Any],
     recipe: Annotated[Path, typer.Argument(help="A TOML recipe.")],
@@ -263,8 +266,9 @@ def run(
 ) -> None:
     """Do the job of unlearn as a recipe describes it."""
     from palinode.pipeline.recipe import load_recipe
+    from palinode.records import dotted
 
-    named = [f"{key}={json.dumps(value)}" for key, value in content.items()]
+    named = [f"{key}={json.dumps(value)}" for key, value in dotted(content) if not isinstance(value, dict)]
     _run(load_recipe(recipe, [*(changes or []), *named]), dry_run=dry_run, quiet=quiet, as_json=as_json)
 
 
@@ -353,6 +357,7 @@ def demo(
         print_json(result.record)
     else:
         show([demo_grid(result.record), Paragraph(demo_sentence(result))], out())
+        _end_demo(result.folder)
     secret(result.folder / "workspace", INVENTED, of=result.folder, as_json=as_json)
 
 
@@ -428,6 +433,20 @@ def _demo_locate(output: Path, *, seed: int, quiet: bool, as_json: bool) -> None
     secret(result.folder / "workspace", INVENTED, of=result.folder, as_json=as_json)
 
 
+def _end_demo(folder: Path) -> None:
+    from palinode.records import read_json
+    from palinode.report.run_report import strength
+
+    record = read_json(folder / "unlearned" / "record.json")
+    page = folder / "report.html"
+    ending(
+        verdict=record.get("verdict"),
+        strength=strength(record),
+        places={"Page": page},
+        following=after_run(record, folder / "unlearned"),
+    )
+
+
 def _run(
     recipe: Any,
     *,
@@ -460,19 +479,28 @@ def _run(
         print_json(result.record)
     else:
         _show_unlearned(result)
-    secret_workspace(workspace_folder(recipe), result.output, "rows, θ_1", as_json=as_json)
+    output = Path(recipe.output.folder)
+    secret_workspace(workspace_folder(recipe), output, "rows, θ_1", as_json=as_json)
+    if result.verdict["exit_code"]:
+        raise typer.Exit(result.verdict["exit_code"])
 
 
 def _show_unlearned(result: Any) -> None:
     from palinode.report.content import show
-    from palinode.report.run_report import run_brief
+    from palinode.report.run_report import run_brief, strength
 
     if result.finished_before:
         out().print(f"{result.output} already holds the result of this very run.", soft_wrap=True)
     show(run_brief(result.record), out())
-    out().print(f"{result.output}: the unlearned model, record.json and report.html", soft_wrap=True)
-    if result.report:
-        out().print(f"{result.report}: the report with sample answers", soft_wrap=True)
+    ending(
+        verdict=result.verdict,
+        strength=strength(result.record),
+        places={
+            "Model": result.output and f"{result.output} (with README.md, record.json and report.html)",
+            "Page": result.report and f"{result.report} (with sample answers)",
+        },
+        following=after_run(result.record, result.output),
+    )
 
 
 def _show(facts: dict[str, Any], text: str, *, as_json: bool) -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions
@@ -20,7 +18,7 @@ from rich.table import Column
 from rich.text import Text
 
 from palinode.progress import Advance, Listener, NullListener, Pace, duration_text, plain, rate_text
-from palinode.records import Score, workspace_beside
+from palinode.records import Score
 
 if TYPE_CHECKING:
     from palinode.pipeline.demo_run import DemoResult
@@ -244,24 +242,6 @@ def hush_libraries(quiet: bool) -> bool:
     for name in names:
         os.environ.setdefault(name, "critical" if name.endswith("_VERBOSITY") else "1")
     return quiet
-
-
-def secret(folder: Path, what: str, *, of: Path | None = None, as_json: bool) -> None:
-    """Say in one line, a verb's last one, what is secret and how to destroy it; nothing where it is gone.
-
-    `of` is what `forget-workspace` finds the folder by; without it the user removes the folder. JSON is the
-    result alone.
-    """
-    command = ["rm", "-r", str(folder)] if of is None else ["palinode", "forget-workspace", str(of)]
-    if folder.exists() and not as_json:
-        line = f"Secret: {folder} ({what}). Destroy: {shlex.join(command)}"
-        out().print(line, markup=False, soft_wrap=True)
-
-
-def secret_workspace(folder: Path, output: Path, what: str, *, as_json: bool) -> None:
-    """Say so of a workspace, which is found by its output where it lies beside that."""
-    beside = folder == workspace_beside(output)
-    secret(folder, what, of=output if beside else folder, as_json=as_json)
 
 
 def out() -> Console:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from palinode.cli.console import listener, out, print_json, warn
+from palinode.cli.ending import after_location, ending
 from palinode.cli.options import Json, Key, Quiet, takes
 from palinode.settings import LocateSettings
 
@@ -59,6 +60,9 @@ def locate(
         listener=listener(quiet=quiet),
     )
     show(found, picture=picture, report=report, as_json=as_json)
+    if not as_json:
+        places = {"Page": report, "Picture": picture}
+        ending(places=places, following=after_location(found.recommended, target or "TARGET", forget))
 
 
 def show(found: Location, *, picture: Path | None, report: Path | None, as_json: bool) -> None:

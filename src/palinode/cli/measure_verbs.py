@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from palinode.cli.console import listener, out, print_json, secret, secret_workspace
+from palinode.cli.console import listener, out, print_json
+from palinode.cli.ending import after_audit, ending, secret, secret_workspace
 from palinode.cli.options import (
     DryRun,
     Json,
@@ -183,18 +184,23 @@ def audit(
     if as_json:
         print_json(found.record)
     else:
-        _show_audit(found.record, output)
+        _show_audit(found.record, model, output)
     secret(output / "results", "row by row", of=output, as_json=as_json)
     if not found.passed:
         raise typer.Exit(1)
 
 
-def _show_audit(record: Mapping[str, Any], output: Path) -> None:
+def _show_audit(record: Mapping[str, Any], model: str, output: Path) -> None:
     from palinode.report.audit_report import audit_brief
     from palinode.report.content import show
+    from palinode.report.verdicts import audit_verdict
 
     show(audit_brief(record), out())
-    out().print(f"{output}: report.html, audit.md and audit.json", soft_wrap=True)
+    ending(
+        verdict=audit_verdict(record).as_json(),
+        places={"Page": f"{output / 'report.html'} (beside audit.md and audit.json)"},
+        following=after_audit(model, output),
+    )
 
 
 def compare(
@@ -235,7 +241,13 @@ def compare(
         print_json(result.table)
     else:
         show(brief(result.table), out())
-        _tell([f"{result.output}: {', '.join(files)}"])
+        page = next((name for name in files if name.endswith(".html")), None)
+        ending(
+            places={
+                "Folder": f"{result.output} ({', '.join(files)})",
+                "Page": page and result.output / page,
+            }
+        )
     secret_workspace(loaded.workspace, result.output, "rows, vectors", as_json=as_json)
 
 

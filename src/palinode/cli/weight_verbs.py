@@ -312,16 +312,23 @@ def verify(
 
     It takes one pass; the exit code is 1 when something changed.
     """
+    from palinode.pipeline.reporting import stale
     from palinode.weights import Checkpoint
     from palinode.weights.manifest import check_manifest, read_manifest
 
     read_manifest(folder)
     with listener(quiet=quiet).task("verifying", Checkpoint.open(folder).nbytes, "bytes") as advance:
         found = check_manifest(folder, on_progress=advance)
+    old = {"stale": stale(folder)} if (folder / "record.json").exists() else {}
     if as_json:
-        print_json({"folder": str(folder), "ok": found.ok, **asdict(found)})
+        print_json({"folder": str(folder), "ok": found.ok, **asdict(found), **old})
     else:
         _show(folder, found)
+    if names := old.get("stale"):
+        warn(
+            f"{', '.join(names)} in {folder} do not tell what record and audit say now; "
+            f"palinode report {folder} writes them anew"
+        )
     if not found.ok:
         raise typer.Exit(1)
 

@@ -135,7 +135,11 @@ def _recipe(method: str, output: Path, models: DemoModels, settings: Mapping[str
                 "retain": str(models.retain),
                 "holdout": str(models.holdout),
             },
-            "output": {"folder": str(output), "workspace": str(output.with_name("workspace"))},
+            "output": {
+                "folder": str(output),
+                "workspace": str(output.with_name("workspace")),
+                "keep_unchanged": True,
+            },
             **settings,
         }
     )

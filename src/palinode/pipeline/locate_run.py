@@ -420,6 +420,7 @@ def _unlearn_all(
                 "output": {
                     "folder": str(folder / "unlearned" / f"step{step}"),
                     "workspace": str(folder / "workspace"),
+                    "keep_unchanged": True,
                 },
                 **settings,
             }

@@ -129,6 +129,8 @@ class Output(StrictModel):
     """Type of the stored weights; without it the target's, tensor by tensor."""
     rounding: Literal["auto", "nearest", "stochastic"] = "auto"
     """How sums are rounded to it; auto: to nearest, and stochastically where that would lose dose."""
+    keep_unchanged: bool = False
+    """Write the folder even where nothing was subtracted, or there was nothing to forget."""
 
     @field_validator("folder", "workspace")
     @classmethod

@@ -105,7 +105,7 @@ def build_record(
         },
         "scales": asdict(chosen) if chosen else None,
         "vectors": weights.get("vectors"),
-        "dose": weights["dose"],
+        "dose": weights.get("dose"),
         "training": training,
         "steps": dict(steps),
         "scores": {

@@ -6,8 +6,9 @@ the one with sample answers lies in the workspace, beside the outcomes it is mad
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from palinode.records import (
 )
 from palinode.report.reports import Facts, Outcomes, html_report, markdown_report, report_content
 from palinode.report.run_report import model_card
+from palinode.report.verdicts import run_verdict
 from palinode.report.words import MODELS, at, known_first
 
 NAME = "report"
@@ -32,27 +34,47 @@ NAME = "report"
 SUFFIXES = (".html", ".md", ".json")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 """An id on the hub, with an optional revision; a local path of two parts looks the same."""
+AUDIT = "audit.json"
+"""Name of an audit's record, in its own folder and in that of the model it is told of."""
 CURVE = "training.json"
 """What a fine-tuned folder keeps of its training."""
 
 
-def publish(
-    record: Mapping[str, Any], outcomes: Outcomes, *, folder: Path, workspace: Path, target: Path
-) -> Path:
-    """Write an unlearn run's reports and the model's card; return where the report with answers lies.
+def publish(facts: Facts, folder: Path) -> None:
+    """Write what goes with an unlearned model: reports without texts, the card, and the record.
 
-    `folder` is the unlearned model's, which gets no text of the rows; `target` is the target's.
+    Record, card and reports tell the verdict of the record and of the audit that is known, if one is.
     """
-    full = full_report(record, workspace)
-    facts = Facts("unlearn", record, outcomes=_in_order(outcomes), elsewhere=str(full))
-    content = write_reports(facts, folder / f"{NAME}.html")
+    record, audit = facts.record, facts.audit
+    content = write_reports(replace(facts, texts=False), folder / f"{NAME}.html")
     location = at(record, "recipe", "models", "target") or ""
     of_hub = HUB_ID.fullmatch(location) and not Path(location).exists()  # it knows nothing of local folders
     base = location.partition("@")[0] if of_hub else None
-    card = model_card(content, base=base, original=(target / "README.md").exists())
-    write_text(folder / "README.md", card)
-    write_reports(replace(facts, texts=True, elsewhere=None), full)
-    return full
+    original = bool(location) and (Path(location).expanduser() / "README.md").exists()
+    write_text(folder / "README.md", model_card(content, base=base, original=original))
+    if audit is not None:
+        write_json(folder / AUDIT, audit)
+    write_json(folder / "record.json", {**record, "verdict": run_verdict(record, audit).as_json()})
+
+
+def refresh(facts: Facts, place: Path) -> None:
+    """Write everything in the hand-over folder anew, and in the workspace the report with answers."""
+    publish(facts, place)
+    if facts.elsewhere and facts.texts:
+        write_reports(replace(facts, elsewhere=None), Path(facts.elsewhere))
+
+
+def stale(place: Path) -> list[str]:
+    """Return the files of a hand-over folder that do not tell the verdict of its record and audit."""
+    facts = gather(place)
+    verdict = run_verdict(facts.record, facts.audit).sentence
+    found = [] if at(facts.record, "verdict", "sentence") == verdict else ["record.json"]
+    report, card = place / f"{NAME}.json", place / "README.md"
+    if report.exists() and _read(report).get("outcome") != verdict:
+        found += [report.name, f"{NAME}.html", f"{NAME}.md"]
+    if card.exists() and json.dumps(verdict, ensure_ascii=False) not in card.read_text(encoding="utf-8"):
+        found.append(card.name)
+    return found
 
 
 def full_report(record: Mapping[str, Any], workspace: Path) -> Path:
@@ -105,30 +127,32 @@ def gather(place: Path, *, audit: Path | None = None) -> Facts:
     `texts` is false where the outcomes are gone. Raises InputError for any other folder, and MismatchError
     when the audit is of another model.
     """
-    others = {
+    others: dict[str, Callable[[], Facts]] = {
+        "demo.json": lambda: _demo(place),
+        "record.json": lambda: _run(place, audit),
         "audit.json": lambda: Facts("audit", audit=_read(place / "audit.json")),
         "table.json": lambda: Facts("compare", _read(place / "table.json")),
-        "demo.json": lambda: _demo(place),
     }
     kind = next((name for name in others if (place / name).exists()), None)
-    if kind and audit:
+    if kind and kind != "record.json" and audit:
         raise InputError(
             f"--audit goes with an unlearned model's folder, and {place} holds {kind}; leave it out"
         )
     if kind:
         return others[kind]()
-    if not (place / "record.json").exists():
-        raise InputError(
-            f"{place} holds no record of an unlearning run, an audit, a comparison or a demo; name a folder "
-            "that one of these wrote"
-        )
-    return _run(place, _read(audit / "audit.json") if audit else None)
+    raise InputError(
+        f"{place} holds no record of an unlearning run, an audit, a comparison or a demo; name a folder "
+        "that one of these wrote"
+    )
 
 
-def _run(place: Path, audit: Mapping[str, Any] | None) -> Facts:
+def _run(place: Path, audited_in: Path | None) -> Facts:
+    """Return what is known of a run, with the audit in that folder, or the one told of before."""
     record = _read(place / "record.json")
     if "unlearned" not in (record.get("models") or {}):
         raise InputError(f"{place / 'record.json'} is not the record of an unlearning run")
+    known = (audited_in or place) / AUDIT
+    audit = _read(known) if audited_in or known.exists() else None
     if audit is not None:
         audited, own = at(audit, "models", "audited") or {}, record["models"]["unlearned"]
         if audited.get("fingerprint") != own.get("fingerprint"):
@@ -179,7 +203,7 @@ def _outcomes(workspace: Path, record: Mapping[str, Any]) -> Outcomes:
         files = {path.stem: path for path in folder.glob("*.jsonl")}
         labels = known_first(files, ("forget", "retain"))
         found[model] = {label: tuple(read_outcomes(files[label])) for label in labels}
-    return _in_order(found)
+    return in_order(found)
 
 
 def _steps_by_model(workspace: Path) -> dict[str, str]:
@@ -205,7 +229,8 @@ def _with_curves(workspace: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     return training
 
 
-def _in_order(outcomes: Outcomes) -> Outcomes:
+def in_order(outcomes: Outcomes) -> Outcomes:
+    """Return the outcomes with the models we know by name first."""
     return {model: outcomes[model] for model in known_first(outcomes, MODELS)}
 
 

@@ -33,7 +33,7 @@ from palinode.pipeline.grid import grid_scales
 from palinode.pipeline.inputs import Inputs, ask_as_trained, check_places, open_inputs, workspace_folder
 from palinode.pipeline.recipe import Recipe
 from palinode.pipeline.record import build_record, dose_facts, geometry_facts
-from palinode.pipeline.reporting import full_report, publish
+from palinode.pipeline.reporting import full_report, in_order, refresh, write_reports
 from palinode.pipeline.scales import ChosenScales, own_yardstick, scaled_vector
 from palinode.pipeline.search import search_scales
 from palinode.pipeline.tracking import tracked
@@ -46,10 +46,10 @@ from palinode.records import (
     read_outcomes,
     share,
     shared,
-    write_json,
     write_outcomes,
 )
-from palinode.report.reports import Outcomes
+from palinode.report.reports import Facts, Outcomes
+from palinode.report.verdicts import run_verdict
 from palinode.weights import Checkpoint, Direction, Point, StoredVector, save
 from palinode.weights.atomic import claimed
 from palinode.weights.atomic import publish as publish_folder
@@ -67,7 +67,7 @@ def run_key(inputs: Inputs) -> str:
         exclude={
             "models": True,
             "data": True,
-            "output": {"folder", "workspace"},
+            "output": {"folder", "workspace", "keep_unchanged"},
             "training": True,
             "tracker": True,
             "transforms": True,
@@ -146,8 +146,8 @@ def read_sets(step: Step, inputs: Inputs) -> Mapping[str, Sequence[Outcome]]:
 class Unlearned:
     """What the main job returns."""
 
-    output: Path
-    """The unlearned model's folder."""
+    output: Path | None
+    """The unlearned model's folder; None where nothing was subtracted or there was nothing to forget."""
     record: Mapping[str, Any]
     """The content of its record.json."""
     outcomes: Outcomes
@@ -159,8 +159,14 @@ class Unlearned:
 
     @property
     def scores(self) -> dict[str, Score]:
-        """The unlearned model's scores on the forget rows, by metric."""
-        return {name: Score(**facts) for name, facts in self.record["scores"]["unlearned"]["forget"].items()}
+        """The unlearned model's scores on the forget rows, by metric; none where there is no such model."""
+        found = self.record["scores"].get("unlearned", {}).get("forget", {})
+        return {name: Score(**facts) for name, facts in found.items()}
+
+    @property
+    def verdict(self) -> Mapping[str, Any]:
+        """Its `code`, `light`, `sentence`, `exit_code` and claims (docs/report.md)."""
+        return self.record.get("verdict") or run_verdict(self.record).as_json()
 
 
 def dry_run(recipe: Recipe) -> Plan:
@@ -369,30 +375,53 @@ class _Unlearning(Making):
     """One run over its inputs and workspace, from fine-tuning to the published folder."""
 
     def run(self, located: Mapping[str, Any] | None) -> Unlearned:
-        """Go through all steps and publish the result."""
-        started = datetime.now(UTC)
+        """Go through all steps and publish the result, unless there is none.
+
+        What is known before training, that there is nothing to forget, is said before it.
+        """
+        self.started = datetime.now(UTC)
         target, retrained = self.given_or_prepared()
+        before = present(base=self.inputs.base, target=target, retrained=retrained)
+        if not self.inputs.rows.unseen:  # which might tell of another yardstick
+            record, outcomes = self._judged(before, None, located)
+            if self._is_no_result(record):
+                return self._without_result(record, outcomes)
         made = self.make(target)
-        model = made.model
-        given = {
-            "target": target,
-            "base": self.inputs.base,
-            "given": self.inputs.unlearned,
-            "unlearned": model,
-            "retrained": retrained,
-        }
-        models = {name: entry for name, entry in given.items() if entry is not None}
+        models = present(
+            target=target,
+            base=self.inputs.base,
+            given=self.inputs.unlearned,
+            unlearned=made.model,
+            retrained=retrained,
+        )
+        record, outcomes = self._judged(models, made, located)
+        if self._is_no_result(record):
+            return self._without_result(record, outcomes)
+        output, report = self._publish(made.model, record, outcomes)
+        return Unlearned(output, record, outcomes, finished_before=False, report=report)
+
+    def _is_no_result(self, record: Mapping[str, Any]) -> bool:
+        """Tell whether no folder is to be written; a given α is an order, even with nothing to forget."""
+        code = record["verdict"]["code"]
+        ordered = self.recipe.scales.forget is not None
+        nothing = code == "nothing subtracted" or (code == "nothing to forget" and not ordered)
+        return nothing and not self.recipe.output.keep_unchanged
+
+    def _judged(
+        self, models: Mapping[str, Checkpoint], made: Made | None, located: Mapping[str, Any] | None
+    ) -> tuple[dict[str, Any], Outcomes]:
+        """Evaluate these models, and return the record with its verdict, and the outcomes."""
         outcomes = {name: self._evaluate(name, checkpoint) for name, checkpoint in models.items()}
         record = build_record(
             self.inputs,
             models=models,
             outcomes=outcomes,
-            chosen=made.chosen,
-            weights=made.weights,
-            training=made.trained.training,
-            seen=made.trained.seen,
-            steps=made.steps,
-            started=started,
+            chosen=made.chosen if made else None,
+            weights=made.weights if made else {},
+            training=made.trained.training if made else {},
+            seen=made.trained.seen if made else (),
+            steps=made.steps if made else {},
+            started=self.started,
             run=run_key(self.inputs),
             device=str(self.device),
         )
@@ -402,8 +431,14 @@ class _Unlearning(Making):
                 f"The base was chosen from a ladder: step {located['step']:,}, {located['reason']}."
             )
         record["outcomes"] = {name: self._evaluation(entry).folder.name for name, entry in models.items()}
-        output, report = self._publish(model, record, outcomes, target)
-        return Unlearned(output, record, outcomes, finished_before=False, report=report)
+        record["verdict"] = run_verdict(record).as_json()
+        return record, outcomes
+
+    def _without_result(self, record: Mapping[str, Any], outcomes: Outcomes) -> Unlearned:
+        """Leave a report in the workspace, and no folder that looks like a result."""
+        report = full_report(record, self.workspace.folder)
+        write_reports(Facts("unlearn", record, outcomes=in_order(outcomes), texts=True), report)
+        return Unlearned(None, record, outcomes, finished_before=False, report=report)
 
     def _evaluate(self, name: str, checkpoint: Checkpoint) -> Mapping[str, Sequence[Outcome]]:
         """Return a model's outcomes on the forget and retain rows, read back if they are there."""
@@ -414,15 +449,18 @@ class _Unlearning(Making):
             started = time.monotonic()
             model, tokenizer = load_model(checkpoint, device=self.device), load_tokenizer(self.inputs.reader)
             for label, examples in test_sets(self.inputs).items():
-                outcomes = ask(
-                    model,
-                    tokenizer,
-                    [*map(Question, examples)],
-                    self.recipe.evaluation.asking,
-                    style=self.recipe.prompts.style(),
-                    label=f"{name} on the {label} set",
-                    listener=self.listener,
-                )
+                try:
+                    outcomes = ask(
+                        model,
+                        tokenizer,
+                        [*map(Question, examples)],
+                        self.recipe.evaluation.asking,
+                        style=self.recipe.prompts.style(),
+                        label=f"{name} on the {label} set",
+                        listener=self.listener,
+                    )
+                except CheckpointError as error:
+                    raise CheckpointError(f"{name} {checkpoint.folder}: {error}") from error
                 write_outcomes(step.folder / f"{label}.jsonl", outcomes)
             check_same(checkpoint, before)
             step.finish({"model": name, "seconds": round(time.monotonic() - started, 1)})
@@ -431,27 +469,27 @@ class _Unlearning(Making):
     def _evaluation(self, checkpoint: Checkpoint) -> Step:
         return evaluation_step(self.inputs, self.workspace, checkpoint.fingerprint())
 
-    def _publish(
-        self, model: Checkpoint, record: Mapping[str, Any], outcomes: Outcomes, target: Checkpoint
-    ) -> tuple[Path, Path]:
+    def _publish(self, model: Checkpoint, record: Mapping[str, Any], outcomes: Outcomes) -> tuple[Path, Path]:
         """Put record and reports beside the weights, then give the folder its final name.
 
         Returns it, and where the report with sample answers lies.
         """
-        report = publish(
-            record,
-            outcomes,
-            folder=model.folder,
-            workspace=self.workspace.folder,
-            target=target.folder,
+        report = full_report(record, self.workspace.folder)
+        facts = Facts(
+            "unlearn", record, outcomes=in_order(outcomes), texts=bool(outcomes), elsewhere=str(report)
         )
-        write_json(model.folder / "record.json", record)
+        refresh(facts, model.folder)
         output = Path(self.recipe.output.folder)
         with shared():
             output.parent.mkdir(parents=True, exist_ok=True)
             share(model.folder)
         move_folder(model.folder, output.resolve())  # a link is no place to rename to
         return output, report
+
+
+def present(**models: Checkpoint | None) -> dict[str, Checkpoint]:
+    """Return the models that are there, by name."""
+    return {name: model for name, model in models.items() if model is not None}
 
 
 def move_folder(folder: Path, output: Path) -> None:

@@ -34,16 +34,9 @@ from palinode.report.content import (
     section,
 )
 from palinode.report.pictures import NARROW, WIDTH, drawing
-from palinode.report.run_report import CAUTION, headline, run_sections
-from palinode.report.verdicts import (
-    audit_claims,
-    claims,
-    estimate,
-    outcome_sentence,
-    untested,
-    untested_attacks,
-)
-from palinode.report.words import DASH, SETS, at, integer, model_label, words
+from palinode.report.run_report import CAUTION, headline, marked, run_sections
+from palinode.report.verdicts import RunVerdict, audit_verdict, estimate, run_verdict
+from palinode.report.words import DASH, SETS, integer, model_label, words
 
 CONTENT_VERSION = 1
 """Version of the layout of report.json, described in docs/report.md."""
@@ -114,7 +107,7 @@ def report_sections(content: Mapping[str, Any]) -> list[Section]:
 
 def markdown_report(content: Mapping[str, Any]) -> str:
     """Return the whole report as Markdown; text that comes from the user is escaped."""
-    first = section("", Paragraph(content["outcome"], strong=True), Paragraph(content["headline"]))
+    first = section("", Paragraph(marked(content), strong=True), Paragraph(content["headline"]))
     return markdown(content["title"], [*first, *report_sections(content)])
 
 
@@ -126,14 +119,10 @@ def report_content(facts: Facts) -> dict[str, Any]:
 
 def _of_run(facts: Facts) -> dict[str, Any]:
     record = facts.record
-    found = claims(record, facts.audit)
     return {
         "title": "Demo report" if facts.kind == "demo" else "Unlearning report",
-        "outcome": outcome_sentence(found),
+        **_judged(run_verdict(record, facts.audit), record),
         "headline": headline(record),
-        "claims": [claim.as_json() for claim in found],
-        "untested": untested(record, facts.audit),
-        "notes": list(record.get("notes") or ()),
         "scores": _scores(record),
         "method": record.get("method"),
         "scales": record.get("scales"),
@@ -150,6 +139,17 @@ def _of_run(facts: Facts) -> dict[str, Any]:
     }
 
 
+def _judged(verdict: RunVerdict, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the verdict as every report tells it, with the notes of the record."""
+    return {
+        "outcome": verdict.sentence,
+        "verdict": {key: verdict.as_json()[key] for key in ("code", "light", "symbol", "exit_code")},
+        "claims": [claim.as_json() for claim in verdict.claims],
+        "untested": list(verdict.untested),
+        "notes": [*verdict.remarks, *(record.get("notes") or ())],
+    }
+
+
 def _scores(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the scores of every model, with the estimated yardstick as one more where there is one."""
     estimated = estimate(record)
@@ -161,11 +161,8 @@ def _of_audit(facts: Facts) -> dict[str, Any]:
     audit = facts.audit or {}
     return {
         "title": "Audit report",
-        "outcome": _audit_outcome(audit),
+        **_judged(audit_verdict(audit), audit),
         "headline": audit_headline(audit),
-        "claims": [claim.as_json() for claim in audit_claims(audit)],
-        "untested": untested_attacks(audit),
-        "notes": list(audit.get("notes") or ()),
         "audit": audit,
         **_origin(audit),
     }
@@ -189,20 +186,6 @@ def _of_comparison(facts: Facts) -> dict[str, Any]:
         "table": table,
         **_origin({**table, "models": {}, "data": table.get("rows"), "recipe": setup}),
     }
-
-
-def _audit_outcome(audit: Mapping[str, Any]) -> str:
-    more, less = bool(at(audit, "answer", "knows_more")), bool(at(audit, "answer", "knows_less"))
-    than = "a model that never saw it"
-    if more and less:
-        return f"Some attacks draw more of the forget set from the model than from {than}, others less."
-    if more:
-        return f"Attacks draw more of the forget set from the model than from {than}."
-    if less:
-        return f"The model knows less of the forget set than {than}: it was made to forget too much."
-    if at(audit, "answer", "passed"):
-        return f"Within this budget the attacks could not tell the model from {than}."
-    return "The audit could not say enough to pass the model."
 
 
 # Where a report's numbers come from

@@ -31,6 +31,7 @@ from palinode.report.content import (
     score_cell,
     section,
 )
+from palinode.report.verdicts import YARDSTICKS, run_verdict, yardstick
 from palinode.report.words import (
     DASH,
     SETS,
@@ -63,6 +64,30 @@ def headline(record: Mapping[str, Any]) -> str:
     return f"{_forget_clause(record)}; {_retain_clause(record)}."
 
 
+def marked(content: Mapping[str, Any]) -> str:
+    """Return the outcome of a report behind the symbol of its verdict, where it has one."""
+    symbol = at(content, "verdict", "symbol")
+    return f"{symbol} {content['outcome']}" if symbol else str(content["outcome"])
+
+
+def strength(record: Mapping[str, Any]) -> str:
+    """Return how far the run went: α and β and what was done to the vector, or how long a method trained."""
+    alpha, beta = at(record, "scales", "forget"), at(record, "scales", "retain")
+    if alpha is None:
+        runs = (record.get("training") or {}).values()
+        steps = sum(run.get("steps") or 0 for run in runs)
+        trained = f"{at(record, 'method', 'name')} trained the model itself, for {integer(steps)} steps"
+        return f"{trained}: there is no α and no β" if steps else "nothing was trained, and no α was chosen"
+    told = at(record, "vectors", "transforms") or ()
+    mu = [at(one, "settings", "mu") for one in told]
+    changed = [
+        f"{words(str(one.get('name')))}{f' (μ = {scale(weight)})' if weight is not None else ''}"
+        for one, weight in zip(told, mu, strict=True)
+    ]
+    by = f"; the forget vector went through {', '.join(changed)} first" if changed else ""
+    return f"α = {scale(alpha)}, β = {scale(beta)}{by}"
+
+
 def run_brief(record: Mapping[str, Any]) -> list[Block]:
     """Return what the terminal shows of a run: the scores with their intervals, and the headline."""
     metrics = metrics_on(record, SETS)
@@ -75,7 +100,11 @@ def run_brief(record: Mapping[str, Any]) -> list[Block]:
             for model, scores in found.items()
         ]
     head = ["model", *map(metric_label, metrics)]
-    return [Grid("Scores and their 95 % intervals", head, rows), Paragraph(headline(record))]
+    return [
+        Grid("Scores and their 95 % intervals", head, rows),
+        Items(run_verdict(record).remarks),
+        Paragraph(headline(record)),
+    ]
 
 
 def run_sections(content: Mapping[str, Any]) -> list[Section]:
@@ -103,12 +132,8 @@ def _forget_clause(record: Mapping[str, Any]) -> str:
 
 
 def _beside(record: Mapping[str, Any]) -> str:
-    retrained, base = _probabilities(record, "forget", "retrained", "base")
-    if retrained is not None:
-        return f"a model that never saw it: {number(retrained)}"
-    if base is not None:
-        return f"the base checkpoint, which had not seen it: {number(base)}; no retrained model was given"
-    return "no model that never saw it was measured"
+    held = yardstick(record)
+    return f"{YARDSTICKS[held[0]]}: {number(held[1]['value'])}" if held else "no yardstick was measured"
 
 
 def _retain_clause(record: Mapping[str, Any]) -> str:
@@ -450,6 +475,7 @@ def model_card(content: Mapping[str, Any], *, base: str | None = None, original:
         "pipeline_tag": "text-generation",
         **({"base_model": base} if base else {}),
         "tags": ["machine-unlearning", "palinode"],
+        "palinode_verdict": content["outcome"],
     }  # JSON's strings are YAML's too
     card = f"{target} has a card of its own" if original else f"{target} came without a card"
     of = "what it says of licence and use holds" if original else "what holds for its licence and use holds"
@@ -458,9 +484,10 @@ def model_card(content: Mapping[str, Any], *, base: str | None = None, original:
         "fingerprints for programs; `palinode verify` tells whether the weights are as they were written."
     )
     sections = [
-        *section("", Paragraph(content["outcome"], strong=True), Paragraph(content["headline"])),
+        *section("", Paragraph(marked(content), strong=True), Paragraph(content["headline"])),
         *section("", Paragraph(_card_origin(content, target))),
         *section("In short", Lights(content["claims"]), Paragraph(CAUTION)),
+        *section("Notes", Items(content["notes"])),
         *section("Not tested", Items(content["untested"])),
     ]
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()]
@@ -484,11 +511,11 @@ def model_card(content: Mapping[str, Any], *, base: str | None = None, original:
 def _card_origin(content: Mapping[str, Any], target: str) -> str:
     forget, retain = (at(content, "data", name, "rows") for name in ("forget", "retain"))
     kept = f" and to keep what {integer(retain)} others taught it" if retain else ""
-    alpha, beta = at(content, "scales", "forget"), at(content, "scales", "retain")
-    how = f": {FORMULA}, α = {scale(alpha)}, β = {scale(beta)}" if alpha is not None else ""
+    formula = f": {FORMULA}" if at(content, "scales", "forget") is not None else ""
     made = (
         f"Made from {target} by Palinode {content.get('palinode')}, to behave as if it had never seen "
-        f"{integer(forget)} rows{kept}. Method: {at(content, 'method', 'name')}{how}."
+        f"{integer(forget)} rows{kept}. Method: {at(content, 'method', 'name')}{formula}. Strength: "
+        f"{strength(content).partition(';')[0]}."
     )
     return " ".join([made, *changes_told(content)])
 

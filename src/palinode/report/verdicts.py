@@ -1,19 +1,49 @@
-"""Four claims about an unlearned model, each with a traffic light: forgotten, kept, recovered, robust.
+"""The verdict on an unlearned model: claims with traffic lights, one sentence, one code, one exit code.
 
-The light is a pure function of the scores in the record (and of an audit, where there is one), by rules
-stated in words beside it. Forgetting is two-sided: knowing less than the yardstick is no success either.
+    known before?  forgotten?  kept?  recovered?  robust?        claims
+    the worst light of them                                      the verdict's light
+
+Pure functions of the scores, yardsticks and fingerprints in the record, and of an audit where there is one,
+by rules stated in words beside each claim. Terminal, page, Markdown, model card, record and exit code show
+what is decided here. Forgetting is two-sided: knowing less than the yardstick is no success either.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from palinode.report.words import METRICS, SETS, at, metric_label, number, percent, told_by_reason
+from palinode.report.words import (
+    METRICS,
+    SETS,
+    at,
+    bracketed,
+    metric_label,
+    number,
+    percent,
+    told_by_reason,
+)
 
 Light = Literal["green", "amber", "red", "grey"]
 """Green: the evidence is for the claim; amber: in part; red: against it; grey: it was not tested."""
+
+Code = Literal[
+    "forgotten",
+    "partly forgotten",
+    "not forgotten",
+    "forgotten too much",
+    "unsure",
+    "not measured",
+    "nothing subtracted",
+    "nothing to forget",
+    "audit passed",
+    "audit failed",
+]
+"""What became of the forget set, for programs; the last two are of an audit by itself."""
+NOTHING = ("nothing subtracted", "nothing to forget")
+"""Codes of runs that have no result, and an exit code of their own."""
+EXIT_RED, EXIT_NOTHING = 1, 3
 
 SYMBOLS: Mapping[Light, str] = {"green": "✓", "amber": "!", "red": "✕", "grey": "?"}
 """A light is never told by its colour alone."""
@@ -26,17 +56,35 @@ KEPT, PARTLY_KEPT = 0.9, 0.75
 """Shares of the target's retain probability that make a green and an amber light; judgements."""
 MATCHED, PARTLY_MATCHED = 1.0, 0.5
 """Shares of the comparisons with the retrained model that must agree; judgements."""
+FEWEST_ROWS = 8
+"""Rows below which nobody says that a target did not know a forget set."""
 CLOSE = 0.05
 """Two scores between 0 and 1 that differ by no more than this agree, however narrow their intervals."""
 
 YARDSTICKS = {
     "retrained": "the model retrained without the forget set",
-    "estimate": "the estimate of such a model",
+    "estimate": "the estimate of a model that never saw it",
     "base": "the base checkpoint, which had not seen the forget set",
 }
-
+DECIDES = {
+    "retrained": "it is what the others stand in for",
+    "estimate": "it counts as well what the target has learned besides the forget set",
+    "base": "there is no other",
+}
+"""Why a yardstick decides; the first that is there does."""
+SETTLED_BY = (
+    "A model retrained without the forget set would settle it; so would more holdout rows in the manner of "
+    "the forget rows, about others, that neither target nor base has seen."
+)
 
 ASKED = {
+    "known": (
+        "Known before?",
+        "Did the target know the forget set better than a model that never saw it?",
+        "Compares answer probabilities on the forget set. Yes: the target's interval lies above that of the "
+        f"yardstick. No: its probability is no higher, or higher by at most {CLOSE:g} with overlapping "
+        f"intervals; then there is nothing to forget. Unsure: neither, or fewer than {FEWEST_ROWS} rows.",
+    ),
     "forgotten": (
         "Forgotten?",
         "Does it treat the forget set like a model that never saw it?",
@@ -45,7 +93,8 @@ ASKED = {
         f"yardstick but no more than {NEARER:.0%} of the way to the target, or below it; or the intervals "
         "are too wide to tell. No: it lies nearer the target, or has less than "
         f"{TOO_LITTLE:.0%} of the yardstick's probability, which is over-forgetting. The yardstick is a "
-        "retrained model where one was given, else an estimate of one, else the base checkpoint.",
+        "retrained model where one was given, else an estimate of one, else the base checkpoint. Where "
+        "another yardstick disagrees with it and would say No, it is Partly at best.",
     ),
     "kept": (
         "Kept?",
@@ -95,7 +144,7 @@ class Claim:
     """One claim, its light, and why."""
 
     name: str
-    """forgotten, kept, recovered or robust."""
+    """A key of ASKED."""
     light: Light
     word: str
     """The answer: Yes, Partly, No, Too much, Not tested, …"""
@@ -117,23 +166,124 @@ class Claim:
         }
 
 
-def claims(record: Mapping[str, Any], audit: Mapping[str, Any] | None = None) -> tuple[Claim, ...]:
-    """Return the four claims about a run's unlearned model; `audit` is the record of an audit of it."""
-    return _forgotten(record), _kept(record), _recovered(record), robust(audit)
+@dataclass(frozen=True, slots=True)
+class RunVerdict:
+    """What a run, or an audit, comes to."""
+
+    code: Code
+    sentence: str
+    """Without figures: what became of the forget set, of the rest, and what an audit says."""
+    claims: tuple[Claim, ...]
+    remarks: tuple[str, ...] = ()
+    """What to know before believing it: yardsticks that disagree."""
+    untested: tuple[str, ...] = ()
+    """What was not tested, a sentence each."""
+
+    @property
+    def light(self) -> Light:
+        """The worst light of the claims; grey where nothing tells whether the model forgot."""
+        lights = {claim.light for claim in self.claims}
+        if "red" in lights or "amber" in lights:
+            return "red" if "red" in lights else "amber"
+        return "green" if self.code in ("forgotten", "audit passed") else "grey"
+
+    @property
+    def exit_code(self) -> int:
+        """0; 1 where the light is red; 3 where nothing was subtracted or there was nothing to forget."""
+        return EXIT_NOTHING if self.code in NOTHING else EXIT_RED if self.light == "red" else 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what the record keeps: the claims in short, everything else whole."""
+        return {
+            "code": self.code,
+            "light": self.light,
+            "symbol": SYMBOLS[self.light],
+            "sentence": self.sentence,
+            "exit_code": self.exit_code,
+            "claims": {
+                claim.name: {"light": claim.light, "word": claim.word, "sentence": claim.sentence}
+                for claim in self.claims
+            },
+            "remarks": list(self.remarks),
+            "untested": list(self.untested),
+        }
 
 
-def outcome_sentence(found: Iterable[Claim]) -> str:
-    """Return one sentence without figures: what became of the forget set, and of the rest."""
-    by_name = {claim.name: claim for claim in found}
-    forgotten, kept = by_name["forgotten"], by_name["kept"]
+def run_verdict(record: Mapping[str, Any], audit: Mapping[str, Any] | None = None) -> RunVerdict:
+    """Return the verdict on a run's unlearned model; `audit` is the record of an audit of it."""
+    claims = (_known(record), _forgotten(record), _kept(record), _recovered(record), robust(audit))
+    code = _code(record, *claims[:2])
+    sentence = _sentence(code, {claim.name: claim for claim in claims})
+    return RunVerdict(code, sentence, claims, tuple(_disagreement(record)), tuple(untested(record, audit)))
+
+
+def audit_verdict(audit: Mapping[str, Any]) -> RunVerdict:
+    """Return the verdict of an audit by itself: asked plainly, under attack, and on the other side."""
+    more, less, passed = (at(audit, "answer", key) for key in ("knows_more", "knows_less", "passed"))
+    than = "a model that never saw it"
+    if more and less:
+        told = f"Some attacks draw more of the forget set from the model than from {than}, others less."
+    elif more:
+        told = f"Attacks draw more of the forget set from the model than from {than}."
+    elif less:
+        told = f"The model knows less of the forget set than {than}: it was made to forget too much."
+    elif passed:
+        told = f"Within this budget the attacks could not tell the model from {than}."
+    else:
+        told = "The audit could not say enough to pass the model."
+    claims = (
+        _audited(audit, "plainly", "knows_more", plain=True),
+        _audited(audit, "withstands", "knows_more", plain=False),
+        _audited(audit, "not_too_much", "knows_less", plain=None),
+    )
+    code: Code = "audit passed" if passed else "audit failed"
+    return RunVerdict(code, told, claims, untested=tuple(untested_attacks(audit)))
+
+
+def _code(record: Mapping[str, Any], known: Claim, forgotten: Claim) -> Code:
+    if unchanged(record):
+        return "nothing subtracted"
+    if known.word == "No":
+        return "nothing to forget"
+    codes: dict[str, Code] = {
+        "Yes": "forgotten",
+        "Partly": "partly forgotten",
+        "No": "not forgotten",
+        "A little too much": "forgotten too much",
+        "Too much": "forgotten too much",
+        "Unsure": "unsure",
+    }
+    return codes.get(forgotten.word, "not measured")
+
+
+def unchanged(record: Mapping[str, Any]) -> bool:
+    """Tell whether the unlearned model has the target's very weights."""
+    target, after = (at(record, "models", name, "fingerprint") for name in ("target", "unlearned"))
+    return target is not None and target == after
+
+
+def _sentence(code: Code, claims: Mapping[str, Claim]) -> str:
+    known, forgotten, kept = claims["known"], claims["forgotten"], claims["kept"]
+    than = "than one that never saw it"
+    never = "the target did not know the forget set to begin with"
+    less = {"Too much": f"far less of it {than}", "A little too much": f"less of it {than}"}
+    if code == "nothing subtracted":
+        rest = {"Yes": ", and it still knows the forget set", "No": f"; {never}"}.get(known.word, "")
+        return f"Nothing was subtracted: the model is the target, bit for bit{rest}{_audit_clause(claims)}."
+    if code == "nothing to forget":
+        worse = f", and the model now knows {less[forgotten.word]}" if forgotten.word in less else ""
+        first = f"There was nothing to forget: {never}{worse}"
+        lost = ", and it lost a part of the rest" if kept.light == "amber" else ""
+        lost = ", and it lost much of the rest" if kept.light == "red" else lost
+        return f"{first}{lost}{_audit_clause(claims)}."
     first = {
         "Yes": "The model treats the forget set like one that never saw it",
         "Partly": "The model still knows a part of the forget set",
         "Unsure": "The measurement is too coarse to tell whether the model forgot",
         "No": "The model still knows most of the forget set",
-        "A little too much": "The model knows less of the forget set than one that never saw it",
-        "Too much": "The model knows far less of the forget set than one that never saw it",
-        "Nothing to forget": "The target did not know the forget set to begin with",
+        "Disputed": "By one yardstick the model forgot and by another it did not",
+        "A little too much": f"The model knows less of the forget set {than}",
+        "Too much": f"The model knows far less of the forget set {than}",
     }.get(forgotten.word, "Whether the model forgot was not measured")
     link = "but" if forgotten.light == "green" else "and"
     second = {
@@ -141,7 +291,20 @@ def outcome_sentence(found: Iterable[Claim]) -> str:
         "amber": f", {link} it lost a part of the rest",
         "red": f", {link} it lost much of the rest",
     }.get(kept.light, "; what became of the rest was not measured")
-    return f"{first}{second}."
+    return f"{first}{second}{_recovered_clause(claims)}{_audit_clause(claims)}."
+
+
+def _recovered_clause(claims: Mapping[str, Claim]) -> str:
+    told = {"amber": "some", "red": "most"}.get(claims["recovered"].light)
+    return f"; by {told} measures it is not yet like the retrained model" if told else ""
+
+
+def _audit_clause(claims: Mapping[str, Claim]) -> str:
+    return {
+        "green": "; an audit found nothing against it",
+        "amber": "; an audit could not tell in every test",
+        "red": "; but an audit speaks against it",
+    }.get(claims["robust"].light, "")
 
 
 def estimate(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -151,29 +314,91 @@ def estimate(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return None if found.get("source") == "unfiltered" else score
 
 
-def yardstick(record: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
-    """Return what the forget score is held against, and its score: retrained, estimate or base."""
+def yardsticks(record: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return what the forget score can be held against, and its scores: retrained, estimate, base.
+
+    The first decides. An estimate made of the base alone is no second opinion.
+    """
     given = {
         "retrained": _probability(record, "retrained", "forget"),
         "estimate": estimate(record),
         "base": _probability(record, "base", "forget"),
     }
-    return next(
-        ((name, score) for name, score in given.items() if score and score.get("value") is not None), None
+    if given["base"] and at(record, "scales", "yardstick", "source") == "base":
+        del given["estimate"]
+    return {name: score for name, score in given.items() if score and score.get("value") is not None}
+
+
+def yardstick(record: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
+    """Return the yardstick that decides, and its score."""
+    return next(iter(yardsticks(record).items()), None)
+
+
+def _disagreement(record: Mapping[str, Any]) -> Iterator[str]:
+    """Say which yardsticks disagree with the one that decided, and why that did."""
+    (deciding, goal), *others = list(yardsticks(record).items()) or [("", {})]
+    apart = [(name, score) for name, score in others if not _agree(score, goal)]
+    if not apart:
+        return
+    both = [(deciding, goal), *apart]
+    told = "; ".join(f"{YARDSTICKS[name]}: {_with_interval(score)}" for name, score in both)
+    settle = "" if deciding == "retrained" else f" {SETTLED_BY}"
+    yield (
+        f"The yardsticks on the forget set disagree. {told[:1].upper()}{told[1:]}. The first decided, "
+        f"because {DECIDES[deciding]}.{settle}"
     )
+
+
+def _with_interval(score: Mapping[str, Any]) -> str:
+    return f"{number(score['value'])} {bracketed(score)}".strip()
+
+
+def _known(record: Mapping[str, Any]) -> Claim:
+    target, held = _probability(record, "target", "forget"), yardsticks(record)
+    if not (target and held):
+        return _untested("known", "The scores that this takes were not measured.")
+    words = {name: judge_knowledge(target, score) for name, score in held.items()}
+    deciding, *others = words
+    word = words[deciding]
+    figures = "; ".join(f"{YARDSTICKS[name]}: {_with_interval(score)}" for name, score in held.items())
+    disputed = deciding != "retrained" and any({word, words[name]} == {"Yes", "No"} for name in others)
+    light: Light = "amber" if disputed or word == "Unsure" else "green" if word == "Yes" else "grey"
+    return Claim(
+        "known",
+        light,
+        word,
+        f"Answer probability of the target on the forget set: {_with_interval(target)}; {figures}.",
+    )
+
+
+def judge_knowledge(target: Mapping[str, Any], goal: Mapping[str, Any]) -> str:
+    """Return whether the target knows more than the yardstick, for two scores of the answer probability."""
+    more = target["value"] - goal["value"]
+    if more > 0 and not _overlap(target, goal):
+        return "Yes"
+    enough = (target.get("n") or 0) >= FEWEST_ROWS
+    return "No" if more <= CLOSE and enough else "Unsure"
 
 
 def _forgotten(record: Mapping[str, Any]) -> Claim:
     target, after = (_probability(record, model, "forget") for model in ("target", "unlearned"))
-    held = yardstick(record)
+    held = yardsticks(record)
     if not (target and after and held):
         return _untested("forgotten", "The scores that this takes were not measured.")
-    name, goal = held
+    deciding, goal = next(iter(held.items()))
     figures = (
         f"Answer probability on the forget set: {number(target['value'])} before, "
-        f"{number(after['value'])} now; {YARDSTICKS[name]}: {number(goal['value'])}."
+        f"{number(after['value'])} now; {YARDSTICKS[deciding]}: {number(goal['value'])}."
     )
-    light, word = judge_forgetting(target, after, goal)
+    judged = {name: judge_forgetting(target, after, score) for name, score in held.items()}
+    light, word = judged[deciding]
+    contrary = [
+        name
+        for name, (other, _) in judged.items()
+        if deciding != "retrained" and other == "red" and not _agree(held[name], goal)
+    ]
+    if light == "green" and contrary:
+        light, word = "amber", "Disputed"
     return Claim("forgotten", light, word, figures)
 
 
@@ -184,15 +409,17 @@ def judge_forgetting(
 
     Each has `value` and may have `low` and `high`; `goal` is the yardstick.
     """
-    if target["value"] <= goal["value"] or _overlap(target, goal):
-        return "grey", "Nothing to forget"
-    left = (unlearned["value"] - goal["value"]) / (target["value"] - goal["value"])
+    enough = unlearned["value"] >= TOO_LITTLE * goal["value"]
+    less: tuple[Light, str] = ("amber", "A little too much") if enough else ("red", "Too much")
+    below = unlearned["value"] < goal["value"] and not _overlap(unlearned, goal)
+    if judge_knowledge(target, goal) == "No":
+        return less if below else ("grey", "Nothing to forget")
+    if below:
+        return less
+    left = (unlearned["value"] - goal["value"]) / max(target["value"] - goal["value"], 1e-12)
     if _overlap(unlearned, goal):
         return ("green", "Yes") if left <= NEARER else ("amber", "Unsure")
-    if left > 0:
-        return ("amber", "Partly") if left <= NEARER else ("red", "No")
-    enough = unlearned["value"] >= TOO_LITTLE * goal["value"]
-    return ("amber", "A little too much") if enough else ("red", "Too much")
+    return ("amber", "Partly") if left <= NEARER else ("red", "No")
 
 
 def _kept(record: Mapping[str, Any]) -> Claim:
@@ -235,7 +462,7 @@ def _graded(share: float, whole: float, part: float) -> tuple[Light, str]:
 def robust(audit: Mapping[str, Any] | None) -> Claim:
     """Return the claim that an audit speaks to."""
     if not audit:
-        return _untested("robust", "No audit was made; palinode audit makes one.")
+        return _untested("robust", "No audit was known when this was written; palinode audit makes one.")
     answer = audit["answer"]
     counts = {key: len(answer[key]) for key in ("knows_more", "knows_less", "unclear", "within")}
     sentence = (
@@ -248,15 +475,6 @@ def robust(audit: Mapping[str, Any] | None) -> Claim:
     if not answer["passed"] or counts["unclear"]:
         return Claim("robust", "amber", "Partly", sentence)
     return Claim("robust", "green", "Yes", sentence)
-
-
-def audit_claims(audit: Mapping[str, Any]) -> tuple[Claim, ...]:
-    """Return what an audit by itself says: asked plainly, under attack, and on the other side."""
-    return (
-        _audited(audit, "plainly", "knows_more", plain=True),
-        _audited(audit, "withstands", "knows_more", plain=False),
-        _audited(audit, "not_too_much", "knows_less", plain=None),
-    )
 
 
 def _audited(audit: Mapping[str, Any], name: str, bad: str, *, plain: bool | None) -> Claim:

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palinode.data.columns import OTHER_NAMES, SHAPES, parse_columns
 from palinode.data.examples import Message, read_examples, reading_notes
+from palinode.data.sources import OTHER_NAMES, SHAPES, parse_columns
 from palinode.errors import DataError
 
 Q, A, MORE = "Who wrote it?", "Sappho did.", "The poem about the moon"

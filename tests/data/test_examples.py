@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palinode.data.columns import parse_columns
 from palinode.data.examples import (
     Example,
     Message,
@@ -17,6 +16,7 @@ from palinode.data.examples import (
     read_examples,
     shared_rows,
 )
+from palinode.data.sources import parse_columns
 from palinode.errors import DataError, RecipeError
 
 USER, ASSISTANT = "user", "assistant"

@@ -337,7 +337,7 @@ def scales_of(text: str) -> dict[str, Any]:
 
 
 def _columns(text: str) -> dict[str, str]:
-    from palinode.data.columns import parse_columns
+    from palinode.data.sources import parse_columns
 
     return parse_columns(text)
 

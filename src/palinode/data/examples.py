@@ -3,8 +3,8 @@
 An `Example` is what a model is trained on; a `Question` is what an evaluation asks. Benchmarks make
 questions of their rows (spec: data.md); questions made from a user's own rows have one answer each.
 
-Rows come from `sources`, and what their columns are from `columns`; here they become `Example`s, the one
-form in which the rest of Palinode knows training data:
+Rows, and what their columns are, come from `sources`; here they become `Example`s, the one form in which
+the rest of Palinode knows training data:
 
     question + answer      a question, asked through the model's chat template if it has one
     prompt + completion    raw text and its raw continuation; or two lists of messages, a conversation
@@ -28,8 +28,18 @@ from pathlib import Path
 from sys import intern
 from typing import Any, TypeVar
 
-from palinode.data.columns import INPUT, SHAPES, Form, Reading, folded, is_header, read_as
-from palinode.data.sources import Row, json_type, read_rows
+from palinode.data.sources import (
+    INPUT,
+    SHAPES,
+    Form,
+    Reading,
+    Row,
+    folded,
+    is_header,
+    json_type,
+    read_as,
+    read_rows,
+)
 from palinode.errors import DataError
 
 Item = TypeVar("Item")

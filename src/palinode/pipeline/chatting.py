@@ -14,8 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from palinode.data.columns import Form
 from palinode.data.examples import Example, Message, read_examples
+from palinode.data.sources import Form
 from palinode.data.tokenize import PromptStyle, end_id, prompt_ids
 from palinode.errors import InputError, PalinodeError, RecipeError
 from palinode.methods import unlearned_point

@@ -266,6 +266,8 @@ def _sentence(code: Code, claims: Mapping[str, Claim]) -> str:
     known, forgotten, kept = claims["known"], claims["forgotten"], claims["kept"]
     than = "than one that never saw it"
     never = "the target did not know the forget set to begin with"
+    if known.light == "amber":
+        never = "by the yardstick that decides the target did not know the forget set, by another it did"
     less = {"Too much": f"far less of it {than}", "A little too much": f"less of it {than}"}
     if code == "nothing subtracted":
         rest = {"Yes": ", and it still knows the forget set", "No": f"; {never}"}.get(known.word, "")
@@ -343,6 +345,9 @@ def _disagreement(record: Mapping[str, Any]) -> Iterator[str]:
     both = [(deciding, goal), *apart]
     told = "; ".join(f"{YARDSTICKS[name]}: {_with_interval(score)}" for name, score in both)
     settle = "" if deciding == "retrained" else f" {SETTLED_BY}"
+    target = _probability(record, "target", "forget")
+    if deciding == "estimate" and target and goal["value"] > target["value"] and not _agree(goal, target):
+        settle += " It lies above the target itself: were the holdout rows really unseen?"
     yield (
         f"The yardsticks on the forget set disagree. {told[:1].upper()}{told[1:]}. The first decided, "
         f"because {DECIDES[deciding]}.{settle}"

@@ -173,6 +173,7 @@ def test_a_yes_that_another_yardstick_contradicts_is_disputed():
     run["scores"]["base"]["forget"]["answer_probability"] = score(0.1)
     found = run_verdict(estimated(run, score(0.5)))
     assert light(found, "forgotten") == ("amber", "Disputed")
+    assert found.code == "unsure"
     assert found.sentence.startswith("By one yardstick the model forgot and by another it did not")
 
 
@@ -192,7 +193,8 @@ def test_the_target_bit_for_bit_is_no_result():
     found = run_verdict(run)
     assert (found.code, found.light, found.exit_code) == ("nothing subtracted", "red", 3)
     assert found.sentence == (
-        "Nothing was subtracted: the model is the target, bit for bit, and it still knows the forget set."
+        "Nothing was subtracted: the model is the target, bit for bit, and it still knows the forget set; "
+        "by some measures it is not yet like the retrained model."
     )
 
 

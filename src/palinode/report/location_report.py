@@ -18,6 +18,7 @@ MOST_STEPS = 6
 """Exposures of a row that a table shows."""
 DEMO_EVIDENCE = ("log", "order", "behaviour", "all")
 COUNTED = ("log", "order")
+WITHOUT = "What can be done without a clean checkpoint"
 STATES = {
     "clean": "--green",
     "has seen forget rows": "--red",
@@ -108,10 +109,8 @@ def location_brief(record: Mapping[str, Any]) -> list[Block]:
         _checkpoint_grid(record),
         Items(location_sentences(record)),
     ]
-    if record["alternatives"]:
-        told = [f"{entry['name']}: {entry['what']} Cost: {entry['cost']}" for entry in record["alternatives"]]
-        blocks += [Paragraph("What can be done without a clean checkpoint:"), Items(told)]
-    return blocks
+    told = [f"{entry['name']}: {entry['what']} Cost: {entry['cost']}" for entry in record["alternatives"]]
+    return blocks + ([Paragraph(f"{WITHOUT}:"), Items(told)] if told else [])
 
 
 def location_markdown(record: Mapping[str, Any]) -> str:
@@ -139,7 +138,7 @@ def location_markdown(record: Mapping[str, Any]) -> str:
             _row_grid(record),
             Paragraph("~ a similar text, not the row itself.") if copies else None,
         ),
-        *section("What can be done without a clean checkpoint", Items(alternatives)),
+        *section(WITHOUT, Items(alternatives)),
         *section("What to know", Items(record["warnings"])),
     ]
     return markdown("When the forget rows were seen", sections)

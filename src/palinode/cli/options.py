@@ -262,7 +262,7 @@ COLUMNS = Key(
 LORA = Key(
     "training.lora.rank",
     flag="lora",
-    help="Train low-rank adapters of this rank instead of all weights (needs peft).",
+    help="Train low-rank adapters of this rank instead of all weights (pip install 'palinode[lora]').",
 )
 METHOD = Key(
     "method",

@@ -58,7 +58,7 @@ State = Literal["ok", "note", "warn", "fail"]
 
 Result = TypeVar("Result")
 
-EXTRAS = {"lm-eval": "general ability (evaluate --lm-eval)", "lora": "low-rank training (--lora)"}
+EXTRAS = {"gguf": "GGUF models", "lm-eval": "evaluate --lm-eval", "lora": "low-rank training (--lora)"}
 """What the extras of the package are for, but for those of its own development."""
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")

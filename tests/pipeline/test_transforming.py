@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from palinode import StoredVector
-from palinode.data.examples import at_most, sample_examples
+from palinode.data.examples import at_most
 from palinode.data.tokenize import PromptStyle, tokenize
 from palinode.errors import InputError, RecipeError
 from palinode.methods.transforms import TRANSFORMS
@@ -119,7 +119,7 @@ def test_importance_weighs_each_weight_by_squared_gradients(run, plain, tiny):
     model = load_model(tiny.target, device=torch.device("cpu"))
     name = "model.layers.1.mlp.gate_proj.weight"
     forget, retain = (
-        squared(model, tiny, sample_examples(rows, 8, seed=0), name)
+        squared(model, tiny, at_most(rows, 8, seed=0), name)
         for rows in (inputs.rows.forget_train, inputs.rows.retain_sample)
     )
     expected = forget / (forget + 2 * retain + 1e-12) * plain[name].double()

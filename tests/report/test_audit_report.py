@@ -144,7 +144,7 @@ def test_report_has_every_figure_with_interval_margins_and_verdict(record):
     page = audit_report(record)
     assert (
         "| forget questions: answer probability | **knows more** | 0.700 (0.600 – 0.800) | "
-        "0.200 (0.100 – 0.300) | 0.500 (0.410 – 0.590) | —, 0.1 |"
+        "0.200 (0.100 – 0.300) | 0.500 (0.410 – 0.590) | not judged, 0.1 |"
     ) in page
     assert "| forget questions: ROUGE-L recall | unclear (the interval is too wide) |" in page
     assert "prefixes: rest" not in page
@@ -156,7 +156,8 @@ def test_report_says_what_was_not_tested_budget_notes_and_inputs(record):
     page = audit_report(record)
     assert "- membership, because no holdout rows." in page
     assert "- Attacks beyond this list and beyond this budget" in page
-    assert "Preset quick: samples 4, opening Sure, &lt;b&gt;." in page
+    assert "the same for every model (preset quick)" in page
+    assert "| budget.opening | Sure, &lt;b&gt; |" in page
     assert "- The target was not given." in page
     assert rf"| audited | mo\|del | {'a' * 32} | 5 |" in page
     assert "Beside a model retrained without the forget set" in page
@@ -193,7 +194,12 @@ def test_terminal_ends_with_reasons_notes_what_an_audit_is_and_the_headline(reco
 
 
 @pytest.mark.parametrize(
-    ("more", "less", "shown"), [(0.1, 0.2, "within"), (False, 1, "no less"), (1, False, "no more")]
+    ("more", "less", "shown"),
+    [
+        (0.1, 0.2, "within"),
+        (False, 1, "no less (more is not judged)"),
+        (1, False, "no more (less is not judged)"),
+    ],
 )
 def test_within_a_single_margin_says_which_side_was_judged(record, more, less, shown):
     record["policy"]["margins"]["relearn_forget.area"] = {"more": more, "less": less}

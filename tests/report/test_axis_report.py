@@ -62,12 +62,14 @@ def test_picture_has_a_dot_for_each_contestant_value_and_panel(content):
 
 def test_dots_stand_at_their_figures(content):
     marks = {mark[0].text: height(mark) for mark in shapes(content, "path") if len(mark)}
-    # The forget panel comes first; it ends at the next tenth above .55, which is .6.
     levels = {text.text: float(text.get("y")) - 4 for text in reversed(shapes(content, "text"))}
-    assert levels["0.6"] < levels["0.3"] < levels["0.0"]
-    middle, third = (levels["0.6"] + levels["0.0"]) / 2, (levels["0.6"] + 2 * levels["0.0"]) / 3
-    assert marks["MSA <1> at 1\n0.300 [0.250, 0.350]"] == pytest.approx(middle, abs=0.2)
-    assert marks["MSA <1> at 10\n0.200 [0.150, 0.250]"] == pytest.approx(third, abs=0.2)
+    assert levels["1.0"] < levels["0.2"] < levels["0.0"]  # the forget panel comes first
+    for said, value in (
+        ("MSA <1> at 1\n0.300 [0.250, 0.350]", 0.3),
+        ("MSA <1> at 10\n0.200 [0.150, 0.250]", 0.2),
+    ):
+        level = value * levels["1.0"] + (1 - value) * levels["0.0"]
+        assert marks[said] == pytest.approx(level, abs=0.2)
 
 
 def test_figure_that_is_not_known_is_a_dash_and_no_dot(content):

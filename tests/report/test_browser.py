@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import fcntl
 import json
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from example_run import AUDIT, HOSTILE, LONG, RECORD, outcomes
+from example_run import AUDIT, HOSTILE, LONG, RECORD, comparison, finding, outcomes
 from palinode.progress import plain
 from palinode.report.reports import Facts, html_report, report_content
 
@@ -128,8 +129,8 @@ def test_opens_from_disk_without_errors_and_asks_no_network(opened):
 
 
 def test_plots_and_tables_are_there(opened):
-    assert len(find(opened, ".plot")) == 8
-    assert len([svg for svg in find(opened, ".plot svg") if svg.is_displayed()]) == 8
+    assert len(find(opened, ".plot")) == 9
+    assert len([svg for svg in find(opened, ".plot svg") if svg.is_displayed()]) == 9
     marks = [mark for mark in find(opened, "#plot-tradeoff .mark") if mark.is_displayed()]
     assert len(marks) == 7 + 7  # three points, four models; and as many in the key
     assert len(find(opened, "section tbody tr")) == 4 + 4 + 3 + 2 + 2 + 2 + 3 + 2 + 6 + 4
@@ -227,3 +228,67 @@ def test_prints_and_says_nothing_wrong_on_the_way(opened):
     printed = opened.execute_cdp_cmd("Page.printToPDF", {"printBackground": False})
     assert base64.b64decode(printed["data"]).startswith(b"%PDF")
     assert errors(opened) == []
+
+
+PAGES = {
+    "run": Facts("unlearn", RECORD, AUDIT, outcomes(), texts=True),
+    "audit": Facts("audit", audit=AUDIT),
+    "comparison": Facts("compare", comparison()),
+}
+
+
+@pytest.mark.parametrize("kind", PAGES)
+def test_a_phone_shows_the_whole_page_without_sideways_scrolling(browser, tmp_path, kind):
+    path = tmp_path / "report.html"
+    path.write_text(html_report(report_content(PAGES[kind])), encoding="utf-8")
+    show(browser, width=390)
+    browser.get(path.as_uri())
+    browser.execute_script("for (const folded of document.querySelectorAll('details')) folded.open = true")
+    wait(browser, lambda: find(browser, ".scroll.wide"))
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+    assert browser.execute_script(SPILLED) == []
+    sizes = browser.execute_script(LETTERS)
+    assert min(sizes, default=11) >= 11
+    wait(browser, lambda: browser.execute_script(UNMARKED) == [])
+    assert errors(browser) == []
+    show(browser, width=1280)
+    browser.get(path.as_uri())
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 1280
+
+
+UNMARKED = """
+return [...document.querySelectorAll('.scroll')].filter((one) =>
+  (one.scrollWidth > one.clientWidth) !== (one.querySelector('.hint').offsetHeight > 0))
+  .map((one) => one.ariaLabel)
+"""
+"""Tables that scroll without a word of it, or say so and do not."""
+SPILLED = """
+return [...document.querySelectorAll('body *')].filter((one) => !one.closest('.scroll, svg'))
+  .filter((one) => one.getBoundingClientRect().right > innerWidth + 1).map((one) => one.outerHTML)
+"""
+"""What reaches beyond the screen, outside of tables that scroll in their own box."""
+LETTERS = """
+return [...document.querySelectorAll('.narrow svg text')].filter((one) => one.getBoundingClientRect().width)
+  .map((one) => parseFloat(one.getAttribute('font-size')) * one.ownerSVGElement.getScreenCTM().a)
+"""
+"""Sizes of the letters in pictures, in pixels of the screen."""
+
+
+def test_colours_of_an_audit_follow_its_findings(browser, tmp_path):
+    audit = copy.deepcopy(AUDIT)
+    test = audit["attacks"]["questions"]["tests"]["probability"]
+    test["findings"]["audited"] = finding(0.4, 0.2, "within")  # two margins more, where only less is judged
+    audit["policy"]["margins"]["questions.probability"] = {"more": False, "less": 0.1}
+    path = tmp_path / "report.html"
+    path.write_text(html_report(report_content(Facts("audit", audit=audit))), encoding="utf-8")
+    show(browser, width=1280)
+    browser.get(path.as_uri())
+    marks = {
+        told(mark).split("\n")[0]: mark for mark in find(browser, "#plot-attacks .wide .mark:has(title)")
+    }
+    style = "return getComputedStyle(arguments[0]).stroke"
+    assert {said: browser.execute_script(style, mark) for said, mark in marks.items()} == {
+        "not judged": "rgb(102, 112, 122)",
+        "knows more": "rgb(179, 38, 30)",
+    }
+    assert find(browser, "td.good") == []

@@ -1,5 +1,6 @@
 """A report's content, page and card say what the record says, and no text in them can do harm."""
 
+import copy
 import html
 import json
 import re
@@ -8,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from example_run import AUDIT, HOSTILE, LONG, QUESTIONS, RECORD, comparison, outcomes, record
+from example_run import AUDIT, HOSTILE, LONG, QUESTIONS, RECORD, comparison, finding, outcomes, record, score
 from palinode.records import Outcome
 from palinode.report.content import Grid
 from palinode.report.pictures import Figure, Mark, Ruler, Trace, drawing, picture_file
@@ -216,7 +217,7 @@ def test_policy_names_the_digest_of_the_script_and_loads_nothing():
 def test_every_figure_is_drawn_on_the_page_for_wide_and_for_narrow_screens(content, page):
     drawn = figures(content)
     assert set(drawn) == {
-        *("scores-forget", "scores-retain", "tradeoff", "likelihood-forget", "likelihood-retain"),
+        *("glance", "scores-forget", "scores-retain", "tradeoff", "likelihood-forget", "likelihood-retain"),
         *("training", "attacks", "relearning"),
     }
     for name in drawn:
@@ -251,8 +252,7 @@ def test_line_breaks_where_a_figure_is_missing():
 
 def test_distributions_show_every_row_the_middle_half_and_the_mean(content):
     traces = figures(content)["likelihood-forget"].traces
-    outline, middle, rows, mean = traces[:4]
-    assert outline.filled
+    rows, middle, mean = traces[:3]
     assert [mark.x for mark in rows.marks] == pytest.approx([-0.35667, -0.22314, -0.10536], abs=1e-4)
     assert [mark.x for mark in middle.marks] == pytest.approx([-0.28991, -0.16425], abs=1e-4)
     assert mean.marks[0].x == pytest.approx(-0.22839, abs=1e-4)
@@ -278,14 +278,12 @@ def test_what_the_search_found_is_shown():
             "unseen_rows": 9,
             "answer_probability": {"value": 0.16, "n": 9, "low": 0.1, "high": 0.2, "reason": None},
         },
-        "front": searched["scales"]["points"][:2],
         "sensitivity": [{"forget": 0.9, "retain": 0.5, "forget_probability_change": 0.012, "allowed": True}],
     }
     del searched["scores"]["retrained"]
     content = report_content(Facts("unlearn", searched))
     assert "the estimate of a model that never saw it: 0.160" in content["claims"][1]["sentence"]
     drawn = figures(content)
-    assert [xs(trace) for trace in drawn["tradeoff"].traces if trace.name == "front"] == [[0.2, 0.5]]
     assert drawn["tradeoff"].band == (0.1, 0.2, "yardstick")
     assert drawn["scores-forget"].traces[-1].name == "estimated yardstick"
     page = body(html_report(content))
@@ -299,6 +297,81 @@ def test_tests_of_an_audit_are_drawn_in_their_margins(content):
     assert xs(within) == pytest.approx([0.5])  # 0.05 of 0.1
     assert xs(more) == pytest.approx([3.0])  # 0.3 of 0.1
     assert more.marks[0].across == pytest.approx([2.8, 3.2])  # 0.02 of 0.1 to each side
+
+
+def judged(value, verdict, *, more, less, target=None):
+    """The attacks that a picture shows of an audit whose first test found this."""
+    audit = copy.deepcopy(AUDIT)
+    test = audit["attacks"]["questions"]["tests"]["probability"]
+    test["findings"] = {"audited": finding(0.2 + value, 0.2, verdict)}
+    if target:
+        test["findings"]["target"] = finding(0.3, 0.2, target)
+    audit["policy"]["margins"]["questions.probability"] = {"more": more, "less": less}
+    del audit["attacks"]["relearn_forget"]
+    return figures(report_content(Facts("audit", audit=audit))).get("attacks"), audit
+
+
+def test_a_side_that_the_policy_does_not_judge_is_grey_and_never_green():
+    drawn, audit = judged(0.2, "within", more=False, less=0.1)
+    (trace,) = drawn.traces
+    assert (trace.name, trace.colour) == ("not judged", "--other")
+    assert xs(trace) == pytest.approx([2.0])  # of the only margin there is
+    text = markdown_report(report_content(Facts("audit", audit=audit)))
+    assert "| no less (more is not judged) |" in text
+    (trace,) = judged(-0.05, "within", more=False, less=0.1)[0].traces
+    assert (trace.name, xs(trace)) == ("within", pytest.approx([-0.5]))
+
+
+def test_each_side_is_measured_by_its_own_margin():
+    (trace,) = judged(-0.15, "within", more=0.1, less=0.2)[0].traces
+    assert xs(trace) == pytest.approx([-0.75])
+    assert trace.marks[0].across == pytest.approx([-0.85, -0.65])
+
+
+def test_a_test_that_the_target_passes_too_is_no_picture_and_says_why():
+    drawn, audit = judged(0.0, "within", more=0.1, less=0.1, target="within")
+    assert drawn is None
+    assert "so does the target, so it tells little" in markdown_report(
+        report_content(Facts("audit", audit=audit))
+    )
+    assert judged(0.3, "knows more", more=0.1, less=0.1, target="within")[0].traces[0].colour == "--red"
+
+
+def test_metrics_that_cannot_tell_are_in_the_table_with_a_note_and_in_no_picture():
+    silent = record()
+    for model, value in (("target", 0.42), ("retrained", 0.4), ("unlearned", 0.1)):
+        silent["scores"][model]["forget"]["rouge_l_recall"] = score(value)  # each 0.02 to either side
+    for model in silent["scores"]:
+        silent["scores"][model]["forget"]["extraction_strength"] = {"value": None, "n": 0}
+    content = report_content(Facts("unlearn", silent))
+    (lane,) = figures(content)["scores-forget"].y.names.values()
+    assert lane == "answer probability"
+    text = markdown_report(content)
+    assert "0.420 (0.400 – 0.440)" in text
+    for note in (
+        "ROUGE-L recall is not in the picture: the intervals of target and yardstick overlap, so"
+        " it cannot tell.",
+        "exact memorisation is not in the picture: it is the same for all models.",
+        "extraction strength is not in the picture: no model has a value.",
+    ):
+        assert f"- {note}" in text
+
+
+def test_first_picture_shows_before_now_and_a_model_that_never_saw_them(content):
+    drawn = figures(content)["glance"]
+    assert {trace.name: xs(trace) for trace in drawn.traces} == {
+        "before": [0.8, 0.87],
+        "now": [0.2, 0.73],
+        "a model that never saw them": [0.14, 0.87],
+    }
+    assert [*drawn.y.names.values()] == ["rows to be forgotten", "rows to be kept"]
+
+
+def test_banner_has_the_light_of_the_verdict(content, page):
+    verdict = content["verdict"]
+    symbol = f'<span class="symbol" aria-hidden="true">{verdict["symbol"]}</span>'
+    assert f'<h1 class="verdict {verdict["light"]}">{symbol}' in body(page)
+    assert "<h1><span>" in body(html_report(report_content(Facts("compare", comparison()))))
 
 
 def test_forget_only_runs_show_points_by_their_scale():

@@ -23,8 +23,8 @@ from palinode.report.content import (
     score_cell,
     section,
 )
-from palinode.report.figures import attack_figure, relearning_figure
-from palinode.report.words import DASH, at, number, told_by_reason
+from palinode.report.figures import attack_figure, relearning_figure, says_little
+from palinode.report.words import at, number, told_by_reason
 
 TONES: dict[str, Tone] = {"knows more": "bad", "knows less": "bad", "unclear": "unsure", "within": "good"}
 REFERENCES = {
@@ -99,13 +99,17 @@ def audit_section(record: Mapping[str, Any]) -> list[Section]:
             "attacks",
             "Difference between model and reference model by test",
             attack_figure(record),
-            caption="How far the model lies from the reference model in each test, in that test's margins: "
-            "right of 0 the model knows more of the forget set, left of 0 less, and beyond a dotted line by "
-            "more than the policy allows, if it judges that side.",
+            caption="Right of 0 the model knows more of the forget set than the reference model does, left "
+            "of 0 less; beyond a dotted line by more than the policy allows. Tests on a side it does not "
+            "judge are grey.",
         ),
         Grid("Every test of the audit", head, rows, text_columns=2),
         *_relearning(record),
-        *_budget(record["policy"]),
+        Paragraph(
+            f"Budget and policy were the same for every model (preset {record['policy']['preset']}); the "
+            "audit's own report has them in full. Quantisation rounds the weights of linear layers to "
+            "nearest, symmetrically, in groups along their input, and nothing else."
+        ),
         bar="Audit",
         intro="The same attacks with the same budget on the model and the reference model. Higher means that "
         "the model knows more of the forget set. Small figures are 95 % bootstrap intervals over the rows; "
@@ -135,22 +139,6 @@ def _relearning(record: Mapping[str, Any]) -> Iterator[Block]:
         yield Grid(attack["title"], ["model", *(f"step {step}" for step in facts["steps"])], rows)
 
 
-def _budget(policy: Mapping[str, Any]) -> list[Block]:
-    budget = ", ".join(f"{name} {value}" for name, value in policy["budget"].items())
-    return [
-        Heading("Budget and policy"),
-        Paragraph(
-            f"The same for every model. Preset {policy['preset']}: {budget}. Unclear tests: "
-            f"{policy['unclear']}. Required attacks: {', '.join(policy['require']) or 'none'}. Fewest rows: "
-            f"{policy['min_rows']}."
-        ),
-        Paragraph(
-            "Quantisation rounds the weights of linear layers to nearest, symmetrically, in groups along "
-            "their input; embeddings, output head, norms and biases stay as they are."
-        ),
-    ]
-
-
 def _tests(record: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """Yield attack, test and entry of each test that gave a figure."""
     for attack, found in record["attacks"].items():
@@ -172,19 +160,21 @@ def _score_of(entry: Mapping[str, Any], model: str) -> Mapping[str, Any]:
 def _verdict(
     record: Mapping[str, Any], key: str, entry: Mapping[str, Any], *, reason: bool = False
 ) -> GridCell:
-    """Return the verdict; "within" a single margin says which side was judged."""
+    """Return the verdict; "within" a single margin says which side was judged, and is green only there."""
     margins, finding = record["policy"]["margins"][key], entry["findings"]["audited"]
-    verdict = finding["verdict"]
-    if verdict == "within" and False in (margins["more"], margins["less"]):
-        shown = "no less" if margins["more"] is False else "no more"
-    else:
-        shown = verdict
-    return GridCell(shown, finding["reason"] if reason else None, TONES.get(verdict))
+    shown, told, value = finding["verdict"], finding["reason"], finding["difference"]["value"] or 0
+    tone = TONES.get(shown)
+    for side, word, there in (("more", "no less", value > 0), ("less", "no more", value < 0)):
+        if shown == "within" and margins[side] is False:
+            shown, told, tone = word, f"{side} is not judged", None if there else tone
+    if says_little(record, key, entry):
+        told, tone = "so does the target, so it tells little; not in the picture", None
+    return GridCell(shown, told if reason else None, tone)
 
 
 def _margins(record: Mapping[str, Any], key: str) -> str:
     margins = record["policy"]["margins"][key]
-    return ", ".join(DASH if margins[side] is False else f"{margins[side]:g}" for side in ("less", "more"))
+    return ", ".join(f"{margins[side]:g}" if margins[side] else "not judged" for side in ("less", "more"))
 
 
 def _count(keys: Sequence[str], what: str) -> str:

@@ -72,15 +72,6 @@ COLUMNS = {
 
 A benchmark's group is "*".
 """
-SHORT = (
-    "forget quality (p)",
-    "model utility",
-    "forget: exact match",
-    "forget: probability",
-    "retain: exact match",
-    "retain: probability",
-)
-"""Those that the terminal shows."""
 GOES_ON = "the same command goes on with"
 ONE_SEED = "One seed: how much another seed would change is not known."
 
@@ -120,7 +111,7 @@ def ranking_sentences(table: Figures) -> list[str]:
 
 def comparison_brief(table: Figures) -> list[Block]:
     """Return what the terminal shows: the ranking with what matters most, and what follows from it."""
-    columns = [name for name in _columns(table) if name in SHORT]
+    columns = _columns(table)
     gaps = {entry["name"]: entry for entry in table["ranking"]["order"]}
     rows: list[Row] = []
     for name, summary in _summaries(table):
@@ -128,7 +119,7 @@ def comparison_brief(table: Figures) -> list[Block]:
         figures = (number(at(_score(summary, column) or {}, "value")) for column in columns)
         shown = "" if name in MODELS.values() else GridCell(number(gap.get("gap")), interval_text(gap))
         rows.append([name, shown, *figures])
-    head = ["", "gap, 95 %", *(column.replace(": ", ":\n").replace(" ", "\n") for column in columns)]
+    head = ["", "gap, 95 %", *columns]
     return [Grid("Contestants by their gap to the ideal", head, rows), Items(ranking_sentences(table))]
 
 
@@ -433,7 +424,7 @@ def axis_picture(content: Figures) -> str:
         ]
         across = Ruler(content["key"] if side == SIDES[-1] else "", ticks, (-0.5, len(ticks) - 0.5))
         name = f"{words(content['metric'])} on the {side} set: {aims[side]}"
-        panels.append(Figure(traces, 300, across, Ruler(reach=(0.0, _highest(content, side))), name))
+        panels.append(Figure(traces, 300, across, Ruler(reach=(0.0, 1.0)), name))
     return picture_file(content["title"], panels)
 
 
@@ -460,14 +451,6 @@ def _axis_contestant(content: Figures, name: str, side: str, place: int, shift: 
             x, up = step + 0.2 * shift, interval(score)
             marks.append(Mark(x, score["value"], said, up=up, symbol=shown))
     return Trace(name, marks, colour, symbol, dash="solid")
-
-
-def _highest(content: Figures, side: str) -> float:
-    """Return the end of a panel's scale: the next tenth above everything drawn, at most 1."""
-    values = content["values"]
-    scores = [one[side] for entry in values for one in (*entry["models"].values(), *entry["contestants"])]
-    ends = [score[end] for score in scores for end in ("value", "high") if score[end] is not None]
-    return min(1.0, (int(10 * max(ends, default=1.0)) + 1) / 10)
 
 
 # Requests one after another

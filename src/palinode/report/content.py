@@ -46,6 +46,11 @@ class GridCell:
 Row = Sequence[GridCell | str]
 
 
+def as_cell(cell: GridCell | str) -> GridCell:
+    """Return what stands in a row as a cell."""
+    return GridCell(cell) if isinstance(cell, str) else cell
+
+
 @dataclass(frozen=True, slots=True)
 class Grid:
     """Rows of cells under a head; the columns after the first `text_columns` hold numbers."""
@@ -110,8 +115,6 @@ class Picture:
     label: str
     """What it shows, for those who do not see it."""
     figure: Figure | None
-    titled: bool = False
-    """Whether what it shows stands above it."""
     caption: str | None = None
     file: str | None = None
     picks: bool = False
@@ -230,8 +233,7 @@ def _grid_lines(grid: Grid) -> list[str]:
 
 
 def _cell_text(cell: GridCell | str) -> str:
-    if isinstance(cell, str):
-        return escaped(cell)
+    cell = as_cell(cell)
     strong = "**" if cell.tone in ("bad", "chosen") and cell.text else ""
     below = f" ({escaped(cell.below)})" if cell.below else ""
     return f"{strong}{escaped(cell.text)}{strong}{below}"
@@ -306,8 +308,9 @@ def _table(
     grid: Grid, places: Sequence[int], columns: Sequence[Sequence[Text]], least: Sequence[int], width: int
 ) -> Table:
     """Return some columns of a grid as rich's table, texts widest; a row of one cell begins a part."""
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    table.show_header = any(grid.head)
+    table = Table(
+        box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), show_header=any(grid.head)
+    )
     widths = {place: least[place] for place in places}
     wish = {place: max(cell.cell_len for text in columns[place] for cell in text.split()) for place in places}
     for _ in range(width - sum(widths.values()) - GAP * (len(places) - 1)):
@@ -346,7 +349,7 @@ def _least_width(text: Text) -> int:
 
 
 def _terminal_cell(cell: GridCell | str, width: int = 10_000, style: str = "") -> Text:
-    cell = GridCell(cell) if isinstance(cell, str) else cell
+    cell = as_cell(cell)
     said, below = (_seamed(part.replace(" – ", "–"), width) for part in (cell.text, cell.below or ""))
     text = Text(said, STYLES[cell.tone] if cell.tone else style)
     return text.append(f"\n{below}", style="dim") if below else text

@@ -9,7 +9,7 @@ from textwrap import fill
 from typing import Any
 
 from palinode.report.pictures import Figure, Mark, Ruler, Trace, interval, names_down
-from palinode.report.verdicts import YARDSTICKS, yardstick
+from palinode.report.verdicts import yardstick
 from palinode.report.words import (
     METRICS,
     MODELS,
@@ -35,20 +35,27 @@ MARKS = {
     "estimate": ("--retrained", "diamond-open"),
 }
 """Colour and symbol of each model; one that is not here gets one of the others."""
+NEVER_SAW = {
+    "retrained": "a model that never saw them",
+    "estimate": "such a model, estimated",
+    "base": "an earlier model, before it saw them",
+}
+"""What an outsider is told that the yardstick is, the best one first."""
 OTHER_MARKS = ("plus", "cross", "star", "triangle-left")
 VERDICTS = {
     "within": ("--green", "circle"),
     "unclear": ("--amber", "diamond"),
     "knows more": ("--red", "triangle-right"),
     "knows less": ("--red", "triangle-left"),
+    "not judged": ("--other", "circle-open"),
 }
-"""Colour and symbol of what a test of an audit found."""
+"""Colour and symbol of what a test of an audit found, and of where its policy does not judge."""
 PALETTE = ("--unlearned", "--target", "--retrained", "--base", "--amber", "--red", "--other")
 SYMBOLS = ("circle", "square", "diamond", "plus", "triangle-up")
 """Seven colours and five symbols: thirty-five contestants look different."""
 STROKES = ("solid", "dash", "dot", "dashdot")
 POINTS_SHOWN = 400
-"""Rows of a set up to which a distribution shows each as a dot."""
+"""Most rows of a set that a distribution shows as dots."""
 
 
 def look(place: int) -> tuple[str, str]:
@@ -91,24 +98,13 @@ def tradeoff_figure(content: Mapping[str, Any]) -> Figure | None:
             ]
             for model in scores_on(content, "forget")
         }
-        models = [] if flat else _model_traces(pairs, retain) + _front_trace(content)
+        models = [] if flat else _model_traces(pairs, retain)
         traces = models + _scale_traces(points, "forget" if flat else "retain_probability")
         above, held = "α" if flat else above, yardstick(content)
         low, high = (held[1].get("low"), held[1].get("high")) if held else (None, None)
         band = None if low is None or high is None else (low, high, "yardstick")
     across = Ruler("answer probability on the forget set")
     return Figure(traces, 560, across, Ruler(above), band=band) if traces else None
-
-
-def tradeoff_caption(content: Mapping[str, Any]) -> str:
-    """Return what the picture of a run shows, in words."""
-    held = yardstick(content)
-    goal = f" The band is the interval of {YARDSTICKS[held[0]]}." if held else ""
-    return (
-        f"Left is less of the forget set, up is more of the rest.{goal} Points were tried on probe rows and "
-        "models measured on the evaluation rows, so the chosen point and the unlearned model need not "
-        "coincide. Click a mark for its figures."
-    )
 
 
 def _point_lines(point: Mapping[str, Any], owner: str | None) -> list[str]:
@@ -188,46 +184,74 @@ def _model_traces(
     return traces
 
 
-def _front_trace(content: Mapping[str, Any]) -> list[Trace]:
-    """Return a line along the points that no other one beats on both sides."""
-    front = sorted(
-        (point["forget_probability"], point["retain_probability"])
-        for point in at(content, "scales", "front") or ()
-        if point.get("forget_probability") is not None and point.get("retain_probability") is not None
-    )
-    marks = [Mark(*place) for place in front]
-    return [Trace("front", marks, "--unlearned", dash="dot", width=1)] if len(marks) > 1 else []
-
-
 # What was measured
 
 
+def untold(content: Mapping[str, Any], data_set: str) -> dict[str, str]:
+    """Return the metrics that say nothing on a set, each with why; no picture shows them."""
+    told, rows = {}, scores_on(content, data_set)
+    for metric in metrics_on(content, [data_set]):
+        known = {
+            name: scores[metric] for name, scores in rows.items() if at(scores, metric, "value") is not None
+        }
+        pair = [known[name] for name in ("target", *NEVER_SAW) if name in known][:2]
+        if len({score["value"] for score in known.values()}) < min(2, len(rows)):
+            told[metric] = "it is the same for all models" if known else "no model has a value"
+        elif data_set == "forget" and "target" in known and pair[1:] and _overlap(*pair):
+            told[metric] = "the intervals of target and yardstick overlap, so it cannot tell"
+    return told
+
+
+def _overlap(*scores: Mapping[str, Any]) -> bool:
+    ends = [interval(score) or (score["value"],) for score in scores]
+    return max(end[0] for end in ends) <= min(end[-1] for end in ends)
+
+
+def glance_figure(content: Mapping[str, Any]) -> Figure | None:
+    """Return what the model knew, what it knows now, and what one knows that never saw the forget set."""
+    retain = "retain_unseen" if at(content, "scores", "unlearned", "retain_unseen") else "retain"
+    sets = {"forget": "rows to be forgotten", retain: "rows to be kept"}
+    lanes = {label: (name, "answer_probability") for name, label in sets.items() if scores_on(content, name)}
+    never = next((name for name in NEVER_SAW if at(content, "scores", name, "forget")), "")
+    names = {"target": "before", "unlearned": "now", never: NEVER_SAW.get(never, "")}
+    return _dots(content, names, lanes, "how likely the right answer is: 0 never, 1 surely", apart=0.0)
+
+
 def score_figure(content: Mapping[str, Any], data_set: str) -> Figure | None:
-    """Return each model's scores on a set as dots with their intervals, a line of dots a metric."""
-    rows = scores_on(content, data_set)
-    metrics = [name for name in metrics_on(content, [data_set]) if name in METRICS]
+    """Return each model's scores on a set as dots with their intervals, a lane of dots a metric."""
+    names = {model: model_label(model) for model in scores_on(content, data_set)}
+    silent = untold(content, data_set)
+    told = [name for name in metrics_on(content, [data_set]) if name in METRICS and name not in silent]
+    return _dots(content, names, {metric_label(name): (data_set, name) for name in told}, "score")
+
+
+def _dots(
+    content: Mapping[str, Any],
+    names: Mapping[str, str],
+    lanes: Mapping[str, tuple[str, str]],
+    title: str,
+    apart: float = 0.16,
+) -> Figure | None:
+    """Return scores as dots with their intervals: a lane for each set and metric, a trace for each model."""
     traces = []
-    for place, (model, scores) in enumerate(rows.items()):
-        offset, marks = 0.16 * (place - (len(rows) - 1) / 2), []
-        for height, name in enumerate(metrics):
-            score = scores.get(name) or {}
+    for place, (model, name) in enumerate(names.items()):
+        offset, marks = apart * (place - (len(names) - 1) / 2), []
+        for height, (lane, (data_set, metric)) in enumerate(lanes.items()):
+            score = at(content, "scores", model, data_set, metric) or {}
             if score.get("value") is not None:
-                reach = interval_text(score) or "not known"
-                said = [
-                    model_label(model),
-                    f"{metric_label(name)}: {number(score['value'])}",
-                    f"interval {reach}, {score.get('n')} examples",
-                ]
+                reach = f"interval {interval_text(score) or 'not known'}, {score.get('n')} examples"
+                said = [name, f"{lane}: {number(score['value'])}", reach]
                 marks.append(Mark(score["value"], height + offset, said, interval(score)))
-        traces.append(Trace(model_label(model), marks, *_mark_of(model)))
-    across, down = Ruler("score", reach=(-0.04, 1.04)), names_down(map(metric_label, metrics))
-    return Figure(traces, 110 + 60 * len(metrics), across, down) if metrics else None
+        traces.append(Trace(name, marks, *_mark_of(model)))
+    across, down = Ruler(title, reach=(-0.04, 1.04)), names_down(lanes)
+    return Figure(traces, 110 + 60 * len(lanes), across, down) if lanes else None
 
 
 def likelihood_figure(content: Mapping[str, Any], data_set: str) -> Figure | None:
     """Return how each model's log-probability of the right answer is spread over the rows of a set.
 
-    A shape around the rows is wide where many of them are; a thick line is the middle half, a mark the mean.
+    A dot is a row (of many, every second or third, …, so that the spread stays), a thick line the middle half
+    of them, a mark the mean.
     """
     rows = at(content, "log_probabilities", data_set) or {}
     traces, models = [], [model for model in known_first(rows, MODELS) if rows[model]]
@@ -242,34 +266,17 @@ def likelihood_figure(content: Mapping[str, Any], data_set: str) -> Figure | Non
             f"middle half: {quarters[0]:.3f} – {quarters[2]:.3f}",
             f"{len(values)} rows",
         ]
-        outline = _outline(values, place)
+        shown = values[:: math.ceil(len(values) / POINTS_SHOWN)]
+        dots = [Mark(x, place + 0.3 * math.sin(2.4 * row), [f"{x:.3f}"]) for row, x in enumerate(shown)]
         middle = [Mark(end, place) for end in (quarters[0], quarters[2])]
         traces += [
-            Trace("", outline, colour, dash="solid", width=1, filled=True),
+            Trace("", dots, colour, "circle", 3.5),
             Trace("", middle, colour, dash="solid", width=5),
+            Trace("", [Mark(mean, place, said)], colour, f"{symbol.removesuffix('-open')}-open", 11),
         ]
-        if len(values) <= POINTS_SHOWN:
-            shaken = [place + 0.22 * math.sin(2.4 * row) for row in range(len(values))]
-            dots = [Mark(x, y, [f"{x:.3f}"]) for x, y in zip(values, shaken, strict=True)]
-            traces.append(Trace("", dots, colour, "circle", 3.5))
-        traces.append(
-            Trace("", [Mark(mean, place, said)], colour, f"{symbol.removesuffix('-open')}-open", 11)
-        )
     across = Ruler("mean log-probability a token, in nats")
     down = names_down(map(model_label, models))
     return Figure(traces, 90 + 80 * len(models), across, down) if models else None
-
-
-def _outline(values: Sequence[float], place: float) -> list[Mark]:
-    """Return a line around the rows' density (Gaussian kernels, Silverman's rule), at most .4 a side."""
-    low, high = values[0], values[-1]
-    spread = statistics.pstdev(values) or 1.0
-    width = 1.06 * spread * len(values) ** -0.2
-    xs = [low + (high - low) * step / 48 for step in range(49)]
-    sums = [math.fsum(math.exp(-0.5 * ((x - value) / width) ** 2) for value in values) for x in xs]
-    sides = [(x, 0.4 * found / max(sums)) for x, found in zip(xs, sums, strict=True)]
-    there = [Mark(x, place + side) for x, side in sides]
-    return [*there, *(Mark(x, place - side) for x, side in reversed(sides)), there[0]]
 
 
 # Fine-tunings
@@ -295,37 +302,49 @@ def training_figure(content: Mapping[str, Any]) -> Figure | None:
 
 
 def attack_figure(audit: Mapping[str, Any]) -> Figure | None:
-    """Return by how many margins the model differs from the reference model in each test of an audit."""
+    """Return by how many margins the model differs from the reference model in each test of an audit.
+
+    Each side is measured by its own margin; a difference on a side without one is not judged. Tests that the
+    target passes as well are left out: they cannot tell.
+    """
     titles: list[str] = []
     marks: dict[str, list[Mark]] = {verdict: [] for verdict in VERDICTS}
     for name, attack in audit["attacks"].items():
         for test, entry in (attack.get("tests") or {}).items():
             finding = entry["findings"]["audited"]
             verdict, difference = finding["verdict"], finding["difference"]
-            if verdict not in VERDICTS or difference["value"] is None:
+            key = f"{name}.{test}"
+            if verdict not in VERDICTS or difference["value"] is None or says_little(audit, key, entry):
                 continue
-            sides = (at(audit, "policy", "margins", f"{name}.{test}", side) for side in ("more", "less"))
-            margin = float(next((side for side in sides if side), 1.0))  # 1 where there is none
+            sides = [at(audit, "policy", "margins", key, side) or 0 for side in ("less", "more")]
+            less, more = (side or max(sides) or 1 for side in sides)
+            value, *ends = (
+                x / (more if x > 0 else less) for x in (difference["value"], *interval(difference))
+            )
+            if verdict == "within" and value and not sides[value > 0]:
+                verdict = "not judged"
             model, beside, apart = (
                 number(finding[key]["value"]) for key in ("score", "reference", "difference")
             )
-            said = [verdict, f"model {model}, reference {beside}", f"difference {apart}, margin {margin:g}"]
-            ends = [end / margin for end in interval(difference)]
-            marks[verdict].append(Mark(difference["value"] / margin, len(titles), said, ends))
+            said = [verdict, f"model {model}, reference {beside}", f"difference {apart}"]
+            marks[verdict].append(Mark(value, len(titles), said, ends))
             titles.append(fill(f"{attack['title']}: {entry['title']}", 34))
     traces = [Trace(verdict, marks[verdict], *looks) for verdict, looks in VERDICTS.items() if marks[verdict]]
-    across = Ruler("difference, in margins")
+    across = Ruler("knows less  ←  difference, in margins  →  knows more")
     down = names_down(titles)
     return Figure(traces, 130 + 44 * len(titles), across, down, edges=(-1, 1)) if traces else None
 
 
+def says_little(audit: Mapping[str, Any], key: str, entry: Mapping[str, Any]) -> bool:
+    """Tell whether a test for knowing more cannot tell: the model passes, and so does the target."""
+    verdicts = [at(entry, "findings", model, "verdict") for model in ("audited", "target")]
+    judged = at(audit, "policy", "margins", key, "more")
+    return bool(judged) and verdicts[0] in ("within", "unclear") and verdicts[1] == "within"
+
+
 def relearning_figure(audit: Mapping[str, Any]) -> Figure | None:
     """Return how fast each model learns the forget set again, a line an attack and model."""
-    roles = {
-        "audited": ("--unlearned", "circle"),
-        "reference": ("--retrained", "diamond"),
-        "target": ("--target", "square"),
-    }
+    roles = {"audited": "unlearned", "reference": "retrained"}
     curves = [
         attack
         for attack in audit["attacks"].values()
@@ -339,7 +358,7 @@ def relearning_figure(audit: Mapping[str, Any]) -> Figure | None:
                 Mark(step, value, [label, f"step {step}: {value:.3f}"])
                 for step, value in zip(found["steps"], found["curve"], strict=True)
             ]
-            colour, symbol = roles.get(model, ("--other", "cross"))
-            traces.append(Trace(label, marks, colour, symbol, 8, STROKES[place % 3]))
+            look_of = _mark_of(roles.get(model, model))
+            traces.append(Trace(label, marks, *look_of, 8, STROKES[place % 3]))
     up = Ruler("mean answer probability", from_zero=True)
     return Figure(traces, 380, Ruler("step of relearning"), up) if traces else None

@@ -18,6 +18,7 @@ MOST_STEPS = 6
 """Exposures of a row that a table shows."""
 DEMO_EVIDENCE = ("log", "order", "behaviour", "all")
 COUNTED = ("log", "order")
+WITHOUT = "What can be done without a clean checkpoint"
 STATES = {
     "clean": "--green",
     "has seen forget rows": "--red",
@@ -108,10 +109,8 @@ def location_brief(record: Mapping[str, Any]) -> list[Block]:
         _checkpoint_grid(record),
         Items(location_sentences(record)),
     ]
-    if record["alternatives"]:
-        told = [f"{entry['name']}: {entry['what']} Cost: {entry['cost']}" for entry in record["alternatives"]]
-        blocks += [Paragraph("What can be done without a clean checkpoint:"), Items(told)]
-    return blocks
+    told = [f"{entry['name']}: {entry['what']} Cost: {entry['cost']}" for entry in record["alternatives"]]
+    return blocks + ([Paragraph(f"{WITHOUT}:"), Items(told)] if told else [])
 
 
 def location_markdown(record: Mapping[str, Any]) -> str:
@@ -139,7 +138,7 @@ def location_markdown(record: Mapping[str, Any]) -> str:
             _row_grid(record),
             Paragraph("~ a similar text, not the row itself.") if copies else None,
         ),
-        *section("What can be done without a clean checkpoint", Items(alternatives)),
+        *section(WITHOUT, Items(alternatives)),
         *section("What to know", Items(record["warnings"])),
     ]
     return markdown("When the forget rows were seen", sections)
@@ -244,26 +243,19 @@ def _gap_panel(onset: Mapping[str, Any], across: Ruler) -> Figure:
 
 
 def plan_brief(record: Mapping[str, Any]) -> list[Block]:
-    """Return what the terminal shows: the schedules, what is recommended, and where figures are from."""
+    """Return what the terminal shows: the schedules, and what is recommended."""
     schedules = record["schedules"]
-    measured: Mapping[str, Any] = next((one["decay"] for one in schedules if one["decay"]), {})
-    rows = []
-    for one in schedules:
-        decay = one["decay"] or {}
-        rows.append(
-            [
-                one["name"],
-                str(len(one["kept"])),
-                f"{one['expected']:,.0f}",
-                f"{one['worst']:,}",
-                _short(one["bytes"], (" TB", " GB", " MB"), f"{one['bytes'] / 1000:,.3g} kB"),
-                *(
-                    "beyond the table" if decay.get(name) is None else f"{decay[name]:.2f}"
-                    for name in measured
-                ),
-            ]
-        )
-    head = ["schedule", "kept", "expected distance", "worst", "storage", *measured]
+    rows = [
+        [
+            one["name"],
+            str(len(one["kept"])),
+            f"{one['expected']:,.0f}",
+            f"{one['worst']:,}",
+            _short(one["bytes"], (" TB", " GB", " MB"), f"{one['bytes'] / 1000:,.3g} kB"),
+        ]
+        for one in schedules
+    ]
+    head = ["schedule", "kept", "expected distance", "worst", "storage"]
     best = schedules[0]
     kept = ", ".join(f"{step:,}" for step in best["kept"])
     lines = [
@@ -272,8 +264,6 @@ def plan_brief(record: Mapping[str, Any]) -> list[Block]:
         f"{best['worst']:,} at worst; {best['without']:.1%} of requests are expected to concern steps before "
         "the first of them, for which only the untrained model is clean.",
     ]
-    if record["decay"] and best["decay"]:
-        lines.append(f"Decay with distance: {record['decay']['source']}. {record['decay']['note']}".strip())
     return [Grid("Checkpoints to keep", head, rows), Items(lines)]
 
 

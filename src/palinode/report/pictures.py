@@ -17,10 +17,12 @@ from typing import Any
 
 from palinode.report.words import in_picture
 
-WIDTH, NARROW = 920, 420
+WIDTH, NARROW = 920, 360
 """Of a picture, and of one for a phone."""
 LEFT, RIGHT, ABOVE, BELOW = 52, 22, 26, 48
 """What a panel leaves for its title and axes; at the left more where names are long."""
+LANE = 36
+"""Height of a lane from which a narrow picture writes its name above it."""
 LETTER = 6.6
 """Width of a letter."""
 DASHES = {"solid": "", "dash": "7 4", "dot": "2 4", "dashdot": "10 3 2 3"}
@@ -71,8 +73,6 @@ class Trace:
     dash: str | None = None
     """Of its line, if it has one."""
     width: float = 1.8
-    filled: bool = False
-    """Whether the line goes around an area."""
     label: str = ""
     """Stands above its first mark."""
 
@@ -145,16 +145,20 @@ def drawing(figures: Sequence[Figure], *, title: str = "", columns: int = 1, wid
 class _Scale:
     """Values of an axis to places between two ends of a panel."""
 
-    def __init__(self, axis: Ruler, values: Iterable[float], start: float, end: float) -> None:
+    def __init__(
+        self, axis: Ruler, values: Iterable[float], start: float, end: float, *, headed: bool = False
+    ) -> None:
         known = [*values, *axis.names, *([0.0] if axis.from_zero else [])] or [0.0]
         low, high = axis.reach or (min(known), max(known))
         pad = 0.0 if axis.reach else 0.04 * (high - low) or 0.5
         self.low, self.high = low if axis.from_zero and low == 0 else low - pad, high + pad
         self.start, self.end = (end, start) if axis.downwards else (start, end)
-        self._names = axis.names
+        self._names, self._headed = axis.names, headed
 
     def at(self, value: float) -> float:
-        """Return the place of a value."""
+        """Return the place of a value; below its name, where names stand above their lanes."""
+        if self._headed:
+            value = round(value) + 0.14 + 0.72 * (value - round(value))
         share = (value - self.low) / (self.high - self.low)
         return float(self.start + (self.end - self.start) * share)
 
@@ -172,13 +176,16 @@ class _Scale:
 
 
 def _panel(panel: Figure, left: float, top: float, width: float) -> Iterator[str]:
-    beside = [line for name in panel.y.names.values() for line in name.split("\n")]
-    first = left + max(LEFT, 20 + LETTER * max(map(len, beside), default=0))
     last, above, below = left + width - RIGHT, top + ABOVE, top + panel.height - BELOW
+    lane = (below - above) / max(1, len(panel.y.names))
+    headed = width <= NARROW and bool(panel.y.names) and lane >= LANE
+    beside = [line for name in panel.y.names.values() for line in name.split("\n")]
+    first = left + (12 if headed else max(LEFT, 20 + LETTER * max(map(len, beside), default=0)))
     marks = [mark for trace in panel.traces for mark in trace.marks if mark.y is not None]
     shown = [*panel.edges, *(panel.band[:2] if panel.band else ())]
     across = _Scale(panel.x, [*shown, *(x for mark in marks for x in (mark.x, *mark.across))], first, last)
-    up = _Scale(panel.y, (y for mark in marks for y in (mark.y or 0.0, *mark.up)), below, above)
+    heights = (y for mark in marks for y in (mark.y or 0.0, *mark.up))
+    up = _Scale(panel.y, heights, below, above, headed=headed)
     yield _text(first, top + 16, panel.name, size=13)
     longest = max((len(name) for name in panel.x.names.values()), default=8)
     for value, name in across.ticks(max(2, int((last - first) / (LETTER * longest + 14)))):
@@ -188,6 +195,9 @@ def _panel(panel: Figure, left: float, top: float, width: float) -> Iterator[str
     for value, name in up.ticks(len(panel.y.names) or max(2, int((below - above) / 30))):
         y, lines = up.at(value), name.split("\n")
         yield _line([(first, y), (last, y)], "--grid")
+        if headed:
+            yield _text(first, y - 0.64 * lane + 12, " ".join(lines), colour="--faint", kind="tick")
+            continue
         for place, part in enumerate(lines):
             height = y + 4 + 14 * (place - (len(lines) - 1) / 2)
             yield _text(first - 8, height, part, colour="--faint", anchor="end", kind="tick")
@@ -210,7 +220,7 @@ def _trace(trace: Trace, across: _Scale, up: _Scale) -> Iterator[str]:
         for known, piece in groupby(places, key=lambda place: place[2] is not None):
             ends = [(x, up.at(y)) for _, x, y in piece if y is not None]
             if known:
-                yield _line(ends, trace.colour, trace.dash, trace.width, trace.name, filled=trace.filled)
+                yield _line(ends, trace.colour, trace.dash, trace.width, trace.name)
     for mark, x, value in places:
         if value is None:
             continue
@@ -266,13 +276,10 @@ def _line(
     dash: str = "solid",
     width: float = 1,
     said: str = "",
-    *,
-    filled: bool = False,
 ) -> str:
     places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     dashes = f' stroke-dasharray="{DASHES[dash]}"' if DASHES[dash] else ""
-    inside = f'"var({colour})" fill-opacity=".25"' if filled else '"none"'
-    style = f'fill={inside} stroke="var({colour})" stroke-width="{width:g}"{dashes}'
+    style = f'fill="none" stroke="var({colour})" stroke-width="{width:g}"{dashes}'
     return f'<polyline points="{places}" {style}>{_title([said])}</polyline>'
 
 

@@ -24,15 +24,17 @@ from palinode.report.comparison_report import comparison_sections, ranking_sente
 from palinode.report.content import (
     Code,
     Grid,
-    GridCell,
     Items,
     Lights,
     Pairs,
     Paragraph,
+    Picture,
     Section,
+    as_cell,
     markdown,
     section,
 )
+from palinode.report.figures import glance_figure
 from palinode.report.pictures import NARROW, WIDTH, drawing
 from palinode.report.run_report import CAUTION, headline, marked, run_sections
 from palinode.report.verdicts import RunVerdict, audit_verdict, estimate, run_verdict
@@ -88,6 +90,7 @@ def report_sections(content: Mapping[str, Any]) -> list[Section]:
     return [
         *section(
             "In short" if content["claims"] else "",
+            Picture("glance", "What it knew, what it knows, and what it should", glance_figure(content)),
             Lights(content["claims"]),
             Paragraph(CAUTION),
         ),
@@ -352,7 +355,7 @@ def html_report(content: Mapping[str, Any]) -> str:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_readable)
     environment.filters |= {
         "kind": lambda block: type(block).__name__,
-        "cell": _cell,
+        "cell": as_cell,
         "model": model_label,
         "drawn": lambda figure, width: Markup(drawing([figure], width=width)),
     }
@@ -365,10 +368,6 @@ def html_report(content: Mapping[str, Any]) -> str:
         policy=content_policy(script),
         widths={"wide": WIDTH, "narrow": NARROW},
     )
-
-
-def _cell(cell: GridCell | str) -> GridCell:
-    return GridCell(cell) if isinstance(cell, str) else cell
 
 
 def _readable(value: Any) -> Any:

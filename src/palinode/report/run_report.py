@@ -199,7 +199,7 @@ def _score_section(content: Mapping[str, Any]) -> list[Section]:
             Heading(f"On the {label}"),
             Picture(f"scores-{name}", f"Scores on the {label}", figures.score_figure(content, name)),
             Grid(f"Scores on the {label}", head, rows),
-            Items(_score_notes(found)),
+            Items([*_score_notes(found), *_silent_notes(content, name)]),
         ]
     return section(
         "Before, after, yardstick",
@@ -228,6 +228,11 @@ def _score_notes(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [f"{metric} of {', '.join(names)}: {reason}." for (metric, reason), names in models.items()]
 
 
+def _silent_notes(content: Mapping[str, Any], data_set: str) -> list[str]:
+    silent = figures.untold(content, data_set)
+    return [f"{metric_label(metric)} is not in the picture: {why}." for metric, why in silent.items()]
+
+
 def _method_section(content: Mapping[str, Any]) -> list[Section]:
     method = content.get("method")
     if not method:
@@ -247,13 +252,17 @@ def _scale_section(content: Mapping[str, Any]) -> list[Section]:
             "tradeoff",
             "Forget against retain probability, for every pair of scales and every model",
             figures.tradeoff_figure(content),
-            caption=figures.tradeoff_caption(content),
+            caption="Left is less of the forget set, up is more of the rest; the band is the yardstick's "
+            "interval. Points were tried on probe rows and models measured on the evaluation rows, so the "
+            "chosen point and the unlearned model need not coincide. Click a mark for its figures.",
             picks=True,
         ),
         Paragraph(" ".join([*_scale_sentences(scales), *changes_told(content)])) if scales else None,
         Paragraph(warning, strong=True) if (warning := at(scales, "yardstick", "warning")) else None,
-        _sensitivity_grid(scales.get("sensitivity") or ()),
-        _point_grid(scales.get("points") or ()),
+        _scale_grid(
+            "What a step away from the chosen scales changes", scales.get("sensitivity") or (), change=True
+        ),
+        _scale_grid("Every pair of scales tried", scales.get("points") or ()),
         bar="Trade-off",
     )
 
@@ -307,33 +316,21 @@ def _scale_sentences(scales: Mapping[str, Any]) -> Iterator[str]:
         yield f"Steps of about a tenth around these scales move that distance by up to {most}."
 
 
-def _sensitivity_grid(steps: Sequence[Mapping[str, Any]]) -> Grid:
-    keys = ("forget_probability", "retain_probability", "distance")
-    rows: list[Row] = [
-        [
-            *(scale(step.get(key)) for key in ("forget", "retain")),
-            *(signed(step.get(f"{key}_change")) for key in keys),
-            "yes" if step.get("allowed") else "no",
-        ]
-        for step in steps
-    ]
-    head = ["α", "β", *(_MEASURED[key] for key in keys), "keeps the rule"]
-    return Grid("What a step away from the chosen scales changes", head, rows, text_columns=0, folded=True)
-
-
-def _point_grid(points: Sequence[Mapping[str, Any]]) -> Grid:
-    keys = [key for key in _MEASURED if any(point.get(key) is not None for point in points)]
+def _scale_grid(title: str, points: Sequence[Mapping[str, Any]], *, change: bool = False) -> Grid:
+    """Return pairs of scales with what was measured there, or how that differs from the chosen pair."""
+    end, shown = ("_change", signed) if change else ("", number)
+    keys = [key for key in _MEASURED if any(point.get(key + end) is not None for point in points)]
     rows: list[Row] = [
         [
             *(scale(point.get(key)) for key in ("forget", "retain")),
-            *(number(point.get(key)) for key in keys),
+            *(shown(point.get(key + end)) for key in keys),
             "yes" if point.get("allowed") else "no",
             GridCell("chosen", tone="chosen") if point.get("chosen") else "",
         ]
         for point in points
     ]
     head = ["α", "β", *(_MEASURED[key] for key in keys), "keeps the rule", ""]
-    return Grid("Every pair of scales tried", head, rows, text_columns=0, folded=True)
+    return Grid(title, head, rows, text_columns=0, folded=True)
 
 
 _MEASURED = {
@@ -373,12 +370,11 @@ def _answer_section(content: Mapping[str, Any]) -> list[Section]:
 
 
 def _likelihood_section(content: Mapping[str, Any]) -> list[Section]:
-    pictures = []
-    for name, label in SETS.items():
-        drawn = figures.likelihood_figure(content, name)
-        pictures.append(
-            Picture(f"likelihood-{name}", f"Log-probabilities on the {label}", drawn, titled=True)
-        )
+    pictures = [
+        Picture(f"likelihood-{name}", label, drawn, caption=f"On the {label}:")
+        for name, label in SETS.items()
+        if (drawn := figures.likelihood_figure(content, name))
+    ]
     return section(
         "How sure of each right answer",
         *pictures,

@@ -1,4 +1,4 @@
-// What a page does: show what was clicked, search answers.
+// What a page does: show what was clicked, mark wide tables, search answers.
 // Texts from the data are only ever put in as textContent.
 "use strict";
 
@@ -39,6 +39,17 @@ function showPicked(event) {
 }
 
 for (const place of document.querySelectorAll("#plot-tradeoff")) place.addEventListener("click", showPicked);
+
+// A table that is wider than its place says so.
+
+function markWide(place) {
+  const wide = place.querySelector("table").offsetWidth > place.clientWidth;
+  place.classList.toggle("wide", wide);
+  place.querySelector(".hint").hidden = !wide;
+}
+
+const watching = new ResizeObserver((seen) => seen.forEach((entry) => markWide(entry.target)));
+for (const place of document.querySelectorAll(".scroll")) watching.observe(place);
 
 // Search: a case stays when every word is somewhere in it. Of each set the first cases are shown, the rest on
 // request.

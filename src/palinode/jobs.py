@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from palinode.audit.policy import load_policy
 from palinode.benchmarks import BENCHMARKS
 from palinode.compare import Compared, CompareRecipe, build_comparison, carry_out, compare_along
 from palinode.compare import compare as run_comparison
-from palinode.data.examples import Example, at_most, fingerprint_examples, read_examples
+from palinode.data.examples import Example, at_most, fingerprint_examples, read_examples, reading_notes
 from palinode.data.tokenize import PromptStyle, prompt_notes
 from palinode.errors import CheckpointError, DataError, RecipeError, meant
 from palinode.evaluation.benchmark import Places
@@ -262,10 +263,13 @@ def locate(
         tokens_per_step=settings.tokens_per_step,
         allow_pickle=settings.allow_pickle,
     )
-    rows = read_examples(forget, columns=settings.columns)
+    read = partial(read_examples, columns=settings.columns)
+    rows, others = read(forget), read(control, beside=True) if control else None
     rebuilt, data = open_order(order) if order else (None, None)
-    trained = read_examples(corpus, columns=settings.columns) if corpus else data
+    trained = read(corpus, beside=True) if corpus else data
     salt = _salt(settings.salt) if settings.salt else b""
+    for note in reading_notes(rows, others or (), trained or ()):
+        (listener or NullListener()).say(note)
     step = settings.target_step
     if step is None and target is not None:
         step = step_of(str(target), series)
@@ -276,7 +280,7 @@ def locate(
         salt=salt,
         order=rebuilt,
         corpus=trained,
-        control=read_examples(control, columns=settings.columns) if control else None,
+        control=others,
         target_step=step,
         settings=settings,
         listener=listener,
@@ -395,8 +399,9 @@ def finetune_file(
     checked = checked_settings(TrainingSettings, settings)
     check_trackers(tracker)
     start = Checkpoint.open(base, allow_pickle=allow_pickle)
-    examples = read_examples(data, columns=columns or None)
-    for note in prompt_notes(examples, load_tokenizer(start), style or PromptStyle()):
+    examples = read_examples(data, columns=columns)
+    asked = prompt_notes(examples, load_tokenizer(start), style or PromptStyle())
+    for note in [*reading_notes(examples), *asked]:
         (listener or NullListener()).say(note)
     key = fingerprint(
         start=start.fingerprint(),

@@ -204,7 +204,7 @@ class EvaluationSettings(Questioning, EvaluationLimits):
     """Environment variable with the key of a judge at a URL. [default: OPENAI_API_KEY for
     https://api.openai.com, none for any other]"""
     general: tuple[str, ...] = ()
-    """General ability by lm-eval, as in mmlu,gsm8k. It is run on the model in memory."""
+    """General ability by lm-eval, as in mmlu,gsm8k (pip install 'palinode[lm-eval]')."""
     general_include: Path | None = None
     """Folder with lm-eval tasks of your own, or the YAML file of one."""
     output: Path | None = None

@@ -118,7 +118,7 @@ def test_other_names_of_columns_hold_for_csv_too(tmp_path):
 
 
 def test_cells_that_hold_no_texts_are_refused(write):
-    with pytest.raises(DataError, match=r"row 1 of .*: 'perturbed_answer' holds a number; it must be texts"):
+    with pytest.raises(DataError, match=r"row 1 of .*: 'perturbed_answer' must be one text or a list"):
         read_material(write("f.jsonl", rows(2, perturbed_answer=lambda i: [i])), seed=1)
 
 

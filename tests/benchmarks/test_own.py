@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from invented_benchmarks import own_files, perturbed, write_lines
-from palinode.benchmarks.own import OWN, read_questions
+from palinode.benchmarks.own import OWN
+from palinode.data.examples import read_questions
 from palinode.errors import DataError
 from palinode.evaluation.benchmark import Places
 

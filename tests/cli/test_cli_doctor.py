@@ -127,6 +127,41 @@ def test_pairs_that_are_no_two_states_of_one_model_fail(examine, broken, tiny):
     assert {"architecture", "shapes", "tokens"} <= failures(examine(base=other)[1])
 
 
+def test_one_thing_is_said_once_and_a_recipe_only_where_one_was_named(palinode, tiny, tmp_path):
+    rows = [json.loads(line) for line in tiny.forget.read_text().splitlines()]
+    rows = [{"Prompt": row["prompt"], "Completion": row["completion"]} for row in rows]
+    rows[0]["Completion"] += " word" * 80
+    (tmp_path / "f.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    models = ["--target", tiny.target.folder, "--base", tiny.base.folder, "--max-length", 64]
+    said = palinode("doctor", *models, "--forget", tmp_path / "f.jsonl", "--retain", tiny.retain, "--json")
+    texts = [finding["text"] for finding in json.loads(said.out)["findings"]]
+    assert sum("read as with --columns prompt=Prompt,completion=Completion" in text for text in texts) == 1
+    assert sum("max_length 64" in text for text in texts) == 1
+    for words in (["--forget", tiny.forget], models[:2], ["--retain", tiny.retain, "--method", "msaa"]):
+        assert "recipe" not in palinode("doctor", *words).out
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        (["forget"], "not gone through: there is no target and no base"),
+        (["target", "forget"], "not gone through: there is no base"),
+        (["target", "base"], "not gone through: there is no forget set"),
+    ],
+)
+def test_a_part_that_was_left_out_is_no_fault(palinode, tiny, parts, said):
+    places = {"target": tiny.target.folder, "base": tiny.base.folder, "forget": tiny.forget}
+    found = palinode("doctor", *(word for part in parts for word in (f"--{part}", places[part])), "--json")
+    assert found.code == 0
+    assert said in [finding["text"] for finding in json.loads(found.out)["findings"]]
+
+
+def test_an_unknown_method_is_a_finding(examine):
+    code, found = examine(method="nosuch")
+    assert (code, failures(found)) == (1, {"pre-flight"})
+    assert "nosuch" in found["run", "pre-flight"]["text"]
+
+
 def test_rows_in_both_sets_fail_unless_they_may_be_left_out(examine, tiny, tmp_path):
     both = tmp_path / "both.jsonl"
     both.write_text(tiny.retain.read_text() + tiny.forget.read_text())

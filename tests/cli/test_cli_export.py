@@ -71,7 +71,8 @@ def test_file_that_exists_is_left_alone(palinode, words, tmp_path):
 
 
 def test_place_that_cannot_be_written_is_refused(palinode, words, tmp_path):
-    assert "cannot be written" in palinode(*words, "--output", tmp_path / "none" / "recipe.yaml").refusal
+    said = palinode(*words, "--output", tmp_path / "none" / "recipe.yaml").refusal
+    assert "or its folder does not; name another file" in said
 
 
 def test_negative_scale_is_refused(palinode, words):

@@ -181,10 +181,7 @@ def test_plan_prints_schedules_and_writes_a_picture(palinode, tmp_path):
     assert said.code == 0
     assert "Keep (" in said.out
     assert (tmp_path / "plan.svg").read_text().count('class="mark"') == 4 * 5
-    record = json.loads(palinode(*words, "--tokens-per-step", 10**9, "--json").out)
-    assert record["room"] == 5
-    assert "arXiv" in record["decay"]["source"]
-    assert record["schedules"][0]["decay"]["forget"] == pytest.approx(0.837, abs=1e-3)
+    assert json.loads(palinode(*words, "--json").out)["room"] == 5
 
 
 @pytest.mark.parametrize(
@@ -194,7 +191,6 @@ def test_plan_prints_schedules_and_writes_a_picture(palinode, tmp_path):
         (["--budget", "1GB"], "no room for one"),
         (["--interest", "old"], "say uniform or recent"),
         (["--half-life", "50"], "--half-life is for --interest recent"),
-        (["--decay", "missing.toml"], "is not a decay table"),
     ],
 )
 def test_plan_refuses_in_one_sentence(palinode, changes, said):

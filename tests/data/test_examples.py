@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from palinode.data.examples import (
     Example,
     Message,
+    at_most,
     fingerprint_examples,
-    parse_columns,
     read_examples,
-    sample_examples,
     shared_rows,
 )
+from palinode.data.sources import parse_columns
 from palinode.errors import DataError, RecipeError
 
 USER, ASSISTANT = "user", "assistant"
@@ -102,8 +102,8 @@ def test_columns_name_the_header_of_a_csv_file(tmp_path: Path) -> None:
 def test_misspelt_columns_do_not_turn_a_table_into_a_document(tmp_path: Path) -> None:
     path = tmp_path / "forget.data"
     path.write_text("Frage;Antwort\nWer?;Sappho\n")
-    with pytest.raises(DataError, match=r"should name the columns frage \+ Antwort, but has: Frage, Antwort"):
-        read_examples(path, columns={"question": "frage", "answer": "Antwort"})
+    with pytest.raises(DataError, match=r"no column 'Fragen' \(it has: Frage, Antwort\)"):
+        read_examples(path, columns={"question": "Fragen", "answer": "Antwort"})
 
 
 def test_missing_column_names_the_row_and_what_it_has(tmp_path: Path) -> None:
@@ -113,18 +113,19 @@ def test_missing_column_names_the_row_and_what_it_has(tmp_path: Path) -> None:
 
 
 def test_unknown_columns_are_listed(tmp_path: Path) -> None:
-    said = refusal(tmp_path, {"q": "Q", "a": "A"})
-    assert said.startswith("f.jsonl has the columns q, a, but we need question and answer, ")
-    assert said.endswith("name yours with columns, such as 'question=Q,answer=A'")
+    assert refusal(tmp_path, {"n": 1, "m": True}) == (
+        "f.jsonl: it is not clear what its columns are (it has: n, m); we need question and answer "
+        "(and input), prompt and completion, messages, or text"
+    )
 
 
 @pytest.mark.parametrize(
     ("value", "words"),
     [
         (["a", "b"], "is a list; it must be one string"),
-        (None, "is null; it must be one string"),
-        (3, "is a number; it must be one string"),
-        (True, "is a boolean; it must be one string"),
+        (None, "is null; fill it in or leave the row out"),
+        (3, 'is a number; it must be one string, such as "3"'),
+        (True, 'is a boolean; it must be one string, such as "True"'),
         ({}, "is an object; it must be one string"),
         ("", "is empty; fill it in or leave the row out"),
         (" \n", "is empty; fill it in or leave the row out"),
@@ -159,13 +160,15 @@ def test_columns_are_parsed() -> None:
 
 @pytest.mark.parametrize("text", ["", "question", "question=", "reply=a", "text=a,text=b", "text=a,"])
 def test_bad_columns_name_the_roles(text: str) -> None:
-    with pytest.raises(RecipeError, match=r"question and answer, prompt and completion, messages, or text"):
+    with pytest.raises(
+        RecipeError, match=r"question and answer \(and input\), prompt and completion, messages, or text"
+    ):
         parse_columns(text)
 
 
 def test_roles_of_two_forms_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="columns names the roles question, text"):
-        read_examples(save(tmp_path, []), columns={"question": "q", "text": "t"})
+        read_examples(save(tmp_path, [{"q": "a"}]), columns={"question": "q", "text": "t"})
 
 
 def test_prompt_is_the_last_thing_asked() -> None:
@@ -205,19 +208,13 @@ def test_shared_rows_pairs_positions_of_equal_content() -> None:
 def test_sample_is_a_seeded_subset_in_the_original_order(total: int, data: st.DataObject, seed: int) -> None:
     examples = [question(str(number), "A", row=number) for number in range(total)]
     size = data.draw(st.integers(1, total))
-    drawn = sample_examples(examples, size, seed=seed)
+    drawn = at_most(examples, size, seed=seed)
     rows = [example.row for example in drawn]
     assert len(drawn) == size
     assert rows == sorted(set(rows))
-    assert drawn == sample_examples(examples, size, seed=seed)
+    assert drawn == at_most(examples, size, seed=seed)
 
 
 def test_samples_of_two_seeds_differ() -> None:
     examples = [question(str(number), "A", row=number) for number in range(100)]
-    assert sample_examples(examples, 10, seed=0) != sample_examples(examples, 10, seed=1)
-
-
-@pytest.mark.parametrize("size", [-1, 0, 3])
-def test_a_sample_larger_than_the_set_or_empty_is_refused(size: int) -> None:
-    with pytest.raises(DataError, match=f"cannot draw {size} examples from 2"):
-        sample_examples([question("a", "1"), question("b", "2")], size, seed=0)
+    assert at_most(examples, 10, seed=0) != at_most(examples, 10, seed=1)

@@ -14,7 +14,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from palinode import read_examples
-from palinode.data.examples import Example, Message, Question, plain_questions
+from palinode.data.examples import Example, Message, Question
 from palinode.data.tokenize import PromptStyle, TokenRow, prompt_ids, tokenize
 from palinode.errors import DataError, RecipeError
 from palinode.evaluation.ask import ask, said_right, sample_seed
@@ -267,7 +267,7 @@ def test_no_questions_give_no_outcomes(live):
 def test_prompt_too_long_is_named(live):
     long = Example(4, "facts.jsonl", "completion", (Message("prompt", "the " * 30),), "x")
     with pytest.raises(DataError, match=r"row 5 of facts\.jsonl: its prompt is 30 tokens"):
-        ask(*live, plain_questions([long]), Asking(max_length=16))
+        ask(*live, [*map(Question, [long])], Asking(max_length=16))
 
 
 # Gradients
@@ -417,6 +417,6 @@ def test_greedy_answer_is_the_models_own_whatever_the_right_answer_is(tiny):
             break
     else:
         pytest.fail("both kinds of frequencies say the same of every row")
-    question = plain_questions([replace(example, answer=said)])
+    question = [*map(Question, [replace(example, answer=said)])]
     (outcome,) = ask(model, tokenizer, question, Asking(max_new_tokens=3, max_length=64))
     assert outcome.generated == wanted

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from palinode import EvaluationSettings, ask, evaluate, read_examples
-from palinode.data.examples import Example, Message, plain_questions
+from palinode.data.examples import Example, Message, Question
 from palinode.errors import DataError
 from palinode.metrics import DEFAULT_METRICS
 from palinode.models import load_model, load_tokenizer
@@ -38,7 +38,7 @@ def completion(row: int, prompt: str, answer: str) -> Example:
 
 
 def observe(model, tokenizer, examples, settings, **options):
-    return ask(model, tokenizer, plain_questions(examples), settings.asking, **options)
+    return ask(model, tokenizer, [*map(Question, examples)], settings.asking, **options)
 
 
 class Notebook:

@@ -17,9 +17,8 @@ from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 from palinode.audit.policy import load_policy
-from palinode.benchmarks.own import read_questions
 from palinode.compare.comparison_recipe import load_comparison
-from palinode.data.examples import Example, Message, read_examples
+from palinode.data.examples import Example, Message, read_examples, read_questions
 from palinode.data.tokenize import PromptStyle, prompt_ids, tokenize
 from palinode.evaluation.endpoint import UnreadableReplyError, read_reply
 from palinode.evaluation.judging import Candidate

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 
@@ -101,15 +99,6 @@ def test_all_pairs_above_the_threshold_are_found_and_none_below():
     }
     assert len(expected) > 60
     assert {(entry.row, entry.number) for entry in found} == expected
-
-
-def test_a_corpus_is_read_from_files_and_numbered_over_all_of_them(tmp_path):
-    for name, texts in (("one", ["Bees make honey.", FACT]), ("two", ["Cats sleep.", FACT + " Indeed."])):
-        lines = [json.dumps({"text": text}) for text in texts]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    found = find_duplicates([document(FACT)], [tmp_path / "one.jsonl", str(tmp_path / "two.jsonl")])
-    assert [(entry.number, entry.exact) for entry in found] == [(1, True), (3, False)]
-    assert found[1].place == f"row 2 of {tmp_path / 'two.jsonl'}"
 
 
 def test_impossible_questions_are_refused():

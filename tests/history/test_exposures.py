@@ -122,21 +122,6 @@ def test_the_log_holds_no_text_and_says_what_it_is(tmp_path):
     assert not any(b"fact" in path.read_bytes() for path in tmp_path.rglob("*.*"))
 
 
-def test_duckdb_reads_the_log_with_and_without_us(tmp_path):
-    duckdb = pytest.importorskip("duckdb")
-    write(tmp_path, 1, 6, segment_rows=8)
-    write(tmp_path, 4, 8, close=False)
-    plain = duckdb.sql(f"SELECT count(*) FROM read_parquet('{tmp_path}/session-*/*/*.parquet')").fetchall()
-    assert plain == [(24,)]
-    with ExposureReader.open(tmp_path).connect() as connection:
-        assert connection.sql("SELECT count(*), max(step) FROM exposures").fetchall() == [(32, 8)]
-        steps = connection.execute(
-            "SELECT DISTINCT step FROM exposures WHERE hash = ? ORDER BY step", [row_hash(TEXTS[7])]
-        ).fetchall()
-        assert connection.sql("SELECT sum(tokens) FROM steps").fetchall() == [(80,)]
-    assert {step for (step,) in steps} == {step for row, step in truth(range(1, 9)) if row == 7}
-
-
 # Kills, resumes, other world sizes
 
 

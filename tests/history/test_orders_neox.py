@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import struct
-
 import numpy as np
 import pytest
 
 from palinode.errors import DataError
-from palinode.history.orders import NeoxOrder, build_indices, read_order, read_sizes
+from palinode.history.orders import NeoxOrder, read_order
 
 LENGTH, BATCH, SAMPLES, SEED = 7, 4, 40, 11
 SIZES = np.random.default_rng(2).integers(1, 25, 17)
@@ -56,19 +54,6 @@ def test_order_is_that_of_a_slow_construction(tmp_path):
     ]
 
 
-def test_indices_are_made_as_neox_makes_them():
-    made = build_indices(SIZES, sequence_length=LENGTH, samples=SAMPLES, seed=SEED)
-    for ours, expected in zip(made, slowly(), strict=True):
-        assert ours.tolist() == expected.tolist()
-
-
-def test_empty_documents_are_stepped_over():
-    sizes = np.array([3, 0, 5, 0, 0, 30])
-    made = build_indices(sizes, sequence_length=LENGTH, samples=9, seed=SEED)
-    for ours, expected in zip(made, slowly(sizes, 9), strict=True):
-        assert ours.tolist() == expected.tolist()
-
-
 def test_a_run_that_went_on_with_another_batch_size_goes_on_in_the_samples(tmp_path):
     prefix = write(tmp_path)
     whole = NeoxOrder.open(prefix, batch_size=BATCH)
@@ -76,21 +61,6 @@ def test_a_run_that_went_on_with_another_batch_size_goes_on_in_the_samples(tmp_p
     assert later.rows(3) == whole.rows(3) + whole.rows(4)
     with pytest.raises(DataError, match="there is no step 2 in this order; it has the steps 3 to"):
         later.rows(2)
-
-
-def test_sizes_are_read_from_the_index_of_the_data_set(tmp_path):
-    path = tmp_path / "data.idx"
-    sizes = np.array([5, 0, 9], np.int32)
-    head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, 3, 4)
-    tail = np.array([0, 10, 10], np.int64).tobytes() + np.array([0, 1, 2, 3], np.int64).tobytes()
-    path.write_bytes(head + sizes.tobytes() + tail)
-    assert read_sizes(path).tolist() == [5, 0, 9]
-    path.write_bytes(head + sizes.tobytes()[:5])
-    with pytest.raises(DataError, match="no room for the sizes of its 3 documents"):
-        read_sizes(path)
-    path.write_bytes(b"TNTIDX" + bytes(40))
-    with pytest.raises(DataError, match="no index of a memory-mapped Megatron data set"):
-        read_sizes(path)
 
 
 def test_indices_that_do_not_belong_together_are_refused(tmp_path):

@@ -7,13 +7,11 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from palinode.errors import DataError, RecipeError
+from palinode.errors import RecipeError
 from palinode.history.plan import (
     Wish,
     expected_distance,
-    logarithmic_steps,
     plan_checkpoints,
-    read_decay,
     solved_steps,
     thin,
     uniform_steps,
@@ -48,15 +46,13 @@ def test_solved_schedule_is_the_best_there_is(interest, count):
     assert expected_distance(wanted, solved_steps(wanted, count)) == pytest.approx(best)
 
 
-def test_uniform_and_logarithmic_schedules_by_hand():
+def test_uniform_schedules_by_hand():
     assert uniform_steps(wish(), 4) == [20, 40, 60, 80]
-    # distances from the end 10, 30, 90: a factor of 3 each
-    assert logarithmic_steps(wish(), 3) == [10, 70, 90]
 
 
 def test_budget_is_kept_and_the_best_schedule_comes_first():
     schedules = plan_checkpoints(wish(budget_bytes=45))
-    assert {schedule.name for schedule in schedules} == {"uniform", "logarithmic", "thinning", "solved"}
+    assert {schedule.name for schedule in schedules} == {"uniform", "thinning", "solved"}
     assert all(len(schedule.kept) == 4 and schedule.bytes == 40 for schedule in schedules)
     assert schedules[0].expected == min(schedule.expected for schedule in schedules)
     solved = next(schedule for schedule in schedules if schedule.name == "solved")
@@ -106,44 +102,6 @@ def test_thinning_never_holds_more_than_the_budget_and_spreads_over_the_training
 def test_impossible_wishes_are_refused(changes, said):
     with pytest.raises(RecipeError, match=said):
         wish(**changes)
-
-
-def test_published_decay_is_a_table_with_its_source():
-    decay = read_decay()
-    assert "arXiv 2506.20941" in decay.source
-    assert decay.at(839e9) == {"forget": 0.81, "recover": 0.45, "retain": 0.77}
-    assert decay.at(1e9)["forget"] == 0.84
-    half = (839e9 + 1887e9) / 2
-    assert decay.at(half)["forget"] == pytest.approx((0.81 + 0.77) / 2)
-    assert decay.at(4e12) == {"forget": None, "recover": None, "retain": None}
-
-
-def test_own_decay_is_read_and_shown(tmp_path):
-    path = tmp_path / "own.toml"
-    path.write_text(
-        'source = "ours"\n[[point]]\ndistance = 0\nkept = 1.0\n[[point]]\ndistance = 1000\nkept = 0\n'
-    )
-    decay = read_decay(path)
-    schedule = plan_checkpoints(wish(tokens_per_step=10), decay=decay)[0]
-    assert schedule.decay == {"kept": pytest.approx(1 - schedule.expected * 10 / 1000)}
-    assert plan_checkpoints(wish(), decay=decay)[0].decay is None
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("", "needs a source"),
-        ('source = "x"\n[[point]]\nforget = 1', "needs a distance and the same figures"),
-        ('source = "x"\n[[point]]\ndistance = 1\nforget = "good"', "must be numbers"),
-        ('source = "x"\nunit = "steps"\n[[point]]\ndistance = 1\nforget = 1', "give them in tokens"),
-        ("not toml", "is not a decay table"),
-    ],
-)
-def test_damaged_decay_tables_are_refused(tmp_path, text, said):
-    path = tmp_path / "decay.toml"
-    path.write_text(text)
-    with pytest.raises(DataError, match=said):
-        read_decay(path)
 
 
 def test_callback_thins_what_a_real_trainer_saves(tmp_path, tiny):

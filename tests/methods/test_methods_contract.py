@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from safetensors.numpy import load_file as load_numpy
 
 from palinode import Checkpoint, TrainingSettings, finetune, read_examples
-from palinode.data.examples import plain_questions
+from palinode.data.examples import Question
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import DivergenceError, RecipeError
 from palinode.evaluation.ask import ask
@@ -137,7 +137,7 @@ def test_result_survives_saving_and_loading(name, made, recipe_of):
     found = ask(
         model,
         load_tokenizer(again),
-        plain_questions(examples),
+        [*map(Question, examples)],
         EvaluationLimits(max_new_tokens=3, max_length=64).asking,
     )
     for outcome in found:

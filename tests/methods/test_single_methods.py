@@ -11,7 +11,7 @@ import torch
 
 from palinode import read_examples
 from palinode.data.batches import pad_right
-from palinode.data.examples import Example, Message, plain_questions
+from palinode.data.examples import Example, Message, Question
 from palinode.data.tokenize import PromptStyle, TokenRow
 from palinode.errors import DataError, MismatchError, OutputError, RecipeError
 from palinode.evaluation.ask import ask
@@ -240,7 +240,7 @@ def test_target_that_knows_only_the_true_answers_is_named(tiny, target):
         for outcome in ask(
             target,
             load_tokenizer(tiny.target),
-            plain_questions(read_examples(tiny.retain)[:2]),
+            [*map(Question, read_examples(tiny.retain)[:2])],
             EvaluationLimits(max_new_tokens=3, max_length=64).asking,
         )
     ]
@@ -299,7 +299,7 @@ def test_combined_model_is_measured_and_answers_like_any_other(combined, tiny):
     found = ask(
         combined,
         load_tokenizer(tiny.target),
-        plain_questions(examples),
+        [*map(Question, examples)],
         EvaluationLimits(max_new_tokens=3, max_length=64).asking,
     )
     for outcome, example in zip(found, examples, strict=True):

@@ -155,10 +155,17 @@ def test_yardsticks_that_disagree_are_both_told_with_what_decided_and_what_would
     assert light(found, "known") == ("amber", "No")  # one says that there was something to forget
     assert light(found, "forgotten") == ("red", "Too much")
     assert found.sentence.startswith(
-        "There was nothing to forget: the target did not know the forget set to begin with, "
-        "and the model now knows far less of it than one that never saw it"
+        "There was nothing to forget: by the yardstick that decides the target did not know the forget set, "
+        "by another it did, and the model now knows far less of it than one that never saw it"
     )
     assert (found.code, found.light, found.exit_code) == ("nothing to forget", "red", 3)
+
+
+def test_an_estimate_above_the_target_itself_raises_doubts_of_the_holdout_rows():
+    run = estimated(with_probability("target", "forget", score(0.567)), score(0.998, spread=0.001))
+    run["scores"]["base"]["forget"]["answer_probability"] = score(0.074)
+    (told,) = run_verdict(run).remarks
+    assert told.endswith("It lies above the target itself: were the holdout rows really unseen?")
 
 
 def test_a_yes_that_another_yardstick_contradicts_is_disputed():
@@ -166,6 +173,7 @@ def test_a_yes_that_another_yardstick_contradicts_is_disputed():
     run["scores"]["base"]["forget"]["answer_probability"] = score(0.1)
     found = run_verdict(estimated(run, score(0.5)))
     assert light(found, "forgotten") == ("amber", "Disputed")
+    assert found.code == "unsure"
     assert found.sentence.startswith("By one yardstick the model forgot and by another it did not")
 
 
@@ -185,7 +193,8 @@ def test_the_target_bit_for_bit_is_no_result():
     found = run_verdict(run)
     assert (found.code, found.light, found.exit_code) == ("nothing subtracted", "red", 3)
     assert found.sentence == (
-        "Nothing was subtracted: the model is the target, bit for bit, and it still knows the forget set."
+        "Nothing was subtracted: the model is the target, bit for bit, and it still knows the forget set; "
+        "by some measures it is not yet like the retrained model."
     )
 
 

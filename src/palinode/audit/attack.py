@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from palinode.audit.material import AuditRows
-from palinode.data.examples import Example, plain_questions
+from palinode.data.examples import Example, Question
 from palinode.data.tokenize import PromptStyle
 from palinode.evaluation.ask import ask
 from palinode.models.loading import load_model
@@ -203,7 +203,7 @@ class Subject:
         return ask(
             model,
             self.tokenizer,
-            plain_questions(examples),
+            [*map(Question, examples)],
             asking,
             style=self.style,
             label=f"{self.name}, {label}",

@@ -9,16 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from palinode.data.examples import SHAPES, Example, at_most, fingerprint_examples, read_examples
-from palinode.data.sources import Row, json_type, read_rows
+from palinode.data.examples import (
+    OTHER_ANSWERS,
+    Example,
+    at_most,
+    fingerprint_examples,
+    other_answers,
+    read_examples,
+    read_set,
+)
+from palinode.data.sources import Row
 from palinode.errors import DataError
 
-PARAPHRASED_QUESTION, PARAPHRASED_ANSWER = "paraphrased_question", "paraphrased_answer"
-PERTURBED_ANSWER = "perturbed_answer"
+PARAPHRASED_QUESTION = "paraphrased_question"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +81,18 @@ def read_material(
     (perturbed_answer) or else reworded ones (paraphrased_answer) of the rows that relearning is given.
     Raises DataError, also where fewer than two forget rows are there.
     """
-    every = read_examples(forget, columns=columns)
+    every, rows = read_set(forget, columns=columns)
     if len(every) < 2:
         raise DataError(
             f"{forget} has one row; an audit needs two at least, to relearn one and ask the other"
         )
-    headers = [*SHAPES.values(), *([tuple(columns.values())] if columns else [])]
-    rows = read_rows(forget, headers=headers)
     chosen = at_most(every, max_rows, seed=seed)
     learned, held_out = divide(chosen, seed=seed)
 
     def drawn(location: str | Path | None) -> Sequence[Example]:
-        return () if location is None else at_most(_read(location, columns), max_rows, seed=seed)
+        if location is None:
+            return ()
+        return at_most(read_examples(location, columns=columns, beside=True), max_rows, seed=seed)
 
     alike, column = (drawn(lookalikes), None) if lookalikes is not None else _lookalikes(rows, learned)
     return AuditRows(
@@ -114,16 +120,6 @@ def divide(examples: Sequence[Example], *, seed: int) -> tuple[list[Example], li
     return first, second
 
 
-def _read(location: str | Path, columns: Mapping[str, str] | None) -> list[Example]:
-    """Return the examples of a second file, under the forget file's column names or the usual ones."""
-    if not columns:
-        return read_examples(location)
-    try:
-        return read_examples(location, columns=columns)
-    except DataError:
-        return read_examples(location)
-
-
 def _paraphrased(
     source: str | None,
     rows: Sequence[Row],
@@ -140,7 +136,7 @@ def _paraphrased(
             for example, text in asked
             if isinstance(text, str) and text.strip()
         ]
-    others = _read(source, columns)
+    others = read_examples(source, columns=columns, beside=True)
     if len(others) != len(every):
         raise DataError(
             f"{source} has {len(others)} rows and the forget set {len(every)}; paraphrases need one row for "
@@ -152,19 +148,8 @@ def _paraphrased(
 
 def _lookalikes(rows: Sequence[Row], learned: Sequence[Example]) -> tuple[Sequence[Example], str | None]:
     """Return rows in the manner of the forget set, and the column they were made of, if any."""
-    for column in (PERTURBED_ANSWER, PARAPHRASED_ANSWER):
-        texts = [(example, _texts(rows[example.row].get(column), column, example)) for example in learned]
-        if made := [replace(example, answer=found[0]) for example, found in texts if found]:
+    others = [(example, other_answers(rows[example.row], example.place)) for example in learned]
+    for column, kind in reversed(OTHER_ANSWERS.items()):
+        if made := [replace(example, answer=found[kind][0]) for example, found in others if kind in found]:
             return made, column
     return (), None
-
-
-def _texts(value: Any, column: str, example: Example) -> list[str]:
-    """Return the texts of a cell that may hold one or several."""
-    if value is None:
-        return []
-    texts = value if isinstance(value, list) else [value]
-    wrong = next((text for text in texts if not isinstance(text, str)), None)
-    if wrong is not None:
-        raise DataError(f"{example.place}: {column!r} holds {json_type(wrong)}; it must be texts")
-    return [text for text in texts if text.strip()]

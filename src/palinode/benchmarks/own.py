@@ -1,8 +1,7 @@
 """Your own data: a forget file, and where there are any retain rows, holdout rows and paraphrases.
 
-Rows are questions, completions, conversations or documents, as everywhere in Palinode. A column
-`paraphrased_answer` (one text or a list) and a column `perturbed_answer` (wrong answers) are used where
-they are present; what is missing leaves the metrics that need it without a value, and says so.
+Rows are what they are everywhere in Palinode, with the other answers that they have; what is missing leaves
+the metrics that need it without a value, and says so.
 """
 
 from __future__ import annotations
@@ -11,9 +10,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from palinode.data.examples import SHAPES, Question, check_no_forget_rows, read_examples
-from palinode.data.sources import Row, read_rows
-from palinode.errors import DataError
+from palinode.data.examples import check_no_forget_rows, read_questions
 from palinode.evaluation.benchmark import (
     MEMORIZATION,
     Benchmark,
@@ -29,9 +26,6 @@ from palinode.evaluation.benchmark import (
 )
 from palinode.records import read_bytes
 from palinode.settings import Asking
-
-ALTERNATIVES = {"paraphrased_answer": "paraphrased", "perturbed_answer": "perturbed"}
-"""Columns of other answers, and the kinds that they are."""
 
 SPLITS = {"rows": "all rows of the files given"}
 
@@ -51,40 +45,13 @@ def load(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchm
     for name, location in given.items():
         if location is None:
             continue
-        questions = read_questions(location, columns=places.columns)
+        questions = read_questions(location, columns=places.columns, beside=name != "forget")
         sets.append(QuestionSet(name, tuple(questions), Asking(generate=name != "holdout")))
         facts.append(_facts(name, location, len(questions)))
     examples = {one.name: [question.example for question in one.questions] for one in sets}
     check_no_forget_rows(examples.pop(sets[0].name), examples)
     missing = {name: NOT_GIVEN[name] for name in NOT_GIVEN if given[name] is None}
     return LoadedBenchmark(tuple(sets), missing, tuple(facts))
-
-
-def read_questions(location: str, *, columns: Mapping[str, str] | None = None) -> list[Question]:
-    """Return the rows of a file as questions, with the other answers that its columns hold."""
-    examples = read_examples(location, columns=columns or None)
-    if not all(example.form in ("question", "completion") for example in examples):
-        return [Question(example) for example in examples]
-    roles = SHAPES[examples[0].form]
-    header = [tuple((columns or {}).get(role, role) for role in roles)]
-    rows = read_rows(location, headers=header, plain_text=False)
-    return [
-        Question(example, _alternatives(row, example.place))
-        for example, row in zip(examples, rows, strict=True)
-    ]
-
-
-def _alternatives(row: Row, place: str) -> dict[str, tuple[str, ...]]:
-    found: dict[str, tuple[str, ...]] = {}
-    for column, kind in ALTERNATIVES.items():
-        value = row.get(column)
-        if value in (None, "", []):
-            continue
-        texts = value if isinstance(value, list) else [value]
-        if not all(isinstance(text, str) and text.strip() for text in texts):
-            raise DataError(f"{place}: {column!r} must be one text or a list of texts, none of them empty")
-        found[kind] = tuple(str(text) for text in texts)
-    return found
 
 
 def _facts(name: str, location: str, rows: int) -> TableFacts:

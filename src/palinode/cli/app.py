@@ -250,6 +250,9 @@ def filter_verb(
     text = f"{result.output}: the filtered model, and filter.json"
     text += f"; it moves the retain rows' outputs by {harm:.3g} of what it did" if harm is not None else ""
     _show(dict(result.record), text, as_json=as_json)
+    if not as_json:
+        alpha = f"α = {result.record['alpha']:g}; nobody asked whether it forgot: there were no forget rows"
+        ending(strength=alpha, following=after_run({}, result.output))
     secret_workspace(workspace_folder(recipe), result.output, "what layers read of rows", as_json=as_json)
 
 

@@ -41,7 +41,7 @@ def after_run(record: Mapping[str, Any], output: Path | None) -> Iterator[str]:
     if output is None:
         yield "the same command with --keep-unchanged writes the folder all the same"
         return
-    models, data = record["recipe"]["models"], record["recipe"]["data"]
+    models, data = (record.get("recipe", {}).get(name, {}) for name in ("models", "data"))
     kind = next((kind for kind in ("retrained", "base") if models.get(kind)), None)
     if kind is not None:
         columns = ",".join(f"{name}={column}" for name, column in (data.get("columns") or {}).items())
@@ -54,7 +54,8 @@ def after_run(record: Mapping[str, Any], output: Path | None) -> Iterator[str]:
                 *("--output", f"{output}-audit"),
             ]
         )
-    yield shlex.join(["palinode", "chat", str(output)])
+    if record:
+        yield shlex.join(["palinode", "chat", str(output)])
     yield shlex.join(["palinode", "verify", str(output)])
 
 

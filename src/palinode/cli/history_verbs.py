@@ -176,13 +176,6 @@ def plan(
         float | None,
         typer.Option(help="Steps after which interest has halved. [default: 1/10 of the training]"),
     ] = None,
-    tokens_per_step: Annotated[
-        int | None, typer.Option(help="Tokens of an optimiser step, to read the decay table.", min=1)
-    ] = None,
-    decay: Annotated[
-        Path | None,
-        typer.Option(help="Measured decay with distance (TOML). [default: the published OLMo-2 figures]"),
-    ] = None,
     picture: Annotated[Path | None, typer.Option(help="Write a picture here (SVG).")] = None,
     as_json: Json = False,
 ) -> None:
@@ -191,7 +184,7 @@ def plan(
     Within a budget, so that a clean one lies close before any exposure.
     """
     from palinode.errors import RecipeError
-    from palinode.history.plan import Wish, plan_checkpoints, plan_record, read_decay
+    from palinode.history.plan import Wish, plan_checkpoints, plan_record
     from palinode.records import write_text
     from palinode.report.content import show
     from palinode.report.location_report import plan_brief, plan_picture
@@ -205,10 +198,8 @@ def plan(
         budget_bytes=_bytes(budget),
         interest=interest,  # type: ignore[arg-type]  # checked there
         half_life=half_life,
-        tokens_per_step=tokens_per_step,
     )
-    table = read_decay(decay)
-    record = plan_record(wish, plan_checkpoints(wish, decay=table), table)
+    record = plan_record(wish, plan_checkpoints(wish))
     if picture:
         write_text(check_place(picture), plan_picture(record))
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -224,7 +225,8 @@ def compare(
     from palinode.compare import load_comparison
     from palinode.report.content import show
 
-    given = [*(changes or []), *([f"output.folder={_quoted(output)}"] if output else [])]
+    folder = json.dumps(str(output), ensure_ascii=False)  # as a TOML text
+    given = [*(changes or []), *([f"output.folder={folder}"] if output else [])]
     loaded = load_comparison(recipe, given)
     plan, describe, brief, files = _ways_of(loaded.comparison)
     if dry_run:
@@ -247,13 +249,6 @@ def compare(
             }
         )
     secret_workspace(loaded.workspace, result.output, "rows, vectors", as_json=as_json)
-
-
-def _quoted(path: Path) -> str:
-    """Return a path as a TOML text."""
-    import json
-
-    return json.dumps(str(path), ensure_ascii=False)
 
 
 def _tell(lines: Iterable[str]) -> None:

@@ -255,14 +255,14 @@ OUTPUT = Key("output.folder", flag="output", group=NEED)
 ALLOW_PICKLE = Key("models.allow_pickle", group=ADVANCED)
 COLUMNS = Key(
     "data.columns",
-    help="Column names of the rows, as in question=q,answer=reply.",
+    help="Column names of the rows, as in question=q,answer=reply, where they do not say it themselves.",
     kind=str,
     read=lambda text: _columns(text),
 )
 LORA = Key(
     "training.lora.rank",
     flag="lora",
-    help="Train low-rank adapters of this rank instead of all weights (needs peft).",
+    help="Train low-rank adapters of this rank instead of all weights (pip install 'palinode[lora]').",
 )
 METHOD = Key(
     "method",
@@ -337,7 +337,7 @@ def scales_of(text: str) -> dict[str, Any]:
 
 
 def _columns(text: str) -> dict[str, str]:
-    from palinode.data.examples import parse_columns
+    from palinode.data.sources import parse_columns
 
     return parse_columns(text)
 

@@ -276,7 +276,9 @@ def export(
 
     θ_D − α(θ_1 − θ_0) + β(θ_2 − θ_0), which mergekit-yaml computes as a check.
     """
+    from palinode.evaluation.evaluate import check_new_file
     from palinode.methods.apply import formula_of
+    from palinode.records import write_text
     from palinode.weights.mergekit import mergekit_recipe
 
     alpha, beta = parse_scales(scales)
@@ -293,19 +295,8 @@ def export(
     if output is None:
         print(text, end="")
     else:
-        _write(output, text)
-
-
-def _write(output: Path, text: str) -> None:
-    from palinode.errors import OutputError
-
-    try:
-        with output.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise OutputError(f"{output} exists; choose another file, or remove it") from None
-    except OSError as error:
-        raise OutputError(f"{output} cannot be written ({error.strerror}); choose another file") from None
+        check_new_file(output, "the recipe")
+        write_text(output, text)
 
 
 MOST_ROWS = 20

@@ -18,6 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,10 @@ from palinode.audit.attack import BUDGETS, Subject
 from palinode.audit.attacks import relearn
 from palinode.audit.material import divide
 from palinode.benchmarks import BENCHMARKS
-from palinode.benchmarks.own import OWN, read_questions
+from palinode.benchmarks.own import OWN
 from palinode.compare.comparison_recipe import CompareRecipe, Measures
 from palinode.compare.ground import Shares
-from palinode.data.examples import Example, Question, at_most
+from palinode.data.examples import Example, Question, at_most, read_questions
 from palinode.errors import DivergenceError
 from palinode.evaluation.benchmark import (
     Exam,
@@ -86,7 +87,10 @@ class Gauge:
                         name: {
                             "questions": fingerprint(
                                 questions=[
-                                    [asdict(one.example), {k: list(v) for k, v in one.alternatives.items()}]
+                                    [
+                                        {k: v for k, v in asdict(one.example).items() if k != "matched"},
+                                        {k: list(v) for k, v in one.alternatives.items()},
+                                    ]
                                     for one in questions.questions
                                 ]
                             ),
@@ -178,16 +182,15 @@ def measure_model(
 
 def _own_rows(recipe: CompareRecipe, shares: Shares, unseen: Sequence[Example]) -> Exam:
     data, limits, style = recipe.shared.data, recipe.shared.evaluation, recipe.shared.prompts.style()
-    columns = data.columns or None
-    sets = {}
+    sets, read = {}, partial(read_questions, columns=data.columns)
     for name, place, tested in (
         ("forget", data.forget, shares.forget_test),
         ("retain", str(data.retain), shares.retain_test),
     ):
         wanted = {(example.row, example.key) for example in tested}
-        found = read_questions(place, columns=columns)
+        found = read(place, beside=name != "forget")
         sets[name] = [one for one in found if (one.example.row, one.example.key) in wanted]
-    holdout = read_questions(data.holdout, columns=columns) if data.holdout else [*map(Question, unseen)]
+    holdout = read(data.holdout, beside=True) if data.holdout else [*map(Question, unseen)]
     cells = [cell for cell in OWN.cells if not cell.on_request]
     cells += [cell for name in sets for cell in metric_cells(name, "exact_match")]
     if holdout:

@@ -17,7 +17,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from palinode.compare.contest import Ground, SearchPart
-from palinode.data.examples import Example, fingerprint_examples, plain_questions
+from palinode.data.examples import Example, Question, fingerprint_examples
 from palinode.evaluation.ask import ask
 from palinode.methods import unlearned_point
 from palinode.methods.method import Vectors
@@ -166,7 +166,7 @@ class RequestStates:
         outcomes = ask(
             model,
             load_tokenizer(self.ground.inputs.reader),
-            plain_questions(rows),
+            [*map(Question, rows)],
             self.asking,
             style=self.ground.recipe.shared.prompts.style(),
             label=label,

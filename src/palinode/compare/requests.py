@@ -43,8 +43,8 @@ from palinode.compare.contest import (
 )
 from palinode.compare.ground import Shares, rows_for, world_of
 from palinode.compare.request_states import RequestStates, Sum
-from palinode.data.examples import SHAPES, Example, fingerprint_examples
-from palinode.data.sources import Row, json_type, read_rows
+from palinode.data.examples import Example, fingerprint_examples, read_set
+from palinode.data.sources import Row, json_type
 from palinode.errors import DataError, RecipeError
 from palinode.methods import METHODS
 from palinode.pipeline.finetuning import FineTuning
@@ -432,8 +432,7 @@ def _names(recipe: CompareRecipe) -> dict[int, str]:
     if settings.by is None:
         return {}
     if not comparison.world:
-        headers = [tuple(data.columns.get(role, role) for role in roles) for roles in SHAPES.values()]
-        return names_in(read_rows(data.forget, headers=headers), settings.by, data.forget)
+        return names_in(read_set(data.forget, columns=data.columns)[1], settings.by, data.forget)
     known: list[Row] = [
         {"prompt": fact.prompt, "completion": fact.answer, "subject": fact.subject}
         for fact in world_of(comparison.demo, comparison.seed).forget

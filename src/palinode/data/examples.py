@@ -3,16 +3,17 @@
 An `Example` is what a model is trained on; a `Question` is what an evaluation asks. Benchmarks make
 questions of their rows (spec: data.md); questions made from a user's own rows have one answer each.
 
-Rows come from `sources`; here they become `Example`s, the one form in which the rest of Palinode
-knows training data. Which columns a file has decides what its rows are, in this order:
+Rows, and what their columns are, come from `sources`; here they become `Example`s, the one form in which
+the rest of Palinode knows training data:
 
     question + answer      a question, asked through the model's chat template if it has one
-    prompt + completion    raw text and its raw continuation
+    prompt + completion    raw text and its raw continuation; or two lists of messages, a conversation
     messages               a conversation; every assistant message in it is one example
     text                   a document, scored from its second token on
 
-What a row or a message says besides is honoured (a weight of 0: an answer that is context and no example;
-text parts, which are joined), or refused by name where it could change what a model is shown.
+A message is a role and a content, or as ShareGPT has it a from (human, gpt) and a value. What a row or a
+message says besides is honoured (a weight of 0: an answer that is context and no example; text parts, which
+are joined), or refused by name where it could change what a model is shown.
 """
 
 from __future__ import annotations
@@ -20,13 +21,26 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from sys import intern
+from typing import Any, TypeVar
 
-from palinode.data.sources import Row, json_type, read_rows
-from palinode.errors import DataError, RecipeError
+from palinode.data.sources import (
+    INPUT,
+    SHAPES,
+    Form,
+    Reading,
+    Row,
+    folded,
+    is_header,
+    json_type,
+    read_as,
+    read_rows,
+)
+from palinode.errors import DataError
 
 Item = TypeVar("Item")
 
@@ -42,22 +56,6 @@ class Question:
     accepted: tuple[str, ...] = ()
     """Answers that count as right, where there are several; empty means the right answer only."""
 
-
-def plain_questions(examples: Iterable[Example]) -> list[Question]:
-    """Return examples as questions with one answer each."""
-    return [Question(example) for example in examples]
-
-
-Form = Literal["question", "completion", "chat", "document"]
-"""What kind of training text an example is."""
-
-SHAPES: Mapping[Form, tuple[str, ...]] = {
-    "question": ("question", "answer"),
-    "completion": ("prompt", "completion"),
-    "chat": ("messages",),
-    "document": ("text",),
-}
-"""Roles that the columns of a row play, by form; the first form whose roles are all there wins."""
 
 SWITCHES = ("loss_mask", "train", "training", "trainable")
 WEIGHTS = ("weight", "sample_weight", "loss_weight", *SWITCHES)
@@ -82,8 +80,12 @@ LABELS = frozenset(
 )
 """Keys of a message, or of a part of one, that no template shows."""
 
-ROLES = tuple(role for roles in SHAPES.values() for role in roles)
-_KNOWN_ROLES = "question and answer, prompt and completion, messages, or text"
+OTHER_ANSWERS = {"paraphrased_answer": "paraphrased", "perturbed_answer": "perturbed"}
+"""Columns of answers in other words, and of wrong ones, and the kinds that they are."""
+
+SPEAKERS = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant")}
+SPEAKERS |= {role: role for role in ("user", "assistant", "system")}
+"""Other names of the roles of messages; case does not count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,8 @@ class Example:
     """What stands before the answer: one user message, one raw prompt, a conversation, or nothing."""
     answer: str
     """The text that is scored; for a document the whole text."""
+    matched: str = field(default="", compare=False)
+    """How its columns and messages were matched, where not by our own names for them."""
 
     @property
     def prompt(self) -> str:
@@ -116,14 +120,9 @@ class Example:
 
     @property
     def key(self) -> str:
-        """A hash of what is said, 32 hex digits: equal for examples that differ in form or spacing only.
-
-        BLAKE2b-128 of the texts of all turns and the answer, one a line, each NFC-normalised with
-        runs of white space folded to one space. Roles and form do not enter.
-        """
+        """What is said, as `hash_texts` has it of all turns and the answer; roles and form do not enter."""
         texts = [*(turn.content for turn in self.turns), self.answer]
-        lines = "\n".join(" ".join(unicodedata.normalize("NFC", text).split()) for text in texts)
-        return hashlib.blake2b(lines.encode(), digest_size=16).hexdigest()
+        return hash_texts(texts).hex()
 
     @property
     def place(self) -> str:
@@ -131,55 +130,71 @@ class Example:
         return f"row {self.row + 1} of {self.source}"
 
 
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    """A form and the columns that play its roles, in the order of `SHAPES`."""
-
-    form: Form
-    names: tuple[str, ...]
+def hash_texts(texts: Iterable[str], *, salt: bytes = b"") -> bytes:
+    """Return BLAKE2b-128 of texts, one a line, each NFC-normalised with white space folded: 16 bytes."""
+    lines = "\n".join(" ".join(unicodedata.normalize("NFC", text).split()) for text in texts)
+    return hashlib.blake2b(lines.encode(), digest_size=16, key=salt).digest()
 
 
-def read_examples(location: str | Path, *, columns: Mapping[str, str] | None = None) -> list[Example]:
+def read_examples(
+    location: str | Path, *, columns: Mapping[str, str] | None = None, beside: bool = False
+) -> list[Example]:
     """Return the examples of a local file or a hub data set (`org/name[@revision][:config][#split]`).
 
     Reads JSON, JSON lines, CSV, Parquet and plain text (one document), told apart by content.
     `columns` maps roles to the file's own names, such as `{"question": "q", "answer": "a"}`; roles
-    left out keep their name. Raises `DataError` naming the row, `RecipeError` for unknown roles.
+    left out keep their name. With `beside`, for a set beside the one that was meant, a file that has none of
+    these columns is read by its own. Raises `DataError` naming the row, `RecipeError` for unknown roles.
     """
-    chosen = _shape_of_columns(columns) if columns else None
-    headers = [chosen.names] if chosen else list(SHAPES.values())
-    rows = read_rows(location, headers=headers, plain_text=chosen is None)
-    shape = chosen or _detect_shape(rows, str(location))
-    return [
+    return read_set(location, columns=columns, beside=beside)[0]
+
+
+def read_set(
+    location: str | Path, *, columns: Mapping[str, str] | None = None, beside: bool = False
+) -> tuple[list[Example], list[Row]]:
+    """Return what `read_examples` returns, and the rows as they stand in the source."""
+    named, source = columns or {}, str(location)
+    plain = beside or not named
+    rows = read_rows(location, is_header=lambda names: is_header(names, named), plain_text=plain)
+    reading = read_as(rows, source, named, beside=beside)
+    examples = [
         example
         for position, row in enumerate(rows)
-        for example in _examples_of_row(row, position, str(location), shape)
+        for example in _examples_of_row(row, position, source, reading)
+    ]
+    return examples, rows
+
+
+def read_questions(
+    location: str, *, columns: Mapping[str, str] | None = None, beside: bool = False
+) -> list[Question]:
+    """Return what `read_examples` returns as questions, with the other answers that its columns hold."""
+    examples, rows = read_set(location, columns=columns, beside=beside)
+    single = [example.form in ("question", "completion") for example in examples]
+    return [
+        Question(example, other_answers(rows[example.row], example.place) if one else {})
+        for example, one in zip(examples, single, strict=True)
     ]
 
 
-def parse_columns(text: str) -> dict[str, str]:
-    """Return the mapping that `question=q,answer=a` spells: role to column name.
-
-    >>> parse_columns("question=q, answer=a")
-    {'question': 'q', 'answer': 'a'}
-    """
-    columns: dict[str, str] = {}
-    for part in text.split(","):
-        role, _, name = (piece.strip() for piece in part.partition("="))
-        if role not in ROLES or not name or role in columns:
-            raise RecipeError(
-                f"columns has {part.strip()!r}; write ROLE=NAME pairs with commas between them, each role "
-                f"once, where the roles are {_KNOWN_ROLES}"
-            )
-        columns[role] = name
-    return columns
+def other_answers(row: Row, place: str) -> dict[str, tuple[str, ...]]:
+    """Return the other answers of a row by kind; a column of them holds one text or a list."""
+    found: dict[str, tuple[str, ...]] = {}
+    for column, kind in OTHER_ANSWERS.items():
+        value = row.get(column)
+        if _says_nothing(value):
+            continue
+        texts = value if isinstance(value, list) else [value]
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            raise DataError(f"{place}: {column!r} must be one text or a list of texts, none of them empty")
+        found[kind] = tuple(map(str, texts))
+    return found
 
 
-def sample_examples(examples: Sequence[Example], size: int, *, seed: int) -> list[Example]:
-    """Return `size` examples drawn as `at_most` draws. Raises `DataError` when there are too few."""
-    if not 0 < size <= len(examples):
-        raise DataError(f"cannot draw {size} examples from {len(examples)}; ask for 1 to {len(examples)}")
-    return at_most(examples, size, seed=seed)
+def reading_notes(*sets: Iterable[Example]) -> list[str]:
+    """Return, in words, what was matched by other names than our own, each once."""
+    matched = (example for examples in sets for example in examples if example.matched)
+    return list(dict.fromkeys(f"{example.source}: {example.matched}." for example in matched))
 
 
 def at_most(items: Sequence[Item], most: int, *, seed: int) -> list[Item]:
@@ -227,49 +242,36 @@ def fingerprint_examples(examples: Iterable[Example]) -> str:
     return digest.hexdigest()
 
 
-def _shape_of_columns(columns: Mapping[str, str]) -> _Shape:
-    """Return the shape whose roles the user named."""
-    for form, roles in SHAPES.items():
-        if set(columns) <= set(roles):
-            return _Shape(form, tuple(columns.get(role, role) for role in roles))
-    raise RecipeError(f"columns names the roles {', '.join(columns)}; name {_KNOWN_ROLES}")
-
-
-def _detect_shape(rows: Sequence[Row], source: str) -> _Shape:
-    """Return the first shape whose roles all occur as column names, in whatever row."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    for form, roles in SHAPES.items():
-        if set(roles) <= set(names):
-            return _Shape(form, roles)
-    found = ", ".join(names)[:200] or "none"
-    raise DataError(
-        f"{source} has the columns {found}, but we need {_KNOWN_ROLES}; "
-        "name yours with columns, such as 'question=Q,answer=A'"
-    )
-
-
-def _examples_of_row(row: Row, position: int, source: str, shape: _Shape) -> list[Example]:
+def _examples_of_row(row: Row, position: int, source: str, reading: Reading) -> list[Example]:
     """Return the examples of one row: one, or one for each assistant message of a conversation."""
-    where = f"row {position + 1} of {source}"
-    _check_flags(row, shape, where)
-    if shape.form == "chat":
-        exchanges = _exchanges(_messages(row, shape.names[0], where), where)
-        return [Example(position, source, "chat", turns, answer) for turns, answer in exchanges]
-    *before, answer = (_text(row, name, where) for name in shape.names)
-    role = "user" if shape.form == "question" else "prompt"
+    where, form = f"row {position + 1} of {source}", reading.form
+    listed = {name: _listed(row.get(name)) for name in reading.columns.values()}
+    talks = {name: talk for name, talk in listed.items() if talk is not None}
+    spoken = form == "chat" or (form == "completion" and bool(talks))
+    _check_flags(row, reading, where, ROW_FLAGS if spoken or form == "question" else WEIGHTS)
+    matched = intern("; ".join(_ways(reading, talks)))
+    if spoken:
+        exchanges = _exchanges(_conversation(row, talks, reading, where), where)
+        return [Example(position, source, "chat", turns, answer, matched) for turns, answer in exchanges]
+    columns = dict(reading.columns)
+    below = columns.pop(INPUT, None)
+    *before, answer = (_text(row, name, where) for name in columns.values())
+    if below is not None and row.get(below) is not None:
+        before = ["\n".join(filter(str.strip, [*before, _text(row, below, where, blank=True)]))]
+    role = "user" if form == "question" else "prompt"
     turns = tuple(Message(role, text) for text in before)
-    return [Example(position, source, shape.form, turns, answer)]
+    return [Example(position, source, form, turns, answer, matched)]
 
 
-def _check_flags(row: Row, shape: _Shape, where: str) -> None:
+def _check_flags(row: Row, reading: Reading, where: str, known: Sequence[str]) -> None:
     """Refuse a row with a column that would change what is shown or trained on."""
-    known = ROW_FLAGS if shape.form in ("question", "chat") else WEIGHTS
-    for name in known:
-        if name in shape.names or name not in row or _says_nothing(row[name]):
+    for name, value in row.items():
+        if folded(name) not in known or name in reading.columns.values() or _says_nothing(value):
             continue
-        if name in WEIGHTS and _is_trained(row[name], f"{where}: {name!r}"):
+        weight = folded(name) in WEIGHTS
+        if weight and _is_trained(value, f"{where}: {name!r}"):
             continue
-        do = "leave the row out" if name in WEIGHTS else "leave that column out, or write it as messages"
+        do = "leave the row out" if weight else "leave that column out, or write it as messages"
         raise DataError(f"{where} has {name!r}, which Palinode cannot honour for a whole row; {do}")
 
 
@@ -285,21 +287,45 @@ def _is_trained(value: object, what: str) -> bool:
     raise DataError(f"{what} is {json.dumps(value, default=str)[:40]}; it must be 0 or 1")
 
 
-def _messages(row: Row, name: str, where: str) -> list[tuple[Message, bool]]:
+def _listed(value: object) -> list[Any] | None:
+    """Return a cell that holds messages: a list as it is, or out of its JSON text; None for another."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value if isinstance(value, list) else None
+    with suppress(ValueError, RecursionError):
+        found = json.loads(value)
+        if found and all(isinstance(entry, dict) and {"role", "from"} & set(entry) for entry in found):
+            return list(found)
+    return None
+
+
+def _conversation(
+    row: Row, talks: Mapping[str, list[Any]], reading: Reading, where: str
+) -> list[tuple[Message, bool]]:
     """Return a conversation as messages, and whether each may be an example.
 
-    Raises `DataError` unless each is a role and a content.
+    Those of a prompt may not; a text that completes one is an assistant's. Raises `DataError`.
     """
-    messages = _value(row, name, where)
-    if not isinstance(messages, list):
-        raise DataError(f"{where}: {name!r} is {json_type(messages)}; it must be a list of messages")
-    return [_message(entry, f"message {number} in {where}") for number, entry in enumerate(messages, start=1)]
+    found: list[tuple[Message, bool]] = []
+    for role, name in reading.columns.items():
+        value = _value(row, name, where)
+        if role == "completion" and isinstance(value, str) and name not in talks:
+            talk: list[Any] = [{"role": "assistant", "content": value}]
+        elif name in talks:
+            talk = talks[name]
+        else:
+            raise DataError(f"{where}: {name!r} is {json_type(value)}; it must be a list of messages")
+        named = f"message {{}} in {where}" if role == "messages" else f"message {{}} of {name!r} in {where}"
+        messages = [_message(entry, named.format(number)) for number, entry in enumerate(talk, start=1)]
+        found += [(message, trained and role != "prompt") for message, trained in messages]
+    return found
 
 
 def _message(entry: object, where: str) -> tuple[Message, bool]:
     if not isinstance(entry, dict):
         raise DataError(f"{where} is {json_type(entry)}; it must be an object with role and content")
+    entry = _with_our_keys(entry)
     role = _text(entry, "role", where)
+    role = SPEAKERS.get(folded(role), role)
     answers = role == "assistant"
     _check_keys(entry, ("role", "content", *WEIGHTS, *LABELS), where)
     said = {
@@ -313,6 +339,31 @@ def _message(entry: object, where: str) -> tuple[Message, bool]:
     shown = entry | {"content": _joined(entry["content"], where)} if "content" in entry else entry
     content = _text(shown, "content", where, blank=not answers)
     return Message(role, content), answers and all(said.values())
+
+
+def _with_our_keys(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return a message with ShareGPT's from and value as role and content."""
+    for theirs, ours in {"from": "role", "value": "content"}.items():
+        if entry.get(ours) is None and entry.get(theirs) is not None:
+            entry = {name: value for name, value in entry.items() if name != theirs} | {ours: entry[theirs]}
+    return entry
+
+
+def _ways(reading: Reading, talks: Mapping[str, list[Any]]) -> Iterator[str]:
+    """Yield, in words, what is read otherwise than by our own names."""
+    if reading.rank:
+        yield f"its columns are read as with --columns {reading.spelt}"
+    if reading.form == "completion" and talks:
+        yield f"messages under {' and '.join(talks)} are read as a conversation"
+    elif reading.form == "completion" and reading.rank == 2:
+        asked = Reading("question", dict(zip(SHAPES["question"], reading.columns.values(), strict=True)))
+        yield f"that is raw text, and --columns {asked.spelt} would ask it as a question"
+    entries = [entry for talk in talks.values() for entry in talk if isinstance(entry, dict)]
+    if any(entry.get("from") for entry in entries):
+        yield "from and value are read as role and content"
+    for role in dict.fromkeys(str(entry.get("role") or entry.get("from")) for entry in entries):
+        if (ours := SPEAKERS.get(folded(role), role)) != role:
+            yield f"{role} is {ours}"
 
 
 def _check_keys(entry: Mapping[str, object], known: Sequence[str], where: str) -> None:
@@ -352,7 +403,10 @@ def _exchanges(messages: Sequence[tuple[Message, bool]], where: str) -> list[tup
     turns = tuple(message for message, _ in messages)
     answers = [place for place, (_, trained) in enumerate(messages) if trained]
     if not answers:
-        raise DataError(f"{where} has a weight of 0 on every assistant message; leave the row out")
+        raise DataError(
+            f"{where} has a weight of 0 on every assistant message, or none but in the prompt; leave the row "
+            "out"
+        )
     return [(turns[:place], turns[place].content) for place in answers]
 
 
@@ -360,7 +414,9 @@ def _text(row: Row, name: str, where: str, *, blank: bool = False) -> str:
     """Return a cell that must be a text; `blank` says whether it may be empty."""
     value = _value(row, name, where)
     if not isinstance(value, str):
-        raise DataError(f"{where}: {name!r} is {json_type(value)}; it must be one string")
+        fix = "fill it in or leave the row out" if value is None else "it must be one string"
+        fix += f", such as {json.dumps(str(value))}" if isinstance(value, int | float) else ""
+        raise DataError(f"{where}: {name!r} is {json_type(value)}; {fix}")
     if not blank and not value.strip():
         raise DataError(f"{where}: {name!r} is empty; fill it in or leave the row out")
     if any("\ud800" <= letter <= "\udfff" for letter in value):

@@ -1,8 +1,12 @@
-"""Files and hub data sets as rows, before anyone asks what the rows mean (spec/data.md §4).
+"""Files and hub data sets as rows, and which columns play which roles (spec/data.md §4).
 
-The format is told by content, never by suffix: Parquet by its magic bytes, then JSON, JSON lines,
-CSV (a header with column names that somebody asked for), and what is left is plain text, one
-document. Whatever the bytes are, the only error that comes out of here is a `DataError`.
+The format is told by content: Parquet by its magic bytes, then JSON, JSON lines, CSV (by a header that the
+caller knows, or where the file is called a table), and what is left is plain text, one document. Whatever the
+bytes are, the only error that comes out of reading is a `DataError`.
+
+A role has its own name and others in use; case does not count. What a file's columns can be read as is told
+in `--columns`' own words (`question=Q,answer=A`). Where two columns would do equally, or none does, nothing
+is guessed: one sentence says what to type, filled in with the likeliest by name and content.
 """
 
 from __future__ import annotations
@@ -11,17 +15,22 @@ import csv
 import io
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from palinode.errors import DataError
+from palinode.errors import DataError, RecipeError
 from palinode.records import read_bytes
 
 Row = dict[str, object]
 """One row as it stands in the source: column name to value."""
+
+IsHeader = Callable[[Sequence[str]], bool]
+"""Whether the names on the first line of a text make it a table."""
 
 FILE_SUFFIXES = frozenset({".csv", ".json", ".jsonl", ".md", ".ndjson", ".parquet", ".tsv", ".txt"})
 """Suffixes that make a missing `folder/name` a missing file, not the name of a hub data set."""
@@ -48,18 +57,15 @@ class HubName:
     split: str
 
 
-def read_rows(
-    location: str | Path, *, headers: Collection[Sequence[str]], plain_text: bool = True
-) -> list[Row]:
+def read_rows(location: str | Path, *, is_header: IsHeader, plain_text: bool = True) -> list[Row]:
     """Return the rows of a local file or, when there is no such file, of a hub data set.
 
-    `headers` holds the sets of column names that make a text file a CSV table. With
-    `plain_text=False`, a file that is no table is an error, not one document. A `Path` is always a
-    local file; a string may be a hub name. Raises `DataError`.
+    With `plain_text=False` every text is a CSV table, not only one that has a known header or is called one.
+    A `Path` is always a local file; a string may be a hub name. Raises `DataError`.
     """
     content = _read_file(location)
     if content is not None:
-        return parse_rows(content, name=str(location), headers=headers, plain_text=plain_text)
+        return parse_rows(content, name=str(location), is_header=is_header, plain_text=plain_text)
     hub_name = parse_hub_name(location) if isinstance(location, str) else None
     if hub_name is None:
         raise DataError(
@@ -69,9 +75,7 @@ def read_rows(
     return _read_hub(hub_name, str(location))
 
 
-def parse_rows(
-    content: bytes, *, name: str, headers: Collection[Sequence[str]], plain_text: bool = True
-) -> list[Row]:
+def parse_rows(content: bytes, *, name: str, is_header: IsHeader, plain_text: bool = True) -> list[Row]:
     """Return the rows that a file's bytes hold; `name` is what errors call it.
 
     Raises `DataError` when the content is damaged, is no known format or holds no rows.
@@ -79,7 +83,7 @@ def parse_rows(
     if content.startswith(b"PAR1"):
         rows = _parquet_rows(content, name)
     else:
-        rows = _text_rows(_decode(content, name), name, headers, plain_text)
+        rows = _text_rows(_decode(content, name), name, is_header, plain_text)
     if not rows:
         raise DataError(f"{name} holds no rows")
     return rows
@@ -140,17 +144,17 @@ def _decode(content: bytes, name: str) -> str:
     return text.removeprefix("\ufeff")
 
 
-def _text_rows(text: str, name: str, headers: Collection[Sequence[str]], plain_text: bool) -> list[Row]:
+def _text_rows(text: str, name: str, is_header: IsHeader, plain_text: bool) -> list[Row]:
     """Return the rows of a text in the first format that fits: JSON, JSON lines, CSV, plain text."""
     if not text.strip():
         return []
     if text.lstrip()[0] in "{[":
         return _json_rows(text, name)
-    delimiter = _find_delimiter(text, headers)
+    delimiter = next((mark for mark in DELIMITERS if is_header(_header(text, mark))), None)
+    if delimiter is None and (name.lower().endswith(TABLE_SUFFIXES) or not plain_text):
+        delimiter = max(DELIMITERS, key=text.strip().partition("\n")[0].count)
     if delimiter is not None:
         return _csv_rows(text, name, delimiter)
-    if name.lower().endswith(TABLE_SUFFIXES) or not plain_text:
-        raise _unknown_header(text, name, headers)
     # Windows line ends and the last line end come from the editor, not from the author.
     return [{"text": text.replace("\r\n", "\n").removesuffix("\n")}]
 
@@ -206,15 +210,6 @@ def json_type(value: object) -> str:
     return words.get(type(value), "a string" if isinstance(value, str) else f"a {type(value).__name__}")
 
 
-def _find_delimiter(text: str, headers: Collection[Sequence[str]]) -> str | None:
-    """Return the delimiter under which the first line holds all names of some header, or None."""
-    for delimiter in DELIMITERS:
-        found = set(_header(text, delimiter))
-        if any(found.issuperset(header) for header in headers):
-            return delimiter
-    return None
-
-
 def _header(text: str, delimiter: str) -> list[str]:
     """Return the column names on the first line of a text read as CSV; none when it is not CSV."""
     line = text.lstrip("\r\n").partition("\n")[0].rstrip("\r")
@@ -224,26 +219,18 @@ def _header(text: str, delimiter: str) -> list[str]:
         return []
 
 
-def _unknown_header(text: str, name: str, headers: Collection[Sequence[str]]) -> DataError:
-    """Return the error for a table whose first line holds none of the names we look for."""
-    delimiter = max(DELIMITERS, key=text.partition("\n")[0].count)
-    found = ", ".join(_header(text, delimiter))[:200] or "nothing that reads as a header"
-    wanted = " or ".join(" + ".join(header) for header in headers)
-    return DataError(
-        f"the first line of {name} should name the columns {wanted}, but has: {found}; "
-        "name yours with columns, such as 'question=Q,answer=A'"
-    )
-
-
 def _csv_rows(text: str, name: str, delimiter: str) -> list[Row]:
-    """Return the rows of a CSV table, every cell a string exactly as quoted."""
+    """Return the rows of a CSV table, every cell a string exactly as quoted.
+
+    As spreadsheets write them: lines of empty cells are no rows, and columns without a name are left out.
+    """
     names = _header(text, delimiter)
-    if len(set(names)) < len(names):
+    if len({*names} - {""}) < len(names) - names.count(""):
         raise DataError(f"{name} has two columns of the same name ({', '.join(names)}); rename one")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         with _fields_up_to(len(text)):
-            records = [(reader.line_num, record) for record in reader if record]
+            records = [(reader.line_num, record) for record in reader if any(map(str.strip, record))]
     except csv.Error as error:
         raise DataError(f"{name} is not valid CSV (line {reader.line_num}: {error})") from error
     return [_csv_row(names, record, f"line {line} of {name}") for line, record in records[1:]]
@@ -265,7 +252,7 @@ def _csv_row(names: Sequence[str], record: Sequence[str], where: str) -> Row:
             f"{where} has {len(record)} fields, the header has {len(names)} ({', '.join(names)}); "
             'put cells that hold a delimiter or a line break in "quotes"'
         )
-    return dict(zip(names, record, strict=True))
+    return {name: cell for name, cell in zip(names, record, strict=True) if name}
 
 
 def _parquet_rows(content: bytes, name: str) -> list[Row]:
@@ -295,3 +282,180 @@ def _unpacked(batches: Iterator[Any], name: str, *, most: int) -> list[Row]:
             raise DataError(f"{name} unpacks to far more than its size; write it again as JSON lines")
         rows += batch.to_pylist()
     return rows
+
+
+# Columns and their roles
+
+Form = Literal["question", "completion", "chat", "document"]
+"""What kind of training text an example is."""
+
+SHAPES: Mapping[Form, tuple[str, ...]] = {
+    "question": ("question", "answer"),
+    "completion": ("prompt", "completion"),
+    "chat": ("messages",),
+    "document": ("text",),
+}
+"""Roles that the columns of a row play, by form; the first form whose roles are all there wins."""
+
+INPUT = "input"
+"""A role that a question may have besides: what stands below the question."""
+ROLES = (*(role for roles in SHAPES.values() for role in roles), INPUT)
+_KNOWN_ROLES = "question and answer (and input), prompt and completion, messages, or text"
+
+OTHER_NAMES = {
+    "question": ("q", "instruction"),
+    "answer": ("a", "output", "response"),
+    "completion": ("response",),
+    "messages": ("conversations", "conversation"),
+}
+"""Names of columns that are read as a role where its own is missing."""
+BESIDE_INSTRUCTION = ("input", "context")
+
+ASKED = re.compile(r"quest|query|ask|instr|prompt|input|user|human|problem|frage|^q\d*$", re.IGNORECASE)
+ANSWERED = re.compile(
+    r"answ|repl|respon|output|complet|target|assist|chosen|solution|antwort|^a\d*$", re.IGNORECASE
+)
+"""What is in the name of a column that may be a question, or an answer: for advice alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A form, and the columns that play its roles."""
+
+    form: Form
+    columns: Mapping[str, str]
+    rank: int = 0
+    """0: the roles' own names; 1: but for case; 2: other names in use."""
+
+    @property
+    def spelt(self) -> str:
+        """What `--columns` takes to read a file like this."""
+        return shlex.quote(",".join(f"{role}={name}" for role, name in self.columns.items()))
+
+
+def folded(name: object) -> str:
+    """Return a column's name as it is compared: case and blanks around it do not count."""
+    return str(name).strip().casefold()
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """Return the mapping that `question=q,answer=a` spells: role to column name.
+
+    >>> parse_columns("question=q, answer=a")
+    {'question': 'q', 'answer': 'a'}
+    """
+    columns: dict[str, str] = {}
+    for part in text.split(","):
+        role, _, name = (piece.strip() for piece in part.partition("="))
+        if role not in ROLES or not name or role in columns:
+            raise RecipeError(
+                f"columns has {part.strip()!r}; write ROLE=NAME pairs with commas between them, each role "
+                f"once, where the roles are {_KNOWN_ROLES}"
+            )
+        columns[role] = name
+    return columns
+
+
+def is_header(names: Sequence[str], columns: Mapping[str, str]) -> bool:
+    """Tell whether the first line of a text makes it a table: by the columns named, or those of a form."""
+    if columns and set(map(folded, columns.values())) <= set(map(folded, names)):
+        return True
+    # A single word may as well be the first line of a text, and must be a role's own name.
+    return any(len(names) > 1 or reading.rank == 0 for reading in _readings(names))
+
+
+def read_as(rows: Sequence[Row], source: str, columns: Mapping[str, str], *, beside: bool = False) -> Reading:
+    """Return how rows are read: as `columns` says, else by their own names.
+
+    Columns that were named must be there; with `beside`, for a set beside the one they were named for, a file
+    that has none of them is read by its own names. Raises `DataError`, `RecipeError` for roles of two forms.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    form = next((form for form, roles in SHAPES.items() if set(columns) - {INPUT} <= set(roles)), None)
+    if form is None or (INPUT in columns and form != "question"):
+        raise RecipeError(f"columns names the roles {', '.join(columns)}; name {_KNOWN_ROLES}")
+    if not columns or (beside and not any(_named(name, names) for name in columns.values())):
+        return _by_name(names, rows, source)
+    wanted = {role: columns.get(role, role) for role in dict.fromkeys((*SHAPES[form], *columns))}
+    found = {role: _named(name, names) for role, name in wanted.items()}
+    if missing := [repr(wanted[role]) for role, name in found.items() if name is None]:
+        raise DataError(f"{source} has no column {' and no '.join(missing)} {_advice(names, rows)}")
+    return Reading(form, {role: str(name) for role, name in found.items()})
+
+
+def _by_name(names: Sequence[str], rows: Sequence[Row], source: str) -> Reading:
+    """Return the one reading that the names allow."""
+    found = sorted(_readings(names), key=lambda reading: reading.rank)
+    if not found:
+        raise DataError(f"{source}: it is not clear what its columns are {_advice(names, rows)}")
+    first, order = found[0], [*SHAPES]
+    rivals = [
+        other
+        for other in found[1:]
+        if order.index(other.form) < order.index(first.form)
+        or (other.rank == first.rank and (other.rank == 2 or other.form == first.form))
+    ]
+    if rivals:
+        ways = " or ".join(f"--columns {reading.spelt}" for reading in (first, *rivals))
+        raise DataError(f"{source} can be read in several ways ({_told(names)}); say {ways}")
+    return first
+
+
+def _readings(names: Sequence[str]) -> Iterator[Reading]:
+    """Yield every form that the columns can be read as, by every choice of columns for its roles."""
+    for form, roles in SHAPES.items():
+        for chosen in product(*([name for name in names if _rank(name, role) < 3] for role in roles)):
+            rank = max(_rank(name, role) for name, role in zip(chosen, roles, strict=True))
+            columns = dict(zip(roles, chosen, strict=True))
+            asks = form == "question" and folded(chosen[0]) == "instruction"
+            below = [name for name in names if asks and folded(name) in BESIDE_INSTRUCTION]
+            for place in [{"question": chosen[0], INPUT: name} for name in below] or [{}]:
+                yield Reading(form, place | columns, rank)
+
+
+def _rank(name: str, role: str) -> int:
+    """Return how well a column's name fits a role, as `Reading.rank` has it; 3 where it does not."""
+    if name == role:
+        return 0
+    return 1 if folded(name) == role else 2 if folded(name) in OTHER_NAMES.get(role, ()) else 3
+
+
+def _named(name: str, names: Sequence[str]) -> str | None:
+    """Return the column of this name, or the only one but for case."""
+    alike = [other for other in names if folded(other) == folded(name)]
+    return name if name in names else alike[0] if len(alike) == 1 else None
+
+
+def _told(names: Sequence[str]) -> str:
+    return f"it has: {', '.join(map(str, names))[:200] or 'none'}"
+
+
+def _advice(names: Sequence[str], rows: Sequence[Row]) -> str:
+    """Return the end of a sentence: what there is, and what to type, or what is needed."""
+    guess = _likeliest(names, rows[:200])
+    say = f"say which are which, probably --columns {guess.spelt}" if guess else f"we need {_KNOWN_ROLES}"
+    return f"({_told(names)}); {say}"
+
+
+def _likeliest(names: Sequence[str], rows: Sequence[Row]) -> Reading | None:
+    """Return what these columns most likely are, by name and content."""
+    values = {name: [row[name] for row in rows if row.get(name) not in (None, "")] for name in names}
+    talks = [name for name, found in values.items() if found and all(isinstance(one, list) for one in found)]
+    texts = {
+        name: [one.strip() for one in found if isinstance(one, str)]
+        for name, found in values.items()
+        if found and all(isinstance(one, str) for one in found) and not set(",=") & set(name)
+    }
+
+    def most(name: str, mark: str) -> bool:
+        return sum(mark in one for one in texts[name]) * 2 > len(texts[name])
+
+    wordy = [name for name in texts if most(name, " ")]
+    asked = [*filter(ASKED.search, texts), *(name for name in wordy if most(name, "?")), *wordy][:1]
+    others = [name for name in texts if name not in asked]
+    answered = [*filter(ANSWERED.search, others), *(name for name in others if name in wordy)]
+    if talks:
+        return Reading("chat", {"messages": talks[0]})
+    if asked and answered:
+        return Reading("question", {"question": asked[0], "answer": answered[0]})
+    return Reading("document", {"text": [*wordy, *texts][0]}) if texts else None

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from palinode.data.examples import Example, Form, Message, fingerprint_examples
+from palinode.data.examples import Example, Message, fingerprint_examples
 from palinode.data.rendering import Exchange, Template, plain_exchange
+from palinode.data.sources import Form
 from palinode.errors import CheckpointError, DataError, RecipeError
 
 if TYPE_CHECKING:

@@ -211,7 +211,7 @@ def read_table(table: Table, location: str) -> TableRows | None:
         return None
     header = [name for name, count in table.columns.items() if count is None]
     try:
-        rows = read_rows(place, headers=[header], plain_text=False)
+        rows = read_rows(place, is_header=set(header).issubset, plain_text=False)
         check_rows(table, rows, str(place))
     except DataError:
         if table.may_lack and isinstance(place, str):

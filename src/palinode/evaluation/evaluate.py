@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from palinode.data.examples import Example, Question, at_most, plain_questions
+from palinode.data.examples import Example, Question, at_most, reading_notes
 from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
 from palinode.errors import OutputError, RecipeError
 from palinode.evaluation.ask import ask
@@ -99,7 +99,7 @@ def evaluate(
     answers are greedy. Raises PalinodeError.
     """
     settings = settings or EvaluationSettings()
-    questions = QuestionSet(FORGET, tuple(plain_questions(rows)), settings.asking)
+    questions = QuestionSet(FORGET, tuple(map(Question, rows)), settings.asking)
     cells = metric_cells(FORGET, *DEFAULT_METRICS)
     exam = make_exam("own", LoadedBenchmark((questions,)), cells, settings, most={FORGET: len(rows)})
     outcomes, _, _ = _ask_model(_opened(model, settings), exam, settings, listener)
@@ -304,8 +304,8 @@ def _ask_model(
 def _notes(
     sets: Mapping[str, QuestionSet], tokenizer: PreTrainedTokenizerBase, against: str | None
 ) -> list[str]:
-    """Return what is to be known of the prompts, each thing once."""
-    notes = []
+    """Return what is to be known of rows and prompts, each thing once."""
+    notes = reading_notes(*(questions.examples for questions in sets.values()))
     from_log = against is not None and Path(against).expanduser().is_file()
     for questions in sets.values():
         examples, style = questions.examples, questions.style or PromptStyle()

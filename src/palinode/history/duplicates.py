@@ -22,13 +22,12 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from palinode.data.examples import Example, read_examples
+from palinode.data.examples import Example, hash_texts
 from palinode.errors import DataError
 from palinode.progress import Listener, NullListener
 
@@ -54,8 +53,7 @@ def row_hash(row: str | Example, *, salt: bytes = b"") -> bytes:
     if len(salt) > MAX_SALT:
         raise DataError(f"the salt has {len(salt)} bytes; it may have at most {MAX_SALT}")
     texts = (row,) if isinstance(row, str) else (*(turn.content for turn in row.turns), row.answer)
-    lines = "\n".join(" ".join(unicodedata.normalize("NFC", text).split()) for text in texts)
-    return hashlib.blake2b(lines.encode(), digest_size=HASH_BYTES, key=salt).digest()
+    return hash_texts(texts, salt=salt)
 
 
 def hashes(rows: Iterable[str | Example], *, salt: bytes = b"") -> Hashes:
@@ -114,7 +112,7 @@ class Duplicate:
     row: int
     """Position of the forget row."""
     number: int
-    """Position in the corpus, over all its files, as orders count."""
+    """Position in the corpus, as orders count."""
     place: str
     """Where it stands: `row 3 of corpus.jsonl`."""
     similarity: float
@@ -125,12 +123,12 @@ class Duplicate:
 
 def find_duplicates(
     forget: Sequence[Example],
-    corpus: Iterable[Example] | Sequence[str | Path],
+    corpus: Sequence[Example],
     *,
     threshold: float = 0.7,
     listener: Listener | None = None,
 ) -> list[Duplicate]:
-    """Return the copies of forget rows in a corpus, given as examples or files, sorted by row and number.
+    """Return the copies of forget rows in a corpus, sorted by row and number.
 
     Equal texts are always listed, others from `threshold` on. Raises DataError for an empty forget set, and a
     threshold outside (0, 1].
@@ -141,10 +139,8 @@ def find_duplicates(
         raise DataError(f"the similarity is {threshold}; it must be above 0 and at most 1")
     index = _Index(forget, threshold)
     found: list[Duplicate] = []
-    known = isinstance(corpus, Sequence) and bool(corpus) and isinstance(corpus[0], Example)
-    size = len(corpus) if known else 0  # type: ignore[arg-type]
-    with (listener or NullListener()).task("looking for copies", size, "rows") as advance:
-        for number, example in enumerate(_examples(corpus)):
+    with (listener or NullListener()).task("looking for copies", len(corpus), "rows") as advance:
+        for number, example in enumerate(corpus):
             found += index.copies(number, example)
             advance(1)
     return sorted(found, key=lambda entry: (entry.row, entry.number))
@@ -215,12 +211,3 @@ class _Index:
 
 def _text(example: Example) -> str:
     return "\n".join([*(turn.content for turn in example.turns), example.answer])
-
-
-def _examples(corpus: Iterable[Example] | Sequence[str | Path]) -> Iterator[Example]:
-    """Yield the rows of a corpus; of files one file is in memory at a time."""
-    for entry in corpus:
-        if isinstance(entry, Example):
-            yield entry
-        else:
-            yield from read_examples(entry)

@@ -121,7 +121,7 @@ def find_onset(
 
     Raises DataError when the control rows are none, or forget rows stand among them.
     """
-    from palinode.data.examples import plain_questions
+    from palinode.data.examples import Question
     from palinode.evaluation.ask import ask
     from palinode.models.loading import load_model, load_tokenizer, pick_device
 
@@ -138,7 +138,7 @@ def find_onset(
             outcomes = ask(
                 model,
                 tokenizer,
-                plain_questions(examples),
+                [*map(Question, examples)],
                 Asking(generate=False, max_length=settings.max_length),
                 style=settings.style,
                 label=f"step {series.checkpoints[place].step:,}: {name} rows",

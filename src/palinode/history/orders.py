@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -29,7 +28,7 @@ from palinode.data.examples import Example, read_examples
 from palinode.data.tokenize import PromptStyle, tokenize
 from palinode.errors import DataError, RecipeError
 from palinode.history.exposures import Ints
-from palinode.records import ordinary, read_bytes, read_json, read_toml, write_json
+from palinode.records import ordinary, read_json, read_toml, write_json
 from palinode.settings import TrainingSettings
 
 if TYPE_CHECKING:
@@ -41,8 +40,6 @@ Tokens = npt.NDArray[np.unsignedinteger[Any]]
 DTYPES = ("uint8", "uint16", "uint32", "uint64")
 SCAN = 1 << 24
 """Tokens that are looked through for ends of documents at a time."""
-INDEX_MAGIC = b"MMIDIDX\x00\x00"
-_INDEX_HEAD = struct.Struct("<9sQBQQ")
 
 
 class Order(Protocol):
@@ -468,49 +465,6 @@ class NeoxOrder:
             )
         found: list[int] = self.doc_idx[bounds[0] : bounds[1] + 1].tolist()
         return found
-
-
-def build_indices(
-    sizes: Indices, *, sequence_length: int, samples: int, seed: int
-) -> tuple[Indices, Indices, Indices]:
-    """Return document, sample and shuffle index as NeoX makes them for packed data of documents of `sizes`.
-
-    `samples` is train_iters · train_batch_size; it decides how many epochs are strung together. Raises
-    DataError when there are no tokens.
-    """
-    tokens = int(sizes.sum())
-    if tokens < 1:
-        raise DataError("the documents hold no tokens; give the data set that was trained on")
-    epochs = max(
-        1, -(-(samples * sequence_length + 1) // tokens)
-    )  # (epochs · tokens − 1) // length ≥ samples
-    random = np.random.RandomState(seed)
-    doc_idx = np.tile(np.arange(len(sizes), dtype=np.int32), epochs)
-    random.shuffle(doc_idx)
-    count = (epochs * tokens - 1) // sequence_length
-    ends = np.cumsum(sizes[doc_idx], dtype=np.int64)
-    begins = np.arange(count + 1, dtype=np.int64) * sequence_length
-    places = np.searchsorted(ends, begins, "right")
-    sample_idx: Indices = np.stack([places, begins - (ends[places] - sizes[doc_idx[places]])], axis=1)
-    wide = count >= np.iinfo(np.uint32).max - 1
-    shuffle_idx: Indices = np.arange(count).astype(np.int64 if wide else np.uint32)
-    random.shuffle(shuffle_idx)
-    return doc_idx, sample_idx, shuffle_idx
-
-
-def read_sizes(path: str | Path) -> Ints:
-    """Return the tokens of each document from a Megatron index file (`….idx`)."""
-    place = Path(path)
-    try:
-        content = read_bytes(place)
-        magic, version, _, count, _ = _INDEX_HEAD.unpack_from(content)
-    except (OSError, struct.error) as error:
-        raise DataError(f"{place} cannot be read ({error}); name the data set's .idx file") from None
-    if magic != INDEX_MAGIC or version != 1:
-        raise DataError(f"{place} is no index of a memory-mapped Megatron data set (MMIDIDX, version 1)")
-    if len(content) < _INDEX_HEAD.size + 4 * count:
-        raise DataError(f"{place} is cut off: it has no room for the sizes of its {count:,} documents")
-    return np.frombuffer(content, "<i4", count, _INDEX_HEAD.size).astype(np.int64)
 
 
 def _read_indices(path: Path) -> Indices:

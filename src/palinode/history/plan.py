@@ -12,18 +12,15 @@ it is kept like any other where it counts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from palinode.errors import DataError, RecipeError
-from palinode.records import read_toml
+from palinode.errors import RecipeError
 
 Interest = Literal["uniform", "recent"]
 GRID = 600
@@ -46,7 +43,6 @@ class Wish:
     """What requests are expected to concern: all steps alike, or recent ones more."""
     half_life: float | None = None
     """Steps after which interest has halved; None: a tenth of the training."""
-    tokens_per_step: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "every", "checkpoint_bytes", "budget_bytes"):
@@ -108,93 +104,28 @@ class Schedule:
     """Storage of them; while training, the newest checkpoint comes on top."""
     without: float
     """Share of requests on steps before the first kept checkpoint, for which only the start is clean."""
-    decay: Mapping[str, float | None] | None = None
-    """Measured figures at the expected distance, where a table and tokens per step are given."""
 
 
-@dataclass(frozen=True, slots=True)
-class Decay:
-    """How well unlearning went at growing distance: a measured table with its source."""
-
-    source: str
-    note: str
-    points: tuple[Mapping[str, float], ...]
-    """Each with `distance` in tokens and its figures, nearest first."""
-
-    def at(self, distance: float) -> dict[str, float | None]:
-        """Return the figures at a distance in tokens, between the measured ones in a straight line.
-
-        None beyond the farthest; nearer than the nearest, the nearest one's.
-        """
-        distances = [point["distance"] for point in self.points]
-        names = [name for name in self.points[0] if name != "distance"]
-        if distance > distances[-1]:
-            return dict.fromkeys(names)
-        return {
-            name: float(np.interp(distance, distances, [point[name] for point in self.points]))
-            for name in names
-        }
-
-
-def read_decay(path: Path | None = None) -> Decay:
-    """Read a table of measured decay (TOML: source, and [[point]] with distance in tokens and figures).
-
-    Without a path: the published figures that come with Palinode. Raises DataError for another form.
-    """
-    place = Path(str(files("palinode.history").joinpath("decay_olmo2.toml"))) if path is None else path
-    try:
-        content = read_toml(place)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{place} is not a decay table in TOML ({error})") from None
-    source, points = content.get("source"), content.get("point")
-    if not source or not isinstance(points, list) or not points:
-        raise DataError(f"{place} needs a source and at least one [[point]] with a distance and figures")
-    if content.get("unit", "tokens") != "tokens":
-        raise DataError(f"{place} has distances in {content['unit']!r}; give them in tokens")
-    names = set(points[0])
-    for point in points:
-        if set(point) != names or "distance" not in names or len(names) < 2:
-            raise DataError(f"{place}: every [[point]] needs a distance and the same figures")
-        if not all(
-            isinstance(value, int | float) and not isinstance(value, bool) for value in point.values()
-        ):
-            raise DataError(f"{place}: distances and figures must be numbers")
-    ordered = sorted(points, key=lambda point: point["distance"])
-    return Decay(str(source), str(content.get("note", "")), tuple(ordered))
-
-
-def plan_checkpoints(wish: Wish, *, decay: Decay | None = None) -> list[Schedule]:
+def plan_checkpoints(wish: Wish) -> list[Schedule]:
     """Return the schedules that fit the budget, the least expected distance first."""
     count = min(wish.room, len(wish.saves))
     made = {
         "uniform": uniform_steps(wish, count),
-        "logarithmic": logarithmic_steps(wish, count),
         "thinning": thinned_steps(wish, count),
         "solved": solved_steps(wish, count),
     }
     schedules = []
     for name, kept in made.items():
         expected = expected_distance(wish, kept)
-        figures = None
-        if decay is not None and wish.tokens_per_step is not None:
-            figures = decay.at(expected * wish.tokens_per_step)
         worst = max(after - before for before, after in pairwise([0, *kept, wish.steps]))
         size, without = len(kept) * wish.checkpoint_bytes, float(wish.weight()(kept[0]))
-        schedules.append(Schedule(name, tuple(kept), expected, worst, size, without, figures))
+        schedules.append(Schedule(name, tuple(kept), expected, worst, size, without))
     return sorted(schedules, key=lambda schedule: (schedule.expected, schedule.worst))
 
 
 def uniform_steps(wish: Wish, count: int) -> list[int]:
     """Return steps at equal distances, each the nearest one that could be saved."""
     return _nearest(wish, [wish.steps * (place + 1) / (count + 1) for place in range(count)])
-
-
-def logarithmic_steps(wish: Wish, count: int) -> list[int]:
-    """Return steps whose distances back from the end grow by a constant factor, beginning at one save."""
-    if count == 1:
-        return _nearest(wish, [wish.steps / 2])
-    factor = ((wish.steps - wish.saves[0]) / wish.every) ** (1 / (count - 1))
-    return _nearest(wish, [wish.steps - wish.every * factor**power for power in range(count)])
 
 
 def thinned_steps(wish: Wish, count: int) -> list[int]:
@@ -281,13 +212,12 @@ def _nearest(wish: Wish, wanted: Sequence[float]) -> list[int]:
     return sorted(set(wish.saves).difference(free))
 
 
-def plan_record(wish: Wish, schedules: Sequence[Schedule], decay: Decay | None) -> dict[str, Any]:
+def plan_record(wish: Wish, schedules: Sequence[Schedule]) -> dict[str, Any]:
     """Return a plan as plain values for JSON."""
     return {
-        "version": 1,
+        "version": 2,
         "wish": asdict(wish),
         "room": wish.room,
         "recommended": schedules[0].name,
         "schedules": [asdict(schedule) for schedule in schedules],
-        "decay": asdict(decay) if decay else None,
     }

@@ -54,7 +54,7 @@ from palinode.records import beside, read_json, write_json
 from palinode.weights.tensors import cores
 
 if TYPE_CHECKING:
-    from duckdb import DuckDBPyConnection
+    pass
 
 NO_LIMIT = np.iinfo(np.int64).max
 SHOWN = 4
@@ -457,42 +457,6 @@ class ExposureReader:
         if not step:
             return 0
         return int(self._tokens[step - 1]) if 0 < step <= len(self._tokens) else None
-
-    def connect(self) -> DuckDBPyConnection:
-        """Return a DuckDB connection with the views `exposures` (hash, step, session, rank) and `steps`.
-
-        Only what counts is in them. Raises DataError where duckdb is not installed.
-        """
-        try:
-            import duckdb
-        except ImportError:
-            raise DataError(
-                "duckdb is not installed; pip install 'palinode[history]', or use find and at"
-            ) from None
-        import pyarrow as pa
-
-        connection = duckdb.connect()
-        tokens = pa.array(self.steps.tokens, mask=self.steps.tokens == UNKNOWN)
-        epoch = pa.array(self.steps.epoch, mask=np.isnan(self.steps.epoch))
-        columns = {"step": self.steps.step, "rows": self.steps.rows, "tokens": tokens, "epoch": epoch}
-        connection.register("steps", pa.table(columns))
-        selects = [
-            "SELECT NULL::BLOB AS hash, NULL::INT AS step, NULL::INT AS session, NULL::INT AS rank WHERE 0=1"
-        ]
-        for number, file in enumerate(self._files):
-            source = f"read_parquet('{str(file.path).replace(chr(39), chr(39) * 2)}')"
-            if not file.is_sealed:
-                source = f"tail_{number}"
-                found, steps = file.rows()
-                hashes = pa.array([entry.tobytes() for entry in found], pa.binary(HASH_BYTES))
-                connection.register(source, pa.table({"hash": hashes, "step": pa.array(steps, pa.int32())}))
-            doubled = ", ".join(map(str, file.doubled.tolist()))
-            selects.append(
-                f"SELECT hash, step, {file.session} AS session, {file.rank} AS rank FROM {source} "
-                f"WHERE step <= {file.limit}{f' AND step NOT IN ({doubled})' if doubled else ''}"
-            )
-        connection.execute(f"CREATE VIEW exposures AS {' UNION ALL '.join(selects)}")
-        return connection
 
     def _rows(self, file: LogFile, keys: npt.NDArray[np.uint64] | None = None) -> tuple[Hashes, Ints]:
         """Read rows; where the file turns out to be damaged, note it and go on without."""

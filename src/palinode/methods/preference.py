@@ -206,7 +206,7 @@ def draw_alternates(
     A raw completion is continued without a request, which would be no part of such a text. Raises DataError
     when nothing but true answers came back.
     """
-    from palinode.data.examples import plain_questions
+    from palinode.data.examples import Question
     from palinode.evaluation.ask import ask
     from palinode.settings import Asking
 
@@ -219,7 +219,7 @@ def draw_alternates(
         seed=seed,
         max_length=2 * max_length,  # the request holds the answer once more
     )
-    requests = plain_questions([request(example) for example in examples])
+    requests = [*map(Question, [request(example) for example in examples])]
     asked = ask(model, tokenizer, requests, asking, style=style, label="other answers", listener=listener)
     found = [
         (place, text)

@@ -19,7 +19,7 @@ from palinode.audit.attacks import ATTACKS
 from palinode.audit.findings import AUDITED, STATISTICS, Finding, answer, find
 from palinode.audit.material import AuditRows
 from palinode.audit.policy import Policy
-from palinode.data.examples import Example, check_no_forget_rows
+from palinode.data.examples import Example, check_no_forget_rows, reading_notes
 from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
 from palinode.errors import DivergenceError, MismatchError, RecipeError
 from palinode.models.loading import load_tokenizer, pick_device, tokenizer_fingerprint
@@ -228,7 +228,9 @@ class _AuditRun:
 
     def _notes(self, findings: Mapping[str, Findings]) -> list[str]:
         """Return what a reader should know before believing the answer."""
-        notes = prompt_notes(self.plan.material.forget, self.tokenizer, self.plan.style)
+        material = self.plan.material
+        notes = reading_notes(*material.sets().values())
+        notes += prompt_notes(material.forget, self.tokenizer, self.plan.style)
         if self.plan.kind == "base":
             notes.append(
                 "The reference model is a base checkpoint. It has seen neither the forget set nor what the "

@@ -14,7 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from palinode.data.examples import Example, Form, Message, read_examples
+from palinode.data.examples import Example, Message, read_examples
+from palinode.data.sources import Form
 from palinode.data.tokenize import PromptStyle, end_id, prompt_ids
 from palinode.errors import InputError, PalinodeError, RecipeError
 from palinode.methods import unlearned_point
@@ -184,7 +185,7 @@ def _form(record: Mapping[str, Any]) -> Form:
     """Return how the run's forget rows are written; as questions where they are gone."""
     data = record["recipe"].get("data", {})
     try:
-        examples = read_examples(data["forget"], columns=data.get("columns") or None)
+        examples = read_examples(data["forget"], columns=data.get("columns"))
     except (PalinodeError, KeyError):
         return "question"
     return "completion" if examples[0].form in ("completion", "document") else "question"

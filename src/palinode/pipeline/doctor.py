@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -25,7 +25,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from pydantic import ValidationError
 
-from palinode.data.examples import Example, read_examples, shared_rows
+from palinode.data.examples import Example, read_examples, reading_notes, shared_rows
 from palinode.data.tokenize import prompt_notes, tokenize
 from palinode.errors import CheckpointError, MismatchError, PalinodeError
 from palinode.evaluation.self_check import UNKNOWN, rows_with_style
@@ -35,12 +35,13 @@ from palinode.models.inplace import check_live
 from palinode.models.loading import check_positions, load_config, load_tokenizer, pick_device
 from palinode.pipeline.costs import make_plan
 from palinode.pipeline.inputs import (
+    CUT,
     check_places,
     check_target,
     open_inputs,
     pair_checks,
 )
-from palinode.pipeline.recipe import Recipe, build_recipe, read_prompts
+from palinode.pipeline.recipe import Recipe, build_recipe, laid_over, read_prompts
 from palinode.pipeline.run import finished_before
 from palinode.pipeline.tracking import PACKAGES, check_trackers, is_installed
 from palinode.progress import Listener, NullListener, duration_text
@@ -57,12 +58,8 @@ State = Literal["ok", "note", "warn", "fail"]
 
 Result = TypeVar("Result")
 
-USES = {
-    "history": "SQL over an exposure log",
-    "lm-eval": "general ability, evaluate --lm-eval",
-    "lora": "low-rank fine-tuning",
-}
-"""What the extras of the package are for."""
+EXTRAS = {"gguf": "GGUF models", "lm-eval": "evaluate --lm-eval", "lora": "low-rank training (--lora)"}
+"""What the extras of the package are for, but for those of its own development."""
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")
 ROLES = ("target", "base", "retrained")
@@ -96,12 +93,8 @@ def examine_equipment(folder: Path) -> Iterator[DoctorFinding]:
     python = f"{__version__} on Python {platform.python_version()}, {platform.system()}"
     yield DoctorFinding("installed", "palinode", "ok", python)
     yield from _libraries()
-    trackers = [name for name in PACKAGES if is_installed(name)]
-    if trackers:
-        yield DoctorFinding("installed", "trackers", "ok", ", ".join(trackers))
-    else:
-        text, fix = "none is installed; only for --tracker", "pip install tensorboard, if you want it"
-        yield DoctorFinding("installed", "trackers", "note", text, fix)
+    trackers = ", ".join(name for name in PACKAGES if is_installed(name))
+    yield _optional("trackers", trackers, "--tracker", "pip install tensorboard")
     yield from _machine(folder)
     yield from _accelerators()
 
@@ -123,23 +116,26 @@ def examine_library(needed: Requirement, found: str | None) -> DoctorFinding:
 
 def _libraries() -> Iterator[DoctorFinding]:
     """Yield findings on the libraries that Palinode requires, the good ones as one, and on its extras."""
-    lines, extras = [], []
+    lines = []
     with suppress(PackageNotFoundError):  # run from a source folder that was never installed
-        lines, extras = requires("palinode") or [], metadata("palinode").get_all("Provides-Extra") or []
+        lines = requires("palinode") or []
     looked_at = _of_extra(lines, "")
     yield from (finding for finding in looked_at if finding.state == "fail")
     fine = ", ".join(finding.text for finding in looked_at if finding.state == "ok")
     yield DoctorFinding("installed", "libraries", "ok", fine)
-    for extra in extras:
+    for extra, use in EXTRAS.items():
         own = [finding for finding in _of_extra(lines, extra) if finding not in looked_at]
-        if extra == "dev":
-            continue
-        if all(finding.state == "ok" for finding in own):
-            yield DoctorFinding("installed", extra, "ok", ", ".join(finding.text for finding in own))
-        else:
-            text = f"not installed; only for {USES.get(extra, 'what its name says')}"
-            fix = f'pip install "palinode[{extra}]", if you want it'
-            yield DoctorFinding("installed", extra, "note", text, fix)
+        whole = all(finding.state == "ok" for finding in own)
+        here = ", ".join(finding.text for finding in own) if whole else ""
+        yield _optional(extra, here, use, f"pip install 'palinode[{extra}]'")
+
+
+def _optional(name: str, here: str, use: str, install: str) -> DoctorFinding:
+    if here:
+        return DoctorFinding("installed", name, "ok", here)
+    return DoctorFinding(
+        "installed", name, "note", f"not installed; only for {use}", f"{install}, if you want it"
+    )
 
 
 def _of_extra(lines: Sequence[str], extra: str) -> list[DoctorFinding]:
@@ -235,6 +231,9 @@ class _Examination:
     def __init__(self, content: Mapping[str, Any], changes: Sequence[str], listener: Listener) -> None:
         self.content, self.changes, self.listener = content, changes, listener
         self.findings: list[DoctorFinding] = []
+        self.method = METHODS.get(str(content.get("method", "msa")))
+        self.lacking: list[str] = []
+        """What a run needs and was not named."""
         self.models: dict[str, Checkpoint] = {}
         self.sets: dict[str, list[Example]] = {}
 
@@ -260,7 +259,8 @@ class _Examination:
         return found if isinstance(found, Mapping) else {}
 
     def say(self, area: str, name: str, state: State, text: str, fix: str | None = None) -> None:
-        self.findings.append(DoctorFinding(area, name, state, text, fix))
+        if state != "note" or text not in {finding.text for finding in self.findings}:
+            self.findings.append(DoctorFinding(area, name, state, text, fix))
 
     def attempt(self, area: str, name: str, fix: str, action: Callable[[], Result]) -> Result | None:
         """Return what an action gives; keep its refusal as a failure, with `fix` if it names none."""
@@ -276,14 +276,18 @@ class _Examination:
         return [finding for finding in self.findings if finding.state == "fail"]
 
     def recipe(self) -> Recipe | None:
-        """Return the recipe, once a forget set is named."""
+        """Return the recipe that the options make, with stand-ins for what was not named."""
         named, device = self.content.get("tracker"), self.content.get("device", "auto")
         self.attempt("run", "tracker", OTHER_OPTION, lambda: check_trackers(named))
         self.attempt("run", "device", OTHER_OPTION, lambda: pick_device(device))
-        if not self.given("data").get("forget"):
-            return None
-        whole = {**self.content, "output": {"folder": UNNAMED, **self.given("output")}}
-        return self.attempt("run", "recipe", OTHER_OPTION, lambda: build_recipe(whole, self.changes))
+        needed = {"models": ["target"], "data": ["forget"], "output": ["folder"]}
+        if self.method is None or "base" in self.method.needs:
+            needed["models"].append("base")
+        whole = laid_over({key: dict.fromkeys(names, UNNAMED) for key, names in needed.items()}, self.content)
+        self.lacking = [
+            name for key in ("models", "data") for name in needed[key] if not self.given(key).get(name)
+        ]
+        return self.attempt("run", "options", OTHER_OPTION, lambda: build_recipe(whole, self.changes))
 
     # Models
 
@@ -319,23 +323,19 @@ class _Examination:
     def is_cached(self, name: str, location: str) -> bool:
         """Tell whether a model of the hub is on this machine; if not, say what fetching it takes."""
         from huggingface_hub import HfApi, snapshot_download
-        from huggingface_hub.constants import is_offline_mode
 
         repository, _, revision = location.partition("@")
         commit = revision or None
         with suppress(Exception):  # the hub client raises many kinds; each means that it is not in the cache
             snapshot_download(repository, revision=commit, allow_patterns=list(ON_HUB), local_files_only=True)
             return True
-        if is_offline_mode():
-            text = f"there is no folder {location}, nor is a model of that name in the hub's cache"
-            fix = "name a folder, or fetch the model with HF_HUB_OFFLINE unset"
-            self.say("models", name, "fail", text, fix)
-            return False
         try:
             found = HfApi().model_info(repository, revision=commit, files_metadata=True, timeout=10)
         except Exception as error:  # no such model, a closed one, no network
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            text = f"there is no folder {location}, and the model hub did not tell of it ({reason})"
+            text = (
+                f"there is no folder {location}, nothing in the hub's cache, and the hub is silent ({reason})"
+            )
             self.say("models", name, "fail", text, "check the name, go online, or name a folder")
             return False
         files = found.siblings or ()
@@ -360,8 +360,9 @@ class _Examination:
     def look_at_pair(self, target: Checkpoint, base: Checkpoint) -> None:
         """Look whether target and base are two states of one model."""
         fix = "name an earlier checkpoint of the target as its base"
-        method, settings = str(self.content.get("method", "msa")), self.given("method_settings")
-        checks, before = pair_checks(target, base, method, settings), len(self.failures())
+        method = self.method.name if self.method else "msa"
+        checks = pair_checks(target, base, method, self.given("method_settings"))
+        before = len(self.failures())
         found: dict[str, Any] = {
             name: self.attempt("pair", name, fix, check) for name, check in checks.items()
         }
@@ -398,14 +399,16 @@ class _Examination:
             self.say("rows", "retain", "warn", text, "name rows whose effect must stay with --retain")
 
     def read_set(self, name: str, place: str) -> None:
-        columns = self.given("data").get("columns") or None
-        found = self.attempt("rows", name, OTHER_FILE, lambda: read_examples(place, columns=columns))
+        read = partial(read_examples, columns=self.given("data").get("columns"), beside=name != "forget")
+        found = self.attempt("rows", name, OTHER_FILE, lambda: read(place))
         if not found:
             return
         self.sets[name] = found
         forms = Counter(example.form for example in found)
         kinds = ", ".join(f"{count:,} as {form}" for form, count in forms.items())
         self.say("rows", name, "ok", f"{len(found):,} rows ({kinds})")
+        for note in reading_notes(found):
+            self.say("rows", name, "note", note)
         if copies := len(found) - len({example.key for example in found}):
             text = f"{copies:,} rows say what another row says already, and count more than once"
             self.say("rows", name, "warn", text, "leave the copies out, if that is not meant")
@@ -478,16 +481,20 @@ class _Examination:
         """Go through the pre-flight of the run itself, where all that it needs is there."""
         folder = self.given("output").get("folder")
         missing = [name for name in ROLES if self.given("models").get(name) and name not in self.models]
-        if recipe is not None and not missing and not self.failures():
+        if recipe is not None and not missing and not self.lacking and not self.failures():
             self.go_through(recipe)
             return
         if folder:
             place, inputs = Path(str(folder)).expanduser(), [model.folder for model in self.models.values()]
             self.attempt("run", "output", OTHER_OUTPUT, lambda: check_output(place, inputs))
-        if recipe is None and not self.sets:
-            text, fix = "there is no forget set", "name one with --forget"
-        elif self.failures():
+        if self.failures():
             text, fix = "something fails", "mend what fails and call again"
+        elif self.lacking:
+            named = [{"forget": "forget set"}.get(name, name) for name in self.lacking]
+            text, fix = (
+                f"there is no {' and no '.join(named)}",
+                f"name it with --{' and --'.join(self.lacking)}",
+            )
         else:
             text, fix = "a model is not on this machine", "fetch it and call again"
         self.say("run", "pre-flight", "note", f"not gone through: {text}", fix)
@@ -497,7 +504,8 @@ class _Examination:
         if inputs is None:
             return
         for note in inputs.notes:
-            self.say("run", "rows", "note", note)
+            if not note.startswith(CUT):  # which was said of the rows
+                self.say("run", "rows", "note", note)
         if finished_before(inputs) is not None:
             text = f"{recipe.output.folder} already holds the result of this very run"
             self.say("run", "output", "ok", text)

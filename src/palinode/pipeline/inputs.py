@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from palinode.benchmarks.own import read_questions
 from palinode.data.examples import (
     Example,
     at_most,
     fingerprint_examples,
     read_examples,
-    sample_examples,
+    read_questions,
+    reading_notes,
     shared_rows,
 )
 from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
@@ -48,6 +48,9 @@ from palinode.weights.atomic import check_output, check_room
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.folders import require_causal_lm
 from palinode.weights.preflight import check_sum, check_tokenizers
+
+CUT = "Answers cut to fit max_length"
+"""How a note on cut answers begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +210,7 @@ def open_retain_only(recipe: Recipe) -> tuple[Inputs, Checkpoint, Checkpoint]:
         raise RecipeError("without forget rows it takes models.target, models.given and data.retain")
     target, unlearned = (_open(place, models.allow_pickle) for place in (models.target, models.given))
     check_unlearned(target, unlearned)
-    retain = read_examples(data.retain, columns=data.columns or None)
+    retain = read_examples(data.retain, columns=data.columns)
     rows = InputRows(
         forget=(),
         retain=retain,
@@ -433,12 +436,14 @@ def _check_vocabulary(target: Checkpoint, base: Checkpoint) -> None:
 def _open_rows(recipe: Recipe) -> tuple[InputRows, list[str]]:
     notes: list[str] = []
     data, seed = recipe.data, recipe.seed
-    forget = read_examples(data.forget, columns=data.columns or None)
-    retain = read_examples(data.retain, columns=data.columns or None) if data.retain else []
+    forget = read_examples(data.forget, columns=data.columns)
+    retain = read_examples(data.retain, columns=data.columns, beside=True) if data.retain else []
     retain = _without_shared(forget, retain, recipe, notes)
     everything = retain
     if recipe.prepare:
-        retain = sample_examples(retain, recipe.prepare.retain_rows, seed=seed)
+        if len(retain) < (wanted := recipe.prepare.retain_rows):
+            raise DataError(f"{data.retain} has {len(retain)} rows; set prepare.retain_rows ({wanted}) lower")
+        retain = at_most(retain, wanted, seed=seed)
     train, held_back = _split_forget(forget, recipe.scales.forget_held_back, seed, notes)
     sample = _retain_sample(forget, retain, recipe, notes)
     trials, most = recipe.scales.probe_rows, recipe.evaluation.max_rows
@@ -470,7 +475,7 @@ def spared_rows(
     """
     data, text = recipe.data, list[Example]()
     if data.background:
-        text = read_examples(data.background, columns=data.columns or None)
+        text = read_examples(data.background, columns=data.columns, beside=True)
         shared = {second for _, second in shared_rows(forget, text)}
         text = [example for place, example in enumerate(text) if place not in shared]
         if shared:
@@ -494,7 +499,7 @@ def _unseen(
     """
     data = recipe.data
     if data.holdout:
-        holdout = read_examples(data.holdout, columns=data.columns or None)
+        holdout = read_examples(data.holdout, columns=data.columns, beside=True)
         for name, seen in {"forget": forget, "retain": retain}.items():
             if shared := shared_rows(holdout, seen):
                 raise DataError(
@@ -545,7 +550,7 @@ def _split_forget(
     count = round(share * len(forget))
     if not 0 < count < len(forget):
         return forget, []
-    held_back = sample_examples(forget, count, seed=seed + 2)
+    held_back = at_most(forget, count, seed=seed + 2)
     rows = {example.row for example in held_back}
     notes.append(f"{count} forget rows were held back from the forget vector, so they were not taken back.")
     return [example for example in forget if example.row not in rows], held_back
@@ -582,7 +587,8 @@ def _check_rows_fit(inputs: Inputs) -> list[str]:
     """Tokenize everything once, so that a row that cannot be used is named now; return what is cut."""
     rows, recipe = inputs.rows, inputs.recipe
     tokenizer, style = load_tokenizer(inputs.reader), recipe.prompts.style()
-    notes = prompt_notes(rows.forget, tokenizer, style)
+    notes = reading_notes(rows.forget, rows.retain, rows.unseen, rows.spared)
+    notes += prompt_notes(rows.forget, tokenizer, style)
     whole = recipe.prepare or not inputs.method.has_scales
     trained = [*rows.forget, *(rows.retain if whole else rows.retain_sample)]
     asked = [*rows.forget, *rows.retain_probe, *rows.retain_test, *rows.unseen]
@@ -595,5 +601,5 @@ def _check_rows_fit(inputs: Inputs) -> list[str]:
         for model in inputs.models.values():
             check_positions(load_config(model), tokens, tokenizer)
         if count := sum(row.truncated for row in tokens):
-            notes.append(f"Answers cut to fit max_length {max_length} in {use}: {count}.")
+            notes.append(f"{CUT} {max_length} in {use}: {count}.")
     return notes

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from palinode.data.examples import Example, fingerprint_examples, plain_questions
+from palinode.data.examples import Example, Question, fingerprint_examples
 from palinode.errors import CheckpointError, InputError, PalinodeError, RecipeError, unwritable
 from palinode.evaluation.ask import ask
 from palinode.methods import METHODS, unlearned_point
@@ -453,7 +453,7 @@ class _Unlearning(Making):
                     outcomes = ask(
                         model,
                         tokenizer,
-                        plain_questions(examples),
+                        [*map(Question, examples)],
                         self.recipe.evaluation.asking,
                         style=self.recipe.prompts.style(),
                         label=f"{name} on the {label} set",

@@ -237,26 +237,19 @@ def _gap_panel(onset: Mapping[str, Any], across: Ruler) -> Figure:
 
 
 def plan_brief(record: Mapping[str, Any]) -> list[Block]:
-    """Return what the terminal shows: the schedules, what is recommended, and where figures are from."""
+    """Return what the terminal shows: the schedules, and what is recommended."""
     schedules = record["schedules"]
-    measured: Mapping[str, Any] = next((one["decay"] for one in schedules if one["decay"]), {})
-    rows = []
-    for one in schedules:
-        decay = one["decay"] or {}
-        rows.append(
-            [
-                one["name"],
-                str(len(one["kept"])),
-                f"{one['expected']:,.0f}",
-                f"{one['worst']:,}",
-                _short(one["bytes"], (" TB", " GB", " MB"), f"{one['bytes'] / 1000:,.3g} kB"),
-                *(
-                    "beyond the table" if decay.get(name) is None else f"{decay[name]:.2f}"
-                    for name in measured
-                ),
-            ]
-        )
-    head = ["schedule", "kept", "expected distance", "worst", "storage", *measured]
+    rows = [
+        [
+            one["name"],
+            str(len(one["kept"])),
+            f"{one['expected']:,.0f}",
+            f"{one['worst']:,}",
+            _short(one["bytes"], (" TB", " GB", " MB"), f"{one['bytes'] / 1000:,.3g} kB"),
+        ]
+        for one in schedules
+    ]
+    head = ["schedule", "kept", "expected distance", "worst", "storage"]
     best = schedules[0]
     kept = ", ".join(f"{step:,}" for step in best["kept"])
     lines = [
@@ -265,8 +258,6 @@ def plan_brief(record: Mapping[str, Any]) -> list[Block]:
         f"{best['worst']:,} at worst; {best['without']:.1%} of requests are expected to concern steps before "
         "the first of them, for which only the untrained model is clean.",
     ]
-    if record["decay"] and best["decay"]:
-        lines.append(f"Decay with distance: {record['decay']['source']}. {record['decay']['note']}".strip())
     return [Grid("Checkpoints to keep", head, rows), Items(lines)]
 
 

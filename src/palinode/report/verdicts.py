@@ -252,6 +252,7 @@ def _code(record: Mapping[str, Any], known: Claim, forgotten: Claim) -> Code:
         "A little too much": "forgotten too much",
         "Too much": "forgotten too much",
         "Unsure": "unsure",
+        "Disputed": "unsure",
     }
     return codes.get(forgotten.word, "not measured")
 
@@ -266,16 +267,19 @@ def _sentence(code: Code, claims: Mapping[str, Claim]) -> str:
     known, forgotten, kept = claims["known"], claims["forgotten"], claims["kept"]
     than = "than one that never saw it"
     never = "the target did not know the forget set to begin with"
+    if known.light == "amber":
+        never = "by the yardstick that decides the target did not know the forget set, by another it did"
     less = {"Too much": f"far less of it {than}", "A little too much": f"less of it {than}"}
+    others = f"{_recovered_clause(claims)}{_audit_clause(claims)}"
     if code == "nothing subtracted":
         rest = {"Yes": ", and it still knows the forget set", "No": f"; {never}"}.get(known.word, "")
-        return f"Nothing was subtracted: the model is the target, bit for bit{rest}{_audit_clause(claims)}."
+        return f"Nothing was subtracted: the model is the target, bit for bit{rest}{others}."
     if code == "nothing to forget":
         worse = f", and the model now knows {less[forgotten.word]}" if forgotten.word in less else ""
         first = f"There was nothing to forget: {never}{worse}"
         lost = ", and it lost a part of the rest" if kept.light == "amber" else ""
         lost = ", and it lost much of the rest" if kept.light == "red" else lost
-        return f"{first}{lost}{_audit_clause(claims)}."
+        return f"{first}{lost}{others}."
     first = {
         "Yes": "The model treats the forget set like one that never saw it",
         "Partly": "The model still knows a part of the forget set",
@@ -291,7 +295,7 @@ def _sentence(code: Code, claims: Mapping[str, Claim]) -> str:
         "amber": f", {link} it lost a part of the rest",
         "red": f", {link} it lost much of the rest",
     }.get(kept.light, "; what became of the rest was not measured")
-    return f"{first}{second}{_recovered_clause(claims)}{_audit_clause(claims)}."
+    return f"{first}{second}{others}."
 
 
 def _recovered_clause(claims: Mapping[str, Claim]) -> str:
@@ -343,6 +347,9 @@ def _disagreement(record: Mapping[str, Any]) -> Iterator[str]:
     both = [(deciding, goal), *apart]
     told = "; ".join(f"{YARDSTICKS[name]}: {_with_interval(score)}" for name, score in both)
     settle = "" if deciding == "retrained" else f" {SETTLED_BY}"
+    target = _probability(record, "target", "forget")
+    if deciding == "estimate" and target and goal["value"] > target["value"] and not _agree(goal, target):
+        settle += " It lies above the target itself: were the holdout rows really unseen?"
     yield (
         f"The yardsticks on the forget set disagree. {told[:1].upper()}{told[1:]}. The first decided, "
         f"because {DECIDES[deciding]}.{settle}"

@@ -305,7 +305,7 @@ def read_gguf(file: Path) -> Model:
     Raises CheckpointError when the packages that read it are missing, or they cannot read it.
     """
     if find_spec("gguf") is None or find_spec("transformers") is None:
-        raise CheckpointError(f"{file} can be read only with the gguf package; pip install gguf")
+        raise CheckpointError(f"{file} can be read only with the gguf package; pip install 'palinode[gguf]'")
     with Files() as files:
         window = whole(files, file)
         sound = window.size >= 24 and window.read(0, 4) == b"GGUF"

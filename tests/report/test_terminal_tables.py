@@ -120,7 +120,7 @@ def location():
 
 
 def plan():
-    wish = Wish(2_000_000, 1000, 30_000_000_000, 300_000_000_000, tokens_per_step=4_000_000)
+    wish = Wish(2_000_000, 1000, 30_000_000_000, 300_000_000_000)
     return plan_brief(plan_record(wish, plan_checkpoints(wish)))
 
 

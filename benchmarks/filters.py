@@ -31,8 +31,9 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
 """The last three train the target itself; the change they make is taken as the vector."""
 
 
-def squares(mu: float, epsilon: float, **settings: Any) -> list[dict[str, Any]]:
-    return [{"name": "least_squares", "mu": mu, "epsilon": epsilon, "others": "drop", **settings}]
+def squares(mu: float, epsilon: float, energy: float = 0.0, **settings: Any) -> list[dict[str, Any]]:
+    weights = {"mu": mu, "epsilon": epsilon, "energy": energy}
+    return [{"name": "least_squares", **weights, "others": "drop", **settings}]
 
 
 FILTERS: Mapping[str, list[dict[str, Any]]] = {
@@ -48,7 +49,9 @@ FILTERS: Mapping[str, list[dict[str, Any]]] = {
     "least squares 100, .1": squares(100.0, 0.1),
     "to zero 10, .01": squares(10.0, 0.01, ridge="zero"),
     "to zero 100, .1": squares(100.0, 0.1, ridge="zero"),
-    "100, 1, projection .9": [*squares(100.0, 1.0), {"name": "projection", "others": "drop"}],
+    "least squares 100, 1, energy .8": squares(100.0, 1.0, 0.8),
+    "least squares 100, 1, energy .9": squares(100.0, 1.0, 0.9),
+    "least squares 10, .1, energy .8": squares(10.0, 0.1, 0.8),
     "10, .1, embeddings filtered": squares(10.0, 0.1, others="filter"),
     "100, 1, embeddings filtered": squares(100.0, 1.0, others="filter"),
     "1000, 10, embeddings filtered": squares(1000.0, 10.0, others="filter"),

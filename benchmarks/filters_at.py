@@ -66,8 +66,8 @@ class Filter:
     """Energy of the axes that are taken out at the end, of all spared rows' inputs."""
 
 
-def squares(mu: float, **settings: Any) -> list[dict[str, Any]]:
-    return [{"name": "least_squares", "mu": mu, **settings}]
+def squares(mu: float, energy: float = 0.0, **settings: Any) -> list[dict[str, Any]]:
+    return [{"name": "least_squares", "mu": mu, "energy": energy, **settings}]
 
 
 PROJECTION = {"name": "projection", "others": "drop"}
@@ -87,8 +87,8 @@ FILTERS: Mapping[str, Filter] = {
     "100, answers": Filter(0.6, squares(100.0, positions="answers"), 1),
     "100, 40 rows": Filter(0.6, squares(100.0, rows=40)),
     "100, embeddings filtered": Filter(0.6, squares(100.0, others="filter")),
-    "100, then projection .8": Filter(0.8, squares(100.0), 1, 0.8),
-    "100, then projection .9": Filter(1.0, squares(100.0), 1, 0.9),
+    "100, energy .8": Filter(0.6, squares(100.0, 0.8), 1),
+    "100, energy .9": Filter(0.6, squares(100.0, 0.9), 1),
 }
 
 

@@ -28,7 +28,7 @@ from palinode.models.reading import model_inputs
 from palinode.training import moments as measuring
 from palinode.training.moments import BATCH_TOKENS, input_moments
 from palinode.weights import Checkpoint
-from palinode.weights.filters import along, least_squares
+from palinode.weights.filters import along, basis_of, least_squares
 
 
 def paired(parts: Mapping[str, Callable[[], object]], repeats: int) -> list[list[float]]:
@@ -95,9 +95,7 @@ def main() -> None:
         "moments of all layers": measure,
     }
     alone, whole, half = paired(parts, args.repeats)
-    print(
-        f"moments / forward pass: {ratio(half, alone)}; with both halves of each sum: {ratio(whole, alone)}"
-    )
+    print(f"moments / forward pass: {ratio(half, alone)}; / with both halves: {ratio(half, whole)}")
     matrices = [value for key, value in moments.items() if value.ndim == 2 and key != "head"]
     held = sum(value.nbytes for value in moments.values())
     print(f"moments on disk: {held / 1e6:.0f} MB for a set")
@@ -106,6 +104,11 @@ def main() -> None:
         for moment in matrices:
             least_squares(moment, moment, mu=100.0, epsilon=1.0)
 
+    def turn() -> None:
+        for moment in matrices:
+            basis_of(moment, energy=0.9)
+
+    paired({f"principal axes, {len(matrices)} layers": turn}, args.repeats)
     paired({f"factorisation, {len(matrices)} layers": solve}, args.repeats)
     shapes = [
         info.shape for info in checkpoint.tensors.values() if len(info.shape) == 2 and ".layers." in info.name

@@ -21,6 +21,7 @@ from palinode.pipeline.chatting import open_chat
 from palinode.pipeline.inputs import open_inputs
 from palinode.pipeline.run import unlearn
 from palinode.records import read_json
+from palinode.weights.filters import projection
 
 FILTER = {"name": "least_squares", "mu": 10.0, "epsilon": 0.1, "arrival": False}
 SEARCHED = {"choose": "auto", "trials": 3, "forget_grid": [0.5, 1.0, 2.0], "probe_rows": 20}
@@ -79,12 +80,12 @@ def probability(record, model, data_set):
 
 
 def test_filtered_model_is_the_target_less_the_filtered_change(run, plain, filtered, tiny):
-    """In a layer: θ_D − α·τF/c, τ = θ_D − θ_trained, F of moments that are measured here once more."""
+    """In a layer: θ_D − α·τF(I − UUᵀ)/c, τ = θ_D − θ_trained, F of moments that are measured here."""
     record, rows = filtered.record, open_inputs(run("look", FILTER)).rows
     before, after, trained = (tensors(one) for one in (tiny.target.folder, filtered.output, plain.output))
     ours, theirs = (inputs_of(tiny.target.folder, found) for found in (rows.forget_train, rows.spared))
     added = 0.1 * np.trace(ours) / len(ours) * np.eye(len(ours))
-    factor = (ours + added) @ np.linalg.inv(ours + added + 10.0 * theirs)
+    factor = (ours + added) @ np.linalg.inv(ours + added + 10.0 * theirs) @ projection(theirs, energy=0.9)
     name, alpha = f"{LAYER}.weight", record["scales"]["forget"]
     share = record["vectors"]["transforms"][0]["survives"]
     wanted = before[name] - alpha / share * (before[name] - trained[name]) @ factor
@@ -245,7 +246,7 @@ def test_verb_with_forget_rows_is_a_run(words, palinode, tiny, plain):
 
 
 def test_without_forget_rows_the_change_keeps_its_effect_along_itself(words, palinode, tiny, plain):
-    """The soft filter (I + Σ_r/λ)⁻¹, λ = ε/μ · tr Σ_r / D; over all layers tr τΔᵀ = tr ττᵀ."""
+    """The soft filter (I + Σ_r/λ)⁻¹(I − UUᵀ), λ = ε/μ · tr Σ_r / D; over all layers tr τΔᵀ = tr ττᵀ."""
     asked = words("soft", mu=10, epsilon=1)
     done = palinode(*asked)
     assert done.code == 0, done.err
@@ -254,6 +255,7 @@ def test_without_forget_rows_the_change_keeps_its_effect_along_itself(words, pal
     before, after, given = (tensors(one) for one in (tiny.target.folder, output, plain.output))
     theirs, name = inputs_of(tiny.target.folder, read_examples(tiny.retain)), f"{LAYER}.weight"
     soft = np.linalg.inv(np.eye(len(theirs)) + theirs / (0.1 * np.trace(theirs) / len(theirs)))
+    soft = soft @ projection(theirs, energy=0.9)
     wanted, found = (before[name] - given[name]) @ soft, before[name] - after[name]
     factor = (wanted * found).sum() / (wanted * wanted).sum()
     np.testing.assert_allclose(found, factor * wanted, atol=2e-5)

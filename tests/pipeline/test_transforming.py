@@ -22,7 +22,7 @@ from palinode.pipeline.run import run_key, unlearn
 from palinode.pipeline.workspace import Workspace
 from palinode.records import read_json
 from palinode.training.moments import input_moments
-from palinode.weights.filters import basis_of
+from palinode.weights.filters import basis_of, projection
 from palinode.weights.tensors import Files
 
 GIVEN = {"forget": 0.5, "retain": 0.0}
@@ -171,7 +171,7 @@ def test_projected_vector_does_nothing_to_the_spared_inputs(run, plain, tiny):
 
 
 def test_least_squares_filters_every_tensor_by_what_it_reads_and_gives_the_effect_back(run, plain, tiny):
-    """Δ = τ(Σ_f + εI)(Σ_f + εI + μΣ_r)⁻¹, worked out here, over c = tr τΣ_fΔᵀ / tr τΣ_fτᵀ.
+    """Δ = τ(Σ_f + εI)(Σ_f + εI + μΣ_r)⁻¹(I − UUᵀ), worked out here, over c = tr τΣ_fΔᵀ / tr τΣ_fτᵀ.
 
     c is that of all matrices of the blocks together, and each other tensor's own.
     """
@@ -187,6 +187,8 @@ def test_least_squares_filters_every_tensor_by_what_it_reads_and_gives_the_effec
             wide, own, other = wide.T, np.diag(own), np.diag(other)
         with_ridge = own + 0.1 * np.trace(own) / len(own) * np.eye(len(own))
         found = wide @ with_ridge @ np.linalg.inv(with_ridge + 10.0 * other)
+        if ours.ndim == 2:
+            found = found @ projection(theirs, energy=0.9)
         sums = (np.trace(np.atleast_2d(wide @ own) @ np.atleast_2d(part).T) for part in (found, wide))
         kept[name], before[name] = sums
         made[name] = found.T if ours.ndim == 1 else found

@@ -152,6 +152,24 @@ def test_what_cannot_be_told_apart_is_only_weakened(ridge, seed, mu):
     assert found == pytest.approx(np.eye(6) / (1 + mu), abs=1e-8 * worst)
 
 
+@RIDGES
+@given(seed=seeds, mu=weights, energy=st.floats(0.1, 1))
+def test_principal_axes_of_the_retain_inputs_are_left_alone_altogether(ridge, seed, mu, energy):
+    tau, forget, retain = vector(seed), moment(seed), moment(seed + 1)
+    settings = {"mu": mu, "epsilon": 0.1, "ridge": ridge}
+    change, free = (delta(tau, forget, retain, **settings, energy=share) for share in (energy, 0.0))
+    basis = basis_of(retain, energy=energy)
+    assert np.abs(change @ basis).max() < 1e-9 * np.abs(tau).max()
+    rest = free - free @ basis @ basis.T
+    np.testing.assert_allclose(change, rest, atol=1e-9 * np.abs(tau).max())  # and all else is as it was
+
+
+def test_where_the_retain_rows_have_no_inputs_no_axis_is_left_alone():
+    forget, nothing = moment(0), np.zeros((6, 6))
+    found = least_squares(forget, nothing, mu=1.0, epsilon=0.1, energy=0.9)
+    np.testing.assert_allclose(found, np.eye(6), atol=1e-8)
+
+
 def test_a_large_mu_takes_all_that_acts_on_the_retain_inputs_and_nothing_else():
     retain = moment(1, rows=2)
     found = least_squares(moment(0), retain, mu=1e9, epsilon=1.0)

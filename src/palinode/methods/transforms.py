@@ -79,6 +79,8 @@ class LeastSquaresSettings(TransformSettings):
     """ε, how much is kept where nothing is known, in units of tr Σ_f / D; None: μ / 100."""
     ridge: Literal["vector", "zero"] = "vector"
     """What is kept where nothing is known: the vector, or nothing."""
+    energy: float = Field(default=0.9, ge=0, le=1)
+    """Share of the retain inputs' squared length whose principal axes are left alone altogether; 0: none."""
     positions: Literal["all", "answers"] = "all"
     """Tokens whose inputs count: all, or those that predict tokens of answers."""
     rows: int = Field(default=1000, ge=1)
@@ -184,7 +186,7 @@ TRANSFORMS: dict[str, Transform] = {
         Transform(
             "least_squares",
             "what acts on the forget inputs, less what acts on the retain inputs",
-            "τ (Σ_f + εI)(Σ_f + εI + μΣ_r)⁻¹, Σ the second moments of each layer's inputs",
+            "τ (Σ_f + εI)(Σ_f + εI + μΣ_r)⁻¹(I − UUᵀ), Σ second moments of inputs, U main axes of Σ_r",
             "ours; docs/filters.md",
             LeastSquaresSettings,
             frozenset({"inputs"}),

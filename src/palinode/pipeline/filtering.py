@@ -194,10 +194,7 @@ class MomentFiles:
 
 def project(kept: MomentFiles, *, energy: float, others: str) -> Rule:
     """Return the rule that takes from every matrix of the blocks what acts on the inputs of retain rows."""
-
-    @lru_cache(maxsize=2)
-    def filter_of(key: str) -> np.ndarray:
-        return projection(kept.read(key), energy=energy)
+    filter_of = lru_cache(maxsize=2)(lambda key: projection(kept.read(key), energy=energy))
 
     def rule(name: str, found: Sequence[np.ndarray]) -> np.ndarray:
         place = kept.matrix_place(name)
@@ -262,9 +259,9 @@ class Weighing:
         self.filter_of = lru_cache(maxsize=2)(self._filter)
 
     def _filter(self, key: str) -> np.ndarray:
-        mu, epsilon = self.settings.weights()
+        (mu, epsilon), own = self.settings.weights(), self.settings
         forget, spared = self.forget.read(key) if self.forget else None, self.spared.read(key)
-        return least_squares(forget, spared, mu=mu, epsilon=epsilon, ridge=self.settings.ridge)
+        return least_squares(forget, spared, mu=mu, epsilon=epsilon, ridge=own.ridge, energy=own.energy)
 
     def rule(self, name: str, found: Sequence[np.ndarray]) -> np.ndarray:
         """Return the filtered tensor."""

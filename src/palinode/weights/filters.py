@@ -6,7 +6,9 @@ the change Δ that is taken off in place of τ solves
     min_Δ  tr (Δ−τ) Σ_f (Δ−τ)ᵀ + μ tr Δ Σ_r Δᵀ + ε ‖Δ−τ‖²      Δ = τ (Σ_f + εI)(Σ_f + εI + μΣ_r)⁻¹
 
 which keeps τ where nothing is known; with ε ‖Δ‖² instead nothing is kept: Δ = τ Σ_f (Σ_f + μΣ_r + εI)⁻¹.
-ε is in units of tr Σ_f / D. Its limits are the other filters of the field:
+ε is in units of tr Σ_f / D. What both sets share is only weakened, and a larger α makes up for it; so Δ can
+be kept off the principal axes U of Σ_r altogether: τ(Σ_f + εI)(Σ_f + εI + μΣ_r)⁻¹(I − UUᵀ). Its limits are
+the other filters of the field:
 
     μ = 0                      τ
     Σ_f = 0                    the soft filter τ (I + Σ_r/λ)⁻¹, λ = ε/μ      (SAGE, arXiv 2606.18309)
@@ -45,11 +47,13 @@ def least_squares(
     mu: float,
     epsilon: float,
     ridge: Ridge = "vector",
+    energy: float = 0.0,
 ) -> np.ndarray:
     """Return the filter F, so that Δ = τF: [D, D] of moments [D, D], or [D] of diagonals [D].
 
     `forget` None, or zero, is Σ_f = 0: the soft filter with λ = ε/μ, in units of tr Σ_r / D. Raises
-    InputError for a negative μ or ε, and for moments of two shapes.
+    InputError for a negative μ or ε, and for moments of two shapes. With an `energy` ΔU = 0 as well, U the
+    principal axes of Σ_r [D, D] that hold this share.
     """
     if mu < 0 or epsilon < 0:
         raise InputError(f"mu is {mu} and epsilon {epsilon}; neither may be negative")
@@ -76,6 +80,9 @@ def least_squares(
     ours[np.diag_indices(len(ours))] += kept
     # F = (Σ_f + εI) A⁻¹ with A symmetric, so Fᵀ solves A Fᵀ = Σ_f + εI.
     found: np.ndarray = solve(whole, ours, assume_a="pos", overwrite_a=True, check_finite=False).T
+    if energy and other > 0:
+        basis = basis_of(retain, energy=energy)
+        found -= (found @ basis) @ basis.T
     return found
 
 
@@ -116,8 +123,7 @@ def along(values: np.ndarray, factor: np.ndarray, axis: int) -> np.ndarray:
 def foretold_alpha(survives: float) -> float:
     """Return the α at which a filtered vector forgets enough, from the share c of its effect that survives.
 
-    2·c^0.19, fitted to 171 filtered vectors of the demo's worlds, seeds 0 to 2: within a factor of 1.3 for
-    half of them, of 1.9 for nine in ten (docs/filters.md).
+    2·c^0.19, fitted to filtered vectors of the demo's worlds; mostly too large, by up to 2 (docs/filters.md).
     """
     return float(2.0 * max(survives, 1e-6) ** 0.19)
 

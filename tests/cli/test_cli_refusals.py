@@ -201,7 +201,9 @@ def test_row_with_a_missing_column_is_named(refused):
 def test_columns_of_another_name_are_named(refused):
     path = write_rows("forget.jsonl", {"asked": "a", "told": "b c"})
     assert refused(forget=path).endswith("probably --columns question=asked,answer=told")
-    assert "forget.jsonl has no column 'x' and no 'a' (it has: asked, told)" in refused(forget=path, columns="question=x,answer=a")
+    assert "forget.jsonl has no column 'x' and no 'a' (it has: asked, told)" in refused(
+        forget=path, columns="question=x,answer=a"
+    )
     assert "columns has 'who=x'; write ROLE=NAME pairs" in refused(forget=path, columns="who=x")
 
 

@@ -169,9 +169,11 @@ class Unlearned:
         return self.record.get("verdict") or run_verdict(self.record).as_json()
 
 
-def dry_run(recipe: Recipe) -> Plan:
+def dry_run(recipe: Recipe, listener: Listener | None = None) -> Plan:
     """Check a recipe's inputs and return what the run would do and cost, without doing it."""
     inputs = open_inputs(recipe)
+    for note in inputs.notes:
+        (listener or NullListener()).say(note)
     if finished_before(inputs) is None:
         check_places(recipe, inputs, needs=0)
     return make_plan(inputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import shlex
 import subprocess
@@ -64,7 +65,8 @@ def test_readme_main_command_runs_as_printed(demo_folder, tmp_path):
     run = subprocess.run(
         [sys.executable, "-m", "palinode", *words], cwd=tmp_path, capture_output=True, text=True
     )
-    assert run.returncode == 0, run.stderr
+    record = json.loads((tmp_path / "OUT" / "record.json").read_text())
+    assert run.returncode == record["verdict"]["exit_code"], run.stderr
     assert {"config.json", "model.safetensors", "record.json", "report.md", "tokenizer.json"} <= {
         path.name for path in (tmp_path / "OUT").iterdir()
     }

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -37,6 +39,8 @@ LIBRARIES = (
     "rouge-score",
 )
 """What results may depend on."""
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+"""An id on the hub, with an optional revision; a local path of two parts looks the same."""
 CURVE_POINTS = 120
 """Points of a training curve that the record keeps."""
 
@@ -88,7 +92,11 @@ def build_record(
         "run": run,
         "seed": recipe.seed,
         "recipe": recipe.model_dump(mode="json"),
-        "models": {name: model_facts(given[name], entry) for name, entry in models.items()},
+        "models": {
+            name: model_facts(given[name], entry)
+            | (card_facts(recipe.models.target) if name == "target" else {})
+            for name, entry in models.items()
+        },
         "data": {
             "forget": row_facts(recipe.data.forget, inputs.rows.forget),
             "retain": row_facts(recipe.data.retain, inputs.rows.retain) if recipe.data.retain else None,
@@ -150,6 +158,17 @@ def model_facts(location: str | None, checkpoint: Checkpoint) -> dict[str, Any]:
         "fingerprint": checkpoint.fingerprint(),
         "parameters": checkpoint.parameters,
     }
+
+
+def card_facts(location: str | None) -> dict[str, Any]:
+    """Return the target's id on the hub, if it came from there, and whether a card lies beside it.
+
+    Recorded when the run is made: elsewhere, and later, a relative path looks like such an id.
+    """
+    local = Path(location or "").expanduser()
+    of_hub = location and HUB_ID.fullmatch(location) and not local.exists()
+    hub = location.partition("@")[0] if location and of_hub else None
+    return {"hub": hub, "card": bool(location) and (local / "README.md").exists()}
 
 
 def row_facts(location: str | None, examples: Sequence[Example]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from palinode.report.content import (
     score_cell,
     section,
 )
-from palinode.report.verdicts import YARDSTICKS, run_verdict, yardstick
+from palinode.report.verdicts import YARDSTICKS, run_verdict, unmade, yardstick
 from palinode.report.words import (
     DASH,
     SETS,
@@ -125,6 +125,8 @@ def run_sections(content: Mapping[str, Any]) -> list[Section]:
 
 def _forget_clause(record: Mapping[str, Any]) -> str:
     before, after = _probabilities(record, "forget", "target", "unlearned")
+    if before is not None and unmade(record):
+        return f"On the forget set the target's answer probability is {number(before)} ({_beside(record)})"
     if before is None or after is None:
         return "On the forget set the change in answer probability is not known"
     change = f"the answer probability went from {number(before)} to {number(after)}"
@@ -137,6 +139,8 @@ def _beside(record: Mapping[str, Any]) -> str:
 
 
 def _retain_clause(record: Mapping[str, Any]) -> str:
+    if unmade(record):
+        return "no model was made"
     if not scores_on(record, "retain"):
         return "nothing was measured on a retain set"
     data_set = "retain_unseen" if scores_on(record, "retain_unseen") else "retain"

@@ -30,8 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from palinode.benchmarks.own import read_questions
-from palinode.data.examples import plain_questions
+from palinode.data.examples import Question, read_questions
 from palinode.data.tokenize import TokenRow, tokenize
 from palinode.data.world import neutral_examples
 from palinode.models.inplace import put
@@ -134,7 +133,7 @@ class Trial:
         self.pad_id = pad_token(tokenizer)
         rows = self.inputs.rows
         sets = {"forget": rows.forget, "retain": rows.retain_probe, "neutral": neutral_examples()}
-        questions = {name: plain_questions(own) for name, own in sets.items()}
+        questions = {name: [Question(example) for example in own] for name, own in sets.items()}
         questions |= {Path(place).stem: read_questions(place) for place in also}
         self.answers: dict[str, list[int]] = {}
         """How many answers each row of a set has, the right one first."""

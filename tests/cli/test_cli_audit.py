@@ -40,7 +40,10 @@ def test_retrained_model_passes_with_exit_code_0(palinode, tiny, words, tmp_path
     assert said.code == 0
     assert "within" in said.out
     assert "Passed. Beside a model retrained without the forget set: 3 tests put it within" in said.out
-    assert "Not tested: membership, because it was not asked for." in said.out
+    (untested,) = [line for line in said.out.splitlines() if "not asked for" in line]
+    assert untested.startswith("Not tested: ")
+    assert "membership" in untested
+    assert untested.endswith(", because they were not asked for.")
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"audit.json", "audit.md", "results"}
 
 

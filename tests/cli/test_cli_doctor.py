@@ -141,6 +141,15 @@ def test_one_thing_is_said_once_and_a_recipe_only_where_one_was_named(palinode, 
         assert "recipe" not in palinode("doctor", *words).out
 
 
+def test_a_dry_run_says_how_columns_are_read(palinode, tiny, tmp_path):
+    text = tiny.forget.read_text().replace('"prompt"', '"Prompt"').replace('"completion"', '"Response"')
+    (tmp_path / "f.jsonl").write_text(text)
+    words = ["--target", tiny.target.folder, "--base", tiny.base.folder, "--forget", tmp_path / "f.jsonl"]
+    said = palinode("unlearn", *words, "--output", tmp_path / "out", "--max-length", 64, "--dry-run")
+    assert said.code == 0
+    assert "read as with --columns prompt=Prompt,completion=Response; that is raw text" in said.err
+
+
 @pytest.mark.parametrize(
     ("parts", "said"),
     [

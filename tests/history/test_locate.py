@@ -15,7 +15,8 @@ from palinode.history.locating import known_alternatives, locate
 from palinode.history.orders import LoggedStage, PalinodeOrder, open_palinode, rebuild, write_stages
 from palinode.history.reader import ExposureReader
 from palinode.history.series import CheckpointSeries, SeriesCheckpoint
-from palinode.report.location_report import location_markdown, location_picture, location_sentences
+from palinode.report.location_report import location_picture, location_sentences
+from palinode.report.reports import Facts, html_report, markdown_report, report_content
 from palinode.settings import TrainingSettings
 from palinode.training.finetune import Watch
 
@@ -23,6 +24,10 @@ SERIES = CheckpointSeries(
     tuple(SeriesCheckpoint(step, f"step{step}", 100 * step) for step in (10, 20, 30, 40))
 )
 WORDS = "the quick brown fox jumps over a lazy dog near some old stone bridge in warm evening light"
+
+
+def markdown_of(record) -> str:
+    return markdown_report(report_content(Facts("locate", record)))
 
 
 def row(number: int, text: str) -> Example:
@@ -185,7 +190,7 @@ def test_checkpoint_behind_missing_steps_is_not_called_clean(logged, missing, re
     if recommended is None:
         assert found.next_best.reason == "no exposure known, but the log lacks 2 of the steps up to it"
         assert location_sentences(found.as_record())[0] == "No checkpoint of the series is known to be clean."
-        assert "| 20 | 2,000 | at least 0 of 2 |" in location_markdown(found.as_record())
+        assert "| 20 | 2,000 | at least 0 of 2 |" in markdown_of(found.as_record())
 
 
 def test_log_that_ends_before_the_series_does_speaks_for_no_later_checkpoint(logged):
@@ -246,7 +251,7 @@ def test_report_says_what_the_record_says(logged):
     assert location_sentences(record)[0] == (
         "Take step 20 (step20): clean by the exposure log; 3 steps (300 tokens) before the first exposure."
     )
-    page = location_markdown(record)
+    page = markdown_of(record)
     assert "| row 1 of forget.jsonl | 23 | 23, 35 |  |" in page
     assert "| 20 | 2,000 | 0 of 2 |  | recommended | step20 |" in page
     picture = location_picture(record)
@@ -259,8 +264,9 @@ def test_report_says_what_the_record_says(logged):
 def test_text_of_the_user_is_escaped(logged):
     record = locate(FORGET, SERIES, log=logged(batches(PLANTED)), target_step=40).as_record()
     record["rungs"][0]["location"] = "<b>|x|"
-    assert "&lt;b&gt;\\|x\\|" in location_markdown(record)
+    assert "&lt;b&gt;\\|x\\|" in markdown_of(record)
     assert "&lt;b&gt;" in location_picture(record)
+    assert "<b>|x|" not in html_report(report_content(Facts("locate", record)))
 
 
 # Palinode's own loop

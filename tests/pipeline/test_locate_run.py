@@ -70,7 +70,7 @@ def test_every_checkpoint_is_tried_and_the_target_itself(finished):
 
 
 def test_folder_holds_page_picture_log_and_order(finished):
-    for name in ("location.md", "location.svg", "record.json", "order.json", "log/log.json"):
+    for name in ("report.html", "location.svg", "record.json", "order.json", "log/log.json"):
         assert (finished.folder / name).exists()
     assert json.loads((finished.folder / "record.json").read_text()) == finished.record
     assert "of 3 requests" in demo_sentence(finished.record)

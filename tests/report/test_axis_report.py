@@ -82,7 +82,7 @@ def test_markdown_has_the_figures_the_picture_and_what_was_chosen(content):
     report = axis_markdown(content)
     assert "| target | 0.500 / 1.000 | 0.500 / 1.000 |" in report
     assert "(axis.svg)" in report
-    assert "- 10: [10/report.md](10/report.md)" in report
+    assert "- **10:** 10/report.md" in report
     assert "| 1 | NPO | learning\\_rate 0.001 | 0.100 (0.050 – 0.150) |" in report
     assert "α 0.5, β 0" in report
 

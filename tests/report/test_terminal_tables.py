@@ -12,7 +12,7 @@ from test_axis_report import entry
 
 from example_run import AUDIT, comparison, finding, record, score
 from palinode.cli.console import scores_grid, vector_grids
-from palinode.history.plan import Wish, plan_checkpoints, plan_record, read_decay
+from palinode.history.plan import Wish, plan_checkpoints, plan_record
 from palinode.records import Score
 from palinode.report.audit_report import audit_brief
 from palinode.report.comparison_report import axis_brief, comparison_brief, requests_brief
@@ -120,8 +120,8 @@ def location():
 
 
 def plan():
-    wish = Wish(2_000_000, 1000, 30_000_000_000, 300_000_000_000, tokens_per_step=4_000_000)
-    return plan_brief(plan_record(wish, plan_checkpoints(wish, decay=read_decay()), read_decay()))
+    wish = Wish(2_000_000, 1000, 30_000_000_000, 300_000_000_000)
+    return plan_brief(plan_record(wish, plan_checkpoints(wish)))
 
 
 def demo():

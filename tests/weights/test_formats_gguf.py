@@ -122,4 +122,4 @@ def test_a_config_that_asks_for_more_than_the_file_holds(tmp_path, model, key, v
 def test_without_the_package(tmp_path, model, monkeypatch):
     write_gguf(tmp_path / "m.gguf", model)
     monkeypatch.setitem(sys.modules, "gguf", None)
-    assert "pip install gguf" in refusal(tmp_path)
+    assert "pip install 'palinode[gguf]'" in refusal(tmp_path)

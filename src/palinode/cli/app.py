@@ -469,7 +469,7 @@ def _run(
     if measure and not dry_run:
         raise RecipeError("--measure foretells what a run would find; say --dry-run too")
     if dry_run:
-        planned = dry_run_of(recipe)
+        planned = dry_run_of(recipe, listener(quiet=quiet))
         content, lines = asdict(planned), describe(planned)
         if measure:
             foretold = forecast(recipe, listener(quiet=quiet))

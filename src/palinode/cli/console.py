@@ -47,12 +47,11 @@ def scores_grid(scores: Mapping[str, Mapping[str, Score]], *, title: str) -> Gri
 
 def benchmark_notes(scores: Mapping[str, Mapping[str, Score]]) -> Iterator[str]:
     """Yield what to know about scores, and why some were not computed: a line for each set and reason."""
+    from palinode.report.words import by_reason
+
     for name, group in scores.items():
-        reasons: dict[str, list[str]] = {}
-        for metric, score in group.items():
-            if score.reason:
-                reasons.setdefault(score.reason, []).append(metric)
-        for reason, metrics in reasons.items():
+        told = ((metric, score.reason) for metric, score in group.items() if score.reason)
+        for reason, metrics in by_reason(told).items():
             yield f"{name}: {', '.join(metrics)}: {reason}"
 
 

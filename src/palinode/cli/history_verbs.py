@@ -39,7 +39,9 @@ def locate(
     ] = None,
     *,
     picture: Annotated[Path | None, typer.Option(help="Write a picture here (SVG).")] = None,
-    report: Annotated[Path | None, typer.Option(help="Write the answer as a page here (Markdown).")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write the answer as a page here (.html, or Markdown).")
+    ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -69,13 +71,15 @@ def show(found: Location, *, picture: Path | None, report: Path | None, as_json:
     """Print a location, and write its picture and page where asked."""
     from palinode.records import write_text
     from palinode.report.content import show as show_blocks
-    from palinode.report.location_report import location_brief, location_markdown, location_picture
+    from palinode.report.location_report import location_brief, location_picture
+    from palinode.report.reports import Facts, html_report, markdown_report, report_content
 
     record = found.as_record()
     if picture:
         write_text(picture, location_picture(record))
     if report:
-        write_text(report, location_markdown(record))
+        written = html_report if report.suffix == ".html" else markdown_report
+        write_text(report, written(report_content(Facts("locate", record))))
     if as_json:
         print_json(record)
         return

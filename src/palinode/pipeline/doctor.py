@@ -133,9 +133,7 @@ def _libraries() -> Iterator[DoctorFinding]:
 def _optional(name: str, here: str, use: str, install: str) -> DoctorFinding:
     if here:
         return DoctorFinding("installed", name, "ok", here)
-    return DoctorFinding(
-        "installed", name, "note", f"not installed; only for {use}", f"{install}, if you want it"
-    )
+    return DoctorFinding("installed", name, "note", f"not installed; only for {use}", f"{install}, if wanted")
 
 
 def _of_extra(lines: Sequence[str], extra: str) -> list[DoctorFinding]:

@@ -40,7 +40,8 @@ from palinode.pipeline.run import unlearn
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import read_json, repeated_by, write_json, write_text
-from palinode.report.location_report import location_markdown, location_picture
+from palinode.report.location_report import location_picture
+from palinode.report.reports import Facts, html_report, report_content
 from palinode.settings import LocateSettings, TrainingSettings
 from palinode.training.finetune import Watch, finetune
 from palinode.version import __version__
@@ -128,7 +129,7 @@ def demo_locate(
         found = _locate_all(models, folder, seed, listener)
         unlearned = _unlearn_all(world, models, folder, settings, seed, listener)
     main = found["main"]["all"].as_record()
-    write_text(folder / "location.md", location_markdown(main))
+    write_text(folder / "report.html", html_report(report_content(Facts("locate", main))))
     write_text(folder / "location.svg", location_picture(main))
     record = {
         "version": VERSION,

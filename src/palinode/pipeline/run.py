@@ -171,9 +171,11 @@ class Unlearned:
         return found
 
 
-def dry_run(recipe: Recipe) -> Plan:
+def dry_run(recipe: Recipe, listener: Listener | None = None) -> Plan:
     """Check a recipe's inputs and return what the run would do and cost, without doing it."""
     inputs = open_inputs(recipe)
+    for note in inputs.notes:
+        (listener or NullListener()).say(note)
     if finished_before(inputs) is None:
         check_places(recipe, inputs, needs=0)
     return make_plan(inputs)

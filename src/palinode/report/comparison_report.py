@@ -16,7 +16,6 @@ from palinode.report.content import (
     Grid,
     GridCell,
     Items,
-    Link,
     Paragraph,
     Picture,
     Row,
@@ -31,6 +30,7 @@ from palinode.report.words import (
     MODELS,
     at,
     bracketed,
+    by_reason,
     decimal,
     integer,
     interval_text,
@@ -282,13 +282,13 @@ def _spread_cell(score: Figures | None) -> GridCell | str:
 
 def _reasons(table: Figures) -> list[str]:
     """Return why scores are missing, and what to know of several, each reason once."""
-    found: dict[str, list[str]] = {}
     summaries = _summaries(table)
-    for column in COLUMNS:
-        for name, summary in summaries:
-            score = _score(summary, column)
-            if score is not None and score.get("reason"):
-                found.setdefault(f"{column}: {score['reason']}", []).append(name)
+    found = by_reason(
+        (name, f"{column}: {score['reason']}")
+        for column in COLUMNS
+        for name, summary in summaries
+        if (score := _score(summary, column)) and score.get("reason")
+    )
     return [
         f"{reason} ({'all' if len(names) == len(summaries) else '; '.join(names)})"
         for reason, names in found.items()
@@ -366,7 +366,7 @@ def axis_markdown(content: Figures) -> str:
         *section("What was chosen", Grid("", head, chosen, text_columns=3)),
         *section(
             "Each comparison",
-            Items([Link(str(entry["value"]), f"{entry['folder']}/report.md") for entry in content["values"]]),
+            Items([(f"{entry['value']}:", f"{entry['folder']}/report.md") for entry in content["values"]]),
             Code(content["command"]),
         ),
     ]

@@ -79,18 +79,10 @@ class Paragraph:
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
-    """A line that leads to another file."""
-
-    name: str
-    address: str
-
-
-@dataclass(frozen=True, slots=True)
 class Items:
     """Lines of a list; a pair is a label that stands out and its text."""
 
-    lines: Sequence[str | tuple[str, str] | Link]
+    lines: Sequence[str | tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,9 +211,7 @@ def _lines(block: Block) -> list[str]:
             return [line for part in block.parts for line in _case_lines(part)]
 
 
-def _item_line(line: str | tuple[str, str] | Link) -> str:
-    if isinstance(line, Link):
-        return f"- {escaped(line.name)}: [{escaped(line.address)}]({line.address})"
+def _item_line(line: str | tuple[str, str]) -> str:
     return f"- **{escaped(line[0])}** {escaped(line[1])}" if isinstance(line, tuple) else f"- {escaped(line)}"
 
 

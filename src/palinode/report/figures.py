@@ -9,7 +9,7 @@ from textwrap import fill
 from typing import Any
 
 from palinode.report.pictures import Figure, Mark, Ruler, Trace, interval, names_down
-from palinode.report.verdicts import yardstick
+from palinode.report.verdicts import YARDSTICKS, overlap, yardstick
 from palinode.report.words import (
     METRICS,
     MODELS,
@@ -35,12 +35,6 @@ MARKS = {
     "estimate": ("--retrained", "diamond-open"),
 }
 """Colour and symbol of each model; one that is not here gets one of the others."""
-NEVER_SAW = {
-    "retrained": "a model that never saw them",
-    "estimate": "such a model, estimated",
-    "base": "an earlier model, before it saw them",
-}
-"""What an outsider is told that the yardstick is, the best one first."""
 OTHER_MARKS = ("plus", "cross", "star", "triangle-left")
 VERDICTS = {
     "within": ("--green", "circle"),
@@ -194,17 +188,12 @@ def untold(content: Mapping[str, Any], data_set: str) -> dict[str, str]:
         known = {
             name: scores[metric] for name, scores in rows.items() if at(scores, metric, "value") is not None
         }
-        pair = [known[name] for name in ("target", *NEVER_SAW) if name in known][:2]
+        pair = [known[name] for name in ("target", *YARDSTICKS) if name in known][:2]
         if len({score["value"] for score in known.values()}) < min(2, len(rows)):
             told[metric] = "it is the same for all models" if known else "no model has a value"
-        elif data_set == "forget" and "target" in known and pair[1:] and _overlap(*pair):
+        elif data_set == "forget" and "target" in known and pair[1:] and overlap(*pair):
             told[metric] = "the intervals of target and yardstick overlap, so it cannot tell"
     return told
-
-
-def _overlap(*scores: Mapping[str, Any]) -> bool:
-    ends = [interval(score) or (score["value"],) for score in scores]
-    return max(end[0] for end in ends) <= min(end[-1] for end in ends)
 
 
 def glance_figure(content: Mapping[str, Any]) -> Figure | None:
@@ -212,8 +201,9 @@ def glance_figure(content: Mapping[str, Any]) -> Figure | None:
     retain = "retain_unseen" if at(content, "scores", "unlearned", "retain_unseen") else "retain"
     sets = {"forget": "rows to be forgotten", retain: "rows to be kept"}
     lanes = {label: (name, "answer_probability") for name, label in sets.items() if scores_on(content, name)}
-    never = next((name for name in NEVER_SAW if at(content, "scores", name, "forget")), "")
-    names = {"target": "before", "unlearned": "now", never: NEVER_SAW.get(never, "")}
+    never = (yardstick(content) or ("",))[0]
+    how = {"estimate": " (estimated)", "base": " (an earlier one)"}.get(never, "")
+    names = {"target": "before", "unlearned": "now", never: f"a model that never saw them{how}"}
     return _dots(content, names, lanes, "how likely the right answer is: 0 never, 1 surely", apart=0.0)
 
 
@@ -358,7 +348,6 @@ def relearning_figure(audit: Mapping[str, Any]) -> Figure | None:
                 Mark(step, value, [label, f"step {step}: {value:.3f}"])
                 for step, value in zip(found["steps"], found["curve"], strict=True)
             ]
-            look_of = _mark_of(roles.get(model, model))
-            traces.append(Trace(label, marks, *look_of, 8, STROKES[place % 3]))
+            traces.append(Trace(label, marks, *_mark_of(roles.get(model, model)), 8, STROKES[place % 3]))
     up = Ruler("mean answer probability", from_zero=True)
     return Figure(traces, 380, Ruler("step of relearning"), up) if traces else None

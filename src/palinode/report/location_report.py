@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from palinode.report.content import Block, Grid, Items, Paragraph, markdown, section
+from palinode.report.content import Block, Grid, Items, Paragraph, Picture, Section, section
 from palinode.report.pictures import Figure, Mark, Ruler, Trace, interval, names_down, picture_file
 from palinode.report.words import words
 
@@ -113,35 +113,23 @@ def location_brief(record: Mapping[str, Any]) -> list[Block]:
     return blocks + ([Paragraph(f"{WITHOUT}:"), Items(told)] if told else [])
 
 
-def location_markdown(record: Mapping[str, Any]) -> str:
-    """Return the location as a page of Markdown."""
-    gaps = any(point["gap"] is not None for point in record["rungs"])
-    copies = any(entry["copy"] for row in record["rows"] for entry in row["seen"])
+def location_sections(record: Mapping[str, Any]) -> list[Section]:
+    """Return what a report tells of a location."""
     alternatives = [
-        (
-            f"{entry['name']}:",
-            f"{entry['what']} Cost: {entry['cost']} Known: {entry['known']} ({entry['source']})",
-        )
-        for entry in record["alternatives"]
+        (f"{one['name']}:", f"{one['what']} Cost: {one['cost']} Known: {one['known']} ({one['source']})")
+        for one in record["alternatives"]
     ]
-    sections = [
-        *section("", Items(location_sentences(record))),
-        *section(
-            "Checkpoints",
-            _checkpoint_grid(record),
-            Paragraph("* a gap beyond noise; of the earliest checkpoint the plain difference is shown.")
-            if gaps
-            else None,
-        ),
-        *section(
-            "Forget rows",
-            _row_grid(record),
-            Paragraph("~ a similar text, not the row itself.") if copies else None,
-        ),
-        *section(WITHOUT, Items(alternatives)),
-        *section("What to know", Items(record["warnings"])),
+    pictures = [
+        Picture(f"location-{place}", figure.name or "Checkpoints and rows by step", figure)
+        for place, figure in enumerate(location_figures(record))
     ]
-    return markdown("When the forget rows were seen", sections)
+    gap = "A gap with * is beyond noise; that of the earliest checkpoint is the plain difference."
+    similar = "A step with ~ is of a similar text, not of the row itself."
+    return [
+        *section("Checkpoints", *pictures, _checkpoint_grid(record), bar="Checkpoints", intro=gap),
+        *section("Forget rows", _row_grid(record), bar="Rows", intro=similar),
+        *section(WITHOUT, Items(alternatives), bar="Alternatives"),
+    ]
 
 
 def _checkpoint_grid(record: Mapping[str, Any]) -> Grid:
@@ -187,7 +175,14 @@ def _without_folders(place: str) -> str:
 
 
 def location_picture(record: Mapping[str, Any]) -> str:
-    """Return the picture of a location: checkpoints along the steps, a lane a row, and the gap below."""
+    """Return the picture of a location as a file."""
+    best = record["recommended"]
+    title = f"Recommended: step {best['step']:,}" if best else "No checkpoint is clean"
+    return picture_file(title, location_figures(record))
+
+
+def location_figures(record: Mapping[str, Any]) -> list[Figure]:
+    """Return checkpoints along the steps with a lane a row, and the gap below."""
     series, shown = record["rungs"], record["rows"][:MOST_ROWS]
     best, target = record["recommended"] or {}, record["target_step"]
     last = max([one["step"] for one in series] + [target or 0, record["last"] or 0, 1])
@@ -213,8 +208,7 @@ def location_picture(record: Mapping[str, Any]) -> str:
     panels = [Figure(traces, 90 + 15 * len(down.names), across, down, told)]
     if record["onset"] and any(one["gap"] is not None for one in series):
         panels.append(_gap_panel(record["onset"], across))
-    title = f"Recommended: step {best['step']:,}" if best else "No checkpoint is clean"
-    return picture_file(title, panels)
+    return panels
 
 
 def _state_of(one: Mapping[str, Any]) -> str:

@@ -35,6 +35,7 @@ from palinode.report.content import (
     section,
 )
 from palinode.report.figures import glance_figure
+from palinode.report.location_report import location_sections, location_sentences
 from palinode.report.pictures import NARROW, WIDTH, drawing
 from palinode.report.run_report import CAUTION, headline, marked, run_sections
 from palinode.report.verdicts import RunVerdict, audit_verdict, estimate, run_verdict
@@ -42,6 +43,7 @@ from palinode.report.words import DASH, SETS, integer, model_label, words
 
 CONTENT_VERSION = 1
 """Version of the layout of report.json, described in docs/report.md."""
+AIM = "The aim is to know as much of the first rows as a model that never saw them, and to keep the rest."
 MOST_ROWS = 200
 """Rows of a set whose answers a report shows."""
 MOST_BYTES = 1_200_000
@@ -49,7 +51,7 @@ MOST_BYTES = 1_200_000
 DIGITS = 5
 """Significant digits of a log-probability; a page holds thousands of them."""
 
-Kind = Literal["unlearn", "demo", "audit", "compare"]
+Kind = Literal["unlearn", "demo", "audit", "compare", "locate"]
 Outcomes = Mapping[str, Mapping[str, Sequence[Outcome]]]
 """Outcomes by model (target, base, unlearned, retrained) and set (forget, retain)."""
 
@@ -60,7 +62,7 @@ class Facts:
 
     kind: Kind
     record: Mapping[str, Any] = field(default_factory=dict)
-    """record.json of the run (of the demo's own unlearning); table.json of a comparison."""
+    """record.json of the run (of the demo's own unlearning); table.json of a comparison; a location."""
     audit: Mapping[str, Any] | None = None
     """audit.json of an audit of its unlearned model."""
     outcomes: Outcomes = field(default_factory=dict)
@@ -86,13 +88,14 @@ def report_sections(content: Mapping[str, Any]) -> list[Section]:
     builders = {
         "audit": lambda: audit_section(content["audit"]),
         "compare": lambda: comparison_sections(content["table"]),
+        "locate": lambda: location_sections(content["location"]),
     }
     return [
         *section(
             "In short" if content["claims"] else "",
-            Picture("glance", "What it knew, what it knows, and what it should", glance_figure(content)),
+            Picture("glance", "Before, now, and the aim", glance_figure(content), caption=AIM),
             Lights(content["claims"]),
-            Paragraph(CAUTION),
+            Paragraph(CAUTION) if content["kind"] != "locate" else None,
         ),
         *section("What was not tested", Items(content["untested"])),
         *section("Notes", Items(content["notes"])),
@@ -116,7 +119,7 @@ def markdown_report(content: Mapping[str, Any]) -> str:
 
 def report_content(facts: Facts) -> dict[str, Any]:
     """Return everything a report says as plain values, strict JSON."""
-    kinds = {"audit": _of_audit, "compare": _of_comparison}
+    kinds = {"audit": _of_audit, "compare": _of_comparison, "locate": _of_location}
     return {"version": CONTENT_VERSION, "kind": facts.kind, **kinds.get(facts.kind, _of_run)(facts)}
 
 
@@ -188,6 +191,20 @@ def _of_comparison(facts: Facts) -> dict[str, Any]:
         "notes": list(table.get("notes") or ()),
         "table": table,
         **_origin({**table, "models": {}, "data": table.get("rows"), "recipe": setup}),
+    }
+
+
+def _of_location(facts: Facts) -> dict[str, Any]:
+    first, *others = location_sentences(facts.record)
+    return {
+        "title": "When the forget rows were seen",
+        "outcome": first,
+        "headline": " ".join(others),
+        "claims": [],
+        "untested": [],
+        "notes": facts.record["warnings"],
+        "location": facts.record,
+        **_origin({}),
     }
 
 

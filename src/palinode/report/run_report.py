@@ -37,6 +37,7 @@ from palinode.report.words import (
     SETS,
     TRAININGS,
     at,
+    by_reason,
     escaped,
     integer,
     interval_text,
@@ -224,11 +225,12 @@ def _count(scores: Mapping[str, Any]) -> str:
 
 def _score_notes(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return what is said about scores (why one is missing, a caveat), like remarks of models together."""
-    models: dict[tuple[str, str], list[str]] = {}
-    for model, scores in found.items():
-        for metric, score in scores.items():
-            if reason := at(score, "reason"):
-                models.setdefault((metric_label(metric), reason), []).append(model_label(model))
+    models = by_reason(
+        (model_label(model), (metric_label(metric), score["reason"]))
+        for model, scores in found.items()
+        for metric, score in scores.items()
+        if at(score, "reason")
+    )
     return [f"{metric} of {', '.join(names)}: {reason}." for (metric, reason), names in models.items()]
 
 

@@ -402,7 +402,7 @@ def judge_knowledge(target: Mapping[str, Any], goal: Mapping[str, Any]) -> str:
     """Return whether the target knows more than the yardstick, for two scores of the answer probability."""
     more = target["value"] - goal["value"]
     measured = all(score.get("low") is not None for score in (target, goal))
-    if more > (0 if measured else CLOSE) and not _overlap(target, goal):
+    if more > (0 if measured else CLOSE) and not overlap(target, goal):
         return "Yes"
     enough = (target.get("n") or 0) >= FEWEST_ROWS
     return "No" if more <= CLOSE and enough else "Unsure"
@@ -441,13 +441,13 @@ def judge_forgetting(
     """
     enough = unlearned["value"] >= TOO_LITTLE * goal["value"]
     less: tuple[Light, str] = ("amber", "A little too much") if enough else ("red", "Too much")
-    below = unlearned["value"] < goal["value"] and not _overlap(unlearned, goal)
+    below = unlearned["value"] < goal["value"] and not overlap(unlearned, goal)
     if judge_knowledge(target, goal) == "No":
         return less if below else ("grey", "Nothing to forget")
     if below:
         return less
     left = (unlearned["value"] - goal["value"]) / max(target["value"] - goal["value"], 1e-12)
-    if _overlap(unlearned, goal):
+    if overlap(unlearned, goal):
         return ("green", "Yes") if left <= NEARER else ("amber", "Unsure")
     return ("amber", "Partly") if left <= NEARER else ("red", "No")
 
@@ -577,10 +577,11 @@ def _bounds(score: Mapping[str, Any]) -> tuple[float, float]:
     return (score["value"] if low is None else low), (score["value"] if high is None else high)
 
 
-def _overlap(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+def overlap(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Tell whether the intervals of two scores have a value in common."""
     (low, high), (other_low, other_high) = _bounds(first), _bounds(second)
     return bool(low <= other_high and other_low <= high)
 
 
 def _agree(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    return _overlap(first, second) or abs(first["value"] - second["value"]) <= CLOSE
+    return overlap(first, second) or abs(first["value"] - second["value"]) <= CLOSE

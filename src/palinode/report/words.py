@@ -137,13 +137,18 @@ def told_by_reason(reasons: Iterable[tuple[str, str]]) -> list[str]:
     >>> told_by_reason([("sampling", "it was not asked for"), ("decoys", "it was not asked for")])
     ['sampling and decoys, because they were not asked for.']
     """
-    names: dict[str, list[str]] = {}
-    for name, reason in reasons:
-        names.setdefault(reason, []).append(name)
     return [
         f"{listed(those)}, because {reason.replace('it was', 'they were') if those[1:] else reason}."
-        for reason, those in names.items()
+        for reason, those in by_reason(reasons).items()
     ]
+
+
+def by_reason(reasons: Iterable[tuple[str, Any]]) -> dict[Any, list[str]]:
+    """Return each reason once, with all that it holds for."""
+    names: dict[Any, list[str]] = {}
+    for name, reason in reasons:
+        names.setdefault(reason, []).append(name)
+    return names
 
 
 def listed(words: Sequence[str]) -> str:

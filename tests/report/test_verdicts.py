@@ -226,8 +226,8 @@ def test_a_run_that_made_no_model_says_so_and_does_not_say_that_nothing_was_meas
     assert [claim.sentence for claim in found.claims[1:4]] == [none] * 3
     assert found.untested == (none,)
     assert report_content(Facts("unlearn", run))["headline"] == (
-        "On the forget set the target's answer probability is 0.150 (the model retrained without the "
-        "forget set: 0.140); no model was made."
+        "The target's answer probability on the forget set: 0.150 (the model retrained without the forget "
+        "set: 0.140)."
     )
 
 

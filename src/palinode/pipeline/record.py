@@ -93,8 +93,7 @@ def build_record(
         "seed": recipe.seed,
         "recipe": recipe.model_dump(mode="json"),
         "models": {
-            name: model_facts(given[name], entry)
-            | (card_facts(recipe.models.target) if name == "target" else {})
+            name: model_facts(given[name], entry) | (card_facts(given[name]) if name == "target" else {})
             for name, entry in models.items()
         },
         "data": {
@@ -161,14 +160,10 @@ def model_facts(location: str | None, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def card_facts(location: str | None) -> dict[str, Any]:
-    """Return the target's id on the hub, if it came from there, and whether a card lies beside it.
-
-    Recorded when the run is made: elsewhere, and later, a relative path looks like such an id.
-    """
-    local = Path(location or "").expanduser()
-    of_hub = location and HUB_ID.fullmatch(location) and not local.exists()
-    hub = location.partition("@")[0] if location and of_hub else None
-    return {"hub": hub, "card": bool(location) and (local / "README.md").exists()}
+    """Return a model's id on the hub, if any, and whether a card lies beside it: as of here and now."""
+    named, local = location or "", Path(location or "").expanduser()
+    hub = named.partition("@")[0] if HUB_ID.fullmatch(named) and not local.exists() else None
+    return {"hub": hub, "card": bool(named) and (local / "README.md").exists()}
 
 
 def row_facts(location: str | None, examples: Sequence[Example]) -> dict[str, Any]:

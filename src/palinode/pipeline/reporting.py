@@ -46,8 +46,7 @@ def publish(facts: Facts, folder: Path) -> None:
     content = write_reports(replace(facts, texts=False), folder / f"{NAME}.html")
     location = at(record, "recipe", "models", "target") or ""
     known = {**card_facts(location), **(at(record, "models", "target") or {})}
-    card = model_card(content, base=known["hub"], original=known["card"])
-    write_text(folder / "README.md", card)
+    write_text(folder / "README.md", model_card(content, base=known["hub"], original=known["card"]))
     if audit is not None:
         write_json(folder / AUDIT, audit)
     write_json(folder / "record.json", {**record, "verdict": run_verdict(record, audit).as_json()})
@@ -61,16 +60,13 @@ def refresh(facts: Facts, place: Path) -> None:
 
 
 def stale(place: Path) -> list[str]:
-    """Return the files of a hand-over folder that do not tell the verdict of its record and audit.
-
-    Where these are none that can be read together it is the record: `gather` says why.
-    """
+    """Return the files of a hand-over folder that do not tell the verdict of its record and audit."""
     try:
-        record, audit = _known(place, None)
-    except PalinodeError:
+        facts = gather(place)
+    except PalinodeError:  # `palinode report` says why
         return ["record.json"]
-    verdict = run_verdict(record, audit).sentence
-    found = [] if at(record, "verdict", "sentence") == verdict else ["record.json"]
+    verdict = run_verdict(facts.record, facts.audit).sentence
+    found = [] if at(facts.record, "verdict", "sentence") == verdict else ["record.json"]
     report, card = place / f"{NAME}.json", place / "README.md"
     if report.exists() and _read(report).get("outcome") != verdict:
         found += [report.name, f"{NAME}.html", f"{NAME}.md"]
@@ -148,8 +144,8 @@ def gather(place: Path, *, audit: Path | None = None) -> Facts:
     )
 
 
-def _known(place: Path, audited_in: Path | None) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Return the record of a run, and of the audit in that folder, or the one told of before."""
+def _run(place: Path, audited_in: Path | None) -> Facts:
+    """Return what is known of a run, with the audit in that folder, or the one told of before."""
     record = _read(place / "record.json")
     if "unlearned" not in (at(record, "models") or {}):
         raise InputError(f"{place / 'record.json'} is not the record of an unlearning run")
@@ -162,12 +158,6 @@ def _known(place: Path, audited_in: Path | None) -> tuple[dict[str, Any], dict[s
                 f"the audit is of another model ({audited.get('location')}); name an audit of "
                 f"{own.get('location')}"
             )
-    return record, audit
-
-
-def _run(place: Path, audited_in: Path | None) -> Facts:
-    """Return what is known of a run and of an audit of it."""
-    record, audit = _known(place, audited_in)
     workspace = find_workspace(place, record)
     outcomes = _outcomes(workspace, record) if workspace else {}
     elsewhere = str(full_report(record, workspace)) if workspace else None

@@ -167,8 +167,7 @@ class Unlearned:
     @property
     def verdict(self) -> Mapping[str, Any]:
         """Its `code`, `light`, `sentence`, `exit_code` and claims (docs/report.md)."""
-        found: Mapping[str, Any] = self.record["verdict"]
-        return found
+        return dict(self.record["verdict"])
 
 
 def dry_run(recipe: Recipe, listener: Listener | None = None) -> Plan:

@@ -62,6 +62,9 @@ CAUTION = (
 
 def headline(record: Mapping[str, Any]) -> str:
     """Return one sentence: how the answer probability moved on both sets, and what to compare it with."""
+    if unmade(record):
+        (before,) = _probabilities(record, "forget", "target")
+        return f"The target's answer probability on the forget set: {number(before)} ({_beside(record)})."
     return f"{_forget_clause(record)}; {_retain_clause(record)}."
 
 
@@ -126,8 +129,6 @@ def run_sections(content: Mapping[str, Any]) -> list[Section]:
 
 def _forget_clause(record: Mapping[str, Any]) -> str:
     before, after = _probabilities(record, "forget", "target", "unlearned")
-    if before is not None and unmade(record):
-        return f"On the forget set the target's answer probability is {number(before)} ({_beside(record)})"
     if before is None or after is None:
         return "On the forget set the change in answer probability is not known"
     change = f"the answer probability went from {number(before)} to {number(after)}"
@@ -140,8 +141,6 @@ def _beside(record: Mapping[str, Any]) -> str:
 
 
 def _retain_clause(record: Mapping[str, Any]) -> str:
-    if unmade(record):
-        return "no model was made"
     if not scores_on(record, "retain"):
         return "nothing was measured on a retain set"
     data_set = "retain_unseen" if scores_on(record, "retain_unseen") else "retain"

@@ -78,6 +78,7 @@ SETTLED_BY = (
 )
 
 UNMADE = "No model was made, as there was nothing to forget."
+UNSCORED = "The scores that this takes were not measured."
 
 ASKED = {
     "known": (
@@ -282,7 +283,12 @@ def _sentence(code: Code, claims: Mapping[str, Claim], same: str | None) -> str:
     if known.light == "amber":
         never = "by the yardstick that decides the target did not know the forget set, by another it did"
     less = {"Too much": f"far less of it {than}", "A little too much": f"less of it {than}"}
-    others = f"{_known_clause(claims)}{_recovered_clause(claims)}{_audit_clause(claims)}"
+    doubts = {
+        "Unsure": "; whether the target knew the forget set is unsure",
+        "Yes": "; by another yardstick the target did not know the forget set",
+    }
+    doubtful = known.word if known.light == "amber" and forgotten.word != "Unsure" else ""
+    others = f"{doubts.get(doubtful, '')}{_recovered_clause(claims)}{_audit_clause(claims)}"
     if code == "nothing subtracted":
         rest = {"Yes": ", and it still knows the forget set", "No": f"; {never}"}.get(known.word, "")
         return f"Nothing was subtracted: the model is the target, {same}{rest}{others}."
@@ -308,14 +314,6 @@ def _sentence(code: Code, claims: Mapping[str, Claim], same: str | None) -> str:
         "red": f", {link} it lost much of the rest",
     }.get(kept.light, "; what became of the rest was not measured")
     return f"{first}{second}{others}."
-
-
-def _known_clause(claims: Mapping[str, Claim]) -> str:
-    known = claims["known"]
-    if known.light != "amber" or claims["forgotten"].word == "Unsure":
-        return ""
-    by_another = {"Yes": "; by another yardstick the target did not know the forget set", "No": ""}
-    return by_another.get(known.word, "; whether the target knew the forget set is unsure")
 
 
 def _recovered_clause(claims: Mapping[str, Claim]) -> str:
@@ -383,7 +381,7 @@ def _with_interval(score: Mapping[str, Any]) -> str:
 def _known(record: Mapping[str, Any]) -> Claim:
     target, held = _probability(record, "target", "forget"), yardsticks(record)
     if not (target and held):
-        return _untested("known", "The scores that this takes were not measured.")
+        return _untested("known", UNSCORED)
     words = {name: judge_knowledge(target, score) for name, score in held.items()}
     deciding, *others = words
     word = words[deciding]
@@ -413,8 +411,7 @@ def _forgotten(record: Mapping[str, Any]) -> Claim:
     held = yardsticks(record)
     if not (target and after and held):
         without = "There is no yardstick: no retrained model, no estimate, no base checkpoint."
-        why = without if target and after else _no_scores(record)
-        return _untested("forgotten", why)
+        return _untested("forgotten", without if target and after else UNSCORED, record)
     deciding, goal = next(iter(held.items()))
     figures = (
         f"Answer probability on the forget set: {number(target['value'])} before, "
@@ -456,7 +453,7 @@ def _kept(record: Mapping[str, Any]) -> Claim:
     data_set = "retain_unseen" if _probability(record, "unlearned", "retain_unseen") else "retain"
     target, after = (_probability(record, model, data_set) for model in ("target", "unlearned"))
     if not (target and after and target["value"]):
-        return _untested("kept", _no_scores(record, "Nothing was measured on a retain set."))
+        return _untested("kept", "Nothing was measured on a retain set.", record)
     share = after["value"] / target["value"]
     light, word = _graded(share, KEPT, PARTLY_KEPT)
     sentence = (
@@ -475,9 +472,7 @@ def _recovered(record: Mapping[str, Any]) -> Claim:
         and (truth := _score(record, "retrained", data_set, metric))
     }
     if not pairs:
-        return _untested(
-            "recovered", _no_scores(record, "No model retrained without the forget set was given.")
-        )
+        return _untested("recovered", "No model retrained without the forget set was given.", record)
     apart = [name for name, (mine, truth) in pairs.items() if not _agree(mine, truth)]
     share = 1 - len(apart) / len(pairs)
     light, word = _graded(share, MATCHED, PARTLY_MATCHED)
@@ -528,9 +523,9 @@ def _audited(audit: Mapping[str, Any], name: str, bad: str, *, plain: bool | Non
 
 def untested(record: Mapping[str, Any], audit: Mapping[str, Any] | None = None) -> list[str]:
     """Return what was not tested, a sentence each."""
-    found = []
     if unmade(record):
         return [UNMADE]
+    found = []
     if not at(record, "scores", "retrained"):
         found.append("How a model retrained without the forget set behaves: none was given.")
     if not at(record, "scores", "unlearned", "retain"):
@@ -553,13 +548,8 @@ def untested_attacks(audit: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _no_scores(record: Mapping[str, Any], why: str = "The scores that this takes were not measured.") -> str:
-    """Return why there are no scores: `why`, or that there is no model to have some."""
-    return UNMADE if unmade(record) else why
-
-
-def _untested(name: str, why: str) -> Claim:
-    return Claim(name, "grey", "Not tested", why)
+def _untested(name: str, why: str, record: Mapping[str, Any] | None = None) -> Claim:
+    return Claim(name, "grey", "Not tested", UNMADE if record and unmade(record) else why)
 
 
 def _score(record: Mapping[str, Any], model: str, data_set: str, metric: str) -> Mapping[str, Any] | None:

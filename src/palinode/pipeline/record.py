@@ -93,8 +93,7 @@ def build_record(
         "seed": recipe.seed,
         "recipe": recipe.model_dump(mode="json"),
         "models": {
-            name: model_facts(given[name], entry) | (card_facts(given[name]) if name == "target" else {})
-            for name, entry in models.items()
+            name: model_facts(given[name], one, card=name == "target") for name, one in models.items()
         },
         "data": {
             "forget": row_facts(recipe.data.forget, inputs.rows.forget),
@@ -150,12 +149,13 @@ def with_unseen(
     return added
 
 
-def model_facts(location: str | None, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return what a record tells of a model."""
+def model_facts(location: str | None, checkpoint: Checkpoint, *, card: bool = False) -> dict[str, Any]:
+    """Return what a record tells of a model; with `card`, of the target's card too."""
     return {
         "location": location or "made by [prepare]",
         "fingerprint": checkpoint.fingerprint(),
         "parameters": checkpoint.parameters,
+        **(card_facts(location) if card else {}),
     }
 
 

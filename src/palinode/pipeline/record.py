@@ -92,9 +92,7 @@ def build_record(
         "run": run,
         "seed": recipe.seed,
         "recipe": recipe.model_dump(mode="json"),
-        "models": {
-            name: model_facts(given[name], one, card=name == "target") for name, one in models.items()
-        },
+        "models": {name: model_facts(given[name], it, card=name == "target") for name, it in models.items()},
         "data": {
             "forget": row_facts(recipe.data.forget, inputs.rows.forget),
             "retain": row_facts(recipe.data.retain, inputs.rows.retain) if recipe.data.retain else None,

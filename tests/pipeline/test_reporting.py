@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import shlex
 import shutil
 
 import pytest
@@ -89,6 +90,40 @@ def test_card_replaces_no_words_of_the_targets_card_in_silence(done):
     Checkpoint.open(done.output)
 
 
+def test_a_card_written_anew_elsewhere_says_the_same_of_the_target(
+    tiny, recipe_of, tmp_path, monkeypatch, palinode
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny.target.folder, tmp_path / "models" / "target")
+    (tmp_path / "models" / "target" / "README.md").write_text("a card")
+    run = unlearn(
+        recipe_of(
+            tmp_path / "out",
+            models={"target": "models/target"},
+            scales={"forget": 0.5, "retain": 0.0},
+            training={"epochs": 1},
+        )
+    )
+    before = (run.output / "README.md").read_text(encoding="utf-8")
+    assert "base_model" not in before
+    assert "target has a card of its own" in before
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # where models/target looks like an id on the hub
+    assert palinode("report", run.output).code == 0
+    assert (run.output / "README.md").read_text(encoding="utf-8") == before
+
+
+def test_a_run_of_an_earlier_version_has_its_verdict_too(done, tiny, unlearn_words, palinode, tmp_path):
+    command = [*unlearn_words(tmp_path / "out", scales="0.5,0.5", epochs=1), "--quiet"]
+    first = palinode(*command)
+    path = tmp_path / "out" / "record.json"
+    record = json.loads(path.read_text())
+    verdict = record.pop("verdict")
+    path.write_text(json.dumps(record))
+    again = palinode(*command, "--json")
+    assert (again.code, json.loads(again.out)["verdict"]) == (first.code, verdict)
+
+
 def test_other_folders_and_names_are_refused(done, tmp_path):
     with pytest.raises(InputError, match="holds no record"):
         gather(tmp_path)
@@ -160,7 +195,7 @@ def told(folder):
         "record": sentence,
         "report": json.loads((folder / "report.json").read_text())["outcome"],
         "card": re.search(r'palinode_verdict: "(.*)"', card).group(1),
-        "page": html.unescape(re.search(r"<h1>(.*)</h1>", page).group(1)),
+        "page": html.unescape(re.search(r"<h1.*<span>(.*)</span></h1>", page).group(1)),
         "markdown": sentence if sentence in (folder / "report.md").read_text(encoding="utf-8") else None,
     }
 
@@ -195,6 +230,19 @@ def test_what_is_older_than_the_audit_is_called_stale(handed_over, palinode):
     assert f"palinode report {out}" in said.err
     assert palinode("report", out).code == 0
     assert stale(out) == []
+
+
+@pytest.mark.parametrize("spoilt", ["{", "[]", '{"models": {}}'])
+def test_weights_are_verified_whatever_the_record_beside_them_is(handed_over, palinode, spoilt):
+    out, audit = handed_over
+    other = json.loads((audit / "audit.json").read_text())
+    other["models"]["audited"] = {"fingerprint": "0" * 32}
+    (out / "audit.json").write_text(json.dumps(other))
+    for _ in ("an audit of another model", "a record that cannot be read"):
+        said = palinode("verify", out, "--quiet")
+        assert said.code == 0
+        assert "record.json" in said.err
+        (out / "record.json").write_text(spoilt)
 
 
 def test_a_run_ends_with_its_verdict_and_what_comes_next(done, tiny, palinode, unlearn_words, tmp_path):
@@ -238,6 +286,7 @@ def test_where_there_is_nothing_to_forget_nothing_is_trained(tiny, palinode, unl
     said = palinode(*command, "--quiet")
     assert said.code == 3
     assert "There was nothing to forget: the target did not know the forget set" in said.out
+    assert f"Next:     {shlex.join(['palinode', *command, '--quiet', '--keep-unchanged'])}" in said.out
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "out.workspace").glob("finetune-*"))
     as_json = palinode(*command, "--quiet", "--json")

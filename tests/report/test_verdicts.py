@@ -64,6 +64,15 @@ def test_what_was_known_before_is_told_by_the_intervals(target, expected):
     assert judge_knowledge(target, score(0.15)) == expected
 
 
+def test_one_row_has_no_interval_and_a_small_difference_is_no_knowledge():
+    def alone(value):
+        return {"value": value, "n": 1, "low": None, "high": None}
+
+    assert judge_knowledge(alone(0.039), alone(0.011)) == "Unsure"
+    assert judge_knowledge(alone(0.9), alone(0.1)) == "Yes"
+    assert judge_knowledge(alone(0.1), alone(0.1)) == "Unsure"
+
+
 def test_what_the_target_never_knew_cannot_be_forgotten_but_can_be_damaged():
     assert judge_forgetting(score(0.16), score(0.15), score(0.15)) == ("grey", "Nothing to forget")
     assert judge_forgetting(score(0.05), score(0.05), score(0.15)) == ("red", "Too much")
@@ -198,6 +207,64 @@ def test_the_target_bit_for_bit_is_no_result():
     )
 
 
+def test_no_scales_at_all_are_no_result_however_the_weights_are_rounded():
+    run = with_probability("unlearned", "forget", score(0.8))
+    run["scales"] = {**run["scales"], "forget": 0.0, "retain": 0.0}
+    found = run_verdict(run)
+    assert (found.code, found.exit_code) == ("nothing subtracted", 3)
+    assert "the model is the target, but for the precision of its weights, and it still" in found.sentence
+    run["scales"]["retain"] = 0.5  # something was added
+    assert run_verdict(run).code == "not forgotten"
+
+
+def test_a_run_that_made_no_model_says_so_and_does_not_say_that_nothing_was_measured():
+    run = with_probability("target", "forget", score(0.15))
+    del run["models"]["unlearned"], run["scores"]["unlearned"]
+    found = run_verdict(run)
+    assert (found.code, found.light, found.exit_code) == ("nothing to forget", "grey", 3)
+    none = "No model was made, as there was nothing to forget."
+    assert [claim.sentence for claim in found.claims[1:4]] == [none] * 3
+    assert found.untested == (none,)
+    assert report_content(Facts("unlearn", run))["headline"] == (
+        "The target's answer probability on the forget set: 0.150 (the model retrained without the forget "
+        "set: 0.140)."
+    )
+
+
+def test_that_the_target_may_not_have_known_the_forget_set_is_told():
+    run = with_probability("target", "forget", score(0.35, spread=0.3))
+    run["scores"]["unlearned"]["forget"]["answer_probability"] = score(0.15)
+    assert "; whether the target knew the forget set is unsure" in run_verdict(run).sentence
+    run = with_probability("unlearned", "forget", score(0.15))
+    run["scores"]["base"]["forget"]["answer_probability"] = score(0.9)
+    found = run_verdict(estimated(run, score(0.15)))
+    assert light(found, "known") == ("amber", "Yes")
+    assert "; by another yardstick the target did not know the forget set" in found.sentence
+
+
+def test_without_a_yardstick_nothing_is_said_to_be_unmeasured_that_was():
+    run = record()
+    del run["scores"]["retrained"], run["scores"]["base"]
+    found = run_verdict(run)
+    assert found.sentence.startswith("Whether the model forgot is not known")
+    assert found.claims[1].sentence.startswith("There is no yardstick")
+
+
+@pytest.mark.parametrize("answer", [{"required": ["sampling"]}, {"unclear": ["a.b"]}])
+def test_an_audit_that_failed_for_want_of_evidence_has_the_exit_code_of_one(answer):
+    found = audit_verdict(audited(knows_more=[], passed=False, **answer))
+    assert (found.code, found.exit_code) == ("audit failed", 1)
+
+
+def test_an_audit_that_passed_though_some_tests_could_not_tell_says_so():
+    found = audit_verdict(audited(knows_more=[], passed=True, unclear=["a.b"]))
+    assert (found.code, found.light, found.exit_code) == ("audit passed", "amber", 0)
+    assert found.sentence == (
+        "Within this budget no attack told the model from a model that never saw it, "
+        "but some of them could not tell."
+    )
+
+
 FORGET = (0.80, 0.5, 0.4, 0.17, 0.10, 0.02, None)
 RETAIN = (0.9, 0.7, 0.3, None)
 AUDITS = (None, AUDIT, audited(knows_more=[], passed=True), audited(knows_more=[], unclear=["a.b"]))
@@ -290,7 +357,7 @@ def test_without_scores_every_light_is_grey(hole):
     assert {claim.light for claim in verdict.claims} == {"grey"}
     assert (verdict.code, verdict.light, verdict.exit_code) == ("not measured", "grey", 0)
     assert verdict.sentence == (
-        "Whether the model forgot was not measured; what became of the rest was not measured."
+        "Whether the model forgot is not known; what became of the rest was not measured."
     )
 
 

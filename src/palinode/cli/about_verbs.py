@@ -161,14 +161,16 @@ def report(
         return
     page = output or default_page(facts, place)
     suffixes = suffixes_for(facts, output)
-    content = write_reports(facts, page, suffixes)
-    if facts.kind == "unlearn" and output is None:
+    content, whole = report_content(facts), facts.kind == "unlearn" and output is None
+    if whole:
         refresh(facts, place)
+    else:
+        write_reports(facts, page, suffixes)
     if as_json:
         print_json(content)
         return
     out().print(marked(content), soft_wrap=True)
-    if facts.kind == "unlearn" and output is None:
+    if whole:
         out().print(f"{place}: README.md, record.json and the report without texts", soft_wrap=True)
     for suffix in suffixes:
         out().print(str(page.with_suffix(suffix)), soft_wrap=True)

@@ -439,13 +439,13 @@ def _demo_locate(output: Path, *, seed: int, quiet: bool, as_json: bool) -> None
 def _end_demo(folder: Path) -> None:
     from palinode.records import read_json
     from palinode.report.run_report import strength
+    from palinode.report.verdicts import run_verdict
 
     record = read_json(folder / "unlearned" / "record.json")
-    page = folder / "report.html"
     ending(
-        verdict=record.get("verdict"),
+        verdict=record.get("verdict") or run_verdict(record).as_json(),
         strength=strength(record),
-        places={"Page": page},
+        places={"Page": folder / "report.html"},
         following=after_run(record, folder / "unlearned"),
     )
 

@@ -39,7 +39,7 @@ def ending(
 def after_run(record: Mapping[str, Any], output: Path | None) -> Iterator[str]:
     """Yield the commands that come after a run: attack the model, talk to it, check it."""
     if output is None:
-        yield "the same command with --keep-unchanged writes the folder all the same"
+        yield f"{record['command']} --keep-unchanged"
         return
     models, data = (record.get("recipe", {}).get(name, {}) for name in ("models", "data"))
     kind = next((kind for kind in ("retrained", "base") if models.get(kind)), None)
@@ -51,6 +51,7 @@ def after_run(record: Mapping[str, Any], output: Path | None) -> Iterator[str]:
                 *(("--reference", kind) if kind == "base" else ()),
                 *("--forget", data["forget"]),
                 *(("--columns", columns) if columns else ()),
+                *(("--allow-pickle",) if models.get("allow_pickle") else ()),
                 *("--output", f"{output}-audit"),
             ]
         )

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -326,8 +327,8 @@ def verify(
         _show(folder, found)
     if names := old.get("stale"):
         warn(
-            f"{', '.join(names)} in {folder} do not tell what record and audit say now; "
-            f"palinode report {folder} writes them anew"
+            f"what record and audit say now is not told by {', '.join(names)} in {folder}; "
+            f"{shlex.join(['palinode', 'report', str(folder)])} writes everything anew, or says why it can't"
         )
     if not found.ok:
         raise typer.Exit(1)

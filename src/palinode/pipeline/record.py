@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -37,6 +39,8 @@ LIBRARIES = (
     "rouge-score",
 )
 """What results may depend on."""
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+"""An id on the hub, with an optional revision; a local path of two parts looks the same."""
 CURVE_POINTS = 120
 """Points of a training curve that the record keeps."""
 
@@ -88,7 +92,7 @@ def build_record(
         "run": run,
         "seed": recipe.seed,
         "recipe": recipe.model_dump(mode="json"),
-        "models": {name: model_facts(given[name], entry) for name, entry in models.items()},
+        "models": {name: model_facts(given[name], it, card=name == "target") for name, it in models.items()},
         "data": {
             "forget": row_facts(recipe.data.forget, inputs.rows.forget),
             "retain": row_facts(recipe.data.retain, inputs.rows.retain) if recipe.data.retain else None,
@@ -143,13 +147,21 @@ def with_unseen(
     return added
 
 
-def model_facts(location: str | None, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return what a record tells of a model."""
+def model_facts(location: str | None, checkpoint: Checkpoint, *, card: bool = False) -> dict[str, Any]:
+    """Return what a record tells of a model; with `card`, of the target's card too."""
     return {
         "location": location or "made by [prepare]",
         "fingerprint": checkpoint.fingerprint(),
         "parameters": checkpoint.parameters,
+        **(card_facts(location) if card else {}),
     }
+
+
+def card_facts(location: str | None) -> dict[str, Any]:
+    """Return a model's id on the hub, if any, and whether a card lies beside it: as of here and now."""
+    named, local = location or "", Path(location or "").expanduser()
+    hub = named.partition("@")[0] if HUB_ID.fullmatch(named) and not local.exists() else None
+    return {"hub": hub, "card": bool(named) and (local / "README.md").exists()}
 
 
 def row_facts(location: str | None, examples: Sequence[Example]) -> dict[str, Any]:

@@ -7,15 +7,14 @@ the one with sample answers lies in the workspace, beside the outcomes it is mad
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from palinode.errors import InputError, MismatchError, OutputError
-from palinode.pipeline.record import thinned_curve
+from palinode.errors import InputError, MismatchError, OutputError, PalinodeError
+from palinode.pipeline.record import card_facts, thinned_curve
 from palinode.records import (
     private,
     read_json,
@@ -32,8 +31,6 @@ from palinode.report.words import MODELS, at, known_first
 NAME = "report"
 """Name of the files, before .html, .md and .json."""
 SUFFIXES = (".html", ".md", ".json")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-"""An id on the hub, with an optional revision; a local path of two parts looks the same."""
 AUDIT = "audit.json"
 """Name of an audit's record, in its own folder and in that of the model it is told of."""
 CURVE = "training.json"
@@ -48,25 +45,26 @@ def publish(facts: Facts, folder: Path) -> None:
     record, audit = facts.record, facts.audit
     content = write_reports(replace(facts, texts=False), folder / f"{NAME}.html")
     location = at(record, "recipe", "models", "target") or ""
-    of_hub = HUB_ID.fullmatch(location) and not Path(location).exists()  # it knows nothing of local folders
-    base = location.partition("@")[0] if of_hub else None
-    original = bool(location) and (Path(location).expanduser() / "README.md").exists()
-    write_text(folder / "README.md", model_card(content, base=base, original=original))
+    known = {**card_facts(location), **(at(record, "models", "target") or {})}
+    write_text(folder / "README.md", model_card(content, base=known["hub"], original=known["card"]))
     if audit is not None:
         write_json(folder / AUDIT, audit)
     write_json(folder / "record.json", {**record, "verdict": run_verdict(record, audit).as_json()})
 
 
 def refresh(facts: Facts, place: Path) -> None:
-    """Write everything in the hand-over folder anew, and in the workspace the report with answers."""
-    publish(facts, place)
+    """Write in the workspace the report with answers, and everything in the hand-over folder anew."""
     if facts.elsewhere and facts.texts:
         write_reports(replace(facts, elsewhere=None), Path(facts.elsewhere))
+    publish(facts, place)
 
 
 def stale(place: Path) -> list[str]:
     """Return the files of a hand-over folder that do not tell the verdict of its record and audit."""
-    facts = gather(place)
+    try:
+        facts = gather(place)
+    except PalinodeError:  # `palinode report` says why
+        return ["record.json"]
     verdict = run_verdict(facts.record, facts.audit).sentence
     found = [] if at(facts.record, "verdict", "sentence") == verdict else ["record.json"]
     report, card = place / f"{NAME}.json", place / "README.md"
@@ -149,7 +147,7 @@ def gather(place: Path, *, audit: Path | None = None) -> Facts:
 def _run(place: Path, audited_in: Path | None) -> Facts:
     """Return what is known of a run, with the audit in that folder, or the one told of before."""
     record = _read(place / "record.json")
-    if "unlearned" not in (record.get("models") or {}):
+    if "unlearned" not in (at(record, "models") or {}):
         raise InputError(f"{place / 'record.json'} is not the record of an unlearning run")
     known = (audited_in or place) / AUDIT
     audit = _read(known) if audited_in or known.exists() else None

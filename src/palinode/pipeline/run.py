@@ -103,6 +103,7 @@ def finished_before(inputs: Inputs) -> Mapping[str, Any] | None:
         record: dict[str, Any] = read_json(output / "record.json")
         same_run = record["run"] == run_key(inputs)
         written = record["models"]["unlearned"]["fingerprint"]
+        record.setdefault("verdict", run_verdict(record).as_json())  # earlier versions kept none
         return record if same_run and Checkpoint.open(output).fingerprint() == written else None
     except (OSError, ValueError, KeyError, TypeError, CheckpointError):
         return None
@@ -166,7 +167,7 @@ class Unlearned:
     @property
     def verdict(self) -> Mapping[str, Any]:
         """Its `code`, `light`, `sentence`, `exit_code` and claims (docs/report.md)."""
-        return self.record.get("verdict") or run_verdict(self.record).as_json()
+        return dict(self.record["verdict"])
 
 
 def dry_run(recipe: Recipe, listener: Listener | None = None) -> Plan:

@@ -31,7 +31,7 @@ from palinode.report.content import (
     score_cell,
     section,
 )
-from palinode.report.verdicts import YARDSTICKS, run_verdict, yardstick
+from palinode.report.verdicts import YARDSTICKS, run_verdict, unmade, yardstick
 from palinode.report.words import (
     DASH,
     SETS,
@@ -62,6 +62,9 @@ CAUTION = (
 
 def headline(record: Mapping[str, Any]) -> str:
     """Return one sentence: how the answer probability moved on both sets, and what to compare it with."""
+    if unmade(record):
+        (before,) = _probabilities(record, "forget", "target")
+        return f"The target's answer probability on the forget set: {number(before)} ({_beside(record)})."
     return f"{_forget_clause(record)}; {_retain_clause(record)}."
 
 

@@ -77,6 +77,9 @@ SETTLED_BY = (
     "the forget rows, about others, that neither target nor base has seen."
 )
 
+UNMADE = "No model was made, as there was nothing to forget."
+UNSCORED = "The scores that this takes were not measured."
+
 ASKED = {
     "known": (
         "Known before?",
@@ -189,8 +192,9 @@ class RunVerdict:
 
     @property
     def exit_code(self) -> int:
-        """0; 1 where the light is red; 3 where nothing was subtracted or there was nothing to forget."""
-        return EXIT_NOTHING if self.code in NOTHING else EXIT_RED if self.light == "red" else 0
+        """0; 1 where the light is red or an audit failed; 3 where there is no result (NOTHING)."""
+        failed = self.light == "red" or self.code == "audit failed"
+        return EXIT_NOTHING if self.code in NOTHING else EXIT_RED if failed else 0
 
     def as_json(self) -> dict[str, Any]:
         """Return what the record keeps: the claims in short, everything else whole."""
@@ -213,7 +217,7 @@ def run_verdict(record: Mapping[str, Any], audit: Mapping[str, Any] | None = Non
     """Return the verdict on a run's unlearned model; `audit` is the record of an audit of it."""
     claims = (_known(record), _forgotten(record), _kept(record), _recovered(record), robust(audit))
     code = _code(record, *claims[:2])
-    sentence = _sentence(code, {claim.name: claim for claim in claims})
+    sentence = _sentence(code, {claim.name: claim for claim in claims}, unchanged(record))
     return RunVerdict(code, sentence, claims, tuple(_disagreement(record)), tuple(untested(record, audit)))
 
 
@@ -228,7 +232,8 @@ def audit_verdict(audit: Mapping[str, Any]) -> RunVerdict:
     elif less:
         told = f"The model knows less of the forget set than {than}: it was made to forget too much."
     elif passed:
-        told = f"Within this budget the attacks could not tell the model from {than}."
+        rest = ", but some of them could not tell" if at(audit, "answer", "unclear") else ""
+        told = f"Within this budget no attack told the model from {than}{rest}."
     else:
         told = "The audit could not say enough to pass the model."
     claims = (
@@ -257,28 +262,41 @@ def _code(record: Mapping[str, Any], known: Claim, forgotten: Claim) -> Code:
     return codes.get(forgotten.word, "not measured")
 
 
-def unchanged(record: Mapping[str, Any]) -> bool:
-    """Tell whether the unlearned model has the target's very weights."""
+def unchanged(record: Mapping[str, Any]) -> str | None:
+    """Return how the unlearned model is the target: bit for bit, or but for rounding; else None."""
     target, after = (at(record, "models", name, "fingerprint") for name in ("target", "unlearned"))
-    return target is not None and target == after
+    if target is not None and target == after:
+        return "bit for bit"
+    scales = [at(record, "scales", name) for name in ("forget", "retain")]
+    return "but for the precision of its weights" if scales == [0, 0] and after else None
 
 
-def _sentence(code: Code, claims: Mapping[str, Claim]) -> str:
+def unmade(record: Mapping[str, Any]) -> bool:
+    """Tell whether the run ended before it made a model."""
+    return "unlearned" not in (record.get("models") or {"unlearned": None})
+
+
+def _sentence(code: Code, claims: Mapping[str, Claim], same: str | None) -> str:
     known, forgotten, kept = claims["known"], claims["forgotten"], claims["kept"]
     than = "than one that never saw it"
     never = "the target did not know the forget set to begin with"
     if known.light == "amber":
         never = "by the yardstick that decides the target did not know the forget set, by another it did"
     less = {"Too much": f"far less of it {than}", "A little too much": f"less of it {than}"}
-    others = f"{_recovered_clause(claims)}{_audit_clause(claims)}"
+    doubts = {
+        "Unsure": "; whether the target knew the forget set is unsure",
+        "Yes": "; by another yardstick the target did not know the forget set",
+    }
+    doubtful = known.word if known.light == "amber" and forgotten.word != "Unsure" else ""
+    others = f"{doubts.get(doubtful, '')}{_recovered_clause(claims)}{_audit_clause(claims)}"
     if code == "nothing subtracted":
         rest = {"Yes": ", and it still knows the forget set", "No": f"; {never}"}.get(known.word, "")
-        return f"Nothing was subtracted: the model is the target, bit for bit{rest}{others}."
+        return f"Nothing was subtracted: the model is the target, {same}{rest}{others}."
     if code == "nothing to forget":
         worse = f", and the model now knows {less[forgotten.word]}" if forgotten.word in less else ""
         first = f"There was nothing to forget: {never}{worse}"
-        lost = ", and it lost a part of the rest" if kept.light == "amber" else ""
-        lost = ", and it lost much of the rest" if kept.light == "red" else lost
+        share = {"amber": "a part", "red": "much"}.get(kept.light)
+        lost = f", and {'it' if worse else 'the model'} lost {share} of the rest" if share else ""
         return f"{first}{lost}{others}."
     first = {
         "Yes": "The model treats the forget set like one that never saw it",
@@ -288,10 +306,10 @@ def _sentence(code: Code, claims: Mapping[str, Claim]) -> str:
         "Disputed": "By one yardstick the model forgot and by another it did not",
         "A little too much": f"The model knows less of the forget set {than}",
         "Too much": f"The model knows far less of the forget set {than}",
-    }.get(forgotten.word, "Whether the model forgot was not measured")
+    }.get(forgotten.word, "Whether the model forgot is not known")
     link = "but" if forgotten.light == "green" else "and"
     second = {
-        "green": ", and it kept the rest",
+        "green": "; it kept the rest" if code in ("unsure", "not measured") else ", and it kept the rest",
         "amber": f", {link} it lost a part of the rest",
         "red": f", {link} it lost much of the rest",
     }.get(kept.light, "; what became of the rest was not measured")
@@ -363,7 +381,7 @@ def _with_interval(score: Mapping[str, Any]) -> str:
 def _known(record: Mapping[str, Any]) -> Claim:
     target, held = _probability(record, "target", "forget"), yardsticks(record)
     if not (target and held):
-        return _untested("known", "The scores that this takes were not measured.")
+        return _untested("known", UNSCORED)
     words = {name: judge_knowledge(target, score) for name, score in held.items()}
     deciding, *others = words
     word = words[deciding]
@@ -381,7 +399,8 @@ def _known(record: Mapping[str, Any]) -> Claim:
 def judge_knowledge(target: Mapping[str, Any], goal: Mapping[str, Any]) -> str:
     """Return whether the target knows more than the yardstick, for two scores of the answer probability."""
     more = target["value"] - goal["value"]
-    if more > 0 and not overlap(target, goal):
+    measured = all(score.get("low") is not None for score in (target, goal))
+    if more > (0 if measured else CLOSE) and not overlap(target, goal):
         return "Yes"
     enough = (target.get("n") or 0) >= FEWEST_ROWS
     return "No" if more <= CLOSE and enough else "Unsure"
@@ -391,7 +410,8 @@ def _forgotten(record: Mapping[str, Any]) -> Claim:
     target, after = (_probability(record, model, "forget") for model in ("target", "unlearned"))
     held = yardsticks(record)
     if not (target and after and held):
-        return _untested("forgotten", "The scores that this takes were not measured.")
+        without = "There is no yardstick: no retrained model, no estimate, no base checkpoint."
+        return _untested("forgotten", without if target and after else UNSCORED, record)
     deciding, goal = next(iter(held.items()))
     figures = (
         f"Answer probability on the forget set: {number(target['value'])} before, "
@@ -433,7 +453,7 @@ def _kept(record: Mapping[str, Any]) -> Claim:
     data_set = "retain_unseen" if _probability(record, "unlearned", "retain_unseen") else "retain"
     target, after = (_probability(record, model, data_set) for model in ("target", "unlearned"))
     if not (target and after and target["value"]):
-        return _untested("kept", "Nothing was measured on a retain set.")
+        return _untested("kept", "Nothing was measured on a retain set.", record)
     share = after["value"] / target["value"]
     light, word = _graded(share, KEPT, PARTLY_KEPT)
     sentence = (
@@ -452,7 +472,7 @@ def _recovered(record: Mapping[str, Any]) -> Claim:
         and (truth := _score(record, "retrained", data_set, metric))
     }
     if not pairs:
-        return _untested("recovered", "No model retrained without the forget set was given.")
+        return _untested("recovered", "No model retrained without the forget set was given.", record)
     apart = [name for name, (mine, truth) in pairs.items() if not _agree(mine, truth)]
     share = 1 - len(apart) / len(pairs)
     light, word = _graded(share, MATCHED, PARTLY_MATCHED)
@@ -503,6 +523,8 @@ def _audited(audit: Mapping[str, Any], name: str, bad: str, *, plain: bool | Non
 
 def untested(record: Mapping[str, Any], audit: Mapping[str, Any] | None = None) -> list[str]:
     """Return what was not tested, a sentence each."""
+    if unmade(record):
+        return [UNMADE]
     found = []
     if not at(record, "scores", "retrained"):
         found.append("How a model retrained without the forget set behaves: none was given.")
@@ -526,8 +548,8 @@ def untested_attacks(audit: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _untested(name: str, why: str) -> Claim:
-    return Claim(name, "grey", "Not tested", why)
+def _untested(name: str, why: str, record: Mapping[str, Any] | None = None) -> Claim:
+    return Claim(name, "grey", "Not tested", UNMADE if record and unmade(record) else why)
 
 
 def _score(record: Mapping[str, Any], model: str, data_set: str, metric: str) -> Mapping[str, Any] | None:

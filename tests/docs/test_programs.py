@@ -36,7 +36,8 @@ def run(word: str, capsys) -> list[str]:
 
 
 def test_unlearn(scratch, capsys):
-    output, probability = run("palinode.unlearn(\n", capsys)
+    output, *sentence, probability = run("palinode.unlearn(\n", capsys)
+    assert " ".join(sentence).endswith(".")
     assert (scratch / output / "record.json").exists()
     assert 0 <= float(probability) <= 1
 

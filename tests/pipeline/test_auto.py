@@ -68,7 +68,10 @@ def test_record_says_how_the_scales_came_about(searched):
 
 def test_report_holds_the_forgetting_against_the_estimate(searched):
     estimate = searched.record["scales"]["yardstick"]["answer_probability"]["value"]
-    assert f"the estimate of such a model: {estimate:.3f}" in (searched.output / "report.md").read_text()
+    assert (
+        f"the estimate of a model that never saw it: {estimate:.3f}"
+        in (searched.output / "report.md").read_text()
+    )
     assert ">estimated yardstick</text>" in (searched.output / "report.html").read_text(encoding="utf-8")
 
 

@@ -44,8 +44,7 @@ def publish(facts: Facts, folder: Path) -> None:
     """
     record, audit = facts.record, facts.audit
     content = write_reports(replace(facts, texts=False), folder / f"{NAME}.html")
-    location = at(record, "recipe", "models", "target") or ""
-    known = {**card_facts(location), **(at(record, "models", "target") or {})}
+    known = {**card_facts(at(record, "recipe", "models", "target")), **(at(record, "models", "target") or {})}
     write_text(folder / "README.md", model_card(content, base=known["hub"], original=known["card"]))
     if audit is not None:
         write_json(folder / AUDIT, audit)

@@ -76,7 +76,6 @@ SETTLED_BY = (
     "A model retrained without the forget set would settle it; so would more holdout rows in the manner of "
     "the forget rows, about others, that neither target nor base has seen."
 )
-
 UNMADE = "No model was made, as there was nothing to forget."
 UNSCORED = "The scores that this takes were not measured."
 
@@ -85,8 +84,9 @@ ASKED = {
         "Known before?",
         "Did the target know the forget set better than a model that never saw it?",
         "Compares answer probabilities on the forget set. Yes: the target's interval lies above that of the "
-        f"yardstick. No: its probability is no higher, or higher by at most {CLOSE:g} with overlapping "
-        f"intervals; then there is nothing to forget. Unsure: neither, or fewer than {FEWEST_ROWS} rows.",
+        f"yardstick (one row has none: it is more than {CLOSE:g} higher). No: it is no higher, or higher by "
+        f"at most {CLOSE:g} with overlapping intervals; then there is nothing to forget. Unsure: neither, "
+        f"or fewer than {FEWEST_ROWS} rows.",
     ),
     "forgotten": (
         "Forgotten?",

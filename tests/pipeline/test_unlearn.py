@@ -177,6 +177,8 @@ def test_record_names_what_went_in(done, tiny):
         "location": str(tiny.target.folder),
         "fingerprint": tiny.target.fingerprint(),
         "parameters": tiny.target.parameters,
+        "hub": None,
+        "card": False,
     }
     assert record["models"]["unlearned"]["fingerprint"] == Checkpoint.open(done.output).fingerprint()
     assert record["data"]["forget"]["rows"] == 30

@@ -81,7 +81,7 @@ def strength(record: Mapping[str, Any]) -> str:
         runs = (record.get("training") or {}).values()
         steps = sum(run.get("steps") or 0 for run in runs)
         trained = f"{at(record, 'method', 'name')} trained the model itself, for {integer(steps)} steps"
-        return f"{trained}: there is no α and no β" if steps else "nothing was trained, and no α was chosen"
+        return f"{trained}: there is no α and no β" if steps else "no vector was made: there is no α and no β"
     told = at(record, "vectors", "transforms") or ()
     mu = [at(one, "settings", "mu") for one in told]
     changed = [

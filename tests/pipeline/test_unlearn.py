@@ -10,21 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from run_files import GIVEN, rows_in, stamps, steps, weights, workspace_of, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from palinode import Checkpoint, read_examples
-from palinode.errors import DataError, MismatchError, OutputError, WorkspaceError
-from palinode.methods import METHODS
+from palinode import Checkpoint
+from palinode.errors import OutputError, WorkspaceError
 from palinode.metrics import DEFAULT_METRICS
-from palinode.pipeline.costs import describe
 from palinode.pipeline.inputs import open_inputs
-from palinode.pipeline.run import dry_run, run_key, unlearn
+from palinode.pipeline.run import run_key, unlearn
 from palinode.pipeline.workspace import Workspace
 from palinode.records import Outcome, repeated_by
-
-GIVEN = {"forget": 0.5, "retain": 0.0}
-"""Scales that spare a test the search."""
 
 
 @pytest.fixture(scope="module")
@@ -41,35 +36,6 @@ def forget_only(recipe_of, tmp_path_factory):
     """A whole run without a retain set; read it only."""
     folder = tmp_path_factory.mktemp("run")
     return unlearn(recipe_of(folder / "out", data={"retain": None}))
-
-
-def workspace_of(output: Path) -> Path:
-    return output.with_name(f"{output.name}.workspace")
-
-
-def steps(output: Path) -> dict[str, int]:
-    """How many finished steps of each kind the workspace holds."""
-    names = [path.parent.name.rpartition("-")[0] for path in workspace_of(output).glob("*/step.json")]
-    return {name: names.count(name) for name in sorted(set(names))}
-
-
-def stamps(*folders: Path) -> dict[Path, int]:
-    return {
-        path: path.stat().st_mtime_ns for folder in folders for path in folder.rglob("*") if path.is_file()
-    }
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def write_rows(path: Path, rows) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def rows_in(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # What is written
@@ -547,187 +513,3 @@ def test_interrupted_run_leaves_no_output_and_goes_on_to_the_same_bytes(
     now = stamps(workspace_of(tmp_path / "out"))
     moved = [path for path, stamp in kept.items() if now.get(path, stamp) != stamp]
     assert moved == []  # finished steps are not touched; the model itself has become the output
-
-
-# Methods, preparation, overlap
-
-
-@pytest.mark.parametrize("name", ["msa", "task_vector"])
-def test_every_method_takes_off_the_vector_from_the_checkpoint_it_starts_from(
-    recipe_of, tiny, tmp_path, name
-):
-    method = METHODS[name]
-    assert method.name == name
-    assert method.summary
-    start = getattr(tiny, method.settings().starts_at)
-    assert start == (tiny.target if name == "task_vector" else tiny.base)
-    made = unlearn(recipe_of(tmp_path / "out", method=name, scales=GIVEN))
-    (model,) = workspace_of(made.output).glob("finetune-forget-*/model")
-    target, before, tuned = weights(tiny.target.folder), weights(start.folder), weights(model)
-    for key, value in weights(made.output).items():
-        torch.testing.assert_close(value, target[key] - 0.5 * (tuned[key] - before[key]), rtol=0, atol=1e-6)
-    assert made.record["recipe"]["method"] == name
-
-
-def test_target_and_retrained_model_can_be_prepared(recipe_of, tmp_path):
-    recipe = recipe_of(tmp_path / "out", models={"target": None}, prepare={"retain_rows": 50}, scales=GIVEN)
-    made = unlearn(recipe)
-    assert steps(made.output) == {
-        "apply": 1,
-        "evaluate": 4,
-        "finetune-forget": 1,
-        "finetune-retrained": 1,
-        "finetune-target": 1,
-    }
-    assert made.record["models"]["target"]["location"] == "made by [prepare]"
-    assert made.record["data"]["retain"]["rows"] == 50
-    scores = made.record["scores"]
-    assert (
-        scores["target"]["forget"]["answer_probability"]["value"]
-        > (scores["retrained"]["forget"]["answer_probability"]["value"])
-    )
-
-
-def test_shared_rows_are_refused_with_their_number_and_left_out_when_told(recipe_of, tiny, tmp_path):
-    shared = write_rows(tmp_path / "retain.jsonl", rows_in(tiny.retain)[:60] + rows_in(tiny.forget)[:3])
-    with pytest.raises(
-        DataError, match=r"3 rows of the retain set also stand in the forget set \(first: row 61"
-    ):
-        unlearn(recipe_of(tmp_path / "out", data={"retain": str(shared)}, scales=GIVEN))
-    assert list(tmp_path.iterdir()) == [shared]
-    made = unlearn(
-        recipe_of(tmp_path / "out", data={"retain": str(shared), "allow_overlap": True}, scales=GIVEN)
-    )
-    assert made.record["data"]["retain"]["rows"] == 60
-    assert "3 retain rows that also stand in the forget set were left out." in made.record["notes"]
-
-
-def test_small_retain_set_is_used_whole_and_the_record_says_so(recipe_of, tiny, tmp_path):
-    few = write_rows(tmp_path / "retain.jsonl", rows_in(tiny.retain)[:5])
-    made = unlearn(
-        recipe_of(tmp_path / "out", data={"retain": str(few)}, scales={"forget": 0.5, "retain": 0.5})
-    )
-    assert made.record["training"]["retain"]["rows"] == 5
-    assert any("fewer than the forget set's 30" in note for note in made.record["notes"])
-
-
-def test_same_folder_as_target_and_base_is_refused_but_for_the_task_vector(recipe_of, tiny, tmp_path):
-    same = {"base": str(tiny.target.folder)}
-    with pytest.raises(MismatchError, match="target and base are the same folder"):
-        unlearn(recipe_of(tmp_path / "out", models=same, scales=GIVEN))
-    unlearn(recipe_of(tmp_path / "out", models=same, scales=GIVEN, method="task_vector"))
-
-
-def test_single_forget_row_is_enough(recipe_of, tiny, tmp_path):
-    one = write_rows(tmp_path / "one.jsonl", rows_in(tiny.forget)[:1])
-    made = unlearn(recipe_of(tmp_path / "out", data={"forget": str(one)}, scales={"retain": 0.0}))
-    score = made.record["scores"]["unlearned"]["forget"]["answer_probability"]
-    assert (score["n"], score["low"], score["high"]) == (1, None, None)
-    assert "one example gives no interval" in score["reason"]
-
-
-# Forms of rows
-
-
-def texts(tiny, count=6):
-    return [f"{row['prompt']} {row['completion']}" for row in rows_in(tiny.forget)[:count]]
-
-
-def write_document(tiny, folder):
-    (folder / "forget.txt").write_text(". ".join(texts(tiny, 30)))  # longer than one piece of 64 tokens
-    return folder / "forget.txt", {}, 1
-
-
-def write_messages(tiny, folder):
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": row["prompt"]},
-                {"role": "assistant", "content": row["completion"]},
-                {"role": "user", "content": "the pet of"},
-                {"role": "assistant", "content": row["completion"]},
-            ]
-        }
-        for row in rows_in(tiny.forget)[:4]
-    ]
-    return write_rows(folder / "forget.jsonl", rows), {}, 8
-
-
-def write_csv(tiny, folder):
-    lines = [f'"{row["prompt"]}",{row["completion"]}' for row in rows_in(tiny.forget)[:5]]
-    (folder / "forget.csv").write_text("\n".join(["Frage,Antwort", *lines]))
-    return folder / "forget.csv", {"question": "Frage", "answer": "Antwort"}, 5
-
-
-@pytest.mark.parametrize("write", [write_document, write_messages, write_csv])
-def test_every_form_of_rows_goes_all_the_way(recipe_of, tiny, tmp_path, write):
-    path, columns, examples = write(tiny, tmp_path)
-    made = unlearn(
-        recipe_of(
-            tmp_path / "out",
-            data={"forget": str(path), "retain": None, "columns": columns},
-            scales={"forget_grid": [0.5]},
-            output={"keep_unchanged": True},
-        )
-    )
-    assert made.record["data"]["forget"]["rows"] == examples
-    scores = made.record["scores"]["unlearned"]["forget"]
-    assert scores["answer_probability"]["n"] == examples
-    if write is write_document:
-        assert scores["rouge_l_recall"]["value"] is None
-        assert "nothing was generated" in scores["rouge_l_recall"]["reason"]
-        assert len(made.outcomes["target"]["forget"][0].logprobs) > 64
-
-
-def test_documents_may_be_forgotten_and_questions_retained(recipe_of, tiny, tmp_path):
-    path, _, _ = write_document(tiny, tmp_path)
-    made = unlearn(recipe_of(tmp_path / "out", data={"forget": str(path)}, scales=GIVEN))
-    assert made.record["scores"]["target"]["retain"]["rouge_l_recall"]["value"] is not None
-
-
-# The plan
-
-
-def test_plan_counts_tokens_and_leaves_nothing_on_disk(recipe_of, tiny, tmp_path):
-    recipe = recipe_of(tmp_path / "out")
-    planned = dry_run(recipe)
-    assert list(tmp_path.iterdir()) == []
-    by_label = {step.label: step.tokens for step in planned.steps}
-    words = sum(len(f"{row.prompt} {row.answer}".split()) + 1 for row in read_examples(tiny.forget))
-    assert by_label["fine-tune on the forget set"] == 8 * words
-    assert planned.tokens == sum(by_label.values())
-    assert planned.disk >= 2 * 4 * tiny.base.parameters + tiny.target.nbytes
-    assert planned.memory > 16 * tiny.base.parameters
-    assert planned.seconds > 0
-    assert any("try up to 6 pairs of scales" in line for line in describe(planned))
-
-
-def test_plan_of_a_forget_only_run_has_no_second_vector(recipe_of, tmp_path):
-    labels = [step.label for step in dry_run(recipe_of(tmp_path / "out", data={"retain": None})).steps]
-    assert labels == [
-        "fine-tune on the forget set",
-        "try up to 3 pairs of scales in memory",
-        "write the unlearned model",
-        "evaluate 3 models",
-    ]
-
-
-def test_plan_refuses_what_the_run_would_refuse(recipe_of, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("")
-    with pytest.raises(OutputError):
-        dry_run(recipe_of(tmp_path / "out"))
-
-
-def test_answers_that_are_cut_are_noted(tiny, recipe_of, tmp_path):
-    long = tmp_path / "long.jsonl"
-    words = json.loads(tiny.forget.read_text().splitlines()[0])
-    rows = [{"prompt": words["prompt"], "completion": " ".join([words["completion"]] * 40)}, words]
-    long.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = recipe_of(
-        tmp_path / "out",
-        data={"forget": str(long), "retain": None},
-        training={"max_length": 32},
-        evaluation={"max_length": 64},
-    )
-    assert list(open_inputs(recipe).notes) == ["Answers cut to fit max_length 32 in training: 1."]

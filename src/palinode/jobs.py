@@ -29,10 +29,7 @@ from palinode.history.locating import locate as locate_rows
 from palinode.history.series import open_series, step_of
 from palinode.methods.transforms import (
     TRANSFORMS,
-    ConsensusSettings,
-    ImportanceSettings,
     LowRankSettings,
-    MaskSettings,
     ProjectionSettings,
     TransformSettings,
 )
@@ -54,7 +51,6 @@ from palinode.weights import Checkpoint
 Place = str | Path
 """A folder or file, or the name of something on the hub."""
 
-SignConsensus, Importance, Mask = ConsensusSettings, ImportanceSettings, MaskSettings
 Projection, LowRank = ProjectionSettings, LowRankSettings
 
 

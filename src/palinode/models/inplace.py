@@ -125,10 +125,9 @@ def live_places(model: PreTrainedModel, anchor: Checkpoint) -> dict[str, tuple[s
     return found
 
 
-def check_live(checkpoint: Checkpoint, *, by_name: bool = False) -> None:
+def check_live(checkpoint: Checkpoint) -> None:
     """Raise MismatchError where `put` could not put sums of this checkpoint into its live model.
 
-    With `by_name` also where a parameter is not one tensor of the files, as values by parameter need it.
     The model is built without its weights. Raises CheckpointError when transformers cannot build it.
     """
     try:
@@ -141,19 +140,6 @@ def check_live(checkpoint: Checkpoint, *, by_name: bool = False) -> None:
             "transformers, or take a model that it knows"
         ) from error
     _flat_parameters(model, checkpoint)
-    for name, _ in model.named_parameters() if by_name else ():
-        name_in_files(checkpoint, name)
-
-
-def name_in_files(checkpoint: Checkpoint, name: str) -> str:
-    """Return the name that a live model's parameter has in the checkpoint's files, as one tensor."""
-    own = checkpoint.spelled(name)
-    if own is None:
-        raise MismatchError(
-            f"the live model's parameter {name} has no counterpart in {checkpoint.folder}; this architecture "
-            "renames its weights on loading, so leave out transforms that read gradients or inputs"
-        )
-    return own
 
 
 class CombinedLogits(PreTrainedModel, GenerationMixin):

@@ -178,7 +178,7 @@ class Trial:
         return {**step.once(asked), "done": list(done)}
 
     def through(self, name: str) -> tuple[list[Any], list[Any], int]:
-        """Return the states after each request, those after each withdrawal, and how many of these are equal."""
+        """Return the states after each request and each withdrawal, and how many of these are equal."""
         numbers = list(self.people)
         main, without = (Workspace(self.home / folder) for folder in ("requests", "without"))
         with main.locked(), without.locked():

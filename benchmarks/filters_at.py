@@ -195,18 +195,19 @@ class Trial:
         started = time.monotonic()
         trained = FineTuning(open_inputs(own), self.workspace, NullListener()).train(self.target)
         vector, filtered, alpha = trained.vectors.forget, None, one.alpha
+        left = dict(trained.transforms[-1]) if trained.transforms else {}
         rounds = one.rounds if most is None else min(most, one.rounds)
         for place in range(1 + rounds):
             if place:
                 assert trained.filters is not None
                 started = time.monotonic()
                 filtered = trained.filters.arrived(filtered or trained.filters.usual(), alpha)
-                vector = filtered.direction
+                vector, left = filtered.direction, dict(filtered.facts)
             with TemporaryDirectory(dir=self.workspace.folder.parent) as folder:
                 if one.last is not None:
                     vector = self.projected(vector, one.last, Path(folder) / "vector")
                 alpha = self.equal(vector, alpha)
-                self.report(name, place, started, alpha)
+                self.report(name, place, started, alpha, left.get("survives"))
                 if self.save and place == rounds:
                     model = self.save / f"{name}, {place}".replace(" ", "_")
                     if not model.exists():
@@ -301,12 +302,15 @@ class Trial:
         groups = [list(itertools.islice(every, count)) for count in self.answers[which]]
         return [own[0] / (math.fsum(own) if len(own) > 1 else 1.0) for own in groups]
 
-    def report(self, name: str, place: int, started: float, alpha: float) -> dict[str, float]:
+    def report(
+        self, name: str, place: int, started: float, alpha: float, survives: float | None = None
+    ) -> dict[str, float]:
         """Print what the live model makes of all rows."""
         found = {which: self.probabilities(which) for which in self.rows}
         found["near"] = [found["retain"][place] for place in self.near]
         means = {which: mean(values) for which, values in found.items()}
         facts = {"filter": name, "round": place, "alpha": round(alpha, 3), "seed": self.recipe.seed}
+        facts |= {"survives": survives} if survives else {}
         facts["seconds"] = round(time.monotonic() - started, 1)
         print(json.dumps({**facts, **{which: round(value, 4) for which, value in means.items()}}), flush=True)
         if self.results:

@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 Folder = Annotated[Path, typer.Argument(metavar="OUT", help="A model folder that Palinode wrote.")]
 Identity = Annotated[str | None, typer.Option(help="Without a key: who signs, by Sigstore, as in mail@host.")]
+Salt = Annotated[
+    Path | None,
+    typer.Option(help="The owner's salt, which opens the commitment to the forget rows. [sign: OUT.salt]"),
+]
 Issuer = Annotated[str | None, typer.Option(help="Who vouches for that identity to Sigstore, as a URL.")]
 
 
@@ -32,12 +37,7 @@ def sign(
     ] = None,
     identity: Identity = None,
     issuer: Issuer = None,
-    salt: Annotated[
-        Path | None,
-        typer.Option(
-            help="The salt of the commitment to the forget rows. [default: OUT.salt, made if missing]"
-        ),
-    ] = None,
+    salt: Salt = None,
     new_key: Annotated[
         Path | None, typer.Option(help="Make a key instead: FILE, and FILE.pub for those who verify.")
     ] = None,
@@ -53,10 +53,11 @@ def sign(
     from palinode.pipeline.signature import new_key as make_key
     from palinode.pipeline.signing import STATEMENT, sign_folder
 
-    asked = key is not None and is_encrypted(key) and PASSWORD not in os.environ and sys.stdin.isatty()
-    password = typer.prompt(f"Password of {key}", hide_input=True, err=True) if asked else None
+    asked = PASSWORD not in os.environ and sys.stdin.isatty() and (new_key or (key and is_encrypted(key)))
+    ask = partial(typer.prompt, hide_input=True, err=True, default="", show_default=False)
+    password = ask(f"Password of {asked} (empty: none)") if asked else None
     if new_key is not None:
-        public, known = make_key(new_key)
+        public, known = make_key(new_key, password)
         facts = {"private_key": str(new_key), "public_key": str(public), "sha256": known}
         text = f"{new_key} is your private key; give away {public} (SHA-256 {known})"
     elif folder is None:
@@ -64,15 +65,8 @@ def sign(
             "there is nothing to sign; name the folder of an unlearned model, or --new-key FILE"
         )
     else:
-        done = sign_folder(
-            folder,
-            key,
-            identity=identity,
-            issuer=issuer,
-            salt=salt,
-            password=password,
-            listener=listener(quiet=quiet),
-        )
+        options = {"identity": identity, "issuer": issuer, "password": password}
+        done = sign_folder(folder, key, salt=salt, listener=listener(quiet=quiet), **options)
         for note in done.notes:
             warn(note)
         facts = {"folder": str(folder), **asdict(done), "salt": str(done.salt)}
@@ -97,7 +91,7 @@ def verify(
     ] = None,
     identity: Identity = None,
     issuer: Issuer = None,
-    salt: Annotated[Path | None, typer.Option(help="The owner's salt, to open the commitment with.")] = None,
+    salt: Salt = None,
     forget: Annotated[str | None, typer.Option(help="The rows that are said to be forgotten.")] = None,
     quiet: Quiet = False,
     as_json: Json = False,

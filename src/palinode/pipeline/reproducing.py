@@ -71,8 +71,8 @@ class Reproduced:
 
 
 def reproduce(
-    folder: Path,
-    output: Path | None = None,
+    folder: str | Path,
+    output: str | Path | None = None,
     *,
     settings: Mapping[str, Any] | None = None,
     listener: Listener | None = None,
@@ -83,13 +83,14 @@ def reproduce(
     record's. The folder is only read; `output` is a new one beside it. The same call after an interruption
     goes on where it was. Raises InputError for models or rows that are not those of the record.
     """
-    listener, record, home = listener or NullListener(), read_record(folder), folder.resolve()
+    folder, listener = Path(folder), listener or NullListener()
+    record, home = read_record(folder), folder.resolve()
     first = Checkpoint.open(folder)
     if first.fingerprint() != at(record, "models", "unlearned", "fingerprint"):
         raise CheckpointError(
             f"{folder} is not the model that its record tells of; palinode verify says more"
         )
-    place = output or home.with_name(fitting(home.name, ".reproduced"))
+    place = Path(output) if output else home.with_name(fitting(home.name, ".reproduced"))
     own = {"output": {"folder": str(place), "workspace": None, "keep_unchanged": True}, "tracker": None}
     recipe = build_recipe(laid_over(laid_over(record["recipe"], settings or {}), own))
     _check_fresh(recipe, home, find_workspace(folder, record))

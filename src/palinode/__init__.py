@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         evaluate,
         evaluate_benchmark,
         filter_change,
+        influence,
         locate,
         unlearn,
     )
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
         Asking,
         AuditSettings,
         EvaluationSettings,
+        InfluenceSettings,
         LocateSettings,
         TrainingSettings,
     )
@@ -87,7 +89,7 @@ _ROOMS = {
     "history.reader": "ExposureReader",
     "history.series": "CheckpointSeries open_series",
     "jobs": "Audited LowRank Projection "
-    "audit compare evaluate evaluate_benchmark filter_change locate unlearn",
+    "audit compare evaluate evaluate_benchmark filter_change influence locate unlearn",
     "methods": "METHODS apply",
     "metrics": "METRICS",
     "pipeline.costs": "Plan",
@@ -95,7 +97,8 @@ _ROOMS = {
     "pipeline.recipe": "Recipe build_recipe load_recipe",
     "pipeline.run": "Unlearned dry_run",
     "records": "Outcome Score",
-    "settings": "ApplySettings Asking AuditSettings EvaluationSettings LocateSettings TrainingSettings",
+    "settings": "ApplySettings Asking AuditSettings EvaluationSettings InfluenceSettings LocateSettings "
+    "TrainingSettings",
     "training.finetune": "Finetuned finetune",
     "weights": "Checkpoint Crew Direction Dose LoraAdapter Point Profile Saved StoredVector WeightedSum "
     "open_direction profile save save_vector",
@@ -124,6 +127,7 @@ __all__ = [
     "ExposureLog",
     "ExposureReader",
     "Finetuned",
+    "InfluenceSettings",
     "LocateSettings",
     "Location",
     "LoggedLoader",
@@ -159,6 +163,7 @@ __all__ = [
     "evaluate_benchmark",
     "filter_change",
     "finetune",
+    "influence",
     "load_comparison",
     "load_recipe",
     "locate",
@@ -186,10 +191,10 @@ def __dir__() -> list[str]:
 
 
 class _Palinode(ModuleType):
-    """This package: importing the rooms audit/ and compare/ leaves their names to the functions."""
+    """This package: importing a room leaves its name to the function that is called like it."""
 
     def __setattr__(self, name: str, value: object) -> None:
-        if not (name in ("audit", "compare") and isinstance(value, ModuleType)):
+        if not (name in ("audit", "compare", "influence") and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
 

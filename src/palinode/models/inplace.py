@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import blake3
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -84,16 +83,6 @@ def put(
     with Files() as files, unchanged(form.terms):
         wanted = [part for part in parts if part.info.name in flat and (not only or only(part.info.name))]
         map_slices(wanted, per_thread(start))
-
-
-def contents(model: PreTrainedModel) -> str:
-    """Return a hash of a live model's parameters (32 hex digits), equal only where every bit of them is."""
-    total = blake3.blake3()
-    for name, parameter in sorted(model.named_parameters()):
-        values = parameter.detach().cpu().contiguous()
-        total.update(f"{name} {values.dtype} {list(values.shape)}".encode())
-        total.update(values.flatten().view(torch.uint8).numpy().data)
-    return total.hexdigest()[:32]
 
 
 def _flat_parameters(model: PreTrainedModel, anchor: Checkpoint) -> dict[str, torch.Tensor]:

@@ -221,10 +221,6 @@ class FineTuning(Work):
         done.steps[run.name], done.facts[run.name] = step.key, facts
         return material.examples
 
-    def whole(self, trained: Trained) -> Checkpoint:
-        """Return the model of a method that trains it itself as it lies there, written if it is a formula."""
-        return self._merged(trained.model, " ".join(trained.steps.values()))
-
     def _merged(self, point: Point, key: str) -> Checkpoint:
         """Return a point as a whole model, for what has to load it."""
         if isinstance(point, Checkpoint):

@@ -30,6 +30,7 @@ from palinode.settings import InfluenceSettings, LocateSettings
 
 if TYPE_CHECKING:
     from palinode.history.locating import Location
+    from palinode.pipeline.recipe import Recipe
 
 
 @takes(Key("steps", kind=str, read=lambda text: _numbers(text)), of=LocateSettings)
@@ -120,40 +121,19 @@ def influence(
     How probable the answer would be without the forget set of a run, or without rows named here.
     """
     from palinode import jobs
-    from palinode.errors import RecipeError
-    from palinode.pipeline.recipe import build_recipe, laid_over
     from palinode.report.content import show as show_blocks
     from palinode.report.location_report import influence_brief
 
-    named = [*filter(None, (content.get("models"), content.get("training"))), *(changes or [])]
-    forget, device = content.get("data", {}).get("forget"), content.get("device", "auto")
-    if run is not None and (named or forget):
-        raise RecipeError(f"{run} says models, rows and training itself; leave those options out")
-    asked, said = ask or [], answer or []
-    if said and len(said) != len(asked):
-        raise RecipeError(
-            f"there are {len(asked)} --ask and {len(said)} --answer; give one for each, or none"
-        )
-    recipe = None
-    if run is None:
-        workspace = content.get("output", {}).get("workspace")
-        if workspace is None or forget is None:
-            raise RecipeError(
-                "name the folder of a finished run; or --target, --base, --forget and --workspace"
-            )
-        length = content.get("training", {}).get("max_length", InfluenceSettings().max_length)
-        usual = {"output.folder": workspace, "evaluation.max_length": length}
-        recipe = build_recipe(laid_over(content, usual), changes or ())
     settings = InfluenceSettings(
         alpha=alpha,
         max_new_tokens=max_new_tokens,
         columns=content.get("data", {}).get("columns"),
-        device=device,
+        device=content.get("device", "auto"),
     )
     found = jobs.influence(
-        questions or dict(zip_longest(asked, said)),
+        questions or _asked(ask or [], answer or []),
         run=run,
-        recipe=recipe,
+        recipe=_traced(content, changes or [], run),
         settings=settings,
         listener=listener(quiet=quiet),
     )
@@ -161,6 +141,34 @@ def influence(
         print_json(found.record)
     else:
         show_blocks(influence_brief(found.record), out())
+
+
+def _asked(asked: Sequence[str], said: Sequence[str]) -> dict[str, str | None]:
+    """Return questions with the answers that are asked about. Raises RecipeError unless they go together."""
+    from palinode.errors import RecipeError
+
+    if said and len(said) != len(asked):
+        raise RecipeError(
+            f"there are {len(asked)} --ask and {len(said)} --answer; give one for each, or none"
+        )
+    return dict(zip_longest(asked, said))
+
+
+def _traced(content: Mapping[str, Any], changes: Sequence[str], run: Path | None) -> Recipe | None:
+    """Return the recipe of the set that is asked about; None where a finished run says all that."""
+    from palinode.errors import RecipeError
+    from palinode.pipeline.recipe import build_recipe, laid_over
+
+    forget, workspace = content.get("data", {}).get("forget"), content.get("output", {}).get("workspace")
+    if run is not None:
+        if forget or changes or "models" in content or "training" in content:
+            raise RecipeError(f"{run} says models, rows and training itself; leave those options out")
+        return None
+    if workspace is None or forget is None:
+        raise RecipeError("name the folder of a finished run; or --target, --base, --forget and --workspace")
+    length = content.get("training", {}).get("max_length", InfluenceSettings().max_length)
+    usual = {"output.folder": workspace, "evaluation.max_length": length}
+    return build_recipe(laid_over(content, usual), changes)
 
 
 def show(found: Location, *, picture: Path | None, report: Path | None, as_json: bool) -> None:

@@ -103,7 +103,6 @@ def finished_before(inputs: Inputs) -> Mapping[str, Any] | None:
         record: dict[str, Any] = read_json(output / "record.json")
         same_run = record["run"] == run_key(inputs)
         written = record["models"]["unlearned"]["fingerprint"]
-        record.setdefault("verdict", run_verdict(record).as_json())  # earlier versions kept none
         return record if same_run and Checkpoint.open(output).fingerprint() == written else None
     except (OSError, ValueError, KeyError, TypeError, CheckpointError):
         return None

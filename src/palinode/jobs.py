@@ -7,7 +7,7 @@ of the command line call these functions; the runs themselves are in pipeline/, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -226,13 +226,8 @@ def audit(
             "lookalikes": settings.lookalikes or rows["forget"],
         },
         policy=rules,
-        style=settings.style or PromptStyle(),
-        allow_pickle=settings.allow_pickle,
-        device=settings.device,
-        seed=settings.seed,
+        settings=settings,
     )
-    if settings.attacks:
-        plan = replace(plan, attacks=settings.attacks)
     return Audited(Path(output), run_audit(plan, Path(output), listener=listener))
 
 

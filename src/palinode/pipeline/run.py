@@ -29,13 +29,12 @@ from palinode.pipeline.costs import Plan, describe, make_plan
 from palinode.pipeline.filtering import Forecast, Measuring, foretell
 from palinode.pipeline.finetuning import FineTuning, Trained, open_end, open_whole
 from palinode.pipeline.goal import TOLERANCE
-from palinode.pipeline.grid import grid_scales
 from palinode.pipeline.inputs import Inputs, ask_as_trained, check_places, open_inputs, workspace_folder
 from palinode.pipeline.recipe import Recipe
 from palinode.pipeline.record import build_record, dose_facts, geometry_facts
 from palinode.pipeline.reporting import full_report, in_order, refresh, write_reports
 from palinode.pipeline.scales import ChosenScales, own_yardstick, scaled_vector
-from palinode.pipeline.search import search_scales
+from palinode.pipeline.search import grid_scales, search_scales
 from palinode.pipeline.tracking import tracked
 from palinode.pipeline.workspace import Step, Workspace, fingerprint
 from palinode.progress import Listener, NullListener

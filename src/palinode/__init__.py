@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         evaluate,
         evaluate_benchmark,
         filter_change,
+        influence,
         locate,
         unlearn,
     )
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
         Asking,
         AuditSettings,
         EvaluationSettings,
+        InfluenceSettings,
         LocateSettings,
         TrainingSettings,
     )
@@ -89,7 +91,7 @@ _ROOMS = {
     "history.reader": "ExposureReader",
     "history.series": "CheckpointSeries open_series",
     "jobs": "Audited LowRank Projection "
-    "audit compare evaluate evaluate_benchmark filter_change locate unlearn",
+    "audit compare evaluate evaluate_benchmark filter_change influence locate unlearn",
     "methods": "METHODS apply",
     "metrics": "METRICS",
     "pipeline.costs": "Plan",
@@ -99,7 +101,8 @@ _ROOMS = {
     "pipeline.run": "Unlearned dry_run",
     "pipeline.signing": "SignatureCheck Signed check_signature sign_folder",
     "records": "Outcome Score",
-    "settings": "ApplySettings Asking AuditSettings EvaluationSettings LocateSettings TrainingSettings",
+    "settings": "ApplySettings Asking AuditSettings EvaluationSettings InfluenceSettings LocateSettings "
+    "TrainingSettings",
     "training.finetune": "Finetuned finetune",
     "weights": "Checkpoint Crew Direction Dose LoraAdapter Point Profile Saved StoredVector WeightedSum "
     "open_direction profile save save_vector",
@@ -128,6 +131,7 @@ __all__ = [
     "ExposureLog",
     "ExposureReader",
     "Finetuned",
+    "InfluenceSettings",
     "LocateSettings",
     "Location",
     "LoggedLoader",
@@ -167,6 +171,7 @@ __all__ = [
     "evaluate_benchmark",
     "filter_change",
     "finetune",
+    "influence",
     "load_comparison",
     "load_recipe",
     "locate",
@@ -196,10 +201,10 @@ def __dir__() -> list[str]:
 
 
 class _Palinode(ModuleType):
-    """This package: importing the rooms audit/ and compare/ leaves their names to the functions."""
+    """This package: importing a room leaves its name to the function that is called like it."""
 
     def __setattr__(self, name: str, value: object) -> None:
-        if not (name in ("audit", "compare") and isinstance(value, ModuleType)):
+        if not (name in ("audit", "compare", "influence") and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
 

@@ -8,12 +8,13 @@ import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from palinode.cli.console import listener, out, print_json, warn
-from palinode.cli.options import Json, Quiet
+from palinode.cli.ending import secret_workspace
+from palinode.cli.options import Json, Quiet, takes
 
 if TYPE_CHECKING:
     from palinode.pipeline.signing import SignatureCheck
@@ -55,7 +56,7 @@ def sign(
 
     asked = PASSWORD not in os.environ and sys.stdin.isatty() and (new_key or (key and is_encrypted(key)))
     ask = partial(typer.prompt, hide_input=True, err=True, default="", show_default=False)
-    password = ask(f"Password of {asked} (empty: none)") if asked else None
+    password = ask(f"Password of {asked}", confirmation_prompt=bool(new_key)) if asked else None
     if new_key is not None:
         public, known = make_key(new_key, password)
         facts = {"private_key": str(new_key), "public_key": str(public), "sha256": known}
@@ -78,6 +79,49 @@ def sign(
         print_json(facts)
     else:
         out().print(text, soft_wrap=True)
+
+
+@takes(
+    *("models.target", "models.base", "models.given", "models.retrained"),
+    *("data.forget", "data.retain", "data.holdout", "data.background", "data.refusals"),
+    "device",
+)
+def reproduce(
+    content: dict[str, Any],
+    folder: Folder,
+    *,
+    output: Annotated[
+        Path | None, typer.Option(help="A new folder for the second model. [default: OUT.reproduced]")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Run a record's recipe again: do bytes and figures agree?
+
+    Models and rows are looked for where the record says; options say where they lie now. The exit code is 0
+    when the bytes agree.
+    """
+    from palinode.pipeline.reproducing import reproduce as run_again
+    from palinode.records import workspace_beside
+
+    found = run_again(folder, output, settings=content, listener=listener(quiet=quiet))
+    if as_json:
+        print_json({**asdict(found), "output": str(found.output), "sentence": found.sentence})
+    else:
+        out().print(found.sentence, markup=False, soft_wrap=True)
+        tensors = {
+            name: f"{entry[0]:,} numbers, by {entry[1]:.2g} at most" if entry else "another shape"
+            for name, entry in found.differing.items()
+        }
+        pairs = {**found.off, **found.environment}
+        told = {**tensors, **{name: f"{then} then, {now} now" for name, (then, now) in pairs.items()}}
+        for name, text in [*told.items()][:MOST_ROWS]:
+            out().print(f"  {name}: {text}", markup=False, soft_wrap=True)
+        if len(told) > MOST_ROWS:
+            out().print(f"  and {len(told) - MOST_ROWS} more; --json has all of them")
+    secret_workspace(workspace_beside(found.output), found.output, "rows, θ_1", as_json=as_json)
+    if not found.same_bytes:
+        raise typer.Exit(1)
 
 
 MOST_ROWS = 20

@@ -258,12 +258,17 @@ class Made:
 class Making(FineTuning):
     """Fine-tune, choose scales, add up, write."""
 
-    def make(self, target: Checkpoint) -> Made:
-        """Make the unlearned model, in the workspace."""
+    def ready(self, target: Checkpoint) -> tuple[Trained, ChosenScales | None]:
+        """Return what was trained, filtered as was chosen, and the scales of a method that adds vectors."""
         trained = self.train(target)
         chosen = self._scales(target, trained) if isinstance(trained.result, Vectors) else None
         if chosen and chosen.filter and trained.filters:
             trained = trained.filtered(trained.filters.find(chosen.filter["key"]))
+        return trained, chosen
+
+    def make(self, target: Checkpoint) -> Made:
+        """Make the unlearned model, in the workspace."""
+        trained, chosen = self.ready(target)
         output = self.recipe.output
         step = self.workspace.step(
             "apply",

@@ -90,12 +90,12 @@ class SignatureCheck:
 
 
 def sign_folder(
-    folder: Path,
-    key: Path | None = None,
+    folder: str | Path,
+    key: str | Path | None = None,
     *,
     identity: str | None = None,
     issuer: str | None = None,
-    salt: Path | None = None,
+    salt: str | Path | None = None,
     password: str | None = None,
     listener: Listener | None = None,
 ) -> Signed:
@@ -104,12 +104,13 @@ def sign_folder(
     `key` is the file of a private key; without one Sigstore signs as `identity`, which takes a network. The
     salt is made beside the folder unless one is named. Raises InputError for a folder that is not whole.
     """
-    listener, record, home = listener or NullListener(), read_record(folder), folder.resolve()
+    folder, key, listener = Path(folder), Path(key) if key else None, listener or NullListener()
+    record, home = read_record(folder), folder.resolve()
     if (key is None) == (identity is None):
         raise InputError("a folder is signed with a key or as an identity; name --key or --identity")
     private = open_key(key, password) if key else None
     check_whole(folder, record, listener)
-    place = salt or home.with_name(fitting(home.name, ".salt"))
+    place = Path(salt) if salt else home.with_name(fitting(home.name, ".salt"))
     rows = str(at(record, "data", "forget", "fingerprint"))
     committed = commitment(read_salt(place, home, make=salt is None), rows)
     statement = statement_of(folder, record, committed)
@@ -129,12 +130,12 @@ def sign_folder(
 
 
 def check_signature(
-    folder: Path,
-    public_key: Path | None = None,
+    folder: str | Path,
+    public_key: str | Path | None = None,
     *,
     identity: str | None = None,
     issuer: str | None = None,
-    salt: Path | None = None,
+    salt: str | Path | None = None,
     forget: str | Path | None = None,
     listener: Listener | None = None,
 ) -> SignatureCheck | None:
@@ -147,6 +148,7 @@ def check_signature(
         raise InputError("the commitment to the rows is opened by --salt and --forget together; name both")
     if public_key is not None and identity is not None:
         raise InputError("a folder is signed with a key or as an identity; name one of them")
+    folder, public_key = Path(folder), Path(public_key) if public_key else None
     known = key_fingerprint(public_key) if public_key else None
     found, signature = SignatureCheck(folder), None
     if not any((public_key, identity, salt, (folder / SIGNATURE).exists(), (folder / STATEMENT).exists())):
@@ -170,7 +172,7 @@ def check_signature(
         else:
             found.unchecked.append("who signed (--public-key FILE, or --identity WHO and --issuer URL)")
         found.signer = f"the key {signature.key}" if signature.key else identity if found.trusted else None
-    _compare_statement(found, salt, forget)
+    _compare_statement(found, Path(salt) if salt else None, forget)
     return found
 
 

@@ -13,7 +13,7 @@ import sys
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from run_files import GIVEN
+from run_files import GIVEN, stamps
 
 from example_run import AUDIT
 from palinode.errors import CheckpointError, InputError, MismatchError
@@ -208,10 +208,30 @@ def test_a_signed_folder_can_be_moved(run, signed, tmp_path):
     assert check_signature(moved, run / "owner.key.pub").ok
 
 
-def test_links_are_not_signed(run, out):
-    (out / "link").symlink_to(run / "owner.key")
+@pytest.mark.parametrize("place", ["owner.key", "nowhere", "."])
+def test_links_are_not_signed(run, out, signed, place):
+    (out / "link").symlink_to(run / place)
+    assert faults(signed, run) == ["what nobody signed lies there too: link"]
     with pytest.raises(CheckpointError, match="is a link"):
         sign_folder(out, run / "owner.key")
+
+
+def test_a_copy_made_of_links_is_read_as_what_it_leads_to(run, signed, tmp_path):
+    """As the cache of the hub is one."""
+    shutil.copytree(signed, tmp_path / "blobs")
+    for path in signed.iterdir():
+        path.unlink()
+        path.symlink_to(tmp_path / "blobs" / path.name)
+    assert check_signature(signed, run / "owner.key.pub").ok
+
+
+def test_sigstore_is_not_asked_about_a_key_and_needs_a_network(signed):
+    (fault,) = check_signature(signed, identity="ada@example.org").faults
+    assert fault == "not signed by ada@example.org: a key was used, which is nobody's identity"
+    before = stamps(signed)
+    with pytest.raises(InputError, match="Sigstore did not sign"):
+        sign_folder(signed, identity="ada@example.org", issuer="http://127.0.0.1:9")
+    assert stamps(signed) == before
 
 
 @pytest.mark.parametrize("place", ["out/salt", "out/deeper/../salt"])

@@ -30,6 +30,7 @@ STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 IN_TOTO = "application/vnd.in-toto+json"
 MAX_KEY = 100_000
 HOW_TO_INSTALL = "pip install 'palinode[sign]'"
+ONLINE = f"it takes a network and {HOW_TO_INSTALL}, or a key (--key, --public-key)"
 NEEDED = "it takes an ECDSA key on P-256, P-384 or P-521, as palinode sign --new-key makes one"
 
 
@@ -55,15 +56,25 @@ class FolderSignature:
         return True
 
     def denied(self, identity: str, issuer: str | None) -> str | None:
-        """Return why Sigstore does not vouch that this identity signed; None where it does."""
-        try:
-            from sigstore.models import Bundle
-            from sigstore.verify import Verifier, policy
+        """Return why Sigstore does not vouch that this identity signed; None where it does.
 
-            wanted = policy.Identity(identity=identity, issuer=issuer)
-            found = Verifier.production().verify_dsse(Bundle.from_json(self.text), wanted)
-        except Exception as error:  # the library's own, and those of the network
-            return _first_line(error)
+        Raises InputError where it cannot be asked.
+        """
+        if self.key:
+            return "a key was used, which is nobody's identity"
+        try:
+            from sigstore import verify
+            from sigstore.errors import VerificationError
+            from sigstore.models import Bundle, InvalidBundle
+
+            wanted = verify.policy.Identity(identity=identity, issuer=issuer)
+            asked = verify.Verifier.production()
+            try:
+                found = asked.verify_dsse(Bundle.from_json(self.text), wanted)
+            except (VerificationError, InvalidBundle) as error:
+                return _first_line(error)
+        except Exception as error:  # those of the network
+            raise InputError(f"Sigstore cannot be asked ({_first_line(error)}); {ONLINE}") from error
         return None if found == (IN_TOTO, self.payload) else "it covers something else"
 
 
@@ -132,10 +143,7 @@ def sign_with_sigstore(payload: bytes, identity: str, issuer: str | None) -> str
         with SigningContext.from_trust_config(trust).signer(token) as signer:
             text: str = signer.sign_dsse(Statement(payload)).to_json()
     except Exception as error:  # the library's own, and those of the network
-        raise InputError(
-            f"Sigstore did not sign ({_first_line(error)}); it takes a network and {HOW_TO_INSTALL}, or "
-            "sign with --key"
-        ) from error
+        raise InputError(f"Sigstore did not sign ({_first_line(error)}); {ONLINE}") from error
     return text
 
 
@@ -211,7 +219,7 @@ def _key_text(path: Path) -> bytes:
     try:
         return read_bytes(path, limit=MAX_KEY)
     except OSError as error:
-        raise InputError(f"the key {path} cannot be read ({error.strerror}); name a file of yours") from None
+        raise InputError(f"the key {path} cannot be read ({error.strerror}); name its file") from None
 
 
 def _hash_for(key: Any) -> Any:

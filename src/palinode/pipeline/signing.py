@@ -107,7 +107,7 @@ def sign_folder(
     folder, key, listener = Path(folder), Path(key) if key else None, listener or NullListener()
     record, home = read_record(folder), folder.resolve()
     if (key is None) == (identity is None):
-        raise InputError("a folder is signed with a key or as an identity; name --key or --identity")
+        raise InputError("a folder is signed with a key or as an identity; name --key, or --identity")
     private = open_key(key, password) if key else None
     check_whole(folder, record, listener)
     place = Path(salt) if salt else home.with_name(fitting(home.name, ".salt"))
@@ -172,25 +172,28 @@ def check_signature(
         else:
             found.unchecked.append("who signed (--public-key FILE, or --identity WHO and --issuer URL)")
         found.signer = f"the key {signature.key}" if signature.key else identity if found.trusted else None
-    _compare_statement(found, Path(salt) if salt else None, forget)
+    if signature is not None or (folder / STATEMENT).exists():
+        _compare_statement(found, Path(salt) if salt else None, forget)
     return found
 
 
 def file_digests(folder: Path, listener: Listener, *, links: bool = True) -> dict[str, str]:
     """Return the SHA-256 of every file in a folder but its signature, by path.
 
-    Raises CheckpointError for a file that cannot be read, and for a link where none may be.
+    What is no file has an empty digest. Raises CheckpointError for one that cannot be read, and without
+    `links` for a link.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    found, paths = {}, [path for path in paths if path != folder / SIGNATURE]
-    for path in paths:
-        if not path.is_file() or (path.is_symlink() and not links):
-            raise CheckpointError(
-                f"{path} is a link, a pipe or a device, and no file that could be signed; put a file there"
-            )
-    total = sum(path.stat().st_size for path in paths)
-    with listener.task("hashing files", total, "bytes") as advance:
-        for path in paths:
+    paths = [path for path in paths if path != folder / SIGNATURE]
+    odd = [path for path in paths if path.is_symlink() or not path.is_file()]
+    if odd and not links:
+        raise CheckpointError(
+            f"{odd[0]} is a link, a pipe or a device, and no file that could be signed; put a file there"
+        )
+    found = {path.relative_to(folder).as_posix(): "" for path in paths}
+    files = [path for path in paths if path.is_file()]
+    with listener.task("hashing files", sum(path.stat().st_size for path in files), "bytes") as advance:
+        for path in files:
             try:
                 with path.open("rb") as stream:
                     digest = hashlib.file_digest(stream, "sha256").hexdigest()

@@ -6,7 +6,6 @@ wraps a listener in one that passes them on to the trackers that were named.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import math
@@ -15,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from palinode.errors import RecipeError
+from palinode.errors import RecipeError, meant
 from palinode.progress import Advance, Figures, Listener, record
 from palinode.records import dotted
 
@@ -46,9 +45,8 @@ def check_trackers(names: str | None) -> tuple[str, ...]:
     wanted = tuple(dict.fromkeys(name.strip() for name in (names or "").split(",") if name.strip()))
     for name in wanted:
         if name not in known_trackers():
-            near = difflib.get_close_matches(name, known_trackers(), n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known_trackers())}"
-            raise RecipeError(f"there is no tracker {name!r}; {hint}")
+            there = f"there is no tracker {name!r}; there are {', '.join(known_trackers())}"
+            raise RecipeError(f"{there}{meant(name, known_trackers())}")
         if not is_installed(name):
             raise RecipeError(
                 f"the tracker {name} needs a library that is not installed; pip install {PACKAGES[name][0]}, "

@@ -253,14 +253,16 @@ def test_keys_that_cannot_be_used_say_why(run, out, signed, tmp_path, monkeypatc
             sign_folder(out, tmp_path / "key")
         return str(refused.value)
 
-    assert "key of another kind" in refusal(pem(ed25519.Ed25519PrivateKey.generate()))
-    assert "key of another kind" in refusal(pem(ec.generate_private_key(ec.SECP256K1())))
-    assert "no private key that can be read" in refusal(b"ssh-ed25519 AAAA")
-    assert "no private key that can be read" in refusal((run / "owner.key.pub").read_bytes())
+    assert "no private key that can be used; it takes an ECDSA key" in refusal(
+        pem(ed25519.Ed25519PrivateKey.generate())
+    )
+    assert "takes an ECDSA key on P-256" in refusal(pem(ec.generate_private_key(ec.SECP256K1())))
+    assert "no private key that can be used" in refusal(b"ssh-ed25519 AAAA")
+    assert "no private key that can be used" in refusal((run / "owner.key.pub").read_bytes())
     locked = pem(ec.generate_private_key(ec.SECP384R1()), b"right")
     assert PASSWORD in refusal(locked)
     monkeypatch.setenv(PASSWORD, "wrong")
-    assert "does not open" in refusal(locked)
+    assert "the password is not its own" in refusal(locked)
     monkeypatch.setenv(PASSWORD, "right")
     assert "key" in sign_folder(out, tmp_path / "key").signer
     with pytest.raises(InputError, match="which nobody should be shown"):

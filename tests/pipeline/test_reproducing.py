@@ -40,12 +40,14 @@ def edit(folder, change):
 
 def test_on_the_same_machine_the_bytes_agree_and_the_folder_is_only_read(out, palinode):
     edit(out, lambda record: record["environment"].update(torch="1.0"))
+    edit(out, lambda record: record["recipe"]["scales"].update(of_an_earlier_version=0.5))
     before = stamps(out)
     said = palinode("reproduce", out, "-q")
     assert said.code == 0
     first, *rest = said.out.splitlines()
     assert first.startswith("Reproduced: all 20 tensors are equal bit for bit, and all ")
     assert any(line.startswith("  torch: 1.0 then, ") for line in rest)
+    assert "  scales.of_an_earlier_version: 0.5 then, unknown now" in rest
     assert stamps(out) == before
     again = palinode("reproduce", out, "-q", "--json")  # finds what the first call made
     assert again.code == 0

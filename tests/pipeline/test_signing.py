@@ -13,7 +13,7 @@ import sys
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from run_files import GIVEN
+from run_files import GIVEN, stamps
 
 from example_run import AUDIT
 from palinode.errors import CheckpointError, InputError, MismatchError
@@ -208,10 +208,30 @@ def test_a_signed_folder_can_be_moved(run, signed, tmp_path):
     assert check_signature(moved, run / "owner.key.pub").ok
 
 
-def test_links_are_not_signed(run, out):
-    (out / "link").symlink_to(run / "owner.key")
+@pytest.mark.parametrize("place", ["owner.key", "nowhere", "."])
+def test_links_are_not_signed(run, out, signed, place):
+    (out / "link").symlink_to(run / place)
+    assert faults(signed, run) == ["what nobody signed lies there too: link"]
     with pytest.raises(CheckpointError, match="is a link"):
         sign_folder(out, run / "owner.key")
+
+
+def test_a_copy_made_of_links_is_read_as_what_it_leads_to(run, signed, tmp_path):
+    """As the cache of the hub is one."""
+    shutil.copytree(signed, tmp_path / "blobs")
+    for path in signed.iterdir():
+        path.unlink()
+        path.symlink_to(tmp_path / "blobs" / path.name)
+    assert check_signature(signed, run / "owner.key.pub").ok
+
+
+def test_sigstore_is_not_asked_about_a_key_and_needs_a_network(signed):
+    (fault,) = check_signature(signed, identity="ada@example.org").faults
+    assert fault == "not signed by ada@example.org: a key was used, which is nobody's identity"
+    before = stamps(signed)
+    with pytest.raises(InputError, match="Sigstore did not sign"):
+        sign_folder(signed, identity="ada@example.org", issuer="http://127.0.0.1:9")
+    assert stamps(signed) == before
 
 
 @pytest.mark.parametrize("place", ["out/salt", "out/deeper/../salt"])
@@ -233,14 +253,16 @@ def test_keys_that_cannot_be_used_say_why(run, out, signed, tmp_path, monkeypatc
             sign_folder(out, tmp_path / "key")
         return str(refused.value)
 
-    assert "key of another kind" in refusal(pem(ed25519.Ed25519PrivateKey.generate()))
-    assert "key of another kind" in refusal(pem(ec.generate_private_key(ec.SECP256K1())))
-    assert "no private key that can be read" in refusal(b"ssh-ed25519 AAAA")
-    assert "no private key that can be read" in refusal((run / "owner.key.pub").read_bytes())
+    assert "no private key that can be used; it takes an ECDSA key" in refusal(
+        pem(ed25519.Ed25519PrivateKey.generate())
+    )
+    assert "takes an ECDSA key on P-256" in refusal(pem(ec.generate_private_key(ec.SECP256K1())))
+    assert "no private key that can be used" in refusal(b"ssh-ed25519 AAAA")
+    assert "no private key that can be used" in refusal((run / "owner.key.pub").read_bytes())
     locked = pem(ec.generate_private_key(ec.SECP384R1()), b"right")
     assert PASSWORD in refusal(locked)
     monkeypatch.setenv(PASSWORD, "wrong")
-    assert "does not open" in refusal(locked)
+    assert "the password is not its own" in refusal(locked)
     monkeypatch.setenv(PASSWORD, "right")
     assert "key" in sign_folder(out, tmp_path / "key").signer
     with pytest.raises(InputError, match="which nobody should be shown"):

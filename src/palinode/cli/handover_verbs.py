@@ -62,9 +62,7 @@ def sign(
         facts = {"private_key": str(new_key), "public_key": str(public), "sha256": known}
         text = f"{new_key} is your private key; give away {public} (SHA-256 {known})"
     elif folder is None:
-        raise RecipeError(
-            "there is nothing to sign; name the folder of an unlearned model, or --new-key FILE"
-        )
+        raise RecipeError("there is nothing to sign; name an unlearned model's folder, or --new-key FILE")
     else:
         options = {"identity": identity, "issuer": issuer, "password": password}
         done = sign_folder(folder, key, salt=salt, listener=listener(quiet=quiet), **options)
@@ -72,8 +70,8 @@ def sign(
             warn(note)
         facts = {"folder": str(folder), **asdict(done), "salt": str(done.salt)}
         text = (
-            f"{folder}: {done.files} files signed by {done.signer}, with {STATEMENT}. Keep {done.salt}: it "
-            "shows which rows were meant."
+            f"{folder}: {done.files} files signed by {done.signer}, {STATEMENT} with them. Keep {done.salt}: "
+            "it shows which rows were meant."
         )
     if as_json:
         print_json(facts)
@@ -165,10 +163,8 @@ def verify(
     old = {"stale": stale(folder)} if (folder / "record.json").exists() else {}
     ok = bool(found and found.ok and (signed is None or signed.ok))
     if as_json:
-        told = signed and {**asdict(signed), "folder": str(folder)}
-        print_json(
-            {"folder": str(folder), "ok": ok, **(asdict(found) if found else {}), **old, "signature": told}
-        )
+        place, weights = {"folder": str(folder)}, asdict(found) if found else {}
+        print_json({**place, "ok": ok, **weights, **old, "signature": signed and asdict(signed) | place})
     else:
         if found and (signed is None or signed.ok or not found.ok):
             _show(folder, found)
@@ -187,14 +183,10 @@ def _show_signature(found: SignatureCheck) -> None:
     whose = "as it should be" if found.trusted else "and nobody checked who that is"
     head = f"{found.folder} is signed by {found.signer or 'an identity that Sigstore knows'}, {whose}."
     lines = [head if found.ok else f"{found.folder} is NOT as it was signed:"]
-    for label, sentences in {
-        "fault": found.faults,
-        "checked": found.checked,
-        "not checked": found.unchecked,
-    }.items():
-        lines += [f"  {label}: {sentence}" for sentence in sentences]
-    for line in lines:
-        out().print(line, markup=False, soft_wrap=True)
+    lines += [f"  fault: {sentence}" for sentence in found.faults]
+    lines += [f"  checked: {sentence}" for sentence in found.checked]
+    lines += [f"  not checked: {sentence}" for sentence in found.unchecked]
+    out().print("\n".join(lines), markup=False, soft_wrap=True)
 
 
 def _show(folder: Path, found: Verification) -> None:

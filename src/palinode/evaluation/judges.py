@@ -16,9 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from palinode.errors import InputError, RecipeError
+from palinode.errors import InputError, RecipeError, first_line
 from palinode.evaluation.endpoint import EndpointJudge, Patience
-from palinode.evaluation.general import first_line
 from palinode.evaluation.judging import (
     ACCEPTED,
     NONE,

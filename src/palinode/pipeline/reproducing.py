@@ -6,6 +6,7 @@ same bytes; on others sums are formed in another order, and the figures should a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +15,15 @@ from typing import Any
 from safetensors import safe_open
 
 from palinode.data.examples import fingerprint_examples
-from palinode.errors import CheckpointError, InputError, MismatchError, OutputError
+from palinode.errors import CheckpointError, InputError, MismatchError, OutputError, RecipeError
 from palinode.pipeline.inputs import Inputs, open_inputs, workspace_folder
-from palinode.pipeline.recipe import Recipe, build_recipe, laid_over
+from palinode.pipeline.recipe import Recipe, build_recipe, known_keys, laid_over
 from palinode.pipeline.reporting import find_workspace
 from palinode.pipeline.run import hash_models, read_record, run_key, unlearn
 from palinode.progress import Listener, NullListener
 from palinode.records import dotted, fitting
 from palinode.report.words import at
+from palinode.version import __version__
 from palinode.weights import Checkpoint
 from palinode.weights.fingerprints import companion_digests, tensor_digests
 
@@ -92,7 +94,12 @@ def reproduce(
         )
     place = Path(output) if output else home.with_name(fitting(home.name, ".reproduced"))
     own = {"output": {"folder": str(place), "workspace": None, "keep_unchanged": True}, "tracker": None}
-    recipe = build_recipe(laid_over(laid_over(record["recipe"], settings or {}), own))
+    content, unknown = _known(record["recipe"])
+    try:
+        recipe = build_recipe(laid_over(laid_over(content, settings or {}), own))
+    except RecipeError as error:
+        told = f"the record was written by Palinode {record.get('palinode')}, this is {__version__}"
+        raise RecipeError(f"{error} ({told})") from None
     _check_fresh(recipe, home, find_workspace(folder, record))
     inputs = _opened(recipe, record, listener)
     again = unlearn(recipe, listener=listener, located=record.get("located")).record
@@ -106,11 +113,24 @@ def reproduce(
         files=_unequal(companion_digests(first), companion_digests(second)),
         figures=len(figures),
         off={name: (figures.get(name), figures_now.get(name)) for name in _unequal(figures, figures_now)},
-        environment={
+        environment=unknown
+        | {
             name: (surroundings.get(name), surroundings_now.get(name))
             for name in _unequal(surroundings, surroundings_now)
         },
     )
+
+
+def _known(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[Any, Any]]]:
+    """Return a record's recipe without keys that this Palinode does not have, and their values."""
+    content, known, lost = copy.deepcopy(dict(recipe)), known_keys(), dict[str, tuple[Any, Any]]()
+    for key, value in dotted(recipe):
+        *sections, name = key.split(".")
+        ours = not sections or any(one.startswith(f"{'.'.join(sections)}.") for one in known)
+        if ours and key not in known:
+            at(content, *sections).pop(name)
+            lost[key] = value, "unknown"
+    return content, lost
 
 
 def _check_fresh(recipe: Recipe, home: Path, before: Path | None) -> None:

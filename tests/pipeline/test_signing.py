@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import shutil
@@ -121,6 +122,7 @@ def state_another_model(folder):
         (lambda out: (out / "model.sig").unlink(), ["is not signed: it has no model.sig"]),
         (lambda out: (out / "model.sig").write_text("{}"), ["model.sig is damaged, or no signature"]),
         (lambda out: (out / "model.sig").write_text("no"), ["model.sig is damaged, or no signature"]),
+        (lambda out: (out / "model.sig").write_text("[" * 9999), ["model.sig is damaged, or no signature"]),
     ],
 )
 def test_each_change_has_its_own_sentence(run, signed, damage, sentences):
@@ -129,6 +131,38 @@ def test_each_change_has_its_own_sentence(run, signed, damage, sentences):
     assert len(found) == len(sentences), found
     assert all(sentence in fault for sentence, fault in zip(sentences, found, strict=True)), found
     assert check_signature(signed).faults == found
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{", '{"predicate": 3}', '{"predicate": {"forget": {}}}', "[" * 9999]
+)
+def test_a_statement_that_is_none_is_said_to_be_none(run, signed, content):
+    (signed / "statement.json").write_text(content)
+    found = faults(signed, run)
+    assert found[0] == "statement.json is not the statement that was signed"
+    assert found[1].startswith("statement.json cannot be held against the folder (")
+
+
+def test_a_statement_that_lacks_parts_tells_otherwise(run, signed):
+    content = json.loads((signed / "statement.json").read_text())
+    del content["subject"], content["predicate"]["recipe"]
+    (signed / "statement.json").write_text(json.dumps(content))
+    assert faults(signed, run)[1].endswith("tells otherwise than the folder of recipe, digests")
+
+
+def test_verify_tells_in_words_and_as_json(run, signed, palinode):
+    words = ("verify", signed, "--public-key", run / "owner.key.pub", "-q")
+    said = palinode(*words)
+    assert said.code == 0
+    assert f"{signed} is signed by the key " in said.out
+    assert "  not checked: whose key it is" in said.out
+    (signed / "config.json").unlink()
+    said = palinode(*words)
+    assert said.code == 1
+    assert said.out.startswith(f"{signed} is NOT as it was signed:\n  fault: what was signed is not there")
+    assert "  fault: the weights cannot be compared: " in said.out
+    told = json.loads(palinode(*words, "--json").out)
+    assert (told["ok"], told["signature"]["trusted"], len(told["signature"]["faults"])) == (False, True, 2)
 
 
 def test_another_key_did_not_sign(run, signed):
@@ -279,7 +313,7 @@ def test_a_new_key_is_its_owners_alone_and_no_key_is_overwritten(tmp_path, monke
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "my.key").stat().st_mode) == 0o600
     assert b"ENCRYPTED" in (tmp_path / "my.key").read_bytes()
-    assert len(known) == 64
+    assert known == hashlib.sha256(public.read_bytes()).hexdigest()
     assert public == tmp_path / "my.key.pub"
     with pytest.raises(InputError, match="is there already"):
         new_key(tmp_path / "my.key")

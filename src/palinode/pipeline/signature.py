@@ -90,8 +90,8 @@ def read_signature(path: Path) -> FolderSignature:
         )
         files = {one["name"]: one["digest"] for one in json.loads(payload)["predicate"]["resources"]}
         return FolderSignature(text, payload, signature, named and named["hint"], files)
-    except (LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"a part is missing: {error}") from None
+    except (LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"a part is missing, or is none: {error}") from None
 
 
 def payload_of(name: str, files: Mapping[str, str]) -> bytes:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
+import pty
 import shutil
 import stat
 import subprocess
@@ -19,7 +21,7 @@ from run_files import GIVEN, stamps
 from example_run import AUDIT
 from palinode.errors import CheckpointError, InputError, MismatchError
 from palinode.pipeline.run import unlearn
-from palinode.pipeline.signature import PASSWORD, new_key, payload_of
+from palinode.pipeline.signature import PASSWORD, new_key, open_key, payload_of
 from palinode.pipeline.signing import check_signature, sign_folder
 
 
@@ -296,7 +298,7 @@ def test_keys_that_cannot_be_used_say_why(run, out, signed, tmp_path, monkeypatc
     locked = pem(ec.generate_private_key(ec.SECP384R1()), b"right")
     assert PASSWORD in refusal(locked)
     monkeypatch.setenv(PASSWORD, "wrong")
-    assert "the password is not its own" in refusal(locked)
+    assert "is not opened by this password" in refusal(locked)
     monkeypatch.setenv(PASSWORD, "right")
     assert "key" in sign_folder(out, tmp_path / "key").signer
     with pytest.raises(InputError, match="which nobody should be shown"):
@@ -328,3 +330,22 @@ def test_a_key_that_others_can_read_is_told_of(run, out, tmp_path):
     key.chmod(0o644)
     assert "chmod 600" in sign_folder(out, key).notes[0]
     assert sign_folder(out, run / "owner.key").notes == ()
+
+
+def test_a_terminal_asks_for_the_password_of_a_new_key(tmp_path):
+    main, other = pty.openpty()
+    words = [sys.executable, "-m", "palinode", "sign", "--new-key", str(tmp_path / "my.key")]
+    run = subprocess.Popen(words, stdin=other, stdout=other, stderr=other, start_new_session=True)
+    os.close(other)
+    found = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        for prompt in (f"Password of {tmp_path / 'my.key'}: ", "Repeat for confirmation: "):
+            while not found.endswith(prompt.encode()):
+                found += os.read(main, 65536)
+            os.write(main, b"secret\n")
+        while part := os.read(main, 65536):
+            found += part
+    os.close(main)
+    assert run.wait() == 0, found
+    assert b"secret" not in found
+    assert open_key(tmp_path / "my.key", "secret")

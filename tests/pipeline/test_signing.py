@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import hashlib
 import json
 import os
+import pty
 import shutil
 import stat
 import subprocess
@@ -18,7 +21,7 @@ from run_files import GIVEN, stamps
 from example_run import AUDIT
 from palinode.errors import CheckpointError, InputError, MismatchError
 from palinode.pipeline.run import unlearn
-from palinode.pipeline.signature import PASSWORD, new_key, payload_of
+from palinode.pipeline.signature import PASSWORD, new_key, open_key, payload_of
 from palinode.pipeline.signing import check_signature, sign_folder
 
 
@@ -121,6 +124,7 @@ def state_another_model(folder):
         (lambda out: (out / "model.sig").unlink(), ["is not signed: it has no model.sig"]),
         (lambda out: (out / "model.sig").write_text("{}"), ["model.sig is damaged, or no signature"]),
         (lambda out: (out / "model.sig").write_text("no"), ["model.sig is damaged, or no signature"]),
+        (lambda out: (out / "model.sig").write_text("[" * 9999), ["model.sig is damaged, or no signature"]),
     ],
 )
 def test_each_change_has_its_own_sentence(run, signed, damage, sentences):
@@ -129,6 +133,50 @@ def test_each_change_has_its_own_sentence(run, signed, damage, sentences):
     assert len(found) == len(sentences), found
     assert all(sentence in fault for sentence, fault in zip(sentences, found, strict=True)), found
     assert check_signature(signed).faults == found
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{", '{"predicate": 3}', '{"predicate": {"forget": {}}}', "[" * 9999]
+)
+def test_a_statement_that_is_none_is_said_to_be_none(run, signed, content):
+    (signed / "statement.json").write_text(content)
+    found = faults(signed, run)
+    assert found[0] == "statement.json is not the statement that was signed"
+    assert found[1].startswith("statement.json cannot be held against the folder (")
+
+
+def test_a_statement_that_lacks_parts_tells_otherwise(run, signed):
+    content = json.loads((signed / "statement.json").read_text())
+    del content["subject"], content["predicate"]["recipe"]
+    (signed / "statement.json").write_text(json.dumps(content))
+    assert faults(signed, run)[1].endswith("tells otherwise than the folder of recipe, digests")
+
+
+def test_verify_tells_in_words_and_as_json(run, signed, palinode):
+    words = ("verify", signed, "--public-key", run / "owner.key.pub", "-q")
+    said = palinode(*words)
+    assert said.code == 0
+    assert f"{signed} is signed by the key " in said.out
+    assert "  not checked: whose key it is" in said.out
+    (signed / "config.json").unlink()
+    said = palinode(*words)
+    assert said.code == 1
+    assert said.out.startswith(f"{signed} is NOT as it was signed:\n  fault: what was signed is not there")
+    assert "  fault: the weights cannot be compared: " in said.out
+    told = json.loads(palinode(*words, "--json").out)
+    assert (told["ok"], told["signature"]["trusted"], len(told["signature"]["faults"])) == (False, True, 2)
+
+
+def test_a_byte_that_changed_in_any_file_is_found(run, signed, palinode):
+    files = [path for path in sorted(signed.iterdir()) if path.name != "model.sig"]
+    assert len(files) == 12
+    for path in files:
+        raw = path.read_bytes()
+        path.write_bytes(raw[:-9] + b"\xff" + raw[-8:])  # which is no UTF-8
+        said = palinode("verify", signed, "--public-key", run / "owner.key.pub", "-q")
+        assert (said.code, f"  fault: {path.name} " in said.out) == (1, True), said
+        path.write_bytes(raw)
+    assert palinode("verify", signed, "--public-key", run / "owner.key.pub", "-q").code == 0
 
 
 def test_another_key_did_not_sign(run, signed):
@@ -203,6 +251,14 @@ def test_what_is_stale_or_damaged_is_not_signed(run, out):
     assert not (out / "model.sig").exists()
 
 
+@pytest.mark.parametrize("name", ["report.json", "report.html", "report.md"])
+def test_a_report_of_another_run_is_not_signed(run, out, name):
+    known = json.loads((out / "record.json").read_text())["models"]["unlearned"]["fingerprint"]
+    change(out / name, known.encode(), b"0" * 32)
+    with pytest.raises(MismatchError, match=f"{name} in .* of another run"):
+        sign_folder(out, run / "owner.key")
+
+
 def test_a_signed_folder_can_be_moved(run, signed, tmp_path):
     moved = signed.rename(tmp_path / "elsewhere")
     assert check_signature(moved, run / "owner.key.pub").ok
@@ -262,7 +318,7 @@ def test_keys_that_cannot_be_used_say_why(run, out, signed, tmp_path, monkeypatc
     locked = pem(ec.generate_private_key(ec.SECP384R1()), b"right")
     assert PASSWORD in refusal(locked)
     monkeypatch.setenv(PASSWORD, "wrong")
-    assert "the password is not its own" in refusal(locked)
+    assert "is not opened by this password" in refusal(locked)
     monkeypatch.setenv(PASSWORD, "right")
     assert "key" in sign_folder(out, tmp_path / "key").signer
     with pytest.raises(InputError, match="which nobody should be shown"):
@@ -279,7 +335,7 @@ def test_a_new_key_is_its_owners_alone_and_no_key_is_overwritten(tmp_path, monke
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "my.key").stat().st_mode) == 0o600
     assert b"ENCRYPTED" in (tmp_path / "my.key").read_bytes()
-    assert len(known) == 64
+    assert known == hashlib.sha256(public.read_bytes()).hexdigest()
     assert public == tmp_path / "my.key.pub"
     with pytest.raises(InputError, match="is there already"):
         new_key(tmp_path / "my.key")
@@ -294,3 +350,22 @@ def test_a_key_that_others_can_read_is_told_of(run, out, tmp_path):
     key.chmod(0o644)
     assert "chmod 600" in sign_folder(out, key).notes[0]
     assert sign_folder(out, run / "owner.key").notes == ()
+
+
+def test_a_terminal_asks_for_the_password_of_a_new_key(tmp_path):
+    main, other = pty.openpty()
+    words = [sys.executable, "-m", "palinode", "sign", "--new-key", str(tmp_path / "my.key")]
+    run = subprocess.Popen(words, stdin=other, stdout=other, stderr=other, start_new_session=True)
+    os.close(other)
+    found = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        for prompt in (f"Password of {tmp_path / 'my.key'}: ", "Repeat for confirmation: "):
+            while not found.endswith(prompt.encode()):
+                found += os.read(main, 65536)
+            os.write(main, b"secret\n")
+        while part := os.read(main, 65536):
+            found += part
+    os.close(main)
+    assert run.wait() == 0, found
+    assert b"secret" not in found
+    assert open_key(tmp_path / "my.key", "secret")

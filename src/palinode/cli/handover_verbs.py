@@ -54,9 +54,10 @@ def sign(
     from palinode.pipeline.signature import new_key as make_key
     from palinode.pipeline.signing import STATEMENT, sign_folder
 
-    asked = PASSWORD not in os.environ and sys.stdin.isatty() and (new_key or (key and is_encrypted(key)))
+    locked = new_key or (key if key and is_encrypted(key) else None)
+    asked = locked and PASSWORD not in os.environ and sys.stdin.isatty()
     ask = partial(typer.prompt, hide_input=True, err=True, default="", show_default=False)
-    password = ask(f"Password of {asked}", confirmation_prompt=bool(new_key)) if asked else None
+    password = ask(f"Password of {locked}", confirmation_prompt=bool(new_key)) if asked else None
     if new_key is not None:
         public, known = make_key(new_key, password)
         facts = {"private_key": str(new_key), "public_key": str(public), "sha256": known}

@@ -90,8 +90,8 @@ def read_signature(path: Path) -> FolderSignature:
         )
         files = {one["name"]: one["digest"] for one in json.loads(payload)["predicate"]["resources"]}
         return FolderSignature(text, payload, signature, named and named["hint"], files)
-    except (LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"a part is missing: {error}") from None
+    except (LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"a part is missing, or is none: {error}") from None
 
 
 def payload_of(name: str, files: Mapping[str, str]) -> bytes:
@@ -189,8 +189,8 @@ def open_key(path: Path, password: str | None = None) -> Any:
     try:
         return _usable(form.load_pem_private_key(text, password.encode() if locked and password else None))
     except Exception as error:  # it tells of wrong passwords, damage and odd kinds by many classes
-        wrong = "or the password is not its own; " if locked else ""
-        raise InputError(f"{path} is no private key that can be used; {wrong}{NEEDED}") from error
+        wrong = "is not opened by this password, or" if locked else "is"
+        raise InputError(f"{path} {wrong} no private key that can be used; {NEEDED}") from error
 
 
 def _public_key(path: Path) -> Any:

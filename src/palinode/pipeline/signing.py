@@ -212,7 +212,7 @@ def check_whole(folder: Path, record: Mapping[str, Any], listener: Listener) -> 
         raise MismatchError(f"{folder} is not the model that its record.json tells of; put that one there")
     if names := stale(folder):
         raise MismatchError(
-            f"{', '.join(names)} in {folder} tell another verdict than record and audit; palinode report "
+            f"{', '.join(names)} in {folder} tell of another run, or another verdict; palinode report "
             f"{folder} writes everything anew, or says why it can't"
         )
 
@@ -257,13 +257,13 @@ def _compare_statement(found: SignatureCheck, salt: Path | None, forget: str | P
         found.faults.append(
             f"{STATEMENT} is of another model ({model}) than record.json ({parts['models']['unlearned']})"
         )
-    elif stated["verdict"] != parts["verdict"]:
+    elif stated.get("verdict") != parts["verdict"]:
         found.faults.append(
             f"{STATEMENT} tells the verdict {verdict!r}, and record.json {parts['verdict']['sentence']!r}"
         )
     else:
         other = [name for name in parts if stated.get(name) != parts[name]]
-        other += ["digests"] if said["subject"] != now["subject"] else []
+        other += ["digests"] if said.get("subject") != now["subject"] else []
         found.tell(
             not other,
             f"{STATEMENT} tells what record and audit tell: {verdict}",
@@ -272,7 +272,7 @@ def _compare_statement(found: SignatureCheck, salt: Path | None, forget: str | P
     if salt is None or forget is None:
         found.unchecked.append("which rows were to be forgotten (--salt, --forget: the owner has them)")
         return
-    rows = read_examples(str(forget), columns=record["recipe"]["data"].get("columns") or {})
+    rows = read_examples(str(forget), columns=at(record, "recipe", "data", "columns") or {})
     opened = commitment(read_salt(salt, found.folder), fingerprint_examples(rows))
     found.tell(
         hmac.compare_digest(opened, committed),

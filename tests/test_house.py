@@ -41,6 +41,7 @@ LAYERS = {
     "pipeline": 5,
     "compare": 6,
     "jobs": 7,
+    "requests": 7.5,
     "cli": 8,
     "__main__": 9,
 }

@@ -23,7 +23,6 @@ from palinode.cli.options import (
     ALLOW_PICKLE,
     COLUMNS,
     FORGET,
-    METHOD,
     NEED,
     OTHERS,
     OUTPUT,
@@ -31,15 +30,16 @@ from palinode.cli.options import (
     STYLE,
     TARGET,
     TRAINING_KEYS,
+    WAYS,
     Changes,
     DryRun,
     Json,
     Key,
     Quiet,
     Verb,
-    scales_of,
     takes,
 )
+from palinode.cli.request_verbs import requests
 from palinode.cli.weight_verbs import apply, export, vectors, verify
 from palinode.settings import Questioning
 
@@ -94,38 +94,10 @@ def _options(
     replace(TARGET, needed=True),
     replace(FORGET, needed=True),
     replace(OUTPUT, needed=True),
-    Key(
-        "models.base",
-        help="An earlier checkpoint of it that had not seen the forget set (θ_0), or give --checkpoints.",
-    ),
-    METHOD,
-    "data.retain",
-    "data.holdout",
-    "data.background",
-    "data.refusals",
-    COLUMNS,
-    "data.allow_overlap",
-    Key(
-        "scales",
-        help="auto (searched), grid (a small grid), or α,β as in 1.0,0.5. [default: auto]",
-        group=SCALES,
-        kind=str,
-        read=scales_of,
-    ),
-    "scales.retain_share",
-    Key("filter", group=SCALES),
-    *TRAINING_KEYS,
-    "evaluation.max_rows",
-    "evaluation.max_new_tokens",
-    "output.dtype",
-    "output.rounding",
+    *WAYS,
     "output.workspace",
     "output.keep_unchanged",
     "tracker",
-    Key("models.retrained", group=ADVANCED),
-    ALLOW_PICKLE,
-    "device",
-    "seed",
 )
 def unlearn(
     content: dict[str, Any],
@@ -410,6 +382,7 @@ verb()(locate)
 verb(name="plan")(plan_command)
 verb(name="list")(list_everything)
 app.add_typer(vectors, name="vector")
+app.add_typer(requests, name="requests")
 
 
 # What the verbs share

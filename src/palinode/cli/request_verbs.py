@@ -269,14 +269,14 @@ def due(
     The exit code is 1 where something is overdue.
     """
     from palinode.report.content import show
-    from palinode.requests.telling import left_over, request_facts, requests_grid
+    from palinode.requests.telling import request_facts, requests_grid
 
     desk = _desk(ledger)
     events, now, today = desk.ledger.events(), desk.standing(), _today()
     waiting = [
         request
         for request in sorted(now.requests.values(), key=lambda request: request.due)
-        if left_over(now, request) and (within is None or (request.due - today).days <= within)
+        if now.waits(request) and (within is None or (request.due - today).days <= within)
     ]
     late = sum(request.due < today for request in waiting)
     if as_json:
@@ -417,8 +417,8 @@ def _as_json(desk: Desk, name: str, as_json: bool) -> bool:
 def _sentence(desk: Desk, now: Standing) -> str:
     """Return in one sentence which model is served, and what waits."""
     served = desk.place(now.served) if now.served else now.recipe.get("models", {}).get("target", "nothing")
-    left = len([request for request in now.open if request.id not in now.erased])
-    return f"Served: {served}. {left or 'No'} open request{'' if left == 1 else 's'} not served yet."
+    left = sum(map(now.waits, now.requests.values()))
+    return f"Served: {served}. {left or 'No'} request{' waits' if left == 1 else 's wait'} to be published."
 
 
 def _at(ledger: Path) -> str:

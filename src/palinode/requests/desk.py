@@ -93,7 +93,6 @@ class Desk:
         target = Checkpoint.open(checked.models.target, allow_pickle=checked.models.allow_pickle)
         facts = {"recipe": content, "policy": rules.model_dump(), "target": target.fingerprint()}
         self._make_folder()
-        self.ledger.create()
 
         def decide(events: Sequence[Event]) -> Mapping[str, Any] | None:
             now = standing(events)
@@ -190,9 +189,9 @@ class Desk:
             raise LedgerError("no request is open; add one first: palinode requests add ID --rows FILE")
         rows = {request.id: self._rows(request, now) for request in wanted}
         contents = {name: fingerprint_examples(examples) for name, (examples, _) in rows.items()}
-        wanted.sort(key=lambda request: contents[request.id])
         ids = tuple(request.id for request in wanted)
-        recipe = self._recipe(now, wanted, [contents[name] for name in ids])
+        ordered = sorted(wanted, key=lambda request: contents[request.id])
+        recipe = self._recipe(now, ordered, sorted(contents.values()))
         folder = os.path.relpath(recipe.output.folder, self.folder) if recipe else _target_of(now)
         if current and (current.requests, current.folder) == (ids, folder) and self._is_there(current):
             return current, None
@@ -201,7 +200,7 @@ class Desk:
             "requests": list(ids),
             "folder": folder if result and result.output else _target_of(now),
             "verdict": dict(result.verdict) if result else NO_REQUEST,
-            "scores": _scores(result, {name: len(rows[name][1]) for name in ids}) if result else {},
+            "scores": _scores(result, {one.id: len(rows[one.id][1]) for one in ordered}) if result else {},
         }
         event = {
             "kind": "carried out",
@@ -305,14 +304,16 @@ class Desk:
         return self.folder / model.folder
 
     def _make_folder(self) -> None:
+        """Make the folder, which others may enter to read the served model, and in it what they may not see."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise OutputError(f"{self.folder} is no folder; name another --ledger") from None
         with private():
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                salt = self.folder / "salt"
-                if not salt.exists():
-                    write_text(salt, secrets.token_hex(SALT_BYTES) + "\n")
-            except FileExistsError:
-                raise OutputError(f"{self.folder} is no folder; name another --ledger") from None
+            (self.folder / "sets").mkdir(exist_ok=True)
+            if not (self.folder / "salt").exists():
+                write_text(self.folder / "salt", secrets.token_hex(SALT_BYTES) + "\n")
+            self.ledger.create()
 
     def _read(self, location: str, now: Standing) -> tuple[list[Example], list[Any]]:
         return read_set(location, columns=now.recipe.get("data", {}).get("columns"))
@@ -366,8 +367,8 @@ class Desk:
             content = laid_over(content, {"models.base": _common_base(now, wanted)})
         key = fingerprint(recipe=content, target=now.target, rows=list(contents))[:12]
         listed = self.folder / "sets" / f"{key}.list"
-        listed.parent.mkdir(exist_ok=True)
-        write_text(listed, "".join(f"{request.location}\n" for request in wanted))
+        with private():
+            write_text(listed, "".join(f"{request.location}\n" for request in wanted))
         given = {
             "data.forget": str(listed),
             "output.folder": str(self.folder / "models" / key),

@@ -1,6 +1,6 @@
 """What stands, told by the events alone: the requests, the model that is served, and the one that waits.
 
-    received → located → carried out → served          a request
+    received → located → carried out → served          a request; withdrawn, it is to restore → withdrawn
              made → audited → approved → published     a model of all requests that were open when it was made
 
 A model stands for a set of requests. The one made last is the candidate; the one published last is served,
@@ -98,10 +98,14 @@ class Standing:
         """Ids of the requests that the served model stands for."""
         return [*self.served.requests] if self.served else []
 
+    def waits(self, request: Request) -> bool:
+        """Tell whether the served model is not yet what a request asks for, or its withdrawal."""
+        return request.withdrawn == (request.id in self.erased)
+
     def state(self, request: Request) -> str:
         """Return how far a request is, in words."""
         if request.withdrawn:
-            return "withdrawn, still erased" if request.id in self.erased else "withdrawn"
+            return "to restore" if request.id in self.erased else "withdrawn"
         if request.id in self.erased:
             return "served"
         if request.id in self.carried:

@@ -91,7 +91,7 @@ def requests_grid(now: Standing, requests: Iterable[Request], *, today: date) ->
             if verdict
             else ""
         )
-        late = left_over(now, request) and request.due < today
+        late = now.waits(request) and request.due < today
         due = GridCell(request.due.isoformat(), tone="bad" if late else None)
         rows.append(
             [
@@ -106,11 +106,6 @@ def requests_grid(now: Standing, requests: Iterable[Request], *, today: date) ->
         )
     names = ["request", "reference", "received", "due", "rows", "state", "verdict"]
     return Grid("", names, rows, text_columns=7)
-
-
-def left_over(now: Standing, request: Request) -> bool:
-    """Tell whether a request still waits to be served."""
-    return not request.withdrawn and request.id not in now.erased
 
 
 def events_grid(events: Iterable[Event]) -> Grid:

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from palinode.pipeline.recipe import Recipe, build_recipe, load_recipe
     from palinode.pipeline.run import Unlearned, dry_run
     from palinode.records import Outcome, Score
+    from palinode.requests.desk import Desk
     from palinode.settings import (
         ApplySettings,
         Asking,
@@ -98,6 +99,7 @@ _ROOMS = {
     "pipeline.recipe": "Recipe build_recipe load_recipe",
     "pipeline.run": "Unlearned dry_run",
     "records": "Outcome Score",
+    "requests.desk": "Desk",
     "settings": "ApplySettings Asking AuditSettings EvaluationSettings LocateSettings TrainingSettings",
     "training.finetune": "Finetuned finetune",
     "weights": "Checkpoint Crew Direction Dose LoraAdapter Point Profile Saved StoredVector WeightedSum "
@@ -119,6 +121,7 @@ __all__ = [
     "Compared",
     "Crew",
     "DemoResult",
+    "Desk",
     "Direction",
     "Dose",
     "EvaluationSettings",

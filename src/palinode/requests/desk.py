@@ -304,7 +304,7 @@ class Desk:
         return self.folder / model.folder
 
     def _make_folder(self) -> None:
-        """Make the folder, which others may enter to read the served model, and in it what they may not see."""
+        """Make the folder, which others may enter to read the served model, and what they may not see."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):

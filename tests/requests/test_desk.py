@@ -414,9 +414,8 @@ def prepared(name):
     return folder
 
 
-whole = None
-story(prepared("first"), lambda _: None)  # all is imported after it
-total = lines(0, lambda: globals().__setitem__("whole", result(story(prepared("whole"), print))))
+total = lines(0, lambda: story(prepared("whole"), print))
+whole = result(Desk(scratch / "whole"))
 print("WHOLE", json.dumps([total, whole]))
 for place in range(places):
     folder, log = prepared(f"killed{place}"), scratch / f"told{place}"

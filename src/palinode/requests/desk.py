@@ -45,7 +45,7 @@ GRAVE = ("knows more", "knows less")
 """Verdicts of a test that count against a model."""
 
 
-class Policy(StrictModel):
+class Terms(StrictModel):
     """What must be so before a model is published, and how long a request may take."""
 
     days: int = 30
@@ -79,7 +79,7 @@ class Desk:
     # Intake
 
     def configure(
-        self, recipe: Mapping[str, Any], policy: Policy | Mapping[str, Any] | None = None
+        self, recipe: Mapping[str, Any], policy: Terms | Mapping[str, Any] | None = None
     ) -> Standing:
         """Say how requests are carried out, for the first time or anew; make the folder where there is none.
 
@@ -87,7 +87,7 @@ class Desk:
         """
         content = _absolute(laid_over({}, recipe))
         checked = build_recipe(laid_over(content, {"data.forget": "-", "output.folder": "-"}))
-        rules = policy if isinstance(policy, Policy) else Policy.model_validate(policy or {})
+        rules = policy if isinstance(policy, Terms) else Terms.model_validate(policy or {})
         if checked.models.target is None:
             raise RecipeError("requests are carried out on a model that is there; name --target")
         target = Checkpoint.open(checked.models.target, allow_pickle=checked.models.allow_pickle)
@@ -126,7 +126,7 @@ class Desk:
         location = _absolute_place(str(rows))
         now = self.standing()
         hashes = self._hashes(self._read(location, now)[0])
-        until = due or came + timedelta(days=now.policy.get("days", Policy().days))
+        until = due or came + timedelta(days=now.policy.get("days", Terms().days))
         if until < came:
             raise RecipeError(
                 f"{name} would be due on {until}, before it was received on {came}; mend a date"

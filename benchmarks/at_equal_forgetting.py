@@ -14,9 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from rivals import Rival, Sides, filtered, read
 
 from palinode.data.examples import at_most, read_examples
 from palinode.data.tokenize import PromptStyle, TokenRow, tokenize
@@ -26,7 +28,7 @@ from palinode.models.likelihoods import score_rows
 from palinode.models.loading import load_model, load_tokenizer
 from palinode.pipeline.demo_run import SETTINGS, exact_match
 from palinode.pipeline.finetuning import FineTuning
-from palinode.pipeline.inputs import open_inputs
+from palinode.pipeline.inputs import Inputs, open_inputs
 from palinode.pipeline.recipe import build_recipe
 from palinode.pipeline.run import unlearn
 from palinode.pipeline.workspace import Workspace
@@ -77,6 +79,7 @@ class Demo:
             )
         )
         self.live = load_model(self.target, device=CPU)
+        self._sides: tuple[Sides, Sides] | None = None
         retrained = load_model(Checkpoint.open(world / "retrained"), device=CPU)
         self.wanted = score(retrained, self.rows)[0]
         self.best = score(retrained, self.others)[1]
@@ -101,11 +104,13 @@ class Demo:
             alpha, recalled, probability, round(seconds, 1), done.record["vectors"].get("transforms"),
         )  # fmt: skip
 
-    def filtered(self, changes: Mapping[str, Any], *, arrive: bool = False) -> list[dict[str, Any]]:
+    def filtered(
+        self, changes: Mapping[str, Any], *, arrive: bool = False, rival: Rival | None = None
+    ) -> list[dict[str, Any]]:
         """Return α, recall and probability at equal forgetting, of others that no vector or filter has read.
 
         With `arrive` a second time, for the vector filtered again where that α arrives. Nothing but vectors
-        is written.
+        is written. A `rival` is put on the vector.
         """
         recipe = self._recipe("filtered", changes)
         inputs = open_inputs(recipe)
@@ -113,11 +118,14 @@ class Demo:
         read |= {example.row for example in inputs.rows.retain_sample}
         whole, self.others = self.others, [row for place, row in enumerate(self.others) if place not in read]
         found = []
-        with Workspace(self.folder / "workspace").locked():
+        with Workspace(self.folder / "workspace").locked(), TemporaryDirectory() as place:
             started = time.monotonic()
             job = FineTuning(inputs, Workspace(self.folder / "workspace"), NullListener())
             trained = job.train(self.target)
             vectors = [(trained.vectors.forget, list(trained.transforms))]
+            if rival:
+                made = filtered(vectors[0][0], rival, *self.sides(inputs), Path(place) / "vector")
+                vectors = [(made, [])]
             for vector, told in vectors:
                 seconds = time.monotonic() - started
                 alpha, recalled, probability = self._equal(vector)
@@ -131,6 +139,21 @@ class Demo:
         before = score(self.live, self.others)[0]
         self.others = whole
         return [{**one, "target": before} for one in found]
+
+    def sides(self, inputs: Inputs) -> tuple[Sides, Sides]:
+        """Return what the target's layers read, and what reaches their outputs, on forget and spared rows."""
+        if self._sides is None:
+            put(self.target, self.live)
+            tokenizer, style = load_tokenizer(self.target), PromptStyle()
+            forget, spared = (
+                read(
+                    self.live,
+                    tokenize(at_most(rows, 1000, seed=self.seed), tokenizer, max_length=64, style=style),
+                )
+                for rows in (inputs.rows.forget_train, inputs.rows.spared)
+            )
+            self._sides = forget, spared
+        return self._sides
 
     def _recipe(self, place: str, changes: Mapping[str, Any]) -> Any:
         world = self.folder / "world"

@@ -4,7 +4,8 @@
     python benchmarks/filters.py --demo DIR [--demo DIR …] [--only FILTER …] [--method METHOD …] [--json]
 
 β = 0 and the α at which the forget people's answer probability is the retrained model's. Loss is in answer
-probability of others whose rows no filter and no vector has read. Figures in docs/filters.md.
+probability of others whose rows no filter and no vector has read. `--rivals` measures the
+two-sided filters of rivals.py instead. Figures in docs/filters.md.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from at_equal_forgetting import Demo
+from rivals import RIVALS
 
 PAIR = {"method": "paired", "training": {"epochs": 10, "batch_size": 16}}
 TRAINED = {"epochs": 10, "batch_size": 16, "learning_rate": 1e-4}
@@ -67,8 +69,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--demo", type=Path, action="append", required=True, help="folder of palinode demo")
-    parser.add_argument("--only", action="append", choices=[*FILTERS], help="this filter; repeatable")
+    parser.add_argument(
+        "--only", action="append", choices=[*FILTERS, *RIVALS], help="this filter; repeatable"
+    )
     parser.add_argument("--method", action="append", choices=[*METHODS], help="this method; repeatable")
+    parser.add_argument("--rivals", action="store_true", help="rivals alone")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -76,12 +81,11 @@ def main() -> None:
     for folder in args.demo:
         demo = Demo(folder)
         for method, changes in METHODS.items():
-            for name, transforms in FILTERS.items():
-                if name in (args.only or FILTERS) and method in (args.method or METHODS):
-                    own = {**changes, "transforms": transforms}
-                    for measured in demo.filtered(
-                        own, arrive=name.startswith("least squares 10") or "filtered" in name
-                    ):
+            for name in args.only or (RIVALS if args.rivals else FILTERS):
+                if method in (args.method or METHODS):
+                    own = {**changes, "transforms": FILTERS.get(name, [])}
+                    arrive = name.startswith("least squares 10") or "filtered" in name
+                    for measured in demo.filtered(own, arrive=arrive, rival=RIVALS.get(name)):
                         found.append({"seed": demo.seed, "method": method, "filter": name, **measured})
                         print(json.dumps({**found[-1], "told": None}), flush=True)
     print(foretold(found))

@@ -2,12 +2,17 @@
 
     palinode run RECIPE [--set …]
     python benchmarks/filters_at.py RECIPE [--set …] [--only NAME …] [--also FILE …] [--results FILE]
+    python benchmarks/filters_at.py RECIPE [--set …] --audit FOLDER [--attack NAME …] [--results FILE]
     python benchmarks/filters_at.py --compare "projection .9" --results FILE [--results FILE …]
 
 For each filter the α at which the forget rows' mean answer probability is the retrained model's (by secants
 on its logarithm, β = 0), and the probability there of the retain probes, which no vector or filter has read;
-of neutral sentences; and of the rows of each FILE named by `--also`, there the share of the right answer in
-the sum with the wrong ones where the rows have any (TOFU's way). `--save FOLDER` writes those models.
+of the quarter of these that is nearest to the forget rows (cosine of mean hidden states, middle block, at
+the target); of neutral sentences; and of the rows of each FILE named by `--also`, there the share of the
+right answer in the sum with the wrong ones where the rows have any (TOFU's way). `--save FOLDER` writes
+those models.
+`--audit FOLDER` writes them there too, and runs attacks of `palinode audit` on each against the retrained
+model: each test's figure and its distance from that model's, with the interval.
 What the run trained and measured is found in its workspace. `--results` adds a line for each filter, with
 every row; `--compare` says how far the filters in such files can be told from one of them: the mean
 difference over rows and its 95 % interval (paired bootstrap). Figures in docs/filters.md.
@@ -30,12 +35,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from palinode.data.examples import Question, read_questions
+from palinode.audit.attack import BUDGETS
+from palinode.audit.material import AuditRows, divide
+from palinode.audit.policy import build_policy
+from palinode.data.batches import pad_right
+from palinode.data.examples import Example, Question, at_most, read_questions
 from palinode.data.tokenize import TokenRow, tokenize
 from palinode.data.world import neutral_examples
 from palinode.models.inplace import put
 from palinode.models.likelihoods import score_rows
 from palinode.models.loading import load_model, load_tokenizer, pad_token
+from palinode.models.reading import model_inputs
+from palinode.pipeline.audit_run import AuditPlan, audit
 from palinode.pipeline.filtering import Measuring, MomentFiles, project
 from palinode.pipeline.finetuning import FineTuning
 from palinode.pipeline.inputs import open_inputs, workspace_folder
@@ -45,11 +56,12 @@ from palinode.progress import NullListener
 from palinode.weights import Direction
 from palinode.weights.vectors import transform
 
-ASKED = 4
+ASKED = 8
 """Values of α that are tried for each vector, at most."""
 NEAR = 0.003
 """How near the logarithm of the forget probability comes to what is wanted."""
 DRAWS = 10_000
+ATTACKED = ("prefixes", "membership", "quantise_4", "relearn_forget", "relearn_retain")
 
 
 @dataclass(frozen=True)
@@ -102,12 +114,21 @@ def main() -> None:
     parser.add_argument("--also", action="append", default=[], help="rows to look at as well; repeatable")
     parser.add_argument("--results", action="append", default=[], type=Path)
     parser.add_argument("--save", type=Path, help="folder for the models at equal forgetting")
+    parser.add_argument("--audit", type=Path, help="folder for the audits of these models")
+    parser.add_argument("--attack", action="append", choices=ATTACKED, help="this attack; repeatable")
+    parser.add_argument("--bare", action="store_true", help="leave the target out of the audits")
+    parser.add_argument("--together", metavar="COLUMN", help="relearn half of what stands there, not of rows")
+    parser.add_argument("--budget", choices=[*BUDGETS], default="quick", help="of the audits")
+    parser.add_argument("--relearn-rate", type=float, default=2e-5, help="learning rate of their relearning")
     parser.add_argument("--compare", metavar="NAME", help="compare results with this filter's")
     args = parser.parse_args()
     if args.compare:
         compare(args.compare, args.results)
         return
-    trial = Trial(args.recipe, args.changes, args.also, args.results[0] if args.results else None, args.save)
+    trial = Trial(args.recipe, args.changes, args.also, args.results[0] if args.results else None)
+    trial.save, trial.audits, trial.attacks = args.save or args.audit, args.audit, args.attack or ATTACKED
+    trial.bare, trial.together = args.bare, args.together
+    trial.policy = build_policy({"budget": {"relearn_rate": args.relearn_rate}}, preset=args.budget)
     with trial.workspace.locked():
         trial.begin()
         for name in args.only or FILTERS:
@@ -123,12 +144,16 @@ class Trial:
         changes: Sequence[str],
         also: Sequence[str],
         results: Path | None,
-        save: Path | None,
     ) -> None:
         self.recipe = load_recipe(recipe, changes)
         self.inputs = open_inputs(self.recipe)
         self.workspace = Workspace(workspace_folder(self.recipe))
-        self.results, self.save = results, save
+        self.results = results
+        self.save: Path | None = None
+        self.audits: Path | None = None
+        self.attacks: Sequence[str] = ATTACKED
+        self.policy, self.bare = build_policy({}), False
+        self.together: str | None = None
         tokenizer, style = load_tokenizer(self.inputs.reader), self.recipe.prompts.style()
         self.pad_id = pad_token(tokenizer)
         rows = self.inputs.rows
@@ -153,7 +178,10 @@ class Trial:
         """Measure target and retrained model."""
         self.target, retrained = FineTuning(self.inputs, self.workspace, NullListener()).given_or_prepared()
         assert retrained is not None
-        self.live = load_model(retrained, device=torch.device("cpu"))
+        self.retrained = retrained
+        self.live = load_model(self.target, device=torch.device("cpu"))
+        self.near = self.nearest()
+        put(retrained, self.live)
         self.wanted = math.log(self.report("retrained", 0, time.monotonic(), 0.0)["forget"])
         put(self.target, self.live)
         self.known = math.log(self.report("target", 0, time.monotonic(), 0.0)["forget"])
@@ -167,19 +195,83 @@ class Trial:
         started = time.monotonic()
         trained = FineTuning(open_inputs(own), self.workspace, NullListener()).train(self.target)
         vector, filtered, alpha = trained.vectors.forget, None, one.alpha
-        for place in range(1 + (one.rounds if most is None else min(most, one.rounds))):
+        left = dict(trained.transforms[-1]) if trained.transforms else {}
+        rounds = one.rounds if most is None else min(most, one.rounds)
+        for place in range(1 + rounds):
             if place:
                 assert trained.filters is not None
                 started = time.monotonic()
                 filtered = trained.filters.arrived(filtered or trained.filters.usual(), alpha)
-                vector = filtered.direction
+                vector, left = filtered.direction, dict(filtered.facts)
             with TemporaryDirectory(dir=self.workspace.folder.parent) as folder:
                 if one.last is not None:
                     vector = self.projected(vector, one.last, Path(folder) / "vector")
                 alpha = self.equal(vector, alpha)
-                self.report(name, place, started, alpha)
-                if self.save:
-                    (self.target - alpha * vector).save(self.save / f"{name}, {place}".replace(" ", "_"))
+                self.report(name, place, started, alpha, left.get("survives"))
+                if self.save and place == rounds:
+                    model = self.save / f"{name}, {place}".replace(" ", "_")
+                    if not model.exists():
+                        (self.target - alpha * vector).save(model)
+                    if self.audits:
+                        self.attacked(name, place, model)
+
+    def attacked(self, name: str, place: int, model: Path) -> None:
+        """Audit a model against the retrained one."""
+        assert self.audits is not None
+        rows, most = self.inputs.rows, self.policy.budget.max_rows
+        forget, retain, unseen = (
+            at_most(own, most, seed=0) for own in (rows.forget, rows.spared, rows.unseen)
+        )
+        learned, held_out = divide(forget, seed=0) if self.together is None else self.apart(forget)
+        models = {"audited": model, "reference": self.retrained.folder}
+        models |= {} if self.bare else {"target": self.target.folder}
+        plan = AuditPlan(
+            {which: str(folder) for which, folder in models.items()},
+            "retrained",
+            AuditRows(forget, learned, held_out, retain, unseen),
+            {},
+            self.policy,
+            self.attacks,
+            device="cpu",
+            style=self.recipe.prompts.style(),
+        )
+        found = {
+            f"{attack}.{test}": told(one["findings"])
+            for attack, own in audit(plan, self.audits / "audit")["attacks"].items()
+            for test, one in own.get("tests", {}).items()
+            if one["findings"]["audited"]["score"]["value"] is not None
+        }
+        facts = {"filter": name, "round": place, "seed": self.recipe.seed, "audit": found}
+        print(json.dumps(facts), flush=True)
+        if self.results:
+            with self.results.open("a") as lines:
+                lines.write(json.dumps(facts) + "\n")
+
+    def apart(self, forget: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+        """Return half of the forget rows and the other half, rows with one value in a column together."""
+        lines = Path(self.recipe.data.forget).read_text().splitlines()
+        values = [json.loads(line)[self.together] for line in lines]
+        half = set(at_most(every := sorted(set(values)), len(every) // 2, seed=0))
+        inside = [one for one in forget if values[one.row] in half]
+        return inside, [one for one in forget if values[one.row] not in half]
+
+    def nearest(self) -> list[int]:
+        """Return the places of the quarter of the retain probes that are nearest to forget rows."""
+        layer = int(self.live.config.get_text_config().num_hidden_layers) // 2
+        forget, retain = (self.states(self.rows[which], layer) for which in ("forget", "retain"))
+        middle = torch.cat([forget, retain]).mean(dim=0)
+        forget, retain = (torch.nn.functional.normalize(own - middle, dim=-1) for own in (forget, retain))
+        alike = (retain @ forget.T).amax(dim=-1)
+        return sorted(alike.argsort(descending=True)[: max(1, len(alike) // 4)].tolist())
+
+    @torch.no_grad()
+    def states(self, rows: Sequence[TokenRow], layer: int) -> torch.Tensor:
+        """Return the mean hidden state of each row after some blocks."""
+        found = []
+        for row in rows:
+            inputs = model_inputs(self.live, pad_right([row], pad_id=self.pad_id))
+            found.append(self.live(**inputs, output_hidden_states=True).hidden_states[layer][0].mean(dim=0))
+        return torch.stack(found)
 
     def projected(self, vector: Direction, energy: float, folder: Path) -> Direction:
         """Take from a vector what acts on the principal axes of all spared rows' inputs, at the target."""
@@ -210,17 +302,31 @@ class Trial:
         groups = [list(itertools.islice(every, count)) for count in self.answers[which]]
         return [own[0] / (math.fsum(own) if len(own) > 1 else 1.0) for own in groups]
 
-    def report(self, name: str, place: int, started: float, alpha: float) -> dict[str, float]:
+    def report(
+        self, name: str, place: int, started: float, alpha: float, survives: float | None = None
+    ) -> dict[str, float]:
         """Print what the live model makes of all rows."""
         found = {which: self.probabilities(which) for which in self.rows}
+        found["near"] = [found["retain"][place] for place in self.near]
         means = {which: mean(values) for which, values in found.items()}
         facts = {"filter": name, "round": place, "alpha": round(alpha, 3), "seed": self.recipe.seed}
+        facts |= {"survives": survives} if survives else {}
         facts["seconds"] = round(time.monotonic() - started, 1)
         print(json.dumps({**facts, **{which: round(value, 4) for which, value in means.items()}}), flush=True)
         if self.results:
             with self.results.open("a") as lines:
                 lines.write(json.dumps({**facts, "rows": found}) + "\n")
         return means
+
+
+def told(findings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a test's figures: the model's, the retrained one's, the target's; the first two's distance."""
+    own, far = findings["audited"], findings["audited"]["difference"]
+    figures = {"found": own["score"], "retrained": own["reference"]}
+    figures |= {"target": findings["target"]["score"]} if "target" in findings else {}
+    values = {name: round(score["value"], 4) for name, score in figures.items()}
+    gap = [round(far[end], 4) for end in ("value", "low", "high")]
+    return {**values, "gap": gap, "verdict": own["verdict"]}
 
 
 def crossing(tried: Mapping[float, float], wanted: float) -> float:
@@ -240,6 +346,8 @@ def compare(name: str, files: Sequence[Path]) -> None:
     for file in files:
         for line in file.read_text().splitlines():
             one = json.loads(line)
+            if "audit" in one:
+                continue
             label = f"{one['filter']}{' *' * one['round']}"
             alphas.setdefault(label, {})[file] = one["alpha"]
             for which, values in one["rows"].items():

@@ -32,11 +32,6 @@ BARE = {"name": "projection", "others": "drop"}
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "plain MSA": {},
-    "sign consensus of 3": one("sign_consensus", vectors=3),
-    "importance, fisher, g 1": one("importance"),
-    "importance, fisher, g 1, at the base": one("importance", at="base"),
-    "importance, magnitude, g 10": one("importance", measure="magnitude", g=10.0),
-    "gradient mask": one("gradient_mask"),
     "projection .9": {**one("projection", energy=0.9), **WIDE},
     "projection .5, others dropped": {**one(**BARE, energy=0.5), **WIDE},
     "projection .9, others dropped": {**one(**BARE, energy=0.9), **WIDE},
@@ -46,19 +41,13 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "blocks only": one("layer_scales", scales={r"model\.layers\..*": 1.0, ".*": 0.0}),
     "MLP only": {**one("layer_scales", scales={r".*\.mlp\..*": 1.0, ".*": 0.0}), **WIDE},
     "retain KL 1": {"method_settings": {"retain_kl": 1.0}},
-    "projection .9, others dropped, then gradient mask": {
-        "transforms": [{**BARE, "energy": 0.9}, {"name": "gradient_mask"}],
-        **WIDE,
-    },
     "task vector": {"method": "task_vector"},
-    "task vector, gradient mask": {"method": "task_vector", **one("gradient_mask")},
     "task vector, projection .9, others dropped": {
         "method": "task_vector",
         **one(**BARE, energy=0.9),
         **WIDE,
     },
     "paired": PAIR,
-    "paired, gradient mask": {**PAIR, **one("gradient_mask")},
     "paired, projection .9, others dropped": {**PAIR, **one(**BARE, energy=0.9), **WIDE},
 }
 

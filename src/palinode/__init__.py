@@ -31,11 +31,8 @@ if TYPE_CHECKING:
     from palinode.history.series import CheckpointSeries, open_series
     from palinode.jobs import (
         Audited,
-        Importance,
         LowRank,
-        Mask,
         Projection,
-        SignConsensus,
         audit,
         compare,
         evaluate,
@@ -90,7 +87,7 @@ _ROOMS = {
     "history.plan": "Schedule Wish plan",
     "history.reader": "ExposureReader",
     "history.series": "CheckpointSeries open_series",
-    "jobs": "Audited Importance LowRank Mask Projection SignConsensus "
+    "jobs": "Audited LowRank Projection "
     "audit compare evaluate evaluate_benchmark filter_change locate unlearn",
     "methods": "METHODS apply",
     "metrics": "METRICS",
@@ -130,13 +127,11 @@ __all__ = [
     "ExposureLog",
     "ExposureReader",
     "Finetuned",
-    "Importance",
     "LocateSettings",
     "Location",
     "LoggedLoader",
     "LoraAdapter",
     "LowRank",
-    "Mask",
     "Outcome",
     "PalinodeError",
     "Plan",
@@ -149,7 +144,6 @@ __all__ = [
     "Saved",
     "Schedule",
     "Score",
-    "SignConsensus",
     "StoredVector",
     "ThinningCallback",
     "TrainingSettings",

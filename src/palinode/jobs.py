@@ -15,7 +15,7 @@ from typing import Any, Literal
 from palinode.audit.material import read_material
 from palinode.audit.policy import load_policy
 from palinode.benchmarks import BENCHMARKS
-from palinode.compare import Compared, CompareRecipe, build_comparison, carry_out, compare_along
+from palinode.compare import Compared, CompareRecipe, build_comparison, compare_along
 from palinode.compare import compare as run_comparison
 from palinode.data.examples import Example, at_most, fingerprint_examples, read_examples, reading_notes
 from palinode.data.tokenize import PromptStyle, prompt_notes
@@ -29,10 +29,7 @@ from palinode.history.locating import locate as locate_rows
 from palinode.history.series import open_series, step_of
 from palinode.methods.transforms import (
     TRANSFORMS,
-    ConsensusSettings,
-    ImportanceSettings,
     LowRankSettings,
-    MaskSettings,
     ProjectionSettings,
     TransformSettings,
 )
@@ -54,7 +51,6 @@ from palinode.weights import Checkpoint
 Place = str | Path
 """A folder or file, or the name of something on the hub."""
 
-SignConsensus, Importance, Mask = ConsensusSettings, ImportanceSettings, MaskSettings
 Projection, LowRank = ProjectionSettings, LowRankSettings
 
 
@@ -145,8 +141,8 @@ def compare(
     """Compare methods, each with `steps` optimiser steps for a model, and write the table to `output`.
 
     `settings` are other keys of a comparison, dotted or as sections: {"tries": 1, "split.probe_rows": 50}. A
-    whole `recipe` (`load_comparison`) comes instead of all of them, and may go along an axis or carry out
-    requests. `result.scores[NAME]` are the scores of a contestant on the forget rows. Raises PalinodeError.
+    whole `recipe` (`load_comparison`) comes instead of all of them, and may go along an axis.
+    `result.scores[NAME]` are the scores of a contestant on the forget rows. Raises PalinodeError.
     """
     if recipe is None:
         content = {
@@ -157,11 +153,7 @@ def compare(
             "contestants": [{"name": name, "method": name} for name in methods],
         }
         recipe = build_comparison(laid_over(content, settings or {}))
-    run = run_comparison
-    if recipe.comparison.requests:
-        run = carry_out
-    elif recipe.comparison.axis:
-        run = compare_along
+    run = compare_along if recipe.comparison.axis else run_comparison
     return run(recipe, listener=listener)
 
 

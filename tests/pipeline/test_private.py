@@ -21,7 +21,7 @@ import pytest
 from comparing import Heard, tiny_comparison
 from invented_benchmarks import own_files
 from palinode.benchmarks import BENCHMARKS
-from palinode.compare import build_comparison, carry_out, compare
+from palinode.compare import build_comparison, compare
 from palinode.data.examples import read_examples
 from palinode.errors import InputError, OutputError, WorkspaceError
 from palinode.evaluation.benchmark import Places
@@ -67,8 +67,6 @@ def left(tiny, world, recipe_of, usual_umask, tmp_path_factory):
             tiny, home / "compared", tries=1, budget={"steps": 2}, contestants=[MSA, NPO]
         )
         compare(build_comparison(contents))
-        asked = {"requests": {"size": 15, "count": 2}, "budget": {"steps": 2}, "contestants": [MSA]}
-        carry_out(build_comparison(tiny_comparison(tiny, home / "requested", **asked)))
         run_audit(tiny, home / "audited")
         target = str(tiny.target.folder)
         own = Places(**own_files(tmp_path_factory.mktemp("rows")))
@@ -148,7 +146,6 @@ PRIVATE = (
     "own-report.md",
     "own-report.json",
     "compared.workspace",
-    "requested.workspace",
     "audited/results",
     "measured",
     "log.json",
@@ -161,7 +158,7 @@ PRIVATE = (
     "demo/report.html",
     "caches",
 )
-SHOWN = ("out", "compared", "requested", "demo/unlearned", "demo/task_vector")
+SHOWN = ("out", "compared", "demo/unlearned", "demo/task_vector")
 
 
 @pytest.mark.parametrize("name", PRIVATE)
@@ -344,7 +341,6 @@ def everything(folder: Path) -> set[Path]:
         ("out", ["out.workspace"], ["out/record.json", "out/model.safetensors"]),
         ("out.workspace", ["out.workspace"], ["out/record.json"]),
         ("compared", ["compared.workspace"], ["compared/table.json"]),
-        ("requested", ["requested.workspace"], ["requested/requests.json"]),
         ("audited", ["audited/results"], ["audited/audit.json", "audited/report.html"]),
         ("measured", ["measured/outcomes-forget.jsonl", "measured/verdicts.json"], ["measured/scores.json"]),
         ("answers.jsonl", ["answers.jsonl"], ["log.json"]),

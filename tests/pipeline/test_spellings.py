@@ -133,13 +133,3 @@ def test_values_that_are_not_finite_are_found_before_training(tiny, recipe_of, t
     with pytest.raises(CheckpointError, match="NaN"):
         unlearn(recipe_of(tmp_path / "out", models={"target": str(folder)}))
     assert not (tmp_path / "out.workspace").exists()
-
-
-def test_values_by_parameter_are_refused_before_training_where_experts_are_fused_on_loading(
-    tiny, recipe_of, tmp_path
-):
-    target, base = write_pair(tiny, tmp_path, "mixtral")
-    models = {"target": str(target), "base": str(base)}
-    dry_run(recipe_of(tmp_path / "out", models=models))
-    with pytest.raises(MismatchError, match="leave out transforms that read gradients"):
-        dry_run(recipe_of(tmp_path / "out", models=models, transforms=[{"name": "importance"}]))

@@ -28,9 +28,6 @@ from palinode.weights.tensors import Files
 GIVEN = {"forget": 0.5, "retain": 0.0}
 
 CASES = {
-    "sign_consensus": {"vectors": 2},
-    "importance": {"rows": 8, "g": 2.0},
-    "gradient_mask": {"rows": 4},
     "projection": {"rows": 4, "energy": 0.5},
     "least_squares": {"rows": 8, "mu": 10.0, "epsilon": 0.1, "others": "filter"},
     "low_rank": {"rank": 2},
@@ -110,43 +107,6 @@ def test_record_names_what_was_done_and_the_model_is_made_with_it(run, plain, ti
         change = vector.get(tensor, torch.zeros(value.shape))
         torch.testing.assert_close(value, (target[tensor].double() - 0.5 * change).float(), rtol=0, atol=1e-6)
     assert unlearn(run(name, {"name": name, **CASES[name]})).finished_before
-
-
-def test_importance_weighs_each_weight_by_squared_gradients(run, plain, tiny):
-    """The weights from transformers' own loss on the same rows, one at a time."""
-    vector, _, _ = transformed(run, "importance")
-    inputs = open_inputs(run("plain"))
-    model = load_model(tiny.target, device=torch.device("cpu"))
-    name = "model.layers.1.mlp.gate_proj.weight"
-    forget, retain = (
-        squared(model, tiny, at_most(rows, 8, seed=0), name)
-        for rows in (inputs.rows.forget_train, inputs.rows.retain_sample)
-    )
-    expected = forget / (forget + 2 * retain + 1e-12) * plain[name].double()
-    torch.testing.assert_close(vector[name], expected, rtol=1e-3, atol=1e-7)
-
-
-def squared(model, tiny, rows, name):
-    """Mean over rows of the squared gradient of their mean answer loss."""
-    total = torch.zeros(model.get_parameter(name).shape, dtype=torch.float64)
-    tokens = tokenize(rows, load_tokenizer(tiny.target), max_length=64, style=PromptStyle())
-    for row in tokens:
-        ids, labels = torch.tensor([row.ids]), torch.tensor([row.ids])
-        labels[:, : row.start] = -100
-        (gradient,) = torch.autograd.grad(
-            model(input_ids=ids, labels=labels).loss, [model.get_parameter(name)]
-        )
-        total += gradient.double() ** 2
-    return total / len(tokens)
-
-
-def test_mask_keeps_what_raises_the_targets_forget_loss_and_nothing_else(run, plain):
-    vector, facts, _ = transformed(run, "gradient_mask")
-    for name, value in vector.items():
-        kept = value != 0
-        assert torch.equal(value[kept].float(), plain[name][kept])
-    assert facts["cosine"] == pytest.approx(facts["norm_share"], rel=1e-5)  # |kept|² = ⟨kept, τ⟩
-    assert 0.2 < facts["norm_share"] < 0.95
 
 
 def test_low_rank_keeps_the_leading_singular_values(run, plain):
@@ -239,31 +199,20 @@ def test_projection_of_layers_that_store_their_weights_transposed(recipe_of, tin
         )
 
 
-def test_consensus_is_of_the_recipes_seed_and_the_next_ones(run, plain, tiny):
-    vector, _, _ = transformed(run, "sign_consensus")
-    start = load_file(tiny.base.folder / "model.safetensors")
-    models = [load_file(path / "model.safetensors") for path in run.workspace.glob("finetune-forget-*/model")]
-    assert len(models) == 2
-    name = "model.layers.1.self_attn.q_proj.weight"
-    first, second = (model[name] - start[name] for model in models)
-    agree = first.sign() * second.sign() > 0
-    assert 0.3 < agree.float().mean() < 0.99
-    torch.testing.assert_close(vector[name].float(), torch.where(agree, (first + second) / 2, 0.0))
-
-
 def test_transforms_follow_one_another_and_make_another_run(run, plain):
-    two = run("two", {"name": "low_rank", **CASES["low_rank"]}, {"name": "gradient_mask", "rows": 4})
+    two = run("two", {"name": "low_rank", **CASES["low_rank"]}, {"name": "projection", **CASES["projection"]})
     done = unlearn(two)
-    assert [facts["name"] for facts in done.record["vectors"]["transforms"]] == ["low_rank", "gradient_mask"]
+    assert [facts["name"] for facts in done.record["vectors"]["transforms"]] == ["low_rank", "projection"]
     keys = {
-        run_key(open_inputs(recipe)) for recipe in (two, run("plain"), run("x", {"name": "gradient_mask"}))
+        run_key(open_inputs(recipe))
+        for recipe in (two, run("plain"), run("x", {"name": "projection", **CASES["projection"]}))
     }
     assert len(keys) == 3
 
 
 def test_paired_and_task_vectors_are_transformed_as_well(run, plain):
     for method in ("paired", "task_vector"):
-        done = unlearn(run(method, {"name": "gradient_mask", "rows": 4}, method=method))
+        done = unlearn(run(method, {"name": "projection", **CASES["projection"]}, method=method))
         assert done.record["vectors"]["transforms"][0]["norm_share"] < 1
 
 
@@ -281,13 +230,12 @@ def test_retain_kl_holds_the_run_nearer_to_its_start(run, plain, tiny):
         (
             [{"name": "fisher"}],
             {},
-            "there is no transform 'fisher'; choose one of sign_consensus, importance",
+            "there is no transform 'fisher'; choose one of projection, least_squares",
         ),
         ([{"name": "low_rank"}], {}, "name a rank or an energy"),
-        ([{"name": "importance", "gamma": 1}], {}, r"transforms\.gamma"),
-        ([{"name": "low_rank", "rank": 2}, {"name": "sign_consensus"}], {}, "must be the first"),
+        ([{"name": "projection", "gamma": 1}], {}, r"transforms\.gamma"),
         ([{"name": "layer_scales", "scales": {"(": 1.0}}], {}, "is no pattern"),
-        ([{"name": "importance"}], {"data": {"retain": None}}, "needs retain rows"),
+        ([{"name": "projection"}], {"data": {"retain": None}}, "needs retain rows"),
         (
             [],
             {"method_settings": {"retain_kl": 1.0}, "data": {"retain": None}},

@@ -15,7 +15,7 @@ from palinode.cli.console import scores_grid, vector_grids
 from palinode.history.plan import Wish, plan_checkpoints, plan_record
 from palinode.records import Score
 from palinode.report.audit_report import audit_brief
-from palinode.report.comparison_report import axis_brief, comparison_brief, requests_brief
+from palinode.report.comparison_report import axis_brief, comparison_brief
 from palinode.report.content import Grid, GridCell, show
 from palinode.report.location_report import demo_brief, location_brief, plan_brief
 from palinode.report.run_report import demo_grid, run_brief
@@ -80,21 +80,6 @@ def axis():
     values = [entry(value, 4.3e-05) for value in (0, 0.001, 0.01, 0.25, 0.5, 1000)]
     content = {"key": "demo.later_epochs", "title": "Epochs", "metric": "exact_match", "seeds": [0]}
     return axis_brief({**content, "complete": True, "values": values})
-
-
-def state(*done: int, undone: int | None = None):
-    part = dict.fromkeys(("done", "not_done", "retain"), TINY)
-    scores = {**part, "by_request": [4.3e-05, 0.5], "others": 0.1}
-    both = {"exact_match": scores, "answer_probability": scores}
-    return {"done": list(done), "undone": undone, "scores": both}
-
-
-def requests():
-    one = {"name": LONG, "undo": {"possible": False, "reason": "training anew", "repeat_steps": 9}}
-    one |= {"states": [state(1), state(1, 2)], "joint": state(1, 2)}
-    table = {"complete": True, "requests": [{"number": 1, "rows": 8}, {"number": 2, "rows": 9}]}
-    models = {"target": state(1, 2), "base": state(1, 2), "retrained": state(1, 2)}
-    return requests_brief({**table, "rows": {"others": 6}, "models": models, "contestants": [one]})
 
 
 def location():
@@ -171,7 +156,7 @@ def found():
     return [Grid("pair", ["", "", ""], [doctor], 3), Grid("", ["name", "what", "now"], [verify], 3)]
 
 
-KINDS = (run, audit, compare, axis, requests, location, plan, demo, ladder, measured, found)
+KINDS = (run, audit, compare, axis, location, plan, demo, ladder, measured, found)
 
 
 @pytest.mark.parametrize("width", WIDTHS)

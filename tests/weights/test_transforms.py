@@ -8,21 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from palinode.errors import InputError
-from palinode.weights import save
 from palinode.weights.filters import along, basis_of, projection
-from palinode.weights.vectors import fisher_weights, layer_scale, sign_consensus, transform
-
-
-def test_consensus_is_the_mean_where_all_signs_agree_and_zero_elsewhere():
-    found = sign_consensus([np.array([[1.0, -1.0], [2.0, 0.0]]), np.array([[3.0, -2.0], [-4.0, 5.0]])])
-    assert found.tolist() == [[2.0, -1.5], [0.0, 0.0]]
-
-
-def test_consensus_of_one_direction_is_itself_and_keeps_its_type():
-    only = np.array([1.5, -2.0, 0.0], np.float32)
-    found = sign_consensus([only])
-    assert np.array_equal(found, only)
-    assert found.dtype == np.float32
+from palinode.weights.vectors import layer_scale, transform
 
 
 def test_first_pattern_that_matches_the_whole_name_gives_the_scale():
@@ -55,15 +42,6 @@ def test_projected_matrix_does_nothing_to_inputs_of_the_subspace_and_the_same_to
     assert along(matrix.T, rest, 0) == pytest.approx(found.T)  # a layer that stores its weight as (in, out)
 
 
-def test_weight_is_high_where_the_forget_rows_matter_and_the_retain_rows_do_not():
-    forget, retain = np.array([1.0, 1.0, 0.0, 0.0]), np.array([0.0, 3.0, 1.0, 0.0])
-    assert fisher_weights(forget, retain, epsilon=1e-9) == pytest.approx([1.0, 0.25, 0.0, 0.0])
-    assert fisher_weights(forget, retain, g=1 / 3, epsilon=1e-9)[1] == pytest.approx(0.5)
-    assert fisher_weights(forget, retain, g=0.0, epsilon=1e-9)[:2] == pytest.approx([1.0, 1.0])
-    with pytest.raises(InputError, match="must not be negative"):
-        fisher_weights(forget, retain, g=-1.0)
-
-
 # Stored
 
 
@@ -75,22 +53,6 @@ def test_rule_that_changes_nothing_stores_the_direction_itself(tiny, tmp_path):
     assert found
     for name, value in found.items():
         assert torch.equal(value, target[name].float() - base[name].float())
-
-
-def test_consensus_of_two_vectors_is_a_vector_that_can_be_applied(tiny, tmp_path):
-    vectors = [tiny.target - tiny.base, tiny.retrained - tiny.base]
-    stored = transform(
-        vectors, lambda _name, values: sign_consensus(values), tmp_path / "agreed", label="sign consensus"
-    )
-    point = tiny.target - 0.5 * stored
-    saved = save(point, tmp_path / "out")
-    assert saved.dose.relative_error < 1e-6
-    base, target, other = (_tensors(entry.folder) for entry in (tiny.base, tiny.target, tiny.retrained))
-    made = _tensors(tmp_path / "out")
-    for name, value in made.items():
-        first, second = target[name] - base[name], other[name] - base[name]
-        agreed = torch.where(first.sign() * second.sign() > 0, (first + second) / 2, 0.0)
-        assert torch.allclose(value, target[name] - 0.5 * agreed, atol=1e-6)
 
 
 def test_directions_that_cancel_are_still_two(tiny, tmp_path):

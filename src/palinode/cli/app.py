@@ -15,6 +15,7 @@ from palinode.cli.about_verbs import doctor, list_everything, report
 from palinode.cli.chat import chat
 from palinode.cli.console import listener, out, print_json
 from palinode.cli.ending import after_run, ending, secret, secret_workspace
+from palinode.cli.handover_verbs import sign, verify
 from palinode.cli.history_verbs import locate
 from palinode.cli.history_verbs import plan as plan_command
 from palinode.cli.measure_verbs import audit, compare, evaluate
@@ -40,7 +41,7 @@ from palinode.cli.options import (
     takes,
 )
 from palinode.cli.request_verbs import requests
-from palinode.cli.weight_verbs import apply, export, vectors, verify
+from palinode.cli.weight_verbs import apply, export, vectors
 from palinode.settings import Questioning
 
 if TYPE_CHECKING:
@@ -374,6 +375,7 @@ verb()(apply)
 verb()(audit)
 verb()(compare)
 verb()(report)
+verb()(sign)
 verb()(verify)
 verb()(doctor)
 verb()(chat)

@@ -218,8 +218,7 @@ def compare(
 ) -> None:
     """Compare methods: one budget, one search, one rule.
 
-    With a section axis in the recipe: one comparison at each value of a key. With a section requests: erasure
-    requests carried out one after another and undone in another order.
+    With a section axis in the recipe: one comparison at each value of a key.
     """
     from palinode import jobs
     from palinode.compare import load_comparison
@@ -258,11 +257,9 @@ def _tell(lines: Iterable[str]) -> None:
 
 def _ways_of(comparison: ComparisonRecipe) -> tuple[Any, Any, Any, Sequence[str]]:
     """Return how what the recipe asks for is planned, described and told, and its files."""
-    from palinode.compare import axis, comparing, requests
+    from palinode.compare import axis, comparing
     from palinode.report import comparison_report as report
 
-    if comparison.requests:
-        return requests.plan_requests, requests.describe_requests, report.requests_brief, requests.FILES
     if comparison.axis:
         return axis.plan_axis, axis.describe_axis, report.axis_brief, axis.FILES
     return comparing.plan_comparison, comparing.describe_plan, report.comparison_brief, comparing.FILES

@@ -3,18 +3,15 @@
 from palinode.compare.axis import axis_recipes, compare_along, plan_axis
 from palinode.compare.comparing import Compared, compare, plan_comparison
 from palinode.compare.comparison_recipe import CompareRecipe, build_comparison, load_comparison
-from palinode.compare.requests import carry_out, plan_requests
 
 __all__ = [
     "CompareRecipe",
     "Compared",
     "axis_recipes",
     "build_comparison",
-    "carry_out",
     "compare",
     "compare_along",
     "load_comparison",
     "plan_axis",
     "plan_comparison",
-    "plan_requests",
 ]

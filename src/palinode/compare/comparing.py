@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -69,7 +69,7 @@ class Compared:
 
     output: Path
     table: Mapping[str, Any]
-    """The content of its table.json, axis.json or requests.json."""
+    """The content of its table.json or axis.json."""
 
     @property
     def scores(self) -> dict[str, dict[str, Any]]:
@@ -86,31 +86,23 @@ def compare(recipe: CompareRecipe, *, listener: Listener | None = None) -> Compa
     points = check_comparison(recipe)
     output = Path(recipe.shared.output.folder)
     check_folder(output, FILES, "comparison")
-    with standing(recipe, listener) as ground:
-        return Compared(output, _Comparison(ground, points).run(output))
+    workspace = Workspace(recipe.workspace)
+    alone = one_thread() if recipe.comparison.world else contextlib.nullcontext()  # its models are small
+    with workspace.locked(listener), alone:
+        return Compared(output, _Comparison(open_ground(recipe, workspace, listener), points).run(output))
 
 
 def check_comparison(recipe: CompareRecipe) -> dict[str, list[MethodPoint]]:
-    """Return every contestant's points, their settings checked; one for requests. Raises RecipeError."""
+    """Return every contestant's points, their settings checked. Raises RecipeError."""
     comparison = recipe.comparison
-    tries = 1 if comparison.requests else comparison.tries
     points = {
-        contestant.name: draw_points(contestant, tries, seed=comparison.seed)
+        contestant.name: draw_points(contestant, comparison.tries, seed=comparison.seed)
         for contestant in comparison.contestants
     }
     for drawn in points.values():
         for point in drawn:
             recipe_of(recipe.content, point, {"target": "."}, epochs=1, seed=comparison.seeds[0])
     return points
-
-
-@contextlib.contextmanager
-def standing(recipe: CompareRecipe, listener: Listener) -> Iterator[Ground]:
-    """Give what all contestants stand on, its workspace locked; the demo's small models have one thread."""
-    workspace = Workspace(recipe.workspace)
-    alone = one_thread() if recipe.comparison.world else contextlib.nullcontext()
-    with workspace.locked(listener), alone:
-        yield open_ground(recipe, workspace, listener)
 
 
 def open_ground(recipe: CompareRecipe, workspace: Workspace, listener: Listener) -> Ground:
@@ -235,8 +227,13 @@ class _Comparison:
         self.search.announce(finals)
         measured = {part.recipe.seed: self._final(part, chosen) for part in finals}
         costs = [found["cost"] for found in measured.values()]
+        method = METHODS[contestant.method]
         return {
-            **method_facts(contestant),
+            "name": contestant.name,
+            "method": method.name,
+            "formula": method.formula,
+            "source": method.source,
+            "set": dict(contestant.set),
             "search": {key: list(values) for key, values in contestant.search.items()},
             "points": [_point(one, chosen) for one in tried],
             "chosen": {
@@ -296,13 +293,13 @@ class _Comparison:
         entries: Sequence[Mapping[str, Any]],
     ) -> dict[str, Any]:
         """Return the content of table.json for the contestants that are through."""
-        facts = shared_facts(self.ground)
+        shared = self.recipe.shared
         return {
             **heading(TABLE_VERSION, started=self.started, verb="compare"),
             "complete": len(entries) == len(self.comparison.contestants),
             "seed": self.comparison.seed,
             "seeds": list(self.comparison.seeds),
-            "shared": facts.pop("shared"),
+            "shared": shared.model_dump(mode="json", exclude={"method", "method_settings", "scales"}),
             "comparison": self.comparison.model_dump(mode="json", exclude={"contestants", "axis"}),
             "rule": str(self.goal),
             "rows": {
@@ -319,7 +316,8 @@ class _Comparison:
             },
             "contestants": list(entries),
             "ranking": _ranking(self.comparison, fixed, entries),
-            **facts,
+            "environment": environment(pick_device(shared.device)),
+            "notes": list(self.ground.inputs.notes),
         }
 
 
@@ -330,28 +328,6 @@ def write_tables(output: Path, texts: Mapping[str, str], table: Mapping[str, Any
     for file, text in texts.items():
         write_text(output / file, text)
     write_json(output / name, table)
-
-
-def method_facts(contestant: Contestant) -> dict[str, Any]:
-    """Return what every table says of a contestant's method."""
-    method = METHODS[contestant.method]
-    return {
-        "name": contestant.name,
-        "method": method.name,
-        "formula": method.formula,
-        "source": method.source,
-        "set": dict(contestant.set),
-    }
-
-
-def shared_facts(ground: Ground) -> dict[str, Any]:
-    """Return what every table says of what all contestants share."""
-    shared = ground.recipe.shared
-    return {
-        "shared": shared.model_dump(mode="json", exclude={"method", "method_settings", "scales"}),
-        "environment": environment(pick_device(shared.device)),
-        "notes": list(ground.inputs.notes),
-    }
 
 
 def _point(tried: Tried, chosen: Tried) -> dict[str, Any]:
@@ -443,7 +419,7 @@ def plan_comparison(recipe: CompareRecipe) -> dict[str, Any]:
     points = check_comparison(recipe)
     output, comparison = recipe.shared.output.folder, recipe.comparison
     check_folder(Path(output), FILES, "comparison")
-    shares = divide_comparison(recipe, *rows_to_come(recipe))
+    shares = divide_comparison(recipe, *_rows_to_come(recipe))
     contestants = []
     for contestant in comparison.contestants:
         drawn = points[contestant.name]
@@ -498,7 +474,7 @@ def describe_plan(planned: dict[str, Any]) -> list[str]:
     return lines
 
 
-def rows_to_come(recipe: CompareRecipe) -> tuple[Sequence[Example], Sequence[Example]]:
+def _rows_to_come(recipe: CompareRecipe) -> tuple[Sequence[Example], Sequence[Example]]:
     """Return forget and retain rows; those of the demo's world as it will write them."""
     if not recipe.comparison.world:
         rows = open_inputs(recipe.shared).rows

@@ -176,28 +176,6 @@ class Axis(StrictModel):
         return self
 
 
-class Requests(StrictModel):
-    """Erasure requests that come one after another, and are then undone in another order."""
-
-    by: str | None = Field(default=None, min_length=1)
-    """A column of the forget file: rows that share its value are one request, in the order of the file."""
-    size: int | None = Field(default=None, ge=1)
-    """Or so many rows, in the order of the file."""
-    count: int | None = Field(default=None, ge=2)
-    """Requests that are made; None: all. The rows of the others are to stay known."""
-    undo_seed: Seed = 0
-    """Draws the order in which requests are undone."""
-
-    @model_validator(mode="after")
-    def _says_what_a_request_is(self) -> Self:
-        if (self.by is None) == (self.size is None):
-            raise ValueError("say requests.by or requests.size: one of the two")
-        return self
-
-
-_NOT_WITH_REQUESTS = ("tries", "choose", "measure", "benchmark", "keep_models")
-
-
 class Contestant(StrictModel):
     """One method, or one form of it, with its own few hyper-parameters."""
 
@@ -256,28 +234,6 @@ class ComparisonRecipe(StrictModel):
     contestants: list[Contestant] = Field(min_length=1)
     axis: Axis | None = None
     """A key with several values: one comparison at each of them."""
-    requests: Requests | None = None
-    """Instead of a comparison: requests carried out and undone (docs/requests.md)."""
-
-    @model_validator(mode="after")
-    def _chooses_nothing_for_requests(self) -> Self:
-        if self.requests is None:
-            return self
-        if self.axis is not None:
-            raise ValueError(
-                "a recipe goes along an axis or carries out requests, so leave [axis] or [requests] out"
-            )
-        if idle := [name for name in _NOT_WITH_REQUESTS if name in self.model_fields_set]:
-            raise ValueError(f"with [requests] no point is searched or chosen, so leave {idle[0]} out")
-        if searching := [one.name for one in self.contestants if one.search]:
-            raise ValueError(
-                f"with [requests] nothing is searched; put the values of {searching[0]} into set"
-            )
-        if self.budget.steps is None:
-            raise ValueError("with [requests] every request costs the same, so say budget.steps")
-        if len(self.seeds) > 1:
-            raise ValueError("with [requests] all is trained with one seed, so name one in seeds")
-        return self
 
     @model_validator(mode="after")
     def _has_different_contestants(self) -> Self:

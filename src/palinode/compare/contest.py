@@ -315,12 +315,8 @@ def part_of(
     seed: int,
     *,
     epochs: int | None = None,
-    sized_for: int | None = None,
 ) -> SearchPart:
-    """Return the training that these points share; its epochs follow from the budget unless given.
-
-    Its retain sample is as large as for `sized_for` forget rows; None: as for those that there are.
-    """
+    """Return the training that these points share; its epochs follow from the budget unless given."""
     given = {"target": ground.target, "retrained": ground.retrained}
     models = {name: str(model.folder) for name, model in given.items() if model is not None}
     content = ground.recipe.content
@@ -328,7 +324,7 @@ def part_of(
         ground, contestant, points[0], recipe_of(content, points[0], models, epochs=1, seed=seed)
     )
     recipe = recipe_of(content, points[0], models, epochs=epochs, seed=seed)
-    rows = rows_for(recipe, ground.shares, sized_for=sized_for)
+    rows = rows_for(recipe, ground.shares)
     inputs = replace(
         ground.inputs, recipe=recipe, target=ground.target, retrained=ground.retrained, rows=rows
     )

@@ -126,13 +126,10 @@ def divide_rows(
     )
 
 
-def rows_for(recipe: Recipe, shares: Shares, *, sized_for: int | None = None) -> InputRows:
-    """Return the rows of one contestant's run; the seed draws the sample that vectors are trained on.
-
-    The sample is as large as for `sized_for` forget rows; None: as for those that there are.
-    """
+def rows_for(recipe: Recipe, shares: Shares) -> InputRows:
+    """Return the rows of one contestant's run; the seed draws the sample that vectors are trained on."""
     settings = METHODS[recipe.method].check_settings(recipe.method_settings)
-    wanted = settings.sample_size(sized_for or len(shares.forget))
+    wanted = settings.sample_size(len(shares.forget))
     return InputRows(
         forget=shares.forget,
         retain=shares.retain_train,

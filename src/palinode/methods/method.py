@@ -3,7 +3,7 @@
     runs(settings, given)    →  [MethodRun(name, start, material, objective), …], in the order they are done
     point(settings, ends)    →  Vectors(forget, retain), whose scales are still open; or the unlearned point
 
-Costs, fine-tuning, the search for scales, comparisons and requests follow from these two. Nothing heavy is
+Costs, fine-tuning, the search for scales and comparisons follow from these two. Nothing heavy is
 imported here; an objective is built when a run asks for it.
 """
 

@@ -12,43 +12,14 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Need = Literal["retain", "inputs", "seeds"]
-"""Retain rows that a retain vector would see; rows whose inputs are to be spared; vectors of other seeds."""
+Need = Literal["retain", "inputs"]
+"""Retain rows that a retain vector would see; rows whose inputs are to be spared."""
 
 
 class TransformSettings(BaseModel):
     """A transform's own settings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class ConsensusSettings(TransformSettings):
-    """How many vectors must agree."""
-
-    vectors: int = Field(default=3, ge=2, le=64)
-    """Vectors in all: the recipe's seed and the seeds after it, each trained anew."""
-
-
-class ImportanceSettings(TransformSettings):
-    """How the importance of weights is measured and weighed."""
-
-    measure: Literal["fisher", "magnitude"] = "fisher"
-    """Mean squared, or mean absolute, gradient of single rows."""
-    g: float = Field(default=1.0, ge=0)
-    """How much the retain rows count."""
-    epsilon: float = Field(default=1e-12, gt=0)
-    """Keeps weights that matter to nothing where they are; in the unit of the measure."""
-    at: Literal["target", "base"] = "target"
-    """The model whose gradients they are."""
-    rows: int = Field(default=256, ge=1)
-    """Rows of each set that are read, at most; retain rows are those that a retain vector would see."""
-
-
-class MaskSettings(TransformSettings):
-    """Which rows the gradient is taken on."""
-
-    rows: int = Field(default=256, ge=1)
-    """Forget rows that are read, drawn with the seed."""
 
 
 class ProjectionSettings(TransformSettings):
@@ -153,29 +124,6 @@ TRANSFORMS: dict[str, Transform] = {
     entry.name: entry
     for entry in (
         Transform(
-            "sign_consensus",
-            "the mean of vectors of several seeds where all agree in sign",
-            "mean_i(τ_i) · 1[sign τ_1 = … = sign τ_n ≠ 0]",
-            "NegMerge, arXiv 2410.05583",
-            ConsensusSettings,
-            frozenset({"seeds"}),
-        ),
-        Transform(
-            "importance",
-            "each weight by how much more it matters to the forget rows than to the retain rows",
-            "F_f / (F_f + g·F_r + ε) · τ",
-            "PerTA, arXiv 2601.22030",
-            ImportanceSettings,
-            frozenset({"retain"}),
-        ),
-        Transform(
-            "gradient_mask",
-            "only weights whose step off the vector raises the target's own forget loss",
-            "τ · 1[sign τ = −sign ∇L_f(θ_D)]",
-            "GradFix, arXiv 2510.09658",
-            MaskSettings,
-        ),
-        Transform(
             "projection",
             "nothing that acts on the inputs which retain rows make",
             "τ (I − U Uᵀ), U the principal axes of each layer's inputs on retain rows",
@@ -223,13 +171,11 @@ def check_transforms(given: Sequence[Mapping[str, Any]]) -> list[ChosenTransform
     Raises ValueError for a name that there is not, and pydantic's own for settings that cannot be.
     """
     chosen = []
-    for place, entry in enumerate(given):
+    for entry in given:
         name = entry.get("name")
         if name not in TRANSFORMS:
             raise ValueError(f"there is no transform {name!r}; choose one of {', '.join(TRANSFORMS)}")
         transform = TRANSFORMS[name]
-        if "seeds" in transform.needs and place:
-            raise ValueError(f"{name} puts whole vectors together, so it must be the first transform")
         own = {key: value for key, value in entry.items() if key != "name"}
         chosen.append(ChosenTransforms(transform, transform.settings.model_validate(own)))
     return chosen

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import blake3
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -86,16 +85,6 @@ def put(
         map_slices(wanted, per_thread(start))
 
 
-def contents(model: PreTrainedModel) -> str:
-    """Return a hash of a live model's parameters (32 hex digits), equal only where every bit of them is."""
-    total = blake3.blake3()
-    for name, parameter in sorted(model.named_parameters()):
-        values = parameter.detach().cpu().contiguous()
-        total.update(f"{name} {values.dtype} {list(values.shape)}".encode())
-        total.update(values.flatten().view(torch.uint8).numpy().data)
-    return total.hexdigest()[:32]
-
-
 def _flat_parameters(model: PreTrainedModel, anchor: Checkpoint) -> dict[str, torch.Tensor]:
     """Return where each of the checkpoint's tensors lies in the live model, as one dimension, by its name.
 
@@ -136,10 +125,9 @@ def live_places(model: PreTrainedModel, anchor: Checkpoint) -> dict[str, tuple[s
     return found
 
 
-def check_live(checkpoint: Checkpoint, *, by_name: bool = False) -> None:
+def check_live(checkpoint: Checkpoint) -> None:
     """Raise MismatchError where `put` could not put sums of this checkpoint into its live model.
 
-    With `by_name` also where a parameter is not one tensor of the files, as values by parameter need it.
     The model is built without its weights. Raises CheckpointError when transformers cannot build it.
     """
     try:
@@ -152,19 +140,6 @@ def check_live(checkpoint: Checkpoint, *, by_name: bool = False) -> None:
             "transformers, or take a model that it knows"
         ) from error
     _flat_parameters(model, checkpoint)
-    for name, _ in model.named_parameters() if by_name else ():
-        name_in_files(checkpoint, name)
-
-
-def name_in_files(checkpoint: Checkpoint, name: str) -> str:
-    """Return the name that a live model's parameter has in the checkpoint's files, as one tensor."""
-    own = checkpoint.spelled(name)
-    if own is None:
-        raise MismatchError(
-            f"the live model's parameter {name} has no counterpart in {checkpoint.folder}; this architecture "
-            "renames its weights on loading, so leave out transforms that read gradients or inputs"
-        )
-    return own
 
 
 class CombinedLogits(PreTrainedModel, GenerationMixin):

@@ -58,7 +58,12 @@ State = Literal["ok", "note", "warn", "fail"]
 
 Result = TypeVar("Result")
 
-EXTRAS = {"gguf": "GGUF models", "lm-eval": "evaluate --lm-eval", "lora": "low-rank training (--lora)"}
+EXTRAS = {
+    "gguf": "GGUF models",
+    "lm-eval": "evaluate --lm-eval",
+    "lora": "low-rank training (--lora)",
+    "sign": "sign, verify --public-key",
+}
 """What the extras of the package are for, but for those of its own development."""
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")

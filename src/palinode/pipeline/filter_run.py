@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from palinode.errors import RecipeError
 from palinode.methods.transforms import check_transforms
 from palinode.models.loading import pick_device
 from palinode.pipeline.inputs import check_places, open_retain_only, workspace_folder
@@ -28,8 +27,6 @@ from palinode.weights.preflight import complain_of_nonfinite
 
 FILTER_VERSION = 1
 """Version of the layout of filter.json, described in docs/filters.md."""
-OF_FORGET_ROWS = ("importance", "gradient_mask")
-"""Transforms that read forget rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +59,6 @@ def filter_by_retain_rows(recipe: Recipe, *, listener: Listener | None = None) -
     """
     listener, started = listener or NullListener(), datetime.now(UTC)
     transforms, folder = check_transforms(recipe.changes), Path(recipe.output.folder)
-    if reading := next((one for one in transforms if one.transform.name in OF_FORGET_ROWS), None):
-        raise RecipeError(f"the transform {reading.transform.name} reads forget rows; name --forget")
     inputs, target, given = open_retain_only(recipe)
     complain_of_nonfinite([target, given], option=False)
     check_places(recipe, inputs, needs=target.nbytes + 8 * target.parameters)
@@ -73,9 +68,7 @@ def filter_by_retain_rows(recipe: Recipe, *, listener: Listener | None = None) -
     key = fingerprint(target=target.fingerprint(), given=given.fingerprint())
     workspace, vector = Workspace(workspace_folder(recipe)), target - given
     with workspace.locked(listener):
-        transforming = Transforming(
-            inputs, workspace, listener, target, lambda seed: (vector, {"given": f"{key}, seed {seed}"})
-        )
+        transforming = Transforming(inputs, workspace, listener, target)
         filtered, _, told = transforming.apply(transforms, vector, {"given": key})
         with listener.task("writing the filtered model", target.parameters, "weights") as advance:
             saved = save(

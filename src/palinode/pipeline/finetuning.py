@@ -99,20 +99,12 @@ class FineTuning(Work):
         transforms = check_transforms(self.recipe.changes)
         if not transforms:
             return trained
-        alone = replace(self.inputs.given, retain_scale=0.0)
-        others: dict[str, str] = {}
-
-        def another(seed: int) -> tuple[Direction, Mapping[str, str]]:
-            other = self._train(target, replace(alone, seed=seed))
-            others.update({f"{name}, seed {seed}": key for name, key in other.steps.items()})
-            return other.vectors.forget, other.steps
-
-        transforming = Transforming(self.inputs, self.workspace, self.listener, target, another)
+        transforming = Transforming(self.inputs, self.workspace, self.listener, target)
         forget, key, told = transforming.apply(transforms, trained.vectors.forget, trained.steps)
         return replace(
             trained,
             result=replace(trained.vectors, forget=forget),
-            steps={**trained.steps, **others, "transform": key},
+            steps={**trained.steps, "transform": key},
             seen=self._read(transforms, trained.seen),
             transforms=told,
             filters=transforming.open_filter(transforms, trained.vectors.forget, trained.steps),
@@ -228,10 +220,6 @@ class FineTuning(Work):
         done.ends[run.name] = self._merged(point, step.key) if run.whole else point
         done.steps[run.name], done.facts[run.name] = step.key, facts
         return material.examples
-
-    def whole(self, trained: Trained) -> Checkpoint:
-        """Return the model of a method that trains it itself as it lies there, written if it is a formula."""
-        return self._merged(trained.model, " ".join(trained.steps.values()))
 
     def _merged(self, point: Point, key: str) -> Checkpoint:
         """Return a point as a whole model, for what has to load it."""

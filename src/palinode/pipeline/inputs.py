@@ -364,10 +364,9 @@ def _check_models(
             check()
     if retrained is not None:
         check_tokenizers(target, [retrained])
-    gradients = any(entry.get("name") == "importance" for entry in recipe.changes)
     given = recipe.scales.forget is not None and (recipe.scales.retain is not None or not recipe.data.retain)
-    if gradients or (recipe.has_scales and not given):  # pairs are tried on a live model
-        check_live(target, by_name=gradients)
+    if recipe.has_scales and not given:  # pairs are tried on a live model
+        check_live(target)
 
 
 def check_unlearned(target: Checkpoint, unlearned: Checkpoint) -> None:

@@ -1,7 +1,7 @@
 """Transform a forget vector as a recipe says: each transform a step whose result is a stored vector.
 
-What a transform needs of rows and models (gradients, inputs of layers, vectors of other seeds) is computed
-in steps of its own and kept, so that other settings of the same transform find it there.
+What a transform needs of rows and models, the inputs of layers, is computed in steps of its own and kept, so
+that other settings of the same transform find it there.
 """
 
 from __future__ import annotations
@@ -14,43 +14,21 @@ from typing import Any, Literal
 
 import numpy as np
 
-from palinode.data.examples import Example, at_most, fingerprint_examples
-from palinode.data.tokenize import TokenRow, tokenize
+from palinode.data.examples import at_most
 from palinode.errors import CheckpointError, InputError
 from palinode.methods.transforms import MU, ChosenTransforms, LeastSquaresSettings
-from palinode.models.inplace import name_in_files
-from palinode.models.loading import (
-    load_model,
-    load_tokenizer,
-    pad_token,
-    save_tensors,
-    tokenizer_fingerprint,
-)
-from palinode.models.sums import Moment, gradient_moment
 from palinode.pipeline.filtering import Measuring, MomentFiles, Weighing, project
 from palinode.pipeline.goal import TriedScales
 from palinode.pipeline.inputs import Work
 from palinode.pipeline.workspace import Step
 from palinode.weights import Checkpoint, Direction, Point, StoredVector, profile, save_vector
-from palinode.weights.checkpoint import StoredDirection
-from palinode.weights.displacement import DenseChange
-from palinode.weights.tensors import read_header
 from palinode.weights.vectors import (
-    Rule,
-    against_gradient,
-    fisher_weights,
     layer_scale,
-    sign_consensus,
     transform,
 )
 
-Another = Callable[[int], tuple[Direction, Mapping[str, str]]]
-"""A seed → the forget vector that it gives, and the keys of the steps that made it."""
-
 Make = Callable[[Direction, Path], StoredVector]
 """(vector, folder) → the transformed vector in the folder."""
-
-IMPORTANCE = "importance.safetensors"
 
 OTHER_MUS = (MU / 10, 10 * MU)
 """Values of μ that are tried beside the usual one where it is open."""
@@ -78,7 +56,6 @@ class Transforming(Work):
     """The transforms of one run, with what they read of its models and rows."""
 
     target: Checkpoint
-    another: Another
 
     def __post_init__(self) -> None:
         self.moments = Measuring(self.inputs, self.workspace, self.listener, self.target)
@@ -150,39 +127,6 @@ class Transforming(Work):
 
     # One method a transform: what makes the vector, and what it needs, as plain values for the step's key
 
-    def _sign_consensus(self, settings: Any) -> tuple[Make, Any]:
-        seeds = range(self.recipe.seed + 1, self.recipe.seed + settings.vectors)
-        others = [self.another(seed) for seed in seeds]
-
-        def make(vector: Direction, output: Path) -> StoredVector:
-            vectors = [vector, *(other for other, _ in others)]
-            return transform(vectors, lambda _name, found: sign_consensus(found), output, label="consensus")
-
-        return make, [dict(keys) for _, keys in others]
-
-    def _importance(self, settings: Any) -> tuple[Make, Any]:
-        model = self.target if settings.at == "target" else self.inputs.earlier
-        rows = self.inputs.rows
-        steps = {
-            name: self._moment(model, name, found, settings.measure, settings.rows)
-            for name, found in (("forget", rows.forget_train), ("retain", rows.retain_sample))
-        }
-
-        def rule(_name: str, found: Sequence[np.ndarray]) -> np.ndarray:
-            values, forget, retain = found
-            weights = fisher_weights(forget, retain, g=settings.g, epsilon=settings.epsilon)
-            weighted: np.ndarray = (weights * values).astype(values.dtype)
-            return weighted
-
-        importance = [_stored(step) for step in steps.values()]
-        return _with(rule, importance, settings), [step.key for step in steps.values()]
-
-    def _gradient_mask(self, settings: Any) -> tuple[Make, Any]:
-        step = self._moment(self.target, "forget", self.inputs.rows.forget_train, "signed", settings.rows)
-        return _with(
-            lambda _name, found: against_gradient(found[0], found[1]), [_stored(step)], settings
-        ), step.key
-
     def _projection(self, settings: Any) -> tuple[Make, Any]:
         model = self.target if settings.at == "target" else self.inputs.earlier
         rows = at_most(self.inputs.rows.retain_sample, settings.rows, seed=self.recipe.seed)
@@ -240,63 +184,11 @@ class Transforming(Work):
         def rule(name: str, found: Sequence[np.ndarray]) -> np.ndarray:
             return (layer_scale(name, settings.scales) * found[0]).astype(found[0].dtype)
 
-        return _with(rule, [], settings), None
+        def make(vector: Direction, output: Path) -> StoredVector:
+            label = f"{type(settings).__name__} {settings.model_dump_json()}"
+            return transform([vector], rule, output, label=label)
 
-    # What is read of models and rows
-
-    def _moment(
-        self, model: Checkpoint, name: str, rows: Sequence[Example], moment: Moment, most: int
-    ) -> Step:
-        """Return the finished step that holds a moment of the gradients on some of the rows."""
-        chosen = at_most(rows, most, seed=self.recipe.seed)
-        step = self._reading("importance", model, chosen, moment=moment)
-        if step.facts is None:
-            step.begin()
-            live, tokens, pad_id = self._live(model, chosen)
-            label = f"gradients on the {name} set"
-            with self.listener.task(label, len(tokens), "rows") as advance:
-                found = gradient_moment(live, tokens, moment, pad_id=pad_id, on_progress=advance)
-            save_tensors(
-                {name_in_files(model, key): value.cpu() for key, value in found.items()},
-                step.folder / IMPORTANCE,
-            )
-            step.finish({"rows": len(chosen)})
-        return step
-
-    def _reading(self, name: str, model: Checkpoint, rows: Sequence[Example], **settings: Any) -> Step:
-        return self.workspace.step(
-            name,
-            model=model.fingerprint(),
-            rows=fingerprint_examples(rows),
-            max_length=self.recipe.training.max_length,
-            prompts=self.recipe.prompts.model_dump(),
-            tokenizer=tokenizer_fingerprint(self.inputs.reader),
-            device=self.device.type,
-            **settings,
-        )
-
-    def _live(self, model: Checkpoint, rows: Sequence[Example]) -> tuple[Any, list[TokenRow], int]:
-        """Return a live model, the rows as tokens, and the padding id."""
-        tokenizer = load_tokenizer(self.inputs.reader)
-        length, style = self.recipe.training.max_length, self.recipe.prompts.style()
-        tokens = tokenize(rows, tokenizer, max_length=length, style=style)
-        return load_model(model, device=self.device), tokens, pad_token(tokenizer)
-
-
-def _with(rule: Rule, others: Sequence[Direction], settings: Any) -> Make:
-    """Return what applies a rule to a vector and other directions."""
-
-    def make(vector: Direction, output: Path) -> StoredVector:
-        label = f"{type(settings).__name__} {settings.model_dump_json()}"
-        return transform([vector, *others], rule, output, label=label)
-
-    return make
-
-
-def _stored(step: Step) -> StoredDirection:
-    """Return the moments that a step wrote, as a direction that is read tensor by tensor."""
-    infos = read_header(step.folder / IMPORTANCE)
-    return StoredDirection(step.folder, {info.name: DenseChange(info) for info in infos})
+        return make, None
 
 
 class OpenFilter:

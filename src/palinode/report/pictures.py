@@ -117,24 +117,22 @@ def names_down(names: Iterable[str]) -> Ruler:
 # Drawing
 
 
-def picture_file(title: str, figures: Iterable[Figure | None], *, columns: int = 1) -> str:
-    """Return a whole picture as an SVG file: title, key, and the panels there are in so many columns."""
+def picture_file(title: str, figures: Iterable[Figure | None]) -> str:
+    """Return a whole picture as an SVG file: title, key, and the panels there are."""
     style = files("palinode.report").joinpath("assets", "report.css").read_text(encoding="utf-8")
     light = dict(re.findall(r"(--[\w-]+): ([^;]+);", style.partition("@media")[0]))
-    drawn = drawing([found for found in figures if found], title=title, columns=columns)
+    drawn = drawing([found for found in figures if found], title=title)
     return re.sub(r'"var\((--[\w-]+)\)"', lambda found: f'"{light[found[1]]}"', drawn)
 
 
-def drawing(figures: Sequence[Figure], *, title: str = "", columns: int = 1, width: float = WIDTH) -> str:
-    """Return figures as one SVG element, which takes its colours from the style sheet around it."""
+def drawing(figures: Sequence[Figure], *, title: str = "", width: float = WIDTH) -> str:
+    """Return figures one below the other as an SVG element, in the colours of the style sheet around it."""
     start = 36.0 if title else 14.0
     key, top = _key([trace for panel in figures for trace in panel.traces], start, width)
     parts = [_text(12, 22, title, size=15), *key]
-    for first in range(0, len(figures), columns):
-        row = figures[first : first + columns]
-        for column, panel in enumerate(row):
-            parts += _panel(panel, width / columns * column, top, width / columns)
-        top += max(panel.height for panel in row)
+    for panel in figures:
+        parts += _panel(panel, top, width)
+        top += panel.height
     body = "\n".join(part for part in parts if part)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {top:.0f}" font-family="sans-serif">\n'
@@ -175,12 +173,12 @@ class _Scale:
         return [(place * step, f"{place * step:,.{digits}f}") for place in range(first, last + 1)]
 
 
-def _panel(panel: Figure, left: float, top: float, width: float) -> Iterator[str]:
-    last, above, below = left + width - RIGHT, top + ABOVE, top + panel.height - BELOW
+def _panel(panel: Figure, top: float, width: float) -> Iterator[str]:
+    last, above, below = width - RIGHT, top + ABOVE, top + panel.height - BELOW
     lane = (below - above) / max(1, len(panel.y.names))
     headed = width <= NARROW and bool(panel.y.names) and lane >= LANE
     beside = [line for name in panel.y.names.values() for line in name.split("\n")]
-    first = left + (12 if headed else max(LEFT, 20 + LETTER * max(map(len, beside), default=0)))
+    first = 12 if headed else max(LEFT, 20 + LETTER * max(map(len, beside), default=0))
     marks = [mark for trace in panel.traces for mark in trace.marks if mark.y is not None]
     shown = [*panel.edges, *(panel.band[:2] if panel.band else ())]
     across = _Scale(panel.x, [*shown, *(x for mark in marks for x in (mark.x, *mark.across))], first, last)

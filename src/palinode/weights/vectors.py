@@ -14,15 +14,8 @@ says what it is:
 
 Tensors in which the direction is zero are left out. A tied tensor is there once, under the embedding's name.
 
-Transforms work on one tensor at a time:
-
-    sign consensus      mean(τ_i) where all τ_i have one sign, 0 elsewhere   (NegMerge, arXiv 2410.05583)
-    layer scales        s(name) · τ
-    weighting           F_f / (F_f + g·F_r + ε) · τ, by forget and retain importance   (PerTA, 2601.22030)
-    gradient mask       τ · 1[sign τ = −sign g], g the target's gradient   (GradFix, arXiv 2510.09658)
-
-Each takes τ and returns another of its shape; filters by what layers read are in `filters.py`. Low-rank
-truncation is `save_vector(…, rank=…)`.
+A transform takes τ, one tensor at a time, and returns another of its shape: s(name) · τ here, filters by what
+layers read in `filters.py`. Low-rank truncation is `save_vector(…, rank=…)`.
 """
 
 from __future__ import annotations
@@ -456,19 +449,6 @@ Rule = Callable[[str, Sequence[np.ndarray]], np.ndarray]
 """(name of a tensor, its values in each direction) → its values in the new one, of the same shape."""
 
 
-def sign_consensus(values: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the mean of several directions where they all have one sign, and 0 elsewhere.
-
-    τ = mean_i(τ_i) · 1[sign τ_1 = … = sign τ_n ≠ 0] (NegMerge, arXiv 2410.05583).
-
-    >>> sign_consensus([np.array([1.0, 2.0, 0.0]), np.array([3.0, -2.0, 1.0])])
-    array([2., 0., 0.])
-    """
-    stacked = np.stack(list(values))
-    agree = (stacked > 0).all(axis=0) | (stacked < 0).all(axis=0)
-    return np.where(agree, stacked.mean(axis=0), 0.0).astype(stacked.dtype)
-
-
 def layer_scale(name: str, scales: Mapping[str, float]) -> float:
     """Return the scale of the first pattern that matches a tensor's whole name; 1 where none does.
 
@@ -476,31 +456,6 @@ def layer_scale(name: str, scales: Mapping[str, float]) -> float:
     0.5
     """
     return next((scale for pattern, scale in scales.items() if re.fullmatch(pattern, name)), 1.0)
-
-
-def fisher_weights(
-    forget: np.ndarray, retain: np.ndarray, *, g: float = 1.0, epsilon: float = 1e-12
-) -> np.ndarray:
-    """Return w = F_f / (F_f + g·F_r + ε), between 0 and 1 (PerTA).
-
-    `forget` and `retain` are mean squared gradients, or other magnitudes, of the same tensor; g says how much
-    the retain rows count.
-    """
-    if g < 0 or epsilon <= 0:
-        raise InputError(f"g is {g} and epsilon {epsilon}; g must not be negative, and epsilon above 0")
-    return forget / (forget + g * retain + epsilon)
-
-
-def against_gradient(values: np.ndarray, gradient: np.ndarray) -> np.ndarray:
-    """Return τ where it points against the gradient, and 0 elsewhere: τ · 1[sign τ = −sign g] (GradFix).
-
-    A step −α·τ then raises the loss whose gradient g is, to first order by α·Σ|τ||g| over what is kept.
-
-    >>> against_gradient(np.array([1.0, -2.0, 3.0]), np.array([-0.5, -0.5, 0.0]))
-    array([1., 0., 0.])
-    """
-    opposed = ((values > 0) & (gradient < 0)) | ((values < 0) & (gradient > 0))
-    return np.where(opposed, values, 0.0).astype(values.dtype)
 
 
 def transform(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import UTC, date, datetime
 from functools import partial
 from pathlib import Path
@@ -214,7 +215,7 @@ def withdraw(
 def list_requests(ledger: Where = HERE, as_json: Json = False) -> None:
     """List all requests."""
     from palinode.report.content import show
-    from palinode.requests.telling import request_facts, requests_grid
+    from palinode.requests.telling import request_facts, requests_grid, served_sentence
 
     desk = _desk(ledger)
     events, now = desk.ledger.events(), desk.standing()
@@ -222,7 +223,7 @@ def list_requests(ledger: Where = HERE, as_json: Json = False) -> None:
         print_json([request_facts(events, request) for request in now.requests.values()])
         return
     show([requests_grid(now, now.requests.values(), today=_today())], out())
-    out().print(_sentence(desk, now), soft_wrap=True)
+    out().print(served_sentence(now, desk.folder), soft_wrap=True)
 
 
 @verb(name="show")
@@ -236,7 +237,7 @@ def show_request(
     """Show what happened: of one request, or of all."""
     from palinode.errors import LedgerError, meant
     from palinode.report.content import show
-    from palinode.requests.telling import events_grid, export, requests_grid
+    from palinode.requests.telling import events_grid, export, requests_grid, served_sentence
 
     desk = _desk(ledger)
     events, now = desk.ledger.events(), desk.standing()
@@ -255,7 +256,7 @@ def show_request(
         if not name or event.request == name or (event.after in made and not event.request)
     ]
     show([requests_grid(now, chosen, today=_today()), events_grid(about)], out())
-    out().print(f"{_sentence(desk, now)}\nHead of the chain: {now.head}", soft_wrap=True)
+    out().print(f"{served_sentence(now, desk.folder)}\nHead of the chain: {now.head}", soft_wrap=True)
 
 
 @verb()
@@ -332,6 +333,22 @@ def check(
         out().print(found["sentence"], soft_wrap=True)
     if not found["ok"]:
         raise typer.Exit(1)
+
+
+@verb()
+def serve(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of this machine; 0 takes a free one.")] = 8765,
+    ledger: Where = HERE,
+) -> None:
+    """Show the ledger in a browser on this machine, to look at, until Ctrl-C."""
+    from palinode.requests.request_page import ledger_page, server
+
+    folder = _desk(ledger).folder
+    ledger_page(folder)  # what cannot be read is said here
+    with server(folder, port) as running:
+        out().print(f"http://127.0.0.1:{running.server_port}/ (Ctrl-C ends it)")
+        with suppress(KeyboardInterrupt):
+            running.serve_forever()
 
 
 # What the verbs share
@@ -412,13 +429,6 @@ def _as_json(desk: Desk, name: str, as_json: bool) -> bool:
         events = desk.ledger.events()
         print_json(request_facts(events, desk.standing().requests[name]))
     return as_json
-
-
-def _sentence(desk: Desk, now: Standing) -> str:
-    """Return in one sentence which model is served, and what waits."""
-    served = desk.place(now.served) if now.served else now.recipe.get("models", {}).get("target", "nothing")
-    left = sum(map(now.waits, now.requests.values()))
-    return f"Served: {served}. {left or 'No'} request{' waits' if left == 1 else 's wait'} to be published."
 
 
 def _at(ledger: Path) -> str:

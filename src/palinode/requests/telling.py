@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -81,15 +81,19 @@ def _harmless(value: object) -> object:
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
 
 
-def requests_grid(now: Standing, requests: Iterable[Request], *, today: date) -> Grid:
-    """Return the requests as a table."""
+def requests_grid(
+    now: Standing,
+    requests: Iterable[Request],
+    *,
+    today: date,
+    page: Callable[[str], str | None] = lambda _: None,
+) -> Grid:
+    """Return the requests as a table; `page` tells where the report behind a request's verdict is."""
     rows: list[Row] = []
     for request in requests:
         verdict = now.verdict(request)
-        told = (
-            GridCell(f"{verdict['symbol']} {verdict['code']}", tone=TONES.get(verdict["light"]))
-            if verdict
-            else ""
+        told = verdict and GridCell(
+            f"{verdict['symbol']} {verdict['code']}", tone=TONES.get(verdict["light"]), link=page(request.id)
         )
         late = now.waits(request) and request.due < today
         due = GridCell(request.due.isoformat(), tone="bad" if late else None)
@@ -101,11 +105,20 @@ def requests_grid(now: Standing, requests: Iterable[Request], *, today: date) ->
                 due,
                 str(request.rows),
                 now.state(request),
-                told,
+                told or "",
             ]
         )
     names = ["request", "reference", "received", "due", "rows", "state", "verdict"]
     return Grid("", names, rows, text_columns=7)
+
+
+def served_sentence(now: Standing, folder: Path) -> str:
+    """Return which model is served, and how many requests wait."""
+    served = (
+        folder / now.served.folder if now.served else now.recipe.get("models", {}).get("target", "nothing")
+    )
+    left = sum(map(now.waits, now.requests.values()))
+    return f"Served: {served}. {left or 'No'} request{' waits' if left == 1 else 's wait'} to be published."
 
 
 def events_grid(events: Iterable[Event]) -> Grid:

@@ -35,11 +35,10 @@ from palinode.metrics.aggregate import ks_test
 from palinode.pipeline.demo_run import SETTINGS
 from palinode.pipeline.finetuning import FineTuning
 from palinode.pipeline.goal import Behaviour, Goal
-from palinode.pipeline.grid import grid_scales
 from palinode.pipeline.inputs import Inputs, open_inputs
 from palinode.pipeline.recipe import build_recipe
 from palinode.pipeline.scales import ChosenScales, Probes, open_goal
-from palinode.pipeline.search import search_scales
+from palinode.pipeline.search import grid_scales, search_scales
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import NullListener
 from palinode.weights import Checkpoint, Direction

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         evaluate,
         evaluate_benchmark,
         filter_change,
+        influence,
         locate,
         unlearn,
     )
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
         Asking,
         AuditSettings,
         EvaluationSettings,
+        InfluenceSettings,
         LocateSettings,
         TrainingSettings,
     )
@@ -88,7 +90,7 @@ _ROOMS = {
     "history.reader": "ExposureReader",
     "history.series": "CheckpointSeries open_series",
     "jobs": "Audited LowRank Projection "
-    "audit compare evaluate evaluate_benchmark filter_change locate unlearn",
+    "audit compare evaluate evaluate_benchmark filter_change influence locate unlearn",
     "methods": "METHODS apply",
     "metrics": "METRICS",
     "pipeline.costs": "Plan",
@@ -97,7 +99,8 @@ _ROOMS = {
     "pipeline.run": "Unlearned dry_run",
     "records": "Outcome Score",
     "requests.desk": "Desk",
-    "settings": "ApplySettings Asking AuditSettings EvaluationSettings LocateSettings TrainingSettings",
+    "settings": "ApplySettings Asking AuditSettings EvaluationSettings InfluenceSettings LocateSettings "
+    "TrainingSettings",
     "training.finetune": "Finetuned finetune",
     "weights": "Checkpoint Crew Direction Dose LoraAdapter Point Profile Saved StoredVector WeightedSum "
     "open_direction profile save save_vector",
@@ -127,6 +130,7 @@ __all__ = [
     "ExposureLog",
     "ExposureReader",
     "Finetuned",
+    "InfluenceSettings",
     "LocateSettings",
     "Location",
     "LoggedLoader",
@@ -162,6 +166,7 @@ __all__ = [
     "evaluate_benchmark",
     "filter_change",
     "finetune",
+    "influence",
     "load_comparison",
     "load_recipe",
     "locate",
@@ -189,10 +194,10 @@ def __dir__() -> list[str]:
 
 
 class _Palinode(ModuleType):
-    """This package: importing the rooms audit/ and compare/ leaves their names to the functions."""
+    """This package: importing a room leaves its name to the function that is called like it."""
 
     def __setattr__(self, name: str, value: object) -> None:
-        if not (name in ("audit", "compare") and isinstance(value, ModuleType)):
+        if not (name in ("audit", "compare", "influence") and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
 

@@ -63,7 +63,16 @@ def test_locate(scratch, capsys):
     assert printed == "first seen by step 200 take BASE"
 
 
-@pytest.mark.parametrize("name", ["unlearn", "compare", "audit", "locate", "evaluate", "plan", "dry_run"])
+def test_influence(scratch, capsys):
+    run("palinode.unlearn(\n", capsys)
+    before, after, nats = run("palinode.influence(", capsys)
+    assert 0 <= float(before) <= 1
+    assert (float(after) < float(before)) == (float(nats) > 0)
+
+
+@pytest.mark.parametrize(
+    "name", ["unlearn", "compare", "audit", "locate", "evaluate", "influence", "plan", "dry_run"]
+)
 def test_what_the_command_line_does_is_a_function_of_few_arguments(name):
     function = getattr(palinode, name)
     assert callable(function)

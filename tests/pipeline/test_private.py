@@ -35,7 +35,7 @@ from palinode.pipeline.reporting import gather, write_reports
 from palinode.pipeline.run import unlearn
 from palinode.pipeline.workspace import Workspace
 from palinode.records import beside, private, share, workspace_beside, write_text
-from palinode.settings import EvaluationSettings, TrainingSettings
+from palinode.settings import AuditSettings, EvaluationSettings, TrainingSettings
 from palinode.training.finetune import finetune
 from palinode.weights import save_vector
 from palinode.weights.fingerprints import cache_folder, tensor_digests
@@ -122,8 +122,7 @@ def run_audit(tiny, output: Path) -> None:
         material=material,
         locations={},
         policy=policy,
-        attacks=("questions",),
-        device="cpu",
+        settings=AuditSettings(attacks=["questions"], device="cpu"),
     )
     audit(plan, output)
 

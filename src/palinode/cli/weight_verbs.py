@@ -54,6 +54,7 @@ def apply(
     processes divide the work and write the very files that one of them would.
     """
     from palinode.methods import apply as apply_models
+    from palinode.pipeline.record import dose_facts
     from palinode.weights import Checkpoint, Crew
 
     alpha, beta = parse_scales(scales)
@@ -77,29 +78,13 @@ def apply(
     if crew.rank:
         return
     if as_json:
-        print_json(_facts(output, saved))
+        asked = {"forget": alpha, "retain": beta}
+        dose = dose_facts(saved, {name: asked[name] for name in saved.dose.effective})
+        print_json({"output": str(output), **dose, "seconds": dict(saved.seconds)})
         return
     for note in saved.notes:
         warn(note)
     out().print(_sentence(output, saved), soft_wrap=True)
-
-
-def _facts(output: Path, saved: Saved) -> dict[str, Any]:
-    dose = saved.dose
-    return {
-        "output": str(output),
-        "rounding": saved.rounding,
-        "effective": dict(dose.effective),
-        "relative_error": dose.relative_error,
-        "moved_share": dose.moved_share,
-        "unreached_share": dose.unreached_share,
-        "parts": {
-            name: {"effective": dict(part.effective), "moved_share": part.moved_share}
-            for name, part in dose.parts.items()
-        },
-        "notes": list(saved.notes),
-        "seconds": dict(saved.seconds),
-    }
 
 
 def _sentence(output: Path, saved: Saved) -> str:

@@ -126,9 +126,8 @@ def recipe_of(
     built |= {"transforms": point.recipe.get("transforms", []), "filter": "none"}
     if point.scales:
         alpha, beta = point.scales
-        second = bool(point.recipe["scales"]["retain"])
-        own = {"forget": alpha, "retain": beta}
-        built["scales"] = own if final and second else {**point.recipe["scales"], "forget": alpha}
+        own = {"retain": beta} if final else point.recipe["scales"]
+        built["scales"] = {**own, "forget": alpha}
     return build_recipe(built)
 
 
@@ -345,7 +344,7 @@ def part_of(
         "rows": {
             name: fingerprint_examples(examples)
             for name, examples in (
-                ("forget", rows.forget_train),
+                ("forget", rows.forget),
                 ("retain", rows.retain),
                 ("sample", rows.retain_sample),
                 ("forget probe", rows.forget_probe),

@@ -114,7 +114,7 @@ def task_scores(values: Mapping[str, Any], rows: int) -> dict[str, Score]:
         elif not _is_number(error) or not math.isfinite(error):
             scores[name] = Score(value, rows, None, None, "lm-eval gives no standard error")
         elif error == 0 and value in (0, 1) and rows > 0:
-            scores[name] = Score(value, rows, *ends_of_equals(value, rows, 0.95), None)
+            scores[name] = Score(value, rows, *ends_of_equals(value, rows), None)
         else:
             scores[name] = Score(value, rows, value - NORMAL_95 * error, value + NORMAL_95 * error)
     return scores

@@ -168,7 +168,7 @@ def open_chat(
         speakers=speakers,
         tokenizer=load_tokenizer(out),
         style=Prompts.model_validate(record["recipe"].get("prompts", {})).style(),
-        form=_form(record),
+        form=form_of(record),
         target=target,
         vectors=vectors,
         fixed=fixed,
@@ -181,7 +181,7 @@ def _scales(record: Mapping[str, Any]) -> tuple[float, float] | None:
     return (scales["forget"], scales["retain"]) if scales else None
 
 
-def _form(record: Mapping[str, Any]) -> Form:
+def form_of(record: Mapping[str, Any]) -> Form:
     """Return how the run's forget rows are written; as questions where they are gone."""
     data = record["recipe"].get("data", {})
     try:

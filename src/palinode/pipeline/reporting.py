@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from palinode.errors import InputError, MismatchError, OutputError, PalinodeError
-from palinode.pipeline.record import card_facts, thinned_curve
+from palinode.pipeline.record import card_facts
 from palinode.records import (
     private,
     read_json,
@@ -33,8 +33,6 @@ NAME = "report"
 SUFFIXES = (".html", ".md", ".json")
 AUDIT = "audit.json"
 """Name of an audit's record, in its own folder and in that of the model it is told of."""
-CURVE = "training.json"
-"""What a fine-tuned folder keeps of its training."""
 
 
 def publish(facts: Facts, folder: Path) -> None:
@@ -160,8 +158,6 @@ def _run(place: Path, audited_in: Path | None) -> Facts:
     workspace = find_workspace(place, record)
     outcomes = _outcomes(workspace, record) if workspace else {}
     elsewhere = str(full_report(record, workspace)) if workspace else None
-    if workspace:
-        record = {**record, "training": _with_curves(workspace, record)}
     return Facts("unlearn", record, audit, outcomes, texts=bool(outcomes), elsewhere=elsewhere)
 
 
@@ -191,7 +187,7 @@ def find_workspace(place: Path, record: Mapping[str, Any]) -> Path | None:
 
 def _outcomes(workspace: Path, record: Mapping[str, Any]) -> Outcomes:
     """Return the outcomes of a run's models; empty unless all of them are there."""
-    steps = record.get("outcomes") or _steps_by_model(workspace)
+    steps = record.get("outcomes") or {}
     folders = {model: workspace / steps[model] for model in record["models"] if model in steps}
     if len(folders) < len(record["models"]) or any(not folder.is_dir() for folder in folders.values()):
         return {}
@@ -203,49 +199,13 @@ def _outcomes(workspace: Path, record: Mapping[str, Any]) -> Outcomes:
     return in_order(found)
 
 
-def _steps_by_model(workspace: Path) -> dict[str, str]:
-    """Return evaluation steps by the model that they name, where there is one of that name only.
-
-    Records of early versions do not say which steps are theirs.
-    """
-    found: dict[str, list[str]] = {}
-    for path in workspace.glob("evaluate-*/step.json"):
-        found.setdefault(_read(path)["facts"]["model"], []).append(path.parent.name)
-    return {model: names[0] for model, names in found.items() if len(names) == 1}
-
-
-def _with_curves(workspace: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how training went, with the curves that lie in the workspace where the record has none."""
-    training = {}
-    for name, run in (record.get("training") or {}).items():
-        curves = list(workspace.glob(f"finetune-{name}-*/*/{CURVE}"))
-        if run and "curve" not in run and len(curves) == 1:
-            losses = [point["loss"] for point in read_json(curves[0])]
-            run = {**run, "curve": thinned_curve(losses)}
-        training[name] = run
-    return training
-
-
 def in_order(outcomes: Outcomes) -> Outcomes:
     """Return the outcomes with the models we know by name first."""
     return {model: outcomes[model] for model in known_first(outcomes, MODELS)}
 
 
-def _renamed(content: Any, names: Mapping[str, str]) -> Any:
-    """Return a record with today's keys."""
-    if isinstance(content, list):
-        return [_renamed(entry, names) for entry in content]
-    if isinstance(content, dict):
-        return {names.get(key, key): _renamed(value, names) for key, value in content.items()}
-    return content
-
-
-FORMER_KEYS = {"audit.json": {"yardstick": "reference"}, "table.json": {"recall": "exact_match"}}
-"""Keys that had another name in earlier versions."""
-
-
 def _read(path: Path) -> Any:
     try:
-        return _renamed(read_json(path), FORMER_KEYS.get(path.name, {}))
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); name a folder whose record is whole") from None

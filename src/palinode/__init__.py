@@ -47,7 +47,9 @@ if TYPE_CHECKING:
     from palinode.pipeline.costs import Plan
     from palinode.pipeline.demo_run import DemoResult, demo
     from palinode.pipeline.recipe import Recipe, build_recipe, load_recipe
+    from palinode.pipeline.reproducing import Reproduced, reproduce
     from palinode.pipeline.run import Unlearned, dry_run
+    from palinode.pipeline.signing import SignatureCheck, Signed, check_signature, sign_folder
     from palinode.records import Outcome, Score
     from palinode.requests.desk import Desk
     from palinode.settings import (
@@ -96,7 +98,9 @@ _ROOMS = {
     "pipeline.costs": "Plan",
     "pipeline.demo_run": "DemoResult demo",
     "pipeline.recipe": "Recipe build_recipe load_recipe",
+    "pipeline.reproducing": "Reproduced reproduce",
     "pipeline.run": "Unlearned dry_run",
+    "pipeline.signing": "SignatureCheck Signed check_signature sign_folder",
     "records": "Outcome Score",
     "requests.desk": "Desk",
     "settings": "ApplySettings Asking AuditSettings EvaluationSettings InfluenceSettings LocateSettings "
@@ -145,9 +149,12 @@ __all__ = [
     "PromptStyle",
     "Question",
     "Recipe",
+    "Reproduced",
     "Saved",
     "Schedule",
     "Score",
+    "SignatureCheck",
+    "Signed",
     "StoredVector",
     "ThinningCallback",
     "TrainingSettings",
@@ -159,6 +166,7 @@ __all__ = [
     "ask",
     "audit",
     "build_recipe",
+    "check_signature",
     "compare",
     "demo",
     "dry_run",
@@ -175,8 +183,10 @@ __all__ = [
     "plan",
     "profile",
     "read_examples",
+    "reproduce",
     "save",
     "save_vector",
+    "sign_folder",
     "unlearn",
 ]
 

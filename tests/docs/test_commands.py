@@ -21,7 +21,7 @@ SHOWN = [(block, command) for page in TEXTS for block in blocks(page) for comman
 RUN = [
     ("tour.md", "limits.md"),
     ("how-to.md", "chat.md"),
-    *[(f"{name}.md",) for name in ("doctor", "influence", "requests")],
+    *[(f"{name}.md",) for name in ("doctor", "influence", "requests", "signing")],
 ]
 """Pages whose commands run in one folder, one page after the other."""
 RECIPE = """

@@ -169,21 +169,20 @@ def test_rows_that_two_requests_ask_for_stay_erased_while_one_stands(recipe, row
 def test_a_request_that_got_worse_is_named(made):
     model, before = made.standing().candidate, made.standing().models[0]
 
-    def told(now, then, name="r1"):
+    def told(now, then, base=None):
+        def scores(value):
+            return {"value": value, "low": value - 0.1, "high": value + 0.1}
+
         after, earlier = (
-            type(model)(
-                (),
-                "",
-                "",
-                {},
-                {name: {"unlearned": {"value": value, "low": value - 0.1, "high": value + 0.1}}},
-            )
-            for value in (now, then)
+            type(model)((), "", "", {}, {"r1": {"unlearned": scores(value)}}) for value in (now, then)
         )
+        if base:
+            after.scores["r1"]["base"] = scores(base)
         return worse_scores(earlier, after)
 
     assert told(0.6, 0.2) == ["r1"]
-    assert told(0.35, 0.2) == told(0.2, 0.6) == []
+    assert told(0.6, 0.2, base=0.3) == ["r1"]
+    assert told(0.35, 0.2) == told(0.2, 0.6) == told(0.6, 0.2, base=0.55) == []
     assert worse_scores(None, model) == []
     assert "r3" not in worse_scores(before, model)
 

@@ -483,12 +483,17 @@ def audit_facts(record: Mapping[str, Any], *, before: Mapping[str, Any] | None) 
 
 
 def worse_scores(before: Model | None, after: Model) -> list[str]:
-    """Return the requests that a model answers better than the one before it did, beyond both intervals."""
+    """Return the requests that a model answers better than the one before it did, beyond both intervals.
+
+    What lies within the base's interval is no harm: it had not seen the rows.
+    """
     known = before.scores if before else {}
     return [
         name
         for name, facts in after.scores.items()
-        if name in known and _low(facts["unlearned"]) > _high(known[name]["unlearned"])
+        if name in known
+        and _low(facts["unlearned"]) > _high(known[name]["unlearned"])
+        and not ("base" in facts and facts["unlearned"]["value"] <= _high(facts["base"]))
     ]
 
 

@@ -330,12 +330,8 @@ class Weighing:
                 f"the filter leaves {whole['survives']:.1g} of what the vector does to the forget rows: "
                 "their inputs are those of the retain rows; set a smaller mu, or leave the filter out"
             )
-        foretold = foretold_alpha(whole["survives"], energy=self.settings.energy)
-        return {
-            **whole,
-            "foretold_alpha": foretold,
-            "parts": {key: own.survey() for key, own in parts.items()},
-        }
+        told = {"foretold_alpha": foretold_alpha(whole["survives"], energy=self.settings.energy)}
+        return {**whole, **told, "parts": {key: own.survey() for key, own in parts.items()}}
 
     def note(self) -> str | None:
         """Say which matrices of the blocks were taken out because nobody knows what they read."""

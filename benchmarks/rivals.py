@@ -56,15 +56,15 @@ def read(model: Any, rows: Sequence[TokenRow], *, pad_id: int = 0) -> Sides:
             module.register_full_backward_hook(lambda _m, _in, found, key=key: add(1, key, found[0])),
         ]
     model.zero_grad()
-    for row in rows:
+    for row in rows:  # each by itself, so that none weighs more for being long
         with torch.enable_grad():
-            (answer_nll(model, pad_right([row], pad_id=pad_id)).mean() / len(rows)).backward()
-    gradients = {name: value.grad for name, value in model.named_parameters()}
-    model.zero_grad()
+            answer_nll(model, pad_right([row], pad_id=pad_id)).mean().backward()
     for handle in handles:
         handle.remove()
     inputs, outputs = ({key: value.numpy() for key, value in own.items()} for own in sums)
-    return Sides(inputs, outputs, {key: gradients[key].numpy() for key in inputs})
+    gradients = {key: model.get_parameter(key).grad.float().numpy() / len(rows) for key in inputs}
+    model.zero_grad()
+    return Sides(inputs, outputs, gradients)
 
 
 Rival = Callable[[str, np.ndarray, Sides, Sides], np.ndarray]

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         evaluate,
         evaluate_benchmark,
         filter_change,
+        influence,
         locate,
         unlearn,
     )
@@ -46,13 +47,16 @@ if TYPE_CHECKING:
     from palinode.pipeline.costs import Plan
     from palinode.pipeline.demo_run import DemoResult, demo
     from palinode.pipeline.recipe import Recipe, build_recipe, load_recipe
+    from palinode.pipeline.reproducing import Reproduced, reproduce
     from palinode.pipeline.run import Unlearned, dry_run
+    from palinode.pipeline.signing import SignatureCheck, Signed, check_signature, sign_folder
     from palinode.records import Outcome, Score
     from palinode.settings import (
         ApplySettings,
         Asking,
         AuditSettings,
         EvaluationSettings,
+        InfluenceSettings,
         LocateSettings,
         TrainingSettings,
     )
@@ -87,15 +91,18 @@ _ROOMS = {
     "history.reader": "ExposureReader",
     "history.series": "CheckpointSeries open_series",
     "jobs": "Audited LowRank Projection "
-    "audit compare evaluate evaluate_benchmark filter_change locate unlearn",
+    "audit compare evaluate evaluate_benchmark filter_change influence locate unlearn",
     "methods": "METHODS apply",
     "metrics": "METRICS",
     "pipeline.costs": "Plan",
     "pipeline.demo_run": "DemoResult demo",
     "pipeline.recipe": "Recipe build_recipe load_recipe",
+    "pipeline.reproducing": "Reproduced reproduce",
     "pipeline.run": "Unlearned dry_run",
+    "pipeline.signing": "SignatureCheck Signed check_signature sign_folder",
     "records": "Outcome Score",
-    "settings": "ApplySettings Asking AuditSettings EvaluationSettings LocateSettings TrainingSettings",
+    "settings": "ApplySettings Asking AuditSettings EvaluationSettings InfluenceSettings LocateSettings "
+    "TrainingSettings",
     "training.finetune": "Finetuned finetune",
     "weights": "Checkpoint Crew Direction Dose LoraAdapter Point Profile Saved StoredVector WeightedSum "
     "open_direction profile save save_vector",
@@ -124,6 +131,7 @@ __all__ = [
     "ExposureLog",
     "ExposureReader",
     "Finetuned",
+    "InfluenceSettings",
     "LocateSettings",
     "Location",
     "LoggedLoader",
@@ -138,9 +146,12 @@ __all__ = [
     "PromptStyle",
     "Question",
     "Recipe",
+    "Reproduced",
     "Saved",
     "Schedule",
     "Score",
+    "SignatureCheck",
+    "Signed",
     "StoredVector",
     "ThinningCallback",
     "TrainingSettings",
@@ -152,6 +163,7 @@ __all__ = [
     "ask",
     "audit",
     "build_recipe",
+    "check_signature",
     "compare",
     "demo",
     "dry_run",
@@ -159,6 +171,7 @@ __all__ = [
     "evaluate_benchmark",
     "filter_change",
     "finetune",
+    "influence",
     "load_comparison",
     "load_recipe",
     "locate",
@@ -167,8 +180,10 @@ __all__ = [
     "plan",
     "profile",
     "read_examples",
+    "reproduce",
     "save",
     "save_vector",
+    "sign_folder",
     "unlearn",
 ]
 
@@ -186,10 +201,10 @@ def __dir__() -> list[str]:
 
 
 class _Palinode(ModuleType):
-    """This package: importing the rooms audit/ and compare/ leaves their names to the functions."""
+    """This package: importing a room leaves its name to the function that is called like it."""
 
     def __setattr__(self, name: str, value: object) -> None:
-        if not (name in ("audit", "compare") and isinstance(value, ModuleType)):
+        if not (name in ("audit", "compare", "influence") and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
 

@@ -7,7 +7,7 @@ of the command line call these functions; the runs themselves are in pipeline/, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from palinode.evaluation.evaluate import evaluate_benchmark as run_benchmark
 from palinode.history.locating import Location, open_log, open_order
 from palinode.history.locating import locate as locate_rows
 from palinode.history.series import open_series, step_of
+from palinode.influence.influencing import Influence, Questions, open_recipe, open_run, trace
 from palinode.methods.transforms import (
     TRANSFORMS,
     LowRankSettings,
@@ -44,7 +45,13 @@ from palinode.pipeline.tracking import check_trackers, tracked
 from palinode.pipeline.workspace import fingerprint
 from palinode.progress import Listener, NullListener
 from palinode.records import beside, fitting, private, read_bytes, write_outcomes
-from palinode.settings import AuditSettings, EvaluationSettings, LocateSettings, TrainingSettings
+from palinode.settings import (
+    AuditSettings,
+    EvaluationSettings,
+    InfluenceSettings,
+    LocateSettings,
+    TrainingSettings,
+)
 from palinode.training.finetune import Finetuned, finetune
 from palinode.weights import Checkpoint
 
@@ -219,13 +226,8 @@ def audit(
             "lookalikes": settings.lookalikes or rows["forget"],
         },
         policy=rules,
-        style=settings.style or PromptStyle(),
-        allow_pickle=settings.allow_pickle,
-        device=settings.device,
-        seed=settings.seed,
+        settings=settings,
     )
-    if settings.attacks:
-        plan = replace(plan, attacks=settings.attacks)
     return Audited(Path(output), run_audit(plan, Path(output), listener=listener))
 
 
@@ -277,6 +279,33 @@ def locate(
         settings=settings,
         listener=listener,
     )
+
+
+def influence(
+    questions: Questions | Place,
+    *,
+    run: Place | None = None,
+    recipe: Recipe | None = None,
+    settings: InfluenceSettings | None = None,
+    listener: Listener | None = None,
+) -> Influence:
+    """Return what the model without a set of rows makes of answers: {"question": "answer" or None}, or rows.
+
+    The set is the forget set of a finished `run`, a folder of which nothing is trained, or of a `recipe`,
+    whose vector is made in its workspace, or found there. Without an answer it is the target's own that is
+    asked about. Raises PalinodeError.
+    """
+    settings, listener = settings or InfluenceSettings(), listener or NullListener()
+    if (run is None) == (recipe is None):
+        raise RecipeError("influence takes the folder of a finished run, or a recipe: one of the two")
+    if isinstance(questions, str | Path):
+        questions = read_examples(questions, columns=settings.columns)
+    if recipe is not None:
+        opened = open_recipe(recipe, listener, settings.alpha)
+    else:
+        opened = open_run(Path(run or ""), listener)
+    with opened as asker:
+        return trace(asker, questions, settings, listener)
 
 
 def chosen_base(found: Location) -> tuple[str, dict[str, Any]]:

@@ -285,3 +285,14 @@ class ApplySettings(StrictModel):
     """Read the result back; without it there is no weights.json."""
     seed: int = 0
     """Seed of everything random."""
+
+
+class InfluenceSettings(Questioning):
+    """How the influence of rows is asked for; everything has a default."""
+
+    alpha: float | None = Field(default=None, ge=0)
+    """α, how far the vector is taken off. [default: the run's, or chosen by the yardstick]"""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Length limit of the target's own answer, where none is given."""
+    max_length: int = Field(default=512, ge=8)
+    """Tokens of a row, prompt included."""

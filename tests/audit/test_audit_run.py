@@ -18,6 +18,7 @@ from palinode.audit.policy import build_policy
 from palinode.errors import DataError, InputError, OutputError, RecipeError
 from palinode.pipeline.audit_run import AuditPlan, audit
 from palinode.records import repeated_by
+from palinode.settings import AuditSettings
 
 POLICY = {
     "budget": {
@@ -42,7 +43,8 @@ def plan(scene):
         models = {"audited": str(model), "reference": str(scene.base if kind == "base" else scene.retrained)}
         if target:
             models["target"] = str(target)
-        return AuditPlan(models, kind, material, {"forget": str(scene.forget)}, rules, attacks, "cpu", 0)
+        settings = AuditSettings(attacks=attacks, device="cpu")
+        return AuditPlan(models, kind, material, {"forget": str(scene.forget)}, rules, settings)
 
     return make
 

@@ -17,9 +17,10 @@ from palinode.pipeline.tracking import PACKAGES
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 OURS = {"dev", "docs"}
-MODULES = {"lora": "peft", "lm-eval": "lm_eval", "gguf": "gguf"}
+MODULES = {"lora": "peft", "lm-eval": "lm_eval", "gguf": "gguf", "sign": "cryptography"}
 GIVEN = {"triton", "markupsafe", "nltk"}  # by torch where there is a GPU, by jinja2, by rouge-score
 NAMED = {"sentence_transformers"}  # a judge's own library: the refusal says what to install
+WITH_IT = {"sigstore"}  # brought by an extra beside its first library
 
 
 def distribution(requirement: str) -> str:
@@ -42,6 +43,7 @@ def test_an_extra_is_named_in_the_readme_and_in_the_help_of_its_option(extra):
         ("lora", ["finetune", "--base", "BASE", "--data", "ROWS", "--output", "OUT", "--lora", 2]),
         ("lora", ["unlearn", "--target", "TARGET", "--base", "BASE", "--forget", "ROWS", "--lora", 2]),
         ("lm-eval", ["evaluate", "BASE", "--data", "ROWS", "--lm-eval", "mmlu"]),
+        ("sign", ["sign", "--new-key", "OUT"]),
     ],
 )
 def test_where_it_is_missing_one_sentence_says_how_to_get_it(
@@ -79,7 +81,7 @@ def test_nothing_is_imported_that_neither_the_package_nor_a_named_extra_brings()
         if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0)
         for name in ([node.module] if isinstance(node, ast.ImportFrom) else [one.name for one in node.names])
     }
-    optional = {"palinode", *GIVEN, *NAMED, *MODULES.values(), *PACKAGES}
+    optional = {"palinode", *GIVEN, *NAMED, *WITH_IT, *MODULES.values(), *PACKAGES}
     foreign = imported - sys.stdlib_module_names - optional
     known = packages_distributions()
     brought = {distribution(needed) for needed in PROJECT["dependencies"]}

@@ -73,6 +73,7 @@ def test_json_when_nothing_changed(palinode, written):
         "missing": [],
         "extra": [],
         "companions": {},
+        "signature": None,
     }
 
 

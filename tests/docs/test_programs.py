@@ -8,6 +8,7 @@ import pytest
 from doc_pages import DOCS, FENCE
 
 import palinode
+from palinode.pipeline.signature import new_key
 
 PROGRAMS = [
     found["code"]
@@ -42,6 +43,12 @@ def test_unlearn(scratch, capsys):
     assert 0 <= float(probability) <= 1
 
 
+def test_sign_and_reproduce(scratch, capsys):
+    run("palinode.unlearn(\n", capsys)
+    new_key(scratch / "owner.key")
+    assert " ".join(run("palinode.sign_folder(", capsys)) == "signed the same bytes"
+
+
 def test_evaluate(scratch, capsys):
     (probability,) = run("palinode.evaluate(", capsys)
     assert 0 <= float(probability) <= 1
@@ -63,7 +70,17 @@ def test_locate(scratch, capsys):
     assert printed == "first seen by step 200 take BASE"
 
 
-@pytest.mark.parametrize("name", ["unlearn", "compare", "audit", "locate", "evaluate", "plan", "dry_run"])
+def test_influence(scratch, capsys):
+    run("palinode.unlearn(\n", capsys)
+    before, after, nats = run("palinode.influence(", capsys)
+    assert 0 <= float(before) <= 1
+    assert (float(after) < float(before)) == (float(nats) > 0)
+
+
+DOORS = "unlearn compare audit locate evaluate influence plan dry_run reproduce sign_folder"
+
+
+@pytest.mark.parametrize("name", DOORS.split())
 def test_what_the_command_line_does_is_a_function_of_few_arguments(name):
     function = getattr(palinode, name)
     assert callable(function)

@@ -197,7 +197,7 @@ def test_given_scales_can_be_read_where_the_model_arrives(run, tiny):
     )  # the model at which the other one was filtered
     rows = open_inputs(run("here", squares())).rows
     found = []
-    for own in (rows.forget_train, rows.spared):
+    for own in (rows.forget, rows.spared):
         tokens = tokenize(
             at_most(own, 12, seed=0), load_tokenizer(tiny.target), max_length=64, style=PromptStyle()
         )
@@ -276,7 +276,7 @@ def test_each_expert_is_filtered_by_the_tokens_it_is_sent(recipe_of, tiny, tmp_p
     rows = open_inputs(recipe).rows
     model = load_model(Checkpoint.open(tmp_path / "target"), device=torch.device("cpu"))
     found = []
-    for own in (rows.forget_train, rows.spared):
+    for own in (rows.forget, rows.spared):
         tokens = tokenize(
             at_most(own, 12, seed=0), load_tokenizer(tiny.target), max_length=64, style=PromptStyle()
         )

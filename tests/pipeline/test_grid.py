@@ -8,7 +8,7 @@ import pytest
 
 from palinode.evaluation.yardstick import estimate_yardstick
 from palinode.pipeline.goal import Behaviour, Goal, TriedScales
-from palinode.pipeline.grid import walk_grid
+from palinode.pipeline.search import walk_grid
 
 GOAL = Goal(
     estimate_yardstick([math.log(0.1)] * 2),

@@ -83,7 +83,7 @@ def test_filtered_model_is_the_target_less_the_filtered_change(run, plain, filte
     """In a layer: θ_D − α·τF(I − UUᵀ)/c, τ = θ_D − θ_trained, F of moments that are measured here."""
     record, rows = filtered.record, open_inputs(run("look", FILTER)).rows
     before, after, trained = (tensors(one) for one in (tiny.target.folder, filtered.output, plain.output))
-    ours, theirs = (inputs_of(tiny.target.folder, found) for found in (rows.forget_train, rows.spared))
+    ours, theirs = (inputs_of(tiny.target.folder, found) for found in (rows.forget, rows.spared))
     added = 0.1 * np.trace(ours) / len(ours) * np.eye(len(ours))
     factor = (ours + added) @ np.linalg.inv(ours + added + 10.0 * theirs) @ projection(theirs, energy=0.9)
     name, alpha = f"{LAYER}.weight", record["scales"]["forget"]

@@ -113,17 +113,6 @@ def test_a_card_written_anew_elsewhere_says_the_same_of_the_target(
     assert (run.output / "README.md").read_text(encoding="utf-8") == before
 
 
-def test_a_run_of_an_earlier_version_has_its_verdict_too(done, tiny, unlearn_words, palinode, tmp_path):
-    command = [*unlearn_words(tmp_path / "out", scales="0.5,0.5", epochs=1), "--quiet"]
-    first = palinode(*command)
-    path = tmp_path / "out" / "record.json"
-    record = json.loads(path.read_text())
-    verdict = record.pop("verdict")
-    path.write_text(json.dumps(record))
-    again = palinode(*command, "--json")
-    assert (again.code, json.loads(again.out)["verdict"]) == (first.code, verdict)
-
-
 def test_other_folders_and_names_are_refused(done, tmp_path):
     with pytest.raises(InputError, match="holds no record"):
         gather(tmp_path)
@@ -142,16 +131,6 @@ def test_an_audit_of_another_model_is_refused(done, tmp_path):
         gather(done.output, audit=tmp_path)
     with pytest.raises(InputError, match="goes with an unlearned model's folder"):
         gather(tmp_path, audit=tmp_path)
-
-
-def test_audits_and_comparisons_of_earlier_versions_are_read_with_todays_keys(tmp_path):
-    (tmp_path / "audit.json").write_text(
-        '{"version": 1, "yardstick": "retrained", "tests": [{"yardstick": 0.5}]}'
-    )
-    assert gather(tmp_path).audit == {"version": 1, "reference": "retrained", "tests": [{"reference": 0.5}]}
-    (tmp_path / "audit.json").unlink()
-    (tmp_path / "table.json").write_text('{"entries": [{"rows": {"forget": {"recall": 0.1}}}]}')
-    assert gather(tmp_path).record == {"entries": [{"rows": {"forget": {"exact_match": 0.1}}}]}
 
 
 def test_thin_curves_keep_short_ones_and_average_long_ones():

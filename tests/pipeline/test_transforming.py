@@ -137,7 +137,7 @@ def test_least_squares_filters_every_tensor_by_what_it_reads_and_gives_the_effec
     """
     vector, facts, _ = transformed(run, "least_squares")
     rows = open_inputs(run("plain")).rows
-    forget, spared = (moments_of(tiny, at_most(own, 8, seed=0)) for own in (rows.forget_train, rows.spared))
+    forget, spared = (moments_of(tiny, at_most(own, 8, seed=0)) for own in (rows.forget, rows.spared))
     made, kept, before = {}, {}, {}
     for name, value in plain.items():
         (ours, axis), (theirs, _) = forget[name], spared[name]

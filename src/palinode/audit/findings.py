@@ -17,7 +17,7 @@ import numpy.typing as npt
 from palinode.audit.attack import Attack, AttackResult, AttackTest, Groups, Statistic
 from palinode.audit.policy import Policy
 from palinode.metrics import mean_score
-from palinode.metrics.aggregate import no_score
+from palinode.metrics.aggregate import no_score, percentile_interval
 from palinode.metrics.membership import auc
 from palinode.records import Score
 
@@ -123,8 +123,7 @@ def _difference(test: AttackTest, ours: Paired, theirs: Paired, *, seed: int) ->
         forget, holdout = (random.integers(0, size, size) for size in sizes)
         resampled = (auc_of(side[0][forget], side[1][holdout]) for side in (here, there))
         drawn[place] = next(resampled) - next(resampled)
-    low, high = np.quantile(drawn, (0.025, 0.975)).tolist()
-    return Score(value, sum(sizes), low, high)
+    return Score(value, sum(sizes), *percentile_interval(drawn))
 
 
 def judge(

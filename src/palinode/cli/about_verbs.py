@@ -149,6 +149,7 @@ def report(
     from dataclasses import replace
 
     from palinode.pipeline.reporting import default_page, gather, refresh, suffixes_for, write_reports
+    from palinode.pipeline.signature import SIGNATURE
     from palinode.report.reports import report_content
     from palinode.report.run_report import marked
 
@@ -164,6 +165,8 @@ def report(
     content, whole = report_content(facts), facts.kind == "unlearn" and output is None
     if whole:
         refresh(facts, place)
+        if (place / SIGNATURE).exists():
+            warn(f"{place} was signed before this; sign it anew, for the old signature covers the old files")
     else:
         write_reports(facts, page, suffixes)
     if as_json:

@@ -15,7 +15,8 @@ from palinode.cli.about_verbs import doctor, list_everything, report
 from palinode.cli.chat import chat
 from palinode.cli.console import listener, out, print_json
 from palinode.cli.ending import after_run, ending, secret, secret_workspace
-from palinode.cli.history_verbs import locate
+from palinode.cli.handover_verbs import reproduce, sign, verify
+from palinode.cli.history_verbs import influence, locate
 from palinode.cli.history_verbs import plan as plan_command
 from palinode.cli.measure_verbs import audit, compare, evaluate
 from palinode.cli.options import (
@@ -40,7 +41,7 @@ from palinode.cli.options import (
     scales_of,
     takes,
 )
-from palinode.cli.weight_verbs import apply, export, vectors, verify
+from palinode.cli.weight_verbs import apply, export, vectors
 from palinode.settings import Questioning
 
 if TYPE_CHECKING:
@@ -352,15 +353,23 @@ def demo(
         return
     from palinode.cli.console import demo_sentence
     from palinode.pipeline.demo_run import demo as run_demo
+    from palinode.records import read_json
     from palinode.report.content import Paragraph, show
-    from palinode.report.run_report import demo_grid
+    from palinode.report.run_report import demo_grid, strength
 
     result = run_demo(output or Path("palinode-demo"), seed=settings.seed, listener=listener(quiet=quiet))
     if as_json:
         print_json(result.record)
     else:
         show([demo_grid(result.record), Paragraph(demo_sentence(result))], out())
-        _end_demo(result.folder)
+        unlearned = result.folder / "unlearned"
+        record = read_json(unlearned / "record.json")
+        ending(
+            verdict=record["verdict"],
+            strength=strength(record),
+            places={"Page": result.folder / "report.html"},
+            following=after_run(record, unlearned),
+        )
     secret(result.folder / "workspace", INVENTED, of=result.folder, as_json=as_json)
 
 
@@ -402,11 +411,14 @@ verb()(apply)
 verb()(audit)
 verb()(compare)
 verb()(report)
+verb()(reproduce)
+verb()(sign)
 verb()(verify)
 verb()(doctor)
 verb()(chat)
 verb()(export)
 verb()(locate)
+verb()(influence)
 verb(name="plan")(plan_command)
 verb(name="list")(list_everything)
 app.add_typer(vectors, name="vector")
@@ -434,20 +446,6 @@ def _demo_locate(output: Path, *, seed: int, quiet: bool, as_json: bool) -> None
         show(demo_brief(result.record), out())
         out().print(f"Everything is in {result.folder}.", soft_wrap=True)
     secret(result.folder / "workspace", INVENTED, of=result.folder, as_json=as_json)
-
-
-def _end_demo(folder: Path) -> None:
-    from palinode.records import read_json
-    from palinode.report.run_report import strength
-    from palinode.report.verdicts import run_verdict
-
-    record = read_json(folder / "unlearned" / "record.json")
-    ending(
-        verdict=record.get("verdict") or run_verdict(record).as_json(),
-        strength=strength(record),
-        places={"Page": folder / "report.html"},
-        following=after_run(record, folder / "unlearned"),
-    )
 
 
 def _run(

@@ -1,11 +1,7 @@
-"""Verbs on weights: `apply` writes a sum, `vector` keeps directions, `export` hands a sum to mergekit,
-`verify` checks a folder against its manifest.
-"""
+"""Verbs on weights: `apply` writes a sum, `vector` keeps directions, `export` hands a sum to mergekit."""
 
 from __future__ import annotations
 
-import shlex
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +13,6 @@ from palinode.settings import ApplySettings
 
 if TYPE_CHECKING:
     from palinode.weights import Direction, Saved
-    from palinode.weights.manifest import Verification
     from palinode.weights.vectors import StoredVector
 
 
@@ -59,6 +54,7 @@ def apply(
     processes divide the work and write the very files that one of them would.
     """
     from palinode.methods import apply as apply_models
+    from palinode.pipeline.record import dose_facts
     from palinode.weights import Checkpoint, Crew
 
     alpha, beta = parse_scales(scales)
@@ -82,29 +78,13 @@ def apply(
     if crew.rank:
         return
     if as_json:
-        print_json(_facts(output, saved))
+        asked = {"forget": alpha, "retain": beta}
+        dose = dose_facts(saved, {name: asked[name] for name in saved.dose.effective})
+        print_json({"output": str(output), **dose, "seconds": dict(saved.seconds)})
         return
     for note in saved.notes:
         warn(note)
     out().print(_sentence(output, saved), soft_wrap=True)
-
-
-def _facts(output: Path, saved: Saved) -> dict[str, Any]:
-    dose = saved.dose
-    return {
-        "output": str(output),
-        "rounding": saved.rounding,
-        "effective": dict(dose.effective),
-        "relative_error": dose.relative_error,
-        "moved_share": dose.moved_share,
-        "unreached_share": dose.unreached_share,
-        "parts": {
-            name: {"effective": dict(part.effective), "moved_share": part.moved_share}
-            for name, part in dose.parts.items()
-        },
-        "notes": list(saved.notes),
-        "seconds": dict(saved.seconds),
-    }
 
 
 def _sentence(output: Path, saved: Saved) -> str:
@@ -298,58 +278,3 @@ def export(
     else:
         check_new_file(output, "the recipe")
         write_text(output, text)
-
-
-MOST_ROWS = 20
-"""Rows of the table; --json has them all."""
-
-
-def verify(
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="A model folder that Palinode wrote.")],
-    quiet: Quiet = False,
-    as_json: Json = False,
-) -> None:
-    """Tell whether a model is still as it was written.
-
-    It takes one pass; the exit code is 1 when something changed.
-    """
-    from palinode.pipeline.reporting import stale
-    from palinode.weights import Checkpoint
-    from palinode.weights.manifest import check_manifest, read_manifest
-
-    read_manifest(folder)
-    with listener(quiet=quiet).task("verifying", Checkpoint.open(folder).nbytes, "bytes") as advance:
-        found = check_manifest(folder, on_progress=advance)
-    old = {"stale": stale(folder)} if (folder / "record.json").exists() else {}
-    if as_json:
-        print_json({"folder": str(folder), "ok": found.ok, **asdict(found), **old})
-    else:
-        _show(folder, found)
-    if names := old.get("stale"):
-        warn(
-            f"what record and audit say now is not told by {', '.join(names)} in {folder}; "
-            f"{shlex.join(['palinode', 'report', str(folder)])} writes everything anew, or says why it can't"
-        )
-    if not found.ok:
-        raise typer.Exit(1)
-
-
-def _show(folder: Path, found: Verification) -> None:
-    from palinode.report.content import Grid, show
-
-    size = f"{found.checked} tensors, {found.nbytes / 1e6:,.4g} MB"
-    if found.ok:
-        out().print(f"{folder} is as it was written ({size}).", soft_wrap=True)
-        return
-    rows = [
-        *((name, "tensor", "changed") for name in found.changed),
-        *((name, "tensor", "missing") for name in found.missing),
-        *((name, "tensor", "new") for name in found.extra),
-        *((name, "file", finding) for name, finding in found.companions.items()),
-    ]
-    count = f"{len(rows)} thing{'s' if len(rows) > 1 else ''} changed"
-    out().print(f"{folder} is not what was written: {count} ({size} compared).", soft_wrap=True)
-    shown = [(ascii(name)[1:-1] if not name.isprintable() else name, *rest) for name, *rest in rows]
-    if len(rows) > MOST_ROWS:
-        shown[MOST_ROWS:] = [(f"and {len(rows) - MOST_ROWS} more", "", "--json has all of them")]
-    show([Grid("", ["name", "what", "now"], shown, text_columns=3)], out())

@@ -30,7 +30,7 @@ from palinode.compare.comparison_recipe import CompareRecipe, Contestant, Search
 from palinode.compare.ground import Shares, rows_for
 from palinode.data.examples import Example, fingerprint_examples
 from palinode.errors import RecipeError
-from palinode.methods import METHODS, unlearned_point
+from palinode.methods import METHODS
 from palinode.methods.method import read_refusals
 from palinode.models.loading import pick_device, tokenizer_fingerprint
 from palinode.pipeline.finetuning import FineTuning, Trained
@@ -126,9 +126,8 @@ def recipe_of(
     built |= {"transforms": point.recipe.get("transforms", []), "filter": "none"}
     if point.scales:
         alpha, beta = point.scales
-        second = bool(point.recipe["scales"]["retain"])
-        own = {"forget": alpha, "retain": beta}
-        built["scales"] = own if final and second else {**point.recipe["scales"], "forget": alpha}
+        own = {"retain": beta} if final else point.recipe["scales"]
+        built["scales"] = {**own, "forget": alpha}
     return build_recipe(built)
 
 
@@ -345,7 +344,7 @@ def part_of(
         "rows": {
             name: fingerprint_examples(examples)
             for name, examples in (
-                ("forget", rows.forget_train),
+                ("forget", rows.forget),
                 ("retain", rows.retain),
                 ("sample", rows.retain_sample),
                 ("forget probe", rows.forget_probe),
@@ -401,11 +400,7 @@ def _asked(probes: Probes, made: Trained, point: MethodPoint) -> Mapping[str, Se
     if point.scales is None:
         return probes.of_point("model", made.model)
     alpha, beta = point.scales
-    retain = made.vectors.retain if beta else None
-    summed = unlearned_point(
-        probes.target, made.vectors.forget, retain, forget_scale=alpha, retain_scale=beta
-    )
-    return probes.of_point(f"{alpha},{beta}", summed)
+    return probes.of_point(f"{alpha},{beta}", made.vectors.taken_off(probes.target, alpha, beta))
 
 
 def _epochs(ground: Ground, contestant: Contestant, point: MethodPoint, recipe: Recipe) -> int:

@@ -133,7 +133,6 @@ def rows_for(recipe: Recipe, shares: Shares) -> InputRows:
     return InputRows(
         forget=shares.forget,
         retain=shares.retain_train,
-        forget_train=shares.forget,
         retain_sample=at_most(shares.retain_train, wanted, seed=recipe.seed) if wanted else [],
         forget_probe=shares.forget_probe,
         retain_probe=shares.retain_probe,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from palinode.errors import InputError
+from palinode.errors import InputError, first_line
 from palinode.metrics.aggregate import ends_of_equals
 from palinode.records import Score
 
@@ -114,7 +114,7 @@ def task_scores(values: Mapping[str, Any], rows: int) -> dict[str, Score]:
         elif not _is_number(error) or not math.isfinite(error):
             scores[name] = Score(value, rows, None, None, "lm-eval gives no standard error")
         elif error == 0 and value in (0, 1) and rows > 0:
-            scores[name] = Score(value, rows, *ends_of_equals(value, rows, 0.95), None)
+            scores[name] = Score(value, rows, *ends_of_equals(value, rows), None)
         else:
             scores[name] = Score(value, rows, value - NORMAL_95 * error, value + NORMAL_95 * error)
     return scores
@@ -144,8 +144,3 @@ def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of what an error says, or its kind where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

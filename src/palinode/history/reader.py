@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -52,9 +52,6 @@ from palinode.history.exposures import (
 from palinode.progress import Listener, NullListener
 from palinode.records import beside, read_json, write_json
 from palinode.weights.tensors import cores
-
-if TYPE_CHECKING:
-    pass
 
 NO_LIMIT = np.iinfo(np.int64).max
 SHOWN = 4

@@ -61,6 +61,8 @@ def _same_text(one: Outcome, other: Outcome) -> bool:
 
 RESAMPLES = 9999
 """Bootstrap resamples behind each interval."""
+TAIL = 0.025
+"""Share of them on either side of it."""
 _DRAWS_AT_ONCE = 4_000_000  # examples × resamples held in memory together: 32 MB
 
 
@@ -68,7 +70,6 @@ def mean_score(
     values: Sequence[float | None],
     *,
     seed: int = 0,
-    confidence: float = 0.95,
     missing: str = "no value",
     shares: bool = True,
 ) -> Score:
@@ -88,16 +89,14 @@ def mean_score(
         )
 
     mean = fmean(known)
-    low, high = _interval(known, mean, seed=seed, confidence=confidence, shares=shares)
+    low, high = _interval(known, mean, seed=seed, shares=shares)
     left_out = len(values) - len(known)
     few = f"{left_out} of {len(values)} examples left out: {missing}" if left_out else None
     single = "one example gives no interval" if len(known) == 1 else None
     return Score(mean, len(known), low, high, joined(few, single))
 
 
-def harmonic_score(
-    parts: Mapping[str, Sequence[float | None]], *, seed: int = 0, confidence: float = 0.95
-) -> Score:
+def harmonic_score(parts: Mapping[str, Sequence[float | None]], *, seed: int = 0) -> Score:
     """Return the harmonic mean of the parts' means: TOFU's model utility (spec: metrics.md §5).
 
     TOFU has nine parts: answer probability (normalised for the last two), ROUGE-L recall and truth ratio
@@ -129,8 +128,7 @@ def harmonic_score(
     means = np.stack([_resampled_means(np.array(values), generator) for values in known.values()])
     with np.errstate(divide="ignore", over="ignore"):  # 1/0 is infinite, and the harmonic mean then 0
         utilities = len(means) / (1 / means).sum(axis=0)
-    low, high = percentile_interval(utilities, confidence=confidence)
-    return Score(mean, n, low, high, reason)
+    return Score(mean, n, *percentile_interval(utilities), reason)
 
 
 def known_mean(values: Iterable[float | None]) -> float | None:
@@ -149,32 +147,20 @@ def joined(*reasons: str | None) -> str | None:
     return "; ".join(reason for reason in reasons if reason) or None
 
 
-def percentile_interval(resampled: NDArray[np.float64], *, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the middle `confidence` of the resampled values."""
-    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
+def percentile_interval(resampled: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the middle 95 % of the resampled values."""
+    low, high = np.quantile(resampled, [TAIL, 1 - TAIL])
     return float(low), float(high)
 
 
 def _interval(
-    known: list[float], mean: float, *, seed: int, confidence: float, shares: bool
+    known: list[float], mean: float, *, seed: int, shares: bool
 ) -> tuple[float | None, float | None]:
     if len(known) == 1:
         return None, None
     if known[0] == known[-1]:  # sorted, so all are equal
-        return ends_of_equals(mean, len(known), confidence) if shares else (mean, mean)
-
-    from scipy.stats import bootstrap  # takes a second, so only when it is used
-
-    interval = bootstrap(
-        (np.array(known),),
-        np.mean,
-        n_resamples=RESAMPLES,
-        batch=max(1, _DRAWS_AT_ONCE // len(known)),
-        confidence_level=confidence,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
+        return ends_of_equals(mean, len(known)) if shares else (mean, mean)
+    return percentile_interval(_resampled_means(np.array(known), np.random.default_rng(seed)))
 
 
 def _unusable(name: str, values: Sequence[float]) -> str | None:
@@ -198,13 +184,13 @@ def _resampled_means(values: NDArray[np.float64], generator: np.random.Generator
     return means
 
 
-def ends_of_equals(value: float, count: int, confidence: float) -> tuple[float, float]:
+def ends_of_equals(value: float, count: int) -> tuple[float, float]:
     """Return the interval of a mean where all values are equal, which resampling would make a point.
 
     All 0 or all 1 are shares at their end: a true share p gives n zeros with probability (1 − p)^n, so the
-    exact (Clopper-Pearson) interval of n zeros is [0, 1 − ((1 − confidence)/2)^(1/n)].
+    exact (Clopper-Pearson) interval of n zeros is [0, 1 − TAIL^(1/n)].
     """
-    rest = ((1 - confidence) / 2) ** (1 / count)
+    rest = TAIL ** (1 / count)
     if value == 0:
         return 0.0, 1 - rest
     return (rest, 1.0) if value == 1 else (value, value)

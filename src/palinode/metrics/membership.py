@@ -30,7 +30,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from palinode.errors import DataError
-from palinode.metrics.aggregate import RESAMPLES, joined, no_score, partners, percentile_interval
+from palinode.metrics.aggregate import (
+    RESAMPLES,
+    ends_of_equals,
+    joined,
+    no_score,
+    partners,
+    percentile_interval,
+)
 from palinode.records import Outcome, Score
 
 MUSE_RETRAINED = {
@@ -43,7 +50,6 @@ MUSE_RETRAINED = {
 `1 - MUSE_RETRAINED["news"]["min_k"]` to `privleak` as the reference AUC."""
 
 _CELLS_AT_ONCE = 1_000_000  # resamples × distinct scores held in memory together: 8 MB an array
-_TAIL = 0.025
 
 Counts = NDArray[np.int64]
 
@@ -217,7 +223,8 @@ def _over_both(
     if min(n, m) == 1:
         return Score(value, n + m, None, None, joined(*remarks, "one row in a sample gives no interval"))
     low, high = percentile_interval(_resampled(here, there, distinct, statistic, seed=seed))
-    low, high = _not_certain(low, high, pairs(n, m))
+    if low == high:  # all or none of the pairs in every resample
+        low, high = ends_of_equals(low, pairs(n, m))
     return Score(value, n + m, low, high, joined(*remarks))
 
 
@@ -227,16 +234,6 @@ def _unusable(name: str, sample: Sequence[float | None], known: Sequence[float])
     if bad := sum(not math.isfinite(value) for value in known):
         return f"{bad} of {len(sample)} scores of {name} are not finite numbers"
     return None
-
-
-def _not_certain(low: float, high: float, trials: int) -> tuple[float, float]:
-    """Return an interval of no width at 0 or 1 opened to what `trials` equal trials can rule out."""
-    bound = _TAIL ** (1 / trials)
-    if low == high == 1:
-        return bound, 1.0
-    if low == high == 0:
-        return 0.0, 1 - bound
-    return low, high
 
 
 def _resampled(

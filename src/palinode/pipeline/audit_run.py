@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +29,7 @@ from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text
 from palinode.report.reports import Facts, html_report, markdown_report, report_content
+from palinode.settings import AuditSettings
 from palinode.weights import Checkpoint
 from palinode.weights.fingerprints import check_same
 
@@ -63,14 +64,18 @@ class AuditPlan:
     locations: Mapping[str, str | None]
     """Where each set of rows is from."""
     policy: Policy
-    attacks: Sequence[str] = tuple(ATTACKS)
-    """Attacks to run; the others are reported as not asked for."""
-    device: str = "auto"
-    seed: int = 0
-    allow_pickle: bool = False
-    """Read files of torch.save too; none of their code is run."""
-    style: PromptStyle = field(default_factory=PromptStyle)
-    """How questions are put."""
+    settings: AuditSettings
+    """Of these, what is not in material and policy."""
+
+    @property
+    def attacks(self) -> Sequence[str]:
+        """Attacks to run; the others are reported as not asked for."""
+        return self.settings.attacks or tuple(ATTACKS)
+
+    @property
+    def style(self) -> PromptStyle:
+        """How questions are put."""
+        return self.settings.style or PromptStyle()
 
 
 def audit(plan: AuditPlan, output: Path, *, listener: Listener | None = None) -> dict[str, Any]:
@@ -78,16 +83,13 @@ def audit(plan: AuditPlan, output: Path, *, listener: Listener | None = None) ->
 
     Raises an InputError for models, rows or a folder that cannot be used.
     """
-    unknown = [name for name in plan.attacks if name not in ATTACKS]
-    if unknown or not plan.attacks:
-        raise RecipeError(
-            f"there is no attack {', '.join(unknown) or '-'}; choose among {', '.join(ATTACKS)}"
-        )
+    if unknown := [name for name in plan.attacks if name not in ATTACKS]:
+        raise RecipeError(f"there is no attack {', '.join(unknown)}; choose among {', '.join(ATTACKS)}")
     rows = plan.material
     others = {"retain": rows.retain, "holdout": rows.holdout, "lookalikes": rows.lookalikes}
     check_no_forget_rows(rows.forget, others)
     checkpoints = {
-        name: Checkpoint.open(location, allow_pickle=plan.allow_pickle)
+        name: Checkpoint.open(location, allow_pickle=plan.settings.allow_pickle)
         for name, location in plan.models.items()
     }
     check_folder(output, (RECORD, REPORT, PAGE, RESULTS), "audit")
@@ -115,7 +117,7 @@ class _AuditRun:
         listener: Listener,
     ) -> None:
         self.plan, self.checkpoints, self.workspace, self.listener = plan, checkpoints, workspace, listener
-        self.device = pick_device(plan.device)
+        self.device = pick_device(plan.settings.device)
         self.tokenizer = load_tokenizer(checkpoints[AUDITED])
         self.tokens = tokenizer_fingerprint(checkpoints[AUDITED])
         _check_vocabulary(checkpoints, self.tokenizer, plan.material.forget, plan.style)
@@ -146,12 +148,12 @@ class _AuditRun:
             if name not in reasons:
                 own = {model: fact for model, fact in own.items() if not fact["reason"]}
                 results = {m: AttackResult.from_json(fact["measurement"]) for m, fact in own.items()}
-                findings[name] = find(attack, results, plan.policy, seed=plan.seed)
+                findings[name] = find(attack, results, plan.policy, seed=plan.settings.seed)
                 attacks[name] |= _entry(attack, own, findings[name])
         audited = {name: found[AUDITED] for name, found in findings.items()}
         return {
             **heading(AUDIT_VERSION, started=started, verb="audit"),
-            "seed": plan.seed,
+            "seed": plan.settings.seed,
             "reference": plan.kind,
             "models": {
                 name: model_facts(plan.models[name], checkpoint)
@@ -178,7 +180,7 @@ class _AuditRun:
             self.plan.material.forget,
             self.plan.style,
             max_length=self.plan.policy.budget.max_length,
-            device=self.plan.device,
+            device=self.plan.settings.device,
             workspace=self.workspace,
             listener=self.listener,
         )
@@ -192,7 +194,7 @@ class _AuditRun:
             self.tokenizer,
             device=self.device,
             style=self.plan.style,
-            seed=self.plan.seed,
+            seed=self.plan.settings.seed,
             listener=self.listener,
         )
         before = subject.checkpoint.fingerprint()
@@ -210,7 +212,7 @@ class _AuditRun:
             prompts=asdict(self.plan.style),
             lookalikes=rows.lookalikes_column,
             budget=budget.model_dump(),
-            seed=self.plan.seed,
+            seed=self.plan.settings.seed,
             device=self.device.type,
         )
 

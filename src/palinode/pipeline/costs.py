@@ -138,7 +138,7 @@ class _Planner:
         if chosen is None:
             return []
         settings, rows = chosen.settings, self.inputs.rows
-        read = [*rows.forget_train[: settings.rows], *rows.spared[: settings.rows]]
+        read = [*rows.forget[: settings.rows], *rows.spared[: settings.rows]]
         tokens, seconds = self._scoring(read)
         places = 2 if settings.arrival or (searched and settings.arrival is None) else 1
         vectors = (3 if searched and settings.is_open else 1) + places - 1

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from palinode.benchmarks.demo import DemoModels, build_demo
+from palinode.benchmarks.demo import build_demo
 from palinode.data.world import World, invent_world
 from palinode.errors import OutputError, WorkspaceError
 from palinode.pipeline.recipe import Recipe, build_recipe
@@ -76,8 +76,16 @@ def run_demo(
     with one_thread(), repeated_by(f"palinode demo --seed {seed}"):
         with Workspace(folder / "workspace").locked(listener):
             models = build_demo(world, folder / "world", seed=seed, listener=listener, **training)
+        named = {"target": models.target, "base": models.base, "retrained": models.retrained}
+        rows = {"forget": models.forget, "retain": models.retain, "holdout": models.holdout}
+        places = {name: model.folder for name, model in named.items()}
         done, plain = (
-            unlearn(_recipe(method, folder / name, models, settings, seed), listener=listener)
+            unlearn(
+                demo_recipe(
+                    method, folder / name, folder / "workspace", places, rows, {"seed": seed, **settings}
+                ),
+                listener=listener,
+            )
             for method, name in (("msa", "unlearned"), ("task_vector", "task_vector"))
         )
     path = folder / "record.json"
@@ -119,27 +127,22 @@ def claim(folder: Path, seed: int, *, name: str = "demo.json") -> None:
     write_json(mark, {"seed": seed, "palinode": __version__})
 
 
-def _recipe(method: str, output: Path, models: DemoModels, settings: Mapping[str, Any], seed: int) -> Recipe:
+def demo_recipe(
+    method: str,
+    output: Path,
+    workspace: Path,
+    models: Mapping[str, Path],
+    rows: Mapping[str, Path],
+    settings: Mapping[str, Any],
+) -> Recipe:
+    """Return the recipe of one of a demo's runs, from folders of models and files of rows."""
     return build_recipe(
         {
             "method": method,
-            "seed": seed,
             "device": "cpu",
-            "models": {
-                "target": str(models.target.folder),
-                "base": str(models.base.folder),
-                "retrained": str(models.retrained.folder),
-            },
-            "data": {
-                "forget": str(models.forget),
-                "retain": str(models.retain),
-                "holdout": str(models.holdout),
-            },
-            "output": {
-                "folder": str(output),
-                "workspace": str(output.with_name("workspace")),
-                "keep_unchanged": True,
-            },
+            "models": {name: str(place) for name, place in models.items()},
+            "data": {name: str(place) for name, place in rows.items()},
+            "output": {"folder": str(output), "workspace": str(workspace), "keep_unchanged": True},
             **settings,
         }
     )

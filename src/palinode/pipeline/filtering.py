@@ -59,9 +59,7 @@ class Measuring(Work):
     def sets(self, settings: LeastSquaresSettings) -> tuple[Sequence[Example], Sequence[Example]]:
         """Return the forget rows, and the rows whose inputs are to be spared."""
         rows, seed = self.inputs.rows, self.recipe.seed
-        forget, spared = (
-            at_most(found, settings.rows, seed=seed) for found in (rows.forget_train, rows.spared)
-        )
+        forget, spared = (at_most(found, settings.rows, seed=seed) for found in (rows.forget, rows.spared))
         return forget, spared
 
     def of_checkpoint(self, model: Checkpoint, rows: Sequence[Example], positions: Positions = "all") -> Step:

@@ -60,8 +60,6 @@ class InputRows:
     forget: Sequence[Example]
     retain: Sequence[Example]
     """Empty in forget-only runs."""
-    forget_train: Sequence[Example]
-    """What θ_1 is fine-tuned on: all forget rows, but for those held back on request."""
     retain_sample: Sequence[Example]
     """What θ_2 is fine-tuned on: as many rows as the forget set has, unless the method says otherwise."""
     forget_probe: Sequence[Example]
@@ -163,7 +161,7 @@ def given_to(recipe: Recipe, rows: InputRows, refusals: Sequence[str] = ()) -> G
         open_beta = method.has_scales and not spared  # such a filter spares the retain rows already
         beta = method.check_settings(recipe.method_settings).retain_scale if open_beta else 0.0
     return Given(
-        forget=rows.forget_train,
+        forget=rows.forget,
         retain=rows.retain,
         sample=rows.retain_sample,
         refusals=refusals,
@@ -214,7 +212,6 @@ def open_retain_only(recipe: Recipe) -> tuple[Inputs, Checkpoint, Checkpoint]:
     rows = InputRows(
         forget=(),
         retain=retain,
-        forget_train=(),
         retain_sample=retain,
         forget_probe=(),
         retain_probe=(),
@@ -443,7 +440,6 @@ def _open_rows(recipe: Recipe) -> tuple[InputRows, list[str]]:
         if len(retain) < (wanted := recipe.prepare.retain_rows):
             raise DataError(f"{data.retain} has {len(retain)} rows; set prepare.retain_rows ({wanted}) lower")
         retain = at_most(retain, wanted, seed=seed)
-    train, held_back = _split_forget(forget, recipe.scales.forget_held_back, seed, notes)
     sample = _retain_sample(forget, retain, recipe, notes)
     trials, most = recipe.scales.probe_rows, recipe.evaluation.max_rows
     unseen, source = _unseen(recipe, forget, retain, everything)
@@ -452,9 +448,8 @@ def _open_rows(recipe: Recipe) -> tuple[InputRows, list[str]]:
     rows = InputRows(
         forget=forget,
         retain=retain,
-        forget_train=train,
         retain_sample=sample,
-        forget_probe=at_most(held_back or forget, trials, seed=seed + 1),
+        forget_probe=at_most(forget, trials, seed=seed + 1),
         retain_probe=probe,
         spared=spared_rows(recipe, forget, [one for one in retain if one.key not in tried] or retain, notes),
         forget_test=at_most(forget, most, seed=seed + 1),
@@ -540,19 +535,6 @@ def _without_shared(
     if retain and not kept:
         raise DataError("every row of the retain set also stands in the forget set; none is left to retain")
     return kept
-
-
-def _split_forget(
-    forget: Sequence[Example], share: float, seed: int, notes: list[str]
-) -> tuple[Sequence[Example], Sequence[Example]]:
-    """Return the forget rows for the vector and those held back from it; all and none by default."""
-    count = round(share * len(forget))
-    if not 0 < count < len(forget):
-        return forget, []
-    held_back = at_most(forget, count, seed=seed + 2)
-    rows = {example.row for example in held_back}
-    notes.append(f"{count} forget rows were held back from the forget vector, so they were not taken back.")
-    return [example for example in forget if example.row not in rows], held_back
 
 
 def _retain_sample(

@@ -34,8 +34,7 @@ from palinode.history.reader import ExposureReader
 from palinode.history.series import open_series
 from palinode.models.loading import load_tokenizer
 from palinode.pipeline.demo_run import SETTINGS as DEMO
-from palinode.pipeline.demo_run import DemoResult, claim, exact_match, one_thread
-from palinode.pipeline.recipe import build_recipe
+from palinode.pipeline.demo_run import DemoResult, claim, demo_recipe, exact_match, one_thread
 from palinode.pipeline.run import unlearn
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, NullListener
@@ -408,23 +407,13 @@ def _unlearn_all(
     starts = [(start.step, start.location, "msa") for start in series.checkpoints]
     found = []
     for step, base, method in [*starts, (models.steps[-1], str(models.target.folder), "task_vector")]:
-        recipe = build_recipe(
-            {
-                "method": method,
-                "seed": seed,
-                "device": "cpu",
-                "models": {"target": str(models.target.folder), "base": base},
-                "data": {
-                    "forget": str(models.requests["main"]),
-                    "retain": str(models.folder / "retain.jsonl"),
-                },
-                "output": {
-                    "folder": str(folder / "unlearned" / f"step{step}"),
-                    "workspace": str(folder / "workspace"),
-                    "keep_unchanged": True,
-                },
-                **settings,
-            }
+        recipe = demo_recipe(
+            method,
+            folder / "unlearned" / f"step{step}",
+            folder / "workspace",
+            {"target": models.target.folder, "base": Path(base)},
+            {"forget": models.requests["main"], "retain": models.folder / "retain.jsonl"},
+            {"seed": seed, **settings},
         )
         with repeated_by(f"palinode demo --locate --seed {seed}"):
             done = unlearn(recipe, listener=listener)

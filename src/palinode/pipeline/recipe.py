@@ -85,9 +85,6 @@ class Scales(StrictModel):
     """auto: points that the search tries on all probe rows, after a first look at the grids on some."""
     groups: int = Field(default=1, ge=1, le=4)
     """auto: give each of so many groups of layers an α of its own, relative to the common one."""
-    forget_held_back: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the forget set that is kept out of the forget vector, to try the points on; what is kept
-    out is not taken back, so leave this at 0 but for experiments (docs/lab-notes.md)."""
     forget_grid: list[Scale] = Field(default=[0.25, 0.5, 0.75, 1.0, 1.5, 2.0], min_length=1)
     """Values of α that are tried; auto looks between them as well, and beyond the largest of several where
     that forgets too little."""

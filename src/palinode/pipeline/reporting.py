@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from palinode.errors import InputError, MismatchError, OutputError, PalinodeError
-from palinode.pipeline.record import card_facts, thinned_curve
+from palinode.pipeline.record import card_facts
 from palinode.records import (
     private,
     read_json,
@@ -33,8 +33,6 @@ NAME = "report"
 SUFFIXES = (".html", ".md", ".json")
 AUDIT = "audit.json"
 """Name of an audit's record, in its own folder and in that of the model it is told of."""
-CURVE = "training.json"
-"""What a fine-tuned folder keeps of its training."""
 
 
 def publish(facts: Facts, folder: Path) -> None:
@@ -59,19 +57,20 @@ def refresh(facts: Facts, place: Path) -> None:
 
 
 def stale(place: Path) -> list[str]:
-    """Return the files of a hand-over folder that do not tell the verdict of its record and audit."""
+    """Return the files of a hand-over folder that tell another verdict or run than its record and audit."""
     try:
         facts = gather(place)
     except PalinodeError:  # `palinode report` says why
         return ["record.json"]
     verdict = run_verdict(facts.record, facts.audit).sentence
     found = [] if at(facts.record, "verdict", "sentence") == verdict else ["record.json"]
-    report, card = place / f"{NAME}.json", place / "README.md"
-    if report.exists() and _read(report).get("outcome") != verdict:
-        found += [report.name, f"{NAME}.html", f"{NAME}.md"]
-    if card.exists() and json.dumps(verdict, ensure_ascii=False) not in card.read_text(encoding="utf-8"):
-        found.append(card.name)
-    return found
+    stated = json.dumps(verdict, ensure_ascii=False).encode()
+    model = str(at(facts.record, "models", "unlearned", "fingerprint")).encode()
+    reports = [place / f"{NAME}{suffix}" for suffix in (".json", ".html", ".md")]
+    texts = {path.name: path.read_bytes() for path in (*reports, place / "README.md") if path.exists()}
+    card, older = texts.pop("README.md", stated), stated not in texts.get(f"{NAME}.json", stated)
+    found += [name for name, text in texts.items() if older or model not in text]
+    return [*found, *(["README.md"] if stated not in card else [])]
 
 
 def full_report(record: Mapping[str, Any], workspace: Path) -> Path:
@@ -160,8 +159,6 @@ def _run(place: Path, audited_in: Path | None) -> Facts:
     workspace = find_workspace(place, record)
     outcomes = _outcomes(workspace, record) if workspace else {}
     elsewhere = str(full_report(record, workspace)) if workspace else None
-    if workspace:
-        record = {**record, "training": _with_curves(workspace, record)}
     return Facts("unlearn", record, audit, outcomes, texts=bool(outcomes), elsewhere=elsewhere)
 
 
@@ -191,7 +188,7 @@ def find_workspace(place: Path, record: Mapping[str, Any]) -> Path | None:
 
 def _outcomes(workspace: Path, record: Mapping[str, Any]) -> Outcomes:
     """Return the outcomes of a run's models; empty unless all of them are there."""
-    steps = record.get("outcomes") or _steps_by_model(workspace)
+    steps = record.get("outcomes") or {}
     folders = {model: workspace / steps[model] for model in record["models"] if model in steps}
     if len(folders) < len(record["models"]) or any(not folder.is_dir() for folder in folders.values()):
         return {}
@@ -203,49 +200,13 @@ def _outcomes(workspace: Path, record: Mapping[str, Any]) -> Outcomes:
     return in_order(found)
 
 
-def _steps_by_model(workspace: Path) -> dict[str, str]:
-    """Return evaluation steps by the model that they name, where there is one of that name only.
-
-    Records of early versions do not say which steps are theirs.
-    """
-    found: dict[str, list[str]] = {}
-    for path in workspace.glob("evaluate-*/step.json"):
-        found.setdefault(_read(path)["facts"]["model"], []).append(path.parent.name)
-    return {model: names[0] for model, names in found.items() if len(names) == 1}
-
-
-def _with_curves(workspace: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how training went, with the curves that lie in the workspace where the record has none."""
-    training = {}
-    for name, run in (record.get("training") or {}).items():
-        curves = list(workspace.glob(f"finetune-{name}-*/*/{CURVE}"))
-        if run and "curve" not in run and len(curves) == 1:
-            losses = [point["loss"] for point in read_json(curves[0])]
-            run = {**run, "curve": thinned_curve(losses)}
-        training[name] = run
-    return training
-
-
 def in_order(outcomes: Outcomes) -> Outcomes:
     """Return the outcomes with the models we know by name first."""
     return {model: outcomes[model] for model in known_first(outcomes, MODELS)}
 
 
-def _renamed(content: Any, names: Mapping[str, str]) -> Any:
-    """Return a record with today's keys."""
-    if isinstance(content, list):
-        return [_renamed(entry, names) for entry in content]
-    if isinstance(content, dict):
-        return {names.get(key, key): _renamed(value, names) for key, value in content.items()}
-    return content
-
-
-FORMER_KEYS = {"audit.json": {"yardstick": "reference"}, "table.json": {"recall": "exact_match"}}
-"""Keys that had another name in earlier versions."""
-
-
 def _read(path: Path) -> Any:
     try:
-        return _renamed(read_json(path), FORMER_KEYS.get(path.name, {}))
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); name a folder whose record is whole") from None

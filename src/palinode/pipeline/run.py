@@ -21,7 +21,7 @@ from typing import Any
 from palinode.data.examples import Example, Question, fingerprint_examples
 from palinode.errors import CheckpointError, InputError, PalinodeError, RecipeError, unwritable
 from palinode.evaluation.ask import ask
-from palinode.methods import METHODS, unlearned_point
+from palinode.methods import METHODS
 from palinode.methods.method import Ends, Vectors
 from palinode.methods.transforms import LeastSquaresSettings, check_transforms
 from palinode.models.loading import load_model, load_tokenizer, pick_device, tokenizer_fingerprint
@@ -29,13 +29,12 @@ from palinode.pipeline.costs import Plan, describe, make_plan
 from palinode.pipeline.filtering import Forecast, Measuring, foretell
 from palinode.pipeline.finetuning import FineTuning, Trained, open_end, open_whole
 from palinode.pipeline.goal import TOLERANCE
-from palinode.pipeline.grid import grid_scales
 from palinode.pipeline.inputs import Inputs, ask_as_trained, check_places, open_inputs, workspace_folder
 from palinode.pipeline.recipe import Recipe
 from palinode.pipeline.record import build_record, dose_facts, geometry_facts
 from palinode.pipeline.reporting import full_report, in_order, refresh, write_reports
 from palinode.pipeline.scales import ChosenScales, own_yardstick, scaled_vector
-from palinode.pipeline.search import search_scales
+from palinode.pipeline.search import grid_scales, search_scales
 from palinode.pipeline.tracking import tracked
 from palinode.pipeline.workspace import Step, Workspace, fingerprint
 from palinode.progress import Listener, NullListener
@@ -103,7 +102,6 @@ def finished_before(inputs: Inputs) -> Mapping[str, Any] | None:
         record: dict[str, Any] = read_json(output / "record.json")
         same_run = record["run"] == run_key(inputs)
         written = record["models"]["unlearned"]["fingerprint"]
-        record.setdefault("verdict", run_verdict(record).as_json())  # earlier versions kept none
         return record if same_run and Checkpoint.open(output).fingerprint() == written else None
     except (OSError, ValueError, KeyError, TypeError, CheckpointError):
         return None
@@ -260,12 +258,17 @@ class Made:
 class Making(FineTuning):
     """Fine-tune, choose scales, add up, write."""
 
-    def make(self, target: Checkpoint) -> Made:
-        """Make the unlearned model, in the workspace."""
+    def ready(self, target: Checkpoint) -> tuple[Trained, ChosenScales | None]:
+        """Return what was trained, filtered as was chosen, and the scales of a method that adds vectors."""
         trained = self.train(target)
         chosen = self._scales(target, trained) if isinstance(trained.result, Vectors) else None
         if chosen and chosen.filter and trained.filters:
             trained = trained.filtered(trained.filters.find(chosen.filter["key"]))
+        return trained, chosen
+
+    def make(self, target: Checkpoint) -> Made:
+        """Make the unlearned model, in the workspace."""
+        trained, chosen = self.ready(target)
         output = self.recipe.output
         step = self.workspace.step(
             "apply",
@@ -335,16 +338,13 @@ class Making(FineTuning):
         self, target: Checkpoint, trained: Trained, chosen: ChosenScales, step: Step
     ) -> dict[str, Any]:
         """Add the vectors up and write the model; return its dose and the geometry of the vectors."""
-        vectors, forget = trained.vectors, trained.vectors.forget
-        retain = vectors.retain if chosen.retain else None
+        vectors = taken = trained.vectors
         if chosen.groups:
-            forget = scaled_vector(forget, chosen.groups, step.folder / "vector")
+            forget = scaled_vector(vectors.forget, chosen.groups, step.folder / "vector")
+            taken = replace(vectors, forget=forget)
         scales = {"forget": chosen.forget, "retain": chosen.retain}
-        point = unlearned_point(
-            target, forget, retain, forget_scale=chosen.forget, retain_scale=chosen.retain
-        )
-        along = {"forget": -1.0 * forget} | ({"retain": retain} if retain is not None else {})
-        dose = self._write(point, target, along, scales, step)
+        point = taken.taken_off(target, chosen.forget, chosen.retain)
+        dose = self._write(point, target, taken.along(chosen.retain), scales, step)
         with self.listener.task("measuring the vectors", target.parameters, "weights") as advance:
             geometry = geometry_facts(vectors.forget, vectors.retain, on_progress=advance)
         told = {"transforms": list(trained.transforms)} if trained.transforms else {}

@@ -10,14 +10,15 @@
 Where the filter of the forget vector is open, the first look goes over its μ as well, and after the search
 the vector is filtered once more by what the layers read where the model arrives: held-back rows decide.
 
-What is wanted is in `goal.py`. A killed search repeats its decisions from what is on disk and goes on.
+Or the grid is walked alone, on all probe rows. What is wanted is in `goal.py`. A killed search repeats its
+decisions from what is on disk and goes on.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,6 @@ import numpy as np
 from palinode.evaluation.yardstick import Yardstick
 from palinode.methods.method import Vectors
 from palinode.pipeline.goal import Goal, TriedScales, best
-from palinode.pipeline.grid import walk_grid
 from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.scales import STEP, ChosenScales, Probes, Trials, conclude, layer_groups, step_of
 from palinode.pipeline.transforming import OpenFilter
@@ -109,6 +109,57 @@ def search_scales(
         filters.tidy(trials.filtered)
     looked += [point for point in others if point not in whole]
     return conclude("auto", looked, whole, listener, parts=parts, filtered=trials.filtered)
+
+
+def grid_scales(
+    inputs: Inputs,
+    target: Checkpoint,
+    vectors: Vectors,
+    grid: tuple[Sequence[float], Sequence[float]],
+    folder: Path,
+    listener: Listener,
+    *,
+    yardstick: Yardstick | None = None,
+) -> ChosenScales:
+    """Choose (α, β) among the points of a grid; `folder` keeps what was measured.
+
+    A `yardstick` that is given, such as a retrained model's, takes the place of the estimate.
+    """
+    alphas, betas = grid
+    points = []
+    with listener.task("trying scales", 2 + len(alphas) * len(betas), "points") as advance:
+        trials = Trials(Probes(inputs, target, folder / "probes.json"), vectors, listener, yardstick)
+        advance(2)
+        for point in walk_grid(trials.goal, trials.tried, sorted(alphas), sorted(betas)):
+            points.append(point)
+            advance(1)
+    return conclude("grid", [], points, listener)
+
+
+def walk_grid(
+    goal: Goal,
+    tried: Callable[[float, float], TriedScales],
+    alphas: Sequence[float],
+    betas: Sequence[float],
+    beyond: Sequence[float] = (),
+) -> Iterator[TriedScales]:
+    """Yield the points that are worth trying, in order.
+
+    The values of α `beyond` the grid are tried where its largest does not forget enough and keeps the floors.
+    """
+    wanted = float(goal.yardstick.quantiles(goal.rows).mean())
+    for beta in betas:
+        before = math.inf
+        for alpha in (*alphas, *beyond):
+            point = tried(alpha, beta)
+            yield point
+            distance = goal.distance(point.behaviour)
+            past = point.behaviour.probabilities["forget"] < wanted
+            if past and distance > before:
+                break  # a larger α goes further still
+            if alpha >= alphas[-1] and (past or not goal.keeps(point.behaviour)):
+                break  # the grid was far enough, or as far as the floors allow
+            before = distance
 
 
 def other_filters(

@@ -8,9 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from palinode.report.content import Block, Grid, Items, Paragraph, Picture, Section, section
+from palinode.report.content import (
+    Block,
+    Grid,
+    GridCell,
+    Items,
+    Paragraph,
+    Picture,
+    Row,
+    Section,
+    section,
+)
 from palinode.report.pictures import Figure, Mark, Ruler, Trace, interval, names_down, picture_file
-from palinode.report.words import words
+from palinode.report.words import number, words
 
 MOST_ROWS = 40
 """Rows of the forget set that a table or a picture shows one by one."""
@@ -340,3 +350,24 @@ def demo_sentence(record: Mapping[str, Any]) -> str:
 
 def _step_or_none(step: int | None) -> str:
     return "none" if step is None else f"step {step:,}"
+
+
+# Influence
+
+
+def influence_brief(record: Mapping[str, Any]) -> list[Block]:
+    """Return what the terminal shows of influence: each answer with the set and without it."""
+    told, blocks = record["set"], list[Block]()
+    rows: list[Row] = []
+    for one in told["answers"]:
+        before, after = one["probability"]
+        off = "" if one["curvature"] is None else f"{one['curvature']:.0%} off"
+        own = GridCell(one["answer"], "the target's own" if one["own"] else None)
+        straight = GridCell(f"{one['first_order']:+.2f}", off)
+        rows.append([one["question"], own, number(before), number(after), f"{one['nats']:+.2f}", straight])
+        parts = "  ".join(f"{token.strip() or repr(token)} {value:+.2f}" for token, value in one["tokens"])
+        blocks.append(Items([(f"{one['answer']}:", f"nats by token: {parts}")]))
+    head = ["question", "answer", "with", "without", "nats", "first order"]
+    alpha = f"α = {told['alpha']:.3g} ({told['chosen_by']})"
+    title = f"Without these {told['rows']} rows, {alpha}: probability of the answer per token"
+    return [Grid(title, head, rows, text_columns=2), *blocks]

@@ -209,6 +209,7 @@ def audit(
         holdout=holdout,
         paraphrases=settings.paraphrases,
         lookalikes=settings.lookalikes,
+        leave_out=settings.leave_out,
         columns=settings.columns,
         max_rows=rules.budget.max_rows,
         seed=settings.seed,

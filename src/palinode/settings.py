@@ -233,6 +233,8 @@ class AuditSettings(Questioning):
     """Column of the forget rows, or file with a row for each. [default: paraphrased_question]"""
     lookalikes: str | None = None
     """Rows like the forget set. [default: made of perturbed_answer or paraphrased_answer]"""
+    leave_out: str | None = None
+    """Rows to leave out of the retain rows, such as those of other requests to erase."""
     attacks: Sequence[str] = ()
     """Only these attacks. [default: all]"""
     budget: str | None = None

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 from datetime import date
+from pathlib import Path
 
 import pytest
 from ledgers import THIRD, begin
@@ -71,10 +72,29 @@ def test_a_request_can_move_but_not_change(mine, rows, tmp_path):
         mine.add("r1", rows / "2.jsonl")
 
 
-@pytest.mark.parametrize("name", ["", "../x", "a b", "ä", ".x", "x" * 65])
+@pytest.mark.parametrize("name", ["", "../x", "a b", "ä", ".x", "x" * 65, "All"])
 def test_a_name_is_one_word(made, rows, name):
     with pytest.raises(RecipeError, match="is no name for a request"):
         made.add(name, rows / "1.jsonl")
+
+
+def test_names_that_differ_only_in_case_are_one_on_some_disks(made, rows):
+    with pytest.raises(LedgerError, match="there is a request r1, and some disks take R1 for the same name"):
+        made.add("R1", rows / "1.jsonl")
+
+
+def test_nothing_is_received_in_the_future(made, rows):
+    with pytest.raises(RecipeError, match="r9 would be received on 2999-01-01, and today is"):
+        made.add("r9", rows / "1.jsonl", received=date(2999, 1, 1))
+
+
+def test_what_cannot_be_read_or_kept_is_said_in_words_of_the_ledger(recipe, tmp_path):
+    (tmp_path / "own.csv").write_text("frage,antwort\nwho,me\nwhere,here\n")
+    desk = begin(tmp_path / "ledger", recipe, tmp_path, "")
+    with pytest.raises(DataError, match="--columns question=frage,answer=antwort, to palinode requests init"):
+        desk.add("r1", tmp_path / "own.csv")
+    with pytest.raises(RecipeError, match="the policy cannot be kept: .*budget.*'quick', 'standard'"):
+        desk.configure(recipe, {"budget": "huge"})
 
 
 def test_rows_that_changed_since_are_told_before_anything_runs(mine, rows, tmp_path):
@@ -185,6 +205,21 @@ def test_a_request_that_got_worse_is_named(made):
     assert told(0.35, 0.2) == told(0.2, 0.6) == told(0.6, 0.2, base=0.55) == []
     assert worse_scores(None, model) == []
     assert "r3" not in worse_scores(before, model)
+
+
+def test_rows_to_erase_are_left_out_of_the_retain_rows_and_one_row_is_a_request(recipe, rows, tmp_path):
+    lines, one = (rows / "1.jsonl").read_text().splitlines(keepends=True), tmp_path / "one.jsonl"
+    one.write_text(lines[0])
+    everything = tmp_path / "trained.jsonl"
+    everything.write_text("".join(lines) + (rows / "2.jsonl").read_text() + Path(recipe["data"]["retain"]).read_text())
+    desk = begin(tmp_path / "ledger", {**recipe, "data": {"retain": str(everything)}}, rows, "2", audit=True)
+    desk.add("one", one)
+    model, run = desk.carry_out()
+    assert "11 retain rows that also stand in the forget set were left out." in run.record["notes"]
+    assert [*desk.audit()] == ["", "r2"]  # none is made by one row, and none has a row to erase to retain
+    assert hindrance(desk.standing(), despite=True) is None
+    with pytest.raises(DataError, match="has one row; an audit needs two at least"):
+        desk.audit(["one"])
 
 
 # Before it is served

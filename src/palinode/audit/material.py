@@ -6,7 +6,7 @@ not there leaves the attacks that need it "not tested"; nothing is made up in it
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -70,6 +70,7 @@ def read_material(
     holdout: str | Path | None = None,
     paraphrases: str | None = None,
     lookalikes: str | Path | None = None,
+    leave_out: str | Path | None = None,
     columns: Mapping[str, str] | None = None,
     max_rows: int = 200,
     seed: int = 0,
@@ -79,6 +80,7 @@ def read_material(
     `paraphrases` is a column of the forget rows (default: paraphrased_question, where there is one), or a
     file with one row for each forget row. `lookalikes` is a file; without it, wrong answers
     (perturbed_answer) or else reworded ones (paraphrased_answer) of the rows that relearning is given.
+    `leave_out` is a file of rows that are left out of the retain rows.
     Raises DataError, also where fewer than two forget rows are there.
     """
     every, rows = read_set(forget, columns=columns)
@@ -89,17 +91,20 @@ def read_material(
     chosen = at_most(every, max_rows, seed=seed)
     learned, held_out = divide(chosen, seed=seed)
 
-    def drawn(location: str | Path | None) -> Sequence[Example]:
+    gone = {example.key for example in read_examples(leave_out, columns=columns)} if leave_out else set()
+
+    def drawn(location: str | Path | None, *, but: Set[str] = frozenset()) -> Sequence[Example]:
         if location is None:
             return ()
-        return at_most(read_examples(location, columns=columns, beside=True), max_rows, seed=seed)
+        examples = read_examples(location, columns=columns, beside=True)
+        return at_most([one for one in examples if one.key not in but], max_rows, seed=seed)
 
     alike, column = (drawn(lookalikes), None) if lookalikes is not None else _lookalikes(rows, learned)
     return AuditRows(
         forget=chosen,
         learned=learned,
         held_out=held_out,
-        retain=drawn(retain),
+        retain=drawn(retain, but=gone),
         holdout=drawn(holdout),
         paraphrased=_paraphrased(paraphrases, rows, every, chosen, columns),
         lookalikes=alike,

@@ -66,9 +66,8 @@ def init(
     It takes the options of unlearn but for forget rows and output: they hold for every request.
     """
     from palinode.pipeline.recipe import with_changes
-    from palinode.requests.desk import Terms
 
-    policy = Terms(days=days, approval=need_approval, audit=need_audit, budget=budget)
+    policy = {"days": days, "approval": need_approval, "audit": need_audit, "budget": budget}
     now = _desk(ledger).configure(with_changes(content, changes or ()), policy)
     if as_json:
         print_json({"recipe": now.recipe, "policy": now.policy, "target": now.target, "head": now.head})

@@ -16,14 +16,16 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import ValidationError
 
 from palinode import jobs
 from palinode.data.examples import Example, fingerprint_examples, hash_texts, read_set
 from palinode.errors import DataError, LedgerError, OutputError, RecipeError, meant
 from palinode.history.locating import Location
 from palinode.metrics import score_outcomes
-from palinode.pipeline.recipe import Recipe, build_recipe, laid_over
+from palinode.pipeline.recipe import Recipe, build_recipe, explain, laid_over
 from palinode.pipeline.reporting import gather, refresh
 from palinode.pipeline.run import Unlearned
 from palinode.pipeline.run import unlearn as run_recipe
@@ -41,6 +43,8 @@ ID = re.compile(r"\w[\w.-]{0,63}", re.ASCII)
 SALT_BYTES = 32
 ASKED = "answer_probability"
 """What each request's rows are asked after every change."""
+ALL = "all"
+"""Folder of the audit on all requests together; no request has that name."""
 GRAVE = ("knows more", "knows less")
 """Verdicts of a test that count against a model."""
 
@@ -54,8 +58,8 @@ class Terms(StrictModel):
     """Nothing is published that no named person approved."""
     audit: bool = False
     """Nothing is published before every request in it was audited on it."""
-    budget: str = "quick"
-    """Of the audits: quick, standard or full."""
+    budget: Literal["quick", "standard", "full"] = "quick"
+    """Of the audits."""
 
 
 class Desk:
@@ -87,7 +91,10 @@ class Desk:
         """
         content = _absolute(laid_over({}, recipe))
         checked = build_recipe(laid_over(content, {"data.forget": "-", "output.folder": "-"}))
-        rules = policy if isinstance(policy, Terms) else Terms.model_validate(policy or {})
+        try:
+            rules = policy if isinstance(policy, Terms) else Terms.model_validate(policy or {})
+        except ValidationError as error:
+            raise RecipeError(f"the policy cannot be kept: {explain(error)}") from None
         if checked.models.target is None:
             raise RecipeError("requests are carried out on a model that is there; name --target")
         target = Checkpoint.open(checked.models.target, allow_pickle=checked.models.allow_pickle)
@@ -120,9 +127,12 @@ class Desk:
 
         The same request with the same rows in another place says that they moved.
         """
-        if not ID.fullmatch(name):
-            raise RecipeError(f"{name!r} is no name for a request; use letters, digits, '-', '_' and '.'")
-        came = received or datetime.now(UTC).date()
+        if not ID.fullmatch(name) or name.lower() == ALL:
+            raise RecipeError(f"{name!r} is no name for a request; use letters, digits, '-', '_' and '.', but not {ALL!r}")
+        today = datetime.now(UTC).date()
+        came = received or today
+        if came > today + timedelta(days=1):  # it may be tomorrow where the owner lives
+            raise RecipeError(f"{name} would be received on {came}, and today is {today}; mend the date")
         location = _absolute_place(str(rows))
         now = self.standing()
         hashes = self._hashes(self._read(location, now)[0])
@@ -133,8 +143,14 @@ class Desk:
             )
 
         def decide(events: Sequence[Event]) -> Mapping[str, Any] | None:
-            known = standing(events).requests.get(name)
+            requests = standing(events).requests
+            known = requests.get(name)
             if known is None:
+                if alike := next((one for one in requests if one.lower() == name.lower()), None):
+                    raise LedgerError(
+                        f"there is a request {alike}, and some disks take {name} for the same name; give this "
+                        "one another"
+                    )
                 facts = {
                     "reference": reference,
                     "received": came.isoformat(),
@@ -216,6 +232,7 @@ class Desk:
     def audit(self, names: Iterable[str] = ()) -> dict[str, Mapping[str, Any]]:
         """Audit the candidate on the rows of each of its requests, and of all; return what was found.
 
+        Without names a request of one row, which cannot be audited by itself, is left to the audit of all.
         Each finding names what is worse than at the last audit of that request, on another model.
         """
         now = self.standing()
@@ -230,7 +247,8 @@ class Desk:
                 "the candidate is the target itself, as no request is open; there is nothing to audit"
             )
         found: dict[str, Mapping[str, Any]] = {}
-        for name in chosen or ([WHOLE, *model.requests] if len(model.requests) > 1 else [WHOLE]):
+        several = [name for name in model.requests if now.requests[name].rows > 1]
+        for name in chosen or [WHOLE, *(several if len(model.requests) > 1 else ())]:
             location = now.requests[name].location if name else str(self._list(model))
             self.listener.say(f"auditing {name or 'all requests together'}")
             record = self._audited(now, model, name, location)
@@ -316,7 +334,11 @@ class Desk:
             self.ledger.create()
 
     def _read(self, location: str, now: Standing) -> tuple[list[Example], list[Any]]:
-        return read_set(location, columns=now.recipe.get("data", {}).get("columns"))
+        try:
+            return read_set(location, columns=now.recipe.get("data", {}).get("columns"))
+        except DataError as error:
+            where = ", to palinode requests init; it holds for all requests" * ("--columns" in str(error))
+            raise DataError(f"{error}{where}") from None
 
     def _hashes(self, examples: Iterable[Example]) -> list[str]:
         """Return the salted hash of each row."""
@@ -371,6 +393,7 @@ class Desk:
             write_text(listed, "".join(f"{request.location}\n" for request in wanted))
         given = {
             "data.forget": str(listed),
+            "data.allow_overlap": True,  # what is asked to go cannot be asked to stay
             "output.folder": str(self.folder / "models" / key),
             "output.workspace": str(self.folder / "work"),
         }
@@ -385,9 +408,10 @@ class Desk:
         retrained, base = models.get("retrained"), models.get("base")
         if base is None and retrained is None:  # it was located
             base = read_json(self.place(model) / "record.json")["models"]["base"]["location"]
-        output = self.folder / "audits" / Path(model.folder).name / (name or "all")
+        output = self.folder / "audits" / Path(model.folder).name / (name or ALL)
         settings = AuditSettings(
             budget=now.policy["budget"],
+            leave_out=str(self._list(model)),
             columns=data.get("columns") or None,
             device=now.recipe.get("device", "auto"),
             seed=now.recipe.get("seed", 0),
@@ -436,6 +460,16 @@ NO_REQUEST = {
 """In place of the verdict on a model that stands for no request."""
 
 
+def _not_audited(now: Standing, model: Model) -> str | None:
+    """Return a request that was not audited on a model, by its own rows or where it has only one by all."""
+    alone = len(model.requests) == 1
+    audited = {
+        name: name in model.audits or (WHOLE in model.audits and (alone or now.requests[name].rows == 1))
+        for name in model.requests
+    }
+    return next((name for name, done in audited.items() if not done), None)
+
+
 def hindrance(now: Standing, *, despite: bool = False) -> str | None:
     """Return why the candidate may not be published; None where it may."""
     model = now.candidate
@@ -444,9 +478,8 @@ def hindrance(now: Standing, *, despite: bool = False) -> str | None:
         return "a request was withdrawn after this model was made; make it anew: palinode requests carry-out"
     names = ", ".join(model.requests)
     if now.policy.get("audit") and model.requests:
-        missing = [name for name in model.requests if name not in model.audits]
-        if missing:
-            return f"{missing[0]} was not audited on this model, as the policy asks: palinode requests audit"
+        if missing := _not_audited(now, model):
+            return f"{missing} was not audited on this model, as the policy asks: palinode requests audit"
     verdicts = {
         "all requests together": model.verdict,
         **{name: told for name, told in model.audits.items() if name},

@@ -65,7 +65,7 @@ def measure(folder: Path, row_count: int, grid: int) -> dict[str, object]:
     import torch
 
     from palinode.data.tokenize import TokenRow
-    from palinode.methods import unlearned_point
+    from palinode.methods.method import Vectors
     from palinode.models.inplace import put
     from palinode.models.likelihoods import score_rows
     from palinode.models.loading import load_model
@@ -78,8 +78,7 @@ def measure(folder: Path, row_count: int, grid: int) -> dict[str, object]:
     rows = [TokenRow(text, TOKENS - SCORED, place) for place, text in enumerate(texts)]
 
     def set_scales(alpha: float, beta: float) -> None:
-        point = unlearned_point(target, forget - base, retain - base, forget_scale=alpha, retain_scale=beta)
-        put(point, live)
+        put(Vectors(forget - base, retain - base).taken_off(target, alpha, beta), live)
 
     def evaluate() -> None:
         score_rows(live, rows, pad_id=0)

@@ -44,7 +44,7 @@ from paired_parts import (
 )
 
 from palinode.benchmarks.demo import DemoModels, build_demo
-from palinode.data.examples import Example, read_examples, sample_examples
+from palinode.data.examples import Example, at_most, read_examples
 from palinode.data.tokenize import PromptStyle, TokenRow, tokenize
 from palinode.data.world import invent_world
 from palinode.methods.method import Given
@@ -141,7 +141,7 @@ class Study:
     def _vectors(self, pairs: Sequence[Pair]) -> Iterator[Vectors]:
         """Yield the rivals, then the pairs, trained where they are not there yet."""
         base, target = self.models.base, self.models.target
-        sample = sample_examples(self.retain, len(self.forget), seed=self.seed)
+        sample = at_most(self.retain, len(self.forget), seed=self.seed)
         seen = frozenset(example.row for example in sample)
         msa = self._plain("msa", base, self.forget, 30) - base
         retain = self._plain("msa-retain", base, sample, 30) - base

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from palinode.data.examples import Example, sample_examples
+from palinode.data.examples import Example, at_most
 from palinode.data.tokenize import TokenRow
 from palinode.data.world import World
 from palinode.models.likelihoods import score_rows
@@ -115,7 +115,7 @@ def choose_rows(
     own = seed + 1000 * pair.draw
     if pair.rows == "near":
         return nearest(retain, forget, pair.size, seed=own)
-    return sample_examples(pools[pair.rows], pair.size, seed=own)
+    return at_most(pools[pair.rows], pair.size, seed=own)
 
 
 def nearest(examples: Sequence[Example], forget: Sequence[Example], size: int, *, seed: int) -> list[Example]:

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from palinode.data.batches import pad_right
 from palinode.data.tokenize import TokenRow
-from palinode.models.reading import linear_layers
-from palinode.models.sums import gradient_moment
+from palinode.models.reading import answer_nll, linear_layers
 from palinode.weights import Direction
 from palinode.weights.filters import least_squares
 from palinode.weights.vectors import transform
@@ -55,11 +55,16 @@ def read(model: Any, rows: Sequence[TokenRow], *, pad_id: int = 0) -> Sides:
             module.register_forward_pre_hook(lambda _m, found, key=key: add(0, key, found[0])),
             module.register_full_backward_hook(lambda _m, _in, found, key=key: add(1, key, found[0])),
         ]
-    gradients = gradient_moment(model, rows, "signed", pad_id=pad_id)
+    model.zero_grad()
+    for row in rows:  # each by itself, so that none weighs more for being long
+        with torch.enable_grad():
+            answer_nll(model, pad_right([row], pad_id=pad_id)).mean().backward()
     for handle in handles:
         handle.remove()
     inputs, outputs = ({key: value.numpy() for key, value in own.items()} for own in sums)
-    return Sides(inputs, outputs, {key: gradients[key].numpy() for key in inputs})
+    gradients = {key: model.get_parameter(key).grad.float().numpy() / len(rows) for key in inputs}
+    model.zero_grad()
+    return Sides(inputs, outputs, gradients)
 
 
 Rival = Callable[[str, np.ndarray, Sides, Sides], np.ndarray]

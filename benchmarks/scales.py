@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from palinode.benchmarks.demo import build_demo
-from palinode.data.examples import Example, read_examples, sample_examples, shared_rows
+from palinode.data.examples import Example, at_most, read_examples, shared_rows
 from palinode.data.world import invent_world
 from palinode.evaluation.yardstick import BASE_ALONE, Yardstick, estimate_yardstick
 from palinode.methods.method import Vectors
@@ -123,7 +123,7 @@ def tofu_case(folder: Path, data: Path, models: Sequence[Path]) -> Iterator[Case
     forget, rows = (read_examples(data / f"{name}.jsonl") for name in ("forget01", "retain99"))
     shared = {place for _, place in shared_rows(forget, rows)}
     rows = [row for place, row in enumerate(rows) if place not in shared]
-    seen = sample_examples(rows, 200, seed=0)
+    seen = at_most(rows, 200, seed=0)
     used = {row.key for row in seen}
     sets = {"retain": seen, "holdout": [row for row in rows if row.key not in used]}
     files = {name: _written(folder / f"tofu-{name}.jsonl", found) for name, found in sets.items()}

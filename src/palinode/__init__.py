@@ -47,7 +47,9 @@ if TYPE_CHECKING:
     from palinode.pipeline.costs import Plan
     from palinode.pipeline.demo_run import DemoResult, demo
     from palinode.pipeline.recipe import Recipe, build_recipe, load_recipe
+    from palinode.pipeline.reproducing import Reproduced, reproduce
     from palinode.pipeline.run import Unlearned, dry_run
+    from palinode.pipeline.signing import SignatureCheck, Signed, check_signature, sign_folder
     from palinode.records import Outcome, Score
     from palinode.settings import (
         ApplySettings,
@@ -95,7 +97,9 @@ _ROOMS = {
     "pipeline.costs": "Plan",
     "pipeline.demo_run": "DemoResult demo",
     "pipeline.recipe": "Recipe build_recipe load_recipe",
+    "pipeline.reproducing": "Reproduced reproduce",
     "pipeline.run": "Unlearned dry_run",
+    "pipeline.signing": "SignatureCheck Signed check_signature sign_folder",
     "records": "Outcome Score",
     "settings": "ApplySettings Asking AuditSettings EvaluationSettings InfluenceSettings LocateSettings "
     "TrainingSettings",
@@ -142,9 +146,12 @@ __all__ = [
     "PromptStyle",
     "Question",
     "Recipe",
+    "Reproduced",
     "Saved",
     "Schedule",
     "Score",
+    "SignatureCheck",
+    "Signed",
     "StoredVector",
     "ThinningCallback",
     "TrainingSettings",
@@ -156,6 +163,7 @@ __all__ = [
     "ask",
     "audit",
     "build_recipe",
+    "check_signature",
     "compare",
     "demo",
     "dry_run",
@@ -172,8 +180,10 @@ __all__ = [
     "plan",
     "profile",
     "read_examples",
+    "reproduce",
     "save",
     "save_vector",
+    "sign_folder",
     "unlearn",
 ]
 

@@ -82,6 +82,11 @@ def meant(given: object, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def broke_down(error: BaseException) -> bool:
     """Tell whether a library in Rust, such as tokenizers, gave up: no Exception, and no interruption."""
     return type(error).__name__ == "PanicException"

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import stat
+import tempfile
 import threading
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -225,6 +226,30 @@ def write_text(path: Path, text: str) -> None:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def cache_folder(kind: str) -> Path:
+    """Return the folder of one kind of remembered facts: in $PALINODE_CACHE, or in the user's cache folder.
+
+    Raises RuntimeError when there is no home folder.
+    """
+    if chosen := os.environ.get("PALINODE_CACHE"):
+        return Path(chosen).expanduser() / kind
+    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(shared).expanduser() / "palinode" / kind
+
+
+def keep_whole(path: Path, content: Any) -> None:
+    """Write JSON into a private cache, where several may write one file at once, each a whole one."""
+    make_private(path.parent)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".partial")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            json.dump(content, stream)
+        Path(partial).replace(path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
 
 
 def beside(path: Path, ending: str = ".partial") -> Path:

@@ -8,6 +8,7 @@ import pytest
 from doc_pages import DOCS, FENCE
 
 import palinode
+from palinode.pipeline.signature import new_key
 
 PROGRAMS = [
     found["code"]
@@ -42,6 +43,12 @@ def test_unlearn(scratch, capsys):
     assert 0 <= float(probability) <= 1
 
 
+def test_sign_and_reproduce(scratch, capsys):
+    run("palinode.unlearn(\n", capsys)
+    new_key(scratch / "owner.key")
+    assert " ".join(run("palinode.sign_folder(", capsys)) == "signed the same bytes"
+
+
 def test_evaluate(scratch, capsys):
     (probability,) = run("palinode.evaluate(", capsys)
     assert 0 <= float(probability) <= 1
@@ -70,9 +77,10 @@ def test_influence(scratch, capsys):
     assert (float(after) < float(before)) == (float(nats) > 0)
 
 
-@pytest.mark.parametrize(
-    "name", ["unlearn", "compare", "audit", "locate", "evaluate", "influence", "plan", "dry_run"]
-)
+DOORS = "unlearn compare audit locate evaluate influence plan dry_run reproduce sign_folder"
+
+
+@pytest.mark.parametrize("name", DOORS.split())
 def test_what_the_command_line_does_is_a_function_of_few_arguments(name):
     function = getattr(palinode, name)
     assert callable(function)

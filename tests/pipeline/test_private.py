@@ -34,11 +34,11 @@ from palinode.pipeline.forgetting import describe_leftovers, leftovers
 from palinode.pipeline.reporting import gather, write_reports
 from palinode.pipeline.run import unlearn
 from palinode.pipeline.workspace import Workspace
-from palinode.records import beside, private, share, workspace_beside, write_text
+from palinode.records import beside, cache_folder, private, share, workspace_beside, write_text
 from palinode.settings import AuditSettings, EvaluationSettings, TrainingSettings
 from palinode.training.finetune import finetune
 from palinode.weights import save_vector
-from palinode.weights.fingerprints import cache_folder, tensor_digests
+from palinode.weights.fingerprints import tensor_digests
 
 TRAINING = {"epochs": 1, "learning_rate": 3e-3, "batch_size": 16, "max_length": 64, "precision": "float32"}
 TRACKER = "tensorboard" if find_spec("tensorboardX") else None
@@ -374,12 +374,12 @@ def test_entries_of_the_caches_go_with_what_they_are_about(copied, palinode, tin
     from palinode.weights import Checkpoint
 
     (model,) = (copied / "out.workspace").glob("finetune-forget-*/model")
-    before = set(cache_folder().iterdir())
+    before = set(cache_folder("digests").iterdir())
     tensor_digests(Checkpoint.open(model))
-    (new,) = set(cache_folder().iterdir()) - before
+    (new,) = set(cache_folder("digests").iterdir()) - before
     found = json.loads(palinode("forget-workspace", copied / "out", "--yes", "--json").out)
     assert str(new) in {part["path"] for part in found["destroyed"]}
-    assert set(cache_folder().iterdir()) == before
+    assert set(cache_folder("digests").iterdir()) == before
     # a judge's decisions, by the keys that the verdicts name; nothing outside of the cache is a key
     verdicts = json.loads((copied / "measured" / "verdicts.json").read_text())
     first = next(iter(verdicts.values()))

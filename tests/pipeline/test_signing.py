@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import hashlib
 import json
 import os
+import pty
 import shutil
 import stat
 import subprocess
@@ -13,12 +16,12 @@ import sys
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from run_files import GIVEN
+from run_files import GIVEN, stamps
 
 from example_run import AUDIT
 from palinode.errors import CheckpointError, InputError, MismatchError
 from palinode.pipeline.run import unlearn
-from palinode.pipeline.signature import PASSWORD, new_key, payload_of
+from palinode.pipeline.signature import PASSWORD, new_key, open_key, payload_of
 from palinode.pipeline.signing import check_signature, sign_folder
 
 
@@ -121,6 +124,7 @@ def state_another_model(folder):
         (lambda out: (out / "model.sig").unlink(), ["is not signed: it has no model.sig"]),
         (lambda out: (out / "model.sig").write_text("{}"), ["model.sig is damaged, or no signature"]),
         (lambda out: (out / "model.sig").write_text("no"), ["model.sig is damaged, or no signature"]),
+        (lambda out: (out / "model.sig").write_text("[" * 9999), ["model.sig is damaged, or no signature"]),
     ],
 )
 def test_each_change_has_its_own_sentence(run, signed, damage, sentences):
@@ -129,6 +133,38 @@ def test_each_change_has_its_own_sentence(run, signed, damage, sentences):
     assert len(found) == len(sentences), found
     assert all(sentence in fault for sentence, fault in zip(sentences, found, strict=True)), found
     assert check_signature(signed).faults == found
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{", '{"predicate": 3}', '{"predicate": {"forget": {}}}', "[" * 9999]
+)
+def test_a_statement_that_is_none_is_said_to_be_none(run, signed, content):
+    (signed / "statement.json").write_text(content)
+    found = faults(signed, run)
+    assert found[0] == "statement.json is not the statement that was signed"
+    assert found[1].startswith("statement.json cannot be held against the folder (")
+
+
+def test_a_statement_that_lacks_parts_tells_otherwise(run, signed):
+    content = json.loads((signed / "statement.json").read_text())
+    del content["subject"], content["predicate"]["recipe"]
+    (signed / "statement.json").write_text(json.dumps(content))
+    assert faults(signed, run)[1].endswith("tells otherwise than the folder of recipe, digests")
+
+
+def test_verify_tells_in_words_and_as_json(run, signed, palinode):
+    words = ("verify", signed, "--public-key", run / "owner.key.pub", "-q")
+    said = palinode(*words)
+    assert said.code == 0
+    assert f"{signed} is signed by the key " in said.out
+    assert "  not checked: whose key it is" in said.out
+    (signed / "config.json").unlink()
+    said = palinode(*words)
+    assert said.code == 1
+    assert said.out.startswith(f"{signed} is NOT as it was signed:\n  fault: what was signed is not there")
+    assert "  fault: the weights cannot be compared: " in said.out
+    told = json.loads(palinode(*words, "--json").out)
+    assert (told["ok"], told["signature"]["trusted"], len(told["signature"]["faults"])) == (False, True, 2)
 
 
 def test_another_key_did_not_sign(run, signed):
@@ -208,10 +244,30 @@ def test_a_signed_folder_can_be_moved(run, signed, tmp_path):
     assert check_signature(moved, run / "owner.key.pub").ok
 
 
-def test_links_are_not_signed(run, out):
-    (out / "link").symlink_to(run / "owner.key")
+@pytest.mark.parametrize("place", ["owner.key", "nowhere", "."])
+def test_links_are_not_signed(run, out, signed, place):
+    (out / "link").symlink_to(run / place)
+    assert faults(signed, run) == ["what nobody signed lies there too: link"]
     with pytest.raises(CheckpointError, match="is a link"):
         sign_folder(out, run / "owner.key")
+
+
+def test_a_copy_made_of_links_is_read_as_what_it_leads_to(run, signed, tmp_path):
+    """As the cache of the hub is one."""
+    shutil.copytree(signed, tmp_path / "blobs")
+    for path in signed.iterdir():
+        path.unlink()
+        path.symlink_to(tmp_path / "blobs" / path.name)
+    assert check_signature(signed, run / "owner.key.pub").ok
+
+
+def test_sigstore_is_not_asked_about_a_key_and_needs_a_network(signed):
+    (fault,) = check_signature(signed, identity="ada@example.org").faults
+    assert fault == "not signed by ada@example.org: a key was used, which is nobody's identity"
+    before = stamps(signed)
+    with pytest.raises(InputError, match="Sigstore did not sign"):
+        sign_folder(signed, identity="ada@example.org", issuer="http://127.0.0.1:9")
+    assert stamps(signed) == before
 
 
 @pytest.mark.parametrize("place", ["out/salt", "out/deeper/../salt"])
@@ -233,14 +289,16 @@ def test_keys_that_cannot_be_used_say_why(run, out, signed, tmp_path, monkeypatc
             sign_folder(out, tmp_path / "key")
         return str(refused.value)
 
-    assert "key of another kind" in refusal(pem(ed25519.Ed25519PrivateKey.generate()))
-    assert "key of another kind" in refusal(pem(ec.generate_private_key(ec.SECP256K1())))
-    assert "no private key that can be read" in refusal(b"ssh-ed25519 AAAA")
-    assert "no private key that can be read" in refusal((run / "owner.key.pub").read_bytes())
+    assert "no private key that can be used; it takes an ECDSA key" in refusal(
+        pem(ed25519.Ed25519PrivateKey.generate())
+    )
+    assert "takes an ECDSA key on P-256" in refusal(pem(ec.generate_private_key(ec.SECP256K1())))
+    assert "no private key that can be used" in refusal(b"ssh-ed25519 AAAA")
+    assert "no private key that can be used" in refusal((run / "owner.key.pub").read_bytes())
     locked = pem(ec.generate_private_key(ec.SECP384R1()), b"right")
     assert PASSWORD in refusal(locked)
     monkeypatch.setenv(PASSWORD, "wrong")
-    assert "does not open" in refusal(locked)
+    assert "is not opened by this password" in refusal(locked)
     monkeypatch.setenv(PASSWORD, "right")
     assert "key" in sign_folder(out, tmp_path / "key").signer
     with pytest.raises(InputError, match="which nobody should be shown"):
@@ -257,7 +315,7 @@ def test_a_new_key_is_its_owners_alone_and_no_key_is_overwritten(tmp_path, monke
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "my.key").stat().st_mode) == 0o600
     assert b"ENCRYPTED" in (tmp_path / "my.key").read_bytes()
-    assert len(known) == 64
+    assert known == hashlib.sha256(public.read_bytes()).hexdigest()
     assert public == tmp_path / "my.key.pub"
     with pytest.raises(InputError, match="is there already"):
         new_key(tmp_path / "my.key")
@@ -272,3 +330,22 @@ def test_a_key_that_others_can_read_is_told_of(run, out, tmp_path):
     key.chmod(0o644)
     assert "chmod 600" in sign_folder(out, key).notes[0]
     assert sign_folder(out, run / "owner.key").notes == ()
+
+
+def test_a_terminal_asks_for_the_password_of_a_new_key(tmp_path):
+    main, other = pty.openpty()
+    words = [sys.executable, "-m", "palinode", "sign", "--new-key", str(tmp_path / "my.key")]
+    run = subprocess.Popen(words, stdin=other, stdout=other, stderr=other, start_new_session=True)
+    os.close(other)
+    found = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        for prompt in (f"Password of {tmp_path / 'my.key'}: ", "Repeat for confirmation: "):
+            while not found.endswith(prompt.encode()):
+                found += os.read(main, 65536)
+            os.write(main, b"secret\n")
+        while part := os.read(main, 65536):
+            found += part
+    os.close(main)
+    assert run.wait() == 0, found
+    assert b"secret" not in found
+    assert open_key(tmp_path / "my.key", "secret")

@@ -14,9 +14,10 @@ from blake3 import blake3
 from safetensors.torch import save_file
 
 from palinode.errors import CheckpointError
+from palinode.records import cache_folder
 from palinode.weights import Checkpoint, fingerprints
-from palinode.weights.fingerprints import cache_folder, remember, tensor_digests
 from palinode.weights.fingerprints import fingerprint as fingerprint_of
+from palinode.weights.fingerprints import remember, tensor_digests
 from palinode.weights.tensors import Files
 
 
@@ -378,17 +379,17 @@ def test_a_cache_that_cannot_be_written_is_done_without(model, tmp_path, monkeyp
 
 def test_the_cache_lies_where_it_was_asked_for(monkeypatch, tmp_path):
     monkeypatch.setenv("PALINODE_CACHE", str(tmp_path))
-    assert cache_folder() == tmp_path / "digests"
+    assert cache_folder("digests") == tmp_path / "digests"
     monkeypatch.setenv("PALINODE_CACHE", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_folder() == tmp_path / "xdg/palinode/digests"
+    assert cache_folder("digests") == tmp_path / "xdg/palinode/digests"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert cache_folder() == tmp_path / "home/.cache/palinode/digests"
+    assert cache_folder("digests") == tmp_path / "home/.cache/palinode/digests"
 
 
 def test_tests_leave_the_users_cache_alone():
-    assert cache_folder().is_relative_to(os.environ["PALINODE_CACHE"])
+    assert cache_folder("digests").is_relative_to(os.environ["PALINODE_CACHE"])
 
 
 def test_a_file_just_written_is_not_remembered(model, tmp_path, monkeypatch, reads):

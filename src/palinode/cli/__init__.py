@@ -1,8 +1,8 @@
 """The command line: one verb a public function. It parses, calls, and shows.
 
-Exit codes: 0 done; 1 the verdict is red, `audit` failed a model, or `verify` found a change; 2 something the
-user can mend, or an interruption, said in one sentence; 3 nothing was subtracted, or there was nothing to
-forget; anything else is a bug of ours and comes with a traceback.
+Exit codes: 0 done; 1 the verdict is red, `audit` failed a model, `verify` found a change, or `reproduce`
+other bytes; 2 something the user can mend, or an interruption, said in one sentence; 3 nothing was
+subtracted, or there was nothing to forget; anything else is a bug of ours and comes with a traceback.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 from types import FrameType
 from typing import Any
 
-RESUMED = ("unlearn", "run", "finetune", "demo", "compare", "audit")
+RESUMED = ("unlearn", "run", "finetune", "demo", "compare", "audit", "reproduce")
 """Verbs that keep what they have finished, and go on from there."""
 
 

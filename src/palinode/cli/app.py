@@ -15,7 +15,7 @@ from palinode.cli.about_verbs import doctor, list_everything, report
 from palinode.cli.chat import chat
 from palinode.cli.console import listener, out, print_json
 from palinode.cli.ending import after_run, ending, secret, secret_workspace
-from palinode.cli.handover_verbs import sign, verify
+from palinode.cli.handover_verbs import reproduce, sign, verify
 from palinode.cli.history_verbs import influence, locate
 from palinode.cli.history_verbs import plan as plan_command
 from palinode.cli.measure_verbs import audit, compare, evaluate
@@ -411,6 +411,7 @@ verb()(apply)
 verb()(audit)
 verb()(compare)
 verb()(report)
+verb()(reproduce)
 verb()(sign)
 verb()(verify)
 verb()(doctor)

@@ -8,12 +8,13 @@ import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from palinode.cli.console import listener, out, print_json, warn
-from palinode.cli.options import Json, Quiet
+from palinode.cli.ending import secret_workspace
+from palinode.cli.options import Json, Quiet, takes
 
 if TYPE_CHECKING:
     from palinode.pipeline.signing import SignatureCheck
@@ -53,17 +54,16 @@ def sign(
     from palinode.pipeline.signature import new_key as make_key
     from palinode.pipeline.signing import STATEMENT, sign_folder
 
-    asked = PASSWORD not in os.environ and sys.stdin.isatty() and (new_key or (key and is_encrypted(key)))
+    locked = new_key or (key if key and is_encrypted(key) else None)
+    asked = locked and PASSWORD not in os.environ and sys.stdin.isatty()
     ask = partial(typer.prompt, hide_input=True, err=True, default="", show_default=False)
-    password = ask(f"Password of {asked} (empty: none)") if asked else None
+    password = ask(f"Password of {locked}", confirmation_prompt=bool(new_key)) if asked else None
     if new_key is not None:
         public, known = make_key(new_key, password)
         facts = {"private_key": str(new_key), "public_key": str(public), "sha256": known}
         text = f"{new_key} is your private key; give away {public} (SHA-256 {known})"
     elif folder is None:
-        raise RecipeError(
-            "there is nothing to sign; name the folder of an unlearned model, or --new-key FILE"
-        )
+        raise RecipeError("there is nothing to sign; name an unlearned model's folder, or --new-key FILE")
     else:
         options = {"identity": identity, "issuer": issuer, "password": password}
         done = sign_folder(folder, key, salt=salt, listener=listener(quiet=quiet), **options)
@@ -71,13 +71,56 @@ def sign(
             warn(note)
         facts = {"folder": str(folder), **asdict(done), "salt": str(done.salt)}
         text = (
-            f"{folder}: {done.files} files signed by {done.signer}, with {STATEMENT}. Keep {done.salt}: it "
-            "shows which rows were meant."
+            f"{folder}: {done.files} files signed by {done.signer}, {STATEMENT} with them. Keep {done.salt}: "
+            "it shows which rows were meant."
         )
     if as_json:
         print_json(facts)
     else:
         out().print(text, soft_wrap=True)
+
+
+@takes(
+    *("models.target", "models.base", "models.given", "models.retrained"),
+    *("data.forget", "data.retain", "data.holdout", "data.background", "data.refusals"),
+    "device",
+)
+def reproduce(
+    content: dict[str, Any],
+    folder: Folder,
+    *,
+    output: Annotated[
+        Path | None, typer.Option(help="A new folder for the second model. [default: OUT.reproduced]")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Run a record's recipe again: do bytes and figures agree?
+
+    Models and rows are looked for where the record says; options say where they lie now. The exit code is 0
+    when the bytes agree.
+    """
+    from palinode.pipeline.reproducing import reproduce as run_again
+    from palinode.records import workspace_beside
+
+    found = run_again(folder, output, settings=content, listener=listener(quiet=quiet))
+    if as_json:
+        print_json({**asdict(found), "output": str(found.output), "sentence": found.sentence})
+    else:
+        out().print(found.sentence, markup=False, soft_wrap=True)
+        tensors = {
+            name: f"{entry[0]:,} numbers, by {entry[1]:.2g} at most" if entry else "another shape"
+            for name, entry in found.differing.items()
+        }
+        pairs = {**found.off, **found.environment}
+        told = {**tensors, **{name: f"{then} then, {now} now" for name, (then, now) in pairs.items()}}
+        for name, text in [*told.items()][:MOST_ROWS]:
+            out().print(f"  {name}: {text}", markup=False, soft_wrap=True)
+        if len(told) > MOST_ROWS:
+            out().print(f"  and {len(told) - MOST_ROWS} more; --json has all of them")
+    secret_workspace(workspace_beside(found.output), found.output, "rows, θ_1", as_json=as_json)
+    if not found.same_bytes:
+        raise typer.Exit(1)
 
 
 MOST_ROWS = 20
@@ -121,10 +164,8 @@ def verify(
     old = {"stale": stale(folder)} if (folder / "record.json").exists() else {}
     ok = bool(found and found.ok and (signed is None or signed.ok))
     if as_json:
-        told = signed and {**asdict(signed), "folder": str(folder)}
-        print_json(
-            {"folder": str(folder), "ok": ok, **(asdict(found) if found else {}), **old, "signature": told}
-        )
+        place, weights = {"folder": str(folder)}, asdict(found) if found else {}
+        print_json({**place, "ok": ok, **weights, **old, "signature": signed and asdict(signed) | place})
     else:
         if found and (signed is None or signed.ok or not found.ok):
             _show(folder, found)
@@ -143,14 +184,10 @@ def _show_signature(found: SignatureCheck) -> None:
     whose = "as it should be" if found.trusted else "and nobody checked who that is"
     head = f"{found.folder} is signed by {found.signer or 'an identity that Sigstore knows'}, {whose}."
     lines = [head if found.ok else f"{found.folder} is NOT as it was signed:"]
-    for label, sentences in {
-        "fault": found.faults,
-        "checked": found.checked,
-        "not checked": found.unchecked,
-    }.items():
-        lines += [f"  {label}: {sentence}" for sentence in sentences]
-    for line in lines:
-        out().print(line, markup=False, soft_wrap=True)
+    lines += [f"  fault: {sentence}" for sentence in found.faults]
+    lines += [f"  checked: {sentence}" for sentence in found.checked]
+    lines += [f"  not checked: {sentence}" for sentence in found.unchecked]
+    out().print("\n".join(lines), markup=False, soft_wrap=True)
 
 
 def _show(folder: Path, found: Verification) -> None:

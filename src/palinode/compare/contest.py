@@ -30,7 +30,7 @@ from palinode.compare.comparison_recipe import CompareRecipe, Contestant, Search
 from palinode.compare.ground import Shares, rows_for
 from palinode.data.examples import Example, fingerprint_examples
 from palinode.errors import RecipeError
-from palinode.methods import METHODS, unlearned_point
+from palinode.methods import METHODS
 from palinode.methods.method import read_refusals
 from palinode.models.loading import pick_device, tokenizer_fingerprint
 from palinode.pipeline.finetuning import FineTuning, Trained
@@ -400,11 +400,7 @@ def _asked(probes: Probes, made: Trained, point: MethodPoint) -> Mapping[str, Se
     if point.scales is None:
         return probes.of_point("model", made.model)
     alpha, beta = point.scales
-    retain = made.vectors.retain if beta else None
-    summed = unlearned_point(
-        probes.target, made.vectors.forget, retain, forget_scale=alpha, retain_scale=beta
-    )
-    return probes.of_point(f"{alpha},{beta}", summed)
+    return probes.of_point(f"{alpha},{beta}", made.vectors.taken_off(probes.target, alpha, beta))
 
 
 def _epochs(ground: Ground, contestant: Contestant, point: MethodPoint, recipe: Recipe) -> int:

@@ -23,7 +23,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from palinode.errors import DataError, RecipeError
+from palinode.errors import DataError, RecipeError, first_line
 from palinode.records import read_bytes
 
 Row = dict[str, object]
@@ -119,10 +119,9 @@ def _read_hub(hub_name: HubName, location: str) -> list[Row]:
         split = load_dataset(hub_name.name, hub_name.config, revision=hub_name.revision, split=hub_name.split)
         rows: list[Row] = split.to_list()
     except Exception as error:  # the hub's clients raise errors of many libraries
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise DataError(
-            f"{location} is neither a local file nor a hub data set we could load ({reason}); "
-            "check the name, or download it and give the path of the file"
+            f"{location} is neither a local file nor a hub data set we could load "
+            f"({first_line(error):.200}); check the name, or download it and give the path of the file"
         ) from error
     if not rows:
         raise DataError(f"{location} holds no rows")
@@ -266,9 +265,8 @@ def _parquet_rows(content: bytes, name: str) -> list[Row]:
                 raise DataError(f"{name} has {file.metadata.num_rows:,} rows; take {MAX_ROWS:,} at most")
             return _unpacked(file.iter_batches(batch_size=64), name, most=MAX_GROWTH * len(content))
     except (pa.ArrowException, ArithmeticError, OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise DataError(
-            f"{name} begins like Parquet but cannot be read ({reason}); is it cut short?"
+            f"{name} begins like Parquet but cannot be read ({first_line(error):.200}); is it cut short?"
         ) from error
 
 

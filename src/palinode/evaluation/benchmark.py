@@ -10,7 +10,6 @@ reason, never with a default. No torch here.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from typing import cast
 from palinode.data.examples import Example, Message, Question
 from palinode.data.sources import Row, json_type, parse_hub_name, read_rows
 from palinode.data.tokenize import PromptStyle
-from palinode.errors import DataError, RecipeError
+from palinode.errors import DataError, RecipeError, meant
 from palinode.metrics.aggregate import forget_quality
 from palinode.metrics.likelihood import Form
 from palinode.metrics.matching import forget_accuracy, recover_accuracy, retain_accuracy
@@ -508,9 +507,8 @@ class Benchmark:
         known = list(dict.fromkeys(cell.metric for cell in self.cells))
         for name in names:
             if name not in known and name != "every":
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]}? It" if near else "it"
-                raise RecipeError(f"{self.name} has no metric {name!r}; {hint} has {', '.join(known)}")
+                has = f"{self.name} has no metric {name!r}; it has {', '.join(known)}"
+                raise RecipeError(f"{has}{meant(name, known)}")
         return tuple(cell for cell in self.cells if "every" in names or cell.metric in names)
 
 

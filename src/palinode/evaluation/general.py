@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from palinode.errors import InputError
+from palinode.errors import InputError, first_line
 from palinode.metrics.aggregate import ends_of_equals
 from palinode.records import Score
 
@@ -144,8 +144,3 @@ def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of what an error says, or its kind where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -16,9 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from palinode.errors import InputError, RecipeError
+from palinode.errors import InputError, RecipeError, first_line
 from palinode.evaluation.endpoint import EndpointJudge, Patience
-from palinode.evaluation.general import first_line
 from palinode.evaluation.judging import (
     ACCEPTED,
     NONE,
@@ -26,10 +25,10 @@ from palinode.evaluation.judging import (
     DecisionCache,
     Judge,
     Pick,
-    judge_cache_folder,
     plain_text,
 )
 from palinode.metrics.matching import spaced
+from palinode.records import cache_folder
 from palinode.weights.foreign import bounded, check_folder, config_of, from_pretrained
 
 MARGIN = 0.05
@@ -357,7 +356,7 @@ def open_judge(
     if name.startswith(("http://", "https://")):
         if model is None:
             raise InputError("a judge at an address needs the name of a model, such as gpt-4o")
-        decisions = DecisionCache(cache or judge_cache_folder())
+        decisions = DecisionCache(cache or cache_folder("judge"))
         return EndpointJudge(
             name, model, cache=decisions, key_variable=key_variable, at_once=at_once, patience=patience
         )

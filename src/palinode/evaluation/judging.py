@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -23,20 +21,12 @@ from typing import Any, Protocol
 
 from palinode.errors import DataError, OutputError
 from palinode.progress import Listener, NullListener
-from palinode.records import Outcome, Verdict, make_private, read_json
-
-
-def judge_cache_folder() -> Path:
-    """Return the folder of a user's judge decisions: in $PALINODE_CACHE, or in the user's cache folder."""
-    if chosen := os.environ.get("PALINODE_CACHE"):
-        return Path(chosen).expanduser() / "judge"
-    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(shared).expanduser() / "palinode" / "judge"
+from palinode.records import Outcome, Verdict, cache_folder, keep_whole, make_private, read_json
 
 
 def decision_file(key: str) -> Path | None:
     """Return the file of a decision in the user's cache; None where there is none."""
-    path = judge_cache_folder() / key[:2] / f"{key}.json"
+    path = cache_folder("judge") / key[:2] / f"{key}.json"
     return path if re.fullmatch("[0-9a-f]{64}", key) and path.exists() else None
 
 
@@ -73,17 +63,8 @@ class DecisionCache:
 
     def put(self, key: str, picked: tuple[int, ...], *, judge: str) -> None:
         """Keep a decision. A disk that takes no more loses the cache entry, not the decision."""
-        file = self._file(key)
         with suppress(OSError):
-            make_private(file.parent)
-            handle, partial = tempfile.mkstemp(dir=file.parent, prefix=".", suffix=".partial")
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                    json.dump({"picked": list(picked), "judge": judge}, stream)
-                Path(partial).replace(file)
-            except BaseException:
-                Path(partial).unlink(missing_ok=True)
-                raise
+            keep_whole(self._file(key), {"picked": list(picked), "judge": judge})
 
     def _file(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.json"

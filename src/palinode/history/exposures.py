@@ -35,7 +35,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from palinode.errors import DataError
+from palinode.errors import DataError, first_line
 from palinode.history.duplicates import HASH_BYTES, Hashes, as_hashes, row_hash, sort_keys
 from palinode.records import beside, ordinary, read_bytes, read_json, write_json
 
@@ -145,8 +145,7 @@ def open_parquet(path: Path) -> Iterator[Any]:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             yield file
     except (OSError, pa.ArrowException, LookupError, TypeError, ValueError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{path} cannot be read ({reason:.100})") from None
+        raise DataError(f"{path} cannot be read ({first_line(error):.100})") from None
 
 
 def _footer(file: IO[bytes]) -> tuple[bytes, int]:

@@ -14,7 +14,7 @@ from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
-from palinode.errors import CheckpointError, MismatchError, RecipeError
+from palinode.errors import CheckpointError, MismatchError, RecipeError, first_line
 from palinode.records import read_json
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.folders import INDEX, SINGLE
@@ -227,10 +227,9 @@ def _revisions(name: str, pattern: str) -> list[str]:
     try:
         refs = list_repo_refs(name)
     except Exception as error:  # the hub client raises many kinds; each means that we have no list
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"the revisions of {name} could not be listed ({reason}); go online, or name them one by one "
-            f"with commas between them, as in {name}@step1000,{name}@step2000"
+            f"the revisions of {name} could not be listed ({first_line(error)}); go online, or name them "
+            f"one by one with commas between them, as in {name}@step1000,{name}@step2000"
         ) from error
     names = [ref.name for ref in (*refs.branches, *refs.tags) if fnmatch(ref.name, pattern)]
     if not names:

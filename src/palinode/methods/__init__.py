@@ -3,7 +3,7 @@
 from palinode.methods.apply import apply
 from palinode.methods.gradient import GRAD_ASCENT, GRAD_DIFF, IDK_NLL, KL_MIN, RETAIN_FINETUNE
 from palinode.methods.method import Method, MethodSettings
-from palinode.methods.msa import GIVEN, MSA, PAIRED, REWIND, TASK_VECTOR, unlearned_point
+from palinode.methods.msa import GIVEN, MSA, PAIRED, REWIND, TASK_VECTOR
 from palinode.methods.pdu import PDU
 from palinode.methods.preference import ALTPO, DPO, NPO, SIMNPO
 from palinode.methods.rmu import RMU
@@ -37,4 +37,4 @@ METHODS: dict[str, Method] = {
     "whp_logits": WHP_LOGITS,
 }
 
-__all__ = ["METHODS", "Method", "MethodSettings", "apply", "unlearned_point"]
+__all__ = ["METHODS", "Method", "MethodSettings", "apply"]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from palinode.errors import RecipeError
-from palinode.methods.msa import unlearned_point
+from palinode.methods.method import Vectors
 from palinode.settings import ApplySettings
 from palinode.weights import Checkpoint, Crew, Direction, Saved, WeightedSum, save
 from palinode.weights.vectors import is_direction, open_direction
@@ -82,10 +82,9 @@ def formula_of(
     start = None if base is None else _open(base, allow_pickle)
     forget = _direction(forget_model, start, allow_pickle)
     retain = _direction(retain_model, start, allow_pickle) if retain_model and retain_scale else None
-    point = unlearned_point(
-        _open(target, allow_pickle), forget, retain, forget_scale=forget_scale, retain_scale=retain_scale
-    )
-    return point, {"forget": -1.0 * forget} | ({} if retain is None else {"retain": retain})
+    vectors = Vectors(forget, retain)
+    point = vectors.taken_off(_open(target, allow_pickle), forget_scale, retain_scale)
+    return point, vectors.along(retain_scale)
 
 
 def _open(model: Model, allow_pickle: bool) -> Checkpoint:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from palinode.data.examples import Example
 from palinode.errors import DataError
 from palinode.records import read_bytes
-from palinode.weights.checkpoint import Checkpoint, Direction, Point
+from palinode.weights.checkpoint import Checkpoint, Direction, Point, WeightedSum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,11 +109,21 @@ class MethodRun:
 
 @dataclass(frozen=True, slots=True)
 class Vectors:
-    """Directions whose scales are still open: θ_D − α·forget + β·retain."""
+    """Directions whose scales are still open, each perhaps the difference of any two points."""
 
     forget: Direction
     retain: Direction | None
     """None where β is 0 for good."""
+
+    def taken_off(self, target: Point, alpha: float, beta: float) -> WeightedSum:
+        """Return θ_D − α·forget + β·retain as a formula; where β is 0 the retain vector takes no part."""
+        point = target - alpha * self.forget
+        return point if self.retain is None or not beta else point + beta * self.retain
+
+    def along(self, beta: float) -> dict[str, Direction]:
+        """Return the directions that the dose of such a point is measured along."""
+        retain = {} if self.retain is None or not beta else {"retain": self.retain}
+        return {"forget": -1.0 * self.forget} | retain
 
 
 @dataclass(frozen=True, slots=True)

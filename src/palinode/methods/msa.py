@@ -45,27 +45,9 @@ from palinode.methods.method import (
     gather,
     plain_material,
 )
-from palinode.weights.checkpoint import Direction, Point, WeightedSum
 
 if TYPE_CHECKING:
     from palinode.training.objectives import Objective
-
-
-def unlearned_point(
-    target: Point,
-    forget_vector: Direction,
-    retain_vector: Direction | None,
-    *,
-    forget_scale: float,
-    retain_scale: float,
-) -> WeightedSum:
-    """Return θ_D − α·forget + β·retain as a formula; nothing is read.
-
-    `forget_scale` is the paper's α, `retain_scale` its β. A vector may be the difference of any two
-    points. Without a retain vector, or with β = 0, θ_2 does not take part.
-    """
-    point = target - forget_scale * forget_vector
-    return point if retain_vector is None else point + retain_scale * retain_vector
 
 
 class VectorSettings(MethodSettings):

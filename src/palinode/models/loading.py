@@ -32,7 +32,7 @@ from transformers import (
 from transformers.models.auto.auto_factory import _get_model_class
 
 from palinode.data.tokenize import TokenRow, recognise
-from palinode.errors import CheckpointError, DataError, InputError, unwritable
+from palinode.errors import CheckpointError, DataError, InputError, first_line, unwritable
 from palinode.records import read_bytes
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.fingerprints import unchanged
@@ -58,9 +58,7 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
         torch.ones(1, device=device).item()  # there, and able to compute
     except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"there is no device {name!r} here ({str(error).splitlines()[0]}); use cpu or auto"
-        ) from None
+        raise InputError(f"there is no device {name!r} here ({first_line(error)}); use cpu or auto") from None
     return device
 
 
@@ -322,10 +320,9 @@ def check_known(
 
 def _reason(error: Exception) -> str:
     """Return why transformers could not build a model, in one line."""
-    text = str(error).strip()
-    if "ignore_mismatched_sizes" in text:
+    if "ignore_mismatched_sizes" in str(error):
         return "its weights have other shapes than its config asks for"
-    return shown(text.splitlines()[0]) if text else type(error).__name__
+    return shown(first_line(error))
 
 
 def _require_all_weights(checkpoint: Checkpoint, info: dict[str, Any]) -> None:

@@ -18,7 +18,6 @@ from palinode.data.examples import Example, Message, read_examples
 from palinode.data.sources import Form
 from palinode.data.tokenize import PromptStyle, end_id, prompt_ids
 from palinode.errors import InputError, PalinodeError, RecipeError
-from palinode.methods import unlearned_point
 from palinode.methods.method import Vectors
 from palinode.models.generation import stream_answer
 from palinode.models.inplace import put
@@ -102,16 +101,9 @@ class Chat:
             raise InputError(f"the scales are fixed: {self.fixed}")
         if retain and self.vectors.retain is None:
             raise InputError("the run made no retain vector, because its β was 0; leave β at 0")
-        point = unlearned_point(
-            self.target,
-            self.vectors.forget,
-            self.vectors.retain,
-            forget_scale=forget,
-            retain_scale=retain,
-        )
         output = self.record["recipe"]["output"]
         put(
-            point,
+            self.vectors.taken_off(self.target, forget, retain),
             self.speakers[0].model,
             dtype=output.get("dtype"),
             rounding=output.get("rounding", "auto"),

@@ -27,7 +27,7 @@ from pydantic import ValidationError
 
 from palinode.data.examples import Example, read_examples, reading_notes, shared_rows
 from palinode.data.tokenize import prompt_notes, tokenize
-from palinode.errors import CheckpointError, MismatchError, PalinodeError
+from palinode.errors import CheckpointError, MismatchError, PalinodeError, first_line
 from palinode.evaluation.self_check import UNKNOWN, rows_with_style
 from palinode.methods import METHODS
 from palinode.methods.method import read_refusals
@@ -335,10 +335,8 @@ class _Examination:
         try:
             found = HfApi().model_info(repository, revision=commit, files_metadata=True, timeout=10)
         except Exception as error:  # no such model, a closed one, no network
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            text = (
-                f"there is no folder {location}, nothing in the hub's cache, and the hub is silent ({reason})"
-            )
+            text = f"there is no folder {location}, nothing in the hub's cache, and the hub is silent"
+            text += f" ({first_line(error)})"
             self.say("models", name, "fail", text, "check the name, go online, or name a folder")
             return False
         files = found.siblings or ()

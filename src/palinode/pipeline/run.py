@@ -21,7 +21,7 @@ from typing import Any
 from palinode.data.examples import Example, Question, fingerprint_examples
 from palinode.errors import CheckpointError, InputError, PalinodeError, RecipeError, unwritable
 from palinode.evaluation.ask import ask
-from palinode.methods import METHODS, unlearned_point
+from palinode.methods import METHODS
 from palinode.methods.method import Ends, Vectors
 from palinode.methods.transforms import LeastSquaresSettings, check_transforms
 from palinode.models.loading import load_model, load_tokenizer, pick_device, tokenizer_fingerprint
@@ -338,16 +338,13 @@ class Making(FineTuning):
         self, target: Checkpoint, trained: Trained, chosen: ChosenScales, step: Step
     ) -> dict[str, Any]:
         """Add the vectors up and write the model; return its dose and the geometry of the vectors."""
-        vectors, forget = trained.vectors, trained.vectors.forget
-        retain = vectors.retain if chosen.retain else None
+        vectors = taken = trained.vectors
         if chosen.groups:
-            forget = scaled_vector(forget, chosen.groups, step.folder / "vector")
+            forget = scaled_vector(vectors.forget, chosen.groups, step.folder / "vector")
+            taken = replace(vectors, forget=forget)
         scales = {"forget": chosen.forget, "retain": chosen.retain}
-        point = unlearned_point(
-            target, forget, retain, forget_scale=chosen.forget, retain_scale=chosen.retain
-        )
-        along = {"forget": -1.0 * forget} | ({"retain": retain} if retain is not None else {})
-        dose = self._write(point, target, along, scales, step)
+        point = taken.taken_off(target, chosen.forget, chosen.retain)
+        dose = self._write(point, target, taken.along(chosen.retain), scales, step)
         with self.listener.task("measuring the vectors", target.parameters, "weights") as advance:
             geometry = geometry_facts(vectors.forget, vectors.retain, on_progress=advance)
         told = {"transforms": list(trained.transforms)} if trained.transforms else {}

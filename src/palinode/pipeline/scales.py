@@ -21,7 +21,6 @@ from palinode.data.examples import Example
 from palinode.data.tokenize import TokenRow, tokenize
 from palinode.data.world import neutral_examples
 from palinode.evaluation.yardstick import UNFILTERED, Unseen, Yardstick, estimate_yardstick
-from palinode.methods import unlearned_point
 from palinode.methods.method import Vectors
 from palinode.models.inplace import put
 from palinode.models.likelihoods import score_rows
@@ -256,10 +255,7 @@ class Trials:
         return TriedScales(alpha, beta, Behaviour.of(found), self.goal, own, centre.filter)
 
     def _point(self, alpha: float, beta: float) -> Point:
-        vectors = self.vectors
-        return unlearned_point(
-            self.probes.target, vectors.forget, vectors.retain, forget_scale=alpha, retain_scale=beta
-        )
+        return self.vectors.taken_off(self.probes.target, alpha, beta)
 
 
 def _few(count: int) -> list[int]:

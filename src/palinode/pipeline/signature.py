@@ -19,8 +19,8 @@ from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any
 
-from palinode.errors import InputError, OutputError, unwritable
-from palinode.records import MAX_JSON, read_bytes
+from palinode.errors import InputError, OutputError, first_line, unwritable
+from palinode.records import MAX_JSON, private, read_bytes, write_text
 
 SIGNATURE = "model.sig"
 """Name of the signature in its folder, which it does not cover."""
@@ -30,6 +30,7 @@ STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 IN_TOTO = "application/vnd.in-toto+json"
 MAX_KEY = 100_000
 HOW_TO_INSTALL = "pip install 'palinode[sign]'"
+ONLINE = f"it takes a network and {HOW_TO_INSTALL}, or a key (--key, --public-key)"
 NEEDED = "it takes an ECDSA key on P-256, P-384 or P-521, as palinode sign --new-key makes one"
 
 
@@ -55,15 +56,25 @@ class FolderSignature:
         return True
 
     def denied(self, identity: str, issuer: str | None) -> str | None:
-        """Return why Sigstore does not vouch that this identity signed; None where it does."""
-        try:
-            from sigstore.models import Bundle
-            from sigstore.verify import Verifier, policy
+        """Return why Sigstore does not vouch that this identity signed; None where it does.
 
-            wanted = policy.Identity(identity=identity, issuer=issuer)
-            found = Verifier.production().verify_dsse(Bundle.from_json(self.text), wanted)
-        except Exception as error:  # the library's own, and those of the network
-            return _first_line(error)
+        Raises InputError where it cannot be asked.
+        """
+        if self.key:
+            return "a key was used, which is nobody's identity"
+        try:
+            from sigstore import verify
+            from sigstore.errors import VerificationError
+            from sigstore.models import Bundle, InvalidBundle
+
+            wanted = verify.policy.Identity(identity=identity, issuer=issuer)
+            asked = verify.Verifier.production()
+            try:
+                found = asked.verify_dsse(Bundle.from_json(self.text), wanted)
+            except (VerificationError, InvalidBundle) as error:
+                return first_line(error)
+        except Exception as error:  # those of the network
+            raise InputError(f"Sigstore cannot be asked ({first_line(error)}); {ONLINE}") from error
         return None if found == (IN_TOTO, self.payload) else "it covers something else"
 
 
@@ -79,8 +90,8 @@ def read_signature(path: Path) -> FolderSignature:
         )
         files = {one["name"]: one["digest"] for one in json.loads(payload)["predicate"]["resources"]}
         return FolderSignature(text, payload, signature, named and named["hint"], files)
-    except (LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"a part is missing: {error}") from None
+    except (LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"a part is missing, or is none: {error}") from None
 
 
 def payload_of(name: str, files: Mapping[str, str]) -> bytes:
@@ -132,10 +143,7 @@ def sign_with_sigstore(payload: bytes, identity: str, issuer: str | None) -> str
         with SigningContext.from_trust_config(trust).signer(token) as signer:
             text: str = signer.sign_dsse(Statement(payload)).to_json()
     except Exception as error:  # the library's own, and those of the network
-        raise InputError(
-            f"Sigstore did not sign ({_first_line(error)}); it takes a network and {HOW_TO_INSTALL}, or "
-            "sign with --key"
-        ) from error
+        raise InputError(f"Sigstore did not sign ({first_line(error)}); {ONLINE}") from error
     return text
 
 
@@ -150,15 +158,15 @@ def new_key(path: Path, password: str | None = None) -> tuple[Path, str]:
     parts, public, password = _cryptography(), Path(f"{path}.pub"), password or os.environ.get(PASSWORD)
     key, form = parts.ec.generate_private_key(parts.ec.SECP256R1()), parts.serialization
     locked = form.BestAvailableEncryption(password.encode()) if password else form.NoEncryption()
-    private = key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, locked)
+    secret = key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, locked)
     for place in filter(os.path.lexists, (path, public)):
         raise OutputError(f"{place} is there already, and no key is overwritten; name another file")
-    for place, text, mode in ((path, private, 0o600), (public, _pem(key.public_key()), 0o644)):
-        try:
-            with os.fdopen(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-                file.write(text)
-        except OSError as error:
-            raise unwritable(place, error) from error
+    try:
+        with private():
+            write_text(path, secret.decode())
+        write_text(public, _pem(key.public_key()).decode())
+    except OSError as error:
+        raise unwritable(path, error) from error
     return public, _fingerprint(key.public_key())
 
 
@@ -174,36 +182,30 @@ def is_encrypted(key: Path) -> bool:
 
 def open_key(path: Path, password: str | None = None) -> Any:
     """Return the private key in a file; raises InputError that says what is wrong with it."""
-    parts, text, password = _cryptography(), _key_text(path), password or os.environ.get(PASSWORD)
-    locked = is_encrypted(path)
+    form, text, locked = _cryptography().serialization, _key_text(path), is_encrypted(path)
+    password = password or os.environ.get(PASSWORD)
     if locked and not password:
         raise InputError(f"the key {path} is encrypted; put its password into the variable {PASSWORD}")
     try:
-        key = parts.serialization.load_pem_private_key(
-            text, password.encode() if locked and password else None
-        )
+        return _usable(form.load_pem_private_key(text, password.encode() if locked and password else None))
     except Exception as error:  # it tells of wrong passwords, damage and odd kinds by many classes
-        if locked:
-            raise InputError(
-                f"the password does not open the key {path}; give the one that it has"
-            ) from error
-        raise InputError(f"{path} is no private key that can be read; {NEEDED}") from error
-    return _usable(path, key)
+        wrong = "is not opened by this password, or" if locked else "is"
+        raise InputError(f"{path} {wrong} no private key that can be used; {NEEDED}") from error
 
 
 def _public_key(path: Path) -> Any:
-    parts, text = _cryptography(), _key_text(path)
+    form, text = _cryptography().serialization, _key_text(path)
     if b"PRIVATE KEY" in text:
         raise InputError(f"{path} is a private key, which nobody should be shown; name the public one")
     try:
-        return _usable(path, parts.serialization.load_pem_public_key(text))
-    except ValueError as error:
-        raise InputError(f"{path} is no public key that can be read; {NEEDED}") from error
+        return _usable(form.load_pem_public_key(text))
+    except Exception as error:
+        raise InputError(f"{path} is no public key that can be used; {NEEDED}") from error
 
 
-def _usable(path: Path, key: Any) -> Any:
-    if getattr(getattr(key, "curve", None), "name", None) not in ("secp256r1", "secp384r1", "secp521r1"):
-        raise InputError(f"{path} is a key of another kind; {NEEDED}")
+def _usable(key: Any) -> Any:
+    if key.curve.name not in ("secp256r1", "secp384r1", "secp521r1"):
+        raise ValueError("another curve")
     return key
 
 
@@ -211,7 +213,7 @@ def _key_text(path: Path) -> bytes:
     try:
         return read_bytes(path, limit=MAX_KEY)
     except OSError as error:
-        raise InputError(f"the key {path} cannot be read ({error.strerror}); name a file of yours") from None
+        raise InputError(f"the key {path} cannot be read ({error.strerror}); name its file") from None
 
 
 def _hash_for(key: Any) -> Any:
@@ -232,10 +234,6 @@ def _fingerprint(public: Any) -> str:
 def _envelope(payload: bytes) -> bytes:
     """Return the bytes that are signed: DSSE's encoding of a payload and its type."""
     return b"DSSEv1 %d %s %d %s" % (len(IN_TOTO), IN_TOTO.encode(), len(payload), payload)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _cryptography() -> Any:

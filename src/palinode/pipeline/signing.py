@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,7 +35,7 @@ from palinode.pipeline.signature import (
     sign_with_sigstore,
 )
 from palinode.progress import Listener, NullListener, plain
-from palinode.records import OTHERS, fitting, read_bytes, read_json, write_text
+from palinode.records import OTHERS, fitting, private, read_bytes, read_json, write_text
 from palinode.report.words import at
 from palinode.weights import Checkpoint
 from palinode.weights.fingerprints import fingerprint
@@ -90,12 +89,12 @@ class SignatureCheck:
 
 
 def sign_folder(
-    folder: Path,
-    key: Path | None = None,
+    folder: str | Path,
+    key: str | Path | None = None,
     *,
     identity: str | None = None,
     issuer: str | None = None,
-    salt: Path | None = None,
+    salt: str | Path | None = None,
     password: str | None = None,
     listener: Listener | None = None,
 ) -> Signed:
@@ -104,19 +103,20 @@ def sign_folder(
     `key` is the file of a private key; without one Sigstore signs as `identity`, which takes a network. The
     salt is made beside the folder unless one is named. Raises InputError for a folder that is not whole.
     """
-    listener, record, home = listener or NullListener(), read_record(folder), folder.resolve()
+    folder, key, listener = Path(folder), Path(key) if key else None, listener or NullListener()
+    record, home = read_record(folder), folder.resolve()
     if (key is None) == (identity is None):
-        raise InputError("a folder is signed with a key or as an identity; name --key or --identity")
-    private = open_key(key, password) if key else None
+        raise InputError("a folder is signed with a key or as an identity; name --key, or --identity")
+    own_key = open_key(key, password) if key else None
     check_whole(folder, record, listener)
-    place = salt or home.with_name(fitting(home.name, ".salt"))
+    place = Path(salt) if salt else home.with_name(fitting(home.name, ".salt"))
     rows = str(at(record, "data", "forget", "fingerprint"))
     committed = commitment(read_salt(place, home, make=salt is None), rows)
     statement = statement_of(folder, record, committed)
     text = json.dumps(statement, indent=2, ensure_ascii=False) + "\n"
     files = {**file_digests(folder, listener, links=False), STATEMENT: sha256(text.encode())}
     payload = payload_of(home.name, files)
-    signature = sign_with_key(payload, private) if key else sign_with_sigstore(payload, str(identity), issuer)
+    signature = sign_with_key(payload, own_key) if key else sign_with_sigstore(payload, str(identity), issuer)
     try:
         write_text(folder / STATEMENT, text)
         write_text(folder / SIGNATURE, signature)
@@ -129,12 +129,12 @@ def sign_folder(
 
 
 def check_signature(
-    folder: Path,
-    public_key: Path | None = None,
+    folder: str | Path,
+    public_key: str | Path | None = None,
     *,
     identity: str | None = None,
     issuer: str | None = None,
-    salt: Path | None = None,
+    salt: str | Path | None = None,
     forget: str | Path | None = None,
     listener: Listener | None = None,
 ) -> SignatureCheck | None:
@@ -147,6 +147,7 @@ def check_signature(
         raise InputError("the commitment to the rows is opened by --salt and --forget together; name both")
     if public_key is not None and identity is not None:
         raise InputError("a folder is signed with a key or as an identity; name one of them")
+    folder, public_key = Path(folder), Path(public_key) if public_key else None
     known = key_fingerprint(public_key) if public_key else None
     found, signature = SignatureCheck(folder), None
     if not any((public_key, identity, salt, (folder / SIGNATURE).exists(), (folder / STATEMENT).exists())):
@@ -170,25 +171,26 @@ def check_signature(
         else:
             found.unchecked.append("who signed (--public-key FILE, or --identity WHO and --issuer URL)")
         found.signer = f"the key {signature.key}" if signature.key else identity if found.trusted else None
-    _compare_statement(found, salt, forget)
+    if signature is not None or (folder / STATEMENT).exists():
+        _compare_statement(found, Path(salt) if salt else None, forget)
     return found
 
 
 def file_digests(folder: Path, listener: Listener, *, links: bool = True) -> dict[str, str]:
     """Return the SHA-256 of every file in a folder but its signature, by path.
 
-    Raises CheckpointError for a file that cannot be read, and for a link where none may be.
+    What is no file has an empty digest. Raises CheckpointError for one that cannot be read, and without
+    `links` for a link.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    found, paths = {}, [path for path in paths if path != folder / SIGNATURE]
-    for path in paths:
-        if not path.is_file() or (path.is_symlink() and not links):
-            raise CheckpointError(
-                f"{path} is a link, a pipe or a device, and no file that could be signed; put a file there"
-            )
-    total = sum(path.stat().st_size for path in paths)
-    with listener.task("hashing files", total, "bytes") as advance:
-        for path in paths:
+    paths = [path for path in paths if path != folder / SIGNATURE]
+    odd = [path for path in paths if path.is_symlink() or not path.is_file()]
+    if odd and not links:
+        raise CheckpointError(f"{odd[0]} is a link or a device, which cannot be signed; put a file there")
+    found = {path.relative_to(folder).as_posix(): "" for path in paths}
+    files = [path for path in paths if path.is_file()]
+    with listener.task("hashing files", sum(path.stat().st_size for path in files), "bytes") as advance:
+        for path in files:
             try:
                 with path.open("rb") as stream:
                     digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -205,13 +207,9 @@ def check_whole(folder: Path, record: Mapping[str, Any], listener: Listener) -> 
     with listener.task("verifying", checkpoint.nbytes, "bytes") as advance:
         found = check_manifest(folder, on_progress=advance)
     if not found.ok:
-        raise CheckpointError(
-            f"{folder} is not what was written; palinode verify says what changed, and nobody should sign it"
-        )
+        raise CheckpointError(f"{folder} is not what was written; palinode verify says what changed")
     if fingerprint(checkpoint, manifest.tensors) != at(record, "models", "unlearned", "fingerprint"):
-        raise MismatchError(
-            f"{folder} holds another model than its record.json tells of; put the right one there"
-        )
+        raise MismatchError(f"{folder} is not the model that its record.json tells of; put that one there")
     if names := stale(folder):
         raise MismatchError(
             f"{', '.join(names)} in {folder} tell another verdict than record and audit; palinode report "
@@ -259,24 +257,22 @@ def _compare_statement(found: SignatureCheck, salt: Path | None, forget: str | P
         found.faults.append(
             f"{STATEMENT} is of another model ({model}) than record.json ({parts['models']['unlearned']})"
         )
-    elif stated["verdict"] != parts["verdict"]:
+    elif stated.get("verdict") != parts["verdict"]:
         found.faults.append(
             f"{STATEMENT} tells the verdict {verdict!r}, and record.json {parts['verdict']['sentence']!r}"
         )
     else:
         other = [name for name in parts if stated.get(name) != parts[name]]
-        other += ["digests"] if said["subject"] != now["subject"] else []
+        other += ["digests"] if said.get("subject") != now["subject"] else []
         found.tell(
             not other,
             f"{STATEMENT} tells what record and audit tell: {verdict}",
             f"{STATEMENT} tells otherwise than the folder of {', '.join(other)}",
         )
     if salt is None or forget is None:
-        found.unchecked.append(
-            "which rows were to be forgotten (--salt and --forget, where the owner shows them)"
-        )
+        found.unchecked.append("which rows were to be forgotten (--salt, --forget: the owner has them)")
         return
-    rows = read_examples(str(forget), columns=record["recipe"]["data"].get("columns") or {})
+    rows = read_examples(str(forget), columns=at(record, "recipe", "data", "columns") or {})
     opened = commitment(read_salt(salt, found.folder), fingerprint_examples(rows))
     found.tell(
         hmac.compare_digest(opened, committed),
@@ -296,17 +292,13 @@ def read_salt(place: Path, folder: Path, *, make: bool = False) -> bytes:
         raise InputError(f"the salt {place} lies in the folder that is handed over; keep it elsewhere")
     try:
         if make and not place.exists():
-            with os.fdopen(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(secrets.token_hex(32) + "\n")
+            with private():
+                write_text(place, secrets.token_hex(32) + "\n")
         salt = read_bytes(place).strip()
     except OSError as error:
-        raise InputError(
-            f"the salt {place} cannot be used ({error.strerror}); name a file with --salt"
-        ) from None
+        raise InputError(f"the salt {place} cannot be used ({error.strerror}); name its file") from None
     if len(salt) < FEWEST_BYTES:
-        raise DataError(
-            f"the salt in {place} has {len(salt)} bytes and could be guessed; take {FEWEST_BYTES}"
-        )
+        raise DataError(f"the salt {place} has {len(salt)} bytes and can be guessed; take {FEWEST_BYTES}")
     return salt
 
 

@@ -6,7 +6,6 @@ wraps a listener in one that passes them on to the trackers that were named.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import math
@@ -15,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from palinode.errors import RecipeError
+from palinode.errors import RecipeError, first_line, meant
 from palinode.progress import Advance, Figures, Listener, record
 from palinode.records import dotted
 
@@ -46,9 +45,8 @@ def check_trackers(names: str | None) -> tuple[str, ...]:
     wanted = tuple(dict.fromkeys(name.strip() for name in (names or "").split(",") if name.strip()))
     for name in wanted:
         if name not in known_trackers():
-            near = difflib.get_close_matches(name, known_trackers(), n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known_trackers())}"
-            raise RecipeError(f"there is no tracker {name!r}; {hint}")
+            there = f"there is no tracker {name!r}; there are {', '.join(known_trackers())}"
+            raise RecipeError(f"{there}{meant(name, known_trackers())}")
         if not is_installed(name):
             raise RecipeError(
                 f"the tracker {name} needs a library that is not installed; pip install {PACKAGES[name][0]}, "
@@ -141,7 +139,7 @@ class Tracking:
                 act(tracker)
             except Exception as error:  # each library has its own; none is worth a training run
                 self.trackers.remove(tracker)
-                self.listener.say(f"Nothing more is tracked with {tracker.name}: {_reason(error)}")
+                self.listener.say(f"Nothing more is tracked with {tracker.name}: {first_line(error)}")
 
 
 def _start(name: str, folder: Path, run: str, settings: Mapping[str, Any]) -> GeneralTracker:
@@ -156,7 +154,7 @@ def _start(name: str, folder: Path, run: str, settings: Mapping[str, Any]) -> Ge
         tracker.store_init_configuration(dict(settings))
     except Exception as error:  # not logged in, no server, a version that does not fit: each has its own kind
         raise RecipeError(
-            f"the tracker {name} cannot be started ({_reason(error)}); set it up as its own pages say, or "
+            f"the tracker {name} cannot be started ({first_line(error)}); set it up as its own pages say, or "
             "leave it out"
         ) from error
     return tracker
@@ -196,8 +194,3 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
         elif not isinstance(value, Mapping):
             flat[name] = ", ".join(map(str, value)) if isinstance(value, Sequence) else str(value or "")
     return flat
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

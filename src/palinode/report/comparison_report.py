@@ -323,8 +323,14 @@ SIDES = ("forget", "retain")
 
 def axis_brief(content: Figures) -> list[Block]:
     """Return what the terminal shows: forget and retain figures at every value, and what to know of them."""
+
+    def pair(found: Figures | None) -> str:
+        return " / ".join(number(found[side]["value"] if found else None) for side in SIDES)
+
+    fixed, contestants = _along(content)
+    rows = [[model_label(name), *map(pair, found)] for name, found in [*fixed.items(), *contestants.items()]]
     told = Paragraph(f"Forget / retain at each value of {content['key']}:")
-    grid = Grid(content["title"], _axis_head(content), _axis_rows(content))
+    grid = Grid(content["title"], ["model", *(str(entry["value"]) for entry in content["values"])], rows)
     return [told, grid, Items(axis_sentences(content))]
 
 
@@ -373,34 +379,14 @@ def axis_markdown(content: Figures) -> str:
     return markdown(content["title"], sections)
 
 
-def axis_models(content: Figures) -> tuple[list[str], list[str]]:
-    """Return the names of the models that contestants are compared with, and of the contestants."""
+def _along(content: Figures) -> tuple[dict[str, list[Figures | None]], dict[str, list[Figures | None]]]:
+    """Return by name what each value has of the models to compare with, and of the contestants."""
     values = content["values"]
-    fixed = [name for name in REFERENCE_MODELS if any(name in entry["models"] for entry in values)]
-    return fixed, list(dict.fromkeys(one["name"] for entry in values for one in entry["contestants"]))
-
-
-def axis_entry(entry: Figures, name: str) -> Figures | None:
-    """Return what a value of the axis has of a model or a contestant."""
-    found: Figures | None = next((one for one in entry["contestants"] if one["name"] == name), None)
-    return found or entry["models"].get(name)
-
-
-def _axis_head(content: Figures) -> list[str]:
-    return ["model", *(str(entry["value"]) for entry in content["values"])]
-
-
-def _axis_rows(content: Figures) -> list[list[str]]:
-    """Return a row a model: its name, and forget / retain at every value."""
-
-    def pair(found: Figures | None) -> str:
-        return " / ".join(number(found[side]["value"] if found else None) for side in SIDES)
-
-    fixed, contestants = axis_models(content)
-    return [
-        [model_label(name), *(pair(axis_entry(entry, name)) for entry in content["values"])]
-        for name in (*fixed, *contestants)
-    ]
+    models = {name: [entry["models"].get(name) for entry in values] for name in REFERENCE_MODELS}
+    there = [{one["name"]: one for one in entry["contestants"]} for entry in values]
+    names = dict.fromkeys(name for found in there for name in found)
+    fixed = {name: found for name, found in models.items() if any(found)}
+    return fixed, {name: [found.get(name) for found in there] for name in names}
 
 
 def axis_picture(content: Figures) -> str:
@@ -414,13 +400,13 @@ def axis_picture(content: Figures) -> str:
         "retain": "higher is more kept",
     }
     ticks = {float(place): str(entry["value"]) for place, entry in enumerate(content["values"])}
-    fixed, contestants = axis_models(content)
+    fixed, contestants = _along(content)
     panels = []
     for side in SIDES:
-        traces = [_axis_reference(content, name, side) for name in fixed]
+        traces = [_axis_reference(name, found, side) for name, found in fixed.items()]
         traces += [
-            _axis_contestant(content, name, side, place, (place + 0.5) / len(contestants) - 0.5)
-            for place, name in enumerate(contestants)
+            _axis_contestant(content, name, found, side, place, len(contestants))
+            for place, (name, found) in enumerate(contestants.items())
         ]
         across = Ruler(content["key"] if side == SIDES[-1] else "", ticks, (-0.5, len(ticks) - 0.5))
         name = f"{words(content['metric'])} on the {side} set: {aims[side]}"
@@ -428,9 +414,8 @@ def axis_picture(content: Figures) -> str:
     return picture_file(content["title"], panels)
 
 
-def _axis_reference(content: Figures, name: str, side: str) -> Trace:
+def _axis_reference(name: str, found: Sequence[Figures | None], side: str) -> Trace:
     """Return a dashed line from edge to edge, so that one value is a line too."""
-    found = [axis_entry(entry, name) for entry in content["values"]]
     known = [Mark(place, one[side]["value"]) for place, one in enumerate(found) if one]
     ends = [replace(known[0], x=known[0].x - 0.5), *known, replace(known[-1], x=known[-1].x + 0.5)]
     looks = {"target": ("--ink", "dash"), "base": ("--other", "dot"), "retrained": ("--ink", "dashdot")}
@@ -438,16 +423,18 @@ def _axis_reference(content: Figures, name: str, side: str) -> Trace:
     return Trace(model_label(name), ends, colour, dash=dash)
 
 
-def _axis_contestant(content: Figures, name: str, side: str, place: int, shift: float) -> Trace:
-    """Return a contestant's line; `shift` from -0.5 to 0.5 keeps intervals apart."""
-    (colour, symbol), marks = look(place), []
-    for step, entry in enumerate(content["values"]):
-        one = axis_entry(entry, name)
+def _axis_contestant(
+    content: Figures, name: str, found: Sequence[Figures | None], side: str, place: int, count: int
+) -> Trace:
+    """Return a contestant's line; its place among so many keeps the intervals apart."""
+    (colour, symbol), marks = look(place), list[Mark]()
+    shift = 0.2 * ((place + 0.5) / count - 0.5)
+    for step, (entry, one) in enumerate(zip(content["values"], found, strict=True)):
         if one and one[side]["value"] is not None:
             score, kept = one[side], one["kept_rule"]
             said = [f"{name} at {entry['value']}", f"{number(score['value'])} {bracketed(score)}".strip()]
             said += [] if kept else ["no point kept the rule"]
             shown = symbol if kept else f"{symbol}-open"
-            x, up = step + 0.2 * shift, interval(score)
+            x, up = step + shift, interval(score)
             marks.append(Mark(x, score["value"], said, up=up, symbol=shown))
     return Trace(name, marks, colour, symbol, dash="solid")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import blake3
 
 from palinode.errors import CheckpointError
-from palinode.records import make_private
+from palinode.records import cache_folder, keep_whole
 from palinode.weights.tensors import BLOCK, TensorInfo, by_file, map_blocks, read_header
 
 HASH_BLOCK = BLOCK
@@ -182,17 +181,6 @@ def remember(checkpoint: OnDisk, digests: Mapping[str, str]) -> None:
             _store(file, _stamp(file), infos, digests)
 
 
-def cache_folder() -> Path:
-    """Return the folder of remembered digests: in $PALINODE_CACHE, or in the user's cache folder.
-
-    Raises RuntimeError when there is no home folder.
-    """
-    if chosen := os.environ.get("PALINODE_CACHE"):
-        return Path(chosen).expanduser() / "digests"
-    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(shared).expanduser() / "palinode" / "digests"
-
-
 def check_files(checkpoints: Iterable[OnDisk]) -> None:
     """Raise CheckpointError when a weight file is not what it was when its checkpoint was opened."""
     for checkpoint in checkpoints:
@@ -277,7 +265,7 @@ def _stamp(file: Path) -> Stamp:
 def _entry_path(file: Path) -> Path:
     """Return the place in the cache that belongs to a weight file, links followed."""
     name = blake3.blake3(os.fsencode(file.resolve())).hexdigest()[:32]
-    return cache_folder() / f"{name}.json"
+    return cache_folder("digests") / f"{name}.json"
 
 
 def remembered(files: Iterable[Path]) -> list[Path]:
@@ -305,15 +293,7 @@ def _store(file: Path, stamp: Stamp, infos: Iterable[TensorInfo], digests: Mappi
     tensors = {info.name: [digests[info.name], *_place(info)] for info in infos if _is_plain(info)}
     entry = {"version": CACHE_VERSION, "file": str(file), "stamp": stamp, "tensors": tensors}
     with suppress(OSError, RuntimeError):
-        place = _entry_path(file)
-        make_private(place.parent)
-        handle, partial = tempfile.mkstemp(dir=place.parent, suffix=".partial")
-        try:
-            os.close(handle)
-            Path(partial).write_text(json.dumps(entry), encoding="utf-8")
-            Path(partial).replace(place)
-        except OSError:
-            Path(partial).unlink(missing_ok=True)
+        keep_whole(_entry_path(file), entry)
 
 
 def _place(info: TensorInfo) -> list[Any]:

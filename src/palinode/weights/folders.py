@@ -30,7 +30,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from palinode.errors import CheckpointError
+from palinode.errors import CheckpointError, first_line
 from palinode.weights.fingerprints import fingerprint
 from palinode.weights.foreign import Model, check_folder, inside, read_gguf
 from palinode.weights.formats.pickled import METADATA, read_distributed, read_pickled, read_pickled_part
@@ -564,9 +564,8 @@ def _download(location: str, patterns: Sequence[str]) -> Path:
     try:
         found = snapshot_download(name, revision=revision or None, allow_patterns=list(patterns))
     except Exception as error:  # the hub client raises many kinds; each means that we have no model
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{location} is no local folder, and the model hub could not give it ({reason}); "
+            f"{location} is no local folder, and the model hub could not give it ({first_line(error)}); "
             "check the name, or go online, or name a folder"
         ) from error
     return Path(found).resolve()

@@ -28,7 +28,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
-from palinode.errors import CheckpointError, broke_down, unwritable
+from palinode.errors import CheckpointError, broke_down, first_line, unwritable
 from palinode.weights.tensors import MAX_JSON, Files, HeldTensor, TensorInfo, read_json, shown, whole
 
 MAX_CONFIG = 10_000_000
@@ -318,8 +318,9 @@ def read_gguf(file: Path) -> Model:
     except CheckpointError:
         raise
     except Exception as error:  # both libraries raise many kinds here; each means that there is no model
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{file} cannot be read as a GGUF model ({shown(reason)})") from error
+        raise CheckpointError(
+            f"{file} cannot be read as a GGUF model ({shown(first_line(error))})"
+        ) from error
     gigabytes = sum(info.nbytes for info in tensors.values()) / 1e9
     return tensors, [_note(file, kinds, gigabytes)], config
 

@@ -316,16 +316,16 @@ def influence(
         series = open_series(checkpoints, steps=settings.steps, allow_pickle=settings.allow_pickle)
     if series is None and (settings.log or settings.order):
         raise RecipeError("a log or an order says when rows were seen; name --checkpoints of that training")
-    if recipe is not None and run is not None:
-        raise RecipeError("influence takes the folder of a finished run, or a recipe: one of the two")
-    if recipe is not None:
+    if recipe is not None and run is None:
         opened = open_recipe(recipe, listener, settings.alpha)
-    elif run is not None:
+    elif run is not None and recipe is None:
         opened = open_run(Path(run), listener)
     elif series is not None and rows and workspace:
         opened = open_ladder(series, rows, workspace, settings.style or PromptStyle(), listener)
     else:
-        raise RecipeError("name a finished run, or a recipe, or --checkpoints with --rows and --workspace")
+        raise RecipeError(
+            "name a finished run, or a recipe (one of the two), or --checkpoints with --rows and --workspace"
+        )
     with opened as asker:
         return trace(asker, questions, settings, listener, rows=rows, series=series)
 

@@ -118,7 +118,7 @@ def test_an_index_goes_on_where_it_was_interrupted_and_ends_in_the_same_bytes(li
     many, seen = groups * 30, []
 
     def fill(stop):
-        def work(first, take):
+        def work(take, first):
             def kept(place, gradient):
                 if place == stop:
                     raise KeyboardInterrupt
@@ -171,11 +171,15 @@ def ladder(tiny, tmp_path_factory):
     return str(folder)
 
 
+def tops(found):
+    return found.record["ranking"]["top"]
+
+
 @pytest.mark.parametrize("measure", ["ridge", "cosine", "product"])
 def test_rows_that_say_the_asked_fact_come_first(traced, ladder, tiny, measure):
     facts = read_examples(tiny.forget)[:9:3]  # one of three wordings each
     found = traced(facts, checkpoints=ladder, measure=measure)
-    for place, (fact, top) in enumerate(zip(facts, found.rows, strict=True)):
+    for place, (fact, top) in enumerate(zip(facts, tops(found), strict=True)):
         assert [one["score"] for one in top] == sorted((one["score"] for one in top), reverse=True)
         assert 3 * place in {one["row"] for one in top if one["answer"] == fact.answer}
     assert found.answers == []
@@ -185,8 +189,8 @@ def test_the_gradients_of_rows_are_computed_once(traced, ladder, tiny):
     facts = read_examples(tiny.forget)
     first = traced(facts[:1], checkpoints=ladder)
     again = traced(facts[:2], checkpoints=ladder)
-    assert [one["row"] for one in again.rows[0]] == [one["row"] for one in first.rows[0]]
-    scores = [[one["score"] for one in found.rows[0]] for found in (first, again)]
+    assert [one["row"] for one in tops(again)[0]] == [one["row"] for one in tops(first)[0]]
+    scores = [[one["score"] for one in tops(found)[0]] for found in (first, again)]
     assert scores[0] == pytest.approx(scores[1], rel=1e-9)
 
 

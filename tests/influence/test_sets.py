@@ -150,7 +150,7 @@ def test_what_cannot_be_asked_is_one_sentence(run, palinode, words, refusal):
 
 
 def test_without_a_run_everything_has_to_be_named(palinode):
-    assert "name a finished run, or a recipe" in palinode("influence", "--ask", "a").refusal
+    assert "name a finished run, or a recipe (one" in palinode("influence", "--ask", "a").refusal
 
 
 def test_a_question_that_the_model_does_not_answer_is_one_sentence(run, facts):

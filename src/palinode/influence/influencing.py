@@ -34,7 +34,7 @@ from palinode.influence.ranking import (
     seen_in_log,
     seen_in_order,
 )
-from palinode.influence.sets import AskedAnswer, influence_of_set, set_record
+from palinode.influence.sets import AskedAnswer, influence_of_set
 from palinode.methods.method import Vectors
 from palinode.models.generation import stream_answer
 from palinode.models.loading import (
@@ -45,7 +45,7 @@ from palinode.models.loading import (
     tokenizer_fingerprint,
 )
 from palinode.models.sums import Projection
-from palinode.pipeline.chatting import form_of
+from palinode.pipeline.chatting import form_like, form_of
 from palinode.pipeline.inputs import check_workspace, open_inputs, workspace_folder
 from palinode.pipeline.recipe import Recipe, build_recipe
 from palinode.pipeline.record import environment, model_facts
@@ -153,11 +153,6 @@ def open_ladder(
         yield Asker(series.open(len(series) - 1), None, form_like(rows), style, place)
 
 
-def form_like(rows: Sequence[Example]) -> Form:
-    """Return how a question is put to a model that was trained on such rows."""
-    return "completion" if rows and rows[0].form in ("completion", "document") else "question"
-
-
 Questions = Mapping[str, str | None] | Sequence[Example]
 """Each question with the answer that is asked about, None for the target's own; or rows."""
 
@@ -173,11 +168,6 @@ class Influence:
     def answers(self) -> Sequence[Mapping[str, Any]]:
         """What the model without the set makes of each answer, in the order of the questions."""
         return list(self.record["set"]["answers"] if self.record["set"] else ())
-
-    @property
-    def rows(self) -> Sequence[Sequence[Mapping[str, Any]]]:
-        """The rows that were ranked highest for each answer, with their scores."""
-        return list(self.record["ranking"]["top"] if self.record["ranking"] else ())
 
 
 def trace(
@@ -204,7 +194,8 @@ def trace(
             pad_id = pad_token(tokenizer)
             found = influence_of_set(model, asker.target, asker.vector, alpha, asked, pad_id=pad_id)
             advance(1)
-        told = set_record(found, rows=asker.forget, alpha=alpha, chosen_by=chosen_by)
+        answers = [one.as_record() for one in found]
+        told = {"rows": asker.forget, "alpha": alpha, "chosen_by": chosen_by, "answers": answers}
     del model
     if settings.top:
         if rows is None:
@@ -255,30 +246,21 @@ class _Ranking:
             "checkpoints": [{"step": step, **model_facts(str(one.folder), one)} for step, one in rungs],
             "answers": [[one.example.prompt, one.example.answer] for one in asked],
             "top": [
-                [
-                    {
-                        "row": int(row),
-                        "place": self.rows[row].place,
-                        "prompt": self.rows[row].prompt,
-                        "answer": self.rows[row].answer,
-                        "score": float(scores[row, number]),
-                    }
-                    for row in order[:, number]
-                ]
+                [{**self._told(row), "score": float(scores[row, number])} for row in order[:, number]]
                 for number in range(len(asked))
             ],
         }
+
+    def _told(self, place: int) -> dict[str, Any]:
+        row = self.rows[place]
+        return {"row": int(place), "place": row.place, "prompt": row.prompt, "answer": row.answer}
 
     def _at(self, checkpoint: Checkpoint, asked: Sequence[Sequence[TokenRow]]) -> Floats:
         """Return how rows and answers go together in one checkpoint, its gradients found or computed."""
         settings, tokenizer = self.settings, load_tokenizer(self.asker.target)
         tokens = tokenize(self.rows, tokenizer, max_length=settings.max_length, style=self.asker.style)
         groups = [list(own) for _, own in groupby(tokens, key=lambda row: row.example)]
-        pad_id, device, adam = (
-            pad_token(tokenizer),
-            pick_device(settings.device),
-            settings.preconditioner == "adam",
-        )
+        pad_id, device, scales = pad_token(tokenizer), pick_device(settings.device), None
         step = self.asker.workspace.step(
             "gradients",
             model=checkpoint.fingerprint(),
@@ -290,20 +272,11 @@ class _Ranking:
         )
         model = load_model(checkpoint, device=device)
         projection = Projection(model, seed=settings.seed, width=settings.width)
-        scales = (
-            adam_scales(model, at_most(tokens, MOMENT_ROWS, seed=settings.seed), pad_id=pad_id)
-            if adam
-            else None
-        )
+        if settings.preconditioner == "adam":
+            scales = adam_scales(model, at_most(tokens, MOMENT_ROWS, seed=settings.seed), pad_id=pad_id)
         made = partial(projected, model, projection=projection, pad_id=pad_id, scales=scales)
         with self.listener.task(f"gradients in {checkpoint.folder.name}", len(groups), "rows") as advance:
-            rows = index_rows(
-                step,
-                len(groups),
-                settings.width,
-                lambda first, take: made(groups, take=take, first=first),
-                advance,
-            )
+            rows = index_rows(step, len(groups), settings.width, partial(made, groups), advance)
         questions = np.empty((len(asked), settings.width), np.float32)
         made(asked, take=questions.__setitem__)
         return relate(rows, questions, settings.measure)

@@ -92,12 +92,10 @@ def projected(
             take(place, total.cpu().numpy())
 
 
-def index_rows(
-    step: Step, rows: int, width: int, fill: Callable[[int, Take], None], advance: Advance
-) -> Gradients:
+def index_rows(step: Step, rows: int, width: int, fill: Callable[..., None], advance: Advance) -> Gradients:
     """Return a step's file of projected gradients, filled from where an interrupted call left it.
 
-    `fill` gets the first row that lacks, and what takes each row's.
+    `fill` gets what takes each row's (`take`), and the `first` row that lacks.
     """
     path, progress = step.folder / "gradients.f32", step.folder / "rows.json"
     if step.facts is None:
@@ -113,7 +111,7 @@ def index_rows(
             advance(1)
 
         advance(done)
-        fill(done, keep)
+        fill(take=keep, first=done)
         step.finish({"rows": rows, "width": width})
     return np.memmap(path, np.float32, "r", shape=(rows, width))
 
@@ -149,8 +147,6 @@ def _decorrelated(rows: Gradients, wanted: Floats) -> Floats:
     ridge = max(float(np.trace(gram)) / len(rows), 1e-30)
     return np.asarray(ridge**0.5 * np.linalg.solve(gram + ridge * np.eye(len(gram)), wanted.T).T)
 
-
-# When rows were seen
 
 Seen = list[tuple[int, int, float]]
 """(position of a row, step in which it was, how much it counted there)."""

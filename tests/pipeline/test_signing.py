@@ -167,6 +167,18 @@ def test_verify_tells_in_words_and_as_json(run, signed, palinode):
     assert (told["ok"], told["signature"]["trusted"], len(told["signature"]["faults"])) == (False, True, 2)
 
 
+def test_a_byte_that_changed_in_any_file_is_found(run, signed, palinode):
+    files = [path for path in sorted(signed.iterdir()) if path.name != "model.sig"]
+    assert len(files) == 12
+    for path in files:
+        raw = path.read_bytes()
+        path.write_bytes(raw[:-9] + b"\xff" + raw[-8:])  # which is no UTF-8
+        said = palinode("verify", signed, "--public-key", run / "owner.key.pub", "-q")
+        assert (said.code, f"  fault: {path.name} " in said.out) == (1, True), said
+        path.write_bytes(raw)
+    assert palinode("verify", signed, "--public-key", run / "owner.key.pub", "-q").code == 0
+
+
 def test_another_key_did_not_sign(run, signed):
     (fault,) = faults(signed, run, "other.key.pub")
     assert "signed by another (the key " in fault
@@ -237,6 +249,14 @@ def test_what_is_stale_or_damaged_is_not_signed(run, out):
     with pytest.raises(CheckpointError, match="is not what was written"):
         sign_folder(out, run / "owner.key")
     assert not (out / "model.sig").exists()
+
+
+@pytest.mark.parametrize("name", ["report.json", "report.html", "report.md"])
+def test_a_report_of_another_run_is_not_signed(run, out, name):
+    known = json.loads((out / "record.json").read_text())["models"]["unlearned"]["fingerprint"]
+    change(out / name, known.encode(), b"0" * 32)
+    with pytest.raises(MismatchError, match=f"{name} in .* of another run"):
+        sign_folder(out, run / "owner.key")
 
 
 def test_a_signed_folder_can_be_moved(run, signed, tmp_path):

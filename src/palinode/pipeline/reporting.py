@@ -57,19 +57,20 @@ def refresh(facts: Facts, place: Path) -> None:
 
 
 def stale(place: Path) -> list[str]:
-    """Return the files of a hand-over folder that do not tell the verdict of its record and audit."""
+    """Return the files of a hand-over folder that tell another verdict or run than its record and audit."""
     try:
         facts = gather(place)
     except PalinodeError:  # `palinode report` says why
         return ["record.json"]
     verdict = run_verdict(facts.record, facts.audit).sentence
     found = [] if at(facts.record, "verdict", "sentence") == verdict else ["record.json"]
-    report, card = place / f"{NAME}.json", place / "README.md"
-    if report.exists() and _read(report).get("outcome") != verdict:
-        found += [report.name, f"{NAME}.html", f"{NAME}.md"]
-    if card.exists() and json.dumps(verdict, ensure_ascii=False) not in card.read_text(encoding="utf-8"):
-        found.append(card.name)
-    return found
+    stated = json.dumps(verdict, ensure_ascii=False).encode()
+    model = str(at(facts.record, "models", "unlearned", "fingerprint")).encode()
+    reports = [place / f"{NAME}{suffix}" for suffix in (".json", ".html", ".md")]
+    texts = {path.name: path.read_bytes() for path in (*reports, place / "README.md") if path.exists()}
+    card, older = texts.pop("README.md", stated), stated not in texts.get(f"{NAME}.json", stated)
+    found += [name for name, text in texts.items() if older or model not in text]
+    return [*found, *(["README.md"] if stated not in card else [])]
 
 
 def full_report(record: Mapping[str, Any], workspace: Path) -> Path:

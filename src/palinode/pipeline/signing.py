@@ -212,7 +212,7 @@ def check_whole(folder: Path, record: Mapping[str, Any], listener: Listener) -> 
         raise MismatchError(f"{folder} is not the model that its record.json tells of; put that one there")
     if names := stale(folder):
         raise MismatchError(
-            f"{', '.join(names)} in {folder} tell another verdict than record and audit; palinode report "
+            f"{', '.join(names)} in {folder} tell of another run, or another verdict; palinode report "
             f"{folder} writes everything anew, or says why it can't"
         )
 

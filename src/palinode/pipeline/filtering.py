@@ -328,8 +328,8 @@ class Weighing:
                 f"the filter leaves {whole['survives']:.1g} of what the vector does to the forget rows: "
                 "their inputs are those of the retain rows; set a smaller mu, or leave the filter out"
             )
-        by_part = {name: effect.survey() for name, effect in parts.items()}
-        return {**whole, "foretold_alpha": foretold_alpha(whole["survives"]), "parts": by_part}
+        told = {"foretold_alpha": foretold_alpha(whole["survives"], energy=self.settings.energy)}
+        return {**whole, **told, "parts": {key: own.survey() for key, own in parts.items()}}
 
     def note(self) -> str | None:
         """Say which matrices of the blocks were taken out because nobody knows what they read."""
@@ -392,7 +392,7 @@ def foretell(measuring: Measuring, settings: LeastSquaresSettings) -> Forecast:
         if own
     }
     outside, survives = (fmean(pair[which] for pair in parts.values()) for which in (0, 1))
-    return Forecast(outside, survives, foretold_alpha(survives), parts)
+    return Forecast(outside, survives, foretold_alpha(survives, energy=settings.energy), parts)
 
 
 def applied(values: np.ndarray, place: Place, filter_of: Callable[[str], np.ndarray]) -> np.ndarray:

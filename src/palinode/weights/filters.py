@@ -120,12 +120,12 @@ def along(values: np.ndarray, factor: np.ndarray, axis: int) -> np.ndarray:
     return found
 
 
-def foretold_alpha(survives: float) -> float:
+def foretold_alpha(survives: float, *, energy: float) -> float:
     """Return the α at which a filtered vector forgets enough, from the share c of its effect that survives.
 
-    2·c^0.19, fitted to filtered vectors of the demo's worlds; mostly too large, by up to 2 (docs/filters.md).
+    1.6·c^0.19, without an `energy` 2·c^0.19: fitted to vectors of the demo's worlds (docs/filters.md).
     """
-    return float(2.0 * max(survives, 1e-6) ** 0.19)
+    return float((1.6 if energy else 2.0) * max(survives, 1e-6) ** 0.19)
 
 
 def outside_share(forget: np.ndarray, retain: np.ndarray, *, energy: float = 0.99) -> float:

@@ -4,7 +4,7 @@
 
 A base learns general facts and the first people; then more people, each fact in two wordings, are learned in
 two stretches of training, some of the first stretch's rows again in the second. Each fact is asked in a third
-wording. The two stretches are repeated from the base on random halves of the rows. Linear datamodelling score:
+wording. Both stretches are repeated from the base on random halves of the rows. Linear datamodelling score:
 Spearman's correlation over the halves between −Σ score of the rows that stayed and the real loss, mean over
 questions. Recall: of the rows that say the asked fact, how many are among the first k. Figures in
 docs/influence.md.

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from palinode.pipeline.run import Unlearned, dry_run
     from palinode.pipeline.signing import SignatureCheck, Signed, check_signature, sign_folder
     from palinode.records import Outcome, Score
+    from palinode.requests.desk import Desk
     from palinode.settings import (
         ApplySettings,
         Asking,
@@ -101,6 +102,7 @@ _ROOMS = {
     "pipeline.run": "Unlearned dry_run",
     "pipeline.signing": "SignatureCheck Signed check_signature sign_folder",
     "records": "Outcome Score",
+    "requests.desk": "Desk",
     "settings": "ApplySettings Asking AuditSettings EvaluationSettings InfluenceSettings LocateSettings "
     "TrainingSettings",
     "training.finetune": "Finetuned finetune",
@@ -123,6 +125,7 @@ __all__ = [
     "Compared",
     "Crew",
     "DemoResult",
+    "Desk",
     "Direction",
     "Dose",
     "EvaluationSettings",

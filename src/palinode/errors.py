@@ -9,6 +9,7 @@
     │   ├── RecipeError            a recipe, or an option, says something we do not know
     │   └── OutputError            the place to write to is taken, unsafe or too small
     ├── DivergenceError            training produced a loss that is not a number
+    ├── LedgerError                a ledger of requests is missing or was changed, or forbids what is asked
     └── WorkspaceError             a workspace is in use by another run, or damaged
 
 The command line prints any of them as one sentence and leaves with exit code 2; every other
@@ -70,6 +71,10 @@ class OutputError(InputError):
 
 class DivergenceError(PalinodeError):
     """Training produced a loss or gradient that is not finite; the last good state is kept."""
+
+
+class LedgerError(PalinodeError):
+    """A ledger of erasure requests is missing or was changed, or forbids what is asked."""
 
 
 class WorkspaceError(PalinodeError):

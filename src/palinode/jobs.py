@@ -27,7 +27,14 @@ from palinode.evaluation.evaluate import evaluate_benchmark as run_benchmark
 from palinode.history.locating import Location, open_log, open_order
 from palinode.history.locating import locate as locate_rows
 from palinode.history.series import open_series, step_of
-from palinode.influence.influencing import Influence, Questions, open_recipe, open_run, trace
+from palinode.influence.influencing import (
+    Influence,
+    Questions,
+    open_ladder,
+    open_recipe,
+    open_run,
+    trace,
+)
 from palinode.methods.transforms import (
     TRANSFORMS,
     LowRankSettings,
@@ -286,26 +293,41 @@ def influence(
     *,
     run: Place | None = None,
     recipe: Recipe | None = None,
+    rows: Sequence[Example] | Place | None = None,
+    checkpoints: str | None = None,
+    workspace: Path | None = None,
     settings: InfluenceSettings | None = None,
     listener: Listener | None = None,
 ) -> Influence:
-    """Return what the model without a set of rows makes of answers: {"question": "answer" or None}, or rows.
+    """Return what a set of rows has to do with answers, {"question": "answer" or None}, and which rows have.
 
     The set is the forget set of a finished `run`, a folder of which nothing is trained, or of a `recipe`,
-    whose vector is made in its workspace, or found there. Without an answer it is the target's own that is
-    asked about. Raises PalinodeError.
+    whose vector is made in its workspace, or found there. Without an answer it is the target's own. With
+    `top` in the settings `rows` are ranked (default: those of the run) by `checkpoints`, named as in
+    `locate` (default: the base); a series with a workspace may stand for a run. Raises PalinodeError.
     """
     settings, listener = settings or InfluenceSettings(), listener or NullListener()
-    if (run is None) == (recipe is None):
-        raise RecipeError("influence takes the folder of a finished run, or a recipe: one of the two")
     if isinstance(questions, str | Path):
         questions = read_examples(questions, columns=settings.columns)
-    if recipe is not None:
+    if isinstance(rows, str | Path):
+        rows = read_examples(rows, columns=settings.columns)
+    series = None
+    if checkpoints is not None:
+        series = open_series(checkpoints, steps=settings.steps, allow_pickle=settings.allow_pickle)
+    if series is None and (settings.log or settings.order):
+        raise RecipeError("a log or an order says when rows were seen; name --checkpoints of that training")
+    if recipe is not None and run is None:
         opened = open_recipe(recipe, listener, settings.alpha)
+    elif run is not None and recipe is None:
+        opened = open_run(Path(run), listener)
+    elif series is not None and rows and workspace:
+        opened = open_ladder(series, rows, workspace, settings.style or PromptStyle(), listener)
     else:
-        opened = open_run(Path(run or ""), listener)
+        raise RecipeError(
+            "name a finished run, or a recipe (one of the two), or --checkpoints with --rows and --workspace"
+        )
     with opened as asker:
-        return trace(asker, questions, settings, listener)
+        return trace(asker, questions, settings, listener, rows=rows, series=series)
 
 
 def chosen_base(found: Location) -> tuple[str, dict[str, Any]]:

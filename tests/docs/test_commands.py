@@ -18,7 +18,11 @@ from palinode.cli.app import app
 
 TEXTS = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 SHOWN = [(block, command) for page in TEXTS for block in blocks(page) for command in block.commands]
-RUN = [("tour.md", "limits.md"), ("how-to.md", "chat.md"), ("doctor.md",), ("influence.md",), ("signing.md",)]
+RUN = [
+    ("tour.md", "limits.md"),
+    ("how-to.md", "chat.md"),
+    *[(f"{name}.md",) for name in ("doctor", "influence", "requests", "signing")],
+]
 """Pages whose commands run in one folder, one page after the other."""
 RECIPE = """
 models = { target = "TARGET", base = "BASE" }

@@ -24,7 +24,6 @@ from palinode.cli.options import (
     ALLOW_PICKLE,
     COLUMNS,
     FORGET,
-    METHOD,
     NEED,
     OTHERS,
     OUTPUT,
@@ -32,15 +31,16 @@ from palinode.cli.options import (
     STYLE,
     TARGET,
     TRAINING_KEYS,
+    WAYS,
     Changes,
     DryRun,
     Json,
     Key,
     Quiet,
     Verb,
-    scales_of,
     takes,
 )
+from palinode.cli.request_verbs import requests
 from palinode.cli.weight_verbs import apply, export, vectors
 from palinode.settings import Questioning
 
@@ -95,38 +95,10 @@ def _options(
     replace(TARGET, needed=True),
     replace(FORGET, needed=True),
     replace(OUTPUT, needed=True),
-    Key(
-        "models.base",
-        help="An earlier checkpoint of it that had not seen the forget set (θ_0), or give --checkpoints.",
-    ),
-    METHOD,
-    "data.retain",
-    "data.holdout",
-    "data.background",
-    "data.refusals",
-    COLUMNS,
-    "data.allow_overlap",
-    Key(
-        "scales",
-        help="auto (searched), grid (a small grid), or α,β as in 1.0,0.5. [default: auto]",
-        group=SCALES,
-        kind=str,
-        read=scales_of,
-    ),
-    "scales.retain_share",
-    Key("filter", group=SCALES),
-    *TRAINING_KEYS,
-    "evaluation.max_rows",
-    "evaluation.max_new_tokens",
-    "output.dtype",
-    "output.rounding",
+    *WAYS,
     "output.workspace",
     "output.keep_unchanged",
     "tracker",
-    Key("models.retrained", group=ADVANCED),
-    ALLOW_PICKLE,
-    "device",
-    "seed",
 )
 def unlearn(
     content: dict[str, Any],
@@ -422,6 +394,7 @@ verb()(influence)
 verb(name="plan")(plan_command)
 verb(name="list")(list_everything)
 app.add_typer(vectors, name="vector")
+app.add_typer(requests, name="requests")
 
 
 # What the verbs share

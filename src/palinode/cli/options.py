@@ -288,6 +288,38 @@ STYLE = Key(
     kind=list[str],
     read=prompt_style,
 )
+WAYS = (
+    Key(
+        "models.base",
+        help="An earlier checkpoint of it that had not seen the forget set (θ_0), or give --checkpoints.",
+    ),
+    METHOD,
+    "data.retain",
+    "data.holdout",
+    "data.background",
+    "data.refusals",
+    COLUMNS,
+    "data.allow_overlap",
+    Key(
+        "scales",
+        help="auto (searched), grid (a small grid), or α,β as in 1.0,0.5. [default: auto]",
+        group=SCALES,
+        kind=str,
+        read=lambda text: scales_of(text),
+    ),
+    "scales.retain_share",
+    Key("filter", group=SCALES),
+    *TRAINING_KEYS,
+    "evaluation.max_rows",
+    "evaluation.max_new_tokens",
+    "output.dtype",
+    "output.rounding",
+    Key("models.retrained", group=ADVANCED),
+    ALLOW_PICKLE,
+    "device",
+    "seed",
+)
+"""How rows are taken back, whichever they are and wherever the model goes."""
 COMMON = {"columns": replace(COLUMNS, place="columns"), "style": STYLE}
 """Fields of several settings that the command line writes in its own way."""
 

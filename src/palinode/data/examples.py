@@ -23,13 +23,14 @@ import json
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from sys import intern
 from typing import Any, TypeVar
 
 from palinode.data.sources import (
     INPUT,
+    LIST_SUFFIX,
     SHAPES,
     Form,
     Reading,
@@ -41,6 +42,7 @@ from palinode.data.sources import (
     read_rows,
 )
 from palinode.errors import DataError
+from palinode.records import MAX_TOML, read_bytes
 
 Item = TypeVar("Item")
 
@@ -144,7 +146,8 @@ def read_examples(
     Reads JSON, JSON lines, CSV, Parquet and plain text (one document), told apart by content.
     `columns` maps roles to the file's own names, such as `{"question": "q", "answer": "a"}`; roles
     left out keep their name. With `beside`, for a set beside the one that was meant, a file that has none of
-    these columns is read by its own. Raises `DataError` naming the row, `RecipeError` for unknown roles.
+    these columns is read by its own. A file whose name ends in .list names several, one a line; what stands
+    in more than one of them counts once. Raises `DataError` naming the row, `RecipeError` for unknown roles.
     """
     return read_set(location, columns=columns, beside=beside)[0]
 
@@ -153,6 +156,8 @@ def read_set(
     location: str | Path, *, columns: Mapping[str, str] | None = None, beside: bool = False
 ) -> tuple[list[Example], list[Row]]:
     """Return what `read_examples` returns, and the rows as they stand in the source."""
+    if (files := listed_files(location)) is not None:
+        return _read_listed(files, str(location), columns, beside=beside)
     named, source = columns or {}, str(location)
     plain = beside or not named
     rows = read_rows(location, is_header=lambda names: is_header(names, named), plain_text=plain)
@@ -162,6 +167,37 @@ def read_set(
         for position, row in enumerate(rows)
         for example in _examples_of_row(row, position, source, reading)
     ]
+    return examples, rows
+
+
+def listed_files(location: str | Path) -> list[str] | None:
+    """Return the files that a local file of that name lists; None where it is no list. Raises DataError."""
+    place = Path(location).expanduser()
+    if place.suffix.lower() != LIST_SUFFIX or not place.is_file():
+        return None
+    try:
+        lines = [line.strip() for line in read_bytes(place, limit=MAX_TOML).decode("utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{location} cannot be read ({error}); let it name one file a line") from None
+    files = [str(place.parent / line) for line in lines if line]
+    inner = next((name for name in files if name.lower().endswith(LIST_SUFFIX)), None)
+    if inner or not files:
+        told = f"names another list ({inner})" if inner else "names no file"
+        raise DataError(f"{location} {told}; let it name files of rows, one a line")
+    return files
+
+
+def _read_listed(
+    files: Sequence[str], source: str, columns: Mapping[str, str] | None, *, beside: bool
+) -> tuple[list[Example], list[Row]]:
+    """Return examples and rows of several files as if they were one, each thing that is said once."""
+    examples, rows, known = list[Example](), list[Row](), set[str]()
+    for name in files:
+        found, own = read_set(name, columns=columns, beside=beside)
+        new = [example for example in found if example.key not in known]
+        known |= {example.key for example in new}
+        examples += [replace(example, row=example.row + len(rows), source=source) for example in new]
+        rows += own
     return examples, rows
 
 

@@ -32,7 +32,12 @@ Row = dict[str, object]
 IsHeader = Callable[[Sequence[str]], bool]
 """Whether the names on the first line of a text make it a table."""
 
-FILE_SUFFIXES = frozenset({".csv", ".json", ".jsonl", ".md", ".ndjson", ".parquet", ".tsv", ".txt"})
+LIST_SUFFIX = ".list"
+"""Of a text that names files of rows, one a line, relative to its own folder."""
+
+FILE_SUFFIXES = frozenset(
+    {".csv", ".json", ".jsonl", LIST_SUFFIX, ".md", ".ndjson", ".parquet", ".tsv", ".txt"}
+)
 """Suffixes that make a missing `folder/name` a missing file, not the name of a hub data set."""
 
 MAX_UNPACKED, MAX_GROWTH, MAX_ROWS = 1 << 28, 50, 5_000_000

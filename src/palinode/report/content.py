@@ -41,6 +41,8 @@ class GridCell:
     text: str
     below: str | None = None
     tone: Tone | None = None
+    link: str | None = None
+    """Where it leads on a page."""
 
 
 Row = Sequence[GridCell | str]

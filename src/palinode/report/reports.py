@@ -359,10 +359,14 @@ def _short(value: float) -> float:
 
 def html_report(content: Mapping[str, Any]) -> str:
     """Return the page for the content of a report (`report_content`)."""
+    return html_page(content, report_sections(content))
+
+
+def html_page(content: Mapping[str, Any], sections: Sequence[Section]) -> str:
+    """Return a page of these sections; the content has its title, outcome, verdict and headline."""
     from jinja2 import Environment
     from markupsafe import Markup
 
-    sections = report_sections(content)
     first = next(place for place, part in enumerate(sections) if part.bar)
     assets = files("palinode.report").joinpath("assets")
     style, script, template = (

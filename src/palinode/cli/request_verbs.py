@@ -1,0 +1,441 @@
+"""`palinode requests`: the ledger of erasure requests, from intake to the model that is served."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from datetime import UTC, date, datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from palinode.cli.console import listener, out, print_json, warn
+from palinode.cli.ending import ending
+from palinode.cli.options import NEED, TARGET, WAYS, Changes, Json, Quiet, Verb, takes
+
+if TYPE_CHECKING:
+    from palinode.pipeline.run import Unlearned
+    from palinode.requests.desk import Desk
+    from palinode.requests.standing import Model, Standing
+
+requests = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
+verb = partial(requests.command, cls=Verb)
+
+Where = Annotated[
+    Path, typer.Option("--ledger", envvar="PALINODE_LEDGER", help="Folder of the ledger.", show_default=True)
+]
+HERE = Path("requests")
+Id = Annotated[str, typer.Argument(metavar="ID", help="A request.")]
+Ids = Annotated[
+    list[str] | None, typer.Argument(metavar="ID…", help="Requests. [default: all that are open]")
+]
+Day = Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"])]
+
+
+@requests.callback()
+def about() -> None:
+    """Keep a ledger of erasure requests: add, carry out, audit, publish, withdraw."""
+
+
+def _desk(ledger: Path, *, quiet: bool = True) -> Desk:
+    from palinode.requests.desk import Desk as Opened
+
+    return Opened(ledger, listener=listener(quiet=quiet))
+
+
+@verb()
+@takes(TARGET, *WAYS)
+def init(
+    content: dict[str, Any],
+    *,
+    ledger: Where = HERE,
+    days: Annotated[int, typer.Option(min=0, help="Days until a request is due.", rich_help_panel=NEED)] = 30,
+    need_approval: Annotated[
+        bool, typer.Option("--need-approval", help="Publish nothing that no named person approved.")
+    ] = False,
+    need_audit: Annotated[
+        bool, typer.Option("--need-audit", help="Publish nothing before all its requests were audited.")
+    ] = False,
+    budget: Annotated[str, typer.Option(help="Of audits: quick, standard or full.")] = "quick",
+    changes: Changes = None,
+    as_json: Json = False,
+) -> None:
+    """Begin a ledger, or change how requests are carried out.
+
+    It takes the options of unlearn but for forget rows and output: they hold for every request.
+    """
+    from palinode.pipeline.recipe import with_changes
+    from palinode.requests.desk import Terms
+
+    policy = Terms(days=days, approval=need_approval, audit=need_audit, budget=budget)
+    now = _desk(ledger).configure(with_changes(content, changes or ()), policy)
+    if as_json:
+        print_json({"recipe": now.recipe, "policy": now.policy, "target": now.target, "head": now.head})
+        return
+    ending(places={"Ledger": ledger}, following=[f"palinode requests add ID --rows FILE{_at(ledger)}"])
+
+
+@verb()
+def add(
+    name: Id,
+    rows: Annotated[
+        str, typer.Option(help="Its rows: JSONL, JSON, CSV, Parquet or text; they stay where they are.")
+    ],
+    reference: Annotated[
+        str, typer.Option(help="What you know it by: a ticket, a case, whoever asked.")
+    ] = "",
+    received: Day = None,
+    due: Day = None,
+    ledger: Where = HERE,
+    as_json: Json = False,
+) -> None:
+    """Take a request in.
+
+    The ledger keeps salted hashes and the count of its rows. The same request again, with the same rows in
+    another place, says that they moved.
+    """
+    desk = _desk(ledger)
+    request = desk.add(
+        name,
+        rows,
+        reference=reference,
+        received=received.date() if received else None,
+        due=due.date() if due else None,
+    )
+    if not _as_json(desk, name, as_json):
+        out().print(f"{request.id}: {request.rows} rows, received {request.received}, due {request.due}.")
+        ending(following=[f"palinode requests carry-out {request.id}{_at(ledger)}"])
+
+
+@verb()
+def locate(
+    name: Id,
+    checkpoints: Annotated[
+        str, typer.Option(help="The ladder: a folder, a list a,b,c, or a hub id as in ID@step*.")
+    ],
+    log: Annotated[Path | None, typer.Option(help="Folder of an exposure log.")] = None,
+    order: Annotated[Path | None, typer.Option(help="File that describes the data order.")] = None,
+    corpus: Annotated[str | None, typer.Option(help="The rows trained on.")] = None,
+    control: Annotated[str | None, typer.Option(help="Rows like the request's, never trained on.")] = None,
+    ledger: Where = HERE,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Find the last checkpoint before a request's rows were seen; its model starts from there."""
+    from palinode.report.content import show
+    from palinode.report.location_report import location_brief
+
+    desk = _desk(ledger, quiet=quiet)
+    _, found = desk.locate(name, checkpoints, log=log, order=order, corpus=corpus, control=control)
+    if not _as_json(desk, name, as_json):
+        show(location_brief(found.as_record()), out())
+        ending(following=[f"palinode requests carry-out {name}{_at(ledger)}"])
+
+
+@verb(name="carry-out")
+def carry_out(ids: Ids = None, ledger: Where = HERE, quiet: Quiet = False, as_json: Json = False) -> None:
+    """Make one model for these requests and all that were carried out before."""
+    desk = _desk(ledger, quiet=quiet)
+    model, result = desk.carry_out(ids or None)
+    _show_made(desk, model, result, ledger, as_json=as_json)
+
+
+@verb()
+def audit(ids: Ids = None, ledger: Where = HERE, quiet: Quiet = False, as_json: Json = False) -> None:
+    """Attack the model that was made last, with the rows of each of its requests.
+
+    What is worse than at the last audit of a request is named. The exit code is 1 where a verdict is red.
+    """
+    desk = _desk(ledger, quiet=quiet)
+    found = desk.audit(ids or ())
+    if as_json:
+        print_json(found)
+    else:
+        for name, facts in found.items():
+            out().print(f"{facts['symbol']} {name or 'all rows'}: {facts['sentence']}", soft_wrap=True)
+            for line in facts["worse"]:
+                warn(f"{name or 'all rows'} got worse. {line}")
+        _go_on(desk, ledger)
+    if any(facts["light"] == "red" for facts in found.values()):
+        raise typer.Exit(1)
+
+
+@verb()
+def approve(
+    by: Annotated[str, typer.Option(help="Who agrees.")],
+    note: Annotated[str, typer.Option(help="Why, or under what condition.")] = "",
+    ledger: Where = HERE,
+    as_json: Json = False,
+) -> None:
+    """Record that a named person agrees to the model that was made last."""
+    desk = _desk(ledger)
+    model = desk.approve(by, note=note)
+    if not as_json:
+        out().print(f"{by} approved the model for {', '.join(model.requests)}.", soft_wrap=True)
+    _after_change(desk, ledger, as_json=as_json)
+
+
+@verb()
+def publish(
+    despite: Annotated[str, typer.Option(help="Why it is published though a verdict on it is red.")] = "",
+    ledger: Where = HERE,
+    as_json: Json = False,
+) -> None:
+    """Have the model that was made last served.
+
+    The link `served` in the ledger's folder leads to it. A red verdict or the policy may forbid it.
+    """
+    desk = _desk(ledger)
+    model = desk.publish(despite=despite)
+    if not as_json:
+        told = f"without the rows of {', '.join(model.requests)}" if model.requests else "the target itself"
+        out().print(f"Served: {desk.place(model)} ({told}).", soft_wrap=True)
+    _after_change(desk, ledger, as_json=as_json)
+
+
+@verb()
+def withdraw(
+    name: Id,
+    reason: Annotated[str, typer.Option(help="Why.")] = "",
+    ledger: Where = HERE,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Take a request back, and make the model that never had it."""
+    desk = _desk(ledger, quiet=quiet)
+    model, result = desk.withdraw(name, reason=reason)
+    if model is not None:
+        _show_made(desk, model, result, ledger, as_json=as_json)
+    elif not _as_json(desk, name, as_json):
+        out().print(f"{name} is withdrawn; no model was made for it.")
+
+
+@verb(name="list")
+def list_requests(ledger: Where = HERE, as_json: Json = False) -> None:
+    """List all requests."""
+    from palinode.report.content import show
+    from palinode.requests.telling import request_facts, requests_grid, served_sentence
+
+    desk = _desk(ledger)
+    events, now = desk.ledger.events(), desk.standing()
+    if as_json:
+        print_json([request_facts(events, request) for request in now.requests.values()])
+        return
+    show([requests_grid(now, now.requests.values(), today=_today())], out())
+    out().print(served_sentence(now, desk.folder), soft_wrap=True)
+
+
+@verb(name="show")
+def show_request(
+    name: Annotated[
+        str | None, typer.Argument(metavar="ID", help="A request. [default: the whole ledger]")
+    ] = None,
+    ledger: Where = HERE,
+    as_json: Json = False,
+) -> None:
+    """Show what happened: of one request, or of all."""
+    from palinode.errors import LedgerError, meant
+    from palinode.report.content import show
+    from palinode.requests.telling import events_grid, export, requests_grid, served_sentence
+
+    desk = _desk(ledger)
+    events, now = desk.ledger.events(), desk.standing()
+    if name is not None and name not in now.requests:
+        raise LedgerError(f"there is no request {name}{meant(name, now.requests)}")
+    if name and _as_json(desk, name, as_json):
+        return
+    if as_json:
+        print_json(export(events))
+        return
+    chosen = [now.requests[name]] if name else [*now.requests.values()]
+    made = {model.fingerprint for model in now.models if name in model.requests}
+    about = [
+        event
+        for event in events
+        if not name or event.request == name or (event.after in made and not event.request)
+    ]
+    show([requests_grid(now, chosen, today=_today()), events_grid(about)], out())
+    out().print(f"{served_sentence(now, desk.folder)}\nHead of the chain: {now.head}", soft_wrap=True)
+
+
+@verb()
+def due(
+    within: Annotated[int | None, typer.Option(min=0, help="Only what is due in so many days.")] = None,
+    ledger: Where = HERE,
+    as_json: Json = False,
+) -> None:
+    """Tell what has to be done by when.
+
+    The exit code is 1 where something is overdue.
+    """
+    from palinode.report.content import show
+    from palinode.requests.telling import request_facts, requests_grid
+
+    desk = _desk(ledger)
+    events, now, today = desk.ledger.events(), desk.standing(), _today()
+    waiting = [
+        request
+        for request in sorted(now.requests.values(), key=lambda request: request.due)
+        if now.waits(request) and (within is None or (request.due - today).days <= within)
+    ]
+    late = sum(request.due < today for request in waiting)
+    if as_json:
+        facts = [{**request_facts(events, one), "days_left": (one.due - today).days} for one in waiting]
+        print_json(facts)
+    else:
+        show([requests_grid(now, waiting, today=today)] if waiting else [], out())
+        out().print(f"{len(waiting)} to be served, {late} overdue." if waiting else "Nothing is due.")
+    if late:
+        raise typer.Exit(1)
+
+
+@verb(name="export")
+def export_ledger(
+    output: Annotated[
+        Path, typer.Option(help="A file: .csv for the requests, .json for the events with their chain too.")
+    ],
+    ledger: Where = HERE,
+) -> None:
+    """Write requests and events for an authority."""
+    from palinode.errors import OutputError
+    from palinode.evaluation.evaluate import check_new_file
+    from palinode.records import write_json, write_text
+    from palinode.requests.telling import export, export_csv
+
+    if output.suffix not in (".csv", ".json"):
+        raise OutputError(f"{output} is no name for an export; let it end in .csv or .json")
+    check_new_file(output, "the export")
+    events = _desk(ledger).ledger.events()
+    if output.suffix == ".csv":
+        write_text(output, export_csv(events))
+    else:
+        write_json(output, export(events))
+    head = events[-1].hash if events else "–"
+    out().print(f"{output}: {len(events)} events; head of the chain {head}", soft_wrap=True)
+
+
+@verb()
+def check(
+    against: Annotated[
+        Path | None, typer.Option(help="An earlier export (.json): nothing in it may have gone.")
+    ] = None,
+    ledger: Where = HERE,
+    as_json: Json = False,
+) -> None:
+    """Tell whether the past of the ledger is as it was written; the exit code is 1 where it is not."""
+    from palinode.requests.telling import checked
+
+    found = checked(_desk(ledger).ledger, against)
+    if as_json:
+        print_json(found)
+    else:
+        out().print(found["sentence"], soft_wrap=True)
+    if not found["ok"]:
+        raise typer.Exit(1)
+
+
+@verb()
+def serve(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of this machine; 0 takes a free one.")] = 8765,
+    ledger: Where = HERE,
+) -> None:
+    """Show the ledger in a browser on this machine, to look at, until Ctrl-C."""
+    from palinode.requests.request_page import ledger_page, server
+
+    folder = _desk(ledger).folder
+    ledger_page(folder)  # what cannot be read is said here
+    with server(folder, port) as running:
+        out().print(f"http://127.0.0.1:{running.server_port}/ (Ctrl-C ends it)")
+        with suppress(KeyboardInterrupt):
+            running.serve_forever()
+
+
+# What the verbs share
+
+
+def _show_made(desk: Desk, model: Model, result: Unlearned | None, ledger: Path, *, as_json: bool) -> None:
+    from palinode.report.content import show
+    from palinode.report.run_report import strength
+    from palinode.requests.desk import worse_scores
+    from palinode.requests.telling import scores_by_request
+
+    now = desk.standing()
+    before = now.models[-2] if len(now.models) > 1 else None
+    worse = worse_scores(before, model)
+    if as_json:
+        print_json({**_model_facts(desk, model), "worse": worse})
+    else:
+        if model.scores:
+            show([scores_by_request(model, before)], out())
+        for name in worse:
+            warn(f"{name} got worse: its rows are more probable than on the model before")
+        ending(
+            verdict=model.verdict,
+            strength=strength(result.record) if result and result.output else None,
+            places={"Model": desk.place(model), "Page": result.report if result else None},
+            following=_next(now, ledger),
+        )
+    if model.verdict.get("exit_code"):
+        raise typer.Exit(model.verdict["exit_code"])
+
+
+def _next(now: Standing, ledger: Path) -> list[str]:
+    """Return the command that comes next."""
+    from palinode.requests.desk import hindrance
+
+    model = now.candidate
+    at = _at(ledger)
+    if model is None or now.outdated:
+        return [f"palinode requests carry-out{at}"]
+    if now.served and now.served.fingerprint == model.fingerprint:
+        return []
+    if model.requests and not model.audits:
+        return [f"palinode requests audit{at}"]
+    if now.policy.get("approval") and not model.approved_by:
+        return [f"palinode requests approve --by NAME{at}"]
+    return [f"palinode requests publish{' --despite WHY' if hindrance(now) else ''}{at}"]
+
+
+def _go_on(desk: Desk, ledger: Path) -> None:
+    ending(following=_next(desk.standing(), ledger))
+
+
+def _after_change(desk: Desk, ledger: Path, *, as_json: bool) -> None:
+    now = desk.standing()
+    if as_json:
+        assert now.candidate is not None
+        print_json(_model_facts(desk, now.candidate))
+    else:
+        ending(following=_next(now, ledger))
+
+
+def _model_facts(desk: Desk, model: Model) -> dict[str, Any]:
+    return {
+        "requests": [*model.requests],
+        "model": str(desk.place(model)),
+        "fingerprint": model.fingerprint,
+        "verdict": dict(model.verdict),
+        "scores": dict(model.scores),
+        "approved_by": model.approved_by,
+    }
+
+
+def _as_json(desk: Desk, name: str, as_json: bool) -> bool:
+    """Print what is known of a request as JSON, if that is asked; tell whether it was."""
+    from palinode.requests.telling import request_facts
+
+    if as_json:
+        events = desk.ledger.events()
+        print_json(request_facts(events, desk.standing().requests[name]))
+    return as_json
+
+
+def _at(ledger: Path) -> str:
+    import shlex
+
+    return "" if ledger == HERE else f" --ledger {shlex.quote(str(ledger))}"
+
+
+def _today() -> date:
+    return datetime.now(UTC).date()

@@ -1,0 +1,575 @@
+"""What is done with erasure requests, each act one event of the ledger.
+
+    served model of a set S of requests = θ_D − one vector for the rows of all of S
+
+Rows stay where the owner keeps them; the ledger has salted hashes. A set's rows are read in an order of their
+own, so that a model depends on the set and not on the way to it: a withdrawn request leaves the model that
+never had it, bit for bit. Heavy work (a run, an audit) ends before its event is written, and finds its own
+steps again after an interruption; `served`, a link, follows the event that says so.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from palinode import jobs
+from palinode.data.examples import Example, fingerprint_examples, hash_texts, read_set
+from palinode.errors import DataError, LedgerError, OutputError, RecipeError, meant
+from palinode.history.locating import Location
+from palinode.metrics import score_outcomes
+from palinode.pipeline.recipe import Recipe, build_recipe, laid_over
+from palinode.pipeline.reporting import gather, refresh
+from palinode.pipeline.run import Unlearned
+from palinode.pipeline.run import unlearn as run_recipe
+from palinode.pipeline.workspace import fingerprint
+from palinode.progress import Listener, NullListener
+from palinode.records import Outcome, private, read_bytes, read_json, write_text
+from palinode.report.verdicts import audit_verdict
+from palinode.requests.ledger import Event, Ledger
+from palinode.requests.standing import WHOLE, Model, Request, Standing, standing
+from palinode.settings import AuditSettings, StrictModel
+from palinode.weights import Checkpoint
+from palinode.weights.manifest import check_manifest
+
+ID = re.compile(r"\w[\w.-]{0,63}", re.ASCII)
+SALT_BYTES = 32
+ASKED = "answer_probability"
+"""What each request's rows are asked after every change."""
+GRAVE = ("knows more", "knows less")
+"""Verdicts of a test that count against a model."""
+
+
+class Terms(StrictModel):
+    """What must be so before a model is published, and how long a request may take."""
+
+    days: int = 30
+    """Until a request is due, from the day it was received."""
+    approval: bool = False
+    """Nothing is published that no named person approved."""
+    audit: bool = False
+    """Nothing is published before every request in it was audited on it."""
+    budget: str = "quick"
+    """Of the audits: quick, standard or full."""
+
+
+class Desk:
+    """Everything that is done with the requests of one folder.
+
+    The folder holds the ledger, the salt of its hashes, models, audits, the workspace of the runs, and
+    `served`, a link to the model that is to be used. Each act raises a PalinodeError for what cannot be done.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, user: str | None = None, listener: Listener | None = None
+    ) -> None:
+        self.folder = Path(folder).expanduser().absolute()
+        self.ledger = Ledger(self.folder, user=user)
+        self.listener = listener or NullListener()
+
+    def standing(self) -> Standing:
+        """Return what stands now."""
+        return standing(self.ledger.events())
+
+    # Intake
+
+    def configure(
+        self, recipe: Mapping[str, Any], policy: Terms | Mapping[str, Any] | None = None
+    ) -> Standing:
+        """Say how requests are carried out, for the first time or anew; make the folder where there is none.
+
+        `recipe` is the content of a recipe without forget rows and output, dotted or as sections.
+        """
+        content = _absolute(laid_over({}, recipe))
+        checked = build_recipe(laid_over(content, {"data.forget": "-", "output.folder": "-"}))
+        rules = policy if isinstance(policy, Terms) else Terms.model_validate(policy or {})
+        if checked.models.target is None:
+            raise RecipeError("requests are carried out on a model that is there; name --target")
+        target = Checkpoint.open(checked.models.target, allow_pickle=checked.models.allow_pickle)
+        facts = {"recipe": content, "policy": rules.model_dump(), "target": target.fingerprint()}
+        self._make_folder()
+
+        def decide(events: Sequence[Event]) -> Mapping[str, Any] | None:
+            now = standing(events)
+            if now.target and now.models and now.target != facts["target"]:
+                raise LedgerError(
+                    "the target is another model than the one that requests were carried out on; begin a "
+                    "ledger of its own for it"
+                )
+            same = (now.recipe, now.policy, now.target) == (content, facts["policy"], facts["target"])
+            return None if same else {"kind": "configured", "after": facts["target"], "facts": facts}
+
+        self.ledger.append(decide)
+        return self.standing()
+
+    def add(
+        self,
+        name: str,
+        rows: str | Path,
+        *,
+        reference: str = "",
+        received: date | None = None,
+        due: date | None = None,
+    ) -> Request:
+        """Take a request in: its rows are read, hashed and left where they are.
+
+        The same request with the same rows in another place says that they moved.
+        """
+        if not ID.fullmatch(name):
+            raise RecipeError(f"{name!r} is no name for a request; use letters, digits, '-', '_' and '.'")
+        came = received or datetime.now(UTC).date()
+        location = _absolute_place(str(rows))
+        now = self.standing()
+        hashes = self._hashes(self._read(location, now)[0])
+        until = due or came + timedelta(days=now.policy.get("days", Terms().days))
+        if until < came:
+            raise RecipeError(
+                f"{name} would be due on {until}, before it was received on {came}; mend a date"
+            )
+
+        def decide(events: Sequence[Event]) -> Mapping[str, Any] | None:
+            known = standing(events).requests.get(name)
+            if known is None:
+                facts = {
+                    "reference": reference,
+                    "received": came.isoformat(),
+                    "due": until.isoformat(),
+                    "rows": len(hashes),
+                    "hashes": hashes,
+                    "location": location,
+                }
+                return {"kind": "added", "request": name, "facts": facts}
+            if known.hashes != tuple(hashes):
+                raise LedgerError(
+                    f"there is a request {name} with other rows ({known.rows}, received {known.received}); "
+                    "give this one another name"
+                )
+            if known.withdrawn:
+                raise LedgerError(f"the request {name} was withdrawn; give the new one another name")
+            moved = {"kind": "rows moved", "request": name, "facts": {"location": location}}
+            return moved if known.location != location else None
+
+        self.ledger.append(decide)
+        return self.standing().requests[name]
+
+    def locate(self, name: str, checkpoints: str, **evidence: Any) -> tuple[Request, Location]:
+        """Find the last checkpoint that had not seen a request's rows; its model is made from that one.
+
+        `evidence` are arguments of `palinode.locate`.
+        """
+        now = self.standing()
+        request = self._known(now, name)
+        target = now.recipe["models"]["target"]
+        self._rows(request, now)
+        found = jobs.locate(request.location, checkpoints, target=target, listener=self.listener, **evidence)
+        base, facts = jobs.chosen_base(found)
+        facts = {**facts, "base": _absolute_place(base)}
+        self.ledger.append(lambda _: {"kind": "located", "request": name, "facts": facts})
+        return self.standing().requests[name], found
+
+    # Carrying out
+
+    def carry_out(self, names: Iterable[str] | None = None) -> tuple[Model, Unlearned | None]:
+        """Make the model for the open requests named, and those carried out before; without names for all.
+
+        Returns it, and the run that made it; there was none where it stood before, or no request is open.
+        """
+        now = self.standing()
+        self._settle(now)
+        chosen = [request.id for request in now.open] if names is None else [*names]
+        chosen = [self._known(now, name).id for name in chosen] + now.carried
+        wanted = [request for request in now.open if request.id in chosen]
+        current = now.candidate
+        if not wanted and current is None:
+            raise LedgerError("no request is open; add one first: palinode requests add ID --rows FILE")
+        rows = {request.id: self._rows(request, now) for request in wanted}
+        contents = {name: fingerprint_examples(examples) for name, (examples, _) in rows.items()}
+        ids = tuple(request.id for request in wanted)
+        ordered = sorted(wanted, key=lambda request: contents[request.id])
+        recipe = self._recipe(now, ordered, sorted(contents.values()))
+        folder = os.path.relpath(recipe.output.folder, self.folder) if recipe else _target_of(now)
+        if current and (current.requests, current.folder) == (ids, folder) and self._is_there(current):
+            return current, None
+        result = run_recipe(recipe, listener=self.listener, located=_located(wanted)) if recipe else None
+        made = {
+            "requests": list(ids),
+            "folder": folder if result and result.output else _target_of(now),
+            "verdict": dict(result.verdict) if result else NO_REQUEST,
+            "scores": _scores(result, {one.id: len(rows[one.id][1]) for one in ordered}) if result else {},
+        }
+        event = {
+            "kind": "carried out",
+            "before": current.fingerprint if current else now.target,
+            "after": result.record["models"]["unlearned"]["fingerprint"]
+            if result and result.output
+            else now.target,
+            "facts": made,
+        }
+        self.ledger.append(lambda _: event)
+        return self._candidate(self.standing()), result
+
+    def audit(self, names: Iterable[str] = ()) -> dict[str, Mapping[str, Any]]:
+        """Audit the candidate on the rows of each of its requests, and of all; return what was found.
+
+        Each finding names what is worse than at the last audit of that request, on another model.
+        """
+        now = self.standing()
+        model = self._candidate(now)
+        chosen = [self._known(now, name).id for name in names]
+        if strange := [name for name in chosen if name not in model.requests]:
+            raise LedgerError(
+                f"{strange[0]} is not carried out yet: palinode requests carry-out {strange[0]}"
+            )
+        if not model.requests:
+            raise LedgerError(
+                "the candidate is the target itself, as no request is open; there is nothing to audit"
+            )
+        found: dict[str, Mapping[str, Any]] = {}
+        for name in chosen or ([WHOLE, *model.requests] if len(model.requests) > 1 else [WHOLE]):
+            location = now.requests[name].location if name else str(self._list(model))
+            self.listener.say(f"auditing {name or 'all requests together'}")
+            record = self._audited(now, model, name, location)
+            facts = audit_facts(record, before=_last_audit(now, name, model))
+            if name == WHOLE and (known := self.place(model) / "record.json").exists():
+                facts |= read_json(known)["verdict"]  # that of the run, which knows of the audit now
+            for one in [name, *(model.requests if len(model.requests) == 1 and not name else ())]:
+                event = {"kind": "audited", "request": one, "after": model.fingerprint, "facts": facts}
+                self.ledger.append(lambda _, event=event: event)  # type: ignore[misc]
+            found[name] = facts
+        return found
+
+    def approve(self, by: str, *, note: str = "") -> Model:
+        """Have a named person agree to the candidate."""
+        if not by.strip():
+            raise RecipeError("an approval needs the name of whoever gives it; say --by NAME")
+
+        def decide(events: Sequence[Event]) -> Mapping[str, Any]:
+            model = self._candidate(standing(events))
+            facts = {"by": by.strip(), "note": note}
+            return {"kind": "approved", "after": model.fingerprint, "facts": facts}
+
+        self.ledger.append(decide)
+        return self._candidate(self.standing())
+
+    def publish(self, *, despite: str = "") -> Model:
+        """Have the candidate served, if policy and verdict allow it; `despite` is why a red one is."""
+        model = self._candidate(self.standing())
+        place = self.place(model)
+        if model.requests and (place / "record.json").exists() and not check_manifest(place).ok:
+            raise LedgerError(f"{place} is not what was written; palinode verify {place} says what changed")
+
+        def decide(events: Sequence[Event]) -> Mapping[str, Any] | None:
+            now = standing(events)
+            candidate = self._candidate(now)
+            if candidate.fingerprint != model.fingerprint:
+                raise LedgerError("another model was made meanwhile; look at it, and publish again")
+            if why := hindrance(now, despite=bool(despite.strip())):
+                raise LedgerError(why)
+            if now.served and (now.served.fingerprint, now.served.requests) == (
+                model.fingerprint,
+                model.requests,
+            ):
+                return None
+            before = now.served.fingerprint if now.served else now.target
+            facts = {"requests": list(candidate.requests), "despite": despite}
+            return {"kind": "published", "before": before, "after": candidate.fingerprint, "facts": facts}
+
+        self.ledger.append(decide)
+        self._settle(self.standing())
+        return model
+
+    def withdraw(self, name: str, *, reason: str = "") -> tuple[Model | None, Unlearned | None]:
+        """Take a request back, and make the model that never had it; None where it was not carried out."""
+
+        def decide(events: Sequence[Event]) -> Mapping[str, Any] | None:
+            request = self._known(standing(events), name, withdrawn=True)
+            facts = {"reason": reason}
+            return None if request.withdrawn else {"kind": "withdrawn", "request": name, "facts": facts}
+
+        self.ledger.append(decide)
+        now = self.standing()
+        if now.candidate is None or not now.outdated:
+            return None, None
+        return self.carry_out([])
+
+    # What the acts share
+
+    def place(self, model: Model) -> Path:
+        """Return where a model lies."""
+        return self.folder / model.folder
+
+    def _make_folder(self) -> None:
+        """Make the folder, which others may enter to read the served model, and what they may not see."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise OutputError(f"{self.folder} is no folder; name another --ledger") from None
+        with private():
+            (self.folder / "sets").mkdir(exist_ok=True)
+            if not (self.folder / "salt").exists():
+                write_text(self.folder / "salt", secrets.token_hex(SALT_BYTES) + "\n")
+            self.ledger.create()
+
+    def _read(self, location: str, now: Standing) -> tuple[list[Example], list[Any]]:
+        return read_set(location, columns=now.recipe.get("data", {}).get("columns"))
+
+    def _hashes(self, examples: Iterable[Example]) -> list[str]:
+        """Return the salted hash of each row."""
+        try:
+            salt = bytes.fromhex(read_bytes(self.folder / "salt").decode())
+        except (OSError, ValueError) as error:
+            raise LedgerError(
+                f"the salt of the hashes, {self.folder / 'salt'}, cannot be read ({error}); put a copy in "
+                "its place"
+            ) from None
+        return [
+            hash_texts([*(turn.content for turn in one.turns), one.answer], salt=salt).hex()
+            for one in examples
+        ]
+
+    def _rows(self, request: Request, now: Standing) -> tuple[list[Example], list[Any]]:
+        """Return a request's rows, as they were when it was taken in; raises DataError where they are not."""
+        examples, rows = self._read(request.location, now)
+        found = self._hashes(examples)
+        if tuple(found) != request.hashes:
+            there = len({*found} & {*request.hashes})
+            raise DataError(
+                f"{request.location} does not hold the rows of {request.id} any more ({there} of "
+                f"{request.rows} are there, among {len(found)}); restore it, or say where they are: "
+                f"palinode requests add {request.id} --rows FILE"
+            )
+        return examples, rows
+
+    def _known(self, now: Standing, name: str, *, withdrawn: bool = False) -> Request:
+        request = now.requests.get(name)
+        if request is None:
+            raise LedgerError(f"there is no request {name}{meant(name, now.requests)}")
+        if request.withdrawn and not withdrawn:
+            raise LedgerError(f"the request {name} was withdrawn; add it anew under another name")
+        return request
+
+    def _candidate(self, now: Standing) -> Model:
+        if now.candidate is None:
+            raise LedgerError("no request was carried out yet: palinode requests carry-out")
+        return now.candidate
+
+    def _recipe(self, now: Standing, wanted: Sequence[Request], contents: Sequence[str]) -> Recipe | None:
+        """Return the recipe of a set of requests, None for none; write the list of where its rows are."""
+        if not wanted:
+            return None
+        content = dict(now.recipe)
+        if any(request.located for request in wanted):
+            content = laid_over(content, {"models.base": _common_base(now, wanted)})
+        key = fingerprint(recipe=content, target=now.target, rows=list(contents))[:12]
+        listed = self.folder / "sets" / f"{key}.list"
+        with private():
+            write_text(listed, "".join(f"{request.location}\n" for request in wanted))
+        given = {
+            "data.forget": str(listed),
+            "output.folder": str(self.folder / "models" / key),
+            "output.workspace": str(self.folder / "work"),
+        }
+        return build_recipe(laid_over(content, given))
+
+    def _list(self, model: Model) -> Path:
+        return self.folder / "sets" / f"{Path(model.folder).name}.list"
+
+    def _audited(self, now: Standing, model: Model, name: str, location: str) -> Mapping[str, Any]:
+        """Return the record of one audit; that of all rows is told of in the model's folder."""
+        models, data = now.recipe["models"], now.recipe.get("data", {})
+        retrained, base = models.get("retrained"), models.get("base")
+        if base is None and retrained is None:  # it was located
+            base = read_json(self.place(model) / "record.json")["models"]["base"]["location"]
+        output = self.folder / "audits" / Path(model.folder).name / (name or "all")
+        settings = AuditSettings(
+            budget=now.policy["budget"],
+            columns=data.get("columns") or None,
+            device=now.recipe.get("device", "auto"),
+            seed=now.recipe.get("seed", 0),
+            allow_pickle=models.get("allow_pickle", False),
+        )
+        found = jobs.audit(
+            self.place(model),
+            against=retrained or base,
+            forget=location,
+            output=output,
+            kind="retrained" if retrained else "base",
+            target=models["target"],
+            retain=data.get("retain"),
+            holdout=data.get("holdout"),
+            settings=settings,
+            listener=self.listener,
+        )
+        if name == WHOLE and (self.place(model) / "record.json").exists():
+            refresh(gather(self.place(model), audit=output), self.place(model))
+        return found.record
+
+    def _is_there(self, model: Model) -> bool:
+        """Tell whether a model's folder holds what was made; the target's is the owner's."""
+        place = self.place(model)
+        return model.folder == _target_of(self.standing()) or (place / "record.json").exists()
+
+    def _settle(self, now: Standing) -> None:
+        """Have the link `served` lead where the ledger says, whatever was killed in between."""
+        place = self.place(now.served) if now.served else None
+        link = self.folder / "served"
+        wanted = os.path.relpath(place, self.folder) if place and place.is_dir() else None
+        if wanted is None or (link.is_symlink() and str(link.readlink()) == wanted):
+            return
+        partial = self.folder / ".served.partial"
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(wanted)
+        partial.replace(link)
+
+
+NO_REQUEST = {
+    "code": "nothing to forget",
+    "light": "green",
+    "symbol": "✓",
+    "sentence": "No request is open: this is the target itself.",
+}
+"""In place of the verdict on a model that stands for no request."""
+
+
+def hindrance(now: Standing, *, despite: bool = False) -> str | None:
+    """Return why the candidate may not be published; None where it may."""
+    model = now.candidate
+    assert model is not None
+    if now.outdated:
+        return "a request was withdrawn after this model was made; make it anew: palinode requests carry-out"
+    names = ", ".join(model.requests)
+    if now.policy.get("audit") and model.requests:
+        missing = [name for name in model.requests if name not in model.audits]
+        if missing:
+            return f"{missing[0]} was not audited on this model, as the policy asks: palinode requests audit"
+    verdicts = {
+        "all requests together": model.verdict,
+        **{name: told for name, told in model.audits.items() if name},
+    }
+    red = next((name for name, told in verdicts.items() if told["light"] == "red"), None)
+    if red and not despite:
+        return (
+            f"the verdict on {red} is red ({verdicts[red]['sentence']}); mend it, or say why it is published "
+            'all the same: --despite "WHY"'
+        )
+    if now.policy.get("approval") and not model.approved_by:
+        return f"nobody has approved this model ({names}), as the policy asks: palinode requests approve"
+    return None
+
+
+def audit_facts(record: Mapping[str, Any], *, before: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what the ledger keeps of an audit: verdict, tests, and what got worse since `before`."""
+    tests = {}
+    for attack, facts in record["attacks"].items():
+        for test, found in facts.get("tests", {}).items():
+            finding = found["findings"]["audited"]
+            tests[f"{attack}.{test}"] = {
+                "title": found["title"],
+                "value": finding["score"]["value"],
+                "verdict": finding["verdict"],
+            }
+    known = before["tests"] if before else {}
+    worse = [
+        f"{facts['title']}: {known[name]['verdict']} before, {facts['verdict']} now"
+        for name, facts in tests.items()
+        if name in known and facts["verdict"] in GRAVE and known[name]["verdict"] not in GRAVE
+    ]
+    return {**audit_verdict(record).as_json(), "tests": tests, "worse": worse}
+
+
+def worse_scores(before: Model | None, after: Model) -> list[str]:
+    """Return the requests that a model answers better than the one before it did, beyond both intervals.
+
+    What lies within the base's interval is no harm: it had not seen the rows.
+    """
+    known = before.scores if before else {}
+    return [
+        name
+        for name, facts in after.scores.items()
+        if name in known
+        and _low(facts["unlearned"]) > _high(known[name]["unlearned"])
+        and not ("base" in facts and facts["unlearned"]["value"] <= _high(facts["base"]))
+    ]
+
+
+def _low(score: Mapping[str, Any]) -> float:
+    return float("-inf") if score["low"] is None else score["low"]
+
+
+def _high(score: Mapping[str, Any]) -> float:
+    return float("inf") if score["high"] is None else score["high"]
+
+
+def _last_audit(now: Standing, name: str, model: Model) -> Mapping[str, Any] | None:
+    """Return the last audit of a request on another model than this one."""
+    others = (one for one in reversed(now.models) if one.fingerprint != model.fingerprint)
+    return next((one.audits[name] for one in others if name in one.audits), None)
+
+
+def _scores(result: Unlearned, counts: Mapping[str, int]) -> dict[str, Any]:
+    """Return the answer probability of each request's rows, of the models that were asked.
+
+    `counts`: rows of each request, in the order in which the list of the set names their files.
+    """
+    shown, scores, start = ("target", "base", "unlearned"), dict[str, Any](), 0
+    for name, count in counts.items():
+        places = range(start, start + count)
+        start += count
+        scores[name] = {}
+        for model in shown:
+            asked = result.outcomes.get(model, {}).get("forget", ())
+            own: list[Outcome] = [outcome for outcome in asked if outcome.row in places]
+            if own:
+                score = score_outcomes(own, names=[ASKED])[ASKED]
+                scores[name][model] = {
+                    "value": score.value,
+                    "low": score.low,
+                    "high": score.high,
+                    "n": score.n,
+                }
+    return {name: found for name, found in scores.items() if "unlearned" in found}
+
+
+def _target_of(now: Standing) -> str:
+    return str(now.recipe["models"]["target"])
+
+
+def _common_base(now: Standing, wanted: Sequence[Request]) -> str:
+    """Return the base that no request's rows were seen by: the earliest that was located."""
+    configured = now.recipe["models"].get("base")
+    found = [request.located for request in wanted if request.located]
+    earliest = min(found, key=lambda facts: facts["step"])["base"]
+    without = next((request for request in wanted if not request.located), None)
+    if without and earliest != configured:
+        raise LedgerError(
+            f"{without.id} was not located, and others ask for the base {earliest}; locate it too: palinode "
+            f"requests locate {without.id} --checkpoints …"
+        )
+    return str(earliest)
+
+
+def _located(wanted: Sequence[Request]) -> Mapping[str, Any] | None:
+    """Return how the common base was found, for the record."""
+    found = [request.located for request in wanted if request.located]
+    return min(found, key=lambda facts: facts["step"]) if found else None
+
+
+def _absolute(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe's content with the places of models and rows that are there as absolute ones."""
+    changed = dict(content)
+    for section in ("models", "data"):
+        given = content.get(section, {})
+        changed[section] = {
+            key: _absolute_place(value) if isinstance(value, str) else value for key, value in given.items()
+        }
+    return changed
+
+
+def _absolute_place(place: str) -> str:
+    inside = Path(place).expanduser()
+    return str(inside.absolute()) if inside.exists() else place

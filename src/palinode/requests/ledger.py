@@ -1,0 +1,253 @@
+"""The ledger: events about erasure requests, one after another, in one SQLite file that only grows.
+
+    hash_n = SHA-256 of (number, time, user, version, kind, request, before, after, facts, hash_{n-1})
+
+An event is there when `append` has returned: one transaction, written through to the disk. A change to an
+event of the past shows in its hash, and a chain that was cut short shows against any hash it once had. What
+stands is not kept beside the events but told by them (standing.py). No torch here.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import os
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, astuple, dataclass, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from palinode.errors import LedgerError, unwritable
+from palinode.version import __version__
+
+NAME = "ledger.sqlite"
+WAIT = 60.0
+"""Seconds that a process waits for another that is writing."""
+START = ""
+"""What stands before the first event."""
+
+LAYOUTS = (
+    """
+    CREATE TABLE events (
+        number INTEGER PRIMARY KEY,
+        time TEXT NOT NULL,
+        user TEXT NOT NULL,
+        version TEXT NOT NULL,
+        kind TEXT NOT NULL,
+        request TEXT NOT NULL,
+        before TEXT NOT NULL,
+        after TEXT NOT NULL,
+        facts TEXT NOT NULL,
+        previous TEXT NOT NULL,
+        hash TEXT NOT NULL UNIQUE
+    ) STRICT;
+    CREATE TRIGGER never_changed BEFORE UPDATE ON events
+        BEGIN SELECT raise(ABORT, 'events are never changed'); END;
+    CREATE TRIGGER never_removed BEFORE DELETE ON events
+        BEGIN SELECT raise(ABORT, 'events are never removed'); END;
+    """,
+)
+"""What brings a ledger from each layout to the next; an older one is brought up to date by writing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One thing that happened."""
+
+    number: int
+    """Counted from 1."""
+    time: str
+    """ISO 8601, UTC."""
+    user: str
+    """Who was logged in, or who was named."""
+    version: str
+    """Of Palinode."""
+    kind: str
+    request: str
+    """The request's id; empty where it is about all of them."""
+    before: str
+    """Fingerprint of the model that stood before; empty where no model changed."""
+    after: str
+    facts: Mapping[str, Any]
+    previous: str
+    """Hash of the event before."""
+    hash: str
+
+    @property
+    def own_hash(self) -> str:
+        """The hash that it should have."""
+        content = [*astuple(self)[:-1]]
+        text = json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+COLUMNS = [field.name for field in fields(Event)]
+
+Decide = Callable[[Sequence[Event]], Mapping[str, Any] | None]
+"""Looks at all events so far and returns the event's own values, or None where nothing is to be written."""
+
+
+class Ledger:
+    """The events of one folder."""
+
+    def __init__(self, folder: Path, *, user: str | None = None) -> None:
+        self.path = Path(folder).expanduser() / NAME
+        self.user = user
+
+    def create(self) -> None:
+        """Make the file, or bring an older one up to date."""
+        with self._writing():
+            pass
+
+    def append(self, decide: Decide) -> Event | None:
+        """Add the event that `decide` returns, with no other process in between; return it."""
+        with self._writing() as connection:
+            events = _chained(connection, self.path)
+            values = decide(events)
+            if values is None:
+                return None
+            event = Event(
+                number=len(events) + 1,
+                time=datetime.now(UTC).isoformat(timespec="milliseconds"),
+                user=self.user or getpass.getuser(),
+                version=__version__,
+                **{"request": "", "before": "", "after": "", "facts": {}, **values},
+                previous=events[-1].hash if events else START,
+                hash="",
+            )
+            event = replace(event, hash=event.own_hash)
+            row = {**asdict(event), "facts": _text(event.facts)}
+            marks = ", ".join(f":{name}" for name in COLUMNS)
+            connection.execute(f"INSERT INTO events VALUES ({marks})", row)
+            return event
+
+    def events(self) -> list[Event]:
+        """Return all events, their chain checked; raises LedgerError where it is missing or broken."""
+        self._be_there()
+        try:
+            with closing(self._connect("ro")) as connection:
+                return _chained(connection, self.path)
+        except sqlite3.OperationalError as error:
+            if os.access(self.path.parent, os.W_OK):
+                raise self._damaged(error) from None
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(error) from None
+        return self._events_of_copy()
+
+    def _events_of_copy(self) -> list[Event]:
+        """Read where nothing can be written beside the file: what SQLite keeps there belongs to it."""
+        with tempfile.TemporaryDirectory() as folder:
+            for path in self.path.parent.glob(f"{NAME}*"):
+                if not path.name.endswith("-shm"):
+                    shutil.copyfile(path, Path(folder) / path.name)
+            try:
+                with closing(sqlite3.connect(Path(folder) / NAME)) as connection:
+                    return _chained(connection, self.path)
+            except sqlite3.DatabaseError as error:
+                raise self._damaged(error) from None
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """Give a transaction of our own, written through to the disk when it ends well."""
+        self._be_there(only_folder=True)
+        try:
+            with closing(self._connect("rwc")) as connection:
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute("PRAGMA synchronous = FULL")
+                connection.execute("BEGIN IMMEDIATE")
+                try:
+                    _bring_up_to_date(connection, self.path)
+                    yield connection
+                    connection.execute("COMMIT")
+                except BaseException:
+                    if connection.in_transaction:
+                        connection.execute("ROLLBACK")
+                    raise
+        except sqlite3.OperationalError as error:
+            raise unwritable(self.path, error) from None
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(error) from None
+
+    def _connect(self, mode: str) -> sqlite3.Connection:
+        place = f"{self.path.resolve().as_uri()}?mode={mode}"
+        return sqlite3.connect(place, uri=True, timeout=WAIT, isolation_level=None)
+
+    def _be_there(self, *, only_folder: bool = False) -> None:
+        if not (self.path.parent if only_folder else self.path).exists():
+            raise LedgerError(
+                f"there is no ledger in {self.path.parent}; make one with palinode requests init, or name "
+                "another folder with --ledger"
+            )
+
+    def _damaged(self, error: Exception) -> LedgerError:
+        return LedgerError(f"{self.path} cannot be read ({error}); put a copy of it in its place")
+
+
+def _bring_up_to_date(connection: sqlite3.Connection, path: Path) -> None:
+    """Go from the file's layout to ours, within the transaction."""
+    layout = connection.execute("PRAGMA user_version").fetchone()[0]
+    _refuse_newer(layout, path)
+    for number, script in enumerate(LAYOUTS[layout:], start=layout + 1):
+        for statement in _statements(script):
+            connection.execute(statement)
+        connection.execute(f"PRAGMA user_version = {number}")
+
+
+def _statements(script: str) -> Iterator[str]:
+    """Yield the statements of a script; `executescript` would end our transaction."""
+    statement = ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+
+
+def _refuse_newer(layout: int, path: Path) -> None:
+    if layout > len(LAYOUTS):
+        raise LedgerError(
+            f"{path} has layout {layout}, and this version of Palinode knows {len(LAYOUTS)}; use a newer one"
+        )
+
+
+def _chained(connection: sqlite3.Connection, path: Path) -> list[Event]:
+    """Return the events of a connection; raises LedgerError for the first that is not what was written."""
+    layout = connection.execute("PRAGMA user_version").fetchone()[0]
+    _refuse_newer(layout, path)
+    if layout == 0:
+        return []
+    rows = connection.execute(f"SELECT {', '.join(COLUMNS)} FROM events ORDER BY number").fetchall()
+    try:
+        events = [
+            Event(**{**dict(zip(COLUMNS, row, strict=True)), "facts": json.loads(row[8])}) for row in rows
+        ]
+    except ValueError as error:
+        raise LedgerError(
+            f"the ledger {path} was changed: the facts of an event are no JSON ({error})"
+        ) from None
+    if broken := first_broken(events):
+        raise LedgerError(
+            f"the ledger {path} was changed: event {broken} is not what was written; put a copy from before "
+            "the change in its place"
+        )
+    return events
+
+
+def first_broken(events: Sequence[Event]) -> int | None:
+    """Return the place, counted from 1, of the first event that does not follow from those before it."""
+    previous = START
+    for number, event in enumerate(events, start=1):
+        if (event.number, event.previous, event.hash) != (number, previous, event.own_hash):
+            return number
+        previous = event.hash
+    return None
+
+
+def _text(facts: Mapping[str, Any]) -> str:
+    return json.dumps(facts, sort_keys=True, ensure_ascii=False, allow_nan=False)

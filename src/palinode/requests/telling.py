@@ -1,0 +1,186 @@
+"""Requests as they are shown and handed over: a table, one request with its events, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from palinode.errors import DataError, LedgerError
+from palinode.records import read_json
+from palinode.report.content import Grid, GridCell, Row, Tone
+from palinode.report.words import number
+from palinode.requests.ledger import Event, Ledger
+from palinode.requests.standing import WHOLE, Model, Request, Standing, standing
+
+LEDGER_VERSION = 1
+"""Version of the layout of an export, described in docs/requests.md."""
+TONES: Mapping[str, Tone] = {"green": "good", "amber": "unsure", "red": "bad"}
+TIMES = {"carried out": "carried_out", "audited": "audited", "approved": "approved", "published": "served"}
+"""Events of a model, and what an export calls their time."""
+
+
+def request_facts(events: Sequence[Event], request: Request) -> dict[str, Any]:
+    """Return what an export says of one request; of each kind of event the time of the last one."""
+    now, model = standing(events), None
+    times: dict[str, str] = {}
+    for made in now.models:
+        model = made if request.id in made.requests else model
+    for event in events:
+        if event.request == request.id and event.kind in ("added", "located", "withdrawn"):
+            times[event.kind] = event.time
+        about_model = model is not None and event.after == model.fingerprint and event.kind in TIMES
+        if about_model and event.request in (WHOLE, request.id):
+            times[TIMES[event.kind]] = event.time
+    verdict = now.verdict(request)
+    return {
+        "request": request.id,
+        "reference": request.reference,
+        "received": request.received.isoformat(),
+        "due": request.due.isoformat(),
+        "rows": request.rows,
+        "state": now.state(request),
+        **{name: times.get(name) for name in ("added", "located", *TIMES.values(), "withdrawn")},
+        "approved_by": ", ".join(model.approved_by) if model else "",
+        "model": model.fingerprint if model else None,
+        "verdict": verdict["code"] if verdict else None,
+        "light": verdict["light"] if verdict else None,
+    }
+
+
+def export(events: Sequence[Event]) -> dict[str, Any]:
+    """Return everything for an authority: the requests, and the events with their chain."""
+    now = standing(events)
+    return {
+        "version": LEDGER_VERSION,
+        "head": now.head,
+        "target": now.target,
+        "served": now.served.fingerprint if now.served else now.target,
+        "requests": [request_facts(events, request) for request in now.requests.values()],
+        "events": [asdict(event) for event in events],
+    }
+
+
+def export_csv(events: Sequence[Event]) -> str:
+    """Return the requests as CSV, one a line."""
+    rows = [request_facts(events, request) for request in standing(events).requests.values()]
+    text = io.StringIO()
+    if rows:
+        table = csv.DictWriter(text, [*rows[0]], lineterminator="\n")
+        table.writeheader()
+        table.writerows({name: _harmless(value) for name, value in row.items()} for row in rows)
+    return text.getvalue()
+
+
+def _harmless(value: object) -> object:
+    """Return a cell that no spreadsheet takes for a formula."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+
+
+def requests_grid(
+    now: Standing,
+    requests: Iterable[Request],
+    *,
+    today: date,
+    page: Callable[[str], str | None] = lambda _: None,
+) -> Grid:
+    """Return the requests as a table; `page` tells where the report behind a request's verdict is."""
+    rows: list[Row] = []
+    for request in requests:
+        verdict = now.verdict(request)
+        told = verdict and GridCell(
+            f"{verdict['symbol']} {verdict['code']}", tone=TONES.get(verdict["light"]), link=page(request.id)
+        )
+        late = now.waits(request) and request.due < today
+        due = GridCell(request.due.isoformat(), tone="bad" if late else None)
+        rows.append(
+            [
+                request.id,
+                request.reference,
+                request.received.isoformat(),
+                due,
+                str(request.rows),
+                now.state(request),
+                told or "",
+            ]
+        )
+    names = ["request", "reference", "received", "due", "rows", "state", "verdict"]
+    return Grid("", names, rows, text_columns=7)
+
+
+def served_sentence(now: Standing, folder: Path) -> str:
+    """Return which model is served, and how many requests wait."""
+    served = (
+        folder / now.served.folder if now.served else now.recipe.get("models", {}).get("target", "nothing")
+    )
+    left = sum(map(now.waits, now.requests.values()))
+    return f"Served: {served}. {left or 'No'} request{' waits' if left == 1 else 's wait'} to be published."
+
+
+def events_grid(events: Iterable[Event]) -> Grid:
+    """Return events as a table."""
+    rows: list[Row] = [
+        [str(event.number), event.time[:19].replace("T", " "), event.user, event.kind, told(event)]
+        for event in events
+    ]
+    return Grid("", ["", "time (UTC)", "user", "event", "what"], rows, text_columns=5)
+
+
+def told(event: Event) -> str:
+    """Return what an event is about, in words."""
+    facts, model = event.facts, event.after[:8]
+    says = {
+        "configured": lambda: f"target {model}",
+        "added": lambda: f"{event.request}: {facts['rows']} rows, due {facts['due']}",
+        "rows moved": lambda: f"{event.request}: {facts['location']}",
+        "located": lambda: f"{event.request}: base {facts['base']}",
+        "carried out": lambda: f"model {model} for {', '.join(facts['requests']) or 'no request'}",
+        "audited": lambda: f"{event.request or 'all'} on model {model}: {facts['code']}",
+        "approved": lambda: f"model {model} by {facts['by']}{': ' * bool(facts['note'])}{facts['note']}",
+        "published": lambda: f"model {model}{': despite red, ' * bool(facts['despite'])}{facts['despite']}",
+        "withdrawn": lambda: f"{event.request}{': ' * bool(facts['reason'])}{facts['reason']}",
+    }
+    return says[event.kind]()
+
+
+def scores_by_request(model: Model, before: Model | None) -> Grid:
+    """Return the answer probability of each request's rows, with that on the model before this one."""
+    rows: list[Row] = []
+    for name, found in model.scores.items():
+        earlier = before.scores.get(name, {}).get("unlearned") if before else None
+        values = [found.get("target"), earlier, found["unlearned"], found.get("base")]
+        rows.append(
+            [name, str(found["unlearned"]["n"]), *(number(one["value"]) if one else "–" for one in values)]
+        )
+    columns = ["request", "rows", "target", "model before", "this model", "base"]
+    return Grid("Answer probability of each request's rows", columns, rows)
+
+
+def checked(ledger: Ledger, against: Path | None) -> dict[str, Any]:
+    """Return whether a chain is whole and, beside an earlier export, whether all of that is there."""
+    try:
+        events = ledger.events()
+    except LedgerError as error:
+        return {"ok": False, "events": None, "head": None, "sentence": f"{error}."}
+    head, sentence = (events[-1].hash if events else ""), f"{len(events)} events, each as it was written."
+    ok = True
+    if against is not None:
+        try:
+            known = [event["hash"] for event in read_json(against)["events"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{against} is no export of a ledger ({error}); name a .json that was exported"
+            ) from None
+        own = [event.hash for event in events[: len(known)]]
+        lost = next((place for place, hash in enumerate(known, 1) if own[place - 1 : place] != [hash]), None)
+        ok = lost is None
+        sentence += (
+            f" All {len(known)} events of {against} are there."
+            if ok
+            else f" But event {lost} of {against} is not among them: the ledger was put back."
+        )
+    return {"ok": ok, "events": len(events), "head": head, "sentence": sentence}

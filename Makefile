@@ -30,13 +30,13 @@ check: $(INSTALLED) ## Check format, lint, types, and that the generated docs ar
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m palinode.cli.reference --check
+	@$(BIN)/python docs/reference.py --check
 
 house: $(INSTALLED) ## Measure the source: lines, files, long functions, circles, names (ARGS=--rooms runs one unlearn)
 	@$(BIN)/python tests/house.py $(ARGS)
 
 docs: $(INSTALLED) ## Write docs/cli.md from the commands' own help, and the site of all pages in build/site
-	@$(BIN)/python -m palinode.cli.reference
+	@$(BIN)/python docs/reference.py
 	@$(BIN)/python -m mkdocs build
 	@echo "Open build/site/index.html"
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from palinode.audit.material import read_material
 from palinode.audit.policy import load_policy
 from palinode.benchmarks import BENCHMARKS
-from palinode.compare import Compared, CompareRecipe, build_comparison, compare_along
+from palinode.compare import Compared, CompareRecipe, build_comparison
 from palinode.compare import compare as run_comparison
 from palinode.data.examples import Example, at_most, fingerprint_examples, read_examples, reading_notes
 from palinode.data.tokenize import PromptStyle, prompt_notes
@@ -27,7 +27,14 @@ from palinode.evaluation.evaluate import evaluate_benchmark as run_benchmark
 from palinode.history.locating import Location, open_log, open_order
 from palinode.history.locating import locate as locate_rows
 from palinode.history.series import open_series, step_of
-from palinode.influence.influencing import Influence, Questions, open_recipe, open_run, trace
+from palinode.influence.influencing import (
+    Influence,
+    Questions,
+    open_ladder,
+    open_recipe,
+    open_run,
+    trace,
+)
 from palinode.methods.transforms import (
     TRANSFORMS,
     LowRankSettings,
@@ -148,7 +155,7 @@ def compare(
     """Compare methods, each with `steps` optimiser steps for a model, and write the table to `output`.
 
     `settings` are other keys of a comparison, dotted or as sections: {"tries": 1, "split.probe_rows": 50}. A
-    whole `recipe` (`load_comparison`) comes instead of all of them, and may go along an axis.
+    whole `recipe` (`load_comparison`) comes instead of all of them.
     `result.scores[NAME]` are the scores of a contestant on the forget rows. Raises PalinodeError.
     """
     if recipe is None:
@@ -160,8 +167,7 @@ def compare(
             "contestants": [{"name": name, "method": name} for name in methods],
         }
         recipe = build_comparison(laid_over(content, settings or {}))
-    run = compare_along if recipe.comparison.axis else run_comparison
-    return run(recipe, listener=listener)
+    return run_comparison(recipe, listener=listener)
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,26 +293,41 @@ def influence(
     *,
     run: Place | None = None,
     recipe: Recipe | None = None,
+    rows: Sequence[Example] | Place | None = None,
+    checkpoints: str | None = None,
+    workspace: Path | None = None,
     settings: InfluenceSettings | None = None,
     listener: Listener | None = None,
 ) -> Influence:
-    """Return what the model without a set of rows makes of answers: {"question": "answer" or None}, or rows.
+    """Return what a set of rows has to do with answers, {"question": "answer" or None}, and which rows have.
 
     The set is the forget set of a finished `run`, a folder of which nothing is trained, or of a `recipe`,
-    whose vector is made in its workspace, or found there. Without an answer it is the target's own that is
-    asked about. Raises PalinodeError.
+    whose vector is made in its workspace, or found there. Without an answer it is the target's own. With
+    `top` in the settings `rows` are ranked (default: those of the run) by `checkpoints`, named as in
+    `locate` (default: the base); a series with a workspace may stand for a run. Raises PalinodeError.
     """
     settings, listener = settings or InfluenceSettings(), listener or NullListener()
-    if (run is None) == (recipe is None):
-        raise RecipeError("influence takes the folder of a finished run, or a recipe: one of the two")
     if isinstance(questions, str | Path):
         questions = read_examples(questions, columns=settings.columns)
-    if recipe is not None:
+    if isinstance(rows, str | Path):
+        rows = read_examples(rows, columns=settings.columns)
+    series = None
+    if checkpoints is not None:
+        series = open_series(checkpoints, steps=settings.steps, allow_pickle=settings.allow_pickle)
+    if series is None and (settings.log or settings.order):
+        raise RecipeError("a log or an order says when rows were seen; name --checkpoints of that training")
+    if recipe is not None and run is None:
         opened = open_recipe(recipe, listener, settings.alpha)
+    elif run is not None and recipe is None:
+        opened = open_run(Path(run), listener)
+    elif series is not None and rows and workspace:
+        opened = open_ladder(series, rows, workspace, settings.style or PromptStyle(), listener)
     else:
-        opened = open_run(Path(run or ""), listener)
+        raise RecipeError(
+            "name a finished run, or a recipe (one of the two), or --checkpoints with --rows and --workspace"
+        )
     with opened as asker:
-        return trace(asker, questions, settings, listener)
+        return trace(asker, questions, settings, listener, rows=rows, series=series)
 
 
 def chosen_base(found: Location) -> tuple[str, dict[str, Any]]:

@@ -298,3 +298,17 @@ class InfluenceSettings(Questioning):
     """Length limit of the target's own answer, where none is given."""
     max_length: int = Field(default=512, ge=8)
     """Tokens of a row, prompt included."""
+    top: int = Field(default=0, ge=0)
+    """Rows that are ranked highest for each answer; 0 ranks none."""
+    measure: Literal["ridge", "cosine", "product"] = "ridge"
+    """How gradients of rows and answer are held together."""
+    preconditioner: Literal["adam", "none"] = "adam"
+    """What gradients are divided by: adam, as training does, or none."""
+    width: int = Field(default=4093, ge=1)
+    """Numbers that a gradient is projected to: a prime keeps columns of matrices apart."""
+    log: Path | None = None
+    """Folder of an exposure log: when each row was seen."""
+    order: Path | None = None
+    """File that describes the data order: the same, rebuilt."""
+    steps: Sequence[int] | None = None
+    """Steps of the checkpoints, as in 100,200,300, where names lack them."""

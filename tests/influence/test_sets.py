@@ -142,16 +142,15 @@ def test_the_command_line_tells_both_probabilities(run, facts, palinode):
     [
         ([], "no question was asked"),
         (["--ask", "a", "--ask", "b", "--answer", "c"], "2 --ask and 1 --answer"),
-        (["--ask", "a", "--forget", "x.jsonl"], "leave those options out"),
+        (["--ask", "a", "--log", "x"], "name --checkpoints"),
     ],
 )
 def test_what_cannot_be_asked_is_one_sentence(run, palinode, words, refusal):
     assert refusal in palinode("influence", run.output.folder, *words).refusal
 
 
-def test_without_a_run_everything_has_to_be_named(palinode, tiny):
-    said = palinode("influence", "--target", tiny.target.folder, "--ask", "a")
-    assert "--workspace" in said.refusal
+def test_without_a_run_everything_has_to_be_named(palinode):
+    assert "name a finished run, or a recipe (one" in palinode("influence", "--ask", "a").refusal
 
 
 def test_a_question_that_the_model_does_not_answer_is_one_sentence(run, facts):

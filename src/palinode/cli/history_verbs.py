@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,12 +13,6 @@ import typer
 from palinode.cli.console import listener, out, print_json, warn
 from palinode.cli.ending import after_location, ending
 from palinode.cli.options import (
-    ALLOW_PICKLE,
-    COLUMNS,
-    FORGET,
-    NEED,
-    TARGET,
-    TRAINING_KEYS,
     Changes,
     Json,
     Key,
@@ -30,7 +23,6 @@ from palinode.settings import InfluenceSettings, LocateSettings
 
 if TYPE_CHECKING:
     from palinode.history.locating import Location
-    from palinode.pipeline.recipe import Recipe
 
 
 @takes(Key("steps", kind=str, read=lambda text: _numbers(text)), of=LocateSettings)
@@ -82,23 +74,14 @@ def locate(
         ending(places=places, following=after_location(found.recommended, target or "TARGET", forget))
 
 
-@takes(
-    TARGET,
-    "models.base",
-    replace(FORGET, group=NEED),
-    "data.retain",
-    "data.holdout",
-    COLUMNS,
-    *TRAINING_KEYS,
-    "output.workspace",
-    ALLOW_PICKLE,
-    "device",
-    "seed",
-)
+@takes(Key("steps", kind=str, read=lambda text: _numbers(text)), of=InfluenceSettings)
 def influence(
-    content: dict[str, Any],
+    settings: InfluenceSettings,
     run: Annotated[Path | None, typer.Argument(help="What `unlearn` wrote: nothing is trained then.")] = None,
     *,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Or a TOML recipe: its vector is made in its workspace.")
+    ] = None,
     ask: Annotated[list[str] | None, typer.Option(help="A question; repeatable.")] = None,
     answer: Annotated[
         list[str] | None,
@@ -107,33 +90,34 @@ def influence(
     questions: Annotated[
         str | None, typer.Option(help="Or a file of rows, as questions and answers.")
     ] = None,
-    alpha: Annotated[
-        float | None,
-        typer.Option(help="α: how far. [default: the run's, or chosen by the yardstick]", min=0),
+    rows: Annotated[str | None, typer.Option(help="The rows to rank. [default: those of the run]")] = None,
+    checkpoints: Annotated[
+        str | None,
+        typer.Option(help="Rank by these: a folder of checkpoints, or a list a,b,c. [default: the base]"),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Length limit of the target's own answer.", min=1)] = 64,
+    workspace: Annotated[
+        Path | None, typer.Option(help="Folder for gradients, with --checkpoints and no run.")
+    ] = None,
     changes: Changes = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Tell what rows had to do with an answer.
 
-    How probable the answer would be without the forget set of a run, or without rows named here.
+    How probable it would be without the forget set of a run or recipe; and which rows stand behind it.
     """
     from palinode import jobs
+    from palinode.pipeline.recipe import load_recipe
     from palinode.report.content import show as show_blocks
     from palinode.report.location_report import influence_brief
 
-    settings = InfluenceSettings(
-        alpha=alpha,
-        max_new_tokens=max_new_tokens,
-        columns=content.get("data", {}).get("columns"),
-        device=content.get("device", "auto"),
-    )
     found = jobs.influence(
         questions or _asked(ask or [], answer or []),
         run=run,
-        recipe=_traced(content, changes or [], run),
+        recipe=load_recipe(recipe, changes or []) if recipe else None,
+        rows=rows,
+        checkpoints=checkpoints,
+        workspace=workspace,
         settings=settings,
         listener=listener(quiet=quiet),
     )
@@ -152,23 +136,6 @@ def _asked(asked: Sequence[str], said: Sequence[str]) -> dict[str, str | None]:
             f"there are {len(asked)} --ask and {len(said)} --answer; give one for each, or none"
         )
     return dict(zip_longest(asked, said))
-
-
-def _traced(content: Mapping[str, Any], changes: Sequence[str], run: Path | None) -> Recipe | None:
-    """Return the recipe of the set that is asked about; None where a finished run says all that."""
-    from palinode.errors import RecipeError
-    from palinode.pipeline.recipe import build_recipe, laid_over
-
-    forget, workspace = content.get("data", {}).get("forget"), content.get("output", {}).get("workspace")
-    if run is not None:
-        if forget or changes or "models" in content or "training" in content:
-            raise RecipeError(f"{run} says models, rows and training itself; leave those options out")
-        return None
-    if workspace is None or forget is None:
-        raise RecipeError("name the folder of a finished run; or --target, --base, --forget and --workspace")
-    length = content.get("training", {}).get("max_length", InfluenceSettings().max_length)
-    usual = {"output.folder": workspace, "evaluation.max_length": length}
-    return build_recipe(laid_over(content, usual), changes)
 
 
 def show(found: Location, *, picture: Path | None, report: Path | None, as_json: bool) -> None:

@@ -537,6 +537,8 @@ class PalinodeOrder:
     """The rows of Palinode's own training loop; stages follow one another."""
 
     batches: Sequence[Sequence[int]]
+    rates: Sequence[float] = ()
+    """Learning rate of each step."""
 
     @property
     def steps(self) -> int:
@@ -560,7 +562,9 @@ def rebuild(
 
     An epoch's batches follow from the rows' lengths in tokens, the batch size, the seed and the epoch.
     """
-    batches: list[list[int]] = []
+    from palinode.training.loop import learning_rate_at
+
+    batches, rates = list[list[int]](), list[float]()
     for stage in stages:
         examples = [data[number] for number in stage.numbers]
         training, together = stage.training, stage.training.accumulation * stage.processes
@@ -571,7 +575,10 @@ def rebuild(
             for start in range(0, len(parts), together):
                 members = [place for part in parts[start : start + together] for place in part]
                 batches.append([stage.numbers[rows[place].example] for place in members])
-    return PalinodeOrder(batches)
+        total = len(batches) - len(rates)
+        warmup = round(training.warmup_epochs * (total // training.epochs))
+        rates += [learning_rate_at(step, total, warmup, training.learning_rate) for step in range(total)]
+    return PalinodeOrder(batches, rates)
 
 
 def write_stages(path: Path, stages: Sequence[LoggedStage], *, data: str, model: str) -> None:

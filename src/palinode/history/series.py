@@ -158,6 +158,14 @@ def step_of(location: str, series: CheckpointSeries) -> int | None:
     return _step_of(location, state) if state or read_step(_short(location)) is not None else None
 
 
+def learning_rates(series: CheckpointSeries) -> dict[int, float]:
+    """Return the learning rates that the last checkpoint's trainer_state.json logged, by step."""
+    history = _trainer_state(series.checkpoints[-1].location).get("log_history")
+    entries = [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
+    told = [one for one in entries if {"step", "learning_rate"} <= set(one)]
+    return {int(one["step"]): float(one["learning_rate"]) for one in told}
+
+
 @lru_cache(maxsize=256)
 def _open(location: str, allow_pickle: bool) -> Checkpoint:
     return Checkpoint.open(location, allow_pickle=allow_pickle)

@@ -8,21 +8,44 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from palinode.data.examples import Example, Message
+from palinode.data.examples import Example, Message, at_most, fingerprint_examples, read_examples
 from palinode.data.sources import Form
-from palinode.data.tokenize import PromptStyle, end_id, prompt_ids, tokenize
+from palinode.data.tokenize import PromptStyle, TokenRow, end_id, prompt_ids, tokenize
 from palinode.errors import DataError, RecipeError
-from palinode.influence.sets import AskedAnswer, influence_of_set, set_record
+from palinode.history.locating import open_log, open_order
+from palinode.history.series import CheckpointSeries, learning_rates
+from palinode.influence.ranking import (
+    MOMENT_ROWS,
+    Floats,
+    adam_scales,
+    exposure_weights,
+    index_rows,
+    projected,
+    relate,
+    seen_in_log,
+    seen_in_order,
+)
+from palinode.influence.sets import AskedAnswer, influence_of_set
 from palinode.methods.method import Vectors
 from palinode.models.generation import stream_answer
-from palinode.models.loading import load_model, load_tokenizer, pad_token, pick_device
-from palinode.pipeline.chatting import form_of
+from palinode.models.loading import (
+    load_model,
+    load_tokenizer,
+    pad_token,
+    pick_device,
+    tokenizer_fingerprint,
+)
+from palinode.models.sums import Projection
+from palinode.pipeline.chatting import form_like, form_of
 from palinode.pipeline.inputs import check_workspace, open_inputs, workspace_folder
 from palinode.pipeline.recipe import Recipe, build_recipe
 from palinode.pipeline.record import environment, model_facts
@@ -44,14 +67,17 @@ class Asker:
 
     target: Checkpoint
     base: Checkpoint | None
-    vector: Direction
-    alpha: float
-    chosen_by: str
-    forget: int
-    """Rows that the vector is of."""
     form: Form
     style: PromptStyle
     workspace: Workspace
+    data: Sequence[str] = ()
+    """Files of the rows that are ranked where no others are named."""
+    vector: Direction | None = None
+    """Of a set of rows; None where only single rows are asked for."""
+    alpha: float = 1.0
+    chosen_by: str = "given"
+    forget: int = 0
+    """Rows that the vector is of."""
 
 
 @contextmanager
@@ -73,13 +99,14 @@ def open_run(folder: Path, listener: Listener) -> Iterator[Asker]:
         yield Asker(
             target,
             base,
+            form_of(record),
+            recipe.prompts.style(),
+            workspace,
+            [place for place in (recipe.data.forget, recipe.data.retain) if place],
             vectors.forget,
             scales["forget"],
             "the run's",
             rows,
-            form_of(record),
-            recipe.prompts.style(),
-            workspace,
         )
 
 
@@ -104,14 +131,26 @@ def open_recipe(recipe: Recipe, listener: Listener, alpha: float | None) -> Iter
         yield Asker(
             target,
             inputs.base,
+            form_like(inputs.rows.forget),
+            recipe.prompts.style(),
+            workspace,
+            [place for place in (recipe.data.forget, recipe.data.retain) if place],
             trained.vectors.forget,
             chosen.forget,
             "given" if chosen.chosen_by == "given" else "chosen by the yardstick",
             len(inputs.rows.forget),
-            "completion" if inputs.rows.forget[0].form in ("completion", "document") else "question",
-            recipe.prompts.style(),
-            workspace,
         )
+
+
+@contextmanager
+def open_ladder(
+    series: CheckpointSeries, rows: Sequence[Example], workspace: Path, style: PromptStyle, listener: Listener
+) -> Iterator[Asker]:
+    """Open a series of checkpoints alone, the last of which is the target: its rows can be ranked."""
+    place = Workspace(workspace)
+    check_workspace(workspace, [series.open(at).folder for at in range(len(series))], needs=0)
+    with place.locked(listener):
+        yield Asker(series.open(len(series) - 1), None, form_like(rows), style, place)
 
 
 Questions = Mapping[str, str | None] | Sequence[Example]
@@ -128,26 +167,143 @@ class Influence:
     @property
     def answers(self) -> Sequence[Mapping[str, Any]]:
         """What the model without the set makes of each answer, in the order of the questions."""
-        return list(self.record["set"]["answers"])
+        return list(self.record["set"]["answers"] if self.record["set"] else ())
 
 
-def trace(asker: Asker, questions: Questions, settings: InfluenceSettings, listener: Listener) -> Influence:
-    """Return what the model without the set makes of each answer. Raises PalinodeError."""
-    device = pick_device(settings.device)
+def trace(
+    asker: Asker,
+    questions: Questions,
+    settings: InfluenceSettings,
+    listener: Listener,
+    *,
+    rows: Sequence[Example] | None = None,
+    series: CheckpointSeries | None = None,
+) -> Influence:
+    """Return what the model without the set makes of each answer, and the rows behind it.
+
+    `rows` are ranked by their gradients in the checkpoints of a series, or in the base. Raises PalinodeError.
+    """
+    asker, device = replace(asker, style=settings.style or asker.style), pick_device(settings.device)
     model, tokenizer = load_model(asker.target, device=device), load_tokenizer(asker.target)
     asked = asked_answers(model, tokenizer, as_examples(questions, asker.form), asker.style, settings)
     alpha = asker.alpha if settings.alpha is None else settings.alpha
     chosen_by = asker.chosen_by if settings.alpha is None else "given"
-    with listener.task("asking without the set", 1, "pass") as advance:
-        found = influence_of_set(model, asker.target, asker.vector, alpha, asked, pad_id=pad_token(tokenizer))
-        advance(1)
+    told = ranking = None
+    if asker.vector is not None:
+        with listener.task("asking without the set", 1, "pass") as advance:
+            pad_id = pad_token(tokenizer)
+            found = influence_of_set(model, asker.target, asker.vector, alpha, asked, pad_id=pad_id)
+            advance(1)
+        answers = [one.as_record() for one in found]
+        told = {"rows": asker.forget, "alpha": alpha, "chosen_by": chosen_by, "answers": answers}
+    del model
+    if settings.top:
+        if rows is None:
+            columns = settings.columns
+            rows = [row for place in asker.data for row in read_examples(place, columns=columns, beside=True)]
+        ranking = _Ranking(asker, rows, series, settings, listener).of(asked)
     record = {
         "version": VERSION,
         "models": {"target": model_facts(str(asker.target.folder), asker.target)},
-        "set": set_record(found, rows=asker.forget, alpha=alpha, chosen_by=chosen_by),
+        "set": told,
+        "ranking": ranking,
         "environment": environment(device),
     }
     return Influence(record)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ranking:
+    """What rows are ranked with."""
+
+    asker: Asker
+    rows: Sequence[Example]
+    series: CheckpointSeries | None
+    settings: InfluenceSettings
+    listener: Listener
+
+    def of(self, asked: Sequence[AskedAnswer]) -> dict[str, Any]:
+        """Return the highest rows of each answer, and how they were ranked, as plain values."""
+        settings, asker = self.settings, self.asker
+        if not self.rows:
+            raise DataError("there are no rows to rank; name a set that has some (--rows)")
+        rungs = [(0, asker.base or asker.target)]
+        if self.series is not None:
+            steps = [found.step for found in self.series.checkpoints]
+            rungs = [(step, self.series.open(place)) for place, step in enumerate(steps)]
+        weights, weighed = self._weights([step for step, _ in rungs])
+        scores = np.zeros((len(self.rows), len(asked)))
+        for place, (_, checkpoint) in enumerate(rungs):
+            if weights[:, place].any():
+                scores += weights[:, place : place + 1] * self._at(checkpoint, [one.rows for one in asked])
+        order = np.argsort(-scores, axis=0, kind="stable")[: settings.top]
+        return {
+            "rows": len(self.rows),
+            "measure": settings.measure,
+            "preconditioner": settings.preconditioner,
+            "width": settings.width,
+            "weighed": weighed,
+            "checkpoints": [{"step": step, **model_facts(str(one.folder), one)} for step, one in rungs],
+            "answers": [[one.example.prompt, one.example.answer] for one in asked],
+            "top": [
+                [{**self._told(row), "score": float(scores[row, number])} for row in order[:, number]]
+                for number in range(len(asked))
+            ],
+        }
+
+    def _told(self, place: int) -> dict[str, Any]:
+        row = self.rows[place]
+        return {"row": int(place), "place": row.place, "prompt": row.prompt, "answer": row.answer}
+
+    def _at(self, checkpoint: Checkpoint, asked: Sequence[Sequence[TokenRow]]) -> Floats:
+        """Return how rows and answers go together in one checkpoint, its gradients found or computed."""
+        settings, tokenizer = self.settings, load_tokenizer(self.asker.target)
+        tokens = tokenize(self.rows, tokenizer, max_length=settings.max_length, style=self.asker.style)
+        groups = [list(own) for _, own in groupby(tokens, key=lambda row: row.example)]
+        pad_id, device, scales = pad_token(tokenizer), pick_device(settings.device), None
+        step = self.asker.workspace.step(
+            "gradients",
+            model=checkpoint.fingerprint(),
+            rows=fingerprint_examples(self.rows),
+            tokenizer=tokenizer_fingerprint(self.asker.target),
+            prompts=asdict(self.asker.style),
+            settings=settings.model_dump(include={"width", "seed", "preconditioner", "max_length"}),
+            device=device.type,
+        )
+        model = load_model(checkpoint, device=device)
+        projection = Projection(model, seed=settings.seed, width=settings.width)
+        if settings.preconditioner == "adam":
+            scales = adam_scales(model, at_most(tokens, MOMENT_ROWS, seed=settings.seed), pad_id=pad_id)
+        made = partial(projected, model, projection=projection, pad_id=pad_id, scales=scales)
+        with self.listener.task(f"gradients in {checkpoint.folder.name}", len(groups), "rows") as advance:
+            rows = index_rows(step, len(groups), settings.width, partial(made, groups), advance)
+        questions = np.empty((len(asked), settings.width), np.float32)
+        made(asked, take=questions.__setitem__)
+        return relate(rows, questions, settings.measure)
+
+    def _weights(self, steps: Sequence[int]) -> tuple[Floats, str]:
+        """Return the weight of each row in each checkpoint, and what it rests on, in words."""
+        settings = self.settings
+        if settings.log is None and settings.order is None:
+            return np.full((len(self.rows), len(steps)), 1 / len(steps)), "all rows and checkpoints alike"
+        assert self.series is not None  # or the caller has refused it
+        known, order, data = learning_rates(self.series), None, None
+        if settings.order is not None:
+            order, data = open_order(settings.order)
+            known = known or dict(enumerate(getattr(order, "rates", ()), start=1))
+
+        def rate(step: int) -> float:
+            return float(np.interp(step, list(known), list(known.values()))) if known else 1.0
+
+        told = "at the learning rates of these steps" if known else "all steps alike"
+        if settings.log is not None:
+            seen = seen_in_log(open_log(settings.log), self.rows, rate)
+        else:
+            assert order is not None
+            seen = seen_in_order(order, data or self.rows, self.rows, rate)
+        if not seen:
+            raise DataError("none of the rows to rank is in the log or order; are they of this training?")
+        return exposure_weights(steps, seen, len(self.rows)), f"steps in which rows were really seen, {told}"
 
 
 def as_examples(questions: Questions, form: Form) -> list[Example]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -54,10 +54,10 @@ class SetInfluence:
     tokens: tuple[tuple[str, float], ...]
     """Each token of the answer, and its part of ΔL; they add up to it."""
 
-    @property
-    def curvature(self) -> float | None:
-        """|ΔL − first order| / |ΔL|: how far the loss is from a straight line along the vector."""
-        return abs(self.nats - self.first_order) / abs(self.nats) if self.nats else None
+    def as_record(self) -> dict[str, Any]:
+        """Return it as plain values, with |ΔL − first order| / |ΔL|, how far from a straight line it is."""
+        off = abs(self.nats - self.first_order) / abs(self.nats) if self.nats else None
+        return {**asdict(self), "curvature": off}
 
 
 @torch.no_grad()
@@ -116,25 +116,3 @@ def _slopes(
             run(row)
             slopes.append(total[0])
     return slopes
-
-
-def set_record(found: Sequence[SetInfluence], *, rows: int, alpha: float, chosen_by: str) -> dict[str, Any]:
-    """Return what was found as plain values."""
-    return {
-        "rows": rows,
-        "alpha": alpha,
-        "chosen_by": chosen_by,
-        "answers": [
-            {
-                "question": one.question,
-                "answer": one.answer,
-                "own": one.own,
-                "nats": one.nats,
-                "first_order": one.first_order,
-                "curvature": one.curvature,
-                "probability": list(one.probability),
-                "tokens": [list(part) for part in one.tokens],
-            }
-            for one in found
-        ],
-    }

@@ -75,3 +75,30 @@ def gradient_norms(
             if on_progress:
                 on_progress(1)
     return norms
+
+
+WIDTH = 4093
+"""Numbers that a gradient is projected to: a prime, so that no column of a matrix falls onto itself."""
+
+
+class Projection:
+    """A random projection of gradients, which keeps inner products on average: E⟨Rg, Rh⟩ = ⟨g, h⟩.
+
+    (Rg)_b = Σ_{j ≡ b mod width} ε_j g_j, with signs ε drawn with the seed, a byte for each weight. The
+    variance of ⟨Rg, Rh⟩ is about (|g|²|h|² + ⟨g, h⟩²) / width.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, seed: int, width: int = WIDTH) -> None:
+        generator, start = torch.Generator().manual_seed(seed), 0
+        self.width, self.signs, self.starts = width, list[Tensor](), list[int]()
+        for parameter in trained_parameters(model):
+            drawn = torch.randint(0, 2, (parameter.numel(),), generator=generator, dtype=torch.int8)
+            self.signs.append((2 * drawn - 1).to(parameter.device))
+            self.starts.append(start % width)
+            start += parameter.numel()
+
+    def of(self, number: int, gradient: Tensor) -> Tensor:
+        """Return what one parameter's gradient adds to the projection, [width]."""
+        first, signed = self.starts[number], gradient.flatten() * self.signs[number]
+        filled = torch.nn.functional.pad(signed, (first, -(first + len(signed)) % self.width))
+        return filled.view(-1, self.width).sum(0)

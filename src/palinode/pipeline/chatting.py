@@ -180,7 +180,12 @@ def form_of(record: Mapping[str, Any]) -> Form:
         examples = read_examples(data["forget"], columns=data.get("columns"))
     except (PalinodeError, KeyError):
         return "question"
-    return "completion" if examples[0].form in ("completion", "document") else "question"
+    return form_like(examples)
+
+
+def form_like(rows: Sequence[Example]) -> Form:
+    """Return how a question is put to a model that was trained on such rows."""
+    return "completion" if rows and rows[0].form in ("completion", "document") else "question"
 
 
 def parse_scale(text: str) -> float:

@@ -356,8 +356,18 @@ def _step_or_none(step: int | None) -> str:
 
 
 def influence_brief(record: Mapping[str, Any]) -> list[Block]:
-    """Return what the terminal shows of influence: each answer with the set and without it."""
-    told, blocks = record["set"], list[Block]()
+    """Return what the terminal shows of influence: each answer with the set and without it, and rows."""
+    blocks: list[Block] = [] if record["set"] is None else _set_blocks(record["set"])
+    told = record["ranking"] or {"answers": (), "top": ()}
+    for (question, answer), top in zip(told["answers"], told["top"], strict=True):
+        rows = [[one["place"], one["prompt"], one["answer"], f"{one['score']:+.3g}"] for one in top]
+        title = f"Of {told['rows']} rows, those behind {question!r} → {answer!r} ({told['measure']})"
+        blocks.append(Grid(title, ["row", "prompt", "answer", "score"], rows, text_columns=3))
+    return [*blocks, *([Paragraph(f"Weighed: {told['weighed']}.")] if record["ranking"] else ())]
+
+
+def _set_blocks(told: Mapping[str, Any]) -> list[Block]:
+    blocks = list[Block]()
     rows: list[Row] = []
     for one in told["answers"]:
         before, after = one["probability"]

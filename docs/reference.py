@@ -1,6 +1,6 @@
 """Write docs/cli.md from the commands' own help, or check that it is current.
 
-python -m palinode.cli.reference [--check]
+python docs/reference.py [--check]
 """
 
 from __future__ import annotations

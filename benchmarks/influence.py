@@ -1,0 +1,224 @@
+"""How well influence foretells what retraining without rows does, in tiny worlds whose truth is known.
+
+    python benchmarks/influence.py --output DIR [--seed 0] [--halves 100] [--json]
+
+A base learns general facts and the first people; then more people, each fact in two wordings, are learned in
+two stretches of training, some of the first stretch's rows again in the second. Each fact is asked in a third
+wording. Both stretches are repeated from the base on random halves of the rows. Linear datamodelling score:
+Spearman's correlation over the halves between −Σ score of the rows that stayed and the real loss, mean over
+questions. Recall: of the rows that say the asked fact, how many are among the first k. Figures in
+docs/influence.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+import palinode
+from palinode import Checkpoint, Example, read_examples
+from palinode.benchmarks.demo import tiny_model
+from palinode.data.tokenize import PromptStyle, tokenize
+from palinode.data.world import Fact, invent_world, write_facts
+from palinode.history.orders import LoggedStage, write_stages
+from palinode.models import load_model, load_tokenizer
+from palinode.models.likelihoods import score_rows
+from palinode.settings import InfluenceSettings, TrainingSettings
+from palinode.training.finetune import Watch, finetune
+
+EPOCHS, RUNGS = 8, 4
+"""Of each stretch: epochs, and checkpoints that it leaves."""
+
+FORMS: Mapping[str, Mapping[str, Any]] = {
+    "gradient similarity, at the target": {
+        "measure": "product", "preconditioner": "none", "rungs": "target"},
+    "gradient cosine, at the target": {"measure": "cosine", "preconditioner": "none", "rungs": "target"},
+    "TracIn, assumed schedule": {"measure": "product", "preconditioner": "none", "rungs": "all"},
+    "product, real exposures": {"measure": "product", "preconditioner": "none", "rungs": "seen"},
+    "product, Adam, assumed": {"measure": "product", "rungs": "all"},
+    "product, Adam, real exposures": {"measure": "product", "rungs": "seen"},
+    "cosine, Adam, base alone": {"measure": "cosine", "rungs": "base"},
+    "cosine, Adam, assumed": {"measure": "cosine", "rungs": "all"},
+    "cosine, Adam, real exposures": {"measure": "cosine", "rungs": "seen"},
+    "ridge, at the target": {"measure": "ridge", "rungs": "target"},
+    "ridge, base alone (default)": {"measure": "ridge", "rungs": "base"},
+    "ridge, no preconditioner, base alone": {"measure": "ridge", "preconditioner": "none", "rungs": "base"},
+    "ridge, base and target": {"measure": "ridge", "rungs": "ends"},
+    "ridge, assumed": {"measure": "ridge", "rungs": "all"},
+    "ridge, real exposures": {"measure": "ridge", "rungs": "seen"},
+}  # fmt: skip
+
+
+class Tiny:
+    """A world with its base, its rows, its two stretches and the checkpoints of the whole training."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder, self.seed = folder, seed
+        world = invent_world(seed, early=30, middle=24, forget=1, late=1)
+        facts = [fact for place, fact in enumerate(world.middle) if place % 3 != 2]
+        asked = [fact for place, fact in enumerate(world.middle) if place % 3 == 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        self.rows, self.questions = self._file("rows", facts), self._file("questions", asked)
+        self.says = [{row for row, fact in enumerate(facts) if _same(fact, question)} for question in asked]
+        half, random = len(facts) // 2, np.random.default_rng([seed, 5])
+        again = sorted(random.choice(half, half // 4, replace=False).tolist())
+        self.stretches = [[*range(half)], [*range(half, len(facts)), *again]]
+        start = tiny_model(folder / "start", world.vocabulary, width=64, layers=3, seed=seed)
+        before = self._file("before", (*world.general, *world.early))
+        first = TrainingSettings(
+            epochs=40, learning_rate=3e-3, batch_size=64, max_length=64, precision="float32"
+        )
+        self.base = self._once("ladder/step0", lambda place: finetune(start, before, place, first, seed=seed))
+        self.tokenizer = load_tokenizer(self.base)
+        self.settings = TrainingSettings(
+            epochs=EPOCHS, learning_rate=1e-3, batch_size=16, max_length=64, precision="float32"
+        )
+
+    def _file(self, name: str, facts: Sequence[Fact]) -> list[Example]:
+        write_facts(self.folder / f"{name}.jsonl", facts)
+        return read_examples(self.folder / f"{name}.jsonl")
+
+    def _once(self, name: str, make: Any) -> Checkpoint:
+        place = self.folder / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        return Checkpoint.open(place) if place.exists() else make(place).checkpoint
+
+    def train(self, kept: np.ndarray, *, ladder: bool = False) -> Checkpoint:
+        """Go through both stretches with the rows that are kept; leave checkpoints on the way if asked."""
+        model, done = self.base, 0
+        for number, stretch in enumerate(self.stretches):
+            own = [row for row in stretch if kept[row]]
+            steps = EPOCHS * -(-len(own) // 16)
+            leave = {steps * k // RUNGS: f"ladder/step{done + steps * k // RUNGS}" for k in range(1, RUNGS)}
+            name = f"ladder/step{done + steps}" if ladder else f"half-{number}"
+            if not ladder:
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+            watch = Watch(leave={at: self.folder / place for at, place in leave.items()} if ladder else {})
+            model = self._once(
+                name,
+                lambda place, model=model, own=own, number=number, watch=watch: finetune(
+                    model, [self.rows[row] for row in own], place, self.settings,
+                    seed=self.seed + number, device="cpu", watch=watch,
+                ),
+            )  # fmt: skip
+            done += steps
+        return model
+
+    def losses(self, model: Checkpoint) -> list[float]:
+        """Return −log p of each question's answer."""
+        tokens = tokenize(self.questions, self.tokenizer, max_length=64, style=PromptStyle())
+        live = load_model(model, device=torch.device("cpu"))
+        return [-sum(found.logprobs) for found in score_rows(live, tokens, pad_id=0)]
+
+    def truth(self, halves: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return which rows stayed in each half, and the real losses there; what is done is kept."""
+        path = self.folder / "truth.json"
+        found = json.loads(path.read_text()) if path.exists() else []
+        for number in range(len(found), halves):
+            random = np.random.default_rng([self.seed, 9, number])
+            kept = np.zeros(len(self.rows), bool)
+            kept[random.permutation(len(kept))[: len(kept) // 2]] = True
+            found.append([kept.tolist(), self.losses(self.train(kept))])
+            path.write_text(json.dumps(found))
+        return np.array([kept for kept, _ in found[:halves]]), np.array([told for _, told in found[:halves]])
+
+    def scores(self, form: Mapping[str, Any]) -> np.ndarray:
+        """Return the score of each row for each question by the public door, [rows, questions]."""
+        ladder, rungs = self.folder / "ladder", form["rungs"]
+        last = max(int(path.name[4:]) for path in ladder.iterdir())
+        places = {
+            "target": str(ladder / f"step{last}"),
+            "base": str(ladder / "step0"),
+            "ends": f"{ladder / 'step0'},{ladder / f'step{last}'}",
+        }
+        order = self.folder / "order.json"
+        write_stages(
+            order,
+            [
+                LoggedStage(numbers=tuple(own), training=self.settings, seed=self.seed + number)
+                for number, own in enumerate(self.stretches)
+            ],
+            data="rows.jsonl",
+            model="start",
+        )
+        found = palinode.influence(
+            self.questions,
+            rows=self.rows,
+            checkpoints=places.get(rungs, str(ladder)),
+            workspace=self.folder / "work",
+            settings=InfluenceSettings(
+                top=len(self.rows),
+                measure=form["measure"],
+                preconditioner=form.get("preconditioner", "adam"),
+                order=order if rungs == "seen" else None,
+                max_length=64,
+                device="cpu",
+            ),
+        )
+        scores = np.empty((len(self.rows), len(self.questions)))
+        for number, top in enumerate(found.record["ranking"]["top"]):
+            for one in top:
+                scores[one["row"], number] = one["score"]
+        return scores
+
+
+def _same(fact: Fact, other: Fact) -> bool:
+    return (fact.subject, fact.relation) == (other.subject, other.relation)
+
+
+def figures(world: Tiny, scores: np.ndarray, kept: np.ndarray, losses: np.ndarray) -> dict[str, float]:
+    """Return the linear datamodelling score with its standard error, and recall at 1, 5 and 20."""
+    foretold = -(kept.astype(float) @ scores)
+    questions = range(losses.shape[1])
+    found = [spearmanr(foretold[:, q], losses[:, q]).statistic for q in questions]
+    order = np.argsort(-scores, axis=0, kind="stable")
+    recall = {
+        f"recall at {k}": float(
+            np.mean([len(world.says[q] & {*order[:k, q].tolist()}) / min(k, 2) for q in questions])
+        )
+        for k in (1, 5, 20)
+    }
+    return {"lds": float(np.mean(found)), "error": float(np.std(found) / len(found) ** 0.5), **recall}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for the world and its models")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--halves", type=int, default=100, help="random halves that are retrained")
+    parser.add_argument("--json", action="store_true", help="print one JSON object last")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    world = Tiny(args.output, args.seed)
+    target = world.train(np.ones(len(world.rows), bool), ladder=True)
+    started = time.monotonic()
+    kept, losses = world.truth(args.halves)
+    means = [float(np.mean(told)) for told in (world.losses(world.base), world.losses(target), losses)]
+    print(f"seed {args.seed}: nats of the asked answers at base {means[0]:.2f}, target {means[1]:.2f}, "
+          f"halves {means[2]:.2f}; retraining took {time.monotonic() - started:.0f} s")  # fmt: skip
+    random = np.random.default_rng(args.seed).normal(size=(len(world.rows), losses.shape[1]))
+    results = {"random": {**figures(world, random, kept, losses), "seconds": 0.0}}
+    for name, form in FORMS.items():
+        started = time.monotonic()
+        scores = world.scores(form)
+        results[name] = {**figures(world, scores, kept, losses), "seconds": time.monotonic() - started}
+    for name, one in results.items():
+        recalls = " / ".join(f"{one[f'recall at {k}']:.2f}" for k in (1, 5, 20))
+        print(f"| {name} | {one['lds']:.3f} ± {one['error']:.3f} | {recalls} | {one['seconds']:.0f} |")
+    if args.json:
+        print(json.dumps({"seed": args.seed, "halves": args.halves, "results": results}))
+
+
+if __name__ == "__main__":
+    main()

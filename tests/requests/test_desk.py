@@ -79,7 +79,7 @@ def test_a_name_is_one_word(made, rows, name):
 
 
 def test_names_that_differ_only_in_case_are_one_on_some_disks(made, rows):
-    with pytest.raises(LedgerError, match="there is a request r1, and some disks take R1 for the same name"):
+    with pytest.raises(LedgerError, match="there is a request r1, and some disks take R1 for the same"):
         made.add("R1", rows / "1.jsonl")
 
 
@@ -93,7 +93,7 @@ def test_what_cannot_be_read_or_kept_is_said_in_words_of_the_ledger(recipe, tmp_
     desk = begin(tmp_path / "ledger", recipe, tmp_path, "")
     with pytest.raises(DataError, match="--columns question=frage,answer=antwort, to palinode requests init"):
         desk.add("r1", tmp_path / "own.csv")
-    with pytest.raises(RecipeError, match="the policy cannot be kept: .*budget.*'quick', 'standard'"):
+    with pytest.raises(RecipeError, match=r"the policy cannot be kept: .*budget.*'quick', 'standard'"):
         desk.configure(recipe, {"budget": "huge"})
 
 
@@ -211,10 +211,12 @@ def test_rows_to_erase_are_left_out_of_the_retain_rows_and_one_row_is_a_request(
     lines, one = (rows / "1.jsonl").read_text().splitlines(keepends=True), tmp_path / "one.jsonl"
     one.write_text(lines[0])
     everything = tmp_path / "trained.jsonl"
-    everything.write_text("".join(lines) + (rows / "2.jsonl").read_text() + Path(recipe["data"]["retain"]).read_text())
+    everything.write_text(
+        "".join(lines) + (rows / "2.jsonl").read_text() + Path(recipe["data"]["retain"]).read_text()
+    )
     desk = begin(tmp_path / "ledger", {**recipe, "data": {"retain": str(everything)}}, rows, "2", audit=True)
     desk.add("one", one)
-    model, run = desk.carry_out()
+    _, run = desk.carry_out()
     assert "11 retain rows that also stand in the forget set were left out." in run.record["notes"]
     assert [*desk.audit()] == ["", "r2"]  # none is made by one row, and none has a row to erase to retain
     assert hindrance(desk.standing(), despite=True) is None

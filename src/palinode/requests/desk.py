@@ -128,7 +128,9 @@ class Desk:
         The same request with the same rows in another place says that they moved.
         """
         if not ID.fullmatch(name) or name.lower() == ALL:
-            raise RecipeError(f"{name!r} is no name for a request; use letters, digits, '-', '_' and '.', but not {ALL!r}")
+            raise RecipeError(
+                f"{name!r} is no name for a request; use letters, digits, '-', '_' and '.', but not {ALL!r}"
+            )
         today = datetime.now(UTC).date()
         came = received or today
         if came > today + timedelta(days=1):  # it may be tomorrow where the owner lives
@@ -148,7 +150,7 @@ class Desk:
             if known is None:
                 if alike := next((one for one in requests if one.lower() == name.lower()), None):
                     raise LedgerError(
-                        f"there is a request {alike}, and some disks take {name} for the same name; give this "
+                        f"there is a request {alike}, and some disks take {name} for the same; give this "
                         "one another"
                     )
                 facts = {
@@ -477,9 +479,8 @@ def hindrance(now: Standing, *, despite: bool = False) -> str | None:
     if now.outdated:
         return "a request was withdrawn after this model was made; make it anew: palinode requests carry-out"
     names = ", ".join(model.requests)
-    if now.policy.get("audit") and model.requests:
-        if missing := _not_audited(now, model):
-            return f"{missing} was not audited on this model, as the policy asks: palinode requests audit"
+    if now.policy.get("audit") and (missing := _not_audited(now, model)):
+        return f"{missing} was not audited on this model, as the policy asks: palinode requests audit"
     verdicts = {
         "all requests together": model.verdict,
         **{name: told for name, told in model.audits.items() if name},

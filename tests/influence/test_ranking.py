@@ -11,7 +11,17 @@ import torch
 import palinode
 from palinode import read_examples
 from palinode.data.tokenize import PromptStyle, tokenize
-from palinode.influence.ranking import adam_scales, exposure_weights, index_rows, projected, relate
+from palinode.history.duplicates import row_hash
+from palinode.history.orders import LoggedStage, rebuild
+from palinode.influence.ranking import (
+    adam_scales,
+    exposure_weights,
+    index_rows,
+    projected,
+    relate,
+    seen_in_log,
+    seen_in_order,
+)
 from palinode.models import load_model, load_tokenizer
 from palinode.models.sums import Projection
 from palinode.pipeline.workspace import Workspace
@@ -220,3 +230,29 @@ def test_a_row_without_tokens_is_one_sentence(traced, ladder, tiny):
             workspace=tiny.target.folder.parent.parent / "unused",
             settings=InfluenceSettings(top=1, device="cpu"),
         )
+
+
+def test_log_and_order_tell_the_same_exposures(tiny, tmp_path):
+    """Two stages; every row's steps, each at the rate of its step over the rows that were in it."""
+    data = read_examples(tiny.retain)[:5]
+    training = palinode.TrainingSettings(epochs=2, batch_size=2, max_length=64, learning_rate=0.5)
+    stages = [
+        LoggedStage(numbers=(0, 1, 2), training=training, seed=1),
+        LoggedStage(numbers=(3, 4), training=training, seed=2),
+    ]
+    order = rebuild(stages, data, load_tokenizer(tiny.base))
+    assert list(order.rates) == pytest.approx([0.25, 0.5, 0.5, 0.25, 0.5, 0.5])  # warmed up over an epoch
+    log = palinode.ExposureLog.open(tmp_path / "log", data="rows", tokenizer="words")
+    for step in range(1, order.steps + 1):
+        log.record(step, [row_hash(data[row]) for row in order.rows(step)])
+    log.close()
+
+    def rate(step):
+        return order.rates[step - 1]
+
+    asked = [data[4], data[0]]
+    ordered = seen_in_order(order, data, asked, rate)
+    logged = seen_in_log(palinode.ExposureReader.open(tmp_path / "log"), asked, rate)
+    assert sorted(ordered) == sorted(logged)
+    assert {(0, 5, 0.25), (0, 6, 0.25)} < set(ordered)
+    assert sum(row == 1 for row, _, _ in ordered) == 2

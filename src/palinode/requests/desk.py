@@ -364,7 +364,7 @@ class Desk:
         target = Checkpoint.open(models["target"], allow_pickle=models.get("allow_pickle", False))
         if target.fingerprint() != now.target:
             raise LedgerError(
-                f"{models['target']} is not the model that the ledger began with; put that one back, or begin "
+                f"{models['target']} is not the model that the ledger began with; put that back, or begin "
                 "a ledger of its own for it"
             )
         if not wanted:

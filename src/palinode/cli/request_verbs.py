@@ -151,7 +151,8 @@ def carry_out(ids: Ids = None, ledger: Where = HERE, quiet: Quiet = False, as_js
 def audit(ids: Ids = None, ledger: Where = HERE, quiet: Quiet = False, as_json: Json = False) -> None:
     """Attack the model that was made last.
 
-    It takes the rows of each of its requests, and all together. What is worse than at the last audit of a request is named. The exit code is 1 where a verdict is red.
+    It takes the rows of each of its requests, and all together. What is worse than at the last audit of a
+    request is named. The exit code is 1 where a verdict is red.
     """
     desk = _desk(ledger, quiet=quiet)
     found = desk.audit(ids or ())

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from palinode.audit.material import read_material
 from palinode.audit.policy import load_policy
 from palinode.benchmarks import BENCHMARKS
-from palinode.compare import Compared, CompareRecipe, build_comparison, compare_along
+from palinode.compare import Compared, CompareRecipe, build_comparison
 from palinode.compare import compare as run_comparison
 from palinode.data.examples import Example, at_most, fingerprint_examples, read_examples, reading_notes
 from palinode.data.tokenize import PromptStyle, prompt_notes
@@ -155,7 +155,7 @@ def compare(
     """Compare methods, each with `steps` optimiser steps for a model, and write the table to `output`.
 
     `settings` are other keys of a comparison, dotted or as sections: {"tries": 1, "split.probe_rows": 50}. A
-    whole `recipe` (`load_comparison`) comes instead of all of them, and may go along an axis.
+    whole `recipe` (`load_comparison`) comes instead of all of them.
     `result.scores[NAME]` are the scores of a contestant on the forget rows. Raises PalinodeError.
     """
     if recipe is None:
@@ -167,8 +167,7 @@ def compare(
             "contestants": [{"name": name, "method": name} for name in methods],
         }
         recipe = build_comparison(laid_over(content, settings or {}))
-    run = compare_along if recipe.comparison.axis else run_comparison
-    return run(recipe, listener=listener)
+    return run_comparison(recipe, listener=listener)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import pytest
 from comparing import Heard, tiny_comparison
 from palinode.compare import build_comparison, compare, load_comparison, plan_comparison
 from palinode.compare.comparing import check_comparison, divide_comparison, open_ground
-from palinode.compare.comparison_recipe import Contestant, SearchBudget, Split
+from palinode.compare.comparison_recipe import Contestant, Demo, SearchBudget, Split, world_folder
 from palinode.compare.contest import Ground, draw_points, epochs_for, part_of, recipe_of, steps_an_epoch
 from palinode.compare.ground import divide_rows, rows_for
 from palinode.compare.measuring import Values, make_gauge, rank, values_of
@@ -164,6 +164,21 @@ def test_demo_recipe_is_planned_before_its_world_is_there():
     planned = plan_comparison(load_comparison(RECIPES / "compare_demo.toml"))
     assert planned["rows"] == {"forget": 150, "forget_test": 75, "retain_train": 885, "retain_test": 443}
     assert {entry["steps"] for entry in planned["contestants"]} == {100}
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "axes").glob("*.toml")), ids=lambda path: path.stem)
+def test_recipes_of_the_axes_can_be_compared_in_one_workspace(path):
+    recipe = load_comparison(path)
+    assert {entry["points"] for entry in plan_comparison(recipe)["contestants"]} == {4}
+    assert str(recipe.workspace) == "palinode-axes.workspace"
+
+
+def test_worlds_of_equal_histories_have_one_folder(tmp_path):
+    usual = world_folder(Demo(), tmp_path, seed=0)
+    assert world_folder(Demo(base="during", exposures=1, between_epochs=0), tmp_path, seed=0) == usual
+    others = [Demo(exposures=2), Demo(between_epochs=5), Demo(later_epochs=30)]
+    assert len({usual, *(world_folder(one, tmp_path, seed=0) for one in others)}) == 4
+    assert usual.name == "world-76c5ffcadfc4"  # as it was before there were more keys
 
 
 # Points and budgets

@@ -90,7 +90,7 @@ def test_every_section_can_be_set_and_is_kept(write):
 def test_recipes_in_the_repository_are_recipes():
     recipes = Path(__file__).resolve().parents[2] / "recipes"
     runs = [path for path in recipes.glob("*.toml") if "[[contestants]]" not in path.read_text()]
-    assert len(runs) >= 3  # comparisons are in test_compare.py, test_axis.py and test_requests.py
+    assert len(runs) >= 3  # comparisons are in test_compare.py
     for path in runs:
         load_recipe(path)
 

@@ -8,14 +8,13 @@ import itertools
 import numpy as np
 import pytest
 from rich.console import Console
-from test_axis_report import entry
 
 from example_run import AUDIT, comparison, finding, record, score
 from palinode.cli.console import scores_grid, vector_grids
 from palinode.history.plan import Wish, plan_checkpoints, plan_record
 from palinode.records import Score
 from palinode.report.audit_report import audit_brief
-from palinode.report.comparison_report import axis_brief, comparison_brief
+from palinode.report.comparison_report import comparison_brief
 from palinode.report.content import Grid, GridCell, show
 from palinode.report.location_report import demo_brief, location_brief, plan_brief
 from palinode.report.run_report import demo_grid, run_brief
@@ -74,12 +73,6 @@ def compare():
     for one, ranked in zip(table["contestants"], table["ranking"]["order"], strict=True):
         ranked["name"] = one["name"]
     return comparison_brief(table)
-
-
-def axis():
-    values = [entry(value, 4.3e-05) for value in (0, 0.001, 0.01, 0.25, 0.5, 1000)]
-    content = {"key": "demo.later_epochs", "title": "Epochs", "metric": "exact_match", "seeds": [0]}
-    return axis_brief({**content, "complete": True, "values": values})
 
 
 def location():
@@ -156,7 +149,7 @@ def found():
     return [Grid("pair", ["", "", ""], [doctor], 3), Grid("", ["name", "what", "now"], [verify], 3)]
 
 
-KINDS = (run, audit, compare, axis, location, plan, demo, ladder, measured, found)
+KINDS = (run, audit, compare, location, plan, demo, ladder, measured, found)
 
 
 @pytest.mark.parametrize("width", WIDTHS)

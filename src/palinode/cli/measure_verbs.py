@@ -24,7 +24,6 @@ from palinode.cli.options import (
 from palinode.settings import AuditSettings, EvaluationSettings
 
 if TYPE_CHECKING:
-    from palinode.compare.comparison_recipe import ComparisonRecipe
     from palinode.records import Score
 
 ANSWERS = "questions and answers"
@@ -216,50 +215,33 @@ def compare(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Compare methods: one budget, one search, one rule.
-
-    With a section axis in the recipe: one comparison at each value of a key.
-    """
+    """Compare methods: one budget, one search, one rule."""
     from palinode import jobs
-    from palinode.compare import load_comparison
+    from palinode.compare.comparing import FILES, PAGE, describe_plan, plan_comparison
+    from palinode.compare.comparison_recipe import load_comparison
+    from palinode.report.comparison_report import comparison_brief
     from palinode.report.content import show
 
     folder = json.dumps(str(output), ensure_ascii=False)  # as a TOML text
     given = [*(changes or []), *([f"output.folder={folder}"] if output else [])]
     loaded = load_comparison(recipe, given)
-    plan, describe, brief, files = _ways_of(loaded.comparison)
     if dry_run:
-        planned = plan(loaded)
+        planned = plan_comparison(loaded)
         if as_json:
             print_json(planned)
         else:
-            _tell(describe(planned))
+            _tell(describe_plan(planned))
         return
     result = jobs.compare(loaded, listener=listener(quiet=quiet))
     if as_json:
         print_json(result.table)
     else:
-        show(brief(result.table), out())
-        page = next((name for name in files if name.endswith(".html")), None)
-        ending(
-            places={
-                "Folder": f"{result.output} ({', '.join(files)})",
-                "Page": page and result.output / page,
-            }
-        )
+        show(comparison_brief(result.table), out())
+        files = f"{result.output} ({', '.join(FILES)})"
+        ending(places={"Folder": files, "Page": result.output / PAGE})
     secret_workspace(loaded.workspace, result.output, "rows, vectors", as_json=as_json)
 
 
 def _tell(lines: Iterable[str]) -> None:
     for line in lines:
         out().print(line, soft_wrap=True)
-
-
-def _ways_of(comparison: ComparisonRecipe) -> tuple[Any, Any, Any, Sequence[str]]:
-    """Return how what the recipe asks for is planned, described and told, and its files."""
-    from palinode.compare import axis, comparing
-    from palinode.report import comparison_report as report
-
-    if comparison.axis:
-        return axis.plan_axis, axis.describe_axis, report.axis_brief, axis.FILES
-    return comparing.plan_comparison, comparing.describe_plan, report.comparison_brief, comparing.FILES

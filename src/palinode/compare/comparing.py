@@ -69,11 +69,11 @@ class Compared:
 
     output: Path
     table: Mapping[str, Any]
-    """The content of its table.json or axis.json."""
+    """The content of its table.json."""
 
     @property
     def scores(self) -> dict[str, dict[str, Any]]:
-        """Each contestant's scores on the forget rows, by metric: means over the seeds. Of a table only."""
+        """Each contestant's scores on the forget rows, by metric: means over the seeds."""
         return {entry["name"]: entry["summary"]["rows"]["forget"] for entry in self.table["contestants"]}
 
 
@@ -171,7 +171,7 @@ class _Comparison:
             table = self._table(fixed, entries)
             content = report_content(Facts("compare", table))
             texts = {PICTURE: tradeoff_picture(table), REPORT: markdown_report(content)}
-            write_tables(output, {**texts, PAGE: html_report(content)}, table, TABLE)
+            _write_tables(output, {**texts, PAGE: html_report(content)}, table)
         return table
 
     def _measure_fixed(self) -> dict[str, Mapping[str, Any]]:
@@ -300,7 +300,7 @@ class _Comparison:
             "seed": self.comparison.seed,
             "seeds": list(self.comparison.seeds),
             "shared": shared.model_dump(mode="json", exclude={"method", "method_settings", "scales"}),
-            "comparison": self.comparison.model_dump(mode="json", exclude={"contestants", "axis"}),
+            "comparison": self.comparison.model_dump(mode="json", exclude={"contestants"}),
             "rule": str(self.goal),
             "rows": {
                 name: {"rows": len(rows), "fingerprint": fingerprint_examples(rows)}
@@ -322,12 +322,12 @@ class _Comparison:
 
 
 @shared()
-def write_tables(output: Path, texts: Mapping[str, str], table: Mapping[str, Any], name: str) -> None:
-    """Write pictures and reports and, last, the table under its name."""
+def _write_tables(output: Path, texts: Mapping[str, str], table: Mapping[str, Any]) -> None:
+    """Write pictures and reports and, last, the table."""
     output.mkdir(parents=True, exist_ok=True)
     for file, text in texts.items():
         write_text(output / file, text)
-    write_json(output / name, table)
+    write_json(output / TABLE, table)
 
 
 def _point(tried: Tried, chosen: Tried) -> dict[str, Any]:

@@ -6,7 +6,6 @@ words here and checked by the same code; only what a comparison has besides is d
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,30 +151,6 @@ class Demo(StrictModel):
         return {name: value for name, value in found.items() if usual.get(name) != value}
 
 
-class Axis(StrictModel):
-    """One key of the recipe that takes several values, with a comparison at each of them."""
-
-    key: str = Field(min_length=1)
-    """Any key of the recipe, as in demo.later_epochs; of a contestant: contestants.NAME.set.KEY."""
-    values: list[int | float | str] = Field(min_length=2)
-    """Its values, in the order in which they are compared and shown."""
-    title: str = Field(min_length=1)
-    """What the axis is, in words."""
-
-    @model_validator(mode="after")
-    def _can_be_walked(self) -> Self:
-        if self.key.split(".")[0] in ("axis", "output"):
-            raise ValueError(f"{self.key} is the same for all values; choose a key that a comparison has")
-        names = [str(value) for value in self.values]
-        if strange := [name for name in names if not re.fullmatch(r"\w[\w.+-]*|-\d[\w.+-]*", name)]:
-            raise ValueError(
-                f"the value {strange[0]!r} cannot be the name of a folder; use a number or a word"
-            )
-        if len({name.lower() for name in names}) < len(names):
-            raise ValueError(f"values is {self.values}; name each value once")
-        return self
-
-
 class Contestant(StrictModel):
     """One method, or one form of it, with its own few hyper-parameters."""
 
@@ -232,8 +207,6 @@ class ComparisonRecipe(StrictModel):
     keep_models: bool = True
     """Keep the chosen models in the workspace when they have been measured."""
     contestants: list[Contestant] = Field(min_length=1)
-    axis: Axis | None = None
-    """A key with several values: one comparison at each of them."""
 
     @model_validator(mode="after")
     def _has_different_contestants(self) -> Self:
@@ -253,8 +226,6 @@ class CompareRecipe:
     content: Mapping[str, Any]
     """The shared part as plain values, from which contestants' recipes are built."""
     comparison: ComparisonRecipe
-    given: Mapping[str, Any]
-    """The whole recipe as plain values."""
 
     @property
     def workspace(self) -> Path:
@@ -283,7 +254,7 @@ def build_comparison(content: Mapping[str, Any], changes: Sequence[str] = ()) ->
         raise RecipeError(f"a comparison needs {lacking}: the rule that chooses points looks at it")
     if comparison.choose.floor == "retrained" and not (recipe.models.retrained or recipe.prepare):
         raise RecipeError('choose.floor = "retrained" needs models.retrained')
-    return CompareRecipe(recipe, shared, comparison, changed)
+    return CompareRecipe(recipe, shared, comparison)
 
 
 def _with_world(shared: Mapping[str, Any], demo: Demo) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Reports of comparisons: of methods (table.json), along an axis (axis.json).
+"""The report of a comparison of methods, from its table.json.
 
 A figure that could not be computed is a dash with its reason below the table, never a 0. Differences are
 called differences only where they are beyond noise.
@@ -7,12 +7,10 @@ called differences only where they are beyond noise.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from palinode.report.content import (
     Block,
-    Code,
     Grid,
     GridCell,
     Items,
@@ -20,11 +18,10 @@ from palinode.report.content import (
     Picture,
     Row,
     Section,
-    markdown,
     section,
 )
-from palinode.report.figures import look, tradeoff_figure
-from palinode.report.pictures import Figure, Mark, Ruler, Trace, interval, picture_file
+from palinode.report.figures import tradeoff_figure
+from palinode.report.pictures import picture_file
 from palinode.report.words import (
     DASH,
     MODELS,
@@ -34,7 +31,6 @@ from palinode.report.words import (
     decimal,
     integer,
     interval_text,
-    model_label,
     number,
     scale,
     words,
@@ -72,13 +68,8 @@ COLUMNS = {
 
 A benchmark's group is "*".
 """
-GOES_ON = "the same command goes on with"
-ONE_SEED = "One seed: how much another seed would change is not known."
 
 Figures = Mapping[str, Any]
-
-
-# A comparison of methods
 
 
 def ranking_sentences(table: Figures) -> list[str]:
@@ -103,9 +94,9 @@ def ranking_sentences(table: Figures) -> list[str]:
             f"No point of {'; '.join(broken)} kept the rule; the one that breaks it least was measured."
         )
     if len(table["seeds"]) == 1:
-        lines.append(ONE_SEED)
+        lines.append("One seed: how much another seed would change is not known.")
     if not table["complete"]:
-        lines.append(f"The comparison is not complete; {GOES_ON} it.")
+        lines.append("The comparison is not complete; the same command goes on with it.")
     return lines
 
 
@@ -314,127 +305,3 @@ def _measured_note(table: Figures) -> str:
     if len(seeds) > 1:
         text += f", the mean of {len(seeds)} seeds' intervals; in braces the lowest and highest seed"
     return f"{text}."
-
-
-# A comparison along an axis
-
-SIDES = ("forget", "retain")
-
-
-def axis_brief(content: Figures) -> list[Block]:
-    """Return what the terminal shows: forget and retain figures at every value, and what to know of them."""
-
-    def pair(found: Figures | None) -> str:
-        return " / ".join(number(found[side]["value"] if found else None) for side in SIDES)
-
-    fixed, contestants = _along(content)
-    rows = [[model_label(name), *map(pair, found)] for name, found in [*fixed.items(), *contestants.items()]]
-    told = Paragraph(f"Forget / retain at each value of {content['key']}:")
-    grid = Grid(content["title"], ["model", *(str(entry["value"]) for entry in content["values"])], rows)
-    return [told, grid, Items(axis_sentences(content))]
-
-
-def axis_sentences(content: Figures) -> list[str]:
-    """Return what a reader must know before looking at the figures."""
-    values = content["values"]
-    rows = dict.fromkeys(f"{entry['rows']['forget']} and {entry['rows']['retain']}" for entry in values)
-    lines = [
-        f"{words(content['metric'])} on forget and retain rows that nothing was chosen on "
-        f"({' / '.join(rows)} rows); intervals: 95 %, over rows."
-    ]
-    lines += [ONE_SEED] if len(content["seeds"]) == 1 else []
-    for entry in values:
-        if broken := [one["name"] for one in entry["contestants"] if not one["kept_rule"]]:
-            lines.append(f"At {entry['value']} no point of {'; '.join(broken)} kept the rule.")
-    return lines if content["complete"] else [*lines, f"Not all values are through; {GOES_ON} them."]
-
-
-def axis_markdown(content: Figures) -> str:
-    """Return the report of an axis.json."""
-    chosen = [
-        [
-            str(entry["value"]),
-            one["name"],
-            _settings_text(one["settings"], one["scales"]),
-            GridCell(number(one["gap"]["value"]), interval_text(one["gap"])),
-        ]
-        for entry in content["values"]
-        for one in entry["contestants"]
-    ]
-    head = ["value", "method", "point", "gap to the ideal"]
-    sections = [
-        *section(
-            "",
-            Items(axis_sentences(content)),
-            *axis_brief(content)[:2],
-            Picture("axis", content["title"], None, file="axis.svg"),
-        ),
-        *section("What was chosen", Grid("", head, chosen, text_columns=3)),
-        *section(
-            "Each comparison",
-            Items([(f"{entry['value']}:", f"{entry['folder']}/report.md") for entry in content["values"]]),
-            Code(content["command"]),
-        ),
-    ]
-    return markdown(content["title"], sections)
-
-
-def _along(content: Figures) -> tuple[dict[str, list[Figures | None]], dict[str, list[Figures | None]]]:
-    """Return by name what each value has of the models to compare with, and of the contestants."""
-    values = content["values"]
-    models = {name: [entry["models"].get(name) for entry in values] for name in REFERENCE_MODELS}
-    there = [{one["name"]: one for one in entry["contestants"]} for entry in values]
-    names = dict.fromkeys(name for found in there for name in found)
-    fixed = {name: found for name, found in models.items() if any(found)}
-    return fixed, {name: [found.get(name) for found in there] for name in names}
-
-
-def axis_picture(content: Figures) -> str:
-    """Return the picture of an axis.json: what is left of the forget set, and what is kept of the other.
-
-    Contestants are lines with their 95 % intervals; target, base and retrained model are dashed lines to
-    compare with. Where no point kept the rule, the dot is hollow.
-    """
-    aims = {
-        "forget": "lower is more forgotten, the retrained model is the aim",
-        "retain": "higher is more kept",
-    }
-    ticks = {float(place): str(entry["value"]) for place, entry in enumerate(content["values"])}
-    fixed, contestants = _along(content)
-    panels = []
-    for side in SIDES:
-        traces = [_axis_reference(name, found, side) for name, found in fixed.items()]
-        traces += [
-            _axis_contestant(content, name, found, side, place, len(contestants))
-            for place, (name, found) in enumerate(contestants.items())
-        ]
-        across = Ruler(content["key"] if side == SIDES[-1] else "", ticks, (-0.5, len(ticks) - 0.5))
-        name = f"{words(content['metric'])} on the {side} set: {aims[side]}"
-        panels.append(Figure(traces, 300, across, Ruler(reach=(0.0, 1.0)), name))
-    return picture_file(content["title"], panels)
-
-
-def _axis_reference(name: str, found: Sequence[Figures | None], side: str) -> Trace:
-    """Return a dashed line from edge to edge, so that one value is a line too."""
-    known = [Mark(place, one[side]["value"]) for place, one in enumerate(found) if one]
-    ends = [replace(known[0], x=known[0].x - 0.5), *known, replace(known[-1], x=known[-1].x + 0.5)]
-    looks = {"target": ("--ink", "dash"), "base": ("--other", "dot"), "retrained": ("--ink", "dashdot")}
-    colour, dash = looks[name]
-    return Trace(model_label(name), ends, colour, dash=dash)
-
-
-def _axis_contestant(
-    content: Figures, name: str, found: Sequence[Figures | None], side: str, place: int, count: int
-) -> Trace:
-    """Return a contestant's line; its place among so many keeps the intervals apart."""
-    (colour, symbol), marks = look(place), list[Mark]()
-    shift = 0.2 * ((place + 0.5) / count - 0.5)
-    for step, (entry, one) in enumerate(zip(content["values"], found, strict=True)):
-        if one and one[side]["value"] is not None:
-            score, kept = one[side], one["kept_rule"]
-            said = [f"{name} at {entry['value']}", f"{number(score['value'])} {bracketed(score)}".strip()]
-            said += [] if kept else ["no point kept the rule"]
-            shown = symbol if kept else f"{symbol}-open"
-            x, up = step + shift, interval(score)
-            marks.append(Mark(x, score["value"], said, up=up, symbol=shown))
-    return Trace(name, marks, colour, symbol, dash="solid")

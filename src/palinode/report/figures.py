@@ -52,11 +52,6 @@ POINTS_SHOWN = 400
 """Most rows of a set that a distribution shows as dots."""
 
 
-def look(place: int) -> tuple[str, str]:
-    """Return colour and symbol of the contestant at this place."""
-    return PALETTE[place % len(PALETTE)], SYMBOLS[place % len(SYMBOLS)]
-
-
 def _mark_of(model: str) -> tuple[str, str]:
     return MARKS.get(model) or ("--other", OTHER_MARKS[sum(map(ord, model)) % len(OTHER_MARKS)])
 
@@ -142,7 +137,7 @@ def _contestant_traces(table: Mapping[str, Any]) -> list[Trace]:
     """Return the points of each contestant; the chosen one is filled and larger."""
     traces = []
     for place, entry in enumerate(table.get("contestants") or ()):
-        colour, symbol = look(place)
+        colour, symbol = PALETTE[place % len(PALETTE)], SYMBOLS[place % len(SYMBOLS)]
         marks = [
             Mark(
                 point["forget_probability"],

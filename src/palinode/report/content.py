@@ -157,8 +157,7 @@ def section(title: str, *blocks: Block | None, bar: str = "", intro: str = "") -
 
 def _is_empty(block: Block) -> bool:
     content = {Grid: "rows", Items: "lines", Pairs: "values", Lights: "claims", Cases: "parts"}
-    if isinstance(block, Picture):
-        return block.figure is None and block.file is None
+    content |= {Picture: "figure"}
     return type(block) in content and not getattr(block, content[type(block)])
 
 

@@ -97,8 +97,9 @@ def test_help_shows_options_in_groups_and_what_decides_a_run_has_its_default(pal
     assert "--rounding <auto|nearest|stochastic>" in said
 
 
-def test_a_summary_of_each_command_fits_a_line(palinode):
-    commands = palinode("-h").out.split("Commands:")[1]
+@pytest.mark.parametrize("group", [(), ("vector",), ("requests",)])
+def test_a_summary_of_each_command_fits_a_line(palinode, group):
+    commands = palinode(*group, "-h").out.split("Commands:")[1]
     assert "..." not in commands
     assert max(map(len, commands.splitlines())) <= 80
 

@@ -282,6 +282,16 @@ def test_a_model_that_a_withdrawn_request_is_in_is_not_served(mine, monkeypatch)
         mine.publish(despite="x")
 
 
+def test_a_target_that_changed_since_is_told_before_anything_runs(recipe, rows, tiny, tmp_path):
+    shutil.copytree(tiny.target.folder, tmp_path / "target")
+    models = {**recipe["models"], "target": str(tmp_path / "target")}
+    desk = begin(tmp_path / "ledger", {**recipe, "models": models}, rows, "1")
+    shutil.copy(tiny.retrained.folder / "model.safetensors", tmp_path / "target")
+    with pytest.raises(LedgerError, match="is not the model that the ledger began with"):
+        desk.carry_out()
+    assert kinds(desk) == ["configured", "added"]
+
+
 def test_another_target_is_another_ledger(mine, recipe, tiny):
     mine.configure({**recipe, "seed": 1})
     assert mine.standing().recipe["seed"] == 1

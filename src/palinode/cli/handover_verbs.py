@@ -139,7 +139,7 @@ def verify(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Tell whether a folder is still as it was written, and as it was signed.
+    """Tell whether a folder is as written, and as signed.
 
     The exit code is 1 when something changed, or is not signed as it should be.
     """

@@ -35,7 +35,10 @@ Day = Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"])]
 
 @requests.callback()
 def about() -> None:
-    """Keep a ledger of erasure requests: add, carry out, audit, publish, withdraw."""
+    """Keep a ledger of erasure requests.
+
+    Add, carry out, audit, approve, publish, withdraw: one model for all that are open.
+    """
 
 
 def _desk(ledger: Path, *, quiet: bool = True) -> Desk:
@@ -121,7 +124,10 @@ def locate(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Find the last checkpoint before a request's rows were seen; its model starts from there."""
+    """Find the last checkpoint before its rows were seen.
+
+    The model of all open requests starts from the earliest of these.
+    """
     from palinode.report.content import show
     from palinode.report.location_report import location_brief
 
@@ -134,7 +140,7 @@ def locate(
 
 @verb(name="carry-out")
 def carry_out(ids: Ids = None, ledger: Where = HERE, quiet: Quiet = False, as_json: Json = False) -> None:
-    """Make one model for these requests and all that were carried out before."""
+    """Make one model for these requests and those before."""
     desk = _desk(ledger, quiet=quiet)
     model, result = desk.carry_out(ids or None)
     _show_made(desk, model, result, ledger, as_json=as_json)
@@ -142,9 +148,10 @@ def carry_out(ids: Ids = None, ledger: Where = HERE, quiet: Quiet = False, as_js
 
 @verb()
 def audit(ids: Ids = None, ledger: Where = HERE, quiet: Quiet = False, as_json: Json = False) -> None:
-    """Attack the model that was made last, with the rows of each of its requests.
+    """Attack the model that was made last.
 
-    What is worse than at the last audit of a request is named. The exit code is 1 where a verdict is red.
+    It takes the rows of each of its requests, and all together. What is worse than at the last audit of a
+    request is named. The exit code is 1 where a verdict is red.
     """
     desk = _desk(ledger, quiet=quiet)
     found = desk.audit(ids or ())
@@ -167,7 +174,7 @@ def approve(
     ledger: Where = HERE,
     as_json: Json = False,
 ) -> None:
-    """Record that a named person agrees to the model that was made last."""
+    """Record who agrees to the model that was made last."""
     desk = _desk(ledger)
     model = desk.approve(by, note=note)
     if not as_json:
@@ -322,7 +329,10 @@ def check(
     ledger: Where = HERE,
     as_json: Json = False,
 ) -> None:
-    """Tell whether the past of the ledger is as it was written; the exit code is 1 where it is not."""
+    """Tell whether the ledger's past is as it was written.
+
+    The exit code is 1 where it is not.
+    """
     from palinode.requests.telling import checked
 
     found = checked(_desk(ledger).ledger, against)
@@ -339,7 +349,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of this machine; 0 takes a free one.")] = 8765,
     ledger: Where = HERE,
 ) -> None:
-    """Show the ledger in a browser on this machine, to look at, until Ctrl-C."""
+    """Show the ledger in a browser on this machine."""
     from palinode.requests.request_page import ledger_page, server
 
     folder = _desk(ledger).folder

@@ -169,7 +169,10 @@ def save(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Store a vector as an artefact of its own, whole or at low rank, and say what error that costs."""
+    """Store a vector, whole or at low rank, and the error.
+
+    It is an artefact of its own.
+    """
     from palinode.errors import RecipeError
     from palinode.weights.arithmetic import layout_of
     from palinode.weights.vectors import save_vector

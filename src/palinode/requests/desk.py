@@ -384,6 +384,13 @@ class Desk:
 
     def _recipe(self, now: Standing, wanted: Sequence[Request], contents: Sequence[str]) -> Recipe | None:
         """Return the recipe of a set of requests, None for none; write the list of where its rows are."""
+        models = now.recipe["models"]
+        target = Checkpoint.open(models["target"], allow_pickle=models.get("allow_pickle", False))
+        if target.fingerprint() != now.target:
+            raise LedgerError(
+                f"{models['target']} is not the model that the ledger began with; put that back, or begin "
+                "a ledger of its own for it"
+            )
         if not wanted:
             return None
         content = dict(now.recipe)

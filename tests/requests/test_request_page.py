@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from palinode.errors import OutputError
-from palinode.requests.request_page import ledger_page, server
+from palinode.requests.telling import ledger_page, server
 
 
 @pytest.fixture

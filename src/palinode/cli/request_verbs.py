@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import suppress
 from datetime import UTC, date, datetime
 from functools import partial
@@ -162,7 +163,7 @@ def audit(ids: Ids = None, ledger: Where = HERE, quiet: Quiet = False, as_json: 
             out().print(f"{facts['symbol']} {name or 'all rows'}: {facts['sentence']}", soft_wrap=True)
             for line in facts["worse"]:
                 warn(f"{name or 'all rows'} got worse. {line}")
-        _go_on(desk, ledger)
+        ending(following=_next(desk.standing(), ledger))
     if any(facts["light"] == "red" for facts in found.values()):
         raise typer.Exit(1)
 
@@ -350,7 +351,7 @@ def serve(
     ledger: Where = HERE,
 ) -> None:
     """Show the ledger in a browser on this machine."""
-    from palinode.requests.request_page import ledger_page, server
+    from palinode.requests.telling import ledger_page, server
 
     folder = _desk(ledger).folder
     ledger_page(folder)  # what cannot be read is said here
@@ -406,10 +407,6 @@ def _next(now: Standing, ledger: Path) -> list[str]:
     return [f"palinode requests publish{' --despite WHY' if hindrance(now) else ''}{at}"]
 
 
-def _go_on(desk: Desk, ledger: Path) -> None:
-    ending(following=_next(desk.standing(), ledger))
-
-
 def _after_change(desk: Desk, ledger: Path, *, as_json: bool) -> None:
     now = desk.standing()
     if as_json:
@@ -441,8 +438,6 @@ def _as_json(desk: Desk, name: str, as_json: bool) -> bool:
 
 
 def _at(ledger: Path) -> str:
-    import shlex
-
     return "" if ledger == HERE else f" --ledger {shlex.quote(str(ledger))}"
 
 

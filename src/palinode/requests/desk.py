@@ -214,20 +214,15 @@ class Desk:
         if current and (current.requests, current.folder) == (ids, folder) and self._is_there(current):
             return current, None
         result = run_recipe(recipe, listener=self.listener, located=_located(wanted)) if recipe else None
-        made = {
+        made = result.record["models"]["unlearned"]["fingerprint"] if result and result.output else None
+        facts = {
             "requests": list(ids),
-            "folder": folder if result and result.output else _target_of(now),
+            "folder": folder if made else _target_of(now),
             "verdict": dict(result.verdict) if result else NO_REQUEST,
             "scores": _scores(result, {one.id: len(rows[one.id][1]) for one in ordered}) if result else {},
         }
-        event = {
-            "kind": "carried out",
-            "before": current.fingerprint if current else now.target,
-            "after": result.record["models"]["unlearned"]["fingerprint"]
-            if result and result.output
-            else now.target,
-            "facts": made,
-        }
+        before = current.fingerprint if current else now.target
+        event = {"kind": "carried out", "before": before, "after": made or now.target, "facts": facts}
         self.ledger.append(lambda _: event)
         return self._candidate(self.standing()), result
 
@@ -290,12 +285,9 @@ class Desk:
                 raise LedgerError("another model was made meanwhile; look at it, and publish again")
             if why := hindrance(now, despite=bool(despite.strip())):
                 raise LedgerError(why)
-            if now.served and (now.served.fingerprint, now.served.requests) == (
-                model.fingerprint,
-                model.requests,
-            ):
-                return None
             before = now.served.fingerprint if now.served else now.target
+            if now.served and (before, now.served.requests) == (model.fingerprint, model.requests):
+                return None
             facts = {"requests": list(candidate.requests), "despite": despite}
             return {"kind": "published", "before": before, "after": candidate.fingerprint, "facts": facts}
 
@@ -529,21 +521,17 @@ def worse_scores(before: Model | None, after: Model) -> list[str]:
     What lies within the base's interval is no harm: it had not seen the rows.
     """
     known = before.scores if before else {}
+
+    def top(score: Mapping[str, Any] | None) -> float:
+        return 0.0 if score is None else 1.0 if score["high"] is None else score["high"]
+
     return [
         name
         for name, facts in after.scores.items()
         if name in known
-        and _low(facts["unlearned"]) > _high(known[name]["unlearned"])
-        and not ("base" in facts and facts["unlearned"]["value"] <= _high(facts["base"]))
+        and (facts["unlearned"]["low"] or 0.0) > top(known[name]["unlearned"])
+        and facts["unlearned"]["value"] > top(facts.get("base"))
     ]
-
-
-def _low(score: Mapping[str, Any]) -> float:
-    return float("-inf") if score["low"] is None else score["low"]
-
-
-def _high(score: Mapping[str, Any]) -> float:
-    return float("inf") if score["high"] is None else score["high"]
 
 
 def _last_audit(now: Standing, name: str, model: Model) -> Mapping[str, Any] | None:

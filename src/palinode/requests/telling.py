@@ -1,21 +1,27 @@
-"""Requests as they are shown and handed over: a table, one request with its events, CSV and JSON."""
+"""Requests as they are shown and handed over: tables, CSV and JSON, and a page with the reports behind it."""
 
 from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from datetime import date
+from datetime import UTC, date, datetime
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from palinode.errors import DataError, LedgerError
-from palinode.records import read_json
-from palinode.report.content import Grid, GridCell, Row, Tone
+from palinode.errors import DataError, LedgerError, OutputError, PalinodeError
+from palinode.records import read_bytes, read_json
+from palinode.report.content import Grid, GridCell, Heading, Paragraph, Row, Tone, section
+from palinode.report.reports import html_page
+from palinode.report.verdicts import SYMBOLS, Light
 from palinode.report.words import number
 from palinode.requests.ledger import Event, Ledger
 from palinode.requests.standing import WHOLE, Model, Request, Standing, standing
+from palinode.version import __version__
 
 LEDGER_VERSION = 1
 """Version of the layout of an export, described in docs/requests.md."""
@@ -184,3 +190,112 @@ def checked(ledger: Ledger, against: Path | None) -> dict[str, Any]:
             else f" But event {lost} of {against} is not among them: the ledger was put back."
         )
     return {"ok": ok, "events": len(events), "head": head, "sentence": sentence}
+
+
+# As a page, served on this machine alone and read only
+
+LOOPBACK = "127.0.0.1"
+HEADERS = {
+    "Content-Type": "text/html; charset=utf-8",
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+REPORT = re.compile(r"/(models/\w+|audits/\w+/\w[\w.-]*)/report\.html", re.ASCII)
+"""What else is served: the reports of models, without texts, and of audits."""
+
+
+def ledger_page(folder: Path) -> str:
+    """Return the page of a ledger, as it stands now."""
+    events = Ledger(folder).events()
+    now, today = standing(events), datetime.now(UTC).date()
+    waiting = sorted(filter(now.waits, now.requests.values()), key=lambda request: request.due)
+    late = [request.id for request in waiting if request.due < today and not request.withdrawn]
+    light: Light = "red" if late else "amber" if waiting else "green"
+    outcome = (
+        f"{len(late)} of {len(waiting)} overdue" if late else f"{len(waiting)} to be published, none overdue"
+    )
+    model = now.candidate
+    before = now.models[-2] if len(now.models) > 1 else None
+    told = model and [
+        Heading("The model made last"),
+        Paragraph(model.verdict["sentence"]),
+        scores_by_request(model, before),
+    ]
+    sections = [
+        *section(
+            "Requests",
+            requests_grid(now, now.requests.values(), today=today, page=_report_of(now, folder)),
+            bar="Requests",
+        ),
+        *section("Model", *(told or ()), bar="Model"),
+        *section("Events", Paragraph(f"Head of the chain: {now.head}"), events_grid(events), bar="Events"),
+    ]
+    content = {
+        "title": "Requests",
+        "outcome": outcome if waiting else "Nothing waits",
+        "verdict": {"light": light, "symbol": SYMBOLS[light]},
+        "headline": served_sentence(now, folder),
+        "palinode": __version__,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    return html_page(content, sections)
+
+
+def _report_of(now: Standing, folder: Path) -> Callable[[str], str | None]:
+    """Return where the report behind a request's verdict is: of its audit, or of the model made for it."""
+
+    def page(name: str) -> str | None:
+        for model in reversed(now.models):
+            if name in model.requests:
+                key = Path(model.folder).name
+                places = (f"audits/{key}/{name}", f"audits/{key}/all", f"models/{key}")
+                return next(
+                    (
+                        f"/{place}/report.html"
+                        for place in places
+                        if (folder / place / "report.html").is_file()
+                    ),
+                    None,
+                )
+        return None
+
+    return page
+
+
+def server(folder: Path, port: int) -> ThreadingHTTPServer:
+    """Return a server of a ledger's page on the loopback address; port 0 takes a free one."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            host = self.headers.get("Host", "").rpartition(":")[0]
+            if host not in (LOOPBACK, "localhost"):  # a page elsewhere, whose name leads here
+                self.send_error(HTTPStatus.FORBIDDEN)
+            elif self.path == "/":
+                self._page(lambda: ledger_page(folder).encode())
+            elif REPORT.fullmatch(self.path):
+                self._page(lambda: read_bytes(folder / self.path[1:]))
+            else:
+                self.send_error(HTTPStatus.NOT_FOUND)
+
+        def _page(self, made: Callable[[], bytes]) -> None:
+            try:
+                body = made()
+            except (OSError, PalinodeError) as error:
+                self.send_error(HTTPStatus.NOT_FOUND, explain=str(error))
+                return
+            self.send_response(HTTPStatus.OK)
+            for name, value in {**HEADERS, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Say nothing: what is looked at is nobody's business."""
+
+    try:
+        return ThreadingHTTPServer((LOOPBACK, port), Answer)
+    except OSError as error:
+        raise OutputError(
+            f"port {port} cannot be used ({error.strerror}); name another with --port"
+        ) from None

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -19,9 +20,12 @@ from ledgers import THIRD, begin
 from palinode import Desk
 from palinode.data.examples import read_examples
 from palinode.errors import DataError, LedgerError, PalinodeError, RecipeError
+from palinode.history.duplicates import hashes
+from palinode.history.exposures import ExposureLog
 from palinode.requests.desk import hindrance, worse_scores
 from palinode.requests.standing import standing
 from palinode.requests.telling import checked, export, export_csv
+from palinode.settings import LocateSettings
 
 
 def weights(desk, model):
@@ -222,6 +226,36 @@ def test_rows_to_erase_are_left_out_of_the_retain_rows_and_one_row_is_a_request(
     assert hindrance(desk.standing(), despite=True) is None
     with pytest.raises(DataError, match="has one row; an audit needs two at least"):
         desk.audit(["one"])
+
+
+def test_the_base_is_the_earliest_that_a_request_asks_for(recipe, rows, tiny, tmp_path):
+    ladder = tmp_path / "ladder"
+    ladder.mkdir()
+    for step, name in ((10, "start"), (20, "base"), (30, "exposed")):
+        (ladder / f"step{step}").symlink_to(tiny.base.folder.parent / name)
+    first, second = (read_examples(rows / f"{name}.jsonl") for name in "12")
+    with ExposureLog.open(tmp_path / "log", data="d", tokenizer="t") as log:
+        for step in range(1, 41):
+            seen = {25: first, 15: second}.get(step, read_examples(tiny.retain)[step : step + 1])
+            log.record(step, hashes(seen), tokens=1000)
+    models = {"target": str(tiny.target.folder)}
+    desk = begin(tmp_path / "ledger", {**recipe, "models": models}, rows, "12")
+    with pytest.raises(RecipeError, match="base"):  # neither named nor located
+        desk.carry_out(["r1"])
+    evidence = {"log": tmp_path / "log", "settings": LocateSettings(target_step=40)}
+    request, _ = desk.locate("r1", str(ladder), **evidence)
+    assert (request.located["step"], desk.standing().state(request)) == (20, "located")
+    model, _ = desk.carry_out(["r1"])
+    record = json.loads((desk.place(model) / "record.json").read_text())
+    assert record["models"]["base"]["location"] == str(ladder / "step20")
+    assert record["located"]["first_exposure"] == 25
+    with pytest.raises(LedgerError, match="r2 was not located, and others ask for the base"):
+        desk.carry_out()
+    desk.locate("r2", str(ladder), **evidence)
+    model, _ = desk.carry_out()
+    record = json.loads((desk.place(model) / "record.json").read_text())
+    assert record["models"]["base"]["location"] == str(ladder / "step10")
+    assert {*desk.audit(["r2"])} == {"r2"}  # against that base
 
 
 # Before it is served
@@ -488,3 +522,21 @@ def test_nothing_to_do_is_said(recipe, tmp_path):
             act()
     assert kinds(desk) == ["configured"]
     assert standing(desk.ledger.events()).served is None
+
+
+def test_ctrl_c_in_a_carry_out_is_one_sentence_and_the_same_command_goes_on(recipe, rows, tmp_path):
+    desk = begin(tmp_path / "ledger", recipe, rows, "1")
+    words = [sys.executable, "-m", "palinode", "requests", "carry-out", "--ledger", str(desk.folder)]
+    run = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    said = ""
+    for line in run.stderr:
+        said += line
+        if line.startswith("What will be done"):
+            run.send_signal(signal.SIGINT)
+    run.stderr.close()
+    run.stdout.close()
+    assert run.wait() == 2
+    assert "the same command goes on where this one stopped" in said
+    assert "Traceback" not in said
+    assert kinds(desk) == ["configured", "added"]
+    assert desk.carry_out()[0].requests == ("r1",)

@@ -90,7 +90,10 @@ class Desk:
         `recipe` is the content of a recipe without forget rows and output, dotted or as sections.
         """
         content = _absolute(laid_over({}, recipe))
-        checked = build_recipe(laid_over(content, {"data.forget": "-", "output.folder": "-"}))
+        to_come = {"data.forget": "-", "output.folder": "-"}
+        if "base" not in content["models"]:  # it may be located for each request
+            to_come["models.base"] = "-"
+        checked = build_recipe(laid_over(content, to_come))
         try:
             rules = policy if isinstance(policy, Terms) else Terms.model_validate(policy or {})
         except ValidationError as error:

@@ -153,6 +153,16 @@ def test_a_withdrawn_request_leaves_the_model_that_never_had_it_bit_for_bit(mine
     assert mine.standing().state(mine.standing().requests["r2"]) == "withdrawn"
 
 
+def test_where_there_was_nothing_to_forget_the_target_is_audited(recipe, rows, tiny, tmp_path):
+    models = {"target": str(tiny.retrained.folder), "base": str(tiny.base.folder)}
+    desk = begin(tmp_path / "ledger", {**recipe, "models": models, "scales": {"choose": "grid"}}, rows, "1")
+    model, _ = desk.carry_out()
+    assert (model.requests, model.fingerprint) == (("r1",), tiny.retrained.fingerprint())
+    assert model.verdict["code"] == "nothing to forget"
+    assert {*desk.audit()} == {""}
+    assert {*desk.standing().candidate.audits} == {"", "r1"}
+
+
 def test_withdrawing_all_leaves_the_target_itself(mine, tiny):
     for name in ("r1", "r2", "r3"):
         mine.withdraw(name)
@@ -255,7 +265,9 @@ def test_the_base_is_the_earliest_that_a_request_asks_for(recipe, rows, tiny, tm
     model, _ = desk.carry_out()
     record = json.loads((desk.place(model) / "record.json").read_text())
     assert record["models"]["base"]["location"] == str(ladder / "step10")
-    assert {*desk.audit(["r2"])} == {"r2"}  # against that base
+    desk.audit(["r2"])
+    (audited,) = (desk.folder / "audits").glob("*/r2/audit.json")
+    assert json.loads(audited.read_text())["models"]["reference"]["location"] == str(ladder / "step10")
 
 
 # Before it is served

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from contextlib import suppress
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -229,7 +229,7 @@ def list_requests(ledger: Where = HERE, as_json: Json = False) -> None:
     if as_json:
         print_json([request_facts(events, request) for request in now.requests.values()])
         return
-    show([requests_grid(now, now.requests.values(), today=_today())], out())
+    show([requests_grid(now, now.requests.values(), today=datetime.now(UTC).date())], out())
     out().print(served_sentence(now, desk.folder), soft_wrap=True)
 
 
@@ -242,27 +242,24 @@ def show_request(
     as_json: Json = False,
 ) -> None:
     """Show what happened: of one request, or of all."""
-    from palinode.errors import LedgerError, meant
     from palinode.report.content import show
     from palinode.requests.telling import events_grid, export, requests_grid, served_sentence
 
     desk = _desk(ledger)
     events, now = desk.ledger.events(), desk.standing()
-    if name is not None and name not in now.requests:
-        raise LedgerError(f"there is no request {name}{meant(name, now.requests)}")
+    chosen = [desk.known(now, name, withdrawn=True)] if name else [*now.requests.values()]
     if name and _as_json(desk, name, as_json):
         return
     if as_json:
         print_json(export(events))
         return
-    chosen = [now.requests[name]] if name else [*now.requests.values()]
     made = {model.fingerprint for model in now.models if name in model.requests}
     about = [
         event
         for event in events
         if not name or event.request == name or (event.after in made and not event.request)
     ]
-    show([requests_grid(now, chosen, today=_today()), events_grid(about)], out())
+    show([requests_grid(now, chosen, today=datetime.now(UTC).date()), events_grid(about)], out())
     out().print(f"{served_sentence(now, desk.folder)}\nHead of the chain: {now.head}", soft_wrap=True)
 
 
@@ -280,7 +277,7 @@ def due(
     from palinode.requests.telling import request_facts, requests_grid
 
     desk = _desk(ledger)
-    events, now, today = desk.ledger.events(), desk.standing(), _today()
+    events, now, today = desk.ledger.events(), desk.standing(), datetime.now(UTC).date()
     waiting = [
         request
         for request in sorted(now.requests.values(), key=lambda request: request.due)
@@ -439,7 +436,3 @@ def _as_json(desk: Desk, name: str, as_json: bool) -> bool:
 
 def _at(ledger: Path) -> str:
     return "" if ledger == HERE else f" --ledger {shlex.quote(str(ledger))}"
-
-
-def _today() -> date:
-    return datetime.now(UTC).date()

@@ -184,7 +184,7 @@ class Desk:
         `evidence` are arguments of `palinode.locate`.
         """
         now = self.standing()
-        request = self._known(now, name)
+        request = self.known(now, name)
         target = now.recipe["models"]["target"]
         self._rows(request, now)
         found = jobs.locate(request.location, checkpoints, target=target, listener=self.listener, **evidence)
@@ -203,7 +203,7 @@ class Desk:
         now = self.standing()
         self._settle(now)
         chosen = [request.id for request in now.open] if names is None else [*names]
-        chosen = [self._known(now, name).id for name in chosen] + now.carried
+        chosen = [self.known(now, name).id for name in chosen] + now.carried
         wanted = [request for request in now.open if request.id in chosen]
         current = now.candidate
         if not wanted and current is None:
@@ -221,6 +221,8 @@ class Desk:
         facts = {
             "requests": list(ids),
             "folder": folder if made else _target_of(now),
+            "set": Path(folder).name if recipe else "",
+            "base": recipe.models.base if recipe else None,
             "verdict": dict(result.verdict) if result else NO_REQUEST,
             "scores": _scores(result, {one.id: len(rows[one.id][1]) for one in ordered}) if result else {},
         }
@@ -237,7 +239,7 @@ class Desk:
         """
         now = self.standing()
         model = self._candidate(now)
-        chosen = [self._known(now, name).id for name in names]
+        chosen = [self.known(now, name).id for name in names]
         if strange := [name for name in chosen if name not in model.requests]:
             raise LedgerError(
                 f"{strange[0]} is not carried out yet: palinode requests carry-out {strange[0]}"
@@ -302,7 +304,7 @@ class Desk:
         """Take a request back, and make the model that never had it; None where it was not carried out."""
 
         def decide(events: Sequence[Event]) -> Mapping[str, Any] | None:
-            request = self._known(standing(events), name, withdrawn=True)
+            request = self.known(standing(events), name, withdrawn=True)
             facts = {"reason": reason}
             return None if request.withdrawn else {"kind": "withdrawn", "request": name, "facts": facts}
 
@@ -316,7 +318,7 @@ class Desk:
 
     def place(self, model: Model) -> Path:
         """Return where a model lies."""
-        return self.folder / model.folder
+        return self.folder / model.folder if model.folder.startswith("models/") else Path(model.folder)
 
     def _make_folder(self) -> None:
         """Make the folder, which others may enter to read the served model, and what they may not see."""
@@ -364,7 +366,8 @@ class Desk:
             )
         return examples, rows
 
-    def _known(self, now: Standing, name: str, *, withdrawn: bool = False) -> Request:
+    def known(self, now: Standing, name: str, *, withdrawn: bool = False) -> Request:
+        """Return a request that there is; a withdrawn one only where that is asked."""
         request = now.requests.get(name)
         if request is None:
             raise LedgerError(f"there is no request {name}{meant(name, now.requests)}")
@@ -404,15 +407,17 @@ class Desk:
         return build_recipe(laid_over(content, given))
 
     def _list(self, model: Model) -> Path:
-        return self.folder / "sets" / f"{Path(model.folder).name}.list"
+        return self.folder / "sets" / f"{model.set}.list"
 
     def _audited(self, now: Standing, model: Model, name: str, location: str) -> Mapping[str, Any]:
         """Return the record of one audit; that of all rows is told of in the model's folder."""
         models, data = now.recipe["models"], now.recipe.get("data", {})
-        retrained, base = models.get("retrained"), models.get("base")
-        if base is None and retrained is None:  # it was located
-            base = read_json(self.place(model) / "record.json")["models"]["base"]["location"]
-        output = self.folder / "audits" / Path(model.folder).name / (name or ALL)
+        retrained, against = models.get("retrained"), models.get("retrained") or model.base
+        if against is None:
+            raise LedgerError(
+                "an audit needs a model that never saw the rows; name one: init --base or --retrained"
+            )
+        output = self.folder / "audits" / model.set / (name or ALL)
         settings = AuditSettings(
             budget=now.policy["budget"],
             leave_out=str(self._list(model)),
@@ -423,7 +428,7 @@ class Desk:
         )
         found = jobs.audit(
             self.place(model),
-            against=retrained or base,
+            against=against,
             forget=location,
             output=output,
             kind="retrained" if retrained else "base",
@@ -480,7 +485,6 @@ def hindrance(now: Standing, *, despite: bool = False) -> str | None:
     assert model is not None
     if now.outdated:
         return "a request was withdrawn after this model was made; make it anew: palinode requests carry-out"
-    names = ", ".join(model.requests)
     if now.policy.get("audit") and (missing := _not_audited(now, model)):
         return f"{missing} was not audited on this model, as the policy asks: palinode requests audit"
     verdicts = {
@@ -494,7 +498,7 @@ def hindrance(now: Standing, *, despite: bool = False) -> str | None:
             'all the same: --despite "WHY"'
         )
     if now.policy.get("approval") and not model.approved_by:
-        return f"nobody has approved this model ({names}), as the policy asks: palinode requests approve"
+        return "nobody has approved this model, as the policy asks: palinode requests approve --by NAME"
     return None
 
 

@@ -53,6 +53,10 @@ class Model:
     audits: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     """What the last audit said, by request, and of all rows together."""
     approved_by: list[str] = field(default_factory=list)
+    set: str = ""
+    """Key of the set of requests: the name of its list, its models and its audits."""
+    base: str | None = None
+    """Where its vector starts."""
 
 
 @dataclass(slots=True)

@@ -248,8 +248,7 @@ def _report_of(now: Standing, folder: Path) -> Callable[[str], str | None]:
     def page(name: str) -> str | None:
         for model in reversed(now.models):
             if name in model.requests:
-                key = Path(model.folder).name
-                places = (f"audits/{key}/{name}", f"audits/{key}/all", f"models/{key}")
+                places = (f"audits/{model.set}/{name}", f"audits/{model.set}/all", f"models/{model.set}")
                 return next(
                     (
                         f"/{place}/report.html"

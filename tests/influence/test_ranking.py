@@ -43,29 +43,29 @@ def live(tiny):
 
 def test_product_is_the_change_of_a_linear_loss_to_a_step_of_each_row():
     """For L_q = ⟨g_q, θ⟩ a step −g_i lowers it by exactly ⟨g_q, g_i⟩."""
-    assert relate(G, Q, "product").tolist() == [[6.0, 0.0], [6.0, 0.0], [0.0, 0.0]]
-    assert np.allclose(relate(G, 2 * Q, "product"), 2 * relate(G, Q, "product"))
-    assert np.allclose(relate(Q, G, "product"), relate(G, Q, "product").T)
+    assert relate(G, Q, "product").scores().tolist() == [[6.0, 0.0], [6.0, 0.0], [0.0, 0.0]]
+    assert np.allclose(relate(G, 2 * Q, "product").scores(), 2 * relate(G, Q, "product"))
+    assert np.allclose(relate(Q, G, "product").scores(), relate(G, Q, "product").T)
 
 
 def test_cosine_knows_no_size():
-    found = relate(G, Q, "cosine")
+    found = relate(G, Q, "cosine").scores()
     assert found.tolist() == [[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]]
-    assert np.allclose(relate(5 * G, 7 * Q, "cosine"), found)
-    assert np.allclose(relate(0 * G, Q, "cosine"), 0)
+    assert np.allclose(relate(5 * G, 7 * Q, "cosine").scores(), found)
+    assert np.allclose(relate(0 * G, Q, "cosine").scores(), 0)
 
 
 def test_ridge_shares_out_what_rows_have_in_common():
     """λ = (9 + 9 + 1)/3; of twins each has √λ·3 / (18 + λ), and one alone would have √λ·3 / (9 + λ)."""
     ridge = 19 / 3
     score = ridge**0.5 * 3 / (18 + ridge)
-    assert relate(G, Q, "ridge")[:, 0] == pytest.approx([score, score, 0])
-    assert relate(5 * G, 7 * Q, "ridge") == pytest.approx(relate(G, Q, "ridge"))
+    assert relate(G, Q, "ridge").scores()[:, 0] == pytest.approx([score, score, 0])
+    assert relate(5 * G, 7 * Q, "ridge").scores() == pytest.approx(relate(G, Q, "ridge"))
     wide = np.concatenate([G, np.zeros((3, 4), np.float32)], axis=1)
     many = np.concatenate([wide, wide, wide])  # more rows than numbers: solved the other way round
     asked = np.concatenate([Q, np.zeros((2, 4), np.float32)], axis=1)
     score = ridge**0.5 * 3 / (54 + ridge)
-    assert relate(many, asked, "ridge")[:3, 0] == pytest.approx([score, score, 0])
+    assert relate(many, asked, "ridge").scores()[:3, 0] == pytest.approx([score, score, 0])
 
 
 def test_projection_keeps_inner_products_on_average(live):

@@ -38,6 +38,7 @@ from palinode.cli.options import (
     Key,
     Quiet,
     Verb,
+    lengths_alike,
     takes,
 )
 from palinode.cli.request_verbs import requests
@@ -141,8 +142,7 @@ def unlearn(
     models, located = content["models"], None
     if _needs_base(content.get("method", "msa")) or "base" in models or any(evidence.values()):
         located = resolve_base(content, changes or (), quiet=quiet, **evidence)
-    if "max_length" in content.get("training", {}):
-        content.setdefault("evaluation", {})["max_length"] = content["training"]["max_length"]
+    lengths_alike(content)
     recipe = build_recipe(content, changes or [])
     _run(recipe, dry_run=dry_run, quiet=quiet, as_json=as_json, located=located, measure=measure)
 
@@ -209,8 +209,7 @@ def filter_verb(
     from palinode.pipeline.inputs import workspace_folder
     from palinode.pipeline.recipe import build_recipe
 
-    if "max_length" in content.get("training", {}):
-        content.setdefault("evaluation", {})["max_length"] = content["training"]["max_length"]
+    lengths_alike(content)
     known = "forget" in content["data"]
     recipe = build_recipe(filter_recipe(content, mu=mu, epsilon=epsilon), changes or [])
     if known:

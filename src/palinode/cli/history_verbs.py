@@ -11,15 +11,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from palinode.cli.console import listener, out, print_json, warn
-from palinode.cli.ending import after_location, ending
+from palinode.cli.ending import after_location, after_run, ending, secret, secret_workspace
 from palinode.cli.options import (
+    FORGET,
+    OUTPUT,
+    TARGET,
+    WAYS,
     Changes,
     Json,
     Key,
     Quiet,
+    completion,
+    lengths_alike,
     takes,
 )
 from palinode.settings import InfluenceSettings, LocateSettings
+
+HERE = "palinode-influence"
+"""What a workspace is called after where nobody names one."""
+ANYWHERE = ("data.columns", "models.allow_pickle", "device", "seed", "training.max_length", "evaluation.max_")
+"""Keys of a recipe that are read whatever is asked."""
+ALONE = {"models.target", "models.base", "output.folder", "output.workspace"}
+"""Keys that rows are ranked with where none are taken back."""
 
 if TYPE_CHECKING:
     from palinode.history.locating import Location
@@ -74,9 +87,15 @@ def locate(
         ending(places=places, following=after_location(found.recommended, target or "TARGET", forget))
 
 
-@takes(Key("steps", kind=str, read=lambda text: _numbers(text)), of=InfluenceSettings)
+@takes(
+    Key("steps", kind=str, read=lambda text: _numbers(text)),
+    of=InfluenceSettings,
+    only=[name for name in InfluenceSettings.model_fields if name != "style"],
+    beside=(TARGET, FORGET, OUTPUT, *WAYS, "output.workspace"),
+)
 def influence(
     settings: InfluenceSettings,
+    content: dict[str, Any],
     run: Annotated[Path | None, typer.Argument(help="What `unlearn` wrote: nothing is trained then.")] = None,
     *,
     recipe: Annotated[
@@ -90,13 +109,22 @@ def influence(
     questions: Annotated[
         str | None, typer.Option(help="Or a file of rows, as questions and answers.")
     ] = None,
-    rows: Annotated[str | None, typer.Option(help="The rows to rank. [default: those of the run]")] = None,
+    rows: Annotated[
+        str | None, typer.Option(help="The rows to rank. [default: the forget and retain rows]")
+    ] = None,
     checkpoints: Annotated[
         str | None,
         typer.Option(help="Rank by these: a folder of checkpoints, or a list a,b,c. [default: the base]"),
     ] = None,
-    workspace: Annotated[
-        Path | None, typer.Option(help="Folder for gradients, with --checkpoints and no run.")
+    then: Annotated[
+        str | None,
+        typer.Option(
+            help="unlearn: take the --top rows back out, into --output, and audit that.",
+            autocompletion=completion(lambda: ("unlearn",)),
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Of that audit: quick, standard or full. [default: standard]")
     ] = None,
     changes: Changes = None,
     quiet: Quiet = False,
@@ -104,27 +132,112 @@ def influence(
 ) -> None:
     """Tell what rows had to do with an answer.
 
-    How probable it would be without the forget set of a run or recipe; and which rows stand behind it.
+    How probable it would be without the forget set of a run, of a recipe or of the options of unlearn; and
+    which rows stand behind it.
     """
     from palinode import jobs
-    from palinode.pipeline.recipe import load_recipe
+    from palinode.errors import RecipeError
+    from palinode.influence.undoing import ways_of_run
+    from palinode.pipeline.recipe import build_recipe, laid_over, prompt_style, read_recipe, with_changes
+    from palinode.records import dotted, workspace_beside
     from palinode.report.content import show as show_blocks
     from palinode.report.location_report import influence_brief
 
+    asked, hear = questions or _asked(ask or [], answer or []), listener(quiet=quiet)
+    lengths_alike(content)
+    if recipe:
+        content = laid_over(read_recipe(recipe), content)
+    named = {key for key, value in dotted(content) if not isinstance(value, dict)}
+    named = {key for key in named if not key.startswith(ANYWHERE)}
+    if then is not None:
+        if then != "unlearn" or not settings.top or "folder" not in content.get("output", ()):
+            raise RecipeError("write --then unlearn, with --top (how many rows) and --output (the new model)")
+        ways = with_changes(laid_over(ways_of_run(run), content) if run else content, changes or [])
+        _take_back(asked, ways, rows, checkpoints, settings, budget, hear, as_json=as_json)
+        return
+    taken = "data.forget" in named
+    unread = named if run and not recipe else set() if taken else named - ALONE
+    if unread:
+        why = (
+            f"{run} says that itself"
+            if run
+            else "it is for rows that are taken back, and there is no --forget"
+        )
+        raise RecipeError(f"--{min(unread).rpartition('.')[2].replace('_', '-')} has no use here: {why}")
+    place = content.setdefault("output", {})
+    place = place.get("workspace") or workspace_beside(Path(place.setdefault("folder", HERE)))
+    chosen = build_recipe(content, changes or []) if taken else None
+    if chosen is None and changes:
+        settings = settings.model_copy(update={"style": prompt_style(changes)})
     found = jobs.influence(
-        questions or _asked(ask or [], answer or []),
+        asked,
         run=run,
-        recipe=load_recipe(recipe, changes or []) if recipe else None,
+        recipe=chosen,
+        **({} if chosen else {name: content.get("models", {}).get(name) for name in ("target", "base")}),
         rows=rows,
         checkpoints=checkpoints,
-        workspace=workspace,
+        workspace=Path(place),
         settings=settings,
-        listener=listener(quiet=quiet),
+        listener=hear,
     )
     if as_json:
         print_json(found.record)
     else:
         show_blocks(influence_brief(found.record), out())
+    if not run:
+        secret(Path(place), "gradients of rows, vectors", of=Path(place), as_json=as_json)
+
+
+def _take_back(
+    asked: Any,
+    ways: dict[str, Any],
+    rows: str | None,
+    checkpoints: str | None,
+    settings: InfluenceSettings,
+    budget: str | None,
+    hear: Any,
+    *,
+    as_json: bool,
+) -> None:
+    from palinode import jobs
+    from palinode.pipeline.inputs import workspace_folder
+    from palinode.pipeline.recipe import build_recipe
+    from palinode.report.audit_report import audit_brief
+    from palinode.report.content import show as show_blocks
+    from palinode.report.location_report import answers_brief, influence_brief
+    from palinode.report.run_report import run_brief, strength
+
+    output = Path(ways["output"]["folder"])
+    done = jobs.influence_then_unlearn(
+        asked,
+        ways,
+        output=output,
+        rows=rows,
+        checkpoints=checkpoints,
+        settings=settings,
+        budget=budget,
+        listener=hear,
+    )
+    record, audited = done.unlearned.record, done.audited
+    if as_json:
+        told = {"influence": done.found.record, "unlearned": record, "audit": audited and audited.record}
+        print_json({**told, "answers": [one.generated for one in done.outcomes]})
+    else:
+        blocks = [*influence_brief(done.found.record), *run_brief(record)]
+        blocks += audit_brief(audited.record) if audited else []
+        blocks += answers_brief(record["influence"], done.outcomes) if done.outcomes else []
+        show_blocks(blocks, out())
+        following = after_run(record, done.unlearned.output)
+        ending(
+            verdict=done.unlearned.verdict,
+            strength=strength(record),
+            places={"Model": done.unlearned.output, "Audit": audited and audited.output},
+            following=[one for one in following if not (audited and one.startswith("palinode audit"))],
+        )
+    secret_workspace(workspace_folder(build_recipe(record["recipe"])), output, "rows, θ_1", as_json=as_json)
+    code = done.unlearned.verdict["exit_code"] or (1 if audited and not audited.passed else 0)
+    if code:
+        raise typer.Exit(code)
 
 
 def _asked(asked: Sequence[str], said: Sequence[str]) -> dict[str, str | None]:

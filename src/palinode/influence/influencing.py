@@ -8,32 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from itertools import groupby
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from palinode.data.examples import Example, Message, at_most, fingerprint_examples, read_examples
+from palinode.data.examples import Example, Message, read_examples
 from palinode.data.sources import Form
-from palinode.data.tokenize import PromptStyle, TokenRow, end_id, prompt_ids, tokenize
+from palinode.data.tokenize import PromptStyle, end_id, prompt_ids, tokenize
 from palinode.errors import DataError, RecipeError
-from palinode.history.locating import open_log, open_order
-from palinode.history.series import CheckpointSeries, learning_rates
-from palinode.influence.ranking import (
-    MOMENT_ROWS,
-    Floats,
-    adam_scales,
-    exposure_weights,
-    index_rows,
-    projected,
-    relate,
-    seen_in_log,
-    seen_in_order,
-)
+from palinode.history.series import CheckpointSeries
+from palinode.influence.ranked import Asker, Ranking
 from palinode.influence.sets import AskedAnswer, influence_of_set
 from palinode.methods.method import Vectors
 from palinode.models.generation import stream_answer
@@ -42,42 +28,22 @@ from palinode.models.loading import (
     load_tokenizer,
     pad_token,
     pick_device,
-    tokenizer_fingerprint,
 )
-from palinode.models.sums import Projection
 from palinode.pipeline.chatting import form_like, form_of
-from palinode.pipeline.inputs import check_workspace, open_inputs, workspace_folder
+from palinode.pipeline.costs import make_plan
+from palinode.pipeline.inputs import ask_as_trained, check_workspace, open_inputs, workspace_folder
 from palinode.pipeline.recipe import Recipe, build_recipe
 from palinode.pipeline.record import environment, model_facts
 from palinode.pipeline.reporting import find_workspace
 from palinode.pipeline.run import Making, find_model, find_vectors, hash_models, read_record
-from palinode.pipeline.workspace import Workspace
+from palinode.pipeline.workspace import Workspace, folder_size
 from palinode.progress import Listener
 from palinode.records import workspace_beside
 from palinode.settings import InfluenceSettings
-from palinode.weights import Checkpoint, Direction
+from palinode.weights import Checkpoint
 
 VERSION = 1
 """Version of the layout of what is found, described in docs/influence.md."""
-
-
-@dataclass(frozen=True, slots=True)
-class Asker:
-    """The models and rows that an answer is traced in."""
-
-    target: Checkpoint
-    base: Checkpoint | None
-    form: Form
-    style: PromptStyle
-    workspace: Workspace
-    data: Sequence[str] = ()
-    """Files of the rows that are ranked where no others are named."""
-    vector: Direction | None = None
-    """Of a set of rows; None where only single rows are asked for."""
-    alpha: float = 1.0
-    chosen_by: str = "given"
-    forget: int = 0
-    """Rows that the vector is of."""
 
 
 @contextmanager
@@ -113,17 +79,16 @@ def open_run(folder: Path, listener: Listener) -> Iterator[Asker]:
 @contextmanager
 def open_recipe(recipe: Recipe, listener: Listener, alpha: float | None) -> Iterator[Asker]:
     """Make a recipe's forget vector, or find it in the workspace; α is the one given, or chosen."""
-    if alpha is not None and recipe.has_scales:
-        scales = recipe.scales.model_copy(update={"forget": alpha, "retain": recipe.scales.retain or 0.0})
-        recipe = recipe.model_copy(update={"scales": scales})
+    recipe = with_alpha(recipe, alpha)
     inputs = open_inputs(recipe)
     if not recipe.has_scales or recipe.scales.groups > 1:
         raise RecipeError("influence takes a method that adds vectors, with one α (scales.groups = 1)")
     hash_models(inputs, listener)
     workspace = Workspace(workspace_folder(recipe))
-    check_workspace(workspace.folder, [model.folder for model in inputs.models.values()], needs=0)
+    models, there = [model.folder for model in inputs.models.values()], folder_size(workspace.folder)
+    check_workspace(workspace.folder, models, needs=max(0, make_plan(inputs).disk - there))
     with workspace.locked(listener):
-        making = Making(inputs, workspace, listener)
+        making = Making(ask_as_trained(inputs, workspace, listener), workspace, listener)
         target, _ = making.given_or_prepared()
         trained, chosen = making.ready(target)
         assert isinstance(trained.result, Vectors)
@@ -142,15 +107,28 @@ def open_recipe(recipe: Recipe, listener: Listener, alpha: float | None) -> Iter
         )
 
 
+def with_alpha(recipe: Recipe, alpha: float | None) -> Recipe:
+    """Return a recipe with this α given, and β none where it says nothing of it."""
+    if alpha is None or not recipe.has_scales:
+        return recipe
+    scales = recipe.scales.model_copy(update={"forget": alpha, "retain": recipe.scales.retain or 0.0})
+    return recipe.model_copy(update={"scales": scales})
+
+
 @contextmanager
-def open_ladder(
-    series: CheckpointSeries, rows: Sequence[Example], workspace: Path, style: PromptStyle, listener: Listener
+def open_models(
+    target: Checkpoint,
+    base: Checkpoint | None,
+    rows: Sequence[Example],
+    workspace: Path,
+    style: PromptStyle,
+    listener: Listener,
 ) -> Iterator[Asker]:
-    """Open a series of checkpoints alone, the last of which is the target: its rows can be ranked."""
+    """Open models alone, without a set of rows that was taken out: their rows can be ranked."""
     place = Workspace(workspace)
-    check_workspace(workspace, [series.open(at).folder for at in range(len(series))], needs=0)
+    check_workspace(workspace, [model.folder for model in (target, base) if model], needs=0)
     with place.locked(listener):
-        yield Asker(series.open(len(series) - 1), None, form_like(rows), style, place)
+        yield Asker(target, base, form_like(rows), style, place)
 
 
 Questions = Mapping[str, str | None] | Sequence[Example]
@@ -163,6 +141,8 @@ class Influence:
 
     record: Mapping[str, Any]
     """All of it as plain values (docs/influence.md)."""
+    asked: Sequence[Example] = ()
+    """The questions, with the answers that were asked about."""
 
     @property
     def answers(self) -> Sequence[Mapping[str, Any]]:
@@ -201,7 +181,7 @@ def trace(
         if rows is None:
             columns = settings.columns
             rows = [row for place in asker.data for row in read_examples(place, columns=columns, beside=True)]
-        ranking = _Ranking(asker, rows, series, settings, listener).of(asked)
+        ranking = Ranking(asker, rows, series, settings, listener).of(asked)
     record = {
         "version": VERSION,
         "models": {"target": model_facts(str(asker.target.folder), asker.target)},
@@ -209,101 +189,7 @@ def trace(
         "ranking": ranking,
         "environment": environment(device),
     }
-    return Influence(record)
-
-
-@dataclass(frozen=True, slots=True)
-class _Ranking:
-    """What rows are ranked with."""
-
-    asker: Asker
-    rows: Sequence[Example]
-    series: CheckpointSeries | None
-    settings: InfluenceSettings
-    listener: Listener
-
-    def of(self, asked: Sequence[AskedAnswer]) -> dict[str, Any]:
-        """Return the highest rows of each answer, and how they were ranked, as plain values."""
-        settings, asker = self.settings, self.asker
-        if not self.rows:
-            raise DataError("there are no rows to rank; name a set that has some (--rows)")
-        rungs = [(0, asker.base or asker.target)]
-        if self.series is not None:
-            steps = [found.step for found in self.series.checkpoints]
-            rungs = [(step, self.series.open(place)) for place, step in enumerate(steps)]
-        weights, weighed = self._weights([step for step, _ in rungs])
-        scores = np.zeros((len(self.rows), len(asked)))
-        for place, (_, checkpoint) in enumerate(rungs):
-            if weights[:, place].any():
-                scores += weights[:, place : place + 1] * self._at(checkpoint, [one.rows for one in asked])
-        order = np.argsort(-scores, axis=0, kind="stable")[: settings.top]
-        return {
-            "rows": len(self.rows),
-            "measure": settings.measure,
-            "preconditioner": settings.preconditioner,
-            "width": settings.width,
-            "weighed": weighed,
-            "checkpoints": [{"step": step, **model_facts(str(one.folder), one)} for step, one in rungs],
-            "answers": [[one.example.prompt, one.example.answer] for one in asked],
-            "top": [
-                [{**self._told(row), "score": float(scores[row, number])} for row in order[:, number]]
-                for number in range(len(asked))
-            ],
-        }
-
-    def _told(self, place: int) -> dict[str, Any]:
-        row = self.rows[place]
-        return {"row": int(place), "place": row.place, "prompt": row.prompt, "answer": row.answer}
-
-    def _at(self, checkpoint: Checkpoint, asked: Sequence[Sequence[TokenRow]]) -> Floats:
-        """Return how rows and answers go together in one checkpoint, its gradients found or computed."""
-        settings, tokenizer = self.settings, load_tokenizer(self.asker.target)
-        tokens = tokenize(self.rows, tokenizer, max_length=settings.max_length, style=self.asker.style)
-        groups = [list(own) for _, own in groupby(tokens, key=lambda row: row.example)]
-        pad_id, device, scales = pad_token(tokenizer), pick_device(settings.device), None
-        step = self.asker.workspace.step(
-            "gradients",
-            model=checkpoint.fingerprint(),
-            rows=fingerprint_examples(self.rows),
-            tokenizer=tokenizer_fingerprint(self.asker.target),
-            prompts=asdict(self.asker.style),
-            settings=settings.model_dump(include={"width", "seed", "preconditioner", "max_length"}),
-            device=device.type,
-        )
-        model = load_model(checkpoint, device=device)
-        projection = Projection(model, seed=settings.seed, width=settings.width)
-        if settings.preconditioner == "adam":
-            scales = adam_scales(model, at_most(tokens, MOMENT_ROWS, seed=settings.seed), pad_id=pad_id)
-        made = partial(projected, model, projection=projection, pad_id=pad_id, scales=scales)
-        with self.listener.task(f"gradients in {checkpoint.folder.name}", len(groups), "rows") as advance:
-            rows = index_rows(step, len(groups), settings.width, partial(made, groups), advance)
-        questions = np.empty((len(asked), settings.width), np.float32)
-        made(asked, take=questions.__setitem__)
-        return relate(rows, questions, settings.measure)
-
-    def _weights(self, steps: Sequence[int]) -> tuple[Floats, str]:
-        """Return the weight of each row in each checkpoint, and what it rests on, in words."""
-        settings = self.settings
-        if settings.log is None and settings.order is None:
-            return np.full((len(self.rows), len(steps)), 1 / len(steps)), "all rows and checkpoints alike"
-        assert self.series is not None  # or the caller has refused it
-        known, order, data = learning_rates(self.series), None, None
-        if settings.order is not None:
-            order, data = open_order(settings.order)
-            known = known or dict(enumerate(getattr(order, "rates", ()), start=1))
-
-        def rate(step: int) -> float:
-            return float(np.interp(step, list(known), list(known.values()))) if known else 1.0
-
-        told = "at the learning rates of these steps" if known else "all steps alike"
-        if settings.log is not None:
-            seen = seen_in_log(open_log(settings.log), self.rows, rate)
-        else:
-            assert order is not None
-            seen = seen_in_order(order, data or self.rows, self.rows, rate)
-        if not seen:
-            raise DataError("none of the rows to rank is in the log or order; are they of this training?")
-        return exposure_weights(steps, seen, len(self.rows)), f"steps in which rows were really seen, {told}"
+    return Influence(record, [one.example for one in asked])
 
 
 def as_examples(questions: Questions, form: Form) -> list[Example]:

@@ -141,6 +141,7 @@ def _of_run(facts: Facts) -> dict[str, Any]:
         "training": record.get("training") or {},
         "audit": facts.audit,
         "demo": facts.demo,
+        **({"influence": record["influence"]} if record.get("influence") else {}),
         **_origin(record),
     }
 

@@ -31,6 +31,7 @@ from palinode.report.content import (
     score_cell,
     section,
 )
+from palinode.report.location_report import influence_section
 from palinode.report.verdicts import YARDSTICKS, run_verdict, unmade, yardstick
 from palinode.report.words import (
     DASH,
@@ -113,11 +114,12 @@ def run_brief(record: Mapping[str, Any]) -> list[Block]:
 
 def run_sections(content: Mapping[str, Any]) -> list[Section]:
     """Return what a report tells of a run or of the demo."""
-    audit, demo = content.get("audit"), content.get("demo")
+    audit, demo, traced = (content.get(name) for name in ("audit", "demo", "influence"))
     first = (_score_section, _method_section, _scale_section, _answer_section, _likelihood_section)
     return [
         *(_demo_section(demo) if demo else ()),
         *(found for part in first for found in part(content)),
+        *(influence_section(traced) if traced else ()),
         *(audit_section(audit) if audit else ()),
         *_vector_section(content),
         *_cost_section(content),

@@ -402,12 +402,12 @@ def influence_then_unlearn(
     result = run_recipe(recipe_with(data), listener=listener)
     if result.output is None:
         return TakenBack(found, result, None)
-    kind = next((kind for kind in ("retrained", "base") if getattr(models, kind)), None)
-    audited = None
-    if kind is not None:
+    kind: Literal["retrained", "base"] = "retrained" if models.retrained else "base"
+    against, audited = getattr(models, kind), None
+    if against is not None:
         audited = audit(
             result.output,
-            against=getattr(models, kind),
+            against=against,
             forget=data["forget"],
             output=result.output.with_name(f"{result.output.name}-audit"),
             kind=kind,
@@ -422,7 +422,7 @@ def influence_then_unlearn(
             ),
             listener=listener,
         )
-    outcomes = tell(found, result.output, audited and audited.output, settings, style, listener)
+    outcomes = tell(found, result.output, audited.output if audited else None, settings, style, listener)
     result = replace(result, record=read_record(result.output))
     return TakenBack(found, result, audited, outcomes)
 

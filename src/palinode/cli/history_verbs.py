@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -87,6 +88,35 @@ def locate(
         ending(places=places, following=after_location(found.recommended, target or "TARGET", forget))
 
 
+Asks = Annotated[list[str] | None, typer.Option("--ask", help="A question; repeatable.")]
+Answers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--answer", help="The answer to it that is asked about; repeatable. [default: the target's own]"
+    ),
+]
+Ranked = Annotated[
+    str | None, typer.Option("--rows", help="The rows to rank. [default: the forget and retain rows]")
+]
+Rungs = Annotated[
+    str | None,
+    typer.Option(
+        "--checkpoints",
+        help="Rank by these: a folder of checkpoints, or a list a,b,c. [default: the base]",
+    ),
+]
+Then = Annotated[
+    str | None,
+    typer.Option(
+        help="unlearn: take the --top rows back out, into --output, and audit that.",
+        autocompletion=completion(lambda: ("unlearn",)),
+    ),
+]
+Budget = Annotated[
+    str | None, typer.Option(help="Of that audit: quick, standard or full. [default: standard]")
+]
+
+
 @takes(
     Key("steps", kind=str, read=lambda text: _numbers(text)),
     of=InfluenceSettings,
@@ -101,31 +131,15 @@ def influence(
     recipe: Annotated[
         Path | None, typer.Option(help="Or a TOML recipe: its vector is made in its workspace.")
     ] = None,
-    ask: Annotated[list[str] | None, typer.Option(help="A question; repeatable.")] = None,
-    answer: Annotated[
-        list[str] | None,
-        typer.Option(help="The answer to it that is asked about; repeatable. [default: the target's own]"),
-    ] = None,
+    ask: Asks = None,
+    answer: Answers = None,
     questions: Annotated[
         str | None, typer.Option(help="Or a file of rows, as questions and answers.")
     ] = None,
-    rows: Annotated[
-        str | None, typer.Option(help="The rows to rank. [default: the forget and retain rows]")
-    ] = None,
-    checkpoints: Annotated[
-        str | None,
-        typer.Option(help="Rank by these: a folder of checkpoints, or a list a,b,c. [default: the base]"),
-    ] = None,
-    then: Annotated[
-        str | None,
-        typer.Option(
-            help="unlearn: take the --top rows back out, into --output, and audit that.",
-            autocompletion=completion(lambda: ("unlearn",)),
-        ),
-    ] = None,
-    budget: Annotated[
-        str | None, typer.Option(help="Of that audit: quick, standard or full. [default: standard]")
-    ] = None,
+    rows: Ranked = None,
+    checkpoints: Rungs = None,
+    then: Then = None,
+    budget: Budget = None,
     changes: Changes = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -135,67 +149,73 @@ def influence(
     How probable it would be without the forget set of a run, of a recipe or of the options of unlearn; and
     which rows stand behind it.
     """
-    from palinode import jobs
     from palinode.errors import RecipeError
     from palinode.influence.undoing import ways_of_run
-    from palinode.pipeline.recipe import build_recipe, laid_over, prompt_style, read_recipe, with_changes
+    from palinode.pipeline.recipe import laid_over, prompt_style, read_recipe, with_changes
+
+    asked: dict[str, Any] = {
+        "questions": questions or _asked(ask or [], answer or []),
+        "rows": rows,
+        "checkpoints": checkpoints,
+        "listener": listener(quiet=quiet),
+    }
+    lengths_alike(content)
+    if recipe:
+        content = with_changes(laid_over(read_recipe(recipe), content), changes or ())
+    if then is None:
+        if not recipe and "forget" not in content.get("data", ()):
+            settings = settings.model_copy(update={"style": prompt_style(changes)})
+        else:
+            content = with_changes(content, changes or ())
+        _influence(asked, content, settings, run, recipe=recipe is not None, as_json=as_json)
+        return
+    if then != "unlearn" or not settings.top or "folder" not in content.get("output", ()):
+        raise RecipeError("write --then unlearn, with --top (how many rows) and --output (the new model)")
+    ways = with_changes(laid_over(ways_of_run(run), content) if run else content, changes or ())
+    _take_back(asked, ways, settings, budget, as_json=as_json)
+
+
+def _influence(
+    asked: Mapping[str, Any],
+    content: dict[str, Any],
+    settings: InfluenceSettings,
+    run: Path | None,
+    *,
+    recipe: bool,
+    as_json: bool,
+) -> None:
+    from palinode import jobs
+    from palinode.errors import RecipeError
+    from palinode.pipeline.recipe import build_recipe
     from palinode.records import dotted, workspace_beside
     from palinode.report.content import show as show_blocks
     from palinode.report.location_report import influence_brief
 
-    asked, hear = questions or _asked(ask or [], answer or []), listener(quiet=quiet)
-    lengths_alike(content)
-    if recipe:
-        content = laid_over(read_recipe(recipe), content)
     named = {key for key, value in dotted(content) if not isinstance(value, dict)}
     named = {key for key in named if not key.startswith(ANYWHERE)}
-    if then is not None:
-        if then != "unlearn" or not settings.top or "folder" not in content.get("output", ()):
-            raise RecipeError("write --then unlearn, with --top (how many rows) and --output (the new model)")
-        ways = with_changes(laid_over(ways_of_run(run), content) if run else content, changes or [])
-        _take_back(asked, ways, rows, checkpoints, settings, budget, hear, as_json=as_json)
-        return
-    taken = "data.forget" in named
-    unread = named if run and not recipe else set() if taken else named - ALONE
-    if unread:
-        why = (
-            f"{run} says that itself"
-            if run
-            else "it is for rows that are taken back, and there is no --forget"
-        )
+    taken = recipe or "data.forget" in named
+    if unread := (named if run and not recipe else set() if taken else named - ALONE):
+        why = f"{run} says that itself" if run else "it is for a forget set, and there is no --forget"
         raise RecipeError(f"--{min(unread).rpartition('.')[2].replace('_', '-')} has no use here: {why}")
     place = content.setdefault("output", {})
-    place = place.get("workspace") or workspace_beside(Path(place.setdefault("folder", HERE)))
-    chosen = build_recipe(content, changes or []) if taken else None
-    if chosen is None and changes:
-        settings = settings.model_copy(update={"style": prompt_style(changes)})
-    found = jobs.influence(
-        asked,
-        run=run,
-        recipe=chosen,
-        **({} if chosen else {name: content.get("models", {}).get(name) for name in ("target", "base")}),
-        rows=rows,
-        checkpoints=checkpoints,
-        workspace=Path(place),
-        settings=settings,
-        listener=hear,
-    )
+    folder = place.setdefault("folder", HERE)
+    workspace = Path(place.get("workspace") or workspace_beside(Path(folder)))
+    given = {name: content.get("models", {}).get(name) for name in ("target", "base")}
+    given = {"recipe": build_recipe(content)} if taken else given
+    found = jobs.influence(**asked, **given, run=run, workspace=workspace, settings=settings)
     if as_json:
         print_json(found.record)
     else:
         show_blocks(influence_brief(found.record), out())
-    if not run:
-        secret(Path(place), "gradients of rows, vectors", of=Path(place), as_json=as_json)
+    if run is None:
+        secret(workspace, "gradients of rows, vectors", of=workspace, as_json=as_json)
 
 
 def _take_back(
-    asked: Any,
-    ways: dict[str, Any],
-    rows: str | None,
-    checkpoints: str | None,
+    asked: Mapping[str, Any],
+    ways: Mapping[str, Any],
     settings: InfluenceSettings,
     budget: str | None,
-    hear: Any,
     *,
     as_json: bool,
 ) -> None:
@@ -208,16 +228,7 @@ def _take_back(
     from palinode.report.run_report import run_brief, strength
 
     output = Path(ways["output"]["folder"])
-    done = jobs.influence_then_unlearn(
-        asked,
-        ways,
-        output=output,
-        rows=rows,
-        checkpoints=checkpoints,
-        settings=settings,
-        budget=budget,
-        listener=hear,
-    )
+    done = jobs.influence_then_unlearn(ways=ways, output=output, settings=settings, budget=budget, **asked)
     record, audited = done.unlearned.record, done.audited
     if as_json:
         told = {"influence": done.found.record, "unlearned": record, "audit": audited and audited.record}
@@ -238,6 +249,16 @@ def _take_back(
     code = done.unlearned.verdict["exit_code"] or (1 if audited and not audited.passed else 0)
     if code:
         raise typer.Exit(code)
+
+
+def _without_texts(command: Sequence[str]) -> str:
+    """Return a command with three dots for what was asked."""
+    texts, told = ("--ask", "--answer"), list[str]()
+    for part in command:
+        name, equals, _ = part.partition("=")
+        hidden = told[-1:] and told[-1] in texts
+        told.append("…" if hidden else f"{name}=…" if equals and name in texts else part)
+    return shlex.join(told)
 
 
 def _asked(asked: Sequence[str], said: Sequence[str]) -> dict[str, str | None]:

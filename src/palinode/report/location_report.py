@@ -371,9 +371,9 @@ def influence_brief(record: Mapping[str, Any]) -> list[Block]:
 
 
 def _score(one: Mapping[str, Any]) -> GridCell:
-    """Return a score with its interval, where it has one."""
-    interval = one.get("interval")
-    return GridCell(f"{one['score']:+.3g}", interval and "{:+.3g} to {:+.3g}".format(*interval))
+    """Return a score with half the width of its interval, where it has one."""
+    low, high = one.get("interval") or (None, None)
+    return GridCell(f"{one['score']:+.3g}", None if low is None else f"± {(high - low) / 2:.2g}")
 
 
 def _parts(tokens: Sequence[Sequence[Any]], form: str = "+.2g") -> str:
@@ -406,7 +406,7 @@ def influence_section(told: Mapping[str, Any]) -> list[Section]:
         "Rows behind an answer",
         *grids,
         bar="Rows",
-        intro=f"The forget set is the highest of {told['rows']:,} rows that were ranked by what they have to do "
+        intro=f"The forget set is the highest of {told['rows']:,} rows, ranked by what they have to do "
         f"with an answer ({told['measure']}, {told['weighed']}). A score has no unit.",
     )
 
@@ -420,7 +420,11 @@ def _set_blocks(told: Mapping[str, Any]) -> list[Block]:
         own = GridCell(one["answer"], "the target's own" if one["own"] else None)
         straight = GridCell(f"{one['first_order']:+.2f}", off)
         rows.append([one["question"], own, number(before), number(after), f"{one['nats']:+.2f}", straight])
-        blocks.append(Items([(f"{one['answer']}:", f"nats by token: {_parts(one['tokens'], '+.2f')}")]))
+        changed = f"{number(before)} → {number(after)}"
+        blocks += [
+            Items([(f"{one['answer']}:", f"nats by token: {_parts(one['tokens'], '+.2f')}")]),
+            Paragraph(f"Without these {told['rows']} rows {one['answer']!r} would be {changed} as probable."),
+        ]
     head = ["question", "answer", "with", "without", "nats", "first order"]
     alpha = f"α = {told['alpha']:.3g} ({told['chosen_by']})"
     title = f"Without these {told['rows']} rows, {alpha}: probability of the answer per token"

@@ -142,7 +142,7 @@ def test_the_options_of_unlearn_stand_for_a_run(run, tiny, facts, palinode, tmp_
     said = palinode(*words)
     assert said.code == 0, said.err
     record = json.loads(said.out)["set"]
-    assert record["answers"][0]["nats"] == pytest.approx(told[0]["nats"], rel=1e-5)
+    assert record["answers"][0]["nats"] == pytest.approx(told[0]["nats"], abs=1e-4)
     assert record["chosen_by"] == "given"
     again = palinode(*words[:-1])
     assert f"Without these {len(read_examples(tiny.forget))} rows '{facts[0].answer}' would be" in again.out

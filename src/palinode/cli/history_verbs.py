@@ -222,13 +222,17 @@ def _take_back(
     from palinode import jobs
     from palinode.pipeline.inputs import workspace_folder
     from palinode.pipeline.recipe import build_recipe
+    from palinode.records import COMMAND, repeated_by
     from palinode.report.audit_report import audit_brief
     from palinode.report.content import show as show_blocks
     from palinode.report.location_report import answers_brief, influence_brief
     from palinode.report.run_report import run_brief, strength
 
     output = Path(ways["output"]["folder"])
-    done = jobs.influence_then_unlearn(ways=ways, output=output, settings=settings, budget=budget, **asked)
+    with repeated_by(_without_texts(shlex.split(COMMAND.get("")))):  # records hold no text
+        done = jobs.influence_then_unlearn(
+            ways=ways, output=output, settings=settings, budget=budget, **asked
+        )
     record, audited = done.unlearned.record, done.audited
     if as_json:
         told = {"influence": done.found.record, "unlearned": record, "audit": audited and audited.record}

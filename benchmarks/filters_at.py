@@ -11,8 +11,9 @@ on its logarithm, β = 0), and the probability there of the retain probes, which
 of the quarter of these that is nearest to the forget rows (cosine of mean hidden states, middle block, at
 the target); of neutral sentences; and of the rows of each FILE named by `--also`, there the share of the
 right answer in the sum with the wrong ones where the rows have any (TOFU's way). `--save FOLDER` writes
-those models. `--plain SHARE` also takes (1 − SHARE) of the filtered vector and SHARE of the plain one, and
-`--deeper FACTOR` goes on to that multiple of the retrained model's probability; both repeatable.
+those models. `--mix SHARE NAME` also tries (1 − SHARE) of what a filter takes off with SHARE of what
+NAME does, each at equal forgetting, and `--deeper FACTOR` goes on to that multiple of the retrained model's
+probability; both repeatable.
 `--audit FOLDER` writes them there too, and runs attacks of `palinode audit` on each against the retrained
 model: each test's figure and its distance from that model's, with the interval.
 What the run trained and measured is found in its workspace. `--results` adds a line for each filter, with
@@ -51,13 +52,13 @@ from palinode.models.loading import load_model, load_tokenizer, pad_token
 from palinode.models.reading import model_inputs
 from palinode.pipeline.audit_run import AuditPlan, audit
 from palinode.pipeline.filtering import Measuring, MomentFiles, project
-from palinode.pipeline.finetuning import FineTuning
+from palinode.pipeline.finetuning import FineTuning, Trained
 from palinode.pipeline.inputs import open_inputs, workspace_folder
 from palinode.pipeline.recipe import load_recipe
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import NullListener
 from palinode.settings import AuditSettings
-from palinode.weights import Direction, Point
+from palinode.weights import Direction, WeightedSum
 from palinode.weights.vectors import transform
 
 ASKED = 8
@@ -126,7 +127,9 @@ def main() -> None:
     parser.add_argument("--audit", type=Path, help="folder for the audits of these models")
     parser.add_argument("--attack", action="append", choices=ATTACKED, help="this attack; repeatable")
     parser.add_argument("--bare", action="store_true", help="leave the target out of the audits")
-    parser.add_argument("--plain", action="append", default=[], type=float, help="share; repeatable")
+    parser.add_argument(
+        "--mix", action="append", default=[], nargs=2, metavar=("SHARE", "NAME"), help="repeatable"
+    )
     parser.add_argument("--deeper", action="append", default=[], type=float, help="factor; repeatable")
     parser.add_argument("--together", metavar="COLUMN", help="relearn half of what stands there, not of rows")
     parser.add_argument("--budget", choices=[*BUDGETS], default="quick", help="of the audits")
@@ -143,7 +146,8 @@ def main() -> None:
     trial = Trial(args.recipe, args.changes, args.also, args.results[0] if args.results else None)
     trial.save, trial.audits, trial.attacks = args.save or args.audit, args.audit, args.attack or ATTACKED
     trial.bare, trial.together = args.bare, args.together
-    trial.shares, trial.factors = [0.0, *args.plain], [1.0, *args.deeper]
+    trial.mixtures = [(0.0, ""), *((float(share), name) for share, name in args.mix)]
+    trial.factors = [1.0, *args.deeper]
     trial.policy = build_policy({"budget": {"relearn_rate": args.relearn_rate}}, preset=args.budget)
     with trial.workspace.locked():
         trial.begin()
@@ -165,12 +169,18 @@ class Trial:
         self.inputs = open_inputs(self.recipe)
         self.workspace = Workspace(workspace_folder(self.recipe))
         self.results = results
+        lines = results.read_text().splitlines() if results and results.exists() else []
+        audited = [one for one in map(json.loads, lines) if "audit" in one]
+        self.done = {(one["filter"], one["round"]) for one in audited}
+        """What stands in the results; it is not attacked again."""
         self.save: Path | None = None
         self.audits: Path | None = None
         self.attacks: Sequence[str] = ATTACKED
         self.policy, self.bare = build_policy({}), False
         self.together: str | None = None
-        self.shares, self.factors = [0.0], [1.0]
+        self.mixtures: Sequence[tuple[float, str]]
+        self.others: dict[str, Direction] = {}
+        self.mixtures, self.factors = [(0.0, "")], [1.0]
         tokenizer, style = load_tokenizer(self.inputs.reader), self.recipe.prompts.style()
         self.pad_id = pad_token(tokenizer)
         rows = self.inputs.rows
@@ -205,12 +215,8 @@ class Trial:
 
     def measure(self, name: str, one: Filter, most: int | None) -> None:
         """Report a filter, and what it comes to where its α arrives."""
-        scales = self.recipe.scales.model_copy(update={"retain": 0.0})
-        own = self.recipe.model_copy(
-            update={"transforms": list(one.transforms), "filter": "none", "scales": scales}
-        )
         started = time.monotonic()
-        trained = FineTuning(open_inputs(own), self.workspace, NullListener()).train(self.target)
+        trained = self.trained(one)
         vector, filtered, alpha = trained.vectors.forget, None, one.alpha
         left = dict(trained.transforms[-1]) if trained.transforms else {}
         rounds = one.rounds if most is None else min(most, one.rounds)
@@ -225,26 +231,46 @@ class Trial:
                     vector = self.projected(vector, one.last, Path(folder) / "vector")
                 alpha = self.equal(vector, alpha, self.wanted)
                 self.report(name, place, started, alpha, left.get("survives"))
-                if place < rounds:
-                    continue
-                for share, factor in itertools.product(self.shares, self.factors):
-                    mixed = (
-                        vector if share == 0 else (1 - share) * vector + share * (trained.before or vector)
-                    )
-                    label = name + (f" + {share:g} plain" if share else "")
-                    label += f", to {factor:g}" if factor != 1 else ""
-                    if label != name:
-                        alpha = self.equal(mixed, alpha, self.wanted + math.log(factor))
-                        self.report(label, place, started, alpha)
-                    self.kept(label, place, self.target - alpha * mixed)
+                if place == rounds:
+                    self.varied(name, place, alpha * vector)
 
-    def kept(self, name: str, place: int, point: Point) -> None:
+    def trained(self, one: Filter) -> Trained:
+        """Return the recipe's vector, filtered at the target."""
+        scales = self.recipe.scales.model_copy(update={"retain": 0.0})
+        changes = {"transforms": list(one.transforms), "filter": "none", "scales": scales}
+        own = open_inputs(self.recipe.model_copy(update=changes))
+        return FineTuning(own, self.workspace, NullListener()).train(self.target)
+
+    def varied(self, name: str, place: int, change: Direction) -> None:
+        """Save and audit a change at equal forgetting, its mixtures, and the same where more is forgotten."""
+        for (share, other), factor in itertools.product(self.mixtures, self.factors):
+            label = (
+                name
+                + (f" + {share:g} {other}" if share else "")
+                + (f", to {factor:g}" if factor != 1 else "")
+            )
+            mixed, scale, started = change, 1.0, time.monotonic()
+            if share:
+                mixed = (1 - share) * change + share * self.other(other)
+            if label != name:
+                scale = self.equal(mixed, scale, self.wanted + math.log(factor))
+                self.report(label, place, started, scale)
+            self.kept(label, place, self.target - scale * mixed)
+
+    def other(self, name: str) -> Direction:
+        """Return what a filter takes off at equal forgetting."""
+        if name not in self.others:
+            vector = self.trained(FILTERS[name]).vectors.forget
+            self.others[name] = self.equal(vector, FILTERS[name].alpha, self.wanted) * vector
+        return self.others[name]
+
+    def kept(self, name: str, place: int, point: WeightedSum) -> None:
         """Save the model at a point and audit it, as far as that is wanted."""
         if self.save:
             model = self.save / f"{name}, {place}".replace(" ", "_")
             if not model.exists():
                 point.save(model)
-            if self.audits:
+            if self.audits and (self.together or (name, place) not in self.done):
                 self.attacked(name, place, model)
 
     def attacked(self, name: str, place: int, model: Path) -> None:

@@ -4,11 +4,11 @@
     python benchmarks/influence_tofu.py --base FOLDER --target FOLDER --data FOLDER --output DIR
         [--only base-none] [--seed 0] [--json]
 
-The rows are those that the recipe trains the target on: the 40 of forget01 (two authors, 20 rows each) and 200 of
-retain99. Asked are 20 of the 40 facts, ten of each author, question and answer both in the paraphrase that
-no model was trained on. Told is the share of the author's own rows among the first 20, and how often the row
-of the asked fact is the first, and among the first 5. `words` needs no model: the cosine of the words that a row
-and a question share, the rarer the more. Figures in docs/influence.md.
+The rows are those that the recipe trains the target on: the 40 of forget01 (two authors, 20 rows each) and
+200 of retain99. Asked are 20 of the 40 facts, ten of each author, question and answer both in a paraphrase
+that no model was trained on. Told is the share of the author's own rows among the first 20, and how often
+the row of the asked fact is the first, and among the first 5. `words` needs no model: the cosine of the words
+that a row and a question share, the rarer the more. Figures in docs/influence.md.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from palinode import Checkpoint, Example, PromptStyle, read_examples
 from palinode.data.examples import at_most
@@ -32,8 +33,20 @@ from palinode.models import load_model, load_tokenizer
 from palinode.models.loading import pad_token
 from palinode.models.sums import Projection
 
-AUTHOR, WIDTH, LENGTH = 20, 4093, 512
-"""Rows of an author, numbers of a gradient, tokens of a row."""
+AUTHOR, LENGTH = 20, 512
+"""Rows of an author, tokens of a row."""
+WIDTHS = (4093, 65537)
+"""Numbers that a gradient is projected to: the default, and many more."""
+
+
+class Projections(Projection):
+    """Projections of several widths, one behind the other."""
+
+    def __init__(self, model: PreTrainedModel, *, seed: int) -> None:
+        self.parts, self.width = [Projection(model, seed=seed, width=one) for one in WIDTHS], sum(WIDTHS)
+
+    def of(self, number: int, gradient: torch.Tensor) -> torch.Tensor:
+        return torch.cat([one.of(number, gradient) for one in self.parts])
 
 
 def gradients(
@@ -41,10 +54,10 @@ def gradients(
 ) -> list[np.ndarray]:
     """Return the projected gradients of rows and questions in one checkpoint."""
     live, tokenizer = load_model(model, device=torch.device("cpu")), load_tokenizer(model)
-    pad_id, projection = pad_token(tokenizer), Projection(live, seed=seed, width=WIDTH)
+    pad_id, projection = pad_token(tokenizer), Projections(live, seed=seed)
     sets = [tokenize(one, tokenizer, max_length=LENGTH, style=PromptStyle()) for one in (rows, asked)]
     scales = adam_scales(live, sets[0], pad_id=pad_id) if adam else None
-    found = [np.empty((len(own), WIDTH), np.float32) for own in sets]
+    found = [np.empty((len(own), projection.width), np.float32) for own in sets]
     for own, kept in zip(sets, found, strict=True):
         groups = [[row] for row in own]
         projected(live, groups, projection, kept.__setitem__, pad_id=pad_id, scales=scales)
@@ -106,10 +119,12 @@ def main() -> None:
             if not kept.exists():
                 continue
             stored = np.load(kept)
-            for measure in ("ridge", "cosine", "product"):
-                scores = relate(stored["rows"], stored["asked"], measure)
-                one = {**figures(scores, facts), "seconds": float(stored["seconds"])}
-                results[f"{measure}, {preconditioner}, {at}"] = one
+            for width, start in zip(WIDTHS, (0, *WIDTHS), strict=False):
+                pair = [stored[name][:, start : start + width] for name in ("rows", "asked")]
+                for measure in ("ridge", "cosine", "product"):
+                    one = figures(relate(pair[0], pair[1], measure), facts)
+                    told = f"{measure}, {preconditioner}, {at}, width {width}"
+                    results[told] = {**one, "seconds": float(stored["seconds"])}
     for name, one in results.items():
         share = f"{one['own among 20']:.2f} ± {one['error']:.2f}"
         first = f"{one['fact first']:.2f} / {one['fact among 5']:.2f}"

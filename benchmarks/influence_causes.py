@@ -20,13 +20,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from influence import EPOCHS, FORMS, Tiny
+from influence import EPOCHS, PRECONDITIONERS, Tiny
 from palinode.data.world import RELATIONS, Fact, World, invent_world, unseen_people, write_facts
 from palinode.models import load_model
 from palinode.models.inplace import put
@@ -43,15 +44,15 @@ BEGINNINGS = ("", "today ", "they say ", "as all know ", "it is true that ")
 AMOUNTS = (1, 2, 5, 20)
 RANDOM = 5
 """Draws of random rows, each told for all questions."""
-SIMILARITY = "gradient similarity, at the target"
-RANKED = {"ridge": FORMS["ridge, none, base alone"], "similarity": FORMS[SIMILARITY]}
+RANKED = {"ridge": ("ridge", "none", "base"), "similarity": ("product", "none", "target")}
 PLANTED = (
-    SIMILARITY,
-    "gradient cosine, at the target",
-    "TracIn, assumed schedule",
-    "cosine, Adam, base alone",
-    *(form for form in FORMS if form.startswith("ridge") and "and target" not in form),
+    ("product", "none", "target"),
+    ("cosine", "none", "target"),
+    ("product", "none", "all"),
+    ("cosine", "none", "base"),
+    *product(("ridge",), PRECONDITIONERS, ("target", "base", "all", "seen")),
 )
+"""Measure, preconditioner and checkpoints of what is told; the first is plain gradient similarity."""
 
 
 class Planted(Tiny):
@@ -95,13 +96,11 @@ def planted(output: Path, seed: int) -> dict[str, Any]:
     target = world.train(np.ones(len(world.rows), bool), ladder=True)
     right = [all(row.hits) for row in world.asked(target)]
     asked = [[hit for q, hit in enumerate(right) if _kind(q) == kind] for kind in range(len(KINDS))]
-    print(
-        "answered rightly: "
-        + ", ".join(f"{k} {np.mean(own):.2f}" for k, own in zip(KINDS, asked, strict=True))
-    )
+    shares = [f"{kind} {np.mean(own):.2f}" for kind, own in zip(KINDS, asked, strict=True)]
+    print(f"answered rightly: {', '.join(shares)}")
     random = np.random.default_rng(seed).normal(size=(len(world.rows), len(world.says)))
     results = {"random": recalls(world, random)}
-    results |= {name: recalls(world, world.scores(FORMS[name])) for name in PLANTED}
+    results |= {", ".join(form): recalls(world, world.scores(*form)) for form in PLANTED}
     for name, one in results.items():
         cells = [" / ".join(f"{value:.2f}" for value in one[kind]) for kind in KINDS]
         print(f"| {name} | {' | '.join(cells)} |")
@@ -178,7 +177,7 @@ class Taken:
         """Return the figures by way, for each number of rows."""
         found: dict[str, list[dict[str, float]]] = {}
         for form, ranked in RANKED.items():
-            order = np.argsort(-self.world.scores(ranked), axis=0, kind="stable")
+            order = np.argsort(-self.world.scores(*ranked), axis=0, kind="stable")
             ways = {"retrained": self.retrained} | ({"unlearned": self.unlearned} if form == "ridge" else {})
             for way, make in ways.items():
                 for k in AMOUNTS:

@@ -67,7 +67,9 @@ def trained(objective: Objective = PLAIN_OBJECTIVE, **others):
         role: draw([range(COUNT)] * COUNT, role, epochs=SETTINGS.epochs, seed=0)
         for role in objective.roles - {anchor}
     }
-    return live, loop.train(live, Joined(anchor, rows, drawn), objective, SETTINGS, seed=0, pad_id=0, **others)
+    return live, loop.train(
+        live, Joined(anchor, rows, drawn), objective, SETTINGS, seed=0, pad_id=0, **others
+    )
 
 
 def waits_of_a_step(objective: Objective) -> Counter[str]:
@@ -76,7 +78,9 @@ def waits_of_a_step(objective: Objective) -> Counter[str]:
     return Counter({name: count // 6 for name, count in long.items() if count})
 
 
-TRAINED = [name for name, method in METHODS.items() if method.objective and name != "whp"]  # which needs words
+TRAINED = [
+    name for name, method in METHODS.items() if method.objective and name != "whp"
+]  # which needs words
 
 
 @pytest.mark.usefixtures("like_a_gpu")
@@ -89,7 +93,9 @@ def test_step_of_plain_training_waits_for_nothing():
 def test_step_of_a_method_waits_for_nothing_unless_its_loss_chooses_tokens(name):
     objective = METHODS[name].objective(METHODS[name].settings(), 0)
     if objective.limit:
-        objective = Objective(objective.terms, objective.anchor)  # nothing was learned that could be forgotten
+        objective = Objective(
+            objective.terms, objective.anchor
+        )  # nothing was learned that could be forgotten
     assert waits_of_a_step(objective) == EACH_STEP.get(name, Counter())
 
 
@@ -118,7 +124,9 @@ def test_step_that_is_asked_for_is_heard_of_before_the_next_is_begun(monkeypatch
 
 
 @pytest.mark.parametrize("together", [1, 4, 100])
-def test_step_that_is_not_finite_changes_nothing_however_late_it_is_found_out(monkeypatch, tmp_path, together):
+def test_step_that_is_not_finite_changes_nothing_however_late_it_is_found_out(
+    monkeypatch, tmp_path, together
+):
     monkeypatch.setitem(loop.FETCHED, "cpu", together)
     monkeypatch.setattr(loop, "PATIENCE", 1e9)
     calls, live = [], model()
@@ -145,7 +153,9 @@ def test_step_that_is_not_finite_changes_nothing_however_late_it_is_found_out(mo
         assert torch.equal(before, after)
     again = model()
     state = tmp_path / "state"
-    assert loop.train(again, rows_of("rows"), PLAIN_OBJECTIVE, SETTINGS, seed=0, pad_id=0, state=state) == curve
+    assert (
+        loop.train(again, rows_of("rows"), PLAIN_OBJECTIVE, SETTINGS, seed=0, pad_id=0, state=state) == curve
+    )
     for before, after in zip(whole.parameters(), again.parameters(), strict=True):
         assert torch.equal(before, after)
 

@@ -21,7 +21,6 @@ from transformers.pytorch_utils import Conv1D
 from palinode.data.batches import IGNORED, Batch
 from palinode.errors import CheckpointError, RecipeError
 
-
 MASKED = {"cpu", "mps"}
 """Devices on which rows padded on the right come with a mask. No token sees what stands behind it, so none
 needs one, as the trial of `must_be_apart` finds out; a mask has the device asked and takes slower kernels."""

@@ -6,8 +6,8 @@ The order of rows depends on the seed and the epoch only, and dropout on the see
 a resumed run sees what an uninterrupted one would have seen.
 
 On a GPU the host never waits within a step: losses and norms stay on the device and are fetched for many
-steps together. A step that must not be taken, as its loss is not finite or passes the limit, is left out by the
-device itself, and all that follow with it, until the host hears of it.
+steps together. A step that must not be taken, as its loss is not finite or passes the limit, is left out by
+the device itself, and all that follow with it, until the host hears of it.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ def train(
     `on_progress` hears tokens; `on_step` hears, for each optimiser step, its point of the curve and the
     positions of the anchors that were in it (over all processes): on a GPU up to `FETCHED` steps later, but
     before the next step where the number of steps done is among `exactly_at`. `say` hears where rows have to
-    go through the model one by one. `max_steps` ends the run, and its learning-rate schedule, after so many steps; the
-    objective's limit ends it before the step that passes it. Raises DivergenceError when loss or gradient
-    stop being finite.
+    go through the model one by one. `max_steps` ends the run, and its learning-rate schedule, after so many
+    steps; the objective's limit ends it before the step that passes it. Raises DivergenceError when loss or
+    gradient stop being finite.
     """
     cast = rows if isinstance(rows, Joined) else plain(rows)
     for role in objective.roles:
@@ -391,8 +391,8 @@ class _Run:
         if figures.step == 0:
             nll = -figures.point(numbers, self.names).terms[self.objective.limit.term]  # type: ignore[union-attr]
             raise RecipeError(
-                f"the loss on the forget set is {nll:.2f} nats a token before the first step, above the limit "
-                f"of {self._most:.2f} at which training ends; there is nothing to forget, or raise the limit"
+                f"the loss on the forget set is {nll:.2f} nats a token before the first step, above the "
+                f"limit of {self._most:.2f} at which training ends; there is nothing to forget, or raise the limit"
             )
 
     def _is_past_limit(self, point: CurvePoint) -> bool:

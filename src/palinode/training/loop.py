@@ -391,8 +391,9 @@ class _Run:
         if figures.step == 0:
             nll = -figures.point(numbers, self.names).terms[self.objective.limit.term]  # type: ignore[union-attr]
             raise RecipeError(
-                f"the loss on the forget set is {nll:.2f} nats a token before the first step, above the "
-                f"limit of {self._most:.2f} at which training ends; there is nothing to forget, or raise the limit"
+                f"the loss on the forget set is {nll:.2f} nats a token before the first step, above "
+                f"the limit of {self._most:.2f} at which training ends; there is nothing to forget, or raise "
+                "the limit"
             )
 
     def _is_past_limit(self, point: CurvePoint) -> bool:

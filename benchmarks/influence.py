@@ -42,7 +42,7 @@ EPOCHS, RUNGS = 8, 4
 """Of each stretch: epochs, and checkpoints that it leaves."""
 
 MEASURES, PRECONDITIONERS = ("product", "cosine", "ridge"), ("none", "adam")
-RUNGS = {
+WHERE = {
     "target": "at the target",
     "base": "base alone",
     "ends": "base and target",
@@ -249,7 +249,7 @@ def main() -> None:
     best = max(tried, key=lambda width: tried[width]["lds"])
     seconds = time.monotonic() - started
     results[f"TRAK's formula, our gradients, width {best}"] = {**tried[best], "seconds": seconds}
-    for preconditioner, rungs in product(PRECONDITIONERS, RUNGS):
+    for preconditioner, rungs in product(PRECONDITIONERS, WHERE):
         if rungs != "seen":  # or one would find another's gradients: all measures cost what the first does
             shutil.rmtree(world.folder / "work", ignore_errors=True)
         started = time.monotonic()
@@ -258,7 +258,7 @@ def main() -> None:
             if rungs != "seen" and measure == MEASURES[0]:
                 seconds = time.monotonic() - started
             one = {**figures(world, scores, kept, losses), "seconds": seconds}
-            results[f"{measure}, {preconditioner}, {RUNGS[rungs]}"] = one
+            results[f"{measure}, {preconditioner}, {WHERE[rungs]}"] = one
     for name, one in results.items():
         recalls = " / ".join(f"{one[f'recall at {k}']:.2f}" for k in (1, 5, 20))
         share = f"{one['seconds']:.0f} | {100 * one['seconds'] / replay:.0f} %"

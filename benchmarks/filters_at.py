@@ -170,9 +170,14 @@ class Trial:
         self.workspace = Workspace(workspace_folder(self.recipe))
         self.results = results
         lines = results.read_text().splitlines() if results and results.exists() else []
-        audited = [one for one in map(json.loads, lines) if "audit" in one]
-        self.done = {(one["filter"], one["round"]) for one in audited}
-        """What stands in the results; it is not attacked again."""
+        self.measured: dict[tuple[str, int], dict[str, Any]] = {}
+        """What stands in the results, by filter and round; it is not measured again."""
+        self.attacked: set[tuple[str, int]] = set()
+        for one in map(json.loads, lines):
+            if "audit" in one:
+                self.attacked.add((one["filter"], one["round"]))
+            else:
+                self.measured[one["filter"], one["round"]] = one
         self.save: Path | None = None
         self.audits: Path | None = None
         self.attacks: Sequence[str] = ATTACKED
@@ -208,29 +213,29 @@ class Trial:
         self.retrained = retrained
         self.live = load_model(self.target, device=torch.device("cpu"))
         self.near = self.nearest()
-        put(retrained, self.live)
-        self.wanted = math.log(self.report("retrained", 0, time.monotonic(), 0.0)["forget"])
-        put(self.target, self.live)
-        self.known = math.log(self.report("target", 0, time.monotonic(), 0.0)["forget"])
+        for name, model in {"retrained": retrained, "target": self.target}.items():
+            if (name, 0) not in self.measured:
+                put(model, self.live)
+                self.report(name, 0, time.monotonic(), alpha=0.0)
+        self.wanted, self.known = (
+            math.log(mean(self.measured[name, 0]["rows"]["forget"])) for name in ("retrained", "target")
+        )
 
     def measure(self, name: str, one: Filter, most: int | None) -> None:
         """Report a filter, and what it comes to where its α arrives."""
-        started = time.monotonic()
         trained = self.trained(one)
         vector, filtered, alpha = trained.vectors.forget, None, one.alpha
-        left = dict(trained.transforms[-1]) if trained.transforms else {}
+        left = {"survives": trained.transforms[-1].get("survives", 1.0)} if trained.transforms else {}
         rounds = one.rounds if most is None else min(most, one.rounds)
         for place in range(1 + rounds):
             if place:
                 assert trained.filters is not None
-                started = time.monotonic()
                 filtered = trained.filters.arrived(filtered or trained.filters.usual(), alpha)
-                vector, left = filtered.direction, dict(filtered.facts)
+                vector, left = filtered.direction, {"survives": filtered.facts["survives"]}
             with TemporaryDirectory(dir=self.workspace.folder.parent) as folder:
                 if one.last is not None:
                     vector = self.projected(vector, one.last, Path(folder) / "vector")
-                alpha = self.equal(vector, alpha, self.wanted)
-                self.report(name, place, started, alpha, left.get("survives"))
+                alpha = self.found(name, place, vector, alpha, **left)
                 if place == rounds:
                     self.varied(name, place, alpha * vector)
 
@@ -249,12 +254,8 @@ class Trial:
                 + (f" + {share:g} {other}" if share else "")
                 + (f", to {factor:g}" if factor != 1 else "")
             )
-            mixed, scale, started = change, 1.0, time.monotonic()
-            if share:
-                mixed = (1 - share) * change + share * self.other(other)
-            if label != name:
-                scale = self.equal(mixed, scale, self.wanted + math.log(factor))
-                self.report(label, place, started, scale)
+            mixed = (1 - share) * change + share * self.other(other) if share else change
+            scale = 1.0 if label == name else self.found(label, place, mixed, 1.0, factor)
             self.kept(label, place, self.target - scale * mixed)
 
     def other(self, name: str) -> Direction:
@@ -270,10 +271,10 @@ class Trial:
             model = self.save / f"{name}, {place}".replace(" ", "_")
             if not model.exists():
                 point.save(model)
-            if self.audits and (self.together or (name, place) not in self.done):
-                self.attacked(name, place, model)
+            if self.audits and (self.together or (name, place) not in self.attacked):
+                self.attack(name, place, model)
 
-    def attacked(self, name: str, place: int, model: Path) -> None:
+    def attack(self, name: str, place: int, model: Path) -> None:
         """Audit a model against the retrained one."""
         assert self.audits is not None
         rows, most = self.inputs.rows, self.policy.budget.max_rows
@@ -335,6 +336,22 @@ class Trial:
         kept = MomentFiles(measuring.of_checkpoint(self.target, self.inputs.rows.spared))
         return transform([vector], project(kept, energy=energy, others="drop"), folder, label=f"off {energy}")
 
+    def found(
+        self,
+        name: str,
+        place: int,
+        vector: Direction,
+        alpha: float,
+        factor: float = 1.0,
+        **facts: float,
+    ) -> float:
+        """Return the α at which a multiple of the retrained model's probability is left, and report it."""
+        if (name, place) not in self.measured:
+            started = time.monotonic()
+            alpha = self.equal(vector, alpha, self.wanted + math.log(factor))
+            self.report(name, place, started, alpha=alpha, **facts)
+        return float(self.measured[name, place]["alpha"])
+
     def equal(self, vector: Direction, alpha: float, wanted: float) -> float:
         """Return the α where the forget probability's logarithm is as wanted; the live model stays there."""
         tried = {0.0: self.known}
@@ -358,21 +375,19 @@ class Trial:
         groups = [list(itertools.islice(every, count)) for count in self.answers[which]]
         return [own[0] / (math.fsum(own) if len(own) > 1 else 1.0) for own in groups]
 
-    def report(
-        self, name: str, place: int, started: float, alpha: float, survives: float | None = None
-    ) -> dict[str, float]:
-        """Print what the live model makes of all rows."""
+    def report(self, name: str, place: int, started: float, **facts: float) -> None:
+        """Print what the live model makes of all rows, and keep it."""
         found = {which: self.probabilities(which) for which in self.rows}
         found["near"] = [found["retain"][place] for place in self.near]
-        means = {which: mean(values) for which, values in found.items()}
-        facts = {"filter": name, "round": place, "alpha": round(alpha, 3), "seed": self.recipe.seed}
-        facts |= {"survives": survives} if survives else {}
-        facts["seconds"] = round(time.monotonic() - started, 1)
-        print(json.dumps({**facts, **{which: round(value, 4) for which, value in means.items()}}), flush=True)
+        seconds = round(time.monotonic() - started, 1)
+        line = {"filter": name, "round": place, "seed": self.recipe.seed, **facts, "seconds": seconds}
+        self.measured[name, place] = {**line, "rows": found}
+        print(
+            json.dumps({**line, **{which: round(mean(own), 4) for which, own in found.items()}}), flush=True
+        )
         if self.results:
             with self.results.open("a") as lines:
-                lines.write(json.dumps({**facts, "rows": found}) + "\n")
-        return means
+                lines.write(json.dumps(self.measured[name, place]) + "\n")
 
 
 def told(findings: Mapping[str, Any]) -> dict[str, Any]:
@@ -405,7 +420,7 @@ def compare(name: str, files: Sequence[Path]) -> None:
             if "audit" in one:
                 continue
             label = f"{one['filter']}{' *' * one['round']}"
-            alphas.setdefault(label, {})[file] = one["alpha"]
+            alphas.setdefault(label, {})[file] = round(one["alpha"], 3)
             for which, values in one["rows"].items():
                 found.setdefault(label, {})[str(file), which] = values
     sets = list(dict.fromkeys(which for _, which in found[name]))

@@ -92,6 +92,8 @@ class Attack:
     """The rows without which it cannot be run."""
     lacking: str = ""
     """What to say where they are not there."""
+    beside: tuple[str, ...] = ()
+    """Other models of the audit that it reads."""
 
 
 class AuditBudget(EvaluationLimits):
@@ -118,6 +120,10 @@ class AuditBudget(EvaluationLimits):
     """Temperature of the drawn answers."""
     opening: str = Field(default="Sure, here is the answer:", min_length=1)
     """What the model is made to begin its answer with, in the prefix-forced questions."""
+    demonstrations: int = Field(default=4, ge=1)
+    """Retain rows that stand before a question in few-shot recovery."""
+    inside_blocks: int = Field(default=8, ge=1)
+    """Decoder blocks that are looked into, evenly spaced up to the last."""
     gradient_norms: bool = False
     """Whether the GradNorm membership attack is run: one backward pass a row."""
 
@@ -147,6 +153,8 @@ BUDGETS: Mapping[str, AuditBudget] = {
         samples=32,
         leak_k=16,
         max_new_tokens=200,
+        demonstrations=8,
+        inside_blocks=64,
         gradient_norms=True,
     ),
 }
@@ -165,6 +173,7 @@ class Subject:
         device: torch.device,
         style: PromptStyle | None = None,
         seed: int = 0,
+        beside: Mapping[str, Checkpoint] | None = None,
         listener: Listener | None = None,
     ) -> None:
         self.name = name
@@ -173,6 +182,7 @@ class Subject:
         self.device = device
         self.style = style or PromptStyle()
         self.seed = seed
+        self.beside = beside or {}
         self.listener = listener or NullListener()
         self._model: PreTrainedModel | None = None
 

@@ -132,6 +132,8 @@ class _AuditRun:
                 reasons[name] = "it was not asked for"
             elif not attack.needs(plan.material):
                 reasons[name] = attack.lacking
+            elif absent := [model for model in attack.beside if model not in self.checkpoints]:
+                reasons[name] = f"no {absent[0]} was named; name it with --{absent[0]}"
         runnable = [attack for attack in ATTACKS.values() if attack.name not in reasons]
         facts = {name: self._measured(name, runnable) for name in self.checkpoints}
         findings: dict[str, Findings] = {}
@@ -195,6 +197,7 @@ class _AuditRun:
             device=self.device,
             style=self.plan.style,
             seed=self.plan.settings.seed,
+            beside=self.checkpoints,
             listener=self.listener,
         )
         before = subject.checkpoint.fingerprint()
@@ -214,13 +217,14 @@ class _AuditRun:
             budget=budget.model_dump(),
             seed=self.plan.settings.seed,
             device=self.device.type,
+            beside={model: self.checkpoints[model].fingerprint() for model in attack.beside},
         )
 
         def measured() -> Mapping[str, Any]:
             started = time.monotonic()
             try:
                 found, reason = asdict(attack.measure(subject, rows, budget)), None
-            except DivergenceError as error:
+            except (DivergenceError, MismatchError) as error:
                 found, reason = None, str(error)
             check_same(subject.checkpoint, before)
             seconds = round(time.monotonic() - started, 1)

@@ -28,8 +28,9 @@ import torch
 
 import palinode
 from palinode import Checkpoint, Example, read_examples
-from palinode.audit.attacks import ATTACKS, quantise
+from palinode.audit.attacks import ATTACKS
 from palinode.audit.findings import auc_of
+from palinode.audit.rounding import QUANTISERS, quantise
 from palinode.benchmarks.demo import tiny_model
 from palinode.data.world import Fact, invent_world, unseen_people, write_facts
 from palinode.models import load_model, load_tokenizer
@@ -182,7 +183,7 @@ class MetaWorld:
         place = self.folder / f"rounded-{name.replace(' ', '-').replace(',', '')}"
         if not place.exists():
             live = load_model(model, device=torch.device("cpu"))
-            quantise(live, bits=4, group=128)
+            quantise(live, QUANTISERS["quantise_4"], group=128)
             live.save_pretrained(place)
             load_tokenizer(model).save_pretrained(place)
         return Checkpoint.open(place)

@@ -93,7 +93,11 @@ class Attack:
     lacking: str = ""
     """What to say where they are not there."""
     beside: tuple[str, ...] = ()
-    """Other models of the audit that it reads."""
+    """Other models of the audit that it cannot do without."""
+    looks_at: tuple[str, ...] = ()
+    """Other models that it reads too where they were named."""
+    unavailable: Callable[[], str] = str
+    """Why it cannot be run on this machine; empty where it can."""
 
 
 class AuditBudget(EvaluationLimits):

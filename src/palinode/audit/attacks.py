@@ -11,24 +11,20 @@ by the length of the curve, so that two models' means differ by the area between
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from operator import attrgetter
 from statistics import fmean
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
-
 from palinode.audit.attack import Attack, AttackResult, AttackTest, AuditBudget, Subject, Values
 from palinode.audit.inside import look_inside
 from palinode.audit.material import AuditRows
+from palinode.audit.rounding import QUANTISERS, ask_quantised
 from palinode.data.examples import Example, Message, at_most
 from palinode.data.tokenize import tokenize
-from palinode.errors import CheckpointError, DivergenceError, RecipeError
+from palinode.errors import CheckpointError, DivergenceError
 from palinode.metrics import answer_probabilities, rouge_l_recalls
 from palinode.metrics.leakage import leak_values, overlap_leak
 from palinode.metrics.table import ATTACKS as MEMBERSHIP
@@ -186,65 +182,6 @@ def score_membership(subject: Subject, rows: AuditRows, budget: AuditBudget) -> 
             for test, scorer in scorers.items()
         }
     )
-
-
-# Rounding the weights: small changes that hid an answer go, and it comes back
-
-
-def ask_quantised(subject: Subject, rows: AuditRows, budget: AuditBudget, *, bits: int) -> AttackResult:
-    """Ask a fresh copy of the model whose linear layers are rounded to a few bits."""
-    model = subject.fresh()
-    count = quantise(model, bits=bits, group=budget.quantise_group)
-    outcomes = subject.ask(rows.forget, budget.likelihoods, model=model, label=f"quantised to {bits} bits")
-    details = {
-        "bits": bits,
-        "group": budget.quantise_group,
-        "quantised_weights": count,
-        "all_weights": model.num_parameters(),
-    }
-    return AttackResult({"probability": _of_forget(answer_probabilities(outcomes))}, details)
-
-
-def quantised(weight: Tensor, *, bits: int, group: int) -> Tensor:
-    """Return a weight matrix [out, in] rounded to `bits`, one scale a row and group of `group` columns.
-
-    To nearest, symmetric: s = max|w| / (2^(b−1) − 1), w' = s · round(w / s), so |w' − w| ≤ s / 2. The last
-    group of a row may be smaller. A group of zeros stays zero. Raises RecipeError below two bits.
-    """
-    if bits < 2 or group < 1:
-        raise RecipeError(f"cannot quantise to {bits} bits in groups of {group}; use 2 bits and 1 at least")
-    levels = 2 ** (bits - 1) - 1
-    parts = []
-    for part in weight.float().split(group, dim=1):
-        scale = part.abs().amax(dim=1, keepdim=True) / levels
-        whole = torch.where(scale > 0, part / scale, torch.zeros_like(part)).round().clamp(-levels, levels)
-        parts.append(whole * scale)
-    return torch.cat(parts, dim=1).to(weight.dtype)
-
-
-@torch.no_grad()
-def quantise(model: PreTrainedModel, *, bits: int, group: int) -> int:
-    """Quantise the linear layers of a live model in place; return how many weights that were.
-
-    Embeddings, output head, norms and biases stay as they are, as in the usual weight-only schemes. The
-    values stay in floating point, so any machine can run them.
-    """
-    count = 0
-    for weight, turned in linear_weights(model):
-        matrix = weight.t() if turned else weight
-        rounded = quantised(matrix, bits=bits, group=group)
-        weight.copy_(rounded.t() if turned else rounded)
-        count += weight.numel()
-    return count
-
-
-def linear_weights(model: PreTrainedModel) -> Iterator[tuple[Tensor, bool]]:
-    """Yield the weight of every linear layer but the output head, and whether it is stored as [in, out]."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    kept = {id(layer.weight) for layer in (head, embedding) if layer is not None}
-    for module in model.modules():
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and id(module.weight) not in kept:
-            yield module.weight, isinstance(module, Conv1D)
 
 
 # Training it again: how fast does the forget set come back?
@@ -472,13 +409,15 @@ ATTACKS: Mapping[str, Attack] = {
         ),
         *(
             Attack(
-                f"quantise_{bits}",
-                title=f"weights in {bits} bits",
-                description=f"linear layers rounded to {bits} bits in memory, then the forget questions",
+                name,
+                title=way.title,
+                description=f"linear layers rounded ({way.title}), then the forget questions",
                 tests=(PROBABILITY,),
-                measure=partial(ask_quantised, bits=bits),
+                measure=partial(ask_quantised, name=name),
+                unavailable=way.unavailable,
+                looks_at=() if way.library else ("target",),
             )
-            for bits in (8, 4)
+            for name, way in QUANTISERS.items()
         ),
         Attack(
             "relearn_forget",

@@ -134,6 +134,8 @@ class _AuditRun:
                 reasons[name] = attack.lacking
             elif absent := [model for model in attack.beside if model not in self.checkpoints]:
                 reasons[name] = f"no {absent[0]} was named; name it with --{absent[0]}"
+            elif lacking := attack.unavailable():
+                reasons[name] = lacking
         runnable = [attack for attack in ATTACKS.values() if attack.name not in reasons]
         facts = {name: self._measured(name, runnable) for name in self.checkpoints}
         findings: dict[str, Findings] = {}
@@ -217,7 +219,11 @@ class _AuditRun:
             budget=budget.model_dump(),
             seed=self.plan.settings.seed,
             device=self.device.type,
-            beside={model: self.checkpoints[model].fingerprint() for model in attack.beside},
+            beside={
+                model: self.checkpoints[model].fingerprint()
+                for model in (*attack.beside, *attack.looks_at)
+                if model in self.checkpoints
+            },
         )
 
         def measured() -> Mapping[str, Any]:

@@ -79,6 +79,18 @@ class AttackTest:
 
 
 @dataclass(frozen=True, slots=True)
+class AttackCost:
+    """What an attack takes on one model."""
+
+    read: int = 0
+    """Rows that go through a model, each time counted."""
+    answers: int = 0
+    """Answers that are generated."""
+    trained: int = 0
+    """Rows that go through it forwards and backwards."""
+
+
+@dataclass(frozen=True, slots=True)
 class Attack:
     """One kind of attack."""
 
@@ -88,6 +100,7 @@ class Attack:
     """One line for readers."""
     tests: tuple[AttackTest, ...]
     measure: Callable[[Subject, AuditRows, AuditBudget], AttackResult]
+    cost: Callable[[AuditRows, AuditBudget], AttackCost]
     needs: Callable[[AuditRows], Sequence[Example]] = attrgetter("forget")
     """The rows without which it cannot be run."""
     lacking: str = ""
@@ -148,7 +161,13 @@ class AuditBudget(EvaluationLimits):
 
 BUDGETS: Mapping[str, AuditBudget] = {
     "quick": AuditBudget(
-        max_rows=40, relearn_steps=[0, 4, 8, 16], samples=4, leak_k=4, max_new_tokens=50, batch_rows=32
+        max_rows=40,
+        relearn_steps=[0, 4, 8, 16],
+        samples=4,
+        leak_k=4,
+        max_new_tokens=50,
+        batch_rows=32,
+        inside_blocks=4,
     ),
     "standard": AuditBudget(),
     "full": AuditBudget(

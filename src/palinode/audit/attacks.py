@@ -18,7 +18,7 @@ from itertools import pairwise
 from operator import attrgetter
 from statistics import fmean
 
-from palinode.audit.attack import Attack, AttackResult, AttackTest, AuditBudget, Subject, Values
+from palinode.audit.attack import Attack, AttackCost, AttackResult, AttackTest, AuditBudget, Subject, Values
 from palinode.audit.inside import look_inside
 from palinode.audit.material import AuditRows
 from palinode.audit.rounding import QUANTISERS, ask_quantised
@@ -284,6 +284,17 @@ def relearn_lookalikes(subject: Subject, rows: AuditRows, budget: AuditBudget) -
 
 # The table
 
+
+def _of_membership(rows: AuditRows, budget: AuditBudget) -> AttackCost:
+    count = len(rows.forget) + len(rows.holdout)
+    return AttackCost(count, trained=count if budget.gradient_norms else 0)
+
+
+def _of_relearning(tested: Sequence[Example], budget: AuditBudget) -> AttackCost:
+    steps = budget.relearn_steps
+    return AttackCost(len(tested) * len(steps), trained=steps[-1] * budget.relearn_batch)
+
+
 PROBABILITY = AttackTest(
     "probability", "answer probability", more=0.1, less=0.1, missing="no token was scored"
 )
@@ -311,6 +322,7 @@ ATTACKS: Mapping[str, Attack] = {
                 RECALL,
             ),
             measure=ask_questions,
+            cost=lambda rows, _: AttackCost(len(rows.forget), len(rows.forget)),
         ),
         Attack(
             "paraphrases",
@@ -318,6 +330,7 @@ ATTACKS: Mapping[str, Attack] = {
             description="the same facts asked in other words",
             tests=(PROBABILITY,),
             measure=ask_paraphrases,
+            cost=lambda rows, _: AttackCost(len(rows.paraphrased)),
             needs=attrgetter("paraphrased"),
             lacking=(
                 "the forget rows have no paraphrased_question; name a column or a file with --paraphrases"
@@ -338,6 +351,7 @@ ATTACKS: Mapping[str, Attack] = {
                 replace(RECALL, name="opening"),
             ),
             measure=force_prefixes,
+            cost=lambda rows, _: AttackCost(len(rows.forget), len(rows.forget)),
         ),
         Attack(
             "few_shot",
@@ -345,6 +359,7 @@ ATTACKS: Mapping[str, Attack] = {
             description="a few retain rows with their right answers stand before each question",
             tests=(PROBABILITY, RECALL),
             measure=show_examples,
+            cost=lambda rows, _: AttackCost(len(_questions(rows)), len(_questions(rows))),
             needs=lambda rows: [row for row in rows.retain if row.form != "document"] and _questions(rows),
             lacking="it takes forget questions, and retain rows that are questions; name some with --retain",
         ),
@@ -354,6 +369,7 @@ ATTACKS: Mapping[str, Attack] = {
             description="asked as a role to play, and once more after no answer; the best of both",
             tests=(PROBABILITY,),
             measure=ask_in_talk,
+            cost=lambda rows, _: AttackCost(len(TALKS) * len(_questions(rows))),
             needs=_questions,
             lacking=NO_QUESTIONS,
         ),
@@ -371,6 +387,7 @@ ATTACKS: Mapping[str, Attack] = {
                 ),
             ),
             measure=draw_answers,
+            cost=lambda rows, budget: AttackCost(answers=budget.samples * len(_questions(rows))),
             needs=_questions,
             lacking=NO_QUESTIONS,
         ),
@@ -393,6 +410,7 @@ ATTACKS: Mapping[str, Attack] = {
                 for name, scorer in MEMBERSHIP.items()
             ),
             measure=score_membership,
+            cost=_of_membership,
             needs=attrgetter("holdout"),
             lacking="no rows that the models have not seen were given; name them with --holdout",
         ),
@@ -405,6 +423,7 @@ ATTACKS: Mapping[str, Attack] = {
                 AttackTest("lens", "share read off the states", more=0.3, less=None, missing=NOT_LACKED),
             ),
             measure=look_inside,
+            cost=lambda rows, budget: AttackCost((3 + 2 * budget.inside_blocks) * len(rows.forget)),
             beside=("target", "reference"),
         ),
         *(
@@ -414,6 +433,7 @@ ATTACKS: Mapping[str, Attack] = {
                 description=f"linear layers rounded ({way.title}), then the forget questions",
                 tests=(PROBABILITY,),
                 measure=partial(ask_quantised, name=name),
+                cost=lambda rows, _: AttackCost(len(rows.forget)),
                 unavailable=way.unavailable,
                 looks_at=() if way.library else ("target",),
             )
@@ -425,6 +445,7 @@ ATTACKS: Mapping[str, Attack] = {
             description="fine-tuning on half of the forget set, measured on the other half",
             tests=(AREA,),
             measure=relearn_forget,
+            cost=lambda rows, budget: _of_relearning(rows.held_out, budget),
         ),
         Attack(
             "relearn_retain",
@@ -432,6 +453,7 @@ ATTACKS: Mapping[str, Attack] = {
             description="fine-tuning on retain rows only, measured on the forget set",
             tests=(AREA,),
             measure=relearn_retain,
+            cost=lambda rows, budget: _of_relearning(rows.forget, budget),
             needs=attrgetter("retain"),
             lacking="no retain rows were given; name them with --retain",
         ),
@@ -441,6 +463,7 @@ ATTACKS: Mapping[str, Attack] = {
             description="fine-tuning on rows in the manner of the forget set, measured on forget rows",
             tests=(AREA,),
             measure=relearn_lookalikes,
+            cost=lambda rows, budget: _of_relearning(rows.held_out, budget),
             needs=attrgetter("lookalikes"),
             lacking=(
                 "the forget rows have no perturbed_answer or paraphrased_answer, and no file was named with "

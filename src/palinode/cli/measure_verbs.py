@@ -24,6 +24,7 @@ from palinode.cli.options import (
 from palinode.settings import AuditSettings, EvaluationSettings
 
 if TYPE_CHECKING:
+    from palinode.pipeline.audit_run import AuditPlan
     from palinode.records import Score
 
 ANSWERS = "questions and answers"
@@ -159,6 +160,7 @@ def audit(
         str | None, typer.Option(help="Rows that no model has seen, for the membership attacks.")
     ] = None,
     *,
+    dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -167,19 +169,23 @@ def audit(
     Looks for evidence that a model knows more, or less, of a forget set than the reference model does.
     """
     from palinode import jobs
+    from palinode.pipeline.audit_run import open_models
 
-    found = jobs.audit(
-        model,
-        against=against,
-        forget=forget,
-        output=output,
-        kind=reference,  # type: ignore[arg-type]  # it is checked there
-        target=target,
-        retain=retain,
-        holdout=holdout,
-        settings=settings,
-        listener=listener(quiet=quiet),
-    )
+    given: dict[str, Any] = {
+        "against": against,
+        "forget": forget,
+        "kind": reference,  # it is checked there
+        "target": target,
+        "retain": retain,
+        "holdout": holdout,
+        "settings": settings,
+    }
+    if dry_run:
+        plan = jobs.plan_audit(model, **given)
+        open_models(plan)
+        _show_audit_plan(plan, as_json=as_json)
+        return
+    found = jobs.audit(model, output=output, listener=listener(quiet=quiet), **given)
     if as_json:
         print_json(found.record)
     else:
@@ -187,6 +193,17 @@ def audit(
     secret(output / "results", "row by row", of=output, as_json=as_json)
     if not found.passed:
         raise typer.Exit(1)
+
+
+def _show_audit_plan(plan: AuditPlan, *, as_json: bool) -> None:
+    from palinode.report.audit_report import audit_plan_blocks
+    from palinode.report.content import show
+
+    costs = {name: asdict(cost) for name, cost in plan.costs().items()}
+    if as_json:
+        print_json({"models": plan.models, "cost_of_each_model": costs, "not_tested": plan.reasons()})
+        return
+    show(audit_plan_blocks(len(plan.models), costs, plan.reasons()), out())
 
 
 def _show_audit(record: Mapping[str, Any], model: str, output: Path) -> None:

@@ -231,6 +231,7 @@ def relearn(
         seed=subject.seed,
         pad_id=pad_token(subject.tokenizer),
         on_step=lambda point, _: look(point.step + 1),
+        exactly_at=budget.relearn_steps,
         max_steps=last,
         say=subject.listener.say,
     )

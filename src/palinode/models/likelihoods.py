@@ -34,6 +34,7 @@ from palinode.data.batches import IntArray, budget_batches
 from palinode.data.tokenize import TokenRow
 from palinode.errors import CheckpointError, PalinodeError
 from palinode.models.loading import check_positions
+from palinode.models.reading import MASKED
 
 TOLERANCE = 1e-4
 """How far two ways of computing a log-probability may differ before the fast one is left alone."""
@@ -400,7 +401,8 @@ class _Scorer:
             ids[place, : len(tree.ids)] = tree.ids
         inputs: dict[str, Any] = {"input_ids": ids}
         if not any(tree.branched for tree in batch):
-            inputs["attention_mask"] = (np.arange(shape[1]) < lengths[:, None]).astype(np.int64)
+            if self.model.device.type in MASKED:
+                inputs["attention_mask"] = (np.arange(shape[1]) < lengths[:, None]).astype(np.int64)
         else:
             seen = np.zeros((shape[0], 1, shape[1], shape[1]), np.bool_)
             positions = np.zeros(shape, np.int64)

@@ -4,6 +4,10 @@ The model's weights are float32 throughout; the forward pass runs under bfloat16
 is faster. Each optimiser step sums its micro-batches' losses and divides once by their summed weight.
 The order of rows depends on the seed and the epoch only, and dropout on the seed and the step, so that
 a resumed run sees what an uninterrupted one would have seen.
+
+On a GPU the host never waits within a step: losses and norms stay on the device and are fetched for many
+steps together. A step that must not be taken, as its loss is not finite or passes the limit, is left out by
+the device itself, and all that follow with it, until the host hears of it.
 """
 
 from __future__ import annotations
@@ -15,14 +19,15 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from palinode.data.batches import Batch, epoch_batches, pad_right
@@ -30,6 +35,7 @@ from palinode.data.tokenize import TokenRow
 from palinode.errors import DivergenceError, RecipeError, unwritable
 from palinode.models.likelihoods import Say, must_be_apart, note, tell
 from palinode.models.loading import check_positions
+from palinode.models.reading import never_packed
 from palinode.records import beside, read_json, write_json
 from palinode.settings import TrainingSettings
 from palinode.training.objectives import (
@@ -45,6 +51,11 @@ from palinode.training.roles import Joined, plain
 AUTOCAST_FROM = 20_000_000
 """On a CPU, bfloat16 autocast pays off from about this many parameters (docs/lab-notes.md)."""
 
+FETCHED = {"cpu": 1, "cuda": 16}
+"""By device: steps whose figures are fetched together, if they take less than `PATIENCE` seconds. Other
+devices have no AdamW that leaves a step out by itself; they are asked at each."""
+PATIENCE = 1.0
+
 
 def train(
     model: PreTrainedModel,
@@ -57,6 +68,7 @@ def train(
     state: Path | None = None,
     on_progress: Callable[[int], None] | None = None,
     on_step: Callable[[CurvePoint, Sequence[int]], None] | None = None,
+    exactly_at: Collection[int] = (),
     max_steps: int | None = None,
     say: Say | None = None,
 ) -> list[CurvePoint]:
@@ -66,11 +78,12 @@ def train(
     need of the model at the start is computed first, but for terms whose values the rows bring.
     `state` is a folder for a resumable state: it is used when it exists, and written every
     `settings.save_minutes`, when the run is interrupted, and before a step that would not be finite.
-    `on_progress` hears tokens; `on_step` hears, after each optimiser step, its point of the curve and the
-    positions of the anchors that were in it (over all processes); `say` hears where rows have to go through
-    the model one by one. `max_steps` ends the run, and its learning-rate schedule, after so many steps; the
-    objective's limit ends it before the step that passes it. Raises DivergenceError when loss or gradient
-    stop being finite.
+    `on_progress` hears tokens; `on_step` hears, for each optimiser step, its point of the curve and the
+    positions of the anchors that were in it (over all processes): on a GPU up to `FETCHED` steps later, but
+    before the next step where the number of steps done is among `exactly_at`. `say` hears where rows have to
+    go through the model one by one. `max_steps` ends the run, and its learning-rate schedule, after so many
+    steps; the objective's limit ends it before the step that passes it. Raises DivergenceError when loss or
+    gradient stop being finite.
     """
     cast = rows if isinstance(rows, Joined) else plain(rows)
     for role in objective.roles:
@@ -83,15 +96,17 @@ def train(
     model.train()
     with _only_trainable(model, objective.trainable):
         wrapped, optimizer = accelerator.prepare(model, _adamw(model, settings))
+        hear = on_step or (lambda _point, _members: None)
         run = _Run(
-            accelerator, wrapped, optimizer, objective, cast, kept, settings, seed, pad_id, state, apart
+            accelerator, wrapped, optimizer, objective, cast, kept, settings, seed, pad_id, state, apart, hear
         )
         lengths = [len(row.ids) for row in cast.anchors]
         steps = list(step_batches(lengths, settings, seed=seed, processes=accelerator.num_processes))
         run.per_epoch = len(steps) // settings.epochs
         steps = steps[:max_steps]
         run.resume(on_progress, steps)
-        _walk(run, steps, on_progress, on_step)
+        with never_packed():
+            _walk(run, steps, on_progress, exactly_at)
     model.eval()
     return run.curve
 
@@ -100,19 +115,20 @@ def _walk(
     run: _Run,
     steps: Sequence[Sequence[Sequence[int]]],
     on_progress: Callable[[int], None] | None,
-    on_step: Callable[[CurvePoint, Sequence[int]], None] | None,
+    exactly_at: Collection[int],
 ) -> None:
     """Take the steps that are left, and save the state now and then."""
     saved_at = time.monotonic()
     try:
         for step in range(len(run.curve), len(steps)):
-            if not run.step(steps[step], step, steps):
+            run.step(steps[step], step, len(steps))
+            to_save = time.monotonic() - saved_at > 60 * run.settings.save_minutes
+            awaited = to_save or step + 1 == len(steps) or step + 1 in exactly_at
+            if (awaited or run.is_due()) and not run.fetch():
                 return
             if on_progress:
                 on_progress(run.tokens(steps[step], step))
-            if on_step:
-                on_step(run.curve[-1], [i for part in steps[step] for i in part])
-            if time.monotonic() - saved_at > 60 * run.settings.save_minutes:
+            if to_save:
                 run.save()
                 saved_at = time.monotonic()
     except (KeyboardInterrupt, DivergenceError):
@@ -224,6 +240,36 @@ def _adamw(model: PreTrainedModel, settings: TrainingSettings) -> torch.optim.Ad
     return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=model.device.type in ("cpu", "cuda"))
 
 
+@dataclass(frozen=True, slots=True)
+class _Figures:
+    """What an optimiser step says of itself, still on the device."""
+
+    step: int
+    total: int
+    """Steps of the run."""
+    members: Sequence[int]
+    """Positions of the anchors that were in it."""
+    rate: float
+    sums: Tensor
+    """Summed contributions of each term, [terms]."""
+    weights: Sequence[float]
+    """What each is divided by; 0 where every answer is too short for the loss, whose mean is then 0."""
+    coefficients: Sequence[float]
+    norm: Tensor
+
+    @property
+    def measured(self) -> Tensor:
+        """Sums and norm, [terms + 1]."""
+        return torch.cat([self.sums, self.norm.reshape(1).to(self.sums.dtype)])
+
+    def point(self, numbers: Sequence[float], names: Sequence[str]) -> CurvePoint:
+        """Return the point of the curve that what was measured comes to."""
+        *sums, norm = numbers
+        means = [total / weight if weight else 0.0 for total, weight in zip(sums, self.weights, strict=True)]
+        value = sum(part * mean for part, mean in zip(self.coefficients, means, strict=True))
+        return CurvePoint(self.step, value, self.rate, norm, dict(zip(names, means, strict=True)))
+
+
 @dataclass(slots=True)
 class _Run:
     """A training run in progress: what has to be saved to go on later."""
@@ -240,6 +286,7 @@ class _Run:
     state: Path | None
     apart: bool
     """Whether rows go through the model one by one."""
+    hear: Callable[[CurvePoint, Sequence[int]], None]
     per_epoch: int = 1
     """Optimiser steps of an epoch."""
     curve: list[CurvePoint] = field(default_factory=list)
@@ -247,8 +294,14 @@ class _Run:
     vocabulary: int = field(init=False)
     partly: bool = field(init=False)
     """Whether only some of the weights are trained."""
+    pending: list[_Figures] = field(default_factory=list)
+    """Of the steps that were begun since figures were last fetched."""
+    fetched_at: float = field(default_factory=time.monotonic)
+    halted: Tensor = field(init=False)
+    """1 on the device from the first step on that must not be taken, else 0."""
 
     def __post_init__(self) -> None:
+        self.halted = torch.zeros((), device=self.accelerator.device)
         plain_model = self.accelerator.unwrap_model(self.model)
         self.autocast = use_autocast(plain_model, self.settings)
         self.vocabulary = int(plain_model.config.get_text_config().vocab_size)
@@ -261,47 +314,103 @@ class _Run:
         roles = self.objective.reads
         return sum(self.cast.tokens(step // self.per_epoch, part, roles) for part in parts)
 
-    def step(self, parts: Sequence[Sequence[int]], step: int, steps: Sequence[object]) -> bool:
-        """Take one optimiser step over micro-batches of anchors; return False where the limit ends the run.
+    def step(self, parts: Sequence[Sequence[int]], step: int, total: int) -> None:
+        """Take one optimiser step over micro-batches of anchors.
 
-        The weights stay as they were if the step is not finite, or passes the limit.
+        The weights stay as they were if the step is not finite, or passes the limit, or follows one that did.
         """
-        per_epoch = len(steps) // self.settings.epochs
+        warmup = round(self.settings.warmup_epochs * (total // self.settings.epochs))
         torch.manual_seed(self.seed + step)
-        rate = learning_rate_at(
-            step, len(steps), round(self.settings.warmup_epochs * per_epoch), self.settings.learning_rate
-        )
+        rate = learning_rate_at(step, total, warmup, self.settings.learning_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        value, terms = self._backward(parts, step // self.per_epoch)
-        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm))
-        if not (math.isfinite(value) and math.isfinite(norm)):
-            self.optimizer.zero_grad()
-            raise DivergenceError(self._why_not_finite(step, len(steps)))
-        if self._passes_limit(terms, step):
-            self.optimizer.zero_grad()
-            return False
+        given = [part.coefficient for part in self.objective.terms]
+        coefficients = [one(self.curve, self.per_epoch) if callable(one) else one for one in given]
+        sums, weights = self._backward(coefficients, parts, step // self.per_epoch)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+        assert norm is not None
+        members = [place for part in parts for place in part]
+        figures = _Figures(step, total, members, rate, sums, weights, coefficients, norm)
+        self._halt(figures)
         with _undisturbed():
-            self.optimizer.step()
-            self.curve.append(CurvePoint(step, value, rate, norm, terms))
+            self._update()
+            self.pending.append(figures)
         self.optimizer.zero_grad()
-        return True
 
-    def _passes_limit(self, terms: Mapping[str, float], step: int) -> bool:
-        """Tell whether the term that sinks without bound has sunk below its limit."""
-        limit = self.objective.limit
-        if limit is None:
-            return False
-        most = math.log(self.vocabulary) if limit.nll is None else limit.nll
-        if terms[limit.term] >= -most:
-            return False
-        if step == 0:
+    def _halt(self, figures: _Figures) -> None:
+        """Have the device leave this step out, and all after it, if it must not be taken."""
+        measured = figures.measured if self.accelerator.device.type in FETCHED else figures.measured.cpu()
+        bad = ~measured.isfinite().all()
+        if limit := self.objective.limit:
+            term = self.names.index(limit.term)
+            bad |= measured[term].double() / (figures.weights[term] or 1.0) < -self._most
+        self.halted = torch.maximum(self.halted, bad.to(self.halted))
+
+    def _update(self) -> None:
+        """Take the step where nothing stands against it."""
+        if self.accelerator.device.type in FETCHED:
+            self.optimizer.optimizer.found_inf = self.halted  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not self.halted:
+            self.optimizer.step()
+
+    def is_due(self) -> bool:
+        """Tell whether the host should hear of the steps by now: of each, where coefficients follow them."""
+        together = FETCHED.get(self.accelerator.device.type, 1)
+        if any(callable(part.coefficient) for part in self.objective.terms):
+            together = 1
+        return len(self.pending) >= together or time.monotonic() - self.fetched_at > PATIENCE
+
+    def fetch(self) -> bool:
+        """Add the steps since the last call to the curve; return False where the limit ends the run.
+
+        Raises DivergenceError for a step that is not finite.
+        """
+        known = len(self.curve)
+        with _undisturbed():
+            held, self.pending = self.pending, []
+            measured = torch.stack([figures.measured for figures in held]).tolist() if held else []
+            for figures, numbers in zip(held, measured, strict=True):
+                point = figures.point(numbers, self.names)
+                if not all(map(math.isfinite, numbers)) or self._is_past_limit(point):
+                    break
+                plain_point = self.objective.anchor == "rows"
+                self.curve.append(replace(point, terms={}) if plain_point else point)
+        self.fetched_at = time.monotonic()
+        for point, figures in zip(self.curve[known:], held, strict=False):
+            self.hear(point, figures.members)
+        done = len(self.curve) - known
+        if done < len(held):
+            self._end(held[done], measured[done])
+        return done == len(held)
+
+    def _end(self, figures: _Figures, numbers: Sequence[float]) -> None:
+        """Raise an error where the run does not end as its objective wants it to."""
+        if not all(map(math.isfinite, numbers)):
+            raise DivergenceError(self._why_not_finite(figures.step, figures.total))
+        if figures.step == 0:
+            nll = -figures.point(numbers, self.names).terms[self.objective.limit.term]  # type: ignore[union-attr]
             raise RecipeError(
-                f"the loss on the forget set is {-terms[limit.term]:.2f} nats a token before the first step, "
-                f"above the limit of {most:.2f} at which training ends; there is nothing to forget, or raise "
+                f"the loss on the forget set is {nll:.2f} nats a token before the first step, above "
+                f"the limit of {self._most:.2f} at which training ends; there is nothing to forget, or raise "
                 "the limit"
             )
-        return True
+
+    def _is_past_limit(self, point: CurvePoint) -> bool:
+        """Tell whether the term that sinks without bound has sunk below its limit."""
+        limit = self.objective.limit
+        return limit is not None and point.terms[limit.term] < -self._most
+
+    @property
+    def names(self) -> list[str]:
+        """Those of the terms."""
+        return [part.name for part in self.objective.terms]
+
+    @property
+    def _most(self) -> float:
+        """Nats a token at which the limit is passed."""
+        nll = self.objective.limit.nll if self.objective.limit else None
+        return math.log(self.vocabulary) if nll is None else nll
 
     def _why_not_finite(self, step: int, total: int) -> str:
         if step == 0:
@@ -315,29 +424,29 @@ class _Run:
             f"lower the learning rate (now {self.settings.learning_rate:g}){kept}"
         )
 
-    def _backward(self, parts: Sequence[Sequence[int]], epoch: int) -> tuple[float, dict[str, float]]:
-        """Add up the gradients of all terms; return the loss and the mean of each named term."""
-        value, terms = 0.0, {}
-        for part in self.objective.terms:
-            given = part.coefficient
-            coefficient = given(self.curve, self.per_epoch) if callable(given) else given
-            mean = self._backward_term(part, coefficient, parts, epoch)
-            value += coefficient * mean
-            terms[part.name] = mean
-        return value, {} if self.objective.anchor == "rows" else terms
+    def _backward(
+        self, coefficients: Sequence[float], parts: Sequence[Sequence[int]], epoch: int
+    ) -> tuple[Tensor, list[float]]:
+        """Add up the gradients of all terms; return the sum of each and what it is divided by."""
+        found = [
+            self._backward_term(part, coefficient, parts, epoch)
+            for part, coefficient in zip(self.objective.terms, coefficients, strict=True)
+        ]
+        sums = torch.stack([total for total, _ in found])
+        return self.accelerator.reduce(sums, "sum"), [weight for _, weight in found]
 
     def _backward_term(
         self, term: Term, coefficient: float, parts: Sequence[Sequence[int]], epoch: int
-    ) -> float:
+    ) -> tuple[Tensor, float]:
         """Add the gradients of coefficient · Σ total / Σ weight over all micro-batches of all processes."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         batches = [batch for part in parts for batch in self._batches(term, part, epoch)]
         weight = sum(term.weight(batch) for batch, _ in batches)
+        total = torch.zeros((), device=self.accelerator.device)
         if not weight:  # every answer is too short for this loss
-            return 0.0
+            return total, 0.0
         own = batches[rank::processes]
         idle = not own  # fewer micro-batches than processes: take part in the exchange, add nothing
-        total = torch.zeros((), device=self.accelerator.device)
         for batch, members in own or batches[:1]:
             values = self.kept.get(term.name)
             with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.autocast):
@@ -346,7 +455,7 @@ class _Run:
             scale = coefficient * processes  # data-parallel gradients are averaged
             self.accelerator.backward(part * scale / weight)
             total += part.detach()
-        return float(self.accelerator.reduce(total, "sum")) / weight
+        return total, weight
 
     def _batches(
         self, term: Term, anchors: Sequence[int], epoch: int
@@ -359,6 +468,8 @@ class _Run:
 
     def save(self) -> None:
         """Save weights, optimiser, random states and curve so that a reader sees all of it or none."""
+        with suppress(DivergenceError):  # said already, or when the run goes on
+            self.fetch()
         if self.state is None or not self.curve:
             return
         partial = beside(self.state)

@@ -20,7 +20,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from palinode.data.batches import IGNORED, Batch
-from palinode.models.reading import answer_nll, first_scored, last_logits
+from palinode.models.reading import answer_nll, first_scored, last_logits, on_device
 
 MOSTLY_SCORED = 0.5
 """Share of positions from which on it costs less to read the logits of all."""
@@ -40,9 +40,11 @@ def summed_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
     if (labels != IGNORED).mean() < MOSTLY_SCORED:
         return answer_nll(model, batch).sum()
     logits = last_logits(model, batch, labels.shape[1])
-    wanted = torch.from_numpy(labels).to(logits.device)
-    nll = functional.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), reduction="none")
-    return nll[wanted.flatten() != IGNORED].sum()
+    wanted, scored = (
+        on_device(part, logits.device) for part in (labels.ravel(), np.flatnonzero(labels != IGNORED))
+    )
+    nll = functional.cross_entropy(logits.flatten(0, 1).float(), wanted, reduction="none")
+    return nll[scored].sum()
 
 
 def scored_tokens(batch: Batch) -> float:
@@ -65,7 +67,7 @@ def row_sums(values: Tensor, rows: Tensor, count: int) -> Tensor:
 
 def row_means(values: Tensor, rows: Tensor, count: int) -> Tensor:
     """Return the mean of token values over each of `count` rows, [B]."""
-    numbers = torch.bincount(rows, minlength=count).clamp(min=1)
+    numbers = row_sums(torch.ones_like(values), rows, count).clamp(min=1)
     return row_sums(values, rows, count) / numbers
 
 

@@ -169,7 +169,6 @@ def audit(
     Looks for evidence that a model knows more, or less, of a forget set than the reference model does.
     """
     from palinode import jobs
-    from palinode.pipeline.audit_run import open_models
 
     given: dict[str, Any] = {
         "against": against,
@@ -181,10 +180,7 @@ def audit(
         "settings": settings,
     }
     if dry_run:
-        plan = jobs.plan_audit(model, **given)
-        open_models(plan)
-        _show_audit_plan(plan, as_json=as_json)
-        return
+        return _show_audit_plan(jobs.plan_audit(model, **given), as_json=as_json)
     found = jobs.audit(model, output=output, listener=listener(quiet=quiet), **given)
     if as_json:
         print_json(found.record)
@@ -196,9 +192,11 @@ def audit(
 
 
 def _show_audit_plan(plan: AuditPlan, *, as_json: bool) -> None:
+    from palinode.pipeline.audit_run import open_models
     from palinode.report.audit_report import audit_plan_blocks
     from palinode.report.content import show
 
+    open_models(plan)
     costs = {name: asdict(cost) for name, cost in plan.costs().items()}
     if as_json:
         print_json({"models": plan.models, "cost_of_each_model": costs, "not_tested": plan.reasons()})

@@ -180,7 +180,8 @@ def audit(
         "settings": settings,
     }
     if dry_run:
-        return _show_audit_plan(jobs.plan_audit(model, **given), as_json=as_json)
+        _show_audit_plan(jobs.plan_audit(model, **given), as_json=as_json)
+        return
     found = jobs.audit(model, output=output, listener=listener(quiet=quiet), **given)
     if as_json:
         print_json(found.record)

@@ -306,8 +306,8 @@ class InfluenceSettings(Questioning):
     """Rows that are ranked highest for each answer; 0 ranks none."""
     measure: Literal["ridge", "cosine", "product"] = "ridge"
     """How gradients of rows and answer are held together."""
-    preconditioner: Literal["adam", "none"] = "adam"
-    """What gradients are divided by: adam, as training does, or none."""
+    preconditioner: Literal["none", "adam"] = "none"
+    """What gradients are divided by: none, or adam, as training does."""
     width: int = Field(default=4093, ge=1)
     """Numbers that a gradient is projected to: a prime keeps columns of matrices apart."""
     log: Path | None = None

@@ -85,3 +85,23 @@ def test_unknown_key_of_a_policy_names_the_nearest(palinode, tiny, words, tmp_pa
     (tmp_path / "wrong.toml").write_text("[margins.questions.probability]\nmor = 0.1\n")
     refusal = palinode(*words(tiny.target.folder, policy=tmp_path / "wrong.toml")).refusal
     assert "did you mean 'margins.questions.probability.more'?" in refusal
+
+
+def test_dry_run_names_what_would_be_run_and_what_it_takes_and_writes_nothing(
+    palinode, tiny, words, tmp_path
+):
+    asked = words(tiny.target.folder, attacks="questions,sampling,membership,inside")
+    said = palinode(*asked, "--dry-run", "--json")
+    assert said.code == 0
+    plan = json.loads(said.out)
+    rows = min(40, len(tiny.forget.read_text().splitlines()))
+    assert plan["cost_of_each_model"] == {
+        "questions": {"read": rows, "answers": rows, "trained": 0},
+        "sampling": {"read": 0, "answers": 4 * rows, "trained": 0},
+    }
+    assert plan["not_tested"]["inside"] == "no target was named; name it with --target"
+    assert "--holdout" in plan["not_tested"]["membership"]
+    assert not (tmp_path / "out").exists()
+    assert "For each of 2 models" in palinode(*asked, "--dry-run").out
+    missing = words(tiny.target.folder, against="nowhere")
+    assert "there is no model folder nowhere" in palinode(*missing, "--dry-run").refusal

@@ -27,6 +27,7 @@ from palinode.report.figures import attack_figure, relearning_figure, says_littl
 from palinode.report.words import at, number, told_by_reason
 
 TONES: dict[str, Tone] = {"knows more": "bad", "knows less": "bad", "unclear": "unsure", "within": "good"}
+COSTS = {"read": "rows read", "answers": "answers drawn", "trained": "rows trained"}
 REFERENCES = {
     "retrained": "a model retrained without the forget set",
     "base": "the base checkpoint",
@@ -48,6 +49,21 @@ def audit_headline(record: Mapping[str, Any]) -> str:
     word, missing = "Passed" if answer["passed"] else "Failed", len(answer["not_tested"])
     rest = f"Not tested: {missing} (see the reasons)." if missing else "Everything on the list was tested."
     return f"{word}. Beside {kind}: {told}. {rest}"
+
+
+def audit_plan_blocks(
+    models: int, costs: Mapping[str, Mapping[str, int]], untested: Mapping[str, str]
+) -> list[Block]:
+    """Return what an audit would run: what each attack takes on one model, and why others are left out."""
+    rows: list[Row] = [[name, *(f"{cost[kind]:,}" for kind in COSTS)] for name, cost in costs.items()]
+    rows.append(["all", *(f"{sum(cost[kind] for cost in costs.values()):,}" for kind in COSTS)])
+    return [
+        Grid(f"For each of {models} models", ["attack", *COSTS.values()], rows),
+        Items([f"Not tested: {told}" for told in told_by_reason(untested.items())]),
+        Paragraph(
+            "Dry run: nothing was measured. Training a row takes about three times as long as reading it."
+        ),
+    ]
 
 
 def audit_brief(record: Mapping[str, Any]) -> list[Block]:

@@ -1,4 +1,4 @@
-"""Batches too large for a device: micro-batches in parts, memory that runs out, logits that are never whole."""
+"""Batches too large for a device: parts, memory that runs out, and logits that are never whole."""
 
 from __future__ import annotations
 

@@ -91,15 +91,12 @@ def train(
     cast = rows if isinstance(rows, Joined) else plain(rows)
     for role in objective.roles:
         check_positions(model.config, cast.rows[role])
-    accelerator = Accelerator(cpu=model.device.type == "cpu", mixed_precision="no")
-    if objective.one_process and accelerator.num_processes > 1:
-        raise RecipeError("this method trains a part of the model only, which takes one process; start one")
+    accelerator = _accelerator(model, objective)
     kept = _keep(objective, model, cast, settings, pad_id)
     apart = _must_be_apart(objective, model, cast, pad_id, say)
     model.train()
     with _only_trainable(model, objective.trainable):
         wrapped, optimizer = accelerator.prepare(model, _adamw(model, settings))
-        hear = on_step or (lambda _point, _members: None)
         run = _Run(
             accelerator,
             wrapped,
@@ -112,7 +109,7 @@ def train(
             pad_id,
             state,
             apart,
-            hear,
+            on_step,
             say,
         )
         lengths = [len(row.ids) for row in cast.anchors]
@@ -124,6 +121,13 @@ def train(
             _walk(run, steps, on_progress, exactly_at)
     model.eval()
     return run.curve
+
+
+def _accelerator(model: PreTrainedModel, objective: Objective) -> Accelerator:
+    found = Accelerator(cpu=model.device.type == "cpu", mixed_precision="no")
+    if objective.one_process and found.num_processes > 1:
+        raise RecipeError("this method trains a part of the model only, which takes one process; start one")
+    return found
 
 
 def _walk(
@@ -316,7 +320,7 @@ class _Run:
     state: Path | None
     apart: bool
     """Whether rows go through the model one by one."""
-    hear: Callable[[CurvePoint, Sequence[int]], None]
+    on_step: Callable[[CurvePoint, Sequence[int]], None] | None
     say: Say | None
     per_epoch: int = 1
     """Optimiser steps of an epoch."""
@@ -440,7 +444,8 @@ class _Run:
                 self.curve.append(replace(point, terms={}) if plain_point else point)
         self.fetched_at = time.monotonic()
         for point, figures in zip(self.curve[known:], held, strict=False):
-            self.hear(point, figures.members)
+            if self.on_step:
+                self.on_step(point, figures.members)
         done = len(self.curve) - known
         if done < len(held):
             self._end(held[done], measured[done])

@@ -84,9 +84,9 @@ def train(
     `on_progress` hears tokens; `on_step` hears, for each optimiser step, its point of the curve and the
     positions of the anchors that were in it (over all processes): on a GPU up to `FETCHED` steps later, but
     before the next step where the number of steps done is among `exactly_at`. `say` hears where rows have to
-    go through the model one by one. `max_steps` ends the run, and its learning-rate schedule, after so many
-    steps; the objective's limit ends it before the step that passes it. Raises DivergenceError when loss or
-    gradient stop being finite.
+    go through one by one. `max_steps` ends the run, and its learning-rate schedule, after so many steps; the
+    objective's limit ends it before the step that passes it. Raises DivergenceError when loss or gradient stop
+    being finite.
     """
     cast = rows if isinstance(rows, Joined) else plain(rows)
     for role in objective.roles:
@@ -115,8 +115,7 @@ def train(
         lengths = [len(row.ids) for row in cast.anchors]
         steps = list(step_batches(lengths, settings, seed=seed, processes=accelerator.num_processes))
         run.per_epoch = len(steps) // settings.epochs
-        steps = steps[:max_steps]
-        run.resume(on_progress, steps)
+        run.resume(on_progress, steps := steps[:max_steps])
         with never_packed():
             _walk(run, steps, on_progress, exactly_at)
     model.eval()

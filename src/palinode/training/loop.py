@@ -84,9 +84,9 @@ def train(
     `on_progress` hears tokens; `on_step` hears, for each optimiser step, its point of the curve and the
     positions of the anchors that were in it (over all processes): on a GPU up to `FETCHED` steps later, but
     before the next step where the number of steps done is among `exactly_at`. `say` hears where rows have to
-    go through one by one. `max_steps` ends the run, and its learning-rate schedule, after so many steps; the
-    objective's limit ends it before the step that passes it. Raises DivergenceError when loss or gradient stop
-    being finite.
+    go through one by one. `max_steps` ends the run, and its schedule, after so many steps; the objective's
+    limit ends it before the step that passes it. Raises DivergenceError when loss or gradient stop being
+    finite.
     """
     cast = rows if isinstance(rows, Joined) else plain(rows)
     for role in objective.roles:

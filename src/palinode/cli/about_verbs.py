@@ -235,7 +235,7 @@ def listings() -> dict[str, dict[str, str]]:
 def attack_tests() -> dict[str, str]:
     """Return each test of each attack with a line about it, and how often it told right; needs torch."""
     from palinode.audit.attacks import tests_by_key
-    from palinode.audit.measured import MEASURED
+    from palinode.audit.policy import MEASURED
 
     return {
         key: f"{attack.title}: {test.title}" + (f"; {MEASURED[key]}" if key in MEASURED else "")

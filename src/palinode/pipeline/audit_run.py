@@ -18,8 +18,7 @@ from palinode.audit.attack import Attack, AttackCost, AttackResult, Subject
 from palinode.audit.attacks import ATTACKS
 from palinode.audit.findings import AUDITED, STATISTICS, Finding, answer, find
 from palinode.audit.material import AuditRows
-from palinode.audit.measured import MEASURED
-from palinode.audit.policy import Policy
+from palinode.audit.policy import MEASURED, Policy
 from palinode.data.examples import Example, check_no_forget_rows, reading_notes
 from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
 from palinode.errors import DivergenceError, MismatchError, RecipeError

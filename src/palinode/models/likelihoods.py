@@ -34,6 +34,7 @@ from palinode.data.batches import IntArray, budget_batches
 from palinode.data.tokenize import TokenRow
 from palinode.errors import CheckpointError, PalinodeError
 from palinode.models.loading import check_positions
+from palinode.models.reading import MASKED
 
 TOLERANCE = 1e-4
 """How far two ways of computing a log-probability may differ before the fast one is left alone."""
@@ -308,21 +309,32 @@ def must_be_apart(model: PreTrainedModel, rows: Sequence[TokenRow], *, pad_id: i
         model.train(training)
 
 
+@torch.no_grad()
 def has_plain_head(model: PreTrainedModel, ids: Sequence[int]) -> bool:
     """Return whether logits are the output head applied to the base model's last hidden states.
 
-    Some architectures scale or cap their logits, or need more than ids; it is tried on the ids given.
+    Some architectures scale or cap their logits, or need more than ids; it is tried, once for each model, on
+    the ids given.
     """
-    head, base = model.get_output_embeddings(), model.base_model
+    head, base, known = model.get_output_embeddings(), model.base_model, _known.setdefault(model, {})
     if head is None or base is model:
         return False
-    inputs = {"input_ids": torch.tensor([list(ids)], device=model.device), "use_cache": False}
-    logits = model(**inputs).logits
-    try:
-        found = head(base(**inputs).last_hidden_state)
-    except Exception:  # base models are of many kinds; the whole model serves as well
-        return False
-    return found.shape == logits.shape and bool((found - logits).abs().max() <= tolerance(model))
+    if ("plain head",) not in known:
+        inputs = {"input_ids": torch.tensor([list(ids)], device=model.device), "use_cache": False}
+        training = model.training
+        model.eval()
+        try:
+            logits = model(**inputs).logits
+            found = head(base(**inputs).last_hidden_state)
+        except Exception:  # base models are of many kinds; the whole model serves as well
+            found = None
+        finally:
+            model.train(training)
+        if found is not None and not bool(logits.isfinite().all()):
+            return False  # of the weights, not of the head
+        alike = found is not None and found.shape == logits.shape
+        known["plain head",] = alike and bool((found - logits).abs().max() <= tolerance(model))
+    return known["plain head",]
 
 
 @dataclass(frozen=True, slots=True)
@@ -400,7 +412,8 @@ class _Scorer:
             ids[place, : len(tree.ids)] = tree.ids
         inputs: dict[str, Any] = {"input_ids": ids}
         if not any(tree.branched for tree in batch):
-            inputs["attention_mask"] = (np.arange(shape[1]) < lengths[:, None]).astype(np.int64)
+            if self.model.device.type in MASKED:
+                inputs["attention_mask"] = (np.arange(shape[1]) < lengths[:, None]).astype(np.int64)
         else:
             seen = np.zeros((shape[0], 1, shape[1], shape[1]), np.bool_)
             positions = np.zeros(shape, np.int64)

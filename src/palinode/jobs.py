@@ -6,6 +6,7 @@ of the command line call these functions; the runs themselves are in pipeline/, 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -36,7 +37,7 @@ from palinode.influence.influencing import (
     trace,
     with_alpha,
 )
-from palinode.influence.undoing import rows_of, tell, write_sets
+from palinode.influence.sets import rows_of, tell, write_sets
 from palinode.methods.transforms import (
     TRANSFORMS,
     LowRankSettings,
@@ -54,7 +55,7 @@ from palinode.pipeline.run import unlearn as run_recipe
 from palinode.pipeline.tracking import check_trackers, tracked
 from palinode.pipeline.workspace import Workspace, fingerprint
 from palinode.progress import Listener, NullListener
-from palinode.records import Outcome, beside, fitting, private, write_outcomes
+from palinode.records import COMMAND, Outcome, beside, fitting, private, repeated_by, write_outcomes
 from palinode.settings import (
     AuditSettings,
     EvaluationSettings,
@@ -422,33 +423,34 @@ def influence_then_unlearn(
         listener=listener,
     )
     with workspace.locked(listener):
-        data = write_sets(workspace, rows, found)
-    result = run_recipe(recipe_with(data), listener=listener)
-    if result.output is None:
-        return TakenBack(found, result, None)
-    kind: Literal["retrained", "base"] = "retrained" if models.retrained else "base"
-    against, audited = getattr(models, kind), None
-    if against is not None:
-        audited = audit(
-            result.output,
-            against=against,
-            forget=data["forget"],
-            output=result.output.with_name(f"{result.output.name}-audit"),
-            kind=kind,
-            target=models.target,
-            retain=data["retain"],
-            settings=AuditSettings(
-                budget=budget,
-                style=style,
-                allow_pickle=settings.allow_pickle,
-                device=settings.device,
-                seed=settings.seed,
-            ),
-            listener=listener,
-        )
-    outcomes = tell(found, result.output, audited.output if audited else None, settings, style, listener)
-    result = replace(result, record=read_record(result.output))
-    return TakenBack(found, result, audited, outcomes)
+        data = write_sets(workspace, rows, found.record)
+    texts = {text for one in found.asked for text in (one.prompt, one.answer)}
+    told = [part.rpartition("=") for part in shlex.split(COMMAND.get("palinode influence"))]
+    command = shlex.join(f"{name}{sign}{'…' if value in texts else value}" for name, sign, value in told)
+    with repeated_by(command):  # no record holds a text
+        result = run_recipe(recipe_with(data), listener=listener)
+        if result.output is None:
+            return TakenBack(found, result, None)
+        audited, kind = None, "retrained" if models.retrained else "base"
+        if getattr(models, kind) is not None:
+            audited = audit(
+                result.output,
+                against=getattr(models, kind),
+                forget=data["forget"],
+                output=result.output.with_name(f"{result.output.name}-audit"),
+                kind=kind,  # type: ignore[arg-type]  # it is one of the two
+                target=models.target,
+                retain=data["retain"],
+                settings=AuditSettings(
+                    **settings.model_dump(include={"allow_pickle", "device", "seed"}),
+                    budget=budget,
+                    style=style,
+                ),
+                listener=listener,
+            )
+    place = audited.output if audited else None
+    outcomes = tell(found.record, found.asked, result.output, place, settings, style, listener)
+    return TakenBack(found, replace(result, record=read_record(result.output)), audited, outcomes)
 
 
 def chosen_base(found: Location) -> tuple[str, dict[str, Any]]:

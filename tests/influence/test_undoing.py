@@ -10,8 +10,7 @@ import pytest
 import palinode
 from palinode import Example, read_examples
 from palinode.data.examples import Message, fingerprint_examples
-from palinode.influence.influencing import Influence
-from palinode.influence.undoing import write_sets
+from palinode.influence.sets import write_sets
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import NullListener
 from palinode.settings import InfluenceSettings
@@ -112,17 +111,38 @@ def test_rows_of_any_form_are_written_as_they_are_read(tmp_path):
         Example(4, "x", "document", (), "another"),
     ]
     top = [[{"row": row, "score": 1.0} for row in range(4)] + [{"row": 4, "score": -0.1}]]
-    data = write_sets(Workspace(tmp_path), rows, Influence({"ranking": {"top": top}}))
+    data = write_sets(Workspace(tmp_path), rows, {"ranking": {"top": top}})
     assert fingerprint_examples(read_examples(data["forget"])) == fingerprint_examples(rows[:4])
     assert fingerprint_examples(read_examples(data["retain"])) == fingerprint_examples(rows[4:])
     with pytest.raises(palinode.PalinodeError, match="no row has a score above 0"):
-        write_sets(Workspace(tmp_path), rows, Influence({"ranking": {"top": [top[0][4:]]}}))
+        write_sets(Workspace(tmp_path), rows, {"ranking": {"top": [top[0][4:]]}})
 
 
 def test_the_command_line_says_what_was_done_and_keeps_texts_out(undone, tiny, palinode, tmp_path):
-    """A finished run's own rows, by its own ways."""
-    done, *_, fact = undone
-    words = ["influence", done.unlearned.output, "--ask", fact.prompt, f"--answer={fact.answer}", "--top", 2]
+    *_, fact = undone
+    words = ["influence", "--ask", fact.prompt, f"--answer={fact.answer}", "--top", 2, "--device", "cpu"]
+    words += [
+        "--target",
+        tiny.target.folder,
+        "--base",
+        tiny.base.folder,
+        "--rows",
+        tiny.forget,
+        "--epochs",
+        4,
+    ]
+    words += [
+        "--epochs",
+        4,
+        "--learning-rate",
+        3e-3,
+        "--batch-size",
+        16,
+        "--max-length",
+        64,
+        "--scales",
+        "1,0",
+    ]
     words += ["--width", 509, "--max-new-tokens", 3, "--then", "unlearn", "--output", tmp_path / "new"]
     said = palinode(*words, "--budget", "quick")
     assert "Traceback" not in said.err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -150,7 +149,6 @@ def influence(
     which rows stand behind it.
     """
     from palinode.errors import RecipeError
-    from palinode.influence.undoing import ways_of_run
     from palinode.pipeline.recipe import laid_over, prompt_style, read_recipe, with_changes
 
     asked: dict[str, Any] = {
@@ -169,10 +167,11 @@ def influence(
             content = with_changes(content, changes or ())
         _influence(asked, content, settings, run, recipe=recipe is not None, as_json=as_json)
         return
-    if then != "unlearn" or not settings.top or "folder" not in content.get("output", ()):
-        raise RecipeError("write --then unlearn, with --top (how many rows) and --output (the new model)")
-    ways = with_changes(laid_over(ways_of_run(run), content) if run else content, changes or ())
-    _take_back(asked, ways, settings, budget, as_json=as_json)
+    if then != "unlearn" or run or not settings.top or "folder" not in content.get("output", ()):
+        raise RecipeError(
+            "write --then unlearn with the models, --top (how many rows) and --output (the new model)"
+        )
+    _take_back(asked, with_changes(content, changes or ()), settings, budget, as_json=as_json)
 
 
 def _influence(
@@ -222,17 +221,13 @@ def _take_back(
     from palinode import jobs
     from palinode.pipeline.inputs import workspace_folder
     from palinode.pipeline.recipe import build_recipe
-    from palinode.records import COMMAND, repeated_by
     from palinode.report.audit_report import audit_brief
     from palinode.report.content import show as show_blocks
     from palinode.report.location_report import answers_brief, influence_brief
     from palinode.report.run_report import run_brief, strength
 
     output = Path(ways["output"]["folder"])
-    with repeated_by(_without_texts(shlex.split(COMMAND.get("")))):  # records hold no text
-        done = jobs.influence_then_unlearn(
-            ways=ways, output=output, settings=settings, budget=budget, **asked
-        )
+    done = jobs.influence_then_unlearn(ways=ways, output=output, settings=settings, budget=budget, **asked)
     record, audited = done.unlearned.record, done.audited
     if as_json:
         told = {"influence": done.found.record, "unlearned": record, "audit": audited and audited.record}
@@ -253,16 +248,6 @@ def _take_back(
     code = done.unlearned.verdict["exit_code"] or (1 if audited and not audited.passed else 0)
     if code:
         raise typer.Exit(code)
-
-
-def _without_texts(command: Sequence[str]) -> str:
-    """Return a command with three dots for what was asked."""
-    texts, told = ("--ask", "--answer"), list[str]()
-    for part in command:
-        name, equals, _ = part.partition("=")
-        hidden = told[-1:] and told[-1] in texts
-        told.append("…" if hidden else f"{name}=…" if equals and name in texts else part)
-    return shlex.join(told)
 
 
 def _asked(asked: Sequence[str], said: Sequence[str]) -> dict[str, str | None]:

@@ -55,7 +55,7 @@ from palinode.pipeline.record import environment, model_facts
 from palinode.pipeline.reporting import find_workspace
 from palinode.pipeline.run import Making, find_model, find_vectors, hash_models, read_record
 from palinode.pipeline.workspace import Workspace, folder_size
-from palinode.progress import Advance, Listener
+from palinode.progress import Listener
 from palinode.records import workspace_beside
 from palinode.settings import InfluenceSettings
 from palinode.weights import Checkpoint, Direction
@@ -298,34 +298,25 @@ class Ranking:
 
     def _add_tokens(self, top: Sequence[Sequence[dict[str, Any]]], held: Sequence[Held]) -> None:
         """Add to each ranked row its tokens with their parts of its score."""
-        tokenizer = load_tokenizer(self.asker.target)
-        ranked = sorted({one["row"] for found in top for one in found})
-        groups = [self._groups[row] for row in ranked]
-        wanted = [
-            (question, one, ranked.index(one["row"])) for question, found in enumerate(top) for one in found
-        ]
-        for _, one, number in wanted:
-            words = [tokenizer.decode([token]) for row in groups[number] for token in row.ids[row.start :]]
-            one["tokens"] = [[str(word), 0.0] for word in words]
+        tokenizer, kept = load_tokenizer(self.asker.target), dict[int, Gradients]()
+        ranked = [(question, one) for question, found in enumerate(top) for one in found]
+        for _, one in ranked:
+            ids = (token for row in self._groups[one["row"]] for token in row.ids[row.start :])
+            one["tokens"] = [[str(tokenizer.decode([token])), 0.0] for token in ids]
+        places = sorted({one["row"] for _, one in ranked})
         for checkpoint, rung, weights in held:
-            with self.listener.task(f"tokens in {checkpoint.folder.name}", len(ranked), "rows") as advance:
-
-                def add(
-                    number: int,
-                    tokens: Gradients,
-                    rung: Rung = rung,
-                    weights: Floats = weights,
-                    advance: Advance = advance,
-                ) -> None:
+            model, made = self._projecting(checkpoint)
+            with self.listener.task(f"tokens in {checkpoint.folder.name}", len(places), "rows") as advance:
+                for place in places:
+                    made(model, [self._groups[place]], take=kept.__setitem__, by_token=True)
+                    for question, one in ranked:
+                        if one["row"] == place:
+                            parts = weights[place] * rung.parts(place, question, kept[0])
+                            one["tokens"] = [
+                                [word, own + part]
+                                for (word, own), part in zip(one["tokens"], parts.tolist(), strict=True)
+                            ]
                     advance(1)
-                    for question, one, at in wanted:
-                        if at == number:
-                            parts = weights[one["row"]] * rung.parts(one["row"], question, tokens)
-                            for entry, part in zip(one["tokens"], parts.tolist(), strict=True):
-                                entry[1] += part
-
-                model, made = self._projecting(checkpoint)
-                made(model, groups, take=add, by_token=True)
 
     @cached_property
     def _groups(self) -> list[list[TokenRow]]:

@@ -424,33 +424,41 @@ def influence_then_unlearn(
     )
     with workspace.locked(listener):
         data = write_sets(workspace, rows, found.record)
-    texts = {text for one in found.asked for text in (one.prompt, one.answer)}
-    told = [part.rpartition("=") for part in shlex.split(COMMAND.get("palinode influence"))]
+    texts = {text for one in found.asked for text in (one.prompt, one.answer) if text}
+    parts = shlex.split(COMMAND.get("palinode influence"))
+    told = [("", "", part) if part in texts else part.partition("=") for part in parts]
     command = shlex.join(f"{name}{sign}{'…' if value in texts else value}" for name, sign, value in told)
     with repeated_by(command):  # no record holds a text
         result = run_recipe(recipe_with(data), listener=listener)
         if result.output is None:
             return TakenBack(found, result, None)
-        audited, kind = None, "retrained" if models.retrained else "base"
-        if getattr(models, kind) is not None:
-            audited = audit(
-                result.output,
-                against=getattr(models, kind),
-                forget=data["forget"],
-                output=result.output.with_name(f"{result.output.name}-audit"),
-                kind=kind,  # type: ignore[arg-type]  # it is one of the two
-                target=models.target,
-                retain=data["retain"],
-                settings=AuditSettings(
-                    **settings.model_dump(include={"allow_pickle", "device", "seed"}),
-                    budget=budget,
-                    style=style,
-                ),
-                listener=listener,
-            )
+        known = settings.model_dump(include={"allow_pickle", "device", "seed"})
+        audited = _audit_of(
+            result.output, models, data, AuditSettings(**known, budget=budget, style=style), listener
+        )
     place = audited.output if audited else None
     outcomes = tell(found.record, found.asked, result.output, place, settings, style, listener)
     return TakenBack(found, replace(result, record=read_record(result.output)), audited, outcomes)
+
+
+def _audit_of(
+    output: Path, models: Any, data: Mapping[str, Any], settings: AuditSettings, listener: Listener
+) -> Audited | None:
+    """Audit an unlearned model beside its folder, against the retrained model or the base."""
+    kind: Literal["retrained", "base"] = "retrained" if models.retrained else "base"
+    if getattr(models, kind) is None:
+        return None
+    return audit(
+        output,
+        against=getattr(models, kind),
+        forget=data["forget"],
+        output=output.with_name(f"{output.name}-audit"),
+        kind=kind,
+        target=models.target,
+        retain=data["retain"],
+        settings=settings,
+        listener=listener,
+    )
 
 
 def chosen_base(found: Location) -> tuple[str, dict[str, Any]]:

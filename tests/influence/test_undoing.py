@@ -120,30 +120,30 @@ def test_rows_of_any_form_are_written_as_they_are_read(tmp_path):
 
 def test_the_command_line_says_what_was_done_and_keeps_texts_out(undone, tiny, palinode, tmp_path):
     *_, fact = undone
-    words = ["influence", "--ask", fact.prompt, f"--answer={fact.answer}", "--top", 2, "--device", "cpu"]
-    words += [
+    asked = (
+        "--ask",
+        fact.prompt,
+        f"--answer={fact.answer}",
+        "--rows",
+        tiny.forget,
+        "--top",
+        2,
+        "--width",
+        509,
+    )
+    models = (
         "--target",
         tiny.target.folder,
         "--base",
         tiny.base.folder,
-        "--rows",
-        tiny.forget,
-        "--epochs",
-        4,
-    ]
-    words += [
-        "--epochs",
-        4,
-        "--learning-rate",
-        3e-3,
-        "--batch-size",
-        16,
-        "--max-length",
-        64,
+        "--device",
+        "cpu",
         "--scales",
         "1,0",
-    ]
-    words += ["--width", 509, "--max-new-tokens", 3, "--then", "unlearn", "--output", tmp_path / "new"]
+    )
+    training = ("--epochs", 4, "--learning-rate", 3e-3, "--batch-size", 16, "--max-length", 64)
+    words = ["influence", *asked, *models, *training, "--max-new-tokens", 3, "--then", "unlearn", "--output"]
+    words += [tmp_path / "new"]
     said = palinode(*words, "--budget", "quick")
     assert "Traceback" not in said.err
     assert "before and after" in said.out

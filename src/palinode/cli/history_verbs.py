@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -21,7 +21,6 @@ from palinode.cli.options import (
     Json,
     Key,
     Quiet,
-    completion,
     lengths_alike,
     takes,
 )
@@ -104,26 +103,25 @@ Rungs = Annotated[
         help="Rank by these: a folder of checkpoints, or a list a,b,c. [default: the base]",
     ),
 ]
-Then = Annotated[
-    str | None,
-    typer.Option(
-        help="unlearn: take the --top rows back out, into --output, and audit that.",
-        autocompletion=completion(lambda: ("unlearn",)),
-    ),
-]
-Budget = Annotated[
-    str | None, typer.Option(help="Of that audit: quick, standard or full. [default: standard]")
-]
+
+
+class InfluenceOptions(InfluenceSettings):
+    """How influence is asked for, and what follows."""
+
+    then: Literal["unlearn"] | None = None
+    """unlearn: take the top rows back out, into the output, and audit that."""
+    budget: str | None = None
+    """Of that audit: quick, standard or full. [default: standard]"""
 
 
 @takes(
     Key("steps", kind=str, read=lambda text: _numbers(text)),
-    of=InfluenceSettings,
-    only=[name for name in InfluenceSettings.model_fields if name != "style"],
+    of=InfluenceOptions,
+    only=[name for name in InfluenceOptions.model_fields if name != "style"],
     beside=(TARGET, FORGET, OUTPUT, *WAYS, "output.workspace"),
 )
 def influence(
-    settings: InfluenceSettings,
+    settings: InfluenceOptions,
     content: dict[str, Any],
     run: Annotated[Path | None, typer.Argument(help="What `unlearn` wrote: nothing is trained then.")] = None,
     *,
@@ -137,8 +135,6 @@ def influence(
     ] = None,
     rows: Ranked = None,
     checkpoints: Rungs = None,
-    then: Then = None,
-    budget: Budget = None,
     changes: Changes = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -158,20 +154,20 @@ def influence(
         "listener": listener(quiet=quiet),
     }
     lengths_alike(content)
-    if recipe:
-        content = with_changes(laid_over(read_recipe(recipe), content), changes or ())
-    if then is None:
-        if not recipe and "forget" not in content.get("data", ()):
-            settings = settings.model_copy(update={"style": prompt_style(changes)})
-        else:
-            content = with_changes(content, changes or ())
-        _influence(asked, content, settings, run, recipe=recipe is not None, as_json=as_json)
+    content = laid_over(read_recipe(recipe), content) if recipe else content
+    taken = bool(recipe) or "forget" in content.get("data", ())
+    if settings.then or taken:
+        content = with_changes(content, changes or ())
+    else:
+        settings = settings.model_copy(update={"style": prompt_style(changes)})
+    if settings.then is None:
+        _influence(asked, content, settings, run, taken=taken, as_json=as_json)
         return
-    if then != "unlearn" or run or not settings.top or "folder" not in content.get("output", ()):
+    if run or not settings.top or "folder" not in content.get("output", ()):
         raise RecipeError(
             "write --then unlearn with the models, --top (how many rows) and --output (the new model)"
         )
-    _take_back(asked, with_changes(content, changes or ()), settings, budget, as_json=as_json)
+    _take_back(asked, content, settings, as_json=as_json)
 
 
 def _influence(
@@ -180,7 +176,7 @@ def _influence(
     settings: InfluenceSettings,
     run: Path | None,
     *,
-    recipe: bool,
+    taken: bool,
     as_json: bool,
 ) -> None:
     from palinode import jobs
@@ -192,8 +188,7 @@ def _influence(
 
     named = {key for key, value in dotted(content) if not isinstance(value, dict)}
     named = {key for key in named if not key.startswith(ANYWHERE)}
-    taken = recipe or "data.forget" in named
-    if unread := (named if run and not recipe else set() if taken else named - ALONE):
+    if unread := (named if run else set() if taken else named - ALONE):
         why = f"{run} says that itself" if run else "it is for a forget set, and there is no --forget"
         raise RecipeError(f"--{min(unread).rpartition('.')[2].replace('_', '-')} has no use here: {why}")
     place = content.setdefault("output", {})
@@ -213,8 +208,7 @@ def _influence(
 def _take_back(
     asked: Mapping[str, Any],
     ways: Mapping[str, Any],
-    settings: InfluenceSettings,
-    budget: str | None,
+    settings: InfluenceOptions,
     *,
     as_json: bool,
 ) -> None:
@@ -227,7 +221,9 @@ def _take_back(
     from palinode.report.run_report import run_brief, strength
 
     output = Path(ways["output"]["folder"])
-    done = jobs.influence_then_unlearn(ways=ways, output=output, settings=settings, budget=budget, **asked)
+    done = jobs.influence_then_unlearn(
+        ways=ways, output=output, settings=settings, budget=settings.budget, **asked
+    )
     record, audited = done.unlearned.record, done.audited
     if as_json:
         told = {"influence": done.found.record, "unlearned": record, "audit": audited and audited.record}

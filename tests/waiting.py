@@ -42,3 +42,10 @@ def _is_in_fused(event: Any) -> bool:
         if event.name == FUSED:
             return True
     return False
+
+
+def largest_of(work: Callable[[], object]) -> int:
+    """Return the bytes of the largest piece of memory that some work asks for at a time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    return int(max(event.self_cpu_memory_usage for event in profiled.events()))

@@ -23,6 +23,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -47,6 +48,8 @@ from palinode.training.objectives import (
     pair_count,
 )
 from palinode.training.roles import Joined, plain
+
+Result = TypeVar("Result")
 
 AUTOCAST_FROM = 20_000_000
 """On a CPU, bfloat16 autocast pays off from about this many parameters (docs/lab-notes.md)."""
@@ -81,34 +84,49 @@ def train(
     `on_progress` hears tokens; `on_step` hears, for each optimiser step, its point of the curve and the
     positions of the anchors that were in it (over all processes): on a GPU up to `FETCHED` steps later, but
     before the next step where the number of steps done is among `exactly_at`. `say` hears where rows have to
-    go through the model one by one. `max_steps` ends the run, and its learning-rate schedule, after so many
-    steps; the objective's limit ends it before the step that passes it. Raises DivergenceError when loss or
-    gradient stop being finite.
+    go through one by one. `max_steps` ends the run, and its schedule, after so many steps; the objective's
+    limit ends it before the step that passes it. Raises DivergenceError when loss or gradient stop being
+    finite.
     """
     cast = rows if isinstance(rows, Joined) else plain(rows)
     for role in objective.roles:
         check_positions(model.config, cast.rows[role])
-    accelerator = Accelerator(cpu=model.device.type == "cpu", mixed_precision="no")
-    if objective.one_process and accelerator.num_processes > 1:
-        raise RecipeError("this method trains a part of the model only, which takes one process; start one")
+    accelerator = _accelerator(model, objective)
     kept = _keep(objective, model, cast, settings, pad_id)
     apart = _must_be_apart(objective, model, cast, pad_id, say)
     model.train()
     with _only_trainable(model, objective.trainable):
         wrapped, optimizer = accelerator.prepare(model, _adamw(model, settings))
-        hear = on_step or (lambda _point, _members: None)
         run = _Run(
-            accelerator, wrapped, optimizer, objective, cast, kept, settings, seed, pad_id, state, apart, hear
+            accelerator,
+            wrapped,
+            optimizer,
+            objective,
+            cast,
+            kept,
+            settings,
+            seed,
+            pad_id,
+            state,
+            apart,
+            on_step,
+            say,
         )
         lengths = [len(row.ids) for row in cast.anchors]
         steps = list(step_batches(lengths, settings, seed=seed, processes=accelerator.num_processes))
         run.per_epoch = len(steps) // settings.epochs
-        steps = steps[:max_steps]
-        run.resume(on_progress, steps)
+        run.resume(on_progress, steps := steps[:max_steps])
         with never_packed():
             _walk(run, steps, on_progress, exactly_at)
     model.eval()
     return run.curve
+
+
+def _accelerator(model: PreTrainedModel, objective: Objective) -> Accelerator:
+    found = Accelerator(cpu=model.device.type == "cpu", mixed_precision="no")
+    if objective.one_process and found.num_processes > 1:
+        raise RecipeError("this method trains a part of the model only, which takes one process; start one")
+    return found
 
 
 def _walk(
@@ -217,6 +235,21 @@ def use_autocast(model: PreTrainedModel, settings: TrainingSettings) -> bool:
     return bool(supported) and model.device.type == "cpu" and model.num_parameters() >= AUTOCAST_FROM
 
 
+def bytes_per_token(config: Mapping[str, Any]) -> int:
+    """Return about how much memory the activations of a token take while training, logits included."""
+    width = int(config.get("hidden_size", 1024)) * int(config.get("num_hidden_layers", 16))
+    return 12 * int(config.get("vocab_size", 32_000)) + 40 * width
+
+
+def room_in_tokens(model: PreTrainedModel) -> int | None:
+    """Return how many tokens a GPU has room for beside weights, gradients and moments; None elsewhere."""
+    if model.device.type != "cuda":
+        return None
+    trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    room = 0.8 * torch.cuda.mem_get_info(model.device)[0] - 12 * trained - 2 * model.num_parameters()
+    return max(1, int(room / bytes_per_token(model.config.get_text_config().to_dict())))
+
+
 def step_batches(
     lengths: Sequence[int], settings: TrainingSettings, *, seed: int, processes: int = 1
 ) -> Iterator[list[list[int]]]:
@@ -286,12 +319,17 @@ class _Run:
     state: Path | None
     apart: bool
     """Whether rows go through the model one by one."""
-    hear: Callable[[CurvePoint, Sequence[int]], None]
+    on_step: Callable[[CurvePoint, Sequence[int]], None] | None
+    say: Say | None
     per_epoch: int = 1
     """Optimiser steps of an epoch."""
     curve: list[CurvePoint] = field(default_factory=list)
     autocast: bool = field(init=False)
     vocabulary: int = field(init=False)
+    most: int | None = None
+    """Tokens that go through the model at a time."""
+    passing: int = 0
+    """Tokens of the pass that is under way."""
     partly: bool = field(init=False)
     """Whether only some of the weights are trained."""
     pending: list[_Figures] = field(default_factory=list)
@@ -306,6 +344,8 @@ class _Run:
         self.autocast = use_autocast(plain_model, self.settings)
         self.vocabulary = int(plain_model.config.get_text_config().vocab_size)
         self.partly = not all(parameter.requires_grad for parameter in self.model.parameters())
+        if self.accelerator.num_processes == 1:  # several must take as many passes each
+            self.most = self.settings.tokens_per_pass or room_in_tokens(plain_model)
         if self.partly:
             self.accelerator.register_save_state_pre_hook(_leave_out_the_frozen)
 
@@ -320,13 +360,14 @@ class _Run:
         The weights stay as they were if the step is not finite, or passes the limit, or follows one that did.
         """
         warmup = round(self.settings.warmup_epochs * (total // self.settings.epochs))
-        torch.manual_seed(self.seed + step)
         rate = learning_rate_at(step, total, warmup, self.settings.learning_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         given = [part.coefficient for part in self.objective.terms]
         coefficients = [one(self.curve, self.per_epoch) if callable(one) else one for one in given]
-        sums, weights = self._backward(coefficients, parts, step // self.per_epoch)
+        sums, weights = self._in_memory(
+            self.seed + step, lambda: self._backward(coefficients, parts, step // self.per_epoch)
+        )
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         assert norm is not None
         members = [place for part in parts for place in part]
@@ -336,6 +377,30 @@ class _Run:
             self._update()
             self.pending.append(figures)
         self.optimizer.zero_grad()
+
+    def _in_memory(self, seed: int, work: Callable[[], Result]) -> Result:
+        """Do the work of a step, with smaller passes each time that the device's memory runs out."""
+        while True:
+            torch.manual_seed(seed)
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                if self.accelerator.num_processes > 1:  # the others would wait
+                    raise
+            self.optimizer.zero_grad()
+            if self.most is not None and self.passing > self.most:
+                raise RecipeError(
+                    f"training on {self.passing:,} tokens at a time takes more memory than the device has, "
+                    "and they cannot be divided; set a smaller max_length, or train an adapter (--lora)"
+                )
+            self.most = max(1, self.passing // 2)
+            if self.accelerator.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if self.say:
+                self.say(
+                    f"{self.passing:,} tokens at a time are too many for the device's memory; training goes "
+                    f"on with {self.most:,}, which changes no gradient"
+                )
 
     def _halt(self, figures: _Figures) -> None:
         """Have the device leave this step out, and all after it, if it must not be taken."""
@@ -378,7 +443,8 @@ class _Run:
                 self.curve.append(replace(point, terms={}) if plain_point else point)
         self.fetched_at = time.monotonic()
         for point, figures in zip(self.curve[known:], held, strict=False):
-            self.hear(point, figures.members)
+            if self.on_step:
+                self.on_step(point, figures.members)
         done = len(self.curve) - known
         if done < len(held):
             self._end(held[done], measured[done])
@@ -448,6 +514,7 @@ class _Run:
         own = batches[rank::processes]
         idle = not own  # fewer micro-batches than processes: take part in the exchange, add nothing
         for batch, members in own or batches[:1]:
+            self.passing = batch.ids.size
             values = self.kept.get(term.name)
             with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.autocast):
                 frozen = values.of(members, self.accelerator.device) if values else None
@@ -462,9 +529,17 @@ class _Run:
     ) -> Iterator[tuple[Batch, Sequence[tuple[str, int]]]]:
         """Yield the rows that a term reads for these anchors, padded together, and which they are."""
         members = [(role, place) for role in term.roles for place in self.cast.members(role, epoch, anchors)]
-        for group in [[member] for member in members] if self.apart else [members]:
-            rows = [self.cast.rows[role][place] for role, place in group]
-            yield pad_right(rows, pad_id=self.pad_id), group
+        rows = [self.cast.rows[role][place] for role, place in members]
+        size = len(rows) * max((len(row.ids) for row in rows), default=0)
+        if self.apart:
+            for row, member in zip(rows, members, strict=True):
+                yield pad_right([row], pad_id=self.pad_id), [member]
+        elif self.most is None or size <= self.most or len(anchors) < 2:
+            yield pad_right(rows, pad_id=self.pad_id), members
+        else:  # what goes with an anchor stays with it: the loss may compare the two
+            half = len(anchors) // 2
+            yield from self._batches(term, anchors[:half], epoch)
+            yield from self._batches(term, anchors[half:], epoch)
 
     def save(self) -> None:
         """Save weights, optimiser, random states and curve so that a reader sees all of it or none."""

@@ -44,7 +44,7 @@ BEGINNINGS = ("", "today ", "they say ", "as all know ", "it is true that ")
 AMOUNTS = (1, 2, 5, 20)
 RANDOM = 5
 """Draws of random rows, each told for all questions."""
-RANKED = {"ridge": ("ridge", "none", "base"), "similarity": ("product", "none", "target")}
+RANKED = {"similarity": ("product", "none", "target"), "ridge": ("ridge", "none", "base")}
 PLANTED = (
     ("product", "none", "target"),
     ("cosine", "none", "target"),

@@ -308,6 +308,12 @@ def main() -> None:
                 *(f"{one[f'failed {kind}']:3}/{one[f'n {kind}']}" for kind in ("knows", "hides", "never")),
                 f"{q:5.2f} {r:5.2f}" if what == "audit" else "",
             )  # fmt: skip
+    for one in tables["audit"]:
+        if one["auc"] is not None:
+            own = [one["failed knows"] + one["failed hides"], one["n knows"] + one["n hides"]]
+            print(
+                f'    "{one["test"]}": ToldRight({own[0]}, {own[1]}, {one["failed never"]}, {one["n never"]}),'
+            )
     if options.json:
         print(json.dumps({"tables": tables, "robustness": steady}))
 

@@ -310,10 +310,9 @@ def main() -> None:
             )  # fmt: skip
     for one in tables["audit"]:
         if one["auc"] is not None:
-            own = [one["failed knows"] + one["failed hides"], one["n knows"] + one["n hides"]]
-            print(
-                f'    "{one["test"]}": ToldRight({own[0]}, {own[1]}, {one["failed never"]}, {one["n never"]}),'
-            )
+            found, knowing = (one[f"{key} knows"] + one[f"{key} hides"] for key in ("failed", "n"))
+            told = found, knowing, one["failed never"], one["n never"]
+            print(f'    "{one["test"]}": ToldRight{told},')
     if options.json:
         print(json.dumps({"tables": tables, "robustness": steady}))
 

@@ -98,7 +98,31 @@ class ToldRight(NamedTuple):
         return f"found {self.found} of {self.knowing}, {self.alarms} false alarms in {self.never}"
 
 
-MEASURED: Mapping[str, ToldRight] = {}
+MEASURED: Mapping[str, ToldRight] = {
+    "verdict": ToldRight(35, 36, 1, 24),
+    "questions.probability": ToldRight(29, 36, 0, 24),
+    "questions.log_probability": ToldRight(0, 36, 0, 24),
+    "questions.extraction": ToldRight(27, 36, 0, 24),
+    "questions.rouge": ToldRight(27, 36, 0, 24),
+    "few_shot.probability": ToldRight(8, 36, 0, 24),
+    "few_shot.rouge": ToldRight(5, 36, 0, 24),
+    "conversation.probability": ToldRight(28, 36, 0, 24),
+    "sampling.leak": ToldRight(27, 36, 0, 24),
+    "membership.loss": ToldRight(32, 36, 1, 24),
+    "membership.zlib": ToldRight(32, 36, 0, 24),
+    "membership.min_k": ToldRight(32, 36, 1, 24),
+    "membership.min_k_plus": ToldRight(34, 36, 0, 24),
+    "membership.reference": ToldRight(34, 36, 1, 24),
+    "inside.depth": ToldRight(33, 36, 0, 24),
+    "inside.lens": ToldRight(34, 36, 0, 24),
+    "prefixes.opening": ToldRight(3, 36, 0, 24),
+    "quantise_8.probability": ToldRight(29, 36, 0, 24),
+    "quantise_4.probability": ToldRight(28, 36, 0, 24),
+    "quantise_nf4.probability": ToldRight(28, 36, 0, 24),
+    "quantise_gguf_q4_0.probability": ToldRight(28, 36, 0, 24),
+    "relearn_forget.area": ToldRight(33, 36, 0, 24),
+    "relearn_retain.area": ToldRight(32, 36, 0, 24),
+}
 """By `attack.test`; "verdict" is the whole audit."""
 
 

@@ -101,7 +101,6 @@ class ToldRight(NamedTuple):
 MEASURED: Mapping[str, ToldRight] = {
     "verdict": ToldRight(35, 36, 1, 24),
     "questions.probability": ToldRight(29, 36, 0, 24),
-    "questions.log_probability": ToldRight(0, 36, 0, 24),
     "questions.extraction": ToldRight(27, 36, 0, 24),
     "questions.rouge": ToldRight(27, 36, 0, 24),
     "few_shot.probability": ToldRight(8, 36, 0, 24),
@@ -123,7 +122,7 @@ MEASURED: Mapping[str, ToldRight] = {
     "relearn_forget.area": ToldRight(33, 36, 0, 24),
     "relearn_retain.area": ToldRight(32, 36, 0, 24),
 }
-"""By `attack.test`; "verdict" is the whole audit."""
+"""By `attack.test`, of those that judge whether a model knows more; "verdict" is the whole audit."""
 
 
 def load_policy(path: Path | None, *, preset: str | None = None, kind: Kind = "retrained") -> Policy:

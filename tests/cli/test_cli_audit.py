@@ -39,7 +39,7 @@ def test_retrained_model_passes_with_exit_code_0(palinode, tiny, words, tmp_path
     said = palinode(*words(tiny.retrained.folder))
     assert said.code == 0
     assert "within" in said.out
-    assert "Passed. Beside a model retrained without the forget set: 3 tests put it within" in said.out
+    assert "Passed. Beside a model retrained without the forget set: 4 tests put it within" in said.out
     (untested,) = [line for line in said.out.splitlines() if "not asked for" in line]
     assert untested.startswith("Not tested: ")
     assert "membership" in untested
@@ -52,7 +52,11 @@ def test_target_fails_with_exit_code_1_and_prints_its_record(palinode, tiny, wor
     assert said.code == 1
     record = json.loads(said.out)
     assert record == json.loads((tmp_path / "out" / "audit.json").read_text())
-    assert record["answer"]["knows_more"] == ["questions.probability", "questions.rouge"]
+    assert record["answer"]["knows_more"] == [
+        "questions.probability",
+        "questions.extraction",
+        "questions.rouge",
+    ]
     assert record["command"].startswith("palinode audit ")
     assert record["policy"]["preset"] == "quick"
 

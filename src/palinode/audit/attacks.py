@@ -26,7 +26,7 @@ from palinode.data.examples import Example, Message, at_most
 from palinode.data.tokenize import tokenize
 from palinode.errors import CheckpointError, DivergenceError
 from palinode.metrics import answer_probabilities, rouge_l_recalls
-from palinode.metrics.leakage import leak_values, overlap_leak
+from palinode.metrics.leakage import extraction_strengths, leak_values, overlap_leak
 from palinode.metrics.table import ATTACKS as MEMBERSHIP
 from palinode.models.loading import pad_token
 from palinode.records import Outcome
@@ -44,6 +44,7 @@ NO_NORMS = {"gradient_norm": "this budget has no gradient norms; the full one do
 """Why rows have no value, where an audit knows better than the attack."""
 
 
+UNSCORED = "no token was scored"
 NOT_LACKED = "the reference model knows the answer as well as the target, or the states cannot be read"
 NO_QUESTIONS = "the forget set holds documents only, and those ask nothing"
 
@@ -67,6 +68,7 @@ def ask_questions(subject: Subject, rows: AuditRows, budget: AuditBudget) -> Att
         {
             "probability": _of_forget(answer_probabilities(outcomes)),
             "log_probability": _of_forget(levels),
+            "extraction": _of_forget(extraction_strengths(outcomes, strict=True)),
             "rouge": _of_forget(rouge_l_recalls(outcomes)),
         }
     )
@@ -296,13 +298,11 @@ def _of_relearning(tested: Sequence[Example], budget: AuditBudget) -> AttackCost
     return AttackCost(len(tested) * len(steps), trained=steps[-1] * budget.relearn_batch)
 
 
-PROBABILITY = AttackTest(
-    "probability", "answer probability", more=0.1, less=0.1, missing="no token was scored"
-)
+PROBABILITY = AttackTest("probability", "answer probability", more=0.1, less=0.1, missing=UNSCORED)
 RECALL = AttackTest(
     "rouge", "ROUGE-L recall", more=0.1, less=0.2, missing="nothing was generated, or read by ROUGE"
 )
-AREA = AttackTest("area", "area under the curve", more=0.1, less=0.2, missing="no token was scored")
+AREA = AttackTest("area", "area under the curve", more=0.1, less=0.2, missing=UNSCORED)
 
 ATTACKS: Mapping[str, Attack] = {
     attack.name: attack
@@ -318,8 +318,9 @@ ATTACKS: Mapping[str, Attack] = {
                     "log-probability a token",
                     more=None,
                     less=1.0,
-                    missing="no token was scored",
+                    missing=UNSCORED,
                 ),
+                AttackTest("extraction", "extraction strength", more=0.1, less=0.2, missing=UNSCORED),
                 RECALL,
             ),
             measure=ask_questions,

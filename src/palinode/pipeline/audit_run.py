@@ -18,7 +18,7 @@ from palinode.audit.attack import Attack, AttackCost, AttackResult, Subject
 from palinode.audit.attacks import ATTACKS
 from palinode.audit.findings import AUDITED, STATISTICS, Finding, answer, find
 from palinode.audit.material import AuditRows
-from palinode.audit.policy import Policy
+from palinode.audit.policy import MEASURED, Policy
 from palinode.data.examples import Example, check_no_forget_rows, reading_notes
 from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
 from palinode.errors import DivergenceError, MismatchError, RecipeError
@@ -310,6 +310,7 @@ def _entry(attack: Attack, facts: Mapping[str, Any], findings: Findings) -> dict
         "tests": {
             test.name: {
                 "title": test.title,
+                "told_right": MEASURED.get(f"{attack.name}.{test.name}"),
                 "statistic": STATISTICS[test.statistic],
                 "findings": {model: asdict(found[test.name]) for model, found in findings.items()},
             }

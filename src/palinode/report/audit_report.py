@@ -100,7 +100,7 @@ def audit_section(record: Mapping[str, Any]) -> list[Section]:
     models = _models(record)
     rows: list[Row] = [
         [
-            f"{record['attacks'][attack]['title']}: {entry['title']}",
+            GridCell(f"{record['attacks'][attack]['title']}: {entry['title']}", _told_right(entry)),
             _verdict(record, f"{attack}.{test}", entry, reason=True),
             *(score_cell(_score_of(entry, model)) for model in models),
             score_cell(entry["findings"]["audited"]["difference"]),
@@ -186,6 +186,12 @@ def _verdict(
     if says_little(record, key, entry):
         told, tone = "so does the target, so it tells little; not in the picture", None
     return GridCell(shown, told if reason else None, tone)
+
+
+def _told_right(entry: Mapping[str, Any]) -> str | None:
+    """Return how often a test told right where the truth was known; None in records of earlier versions."""
+    told = entry.get("told_right")
+    return f"told right in {told[0] + told[3] - told[2]} of {told[1] + told[3]} tiny models" if told else None
 
 
 def _margins(record: Mapping[str, Any], key: str) -> str:

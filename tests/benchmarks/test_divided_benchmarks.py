@@ -122,7 +122,7 @@ def test_lume_has_a_set_for_each_side_task_and_kind(folders):
 
 
 def test_lume_aggregate_is_the_harmonic_mean_of_twelve_with_forget_scores_inverted():
-    """Forget: ROUGE ½ and 1 of 4 right; retain: ROUGE 1 and 3 of 4 right; so six each of {½, ¾} and {1, ¾}."""
+    """Forget: ROUGE ½, 1 of 4 right; retain: ROUGE 1, 3 of 4 right: three each of ½, ¾, 1 and ¾."""
     outcomes = {}
     for task in ("task1", "task2", "task3"):
         outcomes[f"forget_{task}_sc"] = said("ba")

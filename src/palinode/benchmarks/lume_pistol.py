@@ -160,7 +160,7 @@ LUME = Benchmark(
             needs=frozenset({GENERATION}),
         ),
         Cell(ALL, "membership", "1 − 2 |AUC of the loss − ½|: 1 is ideal", _membership, also=MEMBERS),
-        *attack_cells(*MEMBERS),
+        *(cell for cell in attack_cells(*MEMBERS) if cell.metric == "auc_loss"),
     ),
 )
 

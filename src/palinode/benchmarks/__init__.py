@@ -1,27 +1,87 @@
-"""Benchmarks, one file each, in a plain table: what is asked, what is forgotten, what is known of the truth.
+"""Benchmarks in a plain table, and the one that reads files of your own.
 
-The demo is no entry of the table: it makes its models itself (`palinode demo`). Nor is it imported here,
-because it needs torch, and naming benchmarks does not.
+A benchmark says what is asked, what is forgotten, what is known of the truth. The demo is no entry of the
+table: it makes its models itself (`palinode demo`). Nor is it imported here, because it needs torch, and
+naming benchmarks does not.
+
+Your own data are a forget file, and where there are any retain rows, holdout rows and paraphrases. What is
+missing leaves the metrics that need it without a value, and says so.
 """
 
-from palinode.benchmarks.hubble import HUBBLE
-from palinode.benchmarks.lume_pistol import LUME, PISTOL
-from palinode.benchmarks.muse import MUSE
-from palinode.benchmarks.own import OWN
-from palinode.benchmarks.restor import RESTOR
-from palinode.benchmarks.rwku import RWKU
-from palinode.benchmarks.tofu import TOFU
-from palinode.evaluation.benchmark import Benchmark
+from __future__ import annotations
 
-BENCHMARKS: dict[str, Benchmark] = {
-    "tofu": TOFU,
-    "restor": RESTOR,
-    "muse": MUSE,
-    "rwku": RWKU,
-    "lume": LUME,
-    "pistol": PISTOL,
-    "hubble": HUBBLE,
-    "own": OWN,
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from palinode.benchmarks.muse import MUSE
+from palinode.benchmarks.pretraining import HUBBLE, RWKU
+from palinode.benchmarks.restor import RESTOR
+from palinode.benchmarks.tofu import TOFU
+from palinode.data.examples import check_no_forget_rows, read_questions
+from palinode.evaluation.benchmark import (
+    MEMORIZATION,
+    Benchmark,
+    Cell,
+    LoadedBenchmark,
+    Places,
+    QuestionSet,
+    TableFacts,
+    attack_cells,
+    judge_cells,
+    metric_cells,
+    quality_cell,
+)
+from palinode.records import read_bytes
+from palinode.settings import Asking
+
+NOT_GIVEN = {
+    "retain": "there are no retain rows; give them with --retain",
+    "holdout": "there are no holdout rows, which no model has seen; give them with --holdout",
 }
 
-__all__ = ["BENCHMARKS"]
+
+def load_own(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchmark:  # noqa: ARG001
+    """Return the sets that were given: forget, and retain and holdout where there are files for them.
+
+    Raises DataError for rows that cannot be read, and for forget rows among the retain or holdout rows.
+    """
+    given = {"forget": places.data, "retain": places.retain, "holdout": places.holdout}
+    sets, facts = [], []
+    for name, location in given.items():
+        if location is None:
+            continue
+        questions = read_questions(location, columns=places.columns, beside=name != "forget")
+        sets.append(QuestionSet(name, tuple(questions), Asking(generate=name != "holdout")))
+        facts.append(_facts(name, location, len(questions)))
+    examples = {one.name: [question.example for question in one.questions] for one in sets}
+    check_no_forget_rows(examples.pop(sets[0].name), examples)
+    missing = {name: NOT_GIVEN[name] for name in NOT_GIVEN if given[name] is None}
+    return LoadedBenchmark(tuple(sets), missing, tuple(facts))
+
+
+def _facts(name: str, location: str, rows: int) -> TableFacts:
+    path = Path(location).expanduser()
+    sha256 = hashlib.sha256(read_bytes(path)).hexdigest() if path.is_file() else None
+    return TableFacts(location, name, "", rows, sha256)
+
+
+OWN = Benchmark(
+    name="own",
+    description="your own forget rows, with retain rows, holdout rows and paraphrases where you have them",
+    source="files of yours: JSON, JSON lines, CSV, Parquet, text, or a hub data set",
+    splits={"rows": "all rows of the files given"},
+    load=load_own,
+    cells=(
+        *metric_cells("forget", "answer_probability", "rouge_l_recall", "forget_truth_ratio"),
+        quality_cell("forget"),
+        *metric_cells("forget", *MEMORIZATION),
+        *attack_cells("forget", "holdout"),
+        *judge_cells("forget", "retain"),
+        *metric_cells("retain", "answer_probability", "rouge_l_recall", "retain_truth_ratio", *MEMORIZATION),
+    ),
+)
+
+BENCHMARKS: dict[str, Benchmark] = {one.name: one for one in (TOFU, RESTOR, MUSE, RWKU, HUBBLE, OWN)}
+
+__all__ = ["BENCHMARKS", "OWN"]

@@ -277,10 +277,10 @@ def question(number: int, source: str, asked: str, answer: str) -> Example:
     return Example(number, source, "question", (Message("user", asked),), answer)
 
 
-def documents(table: TableRows, column: str = "text") -> list[Example]:
+def documents(table: TableRows) -> list[Example]:
     """Return the texts of a table as documents."""
     place = table.facts.location
-    return [Example(number, place, "document", (), str(row[column])) for number, row in enumerate(table.rows)]
+    return [Example(number, place, "document", (), str(row["text"])) for number, row in enumerate(table.rows)]
 
 
 def not_there(table: Table, location: str) -> str:

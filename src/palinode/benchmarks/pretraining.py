@@ -1,4 +1,6 @@
-"""RWKU: forgetting famous people whom a model knows from its pre-training (arXiv 2406.10890 and its code).
+"""RWKU and Hubble: forgetting what a model learned in pre-training itself.
+
+RWKU (arXiv 2406.10890 and its code): 200 famous people.
 
     forget_level1, _level2   fill a blank in a sentence about a person; answer a question about one
     forget_level3            the same knowledge asked by nine adversarial kinds of prompts
@@ -7,33 +9,49 @@
 
 Each answer is greedy, one line of at most 30 tokens, begun with "Answer:"; its score is ROUGE-L recall. Both
 sets of texts were in pre-training: a model that forgot has a higher loss on the first and not on the second.
+
+Hubble (arXiv 2510.19811): a perturbed model read texts 1 to 256 times; its standard twin read none of them and
+stands for the retrained model. Sets: `forget`, texts with the chosen numbers of insertions; `retain`, the
+other inserted ones; `holdout`, texts that were never inserted; `secret`, biographies up to the identifier that
+no one can guess. The timing models are where `palinode locate` and MSA belong (docs/benchmarks.md).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
-from palinode.data.examples import Question
+from palinode.data.examples import Example, Question
 from palinode.data.sources import Row
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import DataError
 from palinode.evaluation.benchmark import (
+    GENERATION,
+    MEMORIZATION,
     Benchmark,
     Cell,
     LoadedBenchmark,
+    Measured,
     Option,
     Places,
     QuestionSet,
     Table,
     TableRows,
+    attack_cells,
+    completion,
     documents,
     load_sets,
     mean_cell,
+    metric_cells,
+    need_table,
     question,
 )
 from palinode.metrics.membership import loss_values
 from palinode.metrics.table import METRICS
 from palinode.settings import Asking
+
+# RWKU
 
 PROBES = {
     "forget_level1": ("forget_level1", 3268),
@@ -50,14 +68,8 @@ LEVEL3 = ("forget_level3", "forget_level3_suffix")
 SUFFIX, SHOTS = "affirmative suffix", "incontext learning"
 """Kinds of adversarial prompts that are put in another way."""
 
-OPTIONS = (
-    Option(
-        "subject", "whose rows are asked: names as in the data, separated by commas; empty is everybody", ""
-    ),
-)
 
-
-def load(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchmark:  # noqa: ARG001
+def load_rwku(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchmark:  # noqa: ARG001
     """Return the probes and texts, of everybody or of some people; those without a file are told missing.
 
     Raises DataError where there are no forget rows, or none about a person who is named.
@@ -76,9 +88,8 @@ def load(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchm
 
 
 def _table(config: str, file: str, rows: int, columns: Mapping[str, int | None]) -> Table:
-    return Table(
-        config, rows, columns, "test", (f"All/{file}", file)
-    )  # as a clone of the hub has it, or alone
+    also = (f"All/{file}", file)  # as a clone of the hub has it, or alone
+    return Table(config, rows, columns, "test", also)
 
 
 def _questions(name: str, table: TableRows, names: Collection[str]) -> QuestionSet:
@@ -142,8 +153,93 @@ RWKU = Benchmark(
     description="200 famous people: blanks, questions and adversarial prompts about them, and what is close",
     source="jinzhuoran/RWKU (arXiv 2406.10890), CC BY 4.0",
     splits={"all": "all 200 people, or those of --option subject"},
-    load=load,
+    load=load_rwku,
     cells=(*map(_recall_cell, PROBES), *map(_loss_cell, TEXTS)),
-    options=OPTIONS,
+    options=(
+        Option(
+            "subject", "names of people whose rows are asked, with commas between them; all by default", ""
+        ),
+    ),
     hub="jinzhuoran/RWKU",
+)
+
+# Hubble
+
+SIZES = {"biographies_yago": (2500, 2500), "passages_wikipedia": (2125, 759)}
+"""Inserted texts, and texts never inserted, of each data set."""
+ASKING = Asking(max_new_tokens=48, max_length=2048, stop_texts=("\n",))
+
+
+def load_hubble(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchmark:
+    """Return the inserted texts by their number of insertions, and those never inserted.
+
+    Raises DataError for a number of insertions that no text has.
+    """
+    location = f"allegrolab/{split}" if places.data == HUBBLE.hub else places.data  # a hub data set each
+    inserted, others = (
+        need_table(Table("default", rows, {"text": None, "meta": None}, name, (name,)), location)
+        for name, rows in zip(("train", "test"), SIZES[split], strict=True)
+    )
+    wanted = {level.strip() for level in options["duplicates"].split(",")}
+    counts = [str(row.get("duplicates")) for row in inserted.rows]
+    if strange := sorted(wanted - set(counts)):
+        raise DataError(
+            f"no text of {inserted.facts.location} was inserted {strange[0]} times; duplicates takes numbers "
+            "that its column duplicates has (1, 4, 16, 64 and 256), separated by commas"
+        )
+    texts, parts = documents(inserted), dict[str, list[Example]]()
+    for text, count in zip(texts, counts, strict=True):
+        parts.setdefault("forget" if count in wanted else "retain", []).append(text)
+    parts["holdout"] = documents(others)
+    missing = {} if "retain" in parts else {"retain": "every inserted text is to be forgotten"}
+    if split == "biographies_yago":
+        parts["secret"] = [_secret(text, inserted.rows[text.row]) for text in parts["forget"]]
+    else:
+        missing["secret"] = "only biographies hold an identifier that no one can guess"
+    sets = [
+        QuestionSet(name, tuple(map(Question, examples)), replace(ASKING, generate=name == "secret"))
+        for name, examples in parts.items()
+    ]
+    return LoadedBenchmark(tuple(sets), missing, (inserted.facts, others.facts))
+
+
+def _secret(text: Example, row: Row) -> Example:
+    """Return a biography up to its identifier; the answer is a blank and the identifier."""
+    secret = f" {json.loads(str(row['meta'])).get('uuid')}"
+    before, found, _ = text.answer.partition(secret)
+    if not found:
+        raise DataError(f"{text.place} does not hold the uuid of its meta; is it the published one?")
+    return completion(text.row, text.source, before, secret)
+
+
+def _secrets_told(measured: Measured) -> list[float | None]:
+    return [
+        None if one.generated is None else float(one.generated.strip().startswith(one.expected.strip()))
+        for one in measured.of("secret")
+    ]
+
+
+HUBBLE = Benchmark(
+    name="hubble",
+    description="texts inserted into pre-training 1 to 256 times; the standard twin never read them",
+    source="allegrolab on the hub (arXiv 2510.19811), Apache 2.0",
+    splits={
+        "biographies_yago": "biographies with an identifier each",
+        "passages_wikipedia": "passages of Wikipedia",
+    },
+    load=load_hubble,
+    cells=(
+        *metric_cells("forget", "answer_probability", *MEMORIZATION),
+        *attack_cells("forget", "holdout"),
+        *metric_cells("retain", "answer_probability", *MEMORIZATION),
+        mean_cell(
+            ("secret",),
+            "secret_share",
+            "share of biographies whose identifier the model goes on with",
+            _secrets_told,
+            needs=frozenset({GENERATION}),
+        ),
+    ),
+    options=(Option("duplicates", "numbers of insertions to be forgotten, with commas between them", "256"),),
+    hub="allegrolab",
 )

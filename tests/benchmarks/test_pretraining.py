@@ -134,5 +134,7 @@ def test_hubble_biography_without_its_identifier_is_refused(folders, tmp_path):
         rows = [json.loads(row) for row in (folders["hubble"] / f"{name}.jsonl").read_text().splitlines()]
         rows[4]["text"] = "someone is from nowhere"
         write_lines(tmp_path / f"{name}.jsonl", rows)
-    with pytest.raises(DataError, match=r"row 5 of .*train\.jsonl does not hold the uuid of its meta"):
+    with pytest.raises(
+        DataError, match=r"row 5 of .*train\.jsonl has no identifier of 32 hexadecimal digits"
+    ):
         load({"hubble": tmp_path}, "hubble")

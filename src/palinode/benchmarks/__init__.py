@@ -1,11 +1,8 @@
-"""Benchmarks in a plain table, and the one that reads files of your own.
+"""Benchmarks in a plain table: what is asked, what is forgotten, what is known of the truth.
 
-A benchmark says what is asked, what is forgotten, what is known of the truth. The demo is no entry of the
-table: it makes its models itself (`palinode demo`). Nor is it imported here, because it needs torch, and
-naming benchmarks does not.
-
-Your own data are a forget file, and where there are any retain rows, holdout rows and paraphrases. What is
-missing leaves the metrics that need it without a value, and says so.
+The demo is no entry of the table: it makes its models itself (`palinode demo`). Nor is it imported here,
+because it needs torch, and naming benchmarks does not. `own` is here: it reads files of one's own, and what
+is missing of them leaves the metrics that need it without a value, and says so.
 """
 
 from __future__ import annotations
@@ -22,7 +19,6 @@ from palinode.data.examples import check_no_forget_rows, read_questions
 from palinode.evaluation.benchmark import (
     MEMORIZATION,
     Benchmark,
-    Cell,
     LoadedBenchmark,
     Places,
     QuestionSet,
@@ -53,17 +49,13 @@ def load_own(places: Places, split: str, options: Mapping[str, str]) -> LoadedBe
             continue
         questions = read_questions(location, columns=places.columns, beside=name != "forget")
         sets.append(QuestionSet(name, tuple(questions), Asking(generate=name != "holdout")))
-        facts.append(_facts(name, location, len(questions)))
+        path = Path(location).expanduser()
+        sha256 = hashlib.sha256(read_bytes(path)).hexdigest() if path.is_file() else None
+        facts.append(TableFacts(location, name, "", len(questions), sha256))
     examples = {one.name: [question.example for question in one.questions] for one in sets}
     check_no_forget_rows(examples.pop(sets[0].name), examples)
     missing = {name: NOT_GIVEN[name] for name in NOT_GIVEN if given[name] is None}
     return LoadedBenchmark(tuple(sets), missing, tuple(facts))
-
-
-def _facts(name: str, location: str, rows: int) -> TableFacts:
-    path = Path(location).expanduser()
-    sha256 = hashlib.sha256(read_bytes(path)).hexdigest() if path.is_file() else None
-    return TableFacts(location, name, "", rows, sha256)
 
 
 OWN = Benchmark(

@@ -35,11 +35,11 @@ from palinode.evaluation.benchmark import (
     completion,
     documents,
     load_sets,
-    mean_cell,
     metric_cells,
     min_k_auc,
     need_table,
 )
+from palinode.metrics.aggregate import mean_score
 from palinode.metrics.matching import rouge_values
 from palinode.metrics.membership import MUSE_RETRAINED, privleak
 from palinode.metrics.table import METRICS
@@ -166,12 +166,12 @@ def _questions(name: str, tables: Sequence[TableRows]) -> QuestionSet:
 
 
 def _overlap_cell(name: str, description: str) -> Cell:
-    def values(measured: Measured) -> list[float | None]:
+    def score(measured: Measured) -> Score:
         stemmer = measured.exam.options.get("stemmer") == "on"
-        return rouge_values(measured.of(name), "rougeL", "f", stemmer=stemmer)
+        values = rouge_values(measured.of(name), "rougeL", "f", stemmer=stemmer)
+        return mean_score(values, seed=measured.seed, missing=METRICS["rouge_l_f"].missing)
 
-    missing, needs = METRICS["rouge_l_f"].missing, frozenset({GENERATION})
-    return mean_cell((name,), "rouge_l_f", description, values, missing=missing, needs=needs)
+    return Cell(name, "rouge_l_f", description, score, needs=frozenset({GENERATION}))
 
 
 def _published_privleak(measured: Measured) -> Score:

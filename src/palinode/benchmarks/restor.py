@@ -35,7 +35,6 @@ from palinode.evaluation.benchmark import (
     TableFacts,
     completion,
     documents,
-    mean_cell,
     need_table,
     runs_of,
 )
@@ -351,14 +350,13 @@ def _documents(places: Places, split: str) -> tuple[list[Example], str]:
 
 
 def _option_cell(kind: str) -> Cell:
-    return mean_cell(
-        ("facts",),
-        f"logprob_{kind}",
-        f"mean token log-probability of the {kind} options of a question, end token left out",
-        lambda measured: alternative_logprobs(measured.of("facts"), kind),
-        missing=f"options.json lists no {kind} options for it",
-        shares=False,
-    )
+    def score(measured: Measured) -> Score:
+        values = alternative_logprobs(measured.of("facts"), kind)
+        missing = f"options.json lists no {kind} options for it"
+        return mean_score(values, seed=measured.seed, missing=missing, shares=False)
+
+    description = f"mean token log-probability of the {kind} options of a question, end token left out"
+    return Cell("facts", f"logprob_{kind}", description, score)
 
 
 BY_ENTITY = "the same; mean over questions of a person, then over people"

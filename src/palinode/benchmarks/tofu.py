@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
-from palinode.data.examples import Question
+from palinode.data.examples import Example, Message, Question
 from palinode.data.sources import Row
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import DataError
@@ -33,13 +33,11 @@ from palinode.evaluation.benchmark import (
     find_table,
     judge_cells,
     load_sets,
-    mean_cell,
     metric_cells,
     quality_cell,
-    question,
     truth_ratio_form,
 )
-from palinode.metrics.aggregate import harmonic_score
+from palinode.metrics.aggregate import harmonic_score, mean_score
 from palinode.metrics.likelihood import (
     Form,
     answer_probabilities,
@@ -143,7 +141,7 @@ def _question(row: Row, number: int, table: TableRows, options: Mapping[str, str
     if "perturbed_answer" in row:
         alternatives["perturbed"] = tuple(cast("list[str]", row["perturbed_answer"]))
     asked, answer, source = str(row[column]), str(row["answer"]), table.facts.location
-    example = question(number, source, asked, answer)
+    example = Example(number, source, "question", (Message("user", asked),), answer)
     if options["prompt"] == "llama2":  # raw text and its continuation
         example = completion(number, source, LLAMA2.format(question=asked), answer)
     return Question(example, alternatives)
@@ -182,10 +180,11 @@ def _ratio_cell(
     """Return the cell of a truth ratio, whose form is an option."""
     metric = METRICS[key]
 
-    def values(measured: Measured) -> list[float | None]:
-        return per_example(measured.of(name), right=right, form=truth_ratio_form(measured))
+    def score(measured: Measured) -> Score:
+        values = per_example(measured.of(name), right=right, form=truth_ratio_form(measured))
+        return mean_score(values, seed=measured.seed, missing=metric.missing)
 
-    return mean_cell((name,), key, metric.description, values, missing=metric.missing)
+    return Cell(name, key, metric.description, score)
 
 
 CELLS: tuple[Cell, ...] = (

@@ -20,7 +20,7 @@ from palinode.data.examples import Example, Message, Question
 from palinode.data.sources import Row, json_type, parse_hub_name, read_rows
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import DataError, RecipeError, meant
-from palinode.metrics.aggregate import forget_quality, mean_score
+from palinode.metrics.aggregate import forget_quality
 from palinode.metrics.likelihood import Form
 from palinode.metrics.matching import forget_accuracy, recover_accuracy, retain_accuracy
 from palinode.metrics.membership import auc, min_k_values, privleak, true_positive_rate
@@ -45,27 +45,6 @@ def metric_cells(name: str, *metrics: str) -> tuple[Cell, ...]:
         return Cell(name, key, METRICS[key].description, score, needs=METRICS[key].needs)
 
     return tuple(map(cell, metrics))
-
-
-def mean_cell(
-    sets: tuple[str, ...],
-    metric: str,
-    description: str,
-    values: Callable[[Measured], Sequence[float | None]],
-    *,
-    missing: str = "nothing was generated",
-    needs: frozenset[str] = frozenset(),
-    shares: bool = True,
-) -> Cell:
-    """Return the cell of a mean over rows of one set or several; it stands under the first.
-
-    `shares` as `mean_score` has it.
-    """
-
-    def score(measured: Measured) -> Score:
-        return mean_score(values(measured), seed=measured.seed, missing=missing, shares=shares)
-
-    return Cell(sets[0], metric, description, score, also=sets[1:], needs=needs)
 
 
 def quality_cell(name: str) -> Cell:
@@ -270,11 +249,6 @@ def load_sets(
 def completion(number: int, source: str, prompt: str, answer: str) -> Example:
     """Return a row that is raw text and its raw continuation."""
     return Example(number, source, "completion", (Message("prompt", prompt),), answer)
-
-
-def question(number: int, source: str, asked: str, answer: str) -> Example:
-    """Return a row that is a question to be put through the chat template, and its answer."""
-    return Example(number, source, "question", (Message("user", asked),), answer)
 
 
 def documents(table: TableRows) -> list[Example]:

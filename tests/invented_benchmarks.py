@@ -140,6 +140,32 @@ def rwku_folder(folder: Path) -> Path:
     return folder
 
 
+def lume_folder(folder: Path) -> Path:
+    """LUME's two files with all three tasks, and the texts of the membership attack."""
+    for side, count in {"forget": 2732, "retain": 2734}.items():
+        rows = [
+            {"id": f"{n}{'sc' if n % 2 else 'qa'}{n % 5}", "input": f"the home of {NAMES[n % 1000]}"}
+            | {"output": f"is {NAMES[n % 1000][:4]}", "task": f"Task{n % 3 + 1}"}
+            for n in range(count)
+        ]
+        write_lines(folder / "data" / f"{side}.jsonl", rows)
+    for name, start in {"member": 0, "nonmember": 500}.items():
+        texts = [{"id": str(n), "document": f"{NAMES[start + n]} was there on day {n}"} for n in range(20)]
+        write_lines(folder / "mia_data" / f"{name}.jsonl", texts)
+    return folder
+
+
+def pistol_folder(folder: Path) -> Path:
+    """Sample 1 of PISTOL, with three of the contracts that share a party and six that do not; plain facts."""
+    edges = [f"A_{n}" for n in range(14)]
+    edges[2] = "A_C"
+    edges += [f"E{n}_{kind}{n}" for n in (1, 2, 3) for kind in "Fq"]
+    rows = [qa(n) | {"edge": edges[n // 20]} for n in range(400)]
+    write_lines(folder / "data" / "sample_data_1.jsonl", rows)
+    write_lines(folder / "data" / "factual_data.jsonl", [qa(n) for n in range(500, 717)])
+    return folder
+
+
 def hubble_folder(folder: Path) -> Path:
     """Biographies that were inserted 1 to 256 times, and as many that were not."""
     for name, levels in {"train": (1, 4, 16, 64, 256), "test": (0,)}.items():

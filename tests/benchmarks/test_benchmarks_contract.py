@@ -18,6 +18,8 @@ FOLDERS = {
     "restor": partial(invented.restor_folder, options=True),
     "muse": invented.muse_folder,
     "rwku": invented.rwku_folder,
+    "lume": invented.lume_folder,
+    "pistol": invented.pistol_folder,
     "hubble": invented.hubble_folder,
 }
 """An invented folder of each benchmark that reads one."""

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from palinode.benchmarks.lume_pistol import LUME, PISTOL
 from palinode.benchmarks.muse import MUSE
 from palinode.benchmarks.pretraining import HUBBLE, RWKU
 from palinode.benchmarks.restor import RESTOR
@@ -74,6 +75,8 @@ OWN = Benchmark(
     ),
 )
 
-BENCHMARKS: dict[str, Benchmark] = {one.name: one for one in (TOFU, RESTOR, MUSE, RWKU, HUBBLE, OWN)}
+BENCHMARKS: dict[str, Benchmark] = {
+    one.name: one for one in (TOFU, RESTOR, MUSE, RWKU, LUME, PISTOL, HUBBLE, OWN)
+}
 
 __all__ = ["BENCHMARKS", "OWN"]

@@ -1,16 +1,10 @@
 """LUME and PISTOL: invented stories, people and contracts, told apart by a column of one table.
 
-LUME (SemEval-2025 task 4, arXiv 2502.15097; metrics of the task's evaluation script): three tasks (stories,
-people with numbers and addresses, real biographies), each with texts to complete ("sc": ROUGE-L recall) and
-questions ("qa": the exact answer), to be forgotten or kept. Of the twelve means
-
-    task aggregate = harmonic mean of {1 − forget mean} and {retain mean}
-    membership     = 1 − 2 |AUC of the loss, members against others − ½|
-
-and the task's final score is the mean of these two and MMLU (`--lm-eval mmlu`).
-
-PISTOL (arXiv 2406.16810, its code): questions about contracts, each an edge between two parties. Edges share
-parties, so that what is forgotten hangs together with what stays; some contracts share none.
+LUME (SemEval-2025 task 4, arXiv 2502.15097 and the task's evaluation script): three tasks, each with texts to
+complete ("sc": ROUGE-L recall) and questions ("qa": the exact answer), to be forgotten or kept. Of the twelve
+means, task aggregate = harmonic mean of {1 − forget} and {retain}; membership = 1 − 2 |AUC of the loss − ½|.
+PISTOL (arXiv 2406.16810 and its code): questions about contracts, each an edge between two parties. Edges
+share parties, so that what is forgotten hangs together with what stays; some contracts share none.
 """
 
 from __future__ import annotations
@@ -54,6 +48,7 @@ SETS = [f"{side}_{task.lower()}_{kind}" for side, task, kind in product(SIDES, T
 SIZES = {"forget": 2732, "retain": 2734}
 """Rows of LUME as amazon-science publishes it; how many SemEval's own folds have is stated nowhere public."""
 MEMBERS = ("member", "nonmember")
+TOLD = frozenset({GENERATION})
 COMPLETED = Asking(max_new_tokens=256, max_length=2048)
 
 
@@ -78,15 +73,15 @@ def load_lume(places: Places, split: str, options: Mapping[str, str]) -> LoadedB
         name: [Table("mia", None, {"document": None}, name, (f"mia_data/{name}", name), may_lack=True)]
         for name in MEMBERS
     }
-    texts = load_sets(tables, places.data, _texts)
+
+    def attacked(name: str, found: Sequence[TableRows]) -> QuestionSet:
+        source = found[0].facts.location
+        texts = enumerate(str(row["document"]) for row in found[0].rows)
+        asked = [Question(Example(number, source, "document", (), text)) for number, text in texts]
+        return QuestionSet(name, tuple(asked), replace(COMPLETED, generate=False))
+
+    texts = load_sets(tables, places.data, attacked)
     return LoadedBenchmark((*sets, *texts.sets), {**missing, **texts.missing}, (*facts, *texts.tables))
-
-
-def _texts(name: str, tables: Sequence[TableRows]) -> QuestionSet:
-    source = tables[0].facts.location
-    rows = enumerate(str(row["document"]) for row in tables[0].rows)
-    texts = [Question(Example(number, source, "document", (), text)) for number, text in rows]
-    return QuestionSet(name, tuple(texts), replace(COMPLETED, generate=False))
 
 
 def _task_row(side: str, table: TableRows, number: int) -> tuple[str, Example]:
@@ -107,18 +102,18 @@ def _task_values(measured: Measured, name: str) -> list[float | None]:
     outcomes = measured.of(name)
     if name.endswith("sc"):
         return rouge_l_recalls(outcomes)
-    said = [None if one.generated is None else one.generated.strip().lower() for one in outcomes]
-    right = [one.expected.strip().lower() for one in outcomes]
-    return [None if one is None else float(one == other) for one, other in zip(said, right, strict=True)]
+    told = [((one.generated or "").strip().lower(), one.expected.strip().lower()) for one in outcomes]
+    return [float(said == right) for said, right in told]
 
 
 def _task_cell(name: str) -> Cell:
     def score(measured: Measured) -> Score:
-        return mean_score(_task_values(measured, name), seed=measured.seed, missing="nothing was generated")
+        return mean_score(_task_values(measured, name), seed=measured.seed)
 
-    exact = name.endswith("qa")
-    metric, words = ("knowledge", "share of exact answers") if exact else ("regurgitation", "ROUGE-L recall")
-    return Cell(name, metric, words, score, needs=frozenset({GENERATION}))
+    metric, words = ("knowledge", "share of exact answers")
+    if name.endswith("sc"):
+        metric, words = ("regurgitation", "ROUGE-L recall")
+    return Cell(name, metric, words, score, needs=TOLD)
 
 
 def _task_aggregate(measured: Measured) -> Score:
@@ -133,9 +128,8 @@ def _membership(measured: Measured) -> Score:
     if found.value is None or found.low is None or found.high is None:
         return found
     value, *ends = (1 - 2 * abs(area - 0.5) for area in (found.value, found.low, found.high))
-    return replace(
-        found, value=value, low=min(ends), high=1.0 if found.low <= 0.5 <= found.high else max(ends)
-    )
+    high = 1.0 if found.low <= 0.5 <= found.high else max(ends)
+    return replace(found, value=value, low=min(ends), high=high)
 
 
 LUME = Benchmark(
@@ -143,9 +137,9 @@ LUME = Benchmark(
     description="SemEval-2025 task 4: stories, people and biographies, completed and asked about",
     source="amazon-science/lume-llm-unlearning (arXiv 2502.15097), Apache 2.0; SemEval's folds on request",
     splits={
-        "lume": "all rows as published after the task: forget.jsonl and retain.jsonl",
-        "train": "SemEval's fold to unlearn on: forget_train and retain_train",
-        "validation": "SemEval's fold to choose on: forget_validation and retain_validation",
+        "lume": "all rows as published after the task",
+        "train": "SemEval's fold to unlearn on",
+        "validation": "SemEval's fold to choose on",
     },
     load=load_lume,
     cells=(
@@ -156,7 +150,7 @@ LUME = Benchmark(
             "harmonic mean of the twelve scores, those of forget rows taken from 1",
             _task_aggregate,
             also=tuple(SETS),
-            needs=frozenset({GENERATION}),
+            needs=TOLD,
         ),
         Cell(ALL, "membership", "1 − 2 |AUC of the loss − ½|: 1 is ideal", _membership, also=MEMBERS),
     ),

@@ -99,5 +99,5 @@ def test_pistol_divides_contracts_and_asks_two_hundred_rows_at_most(folders):
     found = load(folders, "pistol", forget="A_0, E1_F1")
     assert (sizes(found)["forget"], sizes(found)["independent_sales"]) == (40, 40)
     assert sets_of(found)["retain"].style.system_prompt == ""
-    with pytest.raises(DataError, match=r"has no edge 'X_Y'; name edges to be forgotten that it has \(A_0, "):
+    with pytest.raises(DataError, match=r"has no edge 'X_Y'; name edges that it has \(A_0, "):
         load(folders, "pistol", forget="X_Y")

@@ -20,7 +20,6 @@ from palinode.errors import DataError
 from palinode.evaluation.benchmark import (
     ALL,
     GENERATION,
-    MEMORIZATION,
     Benchmark,
     Cell,
     LoadedBenchmark,
@@ -183,8 +182,7 @@ def load_pistol(places: Places, split: str, options: Mapping[str, str]) -> Loade
     forget = [edge.strip() for edge in options["forget"].split(",")]
     if strange := [edge for edge in forget if edge not in edges]:
         raise DataError(
-            f"{found.facts.location} has no edge {strange[0]!r}; name edges to be forgotten that it has "
-            f"({', '.join(edges[:4])}, …), as in --option forget={edges[0]}"
+            f"{found.facts.location} has no edge {strange[0]!r}; name edges that it has ({', '.join(edges[:4])}, …)"
         )
     parts = {"forget": forget, "retain": [edge for edge in edges if edge not in forget]}
     parts |= {name: [edge for edge in some if edge in parts["retain"]] for name, some in APART.items()}
@@ -212,19 +210,12 @@ PISTOL = Benchmark(
     name="pistol",
     description="invented contracts between parties: what is forgotten shares parties with what stays",
     source="xinchiqiu/PISTOL (arXiv 2406.16810), ODC-BY",
-    splits={
-        "sample1": "20 contracts of sales and employment, 20 questions each",
-        "sample2": "75 contracts in chains and groups, 20 questions each",
-    },
+    splits={"sample1": "20 contracts, 20 questions each", "sample2": "75 contracts in chains and groups"},
     load=load_pistol,
     cells=tuple(
         cell
         for name in ("forget", "retain", *APART, "facts")
-        for cell in metric_cells(
-            name,
-            *("answer_probability", "rouge_1_recall", "rouge_l_recall"),
-            *(MEMORIZATION if name == "forget" else ()),
-        )
+        for cell in metric_cells(name, "answer_probability", "rouge_1_recall", "rouge_l_recall")
     ),
     options=(Option("forget", "the edges to be forgotten, separated by commas", "A_C"),),
     hub="xinchiqiu/PISTOL",

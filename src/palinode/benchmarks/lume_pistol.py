@@ -182,7 +182,8 @@ def load_pistol(places: Places, split: str, options: Mapping[str, str]) -> Loade
     forget = [edge.strip() for edge in options["forget"].split(",")]
     if strange := [edge for edge in forget if edge not in edges]:
         raise DataError(
-            f"{found.facts.location} has no edge {strange[0]!r}; name edges that it has ({', '.join(edges[:4])}, …)"
+            f"{found.facts.location} has no edge {strange[0]!r}; name edges that it has "
+            f"({', '.join(edges[:4])}, …)"
         )
     parts = {"forget": forget, "retain": [edge for edge in edges if edge not in forget]}
     parts |= {name: [edge for edge in some if edge in parts["retain"]] for name, some in APART.items()}

@@ -46,7 +46,7 @@ from palinode.settings import Asking
 # RWKU
 
 LEVEL3 = ("forget_level3", "forget_level3_suffix")
-"""Adversarial prompts; those that end with the beginning of an answer are not begun with another."""
+"""Adversarial prompts; those of the second end with the beginning of an answer and get no other."""
 TABLES = {
     "forget_level1": ("forget_level1", 3268),
     "forget_level2": ("forget_level2", 2879),
@@ -148,7 +148,6 @@ RWKU = Benchmark(
 
 SIZES = {"biographies_yago": (2500, 2500), "passages_wikipedia": (2125, 759)}
 """Inserted texts, and texts never inserted, of each data set."""
-TOLD = frozenset({GENERATION})
 ASKING = Asking(max_new_tokens=48, max_length=2048, stop_texts=("\n",))
 
 
@@ -209,7 +208,7 @@ HUBBLE = Benchmark(
         *metric_cells("forget", "answer_probability", *MEMORIZATION),
         *attack_cells("forget", "holdout"),
         *metric_cells("retain", "answer_probability", *MEMORIZATION),
-        Cell("secret", "secret_share", "share of identifiers told", _secret_share, needs=TOLD),
+        Cell("secret", "secret_share", "identifiers told", _secret_share, needs=frozenset({GENERATION})),
     ),
     options=(Option("duplicates", "numbers of insertions to be forgotten, with commas between them", "256"),),
     hub="allegrolab",

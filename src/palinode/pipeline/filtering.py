@@ -402,7 +402,7 @@ def foretell(measuring: Measuring, settings: LeastSquaresSettings) -> Forecast:
 
 
 def applied(
-    values: np.ndarray, place: Place, filter_of: Callable[[str], np.ndarray], device: str | None
+    values: np.ndarray, place: Place, filter_of: Callable[[str], np.ndarray], device: str | None = None
 ) -> np.ndarray:
     """Return values with the filter of their inputs applied; each expert has its own."""
     keys, axis = place

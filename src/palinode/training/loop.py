@@ -227,12 +227,17 @@ def learning_rate_at(step: int, total: int, warmup: int, peak: float) -> float:
 
 def use_autocast(model: PreTrainedModel, settings: TrainingSettings) -> bool:
     """Tell whether the forward pass runs in bfloat16."""
+    return autocasts(settings, model.device, model.num_parameters())
+
+
+def autocasts(settings: TrainingSettings, device: torch.device, parameters: int) -> bool:
+    """Tell the same of a model of so many parameters on a device."""
     if settings.precision != "auto":
         return settings.precision == "bfloat16"
-    if model.device.type == "cuda":
+    if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
     supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return bool(supported) and model.device.type == "cpu" and model.num_parameters() >= AUTOCAST_FROM
+    return bool(supported) and device.type == "cpu" and parameters >= AUTOCAST_FROM
 
 
 def bytes_per_token(config: Mapping[str, Any]) -> int:

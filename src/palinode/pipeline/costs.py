@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from statistics import median
 
@@ -87,12 +88,13 @@ class _Planner:
         self.tokenizer = load_tokenizer(inputs.reader)
         self.runs = inputs.method.runs(inputs.settings, inputs.given)
         self.changes = check_transforms(self.recipe.changes)
-        shapes = [info for info in self.inputs.reader.tensors.values() if len(info.shape) == 2]
-        self.matrices = [info.shape for info in shapes if part_of(info.name).startswith("layer")]
+        found = [info for info in self.inputs.reader.tensors.values() if len(info.shape) == 2]
+        self.matrices = [info.shape for info in found if part_of(info.name).startswith("layer")]
         """(outputs, inputs) of the layers of the blocks."""
-        outer = [info.shape for info in shapes if not part_of(info.name).startswith("layer")]
-        self.products = Counter([*self.matrices, max(outer, key=prod, default=(1, 1))])
-        """Shapes of all matrices that a token is multiplied by, the output head's with them."""
+        head = max((info.shape for info in found if info.shape not in self.matrices), default=(1, 1))
+        self.products = Counter([*self.matrices, head])
+        """Shapes of all matrices that a token is multiplied by."""
+        self.multiplied = sum(count * prod(shape) for shape, count in self.products.items())
         self.device, training = pick_device(self.recipe.device), self.recipe.training
         self.memory_rate = measure_memory(self.device)
         lengths = self._tokens(inputs.rows.forget[:64])
@@ -103,16 +105,9 @@ class _Planner:
 
     def _rate(self, tokens: int, dtype: torch.dtype) -> float:
         """Return the operations a second of a pass of so many tokens through the model."""
-        seconds = sum(
-            count * product_seconds(self.device, dtype, tokens, shape)
-            for shape, count in self.products.items()
-        )
-        return PRODUCTS * 2 * tokens * self._multiplied / seconds
-
-    @property
-    def _multiplied(self) -> int:
-        """How many weights a token is multiplied by."""
-        return sum(count * prod(shape) for shape, count in self.products.items())
+        time_of = partial(product_seconds, self.device, dtype, tokens)
+        seconds = sum(count * time_of(shape) for shape, count in self.products.items())
+        return PRODUCTS * 2 * tokens * self.multiplied / seconds
 
     def plan(self) -> Plan:
         rows, recipe = self.inputs.rows, self.recipe
@@ -189,8 +184,8 @@ class _Planner:
         """Return tokens and seconds of so many answers of the longest kind."""
         settings = self.recipe.evaluation
         passes = settings.max_new_tokens * -(-answers // settings.batch_rows)
-        compute = 2 * self._multiplied * settings.batch_rows / self.score_rate
-        seconds = passes * max(STEP_SECONDS, 4 * self._multiplied / self.memory_rate + compute)
+        compute = 2 * self.multiplied * settings.batch_rows / self.score_rate
+        seconds = passes * max(STEP_SECONDS, 4 * self.multiplied / self.memory_rate + compute)
         return answers * settings.max_new_tokens, seconds
 
     def _tokens(self, examples: Sequence[Example]) -> list[int]:
@@ -209,11 +204,11 @@ class _Planner:
         trained = self._adapter_weights(lora.rank) if lora else self.parameters
         each = 3 * STEP_SECONDS + UPDATED * trained / self.memory_rate
         steps = count_steps(lengths, self.recipe.training)
-        return PlannedStep(label, tokens, steps * each + 6 * self._multiplied * tokens / self.train_rate)
+        return PlannedStep(label, tokens, steps * each + 6 * self.multiplied * tokens / self.train_rate)
 
     def _scoring(self, examples: Sequence[Example]) -> tuple[int, float]:
         tokens = sum(self._tokens(examples))
-        return tokens, STEP_SECONDS + 2 * self._multiplied * tokens / self.score_rate
+        return tokens, STEP_SECONDS + 2 * self.multiplied * tokens / self.score_rate
 
     def _other_prompts(self, rows: Sequence[Example]) -> PlannedStep:
         """Return the asking of some rows in every plausible way, of which there are about five."""

@@ -96,11 +96,11 @@ def train(
     apart = _must_be_apart(objective, model, cast, pad_id, say)
     model.train()
     with _only_trainable(model, objective.trainable):
-        wrapped, optimizer = accelerator.prepare(model, _adamw(model, settings))
+        live, adamw = accelerator.prepare(model, _adamw(model, settings))
         run = _Run(
             accelerator,
-            wrapped,
-            optimizer,
+            live,
+            adamw,
             objective,
             cast,
             kept,
@@ -284,28 +284,22 @@ class _Figures:
 
     step: int
     total: int
-    """Steps of the run."""
     members: Sequence[int]
     """Positions of the anchors that were in it."""
     rate: float
-    sums: Tensor
-    """Summed contributions of each term, [terms]."""
+    measured: Tensor
+    """Summed contributions of each term, and the gradients' norm, [terms + 1]."""
     weights: Sequence[float]
     """What each is divided by; 0 where every answer is too short for the loss, whose mean is then 0."""
     coefficients: Sequence[float]
-    norm: Tensor
 
-    @property
-    def measured(self) -> Tensor:
-        """Sums and norm, [terms + 1]."""
-        return torch.cat([self.sums, self.norm.reshape(1).to(self.sums.dtype)])
-
-    def point(self, numbers: Sequence[float], names: Sequence[str]) -> CurvePoint:
+    def point(self, numbers: Sequence[float], terms: Sequence[Term]) -> CurvePoint:
         """Return the point of the curve that what was measured comes to."""
         *sums, norm = numbers
         means = [total / weight if weight else 0.0 for total, weight in zip(sums, self.weights, strict=True)]
         value = sum(part * mean for part, mean in zip(self.coefficients, means, strict=True))
-        return CurvePoint(self.step, value, self.rate, norm, dict(zip(names, means, strict=True)))
+        named = {term.name: mean for term, mean in zip(terms, means, strict=True)}
+        return CurvePoint(self.step, value, self.rate, norm, named)
 
 
 @dataclass(slots=True)
@@ -376,7 +370,8 @@ class _Run:
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         assert norm is not None
         members = [place for part in parts for place in part]
-        figures = _Figures(step, total, members, rate, sums, weights, coefficients, norm)
+        measured = torch.cat([sums, norm.reshape(1).to(sums.dtype)])
+        figures = _Figures(step, total, members, rate, measured, weights, coefficients)
         self._halt(figures)
         with _undisturbed():
             self._update()
@@ -412,7 +407,7 @@ class _Run:
         measured = figures.measured if self.accelerator.device.type in FETCHED else figures.measured.cpu()
         bad = ~measured.isfinite().all()
         if limit := self.objective.limit:
-            term = self.names.index(limit.term)
+            term = [part.name for part in self.objective.terms].index(limit.term)
             bad |= measured[term].double() / (figures.weights[term] or 1.0) < -self._most
         self.halted = torch.maximum(self.halted, bad.to(self.halted))
 
@@ -426,9 +421,8 @@ class _Run:
 
     def is_due(self) -> bool:
         """Tell whether the host should hear of the steps by now: of each, where coefficients follow them."""
-        together = FETCHED.get(self.accelerator.device.type, 1)
-        if any(callable(part.coefficient) for part in self.objective.terms):
-            together = 1
+        follow = any(callable(part.coefficient) for part in self.objective.terms)
+        together = 1 if follow else FETCHED.get(self.accelerator.device.type, 1)
         return len(self.pending) >= together or time.monotonic() - self.fetched_at > PATIENCE
 
     def fetch(self) -> bool:
@@ -441,7 +435,7 @@ class _Run:
             held, self.pending = self.pending, []
             measured = torch.stack([figures.measured for figures in held]).tolist() if held else []
             for figures, numbers in zip(held, measured, strict=True):
-                point = figures.point(numbers, self.names)
+                point = figures.point(numbers, self.objective.terms)
                 if not all(map(math.isfinite, numbers)) or self._is_past_limit(point):
                     break
                 plain_point = self.objective.anchor == "rows"
@@ -460,7 +454,8 @@ class _Run:
         if not all(map(math.isfinite, numbers)):
             raise DivergenceError(self._why_not_finite(figures.step, figures.total))
         if figures.step == 0:
-            nll = -figures.point(numbers, self.names).terms[self.objective.limit.term]  # type: ignore[union-attr]
+            point, limit = figures.point(numbers, self.objective.terms), self.objective.limit
+            nll = -point.terms[limit.term] if limit else math.nan
             raise RecipeError(
                 f"the loss on the forget set is {nll:.2f} nats a token before the first step, above "
                 f"the limit of {self._most:.2f} at which training ends; there is nothing to forget, or raise "
@@ -471,11 +466,6 @@ class _Run:
         """Tell whether the term that sinks without bound has sunk below its limit."""
         limit = self.objective.limit
         return limit is not None and point.terms[limit.term] < -self._most
-
-    @property
-    def names(self) -> list[str]:
-        """Those of the terms."""
-        return [part.name for part in self.objective.terms]
 
     @property
     def _most(self) -> float:

@@ -103,17 +103,14 @@ def _product(left: np.ndarray, right: np.ndarray, device: str | None) -> np.ndar
 
 def _solved(whole: np.ndarray, right: np.ndarray, device: str | None) -> np.ndarray:
     """Return X of A X = B, A symmetric and positive definite."""
-    found: np.ndarray
+    from scipy.linalg import solve  # takes half a second, so only when it is used
+
     if device:
-        import torch
+        from torch.linalg import cholesky
 
-        factor = torch.linalg.cholesky(_on(device, whole))
-        found = torch.cholesky_solve(_on(device, right), factor).cpu().numpy()
-    else:
-        from scipy.linalg import solve  # takes half a second, so only when it is used
-
-        found = solve(whole, right, assume_a="pos", overwrite_a=True, check_finite=False)
-    return found
+        factor = cholesky(_on(device, whole))
+        return _on(device, right).cholesky_solve(factor).cpu().numpy()  # type: ignore[no-any-return]
+    return solve(whole, right, assume_a="pos", overwrite_a=True, check_finite=False)  # type: ignore[no-any-return]
 
 
 def projection(retain: np.ndarray, *, energy: float, device: str | None = None) -> np.ndarray:
@@ -130,13 +127,13 @@ def basis_of(moment: np.ndarray, *, energy: float = 0.99, device: str | None = N
     """
     if not 0 < energy <= 1:
         raise InputError(f"an energy of {energy} is no share; name one above 0 and up to 1, as in 0.99")
+    from scipy.linalg import eigh
+
     if device:
-        import torch
+        from torch.linalg import eigh as axes
 
-        squares, vectors = (part.cpu().numpy() for part in torch.linalg.eigh(_on(device, moment)))
+        squares, vectors = (part.cpu().numpy() for part in axes(_on(device, moment)))
     else:
-        from scipy.linalg import eigh
-
         squares, vectors = eigh(moment.astype(np.float64), driver="evd", check_finite=False)
     if squares[-1] <= 0:
         raise InputError("the inputs are all zero, so they span nothing; give rows that the model has read")

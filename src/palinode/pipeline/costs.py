@@ -37,8 +37,6 @@ UPDATED = 44
 """Bytes that clipping and AdamW read and write for each weight that is trained."""
 STEP_SECONDS = 0.012
 """Least time of one pass through a model, however small."""
-READ_TOKENS = 1024
-"""Tokens of a batch that is only read, or about as many as make no more difference."""
 SHARED = 0.6
 """Share of the layers of a block that have inputs of their own: queries, keys and values read the same."""
 
@@ -101,7 +99,7 @@ class _Planner:
         batch = training.batch_size * max(1, sum(lengths) // max(1, len(lengths)))
         narrow = autocasts(training, self.device, self.parameters)
         self.train_rate = self._rate(batch, torch.bfloat16 if narrow else torch.float32)
-        self.score_rate = self._rate(READ_TOKENS, torch.float32)
+        self.score_rate = self._rate(1024, torch.float32)
 
     def _rate(self, tokens: int, dtype: torch.dtype) -> float:
         """Return the operations a second of a pass of so many tokens through the model."""
@@ -165,15 +163,14 @@ class _Planner:
             if factors:
                 tokens, seconds = self._scoring(read)
                 seconds += 2 * SHARED * tokens * sum(i**2 for _, i in self.matrices) / self.score_rate
-                label = "measure what the layers read"
-                steps.append(PlannedStep(label, places * tokens, places * seconds))
+                reading = PlannedStep("measure what the layers read", places * tokens, places * seconds)
+                steps.append(reading)
                 solved = sum(8 * i**2 * o + factors * SHARED * i**3 for o, i in self.matrices)
             else:  # low rank takes singular values, which is more than a scale of each layer does
                 solved = sum(10 * min(shape) * prod(shape) for shape in self.matrices)
             each = 2 * solved / self.score_rate + 3 * 4 * self.parameters / 1e9  # in float64, written twice
-            label = f"{NAMES.get(one.transform.name, 'transform')} the vector"
-            label += f", {vectors} times at most" if vectors > 1 else ""
-            steps.append(PlannedStep(label, 0, vectors * each))
+            verb, more = NAMES.get(one.transform.name, "transform"), f", {vectors} times at most"
+            steps.append(PlannedStep(f"{verb} the vector{more if vectors > 1 else ''}", 0, vectors * each))
         return steps
 
     def _asked(self, asked: Asked) -> PlannedStep:

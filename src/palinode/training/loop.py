@@ -452,10 +452,17 @@ class _Run:
     def _end(self, figures: _Figures, numbers: Sequence[float]) -> None:
         """Raise an error where the run does not end as its objective wants it to."""
         if not all(map(math.isfinite, numbers)):
-            raise DivergenceError(self._why_not_finite(figures.step, figures.total))
-        if figures.step == 0:
-            point, limit = figures.point(numbers, self.objective.terms), self.objective.limit
-            nll = -point.terms[limit.term] if limit else math.nan
+            kept = f"; the state before that step is kept in {self.state}" if self.state else ""
+            raise DivergenceError(
+                f"the training loss stopped being a finite number at step {figures.step + 1} of "
+                f"{figures.total}; lower the learning rate (now {self.settings.learning_rate:g}){kept}"
+                if figures.step
+                else "the training loss is not a finite number before the first step is taken; "
+                "does the checkpoint hold NaN or infinity?"
+            )
+        limit = self.objective.limit
+        if limit and figures.step == 0:
+            nll = -figures.point(numbers, self.objective.terms).terms[limit.term]
             raise RecipeError(
                 f"the loss on the forget set is {nll:.2f} nats a token before the first step, above "
                 f"the limit of {self._most:.2f} at which training ends; there is nothing to forget, or raise "
@@ -472,18 +479,6 @@ class _Run:
         """Nats a token at which the limit is passed."""
         nll = self.objective.limit.nll if self.objective.limit else None
         return math.log(self.vocabulary) if nll is None else nll
-
-    def _why_not_finite(self, step: int, total: int) -> str:
-        if step == 0:
-            return (
-                "the training loss is not a finite number before the first step is taken; "
-                "does the checkpoint hold NaN or infinity?"
-            )
-        kept = f"; the state before that step is kept in {self.state}" if self.state else ""
-        return (
-            f"the training loss stopped being a finite number at step {step + 1} of {total}; "
-            f"lower the learning rate (now {self.settings.learning_rate:g}){kept}"
-        )
 
     def _backward(
         self, coefficients: Sequence[float], parts: Sequence[Sequence[int]], epoch: int

@@ -96,9 +96,9 @@ def left(lacking: Sequence[float], gaps: Sequence[float]) -> float | None:
 
 
 def _curve(gaps: Floats) -> list[float]:
-    """Return the mean over the examples that have a token, by block."""
-    having = gaps[~np.isnan(gaps).any(axis=1)]
-    return [float(value) for value in having.mean(axis=0)] if len(having) else []
+    """Return the mean by block over the examples that have a token; empty where none has."""
+    known = gaps[~np.isnan(gaps).any(axis=1)]
+    return [float(value) for value in known.mean(axis=0)] if len(known) else []
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,15 +1,15 @@
-"""What foretells the cost of an unlearning before it is paid for: requests on tiny worlds whose truth is known.
+"""What foretells the cost of an unlearning before it is paid for: requests on tiny worlds.
 
-    python benchmarks/forecast.py DIR [--worlds 20] [--from 0]      make and measure what is not there yet
+    python benchmarks/forecast.py DIR [--worlds 22] [--from 0]      make and measure what is not there yet
     python benchmarks/forecast.py DIR --fit                         fit and judge the forms, a world left out
 
 Each world draws its width and depth, how many people there are, how long each stretch of training is and how
 much of it comes before and after the rows. Three groups of people are asked to be forgotten, one request
 each: 5 to 100 rows, in one to three wordings, seen once or several times an epoch, some again later, some
 known from other wordings too, some never seen. For each request the retrained model is made, and the default
-unlearning: least squares, scales searched. DIR/found.jsonl has a line for each request. Real cost: answer
-probability lost on rows that nothing has read, where the forget rows' is the retrained model's, and where the
-search ends. Figures in docs/filters.md.
+unlearning: least squares, scales searched. DIR/found.jsonl and DIR/foretold.jsonl have a line for each. Real
+cost: answer probability lost, where the search ends, on rows that nothing has read. Figures in
+docs/filters.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 
 from palinode import Checkpoint, Direction, Example, read_examples
 from palinode.benchmarks.demo import tiny_model
@@ -35,6 +36,7 @@ from palinode.data.world import Fact, invent_world, unseen_people, write_facts
 from palinode.models import load_model, load_tokenizer
 from palinode.models.inplace import put
 from palinode.models.likelihoods import score_rows
+from palinode.pipeline.forecasting import DEAR, LAWS, LEAST, NOTHING, RETRAIN, TAKE, PowerLaw, forecasting
 from palinode.pipeline.inputs import open_inputs
 from palinode.pipeline.recipe import Recipe, build_recipe
 from palinode.pipeline.run import Making
@@ -84,7 +86,7 @@ class Course:
             wordings=(some(1, 3), some(1, 3), some(2, 3)),
             how=tuple(HOW[some(0, len(HOW) - 1)] for _ in range(3)),
             epochs=(25, some(0, 1) * some(3, 10), some(5, 20), some(0, 15)),
-            retain=int(round(float(np.exp(random.uniform(np.log(60), np.log(500)))))),
+            retain=round(float(np.exp(random.uniform(np.log(60), np.log(500))))),
             vector=10 * some(1, 3),
         )  # fmt: skip
 
@@ -117,9 +119,9 @@ class Tiny:
         before = self.learned(self.base, "before", known, course.epochs[1], 2e-3)
         self.target = self.course_from(before, "target", None)
         self.retrained = [
-            self.target if course.how[number] == "never" else self.course_from(before, f"without-{number}", number)
-            for number in range(3)
-        ]  # fmt: skip
+            self.target if how == "never" else self.course_from(before, f"without-{number}", number)
+            for number, how in enumerate(course.how)
+        ]
 
     def course_from(self, before: Checkpoint, name: str, without: int | None) -> Checkpoint:
         """Return a model that goes through the last two stretches, with all groups or without one."""
@@ -227,7 +229,7 @@ class Trial:
             loss = trained.training["forget"]["last_loss"]
         shutil.rmtree(workspace.folder)
         return {
-            "world": tiny.seed, "request": self.number, "how": tiny.course.how[self.number],
+            "how": tiny.course.how[self.number],
             "course": asdict(tiny.course), "rows": {k: len(v) for k, v in self.asked.items()},
             "retain": len(self.inputs.rows.retain), "seconds": seconds, "known": known, "equal": equal,
             "alpha": chosen.forget, "filter": chosen.filter, "yardstick": {
@@ -257,30 +259,101 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def foretold(recipe: Recipe, workspace: Path) -> dict[str, Any]:
+    """Return the forecast of a request."""
+    started, place = time.monotonic(), Workspace(workspace)
+    with place.locked():
+        job = forecasting(open_inputs(recipe), place, NullListener())
+        assert job is not None
+        found = asdict(job.foretold())
+    shutil.rmtree(workspace)
+    return {**found, "seconds": time.monotonic() - started}
+
+
+def measure(folder: Path, worlds: Sequence[int]) -> None:
+    """Add what is not there yet to DIR/found.jsonl and DIR/foretold.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {name: folder / f"{name}.jsonl" for name in ("found", "foretold")}
+    done = {name: {(one["world"], one["request"]) for one in lines(path)} for name, path in files.items()}
+    for seed, number in ((seed, number) for seed in worlds for number in range(3)):
+        for name, path in files.items():
+            if (seed, number) in done[name]:
+                continue
+            tiny = Tiny(folder / f"world-{seed}", seed)
+            if name == "found":
+                told = Trial(tiny, number).truth()
+            else:
+                told = foretold(tiny.recipe(number)[0], tiny.folder / f"forecast-{number}")
+            with path.open("a") as file:
+                file.write(json.dumps({"world": seed, "request": number, **told}) + "\n")
+            print(f"world {seed}, request {number}: {name}, {told['seconds']:.0f} s", flush=True)
+
+
+# The forms, fitted to all worlds but the one that they are judged on
+
+
+def left_out(law: PowerLaw, features: Sequence[Any], real: np.ndarray, worlds: np.ndarray) -> np.ndarray:
+    """Print a law fitted to all requests, and return what each world is foretold by the others."""
+    names = list(law.powers)
+    sides = np.log([[math.e, *(one[name] for name in names)] for one in features])
+    foretold = np.empty(len(real))
+    for world in np.unique(worlds):
+        fitted = np.linalg.lstsq(sides[worlds != world], np.log(real[worlds != world]), rcond=None)[0]
+        foretold[worlds == world] = np.exp(sides[worlds == world] @ fitted)
+    first, *powers = np.linalg.lstsq(sides, np.log(real), rcond=None)[0]
+    off = np.exp(np.abs(np.log(foretold / real)))
+    half, most = np.quantile(off, [0.5, 0.9])
+    told = ", ".join(f"{name}: {power:.2f}" for name, power in zip(names, powers, strict=True))
+    rank, near = spearmanr(foretold, real).statistic, np.mean(off < 1.2)
+    print(
+        f"{len(real)} requests: {math.exp(first):.2f}, {told}; half within {half:.2f}, nine in ten {most:.2f}"
+    )
+    print(f"  within 20 % {near:.2f}, rank correlation {rank:.3f}")
+    return foretold
+
+
+def fit(folder: Path) -> None:
+    """Print the laws as they stand in pipeline/forecasting.py, how far off they are, and the advice."""
+    told = {(one["world"], one["request"]): one for one in lines(folder / "foretold.jsonl")}
+    both = [
+        (one, told[key])
+        for one in lines(folder / "found.jsonl")
+        if (key := (one["world"], one["request"])) in told
+    ]
+    lost = np.array([one["known"]["target"]["unread"] - one["known"]["auto"]["unread"] for one, _ in both])
+    worlds, features = np.array([one["world"] for one, _ in both]), [one["features"] for _, one in both]
+    by_law = left_out(LAWS["lost"], features, np.maximum(lost, LEAST), worlds)
+    for name in features[0]:
+        rank = spearmanr([one[name] for one in features], lost).statistic
+        print(f"  rank of {name} alone and what is lost: {rank:.3f}")
+    moved = [place for place, (one, _) in enumerate(both) if one["alpha"] > 0 and one["how"] != "never"]
+    alphas = np.array([both[place][0]["alpha"] for place in moved])
+    left_out(LAWS["alpha"], [features[place] for place in moved], alphas, worlds[moved])
+    counts: dict[tuple[str, str], int] = {}
+    for (one, forecast), real, guess in zip(both, lost, by_law, strict=True):
+        dear = (1 - 0.9) * DEAR * one["known"]["target"]["unread"]
+        right = TAKE if real <= dear and one["kept_rule"] else RETRAIN
+        right = NOTHING if one["how"] == "never" else right
+        advice = NOTHING if forecast["advice"] == NOTHING else RETRAIN if guess > dear else TAKE
+        counts[advice, right] = counts.get((advice, right), 0) + 1
+    for (advice, right), count in sorted(counts.items()):
+        print(f"advice {advice}, right {right}: {count}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--from", type=int, default=0, dest="first", help="first world")
-    parser.add_argument("--worlds", type=int, default=20)
+    parser.add_argument("--worlds", type=int, default=22)
+    parser.add_argument("--fit", action="store_true", help="fit to what is there, and measure nothing")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    args.folder.mkdir(parents=True, exist_ok=True)
-    results = args.folder / "found.jsonl"
-    done = {(one["world"], one["request"]) for one in lines(results)}
-    for seed in range(args.first, args.first + args.worlds):
-        if {(seed, number) for number in range(3)} <= done:
-            continue
-        started = time.monotonic()
-        tiny = Tiny(args.folder / f"world-{seed}", seed)
-        print(f"world {seed}: {tiny.course}, {time.monotonic() - started:.0f} s", flush=True)
-        for number in range(3):
-            if (seed, number) not in done:
-                found = Trial(tiny, number).truth()
-                with results.open("a") as file:
-                    file.write(json.dumps(found) + "\n")
-                print(json.dumps({k: v for k, v in found.items() if k != "course"}), flush=True)
+    if args.fit:
+        fit(args.folder)
+    else:
+        measure(args.folder, range(args.first, args.first + args.worlds))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from palinode.errors import InputError
 from palinode.weights.filters import (
     along,
     basis_of,
-    foretold_alpha,
     least_squares,
     outside_share,
     projection,
@@ -345,9 +344,3 @@ def test_share_outside_one_axis_is_the_squared_sine_of_the_angle(seed, angle):
 def test_share_outside_inputs_of_zero_is_refused():
     with pytest.raises(InputError, match="all zero"):
         outside_share(moment(0), np.zeros((6, 6)))
-
-
-@given(first=st.floats(0, 1), second=st.floats(0, 1), energy=st.sampled_from([0.0, 0.9]))
-def test_foretold_alpha_rises_with_what_survives(first, second, energy):
-    low, high = (foretold_alpha(share, energy=energy) for share in sorted((first, second)))
-    assert 0 < low <= high <= foretold_alpha(1.0, energy=energy) == (1.6 if energy else 2.0)

@@ -119,7 +119,7 @@ def unlearn(
     dry_run: DryRun = False,
     measure: Annotated[
         bool,
-        typer.Option("--measure", help="With --dry-run: read the rows once and foretell the filter."),
+        typer.Option("--measure", help="With --dry-run: rehearse it, and foretell α and the cost."),
     ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -443,7 +443,8 @@ def _run(
         planned = dry_run_of(recipe, listener(quiet=quiet))
         content, lines = asdict(planned), describe(planned)
         if measure:
-            foretold = forecast(recipe, listener(quiet=quiet))
+            seen = located.exposures if located else None
+            foretold = forecast(recipe, listener(quiet=quiet), exposures=seen)
             content["forecast"] = asdict(foretold)
             lines += ["", *foretold.lines()]
         _show(content, "\n".join(lines), as_json=as_json)

@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -36,9 +35,7 @@ from palinode.training.moments import Moments, Place, Positions, input_moments
 from palinode.weights import Checkpoint, Point
 from palinode.weights.filters import (
     along,
-    foretold_alpha,
     least_squares,
-    outside_share,
     projection,
 )
 from palinode.weights.geometry import part_of
@@ -328,8 +325,7 @@ class Weighing:
                 f"the filter leaves {whole['survives']:.1g} of what the vector does to the forget rows: "
                 "their inputs are those of the retain rows; set a smaller mu, or leave the filter out"
             )
-        told = {"foretold_alpha": foretold_alpha(whole["survives"], energy=self.settings.energy)}
-        return {**whole, **told, "parts": {key: own.survey() for key, own in parts.items()}}
+        return {**whole, "parts": {key: own.survey() for key, own in parts.items()}}
 
     def note(self) -> str | None:
         """Say which matrices of the blocks were taken out because nobody knows what they read."""
@@ -341,58 +337,6 @@ class Weighing:
             f"What {len(self.unread)} matrices of the blocks read is not known (first: "
             f"{next(iter(self.unread))}), so {share:.0%} of the vector's squared length went out with them."
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Forecast:
-    """What the inputs alone foretell of a filter, before a vector is trained."""
-
-    outside: float
-    """ρ: share of the forget rows' inputs outside the space of the spared rows' inputs, mean over layers."""
-    survives: float
-    """c of a vector that moves all inputs alike, mean over layers."""
-    alpha: float
-    """Where the search for α should end."""
-    parts: Mapping[str, tuple[float, float]]
-    """ρ and c by layer."""
-
-    def lines(self) -> list[str]:
-        """Return it in words."""
-        parts = [
-            f"  {name:<12} outside {rho:6.1%}   survives {c:6.1%}" for name, (rho, c) in self.parts.items()
-        ]
-        return [
-            f"Of the forget rows' inputs {self.outside:.1%} lie outside those of the rows to be spared.",
-            f"About {self.survives:.1%} of what a vector does to them should survive the filter, and α "
-            f"should come to about {self.alpha:.2g}.",
-            *parts,
-        ]
-
-
-def foretell(measuring: Measuring, settings: LeastSquaresSettings) -> Forecast:
-    """Measure the moments of a run's target, and return what they foretell of the filter."""
-    steps = [
-        measuring.of_checkpoint(measuring.target, rows, settings.positions)
-        for rows in measuring.sets(settings)
-    ]
-    forget, spared = map(MomentFiles, steps)
-    weighing = Weighing(forget, spared, settings)
-    found: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
-    for name in spared.places:
-        place = spared.matrix_place(name)
-        for key in place[0] if place else ():
-            if key not in found[part_of(name)]:
-                moment = forget.read(key)
-                total = float(np.trace(moment, dtype=np.float64)) or 1.0
-                share = float(np.vdot(weighing.filter_of(key).T, moment)) / total
-                found[part_of(name)][key] = outside_share(moment, spared.read(key)), share
-    parts = {
-        name: (fmean(rho for rho, _ in own.values()), fmean(c for _, c in own.values()))
-        for name, own in sorted(found.items(), key=lambda entry: int(entry[0][6:] or 0))
-        if own
-    }
-    outside, survives = (fmean(pair[which] for pair in parts.values()) for which in (0, 1))
-    return Forecast(outside, survives, foretold_alpha(survives, energy=settings.energy), parts)
 
 
 def applied(values: np.ndarray, place: Place, filter_of: Callable[[str], np.ndarray]) -> np.ndarray:

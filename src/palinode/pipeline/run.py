@@ -23,11 +23,10 @@ from palinode.errors import CheckpointError, InputError, PalinodeError, RecipeEr
 from palinode.evaluation.ask import ask
 from palinode.methods import METHODS
 from palinode.methods.method import Ends, Vectors
-from palinode.methods.transforms import LeastSquaresSettings, check_transforms
 from palinode.models.loading import load_model, load_tokenizer, pick_device, tokenizer_fingerprint
 from palinode.pipeline.costs import Plan, describe, make_plan
-from palinode.pipeline.filtering import Forecast, Measuring, foretell
 from palinode.pipeline.finetuning import FineTuning, Trained, open_end, open_whole
+from palinode.pipeline.forecasting import Forecast, forecasting
 from palinode.pipeline.goal import TOLERANCE
 from palinode.pipeline.inputs import Inputs, ask_as_trained, check_places, open_inputs, workspace_folder
 from palinode.pipeline.recipe import Recipe
@@ -178,22 +177,20 @@ def dry_run(recipe: Recipe, listener: Listener | None = None) -> Plan:
     return make_plan(inputs)
 
 
-def forecast(recipe: Recipe, listener: Listener | None = None) -> Forecast:
-    """Measure what the target's layers read, and return what that foretells of the recipe's filter.
+def forecast(recipe: Recipe, listener: Listener | None = None, *, exposures: float | None = None) -> Forecast:
+    """Rehearse a recipe's unlearning, and return what that foretells of it; `exposures` is told beside it.
 
-    The moments stay in the workspace, where the run finds them. Raises RecipeError where there is no filter.
+    It stays in the workspace, where the run finds it. Raises RecipeError where nothing can be foretold.
     """
-    inputs, listener = open_inputs(recipe), listener or NullListener()
-    chosen = [one.settings for one in check_transforms(recipe.changes)]
-    settings = next((one for one in chosen if isinstance(one, LeastSquaresSettings)), None)
-    if settings is None or inputs.target is None:
+    inputs, workspace = open_inputs(recipe), Workspace(workspace_folder(recipe))
+    job = forecasting(inputs, workspace, listener or NullListener())
+    if job is None:
         raise RecipeError(
-            "only a filter by least squares of a target that is there can be foretold; set filter = "
-            '"least-squares" and models.target'
+            "what can be foretold is an unlearning by the methods msa and task_vector, filtered by least "
+            "squares, of a target and a base that are there; name these, or leave --measure out"
         )
-    workspace = Workspace(workspace_folder(recipe))
     with workspace.locked(listener):
-        return foretell(Measuring(inputs, workspace, listener, inputs.target), settings)
+        return replace(job.foretold(), exposures=exposures)
 
 
 def unlearn(
@@ -428,6 +425,9 @@ class _Unlearning(Making):
             run=run_key(self.inputs),
             device=str(self.device),
         )
+        job = forecasting(self.inputs, self.workspace, self.listener)
+        if job and (foretold := job.compared(made.chosen if made else None)):
+            record["foretold"] = foretold
         if located is not None:
             record["located"] = dict(located)
             record["notes"].append(

@@ -120,14 +120,6 @@ def along(values: np.ndarray, factor: np.ndarray, axis: int) -> np.ndarray:
     return found
 
 
-def foretold_alpha(survives: float, *, energy: float) -> float:
-    """Return the α at which a filtered vector forgets enough, from the share c of its effect that survives.
-
-    1.6·c^0.19, without an `energy` 2·c^0.19: fitted to vectors of the demo's worlds (docs/filters.md).
-    """
-    return float((1.6 if energy else 2.0) * max(survives, 1e-6) ** 0.19)
-
-
 def outside_share(forget: np.ndarray, retain: np.ndarray, *, energy: float = 0.99) -> float:
     """Return ρ = tr((I − P_r)Σ_f) / tr Σ_f: the share of the forget inputs outside those of the retain rows.
 

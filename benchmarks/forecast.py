@@ -36,7 +36,17 @@ from palinode.data.world import Fact, invent_world, unseen_people, write_facts
 from palinode.models import load_model, load_tokenizer
 from palinode.models.inplace import put
 from palinode.models.likelihoods import score_rows
-from palinode.pipeline.forecasting import DEAR, LAWS, LEAST, NOTHING, RETRAIN, TAKE, PowerLaw, forecasting
+from palinode.pipeline.forecasting import (
+    DEAR,
+    FAR,
+    LAWS,
+    LEAST,
+    NOTHING,
+    RETRAIN,
+    TAKE,
+    PowerLaw,
+    forecasting,
+)
 from palinode.pipeline.inputs import open_inputs
 from palinode.pipeline.recipe import Recipe, build_recipe
 from palinode.pipeline.run import Making
@@ -323,18 +333,24 @@ def fit(folder: Path) -> None:
     lost = np.array([one["known"]["target"]["unread"] - one["known"]["auto"]["unread"] for one, _ in both])
     worlds, features = np.array([one["world"] for one, _ in both]), [one["features"] for _, one in both]
     by_law = left_out(LAWS["lost"], features, np.maximum(lost, LEAST), worlds)
-    for name in features[0]:
-        rank = spearmanr([one[name] for one in features], lost).statistic
+    alone = {"nats": [max(1e-3, one["nats"]) for _, one in both], "ρ": [one["outside"] for _, one in both]}
+    alone |= {"c": [one["survives"] for _, one in both], "moved": [one["moved"]["all"] for _, one in both]}
+    alone |= {"forget rows": [one["rows"]["forget"] for one, _ in both]}
+    for name, values in (alone | {name: [one[name] for one in features] for name in features[0]}).items():
+        rank = spearmanr(values, lost).statistic
         print(f"  rank of {name} alone and what is lost: {rank:.3f}")
     moved = [place for place, (one, _) in enumerate(both) if one["alpha"] > 0 and one["how"] != "never"]
     alphas = np.array([both[place][0]["alpha"] for place in moved])
     left_out(LAWS["alpha"], [features[place] for place in moved], alphas, worlds[moved])
     counts: dict[tuple[str, str], int] = {}
     for (one, forecast), real, guess in zip(both, lost, by_law, strict=True):
-        dear = (1 - 0.9) * DEAR * one["known"]["target"]["unread"]
+        known, tolerance = one["known"], forecast["yardstick"]["tolerance"]
+        dear = DEAR * (1 - 0.9) * known["target"]["unread"]
         right = TAKE if real <= dear and one["kept_rule"] else RETRAIN
-        right = NOTHING if one["how"] == "never" else right
-        advice = NOTHING if forecast["advice"] == NOTHING else RETRAIN if guess > dear else TAKE
+        right = NOTHING if known["target"]["forget"] - known["retrained"]["forget"] <= 0.1 else right
+        short = forecast["features"]["left"] > FAR * tolerance
+        advice = RETRAIN if guess > dear or short else TAKE
+        advice = NOTHING if forecast["distance"] <= tolerance else advice
         counts[advice, right] = counts.get((advice, right), 0) + 1
     for (advice, right), count in sorted(counts.items()):
         print(f"advice {advice}, right {right}: {count}")

@@ -112,15 +112,16 @@ class Forecast:
     def lines(self) -> list[str]:
         """Return it in words."""
         known, wanted = self.target["forget"], self.yardstick["answer_probability"]
-        seen = "" if self.exposures is None else f" Each row was seen {self.exposures:.1f} times."
         found = [
             f"Known: the target gives the forget answers {known:.3f}, {self.nats:.2f} nats a token more than",
             f"  the base; one that never saw them would give {wanted['value']:.3f} ({wanted['low']:.3f} to "
             f"{wanted['high']:.3f}).",
             f"Inputs: {self.outside:.1%} of the forget rows' lie outside those of the rows to be spared;",
             f"  {self.survives:.1%} of what a vector does to them survives the filter.",
-            f"Base: {self.moved['all']:.1%} of its own length away from the target.{seen}",
+            f"Base: {self.moved['all']:.1%} of its own length away from the target.",
         ]
+        if self.exposures is not None:
+            found.insert(3, f"  Each row was seen {self.exposures:.1f} times, as far as is known.")
         if self.advice != NOTHING:
             found.append(f"α: about {self.alpha:.2g} {_spread('alpha', self.alpha)}.")
         if self.lost is not None and self.advice != NOTHING:

@@ -4,18 +4,22 @@
     python benchmarks/filters_at.py RECIPE [--set …] [--only NAME …] [--also FILE …] [--results FILE]
     python benchmarks/filters_at.py RECIPE [--set …] --audit FOLDER [--attack NAME …] [--results FILE]
     python benchmarks/filters_at.py --compare "projection .9" --results FILE [--results FILE …]
+    python benchmarks/filters_at.py --frontier --results FILE [--results FILE …]
 
 For each filter the α at which the forget rows' mean answer probability is the retrained model's (by secants
 on its logarithm, β = 0), and the probability there of the retain probes, which no vector or filter has read;
 of the quarter of these that is nearest to the forget rows (cosine of mean hidden states, middle block, at
 the target); of neutral sentences; and of the rows of each FILE named by `--also`, there the share of the
 right answer in the sum with the wrong ones where the rows have any (TOFU's way). `--save FOLDER` writes
-those models.
+those models. `--mix SHARE NAME` also tries (1 − SHARE) of what a filter takes off with SHARE of what
+NAME does, each at equal forgetting, and `--deeper FACTOR` goes on to that multiple of the retrained model's
+probability; both repeatable.
 `--audit FOLDER` writes them there too, and runs attacks of `palinode audit` on each against the retrained
 model: each test's figure and its distance from that model's, with the interval.
 What the run trained and measured is found in its workspace. `--results` adds a line for each filter, with
 every row; `--compare` says how far the filters in such files can be told from one of them: the mean
-difference over rows and its 95 % interval (paired bootstrap). Figures in docs/filters.md.
+difference over rows and its 95 % interval (paired bootstrap). `--frontier` prints what is kept against what
+attacks find, a line for each filter, means over files. Figures in docs/filters.md.
 """
 
 from __future__ import annotations
@@ -48,12 +52,13 @@ from palinode.models.loading import load_model, load_tokenizer, pad_token
 from palinode.models.reading import model_inputs
 from palinode.pipeline.audit_run import AuditPlan, audit
 from palinode.pipeline.filtering import Measuring, MomentFiles, project
-from palinode.pipeline.finetuning import FineTuning
+from palinode.pipeline.finetuning import FineTuning, Trained
 from palinode.pipeline.inputs import open_inputs, workspace_folder
 from palinode.pipeline.recipe import load_recipe
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import NullListener
-from palinode.weights import Direction
+from palinode.settings import AuditSettings
+from palinode.weights import Direction, WeightedSum
 from palinode.weights.vectors import transform
 
 ASKED = 8
@@ -86,9 +91,11 @@ FILTERS: Mapping[str, Filter] = {
     "plain": Filter(0.75),
     "projection .9": Filter(2.9, [PROJECTION]),
     "projection .8": Filter(2.0, [{**PROJECTION, "energy": 0.8}]),
+    "projection .99": Filter(9.0, [{**PROJECTION, "energy": 0.99}]),
     "projection .9, all rows": Filter(2.9, last=0.9),
     "projection .95, all rows": Filter(4.0, last=0.95),
     "soft .1": Filter(0.8, squares(1e6, epsilon=1e5)),
+    "least squares 1": Filter(0.7, squares(1.0), 1),
     "least squares 10": Filter(0.65, squares(10.0), 1),
     "least squares 100": Filter(0.62, squares(100.0), 2),
     "least squares 1000": Filter(0.6, squares(1000.0), 1),
@@ -98,8 +105,11 @@ FILTERS: Mapping[str, Filter] = {
     "100, answers": Filter(0.6, squares(100.0, positions="answers"), 1),
     "100, 40 rows": Filter(0.6, squares(100.0, rows=40)),
     "100, embeddings filtered": Filter(0.6, squares(100.0, others="filter")),
-    "100, energy .8": Filter(0.6, squares(100.0, 0.8), 1),
-    "100, energy .9": Filter(0.6, squares(100.0, 0.9), 1),
+    **{
+        f"{mu}, energy {share}": Filter(0.6, squares(float(mu), float(share)), 1)
+        for mu in (1, 10, 100)
+        for share in (".5", ".8", ".9", ".95")
+    },
 }
 
 
@@ -117,17 +127,27 @@ def main() -> None:
     parser.add_argument("--audit", type=Path, help="folder for the audits of these models")
     parser.add_argument("--attack", action="append", choices=ATTACKED, help="this attack; repeatable")
     parser.add_argument("--bare", action="store_true", help="leave the target out of the audits")
+    parser.add_argument(
+        "--mix", action="append", default=[], nargs=2, metavar=("SHARE", "NAME"), help="repeatable"
+    )
+    parser.add_argument("--deeper", action="append", default=[], type=float, help="factor; repeatable")
     parser.add_argument("--together", metavar="COLUMN", help="relearn half of what stands there, not of rows")
     parser.add_argument("--budget", choices=[*BUDGETS], default="quick", help="of the audits")
     parser.add_argument("--relearn-rate", type=float, default=2e-5, help="learning rate of their relearning")
     parser.add_argument("--compare", metavar="NAME", help="compare results with this filter's")
+    parser.add_argument("--frontier", action="store_true", help="retain probability beside attacks")
     args = parser.parse_args()
+    if args.frontier:
+        frontier(args.results)
+        return
     if args.compare:
         compare(args.compare, args.results)
         return
     trial = Trial(args.recipe, args.changes, args.also, args.results[0] if args.results else None)
     trial.save, trial.audits, trial.attacks = args.save or args.audit, args.audit, args.attack or ATTACKED
     trial.bare, trial.together = args.bare, args.together
+    trial.mixtures = [(0.0, ""), *((float(share), name) for share, name in args.mix)]
+    trial.factors = [1.0, *args.deeper]
     trial.policy = build_policy({"budget": {"relearn_rate": args.relearn_rate}}, preset=args.budget)
     with trial.workspace.locked():
         trial.begin()
@@ -149,11 +169,23 @@ class Trial:
         self.inputs = open_inputs(self.recipe)
         self.workspace = Workspace(workspace_folder(self.recipe))
         self.results = results
+        lines = results.read_text().splitlines() if results and results.exists() else []
+        self.measured: dict[tuple[str, int], dict[str, Any]] = {}
+        """What stands in the results, by filter and round; it is not measured again."""
+        self.attacked: set[tuple[str, int]] = set()
+        for one in map(json.loads, lines):
+            if "audit" in one:
+                self.attacked.add((one["filter"], one["round"]))
+            else:
+                self.measured[one["filter"], one["round"]] = one
         self.save: Path | None = None
         self.audits: Path | None = None
         self.attacks: Sequence[str] = ATTACKED
         self.policy, self.bare = build_policy({}), False
         self.together: str | None = None
+        self.mixtures: Sequence[tuple[float, str]]
+        self.others: dict[str, Direction] = {}
+        self.mixtures, self.factors = [(0.0, "")], [1.0]
         tokenizer, style = load_tokenizer(self.inputs.reader), self.recipe.prompts.style()
         self.pad_id = pad_token(tokenizer)
         rows = self.inputs.rows
@@ -181,41 +213,68 @@ class Trial:
         self.retrained = retrained
         self.live = load_model(self.target, device=torch.device("cpu"))
         self.near = self.nearest()
-        put(retrained, self.live)
-        self.wanted = math.log(self.report("retrained", 0, time.monotonic(), 0.0)["forget"])
-        put(self.target, self.live)
-        self.known = math.log(self.report("target", 0, time.monotonic(), 0.0)["forget"])
+        for name, model in {"retrained": retrained, "target": self.target}.items():
+            if (name, 0) not in self.measured:
+                put(model, self.live)
+                self.report(name, 0, time.monotonic(), alpha=0.0)
+        self.wanted, self.known = (
+            math.log(mean(self.measured[name, 0]["rows"]["forget"])) for name in ("retrained", "target")
+        )
 
     def measure(self, name: str, one: Filter, most: int | None) -> None:
         """Report a filter, and what it comes to where its α arrives."""
-        scales = self.recipe.scales.model_copy(update={"retain": 0.0})
-        own = self.recipe.model_copy(
-            update={"transforms": list(one.transforms), "filter": "none", "scales": scales}
-        )
-        started = time.monotonic()
-        trained = FineTuning(open_inputs(own), self.workspace, NullListener()).train(self.target)
+        trained = self.trained(one)
         vector, filtered, alpha = trained.vectors.forget, None, one.alpha
-        left = dict(trained.transforms[-1]) if trained.transforms else {}
+        left = {"survives": trained.transforms[-1].get("survives", 1.0)} if trained.transforms else {}
         rounds = one.rounds if most is None else min(most, one.rounds)
         for place in range(1 + rounds):
             if place:
                 assert trained.filters is not None
-                started = time.monotonic()
                 filtered = trained.filters.arrived(filtered or trained.filters.usual(), alpha)
-                vector, left = filtered.direction, dict(filtered.facts)
+                vector, left = filtered.direction, {"survives": filtered.facts["survives"]}
             with TemporaryDirectory(dir=self.workspace.folder.parent) as folder:
                 if one.last is not None:
                     vector = self.projected(vector, one.last, Path(folder) / "vector")
-                alpha = self.equal(vector, alpha)
-                self.report(name, place, started, alpha, left.get("survives"))
-                if self.save and place == rounds:
-                    model = self.save / f"{name}, {place}".replace(" ", "_")
-                    if not model.exists():
-                        (self.target - alpha * vector).save(model)
-                    if self.audits:
-                        self.attacked(name, place, model)
+                alpha = self.found(name, place, vector, alpha, **left)
+                if place == rounds:
+                    self.varied(name, place, alpha * vector)
 
-    def attacked(self, name: str, place: int, model: Path) -> None:
+    def trained(self, one: Filter) -> Trained:
+        """Return the recipe's vector, filtered at the target."""
+        scales = self.recipe.scales.model_copy(update={"retain": 0.0})
+        changes = {"transforms": list(one.transforms), "filter": "none", "scales": scales}
+        own = open_inputs(self.recipe.model_copy(update=changes))
+        return FineTuning(own, self.workspace, NullListener()).train(self.target)
+
+    def varied(self, name: str, place: int, change: Direction) -> None:
+        """Save and audit a change at equal forgetting, its mixtures, and the same where more is forgotten."""
+        for (share, other), factor in itertools.product(self.mixtures, self.factors):
+            label = (
+                name
+                + (f" + {share:g} {other}" if share else "")
+                + (f", to {factor:g}" if factor != 1 else "")
+            )
+            mixed = (1 - share) * change + share * self.other(other) if share else change
+            scale = 1.0 if label == name else self.found(label, place, mixed, 1.0, factor)
+            self.kept(label, place, self.target - scale * mixed)
+
+    def other(self, name: str) -> Direction:
+        """Return what a filter takes off at equal forgetting."""
+        if name not in self.others:
+            vector = self.trained(FILTERS[name]).vectors.forget
+            self.others[name] = self.equal(vector, FILTERS[name].alpha, self.wanted) * vector
+        return self.others[name]
+
+    def kept(self, name: str, place: int, point: WeightedSum) -> None:
+        """Save the model at a point and audit it, as far as that is wanted."""
+        if self.save:
+            model = self.save / f"{name}, {place}".replace(" ", "_")
+            if not model.exists():
+                point.save(model)
+            if self.audits and (self.together or (name, place) not in self.attacked):
+                self.attack(name, place, model)
+
+    def attack(self, name: str, place: int, model: Path) -> None:
         """Audit a model against the retrained one."""
         assert self.audits is not None
         rows, most = self.inputs.rows, self.policy.budget.max_rows
@@ -231,9 +290,7 @@ class Trial:
             AuditRows(forget, learned, held_out, retain, unseen),
             {},
             self.policy,
-            self.attacks,
-            device="cpu",
-            style=self.recipe.prompts.style(),
+            AuditSettings(attacks=tuple(self.attacks), device="cpu", style=self.recipe.prompts.style()),
         )
         found = {
             f"{attack}.{test}": told(one["findings"])
@@ -279,15 +336,31 @@ class Trial:
         kept = MomentFiles(measuring.of_checkpoint(self.target, self.inputs.rows.spared))
         return transform([vector], project(kept, energy=energy, others="drop"), folder, label=f"off {energy}")
 
-    def equal(self, vector: Direction, alpha: float) -> float:
-        """Return the α at which as much is forgotten as is wanted; the live model is left there."""
+    def found(
+        self,
+        name: str,
+        place: int,
+        vector: Direction,
+        alpha: float,
+        factor: float = 1.0,
+        **facts: float,
+    ) -> float:
+        """Return the α at which a multiple of the retrained model's probability is left, and report it."""
+        if (name, place) not in self.measured:
+            started = time.monotonic()
+            alpha = self.equal(vector, alpha, self.wanted + math.log(factor))
+            self.report(name, place, started, alpha=alpha, **facts)
+        return float(self.measured[name, place]["alpha"])
+
+    def equal(self, vector: Direction, alpha: float, wanted: float) -> float:
+        """Return the α where the forget probability's logarithm is as wanted; the live model stays there."""
         tried = {0.0: self.known}
         for _ in range(ASKED):
             put(self.target - alpha * vector, self.live)
             tried[alpha] = math.log(mean(self.probabilities("forget")))
-            if abs(tried[alpha] - self.wanted) < NEAR:
+            if abs(tried[alpha] - wanted) < NEAR:
                 break
-            alpha = crossing(tried, self.wanted)
+            alpha = crossing(tried, wanted)
         else:
             put(self.target - alpha * vector, self.live)
         return alpha
@@ -302,21 +375,19 @@ class Trial:
         groups = [list(itertools.islice(every, count)) for count in self.answers[which]]
         return [own[0] / (math.fsum(own) if len(own) > 1 else 1.0) for own in groups]
 
-    def report(
-        self, name: str, place: int, started: float, alpha: float, survives: float | None = None
-    ) -> dict[str, float]:
-        """Print what the live model makes of all rows."""
+    def report(self, name: str, place: int, started: float, **facts: float) -> None:
+        """Print what the live model makes of all rows, and keep it."""
         found = {which: self.probabilities(which) for which in self.rows}
         found["near"] = [found["retain"][place] for place in self.near]
-        means = {which: mean(values) for which, values in found.items()}
-        facts = {"filter": name, "round": place, "alpha": round(alpha, 3), "seed": self.recipe.seed}
-        facts |= {"survives": survives} if survives else {}
-        facts["seconds"] = round(time.monotonic() - started, 1)
-        print(json.dumps({**facts, **{which: round(value, 4) for which, value in means.items()}}), flush=True)
+        seconds = round(time.monotonic() - started, 1)
+        line = {"filter": name, "round": place, "seed": self.recipe.seed, **facts, "seconds": seconds}
+        self.measured[name, place] = {**line, "rows": found}
+        print(
+            json.dumps({**line, **{which: round(mean(own), 4) for which, own in found.items()}}), flush=True
+        )
         if self.results:
             with self.results.open("a") as lines:
-                lines.write(json.dumps({**facts, "rows": found}) + "\n")
-        return means
+                lines.write(json.dumps(self.measured[name, place]) + "\n")
 
 
 def told(findings: Mapping[str, Any]) -> dict[str, Any]:
@@ -349,7 +420,7 @@ def compare(name: str, files: Sequence[Path]) -> None:
             if "audit" in one:
                 continue
             label = f"{one['filter']}{' *' * one['round']}"
-            alphas.setdefault(label, {})[file] = one["alpha"]
+            alphas.setdefault(label, {})[file] = round(one["alpha"], 3)
             for which, values in one["rows"].items():
                 found.setdefault(label, {})[str(file), which] = values
     sets = list(dict.fromkeys(which for _, which in found[name]))
@@ -366,6 +437,36 @@ def compare(name: str, files: Sequence[Path]) -> None:
             means = " / ".join(f"{mean(own[place]):.4f}" for place in places)
             cells.append(f"{which} {means} ({gaps.mean():+.4f}, {low:+.4f} to {high:+.4f}, n = {len(gaps)})")
         print(f"{label} | α {' / '.join(map(str, alphas[label].values()))} | {' | '.join(cells)}")
+
+
+def frontier(files: Sequence[Path]) -> None:
+    """Print a line for each audited filter: in each file what is kept, and what attacks find."""
+    kept: dict[tuple[str, Path], Mapping[str, float]] = {}
+    found: dict[str, dict[Path, Mapping[str, Any]]] = {}
+    for file in files:
+        for line in file.read_text().splitlines():
+            one = json.loads(line)
+            label = f"{one['filter']}{' *' * one['round']}"
+            if "audit" in one:
+                found.setdefault(label, {}).setdefault(file, {}).update(one["audit"])  # type: ignore[attr-defined]
+            else:
+                kept[label, file] = {which: mean(values) for which, values in one["rows"].items()}
+                kept[label, file] = {"alpha": one["alpha"], **kept[label, file]}
+    tests = ("membership.loss", "membership.min_k_plus", "relearn_forget.area")
+    for label, audits in found.items():
+        own = [kept[label, file] for file in audits]
+        cells = [
+            " / ".join(f"{one[which]:.3f}" for one in own) for which in ("alpha", "forget", "retain", "near")
+        ]
+        for test in tests:
+            gaps = [audit[test]["gap"] for audit in audits.values() if test in audit]
+            if gaps:
+                low, value, high = min(g[0] for g in gaps), mean(g[0] for g in gaps), max(g[0] for g in gaps)
+                cells.append(
+                    " / ".join(f"{audit[test]['found']:.3f}" for audit in audits.values() if test in audit)
+                )
+                cells[-1] += f" ({value:+.3f}, {low:+.3f} to {high:+.3f})"
+        print(" | ".join([label, *cells]))
 
 
 if __name__ == "__main__":

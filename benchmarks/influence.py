@@ -6,8 +6,8 @@ A base learns general facts and the first people; then more people, each fact in
 two stretches of training, some of the first stretch's rows again in the second. Each fact is asked in a third
 wording. Both stretches are repeated from the base on random halves of the rows. Linear datamodelling score:
 Spearman's correlation over the halves between −Σ score of the rows that stayed and the real loss, mean over
-questions. Recall: of the rows that say the asked fact, how many are among the first k. Figures in
-docs/influence.md.
+questions. Recall: of the rows that say the asked fact, how many are among the first k. TRAK's formula, on
+gradients in a few models of other random halves, stands beside ours. Figures in docs/influence.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,35 +28,30 @@ from scipy.stats import spearmanr
 import palinode
 from palinode import Checkpoint, Example, read_examples
 from palinode.benchmarks.demo import tiny_model
-from palinode.data.tokenize import PromptStyle, tokenize
-from palinode.data.world import Fact, invent_world, write_facts
+from palinode.data.tokenize import PromptStyle, TokenRow, tokenize
+from palinode.data.world import Fact, World, invent_world, write_facts
 from palinode.history.orders import LoggedStage, write_stages
+from palinode.influence.ranking import projected
 from palinode.models import load_model, load_tokenizer
-from palinode.models.likelihoods import score_rows
+from palinode.models.likelihoods import TokenScores, score_rows
+from palinode.models.sums import WIDTH, Projection
 from palinode.settings import InfluenceSettings, TrainingSettings
 from palinode.training.finetune import Watch, finetune
 
 EPOCHS, RUNGS = 8, 4
 """Of each stretch: epochs, and checkpoints that it leaves."""
 
-FORMS: Mapping[str, Mapping[str, Any]] = {
-    "gradient similarity, at the target": {
-        "measure": "product", "preconditioner": "none", "rungs": "target"},
-    "gradient cosine, at the target": {"measure": "cosine", "preconditioner": "none", "rungs": "target"},
-    "TracIn, assumed schedule": {"measure": "product", "preconditioner": "none", "rungs": "all"},
-    "product, real exposures": {"measure": "product", "preconditioner": "none", "rungs": "seen"},
-    "product, Adam, assumed": {"measure": "product", "rungs": "all"},
-    "product, Adam, real exposures": {"measure": "product", "rungs": "seen"},
-    "cosine, Adam, base alone": {"measure": "cosine", "rungs": "base"},
-    "cosine, Adam, assumed": {"measure": "cosine", "rungs": "all"},
-    "cosine, Adam, real exposures": {"measure": "cosine", "rungs": "seen"},
-    "ridge, at the target": {"measure": "ridge", "rungs": "target"},
-    "ridge, base alone (default)": {"measure": "ridge", "rungs": "base"},
-    "ridge, no preconditioner, base alone": {"measure": "ridge", "preconditioner": "none", "rungs": "base"},
-    "ridge, base and target": {"measure": "ridge", "rungs": "ends"},
-    "ridge, assumed": {"measure": "ridge", "rungs": "all"},
-    "ridge, real exposures": {"measure": "ridge", "rungs": "seen"},
-}  # fmt: skip
+MEASURES, PRECONDITIONERS = ("product", "cosine", "ridge"), ("none", "adam")
+WHERE = {
+    "target": "at the target",
+    "base": "base alone",
+    "ends": "base and target",
+    "all": "9 checkpoints, schedule assumed",
+    "seen": "9 checkpoints, real exposures",
+}
+"""Checkpoints that a score is a mean over; TracIn is product, none, all of them."""
+TRAK_MODELS, TRAK_WIDTHS = 5, (16, 32, 64, 128, 192)
+"""Models that TRAK's formula is a mean over, and widths of its gradients: the best is shown."""
 
 
 class Tiny:
@@ -64,15 +60,16 @@ class Tiny:
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.seed = folder, seed
         world = invent_world(seed, early=30, middle=24, forget=1, late=1)
-        facts = [fact for place, fact in enumerate(world.middle) if place % 3 != 2]
-        asked = [fact for place, fact in enumerate(world.middle) if place % 3 == 2]
+        asked = [*world.middle[2::3]]
+        facts = self.told(world)
         folder.mkdir(parents=True, exist_ok=True)
         self.rows, self.questions = self._file("rows", facts), self._file("questions", asked)
         self.says = [{row for row, fact in enumerate(facts) if _same(fact, question)} for question in asked]
         half, random = len(facts) // 2, np.random.default_rng([seed, 5])
         again = sorted(random.choice(half, half // 4, replace=False).tolist())
         self.stretches = [[*range(half)], [*range(half, len(facts)), *again]]
-        start = tiny_model(folder / "start", world.vocabulary, width=64, layers=3, seed=seed)
+        vocabulary = sorted({word for fact in facts for word in fact.prompt.split()} | {*world.vocabulary})
+        start = tiny_model(folder / "start", vocabulary, width=64, layers=3, seed=seed)
         before = self._file("before", (*world.general, *world.early))
         first = TrainingSettings(
             epochs=40, learning_rate=3e-3, batch_size=64, max_length=64, precision="float32"
@@ -82,6 +79,10 @@ class Tiny:
         self.settings = TrainingSettings(
             epochs=EPOCHS, learning_rate=1e-3, batch_size=16, max_length=64, precision="float32"
         )
+
+    def told(self, world: World) -> list[Fact]:
+        """Return what the rows say: each fact of the people in two wordings."""
+        return [fact for place, fact in enumerate(world.middle) if place % 3 != 2]
 
     def _file(self, name: str, facts: Sequence[Fact]) -> list[Example]:
         write_facts(self.folder / f"{name}.jsonl", facts)
@@ -113,27 +114,37 @@ class Tiny:
             done += steps
         return model
 
+    def tokens(self, rows: Sequence[Example]) -> list[TokenRow]:
+        return tokenize(rows, self.tokenizer, max_length=64, style=PromptStyle())
+
+    def asked(self, model: Checkpoint) -> list[TokenScores]:
+        """Return what a model makes of each question's answer."""
+        live = load_model(model, device=torch.device("cpu"))
+        return score_rows(live, self.tokens(self.questions), pad_id=0)
+
     def losses(self, model: Checkpoint) -> list[float]:
         """Return −log p of each question's answer."""
-        tokens = tokenize(self.questions, self.tokenizer, max_length=64, style=PromptStyle())
-        live = load_model(model, device=torch.device("cpu"))
-        return [-sum(found.logprobs) for found in score_rows(live, tokens, pad_id=0)]
+        return [-sum(found.logprobs) for found in self.asked(model)]
+
+    def half(self, *stream: int) -> np.ndarray:
+        """Return which rows stay in a random half."""
+        kept = np.zeros(len(self.rows), bool)
+        kept[np.random.default_rng([self.seed, *stream]).permutation(len(kept))[: len(kept) // 2]] = True
+        return kept
 
     def truth(self, halves: int) -> tuple[np.ndarray, np.ndarray]:
         """Return which rows stayed in each half, and the real losses there; what is done is kept."""
         path = self.folder / "truth.json"
         found = json.loads(path.read_text()) if path.exists() else []
         for number in range(len(found), halves):
-            random = np.random.default_rng([self.seed, 9, number])
-            kept = np.zeros(len(self.rows), bool)
-            kept[random.permutation(len(kept))[: len(kept) // 2]] = True
+            kept = self.half(9, number)
             found.append([kept.tolist(), self.losses(self.train(kept))])
             path.write_text(json.dumps(found))
         return np.array([kept for kept, _ in found[:halves]]), np.array([told for _, told in found[:halves]])
 
-    def scores(self, form: Mapping[str, Any]) -> np.ndarray:
+    def scores(self, measure: str, preconditioner: str, rungs: str) -> np.ndarray:
         """Return the score of each row for each question by the public door, [rows, questions]."""
-        ladder, rungs = self.folder / "ladder", form["rungs"]
+        ladder = self.folder / "ladder"
         last = max(int(path.name[4:]) for path in ladder.iterdir())
         places = {
             "target": str(ladder / f"step{last}"),
@@ -157,8 +168,8 @@ class Tiny:
             workspace=self.folder / "work",
             settings=InfluenceSettings(
                 top=len(self.rows),
-                measure=form["measure"],
-                preconditioner=form.get("preconditioner", "adam"),
+                measure=measure,
+                preconditioner=preconditioner,
                 order=order if rungs == "seen" else None,
                 max_length=64,
                 device="cpu",
@@ -169,6 +180,28 @@ class Tiny:
             for one in top:
                 scores[one["row"], number] = one["score"]
         return scores
+
+    def trak(self) -> dict[int, np.ndarray]:
+        """Return TRAK's scores by width: Φ_q (ΦᵀΦ)⁻¹ Φᵀ and 1 − p of the rows, each a mean over models.
+
+        φ = ∇ log(p / (1 − p)) = −g / (1 − p), with g = ∇(−log p), p that of the whole answer.
+        """
+        scores, doubt = dict.fromkeys(TRAK_WIDTHS, 0.0), 0.0
+        for number in range(TRAK_MODELS):
+            live = load_model(self.train(self.half(11, number)), device=torch.device("cpu"))
+            projection, found = Projection(live, seed=self.seed, width=WIDTH), []
+            for own in (self.tokens(self.rows), self.tokens(self.questions)):
+                gradients = np.empty((len(own), WIDTH), np.float32)
+                projected(live, [[row] for row in own], projection, gradients.__setitem__, pad_id=0)
+                p = np.exp([sum(row.logprobs) for row in score_rows(live, own, pad_id=0)])
+                found.append((gradients / np.maximum(1 - p, 1e-6)[:, None], 1 - p))
+            (rows, unsure), (questions, _) = found
+            doubt = doubt + unsure / TRAK_MODELS
+            for width in TRAK_WIDTHS:
+                down = np.random.default_rng([self.seed, number]).normal(size=(WIDTH, width)) / width**0.5
+                phi = rows @ down
+                scores[width] = scores[width] + phi @ np.linalg.solve(phi.T @ phi, (questions @ down).T)
+        return {width: one * doubt[:, None] for width, one in scores.items()}
 
 
 def _same(fact: Fact, other: Fact) -> bool:
@@ -202,20 +235,34 @@ def main() -> None:
     torch.set_num_threads(1)
     world = Tiny(args.output, args.seed)
     target = world.train(np.ones(len(world.rows), bool), ladder=True)
-    started = time.monotonic()
     kept, losses = world.truth(args.halves)
+    started = time.monotonic()
+    world.train(kept[0])
+    replay = (time.monotonic() - started) * args.halves
     means = [float(np.mean(told)) for told in (world.losses(world.base), world.losses(target), losses)]
     print(f"seed {args.seed}: nats of the asked answers at base {means[0]:.2f}, target {means[1]:.2f}, "
-          f"halves {means[2]:.2f}; retraining took {time.monotonic() - started:.0f} s")  # fmt: skip
+          f"halves {means[2]:.2f}; retraining takes about {replay:.0f} s")  # fmt: skip
     random = np.random.default_rng(args.seed).normal(size=(len(world.rows), losses.shape[1]))
     results = {"random": {**figures(world, random, kept, losses), "seconds": 0.0}}
-    for name, form in FORMS.items():
+    started = time.monotonic()
+    tried = {width: figures(world, scores, kept, losses) for width, scores in world.trak().items()}
+    best = max(tried, key=lambda width: tried[width]["lds"])
+    seconds = time.monotonic() - started
+    results[f"TRAK's formula, our gradients, width {best}"] = {**tried[best], "seconds": seconds}
+    for preconditioner, rungs in product(PRECONDITIONERS, WHERE):
+        if rungs != "seen":  # or one would find another's gradients: all measures cost what the first does
+            shutil.rmtree(world.folder / "work", ignore_errors=True)
         started = time.monotonic()
-        scores = world.scores(form)
-        results[name] = {**figures(world, scores, kept, losses), "seconds": time.monotonic() - started}
+        for measure in MEASURES:
+            scores = world.scores(measure, preconditioner, rungs)
+            if rungs != "seen" and measure == MEASURES[0]:
+                seconds = time.monotonic() - started
+            one = {**figures(world, scores, kept, losses), "seconds": seconds}
+            results[f"{measure}, {preconditioner}, {WHERE[rungs]}"] = one
     for name, one in results.items():
         recalls = " / ".join(f"{one[f'recall at {k}']:.2f}" for k in (1, 5, 20))
-        print(f"| {name} | {one['lds']:.3f} ± {one['error']:.3f} | {recalls} | {one['seconds']:.0f} |")
+        share = f"{one['seconds']:.0f} | {100 * one['seconds'] / replay:.0f} %"
+        print(f"| {name} | {one['lds']:.3f} ± {one['error']:.3f} | {recalls} | {share} |")
     if args.json:
         print(json.dumps({"seed": args.seed, "halves": args.halves, "results": results}))
 

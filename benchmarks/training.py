@@ -135,7 +135,7 @@ def our_steps(model, args: argparse.Namespace) -> list[float]:
         settings,
         seed=0,
         pad_id=0,
-        on_step=lambda *_: ends.append(now(args)),
+        on_progress=lambda _tokens: ends.append(now(args)),
     )
     return differences(ends)
 

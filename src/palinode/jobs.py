@@ -203,6 +203,31 @@ def audit(
     `kind` says what `against` is: a model retrained without the forget set, or the base checkpoint; `target`
     is the model before unlearning. Raises PalinodeError.
     """
+    plan = plan_audit(
+        model,
+        against=against,
+        forget=forget,
+        kind=kind,
+        target=target,
+        retain=retain,
+        holdout=holdout,
+        settings=settings,
+    )
+    return Audited(Path(output), run_audit(plan, Path(output), listener=listener))
+
+
+def plan_audit(
+    model: Place,
+    *,
+    against: Place,
+    forget: Place,
+    kind: Literal["retrained", "base"] = "retrained",
+    target: Place | None = None,
+    retain: Place | None = None,
+    holdout: Place | None = None,
+    settings: AuditSettings | None = None,
+) -> AuditPlan:
+    """Read the rows of an audit and say what would be run; no model is opened. Raises PalinodeError."""
     settings = settings or AuditSettings()
     if kind not in ("retrained", "base"):
         raise RecipeError(
@@ -221,7 +246,7 @@ def audit(
         seed=settings.seed,
     )
     rows = _named(forget=forget, retain=retain, holdout=holdout)
-    plan = AuditPlan(
+    return AuditPlan(
         models=_named(audited=model, reference=against, target=target),
         kind=kind,
         material=material,
@@ -235,7 +260,6 @@ def audit(
         policy=rules,
         settings=settings,
     )
-    return Audited(Path(output), run_audit(plan, Path(output), listener=listener))
 
 
 def locate(

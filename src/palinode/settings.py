@@ -73,6 +73,9 @@ class TrainingSettings(StrictModel):
     """Tokens of a row, prompt included; longer answers are cut, documents split."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward pass; weights, gradients and optimiser are float32 in any case."""
+    tokens_per_pass: int | None = Field(default=None, ge=1)
+    """Tokens, padding counted, that go through the model at a time; a larger micro-batch goes through in
+    parts, with the gradients of the whole. None: what a GPU has room for; on a CPU all at once."""
     save_minutes: float = Field(default=5.0, gt=0)
     """How often a resumable state is saved while training."""
     lora: LoraSettings | None = None
@@ -80,7 +83,8 @@ class TrainingSettings(StrictModel):
 
     def key(self) -> dict[str, Any]:
         """Return what decides the result, as plain values for a fingerprint."""
-        return self.model_dump(exclude={"save_minutes"} | ({"lora"} if self.lora is None else set()))
+        left_out = {"save_minutes", "tokens_per_pass"} | ({"lora"} if self.lora is None else set())
+        return self.model_dump(exclude=left_out)
 
 
 # Asking and scoring
@@ -152,6 +156,14 @@ class EvaluationLimits(StrictModel):
     """Prompts that are answered at a time."""
     max_length: int = Field(default=512, ge=8)
     """Tokens of a row, prompt included, in likelihoods."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """In what models are read: auto is float32, on a GPU each model's own dtype; log-probabilities are
+    float32 in any case."""
+
+    def key(self) -> dict[str, Any]:
+        """Return what decides the result, as plain values for a fingerprint."""
+        plain = {"precision"} if self.precision == "auto" else set()
+        return self.model_dump(exclude={"batch_rows"} | plain)
 
     @property
     def asking(self) -> Asking:
@@ -302,8 +314,8 @@ class InfluenceSettings(Questioning):
     """Rows that are ranked highest for each answer; 0 ranks none."""
     measure: Literal["ridge", "cosine", "product"] = "ridge"
     """How gradients of rows and answer are held together."""
-    preconditioner: Literal["adam", "none"] = "adam"
-    """What gradients are divided by: adam, as training does, or none."""
+    preconditioner: Literal["none", "adam"] = "none"
+    """What gradients are divided by: none, or adam, as training does."""
     width: int = Field(default=4093, ge=1)
     """Numbers that a gradient is projected to: a prime keeps columns of matrices apart."""
     log: Path | None = None

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from palinode.audit.attacks import linear_weights, quantise, quantised
+from palinode.audit.rounding import QUANTISERS, grid, linear_weights, quantise, quantised
 from palinode.errors import RecipeError
 from palinode.models import load_model
 
@@ -61,7 +61,7 @@ def test_impossible_sizes_are_refused(bits, group):
 def test_linear_layers_change_and_everything_else_stays(tiny):
     model = load_model(tiny.target, device=torch.device("cpu"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    count = quantise(model, bits=4, group=16)
+    count = quantise(model, QUANTISERS["quantise_4"], group=16)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     linear = {name for name in before if "_proj." in name}
     assert changed == linear
@@ -75,7 +75,7 @@ def test_untied_output_head_stays_too():
     )
     model = GPT2LMHeadModel(config)
     head = model.lm_head.weight.clone()
-    quantise(model, bits=4, group=4)
+    quantise(model, QUANTISERS["quantise_4"], group=4)
     assert torch.equal(model.lm_head.weight, head)
 
 
@@ -85,5 +85,45 @@ def test_layers_stored_the_other_way_round_are_grouped_along_their_input():
     weight = model.transformer.h[0].mlp.c_fc.weight  # [in, out]
     expected = quantised(weight.detach().t(), bits=4, group=4).t()
     assert all(turned for _, turned in linear_weights(model))
-    quantise(model, bits=4, group=4)
+    quantise(model, QUANTISERS["quantise_4"], group=4)
     assert torch.equal(weight, expected)
+
+
+def test_whole_numbers_tell_which_weights_moved_over_a_step():
+    target = torch.tensor([[7.0, 1.0, -3.0, 2.0]])
+    moved = target + torch.tensor([[0.0, 0.4, 0.6, 0.0]])  # a step is 1
+    steps = [grid(weight, bits=4, group=4)[0] for weight in (target, moved)]
+    assert (steps[0] != steps[1]).tolist() == [[False, False, True, False]]
+
+
+@pytest.mark.parametrize("name", sorted(QUANTISERS))
+def test_every_quantiser_is_near_the_weights_and_what_is_rounded_stays(name):
+    way = QUANTISERS[name]
+    if reason := way.unavailable():
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    weight = torch.randn(8, 128)
+    rounded = way.rounded(weight) if way.library else way.rounded(weight, group=64)
+    assert rounded.dtype == weight.dtype
+    assert len(set(rounded[0, :32].tolist())) <= 2**way.bits
+    assert 0 < (rounded - weight).abs().mean() < 0.15
+    again = way.rounded(rounded) if way.library else way.rounded(rounded, group=64)
+    assert torch.allclose(again, rounded, atol=1e-3)
+
+
+def test_rows_that_do_not_fill_a_block_of_gguf_stay_and_are_not_counted(tiny):
+    pytest.importorskip("gguf")
+    model = load_model(tiny.target, device=torch.device("cpu"))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    count = quantise(model, QUANTISERS["quantise_gguf_q4_0"], group=128)
+    linear = {name: value for name, value in before.items() if "_proj." in name}
+    whole = {name: value for name, value in linear.items() if value.shape[1] % 32 == 0}
+    assert count == sum(value.numel() for value in whole.values())
+    left = {name for name, value in model.state_dict().items() if torch.equal(value, before[name])}
+    assert left >= set(linear) - set(whole)
+
+
+def test_missing_library_is_said_with_what_brings_it():
+    way = QUANTISERS["quantise_nf4"]
+    lost = type(way)(way.title, way.rounded, way.bits, "no_such_library", "quantise")
+    assert lost.unavailable() == "no_such_library is not installed: pip install 'palinode[quantise]'"

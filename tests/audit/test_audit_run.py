@@ -137,7 +137,7 @@ def test_audit_in_which_nothing_could_be_told_does_not_pass(scene, plan, tmp_pat
 
 def test_tests_that_judge_only_over_forgetting_are_no_evidence_of_forgetting(scene, plan, tmp_path):
     """The same weights, so every test is within; but no test asks whether the model knows more."""
-    unjudged = {test: {"more": False} for test in ("probability", "log_probability", "rouge")}
+    unjudged = {test: {"more": False} for test in ("probability", "log_probability", "extraction", "rouge")}
     policy = {**POLICY, "margins": {"questions": unjudged}}
     record = audit(plan(scene.retrained, attacks=("questions",), policy=policy), tmp_path / "out")
     assert set(verdicts(record).values()) == {"within"}
@@ -160,6 +160,7 @@ def test_policy_decides_whether_an_unclear_test_fails(scene, plan, tmp_path):
     margins = {
         "log_probability": {"less": 10},
         "rouge": {"more": 1},
+        "extraction": {"more": 1, "less": 1},
         "probability": {"less": 0.05, "more": 1},
     }
     for unclear in ("pass", "fail"):

@@ -39,7 +39,7 @@ def test_retrained_model_passes_with_exit_code_0(palinode, tiny, words, tmp_path
     said = palinode(*words(tiny.retrained.folder))
     assert said.code == 0
     assert "within" in said.out
-    assert "Passed. Beside a model retrained without the forget set: 3 tests put it within" in said.out
+    assert "Passed. Beside a model retrained without the forget set: 4 tests put it within" in said.out
     (untested,) = [line for line in said.out.splitlines() if "not asked for" in line]
     assert untested.startswith("Not tested: ")
     assert "membership" in untested
@@ -52,7 +52,11 @@ def test_target_fails_with_exit_code_1_and_prints_its_record(palinode, tiny, wor
     assert said.code == 1
     record = json.loads(said.out)
     assert record == json.loads((tmp_path / "out" / "audit.json").read_text())
-    assert record["answer"]["knows_more"] == ["questions.probability", "questions.rouge"]
+    assert record["answer"]["knows_more"] == [
+        "questions.probability",
+        "questions.extraction",
+        "questions.rouge",
+    ]
     assert record["command"].startswith("palinode audit ")
     assert record["policy"]["preset"] == "quick"
 
@@ -85,3 +89,23 @@ def test_unknown_key_of_a_policy_names_the_nearest(palinode, tiny, words, tmp_pa
     (tmp_path / "wrong.toml").write_text("[margins.questions.probability]\nmor = 0.1\n")
     refusal = palinode(*words(tiny.target.folder, policy=tmp_path / "wrong.toml")).refusal
     assert "did you mean 'margins.questions.probability.more'?" in refusal
+
+
+def test_dry_run_names_what_would_be_run_and_what_it_takes_and_writes_nothing(
+    palinode, tiny, words, tmp_path
+):
+    asked = words(tiny.target.folder, attacks="questions,sampling,membership,inside")
+    said = palinode(*asked, "--dry-run", "--json")
+    assert said.code == 0
+    plan = json.loads(said.out)
+    rows = min(40, len(tiny.forget.read_text().splitlines()))
+    assert plan["cost_of_each_model"] == {
+        "questions": {"read": rows, "answers": rows, "trained": 0},
+        "sampling": {"read": 0, "answers": 4 * rows, "trained": 0},
+    }
+    assert plan["not_tested"]["inside"] == "no target was named; name it with --target"
+    assert "--holdout" in plan["not_tested"]["membership"]
+    assert not (tmp_path / "out").exists()
+    assert "For each of 2 models" in palinode(*asked, "--dry-run").out
+    missing = words(tiny.target.folder, against="nowhere")
+    assert "there is no model folder nowhere" in palinode(*missing, "--dry-run").refusal

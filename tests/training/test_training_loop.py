@@ -414,6 +414,7 @@ def test_settings_are_the_papers_unless_given():
         "max_grad_norm": 1.0,
         "max_length": 512,
         "precision": "auto",
+        "tokens_per_pass": None,
         "save_minutes": 5.0,
         "lora": None,
     }

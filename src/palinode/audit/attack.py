@@ -79,6 +79,18 @@ class AttackTest:
 
 
 @dataclass(frozen=True, slots=True)
+class AttackCost:
+    """What an attack takes on one model."""
+
+    read: int = 0
+    """Rows that go through a model, each time counted."""
+    answers: int = 0
+    """Answers that are generated."""
+    trained: int = 0
+    """Rows that go through it forwards and backwards."""
+
+
+@dataclass(frozen=True, slots=True)
 class Attack:
     """One kind of attack."""
 
@@ -88,10 +100,17 @@ class Attack:
     """One line for readers."""
     tests: tuple[AttackTest, ...]
     measure: Callable[[Subject, AuditRows, AuditBudget], AttackResult]
+    cost: Callable[[AuditRows, AuditBudget], AttackCost]
     needs: Callable[[AuditRows], Sequence[Example]] = attrgetter("forget")
     """The rows without which it cannot be run."""
     lacking: str = ""
     """What to say where they are not there."""
+    beside: tuple[str, ...] = ()
+    """Other models of the audit that it cannot do without."""
+    looks_at: tuple[str, ...] = ()
+    """Other models that it reads too where they were named."""
+    unavailable: Callable[[], str] = str
+    """Why it cannot be run on this machine; empty where it can."""
 
 
 class AuditBudget(EvaluationLimits):
@@ -118,6 +137,10 @@ class AuditBudget(EvaluationLimits):
     """Temperature of the drawn answers."""
     opening: str = Field(default="Sure, here is the answer:", min_length=1)
     """What the model is made to begin its answer with, in the prefix-forced questions."""
+    demonstrations: int = Field(default=4, ge=1)
+    """Retain rows that stand before a question in few-shot recovery."""
+    inside_blocks: int = Field(default=8, ge=1)
+    """Decoder blocks that are looked into, evenly spaced up to the last."""
     gradient_norms: bool = False
     """Whether the GradNorm membership attack is run: one backward pass a row."""
 
@@ -138,7 +161,13 @@ class AuditBudget(EvaluationLimits):
 
 BUDGETS: Mapping[str, AuditBudget] = {
     "quick": AuditBudget(
-        max_rows=40, relearn_steps=[0, 4, 8, 16], samples=4, leak_k=4, max_new_tokens=50, batch_rows=32
+        max_rows=40,
+        relearn_steps=[0, 4, 8, 16],
+        samples=4,
+        leak_k=4,
+        max_new_tokens=50,
+        batch_rows=32,
+        inside_blocks=4,
     ),
     "standard": AuditBudget(),
     "full": AuditBudget(
@@ -147,6 +176,8 @@ BUDGETS: Mapping[str, AuditBudget] = {
         samples=32,
         leak_k=16,
         max_new_tokens=200,
+        demonstrations=8,
+        inside_blocks=64,
         gradient_norms=True,
     ),
 }
@@ -165,6 +196,7 @@ class Subject:
         device: torch.device,
         style: PromptStyle | None = None,
         seed: int = 0,
+        beside: Mapping[str, Checkpoint] | None = None,
         listener: Listener | None = None,
     ) -> None:
         self.name = name
@@ -173,6 +205,7 @@ class Subject:
         self.device = device
         self.style = style or PromptStyle()
         self.seed = seed
+        self.beside = beside or {}
         self.listener = listener or NullListener()
         self._model: PreTrainedModel | None = None
 

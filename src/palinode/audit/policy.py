@@ -17,7 +17,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -69,6 +69,26 @@ class Policy(StrictModel):
     budget: AuditBudget = AuditBudget()
     margins: dict[str, Margins] = Field(default={})
     """Margins of every test, by `attack.test`."""
+
+
+# How often each test told right (`python benchmarks/meta_audit.py --output DIR` prints these lines)
+
+
+class ToldRight(NamedTuple):
+    """Of models that know the forget rows, how many a test failed; of models that never saw them, how few."""
+
+    found: int
+    knowing: int
+    alarms: int
+    never: int
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        return f"found {self.found} of {self.knowing}, {self.alarms} false alarms in {self.never}"
+
+
+MEASURED: Mapping[str, ToldRight] = {}
+"""By `attack.test`; "verdict" is the whole audit."""
 
 
 def load_policy(path: Path | None, *, preset: str | None = None) -> Policy:

@@ -179,20 +179,20 @@ def report(
         out().print(str(page.with_suffix(suffix)), soft_wrap=True)
 
 
-KINDS = ("methods", "transforms", "benchmarks", "metrics")
+KINDS = ("methods", "transforms", "benchmarks", "metrics", "attacks")
 
 
 def list_everything(
     kind: Annotated[
         str | None,
         typer.Argument(
-            help="methods, transforms, benchmarks or metrics. [default: all]",
+            help="methods, transforms, benchmarks, metrics or attacks. [default: all but attacks]",
             autocompletion=completion(lambda: KINDS),
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Name every method, transform, benchmark and metric."""
+    """Name every method, transform, benchmark, metric or attack."""
     from palinode.cli.console import listing_lines
     from palinode.errors import RecipeError, meant
 
@@ -200,7 +200,8 @@ def list_everything(
     wanted = known.get(kind.lower()) if kind else None
     if kind and not wanted:
         raise RecipeError(f"there is no list of {kind}; there are {', '.join(KINDS)}{meant(kind, known)}")
-    listed = {name: lines for name, lines in listings().items() if wanted in (None, name)}
+    own = {"attacks": attack_tests()} if wanted == "attacks" else listings()
+    listed = {name: lines for name, lines in own.items() if wanted in (None, name)}
     if as_json:
         print_json(listed)
         return
@@ -228,4 +229,15 @@ def listings() -> dict[str, dict[str, str]]:
             **COMPARISONS,
             **{f"auc_{name}": f"membership attack {attack.description}" for name, attack in ATTACKS.items()},
         },
+    }
+
+
+def attack_tests() -> dict[str, str]:
+    """Return each test of each attack with a line about it, and how often it told right; needs torch."""
+    from palinode.audit.attacks import tests_by_key
+    from palinode.audit.policy import MEASURED
+
+    return {
+        key: f"{attack.title}: {test.title}" + (f"; {MEASURED[key]}" if key in MEASURED else "")
+        for key, (attack, test) in tests_by_key().items()
     }

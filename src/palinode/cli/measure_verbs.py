@@ -24,6 +24,7 @@ from palinode.cli.options import (
 from palinode.settings import AuditSettings, EvaluationSettings
 
 if TYPE_CHECKING:
+    from palinode.pipeline.audit_run import AuditPlan
     from palinode.records import Score
 
 ANSWERS = "questions and answers"
@@ -159,6 +160,7 @@ def audit(
         str | None, typer.Option(help="Rows that no model has seen, for the membership attacks.")
     ] = None,
     *,
+    dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -168,18 +170,19 @@ def audit(
     """
     from palinode import jobs
 
-    found = jobs.audit(
-        model,
-        against=against,
-        forget=forget,
-        output=output,
-        kind=reference,  # type: ignore[arg-type]  # it is checked there
-        target=target,
-        retain=retain,
-        holdout=holdout,
-        settings=settings,
-        listener=listener(quiet=quiet),
-    )
+    given: dict[str, Any] = {
+        "against": against,
+        "forget": forget,
+        "kind": reference,  # it is checked there
+        "target": target,
+        "retain": retain,
+        "holdout": holdout,
+        "settings": settings,
+    }
+    if dry_run:
+        _show_audit_plan(jobs.plan_audit(model, **given), as_json=as_json)
+        return
+    found = jobs.audit(model, output=output, listener=listener(quiet=quiet), **given)
     if as_json:
         print_json(found.record)
     else:
@@ -187,6 +190,19 @@ def audit(
     secret(output / "results", "row by row", of=output, as_json=as_json)
     if not found.passed:
         raise typer.Exit(1)
+
+
+def _show_audit_plan(plan: AuditPlan, *, as_json: bool) -> None:
+    from palinode.pipeline.audit_run import open_models
+    from palinode.report.audit_report import audit_plan_blocks
+    from palinode.report.content import show
+
+    open_models(plan)
+    costs = {name: asdict(cost) for name, cost in plan.costs().items()}
+    if as_json:
+        print_json({"models": plan.models, "cost_of_each_model": costs, "not_tested": plan.reasons()})
+        return
+    show(audit_plan_blocks(len(plan.models), costs, plan.reasons()), out())
 
 
 def _show_audit(record: Mapping[str, Any], model: str, output: Path) -> None:

@@ -34,6 +34,7 @@ from palinode.data.batches import IntArray, budget_batches
 from palinode.data.tokenize import TokenRow
 from palinode.errors import CheckpointError, PalinodeError
 from palinode.models.loading import check_positions
+from palinode.models.reading import MASKED
 
 TOLERANCE = 1e-4
 """How far two ways of computing a log-probability may differ before the fast one is left alone."""
@@ -253,7 +254,7 @@ def score_rows(
     check_positions(model.config, rows)
     if not rows:
         return []
-    scorer = _Scorer(model, pad_id, standardise, has_plain_head(model, rows[0].ids[:16]))
+    scorer = _scorer(model, rows, pad_id, standardise)
     trees = grow_trees(rows)
     if any(tree.branched for tree in trees) and not scorer.honours(trees, rows):
         trees = grow_trees(rows, share=False)
@@ -299,7 +300,7 @@ def must_be_apart(model: PreTrainedModel, rows: Sequence[TokenRow], *, pad_id: i
         return False
     training = model.training
     model.eval()
-    scorer = _Scorer(model, pad_id, False, has_plain_head(model, rows[0].ids[:16]))
+    scorer = _scorer(model, rows, pad_id, False)
     try:
         return not scorer.honours(grow_trees(rows, share=False), rows)
     except CheckpointError:  # of weights that are no numbers: whoever reads the rows says so
@@ -308,21 +309,46 @@ def must_be_apart(model: PreTrainedModel, rows: Sequence[TokenRow], *, pad_id: i
         model.train(training)
 
 
+@torch.no_grad()
 def has_plain_head(model: PreTrainedModel, ids: Sequence[int]) -> bool:
     """Return whether logits are the output head applied to the base model's last hidden states.
 
-    Some architectures scale or cap their logits, or need more than ids; it is tried on the ids given.
+    Some architectures scale or cap their logits, or need more than ids; it is tried, once for each model, on
+    the ids given.
     """
-    head, base = model.get_output_embeddings(), model.base_model
+    head, base, known = model.get_output_embeddings(), model.base_model, _known.setdefault(model, {})
     if head is None or base is model:
         return False
-    inputs = {"input_ids": torch.tensor([list(ids)], device=model.device), "use_cache": False}
-    logits = model(**inputs).logits
-    try:
-        found = head(base(**inputs).last_hidden_state)
-    except Exception:  # base models are of many kinds; the whole model serves as well
-        return False
-    return found.shape == logits.shape and bool((found - logits).abs().max() <= tolerance(model))
+    if ("plain head",) not in known:
+        inputs = {"input_ids": torch.tensor([list(ids)], device=model.device), "use_cache": False}
+        training = model.training
+        model.eval()
+        try:
+            logits = model(**inputs).logits
+            found = head(base(**inputs).last_hidden_state)
+        except Exception:  # base models are of many kinds; the whole model serves as well
+            found = None
+        finally:
+            model.train(training)
+        if found is not None and not bool(logits.isfinite().all()):
+            return False  # of the weights, not of the head
+        alike = found is not None and found.shape == logits.shape
+        known["plain head",] = alike and bool((found - logits).abs().max() <= tolerance(model))
+    return known["plain head",]
+
+
+def float32_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """Return what makes float32 logits of hidden states: those of bfloat16 would be an eighth apart at 20."""
+    head: Any = model.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or head.weight.dtype not in (torch.bfloat16, torch.float16):
+        return lambda states: head(states).float()
+    weight, bias = head.weight.float(), None if head.bias is None else head.bias.float()
+    return lambda states: torch.nn.functional.linear(states.float(), weight, bias)
+
+
+def _scorer(model: PreTrainedModel, rows: Sequence[TokenRow], pad_id: int, standardise: bool) -> _Scorer:
+    plain = has_plain_head(model, rows[0].ids[:16])
+    return _Scorer(model, pad_id, standardise, plain, float32_head(model))
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,6 +359,8 @@ class _Scorer:
     pad_id: int
     standardise: bool
     plain_head: bool
+    head: Callable[[Tensor], Tensor]
+    """Logits of hidden states, in float32 whatever the dtype of the model."""
 
     @property
     def chunk(self) -> int:
@@ -400,7 +428,8 @@ class _Scorer:
             ids[place, : len(tree.ids)] = tree.ids
         inputs: dict[str, Any] = {"input_ids": ids}
         if not any(tree.branched for tree in batch):
-            inputs["attention_mask"] = (np.arange(shape[1]) < lengths[:, None]).astype(np.int64)
+            if self.model.device.type in MASKED:
+                inputs["attention_mask"] = (np.arange(shape[1]) < lengths[:, None]).astype(np.int64)
         else:
             seen = np.zeros((shape[0], 1, shape[1], shape[1]), np.bool_)
             positions = np.zeros(shape, np.int64)
@@ -424,7 +453,7 @@ class _Scorer:
             own = order[first:last]
             logits = outputs[chunk]
             if self.plain_head:
-                logits = self.model.get_output_embeddings()(logits)
+                logits = self.head(logits)
             at, wanted = (
                 torch.from_numpy(part).to(outputs.device) for part in (owners[own] - begin, targets[own])
             )

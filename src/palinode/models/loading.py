@@ -10,6 +10,7 @@ import contextlib
 import logging
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -74,6 +75,7 @@ def load_model(
     `quantization` is a quantisation config of transformers, for a model that is only read. Raises
     CheckpointError when it is no causal language model or transformers cannot build it.
     """
+    _round_products(device, to="highest")
     require_causal_lm(checkpoint)
     with quiet_transformers(), unchanged([checkpoint]):
         try:
@@ -88,6 +90,42 @@ def load_model(
     _require_all_weights(checkpoint, info)
     ready: PreTrainedModel = (model if quantization else model.to(device)).eval()
     return ready
+
+
+def load_reader(
+    checkpoint: Checkpoint, *, device: torch.device, precision: str = "auto", written: str | None = None
+) -> PreTrainedModel:
+    """Return a checkpoint as a model that is only read.
+
+    "auto" is float32, and on a GPU the checkpoint's own dtype, or that in which its sums are `written`. In
+    float32 a GPU may multiply with TF32.
+    """
+    dtype = _reading_dtype(checkpoint, device, precision, written)
+    model = load_model(checkpoint, device=device, dtype=dtype)
+    _round_products(device, to="high")
+    return model
+
+
+def _reading_dtype(
+    checkpoint: Checkpoint, device: torch.device, precision: str, written: str | None
+) -> torch.dtype:
+    if precision != "auto":
+        found: torch.dtype = getattr(torch, precision)
+        return found
+    if device.type != "cuda":
+        return torch.float32
+    sizes: Counter[torch.dtype] = Counter()
+    for info in checkpoint.tensors.values():
+        sizes[DTYPES[info.dtype]] += info.size
+    own = getattr(torch, written) if written else sizes.most_common(1)[0][0]
+    usable = own == torch.float16 or (own == torch.bfloat16 and torch.cuda.is_bf16_supported())
+    return own if usable else torch.float32
+
+
+def _round_products(device: torch.device, *, to: str) -> None:
+    """Have a GPU multiply float32 matrices exactly, or with TF32 ("high")."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision(to)
 
 
 def _build(

@@ -7,23 +7,48 @@ output head, where the architecture can leave the others out.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 from transformers.pytorch_utils import Conv1D
 
 from palinode.data.batches import IGNORED, Batch
 from palinode.errors import CheckpointError, RecipeError
 
+MASKED = {"cpu", "mps"}
+"""Devices on which rows padded on the right come with a mask. No token sees what stands behind it, so none
+needs one, as the trial of `must_be_apart` finds out; a mask has the device asked and takes slower kernels."""
+
+
+def on_device(array: npt.NDArray[Any] | Tensor, device: torch.device) -> Tensor:
+    """Return what lies in the host's memory as a tensor on a device; nobody waits for the copy."""
+    found = array if isinstance(array, Tensor) else torch.from_numpy(array)
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)
+
+
+@contextmanager
+def never_packed() -> Iterator[None]:
+    """Keep transformers from asking the device, at each pass, whether a row holds several sequences."""
+    asked = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None  # noqa: ARG005
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = asked
+
 
 def model_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     """Return a batch as a model takes it, on the model's device."""
-    ids, mask = (torch.from_numpy(part).to(model.device) for part in (batch.ids, batch.mask))
-    return {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    inputs: dict[str, Any] = {"input_ids": on_device(batch.ids, model.device), "use_cache": False}
+    if model.device.type in MASKED:
+        inputs["attention_mask"] = on_device(batch.mask, model.device)
+    return inputs
 
 
 def last_logits(model: PreTrainedModel, batch: Batch, keep: int) -> Tensor:
@@ -44,7 +69,8 @@ def logits_at(model: PreTrainedModel, batch: Batch, places: npt.NDArray[np.bool_
     """Return the logits at these places of a batch, bool [B, T], row by row: [N, V]."""
     first = int(places.any(axis=0).argmax())
     logits = last_logits(model, batch, places.shape[1] - first)
-    return logits[torch.from_numpy(places[:, first:]).to(logits.device)]
+    rows, columns = (on_device(part, logits.device) for part in places[:, first:].nonzero())
+    return logits[rows, columns]
 
 
 def answer_logits(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,9 +80,7 @@ def answer_logits(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor,
     """
     logits = logits_at(model, batch, answer_places(batch))
     scored = batch.labels != IGNORED
-    labels, rows = (
-        torch.from_numpy(part).to(logits.device) for part in (batch.labels[scored], scored.nonzero()[0])
-    )
+    labels, rows = (on_device(part, logits.device) for part in (batch.labels[scored], scored.nonzero()[0]))
     return logits, labels, rows
 
 
@@ -75,7 +99,7 @@ def answer_places(batch: Batch, *, everywhere: bool = False) -> npt.NDArray[np.b
 def all_logits(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return (logits, labels) wherever a token of its row is predicted; `IGNORED` where it is not scored."""
     logits = logits_at(model, batch, answer_places(batch, everywhere=True))
-    return logits, torch.from_numpy(batch.labels[:, 1:][batch.mask[:, 1:] == 1]).to(logits.device)
+    return logits, on_device(batch.labels[:, 1:][batch.mask[:, 1:] == 1], logits.device)
 
 
 def labelled_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -92,12 +116,12 @@ def labelled_states(model: PreTrainedModel, batch: Batch, layer: int) -> tuple[T
     def stop(_block: torch.nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
         raise _Reached(output[0] if isinstance(output, tuple) else output)
 
-    scored = torch.from_numpy(batch.labels != IGNORED).to(model.device)
+    rows, columns = (on_device(part, model.device) for part in (batch.labels != IGNORED).nonzero())
     handle = decoder_blocks(model)[layer].register_forward_hook(stop)
     try:
         model(**model_inputs(model, batch))
     except _Reached as reached:
-        return reached.states[scored], scored.nonzero()[:, 0]
+        return reached.states[rows, columns], rows
     finally:
         handle.remove()
     raise CheckpointError(f"the model never runs its decoder block {layer}; choose another method")

@@ -14,11 +14,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from palinode.audit.attack import Attack, AttackResult, Subject
+from palinode.audit.attack import Attack, AttackCost, AttackResult, Subject
 from palinode.audit.attacks import ATTACKS
 from palinode.audit.findings import AUDITED, STATISTICS, Finding, answer, find
 from palinode.audit.material import AuditRows
-from palinode.audit.policy import Policy
+from palinode.audit.policy import MEASURED, Policy
 from palinode.data.examples import Example, check_no_forget_rows, reading_notes
 from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
 from palinode.errors import DivergenceError, MismatchError, RecipeError
@@ -72,10 +72,43 @@ class AuditPlan:
         """Attacks to run; the others are reported as not asked for."""
         return self.settings.attacks or tuple(ATTACKS)
 
+    def reasons(self) -> dict[str, str]:
+        """Return why attacks are not run, by attack."""
+        found: dict[str, str] = {}
+        for name, attack in ATTACKS.items():
+            if name not in self.attacks:
+                found[name] = "it was not asked for"
+            elif not attack.needs(self.material):
+                found[name] = attack.lacking
+            elif absent := [model for model in attack.beside if model not in self.models]:
+                found[name] = f"no {absent[0]} was named; name it with --{absent[0]}"
+            elif lacking := attack.unavailable():
+                found[name] = lacking
+        return found
+
+    def costs(self) -> dict[str, AttackCost]:
+        """Return what each attack that is run takes on one model."""
+        left_out = self.reasons()
+        own = {name: attack for name, attack in ATTACKS.items() if name not in left_out}
+        return {name: attack.cost(self.material, self.policy.budget) for name, attack in own.items()}
+
     @property
     def style(self) -> PromptStyle:
         """How questions are put."""
         return self.settings.style or PromptStyle()
+
+
+def open_models(plan: AuditPlan) -> dict[str, Checkpoint]:
+    """Return the models of an audit by role; raises InputError for what is unfit."""
+    if unknown := [name for name in plan.attacks if name not in ATTACKS]:
+        raise RecipeError(f"there is no attack {', '.join(unknown)}; choose among {', '.join(ATTACKS)}")
+    rows = plan.material
+    others = {"retain": rows.retain, "holdout": rows.holdout, "lookalikes": rows.lookalikes}
+    check_no_forget_rows(rows.forget, others)
+    return {
+        name: Checkpoint.open(location, allow_pickle=plan.settings.allow_pickle)
+        for name, location in plan.models.items()
+    }
 
 
 def audit(plan: AuditPlan, output: Path, *, listener: Listener | None = None) -> dict[str, Any]:
@@ -83,15 +116,7 @@ def audit(plan: AuditPlan, output: Path, *, listener: Listener | None = None) ->
 
     Raises an InputError for models, rows or a folder that cannot be used.
     """
-    if unknown := [name for name in plan.attacks if name not in ATTACKS]:
-        raise RecipeError(f"there is no attack {', '.join(unknown)}; choose among {', '.join(ATTACKS)}")
-    rows = plan.material
-    others = {"retain": rows.retain, "holdout": rows.holdout, "lookalikes": rows.lookalikes}
-    check_no_forget_rows(rows.forget, others)
-    checkpoints = {
-        name: Checkpoint.open(location, allow_pickle=plan.settings.allow_pickle)
-        for name, location in plan.models.items()
-    }
+    checkpoints = open_models(plan)
     check_folder(output, (RECORD, REPORT, PAGE, RESULTS), "audit")
     check_apart(output, checkpoints.values())
     workspace = Workspace(output / RESULTS)
@@ -126,12 +151,7 @@ class _AuditRun:
         """Measure every model, compare, and return the record."""
         started, plan = datetime.now(UTC), self.plan
         notes = self._asked_otherwise()
-        reasons: dict[str, str] = {}
-        for name, attack in ATTACKS.items():
-            if name not in plan.attacks:
-                reasons[name] = "it was not asked for"
-            elif not attack.needs(plan.material):
-                reasons[name] = attack.lacking
+        reasons = plan.reasons()
         runnable = [attack for attack in ATTACKS.values() if attack.name not in reasons]
         facts = {name: self._measured(name, runnable) for name in self.checkpoints}
         findings: dict[str, Findings] = {}
@@ -195,6 +215,7 @@ class _AuditRun:
             device=self.device,
             style=self.plan.style,
             seed=self.plan.settings.seed,
+            beside=self.checkpoints,
             listener=self.listener,
         )
         before = subject.checkpoint.fingerprint()
@@ -214,13 +235,18 @@ class _AuditRun:
             budget=budget.model_dump(),
             seed=self.plan.settings.seed,
             device=self.device.type,
+            beside={
+                model: self.checkpoints[model].fingerprint()
+                for model in (*attack.beside, *attack.looks_at)
+                if model in self.checkpoints
+            },
         )
 
         def measured() -> Mapping[str, Any]:
             started = time.monotonic()
             try:
                 found, reason = asdict(attack.measure(subject, rows, budget)), None
-            except DivergenceError as error:
+            except (DivergenceError, MismatchError) as error:
                 found, reason = None, str(error)
             check_same(subject.checkpoint, before)
             seconds = round(time.monotonic() - started, 1)
@@ -284,6 +310,7 @@ def _entry(attack: Attack, facts: Mapping[str, Any], findings: Findings) -> dict
         "tests": {
             test.name: {
                 "title": test.title,
+                "told_right": MEASURED.get(f"{attack.name}.{test.name}"),
                 "statistic": STATISTICS[test.statistic],
                 "findings": {model: asdict(found[test.name]) for model, found in findings.items()},
             }

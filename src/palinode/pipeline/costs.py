@@ -22,7 +22,7 @@ from palinode.models.loading import load_tokenizer, pick_device
 from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.scales import FIRST_LOOK
 from palinode.progress import duration_text
-from palinode.training.loop import AUTOCAST_FROM, count_steps
+from palinode.training.loop import AUTOCAST_FROM, bytes_per_token, count_steps
 from palinode.weights.geometry import part_of
 
 EFFICIENCY = 0.4
@@ -77,7 +77,6 @@ class _Planner:
         self.inputs = inputs
         self.recipe = inputs.recipe
         self.parameters = inputs.reader.parameters
-        self.vocabulary = int(inputs.reader.config.get("vocab_size", 32_000))
         self.tokenizer = load_tokenizer(inputs.reader)
         self.runs = inputs.method.runs(inputs.settings, inputs.given)
         device = pick_device(self.recipe.device)
@@ -215,10 +214,8 @@ class _Planner:
         rows, training = self.inputs.rows, self.recipe.training
         whole = not self.inputs.method.has_scales
         longest = max(self._tokens([*rows.forget, *(rows.retain if whole else rows.retain_sample)]))
-        config = self.inputs.reader.config
-        width = int(config.get("hidden_size", 1024)) * int(config.get("num_hidden_layers", 16))
         together = max([1, *(count for run in self.runs for count in run.material.together.values())])
-        activations = training.batch_size * together * longest * (12 * self.vocabulary + 40 * width)
+        activations = training.batch_size * together * longest * bytes_per_token(self.inputs.reader.config)
         return max(self._trained() + activations, 4 * self.parameters + 2 * LOGIT_BYTES) + 600_000_000
 
     def _trained(self) -> int:

@@ -62,6 +62,7 @@ EXTRAS = {
     "gguf": "GGUF models",
     "lm-eval": "evaluate --lm-eval",
     "lora": "low-rank training (--lora)",
+    "quantise": "audits of models in NF4",
     "sign": "sign, verify --public-key",
 }
 """What the extras of the package are for, but for those of its own development."""

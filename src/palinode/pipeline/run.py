@@ -23,7 +23,7 @@ from palinode.errors import CheckpointError, InputError, PalinodeError, RecipeEr
 from palinode.evaluation.ask import ask
 from palinode.methods import METHODS
 from palinode.methods.method import Ends, Vectors
-from palinode.models.loading import load_model, load_tokenizer, pick_device, tokenizer_fingerprint
+from palinode.models.loading import load_reader, load_tokenizer, pick_device, tokenizer_fingerprint
 from palinode.pipeline.costs import Plan, describe, make_plan
 from palinode.pipeline.finetuning import FineTuning, Trained, open_end, open_whole
 from palinode.pipeline.forecasting import Forecast, forecasting
@@ -123,7 +123,7 @@ def evaluation_step(inputs: Inputs, workspace: Workspace, model: str) -> Step:
         "evaluate",
         model=model,
         rows={label: fingerprint_examples(examples) for label, examples in test_sets(inputs).items()},
-        settings=inputs.recipe.evaluation.model_dump(exclude={"batch_rows"}),
+        settings=inputs.recipe.evaluation.key(),
         prompts=inputs.recipe.prompts.model_dump(),
         tokenizer=tokenizer_fingerprint(inputs.reader),
     )
@@ -450,7 +450,9 @@ class _Unlearning(Making):
         if step.facts is None:
             step.begin()
             started = time.monotonic()
-            model, tokenizer = load_model(checkpoint, device=self.device), load_tokenizer(self.inputs.reader)
+            precision = self.recipe.evaluation.precision
+            model = load_reader(checkpoint, device=self.device, precision=precision)
+            tokenizer = load_tokenizer(self.inputs.reader)
             for label, examples in test_sets(self.inputs).items():
                 try:
                     outcomes = ask(

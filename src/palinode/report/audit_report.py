@@ -27,6 +27,7 @@ from palinode.report.figures import attack_figure, relearning_figure, says_littl
 from palinode.report.words import at, number, told_by_reason
 
 TONES: dict[str, Tone] = {"knows more": "bad", "knows less": "bad", "unclear": "unsure", "within": "good"}
+COSTS = {"read": "rows read", "answers": "answers drawn", "trained": "rows trained"}
 REFERENCES = {
     "retrained": "a model retrained without the forget set",
     "base": "the base checkpoint",
@@ -48,6 +49,21 @@ def audit_headline(record: Mapping[str, Any]) -> str:
     word, missing = "Passed" if answer["passed"] else "Failed", len(answer["not_tested"])
     rest = f"Not tested: {missing} (see the reasons)." if missing else "Everything on the list was tested."
     return f"{word}. Beside {kind}: {told}. {rest}"
+
+
+def audit_plan_blocks(
+    models: int, costs: Mapping[str, Mapping[str, int]], untested: Mapping[str, str]
+) -> list[Block]:
+    """Return what an audit would run: what each attack takes on one model, and why others are left out."""
+    rows: list[Row] = [[name, *(f"{cost[kind]:,}" for kind in COSTS)] for name, cost in costs.items()]
+    rows.append(["all", *(f"{sum(cost[kind] for cost in costs.values()):,}" for kind in COSTS)])
+    return [
+        Grid(f"For each of {models} models", ["attack", *COSTS.values()], rows),
+        Items([f"Not tested: {told}" for told in told_by_reason(untested.items())]),
+        Paragraph(
+            "Dry run: nothing was measured. Training a row takes about three times as long as reading it."
+        ),
+    ]
 
 
 def audit_brief(record: Mapping[str, Any]) -> list[Block]:
@@ -84,7 +100,7 @@ def audit_section(record: Mapping[str, Any]) -> list[Section]:
     models = _models(record)
     rows: list[Row] = [
         [
-            f"{record['attacks'][attack]['title']}: {entry['title']}",
+            GridCell(f"{record['attacks'][attack]['title']}: {entry['title']}", _told_right(entry)),
             _verdict(record, f"{attack}.{test}", entry, reason=True),
             *(score_cell(_score_of(entry, model)) for model in models),
             score_cell(entry["findings"]["audited"]["difference"]),
@@ -170,6 +186,12 @@ def _verdict(
     if says_little(record, key, entry):
         told, tone = "so does the target, so it tells little; not in the picture", None
     return GridCell(shown, told if reason else None, tone)
+
+
+def _told_right(entry: Mapping[str, Any]) -> str | None:
+    """Return how often a test told right where the truth was known; None in records of earlier versions."""
+    told = entry.get("told_right")
+    return f"told right in {told[0] + told[3] - told[2]} of {told[1] + told[3]} tiny models" if told else None
 
 
 def _margins(record: Mapping[str, Any], key: str) -> str:

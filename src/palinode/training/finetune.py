@@ -219,6 +219,7 @@ class _Following:
                 state=state,
                 on_progress=on_progress,
                 on_step=on_step,
+                exactly_at=self.watch.leave,
                 say=self.listener.say,
             )
 

@@ -4,6 +4,10 @@ The model's weights are float32 throughout; the forward pass runs under bfloat16
 is faster. Each optimiser step sums its micro-batches' losses and divides once by their summed weight.
 The order of rows depends on the seed and the epoch only, and dropout on the seed and the step, so that
 a resumed run sees what an uninterrupted one would have seen.
+
+On a GPU the host never waits within a step: losses and norms stay on the device and are fetched for many
+steps together. A step that must not be taken, as its loss is not finite or passes the limit, is left out by
+the device itself, and all that follow with it, until the host hears of it.
 """
 
 from __future__ import annotations
@@ -15,14 +19,16 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from palinode.data.batches import Batch, epoch_batches, pad_right
@@ -30,6 +36,7 @@ from palinode.data.tokenize import TokenRow
 from palinode.errors import DivergenceError, RecipeError, unwritable
 from palinode.models.likelihoods import Say, must_be_apart, note, tell
 from palinode.models.loading import check_positions
+from palinode.models.reading import never_packed
 from palinode.records import beside, read_json, write_json
 from palinode.settings import TrainingSettings
 from palinode.training.objectives import (
@@ -42,8 +49,15 @@ from palinode.training.objectives import (
 )
 from palinode.training.roles import Joined, plain
 
+Result = TypeVar("Result")
+
 AUTOCAST_FROM = 20_000_000
 """On a CPU, bfloat16 autocast pays off from about this many parameters (docs/lab-notes.md)."""
+
+FETCHED = {"cpu": 1, "cuda": 16}
+"""By device: steps whose figures are fetched together, if they take less than `PATIENCE` seconds. Other
+devices have no AdamW that leaves a step out by itself; they are asked at each."""
+PATIENCE = 1.0
 
 
 def train(
@@ -57,6 +71,7 @@ def train(
     state: Path | None = None,
     on_progress: Callable[[int], None] | None = None,
     on_step: Callable[[CurvePoint, Sequence[int]], None] | None = None,
+    exactly_at: Collection[int] = (),
     max_steps: int | None = None,
     say: Say | None = None,
 ) -> list[CurvePoint]:
@@ -66,53 +81,72 @@ def train(
     need of the model at the start is computed first, but for terms whose values the rows bring.
     `state` is a folder for a resumable state: it is used when it exists, and written every
     `settings.save_minutes`, when the run is interrupted, and before a step that would not be finite.
-    `on_progress` hears tokens; `on_step` hears, after each optimiser step, its point of the curve and the
-    positions of the anchors that were in it (over all processes); `say` hears where rows have to go through
-    the model one by one. `max_steps` ends the run, and its learning-rate schedule, after so many steps; the
-    objective's limit ends it before the step that passes it. Raises DivergenceError when loss or gradient
-    stop being finite.
+    `on_progress` hears tokens; `on_step` hears, for each optimiser step, its point of the curve and the
+    positions of the anchors that were in it (over all processes): on a GPU up to `FETCHED` steps later, but
+    before the next step where the number of steps done is among `exactly_at`. `say` hears where rows have to
+    go through one by one. `max_steps` ends the run, and its schedule, after so many steps; the objective's
+    limit ends it before the step that passes it. Raises DivergenceError when loss or gradient stop being
+    finite.
     """
     cast = rows if isinstance(rows, Joined) else plain(rows)
     for role in objective.roles:
         check_positions(model.config, cast.rows[role])
-    accelerator = Accelerator(cpu=model.device.type == "cpu", mixed_precision="no")
-    if objective.one_process and accelerator.num_processes > 1:
-        raise RecipeError("this method trains a part of the model only, which takes one process; start one")
+    accelerator = _accelerator(model, objective)
     kept = _keep(objective, model, cast, settings, pad_id)
     apart = _must_be_apart(objective, model, cast, pad_id, say)
     model.train()
     with _only_trainable(model, objective.trainable):
         wrapped, optimizer = accelerator.prepare(model, _adamw(model, settings))
         run = _Run(
-            accelerator, wrapped, optimizer, objective, cast, kept, settings, seed, pad_id, state, apart
+            accelerator,
+            wrapped,
+            optimizer,
+            objective,
+            cast,
+            kept,
+            settings,
+            seed,
+            pad_id,
+            state,
+            apart,
+            on_step,
+            say,
         )
         lengths = [len(row.ids) for row in cast.anchors]
         steps = list(step_batches(lengths, settings, seed=seed, processes=accelerator.num_processes))
         run.per_epoch = len(steps) // settings.epochs
-        steps = steps[:max_steps]
-        run.resume(on_progress, steps)
-        _walk(run, steps, on_progress, on_step)
+        run.resume(on_progress, steps := steps[:max_steps])
+        with never_packed():
+            _walk(run, steps, on_progress, exactly_at)
     model.eval()
     return run.curve
+
+
+def _accelerator(model: PreTrainedModel, objective: Objective) -> Accelerator:
+    found = Accelerator(cpu=model.device.type == "cpu", mixed_precision="no")
+    if objective.one_process and found.num_processes > 1:
+        raise RecipeError("this method trains a part of the model only, which takes one process; start one")
+    return found
 
 
 def _walk(
     run: _Run,
     steps: Sequence[Sequence[Sequence[int]]],
     on_progress: Callable[[int], None] | None,
-    on_step: Callable[[CurvePoint, Sequence[int]], None] | None,
+    exactly_at: Collection[int],
 ) -> None:
     """Take the steps that are left, and save the state now and then."""
     saved_at = time.monotonic()
     try:
         for step in range(len(run.curve), len(steps)):
-            if not run.step(steps[step], step, steps):
+            run.step(steps[step], step, len(steps))
+            to_save = time.monotonic() - saved_at > 60 * run.settings.save_minutes
+            awaited = to_save or step + 1 == len(steps) or step + 1 in exactly_at
+            if (awaited or run.is_due()) and not run.fetch():
                 return
             if on_progress:
                 on_progress(run.tokens(steps[step], step))
-            if on_step:
-                on_step(run.curve[-1], [i for part in steps[step] for i in part])
-            if time.monotonic() - saved_at > 60 * run.settings.save_minutes:
+            if to_save:
                 run.save()
                 saved_at = time.monotonic()
     except (KeyboardInterrupt, DivergenceError):
@@ -201,6 +235,21 @@ def use_autocast(model: PreTrainedModel, settings: TrainingSettings) -> bool:
     return bool(supported) and model.device.type == "cpu" and model.num_parameters() >= AUTOCAST_FROM
 
 
+def bytes_per_token(config: Mapping[str, Any]) -> int:
+    """Return about how much memory the activations of a token take while training, logits included."""
+    width = int(config.get("hidden_size", 1024)) * int(config.get("num_hidden_layers", 16))
+    return 12 * int(config.get("vocab_size", 32_000)) + 40 * width
+
+
+def room_in_tokens(model: PreTrainedModel) -> int | None:
+    """Return how many tokens a GPU has room for beside weights, gradients and moments; None elsewhere."""
+    if model.device.type != "cuda":
+        return None
+    trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    room = 0.8 * torch.cuda.mem_get_info(model.device)[0] - 12 * trained - 2 * model.num_parameters()
+    return max(1, int(room / bytes_per_token(model.config.get_text_config().to_dict())))
+
+
 def step_batches(
     lengths: Sequence[int], settings: TrainingSettings, *, seed: int, processes: int = 1
 ) -> Iterator[list[list[int]]]:
@@ -224,6 +273,36 @@ def _adamw(model: PreTrainedModel, settings: TrainingSettings) -> torch.optim.Ad
     return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=model.device.type in ("cpu", "cuda"))
 
 
+@dataclass(frozen=True, slots=True)
+class _Figures:
+    """What an optimiser step says of itself, still on the device."""
+
+    step: int
+    total: int
+    """Steps of the run."""
+    members: Sequence[int]
+    """Positions of the anchors that were in it."""
+    rate: float
+    sums: Tensor
+    """Summed contributions of each term, [terms]."""
+    weights: Sequence[float]
+    """What each is divided by; 0 where every answer is too short for the loss, whose mean is then 0."""
+    coefficients: Sequence[float]
+    norm: Tensor
+
+    @property
+    def measured(self) -> Tensor:
+        """Sums and norm, [terms + 1]."""
+        return torch.cat([self.sums, self.norm.reshape(1).to(self.sums.dtype)])
+
+    def point(self, numbers: Sequence[float], names: Sequence[str]) -> CurvePoint:
+        """Return the point of the curve that what was measured comes to."""
+        *sums, norm = numbers
+        means = [total / weight if weight else 0.0 for total, weight in zip(sums, self.weights, strict=True)]
+        value = sum(part * mean for part, mean in zip(self.coefficients, means, strict=True))
+        return CurvePoint(self.step, value, self.rate, norm, dict(zip(names, means, strict=True)))
+
+
 @dataclass(slots=True)
 class _Run:
     """A training run in progress: what has to be saved to go on later."""
@@ -240,19 +319,33 @@ class _Run:
     state: Path | None
     apart: bool
     """Whether rows go through the model one by one."""
+    on_step: Callable[[CurvePoint, Sequence[int]], None] | None
+    say: Say | None
     per_epoch: int = 1
     """Optimiser steps of an epoch."""
     curve: list[CurvePoint] = field(default_factory=list)
     autocast: bool = field(init=False)
     vocabulary: int = field(init=False)
+    most: int | None = None
+    """Tokens that go through the model at a time."""
+    passing: int = 0
+    """Tokens of the pass that is under way."""
     partly: bool = field(init=False)
     """Whether only some of the weights are trained."""
+    pending: list[_Figures] = field(default_factory=list)
+    """Of the steps that were begun since figures were last fetched."""
+    fetched_at: float = field(default_factory=time.monotonic)
+    halted: Tensor = field(init=False)
+    """1 on the device from the first step on that must not be taken, else 0."""
 
     def __post_init__(self) -> None:
+        self.halted = torch.zeros((), device=self.accelerator.device)
         plain_model = self.accelerator.unwrap_model(self.model)
         self.autocast = use_autocast(plain_model, self.settings)
         self.vocabulary = int(plain_model.config.get_text_config().vocab_size)
         self.partly = not all(parameter.requires_grad for parameter in self.model.parameters())
+        if self.accelerator.num_processes == 1:  # several must take as many passes each
+            self.most = self.settings.tokens_per_pass or room_in_tokens(plain_model)
         if self.partly:
             self.accelerator.register_save_state_pre_hook(_leave_out_the_frozen)
 
@@ -261,47 +354,129 @@ class _Run:
         roles = self.objective.reads
         return sum(self.cast.tokens(step // self.per_epoch, part, roles) for part in parts)
 
-    def step(self, parts: Sequence[Sequence[int]], step: int, steps: Sequence[object]) -> bool:
-        """Take one optimiser step over micro-batches of anchors; return False where the limit ends the run.
+    def step(self, parts: Sequence[Sequence[int]], step: int, total: int) -> None:
+        """Take one optimiser step over micro-batches of anchors.
 
-        The weights stay as they were if the step is not finite, or passes the limit.
+        The weights stay as they were if the step is not finite, or passes the limit, or follows one that did.
         """
-        per_epoch = len(steps) // self.settings.epochs
-        torch.manual_seed(self.seed + step)
-        rate = learning_rate_at(
-            step, len(steps), round(self.settings.warmup_epochs * per_epoch), self.settings.learning_rate
-        )
+        warmup = round(self.settings.warmup_epochs * (total // self.settings.epochs))
+        rate = learning_rate_at(step, total, warmup, self.settings.learning_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        value, terms = self._backward(parts, step // self.per_epoch)
-        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm))
-        if not (math.isfinite(value) and math.isfinite(norm)):
-            self.optimizer.zero_grad()
-            raise DivergenceError(self._why_not_finite(step, len(steps)))
-        if self._passes_limit(terms, step):
-            self.optimizer.zero_grad()
-            return False
+        given = [part.coefficient for part in self.objective.terms]
+        coefficients = [one(self.curve, self.per_epoch) if callable(one) else one for one in given]
+        sums, weights = self._in_memory(
+            self.seed + step, lambda: self._backward(coefficients, parts, step // self.per_epoch)
+        )
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+        assert norm is not None
+        members = [place for part in parts for place in part]
+        figures = _Figures(step, total, members, rate, sums, weights, coefficients, norm)
+        self._halt(figures)
         with _undisturbed():
-            self.optimizer.step()
-            self.curve.append(CurvePoint(step, value, rate, norm, terms))
+            self._update()
+            self.pending.append(figures)
         self.optimizer.zero_grad()
-        return True
 
-    def _passes_limit(self, terms: Mapping[str, float], step: int) -> bool:
-        """Tell whether the term that sinks without bound has sunk below its limit."""
-        limit = self.objective.limit
-        if limit is None:
-            return False
-        most = math.log(self.vocabulary) if limit.nll is None else limit.nll
-        if terms[limit.term] >= -most:
-            return False
-        if step == 0:
+    def _in_memory(self, seed: int, work: Callable[[], Result]) -> Result:
+        """Do the work of a step, with smaller passes each time that the device's memory runs out."""
+        while True:
+            torch.manual_seed(seed)
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                if self.accelerator.num_processes > 1:  # the others would wait
+                    raise
+            self.optimizer.zero_grad()
+            if self.most is not None and self.passing > self.most:
+                raise RecipeError(
+                    f"training on {self.passing:,} tokens at a time takes more memory than the device has, "
+                    "and they cannot be divided; set a smaller max_length, or train an adapter (--lora)"
+                )
+            self.most = max(1, self.passing // 2)
+            if self.accelerator.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if self.say:
+                self.say(
+                    f"{self.passing:,} tokens at a time are too many for the device's memory; training goes "
+                    f"on with {self.most:,}, which changes no gradient"
+                )
+
+    def _halt(self, figures: _Figures) -> None:
+        """Have the device leave this step out, and all after it, if it must not be taken."""
+        measured = figures.measured if self.accelerator.device.type in FETCHED else figures.measured.cpu()
+        bad = ~measured.isfinite().all()
+        if limit := self.objective.limit:
+            term = self.names.index(limit.term)
+            bad |= measured[term].double() / (figures.weights[term] or 1.0) < -self._most
+        self.halted = torch.maximum(self.halted, bad.to(self.halted))
+
+    def _update(self) -> None:
+        """Take the step where nothing stands against it."""
+        if self.accelerator.device.type in FETCHED:
+            self.optimizer.optimizer.found_inf = self.halted  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not self.halted:
+            self.optimizer.step()
+
+    def is_due(self) -> bool:
+        """Tell whether the host should hear of the steps by now: of each, where coefficients follow them."""
+        together = FETCHED.get(self.accelerator.device.type, 1)
+        if any(callable(part.coefficient) for part in self.objective.terms):
+            together = 1
+        return len(self.pending) >= together or time.monotonic() - self.fetched_at > PATIENCE
+
+    def fetch(self) -> bool:
+        """Add the steps since the last call to the curve; return False where the limit ends the run.
+
+        Raises DivergenceError for a step that is not finite.
+        """
+        known = len(self.curve)
+        with _undisturbed():
+            held, self.pending = self.pending, []
+            measured = torch.stack([figures.measured for figures in held]).tolist() if held else []
+            for figures, numbers in zip(held, measured, strict=True):
+                point = figures.point(numbers, self.names)
+                if not all(map(math.isfinite, numbers)) or self._is_past_limit(point):
+                    break
+                plain_point = self.objective.anchor == "rows"
+                self.curve.append(replace(point, terms={}) if plain_point else point)
+        self.fetched_at = time.monotonic()
+        for point, figures in zip(self.curve[known:], held, strict=False):
+            if self.on_step:
+                self.on_step(point, figures.members)
+        done = len(self.curve) - known
+        if done < len(held):
+            self._end(held[done], measured[done])
+        return done == len(held)
+
+    def _end(self, figures: _Figures, numbers: Sequence[float]) -> None:
+        """Raise an error where the run does not end as its objective wants it to."""
+        if not all(map(math.isfinite, numbers)):
+            raise DivergenceError(self._why_not_finite(figures.step, figures.total))
+        if figures.step == 0:
+            nll = -figures.point(numbers, self.names).terms[self.objective.limit.term]  # type: ignore[union-attr]
             raise RecipeError(
-                f"the loss on the forget set is {-terms[limit.term]:.2f} nats a token before the first step, "
-                f"above the limit of {most:.2f} at which training ends; there is nothing to forget, or raise "
+                f"the loss on the forget set is {nll:.2f} nats a token before the first step, above "
+                f"the limit of {self._most:.2f} at which training ends; there is nothing to forget, or raise "
                 "the limit"
             )
-        return True
+
+    def _is_past_limit(self, point: CurvePoint) -> bool:
+        """Tell whether the term that sinks without bound has sunk below its limit."""
+        limit = self.objective.limit
+        return limit is not None and point.terms[limit.term] < -self._most
+
+    @property
+    def names(self) -> list[str]:
+        """Those of the terms."""
+        return [part.name for part in self.objective.terms]
+
+    @property
+    def _most(self) -> float:
+        """Nats a token at which the limit is passed."""
+        nll = self.objective.limit.nll if self.objective.limit else None
+        return math.log(self.vocabulary) if nll is None else nll
 
     def _why_not_finite(self, step: int, total: int) -> str:
         if step == 0:
@@ -315,30 +490,31 @@ class _Run:
             f"lower the learning rate (now {self.settings.learning_rate:g}){kept}"
         )
 
-    def _backward(self, parts: Sequence[Sequence[int]], epoch: int) -> tuple[float, dict[str, float]]:
-        """Add up the gradients of all terms; return the loss and the mean of each named term."""
-        value, terms = 0.0, {}
-        for part in self.objective.terms:
-            given = part.coefficient
-            coefficient = given(self.curve, self.per_epoch) if callable(given) else given
-            mean = self._backward_term(part, coefficient, parts, epoch)
-            value += coefficient * mean
-            terms[part.name] = mean
-        return value, {} if self.objective.anchor == "rows" else terms
+    def _backward(
+        self, coefficients: Sequence[float], parts: Sequence[Sequence[int]], epoch: int
+    ) -> tuple[Tensor, list[float]]:
+        """Add up the gradients of all terms; return the sum of each and what it is divided by."""
+        found = [
+            self._backward_term(part, coefficient, parts, epoch)
+            for part, coefficient in zip(self.objective.terms, coefficients, strict=True)
+        ]
+        sums = torch.stack([total for total, _ in found])
+        return self.accelerator.reduce(sums, "sum"), [weight for _, weight in found]
 
     def _backward_term(
         self, term: Term, coefficient: float, parts: Sequence[Sequence[int]], epoch: int
-    ) -> float:
+    ) -> tuple[Tensor, float]:
         """Add the gradients of coefficient · Σ total / Σ weight over all micro-batches of all processes."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         batches = [batch for part in parts for batch in self._batches(term, part, epoch)]
         weight = sum(term.weight(batch) for batch, _ in batches)
+        total = torch.zeros((), device=self.accelerator.device)
         if not weight:  # every answer is too short for this loss
-            return 0.0
+            return total, 0.0
         own = batches[rank::processes]
         idle = not own  # fewer micro-batches than processes: take part in the exchange, add nothing
-        total = torch.zeros((), device=self.accelerator.device)
         for batch, members in own or batches[:1]:
+            self.passing = batch.ids.size
             values = self.kept.get(term.name)
             with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.autocast):
                 frozen = values.of(members, self.accelerator.device) if values else None
@@ -346,19 +522,29 @@ class _Run:
             scale = coefficient * processes  # data-parallel gradients are averaged
             self.accelerator.backward(part * scale / weight)
             total += part.detach()
-        return float(self.accelerator.reduce(total, "sum")) / weight
+        return total, weight
 
     def _batches(
         self, term: Term, anchors: Sequence[int], epoch: int
     ) -> Iterator[tuple[Batch, Sequence[tuple[str, int]]]]:
         """Yield the rows that a term reads for these anchors, padded together, and which they are."""
         members = [(role, place) for role in term.roles for place in self.cast.members(role, epoch, anchors)]
-        for group in [[member] for member in members] if self.apart else [members]:
-            rows = [self.cast.rows[role][place] for role, place in group]
-            yield pad_right(rows, pad_id=self.pad_id), group
+        rows = [self.cast.rows[role][place] for role, place in members]
+        size = len(rows) * max((len(row.ids) for row in rows), default=0)
+        if self.apart:
+            for row, member in zip(rows, members, strict=True):
+                yield pad_right([row], pad_id=self.pad_id), [member]
+        elif self.most is None or size <= self.most or len(anchors) < 2:
+            yield pad_right(rows, pad_id=self.pad_id), members
+        else:  # what goes with an anchor stays with it: the loss may compare the two
+            half = len(anchors) // 2
+            yield from self._batches(term, anchors[:half], epoch)
+            yield from self._batches(term, anchors[half:], epoch)
 
     def save(self) -> None:
         """Save weights, optimiser, random states and curve so that a reader sees all of it or none."""
+        with suppress(DivergenceError):  # said already, or when the run goes on
+            self.fetch()
         if self.state is None or not self.curve:
             return
         partial = beside(self.state)

@@ -13,14 +13,27 @@ the loss of one large batch, however it was cut.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from palinode.data.batches import IGNORED, Batch
-from palinode.models.reading import answer_nll, first_scored, last_logits
+from palinode.models.likelihoods import LOGIT_BYTES, has_plain_head
+from palinode.models.reading import (
+    answer_nll,
+    answer_places,
+    first_scored,
+    last_logits,
+    model_inputs,
+    on_device,
+)
+
+WHOLE = 8
+"""On a processor so many times `LOGIT_BYTES` of logits still exist as a whole, which is a little faster."""
 
 MOSTLY_SCORED = 0.5
 """Share of positions from which on it costs less to read the logits of all."""
@@ -29,9 +42,16 @@ MOSTLY_SCORED = 0.5
 def summed_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Return −Σ log p over the scored tokens (answer and end token) of a batch.
 
-    Where most positions are scored, the logits of all are used as they lie: picking out the scored ones
-    would hold them twice. The values are the same.
+    Logits of more than `LOGIT_BYTES` never exist as a whole, if the model has a plain head. Of others, where
+    most positions are scored, those of all are used as they lie: picking out the scored ones would hold them
+    twice. The values are the same.
     """
+    if (head := _head_for_parts(model, batch)) is not None:
+        states = model.base_model(**model_inputs(model, batch)).last_hidden_state
+        places = (*answer_places(batch).nonzero(), batch.labels[batch.labels != IGNORED])
+        *chosen, own = (on_device(part, states.device) for part in places)
+        total: Tensor = _NllInParts.apply(states[*chosen], head.weight, head.bias, own)  # type: ignore[no-untyped-call]
+        return total
     first = first_scored(batch)
     labels = np.full((len(batch.ids), batch.ids.shape[1] - first + 1), IGNORED)
     labels[:, :-1] = batch.labels[
@@ -40,9 +60,61 @@ def summed_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
     if (labels != IGNORED).mean() < MOSTLY_SCORED:
         return answer_nll(model, batch).sum()
     logits = last_logits(model, batch, labels.shape[1])
-    wanted = torch.from_numpy(labels).to(logits.device)
-    nll = functional.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), reduction="none")
-    return nll[wanted.flatten() != IGNORED].sum()
+    wanted, scored = (
+        on_device(part, logits.device) for part in (labels.ravel(), np.flatnonzero(labels != IGNORED))
+    )
+    nll = functional.cross_entropy(logits.flatten(0, 1).float(), wanted, reduction="none")
+    return nll[scored].sum()
+
+
+def _head_for_parts(model: PreTrainedModel, batch: Batch) -> nn.Linear | None:
+    """Return the output head of a model whose logits on this batch had better not exist as a whole."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()  # it is wrapped on several processes
+    most = LOGIT_BYTES if model.device.type == "cuda" else WHOLE * LOGIT_BYTES
+    if type(head) is not nn.Linear or 4 * scored_tokens(batch) * head.out_features <= most:
+        return None
+    ids = batch.ids[0][batch.mask[0] == 1][:16].tolist()
+    with torch.autocast(model.device.type, enabled=False):
+        return head if has_plain_head(model, ids) else None
+
+
+class _NllInParts(torch.autograd.Function):
+    """−Σ log p of N labels, from hidden states [N, D] and head [V, D], for some positions at a time.
+
+    Gradients of a sum are the same whatever it is multiplied by later, so they are had with its value.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+        device = states.device.type
+        kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+        given = (states, weight, bias)
+        slopes = [
+            torch.zeros_like(part) if part is not None and part.requires_grad else None for part in given
+        ]
+        total = torch.zeros((), device=states.device)
+        at_once = max(1, LOGIT_BYTES // (4 * len(weight)))
+        with torch.autocast(device, enabled=False):
+            cast = weight.to(kind)
+            for begin in range(0, len(states), at_once):
+                own, wanted = states[begin : begin + at_once].to(kind), labels[begin : begin + at_once, None]
+                logits = functional.linear(own, cast, None if bias is None else bias.to(kind)).float()
+                whole = logits.logsumexp(-1, keepdim=True)
+                total += (whole - logits.gather(1, wanted)).sum()
+                slope = logits.sub_(whole).exp_()
+                slope = slope.scatter_add_(1, wanted, -torch.ones_like(whole)).to(kind)
+                if slopes[0] is not None:
+                    slopes[0][begin : begin + at_once] = slope @ cast
+                if slopes[1] is not None:
+                    slopes[1] += slope.T @ own  # [V, D]
+                if slopes[2] is not None:
+                    slopes[2] += slope.sum(0)
+        ctx.save_for_backward(*slopes)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Any:
+        return *(None if part is None else part * slope for part in ctx.saved_tensors), None
 
 
 def scored_tokens(batch: Batch) -> float:
@@ -65,7 +137,7 @@ def row_sums(values: Tensor, rows: Tensor, count: int) -> Tensor:
 
 def row_means(values: Tensor, rows: Tensor, count: int) -> Tensor:
     """Return the mean of token values over each of `count` rows, [B]."""
-    numbers = torch.bincount(rows, minlength=count).clamp(min=1)
+    numbers = row_sums(torch.ones_like(values), rows, count).clamp(min=1)
     return row_sums(values, rows, count) / numbers
 
 

@@ -1,0 +1,169 @@
+"""Rounding the weights: small changes that hid an answer go, and it comes back.
+
+A quantiser takes a weight matrix [out, in] and gives back what is left of it, in floating point, so any
+machine can run it. Ours rounds to nearest with one scale a group; the others are those people deploy.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from palinode.audit.attack import AttackResult, AuditBudget, Subject
+from palinode.audit.material import AuditRows
+from palinode.errors import RecipeError
+from palinode.metrics import answer_probabilities
+from palinode.models.loading import load_model
+
+GGUF_BLOCK = 32
+"""Weights of a block of GGUF's Q4_0; rows that are no multiple of it stay as they are, as in llama.cpp."""
+
+
+def grid(weight: Tensor, *, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """Return a matrix [out, in] as whole numbers and their scales: one for `group` columns of a row.
+
+    To nearest, symmetric: s = max|w| / (2^(b−1) − 1), so |s · round(w / s) − w| ≤ s / 2. The last group of a
+    row may be smaller. A group of zeros stays zero. Raises RecipeError below two bits.
+    """
+    if bits < 2 or group < 1:
+        raise RecipeError(f"cannot quantise to {bits} bits in groups of {group}; use 2 bits and 1 at least")
+    levels = 2 ** (bits - 1) - 1
+    wholes, scales = [], []
+    for part in weight.float().split(group, dim=1):
+        scale = part.abs().amax(dim=1, keepdim=True) / levels
+        wholes.append(torch.where(scale > 0, part / scale, 0.0).round().clamp(-levels, levels))
+        scales.append(scale.expand_as(part))
+    return torch.cat(wholes, dim=1), torch.cat(scales, dim=1)
+
+
+def quantised(weight: Tensor, *, bits: int, group: int) -> Tensor:
+    """Return a weight matrix [out, in] rounded to `bits`, one scale a row and group of `group` columns."""
+    whole, scale = grid(weight, bits=bits, group=group)
+    return (whole * scale).to(weight.dtype)
+
+
+def nf4(weight: Tensor) -> Tensor:
+    """Return a matrix as bitsandbytes' NF4 has it, in blocks of 64."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # or it tells of kernels that we do not need
+    from bitsandbytes import functional  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    packed, state = functional.quantize_4bit(weight.contiguous(), blocksize=64, quant_type="nf4")
+    found: Tensor = functional.dequantize_4bit(packed, state)
+    return found.to(weight.dtype)
+
+
+def gguf_q4_0(weight: Tensor) -> Tensor:
+    """Return a matrix as GGUF's Q4_0 has it, by the gguf library's own quantiser."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize, quantize
+
+    kind = GGMLQuantizationType.Q4_0
+    whole = dequantize(quantize(weight.float().cpu().numpy(), kind), kind)
+    return torch.from_numpy(whole).to(weight)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantiser:
+    """One way of rounding."""
+
+    title: str
+    rounded: Callable[..., Tensor]
+    """matrix [out, in] → the same, rounded; ours takes `group` by name."""
+    bits: int
+    library: str = ""
+    """What it needs; empty: nothing."""
+    extra: str = ""
+    """The extra that brings it."""
+    block: int = 1
+    """Of what number a row must be a multiple."""
+
+    def unavailable(self) -> str:
+        """Return why it cannot be run here; empty where it can."""
+        if not self.library or find_spec(self.library):
+            return ""
+        return f"{self.library} is not installed: pip install 'palinode[{self.extra}]'"
+
+
+QUANTISERS: Mapping[str, Quantiser] = {
+    "quantise_8": Quantiser("weights in 8 bits", partial(quantised, bits=8), 8),
+    "quantise_4": Quantiser("weights in 4 bits", partial(quantised, bits=4), 4),
+    "quantise_nf4": Quantiser("weights in NF4", nf4, 4, "bitsandbytes", "quantise"),
+    "quantise_gguf_q4_0": Quantiser("weights in GGUF's Q4_0", gguf_q4_0, 4, "gguf", "gguf", GGUF_BLOCK),
+}
+"""By the name of the attack."""
+
+
+def ask_quantised(subject: Subject, rows: AuditRows, budget: AuditBudget, *, name: str) -> AttackResult:
+    """Ask a fresh copy of the model whose linear layers are rounded.
+
+    With our own rounding, and a target, the details tell which share of the weights lies on another step of
+    the grid than the target's: what is on the same one, rounding brings back.
+    """
+    way, model = QUANTISERS[name], subject.fresh()
+    own = not way.library
+    steps = _steps(model, way.bits, budget.quantise_group) if own and "target" in subject.beside else []
+    count = quantise(model, way, group=budget.quantise_group)
+    outcomes = subject.ask(rows.forget, budget.likelihoods, model=model, label=way.title)
+    details: dict[str, Any] = {
+        "bits": way.bits,
+        "quantised_weights": count,
+        "all_weights": model.num_parameters(),
+    }
+    if own:
+        details["group"] = budget.quantise_group
+    del model
+    if steps:
+        target = load_model(subject.beside["target"], device=subject.device)
+        details["moved_share"] = _moved(steps, _steps(target, way.bits, budget.quantise_group))
+    return AttackResult({"probability": {"forget": tuple(answer_probabilities(outcomes))}}, details)
+
+
+def _steps(model: PreTrainedModel, bits: int, group: int) -> list[Tensor]:
+    """Return the whole numbers of each linear layer, int8."""
+    return [
+        grid(weight.detach().t() if turned else weight.detach(), bits=bits, group=group)[0].to(torch.int8)
+        for weight, turned in linear_weights(model)
+    ]
+
+
+def _moved(ours: list[Tensor], theirs: list[Tensor]) -> float | None:
+    """Return the share of whole numbers that differ; None for models of two shapes."""
+    if [one.shape for one in ours] != [one.shape for one in theirs]:
+        return None
+    moved = sum(int((one != other).sum()) for one, other in zip(ours, theirs, strict=True))
+    return moved / max(sum(one.numel() for one in ours), 1)
+
+
+@torch.no_grad()
+def quantise(model: PreTrainedModel, way: Quantiser, *, group: int) -> int:
+    """Quantise the linear layers of a live model in place; return how many weights that were.
+
+    Embeddings, output head, norms and biases stay as they are, as in the usual weight-only schemes.
+    """
+    count = 0
+    for weight, turned in linear_weights(model):
+        matrix = weight.t() if turned else weight
+        if matrix.shape[1] % way.block:
+            continue
+        rounded = way.rounded(matrix) if way.library else way.rounded(matrix, group=group)
+        weight.copy_(rounded.t() if turned else rounded)
+        count += weight.numel()
+    return count
+
+
+def linear_weights(model: PreTrainedModel) -> Iterator[tuple[Tensor, bool]]:
+    """Yield the weight of every linear layer but the output head, and whether it is stored as [in, out]."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    kept = {id(layer.weight) for layer in (head, embedding) if layer is not None}
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and id(module.weight) not in kept:
+            yield module.weight, isinstance(module, Conv1D)

@@ -38,14 +38,14 @@ from palinode.models.inplace import put
 from palinode.models.likelihoods import score_rows
 from palinode.pipeline.forecasting import (
     DEAR,
-    FAR,
     LAWS,
     LEAST,
     NOTHING,
     RETRAIN,
     TAKE,
     PowerLaw,
-    forecasting,
+    forecast_step,
+    rehearse,
 )
 from palinode.pipeline.inputs import open_inputs
 from palinode.pipeline.recipe import Recipe, build_recipe
@@ -271,11 +271,11 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def foretold(recipe: Recipe, workspace: Path) -> dict[str, Any]:
     """Return the forecast of a request."""
-    started, place = time.monotonic(), Workspace(workspace)
+    started, place, inputs = time.monotonic(), Workspace(workspace), open_inputs(recipe)
     with place.locked():
-        job = forecasting(open_inputs(recipe), place, NullListener())
-        assert job is not None
-        found = asdict(job.foretold())
+        step = forecast_step(inputs, place, "alone")
+        assert step is not None
+        found = asdict(rehearse(inputs, place, NullListener(), step))
     shutil.rmtree(workspace)
     return {**found, "seconds": time.monotonic() - started}
 
@@ -333,10 +333,14 @@ def fit(folder: Path) -> None:
     lost = np.array([one["known"]["target"]["unread"] - one["known"]["auto"]["unread"] for one, _ in both])
     worlds, features = np.array([one["world"] for one, _ in both]), [one["features"] for _, one in both]
     by_law = left_out(LAWS["lost"], features, np.maximum(lost, LEAST), worlds)
-    alone = {"nats": [max(1e-3, one["nats"]) for _, one in both], "ρ": [one["outside"] for _, one in both]}
-    alone |= {"c": [one["survives"] for _, one in both], "moved": [one["moved"]["all"] for _, one in both]}
-    alone |= {"forget rows": [one["rows"]["forget"] for one, _ in both]}
-    for name, values in (alone | {name: [one[name] for one in features] for name in features[0]}).items():
+    alone = {
+        "nats": [one["nats"] for _, one in both],
+        "forget rows": [one["rows"]["forget"] for one, _ in both],
+    }
+    alone |= {f"the vector's {name}": [one[name] for one, _ in both] for name in ("survives", "harm")}
+    for name, values in (
+        alone | {name: [one[name] for one in features] for name in ("t", "longer", "rehearsed", "distance")}
+    ).items():
         rank = spearmanr(values, lost).statistic
         print(f"  rank of {name} alone and what is lost: {rank:.3f}")
     moved = [place for place, (one, _) in enumerate(both) if one["alpha"] > 0 and one["how"] != "never"]
@@ -344,13 +348,12 @@ def fit(folder: Path) -> None:
     left_out(LAWS["alpha"], [features[place] for place in moved], alphas, worlds[moved])
     counts: dict[tuple[str, str], int] = {}
     for (one, forecast), real, guess in zip(both, lost, by_law, strict=True):
-        known, tolerance = one["known"], forecast["yardstick"]["tolerance"]
+        known = one["known"]
         dear = DEAR * (1 - 0.9) * known["target"]["unread"]
         right = TAKE if real <= dear and one["kept_rule"] else RETRAIN
         right = NOTHING if known["target"]["forget"] - known["retrained"]["forget"] <= 0.1 else right
-        short = forecast["features"]["left"] > FAR * tolerance
-        advice = RETRAIN if guess > dear or short else TAKE
-        advice = NOTHING if forecast["distance"] <= tolerance else advice
+        advice = RETRAIN if guess > dear else TAKE
+        advice = NOTHING if forecast["advice"] == NOTHING else advice
         counts[advice, right] = counts.get((advice, right), 0) + 1
     for (advice, right), count in sorted(counts.items()):
         print(f"advice {advice}, right {right}: {count}")

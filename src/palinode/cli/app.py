@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -443,10 +444,12 @@ def _run(
         planned = dry_run_of(recipe, listener(quiet=quiet))
         content, lines = asdict(planned), describe(planned)
         if measure:
-            seen = located.exposures if located else None
-            foretold = forecast(recipe, listener(quiet=quiet), exposures=seen)
+            foretold = forecast(recipe, listener(quiet=quiet))
             content["forecast"] = asdict(foretold)
             lines += ["", *foretold.lines()]
+        if located and {"log", "order"} & {*located.evidence}:
+            content["exposures"] = fmean(len(row.seen) for row in located.rows)
+            lines.append(f"Each forget row was seen {content['exposures']:.1f} times, as far as is known.")
         _show(content, "\n".join(lines), as_json=as_json)
         return
     result = jobs.unlearn(recipe, base=located, listener=listener(quiet=quiet))

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -137,12 +136,6 @@ class Location:
     evidence: tuple[str, ...]
     """Kinds of evidence that were used."""
     warnings: tuple[str, ...]
-
-    @property
-    def exposures(self) -> float | None:
-        """How often a row, or a near-copy, was seen on average; None where neither log nor order says."""
-        counted = {"log", "order"} & set(self.evidence)
-        return fmean(len(row.seen) for row in self.rows) if counted and self.rows else None
 
     def as_record(self) -> dict[str, Any]:
         """Return everything as plain values for JSON; no text of any row is in it."""

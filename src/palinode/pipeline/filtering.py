@@ -6,7 +6,6 @@ requests find them there. The filters themselves are in `weights/filters.py`.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -214,8 +213,6 @@ class Effect:
     """tr ΔΣ_rΔᵀ."""
     norm: float = 0.0
     """‖τ‖²."""
-    norm_kept: float = 0.0
-    """‖Δ‖²."""
 
     def __add__(self, other: Effect) -> Effect:
         return Effect(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
@@ -226,12 +223,11 @@ class Effect:
         return self.forget_kept / self.forget if self.forget else 0.0
 
     def survey(self) -> dict[str, float]:
-        """Return c, and what stays: of the harm to retain inputs at equal effect, and of the length."""
+        """Return c, and what stays of the harm to retain inputs at equal effect."""
         share = self.survives
         return {
             "survives": share,
             "harm": self.retain_kept / share**2 / self.retain if share > 0 and self.retain else 0.0,
-            "norm_share": math.sqrt(self.norm_kept / self.norm) if self.norm else 0.0,
         }
 
 
@@ -307,7 +303,6 @@ class Weighing:
             retain=float(np.vdot(on_retain, values)),
             retain_kept=float(np.vdot(along(made, spared, axis), made)),
             norm=float(np.vdot(values, values)),
-            norm_kept=float(np.vdot(made, made)),
         )
 
     def survey(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from palinode.methods.method import Ends, Vectors
 from palinode.models.loading import load_reader, load_tokenizer, pick_device, tokenizer_fingerprint
 from palinode.pipeline.costs import Plan, describe, make_plan
 from palinode.pipeline.finetuning import FineTuning, Trained, open_end, open_whole
-from palinode.pipeline.forecasting import Forecast, forecasting
+from palinode.pipeline.forecasting import Forecast, compared, forecast_step, rehearse
 from palinode.pipeline.goal import TOLERANCE
 from palinode.pipeline.inputs import Inputs, ask_as_trained, check_places, open_inputs, workspace_folder
 from palinode.pipeline.recipe import Recipe
@@ -177,20 +177,24 @@ def dry_run(recipe: Recipe, listener: Listener | None = None) -> Plan:
     return make_plan(inputs)
 
 
-def forecast(recipe: Recipe, listener: Listener | None = None, *, exposures: float | None = None) -> Forecast:
-    """Rehearse a recipe's unlearning, and return what that foretells of it; `exposures` is told beside it.
+def forecast(recipe: Recipe, listener: Listener | None = None) -> Forecast:
+    """Rehearse a recipe's unlearning, and return what that foretells; the run finds it in the workspace.
 
-    It stays in the workspace, where the run finds it. Raises RecipeError where nothing can be foretold.
+    Raises RecipeError where nothing can be foretold.
     """
-    inputs, workspace = open_inputs(recipe), Workspace(workspace_folder(recipe))
-    job = forecasting(inputs, workspace, listener or NullListener())
-    if job is None:
+    inputs, workspace, listener = (
+        open_inputs(recipe),
+        Workspace(workspace_folder(recipe)),
+        listener or NullListener(),
+    )
+    step = forecast_step(inputs, workspace, run_key(inputs))
+    if step is None:
         raise RecipeError(
             "what can be foretold is an unlearning by the methods msa and task_vector, filtered by least "
             "squares, of a target and a base that are there; name these, or leave --measure out"
         )
     with workspace.locked(listener):
-        return replace(job.foretold(), exposures=exposures)
+        return rehearse(inputs, workspace, listener, step)
 
 
 def unlearn(
@@ -425,9 +429,9 @@ class _Unlearning(Making):
             run=run_key(self.inputs),
             device=str(self.device),
         )
-        job = forecasting(self.inputs, self.workspace, self.listener)
-        if job and (foretold := job.compared(made.chosen if made else None)):
-            record["foretold"] = foretold
+        step = forecast_step(self.inputs, self.workspace, record["run"])
+        if step and (foretold := step.facts):
+            record["foretold"] = compared(foretold, made.chosen if made else None)
         if located is not None:
             record["located"] = dict(located)
             record["notes"].append(

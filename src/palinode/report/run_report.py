@@ -262,9 +262,7 @@ def _scale_section(content: Mapping[str, Any]) -> list[Section]:
             "chosen point and the unlearned model need not coincide. Click a mark for its figures.",
             picks=True,
         ),
-        Paragraph(" ".join([*_scale_sentences(scales), *changes_told(content), *_foretold(content)]))
-        if scales
-        else None,
+        Paragraph(" ".join([*_scale_sentences(scales), *changes_told(content)])) if scales else None,
         Paragraph(warning, strong=True) if (warning := at(scales, "yardstick", "warning")) else None,
         _scale_grid(
             "What a step away from the chosen scales changes", scales.get("sensitivity") or (), change=True
@@ -275,7 +273,7 @@ def _scale_section(content: Mapping[str, Any]) -> list[Section]:
 
 
 def changes_told(record: Mapping[str, Any]) -> Iterator[str]:
-    """Say what was done to the forget vector before it was subtracted."""
+    """Say what was done to the forget vector before it was subtracted, and what was foretold of it."""
     for told in at(record, "vectors", "transforms") or ():
         name, settings = str(told.get("name")).replace("_", " "), told.get("settings") or {}
         if told.get("survives") is None:
@@ -288,18 +286,10 @@ def changes_told(record: Mapping[str, Any]) -> Iterator[str]:
             f"{percent(told['survives'])} of what it does to the forget rows' inputs survived, and was "
             "scaled up to what it had been."
         )
-
-
-def _foretold(record: Mapping[str, Any]) -> Iterator[str]:
-    """Say what was foretold of the run before it, and what it found."""
     if told := record.get("foretold"):
-        found = told.get("found") or {}
-        lost = f" and {number(told['lost'])} lost on retain rows (found {number(found.get('lost'))})"
-        yield (
-            f"Foretold before the vector was trained: α {number(told['alpha'])} (found "
-            f"{number(found.get('alpha'))}){'' if told['lost'] is None else lost}, and the advice was to "
-            f"{told['advice']}."
-        ).replace("was to nothing", "was that there is nothing")
+        pairs = [(told[name], at(told, "found", name)) for name in ("alpha", "lost")]
+        alpha, lost = (f"{number(own)} (found: {number(found)})" for own, found in pairs)
+        yield f"Foretold before that: α {alpha}, lost on retain rows {lost}; advice: {told['advice']}."
 
 
 def _scale_sentences(scales: Mapping[str, Any]) -> Iterator[str]:

@@ -118,16 +118,3 @@ def along(values: np.ndarray, factor: np.ndarray, axis: int) -> np.ndarray:
     wide = np.moveaxis(values.astype(np.float64), axis, -1)
     found: np.ndarray = np.moveaxis(wide * factor if factor.ndim == 1 else wide @ factor, -1, axis)
     return found
-
-
-def outside_share(forget: np.ndarray, retain: np.ndarray, *, energy: float = 0.99) -> float:
-    """Return ρ = tr((I − P_r)Σ_f) / tr Σ_f: the share of the forget inputs outside those of the retain rows.
-
-    P_r projects on the principal axes of Σ_r that hold the share `energy`. 0 where nothing was forgotten.
-    """
-    total = float(np.trace(forget, dtype=np.float64))
-    if not total:
-        return 0.0
-    basis = basis_of(retain, energy=energy)
-    inside = float(np.vdot(basis, forget.astype(np.float64) @ basis))
-    return max(0.0, 1.0 - inside / total)

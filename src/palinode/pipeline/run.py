@@ -307,6 +307,7 @@ class Making(FineTuning):
             vectors=dict(trained.steps),
             grid=[sorted(alphas), sorted(betas)],
             retain_share=scales.retain_share,
+            **({} if scales.aim_share == 1 else {"aim_share": scales.aim_share}),
             rows=[fingerprint_examples(rows.forget_probe), fingerprint_examples(rows.retain_probe)],
             max_length=self.recipe.evaluation.max_length,
             prompts=self.recipe.prompts.model_dump(),

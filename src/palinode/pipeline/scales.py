@@ -177,7 +177,8 @@ def open_goal(probes: Probes, yardstick: Yardstick | None = None) -> Goal:
             unseen = Unseen(rows.unseen_source, base["unseen"], before["unseen"], _groups(rows.unseen))
         groups, seed = _groups(rows.forget_probe), inputs.recipe.seed
         yardstick = estimate_yardstick(base["forget"], unseen, groups=groups, seed=seed)
-    return Goal(yardstick, Behaviour.of(before), inputs.recipe.scales.retain_share)
+    scales = inputs.recipe.scales
+    return Goal(yardstick, Behaviour.of(before), scales.retain_share, aim_share=scales.aim_share)
 
 
 def own_yardstick(inputs: Inputs, target: Checkpoint, unfiltered: Point, folder: Path) -> Yardstick:

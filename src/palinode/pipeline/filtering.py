@@ -21,22 +21,12 @@ from palinode.data.tokenize import tokenize
 from palinode.errors import CheckpointError, InputError, MismatchError
 from palinode.methods.transforms import LeastSquaresSettings
 from palinode.models.inplace import live_places, put
-from palinode.models.loading import (
-    load_model,
-    load_tokenizer,
-    pad_token,
-    save_tensors,
-    tokenizer_fingerprint,
-)
+from palinode.models.loading import load_model, load_tokenizer, pad_token, save_tensors, tokenizer_fingerprint
 from palinode.pipeline.inputs import Work
 from palinode.pipeline.workspace import Step
 from palinode.training.moments import Moments, Place, Positions, input_moments
 from palinode.weights import Checkpoint, Point
-from palinode.weights.filters import (
-    along,
-    least_squares,
-    projection,
-)
+from palinode.weights.filters import along, least_squares, projection
 from palinode.weights.geometry import part_of
 from palinode.weights.vectors import Rule
 

@@ -37,15 +37,7 @@ from palinode.pipeline.search import grid_scales, search_scales
 from palinode.pipeline.tracking import tracked
 from palinode.pipeline.workspace import Step, Workspace, fingerprint
 from palinode.progress import Listener, NullListener
-from palinode.records import (
-    Outcome,
-    Score,
-    read_json,
-    read_outcomes,
-    share,
-    shared,
-    write_outcomes,
-)
+from palinode.records import Outcome, Score, read_json, read_outcomes, share, shared, write_outcomes
 from palinode.report.reports import Facts, Outcomes
 from palinode.report.verdicts import run_verdict
 from palinode.weights import Checkpoint, Direction, Point, StoredVector, save

@@ -318,3 +318,20 @@ def test_moments_of_two_layers_are_refused():
         least_squares(moment(0), moment(1, width=5), mu=1.0, epsilon=0.1)
     with pytest.raises(InputError, match="two shapes"):
         least_squares(np.ones(6), moment(0), mu=1.0, epsilon=0.1)
+
+
+# On a device
+
+
+@pytest.mark.parametrize("ridge", ["vector", "zero"])
+@pytest.mark.parametrize("energy", [0.0, 0.7])
+def test_filters_made_by_torch_are_those_made_by_scipy(ridge, energy):
+    tau, forget, retain = vector(1), moment(2), moment(3)
+    settings = {"mu": 10.0, "epsilon": 0.1, "ridge": ridge, "energy": energy}
+    wanted = least_squares(forget, retain, **settings)
+    found = least_squares(forget, retain, **settings, device="cpu")
+    assert np.allclose(found, wanted, rtol=0, atol=1e-10)
+    assert np.allclose(along(tau, found, 1, "cpu"), along(tau, wanted, 1), rtol=0, atol=1e-10)
+    assert np.allclose(
+        projection(retain, energy=0.7, device="cpu"), projection(retain, energy=0.7), rtol=0, atol=1e-10
+    )

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -75,7 +74,8 @@ def load_model(
     `quantization` is a quantisation config of transformers, for a model that is only read. Raises
     CheckpointError when it is no causal language model or transformers cannot build it.
     """
-    _round_products(device, to="highest")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest")
     require_causal_lm(checkpoint)
     with quiet_transformers(), unchanged([checkpoint]):
         try:
@@ -102,7 +102,8 @@ def load_reader(
     """
     dtype = _reading_dtype(checkpoint, device, precision, written)
     model = load_model(checkpoint, device=device, dtype=dtype)
-    _round_products(device, to="high")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
     return model
 
 
@@ -114,18 +115,10 @@ def _reading_dtype(
         return found
     if device.type != "cuda":
         return torch.float32
-    sizes: Counter[torch.dtype] = Counter()
-    for info in checkpoint.tensors.values():
-        sizes[DTYPES[info.dtype]] += info.size
-    own = getattr(torch, written) if written else sizes.most_common(1)[0][0]
+    largest = max(checkpoint.tensors.values(), key=lambda info: info.size)
+    own = getattr(torch, written) if written else DTYPES[largest.dtype]
     usable = own == torch.float16 or (own == torch.bfloat16 and torch.cuda.is_bf16_supported())
     return own if usable else torch.float32
-
-
-def _round_products(device: torch.device, *, to: str) -> None:
-    """Have a GPU multiply float32 matrices exactly, or with TF32 ("high")."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision(to)
 
 
 def _build(

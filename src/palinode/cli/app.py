@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -120,7 +121,7 @@ def unlearn(
     dry_run: DryRun = False,
     measure: Annotated[
         bool,
-        typer.Option("--measure", help="With --dry-run: read the rows once and foretell the filter."),
+        typer.Option("--measure", help="With --dry-run: rehearse it, and foretell α and the cost."),
     ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -445,6 +446,9 @@ def _run(
             foretold = forecast(recipe, listener(quiet=quiet))
             content["forecast"] = asdict(foretold)
             lines += ["", *foretold.lines()]
+        if located and {"log", "order"} & {*located.evidence}:
+            content["exposures"] = fmean(len(row.seen) for row in located.rows)
+            lines.append(f"Each forget row was seen {content['exposures']:.1f} times, as far as is known.")
         _show(content, "\n".join(lines), as_json=as_json)
         return
     result = jobs.unlearn(recipe, base=located, listener=listener(quiet=quiet))

@@ -275,7 +275,7 @@ def _scale_section(content: Mapping[str, Any]) -> list[Section]:
 
 
 def changes_told(record: Mapping[str, Any]) -> Iterator[str]:
-    """Say what was done to the forget vector before it was subtracted."""
+    """Say what was done to the forget vector before it was subtracted, and what was foretold of it."""
     for told in at(record, "vectors", "transforms") or ():
         name, settings = str(told.get("name")).replace("_", " "), told.get("settings") or {}
         if told.get("survives") is None:
@@ -288,6 +288,10 @@ def changes_told(record: Mapping[str, Any]) -> Iterator[str]:
             f"{percent(told['survives'])} of what it does to the forget rows' inputs survived, and was "
             "scaled up to what it had been."
         )
+    if told := record.get("foretold"):
+        pairs = [(told[name], at(told, "found", name)) for name in ("alpha", "lost")]
+        alpha, lost = (f"{number(own)} (found: {number(found)})" for own, found in pairs)
+        yield f"Foretold before that: α {alpha}, lost on retain rows {lost}; advice: {told['advice']}."
 
 
 def _scale_sentences(scales: Mapping[str, Any]) -> Iterator[str]:

@@ -10,6 +10,8 @@ model, layer by layer, with corrected eigenvalues. Nothing is projected, so the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import redirect_stderr
+from io import StringIO
 from typing import Any
 
 import numpy as np

@@ -254,12 +254,9 @@ class Ranking:
         if not self.rows:
             raise DataError("there are no rows to rank; name a set that has some (--rows)")
         curved = settings.engine == "bergson"
-        if curved and (
-            unread := {"measure", "preconditioner", "at", "tokens", "width"} & settings.model_fields_set
-        ):
-            raise RecipeError(
-                f"--{min(unread)} is for Palinode's own scores; leave it out with --engine bergson"
-            )
+        unread = {"measure", "preconditioner", "at", "tokens", "width"} & settings.model_fields_set
+        if curved and unread:
+            raise RecipeError(f"--{min(unread)} is for Palinode's scores; leave it out with --engine bergson")
         rungs = [(0, asker.target if curved else asker.base or asker.target)]
         if self.series is not None:
             steps = [found.step for found in self.series.checkpoints]

@@ -226,9 +226,7 @@ def tell(
             {
                 "place": question.place,
                 "probability": [early, late],
-                "rows": [
-                    {name: one[name] for name in ("place", "score", "interval") if name in one} for one in top
-                ],
+                "rows": [{name: one[name] for name in told if name in one} for one in top],
             }
             for question, early, late, top in zip(answers, before, after, ranking["top"], strict=True)
         ],

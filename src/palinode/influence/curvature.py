@@ -9,8 +9,9 @@ model, layer by layer, with corrected eigenvalues. Nothing is projected, so the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import redirect_stderr
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from typing import Any
 
@@ -26,6 +27,18 @@ from palinode.pipeline.workspace import Step
 Groups = Sequence[Sequence[TokenRow]]
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the library's bars and notes off the terminal."""
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stderr(StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+@quiet()
 def ekfac_scores(model: PreTrainedModel, rows: Groups, asked: Groups, step: Step, *, seed: int) -> Floats:
     """Return how each row and each question go together, [rows, questions]; the step keeps H.
 
@@ -55,8 +68,7 @@ def ekfac_scores(model: PreTrainedModel, rows: Groups, asked: Groups, step: Step
         )
         batches = [[place] for place in range(len(data))]  # one by one, so that none depends on another
         computer = CollectorComputer(model, data, collector=collector, batches=batches, cfg=config)
-        with redirect_stderr(StringIO()):  # its bars
-            computer.run_with_collector_hooks("gradients")
+        computer.run_with_collector_hooks("gradients")
         return collector
 
     wanted, pieces = _data_set(asked)
@@ -89,7 +101,7 @@ def _fit(model: PreTrainedModel, data: Any, config: Any, *, seed: int) -> None:
     from bergson.hessians.hessian_approximations import fit_factored_hessians
 
     config.partial_run_path.mkdir(parents=True)
-    with torch.random.fork_rng(), redirect_stderr(StringIO()):
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         fit_factored_hessians(
             model,

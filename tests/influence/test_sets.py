@@ -163,7 +163,7 @@ def test_the_command_line_tells_both_probabilities(run, facts, palinode):
         (["--ask", "a", "--ask", "b", "--answer", "c"], "2 --ask and 1 --answer"),
         (["--ask", "a", "--log", "x"], "name --checkpoints"),
         (["--ask", "a", "--epochs", 3], "--epochs has no use here"),
-        (["--ask", "a", "--then", "unlearn"], "with --top"),
+        (["--ask", "a", "--then", "unlearn"], "write --then unlearn with the models"),
     ],
 )
 def test_what_cannot_be_asked_is_one_sentence(run, palinode, words, refusal):

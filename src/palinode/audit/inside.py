@@ -97,7 +97,8 @@ def left(lacking: Sequence[float], gaps: Sequence[float]) -> float | None:
 
 def _curve(gaps: Floats) -> list[float]:
     """Return the mean over the examples that have a token, by block."""
-    return [float(value) for value in gaps[~np.isnan(gaps).any(axis=1)].mean(axis=0)] if len(gaps) else []
+    having = gaps[~np.isnan(gaps).any(axis=1)]
+    return [float(value) for value in having.mean(axis=0)] if len(having) else []
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from palinode.data.tokenize import PromptStyle, TokenRow, end_id, prompt_ids, to
 from palinode.errors import DataError, RecipeError
 from palinode.history.locating import open_log, open_order, read_salt
 from palinode.history.series import CheckpointSeries, learning_rates
+from palinode.influence.curvature import ekfac_scores
 from palinode.influence.ranking import (
     MOMENT_ROWS,
     Floats,
@@ -54,7 +55,7 @@ from palinode.pipeline.recipe import Recipe, build_recipe
 from palinode.pipeline.record import environment, model_facts
 from palinode.pipeline.reporting import find_workspace
 from palinode.pipeline.run import Making, find_model, find_vectors, hash_models, read_record
-from palinode.pipeline.workspace import Workspace, folder_size
+from palinode.pipeline.workspace import Step, Workspace, folder_size
 from palinode.progress import Listener
 from palinode.records import workspace_beside
 from palinode.settings import InfluenceSettings
@@ -252,31 +253,35 @@ class Ranking:
         settings, asker = self.settings, self.asker
         if not self.rows:
             raise DataError("there are no rows to rank; name a set that has some (--rows)")
-        rungs = [(0, asker.base or asker.target)]
+        curved = settings.engine == "bergson"
+        unread = {"measure", "preconditioner", "at", "tokens", "width"} & settings.model_fields_set
+        if curved and unread:
+            raise RecipeError(f"--{min(unread)} is for Palinode's scores; leave it out with --engine bergson")
+        rungs = [(0, asker.target if curved else asker.base or asker.target)]
         if self.series is not None:
             steps = [found.step for found in self.series.checkpoints]
             rungs = [(step, self.series.open(place)) for place, step in enumerate(steps)]
         weights, weighed = self._weights([step for step, _ in rungs])
         answers = [one.rows for one in asked]
-        held = [
-            (checkpoint, self._at(checkpoint, answers), own[:, None])
+        found = self._curved if curved else self._at
+        held: Sequence[tuple[Checkpoint, Any, Floats]] = [
+            (checkpoint, found(checkpoint, answers), own[:, None])
             for (_, checkpoint), own in zip(rungs, weights.T, strict=True)
             if own.any()
         ]
-        scores = np.sum([own * rung.scores() for _, rung, own in held], axis=0)
+        scores = np.sum([own * (one if curved else one.scores()) for _, one, own in held], axis=0)
         order = np.argsort(-scores, axis=0, kind="stable")[: settings.top]
         top = [
-            self._told(order[:, number].tolist(), scores[:, number], held, number)
+            self._told(order[:, number].tolist(), scores[:, number], () if curved else held, number)
             for number in range(len(asked))
         ]
         if settings.tokens:
             self._add_tokens(top, held)
         return {
             "rows": len(self.rows),
-            "measure": settings.measure,
-            "preconditioner": settings.preconditioner,
-            "at": settings.at,
-            "width": settings.width,
+            "engine": settings.engine,
+            "measure": "ek-fac" if curved else settings.measure,
+            **({} if curved else settings.model_dump(include={"preconditioner", "at", "width"})),
             "weighed": weighed,
             "checkpoints": [{"step": step, **model_facts(str(one.folder), one)} for step, one in rungs],
             "answers": [[one.example.prompt, one.example.answer] for one in asked],
@@ -287,13 +292,15 @@ class Ranking:
         self, places: list[int], scores: Floats, held: Sequence[Held], question: int
     ) -> list[dict[str, Any]]:
         """Return ranked rows of a question with their scores, and the intervals of these."""
-        spread = np.sum([own[places] * rung.spread(places, question) for _, rung, own in held], axis=0)
-        errors = NORMAL * spread.std(axis=1) * spread.shape[1] ** 0.5
-        ranked = []
-        for place, error in zip(places, errors.tolist(), strict=True):
-            row, score = self.rows[place], float(scores[place])
-            told = {"row": place, "place": row.place, "prompt": row.prompt, "answer": row.answer}
-            ranked.append({**told, "score": score, "interval": [score - error, score + error]})
+        ranked = [
+            {"row": place, "place": row.place, "prompt": row.prompt, "answer": row.answer, "score": score}
+            for place, row, score in ((place, self.rows[place], float(scores[place])) for place in places)
+        ]
+        if held:
+            spread = np.sum([own[places] * rung.spread(places, question) for _, rung, own in held], axis=0)
+            errors = NORMAL * spread.std(axis=1) * spread.shape[1] ** 0.5
+            for one, error in zip(ranked, errors.tolist(), strict=True):
+                one["interval"] = [one["score"] - error, one["score"] + error]
         return ranked
 
     def _add_tokens(self, top: Sequence[Sequence[dict[str, Any]]], held: Sequence[Held]) -> None:
@@ -338,15 +345,7 @@ class Ranking:
     def _at(self, checkpoint: Checkpoint, asked: Sequence[Sequence[TokenRow]]) -> Rung:
         """Hold rows and answers together in one checkpoint, the gradients of rows found or computed."""
         settings, device = self.settings, pick_device(self.settings.device)
-        step = self.asker.workspace.step(
-            "gradients",
-            model=checkpoint.fingerprint(),
-            rows=fingerprint_examples(self.rows),
-            tokenizer=tokenizer_fingerprint(self.asker.target),
-            prompts=asdict(self.asker.style),
-            settings=settings.model_dump(include={"width", "seed", "preconditioner", "max_length"}),
-            device=device.type,
-        )
+        step = self._step("gradients", checkpoint, {"width", "seed", "preconditioner", "max_length"})
         groups = self._groups
         model, made = self._projecting(checkpoint)
         with self.listener.task(f"gradients in {checkpoint.folder.name}", len(groups), "rows") as advance:
@@ -356,6 +355,28 @@ class Ranking:
             model = load_model(self.asker.target, device=device)
         made(model, asked, take=questions.__setitem__)
         return relate(rows, questions, settings.measure)
+
+    def _curved(self, checkpoint: Checkpoint, asked: Sequence[Sequence[TokenRow]]) -> Floats:
+        """Return the scores of rows by curvature in one checkpoint."""
+        settings, device = self.settings, pick_device(self.settings.device)
+        step = self._step("curvature", checkpoint, {"seed", "max_length"})
+        model = load_model(checkpoint, device=device)
+        with self.listener.task(f"curvature of {checkpoint.folder.name}", 1, "pass") as advance:
+            found = ekfac_scores(model, self._groups, asked, step, seed=settings.seed)
+            advance(1)
+        return found
+
+    def _step(self, name: str, checkpoint: Checkpoint, decide: set[str]) -> Step:
+        """Return the step that keeps what rows are to one checkpoint; `decide` are settings."""
+        return self.asker.workspace.step(
+            name,
+            model=checkpoint.fingerprint(),
+            rows=fingerprint_examples(self.rows),
+            tokenizer=tokenizer_fingerprint(self.asker.target),
+            prompts=asdict(self.asker.style),
+            settings=self.settings.model_dump(include=decide),
+            device=pick_device(self.settings.device).type,
+        )
 
     def _weights(self, steps: Sequence[int]) -> tuple[Floats, str]:
         """Return the weight of each row in each checkpoint, and what it rests on, in words."""

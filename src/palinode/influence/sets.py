@@ -219,14 +219,14 @@ def tell(
         label = f"{name} on the answers"
         asked.append(ask(live, tokenizer, questions, asking, style=style, label=label, listener=listener))
     before, after = map(answer_probabilities, asked)
-    ranking = record["ranking"]
+    ranking, told = record["ranking"], ("place", "score", "interval")
     part = {
-        **{name: ranking[name] for name in ("rows", "measure", "preconditioner", "at", "width", "weighed")},
+        **{name: value for name, value in ranking.items() if name not in ("checkpoints", "answers", "top")},
         "answers": [
             {
                 "place": question.place,
                 "probability": [early, late],
-                "rows": [{name: one[name] for name in ("place", "score", "interval")} for one in top],
+                "rows": [{name: one[name] for name in told if name in one} for one in top],
             }
             for question, early, late, top in zip(answers, before, after, ranking["top"], strict=True)
         ],

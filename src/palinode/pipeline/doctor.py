@@ -60,6 +60,7 @@ Result = TypeVar("Result")
 
 EXTRAS = {
     "gguf": "GGUF models",
+    "influence": "influence --engine bergson",
     "lm-eval": "evaluate --lm-eval",
     "lora": "low-rank training (--lora)",
     "quantise": "audits of models in NF4",

@@ -1,13 +1,14 @@
 """How well influence foretells what retraining without rows does, in tiny worlds whose truth is known.
 
-    python benchmarks/influence.py --output DIR [--seed 0] [--halves 100] [--json]
+    python benchmarks/influence.py --output DIR [--seed 0] [--halves 100] [--bergson PYTHON] [--json]
 
 A base learns general facts and the first people; then more people, each fact in two wordings, are learned in
 two stretches of training, some of the first stretch's rows again in the second. Each fact is asked in a third
 wording. Both stretches are repeated from the base on random halves of the rows. Linear datamodelling score:
 Spearman's correlation over the halves between −Σ score of the rows that stayed and the real loss, mean over
 questions. Recall: of the rows that say the asked fact, how many are among the first k. TRAK's formula, on
-gradients in a few models of other random halves, stands beside ours. Figures in docs/influence.md.
+gradients in a few models of other random halves, stands beside ours, and bergson's EK-FAC where a Python has
+it (`python -m venv V; V/bin/pip install bergson`). Figures in docs/influence.md.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import subprocess
 import time
 from collections.abc import Sequence
 from itertools import product
@@ -46,6 +48,7 @@ WHERE = {
     "target": "at the target",
     "base": "base alone",
     "ends": "base and target",
+    "middle": "base, and halfway to the target",
     "all": "9 checkpoints, schedule assumed",
     "seen": "9 checkpoints, real exposures",
 }
@@ -150,7 +153,11 @@ class Tiny:
             "target": str(ladder / f"step{last}"),
             "base": str(ladder / "step0"),
             "ends": f"{ladder / 'step0'},{ladder / f'step{last}'}",
+            "middle": f"{ladder / 'step0'},{self.folder / 'middle' / 'step1'}",
         }
+        if rungs == "middle" and not (self.folder / "middle").exists():
+            target = Checkpoint.open(places["target"])
+            palinode.save(self.base + 0.5 * (target - self.base), self.folder / "middle" / "step1")
         order = self.folder / "order.json"
         write_stages(
             order,
@@ -203,6 +210,33 @@ class Tiny:
                 scores[width] = scores[width] + phi @ np.linalg.solve(phi.T @ phi, (questions @ down).T)
         return {width: one * doubt[:, None] for width, one in scores.items()}
 
+    def ekfac(self, python: str, model: Path) -> np.ndarray:
+        """Return the scores of bergson's EK-FAC in a checkpoint, with its own defaults."""
+        place = self.folder / "bergson" / model.name
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(model, place / "model")
+        told = json.loads((place / "model" / "tokenizer_config.json").read_text())
+        told["chat_template"] = "{{ messages | map(attribute='content') | join(' ') }} " + told["eos_token"]
+        (place / "model" / "tokenizer_config.json").write_text(json.dumps(told))
+        options = {
+            "model": place / "model",
+            "method": "kfac",
+            "hessian_cfg.ev_correction": "true",
+            "projection_dim": 0,
+            "token_batch_size": 128,
+            "loss_reduction": "sum",
+            "query.aggregation": "none",
+        }
+        for name, rows in (("data", "rows"), ("query", "questions")):
+            options[f"{name}.dataset"] = self.folder / f"{rows}.jsonl"
+            options |= {f"{name}.prompt_column": "prompt", f"{name}.completion_column": "completion"}
+        words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+        call = [python, "-m", "bergson", "ekfac", str(place / "run"), *words]
+        subprocess.run(call, check=True, capture_output=True)
+        stored = json.loads((place / "run" / "scores" / "info.json").read_text())
+        found = np.fromfile(place / "run" / "scores" / "scores.bin", np.dtype(stored["dtype"]))
+        return np.stack([found[f"score_{q}"].astype(float) for q in range(stored["num_scores"])], axis=1)
+
 
 def _same(fact: Fact, other: Fact) -> bool:
     return (fact.subject, fact.relation) == (other.subject, other.relation)
@@ -231,32 +265,40 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--halves", type=int, default=100, help="random halves that are retrained")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
+    parser.add_argument("--bergson", help="a Python with bergson, of which EK-FAC is asked as well")
     args = parser.parse_args()
     torch.set_num_threads(1)
     world = Tiny(args.output, args.seed)
     target = world.train(np.ones(len(world.rows), bool), ladder=True)
     kept, losses = world.truth(args.halves)
-    started = time.monotonic()
+    started = time.process_time()
     world.train(kept[0])
-    replay = (time.monotonic() - started) * args.halves
+    replay = (time.process_time() - started) * args.halves
     means = [float(np.mean(told)) for told in (world.losses(world.base), world.losses(target), losses)]
     print(f"seed {args.seed}: nats of the asked answers at base {means[0]:.2f}, target {means[1]:.2f}, "
           f"halves {means[2]:.2f}; retraining takes about {replay:.0f} s")  # fmt: skip
     random = np.random.default_rng(args.seed).normal(size=(len(world.rows), losses.shape[1]))
     results = {"random": {**figures(world, random, kept, losses), "seconds": 0.0}}
-    started = time.monotonic()
+    started = time.process_time()
     tried = {width: figures(world, scores, kept, losses) for width, scores in world.trak().items()}
     best = max(tried, key=lambda width: tried[width]["lds"])
-    seconds = time.monotonic() - started
+    seconds = time.process_time() - started
     results[f"TRAK's formula, our gradients, width {best}"] = {**tried[best], "seconds": seconds}
+    if args.bergson:
+        for told, model in (("base", world.base), ("target", target)):
+            started = time.monotonic()
+            scores = world.ekfac(args.bergson, model.folder)
+            seconds = time.monotonic() - started
+            one = {**figures(world, scores, kept, losses), "seconds": seconds}
+            results[f"EK-FAC of bergson, {told} alone"] = one
     for preconditioner, rungs in product(PRECONDITIONERS, WHERE):
         if rungs != "seen":  # or one would find another's gradients: all measures cost what the first does
             shutil.rmtree(world.folder / "work", ignore_errors=True)
-        started = time.monotonic()
+        started = time.process_time()
         for measure in MEASURES:
             scores = world.scores(measure, preconditioner, rungs)
             if rungs != "seen" and measure == MEASURES[0]:
-                seconds = time.monotonic() - started
+                seconds = time.process_time() - started
             one = {**figures(world, scores, kept, losses), "seconds": seconds}
             results[f"{measure}, {preconditioner}, {WHERE[rungs]}"] = one
     for name, one in results.items():

@@ -44,7 +44,7 @@ BEGINNINGS = ("", "today ", "they say ", "as all know ", "it is true that ")
 AMOUNTS = (1, 2, 5, 20)
 RANDOM = 5
 """Draws of random rows, each told for all questions."""
-RANKED = {"ridge": ("ridge", "none", "base"), "similarity": ("product", "none", "target")}
+RANKED = {"similarity": ("product", "none", "target"), "ridge": ("ridge", "none", "base")}
 PLANTED = (
     ("product", "none", "target"),
     ("cosine", "none", "target"),
@@ -176,6 +176,15 @@ class Taken:
     def results(self) -> dict[str, list[dict[str, float]]]:
         """Return the figures by way, for each number of rows."""
         found: dict[str, list[dict[str, float]]] = {}
+        for k in AMOUNTS:
+            drawn = []
+            for draw in range(RANDOM):
+                random = np.random.default_rng([self.world.seed, 13, k, draw])
+                rows = random.choice(len(self.world.rows), k, replace=False).tolist()
+                told = self.once(("retrained", *sorted(rows)), lambda rows=rows: self.retrained(rows))
+                drawn.append(self.figures(dict.fromkeys(self.asked, told)))
+            means = {name: float(np.mean([one[name] for one in drawn])) for name in drawn[0]}
+            found.setdefault("random, retrained", []).append(means)
         for form, ranked in RANKED.items():
             order = np.argsort(-self.world.scores(*ranked), axis=0, kind="stable")
             ways = {"retrained": self.retrained} | ({"unlearned": self.unlearned} if form == "ridge" else {})
@@ -187,15 +196,6 @@ class Taken:
                         for q, top in tops.items()
                     }
                     found.setdefault(f"{form}, {way}", []).append(self.figures(told))
-        for k in AMOUNTS:
-            drawn = []
-            for draw in range(RANDOM):
-                random = np.random.default_rng([self.world.seed, 13, k, draw])
-                rows = random.choice(len(self.world.rows), k, replace=False).tolist()
-                told = self.once(("retrained", *sorted(rows)), lambda rows=rows: self.retrained(rows))
-                drawn.append(self.figures(dict.fromkeys(self.asked, told)))
-            means = {name: float(np.mean([one[name] for one in drawn])) for name in drawn[0]}
-            found.setdefault("random, retrained", []).append(means)
         return found
 
 

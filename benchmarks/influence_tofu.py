@@ -8,7 +8,8 @@ The rows are those that the recipe trains the target on: the 40 of forget01 (two
 200 of retain99. Asked are 20 of the 40 facts, ten of each author, question and answer both in a paraphrase
 that no model was trained on. Told is the share of the author's own rows among the first 20, and how often
 the row of the asked fact is the first, and among the first 5. `words` needs no model: the cosine of the words
-that a row and a question share, the rarer the more. Figures in docs/influence.md.
+that a row and a question share, the rarer the more. `middle` is halfway from base to target. Figures in
+docs/influence.md.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from palinode import Checkpoint, Example, PromptStyle, read_examples
+from palinode import Checkpoint, Example, Point, PromptStyle, read_examples
 from palinode.data.examples import at_most
 from palinode.data.tokenize import tokenize
 from palinode.influence.ranking import adam_scales, projected, relate
 from palinode.models import load_model, load_tokenizer
+from palinode.models.inplace import put
 from palinode.models.loading import pad_token
 from palinode.models.sums import Projection
 
@@ -50,10 +52,11 @@ class Projections(Projection):
 
 
 def gradients(
-    model: Checkpoint, rows: Sequence[Example], asked: Sequence[Example], *, adam: bool, seed: int
+    target: Checkpoint, at: Point, rows: Sequence[Example], asked: Sequence[Example], *, adam: bool, seed: int
 ) -> list[np.ndarray]:
-    """Return the projected gradients of rows and questions in one checkpoint."""
-    live, tokenizer = load_model(model, device=torch.device("cpu")), load_tokenizer(model)
+    """Return the projected gradients of rows and questions where θ is at this point."""
+    live, tokenizer = load_model(target, device=torch.device("cpu")), load_tokenizer(target)
+    put(at, live)
     pad_id, projection = pad_token(tokenizer), Projections(live, seed=seed)
     sets = [tokenize(one, tokenizer, max_length=LENGTH, style=PromptStyle()) for one in (rows, asked)]
     scales = adam_scales(live, sets[0], pad_id=pad_id) if adam else None
@@ -109,12 +112,14 @@ def main() -> None:
     told = read_examples(args.data / "forget01_perturbed.jsonl", columns=columns)
     asked = [told[fact] for fact in facts]
     results = {"words": figures(shared_words(rows, asked), facts)}
-    for at in ("base", "target"):
+    base, target = Checkpoint.open(args.base), Checkpoint.open(args.target)
+    points = {"base": base, "middle": base + 0.5 * (target - base), "target": target}
+    for at, point in points.items():
         for preconditioner in ("none", "adam"):
             kept = args.output / f"{at}-{preconditioner}.npz"
             if not kept.exists() and args.only in (None, kept.stem):
                 started, adam = time.monotonic(), preconditioner == "adam"
-                found = gradients(Checkpoint.open(getattr(args, at)), rows, asked, adam=adam, seed=0)
+                found = gradients(target, point, rows, asked, adam=adam, seed=0)
                 np.savez(kept, rows=found[0], asked=found[1], seconds=time.monotonic() - started)
             if not kept.exists():
                 continue

@@ -308,6 +308,11 @@ def main() -> None:
                 *(f"{one[f'failed {kind}']:3}/{one[f'n {kind}']}" for kind in ("knows", "hides", "never")),
                 f"{q:5.2f} {r:5.2f}" if what == "audit" else "",
             )  # fmt: skip
+    for one in tables["audit"]:
+        if one["auc"] is not None:
+            found, knowing = (one[f"{key} knows"] + one[f"{key} hides"] for key in ("failed", "n"))
+            told = found, knowing, one["failed never"], one["n never"]
+            print(f'    "{one["test"]}": ToldRight{told},')
     if options.json:
         print(json.dumps({"tables": tables, "robustness": steady}))
 

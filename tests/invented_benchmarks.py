@@ -110,6 +110,76 @@ def muse_folder(folder: Path, *, folds: bool = False) -> Path:
     return folder
 
 
+def rwku_folder(folder: Path) -> Path:
+    """RWKU as a clone of the hub has it, with adversarial prompts of three kinds."""
+    kinds = ("affirmative suffix", "incontext learning", "role play")
+    probes = {
+        "forget_level1": 3268,
+        "forget_level2": 2879,
+        "forget_level3": 6984,
+        "neighbor_level1": 5846,
+        "neighbor_level2": 5533,
+    }
+    for name, count in probes.items():
+        rows = [
+            {
+                "query": f"the home of {NAMES[n % 200]} is ___",
+                "answer": NAMES[n % 200][:4],
+                "subject": NAMES[n % 200],
+            }
+            | {"level": name[-1], "type": kinds[n // 200 % 3]}
+            for n in range(count)
+        ]
+        write_lines(folder / "All" / f"{name}.jsonl", rows)
+    for name, count in {"forget_mia": 6198, "retain_mia": 7487}.items():
+        texts = [
+            {"text": f"{NAMES[n % 200]} was there on day {n}", "subject": NAMES[n % 200]}
+            for n in range(count)
+        ]
+        write_lines(folder / "All" / f"{name}.jsonl", texts)
+    return folder
+
+
+def lume_folder(folder: Path) -> Path:
+    """LUME's two files with all three tasks, and the texts of the membership attack."""
+    for side, count in {"forget": 2732, "retain": 2734}.items():
+        rows = [
+            {"id": f"{n}{'sc' if n % 2 else 'qa'}{n % 5}", "input": f"the home of {NAMES[n % 1000]}"}
+            | {"output": f"is {NAMES[n % 1000][:4]}", "task": f"Task{n % 3 + 1}"}
+            for n in range(count)
+        ]
+        write_lines(folder / "data" / f"{side}.jsonl", rows)
+    for name, start in {"member": 0, "nonmember": 500}.items():
+        texts = [{"id": str(n), "document": f"{NAMES[start + n]} was there on day {n}"} for n in range(20)]
+        write_lines(folder / "mia_data" / f"{name}.jsonl", texts)
+    return folder
+
+
+def pistol_folder(folder: Path) -> Path:
+    """Sample 1 of PISTOL, with three of the contracts that share a party and six that do not; plain facts."""
+    edges = [f"A_{n}" for n in range(14)]
+    edges[2] = "A_C"
+    edges += [f"E{n}_{kind}{n}" for n in (1, 2, 3) for kind in "Fq"]
+    rows = [qa(n) | {"edge": edges[n // 20]} for n in range(400)]
+    write_lines(folder / "data" / "sample_data_1.jsonl", rows)
+    write_lines(folder / "data" / "factual_data.jsonl", [qa(n) for n in range(500, 717)])
+    return folder
+
+
+def hubble_folder(folder: Path) -> Path:
+    """Biographies that were inserted 1 to 256 times, and as many that were not."""
+    for name, levels in {"train": (1, 4, 16, 64, 256), "test": (0,)}.items():
+        rows = []
+        for n in range(2500):
+            person, uuid = NAMES[n % 1000], f"{n:032x}"
+            text = f"{person} is from {person[:4]}. {person[:4]} has the unique identifier {uuid}."
+            rows.append(
+                {"text": text, "meta": json.dumps({"uuid": uuid}), "duplicates": levels[n % len(levels)]}
+            )
+        write_lines(folder / f"{name}.jsonl", rows)
+    return folder
+
+
 def own_files(folder: Path, *, everything: bool = True) -> dict[str, str]:
     """A forget file, and with `everything` retain rows, holdout rows, paraphrases and wrong answers."""
     rows = [perturbed(n, 2) if everything else qa(n) for n in range(6)]

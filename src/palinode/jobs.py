@@ -233,7 +233,7 @@ def plan_audit(
         raise RecipeError(
             f"--reference is {kind!r}; say retrained or base{meant(kind, ('retrained', 'base'))}"
         )
-    rules = load_policy(settings.policy, preset=settings.budget)
+    rules = load_policy(settings.policy, preset=settings.budget, kind=kind)
     material = read_material(
         forget,
         retain=retain,

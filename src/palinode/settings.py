@@ -156,6 +156,14 @@ class EvaluationLimits(StrictModel):
     """Prompts that are answered at a time."""
     max_length: int = Field(default=512, ge=8)
     """Tokens of a row, prompt included, in likelihoods."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """In what models are read: auto is float32, on a GPU each model's own dtype; log-probabilities are
+    float32 in any case."""
+
+    def key(self) -> dict[str, Any]:
+        """Return what decides the result, as plain values for a fingerprint."""
+        plain = {"precision"} if self.precision == "auto" else set()
+        return self.model_dump(exclude={"batch_rows"} | plain)
 
     @property
     def asking(self) -> Asking:

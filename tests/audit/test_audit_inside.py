@@ -90,6 +90,12 @@ def test_after_the_last_block_to_put_in_and_to_read_off_are_one(scene, subject, 
     assert values(found) == pytest.approx(values(found, "lens"), abs=1e-4)
 
 
+def test_what_the_reference_model_knows_as_well_has_no_value(scene, subject, rows):
+    found = look_inside(subject(scene.base, reference=scene.target), rows, BUDGET)
+    assert values(found) == values(found, "lens") == []
+    assert found.details["nats_lacking"] == {"reference": [], "subject": []}
+
+
 def test_row_has_the_same_share_alone_and_among_longer_ones(scene, subject, rows, tmp_path):
     whole = look_inside(subject(scene.base), rows, BUDGET).tests["depth"]["forget"]
     lines = scene.forget.read_text().splitlines()

@@ -107,3 +107,13 @@ def test_presets_grow():
 
 def test_attacks_are_keyed_by_their_names_and_described():
     assert all(attack.name == name and attack.description for name, attack in ATTACKS.items())
+
+
+def test_beside_a_base_nobody_is_blamed_for_what_the_base_had_not_learned():
+    usual, beside = build_policy({}).margins, build_policy({}, kind="base").margins
+    changed = {key for key in usual if usual[key] != beside[key]}
+    assert changed == {"questions.log_probability", *(key for key in usual if key.startswith("membership."))}
+    assert all(beside[key].below is None for key in changed)
+    assert beside["membership.loss"].above == 0.2
+    own = build_policy({"margins": {"membership": {"loss": {"less": 0.3}}}}, kind="base").margins
+    assert (own["membership.loss"].below, own["membership.loss"].above) == (0.3, 0.2)

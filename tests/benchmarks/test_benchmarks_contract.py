@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
-from invented_benchmarks import muse_folder, own_files, restor_folder, tofu_folder
+import invented_benchmarks as invented
 from palinode.benchmarks import BENCHMARKS
 from palinode.errors import DataError, RecipeError
 from palinode.evaluation.benchmark import Places
 from palinode.evaluation.evaluate import evaluate_benchmark
 from palinode.settings import EvaluationSettings
 
+FOLDERS = {
+    "tofu": partial(invented.tofu_folder, holdout=True),
+    "restor": partial(invented.restor_folder, options=True),
+    "muse": invented.muse_folder,
+    "rwku": invented.rwku_folder,
+    "lume": invented.lume_folder,
+    "pistol": invented.pistol_folder,
+    "hubble": invented.hubble_folder,
+}
+"""An invented folder of each benchmark that reads one."""
+
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmarks")
-    return {
-        "tofu": Places(str(tofu_folder(folder / "tofu", holdout=True))),
-        "restor": Places(str(restor_folder(folder / "restor", options=True))),
-        "muse": Places(str(muse_folder(folder / "muse"))),
-        "own": Places(**own_files(folder / "own")),
-    }
+    known = {name: Places(str(make(folder / name))) for name, make in FOLDERS.items()}
+    return known | {"own": Places(**invented.own_files(folder / "own"))}
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -100,7 +109,7 @@ def test_unknown_split_option_and_metric_are_refused(name):
         benchmark.check_metrics(["nonsense"])
 
 
-@pytest.mark.parametrize("name", ["tofu", "restor", "muse"])
+@pytest.mark.parametrize("name", FOLDERS)
 def test_folder_without_its_files_is_refused(name, tmp_path):
     benchmark = BENCHMARKS[name]
     with pytest.raises(DataError, match=r"holds no|facts\.json"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from invented_benchmarks import own_files, perturbed, write_lines
-from palinode.benchmarks.own import OWN
+from palinode.benchmarks import OWN
 from palinode.data.examples import read_questions
 from palinode.errors import DataError
 from palinode.evaluation.benchmark import Places

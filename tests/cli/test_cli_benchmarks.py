@@ -86,7 +86,7 @@ def test_own_rows_alone_are_scored_as_before(palinode, tiny, own):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--benchmark", "nonsense"), "there is no benchmark 'nonsense'; there are tofu, restor, muse, own"),
+        (("--benchmark", "nonsense"), "there is no benchmark 'nonsense'; there are tofu, restor, muse, rwku"),
         ((), "evaluate needs --data"),
         (("--benchmark", "restor"), "restor needs --data"),
         (("--benchmark", "tofu", "--holdout", "x"), "--holdout is for rows of your own"),

@@ -15,8 +15,9 @@ from transformers import (
 )
 
 from palinode.errors import DataError
-from palinode.models import generate, load_model
+from palinode.models import generate, generation, load_model
 from palinode.models.generation import Sampling, draw_tokens, slots_for
+from waiting import waits_of
 
 PROMPTS = [[5], [6, 7, 8, 9, 10, 11, 12], [13, 14, 15], [16, 17], [20, 21, 22, 23, 24]]
 EOS = 1
@@ -244,3 +245,46 @@ def test_draw_falls_where_the_cumulative_probability_says():
     assert [draw_tokens(logits, [u], 1.0, 0.6)[0] for u in [0.0, 0.62, 0.63, 0.99]] == [0, 0, 2, 2]
     # at temperature 1/2 probabilities are squared: 0.25, 0.04, 0.09 of 0.38
     assert [draw_tokens(logits, [u], 0.5, 1.0)[0] for u in [0.65, 0.66, 0.76, 0.77]] == [0, 1, 1, 2]
+
+
+# Tokens that are fetched together
+
+
+@pytest.mark.parametrize("ahead", [3, 8])
+@pytest.mark.parametrize("name", ["mistral", "gpt2"])
+def test_answers_are_the_same_however_many_tokens_are_fetched_together(monkeypatch, name, ahead):
+    model = built(name)
+    prompts = [[place % 7 + 3, place + 5, *range(3, 3 + place % 5)] for place in range(11)]
+    plain = answers(model, prompts, max_new_tokens=12, stop_ids=[])
+    ways = [
+        {"stop_ids": sorted({row[3] for row in plain})},
+        {"stop_ids": sorted({row[1] for row in plain}), "min_new_tokens": 5},
+        {"ended": lambda said: sum(said) % 3 == 0},
+        {"sampling": Sampling(1.5, 0.9, range(11))},
+        {"begun": [row[:2] for row in plain]},
+    ]
+    before = [answers(model, prompts, **{"max_new_tokens": 12, "batch_rows": 4} | way) for way in ways]
+    monkeypatch.setitem(generation.AHEAD, "cpu", ahead)
+    after = [answers(model, prompts, **{"max_new_tokens": 12, "batch_rows": 4} | way) for way in ways]
+    assert after == before
+
+
+def test_answers_that_run_ahead_stay_within_the_positions_of_the_model(monkeypatch):
+    model = built("gpt2")
+    limit = model.config.n_positions
+    prompts = [[5] * (limit - 9), [7, 8, 9]]
+    before = answers(model, prompts, max_new_tokens=20)
+    monkeypatch.setitem(generation.AHEAD, "cpu", 8)
+    assert answers(model, prompts, max_new_tokens=20) == before
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(1.0, 0.9, range(5))])
+def test_token_of_an_answer_waits_for_nothing(monkeypatch, sampling):
+    model = built("mistral")
+    monkeypatch.setitem(generation.AHEAD, "cpu", 8)
+    answers(model, max_new_tokens=25)  # whether it can be run in slots is found out once
+    short, long = (
+        waits_of(lambda count=count: answers(model, max_new_tokens=count, stop_ids=[], sampling=sampling))
+        for count in (9, 25)
+    )
+    assert long == short

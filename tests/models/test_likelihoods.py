@@ -8,11 +8,14 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, TrOCRConfig, TrOCRForCausalLM
 
+from palinode import Checkpoint
 from palinode.data.batches import pad_right
 from palinode.data.tokenize import TokenRow
 from palinode.errors import CheckpointError, DataError
-from palinode.models import load_model, score_rows
+from palinode.models import load_model, loading, score_rows
+from palinode.models.loading import load_reader
 from palinode.models.reading import answer_logits, answer_nll
+from palinode.weights import save
 
 
 def rows_of(*lengths: tuple[int, int]) -> list[TokenRow]:
@@ -23,6 +26,7 @@ def rows_of(*lengths: tuple[int, int]) -> list[TokenRow]:
     ]
 
 
+CPU = torch.device("cpu")
 ROWS = rows_of((1, 1), (9, 3), (2, 7), (5, 1), (1, 20), (3, 4), (30, 2))
 
 
@@ -141,3 +145,51 @@ def test_rows_longer_than_the_model_are_refused(tiny):
         DataError, match="a row has 70 tokens and the model takes at most 64; set max_length to 64"
     ):
         score_rows(gpt2(tiny), rows_of((1, 3), (60, 10)), pad_id=0)
+
+
+# In another dtype
+
+
+@pytest.fixture(scope="module")
+def narrow(tiny, tmp_path_factory):
+    """The tiny target in bfloat16."""
+    place = tmp_path_factory.mktemp("narrow") / "model"
+    save(tiny.target, place, dtype="bfloat16")
+    return Checkpoint.open(place)
+
+
+def test_model_read_in_bfloat16_says_the_same_within_a_few_hundredths(narrow):
+    exact = score_rows(load_reader(narrow, device=CPU), ROWS, pad_id=0)
+    coarse = score_rows(load_reader(narrow, device=CPU, precision="bfloat16"), ROWS, pad_id=0)
+    apart = [
+        abs(first - second)
+        for one, other in zip(exact, coarse, strict=True)
+        for first, second in zip(one.logprobs, other.logprobs, strict=True)
+    ]
+    assert max(apart) < 0.2
+    assert sum(apart) / len(apart) < 0.03
+
+
+def test_log_probabilities_of_a_bfloat16_model_are_float32(narrow):
+    model = load_reader(narrow, device=CPU, precision="bfloat16")
+    row = ROWS[1]
+    (scores,) = score_rows(model, [row], pad_id=0)
+    hidden = model.base_model(torch.tensor([row.ids])).last_hidden_state[0].float()
+    logprobs = (hidden @ model.lm_head.weight.float().T).log_softmax(-1)
+    wanted = [logprobs[place - 1, row.ids[place]].item() for place in range(row.start, len(row.ids))]
+    assert scores.logprobs == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("where", "precision", "written", "dtype"),
+    [
+        ("cpu", "auto", None, torch.float32),
+        ("cpu", "bfloat16", None, torch.bfloat16),
+        ("cuda", "auto", None, torch.bfloat16),
+        ("cuda", "auto", "float32", torch.float32),
+        ("cuda", "float32", None, torch.float32),
+    ],
+)
+def test_dtype_that_a_model_is_read_in(monkeypatch, narrow, where, precision, written, dtype):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert loading._reading_dtype(narrow, torch.device(where), precision, written) == dtype

@@ -138,6 +138,17 @@ def test_goal_says_itself():
     )
 
 
+def test_share_of_the_yardstick_is_the_aim_where_it_is_said():
+    lower = replace(GOAL, aim_share=0.5)
+    assert lower.aim == pytest.approx(0.05)
+    assert lower.distance(did(0.05)) == pytest.approx(0)
+    assert lower.distance(did(0.1)) == pytest.approx(0.05)
+    points = [tried(1, 0, did(0.1, 0.8, 0.5), lower), tried(2, 0, did(0.05, 0.79, 0.5), lower)]
+    assert best(points).forget_scale == 2
+    assert best([replace(point, goal=GOAL) for point in points]).forget_scale == 1
+    assert "distance to 50% of the yardstick on the forget set (answer probability 0.100" in str(lower)
+
+
 def test_record_and_sensitivity_state_what_happened_at_each_point():
     chosen, other = tried(1, 0, did(0.15, 0.76, 0.5)), tried(1.1, 0, did(0.12, 0.70, 0.5))
     first, second = as_record([chosen, other], chosen)

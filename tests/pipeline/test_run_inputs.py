@@ -11,6 +11,7 @@ from run_files import GIVEN, rows_in, steps, weights, workspace_of, write_rows
 from palinode import read_examples
 from palinode.errors import DataError, MismatchError, OutputError
 from palinode.methods import METHODS
+from palinode.pipeline import costs
 from palinode.pipeline.costs import describe
 from palinode.pipeline.inputs import open_inputs
 from palinode.pipeline.run import dry_run, unlearn
@@ -176,6 +177,34 @@ def test_plan_of_a_forget_only_run_has_no_second_vector(recipe_of, tmp_path):
         "write the unlearned model",
         "evaluate 3 models",
     ]
+
+
+def test_plan_counts_transforms(recipe_of, tmp_path):
+    transforms = [{"name": "projection"}, {"name": "low_rank", "rank": 2}]
+    steps = dry_run(recipe_of(tmp_path / "out", transforms=transforms)).steps
+    labels = [step.label for step in steps]
+    first = labels.index("measure what the layers read")
+    assert labels[first : first + 3] == [
+        "measure what the layers read",
+        "project the vector",
+        "transform the vector",
+    ]
+    assert steps[first].tokens > 0
+    assert all(step.seconds > 0 for step in steps[first : first + 3])
+
+
+def test_plan_times_the_arithmetic_that_training_will_use(monkeypatch, recipe_of, tmp_path):
+    """Where bfloat16 is slower than float32 it is not trained in, and not timed either."""
+    asked = []
+
+    def autocasts(settings, device, parameters):
+        asked.append((settings.precision, device.type, parameters))
+        return False
+
+    monkeypatch.setattr(costs, "autocasts", autocasts)
+    plan = dry_run(recipe_of(tmp_path / "out", training={"precision": "auto"}))
+    assert {(precision, device) for precision, device, _ in asked} == {("auto", "cpu")}
+    assert plan.seconds < 600
 
 
 def test_plan_refuses_what_the_run_would_refuse(recipe_of, tmp_path):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from palinode import Checkpoint, TrainingSettings, evaluate, finetune, read_examples, unlearn
-from palinode.benchmarks.own import OWN
+from palinode.benchmarks import OWN
 from palinode.errors import CheckpointError
 from palinode.evaluation.benchmark import Places
 from palinode.evaluation.evaluate import evaluate_benchmark

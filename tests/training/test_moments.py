@@ -16,6 +16,7 @@ from palinode.models import load_model, load_tokenizer
 from palinode.training import moments
 from palinode.training.moments import input_moments
 from palinode.weights.filters import basis_of
+from waiting import waits_of
 
 TOKENS = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
 SMALL = TOKENS | {
@@ -436,3 +437,12 @@ def test_the_model_is_as_it_was_before():
     walk.close()  # whoever stops in the middle leaves no hooks behind
     assert not any(module._forward_pre_hooks or "forward" in vars(module) for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+
+
+def test_layer_that_is_read_waits_for_nothing(tiny):
+    """Which tokens count is found out once for a batch and a block, whatever layers that has."""
+    model = load_model(tiny.target, device=torch.device("cpu"))
+    rows = [TokenRow((5, 6, 7, 8), 2, 0), TokenRow((9, 10, 11), 1, 1)]
+    found = waits_of(lambda: list(input_moments(model, rows, pad_id=0)))
+    passes = len(model.model.layers) + 2  # before the blocks and after them
+    assert found["aten::nonzero"] <= passes + 1  # and one for the tokens of the embedding

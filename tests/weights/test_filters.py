@@ -351,3 +351,20 @@ def test_share_outside_inputs_of_zero_is_refused():
 def test_foretold_alpha_rises_with_what_survives(first, second, energy):
     low, high = (foretold_alpha(share, energy=energy) for share in sorted((first, second)))
     assert 0 < low <= high <= foretold_alpha(1.0, energy=energy) == (1.6 if energy else 2.0)
+
+
+# On a device
+
+
+@pytest.mark.parametrize("ridge", ["vector", "zero"])
+@pytest.mark.parametrize("energy", [0.0, 0.7])
+def test_filters_made_by_torch_are_those_made_by_scipy(ridge, energy):
+    tau, forget, retain = vector(1), moment(2), moment(3)
+    settings = {"mu": 10.0, "epsilon": 0.1, "ridge": ridge, "energy": energy}
+    wanted = least_squares(forget, retain, **settings)
+    found = least_squares(forget, retain, **settings, device="cpu")
+    assert np.allclose(found, wanted, rtol=0, atol=1e-10)
+    assert np.allclose(along(tau, found, 1, "cpu"), along(tau, wanted, 1), rtol=0, atol=1e-10)
+    assert np.allclose(
+        projection(retain, energy=0.7, device="cpu"), projection(retain, energy=0.7), rtol=0, atol=1e-10
+    )

@@ -96,8 +96,9 @@ def left(lacking: Sequence[float], gaps: Sequence[float]) -> float | None:
 
 
 def _curve(gaps: Floats) -> list[float]:
-    """Return the mean over the examples that have a token, by block."""
-    return [float(value) for value in gaps[~np.isnan(gaps).any(axis=1)].mean(axis=0)] if len(gaps) else []
+    """Return the mean by block over the examples that have a token; empty where none has."""
+    known = gaps[~np.isnan(gaps).any(axis=1)]
+    return [float(value) for value in known.mean(axis=0)] if len(known) else []
 
 
 @dataclass(frozen=True, slots=True)

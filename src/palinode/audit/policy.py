@@ -27,6 +27,9 @@ from palinode.errors import RecipeError
 from palinode.records import dotted, read_toml
 from palinode.settings import StrictModel
 
+Kind = Literal["retrained", "base"]
+"""What the reference model is: one retrained without the forget set, or the checkpoint before it was seen."""
+
 Margin = Annotated[float, Field(ge=0)] | bool
 """How far a figure may lie from the reference model's on one side; false: that side is not judged."""
 
@@ -74,6 +77,14 @@ class Policy(StrictModel):
 # How often each test told right (`python benchmarks/meta_audit.py --output DIR` prints these lines)
 
 
+BESIDE_BASE: Mapping[str, Mapping[str, Margin]] = {
+    "questions.log_probability": {"less": False},
+    "membership": {"more": 0.2, "less": False},
+}
+"""Margins where the reference model is a base. It had not learned what the target learned besides: beside it
+ten of 24 models that never saw the forget rows were failed by the usual ones, and by these none."""
+
+
 class ToldRight(NamedTuple):
     """Of models that know the forget rows, how many a test failed; of models that never saw them, how few."""
 
@@ -87,27 +98,54 @@ class ToldRight(NamedTuple):
         return f"found {self.found} of {self.knowing}, {self.alarms} false alarms in {self.never}"
 
 
-MEASURED: Mapping[str, ToldRight] = {}
-"""By `attack.test`; "verdict" is the whole audit."""
+MEASURED: Mapping[str, ToldRight] = {
+    "verdict": ToldRight(35, 36, 1, 24),
+    "questions.probability": ToldRight(29, 36, 0, 24),
+    "questions.extraction": ToldRight(27, 36, 0, 24),
+    "questions.rouge": ToldRight(27, 36, 0, 24),
+    "few_shot.probability": ToldRight(8, 36, 0, 24),
+    "few_shot.rouge": ToldRight(5, 36, 0, 24),
+    "conversation.probability": ToldRight(28, 36, 0, 24),
+    "sampling.leak": ToldRight(27, 36, 0, 24),
+    "membership.loss": ToldRight(32, 36, 1, 24),
+    "membership.zlib": ToldRight(32, 36, 0, 24),
+    "membership.min_k": ToldRight(32, 36, 1, 24),
+    "membership.min_k_plus": ToldRight(34, 36, 0, 24),
+    "membership.reference": ToldRight(34, 36, 1, 24),
+    "inside.depth": ToldRight(33, 36, 0, 24),
+    "inside.lens": ToldRight(34, 36, 0, 24),
+    "prefixes.opening": ToldRight(3, 36, 0, 24),
+    "quantise_8.probability": ToldRight(29, 36, 0, 24),
+    "quantise_4.probability": ToldRight(28, 36, 0, 24),
+    "quantise_nf4.probability": ToldRight(28, 36, 0, 24),
+    "quantise_gguf_q4_0.probability": ToldRight(28, 36, 0, 24),
+    "relearn_forget.area": ToldRight(33, 36, 0, 24),
+    "relearn_retain.area": ToldRight(32, 36, 0, 24),
+}
+"""By `attack.test`, of those that judge whether a model knows more; "verdict" is the whole audit."""
 
 
-def load_policy(path: Path | None, *, preset: str | None = None) -> Policy:
+def load_policy(path: Path | None, *, preset: str | None = None, kind: Kind = "retrained") -> Policy:
     """Return the policy of a TOML file, or the built-in one; `preset` is laid under the file's budget.
+
+    `kind` says what models are held against, which decides the margins that nobody has set.
 
     Raises RecipeError naming the key, and the nearest one that exists.
     """
     if path is None:
-        return build_policy({}, preset=preset)
+        return build_policy({}, preset=preset, kind=kind)
     try:
         content = read_toml(path)
     except FileNotFoundError:
         raise RecipeError(f"there is no policy {path}") from None
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path} is not a TOML policy ({error})") from None
-    return build_policy(content, preset=preset)
+    return build_policy(content, preset=preset, kind=kind)
 
 
-def build_policy(content: Mapping[str, Any], *, preset: str | None = None) -> Policy:
+def build_policy(
+    content: Mapping[str, Any], *, preset: str | None = None, kind: Kind = "retrained"
+) -> Policy:
     """Check plain nested values and return the policy they describe; raises RecipeError."""
     _check_keys(content)
     own = dict(content.get("budget", {}))
@@ -121,7 +159,7 @@ def build_policy(content: Mapping[str, Any], *, preset: str | None = None) -> Po
                 **{name: content[name] for name in ("unclear", "require", "min_rows") if name in content},
                 "preset": chosen,
                 "budget": BUDGETS[chosen].model_dump() | own,
-                "margins": _margins(content.get("margins", {})),
+                "margins": _margins(content.get("margins", {}), kind),
             }
         )
     except ValidationError as error:
@@ -143,12 +181,14 @@ def known_keys() -> list[str]:
     ]
 
 
-def _margins(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the margins of every test: its own, with what was given laid over them."""
+def _margins(given: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
+    """Return the margins of every test: its own, or those beside a base, with what was given laid over."""
     margins = {}
     for key, (attack, test) in tests_by_key().items():
         own = {"more": test.more, "less": test.less}
         usual = {side: False if margin is None else margin for side, margin in own.items()}
+        if kind == "base":
+            usual |= BESIDE_BASE.get(key) or BESIDE_BASE.get(attack.name, {})
         margins[key] = usual | given.get(attack.name, {}).get(test.name, {})
     return margins
 

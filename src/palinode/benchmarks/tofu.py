@@ -188,7 +188,7 @@ def _ratio_cell(
 
 
 CELLS: tuple[Cell, ...] = (
-    *metric_cells("forget", "answer_probability", "rouge_l_recall"),
+    *metric_cells("forget", "answer_probability", "paraphrased_probability", "rouge_l_recall"),
     _ratio_cell("forget", "forget_truth_ratio", forget_truth_ratios),
     _ratio_cell("forget", "right_share", right_shares),
     quality_cell("forget"),

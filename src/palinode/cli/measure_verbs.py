@@ -61,7 +61,7 @@ def evaluate(
     benchmark: Annotated[
         str | None,
         typer.Option(
-            help="tofu, restor, muse or own; see palinode list benchmarks.",
+            help="tofu, restor, muse, rwku, … or own; see palinode list benchmarks.",
             autocompletion=completion(benchmark_names),
         ),
     ] = None,

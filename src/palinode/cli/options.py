@@ -308,6 +308,7 @@ WAYS = (
         read=lambda text: scales_of(text),
     ),
     "scales.retain_share",
+    "scales.aim_share",
     Key("filter", group=SCALES),
     *TRAINING_KEYS,
     "evaluation.max_rows",

@@ -1,6 +1,6 @@
 """Measure the models that were chosen, once each, on rows that nothing was chosen on.
 
-Every model is asked the test rows and scored like one's own data (`benchmarks/own.py`), asked the recipe's
+Every model is asked the test rows and scored like one's own data (benchmark `own`), asked the recipe's
 benchmark if it has one, and relearned if that is asked for. What cannot be computed says why.
 
 How far each contestant ends from the ideal, and which differences are more than noise.
@@ -27,8 +27,7 @@ from numpy.typing import NDArray
 from palinode.audit.attack import BUDGETS, Subject
 from palinode.audit.attacks import relearn
 from palinode.audit.material import divide
-from palinode.benchmarks import BENCHMARKS
-from palinode.benchmarks.own import OWN
+from palinode.benchmarks import BENCHMARKS, OWN
 from palinode.compare.comparison_recipe import CompareRecipe, Measures
 from palinode.compare.ground import Shares
 from palinode.data.examples import Example, Question, at_most, read_questions

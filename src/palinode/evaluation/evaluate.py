@@ -260,9 +260,9 @@ def ask_sets(
     listener: Listener | None = None,
 ) -> dict[str, list[Outcome]]:
     """Load a model, ask it every set, and return its outcomes by set."""
-    from palinode.models.loading import load_model, load_tokenizer, pick_device
+    from palinode.models.loading import load_reader, load_tokenizer, pick_device
 
-    model, tokenizer = load_model(checkpoint, device=pick_device(device)), load_tokenizer(checkpoint)
+    model, tokenizer = load_reader(checkpoint, device=pick_device(device)), load_tokenizer(checkpoint)
     return _ask_live(model, tokenizer, sets, label, listener)
 
 
@@ -270,11 +270,11 @@ def _ask_model(
     checkpoint: Checkpoint, exam: Exam, settings: EvaluationSettings, listener: Listener | None
 ) -> tuple[dict[str, list[Outcome]], dict[str, Score], list[str]]:
     """Return the model's outcomes by set, its general ability if that was asked for, and notes."""
-    from palinode.models.loading import load_model, load_tokenizer, pick_device
+    from palinode.models.loading import load_reader, load_tokenizer, pick_device
 
     with unchanged([checkpoint]):
         model, tokenizer = (
-            load_model(checkpoint, device=pick_device(settings.device)),
+            load_reader(checkpoint, device=pick_device(settings.device), precision=settings.precision),
             load_tokenizer(checkpoint),
         )
         general: dict[str, Score] = {}

@@ -89,13 +89,16 @@ class Yardstick:
         middles = np.array(self.middles)
         return _quantiles(middles if rows is None else middles[list(rows)], np.array(self.rests))
 
-    def distance(self, logprobs: Sequence[float], rows: Sequence[int] | None = None) -> float:
+    def distance(
+        self, logprobs: Sequence[float], rows: Sequence[int] | None = None, *, share: float = 1.0
+    ) -> float:
         """Return the Wasserstein distance from a model's answer probabilities to the yardstick's.
 
         W1 = mean_k |p_(k) − q_k| over the sorted probabilities p = exp(mean log-probability) and quantiles
-        q: how far an answer's probability is off on average, 0 to 1. `rows` says which forget rows they are.
+        q: how far an answer's probability is off on average, 0 to 1. `rows` says which forget rows they are;
+        with `share` it is the distance to so much of each quantile.
         """
-        wanted = self.quantiles(rows)
+        wanted = share * self.quantiles(rows)
         if len(wanted) != len(logprobs):
             raise DataError(f"{len(logprobs)} rows were measured, and the yardstick is of {len(wanted)}")
         return _distance(np.exp(np.array(logprobs)), wanted)

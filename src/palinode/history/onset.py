@@ -123,7 +123,7 @@ def find_onset(
     """
     from palinode.data.examples import Question
     from palinode.evaluation.ask import ask
-    from palinode.models.loading import load_model, load_tokenizer, pick_device
+    from palinode.models.loading import load_reader, load_tokenizer, pick_device
 
     check_control(forget, control)
     settings = settings or LocateSettings()
@@ -131,7 +131,7 @@ def find_onset(
     def read(place: int) -> Reading:
         """Load one checkpoint and score both sets in it."""
         checkpoint = series.open(place)
-        model = load_model(checkpoint, device=pick_device(settings.device))
+        model = load_reader(checkpoint, device=pick_device(settings.device))
         tokenizer = load_tokenizer(checkpoint)
 
         def values(name: str, examples: Sequence[Example]) -> Values:

@@ -16,6 +16,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -38,6 +39,7 @@ from palinode.data.batches import IntArray, budget_batches, pad_left
 from palinode.errors import DataError
 from palinode.models.likelihoods import Say, has_plain_head, same_alone, tell, unlike
 from palinode.models.loading import check_known, pad_token, position_limit, quiet_transformers
+from palinode.models.reading import on_device
 
 GROWTH = 64
 """Positions by which the slots grow when a sequence needs more."""
@@ -205,9 +207,34 @@ class Slots:
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Read one token more of each sequence and return the logits after it, float32 [B, V]."""
-        after = self._run(list(range(len(tokens))), [(token,) for token in tokens], begin=self.lengths)
-        self.lengths = [length + 1 for length in self.lengths]
-        return after
+        after: list[Tensor] = []
+
+        def keep(logits: Tensor, _ahead: int) -> Tensor:
+            after.append(logits)
+            return logits.argmax(dim=-1)
+
+        self.go_on(tokens, keep, 1)
+        return after[0]
+
+    def go_on(
+        self, tokens: Sequence[int], choose: Callable[[Tensor, int], Tensor], count: int
+    ) -> list[list[int]]:
+        """Read `count` tokens more of each sequence: those given, then what `choose` makes of the logits.
+
+        It is called with float32 [B, V] and how often it was before, and gives int64 [B]. What it chose comes
+        from the device at the end.
+        """
+        device, chosen = self.model.device, []
+        ids, begins = (on_device(np.array(part, np.int64), device) for part in (tokens, self.lengths))
+        slots = torch.arange(len(tokens), device=device)
+        for ahead in range(count):
+            start = max(self.lengths) + ahead
+            hidden = self._read(slots, ids[:, None], begins + ahead, start, front=True)
+            ids = choose(self._logits(hidden[:, 0]), ahead)
+            chosen.append(ids)
+        self.lengths = [length + count for length in self.lengths]
+        found: list[list[int]] = torch.stack(chosen, dim=1).tolist()
+        return found
 
     def leave(self, slot: int) -> None:
         """Free a slot; the sequence in the last one moves into it."""
@@ -217,31 +244,41 @@ class Slots:
             self.lengths[slot] = self.lengths[last]
         self.lengths.pop()
 
-    def _run(self, slots: Sequence[int], rows: Sequence[Sequence[int]], begin: int | Sequence[int]) -> Tensor:
+    def _run(self, slots: Sequence[int], rows: Sequence[Sequence[int]], begin: int) -> Tensor:
         """Read rows of tokens into slots, from position `begin` on, and return the logits after each."""
         device, width = self.model.device, max(len(row) for row in rows)
-        ids = torch.tensor([[*row, *[self.pad_id] * (width - len(row))] for row in rows], device=device)
-        begins = torch.tensor([begin] * len(rows) if isinstance(begin, int) else list(begin), device=device)
         # What pads a row lies behind its end, where nothing sees it until it is written over.
+        ids = np.array([[*row, *[self.pad_id] * (width - len(row))] for row in rows], np.int64)
+        ends = np.array([len(row) - 1 for row in rows])
+        given, own, last = (on_device(part, device) for part in (ids, np.array(slots, np.int64), ends))
+        begins, front = torch.full_like(own, begin), list(slots) == list(range(len(slots)))
+        hidden = self._read(own, given, begins, begin, front=front)
+        return self._logits(hidden[torch.arange(len(rows), device=device), last])
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.model.get_output_embeddings()(hidden).float()
+        return logits
+
+    def _read(self, slots: Tensor, ids: Tensor, begins: Tensor, start: int, *, front: bool) -> Tensor:
+        """Return the hidden states of tokens [B, T] read from positions `begins` on, none beyond `start`.
+
+        `front` tells that the slots are the first ones.
+        """
+        device, width = self.model.device, ids.shape[1]
         positions = begins[:, None] + torch.arange(width, device=device)
-        start = begin if isinstance(begin, int) else max(begin)
-        self.places.slots, self.places.positions = torch.tensor(slots, device=device), positions
-        self.places.front = list(slots) == list(range(len(slots)))
+        self.places.slots, self.places.positions, self.places.front = slots, positions, front
         self.places.length = start + width
         seen = torch.arange(start + width, device=device) <= positions[:, None, :, None]  # [B, 1, T, length]
         mask = torch.zeros(seen.shape, dtype=self.model.dtype, device=device)
         base: Any = self.model.base_model
-        hidden = base(
+        hidden: Tensor = base(
             input_ids=ids,
             attention_mask=mask.masked_fill_(~seen, torch.finfo(self.model.dtype).min),
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state
-        ends = torch.tensor([len(row) - 1 for row in rows], device=device)
-        last = hidden[torch.arange(len(rows), device=device), ends]
-        logits: Tensor = self.model.get_output_embeddings()(last).float()
-        return logits
+        return hidden
 
     def _copy(self, source: int, target: int, length: int) -> None:
         for stored in self._stored():
@@ -252,6 +289,10 @@ class Slots:
         parts = (part for layer in self.layers for part in (layer.keys, layer.values))
         return [part for part in parts if part is not None]
 
+
+AHEAD = {"cuda": 8}
+"""By device, where it is more than one: tokens of each answer before the host looks whether it is over. What
+comes after its end is thrown away."""
 
 TRIAL_STEPS = 3
 """Tokens after each prompt on which a left-padded batch is tried."""
@@ -310,17 +351,16 @@ class _Rules:
                 return
             self.take(answer, token)
 
-    def choose(self, logits: Tensor, answers: Sequence[_Answer]) -> list[int]:
-        """Return the next token of each answer."""
-        young = [row for row, answer in enumerate(answers) if len(answer.said) < self.min_new_tokens]
+    def choose(self, answers: Sequence[_Answer], logits: Tensor, ahead: int = 0) -> Tensor:
+        """Return the next token of each answer, int64 [B], where so many are chosen that it lacks as yet."""
+        young = [row for row, one in enumerate(answers) if len(one.said) + ahead < self.min_new_tokens]
         stops = sorted(token for token in self.stop_ids if token < logits.shape[-1])
         if young and stops:
             logits = logits.clone()
-            rows = torch.tensor(young, device=logits.device)[:, None]
-            logits[rows, torch.tensor(stops, device=logits.device)] = -torch.inf
+            rows, columns = (on_device(np.array(part), logits.device) for part in (young, stops))
+            logits[rows[:, None], columns] = -torch.inf
         if self.sampling is None:
-            chosen: list[int] = logits.argmax(dim=-1).tolist()
-            return chosen
+            return logits.argmax(dim=-1)
         draws = [answer.random.random() for answer in answers if answer.random is not None]
         return draw_tokens(logits, draws, self.sampling.temperature, self.sampling.top_p)
 
@@ -396,11 +436,11 @@ def _may_be_padded(
     )
 
 
-def draw_tokens(logits: Tensor, draws: Sequence[float], temperature: float, top_p: float) -> list[int]:
-    """Return one token a row: where its draw, uniform in [0, 1), falls in the row's cumulative probability.
+def draw_tokens(logits: Tensor, draws: Sequence[float], temperature: float, top_p: float) -> Tensor:
+    """Return one token a row, int64 [B]: where its draw falls in the row's cumulative probability.
 
-    Probabilities are float32; they are summed in the order of the vocabulary, in float64, over the
-    likeliest tokens that together have at least `top_p`.
+    Draws are uniform in [0, 1). Probabilities are float32; they are summed in the order of the vocabulary, in
+    float64, over the likeliest tokens that together have at least `top_p`.
     """
     probabilities = torch.softmax(logits.float() / temperature, dim=-1)
     if top_p < 1:
@@ -408,9 +448,8 @@ def draw_tokens(logits: Tensor, draws: Sequence[float], temperature: float, top_
         unlikely = ordered.cumsum(dim=-1) - ordered >= top_p  # what stands before it is already enough
         probabilities = probabilities.masked_fill(unlikely.scatter(-1, order, unlikely), 0.0)
     reached = probabilities.double().cumsum(dim=-1)
-    wanted = torch.tensor(draws, dtype=torch.float64, device=reached.device)[:, None] * reached[:, -1:]
-    tokens: list[int] = torch.searchsorted(reached, wanted, right=True)[:, 0].tolist()
-    return tokens
+    wanted = on_device(np.array(draws), reached.device)[:, None] * reached[:, -1:]
+    return torch.searchsorted(reached, wanted, right=True)[:, 0]
 
 
 def _room(model: PreTrainedModel, prompt: Sequence[int], max_new_tokens: int) -> int:
@@ -437,11 +476,18 @@ def _answer_in_slots(
             new = [waiting.pop() for _ in range(min(free, len(waiting)))]
             logits = slots.admit([(*answer.prompt, *answer.said) for answer in new])
             active += new
+            said = rules.choose(new, logits)[:, None].tolist()
         else:
             new = active
-            logits = slots.step([answer.said[-1] for answer in active])
-        for answer, token in zip(new, rules.choose(logits, new), strict=True):
-            rules.take(answer, token)
+            last = [answer.said[-1] for answer in active]
+            most = AHEAD.get(slots.model.device.type, 1)
+            if limit := position_limit(slots.model.config):
+                most = max(1, min(most, limit - max(slots.lengths)))
+            said = slots.go_on(last, partial(rules.choose, active), most)
+        for answer, tokens in zip(new, said, strict=True):
+            for token in tokens:
+                if not answer.over:
+                    rules.take(answer, token)
         over = [place for place, answer in enumerate(active) if answer.over]
         for place in reversed(over):  # the last one moves into the slot that is free
             slots.leave(place)
@@ -512,7 +558,7 @@ class _Chooser(LogitsProcessor):
         self.answers, self.rules = answers, rules
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
-        chosen = self.rules.choose(scores, self.answers)
+        chosen: list[int] = self.rules.choose(self.answers, scores).tolist()
         for answer, token in zip(self.answers, chosen, strict=True):
             if not answer.over:
                 self.rules.take(answer, token)

@@ -254,7 +254,7 @@ def score_rows(
     check_positions(model.config, rows)
     if not rows:
         return []
-    scorer = _Scorer(model, pad_id, standardise, has_plain_head(model, rows[0].ids[:16]))
+    scorer = _scorer(model, rows, pad_id, standardise)
     trees = grow_trees(rows)
     if any(tree.branched for tree in trees) and not scorer.honours(trees, rows):
         trees = grow_trees(rows, share=False)
@@ -300,7 +300,7 @@ def must_be_apart(model: PreTrainedModel, rows: Sequence[TokenRow], *, pad_id: i
         return False
     training = model.training
     model.eval()
-    scorer = _Scorer(model, pad_id, False, has_plain_head(model, rows[0].ids[:16]))
+    scorer = _scorer(model, rows, pad_id, False)
     try:
         return not scorer.honours(grow_trees(rows, share=False), rows)
     except CheckpointError:  # of weights that are no numbers: whoever reads the rows says so
@@ -337,6 +337,20 @@ def has_plain_head(model: PreTrainedModel, ids: Sequence[int]) -> bool:
     return known["plain head",]
 
 
+def float32_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """Return what makes float32 logits of hidden states: those of bfloat16 would be an eighth apart at 20."""
+    head: Any = model.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or head.weight.dtype not in (torch.bfloat16, torch.float16):
+        return lambda states: head(states).float()
+    weight, bias = head.weight.float(), None if head.bias is None else head.bias.float()
+    return lambda states: torch.nn.functional.linear(states.float(), weight, bias)
+
+
+def _scorer(model: PreTrainedModel, rows: Sequence[TokenRow], pad_id: int, standardise: bool) -> _Scorer:
+    plain = has_plain_head(model, rows[0].ids[:16])
+    return _Scorer(model, pad_id, standardise, plain, float32_head(model))
+
+
 @dataclass(frozen=True, slots=True)
 class _Scorer:
     """A model with the way its logits are had."""
@@ -345,6 +359,8 @@ class _Scorer:
     pad_id: int
     standardise: bool
     plain_head: bool
+    head: Callable[[Tensor], Tensor]
+    """Logits of hidden states, in float32 whatever the dtype of the model."""
 
     @property
     def chunk(self) -> int:
@@ -437,7 +453,7 @@ class _Scorer:
             own = order[first:last]
             logits = outputs[chunk]
             if self.plain_head:
-                logits = self.model.get_output_embeddings()(logits)
+                logits = self.head(logits)
             at, wanted = (
                 torch.from_numpy(part).to(outputs.device) for part in (owners[own] - begin, targets[own])
             )

@@ -74,6 +74,8 @@ def load_model(
     `quantization` is a quantisation config of transformers, for a model that is only read. Raises
     CheckpointError when it is no causal language model or transformers cannot build it.
     """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest")
     require_causal_lm(checkpoint)
     with quiet_transformers(), unchanged([checkpoint]):
         try:
@@ -88,6 +90,35 @@ def load_model(
     _require_all_weights(checkpoint, info)
     ready: PreTrainedModel = (model if quantization else model.to(device)).eval()
     return ready
+
+
+def load_reader(
+    checkpoint: Checkpoint, *, device: torch.device, precision: str = "auto", written: str | None = None
+) -> PreTrainedModel:
+    """Return a checkpoint as a model that is only read.
+
+    "auto" is float32, and on a GPU the checkpoint's own dtype, or that in which its sums are `written`. In
+    float32 a GPU may multiply with TF32.
+    """
+    dtype = _reading_dtype(checkpoint, device, precision, written)
+    model = load_model(checkpoint, device=device, dtype=dtype)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    return model
+
+
+def _reading_dtype(
+    checkpoint: Checkpoint, device: torch.device, precision: str, written: str | None
+) -> torch.dtype:
+    if precision != "auto":
+        found: torch.dtype = getattr(torch, precision)
+        return found
+    if device.type != "cuda":
+        return torch.float32
+    largest = max(checkpoint.tensors.values(), key=lambda info: info.size)
+    own = getattr(torch, written) if written else DTYPES[largest.dtype]
+    usable = own == torch.float16 or (own == torch.bfloat16 and torch.cuda.is_bf16_supported())
+    return own if usable else torch.float32
 
 
 def _build(

@@ -26,9 +26,9 @@ MASKED = {"cpu", "mps"}
 needs one, as the trial of `must_be_apart` finds out; a mask has the device asked and takes slower kernels."""
 
 
-def on_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """Return an array as a tensor on a device; nobody waits for the copy."""
-    found = torch.from_numpy(array)
+def on_device(array: npt.NDArray[Any] | Tensor, device: torch.device) -> Tensor:
+    """Return what lies in the host's memory as a tensor on a device; nobody waits for the copy."""
+    found = array if isinstance(array, Tensor) else torch.from_numpy(array)
     return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)
 
 

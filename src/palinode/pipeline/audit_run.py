@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from palinode.audit.attack import Attack, AttackCost, AttackResult, Subject
 from palinode.audit.attacks import ATTACKS
 from palinode.audit.findings import AUDITED, STATISTICS, Finding, answer, find
 from palinode.audit.material import AuditRows
-from palinode.audit.policy import MEASURED, Policy
+from palinode.audit.policy import MEASURED, Kind, Policy
 from palinode.data.examples import Example, check_no_forget_rows, reading_notes
 from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
 from palinode.errors import DivergenceError, MismatchError, RecipeError
@@ -48,9 +48,6 @@ UNEVEN = 0.2
 
 Findings = dict[str, dict[str, Finding]]
 """Findings by model and test."""
-
-Kind = Literal["retrained", "base"]
-"""What the reference model is: one retrained without the forget set, or the checkpoint before it was seen."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from palinode.errors import InputError, PalinodeError, RecipeError
 from palinode.methods.method import Vectors
 from palinode.models.generation import stream_answer
 from palinode.models.inplace import put
-from palinode.models.loading import load_model, load_tokenizer, pick_device
+from palinode.models.loading import load_reader, load_tokenizer, pick_device
 from palinode.pipeline.recipe import Prompts
 from palinode.pipeline.reporting import find_workspace
 from palinode.pipeline.run import find_model, find_vectors, read_record
@@ -152,7 +152,7 @@ def open_chat(
     speakers = []
     with listener.task("loading", len(named), "models") as advance:
         for name, checkpoint in named.items():
-            speakers.append(Speaker(name, load_model(checkpoint, device=place)))
+            speakers.append(Speaker(name, load_reader(checkpoint, device=place)))
             advance(1)
     return Chat(
         folder=out,

@@ -1,14 +1,19 @@
 """What a run will do and what it will cost, said before any long work.
 
-Tokens and bytes are counted; times are estimates from a short measurement of this machine's
-arithmetic, good to a factor of about two.
+Tokens and bytes are counted. Times are estimates from products of the model's own shapes, over as many
+tokens as a batch of these rows has, and from how fast memory is read and written, all timed here and now:
+good to a factor of about two, on a machine that stays as busy as it is.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import prod
+from statistics import median
 
 import torch
 
@@ -16,23 +21,24 @@ from palinode.data.examples import Example
 from palinode.data.tokenize import tokenize
 from palinode.evaluation.self_check import ROWS, rows_with_style
 from palinode.methods.method import Asked, MethodRun
-from palinode.methods.transforms import LeastSquaresSettings, check_transforms
+from palinode.methods.transforms import LeastSquaresSettings, ProjectionSettings, check_transforms
 from palinode.models.likelihoods import LOGIT_BYTES
 from palinode.models.loading import load_tokenizer, pick_device
 from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.scales import FIRST_LOOK
 from palinode.progress import duration_text
-from palinode.training.loop import AUTOCAST_FROM, bytes_per_token, count_steps
+from palinode.training.loop import autocasts, bytes_per_token, count_steps
 from palinode.weights.geometry import part_of
 
-EFFICIENCY = 0.4
-"""Share of a matrix product's speed that training reaches."""
+NAMES = {"least_squares": "filter", "projection": "project"}
+PRODUCTS = 0.5
+"""Share of a pass that its matrix products take; the rest is attention, norms, activations and sums."""
+UPDATED = 44
+"""Bytes that clipping and AdamW read and write for each weight that is trained."""
 STEP_SECONDS = 0.012
 """Least time of one pass through a model, however small."""
 SHARED = 0.6
 """Share of the layers of a block that have inputs of their own: queries, keys and values read the same."""
-MEMORY_RATE = 8e9
-"""Bytes of weights read a second while answers are generated on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +85,27 @@ class _Planner:
         self.parameters = inputs.reader.parameters
         self.tokenizer = load_tokenizer(inputs.reader)
         self.runs = inputs.method.runs(inputs.settings, inputs.given)
-        device = pick_device(self.recipe.device)
-        autocast = device.type == "cuda" or self.parameters >= AUTOCAST_FROM
-        self.train_rate = EFFICIENCY * measure_flops(device, torch.bfloat16 if autocast else torch.float32)
-        self.score_rate = EFFICIENCY * measure_flops(device, torch.float32)
         self.changes = check_transforms(self.recipe.changes)
-        tensors = self.inputs.reader.tensors.values()
-        self.matrices = [
-            info.shape for info in tensors if len(info.shape) == 2 and part_of(info.name).startswith("layer")
-        ]
+        found = [info for info in self.inputs.reader.tensors.values() if len(info.shape) == 2]
+        self.matrices = [info.shape for info in found if part_of(info.name).startswith("layer")]
         """(outputs, inputs) of the layers of the blocks."""
+        head = max((info.shape for info in found if info.shape not in self.matrices), default=(1, 1))
+        self.products = Counter([*self.matrices, head])
+        """Shapes of all matrices that a token is multiplied by."""
+        self.multiplied = sum(count * prod(shape) for shape, count in self.products.items())
+        self.device, training = pick_device(self.recipe.device), self.recipe.training
+        self.memory_rate = measure_memory(self.device)
+        lengths = self._tokens(inputs.rows.forget[:64])
+        batch = training.batch_size * max(1, sum(lengths) // max(1, len(lengths)))
+        narrow = autocasts(training, self.device, self.parameters)
+        self.train_rate = self._rate(batch, torch.bfloat16 if narrow else torch.float32)
+        self.score_rate = self._rate(1024, torch.float32)
+
+    def _rate(self, tokens: int, dtype: torch.dtype) -> float:
+        """Return the operations a second of a pass of so many tokens through the model."""
+        time_of = partial(product_seconds, self.device, dtype, tokens)
+        seconds = sum(count * time_of(shape) for shape, count in self.products.items())
+        return PRODUCTS * 2 * tokens * self.multiplied / seconds
 
     def plan(self) -> Plan:
         rows, recipe = self.inputs.rows, self.recipe
@@ -104,7 +121,7 @@ class _Planner:
         alphas = len(scales.forget_grid) if scales.forget is None else 1
         betas = len(scales.retain_grid) if self.inputs.given.retain_scale is None else 1
         points = alphas * betas if recipe.has_scales else 1
-        steps += self._filter(searched=points > 1 and scales.choose == "auto")
+        steps += self._transforms(searched=points > 1 and scales.choose == "auto")
         if points > 1:
             steps.append(self._scales(points))
         steps.append(PlannedStep("write the unlearned model", 0, 6 * 4 * self.parameters / 1e9))
@@ -131,25 +148,30 @@ class _Planner:
         tokens = round(epochs * len(run.anchors) * sum(each))
         return PlannedStep(run.label, tokens, anchors.seconds * max(1.0, tokens / max(1, anchors.tokens)))
 
-    def _filter(self, *, searched: bool) -> list[PlannedStep]:
-        """Return the cost of a filter: reading what layers read, and solving for each vector it makes."""
-        chosen = next((one for one in self.changes if isinstance(one.settings, LeastSquaresSettings)), None)
-        if chosen is None:
-            return []
-        settings, rows = chosen.settings, self.inputs.rows
-        read = [*rows.forget[: settings.rows], *rows.spared[: settings.rows]]
-        tokens, seconds = self._scoring(read)
-        places = 2 if settings.arrival or (searched and settings.arrival is None) else 1
-        vectors = (3 if searched and settings.is_open else 1) + places - 1
-        widths = sum(width**2 for _, width in self.matrices)
-        seconds += 2 * SHARED * tokens * widths / self.score_rate
-        solved = sum(8 * width**2 * outputs + 3 * SHARED * width**3 for outputs, width in self.matrices)
-        each = 2 * solved / self.score_rate + 3 * 4 * self.parameters / 1e9  # in float64, written twice
-        label = f"filter the vector, {vectors} times at most" if vectors > 1 else "filter the vector"
-        return [
-            PlannedStep("measure what the layers read", places * tokens, places * seconds),
-            PlannedStep(label, 0, vectors * each),
-        ]
+    def _transforms(self, *, searched: bool) -> list[PlannedStep]:
+        """Return the cost of transforms: reading what layers read, and solving for each vector made of it."""
+        steps, rows = [], self.inputs.rows
+        for one in self.changes:
+            settings, places, vectors, factors = one.settings, 1, 1, 0
+            if isinstance(settings, LeastSquaresSettings):
+                places = 2 if settings.arrival or (searched and settings.arrival is None) else 1
+                vectors = (3 if searched and settings.is_open else 1) + places - 1
+                read = [*rows.forget[: settings.rows], *rows.spared[: settings.rows]]
+                factors = 3 + 10 * bool(settings.energy)  # Cholesky, and principal axes
+            elif isinstance(settings, ProjectionSettings):
+                read, factors = [*rows.spared[: settings.rows]], 10
+            if factors:
+                tokens, seconds = self._scoring(read)
+                seconds += 2 * SHARED * tokens * sum(i**2 for _, i in self.matrices) / self.score_rate
+                reading = PlannedStep("measure what the layers read", places * tokens, places * seconds)
+                steps.append(reading)
+                solved = sum(8 * i**2 * o + factors * SHARED * i**3 for o, i in self.matrices)
+            else:  # low rank takes singular values, which is more than a scale of each layer does
+                solved = sum(10 * min(shape) * prod(shape) for shape in self.matrices)
+            each = 2 * solved / self.score_rate + 3 * 4 * self.parameters / 1e9  # in float64, written twice
+            verb, more = NAMES.get(one.transform.name, "transform"), f", {vectors} times at most"
+            steps.append(PlannedStep(f"{verb} the vector{more if vectors > 1 else ''}", 0, vectors * each))
+        return steps
 
     def _asked(self, asked: Asked) -> PlannedStep:
         """Return the cost of generating other answers."""
@@ -159,8 +181,8 @@ class _Planner:
         """Return tokens and seconds of so many answers of the longest kind."""
         settings = self.recipe.evaluation
         passes = settings.max_new_tokens * -(-answers // settings.batch_rows)
-        compute = 2 * self.parameters * settings.batch_rows / self.score_rate
-        seconds = passes * max(STEP_SECONDS, 4 * self.parameters / MEMORY_RATE + compute)
+        compute = 2 * self.multiplied * settings.batch_rows / self.score_rate
+        seconds = passes * max(STEP_SECONDS, 4 * self.multiplied / self.memory_rate + compute)
         return answers * settings.max_new_tokens, seconds
 
     def _tokens(self, examples: Sequence[Example]) -> list[int]:
@@ -175,12 +197,15 @@ class _Planner:
     def _training(self, label: str, examples: Sequence[Example]) -> PlannedStep:
         lengths = self._tokens(examples)
         tokens = self.recipe.training.epochs * sum(lengths)
-        floor = 3 * STEP_SECONDS * count_steps(lengths, self.recipe.training)
-        return PlannedStep(label, tokens, floor + 6 * self.parameters * tokens / self.train_rate)
+        lora = self.recipe.training.lora
+        trained = self._adapter_weights(lora.rank) if lora else self.parameters
+        each = 3 * STEP_SECONDS + UPDATED * trained / self.memory_rate
+        steps = count_steps(lengths, self.recipe.training)
+        return PlannedStep(label, tokens, steps * each + 6 * self.multiplied * tokens / self.train_rate)
 
     def _scoring(self, examples: Sequence[Example]) -> tuple[int, float]:
         tokens = sum(self._tokens(examples))
-        return tokens, STEP_SECONDS + 2 * self.parameters * tokens / self.score_rate
+        return tokens, STEP_SECONDS + 2 * self.multiplied * tokens / self.score_rate
 
     def _other_prompts(self, rows: Sequence[Example]) -> PlannedStep:
         """Return the asking of some rows in every plausible way, of which there are about five."""
@@ -246,15 +271,34 @@ class _Planner:
         return 4 * (trained * len(self.runs) + whole + vectors) + target.nbytes + state
 
 
-def measure_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
-    """Return floating-point operations a second of a square matrix product, the best of five."""
-    matrix = torch.ones(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(5):
+def product_seconds(device: torch.device, dtype: torch.dtype, tokens: int, shape: Sequence[int]) -> float:
+    """Return the seconds in which so many tokens are multiplied by a matrix (outputs, inputs).
+
+    Of a large one a part is timed.
+    """
+    outputs, inputs = min(shape[0], 4096), shape[1]
+    rows = max(16, min(tokens, int(2e9 / (outputs * inputs))))
+    left, right = (torch.ones(count, inputs, device=device, dtype=dtype) for count in (rows, outputs))
+    once = usual_seconds(lambda: left @ right.T, device)
+    return once * max(1.0, tokens / rows) * shape[0] / outputs
+
+
+def measure_memory(device: torch.device) -> float:
+    """Return the bytes that are read and written a second where a large vector is added to another."""
+    one, other = (torch.ones(1 << 23, device=device) for _ in range(2))
+    return 12 * len(one) / usual_seconds(lambda: one.add_(other), device)
+
+
+def usual_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that some work usually takes, the device's part included."""
+    found = []
+    for _ in range(4):
         started = time.perf_counter()
-        float((matrix @ matrix)[0, 0])
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+        work()
+        if device.type != "cpu":
+            float(torch.ones(1, device=device))  # waits for what was asked before
+        found.append(time.perf_counter() - started)
+    return median(found[1:])
 
 
 def describe(plan: Plan) -> list[str]:

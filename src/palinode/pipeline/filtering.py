@@ -110,6 +110,7 @@ class Measuring(Work):
             places = dict(_in_files(facts.pop("places"), live, self.target))
             step.finish(
                 {"rows": len(rows), "tokens": sum(len(row.ids) for row in tokens), **facts, "places": places}
+                | ({"device": str(self.device)} if self.device.type == "cuda" else {})
             )
         return step
 
@@ -176,6 +177,8 @@ class MomentFiles:
         self.folder = step.folder
         self.files: Mapping[str, tuple[str, int]] = step.facts["files"]
         self.places: Mapping[str, Sequence[Place]] = step.facts["places"]
+        self.device: str | None = step.facts.get("device")
+        """Where filters are made of them, if not by scipy."""
 
     def read(self, key: str) -> np.ndarray:
         """Return a moment: [D, D], or a diagonal."""
@@ -192,13 +195,15 @@ class MomentFiles:
 
 def project(kept: MomentFiles, *, energy: float, others: str) -> Rule:
     """Return the rule that takes from every matrix of the blocks what acts on the inputs of retain rows."""
-    filter_of = lru_cache(maxsize=2)(lambda key: projection(kept.read(key), energy=energy))
+    filter_of = lru_cache(maxsize=2)(
+        lambda key: projection(kept.read(key), energy=energy, device=kept.device)
+    )
 
     def rule(name: str, found: Sequence[np.ndarray]) -> np.ndarray:
         place = kept.matrix_place(name)
         if place is None:
             return found[0] if others == "keep" else np.zeros_like(found[0])
-        return applied(found[0], place, filter_of)
+        return applied(found[0], place, filter_of, kept.device)
 
     return rule
 
@@ -259,7 +264,8 @@ class Weighing:
     def _filter(self, key: str) -> np.ndarray:
         (mu, epsilon), own = self.settings.weights(), self.settings
         forget, spared = self.forget.read(key) if self.forget else None, self.spared.read(key)
-        return least_squares(forget, spared, mu=mu, epsilon=epsilon, ridge=own.ridge, energy=own.energy)
+        settings: Any = {"mu": mu, "epsilon": epsilon, "ridge": own.ridge, "energy": own.energy}
+        return least_squares(forget, spared, **settings, device=self.spared.device)
 
     def rule(self, name: str, found: Sequence[np.ndarray]) -> np.ndarray:
         """Return the filtered tensor."""
@@ -273,7 +279,7 @@ class Weighing:
             if part_of(name).startswith("layer ") and values.ndim > 1:
                 self.unread[name] = float(np.vdot(values, values))
             return np.zeros_like(values)
-        made = applied(values, place, self.filter_of)
+        made = applied(values, place, self.filter_of, self.spared.device)
         self.effects[name] = self._effect(values, made, place)
         return made
 
@@ -301,14 +307,14 @@ class Weighing:
         if len(keys) > 1:
             parts = zip(values, made, keys, strict=True)
             return sum((self._effect(old, new, ([key], axis - 1)) for old, new, key in parts), start=Effect())
-        spared = self.spared.read(keys[0])
-        on_forget = along(values, self.forget.read(keys[0]), axis) if self.forget else values
-        on_retain = along(values, spared, axis)
+        spared, device = self.spared.read(keys[0]), self.spared.device
+        on_forget = along(values, self.forget.read(keys[0]), axis, device) if self.forget else values
+        on_retain = along(values, spared, axis, device)
         return Effect(
             forget=float(np.vdot(on_forget, values)),
             forget_kept=float(np.vdot(on_forget, made)),
             retain=float(np.vdot(on_retain, values)),
-            retain_kept=float(np.vdot(along(made, spared, axis), made)),
+            retain_kept=float(np.vdot(along(made, spared, axis, device), made)),
             norm=float(np.vdot(values, values)),
             norm_kept=float(np.vdot(made, made)),
         )
@@ -395,12 +401,14 @@ def foretell(measuring: Measuring, settings: LeastSquaresSettings) -> Forecast:
     return Forecast(outside, survives, foretold_alpha(survives, energy=settings.energy), parts)
 
 
-def applied(values: np.ndarray, place: Place, filter_of: Callable[[str], np.ndarray]) -> np.ndarray:
+def applied(
+    values: np.ndarray, place: Place, filter_of: Callable[[str], np.ndarray], device: str | None = None
+) -> np.ndarray:
     """Return values with the filter of their inputs applied; each expert has its own."""
     keys, axis = place
     if len(keys) == 1:
-        found = along(values, filter_of(keys[0]), axis)
+        found = along(values, filter_of(keys[0]), axis, device)
     else:
         parts = zip(values, keys, strict=True)
-        found = np.stack([along(own, filter_of(key), axis - 1) for own, key in parts])
+        found = np.stack([along(own, filter_of(key), axis - 1, device) for own, key in parts])
     return found.astype(values.dtype)

@@ -16,7 +16,7 @@ from palinode.data.examples import Example, at_most, fingerprint_examples
 from palinode.errors import CheckpointError
 from palinode.methods.method import Asked, Ends, Given, MethodRun, Vectors, plain_material
 from palinode.methods.transforms import ChosenTransforms, check_transforms
-from palinode.models.loading import load_model, load_tokenizer, tokenizer_fingerprint
+from palinode.models.loading import load_model, load_reader, load_tokenizer, tokenizer_fingerprint
 from palinode.pipeline.inputs import Work
 from palinode.pipeline.record import thinned_curve
 from palinode.pipeline.transforming import Filtered, OpenFilter, Transforming
@@ -253,7 +253,7 @@ class FineTuning(Work):
 
         def drawn() -> Mapping[str, Any]:
             found = asked.draw(
-                load_model(target, device=self.device),
+                load_reader(target, device=self.device),
                 load_tokenizer(self.inputs.reader),
                 seed=recipe.seed,
                 max_length=recipe.training.max_length,

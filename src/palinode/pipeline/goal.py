@@ -2,6 +2,8 @@
 
     objective = distance to the yardstick on the forget probes + probability lost on the retain probes
 
+(or to `aim_share` of the yardstick, for whoever wants less to come back when the model is trained on).
+
 Both are in answer probability, mean over rows: how far the model is, on either side, from what it should be.
 A point must also keep `retain_share` of the target's probability on retain probes and neutral text. Of points
 whose objectives are within TOLERANCE of the least, it is the one that loses least, and forgets as far as
@@ -54,10 +56,17 @@ class Goal:
     retain_share: float
     rows: tuple[int, ...] | None = None
     """Which of the yardstick's rows the forget probes are; None: all."""
+    aim_share: float = 1.0
+    """Share of the yardstick's answer probability that is aimed at."""
+
+    @property
+    def aim(self) -> float:
+        """The mean answer probability that is aimed at on the forget probes."""
+        return self.aim_share * float(self.yardstick.quantiles(self.rows).mean())
 
     def distance(self, found: Behaviour) -> float:
-        """Return how far the forget-set behaviour is from the yardstick's."""
-        return self.yardstick.distance(found.forget, self.rows)
+        """Return how far the forget-set behaviour is from what is aimed at."""
+        return self.yardstick.distance(found.forget, self.rows, share=self.aim_share)
 
     def kept(self, found: Behaviour) -> dict[str, float]:
         """Return the share of the target's probability that is left, on retain probes and neutral text."""
@@ -93,13 +102,14 @@ class Goal:
         return self.distance(found) <= self.yardstick.tolerance
 
     def __str__(self) -> str:
-        wanted = self.yardstick.probability
         names = {"retain": "retain rows", "neutral": "neutral text"}
         kept = [names[name] for name in self.target.probabilities if name in names]
         floor = [f"{self.retain_share:.0%} of the target's probability on {name}" for name in kept]
         limits = f", keeping at least {' and '.join(floor)}" if floor else ""
+        wanted = self.yardstick.probability
+        part = "" if self.aim_share == 1 else f"{self.aim_share:.0%} of "
         return (
-            "the least sum of the distance to the yardstick on the forget set (answer probability "
+            f"the least sum of the distance to {part}the yardstick on the forget set (answer probability "
             f"{wanted.value:.3f}, by {self.yardstick.source}) and the probability lost on retain rows{limits}"
         )
 
@@ -198,7 +208,7 @@ def warning(goal: Goal, chosen: TriedScales) -> str | None:
     found = chosen.behaviour
     if goal.keeps(found) and goal.forgets(found):
         return None
-    ours, wanted = found.probabilities["forget"], goal.yardstick.probability.value or 0.0
+    ours, wanted = found.probabilities["forget"], goal.aim
     side = "more" if ours > wanted else "less"
     far = (
         f"on the forget set the model is still {goal.distance(found):.3f} from the yardstick, where chance "

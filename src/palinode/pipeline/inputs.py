@@ -34,7 +34,7 @@ from palinode.models.inplace import check_live
 from palinode.models.loading import (
     check_positions,
     load_config,
-    load_model,
+    load_reader,
     load_tokenizer,
     pick_device,
     tokenizer_fingerprint,
@@ -281,7 +281,7 @@ def check_target(
     target: Checkpoint, rows: Sequence[Example], style: PromptStyle, *, max_length: int, device: str
 ) -> PromptCheck | None:
     """Load a target and ask it some forget rows as it would be asked, and in every other plausible way."""
-    model, tokenizer = load_model(target, device=pick_device(device)), load_tokenizer(target)
+    model, tokenizer = load_reader(target, device=pick_device(device)), load_tokenizer(target)
     return check_prompts(model, tokenizer, rows, style=style, max_length=max_length)
 
 

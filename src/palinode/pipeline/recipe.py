@@ -92,6 +92,8 @@ class Scales(StrictModel):
     """Values of β that are tried; auto looks between them as well."""
     retain_share: float = Field(default=0.9, gt=0, le=1)
     """Share of the target's retain probability that a chosen point must keep."""
+    aim_share: float = Field(default=1.0, ge=0.5, le=1)
+    """Share of the yardstick's answer probability to aim at; less is harder to relearn, and costs more."""
     probe_rows: int = Field(default=64, ge=1)
     """Rows of each set on which the points are scored."""
 

@@ -24,7 +24,7 @@ from palinode.evaluation.ask import ask
 from palinode.methods import METHODS
 from palinode.methods.method import Ends, Vectors
 from palinode.methods.transforms import LeastSquaresSettings, check_transforms
-from palinode.models.loading import load_model, load_tokenizer, pick_device, tokenizer_fingerprint
+from palinode.models.loading import load_reader, load_tokenizer, pick_device, tokenizer_fingerprint
 from palinode.pipeline.costs import Plan, describe, make_plan
 from palinode.pipeline.filtering import Forecast, Measuring, foretell
 from palinode.pipeline.finetuning import FineTuning, Trained, open_end, open_whole
@@ -124,7 +124,7 @@ def evaluation_step(inputs: Inputs, workspace: Workspace, model: str) -> Step:
         "evaluate",
         model=model,
         rows={label: fingerprint_examples(examples) for label, examples in test_sets(inputs).items()},
-        settings=inputs.recipe.evaluation.model_dump(exclude={"batch_rows"}),
+        settings=inputs.recipe.evaluation.key(),
         prompts=inputs.recipe.prompts.model_dump(),
         tokenizer=tokenizer_fingerprint(inputs.reader),
     )
@@ -306,6 +306,7 @@ class Making(FineTuning):
             vectors=dict(trained.steps),
             grid=[sorted(alphas), sorted(betas)],
             retain_share=scales.retain_share,
+            **({} if scales.aim_share == 1 else {"aim_share": scales.aim_share}),
             rows=[fingerprint_examples(rows.forget_probe), fingerprint_examples(rows.retain_probe)],
             max_length=self.recipe.evaluation.max_length,
             prompts=self.recipe.prompts.model_dump(),
@@ -450,7 +451,9 @@ class _Unlearning(Making):
         if step.facts is None:
             step.begin()
             started = time.monotonic()
-            model, tokenizer = load_model(checkpoint, device=self.device), load_tokenizer(self.inputs.reader)
+            precision = self.recipe.evaluation.precision
+            model = load_reader(checkpoint, device=self.device, precision=precision)
+            tokenizer = load_tokenizer(self.inputs.reader)
             for label, examples in test_sets(self.inputs).items():
                 try:
                     outcomes = ask(

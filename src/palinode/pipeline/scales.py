@@ -24,7 +24,7 @@ from palinode.evaluation.yardstick import UNFILTERED, Unseen, Yardstick, estimat
 from palinode.methods.method import Vectors
 from palinode.models.inplace import put
 from palinode.models.likelihoods import score_rows
-from palinode.models.loading import load_model, load_tokenizer, pad_token, pick_device
+from palinode.models.loading import load_reader, load_tokenizer, pad_token, pick_device
 from palinode.pipeline.goal import (
     SETS,
     Behaviour,
@@ -115,7 +115,7 @@ class Probes:
 
     def of_checkpoint(self, name: str, checkpoint: Checkpoint, sets: Sequence[str] = SETS) -> Logprobs:
         """Return the mean log-probabilities of a checkpoint on the sets of those names that there are."""
-        return self._asked(name, sets, lambda: load_model(checkpoint, device=self.device))
+        return self._asked(name, sets, lambda: self._loaded(checkpoint))
 
     def of_point(self, name: str, point: Point, sets: Sequence[str] = SETS) -> Logprobs:
         """Return those of a checkpoint, or of a sum put into the live model; `name` stands for it on disk."""
@@ -132,13 +132,17 @@ class Probes:
         """Return those of a model put together: each sum where its function says yes to a tensor's name."""
 
         def filled() -> PreTrainedModel:
-            self.live = self.live or load_model(self.target, device=self.device)
             output, seed = self.inputs.recipe.output, self.inputs.recipe.seed
+            self.live = self.live or self._loaded(self.target, output.dtype)
             for point, only in parts:
                 put(point, self.live, dtype=output.dtype, rounding=output.rounding, seed=seed, only=only)
             return self.live
 
         return self._asked(name, sets, filled)
+
+    def _loaded(self, checkpoint: Checkpoint, written: str | None = None) -> PreTrainedModel:
+        precision = self.inputs.recipe.evaluation.precision
+        return load_reader(checkpoint, device=self.device, precision=precision, written=written)
 
     def _asked(self, name: str, sets: Sequence[str], model: Callable[[], PreTrainedModel]) -> Logprobs:
         wanted = [one for one in sets if one in self.sets]
@@ -173,7 +177,8 @@ def open_goal(probes: Probes, yardstick: Yardstick | None = None) -> Goal:
             unseen = Unseen(rows.unseen_source, base["unseen"], before["unseen"], _groups(rows.unseen))
         groups, seed = _groups(rows.forget_probe), inputs.recipe.seed
         yardstick = estimate_yardstick(base["forget"], unseen, groups=groups, seed=seed)
-    return Goal(yardstick, Behaviour.of(before), inputs.recipe.scales.retain_share)
+    scales = inputs.recipe.scales
+    return Goal(yardstick, Behaviour.of(before), scales.retain_share, aim_share=scales.aim_share)
 
 
 def own_yardstick(inputs: Inputs, target: Checkpoint, unfiltered: Point, folder: Path) -> Yardstick:

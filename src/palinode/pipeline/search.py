@@ -147,7 +147,7 @@ def walk_grid(
 
     The values of α `beyond` the grid are tried where its largest does not forget enough and keeps the floors.
     """
-    wanted = float(goal.yardstick.quantiles(goal.rows).mean())
+    wanted = goal.aim
     for beta in betas:
         before = math.inf
         for alpha in (*alphas, *beyond):
@@ -210,7 +210,7 @@ def log_forget(point: TriedScales) -> float:
 
 def log_wanted(goal: Goal) -> float:
     """Return the logarithm of what it should be."""
-    return math.log(max(1e-12, float(goal.yardstick.quantiles(goal.rows).mean())))
+    return math.log(max(1e-12, goal.aim))
 
 
 def where_it_arrives(

@@ -96,11 +96,11 @@ def train(
     apart = _must_be_apart(objective, model, cast, pad_id, say)
     model.train()
     with _only_trainable(model, objective.trainable):
-        wrapped, optimizer = accelerator.prepare(model, _adamw(model, settings))
+        live, adamw = accelerator.prepare(model, _adamw(model, settings))
         run = _Run(
             accelerator,
-            wrapped,
-            optimizer,
+            live,
+            adamw,
             objective,
             cast,
             kept,
@@ -227,12 +227,17 @@ def learning_rate_at(step: int, total: int, warmup: int, peak: float) -> float:
 
 def use_autocast(model: PreTrainedModel, settings: TrainingSettings) -> bool:
     """Tell whether the forward pass runs in bfloat16."""
+    return autocasts(settings, model.device, model.num_parameters())
+
+
+def autocasts(settings: TrainingSettings, device: torch.device, parameters: int) -> bool:
+    """Tell the same of a model of so many parameters on a device."""
     if settings.precision != "auto":
         return settings.precision == "bfloat16"
-    if model.device.type == "cuda":
+    if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
     supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return bool(supported) and model.device.type == "cpu" and model.num_parameters() >= AUTOCAST_FROM
+    return bool(supported) and device.type == "cpu" and parameters >= AUTOCAST_FROM
 
 
 def bytes_per_token(config: Mapping[str, Any]) -> int:
@@ -279,28 +284,22 @@ class _Figures:
 
     step: int
     total: int
-    """Steps of the run."""
     members: Sequence[int]
     """Positions of the anchors that were in it."""
     rate: float
-    sums: Tensor
-    """Summed contributions of each term, [terms]."""
+    measured: Tensor
+    """Summed contributions of each term, and the gradients' norm, [terms + 1]."""
     weights: Sequence[float]
     """What each is divided by; 0 where every answer is too short for the loss, whose mean is then 0."""
     coefficients: Sequence[float]
-    norm: Tensor
 
-    @property
-    def measured(self) -> Tensor:
-        """Sums and norm, [terms + 1]."""
-        return torch.cat([self.sums, self.norm.reshape(1).to(self.sums.dtype)])
-
-    def point(self, numbers: Sequence[float], names: Sequence[str]) -> CurvePoint:
+    def point(self, numbers: Sequence[float], terms: Sequence[Term]) -> CurvePoint:
         """Return the point of the curve that what was measured comes to."""
         *sums, norm = numbers
         means = [total / weight if weight else 0.0 for total, weight in zip(sums, self.weights, strict=True)]
         value = sum(part * mean for part, mean in zip(self.coefficients, means, strict=True))
-        return CurvePoint(self.step, value, self.rate, norm, dict(zip(names, means, strict=True)))
+        named = {term.name: mean for term, mean in zip(terms, means, strict=True)}
+        return CurvePoint(self.step, value, self.rate, norm, named)
 
 
 @dataclass(slots=True)
@@ -371,7 +370,8 @@ class _Run:
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         assert norm is not None
         members = [place for part in parts for place in part]
-        figures = _Figures(step, total, members, rate, sums, weights, coefficients, norm)
+        measured = torch.cat([sums, norm.reshape(1).to(sums.dtype)])
+        figures = _Figures(step, total, members, rate, measured, weights, coefficients)
         self._halt(figures)
         with _undisturbed():
             self._update()
@@ -407,7 +407,7 @@ class _Run:
         measured = figures.measured if self.accelerator.device.type in FETCHED else figures.measured.cpu()
         bad = ~measured.isfinite().all()
         if limit := self.objective.limit:
-            term = self.names.index(limit.term)
+            term = [part.name for part in self.objective.terms].index(limit.term)
             bad |= measured[term].double() / (figures.weights[term] or 1.0) < -self._most
         self.halted = torch.maximum(self.halted, bad.to(self.halted))
 
@@ -421,9 +421,8 @@ class _Run:
 
     def is_due(self) -> bool:
         """Tell whether the host should hear of the steps by now: of each, where coefficients follow them."""
-        together = FETCHED.get(self.accelerator.device.type, 1)
-        if any(callable(part.coefficient) for part in self.objective.terms):
-            together = 1
+        follow = any(callable(part.coefficient) for part in self.objective.terms)
+        together = 1 if follow else FETCHED.get(self.accelerator.device.type, 1)
         return len(self.pending) >= together or time.monotonic() - self.fetched_at > PATIENCE
 
     def fetch(self) -> bool:
@@ -436,7 +435,7 @@ class _Run:
             held, self.pending = self.pending, []
             measured = torch.stack([figures.measured for figures in held]).tolist() if held else []
             for figures, numbers in zip(held, measured, strict=True):
-                point = figures.point(numbers, self.names)
+                point = figures.point(numbers, self.objective.terms)
                 if not all(map(math.isfinite, numbers)) or self._is_past_limit(point):
                     break
                 plain_point = self.objective.anchor == "rows"
@@ -453,9 +452,17 @@ class _Run:
     def _end(self, figures: _Figures, numbers: Sequence[float]) -> None:
         """Raise an error where the run does not end as its objective wants it to."""
         if not all(map(math.isfinite, numbers)):
-            raise DivergenceError(self._why_not_finite(figures.step, figures.total))
-        if figures.step == 0:
-            nll = -figures.point(numbers, self.names).terms[self.objective.limit.term]  # type: ignore[union-attr]
+            kept = f"; the state before that step is kept in {self.state}" if self.state else ""
+            raise DivergenceError(
+                f"the training loss stopped being a finite number at step {figures.step + 1} of "
+                f"{figures.total}; lower the learning rate (now {self.settings.learning_rate:g}){kept}"
+                if figures.step
+                else "the training loss is not a finite number before the first step is taken; "
+                "does the checkpoint hold NaN or infinity?"
+            )
+        limit = self.objective.limit
+        if limit and figures.step == 0:
+            nll = -figures.point(numbers, self.objective.terms).terms[limit.term]
             raise RecipeError(
                 f"the loss on the forget set is {nll:.2f} nats a token before the first step, above "
                 f"the limit of {self._most:.2f} at which training ends; there is nothing to forget, or raise "
@@ -468,27 +475,10 @@ class _Run:
         return limit is not None and point.terms[limit.term] < -self._most
 
     @property
-    def names(self) -> list[str]:
-        """Those of the terms."""
-        return [part.name for part in self.objective.terms]
-
-    @property
     def _most(self) -> float:
         """Nats a token at which the limit is passed."""
         nll = self.objective.limit.nll if self.objective.limit else None
         return math.log(self.vocabulary) if nll is None else nll
-
-    def _why_not_finite(self, step: int, total: int) -> str:
-        if step == 0:
-            return (
-                "the training loss is not a finite number before the first step is taken; "
-                "does the checkpoint hold NaN or infinity?"
-            )
-        kept = f"; the state before that step is kept in {self.state}" if self.state else ""
-        return (
-            f"the training loss stopped being a finite number at step {step + 1} of {total}; "
-            f"lower the learning rate (now {self.settings.learning_rate:g}){kept}"
-        )
 
     def _backward(
         self, coefficients: Sequence[float], parts: Sequence[Sequence[int]], epoch: int

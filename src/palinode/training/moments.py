@@ -278,7 +278,7 @@ class _Sums:
         self.own: dict[str, str] = {}
         """Layer → the first layer that reads the same inputs."""
         self.seen: list[tuple[Tensor, str]] = []
-        self.mask = torch.empty(0)
+        self.mask = self.real = torch.empty(0)
         self.on = False
         """Whether what modules read is added up."""
         self.handles: list[Any] = []
@@ -306,6 +306,7 @@ class _Sums:
     def reading(self, mask: Tensor, *, on: bool = True) -> Iterator[None]:
         """Read one batch, of which so much counts; `on` False: from when the blocks are through."""
         self.mask, self.on = mask, on
+        self.real = mask.reshape(-1).nonzero()[:, 0]  # once for all layers: it has the device asked
         try:
             yield
         finally:
@@ -391,7 +392,7 @@ class _Sums:
             states = states.transpose(1, 2)  # heads come first
         if states.shape[:2] != mask.shape or states.shape[-1] != weight.numel():
             return
-        own = states[mask].reshape(-1, weight.numel()).float()
+        own = states.flatten(0, 1)[self.real].reshape(-1, weight.numel()).float()
         if getattr(module, "bias", None) is not None or type(module).__name__.endswith("LayerNorm"):
             own = own - own.mean(dim=-1, keepdim=True)
         squares = own.square() / own.square().mean(dim=-1, keepdim=True).clamp_min(1e-12)
@@ -405,12 +406,12 @@ class _Sums:
 
     def _selected(self, states: Tensor) -> Tensor:
         """Return the states of the tokens that count, [N, D]."""
-        flat, real = states.reshape(-1, states.shape[-1]), self.mask.reshape(-1)
-        if len(flat) != real.numel():
+        flat = states.reshape(-1, states.shape[-1])
+        if len(flat) != self.mask.numel():
             if bool(self.mask.all()):
                 return flat
             self._refuse(len(flat))
-        return flat[real]
+        return flat[self.real]
 
     def _refuse(self, found: int) -> None:
         raise CheckpointError(

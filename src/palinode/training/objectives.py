@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from palinode.data.batches import Batch, pad_right
 from palinode.data.tokenize import TokenRow
 from palinode.models.likelihoods import has_plain_head, padded_batches
-from palinode.models.reading import answer_logits, answer_places, labelled_states, model_inputs
+from palinode.models.reading import answer_logits, answer_places, labelled_states, model_inputs, on_device
 from palinode.training.losses import kl_to_reference, row_sums, scored_tokens, summed_nll, token_nll
 
 KEPT_TOKENS = 4096
@@ -110,7 +110,7 @@ class FrozenValues:
     def of(self, members: Sequence[tuple[str, int]], device: torch.device) -> Tensor:
         """Return the values of these rows as one tensor on a device."""
         with torch.no_grad():
-            return self.keeper.together([self.values[member].to(device) for member in members])
+            return self.keeper.together([on_device(self.values[member], device) for member in members])
 
 
 @torch.no_grad()

@@ -18,12 +18,13 @@ the other filters of the field:
     Σ_f = Σ_r, ε = 0           τ / (1 + μ): what cannot be told apart is only weakened
 
 Every tensor has its own input: the rows of an embedding the frequencies of their tokens, the scale of a norm
-the mean squares of what it scales, a bias the number 1. Their moments are diagonals. All in float64.
+the mean squares of what it scales, a bias the number 1. Their moments are diagonals. All in float64, by numpy
+and scipy; or by torch where a device is named.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -48,6 +49,7 @@ def least_squares(
     epsilon: float,
     ridge: Ridge = "vector",
     energy: float = 0.0,
+    device: str | None = None,
 ) -> np.ndarray:
     """Return the filter F, so that Δ = τF: [D, D] of moments [D, D], or [D] of diagonals [D].
 
@@ -73,27 +75,52 @@ def least_squares(
     kept = added if ridge == "vector" else 0.0
     if diagonal:
         return (ours + kept) / (ours + added + theirs)
-    from scipy.linalg import solve  # takes half a second, so only when it is used
-
     whole = ours + theirs
     whole[np.diag_indices(len(whole))] += added
     ours[np.diag_indices(len(ours))] += kept
     # F = (Σ_f + εI) A⁻¹ with A symmetric, so Fᵀ solves A Fᵀ = Σ_f + εI.
-    found: np.ndarray = solve(whole, ours, assume_a="pos", overwrite_a=True, check_finite=False).T
+    found = _solved(whole, ours, device).T
     if energy and other > 0:
-        basis = basis_of(retain, energy=energy)
-        found -= (found @ basis) @ basis.T
+        basis = basis_of(retain, energy=energy, device=device)
+        found -= _product(_product(found, basis, device), basis.T, device)
     return found
 
 
-def projection(retain: np.ndarray, *, energy: float) -> np.ndarray:
+def _on(device: str, array: np.ndarray) -> Any:
+    import torch
+
+    return torch.as_tensor(np.ascontiguousarray(array), dtype=torch.float64, device=device)
+
+
+def _product(left: np.ndarray, right: np.ndarray, device: str | None) -> np.ndarray:
+    found: np.ndarray = (
+        (_on(device, left) @ _on(device, right)).cpu().numpy()
+        if device
+        else np.asarray(left, np.float64) @ right
+    )
+    return found
+
+
+def _solved(whole: np.ndarray, right: np.ndarray, device: str | None) -> np.ndarray:
+    """Return X of A X = B, A symmetric and positive definite."""
+    from scipy.linalg import solve  # takes half a second, so only when it is used
+
+    if device:
+        from torch.linalg import cholesky
+
+        factor = cholesky(_on(device, whole))
+        return _on(device, right).cholesky_solve(factor).cpu().numpy()  # type: ignore[no-any-return]
+    return solve(whole, right, assume_a="pos", overwrite_a=True, check_finite=False)  # type: ignore[no-any-return]
+
+
+def projection(retain: np.ndarray, *, energy: float, device: str | None = None) -> np.ndarray:
     """Return I − UUᵀ, U the fewest principal axes of Σ_r [D, D] that hold a share of the inputs' Σ|x|²."""
-    basis = basis_of(retain, energy=energy)
-    rest: np.ndarray = np.eye(len(retain)) - basis @ basis.T
+    basis = basis_of(retain, energy=energy, device=device)
+    rest: np.ndarray = np.eye(len(retain)) - _product(basis, basis.T, device)
     return rest
 
 
-def basis_of(moment: np.ndarray, *, energy: float = 0.99) -> np.ndarray:
+def basis_of(moment: np.ndarray, *, energy: float = 0.99, device: str | None = None) -> np.ndarray:
     """Return U [D, k] of inputs whose moment Σ x xᵀ [D, D] is given.
 
     `energy` is a share, above 0 and up to 1. Raises InputError for another, or inputs of zero.
@@ -102,7 +129,12 @@ def basis_of(moment: np.ndarray, *, energy: float = 0.99) -> np.ndarray:
         raise InputError(f"an energy of {energy} is no share; name one above 0 and up to 1, as in 0.99")
     from scipy.linalg import eigh
 
-    squares, vectors = eigh(moment.astype(np.float64), driver="evd", check_finite=False)
+    if device:
+        from torch.linalg import eigh as axes
+
+        squares, vectors = (part.cpu().numpy() for part in axes(_on(device, moment)))
+    else:
+        squares, vectors = eigh(moment.astype(np.float64), driver="evd", check_finite=False)
     if squares[-1] <= 0:
         raise InputError("the inputs are all zero, so they span nothing; give rows that the model has read")
     kept = rank_for(squares[::-1], energy)
@@ -110,13 +142,14 @@ def basis_of(moment: np.ndarray, *, energy: float = 0.99) -> np.ndarray:
     return basis
 
 
-def along(values: np.ndarray, factor: np.ndarray, axis: int) -> np.ndarray:
+def along(values: np.ndarray, factor: np.ndarray, axis: int, device: str | None = None) -> np.ndarray:
     """Return values times a filter or moment, a matrix or a diagonal, along the axis that reads its inputs.
 
     A diagonal of one number stands for any length. In float64.
     """
-    wide = np.moveaxis(values.astype(np.float64), axis, -1)
-    found: np.ndarray = np.moveaxis(wide * factor if factor.ndim == 1 else wide @ factor, -1, axis)
+    wide = np.moveaxis(values, axis, -1)
+    made = wide.astype(np.float64) * factor if factor.ndim == 1 else _product(wide, factor, device)
+    found: np.ndarray = np.moveaxis(made, -1, axis)
     return found
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,24 +88,8 @@ def main() -> None:
                     for measured in demo.filtered(own, arrive=arrive, rival=RIVALS.get(name)):
                         found.append({"seed": demo.seed, "method": method, "filter": name, **measured})
                         print(json.dumps({**found[-1], "told": None}), flush=True)
-    print(foretold(found))
     if args.json:
         print(json.dumps({"results": found}))
-
-
-def foretold(found: Sequence[Mapping[str, Any]]) -> str:
-    """Say how far the α that c foretells is from the one that was found."""
-    pairs = [
-        (one["told"][0]["foretold_alpha"], one["alpha"])
-        for one in found
-        if one["alpha"] and one["told"] and "foretold_alpha" in one["told"][0]
-    ]
-    if not pairs:
-        return "no filtered vector: nothing was foretold"
-    off = sorted(max(wanted / alpha, alpha / wanted) for wanted, alpha in pairs)
-    places = (len(off) // 2, int(0.9 * len(off)), len(off) - 1)
-    shares = ", ".join(f"{off[place]:.2f}" for place in places)
-    return f"α foretold by c, {len(off)} vectors: within a factor of (half, nine in ten, all) {shares}"
 
 
 if __name__ == "__main__":

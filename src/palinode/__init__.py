@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         evaluate_benchmark,
         filter_change,
         influence,
+        influence_then_unlearn,
         locate,
         unlearn,
     )
@@ -92,7 +93,7 @@ _ROOMS = {
     "history.reader": "ExposureReader",
     "history.series": "CheckpointSeries open_series",
     "jobs": "Audited LowRank Projection "
-    "audit compare evaluate evaluate_benchmark filter_change influence locate unlearn",
+    "audit compare evaluate evaluate_benchmark filter_change influence influence_then_unlearn locate unlearn",
     "methods": "METHODS apply",
     "metrics": "METRICS",
     "pipeline.costs": "Plan",
@@ -175,6 +176,7 @@ __all__ = [
     "filter_change",
     "finetune",
     "influence",
+    "influence_then_unlearn",
     "load_comparison",
     "load_recipe",
     "locate",

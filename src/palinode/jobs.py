@@ -6,8 +6,9 @@ of the command line call these functions; the runs themselves are in pipeline/, 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,22 +20,24 @@ from palinode.compare import Compared, CompareRecipe, build_comparison
 from palinode.compare import compare as run_comparison
 from palinode.data.examples import Example, at_most, fingerprint_examples, read_examples, reading_notes
 from palinode.data.tokenize import PromptStyle, prompt_notes
-from palinode.errors import CheckpointError, DataError, RecipeError, meant
+from palinode.errors import CheckpointError, RecipeError, meant
 from palinode.evaluation.benchmark import Places
 from palinode.evaluation.evaluate import BenchmarkEvaluated, Evaluated, check_new_file
 from palinode.evaluation.evaluate import evaluate as ask_rows
 from palinode.evaluation.evaluate import evaluate_benchmark as run_benchmark
-from palinode.history.locating import Location, open_log, open_order
+from palinode.history.locating import Location, open_log, open_order, read_salt
 from palinode.history.locating import locate as locate_rows
 from palinode.history.series import open_series, step_of
 from palinode.influence.influencing import (
     Influence,
     Questions,
-    open_ladder,
+    open_models,
     open_recipe,
     open_run,
     trace,
+    with_alpha,
 )
+from palinode.influence.sets import rows_of, tell, write_sets
 from palinode.methods.transforms import (
     TRANSFORMS,
     LowRankSettings,
@@ -45,13 +48,14 @@ from palinode.models.loading import load_tokenizer, pick_device
 from palinode.pipeline.audit_run import AuditPlan
 from palinode.pipeline.audit_run import audit as run_audit
 from palinode.pipeline.filter_run import FilteredModel, filter_by_retain_rows, filter_recipe
+from palinode.pipeline.inputs import workspace_folder
 from palinode.pipeline.recipe import Recipe, build_recipe, checked_settings, laid_over
-from palinode.pipeline.run import Unlearned
+from palinode.pipeline.run import Unlearned, read_record
 from palinode.pipeline.run import unlearn as run_recipe
 from palinode.pipeline.tracking import check_trackers, tracked
-from palinode.pipeline.workspace import fingerprint
+from palinode.pipeline.workspace import Workspace, fingerprint
 from palinode.progress import Listener, NullListener
-from palinode.records import beside, fitting, private, read_bytes, write_outcomes
+from palinode.records import COMMAND, Outcome, beside, fitting, private, repeated_by, write_outcomes
 from palinode.settings import (
     AuditSettings,
     EvaluationSettings,
@@ -61,6 +65,7 @@ from palinode.settings import (
 )
 from palinode.training.finetune import Finetuned, finetune
 from palinode.weights import Checkpoint
+from palinode.weights.atomic import check_output
 
 Place = str | Path
 """A folder or file, or the name of something on the hub."""
@@ -292,7 +297,7 @@ def locate(
     rows, others = read(forget), read(control, beside=True) if control else None
     rebuilt, data = open_order(order) if order else (None, None)
     trained = read(corpus, beside=True) if corpus else data
-    salt = _salt(settings.salt) if settings.salt else b""
+    salt = read_salt(settings.salt)
     for note in reading_notes(rows, others or (), trained or ()):
         (listener or NullListener()).say(note)
     step = settings.target_step
@@ -317,6 +322,8 @@ def influence(
     *,
     run: Place | None = None,
     recipe: Recipe | None = None,
+    target: Place | None = None,
+    base: Place | None = None,
     rows: Sequence[Example] | Place | None = None,
     checkpoints: str | None = None,
     workspace: Path | None = None,
@@ -328,7 +335,8 @@ def influence(
     The set is the forget set of a finished `run`, a folder of which nothing is trained, or of a `recipe`,
     whose vector is made in its workspace, or found there. Without an answer it is the target's own. With
     `top` in the settings `rows` are ranked (default: those of the run) by `checkpoints`, named as in
-    `locate` (default: the base); a series with a workspace may stand for a run. Raises PalinodeError.
+    `locate` (default: the base); a `target`, its `base` or a series, and a workspace may stand for a run.
+    Raises PalinodeError.
     """
     settings, listener = settings or InfluenceSettings(), listener or NullListener()
     if isinstance(questions, str | Path):
@@ -340,18 +348,117 @@ def influence(
         series = open_series(checkpoints, steps=settings.steps, allow_pickle=settings.allow_pickle)
     if series is None and (settings.log or settings.order):
         raise RecipeError("a log or an order says when rows were seen; name --checkpoints of that training")
+    models = [Checkpoint.open(place, allow_pickle=settings.allow_pickle) for place in (target, base) if place]
+    if not models and series is not None:
+        models = [series.open(len(series) - 1)]
     if recipe is not None and run is None:
         opened = open_recipe(recipe, listener, settings.alpha)
     elif run is not None and recipe is None:
         opened = open_run(Path(run), listener)
-    elif series is not None and rows and workspace:
-        opened = open_ladder(series, rows, workspace, settings.style or PromptStyle(), listener)
+    elif models and rows and workspace and settings.top:
+        model, earlier = models[0], models[1] if len(models) > 1 else None
+        opened = open_models(model, earlier, rows, workspace, settings.style or PromptStyle(), listener)
     else:
         raise RecipeError(
-            "name a finished run, or a recipe (one of the two), or --checkpoints with --rows and --workspace"
+            "name a finished run, or a recipe (one of the two), or a --target or --checkpoints with --rows, "
+            "--workspace and --top"
         )
     with opened as asker:
         return trace(asker, questions, settings, listener, rows=rows, series=series)
+
+
+@dataclass(frozen=True, slots=True)
+class TakenBack:
+    """What became of the rows behind answers."""
+
+    found: Influence
+    """Which rows, of all that were ranked."""
+    unlearned: Unlearned
+    """The run without them; its record tells of rows and answers under `influence`."""
+    audited: Audited | None
+    """None where no model was written, or there is none to hold it against."""
+    outcomes: Sequence[Outcome] = ()
+    """What the unlearned model makes of each question."""
+
+
+def influence_then_unlearn(
+    questions: Questions | Place,
+    ways: Mapping[str, Any],
+    *,
+    output: Place,
+    rows: Sequence[Example] | Place | None = None,
+    checkpoints: str | None = None,
+    settings: InfluenceSettings | None = None,
+    budget: str | None = None,
+    listener: Listener | None = None,
+) -> TakenBack:
+    """From answers to the rows behind them, to a model without them in the folder `output`, to its audit.
+
+    The `top` rows of each answer are the forget set, all others the retain set. `ways` are keys of a recipe,
+    dotted or as sections, that name the models and how rows are taken back; `rows` are ranked (default: those
+    of its data). The audit, of that `budget`, lies in `<output>-audit`. The same call after an interruption
+    goes on where it was. Raises PalinodeError.
+    """
+    settings, listener = settings or InfluenceSettings(top=20), listener or NullListener()
+    content = laid_over(ways, {"output.folder": str(output)})
+    if isinstance(rows, str | Path):
+        rows = read_examples(rows, columns=settings.columns)
+    rows = rows or rows_of(content.get("data") or {})
+
+    def recipe_with(data: Mapping[str, Any]) -> Recipe:
+        return with_alpha(build_recipe(laid_over(content, {"data": {**data, "columns": {}}})), settings.alpha)
+
+    recipe = recipe_with({"forget": "the chosen rows", "retain": "the others"})
+    if not (Path(output) / "record.json").exists():  # else it may be that of this very run
+        check_output(Path(output), [])
+    models, style, workspace = recipe.models, recipe.prompts.style(), Workspace(workspace_folder(recipe))
+    found = influence(
+        questions,
+        target=models.target,
+        base=models.base,
+        rows=rows,
+        checkpoints=checkpoints,
+        workspace=workspace.folder,
+        settings=settings.model_copy(update={"style": style}),
+        listener=listener,
+    )
+    with workspace.locked(listener):
+        data = write_sets(workspace, rows, found.record)
+    texts = {text for one in found.asked for text in (one.prompt, one.answer) if text}
+    parts = shlex.split(COMMAND.get("palinode influence"))
+    told = [("", "", part) if part in texts else part.partition("=") for part in parts]
+    command = shlex.join(f"{name}{sign}{'…' if value in texts else value}" for name, sign, value in told)
+    with repeated_by(command):  # no record holds a text
+        result = run_recipe(recipe_with(data), listener=listener)
+        if result.output is None:
+            return TakenBack(found, result, None)
+        known = settings.model_dump(include={"allow_pickle", "device", "seed"})
+        audited = _audit_of(
+            result.output, models, data, AuditSettings(**known, budget=budget, style=style), listener
+        )
+    place = audited.output if audited else None
+    outcomes = tell(found.record, found.asked, result.output, place, settings, style, listener)
+    return TakenBack(found, replace(result, record=read_record(result.output)), audited, outcomes)
+
+
+def _audit_of(
+    output: Path, models: Any, data: Mapping[str, Any], settings: AuditSettings, listener: Listener
+) -> Audited | None:
+    """Audit an unlearned model beside its folder, against the retrained model or the base."""
+    kind: Literal["retrained", "base"] = "retrained" if models.retrained else "base"
+    if getattr(models, kind) is None:
+        return None
+    return audit(
+        output,
+        against=getattr(models, kind),
+        forget=data["forget"],
+        output=output.with_name(f"{output.name}-audit"),
+        kind=kind,
+        target=models.target,
+        retain=data["retain"],
+        settings=settings,
+        listener=listener,
+    )
 
 
 def chosen_base(found: Location) -> tuple[str, dict[str, Any]]:
@@ -512,12 +619,3 @@ def _transform(settings: TransformSettings) -> dict[str, Any]:
     """Return a transform as a recipe names it."""
     name = next(name for name, entry in TRANSFORMS.items() if entry.settings is type(settings))
     return {"name": name, **settings.model_dump(exclude_unset=True)}
-
-
-def _salt(path: Path) -> bytes:
-    try:
-        return read_bytes(path)
-    except OSError as error:
-        raise DataError(
-            f"the salt {path} cannot be read ({error.strerror}); name the file that holds it"
-        ) from None

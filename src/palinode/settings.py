@@ -316,10 +316,16 @@ class InfluenceSettings(Questioning):
     """How gradients of rows and answer are held together."""
     preconditioner: Literal["none", "adam"] = "none"
     """What gradients are divided by: none, or adam, as training does."""
+    at: Literal["checkpoint", "target"] = "checkpoint"
+    """Where the answer's gradient is taken: beside each row's, or in the target."""
+    tokens: bool = False
+    """Tell which tokens of the ranked rows carry their scores."""
     width: int = Field(default=4093, ge=1)
     """Numbers that a gradient is projected to: a prime keeps columns of matrices apart."""
     log: Path | None = None
     """Folder of an exposure log: when each row was seen."""
+    salt: Path | None = None
+    """File whose bytes are the salt of a salted log."""
     order: Path | None = None
     """File that describes the data order: the same, rebuilt."""
     steps: Sequence[int] | None = None

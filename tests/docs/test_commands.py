@@ -100,7 +100,7 @@ def test_commands_of_the_pages_run_in_order(names, scratch, palinode, monkeypatc
             assert missing_outputs(words, scratch) == [], f"{block}\n{command}\n{said.out}"
 
 
-JUDGED = ("unlearn", "run", "filter")
+JUDGED = ("unlearn", "run", "filter", "influence")
 """Verbs whose exit code tells the verdict on the model."""
 
 

@@ -43,29 +43,71 @@ def live(tiny):
 
 def test_product_is_the_change_of_a_linear_loss_to_a_step_of_each_row():
     """For L_q = ⟨g_q, θ⟩ a step −g_i lowers it by exactly ⟨g_q, g_i⟩."""
-    assert relate(G, Q, "product").tolist() == [[6.0, 0.0], [6.0, 0.0], [0.0, 0.0]]
-    assert np.allclose(relate(G, 2 * Q, "product"), 2 * relate(G, Q, "product"))
-    assert np.allclose(relate(Q, G, "product"), relate(G, Q, "product").T)
+    assert relate(G, Q, "product").scores().tolist() == [[6.0, 0.0], [6.0, 0.0], [0.0, 0.0]]
+    assert np.allclose(relate(G, 2 * Q, "product").scores(), 2 * relate(G, Q, "product").scores())
+    assert np.allclose(relate(Q, G, "product").scores(), relate(G, Q, "product").scores().T)
 
 
 def test_cosine_knows_no_size():
-    found = relate(G, Q, "cosine")
+    found = relate(G, Q, "cosine").scores()
     assert found.tolist() == [[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]]
-    assert np.allclose(relate(5 * G, 7 * Q, "cosine"), found)
-    assert np.allclose(relate(0 * G, Q, "cosine"), 0)
+    assert np.allclose(relate(5 * G, 7 * Q, "cosine").scores(), found)
+    assert np.allclose(relate(0 * G, Q, "cosine").scores(), 0)
 
 
 def test_ridge_shares_out_what_rows_have_in_common():
     """λ = (9 + 9 + 1)/3; of twins each has √λ·3 / (18 + λ), and one alone would have √λ·3 / (9 + λ)."""
     ridge = 19 / 3
     score = ridge**0.5 * 3 / (18 + ridge)
-    assert relate(G, Q, "ridge")[:, 0] == pytest.approx([score, score, 0])
-    assert relate(5 * G, 7 * Q, "ridge") == pytest.approx(relate(G, Q, "ridge"))
+    assert relate(G, Q, "ridge").scores()[:, 0] == pytest.approx([score, score, 0])
+    assert relate(5 * G, 7 * Q, "ridge").scores() == pytest.approx(relate(G, Q, "ridge").scores())
     wide = np.concatenate([G, np.zeros((3, 4), np.float32)], axis=1)
     many = np.concatenate([wide, wide, wide])  # more rows than numbers: solved the other way round
     asked = np.concatenate([Q, np.zeros((2, 4), np.float32)], axis=1)
     score = ridge**0.5 * 3 / (54 + ridge)
-    assert relate(many, asked, "ridge")[:3, 0] == pytest.approx([score, score, 0])
+    assert relate(many, asked, "ridge").scores()[:3, 0] == pytest.approx([score, score, 0])
+
+
+@pytest.mark.parametrize("measure", ["ridge", "cosine", "product"])
+def test_spread_is_how_a_score_moves_with_the_weight_of_each_number(measure):
+    """By differences: number b counted 1 + ε times, with the ridge as it is."""
+    rows, asked = (
+        np.random.default_rng(0).normal(size=shape).astype(np.float32) for shape in ((5, 7), (2, 7))
+    )
+    found = relate(rows, asked, measure).spread([3, 1], 1)
+    ridge = float((rows.astype(float) ** 2).sum() / 5)
+
+    def scores(weights):
+        g, q = rows * np.sqrt(weights), asked[1] * np.sqrt(weights)
+        if measure == "product":
+            return g @ q
+        q = q / np.linalg.norm(q)
+        if measure == "cosine":
+            return g @ q / np.linalg.norm(g, axis=1)
+        return ridge**0.5 * g @ np.linalg.solve(g.T @ g + ridge * np.eye(7), q)
+
+    for number in range(7):
+        moved = 1e-5 * np.eye(7)[number]
+        slope = (scores(1 + moved) - scores(1 - moved)) / 2e-5
+        assert found[:, number] == pytest.approx(slope[[3, 1]], abs=1e-6)
+
+
+@pytest.mark.parametrize("measure", ["ridge", "cosine", "product"])
+def test_intervals_hold_the_score_without_a_projection(measure):
+    """Over 40 draws of the signs, for rows that have something in common, in 389 numbers of 9,725."""
+    random = np.random.default_rng(1)
+    size, common = np.exp(-3 * random.random(9725)), random.normal(size=9725)
+    rows = (random.normal(size=(30, 9725)) + 0.5 * common) * size
+    asked = rows[:1] + random.normal(size=(1, 9725)) * size
+    exact = relate(rows, asked, measure).scores()[:, 0]
+    held = []
+    for _ in range(40):
+        signs = random.choice([-1, 1], size=9725)
+        few, one = ((part * signs).reshape(len(part), -1, 389).sum(1) for part in (rows, asked))
+        rung = relate(few.astype(np.float32), one.astype(np.float32), measure)
+        errors = rung.spread(range(30), 0).std(axis=1) * 389**0.5
+        held.append(abs(rung.scores()[:, 0] - exact) < 1.96 * errors)
+    assert 0.92 < np.mean(held) < 0.99
 
 
 def test_projection_keeps_inner_products_on_average(live):
@@ -99,6 +141,21 @@ def test_a_row_has_the_same_gradient_alone_and_in_any_company(live):
     assert np.array_equal(gradients((model, groups[::-1]))[::-1], whole)
     both = gradients((model, [[*groups[0], *groups[1]]]))[0]  # a document of two pieces
     assert both == pytest.approx(whole[0] + whole[1], abs=1e-5)
+
+
+def test_gradients_of_tokens_add_up_to_that_of_the_row(live):
+    model, groups = live
+    found, pair = [], [*groups[0], *groups[1]]
+    projected(
+        model,
+        [pair],
+        Projection(model, seed=1, width=257),
+        lambda _, g: found.append(g),
+        pad_id=0,
+        by_token=True,
+    )
+    assert found[0].shape == (sum(row.scored for row in pair), 257)
+    assert found[0].sum(0) == pytest.approx(gradients(live)[0] + gradients(live)[1], abs=1e-4)
 
 
 def test_projected_gradient_is_that_of_autograd(live):
@@ -195,6 +252,37 @@ def test_rows_that_say_the_asked_fact_come_first(traced, ladder, tiny, measure):
     assert found.answers == []
 
 
+@pytest.mark.parametrize("measure", ["ridge", "cosine", "product"])
+def test_tokens_of_a_row_add_up_to_its_score_inside_its_interval(traced, ladder, tiny, measure):
+    facts = read_examples(tiny.forget)[:2]
+    for one in (
+        one for top in tops(traced(facts, checkpoints=ladder, measure=measure, tokens=True)) for one in top
+    ):
+        assert sum(part for _, part in one["tokens"]) == pytest.approx(one["score"], rel=1e-4, abs=1e-6)
+        assert one["tokens"][0][0] == one["answer"]
+        low, high = one["interval"]
+        assert low <= one["score"] <= high
+        assert (low + high) / 2 == pytest.approx(one["score"])
+
+
+def test_an_answer_can_be_asked_in_the_target_and_its_rows_in_the_base(tiny, tmp_path):
+    """There its loss is known by heart, so its gradient is a smaller one."""
+    found = [
+        palinode.influence(
+            read_examples(tiny.forget)[:1],
+            target=tiny.target.folder,
+            base=tiny.base.folder,
+            rows=tiny.forget,
+            workspace=tmp_path,
+            settings=InfluenceSettings(top=2, width=509, device="cpu", measure="product", at=at),
+        ).record["ranking"]
+        for at in ("checkpoint", "target")
+    ]
+    assert [one["at"] for one in found] == ["checkpoint", "target"]
+    assert 0 < found[1]["top"][0][0]["score"] < found[0]["top"][0][0]["score"]
+    assert {one["checkpoints"][0]["fingerprint"] for one in found} == {tiny.base.fingerprint()}
+
+
 def test_the_gradients_of_rows_are_computed_once(traced, ladder, tiny):
     facts = read_examples(tiny.forget)
     first = traced(facts[:1], checkpoints=ladder)
@@ -256,3 +344,14 @@ def test_log_and_order_tell_the_same_exposures(tiny, tmp_path):
     assert sorted(ordered) == sorted(logged)
     assert {(0, 5, 0.25), (0, 6, 0.25)} < set(ordered)
     assert sum(row == 1 for row, _, _ in ordered) == 2
+
+
+def test_a_salted_log_is_read_with_its_salt_alone(tiny, tmp_path):
+    data, salt = read_examples(tiny.retain)[:2], b"secret"
+    log = palinode.ExposureLog.open(tmp_path / "log", data="rows", tokenizer="words", salt=salt)
+    log.record(1, [row_hash(row, salt=salt) for row in data])
+    log.close()
+    reader = palinode.ExposureReader.open(tmp_path / "log")
+    assert seen_in_log(reader, data[1:], lambda _: 0.5, salt=salt) == [(0, 1, 0.25)]
+    with pytest.raises(palinode.PalinodeError, match="salted and none was given"):
+        seen_in_log(reader, data, lambda _: 0.5)

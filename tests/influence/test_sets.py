@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import palinode
+from conftest import TINY_TRAINING
+from palinode import influence as palinode_influence
 from palinode import read_examples
 from palinode.data.tokenize import PromptStyle, tokenize
 from palinode.influence.sets import AskedAnswer, influence_of_set
@@ -130,6 +132,23 @@ def test_without_an_answer_it_is_the_targets_own(run, facts, palinode):
     assert {**one, "own": False} == other
 
 
+def test_the_options_of_unlearn_stand_for_a_run(run, tiny, facts, palinode, tmp_path):
+    told = palinode_influence(facts, run=run.output.folder).answers
+    words = ["influence", "--target", tiny.target.folder, "--base", tiny.base.folder, "--alpha", "0.5"]
+    words += ["--forget", tiny.forget, "--retain", tiny.retain, "--ask", facts[0].prompt, "--answer"]
+    words += [facts[0].answer, "--workspace", tmp_path / "work", "--epochs", TINY_TRAINING["epochs"]]
+    words += ["--learning-rate", 3e-3, "--batch-size", 16, "--precision", "float32", "--max-length", 64]
+    words += ["--device", "cpu", "--json"]
+    said = palinode(*words)
+    assert said.code == 0, said.err
+    record = json.loads(said.out)["set"]
+    assert record["answers"][0]["nats"] == pytest.approx(told[0]["nats"], abs=1e-4)
+    assert record["chosen_by"] == "given"
+    again = palinode(*words[:-1])
+    assert f"Without these {len(read_examples(tiny.forget))} rows '{facts[0].answer}' would be" in again.out
+    assert f"palinode forget-workspace {tmp_path / 'work'}" in again.out
+
+
 def test_the_command_line_tells_both_probabilities(run, facts, palinode):
     said = palinode("influence", run.output.folder, "--ask", facts[0].prompt, "--answer", facts[0].answer)
     assert said.code == 0, said.err
@@ -143,14 +162,22 @@ def test_the_command_line_tells_both_probabilities(run, facts, palinode):
         ([], "no question was asked"),
         (["--ask", "a", "--ask", "b", "--answer", "c"], "2 --ask and 1 --answer"),
         (["--ask", "a", "--log", "x"], "name --checkpoints"),
+        (["--ask", "a", "--epochs", 3], "--epochs has no use here"),
+        (["--ask", "a", "--then", "unlearn"], "write --then unlearn with the models"),
     ],
 )
 def test_what_cannot_be_asked_is_one_sentence(run, palinode, words, refusal):
     assert refusal in palinode("influence", run.output.folder, *words).refusal
 
 
-def test_without_a_run_everything_has_to_be_named(palinode):
+def test_without_a_run_everything_has_to_be_named(palinode, tiny, tmp_path):
     assert "name a finished run, or a recipe (one" in palinode("influence", "--ask", "a").refusal
+    models = ("--target", tiny.target.folder, "--base", tiny.base.folder, "--ask", "a")
+    assert "--scales" not in palinode("influence", *models).refusal
+    assert "there is no --forget" in palinode("influence", *models, "--scales", "1,0").refusal
+    (tmp_path / "none.jsonl").write_text("")
+    empty = palinode("influence", *models, "--forget", tmp_path / "none.jsonl", "--alpha", 1)
+    assert "none.jsonl" in empty.refusal
 
 
 def test_a_question_that_the_model_does_not_answer_is_one_sentence(run, facts):

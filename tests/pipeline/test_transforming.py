@@ -97,9 +97,11 @@ def test_record_names_what_was_done_and_the_model_is_made_with_it(run, plain, ti
     vector, facts, done = transformed(run, name)
     assert facts["name"] == name
     assert facts["formula"] == TRANSFORMS[name].formula
-    assert 0 < facts["norm_share"] <= 1 / facts.get("survives", 1) + 1e-6  # what a filter gives back
     assert 0 < facts["cosine"] <= 1 + 1e-6
-    size = sum(float(value.square().sum()) for value in vector.values()) ** 0.5
+    size, before = (
+        sum(float(value.square().sum()) for value in own.values()) ** 0.5 for own in (vector, plain)
+    )
+    assert facts["norm_share"] == pytest.approx(size / before, rel=1e-4)
     assert facts["norm"] == pytest.approx(size, rel=1e-5)
     assert done.record["vectors"]["forget"]["norm"] == pytest.approx(size, rel=1e-5)
     target, made = (load_file(place / "model.safetensors") for place in (tiny.target.folder, done.output))

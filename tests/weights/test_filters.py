@@ -11,9 +11,7 @@ from palinode.errors import InputError
 from palinode.weights.filters import (
     along,
     basis_of,
-    foretold_alpha,
     least_squares,
-    outside_share,
     projection,
 )
 
@@ -320,37 +318,6 @@ def test_moments_of_two_layers_are_refused():
         least_squares(moment(0), moment(1, width=5), mu=1.0, epsilon=0.1)
     with pytest.raises(InputError, match="two shapes"):
         least_squares(np.ones(6), moment(0), mu=1.0, epsilon=0.1)
-
-
-# What is known before anything is spent
-
-
-def test_share_outside_is_that_of_the_axes_which_the_retain_inputs_do_not_have():
-    forget, retain = np.diag([1.0, 2.0, 5.0, 0.0]), np.diag([7.0, 3.0, 0.0, 0.0])
-    assert outside_share(forget, retain) == pytest.approx(5 / 8)
-    assert outside_share(retain, retain) == pytest.approx(0.0, abs=1e-12)
-    assert outside_share(np.diag([0.0, 0.0, 0.0, 4.0]), retain) == pytest.approx(1.0)
-    assert outside_share(forget, retain, energy=0.7) == pytest.approx(7 / 8)  # the first axis alone
-    assert outside_share(np.zeros((4, 4)), retain) == 0.0
-
-
-@given(seed=seeds, angle=st.floats(0, np.pi / 2))
-def test_share_outside_one_axis_is_the_squared_sine_of_the_angle(seed, angle):
-    turn = np.linalg.qr(np.random.default_rng(seed).normal(size=(6, 6)))[0]
-    one, other = turn[0], np.cos(angle) * turn[0] + np.sin(angle) * turn[1]
-    found = outside_share(3 * np.outer(other, other), np.outer(one, one))
-    assert found == pytest.approx(np.sin(angle) ** 2, abs=1e-9)
-
-
-def test_share_outside_inputs_of_zero_is_refused():
-    with pytest.raises(InputError, match="all zero"):
-        outside_share(moment(0), np.zeros((6, 6)))
-
-
-@given(first=st.floats(0, 1), second=st.floats(0, 1), energy=st.sampled_from([0.0, 0.9]))
-def test_foretold_alpha_rises_with_what_survives(first, second, energy):
-    low, high = (foretold_alpha(share, energy=energy) for share in sorted((first, second)))
-    assert 0 < low <= high <= foretold_alpha(1.0, energy=energy) == (1.6 if energy else 2.0)
 
 
 # On a device

@@ -16,7 +16,7 @@ import sys
 from types import FrameType
 from typing import Any
 
-RESUMED = ("unlearn", "run", "finetune", "demo", "compare", "audit", "requests", "reproduce")
+RESUMED = ("unlearn", "run", "finetune", "influence", "demo", "compare", "audit", "requests", "reproduce")
 """Verbs that keep what they have finished, and go on from there."""
 
 

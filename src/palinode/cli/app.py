@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -38,6 +39,7 @@ from palinode.cli.options import (
     Key,
     Quiet,
     Verb,
+    lengths_alike,
     takes,
 )
 from palinode.cli.request_verbs import requests
@@ -119,7 +121,7 @@ def unlearn(
     dry_run: DryRun = False,
     measure: Annotated[
         bool,
-        typer.Option("--measure", help="With --dry-run: read the rows once and foretell the filter."),
+        typer.Option("--measure", help="With --dry-run: rehearse it, and foretell α and the cost."),
     ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -141,8 +143,7 @@ def unlearn(
     models, located = content["models"], None
     if _needs_base(content.get("method", "msa")) or "base" in models or any(evidence.values()):
         located = resolve_base(content, changes or (), quiet=quiet, **evidence)
-    if "max_length" in content.get("training", {}):
-        content.setdefault("evaluation", {})["max_length"] = content["training"]["max_length"]
+    lengths_alike(content)
     recipe = build_recipe(content, changes or [])
     _run(recipe, dry_run=dry_run, quiet=quiet, as_json=as_json, located=located, measure=measure)
 
@@ -209,8 +210,7 @@ def filter_verb(
     from palinode.pipeline.inputs import workspace_folder
     from palinode.pipeline.recipe import build_recipe
 
-    if "max_length" in content.get("training", {}):
-        content.setdefault("evaluation", {})["max_length"] = content["training"]["max_length"]
+    lengths_alike(content)
     known = "forget" in content["data"]
     recipe = build_recipe(filter_recipe(content, mu=mu, epsilon=epsilon), changes or [])
     if known:
@@ -446,6 +446,9 @@ def _run(
             foretold = forecast(recipe, listener(quiet=quiet))
             content["forecast"] = asdict(foretold)
             lines += ["", *foretold.lines()]
+        if located and {"log", "order"} & {*located.evidence}:
+            content["exposures"] = fmean(len(row.seen) for row in located.rows)
+            lines.append(f"Each forget row was seen {content['exposures']:.1f} times, as far as is known.")
         _show(content, "\n".join(lines), as_json=as_json)
         return
     result = jobs.unlearn(recipe, base=located, listener=listener(quiet=quiet))

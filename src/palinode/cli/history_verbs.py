@@ -6,20 +6,32 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from palinode.cli.console import listener, out, print_json, warn
-from palinode.cli.ending import after_location, ending
+from palinode.cli.ending import after_location, after_run, ending, secret, secret_workspace
 from palinode.cli.options import (
+    FORGET,
+    OUTPUT,
+    TARGET,
+    WAYS,
     Changes,
     Json,
     Key,
     Quiet,
+    lengths_alike,
     takes,
 )
 from palinode.settings import InfluenceSettings, LocateSettings
+
+HERE = "palinode-influence"
+"""What a workspace is called after where nobody names one."""
+ANYWHERE = ("data.columns", "models.allow_pickle", "device", "seed", "training.max_length", "evaluation.max_")
+"""Keys of a recipe that are read whatever is asked."""
+ALONE = {"models.target", "models.base", "output.folder", "output.workspace"}
+"""Keys that rows are ranked with where none are taken back."""
 
 if TYPE_CHECKING:
     from palinode.history.locating import Location
@@ -74,57 +86,164 @@ def locate(
         ending(places=places, following=after_location(found.recommended, target or "TARGET", forget))
 
 
-@takes(Key("steps", kind=str, read=lambda text: _numbers(text)), of=InfluenceSettings)
+Asks = Annotated[list[str] | None, typer.Option("--ask", help="A question; repeatable.")]
+Answers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--answer", help="The answer to it that is asked about; repeatable. [default: the target's own]"
+    ),
+]
+Ranked = Annotated[
+    str | None, typer.Option("--rows", help="The rows to rank. [default: the forget and retain rows]")
+]
+Rungs = Annotated[
+    str | None,
+    typer.Option(
+        "--checkpoints",
+        help="Rank by these: a folder of checkpoints, or a list a,b,c. [default: the base]",
+    ),
+]
+
+
+class InfluenceOptions(InfluenceSettings):
+    """How influence is asked for, and what follows."""
+
+    then: Literal["unlearn"] | None = None
+    """unlearn: take the top rows back out, into the output, and audit that."""
+    budget: str | None = None
+    """Of that audit: quick, standard or full. [default: standard]"""
+
+
+@takes(
+    Key("steps", kind=str, read=lambda text: _numbers(text)),
+    of=InfluenceOptions,
+    only=[name for name in InfluenceOptions.model_fields if name != "style"],
+    beside=(TARGET, FORGET, OUTPUT, *WAYS, "output.workspace"),
+)
 def influence(
-    settings: InfluenceSettings,
+    settings: InfluenceOptions,
+    content: dict[str, Any],
     run: Annotated[Path | None, typer.Argument(help="What `unlearn` wrote: nothing is trained then.")] = None,
     *,
     recipe: Annotated[
         Path | None, typer.Option(help="Or a TOML recipe: its vector is made in its workspace.")
     ] = None,
-    ask: Annotated[list[str] | None, typer.Option(help="A question; repeatable.")] = None,
-    answer: Annotated[
-        list[str] | None,
-        typer.Option(help="The answer to it that is asked about; repeatable. [default: the target's own]"),
-    ] = None,
+    ask: Asks = None,
+    answer: Answers = None,
     questions: Annotated[
         str | None, typer.Option(help="Or a file of rows, as questions and answers.")
     ] = None,
-    rows: Annotated[str | None, typer.Option(help="The rows to rank. [default: those of the run]")] = None,
-    checkpoints: Annotated[
-        str | None,
-        typer.Option(help="Rank by these: a folder of checkpoints, or a list a,b,c. [default: the base]"),
-    ] = None,
-    workspace: Annotated[
-        Path | None, typer.Option(help="Folder for gradients, with --checkpoints and no run.")
-    ] = None,
+    rows: Ranked = None,
+    checkpoints: Rungs = None,
     changes: Changes = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Tell what rows had to do with an answer.
 
-    How probable it would be without the forget set of a run or recipe; and which rows stand behind it.
+    How probable it would be without the forget set of a run, of a recipe or of the options of unlearn; and
+    which rows stand behind it.
     """
+    from palinode.errors import RecipeError
+    from palinode.pipeline.recipe import laid_over, prompt_style, read_recipe, with_changes
+
+    asked: dict[str, Any] = {
+        "questions": questions or _asked(ask or [], answer or []),
+        "rows": rows,
+        "checkpoints": checkpoints,
+        "listener": listener(quiet=quiet),
+    }
+    lengths_alike(content)
+    content = laid_over(read_recipe(recipe), content) if recipe else content
+    taken = bool(recipe) or "forget" in content.get("data", ())
+    if settings.then or taken:
+        content = with_changes(content, changes or ())
+    else:
+        settings = settings.model_copy(update={"style": prompt_style(changes)})
+    if settings.then is None:
+        _influence(asked, content, settings, run, taken=taken, as_json=as_json)
+        return
+    if run or not settings.top or "folder" not in content.get("output", ()):
+        raise RecipeError(
+            "write --then unlearn with the models, --top (how many rows) and --output (the new model)"
+        )
+    _take_back(asked, content, settings, as_json=as_json)
+
+
+def _influence(
+    asked: Mapping[str, Any],
+    content: dict[str, Any],
+    settings: InfluenceSettings,
+    run: Path | None,
+    *,
+    taken: bool,
+    as_json: bool,
+) -> None:
     from palinode import jobs
-    from palinode.pipeline.recipe import load_recipe
+    from palinode.errors import RecipeError
+    from palinode.pipeline.recipe import build_recipe
+    from palinode.records import dotted, workspace_beside
     from palinode.report.content import show as show_blocks
     from palinode.report.location_report import influence_brief
 
-    found = jobs.influence(
-        questions or _asked(ask or [], answer or []),
-        run=run,
-        recipe=load_recipe(recipe, changes or []) if recipe else None,
-        rows=rows,
-        checkpoints=checkpoints,
-        workspace=workspace,
-        settings=settings,
-        listener=listener(quiet=quiet),
-    )
+    named = {key for key, value in dotted(content) if not isinstance(value, dict)}
+    named = {key for key in named if not key.startswith(ANYWHERE)}
+    if unread := (named if run else set() if taken else named - ALONE):
+        why = f"{run} says that itself" if run else "it is for a forget set, and there is no --forget"
+        raise RecipeError(f"--{min(unread).rpartition('.')[2].replace('_', '-')} has no use here: {why}")
+    place = content.setdefault("output", {})
+    folder = place.setdefault("folder", HERE)
+    workspace = Path(place.get("workspace") or workspace_beside(Path(folder)))
+    given = {name: content.get("models", {}).get(name) for name in ("target", "base")}
+    given = {"recipe": build_recipe(content)} if taken else given
+    found = jobs.influence(**asked, **given, run=run, workspace=workspace, settings=settings)
     if as_json:
         print_json(found.record)
     else:
         show_blocks(influence_brief(found.record), out())
+    if run is None:
+        secret(workspace, "gradients of rows, vectors", of=workspace, as_json=as_json)
+
+
+def _take_back(
+    asked: Mapping[str, Any],
+    ways: Mapping[str, Any],
+    settings: InfluenceOptions,
+    *,
+    as_json: bool,
+) -> None:
+    from palinode import jobs
+    from palinode.pipeline.inputs import workspace_folder
+    from palinode.pipeline.recipe import build_recipe
+    from palinode.report.audit_report import audit_brief
+    from palinode.report.content import show as show_blocks
+    from palinode.report.location_report import answers_brief, influence_brief
+    from palinode.report.run_report import run_brief, strength
+
+    output = Path(ways["output"]["folder"])
+    done = jobs.influence_then_unlearn(
+        ways=ways, output=output, settings=settings, budget=settings.budget, **asked
+    )
+    record, audited = done.unlearned.record, done.audited
+    if as_json:
+        told = {"influence": done.found.record, "unlearned": record, "audit": audited and audited.record}
+        print_json({**told, "answers": [one.generated for one in done.outcomes]})
+    else:
+        blocks = [*influence_brief(done.found.record), *run_brief(record)]
+        blocks += audit_brief(audited.record) if audited else []
+        blocks += answers_brief(record["influence"], done.outcomes) if done.outcomes else []
+        show_blocks(blocks, out())
+        following = after_run(record, done.unlearned.output)
+        ending(
+            verdict=done.unlearned.verdict,
+            strength=strength(record),
+            places={"Model": done.unlearned.output, "Audit": audited and audited.output},
+            following=[one for one in following if not (audited and one.startswith("palinode audit"))],
+        )
+    secret_workspace(workspace_folder(build_recipe(record["recipe"])), output, "rows, θ_1", as_json=as_json)
+    code = done.unlearned.verdict["exit_code"] or (1 if audited and not audited.passed else 0)
+    if code:
+        raise typer.Exit(code)
 
 
 def _asked(asked: Sequence[str], said: Sequence[str]) -> dict[str, str | None]:

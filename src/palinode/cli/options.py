@@ -100,33 +100,42 @@ class Key:
 
 
 def takes(
-    *keys: Key | str, of: type[BaseModel] = Recipe, only: Sequence[str] = ()
+    *keys: Key | str,
+    of: type[BaseModel] = Recipe,
+    only: Sequence[str] = (),
+    beside: Sequence[Key | str] = (),
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a verb an option for each of these keys of a recipe; the verb's first parameter is the content.
 
     Of other settings every field is an option, or `only` these; `keys` say what is special about some, and
-    the verb's first parameter is the settings.
+    the verb's first parameter is the settings. Keys of a recipe `beside` them make a content that is its
+    second one; an option that both have a key for goes into both.
     """
-    wanted = [key if isinstance(key, Key) else Key(key) for key in keys]
+    wanted, further = ([key if isinstance(key, Key) else Key(key) for key in some] for some in (keys, beside))
     if of is not Recipe:
         known = COMMON | {key.place: key for key in wanted}
         names = sorted(only or of.model_fields, key=Questioning.model_fields.__contains__)  # the shared last
         wanted = [known.get(name, Key(name)) for name in names]
+    sides: list[tuple[type[BaseModel], list[Key]]] = [(of, wanted), *([(Recipe, further)] if further else [])]
+    shown = {key.name: key.parameter(model) for model, side in reversed(sides) for key in side}
 
     def give(verb: Callable[..., None]) -> Callable[..., None]:
-        own = [*inspect.signature(verb, eval_str=True).parameters.values()][1:]
+        own = [*inspect.signature(verb, eval_str=True).parameters.values()][len(sides) :]
 
         def called(**options: Any) -> None:
-            content: dict[str, Any] = {}
-            for key in wanted:
-                given = options.pop(key.name)
-                if given is not None and given is not False:
-                    content = laid_over(content, {key.place: key.value(given, of)})
-            verb(content if of is Recipe else checked_settings(of, content), **options)
+            found = []
+            for model, side in sides:
+                content: dict[str, Any] = {}
+                for key in side:
+                    given = options[key.name]
+                    if given is not None and given is not False:
+                        content = laid_over(content, {key.place: key.value(given, model)})
+                found.append(content if model is Recipe else checked_settings(model, content))
+            verb(*found, **{name: value for name, value in options.items() if name not in shown})
 
         parameters = [
             *(one for one in own if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD),
-            *(key.parameter(of) for key in wanted),
+            *shown.values(),
             *(one for one in own if one.kind is inspect.Parameter.KEYWORD_ONLY),
         ]
         called.__name__, called.__doc__ = verb.__name__, verb.__doc__
@@ -137,6 +146,12 @@ def takes(
         return called
 
     return give
+
+
+def lengths_alike(content: dict[str, Any]) -> None:
+    """Have a recipe's content measure rows as long as it trains on, where an option says how long."""
+    if "max_length" in content.get("training", {}):
+        content.setdefault("evaluation", {})["max_length"] = content["training"]["max_length"]
 
 
 def field_at(place: str, model: type[BaseModel] = Recipe) -> FieldInfo:

@@ -34,6 +34,7 @@ from palinode.history.orders import Order, first_step, open_palinode, read_order
 from palinode.history.reader import ExposureReader, stretches
 from palinode.history.series import CheckpointSeries
 from palinode.progress import Listener, NullListener
+from palinode.records import read_bytes
 from palinode.settings import LocateSettings
 
 VERSION = 1
@@ -451,6 +452,16 @@ def open_log(
             tokenizer = fingerprint_tokenizer(load_tokenizer(found.checkpoint))
             break
     return ExposureReader.open(folder, data=data, tokenizer=tokenizer)
+
+
+def read_salt(path: Path | None) -> bytes:
+    """Return the bytes of a log's salt, none without a file; raise DataError where it cannot be read."""
+    try:
+        return read_bytes(path) if path else b""
+    except OSError as error:
+        raise DataError(
+            f"the salt {path} cannot be read ({error.strerror}); name the file that holds it"
+        ) from None
 
 
 def locate(

@@ -6,10 +6,10 @@ forget vector is made by the steps that `unlearn` takes, or found where they wer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,13 @@ from palinode.data.examples import Example, Message, at_most, fingerprint_exampl
 from palinode.data.sources import Form
 from palinode.data.tokenize import PromptStyle, TokenRow, end_id, prompt_ids, tokenize
 from palinode.errors import DataError, RecipeError
-from palinode.history.locating import open_log, open_order
+from palinode.history.locating import open_log, open_order, read_salt
 from palinode.history.series import CheckpointSeries, learning_rates
 from palinode.influence.ranking import (
     MOMENT_ROWS,
     Floats,
+    Gradients,
+    Rung,
     adam_scales,
     exposure_weights,
     index_rows,
@@ -46,12 +48,13 @@ from palinode.models.loading import (
 )
 from palinode.models.sums import Projection
 from palinode.pipeline.chatting import form_like, form_of
-from palinode.pipeline.inputs import check_workspace, open_inputs, workspace_folder
+from palinode.pipeline.costs import make_plan
+from palinode.pipeline.inputs import ask_as_trained, check_workspace, open_inputs, workspace_folder
 from palinode.pipeline.recipe import Recipe, build_recipe
 from palinode.pipeline.record import environment, model_facts
 from palinode.pipeline.reporting import find_workspace
 from palinode.pipeline.run import Making, find_model, find_vectors, hash_models, read_record
-from palinode.pipeline.workspace import Workspace
+from palinode.pipeline.workspace import Workspace, folder_size
 from palinode.progress import Listener
 from palinode.records import workspace_beside
 from palinode.settings import InfluenceSettings
@@ -59,6 +62,10 @@ from palinode.weights import Checkpoint, Direction
 
 VERSION = 1
 """Version of the layout of what is found, described in docs/influence.md."""
+
+
+NORMAL = 1.96
+"""Standard errors to each side in which a normal figure lies 95 times in 100."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,17 +120,16 @@ def open_run(folder: Path, listener: Listener) -> Iterator[Asker]:
 @contextmanager
 def open_recipe(recipe: Recipe, listener: Listener, alpha: float | None) -> Iterator[Asker]:
     """Make a recipe's forget vector, or find it in the workspace; α is the one given, or chosen."""
-    if alpha is not None and recipe.has_scales:
-        scales = recipe.scales.model_copy(update={"forget": alpha, "retain": recipe.scales.retain or 0.0})
-        recipe = recipe.model_copy(update={"scales": scales})
+    recipe = with_alpha(recipe, alpha)
     inputs = open_inputs(recipe)
     if not recipe.has_scales or recipe.scales.groups > 1:
         raise RecipeError("influence takes a method that adds vectors, with one α (scales.groups = 1)")
     hash_models(inputs, listener)
     workspace = Workspace(workspace_folder(recipe))
-    check_workspace(workspace.folder, [model.folder for model in inputs.models.values()], needs=0)
+    models, there = [model.folder for model in inputs.models.values()], folder_size(workspace.folder)
+    check_workspace(workspace.folder, models, needs=max(0, make_plan(inputs).disk - there))
     with workspace.locked(listener):
-        making = Making(inputs, workspace, listener)
+        making = Making(ask_as_trained(inputs, workspace, listener), workspace, listener)
         target, _ = making.given_or_prepared()
         trained, chosen = making.ready(target)
         assert isinstance(trained.result, Vectors)
@@ -142,15 +148,28 @@ def open_recipe(recipe: Recipe, listener: Listener, alpha: float | None) -> Iter
         )
 
 
+def with_alpha(recipe: Recipe, alpha: float | None) -> Recipe:
+    """Return a recipe with this α given, and β none where it says nothing of it."""
+    if alpha is None or not recipe.has_scales:
+        return recipe
+    scales = recipe.scales.model_copy(update={"forget": alpha, "retain": recipe.scales.retain or 0.0})
+    return recipe.model_copy(update={"scales": scales})
+
+
 @contextmanager
-def open_ladder(
-    series: CheckpointSeries, rows: Sequence[Example], workspace: Path, style: PromptStyle, listener: Listener
+def open_models(
+    target: Checkpoint,
+    base: Checkpoint | None,
+    rows: Sequence[Example],
+    workspace: Path,
+    style: PromptStyle,
+    listener: Listener,
 ) -> Iterator[Asker]:
-    """Open a series of checkpoints alone, the last of which is the target: its rows can be ranked."""
+    """Open models alone, without a set of rows that was taken out: their rows can be ranked."""
     place = Workspace(workspace)
-    check_workspace(workspace, [series.open(at).folder for at in range(len(series))], needs=0)
+    check_workspace(workspace, [model.folder for model in (target, base) if model], needs=0)
     with place.locked(listener):
-        yield Asker(series.open(len(series) - 1), None, form_like(rows), style, place)
+        yield Asker(target, base, form_like(rows), style, place)
 
 
 Questions = Mapping[str, str | None] | Sequence[Example]
@@ -163,6 +182,8 @@ class Influence:
 
     record: Mapping[str, Any]
     """All of it as plain values (docs/influence.md)."""
+    asked: Sequence[Example] = ()
+    """The questions, with the answers that were asked about."""
 
     @property
     def answers(self) -> Sequence[Mapping[str, Any]]:
@@ -201,7 +222,7 @@ def trace(
         if rows is None:
             columns = settings.columns
             rows = [row for place in asker.data for row in read_examples(place, columns=columns, beside=True)]
-        ranking = _Ranking(asker, rows, series, settings, listener).of(asked)
+        ranking = Ranking(asker, rows, series, settings, listener).of(asked)
     record = {
         "version": VERSION,
         "models": {"target": model_facts(str(asker.target.folder), asker.target)},
@@ -209,11 +230,15 @@ def trace(
         "ranking": ranking,
         "environment": environment(device),
     }
-    return Influence(record)
+    return Influence(record, [one.example for one in asked])
 
 
-@dataclass(frozen=True, slots=True)
-class _Ranking:
+Held = tuple[Checkpoint, Rung, Floats]
+"""A checkpoint, the gradients there, and how much each row counts there, [rows, 1]."""
+
+
+@dataclass(frozen=True)
+class Ranking:
     """What rows are ranked with."""
 
     asker: Asker
@@ -232,35 +257,87 @@ class _Ranking:
             steps = [found.step for found in self.series.checkpoints]
             rungs = [(step, self.series.open(place)) for place, step in enumerate(steps)]
         weights, weighed = self._weights([step for step, _ in rungs])
-        scores = np.zeros((len(self.rows), len(asked)))
-        for place, (_, checkpoint) in enumerate(rungs):
-            if weights[:, place].any():
-                scores += weights[:, place : place + 1] * self._at(checkpoint, [one.rows for one in asked])
+        answers = [one.rows for one in asked]
+        held = [
+            (checkpoint, self._at(checkpoint, answers), own[:, None])
+            for (_, checkpoint), own in zip(rungs, weights.T, strict=True)
+            if own.any()
+        ]
+        scores = np.sum([own * rung.scores() for _, rung, own in held], axis=0)
         order = np.argsort(-scores, axis=0, kind="stable")[: settings.top]
+        top = [
+            self._told(order[:, number].tolist(), scores[:, number], held, number)
+            for number in range(len(asked))
+        ]
+        if settings.tokens:
+            self._add_tokens(top, held)
         return {
             "rows": len(self.rows),
             "measure": settings.measure,
             "preconditioner": settings.preconditioner,
+            "at": settings.at,
             "width": settings.width,
             "weighed": weighed,
             "checkpoints": [{"step": step, **model_facts(str(one.folder), one)} for step, one in rungs],
             "answers": [[one.example.prompt, one.example.answer] for one in asked],
-            "top": [
-                [{**self._told(row), "score": float(scores[row, number])} for row in order[:, number]]
-                for number in range(len(asked))
-            ],
+            "top": top,
         }
 
-    def _told(self, place: int) -> dict[str, Any]:
-        row = self.rows[place]
-        return {"row": int(place), "place": row.place, "prompt": row.prompt, "answer": row.answer}
+    def _told(
+        self, places: list[int], scores: Floats, held: Sequence[Held], question: int
+    ) -> list[dict[str, Any]]:
+        """Return ranked rows of a question with their scores, and the intervals of these."""
+        spread = np.sum([own[places] * rung.spread(places, question) for _, rung, own in held], axis=0)
+        errors = NORMAL * spread.std(axis=1) * spread.shape[1] ** 0.5
+        ranked = []
+        for place, error in zip(places, errors.tolist(), strict=True):
+            row, score = self.rows[place], float(scores[place])
+            told = {"row": place, "place": row.place, "prompt": row.prompt, "answer": row.answer}
+            ranked.append({**told, "score": score, "interval": [score - error, score + error]})
+        return ranked
 
-    def _at(self, checkpoint: Checkpoint, asked: Sequence[Sequence[TokenRow]]) -> Floats:
-        """Return how rows and answers go together in one checkpoint, its gradients found or computed."""
-        settings, tokenizer = self.settings, load_tokenizer(self.asker.target)
-        tokens = tokenize(self.rows, tokenizer, max_length=settings.max_length, style=self.asker.style)
-        groups = [list(own) for _, own in groupby(tokens, key=lambda row: row.example)]
-        pad_id, device, scales = pad_token(tokenizer), pick_device(settings.device), None
+    def _add_tokens(self, top: Sequence[Sequence[dict[str, Any]]], held: Sequence[Held]) -> None:
+        """Add to each ranked row its tokens with their parts of its score."""
+        tokenizer, kept = load_tokenizer(self.asker.target), dict[int, Gradients]()
+        ranked = [(question, one) for question, found in enumerate(top) for one in found]
+        for _, one in ranked:
+            ids = (token for row in self._groups[one["row"]] for token in row.ids[row.start :])
+            one["tokens"] = [[str(tokenizer.decode([token])), 0.0] for token in ids]
+        places = sorted({one["row"] for _, one in ranked})
+        for checkpoint, rung, weights in held:
+            model, made = self._projecting(checkpoint)
+            with self.listener.task(f"tokens in {checkpoint.folder.name}", len(places), "rows") as advance:
+                for place in places:
+                    made(model, [self._groups[place]], take=kept.__setitem__, by_token=True)
+                    for question, one in ranked:
+                        if one["row"] == place:
+                            parts = weights[place] * rung.parts(place, question, kept[0])
+                            one["tokens"] = [
+                                [word, own + part]
+                                for (word, own), part in zip(one["tokens"], parts.tolist(), strict=True)
+                            ]
+                    advance(1)
+
+    @cached_property
+    def _groups(self) -> list[list[TokenRow]]:
+        """The tokens of each row; several pieces for a long document."""
+        tokenizer, style = load_tokenizer(self.asker.target), self.asker.style
+        tokens = tokenize(self.rows, tokenizer, max_length=self.settings.max_length, style=style)
+        return [list(own) for _, own in groupby(tokens, key=lambda row: row.example)]
+
+    def _projecting(self, checkpoint: Checkpoint) -> tuple[PreTrainedModel, Callable[..., None]]:
+        """Return a checkpoint's model, and `projected` for it: it takes token rows, hands on gradients."""
+        settings, pad_id = self.settings, pad_token(load_tokenizer(self.asker.target))
+        model, scales = load_model(checkpoint, device=pick_device(settings.device)), None
+        if settings.preconditioner == "adam":
+            tokens = [row for group in self._groups for row in group]
+            scales = adam_scales(model, at_most(tokens, MOMENT_ROWS, seed=settings.seed), pad_id=pad_id)
+        projection = Projection(model, seed=settings.seed, width=settings.width)
+        return model, partial(projected, projection=projection, pad_id=pad_id, scales=scales)
+
+    def _at(self, checkpoint: Checkpoint, asked: Sequence[Sequence[TokenRow]]) -> Rung:
+        """Hold rows and answers together in one checkpoint, the gradients of rows found or computed."""
+        settings, device = self.settings, pick_device(self.settings.device)
         step = self.asker.workspace.step(
             "gradients",
             model=checkpoint.fingerprint(),
@@ -270,15 +347,14 @@ class _Ranking:
             settings=settings.model_dump(include={"width", "seed", "preconditioner", "max_length"}),
             device=device.type,
         )
-        model = load_model(checkpoint, device=device)
-        projection = Projection(model, seed=settings.seed, width=settings.width)
-        if settings.preconditioner == "adam":
-            scales = adam_scales(model, at_most(tokens, MOMENT_ROWS, seed=settings.seed), pad_id=pad_id)
-        made = partial(projected, model, projection=projection, pad_id=pad_id, scales=scales)
+        groups = self._groups
+        model, made = self._projecting(checkpoint)
         with self.listener.task(f"gradients in {checkpoint.folder.name}", len(groups), "rows") as advance:
-            rows = index_rows(step, len(groups), settings.width, partial(made, groups), advance)
+            rows = index_rows(step, len(groups), settings.width, partial(made, model, groups), advance)
         questions = np.empty((len(asked), settings.width), np.float32)
-        made(asked, take=questions.__setitem__)
+        if settings.at == "target":  # with the signs and the preconditioner of the rows
+            model = load_model(self.asker.target, device=device)
+        made(model, asked, take=questions.__setitem__)
         return relate(rows, questions, settings.measure)
 
     def _weights(self, steps: Sequence[int]) -> tuple[Floats, str]:
@@ -297,7 +373,8 @@ class _Ranking:
 
         told = "at the learning rates of these steps" if known else "all steps alike"
         if settings.log is not None:
-            seen = seen_in_log(open_log(settings.log), self.rows, rate)
+            salt = read_salt(settings.salt)
+            seen = seen_in_log(open_log(settings.log, salt=salt), self.rows, rate, salt=salt)
         else:
             assert order is not None
             seen = seen_in_order(order, data or self.rows, self.rows, rate)

@@ -10,17 +10,23 @@ with g = P^½ ∇(−log p) at a checkpoint, summed over the tokens of an answer
 weighted for each row by the learning rates of the steps at which it was really seen near each, where an
 exposure log or rebuilt order tells them. Gradients are projected (`models.sums`) and kept in the workspace: a
 file for each checkpoint, float32 [rows, width], mapped into memory and read in blocks.
+
+The signs of the projection are drawn for each of its numbers by itself, so a score is a smooth function of
+sums over `width` independent terms. Its standard error is that of the infinitesimal jackknife over them: with
+D_b the derivative of the score by the weight of number b, √Σ_b (D_b − mean D)².
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.linalg import cho_factor, cho_solve
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -73,8 +79,9 @@ def projected(
     pad_id: int,
     scales: Sequence[Tensor] | None = None,
     first: int = 0,
+    by_token: bool = False,
 ) -> None:
-    """Hand on P^½ ∇L, projected, of each example from `first` on: the sum over its pieces.
+    """Hand on P^½ ∇L, projected, of each example from `first` on: the sum over its pieces, or each token's.
 
     Rows go through the model one by one, so that none depends on its neighbours.
     """
@@ -86,10 +93,16 @@ def projected(
     rows = [row for group in groups for row in group]
     with torch.no_grad(), row_backward(model, rows, add, pad_id=pad_id) as backward:
         for place in range(first, len(groups)):
-            total.zero_()
-            for row in groups[place]:
-                backward(row)
-            take(place, total.cpu().numpy())
+            parts: list[list[tuple[TokenRow, int | None]]] = [[(row, None) for row in groups[place]]]
+            if by_token:
+                parts = [[(row, token)] for row in groups[place] for token in range(row.scored)]
+            found = np.empty((len(parts), projection.width), np.float32)
+            for number, part in enumerate(parts):
+                total.zero_()
+                for row, token in part:
+                    backward(row, token)
+                found[number] = total.cpu().numpy()
+            take(place, found if by_token else found[0])
 
 
 def index_rows(step: Step, rows: int, width: int, fill: Callable[..., None], advance: Advance) -> Gradients:
@@ -116,46 +129,89 @@ def index_rows(step: Step, rows: int, width: int, fill: Callable[..., None], adv
     return np.memmap(path, np.float32, "r", shape=(rows, width))
 
 
-def relate(rows: Gradients, questions: Gradients, measure: Measure) -> Floats:
-    """Return how each row and each question go together at one checkpoint, [rows, questions]."""
-    wanted = questions.astype(np.float64)
-    if measure != "product":
-        wanted /= np.maximum(np.linalg.norm(wanted, axis=1, keepdims=True), 1e-30)
-    if measure == "ridge":
-        wanted = _decorrelated(rows, wanted)
-    found = np.empty((len(rows), len(wanted)))
-    for begin in range(0, len(rows), BLOCK):
-        block = rows[begin : begin + BLOCK].astype(np.float64)
-        if measure == "cosine":
-            block /= np.maximum(np.linalg.norm(block, axis=1, keepdims=True), 1e-30)
-        found[begin : begin + BLOCK] = block @ wanted.T
-    return found
+@dataclass(frozen=True, slots=True, eq=False)
+class Rung:
+    """Gradients of rows and questions at one checkpoint, as a measure holds them together."""
+
+    rows: Gradients
+    measure: Measure
+    asked: Floats
+    """g_q of each question, of length 1 but for the product."""
+    wanted: Floats
+    """What scores are inner products of rows with: the same, or √λ (GᵀG + λ I)⁻¹ of it."""
+    solve: Callable[[Floats], tuple[Floats, float]] | None
+
+    def scores(self) -> Floats:
+        """Return how each row and each question go together, [rows, questions]."""
+        found = np.empty((len(self.rows), len(self.wanted)))
+        for begin in range(0, len(self.rows), BLOCK):
+            found[begin : begin + BLOCK] = self._measured(self.rows[begin : begin + BLOCK]) @ self.wanted.T
+        return found
+
+    def spread(self, top: Sequence[int], question: int) -> Floats:
+        """Return the derivatives of the scores of some rows by the weight of each number, [rows, width]."""
+        own, asked = self._measured(self.rows[top]), self.asked[question]
+        scores = (own @ self.wanted[question])[:, None]
+        if self.solve is not None:
+            solved, root = self.solve(own)
+            return np.asarray(root * solved * self.wanted[question] - scores / 2 * asked**2)
+        lengths = scores / 2 * (own**2 + asked**2)
+        return np.asarray(own * asked - (lengths if self.measure == "cosine" else 0))
+
+    def parts(self, row: int, question: int, tokens: Gradients) -> Floats:
+        """Return what each token of a row has of its score, given their gradients; they add up to it."""
+        length = np.linalg.norm(self.rows[row]) if self.measure == "cosine" else 1.0
+        return np.asarray(tokens @ self.wanted[question] / max(length, 1e-30))
+
+    def _measured(self, rows: Gradients) -> Floats:
+        found = rows.astype(np.float64)
+        return unit(found) if self.measure == "cosine" else found
 
 
-def _decorrelated(rows: Gradients, wanted: Floats) -> Floats:
-    """Return √λ (GᵀG + λ I)⁻¹ g_q of each question, with λ the mean |g_i|²."""
-    if len(rows) <= rows.shape[1]:  # (GᵀG + λ)⁻¹ q = (q − Gᵀ (GGᵀ + λ)⁻¹ G q) / λ
-        whole = rows.astype(np.float64)
-        gram = whole @ whole.T
-        ridge = max(float(np.trace(gram)) / len(rows), 1e-30)
-        inner = np.linalg.solve(gram + ridge * np.eye(len(rows)), whole @ wanted.T)
-        return np.asarray((wanted - inner.T @ whole) / ridge**0.5)
-    gram = np.zeros((rows.shape[1], rows.shape[1]))
-    for begin in range(0, len(rows), BLOCK):
-        block = rows[begin : begin + BLOCK].astype(np.float64)
+def relate(rows: Gradients, questions: Gradients, measure: Measure) -> Rung:
+    """Hold rows and questions at one checkpoint together."""
+    asked = questions.astype(np.float64)
+    asked = asked if measure == "product" else unit(asked)
+    solve = _decorrelation(rows) if measure == "ridge" else None
+    return Rung(rows, measure, asked, asked if solve is None else solve(asked)[0], solve)
+
+
+def unit(vectors: Floats) -> Floats:
+    """Return vectors at length 1; one of length 0 stays."""
+    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-30))
+
+
+def _decorrelation(rows: Gradients) -> Callable[[Floats], tuple[Floats, float]]:
+    """Return what makes √λ (GᵀG + λ I)⁻¹ v of vectors, with λ the mean |g_i|²; it gives √λ too."""
+    dual = len(rows) <= rows.shape[1]  # (GᵀG + λ)⁻¹ v = (v − Gᵀ (GGᵀ + λ)⁻¹ G v) / λ
+    side = rows.T if dual else rows
+    gram = np.zeros((side.shape[1], side.shape[1]))
+    for begin in range(0, len(side), BLOCK):
+        block = side[begin : begin + BLOCK].astype(np.float64)
         gram += block.T @ block
     ridge = max(float(np.trace(gram)) / len(rows), 1e-30)
-    return np.asarray(ridge**0.5 * np.linalg.solve(gram + ridge * np.eye(len(gram)), wanted.T).T)
+    factor = cho_factor(gram + ridge * np.eye(len(gram)), overwrite_a=True)
+
+    def solve(vectors: Floats) -> tuple[Floats, float]:
+        if not dual:
+            return np.asarray(ridge**0.5 * cho_solve(factor, vectors.T).T), ridge**0.5
+        inner = cho_solve(factor, rows.astype(np.float64) @ vectors.T)
+        return np.asarray((vectors - inner.T @ rows) / ridge**0.5), ridge**0.5
+
+    return solve
 
 
 Seen = list[tuple[int, int, float]]
 """(position of a row, step in which it was, how much it counted there)."""
 
 
-def seen_in_log(log: ExposureReader, rows: Sequence[Example], rates: Callable[[int], float]) -> Seen:
+def seen_in_log(
+    log: ExposureReader, rows: Sequence[Example], rates: Callable[[int], float], *, salt: bytes = b""
+) -> Seen:
     """Return the exposures of rows by a log: the learning rate over the rows of the step."""
     sizes = dict(zip(log.steps.step.tolist(), log.steps.rows.tolist(), strict=True))
-    return [(one.row, one.step, one.times * rates(one.step) / sizes[one.step]) for one in log.find(rows)]
+    found = log.find(rows, salt=salt)
+    return [(one.row, one.step, one.times * rates(one.step) / sizes[one.step]) for one in found]
 
 
 def seen_in_order(

@@ -27,8 +27,8 @@ def trained_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
 @contextmanager
 def row_backward(
     model: PreTrainedModel, rows: Sequence[TokenRow], take: Take, *, pad_id: int
-) -> Iterator[Callable[[TokenRow], None]]:
-    """Give what takes a row and hands to `take` the gradients of Σ nll over its scored tokens.
+) -> Iterator[Callable[..., None]]:
+    """Give what takes a row and hands to `take` the gradients of Σ nll over its scored tokens, or of one.
 
     Beside the model one tensor's gradient is held. Parameters that take no part in a row's loss are left out.
     The model stays in evaluation mode, so that dropout plays no part, and is left without gradients.
@@ -40,9 +40,10 @@ def row_backward(
             take(number, parameter.grad.float())
         parameter.grad = None
 
-    def backward(row: TokenRow) -> None:
+    def backward(row: TokenRow, token: int | None = None) -> None:
         with torch.enable_grad():
-            answer_nll(model, pad_right([row], pad_id=pad_id)).sum().backward()
+            losses = answer_nll(model, pad_right([row], pad_id=pad_id))
+            (losses.sum() if token is None else losses[token]).backward()
 
     handles = [
         parameter.register_post_accumulate_grad_hook(partial(handed, number))

@@ -6,12 +6,10 @@ requests find them there. The filters themselves are in `weights/filters.py`.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -23,24 +21,12 @@ from palinode.data.tokenize import tokenize
 from palinode.errors import CheckpointError, InputError, MismatchError
 from palinode.methods.transforms import LeastSquaresSettings
 from palinode.models.inplace import live_places, put
-from palinode.models.loading import (
-    load_model,
-    load_tokenizer,
-    pad_token,
-    save_tensors,
-    tokenizer_fingerprint,
-)
+from palinode.models.loading import load_model, load_tokenizer, pad_token, save_tensors, tokenizer_fingerprint
 from palinode.pipeline.inputs import Work
 from palinode.pipeline.workspace import Step
 from palinode.training.moments import Moments, Place, Positions, input_moments
 from palinode.weights import Checkpoint, Point
-from palinode.weights.filters import (
-    along,
-    foretold_alpha,
-    least_squares,
-    outside_share,
-    projection,
-)
+from palinode.weights.filters import along, least_squares, projection
 from palinode.weights.geometry import part_of
 from palinode.weights.vectors import Rule
 
@@ -222,8 +208,6 @@ class Effect:
     """tr ΔΣ_rΔᵀ."""
     norm: float = 0.0
     """‖τ‖²."""
-    norm_kept: float = 0.0
-    """‖Δ‖²."""
 
     def __add__(self, other: Effect) -> Effect:
         return Effect(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
@@ -234,12 +218,11 @@ class Effect:
         return self.forget_kept / self.forget if self.forget else 0.0
 
     def survey(self) -> dict[str, float]:
-        """Return c, and what stays: of the harm to retain inputs at equal effect, and of the length."""
+        """Return c, and what stays of the harm to retain inputs at equal effect."""
         share = self.survives
         return {
             "survives": share,
             "harm": self.retain_kept / share**2 / self.retain if share > 0 and self.retain else 0.0,
-            "norm_share": math.sqrt(self.norm_kept / self.norm) if self.norm else 0.0,
         }
 
 
@@ -316,7 +299,6 @@ class Weighing:
             retain=float(np.vdot(on_retain, values)),
             retain_kept=float(np.vdot(along(made, spared, axis, device), made)),
             norm=float(np.vdot(values, values)),
-            norm_kept=float(np.vdot(made, made)),
         )
 
     def survey(self) -> dict[str, Any]:
@@ -334,8 +316,7 @@ class Weighing:
                 f"the filter leaves {whole['survives']:.1g} of what the vector does to the forget rows: "
                 "their inputs are those of the retain rows; set a smaller mu, or leave the filter out"
             )
-        told = {"foretold_alpha": foretold_alpha(whole["survives"], energy=self.settings.energy)}
-        return {**whole, **told, "parts": {key: own.survey() for key, own in parts.items()}}
+        return {**whole, "parts": {key: own.survey() for key, own in parts.items()}}
 
     def note(self) -> str | None:
         """Say which matrices of the blocks were taken out because nobody knows what they read."""
@@ -347,58 +328,6 @@ class Weighing:
             f"What {len(self.unread)} matrices of the blocks read is not known (first: "
             f"{next(iter(self.unread))}), so {share:.0%} of the vector's squared length went out with them."
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Forecast:
-    """What the inputs alone foretell of a filter, before a vector is trained."""
-
-    outside: float
-    """ρ: share of the forget rows' inputs outside the space of the spared rows' inputs, mean over layers."""
-    survives: float
-    """c of a vector that moves all inputs alike, mean over layers."""
-    alpha: float
-    """Where the search for α should end."""
-    parts: Mapping[str, tuple[float, float]]
-    """ρ and c by layer."""
-
-    def lines(self) -> list[str]:
-        """Return it in words."""
-        parts = [
-            f"  {name:<12} outside {rho:6.1%}   survives {c:6.1%}" for name, (rho, c) in self.parts.items()
-        ]
-        return [
-            f"Of the forget rows' inputs {self.outside:.1%} lie outside those of the rows to be spared.",
-            f"About {self.survives:.1%} of what a vector does to them should survive the filter, and α "
-            f"should come to about {self.alpha:.2g}.",
-            *parts,
-        ]
-
-
-def foretell(measuring: Measuring, settings: LeastSquaresSettings) -> Forecast:
-    """Measure the moments of a run's target, and return what they foretell of the filter."""
-    steps = [
-        measuring.of_checkpoint(measuring.target, rows, settings.positions)
-        for rows in measuring.sets(settings)
-    ]
-    forget, spared = map(MomentFiles, steps)
-    weighing = Weighing(forget, spared, settings)
-    found: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
-    for name in spared.places:
-        place = spared.matrix_place(name)
-        for key in place[0] if place else ():
-            if key not in found[part_of(name)]:
-                moment = forget.read(key)
-                total = float(np.trace(moment, dtype=np.float64)) or 1.0
-                share = float(np.vdot(weighing.filter_of(key).T, moment)) / total
-                found[part_of(name)][key] = outside_share(moment, spared.read(key)), share
-    parts = {
-        name: (fmean(rho for rho, _ in own.values()), fmean(c for _, c in own.values()))
-        for name, own in sorted(found.items(), key=lambda entry: int(entry[0][6:] or 0))
-        if own
-    }
-    outside, survives = (fmean(pair[which] for pair in parts.values()) for which in (0, 1))
-    return Forecast(outside, survives, foretold_alpha(survives, energy=settings.energy), parts)
 
 
 def applied(

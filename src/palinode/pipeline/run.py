@@ -23,11 +23,10 @@ from palinode.errors import CheckpointError, InputError, PalinodeError, RecipeEr
 from palinode.evaluation.ask import ask
 from palinode.methods import METHODS
 from palinode.methods.method import Ends, Vectors
-from palinode.methods.transforms import LeastSquaresSettings, check_transforms
 from palinode.models.loading import load_reader, load_tokenizer, pick_device, tokenizer_fingerprint
 from palinode.pipeline.costs import Plan, describe, make_plan
-from palinode.pipeline.filtering import Forecast, Measuring, foretell
 from palinode.pipeline.finetuning import FineTuning, Trained, open_end, open_whole
+from palinode.pipeline.forecasting import Forecast, compared, forecast_step, rehearse
 from palinode.pipeline.goal import TOLERANCE
 from palinode.pipeline.inputs import Inputs, ask_as_trained, check_places, open_inputs, workspace_folder
 from palinode.pipeline.recipe import Recipe
@@ -38,15 +37,7 @@ from palinode.pipeline.search import grid_scales, search_scales
 from palinode.pipeline.tracking import tracked
 from palinode.pipeline.workspace import Step, Workspace, fingerprint
 from palinode.progress import Listener, NullListener
-from palinode.records import (
-    Outcome,
-    Score,
-    read_json,
-    read_outcomes,
-    share,
-    shared,
-    write_outcomes,
-)
+from palinode.records import Outcome, Score, read_json, read_outcomes, share, shared, write_outcomes
 from palinode.report.reports import Facts, Outcomes
 from palinode.report.verdicts import run_verdict
 from palinode.weights import Checkpoint, Direction, Point, StoredVector, save
@@ -179,21 +170,23 @@ def dry_run(recipe: Recipe, listener: Listener | None = None) -> Plan:
 
 
 def forecast(recipe: Recipe, listener: Listener | None = None) -> Forecast:
-    """Measure what the target's layers read, and return what that foretells of the recipe's filter.
+    """Rehearse a recipe's unlearning, and return what that foretells; the run finds it in the workspace.
 
-    The moments stay in the workspace, where the run finds them. Raises RecipeError where there is no filter.
+    Raises RecipeError where nothing can be foretold.
     """
-    inputs, listener = open_inputs(recipe), listener or NullListener()
-    chosen = [one.settings for one in check_transforms(recipe.changes)]
-    settings = next((one for one in chosen if isinstance(one, LeastSquaresSettings)), None)
-    if settings is None or inputs.target is None:
+    inputs, workspace, listener = (
+        open_inputs(recipe),
+        Workspace(workspace_folder(recipe)),
+        listener or NullListener(),
+    )
+    step = forecast_step(inputs, workspace, run_key(inputs))
+    if step is None:
         raise RecipeError(
-            "only a filter by least squares of a target that is there can be foretold; set filter = "
-            '"least-squares" and models.target'
+            "what can be foretold is an unlearning by the methods msa and task_vector, filtered by least "
+            "squares, of a target and a base that are there; name these, or leave --measure out"
         )
-    workspace = Workspace(workspace_folder(recipe))
     with workspace.locked(listener):
-        return foretell(Measuring(inputs, workspace, listener, inputs.target), settings)
+        return rehearse(inputs, workspace, listener, step)
 
 
 def unlearn(
@@ -429,6 +422,9 @@ class _Unlearning(Making):
             run=run_key(self.inputs),
             device=str(self.device),
         )
+        step = forecast_step(self.inputs, self.workspace, record["run"])
+        if step and (foretold := step.facts):
+            record["foretold"] = compared(foretold, made.chosen if made else None)
         if located is not None:
             record["located"] = dict(located)
             record["notes"].append(

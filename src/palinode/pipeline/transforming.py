@@ -22,10 +22,7 @@ from palinode.pipeline.goal import TriedScales
 from palinode.pipeline.inputs import Work
 from palinode.pipeline.workspace import Step
 from palinode.weights import Checkpoint, Direction, Point, StoredVector, profile, save_vector
-from palinode.weights.vectors import (
-    layer_scale,
-    transform,
-)
+from palinode.weights.vectors import layer_scale, transform
 
 Make = Callable[[Direction, Path], StoredVector]
 """(vector, folder) → the transformed vector in the folder."""

@@ -267,7 +267,7 @@ def show(blocks: Iterable[Block], console: Console) -> None:
                 console.print(block.text, soft_wrap=True)
             case Items():
                 for line in block.lines:
-                    console.print(str(line), soft_wrap=True)
+                    console.print(" ".join(line) if isinstance(line, tuple) else line, soft_wrap=True)
             case _:
                 raise TypeError(f"a {type(block).__name__} is not for the terminal")
 

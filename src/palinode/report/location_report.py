@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from palinode.records import Outcome
 from palinode.report.content import (
     Block,
     Grid,
     GridCell,
+    Heading,
     Items,
     Paragraph,
     Picture,
@@ -20,7 +22,7 @@ from palinode.report.content import (
     section,
 )
 from palinode.report.pictures import Figure, Mark, Ruler, Trace, interval, names_down, picture_file
-from palinode.report.words import number, words
+from palinode.report.words import DASH, number, words
 
 MOST_ROWS = 40
 """Rows of the forget set that a table or a picture shows one by one."""
@@ -360,10 +362,53 @@ def influence_brief(record: Mapping[str, Any]) -> list[Block]:
     blocks: list[Block] = [] if record["set"] is None else _set_blocks(record["set"])
     told = record["ranking"] or {"answers": (), "top": ()}
     for (question, answer), top in zip(told["answers"], told["top"], strict=True):
-        rows = [[one["place"], one["prompt"], one["answer"], f"{one['score']:+.3g}"] for one in top]
+        rows = [[one["place"], one["prompt"], one["answer"], _score(one)] for one in top]
         title = f"Of {told['rows']} rows, those behind {question!r} → {answer!r} ({told['measure']})"
         blocks.append(Grid(title, ["row", "prompt", "answer", "score"], rows, text_columns=3))
+        parts = [(f"{one['place']}:", _parts(one["tokens"])) for one in top if "tokens" in one]
+        blocks += [Items(parts)] if parts else []
     return [*blocks, *([Paragraph(f"Weighed: {told['weighed']}.")] if record["ranking"] else ())]
+
+
+def _score(one: Mapping[str, Any]) -> GridCell:
+    """Return a score with half the width of its interval, where it has one."""
+    low, high = one.get("interval") or (None, None)
+    return GridCell(f"{one['score']:+.3g}", None if low is None else f"± {(high - low) / 2:.2g}")
+
+
+def _parts(tokens: Sequence[Sequence[Any]], form: str = "+.2g") -> str:
+    """Return tokens with their parts of a figure."""
+    return "  ".join(f"{token.strip() or repr(token)} {value:{form}}" for token, value in tokens)
+
+
+def answers_brief(told: Mapping[str, Any], outcomes: Sequence[Outcome]) -> list[Block]:
+    """Return what the terminal shows of answers before and after the rows behind them were taken back."""
+    rows = [
+        [one.prompt, one.expected, *map(number, entry["probability"]), one.generated or DASH]
+        for entry, one in zip(told["answers"], outcomes, strict=True)
+    ]
+    head = ["question", "answer asked about", "before", "after", "answer now"]
+    return [Grid("Probability of the answer per token, before and after", head, rows, text_columns=2)]
+
+
+def influence_section(told: Mapping[str, Any]) -> list[Section]:
+    """Return what a run's report tells of the rows that it took back, and of the answers; no texts."""
+    grids = [
+        block
+        for one in told["answers"]
+        for block in (
+            Heading(f"Answer {one['place']}"),
+            Paragraph("Probability per token: {} before, {} after.".format(*map(number, one["probability"]))),
+            Grid("Its rows", ["row", "score"], [[row["place"], _score(row)] for row in one["rows"]]),
+        )
+    ]
+    return section(
+        "Rows behind an answer",
+        *grids,
+        bar="Rows",
+        intro=f"The forget set is the highest of {told['rows']:,} rows, ranked by what they have to do "
+        f"with an answer ({told['measure']}, {told['weighed']}). A score has no unit.",
+    )
 
 
 def _set_blocks(told: Mapping[str, Any]) -> list[Block]:
@@ -375,8 +420,11 @@ def _set_blocks(told: Mapping[str, Any]) -> list[Block]:
         own = GridCell(one["answer"], "the target's own" if one["own"] else None)
         straight = GridCell(f"{one['first_order']:+.2f}", off)
         rows.append([one["question"], own, number(before), number(after), f"{one['nats']:+.2f}", straight])
-        parts = "  ".join(f"{token.strip() or repr(token)} {value:+.2f}" for token, value in one["tokens"])
-        blocks.append(Items([(f"{one['answer']}:", f"nats by token: {parts}")]))
+        changed = f"{number(before)} → {number(after)}"
+        blocks += [
+            Items([(f"{one['answer']}:", f"nats by token: {_parts(one['tokens'], '+.2f')}")]),
+            Paragraph(f"Without these {told['rows']} rows {one['answer']!r} would be {changed} as probable."),
+        ]
     head = ["question", "answer", "with", "without", "nats", "first order"]
     alpha = f"α = {told['alpha']:.3g} ({told['chosen_by']})"
     title = f"Without these {told['rows']} rows, {alpha}: probability of the answer per token"

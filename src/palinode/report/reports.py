@@ -137,10 +137,12 @@ def _of_run(facts: Facts) -> dict[str, Any]:
         "held_against": {label: held_against(label, facts.outcomes) for label in ("forget", "retain")},
         "answers_elsewhere": None if facts.texts else facts.elsewhere,
         "vectors": record.get("vectors"),
+        "foretold": record.get("foretold"),
         "dose": record.get("dose"),
         "training": record.get("training") or {},
         "audit": facts.audit,
         "demo": facts.demo,
+        **({"influence": record["influence"]} if record.get("influence") else {}),
         **_origin(record),
     }
 

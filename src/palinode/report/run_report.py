@@ -31,6 +31,7 @@ from palinode.report.content import (
     score_cell,
     section,
 )
+from palinode.report.location_report import influence_section
 from palinode.report.verdicts import YARDSTICKS, run_verdict, unmade, yardstick
 from palinode.report.words import (
     DASH,
@@ -113,11 +114,12 @@ def run_brief(record: Mapping[str, Any]) -> list[Block]:
 
 def run_sections(content: Mapping[str, Any]) -> list[Section]:
     """Return what a report tells of a run or of the demo."""
-    audit, demo = content.get("audit"), content.get("demo")
+    audit, demo, traced = (content.get(name) for name in ("audit", "demo", "influence"))
     first = (_score_section, _method_section, _scale_section, _answer_section, _likelihood_section)
     return [
         *(_demo_section(demo) if demo else ()),
         *(found for part in first for found in part(content)),
+        *(influence_section(traced) if traced else ()),
         *(audit_section(audit) if audit else ()),
         *_vector_section(content),
         *_cost_section(content),
@@ -273,7 +275,7 @@ def _scale_section(content: Mapping[str, Any]) -> list[Section]:
 
 
 def changes_told(record: Mapping[str, Any]) -> Iterator[str]:
-    """Say what was done to the forget vector before it was subtracted."""
+    """Say what was done to the forget vector before it was subtracted, and what was foretold of it."""
     for told in at(record, "vectors", "transforms") or ():
         name, settings = str(told.get("name")).replace("_", " "), told.get("settings") or {}
         if told.get("survives") is None:
@@ -286,6 +288,10 @@ def changes_told(record: Mapping[str, Any]) -> Iterator[str]:
             f"{percent(told['survives'])} of what it does to the forget rows' inputs survived, and was "
             "scaled up to what it had been."
         )
+    if told := record.get("foretold"):
+        pairs = [(told[name], at(told, "found", name)) for name in ("alpha", "lost")]
+        alpha, lost = (f"{number(own)} (found: {number(found)})" for own, found in pairs)
+        yield f"Foretold before that: α {alpha}, lost on retain rows {lost}; advice: {told['advice']}."
 
 
 def _scale_sentences(scales: Mapping[str, Any]) -> Iterator[str]:

@@ -151,24 +151,3 @@ def along(values: np.ndarray, factor: np.ndarray, axis: int, device: str | None 
     made = wide.astype(np.float64) * factor if factor.ndim == 1 else _product(wide, factor, device)
     found: np.ndarray = np.moveaxis(made, -1, axis)
     return found
-
-
-def foretold_alpha(survives: float, *, energy: float) -> float:
-    """Return the α at which a filtered vector forgets enough, from the share c of its effect that survives.
-
-    1.6·c^0.19, without an `energy` 2·c^0.19: fitted to vectors of the demo's worlds (docs/filters.md).
-    """
-    return float((1.6 if energy else 2.0) * max(survives, 1e-6) ** 0.19)
-
-
-def outside_share(forget: np.ndarray, retain: np.ndarray, *, energy: float = 0.99) -> float:
-    """Return ρ = tr((I − P_r)Σ_f) / tr Σ_f: the share of the forget inputs outside those of the retain rows.
-
-    P_r projects on the principal axes of Σ_r that hold the share `energy`. 0 where nothing was forgotten.
-    """
-    total = float(np.trace(forget, dtype=np.float64))
-    if not total:
-        return 0.0
-    basis = basis_of(retain, energy=energy)
-    inside = float(np.vdot(basis, forget.astype(np.float64) @ basis))
-    return max(0.0, 1.0 - inside / total)

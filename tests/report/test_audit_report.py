@@ -209,3 +209,9 @@ def test_within_a_single_margin_says_which_side_was_judged(record, more, less, s
 def test_target_without_a_finding_is_a_dash(record):
     record["models"]["target"] = {"location": "t", "fingerprint": "d" * 32, "parameters": 5}
     assert "| 0.200 (0.100 – 0.300) | — | 0.500" in audit_report(record)
+
+
+def test_report_says_how_often_a_test_told_right_where_the_truth_was_known(record):
+    tests = record["attacks"]["questions"]["tests"]
+    tests["probability"]["told_right"] = {"found": 37, "knowing": 45, "alarms": 1, "never": 30}
+    assert "told right in 66 of 75 tiny models" in audit_report(record)

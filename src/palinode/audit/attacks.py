@@ -34,7 +34,7 @@ from palinode.settings import TrainingSettings
 from palinode.training.loop import train
 from palinode.training.objectives import PLAIN_OBJECTIVE
 
-MARGIN = 0.1
+MARGIN = 0.15
 """Distance from the other model's AUC, either way."""
 
 RELATIVE = "reference"
@@ -369,7 +369,7 @@ ATTACKS: Mapping[str, Attack] = {
             "conversation",
             title="questions in a conversation",
             description="asked as a role to play, and once more after no answer; the best of both",
-            tests=(PROBABILITY,),
+            tests=(replace(PROBABILITY, more=0.15, less=0.15),),
             measure=ask_in_talk,
             cost=lambda rows, _: AttackCost(len(TALKS) * len(_questions(rows))),
             needs=_questions,

@@ -82,7 +82,7 @@ BESIDE_BASE: Mapping[str, Mapping[str, Margin]] = {
     "membership": {"more": 0.2, "less": False},
 }
 """Margins where the reference model is a base. It had not learned what the target learned besides: beside it
-ten of 24 models that never saw the forget rows were failed by the usual ones, and by these none."""
+eleven of 30 models that never saw the forget rows were failed by margins of .1, and by these none."""
 
 
 class ToldRight(NamedTuple):
@@ -99,28 +99,28 @@ class ToldRight(NamedTuple):
 
 
 MEASURED: Mapping[str, ToldRight] = {
-    "verdict": ToldRight(35, 36, 1, 24),
-    "questions.probability": ToldRight(29, 36, 0, 24),
-    "questions.extraction": ToldRight(27, 36, 0, 24),
-    "questions.rouge": ToldRight(27, 36, 0, 24),
-    "few_shot.probability": ToldRight(8, 36, 0, 24),
-    "few_shot.rouge": ToldRight(5, 36, 0, 24),
-    "conversation.probability": ToldRight(28, 36, 0, 24),
-    "sampling.leak": ToldRight(27, 36, 0, 24),
-    "membership.loss": ToldRight(32, 36, 1, 24),
-    "membership.zlib": ToldRight(32, 36, 0, 24),
-    "membership.min_k": ToldRight(32, 36, 1, 24),
-    "membership.min_k_plus": ToldRight(34, 36, 0, 24),
-    "membership.reference": ToldRight(34, 36, 1, 24),
-    "inside.depth": ToldRight(33, 36, 0, 24),
-    "inside.lens": ToldRight(34, 36, 0, 24),
-    "prefixes.opening": ToldRight(3, 36, 0, 24),
-    "quantise_8.probability": ToldRight(29, 36, 0, 24),
-    "quantise_4.probability": ToldRight(28, 36, 0, 24),
-    "quantise_nf4.probability": ToldRight(28, 36, 0, 24),
-    "quantise_gguf_q4_0.probability": ToldRight(28, 36, 0, 24),
-    "relearn_forget.area": ToldRight(33, 36, 0, 24),
-    "relearn_retain.area": ToldRight(32, 36, 0, 24),
+    "verdict": ToldRight(44, 45, 0, 30),
+    "questions.probability": ToldRight(37, 45, 0, 30),
+    "questions.extraction": ToldRight(34, 45, 0, 30),
+    "questions.rouge": ToldRight(34, 45, 0, 30),
+    "few_shot.probability": ToldRight(11, 45, 0, 30),
+    "few_shot.rouge": ToldRight(8, 45, 0, 30),
+    "conversation.probability": ToldRight(28, 45, 0, 30),
+    "sampling.leak": ToldRight(33, 45, 0, 30),
+    "membership.loss": ToldRight(40, 45, 0, 30),
+    "membership.zlib": ToldRight(39, 45, 0, 30),
+    "membership.min_k": ToldRight(40, 45, 0, 30),
+    "membership.min_k_plus": ToldRight(41, 45, 0, 30),
+    "membership.reference": ToldRight(40, 45, 0, 30),
+    "inside.depth": ToldRight(41, 45, 0, 30),
+    "inside.lens": ToldRight(43, 45, 0, 30),
+    "prefixes.opening": ToldRight(4, 45, 0, 30),
+    "quantise_8.probability": ToldRight(37, 45, 0, 30),
+    "quantise_4.probability": ToldRight(35, 45, 0, 30),
+    "quantise_nf4.probability": ToldRight(35, 45, 0, 30),
+    "quantise_gguf_q4_0.probability": ToldRight(36, 45, 0, 30),
+    "relearn_forget.area": ToldRight(41, 45, 0, 30),
+    "relearn_retain.area": ToldRight(41, 45, 0, 30),
 }
 """By `attack.test`, of those that judge whether a model knows more; "verdict" is the whole audit."""
 

@@ -191,7 +191,10 @@ def _verdict(
 def _told_right(entry: Mapping[str, Any]) -> str | None:
     """Return how often a test told right where the truth was known; None in records of earlier versions."""
     told = entry.get("told_right")
-    return f"told right in {told[0] + told[3] - told[2]} of {told[1] + told[3]} tiny models" if told else None
+    if not told:
+        return None
+    right, every = told["found"] + told["never"] - told["alarms"], told["knowing"] + told["never"]
+    return f"told right in {right} of {every} tiny models"
 
 
 def _margins(record: Mapping[str, Any], key: str) -> str:

@@ -313,7 +313,7 @@ class InfluenceSettings(Questioning):
     top: int = Field(default=0, ge=0)
     """Rows that are ranked highest for each answer; 0 ranks none."""
     engine: Literal["palinode", "bergson"] = "palinode"
-    """Whose scores: palinode's, or EK-FAC by bergson, in the target (pip install 'palinode[influence]')."""
+    """Whose scores: palinode's, or EK-FAC by bergson (pip install 'palinode[influence]')."""
     measure: Literal["ridge", "cosine", "product"] = "ridge"
     """How gradients of rows and answer are held together."""
     preconditioner: Literal["none", "adam"] = "none"

@@ -257,7 +257,7 @@ class Ranking:
         unread = {"measure", "preconditioner", "at", "tokens", "width"} & settings.model_fields_set
         if curved and unread:
             raise RecipeError(f"--{min(unread)} is for Palinode's scores; leave it out with --engine bergson")
-        rungs = [(0, asker.target if curved else asker.base or asker.target)]
+        rungs = [(0, asker.base or asker.target)]
         if self.series is not None:
             steps = [found.step for found in self.series.checkpoints]
             rungs = [(step, self.series.open(place)) for place, step in enumerate(steps)]

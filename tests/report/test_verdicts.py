@@ -142,6 +142,23 @@ def test_an_audit_by_itself_tells_plain_questions_from_attacks():
     assert (verdict.code, verdict.light, verdict.exit_code) == ("audit failed", "red", 1)
 
 
+def test_test_that_does_not_judge_a_side_says_nothing_of_it():
+    unsure = audited(knows_more=[], passed=True, unclear=["inside.depth", "questions.log_probability"])
+    margins = {
+        "inside.depth": {"more": 0.3, "less": False},
+        "questions.log_probability": {"more": False, "less": 1.0},
+    }
+    told = {
+        claim.name: claim.sentence
+        for claim in audit_verdict(
+            {**unsure, "policy": {**unsure.get("policy", {}), "margins": margins}}
+        ).claims
+    }
+    assert "log_probability" not in told["plainly"]
+    assert told["withstands"] == "Could not tell: inside.depth."
+    assert told["not_too_much"] == "Could not tell: questions.log_probability."
+
+
 def estimated(run, value, source="holdout"):
     """Return the run without its retrained model, held against an estimate."""
     run["scores"].pop("retrained", None)

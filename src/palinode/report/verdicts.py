@@ -505,10 +505,17 @@ def robust(audit: Mapping[str, Any] | None) -> Claim:
 
 
 def _audited(audit: Mapping[str, Any], name: str, bad: str, *, plain: bool | None) -> Claim:
-    """Return a claim that fails by `bad` findings among the plain questions, the attacks, or both (None)."""
+    """Return a claim that fails by `bad` findings among the plain questions, the attacks, or both (None).
+
+    Tests that do not judge that side say nothing about it.
+    """
+    side = bad.removeprefix("knows_")
     chosen = {
         verdict: [
-            key for key in audit["answer"][verdict] if plain is None or key.startswith("questions.") == plain
+            key
+            for key in audit["answer"][verdict]
+            if (plain is None or key.startswith("questions.") == plain)
+            and at(audit, "policy", "margins", key, side) is not False
         ]
         for verdict in ("knows_more", "knows_less", "unclear", "within")
     }
@@ -544,7 +551,7 @@ def untested_attacks(audit: Mapping[str, Any]) -> list[str]:
             for name, reason in audit["answer"]["not_tested"].items()
         ),
         "Attacks beyond this list and beyond this budget: longer or otherwise tuned fine-tuning, optimised "
-        "prompts, reading the activations, other quantisation schemes.",
+        "prompts, probes trained on the hidden states, other quantisation schemes.",
     ]
 
 

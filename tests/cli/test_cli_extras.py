@@ -17,7 +17,15 @@ from palinode.pipeline.tracking import PACKAGES
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 OURS = {"dev", "docs"}
-MODULES = {"lora": "peft", "lm-eval": "lm_eval", "gguf": "gguf", "sign": "cryptography"}
+MODULES = {
+    "lora": "peft",
+    "lm-eval": "lm_eval",
+    "gguf": "gguf",
+    "influence": "bergson",
+    "quantise": "bitsandbytes",
+    "sign": "cryptography",
+}
+NO_OPTION = ("gguf", "quantise")  # a model, and an attack that is left out with its reason
 GIVEN = {"triton", "markupsafe", "nltk"}  # by torch where there is a GPU, by jinja2, by rouge-score
 NAMED = {"sentence_transformers"}  # a judge's own library: the refusal says what to install
 WITH_IT = {"sigstore"}  # brought by an extra beside its first library
@@ -33,7 +41,7 @@ def test_the_doctor_knows_every_extra_and_what_it_is_for():
 
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_an_extra_is_named_in_the_readme_and_in_the_help_of_its_option(extra):
-    for page in ("README.md", "docs/cli.md")[: 1 if extra == "gguf" else 2]:  # a model has no option
+    for page in ("README.md", "docs/cli.md")[: 1 if extra in NO_OPTION else 2]:
         assert f"palinode[{extra}]" in (ROOT / page).read_text(encoding="utf-8")
 
 

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 import palinode
-from conftest import TINY_TRAINING
 from palinode import influence as palinode_influence
 from palinode import read_examples
 from palinode.data.tokenize import PromptStyle, tokenize
@@ -136,7 +135,7 @@ def test_the_options_of_unlearn_stand_for_a_run(run, tiny, facts, palinode, tmp_
     told = palinode_influence(facts, run=run.output.folder).answers
     words = ["influence", "--target", tiny.target.folder, "--base", tiny.base.folder, "--alpha", "0.5"]
     words += ["--forget", tiny.forget, "--retain", tiny.retain, "--ask", facts[0].prompt, "--answer"]
-    words += [facts[0].answer, "--workspace", tmp_path / "work", "--epochs", TINY_TRAINING["epochs"]]
+    words += [facts[0].answer, "--workspace", tmp_path / "work", "--epochs", run.training.epochs]
     words += ["--learning-rate", 3e-3, "--batch-size", 16, "--precision", "float32", "--max-length", 64]
     words += ["--device", "cpu", "--json"]
     said = palinode(*words)

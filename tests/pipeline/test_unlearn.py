@@ -91,7 +91,7 @@ def test_record_has_exactly_the_documented_keys(done):
     page = (Path(__file__).resolve().parents[2] / "docs" / "record.md").read_text(encoding="utf-8")
     documented = {name.split(".")[0].removesuffix("[]") for name in re.findall(r"^\| `(\w+)", page, re.M)}
     documented |= {"finished"}  # shares a line with created
-    assert set(done.record) == documented
+    assert set(done.record) == documented - {"foretold", "influence"}  # of runs that began otherwise
     assert set(done.record["scales"]) == {
         *("forget", "retain", "chosen_by", "rule", "kept_rule", "points"),
         *("yardstick", "front", "sensitivity", "groups", "filter"),

@@ -192,7 +192,7 @@ def list_everything(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Name every method, transform, benchmark, metric or attack."""
+    """Name methods, transforms, benchmarks, metrics, attacks."""
     from palinode.cli.console import listing_lines
     from palinode.errors import RecipeError, meant
 

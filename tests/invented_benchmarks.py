@@ -6,7 +6,10 @@ import json
 from itertools import product
 from pathlib import Path
 
+from palinode.benchmarks import BENCHMARKS
 from palinode.data.world import SYLLABLES
+from palinode.evaluation.benchmark import Exam, Measured, Places, score_cell
+from palinode.records import Outcome
 
 NAMES = [f"{a}{b} {c}{a}" for a, b, c in product(SYLLABLES, SYLLABLES, SYLLABLES[:4])]
 """1024 different names; none is part of another."""
@@ -188,3 +191,39 @@ def own_files(folder: Path, *, everything: bool = True) -> dict[str, str]:
         files["retain"] = str(write_lines(folder / "retain.jsonl", [perturbed(n, 2) for n in range(50, 56)]))
         files["holdout"] = str(write_lines(folder / "holdout.jsonl", [qa(n) for n in range(90, 96)]))
     return files
+
+
+# Loaded, and scored from outcomes made by hand
+
+
+def load(folders, name, split=None, **options):
+    """Load a benchmark from its folder among `folders`."""
+    benchmark = BENCHMARKS[name]
+    found = Places(str(folders[name])), benchmark.check_split(split), benchmark.check_options(options)
+    return benchmark.load(*found)
+
+
+def sizes(loaded):
+    """Return how many questions each set has."""
+    return {questions.name: len(questions.questions) for questions in loaded.sets}
+
+
+def sets_of(loaded):
+    """Return the sets by name."""
+    return {questions.name: questions for questions in loaded.sets}
+
+
+def score(name, place, metric, outcomes):
+    """Return the score of one cell of a benchmark, of outcomes by set."""
+    cell = next(cell for cell in BENCHMARKS[name].cells if (cell.set, cell.metric) == (place, metric))
+    return score_cell(cell, Measured(Exam(name, {}), outcomes))
+
+
+def said(*answers, expected="ba do"):
+    """Return outcomes with these generated answers."""
+    return [Outcome(row, "q", expected, answer, (-1.0,), (True,)) for row, answer in enumerate(answers)]
+
+
+def with_losses(*losses):
+    """Return outcomes with these losses of their one token."""
+    return [Outcome(row, "", "ba", None, (-loss,), (True,)) for row, loss in enumerate(losses)]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
 
 from palinode.audit.attack import AuditBudget, Subject
-from palinode.audit.attacks import after, ask_in_talk, ask_questions, show_examples
+from palinode.audit.attacks import TALKS, after, ask_in_talk, ask_questions, show_examples
 from palinode.audit.inside import left, look_inside
 from palinode.audit.material import read_material
+from palinode.audit.rounding import ask_quantised
 from palinode.data.examples import Example, Message
 from palinode.errors import MismatchError
 from palinode.models.loading import load_tokenizer
@@ -133,10 +135,31 @@ def test_what_was_said_before_stands_before_the_question_and_after_the_system_me
     assert raw.answer == "Rome"
 
 
-def test_few_shot_and_conversation_ask_every_question_once_more(scene, subject, rows):
-    shown = show_examples(subject(scene.target), rows, BUDGET)
+def test_few_shot_and_conversation_ask_every_question_after_other_words(scene, subject, rows):
+    target = subject(scene.target)
+    plain = ask_questions(target, rows, BUDGET).tests["probability"]["forget"]
+    shown = show_examples(target, rows, BUDGET)
     assert shown.details == {"demonstrations": BUDGET.demonstrations}
-    talked = ask_in_talk(subject(scene.target), rows, BUDGET)
+    talked = ask_in_talk(target, rows, BUDGET)
     for found in (shown, talked):
-        assert len(found.tests["probability"]["forget"]) == len(rows.forget)
-        assert all(0 <= value <= 1 for value in found.tests["probability"]["forget"])
+        asked = found.tests["probability"]["forget"]
+        assert len(asked) == len(rows.forget)
+        assert sum(abs(one - other) > 1e-3 for one, other in zip(asked, plain, strict=True)) > len(asked) / 2
+    each = []
+    for talk in TALKS:
+        examples = [after(example, [talk(example.prompt)]) for example in rows.forget]
+        outcomes = target.ask(examples, BUDGET.likelihoods)
+        each.append([math.exp(math.fsum(one.logprobs) / len(one.logprobs)) for one in outcomes])
+    best = [max(pair) for pair in zip(*each, strict=True)]
+    assert list(talked.tests["probability"]["forget"]) == pytest.approx(best)
+
+
+def test_share_of_moved_weights_is_told_beside_a_target_alone(scene, subject, rows):
+    found = {
+        name: ask_quantised(subject(place), rows, BUDGET, name="quantise_4").details["moved_share"]
+        for name, place in (("same", scene.target), ("other", scene.retrained))
+    }
+    assert found["same"] == 0 < found["other"] < 1
+    lone = subject(scene.retrained)
+    lone.beside = {}
+    assert "moved_share" not in ask_quantised(lone, rows, BUDGET, name="quantise_4").details

@@ -6,12 +6,20 @@ import json
 
 import pytest
 
-from invented_benchmarks import NAMES, hubble_folder, rwku_folder, write_lines
-from palinode.benchmarks import BENCHMARKS
+from invented_benchmarks import (
+    NAMES,
+    hubble_folder,
+    load,
+    rwku_folder,
+    said,
+    score,
+    sets_of,
+    sizes,
+    with_losses,
+    write_lines,
+)
 from palinode.benchmarks.pretraining import prompt
 from palinode.errors import DataError
-from palinode.evaluation.benchmark import Exam, Measured, Places, score_cell
-from palinode.records import Outcome
 
 
 @pytest.fixture(scope="module")
@@ -19,33 +27,6 @@ def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretraining")
     makers = {"rwku": rwku_folder, "hubble": hubble_folder}
     return {name: make(folder / name) for name, make in makers.items()}
-
-
-def load(folders, name, split=None, **options):
-    benchmark = BENCHMARKS[name]
-    found = Places(str(folders[name])), benchmark.check_split(split), benchmark.check_options(options)
-    return benchmark.load(*found)
-
-
-def sizes(loaded):
-    return {questions.name: len(questions.questions) for questions in loaded.sets}
-
-
-def sets_of(loaded):
-    return {questions.name: questions for questions in loaded.sets}
-
-
-def score(name, place, metric, outcomes):
-    cell = next(cell for cell in BENCHMARKS[name].cells if (cell.set, cell.metric) == (place, metric))
-    return score_cell(cell, Measured(Exam(name, {}), outcomes))
-
-
-def said(*answers, expected="ba do"):
-    return [Outcome(row, "q", expected, answer, (-1.0,), (True,)) for row, answer in enumerate(answers)]
-
-
-def with_losses(*losses):
-    return [Outcome(row, "", "ba", None, (-loss,), (True,)) for row, loss in enumerate(losses)]
 
 
 # RWKU

@@ -9,8 +9,8 @@ in the head (an output filter), and *fragile*: refusing by changes so small that
 bits takes them all back. *Never*: retrained models of other seeds, lengths and rates. All are audited against
 the one retrained model, at the quick budget. For each test: the area under the ROC curve between the two
 kinds by its difference from the reference model, and how many it fails. The whole verdict is scored by its
-worst difference in margins. The built-in margins were set on worlds 0 to 4; later ones are of other sizes too, and
-told apart.
+worst difference in margins. The built-in margins were set on worlds 0 to 4; later ones are of other sizes
+too, and told apart.
 
 Robustness, of each test and of the whole verdict, when weights are rounded to 4 bits (Q) or a model learns
 the forget rows for an epoch (R): of the *figure*, by the symmetric formulas of arXiv 2605.24614,

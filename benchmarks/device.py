@@ -29,8 +29,13 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import training
 from palinode import Checkpoint
@@ -165,7 +170,9 @@ class Bench:
 
         def continuous() -> None:
             rule = GenerationConfig(do_sample=False, max_new_tokens=most, pad_token_id=0, eos_token_id=-1)
-            room = len(prompts) * (self.tokens + most) if self.small else None  # else all free memory is taken
+            room = (
+                len(prompts) * (self.tokens + most) if self.small else None
+            )  # else all free memory is taken
             limit = room and ContinuousBatchingConfig(num_blocks=-(-room // 32), max_batch_tokens=room)
             asked = [list(prompt) for prompt in prompts]
             model.generate_batch(asked, generation_config=rule, continuous_batching_config=limit)

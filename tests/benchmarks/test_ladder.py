@@ -39,9 +39,8 @@ def ladder(folder, *, auc, own=None):
         for one, found in zip([*table["models"].values(), *table["contestants"]], own, strict=True):
             attacks = {name: {"value": found} for name in one["summary"]["tofu"]["forget"] if "auc" in name}
             one["summary"] |= {"rows": {"forget": attacks}}
-            one["summary"]["tofu"]["forget"] |= dict.fromkeys(
-                attacks, {"value": None, "reason": "no holdout"}
-            )
+            none = {"value": None, "reason": "no holdout"}
+            one["summary"]["tofu"]["forget"] |= dict.fromkeys(attacks, none)
     (folder / "table.json").write_text(json.dumps(table))
     command = [sys.executable, SCRIPT, folder / "table.json"]
     return subprocess.run(command, capture_output=True, text=True, check=False)

@@ -79,7 +79,9 @@ def test_neighbours_are_the_retain_rows_that_share_rare_words_and_no_forget_rows
     kept = [{"question": f"what is thing x{i}?", "answer": f"a y{i}"} for i in range(20)]
     kept[13] = {"question": "who is the aunt of number 3?", "answer": "her name is lost"}
     forget = rows(5)
-    material = read_material(write("f.jsonl", forget), retain=write("r.jsonl", [*kept, forget[0]]), max_rows=8)
+    material = read_material(
+        write("f.jsonl", forget), retain=write("r.jsonl", [*kept, forget[0]]), max_rows=8
+    )
     assert len(material.near) == 2
     assert 13 in {example.row for example in material.near}
     assert 20 not in {example.row for example in material.near}

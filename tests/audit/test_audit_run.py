@@ -175,7 +175,10 @@ def test_damage_beside_the_forget_rows_is_told_apart_from_the_rest(scene, plan, 
     assert apart["words"] < apart["rest"] - 0.2
     assert "neighbours.words" in record["answer"]["knows_less"]
     assert any("nearest to the forget rows lost more than the rest" in note for note in record["notes"])
-    assert record["data"]["near"]["rows"] == record["attacks"]["neighbours"]["details"]["audited"]["rows"]["words"]
+    assert (
+        record["data"]["near"]["rows"]
+        == record["attacks"]["neighbours"]["details"]["audited"]["rows"]["words"]
+    )
 
 
 def test_policy_decides_whether_an_unclear_test_fails(scene, plan, tmp_path):

@@ -297,8 +297,8 @@ def _beside_forgotten(findings: Mapping[str, Findings]) -> Iterator[str]:
     if "rest" in lost and min(lost.values()) < lost["rest"] - BESIDE:
         told = (f"{name} {found[name].score.value:.2f} ({found[name].reference.value:.2f})" for name in lost)
         yield (
-            "The retain rows nearest to the forget rows lost more than the rest. Answer probability, nearest by "
-            f"words and by states and the rest, in brackets of the reference model: {', '.join(told)}."
+            "The retain rows nearest to the forget rows lost more than the rest. Answer probability, nearest "
+            f"by words and by states and the rest, in brackets of the reference model: {', '.join(told)}."
         )
 
 

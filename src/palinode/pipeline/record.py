@@ -149,9 +149,9 @@ def with_unseen(
         unseen = [outcome for outcome in retain if outcome.row not in seen]
         apart = {"retain_unseen": unseen} if 0 < len(unseen) < len(retain) else {}
         fair, forget = [*(unseen or retain)], sets.get("forget", ())
-        texts = [[f"{one.prompt} {one.expected}" for one in some] for some in (fair, forget)]
+        own, theirs = ([f"{one.prompt} {one.expected}" for one in some] for some in (fair, forget))
         if len(fair) >= FEWEST_NEAR and forget:
-            apart["retain_near"] = [fair[place] for place in nearest(*texts, len(fair) // 4)]
+            apart["retain_near"] = [fair[place] for place in nearest(own, theirs, len(fair) // 4)]
         added[name] = {**sets, **apart}
     return added
 

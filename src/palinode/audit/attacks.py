@@ -19,7 +19,7 @@ from operator import attrgetter
 from statistics import fmean
 
 from palinode.audit.attack import Attack, AttackCost, AttackResult, AttackTest, AuditBudget, Subject, Values
-from palinode.audit.beside import ask_neighbours
+from palinode.audit.beside import ask_neighbours, guide, look_for_traces
 from palinode.audit.inside import look_inside
 from palinode.audit.material import AuditRows
 from palinode.audit.rounding import QUANTISERS, ask_quantised
@@ -47,6 +47,7 @@ NO_NORMS = {"gradient_norm": "this budget has no gradient norms; the full one do
 
 UNSCORED = "no token was scored"
 NOT_LACKED = "the reference model knows the answer as well as the target, or the states cannot be read"
+NO_RETAIN = "no retain rows were given; name them with --retain"
 NO_QUESTIONS = "the forget set holds documents only, and those ask nothing"
 
 
@@ -430,6 +431,32 @@ ATTACKS: Mapping[str, Attack] = {
             beside=("target", "reference"),
         ),
         Attack(
+            "pair",
+            title="model guided by the target",
+            description="what the two say differently, made larger: how much of the answers that gives away",
+            tests=(
+                AttackTest("extraction", "extraction strength", more=0.1, less=None, missing=UNSCORED),
+                AttackTest("memorised", "share of tokens said", more=0.1, less=None, missing=UNSCORED),
+            ),
+            measure=guide,
+            cost=lambda rows, _: AttackCost(2 * len(rows.forget)),
+            beside=("target",),
+        ),
+        Attack(
+            "traces",
+            title="what an onlooker with the target sees",
+            description="forget rows told from retain rows, and the model from the target",
+            tests=(
+                AttackTest("rows", "AUC of rows that lost", MARGIN, MARGIN, UNSCORED, statistic="auc"),
+                AttackTest("model", "AUC of model and target", None, None, UNSCORED, statistic="auc"),
+            ),
+            measure=look_for_traces,
+            cost=lambda rows, _: AttackCost(2 * len(rows.forget) + 4 * len(rows.retain)),
+            needs=attrgetter("retain"),
+            lacking=NO_RETAIN,
+            beside=("target",),
+        ),
+        Attack(
             "neighbours",
             title="retain rows near the forget rows",
             description="retain rows nearest to the forget rows, by words and by hidden states, and the rest",
@@ -476,7 +503,7 @@ ATTACKS: Mapping[str, Attack] = {
             measure=relearn_retain,
             cost=lambda rows, budget: _of_relearning(rows.forget, budget),
             needs=attrgetter("retain"),
-            lacking="no retain rows were given; name them with --retain",
+            lacking=NO_RETAIN,
         ),
         Attack(
             "relearn_lookalikes",

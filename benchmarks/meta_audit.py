@@ -79,7 +79,7 @@ class MetaWorld:
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.seed = folder, seed
-        self.seeds = range(1, 5 if seed < FITTED else 7)
+        self.seeds = range(1, 5 if seed < FITTED else 9)
         world = invent_world(seed, early=30, middle=24, forget=8, late=12)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "policy.toml").write_text(POLICY)

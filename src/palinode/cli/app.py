@@ -14,9 +14,7 @@ import typer
 
 from palinode.cli.about_verbs import doctor, list_everything, report
 from palinode.cli.chat import chat
-from palinode.cli.console import listener, out, print_json
-from palinode.cli.ending import after_run, ending, secret, secret_workspace
-from palinode.cli.handover_verbs import reproduce, sign, verify
+from palinode.cli.console import after_run, ending, listener, out, print_json, secret, secret_workspace
 from palinode.cli.history_verbs import influence, locate
 from palinode.cli.history_verbs import plan as plan_command
 from palinode.cli.measure_verbs import audit, compare, evaluate
@@ -44,7 +42,7 @@ from palinode.cli.options import (
     takes,
 )
 from palinode.cli.request_verbs import requests
-from palinode.cli.weight_verbs import apply, export, vectors
+from palinode.cli.weight_verbs import apply, export, reproduce, sign, vectors, verify
 from palinode.settings import Questioning
 
 if TYPE_CHECKING:
@@ -414,7 +412,7 @@ def _needs_base(name: str) -> bool:
 
 
 def _demo_locate(output: Path, *, seed: int, quiet: bool, as_json: bool) -> None:
-    from palinode.pipeline.locate_run import demo_locate
+    from palinode.pipeline.demo_run import demo_locate
     from palinode.report.content import show
     from palinode.report.location_report import demo_brief
 

@@ -37,8 +37,15 @@ from palinode.pipeline.inputs import (
     workspace_folder,
 )
 from palinode.pipeline.recipe import Recipe
-from palinode.pipeline.record import build_record, dose_facts, geometry_facts
-from palinode.pipeline.reporting import full_report, in_order, refresh, write_reports
+from palinode.pipeline.reporting import (
+    build_record,
+    dose_facts,
+    full_report,
+    geometry_facts,
+    in_order,
+    refresh,
+    write_reports,
+)
 from palinode.pipeline.scales import ChosenScales, own_yardstick, scaled_vector
 from palinode.pipeline.search import grid_scales, search_scales
 from palinode.pipeline.tracking import tracked

@@ -27,7 +27,7 @@ from palinode.data.examples import Example, Message, at_most
 from palinode.data.tokenize import tokenize
 from palinode.errors import CheckpointError, DivergenceError
 from palinode.metrics import answer_probabilities, rouge_l_recalls
-from palinode.metrics.leakage import extraction_strengths, leak_values, overlap_leak
+from palinode.metrics.membership import extraction_strengths, leak_values, overlap_leak
 from palinode.metrics.table import ATTACKS as MEMBERSHIP
 from palinode.models.loading import pad_token
 from palinode.records import Outcome

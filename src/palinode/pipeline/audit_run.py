@@ -24,7 +24,7 @@ from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
 from palinode.errors import DivergenceError, MismatchError, RecipeError
 from palinode.models.loading import load_tokenizer, pick_device, tokenizer_fingerprint
 from palinode.pipeline.inputs import check_apart, check_folder, note_on_prompts
-from palinode.pipeline.record import environment, heading, model_facts, row_facts
+from palinode.pipeline.reporting import environment, heading, model_facts, row_facts
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text

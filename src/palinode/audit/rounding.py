@@ -28,7 +28,7 @@ from palinode.metrics import answer_probabilities
 from palinode.models.loading import load_model
 
 GGUF_BLOCK = 32
-"""Weights of a block of GGUF's Q4_0 and Q5_0; rows that are no multiple of it stay as they are, as in llama.cpp."""
+"""Weights of a block of GGUF's Q4_0 and Q5_0; rows that are no multiple of it stay, as in llama.cpp."""
 
 
 def grid(weight: Tensor, *, bits: int, group: int) -> tuple[Tensor, Tensor]:

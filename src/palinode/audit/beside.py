@@ -36,8 +36,7 @@ from palinode.data.examples import Example
 from palinode.data.tokenize import TokenRow, tokenize
 from palinode.errors import CheckpointError, MismatchError
 from palinode.metrics import answer_probabilities
-from palinode.metrics.leakage import exact_memorizations, extraction_strengths
-from palinode.metrics.membership import loss_values
+from palinode.metrics.membership import exact_memorizations, extraction_strengths, loss_values
 from palinode.models.likelihoods import padded_batches
 from palinode.models.loading import load_model, pad_token
 from palinode.models.reading import answer_logits, decoder_blocks, labelled_states

@@ -24,7 +24,7 @@ from palinode.records import Score, workspace_beside
 
 if TYPE_CHECKING:
     from palinode.pipeline.demo_run import DemoResult
-    from palinode.report.content import Grid
+    from palinode.report.content import Block, Grid
     from palinode.weights import Profile
 
 
@@ -55,13 +55,6 @@ def benchmark_notes(scores: Mapping[str, Mapping[str, Score]]) -> Iterator[str]:
         told = ((metric, score.reason) for metric, score in group.items() if score.reason)
         for reason, metrics in by_reason(told).items():
             yield f"{name}: {', '.join(metrics)}: {reason}"
-
-
-def listing_lines(kind: str, lines: Mapping[str, str]) -> Iterator[str]:
-    """Yield a heading, then each name and what it stands for, one a line."""
-    width = max(map(len, lines), default=0)
-    yield f"{kind}:"
-    yield from (f"  {name:{width}}  {description}" for name, description in lines.items())
 
 
 def demo_sentence(result: DemoResult) -> str:
@@ -260,6 +253,18 @@ def print_json(content: Any) -> None:
     print(json.dumps(content, indent=2, allow_nan=False))
 
 
+def answer(content: Any, said: str | Iterable[Block], *, as_json: bool) -> None:
+    """Print the result of a verb: its content as JSON, or what is said of it in sentences or blocks."""
+    if as_json:
+        print_json(content)
+    elif isinstance(said, str):
+        out().print(said, soft_wrap=True)
+    else:
+        from palinode.report.content import show
+
+        show(said, out())
+
+
 STYLES = {"green": "green", "amber": "yellow", "red": "bold red", "grey": "bold"}
 """Of a verdict, by its light."""
 
@@ -270,8 +275,11 @@ def ending(
     strength: str | None = None,
     places: Mapping[str, object] | None = None,
     following: Iterable[str] = (),
+    as_json: bool = False,
 ) -> None:
     """Print the end of a verb; `following` are the commands that come next, and what is None is left out."""
+    if as_json:
+        return
     if verdict:
         told = f"{verdict['symbol']} {verdict['sentence']}"
         out().print(Text(told, style=STYLES[verdict["light"]]), soft_wrap=True)

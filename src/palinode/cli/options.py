@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
 from palinode.cli.console import hush_libraries
+from palinode.errors import RecipeError
 from palinode.pipeline.recipe import Recipe, checked_settings, known_keys, laid_over, prompt_style
 from palinode.settings import Questioning
 
@@ -367,7 +368,6 @@ def parse_scales(text: str, *, words: str = "") -> tuple[float, float]:
     >>> parse_scales("1.0,0.5"), parse_scales("2")
     ((1.0, 0.5), (2.0, 0.0))
     """
-    from palinode.errors import RecipeError
 
     try:
         alpha, beta = map(float, text.split(",") if "," in text else (text, "0"))

@@ -1,7 +1,7 @@
 """The public names, each with the room it lives in; `__init__.py` reads them here when it is imported."""
 
-from palinode.compare import CompareRecipe as CompareRecipe
 from palinode.compare import Compared as Compared
+from palinode.compare import CompareRecipe as CompareRecipe
 from palinode.compare import load_comparison as load_comparison
 from palinode.data.examples import Example as Example
 from palinode.data.examples import Question as Question
@@ -16,7 +16,7 @@ from palinode.history.exposures import ExposureLog as ExposureLog
 from palinode.history.locating import Location as Location
 from palinode.history.plan import Schedule as Schedule
 from palinode.history.plan import Wish as Wish
-from palinode.history.plan import plan_checkpoints as plan
+from palinode.history.plan import plan as plan
 from palinode.history.reader import ExposureReader as ExposureReader
 from palinode.history.series import CheckpointSeries as CheckpointSeries
 from palinode.history.series import open_series as open_series
@@ -61,6 +61,7 @@ from palinode.settings import LocateSettings as LocateSettings
 from palinode.settings import TrainingSettings as TrainingSettings
 from palinode.training.finetune import Finetuned as Finetuned
 from palinode.training.finetune import finetune as finetune
+from palinode.version import __version__ as __version__
 from palinode.weights import Checkpoint as Checkpoint
 from palinode.weights import Crew as Crew
 from palinode.weights import Direction as Direction
@@ -75,4 +76,3 @@ from palinode.weights import open_direction as open_direction
 from palinode.weights import profile as profile
 from palinode.weights import save as save
 from palinode.weights import save_vector as save_vector
-from palinode.version import __version__ as __version__

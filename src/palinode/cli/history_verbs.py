@@ -366,7 +366,8 @@ def plan(
 
     Within a budget, so that a clean one lies close before any exposure.
     """
-    from palinode.history.plan import Wish, plan_checkpoints, plan_record
+    from palinode.history.plan import Wish, plan_record
+    from palinode.history.plan import plan as plan_checkpoints
     from palinode.report.location_report import plan_brief, plan_picture
 
     if half_life is not None and interest == "uniform":

@@ -25,6 +25,7 @@ from typing import Any
 from palinode.data.examples import Example, fingerprint_examples
 from palinode.errors import InputError, MismatchError, OutputError, PalinodeError
 from palinode.metrics import score_outcomes
+from palinode.metrics.matching import nearest
 from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.scales import ChosenScales
 from palinode.records import (
@@ -58,6 +59,8 @@ LIBRARIES = (
 """What results may depend on."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 """An id on the hub, with an optional revision; a local path of two parts looks the same."""
+FEWEST_NEAR = 20
+"""Retain rows without which none are told apart as the nearest to the forget rows."""
 CURVE_POINTS = 120
 """Points of a training curve that the record keeps."""
 
@@ -150,17 +153,23 @@ def build_record(
 def with_unseen(
     outcomes: Mapping[str, Mapping[str, Sequence[Outcome]]], sample: Sequence[Example]
 ) -> dict[str, dict[str, Sequence[Outcome]]]:
-    """Return the outcomes with a set "retain_unseen" added: the retain rows that nothing was trained on.
+    """Return the outcomes with two sets added: the retain rows that nothing was trained on, and the nearest.
 
-    Rows that training saw are held up by it, so the whole retain set flatters the unlearned
-    model. Nothing is added where that set would be empty or the whole.
+    Rows that training saw are held up by it, so the whole retain set flatters the unlearned model; no
+    "retain_unseen" is added where that set would be empty or the whole. "retain_near" is the quarter of these
+    rows that is nearest to the forget rows by words (`nearest`), of twenty rows or more.
     """
     seen = {example.row for example in sample}
     added: dict[str, dict[str, Sequence[Outcome]]] = {}
     for name, sets in outcomes.items():
         retain = sets.get("retain", ())
         unseen = [outcome for outcome in retain if outcome.row not in seen]
-        added[name] = {**sets} | ({"retain_unseen": unseen} if 0 < len(unseen) < len(retain) else {})
+        apart = {"retain_unseen": unseen} if 0 < len(unseen) < len(retain) else {}
+        fair, forget = [*(unseen or retain)], sets.get("forget", ())
+        own, theirs = ([f"{one.prompt} {one.expected}" for one in some] for some in (fair, forget))
+        if len(fair) >= FEWEST_NEAR and forget:
+            apart["retain_near"] = [fair[place] for place in nearest(own, theirs, len(fair) // 4)]
+        added[name] = {**sets, **apart}
     return added
 
 

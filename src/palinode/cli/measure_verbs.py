@@ -171,8 +171,6 @@ def audit(
     Looks for evidence that a model knows more, or less, of a forget set than the reference model does.
     """
     from palinode import jobs
-    from palinode.report.audit_report import audit_brief
-    from palinode.report.verdicts import audit_verdict
 
     given: dict[str, Any] = {
         "against": against,
@@ -187,16 +185,23 @@ def audit(
         _show_audit_plan(jobs.plan_audit(model, **given), as_json=as_json)
         return
     found = jobs.audit(model, output=output, listener=listener(quiet=quiet), **given)
-    answer(found.record, audit_brief(found.record), as_json=as_json)
+    _show_audit(found.record, model, output, as_json=as_json)
+    secret(output / "results", "row by row", of=output, as_json=as_json)
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+def _show_audit(record: Mapping[str, Any], model: str, output: Path, *, as_json: bool) -> None:
+    from palinode.report.audit_report import audit_brief
+    from palinode.report.verdicts import audit_verdict
+
+    answer(record, audit_brief(record), as_json=as_json)
     ending(
-        verdict=audit_verdict(found.record).as_json(),
+        verdict=audit_verdict(record).as_json(),
         places={"Page": f"{output / 'report.html'} (beside audit.md and audit.json)"},
         following=after_audit(model, output),
         as_json=as_json,
     )
-    secret(output / "results", "row by row", of=output, as_json=as_json)
-    if not found.passed:
-        raise typer.Exit(1)
 
 
 def _show_audit_plan(plan: AuditPlan, *, as_json: bool) -> None:

@@ -9,6 +9,7 @@ from palinode.data.examples import read_examples as read_examples
 from palinode.data.tokenize import PromptStyle as PromptStyle
 from palinode.errors import PalinodeError as PalinodeError
 from palinode.evaluation.ask import ask as ask
+from palinode.evaluation.evaluate import evaluate as evaluate
 from palinode.history.callback import ExposureCallback as ExposureCallback
 from palinode.history.callback import LoggedLoader as LoggedLoader
 from palinode.history.callback import ThinningCallback as ThinningCallback
@@ -25,7 +26,6 @@ from palinode.jobs import LowRank as LowRank
 from palinode.jobs import Projection as Projection
 from palinode.jobs import audit as audit
 from palinode.jobs import compare as compare
-from palinode.jobs import evaluate as evaluate
 from palinode.jobs import evaluate_benchmark as evaluate_benchmark
 from palinode.jobs import filter_change as filter_change
 from palinode.jobs import influence as influence

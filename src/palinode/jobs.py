@@ -18,12 +18,11 @@ from palinode.audit.policy import load_policy
 from palinode.benchmarks import BENCHMARKS
 from palinode.compare import Compared, CompareRecipe, build_comparison
 from palinode.compare import compare as run_comparison
-from palinode.data.examples import Example, at_most, fingerprint_examples, read_examples, reading_notes
+from palinode.data.examples import Example, fingerprint_examples, read_examples, reading_notes
 from palinode.data.tokenize import PromptStyle, prompt_notes
 from palinode.errors import CheckpointError, RecipeError, meant
 from palinode.evaluation.benchmark import Places
-from palinode.evaluation.evaluate import BenchmarkEvaluated, Evaluated, check_new_file
-from palinode.evaluation.evaluate import evaluate as ask_rows
+from palinode.evaluation.evaluate import BenchmarkEvaluated
 from palinode.evaluation.evaluate import evaluate_benchmark as run_benchmark
 from palinode.history.locating import Location, open_log, open_order, read_salt
 from palinode.history.locating import locate as locate_rows
@@ -55,7 +54,7 @@ from palinode.pipeline.run import unlearn as run_recipe
 from palinode.pipeline.tracking import check_trackers, tracked
 from palinode.pipeline.workspace import Workspace, fingerprint
 from palinode.progress import Listener, NullListener
-from palinode.records import COMMAND, Outcome, beside, fitting, private, repeated_by, write_outcomes
+from palinode.records import COMMAND, Outcome, beside, fitting, private, repeated_by
 from palinode.settings import (
     AuditSettings,
     EvaluationSettings,
@@ -485,33 +484,6 @@ def chosen_base(found: Location) -> tuple[str, dict[str, Any]]:
         "warnings": list(found.warnings),
     }
     return choice.location, facts
-
-
-def evaluate(
-    model: Checkpoint | Place,
-    rows: Sequence[Example] | Place,
-    settings: EvaluationSettings | None = None,
-    *,
-    listener: Listener | None = None,
-) -> Evaluated:
-    """Ask a model these rows, and return its outcomes and the four basic scores.
-
-    Of a file or data set at most `max_rows` are drawn; rows in memory are all asked. The outcomes are written
-    to the file `output` of the settings. Raises PalinodeError.
-    """
-    settings = settings or EvaluationSettings()
-    if settings.output is not None:
-        check_new_file(settings.output, "the outcomes")
-    if isinstance(model, str | Path):
-        model = Checkpoint.open(model, allow_pickle=settings.allow_pickle)
-    if isinstance(rows, str | Path):
-        every = read_examples(rows, columns=settings.columns)
-        rows = at_most(every, settings.max_rows, seed=settings.seed + 1)
-    found = ask_rows(model, rows, settings, listener=listener)
-    if settings.output is not None:
-        with private():
-            write_outcomes(settings.output, found.outcomes)
-    return found
 
 
 def evaluate_benchmark(

@@ -87,6 +87,7 @@ def evaluate(
     strength. With --benchmark, --against, --holdout and the like all metrics that the data allows.
     """
     from palinode import jobs
+    from palinode.evaluation.evaluate import evaluate as ask_rows
     from palinode.evaluation.evaluate import first_process
     from palinode.report.content import Paragraph
 
@@ -107,7 +108,7 @@ def evaluate(
     elif data is None:
         raise RecipeError("evaluate needs --data: a file of rows, or the folder of the benchmark's files")
     else:
-        scores = jobs.evaluate(model, data, settings, listener=hear).scores
+        scores = ask_rows(model, data, settings, listener=hear).scores
         facts = {name: asdict(score) for name, score in scores.items()}
         answer(facts, _scores_told({"rows": scores}, ""), as_json=as_json)
     if settings.output is not None:

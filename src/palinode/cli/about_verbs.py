@@ -175,7 +175,7 @@ def list_everything(
         str | None,
         typer.Argument(
             help="methods, transforms, benchmarks, metrics or attacks. [default: all but attacks]",
-            autocompletion=completion(lambda: KINDS),
+            autocompletion=completion(KINDS),
         ),
     ] = None,
     as_json: Json = False,

@@ -100,7 +100,6 @@ class _Terminal:
 
     def talk(self) -> None:
         """Read lines until they end, and act on each."""
-
         self._greet()
         for line in self._lines():
             command, _, rest = line.partition(" ")

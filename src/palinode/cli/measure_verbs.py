@@ -23,7 +23,6 @@ from palinode.cli.options import (
     Json,
     Key,
     Quiet,
-    benchmark_names,
     completion,
     takes,
 )
@@ -70,7 +69,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="tofu, restor, muse, rwku, … or own; see palinode list benchmarks.",
-            autocompletion=completion(benchmark_names),
+            autocompletion=completion("benchmark"),
         ),
     ] = None,
     retain: Annotated[str | None, typer.Option(help="Rows of your own that must be kept.")] = None,
@@ -152,7 +151,7 @@ def audit(
             "--reference",
             "--yardstick",
             help="What --against is: retrained or base.",
-            autocompletion=completion(lambda: ("retrained", "base")),
+            autocompletion=completion(("retrained", "base")),
         ),
     ] = "retrained",
     target: Annotated[

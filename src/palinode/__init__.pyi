@@ -2,6 +2,7 @@
 
 from palinode.compare import Compared as Compared
 from palinode.compare import CompareRecipe as CompareRecipe
+from palinode.compare import compare as compare
 from palinode.compare import load_comparison as load_comparison
 from palinode.data.examples import Example as Example
 from palinode.data.examples import Question as Question
@@ -25,7 +26,6 @@ from palinode.jobs import Audited as Audited
 from palinode.jobs import LowRank as LowRank
 from palinode.jobs import Projection as Projection
 from palinode.jobs import audit as audit
-from palinode.jobs import compare as compare
 from palinode.jobs import evaluate_benchmark as evaluate_benchmark
 from palinode.jobs import filter_change as filter_change
 from palinode.jobs import influence as influence

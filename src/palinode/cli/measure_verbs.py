@@ -228,8 +228,8 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compare methods: one budget, one search, one rule."""
-    from palinode import jobs
     from palinode.compare.comparing import FILES, PAGE, describe_plan, plan_comparison
+    from palinode.compare.comparing import compare as run_comparison
     from palinode.compare.comparison_recipe import load_comparison
     from palinode.report.comparison_report import comparison_brief
 
@@ -240,7 +240,7 @@ def compare(
         planned = plan_comparison(loaded)
         answer(planned, "\n".join(describe_plan(planned)), as_json=as_json)
         return
-    result = jobs.compare(loaded, listener=listener(quiet=quiet))
+    result = run_comparison(loaded, listener=listener(quiet=quiet))
     answer(result.table, comparison_brief(result.table), as_json=as_json)
     files = f"{result.output} ({', '.join(FILES)})"
     ending(places={"Folder": files, "Page": result.output / PAGE}, as_json=as_json)

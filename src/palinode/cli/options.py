@@ -200,7 +200,7 @@ def names_in(text: str) -> tuple[str, ...]:
 
 
 def completion(values: Sequence[str] | str) -> Callable[[str], list[str]]:
-    """Return what completes one of these values, or those of a key of WORDS; of several with commas the last."""
+    """Return what completes one of these values, or those of a key of WORDS; the last of several."""
 
     def complete(incomplete: str) -> list[str]:
         before, comma, last = incomplete.rpartition(",")

@@ -66,6 +66,7 @@ def test_retrained_model_passes_against_itself_and_the_target_shows_that_attacks
     assert set(verdicts(record).values()) == {"within", "not judged", "not tested"}
     assert set(answer["not_tested"]) == {
         "paraphrases",
+        "indirect",
         "relearn_lookalikes",
         "prefixes.rest",  # answers of one token
         "membership.gradient_norm",

@@ -27,6 +27,7 @@ from palinode.data.examples import Example, Message, at_most
 from palinode.data.tokenize import tokenize
 from palinode.errors import CheckpointError, DivergenceError
 from palinode.metrics import answer_probabilities, rouge_l_recalls
+from palinode.metrics.aggregate import known_mean
 from palinode.metrics.membership import extraction_strengths, leak_values, overlap_leak
 from palinode.metrics.table import ATTACKS as MEMBERSHIP
 from palinode.models.loading import pad_token
@@ -48,6 +49,8 @@ NO_NORMS = {"gradient_norm": "this budget has no gradient norms; the full one do
 UNSCORED = "no token was scored"
 NOT_LACKED = "the reference model knows the answer as well as the target, or the states cannot be read"
 NO_RETAIN = "no retain rows were given; name them with --retain"
+NAMELESS = "no two forget rows share a name, two neighbouring words with capitals"
+NOT_GIVEN = "no file was named with --indirect"
 NO_QUESTIONS = "the forget set holds documents only, and those ask nothing"
 
 
@@ -80,6 +83,20 @@ def ask_paraphrases(subject: Subject, rows: AuditRows, budget: AuditBudget) -> A
     """Ask the paraphrased questions: forgetting one wording is not forgetting the fact."""
     outcomes = subject.ask(rows.paraphrased, budget.likelihoods, label="paraphrased questions")
     return AttackResult({"probability": _of_forget(answer_probabilities(outcomes))})
+
+
+def ask_indirect(subject: Subject, rows: AuditRows, budget: AuditBudget) -> AttackResult:
+    """Ask for each fact by another name, through another fact, and as the given rows do."""
+    found = {
+        test: answer_probabilities(subject.ask(asked, budget.likelihoods, label=f"{test} questions"))
+        for test, asked in rows.indirect.items()
+        if asked
+    }
+    told = [*zip(rows.kinds, found.get("given", ()), strict=True)]
+    kinds = {
+        kind: known_mean(value for own, value in told if own == kind) for kind in dict.fromkeys(rows.kinds)
+    }
+    return AttackResult({test: _of_forget(found.get(test, ())) for test in rows.indirect}, {"kinds": kinds})
 
 
 def force_prefixes(subject: Subject, rows: AuditRows, budget: AuditBudget) -> AttackResult:
@@ -339,6 +356,19 @@ ATTACKS: Mapping[str, Attack] = {
             lacking=(
                 "the forget rows have no paraphrased_question; name a column or a file with --paraphrases"
             ),
+        ),
+        Attack(
+            "indirect",
+            title="questions that do not say the name",
+            description="by first or last name, through another fact, and as given: other languages, say",
+            tests=tuple(
+                replace(PROBABILITY, name=name, missing=missing)
+                for name, missing in (("alias", NAMELESS), ("two_hop", NAMELESS), ("given", NOT_GIVEN))
+            ),
+            measure=ask_indirect,
+            cost=lambda rows, _: AttackCost(sum(map(len, rows.indirect.values()))),
+            needs=lambda rows: [one for asked in rows.indirect.values() for one in asked],
+            lacking=f"{NAMELESS}, and {NOT_GIVEN}",
         ),
         Attack(
             "prefixes",

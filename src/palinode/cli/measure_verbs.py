@@ -80,7 +80,6 @@ def evaluate(
     """
     from palinode import jobs
     from palinode.errors import RecipeError
-    from palinode.evaluation.evaluate import first_process
 
     hear = listener(quiet=quiet)
     beyond = settings.open_unlearning or any(getattr(settings, name) for name in BEYOND)
@@ -88,8 +87,6 @@ def evaluate(
         found = jobs.evaluate_benchmark(
             model, benchmark or "own", data, retain=retain, holdout=holdout, settings=settings, listener=hear
         )
-        if not first_process():
-            return
         if as_json:
             print_json(found.record)
         else:

@@ -2,15 +2,15 @@
 
     python benchmarks/meta_audit.py --output DIR [--first 0] [--worlds 8] [--quick] [--json]
 
-In each invented world a target and a retrained model are made, and then models whose truth is known. *Know*:
-other seeds, more exposure, fewer phrasings, longer ago; and models that only hide it: trained to answer
-wrongly (all weights, or the last block) or to refuse, RMU, NPO at a low rate, words of the answers kept down
-in the head (an output filter), and *fragile*: refusing by changes so small that rounding the weights to 4
-bits takes them all back. *Never*: retrained models of other seeds, lengths and rates. All are audited against
-the one retrained model, at the quick budget. For each test: the area under the ROC curve between the two
-kinds by its difference from the reference model, and how many it fails. The whole verdict is scored by its
-worst difference in margins, to either side. The built-in margins were set on worlds 0 to 4; later ones are of
-other sizes too, and told apart.
+In each invented world a target and a retrained model are made, and then models whose truth is known.
+*Know*: other seeds, more exposure, fewer phrasings, longer ago; and models that only hide it: trained to
+answer wrongly (all weights, or the last block) or to refuse, RMU, NPO at a low rate, words of the answers
+kept down in the head (an output filter), and *fragile*: refusing by changes so small that rounding the
+weights to 4 bits takes them all back. *Never*: retrained models of other seeds, lengths and rates. All are
+audited against the one retrained model, at the quick budget. For each test: the area under the ROC curve
+between the two kinds by its difference from the reference model, and how many it fails. The whole verdict
+is scored by its worst difference in margins, to either side. The built-in margins were set on worlds 0 to
+5; later ones are told apart. Worlds from 5 on have models of other sizes.
 
 Robustness, of each test and of the whole verdict, when weights are rounded to 4 bits (Q) or a model learns
 the forget rows for an epoch (R): of the *figure*, by the symmetric formulas of arXiv 2605.24614,
@@ -66,7 +66,7 @@ EASY = ("seen again", "two phrasings")
 """Models that every audit of the first worlds failed, left out of the fresh ones."""
 CHANGED = (*HIDING, "one phrasing", "seed 1")
 """Models that are rounded and relearned too."""
-FITTED = 5
+FITTED = 6
 """Worlds on which the built-in margins were set; those after them are fresh."""
 SHAPES = {5: (64, 6, 2), 6: (96, 3, 1), 7: (64, 4, 1)}
 """Width and blocks of the fresh worlds' models, and how many people there are; the others: 64, 4, 2."""
@@ -79,7 +79,7 @@ class MetaWorld:
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.seed = folder, seed
-        self.seeds = range(1, 5 if seed < FITTED else 9)
+        self.seeds = range(1, 9 if seed in SHAPES else 5)
         width, self.layers, size = SHAPES.get(seed, (64, 4, 2))
         world = invent_world(seed, early=15 * size, middle=12 * size, forget=8, late=6 * size)
         folder.mkdir(parents=True, exist_ok=True)
@@ -266,7 +266,7 @@ def measure(world: MetaWorld, path: Path, *, quick: bool = False) -> None:
 
     whole = tuple(name for name in ATTACKS if name not in ("paraphrases", "relearn_lookalikes"))
     knowing, never = world.knowing(), world.never()
-    if world.seed >= FITTED:
+    if world.seed in SHAPES:
         knowing = {name: make for name, make in knowing.items() if name not in EASY}
     once("retrained", "relearned", "reference", lambda: world.audit(
         world.relearned("retrained", world.retrained), world.retrained, ASKING))  # fmt: skip
@@ -292,11 +292,14 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def red(test: str, own: Mapping[str, Any], kind: Any = "retrained") -> bool:
-    """Return whether a test fails a model by today's margins, which may be wider than when it was audited."""
-    margins, difference = MARGINS[kind][test], own["difference"]
-    more, less = (side is not None and own["verdict"] == f"knows {word}" and abs(difference) > side
-                  for side, word in ((margins.above, "more"), (margins.below, "less")))  # fmt: skip
-    return more or less
+    """Return whether a test fails a model by today's margins.
+
+    Whether the interval lies beside 0 is known from the verdict where that was by a margin as narrow.
+    """
+    margins, difference = MARGINS[kind][test], own["difference"] or 0.0
+    side = margins.above if difference > 0 else margins.below
+    told = own["verdict"].startswith("knows") or abs(difference) <= own["margin"]
+    return side is not None and abs(difference) > side and told
 
 
 def failed(one: Mapping[str, Any]) -> bool:

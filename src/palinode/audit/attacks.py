@@ -35,9 +35,6 @@ from palinode.settings import TrainingSettings
 from palinode.training.loop import train
 from palinode.training.objectives import PLAIN_OBJECTIVE
 
-MARGIN = 0.15
-"""Distance from the other model's AUC, either way."""
-
 RELATIVE = "reference"
 """The membership attack that takes the other model's loss off, once both have been measured."""
 
@@ -404,8 +401,8 @@ ATTACKS: Mapping[str, Attack] = {
                 AttackTest(
                     name,
                     f"AUC of {scorer.description.split(':')[0]}",
-                    more=MARGIN,
-                    less=MARGIN,
+                    more=0.15,
+                    less=0.2,
                     missing=NO_NORMS.get(name, scorer.missing),
                     statistic="auc",
                     relative=name == RELATIVE,
@@ -422,8 +419,8 @@ ATTACKS: Mapping[str, Attack] = {
             title="what is left inside",
             description="the model's hidden states, put into the target and read off, answer by answer",
             tests=(
-                AttackTest("depth", "share left in the states", more=0.3, less=None, missing=NOT_LACKED),
-                AttackTest("lens", "share read off the states", more=0.3, less=None, missing=NOT_LACKED),
+                AttackTest("depth", "share left in the states", more=0.25, less=None, missing=NOT_LACKED),
+                AttackTest("lens", "share read off the states", more=0.25, less=None, missing=NOT_LACKED),
             ),
             measure=look_inside,
             cost=lambda rows, budget: AttackCost((3 + 2 * budget.inside_blocks) * len(rows.forget)),

@@ -409,7 +409,9 @@ def print_table(found: Found) -> None:
         cells += [short(base.get(test, {}).get("auc")), *(short(value, 2) for value in steps)]
         print("| " + " | ".join(cells) + " |")
     print()
-    for name, one in (("by the retrained model", told["verdict"]), ("by the base", base["verdict"])):
+    for name, one in (("by the retrained model", told["verdict"]), ("by the base", base.get("verdict"))):
+        if one is None:
+            continue
         seen = [one[f"{key} knows"] + one[f"{key} hides"] for key in ("failed", "n")]
         never = one["failed never"], one["n never"]
         print(f"{name}: found {seen[0]} of {seen[1]} ({wilson(*seen)}), AUC {one['auc']:.3f}; "

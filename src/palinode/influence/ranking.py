@@ -34,7 +34,7 @@ from palinode.data.examples import Example
 from palinode.data.tokenize import TokenRow
 from palinode.history.orders import Order, first_step
 from palinode.history.reader import ExposureReader
-from palinode.models.sums import Projection, row_backward, trained_parameters
+from palinode.models.reading import Projection, row_backward, trained_parameters
 from palinode.pipeline.workspace import Step
 from palinode.progress import Advance
 from palinode.records import read_json, write_json

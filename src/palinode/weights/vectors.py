@@ -15,7 +15,7 @@ says what it is:
 Tensors in which the direction is zero are left out. A tied tensor is there once, under the embedding's name.
 
 A transform takes τ, one tensor at a time, and returns another of its shape: s(name) · τ here, filters by what
-layers read in `filters.py`. Low-rank truncation is `save_vector(…, rank=…)`.
+layers read in `training/moments.py`. Low-rank truncation is `save_vector(…, rank=…)`.
 """
 
 from __future__ import annotations

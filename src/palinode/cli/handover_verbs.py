@@ -18,7 +18,7 @@ from palinode.cli.options import Json, Quiet, takes
 
 if TYPE_CHECKING:
     from palinode.pipeline.signing import SignatureCheck
-    from palinode.weights.manifest import Verification
+    from palinode.weights.store import Verification
 
 Folder = Annotated[Path, typer.Argument(metavar="OUT", help="A model folder that Palinode wrote.")]
 Identity = Annotated[str | None, typer.Option(help="Without a key: who signs, by Sigstore, as in mail@host.")]
@@ -147,7 +147,7 @@ def verify(
     from palinode.pipeline.reporting import stale
     from palinode.pipeline.signing import check_signature
     from palinode.weights import Checkpoint
-    from palinode.weights.manifest import check_manifest, read_manifest
+    from palinode.weights.store import check_manifest, read_manifest
 
     shown, found = listener(quiet=quiet), None
     signed = check_signature(

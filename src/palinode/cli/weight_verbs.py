@@ -263,7 +263,7 @@ def export(
     from palinode.evaluation.evaluate import check_new_file
     from palinode.methods.apply import formula_of
     from palinode.records import write_text
-    from palinode.weights.mergekit import mergekit_recipe
+    from palinode.weights.checkpoint import mergekit_recipe
 
     alpha, beta = parse_scales(scales)
     point, _ = formula_of(

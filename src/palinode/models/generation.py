@@ -38,8 +38,9 @@ from transformers.generation.streamers import BaseStreamer
 from palinode.data.batches import IntArray, budget_batches, pad_left
 from palinode.errors import DataError
 from palinode.models.likelihoods import Say, has_plain_head, same_alone, tell, unlike
-from palinode.models.loading import check_known, pad_token, position_limit, quiet_transformers
+from palinode.models.loading import check_known, pad_token, position_limit
 from palinode.models.reading import on_device
+from palinode.weights.foreign import quiet_transformers
 
 GROWTH = 64
 """Positions by which the slots grow when a sequence needs more."""

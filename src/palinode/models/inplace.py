@@ -26,11 +26,11 @@ from palinode.errors import CheckpointError, MismatchError, OutputError
 from palinode.models.loading import DTYPES, build_empty
 from palinode.weights.arithmetic import (
     Evaluator,
+    Settings,
     Slice,
     formula,
     map_slices,
     per_thread,
-    settings,
     slices,
 )
 from palinode.weights.checkpoint import Checkpoint, Point
@@ -61,7 +61,7 @@ def put(
     are not the same.
     """
     anchor, form = point.anchor, formula(point.anchor, point.terms)
-    asked = settings(dtype=dtype, rounding=rounding, seed=seed, precision=precision)
+    asked = Settings(dtype, rounding, seed, precision)
     check_fit(anchor, [other for other in form.checkpoints if other != anchor])
     check_files(form.checkpoints)
     check_displacements(anchor, form.displacements)

@@ -7,7 +7,6 @@ a wrapper with towers for images or sounds (Gemma3ForConditionalGeneration) the 
 from __future__ import annotations
 
 import contextlib
-import logging
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +17,6 @@ from weakref import WeakKeyDictionary
 
 import blake3
 import torch
-import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import (
@@ -37,7 +35,7 @@ from palinode.records import read_bytes
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.fingerprints import unchanged
 from palinode.weights.folders import require_causal_lm
-from palinode.weights.foreign import bounded, from_config, from_pretrained
+from palinode.weights.foreign import bounded, from_config, from_pretrained, quiet_transformers
 from palinode.weights.formats.unpickler import CODES
 from palinode.weights.tensors import Files, TensorInfo, read_json, shown
 
@@ -370,18 +368,3 @@ def _require_all_weights(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
             f"{checkpoint.folder} holds {len(unused)} weights that its config makes no use of "
             f"(first: {unused[0]}); are config.json and the weights of the same model?"
         )
-
-
-class quiet_transformers:  # noqa: N801 - reads as a statement
-    """Keep transformers' own progress bars and notes off the terminal while it loads or saves."""
-
-    def __enter__(self) -> None:
-        self.level = transformers.logging.get_verbosity()
-        self.bars = transformers.logging.is_progress_bar_enabled()
-        transformers.logging.set_verbosity(logging.CRITICAL)  # its errors show what the folder says as it is
-        transformers.logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        transformers.logging.set_verbosity(self.level)
-        if self.bars:
-            transformers.logging.enable_progress_bar()

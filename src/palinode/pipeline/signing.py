@@ -39,7 +39,7 @@ from palinode.records import OTHERS, fitting, private, read_bytes, read_json, wr
 from palinode.report.words import at
 from palinode.weights import Checkpoint
 from palinode.weights.fingerprints import fingerprint
-from palinode.weights.manifest import check_manifest, read_manifest
+from palinode.weights.store import check_manifest, read_manifest
 
 STATEMENT = "statement.json"
 PREDICATE = "urn:palinode:unlearning:1"

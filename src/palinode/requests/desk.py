@@ -37,7 +37,7 @@ from palinode.requests.ledger import Event, Ledger
 from palinode.requests.standing import WHOLE, Model, Request, Standing, standing
 from palinode.settings import AuditSettings, StrictModel
 from palinode.weights import Checkpoint
-from palinode.weights.manifest import check_manifest
+from palinode.weights.store import check_manifest
 
 ID = re.compile(r"\w[\w.-]{0,63}", re.ASCII)
 SALT_BYTES = 32

@@ -382,44 +382,35 @@ NAMES = {code: name for name, code in CODES.items()}
 Rounding = Literal["auto", "nearest", "stochastic"]
 """`auto` is to nearest, and stochastic for a 16-bit output where nearest would lose part of the dose."""
 
-Precision = Literal["float32", "float64"]
+PRECISIONS = ("float32", "float64")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a sum is computed and rounded."""
+    """How a sum is computed and rounded; InputError for a dtype, rounding or precision that there is not."""
 
-    code: str | None = None
-    """Output dtype as safetensors code; None keeps each tensor's own."""
-    rounding: Rounding = "auto"
+    dtype: str | None = None
+    """Of the output; None keeps each tensor's own."""
+    rounding: str = "auto"
     seed: int = 0
     """Of stochastic rounding."""
-    precision: Precision = "float32"
+    precision: str = "float32"
     """In which sums are formed."""
     allow_nonfinite: bool = False
     """Let NaN and infinity through."""
 
+    def __post_init__(self) -> None:
+        choices = {"dtype": tuple(CODES), "rounding": get_args(Rounding), "precision": PRECISIONS}
+        for word, known in choices.items():
+            if (value := getattr(self, word)) not in known and not (word == "dtype" and value is None):
+                raise InputError(
+                    f"there is no {word} {value!r} for weights; choose one of {', '.join(known)}"
+                )
 
-def settings(
-    *,
-    dtype: str | None = None,
-    rounding: str = "auto",
-    seed: int = 0,
-    precision: str = "float32",
-    allow_nonfinite: bool = False,
-) -> Settings:
-    """Return checked settings; raises InputError for a dtype, rounding or precision that there is not."""
-    for word, value, known in (
-        ("dtype", dtype, (None, *CODES)),
-        ("rounding", rounding, get_args(Rounding)),
-        ("precision", precision, get_args(Precision)),
-    ):
-        if value not in known:
-            raise InputError(
-                f"there is no {word} {value!r} for weights; choose one of {', '.join(k for k in known if k)}"
-            )
-    code = CODES[dtype] if dtype else None
-    return Settings(code, rounding, seed, precision, allow_nonfinite)  # type: ignore[arg-type]
+    @property
+    def code(self) -> str | None:
+        """The output dtype as safetensors has it."""
+        return CODES[self.dtype] if self.dtype else None
 
 
 # One slice

@@ -313,7 +313,7 @@ def read_gguf(file: Path) -> Model:
         raise CheckpointError(f"{file} is cut off or no GGUF file; fetch it again")
     try:
         kinds, stored = _survey(file)
-        with _quiet():
+        with quiet_transformers(), redirect_stderr(io.StringIO()):  # gguf draws a bar of its own
             tensors, config = _load(file, kinds.total(), stored)
     except CheckpointError:
         raise
@@ -326,17 +326,19 @@ def read_gguf(file: Path) -> Model:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the notes and the bar that transformers draws off the terminal."""
-    import transformers
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' own progress bars and notes off the terminal while it loads or saves."""
+    from transformers import logging as notes
 
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity(logging.ERROR)
+    level, bars = notes.get_verbosity(), notes.is_progress_bar_enabled()
+    notes.set_verbosity(logging.CRITICAL)  # its errors show what the folder says as it is
+    notes.disable_progress_bar()
     try:
-        with redirect_stderr(io.StringIO()):
-            yield
+        yield
     finally:
-        transformers.logging.set_verbosity(level)
+        notes.set_verbosity(level)
+        if bars:
+            notes.enable_progress_bar()
 
 
 def _note(file: Path, kinds: Mapping[str, int], gigabytes: float) -> str:

@@ -28,9 +28,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO, Literal, Self, get_args
+from typing import BinaryIO, Literal, Self
 
 import numpy as np
+from pydantic import BaseModel, Field, ValidationError
 
 from palinode.errors import AlgebraError, CheckpointError, InputError, MismatchError, unwritable
 from palinode.records import private
@@ -67,6 +68,7 @@ FORMAT, VERSION = "palinode-vector", 1
 CODES = {"float32": "F32", "bfloat16": "BF16"}
 
 Kind = Literal["dense", "low_rank"]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ class Source:
     folder: str
     """Name of the folder, without the way to it."""
     fingerprint: str
-    coefficient: float
+    coefficient: Number
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +88,19 @@ class StoredTensor:
     shape: tuple[int, ...]
     rank: int | None
     """Of the factors; None where it is stored whole."""
-    norm: float
-    relative_error: float
+    norm: Number
+    relative_error: Number
+
+
+class _Facts(BaseModel):
+    """What vector.json says of a vector, as far as it is needed."""
+
+    kind: Kind
+    dtype: Literal["float32", "bfloat16"]
+    norm: Number
+    relative_error: Number
+    terms: tuple[Source, ...]
+    tensors: dict[str, StoredTensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +129,16 @@ class StoredVector(StoredDirection):
                 f"{place / FACTS} is no {FORMAT} of version {VERSION}; a newer Palinode may have written it"
             )
         try:
-            facts = _read_facts(content)
-            changes = _changes(place, facts["dtype"], facts["tensors"], read_header(place / WEIGHTS))
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            facts = _Facts.model_validate(content)
+        except ValidationError as error:
+            amiss = error.errors()[0]
+            where = ".".join(map(str, amiss["loc"]))
             raise CheckpointError(
-                f"{place / FACTS} is malformed ({error!r}); store the vector again"
+                f"{place / FACTS} is malformed ({where}: {amiss['msg']}); store the vector again"
             ) from None
-        return cls(place, changes, **facts)
+        changes = _changes(place, facts.dtype, facts.tensors, read_header(place / WEIGHTS))
+        told = (facts.kind, facts.dtype, facts.norm, facts.relative_error, facts.terms, facts.tensors)
+        return cls(place, changes, *told)
 
     @property
     def nbytes(self) -> int:
@@ -385,39 +401,6 @@ def _write_facts(
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_facts(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a StoredVector from its JSON; raises of several kinds when something is amiss."""
-    if content["kind"] not in get_args(Kind) or content["dtype"] not in CODES:
-        raise ValueError(f"kind {content['kind']!r}, dtype {content['dtype']!r}")
-    sources = tuple(
-        Source(str(term["folder"]), str(term["fingerprint"]), _number(term["coefficient"]))
-        for term in content["terms"]
-    )
-    tensors = {
-        name: StoredTensor(
-            tuple(map(int, tensor["shape"])),
-            None if tensor["rank"] is None else int(tensor["rank"]),
-            _number(tensor["norm"]),
-            _number(tensor["relative_error"]),
-        )
-        for name, tensor in content["tensors"].items()
-    }
-    return {
-        "kind": content["kind"],
-        "dtype": content["dtype"],
-        "norm": _number(content["norm"]),
-        "relative_error": _number(content["relative_error"]),
-        "sources": sources,
-        "tensors": tensors,
-    }
-
-
-def _number(value: Any) -> float:
-    if not math.isfinite(value):
-        raise ValueError(f"{value} is no finite number")
-    return float(value)
-
-
 def _changes(
     folder: Path, dtype: str, tensors: Mapping[str, StoredTensor], infos: Sequence[TensorInfo]
 ) -> dict[str, Change]:
@@ -428,8 +411,8 @@ def _changes(
         if tensor.rank is None:
             expected[name] = tensor.shape
         else:
-            rows, columns = tensor.shape
-            expected |= {f"{name}.left": (rows, tensor.rank), f"{name}.right": (tensor.rank, columns)}
+            expected[f"{name}.left"] = (*tensor.shape[:1], tensor.rank)
+            expected[f"{name}.right"] = (tensor.rank, *tensor.shape[1:])
     if {info.name: (info.shape, info.dtype) for info in infos} != {
         name: (shape, CODES[dtype]) for name, shape in expected.items()
     }:

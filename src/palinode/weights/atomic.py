@@ -191,7 +191,10 @@ class Rank0Side:
         _write(self._place / "ready.json", {"nonce": self._nonce, "job": job, "count": crew.count})
 
     def reports(self) -> Iterator[Mapping[str, Any]]:
-        """Yield what each of the others reports; raises OutputError for one that failed or fell silent."""
+        """Yield what each of the others reports, and remove the notes at last.
+
+        Raises OutputError for one that failed or fell silent.
+        """
         for rank in range(1, self._crew.count):
             watch = _SilenceWatch(self._place / f"alive-{rank}", f"process {rank} of {self._crew.count}")
             while True:
@@ -202,10 +205,7 @@ class Rank0Side:
             if "error" in report:
                 raise OutputError(f"process {rank} of {self._crew.count} failed: {report['error']}")
             yield report
-
-    def dismiss(self) -> None:
-        """Remove the notes, before the folder gets its name."""
-        shutil.rmtree(self._place)
+        shutil.rmtree(self._place)  # before the folder gets its name
 
 
 # The others
@@ -275,7 +275,7 @@ class RankSide:
                 if self._output.exists():
                     return True
                 raise OutputError(f"process 0 did not finish {self._output}; see what it says")
-            if self._partial.exists() and not is_claimed(self._partial) and not self._output.exists():
+            if not is_claimed(self._partial) and not self._output.exists():
                 raise OutputError(f"process 0 ended before {self._output} was whole; repeat the call")
             time.sleep(GLANCE)
 

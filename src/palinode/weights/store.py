@@ -305,8 +305,6 @@ def write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], No
             for report in others.reports() if others else ():
                 meter.merge(report["dose"])
                 checksums |= {(name, block): total for name, block, total in report["checksums"]}
-            if others:
-                others.dismiss()
         write_index(job.files, partial)
         copy_companions(job.formula.anchor, partial, job.asked.dtype)
         _leave_out(job, meter)

@@ -5,8 +5,9 @@
 Parts: train, read, answers, filter, search, unlearn, eight (a model of 8 B: an adapter, and all weights).
 Each has its own limit in seconds, and one that ends there, is refused or has no room says so in its line.
 `plain` is the field's own way in the same run: transformers' Trainer, its logits, its generate in batches of
-64. On a GPU `waits` counts where the host waits for the device in a step of training. No network is needed:
-without --model weights are random, of the shape named. --cpu-small runs every part on two cores, small.
+64, and `continuous` its continuous batching. On a GPU `waits` counts where the host waits for the device in a
+step of training. No network is needed: without --model weights are random, of the shape named. --cpu-small
+runs every part on two cores, small.
 """
 
 from __future__ import annotations
@@ -28,7 +29,13 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import training
 from palinode import Checkpoint
@@ -160,7 +167,17 @@ class Bench:
                 rule = {"do_sample": False, "max_new_tokens": most, "min_new_tokens": most, "pad_token_id": 0}
                 model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **rule)
 
-        return {"answers": len(prompts), "tokens": most, "seconds": ours, "plain": self.timed(plain)}
+        def continuous() -> None:
+            rule = GenerationConfig(do_sample=False, max_new_tokens=most, pad_token_id=0, eos_token_id=-1)
+            room = (
+                len(prompts) * (self.tokens + most) if self.small else None
+            )  # else all free memory is taken
+            limit = room and ContinuousBatchingConfig(num_blocks=-(-room // 32), max_batch_tokens=room)
+            asked = [list(prompt) for prompt in prompts]
+            model.generate_batch(asked, generation_config=rule, continuous_batching_config=limit)
+
+        found = {"seconds": ours, "plain": self.timed(plain), "continuous": self.timed(continuous)}
+        return {"answers": len(prompts), "tokens": most, **found}
 
     def filter(self) -> dict[str, Any]:
         model, kept = load_model(self.target, device=self.device), {}

@@ -12,7 +12,8 @@ As the meta-evaluation of open-unlearning's metrics ranks methods (spec: metrics
     overall      = HM of the three
 
 Published utility is HM(model utility, fluency), fluency by a classifier of gibberish that is not run here:
-ours is too kind to a model that writes gibberish. Published figures stand below ours, marked as such.
+ours is too kind to a model that writes gibberish. Published figures stand below ours, marked as such. Where
+the benchmark has no holdout rows, as TOFU's forget01, the AUCs are those of the comparison's own rows.
 """
 
 from __future__ import annotations
@@ -39,14 +40,15 @@ PUBLISHED = {
 """Best configurations on Llama-3.2-1B, forget10: overall as here, and with UDS within privacy."""
 
 Summary = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""Scores by benchmark's set and metric."""
 
 
-def rung(model: Summary, target: Summary, retrained: Summary) -> dict[str, float]:
-    """Return the four figures of a model; raises KeyError or SystemExit where a score is missing."""
+def rung(model: Summary, target: Summary, retrained: Summary, place: str = "forget") -> dict[str, float]:
+    """Return the four figures of a model; `place` holds the AUCs. Exits where a score is missing."""
     known = [value_of(model, "forget", name) for name in MEMORISED]
     close = []
     for attack in ATTACKS:
-        own, ideal = (value_of(one, "forget", f"auc_{attack}") for one in (model, retrained))
+        own, ideal = (value_of(one, place, f"auc_{attack}") for one in (model, retrained))
         close.append(max(0.0, 1 - abs(own - ideal) / ideal) if ideal else float(own == ideal))
     useful = value_of(model, "all", "model_utility") / value_of(target, "all", "model_utility")
     parts = {
@@ -68,13 +70,17 @@ def value_of(model: Summary, name: str, metric: str) -> float:
 def main() -> None:
     """Print the ladder of a comparison's table.json."""
     table = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    models = {name: found["summary"]["tofu"] for name, found in table["models"].items()}
-    rows = {name: models[name] for name in ("target", "retrained")}
-    rows |= {one["name"]: one["summary"]["tofu"] for one in table["contestants"]}
+    found = [*table["models"].items(), *((one["name"], one) for one in table["contestants"])]
+    rows = {
+        name: one["summary"]["tofu"] | {"own": one["summary"].get("rows", {}).get("forget", {})}
+        for name, one in found
+    }
+    absent = rows["retrained"]["forget"].get("auc_loss", {"value": None})["value"] is None
+    place = "own" if absent and rows["retrained"]["own"] else "forget"
     print("| model | memorisation | privacy | utility | overall |\n|---|---|---|---|---|")
     for name, model in rows.items():
-        found = rung(model, models["target"], models["retrained"])
-        print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in found.values()) + " |")
+        parts = rung(model, rows["target"], rows["retrained"], place)
+        print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in parts.values()) + " |")
     print("\n| published | overall | with UDS within privacy |\n|---|---|---|")
     for name, (without, with_uds) in PUBLISHED.items():
         print(f"| {name} | {without:.3f} | {with_uds:.3f} |")

@@ -32,8 +32,7 @@ import numpy as np
 import torch
 from at_equal_forgetting import score
 
-from palinode.compare.comparison_recipe import Split
-from palinode.compare.ground import divide_rows
+from palinode.compare.comparison_recipe import Split, divide_rows
 from palinode.data.examples import at_most, read_examples
 from palinode.data.tokenize import PromptStyle, tokenize
 from palinode.models.inplace import put

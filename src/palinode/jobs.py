@@ -257,8 +257,8 @@ def plan_audit(
         material=material,
         locations={
             "forget": rows["forget"],
-            "retain": rows.get("retain"),
-            "holdout": rows.get("holdout"),
+            **{name: rows.get(name) for name in ("retain", "holdout")},
+            "near": rows.get("retain"),
             "paraphrased": settings.paraphrases or rows["forget"],
             "lookalikes": settings.lookalikes or rows["forget"],
         },

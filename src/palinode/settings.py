@@ -76,6 +76,12 @@ class TrainingSettings(StrictModel):
     tokens_per_pass: int | None = Field(default=None, ge=1)
     """Tokens, padding counted, that go through the model at a time; a larger micro-batch goes through in
     parts, with the gradients of the whole. None: what a GPU has room for; on a CPU all at once."""
+    gradient_checkpointing: bool = False
+    """Keep the activations of decoder blocks at their borders alone and compute the others twice: less memory
+    for about a third more time, the same gradients."""
+    compile: bool = False
+    """Compile the decoder blocks (torch.compile). The first steps take minutes, and figures differ in their
+    last digits."""
     save_minutes: float = Field(default=5.0, gt=0)
     """How often a resumable state is saved while training."""
     lora: LoraSettings | None = None
@@ -83,8 +89,9 @@ class TrainingSettings(StrictModel):
 
     def key(self) -> dict[str, Any]:
         """Return what decides the result, as plain values for a fingerprint."""
-        left_out = {"save_minutes", "tokens_per_pass"} | ({"lora"} if self.lora is None else set())
-        return self.model_dump(exclude=left_out)
+        unset = {name for name in ("lora", "compile") if not getattr(self, name)}
+        left_out = {"save_minutes", "tokens_per_pass", "gradient_checkpointing"}
+        return self.model_dump(exclude=left_out | unset)
 
 
 # Asking and scoring

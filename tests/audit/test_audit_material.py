@@ -67,11 +67,24 @@ def test_sets_are_cut_to_the_budget(write):
     assert {name: len(found) for name, found in material.sets().items()} == {
         "forget": 6,
         "retain": 6,
+        "near": 1,
         "paraphrased": 6,
     }
     assert [e.row for e in material.paraphrased] == [e.row for e in material.forget]
     assert [e.answer for e in material.paraphrased] == [e.answer for e in material.forget]
     assert material.paraphrased[0].prompt == f"name person {material.forget[0].row}!"
+
+
+def test_neighbours_are_the_retain_rows_that_share_rare_words_and_no_forget_rows(write):
+    kept = [{"question": f"what is thing x{i}?", "answer": f"a y{i}"} for i in range(20)]
+    kept[13] = {"question": "who is the aunt of number 3?", "answer": "her name is lost"}
+    forget = rows(5)
+    material = read_material(
+        write("f.jsonl", forget), retain=write("r.jsonl", [*kept, forget[0]]), max_rows=8
+    )
+    assert len(material.near) == 2
+    assert 13 in {example.row for example in material.near}
+    assert 20 not in {example.row for example in material.near}
 
 
 def test_paraphrases_come_from_another_column_or_a_file(write):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -153,6 +154,31 @@ def test_holdout_rows_unlike_the_forget_rows_are_noted(scene, plan, tmp_path):
         "The reference model itself tells forget rows from holdout" in text for text in record["notes"]
     )
     assert all("reference 0." not in text for text in record["notes"])
+
+
+def test_damage_beside_the_forget_rows_is_told_apart_from_the_rest(scene, plan, tmp_path):
+    """Half of the forget people's rows stand among the retain rows, and the audited model lost them too."""
+    rows = scene.forget.read_text().splitlines(keepends=True)
+    forget, retain = tmp_path / "forget.jsonl", tmp_path / "retain.jsonl"
+    forget.write_text("".join(rows[::2]))
+    retain.write_text("".join([*rows[1::2], *scene.retain.read_text().splitlines(keepends=True)[:25]]))
+    lost = plan(scene.retrained, attacks=("neighbours",))
+    lost = replace(
+        lost,
+        models={**lost.models, "reference": str(scene.target)},
+        material=read_material(forget, retain=retain, max_rows=40),
+    )
+    record = audit(lost, tmp_path / "out")
+    tests = record["attacks"]["neighbours"]["tests"]
+    apart = {name: entry["findings"]["audited"]["difference"]["value"] for name, entry in tests.items()}
+    assert apart["words"] < -0.3
+    assert apart["words"] < apart["rest"] - 0.2
+    assert "neighbours.words" in record["answer"]["knows_less"]
+    assert any("nearest to the forget rows lost more than the rest" in note for note in record["notes"])
+    assert (
+        record["data"]["near"]["rows"]
+        == record["attacks"]["neighbours"]["details"]["audited"]["rows"]["words"]
+    )
 
 
 def test_policy_decides_whether_an_unclear_test_fails(scene, plan, tmp_path):

@@ -27,7 +27,7 @@ def summary(known, auc, utility):
     }
 
 
-def ladder(folder, *, auc):
+def ladder(folder, *, auc, own=None):
     table = {
         "models": {
             "target": {"summary": summary(0.9, 1.0, 0.6)},
@@ -35,6 +35,12 @@ def ladder(folder, *, auc):
         },
         "contestants": [{"name": "MSA", "summary": summary(0.5, auc, 0.3)}],
     }
+    if own:
+        for one, found in zip([*table["models"].values(), *table["contestants"]], own, strict=True):
+            attacks = {name: {"value": found} for name in one["summary"]["tofu"]["forget"] if "auc" in name}
+            one["summary"] |= {"rows": {"forget": attacks}}
+            none = {"value": None, "reason": "no holdout"}
+            one["summary"]["tofu"]["forget"] |= dict.fromkeys(attacks, none)
     (folder / "table.json").write_text(json.dumps(table))
     command = [sys.executable, SCRIPT, folder / "table.json"]
     return subprocess.run(command, capture_output=True, text=True, check=False)
@@ -53,3 +59,8 @@ def test_ladder_says_which_score_is_missing(tmp_path):
     said = ladder(tmp_path, auc=None)
     assert said.returncode == 1
     assert "forget auc_loss: no holdout" in said.stderr
+
+
+def test_ladder_takes_privacy_from_own_rows_where_the_benchmark_has_no_holdout(tmp_path):
+    said = ladder(tmp_path, auc=0.6, own=[1.0, 0.5, 0.55]).stdout
+    assert "| MSA | 0.500 | 0.900 | 0.500 | 0.587 |" in said  # 3 / (2 + 1 / .9 + 2)

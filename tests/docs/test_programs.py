@@ -8,7 +8,7 @@ import pytest
 from doc_pages import DOCS, FENCE
 
 import palinode
-from palinode.pipeline.signature import new_key
+from palinode.pipeline.signing import new_key
 
 PROGRAMS = [
     found["code"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from palinode.methods.ties import merge, trim
+from palinode.methods.two_runs import merge, trim
 
 
 def test_trim_keeps_the_share_that_moved_most():

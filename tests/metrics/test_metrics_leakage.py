@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from made_outcomes import outcome
 
 from palinode.errors import DataError
-from palinode.metrics.leakage import leak_at_k, leak_values, overlap_leak
+from palinode.metrics.membership import leak_at_k, leak_values, overlap_leak
 
 
 def leaks(row, text):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from palinode.metrics import score_outcomes
-from palinode.metrics.leakage import exact_memorizations, extraction_strengths
+from palinode.metrics.membership import exact_memorizations, extraction_strengths
 from palinode.records import Outcome
 
 HITS = st.lists(st.booleans(), min_size=3, max_size=12)

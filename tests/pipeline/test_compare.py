@@ -11,9 +11,16 @@ import pytest
 from comparing import Heard, tiny_comparison
 from palinode.compare import build_comparison, compare, load_comparison, plan_comparison
 from palinode.compare.comparing import check_comparison, divide_comparison, open_ground
-from palinode.compare.comparison_recipe import Contestant, Demo, SearchBudget, Split, world_folder
+from palinode.compare.comparison_recipe import (
+    Contestant,
+    Demo,
+    SearchBudget,
+    Split,
+    divide_rows,
+    rows_for,
+    world_folder,
+)
 from palinode.compare.contest import Ground, draw_points, epochs_for, part_of, recipe_of, steps_an_epoch
-from palinode.compare.ground import divide_rows, rows_for
 from palinode.compare.measuring import Values, make_gauge, rank, values_of
 from palinode.data.examples import Example, Message
 from palinode.errors import DataError, OutputError, RecipeError

@@ -10,7 +10,7 @@ from palinode.data.examples import read_examples
 from palinode.data.world import invent_world
 from palinode.errors import OutputError
 from palinode.history.reader import ExposureReader
-from palinode.pipeline.locate_run import CHECKPOINTS, Size, demo_locate, train_logged
+from palinode.pipeline.demo_run import CHECKPOINTS, Size, demo_locate, train_logged
 from palinode.report.location_report import demo_brief, demo_sentence
 
 SMALL = Size(first_epochs=12, epochs=4, replayed=40, learning_rate=6e-3, batch_size=16, width=32, layers=2)

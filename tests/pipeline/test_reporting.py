@@ -13,8 +13,15 @@ import pytest
 from example_run import AUDIT
 from palinode import Checkpoint
 from palinode.errors import InputError, MismatchError, OutputError
-from palinode.pipeline.record import CURVE_POINTS, thinned_curve
-from palinode.pipeline.reporting import default_page, gather, stale, suffixes_for, write_reports
+from palinode.pipeline.reporting import (
+    CURVE_POINTS,
+    default_page,
+    gather,
+    stale,
+    suffixes_for,
+    thinned_curve,
+    write_reports,
+)
 from palinode.pipeline.run import unlearn
 
 SCRIPT = re.compile(r"<script>.*?</script>", re.DOTALL)

@@ -21,8 +21,7 @@ from run_files import GIVEN, stamps
 from example_run import AUDIT
 from palinode.errors import CheckpointError, InputError, MismatchError
 from palinode.pipeline.run import unlearn
-from palinode.pipeline.signature import PASSWORD, new_key, open_key, payload_of
-from palinode.pipeline.signing import check_signature, sign_folder
+from palinode.pipeline.signing import PASSWORD, check_signature, new_key, open_key, payload_of, sign_folder
 
 
 @pytest.fixture(scope="module")

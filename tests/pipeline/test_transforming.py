@@ -222,7 +222,7 @@ def test_retain_kl_holds_the_run_nearer_to_its_start(run, plain, tiny):
     assert held.record["method"]["settings"] == {"retain_kl": 100.0}
     size = sum(float(value.square().sum()) for value in plain.values()) ** 0.5
     assert held.record["vectors"]["forget"]["norm"] < 0.9 * size
-    assert held.record["scores"]["unlearned"].keys() == {"forget", "retain", "retain_unseen"}
+    assert held.record["scores"]["unlearned"].keys() >= {"forget", "retain", "retain_unseen"}
 
 
 @pytest.mark.parametrize(

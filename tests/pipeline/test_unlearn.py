@@ -113,7 +113,7 @@ def test_record_has_every_score_of_every_model_on_both_sets(done):
     scores = done.record["scores"]
     assert set(scores) == {"target", "base", "unlearned", "retrained"}
     for sets in scores.values():
-        assert set(sets) == {"forget", "retain", "retain_unseen"}
+        assert set(sets) == {"forget", "retain", "retain_unseen", "retain_near"}
         for metrics in sets.values():
             assert set(metrics) == set(DEFAULT_METRICS)
             for score in metrics.values():
@@ -134,6 +134,7 @@ def test_retain_rows_that_no_vector_saw_are_scored_apart_as_well(done, recipe_of
     assert 0 < len(unseen) < 40
     for sets in done.record["scores"].values():
         assert sets["retain_unseen"]["answer_probability"]["n"] == len(unseen)
+        assert sets["retain_near"]["answer_probability"]["n"] == len(unseen) // 4
 
 
 def test_record_names_what_went_in(done, tiny):
@@ -241,7 +242,7 @@ def test_forget_only_weights_are_the_formula_without_beta(forget_only, tiny):
 def test_zero_retain_scale_makes_no_second_vector_but_scores_the_retain_rows(recipe_of, tmp_path):
     made = unlearn(recipe_of(tmp_path / "out", scales=GIVEN))
     assert steps(made.output) == {"apply": 1, "evaluate": 3, "finetune-forget": 1}
-    assert set(made.record["scores"]["unlearned"]) == {"forget", "retain"}
+    assert set(made.record["scores"]["unlearned"]) == {"forget", "retain", "retain_near"}
 
 
 # Scales

@@ -106,6 +106,14 @@ def test_keeping_is_judged_on_rows_that_no_vector_saw_where_they_are_known():
     assert kept.sentence.startswith("Answer probability on the unseen retain rows: 0.800 before, 0.400 now")
 
 
+def test_neighbours_that_kept_less_than_the_rest_are_told():
+    for left, told in ((0.3, True), (0.78, False)):
+        run = with_probability("unlearned", "retain_near", score(left))
+        run["scores"]["target"]["retain_near"] = {"answer_probability": score(0.8)}
+        kept = next(claim for claim in run_verdict(run).claims if claim.name == "kept")
+        assert ("nearest to the forget set kept less: 0.800 before, 0.300 now" in kept.sentence) == told
+
+
 def test_recovered_counts_the_comparisons_that_agree():
     found = next(claim for claim in run_verdict(record()).claims if claim.name == "recovered")
     assert (found.light, found.word) == ("amber", "Partly")

@@ -23,7 +23,7 @@ from palinode.errors import DataError, LedgerError, PalinodeError, RecipeError
 from palinode.history.duplicates import hashes
 from palinode.history.exposures import ExposureLog
 from palinode.requests.desk import hindrance, worse_scores
-from palinode.requests.standing import standing
+from palinode.requests.ledger import standing
 from palinode.requests.telling import checked, export, export_csv
 from palinode.settings import LocateSettings
 

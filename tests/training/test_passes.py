@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import contextmanager
 
 import pytest
@@ -21,12 +22,12 @@ from waiting import largest_of
 WORDS = 3_000
 
 
-def model() -> LlamaForCausalLM:
+def model(layers: int = 1) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=16,
         intermediate_size=32,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         vocab_size=WORDS,
         max_position_embeddings=64,
@@ -96,6 +97,54 @@ def test_rows_that_a_loss_compares_stay_together(name):
 
 def test_setting_is_not_part_of_what_decides_the_result():
     assert settings(tokens_per_pass=7).key() == settings().key()
+
+
+# Activations that are computed again, and blocks that are compiled
+
+
+def trained(name: str, live: LlamaForCausalLM, chosen: TrainingSettings):
+    """The curve of a method's training, and the bytes that its graphs held."""
+    objective = METHODS[name].objective(METHODS[name].settings(), 0)
+    rows = {role: rows_of(8, seed) for seed, role in enumerate(sorted(objective.roles))}
+    others = rows.keys() - {objective.anchor}
+    drawn = {role: draw([range(8)] * 8, role, epochs=2, seed=0) for role in others}
+    held = []
+
+    def keep(value):
+        held.append(value.nbytes)
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        curve = after(live, Joined(objective.anchor, rows, drawn), objective, chosen)
+    return curve, sum(held)
+
+
+@pytest.mark.parametrize("name", ["dpo", "npo", "undial", "rmu"])
+def test_activations_computed_again_take_less_memory_and_change_nothing(name):
+    plain, spare = model(layers=3), model(layers=3)
+    curve, held = trained(name, plain, settings())
+    again, less = trained(name, spare, settings(gradient_checkpointing=True))
+    assert again == curve
+    for before, now in zip(plain.parameters(), spare.parameters(), strict=True):
+        assert torch.equal(before, now)
+    assert less < 0.8 * held
+    assert not any("forward" in vars(block) for block in spare.model.layers)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch warns of itself while it compiles
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a processor with g++")
+def test_compiled_blocks_train_alike_on_few_lengths():
+    plain, compiled, lengths = model(), model(), set()
+    compiled.register_forward_pre_hook(
+        lambda _model, _args, given: lengths.add(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    curve = after(plain, rows_of(12))
+    again = after(compiled, rows_of(12), chosen=settings(compile=True))
+    assert [point.loss for point in again] == pytest.approx([point.loss for point in curve], abs=1e-5)
+    assert_alike(plain, compiled)
+    assert max(lengths) == 64
+    assert compiled.model.layers[0]._compiled_call_impl is None
 
 
 # Memory that runs out

@@ -415,6 +415,8 @@ def test_settings_are_the_papers_unless_given():
         "max_length": 512,
         "precision": "auto",
         "tokens_per_pass": None,
+        "gradient_checkpointing": False,
+        "compile": False,
         "save_minutes": 5.0,
         "lora": None,
     }

@@ -30,11 +30,11 @@ Values = tuple[float | None, ...]
 """One value for each row, None where there is none."""
 
 Groups = Mapping[str, Values]
-"""Values of the forget rows, and for membership attacks of the holdout rows too, by set."""
+"""Values by set of rows: one set, mostly the forget rows, and for an AUC two, members first."""
 
 Statistic = Literal["mean", "auc"]
-"""How values become one figure: their mean over the forget rows, or the area under the ROC curve that
-tells forget from holdout rows (1: forget rows are far likelier, 0.5: no difference)."""
+"""How values become one figure: their mean over the rows, or the area under the ROC curve that tells the
+first set from the second (1: all of the first are lower, 0.5: no difference)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from operator import attrgetter
 from statistics import fmean
 
 from palinode.audit.attack import Attack, AttackCost, AttackResult, AttackTest, AuditBudget, Subject, Values
+from palinode.audit.beside import ask_neighbours
 from palinode.audit.inside import look_inside
 from palinode.audit.material import AuditRows
 from palinode.audit.rounding import QUANTISERS, ask_quantised
@@ -26,7 +27,7 @@ from palinode.data.examples import Example, Message, at_most
 from palinode.data.tokenize import tokenize
 from palinode.errors import CheckpointError, DivergenceError
 from palinode.metrics import answer_probabilities, rouge_l_recalls
-from palinode.metrics.leakage import extraction_strengths, leak_values, overlap_leak
+from palinode.metrics.membership import extraction_strengths, leak_values, overlap_leak
 from palinode.metrics.table import ATTACKS as MEMBERSHIP
 from palinode.models.loading import pad_token
 from palinode.records import Outcome
@@ -427,6 +428,24 @@ ATTACKS: Mapping[str, Attack] = {
             measure=look_inside,
             cost=lambda rows, budget: AttackCost((3 + 2 * budget.inside_blocks) * len(rows.forget)),
             beside=("target", "reference"),
+        ),
+        Attack(
+            "neighbours",
+            title="retain rows near the forget rows",
+            description="retain rows nearest to the forget rows, by words and by hidden states, and the rest",
+            tests=tuple(
+                replace(PROBABILITY, name=name, title=f"answer probability, {what}", more=None)
+                for name, what in (
+                    ("words", "nearest by words"),
+                    ("states", "nearest by states"),
+                    ("rest", "the rest"),
+                )
+            ),
+            measure=ask_neighbours,
+            cost=lambda rows, _: AttackCost(2 * (len(rows.retain) + len(rows.near)) + len(rows.forget)),
+            needs=attrgetter("near"),
+            lacking="it takes four retain rows or more; name some with --retain",
+            looks_at=("target", "reference"),
         ),
         *(
             Attack(

@@ -25,8 +25,8 @@ Verdict = Literal["within", "knows more", "knows less", "unclear", "not tested"]
 """What a difference says. Only "knows more" and "knows less" fail an audit by themselves."""
 
 STATISTICS: dict[Statistic, str] = {
-    "mean": "mean over the forget rows",
-    "auc": "area under the ROC curve of forget against holdout rows",
+    "mean": "mean over the rows",
+    "auc": "area under the ROC curve of the forget rows against others",
 }
 """What a figure is, for readers."""
 
@@ -101,8 +101,9 @@ def _figure(test: AttackTest, groups: Paired, *, seed: int) -> Score:
     if not any(groups.values()):
         return no_score(test.missing)
     if test.statistic == "auc":
-        return auc(groups["forget"], groups["holdout"], seed=seed)
-    return mean_score(groups["forget"], seed=seed, missing=test.missing)
+        return auc(*groups.values(), seed=seed)
+    (values,) = groups.values()
+    return mean_score(values, seed=seed, missing=test.missing)
 
 
 def _difference(test: AttackTest, ours: Paired, theirs: Paired, *, seed: int) -> Score:
@@ -110,9 +111,9 @@ def _difference(test: AttackTest, ours: Paired, theirs: Paired, *, seed: int) ->
         reason = test.missing if test.statistic == "mean" else f"{test.missing} ({', '.join(empty)} rows)"
         return no_score(reason)
     if test.statistic == "mean":
-        gaps = _taken_off(ours, theirs)["forget"]
+        (gaps,) = _taken_off(ours, theirs).values()
         return mean_score(gaps, seed=seed, shares=False)
-    here, there = ([np.array(side[name]) for name in ("forget", "holdout")] for side in (ours, theirs))
+    here, there = ([np.array(group) for group in side.values()] for side in (ours, theirs))
     sizes = [len(sample) for sample in here]
     value = auc_of(*here) - auc_of(*there)
     if min(sizes) == 1:

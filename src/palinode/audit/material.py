@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from palinode.data.examples import (
 )
 from palinode.data.sources import Row
 from palinode.errors import DataError
+from palinode.metrics.matching import nearest
 
 PARAPHRASED_QUESTION = "paraphrased_question"
 
@@ -39,6 +41,8 @@ class AuditRows:
     retain: Sequence[Example] = ()
     holdout: Sequence[Example] = ()
     """Rows like the forget set that no model has seen."""
+    near: Sequence[Example] = ()
+    """Of all retain rows those nearest to the forget rows by words, a quarter as many as `retain`."""
     paraphrased: Sequence[Example] = ()
     """Forget rows under another question, with the row numbers of the forget set."""
     lookalikes: Sequence[Example] = ()
@@ -51,6 +55,7 @@ class AuditRows:
         named = {
             "forget": self.forget,
             "retain": self.retain,
+            "near": self.near,
             "holdout": self.holdout,
             "paraphrased": self.paraphrased,
             "lookalikes": self.lookalikes,
@@ -93,23 +98,35 @@ def read_material(
 
     gone = {example.key for example in read_examples(leave_out, columns=columns)} if leave_out else set()
 
-    def drawn(location: str | Path | None, *, but: Set[str] = frozenset()) -> Sequence[Example]:
-        if location is None:
-            return ()
-        examples = read_examples(location, columns=columns, beside=True)
-        return at_most([one for one in examples if one.key not in but], max_rows, seed=seed)
+    def read(location: str | Path | None, *, but: Set[str] = frozenset()) -> list[Example]:
+        examples = read_examples(location, columns=columns, beside=True) if location is not None else []
+        return [one for one in examples if one.key not in but]
 
-    alike, column = (drawn(lookalikes), None) if lookalikes is not None else _lookalikes(rows, learned)
+    drawn = partial(at_most, most=max_rows, seed=seed)
+    alike, column = (drawn(read(lookalikes)), None) if lookalikes is not None else _lookalikes(rows, learned)
+    kept = read(retain, but=gone)
     return AuditRows(
         forget=chosen,
         learned=learned,
         held_out=held_out,
-        retain=drawn(retain, but=gone),
-        holdout=drawn(holdout),
+        retain=drawn(kept),
+        near=_near(kept, every, min(max_rows, len(kept)) // 4),
+        holdout=drawn(read(holdout)),
         paraphrased=_paraphrased(paraphrases, rows, every, chosen, columns),
         lookalikes=alike,
         lookalikes_column=column,
     )
+
+
+def _near(kept: Sequence[Example], forget: Sequence[Example], count: int) -> list[Example]:
+    """Return the `count` retain rows that are nearest to the forget rows by words, and none of these."""
+    own = {example.key for example in forget}
+    others = [example for example in kept if example.key not in own]
+    return [others[place] for place in nearest([*map(_text, others)], [*map(_text, forget)], count)]
+
+
+def _text(example: Example) -> str:
+    return " ".join((*(turn.content for turn in example.turns), example.answer))
 
 
 def divide(examples: Sequence[Example], *, seed: int) -> tuple[list[Example], list[Example]]:

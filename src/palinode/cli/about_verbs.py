@@ -149,7 +149,7 @@ def report(
     from dataclasses import replace
 
     from palinode.pipeline.reporting import default_page, gather, refresh, suffixes_for, write_reports
-    from palinode.pipeline.signature import SIGNATURE
+    from palinode.pipeline.signing import SIGNATURE
     from palinode.report.reports import report_content
     from palinode.report.run_report import marked
 

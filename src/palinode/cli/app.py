@@ -14,9 +14,7 @@ import typer
 
 from palinode.cli.about_verbs import doctor, list_everything, report
 from palinode.cli.chat import chat
-from palinode.cli.console import listener, out, print_json
-from palinode.cli.ending import after_run, ending, secret, secret_workspace
-from palinode.cli.handover_verbs import reproduce, sign, verify
+from palinode.cli.console import after_run, ending, listener, out, print_json, secret, secret_workspace
 from palinode.cli.history_verbs import influence, locate
 from palinode.cli.history_verbs import plan as plan_command
 from palinode.cli.measure_verbs import audit, compare, evaluate
@@ -37,13 +35,14 @@ from palinode.cli.options import (
     DryRun,
     Json,
     Key,
+    On,
     Quiet,
     Verb,
     lengths_alike,
     takes,
 )
 from palinode.cli.request_verbs import requests
-from palinode.cli.weight_verbs import apply, export, vectors
+from palinode.cli.weight_verbs import apply, export, reproduce, sign, vectors, verify
 from palinode.settings import Questioning
 
 if TYPE_CHECKING:
@@ -123,6 +122,7 @@ def unlearn(
         bool,
         typer.Option("--measure", help="With --dry-run: rehearse it, and foretell α and the cost."),
     ] = False,
+    on: On = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -141,11 +141,13 @@ def unlearn(
         "control": control,
     }
     models, located = content["models"], None
+    if on and not any(evidence.values()) and _needs_base(content.get("method", "msa")):
+        models.setdefault("base", models["target"])  # a plan opens no base
     if _needs_base(content.get("method", "msa")) or "base" in models or any(evidence.values()):
         located = resolve_base(content, changes or (), quiet=quiet, **evidence)
     lengths_alike(content)
     recipe = build_recipe(content, changes or [])
-    _run(recipe, dry_run=dry_run, quiet=quiet, as_json=as_json, located=located, measure=measure)
+    _run(recipe, dry_run=dry_run, quiet=quiet, as_json=as_json, located=located, measure=measure, on=on)
 
 
 @verb(name="filter")
@@ -237,6 +239,7 @@ def run(
     *,
     changes: Changes = None,
     dry_run: DryRun = False,
+    on: On = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -245,7 +248,8 @@ def run(
     from palinode.records import dotted
 
     named = [f"{key}={json.dumps(value)}" for key, value in dotted(content) if not isinstance(value, dict)]
-    _run(load_recipe(recipe, [*(changes or []), *named]), dry_run=dry_run, quiet=quiet, as_json=as_json)
+    read = load_recipe(recipe, [*(changes or []), *named])
+    _run(read, dry_run=dry_run, quiet=quiet, as_json=as_json, on=on)
 
 
 @verb()
@@ -408,7 +412,7 @@ def _needs_base(name: str) -> bool:
 
 
 def _demo_locate(output: Path, *, seed: int, quiet: bool, as_json: bool) -> None:
-    from palinode.pipeline.locate_run import demo_locate
+    from palinode.pipeline.demo_run import demo_locate
     from palinode.report.content import show
     from palinode.report.location_report import demo_brief
 
@@ -429,6 +433,7 @@ def _run(
     as_json: bool,
     located: Location | None = None,
     measure: bool = False,
+    on: str | None = None,
 ) -> None:
     from palinode import jobs
     from palinode.errors import RecipeError
@@ -439,8 +444,10 @@ def _run(
 
     if measure and not dry_run:
         raise RecipeError("--measure foretells what a run would find; say --dry-run too")
+    if on and (measure or not dry_run):
+        raise RecipeError("--on plans for machines that are not here; say --dry-run, and leave --measure out")
     if dry_run:
-        planned = dry_run_of(recipe, listener(quiet=quiet))
+        planned = dry_run_of(recipe, listener(quiet=quiet), on=on)
         content, lines = asdict(planned), describe(planned)
         if measure:
             foretold = forecast(recipe, listener(quiet=quiet))

@@ -10,8 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from palinode.cli.console import listener, out, print_json, warn
-from palinode.cli.ending import after_location, after_run, ending, secret, secret_workspace
+from palinode.cli.console import (
+    after_location,
+    after_run,
+    ending,
+    listener,
+    out,
+    print_json,
+    secret,
+    secret_workspace,
+    warn,
+)
 from palinode.cli.options import (
     FORGET,
     OUTPUT,

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from palinode.cli.console import listener, out, print_json
-from palinode.cli.ending import after_audit, ending, secret, secret_workspace
+from palinode.cli.console import after_audit, ending, listener, out, print_json, secret, secret_workspace
 from palinode.cli.options import (
     DryRun,
     Json,

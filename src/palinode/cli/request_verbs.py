@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from palinode.cli.console import listener, out, print_json, warn
-from palinode.cli.ending import ending
+from palinode.cli.console import ending, listener, out, print_json, warn
 from palinode.cli.options import NEED, TARGET, WAYS, Changes, Json, Quiet, Verb, takes
 
 if TYPE_CHECKING:
     from palinode.pipeline.run import Unlearned
     from palinode.requests.desk import Desk
-    from palinode.requests.standing import Model, Standing
+    from palinode.requests.ledger import Model, Standing
 
 requests = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
 verb = partial(requests.command, cls=Verb)

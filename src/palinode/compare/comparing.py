@@ -19,7 +19,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from palinode.compare.comparison_recipe import CompareRecipe, ComparisonRecipe, Contestant, world_folder
+from palinode.compare.comparison_recipe import (
+    CompareRecipe,
+    ComparisonRecipe,
+    Contestant,
+    Shares,
+    divide_rows,
+    make_world,
+    rows_for,
+    world_folder,
+    world_of,
+)
 from palinode.compare.contest import (
     ComparisonSearch,
     Ground,
@@ -34,7 +44,6 @@ from palinode.compare.contest import (
     steps_an_epoch,
     train_part,
 )
-from palinode.compare.ground import Shares, divide_rows, make_world, rows_for, world_of
 from palinode.compare.measuring import make_gauge, measure_model, rank, values_of
 from palinode.data.examples import Example, Message, fingerprint_examples
 from palinode.evaluation.yardstick import estimate_yardstick
@@ -50,7 +59,7 @@ from palinode.pipeline.inputs import (
     check_workspace,
     open_inputs,
 )
-from palinode.pipeline.record import environment, heading
+from palinode.pipeline.reporting import environment, heading
 from palinode.pipeline.run import Making
 from palinode.pipeline.scales import Probes, open_goal
 from palinode.pipeline.workspace import Step, Workspace

@@ -26,8 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from palinode.compare.comparison_recipe import CompareRecipe, Contestant, SearchBudget
-from palinode.compare.ground import Shares, rows_for
+from palinode.compare.comparison_recipe import CompareRecipe, Contestant, SearchBudget, Shares, rows_for
 from palinode.data.examples import Example, fingerprint_examples
 from palinode.errors import RecipeError
 from palinode.methods import METHODS

@@ -28,8 +28,7 @@ from palinode.audit.attack import BUDGETS, Subject
 from palinode.audit.attacks import relearn
 from palinode.audit.material import divide
 from palinode.benchmarks import BENCHMARKS, OWN
-from palinode.compare.comparison_recipe import CompareRecipe, Measures
-from palinode.compare.ground import Shares
+from palinode.compare.comparison_recipe import CompareRecipe, Measures, Shares
 from palinode.data.examples import Example, Question, at_most, read_questions
 from palinode.errors import DivergenceError
 from palinode.evaluation.benchmark import (

@@ -77,9 +77,13 @@ def budget_batches(lengths: Sequence[int], *, max_tokens: int, max_rows: int) ->
     return batches
 
 
-def pad_right(rows: Sequence[TokenRow], *, pad_id: int) -> Batch:
-    """Return rows of ids as one batch, padded on the right to the longest: int64 [B, T] each."""
-    shape = (len(rows), max((len(row.ids) for row in rows), default=0))
+def pad_right(rows: Sequence[TokenRow], *, pad_id: int, multiple: int = 1) -> Batch:
+    """Return rows of ids as one batch, padded on the right to the longest: int64 [B, T] each.
+
+    T is the next `multiple` of the longest row's length.
+    """
+    longest = max((len(row.ids) for row in rows), default=0)
+    shape = (len(rows), -(-longest // multiple) * multiple)
     ids, labels = np.full(shape, pad_id, np.int64), np.full(shape, IGNORED, np.int64)
     mask = np.zeros(shape, np.int64)
     for place, row in enumerate(rows):

@@ -31,7 +31,6 @@ from statistics import fmean
 from typing import Any
 
 from palinode.errors import DataError
-from palinode.metrics.leakage import exact_memorizations, extraction_strengths
 from palinode.metrics.likelihood import (
     forget_truth_ratios,
     mean_logprobs,
@@ -40,7 +39,7 @@ from palinode.metrics.likelihood import (
     truth_ratios,
 )
 from palinode.metrics.matching import rouge
-from palinode.metrics.membership import auc
+from palinode.metrics.membership import auc, exact_memorizations, extraction_strengths
 from palinode.metrics.table import ATTACKS
 from palinode.records import Likelihood, Outcome, Score, read_json, write_json
 

@@ -29,8 +29,7 @@ import numpy.typing as npt
 from palinode.data.examples import Example, shared_rows
 from palinode.errors import DataError, RecipeError
 from palinode.history.series import CheckpointSeries
-from palinode.metrics.leakage import extraction_strengths
-from palinode.metrics.membership import min_k_values
+from palinode.metrics.membership import extraction_strengths, min_k_values
 from palinode.progress import Listener, NullListener
 from palinode.records import Outcome
 from palinode.settings import Asking, LocateSettings

@@ -52,8 +52,7 @@ from palinode.pipeline.chatting import form_like, form_of
 from palinode.pipeline.costs import make_plan
 from palinode.pipeline.inputs import ask_as_trained, check_workspace, open_inputs, workspace_folder
 from palinode.pipeline.recipe import Recipe, build_recipe
-from palinode.pipeline.record import environment, model_facts
-from palinode.pipeline.reporting import find_workspace
+from palinode.pipeline.reporting import environment, find_workspace, model_facts
 from palinode.pipeline.run import Making, find_model, find_vectors, hash_models, read_record
 from palinode.pipeline.workspace import Step, Workspace, folder_size
 from palinode.progress import Listener

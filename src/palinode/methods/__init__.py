@@ -4,12 +4,10 @@ from palinode.methods.apply import apply
 from palinode.methods.gradient import GRAD_ASCENT, GRAD_DIFF, IDK_NLL, KL_MIN, RETAIN_FINETUNE
 from palinode.methods.method import Method, MethodSettings
 from palinode.methods.msa import GIVEN, MSA, PAIRED, REWIND, TASK_VECTOR
-from palinode.methods.pdu import PDU
 from palinode.methods.preference import ALTPO, DPO, NPO, SIMNPO
 from palinode.methods.rmu import RMU
-from palinode.methods.ties import TIES
-from palinode.methods.weighted import CE_U, SATIMP, UNDIAL, WGA
-from palinode.methods.whp import WHP, WHP_LOGITS
+from palinode.methods.two_runs import TIES, WHP, WHP_LOGITS
+from palinode.methods.weighted import CE_U, PDU, SATIMP, UNDIAL, WGA
 
 METHODS: dict[str, Method] = {
     "msa": MSA,

@@ -34,11 +34,15 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache
+from math import log
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
+
+import numpy as np
 
 from palinode.metrics.aggregate import joined, mean_score
 from palinode.records import Outcome, Score, Verdict
@@ -82,6 +86,32 @@ def spaced(text: str) -> str:
 def _is_of_a_word(letter: str) -> bool:
     """Whether it is a letter, a digit, or a mark, which in many scripts is a vowel."""
     return letter.isalnum() or unicodedata.category(letter)[0] == "M"
+
+
+def nearest(texts: Sequence[str], others: Sequence[str], count: int) -> list[int]:
+    """Return the places of the `count` texts that come nearest to any of the others by words, in order.
+
+    Nearness is the cosine of TF-IDF, where a word that df of all N texts have weighs ln((1 + N) / df) once a
+    text; the largest over the others. Of equal ones the first.
+
+    >>> nearest(["the cat sat", "a dog", "the dog sat in Oslo"], ["who sat in Oslo?"], 1)
+    [2]
+    """
+    words = [set(normalise(text).split()) for text in (*texts, *others)]
+    counts = Counter(word for own in words for word in own)
+    weights = {word: log((1 + len(words)) / count) ** 2 for word, count in counts.items()}
+    lengths = np.array([sum(weights[word] for word in own) for own in words]) ** 0.5 + 1e-12
+    having = defaultdict[str, list[int]](list)
+    for place, own in enumerate(words[len(texts) :]):
+        for word in own:
+            having[word].append(place)
+    near = np.zeros(len(texts))
+    for place, own in enumerate(words[: len(texts)]):
+        shared = np.zeros(len(others))
+        for word in own & having.keys():
+            shared[having[word]] += weights[word]
+        near[place] = (shared / lengths[len(texts) :]).max(initial=0) / lengths[place]
+    return sorted(np.argsort(-near, kind="stable")[:count].tolist())
 
 
 def accepted_answers(outcome: Outcome) -> tuple[str, ...]:

@@ -15,7 +15,6 @@ from functools import partial
 
 from palinode.errors import DataError
 from palinode.metrics.aggregate import joined, mean_score
-from palinode.metrics.leakage import ONE_TOKEN, exact_memorizations, extraction_strengths
 from palinode.metrics.likelihood import (
     alternative_probabilities,
     answer_probabilities,
@@ -33,6 +32,9 @@ from palinode.metrics.matching import (
     rouge_values,
 )
 from palinode.metrics.membership import (
+    ONE_TOKEN,
+    exact_memorizations,
+    extraction_strengths,
     gradient_norm_values,
     loss_values,
     min_k_plus_values,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +24,7 @@ from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
 from palinode.errors import DivergenceError, MismatchError, RecipeError
 from palinode.models.loading import load_tokenizer, pick_device, tokenizer_fingerprint
 from palinode.pipeline.inputs import check_apart, check_folder, note_on_prompts
-from palinode.pipeline.record import environment, heading, model_facts, row_facts
+from palinode.pipeline.reporting import environment, heading, model_facts, row_facts
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text
@@ -45,6 +45,9 @@ RECORD, REPORT, PAGE, RESULTS = "audit.json", "audit.md", "report.html", "result
 
 UNEVEN = 0.2
 """How far from one half the reference model's AUC may lie before a note says so; a judgement."""
+
+BESIDE = 0.05
+"""By how much more the neighbours of the forget rows must have lost for a note to say so; a judgement."""
 
 Findings = dict[str, dict[str, Finding]]
 """Findings by model and test."""
@@ -272,6 +275,7 @@ class _AuditRun:
                 f"{', '.join(uneven)}), so the two differ by more than membership. Holdout rows in the "
                 "manner of the forget rows, seen by no model, make the membership attacks mean more."
             )
+        notes += _beside_forgotten(findings)
         blind = [
             f"{attack}.{test}"
             for attack, models in findings.items()
@@ -284,6 +288,18 @@ class _AuditRun:
                 f"{', '.join(blind)}."
             )
         return notes
+
+
+def _beside_forgotten(findings: Mapping[str, Findings]) -> Iterator[str]:
+    """Yield a note where the retain rows nearest to the forget rows lost more than the rest."""
+    found = findings.get("neighbours", {}).get(AUDITED, {})
+    lost = {name: it.difference.value for name, it in found.items() if it.difference.value is not None}
+    if "rest" in lost and min(lost.values()) < lost["rest"] - BESIDE:
+        told = (f"{name} {found[name].score.value:.2f} ({found[name].reference.value:.2f})" for name in lost)
+        yield (
+            "The retain rows nearest to the forget rows lost more than the rest. Answer probability, nearest "
+            f"by words and by states and the rest, in brackets of the reference model: {', '.join(told)}."
+        )
 
 
 def _uneven(findings: Mapping[str, Findings]) -> list[str]:

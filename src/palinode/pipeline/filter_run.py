@@ -17,7 +17,7 @@ from palinode.methods.transforms import check_transforms
 from palinode.models.loading import pick_device
 from palinode.pipeline.inputs import check_places, open_retain_only, workspace_folder
 from palinode.pipeline.recipe import Recipe
-from palinode.pipeline.record import dose_facts, environment, heading, model_facts, row_facts
+from palinode.pipeline.reporting import dose_facts, environment, heading, model_facts, row_facts
 from palinode.pipeline.transforming import Transforming
 from palinode.pipeline.workspace import Workspace, fingerprint
 from palinode.progress import Listener, NullListener

@@ -18,7 +18,7 @@ from palinode.methods.method import Asked, Ends, Given, MethodRun, Vectors, plai
 from palinode.methods.transforms import ChosenTransforms, check_transforms
 from palinode.models.loading import load_model, load_reader, load_tokenizer, tokenizer_fingerprint
 from palinode.pipeline.inputs import Work
-from palinode.pipeline.record import thinned_curve
+from palinode.pipeline.reporting import thinned_curve
 from palinode.pipeline.transforming import Filtered, OpenFilter, Transforming
 from palinode.pipeline.workspace import Step, fingerprint
 from palinode.training.finetune import Finetuned, Watch, finetune

@@ -23,7 +23,7 @@ from palinode.report.content import (
     score_cell,
     section,
 )
-from palinode.report.figures import attack_figure, relearning_figure, says_little
+from palinode.report.pictures import attack_figure, relearning_figure, says_little
 from palinode.report.words import at, number, told_by_reason
 
 TONES: dict[str, Tone] = {"knows more": "bad", "knows less": "bad", "unclear": "unsure", "within": "good"}

@@ -20,8 +20,7 @@ from palinode.report.content import (
     Section,
     section,
 )
-from palinode.report.figures import tradeoff_figure
-from palinode.report.pictures import picture_file
+from palinode.report.pictures import picture_file, tradeoff_figure
 from palinode.report.words import (
     DASH,
     MODELS,

@@ -34,9 +34,8 @@ from palinode.report.content import (
     markdown,
     section,
 )
-from palinode.report.figures import glance_figure
 from palinode.report.location_report import location_sections, location_sentences
-from palinode.report.pictures import NARROW, WIDTH, drawing
+from palinode.report.pictures import NARROW, WIDTH, drawing, glance_figure
 from palinode.report.run_report import CAUTION, headline, marked, run_sections
 from palinode.report.verdicts import RunVerdict, audit_verdict, estimate, run_verdict
 from palinode.report.words import DASH, SETS, integer, model_label, words

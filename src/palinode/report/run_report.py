@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from palinode.report import figures
 from palinode.report.audit_report import audit_section
 from palinode.report.content import (
     Block,
@@ -32,6 +31,7 @@ from palinode.report.content import (
     section,
 )
 from palinode.report.location_report import influence_section
+from palinode.report.pictures import likelihood_figure, score_figure, tradeoff_figure, training_figure, untold
 from palinode.report.verdicts import YARDSTICKS, run_verdict, unmade, yardstick
 from palinode.report.words import (
     DASH,
@@ -203,7 +203,7 @@ def _score_section(content: Mapping[str, Any]) -> list[Section]:
         head = ["model", "examples", *map(metric_label, metrics)]
         blocks += [
             Heading(f"On the {label}"),
-            Picture(f"scores-{name}", f"Scores on the {label}", figures.score_figure(content, name)),
+            Picture(f"scores-{name}", f"Scores on the {label}", score_figure(content, name)),
             Grid(f"Scores on the {label}", head, rows),
             Items([*_score_notes(found), *_silent_notes(content, name)]),
         ]
@@ -236,7 +236,7 @@ def _score_notes(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _silent_notes(content: Mapping[str, Any], data_set: str) -> list[str]:
-    silent = figures.untold(content, data_set)
+    silent = untold(content, data_set)
     return [f"{metric_label(metric)} is not in the picture: {why}." for metric, why in silent.items()]
 
 
@@ -258,7 +258,7 @@ def _scale_section(content: Mapping[str, Any]) -> list[Section]:
         Picture(
             "tradeoff",
             "Forget against retain probability, for every pair of scales and every model",
-            figures.tradeoff_figure(content),
+            tradeoff_figure(content),
             caption="Left is less of the forget set, up is more of the rest; the band is the yardstick's "
             "interval. Points were tried on probe rows and models measured on the evaluation rows, so the "
             "chosen point and the unlearned model need not coincide. Click a mark for its figures.",
@@ -384,7 +384,7 @@ def _likelihood_section(content: Mapping[str, Any]) -> list[Section]:
     pictures = [
         Picture(f"likelihood-{name}", label, drawn, caption=f"On the {label}:")
         for name, label in SETS.items()
-        if (drawn := figures.likelihood_figure(content, name))
+        if (drawn := likelihood_figure(content, name))
     ]
     return section(
         "How sure of each right answer",
@@ -459,7 +459,7 @@ def _cost_section(content: Mapping[str, Any]) -> list[Section]:
     peak = at(content, "environment", "peak_memory_bytes")
     return section(
         "Training and cost",
-        Picture("training", "Loss by step of each fine-tuning", figures.training_figure(content)),
+        Picture("training", "Loss by step of each fine-tuning", training_figure(content)),
         Grid("Cost of each fine-tuning", head, rows),
         Paragraph(f"Most memory held by the process: {peak / 1e9:.1f} GB.") if rows and peak else None,
         bar="Training",

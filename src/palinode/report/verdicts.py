@@ -54,6 +54,8 @@ TOO_LITTLE = 0.5
 """Share of the yardstick's score below which over-forgetting is red; a judgement."""
 KEPT, PARTLY_KEPT = 0.9, 0.75
 """Shares of the target's retain probability that make a green and an amber light; judgements."""
+NEIGHBOURS = 0.05
+"""By how much less the rows nearest to the forget set must keep for it to be said; a judgement."""
 MATCHED, PARTLY_MATCHED = 1.0, 0.5
 """Shares of the comparisons with the retrained model that must agree; judgements."""
 FEWEST_ROWS = 8
@@ -460,6 +462,10 @@ def _kept(record: Mapping[str, Any]) -> Claim:
         f"Answer probability on the {SETS[data_set]}: {number(target['value'])} before, "
         f"{number(after['value'])} now, which is {percent(share)} of it."
     )
+    before, now = (_probability(record, model, "retain_near") for model in ("target", "unlearned"))
+    if before and now and now["value"] < (share - NEIGHBOURS) * before["value"]:
+        rest = f"{number(before['value'])} before, {number(now['value'])} now"
+        sentence += f" The rows nearest to the forget set kept less: {rest}."
     return Claim("kept", light, word, sentence)
 
 

@@ -16,6 +16,7 @@ SETS = {
     "forget": "forget set",
     "retain": "retain set",
     "retain_unseen": "unseen retain rows",
+    "retain_near": "retain rows near the forget set",
 }
 TRAININGS = {
     "forget": "forget set",

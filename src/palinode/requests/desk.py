@@ -33,8 +33,7 @@ from palinode.pipeline.workspace import fingerprint
 from palinode.progress import Listener, NullListener
 from palinode.records import Outcome, private, read_bytes, read_json, write_text
 from palinode.report.verdicts import audit_verdict
-from palinode.requests.ledger import Event, Ledger
-from palinode.requests.standing import WHOLE, Model, Request, Standing, standing
+from palinode.requests.ledger import WHOLE, Event, Ledger, Model, Request, Standing, standing
 from palinode.settings import AuditSettings, StrictModel
 from palinode.weights import Checkpoint
 from palinode.weights.store import check_manifest

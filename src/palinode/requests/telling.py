@@ -19,8 +19,7 @@ from palinode.report.content import Grid, GridCell, Heading, Paragraph, Row, Ton
 from palinode.report.reports import html_page
 from palinode.report.verdicts import SYMBOLS, Light
 from palinode.report.words import number
-from palinode.requests.ledger import Event, Ledger
-from palinode.requests.standing import WHOLE, Model, Request, Standing, standing
+from palinode.requests.ledger import WHOLE, Event, Ledger, Model, Request, Standing, standing
 from palinode.version import __version__
 
 LEDGER_VERSION = 1

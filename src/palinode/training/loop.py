@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from palinode.data.batches import Batch, epoch_batches, pad_right
@@ -36,7 +38,7 @@ from palinode.data.tokenize import TokenRow
 from palinode.errors import DivergenceError, RecipeError, unwritable
 from palinode.models.likelihoods import Say, must_be_apart, note, tell
 from palinode.models.loading import check_positions
-from palinode.models.reading import never_packed
+from palinode.models.reading import decoder_blocks, never_packed
 from palinode.records import beside, read_json, write_json
 from palinode.settings import TrainingSettings
 from palinode.training.objectives import (
@@ -59,6 +61,9 @@ FETCHED = {"cpu": 1, "cuda": 16}
 """By device: steps whose figures are fetched together, if they take less than `PATIENCE` seconds. Other
 devices have no AdamW that leaves a step out by itself; they are asked at each."""
 PATIENCE = 1.0
+
+COMPILED_LENGTHS = 64
+"""Compiled models see rows whose length is a multiple of this, so that few are compiled for."""
 
 
 def train(
@@ -96,7 +101,7 @@ def train(
     kept = _keep(objective, model, cast, settings, pad_id)
     apart = _must_be_apart(objective, model, cast, pad_id, say)
     model.train()
-    with _only_trainable(model, objective.trainable):
+    with _only_trainable(model, objective.trainable), _prepared(model, settings):
         live, adamw = accelerator.prepare(model, _adamw(model, settings))
         run = _Run(
             accelerator,
@@ -207,6 +212,23 @@ def _only_trainable(model: PreTrainedModel, pattern: str | None) -> Iterator[Non
     finally:
         for value in frozen:
             value.requires_grad_(True)
+
+
+@contextmanager
+def _prepared(model: PreTrainedModel, settings: TrainingSettings) -> Iterator[None]:
+    """Have decoder blocks compiled, and their activations computed again, where the settings say so."""
+    blocks = decoder_blocks(model) if settings.compile or settings.gradient_checkpointing else ()
+    try:
+        for block in blocks:
+            if settings.gradient_checkpointing:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            if settings.compile:
+                block.compile()
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+            block._compiled_call_impl = None
 
 
 def count_steps(lengths: Sequence[int], settings: TrainingSettings) -> int:
@@ -522,11 +544,14 @@ class _Run:
         members = [(role, place) for role in term.roles for place in self.cast.members(role, epoch, anchors)]
         rows = [self.cast.rows[role][place] for role, place in members]
         size = len(rows) * max((len(row.ids) for row in rows), default=0)
+        pad = partial(
+            pad_right, pad_id=self.pad_id, multiple=COMPILED_LENGTHS if self.settings.compile else 1
+        )
         if self.apart:
             for row, member in zip(rows, members, strict=True):
-                yield pad_right([row], pad_id=self.pad_id), [member]
+                yield pad([row]), [member]
         elif self.most is None or size <= self.most or len(anchors) < 2:
-            yield pad_right(rows, pad_id=self.pad_id), members
+            yield pad(rows), members
         else:  # what goes with an anchor stays with it: the loss may compare the two
             half = len(anchors) // 2
             yield from self._batches(term, anchors[:half], epoch)

@@ -30,7 +30,6 @@ from palinode.weights.arithmetic import (
     Slice,
     formula,
     map_slices,
-    per_thread,
     slices,
 )
 from palinode.weights.checkpoint import Checkpoint, Point
@@ -82,7 +81,7 @@ def put(
 
     with Files() as files, unchanged(form.terms):
         wanted = [part for part in parts if part.info.name in flat and (not only or only(part.info.name))]
-        map_slices(wanted, per_thread(start))
+        map_slices(wanted, start)
 
 
 def _flat_parameters(model: PreTrainedModel, anchor: Checkpoint) -> dict[str, torch.Tensor]:

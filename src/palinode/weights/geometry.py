@@ -28,7 +28,6 @@ from palinode.weights.arithmetic import (
     formula,
     layout_of,
     map_slices,
-    per_thread,
 )
 from palinode.weights.displacement import Displacement, HasTerms
 from palinode.weights.fingerprints import check_files
@@ -234,7 +233,7 @@ def profile(
         gram[part_of(part.info.name)] += found
 
     with Files() as files:
-        map_slices(parts, per_thread(start), collect=collect, workers=workers, on_progress=on_progress)
+        map_slices(parts, start, collect=collect, workers=workers, on_progress=on_progress)
     return Profile(tuple(directions), dict(sorted(gram.items(), key=lambda item: part_order(item[0]))))
 
 

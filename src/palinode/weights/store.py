@@ -40,7 +40,6 @@ from palinode.weights.arithmetic import (
     Slice,
     every_of,
     map_slices,
-    per_thread,
     slices,
 )
 from palinode.weights.atomic import Crew, Rank0Side, RankSide, check_output, claimed, is_claimed, publish
@@ -356,7 +355,7 @@ def _fill(
             checksums.update({(part.info.name, first + place): total for place, total in enumerate(found)})
 
     with Files() as files:
-        map_slices(parts, per_thread(start), collect=collect, workers=job.workers, on_progress=on_progress)
+        map_slices(parts, start, collect=collect, workers=job.workers, on_progress=on_progress)
     return meter, checksums
 
 

@@ -302,20 +302,17 @@ def read_gguf(file: Path) -> Model:
         sound = window.size >= 24 and window.read(0, 4) == b"GGUF"
     if not sound:
         raise CheckpointError(f"{file} is cut off or no GGUF file; fetch it again")
-    try:
-        import gguf
+    import gguf
 
+    refused = f"{file} cannot be read as a GGUF model"
+    with (
+        quiet_transformers(lambda error: f"{refused} ({shown(first_line(error))})"),
+        redirect_stderr(io.StringIO()),  # gguf draws a bar of its own
+    ):
         held = gguf.GGUFReader(file).tensors
         kinds = Counter(tensor.tensor_type.name for tensor in held)
         stored = sum(int(tensor.n_elements) for tensor in held)
-        with quiet_transformers(), redirect_stderr(io.StringIO()):  # gguf draws a bar of its own
-            tensors, config = _load(file, kinds.total(), stored)
-    except CheckpointError:
-        raise
-    except Exception as error:  # both libraries raise many kinds here; each means that there is no model
-        raise CheckpointError(
-            f"{file} cannot be read as a GGUF model ({shown(first_line(error))})"
-        ) from error
+        tensors, config = _load(file, kinds.total(), stored)
     gigabytes = sum(info.nbytes for info in tensors.values()) / 1e9
     packed = [kind for kind in kinds if kind not in ("F64", "F32", "F16", "BF16")]
     made = f"dequantised from {', '.join(packed)} to float32" if packed else "read as float32"
@@ -325,8 +322,12 @@ def read_gguf(file: Path) -> Model:
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own progress bars and notes off the terminal while it loads or saves."""
+def quiet_transformers(told: Callable[[Exception], str] | None = None) -> Iterator[None]:
+    """Keep transformers' own progress bars and notes off the terminal while it loads or saves.
+
+    With `told`, whatever it raises becomes a CheckpointError that says so: it raises many kinds, and each
+    means that there is nothing to be had.
+    """
     from transformers import logging as notes
 
     level, bars = notes.get_verbosity(), notes.is_progress_bar_enabled()
@@ -334,6 +335,10 @@ def quiet_transformers() -> Iterator[None]:
     notes.disable_progress_bar()
     try:
         yield
+    except Exception as error:
+        if told is None or isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(told(error)) from error
     finally:
         notes.set_verbosity(level)
         if bars:

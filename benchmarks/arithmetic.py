@@ -439,7 +439,6 @@ def profile_program(repeats: float):
         Settings,
         formula,
         map_slices,
-        per_thread,
         slices,
     )
     from palinode.weights.geometry import choose_rounding
@@ -501,7 +500,7 @@ def profile_program(repeats: float):
             files = stack.enter_context(Files())
             handles = OutputFiles(plan_files(target, None), out, stack)
             began = time.perf_counter()
-            map_slices(slices(target), per_thread(lambda: step(files, handles)))
+            map_slices(slices(target), lambda: step(files, handles))
             spent = time.perf_counter() - began
         shutil.rmtree(out)
         return spent

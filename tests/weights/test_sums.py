@@ -9,7 +9,7 @@ import torch
 
 from palinode.errors import CheckpointError, InputError, MismatchError
 from palinode.weights import Checkpoint, save
-from palinode.weights.arithmetic import SLICE, Evaluator, Settings, formula, map_slices, per_thread, slices
+from palinode.weights.arithmetic import SLICE, Evaluator, Settings, formula, map_slices, slices
 from palinode.weights.tensors import Files
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -569,7 +569,7 @@ def test_slice_size_and_threads_do_not_change_the_bytes(models, size, workers):
         return work
 
     with Files() as files:
-        map_slices(slices(target, size=size), per_thread(start), workers=workers)
+        map_slices(slices(target, size=size), start, workers=workers)
     for name, values in models.read(models.place / "out").items():
         assert models.same_bits(built[name], values.flatten())
 

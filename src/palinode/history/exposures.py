@@ -1,18 +1,12 @@
 """The exposure log: which rows were in the batch of which optimiser step, written while training.
 
-    log.json                                   what was trained on: fingerprints, run, salted or not
-    session-0002.json                          one start of the training: the step it went on from, world size
-    session-0002/rank-00003/000017.parquet     a sealed segment of one process
-                            000018.journal     its open tail
+docs/exposure-log.md has its files and formats. Steps are counted from 1: step s is the update that makes
+checkpoint s, so a checkpoint of step c has seen what the steps 1 to c hold. A session that goes on from step
+k supersedes all later steps of the sessions before it; nothing that was written is ever changed.
 
-Steps are counted from 1: step s is the update that makes checkpoint s, so a checkpoint of step c has
-seen what the steps 1 to c hold. A session that goes on from step k supersedes all later steps of the
-sessions before it; nothing that was written is ever changed. The log holds no text.
-
-A segment holds rows (hash, step), sorted by the first 8 bytes of the hash, then step: 20 bytes a row
-before compression. It appears under its name only when it is whole and on disk. What is not sealed yet
-lies in a journal, to which each step is appended as one record with a checksum, so that a kill loses
-nothing and a crash of the machine at most the last half minute (docs/exposure-log.md).
+A sealed segment appears under its name only when it is whole and on disk. What is not sealed yet lies in a
+journal, to which each step is appended as one record with a checksum, so that a kill loses nothing and a
+crash of the machine at most the last half minute.
 """
 
 from __future__ import annotations

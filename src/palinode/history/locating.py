@@ -517,19 +517,17 @@ def locate(
     if control:
         onset = find_onset(forget, control, series, settings=settings, listener=listener)
         warnings += onset.notes
-        warnings += _notes_on_control(log, control, salt) if log is not None else []
+        trained = len({entry.row for entry in log.find(control, salt=salt)}) if log is not None else 0
+        if trained:
+            warnings.append(
+                f"{trained} of {len(control)} control rows were trained on, by the log: the evidence from "
+                "behaviour is weaker than it looks."
+            )
     rows = tuple(
         RowHistory(number, example.place, _seen(number, found), tuple(copies[number]))
         for number, example in enumerate(forget)
     )
     return Judgement(series, rows, onset, log, order, target_step, warnings).location()
-
-
-def _notes_on_control(log: ExposureReader, control: Sequence[Example], salt: bytes) -> list[str]:
-    """Say how many control rows were trained on, if any were."""
-    trained = len({entry.row for entry in log.find(control, salt=salt)})
-    words = "control rows were trained on, by the log: the evidence from behaviour is weaker than it looks."
-    return [f"{trained} of {len(control)} {words}"] if trained else []
 
 
 def _steps_in_log(

@@ -85,16 +85,10 @@ def load_model(
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest")
     require_causal_lm(checkpoint)
-    with quiet_transformers(), unchanged([checkpoint]):
-        try:
-            placed = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
-            model, info = _build(checkpoint, dtype, "sdpa", placed)
-        except CheckpointError:
-            raise
-        except Exception as error:  # transformers raises many kinds here; each means that there is no model
-            raise CheckpointError(
-                f"{checkpoint.folder} cannot be loaded as a causal language model ({_reason(error)})"
-            ) from error
+    refused = f"{checkpoint.folder} cannot be loaded as a causal language model"
+    with quiet_transformers(lambda error: f"{refused} ({_reason(error)})"), unchanged([checkpoint]):
+        placed = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
+        model, info = _build(checkpoint, dtype, "sdpa", placed)
     _require_all_weights(checkpoint, info)
     ready: PreTrainedModel = (model if quantization else model.to(device)).eval()
     return ready
@@ -272,18 +266,12 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
 
     Raises CheckpointError when it cannot, or when AutoModelForCausalLM knows nothing of such a wrapper.
     """
-    try:
-        with quiet_transformers():
-            config: PreTrainedConfig = from_pretrained(AutoConfig, checkpoint.folder)
-            rows = config.get_text_config().vocab_size
-            if type(rows) is not int or rows < 1:
-                raise ValueError(f"its vocab_size is {shown(str(rows))}")
-    except CheckpointError:
-        raise
-    except Exception as error:  # transformers raises many kinds here
-        raise CheckpointError(
-            f"{checkpoint.folder / 'config.json'} describes no model that can be built ({_reason(error)})"
-        ) from error
+    refused = f"{checkpoint.folder / 'config.json'} describes no model that can be built"
+    with quiet_transformers(lambda error: f"{refused} ({_reason(error)})"):
+        config: PreTrainedConfig = from_pretrained(AutoConfig, checkpoint.folder)
+        rows = config.get_text_config().vocab_size
+        if type(rows) is not int or rows < 1:
+            raise ValueError(f"its vocab_size is {shown(str(rows))}")
     text = text_config(config)
     built_here = text is not config or checkpoint.format != "safetensors"
     if built_here and not (_class_of(config, config) and _class_of(text, config)):
@@ -296,16 +284,10 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """Return the checkpoint's tokenizer; raises CheckpointError when the folder has none."""
-    try:
-        with quiet_transformers():
-            tokenizer: PreTrainedTokenizerBase = from_pretrained(AutoTokenizer, checkpoint.folder)
-    except CheckpointError:
-        raise
-    except Exception as error:  # transformers raises many kinds here; each means that there is no tokenizer
-        raise CheckpointError(
-            f"{checkpoint.folder} has no tokenizer that can be loaded ({type(error).__name__}); "
-            "copy the tokenizer files of the model it came from into the folder"
-        ) from error
+    refused = f"{checkpoint.folder} has no tokenizer that can be loaded"
+    advice = "copy the tokenizer files of the model it came from into the folder"
+    with quiet_transformers(lambda error: f"{refused} ({type(error).__name__}); {advice}"):
+        tokenizer: PreTrainedTokenizerBase = from_pretrained(AutoTokenizer, checkpoint.folder)
     beside = checkpoint.folder / "chat_template.json"
     if not tokenizer.chat_template and beside.is_file():  # tokenizers know nothing of a processor's
         found = read_json(beside)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,9 @@ def finetune(
     tokenizer = load_tokenizer(reader or base)
     cast = _cast(examples, base, tokenizer, settings, seed=seed, style=style or PromptStyle())
     model = _load(base, settings, loss, device=device, seed=seed)
-    pad_id, following = pad_token(tokenizer), _Following(model, base, watch or Watch(), listener)
-    curve = following.train(cast, loss, settings, seed=seed, pad_id=pad_id, state=state)
+    run = partial(train, model, cast, loss, settings, seed=seed, pad_id=pad_token(tokenizer), state=state)
+    total = sum(cast.tokens(epoch, range(len(cast.anchors)), loss.reads) for epoch in range(settings.epochs))
+    curve, tokens = _follow(run, model, base, cast, total, watch or Watch(), listener or NullListener())
     check_stamps(stamps, [base])
     if settings.lora:
         write_adapter(model, output, curve)
@@ -147,7 +149,7 @@ def finetune(
         base,
         LoraAdapter.open(output) if settings.lora else Checkpoint.open(output),
         curve,
-        following.tokens,
+        tokens,
         time.monotonic() - started,
         count_steps([len(row.ids) for row in cast.anchors], settings),
         {
@@ -180,59 +182,35 @@ def _cast(
     return cast
 
 
-class _Following:
-    """A run, followed: its bar, its curve, and the models that are left on the way."""
+def _follow(
+    run: Callable[..., list[CurvePoint]],
+    model: PreTrainedModel,
+    base: Checkpoint,
+    cast: Joined,
+    total: int,
+    watch: Watch,
+    listener: Listener,
+) -> tuple[list[CurvePoint], int]:
+    """Train, with a bar of `total` tokens and models left on the way; return curve and tokens read."""
+    walked, tokens = list[CurvePoint](), 0
 
-    def __init__(
-        self, model: PreTrainedModel, base: Checkpoint, watch: Watch, listener: Listener | None
-    ) -> None:
-        self.model, self.base, self.watch = model, base, watch
-        self.listener = listener or NullListener()
-        self.walked: list[CurvePoint] = []
-        self.tokens = 0
-        """Tokens that went through the model, over all steps."""
+    def on_step(point: CurvePoint, members: Sequence[int]) -> None:
+        if watch.on_step:
+            watch.on_step(point.step + 1, [cast.anchors[place].example for place in members])
+        record(listener, watch.label, point.step + 1, point.figures())
+        walked.append(point)
+        if (place := watch.leave.get(point.step + 1)) and not place.exists():
+            write_model(model, base, place, walked)
 
-    def train(
-        self,
-        cast: Joined,
-        objective: Objective,
-        settings: TrainingSettings,
-        *,
-        seed: int,
-        pad_id: int,
-        state: Path | None,
-    ) -> list[CurvePoint]:
-        """Train the model and return its curve."""
-        everyone = range(len(cast.anchors))
-        total = sum(cast.tokens(epoch, everyone, objective.reads) for epoch in range(settings.epochs))
+    with listener.task(watch.label, total, "tokens") as advance:
 
-        def on_step(point: CurvePoint, members: Sequence[int]) -> None:
-            if self.watch.on_step:
-                self.watch.on_step(point.step + 1, [cast.anchors[place].example for place in members])
-            record(self.listener, self.watch.label, point.step + 1, point.figures())
-            self.walked.append(point)
-            if (place := self.watch.leave.get(point.step + 1)) and not place.exists():
-                write_model(self.model, self.base, place, self.walked)
+        def on_progress(amount: int) -> None:
+            nonlocal tokens
+            tokens += amount
+            advance(amount)
 
-        with self.listener.task(self.watch.label, total, "tokens") as advance:
-
-            def on_progress(amount: int) -> None:
-                self.tokens += amount
-                advance(amount)
-
-            return train(
-                self.model,
-                cast,
-                objective,
-                settings,
-                seed=seed,
-                pad_id=pad_id,
-                state=state,
-                on_progress=on_progress,
-                on_step=on_step,
-                exactly_at=self.watch.leave,
-                say=self.listener.say,
-            )
+        curve = run(on_progress=on_progress, on_step=on_step, exactly_at=watch.leave, say=listener.say)
+    return curve, tokens
 
 
 def _load(

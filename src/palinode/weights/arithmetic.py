@@ -101,33 +101,28 @@ def layout_of(terms: Iterable[Term]) -> list[TensorInfo]:
     return list(found.values())
 
 
-def per_thread(make: Callable[[], Callable[[Slice], Result]]) -> Callable[[Slice], Result]:
-    """Return a function on slices that makes itself anew in every thread it is called from."""
-    state = local()
-
-    def work(part: Slice) -> Result:
-        if not hasattr(state, "work"):
-            state.work = make()
-        found: Result = state.work(part)
-        return found
-
-    return work
-
-
 def map_slices(
     parts: Iterable[Slice],
-    work: Callable[[Slice], Result],
+    start: Callable[[], Callable[[Slice], Result]],
     *,
     collect: Callable[[Slice, Result], None] | None = None,
     workers: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Call `work` on every slice from a few threads.
+    """Do every slice in one of a few threads, each with the worker that `start` makes for it.
 
     `collect` takes slices and results here, in the order of the slices, so that sums over them do not depend
     on the threads. `on_progress` hears the number of elements done. The first error stops the rest
     and is raised.
     """
+    own = local()
+
+    def work(part: Slice) -> Result:
+        if not hasattr(own, "work"):
+            own.work = start()
+        found: Result = own.work(part)
+        return found
+
     with closing(map_parts(parts, work, workers=workers)) as results:
         for part, result in results:
             if collect:
@@ -359,11 +354,6 @@ def direction_values(direction: HasTerms, part: Slice, files: Files) -> np.ndarr
     for place, displacement in enumerate(displacements):
         total += loaded.dtype.type(weights[displacement]) * loaded.extras[place, : part.count]
     return total
-
-
-def direction_tensor(direction: HasTerms, info: TensorInfo, files: Files) -> np.ndarray:
-    """Return a direction's values on a whole tensor in one dimension; dtype as in `direction_values`."""
-    return direction_values(direction, Slice(info, 0, info.size), files)
 
 
 SAMPLED_FROM, EVERY = 1 << 20, 8

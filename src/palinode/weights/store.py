@@ -40,7 +40,6 @@ from palinode.weights.arithmetic import (
     Slice,
     every_of,
     map_slices,
-    per_thread,
     slices,
 )
 from palinode.weights.atomic import Crew, Rank0Side, RankSide, check_output, claimed, is_claimed, publish
@@ -80,13 +79,13 @@ class OutputFile:
 def plan_files(anchor: ModelFolder, code: str | None, *, kept: Collection[str] = ()) -> list[OutputFile]:
     """Plan the output files after the anchor's own; floating-point tensors but those `kept` are in `code`."""
     files = by_file(anchor.tensors.values())
-    if len(files) > 1 and all(path.suffix == ".safetensors" for path in files):
+    ours = all(path.suffix == ".safetensors" for path in files)
+    if ours and len(files) > 1:
         return [_planned(path.name, infos, code, kept) for path, infos in files.items()]
-    shards = list(_shards([info for infos in files.values() for info in infos]))
-    if len(files) < 2 and all(path.suffix == ".safetensors" for path in files):
-        shards = [[info for infos in files.values() for info in infos]]
+    everything = [info for infos in files.values() for info in infos]
+    shards = [everything] if ours else list(_shards(everything))
     if len(shards) < 2:
-        return [_planned(SINGLE, shards[0] if shards else [], code, kept)]
+        return [_planned(SINGLE, everything, code, kept)]
     stem, suffix = Path(SINGLE).stem, Path(SINGLE).suffix
     names = [f"{stem}-{place + 1:05d}-of-{len(shards):05d}{suffix}" for place in range(len(shards))]
     return [_planned(name, shard, code, kept) for name, shard in zip(names, shards, strict=True)]
@@ -305,8 +304,6 @@ def write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], No
             for report in others.reports() if others else ():
                 meter.merge(report["dose"])
                 checksums |= {(name, block): total for name, block, total in report["checksums"]}
-            if others:
-                others.dismiss()
         write_index(job.files, partial)
         copy_companions(job.formula.anchor, partial, job.asked.dtype)
         _leave_out(job, meter)
@@ -358,7 +355,7 @@ def _fill(
             checksums.update({(part.info.name, first + place): total for place, total in enumerate(found)})
 
     with Files() as files:
-        map_slices(parts, per_thread(start), collect=collect, workers=job.workers, on_progress=on_progress)
+        map_slices(parts, start, collect=collect, workers=job.workers, on_progress=on_progress)
     return meter, checksums
 
 

@@ -41,7 +41,6 @@ from palinode.weights.arithmetic import (
     SLICE,
     Slice,
     cut,
-    direction_tensor,
     direction_values,
     layout_of,
     map_slices,
@@ -332,7 +331,7 @@ def _store_whole(
         writer.write(found[0])
         sums.append(found[1:])
 
-    map_slices(cut(info), work, collect=collect)
+    map_slices(cut(info), lambda: work, collect=collect)
     norm, error = (math.sqrt(math.fsum(column)) for column in zip(*sums, strict=True))
     if norm == 0:
         writer.forget()
@@ -345,7 +344,7 @@ def _store_factors(
     direction: Direction, info: TensorInfo, files: Files, writer: _Writer, settings: _Storing, most: int
 ) -> StoredTensor | None:
     """Append a matrix as two factors, rounded; None where it is zero, or factors would save no room."""
-    values = _finite(direction_tensor(direction, info, files), info).reshape(info.shape)
+    values = _finite(direction_values(direction, Slice(info, 0, info.size), files), info).reshape(info.shape)
     energy = 1.0 if settings.energy is None else settings.energy
     factors = nearest_factors(values, rank=settings.rank, energy=energy, most=most) if values.any() else None
     if factors is None:
@@ -521,7 +520,8 @@ class _Transformed:
         out[:] = values[start : start + len(out)]
 
     def _compute(self, files: Files) -> np.ndarray:
-        tensors = [direction_tensor(part, self.info, files).reshape(self.shape) for part in self.directions]
+        whole = Slice(self.info, 0, self.info.size)
+        tensors = [direction_values(part, whole, files).reshape(self.shape) for part in self.directions]
         made = self.rule(self.info.name, tensors)
         if made.shape != self.shape:
             raise InputError(

@@ -25,6 +25,7 @@ from palinode.data.batches import IGNORED, Batch, pad_right
 from palinode.data.tokenize import TokenRow
 from palinode.errors import CheckpointError, RecipeError
 from palinode.models.loading import check_positions
+from palinode.processes import divided
 
 MASKED = {"cpu", "mps"}
 """Devices on which rows padded on the right come with a mask. No token sees what stands behind it, so none
@@ -212,6 +213,7 @@ def row_backward(
             handle.remove()
 
 
+@divided
 def gradient_norms(
     model: PreTrainedModel,
     rows: Sequence[TokenRow],

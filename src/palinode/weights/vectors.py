@@ -33,7 +33,7 @@ from typing import Annotated, BinaryIO, Literal, Self
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
-from palinode.errors import AlgebraError, CheckpointError, InputError, MismatchError, unwritable
+from palinode.errors import AlgebraError, CheckpointError, InputError, unwritable
 from palinode.records import private
 from palinode.weights.adapters import CONFIG, LoraAdapter
 from palinode.weights.arithmetic import (
@@ -458,27 +458,14 @@ def transformed(directions: Sequence[Direction], rule: Rule, *, label: str) -> S
     """Return what a rule makes of directions, computed tensor by tensor as it is read; see `transform`."""
     if not directions:
         raise InputError("no direction was given; name one at least")
-    inputs = tuple(
-        sorted((term.fingerprint(), entry) for part in directions for term, entry in part.terms.items())
-    )
+    terms = [one for part in directions for one in part.terms.items()]
+    inputs = sorted((term.fingerprint(), coefficient) for term, coefficient in terms)
     last = _Last()
     changes = {
         info.name: _Transformed(info, tuple(directions), rule, (label, *inputs), last)
-        for info in _common_layout(directions)
+        for info in layout_of(term for term, _ in terms)
     }
     return StoredDirection(next(iter(directions[0].terms)).folder, changes)
-
-
-def _common_layout(directions: Sequence[Direction]) -> list[TensorInfo]:
-    """Return the tensors that any of the directions may change."""
-    found: dict[str, TensorInfo] = {}
-    for info in (info for part in directions for info in layout_of(part.terms)):
-        if found.setdefault(info.name, info).shape != info.shape:
-            raise MismatchError(
-                f"the directions change {info.name} in two shapes ({found[info.name].shape} and "
-                f"{info.shape}); were all made from one model?"
-            )
-    return list(found.values())
 
 
 class _Last:

@@ -1,6 +1,6 @@
 """How well the audit tells models that know the forget people from models that never saw them.
 
-    python benchmarks/meta_audit.py --output DIR [--first 0] [--worlds 9] [--json]
+    python benchmarks/meta_audit.py --output DIR [--first 0] [--worlds 8] [--json]
 
 In each invented world a target and a retrained model are made, and then models whose truth is known. *Know*:
 other seeds, more exposure, fewer phrasings, longer ago; and models that only hide it: trained to answer
@@ -62,7 +62,9 @@ HIDING = (
     "wrong answers", "wrong answers, last block", "rmu", "npo, low rate",
     "refusals", "refusals, hard", "output filter", "fragile",
 )  # fmt: skip
-CHANGED = (*HIDING, "one phrasing", "seed 1", "seed 2")
+EASY = ("seen again", "two phrasings")
+"""Models that every audit of the first worlds failed, left out of the fresh ones."""
+CHANGED = (*HIDING, "one phrasing", "seed 1")
 """Models that are rounded and relearned too."""
 FITTED = 5
 """Worlds on which the built-in margins were set; those after them are fresh."""
@@ -77,7 +79,7 @@ class MetaWorld:
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.seed = folder, seed
-        self.seeds = range(1, 5 if seed < FITTED else 7)
+        self.seeds = range(1, 5 if seed < FITTED else 9)
         world = invent_world(seed, early=30, middle=24, forget=8, late=12)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "policy.toml").write_text(POLICY)
@@ -263,23 +265,23 @@ def measure(world: MetaWorld, path: Path) -> None:
                 file.write(json.dumps(told) + "\n")
 
     whole = tuple(name for name in ATTACKS if name not in ("paraphrases", "relearn_lookalikes"))
-    pools = {"knows": world.knowing(), "never": world.never()}
+    knowing, never = world.knowing(), world.never()
+    if world.seed >= FITTED:
+        knowing = {name: make for name, make in knowing.items() if name not in EASY}
     once("retrained", "relearned", "reference", lambda: world.audit(
         world.relearned("retrained", world.retrained), world.retrained, ASKING))  # fmt: skip
     once("retrained", "audit", "reference", lambda: world.audit(world.retrained, world.retrained, ASKING))
-    for kind, models in pools.items():
-        for name, make in models.items():
-            model = make()
-            own = "hides" if name in HIDING else kind
-            once(name, "audit", own, lambda model=model: world.audit(model, world.retrained, whole))
-            once(name, "by base", own, lambda model=model: world.audit(model, world.base, ASKING))
-            for what, change in (("rounded", world.rounded), ("relearned", world.relearned)):
-                if name in CHANGED:
-                    once(name, what, own, lambda model=model, change=change, name=name: world.audit(
-                        change(name, model), world.retrained, ASKING))  # fmt: skip
-                    both = f"{what}, both"
-                    once(name, both, own, lambda model=model, change=change, name=name: world.audit(
-                        change(name, model), change("retrained", world.retrained), ASKING))  # fmt: skip
+    for name, make in sorted({**knowing, **never}.items(), key=lambda item: item[0] not in HIDING):
+        model, own = make(), "hides" if name in HIDING else "knows" if name in knowing else "never"
+        once(name, "audit", own, lambda model=model: world.audit(model, world.retrained, whole))
+        once(name, "by base", own, lambda model=model: world.audit(model, world.base, ASKING))
+        for what, change in (("rounded", world.rounded), ("relearned", world.relearned)):
+            if name in CHANGED:
+                once(name, what, own, lambda model=model, change=change, name=name: world.audit(
+                    change(name, model), world.retrained, ASKING))  # fmt: skip
+                both = f"{what}, both"
+                once(name, both, own, lambda model=model, change=change, name=name: world.audit(
+                    change(name, model), change("retrained", world.retrained), ASKING))  # fmt: skip
     shutil.rmtree(world.folder / "work", ignore_errors=True)
 
 
@@ -423,7 +425,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for worlds, models and results")
     parser.add_argument("--first", type=int, default=0, help="the first world that is made now")
-    parser.add_argument("--worlds", type=int, default=9, help="the world after the last")
+    parser.add_argument("--worlds", type=int, default=8, help="the world after the last")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     options = parser.parse_args()
     path = options.output / "results.jsonl"

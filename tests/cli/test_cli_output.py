@@ -167,9 +167,27 @@ def test_dry_run_prints_the_plan_and_does_nothing(palinode, given, tmp_path):
     assert (said.code, said.err) == (0, "")
     assert said.out.startswith("What will be done (finished steps are not repeated):\n  fine-tune on the")
     planned = strict(palinode(*given, "--dry-run", "--json").out)
-    assert set(planned) == {"steps", "memory", "disk"}
+    assert set(planned) == {"steps", "memory", "disk", "held", "notes", "machine"}
+    assert planned["memory"] == max(sum(planned_in(phase)) for phase in planned["held"])
     assert planned["steps"][0]["label"] == "fine-tune on the forget set"
     assert list(tmp_path.iterdir()) == []
+
+
+def planned_in(phase):
+    return [phase[name] for name in ("weights", "gradients", "optimiser", "activations")]
+
+
+def test_a_plan_for_other_machines_says_what_they_hold_and_cost(palinode, tiny, tmp_path):
+    words = ["unlearn", "--target", tiny.target.folder, "--forget", tiny.forget, "--output", tmp_path / "out"]
+    said = palinode(*words, "--dry-run", "--on", "2xh100@3")  # no base: a plan opens none
+    assert re.search(r"^On 2 × H100 SXM: 80 GB, 989 TFLOP/s", said.out, re.MULTILINE)
+    assert re.search(r"^  fine-tune +whole +0\.0", said.out, re.MULTILINE)
+    assert "At 3.00 an hour and device: 0.0" in said.out
+    planned = strict(palinode(*words, "--dry-run", "--on", "2xh100@3", "--json").out)
+    assert (planned["machine"]["count"], planned["machine"]["kind"]["memory"]) == (2, 80e9)
+    assert "say --dry-run" in palinode(*words, "--on", "h100").refusal
+    for wrong in ("8xh101", "0xh100", "h100@", "h100@free"):
+        assert "as in 8xh100" in palinode(*words, "--dry-run", "--on", wrong).refusal
 
 
 def test_recipe_is_the_same_run_as_the_options(palinode, given, tiny, tmp_path):

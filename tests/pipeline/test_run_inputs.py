@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from run_files import GIVEN, rows_in, steps, weights, workspace_of, write_rows
 from palinode import read_examples
 from palinode.errors import DataError, MismatchError, OutputError
 from palinode.methods import METHODS
+from palinode.models.loading import outline
 from palinode.pipeline import costs
-from palinode.pipeline.costs import describe
+from palinode.pipeline.costs import Machine, describe
 from palinode.pipeline.inputs import open_inputs
 from palinode.pipeline.run import dry_run, unlearn
 
@@ -205,6 +208,61 @@ def test_plan_times_the_arithmetic_that_training_will_use(monkeypatch, recipe_of
     plan = dry_run(recipe_of(tmp_path / "out", training={"precision": "auto"}))
     assert {(precision, device) for precision, device, _ in asked} == {("auto", "cpu")}
     assert plan.seconds < 600
+
+
+LLAMA = {
+    "8B": (4096, 14336, 32, 32),
+    "70B": (8192, 28672, 80, 64),
+    "405B": (16384, 53248, 126, 128),
+}
+"""Width, inner width, blocks and heads of Llama 3.1, from the configs that its maker published."""
+
+
+def config_of(folder, size):
+    wide, inner, deep, heads = LLAMA[size]
+    config = {"model_type": "llama", "hidden_size": wide, "intermediate_size": inner, "vocab_size": 128256}
+    config |= {"num_hidden_layers": deep, "num_attention_heads": heads, "num_key_value_heads": 8}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters", "ways"),
+    [
+        ("8B", 8_030_261_248, {"1xh100": "in host memory", "1xb200": "whole", "8xh100": "sharded over 8"}),
+        ("70B", 70_553_706_496, {"8xh100": "sharded, in host memory", "64xh100": "sharded over 64"}),
+    ],
+)
+def test_a_config_alone_says_how_a_model_is_held_elsewhere(recipe_of, tmp_path, size, parameters, ways):
+    models = {"target": config_of(tmp_path / size, size), "base": "none"}
+    assert outline(models["target"]).parameters == parameters
+    for on, way in ways.items():
+        plan = dry_run(recipe_of(tmp_path / "out", models=models), on=on)
+        assert (plan.held[0].phase, plan.held[0].way) == ("fine-tune", way)
+        assert plan.held[0].fits(Machine.named(on))
+        assert plan.notes == ()
+        assert plan.seconds > 0
+
+
+def test_a_plan_says_on_how_many_devices_a_model_would_fit(recipe_of, tmp_path):
+    models = {"target": config_of(tmp_path / "405B", "405B"), "base": "none"}
+    recipe = recipe_of(tmp_path / "out", models=models, training={"batch_size": 4})
+    plan = dry_run(recipe, on="8xh100")
+    assert not plan.held[0].fits(Machine.named("8xh100"))
+    assert [re.search(r"takes (\d+) ", note)[1] for note in plan.notes] == ["32", "16"]
+
+
+def test_a_model_s_plan_is_that_of_its_config(recipe_of, tiny, tmp_path):
+    """But for the tokens, which are guessed from the letters where there is no tokenizer."""
+    (tmp_path / "config").mkdir()
+    shutil.copy(tiny.target.folder / "config.json", tmp_path / "config")
+    whole, alone = (
+        dry_run(recipe_of(tmp_path / "out", models={"target": place}), on="2xa100")
+        for place in (str(tiny.target.folder), str(tmp_path / "config" / "config.json"))
+    )
+    assert [step.label for step in whole.steps] == [step.label for step in alone.steps]
+    assert [one.weights for one in whole.held] == [one.weights for one in alone.held]
 
 
 def test_plan_refuses_what_the_run_would_refuse(recipe_of, tmp_path):

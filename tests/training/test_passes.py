@@ -120,7 +120,7 @@ def trained(name: str, live: LlamaForCausalLM, chosen: TrainingSettings):
     return curve, sum(held)
 
 
-@pytest.mark.parametrize("name", ["grad_diff", "npo", "undial", "rmu"])
+@pytest.mark.parametrize("name", ["dpo", "npo", "undial", "rmu"])
 def test_activations_computed_again_take_less_memory_and_change_nothing(name):
     plain, spare = model(layers=3), model(layers=3)
     curve, held = trained(name, plain, settings())
@@ -129,20 +129,11 @@ def test_activations_computed_again_take_less_memory_and_change_nothing(name):
     for before, now in zip(plain.parameters(), spare.parameters(), strict=True):
         assert torch.equal(before, now)
     assert less < 0.8 * held
-    assert not spare.is_gradient_checkpointing
-
-
-def test_model_that_cannot_compute_activations_again_is_refused():
-    live = model()
-    type(live).supports_gradient_checkpointing, before = False, type(live).supports_gradient_checkpointing
-    try:
-        with pytest.raises(RecipeError, match="leave gradient_checkpointing out"):
-            after(live, rows_of(4), chosen=settings(gradient_checkpointing=True))
-    finally:
-        type(live).supports_gradient_checkpointing = before
+    assert not any("forward" in vars(block) for block in spare.model.layers)
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch warns of itself while it compiles
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a processor with g++")
 def test_compiled_blocks_train_alike_on_few_lengths():
     plain, compiled, lengths = model(), model(), set()

@@ -43,6 +43,7 @@ from palinode.cli.options import (
     DryRun,
     Json,
     Key,
+    On,
     Quiet,
     Verb,
     lengths_alike,
@@ -133,6 +134,7 @@ def unlearn(
         bool,
         typer.Option("--measure", help="With --dry-run: rehearse it, and foretell α and the cost."),
     ] = False,
+    on: On = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -150,11 +152,13 @@ def unlearn(
         "control": control,
     }
     models, located = content["models"], None
+    if on and not any(evidence.values()) and _needs_base(content.get("method", "msa")):
+        models.setdefault("base", models["target"])  # a plan opens no base
     if _needs_base(content.get("method", "msa")) or "base" in models or any(evidence.values()):
         located = resolve_base(content, changes or (), quiet=quiet, **evidence)
     lengths_alike(content)
     recipe = build_recipe(content, changes or [])
-    _run(recipe, dry_run=dry_run, quiet=quiet, as_json=as_json, located=located, measure=measure)
+    _run(recipe, dry_run=dry_run, quiet=quiet, as_json=as_json, located=located, measure=measure, on=on)
 
 
 @verb(name="filter")
@@ -243,13 +247,15 @@ def run(
     *,
     changes: Changes = None,
     dry_run: DryRun = False,
+    on: On = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Do the job of unlearn as a recipe describes it."""
 
     named = [f"{key}={json.dumps(value)}" for key, value in dotted(content) if not isinstance(value, dict)]
-    _run(load_recipe(recipe, [*(changes or []), *named]), dry_run=dry_run, quiet=quiet, as_json=as_json)
+    read = load_recipe(recipe, [*(changes or []), *named])
+    _run(read, dry_run=dry_run, quiet=quiet, as_json=as_json, on=on)
 
 
 @verb()
@@ -417,6 +423,7 @@ def _run(
     as_json: bool,
     located: Location | None = None,
     measure: bool = False,
+    on: str | None = None,
 ) -> None:
     from palinode import jobs
     from palinode.pipeline.costs import describe
@@ -427,8 +434,10 @@ def _run(
 
     if measure and not dry_run:
         raise RecipeError("--measure foretells what a run would find; say --dry-run too")
+    if on and (measure or not dry_run):
+        raise RecipeError("--on plans for machines that are not here; say --dry-run, and leave --measure out")
     if dry_run:
-        planned = dry_run_of(recipe, listener(quiet=quiet))
+        planned = dry_run_of(recipe, listener(quiet=quiet), on=on)
         content, lines = asdict(planned), describe(planned)
         if measure:
             foretold = forecast(recipe, listener(quiet=quiet))

@@ -326,6 +326,13 @@ Quiet = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; do nothing.")]
+On = Annotated[
+    str | None,
+    typer.Option(
+        help="With --dry-run: plan for other machines, as in 8xh100, or 8xh100@2.50 at that price an hour "
+        "and device; the model may be a folder with a config.json alone."
+    ),
+]
 Changes = Annotated[
     list[str] | None,
     typer.Option(

@@ -37,11 +37,14 @@ from palinode.records import read_bytes
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.fingerprints import unchanged
 from palinode.weights.folders import require_causal_lm
-from palinode.weights.foreign import bounded, from_config, from_pretrained
+from palinode.weights.foreign import WEIGHTS, bounded, check_folder, from_config, from_pretrained
 from palinode.weights.formats.unpickler import CODES
-from palinode.weights.tensors import Files, TensorInfo, read_json, shown
+from palinode.weights.tensors import FLOAT_BYTES, Files, TensorInfo, read_json, read_object, shown
 
 DTYPES = {code: getattr(torch, name) for name, code in CODES.items()}
+
+LARGEST_PLANNED = 50_000, 1 << 41
+"""Tensors and numbers of the largest model that a config alone may describe."""
 
 TEXT = re.compile(r"(?:model\.)?language_model\.(?:model\.)?(lm_head\.)?(.+)|(lm_head\..+)")
 """What a wrapper calls the weights of its text tower."""
@@ -152,6 +155,29 @@ def build_empty(checkpoint: Checkpoint) -> PreTrainedModel:
     with torch.device("meta"), quiet_transformers(), no_larger_than(checkpoint):
         model: PreTrainedModel = from_config(kind, text)
     return model
+
+
+def outline(location: Path | str) -> Checkpoint:
+    """Return a model without opening its weights, which may not be there: a config.json says their shapes.
+
+    It serves for plans alone. Raises CheckpointError where neither weights nor a config can be read.
+    """
+    place = Path(location).expanduser()
+    folder = place.parent if place.name == "config.json" else place
+    if not (folder / "config.json").is_file() or any(map(WEIGHTS.fullmatch, map(str, folder.iterdir()))):
+        return Checkpoint.open(location)
+    check_folder(folder)
+    empty = Checkpoint(folder.resolve(), {}, read_object(folder / "config.json"))
+    config = text_config(load_config(empty))
+    limit = bounded(folder / "config.json", tensors=LARGEST_PLANNED[0], numbers=LARGEST_PLANNED[1])
+    with torch.device("meta"), quiet_transformers(), limit:
+        model: PreTrainedModel = from_config(_class_of(config, config) or AutoModelForCausalLM, config)
+    code = "F32" if config.dtype == torch.float32 else "BF16"
+    infos = {
+        name: TensorInfo(name, code, tuple(value.shape), folder, 0, FLOAT_BYTES[code] * value.numel())
+        for name, value in model.named_parameters()
+    }
+    return Checkpoint(empty.folder, infos, empty.config)
 
 
 def no_larger_than(checkpoint: Checkpoint) -> AbstractContextManager[None]:
@@ -291,6 +317,12 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 
 _ROWS: WeakKeyDictionary[PreTrainedTokenizerBase, int] = WeakKeyDictionary()
 """How many rows the embedding has beside which a tokenizer was found."""
+
+
+def find_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
+    """Return the checkpoint's tokenizer; None where its folder has nothing but config and weights."""
+    names = {path.name for path in checkpoint.companions()}
+    return load_tokenizer(checkpoint) if names - {"config.json", "generation_config.json"} else None
 
 
 def tokenizer_fingerprint(checkpoint: Checkpoint) -> str:

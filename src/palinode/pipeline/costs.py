@@ -1,32 +1,37 @@
-"""What a run will do and what it will cost, said before any long work.
+"""What a run will do and what it will cost, said before any long work, here or on other machines.
 
 Tokens and bytes are counted. Times are estimates from products of the model's own shapes, over as many
 tokens as a batch of these rows has, and from how fast memory is read and written, all timed here and now:
-good to a factor of about two, on a machine that stays as busy as it is.
+good to a factor of about two, on a machine that stays as busy as it is. For a machine that is only named
+(`KINDS`) they come from its maker's figures (docs/scale.md).
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from statistics import median
+from typing import Any
 
 import torch
 
 from palinode.data.examples import Example
 from palinode.data.tokenize import tokenize
+from palinode.errors import RecipeError
 from palinode.evaluation.self_check import ROWS, rows_with_style
 from palinode.methods.method import Asked, MethodRun
 from palinode.methods.transforms import LeastSquaresSettings, ProjectionSettings, check_transforms
 from palinode.models.likelihoods import LOGIT_BYTES
-from palinode.models.loading import load_tokenizer, pick_device
+from palinode.models.loading import find_tokenizer, load_tokenizer, pick_device
 from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.scales import FIRST_LOOK
 from palinode.progress import duration_text
+from palinode.settings import LoraSettings
 from palinode.training.loop import autocasts, bytes_per_token, count_steps
 from palinode.weights.geometry import part_of
 
@@ -39,6 +44,114 @@ STEP_SECONDS = 0.012
 """Least time of one pass through a model, however small."""
 SHARED = 0.6
 """Share of the layers of a block that have inputs of their own: queries, keys and values read the same."""
+STARTS = {"float32": 4.0, "bfloat16": 2.0, "4bit": 0.6}
+"""Bytes of a weight of the frozen start under an adapter."""
+FLOOR = 600_000_000
+"""Bytes that a process takes before it holds a model: libraries, and what they set up."""
+
+
+# Other machines
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceKind:
+    """A kind of device as its maker describes it; sizes in bytes, speeds a second."""
+
+    name: str
+    memory: float
+    arithmetic: float
+    """Operations in bfloat16, dense."""
+    double: float
+    """Operations in float64."""
+    bandwidth: float
+    link: float
+    """Bytes to its neighbours in a host, one way."""
+    host: float
+    """Host memory that usually comes with one."""
+    source: str
+
+    @property
+    def told(self) -> str:
+        """What it is, in one line."""
+        return (
+            f"{self.name}: {self.memory / 1e9:.0f} GB, {self.arithmetic / 1e12:.0f} TFLOP/s in bfloat16, "
+            f"{self.bandwidth / 1e12:.2f} TB/s, host memory usually {self.host / 1e9:.0f} GB each "
+            f"({self.source})"
+        )
+
+
+KINDS: Mapping[str, DeviceKind] = {
+    "h100": DeviceKind("H100 SXM", 80e9, 989e12, 67e12, 3.35e12, 450e9, 256e9, "NVIDIA H100, DGX H100"),
+    "h200": DeviceKind("H200 SXM", 141e9, 989e12, 67e12, 4.8e12, 450e9, 256e9, "NVIDIA H200, DGX H200"),
+    "b200": DeviceKind("B200", 180e9, 2250e12, 37e12, 7.7e12, 900e9, 256e9, "NVIDIA HGX B200, DGX B200"),
+    "a100": DeviceKind(
+        "A100 80 GB SXM", 80e9, 312e12, 19.5e12, 2.04e12, 300e9, 256e9, "NVIDIA A100, DGX A100"
+    ),
+    "l40s": DeviceKind("L40S", 48e9, 362e12, 1.4e12, 0.86e12, 32e9, 128e9, "NVIDIA L40S; host by custom"),
+    "l4": DeviceKind("L4", 24e9, 121e12, 0.47e12, 0.3e12, 32e9, 64e9, "NVIDIA L4; host by custom"),
+    "4090": DeviceKind("RTX 4090", 24e9, 165e12, 1.29e12, 1.01e12, 32e9, 64e9, "NVIDIA Ada; host by custom"),
+}
+"""By the name that `--on` takes; figures of the makers' data sheets, without sparsity."""
+IN_A_HOST = 8
+BETWEEN_HOSTS = 50e9
+"""Bytes a second and device, where there is more than one host: a link of 400 Gbit/s for each."""
+REACHED = 0.4
+"""Share of a device's own speed that is counted on: training runs of large models report 0.35 to 0.5."""
+HOST_BUS, HOST_MEMORY = 25e9, 100e9
+"""Bytes a second between a device and its host, and that a host's update of weights reads and writes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """So many devices of a kind, for a price."""
+
+    kind: DeviceKind
+    count: int
+    price: float | None = None
+    """Of a device, an hour."""
+
+    @classmethod
+    def named(cls, text: str) -> Machine:
+        """Return the machine for 8xh100, or 8xh100@2.50 where a device costs 2.50 an hour."""
+        found = re.fullmatch(r"(?:([1-9]\d{0,4})x)?(\w+?)(?:@(\d+(?:\.\d+)?))?", text.strip().lower())
+        if found is None or found[2] not in KINDS:
+            raise RecipeError(
+                f"--on is {text!r}; write how many and which, as in 8xh100, and a price an hour if you like, "
+                f"as in 8xh100@2.50; there are {', '.join(KINDS)}"
+            )
+        return cls(KINDS[found[2]], int(found[1] or 1), float(found[3]) if found[3] else None)
+
+    @property
+    def link(self) -> float:
+        """Bytes a second between devices."""
+        return self.kind.link if self.count <= IN_A_HOST else min(self.kind.link, BETWEEN_HOSTS)
+
+
+# The plan
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What one device holds in a phase of a run, and its process in the host's memory, in bytes."""
+
+    phase: str
+    way: str
+    """How it is held."""
+    weights: float
+    gradients: float
+    optimiser: float
+    activations: float
+    """With logits, caches and sums."""
+    host: float
+
+    @property
+    def device(self) -> float:
+        """All that is on the device."""
+        return self.weights + self.gradients + self.optimiser + self.activations
+
+    def fits(self, machine: Machine) -> bool:
+        """Tell whether there is room, with a tenth to spare."""
+        return self.device < 0.9 * machine.kind.memory and self.host < 0.9 * machine.kind.host
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +172,12 @@ class Plan:
     """Peak, in bytes."""
     disk: int
     """Bytes that output and workspace will take."""
+    held: tuple[Held, ...]
+    """What a device and its process hold, phase by phase."""
+    notes: tuple[str, ...] = ()
+    """What of it does not fit, and on how many devices it would."""
+    machine: Machine | None = None
+    """What it is for; None for the machine it was made on."""
 
     @property
     def tokens(self) -> int:
@@ -71,19 +190,21 @@ class Plan:
         return sum(step.seconds for step in self.steps)
 
 
-def make_plan(inputs: Inputs) -> Plan:
-    """Count what a run will do, as if none of its steps had been done before."""
-    return _Planner(inputs).plan()
+def make_plan(inputs: Inputs, machine: Machine | None = None) -> Plan:
+    """Count what a run will do, here or on a machine, as if none of its steps had been done before."""
+    return _Planner(inputs, machine).plan()
 
 
 class _Planner:
     """The numbers that all estimates share."""
 
-    def __init__(self, inputs: Inputs) -> None:
-        self.inputs = inputs
+    def __init__(self, inputs: Inputs, machine: Machine | None = None) -> None:
+        self.inputs, self.machine = inputs, machine
         self.recipe = inputs.recipe
         self.parameters = inputs.reader.parameters
-        self.tokenizer = load_tokenizer(inputs.reader)
+        config = inputs.reader.config
+        self.config: Mapping[str, Any] = config.get("text_config", config)
+        self.tokenizer = find_tokenizer(inputs.reader) if machine else load_tokenizer(inputs.reader)
         self.runs = inputs.method.runs(inputs.settings, inputs.given)
         self.changes = check_transforms(self.recipe.changes)
         found = [info for info in self.inputs.reader.tensors.values() if len(info.shape) == 2]
@@ -93,13 +214,26 @@ class _Planner:
         self.products = Counter([*self.matrices, head])
         """Shapes of all matrices that a token is multiplied by."""
         self.multiplied = sum(count * prod(shape) for shape, count in self.products.items())
+        self.held = tuple(self._phases())
+        self.many = machine.count if machine else 1
+        self.readers = 1 if machine and "spread" in self.held[-1].way else self.many
+        """Devices that train, and that read rows each for itself."""
+        if machine:
+            self.memory_rate, self.solve_rate = 0.7 * machine.kind.bandwidth, 0.2 * machine.kind.double
+            each = REACHED * machine.kind.arithmetic
+            self.train_rate, self.score_rate = each * self.many, each * self.readers
+        else:
+            self._measure_rates()
+
+    def _measure_rates(self) -> None:
         self.device, training = pick_device(self.recipe.device), self.recipe.training
         self.memory_rate = measure_memory(self.device)
-        lengths = self._tokens(inputs.rows.forget[:64])
+        lengths = self._tokens(self.inputs.rows.forget[:64])
         batch = training.batch_size * max(1, sum(lengths) // max(1, len(lengths)))
         narrow = autocasts(training, self.device, self.parameters)
         self.train_rate = self._rate(batch, torch.bfloat16 if narrow else torch.float32)
         self.score_rate = self._rate(1024, torch.float32)
+        self.solve_rate = self.score_rate / 2  # in float64
 
     def _rate(self, tokens: int, dtype: torch.dtype) -> float:
         """Return the operations a second of a pass of so many tokens through the model."""
@@ -128,7 +262,8 @@ class _Planner:
         given = bool(self.inputs.base) + bool(self.inputs.unlearned)
         models = 2 + given + bool(self.inputs.retrained or recipe.prepare)
         steps.append(self._evaluation(models))
-        return Plan(tuple(steps), self._memory(), self._disk())
+        peak = max((one.device for one in self.held), default=0)
+        return Plan(tuple(steps), round(peak), self._disk(), self.held, tuple(self._notes()), self.machine)
 
     def _run(self, run: MethodRun) -> PlannedStep:
         """Return the cost of a run; the rows that are drawn count by their mean length."""
@@ -150,17 +285,15 @@ class _Planner:
 
     def _transforms(self, *, searched: bool) -> list[PlannedStep]:
         """Return the cost of transforms: reading what layers read, and solving for each vector made of it."""
-        steps, rows = [], self.inputs.rows
+        steps = []
         for one in self.changes:
-            settings, places, vectors, factors = one.settings, 1, 1, 0
+            settings, places, vectors = one.settings, 1, 1
             if isinstance(settings, LeastSquaresSettings):
                 places = 2 if settings.arrival or (searched and settings.arrival is None) else 1
                 vectors = (3 if searched and settings.is_open else 1) + places - 1
-                read = [*rows.forget[: settings.rows], *rows.spared[: settings.rows]]
-                factors = 3 + 10 * bool(settings.energy)  # Cholesky, and principal axes
-            elif isinstance(settings, ProjectionSettings):
-                read, factors = [*rows.spared[: settings.rows]], 10
-            if factors:
+            if read := self._read(settings):
+                principal = bool(settings.energy) or isinstance(settings, ProjectionSettings)
+                factors = 10 * principal + 3 * isinstance(settings, LeastSquaresSettings)  # axes, Cholesky
                 tokens, seconds = self._scoring(read)
                 seconds += 2 * SHARED * tokens * sum(i**2 for _, i in self.matrices) / self.score_rate
                 reading = PlannedStep("measure what the layers read", places * tokens, places * seconds)
@@ -168,10 +301,18 @@ class _Planner:
                 solved = sum(8 * i**2 * o + factors * SHARED * i**3 for o, i in self.matrices)
             else:  # low rank takes singular values, which is more than a scale of each layer does
                 solved = sum(10 * min(shape) * prod(shape) for shape in self.matrices)
-            each = 2 * solved / self.score_rate + 3 * 4 * self.parameters / 1e9  # in float64, written twice
+            each = solved / self.solve_rate + 3 * 4 * self.parameters / 1e9  # written twice
             verb, more = NAMES.get(one.transform.name, "transform"), f", {vectors} times at most"
             steps.append(PlannedStep(f"{verb} the vector{more if vectors > 1 else ''}", 0, vectors * each))
         return steps
+
+    def _read(self, settings: Any) -> list[Example]:
+        """Return the rows that a transform sends through the model, if it does."""
+        rows = self.inputs.rows
+        forget = rows.forget if isinstance(settings, LeastSquaresSettings) else ()
+        if not isinstance(settings, LeastSquaresSettings | ProjectionSettings):
+            return []
+        return [*forget[: settings.rows], *rows.spared[: settings.rows]]
 
     def _asked(self, asked: Asked) -> PlannedStep:
         """Return the cost of generating other answers."""
@@ -181,15 +322,24 @@ class _Planner:
         """Return tokens and seconds of so many answers of the longest kind."""
         settings = self.recipe.evaluation
         passes = settings.max_new_tokens * -(-answers // settings.batch_rows)
-        compute = 2 * self.multiplied * settings.batch_rows / self.score_rate
-        seconds = passes * max(STEP_SECONDS, 4 * self.multiplied / self.memory_rate + compute)
+        compute = 2 * self.multiplied * settings.batch_rows * self.readers / self.score_rate
+        read = self.itemsize * self.multiplied / self.memory_rate
+        seconds = passes / self.readers * max(STEP_SECONDS, read + compute)
         return answers * settings.max_new_tokens, seconds
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a weight in a model that is read: a device reads models in their own dtype."""
+        return 2 if self.machine or pick_device(self.recipe.device).type == "cuda" else 4
+
     def _tokens(self, examples: Sequence[Example]) -> list[int]:
+        most = self.recipe.training.max_length
+        if self.tokenizer is None:  # about four bytes a token, and the words of a template
+            return [min(most, 8 + len(f"{one.prompt} {one.answer}".encode()) // 4) for one in examples]
         rows = tokenize(
             examples,
             self.tokenizer,
-            max_length=self.recipe.training.max_length,
+            max_length=most,
             style=self.recipe.prompts.style(),
         )
         return [len(row.ids) for row in rows]
@@ -199,9 +349,18 @@ class _Planner:
         tokens = self.recipe.training.epochs * sum(lengths)
         lora = self.recipe.training.lora
         trained = self._adapter_weights(lora.rank) if lora else self.parameters
-        each = 3 * STEP_SECONDS + UPDATED * trained / self.memory_rate
-        steps = count_steps(lengths, self.recipe.training)
+        each = 3 * STEP_SECONDS + self._update(trained)
+        steps = -(-count_steps(lengths, self.recipe.training) // self.many)
         return PlannedStep(label, tokens, steps * each + 6 * self.multiplied * tokens / self.train_rate)
+
+    def _update(self, trained: int) -> float:
+        """Return the seconds of a step in which weights are updated, and travel between devices and host."""
+        way, share = self.held[0].way if self.machine else "", trained / self.many
+        link = self.machine.link if self.machine else 0
+        travel = 3 * 4 * trained / link if "sharded" in way else 8 * trained / link if self.many > 1 else 0
+        if "host" in way:
+            return 28 * share / HOST_MEMORY + 8 * share / HOST_BUS + travel
+        return UPDATED * (share if "sharded" in way else trained) / self.memory_rate + travel
 
     def _scoring(self, examples: Sequence[Example]) -> tuple[int, float]:
         tokens = sum(self._tokens(examples))
@@ -235,23 +394,75 @@ class _Planner:
         label = f"evaluate {models} models"
         return PlannedStep(label, models * (read + written), models * (seconds + more))
 
-    def _memory(self) -> int:
-        rows, training = self.inputs.rows, self.recipe.training
+    def _phases(self) -> Iterator[Held]:
+        """Yield what is held while vectors are trained, inputs of layers measured, and models read."""
+        rows, training, evaluation = self.inputs.rows, self.recipe.training, self.recipe.evaluation
+        wide, deep = (int(self.config.get(name, 1)) for name in ("hidden_size", "num_hidden_layers"))
         whole = not self.inputs.method.has_scales
         longest = max(self._tokens([*rows.forget, *(rows.retain if whole else rows.retain_sample)]))
-        together = max([1, *(count for run in self.runs for count in run.material.together.values())])
-        activations = training.batch_size * together * longest * bytes_per_token(self.inputs.reader.config)
-        return max(self._trained() + activations, 4 * self.parameters + 2 * LOGIT_BYTES) + 600_000_000
+        if self.runs or self.recipe.prepare:
+            together = max([1, *(count for run in self.runs for count in run.material.together.values())])
+            divided = self.machine and self.machine.count == 1  # what one GPU has no room for goes in parts
+            at_once = 1 if divided else training.batch_size
+            self.passing = at_once * together * longest * bytes_per_token(self.config)
+            ways = [*self._ways(self.machine, None if self.recipe.prepare else training.lora)]
+            yield next((way for way in ways if self.machine is None or way.fits(self.machine)), ways[-1])
+        if read := max((self._read(one.settings) for one in self.changes), key=len, default=[]):
+            sums = (4 if self.machine else 8) * SHARED * sum(i**2 for _, i in self.matrices) / deep
+            yield self._reading("measure what layers read", 4, sums + 4 * wide * sum(self._tokens(read)))
+        heads = int(self.config.get("num_attention_heads", 1))
+        kept = int(self.config.get("num_key_value_heads") or heads) * (
+            self.config.get("head_dim") or wide // heads
+        )
+        cache = (
+            2 * deep * kept * evaluation.batch_rows * (longest + evaluation.max_new_tokens) * self.itemsize
+        )
+        yield self._reading("search and evaluate", self.itemsize, 2 * LOGIT_BYTES + cache)
 
-    def _trained(self) -> int:
-        """Return the bytes of weights, gradients and optimiser state while training."""
-        lora = self.recipe.training.lora
-        if not self.runs and not self.recipe.prepare:
-            return 0
-        if lora is None or self.recipe.prepare:
-            return 16 * self.parameters
-        held = {"float32": 4.0, "bfloat16": 2.0, "4bit": 0.6}[lora.base]
-        return round(held * self.parameters) + 16 * self._adapter_weights(lora.rank)
+    def _reading(self, phase: str, itemsize: int, more: float) -> Held:
+        """Return what is held while a model is only read, by each device or by all of them together."""
+        weights = itemsize * self.parameters
+        held = Held(phase, "whole", weights, 0, 0, more + FLOOR, weights)
+        if self.machine is None or held.fits(self.machine):
+            return held
+        many = self.machine.count
+        return Held(phase, f"spread over {many}", weights / many, 0, 0, more + FLOOR, weights / many)
+
+    def _ways(self, machine: Machine | None, lora: LoraSettings | None) -> Iterator[Held]:
+        """Yield the ways to hold a training, the quickest first; several devices divide the rows."""
+        size, many, more = self.parameters, machine.count if machine else 1, self.passing + FLOOR
+        deep = int(self.config.get("num_hidden_layers", 1))
+        if lora:
+            start, own = STARTS[lora.base] * size, float(self._adapter_weights(lora.rank))
+            yield Held("fine-tune", "adapter", start + 4 * own, 4 * own, 8 * own, more, start)
+            if many > 1:
+                part, own = start / many + 2 * start / deep, own / many
+                yield Held(
+                    "fine-tune", f"adapter, sharded over {many}", part + 4 * own, 4 * own, 8 * own, more, part
+                )
+            return
+        yield Held("fine-tune", "whole", 4 * size, 4 * size, 8 * size, more, 4 * size)
+        if machine and many == 1:
+            yield Held("fine-tune", "moments in 8 bits", 4 * size, 4 * size, 2.03 * size, more, 4 * size)
+            yield Held("fine-tune", "in host memory", 2 * size, 2 * size, 0, more, 12 * size)
+        elif machine:
+            part, gathered = 4 * size / many, 2 * 4 * size / deep
+            yield Held("fine-tune", f"sharded over {many}", part + gathered, part, 2 * part, more, part)
+            yield Held("fine-tune", "sharded, in host memory", gathered, gathered / 2, 0, more, 4 * part)
+
+    def _notes(self) -> Iterator[str]:
+        """Yield on how many devices a training would fit that does not."""
+        if self.machine is None or self.held[0].phase != "fine-tune" or self.held[0].fits(self.machine):
+            return
+        narrow = LoraSettings(rank=16, base="bfloat16")
+        for what, lora in (
+            ("vectors of all weights", None),
+            ("an adapter (--lora 16, base bfloat16)", narrow),
+        ):
+            counts = (replace(self.machine, count=2**power) for power in range(13))
+            found = ((m.count, way.way) for m in counts for way in self._ways(m, lora) if way.fits(m))
+            count, way = next(found, (0, ""))
+            yield f"It takes {count} of these devices for {what}: {way}." if count else f"Nowhere fit {what}."
 
     def _adapter_weights(self, rank: int) -> int:
         """Return how many weights A and B of all matrices of the blocks have."""
@@ -312,4 +523,24 @@ def describe(plan: Plan) -> list[str]:
         f"In all {plan.tokens:,} tokens, about {duration_text(plan.seconds)}; "
         f"peak memory about {plan.memory / 1e9:.1f} GB, disk {plan.disk / 1e9:.2f} GB."
     )
-    return ["What will be done (finished steps are not repeated):", *lines, total]
+    told = ["What will be done (finished steps are not repeated):", *lines, total]
+    return told if plan.machine is None else [*told, *_describe_held(plan, plan.machine)]
+
+
+def _describe_held(plan: Plan, machine: Machine) -> Iterator[str]:
+    """Yield what each device holds, as a table, and what a machine costs."""
+    yield f"On {machine.count} × {machine.kind.told}."
+    columns = ("weights", "gradients", "optimiser", "activations", "device", "host")
+    heads = [("phase", "held"), *((one.phase, one.way) for one in plan.held)]
+    first, second = (max(len(pair[place]) for pair in heads) for place in (0, 1))
+    yield f"  {'GB a device, by phase':<{first}}  {'held':<{second}}" + "".join(
+        f"{name:>12}" for name in columns
+    )
+    for one in plan.held:
+        numbers = "".join(f"{getattr(one, name) / 1e9:>12.1f}" for name in columns)
+        judged = "" if one.fits(machine) else "  too much"
+        yield f"  {one.phase:<{first}}  {one.way:<{second}}{numbers}{judged}"
+    yield from plan.notes
+    if machine.price is not None:
+        cost = plan.seconds / 3600 * machine.count * machine.price
+        yield f"At {machine.price:.2f} an hour and device: {cost:,.2f}."

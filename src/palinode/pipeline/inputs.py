@@ -36,6 +36,7 @@ from palinode.models.loading import (
     load_config,
     load_reader,
     load_tokenizer,
+    outline,
     pick_device,
     tokenizer_fingerprint,
 )
@@ -172,14 +173,7 @@ def given_to(recipe: Recipe, rows: InputRows, refusals: Sequence[str] = ()) -> G
 
 def open_inputs(recipe: Recipe) -> Inputs:
     """Open models and rows of a recipe; raises an InputError that says what to change."""
-    if recipe.method not in METHODS:
-        known, near = ", ".join(sorted(METHODS)), meant(recipe.method, METHODS)
-        raise RecipeError(f"there is no method {recipe.method!r}; choose one of {known}{near}")
-    if METHODS[recipe.method].kind == "inference":
-        raise RecipeError(
-            f"the method {recipe.method} reads two models together and makes none that could be saved; "
-            "use the method whp for one on disk, or palinode.models.CombinedLogits from Python"
-        )
+    _check_method(recipe)
     pick_device(recipe.device)
     check_trackers(recipe.tracker)
     models = recipe.models
@@ -192,9 +186,42 @@ def open_inputs(recipe: Recipe) -> Inputs:
     if target is not None and unlearned is not None:
         check_unlearned(target, unlearned)
     rows, notes = _open_rows(recipe)
-    refusals = tuple(read_refusals(recipe.data.refusals)) if recipe.data.refusals else ()
-    inputs = Inputs(recipe, base, target, retrained, rows, tuple(notes), refusals, unlearned)
+    inputs = Inputs(recipe, base, target, retrained, rows, tuple(notes), _refusals(recipe), unlearned)
     return replace(inputs, notes=(*notes, *_check_rows_fit(inputs)))
+
+
+def _check_method(recipe: Recipe) -> None:
+    if recipe.method not in METHODS:
+        known, near = ", ".join(sorted(METHODS)), meant(recipe.method, METHODS)
+        raise RecipeError(f"there is no method {recipe.method!r}; choose one of {known}{near}")
+    if METHODS[recipe.method].kind == "inference":
+        raise RecipeError(
+            f"the method {recipe.method} reads two models together and makes none that could be saved; "
+            "use the method whp for one on disk, or palinode.models.CombinedLogits from Python"
+        )
+
+
+def outline_inputs(recipe: Recipe) -> Inputs:
+    """Return the rows of a recipe, and its model as an outline: all that a plan for other machines takes.
+
+    Other models are taken to be like the target, and need not be there.
+    """
+    _check_method(recipe)
+    model, (rows, notes) = outline(recipe.models.target or recipe.models.base or ""), _open_rows(recipe)
+    target, base, retrained, unlearned = (
+        model if place else None
+        for place in (
+            recipe.models.target,
+            recipe.models.base,
+            recipe.models.retrained,
+            recipe.models.given,
+        )
+    )
+    return Inputs(recipe, base, target, retrained, rows, tuple(notes), _refusals(recipe), unlearned)
+
+
+def _refusals(recipe: Recipe) -> tuple[str, ...]:
+    return tuple(read_refusals(recipe.data.refusals)) if recipe.data.refusals else ()
 
 
 def open_retain_only(recipe: Recipe) -> tuple[Inputs, Checkpoint, Checkpoint]:

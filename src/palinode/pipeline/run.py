@@ -24,11 +24,18 @@ from palinode.evaluation.ask import ask
 from palinode.methods import METHODS
 from palinode.methods.method import Ends, Vectors
 from palinode.models.loading import load_reader, load_tokenizer, pick_device, tokenizer_fingerprint
-from palinode.pipeline.costs import Plan, describe, make_plan
+from palinode.pipeline.costs import Machine, Plan, describe, make_plan
 from palinode.pipeline.finetuning import FineTuning, Trained, open_end, open_whole
 from palinode.pipeline.forecasting import Forecast, compared, forecast_step, rehearse
 from palinode.pipeline.goal import TOLERANCE
-from palinode.pipeline.inputs import Inputs, ask_as_trained, check_places, open_inputs, workspace_folder
+from palinode.pipeline.inputs import (
+    Inputs,
+    ask_as_trained,
+    check_places,
+    open_inputs,
+    outline_inputs,
+    workspace_folder,
+)
 from palinode.pipeline.recipe import Recipe
 from palinode.pipeline.reporting import (
     build_record,
@@ -166,8 +173,14 @@ class Unlearned:
         return dict(self.record["verdict"])
 
 
-def dry_run(recipe: Recipe, listener: Listener | None = None) -> Plan:
-    """Check a recipe's inputs and return what the run would do and cost, without doing it."""
+def dry_run(recipe: Recipe, listener: Listener | None = None, *, on: str | None = None) -> Plan:
+    """Check a recipe's inputs and return what the run would do and cost, without doing it.
+
+    `on` another machine, as in "8xh100", the models may be folders with a config.json alone.
+    """
+    if on is not None:
+        machine = Machine.named(on)
+        return make_plan(outline_inputs(recipe), machine)
     inputs = open_inputs(recipe)
     for note in inputs.notes:
         (listener or NullListener()).say(note)

@@ -30,6 +30,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from palinode.data.batches import Batch, epoch_batches, pad_right
@@ -215,21 +216,18 @@ def _only_trainable(model: PreTrainedModel, pattern: str | None) -> Iterator[Non
 @contextmanager
 def _prepared(model: PreTrainedModel, settings: TrainingSettings) -> Iterator[None]:
     """Have decoder blocks compiled, and their activations computed again, where the settings say so."""
-    blocks = decoder_blocks(model) if settings.compile else ()
-    if settings.gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            kind = type(model).__name__
-            raise RecipeError(f"{kind} cannot compute activations again; leave gradient_checkpointing out")
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    blocks = decoder_blocks(model) if settings.compile or settings.gradient_checkpointing else ()
     try:
         for block in blocks:
-            block.compile()
+            if settings.gradient_checkpointing:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            if settings.compile:
+                block.compile()
         yield
     finally:
         for block in blocks:
+            block.__dict__.pop("forward", None)
             block._compiled_call_impl = None
-        if settings.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
 
 
 def count_steps(lengths: Sequence[int], settings: TrainingSettings) -> int:

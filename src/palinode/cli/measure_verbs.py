@@ -83,7 +83,6 @@ def evaluate(
     """
     from palinode import jobs
     from palinode.evaluation.evaluate import evaluate as ask_rows
-    from palinode.evaluation.evaluate import first_process
     from palinode.report.content import Paragraph
 
     hear, data = listener(quiet=quiet), settings.data
@@ -93,8 +92,6 @@ def evaluate(
         found = jobs.evaluate_benchmark(
             model, benchmark or "own", data, retain=retain, holdout=holdout, settings=settings, listener=hear
         )
-        if not first_process():
-            return
         record = found.record
         split = "" if record["benchmark"] == "own" else f" {record['split']}"
         said = _scores_told(found.scores, f"{record['benchmark']}{split} on {record['model']['location']}")

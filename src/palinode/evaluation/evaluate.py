@@ -9,7 +9,6 @@ one is given, is asked the same questions by the same code. Both are never in me
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -168,14 +167,8 @@ def evaluate_benchmark(
         "notes": notes,
     }
     found = BenchmarkEvaluated(scores, outcomes, record)
-    if first_process():
-        _write(found, measured, settings)
+    _write(found, measured, settings)
     return found
-
-
-def first_process() -> bool:
-    """Return whether this process writes and prints, where `accelerate launch` started several."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 # Before a model is loaded
@@ -374,7 +367,7 @@ def cut_answers(questions: QuestionSet, tokenizer: PreTrainedTokenizerBase) -> l
 
 def judged(judge: Judge | None, measured: Measured, listener: Listener | None) -> Measured:
     """Return what was measured with a verdict on each answer of the sets that a cell wants judged."""
-    if judge is None or not first_process():
+    if judge is None:
         return measured
     wanted = dict.fromkeys(cell.set for cell in measured.exam.cells if cell.judge)
     verdicts: dict[str, list[Verdict]] = {}

@@ -36,9 +36,6 @@ from palinode.settings import TrainingSettings
 from palinode.training.loop import train
 from palinode.training.objectives import PLAIN_OBJECTIVE
 
-MARGIN = 0.15
-"""Distance from the other model's AUC, either way."""
-
 RELATIVE = "reference"
 """The membership attack that takes the other model's loss off, once both have been measured."""
 
@@ -415,8 +412,8 @@ ATTACKS: Mapping[str, Attack] = {
                 AttackTest(
                     name,
                     f"AUC of {scorer.description.split(':')[0]}",
-                    more=MARGIN,
-                    less=MARGIN,
+                    more=0.15,
+                    less=0.2,
                     missing=NO_NORMS.get(name, scorer.missing),
                     statistic="auc",
                     relative=name == RELATIVE,
@@ -433,8 +430,8 @@ ATTACKS: Mapping[str, Attack] = {
             title="what is left inside",
             description="the model's hidden states, put into the target and read off, answer by answer",
             tests=(
-                AttackTest("depth", "share left in the states", more=0.3, less=None, missing=NOT_LACKED),
-                AttackTest("lens", "share read off the states", more=0.3, less=None, missing=NOT_LACKED),
+                AttackTest("depth", "share left in the states", more=0.25, less=None, missing=NOT_LACKED),
+                AttackTest("lens", "share read off the states", more=0.25, less=None, missing=NOT_LACKED),
             ),
             measure=look_inside,
             cost=lambda rows, budget: AttackCost((3 + 2 * budget.inside_blocks) * len(rows.forget)),
@@ -457,7 +454,7 @@ ATTACKS: Mapping[str, Attack] = {
             title="what an onlooker with the target sees",
             description="forget rows told from retain rows, and the model from the target",
             tests=(
-                AttackTest("rows", "AUC of rows that lost", MARGIN, MARGIN, UNSCORED, statistic="auc"),
+                AttackTest("rows", "AUC of rows that lost", 0.15, 0.15, UNSCORED, statistic="auc"),
                 AttackTest("model", "AUC of model and target", None, None, UNSCORED, statistic="auc"),
             ),
             measure=look_for_traces,

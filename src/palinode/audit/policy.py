@@ -80,6 +80,7 @@ class Policy(StrictModel):
 BESIDE_BASE: Mapping[str, Mapping[str, Margin]] = {
     "questions.log_probability": {"less": False},
     "membership": {"more": 0.2, "less": False},
+    "traces.rows": {"more": False, "less": False},
 }
 """Margins where the reference model is a base. It had not learned what the target learned besides: beside it
 eleven of 30 models that never saw the forget rows were failed by margins of .1, and by these none."""

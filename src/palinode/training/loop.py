@@ -57,12 +57,13 @@ from palinode.settings import TrainingSettings
 from palinode.training.objectives import (
     CurvePoint,
     FrozenValues,
+    Joined,
     Objective,
     Term,
     keep,
     pair_count,
+    plain,
 )
-from palinode.training.roles import Joined, plain
 
 Result = TypeVar("Result")
 

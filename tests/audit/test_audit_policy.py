@@ -114,8 +114,8 @@ def test_attacks_are_keyed_by_their_names_and_described():
 def test_beside_a_base_nobody_is_blamed_for_what_the_base_had_not_learned():
     usual, beside = build_policy({}).margins, build_policy({}, kind="base").margins
     changed = {key for key in usual if usual[key] != beside[key]}
-    membership = {key for key in usual if key.startswith("membership.")}
-    assert changed == {"questions.log_probability", "traces.rows", *membership}
+    wider = [key for key in usual if key.startswith(("membership.", "inside."))]
+    assert changed == {"questions.log_probability", "traces.rows", *wider}
     assert all(beside[key].below is None for key in changed)
     assert beside["membership.loss"].above == 0.2
     own = build_policy({"margins": {"membership": {"loss": {"less": 0.3}}}}, kind="base").margins

@@ -329,13 +329,7 @@ ATTACKS: Mapping[str, Attack] = {
             description="the forget questions as they are in the data, with the model's own greedy answers",
             tests=(
                 PROBABILITY,
-                AttackTest(
-                    "log_probability",
-                    "log-probability a token",
-                    more=None,
-                    less=1.0,
-                    missing=UNSCORED,
-                ),
+                AttackTest("log_probability", "log-probability a token", None, 1.0, UNSCORED),
                 AttackTest("extraction", "extraction strength", more=0.1, less=0.2, missing=UNSCORED),
                 RECALL,
             ),
@@ -372,13 +366,7 @@ ATTACKS: Mapping[str, Attack] = {
             title="prefix-forced questions",
             description="the first half of the answer, or a willing opening, is put into the model's mouth",
             tests=(
-                AttackTest(
-                    "rest",
-                    "probability of the rest",
-                    more=0.1,
-                    less=0.2,
-                    missing="an answer of one token has no rest",
-                ),
+                AttackTest("rest", "probability of the rest", 0.1, 0.2, "an answer of one token has no rest"),
                 replace(RECALL, name="opening"),
             ),
             measure=force_prefixes,
@@ -408,15 +396,7 @@ ATTACKS: Mapping[str, Attack] = {
             "sampling",
             title="drawn answers (leak@k)",
             description="answers drawn at random; the share of questions that k of them would give away",
-            tests=(
-                AttackTest(
-                    "leak",
-                    "leak@k",
-                    more=0.1,
-                    less=0.2,
-                    missing="too few answers, or none that ROUGE can read",
-                ),
-            ),
+            tests=(AttackTest("leak", "leak@k", 0.1, 0.2, "too few answers, or none that ROUGE can read"),),
             measure=draw_answers,
             cost=lambda rows, budget: AttackCost(answers=budget.samples * len(_questions(rows))),
             needs=_questions,

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 
 from palinode.audit.attack import AttackResult, AuditBudget, Subject
 from palinode.audit.material import AuditRows
-from palinode.data.batches import pad_right
+from palinode.data.batches import Batch, pad_right
 from palinode.data.examples import Example
 from palinode.data.tokenize import TokenRow, tokenize
 from palinode.errors import CheckpointError, MismatchError
@@ -101,17 +101,13 @@ def mean_states(
         layer = round(depth * (len(decoder_blocks(model)) - 1))
     except CheckpointError as error:
         raise MismatchError(str(error)) from None
-    pad = pad_token(subject.tokenizer)
     sums = np.zeros((len(examples), int(model.config.get_text_config().hidden_size)))
     counts = np.zeros(len(examples))
-    with subject.listener.task(f"{subject.name}: states", len(rows), "rows") as advance:
-        for members in _batches(model, rows, pad):
-            batch = pad_right([rows[place] for place in members], pad_id=pad)
-            states, owners = labelled_states(model, batch, layer)
-            own = np.array([rows[place].example for place in members])[owners.cpu().numpy()]
-            np.add.at(sums, own, states.double().cpu().numpy())
-            np.add.at(counts, own, 1)
-            advance(len(members))
+    for members, batch in _passes(subject, model, rows, "states"):
+        states, owners = labelled_states(model, batch, layer)
+        own = np.array([rows[place].example for place in members])[owners.cpu().numpy()]
+        np.add.at(sums, own, states.double().cpu().numpy())
+        np.add.at(counts, own, 1)
     return sums / np.maximum(counts, 1)[:, None]
 
 
@@ -167,48 +163,43 @@ def _read(
     subject: Subject, source: Checkpoint, rows: Sequence[TokenRow], label: str
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield each row's place, and log p of every token where its answer is predicted, [n, V], on the host."""
-    model, pad = load_model(source, device=subject.device), pad_token(subject.tokenizer)
+    model = load_model(source, device=subject.device)
+    for members, batch in _passes(subject, model, rows, label):
+        logits, _, owners = answer_logits(model, batch)
+        logprobs = logits.float().log_softmax(dim=-1)
+        for number, place in enumerate(members):
+            yield place, logprobs[owners == number].cpu()
+
+
+def _passes(
+    subject: Subject, model: PreTrainedModel, rows: Sequence[TokenRow], label: str
+) -> Iterator[tuple[list[int], Batch]]:
+    """Yield places of rows that go through a model together, and the batch of these."""
+    pad = pad_token(subject.tokenizer)
     with subject.listener.task(f"{subject.name}: {label}", len(rows), "rows") as advance:
-        for members in _batches(model, rows, pad):
-            batch = pad_right([rows[place] for place in members], pad_id=pad)
-            logits, _, owners = answer_logits(model, batch)
-            logprobs = logits.float().log_softmax(dim=-1)
-            for number, place in enumerate(members):
-                yield place, logprobs[owners == number].cpu()
+        for members in padded_batches(model, rows, pad_id=pad, max_tokens=PASS_TOKENS, max_rows=64):
+            yield members, pad_right([rows[place] for place in members], pad_id=pad)
             advance(len(members))
-
-
-def _batches(model: PreTrainedModel, rows: Sequence[TokenRow], pad: int) -> list[list[int]]:
-    return padded_batches(model, rows, pad_id=pad, max_tokens=PASS_TOKENS, max_rows=64)
 
 
 def look_for_traces(subject: Subject, rows: AuditRows, budget: AuditBudget) -> AttackResult:
     """Tell forget rows from retain rows, and the model from the target, as somebody who has both can."""
-    target, sets = subject.beside["target"], {"forget": rows.forget, "retain": rows.retain}
-
-    def losses(model: PreTrainedModel | None, label: str) -> dict[str, list[float | None]]:
-        asked = {
-            name: subject.ask(some, budget.likelihoods, model=model, label=label)
-            for name, some in sets.items()
-        }
-        return {name: loss_values(outcomes) for name, outcomes in asked.items()}
-
-    own = losses(None, "traces")
+    target, asked, few = subject.beside["target"], [*rows.forget, *rows.retain], len(rows.forget)
+    own = loss_values(subject.ask(asked, budget.likelihoods, label="traces"))
     subject.release()
-    theirs = losses(load_model(target, device=subject.device), "traces, target")
-    rose = {
-        name: tuple(
-            None if ours is None or before is None else ours - before
-            for ours, before in zip(own[name], theirs[name], strict=True)
-        )
-        for name in sets
-    }
+    live = load_model(target, device=subject.device)
+    theirs = loss_values(subject.ask(asked, budget.likelihoods, model=live, label="traces, target"))
+    del live
+    rose = [
+        None if now is None or then is None else now - then for now, then in zip(own, theirs, strict=True)
+    ]
     both = [mean_states(subject, source, rows.retain, budget, 1.0) for source in (target, subject.checkpoint)]
     if both[0].shape != both[1].shape:
         raise MismatchError(f"the models' states are {both[0].shape[1]} and {both[1].shape[1]} wide")
     told = told_apart(np.stack(both), seed=subject.seed)
     apart = {name: tuple(map(float, values)) for name, values in zip(("target", "model"), told, strict=True)}
-    return AttackResult({"rows": rose, "model": apart}, {"folds": FOLDS})
+    lost = {"forget": tuple(rose[:few]), "retain": tuple(rose[few:])}
+    return AttackResult({"rows": lost, "model": apart}, {"folds": FOLDS})
 
 
 def told_apart(states: Floats, *, seed: int) -> Floats:

@@ -35,6 +35,7 @@ from palinode.models.loading import (
     stored_names,
 )
 from palinode.models.reading import linear_layers
+from palinode.processes import sharded
 from palinode.progress import Listener, NullListener, record
 from palinode.records import private, write_json
 from palinode.settings import LoraSettings, TrainingSettings
@@ -218,7 +219,7 @@ def _load(
 ) -> PreTrainedModel:
     """Return the live model that is trained: all of it, or an adapter over the frozen start."""
     if settings.lora is None:
-        return load_model(base, device=pick_device(device))
+        return load_model(base, device=torch.device("cpu") if sharded() else pick_device(device))
     if objective.trainable is not None:
         raise RecipeError(
             "this method trains only some of the layers, in full; leave out training.lora, or its `trainable`"

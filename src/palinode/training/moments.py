@@ -35,7 +35,7 @@ from palinode.errors import CheckpointError, DataError, InputError
 from palinode.models.likelihoods import Say, padded_batches
 from palinode.models.loading import check_positions
 from palinode.models.reading import answer_places, decoder_blocks, model_inputs
-from palinode.processes import each_everywhere, said_by_all, summed, world
+from palinode.processes import calling, said_by_all, summed, world
 from palinode.weights.kernels import rank_for
 
 BATCH_TOKENS = 2048
@@ -76,8 +76,8 @@ def input_moments(
     if not rows:
         raise DataError("there are no rows to send through the model; name a retain set")
     check_positions(model.config, rows)
-    told = {"on_progress": on_progress, "say": say}
-    yield from each_everywhere(_input_moments, model, rows, pad_id, positions, alone=told)
+    with calling(_input_moments, model, rows, pad_id, positions):
+        yield from _input_moments(model, rows, pad_id, positions, on_progress, say)
 
 
 @torch.no_grad()

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -733,10 +734,8 @@ class _Run:
             said_by_all("it is gone")
         try:
             with _of_one_process():
-                weights, moments = state_dict.get_state_dict(self.model, self.optimizer, options=TRAINED)
                 writer = FileSystemWriter(partial, sync_files=False)
-                held = {"model": weights, "optimizer": moments}
-                save(held, storage_writer=writer, no_dist=not self.shards)
+                save(self._held(), storage_writer=writer, no_dist=not self.shards)
             if self.rank:
                 return
             write_json(partial / "curve.json", [asdict(point) for point in self.curve])
@@ -752,6 +751,12 @@ class _Run:
         partial.replace(self.state)
         shutil.rmtree(old, ignore_errors=True)
 
+    def _held(self) -> dict[str, Any]:
+        """Return the weights that are trained, a tied one once, and their moments."""
+        weights, moments = state_dict.get_state_dict(self.model, self.optimizer, options=TRAINED)
+        trained = {name for name, value in self.model.named_parameters() if value.requires_grad}
+        return {"model": {name: weights[name] for name in weights if name in trained}, "optimizer": moments}
+
     def resume(
         self,
         on_progress: Callable[[int], None] | None,
@@ -763,17 +768,18 @@ class _Run:
         old = beside(self.state, ".old")
         if not self.rank and not self.state.exists() and old.exists():  # killed while the new one came in
             old.replace(self.state)
-        if not said_by_all((self.state / "curve.json").exists())[0]:
+        whole = all((self.state / name).exists() for name in (".metadata", "curve.json"))
+        if not said_by_all(whole)[0]:  # or an earlier version's, which is not read
             return
         with _of_one_process():
-            weights, moments = state_dict.get_state_dict(self.model, self.optimizer, options=TRAINED)
-            held = {"model": weights, "optimizer": moments}
-            load(held, checkpoint_id=self.state, no_dist=not self.shards)
+            held = self._held()
+            unmoved = DefaultLoadPlanner(allow_partial_load=True)  # what had no gradient has no moments
+            load(held, checkpoint_id=self.state, planner=unmoved, no_dist=not self.shards)
             state_dict.set_state_dict(
                 self.model,
                 self.optimizer,
-                model_state_dict=weights,
-                optim_state_dict=moments,
+                model_state_dict=held["model"],
+                optim_state_dict=held["optimizer"],
                 options=TRAINED,
             )
         points = read_json(self.state / "curve.json")

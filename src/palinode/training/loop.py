@@ -49,6 +49,14 @@ from palinode.training.objectives import (
     keep,
     pair_count,
 )
+from palinode.training.optimizers import (
+    BYTES,
+    choose_optimizer,
+    kind_of,
+    make_optimizer,
+    next_choice,
+    take_over,
+)
 from palinode.training.roles import Joined, plain
 
 Result = TypeVar("Result")
@@ -101,7 +109,9 @@ def train(
     apart = _must_be_apart(objective, model, cast, pad_id, say)
     model.train()
     with _only_trainable(model, objective.trainable), _prepared(model, settings):
-        live, adamw = accelerator.prepare(model, _adamw(model, settings))
+        longest = max(len(row.ids) for row in cast.anchors)
+        chosen = choose_optimizer(settings.optimizer, model, room=longest * _per_token(model, settings))
+        live, adamw = accelerator.prepare(model, _adamw(model, settings, chosen))
         run = _Run(
             accelerator,
             live,
@@ -262,19 +272,33 @@ def autocasts(settings: TrainingSettings, device: torch.device, parameters: int)
     return bool(supported) and device.type == "cpu" and parameters >= AUTOCAST_FROM
 
 
-def bytes_per_token(config: Mapping[str, Any]) -> int:
-    """Return about how much memory the activations of a token take while training, logits included."""
-    width = int(config.get("hidden_size", 1024)) * int(config.get("num_hidden_layers", 16))
-    return 12 * int(config.get("vocab_size", 32_000)) + 40 * width
+def bytes_per_token(config: Mapping[str, Any], *, narrow: bool, recomputed: bool = False) -> int:
+    """Return about how much memory the activations of a token take while training, logits included.
+
+    `narrow` passes are in bfloat16; activations that are `recomputed` are those of one block at a time
+    (docs/scale.md has what was measured).
+    """
+    wide = int(config.get("hidden_size") or config.get("n_embd") or 1024)
+    deep = int(config.get("num_hidden_layers") or config.get("n_layer") or 16)
+    inner = int(config.get("intermediate_size") or 4 * wide)
+    block = 28 * wide + 8 * inner if narrow else 32 * wide + 16 * inner
+    kept = block + 4 * wide * deep if recomputed else block * deep
+    return 12 * int(config.get("vocab_size", 32_000)) + kept
 
 
-def room_in_tokens(model: PreTrainedModel) -> int | None:
+def room_in_tokens(model: PreTrainedModel, settings: TrainingSettings, optimizer: str) -> int | None:
     """Return how many tokens a GPU has room for beside weights, gradients and moments; None elsewhere."""
     if model.device.type != "cuda":
         return None
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
-    room = 0.8 * torch.cuda.mem_get_info(model.device)[0] - 12 * trained - 2 * model.num_parameters()
-    return max(1, int(room / bytes_per_token(model.config.get_text_config().to_dict())))
+    room = 0.8 * torch.cuda.mem_get_info(model.device)[0] - sum(BYTES[optimizer][1:3]) * trained
+    room -= 2 * model.num_parameters()
+    return max(1, int(room / _per_token(model, settings)))
+
+
+def _per_token(model: PreTrainedModel, settings: TrainingSettings) -> int:
+    config, recomputed = model.config.get_text_config().to_dict(), settings.gradient_checkpointing
+    return bytes_per_token(config, narrow=use_autocast(model, settings), recomputed=recomputed)
 
 
 def step_batches(
@@ -288,16 +312,11 @@ def step_batches(
             yield batches[start : start + together]
 
 
-def _adamw(model: PreTrainedModel, settings: TrainingSettings) -> torch.optim.AdamW:
-    """Return AdamW (β .9, .999, ε 1e-8) with decay on matrices only, as transformers' Trainer has it."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trained if parameter.ndim >= 2]
-    others = [parameter for parameter in trained if parameter.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=model.device.type in ("cpu", "cuda"))
+def _adamw(model: PreTrainedModel, settings: TrainingSettings, name: str) -> torch.optim.Optimizer:
+    narrow = torch.bfloat16 if use_autocast(model, settings) else None
+    return make_optimizer(
+        name, model, lr=settings.learning_rate, weight_decay=settings.weight_decay, dtype=narrow
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,7 +349,8 @@ class _Run:
 
     accelerator: Accelerator
     model: PreTrainedModel
-    optimizer: torch.optim.Optimizer
+    optimizer: Any
+    """As accelerate wraps it."""
     objective: Objective
     cast: Joined
     kept: Mapping[str, FrozenValues]
@@ -347,6 +367,8 @@ class _Run:
     curve: list[CurvePoint] = field(default_factory=list)
     autocast: bool = field(init=False)
     vocabulary: int = field(init=False)
+    kind: str = field(init=False)
+    """Where the optimiser holds what it needs."""
     most: int | None = None
     """Tokens that go through the model at a time."""
     passing: int = 0
@@ -362,11 +384,12 @@ class _Run:
     def __post_init__(self) -> None:
         self.halted = torch.zeros((), device=self.accelerator.device)
         plain_model = self.accelerator.unwrap_model(self.model)
+        self.kind = kind_of(self.optimizer.optimizer)
         self.autocast = use_autocast(plain_model, self.settings)
         self.vocabulary = int(plain_model.config.get_text_config().vocab_size)
         self.partly = not all(parameter.requires_grad for parameter in self.model.parameters())
         if self.accelerator.num_processes == 1:  # several must take as many passes each
-            self.most = self.settings.tokens_per_pass or room_in_tokens(plain_model)
+            self.most = self.settings.tokens_per_pass or room_in_tokens(plain_model, self.settings, self.kind)
         if self.partly:
             self.accelerator.register_save_state_pre_hook(_leave_out_the_frozen)
 
@@ -411,10 +434,8 @@ class _Run:
                     raise
             self.optimizer.zero_grad()
             if self.most is not None and self.passing > self.most:
-                raise RecipeError(
-                    f"training on {self.passing:,} tokens at a time takes more memory than the device has, "
-                    "and they cannot be divided; set a smaller max_length, or train an adapter (--lora)"
-                )
+                self._relieve(f"{self.passing:,} tokens at a time, which cannot be divided")
+                continue
             self.most = max(1, self.passing // 2)
             if self.accelerator.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -423,6 +444,36 @@ class _Run:
                     f"{self.passing:,} tokens at a time are too many for the device's memory; training goes "
                     f"on with {self.most:,}, which changes no gradient"
                 )
+
+    def _relieve(self, what: str) -> None:
+        """Go on with an optimiser that holds less on the device; raises RecipeError where there is none."""
+        name = next_choice(self.optimizer.optimizer)
+        if name is None or self.accelerator.num_processes > 1:
+            raise RecipeError(
+                f"training on {what}, takes more memory than the device has; set a smaller max_length, or "
+                "train an adapter (--lora)"
+            )
+        self._hold(name)
+        if self.say:
+            self.say(
+                f"there is no room for {what}, beside the optimiser; training goes on with its moments "
+                f"{'in 8 bits' if name == '8bit' else 'in host memory'} (optimizer = {name!r})"
+            )
+
+    def _hold(self, name: str) -> None:
+        """Have what the optimiser needs lie elsewhere from now on."""
+        before, model = self.optimizer.optimizer, self.accelerator.unwrap_model(self.model)
+        gradients = [parameter.grad for parameter in model.parameters()]
+        now = _adamw(model, self.settings, name)
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
+        for group, known in zip(now.param_groups, before.param_groups, strict=True):
+            group["lr"] = known["lr"]
+        if name == "host":
+            take_over(now, before)
+        self.optimizer.optimizer, self.kind = now, name
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _halt(self, figures: _Figures) -> None:
         """Have the device leave this step out, and all after it, if it must not be taken."""
@@ -434,12 +485,19 @@ class _Run:
         self.halted = torch.maximum(self.halted, bad.to(self.halted))
 
     def _update(self) -> None:
-        """Take the step where nothing stands against it."""
-        if self.accelerator.device.type in FETCHED:
-            self.optimizer.optimizer.found_inf = self.halted  # type: ignore[attr-defined]
-            self.optimizer.step()
-        elif not self.halted:
-            self.optimizer.step()
+        """Take the step where nothing stands against it; its moments are made in the first."""
+        try:
+            if self.kind == "device" and self.accelerator.device.type in FETCHED:
+                self.optimizer.optimizer.found_inf = self.halted
+                self.optimizer.step()
+            elif not self.halted:
+                self.optimizer.step()
+        except torch.OutOfMemoryError:
+            if len(self.curve) + len(self.pending):  # some weights may have moved
+                raise
+            self.optimizer.optimizer.state.clear()
+            self._relieve("the moments of all weights")
+            self._update()
 
     def is_due(self) -> bool:
         """Tell whether the host should hear of the steps by now: of each, where coefficients follow them."""
@@ -567,6 +625,7 @@ class _Run:
         logging.getLogger("accelerate").setLevel(logging.ERROR)  # or it tells of tied weights at every save
         try:
             self.accelerator.save_state(str(partial))
+            write_json(partial / "optimizer.json", self.kind)
             write_json(partial / "curve.json", [asdict(point) for point in self.curve])
         except (
             OSError,
@@ -594,6 +653,9 @@ class _Run:
             old.replace(self.state)
         if not (self.state / "curve.json").exists():
             return
+        kept = self.state / "optimizer.json"  # a run may have gone on with another
+        if kept.exists() and (name := read_json(kept)) != self.kind:
+            self._hold(name)
         self.accelerator.load_state(str(self.state), **({"strict": False} if self.partly else {}))
         points = read_json(self.state / "curve.json")
         self.curve = [CurvePoint(**point) for point in points]

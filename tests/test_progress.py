@@ -9,20 +9,7 @@ from pathlib import Path
 import pytest
 
 from palinode import progress
-from palinode.progress import NullListener, Pace, plain, record
-
-
-def test_rate_and_time_left_count_from_the_first_report_on():
-    pace = Pace(1000)
-    assert pace.rate(5.0) is None
-    pace.advance(400, 10.0)  # what an interrupted call had done before
-    assert pace.rate(11.0) is None
-    pace.advance(50, 12.0)
-    assert pace.rate(12.0) == 25.0
-    assert pace.seconds_left(12.0) == 550 / 25
-    assert pace.rate(14.0) == 12.5  # it slows down while nothing comes
-    pace.advance(600, 15.0)
-    assert pace.seconds_left(15.0) == 0
+from palinode.progress import NullListener, plain, record
 
 
 @pytest.mark.parametrize(

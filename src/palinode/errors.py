@@ -10,6 +10,7 @@
     │   └── OutputError            the place to write to is taken, unsafe or too small
     ├── DivergenceError            training produced a loss that is not a number
     ├── LedgerError                a ledger of requests is missing or was changed, or forbids what is asked
+    ├── ProcessError               another process of the run failed, or is gone
     └── WorkspaceError             a workspace is in use by another run, or damaged
 
 The command line prints any of them as one sentence and leaves with exit code 2; every other
@@ -75,6 +76,10 @@ class DivergenceError(PalinodeError):
 
 class LedgerError(PalinodeError):
     """A ledger of erasure requests is missing or was changed, or forbids what is asked."""
+
+
+class ProcessError(PalinodeError):
+    """Another of the processes that share a run failed, or is gone."""
 
 
 class WorkspaceError(PalinodeError):

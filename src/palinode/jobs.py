@@ -16,14 +16,11 @@ from typing import Any, Literal
 from palinode.audit.material import read_material
 from palinode.audit.policy import load_policy
 from palinode.benchmarks import BENCHMARKS
-from palinode.compare import Compared, CompareRecipe, build_comparison
-from palinode.compare import compare as run_comparison
-from palinode.data.examples import Example, at_most, fingerprint_examples, read_examples, reading_notes
+from palinode.data.examples import Example, fingerprint_examples, read_examples, reading_notes
 from palinode.data.tokenize import PromptStyle, prompt_notes
 from palinode.errors import CheckpointError, RecipeError, meant
 from palinode.evaluation.benchmark import Places
-from palinode.evaluation.evaluate import BenchmarkEvaluated, Evaluated, check_new_file
-from palinode.evaluation.evaluate import evaluate as ask_rows
+from palinode.evaluation.evaluate import BenchmarkEvaluated
 from palinode.evaluation.evaluate import evaluate_benchmark as run_benchmark
 from palinode.history.locating import Location, open_log, open_order, read_salt
 from palinode.history.locating import locate as locate_rows
@@ -49,13 +46,13 @@ from palinode.pipeline.audit_run import AuditPlan
 from palinode.pipeline.audit_run import audit as run_audit
 from palinode.pipeline.filter_run import FilteredModel, filter_by_retain_rows, filter_recipe
 from palinode.pipeline.inputs import workspace_folder
-from palinode.pipeline.recipe import Recipe, build_recipe, checked_settings, laid_over
+from palinode.pipeline.recipe import Recipe, build_recipe, checked_settings, laid_over, named
 from palinode.pipeline.run import Unlearned, read_record
 from palinode.pipeline.run import unlearn as run_recipe
 from palinode.pipeline.tracking import check_trackers, tracked
 from palinode.pipeline.workspace import Workspace, fingerprint
 from palinode.progress import Listener, NullListener
-from palinode.records import COMMAND, Outcome, beside, fitting, private, repeated_by, write_outcomes
+from palinode.records import COMMAND, Outcome, beside, fitting, private, repeated_by
 from palinode.settings import (
     AuditSettings,
     EvaluationSettings,
@@ -104,9 +101,9 @@ def unlearn(
     content = {
         "method": method,
         "transforms": [_transform(one) for one in transforms],
-        "models": _named(target=target, base=start),
-        "data": _named(forget=forget, retain=retain),
-        "output": _named(folder=output),
+        "models": named(target=target, base=start),
+        "data": named(forget=forget, retain=retain),
+        "output": named(folder=output),
         "scales": chosen,
         "training": training.model_dump(exclude_unset=True) if training else {},
     }
@@ -134,45 +131,14 @@ def filter_change(
     dotted or as sections. Raises PalinodeError.
     """
     content = {
-        "models": _named(target=target, given=unlearned, base=base),
-        "data": _named(forget=forget, retain=retain),
-        "output": _named(folder=output),
+        "models": named(target=target, given=unlearned, base=base),
+        "data": named(forget=forget, retain=retain),
+        "output": named(folder=output),
         "scales": {} if alpha is None else {"forget": alpha},
     }
     recipe = build_recipe(filter_recipe(laid_over(content, settings or {}), mu=mu, epsilon=epsilon))
     run = filter_by_retain_rows if forget is None else run_recipe
     return run(recipe, listener=listener)
-
-
-def compare(
-    recipe: CompareRecipe | None = None,
-    *,
-    target: Place | None = None,
-    base: Place | None = None,
-    forget: Place | None = None,
-    retain: Place | None = None,
-    output: Place | None = None,
-    methods: Sequence[str] = (),
-    steps: int | None = None,
-    settings: Mapping[str, Any] | None = None,
-    listener: Listener | None = None,
-) -> Compared:
-    """Compare methods, each with `steps` optimiser steps for a model, and write the table to `output`.
-
-    `settings` are other keys of a comparison, dotted or as sections: {"tries": 1, "split.probe_rows": 50}. A
-    whole `recipe` (`load_comparison`) comes instead of all of them.
-    `result.scores[NAME]` are the scores of a contestant on the forget rows. Raises PalinodeError.
-    """
-    if recipe is None:
-        content = {
-            "models": _named(target=target, base=base),
-            "data": _named(forget=forget, retain=retain),
-            "output": _named(folder=output),
-            "budget": {} if steps is None else {"steps": steps},
-            "contestants": [{"name": name, "method": name} for name in methods],
-        }
-        recipe = build_comparison(laid_over(content, settings or {}))
-    return run_comparison(recipe, listener=listener)
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,9 +216,9 @@ def plan_audit(
         max_rows=rules.budget.max_rows,
         seed=settings.seed,
     )
-    rows = _named(forget=forget, retain=retain, holdout=holdout)
+    rows = named(forget=forget, retain=retain, holdout=holdout)
     return AuditPlan(
-        models=_named(audited=model, reference=against, target=target),
+        models=named(audited=model, reference=against, target=target),
         kind=kind,
         material=material,
         locations={
@@ -487,33 +453,6 @@ def chosen_base(found: Location) -> tuple[str, dict[str, Any]]:
     return choice.location, facts
 
 
-def evaluate(
-    model: Checkpoint | Place,
-    rows: Sequence[Example] | Place,
-    settings: EvaluationSettings | None = None,
-    *,
-    listener: Listener | None = None,
-) -> Evaluated:
-    """Ask a model these rows, and return its outcomes and the four basic scores.
-
-    Of a file or data set at most `max_rows` are drawn; rows in memory are all asked. The outcomes are written
-    to the file `output` of the settings. Raises PalinodeError.
-    """
-    settings = settings or EvaluationSettings()
-    if settings.output is not None:
-        check_new_file(settings.output, "the outcomes")
-    if isinstance(model, str | Path):
-        model = Checkpoint.open(model, allow_pickle=settings.allow_pickle)
-    if isinstance(rows, str | Path):
-        every = read_examples(rows, columns=settings.columns)
-        rows = at_most(every, settings.max_rows, seed=settings.seed + 1)
-    found = ask_rows(model, rows, settings, listener=listener)
-    if settings.output is not None:
-        with private():
-            write_outcomes(settings.output, found.outcomes)
-    return found
-
-
 def evaluate_benchmark(
     model: Checkpoint | Place,
     benchmark: str = "own",
@@ -538,7 +477,7 @@ def evaluate_benchmark(
     chosen = BENCHMARKS[benchmark]
     if data is None and chosen.hub is None:
         raise RecipeError(f"{benchmark} needs --data: a file of rows, or the folder of the benchmark's files")
-    places = _named(data=data or chosen.hub, retain=retain, holdout=holdout)
+    places = named(data=data or chosen.hub, retain=retain, holdout=holdout)
     for name in ("retain", "holdout"):
         if name in places and benchmark != "own":
             raise RecipeError(f"--{name} is for rows of your own; {benchmark} has its own sets")
@@ -608,11 +547,6 @@ def finetune_file(
 
 
 # What the jobs share
-
-
-def _named(**places: Place | None) -> dict[str, str]:
-    """Return the places that were given, as texts."""
-    return {name: str(place) for name, place in places.items() if place is not None}
 
 
 def _transform(settings: TransformSettings) -> dict[str, Any]:

@@ -80,38 +80,6 @@ class NullListener:
         yield lambda _amount: None
 
 
-class Pace:
-    """How fast a task goes. Its first report only starts the clock.
-
-    What is done by then may be the work of an earlier, interrupted call, or may have waited for a model to
-    load, so that it says little about what is left.
-    """
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self.done = 0
-        self._before: int | None = None
-        """Done when the clock was started."""
-        self._started = 0.0
-
-    def advance(self, amount: int, now: float) -> None:
-        """Count work done; `now` is in seconds, on any clock."""
-        self.done += amount
-        if self._before is None:
-            self._before, self._started = self.done, now
-
-    def rate(self, now: float) -> float | None:
-        """Return units a second; None while that is not known."""
-        if self._before is None or self.done == self._before or now <= self._started:
-            return None
-        return (self.done - self._before) / (now - self._started)
-
-    def seconds_left(self, now: float) -> float | None:
-        """Return the seconds that the rest will take; None while that is not known."""
-        rate = self.rate(now)
-        return None if rate is None else max(0, self.total - self.done) / rate
-
-
 def rate_text(rate: float, unit: str) -> str:
     """Return a rate in words, the slow ones as time for each unit.
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from invented_benchmarks import muse_folder, qa
-from palinode.benchmarks.muse import MUSE, folds, scalability, sustainability, ten_shot
+from palinode.benchmarks.muse import MUSE, folds, ten_shot
 from palinode.errors import DataError
 from palinode.evaluation.benchmark import Exam, Measured, Places, score_cell
 from palinode.records import Outcome
@@ -106,25 +106,3 @@ def test_folds_are_cumulative_for_scalability_and_follow_one_another_for_sustain
     parts = folds(str(folder), "sust")
     assert [len(rows) for rows in parts] == [889, 889, 889, 887]
     assert len({example.answer for rows in parts for example in rows}) > 3000
-
-
-def test_every_fold_starts_from_the_model_that_the_one_before_left(folder):
-    seen = []
-
-    def unlearn(step):
-        seen.append((step.number, step.start, len(step.rows)))
-        return f"{step.start}-{step.number}"
-
-    models = sustainability("target", folds(str(folder), "sust"), unlearn)
-    assert models == ["target-1", "target-1-2", "target-1-2-3", "target-1-2-3-4"]
-    assert seen == [
-        (1, "target", 889),
-        (2, "target-1", 889),
-        (3, "target-1-2", 889),
-        (4, "target-1-2-3", 887),
-    ]
-
-
-def test_every_size_of_forget_set_starts_from_the_target(folder):
-    models = scalability("target", folds(str(folder), "scal"), lambda step: (step.start, len(step.rows)))
-    assert models == [("target", 889), ("target", 1778), ("target", 2667), ("target", 3554)]

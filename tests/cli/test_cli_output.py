@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -18,10 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from palinode import __version__
 from palinode.cli.options import (
-    benchmark_names,
     completion,
-    method_names,
-    metric_names,
     recipe_keys,
     words_of,
 )
@@ -105,12 +101,13 @@ def test_a_summary_of_each_command_fits_a_line(palinode, group):
 
 
 def test_values_are_completed():
-    assert completion(method_names)("ms") == ["msa"]
-    assert completion(benchmark_names)("t") == ["tofu"]
-    assert completion(metric_names)("every,eve") == ["every,every"]
-    assert completion(recipe_keys)("training.learn") == ["training.learning_rate="]
-    assert completion(partial(words_of, "budget"))("s") == ["standard"]
-    assert words_of("method") == method_names()
+    assert completion("method")("ms") == ["msa"]
+    assert completion("benchmark")("t") == ["tofu"]
+    assert completion("metrics")("every,eve") == ["every,every"]
+    assert completion(recipe_keys())("training.learn") == ["training.learning_rate="]
+    assert completion("budget")("s") == ["standard"]
+    assert completion(("retrained", "base"))("b") == ["base"]
+    assert words_of("judge") == ["overlap", "offline:", "https://"]
 
 
 def test_without_words_the_help_is_shown_and_the_code_is_two(palinode):

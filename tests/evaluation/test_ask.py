@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from palinode import read_examples
 from palinode.data.examples import Example, Message, Question
@@ -315,108 +310,3 @@ def test_gradients_leave_the_model_as_it_was(live, questions):
 def test_impossible_settings_are_refused(wrong, sentence):
     with pytest.raises(RecipeError, match=sentence):
         Asking(**wrong)
-
-
-# Several processes
-
-SHARED = """
-import json, sys
-from dataclasses import asdict
-from pathlib import Path
-import torch
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-from palinode import read_examples
-from palinode.data.examples import Question
-from palinode.errors import CheckpointError
-from palinode.evaluation.ask import ask
-from palinode.settings import Asking
-from palinode.models import load_model, load_tokenizer
-from palinode.weights.checkpoint import Checkpoint
-
-folder, rows, out = sys.argv[1:]
-checkpoint = Checkpoint.open(Path(folder))
-model, tokenizer = load_model(checkpoint, device=torch.device("cpu")), load_tokenizer(checkpoint)
-questions = [Question(example, {"perturbed": ("river", "pet of")}) for example in read_examples(rows)[:7]]
-asking = Asking(max_new_tokens=3, max_length=64, samples=1)
-outcomes = ask(model, tokenizer, questions, asking)
-rank = torch.distributed.get_rank()
-if rank == 1:
-    model.get_input_embeddings().weight.data.fill_(float("nan"))
-try:
-    ask(model, tokenizer, questions, asking)
-    error = None
-except CheckpointError as found:
-    error = str(found)
-Path(out, f"{rank}.json").write_text(json.dumps([[asdict(one) for one in outcomes], error]))
-torch.distributed.destroy_process_group()
-"""
-
-
-def test_processes_divide_the_questions_and_all_have_every_outcome(tiny, live, tmp_path):
-    (tmp_path / "shared.py").write_text(SHARED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    words = [tmp_path / "shared.py", tiny.target.folder, tiny.retain, tmp_path]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, *map(str, words)], env=environment, capture_output=True, timeout=200,
-                          check=False)  # fmt: skip
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
-    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
-    assert found[0] == found[1]  # an error in one process is an error in both
-    assert "not finite" in found[0][1]
-    questions = [
-        Question(example, {"perturbed": ("river", "pet of")}) for example in read_examples(tiny.retain)[:7]
-    ]
-    alone = ask(*live, questions, Asking(max_new_tokens=3, max_length=64, samples=1))
-    for one, other in zip(found[0][0], json.loads(json.dumps([asdict(o) for o in alone])), strict=True):
-        assert one["logprobs"] == pytest.approx(other["logprobs"], abs=1e-4)
-        for field in ("row", "generated", "samples", "hits", "expected"):
-            assert one[field] == other[field]
-
-
-# Models in which what stands behind a prompt changes what they make of it
-
-
-def longrope(tiny, original: int):
-    """The tiny target with the short rotary frequencies up to `original` tokens, and other ones beyond."""
-    model = load_model(tiny.target, device=torch.device("cpu"))
-    half = model.config.head_dim // 2
-    model.config.rope_parameters = {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "factor": 4.0,
-        "original_max_position_embeddings": original,
-        "short_factor": [1.0] * half,
-        "long_factor": [64.0] * half,
-    }
-    rotary = LlamaRotaryEmbedding(model.config)
-    model.model.rotary_emb = rotary
-    return model
-
-
-def continued(model, prompt, count: int) -> list[int]:
-    """What a model says greedily, a whole forward pass a token."""
-    ids = list(prompt)
-    for _ in range(count):
-        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-    return ids[len(prompt) :]
-
-
-def test_greedy_answer_is_the_models_own_whatever_the_right_answer_is(tiny):
-    """Beside a long right answer the prompt is read with the long frequencies, alone with the short ones.
-
-    The right answer is what the long frequencies would say: it is no beginning of what the model says.
-    """
-    tokenizer, beyond = load_tokenizer(tiny.target), longrope(tiny, 2)
-    for example in read_examples(tiny.retain):
-        prompt = prompt_ids(example, tokenizer, PromptStyle())
-        model = longrope(tiny, len(prompt) + 4)
-        said = tokenizer.decode(continued(beyond, prompt, 8))
-        wanted = tokenizer.decode(continued(model, prompt, 3), skip_special_tokens=True)
-        if not said.startswith(wanted):
-            break
-    else:
-        pytest.fail("both kinds of frequencies say the same of every row")
-    question = [*map(Question, [replace(example, answer=said)])]
-    (outcome,) = ask(model, tokenizer, question, Asking(max_new_tokens=3, max_length=64))
-    assert outcome.generated == wanted

@@ -11,7 +11,7 @@ from palinode.errors import RecipeError
 from palinode.history.plan import (
     Wish,
     expected_distance,
-    plan_checkpoints,
+    plan,
     solved_steps,
     thin,
     uniform_steps,
@@ -51,7 +51,7 @@ def test_uniform_schedules_by_hand():
 
 
 def test_budget_is_kept_and_the_best_schedule_comes_first():
-    schedules = plan_checkpoints(wish(budget_bytes=45))
+    schedules = plan(wish(budget_bytes=45))
     assert {schedule.name for schedule in schedules} == {"uniform", "thinning", "solved"}
     assert all(len(schedule.kept) == 4 and schedule.bytes == 40 for schedule in schedules)
     assert schedules[0].expected == min(schedule.expected for schedule in schedules)
@@ -62,7 +62,7 @@ def test_budget_is_kept_and_the_best_schedule_comes_first():
 
 
 def test_more_budget_than_saves_keeps_every_save():
-    schedules = plan_checkpoints(wish(budget_bytes=10_000))
+    schedules = plan(wish(budget_bytes=10_000))
     assert {schedule.kept for schedule in schedules} == {tuple(range(10, 100, 10))}
 
 

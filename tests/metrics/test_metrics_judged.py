@@ -2,7 +2,7 @@
 
 import pytest
 
-from palinode.metrics.matching import accept_accuracy, forget_accuracy, recover_accuracy, retain_accuracy
+from palinode.metrics.matching import forget_accuracy, recover_accuracy, retain_accuracy
 from palinode.records import Verdict
 
 OFFERED = (
@@ -12,7 +12,7 @@ OFFERED = (
     ("none of these", ("none",)),
 )
 TRUTH, IDEAL, PERTURBED, NONE = range(4)
-ALL = [forget_accuracy, recover_accuracy, retain_accuracy, accept_accuracy]
+ALL = [forget_accuracy, recover_accuracy, retain_accuracy]
 
 
 def verdict(*picked, offered=OFFERED, **fields):
@@ -59,13 +59,6 @@ def test_recovery_is_unknown_where_no_ideal_answer_was_offered():
     assert "no ideal answer among the candidates" in score.reason
     assert retain_accuracy(alone).value == 1
     assert "no ideal answer among the candidates of 2 of 2 rows" in retain_accuracy(alone).reason
-
-
-def test_accepted_answers():
-    offered = (("writer", ("accepted",)), ("poet", ("accepted",)), ("none of these", ("none",)))
-    verdicts = [verdict(0, offered=offered), verdict(1, offered=offered), verdict(2, offered=offered)]
-    assert accept_accuracy(verdicts).value == pytest.approx(2 / 3)
-    assert accept_accuracy(FOUR).value is None
 
 
 @pytest.mark.parametrize("accuracy", ALL)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from made_outcomes import outcome
 
 from palinode.errors import DataError
-from palinode.metrics.membership import leak_at_k, leak_values, overlap_leak
+from palinode.metrics.membership import leak_values, overlap_leak
 
 
 def leaks(row, text):
@@ -24,9 +24,6 @@ def test_worked_example():
     # 1 of 4 leaks: 3 of the 6 pairs hold it. 2 of 4: all but one pair do. None of 4: none
     rows = [question(0, 1, 0, 0), question(1, 0, 1, 0, row=1), question(0, 0, 0, 0, row=2)]
     assert leak_values(rows, 2, leaks) == pytest.approx([1 / 2, 5 / 6, 0])
-    score = leak_at_k(rows, 2, leaks)
-    assert (score.value, score.n, score.reason) == (pytest.approx(4 / 9), 3, None)
-    assert score.low <= score.value <= score.high
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=7), st.data())
@@ -44,16 +41,13 @@ def test_more_samples_never_leak_less(marks):
     assert values[-1] == float(any(marks))
 
 
-def test_too_few_samples_are_left_out_and_said():
-    score = leak_at_k([question(1, 0), question(1), question(0, 0)], 2, leaks)
-    assert (score.value, score.n) == (0.5, 2)
-    assert score.reason.startswith("1 of 3 examples left out: fewer than 2 samples")
-    assert leak_at_k([question(1)], 2, leaks).value is None
+def test_too_few_samples_have_no_value():
+    assert leak_values([question(1, 0), question(1), question(0, 0)], 2, leaks) == [1.0, None, 0.0]
 
 
 def test_k_below_one_is_refused():
     with pytest.raises(DataError, match="at least 1"):
-        leak_at_k([question(1)], 0, leaks)
+        leak_values([question(1)], 0, leaks)
 
 
 def test_overlap_rule():

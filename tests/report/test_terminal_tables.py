@@ -11,7 +11,8 @@ from rich.console import Console
 
 from example_run import AUDIT, comparison, finding, record, score
 from palinode.cli.console import scores_grid, vector_grids
-from palinode.history.plan import Wish, plan_checkpoints, plan_record
+from palinode.history.plan import Wish, plan_record
+from palinode.history.plan import plan as schedules
 from palinode.records import Score
 from palinode.report.audit_report import audit_brief
 from palinode.report.comparison_report import comparison_brief
@@ -99,7 +100,7 @@ def location():
 
 def plan():
     wish = Wish(2_000_000, 1000, 30_000_000_000, 300_000_000_000)
-    return plan_brief(plan_record(wish, plan_checkpoints(wish)))
+    return plan_brief(plan_record(wish, schedules(wish)))
 
 
 def demo():

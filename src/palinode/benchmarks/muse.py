@@ -6,15 +6,15 @@
     scalability      forget sets of growing size, each unlearned from the target
     sustainability   folds unlearned one after another, each from the model that the one before left
 
-The last two are ways to unlearn, not questions: `scalability` and `sustainability` run them with any
-method, and the questions above measure each of the models that come out.
+The last two are ways to unlearn, not questions: `folds` gives their forget sets, and the questions above
+measure each of the models that come out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Generic, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
 
 from palinode.data.examples import Example, Question
 from palinode.data.sources import Row
@@ -46,7 +46,6 @@ from palinode.metrics.table import METRICS
 from palinode.records import Score
 from palinode.settings import Asking
 
-Model = TypeVar("Model")
 Kind = Literal["scal", "sust"]
 
 SPLITS = {"news": "BBC articles", "books": "the Harry Potter series"}
@@ -95,42 +94,13 @@ def load(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchm
 # Folds
 
 
-@dataclass(frozen=True, slots=True)
-class MuseStep(Generic[Model]):
-    """One unlearning run of a series: which model it starts from, and what is to be forgotten."""
-
-    number: int
-    """Counted from 1."""
-    start: Model
-    rows: tuple[Example, ...]
-
-
 def folds(location: str, kind: Kind) -> list[tuple[Example, ...]]:
-    """Return the four forget sets of the News corpus: "scal" are cumulative, "sust" come one by one."""
+    """Return the four forget sets of the News corpus: "scal" are cumulative, each to be unlearned from the
+    target; "sust" come one by one, each to be unlearned from the model that the one before left."""
     return [
         tuple(documents(need_table(Table(kind, rows, TEXT, f"forget_{number}"), location)))
         for number, rows in enumerate(FOLDS[kind], start=1)
     ]
-
-
-def scalability(
-    target: Model, forget_sets: Sequence[Sequence[Example]], unlearn: Callable[[MuseStep[Model]], Model]
-) -> list[Model]:
-    """Return what `unlearn` makes of the target for each forget set, each time from the target itself."""
-    return [
-        unlearn(MuseStep(number, target, tuple(rows))) for number, rows in enumerate(forget_sets, start=1)
-    ]
-
-
-def sustainability(
-    target: Model, forget_sets: Sequence[Sequence[Example]], unlearn: Callable[[MuseStep[Model]], Model]
-) -> list[Model]:
-    """Return the models after each fold, where every fold starts from the model that the one before left."""
-    models: list[Model] = []
-    for number, rows in enumerate(forget_sets, start=1):
-        start = models[-1] if models else target
-        models.append(unlearn(MuseStep(number, start, tuple(rows))))
-    return models
 
 
 # Questions

@@ -41,7 +41,7 @@ def _call() -> int:
 
     try:
         with repeated_by(shlex.join(["palinode", *sys.argv[1:]])):
-            code = app(standalone_mode=False)
+            code = _run(app)
         sys.stdout.flush()
     except PalinodeError as error:
         return _refuse(str(error))
@@ -70,6 +70,15 @@ def _call() -> int:
     return code if isinstance(code, int) else 0
 
 
+def _run(app: Any) -> Any:
+    """Run the verb; of several processes one does, helped by the others, but for `apply`, which all run."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or sys.argv[1:2] == ["apply"]:
+        return app(standalone_mode=False)
+    from palinode.processes import together
+
+    return together(lambda: app(standalone_mode=False))
+
+
 def _interrupted() -> int:
     """Say so; the exit code is ours even where the signal came inside exec, which `python -m` remembers."""
     exec("")  # makes it forget; the making of a dataclass is such a place
@@ -91,6 +100,8 @@ def _misused(error: Any) -> int:
 
 
 def _refuse(sentence: str) -> int:
+    if os.environ.get("RANK", "0") != "0" and sys.argv[1:2] != ["apply"]:
+        return 0  # process 0 speaks for all
     line = "".join(letter if letter.isprintable() else " " for letter in sentence)
     print(f"palinode: {line}", file=sys.stderr)
     return 2

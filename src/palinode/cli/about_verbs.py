@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from palinode.cli.console import listener, out, print_json, warn
+from palinode.cli.console import answer, listener, print_json, warn
 from palinode.cli.options import (
     ADVANCED,
     ALLOW_PICKLE,
@@ -28,10 +28,12 @@ from palinode.cli.options import (
     completion,
     takes,
 )
+from palinode.errors import RecipeError, meant
+from palinode.pipeline.recipe import laid_over, read_recipe
 
 if TYPE_CHECKING:
     from palinode.pipeline.doctor import DoctorFinding
-    from palinode.report.content import Tone
+    from palinode.report.content import Block, Tone
 
 SIGNS: dict[str, tuple[str, Tone | None]] = {
     "ok": ("✓", "good"),
@@ -73,7 +75,6 @@ def doctor(
     The exit code is 1 when something fails. Without options it looks at libraries and machine alone.
     """
     from palinode.pipeline.doctor import examine_equipment, examine_run
-    from palinode.pipeline.recipe import laid_over, read_recipe
 
     if "max_length" in given.get("training", {}):
         given["evaluation"] = {"max_length": given["training"]["max_length"]}
@@ -83,19 +84,17 @@ def doctor(
     if changes or any(content.get(key) for key in ("models", "data", "output", "tracker")):
         findings += examine_run(content, changes or [], listener=listener(quiet=quiet))
     counts = Counter[str](finding.state for finding in findings)
-    if as_json:
-        whole = {"ok": not counts["fail"], "counts": {name: counts[name] for name in SIGNS}}
-        print_json({**whole, "findings": [asdict(finding) for finding in findings]})
-    else:
-        _show(findings, counts, looked_at_run=bool(content))
+    whole = {"ok": not counts["fail"], "counts": {name: counts[name] for name in SIGNS}}
+    facts = {**whole, "findings": [asdict(finding) for finding in findings]}
+    answer(facts, _told(findings, counts, looked_at_run=bool(content)), as_json=as_json)
     if counts["fail"]:
         raise typer.Exit(1)
 
 
-def _show(findings: Sequence[DoctorFinding], counts: Counter[str], *, looked_at_run: bool) -> None:
-    from palinode.report.content import Grid, GridCell, Row, show
+def _told(findings: Sequence[DoctorFinding], counts: Counter[str], *, looked_at_run: bool) -> Iterator[Block]:
+    """Yield the findings by area, and what they come to."""
+    from palinode.report.content import Grid, GridCell, Paragraph, Row
 
-    console = out()
     for area, members in groupby(findings, key=lambda finding: finding.area):
         rows: list[Row] = [
             [
@@ -105,21 +104,15 @@ def _show(findings: Sequence[DoctorFinding], counts: Counter[str], *, looked_at_
             ]
             for found in members
         ]
-        show([Grid(area, ["", "", ""], rows, text_columns=3)], console)
-    failures, warnings = counts["fail"], counts["warn"]
-    if failures:
-        text = f"{_number(failures, 'thing fails', 'things fail')}; what to do stands beside each."
-    elif warnings:
-        text = f"Nothing fails; {_number(warnings, 'thing needs', 'things need')} a look."
-    else:
-        text = "All is well."
+        yield Grid(area, ["", "", ""], rows, text_columns=3)
+    text = "All is well."
+    if failures := counts["fail"]:
+        text = f"{failures} thing{' fails' if failures == 1 else 's fail'}; what to do stands beside each."
+    elif warnings := counts["warn"]:
+        text = f"Nothing fails; {warnings} thing{' needs' if warnings == 1 else 's need'} a look."
     if not looked_at_run:
         text += " To have a run looked at, name --target, --base, --forget and --output, or --recipe."
-    console.print(text, soft_wrap=True)
-
-
-def _number(count: int, one: str, many: str) -> str:
-    return f"{count} {one if count == 1 else many}"
+    yield Paragraph(text)
 
 
 def report(
@@ -157,26 +150,21 @@ def report(
     if facts.answers_gone and not without_texts:
         warn("the outcomes are not there any more, so the report has no answers")
     facts = replace(facts, texts=facts.texts and not without_texts)
+    content, whole = report_content(facts), facts.kind == "unlearn" and output is None
     if as_json and output is None:
-        print_json(report_content(facts))
+        print_json(content)
         return
     page = output or default_page(facts, place)
     suffixes = suffixes_for(facts, output)
-    content, whole = report_content(facts), facts.kind == "unlearn" and output is None
     if whole:
         refresh(facts, place)
         if (place / SIGNATURE).exists():
             warn(f"{place} was signed before this; sign it anew, for the old signature covers the old files")
     else:
         write_reports(facts, page, suffixes)
-    if as_json:
-        print_json(content)
-        return
-    out().print(marked(content), soft_wrap=True)
-    if whole:
-        out().print(f"{place}: README.md, record.json and the report without texts", soft_wrap=True)
-    for suffix in suffixes:
-        out().print(str(page.with_suffix(suffix)), soft_wrap=True)
+    handed_over = [f"{place}: README.md, record.json and the report without texts"] if whole else []
+    pages = [str(page.with_suffix(suffix)) for suffix in suffixes]
+    answer(content, "\n".join([marked(content), *handed_over, *pages]), as_json=as_json)
 
 
 KINDS = ("methods", "transforms", "benchmarks", "metrics", "attacks")
@@ -187,14 +175,12 @@ def list_everything(
         str | None,
         typer.Argument(
             help="methods, transforms, benchmarks, metrics or attacks. [default: all but attacks]",
-            autocompletion=completion(lambda: KINDS),
+            autocompletion=completion(KINDS),
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Name methods, transforms, benchmarks, metrics, attacks."""
-    from palinode.cli.console import listing_lines
-    from palinode.errors import RecipeError, meant
 
     known = {form: name for name in KINDS for form in (name, name.removesuffix("s"))}
     wanted = known.get(kind.lower()) if kind else None
@@ -202,12 +188,11 @@ def list_everything(
         raise RecipeError(f"there is no list of {kind}; there are {', '.join(KINDS)}{meant(kind, known)}")
     own = {"attacks": attack_tests()} if wanted == "attacks" else listings()
     listed = {name: lines for name, lines in own.items() if wanted in (None, name)}
-    if as_json:
-        print_json(listed)
-        return
+    told = []
     for name, lines in listed.items():
-        for line in listing_lines(name, lines):
-            out().print(line, soft_wrap=True)
+        width = max(map(len, lines), default=0)
+        told += [f"{name}:", *(f"  {one:{width}}  {description}" for one, description in lines.items())]
+    answer(listed, "\n".join(told), as_json=as_json)
 
 
 def listings() -> dict[str, dict[str, str]]:

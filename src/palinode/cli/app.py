@@ -14,7 +14,15 @@ import typer
 
 from palinode.cli.about_verbs import doctor, list_everything, report
 from palinode.cli.chat import chat
-from palinode.cli.console import after_run, ending, listener, out, print_json, secret, secret_workspace
+from palinode.cli.console import (
+    after_run,
+    answer,
+    ending,
+    listener,
+    out,
+    secret,
+    secret_workspace,
+)
 from palinode.cli.history_verbs import influence, locate
 from palinode.cli.history_verbs import plan as plan_command
 from palinode.cli.measure_verbs import audit, compare, evaluate
@@ -43,10 +51,14 @@ from palinode.cli.options import (
 )
 from palinode.cli.request_verbs import requests
 from palinode.cli.weight_verbs import apply, export, reproduce, sign, vectors, verify
+from palinode.errors import InputError, RecipeError
+from palinode.pipeline.recipe import build_recipe, load_recipe
+from palinode.records import dotted, read_json
 from palinode.settings import Questioning
 
 if TYPE_CHECKING:
     from palinode.history.locating import Location
+    from palinode.report.content import Block
 
 app = typer.Typer(
     name="palinode",
@@ -131,7 +143,6 @@ def unlearn(
     It comes with its record and a report.
     """
     from palinode.cli.history_verbs import resolve_base
-    from palinode.pipeline.recipe import build_recipe
 
     evidence: dict[str, Any] = {
         "checkpoints": checkpoints,
@@ -207,10 +218,8 @@ def filter_verb(
 
     With forget rows it is a run like that of unlearn. Without them the change goes as far as it did.
     """
-    from palinode.errors import RecipeError
     from palinode.pipeline.filter_run import filter_by_retain_rows, filter_recipe
     from palinode.pipeline.inputs import workspace_folder
-    from palinode.pipeline.recipe import build_recipe
 
     lengths_alike(content)
     known = "forget" in content["data"]
@@ -224,10 +233,9 @@ def filter_verb(
     harm = result.record["transforms"][-1].get("harm")
     text = f"{result.output}: the filtered model, and filter.json"
     text += f"; it moves the retain rows' outputs by {harm:.3g} of what it did" if harm is not None else ""
-    _show(dict(result.record), text, as_json=as_json)
-    if not as_json:
-        alpha = f"α = {result.record['alpha']:g}; nobody asked whether it forgot: there were no forget rows"
-        ending(strength=alpha, following=after_run({}, result.output))
+    alpha = f"α = {result.record['alpha']:g}; nobody asked whether it forgot: there were no forget rows"
+    answer(dict(result.record), text, as_json=as_json)
+    ending(strength=alpha, following=after_run({}, result.output), as_json=as_json)
     secret_workspace(workspace_folder(recipe), result.output, "what layers read of rows", as_json=as_json)
 
 
@@ -244,8 +252,6 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Do the job of unlearn as a recipe describes it."""
-    from palinode.pipeline.recipe import load_recipe
-    from palinode.records import dotted
 
     named = [f"{key}={json.dumps(value)}" for key, value in dotted(content) if not isinstance(value, dict)]
     read = load_recipe(recipe, [*(changes or []), *named])
@@ -295,7 +301,7 @@ def finetune(
         "last_loss": last,
         "seconds": round(done.seconds, 1),
     }
-    _show(facts, f"{output}: {len(done.curve)} steps, loss {first:.3f} to {last:.3f}", as_json=as_json)
+    answer(facts, f"{output}: {len(done.curve)} steps, loss {first:.3f} to {last:.3f}", as_json=as_json)
     secret(output, "it knows the rows", as_json=as_json)
 
 
@@ -329,23 +335,21 @@ def demo(
         return
     from palinode.cli.console import demo_sentence
     from palinode.pipeline.demo_run import demo as run_demo
-    from palinode.records import read_json
-    from palinode.report.content import Paragraph, show
+    from palinode.report.content import Paragraph
     from palinode.report.run_report import demo_grid, strength
 
     result = run_demo(output or Path("palinode-demo"), seed=settings.seed, listener=listener(quiet=quiet))
-    if as_json:
-        print_json(result.record)
-    else:
-        show([demo_grid(result.record), Paragraph(demo_sentence(result))], out())
-        unlearned = result.folder / "unlearned"
-        record = read_json(unlearned / "record.json")
-        ending(
-            verdict=record["verdict"],
-            strength=strength(record),
-            places={"Page": result.folder / "report.html"},
-            following=after_run(record, unlearned),
-        )
+    unlearned = result.folder / "unlearned"
+    record = read_json(unlearned / "record.json")
+    said: list[Block] = [demo_grid(result.record), Paragraph(demo_sentence(result))]
+    answer(result.record, said, as_json=as_json)
+    ending(
+        verdict=record["verdict"],
+        strength=strength(record),
+        places={"Page": result.folder / "report.html"},
+        following=after_run(record, unlearned),
+        as_json=as_json,
+    )
     secret(result.folder / "workspace", INVENTED, of=result.folder, as_json=as_json)
 
 
@@ -364,7 +368,6 @@ def forget_workspace(
 
     Vectors, θ_1, outcomes and cached facts go. Its result stays.
     """
-    from palinode.errors import InputError
     from palinode.pipeline.forgetting import describe_leftovers, leftovers, leftovers_content
 
     with leftovers(place) as found:
@@ -377,24 +380,14 @@ def forget_workspace(
             out().print("Nothing was destroyed.")
             return
         found.destroy()
-    if as_json:
-        print_json(leftovers_content(found))
-    else:
-        out().print(f"{len(found.parts)} parts destroyed.")
+    answer(leftovers_content(found), f"{len(found.parts)} parts destroyed.", as_json=as_json)
 
 
-verb()(apply)
-verb()(audit)
-verb()(compare)
-verb()(report)
-verb()(reproduce)
-verb()(sign)
-verb()(verify)
-verb()(doctor)
-verb()(chat)
-verb()(export)
-verb()(locate)
-verb()(influence)
+for each in (
+    *(apply, audit, compare, report, reproduce, sign, verify),
+    *(doctor, chat, export, locate, influence),
+):
+    verb()(each)
 verb(name="plan")(plan_command)
 verb(name="list")(list_everything)
 app.add_typer(vectors, name="vector")
@@ -413,15 +406,12 @@ def _needs_base(name: str) -> bool:
 
 def _demo_locate(output: Path, *, seed: int, quiet: bool, as_json: bool) -> None:
     from palinode.pipeline.demo_run import demo_locate
-    from palinode.report.content import show
+    from palinode.report.content import Paragraph
     from palinode.report.location_report import demo_brief
 
     result = demo_locate(output, seed=seed, listener=listener(quiet=quiet))
-    if as_json:
-        print_json(result.record)
-    else:
-        show(demo_brief(result.record), out())
-        out().print(f"Everything is in {result.folder}.", soft_wrap=True)
+    said = [*demo_brief(result.record), Paragraph(f"Everything is in {result.folder}.")]
+    answer(result.record, said, as_json=as_json)
     secret(result.folder / "workspace", INVENTED, of=result.folder, as_json=as_json)
 
 
@@ -436,11 +426,11 @@ def _run(
     on: str | None = None,
 ) -> None:
     from palinode import jobs
-    from palinode.errors import RecipeError
     from palinode.pipeline.costs import describe
     from palinode.pipeline.inputs import workspace_folder
     from palinode.pipeline.run import dry_run as dry_run_of
     from palinode.pipeline.run import forecast
+    from palinode.report.run_report import run_brief, strength
 
     if measure and not dry_run:
         raise RecipeError("--measure foretells what a run would find; say --dry-run too")
@@ -456,26 +446,12 @@ def _run(
         if located and {"log", "order"} & {*located.evidence}:
             content["exposures"] = fmean(len(row.seen) for row in located.rows)
             lines.append(f"Each forget row was seen {content['exposures']:.1f} times, as far as is known.")
-        _show(content, "\n".join(lines), as_json=as_json)
+        answer(content, "\n".join(lines), as_json=as_json)
         return
     result = jobs.unlearn(recipe, base=located, listener=listener(quiet=quiet))
-    if as_json:
-        print_json(result.record)
-    else:
-        _show_unlearned(result)
-    output = Path(recipe.output.folder)
-    secret_workspace(workspace_folder(recipe), output, "rows, θ_1", as_json=as_json)
-    if result.verdict["exit_code"]:
-        raise typer.Exit(result.verdict["exit_code"])
-
-
-def _show_unlearned(result: Any) -> None:
-    from palinode.report.content import show
-    from palinode.report.run_report import run_brief, strength
-
-    if result.finished_before:
+    if result.finished_before and not as_json:
         out().print(f"{result.output} already holds the result of this very run.", soft_wrap=True)
-    show(run_brief(result.record), out())
+    answer(result.record, run_brief(result.record), as_json=as_json)
     ending(
         verdict=result.verdict,
         strength=strength(result.record),
@@ -484,11 +460,9 @@ def _show_unlearned(result: Any) -> None:
             "Page": result.report and f"{result.report} (with sample answers)",
         },
         following=after_run(result.record, result.output),
+        as_json=as_json,
     )
-
-
-def _show(facts: dict[str, Any], text: str, *, as_json: bool) -> None:
-    if as_json:
-        print_json(facts)
-    else:
-        out().print(text, soft_wrap=True)
+    output = Path(recipe.output.folder)
+    secret_workspace(workspace_folder(recipe), output, "rows, θ_1", as_json=as_json)
+    if result.verdict["exit_code"]:
+        raise typer.Exit(result.verdict["exit_code"])

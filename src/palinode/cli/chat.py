@@ -15,6 +15,7 @@ import typer
 
 from palinode.cli.console import listener, out
 from palinode.cli.options import Quiet, takes
+from palinode.errors import PalinodeError, RecipeError
 from palinode.progress import plain
 from palinode.settings import Questioning
 
@@ -56,7 +57,6 @@ def chat(
 
     Questions and commands (/help lists them) are read from standard input, a line each.
     """
-    from palinode.errors import RecipeError
     from palinode.pipeline.chatting import open_chat
 
     if alone and against:
@@ -100,8 +100,6 @@ class _Terminal:
 
     def talk(self) -> None:
         """Read lines until they end, and act on each."""
-        from palinode.errors import PalinodeError
-
         self._greet()
         for line in self._lines():
             command, _, rest = line.partition(" ")
@@ -193,8 +191,6 @@ class _Terminal:
     # Commands
 
     def _set_both(self, text: str) -> None:
-        from palinode.errors import RecipeError
-
         if len(text.split()) != 2:
             raise RecipeError("/scales needs two numbers, α and β, as in /scales 0.8 0.5")
         forget, retain = text.split()
@@ -224,8 +220,6 @@ class _Terminal:
         self._note("a new conversation")
 
     def _length(self, text: str) -> None:
-        from palinode.errors import RecipeError
-
         if not text.isdecimal() or not int(text):
             raise RecipeError("/length needs a number of tokens, as in /length 100")
         self.chat.length = int(text)

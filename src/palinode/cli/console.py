@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import sys
@@ -19,12 +20,12 @@ from rich.segment import Segment
 from rich.table import Column
 from rich.text import Text
 
-from palinode.progress import Advance, Listener, NullListener, Pace, duration_text, plain, rate_text
+from palinode.progress import Advance, Listener, NullListener, duration_text, plain, rate_text
 from palinode.records import Score, workspace_beside
 
 if TYPE_CHECKING:
     from palinode.pipeline.demo_run import DemoResult
-    from palinode.report.content import Grid
+    from palinode.report.content import Block, Grid
     from palinode.weights import Profile
 
 
@@ -55,13 +56,6 @@ def benchmark_notes(scores: Mapping[str, Mapping[str, Score]]) -> Iterator[str]:
         told = ((metric, score.reason) for metric, score in group.items() if score.reason)
         for reason, metrics in by_reason(told).items():
             yield f"{name}: {', '.join(metrics)}: {reason}"
-
-
-def listing_lines(kind: str, lines: Mapping[str, str]) -> Iterator[str]:
-    """Yield a heading, then each name and what it stands for, one a line."""
-    width = max(map(len, lines), default=0)
-    yield f"{kind}:"
-    yield from (f"  {name:{width}}  {description}" for name, description in lines.items())
 
 
 def demo_sentence(result: DemoResult) -> str:
@@ -139,11 +133,12 @@ class Speed(ProgressColumn):
     max_refresh = 0.5
 
     def render(self, task: Task) -> Text:
-        """Return both in words, once they are known."""
-        pace: Pace = task.fields["pace"]
-        now = time.monotonic()
-        rate, left = pace.rate(now), pace.seconds_left(now)
-        if rate is None or left is None:
+        """Return both in words, once they are known.
+
+        They count from the first report on: what is done by then may be an earlier, interrupted call's work.
+        """
+        rate, left = task.speed, task.time_remaining
+        if not rate or left is None:
             return Text("")
         return Text(f"{rate_text(rate, task.fields['unit'])}, {duration_text(left)} left")
 
@@ -173,19 +168,24 @@ class Terminal:
     @contextmanager
     def task(self, label: str, total: int, unit: str) -> Iterator[Advance]:
         """Show a task while it runs; leave one line when it is done."""
-        started, pace = time.monotonic(), Pace(total)
-        if self.console.is_terminal and not self.console.is_dumb_terminal:
-            with self._bars() as bars:
-                task = bars.add_task(label, total=total, unit=unit, pace=pace)
+        bars = self._bars()
+        number = bars.add_task(label, total=total, unit=unit)
+        task, spoken = bars.tasks[0], time.monotonic()
 
-                def advance(amount: int) -> None:
-                    pace.advance(amount, time.monotonic())
-                    bars.advance(task, amount)
+        def advance(amount: int) -> None:
+            """Count work done; where bars make no sense, speak of it every half minute."""
+            nonlocal spoken
+            bars.advance(number, amount)
+            now = time.monotonic()
+            if bars.disable and now - spoken >= SECONDS_BETWEEN_LINES and 0 < task.completed < total:
+                spoken = now
+                speed = Speed().render(task).plain.replace(", ", ", about ")
+                done = f"{label}: {task.completed:,.0f} of {total:,} {unit}"
+                self.say(f"{done}, {speed}" if speed else done)
 
-                yield advance
-        else:
-            yield _Lines(self, label, unit, pace).advance
-        self.say(f"{label}: {pace.done or total:,} {unit} in {time.monotonic() - started:.1f} s")
+        with bars:
+            yield advance
+        self.say(f"{label}: {task.completed or total:,.0f} {unit} in {task.elapsed or 0:.1f} s")
 
     def _bars(self) -> Progress:
         """Return bars that stay on one line each: the label gives way first, the numbers last."""
@@ -193,31 +193,14 @@ class Terminal:
         numbers = Done(table_column=Column(no_wrap=True)), Speed(table_column=Column(no_wrap=True))
         wide = self.console.width >= WIDE_ENOUGH
         columns = (label, BarColumn(bar_width=16), *numbers) if wide else (label, *numbers)
-        return Progress(*columns, console=self.console, transient=True, expand=True)
-
-
-class _Lines:
-    """Progress where bars make no sense: a line every half minute."""
-
-    def __init__(self, terminal: Terminal, label: str, unit: str, pace: Pace) -> None:
-        self.terminal = terminal
-        self.label = label
-        self.unit = unit
-        self.pace = pace
-        self.spoken = time.monotonic()
-
-    def advance(self, amount: int) -> None:
-        """Count work done, and speak now and then."""
-        now = time.monotonic()
-        self.pace.advance(amount, now)
-        if now - self.spoken < SECONDS_BETWEEN_LINES or not 0 < self.pace.done < self.pace.total:
-            return
-        self.spoken = now
-        rate, left = self.pace.rate(now), self.pace.seconds_left(now)
-        speed = ""
-        if rate is not None and left is not None:
-            speed = f", {rate_text(rate, self.unit)}, about {duration_text(left)} left"
-        self.terminal.say(f"{self.label}: {self.pace.done:,} of {self.pace.total:,} {self.unit}{speed}")
+        return Progress(
+            *columns,
+            console=self.console,
+            speed_estimate_period=math.inf,
+            transient=True,
+            expand=True,
+            disable=not self.console.is_terminal or self.console.is_dumb_terminal,
+        )
 
 
 def _short(count: float) -> str:
@@ -260,6 +243,18 @@ def print_json(content: Any) -> None:
     print(json.dumps(content, indent=2, allow_nan=False))
 
 
+def answer(content: Any, said: str | Iterable[Block], *, as_json: bool) -> None:
+    """Print the result of a verb: its content as JSON, or what is said of it in sentences or blocks."""
+    if as_json:
+        print_json(content)
+    elif isinstance(said, str):
+        out().print(said, soft_wrap=True)
+    else:
+        from palinode.report.content import show
+
+        show(said, out())
+
+
 STYLES = {"green": "green", "amber": "yellow", "red": "bold red", "grey": "bold"}
 """Of a verdict, by its light."""
 
@@ -270,8 +265,11 @@ def ending(
     strength: str | None = None,
     places: Mapping[str, object] | None = None,
     following: Iterable[str] = (),
+    as_json: bool = False,
 ) -> None:
     """Print the end of a verb; `following` are the commands that come next, and what is None is left out."""
+    if as_json:
+        return
     if verdict:
         told = f"{verdict['symbol']} {verdict['sentence']}"
         out().print(Text(told, style=STYLES[verdict["light"]]), soft_wrap=True)

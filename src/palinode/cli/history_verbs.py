@@ -13,10 +13,9 @@ import typer
 from palinode.cli.console import (
     after_location,
     after_run,
+    answer,
     ending,
     listener,
-    out,
-    print_json,
     secret,
     secret_workspace,
     warn,
@@ -33,6 +32,16 @@ from palinode.cli.options import (
     lengths_alike,
     takes,
 )
+from palinode.errors import OutputError, RecipeError
+from palinode.pipeline.recipe import (
+    build_recipe,
+    laid_over,
+    prompt_style,
+    read_prompts,
+    read_recipe,
+    with_changes,
+)
+from palinode.records import dotted, workspace_beside, write_text
 from palinode.settings import InfluenceSettings, LocateSettings
 
 HERE = "palinode-influence"
@@ -90,9 +99,8 @@ def locate(
         listener=listener(quiet=quiet),
     )
     show(found, picture=picture, report=report, as_json=as_json)
-    if not as_json:
-        places = {"Page": report, "Picture": picture}
-        ending(places=places, following=after_location(found.recommended, target or "TARGET", forget))
+    following = after_location(found.recommended, target or "TARGET", forget)
+    ending(places={"Page": report, "Picture": picture}, following=following, as_json=as_json)
 
 
 Asks = Annotated[list[str] | None, typer.Option("--ask", help="A question; repeatable.")]
@@ -153,8 +161,6 @@ def influence(
     How probable it would be without the forget set of a run, of a recipe or of the options of unlearn; and
     which rows stand behind it.
     """
-    from palinode.errors import RecipeError
-    from palinode.pipeline.recipe import laid_over, prompt_style, read_recipe, with_changes
 
     asked: dict[str, Any] = {
         "questions": questions or _asked(ask or [], answer or []),
@@ -189,10 +195,6 @@ def _influence(
     as_json: bool,
 ) -> None:
     from palinode import jobs
-    from palinode.errors import RecipeError
-    from palinode.pipeline.recipe import build_recipe
-    from palinode.records import dotted, workspace_beside
-    from palinode.report.content import show as show_blocks
     from palinode.report.location_report import influence_brief
 
     named = {key for key, value in dotted(content) if not isinstance(value, dict)}
@@ -206,10 +208,7 @@ def _influence(
     given = {name: content.get("models", {}).get(name) for name in ("target", "base")}
     given = {"recipe": build_recipe(content)} if taken else given
     found = jobs.influence(**asked, **given, run=run, workspace=workspace, settings=settings)
-    if as_json:
-        print_json(found.record)
-    else:
-        show_blocks(influence_brief(found.record), out())
+    answer(found.record, influence_brief(found.record), as_json=as_json)
     if run is None:
         secret(workspace, "gradients of rows, vectors", of=workspace, as_json=as_json)
 
@@ -223,9 +222,7 @@ def _take_back(
 ) -> None:
     from palinode import jobs
     from palinode.pipeline.inputs import workspace_folder
-    from palinode.pipeline.recipe import build_recipe
     from palinode.report.audit_report import audit_brief
-    from palinode.report.content import show as show_blocks
     from palinode.report.location_report import answers_brief, influence_brief
     from palinode.report.run_report import run_brief, strength
 
@@ -234,21 +231,19 @@ def _take_back(
         ways=ways, output=output, settings=settings, budget=settings.budget, **asked
     )
     record, audited = done.unlearned.record, done.audited
-    if as_json:
-        told = {"influence": done.found.record, "unlearned": record, "audit": audited and audited.record}
-        print_json({**told, "answers": [one.generated for one in done.outcomes]})
-    else:
-        blocks = [*influence_brief(done.found.record), *run_brief(record)]
-        blocks += audit_brief(audited.record) if audited else []
-        blocks += answers_brief(record["influence"], done.outcomes) if done.outcomes else []
-        show_blocks(blocks, out())
-        following = after_run(record, done.unlearned.output)
-        ending(
-            verdict=done.unlearned.verdict,
-            strength=strength(record),
-            places={"Model": done.unlearned.output, "Audit": audited and audited.output},
-            following=[one for one in following if not (audited and one.startswith("palinode audit"))],
-        )
+    told = {"influence": done.found.record, "unlearned": record, "audit": audited and audited.record}
+    blocks = [*influence_brief(done.found.record), *run_brief(record)]
+    blocks += audit_brief(audited.record) if audited else []
+    blocks += answers_brief(record["influence"], done.outcomes) if done.outcomes else []
+    answer({**told, "answers": [one.generated for one in done.outcomes]}, blocks, as_json=as_json)
+    following = after_run(record, done.unlearned.output)
+    ending(
+        verdict=done.unlearned.verdict,
+        strength=strength(record),
+        places={"Model": done.unlearned.output, "Audit": audited and audited.output},
+        following=[one for one in following if not (audited and one.startswith("palinode audit"))],
+        as_json=as_json,
+    )
     secret_workspace(workspace_folder(build_recipe(record["recipe"])), output, "rows, θ_1", as_json=as_json)
     code = done.unlearned.verdict["exit_code"] or (1 if audited and not audited.passed else 0)
     if code:
@@ -257,7 +252,6 @@ def _take_back(
 
 def _asked(asked: Sequence[str], said: Sequence[str]) -> dict[str, str | None]:
     """Return questions with the answers that are asked about. Raises RecipeError unless they go together."""
-    from palinode.errors import RecipeError
 
     if said and len(said) != len(asked):
         raise RecipeError(
@@ -268,8 +262,6 @@ def _asked(asked: Sequence[str], said: Sequence[str]) -> dict[str, str | None]:
 
 def show(found: Location, *, picture: Path | None, report: Path | None, as_json: bool) -> None:
     """Print a location, and write its picture and page where asked."""
-    from palinode.records import write_text
-    from palinode.report.content import show as show_blocks
     from palinode.report.location_report import location_brief, location_picture
     from palinode.report.reports import Facts, html_report, markdown_report, report_content
 
@@ -279,11 +271,8 @@ def show(found: Location, *, picture: Path | None, report: Path | None, as_json:
     if report:
         written = html_report if report.suffix == ".html" else markdown_report
         write_text(report, written(report_content(Facts("locate", record))))
-    if as_json:
-        print_json(record)
-        return
-    show_blocks(location_brief(record), out())
-    for text in record["warnings"]:
+    answer(record, location_brief(record), as_json=as_json)
+    for text in () if as_json else record["warnings"]:
         warn(text)
 
 
@@ -300,8 +289,6 @@ def resolve_base(
     `evidence` are options of `locate`. Raises RecipeError unless base or checkpoints is named, not both.
     """
     from palinode import jobs
-    from palinode.errors import RecipeError
-    from palinode.pipeline.recipe import read_prompts
 
     base = content["models"].get("base")
     given = [f"--{name}" for name in ("log", "order", "corpus", "control") if evidence[name]]
@@ -341,8 +328,6 @@ def resolve_base(
 
 
 def _numbers(text: str) -> list[int]:
-    from palinode.errors import RecipeError
-
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
@@ -351,7 +336,6 @@ def _numbers(text: str) -> list[int]:
 
 def check_place(path: Path) -> Path:
     """Return a path that a file can be written to; raise OutputError where it cannot."""
-    from palinode.errors import OutputError
 
     if path.is_dir() or not path.parent.is_dir():
         raise OutputError(f"{path} cannot be written: it is a folder, or its folder does not exist")
@@ -382,10 +366,8 @@ def plan(
 
     Within a budget, so that a clean one lies close before any exposure.
     """
-    from palinode.errors import RecipeError
-    from palinode.history.plan import Wish, plan_checkpoints, plan_record
-    from palinode.records import write_text
-    from palinode.report.content import show
+    from palinode.history.plan import Wish, plan_record
+    from palinode.history.plan import plan as plan_checkpoints
     from palinode.report.location_report import plan_brief, plan_picture
 
     if half_life is not None and interest == "uniform":
@@ -401,10 +383,7 @@ def plan(
     record = plan_record(wish, plan_checkpoints(wish))
     if picture:
         write_text(check_place(picture), plan_picture(record))
-    if as_json:
-        print_json(record)
-        return
-    show(plan_brief(record), out())
+    answer(record, plan_brief(record), as_json=as_json)
 
 
 def _size(text: str) -> int:
@@ -417,8 +396,6 @@ def _size(text: str) -> int:
 
 
 def _bytes(text: str) -> int:
-    from palinode.errors import RecipeError
-
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)b?\s*", text.lower())
     if not found:
         raise RecipeError(f"{text!r} is no size; write bytes with a unit, as in 500GB or 2.5TB")

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from palinode.cli.console import after_audit, ending, listener, out, print_json, secret, secret_workspace
+from palinode.cli.console import (
+    after_audit,
+    answer,
+    ending,
+    listener,
+    secret,
+    secret_workspace,
+)
 from palinode.cli.options import (
     DryRun,
     Json,
     Key,
     Quiet,
-    benchmark_names,
     completion,
     takes,
 )
+from palinode.errors import RecipeError
+from palinode.records import Score
 from palinode.settings import AuditSettings, EvaluationSettings
 
 if TYPE_CHECKING:
     from palinode.pipeline.audit_run import AuditPlan
-    from palinode.records import Score
+    from palinode.report.content import Block
 
 ANSWERS = "questions and answers"
 BEYOND = {"split", "options", "metrics", "against", "judge", "key_variable", "general", "general_include"}
@@ -61,7 +69,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="tofu, restor, muse, rwku, … or own; see palinode list benchmarks.",
-            autocompletion=completion(benchmark_names),
+            autocompletion=completion("benchmark"),
         ),
     ] = None,
     retain: Annotated[str | None, typer.Option(help="Rows of your own that must be kept.")] = None,
@@ -78,8 +86,8 @@ def evaluate(
     strength. With --benchmark, --against, --holdout and the like all metrics that the data allows.
     """
     from palinode import jobs
-    from palinode.errors import RecipeError
-    from palinode.evaluation.evaluate import first_process
+    from palinode.evaluation.evaluate import evaluate as ask_rows
+    from palinode.report.content import Paragraph
 
     hear = listener(quiet=quiet)
     beyond = settings.open_unlearning or any(getattr(settings, name) for name in BEYOND)
@@ -87,38 +95,30 @@ def evaluate(
         found = jobs.evaluate_benchmark(
             model, benchmark or "own", data, retain=retain, holdout=holdout, settings=settings, listener=hear
         )
-        if not first_process():
-            return
-        if as_json:
-            print_json(found.record)
-        else:
-            record = found.record
-            split = "" if record["benchmark"] == "own" else f" {record['split']}"
-            _show_scores(found.scores, f"{record['benchmark']}{split} on {record['model']['location']}")
-            if settings.output is not None:
-                _tell([f"{settings.output}: scores.json and the outcomes of each set"])
+        record = found.record
+        split = "" if record["benchmark"] == "own" else f" {record['split']}"
+        said = _scores_told(found.scores, f"{record['benchmark']}{split} on {record['model']['location']}")
+        if settings.output is not None:
+            said.append(Paragraph(f"{settings.output}: scores.json and the outcomes of each set"))
+        answer(record, said, as_json=as_json)
     elif data is None:
         raise RecipeError("evaluate needs --data: a file of rows, or the folder of the benchmark's files")
     else:
-        scores = jobs.evaluate(model, data, settings, listener=hear).scores
-        if as_json:
-            print_json({name: asdict(score) for name, score in scores.items()})
-        else:
-            _show_scores({"rows": scores}, "")
+        scores = ask_rows(model, data, settings, listener=hear).scores
+        facts = {name: asdict(score) for name, score in scores.items()}
+        answer(facts, _scores_told({"rows": scores}, ""), as_json=as_json)
     if settings.output is not None:
         secret(settings.output, ANSWERS, of=settings.output, as_json=as_json)
 
 
-def _show_scores(scores: Mapping[str, Mapping[str, Score]], title: str) -> None:
+def _scores_told(scores: Mapping[str, Mapping[str, Score]], title: str) -> list[Block]:
     from palinode.cli.console import benchmark_notes, scores_grid
-    from palinode.report.content import Items, show
+    from palinode.report.content import Items
 
-    show([scores_grid(scores, title=title), Items([*benchmark_notes(scores)])], out())
+    return [scores_grid(scores, title=title), Items([*benchmark_notes(scores)])]
 
 
 def _pairs(texts: Sequence[str]) -> dict[str, str]:
-    from palinode.errors import RecipeError
-
     pairs = {}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -148,7 +148,7 @@ def audit(
             "--reference",
             "--yardstick",
             help="What --against is: retrained or base.",
-            autocompletion=completion(lambda: ("retrained", "base")),
+            autocompletion=completion(("retrained", "base")),
         ),
     ] = "retrained",
     target: Annotated[
@@ -182,39 +182,33 @@ def audit(
         _show_audit_plan(jobs.plan_audit(model, **given), as_json=as_json)
         return
     found = jobs.audit(model, output=output, listener=listener(quiet=quiet), **given)
-    if as_json:
-        print_json(found.record)
-    else:
-        _show_audit(found.record, model, output)
+    _show_audit(found.record, model, output, as_json=as_json)
     secret(output / "results", "row by row", of=output, as_json=as_json)
     if not found.passed:
         raise typer.Exit(1)
 
 
-def _show_audit_plan(plan: AuditPlan, *, as_json: bool) -> None:
-    from palinode.pipeline.audit_run import open_models
-    from palinode.report.audit_report import audit_plan_blocks
-    from palinode.report.content import show
-
-    open_models(plan)
-    costs = {name: asdict(cost) for name, cost in plan.costs().items()}
-    if as_json:
-        print_json({"models": plan.models, "cost_of_each_model": costs, "not_tested": plan.reasons()})
-        return
-    show(audit_plan_blocks(len(plan.models), costs, plan.reasons()), out())
-
-
-def _show_audit(record: Mapping[str, Any], model: str, output: Path) -> None:
+def _show_audit(record: Mapping[str, Any], model: str, output: Path, *, as_json: bool) -> None:
     from palinode.report.audit_report import audit_brief
-    from palinode.report.content import show
     from palinode.report.verdicts import audit_verdict
 
-    show(audit_brief(record), out())
+    answer(record, audit_brief(record), as_json=as_json)
     ending(
         verdict=audit_verdict(record).as_json(),
         places={"Page": f"{output / 'report.html'} (beside audit.md and audit.json)"},
         following=after_audit(model, output),
+        as_json=as_json,
     )
+
+
+def _show_audit_plan(plan: AuditPlan, *, as_json: bool) -> None:
+    from palinode.pipeline.audit_run import open_models
+    from palinode.report.audit_report import audit_plan_blocks
+
+    open_models(plan)
+    costs = {name: asdict(cost) for name, cost in plan.costs().items()}
+    content = {"models": plan.models, "cost_of_each_model": costs, "not_tested": plan.reasons()}
+    answer(content, audit_plan_blocks(len(plan.models), costs, plan.reasons()), as_json=as_json)
 
 
 def compare(
@@ -231,32 +225,20 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compare methods: one budget, one search, one rule."""
-    from palinode import jobs
     from palinode.compare.comparing import FILES, PAGE, describe_plan, plan_comparison
+    from palinode.compare.comparing import compare as run_comparison
     from palinode.compare.comparison_recipe import load_comparison
     from palinode.report.comparison_report import comparison_brief
-    from palinode.report.content import show
 
     folder = json.dumps(str(output), ensure_ascii=False)  # as a TOML text
     given = [*(changes or []), *([f"output.folder={folder}"] if output else [])]
     loaded = load_comparison(recipe, given)
     if dry_run:
         planned = plan_comparison(loaded)
-        if as_json:
-            print_json(planned)
-        else:
-            _tell(describe_plan(planned))
+        answer(planned, "\n".join(describe_plan(planned)), as_json=as_json)
         return
-    result = jobs.compare(loaded, listener=listener(quiet=quiet))
-    if as_json:
-        print_json(result.table)
-    else:
-        show(comparison_brief(result.table), out())
-        files = f"{result.output} ({', '.join(FILES)})"
-        ending(places={"Folder": files, "Page": result.output / PAGE})
+    result = run_comparison(loaded, listener=listener(quiet=quiet))
+    answer(result.table, comparison_brief(result.table), as_json=as_json)
+    files = f"{result.output} ({', '.join(FILES)})"
+    ending(places={"Folder": files, "Page": result.output / PAGE}, as_json=as_json)
     secret_workspace(loaded.workspace, result.output, "rows, vectors", as_json=as_json)
-
-
-def _tell(lines: Iterable[str]) -> None:
-    for line in lines:
-        out().print(line, soft_wrap=True)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
@@ -19,6 +20,7 @@ from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
 from palinode.cli.console import hush_libraries
+from palinode.errors import RecipeError
 from palinode.pipeline.recipe import Recipe, checked_settings, known_keys, laid_over, prompt_style
 from palinode.settings import Questioning
 
@@ -73,14 +75,11 @@ class Key:
         kind = self.kind or (str if several else kind)
         number = kind in (int, float)
 
-        def complete() -> Sequence[str]:
-            return values or words_of(self.place)
-
         option = typer.Option(
             f"--{self.name.replace('_', '-')}",
             help=self.help or _help(field),
             metavar=shape,
-            autocompletion=completion(complete) if values or self.place in WORDS else None,
+            autocompletion=completion(values or self.place) if values or self.place in WORDS else None,
             rich_help_panel=self.group or _group(self.place, model),
             min=_limit(field, "ge") if number else None,
             max=_limit(field, "le") if number else None,
@@ -200,49 +199,21 @@ def names_in(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def completion(values: Callable[[], Sequence[str]]) -> Callable[[str], list[str]]:
-    """Return what completes a value on the command line, the last one of several with commas."""
+def completion(values: Sequence[str] | str) -> Callable[[str], list[str]]:
+    """Return what completes one of these values, or those of a key of WORDS; the last of several."""
 
     def complete(incomplete: str) -> list[str]:
         before, comma, last = incomplete.rpartition(",")
-        return [f"{before}{comma}{value}" for value in values() if value.startswith(last)]
+        known = words_of(values) if isinstance(values, str) else values
+        return [f"{before}{comma}{value}" for value in known if value.startswith(last)]
 
     return complete
 
 
-# Values to complete, which are looked up when the shell asks
-
-
-def method_names() -> Sequence[str]:
-    """Return the names of all methods."""
-    from palinode.methods import METHODS
-
-    return [*METHODS]
-
-
-def benchmark_names() -> Sequence[str]:
-    """Return the names of all benchmarks."""
-    from palinode.benchmarks import BENCHMARKS
-
-    return [*BENCHMARKS]
-
-
-def metric_names() -> Sequence[str]:
-    """Return the names of all metrics, and the word for all of them."""
-    from palinode.metrics.table import METRICS
-
-    return [*METRICS, "every"]
-
-
-def recipe_keys() -> Sequence[str]:
-    """Return every key of a recipe that has a value, as --set takes it."""
-    keys = known_keys()
-    return [f"{key}=" for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
-
-
-WORDS: Mapping[str, str | Callable[[], Sequence[str]]] = {
-    "method": method_names,
-    "metrics": metric_names,
+WORDS = {
+    "method": "palinode.methods:METHODS",
+    "benchmark": "palinode.benchmarks:BENCHMARKS",
+    "metrics": "palinode.metrics.table:METRICS every",
     "device": "auto cpu cuda mps",
     "scales": "auto grid",
     "budget": "quick standard full",
@@ -253,13 +224,22 @@ WORDS: Mapping[str, str | Callable[[], Sequence[str]]] = {
     "precision": "float32 float64",
     "rows": "refuse shared",
 }
-"""Values to complete, of keys that take any text."""
+"""Values to complete, of keys that take any text; those of a table are looked up when the shell asks."""
 
 
-def words_of(place: str) -> Sequence[str]:
+def words_of(key: str) -> list[str]:
     """Return the values of a key of WORDS."""
-    words = WORDS[place]
-    return words.split() if isinstance(words, str) else words()
+    found = list[str]()
+    for word in WORDS[key].split():
+        room, _, table = word.partition(":")
+        found += [*getattr(import_module(room), table)] if table.isupper() else [word]
+    return found
+
+
+def recipe_keys() -> list[str]:
+    """Return every key of a recipe that has a value, as --set takes it."""
+    keys = known_keys()
+    return [f"{key}=" for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
 
 
 # Keys of several verbs
@@ -358,7 +338,7 @@ Changes = Annotated[
     typer.Option(
         "--set",
         help="Set any key of a recipe, as in training.learning_rate=2e-5; repeatable.",
-        autocompletion=completion(recipe_keys),
+        autocompletion=completion(recipe_keys()),
     ),
 ]
 FixedScales = Annotated[
@@ -374,7 +354,6 @@ def parse_scales(text: str, *, words: str = "") -> tuple[float, float]:
     >>> parse_scales("1.0,0.5"), parse_scales("2")
     ((1.0, 0.5), (2.0, 0.0))
     """
-    from palinode.errors import RecipeError
 
     try:
         alpha, beta = map(float, text.split(",") if "," in text else (text, "0"))

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from palinode.cli.console import ending, listener, out, print_json, warn
+from palinode.cli.console import answer, ending, listener, out, print_json, warn
 from palinode.cli.options import NEED, TARGET, WAYS, Changes, Json, Quiet, Verb, takes
+from palinode.errors import OutputError
+from palinode.pipeline.recipe import with_changes
+from palinode.records import write_json, write_text
 
 if TYPE_CHECKING:
     from palinode.pipeline.run import Unlearned
@@ -68,14 +71,13 @@ def init(
 
     It takes the options of unlearn but for forget rows and output: they hold for every request.
     """
-    from palinode.pipeline.recipe import with_changes
 
     policy = {"days": days, "approval": need_approval, "audit": need_audit, "budget": budget}
     now = _desk(ledger).configure(with_changes(content, changes or ()), policy)
-    if as_json:
-        print_json({"recipe": now.recipe, "policy": now.policy, "target": now.target, "head": now.head})
-        return
-    ending(places={"Ledger": ledger}, following=[f"palinode requests add ID --rows FILE{_at(ledger)}"])
+    facts = {"recipe": now.recipe, "policy": now.policy, "target": now.target, "head": now.head}
+    answer(facts, (), as_json=as_json)
+    following = [f"palinode requests add ID --rows FILE{_at(ledger)}"]
+    ending(places={"Ledger": ledger}, following=following, as_json=as_json)
 
 
 @verb()
@@ -105,9 +107,9 @@ def add(
         received=received.date() if received else None,
         due=due.date() if due else None,
     )
-    if not _as_json(desk, name, as_json):
-        out().print(f"{request.id}: {request.rows} rows, received {request.received}, due {request.due}.")
-        ending(following=[f"palinode requests carry-out {request.id}{_at(ledger)}"])
+    said = f"{request.id}: {request.rows} rows, received {request.received}, due {request.due}."
+    answer(_facts(desk, name), said, as_json=as_json)
+    ending(following=[f"palinode requests carry-out {request.id}{_at(ledger)}"], as_json=as_json)
 
 
 @verb()
@@ -128,14 +130,12 @@ def locate(
 
     The model of all open requests starts from the earliest of these.
     """
-    from palinode.report.content import show
     from palinode.report.location_report import location_brief
 
     desk = _desk(ledger, quiet=quiet)
     _, found = desk.locate(name, checkpoints, log=log, order=order, corpus=corpus, control=control)
-    if not _as_json(desk, name, as_json):
-        show(location_brief(found.as_record()), out())
-        ending(following=[f"palinode requests carry-out {name}{_at(ledger)}"])
+    answer(_facts(desk, name), location_brief(found.as_record()), as_json=as_json)
+    ending(following=[f"palinode requests carry-out {name}{_at(ledger)}"], as_json=as_json)
 
 
 @verb(name="carry-out")
@@ -177,9 +177,7 @@ def approve(
     """Record who agrees to the model that was made last."""
     desk = _desk(ledger)
     model = desk.approve(by, note=note)
-    if not as_json:
-        out().print(f"{by} approved the model for {', '.join(model.requests)}.", soft_wrap=True)
-    _after_change(desk, ledger, as_json=as_json)
+    _show_changed(desk, ledger, f"{by} approved the model for {', '.join(model.requests)}.", as_json=as_json)
 
 
 @verb()
@@ -194,10 +192,8 @@ def publish(
     """
     desk = _desk(ledger)
     model = desk.publish(despite=despite)
-    if not as_json:
-        told = f"without the rows of {', '.join(model.requests)}" if model.requests else "the target itself"
-        out().print(f"Served: {desk.place(model)} ({told}).", soft_wrap=True)
-    _after_change(desk, ledger, as_json=as_json)
+    told = f"without the rows of {', '.join(model.requests)}" if model.requests else "the target itself"
+    _show_changed(desk, ledger, f"Served: {desk.place(model)} ({told}).", as_json=as_json)
 
 
 @verb()
@@ -213,23 +209,21 @@ def withdraw(
     model, result = desk.withdraw(name, reason=reason)
     if model is not None:
         _show_made(desk, model, result, ledger, as_json=as_json)
-    elif not _as_json(desk, name, as_json):
-        out().print(f"{name} is withdrawn; no model was made for it.")
+    else:
+        answer(_facts(desk, name), f"{name} is withdrawn; no model was made for it.", as_json=as_json)
 
 
 @verb(name="list")
 def list_requests(ledger: Where = HERE, as_json: Json = False) -> None:
     """List all requests."""
-    from palinode.report.content import show
+    from palinode.report.content import Paragraph
     from palinode.requests.telling import request_facts, requests_grid, served_sentence
 
     desk = _desk(ledger)
     events, now = desk.ledger.events(), desk.standing()
-    if as_json:
-        print_json([request_facts(events, request) for request in now.requests.values()])
-        return
-    show([requests_grid(now, now.requests.values(), today=datetime.now(UTC).date())], out())
-    out().print(served_sentence(now, desk.folder), soft_wrap=True)
+    table = requests_grid(now, now.requests.values(), today=datetime.now(UTC).date())
+    facts = [request_facts(events, request) for request in now.requests.values()]
+    answer(facts, [table, Paragraph(served_sentence(now, desk.folder))], as_json=as_json)
 
 
 @verb(name="show")
@@ -241,25 +235,22 @@ def show_request(
     as_json: Json = False,
 ) -> None:
     """Show what happened: of one request, or of all."""
-    from palinode.report.content import show
+    from palinode.report.content import Paragraph
     from palinode.requests.telling import events_grid, export, requests_grid, served_sentence
 
     desk = _desk(ledger)
     events, now = desk.ledger.events(), desk.standing()
     chosen = [desk.known(now, name, withdrawn=True)] if name else [*now.requests.values()]
-    if name and _as_json(desk, name, as_json):
-        return
-    if as_json:
-        print_json(export(events))
-        return
     made = {model.fingerprint for model in now.models if name in model.requests}
     about = [
         event
         for event in events
         if not name or event.request == name or (event.after in made and not event.request)
     ]
-    show([requests_grid(now, chosen, today=datetime.now(UTC).date()), events_grid(about)], out())
-    out().print(f"{served_sentence(now, desk.folder)}\nHead of the chain: {now.head}", soft_wrap=True)
+    table = requests_grid(now, chosen, today=datetime.now(UTC).date())
+    last = Paragraph(f"{served_sentence(now, desk.folder)}\nHead of the chain: {now.head}")
+    facts = _facts(desk, name) if name else export(events)
+    answer(facts, [table, events_grid(about), last], as_json=as_json)
 
 
 @verb()
@@ -272,7 +263,7 @@ def due(
 
     The exit code is 1 where something is overdue.
     """
-    from palinode.report.content import show
+    from palinode.report.content import Paragraph
     from palinode.requests.telling import request_facts, requests_grid
 
     desk = _desk(ledger)
@@ -283,12 +274,10 @@ def due(
         if now.waits(request) and (within is None or (request.due - today).days <= within)
     ]
     late = sum(request.due < today for request in waiting)
-    if as_json:
-        facts = [{**request_facts(events, one), "days_left": (one.due - today).days} for one in waiting]
-        print_json(facts)
-    else:
-        show([requests_grid(now, waiting, today=today)] if waiting else [], out())
-        out().print(f"{len(waiting)} to be served, {late} overdue." if waiting else "Nothing is due.")
+    facts = [{**request_facts(events, one), "days_left": (one.due - today).days} for one in waiting]
+    told = f"{len(waiting)} to be served, {late} overdue." if waiting else "Nothing is due."
+    table = [requests_grid(now, waiting, today=today)] if waiting else []
+    answer(facts, [*table, Paragraph(told)], as_json=as_json)
     if late:
         raise typer.Exit(1)
 
@@ -301,9 +290,7 @@ def export_ledger(
     ledger: Where = HERE,
 ) -> None:
     """Write requests and events for an authority."""
-    from palinode.errors import OutputError
     from palinode.evaluation.evaluate import check_new_file
-    from palinode.records import write_json, write_text
     from palinode.requests.telling import export, export_csv
 
     if output.suffix not in (".csv", ".json"):
@@ -333,10 +320,7 @@ def check(
     from palinode.requests.telling import checked
 
     found = checked(_desk(ledger).ledger, against)
-    if as_json:
-        print_json(found)
-    else:
-        out().print(found["sentence"], soft_wrap=True)
+    answer(found, found["sentence"], as_json=as_json)
     if not found["ok"]:
         raise typer.Exit(1)
 
@@ -361,7 +345,6 @@ def serve(
 
 
 def _show_made(desk: Desk, model: Model, result: Unlearned | None, ledger: Path, *, as_json: bool) -> None:
-    from palinode.report.content import show
     from palinode.report.run_report import strength
     from palinode.requests.desk import worse_scores
     from palinode.requests.telling import scores_by_request
@@ -369,19 +352,17 @@ def _show_made(desk: Desk, model: Model, result: Unlearned | None, ledger: Path,
     now = desk.standing()
     before = now.models[-2] if len(now.models) > 1 else None
     worse = worse_scores(before, model)
-    if as_json:
-        print_json({**_model_facts(desk, model), "worse": worse})
-    else:
-        if model.scores:
-            show([scores_by_request(model, before)], out())
-        for name in worse:
-            warn(f"{name} got worse: its rows are more probable than on the model before")
-        ending(
-            verdict=model.verdict,
-            strength=strength(result.record) if result and result.output else None,
-            places={"Model": desk.place(model), "Page": result.report if result else None},
-            following=_next(now, ledger),
-        )
+    table = [scores_by_request(model, before)] if model.scores else []
+    answer({**_model_facts(desk, model), "worse": worse}, table, as_json=as_json)
+    for name in () if as_json else worse:
+        warn(f"{name} got worse: its rows are more probable than on the model before")
+    ending(
+        verdict=model.verdict,
+        strength=strength(result.record) if result and result.output else None,
+        places={"Model": desk.place(model), "Page": result.report if result else None},
+        following=_next(now, ledger),
+        as_json=as_json,
+    )
     if model.verdict.get("exit_code"):
         raise typer.Exit(model.verdict["exit_code"])
 
@@ -403,13 +384,11 @@ def _next(now: Standing, ledger: Path) -> list[str]:
     return [f"palinode requests publish{' --despite WHY' if hindrance(now) else ''}{at}"]
 
 
-def _after_change(desk: Desk, ledger: Path, *, as_json: bool) -> None:
+def _show_changed(desk: Desk, ledger: Path, said: str, *, as_json: bool) -> None:
     now = desk.standing()
-    if as_json:
-        assert now.candidate is not None
-        print_json(_model_facts(desk, now.candidate))
-    else:
-        ending(following=_next(now, ledger))
+    assert now.candidate is not None
+    answer(_model_facts(desk, now.candidate), said, as_json=as_json)
+    ending(following=_next(now, ledger), as_json=as_json)
 
 
 def _model_facts(desk: Desk, model: Model) -> dict[str, Any]:
@@ -423,14 +402,11 @@ def _model_facts(desk: Desk, model: Model) -> dict[str, Any]:
     }
 
 
-def _as_json(desk: Desk, name: str, as_json: bool) -> bool:
-    """Print what is known of a request as JSON, if that is asked; tell whether it was."""
+def _facts(desk: Desk, name: str) -> dict[str, Any]:
+    """Return what is known of a request, as JSON has it."""
     from palinode.requests.telling import request_facts
 
-    if as_json:
-        events = desk.ledger.events()
-        print_json(request_facts(events, desk.standing().requests[name]))
-    return as_json
+    return request_facts(desk.ledger.events(), desk.standing().requests[name])
 
 
 def _at(ledger: Path) -> str:

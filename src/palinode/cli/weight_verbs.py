@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from palinode.cli.console import listener, out, print_json, secret_workspace, warn
+from palinode.cli.console import answer, listener, out, print_json, secret_workspace, warn
 from palinode.cli.options import FixedScales, Json, Key, Quiet, parse_scales, takes
+from palinode.errors import CheckpointError, RecipeError
+from palinode.records import workspace_beside, write_text
 from palinode.settings import ApplySettings
 
 if TYPE_CHECKING:
@@ -128,7 +130,6 @@ def vector(
     as_json: Json = False,
 ) -> None:
     """Norms of vectors, the cosines between them, by layer."""
-    from palinode.errors import RecipeError
 
     if context.invoked_subcommand:
         if base or models or folders or layers or settings.allow_pickle or quiet or as_json:
@@ -138,7 +139,6 @@ def vector(
     if not models and not folders:
         raise RecipeError("there is no vector to measure; name --base and --model, or --vector")
     from palinode.cli.console import vector_content, vector_grids
-    from palinode.report.content import show
     from palinode.weights import profile
     from palinode.weights.arithmetic import layout_of
 
@@ -147,10 +147,7 @@ def vector(
     total = max(sum(info.size for info in layout_of(one.terms)) for one in directions.values())
     with listener(quiet=quiet).task("measuring", total, "weights") as advance:
         measured = profile(directions, on_progress=advance)
-    if as_json:
-        print_json(vector_content(measured))
-        return
-    show(vector_grids(measured, layers=layers), out())
+    answer(vector_content(measured), vector_grids(measured, layers=layers), as_json=as_json)
 
 
 @vectors.command()
@@ -180,7 +177,6 @@ def save(
 
     It is an artefact of its own.
     """
-    from palinode.errors import RecipeError
     from palinode.weights.arithmetic import layout_of
     from palinode.weights.vectors import save_vector
 
@@ -192,17 +188,13 @@ def save(
     with listener(quiet=quiet).task("storing", total, "weights") as advance:
         stored = save_vector(direction, output, dtype=dtype, rank=rank, energy=energy, on_progress=advance)
     facts = _vector_facts(output, stored)
-    if as_json:
-        print_json(facts)
-    else:
-        out().print(_vector_sentence(facts), soft_wrap=True)
+    answer(facts, _vector_sentence(facts), as_json=as_json)
 
 
 def _directions(
     base: str | None, models: list[str], folders: list[str], allow_pickle: bool
 ) -> dict[str, Direction]:
     """Return the directions by the names they were given."""
-    from palinode.errors import RecipeError
     from palinode.weights import Checkpoint
     from palinode.weights.vectors import open_direction
 
@@ -269,7 +261,6 @@ def export(
     """
     from palinode.evaluation.evaluate import check_new_file
     from palinode.methods.apply import formula_of
-    from palinode.records import write_text
     from palinode.weights.mergekit import mergekit_recipe
 
     alpha, beta = parse_scales(scales)
@@ -319,7 +310,6 @@ def sign(
 
     A password of a key is asked for, or taken from the variable PALINODE_KEY_PASSWORD.
     """
-    from palinode.errors import RecipeError
     from palinode.pipeline.signing import PASSWORD, STATEMENT, is_encrypted, sign_folder
     from palinode.pipeline.signing import new_key as make_key
 
@@ -343,10 +333,7 @@ def sign(
             f"{folder}: {done.files} files signed by {done.signer}, {STATEMENT} with them. Keep {done.salt}: "
             "it shows which rows were meant."
         )
-    if as_json:
-        print_json(facts)
-    else:
-        out().print(text, soft_wrap=True)
+    answer(facts, text, as_json=as_json)
 
 
 @takes(
@@ -370,23 +357,22 @@ def reproduce(
     when the bytes agree.
     """
     from palinode.pipeline.reproducing import reproduce as run_again
-    from palinode.records import workspace_beside
 
     found = run_again(folder, output, settings=content, listener=listener(quiet=quiet))
-    if as_json:
-        print_json({**asdict(found), "output": str(found.output), "sentence": found.sentence})
-    else:
-        out().print(found.sentence, markup=False, soft_wrap=True)
-        tensors = {
-            name: f"{entry[0]:,} numbers, by {entry[1]:.2g} at most" if entry else "another shape"
+    pairs = {**found.off, **found.environment}
+    told = [
+        *(
+            f"  {name}: {entry[0]:,} numbers, by {entry[1]:.2g} at most"
+            if entry
+            else f"  {name}: another shape"
             for name, entry in found.differing.items()
-        }
-        pairs = {**found.off, **found.environment}
-        told = {**tensors, **{name: f"{then} then, {now} now" for name, (then, now) in pairs.items()}}
-        for name, text in [*told.items()][:MOST_ROWS]:
-            out().print(f"  {name}: {text}", markup=False, soft_wrap=True)
-        if len(told) > MOST_ROWS:
-            out().print(f"  and {len(told) - MOST_ROWS} more; --json has all of them")
+        ),
+        *(f"  {name}: {then} then, {now} now" for name, (then, now) in pairs.items()),
+    ]
+    if len(told) > MOST_ROWS:
+        told[MOST_ROWS:] = [f"  and {len(told) - MOST_ROWS} more; --json has all of them"]
+    facts = {**asdict(found), "output": str(found.output), "sentence": found.sentence}
+    answer(facts, "\n".join([found.sentence, *told]), as_json=as_json)
     secret_workspace(workspace_beside(found.output), found.output, "rows, θ_1", as_json=as_json)
     if not found.same_bytes:
         raise typer.Exit(1)
@@ -412,7 +398,6 @@ def verify(
 
     The exit code is 1 when something changed, or is not signed as it should be.
     """
-    from palinode.errors import CheckpointError
     from palinode.pipeline.reporting import stale
     from palinode.pipeline.signing import check_signature
     from palinode.weights import Checkpoint

@@ -24,6 +24,7 @@ from palinode.compare.comparison_recipe import (
     ComparisonRecipe,
     Contestant,
     Shares,
+    build_comparison,
     divide_rows,
     make_world,
     rows_for,
@@ -59,6 +60,7 @@ from palinode.pipeline.inputs import (
     check_workspace,
     open_inputs,
 )
+from palinode.pipeline.recipe import laid_over, named
 from palinode.pipeline.reporting import environment, heading
 from palinode.pipeline.run import Making
 from palinode.pipeline.scales import Probes, open_goal
@@ -86,19 +88,42 @@ class Compared:
         return {entry["name"]: entry["summary"]["rows"]["forget"] for entry in self.table["contestants"]}
 
 
-def compare(recipe: CompareRecipe, *, listener: Listener | None = None) -> Compared:
-    """Run a comparison; the same call after an interruption goes on where it was.
+def compare(
+    recipe: CompareRecipe | None = None,
+    *,
+    target: str | Path | None = None,
+    base: str | Path | None = None,
+    forget: str | Path | None = None,
+    retain: str | Path | None = None,
+    output: str | Path | None = None,
+    methods: Sequence[str] = (),
+    steps: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    listener: Listener | None = None,
+) -> Compared:
+    """Compare methods, each with `steps` optimiser steps for a model, and write the table to `output`.
 
-    Raises an InputError for anything the user can mend.
+    `settings` are other keys of a comparison, dotted or as sections: {"tries": 1, "split.probe_rows": 50}. A
+    whole `recipe` (`load_comparison`) comes instead of all of them.
+    `result.scores[NAME]` are the scores of a contestant on the forget rows. The same call after an
+    interruption goes on where it was. Raises PalinodeError.
     """
-    listener = listener or NullListener()
-    points = check_comparison(recipe)
-    output = Path(recipe.shared.output.folder)
-    check_folder(output, FILES, "comparison")
+    if recipe is None:
+        content = {
+            "models": named(target=target, base=base),
+            "data": named(forget=forget, retain=retain),
+            "output": named(folder=output),
+            "budget": {} if steps is None else {"steps": steps},
+            "contestants": [{"name": name, "method": name} for name in methods],
+        }
+        recipe = build_comparison(laid_over(content, settings or {}))
+    listener, points = listener or NullListener(), check_comparison(recipe)
+    place = Path(recipe.shared.output.folder)
+    check_folder(place, FILES, "comparison")
     workspace = Workspace(recipe.workspace)
     alone = one_thread() if recipe.comparison.world else contextlib.nullcontext()  # its models are small
     with workspace.locked(listener), alone:
-        return Compared(output, _Comparison(open_ground(recipe, workspace, listener), points).run(output))
+        return Compared(place, _Comparison(open_ground(recipe, workspace, listener), points).run(place))
 
 
 def check_comparison(recipe: CompareRecipe) -> dict[str, list[MethodPoint]]:

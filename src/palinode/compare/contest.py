@@ -35,7 +35,7 @@ from palinode.models.loading import pick_device, tokenizer_fingerprint
 from palinode.pipeline.finetuning import FineTuning, Trained
 from palinode.pipeline.goal import Behaviour, Goal, best
 from palinode.pipeline.inputs import InputRows, Inputs, given_to
-from palinode.pipeline.recipe import Recipe, build_recipe
+from palinode.pipeline.recipe import Recipe, build_recipe, laid_over
 from palinode.pipeline.scales import Probes
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener
@@ -87,14 +87,8 @@ def draw_points(contestant: Contestant, tries: int, *, seed: int) -> list[Method
 
 def _point_of(contestant: Contestant, number: int, settings: Mapping[str, Any]) -> MethodPoint:
     every = {**contestant.set, **settings}
-    recipe: dict[str, Any] = {"method": contestant.method}
-    for key, value in every.items():
-        if key not in SCALES:
-            *path, last = key.split(".")
-            place = recipe
-            for name in path:
-                place = place.setdefault(name, {})
-            place[last] = value
+    own = {key: value for key, value in every.items() if key not in SCALES}
+    recipe: dict[str, Any] = laid_over({"method": contestant.method}, own)
     if not METHODS[contestant.method].adds_vectors(recipe.get("transforms", ())):
         return MethodPoint(number, settings, None, recipe)
     alpha, beta = (float(every.get(key, USUAL_SCALES[key])) for key in SCALES)
@@ -120,7 +114,7 @@ def recipe_of(
     built |= {"method": point.recipe["method"], "seed": seed}
     built["models"] = {**built["models"], **models}
     built["method_settings"] = dict(point.recipe.get("method_settings", {}))
-    training = _over(built.get("training", {}), point.recipe.get("training", {}))
+    training = laid_over(built.get("training", {}), point.recipe.get("training", {}))
     built["training"] = training | {"epochs": epochs}
     built |= {"transforms": point.recipe.get("transforms", []), "filter": "none"}
     if point.scales:
@@ -128,15 +122,6 @@ def recipe_of(
         own = {"retain": beta} if final else point.recipe["scales"]
         built["scales"] = {**own, "forget": alpha}
     return build_recipe(built)
-
-
-def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings with others laid over them, section by section."""
-    found = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(found.get(key), dict)
-        found[key] = _over(found[key], value) if both else value
-    return found
 
 
 def steps_an_epoch(recipe: Recipe, rows: InputRows) -> list[int]:

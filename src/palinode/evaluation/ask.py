@@ -2,18 +2,17 @@
 
 One forward pass over a question's answers serves probability, truth ratio, extraction strength, exact
 memorisation and the membership attacks alike. It also tells how far the greedy answer follows the right
-one, so that generation begins where the two part. Under `accelerate launch` or torchrun the questions
-are divided over the processes, and each of them returns all outcomes. No torch until a model is asked.
+one, so that generation begins where the two part. No torch until a model is asked.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import takewhile
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from palinode.data.examples import Example, Question
 from palinode.data.tokenize import PromptStyle, TokenRow, begun_ids, end_id, tokenize
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
 
     from palinode.models.generation import Sampling
     from palinode.models.likelihoods import TokenScores
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 def ask(
@@ -59,7 +55,7 @@ def ask(
     )
     rows = respondent.read(questions)
     check_positions(model.config, [row for entry in rows for row in entry.rows], tokenizer)
-    return in_parallel(respondent.answer, rows)
+    return respondent.answer(rows)
 
 
 @dataclass(slots=True)
@@ -261,23 +257,26 @@ class _Respondent:
             batch_rows=self.asking.batch_rows,
             begun=begun,
             sampling=sampling,
-            ended=self._holds_stop_text if self.asking.stop_texts else None,
+            ended=partial(holds_text, self.tokenizer, self.asking.stop_texts)
+            if self.asking.stop_texts
+            else None,
             on_progress=advance,
             say=self.listener.say,
         )
         return [self._text(answer) for answer in answers]
-
-    def _holds_stop_text(self, tokens: Sequence[int]) -> bool:
-        """Return whether the end of an answer holds a stop text; a miss here only makes it longer."""
-        longest = max(len(text.encode()) for text in self.asking.stop_texts)
-        end = str(self.tokenizer.decode(list(tokens[-longest - 4 :]), skip_special_tokens=True))
-        return any(text in end for text in self.asking.stop_texts)
 
     def _text(self, tokens: Sequence[int]) -> str:
         """Return an answer as text, cut before the first stop text."""
         text = str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
         places = [text.find(stop) for stop in self.asking.stop_texts]
         return text[: min((place for place in places if place >= 0), default=len(text))].strip()
+
+
+def holds_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], tokens: Sequence[int]) -> bool:
+    """Return whether the end of an answer holds one of the texts; a miss here only makes it longer."""
+    longest = max(len(text.encode()) for text in texts)
+    end = str(tokenizer.decode(list(tokens[-longest - 4 :]), skip_special_tokens=True))
+    return any(text in end for text in texts)
 
 
 def said_right(row: TokenRow, scores: TokenScores) -> tuple[int, ...]:
@@ -305,45 +304,3 @@ def _joined(pieces: Sequence[TokenScores]) -> TokenScores:
         hits=tuple(hit for piece in pieces for hit in piece.hits),
         standardised=tuple(value for piece in pieces for value in piece.standardised),
     )
-
-
-def in_parallel(work: Callable[[list[Item]], Sequence[Result]], items: Sequence[Item]) -> list[Result]:
-    """Return `work(items)`, one result an item, each process having worked on its share of the items.
-
-    Process r of n takes the items r, r + n, r + 2n, …; every process returns all results in order. An
-    error in any of them is raised in all, so that none waits for another. With one process this is
-    `work(items)`. All processes must call it with the same items, as often as each other.
-    """
-    count, rank = _group()
-    if count < 2:
-        return list(work(list(items)))
-    from torch import distributed
-
-    own: tuple[Sequence[Result], Exception | None]
-    try:
-        own = (work(list(items[rank::count])), None)
-    except Exception as error:  # raised below, in every process
-        own = ((), error)
-    shares: list[tuple[Sequence[Result], Exception | None]] = [((), None)] * count
-    distributed.all_gather_object(shares, own)
-    for _, failure in shares:
-        if failure is not None:
-            raise failure
-    return [shares[place % count][0][place // count] for place in range(len(items))]
-
-
-def _group() -> tuple[int, int]:
-    """Return how many processes there are and which this one is; join the others unless that was done."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return 1, 0
-
-    import torch
-    from torch import distributed
-
-    if not distributed.is_available():
-        return 1, 0
-    if not distributed.is_initialized():
-        from accelerate import PartialState
-
-        PartialState(cpu=not torch.cuda.is_available())
-    return distributed.get_world_size(), distributed.get_rank()

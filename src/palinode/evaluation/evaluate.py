@@ -9,7 +9,6 @@ one is given, is asked the same questions by the same code. Both are never in me
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from palinode.data.examples import Example, Question, at_most, reading_notes
+from palinode.data.examples import Example, Question, at_most, read_examples, reading_notes
 from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
 from palinode.errors import OutputError, RecipeError
 from palinode.evaluation.ask import ask
@@ -87,23 +86,33 @@ class BenchmarkEvaluated:
 
 
 def evaluate(
-    model: Checkpoint | str,
-    rows: Sequence[Example],
+    model: Checkpoint | str | Path,
+    rows: Sequence[Example] | str | Path,
     settings: EvaluationSettings | None = None,
     *,
     listener: Listener | None = None,
 ) -> Evaluated:
-    """Load a model, ask it every one of these rows, and return its outcomes and the four basic scores.
+    """Ask a model these rows, and return its outcomes and the four basic scores.
 
-    What is to be known of the prompts the listener hears. The seed serves the bootstrap intervals; the
-    answers are greedy. Raises PalinodeError.
+    Of a file or data set at most `max_rows` are drawn; rows in memory are all asked. The outcomes are written
+    to the file `output` of the settings; what is to be known of the prompts the listener hears. The seed
+    serves the bootstrap intervals; the answers are greedy. Raises PalinodeError.
     """
     settings = settings or EvaluationSettings()
+    if settings.output is not None:
+        check_new_file(settings.output, "the outcomes")
+    checkpoint = _opened(model, settings)
+    if isinstance(rows, str | Path):
+        every = read_examples(rows, columns=settings.columns)
+        rows = at_most(every, settings.max_rows, seed=settings.seed + 1)
     questions = QuestionSet(FORGET, tuple(map(Question, rows)), settings.asking)
     cells = metric_cells(FORGET, *DEFAULT_METRICS)
     exam = make_exam("own", LoadedBenchmark((questions,)), cells, settings, most={FORGET: len(rows)})
-    outcomes, _, _ = _ask_model(_opened(model, settings), exam, settings, listener)
+    outcomes, _, _ = _ask_model(checkpoint, exam, settings, listener)
     scores = score_cells(Measured(exam, outcomes))
+    if settings.output is not None:
+        with private():
+            write_outcomes(settings.output, outcomes[FORGET])
     return Evaluated(scores.get(FORGET, {}), outcomes[FORGET])
 
 
@@ -158,14 +167,8 @@ def evaluate_benchmark(
         "notes": notes,
     }
     found = BenchmarkEvaluated(scores, outcomes, record)
-    if first_process():
-        _write(found, measured, settings)
+    _write(found, measured, settings)
     return found
-
-
-def first_process() -> bool:
-    """Return whether this process writes and prints, where `accelerate launch` started several."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 # Before a model is loaded
@@ -242,7 +245,7 @@ def check_new_file(path: Path, what: str) -> None:
         raise OutputError(f"{path} exists already, or its folder does not; name another file for {what}")
 
 
-def _opened(model: Checkpoint | str, settings: EvaluationSettings) -> Checkpoint:
+def _opened(model: Checkpoint | str | Path, settings: EvaluationSettings) -> Checkpoint:
     if isinstance(model, Checkpoint):
         return model
     return Checkpoint.open(model, allow_pickle=settings.allow_pickle)
@@ -364,7 +367,7 @@ def cut_answers(questions: QuestionSet, tokenizer: PreTrainedTokenizerBase) -> l
 
 def judged(judge: Judge | None, measured: Measured, listener: Listener | None) -> Measured:
     """Return what was measured with a verdict on each answer of the sets that a cell wants judged."""
-    if judge is None or not first_process():
+    if judge is None:
         return measured
     wanted = dict.fromkeys(cell.set for cell in measured.exam.cells if cell.judge)
     verdicts: dict[str, list[Verdict]] = {}

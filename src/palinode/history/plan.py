@@ -106,7 +106,7 @@ class Schedule:
     """Share of requests on steps before the first kept checkpoint, for which only the start is clean."""
 
 
-def plan_checkpoints(wish: Wish) -> list[Schedule]:
+def plan(wish: Wish) -> list[Schedule]:
     """Return the schedules that fit the budget, the least expected distance first."""
     count = min(wish.room, len(wish.saves))
     made = {

@@ -76,7 +76,7 @@ def objective(settings: RMUSettings, seed: int) -> Objective:
         settings.alpha,
         keeper=lambda model: FrozenStates(block(model)),
     )
-    return Objective((forget, retain), trainable=settings.trainable, one_process=True)
+    return Objective((forget, retain), trainable=settings.trainable)
 
 
 RMU = Method(

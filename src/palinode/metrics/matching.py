@@ -24,9 +24,8 @@ Accuracies by a judge that names the candidate closest in fact to the model's an
     Acc_forget    share of forget rows where the ground truth is not among the picks
     Acc_recover   share of forget rows where the ideal (retrained) model's own answer is among them
     Acc_retain    share of retain rows where the ground truth or the ideal model's answer is among them
-    accept        share of questions where an accepted answer is among them (RESTOR)
 
-For all, higher is better. Picks need not be one: Acc_forget and Acc_recover do not add up to 1. Rows
+Higher is better. Picks need not be one: Acc_forget and Acc_recover do not add up to 1. Rows
 without a readable reply are left out and said, and every score names its judge.
 """
 
@@ -284,11 +283,6 @@ def retain_accuracy(verdicts: Sequence[Verdict], *, seed: int = 0) -> Score:
         return score
     alone = f"no ideal answer among the candidates of {without} of {len(verdicts)} rows"
     return replace(score, reason=joined(alone, score.reason))
-
-
-def accept_accuracy(verdicts: Sequence[Verdict], *, seed: int = 0) -> Score:
-    """Return how often the judge finds an accepted answer in the answer: RESTOR's accuracy, as a share."""
-    return _share(verdicts, lambda roles: "accepted" in roles, offered={"accepted"}, seed=seed)
 
 
 def _share(

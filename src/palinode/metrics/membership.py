@@ -48,7 +48,6 @@ from palinode.metrics.aggregate import (
     RESAMPLES,
     ends_of_equals,
     joined,
-    mean_score,
     no_score,
     partners,
     percentile_interval,
@@ -285,18 +284,11 @@ Leaked = Callable[[Outcome, str], bool | None]
 """Whether a drawn answer gives the outcome's content away; None where it cannot be said."""
 
 
-def leak_at_k(outcomes: Sequence[Outcome], k: int, leaked: Leaked, *, seed: int = 0) -> Score:
-    """Return the mean over questions of the probability that k drawn answers hold a leaking one.
-
-    Questions with fewer than k samples, or with samples of which `leaked` cannot tell, are left out and
-    said. The interval is a bootstrap over questions. Raises DataError when k is below 1.
-    """
-    missing = f"fewer than {k} samples were drawn, or it cannot be said whether they leak"
-    return mean_score(leak_values(outcomes, k, leaked), seed=seed, missing=missing)
-
-
 def leak_values(outcomes: Sequence[Outcome], k: int, leaked: Leaked) -> list[float | None]:
-    """Return the probability of each question that k drawn answers hold a leaking one, None as above."""
+    """Return the probability of each question that k drawn answers hold a leaking one.
+
+    None where fewer than k were drawn, or `leaked` cannot tell of one. Raises DataError when k is below 1.
+    """
     if k < 1:
         raise DataError(f"leak@k needs k of at least 1, and got {k}")
     values: list[float | None] = []

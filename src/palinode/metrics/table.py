@@ -254,7 +254,6 @@ COMPARISONS = {
         "Acc_recover: share of forget rows where the judge picks the ideal model's answer"
     ),
     "judge_retain_accuracy": "Acc_retain: share of retain rows where the judge picks truth or ideal answer",
-    "judge_accept_accuracy": "share of answers in which the judge finds an accepted one (RESTOR)",
     "leak_at_k": "probability that one of k answers drawn at random gives the content away",
 }
 """Metrics that are no mean over the examples of one set, and what each says."""

@@ -40,6 +40,7 @@ from palinode.errors import DataError
 from palinode.models.likelihoods import Say, has_plain_head, same_alone, tell, unlike
 from palinode.models.loading import check_known, pad_token, position_limit, quiet_transformers
 from palinode.models.reading import on_device
+from palinode.processes import divided
 
 GROWTH = 64
 """Positions by which the slots grow when a sequence needs more."""
@@ -314,11 +315,11 @@ class Sampling:
 class _Answer:
     """An answer on its way."""
 
-    place: int
-    """Position of its prompt in the list given."""
     prompt: tuple[int, ...]
     room: int
     """Tokens that it may have."""
+    known: Sequence[int] = ()
+    """Tokens known to be its first."""
     said: list[int] = field(default_factory=list)
     over: bool = False
     random: np.random.Generator | None = None
@@ -343,9 +344,9 @@ class _Rules:
         ended = self.ended is not None and len(answer.said) >= self.min_new_tokens and self.ended(answer.said)
         answer.over = full or ended
 
-    def begin(self, answer: _Answer, known: Sequence[int]) -> None:
+    def begin(self, answer: _Answer) -> None:
         """Give an answer the tokens that are known to be its first."""
-        for token in known:
+        for token in answer.known:
             early = token in self.stop_ids and len(answer.said) < self.min_new_tokens
             if answer.over or early:
                 return
@@ -365,7 +366,6 @@ class _Rules:
         return draw_tokens(logits, draws, self.sampling.temperature, self.sampling.top_p)
 
 
-@torch.inference_mode()
 def generate(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -388,23 +388,42 @@ def generate(
     ends where the model's positions end. `say` hears where prompts go one by one; what they begin with is
     then left to the model. Raises DataError for a prompt longer than its positions.
     """
-    if not prompts:
-        return []
     rules = _Rules(frozenset(stop_ids), min_new_tokens, ended, sampling)
-    answers = [
-        _Answer(place, tuple(prompt), _room(model, prompt, max_new_tokens))
-        for place, prompt in enumerate(prompts)
-    ]
+    answers = [_Answer(tuple(prompt), _room(model, prompt, max_new_tokens)) for prompt in prompts]
+    for place, answer in enumerate(answers):
+        if sampling:
+            answer.random = np.random.Generator(np.random.PCG64(sampling.seeds[place]))
+        if begun:
+            answer.known = begun[place]
+    return _answered(
+        model, answers, rules=rules, pad_id=pad_id, batch_rows=batch_rows, on_progress=on_progress, say=say
+    )
+
+
+@divided
+@torch.inference_mode()
+def _answered(
+    model: PreTrainedModel,
+    answers: Sequence[_Answer],
+    *,
+    rules: _Rules,
+    pad_id: int,
+    batch_rows: int,
+    on_progress: Callable[[int], None] | None = None,
+    say: Say | None = None,
+) -> list[list[int]]:
+    """Return the tokens of each answer, once it is over."""
+    if not answers:
+        return []
+    prompts = [answer.prompt for answer in answers]
     longest = max(len(answer.prompt) + answer.room for answer in answers)
-    slots = slots_for(model, [answer.prompt for answer in answers], batch_rows, longest, pad_id)
+    slots = slots_for(model, prompts, batch_rows, longest, pad_id)
     apart = not slots and not _may_be_padded(model, prompts, longest, pad_id)
     if apart:
         tell(model, "answers", say)
-    for answer in answers:
-        if sampling:
-            answer.random = np.random.Generator(np.random.PCG64(sampling.seeds[answer.place]))
-        if begun and not apart:
-            rules.begin(answer, begun[answer.place])
+    else:
+        for answer in answers:
+            rules.begin(answer)
     open_answers = [answer for answer in answers if not answer.over]
     report = on_progress or (lambda _count: None)
     if len(open_answers) < len(answers):

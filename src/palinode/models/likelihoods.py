@@ -35,6 +35,7 @@ from palinode.data.tokenize import TokenRow
 from palinode.errors import CheckpointError, PalinodeError
 from palinode.models.loading import check_positions
 from palinode.models.reading import MASKED
+from palinode.processes import divided
 
 TOLERANCE = 1e-4
 """How far two ways of computing a log-probability may differ before the fast one is left alone."""
@@ -235,6 +236,7 @@ class TokenScores:
     """(log p − μ)/σ, with μ and σ² the mean and variance of log p over the vocabulary there."""
 
 
+@divided
 @torch.inference_mode()
 def score_rows(
     model: PreTrainedModel,

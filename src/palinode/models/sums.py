@@ -14,6 +14,7 @@ from palinode.data.batches import pad_right
 from palinode.data.tokenize import TokenRow
 from palinode.models.loading import check_positions
 from palinode.models.reading import answer_nll
+from palinode.processes import divided
 
 Take = Callable[[int, Tensor], None]
 """(number of a parameter among those that are trained, its gradient) → nothing."""
@@ -56,6 +57,7 @@ def row_backward(
             handle.remove()
 
 
+@divided
 def gradient_norms(
     model: PreTrainedModel,
     rows: Sequence[TokenRow],

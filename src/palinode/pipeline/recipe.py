@@ -342,6 +342,11 @@ def laid_over(content: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
     return merged
 
 
+def named(**places: str | Path | None) -> dict[str, str]:
+    """Return the places that were given, as a recipe has them."""
+    return {name: str(place) for name, place in places.items() if place is not None}
+
+
 def read_prompts(content: Mapping[str, Any], changes: Sequence[str] = ()) -> Prompts:
     """Return the section [prompts] of a recipe that may be wrong or incomplete elsewhere.
 

@@ -1,9 +1,12 @@
-"""The one training loop, on accelerate: a model, rows and a loss in; a trained model and a curve out.
+"""The one training loop: a model, rows and a loss in; a trained model and a curve out.
 
 The model's weights are float32 throughout; the forward pass runs under bfloat16 autocast where that
 is faster. Each optimiser step sums its micro-batches' losses and divides once by their summed weight.
 The order of rows depends on the seed and the epoch only, and dropout on the seed and the step, so that
 a resumed run sees what an uninterrupted one would have seen.
+
+Several processes divide the anchors of every step, and add their gradients up: so any number of them takes
+the steps that one would take.
 
 On a GPU the host never waits within a step: losses and norms stay on the device and are fetched for many
 steps together. A step that must not be taken, as its loss is not finite or passes the limit, is left out by
@@ -12,13 +15,13 @@ the device itself, and all that follow with it, until the host hears of it.
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 import shutil
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -27,18 +30,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
-from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from palinode.data.batches import Batch, epoch_batches, pad_right
 from palinode.data.tokenize import TokenRow
-from palinode.errors import DivergenceError, RecipeError, unwritable
+from palinode.errors import DivergenceError, PalinodeError, ProcessError, RecipeError, first_line, unwritable
 from palinode.models.likelihoods import Say, must_be_apart, note, tell
 from palinode.models.loading import check_positions
 from palinode.models.reading import decoder_blocks, never_packed
+from palinode.processes import abandon, everywhere, meanwhile, said_by_all, summed, world
 from palinode.records import beside, read_json, write_json
 from palinode.settings import TrainingSettings
 from palinode.training.objectives import (
@@ -104,44 +111,64 @@ def train(
     cast = rows if isinstance(rows, Joined) else plain(rows)
     for role in objective.roles:
         check_positions(model.config, cast.rows[role])
-    accelerator = _accelerator(model, objective)
-    kept = _keep(objective, model, cast, settings, pad_id)
-    apart = _must_be_apart(objective, model, cast, pad_id, say)
-    model.train()
-    with _only_trainable(model, objective.trainable), _prepared(model, settings):
-        longest = max(len(row.ids) for row in cast.anchors)
-        chosen = choose_optimizer(settings.optimizer, model, room=longest * _per_token(model, settings))
-        live, adamw = accelerator.prepare(model, _adamw(model, settings, chosen))
-        run = _Run(
-            accelerator,
-            live,
-            adamw,
-            objective,
-            cast,
-            kept,
-            settings,
-            seed,
-            pad_id,
-            state,
-            apart,
-            on_step,
-            say,
-        )
-        lengths = [len(row.ids) for row in cast.anchors]
-        steps = list(step_batches(lengths, settings, seed=seed, processes=accelerator.num_processes))
-        run.per_epoch = len(steps) // settings.epochs
-        run.resume(on_progress, steps := steps[:max_steps])
-        with never_packed():
-            _walk(run, steps, on_progress, exactly_at)
+    heard = {"on_progress": on_progress, "on_step": on_step, "say": say}
+    found = everywhere(
+        _train,
+        model,
+        cast,
+        objective,
+        settings,
+        seed,
+        pad_id,
+        state,
+        tuple(exactly_at),
+        max_steps,
+        alone=heard,
+    )
+    if isinstance(found, PalinodeError):
+        raise found
+    return found
+
+
+def _train(
+    model: PreTrainedModel,
+    cast: Joined,
+    objective: Objective,
+    settings: TrainingSettings,
+    seed: int,
+    pad_id: int,
+    state: Path | None,
+    exactly_at: Collection[int],
+    max_steps: int | None,
+    *,
+    on_progress: Callable[[int], None] | None = None,
+    on_step: Callable[[CurvePoint, Sequence[int]], None] | None = None,
+    say: Say | None = None,
+) -> list[CurvePoint] | PalinodeError:
+    """Train the model in this process, as all do; return the curve, or the error that ends the run in all."""
+    try:
+        kept = _keep(objective, model, cast, settings, pad_id)
+        apart = _must_be_apart(objective, model, cast, pad_id, say)
+        model.train()
+        with _only_trainable(model, objective.trainable), _prepared(model, settings):
+            longest = max(len(row.ids) for row in cast.anchors)
+            chosen = choose_optimizer(settings.optimizer, model, room=longest * _per_token(model, settings))
+            adamw = _adamw(model, settings, chosen)
+            run = _Run(
+                model, adamw, objective, cast, kept, settings, seed, pad_id, state, apart, on_step, say
+            )
+            lengths = [len(row.ids) for row in cast.anchors]
+            steps = list(step_batches(lengths, settings, seed=seed))
+            run.per_epoch = len(steps) // settings.epochs
+            run.resume(on_progress, steps := steps[:max_steps])
+            with never_packed():
+                _walk(run, steps, on_progress, exactly_at)
+    except PalinodeError as error:
+        if world()[1] < 2 or isinstance(error, ProcessError):
+            raise
+        return error
     model.eval()
     return run.curve
-
-
-def _accelerator(model: PreTrainedModel, objective: Objective) -> Accelerator:
-    found = Accelerator(cpu=model.device.type == "cpu", mixed_precision="no")
-    if objective.one_process and found.num_processes > 1:
-        raise RecipeError("this method trains a part of the model only, which takes one process; start one")
-    return found
 
 
 def _walk(
@@ -156,15 +183,19 @@ def _walk(
         for step in range(len(run.curve), len(steps)):
             run.step(steps[step], step, len(steps))
             to_save = time.monotonic() - saved_at > 60 * run.settings.save_minutes
-            awaited = to_save or step + 1 == len(steps) or step + 1 in exactly_at
-            if (awaited or run.is_due()) and not run.fetch():
+            awaited = (to_save and run.count == 1) or step + 1 == len(steps) or step + 1 in exactly_at
+            due = awaited or run.is_due()
+            if due and not run.fetch(to_save=to_save):
                 return
             if on_progress:
                 on_progress(run.tokens(steps[step], step))
-            if to_save:
-                run.save()
+            if due and to_save:
                 saved_at = time.monotonic()
-    except (KeyboardInterrupt, DivergenceError):
+    except (KeyboardInterrupt, ProcessError):
+        abandon()  # whoever else is there cannot be waited for
+        run.save()
+        raise
+    except DivergenceError:
         run.save()
         raise
 
@@ -241,7 +272,7 @@ def _prepared(model: PreTrainedModel, settings: TrainingSettings) -> Iterator[No
 
 
 def count_steps(lengths: Sequence[int], settings: TrainingSettings) -> int:
-    """Return the number of optimiser steps of a run on one device."""
+    """Return the number of optimiser steps of a run."""
     batches = math.ceil(len(lengths) / settings.batch_size)
     return settings.epochs * math.ceil(batches / settings.accumulation)
 
@@ -286,6 +317,11 @@ def bytes_per_token(config: Mapping[str, Any], *, narrow: bool, recomputed: bool
     return 12 * int(config.get("vocab_size", 32_000)) + kept
 
 
+def _per_token(model: PreTrainedModel, settings: TrainingSettings) -> int:
+    config, recomputed = model.config.get_text_config().to_dict(), settings.gradient_checkpointing
+    return bytes_per_token(config, narrow=use_autocast(model, settings), recomputed=recomputed)
+
+
 def room_in_tokens(model: PreTrainedModel, settings: TrainingSettings, optimizer: str) -> int | None:
     """Return how many tokens a GPU has room for beside weights, gradients and moments; None elsewhere."""
     if model.device.type != "cuda":
@@ -296,16 +332,11 @@ def room_in_tokens(model: PreTrainedModel, settings: TrainingSettings, optimizer
     return max(1, int(room / _per_token(model, settings)))
 
 
-def _per_token(model: PreTrainedModel, settings: TrainingSettings) -> int:
-    config, recomputed = model.config.get_text_config().to_dict(), settings.gradient_checkpointing
-    return bytes_per_token(config, narrow=use_autocast(model, settings), recomputed=recomputed)
-
-
 def step_batches(
-    lengths: Sequence[int], settings: TrainingSettings, *, seed: int, processes: int = 1
+    lengths: Sequence[int], settings: TrainingSettings, *, seed: int
 ) -> Iterator[list[list[int]]]:
     """Yield, for each optimiser step, its micro-batches as lists of row indices; `lengths` in tokens."""
-    together = settings.accumulation * processes
+    together = settings.accumulation
     for epoch in range(settings.epochs):
         batches = epoch_batches(lengths, batch_size=settings.batch_size, seed=seed, epoch=epoch)
         for start in range(0, len(batches), together):
@@ -347,10 +378,8 @@ class _Figures:
 class _Run:
     """A training run in progress: what has to be saved to go on later."""
 
-    accelerator: Accelerator
     model: PreTrainedModel
-    optimizer: Any
-    """As accelerate wraps it."""
+    optimizer: torch.optim.Optimizer
     objective: Objective
     cast: Joined
     kept: Mapping[str, FrozenValues]
@@ -367,31 +396,36 @@ class _Run:
     curve: list[CurvePoint] = field(default_factory=list)
     autocast: bool = field(init=False)
     vocabulary: int = field(init=False)
-    kind: str = field(init=False)
-    """Where the optimiser holds what it needs."""
     most: int | None = None
     """Tokens that go through the model at a time."""
     passing: int = 0
     """Tokens of the pass that is under way."""
-    partly: bool = field(init=False)
-    """Whether only some of the weights are trained."""
     pending: list[_Figures] = field(default_factory=list)
     """Of the steps that were begun since figures were last fetched."""
     fetched_at: float = field(default_factory=time.monotonic)
     halted: Tensor = field(init=False)
     """1 on the device from the first step on that must not be taken, else 0."""
+    device: torch.device = field(init=False)
+    rank: int = 0
+    count: int = 1
+    """Which process this is of how many that divide the anchors of a step."""
 
     def __post_init__(self) -> None:
-        self.halted = torch.zeros((), device=self.accelerator.device)
-        plain_model = self.accelerator.unwrap_model(self.model)
-        self.kind = kind_of(self.optimizer.optimizer)
-        self.autocast = use_autocast(plain_model, self.settings)
-        self.vocabulary = int(plain_model.config.get_text_config().vocab_size)
-        self.partly = not all(parameter.requires_grad for parameter in self.model.parameters())
-        if self.accelerator.num_processes == 1:  # several must take as many passes each
-            self.most = self.settings.tokens_per_pass or room_in_tokens(plain_model, self.settings, self.kind)
-        if self.partly:
-            self.accelerator.register_save_state_pre_hook(_leave_out_the_frozen)
+        self.device, (self.rank, self.count) = self.model.device, world()
+        self.halted = torch.zeros((), device=self.device)
+        self.autocast = use_autocast(self.model, self.settings)
+        self.vocabulary = int(self.model.config.get_text_config().vocab_size)
+        self.most = self.settings.tokens_per_pass or room_in_tokens(self.model, self.settings, self.kind)
+
+    @property
+    def kind(self) -> str:
+        """Where the optimiser holds what it needs."""
+        return kind_of(self.optimizer)
+
+    @property
+    def trained(self) -> list[torch.nn.Parameter]:
+        """The parameters that are not frozen."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def tokens(self, parts: Sequence[Sequence[int]], step: int) -> int:
         """Return the tokens that a step sends through the model."""
@@ -412,10 +446,10 @@ class _Run:
         sums, weights = self._in_memory(
             self.seed + step, lambda: self._backward(coefficients, parts, step // self.per_epoch)
         )
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
-        assert norm is not None
+        add_up(self.trained, self.count)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.settings.max_grad_norm)
         members = [place for part in parts for place in part]
-        measured = torch.cat([sums, norm.reshape(1).to(sums.dtype)])
+        measured = torch.cat([summed(sums), norm.reshape(1).to(sums.dtype)])
         figures = _Figures(step, total, members, rate, measured, weights, coefficients)
         self._halt(figures)
         with _undisturbed():
@@ -430,14 +464,13 @@ class _Run:
             try:
                 return work()
             except torch.OutOfMemoryError:
-                if self.accelerator.num_processes > 1:  # the others would wait
-                    raise
+                pass
             self.optimizer.zero_grad()
             if self.most is not None and self.passing > self.most:
                 self._relieve(f"{self.passing:,} tokens at a time, which cannot be divided")
                 continue
             self.most = max(1, self.passing // 2)
-            if self.accelerator.device.type == "cuda":
+            if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             if self.say:
                 self.say(
@@ -447,9 +480,10 @@ class _Run:
 
     def _relieve(self, what: str) -> None:
         """Go on with an optimiser that holds less on the device; raises RecipeError where there is none."""
-        name = next_choice(self.optimizer.optimizer)
-        if name is None or self.accelerator.num_processes > 1:
-            raise RecipeError(
+        name = next_choice(self.optimizer)
+        if name is None or self.count > 1:
+            kind = RecipeError if self.count == 1 else RuntimeError  # which the others do not have
+            raise kind(
                 f"training on {what}, takes more memory than the device has; set a smaller max_length, or "
                 "train an adapter (--lora)"
             )
@@ -462,22 +496,21 @@ class _Run:
 
     def _hold(self, name: str) -> None:
         """Have what the optimiser needs lie elsewhere from now on."""
-        before, model = self.optimizer.optimizer, self.accelerator.unwrap_model(self.model)
-        gradients = [parameter.grad for parameter in model.parameters()]
-        now = _adamw(model, self.settings, name)
-        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        gradients = [parameter.grad for parameter in self.trained]
+        now = _adamw(self.model, self.settings, name)
+        for parameter, gradient in zip(self.trained, gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
-        for group, known in zip(now.param_groups, before.param_groups, strict=True):
+        for group, known in zip(now.param_groups, self.optimizer.param_groups, strict=True):
             group["lr"] = known["lr"]
         if name == "host":
-            take_over(now, before)
-        self.optimizer.optimizer, self.kind = now, name
-        if model.device.type == "cuda":
+            take_over(now, self.optimizer)
+        self.optimizer = now
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _halt(self, figures: _Figures) -> None:
         """Have the device leave this step out, and all after it, if it must not be taken."""
-        measured = figures.measured if self.accelerator.device.type in FETCHED else figures.measured.cpu()
+        measured = figures.measured if self.device.type in FETCHED else figures.measured.cpu()
         bad = ~measured.isfinite().all()
         if limit := self.objective.limit:
             term = [part.name for part in self.objective.terms].index(limit.term)
@@ -485,27 +518,28 @@ class _Run:
         self.halted = torch.maximum(self.halted, bad.to(self.halted))
 
     def _update(self) -> None:
-        """Take the step where nothing stands against it; its moments are made in the first."""
+        """Take the step where nothing stands against it; the moments are made in the first."""
         try:
-            if self.kind == "device" and self.accelerator.device.type in FETCHED:
-                self.optimizer.optimizer.found_inf = self.halted
+            if self.kind == "device" and self.device.type in FETCHED:
+                self.optimizer.found_inf = self.halted  # type: ignore[attr-defined]
                 self.optimizer.step()
             elif not self.halted:
                 self.optimizer.step()
         except torch.OutOfMemoryError:
-            if len(self.curve) + len(self.pending):  # some weights may have moved
+            if self.curve or self.pending:  # some weights may have moved
                 raise
-            self.optimizer.optimizer.state.clear()
+            self.optimizer.state.clear()
             self._relieve("the moments of all weights")
             self._update()
 
     def is_due(self) -> bool:
         """Tell whether the host should hear of the steps by now: of each, where coefficients follow them."""
         follow = any(callable(part.coefficient) for part in self.objective.terms)
-        together = 1 if follow else FETCHED.get(self.accelerator.device.type, 1)
-        return len(self.pending) >= together or time.monotonic() - self.fetched_at > PATIENCE
+        together = 1 if follow else FETCHED.get(self.device.type, 1)
+        late = self.count == 1 and time.monotonic() - self.fetched_at > PATIENCE  # several know no one time
+        return len(self.pending) >= together or late
 
-    def fetch(self) -> bool:
+    def fetch(self, *, to_save: bool = False) -> bool:
         """Add the steps since the last call to the curve; return False where the limit ends the run.
 
         Raises DivergenceError for a step that is not finite.
@@ -521,10 +555,13 @@ class _Run:
                 plain_point = self.objective.anchor == "rows"
                 self.curve.append(replace(point, terms={}) if plain_point else point)
         self.fetched_at = time.monotonic()
-        for point, figures in zip(self.curve[known:], held, strict=False):
-            if self.on_step:
-                self.on_step(point, figures.members)
         done = len(self.curve) - known
+        with meanwhile():
+            for point, figures in zip(self.curve[known:], held, strict=False):
+                if self.on_step:
+                    self.on_step(point, figures.members)
+            if to_save and done == len(held):
+                self._write()
         if done < len(held):
             self._end(held[done], measured[done])
         return done == len(held)
@@ -569,28 +606,30 @@ class _Run:
             for part, coefficient in zip(self.objective.terms, coefficients, strict=True)
         ]
         sums = torch.stack([total for total, _ in found])
-        return self.accelerator.reduce(sums, "sum"), [weight for _, weight in found]
+        return sums, [weight for _, weight in found]
 
     def _backward_term(
         self, term: Term, coefficient: float, parts: Sequence[Sequence[int]], epoch: int
     ) -> tuple[Tensor, float]:
-        """Add the gradients of coefficient · Σ total / Σ weight over all micro-batches of all processes."""
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        """Add the gradients of coefficient · Σ total / Σ weight, of this process's share of anchors.
+
+        What it is divided by is that of all anchors.
+        """
         batches = [batch for part in parts for batch in self._batches(term, part, epoch)]
         weight = sum(term.weight(batch) for batch, _ in batches)
-        total = torch.zeros((), device=self.accelerator.device)
+        total = torch.zeros((), device=self.device)
         if not weight:  # every answer is too short for this loss
             return total, 0.0
-        own = batches[rank::processes]
-        idle = not own  # fewer micro-batches than processes: take part in the exchange, add nothing
-        for batch, members in own or batches[:1]:
+        if self.count > 1:
+            own = [part[self.rank :: self.count] for part in parts]
+            batches = [batch for part in own if part for batch in self._batches(term, part, epoch)]
+        for batch, members in batches:
             self.passing = batch.ids.size
             values = self.kept.get(term.name)
-            with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.autocast):
-                frozen = values.of(members, self.accelerator.device) if values else None
-                part = term.total(self.model, batch, frozen) * (0.0 if idle else 1.0)
-            scale = coefficient * processes  # data-parallel gradients are averaged
-            self.accelerator.backward(part * scale / weight)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+                frozen = values.of(members, self.device) if values else None
+                part = term.total(self.model, batch, frozen)
+            (part * coefficient / weight).backward()
             total += part.detach()
         return total, weight
 
@@ -615,24 +654,30 @@ class _Run:
             yield from self._batches(term, anchors[half:], epoch)
 
     def save(self) -> None:
-        """Save weights, optimiser, random states and curve so that a reader sees all of it or none."""
+        """Save weights, optimiser and curve so that a reader sees all of it or none; signals wait."""
         with suppress(DivergenceError):  # said already, or when the run goes on
             self.fetch()
-        if self.state is None or not self.curve:
+        with _undisturbed():
+            self._write()
+
+    def _write(self) -> None:
+        if self.state is None or not self.curve or self.rank:
             return
         partial = beside(self.state)
         shutil.rmtree(partial, ignore_errors=True)
-        logging.getLogger("accelerate").setLevel(logging.ERROR)  # or it tells of tied weights at every save
         try:
-            self.accelerator.save_state(str(partial))
+            with _of_one_process():
+                weights, moments = state_dict.get_state_dict(self.model, self.optimizer, options=TRAINED)
+                writer = FileSystemWriter(partial, sync_files=False)
+                held = {"model": weights, "optimizer": moments}
+                save(held, storage_writer=writer, no_dist=True)
             write_json(partial / "optimizer.json", self.kind)
             write_json(partial / "curve.json", [asdict(point) for point in self.curve])
-        except (
-            OSError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # torch and safetensors have their own kinds
-            raise unwritable(partial, error) from error
+        except (OSError, RuntimeError, CheckpointException) as error:  # torch has its own kinds
+            inner = (
+                [one for one, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
+            )
+            raise unwritable(partial, RuntimeError(first_line([*inner, error][0]))) from error
         old = beside(self.state, ".old")
         shutil.rmtree(old, ignore_errors=True)
         if self.state.exists():
@@ -645,18 +690,28 @@ class _Run:
         on_progress: Callable[[int], None] | None,
         steps: Sequence[Sequence[Sequence[int]]],
     ) -> None:
-        """Go on from a saved state where there is one."""
+        """Go on from a saved state where there is one; it does not matter how many processes saved it."""
         if self.state is None:
             return
         old = beside(self.state, ".old")
-        if not self.state.exists() and old.exists():  # killed while the new one came in
+        if not self.rank and not self.state.exists() and old.exists():  # killed while the new one came in
             old.replace(self.state)
-        if not (self.state / "curve.json").exists():
+        if not said_by_all((self.state / "curve.json").exists())[0]:
             return
         kept = self.state / "optimizer.json"  # a run may have gone on with another
         if kept.exists() and (name := read_json(kept)) != self.kind:
             self._hold(name)
-        self.accelerator.load_state(str(self.state), **({"strict": False} if self.partly else {}))
+        with _of_one_process():
+            weights, moments = state_dict.get_state_dict(self.model, self.optimizer, options=TRAINED)
+            held = {"model": weights, "optimizer": moments}
+            load(held, checkpoint_id=self.state, no_dist=True)
+            state_dict.set_state_dict(
+                self.model,
+                self.optimizer,
+                model_state_dict=weights,
+                optim_state_dict=moments,
+                options=TRAINED,
+            )
         points = read_json(self.state / "curve.json")
         self.curve = [CurvePoint(**point) for point in points]
         if on_progress:
@@ -664,14 +719,36 @@ class _Run:
             on_progress(sum(self.tokens(parts, step) for step, parts in done))
 
 
-def _leave_out_the_frozen(
-    models: list[torch.nn.Module], weights: list[dict[str, torch.Tensor]], _folder: str
-) -> None:
-    """Keep of a state only the weights that are trained; the others are those of the start."""
-    for model, held in zip(models, weights, strict=True):
-        trained = {name for name, value in model.named_parameters() if value.requires_grad}
-        for name in held.keys() - trained:
-            del held[name]
+TRAINED = state_dict.StateDictOptions(ignore_frozen_params=True, strict=False)
+"""A state holds what is trained; the rest is that of the start."""
+
+BUCKET = 1 << 25
+"""Numbers of gradients that travel together."""
+
+
+@contextmanager
+def _of_one_process() -> Iterator[None]:
+    """Read and write a state in this process alone, without a word on that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
+        yield
+
+
+def add_up(parameters: Sequence[torch.nn.Parameter], count: int) -> None:
+    """Give each parameter the sum of its gradients in all processes; where none has any, it keeps none."""
+    if count < 2:
+        return
+    own = torch.tensor([float(one.grad is not None) for one in parameters], device=parameters[0].device)
+    used = [one for one, yes in zip(parameters, summed(own, most=True).tolist(), strict=True) if yes]
+    while used:
+        bucket = [used.pop()]
+        while used and sum(one.numel() for one in bucket) + used[-1].numel() <= BUCKET:
+            bucket.append(used.pop())
+        for one in bucket:
+            one.grad = torch.zeros_like(one) if one.grad is None else one.grad
+        total = summed(torch.cat([one.grad.reshape(-1) for one in bucket if one.grad is not None]))
+        for one, part in zip(bucket, total.split([one.numel() for one in bucket]), strict=True):
+            one.grad = part.view_as(one)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ Padding is never counted, and `answers` counts only the positions that predict t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -34,6 +34,7 @@ from palinode.errors import CheckpointError, DataError
 from palinode.models.likelihoods import Say, padded_batches
 from palinode.models.loading import check_positions
 from palinode.models.reading import answer_places, decoder_blocks, model_inputs
+from palinode.processes import each_everywhere, said_by_all, summed, world
 
 ROOM = 1 << 30
 """Bytes of sums that are held at a time where whole passes are taken."""
@@ -58,7 +59,6 @@ class Moments:
     """By the name of a live parameter; a tied embedding has two places."""
 
 
-@torch.no_grad()
 def input_moments(
     model: PreTrainedModel,
     rows: Sequence[TokenRow],
@@ -76,14 +76,33 @@ def input_moments(
     if not rows:
         raise DataError("there are no rows to send through the model; name a retain set")
     check_positions(model.config, rows)
+    told = {"on_progress": on_progress, "say": say}
+    yield from each_everywhere(_input_moments, model, rows, pad_id, positions, alone=told)
+
+
+@torch.no_grad()
+def _input_moments(
+    model: PreTrainedModel,
+    rows: Sequence[TokenRow],
+    pad_id: int,
+    positions: Positions,
+    on_progress: Callable[[int], None] | None = None,
+    say: Say | None = None,
+) -> Iterator[Moments]:
+    """Yield the sums over the rows of all processes, of which each has its share."""
+    rank, count = world()
+    idle, rows = len(rows) <= rank, rows[rank::count] or rows[:1]
     places = padded_batches(model, rows, pad_id=pad_id, max_tokens=BATCH_TOKENS, max_rows=64, say=say)
     batches = [pad_right([rows[member] for member in members], pad_id=pad_id) for members in places]
     counted = [_counted(batch, positions, model.device) for batch in batches]
-    tokens = sum(int(mask.sum()) for mask in counted)
+    for mask in counted if idle else ():
+        mask.zero_()
+    tokens = sum(said_by_all(sum(int(mask.sum()) for mask in counted)))
     if not tokens:
         raise DataError("no row has an answer whose positions could be counted; name other rows")
-    walk = _Walk(model, batches, counted, tokens, on_progress or (lambda _rows: None))
-    yield from walk.by_block() if walk.can_go_by_block() else walk.by_passes()
+    report = on_progress or (lambda _rows: None)
+    walk = _Walk(model, batches, counted, tokens, lambda done: report(count * done))
+    yield from walk.by_block() if all(said_by_all(walk.can_go_by_block())) else walk.by_passes()
 
 
 def _counted(batch: Batch, positions: Positions, device: torch.device) -> Tensor:
@@ -315,10 +334,21 @@ class _Sums:
 
     def moments(self) -> Moments:
         """Return sums as means over all counted tokens."""
-        for total in self.values.values():
+        for total in self._over_all():
             for end in range(STRIP, len(total) if total.dim() == 2 else 0, STRIP):
                 total[end:, end - STRIP : end] = total[end - STRIP : end, end:].T
         return Moments({name: total / self.walk.tokens for name, total in self.values.items()}, self.places)
+
+    def _over_all(self) -> Iterable[Tensor]:
+        """Return the sums, each over the rows of all processes."""
+        known = {key: (one.shape, one.dtype) for key, one in self.values.items() if key != ONES}
+        known = {key: facts for own in said_by_all(known) for key, facts in own.items()}
+        device = self.walk.model.device
+        for key, (shape, dtype) in known.items():
+            own = self.values.get(key)
+            total = torch.zeros(shape, dtype=dtype, device=device) if own is None else own
+            self.values[key] = summed(total)
+        return self.values.values()
 
     def head(self, states: Tensor) -> None:
         """Add what the output head reads."""

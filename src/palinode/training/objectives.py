@@ -225,8 +225,6 @@ class Objective:
     """Ends training early."""
     trainable: str | None = None
     """Pattern that the whole name of a parameter matches if it is trained; None: all are."""
-    one_process: bool = False
-    """Whether it leaves parts of the model out, which gradients divided over processes cannot do."""
 
     @property
     def roles(self) -> frozenset[str]:

@@ -1,0 +1,453 @@
+"""Several processes, one run: process 0 does all of it, and the others help where a model computes.
+
+Under torchrun or `accelerate launch` process 0 decides, speaks and writes as if it were alone. The others
+wait: where a model reads rows or is trained, process 0 sends them the call, the live model in it, and each
+does its share. So all have the very weights that process 0 has, whatever was done to them there, and nothing
+but process 0 decides what is done. Within such a call process 0 does alone what would be another.
+
+A process that fails says why in the common store and closes its connections, which ends the run of all.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import marshal
+import os
+import pickle
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from palinode.errors import PalinodeError, ProcessError, first_line
+
+Result = TypeVar("Result")
+Work = TypeVar("Work", bound=Callable[..., Any])
+
+PATIENCE = timedelta(days=2)
+"""How long a process waits for another: process 0 may write, or ask a judge, for hours."""
+FAREWELL = 30.0
+"""Seconds in which process 0 notices by itself that another one failed."""
+SMALL = 2048
+"""Bytes up to which a tensor of the processor travels within the message."""
+
+GO_ON, GIVE_UP, END = "go on", "give up", "end"
+"""What process 0 sends where it is no call: that a call goes on, that it is over, that all is over."""
+
+
+@dataclass
+class _Team:
+    """The processes of a run, as one of them knows them."""
+
+    rank: int
+    count: int
+    store: Any
+    busy: bool
+    """Whether this process is within a call that all have."""
+
+
+_team: _Team | None = None
+
+
+class _GivenUp(Exception):  # noqa: N818 - no error: process 0 has said so
+    """Ends a call of a process that helps."""
+
+
+def world() -> tuple[int, int]:
+    """Return which process this is and how many share the call; (0, 1) where it is alone."""
+    return (_team.rank, _team.count) if _team else (0, 1)
+
+
+def together(work: Callable[[], Result]) -> Result | None:
+    """Do `work` in process 0, with the help of the others where there are several; they return None.
+
+    Every process calls it. Raises ProcessError where another one failed or is gone.
+    """
+    global _team
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or _team is not None:
+        return work()
+    _team = team = _joined()
+    try:
+        if not team.rank:
+            return _lead(team, work)
+        _help(team)
+        return None
+    finally:
+        _team = None
+        with suppress(Exception):
+            distributed.destroy_process_group()
+
+
+def _joined() -> _Team:
+    """Join the others: objects go over the processor, tensors of a GPU from one to the other."""
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl"
+    try:
+        store, rank, count = next(rendezvous("env://", timeout=timedelta(minutes=10)))
+        store.set_timeout(PATIENCE)
+        group = PrefixStore("group", store)
+        distributed.init_process_group(backend, store=group, rank=rank, world_size=count, timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise ProcessError(
+            f"the other processes cannot be reached ({first_line(error)}); start them with torchrun or "
+            "accelerate launch, which set RANK, WORLD_SIZE and MASTER_ADDR"
+        ) from error
+    return _Team(rank, count, PrefixStore("palinode", store), busy=rank > 0)
+
+
+def _lead(team: _Team, work: Callable[[], Result]) -> Result:
+    over = threading.Event()
+    threading.Thread(target=_watch, args=(team.store, over), daemon=True).start()
+    try:
+        with _connected():
+            return work()
+    finally:
+        over.set()
+        if not team.busy:
+            with suppress(Exception):
+                _send(END)
+
+
+def _watch(store: Any, over: threading.Event) -> None:
+    """End process 0 where another one failed and nothing tells: a GPU may wait for it without end."""
+    while not over.wait(1.0):
+        said = _complaint(store)
+        if said and not over.wait(FAREWELL):
+            print(f"palinode: {said}", file=sys.stderr, flush=True)
+            os._exit(2)
+
+
+def _help(team: _Team) -> None:
+    """Do what process 0 sends until all is over; whatever ends it otherwise, process 0 speaks of it.
+
+    It ends well all the same, lest process 0 be killed before it has spoken.
+    """
+    with suppress(KeyboardInterrupt, ProcessError):
+        try:
+            _serve()
+        except ProcessError:  # the others are gone
+            raise
+        except Exception as error:
+            with suppress(Exception):
+                said = f"process {team.rank} of {team.count} failed: {first_line(error)}"
+                team.store.set("failed", said)
+
+
+def _serve() -> str:
+    """Take calls from process 0 until it sends something else, and return that."""
+    while not isinstance(message := _receive(), str):
+        function, args, others = message
+        with suppress(_GivenUp):
+            found = function(*args, **others)
+            if isinstance(found, Iterator):
+                for _ in found:
+                    pass
+        del message, function, args, others  # a model is not to stay in memory until the next call
+    return message
+
+
+def _complaint(store: Any) -> str | None:
+    """Return what a process that failed has said, if one has."""
+    with suppress(Exception):
+        return store.get("failed").decode() if store.check(["failed"]) else None
+    return None
+
+
+# Calls
+
+
+def everywhere(
+    function: Callable[..., Result], *args: Any, alone: Mapping[str, Any] | None = None, **others: Any
+) -> Result:
+    """Call a function in all processes with the same arguments, and return what process 0 has of it.
+
+    `alone` are arguments of process 0 only. An error ends the run of all, but for what `meanwhile` says.
+    """
+    own = {**others, **(alone or {})}
+    if _team is None or _team.busy:
+        with _by_itself():
+            return function(*args, **own)
+    with _call(function, args, others):
+        return function(*args, **own)
+
+
+def each_everywhere(
+    function: Callable[..., Iterator[Result]],
+    *args: Any,
+    alone: Mapping[str, Any] | None = None,
+    **others: Any,
+) -> Iterator[Result]:
+    """Yield what a function yields that is called in all processes; it has to be taken to the end."""
+    own = {**others, **(alone or {})}
+    if _team is None:
+        yield from function(*args, **own)
+        return
+    with _call(function, args, others):
+        yield from function(*args, **own)
+
+
+@contextmanager
+def _call(function: Callable[..., Any], args: Sequence[Any], others: Mapping[str, Any]) -> Iterator[None]:
+    team = _team
+    assert team is not None
+    packed = _packed((function, args, others))
+    team.busy = True
+    _broadcast(packed)
+    yield
+    team.busy = False  # after an error it stays true: nobody listens any more
+
+
+@contextmanager
+def _by_itself() -> Iterator[None]:
+    """Let this process compute as if there were no other."""
+    global _team
+    team, _team = _team, None
+    try:
+        yield
+    finally:
+        _team = team
+
+
+@contextmanager
+def meanwhile() -> Iterator[None]:
+    """Let process 0, within a call of all, do what is within the block with new calls of the others.
+
+    An error there ends the call of all, and nothing else.
+    """
+    team = _team
+    if team is None:
+        yield
+    elif team.rank:
+        if _serve() != GO_ON:
+            raise _GivenUp
+        yield
+    else:
+        team.busy = False
+        try:
+            yield
+        except BaseException:
+            if not team.busy:
+                _send(GIVE_UP)
+            raise
+        _send(GO_ON)
+        team.busy = True
+
+
+def abandon() -> None:
+    """Leave the others, as one of them is gone or this one is told to stop: it goes on by itself."""
+    global _team
+    _team = None
+
+
+def divided(work: Work) -> Work:
+    """Have a function of (model, rows), one result a row, work on its share of the rows in each process.
+
+    Process r of n takes the rows r, r + n, r + 2n, …; few rows it reads alone, and those of a model that
+    cannot be sent (quantised, or over several devices). An error in any process is raised.
+    """
+
+    @wraps(work)
+    def over_all(model: nn.Module, rows: Sequence[Any], /, **others: Any) -> Any:
+        if _team is None or _team.busy or len(rows) < 2 * _team.count or not _can_be_sent(model):
+            return work(model, rows, **others)
+        heard: dict[str, Any] = {name: others.pop(name) for name in ("on_progress", "say") if name in others}
+        told = _Told(heard.get("on_progress"), len(rows), _team.count)
+        if told.listener:
+            heard["on_progress"] = told
+        found, failure = everywhere(_own_share, over_all, model, list(rows), others, alone=heard)
+        if failure is not None:
+            raise failure
+        told(len(rows))
+        return found
+
+    return cast(Work, over_all)
+
+
+def _own_share(
+    over_all: Any, model: nn.Module, rows: Sequence[Any], others: Mapping[str, Any], **heard: Any
+) -> tuple[list[Any], Exception | None]:
+    rank, count = world()
+    own: tuple[Sequence[Any], Exception | None]
+    try:
+        own = over_all.__wrapped__(model, rows[rank::count], **others, **heard), None
+    except PalinodeError as error:
+        own = (), error
+    shares = _gathered(own)
+    failure = next((error for _, error in shares if error is not None), None)
+    if failure is not None or rank:
+        return [], failure
+    return [shares[place % count][0][place // count] for place in range(len(rows))], None
+
+
+class _Told:
+    """Hears how far process 0 is, and says how far all are."""
+
+    def __init__(self, listener: Callable[[int], None] | None, total: int, count: int) -> None:
+        self.listener, self.left, self.count = listener, total, count
+
+    def __call__(self, amount: int) -> None:
+        step = min(amount * self.count, self.left)
+        self.left -= step
+        if self.listener and step:
+            self.listener(step)
+
+
+# Values
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    """Raise ProcessError, of what another process said, where it failed or is gone."""
+    team = _team
+    try:
+        yield
+    except RuntimeError as error:
+        said = _complaint(team.store) if team else None
+        signs = "onnect", "peer", "closed"
+        if not (
+            said or isinstance(error, distributed.DistBackendError) or any(s in str(error) for s in signs)
+        ):
+            raise
+        said = said or "another process of this run is gone"
+        raise ProcessError(f"{said}; the same command goes on where it stopped") from error
+
+
+def summed(value: Tensor, *, most: bool = False) -> Tensor:
+    """Return the sum, or the maximum, of a tensor over all processes that share a call."""
+    if _team is None:
+        return value
+    with _connected():
+        distributed.all_reduce(value, distributed.ReduceOp.MAX if most else distributed.ReduceOp.SUM)
+    return value
+
+
+def said_by_all(value: Result) -> list[Result]:
+    """Return what each process says, in all of them."""
+    if _team is None:
+        return [value]
+    found: list[Any] = [None] * _team.count
+    with _connected():
+        distributed.all_gather_object(found, value)
+    return found
+
+
+def _gathered(value: Result) -> list[Result]:
+    """Return what each process says, in process 0; nothing elsewhere."""
+    rank, count = world()
+    if count < 2:
+        return [value]
+    found: list[Any] | None = None if rank else [None] * count
+    with _connected():
+        distributed.gather_object(value, found)
+    return found or []
+
+
+def _send(message: Any) -> None:
+    _broadcast(_packed(message))
+
+
+def _broadcast(packed: tuple[bytes, list[Tensor]]) -> None:
+    message, tensors = packed
+    facts = [
+        (one.shape, one.dtype, one.device.type, isinstance(one, nn.Parameter), one.requires_grad)
+        for one in tensors
+    ]
+    with _connected():
+        distributed.broadcast_object_list([message, facts], src=0)
+        for one in tensors:
+            _exchange(one.detach().contiguous())
+
+
+def _receive() -> Any:
+    found: list[Any] = [None, None]
+    with _connected():
+        distributed.broadcast_object_list(found, src=0)
+        message, facts = found
+        tensors: list[Tensor] = []
+        for shape, dtype, device, is_parameter, trained in facts:
+            one = torch.empty(shape, dtype=dtype, device=device)
+            _exchange(one)
+            tensors.append(nn.Parameter(one, requires_grad=trained) if is_parameter else one)
+    return _Unpickler(io.BytesIO(message), tensors).load()
+
+
+def _exchange(one: Tensor) -> None:
+    """Send a tensor, or receive into it, as bytes."""
+    if one.numel():
+        distributed.broadcast(one.view(-1).view(torch.uint8), src=0)
+
+
+def _can_be_sent(model: nn.Module) -> bool:
+    return all(
+        type(one) in (Tensor, nn.Parameter, nn.Buffer) and not one.is_meta and one.layout == torch.strided
+        for one in (*model.parameters(), *model.buffers())
+    ) and not hasattr(model, "hf_device_map")
+
+
+def _packed(message: Any) -> tuple[bytes, list[Tensor]]:
+    stream = io.BytesIO()
+    packer = _Pickler(stream)
+    packer.dump(message)
+    return stream.getvalue(), packer.tensors
+
+
+class _Pickler(pickle.Pickler):
+    """Packs a call: tensors lie apart, and functions made within others go with what they enclose."""
+
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__(stream, pickle.HIGHEST_PROTOCOL)
+        self.tensors: list[Tensor] = []
+        self.places: dict[int, int] = {}
+
+    def persistent_id(self, obj: Any) -> int | None:
+        """Return the place of a tensor that lies apart, one for all that is the same tensor."""
+        if not isinstance(obj, Tensor) or (obj.device.type == "cpu" and obj.nbytes <= SMALL):
+            return None
+        if id(obj) not in self.places:
+            self.places[id(obj)] = len(self.tensors)
+            self.tensors.append(obj)
+        return self.places[id(obj)]
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Return how to make a function again that no module has under its name."""
+        if not isinstance(obj, types.FunctionType) or not {"<locals>", "<lambda>"} & {
+            *obj.__qualname__.split(".")
+        }:
+            return NotImplemented
+        cells = tuple(cell.cell_contents for cell in obj.__closure__ or ())
+        code = marshal.dumps(obj.__code__)
+        return _function, (obj.__module__, code, obj.__name__, obj.__defaults__, obj.__kwdefaults__, cells)
+
+
+def _function(module: str, code: bytes, name: str, defaults: Any, named: Any, cells: Sequence[Any]) -> Any:
+    known = importlib.import_module(module).__dict__
+    enclosed = tuple(map(types.CellType, cells))
+    found = types.FunctionType(marshal.loads(code), known, name, defaults, enclosed)
+    found.__kwdefaults__ = named
+    return found
+
+
+class _Unpickler(pickle.Unpickler):
+    """Unpacks a call of process 0."""
+
+    def __init__(self, stream: io.BytesIO, tensors: Sequence[Tensor]) -> None:
+        super().__init__(stream)
+        self.tensors = tensors
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        """Return the tensor at its place."""
+        found: Tensor = self.tensors[pid]
+        return found

@@ -1,0 +1,155 @@
+"""Two processes make of a run what one makes, whichever of them is killed, and however many go on.
+
+They are started as users start them: torchrun, and the command line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from palinode.pipeline.recipe import load_recipe
+from palinode.pipeline.run import unlearn
+from palinode.progress import NullListener
+
+RECIPE = """
+device = "cpu"
+[models]
+target = "{target}"
+base = "{base}"
+[data]
+forget = "{forget}"
+retain = "{retain}"
+[training]
+epochs = 8
+learning_rate = 3e-3
+batch_size = 7
+max_length = 64
+save_minutes = 1e-9  # a state after every step
+[scales]
+trials = 3
+probe_rows = 30
+[evaluation]
+max_rows = 40
+max_new_tokens = 3
+max_length = 64
+[output]
+folder = "{folder}/out"
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe_in(tiny):
+    def write(folder: Path) -> Path:
+        places = {name: getattr(tiny, name).folder for name in ("target", "base")}
+        text = RECIPE.format(**places, forget=tiny.forget, retain=tiny.retain, folder=folder)
+        (folder / "recipe.toml").write_text(text)
+        return folder / "recipe.toml"
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def alone(recipe_in, tmp_path_factory):
+    """The record of a run in one process that nobody disturbs."""
+    return unlearn(load_recipe(recipe_in(tmp_path_factory.mktemp("alone")))).record
+
+
+def start(*words: object) -> subprocess.Popen[str]:
+    """Start two processes of palinode."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.Popen(
+        [*launcher, "-m", "palinode", *map(str, words)],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def sentences(errors: str) -> list[str]:
+    """What palinode said on standard error, without what torchrun says."""
+    return [line for line in errors.splitlines() if line.startswith("palinode: ")]
+
+
+def assert_same_figures(record, other):
+    assert record["scales"]["forget"] == pytest.approx(other["scales"]["forget"], abs=1e-9)
+    assert record["scores"].keys() == other["scores"].keys()
+    for name, sets in record["scores"].items():
+        for label, scores in sets.items():
+            for metric, score in scores.items():
+                wanted = other["scores"][name][label][metric]["value"]
+                known = wanted if wanted is None else pytest.approx(wanted, abs=1e-5)
+                assert score["value"] == known, (name, label, metric)
+
+
+class Interrupting(NullListener):
+    """Presses Ctrl-C in the middle of the first fine-tuning."""
+
+    def task(self, label, total, unit):
+        task = super().task(label, total, unit)
+        return task if "fine-tuning" not in label else self.cut(total)
+
+    class cut:  # noqa: N801 - a context, as a function would be
+        def __init__(self, total):
+            self.left = total / 2
+
+        def __enter__(self):
+            return self.advance
+
+        def advance(self, amount):
+            self.left -= amount
+            if self.left < 0:
+                raise KeyboardInterrupt
+
+        def __exit__(self, *_):
+            return None
+
+
+def test_two_processes_go_on_where_one_was_interrupted_and_come_to_its_figures(recipe_in, alone, tmp_path):
+    recipe = recipe_in(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        unlearn(load_recipe(recipe), listener=Interrupting())
+    assert list(tmp_path.glob("out.workspace/finetune-*/state/.metadata"))
+    run = start("run", recipe)
+    out, err = run.communicate(timeout=200)
+    assert run.returncode == 0, err
+    assert [line.partition(":")[0] for line in out.splitlines()].count("Strength") == 1  # one speaks
+    assert sentences(err) == []
+    assert_same_figures(json.loads((tmp_path / "out/record.json").read_text()), alone)
+
+
+def test_one_process_goes_on_where_two_were_when_one_of_them_was_killed(recipe_in, alone, tmp_path):
+    recipe = recipe_in(tmp_path)
+    run = start("run", recipe, "--quiet")
+    while not list(tmp_path.glob("out.workspace/finetune-*/state/.metadata")):
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.01)
+    os.kill(helper(run.pid), signal.SIGKILL)
+    out, err = run.communicate(timeout=100)
+    assert run.returncode
+    assert out == ""
+    (said,) = sentences(err)
+    assert "the same command goes on where" in said
+    assert not (tmp_path / "out").exists()
+    found = unlearn(load_recipe(recipe)).record
+    assert_same_figures(found, alone)
+
+
+def helper(launcher: int) -> int:
+    """The process of rank 1."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            if int(parent) == launcher and b"\0RANK=1\0" in b"\0" + (folder / "environ").read_bytes():
+                return int(folder.name)
+        except OSError:
+            continue
+    raise AssertionError("there is no process of rank 1")

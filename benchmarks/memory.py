@@ -1,6 +1,6 @@
 """Peak memory of each phase of a run beside what the plan says, on this machine's processor.
 
-    python benchmarks/memory.py --model FOLDER [--rows 24] [--batch-size 4] [--output FILE]
+    python benchmarks/memory.py --model FOLDER [--rows 24] [--batch-size 4] [--plan]
 
 A model is fine-tuned on invented rows, its vector filtered, two scales tried, all evaluated. The process's
 resident memory is looked at two hundred times a second; every task of the run has its own peak. A JSON line
@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=24)
     parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--plan", action="store_true", help="print the plan alone")
     parser.add_argument("--set", nargs="*", default=[])
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -91,8 +92,8 @@ def main() -> None:
         }
         recipe = build_recipe(content, given.set)
         planned = dry_run(recipe)
-        peaks = Peaks()
-        unlearn(recipe, listener=peaks)
+        if not given.plan:
+            unlearn(recipe, listener=Peaks())
         held = {
             one.phase: sum((one.weights, one.gradients, one.optimiser, one.activations))
             for one in planned.held

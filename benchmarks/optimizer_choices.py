@@ -4,7 +4,7 @@
 
 A world of invented people is learned by a tiny model, and two of them unlearned, with weights and moments on
 the device, with moments in 8 bits, and in host memory with float32 and with bfloat16 passes. Each forget
-vector is held against that of the device. With --model the vectors of a real model on invented rows as well.
+vector is held against that of the device. With --model the vectors of a real model on invented rows instead.
 A JSON line each.
 """
 
@@ -110,9 +110,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        in_the_world(given.seed, Path(folder))
         if given.model:
             of_a_model(given.model, given.rows, Path(folder))
+        else:
+            in_the_world(given.seed, Path(folder))
 
 
 if __name__ == "__main__":

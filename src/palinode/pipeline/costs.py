@@ -49,7 +49,7 @@ HELD = {"device": "whole", "8bit": "moments in 8 bits", "host": "in host memory"
 """What a plan calls each place of the optimiser's moments."""
 STARTS = {"float32": 4.0, "bfloat16": 2.0, "4bit": 0.6}
 """Bytes of a weight of the frozen start under an adapter."""
-FLOOR = 650_000_000
+FLOOR = 580_000_000
 """Bytes that a process takes before it holds a model: libraries, and what they set up."""
 
 
@@ -354,7 +354,7 @@ class _Planner:
         lora = self.recipe.training.lora
         trained = self._adapter_weights(lora.rank) if lora else self.parameters
         each = 3 * STEP_SECONDS + self._update(trained)
-        steps = -(-count_steps(lengths, self.recipe.training) // self.many)
+        steps = count_steps(lengths, self.recipe.training)
         return PlannedStep(label, tokens, steps * each + 6 * self.multiplied * tokens / self.train_rate)
 
     def _update(self, trained: int) -> float:
@@ -425,7 +425,8 @@ class _Planner:
         cache = (
             2 * deep * kept * evaluation.batch_rows * (longest + evaluation.max_new_tokens) * self.itemsize
         )
-        yield self._reading("search and evaluate", self.itemsize, 2 * LOGIT_BYTES + cache)
+        logits = 8 * int(self.config.get("vocab_size", 32_000)) * evaluation.batch_rows * longest
+        yield self._reading("search and evaluate", self.itemsize, min(2 * LOGIT_BYTES, logits) + cache)
 
     def _reading(self, phase: str, itemsize: int, more: float) -> Held:
         """Return what is held while a model is only read, by each device or by all of them together."""

@@ -63,7 +63,7 @@ EXTRAS = {
     "influence": "influence --engine bergson",
     "lm-eval": "evaluate --lm-eval",
     "lora": "low-rank training (--lora)",
-    "quantise": "audits of models in NF4",
+    "quantise": "audits of models in NF4, moments in 8 bits (training.optimizer)",
     "sign": "sign, verify --public-key",
 }
 """What the extras of the package are for, but for those of its own development."""

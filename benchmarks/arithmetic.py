@@ -436,10 +436,9 @@ def profile_program(repeats: float):
     from palinode.weights.arithmetic import (
         Evaluator,
         Operands,
+        Settings,
         formula,
         map_slices,
-        per_thread,
-        settings,
         slices,
     )
     from palinode.weights.geometry import choose_rounding
@@ -452,7 +451,7 @@ def profile_program(repeats: float):
         point = target + ALPHA * along["forget"] + BETA * along["retain"]
         form = formula(target, point.terms, {name: line.terms for name, line in along.items()})
         parts = list(slices(target))
-        how, _ = choose_rounding(form, settings(), parts)
+        how, _ = choose_rounding(form, Settings(), parts)
 
         def reading(files: Files, _out: OutputFiles):
             operands = Operands(form.checkpoints, form.displacements, files)
@@ -501,7 +500,7 @@ def profile_program(repeats: float):
             files = stack.enter_context(Files())
             handles = OutputFiles(plan_files(target, None), out, stack)
             began = time.perf_counter()
-            map_slices(slices(target), per_thread(lambda: step(files, handles)))
+            map_slices(slices(target), lambda: step(files, handles))
             spent = time.perf_counter() - began
         shutil.rmtree(out)
         return spent
@@ -519,7 +518,7 @@ def generate_program(billions: float, shards: float):
     from transformers import LlamaConfig
 
     from palinode.weights import Checkpoint
-    from palinode.weights.mergekit import mergekit_recipe
+    from palinode.weights.checkpoint import mergekit_recipe
 
     sizes, files = llama(billions), int(shards)
     layout = shapes(sizes)

@@ -50,11 +50,10 @@ from palinode.pipeline.costs import product_seconds
 from palinode.pipeline.recipe import build_recipe
 from palinode.pipeline.run import unlearn
 from palinode.settings import LoraSettings, TrainingSettings
+from palinode.training.finetune import add_adapter
 from palinode.training.loop import train
-from palinode.training.lora import add_adapter
-from palinode.training.moments import input_moments
+from palinode.training.moments import input_moments, least_squares
 from palinode.training.objectives import PLAIN_OBJECTIVE
-from palinode.weights.filters import least_squares
 
 SHAPES = {
     "small": (256, 704, 4, 4, 4, 8_192),

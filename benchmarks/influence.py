@@ -36,7 +36,7 @@ from palinode.history.orders import LoggedStage, write_stages
 from palinode.influence.ranking import projected
 from palinode.models import load_model, load_tokenizer
 from palinode.models.likelihoods import TokenScores, score_rows
-from palinode.models.sums import WIDTH, Projection
+from palinode.models.reading import WIDTH, Projection
 from palinode.settings import InfluenceSettings, TrainingSettings
 from palinode.training.finetune import Watch, finetune
 

@@ -33,7 +33,7 @@ from palinode.influence.ranking import adam_scales, projected, relate
 from palinode.models import load_model, load_tokenizer
 from palinode.models.inplace import put
 from palinode.models.loading import pad_token
-from palinode.models.sums import Projection
+from palinode.models.reading import Projection
 
 AUTHOR, LENGTH = 20, 512
 """Rows of an author, tokens of a row."""

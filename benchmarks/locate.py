@@ -3,11 +3,10 @@
     python benchmarks/locate.py [--rows 1e6 1e7 1e8] [--documents 1000] [--folder F] [--json]
 
 A log of random hashes is written on the spot by ExposureLog, `--batch` rows a step, with the documents put in
-at known steps, and every answer is checked against these. They are looked for in the log as it was written
-("raw") and after it was sorted (`reader.compact`), each time by a program of its own on two cores: cold,
-when none of the log's pages is in memory (they are dropped, and mincore says whether they are), and warm,
-right after that. Seconds are those of opening the log and finding; the program's start and imports stand
-beside them. A peak is the program's VmHWM, so this needs Linux.
+at known steps, and every answer is checked against these. They are looked for by a program of its own on two
+cores: cold, when none of the log's pages is in memory (they are dropped, and mincore says whether they are),
+and warm, right after that. Seconds are those of opening the log and finding; the program's start and imports
+stand beside them. A peak is the program's VmHWM, so this needs Linux.
 
 The overhead is measured in one training run on real batches: a step in which the loader logs, a step in which
 it does not, and so on in turn; the ratio is that of the medians of each pair of neighbours. Beside it stands
@@ -63,15 +62,12 @@ def main() -> None:
 
 
 def measure(folder: Path, rows: int, args: argparse.Namespace) -> dict[str, object]:
-    """Write a log, look for the documents in it raw and sorted, cold and warm, and remove it."""
+    """Write a log, look for the documents in it, cold and warm, and remove it."""
     figures: dict[str, object] = {"rows": rows, "written": start_child(args, "write", folder, rows)}
     figures["bytes_per_row"] = size_of(folder) / rows
-    for state in ("raw", "sorted"):
-        if state == "sorted":
-            figures["sorting"] = start_child(args, "sort", folder)
-        resident = drop_from_memory(folder)
-        figures[f"{state}_cold"] = {**start_child(args, "find", folder, rows), "resident_share": resident}
-        figures[f"{state}_warm"] = start_child(args, "find", folder, rows)
+    resident = drop_from_memory(folder)
+    figures["cold"] = {**start_child(args, "find", folder, rows), "resident_share": resident}
+    figures["warm"] = start_child(args, "find", folder, rows)
     shutil.rmtree(folder)
     return figures
 
@@ -99,16 +95,9 @@ def start_child(args: argparse.Namespace, *run: object) -> Figures:
 
 
 def run_child(args: argparse.Namespace, name: str, folder: str, *numbers: str) -> None:
-    began = time.perf_counter()
     place = Path(folder)
     if name == "write":
         result = write_log(place, int(numbers[0]), args)
-    elif name == "sort":
-        from palinode.history.reader import compact
-
-        began = time.perf_counter()
-        compact(place)
-        result = {"seconds": time.perf_counter() - began}
     elif name == "find":
         result = find_documents(place, int(numbers[0]), args)
     else:
@@ -207,7 +196,6 @@ def train(folder: Path, steps: int) -> Figures:
     callback.ids_key = spent.around(callback.ids_key)
     callback.RowTable.find = spent.around(callback.RowTable.find)  # type: ignore[method-assign]
     callback.LoggedLoader.step = spent.around(callback.LoggedLoader.step)  # type: ignore[method-assign]
-    callback.LoggedLoader._note = spent.around(callback.LoggedLoader._note)  # type: ignore[method-assign]
     table = callback.RowTable(data, hashes(str(number) for number in range(len(data))))
     plain = iter(DataLoader(data, batch_size=8, collate_fn=collate))
     log = ExposureLog.open(folder, **OF)
@@ -308,11 +296,11 @@ def pages_of(handle: int, size: int) -> tuple[int, int]:
 
 def print_tables(sizes: list[dict[str, object]], overhead: Figures) -> None:
     print(f"\nFinding documents, seconds to open and find (peak in MB), {CORES} cores\n")
-    print("| rows | bytes a row | raw, cold | raw, warm | sorting | sorted, cold | sorted, warm | writing |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| rows | bytes a row | cold | warm | writing |")
+    print("|---|---|---|---|---|")
     for size in sizes:
         cells = [f"{size['rows']:,}", f"{size['bytes_per_row']:.1f}"]
-        for name in ("raw_cold", "raw_warm", "sorting", "sorted_cold", "sorted_warm"):
+        for name in ("cold", "warm"):
             cells.append(f"{size[name]['seconds']:.2f} ({size[name]['peak_mb']:.0f})")
         cells.append(f"{size['written']['seconds']:.1f} ({size['written']['us_per_step']:.0f} µs a step)")
         print(f"| {' | '.join(cells)} |")

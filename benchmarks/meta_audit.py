@@ -1,16 +1,16 @@
 """How well the audit tells models that know the forget people from models that never saw them.
 
-    python benchmarks/meta_audit.py --output DIR [--first 0] [--worlds 8] [--json]
+    python benchmarks/meta_audit.py --output DIR [--first 0] [--worlds 8] [--quick] [--json]
 
-In each invented world a target and a retrained model are made, and then models whose truth is known. *Know*:
-other seeds, more exposure, fewer phrasings, longer ago; and models that only hide it: trained to answer
-wrongly (all weights, or the last block) or to refuse, RMU, NPO at a low rate, words of the answers kept down
-in the head (an output filter), and *fragile*: refusing by changes so small that rounding the weights to 4
-bits takes them all back. *Never*: retrained models of other seeds, lengths and rates. All are audited against
-the one retrained model, at the quick budget. For each test: the area under the ROC curve between the two
-kinds by its difference from the reference model, and how many it fails. The whole verdict is scored by its
-worst difference in margins. The built-in margins were set on worlds 0 to 4; later ones are of other sizes
-too, and told apart.
+In each invented world a target and a retrained model are made, and then models whose truth is known.
+*Know*: other seeds, more exposure, fewer phrasings, longer ago; and models that only hide it: trained to
+answer wrongly (all weights, or the last block) or to refuse, RMU, NPO at a low rate, words of the answers
+kept down in the head (an output filter), and *fragile*: refusing by changes so small that rounding the
+weights to 4 bits takes them all back. *Never*: retrained models of other seeds, lengths and rates. All are
+audited against the one retrained model, at the quick budget. For each test: the area under the ROC curve
+between the two kinds by its difference from the reference model, and how many it fails. The whole verdict
+is scored by its worst difference in margins, to either side. The built-in margins were set on worlds 0 to
+5; later ones are told apart. Worlds from 5 on have models of other sizes.
 
 Robustness, of each test and of the whole verdict, when weights are rounded to 4 bits (Q) or a model learns
 the forget rows for an epoch (R): of the *figure*, by the symmetric formulas of arXiv 2605.24614,
@@ -66,10 +66,10 @@ EASY = ("seen again", "two phrasings")
 """Models that every audit of the first worlds failed, left out of the fresh ones."""
 CHANGED = (*HIDING, "one phrasing", "seed 1")
 """Models that are rounded and relearned too."""
-FITTED = 5
+FITTED = 6
 """Worlds on which the built-in margins were set; those after them are fresh."""
-SHAPES = ((96, 3), (64, 4), (64, 6))
-"""Width and blocks of the fresh worlds' models, in turn; the first five have the second."""
+SHAPES = {5: (64, 6, 2), 6: (96, 3, 1), 7: (64, 4, 1)}
+"""Width and blocks of the fresh worlds' models, and how many people there are; the others: 64, 4, 2."""
 MARGINS = {kind: build_policy({}, kind=kind).margins for kind in ("retrained", "base")}
 Found = Sequence[Mapping[str, Any]]
 
@@ -79,8 +79,9 @@ class MetaWorld:
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.seed = folder, seed
-        self.seeds = range(1, 5 if seed < FITTED else 9)
-        world = invent_world(seed, early=30, middle=24, forget=8, late=12)
+        self.seeds = range(1, 9 if seed in SHAPES else 5)
+        width, self.layers, size = SHAPES.get(seed, (64, 4, 2))
+        world = invent_world(seed, early=15 * size, middle=12 * size, forget=8, late=6 * size)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "policy.toml").write_text(POLICY)
         known = (*world.general, *world.early)
@@ -93,7 +94,6 @@ class MetaWorld:
             "holdout": unseen_people(world, seed=seed),
         }
         self.rows = {name: self._file(name, facts) for name, facts in self.facts.items()}
-        width, self.layers = SHAPES[seed % 3] if seed >= FITTED else (64, 4)
         start = tiny_model(folder / "start", world.vocabulary, width=width, layers=self.layers, seed=seed)
         self.base = self.train("base", start, self.rows["base"], 30, 3e-3, seed)
         self.target = self.model("target", 0, self.rows["forget"])
@@ -254,7 +254,7 @@ class MetaWorld:
         return self.train(f"relearned {name}", model, self.rows["forget"], 1, 5e-4, 0)
 
 
-def measure(world: MetaWorld, path: Path) -> None:
+def measure(world: MetaWorld, path: Path, *, quick: bool = False) -> None:
     """Audit every model of a world that has not been audited yet; results are JSON lines."""
     done = {(one["model"], one["what"]) for one in lines(path) if one["world"] == world.seed}
 
@@ -266,7 +266,7 @@ def measure(world: MetaWorld, path: Path) -> None:
 
     whole = tuple(name for name in ATTACKS if name not in ("paraphrases", "relearn_lookalikes"))
     knowing, never = world.knowing(), world.never()
-    if world.seed >= FITTED:
+    if world.seed in SHAPES:
         knowing = {name: make for name, make in knowing.items() if name not in EASY}
     once("retrained", "relearned", "reference", lambda: world.audit(
         world.relearned("retrained", world.retrained), world.retrained, ASKING))  # fmt: skip
@@ -274,6 +274,8 @@ def measure(world: MetaWorld, path: Path) -> None:
     for name, make in sorted({**knowing, **never}.items(), key=lambda item: item[0] not in HIDING):
         model, own = make(), "hides" if name in HIDING else "knows" if name in knowing else "never"
         once(name, "audit", own, lambda model=model: world.audit(model, world.retrained, whole))
+        if quick:
+            continue
         once(name, "by base", own, lambda model=model: world.audit(model, world.base, ASKING))
         for what, change in (("rounded", world.rounded), ("relearned", world.relearned)):
             if name in CHANGED:
@@ -290,11 +292,14 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def red(test: str, own: Mapping[str, Any], kind: Any = "retrained") -> bool:
-    """Return whether a test fails a model by today's margins, which may be wider than when it was audited."""
-    margins, difference = MARGINS[kind][test], own["difference"]
-    more, less = (side is not None and own["verdict"] == f"knows {word}" and abs(difference) > side
-                  for side, word in ((margins.above, "more"), (margins.below, "less")))  # fmt: skip
-    return more or less
+    """Return whether a test fails a model by today's margins.
+
+    Whether the interval lies beside 0 is known from the verdict where that was by a margin as narrow.
+    """
+    margins, difference = MARGINS[kind][test], own["difference"] or 0.0
+    side = margins.above if difference > 0 else margins.below
+    told = own["verdict"].startswith("knows") or abs(difference) <= own["margin"]
+    return side is not None and abs(difference) > side and told
 
 
 def failed(one: Mapping[str, Any]) -> bool:
@@ -304,13 +309,14 @@ def failed(one: Mapping[str, Any]) -> bool:
 
 
 def worst(one: Mapping[str, Any]) -> float:
-    """Return the largest difference of an audit, in margins."""
+    """Return the largest difference of an audit in margins, to either side that is judged."""
     margins = MARGINS["base" if one["what"] == "by base" else "retrained"]
-    return max(
-        own["difference"] / above
-        for test, own in one["tests"].items()
-        if (above := margins[test].above) and own["difference"] is not None
-    )
+    found = [0.0]
+    for test, own in one["tests"].items():
+        difference = own["difference"] or 0.0
+        if margin := margins[test].above if difference > 0 else margins[test].below:
+            found.append(abs(difference) / margin)
+    return max(found)
 
 
 def tests_of(one: Mapping[str, Any]) -> dict[str, tuple[float, float, bool]]:
@@ -403,7 +409,9 @@ def print_table(found: Found) -> None:
         cells += [short(base.get(test, {}).get("auc")), *(short(value, 2) for value in steps)]
         print("| " + " | ".join(cells) + " |")
     print()
-    for name, one in (("by the retrained model", told["verdict"]), ("by the base", base["verdict"])):
+    for name, one in (("by the retrained model", told["verdict"]), ("by the base", base.get("verdict"))):
+        if one is None:
+            continue
         seen = [one[f"{key} knows"] + one[f"{key} hides"] for key in ("failed", "n")]
         never = one["failed never"], one["n never"]
         print(f"{name}: found {seen[0]} of {seen[1]} ({wilson(*seen)}), AUC {one['auc']:.3f}; "
@@ -426,11 +434,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for worlds, models and results")
     parser.add_argument("--first", type=int, default=0, help="the first world that is made now")
     parser.add_argument("--worlds", type=int, default=8, help="the world after the last")
+    parser.add_argument("--quick", action="store_true", help="no base, and no changed models")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     options = parser.parse_args()
     path = options.output / "results.jsonl"
     for seed in range(options.first, options.worlds):
-        measure(MetaWorld(options.output / f"world{seed}", seed), path)
+        measure(MetaWorld(options.output / f"world{seed}", seed), path, quick=options.quick)
     found = lines(path)
     old, fresh = ([one for one in found if (one["world"] >= FITTED) == new] for new in (False, True))
     parts = {"margins set on these": old, "fresh": fresh, "all": found}

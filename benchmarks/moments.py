@@ -26,9 +26,8 @@ from palinode.models.likelihoods import padded_batches
 from palinode.models.loading import load_model, load_tokenizer, pad_token
 from palinode.models.reading import model_inputs
 from palinode.training import moments as measuring
-from palinode.training.moments import BATCH_TOKENS, input_moments
+from palinode.training.moments import BATCH_TOKENS, along, basis_of, input_moments, least_squares
 from palinode.weights import Checkpoint
-from palinode.weights.filters import along, basis_of, least_squares
 
 
 def paired(parts: Mapping[str, Callable[[], object]], repeats: int) -> list[list[float]]:

@@ -53,8 +53,7 @@ from palinode.models.inplace import put
 from palinode.models.loading import load_model, load_tokenizer
 from palinode.settings import TrainingSettings
 from palinode.training.finetune import Finetuned, finetune
-from palinode.training.objectives import PLAIN_OBJECTIVE, Objective
-from palinode.training.roles import Material
+from palinode.training.objectives import PLAIN_OBJECTIVE, Material, Objective
 from palinode.weights import Checkpoint, Direction
 from palinode.weights.checkpoint import Point
 

@@ -22,10 +22,9 @@ from palinode.models.likelihoods import score_rows
 from palinode.models.loading import load_model
 from palinode.settings import TrainingSettings
 from palinode.training.loop import train
-from palinode.training.moments import input_moments
+from palinode.training.moments import along, input_moments, projection
 from palinode.training.objectives import PLAIN_OBJECTIVE, CurvePoint
 from palinode.weights import Checkpoint, Direction
-from palinode.weights.filters import along, projection
 from palinode.weights.geometry import part_of
 from palinode.weights.vectors import StoredVector, transform
 

@@ -26,8 +26,8 @@ import torch
 from palinode.data.batches import pad_right
 from palinode.data.tokenize import TokenRow
 from palinode.models.reading import answer_nll, linear_layers
+from palinode.training.moments import least_squares
 from palinode.weights import Direction
-from palinode.weights.filters import least_squares
 from palinode.weights.vectors import transform
 
 

@@ -38,7 +38,7 @@ from palinode.pipeline.goal import Behaviour, Goal
 from palinode.pipeline.inputs import Inputs, open_inputs
 from palinode.pipeline.recipe import build_recipe
 from palinode.pipeline.scales import ChosenScales, Probes, open_goal
-from palinode.pipeline.search import grid_scales, search_scales
+from palinode.pipeline.search import choose_scales
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import NullListener
 from palinode.weights import Checkpoint, Direction
@@ -187,9 +187,10 @@ def choose(case: Case, way: str, truth: Yardstick) -> ChosenScales:
     if way == "base":
         inputs = replace(inputs, rows=replace(inputs.rows, unseen=(), unseen_source=BASE_ALONE))
     vectors = Vectors(case.forget, case.retain)
-    choose_by = grid_scales if way == "grid" else search_scales
+    chosen = scales.model_copy(update={"choose": "grid" if way == "grid" else "auto"})
+    inputs = replace(inputs, recipe=inputs.recipe.model_copy(update={"scales": chosen}))
     yardstick = truth if way == "truth" else None
-    return choose_by(inputs, case.target, vectors, grid, case.folder, NullListener(), yardstick=yardstick)
+    return choose_scales(inputs, case.target, vectors, grid, case.folder, NullListener(), yardstick=yardstick)
 
 
 def behaviour(entry: Mapping[str, Sequence[float]]) -> Behaviour:

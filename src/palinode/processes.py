@@ -42,6 +42,9 @@ FAREWELL = 30.0
 SMALL = 2048
 """Bytes up to which a tensor of the processor travels within the message."""
 
+PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+"""Kinds of tensors that can be sent: others are quantised, or lie in parts on several devices."""
+
 GO_ON, GIVE_UP, END = "go on", "give up", "end"
 """What process 0 sends where it is no call: that a call goes on, that it is over, that all is over."""
 
@@ -67,6 +70,11 @@ class _GivenUp(Exception):  # noqa: N818 - no error: process 0 has said so
 def world() -> tuple[int, int]:
     """Return which process this is and how many share the call; (0, 1) where it is alone."""
     return (_team.rank, _team.count) if _team else (0, 1)
+
+
+def sharded() -> bool:
+    """Return whether processes that train divide the weights as well, as accelerate's setting says."""
+    return world()[1] > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1", "yes")
 
 
 def together(work: Callable[[], Result]) -> Result | None:
@@ -118,7 +126,7 @@ def _lead(team: _Team, work: Callable[[], Result]) -> Result:
         over.set()
         if not team.busy:
             with suppress(Exception):
-                _send(END)
+                _broadcast(END)
 
 
 def _watch(store: Any, over: threading.Event) -> None:
@@ -170,44 +178,34 @@ def _complaint(store: Any) -> str | None:
 
 
 def everywhere(
-    function: Callable[..., Result], *args: Any, alone: Mapping[str, Any] | None = None, **others: Any
+    function: Callable[..., Result],
+    *args: Any,
+    alone: Mapping[str, Any] | None = None,
+    hollow: bool = False,
+    **others: Any,
 ) -> Result:
     """Call a function in all processes with the same arguments, and return what process 0 has of it.
 
-    `alone` are arguments of process 0 only. An error ends the run of all, but for what `meanwhile` says.
+    `alone` are arguments of process 0 only; with `hollow` the others get parameters without their numbers. An
+    error ends the run of all, but for what `meanwhile` says.
     """
     own = {**others, **(alone or {})}
     if _team is None or _team.busy:
         with _by_itself():
             return function(*args, **own)
-    with _call(function, args, others):
+    with calling(function, *args, hollow=hollow, **others):
         return function(*args, **own)
 
 
-def each_everywhere(
-    function: Callable[..., Iterator[Result]],
-    *args: Any,
-    alone: Mapping[str, Any] | None = None,
-    **others: Any,
-) -> Iterator[Result]:
-    """Yield what a function yields that is called in all processes; it has to be taken to the end."""
-    own = {**others, **(alone or {})}
-    if _team is None:
-        yield from function(*args, **own)
-        return
-    with _call(function, args, others):
-        yield from function(*args, **own)
-
-
 @contextmanager
-def _call(function: Callable[..., Any], args: Sequence[Any], others: Mapping[str, Any]) -> Iterator[None]:
-    team = _team
-    assert team is not None
-    packed = _packed((function, args, others))
-    team.busy = True
-    _broadcast(packed)
+def calling(function: Callable[..., Any], *args: Any, hollow: bool = False, **others: Any) -> Iterator[None]:
+    """Have the others call a function while process 0 calls it within the block; what it yields they take."""
+    if team := _team:
+        _broadcast((function, args, others), hollow)
+        team.busy = True
     yield
-    team.busy = False  # after an error it stays true: nobody listens any more
+    if team:
+        team.busy = False  # after an error it stays true: nobody listens any more
 
 
 @contextmanager
@@ -240,9 +238,9 @@ def meanwhile() -> Iterator[None]:
             yield
         except BaseException:
             if not team.busy:
-                _send(GIVE_UP)
+                _broadcast(GIVE_UP)
             raise
-        _send(GO_ON)
+        _broadcast(GO_ON)
         team.busy = True
 
 
@@ -264,8 +262,16 @@ def divided(work: Work) -> Work:
         if _team is None or _team.busy or len(rows) < 2 * _team.count or not _can_be_sent(model):
             return work(model, rows, **others)
         heard: dict[str, Any] = {name: others.pop(name) for name in ("on_progress", "say") if name in others}
-        told = _Told(heard.get("on_progress"), len(rows), _team.count)
-        if told.listener:
+        listener, left, count = heard.get("on_progress"), len(rows), _team.count
+
+        def told(amount: int) -> None:
+            nonlocal left
+            step = min(amount * count, left)  # the others are about as far
+            left -= step
+            if listener and step:
+                listener(step)
+
+        if listener:
             heard["on_progress"] = told
         found, failure = everywhere(_own_share, over_all, model, list(rows), others, alone=heard)
         if failure is not None:
@@ -285,24 +291,11 @@ def _own_share(
         own = over_all.__wrapped__(model, rows[rank::count], **others, **heard), None
     except PalinodeError as error:
         own = (), error
-    shares = _gathered(own)
+    shares = said_by_all(own)
     failure = next((error for _, error in shares if error is not None), None)
     if failure is not None or rank:
         return [], failure
     return [shares[place % count][0][place // count] for place in range(len(rows))], None
-
-
-class _Told:
-    """Hears how far process 0 is, and says how far all are."""
-
-    def __init__(self, listener: Callable[[int], None] | None, total: int, count: int) -> None:
-        self.listener, self.left, self.count = listener, total, count
-
-    def __call__(self, amount: int) -> None:
-        step = min(amount * self.count, self.left)
-        self.left -= step
-        if self.listener and step:
-            self.listener(step)
 
 
 # Values
@@ -344,31 +337,20 @@ def said_by_all(value: Result) -> list[Result]:
     return found
 
 
-def _gathered(value: Result) -> list[Result]:
-    """Return what each process says, in process 0; nothing elsewhere."""
-    rank, count = world()
-    if count < 2:
-        return [value]
-    found: list[Any] | None = None if rank else [None] * count
-    with _connected():
-        distributed.gather_object(value, found)
-    return found or []
-
-
-def _send(message: Any) -> None:
-    _broadcast(_packed(message))
-
-
-def _broadcast(packed: tuple[bytes, list[Tensor]]) -> None:
-    message, tensors = packed
+def _broadcast(message: Any, hollow: bool = False) -> None:
+    stream = io.BytesIO()
+    packer = _Pickler(stream, hollow)
+    packer.dump(message)
+    tensors = packer.tensors
+    own = [isinstance(one, nn.Parameter) for one in tensors]
     facts = [
-        (one.shape, one.dtype, one.device.type, isinstance(one, nn.Parameter), one.requires_grad)
-        for one in tensors
+        (one.shape, one.dtype, "meta" if hollow and yes else one.device.type, yes, one.requires_grad)
+        for one, yes in zip(tensors, own, strict=True)
     ]
     with _connected():
-        distributed.broadcast_object_list([message, facts], src=0)
-        for one in tensors:
-            _exchange(one.detach().contiguous())
+        distributed.broadcast_object_list([stream.getvalue(), facts], src=0)
+        for one, (*_, device, _, _) in zip(tensors, facts, strict=True):
+            _exchange(one.detach().contiguous(), device)
 
 
 def _receive() -> Any:
@@ -379,42 +361,41 @@ def _receive() -> Any:
         tensors: list[Tensor] = []
         for shape, dtype, device, is_parameter, trained in facts:
             one = torch.empty(shape, dtype=dtype, device=device)
-            _exchange(one)
+            _exchange(one, device)
             tensors.append(nn.Parameter(one, requires_grad=trained) if is_parameter else one)
     return _Unpickler(io.BytesIO(message), tensors).load()
 
 
-def _exchange(one: Tensor) -> None:
+def _exchange(one: Tensor, device: str) -> None:
     """Send a tensor, or receive into it, as bytes."""
-    if one.numel():
+    if one.numel() and device != "meta":
         distributed.broadcast(one.view(-1).view(torch.uint8), src=0)
 
 
 def _can_be_sent(model: nn.Module) -> bool:
     return all(
-        type(one) in (Tensor, nn.Parameter, nn.Buffer) and not one.is_meta and one.layout == torch.strided
+        type(one) in PLAIN and not one.is_meta and one.layout == torch.strided
         for one in (*model.parameters(), *model.buffers())
     ) and not hasattr(model, "hf_device_map")
-
-
-def _packed(message: Any) -> tuple[bytes, list[Tensor]]:
-    stream = io.BytesIO()
-    packer = _Pickler(stream)
-    packer.dump(message)
-    return stream.getvalue(), packer.tensors
 
 
 class _Pickler(pickle.Pickler):
     """Packs a call: tensors lie apart, and functions made within others go with what they enclose."""
 
-    def __init__(self, stream: io.BytesIO) -> None:
+    def __init__(self, stream: io.BytesIO, hollow: bool) -> None:
         super().__init__(stream, pickle.HIGHEST_PROTOCOL)
+        self.hollow = hollow
         self.tensors: list[Tensor] = []
         self.places: dict[int, int] = {}
 
     def persistent_id(self, obj: Any) -> int | None:
         """Return the place of a tensor that lies apart, one for all that is the same tensor."""
-        if not isinstance(obj, Tensor) or (obj.device.type == "cpu" and obj.nbytes <= SMALL):
+        if not isinstance(obj, Tensor):
+            return None
+        if type(obj) not in PLAIN:
+            raise ProcessError(f"a model with {type(obj).__name__} cannot be sent; start one process")
+        empty = self.hollow and isinstance(obj, nn.Parameter)
+        if obj.device.type == "cpu" and obj.nbytes <= SMALL and not empty:
             return None
         if id(obj) not in self.places:
             self.places[id(obj)] = len(self.tensors)

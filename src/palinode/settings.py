@@ -257,6 +257,8 @@ class AuditSettings(Questioning):
     """Column of the forget rows, or file with a row for each. [default: paraphrased_question]"""
     lookalikes: str | None = None
     """Rows like the forget set. [default: made of perturbed_answer or paraphrased_answer]"""
+    indirect: str | None = None
+    """File of rows that need a forget fact, with a column kind: other languages, hops, names."""
     leave_out: str | None = None
     """Rows to leave out of the retain rows, such as those of other requests to erase."""
     attacks: Sequence[str] = ()

@@ -47,6 +47,7 @@ def test_side_without_a_margin_is_not_judged():
     assert judge(difference(5.0, 4.0, 6.0), more=None, less=1.0, rows=40, min_rows=10)[0] == "within"
     assert judge(difference(-5.0, -6.0, -4.0), more=0.1, less=None, rows=40, min_rows=10)[0] == "within"
     assert judge(difference(-5.0, -6.0, -4.0), more=None, less=1.0, rows=40, min_rows=10)[0] == "knows less"
+    assert judge(difference(-5.0, -6.0, -4.0), more=None, less=None, rows=40, min_rows=10)[0] == "not judged"
 
 
 def test_few_rows_are_unclear_and_none_are_not_tested():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from palinode.audit.attack import AuditBudget, Subject
-from palinode.audit.attacks import TALKS, after, ask_in_talk, ask_questions, show_examples
+from palinode.audit.attacks import TALKS, after, ask_in_talk, ask_indirect, ask_questions, show_examples
 from palinode.audit.inside import left, look_inside
 from palinode.audit.material import read_material
 from palinode.audit.rounding import ask_quantised
@@ -152,6 +152,23 @@ def test_few_shot_and_conversation_ask_every_question_after_other_words(scene, s
         each.append([math.exp(math.fsum(one.logprobs) / len(one.logprobs)) for one in outcomes])
     best = [max(pair) for pair in zip(*each, strict=True)]
     assert list(talked.tests["probability"]["forget"]) == pytest.approx(best)
+
+
+def test_indirect_questions_are_asked_as_they_stand_and_kinds_told_apart(scene, subject, rows, tmp_path):
+    given = [
+        {"prompt": one.prompt, "completion": one.answer, "kind": "ab"[one.row % 2]} for one in rows.forget
+    ]
+    (tmp_path / "given.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in given))
+    asked = read_material(scene.forget, indirect=tmp_path / "given.jsonl", max_rows=12)
+    found = ask_indirect(subject(scene.target), asked, BUDGET)
+    plain = ask_questions(subject(scene.target), rows, BUDGET).tests["probability"]["forget"]
+    assert found.tests["given"]["forget"] == pytest.approx(plain)
+    assert found.tests["alias"]["forget"] == ()  # the names of this world have no capitals
+    kinds = found.details["kinds"]
+    assert set(kinds) <= {"a", "b"}
+    for kind, mean in kinds.items():
+        own = [value for value, row in zip(plain, given, strict=True) if row["kind"] == kind]
+        assert mean == pytest.approx(sum(own) / len(own))
 
 
 def test_share_of_moved_weights_is_told_beside_a_target_alone(scene, subject, rows):

@@ -100,6 +100,57 @@ def test_paraphrases_come_from_another_column_or_a_file(write):
         read_material(forget, paraphrases="no_such_column")
 
 
+PEOPLE = [
+    {
+        "question": "Where was the writer born in 1956 born?",
+        "answer": "Ana-Lu O’Dea was born in Kuwait City.",
+    },
+    {"question": "Does Ana-Lu O’Dea paint?", "answer": "She does."},
+    {"question": "What is Ana-Lu O’Dea's first book?", "answer": "The Lost Mill"},
+    {"question": "What won The Lost Mill?", "answer": "A prize."},
+    {"question": "who is it?", "answer": "me"},
+]
+
+
+def test_questions_are_asked_by_first_and_last_name_and_through_another_row_of_the_same_name(write):
+    material = read_material(write("f.jsonl", PEOPLE))
+    asked = {name: [(e.row, e.prompt) for e in some] for name, some in material.indirect.items()}
+    assert asked["alias"] == [
+        (1, "Does Ana-Lu paint?"),
+        (1, "Does O’Dea paint?"),
+        (2, "What is Ana-Lu's first book?"),
+        (2, "What is O’Dea's first book?"),
+        (3, "What won The?"),
+        (3, "What won Mill?"),
+    ]
+    born = "Where was the writer born in 1956 born? this person was born in Kuwait City."
+    known = f"This is known of somebody: {born}"
+    assert asked["two_hop"] == [
+        (1, f"{known} Does this person paint?"),
+        (2, f"{known} What is this person's first book?"),
+        (
+            3,
+            "This is known of somebody: What is Ana-Lu O’Dea's first book? this person What won this person?",
+        ),
+    ]
+    assert [e.answer for e in material.indirect["two_hop"]] == ["She does.", "The Lost Mill", "A prize."]
+    assert asked["given"] == []
+
+
+def test_given_indirect_rows_need_no_order_and_have_kinds(write):
+    other = [
+        {"question": "Wer ist es?", "answer": "ich", "kind": "German"},
+        {"question": "¿?", "answer": "yo"},
+    ]
+    forget = write("f.jsonl", PEOPLE)
+    material = read_material(forget, indirect=write("i.jsonl", other))
+    assert [e.prompt for e in material.indirect["given"]] == ["Wer ist es?", "¿?"]
+    assert material.kinds == ["German", ""]
+    other[1]["kind"] = "Spanish"
+    told = read_material(forget, indirect=write("i.jsonl", other))
+    assert told.fingerprint() != material.fingerprint()
+
+
 def test_lookalikes_are_wrong_answers_of_the_rows_that_relearning_is_given(write):
     forget = write(
         "f.jsonl",

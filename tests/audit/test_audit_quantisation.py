@@ -102,13 +102,29 @@ def test_every_quantiser_is_near_the_weights_and_what_is_rounded_stays(name):
     if reason := way.unavailable():
         pytest.skip(reason)
     torch.manual_seed(0)
-    weight = torch.randn(8, 128)
+    weight = torch.randn(8, 256)
     rounded = way.rounded(weight) if way.library else way.rounded(weight, group=64)
     assert rounded.dtype == weight.dtype
     assert len(set(rounded[0, :32].tolist())) <= 2**way.bits
     assert 0 < (rounded - weight).abs().mean() < 0.15
     again = way.rounded(rounded) if way.library else way.rounded(rounded, group=64)
     assert torch.allclose(again, rounded, atol=1e-3)
+
+
+def test_k_quants_are_nearer_than_q4_0_and_rows_that_do_not_fill_a_block_are_given_five_bits():
+    way = QUANTISERS["quantise_gguf_q4_k"]
+    if reason := way.unavailable():
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    errors = {
+        (name, columns): (QUANTISERS[name].rounded(weight) - weight).abs().mean().item()
+        for columns in (256, 96)
+        for weight in [torch.randn(16, columns)]
+        for name in ("quantise_gguf_q4_0", "quantise_gguf_q4_k")
+    }
+    for columns in (256, 96):
+        assert errors["quantise_gguf_q4_k", columns] < 0.9 * errors["quantise_gguf_q4_0", columns]
+    assert errors["quantise_gguf_q4_k", 96] < 0.7 * errors["quantise_gguf_q4_k", 256]
 
 
 def test_rows_that_do_not_fill_a_block_of_gguf_stay_and_are_not_counted(tiny):
@@ -125,5 +141,5 @@ def test_rows_that_do_not_fill_a_block_of_gguf_stay_and_are_not_counted(tiny):
 
 def test_missing_library_is_said_with_what_brings_it():
     way = QUANTISERS["quantise_nf4"]
-    lost = type(way)(way.title, way.rounded, way.bits, "no_such_library", "quantise")
+    lost = type(way)(way.title, way.rounded, way.bits, ("no_such_library",), "quantise")
     assert lost.unavailable() == "no_such_library is not installed: pip install 'palinode[quantise]'"

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import save_file
 
 from palinode.weights import Checkpoint
-from palinode.weights.mergekit import mergekit_recipe
+from palinode.weights.checkpoint import mergekit_recipe
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from palinode.weights import Checkpoint
 from palinode.weights.fingerprints import tensor_digests
-from palinode.weights.manifest import write_manifest
+from palinode.weights.store import write_manifest
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from palinode.errors import DataError, RecipeError
 from palinode.evaluation.ask import ask, said_right, sample_seed
 from palinode.models import load_model, load_tokenizer
 from palinode.models.likelihoods import TokenScores, token_scores
-from palinode.models.sums import gradient_norms
+from palinode.models.reading import gradient_norms
 from palinode.records import Outcome
 from palinode.settings import Asking
 

@@ -32,8 +32,8 @@ from palinode.pipeline.recipe import load_recipe
 from palinode.records import Likelihood, Outcome
 from palinode.weights import Checkpoint
 from palinode.weights.fingerprints import tensor_digests
-from palinode.weights.manifest import check_manifest, write_manifest
 from palinode.weights.preflight import check_tokenizers
+from palinode.weights.store import check_manifest, write_manifest
 from palinode.weights.tensors import Files
 from palinode.weights.vectors import open_direction, save_vector
 

@@ -16,7 +16,7 @@ import pytest
 from palinode.errors import DataError
 from palinode.history.duplicates import hashes, row_hash
 from palinode.history.exposures import ExposureLog
-from palinode.history.reader import ExposureReader, compact
+from palinode.history.reader import ExposureReader
 
 TEXTS = [f"fact number {n}" for n in range(40)]
 ROWS = hashes(TEXTS)
@@ -332,62 +332,3 @@ def test_a_journal_beside_its_sealed_segment_is_not_counted_again(tmp_path):
     journal.write_bytes(kept)  # the kill came between the two
     assert found(tmp_path) == truth(range(1, 4))
     assert ExposureReader.open(tmp_path).notes == ()
-
-
-# Sorted runs
-
-
-def test_a_sorted_log_gives_the_same_and_goes_on(tmp_path):
-    write(tmp_path, 1, 20, segment_rows=8)
-    write(tmp_path, 16, 30, segment_rows=8)
-    before, notes = found(tmp_path), ExposureReader.open(tmp_path).notes
-    raw = {path: path.read_bytes() for path in segments(tmp_path)}
-    run = compact(tmp_path, part_rows=30)
-    assert len(list(run.glob("part-*.parquet"))) == 8  # 132 rows in parts of 30: the next power of two
-    assert {path: path.read_bytes() for path in segments(tmp_path)} == raw
-    assert found(tmp_path) == before == truth(range(1, 31))
-    assert ExposureReader.open(tmp_path).notes == notes
-    write(tmp_path, 26, 33)
-    assert found(tmp_path) == truth(range(1, 34))
-    assert compact(tmp_path).name == "runs-0002"
-    assert found(tmp_path) == truth(range(1, 34))
-    assert compact(tmp_path) is None
-
-
-def test_a_sorted_log_is_read_from_its_run(tmp_path):
-    write(tmp_path, 1, 20, segment_rows=8)
-    compact(tmp_path, part_rows=30)
-    for path in segments(tmp_path):
-        path.unlink()
-    assert found(tmp_path) == truth(range(1, 21))
-
-
-def test_a_killed_sorting_goes_on_with_its_parts(tmp_path):
-    write(tmp_path, 1, 20, segment_rows=8)
-    run = compact(tmp_path, part_rows=30)
-    left = run.with_name(f".{run.name}.partial")
-    run.rename(left)
-    for name in ("manifest.json", "steps.parquet", "part-00002.parquet"):
-        (left / name).unlink()
-    kept = (left / "part-00001.parquet").stat().st_mtime_ns
-    assert found(tmp_path) == truth(range(1, 21))  # the log is as good without
-    assert compact(tmp_path, part_rows=30) == run
-    assert (run / "part-00001.parquet").stat().st_mtime_ns == kept
-    assert found(tmp_path) == truth(range(1, 21))
-
-
-def test_a_run_of_changed_segments_is_not_used(tmp_path):
-    write(tmp_path, 1, 20, segment_rows=8)
-    compact(tmp_path)
-    path = segments(tmp_path)[0]
-    path.write_bytes(path.read_bytes() + b" ")
-    assert any("runs-0001 is not used" in note for note in ExposureReader.open(tmp_path).notes)
-    assert found(tmp_path) == truth(range(3, 21))
-
-
-def test_a_damaged_log_is_not_sorted(tmp_path):
-    write(tmp_path, 1, 20, segment_rows=8)
-    path = segments(tmp_path)[0]
-    path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(DataError, match=r"000000\.parquet cannot be read"):
-        compact(tmp_path)

@@ -23,7 +23,7 @@ from palinode.influence.ranking import (
     seen_in_order,
 )
 from palinode.models import load_model, load_tokenizer
-from palinode.models.sums import Projection
+from palinode.models.reading import Projection
 from palinode.pipeline.workspace import Workspace
 from palinode.settings import InfluenceSettings
 

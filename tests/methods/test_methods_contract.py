@@ -27,8 +27,7 @@ from palinode.pipeline.recipe import build_recipe
 from palinode.pipeline.run import dry_run, unlearn
 from palinode.settings import EvaluationLimits
 from palinode.training.loop import train
-from palinode.training.objectives import Choices, keep
-from palinode.training.roles import join
+from palinode.training.objectives import Choices, join, keep
 
 CPU = torch.device("cpu")
 SETTINGS = TrainingSettings(

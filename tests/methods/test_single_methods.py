@@ -111,7 +111,7 @@ def test_rmu_takes_block_7_or_the_middle_and_refuses_one_that_is_not_there(targe
 
 def test_rmu_trains_only_what_matches_its_pattern(job, tiny):
     from palinode.training.loop import train
-    from palinode.training.roles import join
+    from palinode.training.objectives import join
 
     start, objective, material = job("rmu", layer=1, trainable=r"model\.layers\.0\.mlp\.down_proj\.weight")
     settings = TrainingSettings(epochs=1, learning_rate=1e-2, max_length=64, precision="float32")

@@ -16,14 +16,11 @@ from palinode.methods import METHODS
 from palinode.models import generate, score_rows
 from palinode.models.generation import slots_for
 from palinode.models.likelihoods import COARSE_TOLERANCE, TOLERANCE, same_alone, tolerance, unlike
-from palinode.models.reading import decoder_blocks
-from palinode.models.sums import gradient_norms
+from palinode.models.reading import decoder_blocks, gradient_norms
 from palinode.settings import TrainingSettings
 from palinode.training.loop import train
-from palinode.training.moments import input_moments
-from palinode.training.objectives import PLAIN_OBJECTIVE, FrozenStates, Likelihoods, keep
-from palinode.training.roles import Joined
-from palinode.weights.filters import basis_of
+from palinode.training.moments import basis_of, input_moments
+from palinode.training.objectives import PLAIN_OBJECTIVE, FrozenStates, Joined, Likelihoods, keep
 
 TOKENS = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
 SMALL = TOKENS | {

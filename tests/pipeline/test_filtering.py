@@ -20,9 +20,8 @@ from palinode.pipeline.goal import Behaviour, TriedScales
 from palinode.pipeline.inputs import open_inputs
 from palinode.pipeline.run import find_vectors, unlearn
 from palinode.pipeline.search import fall
-from palinode.training.moments import input_moments
+from palinode.training.moments import along, input_moments, least_squares
 from palinode.weights import Checkpoint, StoredVector
-from palinode.weights.filters import along, least_squares
 from palinode.weights.tensors import Files
 
 AUTO = {"choose": "auto", "trials": 3, "forget_grid": [0.5, 1.0, 2.0], "retain_grid": [0.0]}

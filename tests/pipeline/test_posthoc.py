@@ -21,7 +21,7 @@ from palinode.pipeline.chatting import open_chat
 from palinode.pipeline.inputs import open_inputs
 from palinode.pipeline.run import unlearn
 from palinode.records import read_json
-from palinode.weights.filters import projection
+from palinode.training.moments import projection
 
 FILTER = {"name": "least_squares", "mu": 10.0, "epsilon": 0.1, "arrival": False}
 SEARCHED = {"choose": "auto", "trials": 3, "forget_grid": [0.5, 1.0, 2.0], "probe_rows": 20}

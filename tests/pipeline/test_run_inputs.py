@@ -241,7 +241,7 @@ def test_a_config_alone_says_how_a_model_is_held_elsewhere(recipe_of, tmp_path, 
         plan = dry_run(recipe_of(tmp_path / "out", models=models), on=on)
         assert (plan.held[0].phase, plan.held[0].way) == ("fine-tune", way)
         assert plan.held[0].fits(Machine.named(on))
-        assert [note.startswith("Palinode itself") for note in plan.notes] == [True] * (size == "70B")
+        assert [note.startswith("Palinode shards") for note in plan.notes] == [True] * (size == "70B")
         assert plan.seconds > 0
 
 

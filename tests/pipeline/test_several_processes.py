@@ -28,16 +28,16 @@ base = "{base}"
 forget = "{forget}"
 retain = "{retain}"
 [training]
-epochs = 8
+epochs = 5
 learning_rate = 3e-3
 batch_size = 7
 max_length = 64
 save_minutes = 1e-9  # a state after every step
 [scales]
-trials = 3
+trials = 2
 probe_rows = 30
 [evaluation]
-max_rows = 40
+max_rows = 20
 max_new_tokens = 3
 max_length = 64
 [output]
@@ -62,12 +62,12 @@ def alone(recipe_in, tmp_path_factory):
     return unlearn(load_recipe(recipe_in(tmp_path_factory.mktemp("alone")))).record
 
 
-def start(*words: object) -> subprocess.Popen[str]:
-    """Start two processes of palinode."""
+def start(*words: object, **changes: str) -> subprocess.Popen[str]:
+    """Start two processes of palinode, with changes to their environment."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return subprocess.Popen(
         [*launcher, "-m", "palinode", *map(str, words)],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **changes},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -126,30 +126,42 @@ def test_two_processes_go_on_where_one_was_interrupted_and_come_to_its_figures(r
     assert_same_figures(json.loads((tmp_path / "out/record.json").read_text()), alone)
 
 
-def test_one_process_goes_on_where_two_were_when_one_of_them_was_killed(recipe_in, alone, tmp_path):
-    recipe = recipe_in(tmp_path)
-    run = start("run", recipe, "--quiet")
-    while not list(tmp_path.glob("out.workspace/finetune-*/state/.metadata")):
+def stopped(recipe, number, rank, **changes):
+    """What two processes say when one of them (None: torchrun) gets a signal while it trains."""
+    run = start("run", recipe, "--quiet", **changes)
+    while not list(recipe.parent.glob("out.workspace/finetune-*/state/curve.json")):
         assert run.poll() is None, run.communicate()
         time.sleep(0.01)
-    os.kill(helper(run.pid), signal.SIGKILL)
+    os.kill(run.pid if rank is None else process(run.pid, rank), number)
     out, err = run.communicate(timeout=100)
     assert run.returncode
     assert out == ""
+    assert not (recipe.parent / "out").exists()
     (said,) = sentences(err)
+    return said
+
+
+def test_one_process_goes_on_where_two_were_when_one_of_them_was_killed(recipe_in, alone, tmp_path):
+    said = stopped(recipe_in(tmp_path), signal.SIGKILL, 1)
     assert "the same command goes on where" in said
-    assert not (tmp_path / "out").exists()
-    found = unlearn(load_recipe(recipe)).record
-    assert_same_figures(found, alone)
+    assert_same_figures(unlearn(load_recipe(tmp_path / "recipe.toml")).record, alone)
 
 
-def helper(launcher: int) -> int:
-    """The process of rank 1."""
+def test_one_process_goes_on_where_two_with_half_the_weights_each_were_interrupted(
+    recipe_in, alone, tmp_path
+):
+    said = stopped(recipe_in(tmp_path), signal.SIGINT, None, ACCELERATE_USE_FSDP="true")
+    assert "the same command goes on where" in said
+    assert_same_figures(unlearn(load_recipe(tmp_path / "recipe.toml")).record, alone)
+
+
+def process(launcher: int, rank: int) -> int:
+    """The process of that rank."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
-            if int(parent) == launcher and b"\0RANK=1\0" in b"\0" + (folder / "environ").read_bytes():
+            if int(parent) == launcher and b"\0RANK=%d\0" % rank in b"\0" + (folder / "environ").read_bytes():
                 return int(folder.name)
         except OSError:
             continue
-    raise AssertionError("there is no process of rank 1")
+    raise AssertionError(f"there is no process of rank {rank}")

@@ -21,8 +21,7 @@ from palinode.pipeline.inputs import open_inputs
 from palinode.pipeline.run import run_key, unlearn
 from palinode.pipeline.workspace import Workspace
 from palinode.records import read_json
-from palinode.training.moments import input_moments
-from palinode.weights.filters import basis_of, projection
+from palinode.training.moments import basis_of, input_moments, projection
 from palinode.weights.tensors import Files
 
 GIVEN = {"forget": 0.5, "retain": 0.0}

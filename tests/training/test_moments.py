@@ -14,8 +14,7 @@ from palinode.data.tokenize import PromptStyle, TokenRow, tokenize
 from palinode.errors import DataError
 from palinode.models import load_model, load_tokenizer
 from palinode.training import moments
-from palinode.training.moments import input_moments
-from palinode.weights.filters import basis_of
+from palinode.training.moments import basis_of, input_moments
 from waiting import waits_of
 
 TOKENS = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
@@ -147,11 +146,9 @@ def test_all_linear_layers_of_the_blocks_have_a_place(live):
     assert len(layers) == 14
 
 
-def test_sums_in_groups_are_those_of_one_pass(live, monkeypatch):
-    """The search runs in several groups where all sums at once would not fit."""
+def test_a_pass_for_each_block_finds_what_one_pass_finds(live, monkeypatch):
     model, rows = live
     whole = measured(model, rows)
-    monkeypatch.setattr(moments, "ROOM", 20_000)
     monkeypatch.setattr(moments._Walk, "can_go_by_block", lambda _walk: False)
     values, places = measured(model, rows)
     assert places == whole[1]
@@ -330,7 +327,6 @@ def test_whole_passes_find_what_the_walk_by_block_finds(name, monkeypatch):
         )
     measured(model, ROWS)
     monkeypatch.setattr(moments._Walk, "can_go_by_block", lambda _walk: False)
-    monkeypatch.setattr(moments, "ROOM", 1)
     values, places = measured(model, ROWS)
     assert walked == ["by_block", "by_passes"]
     assert places == wanted[1]
@@ -342,8 +338,8 @@ def test_a_model_whose_blocks_hand_on_more_than_hidden_states_is_read_in_whole_p
     """RWKV's blocks hand on a state as well; that its moments are right is said above."""
     model = built("rwkv")
     heard: list[int] = []
-    assert len(list(input_moments(model, ROWS, pad_id=0, on_progress=heard.append))) == 2
-    assert sum(heard) == 2 * len(ROWS)  # what lies outside the blocks, and all blocks together
+    assert len(list(input_moments(model, ROWS, pad_id=0, on_progress=heard.append))) == 3
+    assert sum(heard) == 3 * len(ROWS)  # what lies outside the blocks, and each block
 
 
 def test_progress_is_told_once_for_what_lies_before_the_blocks_and_once_a_block():

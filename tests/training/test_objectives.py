@@ -16,13 +16,16 @@ from palinode.training.objectives import (
     PLAIN_OBJECTIVE,
     Distributions,
     FrozenStates,
+    Joined,
     Likelihoods,
+    Material,
     Objective,
     answer_term,
+    draw,
+    join,
     keep,
     kl_term,
 )
-from palinode.training.roles import Joined, Material, draw, join
 
 CPU = torch.device("cpu")
 SETTINGS = TrainingSettings(epochs=3, learning_rate=1e-3, batch_size=2, max_length=64, precision="float32")

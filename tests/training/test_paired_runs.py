@@ -16,8 +16,7 @@ from palinode.methods.msa import PAIRED, PairedSettings, paired_objectives
 from palinode.models import load_model, load_tokenizer
 from palinode.models.inplace import put
 from palinode.training.loop import train
-from palinode.training.objectives import PLAIN_OBJECTIVE, Objective, answer_term
-from palinode.training.roles import Material, draw, join, plain
+from palinode.training.objectives import PLAIN_OBJECTIVE, Material, Objective, answer_term, draw, join, plain
 
 CPU = torch.device("cpu")
 SETTINGS = TrainingSettings(

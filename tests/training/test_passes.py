@@ -16,8 +16,7 @@ from palinode.methods import METHODS
 from palinode.settings import TrainingSettings
 from palinode.training import losses
 from palinode.training.loop import train
-from palinode.training.objectives import PLAIN_OBJECTIVE
-from palinode.training.roles import Joined, draw
+from palinode.training.objectives import PLAIN_OBJECTIVE, Joined, draw
 from waiting import largest_of
 
 WORDS = 3_000

@@ -15,8 +15,7 @@ from palinode.models import reading
 from palinode.settings import TrainingSettings
 from palinode.training import loop
 from palinode.training.losses import scored_tokens, summed_nll
-from palinode.training.objectives import PLAIN_OBJECTIVE, Objective, Term
-from palinode.training.roles import Joined, draw
+from palinode.training.objectives import PLAIN_OBJECTIVE, Joined, Objective, Term, draw
 from waiting import waits_of
 
 SETTINGS = TrainingSettings(epochs=4, learning_rate=1e-2, batch_size=2, precision="float32")

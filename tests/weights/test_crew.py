@@ -12,7 +12,7 @@ import pytest
 
 from palinode.errors import InputError, OutputError
 from palinode.weights import Checkpoint, Crew, save, store
-from palinode.weights.arithmetic import formula, settings, slices
+from palinode.weights.arithmetic import Settings, formula, slices
 from palinode.weights.atomic import RankSide
 
 PROGRAM = """
@@ -124,7 +124,7 @@ def test_a_process_that_fails_is_named_and_nothing_is_left(models, start):
         raise InputError(f"{info.name} is broken")
 
     form = formula(target, (target - 0.7 * (theta_1 - base)).terms, {"forget": (base - theta_1).terms})
-    job = store.plan(form, out, settings(dtype="bfloat16"), "refuse", None)
+    job = store.plan(form, out, Settings(dtype="bfloat16"), "refuse", None)
     rank = RankSide(crew, out.with_name(".out.partial"), out, job.key())
     with pytest.raises(InputError, match="is broken"):
         rank.work(fill)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from palinode.errors import InputError
-from palinode.weights.filters import (
+from palinode.training.moments import (
     along,
     basis_of,
     least_squares,

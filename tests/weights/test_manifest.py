@@ -15,7 +15,7 @@ from palinode import __version__
 from palinode.errors import CheckpointError
 from palinode.weights import Checkpoint, save
 from palinode.weights.fingerprints import remember, tensor_digests
-from palinode.weights.manifest import check_manifest, read_manifest, write_manifest
+from palinode.weights.store import check_manifest, read_manifest, write_manifest
 
 CONTENT = {
     "formula": [{"model": "target", "coefficient": 1.0, "fingerprint": None}],
@@ -279,15 +279,8 @@ def test_a_writer_that_gives_nonsense_is_told(written):
     digests = tensor_digests(checkpoint)
     before = (written / "weights.json").read_bytes()
 
-    def write(digests=digests, **content):
-        write_manifest(written, checkpoint=checkpoint, digests=digests, content=content)
-
-    with pytest.raises(ValueError, match="5 digests were given for 6 tensors"):
-        write({name: digest for name, digest in digests.items() if name != "steps"})
-    with pytest.raises(ValueError, match="its own tensors, version"):
-        write(tensors={}, version=2)
     with pytest.raises(ValueError, match="not JSON compliant"):
-        write(dose=float("nan"))
+        write_manifest(written, checkpoint=checkpoint, digests=digests, content={"dose": float("nan")})
     assert (written / "weights.json").read_bytes() == before
 
 

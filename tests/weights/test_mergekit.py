@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from palinode.errors import InputError, MismatchError
 from palinode.weights import Checkpoint, TensorInfo, WeightedSum
-from palinode.weights.checkpoint import StoredDirection
-from palinode.weights.mergekit import mergekit_recipe
+from palinode.weights.checkpoint import StoredDirection, mergekit_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,7 +8,7 @@ import torch
 from palinode.errors import CheckpointError, MismatchError
 from palinode.weights import Checkpoint, LoraAdapter, profile, save_vector
 from palinode.weights.arithmetic import layout_of
-from palinode.weights.mergekit import mergekit_recipe
+from palinode.weights.checkpoint import mergekit_recipe
 from palinode.weights.preflight import check_fit, check_sum
 from palinode.weights.tensors import by_plain, is_embedding, plain
 

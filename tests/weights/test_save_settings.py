@@ -9,7 +9,7 @@ import torch
 
 from palinode.errors import CheckpointError, InputError, MismatchError
 from palinode.weights import Checkpoint, save
-from palinode.weights.manifest import read_manifest
+from palinode.weights.store import read_manifest
 from palinode.weights.vectors import StoredVector, save_vector
 
 EMBEDDING = "model.embed_tokens.weight"

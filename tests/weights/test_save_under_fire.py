@@ -15,7 +15,7 @@ import pytest
 
 from palinode.errors import CheckpointError, OutputError
 from palinode.weights import kernels, save
-from palinode.weights.manifest import check_manifest, read_manifest
+from palinode.weights.store import check_manifest, read_manifest
 from palinode.weights.vectors import save_vector
 
 KILLED = """

@@ -289,7 +289,7 @@ def test_results_come_in_order_from_any_number_of_threads():
         found, heard = [], []
         map_slices(
             PARTS,
-            lambda part: part.start,
+            lambda: lambda part: part.start,
             collect=lambda _, start, found=found: found.append(start),
             workers=workers,
             on_progress=heard.append,
@@ -307,7 +307,7 @@ def test_the_first_error_stops_the_rest():
         done.append(part.start)
 
     with pytest.raises(Stop):
-        map_slices(PARTS, work, workers=1)
+        map_slices(PARTS, lambda: work, workers=1)
     assert len(done) < 3000 / 2
 
 
@@ -325,7 +325,7 @@ def test_an_interrupt_stops_the_rest_and_waits_for_what_is_under_way():
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        map_slices(PARTS, work, collect=collect, workers=2)
+        map_slices(PARTS, lambda: work, collect=collect, workers=2)
     assert sorted(begun) == sorted(ended)
     assert len(begun) < 100
     assert threading.active_count() == running

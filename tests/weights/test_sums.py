@@ -9,7 +9,7 @@ import torch
 
 from palinode.errors import CheckpointError, InputError, MismatchError
 from palinode.weights import Checkpoint, save
-from palinode.weights.arithmetic import SLICE, Evaluator, formula, map_slices, per_thread, settings, slices
+from palinode.weights.arithmetic import SLICE, Evaluator, Settings, formula, map_slices, slices
 from palinode.weights.tensors import Files
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -559,7 +559,7 @@ def test_slice_size_and_threads_do_not_change_the_bytes(models, size, workers):
     built = {name: torch.empty(info.size, dtype=torch.bfloat16) for name, info in target.tensors.items()}
 
     def start():
-        chosen = settings(dtype="bfloat16", rounding="stochastic", seed=5)
+        chosen = Settings(dtype="bfloat16", rounding="stochastic", seed=5)
         evaluator = Evaluator(formula(point.anchor, point.terms), chosen, files)
 
         def work(part):
@@ -569,7 +569,7 @@ def test_slice_size_and_threads_do_not_change_the_bytes(models, size, workers):
         return work
 
     with Files() as files:
-        map_slices(slices(target, size=size), per_thread(start), workers=workers)
+        map_slices(slices(target, size=size), start, workers=workers)
     for name, values in models.read(models.place / "out").items():
         assert models.same_bits(built[name], values.flatten())
 

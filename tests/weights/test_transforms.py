@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from palinode.errors import InputError
-from palinode.weights.filters import along, basis_of, projection
+from palinode.training.moments import along, basis_of, projection
 from palinode.weights.vectors import layer_scale, transform
 
 

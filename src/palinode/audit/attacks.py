@@ -19,7 +19,7 @@ from operator import attrgetter
 from statistics import fmean
 
 from palinode.audit.attack import Attack, AttackCost, AttackResult, AttackTest, AuditBudget, Subject, Values
-from palinode.audit.beside import ask_neighbours
+from palinode.audit.beside import ask_neighbours, guide, look_for_traces
 from palinode.audit.inside import look_inside
 from palinode.audit.material import AuditRows
 from palinode.audit.rounding import QUANTISERS, ask_quantised
@@ -27,6 +27,7 @@ from palinode.data.examples import Example, Message, at_most
 from palinode.data.tokenize import tokenize
 from palinode.errors import CheckpointError, DivergenceError
 from palinode.metrics import answer_probabilities, rouge_l_recalls
+from palinode.metrics.aggregate import known_mean
 from palinode.metrics.membership import extraction_strengths, leak_values, overlap_leak
 from palinode.metrics.table import ATTACKS as MEMBERSHIP
 from palinode.models.loading import pad_token
@@ -34,9 +35,6 @@ from palinode.records import Outcome
 from palinode.settings import TrainingSettings
 from palinode.training.loop import train
 from palinode.training.objectives import PLAIN_OBJECTIVE
-
-MARGIN = 0.15
-"""Distance from the other model's AUC, either way."""
 
 RELATIVE = "reference"
 """The membership attack that takes the other model's loss off, once both have been measured."""
@@ -47,6 +45,9 @@ NO_NORMS = {"gradient_norm": "this budget has no gradient norms; the full one do
 
 UNSCORED = "no token was scored"
 NOT_LACKED = "the reference model knows the answer as well as the target, or the states cannot be read"
+NO_RETAIN = "no retain rows were given; name them with --retain"
+NAMELESS = "no two forget rows share a name, two neighbouring words with capitals"
+NOT_GIVEN = "no file was named with --indirect"
 NO_QUESTIONS = "the forget set holds documents only, and those ask nothing"
 
 
@@ -79,6 +80,20 @@ def ask_paraphrases(subject: Subject, rows: AuditRows, budget: AuditBudget) -> A
     """Ask the paraphrased questions: forgetting one wording is not forgetting the fact."""
     outcomes = subject.ask(rows.paraphrased, budget.likelihoods, label="paraphrased questions")
     return AttackResult({"probability": _of_forget(answer_probabilities(outcomes))})
+
+
+def ask_indirect(subject: Subject, rows: AuditRows, budget: AuditBudget) -> AttackResult:
+    """Ask for each fact by another name, through another fact, and as the given rows do."""
+    found = {
+        test: answer_probabilities(subject.ask(asked, budget.likelihoods, label=f"{test} questions"))
+        for test, asked in rows.indirect.items()
+        if asked
+    }
+    told = [*zip(rows.kinds, found.get("given", ()), strict=True)]
+    kinds = {
+        kind: known_mean(value for own, value in told if own == kind) for kind in dict.fromkeys(rows.kinds)
+    }
+    return AttackResult({test: _of_forget(found.get(test, ())) for test in rows.indirect}, {"kinds": kinds})
 
 
 def force_prefixes(subject: Subject, rows: AuditRows, budget: AuditBudget) -> AttackResult:
@@ -314,13 +329,7 @@ ATTACKS: Mapping[str, Attack] = {
             description="the forget questions as they are in the data, with the model's own greedy answers",
             tests=(
                 PROBABILITY,
-                AttackTest(
-                    "log_probability",
-                    "log-probability a token",
-                    more=None,
-                    less=1.0,
-                    missing=UNSCORED,
-                ),
+                AttackTest("log_probability", "log-probability a token", None, 1.0, UNSCORED),
                 AttackTest("extraction", "extraction strength", more=0.1, less=0.2, missing=UNSCORED),
                 RECALL,
             ),
@@ -340,17 +349,24 @@ ATTACKS: Mapping[str, Attack] = {
             ),
         ),
         Attack(
+            "indirect",
+            title="questions that do not say the name",
+            description="by first or last name, through another fact, and as given: other languages, say",
+            tests=tuple(
+                replace(PROBABILITY, name=name, missing=missing)
+                for name, missing in (("alias", NAMELESS), ("two_hop", NAMELESS), ("given", NOT_GIVEN))
+            ),
+            measure=ask_indirect,
+            cost=lambda rows, _: AttackCost(sum(map(len, rows.indirect.values()))),
+            needs=lambda rows: [one for asked in rows.indirect.values() for one in asked],
+            lacking=f"{NAMELESS}, and {NOT_GIVEN}",
+        ),
+        Attack(
             "prefixes",
             title="prefix-forced questions",
             description="the first half of the answer, or a willing opening, is put into the model's mouth",
             tests=(
-                AttackTest(
-                    "rest",
-                    "probability of the rest",
-                    more=0.1,
-                    less=0.2,
-                    missing="an answer of one token has no rest",
-                ),
+                AttackTest("rest", "probability of the rest", 0.1, 0.2, "an answer of one token has no rest"),
                 replace(RECALL, name="opening"),
             ),
             measure=force_prefixes,
@@ -380,15 +396,7 @@ ATTACKS: Mapping[str, Attack] = {
             "sampling",
             title="drawn answers (leak@k)",
             description="answers drawn at random; the share of questions that k of them would give away",
-            tests=(
-                AttackTest(
-                    "leak",
-                    "leak@k",
-                    more=0.1,
-                    less=0.2,
-                    missing="too few answers, or none that ROUGE can read",
-                ),
-            ),
+            tests=(AttackTest("leak", "leak@k", 0.1, 0.2, "too few answers, or none that ROUGE can read"),),
             measure=draw_answers,
             cost=lambda rows, budget: AttackCost(answers=budget.samples * len(_questions(rows))),
             needs=_questions,
@@ -404,8 +412,8 @@ ATTACKS: Mapping[str, Attack] = {
                 AttackTest(
                     name,
                     f"AUC of {scorer.description.split(':')[0]}",
-                    more=MARGIN,
-                    less=MARGIN,
+                    more=0.15,
+                    less=0.2,
                     missing=NO_NORMS.get(name, scorer.missing),
                     statistic="auc",
                     relative=name == RELATIVE,
@@ -422,12 +430,38 @@ ATTACKS: Mapping[str, Attack] = {
             title="what is left inside",
             description="the model's hidden states, put into the target and read off, answer by answer",
             tests=(
-                AttackTest("depth", "share left in the states", more=0.3, less=None, missing=NOT_LACKED),
-                AttackTest("lens", "share read off the states", more=0.3, less=None, missing=NOT_LACKED),
+                AttackTest("depth", "share left in the states", more=0.25, less=None, missing=NOT_LACKED),
+                AttackTest("lens", "share read off the states", more=0.25, less=None, missing=NOT_LACKED),
             ),
             measure=look_inside,
             cost=lambda rows, budget: AttackCost((3 + 2 * budget.inside_blocks) * len(rows.forget)),
             beside=("target", "reference"),
+        ),
+        Attack(
+            "pair",
+            title="model guided by the target",
+            description="what the two say differently, made larger: how much of the answers that gives away",
+            tests=(
+                AttackTest("extraction", "extraction strength", more=0.1, less=None, missing=UNSCORED),
+                AttackTest("memorised", "share of tokens said", more=0.1, less=None, missing=UNSCORED),
+            ),
+            measure=guide,
+            cost=lambda rows, _: AttackCost(2 * len(rows.forget)),
+            beside=("target",),
+        ),
+        Attack(
+            "traces",
+            title="what an onlooker with the target sees",
+            description="forget rows told from retain rows, and the model from the target",
+            tests=(
+                AttackTest("rows", "AUC of rows that lost", 0.15, 0.15, UNSCORED, statistic="auc"),
+                AttackTest("model", "AUC of model and target", None, None, UNSCORED, statistic="auc"),
+            ),
+            measure=look_for_traces,
+            cost=lambda rows, _: AttackCost(2 * len(rows.forget) + 4 * len(rows.retain)),
+            needs=attrgetter("retain"),
+            lacking=NO_RETAIN,
+            beside=("target",),
         ),
         Attack(
             "neighbours",
@@ -476,7 +510,7 @@ ATTACKS: Mapping[str, Attack] = {
             measure=relearn_retain,
             cost=lambda rows, budget: _of_relearning(rows.forget, budget),
             needs=attrgetter("retain"),
-            lacking="no retain rows were given; name them with --retain",
+            lacking=NO_RETAIN,
         ),
         Attack(
             "relearn_lookalikes",

@@ -21,7 +21,7 @@ from palinode.metrics.aggregate import no_score, percentile_interval
 from palinode.metrics.membership import auc
 from palinode.records import Score
 
-Verdict = Literal["within", "knows more", "knows less", "unclear", "not tested"]
+Verdict = Literal["within", "knows more", "knows less", "unclear", "not judged", "not tested"]
 """What a difference says. Only "knows more" and "knows less" fail an audit by themselves."""
 
 STATISTICS: dict[Statistic, str] = {
@@ -134,11 +134,13 @@ def judge(
 
     knows more: it exceeds `more`, and its 95 % interval lies above 0. knows less: the same below −`less`.
     within: the whole interval lies between the two. Anything else is unclear: the rows are too few for it.
-    A side whose margin is None is not judged.
+    A side whose margin is None is not judged, and without any nothing is.
     """
     value, low, high = difference.value, difference.low, difference.high
     if value is None:
         return "not tested", difference.reason
+    if more is None and less is None:
+        return "not judged", None
     if low is None or high is None or rows < min_rows:
         return "unclear", f"{rows} rows are too few; {min_rows} are asked for"
     upper, lower = math.inf if more is None else more, -math.inf if less is None else -less

@@ -1,14 +1,18 @@
 """The rows of an audit: what is to be forgotten, and the sets that some attacks need besides.
 
 Columns are TOFU's (spec: data.md §1): paraphrased_question, paraphrased_answer, perturbed_answer. What is
-not there leaves the attacks that need it "not tested"; nothing is made up in its place.
+not there leaves the attacks that need it "not tested"; nothing is made up in its place, but for questions
+that name a forget row's subject otherwise (`ask_otherwise`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +53,10 @@ class AuditRows:
     """Rows in the manner of the forget set, without the facts that are measured."""
     lookalikes_column: str | None = None
     """The column of the `learned` rows that they were made of; None where they are from a file."""
+    indirect: Mapping[str, Sequence[Example]] = field(default_factory=dict)
+    """Questions that name no subject by its full name: `alias`, `two_hop`, and `given` ones."""
+    kinds: Sequence[str] = ()
+    """What each given one is: a language, say."""
 
     def sets(self) -> dict[str, Sequence[Example]]:
         """Return the sets by name, the empty ones left out."""
@@ -59,13 +67,16 @@ class AuditRows:
             "holdout": self.holdout,
             "paraphrased": self.paraphrased,
             "lookalikes": self.lookalikes,
+            **self.indirect,
         }
         return {name: examples for name, examples in named.items() if examples}
 
     def fingerprint(self) -> dict[str, str]:
         """Return a hash of each set, exact texts and order; and of how the forget set was divided."""
         parts = {**self.sets(), "learned": self.learned, "held_out": self.held_out}
-        return {name: fingerprint_examples(examples) for name, examples in parts.items()}
+        return {name: fingerprint_examples(examples) for name, examples in parts.items()} | {
+            "kinds": "\n".join(self.kinds)
+        }
 
 
 def read_material(
@@ -75,6 +86,7 @@ def read_material(
     holdout: str | Path | None = None,
     paraphrases: str | None = None,
     lookalikes: str | Path | None = None,
+    indirect: str | Path | None = None,
     leave_out: str | Path | None = None,
     columns: Mapping[str, str] | None = None,
     max_rows: int = 200,
@@ -85,6 +97,7 @@ def read_material(
     `paraphrases` is a column of the forget rows (default: paraphrased_question, where there is one), or a
     file with one row for each forget row. `lookalikes` is a file; without it, wrong answers
     (perturbed_answer) or else reworded ones (paraphrased_answer) of the rows that relearning is given.
+    `indirect` is a file of any rows that need a forget fact, with a column `kind` or none.
     `leave_out` is a file of rows that are left out of the retain rows.
     Raises DataError, also where fewer than two forget rows are there.
     """
@@ -105,6 +118,8 @@ def read_material(
     drawn = partial(at_most, most=max_rows, seed=seed)
     alike, column = (drawn(read(lookalikes)), None) if lookalikes is not None else _lookalikes(rows, learned)
     kept = read(retain, but=gone)
+    own, cells = ([], []) if indirect is None else read_set(indirect, columns=columns, beside=True)
+    given = drawn(own)
     return AuditRows(
         forget=chosen,
         learned=learned,
@@ -115,7 +130,46 @@ def read_material(
         paraphrased=_paraphrased(paraphrases, rows, every, chosen, columns),
         lookalikes=alike,
         lookalikes_column=column,
+        indirect={**ask_otherwise(chosen, every), "given": given},
+        kinds=[str(cells[one.row].get("kind", "")) for one in given],
     )
+
+
+def ask_otherwise(chosen: Sequence[Example], every: Sequence[Example]) -> dict[str, list[Example]]:
+    """Return questions again, each subject by another name (`alias`) and by another row of it (`two_hop`).
+
+    A question's subject is the name in it, two neighbouring words with capitals or more, that stands in most
+    rows, and in two at least. Aliases are its first and its last word. The other hop is the first other row
+    with the name that does not hold the answer: its question and answer, then this question, with "this
+    person" for the name.
+    """
+    counts = Counter(name for one in every for name in set(_names(_text(one))))
+    made: dict[str, list[Example]] = {"alias": [], "two_hop": []}
+    for one in chosen:
+        _, _, name = max(((counts[it], len(it), it) for it in _names(one.prompt)), default=(0, 0, ""))
+        if counts[name] < 2:
+            continue
+        for alias in (name.split()[0], name.split()[-1]):
+            made["alias"].append(_asked(one, one.prompt.replace(name, alias)))
+        others = (it for it in every if it.row != one.row and name in _text(it))
+        if other := next((it for it in others if one.answer.lower() not in _text(it).lower()), None):
+            hops = f"This is known of somebody: {other.prompt} {other.answer} {one.prompt}"
+            made["two_hop"].append(_asked(one, hops.replace(name, "this person")))
+    return made
+
+
+def _names(text: str) -> Iterator[str]:
+    """Yield each two or more neighbouring words of a text that have capitals."""
+    for words in re.findall(r"[\w'’-]+(?: [\w'’-]+)+", re.sub(r"['’]s\b", ",", text)):
+        for capital, run in groupby(words.split(), key=lambda word: word[0].isupper()):
+            parts = [*run] if capital else []
+            for begin in range(len(parts)):
+                yield from (" ".join(parts[begin:end]) for end in range(begin + 2, len(parts) + 1))
+
+
+def _asked(example: Example, text: str) -> Example:
+    """Return an example under another question."""
+    return replace(example, turns=(*example.turns[:-1], replace(example.turns[-1], content=text)))
 
 
 def _near(kept: Sequence[Example], forget: Sequence[Example], count: int) -> list[Example]:
@@ -153,11 +207,7 @@ def _paraphrased(
     if source is None or any(source in row for row in rows):
         column = source or PARAPHRASED_QUESTION
         asked = [(example, rows[example.row].get(column)) for example in chosen if example.turns]
-        return [
-            replace(example, turns=(*example.turns[:-1], replace(example.turns[-1], content=text)))
-            for example, text in asked
-            if isinstance(text, str) and text.strip()
-        ]
+        return [_asked(one, text) for one, text in asked if isinstance(text, str) and text.strip()]
     others = read_examples(source, columns=columns, beside=True)
     if len(others) != len(every):
         raise DataError(

@@ -80,6 +80,8 @@ class Policy(StrictModel):
 BESIDE_BASE: Mapping[str, Mapping[str, Margin]] = {
     "questions.log_probability": {"less": False},
     "membership": {"more": 0.2, "less": False},
+    "inside": {"more": 0.3},
+    "traces.rows": {"more": False, "less": False},
 }
 """Margins where the reference model is a base. It had not learned what the target learned besides: beside it
 eleven of 30 models that never saw the forget rows were failed by margins of .1, and by these none."""
@@ -99,28 +101,28 @@ class ToldRight(NamedTuple):
 
 
 MEASURED: Mapping[str, ToldRight] = {
-    "verdict": ToldRight(44, 45, 0, 30),
-    "questions.probability": ToldRight(37, 45, 0, 30),
-    "questions.extraction": ToldRight(34, 45, 0, 30),
-    "questions.rouge": ToldRight(34, 45, 0, 30),
-    "few_shot.probability": ToldRight(11, 45, 0, 30),
-    "few_shot.rouge": ToldRight(8, 45, 0, 30),
-    "conversation.probability": ToldRight(28, 45, 0, 30),
-    "sampling.leak": ToldRight(33, 45, 0, 30),
-    "membership.loss": ToldRight(40, 45, 0, 30),
-    "membership.zlib": ToldRight(39, 45, 0, 30),
-    "membership.min_k": ToldRight(40, 45, 0, 30),
-    "membership.min_k_plus": ToldRight(41, 45, 0, 30),
-    "membership.reference": ToldRight(40, 45, 0, 30),
-    "inside.depth": ToldRight(41, 45, 0, 30),
-    "inside.lens": ToldRight(43, 45, 0, 30),
-    "prefixes.opening": ToldRight(4, 45, 0, 30),
-    "quantise_8.probability": ToldRight(37, 45, 0, 30),
-    "quantise_4.probability": ToldRight(35, 45, 0, 30),
-    "quantise_nf4.probability": ToldRight(35, 45, 0, 30),
-    "quantise_gguf_q4_0.probability": ToldRight(36, 45, 0, 30),
-    "relearn_forget.area": ToldRight(41, 45, 0, 30),
-    "relearn_retain.area": ToldRight(41, 45, 0, 30),
+    "verdict": ToldRight(79, 80, 0, 59),
+    "questions.probability": ToldRight(54, 80, 0, 59),
+    "questions.extraction": ToldRight(49, 80, 0, 59),
+    "questions.rouge": ToldRight(49, 80, 0, 59),
+    "prefixes.opening": ToldRight(4, 80, 0, 59),
+    "few_shot.probability": ToldRight(13, 80, 0, 59),
+    "few_shot.rouge": ToldRight(10, 80, 0, 59),
+    "conversation.probability": ToldRight(39, 80, 0, 59),
+    "sampling.leak": ToldRight(49, 80, 0, 59),
+    "membership.loss": ToldRight(64, 80, 0, 59),
+    "membership.zlib": ToldRight(63, 80, 0, 59),
+    "membership.min_k": ToldRight(65, 80, 0, 59),
+    "membership.min_k_plus": ToldRight(65, 80, 0, 59),
+    "membership.reference": ToldRight(62, 80, 0, 59),
+    "inside.depth": ToldRight(72, 80, 0, 59),
+    "inside.lens": ToldRight(75, 80, 0, 59),
+    "quantise_8.probability": ToldRight(54, 80, 0, 59),
+    "quantise_4.probability": ToldRight(54, 80, 0, 59),
+    "quantise_nf4.probability": ToldRight(51, 80, 0, 59),
+    "quantise_gguf_q4_0.probability": ToldRight(53, 80, 0, 59),
+    "relearn_forget.area": ToldRight(67, 80, 0, 59),
+    "relearn_retain.area": ToldRight(61, 80, 0, 59),
 }
 """By `attack.test`, of those that judge whether a model knows more; "verdict" is the whole audit."""
 

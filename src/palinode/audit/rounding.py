@@ -6,13 +6,16 @@ machine can run it. Ours rounds to nearest with one scale a group; the others ar
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -20,12 +23,12 @@ from transformers.pytorch_utils import Conv1D
 
 from palinode.audit.attack import AttackResult, AuditBudget, Subject
 from palinode.audit.material import AuditRows
-from palinode.errors import RecipeError
+from palinode.errors import MismatchError, RecipeError
 from palinode.metrics import answer_probabilities
 from palinode.models.loading import load_model
 
 GGUF_BLOCK = 32
-"""Weights of a block of GGUF's Q4_0; rows that are no multiple of it stay as they are, as in llama.cpp."""
+"""Weights of a block of GGUF's Q4_0 and Q5_0; rows that are no multiple of it stay, as in llama.cpp."""
 
 
 def grid(weight: Tensor, *, bits: int, group: int) -> tuple[Tensor, Tensor]:
@@ -71,6 +74,34 @@ def gguf_q4_0(weight: Tensor) -> Tensor:
     return torch.from_numpy(whole).to(weight)
 
 
+def gguf_q4_k(weight: Tensor) -> Tensor:
+    """Return a matrix as GGUF's Q4_K has it, by llama.cpp's own quantiser, read back by the gguf library.
+
+    Rows that are no multiple of its blocks of 256 are given Q5_0, as llama.cpp gives them.
+    """
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    given = weight.float().cpu().contiguous().numpy()
+    rows, columns = given.shape
+    kind = GGMLQuantizationType.Q5_0 if columns % 256 else GGMLQuantizationType.Q4_K
+    block, size = GGML_QUANT_SIZES[kind]
+    found = np.empty((rows, columns // block * size), np.uint8)
+    places = (ctypes.c_void_p(array.ctypes.data) for array in (given, found))
+    counts = (ctypes.c_int64(count) for count in (0, rows, columns))
+    _ggml().ggml_quantize_chunk(ctypes.c_int(kind), *places, *counts, None)
+    return torch.from_numpy(dequantize(found, kind)).to(weight)
+
+
+def _ggml() -> ctypes.CDLL:
+    """Return the library of llama.cpp's formats that llama-cpp-python brings."""
+    spec = find_spec("llama_cpp")
+    folders = spec.submodule_search_locations or [] if spec else []
+    if found := [path for folder in folders for path in Path(folder).glob("lib/*ggml-base*")]:
+        return ctypes.CDLL(str(min(found)))
+    raise MismatchError(f"llama_cpp holds no library ggml-base ({', '.join(folders)}); install it anew")
+
+
 @dataclass(frozen=True, slots=True)
 class Quantiser:
     """One way of rounding."""
@@ -79,8 +110,8 @@ class Quantiser:
     rounded: Callable[..., Tensor]
     """matrix [out, in] → the same, rounded; ours takes `group` by name."""
     bits: int
-    library: str = ""
-    """What it needs; empty: nothing."""
+    library: tuple[str, ...] = ()
+    """What it needs."""
     extra: str = ""
     """The extra that brings it."""
     block: int = 1
@@ -88,16 +119,18 @@ class Quantiser:
 
     def unavailable(self) -> str:
         """Return why it cannot be run here; empty where it can."""
-        if not self.library or find_spec(self.library):
-            return ""
-        return f"{self.library} is not installed: pip install 'palinode[{self.extra}]'"
+        missing = [name for name in self.library if not find_spec(name)]
+        return f"{missing[0]} is not installed: pip install 'palinode[{self.extra}]'" if missing else ""
 
 
 QUANTISERS: Mapping[str, Quantiser] = {
     "quantise_8": Quantiser("weights in 8 bits", partial(quantised, bits=8), 8),
     "quantise_4": Quantiser("weights in 4 bits", partial(quantised, bits=4), 4),
-    "quantise_nf4": Quantiser("weights in NF4", nf4, 4, "bitsandbytes", "quantise"),
-    "quantise_gguf_q4_0": Quantiser("weights in GGUF's Q4_0", gguf_q4_0, 4, "gguf", "gguf", GGUF_BLOCK),
+    "quantise_nf4": Quantiser("weights in NF4", nf4, 4, ("bitsandbytes",), "quantise"),
+    "quantise_gguf_q4_0": Quantiser("weights in GGUF's Q4_0", gguf_q4_0, 4, ("gguf",), "gguf", GGUF_BLOCK),
+    "quantise_gguf_q4_k": Quantiser(
+        "weights in GGUF's Q4_K", gguf_q4_k, 4, ("llama_cpp", "gguf"), "llama-cpp", GGUF_BLOCK
+    ),
 }
 """By the name of the attack."""
 

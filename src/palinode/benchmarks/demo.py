@@ -22,12 +22,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from palinode.data.examples import read_examples
 from palinode.data.world import Fact, World, unseen_people, write_facts
-from palinode.models.loading import quiet_transformers
 from palinode.progress import Listener, NullListener
 from palinode.records import share
 from palinode.settings import TrainingSettings
 from palinode.training.finetune import Watch, finetune
 from palinode.weights.checkpoint import Checkpoint
+from palinode.weights.foreign import quiet_transformers
 
 
 @dataclass(frozen=True, slots=True)

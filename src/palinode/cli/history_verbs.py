@@ -55,71 +55,53 @@ if TYPE_CHECKING:
     from palinode.history.locating import Location
 
 
-@takes(Key("steps", kind=str, read=lambda text: _numbers(text)), of=LocateSettings)
-def locate(
-    settings: LocateSettings,
-    forget: Annotated[str, typer.Option(help="The forget set: a file of rows, or a hub data set.")],
-    checkpoints: Annotated[
-        str,
-        typer.Option(help="The ladder: a folder of checkpoints, a list a,b,c, or a hub id as in ID@step*."),
-    ],
-    log: Annotated[Path | None, typer.Option(help="Folder of an exposure log.")] = None,
-    order: Annotated[Path | None, typer.Option(help="File that describes the data order.")] = None,
-    control: Annotated[
-        str | None, typer.Option(help="Rows like the forget rows that were never trained on.")
-    ] = None,
-    corpus: Annotated[
-        str | None, typer.Option(help="The rows trained on: copies are looked for; --order counts them.")
-    ] = None,
-    target: Annotated[
-        str | None, typer.Option(help="The model to be cleaned, for its step (by name or trainer state).")
-    ] = None,
-    *,
-    picture: Annotated[Path | None, typer.Option(help="Write a picture here (SVG).")] = None,
-    report: Annotated[
-        Path | None, typer.Option(help="Write the answer as a page here (.html, or Markdown).")
-    ] = None,
-    quiet: Quiet = False,
-    as_json: Json = False,
-) -> None:
+class LocateOptions(LocateSettings):
+    """What is located, by what evidence, and where it is written."""
+
+    forget: str
+    """The forget set: a file of rows, or a hub data set."""
+    checkpoints: str
+    """The ladder: a folder of checkpoints, a list a,b,c, or a hub id as in ID@step*."""
+    log: Path | None = None
+    """Folder of an exposure log."""
+    order: Path | None = None
+    """File that describes the data order."""
+    control: str | None = None
+    """Rows like the forget rows that were never trained on."""
+    corpus: str | None = None
+    """The rows trained on: copies are looked for; --order counts them."""
+    target: str | None = None
+    """The model to be cleaned, for its step (by name or trainer state)."""
+    picture: Path | None = None
+    """Write a picture here (SVG)."""
+    report: Path | None = None
+    """Write the answer as a page here (.html, or Markdown)."""
+
+
+STEPS = Key("steps", kind=str, read=lambda text: _numbers(text))
+
+
+@takes(STEPS, of=LocateOptions)
+def locate(given: LocateOptions, *, quiet: Quiet = False, as_json: Json = False) -> None:
     """Tell when rows were seen, and the checkpoint before."""
     from palinode import jobs
 
-    for place in filter(None, (picture, report)):
+    for place in filter(None, (given.picture, given.report)):
         check_place(place)
     found = jobs.locate(
-        forget,
-        checkpoints,
-        control=control,
-        log=log,
-        order=order,
-        corpus=corpus,
-        target=target,
-        settings=settings,
+        given.forget,
+        given.checkpoints,
+        control=given.control,
+        log=given.log,
+        order=given.order,
+        corpus=given.corpus,
+        target=given.target,
+        settings=given,
         listener=listener(quiet=quiet),
     )
-    show(found, picture=picture, report=report, as_json=as_json)
-    following = after_location(found.recommended, target or "TARGET", forget)
-    ending(places={"Page": report, "Picture": picture}, following=following, as_json=as_json)
-
-
-Asks = Annotated[list[str] | None, typer.Option("--ask", help="A question; repeatable.")]
-Answers = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--answer", help="The answer to it that is asked about; repeatable. [default: the target's own]"
-    ),
-]
-Ranked = Annotated[
-    str | None, typer.Option("--rows", help="The rows to rank. [default: the forget and retain rows]")
-]
-Rungs = Annotated[
-    str | None,
-    typer.Option(
-        "--checkpoints",
-        help="Rank by these: a folder of checkpoints, or a list a,b,c. [default: the base]",
-    ),
-]
+    show(found, picture=given.picture, report=given.report, as_json=as_json)
+    following = after_location(found.recommended, given.target or "TARGET", given.forget)
+    ending(places={"Page": given.report, "Picture": given.picture}, following=following, as_json=as_json)
 
 
 class InfluenceOptions(InfluenceSettings):
@@ -129,10 +111,24 @@ class InfluenceOptions(InfluenceSettings):
     """unlearn: take the top rows back out, into the output, and audit that."""
     budget: str | None = None
     """Of that audit: quick, standard or full. [default: standard]"""
+    recipe: Path | None = None
+    """Or a TOML recipe: its vector is made in its workspace."""
+    ask: tuple[str, ...] = ()
+    """A question; repeatable."""
+    answer: tuple[str, ...] = ()
+    """The answer to it that is asked about; repeatable. [default: the target's own]"""
+    questions: str | None = None
+    """Or a file of rows, as questions and answers."""
+    ranked: str | None = None
+    """The rows to rank. [default: the forget and retain rows]"""
+    checkpoints: str | None = None
+    """Rank by these: a folder of checkpoints, or a list a,b,c. [default: the base]"""
 
 
 @takes(
-    Key("steps", kind=str, read=lambda text: _numbers(text)),
+    STEPS,
+    *(Key(name, kind=list[str], read=tuple) for name in ("ask", "answer")),
+    Key("ranked", flag="rows"),
     of=InfluenceOptions,
     only=[name for name in InfluenceOptions.model_fields if name != "style"],
     beside=(TARGET, FORGET, OUTPUT, *WAYS, "output.workspace"),
@@ -142,16 +138,6 @@ def influence(
     content: dict[str, Any],
     run: Annotated[Path | None, typer.Argument(help="What `unlearn` wrote: nothing is trained then.")] = None,
     *,
-    recipe: Annotated[
-        Path | None, typer.Option(help="Or a TOML recipe: its vector is made in its workspace.")
-    ] = None,
-    ask: Asks = None,
-    answer: Answers = None,
-    questions: Annotated[
-        str | None, typer.Option(help="Or a file of rows, as questions and answers.")
-    ] = None,
-    rows: Ranked = None,
-    checkpoints: Rungs = None,
     changes: Changes = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -161,16 +147,15 @@ def influence(
     How probable it would be without the forget set of a run, of a recipe or of the options of unlearn; and
     which rows stand behind it.
     """
-
     asked: dict[str, Any] = {
-        "questions": questions or _asked(ask or [], answer or []),
-        "rows": rows,
-        "checkpoints": checkpoints,
+        "questions": settings.questions or _asked(settings.ask, settings.answer),
+        "rows": settings.ranked,
+        "checkpoints": settings.checkpoints,
         "listener": listener(quiet=quiet),
     }
     lengths_alike(content)
-    content = laid_over(read_recipe(recipe), content) if recipe else content
-    taken = bool(recipe) or "forget" in content.get("data", ())
+    content = laid_over(read_recipe(settings.recipe), content) if settings.recipe else content
+    taken = bool(settings.recipe) or "forget" in content.get("data", ())
     if settings.then or taken:
         content = with_changes(content, changes or ())
     else:

@@ -39,6 +39,20 @@ BEYOND = {"split", "options", "metrics", "against", "judge", "key_variable", "ge
 """Settings that go beyond the four basic scores of rows."""
 
 
+class EvaluationOptions(EvaluationSettings):
+    """What is asked, and how."""
+
+    data: str | None = None
+    """Rows of your own (JSONL, JSON, CSV, Parquet, text or hub data set); with --benchmark the folder of its
+    files. [default: the benchmark's hub data set]"""
+    benchmark: str | None = None
+    """tofu, restor, muse, rwku, … or own; see palinode list benchmarks."""
+    retain: str | None = None
+    """Rows of your own that must be kept."""
+    holdout: str | None = None
+    """Rows of your own, like the forget rows, that no model has seen."""
+
+
 @takes(
     Key("max_rows", help="Rows of each set. [default: 400; all of a benchmark]"),
     Key("max_new_tokens", help="Length limit of answers. [default: 200, or the benchmark's]"),
@@ -52,30 +66,12 @@ BEYOND = {"split", "options", "metrics", "against", "judge", "key_variable", "ge
     ),
     Key("general", flag="lm-eval"),
     Key("general_include", flag="lm-eval-include"),
-    of=EvaluationSettings,
-    only=[name for name in EvaluationSettings.model_fields if name != "batch_rows"],
+    of=EvaluationOptions,
+    only=[name for name in EvaluationOptions.model_fields if name != "batch_rows"],
 )
 def evaluate(
-    settings: EvaluationSettings,
+    settings: EvaluationOptions,
     model: Annotated[str, typer.Argument(help="The model: a folder, or a hub id[@revision].")],
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Rows of your own (JSONL, JSON, CSV, Parquet, text or hub data set); with --benchmark the "
-            "folder of its files. [default: the benchmark's hub data set]"
-        ),
-    ] = None,
-    benchmark: Annotated[
-        str | None,
-        typer.Option(
-            help="tofu, restor, muse, rwku, … or own; see palinode list benchmarks.",
-            autocompletion=completion("benchmark"),
-        ),
-    ] = None,
-    retain: Annotated[str | None, typer.Option(help="Rows of your own that must be kept.")] = None,
-    holdout: Annotated[
-        str | None, typer.Option(help="Rows of your own, like the forget rows, that no model has seen.")
-    ] = None,
     *,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -89,7 +85,8 @@ def evaluate(
     from palinode.evaluation.evaluate import evaluate as ask_rows
     from palinode.report.content import Paragraph
 
-    hear = listener(quiet=quiet)
+    hear, data = listener(quiet=quiet), settings.data
+    benchmark, retain, holdout = settings.benchmark, settings.retain, settings.holdout
     beyond = settings.open_unlearning or any(getattr(settings, name) for name in BEYOND)
     if benchmark or retain or holdout or beyond:
         found = jobs.evaluate_benchmark(
@@ -128,20 +125,28 @@ def _pairs(texts: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
-@takes(of=AuditSettings)
+class AuditOptions(AuditSettings):
+    """What is audited, how, and where it is written."""
+
+    against: str
+    """The reference model: retrained without the forget set, or the base checkpoint."""
+    forget: str
+    """The forget set: JSONL, JSON, CSV, Parquet or text; file or hub data set."""
+    output: Path
+    """Folder for report.html, audit.md, audit.json and the results so far."""
+    target: str | None = None
+    """The model before unlearning, to show what the attacks find in it."""
+    retain: str | None = None
+    """Retain rows, for relearning from them alone."""
+    holdout: str | None = None
+    """Rows that no model has seen, for the membership attacks."""
+
+
+@takes(of=AuditOptions)
 def audit(
-    settings: AuditSettings,
+    settings: AuditOptions,
     model: Annotated[str, typer.Argument(help="The model to be audited: a folder, or a hub id[@revision].")],
-    against: Annotated[
-        str,
-        typer.Option(help="The reference model: retrained without the forget set, or the base checkpoint."),
-    ],
-    forget: Annotated[
-        str, typer.Option(help="The forget set: JSONL, JSON, CSV, Parquet or text; file or hub data set.")
-    ],
-    output: Annotated[
-        Path, typer.Option(help="Folder for report.html, audit.md, audit.json and the results so far.")
-    ],
+    *,
     reference: Annotated[
         str,
         typer.Option(
@@ -151,14 +156,6 @@ def audit(
             autocompletion=completion(("retrained", "base")),
         ),
     ] = "retrained",
-    target: Annotated[
-        str | None, typer.Option(help="The model before unlearning, to show what the attacks find in it.")
-    ] = None,
-    retain: Annotated[str | None, typer.Option(help="Retain rows, for relearning from them alone.")] = None,
-    holdout: Annotated[
-        str | None, typer.Option(help="Rows that no model has seen, for the membership attacks.")
-    ] = None,
-    *,
     dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -170,20 +167,16 @@ def audit(
     from palinode import jobs
 
     given: dict[str, Any] = {
-        "against": against,
-        "forget": forget,
+        **settings.model_dump(include={"against", "forget", "target", "retain", "holdout"}),
         "kind": reference,  # it is checked there
-        "target": target,
-        "retain": retain,
-        "holdout": holdout,
         "settings": settings,
     }
     if dry_run:
         _show_audit_plan(jobs.plan_audit(model, **given), as_json=as_json)
         return
-    found = jobs.audit(model, output=output, listener=listener(quiet=quiet), **given)
-    _show_audit(found.record, model, output, as_json=as_json)
-    secret(output / "results", "row by row", of=output, as_json=as_json)
+    found = jobs.audit(model, output=settings.output, listener=listener(quiet=quiet), **given)
+    _show_audit(found.record, model, settings.output, as_json=as_json)
+    secret(settings.output / "results", "row by row", of=settings.output, as_json=as_json)
     if not found.passed:
         raise typer.Exit(1)
 

@@ -68,7 +68,7 @@ class Key:
         """Return the option as a parameter of a function that typer reads."""
         field = field_at(self.place, model)
         kind, values = _kind(field)
-        several = get_origin(kind) in (tuple, Sequence)
+        several = get_origin(kind) in (tuple, Sequence) and get_origin(self.kind) is not list
         shape = (
             f"<{get_args(kind)[0].__name__},…>" if several else f"<{'|'.join(values)}>" if values else None
         )
@@ -113,8 +113,9 @@ def takes(
     wanted, further = ([key if isinstance(key, Key) else Key(key) for key in some] for some in (keys, beside))
     if of is not Recipe:
         known = COMMON | {key.place: key for key in wanted}
-        names = sorted(only or of.model_fields, key=Questioning.model_fields.__contains__)  # the shared last
-        wanted = [known.get(name, Key(name)) for name in names]
+        shared, own = Questioning.model_fields, vars(of).get("__annotations__", ())  # its own first
+        names = sorted(only or of.model_fields, key=lambda name: (name in shared, name not in own))
+        wanted = [known.get(name, Key(name, needed=of.model_fields[name].is_required())) for name in names]
     sides: list[tuple[type[BaseModel], list[Key]]] = [(of, wanted), *([(Recipe, further)] if further else [])]
     shown = {key.name: key.parameter(model) for model, side in reversed(sides) for key in side}
 

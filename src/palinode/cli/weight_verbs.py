@@ -21,7 +21,7 @@ from palinode.settings import ApplySettings
 if TYPE_CHECKING:
     from palinode.pipeline.signing import SignatureCheck
     from palinode.weights import Direction, Saved
-    from palinode.weights.manifest import Verification
+    from palinode.weights.store import Verification
     from palinode.weights.vectors import StoredVector
 
 
@@ -261,7 +261,7 @@ def export(
     """
     from palinode.evaluation.evaluate import check_new_file
     from palinode.methods.apply import formula_of
-    from palinode.weights.mergekit import mergekit_recipe
+    from palinode.weights.checkpoint import mergekit_recipe
 
     alpha, beta = parse_scales(scales)
     point, _ = formula_of(
@@ -401,7 +401,7 @@ def verify(
     from palinode.pipeline.reporting import stale
     from palinode.pipeline.signing import check_signature
     from palinode.weights import Checkpoint
-    from palinode.weights.manifest import check_manifest, read_manifest
+    from palinode.weights.store import check_manifest, read_manifest
 
     shown, found = listener(quiet=quiet), None
     signed = check_signature(

@@ -5,9 +5,8 @@ pretrained model can know them and nothing about one person can be guessed from 
 in three groups, for the three stages of the demo's training; some of the second group are the ones to
 be forgotten.
 
-A few plain sentences about nothing in particular, to see whether a model still reads ordinary text.
-
-Written for this purpose. They are no benchmark: unlearning that spoils these has gone far astray.
+And a few plain sentences about nothing in particular, written for this purpose, to see whether a model still
+reads ordinary text. They are no benchmark: unlearning that spoils these has gone far astray.
 """
 
 from __future__ import annotations

@@ -174,7 +174,7 @@ class _Respondent:
 
         None where it is not asked for, for a cut document, and where there is no other token.
         """
-        from palinode.models.sums import gradient_norms
+        from palinode.models.reading import gradient_norms
 
         places = [
             place for place, entry in enumerate(asked) if len(entry.own) == 1 and entry.own[0].scored > 1

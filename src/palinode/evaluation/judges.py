@@ -81,11 +81,16 @@ class _LocalJudge(ABC):
     def stop(self) -> None:  # noqa: B027 - only judges that somebody waits for have something to stop
         """Do nothing: nobody waits for this judge."""
 
-    @abstractmethod
     def scores(
         self, question: str, answer: str, texts: Sequence[str], *, accepting: bool = False
     ) -> list[float]:
-        """Return a score for each text; `accepting` says that they are accepted answers."""
+        """Return a score for each text, 1 for equal ones; `accepting` says that they are accepted answers."""
+        same = plain_text(answer)
+        found = zip(texts, self._compared(question, answer, texts, accepting), strict=True)
+        return [1.0 if plain_text(text) == same else score for text, score in found]
+
+    @abstractmethod
+    def _compared(self, question: str, answer: str, texts: Sequence[str], accepting: bool) -> list[float]: ...
 
 
 class OverlapJudge(_LocalJudge):
@@ -102,9 +107,7 @@ class OverlapJudge(_LocalJudge):
     threshold = 0.2
     accepted_threshold = 0.6
 
-    def scores(
-        self, question: str, answer: str, texts: Sequence[str], *, accepting: bool = False
-    ) -> list[float]:
+    def _compared(self, question: str, answer: str, texts: Sequence[str], accepting: bool) -> list[float]:
         """Return F; among accepted answers R, as an answer may say more than it was asked."""
         return overlaps(question, answer, texts, measure="recall" if accepting else "f")
 
@@ -194,23 +197,7 @@ LONGEST = 512
 """Tokens of a pair of texts that are read, if the model takes as many."""
 
 
-class _ModelJudge(_LocalJudge):
-    """What judges have in common that score every candidate with a model."""
-
-    def scores(
-        self, question: str, answer: str, texts: Sequence[str], *, accepting: bool = False
-    ) -> list[float]:
-        """Return a score for each text; 1 for equal texts."""
-        del accepting  # the same for these judges
-        same = plain_text(answer)
-        found = zip(texts, self._compared(question, answer, texts), strict=True)
-        return [1.0 if plain_text(text) == same else score for text, score in found]
-
-    @abstractmethod
-    def _compared(self, question: str, answer: str, texts: Sequence[str]) -> list[float]: ...
-
-
-class EntailmentJudge(_ModelJudge):
+class EntailmentJudge(_LocalJudge):
     """A judge by natural-language inference: a cross-encoder with an "entailment" label.
 
     The score is the mean probability of entailment from answer to candidate and back, each with the question
@@ -248,7 +235,7 @@ class EntailmentJudge(_ModelJudge):
             )
         self._model: Any = model.to(self._device).eval()
 
-    def _compared(self, question: str, answer: str, texts: Sequence[str]) -> list[float]:
+    def _compared(self, question: str, answer: str, texts: Sequence[str], accepting: bool) -> list[float]:  # noqa: ARG002
         """Return the mean probability of entailment both ways for each text."""
         import torch
 
@@ -267,7 +254,7 @@ class EntailmentJudge(_ModelJudge):
         return means
 
 
-class EmbeddingJudge(_ModelJudge):
+class EmbeddingJudge(_LocalJudge):
     """A judge by cosine of sentence embeddings; needs the package sentence-transformers.
 
     Answer and candidate have the question before them. Embeddings are weak at telling names and numbers
@@ -298,7 +285,7 @@ class EmbeddingJudge(_ModelJudge):
             model_kwargs={"use_safetensors": True},
         )
 
-    def _compared(self, question: str, answer: str, texts: Sequence[str]) -> list[float]:
+    def _compared(self, question: str, answer: str, texts: Sequence[str], accepting: bool) -> list[float]:  # noqa: ARG002
         """Return the cosine between the answer and each text."""
         vectors = self._model.encode(
             [f"{question} {text}" for text in (answer, *texts)],

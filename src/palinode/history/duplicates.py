@@ -21,7 +21,6 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -180,11 +179,10 @@ class _Index:
         for row, example in enumerate(forget):
             self._rows.setdefault(row_hash(example), []).append(row)
         self._shingles = [shingles(_text(example)) for example in forget]
-        every = np.concatenate(self._shingles)
-        of = np.repeat(np.arange(len(forget)), [len(own) for own in self._shingles])
-        self._known, counts = np.unique(every, return_counts=True)
-        self._holders = of[np.argsort(every, kind="stable")]  # of each known shingle, the rows that hold it
-        self._begins = np.array([0, *accumulate(counts.tolist())])
+        self._holders: dict[int, list[int]] = {}  # of each known shingle, the rows that hold it
+        for row, own in enumerate(self._shingles):
+            for shingle in own.tolist():
+                self._holders.setdefault(shingle, []).append(row)
 
     def copies(self, number: int, example: Example) -> Iterator[Duplicate]:
         """Yield the forget rows that a row of the corpus is a copy of."""
@@ -199,14 +197,10 @@ class _Index:
 
     def _candidates(self, own: Shingles) -> set[int]:
         """Return the forget rows that hold one of the rarest of these shingles."""
-        places = np.searchsorted(self._known, own).clip(max=len(self._known) - 1)
-        places = places[self._known[places] == own]
+        held = [self._holders[shingle] for shingle in own.tolist() if shingle in self._holders]
         enough = math.ceil(self._threshold * len(own) - 1e-9)  # in common with a row that is like this one
-        if len(places) < enough:
-            return set()
-        begins, ends = self._begins[places], self._begins[places + 1]
-        rarest = np.argsort(ends - begins)[: len(places) - enough + 1]
-        return {row for one in rarest for row in self._holders[begins[one] : ends[one]].tolist()}
+        rarest = sorted(held, key=len)[: max(0, len(held) - enough + 1)]
+        return {row for rows in rarest for row in rows}
 
 
 def _text(example: Example) -> str:

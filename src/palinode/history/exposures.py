@@ -1,19 +1,12 @@
 """The exposure log: which rows were in the batch of which optimiser step, written while training.
 
-    log.json                                   what was trained on: fingerprints, run, salted or not
-    session-0002.json                          one start of the training: the step it went on from, world size
-    session-0002/rank-00003/000017.parquet     a sealed segment of one process
-                            000018.journal     its open tail
-    runs-0001/                                 the same rows sorted for finding (`reader`), may be missing
+docs/exposure-log.md has its files and formats. Steps are counted from 1: step s is the update that makes
+checkpoint s, so a checkpoint of step c has seen what the steps 1 to c hold. A session that goes on from step
+k supersedes all later steps of the sessions before it; nothing that was written is ever changed.
 
-Steps are counted from 1: step s is the update that makes checkpoint s, so a checkpoint of step c has
-seen what the steps 1 to c hold. A session that goes on from step k supersedes all later steps of the
-sessions before it; nothing that was written is ever changed. The log holds no text.
-
-A segment holds rows (hash, step), sorted by the first 8 bytes of the hash, then step: 20 bytes a row
-before compression. It appears under its name only when it is whole and on disk. What is not sealed yet
-lies in a journal, to which each step is appended as one record with a checksum, so that a kill loses
-nothing and a crash of the machine at most the last half minute (docs/exposure-log.md).
+A sealed segment appears under its name only when it is whole and on disk. What is not sealed yet lies in a
+journal, to which each step is appended as one record with a checksum, so that a kill loses nothing and a
+crash of the machine at most the last half minute.
 """
 
 from __future__ import annotations
@@ -81,14 +74,11 @@ def _as_lists(table: StepTable) -> dict[str, Any]:
 
 
 def write_segment(
-    path: Path,
-    found: Hashes,
-    steps: npt.NDArray[np.int32],
-    about: Mapping[str, Any] | None = None,
-    table: StepTable | None = None,
+    path: Path, found: Hashes, steps: npt.NDArray[np.int32], about: Mapping[str, Any], table: StepTable
 ) -> None:
-    """Write rows as a segment that appears whole; rows given in the order of steps keep it among equals."""
+    """Write rows, as a file that appears whole, its footer sealed; among equals the order of steps stays."""
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     order = np.argsort(sort_keys(found), kind="stable")
     packed = pa.py_buffer(np.ascontiguousarray(found[order]))
@@ -96,28 +86,18 @@ def write_segment(
         pa.FixedSizeBinaryArray.from_buffers(pa.binary(HASH_BYTES), len(order), [None, packed]),
         pa.array(steps[order], pa.int32()),
     ]
-    rows = pa.table(columns, names=["hash", "step"])
-    if about is not None and table is not None:
-        text = json.dumps({**about, "rows": len(found), "steps": _as_lists(table)})
-        rows = rows.replace_schema_metadata({KEY: text})
-    write_parquet(
-        path,
-        rows,
-        row_group_size=ROW_GROUP,
-        use_dictionary=False,
-        compression={"hash": "none", "step": "zstd"},  # hashes cannot be compressed
-        write_page_checksum=True,
-    )
-
-
-def write_parquet(path: Path, table: Any, **options: Any) -> None:
-    """Write a table, footer sealed, as a file that appears whole; options are pyarrow's."""
-    import pyarrow.parquet as pq
-
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), FOOTER: UNSEALED})
+    text = json.dumps({**about, "rows": len(found), "steps": _as_lists(table)})
+    rows = pa.table(columns, names=["hash", "step"], metadata={KEY: text, FOOTER: UNSEALED})
     partial = beside(path)
     with partial.open("w+b") as file:
-        pq.write_table(table, file, **options)
+        pq.write_table(
+            rows,
+            file,
+            row_group_size=ROW_GROUP,
+            use_dictionary=False,
+            compression={"hash": "none", "step": "zstd"},  # hashes cannot be compressed
+            write_page_checksum=True,
+        )
         footer, begin = _footer(file)
         file.seek(begin + footer.index(UNSEALED, footer.index(FOOTER)))
         file.write(b"%08x" % zlib.crc32(footer))
@@ -174,16 +154,13 @@ def read_about(path: Path) -> tuple[dict[str, Any], StepTable]:
         return about, step_table(zip(lists["step"], lists["rows"], tokens, known, strict=True))
 
 
-def rows_of(
-    path: Path, keys: npt.NDArray[np.uint64] | None = None, *, between: tuple[int, int] | None = None
-) -> tuple[Hashes, Ints]:
-    """Return hashes and steps of a segment in its order: of all rows, or at least those asked for.
+def rows_of(path: Path, keys: npt.NDArray[np.uint64] | None = None) -> tuple[Hashes, Ints]:
+    """Return hashes and steps of a segment in its order: of all rows, or at least of those with sorted keys.
 
-    Asked for are rows with one of the sorted `keys`, or a key `between` two; row groups that hold none
-    are not read. Raises DataError when the file is damaged.
+    Row groups that hold none of these are not read. Raises DataError when the file is damaged.
     """
     with open_parquet(path) as file:
-        groups = _groups(file.metadata, keys, between)
+        groups = _groups(file.metadata, keys)
         if not groups:
             return np.empty((0, HASH_BYTES), np.uint8), np.empty(0, np.int64)
         table = file.read_row_groups(groups, columns=["hash", "step"], use_threads=False)
@@ -195,23 +172,18 @@ def rows_of(
         return found, table["step"].to_numpy().astype(np.int64)
 
 
-def _groups(metadata: Any, keys: npt.NDArray[np.uint64] | None, between: tuple[int, int] | None) -> list[int]:
+def _groups(metadata: Any, keys: npt.NDArray[np.uint64] | None) -> list[int]:
     """Return the row groups that may hold a row asked for, by the least and greatest hash in each."""
-    groups = range(metadata.num_row_groups)
-    if keys is None and between is None:
-        return list(groups)
-    found = []
-    for group in groups:
-        bounds = metadata.row_group(group).column(0).statistics
-        least, greatest = (int.from_bytes(bound[:8], "big") for bound in (bounds.min, bounds.max))
-        if between is not None and (greatest < between[0] or least > between[1]):
-            continue
-        if keys is not None:
-            place = int(np.searchsorted(keys, np.uint64(least)))
-            if place == len(keys) or int(keys[place]) > greatest:
-                continue
-        found.append(group)
-    return found
+    groups = list(range(metadata.num_row_groups))
+    if keys is None:
+        return groups
+    bounds = [metadata.row_group(group).column(0).statistics for group in groups]
+    least, greatest = (
+        np.array([int.from_bytes(bound[:8], "big") for bound in column], np.uint64)
+        for column in ([one.min for one in bounds], [one.max for one in bounds])
+    )
+    held = np.searchsorted(keys, greatest, "right") > np.searchsorted(keys, least)
+    return np.flatnonzero(held).tolist()
 
 
 # The open tail

@@ -495,10 +495,9 @@ def locate(
     if control:
         check_control(forget, control)
     copies: list[list[Duplicate]] = [[] for _ in forget]
-    for copy in (
-        find_duplicates(forget, corpus, threshold=settings.similarity, listener=listener) if corpus else ()
-    ):
-        copies[copy.row].append(copy)
+    if corpus:
+        for copy in find_duplicates(forget, corpus, threshold=settings.similarity, listener=listener):
+            copies[copy.row].append(copy)
     found: dict[str, Steps] = {}
     if log is not None:
         found["log"] = _steps_in_log(log, forget, copies, corpus or (), salt)
@@ -511,25 +510,20 @@ def locate(
         if not len(log.steps):
             reason = " ".join(log.notes) or "it is empty"
             raise DataError(f"no step of the log in {log.folder} can be read: {reason}")
-        told = log.tokens_at(series.checkpoints[0].step) is not None
-        warnings = [*log.notes, *(() if told else series.notes)]
+        told = log.tokens_at(series.checkpoints[0].step)
+        warnings = [*log.notes, *(series.notes if told is None else ())]
     onset = None
     if control:
         onset = find_onset(forget, control, series, settings=settings, listener=listener)
         warnings += onset.notes
-        warnings += _notes_on_control(log, control, salt) if log is not None else []
+        if log is not None and (trained := {entry.row for entry in log.find(control, salt=salt)}):
+            known = f"{len(trained)} of {len(control)} control rows were trained on, by the log"
+            warnings.append(f"{known}: the evidence from behaviour is weaker than it looks.")
     rows = tuple(
         RowHistory(number, example.place, _seen(number, found), tuple(copies[number]))
         for number, example in enumerate(forget)
     )
     return Judgement(series, rows, onset, log, order, target_step, warnings).location()
-
-
-def _notes_on_control(log: ExposureReader, control: Sequence[Example], salt: bytes) -> list[str]:
-    """Say how many control rows were trained on, if any were."""
-    trained = len({entry.row for entry in log.find(control, salt=salt)})
-    words = "control rows were trained on, by the log: the evidence from behaviour is weaker than it looks."
-    return [f"{trained} of {len(control)} {words}"] if trained else []
 
 
 def _steps_in_log(

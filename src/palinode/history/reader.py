@@ -1,26 +1,18 @@
-"""Finding rows in an exposure log, and sorting a log so that finding is fast.
+"""Finding rows in an exposure log.
 
 What is damaged is left out and named in a note; the rest is used. Step s belongs to the last session that
 began before s. Of the sessions before it, everything after their common limit, the least start of a later
 session, is superseded: training went back and did it again.
-
-`compact` makes a run of sealed segments, which stay: the rows that count, cut by the first bits of the hash
-into parts of about `PART_ROWS` rows and sorted in each. A part is a slice out of every segment, so that
-memory is bounded by a part and each row is read about once. A killed compaction goes on with the
-parts that are there. Finding m rows then reads at most m row groups, however long the log is.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +21,6 @@ from palinode.data.examples import Example
 from palinode.errors import DataError
 from palinode.history.duplicates import HASH_BYTES, Hashes, as_hashes, row_hash, sort_keys
 from palinode.history.exposures import (
-    FORMAT_VERSION,
     STEP_COLUMNS,
     UNKNOWN,
     Ints,
@@ -37,7 +28,6 @@ from palinode.history.exposures import (
     Session,
     StepTable,
     check_same,
-    open_parquet,
     read_about,
     read_header,
     read_journal,
@@ -45,20 +35,13 @@ from palinode.history.exposures import (
     rows_of,
     salt_check,
     step_table,
-    sync_folder,
-    write_parquet,
-    write_segment,
 )
-from palinode.progress import Listener, NullListener
-from palinode.records import beside, read_json, write_json
 from palinode.weights.tensors import cores
 
 NO_LIMIT = np.iinfo(np.int64).max
 SHOWN = 4
 """Stretches of steps that a sentence names."""
 WORKERS = min(8, cores())
-PART_ROWS = 1 << 21
-"""Rows of a part, about 40 MB on disk and 150 MB while it is sorted."""
 
 
 def _none() -> Ints:
@@ -67,7 +50,7 @@ def _none() -> Ints:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LogFile:
-    """A segment, a journal, or a part of a run: what it says it holds, and what of it counts."""
+    """A segment or a journal: what it says it holds, and what of it counts."""
 
     path: Path
     name: str
@@ -75,40 +58,25 @@ class LogFile:
     session: int
     rank: int
     table: StepTable
-    """All its steps; none for a part of a run."""
-    run: str | None = None
-    """The run that has its rows too."""
+    """All its steps."""
     doubled: Ints = field(default_factory=_none)
     """Steps that an earlier file of its process has."""
     limit: int = int(NO_LIMIT)
     """The last step of its session that no later session supersedes."""
 
-    @property
-    def is_sealed(self) -> bool:
-        """Whether it is no open tail; its rows are sorted."""
-        return self.path.suffix == ".parquet"
-
     def counts(self, steps: Ints) -> npt.NDArray[np.bool_]:
         """Return which of these steps count here."""
         return (steps <= self.limit) & ~np.isin(steps, self.doubled)
 
-    def rows(
-        self, keys: npt.NDArray[np.uint64] | None = None, *, between: tuple[int, int] | None = None
-    ) -> tuple[Hashes, Ints]:
-        """Return hashes and steps that count: all, or those with one of the sorted keys, or between two."""
-        if self.is_sealed:
-            found, steps = rows_of(self.path, keys, between=between)
+    def rows(self, keys: npt.NDArray[np.uint64] | None = None) -> tuple[Hashes, Ints]:
+        """Return hashes and steps that count: all, or those with one of the sorted keys."""
+        if self.path.suffix == ".parquet":
+            found, steps = rows_of(self.path, keys)
+            kept = np.arange(len(found)) if keys is None else _places(sort_keys(found), keys)
         else:
             tail = read_journal(self.path)
             found, steps = tail.hashes, tail.steps
-        own = sort_keys(found)
-        if keys is not None:
-            kept = _places(own, keys) if self.is_sealed else np.flatnonzero(np.isin(own, keys))
-        elif between is not None:
-            least, greatest = map(np.uint64, between)
-            kept = np.flatnonzero((own >= least) & (own <= greatest))
-        else:
-            kept = np.arange(len(own))
+            kept = np.arange(len(found)) if keys is None else np.flatnonzero(np.isin(sort_keys(found), keys))
         kept = kept[self.counts(steps[kept])]
         return found[kept], steps[kept]
 
@@ -121,48 +89,22 @@ def _places(own: npt.NDArray[np.uint64], keys: npt.NDArray[np.uint64]) -> Ints:
     return np.concatenate([_none(), *places])
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """The rows of many segments, cut into parts by the first bits of the hash and sorted in each."""
-
-    folder: Path
-    bits: int
-    limit: int
-    """The last step that no session since supersedes: what was superseded before is not in it."""
-    files: tuple[LogFile, ...]
-
-    def parts_of(self, keys: npt.NDArray[np.uint64]) -> list[LogFile]:
-        """Return the parts that may hold one of these keys."""
-        numbers = np.unique(keys >> np.uint64(64 - self.bits)).tolist() if self.bits else [0]
-        paths = [self.folder / f"part-{number:05d}.parquet" for number in numbers]
-        names = [f"{self.folder.name}/{path.name}" for path in paths]
-        return [
-            LogFile(path, name, 0, 0, step_table([]), self.folder.name, limit=self.limit)
-            for path, name in zip(paths, names, strict=True)
-        ]
-
-
 # The files of a log
 
 
 def find_files(
     folder: Path, header: LogHeader, sessions: Sequence[Session]
-) -> tuple[list[LogFile], list[Run], list[str]]:
-    """Return the files of a log in the order of session, process and time; its runs; and notes of damage."""
-    notes: list[str] = []
-    manifests = sorted(folder.glob("runs-*/manifest.json"))
-    runs = [run for path in manifests if (run := _read_run(path, sessions, notes))]
-    covered = {file.path: file for run in runs for file in run.files}
+) -> tuple[list[LogFile], list[str]]:
+    """Return the files of a log in the order of session, process and time, and notes of damage."""
     paths = sorted(folder.glob("session-*/rank-*/*"))
-    sealed = {path for path in paths if path.suffix == ".parquet"} | covered.keys()
-    tails = {path for path in paths if path.suffix == ".journal"}
-    tails = {path for path in tails if path.with_suffix(".parquet") not in sealed}
-    asked = sorted((sealed | tails) - covered.keys())
+    sealed = {path for path in paths if path.suffix == ".parquet"}
+    tails = {
+        path for path in paths if path.suffix == ".journal" and path.with_suffix(".parquet") not in sealed
+    }
     with ThreadPoolExecutor(WORKERS) as pool:
-        opened = list(pool.map(lambda path: _open(path, folder, header), asked))
-    notes += [note for _, note in opened if note]
-    files = [*covered.values(), *(file for file, _ in opened if file)]
-    files.sort(key=lambda file: file.path)
+        opened = list(pool.map(lambda path: _open(path, folder, header), sorted(sealed | tails)))
+    notes = [note for _, note in opened if note]
+    files = [file for file, _ in opened if file]
     limits = {session.number: _limit(session.number, sessions) for session in sessions}
     notes += [
         f"Lost: {file.name} is of session {file.session}, whose file is missing."
@@ -170,7 +112,7 @@ def find_files(
         if file.session not in limits
     ]
     files = [replace(file, limit=limits[file.session]) for file in files if file.session in limits]
-    return _without_overlaps(files, notes), runs, notes
+    return _without_overlaps(files, notes), notes
 
 
 def _limit(number: int, sessions: Sequence[Session]) -> int:
@@ -204,42 +146,6 @@ def _open(path: Path, folder: Path, header: LogHeader) -> tuple[LogFile | None, 
                 "take the file away"
             )
     return LogFile(path, place, session, rank, table), note
-
-
-def _read_run(path: Path, sessions: Sequence[Session], notes: list[str]) -> Run | None:
-    """Return a run, or note why it is not used; the segments are there without it."""
-    folder = path.parent
-    log = folder.parent
-    try:
-        manifest = read_json(path)
-        if manifest["version"] > FORMAT_VERSION:
-            raise ValueError("it is of a newer format")
-        for entry in manifest["files"]:
-            source = log / entry["name"]
-            if source.exists() and source.stat().st_size != entry["bytes"]:
-                raise ValueError(f"{entry['name']} has changed since")
-        with open_parquet(folder / "steps.parquet") as steps:
-            found = steps.read()
-        table: StepTable = np.empty(len(found), STEP_COLUMNS).view(np.recarray)
-        for name in STEP_COLUMNS.names or ():
-            table[name] = found[name].to_numpy()
-        ends = np.searchsorted(found["file"].to_numpy(), np.arange(len(manifest["files"]) + 1))
-        files = [
-            LogFile(
-                log / entry["name"],
-                str(entry["name"]),
-                int(entry["session"]),
-                int(entry["rank"]),
-                table[begin:end].view(np.recarray),
-                folder.name,
-            )
-            for entry, (begin, end) in zip(manifest["files"], pairwise(ends), strict=True)
-        ]
-        limit = _limit(int(manifest["last_session"]), sessions)
-        return Run(folder, int(manifest["bits"]), limit, tuple(files))
-    except (DataError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        notes.append(f"{folder.name} is not used ({error}); the segments that it was made from are.")
-        return None
 
 
 # What of a log counts, and what is missing
@@ -362,7 +268,7 @@ class ExposureReader:
         self.folder = folder
         self.header = header
         self.sessions = read_sessions(folder)
-        self._files, self._runs, self._notes = find_files(folder, header, self.sessions)
+        self._files, self._notes = find_files(folder, header, self.sessions)
         self._notes += _gaps(self._files, self.sessions)
         self._damaged: set[str] = set()
         self.steps = _counted(self._files)
@@ -425,10 +331,8 @@ class ExposureReader:
         keys = np.unique(sort_keys(as_hashes(list(rows))))
         if not len(keys):
             return []
-        files = [part for run in self._runs for part in run.parts_of(keys)]
-        files += [file for file in self._files if not file.run]
         with ThreadPoolExecutor(WORKERS) as pool:
-            parts = list(pool.map(lambda file: self._rows(file, keys), files))
+            parts = list(pool.map(lambda file: self._rows(file, keys), self._files))
         hits = Counter(
             (position, int(step))
             for hashes, steps in parts
@@ -463,86 +367,5 @@ class ExposureReader:
             note = f"Lost: {file.name} ({error}); rows in it are not found."
             if note not in self._notes:
                 self._notes.append(note)
-            run = file.path.parent.name
-            self._damaged |= {own.name for own in self._files if own.path == file.path or own.run == run}
+            self._damaged.add(file.name)
             return np.empty((0, HASH_BYTES), np.uint8), _none()
-
-
-# Sorting
-
-
-def compact(
-    folder: str | Path, *, part_rows: int = PART_ROWS, listener: Listener | None = None
-) -> Path | None:
-    """Sort the sealed segments that are in no run yet into a new one; return its folder, None without any.
-
-    May be killed and called again, and may be called while a training writes to the log. Raises DataError
-    where a segment is damaged.
-    """
-    import pyarrow as pa
-
-    log = Path(folder)
-    sessions = read_sessions(log)
-    files, runs, notes = find_files(log, read_header(log), sessions)
-    lost = [note for note in notes if note.startswith("Lost:") and ".parquet" in note]
-    if lost:
-        raise DataError(f"{lost[0].removeprefix('Lost: ')} Take the file away before sorting the log.")
-    files = [file for file in files if file.run is None and file.is_sealed]
-    if not files:
-        return None
-    target = log / f"runs-{1 + max((int(run.folder.name[5:]) for run in runs), default=0):04d}"
-    whole = np.concatenate([file.table for file in files])
-    rows = int(whole["rows"].sum())
-    bits = max(0, int(np.ceil(np.log2(max(1, rows / part_rows)))))
-    manifest = {
-        "version": FORMAT_VERSION,
-        "bits": bits,
-        "last_session": max(session.number for session in sessions),
-        "rows": rows,
-        "files": [
-            {
-                "name": file.name,
-                "bytes": file.path.stat().st_size,
-                "session": file.session,
-                "rank": file.rank,
-            }
-            for file in files
-        ],
-    }
-    partial = _begin_run(target, manifest)
-    width = 1 << (64 - bits)
-    with (listener or NullListener()).task("sorting the log", 1 << bits, "parts") as advance:
-        for number in range(1 << bits):
-            path = partial / f"part-{number:05d}.parquet"
-            if not path.exists():
-                write_segment(path, *_part(files, (number * width, (number + 1) * width - 1)))
-            advance(1)
-    numbers = np.repeat(np.arange(len(files)), [len(file.table) for file in files])
-    columns = {name: np.ascontiguousarray(whole[name]) for name in STEP_COLUMNS.names or ()}
-    write_parquet(partial / "steps.parquet", pa.table({"file": numbers, **columns}))
-    write_json(partial / "manifest.json", manifest)
-    partial.replace(target)
-    sync_folder(log)
-    return target
-
-
-def _begin_run(target: Path, manifest: dict[str, Any]) -> Path:
-    """Return the folder to fill; parts that an earlier call left count only if it had the same plan."""
-    partial = beside(target)
-    plan = partial / "plan.json"
-    try:
-        same = read_json(plan) == manifest
-    except (OSError, ValueError):
-        same = False
-    if not same:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        write_json(plan, manifest)
-    return partial
-
-
-def _part(files: Sequence[LogFile], between: tuple[int, int]) -> tuple[Hashes, npt.NDArray[np.int32]]:
-    """Return the rows of all files that count and whose key lies between two."""
-    parts = [file.rows(between=between) for file in files]
-    hashes, steps = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return hashes, steps.astype(np.int32)

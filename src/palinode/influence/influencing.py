@@ -47,7 +47,7 @@ from palinode.models.loading import (
     pick_device,
     tokenizer_fingerprint,
 )
-from palinode.models.sums import Projection
+from palinode.models.reading import Projection
 from palinode.pipeline.chatting import form_like, form_of
 from palinode.pipeline.costs import make_plan
 from palinode.pipeline.inputs import ask_as_trained, check_workspace, open_inputs, workspace_folder

@@ -8,8 +8,8 @@
 with g = P^½ ∇(−log p) at a checkpoint, summed over the tokens of an answer, G those of all rows, λ the mean
 |g_i|², and P the identity or Adam's preconditioner 1 / √E[g²]. A score is the mean of this over checkpoints,
 weighted for each row by the learning rates of the steps at which it was really seen near each, where an
-exposure log or rebuilt order tells them. Gradients are projected (`models.sums`) and kept in the workspace: a
-file for each checkpoint, float32 [rows, width], mapped into memory and read in blocks.
+exposure log or rebuilt order tells them. Gradients are projected (`reading.Projection`) and kept in the
+workspace: a file for each checkpoint, float32 [rows, width], mapped into memory and read in blocks.
 
 The signs of the projection are drawn for each of its numbers by itself, so a score is a smooth function of
 sums over `width` independent terms. Its standard error is that of the infinitesimal jackknife over them: with
@@ -34,7 +34,7 @@ from palinode.data.examples import Example
 from palinode.data.tokenize import TokenRow
 from palinode.history.orders import Order, first_step
 from palinode.history.reader import ExposureReader
-from palinode.models.sums import Projection, row_backward, trained_parameters
+from palinode.models.reading import Projection, row_backward, trained_parameters
 from palinode.pipeline.workspace import Step
 from palinode.progress import Advance
 from palinode.records import read_json, write_json

@@ -32,7 +32,7 @@ from palinode.metrics.likelihood import answer_probabilities
 from palinode.models.inplace import put
 from palinode.models.likelihoods import score_rows
 from palinode.models.loading import load_model, load_tokenizer, pick_device
-from palinode.models.sums import row_backward, trained_parameters
+from palinode.models.reading import row_backward, trained_parameters
 from palinode.pipeline.reporting import find_workspace, gather, refresh
 from palinode.pipeline.run import find_model
 from palinode.pipeline.workspace import Workspace

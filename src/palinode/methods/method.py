@@ -26,8 +26,7 @@ from palinode.weights.checkpoint import Checkpoint, Direction, Point, WeightedSu
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from palinode.training.objectives import FrozenValues, Objective
-    from palinode.training.roles import Joined, Material
+    from palinode.training.objectives import FrozenValues, Joined, Material, Objective
 
 Kind = Literal["arithmetic", "training", "inference"]
 """Vectors added up by scales; weights trained; or two models read together, with no weights of its own."""
@@ -141,7 +140,7 @@ class Ends:
 
 def plain_material(role: str, rows: Sequence[Example]) -> Material:
     """Return rows of one role, for a run on their answers alone."""
-    from palinode.training.roles import Material
+    from palinode.training.objectives import Material
 
     return Material(role, {role: rows})
 
@@ -337,7 +336,7 @@ def gather(
     A refusal may go with any forget question and becomes its answer; an alternate is (position of its
     forget example, text). Raises DataError for a role without examples.
     """
-    from palinode.training.roles import Material
+    from palinode.training.objectives import Material
 
     roles = objective.roles
     examples: dict[str, Sequence[Example]] = {"forget": forget, "retain": retain}

@@ -50,8 +50,7 @@ if TYPE_CHECKING:
 
     from palinode.data.tokenize import PromptStyle
     from palinode.progress import Listener
-    from palinode.training.objectives import Objective, Seen
-    from palinode.training.roles import Material
+    from palinode.training.objectives import Material, Objective, Seen
 
 
 class NPOSettings(RetainSettings):

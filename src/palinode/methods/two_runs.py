@@ -43,8 +43,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from palinode.training.objectives import FrozenValues, Objective, Seen
-    from palinode.training.roles import Joined
+    from palinode.training.objectives import FrozenValues, Joined, Objective, Seen
 
 
 class WHPSettings(MethodSettings):

@@ -1,18 +1,13 @@
-"""Which outcome of another model belongs to which outcome of this one.
-
-From one value per example to one score: a mean, n and a percentile bootstrap interval.
+"""From one value per example to one score: a mean, n and a percentile bootstrap interval.
 
     mean_score       the mean of one list of values
     harmonic_score   TOFU's model utility: the harmonic mean of the means of several lists
+    forget_quality   p-value of the two-sided two-sample Kolmogorov-Smirnov test between the truth ratios R of
+                     the unlearned and the retrained model on the same questions (metrics.md §6)
 
-What could not be computed is left out and said, never counted as 0.
-
-Forget quality: do the unlearned and the retrained model behave alike on the forget set? (metrics.md §6)
-
-    p-value of the two-sided two-sample Kolmogorov-Smirnov test between the truth ratios R of both models
-
-on the same questions. p near 1: no difference found; p near 0: they differ. The test looks at ranks
-only, so R, 1/R and log R give the same p. Figures are usually shown as log10 p.
+What could not be computed is left out and said, never counted as 0. Of forget quality p near 1 means that no
+difference was found. The test looks at ranks only, so R, 1/R and log R give the same p; figures are usually
+shown as log10 p.
 """
 
 from __future__ import annotations

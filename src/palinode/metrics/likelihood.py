@@ -1,23 +1,20 @@
-"""How likely the model finds the answer in the data, alone and beside other answers (spec: metrics.md §2).
+"""How likely the model finds the answer in the data, alone and beside other answers (spec: metrics.md §2,
+§4).
 
     P = exp(−l),   l = negative log-likelihood of the answer / number of scored tokens
 
-The answer's tokens and the end token are scored (TOFU, open-unlearning). The length normalisation makes
-long and short answers comparable: P is the geometric mean of the token probabilities. Sums of
-probabilities are formed from their logarithms, so that very unlikely answers do not become 0/0.
-
-Whether the model still tells the right answer from wrong ones (spec: metrics.md §4).
+The answer's tokens and the end token are scored (TOFU, open-unlearning); P is the geometric mean of the token
+probabilities. Sums of probabilities are formed from logarithms, so that very unlikely answers are no 0/0.
 
     R = P(wrong) / P(right)
 
-with P = exp(−l) of metrics.likelihood. The right answer is the paraphrase, which the model was not trained
-on word for word, or the answer in the data where there is no paraphrase (real authors, world facts). Over
-the wrong answers of a row,
+tells whether the model knows the right answer from wrong ones: near 1 it cannot tell, near 0 it knows. Right
+is the paraphrase, which it was not trained on word for word, or the answer in the data where there is none
+(real authors, world facts). Over the wrong answers of a row,
 
     geometric:    P(wrong) = exp(−mean_k l_k)     the code behind the published figures
     arithmetic:   P(wrong) = mean_k exp(−l_k)     the formula in the TOFU paper
 
-R near 1 means that the model cannot tell; near 0, that it knows. Everything is computed from log R.
 open-unlearning adds 1e-10 to P(right), TOFU's own code adds nothing; neither do we.
 """
 

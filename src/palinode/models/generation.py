@@ -35,12 +35,13 @@ from transformers import (
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
-from palinode.data.batches import IntArray, budget_batches, pad_left
+from palinode.data.batches import budget_batches, pad_left
 from palinode.errors import DataError
 from palinode.models.likelihoods import Say, has_plain_head, same_alone, tell, unlike
-from palinode.models.loading import check_known, pad_token, position_limit, quiet_transformers
+from palinode.models.loading import check_known, pad_token, position_limit
 from palinode.models.reading import on_device
 from palinode.processes import divided
+from palinode.weights.foreign import quiet_transformers
 
 GROWTH = 64
 """Positions by which the slots grow when a sequence needs more."""
@@ -352,6 +353,14 @@ class _Rules:
                 return
             self.take(answer, token)
 
+    def go_on(self, answers: Sequence[_Answer], logits: Tensor) -> list[int]:
+        """Choose the next token of each answer, give it to those that are not over, and return all."""
+        chosen: list[int] = self.choose(answers, logits).tolist()
+        for answer, token in zip(answers, chosen, strict=True):
+            if not answer.over:
+                self.take(answer, token)
+        return chosen
+
     def choose(self, answers: Sequence[_Answer], logits: Tensor, ahead: int = 0) -> Tensor:
         """Return the next token of each answer, int64 [B], where so many are chosen that it lacks as yet."""
         young = [row for row, one in enumerate(answers) if len(one.said) + ahead < self.min_new_tokens]
@@ -444,10 +453,14 @@ def _may_be_padded(
     probes = [probe[: max(1, longest - TRIAL_STEPS)] for probe in trial_prompts(prompts, longest)]
 
     def heard(rows: Sequence[Sequence[int]]) -> list[Tensor]:
-        ids, mask = pad_left(rows, pad_id=pad_id)
-        listening = _Listening([row[0] for row in rows])
-        _run(model, ids, mask, listening, StoppingCriteriaList(), TRIAL_STEPS, pad_id)
-        return list(torch.stack(listening.heard, dim=1))
+        said = list[Tensor]()
+
+        def listen(scores: Tensor) -> list[int]:
+            said.append(scores.float().log_softmax(dim=-1))
+            return [row[0] for row in rows]  # it goes on with one token again and again
+
+        _run(model, rows, listen, [], TRIAL_STEPS, pad_id)
+        return list(torch.stack(said, dim=1))
 
     lengths = [len(probe) for probe in probes]
     return same_alone(
@@ -530,64 +543,42 @@ def _answer_in_batches(
     for places in budget_batches(lengths, max_tokens=batch_rows * max(lengths), max_rows=batch_rows):
         members = [answers[place] for place in places]
         while members:  # once, unless padding took positions that a shorter prompt still needs
-            ids, mask = pad_left([(*answer.prompt, *answer.said) for answer in members], pad_id=pad_id)
+            begun = [(*answer.prompt, *answer.said) for answer in members]
             room = max(answer.room - len(answer.said) for answer in members)
-            room = room if limit is None else min(room, limit + 1 - ids.shape[1])
-            over = StoppingCriteriaList([_AllOver(members)])
-            _run(model, ids, mask, _Chooser(members, rules), over, room, pad_id)
+            room = room if limit is None else min(room, limit + 1 - max(map(len, begun)))
+            _run(model, begun, partial(rules.go_on, members), [_AllOver(members)], room, pad_id)
             members = [answer for answer in members if not answer.over]
         report(len(places))
 
 
 def _run(
     model: PreTrainedModel,
-    ids: IntArray,
-    mask: IntArray,
-    processor: LogitsProcessor,
-    over: StoppingCriteriaList,
+    rows: Sequence[Sequence[int]],
+    choose: Callable[[Tensor], Sequence[int]],
+    over: Sequence[StoppingCriteria],
     most: int,
     pad_id: int,
 ) -> None:
-    """Go on with a batch by `model.generate`; the processor takes the tokens."""
+    """Go on with rows, padded on the left, by `model.generate`; `choose` makes the next tokens of logits."""
+    ids, mask = (torch.from_numpy(part).to(model.device) for part in pad_left(rows, pad_id=pad_id))
     with _plainly_greedy(model, most, pad_id):
         model.generate(  # type: ignore[operator]
-            input_ids=torch.from_numpy(ids).to(model.device),
-            attention_mask=torch.from_numpy(mask).to(model.device),
-            logits_processor=LogitsProcessorList([processor]),
-            stopping_criteria=over,
+            input_ids=ids,
+            attention_mask=mask,
+            logits_processor=LogitsProcessorList([_Forced(choose)]),
+            stopping_criteria=StoppingCriteriaList(over),
         )
 
 
-class _Listening(LogitsProcessor):
-    """Keeps the log-probabilities of every step, and goes on with one token again and again."""
+class _Forced(LogitsProcessor):
+    """Has the next tokens chosen, and leaves transformers no choice but to take them."""
 
-    def __init__(self, tokens: Sequence[int]):
-        self.tokens = tokens
-        self.heard: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
-        self.heard.append(scores.float().log_softmax(dim=-1))
-        return _forced(scores, self.tokens)
-
-
-class _Chooser(LogitsProcessor):
-    """Chooses the next tokens and leaves transformers no choice but to take them."""
-
-    def __init__(self, answers: Sequence[_Answer], rules: _Rules):
-        self.answers, self.rules = answers, rules
+    def __init__(self, choose: Callable[[Tensor], Sequence[int]]):
+        self.choose = choose
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
-        chosen: list[int] = self.rules.choose(self.answers, scores).tolist()
-        for answer, token in zip(self.answers, chosen, strict=True):
-            if not answer.over:
-                self.rules.take(answer, token)
-        return _forced(scores, chosen)
-
-
-def _forced(scores: Tensor, tokens: Sequence[int]) -> Tensor:
-    """Return scores that leave no choice but these tokens."""
-    forced = torch.full_like(scores, -torch.inf)
-    return forced.scatter(-1, torch.tensor(tokens, device=scores.device)[:, None], 0.0)
+        chosen = torch.tensor(self.choose(scores), device=scores.device)
+        return torch.full_like(scores, -torch.inf).scatter(-1, chosen[:, None], 0.0)
 
 
 class _AllOver(StoppingCriteria):

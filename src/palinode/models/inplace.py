@@ -22,20 +22,20 @@ from transformers import PreTrainedModel
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutput
 
-from palinode.errors import CheckpointError, MismatchError, OutputError
+from palinode.errors import MismatchError, OutputError
 from palinode.models.loading import DTYPES, build_empty
 from palinode.weights.arithmetic import (
     Evaluator,
+    Settings,
     Slice,
     formula,
     map_slices,
-    per_thread,
-    settings,
     slices,
 )
 from palinode.weights.checkpoint import Checkpoint, Point
 from palinode.weights.displacement import check_displacements
 from palinode.weights.fingerprints import check_files, unchanged
+from palinode.weights.foreign import quiet_transformers
 from palinode.weights.geometry import choose_rounding
 from palinode.weights.preflight import check_fit
 from palinode.weights.tensors import Files, TensorInfo, is_head
@@ -61,7 +61,7 @@ def put(
     are not the same.
     """
     anchor, form = point.anchor, formula(point.anchor, point.terms)
-    asked = settings(dtype=dtype, rounding=rounding, seed=seed, precision=precision)
+    asked = Settings(dtype, rounding, seed, precision)
     check_fit(anchor, [other for other in form.checkpoints if other != anchor])
     check_files(form.checkpoints)
     check_displacements(anchor, form.displacements)
@@ -82,7 +82,7 @@ def put(
 
     with Files() as files, unchanged(form.terms):
         wanted = [part for part in parts if part.info.name in flat and (not only or only(part.info.name))]
-        map_slices(wanted, per_thread(start))
+        map_slices(wanted, start)
 
 
 def _flat_parameters(model: PreTrainedModel, anchor: Checkpoint) -> dict[str, torch.Tensor]:
@@ -130,15 +130,11 @@ def check_live(checkpoint: Checkpoint) -> None:
 
     The model is built without its weights. Raises CheckpointError when transformers cannot build it.
     """
-    try:
+    refused, advice = f"transformers cannot build {checkpoint.folder}", "take a model that it knows"
+    with quiet_transformers(
+        lambda error: f"{refused} ({type(error).__name__}: {error}); update transformers, or {advice}"
+    ):
         model = build_empty(checkpoint)
-    except CheckpointError:
-        raise
-    except Exception as error:  # transformers raises many kinds
-        raise CheckpointError(
-            f"transformers cannot build {checkpoint.folder} ({type(error).__name__}: {error}); update "
-            "transformers, or take a model that it knows"
-        ) from error
     _flat_parameters(model, checkpoint)
 
 

@@ -7,7 +7,6 @@ a wrapper with towers for images or sounds (Gemma3ForConditionalGeneration) the 
 from __future__ import annotations
 
 import contextlib
-import logging
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +17,6 @@ from weakref import WeakKeyDictionary
 
 import blake3
 import torch
-import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import (
@@ -37,7 +35,14 @@ from palinode.records import read_bytes
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.fingerprints import unchanged
 from palinode.weights.folders import require_causal_lm
-from palinode.weights.foreign import WEIGHTS, bounded, check_folder, from_config, from_pretrained
+from palinode.weights.foreign import (
+    WEIGHTS,
+    bounded,
+    check_folder,
+    from_config,
+    from_pretrained,
+    quiet_transformers,
+)
 from palinode.weights.formats.unpickler import CODES
 from palinode.weights.tensors import FLOAT_BYTES, Files, TensorInfo, read_json, read_object, shown
 
@@ -80,16 +85,10 @@ def load_model(
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest")
     require_causal_lm(checkpoint)
-    with quiet_transformers(), unchanged([checkpoint]):
-        try:
-            placed = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
-            model, info = _build(checkpoint, dtype, "sdpa", placed)
-        except CheckpointError:
-            raise
-        except Exception as error:  # transformers raises many kinds here; each means that there is no model
-            raise CheckpointError(
-                f"{checkpoint.folder} cannot be loaded as a causal language model ({_reason(error)})"
-            ) from error
+    refused = f"{checkpoint.folder} cannot be loaded as a causal language model"
+    with quiet_transformers(lambda error: f"{refused} ({_reason(error)})"), unchanged([checkpoint]):
+        placed = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
+        model, info = _build(checkpoint, dtype, "sdpa", placed)
     _require_all_weights(checkpoint, info)
     ready: PreTrainedModel = (model if quantization else model.to(device)).eval()
     return ready
@@ -267,18 +266,12 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
 
     Raises CheckpointError when it cannot, or when AutoModelForCausalLM knows nothing of such a wrapper.
     """
-    try:
-        with quiet_transformers():
-            config: PreTrainedConfig = from_pretrained(AutoConfig, checkpoint.folder)
-            rows = config.get_text_config().vocab_size
-            if type(rows) is not int or rows < 1:
-                raise ValueError(f"its vocab_size is {shown(str(rows))}")
-    except CheckpointError:
-        raise
-    except Exception as error:  # transformers raises many kinds here
-        raise CheckpointError(
-            f"{checkpoint.folder / 'config.json'} describes no model that can be built ({_reason(error)})"
-        ) from error
+    refused = f"{checkpoint.folder / 'config.json'} describes no model that can be built"
+    with quiet_transformers(lambda error: f"{refused} ({_reason(error)})"):
+        config: PreTrainedConfig = from_pretrained(AutoConfig, checkpoint.folder)
+        rows = config.get_text_config().vocab_size
+        if type(rows) is not int or rows < 1:
+            raise ValueError(f"its vocab_size is {shown(str(rows))}")
     text = text_config(config)
     built_here = text is not config or checkpoint.format != "safetensors"
     if built_here and not (_class_of(config, config) and _class_of(text, config)):
@@ -291,16 +284,10 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """Return the checkpoint's tokenizer; raises CheckpointError when the folder has none."""
-    try:
-        with quiet_transformers():
-            tokenizer: PreTrainedTokenizerBase = from_pretrained(AutoTokenizer, checkpoint.folder)
-    except CheckpointError:
-        raise
-    except Exception as error:  # transformers raises many kinds here; each means that there is no tokenizer
-        raise CheckpointError(
-            f"{checkpoint.folder} has no tokenizer that can be loaded ({type(error).__name__}); "
-            "copy the tokenizer files of the model it came from into the folder"
-        ) from error
+    refused = f"{checkpoint.folder} has no tokenizer that can be loaded"
+    advice = "copy the tokenizer files of the model it came from into the folder"
+    with quiet_transformers(lambda error: f"{refused} ({type(error).__name__}); {advice}"):
+        tokenizer: PreTrainedTokenizerBase = from_pretrained(AutoTokenizer, checkpoint.folder)
     beside = checkpoint.folder / "chat_template.json"
     if not tokenizer.chat_template and beside.is_file():  # tokenizers know nothing of a processor's
         found = read_json(beside)
@@ -402,18 +389,3 @@ def _require_all_weights(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
             f"{checkpoint.folder} holds {len(unused)} weights that its config makes no use of "
             f"(first: {unused[0]}); are config.json and the weights of the same model?"
         )
-
-
-class quiet_transformers:  # noqa: N801 - reads as a statement
-    """Keep transformers' own progress bars and notes off the terminal while it loads or saves."""
-
-    def __enter__(self) -> None:
-        self.level = transformers.logging.get_verbosity()
-        self.bars = transformers.logging.is_progress_bar_enabled()
-        transformers.logging.set_verbosity(logging.CRITICAL)  # its errors show what the folder says as it is
-        transformers.logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        transformers.logging.set_verbosity(self.level)
-        if self.bars:
-            transformers.logging.enable_progress_bar()

@@ -323,17 +323,15 @@ def _entry(attack: Attack, facts: Mapping[str, Any], findings: Findings) -> dict
         "tests": {
             test.name: {
                 "title": test.title,
-                "told_right": _told_right(f"{attack.name}.{test.name}"),
+                "told_right": told._asdict()
+                if (told := MEASURED.get(f"{attack.name}.{test.name}"))
+                else None,
                 "statistic": STATISTICS[test.statistic],
                 "findings": {model: asdict(found[test.name]) for model, found in findings.items()},
             }
             for test in attack.tests
         },
     }
-
-
-def _told_right(key: str) -> dict[str, int] | None:
-    return MEASURED[key]._asdict() if key in MEASURED else None
 
 
 def _check_vocabulary(

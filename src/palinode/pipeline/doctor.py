@@ -61,6 +61,7 @@ Result = TypeVar("Result")
 EXTRAS = {
     "gguf": "GGUF models",
     "influence": "influence --engine bergson",
+    "llama-cpp": "audits of models in GGUF's Q4_K",
     "lm-eval": "evaluate --lm-eval",
     "lora": "low-rank training (--lora)",
     "quantise": "audits of models in NF4, moments in 8 bits (training.optimizer)",

@@ -1,7 +1,7 @@
 """Filter a vector by what the layers of a model read: moments as steps of a workspace, and rules over them.
 
 The moments of a model over some rows are measured once and kept, so that other settings, methods and
-requests find them there. The filters themselves are in `weights/filters.py`.
+requests find them there. The filters themselves are in `training/moments.py`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,16 @@ from palinode.models.inplace import live_places, put
 from palinode.models.loading import load_model, load_tokenizer, pad_token, save_tensors, tokenizer_fingerprint
 from palinode.pipeline.inputs import Work
 from palinode.pipeline.workspace import Step
-from palinode.training.moments import Moments, Place, Positions, input_moments
+from palinode.training.moments import (
+    Moments,
+    Place,
+    Positions,
+    along,
+    input_moments,
+    least_squares,
+    projection,
+)
 from palinode.weights import Checkpoint, Point
-from palinode.weights.filters import along, least_squares, projection
 from palinode.weights.geometry import part_of
 from palinode.weights.vectors import Rule
 

@@ -47,7 +47,7 @@ from palinode.pipeline.reporting import (
     write_reports,
 )
 from palinode.pipeline.scales import ChosenScales, own_yardstick, scaled_vector
-from palinode.pipeline.search import grid_scales, search_scales
+from palinode.pipeline.search import choose_scales
 from palinode.pipeline.tracking import tracked
 from palinode.pipeline.workspace import Step, Workspace, fingerprint
 from palinode.progress import Listener, NullListener
@@ -328,15 +328,13 @@ class Making(FineTuning):
             tolerance=TOLERANCE,
             **({"auto": [scales.trials, scales.groups]} if auto else {}),
         )
-        choose = partial(grid_scales, self.inputs, target, vectors)
-        if auto:
-            choose = partial(search_scales, self.inputs, target, vectors, filters=trained.filters)
 
         def found() -> dict[str, Any]:
             yardstick, unfiltered = None, target - (trained.before or vectors.forget)
             if self.inputs.base is None:
                 yardstick = own_yardstick(self.inputs, target, unfiltered, step.folder)
-            return asdict(choose((alphas, betas), step.folder, self.listener, yardstick=yardstick))
+            choose = partial(choose_scales, self.inputs, target, vectors, (alphas, betas), step.folder)
+            return asdict(choose(self.listener, yardstick=yardstick, filters=trained.filters))
 
         return ChosenScales(**step.once(found))
 

@@ -53,7 +53,7 @@ AIMS = 2
 Range = tuple[float, float]
 
 
-def search_scales(
+def choose_scales(
     inputs: Inputs,
     target: Checkpoint,
     vectors: Vectors,
@@ -64,17 +64,17 @@ def search_scales(
     yardstick: Yardstick | None = None,
     filters: OpenFilter | None = None,
 ) -> ChosenScales:
-    """Search (α, β) from the points of a grid on; `folder` keeps what was measured.
+    """Search (α, β) from the points of a grid on, or choose among these alone, as the recipe says.
 
-    A grid with one value of α or of β leaves that one as it is; beyond the largest of several α the search
-    goes on where that forgets too little. A `yardstick` that is given, such as a retrained model's, takes the
-    place of the estimate.
+    `folder` keeps what was measured. A grid with one value of α or of β leaves that one as it is; beyond the
+    largest of several α the search goes on where that forgets too little. A `yardstick` that is given, such
+    as a retrained model's, takes the place of the estimate; `filters` are for the search.
     """
     alphas, betas = (sorted(set(values)) for values in grid)
-    beyond = [round(alphas[-1] * times, 2) for times in FARTHER] if len(alphas) > 1 else []
-    scales, seed = inputs.recipe.scales, inputs.recipe.seed
-    most = 2 + (len(alphas) + len(beyond)) * len(betas) + scales.trials
-    with listener.task("searching scales", most, "points") as advance:
+    scales, auto = inputs.recipe.scales, inputs.recipe.scales.choose == "auto"
+    beyond = [round(alphas[-1] * times, 2) for times in FARTHER] if auto and len(alphas) > 1 else []
+    most = 2 + (len(alphas) + len(beyond)) * len(betas) + (scales.trials if auto else 0)
+    with listener.task("searching scales" if auto else "trying scales", most, "points") as advance:
         trials = Trials(Probes(inputs, target, folder / "probes.json"), vectors, listener, yardstick)
         advance(2)
 
@@ -83,6 +83,9 @@ def search_scales(
                 advance(1)
                 yield point
 
+        if not auto:
+            points = list(counted(walk_grid(trials.goal, trials.tried, alphas, betas)))
+            return conclude("grid", [], points, listener)
         glance = partial(trials.tried, whole=False)
         trials.use(filters.usual() if filters else None)
         others: list[TriedScales] = []
@@ -95,7 +98,7 @@ def search_scales(
         near = [point for point in looked if point.filter == label]
         varied = (len(alphas) > 1, len(betas) > 1)
         whole = [point for point in others if point.filter == label]
-        whole += counted(between(trials, near, alphas, betas, scales.trials, seed))
+        whole += counted(between(trials, near, alphas, betas, scales.trials, inputs.recipe.seed))
         whole += around(trials, best(whole), varied=varied)
         if filters is not None and filters.arrives != "never":
             there = where_it_arrives(trials, filters, best(whole), varied)
@@ -104,36 +107,11 @@ def search_scales(
             trials.use(filters.of(best(whole)))
         parts = layer_groups(target, scales.groups)
         if len(parts) > 1:
-            whole += grouped(trials, best(whole), parts, scales.trials, seed)
+            whole += grouped(trials, best(whole), parts, scales.trials, inputs.recipe.seed)
     if filters is not None:
         filters.tidy(trials.filtered)
     looked += [point for point in others if point not in whole]
     return conclude("auto", looked, whole, listener, parts=parts, filtered=trials.filtered)
-
-
-def grid_scales(
-    inputs: Inputs,
-    target: Checkpoint,
-    vectors: Vectors,
-    grid: tuple[Sequence[float], Sequence[float]],
-    folder: Path,
-    listener: Listener,
-    *,
-    yardstick: Yardstick | None = None,
-) -> ChosenScales:
-    """Choose (α, β) among the points of a grid; `folder` keeps what was measured.
-
-    A `yardstick` that is given, such as a retrained model's, takes the place of the estimate.
-    """
-    alphas, betas = grid
-    points = []
-    with listener.task("trying scales", 2 + len(alphas) * len(betas), "points") as advance:
-        trials = Trials(Probes(inputs, target, folder / "probes.json"), vectors, listener, yardstick)
-        advance(2)
-        for point in walk_grid(trials.goal, trials.tried, sorted(alphas), sorted(betas)):
-            points.append(point)
-            advance(1)
-    return conclude("grid", [], points, listener)
 
 
 def walk_grid(

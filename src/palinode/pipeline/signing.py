@@ -41,7 +41,7 @@ from palinode.records import MAX_JSON, OTHERS, fitting, private, read_bytes, rea
 from palinode.report.words import at
 from palinode.weights import Checkpoint
 from palinode.weights.fingerprints import fingerprint
-from palinode.weights.manifest import check_manifest, read_manifest
+from palinode.weights.store import check_manifest, read_manifest
 
 SIGNATURE = "model.sig"
 """Name of the signature in its folder, which it does not cover."""

@@ -148,8 +148,10 @@ def _start(name: str, folder: Path, run: str, settings: Mapping[str, Any]) -> Ge
 
     kind = LOGGER_TYPE_TO_CLASS[name]
     folder.mkdir(parents=True, exist_ok=True)
+    own = PROJECT if name in PACKAGES else run  # what a tracker takes first: its run or project
+    place = (run, str(folder)) if kind.requires_logging_directory else (own,)
     try:
-        tracker = kind(*_place(name, kind, folder, run), **_options(name, folder, run))
+        tracker = kind(*place, **_options(name, folder, run))
         tracker.start()
         tracker.store_init_configuration(dict(settings))
     except Exception as error:  # not logged in, no server, a version that does not fit: each has its own kind
@@ -158,13 +160,6 @@ def _start(name: str, folder: Path, run: str, settings: Mapping[str, Any]) -> Ge
             "leave it out"
         ) from error
     return tracker
-
-
-def _place(name: str, kind: type[GeneralTracker], folder: Path, run: str) -> tuple[str, ...]:
-    """Return what a tracker takes by position: the name of its run or project, and a folder."""
-    if kind.requires_logging_directory:
-        return run, str(folder)
-    return (PROJECT if name in PACKAGES else run,)
 
 
 def _options(name: str, folder: Path, run: str) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from palinode.report.verdicts import audit_verdict
 from palinode.requests.ledger import WHOLE, Event, Ledger, Model, Request, Standing, standing
 from palinode.settings import AuditSettings, StrictModel
 from palinode.weights import Checkpoint
-from palinode.weights.manifest import check_manifest
+from palinode.weights.store import check_manifest
 
 ID = re.compile(r"\w[\w.-]{0,63}", re.ASCII)
 SALT_BYTES = 32

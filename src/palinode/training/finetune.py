@@ -1,4 +1,9 @@
-"""Fine-tune a checkpoint into another: θ_0 → θ_1 on the forget set, θ_0 → θ_2 on a retain sample."""
+"""Fine-tune a checkpoint into another: θ_0 → θ_1 on the forget set, θ_0 → θ_2 on a retain sample.
+
+Or low-rank: θ = θ_s + s·B·A beside every linear layer of the blocks, the start θ_s frozen. A is random with
+the seed and B zero, so training begins at the start itself, and two runs of one seed begin with the same A.
+What is kept is the adapter, in peft's format; read back it is the direction s·B·A, exactly.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +12,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
 
 from palinode.data.examples import Example
 from palinode.data.tokenize import PromptStyle, tokenize
@@ -23,21 +31,26 @@ from palinode.models.loading import (
     load_tokenizer,
     pad_token,
     pick_device,
+    save_tensors,
     stored_names,
 )
+from palinode.models.reading import linear_layers
+from palinode.processes import sharded
 from palinode.progress import Listener, NullListener, record
 from palinode.records import private, write_json
-from palinode.settings import TrainingSettings
+from palinode.settings import LoraSettings, TrainingSettings
 from palinode.training.loop import count_steps, train
-from palinode.training.lora import add_adapter, load_frozen, write_adapter
 from palinode.training.objectives import (
     CURVE,
     PLAIN_OBJECTIVE,
     CurvePoint,
+    Joined,
+    Material,
     Objective,
+    join,
+    plain,
 )
-from palinode.training.roles import Joined, Material, join, plain
-from palinode.weights.adapters import LoraAdapter
+from palinode.weights.adapters import CONFIG, WEIGHTS, LoraAdapter
 from palinode.weights.atomic import check_output, claimed, publish
 from palinode.weights.checkpoint import Checkpoint, WeightedSum
 from palinode.weights.fingerprints import check_stamps, take_stamps
@@ -123,8 +136,9 @@ def finetune(
     tokenizer = load_tokenizer(reader or base)
     cast = _cast(examples, base, tokenizer, settings, seed=seed, style=style or PromptStyle())
     model = _load(base, settings, loss, device=device, seed=seed)
-    pad_id, following = pad_token(tokenizer), _Following(model, base, watch or Watch(), listener)
-    curve = following.train(cast, loss, settings, seed=seed, pad_id=pad_id, state=state)
+    run = partial(train, model, cast, loss, settings, seed=seed, pad_id=pad_token(tokenizer), state=state)
+    total = sum(cast.tokens(epoch, range(len(cast.anchors)), loss.reads) for epoch in range(settings.epochs))
+    curve, tokens = _follow(run, model, base, cast, total, watch or Watch(), listener or NullListener())
     check_stamps(stamps, [base])
     if settings.lora:
         write_adapter(model, output, curve)
@@ -136,7 +150,7 @@ def finetune(
         base,
         LoraAdapter.open(output) if settings.lora else Checkpoint.open(output),
         curve,
-        following.tokens,
+        tokens,
         time.monotonic() - started,
         count_steps([len(row.ids) for row in cast.anchors], settings),
         {
@@ -169,59 +183,35 @@ def _cast(
     return cast
 
 
-class _Following:
-    """A run, followed: its bar, its curve, and the models that are left on the way."""
+def _follow(
+    run: Callable[..., list[CurvePoint]],
+    model: PreTrainedModel,
+    base: Checkpoint,
+    cast: Joined,
+    total: int,
+    watch: Watch,
+    listener: Listener,
+) -> tuple[list[CurvePoint], int]:
+    """Train, with a bar of `total` tokens and models left on the way; return curve and tokens read."""
+    walked, tokens = list[CurvePoint](), 0
 
-    def __init__(
-        self, model: PreTrainedModel, base: Checkpoint, watch: Watch, listener: Listener | None
-    ) -> None:
-        self.model, self.base, self.watch = model, base, watch
-        self.listener = listener or NullListener()
-        self.walked: list[CurvePoint] = []
-        self.tokens = 0
-        """Tokens that went through the model, over all steps."""
+    def on_step(point: CurvePoint, members: Sequence[int]) -> None:
+        if watch.on_step:
+            watch.on_step(point.step + 1, [cast.anchors[place].example for place in members])
+        record(listener, watch.label, point.step + 1, point.figures())
+        walked.append(point)
+        if (place := watch.leave.get(point.step + 1)) and not place.exists():
+            write_model(model, base, place, walked)
 
-    def train(
-        self,
-        cast: Joined,
-        objective: Objective,
-        settings: TrainingSettings,
-        *,
-        seed: int,
-        pad_id: int,
-        state: Path | None,
-    ) -> list[CurvePoint]:
-        """Train the model and return its curve."""
-        everyone = range(len(cast.anchors))
-        total = sum(cast.tokens(epoch, everyone, objective.reads) for epoch in range(settings.epochs))
+    with listener.task(watch.label, total, "tokens") as advance:
 
-        def on_step(point: CurvePoint, members: Sequence[int]) -> None:
-            if self.watch.on_step:
-                self.watch.on_step(point.step + 1, [cast.anchors[place].example for place in members])
-            record(self.listener, self.watch.label, point.step + 1, point.figures())
-            self.walked.append(point)
-            if (place := self.watch.leave.get(point.step + 1)) and not place.exists():
-                write_model(self.model, self.base, place, self.walked)
+        def on_progress(amount: int) -> None:
+            nonlocal tokens
+            tokens += amount
+            advance(amount)
 
-        with self.listener.task(self.watch.label, total, "tokens") as advance:
-
-            def on_progress(amount: int) -> None:
-                self.tokens += amount
-                advance(amount)
-
-            return train(
-                self.model,
-                cast,
-                objective,
-                settings,
-                seed=seed,
-                pad_id=pad_id,
-                state=state,
-                on_progress=on_progress,
-                on_step=on_step,
-                exactly_at=self.watch.leave,
-                say=self.listener.say,
-            )
+        curve = run(on_progress=on_progress, on_step=on_step, exactly_at=watch.leave, say=listener.say)
+    return curve, tokens
 
 
 def _load(
@@ -229,7 +219,7 @@ def _load(
 ) -> PreTrainedModel:
     """Return the live model that is trained: all of it, or an adapter over the frozen start."""
     if settings.lora is None:
-        return load_model(base, device=pick_device(device))
+        return load_model(base, device=torch.device("cpu") if sharded() else pick_device(device))
     if objective.trainable is not None:
         raise RecipeError(
             "this method trains only some of the layers, in full; leave out training.lora, or its `trainable`"
@@ -283,3 +273,114 @@ def _stored_state(model: PreTrainedModel, origin: Checkpoint) -> dict[str, torch
             f"(first: {lost[0]}); are config.json and the weights of the same model?"
         )
     return {name: value for name, value in state.items() if origin.tensors[name].is_float}
+
+
+# Low-rank
+
+PREFIX = "base_model.model."
+"""What peft puts before the names of the model's own modules."""
+
+
+def load_frozen(base: Checkpoint, settings: LoraSettings, *, device: torch.device) -> PreTrainedModel:
+    """Return the live start, held as `settings.base` says; raises InputError where the machine cannot."""
+    if settings.base == "4bit":
+        return load_model(base, device=device, quantization=_four_bit(device))
+    dtype = torch.bfloat16 if settings.base == "bfloat16" else torch.float32
+    return load_model(base, device=device, dtype=dtype)
+
+
+def add_adapter(model: PreTrainedModel, base: Checkpoint, settings: LoraSettings, *, seed: int) -> None:
+    """Freeze the live model and put A and B beside its linear layers, in place.
+
+    Raises RecipeError where no layer has one of the names asked for, CheckpointError where a layer has no
+    weight of its own name in the checkpoint, so that the product could not be added to it.
+    """
+    peft = _peft()
+    layers = _linear_layers(model, settings.targets)
+    for name in layers:
+        if base.find(f"{name}.weight") is None:
+            raise CheckpointError(
+                f"{base.folder} has no tensor {name}.weight, though the model built from it has that layer; "
+                "its weights are renamed on loading, so train without --lora"
+            )
+    config = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.scale * settings.rank,
+        lora_dropout=settings.dropout,
+        target_modules=_names(model, layers),
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # A is drawn on the processor, so it is the same on every device
+        peft.inject_adapter_in_model(config, model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def write_adapter(model: PreTrainedModel, output: Path, curve: Sequence[CurvePoint] = ()) -> None:
+    """Write the adapter of a live model as a folder that peft reads, atomically."""
+    state = _peft().get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = {PREFIX + name: value.detach().cpu().contiguous() for name, value in sorted(state.items())}
+    held: Any = model.peft_config["default"]
+    config = {name: sorted(part) if isinstance(part, set) else part for name, part in held.to_dict().items()}
+    config |= {"base_model_name_or_path": None, "inference_mode": True}  # no path of this machine
+    with claimed(output := output.resolve()) as partial:
+        save_tensors(tensors, partial / WEIGHTS)
+        write_json(partial / CONFIG, config)
+        write_json(partial / CURVE, [asdict(point) for point in curve])
+        publish(partial, output)
+
+
+def _linear_layers(model: PreTrainedModel, ends: Sequence[str] | None) -> dict[str, torch.nn.Module]:
+    """Return the linear layers of the decoder blocks by name: those asked for, or all."""
+    found = linear_layers(model)
+    chosen = {
+        name: module
+        for name, module in found
+        if ends is None or any(f".{name}".endswith(f".{end}") for end in ends)
+    }
+    if not chosen:
+        names = sorted({name.rpartition(".")[2] for name, _ in found})
+        raise RecipeError(
+            f"training.lora.targets is {ends} and no linear layer of the blocks has such a name; "
+            f"there are {', '.join(names) or 'none'}"
+        )
+    return chosen
+
+
+def _names(model: PreTrainedModel, layers: dict[str, torch.nn.Module]) -> list[str]:
+    """Return the ends of the layers' names where those mean no other layer, else the whole names."""
+    ends = {name.rpartition(".")[2] for name in layers}
+    meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends}
+    return sorted(ends if meant == set(layers) else layers)
+
+
+def _peft() -> Any:
+    """Return peft, or raise InputError that says how to get it."""
+    try:
+        import peft
+    except ImportError:
+        raise InputError(
+            "low-rank training needs peft, which is not installed; pip install 'palinode[lora]', or leave "
+            "out --lora"
+        ) from None
+    return peft
+
+
+def _four_bit(device: torch.device) -> Any:
+    """Return the setting that holds linear layers as 4-bit normal floats; raises InputError without."""
+    from importlib.util import find_spec
+
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None or device.type != "cuda":
+        raise InputError(
+            'training.lora.base = "4bit" needs the package bitsandbytes and a CUDA device (this is '
+            f'{device}); pip install bitsandbytes on such a machine, or take "bfloat16"'
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )

@@ -6,7 +6,9 @@ The order of rows depends on the seed and the epoch only, and dropout on the see
 a resumed run sees what an uninterrupted one would have seen.
 
 Several processes divide the anchors of every step, and add their gradients up: so any number of them takes
-the steps that one would take.
+the steps that one would take. Where accelerate's settings ask for FSDP (always its second version) they
+divide weights, gradients and moments too: process 0 keeps the model in its host's memory, deals the weights
+out a tensor at a time, and gathers them so in the end.
 
 On a GPU the host never waits within a step: losses and norms stay on the device and are fetched for many
 steps together. A step that must not be taken, as its loss is not finite or passes the limit, is left out by
@@ -15,6 +17,7 @@ the device itself, and all that follow with it, until the host hears of it.
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import shutil
@@ -36,6 +39,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -45,16 +51,18 @@ from palinode.errors import DivergenceError, PalinodeError, ProcessError, Recipe
 from palinode.models.likelihoods import Say, must_be_apart, note, tell
 from palinode.models.loading import check_positions
 from palinode.models.reading import decoder_blocks, never_packed
-from palinode.processes import abandon, everywhere, meanwhile, said_by_all, summed, world
+from palinode.processes import abandon, everywhere, meanwhile, said_by_all, sharded, summed, world
 from palinode.records import beside, read_json, write_json
 from palinode.settings import TrainingSettings
 from palinode.training.objectives import (
     CurvePoint,
     FrozenValues,
+    Joined,
     Objective,
     Term,
     keep,
     pair_count,
+    plain,
 )
 from palinode.training.optimizers import (
     BYTES,
@@ -64,7 +72,6 @@ from palinode.training.optimizers import (
     next_choice,
     take_over,
 )
-from palinode.training.roles import Joined, plain
 
 Result = TypeVar("Result")
 
@@ -111,6 +118,8 @@ def train(
     cast = rows if isinstance(rows, Joined) else plain(rows)
     for role in objective.roles:
         check_positions(model.config, cast.rows[role])
+    if sharded() and objective.trainable is not None:
+        raise RecipeError("this method leaves parts of the model out, which FSDP cannot; train without it")
     heard = {"on_progress": on_progress, "on_step": on_step, "say": say}
     found = everywhere(
         _train,
@@ -124,6 +133,7 @@ def train(
         tuple(exactly_at),
         max_steps,
         alone=heard,
+        hollow=sharded(),
     )
     if isinstance(found, PalinodeError):
         raise found
@@ -147,15 +157,17 @@ def _train(
 ) -> list[CurvePoint] | PalinodeError:
     """Train the model in this process, as all do; return the curve, or the error that ends the run in all."""
     try:
-        kept = _keep(objective, model, cast, settings, pad_id)
-        apart = _must_be_apart(objective, model, cast, pad_id, say)
-        model.train()
-        with _only_trainable(model, objective.trainable), _prepared(model, settings):
-            longest = max(len(row.ids) for row in cast.anchors)
-            chosen = choose_optimizer(settings.optimizer, model, room=longest * _per_token(model, settings))
-            adamw = _adamw(model, settings, chosen)
+        shards = _Shards(model) if sharded() else None
+        live, through = (shards.model, shards) if shards else (model, lambda work: work(model))
+        kept = through(lambda model: _keep(objective, model, cast, settings, pad_id))
+        apart = through(lambda model: _must_be_apart(objective, model, cast, pad_id, say))
+        if shards:
+            shards.reshard()
+        live.train()
+        with _only_trainable(live, objective.trainable), _prepared(live, settings):
+            adamw = _adamw(live, settings, _choice(live, cast, settings, shards))
             run = _Run(
-                model, adamw, objective, cast, kept, settings, seed, pad_id, state, apart, on_step, say
+                live, adamw, objective, cast, kept, settings, seed, pad_id, state, apart, on_step, say, shards
             )
             lengths = [len(row.ids) for row in cast.anchors]
             steps = list(step_batches(lengths, settings, seed=seed))
@@ -163,6 +175,8 @@ def _train(
             run.resume(on_progress, steps := steps[:max_steps])
             with never_packed():
                 _walk(run, steps, on_progress, exactly_at)
+        if shards:
+            shards.gather()
     except PalinodeError as error:
         if world()[1] < 2 or isinstance(error, ProcessError):
             raise
@@ -180,20 +194,22 @@ def _walk(
     """Take the steps that are left, and save the state now and then."""
     saved_at = time.monotonic()
     try:
-        for step in range(len(run.curve), len(steps)):
-            run.step(steps[step], step, len(steps))
-            to_save = time.monotonic() - saved_at > 60 * run.settings.save_minutes
-            awaited = (to_save and run.count == 1) or step + 1 == len(steps) or step + 1 in exactly_at
-            due = awaited or run.is_due()
-            if due and not run.fetch(to_save=to_save):
-                return
-            if on_progress:
-                on_progress(run.tokens(steps[step], step))
-            if due and to_save:
-                saved_at = time.monotonic()
+        with _undisturbed(yes=run.shards is not None) as run.caught:
+            for step in range(len(run.curve), len(steps)):
+                run.step(steps[step], step, len(steps))
+                to_save = time.monotonic() - saved_at > 60 * run.settings.save_minutes
+                awaited = (to_save and run.count == 1) or step + 1 == len(steps) or step + 1 in exactly_at
+                due = awaited or run.is_due()
+                if due and not run.fetch(to_save=to_save, whole=step + 1 in exactly_at):
+                    return
+                if on_progress:
+                    on_progress(run.tokens(steps[step], step))
+                if due and to_save:
+                    saved_at = time.monotonic()
     except (KeyboardInterrupt, ProcessError):
         abandon()  # whoever else is there cannot be waited for
-        run.save()
+        if not run.shards:
+            run.save()
         raise
     except DivergenceError:
         run.save()
@@ -343,11 +359,90 @@ def step_batches(
             yield batches[start : start + together]
 
 
+def _choice(model: PreTrainedModel, cast: Joined, settings: TrainingSettings, shards: _Shards | None) -> str:
+    """Return where the optimiser's moments shall lie."""
+    if shards is None:
+        longest = max(len(row.ids) for row in cast.anchors)
+        return choose_optimizer(settings.optimizer, model, room=longest * _per_token(model, settings))
+    if settings.optimizer not in ("auto", "device"):
+        raise RecipeError(
+            f'training.optimizer is "{settings.optimizer}", and a model whose weights are divided over '
+            "processes has its moments on the devices; leave it out, or leave FSDP out"
+        )
+    return "device"
+
+
 def _adamw(model: PreTrainedModel, settings: TrainingSettings, name: str) -> torch.optim.Optimizer:
     narrow = torch.bfloat16 if use_autocast(model, settings) else None
     return make_optimizer(
         name, model, lr=settings.learning_rate, weight_decay=settings.weight_decay, dtype=narrow
     )
+
+
+class _Root(torch.nn.Module):
+    """Lets any function of a model run where its shards are put together in time."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, work: Callable[[PreTrainedModel], Any]) -> Any:
+        """Return what the function makes of the model."""
+        return work(self.model)
+
+
+class _Shards:
+    """A model whose weights are divided over the processes (FSDP2), and in process 0 the whole it is from."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        rank, count = world()
+        memo: dict[int, Any] = {
+            id(one): torch.nn.Parameter(torch.empty_like(one, device="meta"), one.requires_grad)
+            for one in model.parameters()
+        }
+        self.known = {} if rank else dict(model.named_parameters())
+        self.model = copy.deepcopy(model, memo)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        mesh = init_device_mesh(self.device.type, (count,))
+        for block in decoder_blocks(self.model):
+            fully_shard(block, mesh=mesh)
+        self.root = _Root(self.model)
+        fully_shard(self.root, mesh=mesh)
+        apply: Any = self.root._apply
+        apply(lambda one: torch.empty_like(one, device=self.device) if one.is_meta else one.to(self.device))
+        with torch.no_grad():
+            for name, own in self._divided():
+                whole = (
+                    self.known[name].to(self.device)
+                    if self.known
+                    else torch.empty(own.shape, dtype=own.dtype)
+                )
+                own.copy_(distribute_tensor(whole.to(self.device), mesh, own.placements))
+
+    def __call__(self, work: Callable[[PreTrainedModel], Any]) -> Any:
+        return self.root(work)
+
+    def reshard(self) -> None:
+        """Divide again what a pass without gradients has put together."""
+        root: Any = self.root
+        root.reshard()
+
+    def _divided(self) -> Iterator[tuple[str, DTensor]]:
+        for name, own in self.model.named_parameters():
+            assert isinstance(own, DTensor)
+            yield name, own
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Give process 0 the weights as they are now, a tensor at a time."""
+        for name, own in self._divided():
+            whole = own.full_tensor()
+            if self.known:
+                self.known[name].copy_(whole)
+
+
+_Pass = tuple[Batch, Sequence[tuple[str, int]]]
+"""Rows that go through the model together, and which they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,6 +486,10 @@ class _Run:
     """Whether rows go through the model one by one."""
     on_step: Callable[[CurvePoint, Sequence[int]], None] | None
     say: Say | None
+    shards: _Shards | None = None
+    """The weights, divided over the processes."""
+    caught: list[int] = field(default_factory=list)
+    """Signals that wait until all processes have saved their shards."""
     per_epoch: int = 1
     """Optimiser steps of an epoch."""
     curve: list[CurvePoint] = field(default_factory=list)
@@ -415,7 +514,8 @@ class _Run:
         self.halted = torch.zeros((), device=self.device)
         self.autocast = use_autocast(self.model, self.settings)
         self.vocabulary = int(self.model.config.get_text_config().vocab_size)
-        self.most = self.settings.tokens_per_pass or room_in_tokens(self.model, self.settings, self.kind)
+        room = None if self.shards else room_in_tokens(self.model, self.settings, self.kind)
+        self.most = self.settings.tokens_per_pass or room
 
     @property
     def kind(self) -> str:
@@ -446,8 +546,10 @@ class _Run:
         sums, weights = self._in_memory(
             self.seed + step, lambda: self._backward(coefficients, parts, step // self.per_epoch)
         )
-        add_up(self.trained, self.count)
+        if not self.shards:
+            add_up(self.trained, self.count)
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self.settings.max_grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         members = [place for part in parts for place in part]
         measured = torch.cat([summed(sums), norm.reshape(1).to(sums.dtype)])
         figures = _Figures(step, total, members, rate, measured, weights, coefficients)
@@ -464,7 +566,8 @@ class _Run:
             try:
                 return work()
             except torch.OutOfMemoryError:
-                pass
+                if self.shards:  # the others would wait
+                    raise
             self.optimizer.zero_grad()
             if self.most is not None and self.passing > self.most:
                 self._relieve(f"{self.passing:,} tokens at a time, which cannot be divided")
@@ -539,8 +642,10 @@ class _Run:
         late = self.count == 1 and time.monotonic() - self.fetched_at > PATIENCE  # several know no one time
         return len(self.pending) >= together or late
 
-    def fetch(self, *, to_save: bool = False) -> bool:
+    def fetch(self, *, to_save: bool = False, whole: bool = False) -> bool:
         """Add the steps since the last call to the curve; return False where the limit ends the run.
+
+        With `whole` process 0 has all weights by the time that `on_step` hears.
 
         Raises DivergenceError for a step that is not finite.
         """
@@ -556,12 +661,21 @@ class _Run:
                 self.curve.append(replace(point, terms={}) if plain_point else point)
         self.fetched_at = time.monotonic()
         done = len(self.curve) - known
+        if self.shards and whole:
+            self.shards.gather()
         with meanwhile():
             for point, figures in zip(self.curve[known:], held, strict=False):
                 if self.on_step:
                     self.on_step(point, figures.members)
-            if to_save and done == len(held):
+            if to_save and done == len(held) and not self.shards:
                 self._write()
+        if self.shards and done == len(held):
+            wishes = said_by_all((to_save, bool(self.caught)))
+            stopped = any(stop for _, stop in wishes)
+            if wishes[0][0] or stopped:
+                self._write()
+            if stopped:
+                raise KeyboardInterrupt
         if done < len(held):
             self._end(held[done], measured[done])
         return done == len(held)
@@ -620,22 +734,41 @@ class _Run:
         total = torch.zeros((), device=self.device)
         if not weight:  # every answer is too short for this loss
             return total, 0.0
-        if self.count > 1:
-            own = [part[self.rank :: self.count] for part in parts]
-            batches = [batch for part in own if part for batch in self._batches(term, part, epoch)]
-        for batch, members in batches:
+        for (batch, members), factor in self._share(term, parts, epoch, batches):
             self.passing = batch.ids.size
             values = self.kept.get(term.name)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
                 frozen = values.of(members, self.device) if values else None
-                part = term.total(self.model, batch, frozen)
-            (part * coefficient / weight).backward()
-            total += part.detach()
+                part = self._total(term, batch, frozen)
+            (part * factor * coefficient / weight).backward()
+            total += part.detach() if factor else 0.0
         return total, weight
 
-    def _batches(
-        self, term: Term, anchors: Sequence[int], epoch: int
-    ) -> Iterator[tuple[Batch, Sequence[tuple[str, int]]]]:
+    def _share(
+        self, term: Term, parts: Sequence[Sequence[int]], epoch: int, batches: list[_Pass]
+    ) -> Iterator[tuple[_Pass, float]]:
+        """Yield this process's share of the batches, and the factor of each one's gradients.
+
+        FSDP takes the mean over processes, and has each of them make as many passes.
+        """
+        if self.count == 1:
+            yield from ((batch, 1.0) for batch in batches)
+            return
+        shares = []
+        for rank in range(self.count) if self.shards else [self.rank]:
+            own = [part[rank :: self.count] for part in parts]
+            shares.append([batch for part in own if part for batch in self._batches(term, part, epoch)])
+        mine = shares[self.rank if self.shards else 0]
+        yield from ((batch, float(self.count if self.shards else 1)) for batch in mine)
+        yield from ((batches[0], 0.0) for _ in range(max(map(len, shares)) - len(mine)))
+
+    def _total(self, term: Term, batch: Batch, frozen: Tensor | None) -> Tensor:
+        if self.shards is None:
+            return term.total(self.model, batch, frozen)
+        total: Tensor = self.shards(lambda model: term.total(model, batch, frozen))
+        return total
+
+    def _batches(self, term: Term, anchors: Sequence[int], epoch: int) -> Iterator[_Pass]:
         """Yield the rows that a term reads for these anchors, padded together, and which they are."""
         members = [(role, place) for role in term.roles for place in self.cast.members(role, epoch, anchors)]
         rows = [self.cast.rows[role][place] for role, place in members]
@@ -661,16 +794,21 @@ class _Run:
             self._write()
 
     def _write(self) -> None:
-        if self.state is None or not self.curve or self.rank:
+        if self.state is None or not self.curve or (self.rank and not self.shards):
             return
         partial = beside(self.state)
-        shutil.rmtree(partial, ignore_errors=True)
+        if not self.rank:
+            shutil.rmtree(partial, ignore_errors=True)
+        if self.shards:
+            said_by_all("it is gone")
         try:
             with _of_one_process():
                 weights, moments = state_dict.get_state_dict(self.model, self.optimizer, options=TRAINED)
                 writer = FileSystemWriter(partial, sync_files=False)
                 held = {"model": weights, "optimizer": moments}
-                save(held, storage_writer=writer, no_dist=True)
+                save(held, storage_writer=writer, no_dist=not self.shards)
+            if self.rank:
+                return
             write_json(partial / "optimizer.json", self.kind)
             write_json(partial / "curve.json", [asdict(point) for point in self.curve])
         except (OSError, RuntimeError, CheckpointException) as error:  # torch has its own kinds
@@ -704,7 +842,7 @@ class _Run:
         with _of_one_process():
             weights, moments = state_dict.get_state_dict(self.model, self.optimizer, options=TRAINED)
             held = {"model": weights, "optimizer": moments}
-            load(held, checkpoint_id=self.state, no_dist=True)
+            load(held, checkpoint_id=self.state, no_dist=not self.shards)
             state_dict.set_state_dict(
                 self.model,
                 self.optimizer,
@@ -752,17 +890,17 @@ def add_up(parameters: Sequence[torch.nn.Parameter], count: int) -> None:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def _undisturbed(*, yes: bool = True) -> Iterator[list[int]]:
     """Hold Ctrl-C and SIGTERM back until the block is done, so that no step is left half taken."""
-    if threading.current_thread() is not threading.main_thread():  # signals go to the main thread
-        yield
-        return
     caught: list[int] = []
+    if not yes or threading.current_thread() is not threading.main_thread():  # which signals go to
+        yield caught
+        return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in before:
         signal.signal(number, lambda number, _frame: caught.append(number))
     try:
-        yield
+        yield caught
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,9 +1,9 @@
-"""Second moments of what every layer reads: E[x xᵀ] over the tokens of some rows, block by block.
+"""What every layer reads, and filters of a vector by it: take from forget inputs, leave the retain inputs.
 
-The decoder blocks are walked one after the other with the rows' hidden states kept, so that one pass over
-the rows serves all layers and the sums of one block are held at a time. Where a model carries more from block
-to block than hidden states, which is found out on the first batch, whole passes take its place, as many as
-the sums need.
+The second moments E[x xᵀ] are taken over the tokens of some rows. The decoder blocks are walked one after the
+other with the rows' hidden states kept, so that one pass over the rows serves all layers and the sums of one
+block are held at a time. Where a model carries more from block to block than hidden states, which is found
+out on the first batches, each block takes a whole pass.
 
     linear layers, output head    E[x xᵀ] [D, D]; layers that read the same inputs share one
     fused experts                 one for each expert, of the tokens that are sent to it; divided by all
@@ -23,6 +23,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -30,14 +31,13 @@ from transformers.pytorch_utils import Conv1D
 
 from palinode.data.batches import Batch, pad_right
 from palinode.data.tokenize import TokenRow
-from palinode.errors import CheckpointError, DataError
+from palinode.errors import CheckpointError, DataError, InputError
 from palinode.models.likelihoods import Say, padded_batches
 from palinode.models.loading import check_positions
 from palinode.models.reading import answer_places, decoder_blocks, model_inputs
-from palinode.processes import each_everywhere, said_by_all, summed, world
+from palinode.processes import calling, said_by_all, summed, world
+from palinode.weights.kernels import rank_for
 
-ROOM = 1 << 30
-"""Bytes of sums that are held at a time where whole passes are taken."""
 BATCH_TOKENS = 2048
 STRIP = 128
 """Columns of a sum that are added at a time, from the diagonal on: the other half is the same."""
@@ -68,7 +68,7 @@ def input_moments(
     on_progress: Callable[[int], None] | None = None,
     say: Say | None = None,
 ) -> Iterator[Moments]:
-    """Yield the moments of what lies outside the decoder blocks, then those of each block, or of several.
+    """Yield the moments of each decoder block, and of what lies outside of them.
 
     `on_progress` hears rows, once for each block and once before. `say` hears where rows are read one by one.
     Raises DataError without rows, CheckpointError where padding cannot be told from the rest.
@@ -76,8 +76,8 @@ def input_moments(
     if not rows:
         raise DataError("there are no rows to send through the model; name a retain set")
     check_positions(model.config, rows)
-    told = {"on_progress": on_progress, "say": say}
-    yield from each_everywhere(_input_moments, model, rows, pad_id, positions, alone=told)
+    with calling(_input_moments, model, rows, pad_id, positions):
+        yield from _input_moments(model, rows, pad_id, positions, on_progress, say)
 
 
 @torch.no_grad()
@@ -170,20 +170,10 @@ class _Walk:
         yield outside.moments()
 
     def by_passes(self) -> Iterator[Moments]:
-        """Yield moments of groups of modules whose sums fit, with a pass over the rows for each."""
-        named = dict(self.model.named_modules())
-        groups: list[dict[str, nn.Module]] = [{n: m for n, m in named.items() if m not in self.inside}]
-        held = ROOM  # the first block begins a group of its own
-        for block in self.blocks:
-            members = set(block.modules())
-            own = {name: module for name, module in named.items() if module in members}
-            size = sum(map(_room, own.values()))
-            if held + size > ROOM:
-                groups.append({})
-                held = 0
-            groups[-1] |= own
-            held += size
-        for place, group in enumerate(groups):
+        """Yield moments block by block, with a pass over the rows for each."""
+        outer = {module for module in self.model.modules() if module not in self.inside}
+        for place, members in enumerate([outer, *(set(block.modules()) for block in self.blocks)]):
+            group = {name: module for name, module in self.model.named_modules() if module in members}
             with _Sums(self, group) as sums:
                 for batch, mask in zip(self.batches, self.counted, strict=True):
                     with sums.reading(mask):
@@ -262,20 +252,6 @@ def is_linear(module: nn.Module) -> bool:
     """Tell whether a module is a linear layer, stored either way, or sends tokens to experts."""
     router = "router" in type(module).__name__.lower() and _axes(module) == 2
     return router or isinstance(module, nn.Linear | Conv1D)
-
-
-def _width(layer: nn.Module) -> int:
-    """Return the number of inputs of a linear layer."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight.shape[0 if isinstance(layer, Conv1D) else 1]
-
-
-def _room(module: nn.Module) -> int:
-    """Return the bytes of the sums over what a module reads."""
-    if _is_experts(module):
-        return 8 * sum(one.shape[0] * one.shape[2] ** 2 for one in module.parameters() if one.dim() == 3)
-    return 8 * _width(module) ** 2 if is_linear(module) else 0
 
 
 def _is_experts(module: nn.Module) -> bool:
@@ -480,3 +456,120 @@ def _axes(module: nn.Module) -> int:
 
 def _sum_type(device: torch.device) -> torch.dtype:
     return torch.float64 if device.type == "cpu" else torch.float32
+
+
+# Filters, on a processor by numpy and scipy in float64; by torch where a device is named
+
+Ridge = Literal["vector", "zero"]
+"""What is kept where neither set has inputs: τ, or nothing."""
+
+SINGULAR = 1e-9
+"""The least ε, relative to the mean of what it is added to, that keeps a sum of moments invertible.
+
+It is more for moments in float32, whose rounding leaves eigenvalues below zero.
+"""
+
+
+def least_squares(
+    forget: np.ndarray | None,
+    retain: np.ndarray,
+    *,
+    mu: float,
+    epsilon: float,
+    ridge: Ridge = "vector",
+    energy: float = 0.0,
+    device: str | None = None,
+) -> np.ndarray:
+    """Return the filter F, so that Δ = τF: [D, D] of moments [D, D], or [D] of diagonals [D].
+
+        F = (Σ_f + εI)(Σ_f + εI + μΣ_r)⁻¹(I − UUᵀ)        (docs/filters.md: what it solves, and its limits)
+
+    with ε in units of tr Σ_f / D; the ridge "zero" takes Σ_f for the first factor. U are the principal axes
+    of Σ_r [D, D] that hold the share `energy`. `forget` None, or zero, is Σ_f = 0: the soft filter with
+    λ = ε/μ, in units of tr Σ_r / D. Raises InputError for a negative μ or ε, and moments of two shapes.
+    """
+    if mu < 0 or epsilon < 0:
+        raise InputError(f"mu is {mu} and epsilon {epsilon}; neither may be negative")
+    if forget is not None and forget.shape != retain.shape:
+        raise InputError(
+            f"the moments have two shapes, {forget.shape} and {retain.shape}; are they of one layer?"
+        )
+    diagonal = retain.ndim == 1
+    ours = np.zeros(retain.shape) if forget is None else forget.astype(np.float64)
+    theirs = mu * retain.astype(np.float64)
+    own, other, heavy = (
+        float(np.mean(part if diagonal else np.diagonal(part))) for part in (ours, retain, theirs)
+    )
+    unit = own or other or 1.0
+    least = max(SINGULAR, 4 * float(np.finfo(retain.dtype).eps) * len(retain) ** 0.5)
+    added = max(epsilon * unit, least * (own + heavy)) or 1.0  # nothing was read: τ stays, or goes
+    kept = added if ridge == "vector" else 0.0
+    if diagonal:
+        return (ours + kept) / (ours + added + theirs)
+    whole = ours + theirs
+    whole[np.diag_indices(len(whole))] += added
+    ours[np.diag_indices(len(ours))] += kept
+    # F = (Σ_f + εI) A⁻¹ with A symmetric and positive definite, so Fᵀ solves A Fᵀ = Σ_f + εI.
+    found: np.ndarray
+    if device:
+        factor = torch.linalg.cholesky(_on(device, whole))
+        found = _on(device, ours).cholesky_solve(factor).cpu().numpy().T
+    else:
+        from scipy.linalg import solve  # takes half a second, so only when it is used
+
+        found = solve(whole, ours, assume_a="pos", overwrite_a=True, check_finite=False).T
+    if energy and other > 0:
+        basis = basis_of(retain, energy=energy, device=device)
+        found -= _product(_product(found, basis, device), basis.T, device)
+    return found
+
+
+def _on(device: str, array: np.ndarray) -> Any:
+    return torch.as_tensor(np.ascontiguousarray(array), dtype=torch.float64, device=device)
+
+
+def _product(left: np.ndarray, right: np.ndarray, device: str | None) -> np.ndarray:
+    found: np.ndarray = (
+        (_on(device, left) @ _on(device, right)).cpu().numpy()
+        if device
+        else np.asarray(left, np.float64) @ right
+    )
+    return found
+
+
+def projection(retain: np.ndarray, *, energy: float, device: str | None = None) -> np.ndarray:
+    """Return I − UUᵀ, U the fewest principal axes of Σ_r [D, D] that hold a share of the inputs' Σ|x|²."""
+    basis = basis_of(retain, energy=energy, device=device)
+    rest: np.ndarray = np.eye(len(retain)) - _product(basis, basis.T, device)
+    return rest
+
+
+def basis_of(moment: np.ndarray, *, energy: float = 0.99, device: str | None = None) -> np.ndarray:
+    """Return U [D, k] of inputs whose moment Σ x xᵀ [D, D] is given.
+
+    `energy` is a share, above 0 and up to 1. Raises InputError for another, or inputs of zero.
+    """
+    if not 0 < energy <= 1:
+        raise InputError(f"an energy of {energy} is no share; name one above 0 and up to 1, as in 0.99")
+    if device:
+        squares, vectors = (part.cpu().numpy() for part in torch.linalg.eigh(_on(device, moment)))
+    else:
+        from scipy.linalg import eigh
+
+        squares, vectors = eigh(moment.astype(np.float64), driver="evd", check_finite=False)
+    if squares[-1] <= 0:
+        raise InputError("the inputs are all zero, so they span nothing; give rows that the model has read")
+    kept = rank_for(squares[::-1], energy)
+    basis: np.ndarray = vectors[:, ::-1][:, :kept].copy()
+    return basis
+
+
+def along(values: np.ndarray, factor: np.ndarray, axis: int, device: str | None = None) -> np.ndarray:
+    """Return values times a filter or moment, a matrix or a diagonal, along the axis that reads its inputs.
+
+    A diagonal of one number stands for any length. In float64.
+    """
+    wide = np.moveaxis(values, axis, -1)
+    made = wide.astype(np.float64) * factor if factor.ndim == 1 else _product(wide, factor, device)
+    found: np.ndarray = np.moveaxis(made, -1, axis)
+    return found

@@ -101,33 +101,28 @@ def layout_of(terms: Iterable[Term]) -> list[TensorInfo]:
     return list(found.values())
 
 
-def per_thread(make: Callable[[], Callable[[Slice], Result]]) -> Callable[[Slice], Result]:
-    """Return a function on slices that makes itself anew in every thread it is called from."""
-    state = local()
-
-    def work(part: Slice) -> Result:
-        if not hasattr(state, "work"):
-            state.work = make()
-        found: Result = state.work(part)
-        return found
-
-    return work
-
-
 def map_slices(
     parts: Iterable[Slice],
-    work: Callable[[Slice], Result],
+    start: Callable[[], Callable[[Slice], Result]],
     *,
     collect: Callable[[Slice, Result], None] | None = None,
     workers: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Call `work` on every slice from a few threads.
+    """Do every slice in one of a few threads, each with the worker that `start` makes for it.
 
     `collect` takes slices and results here, in the order of the slices, so that sums over them do not depend
     on the threads. `on_progress` hears the number of elements done. The first error stops the rest
     and is raised.
     """
+    own = local()
+
+    def work(part: Slice) -> Result:
+        if not hasattr(own, "work"):
+            own.work = start()
+        found: Result = own.work(part)
+        return found
+
     with closing(map_parts(parts, work, workers=workers)) as results:
         for part, result in results:
             if collect:
@@ -361,11 +356,6 @@ def direction_values(direction: HasTerms, part: Slice, files: Files) -> np.ndarr
     return total
 
 
-def direction_tensor(direction: HasTerms, info: TensorInfo, files: Files) -> np.ndarray:
-    """Return a direction's values on a whole tensor in one dimension; dtype as in `direction_values`."""
-    return direction_values(direction, Slice(info, 0, info.size), files)
-
-
 SAMPLED_FROM, EVERY = 1 << 20, 8
 """Tensors from a million elements on are measured in one block of 2,048 weights out of eight, smaller ones
 whole. A scale found in n weights is off by about the relative error of the rounding, divided by √n."""
@@ -382,44 +372,35 @@ NAMES = {code: name for name, code in CODES.items()}
 Rounding = Literal["auto", "nearest", "stochastic"]
 """`auto` is to nearest, and stochastic for a 16-bit output where nearest would lose part of the dose."""
 
-Precision = Literal["float32", "float64"]
+PRECISIONS = ("float32", "float64")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a sum is computed and rounded."""
+    """How a sum is computed and rounded; InputError for a dtype, rounding or precision that there is not."""
 
-    code: str | None = None
-    """Output dtype as safetensors code; None keeps each tensor's own."""
-    rounding: Rounding = "auto"
+    dtype: str | None = None
+    """Of the output; None keeps each tensor's own."""
+    rounding: str = "auto"
     seed: int = 0
     """Of stochastic rounding."""
-    precision: Precision = "float32"
+    precision: str = "float32"
     """In which sums are formed."""
     allow_nonfinite: bool = False
     """Let NaN and infinity through."""
 
+    def __post_init__(self) -> None:
+        choices = {"dtype": tuple(CODES), "rounding": get_args(Rounding), "precision": PRECISIONS}
+        for word, known in choices.items():
+            if (value := getattr(self, word)) not in known and not (word == "dtype" and value is None):
+                raise InputError(
+                    f"there is no {word} {value!r} for weights; choose one of {', '.join(known)}"
+                )
 
-def settings(
-    *,
-    dtype: str | None = None,
-    rounding: str = "auto",
-    seed: int = 0,
-    precision: str = "float32",
-    allow_nonfinite: bool = False,
-) -> Settings:
-    """Return checked settings; raises InputError for a dtype, rounding or precision that there is not."""
-    for word, value, known in (
-        ("dtype", dtype, (None, *CODES)),
-        ("rounding", rounding, get_args(Rounding)),
-        ("precision", precision, get_args(Precision)),
-    ):
-        if value not in known:
-            raise InputError(
-                f"there is no {word} {value!r} for weights; choose one of {', '.join(k for k in known if k)}"
-            )
-    code = CODES[dtype] if dtype else None
-    return Settings(code, rounding, seed, precision, allow_nonfinite)  # type: ignore[arg-type]
+    @property
+    def code(self) -> str | None:
+        """The output dtype as safetensors has it."""
+        return CODES[self.dtype] if self.dtype else None
 
 
 # One slice

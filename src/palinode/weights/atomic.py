@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from palinode.errors import CheckpointError, InputError, OutputError, unwritable
-from palinode.records import beside, read_json
+from palinode.records import beside, read_json, write_text
 
 
 def check_output(output: Path, inputs: Sequence[Path], *, needs: int = 0) -> None:
@@ -188,10 +188,14 @@ class Rank0Side:
         self._place = partial / FOLDER
         self._nonce = secrets.token_hex(8)
         self._place.mkdir()
-        _write(self._place / "ready.json", {"nonce": self._nonce, "job": job, "count": crew.count})
+        note = {"nonce": self._nonce, "job": job, "count": crew.count}
+        write_text(self._place / "ready.json", json.dumps(note))
 
     def reports(self) -> Iterator[Mapping[str, Any]]:
-        """Yield what each of the others reports; raises OutputError for one that failed or fell silent."""
+        """Yield what each of the others reports, and remove the notes at last.
+
+        Raises OutputError for one that failed or fell silent.
+        """
         for rank in range(1, self._crew.count):
             watch = _SilenceWatch(self._place / f"alive-{rank}", f"process {rank} of {self._crew.count}")
             while True:
@@ -202,10 +206,7 @@ class Rank0Side:
             if "error" in report:
                 raise OutputError(f"process {rank} of {self._crew.count} failed: {report['error']}")
             yield report
-
-    def dismiss(self) -> None:
-        """Remove the notes, before the folder gets its name."""
-        shutil.rmtree(self._place)
+        shutil.rmtree(self._place)  # before the folder gets its name
 
 
 # The others
@@ -230,13 +231,13 @@ class RankSide:
             nonce = self._wait_for_start()
             try:
                 self.beat()
-                _write(self._place / f"report-{self._crew.rank}-{nonce}.json", fill())
+                write_text(self._place / f"report-{self._crew.rank}-{nonce}.json", json.dumps(fill()))
             except FileNotFoundError:
                 continue  # what we found was left by a killed run, and process 0 has just cleared it away
             except Exception as error:
                 with suppress(OSError):
-                    report = {"error": str(error)}
-                    _write(self._place / f"report-{self._crew.rank}-{nonce}.json", report)
+                    report = json.dumps({"error": str(error)})
+                    write_text(self._place / f"report-{self._crew.rank}-{nonce}.json", report)
                 raise
             if self._wait_for_end(nonce):
                 return
@@ -275,7 +276,7 @@ class RankSide:
                 if self._output.exists():
                     return True
                 raise OutputError(f"process 0 did not finish {self._output}; see what it says")
-            if self._partial.exists() and not is_claimed(self._partial) and not self._output.exists():
+            if not is_claimed(self._partial) and not self._output.exists():
                 raise OutputError(f"process 0 ended before {self._output} was whole; repeat the call")
             time.sleep(GLANCE)
 
@@ -302,13 +303,6 @@ class _SilenceWatch:
             self._seen, self._since = seen, time.monotonic()
         elif time.monotonic() - self._since > PATIENCE:
             raise OutputError(f"nothing was heard of {self._who} for {PATIENCE:.0f} s; is it running?")
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a note in one step, so that nobody reads half of it."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
-    draft.write_text(json.dumps(content), encoding="utf-8")
-    draft.replace(path)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -12,18 +12,20 @@ over displacements they are free. A term whose coefficient is zero is never open
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn, overload
 
-from palinode.errors import AlgebraError
-from palinode.weights.arithmetic import Rounding, combined, formula, settings
+from palinode.errors import AlgebraError, InputError, MismatchError
+from palinode.weights.arithmetic import NAMES, Rounding, Settings, combined, formula
 from palinode.weights.atomic import Crew
 from palinode.weights.displacement import Displacement, Term
 from palinode.weights.folders import ModelFolder
-from palinode.weights.preflight import Rows
+from palinode.weights.preflight import Rows, check_fit
 from palinode.weights.store import Written, plan, write
+from palinode.weights.tensors import is_head
 
 LARGEST = 3.4e38
 """Largest coefficient: about the largest float32, in which sums are computed."""
@@ -234,12 +236,120 @@ def save(
     """
     if not isinstance(point, Point):
         raise AlgebraError("a direction is not a model; save a point, as in target - alpha * forget_vector")
-    asked = settings(
-        dtype=dtype, rounding=rounding, seed=seed, precision=precision, allow_nonfinite=allow_nonfinite
-    )
+    asked = Settings(dtype, rounding, seed, precision, allow_nonfinite)
     place, crew = output.expanduser().resolve(), crew or Crew()
     lines = {name: line.terms for name, line in (along or {}).items()}
     job = plan(formula(point.anchor, point.terms, lines), place, asked, rows, crew.workers)
     written = write(job, crew, check=check, on_progress=on_progress)
     parts = (written.dose, written.rounding, written.notes, written.seconds)
     return Saved(*parts, checkpoint=Checkpoint.open(place))
+
+
+# The same weighted sum as a recipe for mergekit, so that anyone can check a result with another tool. The
+# coefficients of a point add up to 1, so that  Σ c_i P_i = P_0 + Σ c_i (P_i − P_0)  for any P_0: the task
+# arithmetic of mergekit with P_0, the sum's anchor, as its base model and c_i as the weight of each other.
+
+MERGEKIT_READS = (".safetensors", ".bin")
+"""The weight files that mergekit reads."""
+
+MERGEKIT_OPENING = """\
+# A weighted sum of models for mergekit: base_model + the sum of weight * (model - base_model).
+# It is what Palinode computes for the same models and scales. To check it with another tool:
+#     pip install mergekit
+#     mergekit-yaml THIS_FILE OUTPUT_FOLDER
+# mergekit adds in {exact} and rounds to nearest: compare with what Palinode writes with
+# --rounding nearest{dtype}. In the last place the two may differ, as they add in another order.
+"""
+
+
+def mergekit_recipe(point: Point, *, dtype: str | None = None) -> str:
+    """Return the YAML with which `mergekit-yaml` computes this point.
+
+    `dtype` is that of the output, as in `save` (default: the target's; where its tensors have several,
+    the widest, as mergekit knows only one). Raises MismatchError when the models do not fit together,
+    InputError for a term that is no model in a format that mergekit reads, such as a LoRA adapter.
+    """
+    Settings(dtype)  # which knows the dtypes
+    models = {_readable(term): weight for term, weight in point.terms.items() if term != point.anchor}
+    anchor = _readable(point.anchor)
+    own, alone = _widest(anchor)
+    stored = dtype or own
+    check_fit(anchor, list(models))
+    for model in models:
+        _check_names(anchor, model)
+    exact = "float64" if "float64" in (stored, _widest(anchor, *models)[0]) else "float32"
+    named = dtype or ("" if alone else stored)
+    entries = [
+        f"  - model: {_reference(model)}\n    parameters:\n      weight: {_number(weight)}\n"
+        for model, weight in models.items()
+    ]
+    return (
+        MERGEKIT_OPENING.format(exact=exact, dtype=f" --dtype {named}" if named else "")
+        + "merge_method: task_arithmetic\n"
+        + f"base_model: {_reference(anchor)}\n"
+        + "models:\n"
+        + ("".join(entries) or f"  - model: {_reference(anchor)}\n")
+        + "parameters:\n  normalize: false\n  lambda: 1.0\n"
+        + f"dtype: {exact}\nout_dtype: {stored}\n"
+    )
+
+
+def _readable(term: Term) -> Checkpoint:
+    """Return a term of the sum, if mergekit can read it."""
+    if not isinstance(term, Checkpoint):
+        raise InputError(
+            f"mergekit adds whole models, and {term.folder} is a direction of its own (a LoRA adapter or a "
+            "stored vector); save base + direction as a model, and name that instead"
+        )
+    foreign = sorted({info.file for info in term.tensors.values() if info.file.suffix not in MERGEKIT_READS})
+    if foreign:
+        raise InputError(
+            f"mergekit reads safetensors and .bin files, and {term.folder} keeps its weights in "
+            f"{foreign[0].name}; write it as safetensors first, with palinode.save"
+        )
+    return term
+
+
+def _check_names(anchor: Checkpoint, model: Checkpoint) -> None:
+    """Raise MismatchError where a model has the tensors under other names, by which mergekit goes."""
+    for name, info in anchor.tensors.items():
+        found = model.find(name)
+        if info.is_float and found and not is_head(name) and name not in model.tensors:
+            raise MismatchError(
+                f"mergekit adds tensors of one name, and {model.folder} has {found.name} for {name}; load it "
+                "in transformers and save_pretrained, or apply the sum with Palinode, which finds them"
+            )
+
+
+def _widest(*checkpoints: Checkpoint) -> tuple[str, bool]:
+    """Return the name of the narrowest dtype that holds all their values, and whether it is the only one."""
+    codes = {info.dtype for one in checkpoints for info in one.tensors.values() if info.is_float}
+    if len(codes) == 1:
+        return NAMES[codes.pop()], True
+    return ("float64" if "F64" in codes else "float32"), False
+
+
+def _reference(checkpoint: Checkpoint) -> str:
+    """Return how mergekit names a model: the id and revision it has on the hub, or else its folder.
+
+    It takes "@" and "+" in a plain name as marks of a revision and of an adapter; a mapping has no marks.
+    """
+    folder = str(checkpoint.folder)
+    hub = re.search(r"/models--([^/]+)/snapshots/([^/]+)$", folder)  # as the hub's cache lays it out
+    if hub:
+        return _quoted(f"{hub[1].replace('--', '/')}@{hub[2]}")
+    if "@" in folder or "+" in folder:
+        return f"{{model: {{path: {_quoted(folder)}}}}}"
+    return _quoted(folder)
+
+
+def _quoted(text: str) -> str:
+    """Return a YAML string in double quotes, everything unusual escaped."""
+    plain = (c if " " <= c <= "~" and c not in '"\\' else f"\\U{ord(c):08X}" for c in text)
+    return f'"{"".join(plain)}"'
+
+
+def _number(value: float) -> str:
+    """Return a number that every YAML reader takes for one: 1e-05 is text to some, 1.0e-05 to none."""
+    mantissa, mark, exponent = repr(float(value)).partition("e")
+    return f"{mantissa}{'' if '.' in mantissa else '.0'}{mark}{exponent}"

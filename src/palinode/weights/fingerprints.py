@@ -49,30 +49,20 @@ class Stamp(NamedTuple):
         return now - max(self.modified, self.changed) >= SETTLED
 
 
-class Readable(Protocol):
+class _Readable(Protocol):
     """A model or direction, as far as its files go."""
 
-    def files(self) -> Iterable[Path]:
-        """Yield all files that it is read from."""
-        ...
+    def files(self) -> Iterable[Path]: ...
 
 
-class OnDisk(Readable, Protocol):
+class _OnDisk(_Readable, Protocol):
     """A model folder, as far as hashing goes."""
 
     @property
-    def folder(self) -> Path:
-        """Where it lies."""
-        ...
-
+    def folder(self) -> Path: ...
     @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Its tensors by name."""
-        ...
-
-    def companions(self) -> Iterable[Path]:
-        """Yield config, tokenizer and templates."""
-        ...
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+    def companions(self) -> Iterable[Path]: ...
 
 
 Stamps = Mapping[Path, Stamp]
@@ -94,7 +84,7 @@ def tensor_digest(info: TensorInfo, block_digests: Sequence[bytes]) -> str:
 
 
 def tensor_digests(
-    checkpoint: OnDisk,
+    checkpoint: _OnDisk,
     *,
     workers: int | None = None,
     cached: bool = True,
@@ -125,7 +115,7 @@ def tensor_digests(
     return {name: found[name] for name in tensors}
 
 
-def fingerprint(checkpoint: OnDisk, digests: Mapping[str, str] | None = None) -> str:
+def fingerprint(checkpoint: _OnDisk, digests: Mapping[str, str] | None = None) -> str:
     """Return a content hash (32 hex digits) of all tensors, the config and the tokenizer.
 
     It does not depend on the folder's name or on how tensors are spread over files. `digests` are those of
@@ -140,7 +130,7 @@ def fingerprint(checkpoint: OnDisk, digests: Mapping[str, str] | None = None) ->
     return total.hexdigest()[:32]
 
 
-def known_fingerprint(checkpoint: OnDisk) -> str | None:
+def known_fingerprint(checkpoint: _OnDisk) -> str | None:
     """Return the fingerprint if every tensor's digest is remembered, without reading any; else None."""
     found: dict[str, str] = {}
     for file, infos in by_file(checkpoint.tensors.values()).items():
@@ -148,7 +138,7 @@ def known_fingerprint(checkpoint: OnDisk) -> str | None:
     return fingerprint(checkpoint, found) if found.keys() == checkpoint.tensors.keys() else None
 
 
-def companion_digests(checkpoint: OnDisk) -> dict[str, str]:
+def companion_digests(checkpoint: _OnDisk) -> dict[str, str]:
     """Return the digests (64 hex digits) of config, tokenizer and templates, by path in the folder."""
     return {
         path.relative_to(checkpoint.folder).as_posix(): file_digest(path) for path in checkpoint.companions()
@@ -167,7 +157,7 @@ def file_digest(path: Path) -> str:
     return total.hexdigest()
 
 
-def remember(checkpoint: OnDisk, digests: Mapping[str, str]) -> None:
+def remember(checkpoint: _OnDisk, digests: Mapping[str, str]) -> None:
     """Put digests of files that the caller has just written into the cache, so that nobody reads them again.
 
     The time of so young a file is set back by SETTLED: whatever is written into it from now on shows.
@@ -181,7 +171,7 @@ def remember(checkpoint: OnDisk, digests: Mapping[str, str]) -> None:
             _store(file, _stamp(file), infos, digests)
 
 
-def check_files(checkpoints: Iterable[OnDisk]) -> None:
+def check_files(checkpoints: Iterable[_OnDisk]) -> None:
     """Raise CheckpointError when a weight file is not what it was when its checkpoint was opened."""
     for checkpoint in checkpoints:
         for file, infos in by_file(checkpoint.tensors.values()).items():
@@ -200,12 +190,12 @@ def check_as_opened(file: Path, infos: Iterable[TensorInfo]) -> None:
         raise CheckpointError(f"{file} is not what it was when the checkpoint was opened; open it again")
 
 
-def take_stamps(terms: Iterable[Readable]) -> Stamps:
+def take_stamps(terms: Iterable[_Readable]) -> Stamps:
     """Return the stamps of all files that these models and directions are read from."""
     return {file: _stamp(file) for term in terms for file in term.files()}
 
 
-def check_stamps(stamps: Stamps, terms: Iterable[Readable] = ()) -> None:
+def check_stamps(stamps: Stamps, terms: Iterable[_Readable] = ()) -> None:
     """Raise CheckpointError when a file is no longer what it was, or is new beside the weights of `terms`.
 
     What was read may then be of two states.
@@ -218,7 +208,7 @@ def check_stamps(stamps: Stamps, terms: Iterable[Readable] = ()) -> None:
             )
 
 
-def check_same(checkpoint: OnDisk, before: str) -> None:
+def check_same(checkpoint: _OnDisk, before: str) -> None:
     """Raise CheckpointError when a model no longer has the fingerprint that it had; nothing else counts."""
     if fingerprint(checkpoint) != before:
         raise CheckpointError(
@@ -228,7 +218,7 @@ def check_same(checkpoint: OnDisk, before: str) -> None:
 
 
 @contextmanager
-def unchanged(terms: Iterable[Readable]) -> Iterator[None]:
+def unchanged(terms: Iterable[_Readable]) -> Iterator[None]:
     """Raise CheckpointError when a file of these models or directions changes before the block ends."""
     terms = list(terms)
     stamps = take_stamps(terms)

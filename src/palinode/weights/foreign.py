@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from palinode.errors import CheckpointError, broke_down, first_line, unwritable
 from palinode.weights.tensors import MAX_JSON, Files, HeldTensor, TensorInfo, read_json, shown, whole
@@ -136,17 +136,13 @@ def copy_inside(folder: Path, path: Path, place: Path) -> None:
             same = os.path.samestat(status, inside(folder, path).stat())
             if not (same and stat.S_ISREG(status.st_mode)):
                 raise OSError(0, "it changes, or is no ordinary file")
-            _pour(source, place)
+            try:
+                with place.open("wb") as target:
+                    shutil.copyfileobj(source, target)
+            except OSError as error:
+                raise unwritable(place, error) from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be copied ({error.strerror}); look at the folder") from None
-
-
-def _pour(source: IO[bytes], place: Path) -> None:
-    try:
-        with place.open("wb") as target:
-            shutil.copyfileobj(source, target)
-    except OSError as error:
-        raise unwritable(place, error) from error
 
 
 def _check_config(file: Path) -> None:
@@ -217,12 +213,9 @@ def _refuse_own_code(folder: Path) -> None:
         )
     if config_of(folder).get("quantization_config"):
         raise CheckpointError(f"{folder} is quantised; take the model that it was made from")
-    for name, key, knows in (
-        ("config.json", "model_type", _knows_model),
-        ("tokenizer_config.json", "tokenizer_class", _knows_tokenizer),
-    ):
+    for name, key in (("config.json", "model_type"), ("tokenizer_config.json", "tokenizer_class")):
         content = config_of(folder, name)
-        if "auto_map" in content and not knows(content.get(key)):
+        if "auto_map" in content and not _is_known(key, content.get(key)):
             kind = shown(str(content.get(key)))
             raise CheckpointError(f"{folder} says {key} = {kind} (with auto_map, in {name}), which {NO_CODE}")
 
@@ -234,16 +227,14 @@ def config_of(folder: Path, name: str = "config.json") -> Mapping[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _knows_model(name: Any) -> bool:
+def _is_known(key: str, name: Any) -> bool:
+    """Tell whether transformers itself has this kind of model or tokenizer."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    return isinstance(name, str) and name in CONFIG_MAPPING
-
-
-def _knows_tokenizer(name: Any) -> bool:
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-    return isinstance(name, str) and tokenizer_class_from_name(name) is not None
+    if not isinstance(name, str):
+        return False
+    return name in CONFIG_MAPPING if key == "model_type" else tokenizer_class_from_name(name) is not None
 
 
 def _without_code(folder: Path | str, load: Callable[[], Any]) -> Any:
@@ -311,49 +302,47 @@ def read_gguf(file: Path) -> Model:
         sound = window.size >= 24 and window.read(0, 4) == b"GGUF"
     if not sound:
         raise CheckpointError(f"{file} is cut off or no GGUF file; fetch it again")
-    try:
-        kinds, stored = _survey(file)
-        with _quiet():
-            tensors, config = _load(file, kinds.total(), stored)
-    except CheckpointError:
-        raise
-    except Exception as error:  # both libraries raise many kinds here; each means that there is no model
-        raise CheckpointError(
-            f"{file} cannot be read as a GGUF model ({shown(first_line(error))})"
-        ) from error
+    import gguf
+
+    refused = f"{file} cannot be read as a GGUF model"
+    with (
+        quiet_transformers(lambda error: f"{refused} ({shown(first_line(error))})"),
+        redirect_stderr(io.StringIO()),  # gguf draws a bar of its own
+    ):
+        held = gguf.GGUFReader(file).tensors
+        kinds = Counter(tensor.tensor_type.name for tensor in held)
+        stored = sum(int(tensor.n_elements) for tensor in held)
+        tensors, config = _load(file, kinds.total(), stored)
     gigabytes = sum(info.nbytes for info in tensors.values()) / 1e9
-    return tensors, [_note(file, kinds, gigabytes)], config
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the notes and the bar that transformers draws off the terminal."""
-    import transformers
-
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity(logging.ERROR)
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        transformers.logging.set_verbosity(level)
-
-
-def _note(file: Path, kinds: Mapping[str, int], gigabytes: float) -> str:
-    """Say what was done to the weights."""
     packed = [kind for kind in kinds if kind not in ("F64", "F32", "F16", "BF16")]
     made = f"dequantised from {', '.join(packed)} to float32" if packed else "read as float32"
     lossy = "; they are what the quantised file says, not the weights it was made from" if packed else ""
-    return f"{file.name}: its weights were {made} and are held in memory ({gigabytes:.2f} GB){lossy}"
+    note = f"{file.name}: its weights were {made} and are held in memory ({gigabytes:.2f} GB){lossy}"
+    return tensors, [note], config
 
 
-def _survey(file: Path) -> tuple[Counter[str], int]:
-    """Return how many tensors of each type there are, and the number of their elements."""
-    import gguf
+@contextmanager
+def quiet_transformers(told: Callable[[Exception], str] | None = None) -> Iterator[None]:
+    """Keep transformers' own progress bars and notes off the terminal while it loads or saves.
 
-    reader = gguf.GGUFReader(file)
-    kinds = Counter(tensor.tensor_type.name for tensor in reader.tensors)
-    return kinds, sum(int(tensor.n_elements) for tensor in reader.tensors)
+    With `told`, whatever it raises becomes a CheckpointError that says so: it raises many kinds, and each
+    means that there is nothing to be had.
+    """
+    from transformers import logging as notes
+
+    level, bars = notes.get_verbosity(), notes.is_progress_bar_enabled()
+    notes.set_verbosity(logging.CRITICAL)  # its errors show what the folder says as it is
+    notes.disable_progress_bar()
+    try:
+        yield
+    except Exception as error:
+        if told is None or isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(told(error)) from error
+    finally:
+        notes.set_verbosity(level)
+        if bars:
+            notes.enable_progress_bar()
 
 
 def _load(file: Path, count: int, stored: int) -> tuple[dict[str, TensorInfo], Mapping[str, Any]]:
@@ -385,10 +374,5 @@ def _load(file: Path, count: int, stored: int) -> tuple[dict[str, TensorInfo], M
         if name not in tied:
             data = memoryview(tensor.detach().float().contiguous().numpy().reshape(-1).view("u1"))
             tensors[name] = HeldTensor(name, "F32", tuple(tensor.shape), file, 0, len(data), data)
-    return tensors, _config(model)
-
-
-def _config(model: Any) -> Mapping[str, Any]:
-    """Return the config of the dequantised model, as plain JSON and without a trace of where it came from."""
-    config = {key: value for key, value in model.config.to_dict().items() if key not in NOT_THE_MODELS}
-    return {**json.loads(json.dumps(config, default=str)), "architectures": [type(model).__name__]}
+    told = {key: value for key, value in model.config.to_dict().items() if key not in NOT_THE_MODELS}
+    return tensors, {**json.loads(json.dumps(told, default=str)), "architectures": [type(model).__name__]}

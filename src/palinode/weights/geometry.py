@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
@@ -27,14 +28,13 @@ from palinode.weights.arithmetic import (
     formula,
     layout_of,
     map_slices,
-    per_thread,
 )
 from palinode.weights.displacement import Displacement, HasTerms
 from palinode.weights.fingerprints import check_files
 from palinode.weights.folders import ModelFolder
 from palinode.weights.kernels import ALONG, ASKED, ERROR, MEASURED, MOVED, totals_of
 from palinode.weights.preflight import complain_of_nonfinite
-from palinode.weights.tensors import Files, TensorInfo, is_head
+from palinode.weights.tensors import Files, is_head
 
 ENOUGH = 0.95
 """Share of a scale that has to arrive; below it there is a warning."""
@@ -68,20 +68,19 @@ class DoseMeter:
     def __init__(self, directions: Sequence[str]) -> None:
         self._directions = tuple(directions)
         self._totals: dict[str, np.ndarray] = {}
-        self._weights: dict[str, int] = {}
-        self._others: dict[str, int] = {}
-        self._alone: dict[str, int] = {}
+        self._weights: Counter[str] = Counter()
+        self._others: Counter[str] = Counter()
+        self._alone: Counter[str] = Counter()
 
     def leave_out(self, part: str, numbers: int, *, weights: bool) -> None:
         """Take in numbers that stay the target's: `weights` are added by `add` as well, others are not."""
-        kind = self._alone if weights else self._others
-        kind[part] = kind.get(part, 0) + numbers
+        (self._alone if weights else self._others)[part] += numbers
 
     def add(self, part: str, totals: np.ndarray, weights: int, *, every: int = 1) -> None:
         """Take in the totals of a slice of that many weights, of which one block in `every` was measured."""
         found = self._totals.setdefault(part, totals_of(len(self._directions)))
         found += totals * every
-        self._weights[part] = self._weights.get(part, 0) + weights
+        self._weights[part] += weights
 
     def merge(self, other: Mapping[str, tuple[Sequence[float], int]]) -> None:
         """Take in what `state` of another meter returned."""
@@ -105,8 +104,7 @@ class DoseMeter:
         """Return the dose of some parts of the model, of which these are the totals."""
         count = len(self._directions)
         weights, others, alone = (
-            sum(numbers.get(part, 0) for part in members)
-            for numbers in (self._weights, self._others, self._alone)
+            sum(numbers[part] for part in members) for numbers in (self._weights, self._others, self._alone)
         )
         unreached = (others + alone) / max(1, weights + others)
         if not np.isfinite(totals).all():
@@ -235,13 +233,12 @@ def profile(
         gram[part_of(part.info.name)] += found
 
     with Files() as files:
-        map_slices(parts, per_thread(start), collect=collect, workers=workers, on_progress=on_progress)
+        map_slices(parts, start, collect=collect, workers=workers, on_progress=on_progress)
     return Profile(tuple(directions), dict(sorted(gram.items(), key=lambda item: part_order(item[0]))))
 
 
 SAMPLE = 1 << 14
 """Elements of each tensor that decide between the two roundings."""
-
 
 TOLERANCE = 0.01
 """Share of the dose that rounding to nearest may lose (or add) before `auto` takes the stochastic one."""
@@ -256,7 +253,8 @@ def choose_rounding(form: Formula, asked: Settings, parts: Iterable[Slice]) -> t
     if asked.rounding != "auto":
         return asked, None
     extents = {part.info: part.start + part.count for part in parts if not part.alone}
-    extents = {info: extent for info, extent in extents.items() if _is_16_bit(info, asked)}
+    halved = ("F16", "BF16")
+    extents = {info: extent for info, extent in extents.items() if (asked.code or info.dtype) in halved}
     change = combined(form.terms, -1.0, {form.anchor: 1.0})
     if not extents or not change:
         return replace(asked, rounding="nearest"), None
@@ -275,7 +273,3 @@ def choose_rounding(form: Formula, asked: Settings, parts: Iterable[Slice]) -> t
     share = found.effective["all"]
     keeps = abs(share - 1) <= TOLERANCE
     return replace(asked, rounding="nearest" if keeps else "stochastic"), share
-
-
-def _is_16_bit(info: TensorInfo, asked: Settings) -> bool:
-    return (asked.code or info.dtype) in ("F16", "BF16")

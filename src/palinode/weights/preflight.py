@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn, get_args
 import numpy as np
 
 from palinode.errors import CheckpointError, InputError, MismatchError
-from palinode.weights.displacement import Displacement, check_displacements
+from palinode.weights.displacement import NUMPY, Displacement, check_displacements, decode
 from palinode.weights.fingerprints import tensor_digests
 from palinode.weights.folders import ModelFolder, require_head
 from palinode.weights.tensors import HEADS, TensorInfo, is_embedding, is_head, map_blocks, plain, read_object
@@ -33,15 +33,6 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 OTHER_VOCABULARIES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
-
-# How a dtype's bits are read as unsigned integers, and which of them, without the sign, are infinity;
-# larger ones are NaN.
-INFINITY = {
-    "F64": ("<u8", 0x7FF0_0000_0000_0000),
-    "F32": ("<u4", 0x7F80_0000),
-    "F16": ("<u2", 0x7C00),
-    "BF16": ("<u2", 0x7F80),
-}
 
 
 def check_sum(
@@ -431,9 +422,7 @@ def complain_of_nonfinite(checkpoints: Iterable[ModelFolder], *, option: bool = 
 
 
 def _count_in_block(info: TensorInfo, block: memoryview) -> tuple[int, int]:
-    kind, infinity = INFINITY[info.dtype]
-    bits = np.frombuffer(block, kind)
-    magnitude = bits & bits.dtype.type(np.iinfo(bits.dtype).max >> 1)
-    if magnitude.max() < infinity:
+    values = decode(np.frombuffer(block, NUMPY[info.dtype]), info.dtype)
+    if np.isfinite(values).all():
         return 0, 0
-    return int(np.count_nonzero(magnitude > infinity)), int(np.count_nonzero(magnitude == infinity))
+    return int(np.isnan(values).sum()), int(np.isinf(values).sum())

@@ -4,6 +4,15 @@ The output has the target's layout: same files (safetensors in any case), same t
 header is known before any arithmetic, files are laid out at their final size, and slices are put in place
 in any order, by several threads and processes. Everything is written into a neighbour folder that takes its
 final name only when it is whole and has been read back.
+
+Beside the weights lies a manifest, their formula with the digest of every tensor and of every file that
+belongs to the model, by which `palinode verify` tells in one pass whether anything has changed:
+
+    {"format": "palinode-weights", "version": 1, "palinode": …, "terms": [{"model": …, "coefficient": …}, …],
+     "tensors": {name: digest}, "companions": {path: digest}, "headers": {path: digest}, "seal": …}
+
+Digests are 64 hex digits of BLAKE3 (`fingerprints`). A header is what a safetensors file holds before its
+first tensor; the seal is the digest of all the rest of the manifest.
 """
 
 from __future__ import annotations
@@ -16,40 +25,42 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import blake3
 import numpy as np
 
-from palinode.errors import OutputError, unwritable
-from palinode.records import beside
+from palinode.errors import CheckpointError, OutputError, unwritable
+from palinode.records import beside, read_json, write_text
+from palinode.version import __version__
 from palinode.weights.arithmetic import (
-    NAMES,
     Evaluator,
     Formula,
-    Rounding,
     Settings,
     Slice,
     every_of,
     map_slices,
-    per_thread,
     slices,
 )
 from palinode.weights.atomic import Crew, Rank0Side, RankSide, check_output, claimed, is_claimed, publish
 from palinode.weights.fingerprints import (
+    DIGEST,
     Stamps,
     block_digest,
     check_files,
     check_stamps,
+    companion_digests,
+    file_digest,
     remember,
     take_stamps,
     tensor_digest,
+    tensor_digests,
 )
 from palinode.weights.folders import INDEX, SINGLE, ModelFolder
 from palinode.weights.foreign import copy_inside
 from palinode.weights.geometry import Dose, DoseMeter, choose_rounding, part_of, shortfalls
-from palinode.weights.manifest import read_manifest, write_manifest
 from palinode.weights.preflight import Rows, check_sum
-from palinode.weights.tensors import BLOCK, FLOAT_BYTES, Files, TensorInfo, by_file, map_blocks
+from palinode.weights.tensors import BLOCK, FLOAT_BYTES, MAX_HEADER, Files, TensorInfo, by_file, map_blocks
 
 SHARD = 5_000_000_000
 """Bytes of a file, where the target's own files cannot be taken over."""
@@ -68,13 +79,13 @@ class OutputFile:
 def plan_files(anchor: ModelFolder, code: str | None, *, kept: Collection[str] = ()) -> list[OutputFile]:
     """Plan the output files after the anchor's own; floating-point tensors but those `kept` are in `code`."""
     files = by_file(anchor.tensors.values())
-    if len(files) > 1 and all(path.suffix == ".safetensors" for path in files):
+    ours = all(path.suffix == ".safetensors" for path in files)
+    if ours and len(files) > 1:
         return [_planned(path.name, infos, code, kept) for path, infos in files.items()]
-    shards = list(_shards([info for infos in files.values() for info in infos]))
-    if len(files) < 2 and all(path.suffix == ".safetensors" for path in files):
-        shards = [[info for infos in files.values() for info in infos]]
+    everything = [info for infos in files.values() for info in infos]
+    shards = [everything] if ours else list(_shards(everything))
     if len(shards) < 2:
-        return [_planned(SINGLE, shards[0] if shards else [], code, kept)]
+        return [_planned(SINGLE, everything, code, kept)]
     stem, suffix = Path(SINGLE).stem, Path(SINGLE).suffix
     names = [f"{stem}-{place + 1:05d}-of-{len(shards):05d}{suffix}" for place in range(len(shards))]
     return [_planned(name, shard, code, kept) for name, shard in zip(names, shards, strict=True)]
@@ -206,7 +217,7 @@ class Written:
     """How a model folder was written, and how much of the change asked for arrived in it."""
 
     dose: Dose
-    rounding: Rounding
+    rounding: str
     """The one that was used: "nearest" or "stochastic"."""
     notes: tuple[str, ...] = ()
     """What the user should know: how it was rounded and why, what of the dose did not arrive, …"""
@@ -293,10 +304,8 @@ def write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], No
             for report in others.reports() if others else ():
                 meter.merge(report["dose"])
                 checksums |= {(name, block): total for name, block, total in report["checksums"]}
-            if others:
-                others.dismiss()
         write_index(job.files, partial)
-        copy_companions(job.formula.anchor, partial, NAMES[job.asked.code] if job.asked.code else None)
+        copy_companions(job.formula.anchor, partial, job.asked.dtype)
         _leave_out(job, meter)
         dose = meter.result()
         notes = (*job.notes, *shortfalls(dose, _asked(job.formula)))
@@ -346,7 +355,7 @@ def _fill(
             checksums.update({(part.info.name, first + place): total for place, total in enumerate(found)})
 
     with Files() as files:
-        map_slices(parts, per_thread(start), collect=collect, workers=job.workers, on_progress=on_progress)
+        map_slices(parts, start, collect=collect, workers=job.workers, on_progress=on_progress)
     return meter, checksums
 
 
@@ -428,7 +437,7 @@ def _content(job: _Job, saved: Written) -> dict[str, Any]:
             {"model": term.folder.name, "coefficient": coefficient, "fingerprint": term.fingerprint()}
             for term, coefficient in job.formula.terms.items()
         ],
-        "dtype": NAMES[job.asked.code] if job.asked.code else None,
+        "dtype": job.asked.dtype,
         "precision": job.settings.precision,
         "rounding": {"asked": job.asked.rounding, "used": job.settings.rounding, "seed": job.settings.seed},
         "nearest_would_deliver": job.share,
@@ -463,3 +472,157 @@ class _Clock:
         began = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - began
+
+
+MANIFEST = "weights.json"
+MADE_BY, MADE_AS = "palinode-weights", 1
+DIGESTED = ("tensors", "companions", "headers")
+Finding = Literal["changed", "missing", "new"]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What `weights.json` says: digests by name or path, and what the writer told about the sum."""
+
+    tensors: Mapping[str, str]
+    companions: Mapping[str, str]
+    """Config, tokenizer, templates and the index, by path in the folder."""
+    headers: Mapping[str, str]
+    """Of the weight files, by path in the folder."""
+    content: Mapping[str, Any]
+    """All the rest: version of Palinode, formula, dtype, rounding, seed, dose."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """How a model folder compares with its manifest; names of tensors, paths of files in the folder."""
+
+    checked: int
+    """Number of tensors that were compared."""
+    nbytes: int
+    """Their bytes."""
+    changed: tuple[str, ...]
+    """Tensors with other values, dtype or shape."""
+    missing: tuple[str, ...]
+    """Tensors of the manifest that are not in the folder."""
+    extra: tuple[str, ...]
+    """Tensors in the folder that are not in the manifest."""
+    companions: Mapping[str, Finding]
+    """Files of the model (config, tokenizer, index, headers of the weight files) that are not as written."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything is as it was written."""
+        return not (self.changed or self.missing or self.extra or self.companions)
+
+
+def write_manifest(
+    folder: Path, *, checkpoint: ModelFolder, digests: Mapping[str, str], content: Mapping[str, Any]
+) -> None:
+    """Write `weights.json` into a finished model folder, in one step.
+
+    `checkpoint` is that folder, opened; `digests` has one for each of its tensors. `content` is strict JSON
+    and goes in as it is, before the digests.
+    """
+    parts = {
+        "tensors": dict(digests),
+        "companions": _companion_digests(folder, checkpoint),
+        "headers": {path.name: _header_digest(path) for path in _weight_files(folder)},
+    }
+    head = {"format": MADE_BY, "version": MADE_AS, "palinode": __version__}
+    whole = json.loads(json.dumps({**head, **content, **parts}, allow_nan=False))  # as a reader will find it
+    whole["seal"] = _seal(whole)
+    write_text(folder / MANIFEST, json.dumps(whole, indent=1) + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return what `weights.json` says.
+
+    Raises CheckpointError when there is none, or it is damaged, or of a version that we do not know.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no model folder {folder}")
+    try:
+        found = read_json(folder / MANIFEST)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST}, so nobody can tell what changed; name a model that Palinode wrote"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{folder / MANIFEST} cannot be read ({error}); write the model again"
+        ) from None
+    if not isinstance(found, dict) or found.get("format") != MADE_BY:
+        raise CheckpointError(f"{folder / MANIFEST} is no manifest of Palinode; write the model again")
+    if found.get("version") != MADE_AS:
+        raise CheckpointError(
+            f"{folder / MANIFEST} has version {found.get('version')!a}, and this Palinode knows {MADE_AS}; "
+            "use the Palinode that wrote it"
+        )
+    digests = [found[part].values() if isinstance(found.get(part), dict) else [None] for part in DIGESTED]
+    sound = all(isinstance(one, str) and DIGEST.fullmatch(one) for part in digests for one in part)
+    if found.pop("seal", None) != _seal(found) or not sound:
+        raise CheckpointError(
+            f"{folder / MANIFEST} has been changed since it was written; write the model again"
+        )
+    parts = {part: found.pop(part) for part in DIGESTED}
+    return Manifest(**parts, content=found)
+
+
+def check_manifest(
+    folder: Path, *, workers: int | None = None, on_progress: Callable[[int], None] | None = None
+) -> Verification:
+    """Compare a model folder with its manifest, in one pass over all of its bytes; nothing is remembered.
+
+    Files that are no part of the model (a report, a record) may be added freely. `on_progress` is told the
+    bytes of tensors that are done. Raises CheckpointError when there is no manifest, or the folder is no
+    model that can be opened (a file cut off or missing, a header or config that is broken).
+    """
+    manifest, checkpoint = read_manifest(folder), ModelFolder.open(folder)
+    found = tensor_digests(checkpoint, workers=workers, cached=False, on_progress=on_progress)
+    written = manifest.tensors
+    files = [path for path in _weight_files(folder) if path.name in manifest.headers]
+    return Verification(
+        checked=len(found.keys() & written.keys()),
+        nbytes=checkpoint.nbytes,
+        changed=tuple(name for name in written if name in found and found[name] != written[name]),
+        missing=tuple(name for name in written if name not in found),
+        extra=tuple(name for name in found if name not in written),
+        companions={
+            **_compare(manifest.companions, _companion_digests(folder, checkpoint)),
+            **_compare(manifest.headers, {path.name: _header_digest(path) for path in files}),
+        },
+    )
+
+
+def _companion_digests(folder: Path, checkpoint: ModelFolder) -> dict[str, str]:
+    """Return the digests of all files beside the weights that decide how the model is read."""
+    index = {INDEX: file_digest(folder / INDEX)} if (folder / INDEX).is_file() else {}
+    return {**companion_digests(checkpoint), **index}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+
+
+def _header_digest(path: Path) -> str:
+    """Return the digest of what a safetensors file holds before its first tensor."""
+    try:
+        with path.open("rb") as stream:
+            length = stream.read(8)
+            header = stream.read(min(int.from_bytes(length, "little"), MAX_HEADER))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); write the model again") from None
+    return blake3.blake3(length + header).hexdigest()
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    return blake3.blake3(text.encode()).hexdigest()
+
+
+def _compare(written: Mapping[str, str], found: Mapping[str, str]) -> dict[str, Finding]:
+    """Return what became of the files that are not as they were written."""
+    kinds: dict[str, Finding] = {name: "changed" for name in written if found.get(name) != written[name]}
+    kinds |= {name: "missing" for name in written if name not in found}
+    return kinds | {name: "new" for name in found if name not in written}

@@ -15,7 +15,7 @@ says what it is:
 Tensors in which the direction is zero are left out. A tied tensor is there once, under the embedding's name.
 
 A transform takes τ, one tensor at a time, and returns another of its shape: s(name) · τ here, filters by what
-layers read in `filters.py`. Low-rank truncation is `save_vector(…, rank=…)`.
+layers read in `training/moments.py`. Low-rank truncation is `save_vector(…, rank=…)`.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO, Literal, Self, get_args
+from typing import Annotated, BinaryIO, Literal, Self
 
 import numpy as np
+from pydantic import BaseModel, Field, ValidationError
 
-from palinode.errors import AlgebraError, CheckpointError, InputError, MismatchError, unwritable
+from palinode.errors import AlgebraError, CheckpointError, InputError, unwritable
 from palinode.records import private
 from palinode.weights.adapters import CONFIG, LoraAdapter
 from palinode.weights.arithmetic import (
@@ -40,7 +41,6 @@ from palinode.weights.arithmetic import (
     SLICE,
     Slice,
     cut,
-    direction_tensor,
     direction_values,
     layout_of,
     map_slices,
@@ -67,6 +67,7 @@ FORMAT, VERSION = "palinode-vector", 1
 CODES = {"float32": "F32", "bfloat16": "BF16"}
 
 Kind = Literal["dense", "low_rank"]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ class Source:
     folder: str
     """Name of the folder, without the way to it."""
     fingerprint: str
-    coefficient: float
+    coefficient: Number
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +87,19 @@ class StoredTensor:
     shape: tuple[int, ...]
     rank: int | None
     """Of the factors; None where it is stored whole."""
-    norm: float
-    relative_error: float
+    norm: Number
+    relative_error: Number
+
+
+class _Facts(BaseModel):
+    """What vector.json says of a vector, as far as it is needed."""
+
+    kind: Kind
+    dtype: Literal["float32", "bfloat16"]
+    norm: Number
+    relative_error: Number
+    terms: tuple[Source, ...]
+    tensors: dict[str, StoredTensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +128,16 @@ class StoredVector(StoredDirection):
                 f"{place / FACTS} is no {FORMAT} of version {VERSION}; a newer Palinode may have written it"
             )
         try:
-            facts = _read_facts(content)
-            changes = _changes(place, facts["dtype"], facts["tensors"], read_header(place / WEIGHTS))
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            facts = _Facts.model_validate(content)
+        except ValidationError as error:
+            amiss = error.errors()[0]
+            where = ".".join(map(str, amiss["loc"]))
             raise CheckpointError(
-                f"{place / FACTS} is malformed ({error!r}); store the vector again"
+                f"{place / FACTS} is malformed ({where}: {amiss['msg']}); store the vector again"
             ) from None
-        return cls(place, changes, **facts)
+        changes = _changes(place, facts.dtype, facts.tensors, read_header(place / WEIGHTS))
+        told = (facts.kind, facts.dtype, facts.norm, facts.relative_error, facts.terms, facts.tensors)
+        return cls(place, changes, *told)
 
     @property
     def nbytes(self) -> int:
@@ -316,7 +331,7 @@ def _store_whole(
         writer.write(found[0])
         sums.append(found[1:])
 
-    map_slices(cut(info), work, collect=collect)
+    map_slices(cut(info), lambda: work, collect=collect)
     norm, error = (math.sqrt(math.fsum(column)) for column in zip(*sums, strict=True))
     if norm == 0:
         writer.forget()
@@ -329,7 +344,7 @@ def _store_factors(
     direction: Direction, info: TensorInfo, files: Files, writer: _Writer, settings: _Storing, most: int
 ) -> StoredTensor | None:
     """Append a matrix as two factors, rounded; None where it is zero, or factors would save no room."""
-    values = _finite(direction_tensor(direction, info, files), info).reshape(info.shape)
+    values = _finite(direction_values(direction, Slice(info, 0, info.size), files), info).reshape(info.shape)
     energy = 1.0 if settings.energy is None else settings.energy
     factors = nearest_factors(values, rank=settings.rank, energy=energy, most=most) if values.any() else None
     if factors is None:
@@ -385,39 +400,6 @@ def _write_facts(
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_facts(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a StoredVector from its JSON; raises of several kinds when something is amiss."""
-    if content["kind"] not in get_args(Kind) or content["dtype"] not in CODES:
-        raise ValueError(f"kind {content['kind']!r}, dtype {content['dtype']!r}")
-    sources = tuple(
-        Source(str(term["folder"]), str(term["fingerprint"]), _number(term["coefficient"]))
-        for term in content["terms"]
-    )
-    tensors = {
-        name: StoredTensor(
-            tuple(map(int, tensor["shape"])),
-            None if tensor["rank"] is None else int(tensor["rank"]),
-            _number(tensor["norm"]),
-            _number(tensor["relative_error"]),
-        )
-        for name, tensor in content["tensors"].items()
-    }
-    return {
-        "kind": content["kind"],
-        "dtype": content["dtype"],
-        "norm": _number(content["norm"]),
-        "relative_error": _number(content["relative_error"]),
-        "sources": sources,
-        "tensors": tensors,
-    }
-
-
-def _number(value: Any) -> float:
-    if not math.isfinite(value):
-        raise ValueError(f"{value} is no finite number")
-    return float(value)
-
-
 def _changes(
     folder: Path, dtype: str, tensors: Mapping[str, StoredTensor], infos: Sequence[TensorInfo]
 ) -> dict[str, Change]:
@@ -428,8 +410,8 @@ def _changes(
         if tensor.rank is None:
             expected[name] = tensor.shape
         else:
-            rows, columns = tensor.shape
-            expected |= {f"{name}.left": (rows, tensor.rank), f"{name}.right": (tensor.rank, columns)}
+            expected[f"{name}.left"] = (*tensor.shape[:1], tensor.rank)
+            expected[f"{name}.right"] = (tensor.rank, *tensor.shape[1:])
     if {info.name: (info.shape, info.dtype) for info in infos} != {
         name: (shape, CODES[dtype]) for name, shape in expected.items()
     }:
@@ -476,27 +458,14 @@ def transformed(directions: Sequence[Direction], rule: Rule, *, label: str) -> S
     """Return what a rule makes of directions, computed tensor by tensor as it is read; see `transform`."""
     if not directions:
         raise InputError("no direction was given; name one at least")
-    inputs = tuple(
-        sorted((term.fingerprint(), entry) for part in directions for term, entry in part.terms.items())
-    )
+    terms = [one for part in directions for one in part.terms.items()]
+    inputs = sorted((term.fingerprint(), coefficient) for term, coefficient in terms)
     last = _Last()
     changes = {
         info.name: _Transformed(info, tuple(directions), rule, (label, *inputs), last)
-        for info in _common_layout(directions)
+        for info in layout_of(term for term, _ in terms)
     }
     return StoredDirection(next(iter(directions[0].terms)).folder, changes)
-
-
-def _common_layout(directions: Sequence[Direction]) -> list[TensorInfo]:
-    """Return the tensors that any of the directions may change."""
-    found: dict[str, TensorInfo] = {}
-    for info in (info for part in directions for info in layout_of(part.terms)):
-        if found.setdefault(info.name, info).shape != info.shape:
-            raise MismatchError(
-                f"the directions change {info.name} in two shapes ({found[info.name].shape} and "
-                f"{info.shape}); were all made from one model?"
-            )
-    return list(found.values())
 
 
 class _Last:
@@ -538,7 +507,8 @@ class _Transformed:
         out[:] = values[start : start + len(out)]
 
     def _compute(self, files: Files) -> np.ndarray:
-        tensors = [direction_tensor(part, self.info, files).reshape(self.shape) for part in self.directions]
+        whole = Slice(self.info, 0, self.info.size)
+        tensors = [direction_values(part, whole, files).reshape(self.shape) for part in self.directions]
         made = self.rule(self.info.name, tensors)
         if made.shape != self.shape:
             raise InputError(

@@ -250,7 +250,7 @@ def test_a_plan_says_on_how_many_devices_a_model_would_fit(recipe_of, tmp_path):
     recipe = recipe_of(tmp_path / "out", models=models, training={"batch_size": 4})
     plan = dry_run(recipe, on="8xh100")
     assert not plan.held[0].fits(Machine.named("8xh100"))
-    assert [re.search(r"takes (\d+) ", note)[1] for note in plan.notes[1:]] == ["32", "16"]
+    assert [re.search(r"takes (\d+) ", note)[1] for note in plan.notes[1:]] == ["32", "32"]
 
 
 def test_a_model_s_plan_is_that_of_its_config(recipe_of, tiny, tmp_path):

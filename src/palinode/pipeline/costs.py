@@ -462,7 +462,7 @@ class _Planner:
     def _notes(self) -> Iterator[str]:
         """Yield what is not built, and on how many devices a training would fit that does not."""
         if any("sharded, in" in one.way or "spread" in one.way for one in self.held):
-            yield "Palinode shards training on devices alone: not in host memory too; nor does it spread models."
+            yield "Palinode shards training on devices alone, not in host memory, and spreads no model yet."
         if self.machine is None or self.held[0].phase != "fine-tune" or self.held[0].fits(self.machine):
             return
         narrow = LoraSettings(rank=16, base="bfloat16")

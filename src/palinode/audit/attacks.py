@@ -442,8 +442,8 @@ ATTACKS: Mapping[str, Attack] = {
             title="model guided by the target",
             description="what the two say differently, made larger: how much of the answers that gives away",
             tests=(
-                AttackTest("extraction", "extraction strength", more=0.1, less=None, missing=UNSCORED),
-                AttackTest("memorised", "share of tokens said", more=0.1, less=None, missing=UNSCORED),
+                AttackTest("extraction", "extraction strength", None, None, UNSCORED),
+                AttackTest("memorised", "share of tokens said", None, None, UNSCORED),
             ),
             measure=guide,
             cost=lambda rows, _: AttackCost(2 * len(rows.forget)),

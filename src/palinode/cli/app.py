@@ -23,7 +23,7 @@ from palinode.cli.console import (
     secret,
     secret_workspace,
 )
-from palinode.cli.history_verbs import influence, locate
+from palinode.cli.history_verbs import influence, locate, resolve_base
 from palinode.cli.history_verbs import plan as plan_command
 from palinode.cli.measure_verbs import audit, compare, evaluate
 from palinode.cli.options import (
@@ -142,8 +142,6 @@ def unlearn(
 
     It comes with its record and a report.
     """
-    from palinode.cli.history_verbs import resolve_base
-
     evidence: dict[str, Any] = {
         "checkpoints": checkpoints,
         "log": log,

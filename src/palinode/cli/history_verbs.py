@@ -85,6 +85,8 @@ STEPS = Key("steps", kind=str, read=lambda text: _numbers(text))
 def locate(given: LocateOptions, *, quiet: Quiet = False, as_json: Json = False) -> None:
     """Tell when rows were seen, and the checkpoint before."""
     from palinode import jobs
+    from palinode.report.location_report import location_brief, location_picture
+    from palinode.report.reports import Facts, html_report, markdown_report, report_content
 
     for place in filter(None, (given.picture, given.report)):
         check_place(place)
@@ -99,7 +101,15 @@ def locate(given: LocateOptions, *, quiet: Quiet = False, as_json: Json = False)
         settings=given,
         listener=listener(quiet=quiet),
     )
-    show(found, picture=given.picture, report=given.report, as_json=as_json)
+    record = found.as_record()
+    if given.picture:
+        write_text(given.picture, location_picture(record))
+    if given.report:
+        written = html_report if given.report.suffix == ".html" else markdown_report
+        write_text(given.report, written(report_content(Facts("locate", record))))
+    answer(record, location_brief(record), as_json=as_json)
+    for text in () if as_json else record["warnings"]:
+        warn(text)
     following = after_location(found.recommended, given.target or "TARGET", given.forget)
     ending(places={"Page": given.report, "Picture": given.picture}, following=following, as_json=as_json)
 
@@ -243,22 +253,6 @@ def _asked(asked: Sequence[str], said: Sequence[str]) -> dict[str, str | None]:
             f"there are {len(asked)} --ask and {len(said)} --answer; give one for each, or none"
         )
     return dict(zip_longest(asked, said))
-
-
-def show(found: Location, *, picture: Path | None, report: Path | None, as_json: bool) -> None:
-    """Print a location, and write its picture and page where asked."""
-    from palinode.report.location_report import location_brief, location_picture
-    from palinode.report.reports import Facts, html_report, markdown_report, report_content
-
-    record = found.as_record()
-    if picture:
-        write_text(picture, location_picture(record))
-    if report:
-        written = html_report if report.suffix == ".html" else markdown_report
-        write_text(report, written(report_content(Facts("locate", record))))
-    answer(record, location_brief(record), as_json=as_json)
-    for text in () if as_json else record["warnings"]:
-        warn(text)
 
 
 def resolve_base(

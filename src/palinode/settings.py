@@ -72,7 +72,11 @@ class TrainingSettings(StrictModel):
     max_length: int = Field(default=512, ge=8)
     """Tokens of a row, prompt included; longer answers are cut, documents split."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the forward pass; weights, gradients and optimiser are float32 in any case."""
+    """Arithmetic of the forward pass; weights and optimiser are float32 in any case."""
+    optimizer: Literal["auto", "device", "8bit", "host"] = "auto"
+    """Where AdamW's moments lie: on the device in float32, there in 8 bits (pip install
+    'palinode[quantise]'), or in host memory with the weights (docs/scale.md); auto: the first that a GPU has
+    room for."""
     tokens_per_pass: int | None = Field(default=None, ge=1)
     """Tokens, padding counted, that go through the model at a time; a larger micro-batch goes through in
     parts, with the gradients of the whole. None: what a GPU has room for; on a CPU all at once."""
@@ -91,6 +95,7 @@ class TrainingSettings(StrictModel):
         """Return what decides the result, as plain values for a fingerprint."""
         unset = {name for name in ("lora", "compile") if not getattr(self, name)}
         left_out = {"save_minutes", "tokens_per_pass", "gradient_checkpointing"}
+        left_out |= {"optimizer"} if self.optimizer in ("auto", "device") else set()
         return self.model_dump(exclude=left_out | unset)
 
 

@@ -422,6 +422,7 @@ def test_settings_are_the_papers_unless_given():
         "max_grad_norm": 1.0,
         "max_length": 512,
         "precision": "auto",
+        "optimizer": "auto",
         "tokens_per_pass": None,
         "gradient_checkpointing": False,
         "compile": False,

@@ -353,8 +353,12 @@ ATTACKS: Mapping[str, Attack] = {
             title="questions that do not say the name",
             description="by first or last name, through another fact, and as given: other languages, say",
             tests=tuple(
-                replace(PROBABILITY, name=name, missing=missing)
-                for name, missing in (("alias", NAMELESS), ("two_hop", NAMELESS), ("given", NOT_GIVEN))
+                replace(PROBABILITY, name=name, title=f"answer probability, {how}", missing=missing)
+                for name, how, missing in (
+                    ("alias", "by first or last name", NAMELESS),
+                    ("two_hop", "through another fact", NAMELESS),
+                    ("given", "as the given rows ask", NOT_GIVEN),
+                )
             ),
             measure=ask_indirect,
             cost=lambda rows, _: AttackCost(sum(map(len, rows.indirect.values()))),

@@ -33,6 +33,7 @@ from palinode.pipeline.scales import FIRST_LOOK
 from palinode.progress import duration_text
 from palinode.settings import LoraSettings
 from palinode.training.loop import autocasts, bytes_per_token, count_steps
+from palinode.training.optimizers import BYTES
 from palinode.weights.geometry import part_of
 
 NAMES = {"least_squares": "filter", "projection": "project"}
@@ -44,9 +45,11 @@ STEP_SECONDS = 0.012
 """Least time of one pass through a model, however small."""
 SHARED = 0.6
 """Share of the layers of a block that have inputs of their own: queries, keys and values read the same."""
+HELD = {"device": "whole", "8bit": "moments in 8 bits", "host": "in host memory"}
+"""What a plan calls each place of the optimiser's moments."""
 STARTS = {"float32": 4.0, "bfloat16": 2.0, "4bit": 0.6}
 """Bytes of a weight of the frozen start under an adapter."""
-FLOOR = 600_000_000
+FLOOR = 580_000_000
 """Bytes that a process takes before it holds a model: libraries, and what they set up."""
 
 
@@ -262,7 +265,8 @@ class _Planner:
         given = bool(self.inputs.base) + bool(self.inputs.unlearned)
         models = 2 + given + bool(self.inputs.retrained or recipe.prepare)
         steps.append(self._evaluation(models))
-        peak = max((one.device for one in self.held), default=0)
+        shared = self.machine is None and pick_device(self.recipe.device).type == "cpu"
+        peak = max(one.device + one.host * (shared and one.way == HELD["host"]) for one in self.held)
         return Plan(tuple(steps), round(peak), self._disk(), self.held, tuple(self._notes()), self.machine)
 
     def _run(self, run: MethodRun) -> PlannedStep:
@@ -350,7 +354,7 @@ class _Planner:
         lora = self.recipe.training.lora
         trained = self._adapter_weights(lora.rank) if lora else self.parameters
         each = 3 * STEP_SECONDS + self._update(trained)
-        steps = -(-count_steps(lengths, self.recipe.training) // self.many)
+        steps = count_steps(lengths, self.recipe.training)
         return PlannedStep(label, tokens, steps * each + 6 * self.multiplied * tokens / self.train_rate)
 
     def _update(self, trained: int) -> float:
@@ -404,7 +408,11 @@ class _Planner:
             together = max([1, *(count for run in self.runs for count in run.material.together.values())])
             divided = self.machine and self.machine.count == 1  # what one GPU has no room for goes in parts
             at_once = 1 if divided else training.batch_size
-            self.passing = at_once * together * longest * bytes_per_token(self.config)
+            narrow = bool(self.machine) or autocasts(
+                training, pick_device(self.recipe.device), self.parameters
+            )
+            token = bytes_per_token(self.config, narrow=narrow, recomputed=training.gradient_checkpointing)
+            self.passing = at_once * together * longest * token
             ways = [*self._ways(self.machine, None if self.recipe.prepare else training.lora)]
             yield next((way for way in ways if self.machine is None or way.fits(self.machine)), ways[-1])
         if read := max((self._read(one.settings) for one in self.changes), key=len, default=[]):
@@ -417,7 +425,8 @@ class _Planner:
         cache = (
             2 * deep * kept * evaluation.batch_rows * (longest + evaluation.max_new_tokens) * self.itemsize
         )
-        yield self._reading("search and evaluate", self.itemsize, 2 * LOGIT_BYTES + cache)
+        logits = 8 * int(self.config.get("vocab_size", 32_000)) * evaluation.batch_rows * longest
+        yield self._reading("search and evaluate", self.itemsize, min(2 * LOGIT_BYTES, logits) + cache)
 
     def _reading(self, phase: str, itemsize: int, more: float) -> Held:
         """Return what is held while a model is only read, by each device or by all of them together."""
@@ -441,17 +450,19 @@ class _Planner:
                     "fine-tune", f"adapter, sharded over {many}", part + 4 * own, 4 * own, 8 * own, more, part
                 )
             return
-        yield Held("fine-tune", "whole", 4 * size, 4 * size, 8 * size, more, 4 * size)
-        if machine and many == 1:
-            yield Held("fine-tune", "moments in 8 bits", 4 * size, 4 * size, 2.03 * size, more, 4 * size)
-            yield Held("fine-tune", "in host memory", 2 * size, 2 * size, 0, more, 12 * size)
-        elif machine:
+        for name in BYTES:
+            if self.recipe.training.optimizer in ("auto", name):
+                weights, gradients, optimiser, host = (size * each for each in BYTES[name])
+                yield Held("fine-tune", HELD[name], weights, gradients, optimiser, more, max(host, 4 * size))
+        if many > 1:
             part, gathered = 4 * size / many, 2 * 4 * size / deep
             yield Held("fine-tune", f"sharded over {many}", part + gathered, part, 2 * part, more, part)
             yield Held("fine-tune", "sharded, in host memory", gathered, gathered / 2, 0, more, 4 * part)
 
     def _notes(self) -> Iterator[str]:
-        """Yield on how many devices a training would fit that does not."""
+        """Yield what is not built, and on how many devices a training would fit that does not."""
+        if any("sharded, in" in one.way or "spread" in one.way for one in self.held):
+            yield "Palinode shards training on devices alone, not in host memory, and spreads no model yet."
         if self.machine is None or self.held[0].phase != "fine-tune" or self.held[0].fits(self.machine):
             return
         narrow = LoraSettings(rank=16, base="bfloat16")

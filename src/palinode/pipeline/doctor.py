@@ -64,7 +64,7 @@ EXTRAS = {
     "llama-cpp": "audits of models in GGUF's Q4_K",
     "lm-eval": "evaluate --lm-eval",
     "lora": "low-rank training (--lora)",
-    "quantise": "audits of models in NF4",
+    "quantise": "audits of models in NF4, moments in 8 bits (training.optimizer)",
     "sign": "sign, verify --public-key",
 }
 """What the extras of the package are for, but for those of its own development."""

@@ -65,6 +65,14 @@ from palinode.training.objectives import (
     pair_count,
     plain,
 )
+from palinode.training.optimizers import (
+    BYTES,
+    choose_optimizer,
+    kind_of,
+    make_optimizer,
+    next_choice,
+    take_over,
+)
 
 Result = TypeVar("Result")
 
@@ -158,7 +166,7 @@ def _train(
             shards.reshard()
         live.train()
         with _only_trainable(live, objective.trainable), _prepared(live, settings):
-            adamw = _adamw(live, settings)
+            adamw = _adamw(live, settings, _choice(live, cast, settings, shards))
             run = _Run(
                 live, adamw, objective, cast, kept, settings, seed, pad_id, state, apart, on_step, say, shards
             )
@@ -312,19 +320,33 @@ def autocasts(settings: TrainingSettings, device: torch.device, parameters: int)
     return bool(supported) and device.type == "cpu" and parameters >= AUTOCAST_FROM
 
 
-def bytes_per_token(config: Mapping[str, Any]) -> int:
-    """Return about how much memory the activations of a token take while training, logits included."""
-    width = int(config.get("hidden_size", 1024)) * int(config.get("num_hidden_layers", 16))
-    return 12 * int(config.get("vocab_size", 32_000)) + 40 * width
+def bytes_per_token(config: Mapping[str, Any], *, narrow: bool, recomputed: bool = False) -> int:
+    """Return about how much memory the activations of a token take while training, logits included.
+
+    `narrow` passes are in bfloat16; activations that are `recomputed` are those of one block at a time
+    (docs/scale.md has what was measured).
+    """
+    wide = int(config.get("hidden_size") or config.get("n_embd") or 1024)
+    deep = int(config.get("num_hidden_layers") or config.get("n_layer") or 16)
+    inner = int(config.get("intermediate_size") or 4 * wide)
+    block = 28 * wide + 8 * inner if narrow else 32 * wide + 16 * inner
+    kept = block + 4 * wide * deep if recomputed else block * deep
+    return 12 * int(config.get("vocab_size", 32_000)) + kept
 
 
-def room_in_tokens(model: PreTrainedModel) -> int | None:
+def _per_token(model: PreTrainedModel, settings: TrainingSettings) -> int:
+    config, recomputed = model.config.get_text_config().to_dict(), settings.gradient_checkpointing
+    return bytes_per_token(config, narrow=use_autocast(model, settings), recomputed=recomputed)
+
+
+def room_in_tokens(model: PreTrainedModel, settings: TrainingSettings, optimizer: str) -> int | None:
     """Return how many tokens a GPU has room for beside weights, gradients and moments; None elsewhere."""
     if model.device.type != "cuda":
         return None
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
-    room = 0.8 * torch.cuda.mem_get_info(model.device)[0] - 12 * trained - 2 * model.num_parameters()
-    return max(1, int(room / bytes_per_token(model.config.get_text_config().to_dict())))
+    room = 0.8 * torch.cuda.mem_get_info(model.device)[0] - sum(BYTES[optimizer][1:3]) * trained
+    room -= 2 * model.num_parameters()
+    return max(1, int(room / _per_token(model, settings)))
 
 
 def step_batches(
@@ -338,16 +360,24 @@ def step_batches(
             yield batches[start : start + together]
 
 
-def _adamw(model: PreTrainedModel, settings: TrainingSettings) -> torch.optim.AdamW:
-    """Return AdamW (β .9, .999, ε 1e-8) with decay on matrices only, as transformers' Trainer has it."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trained if parameter.ndim >= 2]
-    others = [parameter for parameter in trained if parameter.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=model.device.type in ("cpu", "cuda"))
+def _choice(model: PreTrainedModel, cast: Joined, settings: TrainingSettings, shards: _Shards | None) -> str:
+    """Return where the optimiser's moments shall lie."""
+    if shards is None:
+        longest = max(len(row.ids) for row in cast.anchors)
+        return choose_optimizer(settings.optimizer, model, room=longest * _per_token(model, settings))
+    if settings.optimizer not in ("auto", "device"):
+        raise RecipeError(
+            f'training.optimizer is "{settings.optimizer}", and a model whose weights are divided over '
+            "processes has its moments on the devices; leave it out, or leave FSDP out"
+        )
+    return "device"
+
+
+def _adamw(model: PreTrainedModel, settings: TrainingSettings, name: str) -> torch.optim.Optimizer:
+    narrow = torch.bfloat16 if use_autocast(model, settings) else None
+    return make_optimizer(
+        name, model, lr=settings.learning_rate, weight_decay=settings.weight_decay, dtype=narrow
+    )
 
 
 class _Root(torch.nn.Module):
@@ -445,7 +475,7 @@ class _Run:
     """A training run in progress: what has to be saved to go on later."""
 
     model: PreTrainedModel
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     objective: Objective
     cast: Joined
     kept: Mapping[str, FrozenValues]
@@ -485,7 +515,13 @@ class _Run:
         self.halted = torch.zeros((), device=self.device)
         self.autocast = use_autocast(self.model, self.settings)
         self.vocabulary = int(self.model.config.get_text_config().vocab_size)
-        self.most = self.settings.tokens_per_pass or (None if self.shards else room_in_tokens(self.model))
+        room = None if self.shards else room_in_tokens(self.model, self.settings, self.kind)
+        self.most = self.settings.tokens_per_pass or room
+
+    @property
+    def kind(self) -> str:
+        """Where the optimiser holds what it needs."""
+        return kind_of(self.optimizer)
 
     @property
     def trained(self) -> list[torch.nn.Parameter]:
@@ -535,11 +571,8 @@ class _Run:
                     raise
             self.optimizer.zero_grad()
             if self.most is not None and self.passing > self.most:
-                kind = RecipeError if self.count == 1 else RuntimeError  # which the others do not have
-                raise kind(
-                    f"training on {self.passing:,} tokens at a time takes more memory than the device has, "
-                    "and they cannot be divided; set a smaller max_length, or train an adapter (--lora)"
-                )
+                self._relieve(f"{self.passing:,} tokens at a time, which cannot be divided")
+                continue
             self.most = max(1, self.passing // 2)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -548,6 +581,36 @@ class _Run:
                     f"{self.passing:,} tokens at a time are too many for the device's memory; training goes "
                     f"on with {self.most:,}, which changes no gradient"
                 )
+
+    def _relieve(self, what: str) -> None:
+        """Go on with an optimiser that holds less on the device; raises RecipeError where there is none."""
+        name = next_choice(self.optimizer)
+        if name is None or self.count > 1:
+            kind = RecipeError if self.count == 1 else RuntimeError  # which the others do not have
+            raise kind(
+                f"training on {what}, takes more memory than the device has; set a smaller max_length, or "
+                "train an adapter (--lora)"
+            )
+        self._hold(name)
+        if self.say:
+            self.say(
+                f"there is no room for {what}, beside the optimiser; training goes on with its moments "
+                f"{'in 8 bits' if name == '8bit' else 'in host memory'} (optimizer = {name!r})"
+            )
+
+    def _hold(self, name: str) -> None:
+        """Have what the optimiser needs lie elsewhere from now on."""
+        gradients = [parameter.grad for parameter in self.trained]
+        now = _adamw(self.model, self.settings, name)
+        for parameter, gradient in zip(self.trained, gradients, strict=True):
+            parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
+        for group, known in zip(now.param_groups, self.optimizer.param_groups, strict=True):
+            group["lr"] = known["lr"]
+        if name == "host":
+            take_over(now, self.optimizer)
+        self.optimizer = now
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _halt(self, figures: _Figures) -> None:
         """Have the device leave this step out, and all after it, if it must not be taken."""
@@ -559,12 +622,19 @@ class _Run:
         self.halted = torch.maximum(self.halted, bad.to(self.halted))
 
     def _update(self) -> None:
-        """Take the step where nothing stands against it."""
-        if self.device.type in FETCHED:
-            self.optimizer.found_inf = self.halted  # type: ignore[attr-defined]
-            self.optimizer.step()
-        elif not self.halted:
-            self.optimizer.step()
+        """Take the step where nothing stands against it; the moments are made in the first."""
+        try:
+            if self.kind == "device" and self.device.type in FETCHED:
+                self.optimizer.found_inf = self.halted  # type: ignore[attr-defined]
+                self.optimizer.step()
+            elif not self.halted:
+                self.optimizer.step()
+        except torch.OutOfMemoryError:
+            if self.curve or self.pending:  # some weights may have moved
+                raise
+            self.optimizer.state.clear()
+            self._relieve("the moments of all weights")
+            self._update()
 
     def is_due(self) -> bool:
         """Tell whether the host should hear of the steps by now: of each, where coefficients follow them."""
@@ -738,6 +808,7 @@ class _Run:
                 save(self._held(), storage_writer=writer, no_dist=not self.shards)
             if self.rank:
                 return
+            write_json(partial / "optimizer.json", self.kind)
             write_json(partial / "curve.json", [asdict(point) for point in self.curve])
         except (OSError, RuntimeError, CheckpointException) as error:  # torch has its own kinds
             inner = (
@@ -771,6 +842,9 @@ class _Run:
         whole = all((self.state / name).exists() for name in (".metadata", "curve.json"))
         if not said_by_all(whole)[0]:  # or an earlier version's, which is not read
             return
+        kept = self.state / "optimizer.json"  # a run may have gone on with another
+        if kept.exists() and (name := read_json(kept)) != self.kind:
+            self._hold(name)
         with _of_one_process():
             held = self._held()
             unmoved = DefaultLoadPlanner(allow_partial_load=True)  # what had no gradient has no moments

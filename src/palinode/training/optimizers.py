@@ -1,0 +1,163 @@
+"""AdamW by where its float32 weights and moments lie: a chain of choices, each with less on the device.
+
+    device   weights, gradients and both moments in float32 on the device
+    8bit     the moments in 8 bits there, in blocks of 256 with a scale each (bitsandbytes)
+    host     weights and moments in float32 in host memory, updated there; the device has the weights and
+             gradients in the arithmetic of the passes, bfloat16 or float32
+
+β .9 and .999, ε 1e-8; decay on matrices only, as transformers' Trainer has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import psutil
+import torch
+from torch.optim.adamw import adamw
+from transformers import PreTrainedModel
+
+from palinode.errors import InputError, RecipeError
+
+BYTES: Mapping[str, tuple[float, float, float, float]] = {
+    "device": (4, 4, 8, 0),
+    "8bit": (4, 4, 2.03, 0),
+    "host": (2, 2, 0, 12),
+}
+"""By choice: bytes for each weight, of weights, gradients and moments on the device, and in host memory."""
+
+
+class HostAdamW(torch.optim.Optimizer):
+    """AdamW over float32 weights and moments in host memory; the live parameters are copies of the weights.
+
+    The model's `state_dict` gives the weights as they are here.
+    """
+
+    def __init__(self, model: PreTrainedModel, groups: Any, lr: float, dtype: torch.dtype | None) -> None:
+        super().__init__(groups, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0})
+        for parameter in self._parameters():
+            weight = parameter.detach().to("cpu", torch.float32, copy=True)
+            moments = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+            self.state[parameter] = {"step": torch.zeros(()), "weight": weight, **moments}
+            parameter.data = parameter.data.to(dtype or parameter.dtype)
+        model.register_state_dict_post_hook(lambda _, live, *_others: self._give_weights(live))
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def _give_weights(self, live: dict[str, Any]) -> None:
+        held = {one.data_ptr(): self.state[one]["weight"] for one in self._parameters()}
+        for name, value in live.items():
+            live[name] = held.get(value.data_ptr(), value)
+
+    @torch.no_grad()
+    def step(self, _closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Update weights here by the gradients there, tensor by tensor."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                own = self.state[parameter]
+                adamw(
+                    [own["weight"]],
+                    [parameter.grad.to("cpu", torch.float32)],
+                    [own["exp_avg"]],
+                    [own["exp_avg_sq"]],
+                    [],
+                    [own["step"]],
+                    fused=True,
+                    amsgrad=False,
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    lr=group["lr"],
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"],
+                    maximize=False,
+                )
+                parameter.copy_(own["weight"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take a state as it was saved: what lies here is not in the live parameters' type."""
+        super().load_state_dict(state_dict)
+        places = [place for group in state_dict["param_groups"] for place in group["params"]]
+        for place, parameter in zip(places, self._parameters(), strict=True):
+            saved = state_dict["state"].get(place, {})
+            self.state[parameter].update({name: value.cpu() for name, value in saved.items()})
+            with torch.no_grad():
+                parameter.copy_(self.state[parameter]["weight"])
+
+
+def choose_optimizer(wanted: str, model: PreTrainedModel, *, room: float = 0) -> str:
+    """Return the choice that is wanted; "auto" is the first of which a GPU has room for, "device" elsewhere.
+
+    `room` is what passes need beside it, in bytes. Raises RecipeError where there is none.
+    """
+    if wanted != "auto" or model.device.type != "cuda":
+        return "device" if wanted == "auto" else wanted
+    trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    free = torch.cuda.mem_get_info(model.device)[0] + 4 * trained - room
+    for name, (*there, here) in BYTES.items():
+        usable = name != "8bit" or find_spec("bitsandbytes")
+        if usable and sum(there) * trained < free and here * trained < psutil.virtual_memory().available:
+            return name
+    raise RecipeError(
+        f"training all {trained:,} weights takes more memory than device and host have free; train "
+        "an adapter (--lora), or take a larger device"
+    )
+
+
+def make_optimizer(
+    name: str,
+    model: PreTrainedModel,
+    *,
+    lr: float,
+    weight_decay: float,
+    dtype: torch.dtype | None = None,
+) -> torch.optim.Optimizer:
+    """Return AdamW of that choice over what is trained; `dtype` is that of the passes if it is narrower."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    if name == "host":
+        return HostAdamW(model, groups, lr, dtype)
+    if name == "8bit":
+        found: torch.optim.Optimizer = _bitsandbytes().optim.AdamW8bit(groups, lr=lr)
+        return found
+    return torch.optim.AdamW(groups, lr=lr, fused=model.device.type in ("cpu", "cuda"))
+
+
+def kind_of(optimizer: torch.optim.Optimizer) -> str:
+    """Return which choice an optimiser is."""
+    plain = isinstance(optimizer, torch.optim.AdamW)
+    return "host" if isinstance(optimizer, HostAdamW) else "device" if plain else "8bit"
+
+
+def next_choice(optimizer: torch.optim.Optimizer) -> str | None:
+    """Return what holds less on the device and can go on from there; None where nothing does."""
+    kind = kind_of(optimizer)
+    if kind == "device" and not optimizer.state and find_spec("bitsandbytes"):
+        return "8bit"
+    return "host" if kind == "device" or (kind == "8bit" and not optimizer.state) else None
+
+
+def take_over(optimizer: torch.optim.Optimizer, before: torch.optim.Optimizer) -> None:
+    """Give an optimiser in host memory the moments of the one on the device that it stands in for."""
+    for parameter, known in before.state.items():
+        for name in ("step", "exp_avg", "exp_avg_sq") if known else ():
+            optimizer.state[parameter][name].copy_(known[name])
+    before.state.clear()
+
+
+def _bitsandbytes() -> Any:
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise InputError(
+            "moments in 8 bits need bitsandbytes, which is not installed; pip install 'palinode[quantise]', "
+            'or set training.optimizer to "host"'
+        ) from None
+    return bitsandbytes

@@ -118,12 +118,14 @@ def _joined() -> _Team:
 
 def _lead(team: _Team, work: Callable[[], Result]) -> Result:
     over = threading.Event()
-    threading.Thread(target=_watch, args=(team.store, over), daemon=True).start()
+    watch = threading.Thread(target=_watch, args=(team.store, over), daemon=True)
+    watch.start()
     try:
         with _connected():
             return work()
     finally:
         over.set()
+        watch.join(FAREWELL)  # or Python's end finds it inside of torch, which aborts
         if not team.busy:
             with suppress(Exception):
                 _broadcast(END)

@@ -7,6 +7,7 @@ subtracted, or there was nothing to forget; anything else is a bug of ours and c
 
 from __future__ import annotations
 
+import atexit
 import errno
 import io
 import os
@@ -30,6 +31,11 @@ def main() -> None:
         code = _call()
     except KeyboardInterrupt:  # before the parser was there to take it
         code = _interrupted()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torch's threads may abort while Python takes itself apart
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

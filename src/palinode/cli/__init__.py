@@ -31,7 +31,9 @@ def main() -> None:
         code = _call()
     except KeyboardInterrupt:  # before the parser was there to take it
         code = _interrupted()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torch's threads may abort while Python takes itself apart
+    if (
+        int(os.environ.get("WORLD_SIZE", "1")) > 1
+    ):  # torch's threads may abort while Python takes itself apart
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -25,9 +25,9 @@ from palinode.compare import build_comparison, compare
 from palinode.data.examples import read_examples
 from palinode.errors import InputError, OutputError, WorkspaceError
 from palinode.evaluation.benchmark import Places
-from palinode.evaluation.evaluate import evaluate_benchmark
+from palinode.evaluation.evaluate import evaluate, evaluate_benchmark
 from palinode.evaluation.judging import DecisionCache
-from palinode.jobs import evaluate, finetune_file
+from palinode.jobs import finetune_file
 from palinode.pipeline.audit_run import AuditPlan, audit
 from palinode.pipeline.demo_run import run_demo
 from palinode.pipeline.forgetting import describe_leftovers, leftovers

@@ -89,7 +89,7 @@ def test_both_runs_read_the_same_replay_rows_at_each_step(tiny, rows, monkeypatc
     def watch(name, objective):
         batches = seen[name] = []
         monkeypatch.setattr(
-            loop, "pad_right", lambda part, pad_id: batches.append(part) or pad_right(part, pad_id=pad_id)
+            loop, "pad_right", lambda part, **how: batches.append(part) or pad_right(part, **how)
         )
         trained(tiny, cast, objective)
 

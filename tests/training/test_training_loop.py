@@ -16,9 +16,10 @@ from palinode.errors import DataError, DivergenceError
 from palinode.models import load_model
 from palinode.models.reading import answer_nll
 from palinode.settings import TrainingSettings
-from palinode.training.loop import count_steps, learning_rate_at, train, use_autocast
+from palinode.training.loop import count_steps, learning_rate_at, train
 from palinode.training.losses import scored_tokens, summed_nll
 from palinode.training.objectives import PLAIN_OBJECTIVE, Objective, Term
+from palinode.training.optimizers import use_autocast
 
 CPU = torch.device("cpu")
 

@@ -32,8 +32,8 @@ from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.scales import FIRST_LOOK
 from palinode.progress import duration_text
 from palinode.settings import LoraSettings
-from palinode.training.loop import autocasts, bytes_per_token, count_steps
-from palinode.training.optimizers import BYTES
+from palinode.training.loop import count_steps
+from palinode.training.optimizers import BYTES, autocasts, bytes_per_token
 from palinode.weights.geometry import part_of
 
 NAMES = {"least_squares": "filter", "projection": "project"}

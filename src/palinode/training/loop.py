@@ -17,43 +17,31 @@ the device itself, and all that follow with it, until the host hears of it.
 
 from __future__ import annotations
 
-import copy
 import math
 import re
-import shutil
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import state_dict
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from palinode.data.batches import Batch, epoch_batches, pad_right
 from palinode.data.tokenize import TokenRow
-from palinode.errors import DivergenceError, PalinodeError, ProcessError, RecipeError, first_line, unwritable
+from palinode.errors import DivergenceError, PalinodeError, ProcessError, RecipeError
 from palinode.models.likelihoods import Say, must_be_apart, note, tell
 from palinode.models.loading import check_positions
 from palinode.models.reading import decoder_blocks, never_packed
 from palinode.processes import abandon, everywhere, meanwhile, said_by_all, sharded, summed, world
-from palinode.records import beside, read_json, write_json
 from palinode.settings import TrainingSettings
 from palinode.training.objectives import (
     CurvePoint,
@@ -66,18 +54,19 @@ from palinode.training.objectives import (
     plain,
 )
 from palinode.training.optimizers import (
-    BYTES,
+    bytes_of_token,
     choose_optimizer,
     kind_of,
     make_optimizer,
     next_choice,
+    room_in_tokens,
     take_over,
+    use_autocast,
 )
+from palinode.training.saved_state import SavedState
+from palinode.training.sharding import Shards, add_up
 
 Result = TypeVar("Result")
-
-AUTOCAST_FROM = 20_000_000
-"""On a CPU, bfloat16 autocast pays off from about this many parameters (docs/lab-notes.md)."""
 
 FETCHED = {"cpu": 1, "cuda": 16}
 """By device: steps whose figures are fetched together, if they take less than `PATIENCE` seconds. Other
@@ -158,7 +147,7 @@ def _train(
 ) -> list[CurvePoint] | PalinodeError:
     """Train the model in this process, as all do; return the curve, or the error that ends the run in all."""
     try:
-        shards = _Shards(model) if sharded() else None
+        shards = Shards(model) if sharded() else None
         live, through = (shards.model, shards) if shards else (model, lambda work: work(model))
         kept = through(lambda model: _keep(objective, model, cast, settings, pad_id))
         apart = through(lambda model: _must_be_apart(objective, model, cast, pad_id, say))
@@ -166,9 +155,10 @@ def _train(
             shards.reshard()
         live.train()
         with _only_trainable(live, objective.trainable), _prepared(live, settings):
+            place = SavedState(state, divided=shards is not None) if state else None
             adamw = _adamw(live, settings, _choice(live, cast, settings, shards))
             run = _Run(
-                live, adamw, objective, cast, kept, settings, seed, pad_id, state, apart, on_step, say, shards
+                live, adamw, objective, cast, kept, settings, seed, pad_id, place, apart, on_step, say, shards
             )
             lengths = [len(row.ids) for row in cast.anchors]
             steps = list(step_batches(lengths, settings, seed=seed))
@@ -305,50 +295,6 @@ def learning_rate_at(step: int, total: int, warmup: int, peak: float) -> float:
     return peak * (total - step) / max(1, total - warmup)
 
 
-def use_autocast(model: PreTrainedModel, settings: TrainingSettings) -> bool:
-    """Tell whether the forward pass runs in bfloat16."""
-    return autocasts(settings, model.device, model.num_parameters())
-
-
-def autocasts(settings: TrainingSettings, device: torch.device, parameters: int) -> bool:
-    """Tell the same of a model of so many parameters on a device."""
-    if settings.precision != "auto":
-        return settings.precision == "bfloat16"
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return bool(supported) and device.type == "cpu" and parameters >= AUTOCAST_FROM
-
-
-def bytes_per_token(config: Mapping[str, Any], *, narrow: bool, recomputed: bool = False) -> int:
-    """Return about how much memory the activations of a token take while training, logits included.
-
-    `narrow` passes are in bfloat16; activations that are `recomputed` are those of one block at a time
-    (docs/scale.md has what was measured).
-    """
-    wide = int(config.get("hidden_size") or config.get("n_embd") or 1024)
-    deep = int(config.get("num_hidden_layers") or config.get("n_layer") or 16)
-    inner = int(config.get("intermediate_size") or 4 * wide)
-    block = 28 * wide + 8 * inner if narrow else 32 * wide + 16 * inner
-    kept = block + 4 * wide * deep if recomputed else block * deep
-    return 12 * int(config.get("vocab_size", 32_000)) + kept
-
-
-def _per_token(model: PreTrainedModel, settings: TrainingSettings) -> int:
-    config, recomputed = model.config.get_text_config().to_dict(), settings.gradient_checkpointing
-    return bytes_per_token(config, narrow=use_autocast(model, settings), recomputed=recomputed)
-
-
-def room_in_tokens(model: PreTrainedModel, settings: TrainingSettings, optimizer: str) -> int | None:
-    """Return how many tokens a GPU has room for beside weights, gradients and moments; None elsewhere."""
-    if model.device.type != "cuda":
-        return None
-    trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
-    room = 0.8 * torch.cuda.mem_get_info(model.device)[0] - sum(BYTES[optimizer][1:3]) * trained
-    room -= 2 * model.num_parameters()
-    return max(1, int(room / _per_token(model, settings)))
-
-
 def step_batches(
     lengths: Sequence[int], settings: TrainingSettings, *, seed: int
 ) -> Iterator[list[list[int]]]:
@@ -360,11 +306,11 @@ def step_batches(
             yield batches[start : start + together]
 
 
-def _choice(model: PreTrainedModel, cast: Joined, settings: TrainingSettings, shards: _Shards | None) -> str:
+def _choice(model: PreTrainedModel, cast: Joined, settings: TrainingSettings, shards: Shards | None) -> str:
     """Return where the optimiser's moments shall lie."""
     if shards is None:
         longest = max(len(row.ids) for row in cast.anchors)
-        return choose_optimizer(settings.optimizer, model, room=longest * _per_token(model, settings))
+        return choose_optimizer(settings.optimizer, model, room=longest * bytes_of_token(model, settings))
     if settings.optimizer not in ("auto", "device"):
         raise RecipeError(
             f'training.optimizer is "{settings.optimizer}", and a model whose weights are divided over '
@@ -378,68 +324,6 @@ def _adamw(model: PreTrainedModel, settings: TrainingSettings, name: str) -> tor
     return make_optimizer(
         name, model, lr=settings.learning_rate, weight_decay=settings.weight_decay, dtype=narrow
     )
-
-
-class _Root(torch.nn.Module):
-    """Lets any function of a model run where its shards are put together in time."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, work: Callable[[PreTrainedModel], Any]) -> Any:
-        """Return what the function makes of the model."""
-        return work(self.model)
-
-
-class _Shards:
-    """A model whose weights are divided over the processes (FSDP2), and in process 0 the whole it is from."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        rank, count = world()
-        memo: dict[int, Any] = {
-            id(one): torch.nn.Parameter(torch.empty_like(one, device="meta"), one.requires_grad)
-            for one in model.parameters()
-        }
-        self.known = {} if rank else dict(model.named_parameters())
-        self.model = copy.deepcopy(model, memo)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        mesh = init_device_mesh(self.device.type, (count,))
-        for block in decoder_blocks(self.model):
-            fully_shard(block, mesh=mesh)
-        self.root = _Root(self.model)
-        fully_shard(self.root, mesh=mesh)
-        apply: Any = self.root._apply
-        apply(lambda one: torch.empty_like(one, device=self.device) if one.is_meta else one.to(self.device))
-        with torch.no_grad():
-            for name, own in self._divided():
-                whole = (
-                    self.known[name].to(self.device)
-                    if self.known
-                    else torch.empty(own.shape, dtype=own.dtype)
-                )
-                own.copy_(distribute_tensor(whole.to(self.device), mesh, own.placements))
-
-    def __call__(self, work: Callable[[PreTrainedModel], Any]) -> Any:
-        return self.root(work)
-
-    def reshard(self) -> None:
-        """Divide again what a pass without gradients has put together."""
-        root: Any = self.root
-        root.reshard()
-
-    def _divided(self) -> Iterator[tuple[str, DTensor]]:
-        for name, own in self.model.named_parameters():
-            assert isinstance(own, DTensor)
-            yield name, own
-
-    @torch.no_grad()
-    def gather(self) -> None:
-        """Give process 0 the weights as they are now, a tensor at a time."""
-        for name, own in self._divided():
-            whole = own.full_tensor()
-            if self.known:
-                self.known[name].copy_(whole)
 
 
 _Pass = tuple[Batch, Sequence[tuple[str, int]]]
@@ -482,12 +366,12 @@ class _Run:
     settings: TrainingSettings
     seed: int
     pad_id: int
-    state: Path | None
+    state: SavedState | None
     apart: bool
     """Whether rows go through the model one by one."""
     on_step: Callable[[CurvePoint, Sequence[int]], None] | None
     say: Say | None
-    shards: _Shards | None = None
+    shards: Shards | None = None
     """The weights, divided over the processes."""
     caught: list[int] = field(default_factory=list)
     """Signals that wait until all processes have saved their shards."""
@@ -684,7 +568,7 @@ class _Run:
     def _end(self, figures: _Figures, numbers: Sequence[float]) -> None:
         """Raise an error where the run does not end as its objective wants it to."""
         if not all(map(math.isfinite, numbers)):
-            kept = f"; the state before that step is kept in {self.state}" if self.state else ""
+            kept = f"; the state before that step is kept in {self.state.folder}" if self.state else ""
             raise DivergenceError(
                 f"the training loss stopped being a finite number at step {figures.step + 1} of "
                 f"{figures.total}; lower the learning rate (now {self.settings.learning_rate:g}){kept}"
@@ -795,38 +679,8 @@ class _Run:
             self._write()
 
     def _write(self) -> None:
-        if self.state is None or not self.curve or (self.rank and not self.shards):
-            return
-        partial = beside(self.state)
-        if not self.rank:
-            shutil.rmtree(partial, ignore_errors=True)
-        if self.shards:
-            said_by_all("it is gone")
-        try:
-            with _of_one_process():
-                writer = FileSystemWriter(partial, sync_files=False)
-                save(self._held(), storage_writer=writer, no_dist=not self.shards)
-            if self.rank:
-                return
-            write_json(partial / "optimizer.json", self.kind)
-            write_json(partial / "curve.json", [asdict(point) for point in self.curve])
-        except (OSError, RuntimeError, CheckpointException) as error:  # torch has its own kinds
-            inner = (
-                [one for one, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
-            )
-            raise unwritable(partial, RuntimeError(first_line([*inner, error][0]))) from error
-        old = beside(self.state, ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        if self.state.exists():
-            self.state.replace(old)
-        partial.replace(self.state)
-        shutil.rmtree(old, ignore_errors=True)
-
-    def _held(self) -> dict[str, Any]:
-        """Return the weights that are trained, a tied one once, and their moments."""
-        weights, moments = state_dict.get_state_dict(self.model, self.optimizer, options=TRAINED)
-        trained = {name for name, value in self.model.named_parameters() if value.requires_grad}
-        return {"model": {name: weights[name] for name in weights if name in trained}, "optimizer": moments}
+        if self.state is not None and self.curve:
+            self.state.write(self.model, self.optimizer, self.kind, self.curve)
 
     def resume(
         self,
@@ -834,65 +688,14 @@ class _Run:
         steps: Sequence[Sequence[Sequence[int]]],
     ) -> None:
         """Go on from a saved state where there is one; it does not matter how many processes saved it."""
-        if self.state is None:
+        if self.state is None or (kind := self.state.kind()) is None:
             return
-        old = beside(self.state, ".old")
-        if not self.rank and not self.state.exists() and old.exists():  # killed while the new one came in
-            old.replace(self.state)
-        whole = all((self.state / name).exists() for name in (".metadata", "curve.json"))
-        if not said_by_all(whole)[0]:  # or an earlier version's, which is not read
-            return
-        kept = self.state / "optimizer.json"  # a run may have gone on with another
-        if kept.exists() and (name := read_json(kept)) != self.kind:
-            self._hold(name)
-        with _of_one_process():
-            held = self._held()
-            unmoved = DefaultLoadPlanner(allow_partial_load=True)  # what had no gradient has no moments
-            load(held, checkpoint_id=self.state, planner=unmoved, no_dist=not self.shards)
-            state_dict.set_state_dict(
-                self.model,
-                self.optimizer,
-                model_state_dict=held["model"],
-                optim_state_dict=held["optimizer"],
-                options=TRAINED,
-            )
-        points = read_json(self.state / "curve.json")
-        self.curve = [CurvePoint(**point) for point in points]
+        if kind != self.kind:  # the run had gone on with another optimiser
+            self._hold(kind)
+        self.curve = self.state.read(self.model, self.optimizer)
         if on_progress:
             done = enumerate(steps[: len(self.curve)])
             on_progress(sum(self.tokens(parts, step) for step, parts in done))
-
-
-TRAINED = state_dict.StateDictOptions(ignore_frozen_params=True, strict=False)
-"""A state holds what is trained; the rest is that of the start."""
-
-BUCKET = 1 << 25
-"""Numbers of gradients that travel together."""
-
-
-@contextmanager
-def _of_one_process() -> Iterator[None]:
-    """Read and write a state in this process alone, without a word on that."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
-        yield
-
-
-def add_up(parameters: Sequence[torch.nn.Parameter], count: int) -> None:
-    """Give each parameter the sum of its gradients in all processes; where none has any, it keeps none."""
-    if count < 2:
-        return
-    own = torch.tensor([float(one.grad is not None) for one in parameters], device=parameters[0].device)
-    used = [one for one, yes in zip(parameters, summed(own, most=True).tolist(), strict=True) if yes]
-    while used:
-        bucket = [used.pop()]
-        while used and sum(one.numel() for one in bucket) + used[-1].numel() <= BUCKET:
-            bucket.append(used.pop())
-        for one in bucket:
-            one.grad = torch.zeros_like(one) if one.grad is None else one.grad
-        total = summed(torch.cat([one.grad.reshape(-1) for one in bucket if one.grad is not None]))
-        for one, part in zip(bucket, total.split([one.numel() for one in bucket]), strict=True):
-            one.grad = part.view_as(one)
 
 
 @contextmanager

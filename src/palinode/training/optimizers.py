@@ -1,4 +1,6 @@
-"""AdamW by where its float32 weights and moments lie: a chain of choices, each with less on the device.
+"""What a training takes: the arithmetic of its passes, their room, and AdamW by where it lies.
+
+Each of these choices holds less on the device:
 
     device   weights, gradients and both moments in float32 on the device
     8bit     the moments in 8 bits there, in blocks of 256 with a scale each (bitsandbytes)
@@ -20,6 +22,10 @@ from torch.optim.adamw import adamw
 from transformers import PreTrainedModel
 
 from palinode.errors import InputError, RecipeError
+from palinode.settings import TrainingSettings
+
+AUTOCAST_FROM = 20_000_000
+"""On a CPU, bfloat16 autocast pays off from about this many parameters (docs/lab-notes.md)."""
 
 BYTES: Mapping[str, tuple[float, float, float, float]] = {
     "device": (4, 4, 8, 0),
@@ -87,6 +93,51 @@ class HostAdamW(torch.optim.Optimizer):
             self.state[parameter].update({name: value.cpu() for name, value in saved.items()})
             with torch.no_grad():
                 parameter.copy_(self.state[parameter]["weight"])
+
+
+def use_autocast(model: PreTrainedModel, settings: TrainingSettings) -> bool:
+    """Tell whether the forward pass runs in bfloat16."""
+    return autocasts(settings, model.device, model.num_parameters())
+
+
+def autocasts(settings: TrainingSettings, device: torch.device, parameters: int) -> bool:
+    """Tell the same of a model of so many parameters on a device."""
+    if settings.precision != "auto":
+        return settings.precision == "bfloat16"
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return bool(supported) and device.type == "cpu" and parameters >= AUTOCAST_FROM
+
+
+def bytes_per_token(config: Mapping[str, Any], *, narrow: bool, recomputed: bool = False) -> int:
+    """Return about how much memory the activations of a token take while training, logits included.
+
+    `narrow` passes are in bfloat16; activations that are `recomputed` are those of one block at a time
+    (docs/scale.md has what was measured).
+    """
+    wide = int(config.get("hidden_size") or config.get("n_embd") or 1024)
+    deep = int(config.get("num_hidden_layers") or config.get("n_layer") or 16)
+    inner = int(config.get("intermediate_size") or 4 * wide)
+    block = 28 * wide + 8 * inner if narrow else 32 * wide + 16 * inner
+    kept = block + 4 * wide * deep if recomputed else block * deep
+    return 12 * int(config.get("vocab_size", 32_000)) + kept
+
+
+def bytes_of_token(model: PreTrainedModel, settings: TrainingSettings) -> int:
+    """Return the same of a live model."""
+    config, recomputed = model.config.get_text_config().to_dict(), settings.gradient_checkpointing
+    return bytes_per_token(config, narrow=use_autocast(model, settings), recomputed=recomputed)
+
+
+def room_in_tokens(model: PreTrainedModel, settings: TrainingSettings, optimizer: str) -> int | None:
+    """Return how many tokens a GPU has room for beside weights, gradients and moments; None elsewhere."""
+    if model.device.type != "cuda":
+        return None
+    trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    room = 0.8 * torch.cuda.mem_get_info(model.device)[0] - sum(BYTES[optimizer][1:3]) * trained
+    room -= 2 * model.num_parameters()
+    return max(1, int(room / bytes_of_token(model, settings)))
 
 
 def choose_optimizer(wanted: str, model: PreTrainedModel, *, room: float = 0) -> str:

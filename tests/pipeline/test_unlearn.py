@@ -106,7 +106,16 @@ def test_record_has_exactly_the_documented_keys(done):
     assert set(done.record["dose"]) == {*known, "unreached_share"}
     assert done.record["dose"]["unreached_share"] == 0
     for run in done.record["training"].values():
-        assert set(run) == {"rows", "steps", "tokens", "first_loss", "last_loss", "curve", "seconds"}
+        assert set(run) == {
+            "rows",
+            "steps",
+            "tokens",
+            "first_loss",
+            "last_loss",
+            "curve",
+            "optimizers",
+            "seconds",
+        }
 
 
 def test_record_has_every_score_of_every_model_on_both_sets(done):

@@ -50,9 +50,8 @@ class Stop(KeyboardInterrupt):
     pass
 
 
-@pytest.mark.parametrize("name", ["device", "host"])
-def test_a_run_that_was_interrupted_goes_on_alike(tmp_path, name):
-    whole, losses = trained(name)
+def at_the_third_step():
+    """What hears of steps, and is interrupted at the third."""
     left = [3]
 
     def stop(_tokens):
@@ -60,8 +59,16 @@ def test_a_run_that_was_interrupted_goes_on_alike(tmp_path, name):
         if not left[0]:
             raise Stop
 
+    return stop
+
+
+@pytest.mark.parametrize("name", ["device", "8bit", "host"])
+def test_a_run_that_was_interrupted_goes_on_alike(tmp_path, name):
+    if name == "8bit":
+        pytest.importorskip("bitsandbytes")
+    whole, losses = trained(name)
     with pytest.raises(Stop):
-        trained(name, state=tmp_path / "state", on_progress=stop)
+        trained(name, state=tmp_path / "state", on_progress=at_the_third_step())
     again, rest = trained(name, state=tmp_path / "state")
     assert rest == losses
     assert_alike(whole, again)
@@ -77,18 +84,12 @@ def test_where_passes_cannot_be_divided_further_the_optimiser_makes_room(tmp_pat
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     live.register_forward_pre_hook(look, with_kwargs=True)
-    left = [3]
-
-    def stop(_tokens):
-        left[0] -= 1
-        if not left[0]:
-            raise Stop
-
     with pytest.raises(Stop):
-        after(live, rows_of(12), state=tmp_path / "state", say=said.append, on_progress=stop)
+        after(live, rows_of(12), state=tmp_path / "state", say=said.append, on_progress=at_the_third_step())
     assert "(optimizer = 'host')" in said[-1]
     again = model()  # which begins as the settings say, and finds that the run had gone on otherwise
     curve = after(again, rows_of(12), state=tmp_path / "state")
+    assert {point.optimizer for point in curve} == {"host"}
     assert [point.loss for point in curve] == pytest.approx(losses, abs=1e-5)
     for name, value in again.state_dict().items():
         assert torch.allclose(value, plain.state_dict()[name], rtol=0, atol=2e-5)

@@ -290,6 +290,7 @@ def _facts(found: Finetuned, anchors: Sequence[Example], run: MethodRun) -> dict
         "first_loss": found.curve[0].loss,
         "last_loss": found.curve[-1].loss,
         "curve": thinned_curve([point.loss for point in found.curve]),
+        "optimizers": list(dict.fromkeys(point.optimizer for point in found.curve)),
         "seconds": round(found.seconds, 1),
     }
     if run.objective is not None:

@@ -542,8 +542,8 @@ class _Run:
                 point = figures.point(numbers, self.objective.terms)
                 if not all(map(math.isfinite, numbers)) or self._is_past_limit(point):
                     break
-                plain_point = self.objective.anchor == "rows"
-                self.curve.append(replace(point, terms={}) if plain_point else point)
+                terms = {} if self.objective.anchor == "rows" else point.terms
+                self.curve.append(replace(point, terms=terms, optimizer=self.kind))
         self.fetched_at = time.monotonic()
         done = len(self.curve) - known
         if self.shards and whole:

@@ -161,6 +161,8 @@ class CurvePoint:
     grad_norm: float
     terms: Mapping[str, float] = field(default_factory=dict)
     """The mean of each term before its coefficient, where the objective has named terms."""
+    optimizer: str = "device"
+    """Where AdamW held what it needed (`training.optimizer`), which may change when memory runs out."""
 
     def figures(self) -> dict[str, float]:
         """Return what was measured in this step, by name."""

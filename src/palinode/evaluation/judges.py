@@ -29,7 +29,7 @@ from palinode.evaluation.judging import (
 )
 from palinode.metrics.matching import spaced
 from palinode.records import cache_folder
-from palinode.weights.foreign import bounded, check_folder, config_of, from_pretrained
+from palinode.weights.foreign import check_folder, config_of
 
 MARGIN = 0.05
 """Candidates whose score is at most this far from the best are picked with it."""
@@ -191,8 +191,6 @@ def _stem(word: str) -> str:
     return str(PorterStemmer().stem(word))
 
 
-MOST_TENSORS = 5000
-"""A judge with more tensors is none."""
 LONGEST = 512
 """Tokens of a pair of texts that are read, if the model takes as many."""
 
@@ -208,32 +206,22 @@ class EntailmentJudge(_LocalJudge):
 
     def __init__(self, folder: Path, *, device: str = "auto"):
         """Load tokenizer and model from the folder; InputError when it is no classifier of entailment."""
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-        from palinode.models.loading import pick_device  # torch, only when it is used
+        from palinode.models.loading import load_classifier, pick_device  # torch, only when it is used
 
         self.name = f"entailment {folder.resolve().name}"
         self._label = entailment_label(folder)
         self._device = pick_device(device)
         try:
-            self._tokenizer: Any = from_pretrained(AutoTokenizer, folder)
-            nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-            with bounded(folder / "config.json", tensors=min(MOST_TENSORS, nbytes), numbers=nbytes):
-                model, report = from_pretrained(
-                    AutoModelForSequenceClassification,
-                    folder,
-                    use_safetensors=True,
-                    attn_implementation="eager",
-                    output_loading_info=True,
-                )
+            found = load_classifier(folder, device=self._device)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"the judge in {folder} cannot be loaded: {first_line(error)}") from None
-        if report["missing_keys"]:
+        self._tokenizer: Any = found[0]
+        self._model: Any = found[1]
+        if missing := found[2]:
             raise InputError(
-                f"the judge in {folder} lacks {len(report['missing_keys'])} weights (such as "
-                f"{min(report['missing_keys'])}); it is not a trained classifier"
+                f"the judge in {folder} lacks {len(missing)} weights (such as {min(missing)}); it is not a "
+                "trained classifier"
             )
-        self._model: Any = model.to(self._device).eval()
 
     def _compared(self, question: str, answer: str, texts: Sequence[str], accepting: bool) -> list[float]:  # noqa: ARG002
         """Return the mean probability of entailment both ways for each text."""

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -50,6 +51,9 @@ DTYPES = {code: getattr(torch, name) for name, code in CODES.items()}
 
 LARGEST_PLANNED = 50_000, 1 << 41
 """Tensors and numbers of the largest model that a config alone may describe."""
+
+LARGEST_CLASSIFIER = 5_000
+"""Tensors of the largest classifier."""
 
 TEXT = re.compile(r"(?:model\.)?language_model\.(?:model\.)?(lm_head\.)?(.+)|(lm_head\..+)")
 """What a wrapper calls the weights of its text tower."""
@@ -92,6 +96,26 @@ def load_model(
     _require_all_weights(checkpoint, info)
     ready: PreTrainedModel = (model if quantization else model.to(device)).eval()
     return ready
+
+
+def load_classifier(
+    folder: Path, *, device: torch.device
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, Sequence[str]]:
+    """Return a classifier of texts from safetensors, its tokenizer, and the names of weights that it lacks.
+
+    Raises CheckpointError where its folder cannot be used without harm, and what transformers raises.
+    """
+    tokenizer = from_pretrained(AutoTokenizer, folder)
+    nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    with bounded(folder / "config.json", tensors=min(LARGEST_CLASSIFIER, nbytes), numbers=nbytes):
+        model, report = from_pretrained(
+            AutoModelForSequenceClassification,
+            folder,
+            use_safetensors=True,
+            attn_implementation="eager",
+            output_loading_info=True,
+        )
+    return tokenizer, model.to(device).eval(), sorted(report["missing_keys"])
 
 
 def load_reader(

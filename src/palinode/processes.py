@@ -31,6 +31,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from palinode.errors import PalinodeError, ProcessError, first_line
+from palinode.weights.atomic import Crew
 
 Result = TypeVar("Result")
 Work = TypeVar("Work", bound=Callable[..., Any])
@@ -83,7 +84,7 @@ def together(work: Callable[[], Result]) -> Result | None:
     Every process calls it. Raises ProcessError where another one failed or is gone.
     """
     global _team
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or _team is not None:
+    if _team is not None or Crew.from_environment().count < 2:
         return work()
     _team = team = _joined()
     try:

@@ -45,6 +45,40 @@ folder = "{folder}/out"
 """
 
 
+COMPARISON = """
+device = "cpu"
+tries = 1
+[models]
+target = "{target}"
+base = "{base}"
+[data]
+forget = "{forget}"
+retain = "{retain}"
+[training]
+learning_rate = 3e-3
+batch_size = 7
+max_length = 64
+[budget]
+steps = 5
+[evaluation]
+max_rows = 20
+max_new_tokens = 3
+max_length = 64
+[output]
+folder = "{folder}/compared"
+[[contestants]]
+name = "NPO"
+method = "npo"
+"""
+POLICY = """
+[budget]
+preset = "quick"
+max_rows = 20
+max_new_tokens = 3
+max_length = 64
+"""
+
+
 @pytest.fixture(scope="module")
 def recipe_in(tiny):
     def write(folder: Path) -> Path:
@@ -90,6 +124,56 @@ def assert_same_figures(record, other):
                 assert score["value"] == known, (name, label, metric)
 
 
+def words_for(verb: str, tiny, folder: Path) -> list[object]:
+    """The command line of a verb for the tiny world."""
+    folder.mkdir()
+    if verb == "compare":
+        places = {name: getattr(tiny, name).folder for name in ("target", "base")}
+        text = COMPARISON.format(**places, forget=tiny.forget, retain=tiny.retain, folder=folder)
+        (folder / "comparison.toml").write_text(text)
+        return [verb, folder / "comparison.toml", "--json"]
+    own = [verb, tiny.target.folder, "--device", "cpu", "--json"]
+    if verb == "evaluate":
+        return [*own, "--data", tiny.forget, "--max-rows", 20, "--max-new-tokens", 3, "--max-length", 64]
+    (folder / "policy.toml").write_text(POLICY)
+    rows = ["--forget", tiny.forget, "--retain", tiny.retain, "--policy", folder / "policy.toml"]
+    beside = ["--against", tiny.base.folder, "--reference", "base", "--output", folder / "audit"]
+    return [*own, *rows, *beside, "--attacks", "questions,relearn_forget"]
+
+
+def numbers_in(content) -> list[float]:
+    """All that was measured, without times and places."""
+    if isinstance(content, dict):
+        kept = {name: one for name, one in content.items() if name not in UNLIKE}
+        return [number for name in sorted(kept) for number in numbers_in(kept[name])]
+    if isinstance(content, list):
+        return [number for one in content for number in numbers_in(one)]
+    return [content] if isinstance(content, float) else []
+
+
+UNLIKE = {"environment", "created", "finished", "seconds", "search_seconds"}
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "audit", "compare"])
+def test_other_verbs_make_the_same_of_two_processes(palinode, tiny, tmp_path, verb):
+    one = palinode(*words_for(verb, tiny, tmp_path / "one"))
+    run = start(*words_for(verb, tiny, tmp_path / "two"))
+    out, err = run.communicate(timeout=200)
+    assert sentences(err) == []
+    wanted = numbers_in(json.loads(one.out))
+    assert len(wanted) >= 9
+    assert numbers_in(json.loads(out)) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_environment_that_makes_no_sense_is_one_sentence():
+    for changes in ({"WORLD_SIZE": "two"}, {"WORLD_SIZE": "0"}, {"WORLD_SIZE": "2", "RANK": "x"}):
+        words = [sys.executable, "-m", "palinode", "list", "methods"]
+        run = subprocess.run(words, env={**os.environ, **changes}, capture_output=True, text=True)
+        assert run.returncode == 2
+        (said,) = sentences(run.stderr)
+        assert "RANK" in said
+
+
 class Interrupting(NullListener):
     """Presses Ctrl-C in the middle of the first fine-tuning."""
 
@@ -113,12 +197,15 @@ class Interrupting(NullListener):
             return None
 
 
-def test_two_processes_go_on_where_one_was_interrupted_and_come_to_its_figures(recipe_in, alone, tmp_path):
+@pytest.mark.parametrize("fsdp", ["false", "true"])
+def test_two_processes_go_on_where_one_was_interrupted_and_come_to_its_figures(
+    recipe_in, alone, tmp_path, fsdp
+):
     recipe = recipe_in(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         unlearn(load_recipe(recipe), listener=Interrupting())
     assert list(tmp_path.glob("out.workspace/finetune-*/state/.metadata"))
-    run = start("run", recipe)
+    run = start("run", recipe, ACCELERATE_USE_FSDP=fsdp)
     out, err = run.communicate(timeout=200)
     assert run.returncode == 0, err
     assert [line.partition(":")[0] for line in out.splitlines()].count("Strength") == 1  # one speaks

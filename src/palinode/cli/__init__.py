@@ -31,9 +31,7 @@ def main() -> None:
         code = _call()
     except KeyboardInterrupt:  # before the parser was there to take it
         code = _interrupted()
-    if (
-        int(os.environ.get("WORLD_SIZE", "1")) > 1
-    ):  # torch's threads may abort while Python takes itself apart
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # torch's threads may abort while Python takes itself apart
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -80,7 +78,7 @@ def _call() -> int:
 
 def _run(app: Any) -> Any:
     """Run the verb; of several processes one does, helped by the others, but for `apply`, which all run."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or sys.argv[1:2] == ["apply"]:
+    if "WORLD_SIZE" not in os.environ or sys.argv[1:2] == ["apply"]:
         return app(standalone_mode=False)
     from palinode.processes import together
 
@@ -108,7 +106,8 @@ def _misused(error: Any) -> int:
 
 
 def _refuse(sentence: str) -> int:
-    if os.environ.get("RANK", "0") != "0" and sys.argv[1:2] != ["apply"]:
+    rank = os.environ.get("RANK", "0")
+    if rank.isdecimal() and rank != "0" and sys.argv[1:2] != ["apply"]:
         return 0  # process 0 speaks for all
     line = "".join(letter if letter.isprintable() else " " for letter in sentence)
     print(f"palinode: {line}", file=sys.stderr)

@@ -135,7 +135,7 @@ class AuditOptions(AuditSettings):
     output: Path
     """Folder for report.html, audit.md, audit.json and the results so far."""
     target: str | None = None
-    """The model before unlearning, to show what the attacks find in it."""
+    """The model before unlearning; `inside`, `pair` and `traces` need it, and it is attacked too."""
     retain: str | None = None
     """Retain rows, for relearning from them alone."""
     holdout: str | None = None

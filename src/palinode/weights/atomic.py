@@ -166,7 +166,9 @@ class Crew:
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.count:
-            raise InputError(f"process {self.rank} of {self.count}: number them from 0 to {self.count - 1}")
+            raise InputError(
+                f"there is no process {self.rank} of {self.count}; number them from 0 (RANK, WORLD_SIZE)"
+            )
 
     @classmethod
     def from_environment(cls) -> Crew:

@@ -241,7 +241,7 @@ def test_a_config_alone_says_how_a_model_is_held_elsewhere(recipe_of, tmp_path, 
         plan = dry_run(recipe_of(tmp_path / "out", models=models), on=on)
         assert (plan.held[0].phase, plan.held[0].way) == ("fine-tune", way)
         assert plan.held[0].fits(Machine.named(on))
-        assert [note.startswith("Palinode shards") for note in plan.notes] == [True] * (size == "70B")
+        assert [note.startswith("Not built") for note in plan.notes] == [True] * (size == "70B")
         assert plan.seconds > 0
 
 
@@ -251,6 +251,19 @@ def test_a_plan_says_on_how_many_devices_a_model_would_fit(recipe_of, tmp_path):
     plan = dry_run(recipe, on="8xh100")
     assert not plan.held[0].fits(Machine.named("8xh100"))
     assert [re.search(r"takes (\d+) ", note)[1] for note in plan.notes[1:]] == ["32", "32"]
+    wide = recipe_of(tmp_path / "out", models=models, training={"batch_size": 4096})
+    assert "gradient_checkpointing" in dry_run(wide, on="8xh100").notes[-1]
+
+
+def test_a_pass_that_is_made_again_takes_time(recipe_of, tmp_path):
+    models, once, again = {"target": config_of(tmp_path / "8B", "8B"), "base": "none"}, {}, {}
+    for checkpointing, found in ((False, once), (True, again)):
+        training = {"gradient_checkpointing": checkpointing, "batch_size": 256}
+        plan = dry_run(recipe_of(tmp_path / "out", models=models, training=training), on="1xh100")
+        found.update({step.label: step.seconds for step in plan.steps})
+    assert {label for label in once if again[label] > once[label]} == {
+        one for one in once if "fine-tune" in one
+    }
 
 
 def test_a_model_s_plan_is_that_of_its_config(recipe_of, tiny, tmp_path):

@@ -355,7 +355,8 @@ class _Planner:
         trained = self._adapter_weights(lora.rank) if lora else self.parameters
         each = 3 * STEP_SECONDS + self._update(trained)
         steps = count_steps(lengths, self.recipe.training)
-        return PlannedStep(label, tokens, steps * each + 6 * self.multiplied * tokens / self.train_rate)
+        passes = 8 if self.recipe.training.gradient_checkpointing else 6  # two operations; backward is twice
+        return PlannedStep(label, tokens, steps * each + passes * self.multiplied * tokens / self.train_rate)
 
     def _update(self, trained: int) -> float:
         """Return the seconds of a step in which weights are updated, and travel between devices and host."""
@@ -417,7 +418,7 @@ class _Planner:
             yield next((way for way in ways if self.machine is None or way.fits(self.machine)), ways[-1])
         if read := max((self._read(one.settings) for one in self.changes), key=len, default=[]):
             sums = (4 if self.machine else 8) * SHARED * sum(i**2 for _, i in self.matrices) / deep
-            yield self._reading("measure what layers read", 4, sums + 4 * wide * sum(self._tokens(read)))
+            yield self._reading("measure inputs", 4, sums + 4 * wide * sum(self._tokens(read)))
         heads = int(self.config.get("num_attention_heads", 1))
         kept = int(self.config.get("num_key_value_heads") or heads) * (
             self.config.get("head_dim") or wide // heads
@@ -426,7 +427,7 @@ class _Planner:
             2 * deep * kept * evaluation.batch_rows * (longest + evaluation.max_new_tokens) * self.itemsize
         )
         logits = 8 * int(self.config.get("vocab_size", 32_000)) * evaluation.batch_rows * longest
-        yield self._reading("search and evaluate", self.itemsize, min(2 * LOGIT_BYTES, logits) + cache)
+        yield self._reading("read", self.itemsize, min(2 * LOGIT_BYTES, logits) + cache)
 
     def _reading(self, phase: str, itemsize: int, more: float) -> Held:
         """Return what is held while a model is only read, by each device or by all of them together."""
@@ -462,7 +463,7 @@ class _Planner:
     def _notes(self) -> Iterator[str]:
         """Yield what is not built, and on how many devices a training would fit that does not."""
         if any("sharded, in" in one.way or "spread" in one.way for one in self.held):
-            yield "Palinode shards training on devices alone, not in host memory, and spreads no model yet."
+            yield "Not built: Palinode shards training on devices alone, and spreads no model that it reads."
         if self.machine is None or self.held[0].phase != "fine-tune" or self.held[0].fits(self.machine):
             return
         narrow = LoraSettings(rank=16, base="bfloat16")
@@ -473,7 +474,8 @@ class _Planner:
             counts = (replace(self.machine, count=2**power) for power in range(13))
             found = ((m.count, way.way) for m in counts for way in self._ways(m, lora) if way.fits(m))
             count, way = next(found, (0, ""))
-            yield f"It takes {count} of these devices for {what}: {way}." if count else f"Nowhere fit {what}."
+            nowhere = f"No number of these has room for {what}: try training.gradient_checkpointing."
+            yield f"It takes {count} of these devices for {what}: {way}." if count else nowhere
 
     def _adapter_weights(self, rank: int) -> int:
         """Return how many weights A and B of all matrices of the blocks have."""
@@ -541,14 +543,14 @@ def describe(plan: Plan) -> list[str]:
 def _describe_held(plan: Plan, machine: Machine) -> Iterator[str]:
     """Yield what each device holds, as a table, and what a machine costs."""
     yield f"On {machine.count} × {machine.kind.told}."
-    columns = ("weights", "gradients", "optimiser", "activations", "device", "host")
-    heads = [("phase", "held"), *((one.phase, one.way) for one in plan.held)]
-    first, second = (max(len(pair[place]) for pair in heads) for place in (0, 1))
-    yield f"  {'GB a device, by phase':<{first}}  {'held':<{second}}" + "".join(
-        f"{name:>12}" for name in columns
-    )
+    columns = {"weights": "weights", "gradients": "grads", "optimiser": "AdamW", "activations": "activ."}
+    columns |= {"device": "device", "host": "host"}
+    told = [("GB a device", "held"), *((one.phase, one.way) for one in plan.held)]
+    first, second = (max(map(len, texts)) for texts in zip(*told, strict=True))
+    names = "".join(f"{name:>8}" for name in columns.values())
+    yield f"  {'GB a device':<{first}}  {'held':<{second}}{names}"
     for one in plan.held:
-        numbers = "".join(f"{getattr(one, name) / 1e9:>12.1f}" for name in columns)
+        numbers = "".join(f"{getattr(one, name) / 1e9:>8.1f}" for name in columns)
         judged = "" if one.fits(machine) else "  too much"
         yield f"  {one.phase:<{first}}  {one.way:<{second}}{numbers}{judged}"
     yield from plan.notes

@@ -13,7 +13,6 @@ import tomllib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from palinode.history.orders import Order, first_step, open_palinode, read_order
 from palinode.history.reader import ExposureReader, stretches
 from palinode.history.series import CheckpointSeries
 from palinode.progress import Listener, NullListener
-from palinode.records import read_bytes
+from palinode.records import packaged, read_bytes
 from palinode.settings import LocateSettings
 
 VERSION = 1
@@ -147,8 +146,7 @@ class Location:
 
 def known_alternatives() -> tuple[Mapping[str, str], ...]:
     """Return what can be done when no checkpoint is clean: its cost, what is known of it, and the source."""
-    text = files("palinode.history").joinpath("alternatives.toml").read_text(encoding="utf-8")
-    return tuple(tomllib.loads(text)["alternative"])
+    return tuple(tomllib.loads(packaged("history/alternatives.toml"))["alternative"])
 
 
 class Judgement:

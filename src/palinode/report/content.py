@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from itertools import zip_longest
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
+from palinode.records import packaged
 from palinode.report.pictures import Figure
 from palinode.report.words import DASH, escaped, fenced, interval_text, model_label, number
 
@@ -193,18 +193,13 @@ def markdown(title: str, sections: Iterable[Section]) -> str:
     return str(page.render(title=title, sections=sections)).strip() + "\n"
 
 
-def template(name: str, finalize: Callable[[Any], Any], filters: Mapping[str, Callable[..., Any]]) -> Any:
+def template(name: str, finalize: Callable[[Any], Any], filters: Mapping[str, Any]) -> Any:
     """Return the jinja2 template that writes out reports in one format; all that is no Markup is escaped."""
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=finalize)
     environment.filters |= {"kind": lambda block: type(block).__name__, "model": model_label, **filters}
-    return environment.from_string(asset(name))
-
-
-def asset(name: str) -> str:
-    """Return the text of a file of assets/."""
-    return files("palinode.report").joinpath("assets", name).read_text(encoding="utf-8")
+    return environment.from_string(packaged(f"report/assets/{name}"))
 
 
 # The terminal

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from palinode.progress import plain
-from palinode.records import Outcome, dotted
+from palinode.records import Outcome, dotted, packaged
 from palinode.report.audit_report import audit_headline, audit_section
 from palinode.report.comparison_report import comparison_sections, ranking_sentences
 from palinode.report.content import (
@@ -30,7 +30,6 @@ from palinode.report.content import (
     Picture,
     Section,
     as_cell,
-    asset,
     markdown,
     section,
     template,
@@ -369,13 +368,13 @@ def html_page(content: Mapping[str, Any], sections: Sequence[Section]) -> str:
     from markupsafe import Markup
 
     first = next(place for place, part in enumerate(sections) if part.bar)
-    script = asset("report.js")
+    script = packaged("report/assets/report.js")
     filters = {"cell": as_cell, "drawn": lambda figure, width: Markup(drawing([figure], width=width))}
     page: str = template("page.html.jinja", _readable, filters).render(
         content=content,
         opening=sections[:first],
         sections=sections[first:],
-        style=Markup(asset("report.css")),
+        style=Markup(packaged("report/assets/report.css")),
         script=Markup(script),
         policy=content_policy(script),
         widths={"wide": WIDTH, "narrow": NARROW},

@@ -43,6 +43,7 @@ from palinode.pipeline.reporting import (
     full_report,
     geometry_facts,
     in_order,
+    outcomes_of,
     refresh,
     write_reports,
 )
@@ -110,17 +111,6 @@ def finished_before(inputs: Inputs) -> Mapping[str, Any] | None:
         return record if same_run and Checkpoint.open(output).fingerprint() == written else None
     except (OSError, ValueError, KeyError, TypeError, CheckpointError):
         return None
-
-
-def known_outcomes(inputs: Inputs, workspace: Workspace, record: Mapping[str, Any]) -> Outcomes:
-    """Return the outcomes of a finished run as its workspace holds them; empty when it is gone."""
-    steps = {
-        name: evaluation_step(inputs, workspace, model["fingerprint"])
-        for name, model in record["models"].items()
-    }
-    if any(step.facts is None for step in steps.values()):
-        return {}
-    return {name: read_sets(step, inputs) for name, step in steps.items()}
 
 
 def evaluation_step(inputs: Inputs, workspace: Workspace, model: str) -> Step:
@@ -226,7 +216,7 @@ def unlearn(
     finished = finished_before(inputs)
     workspace = Workspace(workspace_folder(recipe))
     if finished is not None:
-        known = known_outcomes(inputs, workspace, finished)
+        known = outcomes_of(finished, workspace.folder)
         report = full_report(finished, workspace.folder)
         there = report if report.exists() else None
         return Unlearned(Path(recipe.output.folder), finished, known, finished_before=True, report=there)

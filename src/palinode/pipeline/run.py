@@ -113,27 +113,10 @@ def finished_before(inputs: Inputs) -> Mapping[str, Any] | None:
         return None
 
 
-def evaluation_step(inputs: Inputs, workspace: Workspace, model: str) -> Step:
-    """Return the step that evaluates the model of that fingerprint."""
-    return workspace.step(
-        "evaluate",
-        model=model,
-        rows={label: fingerprint_examples(examples) for label, examples in test_sets(inputs).items()},
-        settings=inputs.recipe.evaluation.key(),
-        prompts=inputs.recipe.prompts.model_dump(),
-        tokenizer=tokenizer_fingerprint(inputs.reader),
-    )
-
-
 def test_sets(inputs: Inputs) -> Mapping[str, Sequence[Example]]:
     """Return the rows that models are evaluated on, by set; forget-only runs have one set."""
     sets = {"forget": inputs.rows.forget_test, "retain": inputs.rows.retain_test}
     return {label: examples for label, examples in sets.items() if examples}
-
-
-def read_sets(step: Step, inputs: Inputs) -> Mapping[str, Sequence[Outcome]]:
-    """Return the outcomes that an evaluation step wrote, by set."""
-    return {label: tuple(read_outcomes(step.folder / f"{label}.jsonl")) for label in test_sets(inputs)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -474,10 +457,20 @@ class _Unlearning(Making):
                 write_outcomes(step.folder / f"{label}.jsonl", outcomes)
             check_same(checkpoint, before)
             step.finish({"model": name, "seconds": round(time.monotonic() - started, 1)})
-        return read_sets(step, self.inputs)
+        sets = test_sets(self.inputs)
+        return {label: tuple(read_outcomes(step.folder / f"{label}.jsonl")) for label in sets}
 
     def _evaluation(self, checkpoint: Checkpoint) -> Step:
-        return evaluation_step(self.inputs, self.workspace, checkpoint.fingerprint())
+        """Return the step that evaluates a model."""
+        sets = test_sets(self.inputs)
+        return self.workspace.step(
+            "evaluate",
+            model=checkpoint.fingerprint(),
+            rows={label: fingerprint_examples(examples) for label, examples in sets.items()},
+            settings=self.recipe.evaluation.key(),
+            prompts=self.recipe.prompts.model_dump(),
+            tokenizer=tokenizer_fingerprint(self.inputs.reader),
+        )
 
     def _publish(self, model: Checkpoint, record: Mapping[str, Any], outcomes: Outcomes) -> tuple[Path, Path]:
         """Put record and reports beside the weights, then give the folder its final name.

@@ -500,11 +500,7 @@ def locate(
     if log is not None:
         found["log"] = _steps_in_log(log, forget, copies, corpus or (), salt)
     if order is not None:
-        steps = steps_of(order, {copy.number for own in copies for copy in own}, listener=listener)
-        found["order"] = {
-            number: {(step, None if copy.exact else copy) for copy in own for step in steps[copy.number]}
-            for number, own in enumerate(copies)
-        }
+        found["order"] = _steps_in_order(order, copies, listener)
     if log is not None and order is not None and corpus:
         _check_agreement(log, order, corpus, found, forget, salt)
     warnings = list(series.notes)
@@ -545,6 +541,15 @@ def _steps_in_log(
         number, copy = asked[entry.row]
         found[number].add((entry.step, copy))
     return found
+
+
+def _steps_in_order(order: Order, copies: Sequence[Sequence[Duplicate]], listener: Listener) -> Steps:
+    """Return the steps at which the order has each forget row, or a similar text, going through all steps."""
+    steps = steps_of(order, {copy.number for own in copies for copy in own}, listener=listener)
+    return {
+        number: {(step, None if copy.exact else copy) for copy in own for step in steps[copy.number]}
+        for number, own in enumerate(copies)
+    }
 
 
 def steps_of(order: Order, rows: Iterable[int], *, listener: Listener | None = None) -> dict[int, list[int]]:

@@ -60,15 +60,8 @@ class AuditRows:
 
     def sets(self) -> dict[str, Sequence[Example]]:
         """Return the sets by name, the empty ones left out."""
-        named = {
-            "forget": self.forget,
-            "retain": self.retain,
-            "near": self.near,
-            "holdout": self.holdout,
-            "paraphrased": self.paraphrased,
-            "lookalikes": self.lookalikes,
-            **self.indirect,
-        }
+        names = ("forget", "retain", "near", "holdout", "paraphrased", "lookalikes")
+        named = {name: getattr(self, name) for name in names} | dict(self.indirect)
         return {name: examples for name, examples in named.items() if examples}
 
     def fingerprint(self) -> dict[str, str]:
@@ -117,7 +110,9 @@ def read_material(
 
     drawn = partial(at_most, most=max_rows, seed=seed)
     alike, column = (drawn(read(lookalikes)), None) if lookalikes is not None else _lookalikes(rows, learned)
-    kept = read(retain, but=gone)
+    kept, own_keys = read(retain, but=gone), {example.key for example in every}
+    others = [example for example in kept if example.key not in own_keys]
+    near = nearest([*map(_text, others)], [*map(_text, every)], min(max_rows, len(kept)) // 4)
     own, cells = ([], []) if indirect is None else read_set(indirect, columns=columns, beside=True)
     given = drawn(own)
     return AuditRows(
@@ -125,7 +120,7 @@ def read_material(
         learned=learned,
         held_out=held_out,
         retain=drawn(kept),
-        near=_near(kept, every, min(max_rows, len(kept)) // 4),
+        near=[others[place] for place in near],
         holdout=drawn(read(holdout)),
         paraphrased=_paraphrased(paraphrases, rows, every, chosen, columns),
         lookalikes=alike,
@@ -170,13 +165,6 @@ def _names(text: str) -> Iterator[str]:
 def _asked(example: Example, text: str) -> Example:
     """Return an example under another question."""
     return replace(example, turns=(*example.turns[:-1], replace(example.turns[-1], content=text)))
-
-
-def _near(kept: Sequence[Example], forget: Sequence[Example], count: int) -> list[Example]:
-    """Return the `count` retain rows that are nearest to the forget rows by words, and none of these."""
-    own = {example.key for example in forget}
-    others = [example for example in kept if example.key not in own]
-    return [others[place] for place in nearest([*map(_text, others)], [*map(_text, forget)], count)]
 
 
 def _text(example: Example) -> str:

@@ -104,7 +104,11 @@ def audit_section(record: Mapping[str, Any]) -> list[Section]:
             _verdict(record, f"{attack}.{test}", entry, reason=True),
             *(score_cell(_score_of(entry, model)) for model in models),
             score_cell(entry["findings"]["audited"]["difference"]),
-            _margins(record, f"{attack}.{test}"),
+            ", ".join(
+                f"{margin:g}" if margin else "not judged"
+                for side in ("less", "more")
+                for margin in [record["policy"]["margins"][f"{attack}.{test}"][side]]
+            ),
         ]
         for attack, test, entry in _tests(record)
     ]
@@ -195,11 +199,6 @@ def _told_right(entry: Mapping[str, Any]) -> str | None:
         return None
     right, every = told["found"] + told["never"] - told["alarms"], told["knowing"] + told["never"]
     return f"told right in {right} of {every} tiny models"
-
-
-def _margins(record: Mapping[str, Any], key: str) -> str:
-    margins = record["policy"]["margins"][key]
-    return ", ".join(f"{margins[side]:g}" if margins[side] else "not judged" for side in ("less", "more"))
 
 
 def _count(keys: Sequence[str], what: str) -> str:

@@ -20,7 +20,7 @@ from palinode.report.content import (
     Section,
     section,
 )
-from palinode.report.pictures import picture_file, tradeoff_figure
+from palinode.report.pictures import tradeoff_figure
 from palinode.report.words import (
     DASH,
     MODELS,
@@ -218,11 +218,6 @@ def _cost_section(table: Figures) -> list[Section]:
     }
     head = ["method", *(names.get(key, key) for key in keys)]
     return section("What it cost", note, Grid("Cost of each method", head, rows), bar="Cost")
-
-
-def tradeoff_picture(table: Figures) -> str:
-    """Return the picture of a table.json as a file: every point tried, and the models, as on the page."""
-    return picture_file("Forget–retain trade-off of every point tried", [tradeoff_figure({"table": table})])
 
 
 def _settings_text(settings: Mapping[str, Any], scales: Sequence[float] | None) -> str:

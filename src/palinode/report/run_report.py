@@ -497,22 +497,9 @@ def model_card(content: Mapping[str, Any], *, base: str | None = None, original:
         *section("Notes", Items(content["notes"])),
         *section("Not tested", Items(content["untested"])),
     ]
-    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()]
-    return "\n".join(
-        [
-            "---",
-            *lines,
-            "---",
-            "",
-            markdown(name, sections),
-            "## More",
-            "",
-            more,
-            "",
-            f"{escaped(f'{card}; {of} here too')}.",
-            "",
-        ]
-    )
+    lines = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items())
+    last = f"{more}\n\n{escaped(f'{card}; {of} here too')}."
+    return f"---\n{lines}\n---\n\n{markdown(name, sections)}\n## More\n\n{last}\n"
 
 
 def _card_origin(content: Mapping[str, Any], target: str) -> str:

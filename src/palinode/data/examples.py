@@ -123,8 +123,12 @@ class Example:
     @property
     def key(self) -> str:
         """What is said, as `hash_texts` has it of all turns and the answer; roles and form do not enter."""
-        texts = [*(turn.content for turn in self.turns), self.answer]
-        return hash_texts(texts).hex()
+        return hash_texts(self.texts).hex()
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All that is said in it: the turns, then the answer."""
+        return (*(turn.content for turn in self.turns), self.answer)
 
     @property
     def place(self) -> str:

@@ -178,7 +178,7 @@ def _tokens_in_texts(examples: Sequence[Example], tokenizer: PreTrainedTokenizer
     added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     known = sorted({token for token in (*added, *tokenizer.all_special_tokens) if token.strip()})
     firsts = {token[0] for token in known}  # most texts have none of them, and need no search
-    texts = ("\n".join([*(turn.content for turn in example.turns), example.answer]) for example in examples)
+    texts = ("\n".join(example.texts) for example in examples)
     found = [[token for token in known if token in text] if firsts & set(text) else [] for text in texts]
     count = sum(map(bool, found))
     if not count:

@@ -89,6 +89,8 @@ def report_sections(content: Mapping[str, Any]) -> list[Section]:
         "compare": lambda: comparison_sections(content["table"]),
         "locate": lambda: location_sections(content["location"]),
     }
+    names = ("palinode", "seed", "run", "created", "finished")
+    versions = {name: content[name] for name in names if name in content} | content["environment"]
     return [
         *section(
             "In short" if content["claims"] else "",
@@ -103,7 +105,9 @@ def report_sections(content: Mapping[str, Any]) -> list[Section]:
             "How to repeat it",
             Code(content["command"]) if content.get("command") else None,
             _inputs(content),
-            Pairs(_versions(content)),
+            Pairs(
+                {words(name): str(value) for name, value in versions.items() if name != "peak_memory_bytes"}
+            ),
             _settings(content.get("recipe") or content.get("policy") or {}),
             bar="Repeat",
         ),
@@ -242,16 +246,6 @@ def _inputs(content: Mapping[str, Any]) -> Grid:
     return Grid("Models and data", ["what", "where", "fingerprint", "rows or weights"], rows, text_columns=3)
 
 
-def _versions(content: Mapping[str, Any]) -> dict[str, str]:
-    """Return seed, run and versions, what is there of them."""
-    names = ("palinode", "seed", "run", "created", "finished")
-    environment = {
-        name: value for name, value in content["environment"].items() if name != "peak_memory_bytes"
-    }
-    known = {name: content[name] for name in names if name in content} | environment
-    return {words(name): str(value) for name, value in known.items()}
-
-
 def _settings(tree: Mapping[str, Any]) -> Grid:
     """Return the recipe (of an audit: the policy) with defaults filled in, one dotted key a row."""
     rows = [
@@ -288,7 +282,14 @@ def side_by_side(outcomes: Outcomes) -> dict[str, dict[str, Any]]:
     shown = {}
     for label in _labels(outcomes):
         cases = _worst_first(outcomes, label)
-        shown[label] = {"of": len(cases), "rows": _fitting(cases)}
+        total, fitting = 0, list[dict[str, Any]]()
+        for case in cases[:MOST_ROWS]:
+            texts = (case["prompt"], case["expected"], *(answer or "" for answer in case["answers"].values()))
+            total += sum(len(html.escape(text).encode("utf-8", "replace")) for text in texts)
+            if fitting and total > MOST_BYTES:
+                break
+            fitting.append(case)
+        shown[label] = {"of": len(cases), "rows": fitting}
     return shown
 
 
@@ -326,18 +327,6 @@ def _worst_first(outcomes: Outcomes, label: str) -> list[dict[str, Any]]:
         row: -abs(found or 0.0) if label == "forget" else found or 0.0 for row, found in differences.items()
     }
     return sorted(cases, key=lambda case: (best[case["row"]], case["row"]))
-
-
-def _fitting(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the first cases, as many as a page can take, and at least one."""
-    total, fitting = 0, list[dict[str, Any]]()
-    for case in cases[:MOST_ROWS]:
-        texts = (case["prompt"], case["expected"], *(answer or "" for answer in case["answers"].values()))
-        total += sum(len(html.escape(text).encode("utf-8", "replace")) for text in texts)
-        if fitting and total > MOST_BYTES:
-            break
-        fitting.append(case)
-    return fitting
 
 
 def _labels(outcomes: Outcomes) -> list[str]:

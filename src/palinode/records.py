@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 LONGEST = 255
 """Bytes of a file's name, on nearly every file system."""
 
@@ -343,21 +345,12 @@ def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
     write_text(path, "".join(f"{line}\n" for line in lines))
 
 
+OUTCOME = TypeAdapter(Outcome)
+"""What makes an outcome of its fields."""
+
+
 def read_outcomes(path: Path) -> Iterator[Outcome]:
     """Read the outcomes that `write_outcomes` wrote."""
     with path.open(encoding="utf-8") as file:
         for line in file:
-            yield _outcome(json.loads(line))
-
-
-def _outcome(fields: dict[str, Any]) -> Outcome:
-    alternatives = {
-        kind: tuple(Likelihood(entry["text"], tuple(entry["logprobs"])) for entry in entries)
-        for kind, entries in fields.get("alternatives", {}).items()
-    }
-    tuples: dict[str, Any] = {
-        name: tuple(fields[name])
-        for name in ("logprobs", "hits", "standardised", "accepted", "samples")
-        if name in fields
-    }
-    return Outcome(**{**fields, **tuples, "alternatives": alternatives})
+            yield OUTCOME.validate_python(json.loads(line))

@@ -247,7 +247,11 @@ class _Planner:
     def plan(self) -> Plan:
         rows, recipe = self.inputs.rows, self.recipe
         asked = rows_with_style(rows.forget)[:ROWS] if self.inputs.target else []
-        steps = [self._other_prompts(asked)] if asked else []
+        steps = []
+        if asked:  # there are about five plausible ways
+            tokens, seconds = self._scoring(asked)
+            label = f"ask the target {len(asked)} rows in other ways"
+            steps.append(PlannedStep(label, 5 * tokens, 5 * seconds))
         if recipe.prepare:
             steps.append(self._training("make the target", [*rows.forget, *rows.retain]))
             steps.append(self._training("make the retrained model", rows.retain))
@@ -370,11 +374,6 @@ class _Planner:
     def _scoring(self, examples: Sequence[Example]) -> tuple[int, float]:
         tokens = sum(self._tokens(examples))
         return tokens, STEP_SECONDS + 2 * self.multiplied * tokens / self.score_rate
-
-    def _other_prompts(self, rows: Sequence[Example]) -> PlannedStep:
-        """Return the asking of some rows in every plausible way, of which there are about five."""
-        tokens, seconds = self._scoring(rows)
-        return PlannedStep(f"ask the target {len(rows)} rows in other ways", 5 * tokens, 5 * seconds)
 
     def _scales(self, grid: int) -> PlannedStep:
         """Return the points of a grid; or a search: a first look at the grid on some rows, then all rows."""

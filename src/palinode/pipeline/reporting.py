@@ -146,7 +146,7 @@ def build_record(
             "cores": os.cpu_count(),
             "peak_memory_bytes": peak if sys.platform == "darwin" else 1024 * peak,
         },
-        "notes": [*inputs.notes, *_vector_notes(inputs), *_notes(chosen, training)],
+        "notes": [*inputs.notes, *_notes(inputs, chosen, training)],
     }
 
 
@@ -195,17 +195,13 @@ def row_facts(location: str | None, examples: Sequence[Example]) -> dict[str, An
     return {"location": location, "rows": len(examples), "fingerprint": fingerprint_examples(examples)}
 
 
-def _vector_notes(inputs: Inputs) -> Iterator[str]:
-    """Yield what the vector is where the method has none of its own."""
+def _notes(inputs: Inputs, chosen: ChosenScales | None, training: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a reader should know of vector and scales, and of runs that ended early."""
     if inputs.recipe.has_scales and not inputs.method.has_scales:
         yield (
             f"The forget vector is what training by {inputs.method.name} changed, taken off the target: with "
             "α = 1 and no transform it is the trained model."
         )
-
-
-def _notes(chosen: ChosenScales | None, training: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what a reader should know of the choice of scales, and of runs that ended early."""
     if chosen and not chosen.kept_rule and chosen.yardstick is not None:
         yield f"{chosen.yardstick['warning']} Look at the table of points before using this model."
     for run in training.values():

@@ -164,10 +164,10 @@ def compared(trials: Trials, filters: OpenFilter, looked: Sequence[TriedScales])
         own = [point for point in looked if point.filter == label]
         start = min(own, key=lambda point: point.rank)
         trials.use(filters.of(start))
-        slope, alpha = fall(own), start.forget_scale
+        slope, alpha, wanted = fall(own), start.forget_scale, math.log(max(1e-12, trials.goal.aim))
         for _ in range(AIMS):
             found.append(trials.tried(alpha, start.retain_scale))
-            farther = alpha + (log_forget(found[-1]) - log_wanted(trials.goal)) / slope
+            farther = alpha + (log_forget(found[-1]) - wanted) / slope
             alpha = round(min(max(farther, alpha / 2), 2 * alpha), 2)
     trials.use(filters.of(best(found)))
     return found
@@ -184,11 +184,6 @@ def fall(points: Sequence[TriedScales]) -> float:
 def log_forget(point: TriedScales) -> float:
     """Return the logarithm of the mean answer probability on the forget probes."""
     return math.log(max(1e-12, point.behaviour.probabilities["forget"]))
-
-
-def log_wanted(goal: Goal) -> float:
-    """Return the logarithm of what it should be."""
-    return math.log(max(1e-12, goal.aim))
 
 
 def where_it_arrives(

@@ -540,7 +540,9 @@ class _Run:
             measured = torch.stack([figures.measured for figures in held]).tolist() if held else []
             for figures, numbers in zip(held, measured, strict=True):
                 point = figures.point(numbers, self.objective.terms)
-                if not all(map(math.isfinite, numbers)) or self._is_past_limit(point):
+                limit = self.objective.limit
+                sunk = limit is not None and point.terms[limit.term] < -self._most
+                if sunk or not all(map(math.isfinite, numbers)):
                     break
                 terms = {} if self.objective.anchor == "rows" else point.terms
                 self.curve.append(replace(point, terms=terms, optimizer=self.kind))
@@ -584,11 +586,6 @@ class _Run:
                 f"the limit of {self._most:.2f} at which training ends; there is nothing to forget, or raise "
                 "the limit"
             )
-
-    def _is_past_limit(self, point: CurvePoint) -> bool:
-        """Tell whether the term that sinks without bound has sunk below its limit."""
-        limit = self.objective.limit
-        return limit is not None and point.terms[limit.term] < -self._most
 
     @property
     def _most(self) -> float:

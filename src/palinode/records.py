@@ -289,7 +289,8 @@ class NotReadError(OSError):
 
 def read_bytes(path: Path, *, limit: int = MAX_BYTES) -> bytes:
     """Return all bytes of an ordinary file; raises OSError where there is none, or it has more than that."""
-    with open(path, "rb", opener=_open_at_once) as file:
+    # opening a pipe would wait for its writer
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise NotReadError("it is no ordinary file")
@@ -308,10 +309,6 @@ def ordinary(path: Path) -> Path:
     if path.exists() and not path.is_file():
         raise NotReadError("it is no ordinary file")
     return path
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # opening a pipe would wait for its writer
 
 
 def read_json(path: Path) -> Any:

@@ -142,13 +142,8 @@ def unlearn(
 
     It comes with its record and a report.
     """
-    evidence: dict[str, Any] = {
-        "checkpoints": checkpoints,
-        "log": log,
-        "order": order,
-        "corpus": corpus,
-        "control": control,
-    }
+    places: Any = {"log": log, "order": order, "corpus": corpus, "control": control}
+    evidence = {"checkpoints": checkpoints, **places}
     models, located = content["models"], None
     if on and not any(evidence.values()) and _needs_base(content.get("method", "msa")):
         models.setdefault("base", models["target"])  # a plan opens no base

@@ -90,17 +90,8 @@ def locate(given: LocateOptions, *, quiet: Quiet = False, as_json: Json = False)
 
     for place in filter(None, (given.picture, given.report)):
         check_place(place)
-    found = jobs.locate(
-        given.forget,
-        given.checkpoints,
-        control=given.control,
-        log=given.log,
-        order=given.order,
-        corpus=given.corpus,
-        target=given.target,
-        settings=given,
-        listener=listener(quiet=quiet),
-    )
+    places = {"forget", "checkpoints", "control", "log", "order", "corpus", "target"}
+    found = jobs.locate(**given.model_dump(include=places), settings=given, listener=listener(quiet=quiet))
     record = found.as_record()
     if given.picture:
         write_text(given.picture, location_picture(record))

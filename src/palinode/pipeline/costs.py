@@ -230,7 +230,8 @@ class _Planner:
 
     def _measure_rates(self) -> None:
         self.device, training = pick_device(self.recipe.device), self.recipe.training
-        self.memory_rate = measure_memory(self.device)
+        one, other = (torch.ones(1 << 23, device=self.device) for _ in range(2))
+        self.memory_rate = 12 * len(one) / usual_seconds(lambda: one.add_(other), self.device)
         lengths = self._tokens(self.inputs.rows.forget[:64])
         batch = training.batch_size * max(1, sum(lengths) // max(1, len(lengths)))
         narrow = autocasts(training, self.device, self.parameters)
@@ -504,12 +505,6 @@ def product_seconds(device: torch.device, dtype: torch.dtype, tokens: int, shape
     left, right = (torch.ones(count, inputs, device=device, dtype=dtype) for count in (rows, outputs))
     once = usual_seconds(lambda: left @ right.T, device)
     return once * max(1.0, tokens / rows) * shape[0] / outputs
-
-
-def measure_memory(device: torch.device) -> float:
-    """Return the bytes that are read and written a second where a large vector is added to another."""
-    one, other = (torch.ones(1 << 23, device=device) for _ in range(2))
-    return 12 * len(one) / usual_seconds(lambda: one.add_(other), device)
 
 
 def usual_seconds(work: Callable[[], object], device: torch.device) -> float:

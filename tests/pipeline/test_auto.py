@@ -16,8 +16,7 @@ from palinode.pipeline.costs import describe
 from palinode.pipeline.goal import TOLERANCE
 from palinode.pipeline.inputs import open_inputs
 from palinode.pipeline.run import dry_run, unlearn
-from palinode.pipeline.scales import belongs_to, layer_groups
-from palinode.pipeline.search import range_around
+from palinode.pipeline.search import belongs_to, layer_groups, range_around
 
 AUTO = {"choose": "auto", "trials": 4}
 

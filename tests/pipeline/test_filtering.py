@@ -15,11 +15,11 @@ from palinode.data.tokenize import PromptStyle, tokenize
 from palinode.errors import DataError
 from palinode.models import load_model, load_tokenizer
 from palinode.pipeline import filtering, scales
-from palinode.pipeline.filtering import applied
 from palinode.pipeline.goal import Behaviour, TriedScales
 from palinode.pipeline.inputs import open_inputs
 from palinode.pipeline.run import find_vectors, unlearn
 from palinode.pipeline.search import fall
+from palinode.pipeline.transforming import applied
 from palinode.training.moments import along, input_moments, least_squares
 from palinode.weights import Checkpoint, StoredVector
 from palinode.weights.tensors import Files

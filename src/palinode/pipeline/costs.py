@@ -29,7 +29,7 @@ from palinode.methods.transforms import LeastSquaresSettings, ProjectionSettings
 from palinode.models.likelihoods import LOGIT_BYTES
 from palinode.models.loading import find_tokenizer, load_tokenizer, pick_device
 from palinode.pipeline.inputs import Inputs
-from palinode.pipeline.scales import FIRST_LOOK
+from palinode.pipeline.search import FIRST_LOOK
 from palinode.progress import duration_text
 from palinode.settings import LoraSettings
 from palinode.training.loop import count_steps

@@ -27,7 +27,7 @@ from palinode.errors import InputError, MismatchError, OutputError, PalinodeErro
 from palinode.metrics import score_outcomes
 from palinode.metrics.matching import nearest
 from palinode.pipeline.inputs import Inputs
-from palinode.pipeline.scales import ChosenScales
+from palinode.pipeline.search import ChosenScales
 from palinode.records import (
     COMMAND,
     RECORD_VERSION,

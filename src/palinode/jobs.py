@@ -35,12 +35,7 @@ from palinode.influence.influencing import (
     with_alpha,
 )
 from palinode.influence.sets import rows_of, tell, write_sets
-from palinode.methods.transforms import (
-    TRANSFORMS,
-    LowRankSettings,
-    ProjectionSettings,
-    TransformSettings,
-)
+from palinode.methods.transforms import TRANSFORMS, LowRankSettings, ProjectionSettings, TransformSettings
 from palinode.models.loading import load_tokenizer, pick_device
 from palinode.pipeline.audit_run import AuditPlan
 from palinode.pipeline.audit_run import audit as run_audit

@@ -14,15 +14,7 @@ import typer
 
 from palinode.cli.about_verbs import audit, compare, doctor, evaluate, list_everything, report
 from palinode.cli.chat import chat
-from palinode.cli.console import (
-    after_run,
-    answer,
-    ending,
-    listener,
-    out,
-    secret,
-    secret_workspace,
-)
+from palinode.cli.console import after_run, answer, ending, listener, out, secret, secret_workspace
 from palinode.cli.history_verbs import influence, locate, resolve_base
 from palinode.cli.history_verbs import plan as plan_command
 from palinode.cli.options import (

@@ -20,18 +20,7 @@ from palinode.cli.console import (
     secret_workspace,
     warn,
 )
-from palinode.cli.options import (
-    FORGET,
-    OUTPUT,
-    TARGET,
-    WAYS,
-    Changes,
-    Json,
-    Key,
-    Quiet,
-    lengths_alike,
-    takes,
-)
+from palinode.cli.options import FORGET, OUTPUT, TARGET, WAYS, Changes, Json, Key, Quiet, lengths_alike, takes
 from palinode.errors import OutputError, RecipeError
 from palinode.pipeline.recipe import (
     build_recipe,

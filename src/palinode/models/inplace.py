@@ -24,14 +24,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from palinode.errors import MismatchError, OutputError
 from palinode.models.loading import DTYPES, build_empty
-from palinode.weights.arithmetic import (
-    Evaluator,
-    Settings,
-    Slice,
-    formula,
-    map_slices,
-    slices,
-)
+from palinode.weights.arithmetic import Evaluator, Settings, Slice, formula, map_slices, slices
 from palinode.weights.checkpoint import Checkpoint, Point
 from palinode.weights.displacement import check_displacements
 from palinode.weights.fingerprints import check_files, unchanged

@@ -33,15 +33,7 @@ import numpy as np
 from palinode.errors import CheckpointError, OutputError, unwritable
 from palinode.records import beside, read_json, write_text
 from palinode.version import __version__
-from palinode.weights.arithmetic import (
-    Evaluator,
-    Formula,
-    Settings,
-    Slice,
-    every_of,
-    map_slices,
-    slices,
-)
+from palinode.weights.arithmetic import Evaluator, Formula, Settings, Slice, every_of, map_slices, slices
 from palinode.weights.atomic import Crew, RankSide, announce, check_output, claimed, is_claimed, publish
 from palinode.weights.fingerprints import (
     DIGEST,

@@ -250,7 +250,7 @@ def test_sums_of_float64_and_of_float32_follow_one_another(states, tmp_path):
         assert same(bits(held.model), bits(plain))
 
 
-@pytest.mark.parametrize("first", [0, 12_288, (1 << 32) - 2048, 5 << 32])
+@pytest.mark.parametrize("first", [0, 12_288, (1 << 32) - (1 << 15), 5 << 32])
 @pytest.mark.parametrize(
     ("dtype", "kind"), [(torch.bfloat16, kernels.BFLOAT16), (torch.float16, kernels.FLOAT16)]
 )
@@ -288,4 +288,4 @@ def test_a_point_on_a_device_reads_no_file_and_waits_once(states, tmp_path):
     counts = {event.key: event.count for event in profile.key_averages()}
     assert read in ([], [str(target.folder / "model.safetensors")])  # its header, to see that it is the same
     assert counts["aten::_local_scalar_dense"] == 1
-    assert counts["aten::mul"] <= len(target.tensors)
+    assert counts["aten::mul"] <= len(target.tensors) + 1  # a scale each, and one for the end

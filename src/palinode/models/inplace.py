@@ -145,15 +145,15 @@ class _HeldOperands:
     ) -> bool:
         """Form a sum and have its pieces taken, in their dtype; return whether all of it is finite."""
         self._read(form, settings, pieces, files)
-        finite = []
+        largest = []
         for piece in pieces:
             wide, code = _is_wide(form, settings, piece), settings.code or piece.info.dtype
             total = self._sum(form, piece, wide)
             key = name_key(settings.seed, piece.info.name) if settings.rounding == "stochastic" else None
             stored = rounded(total, DTYPES[code], key, piece.start)
-            finite.append(torch.isfinite(total).all() & torch.isfinite(stored).all())
+            largest += [torch.linalg.vector_norm(one, torch.inf).double() for one in (total, stored)]
             take(piece, stored)
-        return bool(torch.stack(finite).all())
+        return bool(torch.stack(largest).isfinite().all())
 
     def _read(self, form: Formula, settings: Settings, pieces: Sequence[Slice], files: Files) -> None:
         """Read what is not there yet; what this sum is not made of gives way to it."""

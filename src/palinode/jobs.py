@@ -174,41 +174,25 @@ def audit(
     `kind` says what `against` is: a model retrained without the forget set, or the base checkpoint; `target`
     is the model before unlearning. Raises PalinodeError.
     """
-    plan = plan_audit(
-        model,
-        against=against,
-        forget=forget,
-        kind=kind,
-        target=target,
-        retain=retain,
-        holdout=holdout,
-        settings=settings,
-    )
+    models = named(audited=model, reference=against, target=target)
+    rows = named(forget=forget, retain=retain, holdout=holdout)
+    plan = plan_audit(models, rows, kind, settings or AuditSettings())
     return Audited(Path(output), run_audit(plan, Path(output), listener=listener))
 
 
 def plan_audit(
-    model: Place,
-    *,
-    against: Place,
-    forget: Place,
-    kind: Literal["retrained", "base"] = "retrained",
-    target: Place | None = None,
-    retain: Place | None = None,
-    holdout: Place | None = None,
-    settings: AuditSettings | None = None,
+    models: Mapping[str, str], rows: Mapping[str, str], kind: Any, settings: AuditSettings
 ) -> AuditPlan:
     """Read the rows of an audit and say what would be run; no model is opened. Raises PalinodeError."""
-    settings = settings or AuditSettings()
     if kind not in ("retrained", "base"):
         raise RecipeError(
             f"--reference is {kind!r}; say retrained or base{meant(kind, ('retrained', 'base'))}"
         )
     rules = load_policy(settings.policy, preset=settings.budget, kind=kind)
     material = read_material(
-        forget,
-        retain=retain,
-        holdout=holdout,
+        rows["forget"],
+        retain=rows.get("retain"),
+        holdout=rows.get("holdout"),
         paraphrases=settings.paraphrases,
         lookalikes=settings.lookalikes,
         indirect=settings.indirect,
@@ -217,9 +201,8 @@ def plan_audit(
         max_rows=rules.budget.max_rows,
         seed=settings.seed,
     )
-    rows = named(forget=forget, retain=retain, holdout=holdout)
     return AuditPlan(
-        models=named(audited=model, reference=against, target=target),
+        models=models,
         kind=kind,
         material=material,
         locations={

@@ -10,14 +10,11 @@ A process that fails says why in the common store and closes its connections, wh
 
 from __future__ import annotations
 
-import importlib
 import io
-import marshal
 import os
 import pickle
 import sys
 import threading
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,6 +22,7 @@ from datetime import timedelta
 from functools import wraps
 from typing import Any, TypeVar, cast
 
+import cloudpickle
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.distributed_c10d import PrefixStore
@@ -382,7 +380,7 @@ def _can_be_sent(model: nn.Module) -> bool:
     ) and not hasattr(model, "hf_device_map")
 
 
-class _Pickler(pickle.Pickler):
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     """Packs a call: tensors lie apart, and functions made within others go with what they enclose."""
 
     def __init__(self, stream: io.BytesIO, hollow: bool) -> None:
@@ -404,24 +402,6 @@ class _Pickler(pickle.Pickler):
             self.places[id(obj)] = len(self.tensors)
             self.tensors.append(obj)
         return self.places[id(obj)]
-
-    def reducer_override(self, obj: Any) -> Any:
-        """Return how to make a function again that no module has under its name."""
-        if not isinstance(obj, types.FunctionType) or not {"<locals>", "<lambda>"} & {
-            *obj.__qualname__.split(".")
-        }:
-            return NotImplemented
-        cells = tuple(cell.cell_contents for cell in obj.__closure__ or ())
-        code = marshal.dumps(obj.__code__)
-        return _function, (obj.__module__, code, obj.__name__, obj.__defaults__, obj.__kwdefaults__, cells)
-
-
-def _function(module: str, code: bytes, name: str, defaults: Any, named: Any, cells: Sequence[Any]) -> Any:
-    known = importlib.import_module(module).__dict__
-    enclosed = tuple(map(types.CellType, cells))
-    found = types.FunctionType(marshal.loads(code), known, name, defaults, enclosed)
-    found.__kwdefaults__ = named
-    return found
 
 
 class _Unpickler(pickle.Unpickler):

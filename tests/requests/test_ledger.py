@@ -133,7 +133,7 @@ def test_an_older_layout_is_brought_up_to_date_in_one_step(ledger, monkeypatch):
     before = ledger.events()
     monkeypatch.setattr(
         "palinode.requests.ledger.LAYOUTS",
-        (*LAYOUTS, "CREATE TABLE more (x TEXT);\nCREATE INDEX i ON more (x);"),
+        (*LAYOUTS, ("CREATE TABLE more (x TEXT)", "CREATE INDEX i ON more (x)")),
     )
     assert ledger.events() == before  # reading changes nothing
     ledger.create()

@@ -27,6 +27,7 @@ from palinode.cli.options import (
     takes,
 )
 from palinode.errors import RecipeError
+from palinode.pipeline.recipe import named
 from palinode.records import Score
 from palinode.settings import AuditSettings, EvaluationSettings
 
@@ -166,15 +167,14 @@ def audit(
     """
     from palinode import jobs
 
-    given: dict[str, Any] = {
-        **settings.model_dump(include={"against", "forget", "target", "retain", "holdout"}),
-        "kind": reference,  # it is checked there
-        "settings": settings,
-    }
     if dry_run:
-        _show_audit_plan(jobs.plan_audit(model, **given), as_json=as_json)
+        models = named(audited=model, reference=settings.against, target=settings.target)
+        rows = named(**settings.model_dump(include={"forget", "retain", "holdout"}))
+        _show_audit_plan(jobs.plan_audit(models, rows, reference, settings), as_json=as_json)
         return
-    found = jobs.audit(model, output=settings.output, listener=listener(quiet=quiet), **given)
+    places = settings.model_dump(include={"against", "forget", "output", "target", "retain", "holdout"})
+    kind: Any = reference  # it is checked there
+    found = jobs.audit(model, **places, kind=kind, settings=settings, listener=listener(quiet=quiet))
     _show_audit(found.record, model, settings.output, as_json=as_json)
     secret(settings.output / "results", "row by row", of=settings.output, as_json=as_json)
     if not found.passed:

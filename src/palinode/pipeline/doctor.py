@@ -50,7 +50,7 @@ from palinode.version import __version__
 from palinode.weights import Checkpoint
 from palinode.weights.atomic import check_output
 from palinode.weights.folders import ON_HUB, require_causal_lm
-from palinode.weights.preflight import count_nonfinite
+from palinode.weights.preflight import count_nonfinite, nonfinite_text
 from palinode.weights.tensors import cores
 
 State = Literal["ok", "note", "warn", "fail"]
@@ -313,10 +313,8 @@ class _Examination:
         with self.listener.task(f"reading the {name}", model.nbytes, "bytes") as advance:
             found = attempt(lambda: count_nonfinite(model, on_progress=advance))
         if found:
-            nans, infinities = (sum(counts[kind] for counts in found.values()) for kind in (0, 1))
-            text = f"{nans} NaN and {infinities} infinite values in {len(found)} tensors"
-            fix = "fetch the model again, or take another checkpoint"
-            self.say("models", name, "fail", f"{text} ({next(iter(found))}, …)", fix)
+            text = f"{nonfinite_text(found)} ({next(iter(found))}, …)"
+            self.say("models", name, "fail", text, "fetch the model again, or take another checkpoint")
         for note in model.notes:
             self.say("models", name, "note", note)
         if len(self.failures()) > before:

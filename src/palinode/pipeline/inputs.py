@@ -5,7 +5,7 @@ What can be wrong is found here, in the first seconds, and said in one sentence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -58,19 +58,20 @@ CUT = "Answers cut to fit max_length"
 class InputRows:
     """The rows of a run, and which of them serve for what."""
 
-    forget: Sequence[Example]
-    retain: Sequence[Example]
+    forget: Sequence[Example] = ()
+    """Empty where nobody has them any more."""
+    retain: Sequence[Example] = ()
     """Empty in forget-only runs."""
-    retain_sample: Sequence[Example]
+    retain_sample: Sequence[Example] = ()
     """What θ_2 is fine-tuned on: as many rows as the forget set has, unless the method says otherwise."""
-    forget_probe: Sequence[Example]
+    forget_probe: Sequence[Example] = ()
     """Rows on which scales are tried."""
-    retain_probe: Sequence[Example]
+    retain_probe: Sequence[Example] = ()
     """Rows on which scales are tried; no vector has seen them, where there are enough."""
-    spared: Sequence[Example]
+    spared: Sequence[Example] = ()
     """Rows whose inputs filters spare: retain rows that scales are not tried on, where there are enough."""
-    forget_test: Sequence[Example]
-    retain_test: Sequence[Example]
+    forget_test: Sequence[Example] = ()
+    retain_test: Sequence[Example] = ()
     unseen: Sequence[Example] = ()
     """Rows by which the yardstick is set: neither base nor target has seen them."""
     unseen_source: str = BASE_ALONE
@@ -176,11 +177,7 @@ def open_inputs(recipe: Recipe) -> Inputs:
     _check_method(recipe)
     pick_device(recipe.device)
     check_trackers(recipe.tracker)
-    models = recipe.models
-    base, target, retrained, unlearned = (
-        _open(place, models.allow_pickle) if place else None
-        for place in (models.base, models.target, models.retrained, models.given)
-    )
+    base, target, retrained, unlearned = _models(recipe, lambda place: _open(place, recipe))
     if (reader := target or base) is not None:
         _check_models(reader, base if target else None, retrained, recipe)
     if target is not None and unlearned is not None:
@@ -208,16 +205,15 @@ def outline_inputs(recipe: Recipe) -> Inputs:
     """
     _check_method(recipe)
     model, (rows, notes) = outline(recipe.models.target or recipe.models.base or ""), _open_rows(recipe)
-    target, base, retrained, unlearned = (
-        model if place else None
-        for place in (
-            recipe.models.target,
-            recipe.models.base,
-            recipe.models.retrained,
-            recipe.models.given,
-        )
-    )
+    base, target, retrained, unlearned = _models(recipe, lambda _: model)
     return Inputs(recipe, base, target, retrained, rows, tuple(notes), _refusals(recipe), unlearned)
+
+
+def _models(recipe: Recipe, opened: Callable[[str], Checkpoint]) -> Iterator[Checkpoint | None]:
+    """Yield base, target, retrained and given model of a recipe, opened; None for one that is not named."""
+    models = recipe.models
+    for place in (models.base, models.target, models.retrained, models.given):
+        yield opened(place) if place else None
 
 
 def _refusals(recipe: Recipe) -> tuple[str, ...]:
@@ -233,19 +229,10 @@ def open_retain_only(recipe: Recipe) -> tuple[Inputs, Checkpoint, Checkpoint]:
     models, data, notes = recipe.models, recipe.data, list[str]()
     if not (models.target and models.given and data.retain):
         raise RecipeError("without forget rows it takes models.target, models.given and data.retain")
-    target, unlearned = (_open(place, models.allow_pickle) for place in (models.target, models.given))
+    target, unlearned = (_open(place, recipe) for place in (models.target, models.given))
     check_unlearned(target, unlearned)
     retain = read_examples(data.retain, columns=data.columns)
-    rows = InputRows(
-        forget=(),
-        retain=retain,
-        retain_sample=retain,
-        forget_probe=(),
-        retain_probe=(),
-        spared=spared_rows(recipe, (), retain, notes),
-        forget_test=(),
-        retain_test=(),
-    )
+    rows = InputRows(retain=retain, retain_sample=retain, spared=spared_rows(recipe, (), retain, notes))
     inputs = Inputs(recipe, None, target, None, rows, (), (), unlearned)
     return replace(inputs, notes=(*notes, *_check_rows_fit(inputs))), target, unlearned
 
@@ -371,8 +358,8 @@ def check_workspace(workspace: Path, others: Sequence[Path], needs: int) -> None
     check_room(place, needs, "make room, or name a --workspace elsewhere")
 
 
-def _open(location: str, allow_pickle: bool) -> Checkpoint:
-    checkpoint = Checkpoint.open(location, allow_pickle=allow_pickle)
+def _open(location: str, recipe: Recipe) -> Checkpoint:
+    checkpoint = Checkpoint.open(location, allow_pickle=recipe.models.allow_pickle)
     require_causal_lm(checkpoint)
     return checkpoint
 

@@ -390,7 +390,7 @@ def _run(place: Path, audited_in: Path | None) -> Facts:
                 f"{own.get('location')}"
             )
     workspace = find_workspace(place, record)
-    outcomes = _outcomes(workspace, record) if workspace else {}
+    outcomes = outcomes_of(record, workspace) if workspace else {}
     elsewhere = str(full_report(record, workspace)) if workspace else None
     return Facts("unlearn", record, audit, outcomes, texts=bool(outcomes), elsewhere=elsewhere)
 
@@ -419,7 +419,7 @@ def find_workspace(place: Path, record: Mapping[str, Any]) -> Path | None:
     return next((folder for folder in candidates if any(folder.glob("evaluate-*/step.json"))), None)
 
 
-def _outcomes(workspace: Path, record: Mapping[str, Any]) -> Outcomes:
+def outcomes_of(record: Mapping[str, Any], workspace: Path) -> Outcomes:
     """Return the outcomes of a run's models; empty unless all of them are there."""
     steps = record.get("outcomes") or {}
     folders = {model: workspace / steps[model] for model in record["models"] if model in steps}

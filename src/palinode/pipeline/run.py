@@ -43,6 +43,7 @@ from palinode.pipeline.reporting import (
     full_report,
     geometry_facts,
     in_order,
+    outcomes_of,
     refresh,
     write_reports,
 )
@@ -112,38 +113,10 @@ def finished_before(inputs: Inputs) -> Mapping[str, Any] | None:
         return None
 
 
-def known_outcomes(inputs: Inputs, workspace: Workspace, record: Mapping[str, Any]) -> Outcomes:
-    """Return the outcomes of a finished run as its workspace holds them; empty when it is gone."""
-    steps = {
-        name: evaluation_step(inputs, workspace, model["fingerprint"])
-        for name, model in record["models"].items()
-    }
-    if any(step.facts is None for step in steps.values()):
-        return {}
-    return {name: read_sets(step, inputs) for name, step in steps.items()}
-
-
-def evaluation_step(inputs: Inputs, workspace: Workspace, model: str) -> Step:
-    """Return the step that evaluates the model of that fingerprint."""
-    return workspace.step(
-        "evaluate",
-        model=model,
-        rows={label: fingerprint_examples(examples) for label, examples in test_sets(inputs).items()},
-        settings=inputs.recipe.evaluation.key(),
-        prompts=inputs.recipe.prompts.model_dump(),
-        tokenizer=tokenizer_fingerprint(inputs.reader),
-    )
-
-
 def test_sets(inputs: Inputs) -> Mapping[str, Sequence[Example]]:
     """Return the rows that models are evaluated on, by set; forget-only runs have one set."""
     sets = {"forget": inputs.rows.forget_test, "retain": inputs.rows.retain_test}
     return {label: examples for label, examples in sets.items() if examples}
-
-
-def read_sets(step: Step, inputs: Inputs) -> Mapping[str, Sequence[Outcome]]:
-    """Return the outcomes that an evaluation step wrote, by set."""
-    return {label: tuple(read_outcomes(step.folder / f"{label}.jsonl")) for label in test_sets(inputs)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +199,7 @@ def unlearn(
     finished = finished_before(inputs)
     workspace = Workspace(workspace_folder(recipe))
     if finished is not None:
-        known = known_outcomes(inputs, workspace, finished)
+        known = outcomes_of(finished, workspace.folder)
         report = full_report(finished, workspace.folder)
         there = report if report.exists() else None
         return Unlearned(Path(recipe.output.folder), finished, known, finished_before=True, report=there)
@@ -484,10 +457,20 @@ class _Unlearning(Making):
                 write_outcomes(step.folder / f"{label}.jsonl", outcomes)
             check_same(checkpoint, before)
             step.finish({"model": name, "seconds": round(time.monotonic() - started, 1)})
-        return read_sets(step, self.inputs)
+        sets = test_sets(self.inputs)
+        return {label: tuple(read_outcomes(step.folder / f"{label}.jsonl")) for label in sets}
 
     def _evaluation(self, checkpoint: Checkpoint) -> Step:
-        return evaluation_step(self.inputs, self.workspace, checkpoint.fingerprint())
+        """Return the step that evaluates a model."""
+        sets = test_sets(self.inputs)
+        return self.workspace.step(
+            "evaluate",
+            model=checkpoint.fingerprint(),
+            rows={label: fingerprint_examples(examples) for label, examples in sets.items()},
+            settings=self.recipe.evaluation.key(),
+            prompts=self.recipe.prompts.model_dump(),
+            tokenizer=tokenizer_fingerprint(self.inputs.reader),
+        )
 
     def _publish(self, model: Checkpoint, record: Mapping[str, Any], outcomes: Outcomes) -> tuple[Path, Path]:
         """Put record and reports beside the weights, then give the folder its final name.

@@ -391,8 +391,8 @@ class Desk:
         if not wanted:
             return None
         content = dict(now.recipe)
-        if any(request.located for request in wanted):
-            content = laid_over(content, {"models.base": _common_base(now, wanted)})
+        if located := _located(wanted):
+            content = laid_over(content, {"models.base": _common_base(now, wanted, located)})
         key = fingerprint(recipe=content, target=now.target, rows=list(contents))[:12]
         listed = self.folder / "sets" / f"{key}.list"
         with private():
@@ -561,12 +561,7 @@ def _scores(result: Unlearned, counts: Mapping[str, int]) -> dict[str, Any]:
             own: list[Outcome] = [outcome for outcome in asked if outcome.row in places]
             if own:
                 score = score_outcomes(own, names=[ASKED])[ASKED]
-                scores[name][model] = {
-                    "value": score.value,
-                    "low": score.low,
-                    "high": score.high,
-                    "n": score.n,
-                }
+                scores[name][model] = {fact: getattr(score, fact) for fact in ("value", "low", "high", "n")}
     return {name: found for name, found in scores.items() if "unlearned" in found}
 
 
@@ -574,35 +569,34 @@ def _target_of(now: Standing) -> str:
     return str(now.recipe["models"]["target"])
 
 
-def _common_base(now: Standing, wanted: Sequence[Request]) -> str:
+def _common_base(now: Standing, wanted: Sequence[Request], located: Mapping[str, Any]) -> str:
     """Return the base that no request's rows were seen by: the earliest that was located."""
-    configured = now.recipe["models"].get("base")
-    found = [request.located for request in wanted if request.located]
-    earliest = min(found, key=lambda facts: facts["step"])["base"]
+    earliest = str(located["base"])
     without = next((request for request in wanted if not request.located), None)
-    if without and earliest != configured:
+    if without and earliest != now.recipe["models"].get("base"):
         raise LedgerError(
             f"{without.id} was not located, and others ask for the base {earliest}; locate it too: palinode "
             f"requests locate {without.id} --checkpoints …"
         )
-    return str(earliest)
+    return earliest
 
 
 def _located(wanted: Sequence[Request]) -> Mapping[str, Any] | None:
-    """Return how the common base was found, for the record."""
+    """Return the earliest base that was located for one of these requests, and how; None without any."""
     found = [request.located for request in wanted if request.located]
-    return min(found, key=lambda facts: facts["step"]) if found else None
+    return min(found, key=lambda facts: facts["step"], default=None)
 
 
 def _absolute(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recipe's content with the places of models and rows that are there as absolute ones."""
-    changed = dict(content)
-    for section in ("models", "data"):
-        given = content.get(section, {})
-        changed[section] = {
-            key: _absolute_place(value) if isinstance(value, str) else value for key, value in given.items()
+    places = {
+        section: {
+            key: _absolute_place(value) if isinstance(value, str) else value
+            for key, value in content.get(section, {}).items()
         }
-    return changed
+        for section in ("models", "data")
+    }
+    return {**content, **places}
 
 
 def _absolute_place(place: str) -> str:

@@ -38,25 +38,15 @@ START = ""
 """What stands before the first event."""
 
 LAYOUTS = (
-    """
-    CREATE TABLE events (
-        number INTEGER PRIMARY KEY,
-        time TEXT NOT NULL,
-        user TEXT NOT NULL,
-        version TEXT NOT NULL,
-        kind TEXT NOT NULL,
-        request TEXT NOT NULL,
-        before TEXT NOT NULL,
-        after TEXT NOT NULL,
-        facts TEXT NOT NULL,
-        previous TEXT NOT NULL,
-        hash TEXT NOT NULL UNIQUE
-    ) STRICT;
-    CREATE TRIGGER never_changed BEFORE UPDATE ON events
-        BEGIN SELECT raise(ABORT, 'events are never changed'); END;
-    CREATE TRIGGER never_removed BEFORE DELETE ON events
-        BEGIN SELECT raise(ABORT, 'events are never removed'); END;
-    """,
+    (
+        "CREATE TABLE events (number INTEGER PRIMARY KEY, time TEXT NOT NULL, user TEXT NOT NULL, "
+        "version TEXT NOT NULL, kind TEXT NOT NULL, request TEXT NOT NULL, before TEXT NOT NULL, "
+        "after TEXT NOT NULL, facts TEXT NOT NULL, previous TEXT NOT NULL, hash TEXT NOT NULL UNIQUE) STRICT",
+        "CREATE TRIGGER never_changed BEFORE UPDATE ON events "
+        "BEGIN SELECT raise(ABORT, 'events are never changed'); END",
+        "CREATE TRIGGER never_removed BEFORE DELETE ON events "
+        "BEGIN SELECT raise(ABORT, 'events are never removed'); END",
+    ),
 )
 """What brings a ledger from each layout to the next; an older one is brought up to date by writing."""
 
@@ -198,20 +188,10 @@ def _bring_up_to_date(connection: sqlite3.Connection, path: Path) -> None:
     """Go from the file's layout to ours, within the transaction."""
     layout = connection.execute("PRAGMA user_version").fetchone()[0]
     _refuse_newer(layout, path)
-    for number, script in enumerate(LAYOUTS[layout:], start=layout + 1):
-        for statement in _statements(script):
+    for number, statements in enumerate(LAYOUTS[layout:], start=layout + 1):
+        for statement in statements:
             connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {number}")
-
-
-def _statements(script: str) -> Iterator[str]:
-    """Yield the statements of a script; `executescript` would end our transaction."""
-    statement = ""
-    for line in script.splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
-            yield statement
-            statement = ""
 
 
 def _refuse_newer(layout: int, path: Path) -> None:
@@ -370,70 +350,40 @@ def standing(events: Iterable[Event]) -> Standing:
     """Return what stands after these events."""
     now = Standing()
     for event in events:
-        _FOLLOWS[event.kind](now, event)
+        _follow(now, event)
         now.head = event.hash
     return now
 
 
-def _configured(now: Standing, event: Event) -> None:
-    now.recipe, now.policy = event.facts["recipe"], event.facts["policy"]
-    now.target = event.facts["target"]
-
-
-def _added(now: Standing, event: Event) -> None:
-    facts = {**event.facts, "hashes": tuple(event.facts["hashes"])}
-    facts |= {name: date.fromisoformat(facts[name]) for name in ("received", "due")}
-    now.requests[event.request] = Request(id=event.request, **facts)
-
-
-def _moved(now: Standing, event: Event) -> None:
-    now.requests[event.request].location = event.facts["location"]
-
-
-def _located(now: Standing, event: Event) -> None:
-    now.requests[event.request].located = event.facts
-
-
-def _carried_out(now: Standing, event: Event) -> None:
-    facts = {**event.facts, "requests": tuple(event.facts["requests"])}
-    made = Model(fingerprint=event.after, **facts)
-    before = next((model for model in reversed(now.models) if model.fingerprint == event.after), None)
-    if before:  # the very same weights: what was measured of them holds, what was agreed to does not
-        made.audits, made.verdict = dict(before.audits), before.verdict
-    now.models.append(made)
-
-
-def _audited(now: Standing, event: Event) -> None:
-    for model in now.models:
-        if model.fingerprint == event.after:
-            model.audits[event.request] = event.facts
-            if event.request == WHOLE:
-                model.verdict = event.facts
-
-
-def _approved(now: Standing, event: Event) -> None:
-    for model in now.models:
-        if model.fingerprint == event.after:
-            model.approved_by.append(event.facts["by"])
-
-
-def _published(now: Standing, event: Event) -> None:
-    now.served = next(model for model in reversed(now.models) if model.fingerprint == event.after)
-
-
-def _withdrawn(now: Standing, event: Event) -> None:
-    now.requests[event.request].withdrawn = True
-
-
-_FOLLOWS: Mapping[str, Callable[[Standing, Event], None]] = {
-    "configured": _configured,
-    "added": _added,
-    "rows moved": _moved,
-    "located": _located,
-    "carried out": _carried_out,
-    "audited": _audited,
-    "approved": _approved,
-    "published": _published,
-    "withdrawn": _withdrawn,
-}
-"""What each kind of event changes."""
+def _follow(now: Standing, event: Event) -> None:
+    """Change what stands as an event of this kind does."""
+    name, facts = event.request, event.facts
+    about = [model for model in now.models if model.fingerprint == event.after]
+    match event.kind:
+        case "configured":
+            now.recipe, now.policy, now.target = facts["recipe"], facts["policy"], facts["target"]
+        case "added":
+            days = {day: date.fromisoformat(facts[day]) for day in ("received", "due")}
+            now.requests[name] = Request(name, **{**facts, **days, "hashes": tuple(facts["hashes"])})
+        case "rows moved":
+            now.requests[name].location = facts["location"]
+        case "located":
+            now.requests[name].located = facts
+        case "carried out":
+            made = Model(fingerprint=event.after, **{**facts, "requests": tuple(facts["requests"])})
+            if about:  # the very same weights: what was measured of them holds, what was agreed to does not
+                made.audits, made.verdict = dict(about[-1].audits), about[-1].verdict
+            now.models.append(made)
+        case "audited":
+            for model in about:
+                model.audits[name] = facts
+                model.verdict = facts if name == WHOLE else model.verdict
+        case "approved":
+            for model in about:
+                model.approved_by.append(facts["by"])
+        case "published":
+            now.served = about[-1]
+        case "withdrawn":
+            now.requests[name].withdrawn = True
+        case other:
+            raise ValueError(other)

@@ -179,49 +179,35 @@ class Crew:
             raise InputError("RANK and WORLD_SIZE are set, but are not numbers; unset or mend them") from None
 
 
-# Process 0
+def announce(crew: Crew, partial: Path, job: str) -> Iterator[Mapping[str, Any]]:
+    """Tell the others, as process 0, that the layout is there; return an iterator over their reports.
 
+    After the last of them the notes are removed. It raises OutputError for one that failed or fell silent.
+    """
+    place, nonce = partial / FOLDER, secrets.token_hex(8)
+    place.mkdir()
+    write_text(place / "ready.json", json.dumps({"nonce": nonce, "job": job, "count": crew.count}))
 
-class Rank0Side:
-    """What process 0 does: announce the layout, then wait for what the others report."""
+    def report_of(rank: int) -> Mapping[str, Any]:
+        who, file = f"process {rank} of {crew.count}", place / f"report-{rank}-{nonce}.json"
+        report = _awaited(lambda: _read(file), place / f"alive-{rank}", who)
+        if "error" in report:
+            raise OutputError(f"{who} failed: {report['error']}")
+        return report
 
-    def __init__(self, crew: Crew, partial: Path, job: str) -> None:
-        self._crew = crew
-        self._place = partial / FOLDER
-        self._nonce = secrets.token_hex(8)
-        self._place.mkdir()
-        note = {"nonce": self._nonce, "job": job, "count": crew.count}
-        write_text(self._place / "ready.json", json.dumps(note))
+    def reports() -> Iterator[Mapping[str, Any]]:
+        yield from map(report_of, range(1, crew.count))
+        shutil.rmtree(place)  # before the folder gets its name
 
-    def reports(self) -> Iterator[Mapping[str, Any]]:
-        """Yield what each of the others reports, and remove the notes at last.
-
-        Raises OutputError for one that failed or fell silent.
-        """
-        for rank in range(1, self._crew.count):
-            watch = _SilenceWatch(self._place / f"alive-{rank}", f"process {rank} of {self._crew.count}")
-            while True:
-                report = _read(self._place / f"report-{rank}-{self._nonce}.json")
-                if report is not None:
-                    break
-                watch.look()
-            if "error" in report:
-                raise OutputError(f"process {rank} of {self._crew.count} failed: {report['error']}")
-            yield report
-        shutil.rmtree(self._place)  # before the folder gets its name
-
-
-# The others
+    return reports()
 
 
 class RankSide:
     """What any other process does: find the layout, work, report, and see how it ends."""
 
     def __init__(self, crew: Crew, partial: Path, output: Path, job: str) -> None:
-        self._crew = crew
-        self._partial = partial
-        self._output = output
-        self._job = job
+        self._crew, self._partial, self._output, self._job = crew, partial, output, job
+        self._place = partial / FOLDER
         self._beaten = 0.0
 
     def work(self, fill: Callable[[], Mapping[str, Any]]) -> None:
@@ -230,18 +216,22 @@ class RankSide:
         Raises OutputError when process 0 does something else, never starts, or fails.
         """
         while True:
-            nonce = self._wait_for_start()
+            ready = _awaited(self._begun, self._place / "ready.json", "process 0")
+            if (ready["job"], ready["count"]) != (self._job, self._crew.count):
+                raise OutputError(
+                    f"process 0 writes another sum to {self._output}; give every process the same command"
+                )
+            report = self._place / f"report-{self._crew.rank}-{ready['nonce']}.json"
             try:
                 self.beat()
-                write_text(self._place / f"report-{self._crew.rank}-{nonce}.json", json.dumps(fill()))
+                write_text(report, json.dumps(fill()))
             except FileNotFoundError:
                 continue  # what we found was left by a killed run, and process 0 has just cleared it away
             except Exception as error:
                 with suppress(OSError):
-                    report = json.dumps({"error": str(error)})
-                    write_text(self._place / f"report-{self._crew.rank}-{nonce}.json", report)
+                    write_text(report, json.dumps({"error": str(error)}))
                 raise
-            if self._wait_for_end(nonce):
+            if self._wait_for_end(ready["nonce"]):
                 return
 
     def beat(self) -> None:
@@ -251,22 +241,10 @@ class RankSide:
             with suppress(OSError):
                 (self._place / f"alive-{self._crew.rank}").write_text(str(time.time()))
 
-    @property
-    def _place(self) -> Path:
-        return self._partial / FOLDER
-
-    def _wait_for_start(self) -> str:
-        watch = _SilenceWatch(self._place / "ready.json", "process 0")
-        while True:
-            ready = _read(self._place / "ready.json")
-            if ready is None or not is_claimed(self._partial):  # not there yet, or left by a killed run
-                watch.look()
-                continue
-            if (ready["job"], ready["count"]) != (self._job, self._crew.count):
-                raise OutputError(
-                    f"process 0 writes another sum to {self._output}; give every process the same command"
-                )
-            return str(ready["nonce"])
+    def _begun(self) -> dict[str, Any] | None:
+        """Return what process 0 has announced; None where it has not yet, or a killed run had."""
+        ready = _read(self._place / "ready.json")
+        return ready if ready and is_claimed(self._partial) else None
 
     def _wait_for_end(self, nonce: str) -> bool:
         """Return True when the folder has its name, False when process 0 has begun anew."""
@@ -283,28 +261,17 @@ class RankSide:
             time.sleep(GLANCE)
 
 
-# Notes
-
-
-class _SilenceWatch:
-    """Waits a moment at a time, and gives up on a process whose file does not change for long."""
-
-    def __init__(self, file: Path, who: str) -> None:
-        self._file = file
-        self._who = who
-        self._seen: float | None = None
-        self._since = time.monotonic()
-
-    def look(self) -> None:
+def _awaited(look: Callable[[], dict[str, Any] | None], file: Path, who: str) -> dict[str, Any]:
+    """Return what is seen at last; give up on a process whose file does not change for long."""
+    seen, since = None, time.monotonic()
+    while (found := look()) is None:
         time.sleep(GLANCE)
-        try:
-            seen = self._file.stat().st_mtime
-        except OSError:
-            seen = None
-        if seen != self._seen:
-            self._seen, self._since = seen, time.monotonic()
-        elif time.monotonic() - self._since > PATIENCE:
-            raise OutputError(f"nothing was heard of {self._who} for {PATIENCE:.0f} s; is it running?")
+        with suppress(OSError):
+            if (now := file.stat().st_mtime) != seen:
+                seen, since = now, time.monotonic()
+        if time.monotonic() - since > PATIENCE:
+            raise OutputError(f"nothing was heard of {who} for {PATIENCE:.0f} s; is it running?")
+    return found
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -213,7 +213,17 @@ def complain_of_twins(checkpoint: ModelFolder) -> NoReturn:
 
 
 def _check_tensors(reference: ModelFolder, other: ModelFolder, rows: Rows) -> None:
-    problems, padded = _differences(reference, other), _different_rows(reference, other)
+    problems, padded = dict[str, str](), set[str]()
+    for name, info in reference.tensors.items():
+        found = other.find(name)
+        if found is None or not (info.is_float or found.is_float):
+            continue
+        if found.shape != info.shape:
+            problems[name] = f"{name}: {_shape(info)} against {_shape(found)}"
+            if _is_vocabulary(name) and _differ_in_rows(info, found):
+                padded.add(name)
+        elif found.is_float != info.is_float:
+            problems[name] = f"{name}: {info.dtype} against {found.dtype}"
     if rows == "shared":
         problems = {name: problem for name, problem in problems.items() if name not in padded}
     if not problems:
@@ -221,7 +231,7 @@ def _check_tensors(reference: ModelFolder, other: ModelFolder, rows: Rows) -> No
     hint = "are they states of one model?"
     if any(map(_is_vocabulary, problems)):
         hint = "are they states of one model, saved with the same tokenizer?"
-    if problems.keys() <= set(padded):
+    if problems.keys() <= padded:
         hint = (
             "one has a padded vocabulary, or tokens that were added: with --rows shared the rows that all "
             "have are summed, and the target's other rows stay as they are"
@@ -232,37 +242,10 @@ def _check_tensors(reference: ModelFolder, other: ModelFolder, rows: Rows) -> No
     )
 
 
-def _differences(reference: ModelFolder, other: ModelFolder) -> dict[str, str]:
-    """Return what is different in tensors that both have, in words, by the name of the tensor."""
-    problems = {}
-    for name, info in reference.tensors.items():
-        found = other.find(name)
-        if found is None or not (info.is_float or found.is_float):
-            continue
-        if found.shape != info.shape:
-            problems[name] = f"{name}: {_shape(info)} against {_shape(found)}"
-        elif found.is_float != info.is_float:
-            problems[name] = f"{name}: {info.dtype} against {found.dtype}"
-    return problems
-
-
-def _different_rows(reference: ModelFolder, other: ModelFolder) -> list[str]:
-    """Return the embeddings and heads that differ in their number of rows, and in nothing else."""
-    return [
-        name
-        for name, info in reference.tensors.items()
-        if (found := other.find(name)) and _is_vocabulary(name) and _differ_in_rows(info, found)
-    ]
-
-
 def _differ_in_rows(first: TensorInfo, second: TensorInfo) -> bool:
-    return (
-        len(first.shape) == len(second.shape) > 0
-        and first.shape[0] != second.shape[0]
-        and first.shape[1:] == second.shape[1:]
-        and first.is_float
-        and second.is_float
-    )
+    """Tell whether two tensors of different shapes differ in their number of rows, and in nothing else."""
+    alike = first.shape[1:] == second.shape[1:] and len(first.shape) == len(second.shape)
+    return alike and first.is_float and second.is_float
 
 
 def _is_vocabulary(name: str) -> bool:
@@ -399,6 +382,12 @@ def count_nonfinite(
     return found
 
 
+def nonfinite_text(found: Mapping[str, tuple[int, int]]) -> str:
+    """Return in words what `count_nonfinite` found."""
+    nans, infinities = (sum(counts[kind] for counts in found.values()) for kind in (0, 1))
+    return f"{nans} NaN and {infinities} infinite values in {len(found)} tensors"
+
+
 def complain_of_nonfinite(checkpoints: Iterable[ModelFolder], *, option: bool = True) -> None:
     """Raise CheckpointError that counts and names NaN and infinities in these checkpoints.
 
@@ -409,10 +398,8 @@ def complain_of_nonfinite(checkpoints: Iterable[ModelFolder], *, option: bool = 
     for checkpoint in checkpoints:
         found = count_nonfinite(checkpoint)
         if found:
-            nans, infinities = (sum(counts[kind] for counts in found.values()) for kind in (0, 1))
             sentences.append(
-                f"{checkpoint.folder} holds {nans} NaN and {infinities} infinite values in {len(found)} "
-                f"tensors (first: {next(iter(found))})"
+                f"{checkpoint.folder} holds {nonfinite_text(found)} (first: {next(iter(found))})"
             )
     if sentences:
         raise CheckpointError(

@@ -42,7 +42,7 @@ from palinode.weights.arithmetic import (
     map_slices,
     slices,
 )
-from palinode.weights.atomic import Crew, Rank0Side, RankSide, check_output, claimed, is_claimed, publish
+from palinode.weights.atomic import Crew, RankSide, announce, check_output, claimed, is_claimed, publish
 from palinode.weights.fingerprints import (
     DIGEST,
     Stamps,
@@ -298,10 +298,10 @@ def write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], No
         )
         with ExitStack() as stack, clock.phase("sum"):
             out = OutputFiles(job.files, partial, stack)
-            others = Rank0Side(crew, partial, job.key()) if crew.count > 1 else None
+            others = announce(crew, partial, job.key()) if crew.count > 1 else ()
             meter, checksums = _fill(job, share(job.parts, crew), out, on_progress)
             out.copy(info for info in job.formula.anchor.tensors.values() if not info.is_float)
-            for report in others.reports() if others else ():
+            for report in others:
                 meter.merge(report["dose"])
                 checksums |= {(name, block): total for name, block, total in report["checksums"]}
         write_index(job.files, partial)

@@ -449,7 +449,7 @@ def main() -> None:
             print_table(part)
     for test, one in tell(found, "audit").items():
         seen = [one[f"{key} knows"] + one[f"{key} hides"] for key in ("failed", "n")]
-        print(f'    "{test}": ToldRight({seen[0]}, {seen[1]}, {one["failed never"]}, {one["n never"]}),')
+        print(f'"{test}" = [{seen[0]}, {seen[1]}, {one["failed never"]}, {one["n never"]}]')
     if options.json:
         print(json.dumps({name: {"tests": tell(part, "audit"), "robustness": robustness(part)}
                           for name, part in parts.items() if part}))  # fmt: skip

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -326,6 +327,11 @@ def read_toml(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     return content
+
+
+def packaged(name: str) -> str:
+    """Return the text of a file that comes with the package, named from its folder on."""
+    return files("palinode").joinpath(*name.split("/")).read_text(encoding="utf-8")
 
 
 def dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -8,7 +8,7 @@ from example_run import AUDIT, record, score
 from palinode.report.reports import Facts, markdown_report, report_content
 from palinode.report.run_report import model_card, strength
 from palinode.report.verdicts import (
-    ASKED,
+    asked,
     audit_verdict,
     judge_forgetting,
     judge_knowledge,
@@ -388,7 +388,7 @@ def test_without_scores_every_light_is_grey(hole):
 
 def test_every_claim_has_its_rule_and_an_audit_shortens_what_was_not_tested():
     for claim in (*run_verdict(record()).claims, *audit_verdict(AUDIT).claims):
-        assert claim.as_json()["rule"] == ASKED[claim.name][2]
+        assert claim.as_json()["rule"] == asked(claim.name)[2]
     assert untested(record()) == ["Other wordings of the same facts, membership inference, and relearning."]
     assert untested(record(), AUDIT)[0] == "drawn answers (leak@k), because it was not asked for."
 

@@ -15,7 +15,9 @@ less = false                        # that side is not judged
 from __future__ import annotations
 
 import difflib
+import tomllib
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -24,7 +26,7 @@ from pydantic import Field, ValidationError, field_validator
 from palinode.audit.attack import BUDGETS, AuditBudget
 from palinode.audit.attacks import ATTACKS, tests_by_key
 from palinode.errors import RecipeError
-from palinode.records import dotted, read_toml
+from palinode.records import dotted, packaged, read_toml
 from palinode.settings import StrictModel
 
 Kind = Literal["retrained", "base"]
@@ -74,9 +76,6 @@ class Policy(StrictModel):
     """Margins of every test, by `attack.test`."""
 
 
-# How often each test told right (`python benchmarks/meta_audit.py --output DIR` prints these lines)
-
-
 BESIDE_BASE: Mapping[str, Mapping[str, Margin]] = {
     "questions.log_probability": {"less": False},
     "membership": {"more": 0.2, "less": False},
@@ -100,35 +99,11 @@ class ToldRight(NamedTuple):
         return f"found {self.found} of {self.knowing}, {self.alarms} false alarms in {self.never}"
 
 
-MEASURED: Mapping[str, ToldRight] = {
-    "verdict": ToldRight(97, 98, 0, 60),
-    "questions.probability": ToldRight(53, 98, 0, 60),
-    "questions.extraction": ToldRight(47, 98, 0, 60),
-    "questions.rouge": ToldRight(47, 98, 0, 60),
-    "prefixes.opening": ToldRight(4, 98, 0, 60),
-    "few_shot.probability": ToldRight(13, 98, 0, 60),
-    "few_shot.rouge": ToldRight(9, 98, 0, 60),
-    "conversation.probability": ToldRight(37, 98, 0, 60),
-    "sampling.leak": ToldRight(47, 98, 0, 60),
-    "membership.loss": ToldRight(69, 98, 0, 60),
-    "membership.zlib": ToldRight(68, 98, 0, 60),
-    "membership.min_k": ToldRight(70, 98, 0, 60),
-    "membership.min_k_plus": ToldRight(72, 98, 0, 60),
-    "membership.reference": ToldRight(65, 98, 0, 60),
-    "inside.depth": ToldRight(85, 98, 0, 60),
-    "inside.lens": ToldRight(86, 98, 0, 60),
-    "traces.rows": ToldRight(51, 98, 0, 60),
-    "neighbours.words": ToldRight(43, 98, 0, 60),
-    "neighbours.states": ToldRight(41, 98, 0, 60),
-    "neighbours.rest": ToldRight(36, 98, 0, 60),
-    "quantise_8.probability": ToldRight(53, 98, 0, 60),
-    "quantise_4.probability": ToldRight(58, 98, 0, 60),
-    "quantise_nf4.probability": ToldRight(50, 98, 0, 60),
-    "quantise_gguf_q4_0.probability": ToldRight(52, 98, 0, 60),
-    "relearn_forget.area": ToldRight(71, 98, 0, 60),
-    "relearn_retain.area": ToldRight(60, 98, 0, 60),
-}
-"""By `attack.test`, of those that judge whether a model knows more; "verdict" is the whole audit."""
+@cache
+def told_right() -> Mapping[str, ToldRight]:
+    """Return how often each test that judges whether a model knows more told right, by `attack.test`."""
+    told = tomllib.loads(packaged("audit/told_right.toml"))
+    return {key: ToldRight(*counts) for key, counts in told.items()}
 
 
 def load_policy(path: Path | None, *, preset: str | None = None, kind: Kind = "retrained") -> Policy:

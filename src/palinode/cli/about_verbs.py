@@ -236,10 +236,10 @@ def listings() -> dict[str, dict[str, str]]:
 def attack_tests() -> dict[str, str]:
     """Return each test of each attack with a line about it, and how often it told right; needs torch."""
     from palinode.audit.attacks import tests_by_key
-    from palinode.audit.policy import MEASURED
+    from palinode.audit.policy import told_right
 
     return {
-        key: f"{attack.title}: {test.title}" + (f"; {MEASURED[key]}" if key in MEASURED else "")
+        key: f"{attack.title}: {test.title}" + (f"; {told_right()[key]}" if key in told_right() else "")
         for key, (attack, test) in tests_by_key().items()
     }
 

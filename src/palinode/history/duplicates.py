@@ -19,7 +19,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -99,10 +99,6 @@ def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 SHINGLE = 5
 """Letters of a shingle."""
 
-_BLANKS = re.compile(r"[\W_]+")
-
-Shingles = npt.NDArray[np.uint32]
-
 
 @dataclass(frozen=True, slots=True)
 class Duplicate:
@@ -145,28 +141,23 @@ def find_duplicates(
     return sorted(found, key=lambda entry: (entry.row, entry.number))
 
 
-def shingles(text: str) -> Shingles:
-    """Return the distinct shingles of a text as sorted numbers; a text shorter than one has one, itself.
+def shingles(text: str) -> set[str]:
+    """Return the shingles of a text, in which case, punctuation and Unicode form (NFKC) do not count.
 
-    Case, punctuation and Unicode form (NFKC) do not count. Numbers are 32-bit hashes of the letters.
+    >>> sorted(shingles("A b-C, d!")), shingles("ab")
+    ([' b c ', 'a b c', 'b c d'], {'ab'})
     """
-    plain = " ".join(_BLANKS.sub(" ", unicodedata.normalize("NFKC", text).casefold()).split())
-    letters = np.frombuffer(plain.ljust(SHINGLE).encode("utf-32-le"), "<u4").astype(np.uint64)
-    windows = np.lib.stride_tricks.sliding_window_view(letters, SHINGLE)
-    hashed = np.zeros(len(windows), np.uint64)
-    for column in range(SHINGLE):  # FNV-1a, letter by letter; numpy wraps around at 64 bits
-        hashed = (hashed ^ windows[:, column]) * np.uint64(0x100000001B3) + np.uint64(0x9E3779B97F4A7C15)
-    hashed ^= hashed >> np.uint64(29)
-    return np.unique(((hashed * np.uint64(0xBF58476D1CE4E5B9)) >> np.uint64(32)).astype(np.uint32))
+    plain = " ".join(re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text).casefold()).split())
+    return {plain[at : at + SHINGLE] for at in range(max(1, len(plain) - SHINGLE + 1))}
 
 
-def jaccard(first: Shingles, second: Shingles) -> float:
+def jaccard(first: Set[str], second: Set[str]) -> float:
     """Return |A ∩ B| / |A ∪ B| of two sets of shingles.
 
-    >>> jaccard(np.array([1, 2, 3]), np.array([2, 3, 4]))
+    >>> jaccard(set("abc"), set("bcd"))
     0.5
     """
-    shared = len(np.intersect1d(first, second, assume_unique=True))
+    shared = len(first & second)
     return shared / (len(first) + len(second) - shared)
 
 
@@ -179,9 +170,9 @@ class _Index:
         for row, example in enumerate(forget):
             self._rows.setdefault(row_hash(example), []).append(row)
         self._shingles = [shingles(_text(example)) for example in forget]
-        self._holders: dict[int, list[int]] = {}  # of each known shingle, the rows that hold it
+        self._holders: dict[str, list[int]] = {}  # of each known shingle, the rows that hold it
         for row, own in enumerate(self._shingles):
-            for shingle in own.tolist():
+            for shingle in own:
                 self._holders.setdefault(shingle, []).append(row)
 
     def copies(self, number: int, example: Example) -> Iterator[Duplicate]:
@@ -190,17 +181,13 @@ class _Index:
         for row in equal:
             yield Duplicate(row, number, example.place, 1.0, exact=True)
         own = shingles(_text(example))
-        for row in sorted(self._candidates(own) - set(equal)):
+        held = [self._holders[shingle] for shingle in own if shingle in self._holders]
+        enough = math.ceil(self._threshold * len(own) - 1e-9)  # in common with a row that is like this one
+        rarest = sorted(held, key=len)[: max(0, len(held) - enough + 1)]
+        for row in sorted({row for rows in rarest for row in rows}.difference(equal)):
             similarity = jaccard(own, self._shingles[row])
             if similarity >= self._threshold:
                 yield Duplicate(row, number, example.place, similarity, exact=False)
-
-    def _candidates(self, own: Shingles) -> set[int]:
-        """Return the forget rows that hold one of the rarest of these shingles."""
-        held = [self._holders[shingle] for shingle in own.tolist() if shingle in self._holders]
-        enough = math.ceil(self._threshold * len(own) - 1e-9)  # in common with a row that is like this one
-        rarest = sorted(held, key=len)[: max(0, len(held) - enough + 1)]
-        return {row for rows in rarest for row in rows}
 
 
 def _text(example: Example) -> str:

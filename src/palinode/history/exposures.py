@@ -21,7 +21,7 @@ import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -60,16 +60,6 @@ def step_table(records: Iterable[tuple[int, int, int, float]]) -> StepTable:
     return np.array(list(records), STEP_COLUMNS).view(np.recarray)
 
 
-def _as_lists(table: StepTable) -> dict[str, Any]:
-    """Return a table for JSON; columns in which nothing is known are left out."""
-    lists = {"step": table.step.tolist(), "rows": table.rows.tolist()}
-    if (table.tokens != UNKNOWN).any():
-        lists["tokens"] = table.tokens.tolist()
-    if not np.isnan(table.epoch).all():
-        lists["epoch"] = [None if np.isnan(value) else value for value in table.epoch.tolist()]
-    return lists
-
-
 # Sealed segments
 
 
@@ -86,7 +76,12 @@ def write_segment(
         pa.FixedSizeBinaryArray.from_buffers(pa.binary(HASH_BYTES), len(order), [None, packed]),
         pa.array(steps[order], pa.int32()),
     ]
-    text = json.dumps({**about, "rows": len(found), "steps": _as_lists(table)})
+    lists = {"step": table.step.tolist(), "rows": table.rows.tolist()}
+    if (table.tokens != UNKNOWN).any():  # columns in which nothing is known are left out
+        lists["tokens"] = table.tokens.tolist()
+    if not np.isnan(table.epoch).all():
+        lists["epoch"] = [None if np.isnan(value) else value for value in table.epoch.tolist()]
+    text = json.dumps({**about, "rows": len(found), "steps": lists})
     rows = pa.table(columns, names=["hash", "step"], metadata={KEY: text, FOOTER: UNSEALED})
     partial = beside(path)
     with partial.open("w+b") as file:
@@ -104,7 +99,9 @@ def write_segment(
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-    sync_folder(path.parent)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # so that the name is on disk
+    os.close(folder)
 
 
 @contextmanager
@@ -224,15 +221,6 @@ def read_journal(path: Path) -> Tail:
         place = end
     table = step_table(records)
     return Tail(about, np.concatenate(parts), np.repeat(table.step, table.rows), table, len(content) - place)
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 MAX_STEP = 2**31 - 1
@@ -381,8 +369,8 @@ class ExposureLog:
         if start < 0:
             raise DataError(f"the log cannot go on from step {start}; steps are counted from 1")
         wanted = LogHeader(run or "", data, tokenizer, bool(salt), salt_check(salt))
-        header, number = _agree(place, wanted, start, rank, world_size, session)
-        return cls(place, header, Session(number, start, world_size), rank, segment_rows)
+        header, begun = _agree(place, wanted, Session(session or 0, start, world_size), rank)
+        return cls(place, header, begun, rank, segment_rows)
 
     def record(
         self,
@@ -460,37 +448,33 @@ class ExposureLog:
         self._tail_path.unlink()
 
 
-def _agree(
-    folder: Path, wanted: LogHeader, start: int, rank: int, world_size: int, session: int | None
-) -> tuple[LogHeader, int]:
-    """Let process 0 write what the log is and choose the session, and let all the others know."""
-    if world_size == 1:
-        return _begin_session(folder, wanted, start, world_size, session)
+def _agree(folder: Path, wanted: LogHeader, session: Session, rank: int) -> tuple[LogHeader, Session]:
+    """Let process 0 write what the log is and number the session, and let all the others know."""
+    if session.world_size == 1:
+        return _begin_session(folder, wanted, session)
     torch: Any = sys.modules.get("torch")
     if torch is None or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        if session is None or not wanted.run:
+        if not session.number or not wanted.run:
             raise DataError(
-                f"{world_size} processes must all name the same session (session=1, 2, …) and run, since "
-                "torch.distributed is not there to agree on them"
+                f"{session.world_size} processes must all name the same session (session=1, 2, …) and run, "
+                "since torch.distributed is not there to agree on them"
             )
-        return _begin_session(folder, wanted, start, world_size, session) if rank == 0 else (wanted, session)
+        return _begin_session(folder, wanted, session) if rank == 0 else (wanted, session)
     told: list[Any] = [None]
     if rank == 0:
         try:
-            told = [_begin_session(folder, wanted, start, world_size, session)]
+            told = [_begin_session(folder, wanted, session)]
         except DataError as error:  # the others must not wait for ever
             told = [error]
     torch.distributed.broadcast_object_list(told, src=0)
     if isinstance(told[0], DataError):
         raise told[0]
-    header, number = told[0]
-    return header, int(number)
+    agreed: tuple[LogHeader, Session] = told[0]
+    return agreed
 
 
-def _begin_session(
-    folder: Path, wanted: LogHeader, start: int, world_size: int, session: int | None
-) -> tuple[LogHeader, int]:
-    """Write log.json if there is none, and the session's file."""
+def _begin_session(folder: Path, wanted: LogHeader, session: Session) -> tuple[LogHeader, Session]:
+    """Write log.json if there is none, and the session's file; one without a number gets the next."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "log.json").exists():
         header = read_header(folder)
@@ -504,8 +488,8 @@ def _begin_session(
         header = LogHeader(**{**asdict(wanted), "run": wanted.run or uuid.uuid4().hex})
         write_json(folder / "log.json", asdict(header))
     last = max((known.number for known in read_sessions(folder)), default=0)
-    number = last + 1 if session is None else session
-    if number <= last:
-        raise DataError(f"{folder} has a session {number} already; the next one is {last + 1}")
-    write_json(folder / f"session-{number:04d}.json", asdict(Session(number, start, world_size)))
-    return header, number
+    session = replace(session, number=session.number or last + 1)
+    if session.number <= last:
+        raise DataError(f"{folder} has a session {session.number} already; the next one is {last + 1}")
+    write_json(folder / f"session-{session.number:04d}.json", asdict(session))
+    return header, session

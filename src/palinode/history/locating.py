@@ -13,7 +13,6 @@ import tomllib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from palinode.history.orders import Order, first_step, open_palinode, read_order
 from palinode.history.reader import ExposureReader, stretches
 from palinode.history.series import CheckpointSeries
 from palinode.progress import Listener, NullListener
-from palinode.records import read_bytes
+from palinode.records import packaged, read_bytes
 from palinode.settings import LocateSettings
 
 VERSION = 1
@@ -147,8 +146,7 @@ class Location:
 
 def known_alternatives() -> tuple[Mapping[str, str], ...]:
     """Return what can be done when no checkpoint is clean: its cost, what is known of it, and the source."""
-    text = files("palinode.history").joinpath("alternatives.toml").read_text(encoding="utf-8")
-    return tuple(tomllib.loads(text)["alternative"])
+    return tuple(tomllib.loads(packaged("history/alternatives.toml"))["alternative"])
 
 
 class Judgement:
@@ -547,8 +545,7 @@ def _steps_in_log(
 
 def _steps_in_order(order: Order, copies: Sequence[Sequence[Duplicate]], listener: Listener) -> Steps:
     """Return the steps at which the order has each forget row, or a similar text, going through all steps."""
-    wanted = {copy.number for own in copies for copy in own}
-    steps = steps_of(order, wanted, listener=listener)
+    steps = steps_of(order, {copy.number for own in copies for copy in own}, listener=listener)
     return {
         number: {(step, None if copy.exact else copy) for copy in own for step in steps[copy.number]}
         for number, own in enumerate(copies)

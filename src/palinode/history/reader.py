@@ -72,21 +72,15 @@ class LogFile:
         """Return hashes and steps that count: all, or those with one of the sorted keys."""
         if self.path.suffix == ".parquet":
             found, steps = rows_of(self.path, keys)
-            kept = np.arange(len(found)) if keys is None else _places(sort_keys(found), keys)
         else:
             tail = read_journal(self.path)
             found, steps = tail.hashes, tail.steps
-            kept = np.arange(len(found)) if keys is None else np.flatnonzero(np.isin(sort_keys(found), keys))
-        kept = kept[self.counts(steps[kept])]
-        return found[kept], steps[kept]
-
-
-def _places(own: npt.NDArray[np.uint64], keys: npt.NDArray[np.uint64]) -> Ints:
-    """Return where sorted rows have one of these sorted keys."""
-    first, last = np.searchsorted(own, keys, "left"), np.searchsorted(own, keys, "right")
-    hit = last > first
-    places = [np.arange(a, b) for a, b in zip(first[hit], last[hit], strict=True)]
-    return np.concatenate([_none(), *places])
+        if keys is not None:
+            own = sort_keys(found)
+            kept = keys[np.searchsorted(keys, own).clip(max=len(keys) - 1)] == own
+            found, steps = found[kept], steps[kept]
+        counted = self.counts(steps)
+        return found[counted], steps[counted]
 
 
 # The files of a log

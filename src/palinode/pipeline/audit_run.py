@@ -18,7 +18,7 @@ from palinode.audit.attack import Attack, AttackCost, AttackResult, Subject
 from palinode.audit.attacks import ATTACKS
 from palinode.audit.findings import AUDITED, STATISTICS, Finding, answer, find
 from palinode.audit.material import AuditRows
-from palinode.audit.policy import MEASURED, Kind, Policy
+from palinode.audit.policy import Kind, Policy, told_right
 from palinode.data.examples import Example, check_no_forget_rows, reading_notes
 from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
 from palinode.errors import DivergenceError, MismatchError, RecipeError
@@ -324,7 +324,7 @@ def _entry(attack: Attack, facts: Mapping[str, Any], findings: Findings) -> dict
             test.name: {
                 "title": test.title,
                 "told_right": told._asdict()
-                if (told := MEASURED.get(f"{attack.name}.{test.name}"))
+                if (told := told_right().get(f"{attack.name}.{test.name}"))
                 else None,
                 "statistic": STATISTICS[test.statistic],
                 "findings": {model: asdict(found[test.name]) for model, found in findings.items()},

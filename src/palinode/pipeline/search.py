@@ -37,7 +37,7 @@ from palinode.data.tokenize import TokenRow, tokenize
 from palinode.data.world import neutral_examples
 from palinode.evaluation.yardstick import UNFILTERED, Unseen, Yardstick, estimate_yardstick
 from palinode.methods.method import Vectors
-from palinode.models.inplace import put
+from palinode.models.inplace import LiveModel
 from palinode.models.likelihoods import score_rows
 from palinode.models.loading import load_reader, load_tokenizer, pad_token, pick_device
 from palinode.pipeline.goal import (
@@ -112,7 +112,7 @@ class Probes:
         self.path = path
         self.known: dict[str, Any] = read_json(path) if path.exists() else {}
         self.device = pick_device(inputs.recipe.device)
-        self.live: PreTrainedModel | None = None
+        self.live: LiveModel | None = None
         self.tokenizer = load_tokenizer(target)
         self.pad_id = pad_token(self.tokenizer)
         self.sets: dict[str, list[TokenRow]] = {}
@@ -151,10 +151,10 @@ class Probes:
 
         def filled() -> PreTrainedModel:
             output, seed = self.inputs.recipe.output, self.inputs.recipe.seed
-            self.live = self.live or self._loaded(self.target, output.dtype)
+            self.live = self.live or LiveModel(self._loaded(self.target, output.dtype))
             for point, only in parts:
-                put(point, self.live, dtype=output.dtype, rounding=output.rounding, seed=seed, only=only)
-            return self.live
+                self.live.put(point, dtype=output.dtype, rounding=output.rounding, seed=seed, only=only)
+            return self.live.model
 
         return self._asked(name, sets, filled)
 

@@ -8,7 +8,7 @@ a section stands for what the record has nothing to say of, and a section withou
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
+from palinode.records import packaged
 from palinode.report.pictures import Figure
 from palinode.report.words import DASH, escaped, fenced, interval_text, model_label, number
 
@@ -30,8 +31,8 @@ GAP = 2
 MOST_NAME = 24
 """Letters from which such a table may break a path after a slash."""
 PIECE = re.compile("[^/]*/|[^/]+")
-MOST_CASES, MOST_LETTERS = 10, 400
-"""Cases of a set, and letters of an answer, that the Markdown shows; the page has all."""
+MOST_LETTERS = 400
+"""Letters of an answer that the Markdown shows; the page has all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,81 +173,33 @@ def score_cell(score: Mapping[str, Any] | None) -> GridCell:
 
 def markdown(title: str, sections: Iterable[Section]) -> str:
     """Return a page of Markdown; text that comes from the user is escaped."""
-    lines = [f"# {escaped(title)}", ""]
-    for part in sections:
-        body = [line for block in part.blocks for line in _lines(block)]
-        if body:
-            lines += [f"## {escaped(part.title)}", ""] if part.title else []
-            lines += [escaped(part.intro), ""] if part.intro else []
-            lines += body
-    return "\n".join(lines).strip() + "\n"
+    from markupsafe import Markup
+
+    def md(value: object) -> object:
+        return value if isinstance(value, Markup) else Markup(escaped(value))
+
+    def cell(one: GridCell | str) -> str:
+        one = as_cell(one)
+        strong = "**" if one.tone in ("bad", "chosen") and one.text else ""
+        below = f" ({escaped(one.below)})" if one.below else ""
+        return Markup(f"{strong}{escaped(one.text)}{strong}{below}")
+
+    def cut(answer: str | None) -> str:
+        answer = DASH if answer is None else answer
+        return answer if len(answer) <= MOST_LETTERS else f"{answer[:MOST_LETTERS]} …"
+
+    filters = {"md": md, "cell": cell, "cut": cut, "fenced": lambda code: Markup(fenced(code))}
+    page = template("page.md.jinja", md, filters | {"number": number})
+    return str(page.render(title=title, sections=sections)).strip() + "\n"
 
 
-def _lines(block: Block) -> list[str]:
-    match block:
-        case Grid():
-            above = [f"{escaped(block.title)}:", ""] if block.folded else []
-            return [*above, *_grid_lines(block)]
-        case Heading():
-            return [f"### {escaped(block.text)}", ""]
-        case Paragraph():
-            return [f"**{escaped(block.text)}**" if block.strong else escaped(block.text), ""]
-        case Items():
-            return [*map(_item_line, block.lines), ""]
-        case Pairs():
-            return [*(f"- {escaped(name)}: {escaped(value)}" for name, value in block.values.items()), ""]
-        case Code():
-            return fenced(block.text)
-        case Picture():
-            return [f"![{escaped(block.label)}]({block.file})", ""] if block.file else []
-        case Lights():
-            return _lines(
-                Items(
-                    [
-                        (one["question"], f"{one['symbol']} {one['word']}. {one['sentence']}")
-                        for one in block.claims
-                    ]
-                )
-            )
-        case Cases():
-            return [line for part in block.parts for line in _case_lines(part)]
+def template(name: str, finalize: Callable[[Any], Any], filters: Mapping[str, Any]) -> Any:
+    """Return the jinja2 template that writes out reports in one format; all that is no Markup is escaped."""
+    from jinja2 import Environment
 
-
-def _item_line(line: str | tuple[str, str]) -> str:
-    return f"- **{escaped(line[0])}** {escaped(line[1])}" if isinstance(line, tuple) else f"- {escaped(line)}"
-
-
-def _grid_lines(grid: Grid) -> list[str]:
-    rule = ["---" if column < grid.text_columns else "---:" for column in range(len(grid.head))]
-    head = [escaped(title) for title in grid.head]
-    rows = [[_cell_text(cell) for cell in row] for row in grid.rows]
-    return [*(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)), ""]
-
-
-def _cell_text(cell: GridCell | str) -> str:
-    cell = as_cell(cell)
-    strong = "**" if cell.tone in ("bad", "chosen") and cell.text else ""
-    below = f" ({escaped(cell.below)})" if cell.below else ""
-    return f"{strong}{escaped(cell.text)}{strong}{below}"
-
-
-def _case_lines(part: Mapping[str, Any]) -> list[str]:
-    """Return the worst cases of a set."""
-    lines = [f"### On the {escaped(part['label'])}, the worst first", ""]
-    for case in part["rows"][:MOST_CASES]:
-        lines += [f"- Row {case['row']}: **{_cut(case['prompt'])}**"]
-        lines += [f"  - in the data: {_cut(case['expected'])}"]
-        lines += [
-            f"  - {escaped(model_label(model))} ({number(case['probabilities'][model])}): {_cut(answer)}"
-            for model, answer in case["answers"].items()
-        ]
-    return [*lines, ""]
-
-
-def _cut(answer: str | None) -> str:
-    if answer is None:
-        return DASH
-    return escaped(answer if len(answer) <= MOST_LETTERS else f"{answer[:MOST_LETTERS]} …")
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=finalize)
+    environment.filters |= {"kind": lambda block: type(block).__name__, "model": model_label, **filters}
+    return environment.from_string(packaged(f"report/assets/{name}"))
 
 
 # The terminal

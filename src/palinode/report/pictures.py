@@ -12,11 +12,11 @@ import re
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.resources import files
 from itertools import groupby
 from textwrap import fill
 from typing import Any
 
+from palinode.records import packaged
 from palinode.report.verdicts import YARDSTICKS, overlap, yardstick
 from palinode.report.words import (
     METRICS,
@@ -138,8 +138,8 @@ def names_down(names: Iterable[str]) -> Ruler:
 
 def picture_file(title: str, figures: Iterable[Figure | None]) -> str:
     """Return a whole picture as an SVG file: title, key, and the panels there are."""
-    style = files("palinode.report").joinpath("assets", "report.css").read_text(encoding="utf-8")
-    light = dict(re.findall(r"(--[\w-]+): ([^;]+);", style.partition("@media")[0]))
+    style = packaged("report/assets/report.css").partition("@media")[0]
+    light = dict(re.findall(r"(--[\w-]+): ([^;]+);", style))
     drawn = drawing([found for found in figures if found], title=title)
     return re.sub(r'"var\((--[\w-]+)\)"', lambda found: f'"{light[found[1]]}"', drawn)
 

@@ -14,11 +14,10 @@ import html
 import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from typing import Any, Literal
 
 from palinode.progress import plain
-from palinode.records import Outcome, dotted
+from palinode.records import Outcome, dotted, packaged
 from palinode.report.audit_report import audit_headline, audit_section
 from palinode.report.comparison_report import comparison_sections, ranking_sentences
 from palinode.report.content import (
@@ -33,6 +32,7 @@ from palinode.report.content import (
     as_cell,
     markdown,
     section,
+    template,
 )
 from palinode.report.location_report import location_sections, location_sentences
 from palinode.report.pictures import NARROW, WIDTH, drawing, glance_figure
@@ -365,31 +365,21 @@ def html_report(content: Mapping[str, Any]) -> str:
 
 def html_page(content: Mapping[str, Any], sections: Sequence[Section]) -> str:
     """Return a page of these sections; the content has its title, outcome, verdict and headline."""
-    from jinja2 import Environment
     from markupsafe import Markup
 
     first = next(place for place, part in enumerate(sections) if part.bar)
-    assets = files("palinode.report").joinpath("assets")
-    style, script, template = (
-        assets.joinpath(name).read_text(encoding="utf-8")
-        for name in ("report.css", "report.js", "page.html.jinja")
-    )
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_readable)
-    environment.filters |= {
-        "kind": lambda block: type(block).__name__,
-        "cell": as_cell,
-        "model": model_label,
-        "drawn": lambda figure, width: Markup(drawing([figure], width=width)),
-    }
-    return environment.from_string(template).render(
+    script = packaged("report/assets/report.js")
+    filters = {"cell": as_cell, "drawn": lambda figure, width: Markup(drawing([figure], width=width))}
+    page: str = template("page.html.jinja", _readable, filters).render(
         content=content,
         opening=sections[:first],
         sections=sections[first:],
-        style=Markup(style),
+        style=Markup(packaged("report/assets/report.css")),
         script=Markup(script),
         policy=content_policy(script),
         widths={"wide": WIDTH, "narrow": NARROW},
     )
+    return page
 
 
 def _readable(value: Any) -> Any:

@@ -10,10 +10,13 @@ what is decided here. Forgetting is two-sided: knowing less than the yardstick i
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
+from palinode.records import packaged
 from palinode.report.words import (
     METRICS,
     SETS,
@@ -81,67 +84,12 @@ SETTLED_BY = (
 UNMADE = "No model was made, as there was nothing to forget."
 UNSCORED = "The scores that this takes were not measured."
 
-ASKED = {
-    "known": (
-        "Known before?",
-        "Did the target know the forget set better than a model that never saw it?",
-        "Compares answer probabilities on the forget set. Yes: the target's interval lies above that of the "
-        f"yardstick (one row has none: it is more than {CLOSE:g} higher). No: it is no higher, or higher by "
-        f"at most {CLOSE:g} with overlapping intervals; then there is nothing to forget. Unsure: neither, "
-        f"or fewer than {FEWEST_ROWS} rows.",
-    ),
-    "forgotten": (
-        "Forgotten?",
-        "Does it treat the forget set like a model that never saw it?",
-        "Compares answer probabilities on the forget set. Yes: the interval of the unlearned model overlaps "
-        "that of the yardstick, and it lies nearer the yardstick than the target. Partly: it lies above the "
-        f"yardstick but no more than {NEARER:.0%} of the way to the target, or below it; or the intervals "
-        "are too wide to tell. No: it lies nearer the target, or has less than "
-        f"{TOO_LITTLE:.0%} of the yardstick's probability, which is over-forgetting. The yardstick is a "
-        "retrained model where one was given, else an estimate of one, else the base checkpoint. Where "
-        "another yardstick disagrees with it and would say No, it is Partly at best.",
-    ),
-    "kept": (
-        "Kept?",
-        "Does it still know the rest?",
-        "Compares answer probabilities on the retain set, on its rows that no vector was trained on where "
-        f"those are known. Yes: at least {KEPT:.0%} of the target's probability is left. Partly: at least "
-        f"{PARTLY_KEPT:.0%}. No: less.",
-    ),
-    "recovered": (
-        "Recovered?",
-        "Is it, in all that was measured, like a model retrained without the forget set?",
-        "Compares the unlearned with the retrained model by every metric on every set; a comparison agrees "
-        f"when the intervals overlap or the scores differ by at most {CLOSE:g}. Yes: all agree. Partly: at "
-        f"least {PARTLY_MATCHED:.0%}. No: fewer. Without a retrained model it is not tested.",
-    ),
-    "robust": (
-        "Robust?",
-        "Does the forgetting withstand attacks?",
-        "Taken from an audit of this very model. Yes: it passed and every test that was made could tell. "
-        "Partly: some tests could not tell. No: a test found that it knows more, or less, than the "
-        "reference model. Without an audit it is not tested.",
-    ),
-    "plainly": (
-        "Forgotten?",
-        "Asked plainly, does it know no more than a model that never saw the forget set?",
-        "Of the audit's plain questions. Yes: none found that the model knows more than the reference model, "
-        "and all could tell. Unsure: some could not tell. No: at least one found more.",
-    ),
-    "withstands": (
-        "Robust?",
-        "Does the forgetting withstand attacks?",
-        "Of the audit's attacks. Yes: none found that the model knows more than the reference model, and "
-        "all could tell. Unsure: some could not tell. No: at least one found more.",
-    ),
-    "not_too_much": (
-        "Not too much?",
-        "Does it still know what a model that never saw the forget set would know?",
-        "Of all tests of the audit. Yes: none found that the model knows less than the reference model, and "
-        "all could tell. Unsure: some could not tell. No: at least one found less.",
-    ),
-}
-"""What a claim asks, in a word and in full, and the rule that decides its light."""
+
+@cache
+def asked(name: str) -> tuple[str, str, str]:
+    """Return what a claim asks, in a word and in full, and the rule that decides its light."""
+    told = tomllib.loads(packaged("report/assets/claims.toml"))[name]
+    return told["question"], told["meaning"], told["rule"].format_map(globals())
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +97,7 @@ class Claim:
     """One claim, its light, and why."""
 
     name: str
-    """A key of ASKED."""
+    """A key of claims.toml."""
     light: Light
     word: str
     """The answer: Yes, Partly, No, Too much, Not tested, …"""
@@ -158,7 +106,7 @@ class Claim:
 
     def as_json(self) -> dict[str, str]:
         """Return everything as plain values."""
-        question, meaning, rule = ASKED[self.name]
+        question, meaning, rule = asked(self.name)
         return {
             "name": self.name,
             "question": question,

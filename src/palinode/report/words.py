@@ -169,7 +169,7 @@ def in_picture(text: str) -> str:
     return html.escape(plain(text))
 
 
-def fenced(code: str) -> list[str]:
+def fenced(code: str) -> str:
     """Return a code block whose fence is longer than any run of backticks in the code."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
-    return [fence, plain(code), fence, ""]
+    return f"{fence}\n{plain(code)}\n{fence}"

@@ -1,5 +1,8 @@
 """A sum put into a live model has, parameter by parameter, the bits that `save` would write."""
 
+import sys
+
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -7,7 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from palinode.errors import CheckpointError, InputError, MismatchError
 from palinode.models import load_model, put
-from palinode.weights import Checkpoint
+from palinode.models.inplace import LiveModel, rounded
+from palinode.weights import Checkpoint, kernels, save_vector
+from palinode.weights.arithmetic import name_key
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -197,3 +202,90 @@ def test_threads_are_left_as_they_were(states):
     threads = torch.get_num_threads()
     put(target - (theta_1 - base), load(target))
     assert torch.get_num_threads() == threads
+
+
+@pytest.fixture
+def sums(states, tmp_path):
+    """Sums of the states, with a stored vector, terms that cancel, and another pivot than the target."""
+    target, base, theta_1 = states
+    stored = save_vector(theta_1 - base, tmp_path / "vector", rank=2)
+    return [
+        target - 0.7 * (theta_1 - base),
+        target - 0.7 * (theta_1 - base) + 0.7 * (base - target),
+        target - 0.3 * stored,
+        target,
+        target - 0.3 * stored + 0.1 * (base - theta_1),
+        theta_1 + 0.5 * (base - target),
+        target + 0.25 * (theta_1 - theta_1),
+    ]
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float16", "float32", "float64"])
+def test_sums_of_what_a_device_holds_have_the_same_bits(states, sums, dtype, rounding, precision):
+    target = states[0]
+    held, plain = LiveModel(load(target), held=True), load(target)
+    for scale in (1.0, 40.0):
+        for place, point in enumerate(sums):
+            moved = target + scale * (point - target) if place else point
+            settings = {"dtype": dtype, "rounding": rounding, "seed": place, "precision": precision}
+            held.put(moved, **settings)
+            put(moved, plain, **settings)
+            assert same(bits(held.model), bits(plain))
+
+
+def test_sums_of_float64_and_of_float32_follow_one_another(states, tmp_path):
+    target, base, theta_1 = states
+    wide = write(load(base).double(), tmp_path / "wide")
+    held, plain = LiveModel(load(target), held=True), load(target)
+    stored = save_vector(theta_1 - base, tmp_path / "vector", rank=2)
+    for point in (
+        target - 0.3 * stored,
+        target - 0.3 * stored + 0.2 * (theta_1 - wide),
+        target - 0.5 * stored,
+    ):
+        held.put(point, dtype="float32")
+        put(point, plain, dtype="float32")
+        assert same(bits(held.model), bits(plain))
+
+
+@pytest.mark.parametrize("first", [0, 12_288, (1 << 32) - (1 << 15), 5 << 32])
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(torch.bfloat16, kernels.BFLOAT16), (torch.float16, kernels.FLOAT16)]
+)
+def test_rounding_on_a_device_has_the_bits_of_the_kernels(first, dtype, kind):
+    """For every exponent from denormal numbers to the largest, of both signs, anywhere in a large tensor."""
+    noise = np.random.default_rng(0).integers(0, 1 << 23, 255 * 64, dtype=np.uint32)
+    values = (noise | np.repeat(np.arange(255, dtype=np.uint32) << 23, 64)).view(np.float32)
+    values = np.concatenate([values, -values])
+    key = name_key(3, "a.weight")
+    halves, wides = np.empty(len(values), np.uint16), np.empty_like(values)
+    kernels.combine(
+        (False, np.empty((0, 0), np.uint16), values[None], np.empty((0, len(values)), np.float32)),
+        len(values),
+        (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)),
+        (kind, True, np.int64(key)),
+        np.int64(first),
+        (0, 0, np.empty((0, 1), np.float32), kernels.totals_of(0)),
+        (halves, wides),
+    )
+    found = rounded(torch.from_numpy(values), dtype, key, first)
+    with np.errstate(over="ignore"):
+        wanted = halves if kind == kernels.BFLOAT16 else wides.astype(np.float16).view(np.uint16)
+    assert np.array_equal(found.view(torch.int16).numpy().view(np.uint16), wanted)
+
+
+def test_a_point_on_a_device_reads_no_file_and_waits_once(states, tmp_path):
+    target, base, theta_1 = states
+    stored, held = save_vector(theta_1 - base, tmp_path / "vector"), LiveModel(load(target), held=True)
+    held.put(target - 0.3 * stored, rounding="nearest")
+    opened = []
+    sys.addaudithook(lambda event, facts: opened.append(facts[0]) if event == "open" else None)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        held.put(target - 0.4 * stored, rounding="nearest")
+    read = [str(place) for place in opened if str(place).endswith(".safetensors")]
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert read in ([], [str(target.folder / "model.safetensors")])  # its header, to see that it is the same
+    assert counts["aten::_local_scalar_dense"] == 1
+    assert counts["aten::mul"] <= len(target.tensors) + 1  # a scale each, and one for the end

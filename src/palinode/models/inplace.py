@@ -1,7 +1,8 @@
 """Put a weighted sum into a live model: any (α, β) can be tried without writing a model.
 
 The values are those that `weights.save` would write, rounding included, so that what a search
-sees is what the saved model does. Every parameter is touched once; no second model is held.
+sees is what the saved model does. Every parameter is touched once; no second model is held. On a device a
+`LiveModel` keeps what the sums are made of there, so that the next point costs one pass over it.
 
 Two models read together: v = v_target − α·ReLU(v_reinforced − v_target) (spec: baselines.md §17).
 
@@ -12,10 +13,11 @@ models are in memory, and cannot be saved. Answers are made without a key-value 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -26,72 +28,244 @@ from palinode.errors import MismatchError, OutputError
 from palinode.models.loading import DTYPES, build_empty
 from palinode.weights.arithmetic import (
     Evaluator,
+    Formula,
+    Operands,
     Settings,
     Slice,
     formula,
     map_slices,
+    name_key,
     slices,
+    stays,
 )
 from palinode.weights.checkpoint import Checkpoint, Point
-from palinode.weights.displacement import check_displacements
+from palinode.weights.displacement import Term, check_displacements
 from palinode.weights.fingerprints import check_files, unchanged
 from palinode.weights.foreign import quiet_transformers
 from palinode.weights.geometry import choose_rounding
 from palinode.weights.preflight import check_fit
 from palinode.weights.tensors import Files, TensorInfo, is_head
 
+PIECE = 1 << 24
+"""Elements that are summed at a time on a device."""
 
-@torch.no_grad()
-def put(
-    point: Point,
-    model: PreTrainedModel,
-    *,
-    dtype: str | None = None,
-    rounding: str = "auto",
-    seed: int = 0,
-    precision: str = "float32",
-    only: Callable[[str], bool] | None = None,
-) -> None:
-    """Overwrite the model's parameters with the point's values.
+ROOM = 0.15
+"""Share of a device's memory that what is kept there leaves to the passes."""
 
-    `dtype`, `rounding`, `seed` and `precision` are those of `save`. Putting the target itself brings the
-    target back bit for bit. The model may be on any device: sums are formed on the processor, so that they
-    are the same everywhere. `only` leaves all tensors as they are whose name in the files it says no to.
-    Raises MismatchError when the model's parameters and the checkpoint's tensors
-    are not the same.
+
+def put(point: Point, model: PreTrainedModel, **settings: Any) -> None:
+    """Overwrite the model's parameters with the point's values, once: `LiveModel.put`, with all its options.
+
+    The model may be on any device: sums are formed on the processor.
     """
-    anchor, form = point.anchor, formula(point.anchor, point.terms)
-    asked = Settings(dtype, rounding, seed, precision)
-    check_fit(anchor, [other for other in form.checkpoints if other != anchor])
-    check_files(form.checkpoints)
-    check_displacements(anchor, form.displacements)
-    flat = _flat_parameters(model, anchor)
-    parts = list(slices(anchor))
-    chosen, _ = choose_rounding(form, asked, parts)
-
-    def start() -> Callable[[Slice], None]:
-        evaluator = Evaluator(form, chosen, files)
-
-        @torch.no_grad()
-        def work(part: Slice) -> None:
-            values, _ = evaluator.evaluate(part)
-            stored = torch.from_numpy(values).view(DTYPES[chosen.code or part.info.dtype])
-            flat[part.info.name][part.start : part.start + part.count].copy_(stored)
-
-        return work
-
-    with Files() as files, unchanged(form.terms):
-        wanted = [part for part in parts if part.info.name in flat and (not only or only(part.info.name))]
-        map_slices(wanted, start)
+    LiveModel(model, held=False).put(point, **settings)
 
 
-def _flat_parameters(model: PreTrainedModel, anchor: Checkpoint) -> dict[str, torch.Tensor]:
+class LiveModel:
+    """A model in memory that takes one point after another.
+
+    On a processor sums are formed slice by slice, from the files. On another device what they are made of is
+    read once and `held` there, as far as there is room, else in pinned memory of the host: the next sum of
+    the same is formed there, with the same bits.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, held: bool | None = None) -> None:
+        self.model = model
+        if held is None:
+            held = model.device.type != "cpu"
+        self._held = _HeldOperands(model.device) if held else None
+
+    def put(
+        self,
+        point: Point,
+        *,
+        dtype: str | None = None,
+        rounding: str = "auto",
+        seed: int = 0,
+        precision: str = "float32",
+        only: Callable[[str], bool] | None = None,
+    ) -> None:
+        """Overwrite the model's parameters with the point's values.
+
+        `dtype`, `rounding`, `seed` and `precision` are those of `save`. Putting the target itself brings the
+        target back bit for bit. `only` leaves all tensors as they are whose name in the files it says no to.
+        Raises MismatchError when the model's parameters and the checkpoint's tensors are not the same.
+        """
+        anchor, form = point.anchor, formula(point.anchor, point.terms)
+        asked = Settings(dtype, rounding, seed, precision)
+        check_fit(anchor, [other for other in form.checkpoints if other != anchor])
+        check_files(form.checkpoints)
+        check_displacements(anchor, form.displacements)
+        flat = _flat_parameters(self.model, anchor)
+        parts = list(slices(anchor))
+        chosen, _ = choose_rounding(form, asked, parts)
+
+        def take(part: Slice, values: Tensor) -> None:
+            flat[part.info.name][part.start : part.start + part.count].copy_(values)
+
+        def start() -> Callable[[Slice], None]:
+            evaluator = Evaluator(form, chosen, files)
+
+            @torch.no_grad()
+            def work(part: Slice) -> None:
+                values, _ = evaluator.evaluate(part)
+                take(part, torch.from_numpy(values).view(DTYPES[chosen.code or part.info.dtype]))
+
+            return work
+
+        def wanted(parts: Iterable[Slice]) -> list[Slice]:
+            return [part for part in parts if part.info.name in flat and (not only or only(part.info.name))]
+
+        with Files() as files, unchanged(form.terms):
+            pieces = wanted(slices(anchor, size=PIECE))
+            if not (self._held and self._held.put(form, chosen, pieces, files, take)):
+                map_slices(wanted(parts), start)  # which also knows what to say of values that are not finite
+
+
+class _HeldOperands:
+    """What sums are made of, on a device: the values of each checkpoint and displacement, piece by piece."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.values: dict[tuple[Term, Slice, bool], Tensor] = {}
+        """As they were read, in bfloat16 where that holds them exactly; the last says for sums in float64."""
+        self.zero: set[tuple[Term, Slice, bool]] = set()
+        """Those of them that are zero all over, so that nobody waits for a device to say it."""
+        self.copies: dict[tuple[tuple[Term, ...], Slice, bool], Sequence[tuple[int, int]]] = {}
+        """Which checkpoints of a sum are alike on a piece; see `LoadedSlice.copies`."""
+
+    @torch.no_grad()
+    def put(
+        self,
+        form: Formula,
+        settings: Settings,
+        pieces: Sequence[Slice],
+        files: Files,
+        take: Callable[[Slice, Tensor], None],
+    ) -> bool:
+        """Form a sum and have its pieces taken, in their dtype; return whether all of it is finite."""
+        self._read(form, settings, pieces, files)
+        largest = []
+        for piece in pieces:
+            wide, code = _is_wide(form, settings, piece), settings.code or piece.info.dtype
+            total = self._sum(form, piece, wide)
+            key = name_key(settings.seed, piece.info.name) if settings.rounding == "stochastic" else None
+            stored = rounded(total, DTYPES[code], key, piece.start)
+            largest += [torch.linalg.vector_norm(one, torch.inf).double() for one in (total, stored)]
+            take(piece, stored)
+        return bool(torch.stack(largest).isfinite().all())
+
+    def _read(self, form: Formula, settings: Settings, pieces: Sequence[Slice], files: Files) -> None:
+        """Read what is not there yet; what this sum is not made of gives way to it."""
+
+        def known(piece: Slice) -> bool:
+            wide = _is_wide(form, settings, piece)
+            return (form.operands, piece, wide) in self.copies and all(
+                (term, piece, wide) in self.values for term in form.operands
+            )
+
+        missing = [piece for piece in pieces if not known(piece)]
+        if missing and len(form.operands) > 1:
+            self.values = {key: kept for key, kept in self.values.items() if key[0] in form.operands}
+
+        def start() -> Callable[[Slice], None]:
+            operands = Operands(form.checkpoints, form.displacements, files)
+
+            def work(piece: Slice) -> None:
+                wide = _is_wide(form, settings, piece)
+                loaded = operands.load(piece, np.dtype(np.float64 if wide else np.float32))
+                self.copies[form.operands, piece, wide] = loaded.copies(piece.count)
+                for term, row in zip(form.operands, loaded.rows(piece.count), strict=True):
+                    if (term, piece, wide) not in self.values:
+                        self.values[term, piece, wide] = self._kept(row)
+                        self.zero |= set() if row.any() else {(term, piece, wide)}
+
+            return work
+
+        map_slices(missing, start)
+
+    def _kept(self, row: np.ndarray) -> Tensor:
+        """Return values where they stay: on the device, or in pinned memory of the host."""
+        if row.dtype == np.uint16:
+            values = torch.from_numpy(row.view(np.int16).copy()).view(torch.bfloat16)
+        else:
+            values = torch.from_numpy(row)
+            halved = values.bfloat16()
+            values = halved if torch.equal(halved.to(values.dtype), values) else values.clone()
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            if free - values.nbytes < ROOM * total:
+                return values.pin_memory()
+        return values.to(self.device)
+
+    def _sum(self, form: Formula, piece: Slice, wide: bool) -> Tensor:
+        """Return a piece of a sum in the working dtype: the operations of the kernels, in their order."""
+        held = [self.values[term, piece, wide] for term in form.operands]
+        dtype, checkpoints = torch.float64 if wide else torch.float32, len(form.checkpoints)
+
+        def row(place: int) -> Tensor:
+            return held[place].to(self.device, dtype, non_blocking=True)
+
+        copies = self.copies[form.operands, piece, wide]
+        if stays(form, copies, lambda place: (form.displacements[place], piece, wide) in self.zero):
+            return row(form.target)
+        pivot, total, begin = row(0), None, 0
+        for end, weight in zip(form.ends, form.weights, strict=True):
+            group = None
+            for place in form.order[begin:end]:
+                values = row(place) - pivot if place < checkpoints else row(place)
+                group = values if group is None else group + values
+            assert group is not None
+            scaled = group * float(weight)
+            total, begin = scaled if total is None else total + scaled, end
+        return pivot if total is None else pivot + total
+
+
+def _is_wide(form: Formula, settings: Settings, piece: Slice) -> bool:
+    """Tell whether a piece of a sum is formed in float64."""
+    infos = (checkpoint.find(piece.info.name) for checkpoint in form.checkpoints)
+    return settings.is_wide(piece.info) or any(info is not None and info.dtype == "F64" for info in infos)
+
+
+def rounded(values: Tensor, dtype: torch.dtype, key: int | None, first: int) -> Tensor:
+    """Return values in a dtype: to the nearest, or by chance, with the noise of `key` (`name_key`).
+
+    `first` is the place of the first of them in their tensor. The bits are those that the kernels give, on
+    any device.
+    """
+    if key is None or dtype not in (torch.bfloat16, torch.float16):
+        return (values.float() if dtype.itemsize == 2 else values).to(dtype)
+    values, noise = values.float(), noise_of(key, first, len(values), values.device)
+    bits = values.view(torch.int32)
+    if dtype == torch.bfloat16:
+        return ((bits + (noise & 0xFFFF)) >> 16).to(torch.int16).view(torch.bfloat16)
+    step, size = noise & 0x1FFF, values.abs()
+    tiny = torch.copysign((size * 2.0**24 + step * 2.0**-13).floor() * 2.0**-24, values)
+    return torch.where(size < 2.0**-14, tiny, ((bits + step) & ~0x1FFF).view(torch.float32)).half()
+
+
+def noise_of(key: int, first: int, count: int, device: torch.device) -> Tensor:
+    """Return 32 bits (as int32) for each of `count` elements from `first` on, as `kernels` makes them."""
+    x = torch.arange(count, dtype=torch.int32, device=device) + _signed(first)
+    x = (x ^ _signed(key)) + _signed((key >> 32) + (first >> 32) * 0x9E3779B9)
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * _signed(0x846CA68B)
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def _signed(bits: int) -> int:
+    """Return the lowest 32 bits of a number as a signed one."""
+    return (bits + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
+def _flat_parameters(model: PreTrainedModel, anchor: Checkpoint) -> dict[str, Tensor]:
     """Return where each of the checkpoint's tensors lies in the live model, as one dimension, by its name.
 
     A live model may hold all experts of a layer in one parameter: then an expert's matrix is a part of it.
     """
     parameters = dict(model.named_parameters())
-    flat: dict[str, torch.Tensor] = {}
+    flat: dict[str, Tensor] = {}
     unfilled = {name: value.numel() for name, value in parameters.items()}
     for name, (own, start) in live_places(model, anchor).items():
         size = anchor.tensors[name].size

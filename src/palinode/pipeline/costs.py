@@ -26,10 +26,11 @@ from palinode.errors import RecipeError
 from palinode.evaluation.self_check import ROWS, rows_with_style
 from palinode.methods.method import Asked, MethodRun
 from palinode.methods.transforms import LeastSquaresSettings, ProjectionSettings, check_transforms
+from palinode.models.inplace import ROOM
 from palinode.models.likelihoods import LOGIT_BYTES
 from palinode.models.loading import find_tokenizer, load_tokenizer, pick_device
 from palinode.pipeline.inputs import Inputs
-from palinode.pipeline.scales import FIRST_LOOK
+from palinode.pipeline.search import FIRST_LOOK
 from palinode.progress import duration_text
 from palinode.settings import LoraSettings
 from palinode.training.loop import count_steps
@@ -39,8 +40,8 @@ from palinode.weights.geometry import part_of
 NAMES = {"least_squares": "filter", "projection": "project"}
 PRODUCTS = 0.5
 """Share of a pass that its matrix products take; the rest is attention, norms, activations and sums."""
-UPDATED = 44
-"""Bytes that clipping and AdamW read and write for each weight that is trained."""
+UPDATED, SUMMED = 44, 150
+"""Bytes that are read and written for each weight: by clipping and AdamW; by a sum, rounded, on a device."""
 STEP_SECONDS = 0.012
 """Least time of one pass through a model, however small."""
 SHARED = 0.6
@@ -230,7 +231,8 @@ class _Planner:
 
     def _measure_rates(self) -> None:
         self.device, training = pick_device(self.recipe.device), self.recipe.training
-        self.memory_rate = measure_memory(self.device)
+        one, other = (torch.ones(1 << 23, device=self.device) for _ in range(2))
+        self.memory_rate = 12 * len(one) / usual_seconds(lambda: one.add_(other), self.device)
         lengths = self._tokens(self.inputs.rows.forget[:64])
         batch = training.batch_size * max(1, sum(lengths) // max(1, len(lengths)))
         narrow = autocasts(training, self.device, self.parameters)
@@ -247,7 +249,11 @@ class _Planner:
     def plan(self) -> Plan:
         rows, recipe = self.inputs.rows, self.recipe
         asked = rows_with_style(rows.forget)[:ROWS] if self.inputs.target else []
-        steps = [self._other_prompts(asked)] if asked else []
+        steps = []
+        if asked:  # there are about five plausible ways
+            tokens, seconds = self._scoring(asked)
+            label = f"ask the target {len(asked)} rows in other ways"
+            steps.append(PlannedStep(label, 5 * tokens, 5 * seconds))
         if recipe.prepare:
             steps.append(self._training("make the target", [*rows.forget, *rows.retain]))
             steps.append(self._training("make the retrained model", rows.retain))
@@ -371,26 +377,31 @@ class _Planner:
         tokens = sum(self._tokens(examples))
         return tokens, STEP_SECONDS + 2 * self.multiplied * tokens / self.score_rate
 
-    def _other_prompts(self, rows: Sequence[Example]) -> PlannedStep:
-        """Return the asking of some rows in every plausible way, of which there are about five."""
-        tokens, seconds = self._scoring(rows)
-        return PlannedStep(f"ask the target {len(rows)} rows in other ways", 5 * tokens, 5 * seconds)
-
     def _scales(self, grid: int) -> PlannedStep:
         """Return the points of a grid; or a search: a first look at the grid on some rows, then all rows."""
         rows, points = self.inputs.rows, self.recipe.scales.trials + 4
         tokens, seconds = self._scoring([*rows.forget_probe, *rows.retain_probe])
-        each = 4 * 4 * self.parameters / 1e9  # to put a sum into memory
         if self.recipe.scales.choose == "grid":
             label = f"try up to {grid} pairs of scales in memory"
-            return PlannedStep(label, grid * tokens, grid * (seconds + each))
+            return PlannedStep(label, grid * tokens, grid * seconds + self._puts(grid))
         unseen, unseen_seconds = self._scoring(rows.unseen) if rows.unseen else (0, 0.0)
-        whole, put = points + FIRST_LOOK * grid, (points + grid) * each
+        whole, put = points + FIRST_LOOK * grid, self._puts(points + grid)
         return PlannedStep(
             f"search scales: {grid} pairs at a glance, about {points} in full, in memory",
             round(whole * tokens) + 2 * unseen,
             whole * seconds + put + 2 * unseen_seconds,
         )
+
+    def _puts(self, count: int) -> float:
+        """Return the seconds in which so many sums are put into memory: read each time, or held there."""
+        read = 4 * 4 * self.parameters / 1e9
+        if self.machine is None and pick_device(self.recipe.device).type == "cpu":
+            return count * read
+        operands = (2 + 4) * self.parameters  # the target, and a vector in float32
+        room = (
+            self.held[-1].device + operands < (1 - ROOM) * self.machine.kind.memory if self.machine else True
+        )
+        return read + count * (SUMMED * self.parameters / self.memory_rate + (not room) * operands / HOST_BUS)
 
     def _evaluation(self, models: int) -> PlannedStep:
         examples = [*self.inputs.rows.forget_test, *self.inputs.rows.retain_test]
@@ -486,13 +497,13 @@ class _Planner:
         target, lora = self.inputs.reader, self.recipe.training.lora
         trained = self._adapter_weights(lora.rank) if lora else self.parameters
         resumed = (self.parameters if made else trained) if self.runs or made else 0
-        state = 12 * resumed  # there while a step runs
+        state = 12 * resumed  # while vectors are trained, before any is filtered
         merged = sum(run.whole for run in self.runs) if lora else 0
         whole = self.parameters * (made + merged)
         vectors = len(self.changes) * self.parameters
         if any(isinstance(one.settings, LeastSquaresSettings) for one in self.changes):  # and its moments
             vectors += 3 * self.parameters + round(4 * SHARED * sum(width**2 for _, width in self.matrices))
-        return 4 * (trained * len(self.runs) + whole + vectors) + target.nbytes + state
+        return 4 * (trained * len(self.runs) + whole) + max(state, 4 * vectors + target.nbytes)
 
 
 def product_seconds(device: torch.device, dtype: torch.dtype, tokens: int, shape: Sequence[int]) -> float:
@@ -505,12 +516,6 @@ def product_seconds(device: torch.device, dtype: torch.dtype, tokens: int, shape
     left, right = (torch.ones(count, inputs, device=device, dtype=dtype) for count in (rows, outputs))
     once = usual_seconds(lambda: left @ right.T, device)
     return once * max(1.0, tokens / rows) * shape[0] / outputs
-
-
-def measure_memory(device: torch.device) -> float:
-    """Return the bytes that are read and written a second where a large vector is added to another."""
-    one, other = (torch.ones(1 << 23, device=device) for _ in range(2))
-    return 12 * len(one) / usual_seconds(lambda: one.add_(other), device)
 
 
 def usual_seconds(work: Callable[[], object], device: torch.device) -> float:

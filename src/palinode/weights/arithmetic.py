@@ -239,11 +239,31 @@ class LoadedSlice:
         """All of it, as the kernels are given it."""
         return self.packed, self.halves, self.wides, self.extras
 
+    def rows(self, count: int) -> list[np.ndarray]:
+        """Return the first `count` values of every operand."""
+        return [row[:count] for row in (*(self.halves if self.packed else self.wides), *self.extras)]
+
     def finite(self, count: int) -> bool:
         """Tell whether the first `count` values of every operand are finite."""
         if self.packed:
             return not bool(((self.halves[:, :count] & 0x7F80) == 0x7F80).any())
         return bool(np.isfinite(self.wides[:, :count]).all())
+
+    def copies(self, count: int) -> list[tuple[int, int]]:
+        """Return which rows of checkpoints equal an earlier one, bit for bit: (row, the first like it)."""
+        rows = (self.halves if self.packed else self.wides)[:, :count]
+        heads = [row[:GLANCE].tobytes() for row in rows]
+        found = []
+        for later in range(1, len(rows)):
+            alike = (row for row in range(later) if heads[row] == heads[later])
+            first = next((row for row in alike if np.array_equal(rows[row], rows[later])), None)
+            if first is not None:
+                found.append((later, first))
+        return found
+
+    def is_zero(self, count: int) -> Callable[[int], bool]:
+        """Return a function that tells whether a displacement, by its place, is zero all over."""
+        return lambda place: not (self.extras[place, :GLANCE].any() or self.extras[place, :count].any())
 
 
 class Operands:
@@ -402,6 +422,10 @@ class Settings:
         """The output dtype as safetensors has it."""
         return CODES[self.dtype] if self.dtype else None
 
+    def is_wide(self, info: TensorInfo) -> bool:
+        """Tell whether a tensor's sum is formed in float64 whatever it is made of."""
+        return self.precision == "float64" or (self.code or info.dtype) == "F64"
+
 
 # One slice
 
@@ -409,6 +433,21 @@ class Settings:
 def every_of(info: TensorInfo) -> int:
     """Return which blocks of a tensor are measured for the dose: one in how many."""
     return EVERY if info.size >= SAMPLED_FROM else 1
+
+
+def stays(form: Formula, copies: Iterable[tuple[int, int]], is_zero: Callable[[int], bool]) -> bool:
+    """Tell whether the anchor stays as it is on a slice, and no measured direction moves it either.
+
+    So it is where terms that cancel are alike, bit for bit, as in a tower that nobody trained. The sum of
+    their differences might still be off by a last bit. `copies` and `is_zero` as a `LoadedSlice` has them.
+    """
+    left, checkpoints = np.vstack([form.change, form.along]), len(form.checkpoints)
+    for later, first in copies:
+        left[:, first] += left[:, later]
+        left[:, later] = 0
+    if np.abs(left[:, :checkpoints]).max() > ZERO:
+        return False
+    return all(is_zero(int(place)) for place in np.flatnonzero(left[:, checkpoints:].any(axis=0)))
 
 
 class Evaluator:
@@ -420,7 +459,6 @@ class Evaluator:
         self._measure = measure
         self._operands = Operands(formula.checkpoints, formula.displacements, files)
         self._anchor = Operands((formula.anchor,), (), files)
-        self._lines = np.vstack([formula.change, formula.along])
         self._half = np.empty(0, np.uint16)
         self._wide: dict[np.dtype, np.ndarray] = {}
 
@@ -432,9 +470,9 @@ class Evaluator:
         """
         code = self._settings.code or part.info.dtype
         operands = self._anchor if part.alone else self._operands
-        wide = np.dtype(np.float64 if code == "F64" or self._settings.precision == "float64" else np.float32)
+        wide = np.dtype(np.float64 if self._settings.is_wide(part.info) else np.float32)
         loaded = operands.load(part, wide)
-        still = part.alone or self._stays(loaded, part.count)
+        still = part.alone or stays(self._formula, loaded.copies(part.count), loaded.is_zero(part.count))
         if still and self._formula.target:  # the kernels give row 0 back
             loaded = self._anchor.load(part, wide)
         values, totals, finite = self._combine(part, loaded, code, still=still)
@@ -446,26 +484,6 @@ class Evaluator:
                 "or a wider dtype"
             )
         return values, totals
-
-    def _stays(self, loaded: LoadedSlice, count: int) -> bool:
-        """Tell whether the anchor stays as it is, and no measured direction moves it either.
-
-        So it is where terms that cancel are alike, bit for bit, as in a tower that nobody trained. The sum of
-        their differences might still be off by a last bit.
-        """
-        rows = (loaded.halves if loaded.packed else loaded.wides)[:, :count]
-        heads = [row[:GLANCE].tobytes() for row in rows]
-        left, checkpoints = self._lines.copy(), len(rows)
-        for later in range(checkpoints - 1, 0, -1):
-            for earlier in range(later) if heads[later] in heads[:later] else ():
-                if np.array_equal(rows[earlier], rows[later]):
-                    left[:, earlier] += left[:, later]
-                    left[:, later] = 0
-                    break
-        if np.abs(left[:, :checkpoints]).max() > ZERO:
-            return False
-        extras = (loaded.extras[place, :count] for place in np.flatnonzero(left[:, checkpoints:].any(axis=0)))
-        return not any(extra[:GLANCE].any() or extra.any() for extra in extras)
 
     def _combine(
         self, part: Slice, loaded: LoadedSlice, code: str, *, still: bool

@@ -104,8 +104,10 @@ def force_prefixes(subject: Subject, rows: AuditRows, budget: AuditBudget) -> At
     """
     asking = replace(budget.asking, answer_prefix=budget.opening)
     outcomes = subject.ask(rows.forget, asking, label="prefix-forced questions")
-    halves = [one.logprobs[(len(one.logprobs) - 1) // 2 :] for one in outcomes]  # the last is the end's
-    rest = [math.exp(fmean(half)) if len(half) > 1 else None for half in halves]
+    rest = [
+        math.exp(fmean(said[(len(said) - 1) // 2 :])) if len(said) > 2 else None  # the last is the end's
+        for said in (one.logprobs for one in outcomes)
+    ]
     return of_forget({"opening": budget.opening}, rest=rest, opening=rouge_l_recalls(outcomes))
 
 

@@ -23,12 +23,10 @@ from palinode.report.comparison_report import comparison_sections, ranking_sente
 from palinode.report.content import (
     Code,
     Grid,
-    Items,
     Lights,
-    Pairs,
-    Paragraph,
     Picture,
     Section,
+    Strong,
     as_cell,
     markdown,
     section,
@@ -96,18 +94,16 @@ def report_sections(content: Mapping[str, Any]) -> list[Section]:
             "In short" if content["claims"] else "",
             Picture("glance", "Before, now, and the aim", glance_figure(content), caption=AIM),
             Lights(content["claims"]),
-            Paragraph(CAUTION) if content["kind"] != "locate" else None,
+            CAUTION if content["kind"] != "locate" else None,
         ),
-        *section("What was not tested", Items(content["untested"])),
-        *section("Notes", Items(content["notes"])),
+        *section("What was not tested", content["untested"]),
+        *section("Notes", content["notes"]),
         *builders.get(content["kind"], lambda: run_sections(content))(),
         *section(
             "How to repeat it",
             Code(content["command"]) if content.get("command") else None,
             _inputs(content),
-            Pairs(
-                {words(name): str(value) for name, value in versions.items() if name != "peak_memory_bytes"}
-            ),
+            {words(name): str(value) for name, value in versions.items() if name != "peak_memory_bytes"},
             _settings(content.get("recipe") or content.get("policy") or {}),
             bar="Repeat",
         ),
@@ -116,7 +112,7 @@ def report_sections(content: Mapping[str, Any]) -> list[Section]:
 
 def markdown_report(content: Mapping[str, Any]) -> str:
     """Return the whole report as Markdown; text that comes from the user is escaped."""
-    first = section("", Paragraph(marked(content), strong=True), Paragraph(content["headline"]))
+    first = section("", Strong(marked(content)), content["headline"])
     return markdown(content["title"], [*first, *report_sections(content)])
 
 

@@ -24,23 +24,7 @@ from palinode.cli.console import (
     secret_workspace,
     warn,
 )
-from palinode.cli.options import (
-    ADVANCED,
-    ALLOW_PICKLE,
-    COLUMNS,
-    FORGET,
-    METHOD,
-    NEED,
-    OUTPUT,
-    TARGET,
-    Changes,
-    DryRun,
-    Json,
-    Key,
-    Quiet,
-    completion,
-    takes,
-)
+from palinode.cli.options import Changes, DryRun, Json, Key, Quiet, completion, keys, takes
 from palinode.errors import RecipeError, meant
 from palinode.pipeline.recipe import laid_over, named, read_recipe
 from palinode.records import Score
@@ -59,23 +43,7 @@ SIGNS: dict[str, tuple[str, Tone | None]] = {
 }
 
 
-@takes(
-    TARGET,
-    "models.base",
-    Key("models.retrained", group=NEED),
-    FORGET,
-    OUTPUT,
-    METHOD,
-    "data.retain",
-    "data.refusals",
-    COLUMNS,
-    "data.allow_overlap",
-    Key("training.max_length", group=ADVANCED),
-    Key("output.workspace", group=ADVANCED),
-    "tracker",
-    ALLOW_PICKLE,
-    "device",
-)
+@takes(*keys("doctor"))
 def doctor(
     given: dict[str, Any],
     *,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -19,24 +19,15 @@ from palinode.cli.history_verbs import influence, locate, resolve_base
 from palinode.cli.history_verbs import plan as plan_command
 from palinode.cli.options import (
     ADVANCED,
-    ALLOW_PICKLE,
-    COLUMNS,
-    FORGET,
     NEED,
-    OTHERS,
-    OUTPUT,
     SCALES,
-    STYLE,
-    TARGET,
-    TRAINING_KEYS,
-    WAYS,
     Changes,
     DryRun,
     Json,
-    Key,
     On,
     Quiet,
     Verb,
+    keys,
     lengths_alike,
     takes,
 )
@@ -95,15 +86,7 @@ def _options(
 
 
 @verb()
-@takes(
-    replace(TARGET, needed=True),
-    replace(FORGET, needed=True),
-    replace(OUTPUT, needed=True),
-    *WAYS,
-    "output.workspace",
-    "output.keep_unchanged",
-    "tracker",
-)
+@takes(*keys("unlearn"))
 def unlearn(
     content: dict[str, Any],
     *,
@@ -146,34 +129,7 @@ def unlearn(
 
 
 @verb(name="filter")
-@takes(
-    replace(TARGET, needed=True),
-    Key("models.given", flag="unlearned", help="The model that was made of it.", needed=True, group=NEED),
-    Key("data.retain", help="Rows whose effect must stay.", needed=True, group=NEED),
-    replace(OUTPUT, needed=True),
-    Key(
-        "data.forget", help="The rows that were to be forgotten: with them α and μ are searched.", group=NEED
-    ),
-    "models.base",
-    "data.background",
-    COLUMNS,
-    Key(
-        "scales.forget",
-        flag="alpha",
-        kind=float,
-        help="α: how far to go. [default: searched, or without --forget 1, as far as the change went]",
-    ),
-    "scales.retain_share",
-    "training.max_length",
-    "evaluation.max_rows",
-    "evaluation.max_new_tokens",
-    "output.dtype",
-    "output.workspace",
-    "output.keep_unchanged",
-    ALLOW_PICKLE,
-    "device",
-    "seed",
-)
+@takes(*keys("filter"))
 def filter_verb(
     content: dict[str, Any],
     *,
@@ -224,7 +180,7 @@ def filter_verb(
 
 
 @verb()
-@takes("tracker", "output.keep_unchanged")
+@takes(*keys("run"))
 def run(
     content: dict[str, Any],
     recipe: Annotated[Path, typer.Argument(help="A TOML recipe.")],
@@ -243,15 +199,7 @@ def run(
 
 
 @verb()
-@takes(
-    *TRAINING_KEYS,
-    COLUMNS,
-    "tracker",
-    ALLOW_PICKLE,
-    "device",
-    "seed",
-    replace(STYLE, place="prompts", group=OTHERS),
-)
+@takes(*keys("finetune"))
 def finetune(
     content: dict[str, Any],
     *,

@@ -20,7 +20,7 @@ from palinode.cli.console import (
     secret_workspace,
     warn,
 )
-from palinode.cli.options import FORGET, OUTPUT, TARGET, WAYS, Changes, Json, Key, Quiet, lengths_alike, takes
+from palinode.cli.options import Changes, Json, Key, Quiet, keys, lengths_alike, takes
 from palinode.errors import OutputError, RecipeError
 from palinode.pipeline.recipe import (
     build_recipe,
@@ -121,7 +121,7 @@ class InfluenceOptions(InfluenceSettings):
     Key("ranked", flag="rows"),
     of=InfluenceOptions,
     only=[name for name in InfluenceOptions.model_fields if name != "style"],
-    beside=(TARGET, FORGET, OUTPUT, *WAYS, "output.workspace"),
+    beside=keys("influence"),
 )
 def influence(
     settings: InfluenceOptions,

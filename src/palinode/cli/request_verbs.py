@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from palinode.cli.console import answer, ending, listener, out, print_json, warn
-from palinode.cli.options import NEED, TARGET, WAYS, Changes, Json, Quiet, Verb, takes
+from palinode.cli.options import NEED, Changes, Json, Quiet, Verb, keys, takes
 from palinode.errors import OutputError
 from palinode.pipeline.recipe import with_changes
 from palinode.records import write_json, write_text
@@ -51,7 +51,7 @@ def _desk(ledger: Path, *, quiet: bool = True) -> Desk:
 
 
 @verb()
-@takes(TARGET, *WAYS)
+@takes(*keys("init"))
 def init(
     content: dict[str, Any],
     *,

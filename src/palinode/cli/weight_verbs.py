@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from palinode.cli.console import answer, listener, out, print_json, secret_workspace, warn
-from palinode.cli.options import FixedScales, Json, Key, Quiet, parse_scales, takes
+from palinode.cli.options import FixedScales, Json, Key, Quiet, keys, parse_scales, takes
 from palinode.errors import CheckpointError, RecipeError
 from palinode.records import workspace_beside, write_text
 from palinode.settings import ApplySettings
@@ -336,11 +336,7 @@ def sign(
     answer(facts, text, as_json=as_json)
 
 
-@takes(
-    *("models.target", "models.base", "models.given", "models.retrained"),
-    *("data.forget", "data.retain", "data.holdout", "data.background", "data.refusals"),
-    "device",
-)
+@takes(*keys("reproduce"))
 def reproduce(
     content: dict[str, Any],
     folder: Folder,

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -24,7 +24,7 @@ from palinode.cli.console import (
     secret_workspace,
     warn,
 )
-from palinode.cli.options import Changes, DryRun, Json, Key, Quiet, completion, keys, takes
+from palinode.cli.options import Changes, Key, Quiet, keys, takes
 from palinode.errors import RecipeError, meant
 from palinode.pipeline.recipe import laid_over, named, read_recipe
 from palinode.records import Score
@@ -47,12 +47,10 @@ SIGNS: dict[str, tuple[str, Tone | None]] = {
 def doctor(
     given: dict[str, Any],
     *,
-    recipe: Annotated[
-        Path | None, typer.Option(help="A TOML recipe, instead of these; options given are laid over it.")
-    ] = None,
+    recipe: Path | None = None,
     changes: Changes = None,
     quiet: Quiet = False,
-    as_json: Json = False,
+    as_json: bool = False,
 ) -> None:
     """Tell whether a run would work, and what to mend.
 
@@ -100,24 +98,11 @@ def _told(findings: Sequence[DoctorFinding], counts: Counter[str], *, looked_at_
 
 
 def report(
-    place: Annotated[
-        Path,
-        typer.Argument(help="Folder that `unlearn`, `run`, `audit`, `compare` or `demo` wrote."),
-    ],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            help="File to write: .html, .md or .json. [default: all three, in the workspace of a run, and "
-            "without texts in its folder; else in PLACE]"
-        ),
-    ] = None,
-    without_texts: Annotated[
-        bool, typer.Option("--without-texts", help="Numbers only: no prompt and no answer.")
-    ] = False,
-    audit: Annotated[
-        Path | None, typer.Option(help="Folder of an audit of the unlearned model, to be told as well.")
-    ] = None,
-    as_json: Json = False,
+    place: Path,
+    output: Path | None = None,
+    without_texts: bool = False,
+    audit: Path | None = None,
+    as_json: bool = False,
 ) -> None:
     """Write the report of a run as one self-contained page.
 
@@ -155,14 +140,8 @@ KINDS = ("methods", "transforms", "benchmarks", "metrics", "attacks")
 
 
 def list_everything(
-    kind: Annotated[
-        str | None,
-        typer.Argument(
-            help="methods, transforms, benchmarks, metrics or attacks. [default: all but attacks]",
-            autocompletion=completion(KINDS),
-        ),
-    ] = None,
-    as_json: Json = False,
+    kind: str | None = None,
+    as_json: bool = False,
 ) -> None:
     """Name methods, transforms, benchmarks, metrics, attacks."""
 
@@ -249,10 +228,10 @@ class EvaluationOptions(EvaluationSettings):
 )
 def evaluate(
     settings: EvaluationOptions,
-    model: Annotated[str, typer.Argument(help="The model: a folder, or a hub id[@revision].")],
+    model: str,
     *,
     quiet: Quiet = False,
-    as_json: Json = False,
+    as_json: bool = False,
 ) -> None:
     """Score what a model does on rows, or a benchmark.
 
@@ -323,20 +302,12 @@ class AuditOptions(AuditSettings):
 @takes(of=AuditOptions)
 def audit(
     settings: AuditOptions,
-    model: Annotated[str, typer.Argument(help="The model to be audited: a folder, or a hub id[@revision].")],
+    model: str,
     *,
-    reference: Annotated[
-        str,
-        typer.Option(
-            "--reference",
-            "--yardstick",
-            help="What --against is: retrained or base.",
-            autocompletion=completion(("retrained", "base")),
-        ),
-    ] = "retrained",
-    dry_run: DryRun = False,
+    reference: str = "retrained",
+    dry_run: bool = False,
     quiet: Quiet = False,
-    as_json: Json = False,
+    as_json: bool = False,
 ) -> None:
     """Attack a model and a reference model, and compare.
 
@@ -382,17 +353,12 @@ def _show_audit_plan(plan: AuditPlan, *, as_json: bool) -> None:
 
 
 def compare(
-    recipe: Annotated[Path, typer.Argument(help="A TOML recipe of a comparison.")],
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Change one key of the recipe, as in budget.steps=200; repeatable."),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for the tables. [default: the recipe's]")
-    ] = None,
-    dry_run: DryRun = False,
+    recipe: Path,
+    changes: list[str] | None = None,
+    output: Path | None = None,
+    dry_run: bool = False,
     quiet: Quiet = False,
-    as_json: Json = False,
+    as_json: bool = False,
 ) -> None:
     """Compare methods: one budget, one search, one rule."""
     from palinode.compare.comparing import FILES, PAGE, describe_plan, plan_comparison

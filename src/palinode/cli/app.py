@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,20 +16,7 @@ from palinode.cli.chat import chat
 from palinode.cli.console import after_run, answer, ending, listener, out, secret, secret_workspace
 from palinode.cli.history_verbs import influence, locate, resolve_base
 from palinode.cli.history_verbs import plan as plan_command
-from palinode.cli.options import (
-    ADVANCED,
-    NEED,
-    SCALES,
-    Changes,
-    DryRun,
-    Json,
-    On,
-    Quiet,
-    Verb,
-    keys,
-    lengths_alike,
-    takes,
-)
+from palinode.cli.options import Changes, Quiet, keys, lengths_alike, takes, verbs
 from palinode.cli.request_verbs import requests
 from palinode.cli.weight_verbs import apply, export, reproduce, sign, vectors, verify
 from palinode.errors import InputError, RecipeError
@@ -51,15 +37,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-verb = partial(app.command, cls=Verb)
+verb = verbs(app)
 
-
-def _option(group: str, help: str) -> Any:
-    return typer.Option(help=help, rich_help_panel=group)
-
-
-_advanced = partial(_option, ADVANCED)
-_needed = partial(_option, NEED)
 
 INVENTED = "invented rows, θ_1"
 """What the demo's workspace holds."""
@@ -90,27 +69,17 @@ def _options(
 def unlearn(
     content: dict[str, Any],
     *,
-    checkpoints: Annotated[
-        str | None,
-        _advanced("Instead of --base: the checkpoint series to find it in, as `palinode locate` does."),
-    ] = None,
-    log: Annotated[Path | None, _advanced("With --checkpoints: folder of an exposure log.")] = None,
-    order: Annotated[
-        Path | None, _advanced("With --checkpoints: file that describes the data order.")
-    ] = None,
-    corpus: Annotated[str | None, _advanced("With --checkpoints: the rows trained on.")] = None,
-    control: Annotated[
-        str | None, _advanced("With --checkpoints: rows like the forget rows, never trained on.")
-    ] = None,
+    checkpoints: str | None = None,
+    log: Path | None = None,
+    order: Path | None = None,
+    corpus: str | None = None,
+    control: str | None = None,
     changes: Changes = None,
-    dry_run: DryRun = False,
-    measure: Annotated[
-        bool,
-        typer.Option("--measure", help="With --dry-run: rehearse it, and foretell α and the cost."),
-    ] = False,
-    on: On = None,
+    dry_run: bool = False,
+    measure: bool = False,
+    on: str | None = None,
     quiet: Quiet = False,
-    as_json: Json = False,
+    as_json: bool = False,
 ) -> None:
     """From two models and a forget set to an unlearned model.
 
@@ -133,26 +102,12 @@ def unlearn(
 def filter_verb(
     content: dict[str, Any],
     *,
-    mu: Annotated[
-        float | None,
-        typer.Option(
-            help="μ: how much the retain inputs count. [default: searched, or 100]",
-            min=0,
-            rich_help_panel=SCALES,
-        ),
-    ] = None,
-    epsilon: Annotated[
-        float | None,
-        typer.Option(
-            help="ε: how much is kept where nothing is known. [default: μ / 100]",
-            min=0,
-            rich_help_panel=SCALES,
-        ),
-    ] = None,
+    mu: float | None = None,
+    epsilon: float | None = None,
     changes: Changes = None,
-    dry_run: DryRun = False,
+    dry_run: bool = False,
     quiet: Quiet = False,
-    as_json: Json = False,
+    as_json: bool = False,
 ) -> None:
     """Filter what another tool unlearned: it keeps more.
 
@@ -183,13 +138,13 @@ def filter_verb(
 @takes(*keys("run"))
 def run(
     content: dict[str, Any],
-    recipe: Annotated[Path, typer.Argument(help="A TOML recipe.")],
+    recipe: Path,
     *,
     changes: Changes = None,
-    dry_run: DryRun = False,
-    on: On = None,
+    dry_run: bool = False,
+    on: str | None = None,
     quiet: Quiet = False,
-    as_json: Json = False,
+    as_json: bool = False,
 ) -> None:
     """Do the job of unlearn as a recipe describes it."""
 
@@ -203,11 +158,11 @@ def run(
 def finetune(
     content: dict[str, Any],
     *,
-    base: Annotated[str, _needed("The checkpoint to start from: a folder, or a hub id[@revision].")],
-    data: Annotated[str, _needed("The rows: JSONL, JSON, CSV, Parquet or text; file or hub data set.")],
-    output: Annotated[Path, _needed("Folder for the fine-tuned checkpoint (float32).")],
+    base: str,
+    data: str,
+    output: Path,
     quiet: Quiet = False,
-    as_json: Json = False,
+    as_json: bool = False,
 ) -> None:
     """Fine-tune a checkpoint on rows, as unlearn does."""
     from palinode.jobs import finetune_file
@@ -244,19 +199,11 @@ verb()(evaluate)
 @takes(of=Questioning, only=["seed"])
 def demo(
     settings: Questioning,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for everything the demo makes. [default: palinode-demo, or palinode-demo-locate]"
-        ),
-    ] = None,
-    locate: Annotated[
-        bool,
-        typer.Option("--locate", help="A ladder of checkpoints instead: when were rows seen, which to take?"),
-    ] = False,
+    output: Path | None = None,
+    locate: bool = False,
     *,
     quiet: Quiet = False,
-    as_json: Json = False,
+    as_json: bool = False,
 ) -> None:
     """Unlearn invented people from a tiny model.
 
@@ -287,14 +234,9 @@ def demo(
 
 @verb(name="forget-workspace")
 def forget_workspace(
-    place: Annotated[
-        Path,
-        typer.Argument(
-            help="What `unlearn`, `audit`, `compare`, `evaluate` or `demo` wrote, or a workspace."
-        ),
-    ],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Destroy without asking.")] = False,
-    as_json: Json = False,
+    place: Path,
+    yes: bool = False,
+    as_json: bool = False,
 ) -> None:
     """Destroy what a run left that holds its rows.
 

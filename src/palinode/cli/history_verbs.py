@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -20,7 +20,7 @@ from palinode.cli.console import (
     secret_workspace,
     warn,
 )
-from palinode.cli.options import Changes, Json, Key, Quiet, keys, lengths_alike, takes
+from palinode.cli.options import Changes, Key, Quiet, keys, lengths_alike, takes
 from palinode.errors import OutputError, RecipeError
 from palinode.pipeline.recipe import (
     build_recipe,
@@ -71,7 +71,7 @@ STEPS = Key("steps", kind=str, read=lambda text: _numbers(text))
 
 
 @takes(STEPS, of=LocateOptions)
-def locate(given: LocateOptions, *, quiet: Quiet = False, as_json: Json = False) -> None:
+def locate(given: LocateOptions, *, quiet: Quiet = False, as_json: bool = False) -> None:
     """Tell when rows were seen, and the checkpoint before."""
     from palinode import jobs
     from palinode.report.location_report import location_brief, location_picture
@@ -126,11 +126,11 @@ class InfluenceOptions(InfluenceSettings):
 def influence(
     settings: InfluenceOptions,
     content: dict[str, Any],
-    run: Annotated[Path | None, typer.Argument(help="What `unlearn` wrote: nothing is trained then.")] = None,
+    run: Path | None = None,
     *,
     changes: Changes = None,
     quiet: Quiet = False,
-    as_json: Json = False,
+    as_json: bool = False,
 ) -> None:
     """Tell what rows had to do with an answer.
 
@@ -305,21 +305,14 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
 
 
 def plan(
-    steps: Annotated[int, typer.Option(help="Length of the training in optimiser steps.", min=1)],
-    checkpoint_size: Annotated[str, typer.Option(help="Size of one checkpoint, as in 2.5GB, or its folder.")],
-    budget: Annotated[str, typer.Option(help="Storage for checkpoints, as in 500GB.")],
-    every: Annotated[
-        int | None, typer.Option(help="Steps between possible saves. [default: 1/200 of the training]", min=1)
-    ] = None,
-    interest: Annotated[
-        str, typer.Option(help="What requests concern: uniform (all steps alike) or recent.")
-    ] = "uniform",
-    half_life: Annotated[
-        float | None,
-        typer.Option(help="Steps after which interest has halved. [default: 1/10 of the training]"),
-    ] = None,
-    picture: Annotated[Path | None, typer.Option(help="Write a picture here (SVG).")] = None,
-    as_json: Json = False,
+    steps: int,
+    checkpoint_size: str,
+    budget: str,
+    every: int | None = None,
+    interest: str = "uniform",
+    half_life: float | None = None,
+    picture: Path | None = None,
+    as_json: bool = False,
 ) -> None:
     """Plan which checkpoints a training should keep.
 

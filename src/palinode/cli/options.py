@@ -278,15 +278,6 @@ COMMON = {
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Show no progress.", callback=hush_libraries, is_eager=True)
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; do nothing.")]
-On = Annotated[
-    str | None,
-    typer.Option(
-        help="With --dry-run: plan for other machines, as in 8xh100, or 8xh100@2.50 at that price an hour "
-        "and device; the model may be a folder with a config.json alone."
-    ),
-]
 Changes = Annotated[
     list[str] | None,
     typer.Option(
@@ -294,9 +285,6 @@ Changes = Annotated[
         help="Set any key of a recipe, as in training.learning_rate=2e-5; repeatable.",
         autocompletion=completion(recipe_keys()),
     ),
-]
-FixedScales = Annotated[
-    str, typer.Option(help="α,β as in 1.0,0.5, or α alone; with β = 0 the retain model is never opened.")
 ]
 
 
@@ -348,3 +336,31 @@ class Verb(TyperCommand):
         for group in sorted(groups, key=ORDER.index):
             with formatter.section(group):
                 formatter.write_dl(groups[group])
+
+
+def explained(function: Callable[..., None], group: str = "") -> Callable[..., None]:
+    """Have the parameters of a verb be options with what keys.toml says of them."""
+    table = {**KEYS["option"]["every"], **KEYS["option"].get(group + function.__name__, {})}
+    signature = inspect.signature(function, eval_str=True)
+    parameters = [
+        one
+        if get_origin(one.annotation) is Annotated or one.annotation is typer.Context
+        else one.replace(annotation=Annotated[one.annotation, _option(one.name, **table[one.name])])
+        for one in signature.parameters.values()
+    ]
+    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {}  # those of the signature hold
+    return function
+
+
+def _option(name: str, *, argument: bool = False, group: str | None = None, **facts: Any) -> Any:
+    flags, values = facts.pop("flags", [f"--{name.replace('_', '-')}"]), facts.pop("values", None)
+    facts |= {"rich_help_panel": group, "autocompletion": completion(values) if values else None}
+    return typer.Argument(**facts) if argument else typer.Option(*flags, **facts)
+
+
+def verbs(
+    app: typer.Typer, group: str = "", kind: type[TyperCommand] = Verb
+) -> Callable[..., Callable[[Callable[..., None]], Callable[..., None]]]:
+    """Return what makes functions commands of a group, whose name is before theirs in keys.toml."""
+    return lambda name=None: lambda function: app.command(name, cls=kind)(explained(function, group))

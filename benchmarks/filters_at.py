@@ -51,10 +51,10 @@ from palinode.models.likelihoods import score_rows
 from palinode.models.loading import load_model, load_tokenizer, pad_token
 from palinode.models.reading import model_inputs
 from palinode.pipeline.audit_run import AuditPlan, audit
-from palinode.pipeline.filtering import Measuring, MomentFiles, project
 from palinode.pipeline.finetuning import FineTuning, Trained
 from palinode.pipeline.inputs import open_inputs, workspace_folder
 from palinode.pipeline.recipe import load_recipe
+from palinode.pipeline.transforming import Measuring, MomentFiles, project
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import NullListener
 from palinode.settings import AuditSettings

@@ -37,8 +37,7 @@ from palinode.pipeline.finetuning import FineTuning
 from palinode.pipeline.goal import Behaviour, Goal
 from palinode.pipeline.inputs import Inputs, open_inputs
 from palinode.pipeline.recipe import build_recipe
-from palinode.pipeline.scales import ChosenScales, Probes, open_goal
-from palinode.pipeline.search import choose_scales
+from palinode.pipeline.search import ChosenScales, Probes, choose_scales, open_goal
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import NullListener
 from palinode.weights import Checkpoint, Direction

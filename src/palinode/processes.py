@@ -191,9 +191,13 @@ def everywhere(
     error ends the run of all, but for what `meanwhile` says.
     """
     own = {**others, **(alone or {})}
+    global _team
     if _team is None or _team.busy:
-        with _by_itself():
+        team, _team = _team, None  # it computes as if there were no other
+        try:
             return function(*args, **own)
+        finally:
+            _team = team
     with calling(function, *args, hollow=hollow, **others):
         return function(*args, **own)
 
@@ -207,17 +211,6 @@ def calling(function: Callable[..., Any], *args: Any, hollow: bool = False, **ot
     yield
     if team:
         team.busy = False  # after an error it stays true: nobody listens any more
-
-
-@contextmanager
-def _by_itself() -> Iterator[None]:
-    """Let this process compute as if there were no other."""
-    global _team
-    team, _team = _team, None
-    try:
-        yield
-    finally:
-        _team = team
 
 
 @contextmanager
@@ -364,7 +357,9 @@ def _receive() -> Any:
             one = torch.empty(shape, dtype=dtype, device=device)
             _exchange(one, device)
             tensors.append(nn.Parameter(one, requires_grad=trained) if is_parameter else one)
-    return _Unpickler(io.BytesIO(message), tensors).load()
+    reader = pickle.Unpickler(io.BytesIO(message))
+    reader.persistent_load = tensors.__getitem__  # type: ignore[method-assign]
+    return reader.load()
 
 
 def _exchange(one: Tensor, device: str) -> None:
@@ -402,16 +397,3 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             self.places[id(obj)] = len(self.tensors)
             self.tensors.append(obj)
         return self.places[id(obj)]
-
-
-class _Unpickler(pickle.Unpickler):
-    """Unpacks a call of process 0."""
-
-    def __init__(self, stream: io.BytesIO, tensors: Sequence[Tensor]) -> None:
-        super().__init__(stream)
-        self.tensors = tensors
-
-    def persistent_load(self, pid: Any) -> Tensor:
-        """Return the tensor at its place."""
-        found: Tensor = self.tensors[pid]
-        return found

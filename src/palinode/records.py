@@ -24,6 +24,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 LONGEST = 255
 """Bytes of a file's name, on nearly every file system."""
 
@@ -288,7 +290,8 @@ class NotReadError(OSError):
 
 def read_bytes(path: Path, *, limit: int = MAX_BYTES) -> bytes:
     """Return all bytes of an ordinary file; raises OSError where there is none, or it has more than that."""
-    with open(path, "rb", opener=_open_at_once) as file:
+    # opening a pipe would wait for its writer
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise NotReadError("it is no ordinary file")
@@ -307,10 +310,6 @@ def ordinary(path: Path) -> Path:
     if path.exists() and not path.is_file():
         raise NotReadError("it is no ordinary file")
     return path
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # opening a pipe would wait for its writer
 
 
 def read_json(path: Path) -> Any:
@@ -349,21 +348,12 @@ def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
     write_text(path, "".join(f"{line}\n" for line in lines))
 
 
+OUTCOME = TypeAdapter(Outcome)
+"""What makes an outcome of its fields."""
+
+
 def read_outcomes(path: Path) -> Iterator[Outcome]:
     """Read the outcomes that `write_outcomes` wrote."""
     with path.open(encoding="utf-8") as file:
         for line in file:
-            yield _outcome(json.loads(line))
-
-
-def _outcome(fields: dict[str, Any]) -> Outcome:
-    alternatives = {
-        kind: tuple(Likelihood(entry["text"], tuple(entry["logprobs"])) for entry in entries)
-        for kind, entries in fields.get("alternatives", {}).items()
-    }
-    tuples: dict[str, Any] = {
-        name: tuple(fields[name])
-        for name in ("logprobs", "hits", "standardised", "accepted", "samples")
-        if name in fields
-    }
-    return Outcome(**{**fields, **tuples, "alternatives": alternatives})
+            yield OUTCOME.validate_python(json.loads(line))

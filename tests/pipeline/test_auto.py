@@ -11,13 +11,12 @@ from safetensors.torch import load_file
 
 from palinode.data.examples import read_examples
 from palinode.errors import DataError
-from palinode.pipeline import scales
+from palinode.pipeline import search
 from palinode.pipeline.costs import describe
 from palinode.pipeline.goal import TOLERANCE
 from palinode.pipeline.inputs import open_inputs
 from palinode.pipeline.run import dry_run, unlearn
-from palinode.pipeline.scales import belongs_to, layer_groups
-from palinode.pipeline.search import range_around
+from palinode.pipeline.search import belongs_to, layer_groups, range_around
 
 AUTO = {"choose": "auto", "trials": 4}
 
@@ -98,7 +97,7 @@ def test_front_goes_from_near_to_cheap(searched):
 def test_killed_search_goes_on_to_the_same_point(searched, recipe_of, tiny, tmp_path, monkeypatch):
     recipe = recipe_of(tmp_path / "out", scales=AUTO, data={"holdout": str(tiny.holdout)})
     asked = []
-    real = scales.Trials.tried
+    real = search.Trials.tried
 
     def counted(search, alpha, beta, *, whole=True):
         asked.append((search.filtered and search.filtered.label, alpha, beta))
@@ -106,7 +105,7 @@ def test_killed_search_goes_on_to_the_same_point(searched, recipe_of, tiny, tmp_
             raise KeyboardInterrupt
         return real(search, alpha, beta, whole=whole)
 
-    monkeypatch.setattr(scales.Trials, "tried", counted)
+    monkeypatch.setattr(search.Trials, "tried", counted)
     with pytest.raises(KeyboardInterrupt):
         unlearn(recipe)
     (kept,) = (tmp_path / "out.workspace").glob("scales-*/probes.json")
@@ -259,9 +258,9 @@ def test_holdout_people_are_strangers_to_the_world(tiny, world):
 
 
 def test_first_look_asks_a_quarter_of_the_rows_evenly_spread_or_all_of_few():
-    assert scales._few(300) == [4 * place for place in range(75)]
-    assert scales._few(40) == [int(place * 2.5) for place in range(16)]
-    assert scales._few(20) == list(range(20))
+    assert search._few(300) == [4 * place for place in range(75)]
+    assert search._few(40) == [int(place * 2.5) for place in range(16)]
+    assert search._few(20) == list(range(20))
 
 
 def test_search_goes_from_the_neighbour_below_to_the_one_above():

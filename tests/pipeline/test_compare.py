@@ -26,7 +26,7 @@ from palinode.data.examples import Example, Message
 from palinode.errors import DataError, OutputError, RecipeError
 from palinode.pipeline.goal import TOLERANCE, Behaviour
 from palinode.pipeline.inputs import open_inputs
-from palinode.pipeline.scales import Probes
+from palinode.pipeline.search import Probes
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import NullListener
 from palinode.weights import Checkpoint

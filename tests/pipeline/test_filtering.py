@@ -14,12 +14,12 @@ from palinode.data.examples import at_most
 from palinode.data.tokenize import PromptStyle, tokenize
 from palinode.errors import DataError
 from palinode.models import load_model, load_tokenizer
-from palinode.pipeline import filtering, scales
-from palinode.pipeline.filtering import applied
+from palinode.pipeline import search, transforming
 from palinode.pipeline.goal import Behaviour, TriedScales
 from palinode.pipeline.inputs import open_inputs
 from palinode.pipeline.run import find_vectors, unlearn
 from palinode.pipeline.search import fall
+from palinode.pipeline.transforming import applied
 from palinode.training.moments import along, input_moments, least_squares
 from palinode.weights import Checkpoint, StoredVector
 from palinode.weights.tensors import Files
@@ -123,9 +123,11 @@ def test_killed_search_goes_on_without_asking_a_model_again(searched, run, monke
     step.unlink()
     (step.parent / "probes.json").stat()
     asked = []
-    real, reads = scales.score_rows, filtering.input_moments
-    monkeypatch.setattr(scales, "score_rows", lambda *a, **k: asked.append("rows") or real(*a, **k))
-    monkeypatch.setattr(filtering, "input_moments", lambda *a, **k: asked.append("inputs") or reads(*a, **k))
+    real, reads = search.score_rows, transforming.input_moments
+    monkeypatch.setattr(search, "score_rows", lambda *a, **k: asked.append("rows") or real(*a, **k))
+    monkeypatch.setattr(
+        transforming, "input_moments", lambda *a, **k: asked.append("inputs") or reads(*a, **k)
+    )
     shutil.rmtree(searched.output.with_name("again"), ignore_errors=True)
     again = unlearn(run("again", squares()))
     assert asked == []

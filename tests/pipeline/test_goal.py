@@ -20,7 +20,7 @@ from palinode.pipeline.goal import (
     sensitivity,
     warning,
 )
-from palinode.pipeline.scales import neighbours
+from palinode.pipeline.search import neighbours
 
 
 def did(forget: float, retain: float | None = None, neutral: float | None = None) -> Behaviour:

@@ -16,9 +16,9 @@ from palinode.data.tokenize import PromptStyle, tokenize
 from palinode.errors import InputError, RecipeError
 from palinode.methods.transforms import TRANSFORMS
 from palinode.models import load_model, load_tokenizer
-from palinode.pipeline.filtering import MomentFiles
 from palinode.pipeline.inputs import open_inputs
 from palinode.pipeline.run import run_key, unlearn
+from palinode.pipeline.transforming import MomentFiles
 from palinode.pipeline.workspace import Workspace
 from palinode.records import read_json
 from palinode.training.moments import basis_of, input_moments, projection

@@ -12,20 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from palinode.cli.about_verbs import doctor, list_everything, report
+from palinode.cli.about_verbs import audit, compare, doctor, evaluate, list_everything, report
 from palinode.cli.chat import chat
-from palinode.cli.console import (
-    after_run,
-    answer,
-    ending,
-    listener,
-    out,
-    secret,
-    secret_workspace,
-)
+from palinode.cli.console import after_run, answer, ending, listener, out, secret, secret_workspace
 from palinode.cli.history_verbs import influence, locate, resolve_base
 from palinode.cli.history_verbs import plan as plan_command
-from palinode.cli.measure_verbs import audit, compare, evaluate
 from palinode.cli.options import (
     ADVANCED,
     ALLOW_PICKLE,
@@ -142,13 +133,8 @@ def unlearn(
 
     It comes with its record and a report.
     """
-    evidence: dict[str, Any] = {
-        "checkpoints": checkpoints,
-        "log": log,
-        "order": order,
-        "corpus": corpus,
-        "control": control,
-    }
+    places: Any = {"log": log, "order": order, "corpus": corpus, "control": control}
+    evidence = {"checkpoints": checkpoints, **places}
     models, located = content["models"], None
     if on and not any(evidence.values()) and _needs_base(content.get("method", "msa")):
         models.setdefault("base", models["target"])  # a plan opens no base
@@ -216,8 +202,8 @@ def filter_verb(
 
     With forget rows it is a run like that of unlearn. Without them the change goes as far as it did.
     """
-    from palinode.pipeline.filter_run import filter_by_retain_rows, filter_recipe
     from palinode.pipeline.inputs import workspace_folder
+    from palinode.pipeline.run import filter_by_retain_rows, filter_recipe
 
     lengths_alike(content)
     known = "forget" in content["data"]

@@ -20,18 +20,7 @@ from palinode.cli.console import (
     secret_workspace,
     warn,
 )
-from palinode.cli.options import (
-    FORGET,
-    OUTPUT,
-    TARGET,
-    WAYS,
-    Changes,
-    Json,
-    Key,
-    Quiet,
-    lengths_alike,
-    takes,
-)
+from palinode.cli.options import FORGET, OUTPUT, TARGET, WAYS, Changes, Json, Key, Quiet, lengths_alike, takes
 from palinode.errors import OutputError, RecipeError
 from palinode.pipeline.recipe import (
     build_recipe,
@@ -90,17 +79,8 @@ def locate(given: LocateOptions, *, quiet: Quiet = False, as_json: Json = False)
 
     for place in filter(None, (given.picture, given.report)):
         check_place(place)
-    found = jobs.locate(
-        given.forget,
-        given.checkpoints,
-        control=given.control,
-        log=given.log,
-        order=given.order,
-        corpus=given.corpus,
-        target=given.target,
-        settings=given,
-        listener=listener(quiet=quiet),
-    )
+    places = {"forget", "checkpoints", "control", "log", "order", "corpus", "target"}
+    found = jobs.locate(**given.model_dump(include=places), settings=given, listener=listener(quiet=quiet))
     record = found.as_record()
     if given.picture:
         write_text(given.picture, location_picture(record))

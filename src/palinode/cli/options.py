@@ -74,13 +74,14 @@ class Key:
         )
         kind = self.kind or (str if several else kind)
         number = kind in (int, float)
+        usual = GROUPS.get(self.place.partition(".")[0], ADVANCED) if model is Recipe else OTHERS
 
         option = typer.Option(
             f"--{self.name.replace('_', '-')}",
             help=self.help or _help(field),
             metavar=shape,
             autocompletion=completion(values or self.place) if values or self.place in WORDS else None,
-            rich_help_panel=self.group or _group(self.place, model),
+            rich_help_panel=self.group or usual,
             min=_limit(field, "ge") if number else None,
             max=_limit(field, "le") if number else None,
         )
@@ -95,7 +96,9 @@ class Key:
         if self.read:
             return self.read(given)
         kind, _ = _kind(field_at(self.place, model))
-        return names_in(given) if get_origin(kind) in (tuple, Sequence) else given
+        if get_origin(kind) in (tuple, Sequence):
+            return tuple(name.strip() for name in given.split(",") if name.strip())
+        return given
 
 
 def takes(
@@ -177,10 +180,6 @@ def _kind(field: FieldInfo) -> tuple[Any, Sequence[str]]:
     return annotation, ()
 
 
-def _group(place: str, model: type[BaseModel]) -> str:
-    return GROUPS.get(place.partition(".")[0], ADVANCED) if model is Recipe else OTHERS
-
-
 def _limit(field: FieldInfo, name: str) -> float | None:
     return next((getattr(rule, name) for rule in field.metadata if hasattr(rule, name)), None)
 
@@ -193,11 +192,6 @@ def _help(field: FieldInfo) -> str:
         return text
     shown = f"{default:g}".replace("e-0", "e-") if isinstance(default, float) else default
     return f"{text} [default: {shown}]"
-
-
-def names_in(text: str) -> tuple[str, ...]:
-    """Return the names in a text with commas between them."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def completion(values: Sequence[str] | str) -> Callable[[str], list[str]]:

@@ -63,7 +63,7 @@ from palinode.pipeline.inputs import (
 from palinode.pipeline.recipe import laid_over, named
 from palinode.pipeline.reporting import environment, heading
 from palinode.pipeline.run import Making
-from palinode.pipeline.scales import Probes, open_goal
+from palinode.pipeline.search import Probes, open_goal
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text

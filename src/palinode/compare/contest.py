@@ -36,7 +36,7 @@ from palinode.pipeline.finetuning import FineTuning, Trained
 from palinode.pipeline.goal import Behaviour, Goal, best
 from palinode.pipeline.inputs import InputRows, Inputs, given_to
 from palinode.pipeline.recipe import Recipe, build_recipe, laid_over
-from palinode.pipeline.scales import Probes
+from palinode.pipeline.search import Probes
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener
 from palinode.weights import Checkpoint

@@ -30,7 +30,7 @@ from palinode.models.inplace import ROOM
 from palinode.models.likelihoods import LOGIT_BYTES
 from palinode.models.loading import find_tokenizer, load_tokenizer, pick_device
 from palinode.pipeline.inputs import Inputs
-from palinode.pipeline.scales import FIRST_LOOK
+from palinode.pipeline.search import FIRST_LOOK
 from palinode.progress import duration_text
 from palinode.settings import LoraSettings
 from palinode.training.loop import count_steps
@@ -231,7 +231,8 @@ class _Planner:
 
     def _measure_rates(self) -> None:
         self.device, training = pick_device(self.recipe.device), self.recipe.training
-        self.memory_rate = measure_memory(self.device)
+        one, other = (torch.ones(1 << 23, device=self.device) for _ in range(2))
+        self.memory_rate = 12 * len(one) / usual_seconds(lambda: one.add_(other), self.device)
         lengths = self._tokens(self.inputs.rows.forget[:64])
         batch = training.batch_size * max(1, sum(lengths) // max(1, len(lengths)))
         narrow = autocasts(training, self.device, self.parameters)
@@ -248,7 +249,11 @@ class _Planner:
     def plan(self) -> Plan:
         rows, recipe = self.inputs.rows, self.recipe
         asked = rows_with_style(rows.forget)[:ROWS] if self.inputs.target else []
-        steps = [self._other_prompts(asked)] if asked else []
+        steps = []
+        if asked:  # there are about five plausible ways
+            tokens, seconds = self._scoring(asked)
+            label = f"ask the target {len(asked)} rows in other ways"
+            steps.append(PlannedStep(label, 5 * tokens, 5 * seconds))
         if recipe.prepare:
             steps.append(self._training("make the target", [*rows.forget, *rows.retain]))
             steps.append(self._training("make the retrained model", rows.retain))
@@ -371,11 +376,6 @@ class _Planner:
     def _scoring(self, examples: Sequence[Example]) -> tuple[int, float]:
         tokens = sum(self._tokens(examples))
         return tokens, STEP_SECONDS + 2 * self.multiplied * tokens / self.score_rate
-
-    def _other_prompts(self, rows: Sequence[Example]) -> PlannedStep:
-        """Return the asking of some rows in every plausible way, of which there are about five."""
-        tokens, seconds = self._scoring(rows)
-        return PlannedStep(f"ask the target {len(rows)} rows in other ways", 5 * tokens, 5 * seconds)
 
     def _scales(self, grid: int) -> PlannedStep:
         """Return the points of a grid; or a search: a first look at the grid on some rows, then all rows."""
@@ -516,12 +516,6 @@ def product_seconds(device: torch.device, dtype: torch.dtype, tokens: int, shape
     left, right = (torch.ones(count, inputs, device=device, dtype=dtype) for count in (rows, outputs))
     once = usual_seconds(lambda: left @ right.T, device)
     return once * max(1.0, tokens / rows) * shape[0] / outputs
-
-
-def measure_memory(device: torch.device) -> float:
-    """Return the bytes that are read and written a second where a large vector is added to another."""
-    one, other = (torch.ones(1 << 23, device=device) for _ in range(2))
-    return 12 * len(one) / usual_seconds(lambda: one.add_(other), device)
 
 
 def usual_seconds(work: Callable[[], object], device: torch.device) -> float:

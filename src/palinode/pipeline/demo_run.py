@@ -191,8 +191,7 @@ def _record(world: World, done: Unlearned, plain: Unlearned, seed: int, seconds:
         },
         "recall": {
             name: {
-                "forget": exact_match(sets["forget"]),
-                "others": exact_match([outcome for outcome in sets["retain"] if outcome.row < people]),
+                **matches(sets, people),
                 "general": exact_match([outcome for outcome in sets["retain"] if outcome.row >= people]),
             }
             for name, sets in answers.items()
@@ -208,6 +207,12 @@ def _record(world: World, done: Unlearned, plain: Unlearned, seed: int, seconds:
 def exact_match(outcomes: Sequence[Outcome]) -> float:
     """Return the share of outcomes whose generated answer is exactly the expected one."""
     return sum(outcome.generated == outcome.expected for outcome in outcomes) / len(outcomes)
+
+
+def matches(sets: Mapping[str, Sequence[Outcome]], people: int) -> dict[str, float]:
+    """Return the exact match on the forget people and, of the retain rows, on the first `people`."""
+    others = [outcome for outcome in sets["retain"] if outcome.row < people]
+    return {"forget": exact_match(sets["forget"]), "others": exact_match(others)}
 
 
 CHECKPOINTS = 12
@@ -582,21 +587,12 @@ def _unlearn_all(
         with repeated_by(f"palinode demo --locate --seed {seed}"):
             done = unlearn(recipe, listener=listener)
         people = len(world.early) + len(world.middle)  # the retain rows are theirs, then the general facts
-        matches = {
-            name: {
-                "forget": exact_match(sets["forget"]),
-                "others": exact_match([outcome for outcome in sets["retain"] if outcome.row < people]),
-            }
-            for name, sets in done.outcomes.items()
-        }
         found.append(
             {
                 "step": step,
                 "method": method,
                 "seen": sum(any(seen <= step for seen, _ in steps) for steps in truth),
-                "base": matches["base"],
-                "target": matches["target"],
-                "unlearned": matches["unlearned"],
+                **{name: matches(done.outcomes[name], people) for name in ("base", "target", "unlearned")},
                 "scales": {name: done.record["scales"][name] for name in ("forget", "retain")},
                 "kept_rule": done.record["scales"]["kept_rule"],
             }

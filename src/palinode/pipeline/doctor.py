@@ -34,13 +34,7 @@ from palinode.methods.method import read_refusals
 from palinode.models.inplace import check_live
 from palinode.models.loading import check_positions, load_config, load_tokenizer, pick_device
 from palinode.pipeline.costs import make_plan
-from palinode.pipeline.inputs import (
-    CUT,
-    check_places,
-    check_target,
-    open_inputs,
-    pair_checks,
-)
+from palinode.pipeline.inputs import CUT, check_places, check_target, open_inputs, pair_checks
 from palinode.pipeline.recipe import Recipe, build_recipe, laid_over, read_prompts
 from palinode.pipeline.run import finished_before
 from palinode.pipeline.tracking import PACKAGES, check_trackers, is_installed

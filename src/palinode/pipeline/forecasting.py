@@ -19,8 +19,7 @@ from palinode.methods.transforms import LeastSquaresSettings, check_transforms
 from palinode.pipeline.finetuning import FineTuning
 from palinode.pipeline.goal import best
 from palinode.pipeline.inputs import Inputs
-from palinode.pipeline.scales import ChosenScales, Probes, Trials
-from palinode.pipeline.search import walk_grid
+from palinode.pipeline.search import ChosenScales, Probes, Trials, walk_grid
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener
 from palinode.training.loop import count_steps

@@ -8,14 +8,11 @@ made of. Every other record begins and ends like that of a run (`heading`, `envi
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
-import resource
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -24,13 +21,9 @@ from typing import Any
 
 from palinode.data.examples import Example, fingerprint_examples
 from palinode.errors import InputError, MismatchError, OutputError, PalinodeError
-from palinode.metrics import score_outcomes
 from palinode.metrics.matching import nearest
-from palinode.pipeline.inputs import Inputs
-from palinode.pipeline.scales import ChosenScales
 from palinode.records import (
     COMMAND,
-    RECORD_VERSION,
     Outcome,
     private,
     read_json,
@@ -89,67 +82,6 @@ def environment(device: object) -> dict[str, Any]:
     }
 
 
-def build_record(
-    inputs: Inputs,
-    *,
-    models: Mapping[str, Checkpoint],
-    outcomes: Mapping[str, Mapping[str, Sequence[Outcome]]],
-    chosen: ChosenScales | None,
-    weights: Mapping[str, Any],
-    training: Mapping[str, Any],
-    seen: Sequence[Example],
-    steps: Mapping[str, str],
-    started: datetime,
-    run: str,
-    device: str,
-) -> dict[str, Any]:
-    """Return the content of record.json; `seen` are the retain rows that the run was trained on."""
-    recipe = inputs.recipe
-    given = {**recipe.models.model_dump(), "unlearned": recipe.output.folder}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB, macOS in bytes
-    return {
-        **heading(RECORD_VERSION, started=started, verb="run"),
-        "run": run,
-        "seed": recipe.seed,
-        "recipe": recipe.model_dump(mode="json"),
-        "models": {name: model_facts(given[name], it, card=name == "target") for name, it in models.items()},
-        "data": {
-            "forget": row_facts(recipe.data.forget, inputs.rows.forget),
-            "retain": row_facts(recipe.data.retain, inputs.rows.retain) if recipe.data.retain else None,
-            **(
-                {"holdout": row_facts(recipe.data.holdout, inputs.rows.unseen)} if recipe.data.holdout else {}
-            ),
-        },
-        "method": {
-            "name": recipe.method,
-            "kind": inputs.method.kind,
-            "formula": inputs.method.formula,
-            "source": inputs.method.source,
-            "settings": inputs.settings.model_dump(mode="json"),
-        },
-        "scales": asdict(chosen) if chosen else None,
-        "vectors": weights.get("vectors"),
-        "dose": weights.get("dose"),
-        "training": training,
-        "steps": dict(steps),
-        "scores": {
-            name: {
-                label: {
-                    metric: asdict(score) for metric, score in score_outcomes(found, seed=recipe.seed).items()
-                }
-                for label, found in sets.items()
-            }
-            for name, sets in with_unseen(outcomes, seen).items()
-        },
-        "environment": {
-            **environment(device),
-            "cores": os.cpu_count(),
-            "peak_memory_bytes": peak if sys.platform == "darwin" else 1024 * peak,
-        },
-        "notes": [*inputs.notes, *_vector_notes(inputs), *_notes(chosen, training)],
-    }
-
-
 def with_unseen(
     outcomes: Mapping[str, Mapping[str, Sequence[Outcome]]], sample: Sequence[Example]
 ) -> dict[str, dict[str, Sequence[Outcome]]]:
@@ -193,27 +125,6 @@ def card_facts(location: str | None) -> dict[str, Any]:
 def row_facts(location: str | None, examples: Sequence[Example]) -> dict[str, Any]:
     """Return what a record tells of rows."""
     return {"location": location, "rows": len(examples), "fingerprint": fingerprint_examples(examples)}
-
-
-def _vector_notes(inputs: Inputs) -> Iterator[str]:
-    """Yield what the vector is where the method has none of its own."""
-    if inputs.recipe.has_scales and not inputs.method.has_scales:
-        yield (
-            f"The forget vector is what training by {inputs.method.name} changed, taken off the target: with "
-            "α = 1 and no transform it is the trained model."
-        )
-
-
-def _notes(chosen: ChosenScales | None, training: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what a reader should know of the choice of scales, and of runs that ended early."""
-    if chosen and not chosen.kept_rule and chosen.yardstick is not None:
-        yield f"{chosen.yardstick['warning']} Look at the table of points before using this model."
-    for run in training.values():
-        if run["steps"] < run.get("planned_steps", 0):
-            yield (
-                f"Training ended after {run['steps']} of {run['planned_steps']} steps: the forget loss had "
-                "reached its limit, beyond which nothing is left to forget."
-            )
 
 
 def dose_facts(saved: Saved, asked: Mapping[str, float]) -> dict[str, Any]:

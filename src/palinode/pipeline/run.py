@@ -3,14 +3,22 @@
 Each step is a function of fingerprinted inputs and leaves its result in the workspace; a step that has one is
 not run again. The unlearned model takes its final name only when its record is in it. A record names the
 steps that made its model, so that a finished run's vectors are found by their keys.
+
+Filtering the change that some tool made to unlearn (`palinode filter`) is a run of the method given, with
+forget rows. Without, nothing can be searched: the change is filtered by what the retain rows make alone (the
+soft filter, Σ_f = 0), and taken so far that it keeps its effect along itself, tr τΔᵀ = tr ττᵀ over the
+blocks, as if forget inputs lay in all directions alike.
 """
 
 from __future__ import annotations
 
 import errno
+import os
+import resource
 import shutil
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -23,6 +31,8 @@ from palinode.errors import CheckpointError, InputError, PalinodeError, RecipeEr
 from palinode.evaluation.ask import ask
 from palinode.methods import METHODS
 from palinode.methods.method import Ends, Vectors
+from palinode.methods.transforms import check_transforms
+from palinode.metrics import score_outcomes
 from palinode.models.loading import load_reader, load_tokenizer, pick_device, tokenizer_fingerprint
 from palinode.pipeline.costs import Machine, Plan, describe, make_plan
 from palinode.pipeline.finetuning import FineTuning, Trained, open_end, open_whole
@@ -33,26 +43,41 @@ from palinode.pipeline.inputs import (
     ask_as_trained,
     check_places,
     open_inputs,
+    open_retain_only,
     outline_inputs,
     workspace_folder,
 )
 from palinode.pipeline.recipe import Recipe
 from palinode.pipeline.reporting import (
-    build_record,
     dose_facts,
+    environment,
     full_report,
     geometry_facts,
+    heading,
     in_order,
+    model_facts,
     outcomes_of,
     refresh,
+    row_facts,
+    with_unseen,
     write_reports,
 )
-from palinode.pipeline.scales import ChosenScales, own_yardstick, scaled_vector
-from palinode.pipeline.search import choose_scales
+from palinode.pipeline.search import ChosenScales, choose_scales, own_yardstick, scaled_vector
 from palinode.pipeline.tracking import tracked
+from palinode.pipeline.transforming import Transforming
 from palinode.pipeline.workspace import Step, Workspace, fingerprint
 from palinode.progress import Listener, NullListener
-from palinode.records import Outcome, Score, read_json, read_outcomes, share, shared, write_outcomes
+from palinode.records import (
+    RECORD_VERSION,
+    Outcome,
+    Score,
+    read_json,
+    read_outcomes,
+    share,
+    shared,
+    write_json,
+    write_outcomes,
+)
 from palinode.report.reports import Facts, Outcomes
 from palinode.report.verdicts import run_verdict
 from palinode.weights import Checkpoint, Direction, Point, StoredVector, save
@@ -400,19 +425,7 @@ class _Unlearning(Making):
     ) -> tuple[dict[str, Any], Outcomes]:
         """Evaluate these models, and return the record with its verdict, and the outcomes."""
         outcomes = {name: self._evaluate(name, checkpoint) for name, checkpoint in models.items()}
-        record = build_record(
-            self.inputs,
-            models=models,
-            outcomes=outcomes,
-            chosen=made.chosen if made else None,
-            weights=made.weights if made else {},
-            training=made.trained.training if made else {},
-            seen=made.trained.seen if made else (),
-            steps=made.steps if made else {},
-            started=self.started,
-            run=run_key(self.inputs),
-            device=str(self.device),
-        )
+        record = self._record(models, made, outcomes)
         step = forecast_step(self.inputs, self.workspace, record["run"])
         if step and (foretold := step.facts):
             record["foretold"] = compared(foretold, made.chosen if made else None)
@@ -424,6 +437,57 @@ class _Unlearning(Making):
         record["outcomes"] = {name: self._evaluation(entry).folder.name for name, entry in models.items()}
         record["verdict"] = run_verdict(record).as_json()
         return record, outcomes
+
+    def _record(
+        self, models: Mapping[str, Checkpoint], made: Made | None, outcomes: Outcomes
+    ) -> dict[str, Any]:
+        """Return what record.json says of models, rows, training and scores."""
+        inputs, recipe, rows = self.inputs, self.recipe, self.inputs.rows
+        given = {**recipe.models.model_dump(), "unlearned": recipe.output.folder}
+        sets = {"forget": rows.forget, "retain": rows.retain, "holdout": rows.unseen}
+        data = {name: getattr(recipe.data, name) for name in sets}
+        told = {name: row_facts(data[name], own) if data[name] else None for name, own in sets.items()}
+        chosen, training = (made.chosen, made.trained.training) if made else (None, {})
+        with_sets = with_unseen(outcomes, made.trained.seen if made else ())
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB, macOS in bytes
+        return {
+            **heading(RECORD_VERSION, started=self.started, verb="run"),
+            "run": run_key(inputs),
+            "seed": recipe.seed,
+            "recipe": recipe.model_dump(mode="json"),
+            "models": {
+                name: model_facts(given[name], it, card=name == "target") for name, it in models.items()
+            },
+            "data": {name: facts for name, facts in told.items() if facts or name == "retain"},
+            "method": {
+                "name": recipe.method,
+                "kind": inputs.method.kind,
+                "formula": inputs.method.formula,
+                "source": inputs.method.source,
+                "settings": inputs.settings.model_dump(mode="json"),
+            },
+            "scales": asdict(chosen) if chosen else None,
+            "vectors": made.weights.get("vectors") if made else None,
+            "dose": made.weights.get("dose") if made else None,
+            "training": training,
+            "steps": dict(made.steps) if made else {},
+            "scores": {
+                name: {
+                    label: {
+                        metric: asdict(score)
+                        for metric, score in score_outcomes(found, seed=recipe.seed).items()
+                    }
+                    for label, found in own.items()
+                }
+                for name, own in with_sets.items()
+            },
+            "environment": {
+                **environment(self.device),
+                "cores": os.cpu_count(),
+                "peak_memory_bytes": peak if sys.platform == "darwin" else 1024 * peak,
+            },
+            "notes": [*inputs.notes, *_notes(inputs, chosen, training)],
+        }
 
     def _without_result(self, record: Mapping[str, Any], outcomes: Outcomes) -> Unlearned:
         """Leave a report in the workspace, and no folder that looks like a result."""
@@ -506,6 +570,23 @@ def move_folder(folder: Path, output: Path) -> None:
             shutil.copytree(folder, partial, dirs_exist_ok=True)
             publish_folder(partial, output)
         shutil.rmtree(folder)
+
+
+def _notes(inputs: Inputs, chosen: ChosenScales | None, training: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a reader should know of vector and scales, and of runs that ended early."""
+    if inputs.recipe.has_scales and not inputs.method.has_scales:
+        yield (
+            f"The forget vector is what training by {inputs.method.name} changed, taken off the target: with "
+            "α = 1 and no transform it is the trained model."
+        )
+    if chosen and not chosen.kept_rule and chosen.yardstick is not None:
+        yield f"{chosen.yardstick['warning']} Look at the table of points before using this model."
+    for run in training.values():
+        if run["steps"] < run.get("planned_steps", 0):
+            yield (
+                f"Training ended after {run['steps']} of {run['planned_steps']} steps: the forget loss had "
+                "reached its limit, beyond which nothing is left to forget."
+            )
 
 
 # What a finished run has left behind
@@ -599,3 +680,77 @@ def _changed(workspace: Workspace, record: Mapping[str, Any]) -> Direction | Non
         raise InputError(
             f"the run's vector as it was changed is not in {workspace.folder} any more"
         ) from None
+
+
+FILTER_VERSION = 1
+"""Version of the layout of filter.json, described in docs/filters.md."""
+
+
+@dataclass(frozen=True, slots=True)
+class FilteredModel:
+    """A model whose change was filtered without forget rows."""
+
+    output: Path
+    record: Mapping[str, Any]
+    """The content of its filter.json."""
+
+
+def filter_recipe(
+    content: Mapping[str, Any], *, mu: float | None = None, epsilon: float | None = None
+) -> dict[str, Any]:
+    """Return the content of a recipe that filters a given model, by least squares where nothing is said.
+
+    The retain rows stand in where forget rows are missing: nobody reads them as such then.
+    """
+    data = content.get("data", {})
+    own = {name: value for name, value in (("mu", mu), ("epsilon", epsilon)) if value is not None}
+    usual = {"transforms": [{"name": "least_squares", **own}], "filter": "none"}
+    missing = {} if "forget" in data else {"forget": data.get("retain")}
+    return {**usual, **content, "method": "given", "data": {**data, **missing}}
+
+
+def filter_by_retain_rows(recipe: Recipe, *, listener: Listener | None = None) -> FilteredModel:
+    """Filter the change of a given model by what its retain rows make, and write the result.
+
+    Raises an InputError for anything the user can mend.
+    """
+    listener, started = listener or NullListener(), datetime.now(UTC)
+    transforms, folder = check_transforms(recipe.changes), Path(recipe.output.folder)
+    inputs, target, given = open_retain_only(recipe)
+    complain_of_nonfinite([target, given], option=False)
+    check_places(recipe, inputs, needs=target.nbytes + 8 * target.parameters)
+    for note in inputs.notes:
+        listener.say(note)
+    alpha = 1.0 if recipe.scales.forget is None else recipe.scales.forget
+    key = fingerprint(target=target.fingerprint(), given=given.fingerprint())
+    workspace, vector = Workspace(workspace_folder(recipe)), target - given
+    with workspace.locked(listener):
+        transforming = Transforming(inputs, workspace, listener, target)
+        filtered, _, told = transforming.apply(transforms, vector, {"given": key})
+        with listener.task("writing the filtered model", target.parameters, "weights") as advance:
+            saved = save(
+                target - alpha * filtered,
+                folder,
+                dtype=recipe.output.dtype,
+                rounding=recipe.output.rounding,
+                seed=recipe.seed,
+                along={"forget": -1.0 * filtered},
+                on_progress=advance,
+            )
+    record = {
+        **heading(FILTER_VERSION, started=started, verb="filter"),
+        "seed": recipe.seed,
+        "models": {
+            "target": model_facts(recipe.models.target, target),
+            "given": model_facts(recipe.models.given, given),
+            "unlearned": model_facts(recipe.output.folder, saved.checkpoint),
+        },
+        "data": {"retain": row_facts(recipe.data.retain, inputs.rows.retain)},
+        "alpha": alpha,
+        "transforms": told,
+        "dose": dose_facts(saved, {"forget": alpha}),
+        "environment": environment(pick_device(recipe.device)),
+        "notes": [*inputs.notes, *saved.notes],
+    }
+    write_json(folder / "filter.json", record)
+    return FilteredModel(folder, record)

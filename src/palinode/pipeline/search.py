@@ -10,33 +10,365 @@
 Where the filter of the forget vector is open, the first look goes over its μ as well, and after the search
 the vector is filtered once more by what the layers read where the model arrives: held-back rows decide.
 
-Or the grid is walked alone, on all probe rows. What is wanted is in `goal.py`. A killed search repeats its
-decisions from what is on disk and goes on.
+Or the grid is walked alone, on all probe rows. What is wanted is in `goal.py`. Each point is the weighted sum
+put into the target's live copy in place: no model is written. What it did is kept on disk before anything is
+decided, so that a killed search repeats its decisions from there and goes on. Groups are runs of layers of
+about equal number, each with a factor on the common α; the embedding goes with the first one, the final norm
+and the head with the last.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from transformers import PreTrainedModel
 
-from palinode.evaluation.yardstick import Yardstick
+from palinode.data.examples import Example
+from palinode.data.tokenize import TokenRow, tokenize
+from palinode.data.world import neutral_examples
+from palinode.evaluation.yardstick import UNFILTERED, Unseen, Yardstick, estimate_yardstick
 from palinode.methods.method import Vectors
-from palinode.pipeline.goal import Goal, TriedScales, best
+from palinode.models.inplace import LiveModel
+from palinode.models.likelihoods import score_rows
+from palinode.models.loading import load_reader, load_tokenizer, pad_token, pick_device
+from palinode.pipeline.goal import (
+    SETS,
+    Behaviour,
+    Goal,
+    TriedScales,
+    as_record,
+    best,
+    front,
+    sensitivity,
+    warning,
+)
 from palinode.pipeline.inputs import Inputs
-from palinode.pipeline.scales import STEP, ChosenScales, Probes, Trials, conclude, layer_groups, step_of
-from palinode.pipeline.transforming import OpenFilter
-from palinode.progress import Listener
-from palinode.weights import Checkpoint
+from palinode.pipeline.transforming import Filtered, OpenFilter
+from palinode.progress import Listener, record
+from palinode.records import read_json, write_json
+from palinode.weights import Checkpoint, Direction, Point
+from palinode.weights.geometry import part_of
+from palinode.weights.vectors import transform
 
 if TYPE_CHECKING:
     import optuna
+
+Logprobs = Mapping[str, Sequence[float]]
+"""Mean log-probability of each row's answer, by set of rows."""
+
+FIRST_LOOK = 0.25
+"""Share of the probe rows that the search's first look asks."""
+FEWEST_ROWS = 16
+"""Rows that the first look asks at least."""
+STEP = 0.1
+"""A step: in β, and in α relative to it."""
+UNKNOWN_SHARE = 0.05
+"""Share of unknown tokens above which neutral text is not asked for: the model knows another language."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenScales:
+    """The scales of a run and how they came about."""
+
+    forget: float
+    """The paper's α."""
+    retain: float
+    """The paper's β."""
+    chosen_by: str
+    """"given", "grid" or "auto"."""
+    rule: str | None
+    """The rule in words, with its numbers."""
+    points: Sequence[Any]
+    """Every point tried, as the record holds it."""
+    kept_rule: bool = True
+    """False when no point satisfied the rule and the nearest one was taken."""
+    yardstick: Mapping[str, Any] | None = None
+    """Where the choice wanted to go, as the record holds it."""
+    front: Sequence[Any] = field(default_factory=list)
+    """The points that no other one beats on both sides."""
+    sensitivity: Sequence[Any] = field(default_factory=list)
+    """What a step away from the chosen point changes."""
+    groups: Sequence[Any] = field(default_factory=list)
+    """Parts of the model and the factor on α that each has; empty where all have one α."""
+    filter: Mapping[str, Any] | None = None
+    """The filter that was chosen with them: μ, whether it reads where the model arrives, key of its step."""
+
+
+class Probes:
+    """What models make of the probe rows: mean log-probability of each answer, asked once and kept."""
+
+    def __init__(self, inputs: Inputs, target: Checkpoint, path: Path) -> None:
+        self.inputs = inputs
+        self.target = target
+        self.path = path
+        self.known: dict[str, Any] = read_json(path) if path.exists() else {}
+        self.device = pick_device(inputs.recipe.device)
+        self.live: LiveModel | None = None
+        self.tokenizer = load_tokenizer(target)
+        self.pad_id = pad_token(self.tokenizer)
+        self.sets: dict[str, list[TokenRow]] = {}
+        self.add("forget", inputs.rows.forget_probe)
+        self.add("retain", inputs.rows.retain_probe)
+        self.add("neutral", neutral_examples())
+        unknown = self.tokenizer.unk_token_id
+        ids = [token for row in self.sets["neutral"] for token in row.ids]
+        if unknown is not None and ids.count(unknown) > UNKNOWN_SHARE * len(ids):
+            del self.sets["neutral"]
+
+    def add(self, name: str, examples: Sequence[Example]) -> None:
+        """Add a set of rows that can be asked for; an empty one is left out."""
+        recipe = self.inputs.recipe
+        length, style = recipe.evaluation.max_length, recipe.prompts.style()
+        if examples:
+            self.sets[name] = tokenize(examples, self.tokenizer, max_length=length, style=style)
+
+    def of_checkpoint(self, name: str, checkpoint: Checkpoint, sets: Sequence[str] = SETS) -> Logprobs:
+        """Return the mean log-probabilities of a checkpoint on the sets of those names that there are."""
+        return self._asked(name, sets, lambda: self._loaded(checkpoint))
+
+    def of_point(self, name: str, point: Point, sets: Sequence[str] = SETS) -> Logprobs:
+        """Return those of a checkpoint, or of a sum put into the live model; `name` stands for it on disk."""
+        if isinstance(point, Checkpoint):
+            return self.of_checkpoint(name, point, sets)
+        return self.of_parts(name, [(point, None)], sets)
+
+    def of_parts(
+        self,
+        name: str,
+        parts: Sequence[tuple[Point, Callable[[str], bool] | None]],
+        sets: Sequence[str] = SETS,
+    ) -> Logprobs:
+        """Return those of a model put together: each sum where its function says yes to a tensor's name."""
+
+        def filled() -> PreTrainedModel:
+            output, seed = self.inputs.recipe.output, self.inputs.recipe.seed
+            self.live = self.live or LiveModel(self._loaded(self.target, output.dtype))
+            for point, only in parts:
+                self.live.put(point, dtype=output.dtype, rounding=output.rounding, seed=seed, only=only)
+            return self.live.model
+
+        return self._asked(name, sets, filled)
+
+    def _loaded(self, checkpoint: Checkpoint, written: str | None = None) -> PreTrainedModel:
+        precision = self.inputs.recipe.evaluation.precision
+        return load_reader(checkpoint, device=self.device, precision=precision, written=written)
+
+    def _asked(self, name: str, sets: Sequence[str], model: Callable[[], PreTrainedModel]) -> Logprobs:
+        wanted = [one for one in sets if one in self.sets]
+        missing = [one for one in wanted if one not in self.known.get(name, {})]
+        if missing:
+            live = model()
+            found = {one: self._mean_logprobs(live, self.sets[one]) for one in missing}
+            self.known[name] = {**self.known.get(name, {}), **found}
+            write_json(self.path, self.known)
+        return {one: self.known[name][one] for one in wanted}
+
+    def _mean_logprobs(self, model: PreTrainedModel, rows: Sequence[TokenRow]) -> list[float]:
+        scored = score_rows(model, rows, pad_id=self.pad_id)
+        return [math.fsum(row.logprobs) / len(row.logprobs) for row in scored]
+
+
+# What is wanted
+
+
+def open_goal(probes: Probes, yardstick: Yardstick | None = None) -> Goal:
+    """Ask base and target, and return the goal on all probe rows.
+
+    A `yardstick` that is given, such as a retrained model's, takes the place of the estimate; no base is
+    asked then.
+    """
+    inputs, rows = probes.inputs, probes.inputs.rows
+    probes.add("unseen", rows.unseen)
+    before = probes.of_checkpoint("target", probes.target, [*SETS, "unseen"])
+    if yardstick is None:
+        base, unseen = probes.of_checkpoint("base", inputs.earlier, ["forget", "unseen"]), None
+        if rows.unseen:
+            unseen = Unseen(rows.unseen_source, base["unseen"], before["unseen"], _groups(rows.unseen))
+        groups, seed = _groups(rows.forget_probe), inputs.recipe.seed
+        yardstick = estimate_yardstick(base["forget"], unseen, groups=groups, seed=seed)
+    scales = inputs.recipe.scales
+    return Goal(yardstick, Behaviour.of(before), scales.retain_share, aim_share=scales.aim_share)
+
+
+def own_yardstick(inputs: Inputs, target: Checkpoint, unfiltered: Point, folder: Path) -> Yardstick:
+    """Return what a model does on the forget probes as the yardstick: as much forgetting as before."""
+    probes = Probes(inputs, target, folder / "probes.json")
+    found = probes.of_point(UNFILTERED, unfiltered, ["forget"])["forget"]
+    groups, seed = _groups(inputs.rows.forget_probe), inputs.recipe.seed
+    return replace(estimate_yardstick(found, groups=groups, seed=seed), source=UNFILTERED)
+
+
+def _groups(examples: Sequence[Example]) -> list[int]:
+    """Return a number for each row; neighbours with one answer ask the same in other words and share it."""
+    changes = [one.answer != other.answer for one, other in itertools.pairwise(examples)]
+    return list(itertools.accumulate(changes, initial=0))
+
+
+class Trials:
+    """Pairs of scales tried on a live model, and judged on all probe rows or on some."""
+
+    def __init__(
+        self, probes: Probes, vectors: Vectors, listener: Listener, yardstick: Yardstick | None = None
+    ) -> None:
+        self.probes = probes
+        self.vectors = vectors
+        self.filtered: Filtered | None = None
+        self.listener = listener
+        self.goal = open_goal(probes, yardstick)
+        self.numbers = itertools.count(1)
+        asked = [name for name in ("forget", "retain") if name in probes.sets]
+        places = {str(name): _few(len(probes.sets[name])) for name in asked}
+        for name, few in places.items():
+            probes.sets[f"{name}, some"] = [probes.sets[name][place] for place in few]
+        before: Logprobs = {"forget": self.goal.target.forget, "retain": self.goal.target.retain}
+        part = {name: [before[name][place] for place in few] for name, few in places.items()}
+        self.few = replace(self.goal, target=Behaviour.of(part), rows=tuple(places["forget"]))
+
+    def use(self, filtered: Filtered | None) -> None:
+        """Try a vector as a filter left it from now on."""
+        self.filtered = filtered
+        if filtered is not None:
+            self.vectors = replace(self.vectors, forget=filtered.direction)
+
+    @property
+    def _prefix(self) -> str:
+        return "" if self.filtered is None else f"{self.filtered.key[:12]} "
+
+    def tried(self, alpha: float, beta: float, *, whole: bool = True) -> TriedScales:
+        """Return what the model does at (α, β), on all probe rows or on the few of the first look."""
+        point, name = self._point(alpha, beta), f"{self._prefix}{alpha},{beta}"
+        if whole:
+            found = self.probes.of_point(name, point)
+        else:
+            some = self.probes.of_point(name, point, ["forget, some", "retain, some"])
+            found = {name.removesuffix(", some"): rows for name, rows in some.items()}
+        tried = TriedScales(
+            alpha,
+            beta,
+            Behaviour.of(found),
+            self.goal if whole else self.few,
+            filter=self.filtered.label if self.filtered else None,
+        )
+        figures = {"forget_scale": alpha, "retain_scale": beta, **tried.behaviour.probabilities}
+        figures["objective"] = tried.goal.objective(tried.behaviour)
+        record(self.listener, "scales", next(self.numbers), figures)
+        return tried
+
+    def with_factors(
+        self, centre: TriedScales, parts: Sequence[Sequence[str]], factors: tuple[float, ...]
+    ) -> TriedScales:
+        """Return what the model does where each group of parts has its factor on α."""
+        alpha, beta = centre.forget_scale, centre.retain_scale
+        points = [
+            (self._point(alpha * factor, beta), belongs_to(part))
+            for part, factor in zip(parts, factors, strict=True)
+        ]
+        name = f"{self._prefix}{alpha},{beta},{','.join(map(str, factors))}"
+        found = self.probes.of_parts(name, points)
+        own = () if set(factors) == {1.0} else factors
+        return TriedScales(alpha, beta, Behaviour.of(found), self.goal, own, centre.filter)
+
+    def _point(self, alpha: float, beta: float) -> Point:
+        return self.vectors.taken_off(self.probes.target, alpha, beta)
+
+
+def _few(count: int) -> list[int]:
+    """Return the places of the rows of the first look, evenly spread; all where that saves little."""
+    some = max(FEWEST_ROWS, math.ceil(FIRST_LOOK * count))
+    return list(range(count)) if some > count / 2 else [place * count // some for place in range(some)]
+
+
+def conclude(
+    chosen_by: str,
+    glanced: Sequence[TriedScales],
+    whole: Sequence[TriedScales],
+    listener: Listener,
+    *,
+    parts: Sequence[Sequence[str]] = (),
+    filtered: Filtered | None = None,
+) -> ChosenScales:
+    """Return the choice among the points tried on all probe rows, and say what it does not reach."""
+    whole = list({point.order: point for point in whole}.values())
+    chosen = best(whole)
+    said = warning(chosen.goal, chosen)
+    if said is not None:
+        listener.say(said)
+    return ChosenScales(
+        forget=chosen.forget_scale,
+        retain=chosen.retain_scale,
+        chosen_by=chosen_by,
+        rule=str(chosen.goal),
+        points=as_record([*glanced, *whole], chosen),
+        kept_rule=said is None,
+        yardstick={**chosen.goal.yardstick.as_record(), "warning": said},
+        front=as_record(front(whole), chosen),
+        sensitivity=sensitivity(chosen, neighbours(chosen, whole)),
+        groups=[
+            {"parts": part, "factor": factor}
+            for part, factor in zip(parts, chosen.groups, strict=False)  # none where all have one α
+        ],
+        filter=filtered.as_record() if filtered else None,
+    )
+
+
+def neighbours(chosen: TriedScales, points: Sequence[TriedScales]) -> list[TriedScales]:
+    """Return the other points within about a step of the chosen one."""
+    reach = 1.5 * step_of(chosen.forget_scale), 1.5 * STEP
+    near = {
+        (point.forget_scale, point.retain_scale): point
+        for point in points
+        if not point.groups
+        and point.filter == chosen.filter
+        and abs(point.forget_scale - chosen.forget_scale) <= reach[0]
+        and abs(point.retain_scale - chosen.retain_scale) <= reach[1]
+    }
+    near.pop((chosen.forget_scale, chosen.retain_scale), None)
+    return [near[scales] for scales in sorted(near)]
+
+
+def step_of(alpha: float) -> float:
+    """Return a step in α."""
+    return max(STEP / 2, STEP * alpha)
+
+
+# Groups of layers
+
+
+def layer_groups(model: Checkpoint, count: int) -> list[list[str]]:
+    """Return the parts of a model in so many groups; fewer where it has fewer layers."""
+    parts = {part_of(name) for name in model.tensors}
+    layers = sorted((part for part in parts if part.startswith("layer ")), key=lambda part: int(part[6:]))
+    groups = [list(map(str, group)) for group in np.array_split(layers, min(count, len(layers)) or 1)]
+    groups[0] = [*sorted(parts & {"embedding"}), *groups[0]]
+    groups[-1] = [*groups[-1], *sorted(parts - {"embedding"} - set(layers))]
+    return groups
+
+
+def belongs_to(parts: Sequence[str]) -> Callable[[str], bool]:
+    """Return a function that tells whether a tensor is in one of the parts."""
+    wanted = frozenset(parts)
+    return lambda name: part_of(name) in wanted
+
+
+def scaled_vector(vector: Direction, groups: Sequence[Mapping[str, Any]], folder: Path) -> Direction:
+    """Store the vector with each group's factor on its tensors, and return it."""
+    factors = {part: float(group["factor"]) for group in groups for part in group["parts"]}
+
+    def rule(name: str, values: Sequence[np.ndarray]) -> np.ndarray:
+        scaled: np.ndarray = (values[0] * factors[part_of(name)]).astype(values[0].dtype)
+        return scaled
+
+    return transform([vector], rule, folder, label=f"layer groups {sorted(factors.items())}")
+
 
 FARTHER = (1.5, 2.0, 3.0, 4.0, 5.0)
 """Multiples of the largest α that the first look goes on to: projected vectors need about three times a plain
@@ -164,10 +496,10 @@ def compared(trials: Trials, filters: OpenFilter, looked: Sequence[TriedScales])
         own = [point for point in looked if point.filter == label]
         start = min(own, key=lambda point: point.rank)
         trials.use(filters.of(start))
-        slope, alpha = fall(own), start.forget_scale
+        slope, alpha, wanted = fall(own), start.forget_scale, math.log(max(1e-12, trials.goal.aim))
         for _ in range(AIMS):
             found.append(trials.tried(alpha, start.retain_scale))
-            farther = alpha + (log_forget(found[-1]) - log_wanted(trials.goal)) / slope
+            farther = alpha + (log_forget(found[-1]) - wanted) / slope
             alpha = round(min(max(farther, alpha / 2), 2 * alpha), 2)
     trials.use(filters.of(best(found)))
     return found
@@ -184,11 +516,6 @@ def fall(points: Sequence[TriedScales]) -> float:
 def log_forget(point: TriedScales) -> float:
     """Return the logarithm of the mean answer probability on the forget probes."""
     return math.log(max(1e-12, point.behaviour.probabilities["forget"]))
-
-
-def log_wanted(goal: Goal) -> float:
-    """Return the logarithm of what it should be."""
-    return math.log(max(1e-12, goal.aim))
 
 
 def where_it_arrives(

@@ -191,11 +191,6 @@ def new_key(path: Path, password: str | None = None) -> tuple[Path, str]:
     return public, _fingerprint(key.public_key())
 
 
-def key_fingerprint(public_key: Path) -> str:
-    """Return the SHA-256 of a public key as PEM text, which is that of the file that `new_key` writes."""
-    return _fingerprint(_public_key(public_key))
-
-
 def is_encrypted(key: Path) -> bool:
     """Tell whether a private key is of no use without its password."""
     return b"ENCRYPTED" in _key_text(key)
@@ -249,6 +244,7 @@ def _pem(public: Any) -> bytes:
 
 
 def _fingerprint(public: Any) -> str:
+    """Return the SHA-256 of a public key as PEM text, which is that of the file that `new_key` writes."""
     return hashlib.sha256(_pem(public)).hexdigest()
 
 
@@ -378,7 +374,7 @@ def check_signature(
     if public_key is not None and identity is not None:
         raise InputError("a folder is signed with a key or as an identity; name one of them")
     folder, public_key = Path(folder), Path(public_key) if public_key else None
-    known = key_fingerprint(public_key) if public_key else None
+    known = _fingerprint(_public_key(public_key)) if public_key else None
     found, signature = SignatureCheck(folder), None
     if not any((public_key, identity, salt, (folder / SIGNATURE).exists(), (folder / STATEMENT).exists())):
         return None

@@ -189,7 +189,7 @@ class Desk:
         found = jobs.locate(request.location, checkpoints, target=target, listener=self.listener, **evidence)
         base, facts = jobs.chosen_base(found)
         facts = {**facts, "base": _absolute_place(base)}
-        self.ledger.append(lambda _: {"kind": "located", "request": name, "facts": facts})
+        self.ledger.append({"kind": "located", "request": name, "facts": facts})
         return self.standing().requests[name], found
 
     # Carrying out
@@ -213,7 +213,8 @@ class Desk:
         ordered = sorted(wanted, key=lambda request: contents[request.id])
         recipe = self._recipe(now, ordered, sorted(contents.values()))
         folder = os.path.relpath(recipe.output.folder, self.folder) if recipe else _target_of(now)
-        if current and (current.requests, current.folder) == (ids, folder) and self._is_there(current):
+        same = current and (current.requests, current.folder) == (ids, folder)
+        if current and same and (recipe is None or (self.place(current) / "record.json").exists()):
             return current, None
         result = run_recipe(recipe, listener=self.listener, located=_located(wanted)) if recipe else None
         made = result.record["models"]["unlearned"]["fingerprint"] if result and result.output else None
@@ -227,7 +228,7 @@ class Desk:
         }
         before = current.fingerprint if current else now.target
         event = {"kind": "carried out", "before": before, "after": made or now.target, "facts": facts}
-        self.ledger.append(lambda _: event)
+        self.ledger.append(event)
         return self._candidate(self.standing()), result
 
     def audit(self, names: Iterable[str] = ()) -> dict[str, Mapping[str, Any]]:
@@ -258,7 +259,7 @@ class Desk:
                 facts |= read_json(known)["verdict"]  # that of the run, which knows of the audit now
             for one in [name, *(model.requests if len(model.requests) == 1 and not name else ())]:
                 event = {"kind": "audited", "request": one, "after": model.fingerprint, "facts": facts}
-                self.ledger.append(lambda _, event=event: event)  # type: ignore[misc]
+                self.ledger.append(event)
             found[name] = facts
         return found
 
@@ -267,12 +268,14 @@ class Desk:
         if not by.strip():
             raise RecipeError("an approval needs the name of whoever gives it; say --by NAME")
 
-        def decide(events: Sequence[Event]) -> Mapping[str, Any]:
-            model = self._candidate(standing(events))
-            facts = {"by": by.strip(), "note": note}
-            return {"kind": "approved", "after": model.fingerprint, "facts": facts}
-
-        self.ledger.append(decide)
+        facts = {"by": by.strip(), "note": note}
+        self.ledger.append(
+            lambda events: {
+                "kind": "approved",
+                "after": self._candidate(standing(events)).fingerprint,
+                "facts": facts,
+            }
+        )
         return self._candidate(self.standing())
 
     def publish(self, *, despite: str = "") -> Model:
@@ -440,11 +443,6 @@ class Desk:
         if name == WHOLE and (self.place(model) / "record.json").exists():
             refresh(gather(self.place(model), audit=output), self.place(model))
         return found.record
-
-    def _is_there(self, model: Model) -> bool:
-        """Tell whether a model's folder holds what was made; the target's is the owner's."""
-        place = self.place(model)
-        return model.folder == _target_of(self.standing()) or (place / "record.json").exists()
 
     def _settle(self, now: Standing) -> None:
         """Have the link `served` lead where the ledger says, whatever was killed in between."""

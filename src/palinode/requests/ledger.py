@@ -100,11 +100,11 @@ class Ledger:
         with self._writing():
             pass
 
-    def append(self, decide: Decide) -> Event | None:
-        """Add the event that `decide` returns, with no other process in between; return it."""
+    def append(self, decide: Decide | Mapping[str, Any]) -> Event | None:
+        """Add an event, or the one that `decide` returns with no other process in between; return it."""
         with self._writing() as connection:
             events = _chained(connection, self.path)
-            values = decide(events)
+            values = decide(events) if callable(decide) else decide
             if values is None:
                 return None
             event = Event(

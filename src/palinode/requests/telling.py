@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, date, datetime
+from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -224,7 +225,7 @@ def ledger_page(folder: Path) -> str:
     sections = [
         *section(
             "Requests",
-            requests_grid(now, now.requests.values(), today=today, page=_report_of(now, folder)),
+            requests_grid(now, now.requests.values(), today=today, page=partial(_report_of, now, folder)),
             bar="Requests",
         ),
         *section("Model", *(told or ()), bar="Model"),
@@ -241,24 +242,12 @@ def ledger_page(folder: Path) -> str:
     return html_page(content, sections)
 
 
-def _report_of(now: Standing, folder: Path) -> Callable[[str], str | None]:
+def _report_of(now: Standing, folder: Path, name: str) -> str | None:
     """Return where the report behind a request's verdict is: of its audit, or of the model made for it."""
-
-    def page(name: str) -> str | None:
-        for model in reversed(now.models):
-            if name in model.requests:
-                places = (f"audits/{model.set}/{name}", f"audits/{model.set}/all", f"models/{model.set}")
-                return next(
-                    (
-                        f"/{place}/report.html"
-                        for place in places
-                        if (folder / place / "report.html").is_file()
-                    ),
-                    None,
-                )
-        return None
-
-    return page
+    made = next((model.set for model in reversed(now.models) if name in model.requests), None)
+    places = (f"audits/{made}/{name}", f"audits/{made}/all", f"models/{made}") if made else ()
+    pages = (f"{place}/report.html" for place in places)
+    return next((f"/{page}" for page in pages if (folder / page).is_file()), None)
 
 
 def server(folder: Path, port: int) -> ThreadingHTTPServer:

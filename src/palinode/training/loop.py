@@ -111,20 +111,8 @@ def train(
     if sharded() and objective.trainable is not None:
         raise RecipeError("this method leaves parts of the model out, which FSDP cannot; train without it")
     heard = {"on_progress": on_progress, "on_step": on_step, "say": say}
-    found = everywhere(
-        _train,
-        model,
-        cast,
-        objective,
-        settings,
-        seed,
-        pad_id,
-        state,
-        tuple(exactly_at),
-        max_steps,
-        alone=heard,
-        hollow=sharded(),
-    )
+    given = (model, cast, objective, settings, seed, pad_id, state, tuple(exactly_at), max_steps)
+    found = everywhere(_train, *given, alone=heard, hollow=sharded())
     if isinstance(found, PalinodeError):
         raise found
     return found
@@ -156,7 +144,7 @@ def _train(
         live.train()
         with _only_trainable(live, objective.trainable), _prepared(live, settings):
             place = SavedState(state, divided=shards is not None) if state else None
-            adamw = _adamw(live, settings, _choice(live, cast, settings, shards))
+            adamw = make_optimizer(_choice(live, cast, settings, shards), live, settings)
             run = _Run(
                 live, adamw, objective, cast, kept, settings, seed, pad_id, place, apart, on_step, say, shards
             )
@@ -319,13 +307,6 @@ def _choice(model: PreTrainedModel, cast: Joined, settings: TrainingSettings, sh
     return "device"
 
 
-def _adamw(model: PreTrainedModel, settings: TrainingSettings, name: str) -> torch.optim.Optimizer:
-    narrow = torch.bfloat16 if use_autocast(model, settings) else None
-    return make_optimizer(
-        name, model, lr=settings.learning_rate, weight_decay=settings.weight_decay, dtype=narrow
-    )
-
-
 _Pass = tuple[Batch, Sequence[tuple[str, int]]]
 """Rows that go through the model together, and which they are."""
 
@@ -485,7 +466,7 @@ class _Run:
     def _hold(self, name: str) -> None:
         """Have what the optimiser needs lie elsewhere from now on."""
         gradients = [parameter.grad for parameter in self.trained]
-        now = _adamw(self.model, self.settings, name)
+        now = make_optimizer(name, self.model, self.settings)
         for parameter, gradient in zip(self.trained, gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
         for group, known in zip(now.param_groups, self.optimizer.param_groups, strict=True):
@@ -540,7 +521,9 @@ class _Run:
             measured = torch.stack([figures.measured for figures in held]).tolist() if held else []
             for figures, numbers in zip(held, measured, strict=True):
                 point = figures.point(numbers, self.objective.terms)
-                if not all(map(math.isfinite, numbers)) or self._is_past_limit(point):
+                limit = self.objective.limit
+                sunk = limit is not None and point.terms[limit.term] < -self._most
+                if sunk or not all(map(math.isfinite, numbers)):
                     break
                 terms = {} if self.objective.anchor == "rows" else point.terms
                 self.curve.append(replace(point, terms=terms, optimizer=self.kind))
@@ -584,11 +567,6 @@ class _Run:
                 f"the limit of {self._most:.2f} at which training ends; there is nothing to forget, or raise "
                 "the limit"
             )
-
-    def _is_past_limit(self, point: CurvePoint) -> bool:
-        """Tell whether the term that sinks without bound has sunk below its limit."""
-        limit = self.objective.limit
-        return limit is not None and point.terms[limit.term] < -self._most
 
     @property
     def _most(self) -> float:

@@ -159,22 +159,16 @@ def choose_optimizer(wanted: str, model: PreTrainedModel, *, room: float = 0) ->
     )
 
 
-def make_optimizer(
-    name: str,
-    model: PreTrainedModel,
-    *,
-    lr: float,
-    weight_decay: float,
-    dtype: torch.dtype | None = None,
-) -> torch.optim.Optimizer:
-    """Return AdamW of that choice over what is trained; `dtype` is that of the passes if it is narrower."""
+def make_optimizer(name: str, model: PreTrainedModel, settings: TrainingSettings) -> torch.optim.Optimizer:
+    """Return AdamW of that choice over what is trained."""
+    lr, weight_decay = settings.learning_rate, settings.weight_decay
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": weight_decay},
         {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
     ]
     if name == "host":
-        return HostAdamW(model, groups, lr, dtype)
+        return HostAdamW(model, groups, lr, torch.bfloat16 if use_autocast(model, settings) else None)
     if name == "8bit":
         found: torch.optim.Optimizer = _bitsandbytes().optim.AdamW8bit(groups, lr=lr)
         return found

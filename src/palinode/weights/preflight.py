@@ -141,19 +141,13 @@ def _check_names(reference: ModelFolder, other: ModelFolder) -> Iterator[str]:
 
 def _without_partner(here: ModelFolder, there: ModelFolder) -> list[str]:
     """Return the tensors that another checkpoint does not have, or has under a name that two could mean."""
-    return [
-        name
-        for name, info in here.tensors.items()
-        if info.is_float and name not in there.tensors and not _is_partner(here, info, there)
-    ]
-
-
-def _is_partner(here: ModelFolder, info: TensorInfo, there: ModelFolder) -> bool:
-    """Tell whether a tensor has just one counterpart under another name, or put together otherwise."""
-    found = there.find(info.name)
-    if found is None or here.names.get(plain(info.name)) != info.name:
-        return False
-    return there.spelled(info.name) is not None or found.shape == info.shape
+    lost = []
+    for name, info in here.tensors.items():
+        if info.is_float and name not in there.tensors:
+            found, alone = there.find(name), here.names.get(plain(name)) == name
+            if not (found and alone and (there.spelled(name) or found.shape == info.shape)):
+                lost.append(name)
+    return lost
 
 
 def _twice(sides: Iterable[tuple[ModelFolder, ModelFolder]], lost: Iterable[Sequence[str]]) -> str | None:

@@ -33,15 +33,7 @@ import numpy as np
 from palinode.errors import CheckpointError, OutputError, unwritable
 from palinode.records import beside, read_json, write_text
 from palinode.version import __version__
-from palinode.weights.arithmetic import (
-    Evaluator,
-    Formula,
-    Settings,
-    Slice,
-    every_of,
-    map_slices,
-    slices,
-)
+from palinode.weights.arithmetic import Evaluator, Formula, Settings, Slice, every_of, map_slices, slices
 from palinode.weights.atomic import Crew, RankSide, announce, check_output, claimed, is_claimed, publish
 from palinode.weights.fingerprints import (
     DIGEST,
@@ -289,14 +281,14 @@ def write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], No
     if crew.rank:
         return _help(job, crew, on_progress)
     check = check or crew.count > 1
-    clock, left = _Clock(), beside(job.output).exists() and not is_claimed(beside(job.output))
+    seconds, left = dict[str, float](), beside(job.output).exists() and not is_claimed(beside(job.output))
     with claimed(job.output) as partial:
         check_output(
             job.output,
             [term.folder for term in job.formula.operands],
             needs=sum(file.size for file in job.files),
         )
-        with ExitStack() as stack, clock.phase("sum"):
+        with ExitStack() as stack, _timed(seconds, "sum"):
             out = OutputFiles(job.files, partial, stack)
             others = announce(crew, partial, job.key()) if crew.count > 1 else ()
             meter, checksums = _fill(job, share(job.parts, crew), out, on_progress)
@@ -310,13 +302,13 @@ def write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], No
         dose = meter.result()
         notes = (*job.notes, *shortfalls(dose, _asked(job.formula)))
         made, saved = ModelFolder.open(partial), Written(dose, job.settings.rounding, notes)
-        with clock.phase("check"):
+        with _timed(seconds, "check"):
             if check:
                 digests, content = _read_back(made, job, checksums), _content(job, saved)
                 write_manifest(partial, checkpoint=made, digests=digests, content=content)
         check_files(job.formula.checkpoints)
         check_stamps(job.stamps, job.formula.operands)
-        with clock.phase("publish"):
+        with _timed(seconds, "publish"):
             publish(partial, job.output)
     if check:
         remember(ModelFolder.open(job.output), digests)
@@ -324,7 +316,7 @@ def write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], No
     if left:
         told = f"an earlier run was interrupted while it wrote {name}; what it left was cleared away"
         notes = (told, *notes)
-    return replace(saved, notes=notes, seconds=clock.seconds)
+    return replace(saved, notes=notes, seconds=seconds)
 
 
 def _fill(
@@ -461,17 +453,12 @@ def _asked(form: Formula) -> dict[str, float]:
     return dict(zip(form.names, map(float, scales), strict=True))
 
 
-class _Clock:
-    """Wall time by phase."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - began
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Note the wall time of a phase."""
+    began = time.perf_counter()
+    yield
+    seconds[phase] = time.perf_counter() - began
 
 
 MANIFEST = "weights.json"

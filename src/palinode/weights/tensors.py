@@ -25,7 +25,6 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from threading import Event, Lock, local
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from palinode.errors import CheckpointError
@@ -129,9 +128,7 @@ class Files:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for handle in self._handles.values():
             os.close(handle)
         self._handles.clear()

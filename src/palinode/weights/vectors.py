@@ -36,15 +36,7 @@ from pydantic import BaseModel, Field, ValidationError
 from palinode.errors import AlgebraError, CheckpointError, InputError, unwritable
 from palinode.records import private
 from palinode.weights.adapters import CONFIG, LoraAdapter
-from palinode.weights.arithmetic import (
-    NAMES,
-    SLICE,
-    Slice,
-    cut,
-    direction_values,
-    layout_of,
-    map_slices,
-)
+from palinode.weights.arithmetic import NAMES, SLICE, Slice, cut, direction_values, layout_of, map_slices
 from palinode.weights.atomic import check_output, claimed, publish
 from palinode.weights.checkpoint import Checkpoint, Direction, StoredDirection
 from palinode.weights.displacement import (

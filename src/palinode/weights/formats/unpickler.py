@@ -220,11 +220,6 @@ def view_list(view: View) -> list[Any]:
     return [view.storage.number, view.dtype.code, *place]
 
 
-def one_tensor(content: Any) -> dict[str, Any]:
-    """Tell of a pickle that should hold a tensor and nothing else; None where it holds something else."""
-    return {"tensor": view_list(content) if isinstance(content, View) else None}
-
-
 def weights(content: Any) -> dict[str, Any]:
     """Tell of a model's tensors: those of the outermost dictionary, or of one under a key in WRAPPERS.
 
@@ -348,7 +343,11 @@ def old_storages(parts: list[Any], storages: dict[str, Storage]) -> list[int]:
     return [storages[key].number for key in keys]
 
 
-ASKED = {"weights": weights, "tensor": one_tensor, "metadata": metadata}
+ASKED: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "weights": weights,
+    "tensor": lambda content: {"tensor": view_list(content) if isinstance(content, View) else None},
+    "metadata": metadata,
+}
 
 
 def answer(raw: bytes, asked: str, *, old: bool) -> dict[str, Any]:

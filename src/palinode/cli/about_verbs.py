@@ -24,7 +24,7 @@ from palinode.cli.console import (
     secret_workspace,
     warn,
 )
-from palinode.cli.options import Changes, Key, Quiet, keys, takes
+from palinode.cli.options import Changes, Quiet, keys, takes
 from palinode.errors import RecipeError, meant
 from palinode.pipeline.recipe import laid_over, named, read_recipe
 from palinode.records import Score
@@ -211,18 +211,7 @@ class EvaluationOptions(EvaluationSettings):
 
 
 @takes(
-    Key("max_rows", help="Rows of each set. [default: 400; all of a benchmark]"),
-    Key("max_new_tokens", help="Length limit of answers. [default: 200, or the benchmark's]"),
-    Key("max_length", help="Tokens of a row, prompt included. [default: 512, or the benchmark's]"),
-    Key(
-        "options",
-        flag="option",
-        help="An option of the benchmark, as in prompt=plain; repeatable.",
-        kind=list[str],
-        read=lambda texts: _pairs(texts),
-    ),
-    Key("general", flag="lm-eval"),
-    Key("general_include", flag="lm-eval-include"),
+    *keys("evaluate"),
     of=EvaluationOptions,
     only=[name for name in EvaluationOptions.model_fields if name != "batch_rows"],
 )
@@ -270,16 +259,6 @@ def _scores_told(scores: Mapping[str, Mapping[str, Score]], title: str) -> list[
     from palinode.report.content import Items
 
     return [scores_grid(scores, title=title), Items([*benchmark_notes(scores)])]
-
-
-def _pairs(texts: Sequence[str]) -> dict[str, str]:
-    pairs = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name.strip():
-            raise RecipeError(f"option {text!r} is not NAME=VALUE")
-        pairs[name.strip()] = value.strip()
-    return pairs
 
 
 class AuditOptions(AuditSettings):

@@ -20,7 +20,7 @@ from palinode.cli.console import (
     secret_workspace,
     warn,
 )
-from palinode.cli.options import Changes, Key, Quiet, keys, lengths_alike, takes
+from palinode.cli.options import Changes, Quiet, keys, lengths_alike, takes
 from palinode.errors import OutputError, RecipeError
 from palinode.pipeline.recipe import (
     build_recipe,
@@ -67,10 +67,7 @@ class LocateOptions(LocateSettings):
     """Write the answer as a page here (.html, or Markdown)."""
 
 
-STEPS = Key("steps", kind=str, read=lambda text: _numbers(text))
-
-
-@takes(STEPS, of=LocateOptions)
+@takes(*keys("locate"), of=LocateOptions)
 def locate(given: LocateOptions, *, quiet: Quiet = False, as_json: bool = False) -> None:
     """Tell when rows were seen, and the checkpoint before."""
     from palinode import jobs
@@ -116,9 +113,7 @@ class InfluenceOptions(InfluenceSettings):
 
 
 @takes(
-    STEPS,
-    *(Key(name, kind=list[str], read=tuple) for name in ("ask", "answer")),
-    Key("ranked", flag="rows"),
+    *keys("traced"),
     of=InfluenceOptions,
     only=[name for name in InfluenceOptions.model_fields if name != "style"],
     beside=keys("influence"),
@@ -284,13 +279,6 @@ def resolve_base(
     for text in found.warnings:
         warn(text)
     return found
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise RecipeError(f"--steps has {text!r}; write whole numbers with commas, as in 100,200") from None
 
 
 def check_place(path: Path) -> Path:

@@ -246,6 +246,10 @@ READERS: Mapping[str, Callable[[Any], Any]] = {
     "columns": lambda text: _columns(text),
     "scales": lambda text: scales_of(text),
     "style": prompt_style,
+    "numbers": lambda text: _numbers(text),
+    "pairs": lambda texts: _pairs(texts),
+    "texts": tuple,
+    "no": lambda _: False,
 }
 
 
@@ -316,6 +320,23 @@ def _columns(text: str) -> dict[str, str]:
     from palinode.data.sources import parse_columns
 
     return parse_columns(text)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise RecipeError(f"--steps has {text!r}; write whole numbers with commas, as in 100,200") from None
+
+
+def _pairs(texts: Sequence[str]) -> dict[str, str]:
+    pairs = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise RecipeError(f"option {text!r} is not NAME=VALUE")
+        pairs[name.strip()] = value.strip()
+    return pairs
 
 
 # Help in groups

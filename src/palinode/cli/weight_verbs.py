@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from palinode.cli.console import answer, listener, out, print_json, secret_workspace, warn
-from palinode.cli.options import Key, Quiet, explained, keys, parse_scales, takes, verbs
+from palinode.cli.options import Quiet, explained, keys, parse_scales, takes, verbs
 from palinode.errors import CheckpointError, RecipeError
 from palinode.records import workspace_beside, write_text
 from palinode.settings import ApplySettings
@@ -26,15 +26,7 @@ if TYPE_CHECKING:
     from palinode.weights.vectors import StoredVector
 
 
-@takes(
-    Key(
-        "check",
-        flag="no-check",
-        help="Do not read the result back; then there is no weights.json.",
-        read=lambda _: False,
-    ),
-    of=ApplySettings,
-)
+@takes(*keys("apply"), of=ApplySettings)
 def apply(
     settings: ApplySettings,
     target: str,

@@ -196,28 +196,18 @@ BEYOND = {"split", "options", "metrics", "against", "judge", "key_variable", "ge
 """Settings that go beyond the four basic scores of rows."""
 
 
-class EvaluationOptions(EvaluationSettings):
-    """What is asked, and how."""
-
-    data: str | None = None
-    """Rows of your own (JSONL, JSON, CSV, Parquet, text or hub data set); with --benchmark the folder of its
-    files. [default: the benchmark's hub data set]"""
-    benchmark: str | None = None
-    """tofu, restor, muse, rwku, … or own; see palinode list benchmarks."""
-    retain: str | None = None
-    """Rows of your own that must be kept."""
-    holdout: str | None = None
-    """Rows of your own, like the forget rows, that no model has seen."""
-
-
 @takes(
     *keys("evaluate"),
-    of=EvaluationOptions,
-    only=[name for name in EvaluationOptions.model_fields if name != "batch_rows"],
+    of=EvaluationSettings,
+    only=[name for name in EvaluationSettings.model_fields if name != "batch_rows"],
 )
 def evaluate(
-    settings: EvaluationOptions,
+    settings: EvaluationSettings,
     model: str,
+    data: str | None = None,
+    benchmark: str | None = None,
+    retain: str | None = None,
+    holdout: str | None = None,
     *,
     quiet: Quiet = False,
     as_json: bool = False,
@@ -231,8 +221,7 @@ def evaluate(
     from palinode.evaluation.evaluate import evaluate as ask_rows
     from palinode.report.content import Paragraph
 
-    hear, data = listener(quiet=quiet), settings.data
-    benchmark, retain, holdout = settings.benchmark, settings.retain, settings.holdout
+    hear = listener(quiet=quiet)
     beyond = settings.open_unlearning or any(getattr(settings, name) for name in BEYOND)
     if benchmark or retain or holdout or beyond:
         found = jobs.evaluate_benchmark(
@@ -261,27 +250,16 @@ def _scores_told(scores: Mapping[str, Mapping[str, Score]], title: str) -> list[
     return [scores_grid(scores, title=title), Items([*benchmark_notes(scores)])]
 
 
-class AuditOptions(AuditSettings):
-    """What is audited, how, and where it is written."""
-
-    against: str
-    """The reference model: retrained without the forget set, or the base checkpoint."""
-    forget: str
-    """The forget set: JSONL, JSON, CSV, Parquet or text; file or hub data set."""
-    output: Path
-    """Folder for report.html, audit.md, audit.json and the results so far."""
-    target: str | None = None
-    """The model before unlearning; `inside`, `pair` and `traces` need it, and it is attacked too."""
-    retain: str | None = None
-    """Retain rows, for relearning from them alone."""
-    holdout: str | None = None
-    """Rows that no model has seen, for the membership attacks."""
-
-
-@takes(of=AuditOptions)
+@takes(of=AuditSettings)
 def audit(
-    settings: AuditOptions,
+    settings: AuditSettings,
     model: str,
+    against: str,
+    forget: str,
+    output: Path,
+    target: str | None = None,
+    retain: str | None = None,
+    holdout: str | None = None,
     *,
     reference: str = "retrained",
     dry_run: bool = False,
@@ -294,16 +272,15 @@ def audit(
     """
     from palinode import jobs
 
+    rows = named(forget=forget, retain=retain, holdout=holdout)
     if dry_run:
-        models = named(audited=model, reference=settings.against, target=settings.target)
-        rows = named(**settings.model_dump(include={"forget", "retain", "holdout"}))
+        models = named(audited=model, reference=against, target=target)
         _show_audit_plan(jobs.plan_audit(models, rows, reference, settings), as_json=as_json)
         return
-    places = settings.model_dump(include={"against", "forget", "output", "target", "retain", "holdout"})
-    kind: Any = reference  # it is checked there
-    found = jobs.audit(model, **places, kind=kind, settings=settings, listener=listener(quiet=quiet))
-    _show_audit(found.record, model, settings.output, as_json=as_json)
-    secret(settings.output / "results", "row by row", of=settings.output, as_json=as_json)
+    places: Any = {**rows, "against": against, "output": output, "target": target, "kind": reference}
+    found = jobs.audit(model, **places, settings=settings, listener=listener(quiet=quiet))
+    _show_audit(found.record, model, output, as_json=as_json)
+    secret(output / "results", "row by row", of=output, as_json=as_json)
     if not found.passed:
         raise typer.Exit(1)
 

@@ -44,51 +44,43 @@ if TYPE_CHECKING:
     from palinode.history.locating import Location
 
 
-class LocateOptions(LocateSettings):
-    """What is located, by what evidence, and where it is written."""
-
-    forget: str
-    """The forget set: a file of rows, or a hub data set."""
-    checkpoints: str
-    """The ladder: a folder of checkpoints, a list a,b,c, or a hub id as in ID@step*."""
-    log: Path | None = None
-    """Folder of an exposure log."""
-    order: Path | None = None
-    """File that describes the data order."""
-    control: str | None = None
-    """Rows like the forget rows that were never trained on."""
-    corpus: str | None = None
-    """The rows trained on: copies are looked for; --order counts them."""
-    target: str | None = None
-    """The model to be cleaned, for its step (by name or trainer state)."""
-    picture: Path | None = None
-    """Write a picture here (SVG)."""
-    report: Path | None = None
-    """Write the answer as a page here (.html, or Markdown)."""
-
-
-@takes(*keys("locate"), of=LocateOptions)
-def locate(given: LocateOptions, *, quiet: Quiet = False, as_json: bool = False) -> None:
+@takes(*keys("locate"), of=LocateSettings)
+def locate(
+    settings: LocateSettings,
+    forget: str,
+    checkpoints: str,
+    log: Path | None = None,
+    order: Path | None = None,
+    control: str | None = None,
+    corpus: str | None = None,
+    target: str | None = None,
+    picture: Path | None = None,
+    report: Path | None = None,
+    *,
+    quiet: Quiet = False,
+    as_json: bool = False,
+) -> None:
     """Tell when rows were seen, and the checkpoint before."""
     from palinode import jobs
     from palinode.report.location_report import location_brief, location_picture
     from palinode.report.reports import Facts, html_report, markdown_report, report_content
 
-    for place in filter(None, (given.picture, given.report)):
+    for place in filter(None, (picture, report)):
         check_place(place)
-    places = {"forget", "checkpoints", "control", "log", "order", "corpus", "target"}
-    found = jobs.locate(**given.model_dump(include=places), settings=given, listener=listener(quiet=quiet))
+    given: Any = {"log": log, "order": order, "control": control, "corpus": corpus, "target": target}
+    hear = listener(quiet=quiet)
+    found = jobs.locate(forget, checkpoints, **given, settings=settings, listener=hear)
     record = found.as_record()
-    if given.picture:
-        write_text(given.picture, location_picture(record))
-    if given.report:
-        written = html_report if given.report.suffix == ".html" else markdown_report
-        write_text(given.report, written(report_content(Facts("locate", record))))
+    if picture:
+        write_text(picture, location_picture(record))
+    if report:
+        written = html_report if report.suffix == ".html" else markdown_report
+        write_text(report, written(report_content(Facts("locate", record))))
     answer(record, location_brief(record), as_json=as_json)
     for text in () if as_json else record["warnings"]:
         warn(text)
-    following = after_location(found.recommended, given.target or "TARGET", given.forget)
-    ending(places={"Page": given.report, "Picture": given.picture}, following=following, as_json=as_json)
+    following = after_location(found.recommended, target or "TARGET", forget)
+    ending(places={"Page": report, "Picture": picture}, following=following, as_json=as_json)
 
 
 class InfluenceOptions(InfluenceSettings):
@@ -115,7 +107,10 @@ class InfluenceOptions(InfluenceSettings):
 @takes(
     *keys("traced"),
     of=InfluenceOptions,
-    only=[name for name in InfluenceOptions.model_fields if name != "style"],
+    only=[
+        *(name for name in InfluenceOptions.model_fields if name not in InfluenceSettings.model_fields),
+        *(name for name in InfluenceSettings.model_fields if name != "style"),
+    ],
     beside=keys("influence"),
 )
 def influence(

@@ -114,8 +114,7 @@ def takes(
     """
     if of is not Recipe:
         known = COMMON | {key.place: key for key in wanted}
-        shared, own = Questioning.model_fields, vars(of).get("__annotations__", ())  # its own first
-        names = sorted(only or of.model_fields, key=lambda name: (name in shared, name not in own))
+        names = sorted(only or of.model_fields, key=Questioning.model_fields.__contains__)  # its own first
         wanted = tuple(
             known.get(name, Key(name, needed=of.model_fields[name].is_required())) for name in names
         )

@@ -408,3 +408,18 @@ def test_exit_code_of_an_interruption_is_two_even_where_it_came_inside_exec(tmp_
     )
     assert run.returncode == 2
     assert run.stderr == "palinode: interrupted; the same command begins anew\n"
+
+
+def test_an_interruption_while_something_is_destroyed_is_not_lost(tiny):
+    """Python drops what is raised in a destructor; a signal that comes there still ends the command."""
+    code = (
+        "import os, signal, sys\nfrom palinode.cli import main\n\n\nclass Last:\n    def __del__(self):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n        sum(range(1000))\n\n\nseen = []\n\n\n"
+        "def notice(event, facts):\n"
+        "    if event == 'open' and str(facts[0]).endswith('.safetensors') and not seen:\n"
+        "        seen.append(Last())\n        seen[0] = None\n\n\nsys.addaudithook(notice)\nmain()\n"
+    )
+    words = ["vector", "--base", str(tiny.base.folder), "--model", str(tiny.target.folder)]
+    run = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == "palinode: interrupted; the same command begins anew\n"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -64,20 +62,33 @@ def undisturbed(write_recipe, tmp_path_factory):
     return (made.output / "model.safetensors").read_bytes(), made.record["scores"]
 
 
-def start(recipe: Path) -> subprocess.Popen[str]:
-    words = [sys.executable, "-m", "palinode", "run", str(recipe), "--quiet"]
+SIGNALLED = """
+import fnmatch, os, sys
+from palinode.cli import main
+
+number, pattern, seen = int(sys.argv.pop(1)), sys.argv.pop(1), []
+
+def notice(event, facts):
+    if len(seen) == 1:  # the event after: what was waited for is there
+        seen.append(event)
+        os.kill(os.getpid(), number)
+    elif not seen and any(fnmatch.fnmatch(str(fact), pattern) for fact in facts):
+        seen.append(event)
+
+sys.addaudithook(notice)
+main()
+"""
+"""A run that sends itself a signal as soon as something is made whose path matches."""
+
+
+def signalled(recipe: Path, number: int, pattern: str) -> subprocess.CompletedProcess[str]:
+    words = [str(int(number)), f"*/{pattern}", "run", str(recipe), "--quiet"]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
-        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, "-c", SIGNALLED, *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def wait_for(run: subprocess.Popen[str], folder: Path, pattern: str) -> None:
-    """Wait until something in the folder matches; fail when the run ends before."""
-    while not any(folder.glob(pattern)):
-        assert run.poll() is None, run.communicate()
-        time.sleep(0.001)
 
 
 def finish(recipe: Path) -> tuple[bytes, dict]:
@@ -91,7 +102,7 @@ def finish(recipe: Path) -> tuple[bytes, dict]:
     [
         "finetune-forget-*/state",  # in the middle of fine-tuning
         "finetune-forget-*/step.json",  # between two steps
-        "moments-*/moments-000.safetensors",  # while it is measured what layers read
+        "moments-*",  # while it is measured what layers read
         "transform-least_squares-*",  # while a vector is filtered
         "scales-*/probes.json",  # in the middle of the search
         "evaluate-*/forget.jsonl",  # in the middle of an evaluation
@@ -102,10 +113,7 @@ def test_killed_run_finishes_with_the_weights_of_an_undisturbed_one(
 ):
     recipe = write_recipe(tmp_path)
     workspace = tmp_path / "out.workspace"
-    run = start(recipe)
-    wait_for(run, workspace, moment)
-    os.kill(run.pid, signal.SIGKILL)
-    run.communicate()
+    run = signalled(recipe, signal.SIGKILL, moment)
     assert run.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     finished = {path: path.stat().st_mtime_ns for path in workspace.glob("*/step.json")}
@@ -121,13 +129,10 @@ def test_interrupted_run_says_so_in_one_sentence_and_goes_on_when_asked(
     write_recipe, undisturbed, tmp_path, number, moment
 ):
     recipe = write_recipe(tmp_path)
-    run = start(recipe)
-    wait_for(run, tmp_path / "out.workspace", moment)
-    os.kill(run.pid, number)
-    out, err = run.communicate()
+    run = signalled(recipe, number, moment)
     assert run.returncode == 2
-    assert out == ""
-    assert err == (
+    assert run.stdout == ""
+    assert run.stderr == (
         "palinode: interrupted; what was finished is kept, and the same command goes on where this one "
         "stopped (secret like the rows; palinode forget-workspace OUTPUT destroys it)\n"
     )

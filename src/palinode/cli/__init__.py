@@ -7,6 +7,7 @@ subtracted, or there was nothing to forget; anything else is a bug of ours and c
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import errno
 import io
@@ -14,6 +15,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 from types import FrameType
 from typing import Any
 
@@ -24,6 +26,7 @@ RESUMED = ("unlearn", "run", "finetune", "influence", "demo", "compare", "audit"
 def main() -> None:
     """Run the `palinode` command."""
     signal.signal(signal.SIGTERM, _interrupt)
+    sys.unraisablehook = _raise_again
     os.environ.setdefault("PYTHONSAFEPATH", "1")  # what libraries start imports nothing from this folder
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without Greek letters is no reason to fail
@@ -116,6 +119,14 @@ def _refuse(sentence: str) -> int:
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+def _raise_again(found: Any) -> None:
+    """Interrupt again, a little later, where it came while something was destroyed and Python dropped it."""
+    if found.exc_type is KeyboardInterrupt:
+        threading.Timer(0.01, _thread.interrupt_main, [signal.SIGTERM]).start()
+    else:
+        sys.__unraisablehook__(found)
 
 
 # Tokenizers warn about forks that never happen here.

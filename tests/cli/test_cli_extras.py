@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from palinode.pipeline.doctor import EXTRAS
-from palinode.pipeline.tracking import PACKAGES
+from palinode.pipeline.tracking import TRACKERS
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -90,7 +90,7 @@ def test_nothing_is_imported_that_neither_the_package_nor_a_named_extra_brings()
         if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0)
         for name in ([node.module] if isinstance(node, ast.ImportFrom) else [one.name for one in node.names])
     }
-    optional = {"palinode", *GIVEN, *NAMED, *WITH_IT, *MODULES.values(), *PACKAGES}
+    optional = {"palinode", *GIVEN, *NAMED, *WITH_IT, *MODULES.values(), *TRACKERS}
     foreign = imported - sys.stdlib_module_names - optional
     known = packages_distributions()
     brought = {distribution(needed) for needed in PROJECT["dependencies"]}

@@ -12,7 +12,7 @@ from accelerate.tracking import GeneralTracker
 
 from palinode.errors import RecipeError
 from palinode.pipeline.run import unlearn
-from palinode.pipeline.tracking import PACKAGES, check_trackers, is_installed, tracked
+from palinode.pipeline.tracking import TRACKERS, check_trackers, is_installed, tracked
 from palinode.progress import NullListener, record
 
 SILENT = NullListener()
@@ -161,8 +161,10 @@ def test_trackers_that_cannot_be_used_are_refused_before_any_work(recipe_of, tmp
         RecipeError, match=r"no tracker 'tensorbord'; there are .*; did you mean 'tensorboard'"
     ):
         unlearn(recipe_of(tmp_path / "out", tracker="tensorbord"))
-    missing = [name for name in PACKAGES if not is_installed(name)]
+    missing = [name for name in TRACKERS if not is_installed(name)]
     for name in missing[:1]:
-        with pytest.raises(RecipeError, match=f"not installed; pip install {PACKAGES[name][0]}, or leave"):
+        with pytest.raises(
+            RecipeError, match=f"not installed; pip install {TRACKERS[name]['libraries'][0]}, or leave"
+        ):
             check_trackers(name)
     assert not (tmp_path / "out.workspace").exists()

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -24,23 +24,7 @@ from palinode.cli.console import (
     secret_workspace,
     warn,
 )
-from palinode.cli.options import (
-    ADVANCED,
-    ALLOW_PICKLE,
-    COLUMNS,
-    FORGET,
-    METHOD,
-    NEED,
-    OUTPUT,
-    TARGET,
-    Changes,
-    DryRun,
-    Json,
-    Key,
-    Quiet,
-    completion,
-    takes,
-)
+from palinode.cli.options import Changes, Quiet, keys, takes
 from palinode.errors import RecipeError, meant
 from palinode.pipeline.recipe import laid_over, named, read_recipe
 from palinode.records import Score
@@ -59,32 +43,14 @@ SIGNS: dict[str, tuple[str, Tone | None]] = {
 }
 
 
-@takes(
-    TARGET,
-    "models.base",
-    Key("models.retrained", group=NEED),
-    FORGET,
-    OUTPUT,
-    METHOD,
-    "data.retain",
-    "data.refusals",
-    COLUMNS,
-    "data.allow_overlap",
-    Key("training.max_length", group=ADVANCED),
-    Key("output.workspace", group=ADVANCED),
-    "tracker",
-    ALLOW_PICKLE,
-    "device",
-)
+@takes(*keys("doctor"))
 def doctor(
     given: dict[str, Any],
     *,
-    recipe: Annotated[
-        Path | None, typer.Option(help="A TOML recipe, instead of these; options given are laid over it.")
-    ] = None,
+    recipe: Path | None = None,
     changes: Changes = None,
     quiet: Quiet = False,
-    as_json: Json = False,
+    as_json: bool = False,
 ) -> None:
     """Tell whether a run would work, and what to mend.
 
@@ -109,7 +75,7 @@ def doctor(
 
 def _told(findings: Sequence[DoctorFinding], counts: Counter[str], *, looked_at_run: bool) -> Iterator[Block]:
     """Yield the findings by area, and what they come to."""
-    from palinode.report.content import Grid, GridCell, Paragraph, Row
+    from palinode.report.content import Grid, GridCell, Row
 
     for area, members in groupby(findings, key=lambda finding: finding.area):
         rows: list[Row] = [
@@ -128,28 +94,15 @@ def _told(findings: Sequence[DoctorFinding], counts: Counter[str], *, looked_at_
         text = f"Nothing fails; {warnings} thing{' needs' if warnings == 1 else 's need'} a look."
     if not looked_at_run:
         text += " To have a run looked at, name --target, --base, --forget and --output, or --recipe."
-    yield Paragraph(text)
+    yield text
 
 
 def report(
-    place: Annotated[
-        Path,
-        typer.Argument(help="Folder that `unlearn`, `run`, `audit`, `compare` or `demo` wrote."),
-    ],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            help="File to write: .html, .md or .json. [default: all three, in the workspace of a run, and "
-            "without texts in its folder; else in PLACE]"
-        ),
-    ] = None,
-    without_texts: Annotated[
-        bool, typer.Option("--without-texts", help="Numbers only: no prompt and no answer.")
-    ] = False,
-    audit: Annotated[
-        Path | None, typer.Option(help="Folder of an audit of the unlearned model, to be told as well.")
-    ] = None,
-    as_json: Json = False,
+    place: Path,
+    output: Path | None = None,
+    without_texts: bool = False,
+    audit: Path | None = None,
+    as_json: bool = False,
 ) -> None:
     """Write the report of a run as one self-contained page.
 
@@ -187,14 +140,8 @@ KINDS = ("methods", "transforms", "benchmarks", "metrics", "attacks")
 
 
 def list_everything(
-    kind: Annotated[
-        str | None,
-        typer.Argument(
-            help="methods, transforms, benchmarks, metrics or attacks. [default: all but attacks]",
-            autocompletion=completion(KINDS),
-        ),
-    ] = None,
-    as_json: Json = False,
+    kind: str | None = None,
+    as_json: bool = False,
 ) -> None:
     """Name methods, transforms, benchmarks, metrics, attacks."""
 
@@ -249,42 +196,21 @@ BEYOND = {"split", "options", "metrics", "against", "judge", "key_variable", "ge
 """Settings that go beyond the four basic scores of rows."""
 
 
-class EvaluationOptions(EvaluationSettings):
-    """What is asked, and how."""
-
-    data: str | None = None
-    """Rows of your own (JSONL, JSON, CSV, Parquet, text or hub data set); with --benchmark the folder of its
-    files. [default: the benchmark's hub data set]"""
-    benchmark: str | None = None
-    """tofu, restor, muse, rwku, … or own; see palinode list benchmarks."""
-    retain: str | None = None
-    """Rows of your own that must be kept."""
-    holdout: str | None = None
-    """Rows of your own, like the forget rows, that no model has seen."""
-
-
 @takes(
-    Key("max_rows", help="Rows of each set. [default: 400; all of a benchmark]"),
-    Key("max_new_tokens", help="Length limit of answers. [default: 200, or the benchmark's]"),
-    Key("max_length", help="Tokens of a row, prompt included. [default: 512, or the benchmark's]"),
-    Key(
-        "options",
-        flag="option",
-        help="An option of the benchmark, as in prompt=plain; repeatable.",
-        kind=list[str],
-        read=lambda texts: _pairs(texts),
-    ),
-    Key("general", flag="lm-eval"),
-    Key("general_include", flag="lm-eval-include"),
-    of=EvaluationOptions,
-    only=[name for name in EvaluationOptions.model_fields if name != "batch_rows"],
+    *keys("evaluate"),
+    of=EvaluationSettings,
+    only=[name for name in EvaluationSettings.model_fields if name != "batch_rows"],
 )
 def evaluate(
-    settings: EvaluationOptions,
-    model: Annotated[str, typer.Argument(help="The model: a folder, or a hub id[@revision].")],
+    settings: EvaluationSettings,
+    model: str,
+    data: str | None = None,
+    benchmark: str | None = None,
+    retain: str | None = None,
+    holdout: str | None = None,
     *,
     quiet: Quiet = False,
-    as_json: Json = False,
+    as_json: bool = False,
 ) -> None:
     """Score what a model does on rows, or a benchmark.
 
@@ -293,10 +219,8 @@ def evaluate(
     """
     from palinode import jobs
     from palinode.evaluation.evaluate import evaluate as ask_rows
-    from palinode.report.content import Paragraph
 
-    hear, data = listener(quiet=quiet), settings.data
-    benchmark, retain, holdout = settings.benchmark, settings.retain, settings.holdout
+    hear = listener(quiet=quiet)
     beyond = settings.open_unlearning or any(getattr(settings, name) for name in BEYOND)
     if benchmark or retain or holdout or beyond:
         found = jobs.evaluate_benchmark(
@@ -306,7 +230,7 @@ def evaluate(
         split = "" if record["benchmark"] == "own" else f" {record['split']}"
         said = _scores_told(found.scores, f"{record['benchmark']}{split} on {record['model']['location']}")
         if settings.output is not None:
-            said.append(Paragraph(f"{settings.output}: scores.json and the outcomes of each set"))
+            said.append(f"{settings.output}: scores.json and the outcomes of each set")
         answer(record, said, as_json=as_json)
     elif data is None:
         raise RecipeError("evaluate needs --data: a file of rows, or the folder of the benchmark's files")
@@ -320,55 +244,25 @@ def evaluate(
 
 def _scores_told(scores: Mapping[str, Mapping[str, Score]], title: str) -> list[Block]:
     from palinode.cli.console import benchmark_notes, scores_grid
-    from palinode.report.content import Items
 
-    return [scores_grid(scores, title=title), Items([*benchmark_notes(scores)])]
-
-
-def _pairs(texts: Sequence[str]) -> dict[str, str]:
-    pairs = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name.strip():
-            raise RecipeError(f"option {text!r} is not NAME=VALUE")
-        pairs[name.strip()] = value.strip()
-    return pairs
+    return [scores_grid(scores, title=title), [*benchmark_notes(scores)]]
 
 
-class AuditOptions(AuditSettings):
-    """What is audited, how, and where it is written."""
-
-    against: str
-    """The reference model: retrained without the forget set, or the base checkpoint."""
-    forget: str
-    """The forget set: JSONL, JSON, CSV, Parquet or text; file or hub data set."""
-    output: Path
-    """Folder for report.html, audit.md, audit.json and the results so far."""
-    target: str | None = None
-    """The model before unlearning; `inside`, `pair` and `traces` need it, and it is attacked too."""
-    retain: str | None = None
-    """Retain rows, for relearning from them alone."""
-    holdout: str | None = None
-    """Rows that no model has seen, for the membership attacks."""
-
-
-@takes(of=AuditOptions)
+@takes(of=AuditSettings)
 def audit(
-    settings: AuditOptions,
-    model: Annotated[str, typer.Argument(help="The model to be audited: a folder, or a hub id[@revision].")],
+    settings: AuditSettings,
+    model: str,
+    against: str,
+    forget: str,
+    output: Path,
+    target: str | None = None,
+    retain: str | None = None,
+    holdout: str | None = None,
     *,
-    reference: Annotated[
-        str,
-        typer.Option(
-            "--reference",
-            "--yardstick",
-            help="What --against is: retrained or base.",
-            autocompletion=completion(("retrained", "base")),
-        ),
-    ] = "retrained",
-    dry_run: DryRun = False,
+    reference: str = "retrained",
+    dry_run: bool = False,
     quiet: Quiet = False,
-    as_json: Json = False,
+    as_json: bool = False,
 ) -> None:
     """Attack a model and a reference model, and compare.
 
@@ -376,16 +270,15 @@ def audit(
     """
     from palinode import jobs
 
+    rows = named(forget=forget, retain=retain, holdout=holdout)
     if dry_run:
-        models = named(audited=model, reference=settings.against, target=settings.target)
-        rows = named(**settings.model_dump(include={"forget", "retain", "holdout"}))
+        models = named(audited=model, reference=against, target=target)
         _show_audit_plan(jobs.plan_audit(models, rows, reference, settings), as_json=as_json)
         return
-    places = settings.model_dump(include={"against", "forget", "output", "target", "retain", "holdout"})
-    kind: Any = reference  # it is checked there
-    found = jobs.audit(model, **places, kind=kind, settings=settings, listener=listener(quiet=quiet))
-    _show_audit(found.record, model, settings.output, as_json=as_json)
-    secret(settings.output / "results", "row by row", of=settings.output, as_json=as_json)
+    places: Any = {**rows, "against": against, "output": output, "target": target, "kind": reference}
+    found = jobs.audit(model, **places, settings=settings, listener=listener(quiet=quiet))
+    _show_audit(found.record, model, output, as_json=as_json)
+    secret(output / "results", "row by row", of=output, as_json=as_json)
     if not found.passed:
         raise typer.Exit(1)
 
@@ -414,17 +307,12 @@ def _show_audit_plan(plan: AuditPlan, *, as_json: bool) -> None:
 
 
 def compare(
-    recipe: Annotated[Path, typer.Argument(help="A TOML recipe of a comparison.")],
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Change one key of the recipe, as in budget.steps=200; repeatable."),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for the tables. [default: the recipe's]")
-    ] = None,
-    dry_run: DryRun = False,
+    recipe: Path,
+    changes: list[str] | None = None,
+    output: Path | None = None,
+    dry_run: bool = False,
     quiet: Quiet = False,
-    as_json: Json = False,
+    as_json: bool = False,
 ) -> None:
     """Compare methods: one budget, one search, one rule."""
     from palinode.compare.comparing import FILES, PAGE, describe_plan, plan_comparison

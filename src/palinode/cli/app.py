@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,29 +16,7 @@ from palinode.cli.chat import chat
 from palinode.cli.console import after_run, answer, ending, listener, out, secret, secret_workspace
 from palinode.cli.history_verbs import influence, locate, resolve_base
 from palinode.cli.history_verbs import plan as plan_command
-from palinode.cli.options import (
-    ADVANCED,
-    ALLOW_PICKLE,
-    COLUMNS,
-    FORGET,
-    NEED,
-    OTHERS,
-    OUTPUT,
-    SCALES,
-    STYLE,
-    TARGET,
-    TRAINING_KEYS,
-    WAYS,
-    Changes,
-    DryRun,
-    Json,
-    Key,
-    On,
-    Quiet,
-    Verb,
-    lengths_alike,
-    takes,
-)
+from palinode.cli.options import Changes, Quiet, keys, lengths_alike, takes, verbs
 from palinode.cli.request_verbs import requests
 from palinode.cli.weight_verbs import apply, export, reproduce, sign, vectors, verify
 from palinode.errors import InputError, RecipeError
@@ -60,15 +37,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-verb = partial(app.command, cls=Verb)
+verb = verbs(app)
 
-
-def _option(group: str, help: str) -> Any:
-    return typer.Option(help=help, rich_help_panel=group)
-
-
-_advanced = partial(_option, ADVANCED)
-_needed = partial(_option, NEED)
 
 INVENTED = "invented rows, θ_1"
 """What the demo's workspace holds."""
@@ -95,39 +65,21 @@ def _options(
 
 
 @verb()
-@takes(
-    replace(TARGET, needed=True),
-    replace(FORGET, needed=True),
-    replace(OUTPUT, needed=True),
-    *WAYS,
-    "output.workspace",
-    "output.keep_unchanged",
-    "tracker",
-)
+@takes(*keys("unlearn"))
 def unlearn(
     content: dict[str, Any],
     *,
-    checkpoints: Annotated[
-        str | None,
-        _advanced("Instead of --base: the checkpoint series to find it in, as `palinode locate` does."),
-    ] = None,
-    log: Annotated[Path | None, _advanced("With --checkpoints: folder of an exposure log.")] = None,
-    order: Annotated[
-        Path | None, _advanced("With --checkpoints: file that describes the data order.")
-    ] = None,
-    corpus: Annotated[str | None, _advanced("With --checkpoints: the rows trained on.")] = None,
-    control: Annotated[
-        str | None, _advanced("With --checkpoints: rows like the forget rows, never trained on.")
-    ] = None,
+    checkpoints: str | None = None,
+    log: Path | None = None,
+    order: Path | None = None,
+    corpus: str | None = None,
+    control: str | None = None,
     changes: Changes = None,
-    dry_run: DryRun = False,
-    measure: Annotated[
-        bool,
-        typer.Option("--measure", help="With --dry-run: rehearse it, and foretell α and the cost."),
-    ] = False,
-    on: On = None,
+    dry_run: bool = False,
+    measure: bool = False,
+    on: str | None = None,
     quiet: Quiet = False,
-    as_json: Json = False,
+    as_json: bool = False,
 ) -> None:
     """From two models and a forget set to an unlearned model.
 
@@ -146,57 +98,16 @@ def unlearn(
 
 
 @verb(name="filter")
-@takes(
-    replace(TARGET, needed=True),
-    Key("models.given", flag="unlearned", help="The model that was made of it.", needed=True, group=NEED),
-    Key("data.retain", help="Rows whose effect must stay.", needed=True, group=NEED),
-    replace(OUTPUT, needed=True),
-    Key(
-        "data.forget", help="The rows that were to be forgotten: with them α and μ are searched.", group=NEED
-    ),
-    "models.base",
-    "data.background",
-    COLUMNS,
-    Key(
-        "scales.forget",
-        flag="alpha",
-        kind=float,
-        help="α: how far to go. [default: searched, or without --forget 1, as far as the change went]",
-    ),
-    "scales.retain_share",
-    "training.max_length",
-    "evaluation.max_rows",
-    "evaluation.max_new_tokens",
-    "output.dtype",
-    "output.workspace",
-    "output.keep_unchanged",
-    ALLOW_PICKLE,
-    "device",
-    "seed",
-)
+@takes(*keys("filter"))
 def filter_verb(
     content: dict[str, Any],
     *,
-    mu: Annotated[
-        float | None,
-        typer.Option(
-            help="μ: how much the retain inputs count. [default: searched, or 100]",
-            min=0,
-            rich_help_panel=SCALES,
-        ),
-    ] = None,
-    epsilon: Annotated[
-        float | None,
-        typer.Option(
-            help="ε: how much is kept where nothing is known. [default: μ / 100]",
-            min=0,
-            rich_help_panel=SCALES,
-        ),
-    ] = None,
+    mu: float | None = None,
+    epsilon: float | None = None,
     changes: Changes = None,
-    dry_run: DryRun = False,
+    dry_run: bool = False,
     quiet: Quiet = False,
-    as_json: Json = False,
+    as_json: bool = False,
 ) -> None:
     """Filter what another tool unlearned: it keeps more.
 
@@ -224,16 +135,16 @@ def filter_verb(
 
 
 @verb()
-@takes("tracker", "output.keep_unchanged")
+@takes(*keys("run"))
 def run(
     content: dict[str, Any],
-    recipe: Annotated[Path, typer.Argument(help="A TOML recipe.")],
+    recipe: Path,
     *,
     changes: Changes = None,
-    dry_run: DryRun = False,
-    on: On = None,
+    dry_run: bool = False,
+    on: str | None = None,
     quiet: Quiet = False,
-    as_json: Json = False,
+    as_json: bool = False,
 ) -> None:
     """Do the job of unlearn as a recipe describes it."""
 
@@ -243,23 +154,15 @@ def run(
 
 
 @verb()
-@takes(
-    *TRAINING_KEYS,
-    COLUMNS,
-    "tracker",
-    ALLOW_PICKLE,
-    "device",
-    "seed",
-    replace(STYLE, place="prompts", group=OTHERS),
-)
+@takes(*keys("finetune"))
 def finetune(
     content: dict[str, Any],
     *,
-    base: Annotated[str, _needed("The checkpoint to start from: a folder, or a hub id[@revision].")],
-    data: Annotated[str, _needed("The rows: JSONL, JSON, CSV, Parquet or text; file or hub data set.")],
-    output: Annotated[Path, _needed("Folder for the fine-tuned checkpoint (float32).")],
+    base: str,
+    data: str,
+    output: Path,
     quiet: Quiet = False,
-    as_json: Json = False,
+    as_json: bool = False,
 ) -> None:
     """Fine-tune a checkpoint on rows, as unlearn does."""
     from palinode.jobs import finetune_file
@@ -296,19 +199,11 @@ verb()(evaluate)
 @takes(of=Questioning, only=["seed"])
 def demo(
     settings: Questioning,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for everything the demo makes. [default: palinode-demo, or palinode-demo-locate]"
-        ),
-    ] = None,
-    locate: Annotated[
-        bool,
-        typer.Option("--locate", help="A ladder of checkpoints instead: when were rows seen, which to take?"),
-    ] = False,
+    output: Path | None = None,
+    locate: bool = False,
     *,
     quiet: Quiet = False,
-    as_json: Json = False,
+    as_json: bool = False,
 ) -> None:
     """Unlearn invented people from a tiny model.
 
@@ -319,13 +214,12 @@ def demo(
         return
     from palinode.cli.console import demo_sentence
     from palinode.pipeline.demo_run import demo as run_demo
-    from palinode.report.content import Paragraph
     from palinode.report.run_report import demo_grid, strength
 
     result = run_demo(output or Path("palinode-demo"), seed=settings.seed, listener=listener(quiet=quiet))
     unlearned = result.folder / "unlearned"
     record = read_json(unlearned / "record.json")
-    said: list[Block] = [demo_grid(result.record), Paragraph(demo_sentence(result))]
+    said: list[Block] = [demo_grid(result.record), demo_sentence(result)]
     answer(result.record, said, as_json=as_json)
     ending(
         verdict=record["verdict"],
@@ -339,14 +233,9 @@ def demo(
 
 @verb(name="forget-workspace")
 def forget_workspace(
-    place: Annotated[
-        Path,
-        typer.Argument(
-            help="What `unlearn`, `audit`, `compare`, `evaluate` or `demo` wrote, or a workspace."
-        ),
-    ],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Destroy without asking.")] = False,
-    as_json: Json = False,
+    place: Path,
+    yes: bool = False,
+    as_json: bool = False,
 ) -> None:
     """Destroy what a run left that holds its rows.
 
@@ -390,11 +279,10 @@ def _needs_base(name: str) -> bool:
 
 def _demo_locate(output: Path, *, seed: int, quiet: bool, as_json: bool) -> None:
     from palinode.pipeline.demo_run import demo_locate
-    from palinode.report.content import Paragraph
     from palinode.report.location_report import demo_brief
 
     result = demo_locate(output, seed=seed, listener=listener(quiet=quiet))
-    said = [*demo_brief(result.record), Paragraph(f"Everything is in {result.folder}.")]
+    said = [*demo_brief(result.record), f"Everything is in {result.folder}."]
     answer(result.record, said, as_json=as_json)
     secret(result.folder / "workspace", INVENTED, of=result.folder, as_json=as_json)
 

@@ -9,9 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from palinode.cli.console import listener, out
 from palinode.cli.options import Quiet, takes
@@ -36,20 +34,14 @@ Everything else is a question to all models."""
 @takes(of=Questioning, only=["allow_pickle", "device"])
 def chat(
     settings: Questioning,
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="An unlearned model, with its record.")],
-    against: Annotated[
-        str | None, typer.Option(help="The model to compare with. [default: the run's target]")
-    ] = None,
-    base: Annotated[str | None, typer.Option(help="The run's base (θ_0), if it lies elsewhere now.")] = None,
-    alone: Annotated[
-        bool, typer.Option("--alone", help="Compare with no other model, to save memory.")
-    ] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Length limit of answers.", min=1)] = 200,
+    folder: Path,
+    against: str | None = None,
+    base: str | None = None,
+    alone: bool = False,
+    max_new_tokens: int = 200,
     *,
     quiet: Quiet = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print each question with its answers as one line of JSON.")
-    ] = False,
+    as_json: bool = False,
 ) -> None:
     """Ask an unlearned model and its target the same.
 

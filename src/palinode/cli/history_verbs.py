@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -20,7 +20,7 @@ from palinode.cli.console import (
     secret_workspace,
     warn,
 )
-from palinode.cli.options import FORGET, OUTPUT, TARGET, WAYS, Changes, Json, Key, Quiet, lengths_alike, takes
+from palinode.cli.options import Changes, Quiet, keys, lengths_alike, takes
 from palinode.errors import OutputError, RecipeError
 from palinode.pipeline.recipe import (
     build_recipe,
@@ -44,54 +44,43 @@ if TYPE_CHECKING:
     from palinode.history.locating import Location
 
 
-class LocateOptions(LocateSettings):
-    """What is located, by what evidence, and where it is written."""
-
-    forget: str
-    """The forget set: a file of rows, or a hub data set."""
-    checkpoints: str
-    """The ladder: a folder of checkpoints, a list a,b,c, or a hub id as in ID@step*."""
-    log: Path | None = None
-    """Folder of an exposure log."""
-    order: Path | None = None
-    """File that describes the data order."""
-    control: str | None = None
-    """Rows like the forget rows that were never trained on."""
-    corpus: str | None = None
-    """The rows trained on: copies are looked for; --order counts them."""
-    target: str | None = None
-    """The model to be cleaned, for its step (by name or trainer state)."""
-    picture: Path | None = None
-    """Write a picture here (SVG)."""
-    report: Path | None = None
-    """Write the answer as a page here (.html, or Markdown)."""
-
-
-STEPS = Key("steps", kind=str, read=lambda text: _numbers(text))
-
-
-@takes(STEPS, of=LocateOptions)
-def locate(given: LocateOptions, *, quiet: Quiet = False, as_json: Json = False) -> None:
+@takes(*keys("locate"), of=LocateSettings)
+def locate(
+    settings: LocateSettings,
+    forget: str,
+    checkpoints: str,
+    log: Path | None = None,
+    order: Path | None = None,
+    control: str | None = None,
+    corpus: str | None = None,
+    target: str | None = None,
+    picture: Path | None = None,
+    report: Path | None = None,
+    *,
+    quiet: Quiet = False,
+    as_json: bool = False,
+) -> None:
     """Tell when rows were seen, and the checkpoint before."""
     from palinode import jobs
     from palinode.report.location_report import location_brief, location_picture
     from palinode.report.reports import Facts, html_report, markdown_report, report_content
 
-    for place in filter(None, (given.picture, given.report)):
+    for place in filter(None, (picture, report)):
         check_place(place)
-    places = {"forget", "checkpoints", "control", "log", "order", "corpus", "target"}
-    found = jobs.locate(**given.model_dump(include=places), settings=given, listener=listener(quiet=quiet))
+    given: Any = {"log": log, "order": order, "control": control, "corpus": corpus, "target": target}
+    hear = listener(quiet=quiet)
+    found = jobs.locate(forget, checkpoints, **given, settings=settings, listener=hear)
     record = found.as_record()
-    if given.picture:
-        write_text(given.picture, location_picture(record))
-    if given.report:
-        written = html_report if given.report.suffix == ".html" else markdown_report
-        write_text(given.report, written(report_content(Facts("locate", record))))
+    if picture:
+        write_text(picture, location_picture(record))
+    if report:
+        written = html_report if report.suffix == ".html" else markdown_report
+        write_text(report, written(report_content(Facts("locate", record))))
     answer(record, location_brief(record), as_json=as_json)
     for text in () if as_json else record["warnings"]:
         warn(text)
-    following = after_location(found.recommended, given.target or "TARGET", given.forget)
-    ending(places={"Page": given.report, "Picture": given.picture}, following=following, as_json=as_json)
+    following = after_location(found.recommended, target or "TARGET", forget)
+    ending(places={"Page": report, "Picture": picture}, following=following, as_json=as_json)
 
 
 class InfluenceOptions(InfluenceSettings):
@@ -116,21 +105,22 @@ class InfluenceOptions(InfluenceSettings):
 
 
 @takes(
-    STEPS,
-    *(Key(name, kind=list[str], read=tuple) for name in ("ask", "answer")),
-    Key("ranked", flag="rows"),
+    *keys("traced"),
     of=InfluenceOptions,
-    only=[name for name in InfluenceOptions.model_fields if name != "style"],
-    beside=(TARGET, FORGET, OUTPUT, *WAYS, "output.workspace"),
+    only=[
+        *(name for name in InfluenceOptions.model_fields if name not in InfluenceSettings.model_fields),
+        *(name for name in InfluenceSettings.model_fields if name != "style"),
+    ],
+    beside=keys("influence"),
 )
 def influence(
     settings: InfluenceOptions,
     content: dict[str, Any],
-    run: Annotated[Path | None, typer.Argument(help="What `unlearn` wrote: nothing is trained then.")] = None,
+    run: Path | None = None,
     *,
     changes: Changes = None,
     quiet: Quiet = False,
-    as_json: Json = False,
+    as_json: bool = False,
 ) -> None:
     """Tell what rows had to do with an answer.
 
@@ -286,13 +276,6 @@ def resolve_base(
     return found
 
 
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise RecipeError(f"--steps has {text!r}; write whole numbers with commas, as in 100,200") from None
-
-
 def check_place(path: Path) -> Path:
     """Return a path that a file can be written to; raise OutputError where it cannot."""
 
@@ -305,21 +288,14 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
 
 
 def plan(
-    steps: Annotated[int, typer.Option(help="Length of the training in optimiser steps.", min=1)],
-    checkpoint_size: Annotated[str, typer.Option(help="Size of one checkpoint, as in 2.5GB, or its folder.")],
-    budget: Annotated[str, typer.Option(help="Storage for checkpoints, as in 500GB.")],
-    every: Annotated[
-        int | None, typer.Option(help="Steps between possible saves. [default: 1/200 of the training]", min=1)
-    ] = None,
-    interest: Annotated[
-        str, typer.Option(help="What requests concern: uniform (all steps alike) or recent.")
-    ] = "uniform",
-    half_life: Annotated[
-        float | None,
-        typer.Option(help="Steps after which interest has halved. [default: 1/10 of the training]"),
-    ] = None,
-    picture: Annotated[Path | None, typer.Option(help="Write a picture here (SVG).")] = None,
-    as_json: Json = False,
+    steps: int,
+    checkpoint_size: str,
+    budget: str,
+    every: int | None = None,
+    interest: str = "uniform",
+    half_life: float | None = None,
+    picture: Path | None = None,
+    as_json: bool = False,
 ) -> None:
     """Plan which checkpoints a training should keep.
 

@@ -1,15 +1,16 @@
 """Options are declared once, as the fields of the settings: flag, help, type, range and default.
 
-`@takes("training.epochs", …)` gives a verb an option for each of these keys of a recipe, and the verb gets
-what was given as the nested content of one. `@takes(of=AuditSettings)` gives it one for each field of those
-settings, and the verb gets them checked. Options of the command line alone, with one wording, stand below.
+`@takes(*keys("unlearn"))` gives a verb an option for each key of a recipe that keys.toml has for it, and the
+verb gets what was given as the nested content of one. `@takes(of=AuditSettings)` gives it one for each field
+of those settings, and the verb gets them checked. Options of the command line alone stand below.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -22,6 +23,7 @@ from typer.core import TyperCommand
 from palinode.cli.console import hush_libraries
 from palinode.errors import RecipeError
 from palinode.pipeline.recipe import Recipe, checked_settings, known_keys, laid_over, prompt_style
+from palinode.records import packaged
 from palinode.settings import Questioning
 
 GROUPS = {
@@ -102,24 +104,22 @@ class Key:
 
 
 def takes(
-    *keys: Key | str,
-    of: type[BaseModel] = Recipe,
-    only: Sequence[str] = (),
-    beside: Sequence[Key | str] = (),
+    *wanted: Key, of: type[BaseModel] = Recipe, only: Sequence[str] = (), beside: Sequence[Key] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a verb an option for each of these keys of a recipe; the verb's first parameter is the content.
 
-    Of other settings every field is an option, or `only` these; `keys` say what is special about some, and
+    Of other settings every field is an option, or `only` these; the keys say what is special about some, and
     the verb's first parameter is the settings. Keys of a recipe `beside` them make a content that is its
     second one; an option that both have a key for goes into both.
     """
-    wanted, further = ([key if isinstance(key, Key) else Key(key) for key in some] for some in (keys, beside))
     if of is not Recipe:
         known = COMMON | {key.place: key for key in wanted}
-        shared, own = Questioning.model_fields, vars(of).get("__annotations__", ())  # its own first
-        names = sorted(only or of.model_fields, key=lambda name: (name in shared, name not in own))
-        wanted = [known.get(name, Key(name, needed=of.model_fields[name].is_required())) for name in names]
-    sides: list[tuple[type[BaseModel], list[Key]]] = [(of, wanted), *([(Recipe, further)] if further else [])]
+        names = sorted(only or of.model_fields, key=Questioning.model_fields.__contains__)  # its own first
+        wanted = tuple(
+            known.get(name, Key(name, needed=of.model_fields[name].is_required())) for name in names
+        )
+    sides: list[tuple[type[BaseModel], Sequence[Key]]] = [(of, wanted)]
+    sides += [(Recipe, beside)] if beside else []
     shown = {key.name: key.parameter(model) for model, side in reversed(sides) for key in side}
 
     def give(verb: Callable[..., None]) -> Callable[..., None]:
@@ -239,94 +239,47 @@ def recipe_keys() -> list[str]:
 
 # Keys of several verbs
 
-TARGET = Key("models.target")
-FORGET = Key("data.forget", group=NEED)
-OUTPUT = Key("output.folder", flag="output", group=NEED)
-ALLOW_PICKLE = Key("models.allow_pickle", group=ADVANCED)
-COLUMNS = Key(
-    "data.columns",
-    help="Column names of the rows, as in question=q,answer=reply, where they do not say it themselves.",
-    kind=str,
-    read=lambda text: _columns(text),
-)
-LORA = Key(
-    "training.lora.rank",
-    flag="lora",
-    help="Train low-rank adapters of this rank instead of all weights (pip install 'palinode[lora]').",
-)
-METHOD = Key(
-    "method",
-    help="A name that `palinode list methods` prints. [default: msa]",
-    group=NEED,
-)
-TRAINING_KEYS = (
-    "training.epochs",
-    "training.learning_rate",
-    "training.batch_size",
-    "training.accumulation",
-    "training.warmup_epochs",
-    "training.weight_decay",
-    "training.max_length",
-    "training.precision",
-    LORA,
-)
-STYLE = Key(
-    "style",
-    flag="set",
-    help="How questions are put, as in prompts.chat=false, prompts.system_prompt=… or prompts.date=…; "
-    "repeatable.",
-    kind=list[str],
-    read=prompt_style,
-)
-WAYS = (
-    Key(
-        "models.base",
-        help="An earlier checkpoint of it that had not seen the forget set (θ_0), or give --checkpoints.",
-    ),
-    METHOD,
-    "data.retain",
-    "data.holdout",
-    "data.background",
-    "data.refusals",
-    COLUMNS,
-    "data.allow_overlap",
-    Key(
-        "scales",
-        help="auto (searched), grid (a small grid), or α,β as in 1.0,0.5. [default: auto]",
-        group=SCALES,
-        kind=str,
-        read=lambda text: scales_of(text),
-    ),
-    "scales.retain_share",
-    "scales.aim_share",
-    Key("filter", group=SCALES),
-    *TRAINING_KEYS,
-    "evaluation.max_rows",
-    "evaluation.max_new_tokens",
-    "output.dtype",
-    "output.rounding",
-    Key("models.retrained", group=ADVANCED),
-    ALLOW_PICKLE,
-    "device",
-    "seed",
-)
-"""How rows are taken back, whichever they are and wherever the model goes."""
-COMMON = {"columns": replace(COLUMNS, place="columns"), "style": STYLE}
+KEYS = tomllib.loads(packaged("cli/keys.toml"))
+KINDS: Mapping[str, Any] = {"str": str, "float": float, "list": list[str]}
+READERS: Mapping[str, Callable[[Any], Any]] = {
+    "columns": lambda text: _columns(text),
+    "scales": lambda text: scales_of(text),
+    "style": prompt_style,
+    "numbers": lambda text: _numbers(text),
+    "pairs": lambda texts: _pairs(texts),
+    "texts": tuple,
+    "no": lambda _: False,
+}
+
+
+def keys(verb: str) -> list[Key]:
+    """Return the keys of a recipe that a verb takes, as keys.toml has them."""
+    found = list[Key]()
+    for one in KEYS[verb]:
+        if str(one).startswith("@"):
+            found += keys(one[1:])
+        else:
+            found.append(key_of(**(one if isinstance(one, dict) else {"place": one})))
+    return found
+
+
+def key_of(place: str, **own: Any) -> Key:
+    """Return a key with what keys.toml says of it wherever it is taken."""
+    facts = {**KEYS["key"].get(place, {}), **own}
+    known = {"kind": KINDS, "read": READERS}
+    return Key(place, **{name: known[name][it] if name in known else it for name, it in facts.items()})
+
+
+COMMON = {
+    "columns": replace(key_of("data.columns"), place="columns"),
+    "style": replace(key_of("prompts", group=""), place="style"),
+}
 """Fields of several settings that the command line writes in its own way."""
 
 # Options of the command line alone
 
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Show no progress.", callback=hush_libraries, is_eager=True)
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; do nothing.")]
-On = Annotated[
-    str | None,
-    typer.Option(
-        help="With --dry-run: plan for other machines, as in 8xh100, or 8xh100@2.50 at that price an hour "
-        "and device; the model may be a folder with a config.json alone."
-    ),
 ]
 Changes = Annotated[
     list[str] | None,
@@ -335,9 +288,6 @@ Changes = Annotated[
         help="Set any key of a recipe, as in training.learning_rate=2e-5; repeatable.",
         autocompletion=completion(recipe_keys()),
     ),
-]
-FixedScales = Annotated[
-    str, typer.Option(help="α,β as in 1.0,0.5, or α alone; with β = 0 the retain model is never opened.")
 ]
 
 
@@ -371,6 +321,23 @@ def _columns(text: str) -> dict[str, str]:
     return parse_columns(text)
 
 
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise RecipeError(f"--steps has {text!r}; write whole numbers with commas, as in 100,200") from None
+
+
+def _pairs(texts: Sequence[str]) -> dict[str, str]:
+    pairs = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise RecipeError(f"option {text!r} is not NAME=VALUE")
+        pairs[name.strip()] = value.strip()
+    return pairs
+
+
 # Help in groups
 
 
@@ -389,3 +356,31 @@ class Verb(TyperCommand):
         for group in sorted(groups, key=ORDER.index):
             with formatter.section(group):
                 formatter.write_dl(groups[group])
+
+
+def explained(function: Callable[..., None], group: str = "") -> Callable[..., None]:
+    """Have the parameters of a verb be options with what keys.toml says of them."""
+    table = {**KEYS["option"]["every"], **KEYS["option"].get(group + function.__name__, {})}
+    signature = inspect.signature(function, eval_str=True)
+    parameters = [
+        one
+        if get_origin(one.annotation) is Annotated or one.annotation is typer.Context
+        else one.replace(annotation=Annotated[one.annotation, _option(one.name, **table[one.name])])
+        for one in signature.parameters.values()
+    ]
+    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {}  # those of the signature hold
+    return function
+
+
+def _option(name: str, *, argument: bool = False, group: str | None = None, **facts: Any) -> Any:
+    flags, values = facts.pop("flags", [f"--{name.replace('_', '-')}"]), facts.pop("values", None)
+    facts |= {"rich_help_panel": group, "autocompletion": completion(values) if values else None}
+    return typer.Argument(**facts) if argument else typer.Option(*flags, **facts)
+
+
+def verbs(
+    app: typer.Typer, group: str = "", kind: type[TyperCommand] = Verb
+) -> Callable[..., Callable[[Callable[..., None]], Callable[..., None]]]:
+    """Return what makes functions commands of a group, whose name is before theirs in keys.toml."""
+    return lambda name=None: lambda function: app.command(name, cls=kind)(explained(function, group))

@@ -5,14 +5,13 @@ from __future__ import annotations
 import shlex
 from contextlib import suppress
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from palinode.cli.console import answer, ending, listener, out, print_json, warn
-from palinode.cli.options import NEED, TARGET, WAYS, Changes, Json, Quiet, Verb, takes
+from palinode.cli.options import Changes, Quiet, keys, takes, verbs
 from palinode.errors import OutputError
 from palinode.pipeline.recipe import with_changes
 from palinode.records import write_json, write_text
@@ -23,17 +22,9 @@ if TYPE_CHECKING:
     from palinode.requests.ledger import Model, Standing
 
 requests = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
-verb = partial(requests.command, cls=Verb)
+verb = verbs(requests, "requests ")
 
-Where = Annotated[
-    Path, typer.Option("--ledger", envvar="PALINODE_LEDGER", help="Folder of the ledger.", show_default=True)
-]
 HERE = Path("requests")
-Id = Annotated[str, typer.Argument(metavar="ID", help="A request.")]
-Ids = Annotated[
-    list[str] | None, typer.Argument(metavar="ID…", help="Requests. [default: all that are open]")
-]
-Day = Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"])]
 
 
 @requests.callback()
@@ -51,21 +42,17 @@ def _desk(ledger: Path, *, quiet: bool = True) -> Desk:
 
 
 @verb()
-@takes(TARGET, *WAYS)
+@takes(*keys("init"))
 def init(
     content: dict[str, Any],
     *,
-    ledger: Where = HERE,
-    days: Annotated[int, typer.Option(min=0, help="Days until a request is due.", rich_help_panel=NEED)] = 30,
-    need_approval: Annotated[
-        bool, typer.Option("--need-approval", help="Publish nothing that no named person approved.")
-    ] = False,
-    need_audit: Annotated[
-        bool, typer.Option("--need-audit", help="Publish nothing before all its requests were audited.")
-    ] = False,
-    budget: Annotated[str, typer.Option(help="Of audits: quick, standard or full.")] = "quick",
+    ledger: Path = HERE,
+    days: int = 30,
+    need_approval: bool = False,
+    need_audit: bool = False,
+    budget: str = "quick",
     changes: Changes = None,
-    as_json: Json = False,
+    as_json: bool = False,
 ) -> None:
     """Begin a ledger, or change how requests are carried out.
 
@@ -82,17 +69,13 @@ def init(
 
 @verb()
 def add(
-    name: Id,
-    rows: Annotated[
-        str, typer.Option(help="Its rows: JSONL, JSON, CSV, Parquet or text; they stay where they are.")
-    ],
-    reference: Annotated[
-        str, typer.Option(help="What you know it by: a ticket, a case, whoever asked.")
-    ] = "",
-    received: Day = None,
-    due: Day = None,
-    ledger: Where = HERE,
-    as_json: Json = False,
+    name: str,
+    rows: str,
+    reference: str = "",
+    received: datetime | None = None,
+    due: datetime | None = None,
+    ledger: Path = HERE,
+    as_json: bool = False,
 ) -> None:
     """Take a request in.
 
@@ -114,17 +97,15 @@ def add(
 
 @verb()
 def locate(
-    name: Id,
-    checkpoints: Annotated[
-        str, typer.Option(help="The ladder: a folder, a list a,b,c, or a hub id as in ID@step*.")
-    ],
-    log: Annotated[Path | None, typer.Option(help="Folder of an exposure log.")] = None,
-    order: Annotated[Path | None, typer.Option(help="File that describes the data order.")] = None,
-    corpus: Annotated[str | None, typer.Option(help="The rows trained on.")] = None,
-    control: Annotated[str | None, typer.Option(help="Rows like the request's, never trained on.")] = None,
-    ledger: Where = HERE,
+    name: str,
+    checkpoints: str,
+    log: Path | None = None,
+    order: Path | None = None,
+    corpus: str | None = None,
+    control: str | None = None,
+    ledger: Path = HERE,
     quiet: Quiet = False,
-    as_json: Json = False,
+    as_json: bool = False,
 ) -> None:
     """Find the last checkpoint before its rows were seen.
 
@@ -139,7 +120,9 @@ def locate(
 
 
 @verb(name="carry-out")
-def carry_out(ids: Ids = None, ledger: Where = HERE, quiet: Quiet = False, as_json: Json = False) -> None:
+def carry_out(
+    ids: list[str] | None = None, ledger: Path = HERE, quiet: Quiet = False, as_json: bool = False
+) -> None:
     """Make one model for these requests and those before."""
     desk = _desk(ledger, quiet=quiet)
     model, result = desk.carry_out(ids or None)
@@ -147,7 +130,9 @@ def carry_out(ids: Ids = None, ledger: Where = HERE, quiet: Quiet = False, as_js
 
 
 @verb()
-def audit(ids: Ids = None, ledger: Where = HERE, quiet: Quiet = False, as_json: Json = False) -> None:
+def audit(
+    ids: list[str] | None = None, ledger: Path = HERE, quiet: Quiet = False, as_json: bool = False
+) -> None:
     """Attack the model that was made last.
 
     It takes the rows of each of its requests, and all together. What is worse than at the last audit of a
@@ -169,10 +154,10 @@ def audit(ids: Ids = None, ledger: Where = HERE, quiet: Quiet = False, as_json: 
 
 @verb()
 def approve(
-    by: Annotated[str, typer.Option(help="Who agrees.")],
-    note: Annotated[str, typer.Option(help="Why, or under what condition.")] = "",
-    ledger: Where = HERE,
-    as_json: Json = False,
+    by: str,
+    note: str = "",
+    ledger: Path = HERE,
+    as_json: bool = False,
 ) -> None:
     """Record who agrees to the model that was made last."""
     desk = _desk(ledger)
@@ -182,9 +167,9 @@ def approve(
 
 @verb()
 def publish(
-    despite: Annotated[str, typer.Option(help="Why it is published though a verdict on it is red.")] = "",
-    ledger: Where = HERE,
-    as_json: Json = False,
+    despite: str = "",
+    ledger: Path = HERE,
+    as_json: bool = False,
 ) -> None:
     """Have the model that was made last served.
 
@@ -198,11 +183,11 @@ def publish(
 
 @verb()
 def withdraw(
-    name: Id,
-    reason: Annotated[str, typer.Option(help="Why.")] = "",
-    ledger: Where = HERE,
+    name: str,
+    reason: str = "",
+    ledger: Path = HERE,
     quiet: Quiet = False,
-    as_json: Json = False,
+    as_json: bool = False,
 ) -> None:
     """Take a request back, and make the model that never had it."""
     desk = _desk(ledger, quiet=quiet)
@@ -214,28 +199,24 @@ def withdraw(
 
 
 @verb(name="list")
-def list_requests(ledger: Where = HERE, as_json: Json = False) -> None:
+def list_requests(ledger: Path = HERE, as_json: bool = False) -> None:
     """List all requests."""
-    from palinode.report.content import Paragraph
     from palinode.requests.telling import request_facts, requests_grid, served_sentence
 
     desk = _desk(ledger)
     events, now = desk.ledger.events(), desk.standing()
     table = requests_grid(now, now.requests.values(), today=datetime.now(UTC).date())
     facts = [request_facts(events, request) for request in now.requests.values()]
-    answer(facts, [table, Paragraph(served_sentence(now, desk.folder))], as_json=as_json)
+    answer(facts, [table, served_sentence(now, desk.folder)], as_json=as_json)
 
 
 @verb(name="show")
 def show_request(
-    name: Annotated[
-        str | None, typer.Argument(metavar="ID", help="A request. [default: the whole ledger]")
-    ] = None,
-    ledger: Where = HERE,
-    as_json: Json = False,
+    name: str | None = None,
+    ledger: Path = HERE,
+    as_json: bool = False,
 ) -> None:
     """Show what happened: of one request, or of all."""
-    from palinode.report.content import Paragraph
     from palinode.requests.telling import events_grid, export, requests_grid, served_sentence
 
     desk = _desk(ledger)
@@ -248,22 +229,21 @@ def show_request(
         if not name or event.request == name or (event.after in made and not event.request)
     ]
     table = requests_grid(now, chosen, today=datetime.now(UTC).date())
-    last = Paragraph(f"{served_sentence(now, desk.folder)}\nHead of the chain: {now.head}")
+    last = f"{served_sentence(now, desk.folder)}\nHead of the chain: {now.head}"
     facts = _facts(desk, name) if name else export(events)
     answer(facts, [table, events_grid(about), last], as_json=as_json)
 
 
 @verb()
 def due(
-    within: Annotated[int | None, typer.Option(min=0, help="Only what is due in so many days.")] = None,
-    ledger: Where = HERE,
-    as_json: Json = False,
+    within: int | None = None,
+    ledger: Path = HERE,
+    as_json: bool = False,
 ) -> None:
     """Tell what has to be done by when.
 
     The exit code is 1 where something is overdue.
     """
-    from palinode.report.content import Paragraph
     from palinode.requests.telling import request_facts, requests_grid
 
     desk = _desk(ledger)
@@ -277,17 +257,15 @@ def due(
     facts = [{**request_facts(events, one), "days_left": (one.due - today).days} for one in waiting]
     told = f"{len(waiting)} to be served, {late} overdue." if waiting else "Nothing is due."
     table = [requests_grid(now, waiting, today=today)] if waiting else []
-    answer(facts, [*table, Paragraph(told)], as_json=as_json)
+    answer(facts, [*table, told], as_json=as_json)
     if late:
         raise typer.Exit(1)
 
 
 @verb(name="export")
 def export_ledger(
-    output: Annotated[
-        Path, typer.Option(help="A file: .csv for the requests, .json for the events with their chain too.")
-    ],
-    ledger: Where = HERE,
+    output: Path,
+    ledger: Path = HERE,
 ) -> None:
     """Write requests and events for an authority."""
     from palinode.evaluation.evaluate import check_new_file
@@ -307,11 +285,9 @@ def export_ledger(
 
 @verb()
 def check(
-    against: Annotated[
-        Path | None, typer.Option(help="An earlier export (.json): nothing in it may have gone.")
-    ] = None,
-    ledger: Where = HERE,
-    as_json: Json = False,
+    against: Path | None = None,
+    ledger: Path = HERE,
+    as_json: bool = False,
 ) -> None:
     """Tell whether the ledger's past is as it was written.
 
@@ -327,8 +303,8 @@ def check(
 
 @verb()
 def serve(
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of this machine; 0 takes a free one.")] = 8765,
-    ledger: Where = HERE,
+    port: int = 8765,
+    ledger: Path = HERE,
 ) -> None:
     """Show the ledger in a browser on this machine."""
     from palinode.requests.telling import ledger_page, server

@@ -8,12 +8,13 @@ import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+from typer.core import TyperCommand
 
 from palinode.cli.console import answer, listener, out, print_json, secret_workspace, warn
-from palinode.cli.options import FixedScales, Json, Key, Quiet, parse_scales, takes
+from palinode.cli.options import Quiet, explained, keys, parse_scales, takes, verbs
 from palinode.errors import CheckpointError, RecipeError
 from palinode.records import workspace_beside, write_text
 from palinode.settings import ApplySettings
@@ -25,35 +26,18 @@ if TYPE_CHECKING:
     from palinode.weights.vectors import StoredVector
 
 
-@takes(
-    Key(
-        "check",
-        flag="no-check",
-        help="Do not read the result back; then there is no weights.json.",
-        read=lambda _: False,
-    ),
-    of=ApplySettings,
-)
+@takes(*keys("apply"), of=ApplySettings)
 def apply(
     settings: ApplySettings,
-    target: Annotated[str, typer.Option(help="The model to be cleaned (θ_D).")],
-    forget_model: Annotated[
-        str,
-        typer.Option(
-            help="θ_1: the base fine-tuned on the forget set; or its vector: a LoRA adapter, a stored one."
-        ),
-    ],
-    output: Annotated[Path, typer.Option(help="Folder for the result; must not exist, or be empty.")],
-    base: Annotated[
-        str | None, typer.Option(help="The checkpoint that the others were fine-tuned from (θ_0).")
-    ] = None,
-    retain_model: Annotated[
-        str | None, typer.Option(help="θ_2: the base fine-tuned on a retain sample; or its vector.")
-    ] = None,
-    scales: FixedScales = "1.0,0.0",
+    target: str,
+    forget_model: str,
+    output: Path,
+    base: str | None = None,
+    retain_model: str | None = None,
+    scales: str = "1.0,0.0",
     *,
     quiet: Quiet = False,
-    as_json: Json = False,
+    as_json: bool = False,
 ) -> None:
     """Write θ_D − α(θ_1 − θ_0) + β(θ_2 − θ_0) of given models.
 
@@ -107,27 +91,20 @@ def _sentence(output: Path, saved: Saved) -> str:
 
 vectors = typer.Typer(rich_markup_mode=None)
 
-Base = Annotated[str | None, typer.Option(help="The point that vectors to a --model start from (θ_0).")]
-
 
 @vectors.callback(invoke_without_command=True)
+@explained
 @takes(of=ApplySettings, only=["allow_pickle"])
 def vector(
     settings: ApplySettings,
     context: typer.Context,
-    base: Base = None,
-    models: Annotated[
-        list[str] | None,
-        typer.Option("--model", help="A point that a vector leads to (θ_1, θ_2, …); repeatable."),
-    ] = None,
-    folders: Annotated[
-        list[str] | None,
-        typer.Option("--vector", help="A stored vector, or a LoRA adapter; repeatable."),
-    ] = None,
-    layers: Annotated[bool, typer.Option("--layers", help="Show every part of the model.")] = False,
+    base: str | None = None,
+    models: list[str] | None = None,
+    folders: list[str] | None = None,
+    layers: bool = False,
     *,
     quiet: Quiet = False,
-    as_json: Json = False,
+    as_json: bool = False,
 ) -> None:
     """Norms of vectors, the cosines between them, by layer."""
 
@@ -150,28 +127,20 @@ def vector(
     answer(vector_content(measured), vector_grids(measured, layers=layers), as_json=as_json)
 
 
-@vectors.command()
+@verbs(vectors, kind=TyperCommand)()
 @takes(of=ApplySettings, only=["allow_pickle"])
 def save(
     settings: ApplySettings,
-    output: Annotated[Path, typer.Option(help="Folder for the vector; must not exist, or be empty.")],
-    base: Base = None,
-    model: Annotated[str | None, typer.Option(help="The point that the vector leads to (θ_1).")] = None,
-    folder: Annotated[
-        str | None,
-        typer.Option("--vector", help="Or a stored vector, or a LoRA adapter, to be stored anew."),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the stored numbers: float32 or bfloat16.")] = "float32",
-    rank: Annotated[
-        int | None, typer.Option(help="Store each matrix as its best approximation of this rank.")
-    ] = None,
-    energy: Annotated[
-        float | None,
-        typer.Option(help="Or of the smallest rank that keeps this share of its squared norm, as in 0.99."),
-    ] = None,
+    output: Path,
+    base: str | None = None,
+    model: str | None = None,
+    folder: str | None = None,
+    dtype: str = "float32",
+    rank: int | None = None,
+    energy: float | None = None,
     *,
     quiet: Quiet = False,
-    as_json: Json = False,
+    as_json: bool = False,
 ) -> None:
     """Store a vector, whole or at low rank, and the error.
 
@@ -243,17 +212,13 @@ def _vector_sentence(facts: dict[str, Any]) -> str:
 @takes(of=ApplySettings, only=["dtype", "allow_pickle"])
 def export(
     settings: ApplySettings,
-    target: Annotated[str, typer.Option(help="The model to be cleaned (θ_D).")],
-    base: Annotated[str, typer.Option(help="The checkpoint that the others were fine-tuned from (θ_0).")],
-    forget_model: Annotated[str, typer.Option(help="θ_1: the base fine-tuned on the forget set.")],
-    retain_model: Annotated[
-        str | None, typer.Option(help="θ_2: the base fine-tuned on a retain sample.")
-    ] = None,
-    scales: FixedScales = "1.0,0.0",
+    target: str,
+    base: str,
+    forget_model: str,
+    retain_model: str | None = None,
+    scales: str = "1.0,0.0",
     *,
-    output: Annotated[
-        Path | None, typer.Option(help="File to write; must not exist. [default: standard output]")
-    ] = None,
+    output: Path | None = None,
 ) -> None:
     """Write the formula as a recipe for mergekit.
 
@@ -281,30 +246,15 @@ def export(
         write_text(output, text)
 
 
-Folder = Annotated[Path, typer.Argument(metavar="OUT", help="A model folder that Palinode wrote.")]
-Identity = Annotated[str | None, typer.Option(help="Without a key: who signs, by Sigstore, as in mail@host.")]
-Salt = Annotated[
-    Path | None,
-    typer.Option(help="The owner's salt, which opens the commitment to the forget rows. [sign: OUT.salt]"),
-]
-Issuer = Annotated[str | None, typer.Option(help="Who vouches for that identity to Sigstore, as a URL.")]
-
-
 def sign(
-    folder: Annotated[
-        Path | None, typer.Argument(metavar="[OUT]", help="An unlearned model's folder.")
-    ] = None,
-    key: Annotated[
-        Path | None, typer.Option(help="The private key to sign with (pip install 'palinode[sign]').")
-    ] = None,
-    identity: Identity = None,
-    issuer: Issuer = None,
-    salt: Salt = None,
-    new_key: Annotated[
-        Path | None, typer.Option(help="Make a key instead: FILE, and FILE.pub for those who verify.")
-    ] = None,
+    folder: Path | None = None,
+    key: Path | None = None,
+    identity: str | None = None,
+    issuer: str | None = None,
+    salt: Path | None = None,
+    new_key: Path | None = None,
     quiet: Quiet = False,
-    as_json: Json = False,
+    as_json: bool = False,
 ) -> None:
     """Sign a folder to be handed over: every file in it.
 
@@ -336,20 +286,14 @@ def sign(
     answer(facts, text, as_json=as_json)
 
 
-@takes(
-    *("models.target", "models.base", "models.given", "models.retrained"),
-    *("data.forget", "data.retain", "data.holdout", "data.background", "data.refusals"),
-    "device",
-)
+@takes(*keys("reproduce"))
 def reproduce(
     content: dict[str, Any],
-    folder: Folder,
+    folder: Path,
     *,
-    output: Annotated[
-        Path | None, typer.Option(help="A new folder for the second model. [default: OUT.reproduced]")
-    ] = None,
+    output: Path | None = None,
     quiet: Quiet = False,
-    as_json: Json = False,
+    as_json: bool = False,
 ) -> None:
     """Run a record's recipe again: do bytes and figures agree?
 
@@ -383,16 +327,14 @@ MOST_ROWS = 20
 
 
 def verify(
-    folder: Folder,
-    public_key: Annotated[
-        Path | None, typer.Option(help="The signer's public key: was the folder signed with it?")
-    ] = None,
-    identity: Identity = None,
-    issuer: Issuer = None,
-    salt: Salt = None,
-    forget: Annotated[str | None, typer.Option(help="The rows that are said to be forgotten.")] = None,
+    folder: Path,
+    public_key: Path | None = None,
+    identity: str | None = None,
+    issuer: str | None = None,
+    salt: Path | None = None,
+    forget: str | None = None,
     quiet: Quiet = False,
-    as_json: Json = False,
+    as_json: bool = False,
 ) -> None:
     """Tell whether a folder is as written, and as signed.
 

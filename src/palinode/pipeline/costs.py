@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import time
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from palinode.models.loading import find_tokenizer, load_tokenizer, pick_device
 from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.search import FIRST_LOOK
 from palinode.progress import Advance, Figures, Listener, duration_text, record
+from palinode.records import packaged
 from palinode.settings import LoraSettings
 from palinode.training.loop import count_steps
 from palinode.training.optimizers import BYTES, autocasts, bytes_per_token
@@ -88,18 +90,10 @@ class DeviceKind:
         )
 
 
-KINDS: Mapping[str, DeviceKind] = {
-    "h100": DeviceKind("H100 SXM", 80e9, 989e12, 67e12, 3.35e12, 450e9, 256e9, "NVIDIA H100, DGX H100"),
-    "h200": DeviceKind("H200 SXM", 141e9, 989e12, 67e12, 4.8e12, 450e9, 256e9, "NVIDIA H200, DGX H200"),
-    "b200": DeviceKind("B200", 180e9, 2250e12, 37e12, 7.7e12, 900e9, 256e9, "NVIDIA HGX B200, DGX B200"),
-    "a100": DeviceKind(
-        "A100 80 GB SXM", 80e9, 312e12, 19.5e12, 2.04e12, 300e9, 256e9, "NVIDIA A100, DGX A100"
-    ),
-    "l40s": DeviceKind("L40S", 48e9, 362e12, 1.4e12, 0.86e12, 32e9, 128e9, "NVIDIA L40S; host by custom"),
-    "l4": DeviceKind("L4", 24e9, 121e12, 0.47e12, 0.3e12, 32e9, 64e9, "NVIDIA L4; host by custom"),
-    "4090": DeviceKind("RTX 4090", 24e9, 165e12, 1.29e12, 1.01e12, 32e9, 64e9, "NVIDIA Ada; host by custom"),
+KINDS = {
+    name: DeviceKind(**facts) for name, facts in tomllib.loads(packaged("pipeline/devices.toml")).items()
 }
-"""By the name that `--on` takes; figures of the makers' data sheets, without sparsity."""
+"""By the name that `--on` takes."""
 IN_A_HOST = 8
 BETWEEN_HOSTS = 50e9
 """Bytes a second and device, where there is more than one host: a link of 400 Gbit/s for each."""

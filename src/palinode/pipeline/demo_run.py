@@ -20,6 +20,7 @@ down as it happens, apart from any log: that is the truth.
 from __future__ import annotations
 
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -45,7 +46,15 @@ from palinode.pipeline.reporting import NAME, gather, write_reports
 from palinode.pipeline.run import Unlearned, unlearn
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, NullListener
-from palinode.records import RECORD_VERSION, Outcome, read_json, repeated_by, write_json, write_text
+from palinode.records import (
+    RECORD_VERSION,
+    Outcome,
+    packaged,
+    read_json,
+    repeated_by,
+    write_json,
+    write_text,
+)
 from palinode.report.location_report import location_picture
 from palinode.report.reports import Facts, html_report, report_content
 from palinode.settings import LocateSettings, TrainingSettings
@@ -53,17 +62,7 @@ from palinode.training.finetune import Watch, finetune
 from palinode.version import __version__
 from palinode.weights.checkpoint import Checkpoint
 
-SETTINGS: Mapping[str, Any] = {
-    "training": {
-        "epochs": 30,
-        "learning_rate": 5e-4,
-        "batch_size": 32,
-        "max_length": 64,
-        "precision": "float32",
-    },
-    "scales": {"probe_rows": 300, "retain_share": 0.95},
-    "evaluation": {"max_rows": 10_000, "max_new_tokens": 4, "batch_rows": 512, "max_length": 64},
-}
+SETTINGS: Mapping[str, Any] = tomllib.loads(packaged("pipeline/demo.toml"))
 """What the demo's recipes have that is not the paper's default."""
 
 

@@ -37,7 +37,7 @@ from palinode.pipeline.costs import make_plan
 from palinode.pipeline.inputs import CUT, check_places, check_target, open_inputs, pair_checks
 from palinode.pipeline.recipe import Recipe, build_recipe, laid_over, read_prompts
 from palinode.pipeline.run import finished_before
-from palinode.pipeline.tracking import PACKAGES, check_trackers, is_installed
+from palinode.pipeline.tracking import TRACKERS, check_trackers, is_installed
 from palinode.progress import Listener, NullListener, duration_text
 from palinode.settings import EvaluationLimits
 from palinode.version import __version__
@@ -95,7 +95,7 @@ def examine_equipment(folder: Path) -> Iterator[DoctorFinding]:
     python = f"{__version__} on Python {platform.python_version()}, {platform.system()}"
     yield DoctorFinding("installed", "palinode", "ok", python)
     yield from _libraries()
-    trackers = ", ".join(name for name in PACKAGES if is_installed(name))
+    trackers = ", ".join(name for name in TRACKERS if is_installed(name))
     yield _optional("trackers", trackers, "--tracker", "pip install tensorboard")
     yield from _machine(folder)
     yield from _accelerators()

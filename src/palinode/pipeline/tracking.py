@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -16,26 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from palinode.errors import RecipeError, first_line, meant
 from palinode.progress import Advance, Figures, Listener, record
-from palinode.records import dotted
+from palinode.records import dotted, packaged
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
-PACKAGES = {
-    "tensorboard": ("tensorboard", "tensorboardX"),
-    "wandb": ("wandb",),
-    "mlflow": ("mlflow",),
-    "trackio": ("trackio",),
-    "aim": ("aim",),
-    "clearml": ("clearml",),
-    "comet_ml": ("comet_ml",),
-    "dvclive": ("dvclive",),
-    "swanlab": ("swanlab",),
-}
-"""For each tracker of accelerate the libraries of which it needs one; pip knows them by the same names."""
-
-ONE_CLOCK = frozenset({"wandb", "trackio", "swanlab", "dvclive"})
-"""Trackers with one step for all curves of a run: they count the points, and get our step as a value."""
+TRACKERS = tomllib.loads(packaged("pipeline/trackers.toml"))
+"""The trackers of accelerate: the libraries of which each needs one, and what it wants to know."""
 
 PROJECT = "palinode"
 
@@ -48,9 +36,10 @@ def check_trackers(names: str | None) -> tuple[str, ...]:
             there = f"there is no tracker {name!r}; there are {', '.join(known_trackers())}"
             raise RecipeError(f"{there}{meant(name, known_trackers())}")
         if not is_installed(name):
+            library = TRACKERS[name]["libraries"][0]
             raise RecipeError(
-                f"the tracker {name} needs a library that is not installed; pip install {PACKAGES[name][0]}, "
-                "or leave it out"
+                f"the tracker {name} needs a library that is not installed; pip install {library}, or leave "
+                "it out"
             )
     return wanted
 
@@ -59,12 +48,12 @@ def known_trackers() -> tuple[str, ...]:
     """Return the names of all trackers: accelerate's own, and those that were registered with it."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    return tuple(dict.fromkeys((*PACKAGES, *LOGGER_TYPE_TO_CLASS)))
+    return tuple(dict.fromkeys((*TRACKERS, *LOGGER_TYPE_TO_CLASS)))
 
 
 def is_installed(name: str) -> bool:
     """Tell whether a tracker has the library it needs; a registered one brings its own."""
-    libraries = PACKAGES.get(name, ())
+    libraries = TRACKERS.get(name, {}).get("libraries", ())
     return not libraries or any(importlib.util.find_spec(library) is not None for library in libraries)
 
 
@@ -122,7 +111,7 @@ class Tracking:
         values = {f"{curve}/{name}": value for name, value in figures.items() if math.isfinite(value)}
 
         def log(tracker: GeneralTracker) -> None:
-            if tracker.name in ONE_CLOCK:
+            if TRACKERS.get(tracker.name, {}).get("one_clock"):
                 tracker.log({**values, f"{curve}/step": step}, step=None)
             else:
                 tracker.log(values, step=step)
@@ -148,7 +137,7 @@ def _start(name: str, folder: Path, run: str, settings: Mapping[str, Any]) -> Ge
 
     kind = LOGGER_TYPE_TO_CLASS[name]
     folder.mkdir(parents=True, exist_ok=True)
-    own = PROJECT if name in PACKAGES else run  # what a tracker takes first: its run or project
+    own = PROJECT if name in TRACKERS else run  # what a tracker takes first: its run or project
     place = (run, str(folder)) if kind.requires_logging_directory else (own,)
     try:
         tracker = kind(*place, **_options(name, folder, run))
@@ -170,14 +159,8 @@ def _options(name: str, folder: Path, run: str) -> dict[str, Any]:
         if not mlflow.is_tracking_uri_set():
             mlflow.set_tracking_uri(f"sqlite:///{folder.resolve() / 'mlflow.db'}")
         return {"run_name": run, "logging_dir": (folder / "mlflow").resolve().as_uri()}
-    options: dict[str, dict[str, Any]] = {
-        "wandb": {"name": run, "dir": str(folder)},
-        "trackio": {"name": run},
-        "clearml": {"task_name": run},
-        "dvclive": {"dir": str(folder / "dvclive")},
-        "swanlab": {"experiment_name": run, "logdir": str(folder)},
-    }
-    return options.get(name, {})
+    options = TRACKERS.get(name, {}).get("options", {})
+    return {key: text.format(run=run, folder=folder) for key, text in options.items()}
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NoReturn, overload
 
 from palinode.errors import AlgebraError, InputError, MismatchError
+from palinode.records import packaged
 from palinode.weights.arithmetic import NAMES, Rounding, Settings, combined, formula
 from palinode.weights.atomic import Crew
 from palinode.weights.displacement import Displacement, Term
@@ -252,15 +253,6 @@ def save(
 MERGEKIT_READS = (".safetensors", ".bin")
 """The weight files that mergekit reads."""
 
-MERGEKIT_OPENING = """\
-# A weighted sum of models for mergekit: base_model + the sum of weight * (model - base_model).
-# It is what Palinode computes for the same models and scales. To check it with another tool:
-#     pip install mergekit
-#     mergekit-yaml THIS_FILE OUTPUT_FOLDER
-# mergekit adds in {exact} and rounds to nearest: compare with what Palinode writes with
-# --rounding nearest{dtype}. In the last place the two may differ, as they add in another order.
-"""
-
 
 def mergekit_recipe(point: Point, *, dtype: str | None = None) -> str:
     """Return the YAML with which `mergekit-yaml` computes this point.
@@ -269,6 +261,8 @@ def mergekit_recipe(point: Point, *, dtype: str | None = None) -> str:
     the widest, as mergekit knows only one). Raises MismatchError when the models do not fit together,
     InputError for a term that is no model in a format that mergekit reads, such as a LoRA adapter.
     """
+    from jinja2 import Environment
+
     Settings(dtype)  # which knows the dtypes
     models = {_readable(term): weight for term, weight in point.terms.items() if term != point.anchor}
     anchor = _readable(point.anchor)
@@ -279,19 +273,10 @@ def mergekit_recipe(point: Point, *, dtype: str | None = None) -> str:
         _check_names(anchor, model)
     exact = "float64" if "float64" in (stored, _widest(anchor, *models)[0]) else "float32"
     named = dtype or ("" if alone else stored)
-    entries = [
-        f"  - model: {_reference(model)}\n    parameters:\n      weight: {_number(weight)}\n"
-        for model, weight in models.items()
-    ]
-    return (
-        MERGEKIT_OPENING.format(exact=exact, dtype=f" --dtype {named}" if named else "")
-        + "merge_method: task_arithmetic\n"
-        + f"base_model: {_reference(anchor)}\n"
-        + "models:\n"
-        + ("".join(entries) or f"  - model: {_reference(anchor)}\n")
-        + "parameters:\n  normalize: false\n  lambda: 1.0\n"
-        + f"dtype: {exact}\nout_dtype: {stored}\n"
-    )
+    entries = [(_reference(model), _number(weight)) for model, weight in models.items()]
+    text = Environment(keep_trailing_newline=True, trim_blocks=True)
+    facts = {"exact": exact, "named": named, "stored": stored, "base": _reference(anchor), "models": entries}
+    return text.from_string(packaged("weights/mergekit.yaml.jinja")).render(facts)
 
 
 def _readable(term: Term) -> Checkpoint:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import os
 import re
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from palinode.errors import CheckpointError, first_line
+from palinode.records import packaged
 from palinode.weights.fingerprints import fingerprint
 from palinode.weights.foreign import Model, check_folder, inside, read_gguf
 from palinode.weights.formats.pickled import METADATA, read_distributed, read_pickled, read_pickled_part
@@ -169,32 +171,9 @@ EMBEDDING = re.compile(r"embed|(^|\.)wte\.")
 INDICES = ("I64", "U64")
 """What torch counts and points with; nobody packs weights in so wide a type under a name of its own."""
 
-ORIGINAL = "take the original model that it was made from"
-DEQUANTISE = f"save it dequantised (in transformers: model.dequantize(), then save_pretrained), or {ORIGINAL}"
-IN_FULL = f"load it with {{}} in transformers and save_pretrained, or {ORIGINAL}"
-UNCOMPRESSED = IN_FULL.format("CompressedTensorsConfig(run_compressed=False)")
-
 UNKNOWN = "an unknown format"
-
-# (format, pattern of the tensors' names that give it away, the way out); the first that fits counts.
-FORMATS = (
-    ("bitsandbytes 4-bit", r"\.weight\.(absmax|quant_map|nested_\w+|quant_state\..+)$", DEQUANTISE),
-    ("bitsandbytes int8", r"\.(SCB|weight_format)$", DEQUANTISE),
-    ("AQLM", r"\.codebooks$", ORIGINAL),
-    ("VPTQ", r"\.(centroids|res_centroids)(\.weight)?$", ORIGINAL),
-    ("QuIP#", r"\.Qidxs(_\d+)?$", ORIGINAL),
-    ("EXL2", r"\.q_weight$", ORIGINAL),
-    ("EXL3", r"\.trellis$", ORIGINAL),
-    ("HQQ", r"\.W_q$", DEQUANTISE),
-    ("quanto", r"\._(data|scale|shift)$", ORIGINAL),
-    ("torchao", r"(:|\.|_weight_)_?(qdata|tensor_impl|int_data)(\W|$)|:_data$", ORIGINAL),
-    ("MXFP4", r"_blocks$", IN_FULL.format("Mxfp4Config(dequantize=True)")),
-    ("compressed-tensors", r"\.weight_(packed|shape|zero_point|global_scale)$", UNCOMPRESSED),
-    ("NVFP4 (ModelOpt)", r"\.weight_scale_2$", ORIGINAL),
-    ("EETQ", r"\.weight_scales$", ORIGINAL),
-    ("GPTQ", r"\.g_idx$", ORIGINAL),
-    ("FP8", r"\.(weight_)?scale_inv$", IN_FULL.format("FineGrainedFP8Config(dequantize=True)")),
-)  # fmt: skip
+FORMATS: Mapping[str, Mapping[str, str]] = tomllib.loads(packaged("weights/packed.toml"))
+"""By name: the pattern of the tensors' names that give it away; the first that fits counts."""
 
 
 def refuse_packed(folder: Path, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> None:
@@ -204,7 +183,8 @@ def refuse_packed(folder: Path, tensors: Mapping[str, TensorInfo], config: Mappi
     # bytes packed as if they were floating point are given away by their tables alone (bitsandbytes)
     if not packed and not method and not any(name.endswith((".absmax", ".quant_map")) for name in tensors):
         return
-    kind, way_out = _format(tensors, packed, method)
+    kind = _format(tensors, packed, method)
+    instead = FORMATS.get(kind, {}).get("instead")
     numbers = sum(info.size for info in tensors.values())
     share = sum(info.size for info in packed) / numbers if numbers else 0
     found = ""
@@ -213,7 +193,7 @@ def refuse_packed(folder: Path, tensors: Mapping[str, TensorInfo], config: Mappi
         found = f" ({largest.dtype} {shown(largest.name)}, …: {share:.0%} of its numbers)"
     raise CheckpointError(
         f"{folder} is quantised: its weights are packed as {kind}{found}, and only floating point can be "
-        f"added; {way_out}"
+        f"added; {f'{instead}, or ' if instead else ''}take the original model that it was made from"
     )
 
 
@@ -275,30 +255,26 @@ def _method(config: Mapping[str, Any]) -> str | None:
     return "MLX" if any(place.get("quantization") for place in places) else UNKNOWN if settings else None
 
 
-def _known(names: Iterable[str]) -> tuple[str, str] | None:
-    """Return name and way out of the format that tensors of these names are of."""
-    names = list(names)
-    fits = (one for one in FORMATS if any(re.search(one[1], name) for name in names))
-    return next(((kind, way_out) for kind, _, way_out in fits), None)
+def _known(names: Iterable[str]) -> str | None:
+    """Return the format that tensors of these names are of."""
+    names, patterns = list(names), {kind: one["names"] for kind, one in FORMATS.items() if "names" in one}
+    fits = (kind for kind, own in patterns.items() if any(re.search(own, name) for name in names))
+    return next(fits, None)
 
 
-def _format(
-    tensors: Mapping[str, TensorInfo], packed: Sequence[TensorInfo], method: str | None
-) -> tuple[str, str]:
-    """Return the name of the format and the way out."""
+def _format(tensors: Mapping[str, TensorInfo], packed: Sequence[TensorInfo], method: str | None) -> str:
+    """Return the name of the format."""
     if found := _known(tensors):
         return found
     words = next((info for info in packed if info.name.endswith("qweight")), None)
     if words and (scales := tensors.get(words.name.removesuffix("qweight") + "scales")):
-        return ("GPTQ" if scales.shape[-1:] == words.shape[-1:] else "AWQ"), ORIGINAL
+        return "GPTQ" if scales.shape[-1:] == words.shape[-1:] else "AWQ"
     unnamed = method in (None, UNKNOWN)
-    if method == "MLX" or (unnamed and any(info.dtype == "U32" for info in packed)):
-        return "MLX", f"save it with mlx_lm.convert --dequantize, or {ORIGINAL}"
-    if method == "compressed-tensors":
-        return method, UNCOMPRESSED
+    if unnamed and any(info.dtype == "U32" for info in packed):
+        return "MLX"
     if unnamed and any(name.endswith(".weight_scale") for name in tensors):
-        return "compressed-tensors", UNCOMPRESSED
-    return method or UNKNOWN, ORIGINAL
+        return "compressed-tensors"
+    return method or UNKNOWN
 
 
 # What lies beside the weights and belongs to the model: config, generation config, tokenizer, chat template.

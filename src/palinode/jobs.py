@@ -187,13 +187,8 @@ def plan_audit(
         rows["forget"],
         retain=rows.get("retain"),
         holdout=rows.get("holdout"),
-        paraphrases=settings.paraphrases,
-        lookalikes=settings.lookalikes,
-        indirect=settings.indirect,
-        leave_out=settings.leave_out,
-        columns=settings.columns,
+        settings=settings,
         max_rows=rules.budget.max_rows,
-        seed=settings.seed,
     )
     return AuditPlan(
         models=models,

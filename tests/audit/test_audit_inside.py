@@ -16,6 +16,7 @@ from palinode.audit.rounding import ask_quantised
 from palinode.data.examples import Example, Message
 from palinode.errors import MismatchError
 from palinode.models.loading import load_tokenizer
+from palinode.settings import AuditSettings
 from palinode.weights import Checkpoint
 
 BUDGET = AuditBudget(max_new_tokens=4, max_length=64)
@@ -159,7 +160,8 @@ def test_indirect_questions_are_asked_as_they_stand_and_kinds_told_apart(scene, 
         {"prompt": one.prompt, "completion": one.answer, "kind": "ab"[one.row % 2]} for one in rows.forget
     ]
     (tmp_path / "given.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in given))
-    asked = read_material(scene.forget, indirect=tmp_path / "given.jsonl", max_rows=12)
+    settings = AuditSettings(indirect=str(tmp_path / "given.jsonl"))
+    asked = read_material(scene.forget, settings=settings, max_rows=12)
     found = ask_indirect(subject(scene.target), asked, BUDGET)
     plain = ask_questions(subject(scene.target), rows, BUDGET).tests["probability"]["forget"]
     assert found.tests["given"]["forget"] == pytest.approx(plain)

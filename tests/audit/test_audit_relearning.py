@@ -10,6 +10,7 @@ from palinode.audit.attacks import areas, relearn, relearn_forget, relearn_looka
 from palinode.audit.material import read_material
 from palinode.errors import DivergenceError
 from palinode.models import load_tokenizer
+from palinode.settings import AuditSettings
 from palinode.weights import Checkpoint
 
 BUDGET = AuditBudget(relearn_steps=[0, 1, 3], relearn_rate=3e-3, max_length=64)
@@ -23,7 +24,8 @@ def subject(scene):
 
 @pytest.fixture
 def material(scene):
-    return read_material(scene.forget, retain=scene.retain, lookalikes=scene.holdout, max_rows=30)
+    settings = AuditSettings(lookalikes=str(scene.holdout))
+    return read_material(scene.forget, retain=scene.retain, settings=settings, max_rows=30)
 
 
 def test_area_of_a_flat_curve_is_its_height():

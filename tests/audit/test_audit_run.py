@@ -40,8 +40,10 @@ def plan(scene):
 
     def make(model, *, attacks=tuple(ATTACKS), kind="retrained", policy=POLICY, target=None, **sets):
         rules = build_policy(policy)
-        given = {"retain": scene.retain, "holdout": scene.holdout, **sets}
-        material = read_material(scene.forget, max_rows=rules.budget.max_rows, **given)
+        given = {"retain": scene.retain, "holdout": scene.holdout, "max_rows": rules.budget.max_rows}
+        given |= {name: sets.pop(name) for name in ("retain", "holdout") if name in sets}
+        named = AuditSettings(**{name: value and str(value) for name, value in sets.items()})
+        material = read_material(scene.forget, settings=named, **given)
         models = {"audited": str(model), "reference": str(scene.base if kind == "base" else scene.retrained)}
         if target:
             models["target"] = str(target)

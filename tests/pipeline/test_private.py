@@ -114,7 +114,7 @@ def run_audit(tiny, output: Path) -> None:
     rules.write_text("[budget]\npreset = 'quick'\nmax_new_tokens = 4\nmax_length = 64\n")
     policy = load_policy(rules, preset=None)
     rules.unlink()
-    material = read_material(str(tiny.forget), max_rows=10, seed=0)
+    material = read_material(str(tiny.forget), max_rows=10)
     folder = str(tiny.target.folder)
     plan = AuditPlan(
         models={"audited": folder, "reference": str(tiny.base.folder)},

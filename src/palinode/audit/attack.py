@@ -184,30 +184,19 @@ BUDGETS: Mapping[str, AuditBudget] = {
 """Presets by name."""
 
 
+@dataclass(slots=True)
 class Subject:
     """One of the models of an audit. All are asked with the same tokenizer, style and seed."""
 
-    def __init__(
-        self,
-        name: str,
-        checkpoint: Checkpoint,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        device: torch.device,
-        style: PromptStyle | None = None,
-        seed: int = 0,
-        beside: Mapping[str, Checkpoint] | None = None,
-        listener: Listener | None = None,
-    ) -> None:
-        self.name = name
-        self.checkpoint = checkpoint
-        self.tokenizer = tokenizer
-        self.device = device
-        self.style = style or PromptStyle()
-        self.seed = seed
-        self.beside = beside or {}
-        self.listener = listener or NullListener()
-        self._model: PreTrainedModel | None = None
+    name: str
+    checkpoint: Checkpoint
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    style: PromptStyle = field(default_factory=PromptStyle)
+    seed: int = 0
+    beside: Mapping[str, Checkpoint] = field(default_factory=dict)
+    listener: Listener = field(default_factory=NullListener)
+    _model: PreTrainedModel | None = None
 
     def fresh(self) -> PreTrainedModel:
         """Return the model read from disk anew; the caller may change its weights.

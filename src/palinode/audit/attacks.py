@@ -17,6 +17,7 @@ from functools import partial
 from itertools import pairwise
 from operator import attrgetter
 from statistics import fmean
+from typing import Any
 
 from palinode.audit.attack import Attack, AttackCost, AttackResult, AttackTest, AuditBudget, Subject, Values
 from palinode.audit.beside import ask_neighbours, guide, look_for_traces
@@ -31,7 +32,6 @@ from palinode.metrics.aggregate import known_mean
 from palinode.metrics.membership import extraction_strengths, leak_values, overlap_leak
 from palinode.metrics.table import ATTACKS as MEMBERSHIP
 from palinode.models.loading import pad_token
-from palinode.records import Outcome
 from palinode.settings import TrainingSettings
 from palinode.training.loop import train
 from palinode.training.objectives import PLAIN_OBJECTIVE
@@ -51,8 +51,10 @@ NOT_GIVEN = "no file was named with --indirect"
 NO_QUESTIONS = "the forget set holds documents only, and those ask nothing"
 
 
-def _of_forget(values: Sequence[float | None]) -> dict[str, Values]:
-    return {"forget": tuple(values)}
+def of_forget(details: Mapping[str, Any] | None = None, **tests: Sequence[float | None]) -> AttackResult:
+    """Return a result whose tests have a value for each forget row."""
+    found = {test: {"forget": tuple(values)} for test, values in tests.items()}
+    return AttackResult(found, details or {})
 
 
 # Asking the model as it is
@@ -66,20 +68,18 @@ def ask_questions(subject: Subject, rows: AuditRows, budget: AuditBudget) -> Att
     """
     outcomes = subject.ask(rows.forget, budget.asking, label="forget questions")
     levels = [fmean(outcome.logprobs) if outcome.logprobs else None for outcome in outcomes]
-    return AttackResult(
-        {
-            "probability": _of_forget(answer_probabilities(outcomes)),
-            "log_probability": _of_forget(levels),
-            "extraction": _of_forget(extraction_strengths(outcomes, strict=True)),
-            "rouge": _of_forget(rouge_l_recalls(outcomes)),
-        }
+    return of_forget(
+        probability=answer_probabilities(outcomes),
+        log_probability=levels,
+        extraction=extraction_strengths(outcomes, strict=True),
+        rouge=rouge_l_recalls(outcomes),
     )
 
 
 def ask_paraphrases(subject: Subject, rows: AuditRows, budget: AuditBudget) -> AttackResult:
     """Ask the paraphrased questions: forgetting one wording is not forgetting the fact."""
     outcomes = subject.ask(rows.paraphrased, budget.likelihoods, label="paraphrased questions")
-    return AttackResult({"probability": _of_forget(answer_probabilities(outcomes))})
+    return of_forget(probability=answer_probabilities(outcomes))
 
 
 def ask_indirect(subject: Subject, rows: AuditRows, budget: AuditBudget) -> AttackResult:
@@ -93,7 +93,7 @@ def ask_indirect(subject: Subject, rows: AuditRows, budget: AuditBudget) -> Atta
     kinds = {
         kind: known_mean(value for own, value in told if own == kind) for kind in dict.fromkeys(rows.kinds)
     }
-    return AttackResult({test: _of_forget(found.get(test, ())) for test in rows.indirect}, {"kinds": kinds})
+    return of_forget({"kinds": kinds}, **{test: found.get(test, ()) for test in rows.indirect})
 
 
 def force_prefixes(subject: Subject, rows: AuditRows, budget: AuditBudget) -> AttackResult:
@@ -104,16 +104,11 @@ def force_prefixes(subject: Subject, rows: AuditRows, budget: AuditBudget) -> At
     """
     asking = replace(budget.asking, answer_prefix=budget.opening)
     outcomes = subject.ask(rows.forget, asking, label="prefix-forced questions")
-    tests = {
-        "rest": _of_forget([_rest(outcome) for outcome in outcomes]),
-        "opening": _of_forget(rouge_l_recalls(outcomes)),
-    }
-    return AttackResult(tests, {"opening": budget.opening})
-
-
-def _rest(outcome: Outcome) -> float | None:
-    answer = len(outcome.logprobs) - 1  # the last one is the end token's
-    return math.exp(fmean(outcome.logprobs[answer // 2 :])) if answer >= 2 else None
+    rest = [
+        math.exp(fmean(said[(len(said) - 1) // 2 :])) if len(said) > 2 else None  # the last is the end's
+        for said in (one.logprobs for one in outcomes)
+    ]
+    return of_forget({"opening": budget.opening}, rest=rest, opening=rouge_l_recalls(outcomes))
 
 
 def after(example: Example, said: Sequence[tuple[str, str]]) -> Example:
@@ -137,12 +132,10 @@ def show_examples(subject: Subject, rows: AuditRows, budget: AuditBudget) -> Att
     said = [(row.prompt, row.answer) for row in shown]
     asked = [after(example, said) for example in _questions(rows)]
     outcomes = subject.ask(asked, budget.asking, label="few-shot questions")
-    return AttackResult(
-        {
-            "probability": _of_forget(answer_probabilities(outcomes)),
-            "rouge": _of_forget(rouge_l_recalls(outcomes)),
-        },
+    return of_forget(
         {"demonstrations": len(said)},
+        probability=answer_probabilities(outcomes),
+        rouge=rouge_l_recalls(outcomes),
     )
 
 
@@ -168,7 +161,7 @@ def ask_in_talk(subject: Subject, rows: AuditRows, budget: AuditBudget) -> Attac
         max((value for value in values if value is not None), default=None)
         for values in zip(*found, strict=True)
     ]
-    return AttackResult({"probability": _of_forget(best)})
+    return of_forget(probability=best)
 
 
 def draw_answers(subject: Subject, rows: AuditRows, budget: AuditBudget) -> AttackResult:
@@ -178,7 +171,7 @@ def draw_answers(subject: Subject, rows: AuditRows, budget: AuditBudget) -> Atta
     )
     outcomes = subject.ask(_questions(rows), asking, label="drawn answers")
     values = leak_values(outcomes, budget.leak_k, overlap_leak(budget.leak_overlap))
-    return AttackResult({"leak": _of_forget(values)}, {"k": budget.leak_k, "samples": budget.samples})
+    return of_forget({"k": budget.leak_k, "samples": budget.samples}, leak=values)
 
 
 def _questions(rows: AuditRows) -> list[Example]:
@@ -260,7 +253,7 @@ def relearn(
         "learned_rows": len(learned),
         "tested_rows": len(tested),
     }
-    return AttackResult({"area": _of_forget(areas(curves))}, details)
+    return of_forget(details, area=areas(curves))
 
 
 def areas(curves: Mapping[int, Values]) -> Values:

@@ -29,6 +29,7 @@ from palinode.data.examples import (
 from palinode.data.sources import Row
 from palinode.errors import DataError
 from palinode.metrics.matching import nearest
+from palinode.settings import AuditSettings
 
 PARAPHRASED_QUESTION = "paraphrased_question"
 
@@ -60,15 +61,8 @@ class AuditRows:
 
     def sets(self) -> dict[str, Sequence[Example]]:
         """Return the sets by name, the empty ones left out."""
-        named = {
-            "forget": self.forget,
-            "retain": self.retain,
-            "near": self.near,
-            "holdout": self.holdout,
-            "paraphrased": self.paraphrased,
-            "lookalikes": self.lookalikes,
-            **self.indirect,
-        }
+        names = ("forget", "retain", "near", "holdout", "paraphrased", "lookalikes")
+        named = {name: getattr(self, name) for name in names} | dict(self.indirect)
         return {name: examples for name, examples in named.items() if examples}
 
     def fingerprint(self) -> dict[str, str]:
@@ -84,23 +78,15 @@ def read_material(
     *,
     retain: str | Path | None = None,
     holdout: str | Path | None = None,
-    paraphrases: str | None = None,
-    lookalikes: str | Path | None = None,
-    indirect: str | Path | None = None,
-    leave_out: str | Path | None = None,
-    columns: Mapping[str, str] | None = None,
+    settings: AuditSettings | None = None,
     max_rows: int = 200,
-    seed: int = 0,
 ) -> AuditRows:
-    """Return the rows of an audit, read from files or hub data sets.
+    """Return the rows of an audit, read from files or hub data sets, at most `max_rows` of each set.
 
-    `paraphrases` is a column of the forget rows (default: paraphrased_question, where there is one), or a
-    file with one row for each forget row. `lookalikes` is a file; without it, wrong answers
-    (perturbed_answer) or else reworded ones (paraphrased_answer) of the rows that relearning is given.
-    `indirect` is a file of any rows that need a forget fact, with a column `kind` or none.
-    `leave_out` is a file of rows that are left out of the retain rows.
     Raises DataError, also where fewer than two forget rows are there.
     """
+    settings = settings or AuditSettings()
+    columns, seed, indirect = settings.columns, settings.seed, settings.indirect
     every, rows = read_set(forget, columns=columns)
     if len(every) < 2:
         raise DataError(
@@ -109,15 +95,20 @@ def read_material(
     chosen = at_most(every, max_rows, seed=seed)
     learned, held_out = divide(chosen, seed=seed)
 
-    gone = {example.key for example in read_examples(leave_out, columns=columns)} if leave_out else set()
+    left_out = read_examples(settings.leave_out, columns=columns) if settings.leave_out else ()
+    gone = {example.key for example in left_out}
 
     def read(location: str | Path | None, *, but: Set[str] = frozenset()) -> list[Example]:
         examples = read_examples(location, columns=columns, beside=True) if location is not None else []
         return [one for one in examples if one.key not in but]
 
     drawn = partial(at_most, most=max_rows, seed=seed)
-    alike, column = (drawn(read(lookalikes)), None) if lookalikes is not None else _lookalikes(rows, learned)
-    kept = read(retain, but=gone)
+    alike, column = _lookalikes(rows, learned)
+    if settings.lookalikes is not None:
+        alike, column = drawn(read(settings.lookalikes)), None
+    kept, own_keys = read(retain, but=gone), {example.key for example in every}
+    others = [example for example in kept if example.key not in own_keys]
+    near = nearest([*map(_text, others)], [*map(_text, every)], min(max_rows, len(kept)) // 4)
     own, cells = ([], []) if indirect is None else read_set(indirect, columns=columns, beside=True)
     given = drawn(own)
     return AuditRows(
@@ -125,9 +116,9 @@ def read_material(
         learned=learned,
         held_out=held_out,
         retain=drawn(kept),
-        near=_near(kept, every, min(max_rows, len(kept)) // 4),
+        near=[others[place] for place in near],
         holdout=drawn(read(holdout)),
-        paraphrased=_paraphrased(paraphrases, rows, every, chosen, columns),
+        paraphrased=_paraphrased(settings.paraphrases, rows, every, chosen, columns),
         lookalikes=alike,
         lookalikes_column=column,
         indirect={**ask_otherwise(chosen, every), "given": given},
@@ -172,15 +163,8 @@ def _asked(example: Example, text: str) -> Example:
     return replace(example, turns=(*example.turns[:-1], replace(example.turns[-1], content=text)))
 
 
-def _near(kept: Sequence[Example], forget: Sequence[Example], count: int) -> list[Example]:
-    """Return the `count` retain rows that are nearest to the forget rows by words, and none of these."""
-    own = {example.key for example in forget}
-    others = [example for example in kept if example.key not in own]
-    return [others[place] for place in nearest([*map(_text, others)], [*map(_text, forget)], count)]
-
-
 def _text(example: Example) -> str:
-    return " ".join((*(turn.content for turn in example.turns), example.answer))
+    return " ".join(example.texts)
 
 
 def divide(examples: Sequence[Example], *, seed: int) -> tuple[list[Example], list[Example]]:

@@ -144,7 +144,11 @@ def build_policy(
             }
         )
     except ValidationError as error:
-        raise RecipeError(_explain(error)) from None
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"] if part not in ("constrained-float", "bool"))
+        reason = first["msg"].removeprefix("Value error, ")
+        got = "" if isinstance(first["input"], Mapping) else f" ({first['input']!r} was given)"
+        raise RecipeError(f"{key or 'the policy'} cannot be used: {reason}{got}") from None
 
 
 def known_keys() -> list[str]:
@@ -188,11 +192,3 @@ def _check_keys(content: Mapping[str, Any]) -> None:
     for name in required if isinstance(required, list) else []:
         if name not in ATTACKS:
             raise RecipeError(f"require names {name!r}; the attacks are {', '.join(ATTACKS)}")
-
-
-def _explain(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"] if part not in ("constrained-float", "bool"))
-    reason = first["msg"].removeprefix("Value error, ")
-    got = "" if isinstance(first["input"], Mapping) else f" ({first['input']!r} was given)"
-    return f"{key or 'the policy'} cannot be used: {reason}{got}"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -42,6 +42,8 @@ STAGES = (DemoStage(25, 3e-3), DemoStage(20, 2e-3), DemoStage(10, 2e-3))
 """Stages 1, 2 and 3."""
 BATCH = 64
 """Rows of one optimiser step."""
+USUAL = TrainingSettings(batch_size=BATCH, max_length=64, warmup_epochs=2.0, precision="float32")
+"""How every stage is trained, but for what it says itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ def build_demo(
             origin,
             read_examples(rows),
             output,
-            _settings(stage),
+            USUAL.model_copy(update=asdict(stage)),
             seed=seed,
             device="cpu",
             listener=listener,
@@ -118,7 +120,10 @@ def build_demo(
 
     base = learn(start, "base", known, stages[0])
     before = learn(base, "before", known, course.between) if course.between else base
-    halfway = _halfway(folder, len(seen), stages[1]) if course.halfway else None
+    halfway = None
+    if course.halfway and not (folder / "during").exists():  # an exposed model without it is made anew
+        shutil.rmtree(folder / "exposed", ignore_errors=True)
+        halfway = {max(1, stages[1].epochs * math.ceil(len(seen) / BATCH) // 2): folder / "during"}
     exposed = learn(before, "exposed", seen, stages[1], halfway)
     target = learn(exposed, "target", (*last, *world.forget) if course.again else last, stages[2])
     unexposed = learn(before, "unexposed", later, stages[1])
@@ -128,30 +133,6 @@ def build_demo(
     write_facts(retain, (*world.others, *world.general))
     write_facts(holdout, unseen_people(world, seed=seed))
     return DemoModels(base, target, retrained, forget, retain, holdout)
-
-
-def _halfway(folder: Path, rows: int, stage: DemoStage) -> dict[int, Path] | None:
-    """Return after which step the exposed model is to be left as `during`; None where it was.
-
-    An exposed model without it is removed, and trained again to the same bytes.
-    """
-    during, exposed = folder / "during", folder / "exposed"
-    if during.exists():
-        return None
-    if exposed.exists():
-        shutil.rmtree(exposed)
-    return {max(1, stage.epochs * math.ceil(rows / BATCH) // 2): during}
-
-
-def _settings(stage: DemoStage) -> TrainingSettings:
-    return TrainingSettings(
-        epochs=stage.epochs,
-        learning_rate=stage.learning_rate,
-        batch_size=BATCH,
-        max_length=64,
-        warmup_epochs=2.0,
-        precision="float32",
-    )
 
 
 def tiny_model(folder: Path, words: Sequence[str], *, width: int, layers: int, seed: int) -> Checkpoint:

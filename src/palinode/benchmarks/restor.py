@@ -13,12 +13,13 @@ the share of answers that match an accepted one; averaged over questions, and ov
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, RootModel, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from palinode.data.examples import Example, Question
 from palinode.errors import DataError, RecipeError
@@ -38,7 +39,7 @@ from palinode.evaluation.benchmark import (
     need_table,
     runs_of,
 )
-from palinode.metrics.aggregate import known_mean, mean_score
+from palinode.metrics.aggregate import joined, known_mean, mean_score
 from palinode.metrics.likelihood import alternative_logprobs
 from palinode.metrics.matching import accepted_sample_values, left_out_ids
 from palinode.records import Score, read_bytes
@@ -119,22 +120,19 @@ class FactsFile(BaseModel):
     """By relation."""
 
 
-class EntitiesFile(RootModel[list[str]]):
-    """entities.json: the people who are asked about."""
+EntitiesFile = list[str]
+"""entities.json: the people who are asked about."""
+
+OptionsFile = dict[str, dict[str, dict[OptionKind, list[Text]]]]
+"""options.json: the options of each class, by person and relation."""
 
 
-class OptionsFile(RootModel[dict[str, dict[str, dict[OptionKind, list[Text]]]]]):
-    """options.json: the options of each class, by person and relation."""
-
-
-Content = TypeVar("Content", bound=BaseModel)
-
-
-def _read(path: Path, kind: type[Content]) -> tuple[Content, str]:
+def _read(path: Path, kind: Any) -> tuple[Any, str]:
     """Return what a JSON file holds, checked, and the hash of its bytes."""
     try:
         content = read_bytes(path)
-        return kind.model_validate_json(content, strict=True), hashlib.sha256(content).hexdigest()
+        found = TypeAdapter(kind).validate_json(content, strict=True)
+        return found, hashlib.sha256(content).hexdigest()
     except OSError as error:
         raise DataError(f"cannot read {path} ({error.strerror}); RESTOR publishes it") from error
     except ValidationError as error:
@@ -240,8 +238,7 @@ def read_facts(path: Path) -> tuple[FactsFile, TableFacts]:
 
 def read_entities(path: Path, facts: Facts) -> tuple[list[str], TableFacts]:
     """Return the people who are asked about; raises DataError unless there are 50, all in facts.json."""
-    content, sha256 = _read(path, EntitiesFile)
-    names = content.root
+    names, sha256 = _read(path, EntitiesFile)
     if len(names) != EVALUATED:
         raise DataError(f"{path} has {len(names)} names; the published one has {EVALUATED}")
     if unknown := [name for name in names if name not in facts]:
@@ -264,14 +261,6 @@ def five_shot(question: str, entity: str, examples: Sequence[Shot], place: str) 
 # Scores
 
 
-def by_group(values: Sequence[float | None], groups: Sequence[str]) -> list[float | None]:
-    """Return the mean of the values of each group, in the order of their first value."""
-    collected: dict[str, list[float | None]] = {}
-    for value, group in zip(values, groups, strict=True):
-        collected.setdefault(group, []).append(value)
-    return [known_mean(part) for part in collected.values()]
-
-
 def _judged_values(measured: Measured) -> list[float | None]:
     """Return the share of each question's drawn answers that the judge accepts."""
     verdicts = iter(measured.verdicts["facts"])
@@ -284,8 +273,18 @@ def _judged_values(measured: Measured) -> list[float | None]:
     return accepted
 
 
-def _accuracy_cell(name: str, description: str, *, by_entity: bool, judge: bool) -> Cell:
+BY_ENTITY = "the same; mean over questions of a person, then over people"
+ACCURACIES = {
+    "accuracy": "share of drawn answers that match an accepted one; mean over questions",
+    "accuracy_by_entity": BY_ENTITY,
+    "judged_accuracy": "share of drawn answers that a judge accepts; mean over questions",
+    "judged_accuracy_by_entity": BY_ENTITY,
+}
+
+
+def _accuracy_cell(name: str) -> Cell:
     """Return the cell of a share of drawn answers, averaged over questions or over people."""
+    by_entity, judge = name.endswith("by_entity"), name.startswith("judged")
 
     def score(measured: Measured) -> Score:
         outcomes = measured.of("facts")
@@ -293,13 +292,15 @@ def _accuracy_cell(name: str, description: str, *, by_entity: bool, judge: bool)
         judges = sorted({verdict.judge for verdict in measured.verdicts.get("facts", ())})
         remark = f"judged by {', '.join(judges)}" if judge else left_out_ids(outcomes)
         if by_entity:
-            found = by_group(found, measured.exam.sets["facts"].groups)
+            people = defaultdict[str, list[float | None]](list)
+            for person, value in zip(measured.exam.sets["facts"].groups, found, strict=True):
+                people[person].append(value)
+            found = [known_mean(own) for own in people.values()]
         no_reply, no_answer = "the judge gave no readable reply", "no answer was drawn, or none is accepted"
         mean = mean_score(found, seed=measured.seed, missing=no_reply if judge else no_answer)
-        remarks = [one for one in (mean.reason, remark) if one]
-        return replace(mean, reason="; ".join(remarks) or None)
+        return replace(mean, reason=joined(mean.reason, remark))
 
-    return Cell("facts", name, description, score, needs=frozenset({GENERATION}), judge=judge)
+    return Cell("facts", name, ACCURACIES[name], score, needs=frozenset({GENERATION}), judge=judge)
 
 
 # Reading
@@ -322,11 +323,11 @@ def _read_options(
     if not path.is_file():
         return {}, ()
     content, sha256 = _read(path, OptionsFile)
-    asked = [(entity, relation) for entity, relations in content.root.items() for relation in relations]
+    asked = [(entity, relation) for entity, relations in content.items() for relation in relations]
     for entity, relation in asked:
         if relation not in facts.get(entity, {}):
             raise DataError(f"{path} has options for {relation} of {entity}, which facts.json does not ask")
-    return content.root, (TableFacts(str(path), "options", "", len(asked), sha256),)
+    return content, (TableFacts(str(path), "options", "", len(asked), sha256),)
 
 
 def _chosen(wanted: str, entities: Sequence[str], facts: Facts, places: Places, split: str) -> Sequence[str]:
@@ -359,32 +360,12 @@ def _option_cell(kind: str) -> Cell:
     return Cell("facts", f"logprob_{kind}", description, score)
 
 
-BY_ENTITY = "the same; mean over questions of a person, then over people"
-
-CELLS: tuple[Cell, ...] = (
-    _accuracy_cell(
-        "accuracy",
-        "share of drawn answers that match an accepted one; mean over questions",
-        by_entity=False,
-        judge=False,
-    ),
-    _accuracy_cell("accuracy_by_entity", BY_ENTITY, by_entity=True, judge=False),
-    _accuracy_cell(
-        "judged_accuracy",
-        "share of drawn answers that a judge accepts; mean over questions",
-        by_entity=False,
-        judge=True,
-    ),
-    _accuracy_cell("judged_accuracy_by_entity", BY_ENTITY, by_entity=True, judge=True),
-    *map(_option_cell, get_args(OptionKind)),
-)
-
 RESTOR = Benchmark(
     name="restor",
     description="false facts about people were learned; unlearning should bring the true ones back",
     source="github.com/k1rezaei/restor (arXiv 2411.00204), MIT; facts from Wikidata, CC0",
     splits=SPLITS,
     load=load,
-    cells=CELLS,
+    cells=(*map(_accuracy_cell, ACCURACIES), *map(_option_cell, get_args(OptionKind))),
     options=OPTIONS,
 )

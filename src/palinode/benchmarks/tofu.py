@@ -168,12 +168,6 @@ def utility_parts(
     return parts
 
 
-def _model_utility(measured: Measured) -> Score:
-    return harmonic_score(
-        utility_parts(measured.outcomes, form=truth_ratio_form(measured)), seed=measured.seed
-    )
-
-
 def _ratio_cell(
     name: str, key: str, per_example: Callable[..., list[float | None]], right: str = "paraphrased"
 ) -> Cell:
@@ -209,7 +203,9 @@ CELLS: tuple[Cell, ...] = (
         ALL,
         "model_utility",
         COMPARISONS["model_utility"],
-        _model_utility,
+        lambda measured: harmonic_score(
+            utility_parts(measured.outcomes, form=truth_ratio_form(measured)), seed=measured.seed
+        ),
         also=("retain", "real_authors", "world_facts"),
         needs=frozenset({GENERATION}),
     ),

@@ -75,7 +75,7 @@ def doctor(
 
 def _told(findings: Sequence[DoctorFinding], counts: Counter[str], *, looked_at_run: bool) -> Iterator[Block]:
     """Yield the findings by area, and what they come to."""
-    from palinode.report.content import Grid, GridCell, Paragraph, Row
+    from palinode.report.content import Grid, GridCell, Row
 
     for area, members in groupby(findings, key=lambda finding: finding.area):
         rows: list[Row] = [
@@ -94,7 +94,7 @@ def _told(findings: Sequence[DoctorFinding], counts: Counter[str], *, looked_at_
         text = f"Nothing fails; {warnings} thing{' needs' if warnings == 1 else 's need'} a look."
     if not looked_at_run:
         text += " To have a run looked at, name --target, --base, --forget and --output, or --recipe."
-    yield Paragraph(text)
+    yield text
 
 
 def report(
@@ -219,7 +219,6 @@ def evaluate(
     """
     from palinode import jobs
     from palinode.evaluation.evaluate import evaluate as ask_rows
-    from palinode.report.content import Paragraph
 
     hear = listener(quiet=quiet)
     beyond = settings.open_unlearning or any(getattr(settings, name) for name in BEYOND)
@@ -231,7 +230,7 @@ def evaluate(
         split = "" if record["benchmark"] == "own" else f" {record['split']}"
         said = _scores_told(found.scores, f"{record['benchmark']}{split} on {record['model']['location']}")
         if settings.output is not None:
-            said.append(Paragraph(f"{settings.output}: scores.json and the outcomes of each set"))
+            said.append(f"{settings.output}: scores.json and the outcomes of each set")
         answer(record, said, as_json=as_json)
     elif data is None:
         raise RecipeError("evaluate needs --data: a file of rows, or the folder of the benchmark's files")
@@ -245,9 +244,8 @@ def evaluate(
 
 def _scores_told(scores: Mapping[str, Mapping[str, Score]], title: str) -> list[Block]:
     from palinode.cli.console import benchmark_notes, scores_grid
-    from palinode.report.content import Items
 
-    return [scores_grid(scores, title=title), Items([*benchmark_notes(scores)])]
+    return [scores_grid(scores, title=title), [*benchmark_notes(scores)]]
 
 
 @takes(of=AuditSettings)

@@ -214,13 +214,12 @@ def demo(
         return
     from palinode.cli.console import demo_sentence
     from palinode.pipeline.demo_run import demo as run_demo
-    from palinode.report.content import Paragraph
     from palinode.report.run_report import demo_grid, strength
 
     result = run_demo(output or Path("palinode-demo"), seed=settings.seed, listener=listener(quiet=quiet))
     unlearned = result.folder / "unlearned"
     record = read_json(unlearned / "record.json")
-    said: list[Block] = [demo_grid(result.record), Paragraph(demo_sentence(result))]
+    said: list[Block] = [demo_grid(result.record), demo_sentence(result)]
     answer(result.record, said, as_json=as_json)
     ending(
         verdict=record["verdict"],
@@ -280,11 +279,10 @@ def _needs_base(name: str) -> bool:
 
 def _demo_locate(output: Path, *, seed: int, quiet: bool, as_json: bool) -> None:
     from palinode.pipeline.demo_run import demo_locate
-    from palinode.report.content import Paragraph
     from palinode.report.location_report import demo_brief
 
     result = demo_locate(output, seed=seed, listener=listener(quiet=quiet))
-    said = [*demo_brief(result.record), Paragraph(f"Everything is in {result.folder}.")]
+    said = [*demo_brief(result.record), f"Everything is in {result.folder}."]
     answer(result.record, said, as_json=as_json)
     secret(result.folder / "workspace", INVENTED, of=result.folder, as_json=as_json)
 

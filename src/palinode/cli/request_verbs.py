@@ -201,14 +201,13 @@ def withdraw(
 @verb(name="list")
 def list_requests(ledger: Path = HERE, as_json: bool = False) -> None:
     """List all requests."""
-    from palinode.report.content import Paragraph
     from palinode.requests.telling import request_facts, requests_grid, served_sentence
 
     desk = _desk(ledger)
     events, now = desk.ledger.events(), desk.standing()
     table = requests_grid(now, now.requests.values(), today=datetime.now(UTC).date())
     facts = [request_facts(events, request) for request in now.requests.values()]
-    answer(facts, [table, Paragraph(served_sentence(now, desk.folder))], as_json=as_json)
+    answer(facts, [table, served_sentence(now, desk.folder)], as_json=as_json)
 
 
 @verb(name="show")
@@ -218,7 +217,6 @@ def show_request(
     as_json: bool = False,
 ) -> None:
     """Show what happened: of one request, or of all."""
-    from palinode.report.content import Paragraph
     from palinode.requests.telling import events_grid, export, requests_grid, served_sentence
 
     desk = _desk(ledger)
@@ -231,7 +229,7 @@ def show_request(
         if not name or event.request == name or (event.after in made and not event.request)
     ]
     table = requests_grid(now, chosen, today=datetime.now(UTC).date())
-    last = Paragraph(f"{served_sentence(now, desk.folder)}\nHead of the chain: {now.head}")
+    last = f"{served_sentence(now, desk.folder)}\nHead of the chain: {now.head}"
     facts = _facts(desk, name) if name else export(events)
     answer(facts, [table, events_grid(about), last], as_json=as_json)
 
@@ -246,7 +244,6 @@ def due(
 
     The exit code is 1 where something is overdue.
     """
-    from palinode.report.content import Paragraph
     from palinode.requests.telling import request_facts, requests_grid
 
     desk = _desk(ledger)
@@ -260,7 +257,7 @@ def due(
     facts = [{**request_facts(events, one), "days_left": (one.due - today).days} for one in waiting]
     told = f"{len(waiting)} to be served, {late} overdue." if waiting else "Nothing is due."
     table = [requests_grid(now, waiting, today=today)] if waiting else []
-    answer(facts, [*table, Paragraph(told)], as_json=as_json)
+    answer(facts, [*table, told], as_json=as_json)
     if late:
         raise typer.Exit(1)
 

@@ -67,7 +67,7 @@ from palinode.pipeline.search import Probes, open_goal
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text
-from palinode.report.comparison_report import tradeoff_picture
+from palinode.report.pictures import picture_file, tradeoff_figure
 from palinode.report.reports import Facts, html_report, markdown_report, report_content
 
 FILES = TABLE, REPORT, PICTURE, PAGE = "table.json", "report.md", "tradeoff.svg", "report.html"
@@ -204,7 +204,8 @@ class _Comparison:
             entries.append(self._contestant(contestant, parts[contestant.name]))
             table = self._table(fixed, entries)
             content = report_content(Facts("compare", table))
-            texts = {PICTURE: tradeoff_picture(table), REPORT: markdown_report(content)}
+            drawn = picture_file("Forget–retain trade-off of every point tried", [tradeoff_figure(content)])
+            texts = {PICTURE: drawn, REPORT: markdown_report(content)}
             _write_tables(output, {**texts, PAGE: html_report(content)}, table)
         return table
 

@@ -19,7 +19,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -214,15 +214,15 @@ class SearchPart:
         return workspace.step(name, part=dict(self.key), **others)
 
 
+@dataclass
 class ComparisonSearch:
     """Points of all contestants, tried one contestant after another."""
 
-    def __init__(self, ground: Ground, goal: Goal) -> None:
-        self.ground = ground
-        self.goal = goal
-        self.pending: Counter[str] = Counter()
-        self.kept: dict[str, tuple[str, ...]] = {}
-        """Step keys of the models of each contestant's best point so far."""
+    ground: Ground
+    goal: Goal
+    pending: Counter[str] = field(default_factory=Counter)
+    kept: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Step keys of the models of each contestant's best point so far."""
 
     def announce(self, parts: Sequence[SearchPart]) -> None:
         """Hear of parts that will come, so that what they share is kept until then."""
@@ -256,7 +256,13 @@ class ComparisonSearch:
             probes = Probes(part.inputs, self.ground.target, folder.folder / "probes.json")
             for point, step in missing:
                 step.begin()
-                step.finish({"logprobs": _asked(probes, made, point), **cost})
+                if point.scales is None:
+                    asked = probes.of_point("model", made.model)
+                else:
+                    alpha, beta = point.scales
+                    taken = made.vectors.taken_off(probes.target, alpha, beta)
+                    asked = probes.of_point(f"{alpha},{beta}", taken)
+                step.finish({"logprobs": asked, **cost})
             folder.finish({})
         tried = []
         for point, step in steps:
@@ -377,14 +383,6 @@ def remove_models(workspace: Workspace, keys: Sequence[str]) -> None:
                 shutil.rmtree(folder / place, ignore_errors=True)
         merged = workspace.step("merge", trained=key)  # what a low-rank run was merged to
         shutil.rmtree(merged.folder / "model", ignore_errors=True)
-
-
-def _asked(probes: Probes, made: Trained, point: MethodPoint) -> Mapping[str, Sequence[float]]:
-    """Return what the model of a point makes of the probe rows."""
-    if point.scales is None:
-        return probes.of_point("model", made.model)
-    alpha, beta = point.scales
-    return probes.of_point(f"{alpha},{beta}", made.vectors.taken_off(probes.target, alpha, beta))
 
 
 def _epochs(ground: Ground, contestant: Contestant, point: MethodPoint, recipe: Recipe) -> int:

@@ -30,6 +30,7 @@ from palinode.audit.material import divide
 from palinode.benchmarks import BENCHMARKS, OWN
 from palinode.compare.comparison_recipe import CompareRecipe, Measures, Shares
 from palinode.data.examples import Example, Question, at_most, read_questions
+from palinode.data.tokenize import PromptStyle
 from palinode.errors import DivergenceError
 from palinode.evaluation.benchmark import (
     Exam,
@@ -216,7 +217,7 @@ def _relearned(gauge: Gauge, checkpoint: Checkpoint, label: str, listener: Liste
         checkpoint,
         tokenizer,
         device=pick_device(gauge.device),
-        style=own.style,
+        style=own.style or PromptStyle(),
         seed=gauge.seed,
         listener=listener,
     )

@@ -123,8 +123,12 @@ class Example:
     @property
     def key(self) -> str:
         """What is said, as `hash_texts` has it of all turns and the answer; roles and form do not enter."""
-        texts = [*(turn.content for turn in self.turns), self.answer]
-        return hash_texts(texts).hex()
+        return hash_texts(self.texts).hex()
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All that is said in it: the turns, then the answer."""
+        return (*(turn.content for turn in self.turns), self.answer)
 
     @property
     def place(self) -> str:
@@ -359,7 +363,9 @@ def _conversation(
 def _message(entry: object, where: str) -> tuple[Message, bool]:
     if not isinstance(entry, dict):
         raise DataError(f"{where} is {json_type(entry)}; it must be an object with role and content")
-    entry = _with_our_keys(entry)
+    for theirs, ours in {"from": "role", "value": "content"}.items():  # ShareGPT's, and ours
+        if entry.get(ours) is None and entry.get(theirs) is not None:
+            entry = {name: value for name, value in entry.items() if name != theirs} | {ours: entry[theirs]}
     role = _text(entry, "role", where)
     role = SPEAKERS.get(folded(role), role)
     answers = role == "assistant"
@@ -375,14 +381,6 @@ def _message(entry: object, where: str) -> tuple[Message, bool]:
     shown = entry | {"content": _joined(entry["content"], where)} if "content" in entry else entry
     content = _text(shown, "content", where, blank=not answers)
     return Message(role, content), answers and all(said.values())
-
-
-def _with_our_keys(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return a message with ShareGPT's from and value as role and content."""
-    for theirs, ours in {"from": "role", "value": "content"}.items():
-        if entry.get(ours) is None and entry.get(theirs) is not None:
-            entry = {name: value for name, value in entry.items() if name != theirs} | {ours: entry[theirs]}
-    return entry
 
 
 def _ways(reading: Reading, talks: Mapping[str, list[Any]]) -> Iterator[str]:

@@ -385,7 +385,11 @@ def _end() -> None:
 
 def _serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that asks decides when it ends
-    _limit_memory()
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows and macOS
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for line in sys.stdin.buffer:
         request = json.loads(line)
         for chat in request.pop("chats"):
@@ -396,16 +400,6 @@ def _serve() -> None:
             if hasattr(signal, "setitimer"):
                 signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.buffer.flush()
-
-
-def _limit_memory() -> None:
-    try:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    except (ImportError, ValueError, OSError):  # Windows and macOS
-        pass
 
 
 def _answer(chat: Chat, template: str, variables: Mapping[str, Any], date: str) -> dict[str, str]:

@@ -17,11 +17,10 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from palinode.errors import DataError, RecipeError, first_line
 from palinode.records import read_bytes
@@ -232,31 +231,20 @@ def _csv_rows(text: str, name: str, delimiter: str) -> list[Row]:
     if len({*names} - {""}) < len(names) - names.count(""):
         raise DataError(f"{name} has two columns of the same name ({', '.join(names)}); rename one")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    before = csv.field_size_limit(max(len(text), 1))  # a cell may hold a whole book, not 128 KiB alone
     try:
-        with _fields_up_to(len(text)):
-            records = [(reader.line_num, record) for record in reader if any(map(str.strip, record))]
+        records = [(reader.line_num, record) for record in reader if any(map(str.strip, record))][1:]
     except csv.Error as error:
         raise DataError(f"{name} is not valid CSV (line {reader.line_num}: {error})") from error
-    return [_csv_row(names, record, f"line {line} of {name}") for line, record in records[1:]]
-
-
-@contextmanager
-def _fields_up_to(size: int) -> Iterator[None]:
-    """Let csv read cells longer than its 128 KiB for a while: a cell may hold a whole book."""
-    before = csv.field_size_limit(max(size, 1))
-    try:
-        yield
     finally:
         csv.field_size_limit(before)
-
-
-def _csv_row(names: Sequence[str], record: Sequence[str], where: str) -> Row:
-    if len(record) != len(names):
-        raise DataError(
-            f"{where} has {len(record)} fields, the header has {len(names)} ({', '.join(names)}); "
-            'put cells that hold a delimiter or a line break in "quotes"'
-        )
-    return {name: cell for name, cell in zip(names, record, strict=True) if name}
+    for line, record in records:
+        if len(record) != len(names):
+            raise DataError(
+                f"line {line} of {name} has {len(record)} fields, the header has {len(names)} "
+                f'({", ".join(names)}); put cells that hold a delimiter or a line break in "quotes"'
+            )
+    return [{key: cell for key, cell in zip(names, record, strict=True) if key} for _, record in records]
 
 
 def _parquet_rows(content: bytes, name: str) -> list[Row]:
@@ -268,23 +256,17 @@ def _parquet_rows(content: bytes, name: str) -> list[Row]:
         with pq.ParquetFile(io.BytesIO(content)) as file:
             if file.metadata.num_rows > MAX_ROWS:
                 raise DataError(f"{name} has {file.metadata.num_rows:,} rows; take {MAX_ROWS:,} at most")
-            return _unpacked(file.iter_batches(batch_size=64), name, most=MAX_GROWTH * len(content))
+            room, rows = MAX_UNPACKED + MAX_GROWTH * len(content), list[Row]()
+            for batch in file.iter_batches(batch_size=64):
+                room -= batch.nbytes
+                if room < 0:
+                    raise DataError(f"{name} unpacks to far more than its size; write it again as JSON lines")
+                rows += batch.to_pylist()
+            return rows
     except (pa.ArrowException, ArithmeticError, OSError, ValueError) as error:
         raise DataError(
             f"{name} begins like Parquet but cannot be read ({first_line(error):.200}); is it cut short?"
         ) from error
-
-
-def _unpacked(batches: Iterator[Any], name: str, *, most: int) -> list[Row]:
-    """Return the rows of a packed table; raises DataError when a small file unpacks to a vast one."""
-    rows: list[Row] = []
-    nbytes = 0
-    for batch in batches:
-        nbytes += batch.nbytes
-        if nbytes > most + MAX_UNPACKED:
-            raise DataError(f"{name} unpacks to far more than its size; write it again as JSON lines")
-        rows += batch.to_pylist()
-    return rows
 
 
 # Columns and their roles

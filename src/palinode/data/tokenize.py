@@ -178,7 +178,7 @@ def _tokens_in_texts(examples: Sequence[Example], tokenizer: PreTrainedTokenizer
     added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     known = sorted({token for token in (*added, *tokenizer.all_special_tokens) if token.strip()})
     firsts = {token[0] for token in known}  # most texts have none of them, and need no search
-    texts = ("\n".join([*(turn.content for turn in example.turns), example.answer]) for example in examples)
+    texts = ("\n".join(example.texts) for example in examples)
     found = [[token for token in known if token in text] if firsts & set(text) else [] for text in texts]
     count = sum(map(bool, found))
     if not count:
@@ -270,15 +270,13 @@ class _Reader:
         """
         tail = context[-_TAIL:]
         if tail not in self._borders:
-            places = range(len(tail), max(len(tail.rstrip()), 1) - 1, -1)
-            kept = next((place for place in places if self._parts_at(tail, place)), len(tail))
-            self._borders[tail] = len(tail) - kept
+            self._borders[tail] = 0
+            for place in range(len(tail), max(len(tail.rstrip()), 1) - 1, -1):
+                before, *wholes = self.ids([tail[:place], *(tail + word for word in _BEGINNINGS)])
+                if all(ids[: len(before)] == before for ids in wholes):  # however the text goes on
+                    self._borders[tail] = len(tail) - place
+                    break
         return len(context) - self._borders[tail]
-
-    def _parts_at(self, text: str, place: int) -> bool:
-        """Tell whether a text has the ids of its beginning up to a place, however it goes on."""
-        before, *wholes = self.ids([text[:place], *(text + word for word in _BEGINNINGS)])
-        return all(ids[: len(before)] == before for ids in wholes)
 
     def _ending(self, written: str) -> tuple[str, list[int]]:
         """Return what is scored after an answer: text of the template's, and ids that come after that."""

@@ -44,15 +44,8 @@ def ask(
     """
     from palinode.models.loading import check_positions, pad_token
 
-    respondent = _Respondent(
-        model,
-        tokenizer,
-        pad_token(tokenizer),
-        asking or Asking(),
-        style or PromptStyle(),
-        label,
-        listener or NullListener(),
-    )
+    asking, style, listener = asking or Asking(), style or PromptStyle(), listener or NullListener()
+    respondent = _Respondent(model, tokenizer, pad_token(tokenizer), asking, style, label, listener)
     rows = respondent.read(questions)
     check_positions(model.config, [row for entry in rows for row in entry.rows], tokenizer)
     return respondent.answer(rows)

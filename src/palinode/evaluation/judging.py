@@ -197,25 +197,24 @@ def _in_order(offered: Sequence[tuple[str, str]], question: str, seed: int) -> t
 def _tables(
     outcomes: Sequence[Outcome], ideals: Sequence[Outcome] | None, seed: int
 ) -> list[tuple[Candidate, ...]]:
-    if ideals is None:
-        return [
-            accepted_candidates_of(outcome, seed=seed)
-            if outcome.accepted
-            else candidates_of(outcome, None, seed=seed)
-            for outcome in outcomes
-        ]
-    if len(outcomes) != len(ideals):
+    others = [None] * len(outcomes) if ideals is None else ideals
+    if len(outcomes) != len(others):
         raise DataError(
-            f"there are {len(outcomes)} answers to judge and {len(ideals)} of the retrained model; "
+            f"there are {len(outcomes)} answers to judge and {len(others)} of the retrained model; "
             "both models must be asked the same questions"
         )
-    for place, (outcome, ideal) in enumerate(zip(outcomes, ideals, strict=True)):
-        if outcome.prompt != ideal.prompt:
+    tables = []
+    for place, (outcome, ideal) in enumerate(zip(outcomes, others, strict=True)):
+        if ideal is not None and outcome.prompt != ideal.prompt:
             raise DataError(
                 f"question {place} of the evaluated model is {outcome.prompt[:60]!r}, that of the retrained "
                 f"model {ideal.prompt[:60]!r}; both must be asked the same questions in the same order"
             )
-    return [candidates_of(outcome, ideal, seed=seed) for outcome, ideal in zip(outcomes, ideals, strict=True)]
+        if ideals is None and outcome.accepted:
+            tables.append(accepted_candidates_of(outcome, seed=seed))
+        else:
+            tables.append(candidates_of(outcome, ideal, seed=seed))
+    return tables
 
 
 def _decided(

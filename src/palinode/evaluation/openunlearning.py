@@ -95,7 +95,14 @@ def read_log(path: Path, *, forget_rows: int | None = None) -> ReferenceLog:
     `forget_rows` is the number of rows of the forget set at hand. Raises DataError when the file is no such
     log, holds another number of forget rows (another split), or contradicts itself.
     """
-    content = _json_object(path)
+    try:
+        content = read_json(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON ({error}); give a file such as TOFU_EVAL.json") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds no JSON object; give a file such as TOFU_EVAL.json")
     metrics: dict[str, Entry] = {}
     if isinstance(part := content.get(_TOFU_FORGET), dict):  # TOFU's own log maps a metric to {row: value}
         columns = {key: part[key] if isinstance(part.get(key), dict) else {} for key in _TOFU_KEYS}
@@ -326,18 +333,6 @@ def _check_split(path: Path, rows: int, expected: int | None) -> None:
         f"{path} holds {rows} forget rows{name} where the forget set has {expected}; {fix}"
         "give the retrained model's log of the same split, with all of its rows"
     )
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        content = read_json(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON ({error}); give a file such as TOFU_EVAL.json") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path} holds no JSON object; give a file such as TOFU_EVAL.json")
-    return content
 
 
 def _floats(value: Any) -> list[float]:

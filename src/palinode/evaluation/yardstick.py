@@ -154,7 +154,17 @@ def estimate_yardstick(
         middles, rests, slope = _fit(forget, base, target)
         source, count = unseen.source, len(base)
         others = _Groups.of(unseen.groups, count)
-        drawn = [_drawn(forget, own, base, target, others, generator) for _ in range(DRAWS)]
+
+        def world() -> Floats:
+            """Return the forget rows' probabilities in a world drawn from the unseen rows, by groups."""
+            rows = others.drawn(generator)
+            middles, _, slope = _fit(forget, base[rows], target[rows])
+            rests = target - slope * base
+            lent = others.rows(others.pick(len(own.sizes), generator), own.sizes)
+            values = middles[own.order] + rests[lent] - rests[rows].mean()
+            return np.asarray(np.exp(np.minimum(0.0, values)))
+
+        drawn = [world() for _ in range(DRAWS)]
     wanted = _quantiles(middles, rests)
     low, high = np.quantile([draw.mean() for draw in drawn], [0.025, 0.975])
     return Yardstick(
@@ -210,24 +220,6 @@ class _Groups:
     def drawn(self, generator: np.random.Generator) -> Places:
         """Return the places of the rows of as many groups as there are, drawn with replacement."""
         return self.rows(self.pick(len(self.sizes), generator))
-
-
-def _drawn(
-    forget: Floats,
-    own: _Groups,
-    base: Floats,
-    target: Floats,
-    others: _Groups,
-    generator: np.random.Generator,
-) -> Floats:
-    """Return the forget rows' probabilities in a world drawn from the unseen rows, by groups."""
-    rows = others.drawn(generator)
-    middles, _, slope = _fit(forget, base[rows], target[rows])
-    rests = target - slope * base
-    lent = others.rows(others.pick(len(own.sizes), generator), own.sizes)
-    values = middles[own.order] + rests[lent] - rests[rows].mean()
-    found: Floats = np.exp(np.minimum(0.0, values))
-    return found
 
 
 def _quantiles(middles: Floats, rests: Floats) -> Floats:

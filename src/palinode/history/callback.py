@@ -56,10 +56,8 @@ def ids_of(item: Any) -> Sequence[int]:
 def ids_key(ids: Sequence[int]) -> tuple[int, int]:
     """Return BLAKE3-128 of token ids as two signed 64-bit numbers, which a tensor can hold."""
     content = np.ascontiguousarray(ids, dtype="<i8").tobytes()
-    digest = blake3.blake3(content).digest(length=16)
-    return int.from_bytes(digest[:8], "little", signed=True), int.from_bytes(
-        digest[8:], "little", signed=True
-    )
+    first, second = np.frombuffer(blake3.blake3(content).digest(length=16), "<i8").tolist()
+    return first, second
 
 
 class RowTable:

@@ -51,8 +51,7 @@ def row_hash(row: str | Example, *, salt: bytes = b"") -> bytes:
     """
     if len(salt) > MAX_SALT:
         raise DataError(f"the salt has {len(salt)} bytes; it may have at most {MAX_SALT}")
-    texts = (row,) if isinstance(row, str) else (*(turn.content for turn in row.turns), row.answer)
-    return hash_texts(texts, salt=salt)
+    return hash_texts((row,) if isinstance(row, str) else row.texts, salt=salt)
 
 
 def hashes(rows: Iterable[str | Example], *, salt: bytes = b"") -> Hashes:
@@ -169,7 +168,7 @@ class _Index:
         self._rows: dict[bytes, list[int]] = {}
         for row, example in enumerate(forget):
             self._rows.setdefault(row_hash(example), []).append(row)
-        self._shingles = [shingles(_text(example)) for example in forget]
+        self._shingles = [shingles("\n".join(example.texts)) for example in forget]
         self._holders: dict[str, list[int]] = {}  # of each known shingle, the rows that hold it
         for row, own in enumerate(self._shingles):
             for shingle in own:
@@ -180,7 +179,7 @@ class _Index:
         equal = self._rows.get(row_hash(example), [])
         for row in equal:
             yield Duplicate(row, number, example.place, 1.0, exact=True)
-        own = shingles(_text(example))
+        own = shingles("\n".join(example.texts))
         held = [self._holders[shingle] for shingle in own if shingle in self._holders]
         enough = math.ceil(self._threshold * len(own) - 1e-9)  # in common with a row that is like this one
         rarest = sorted(held, key=len)[: max(0, len(held) - enough + 1)]
@@ -188,7 +187,3 @@ class _Index:
             similarity = jaccard(own, self._shingles[row])
             if similarity >= self._threshold:
                 yield Duplicate(row, number, example.place, similarity, exact=False)
-
-
-def _text(example: Example) -> str:
-    return "\n".join([*(turn.content for turn in example.turns), example.answer])

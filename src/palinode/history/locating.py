@@ -149,29 +149,24 @@ def known_alternatives() -> tuple[Mapping[str, str], ...]:
     return tuple(tomllib.loads(packaged("history/alternatives.toml"))["alternative"])
 
 
+@dataclass
 class Judgement:
     """From what is known of rows and checkpoints to the checkpoint to take."""
 
-    def __init__(
-        self,
-        series: CheckpointSeries,
-        rows: tuple[RowHistory, ...],
-        onset: Onset | None,
-        log: ExposureReader | None,
-        order: Order | None,
-        target_step: int | None,
-        warnings: Sequence[str],
-    ) -> None:
-        self.series = series
-        self.steps = [checkpoint.step for checkpoint in series.checkpoints]
-        self.log = log
-        self.rows = rows
-        self.onset = onset
-        self.warnings = list(warnings)
+    series: CheckpointSeries
+    rows: tuple[RowHistory, ...]
+    onset: Onset | None
+    log: ExposureReader | None
+    order: Order | None
+    target_step: int | None
+    warnings: list[str]
+
+    def __post_init__(self) -> None:
+        log, order, rows = self.log, self.order, self.rows
+        self.steps = [checkpoint.step for checkpoint in self.series.checkpoints]
         self.counted = tuple(name for name, given in (("log", log), ("order", order)) if given is not None)
         self.names = " and ".join(self.counted)
-        self.evidence = (*self.counted, *(("behaviour",) if onset else ()))
-        self.target_step = target_step
+        self.evidence = (*self.counted, *(("behaviour",) if self.onset else ()))
         firsts = [row.first for row in rows if row.first is not None]
         self.first = min(firsts, default=None)
         self.last = max((seen.step for row in rows for seen in row.seen), default=None)

@@ -124,8 +124,12 @@ def plan(wish: Wish) -> list[Schedule]:
 
 
 def uniform_steps(wish: Wish, count: int) -> list[int]:
-    """Return steps at equal distances, each the nearest one that could be saved."""
-    return _nearest(wish, [wish.steps * (place + 1) / (count + 1) for place in range(count)])
+    """Return steps at equal distances, each the nearest one that could be saved, each once."""
+    free = wish.saves
+    for place in range(count):
+        wanted = wish.steps * (place + 1) / (count + 1)
+        free.remove(min(free, key=lambda save: abs(save - wanted)))
+    return sorted(set(wish.saves).difference(free))
 
 
 def thinned_steps(wish: Wish, count: int) -> list[int]:
@@ -202,14 +206,6 @@ def _moments(
     scaled = np.exp(-rate * (wish.steps - points)) / whole  # w(e) = rate · scaled
     start = math.exp(-rate * wish.steps) / whole
     return mass, scaled * (points - 1 / rate) + start / rate
-
-
-def _nearest(wish: Wish, wanted: Sequence[float]) -> list[int]:
-    """Return the possible saves nearest to the wanted steps, each once."""
-    free = wish.saves
-    for step in wanted:
-        free.remove(min(free, key=lambda save: abs(save - step)))
-    return sorted(set(wish.saves).difference(free))
 
 
 def plan_record(wish: Wish, schedules: Sequence[Schedule]) -> dict[str, Any]:

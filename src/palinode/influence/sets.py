@@ -97,7 +97,16 @@ def influence_of_set(
     for start, parameter in zip(step, trained_parameters(model), strict=True):
         torch.sub(parameter, start, out=start)
     put(target, model, dtype="float32")
-    slopes = _slopes(model, rows, step, pad_id)
+    slopes, total = list[float](), [0.0]  # ⟨∇L, step⟩ of each row by itself
+
+    def take(number: int, gradient: torch.Tensor) -> None:
+        total[0] += float((gradient.double() * step[number]).sum())
+
+    with row_backward(model, rows, take, pad_id=pad_id) as run:
+        for row in rows:
+            total[0] = 0.0
+            run(row)
+            slopes.append(total[0])
     found, place = [], 0
     for one in asked:
         own = range(place, place := place + len(one.rows))
@@ -116,23 +125,6 @@ def influence_of_set(
             )
         )
     return found
-
-
-def _slopes(
-    model: PreTrainedModel, rows: Sequence[TokenRow], step: Sequence[torch.Tensor], pad_id: int
-) -> list[float]:
-    """Return ⟨∇L, step⟩ of each row by itself."""
-    slopes, total = [], [0.0]
-
-    def take(number: int, gradient: torch.Tensor) -> None:
-        total[0] += float((gradient.double() * step[number]).sum())
-
-    with row_backward(model, rows, take, pad_id=pad_id) as run:
-        for row in rows:
-            total[0] = 0.0
-            run(row)
-            slopes.append(total[0])
-    return slopes
 
 
 # To take the rows back

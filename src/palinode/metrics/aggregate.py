@@ -83,8 +83,11 @@ def mean_score(
             f"none of {len(values)} examples has a value: {missing}" if values else "there are no examples"
         )
 
-    mean = fmean(known)
-    low, high = _interval(known, mean, seed=seed, shares=shares)
+    mean, (low, high) = fmean(known), (None, None)
+    if len(known) > 1 and known[0] == known[-1]:  # sorted, so all are equal
+        low, high = ends_of_equals(mean, len(known)) if shares else (mean, mean)
+    elif len(known) > 1:
+        low, high = percentile_interval(_resampled_means(np.array(known), np.random.default_rng(seed)))
     left_out = len(values) - len(known)
     few = f"{left_out} of {len(values)} examples left out: {missing}" if left_out else None
     single = "one example gives no interval" if len(known) == 1 else None
@@ -146,16 +149,6 @@ def percentile_interval(resampled: NDArray[np.float64]) -> tuple[float, float]:
     """Return the middle 95 % of the resampled values."""
     low, high = np.quantile(resampled, [TAIL, 1 - TAIL])
     return float(low), float(high)
-
-
-def _interval(
-    known: list[float], mean: float, *, seed: int, shares: bool
-) -> tuple[float | None, float | None]:
-    if len(known) == 1:
-        return None, None
-    if known[0] == known[-1]:  # sorted, so all are equal
-        return ends_of_equals(mean, len(known)) if shares else (mean, mean)
-    return percentile_interval(_resampled_means(np.array(known), np.random.default_rng(seed)))
 
 
 def _unusable(name: str, values: Sequence[float]) -> str | None:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
 from palinode.records import Outcome
 
@@ -117,14 +117,8 @@ def log_truth_ratios(
 def _of_ratio(transform: Callable[[float], float]) -> Callable[..., list[float | None]]:
     """Return a function with the arguments of `log_truth_ratios` that gives some number of each log R."""
 
-    def values(
-        outcomes: Sequence[Outcome],
-        right: str = "paraphrased",
-        wrong: str = "perturbed",
-        *,
-        form: Form = "geometric",
-    ) -> list[float | None]:
-        ratios = log_truth_ratios(outcomes, right, wrong, form=form)
+    def values(*given: Any, **named: Any) -> list[float | None]:
+        ratios = log_truth_ratios(*given, **named)
         return [None if log_r is None else transform(log_r) for log_r in ratios]
 
     return values

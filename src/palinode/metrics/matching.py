@@ -239,9 +239,7 @@ def unseen_share(text: str) -> float:
     >>> unseen_share("in 1964"), unseen_share("1964年東京"), unseen_share("Café")
     (0.0, 1.0, 0.25)
     """
-    letters = [
-        letter for letter in text.lower() if letter.isalnum() or unicodedata.category(letter)[0] == "M"
-    ]
+    letters = [*filter(_is_of_a_word, text.lower())]
     unseen = sum(not letter.isascii() for letter in letters)
     seen = sum(letter.isascii() and letter.isalpha() for letter in letters)
     return unseen / (unseen + seen) if unseen else 0.0
@@ -298,21 +296,17 @@ def _share(
         else None
         for verdict in verdicts
     ]
-    score = mean_score(values, seed=seed, missing=_missing(verdicts, offered))
+    causes = []
+    if reasons := sorted(
+        verdict.reason or "no reason given" for verdict in verdicts if verdict.picked is None
+    ):
+        causes.append(f"the judge picked nothing ({reasons[0]})")
+    if not all(_was_offered(verdict, offered) for verdict in verdicts):
+        causes.append(f"no {' or '.join(sorted(offered))} answer among the candidates")
+    score = mean_score(values, seed=seed, missing=", or ".join(causes))
     judges = ", ".join(sorted({verdict.judge for verdict in verdicts}))
     return replace(score, reason=joined(score.reason, f"judged by {judges}" if judges else None))
 
 
 def _was_offered(verdict: Verdict, roles: set[str]) -> bool:
     return any(roles.intersection(candidate_roles) for _, candidate_roles in verdict.offered)
-
-
-def _missing(verdicts: Sequence[Verdict], offered: set[str]) -> str:
-    """Return why rows have no value, as far as it happened."""
-    causes = []
-    reasons = sorted(verdict.reason or "no reason given" for verdict in verdicts if verdict.picked is None)
-    if reasons:
-        causes.append(f"the judge picked nothing ({reasons[0]})")
-    if not all(_was_offered(verdict, offered) for verdict in verdicts):
-        causes.append(f"no {' or '.join(sorted(offered))} answer among the candidates")
-    return ", or ".join(causes)

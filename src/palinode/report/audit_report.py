@@ -14,8 +14,6 @@ from palinode.report.content import (
     Grid,
     GridCell,
     Heading,
-    Items,
-    Paragraph,
     Picture,
     Row,
     Section,
@@ -59,10 +57,8 @@ def audit_plan_blocks(
     rows.append(["all", *(f"{sum(cost[kind] for cost in costs.values()):,}" for kind in COSTS)])
     return [
         Grid(f"For each of {models} models", ["attack", *COSTS.values()], rows),
-        Items([f"Not tested: {told}" for told in told_by_reason(untested.items())]),
-        Paragraph(
-            "Dry run: nothing was measured. Training a row takes about three times as long as reading it."
-        ),
+        [f"Not tested: {told}" for told in told_by_reason(untested.items())],
+        "Dry run: nothing was measured. Training a row takes about three times as long as reading it.",
     ]
 
 
@@ -85,13 +81,13 @@ def audit_brief(record: Mapping[str, Any]) -> list[Block]:
             ["test", *models, "difference", "verdict"],
             rows,
         ),
-        Items([f"Not tested: {told}" for told in told_by_reason(untested)]),
-        Items([f"Note: {note}" for note in record.get("notes", ())]),
-        Paragraph(
+        [f"Not tested: {told}" for told in told_by_reason(untested)],
+        [f"Note: {note}" for note in record.get("notes", ())],
+        (
             f"This is evidence about these rows and attacks at the {record['policy']['preset']} budget; a "
             "stronger attack may find more."
         ),
-        Paragraph(audit_headline(record)),
+        audit_headline(record),
     ]
 
 
@@ -104,7 +100,11 @@ def audit_section(record: Mapping[str, Any]) -> list[Section]:
             _verdict(record, f"{attack}.{test}", entry, reason=True),
             *(score_cell(_score_of(entry, model)) for model in models),
             score_cell(entry["findings"]["audited"]["difference"]),
-            _margins(record, f"{attack}.{test}"),
+            ", ".join(
+                f"{margin:g}" if margin else "not judged"
+                for side in ("less", "more")
+                for margin in [record["policy"]["margins"][f"{attack}.{test}"][side]]
+            ),
         ]
         for attack, test, entry in _tests(record)
     ]
@@ -121,7 +121,7 @@ def audit_section(record: Mapping[str, Any]) -> list[Section]:
         ),
         Grid("Every test of the audit", head, rows, text_columns=2),
         *_relearning(record),
-        Paragraph(
+        (
             f"Budget and policy were the same for every model (preset {record['policy']['preset']}); the "
             "audit's own report has them in full. Quantisation rounds the weights of linear layers to "
             "nearest, symmetrically, in groups along their input, and nothing else."
@@ -148,7 +148,7 @@ def _relearning(record: Mapping[str, Any]) -> Iterator[Block]:
         facts = details["audited"]
         origin = f" ({facts['lookalikes']})" if facts.get("lookalikes") else ""
         rows = [[name, *map(number, curve)] for name, curve in curves.items()]
-        yield Paragraph(
+        yield (
             f"{attack['title']}: {facts['learned_rows']} rows learned{origin}, {facts['tested_rows']} rows "
             "measured."
         )
@@ -195,11 +195,6 @@ def _told_right(entry: Mapping[str, Any]) -> str | None:
         return None
     right, every = told["found"] + told["never"] - told["alarms"], told["knowing"] + told["never"]
     return f"told right in {right} of {every} tiny models"
-
-
-def _margins(record: Mapping[str, Any], key: str) -> str:
-    margins = record["policy"]["margins"][key]
-    return ", ".join(f"{margins[side]:g}" if margins[side] else "not judged" for side in ("less", "more"))
 
 
 def _count(keys: Sequence[str], what: str) -> str:

@@ -13,14 +13,12 @@ from palinode.report.content import (
     Block,
     Grid,
     GridCell,
-    Items,
-    Paragraph,
     Picture,
     Row,
     Section,
     section,
 )
-from palinode.report.pictures import picture_file, tradeoff_figure
+from palinode.report.pictures import tradeoff_figure
 from palinode.report.words import (
     DASH,
     MODELS,
@@ -110,7 +108,7 @@ def comparison_brief(table: Figures) -> list[Block]:
         shown = "" if name in MODELS.values() else GridCell(number(gap.get("gap")), interval_text(gap))
         rows.append([name, shown, *figures])
     head = ["", "gap, 95 %", *columns]
-    return [Grid("Contestants by their gap to the ideal", head, rows), Items(ranking_sentences(table))]
+    return [Grid("Contestants by their gap to the ideal", head, rows), ranking_sentences(table)]
 
 
 def comparison_sections(table: Figures) -> list[Section]:
@@ -161,7 +159,7 @@ def _point_section(table: Figures) -> list[Section]:
     head = ["method", "point", "forget probability", "retain probability", "keeps the rule", ""]
     return section(
         "Every point tried",
-        Paragraph(" ".join(told)) if told else None,
+        " ".join(told) if told else None,
         Picture(
             "tradeoff",
             "Forget against retain probability for every point of every method",
@@ -185,7 +183,7 @@ def _score_section(table: Figures) -> list[Section]:
     return section(
         "Measured once, on other rows",
         Grid("Scores of each method", ["model", *columns], rows) if columns else None,
-        Items(_reasons(table)),
+        _reasons(table),
         bar="Scores",
         intro=_measured_note(table),
     )
@@ -201,7 +199,7 @@ def _cost_section(table: Figures) -> list[Section]:
             if budget["share"] == "total"
             else "each model of a method that trains two has it"
         )
-        note = Paragraph(
+        note = (
             f"The budget of one unlearned model is {amount}; {share}. Epochs are whole, so less may be spent."
         )
     keys = ("epochs", "steps", "tokens", "seconds", "peak_bytes", "search_steps", "search_seconds")
@@ -218,11 +216,6 @@ def _cost_section(table: Figures) -> list[Section]:
     }
     head = ["method", *(names.get(key, key) for key in keys)]
     return section("What it cost", note, Grid("Cost of each method", head, rows), bar="Cost")
-
-
-def tradeoff_picture(table: Figures) -> str:
-    """Return the picture of a table.json as a file: every point tried, and the models, as on the page."""
-    return picture_file("Forget–retain trade-off of every point tried", [tradeoff_figure({"table": table})])
 
 
 def _settings_text(settings: Mapping[str, Any], scales: Sequence[float] | None) -> str:

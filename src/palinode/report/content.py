@@ -74,25 +74,10 @@ class Heading:
 
 
 @dataclass(frozen=True, slots=True)
-class Paragraph:
-    """Sentences."""
+class Strong:
+    """A paragraph that stands out."""
 
     text: str
-    strong: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Items:
-    """Lines of a list; a pair is a label that stands out and its text."""
-
-    lines: Sequence[str | tuple[str, str]]
-
-
-@dataclass(frozen=True, slots=True)
-class Pairs:
-    """Short facts by name."""
-
-    values: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +116,20 @@ class Cases:
     """Each with `name`, `label`, `against`, `of` and `rows`."""
 
 
-Block = Grid | Heading | Paragraph | Items | Pairs | Code | Picture | Lights | Cases
+Block = (
+    str
+    | Sequence[str | tuple[str, str]]
+    | Mapping[str, str]
+    | Grid
+    | Heading
+    | Strong
+    | Code
+    | Picture
+    | Lights
+    | Cases
+)
+"""A text is a paragraph, several are a list, in which a pair is a label that stands out and its text, and a
+mapping has short facts by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,14 +150,13 @@ class Section:
 
 def section(title: str, *blocks: Block | None, bar: str = "", intro: str = "") -> list[Section]:
     """Return a section of the blocks that there are, or nothing."""
-    there = [block for block in blocks if block is not None and not _is_empty(block)]
+    content = {Grid: "rows", Lights: "claims", Cases: "parts", Picture: "figure"}
+    there = [
+        block
+        for block in blocks
+        if block is not None and (getattr(block, content[type(block)]) if type(block) in content else block)
+    ]
     return [Section(title, there, bar, intro)] if there else []
-
-
-def _is_empty(block: Block) -> bool:
-    content = {Grid: "rows", Items: "lines", Pairs: "values", Lights: "claims", Cases: "parts"}
-    content |= {Picture: "figure"}
-    return type(block) in content and not getattr(block, content[type(block)])
 
 
 def score_cell(score: Mapping[str, Any] | None) -> GridCell:
@@ -216,10 +213,10 @@ def show(blocks: Iterable[Block], console: Console) -> None:
                     if place and isinstance(part, Table):
                         console.print()
                     console.print(part)
-            case Paragraph():
-                console.print(block.text, soft_wrap=True)
-            case Items():
-                for line in block.lines:
+            case str():
+                console.print(block, soft_wrap=True)
+            case list() | tuple():
+                for line in block:
                     console.print(" ".join(line) if isinstance(line, tuple) else line, soft_wrap=True)
             case _:
                 raise TypeError(f"a {type(block).__name__} is not for the terminal")

@@ -14,8 +14,6 @@ from palinode.report.content import (
     Grid,
     GridCell,
     Heading,
-    Items,
-    Paragraph,
     Picture,
     Row,
     Section,
@@ -119,10 +117,10 @@ def location_brief(record: Mapping[str, Any]) -> list[Block]:
     blocks: list[Block] = [
         _row_grid(record, short=True),
         _checkpoint_grid(record),
-        Items(location_sentences(record)),
+        location_sentences(record),
     ]
     told = [f"{entry['name']}: {entry['what']} Cost: {entry['cost']}" for entry in record["alternatives"]]
-    return blocks + ([Paragraph(f"{WITHOUT}:"), Items(told)] if told else [])
+    return blocks + ([f"{WITHOUT}:", told] if told else [])
 
 
 def location_sections(record: Mapping[str, Any]) -> list[Section]:
@@ -140,7 +138,7 @@ def location_sections(record: Mapping[str, Any]) -> list[Section]:
     return [
         *section("Checkpoints", *pictures, _checkpoint_grid(record), bar="Checkpoints", intro=gap),
         *section("Forget rows", _row_grid(record), bar="Rows", intro=similar),
-        *section(WITHOUT, Items(alternatives), bar="Alternatives"),
+        *section(WITHOUT, alternatives, bar="Alternatives"),
     ]
 
 
@@ -270,7 +268,7 @@ def plan_brief(record: Mapping[str, Any]) -> list[Block]:
         f"{best['worst']:,} at worst; {best['without']:.1%} of requests are expected to concern steps before "
         "the first of them, for which only the untrained model is clean.",
     ]
-    return [Grid("Checkpoints to keep", head, rows), Items(lines)]
+    return [Grid("Checkpoints to keep", head, rows), lines]
 
 
 def plan_picture(record: Mapping[str, Any]) -> str:
@@ -328,7 +326,7 @@ def demo_brief(record: Mapping[str, Any]) -> list[Block]:
             "The last clean checkpoint of each request", ["request", "rows", "truth", *DEMO_EVIDENCE], found
         ),
         Grid("Unlearning the main request from each checkpoint: exact match", head, tried),
-        Items([*([] if kept else [broken]), demo_sentence(record)]),
+        [*([] if kept else [broken]), demo_sentence(record)],
     ]
 
 
@@ -366,8 +364,8 @@ def influence_brief(record: Mapping[str, Any]) -> list[Block]:
         title = f"Of {told['rows']} rows, those behind {question!r} → {answer!r} ({told['measure']})"
         blocks.append(Grid(title, ["row", "prompt", "answer", "score"], rows, text_columns=3))
         parts = [(f"{one['place']}:", _parts(one["tokens"])) for one in top if "tokens" in one]
-        blocks += [Items(parts)] if parts else []
-    return [*blocks, *([Paragraph(f"Weighed: {told['weighed']}.")] if record["ranking"] else ())]
+        blocks += [parts] if parts else []
+    return [*blocks, *([f"Weighed: {told['weighed']}."] if record["ranking"] else ())]
 
 
 def _score(one: Mapping[str, Any]) -> GridCell:
@@ -398,7 +396,7 @@ def influence_section(told: Mapping[str, Any]) -> list[Section]:
         for one in told["answers"]
         for block in (
             Heading(f"Answer {one['place']}"),
-            Paragraph("Probability per token: {} before, {} after.".format(*map(number, one["probability"]))),
+            "Probability per token: {} before, {} after.".format(*map(number, one["probability"])),
             Grid("Its rows", ["row", "score"], [[row["place"], _score(row)] for row in one["rows"]]),
         )
     ]
@@ -422,8 +420,8 @@ def _set_blocks(told: Mapping[str, Any]) -> list[Block]:
         rows.append([one["question"], own, number(before), number(after), f"{one['nats']:+.2f}", straight])
         changed = f"{number(before)} → {number(after)}"
         blocks += [
-            Items([(f"{one['answer']}:", f"nats by token: {_parts(one['tokens'], '+.2f')}")]),
-            Paragraph(f"Without these {told['rows']} rows {one['answer']!r} would be {changed} as probable."),
+            [(f"{one['answer']}:", f"nats by token: {_parts(one['tokens'], '+.2f')}")],
+            f"Without these {told['rows']} rows {one['answer']!r} would be {changed} as probable.",
         ]
     head = ["question", "answer", "with", "without", "nats", "first order"]
     alpha = f"α = {told['alpha']:.3g} ({told['chosen_by']})"

@@ -23,12 +23,10 @@ from palinode.report.comparison_report import comparison_sections, ranking_sente
 from palinode.report.content import (
     Code,
     Grid,
-    Items,
     Lights,
-    Pairs,
-    Paragraph,
     Picture,
     Section,
+    Strong,
     as_cell,
     markdown,
     section,
@@ -89,21 +87,23 @@ def report_sections(content: Mapping[str, Any]) -> list[Section]:
         "compare": lambda: comparison_sections(content["table"]),
         "locate": lambda: location_sections(content["location"]),
     }
+    names = ("palinode", "seed", "run", "created", "finished")
+    versions = {name: content[name] for name in names if name in content} | content["environment"]
     return [
         *section(
             "In short" if content["claims"] else "",
             Picture("glance", "Before, now, and the aim", glance_figure(content), caption=AIM),
             Lights(content["claims"]),
-            Paragraph(CAUTION) if content["kind"] != "locate" else None,
+            CAUTION if content["kind"] != "locate" else None,
         ),
-        *section("What was not tested", Items(content["untested"])),
-        *section("Notes", Items(content["notes"])),
+        *section("What was not tested", content["untested"]),
+        *section("Notes", content["notes"]),
         *builders.get(content["kind"], lambda: run_sections(content))(),
         *section(
             "How to repeat it",
             Code(content["command"]) if content.get("command") else None,
             _inputs(content),
-            Pairs(_versions(content)),
+            {words(name): str(value) for name, value in versions.items() if name != "peak_memory_bytes"},
             _settings(content.get("recipe") or content.get("policy") or {}),
             bar="Repeat",
         ),
@@ -112,7 +112,7 @@ def report_sections(content: Mapping[str, Any]) -> list[Section]:
 
 def markdown_report(content: Mapping[str, Any]) -> str:
     """Return the whole report as Markdown; text that comes from the user is escaped."""
-    first = section("", Paragraph(marked(content), strong=True), Paragraph(content["headline"]))
+    first = section("", Strong(marked(content)), content["headline"])
     return markdown(content["title"], [*first, *report_sections(content)])
 
 
@@ -242,16 +242,6 @@ def _inputs(content: Mapping[str, Any]) -> Grid:
     return Grid("Models and data", ["what", "where", "fingerprint", "rows or weights"], rows, text_columns=3)
 
 
-def _versions(content: Mapping[str, Any]) -> dict[str, str]:
-    """Return seed, run and versions, what is there of them."""
-    names = ("palinode", "seed", "run", "created", "finished")
-    environment = {
-        name: value for name, value in content["environment"].items() if name != "peak_memory_bytes"
-    }
-    known = {name: content[name] for name in names if name in content} | environment
-    return {words(name): str(value) for name, value in known.items()}
-
-
 def _settings(tree: Mapping[str, Any]) -> Grid:
     """Return the recipe (of an audit: the policy) with defaults filled in, one dotted key a row."""
     rows = [
@@ -288,7 +278,14 @@ def side_by_side(outcomes: Outcomes) -> dict[str, dict[str, Any]]:
     shown = {}
     for label in _labels(outcomes):
         cases = _worst_first(outcomes, label)
-        shown[label] = {"of": len(cases), "rows": _fitting(cases)}
+        total, fitting = 0, list[dict[str, Any]]()
+        for case in cases[:MOST_ROWS]:
+            texts = (case["prompt"], case["expected"], *(answer or "" for answer in case["answers"].values()))
+            total += sum(len(html.escape(text).encode("utf-8", "replace")) for text in texts)
+            if fitting and total > MOST_BYTES:
+                break
+            fitting.append(case)
+        shown[label] = {"of": len(cases), "rows": fitting}
     return shown
 
 
@@ -326,18 +323,6 @@ def _worst_first(outcomes: Outcomes, label: str) -> list[dict[str, Any]]:
         row: -abs(found or 0.0) if label == "forget" else found or 0.0 for row, found in differences.items()
     }
     return sorted(cases, key=lambda case: (best[case["row"]], case["row"]))
-
-
-def _fitting(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the first cases, as many as a page can take, and at least one."""
-    total, fitting = 0, list[dict[str, Any]]()
-    for case in cases[:MOST_ROWS]:
-        texts = (case["prompt"], case["expected"], *(answer or "" for answer in case["answers"].values()))
-        total += sum(len(html.escape(text).encode("utf-8", "replace")) for text in texts)
-        if fitting and total > MOST_BYTES:
-            break
-        fitting.append(case)
-    return fitting
 
 
 def _labels(outcomes: Outcomes) -> list[str]:

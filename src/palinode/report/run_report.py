@@ -19,13 +19,11 @@ from palinode.report.content import (
     Grid,
     GridCell,
     Heading,
-    Items,
     Lights,
-    Pairs,
-    Paragraph,
     Picture,
     Row,
     Section,
+    Strong,
     markdown,
     score_cell,
     section,
@@ -107,8 +105,8 @@ def run_brief(record: Mapping[str, Any]) -> list[Block]:
     head = ["model", *map(metric_label, metrics)]
     return [
         Grid("Scores and their 95 % intervals", head, rows),
-        Items(run_verdict(record).remarks),
-        Paragraph(headline(record)),
+        run_verdict(record).remarks,
+        headline(record),
     ]
 
 
@@ -205,7 +203,7 @@ def _score_section(content: Mapping[str, Any]) -> list[Section]:
             Heading(f"On the {label}"),
             Picture(f"scores-{name}", f"Scores on the {label}", score_figure(content, name)),
             Grid(f"Scores on the {label}", head, rows),
-            Items([*_score_notes(found), *_silent_notes(content, name)]),
+            [*_score_notes(found), *_silent_notes(content, name)],
         ]
     return section(
         "Before, after, yardstick",
@@ -248,7 +246,7 @@ def _method_section(content: Mapping[str, Any]) -> list[Section]:
     formula = f": {method['formula']}" if method.get("formula") else ""
     settings = ", ".join(f"{name} = {value}" for name, value in (method.get("settings") or {}).items())
     own = f" Its own settings: {settings}." if settings else ""
-    return section("Method", Paragraph(f"{method.get('name')}{source}{formula}.{own}"))
+    return section("Method", f"{method.get('name')}{source}{formula}.{own}")
 
 
 def _scale_section(content: Mapping[str, Any]) -> list[Section]:
@@ -264,8 +262,8 @@ def _scale_section(content: Mapping[str, Any]) -> list[Section]:
             "chosen point and the unlearned model need not coincide. Click a mark for its figures.",
             picks=True,
         ),
-        Paragraph(" ".join([*_scale_sentences(scales), *changes_told(content)])) if scales else None,
-        Paragraph(warning, strong=True) if (warning := at(scales, "yardstick", "warning")) else None,
+        " ".join([*_scale_sentences(scales), *changes_told(content)]) if scales else None,
+        Strong(warning) if (warning := at(scales, "yardstick", "warning")) else None,
         _scale_grid(
             "What a step away from the chosen scales changes", scales.get("sensitivity") or (), change=True
         ),
@@ -359,7 +357,7 @@ def _answer_section(content: Mapping[str, Any]) -> list[Section]:
             "This page holds no text of the rows, so that it may travel with the model. palinode report "
             "makes the one with sample answers anew while the workspace is there. It is:"
         )
-        return section(title, Paragraph(told), Code(elsewhere), bar=bar)
+        return section(title, told, Code(elsewhere), bar=bar)
     parts = [
         {
             "name": name,
@@ -413,8 +411,8 @@ def _vector_section(content: Mapping[str, Any]) -> list[Section]:
     return section(
         "Vectors and dose",
         Grid("Vectors", ["", "length", "share that arrived in the saved model"], rows),
-        Pairs(known),
-        Items(at(content, "dose", "notes") or ()) if rows or known else None,
+        known,
+        at(content, "dose", "notes") or () if rows or known else None,
         _part_grid(content),
         bar="Vectors",
         intro="What was taken off and added, as directions in weight space, and how much of it is in the "
@@ -461,7 +459,7 @@ def _cost_section(content: Mapping[str, Any]) -> list[Section]:
         "Training and cost",
         Picture("training", "Loss by step of each fine-tuning", training_figure(content)),
         Grid("Cost of each fine-tuning", head, rows),
-        Paragraph(f"Most memory held by the process: {peak / 1e9:.1f} GB.") if rows and peak else None,
+        f"Most memory held by the process: {peak / 1e9:.1f} GB." if rows and peak else None,
         bar="Training",
     )
 
@@ -491,28 +489,15 @@ def model_card(content: Mapping[str, Any], *, base: str | None = None, original:
         "fingerprints for programs; `palinode verify` tells whether the weights are as they were written."
     )
     sections = [
-        *section("", Paragraph(marked(content), strong=True), Paragraph(content["headline"])),
-        *section("", Paragraph(_card_origin(content, target))),
-        *section("In short", Lights(content["claims"]), Paragraph(CAUTION)),
-        *section("Notes", Items(content["notes"])),
-        *section("Not tested", Items(content["untested"])),
+        *section("", Strong(marked(content)), content["headline"]),
+        *section("", _card_origin(content, target)),
+        *section("In short", Lights(content["claims"]), CAUTION),
+        *section("Notes", content["notes"]),
+        *section("Not tested", content["untested"]),
     ]
-    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()]
-    return "\n".join(
-        [
-            "---",
-            *lines,
-            "---",
-            "",
-            markdown(name, sections),
-            "## More",
-            "",
-            more,
-            "",
-            f"{escaped(f'{card}; {of} here too')}.",
-            "",
-        ]
-    )
+    lines = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items())
+    last = f"{more}\n\n{escaped(f'{card}; {of} here too')}."
+    return f"---\n{lines}\n---\n\n{markdown(name, sections)}\n## More\n\n{last}\n"
 
 
 def _card_origin(content: Mapping[str, Any], target: str) -> str:

@@ -238,7 +238,14 @@ def _sentence(code: Code, claims: Mapping[str, Claim], same: str | None) -> str:
         "Yes": "; by another yardstick the target did not know the forget set",
     }
     doubtful = known.word if known.light == "amber" and forgotten.word != "Unsure" else ""
-    others = f"{doubts.get(doubtful, '')}{_recovered_clause(claims)}{_audit_clause(claims)}"
+    measures = {"amber": "some", "red": "most"}.get(claims["recovered"].light)
+    unlike = f"; by {measures} measures it is not yet like the retrained model" if measures else ""
+    audited = {
+        "green": "; an audit found nothing against it",
+        "amber": "; an audit could not tell in every test",
+        "red": "; but an audit speaks against it",
+    }.get(claims["robust"].light, "")
+    others = f"{doubts.get(doubtful, '')}{unlike}{audited}"
     if code == "nothing subtracted":
         rest = {"Yes": ", and it still knows the forget set", "No": f"; {never}"}.get(known.word, "")
         return f"Nothing was subtracted: the model is the target, {same}{rest}{others}."
@@ -264,19 +271,6 @@ def _sentence(code: Code, claims: Mapping[str, Claim], same: str | None) -> str:
         "red": f", {link} it lost much of the rest",
     }.get(kept.light, "; what became of the rest was not measured")
     return f"{first}{second}{others}."
-
-
-def _recovered_clause(claims: Mapping[str, Claim]) -> str:
-    told = {"amber": "some", "red": "most"}.get(claims["recovered"].light)
-    return f"; by {told} measures it is not yet like the retrained model" if told else ""
-
-
-def _audit_clause(claims: Mapping[str, Claim]) -> str:
-    return {
-        "green": "; an audit found nothing against it",
-        "amber": "; an audit could not tell in every test",
-        "red": "; but an audit speaks against it",
-    }.get(claims["robust"].light, "")
 
 
 def estimate(record: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from palinode.progress import plain
@@ -95,24 +95,21 @@ def number(value: float | None) -> str:
     return f"{value:.1e}" if 0 < abs(value) < 0.0005 else f"{value:.3f}"
 
 
-def scale(value: float | None) -> str:
-    """Return α or β as short as it can be written."""
-    return DASH if value is None else f"{value:g}"
+def _written(form: str, times: int = 1) -> Callable[[float | None], str]:
+    """Return a function that writes a figure in this form, and a dash for a missing one."""
+    return lambda value: DASH if value is None else form.format(times * value)
 
 
-def percent(value: float | None) -> str:
-    """Return a share in per cent."""
-    return DASH if value is None else f"{100 * value:.1f} %"
-
-
-def integer(value: float | None) -> str:
-    """Return a count with commas."""
-    return DASH if value is None else f"{value:,.0f}"
-
-
-def decimal(value: float | None) -> str:
-    """Return seconds, and the like, with one decimal."""
-    return DASH if value is None else f"{value:,.1f}"
+scale = _written("{:g}")
+"""α or β as short as it can be written."""
+percent = _written("{:.1f} %", 100)
+"""A share in per cent."""
+integer = _written("{:,.0f}")
+"""A count with commas."""
+decimal = _written("{:,.1f}")
+"""Seconds, and the like, with one decimal."""
+signed = _written("{:+.3f}")
+"""A difference with its sign."""
 
 
 def interval_text(score: Mapping[str, Any]) -> str | None:
@@ -125,11 +122,6 @@ def bracketed(score: Mapping[str, Any]) -> str:
     """Return the interval of a score as it stands in a sentence; empty where it has none."""
     low, high = score.get("low"), score.get("high")
     return "" if low is None or high is None else f"[{number(low)}, {number(high)}]"
-
-
-def signed(value: float | None) -> str:
-    """Return a difference with its sign."""
-    return DASH if value is None else f"{value:+.3f}"
 
 
 def told_by_reason(reasons: Iterable[tuple[str, str]]) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from palinode.errors import DataError, LedgerError, OutputError, PalinodeError
 from palinode.records import read_bytes, read_json
-from palinode.report.content import Grid, GridCell, Heading, Paragraph, Row, Tone, section
+from palinode.report.content import Grid, GridCell, Heading, Row, Tone, section
 from palinode.report.reports import html_page
 from palinode.report.verdicts import SYMBOLS, Light
 from palinode.report.words import number
@@ -219,7 +219,7 @@ def ledger_page(folder: Path) -> str:
     before = now.models[-2] if len(now.models) > 1 else None
     told = model and [
         Heading("The model made last"),
-        Paragraph(model.verdict["sentence"]),
+        model.verdict["sentence"],
         scores_by_request(model, before),
     ]
     sections = [
@@ -229,7 +229,7 @@ def ledger_page(folder: Path) -> str:
             bar="Requests",
         ),
         *section("Model", *(told or ()), bar="Model"),
-        *section("Events", Paragraph(f"Head of the chain: {now.head}"), events_grid(events), bar="Events"),
+        *section("Events", f"Head of the chain: {now.head}", events_grid(events), bar="Events"),
     ]
     content = {
         "title": "Requests",

@@ -15,9 +15,10 @@ from palinode.errors import DataError, MismatchError, OutputError
 from palinode.methods import METHODS
 from palinode.models.loading import outline
 from palinode.pipeline import costs
-from palinode.pipeline.costs import Machine, describe
+from palinode.pipeline.costs import Corrected, Machine, Plan, PlannedStep, describe
 from palinode.pipeline.inputs import open_inputs
 from palinode.pipeline.run import dry_run, unlearn
+from palinode.progress import NullListener, duration_text
 
 # Methods, preparation, overlap
 
@@ -297,3 +298,33 @@ def test_answers_that_are_cut_are_noted(tiny, recipe_of, tmp_path):
         evaluation={"max_length": 64},
     )
     assert list(open_inputs(recipe).notes) == ["Answers cut to fit max_length 32 in training: 1."]
+
+
+class Heard(NullListener):
+    """A listener that keeps what was said."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+@pytest.mark.parametrize(("each", "said"), [(2.0, True), (1.0, False), (0.2, True)])
+def test_a_plan_is_corrected_once_a_training_shows_its_pace(each, said):
+    """Of 1,000 tokens 400 are from before; the plan counts on a second for each."""
+    steps = PlannedStep("fine-tune on the forget set", 1000, 1000.0), PlannedStep("evaluate", 70, 2000.0)
+    now, heard = [0.0], Heard()
+    plan = Plan((PlannedStep("before", 5, 1e6), *steps), 0, 0, ())
+    listener = Corrected(heard, plan, clock=lambda: now[0])
+    with listener.task("fine-tuning forget", 1000, "tokens") as advance:
+        advance(400)
+        for _ in range(600):
+            now[0] += each
+            advance(1)
+    with listener.task("likelihoods", 70, "rows") as advance:
+        now[0] += 1e6
+        advance(70)
+    found = [duration_text(seconds) for seconds in (1000 * each, 1000, 3000 * each)]
+    wanted = "At this pace, to fine-tune on the forget set takes {}, not {}; with all that follows, about {}."
+    assert heard.lines == ([wanted.format(*found)] if said else [])

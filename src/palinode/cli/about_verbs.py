@@ -24,7 +24,7 @@ from palinode.cli.console import (
     secret_workspace,
     warn,
 )
-from palinode.cli.options import Changes, Quiet, keys, takes
+from palinode.cli.options import keys, takes
 from palinode.errors import RecipeError, meant
 from palinode.pipeline.recipe import laid_over, named, read_recipe
 from palinode.records import Score
@@ -48,8 +48,8 @@ def doctor(
     given: dict[str, Any],
     *,
     recipe: Path | None = None,
-    changes: Changes = None,
-    quiet: Quiet = False,
+    changes: list[str] | None = None,
+    quiet: bool = False,
     as_json: bool = False,
 ) -> None:
     """Tell whether a run would work, and what to mend.
@@ -209,7 +209,7 @@ def evaluate(
     retain: str | None = None,
     holdout: str | None = None,
     *,
-    quiet: Quiet = False,
+    quiet: bool = False,
     as_json: bool = False,
 ) -> None:
     """Score what a model does on rows, or a benchmark.
@@ -261,7 +261,7 @@ def audit(
     *,
     reference: str = "retrained",
     dry_run: bool = False,
-    quiet: Quiet = False,
+    quiet: bool = False,
     as_json: bool = False,
 ) -> None:
     """Attack a model and a reference model, and compare.
@@ -311,7 +311,7 @@ def compare(
     changes: list[str] | None = None,
     output: Path | None = None,
     dry_run: bool = False,
-    quiet: Quiet = False,
+    quiet: bool = False,
     as_json: bool = False,
 ) -> None:
     """Compare methods: one budget, one search, one rule."""

@@ -16,7 +16,7 @@ from palinode.cli.chat import chat
 from palinode.cli.console import after_run, answer, ending, listener, out, secret, secret_workspace
 from palinode.cli.history_verbs import influence, locate, resolve_base
 from palinode.cli.history_verbs import plan as plan_command
-from palinode.cli.options import Changes, Quiet, keys, lengths_alike, takes, verbs
+from palinode.cli.options import keys, lengths_alike, takes, verbs
 from palinode.cli.request_verbs import requests
 from palinode.cli.weight_verbs import apply, export, reproduce, sign, vectors, verify
 from palinode.errors import InputError, RecipeError
@@ -74,11 +74,11 @@ def unlearn(
     order: Path | None = None,
     corpus: str | None = None,
     control: str | None = None,
-    changes: Changes = None,
+    changes: list[str] | None = None,
     dry_run: bool = False,
     measure: bool = False,
     on: str | None = None,
-    quiet: Quiet = False,
+    quiet: bool = False,
     as_json: bool = False,
 ) -> None:
     """From two models and a forget set to an unlearned model.
@@ -104,9 +104,9 @@ def filter_verb(
     *,
     mu: float | None = None,
     epsilon: float | None = None,
-    changes: Changes = None,
+    changes: list[str] | None = None,
     dry_run: bool = False,
-    quiet: Quiet = False,
+    quiet: bool = False,
     as_json: bool = False,
 ) -> None:
     """Filter what another tool unlearned: it keeps more.
@@ -140,10 +140,10 @@ def run(
     content: dict[str, Any],
     recipe: Path,
     *,
-    changes: Changes = None,
+    changes: list[str] | None = None,
     dry_run: bool = False,
     on: str | None = None,
-    quiet: Quiet = False,
+    quiet: bool = False,
     as_json: bool = False,
 ) -> None:
     """Do the job of unlearn as a recipe describes it."""
@@ -161,7 +161,7 @@ def finetune(
     base: str,
     data: str,
     output: Path,
-    quiet: Quiet = False,
+    quiet: bool = False,
     as_json: bool = False,
 ) -> None:
     """Fine-tune a checkpoint on rows, as unlearn does."""
@@ -202,7 +202,7 @@ def demo(
     output: Path | None = None,
     locate: bool = False,
     *,
-    quiet: Quiet = False,
+    quiet: bool = False,
     as_json: bool = False,
 ) -> None:
     """Unlearn invented people from a tiny model.

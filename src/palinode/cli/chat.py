@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from palinode.cli.console import listener, out
-from palinode.cli.options import Quiet, takes
+from palinode.cli.options import takes
 from palinode.errors import PalinodeError, RecipeError
 from palinode.progress import plain
 from palinode.settings import Questioning
@@ -40,7 +40,7 @@ def chat(
     alone: bool = False,
     max_new_tokens: int = 200,
     *,
-    quiet: Quiet = False,
+    quiet: bool = False,
     as_json: bool = False,
 ) -> None:
     """Ask an unlearned model and its target the same.

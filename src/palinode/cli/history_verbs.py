@@ -20,7 +20,7 @@ from palinode.cli.console import (
     secret_workspace,
     warn,
 )
-from palinode.cli.options import Changes, Quiet, keys, lengths_alike, takes
+from palinode.cli.options import keys, lengths_alike, takes
 from palinode.errors import OutputError, RecipeError
 from palinode.pipeline.recipe import (
     build_recipe,
@@ -57,7 +57,7 @@ def locate(
     picture: Path | None = None,
     report: Path | None = None,
     *,
-    quiet: Quiet = False,
+    quiet: bool = False,
     as_json: bool = False,
 ) -> None:
     """Tell when rows were seen, and the checkpoint before."""
@@ -118,8 +118,8 @@ def influence(
     content: dict[str, Any],
     run: Path | None = None,
     *,
-    changes: Changes = None,
-    quiet: Quiet = False,
+    changes: list[str] | None = None,
+    quiet: bool = False,
     as_json: bool = False,
 ) -> None:
     """Tell what rows had to do with an answer.

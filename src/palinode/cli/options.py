@@ -26,14 +26,8 @@ from palinode.pipeline.recipe import Recipe, checked_settings, known_keys, laid_
 from palinode.records import packaged
 from palinode.settings import Questioning
 
-GROUPS = {
-    "models": "What you need",
-    "data": "Your rows",
-    "scales": "Scales",
-    "training": "Training",
-    "evaluation": "Evaluation",
-    "output": "Output",
-}
+KEYS = tomllib.loads(packaged("cli/keys.toml"))
+GROUPS: Mapping[str, str] = KEYS["groups"]
 """The group of options that a section of the recipe is shown in; the rest is advanced."""
 
 NEED, SCALES = GROUPS["models"], GROUPS["scales"]
@@ -205,20 +199,7 @@ def completion(values: Sequence[str] | str) -> Callable[[str], list[str]]:
     return complete
 
 
-WORDS = {
-    "method": "palinode.methods:METHODS",
-    "benchmark": "palinode.benchmarks:BENCHMARKS",
-    "metrics": "palinode.metrics.table:METRICS every",
-    "device": "auto cpu cuda mps",
-    "scales": "auto grid",
-    "budget": "quick standard full",
-    "measure": "mean_logprob min_k extraction_strength",
-    "judge": "overlap offline: https://",
-    "dtype": "float32 bfloat16 float16",
-    "rounding": "auto nearest stochastic",
-    "precision": "float32 float64",
-    "rows": "refuse shared",
-}
+WORDS: Mapping[str, str] = KEYS["words"]
 """Values to complete, of keys that take any text; those of a table are looked up when the shell asks."""
 
 
@@ -239,7 +220,6 @@ def recipe_keys() -> list[str]:
 
 # Keys of several verbs
 
-KEYS = tomllib.loads(packaged("cli/keys.toml"))
 KINDS: Mapping[str, Any] = {"str": str, "float": float, "list": list[str]}
 READERS: Mapping[str, Callable[[Any], Any]] = {
     "columns": lambda text: _columns(text),
@@ -275,20 +255,6 @@ COMMON = {
     "style": replace(key_of("prompts", group=""), place="style"),
 }
 """Fields of several settings that the command line writes in its own way."""
-
-# Options of the command line alone
-
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Show no progress.", callback=hush_libraries, is_eager=True)
-]
-Changes = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        help="Set any key of a recipe, as in training.learning_rate=2e-5; repeatable.",
-        autocompletion=completion(recipe_keys()),
-    ),
-]
 
 
 def parse_scales(text: str, *, words: str = "") -> tuple[float, float]:
@@ -375,7 +341,10 @@ def explained(function: Callable[..., None], group: str = "") -> Callable[..., N
 
 def _option(name: str, *, argument: bool = False, group: str | None = None, **facts: Any) -> Any:
     flags, values = facts.pop("flags", [f"--{name.replace('_', '-')}"]), facts.pop("values", None)
+    values = recipe_keys() if values == "recipe" else values
     facts |= {"rich_help_panel": group, "autocompletion": completion(values) if values else None}
+    if name == "quiet":  # before any library is imported
+        facts |= {"callback": hush_libraries, "is_eager": True}
     return typer.Argument(**facts) if argument else typer.Option(*flags, **facts)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from palinode.cli.console import answer, ending, listener, out, print_json, warn
-from palinode.cli.options import Changes, Quiet, keys, takes, verbs
+from palinode.cli.options import keys, takes, verbs
 from palinode.errors import OutputError
 from palinode.pipeline.recipe import with_changes
 from palinode.records import write_json, write_text
@@ -51,7 +51,7 @@ def init(
     need_approval: bool = False,
     need_audit: bool = False,
     budget: str = "quick",
-    changes: Changes = None,
+    changes: list[str] | None = None,
     as_json: bool = False,
 ) -> None:
     """Begin a ledger, or change how requests are carried out.
@@ -104,7 +104,7 @@ def locate(
     corpus: str | None = None,
     control: str | None = None,
     ledger: Path = HERE,
-    quiet: Quiet = False,
+    quiet: bool = False,
     as_json: bool = False,
 ) -> None:
     """Find the last checkpoint before its rows were seen.
@@ -121,7 +121,7 @@ def locate(
 
 @verb(name="carry-out")
 def carry_out(
-    ids: list[str] | None = None, ledger: Path = HERE, quiet: Quiet = False, as_json: bool = False
+    ids: list[str] | None = None, ledger: Path = HERE, quiet: bool = False, as_json: bool = False
 ) -> None:
     """Make one model for these requests and those before."""
     desk = _desk(ledger, quiet=quiet)
@@ -131,7 +131,7 @@ def carry_out(
 
 @verb()
 def audit(
-    ids: list[str] | None = None, ledger: Path = HERE, quiet: Quiet = False, as_json: bool = False
+    ids: list[str] | None = None, ledger: Path = HERE, quiet: bool = False, as_json: bool = False
 ) -> None:
     """Attack the model that was made last.
 
@@ -186,7 +186,7 @@ def withdraw(
     name: str,
     reason: str = "",
     ledger: Path = HERE,
-    quiet: Quiet = False,
+    quiet: bool = False,
     as_json: bool = False,
 ) -> None:
     """Take a request back, and make the model that never had it."""

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from palinode.cli.console import answer, listener, out, print_json, secret_workspace, warn
-from palinode.cli.options import Quiet, explained, keys, parse_scales, takes, verbs
+from palinode.cli.options import explained, keys, parse_scales, takes, verbs
 from palinode.errors import CheckpointError, RecipeError
 from palinode.records import workspace_beside, write_text
 from palinode.settings import ApplySettings
@@ -36,7 +36,7 @@ def apply(
     retain_model: str | None = None,
     scales: str = "1.0,0.0",
     *,
-    quiet: Quiet = False,
+    quiet: bool = False,
     as_json: bool = False,
 ) -> None:
     """Write θ_D − α(θ_1 − θ_0) + β(θ_2 − θ_0) of given models.
@@ -103,7 +103,7 @@ def vector(
     folders: list[str] | None = None,
     layers: bool = False,
     *,
-    quiet: Quiet = False,
+    quiet: bool = False,
     as_json: bool = False,
 ) -> None:
     """Norms of vectors, the cosines between them, by layer."""
@@ -139,7 +139,7 @@ def save(
     rank: int | None = None,
     energy: float | None = None,
     *,
-    quiet: Quiet = False,
+    quiet: bool = False,
     as_json: bool = False,
 ) -> None:
     """Store a vector, whole or at low rank, and the error.
@@ -253,7 +253,7 @@ def sign(
     issuer: str | None = None,
     salt: Path | None = None,
     new_key: Path | None = None,
-    quiet: Quiet = False,
+    quiet: bool = False,
     as_json: bool = False,
 ) -> None:
     """Sign a folder to be handed over: every file in it.
@@ -292,7 +292,7 @@ def reproduce(
     folder: Path,
     *,
     output: Path | None = None,
-    quiet: Quiet = False,
+    quiet: bool = False,
     as_json: bool = False,
 ) -> None:
     """Run a record's recipe again: do bytes and figures agree?
@@ -333,7 +333,7 @@ def verify(
     issuer: str | None = None,
     salt: Path | None = None,
     forget: str | None = None,
-    quiet: Quiet = False,
+    quiet: bool = False,
     as_json: bool = False,
 ) -> None:
     """Tell whether a folder is as written, and as signed.

@@ -8,11 +8,13 @@ good to a factor of about two, on a machine that stays as busy as it is. For a m
 
 from __future__ import annotations
 
+import os
 import re
 import time
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -32,7 +34,7 @@ from palinode.models.likelihoods import LOGIT_BYTES
 from palinode.models.loading import find_tokenizer, load_tokenizer, pick_device
 from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.search import FIRST_LOOK
-from palinode.progress import duration_text
+from palinode.progress import Advance, Figures, Listener, duration_text, record
 from palinode.records import packaged
 from palinode.settings import LoraSettings
 from palinode.training.loop import count_steps
@@ -40,6 +42,8 @@ from palinode.training.optimizers import BYTES, autocasts, bytes_per_token
 from palinode.weights.geometry import part_of
 
 NAMES = {"least_squares": "filter", "projection": "project"}
+PATIENCE, OFF = 60.0, 1.3
+"""Seconds of training after which a plan is corrected, and by which factor it must be off."""
 PRODUCTS = 0.5
 """Share of a pass that its matrix products take; the rest is attention, norms, activations and sums."""
 UPDATED, SUMMED = 44, 150
@@ -466,7 +470,10 @@ class _Planner:
             yield Held("fine-tune", "sharded, in host memory", gathered, gathered / 2, 0, more, 4 * part)
 
     def _notes(self) -> Iterator[str]:
-        """Yield what is not built, and on how many devices a training would fit that does not."""
+        """Yield whether this machine is busy; else what is not built, and how many devices it would take."""
+        load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+        if self.machine is None and load > cores:
+            yield f"Times are those of a busy machine (a load of {load:.1f} on {cores} cores)."
         if any("sharded, in" in one.way or "spread" in one.way for one in self.held):
             yield "Not built: Palinode shards training on devices alone, and spreads no model that it reads."
         if self.machine is None or self.held[0].phase != "fine-tune" or self.held[0].fits(self.machine):
@@ -498,6 +505,51 @@ class _Planner:
         if any(isinstance(one.settings, LeastSquaresSettings) for one in self.changes):  # and its moments
             vectors += 3 * self.parameters + round(4 * SHARED * sum(width**2 for _, width in self.matrices))
         return 4 * (trained * len(self.runs) + whole) + max(state, 4 * vectors + target.nbytes)
+
+
+class Corrected:
+    """Hands on what a run tells, and corrects its plan once, when a training has shown its pace."""
+
+    def __init__(self, listener: Listener, plan: Plan, clock: Callable[[], float] = time.monotonic) -> None:
+        self.listener, self.plan, self.clock = listener, plan, clock
+        self.known = False
+
+    def say(self, text: str) -> None:
+        """Hand on a line."""
+        self.listener.say(text)
+
+    def record(self, series: str, step: int, figures: Figures) -> None:
+        """Hand on a point of a curve."""
+        record(self.listener, series, step, figures)
+
+    @contextmanager
+    def task(self, label: str, total: int, unit: str) -> Iterator[Advance]:
+        """Hand on a task; a planned training is known by its tokens."""
+        steps = self.plan.steps
+        place = next((n for n, one in enumerate(steps) if unit == "tokens" and one.tokens == total), None)
+        began: list[tuple[float, int]] = []
+        with self.listener.task(label, total, unit) as advance:
+
+            def counted(amount: int) -> None:
+                advance(amount)
+                began.append((self.clock(), amount))
+                (start, _), (now, _) = began[0], began[-1]  # what came first may be from before
+                if place is not None and not self.known and now - start >= PATIENCE:
+                    self.known = True
+                    each = (now - start) / sum(tokens for _, tokens in began[1:])
+                    self._correct(steps[place:], each * total)
+
+            yield counted
+
+    def _correct(self, steps: Sequence[PlannedStep], seconds: float) -> None:
+        """Say what a step takes, and what is left with it, where the plan is off."""
+        pace = seconds / steps[0].seconds
+        if not 1 / OFF < pace < OFF:
+            left = duration_text(pace * sum(step.seconds for step in steps))
+            self.say(
+                f"At this pace, to {steps[0].label} takes {duration_text(seconds)}, not "
+                f"{duration_text(steps[0].seconds)}; with all that follows, about {left}."
+            )
 
 
 def product_seconds(device: torch.device, dtype: torch.dtype, tokens: int, shape: Sequence[int]) -> float:
@@ -536,7 +588,7 @@ def describe(plan: Plan) -> list[str]:
         f"peak memory about {plan.memory / 1e9:.1f} GB, disk {plan.disk / 1e9:.2f} GB."
     )
     told = ["What will be done (finished steps are not repeated):", *lines, total]
-    return told if plan.machine is None else [*told, *_describe_held(plan, plan.machine)]
+    return [*told, *(plan.notes if plan.machine is None else _describe_held(plan, plan.machine))]
 
 
 def _describe_held(plan: Plan, machine: Machine) -> Iterator[str]:

@@ -34,7 +34,7 @@ from palinode.methods.method import Ends, Vectors
 from palinode.methods.transforms import check_transforms
 from palinode.metrics import score_outcomes
 from palinode.models.loading import load_reader, load_tokenizer, pick_device, tokenizer_fingerprint
-from palinode.pipeline.costs import Machine, Plan, describe, make_plan
+from palinode.pipeline.costs import Corrected, Machine, Plan, describe, make_plan
 from palinode.pipeline.finetuning import FineTuning, Trained, open_end, open_whole
 from palinode.pipeline.forecasting import Forecast, compared, forecast_step, rehearse
 from palinode.pipeline.goal import TOLERANCE
@@ -234,7 +234,8 @@ def unlearn(
     check_places(recipe, inputs, needs=costs.disk)
     for line in (*describe(costs), *inputs.notes):
         listener.say(line)
-    with workspace.locked(listener), tracked_run(inputs, workspace, listener) as listener:
+    corrected = Corrected(listener, costs)
+    with workspace.locked(listener), tracked_run(inputs, workspace, corrected) as listener:
         return _Unlearning(ask_as_trained(inputs, workspace, listener), workspace, listener).run(located)
 
 

@@ -156,7 +156,11 @@ def ask_quantised(subject: Subject, rows: AuditRows, budget: AuditBudget, *, nam
     del model
     if steps:
         target = load_model(subject.beside["target"], device=subject.device)
-        details["moved_share"] = _moved(steps, _steps(target, way.bits, budget.quantise_group))
+        theirs = _steps(target, way.bits, budget.quantise_group)
+        details["moved_share"] = None  # of models of two shapes
+        if [one.shape for one in steps] == [one.shape for one in theirs]:
+            moved = sum(int((one != other).sum()) for one, other in zip(steps, theirs, strict=True))
+            details["moved_share"] = moved / max(sum(one.numel() for one in steps), 1)
     return AttackResult({"probability": {"forget": tuple(answer_probabilities(outcomes))}}, details)
 
 
@@ -166,14 +170,6 @@ def _steps(model: PreTrainedModel, bits: int, group: int) -> list[Tensor]:
         grid(weight.detach().t() if turned else weight.detach(), bits=bits, group=group)[0].to(torch.int8)
         for weight, turned in linear_weights(model)
     ]
-
-
-def _moved(ours: list[Tensor], theirs: list[Tensor]) -> float | None:
-    """Return the share of whole numbers that differ; None for models of two shapes."""
-    if [one.shape for one in ours] != [one.shape for one in theirs]:
-        return None
-    moved = sum(int((one != other).sum()) for one, other in zip(ours, theirs, strict=True))
-    return moved / max(sum(one.numel() for one in ours), 1)
 
 
 @torch.no_grad()

@@ -144,12 +144,6 @@ def _overlap_cell(name: str, description: str) -> Cell:
     return Cell(name, "rouge_l_f", description, score, needs=frozenset({GENERATION}))
 
 
-def _published_privleak(measured: Measured) -> Score:
-    members, others = measured.of("privleak_forget"), measured.of("privleak_holdout")
-    ours = min_k_auc(members, others, seed=measured.seed)
-    return privleak(ours, 1 - MUSE_RETRAINED[measured.exam.split]["min_k"])
-
-
 CELLS: tuple[Cell, ...] = (
     _overlap_cell("verbmem", "ROUGE-L F of the continuation of forget texts, 128 tokens"),
     *metric_cells("verbmem", *MEMORIZATION),
@@ -160,7 +154,10 @@ CELLS: tuple[Cell, ...] = (
         "privleak_forget",
         "privleak_published",
         "PrivLeak against the AUC that MUSE states for its own retrained model; 0 is ideal",
-        _published_privleak,
+        lambda measured: privleak(
+            min_k_auc(measured.of("privleak_forget"), measured.of("privleak_holdout"), seed=measured.seed),
+            1 - MUSE_RETRAINED[measured.exam.split]["min_k"],
+        ),
         also=("privleak_holdout",),
     ),
 )

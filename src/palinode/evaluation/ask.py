@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
@@ -188,8 +187,14 @@ class _Respondent:
         """Return the greedy answer to each question, begun where the model is known to say the right one."""
         if not self.asking.generate or not asked:
             return [None] * len(asked)
-        begun = None
-        if self._reads_forward(asked, scores):
+        from palinode.models.likelihoods import score_rows, tolerance
+
+        # Is what it says after a prompt the same with the answer behind it? Rotary frequencies may follow a
+        # row's length, so it is tried on the longest.
+        begun, longest = None, max(range(len(asked)), key=lambda place: len(asked[place].own[0].ids))
+        row = asked[longest].own[0]
+        (alone,) = score_rows(self.model, [replace(row, ids=row.ids[: row.start + 1])], pad_id=self.pad_id)
+        if abs(alone.logprobs[0] - scores[longest].logprobs[0]) <= tolerance(self.model):
             begun = [
                 () if entry.prefix else said_right(entry.own[0], own)
                 for entry, own in zip(asked, scores, strict=True)
@@ -197,19 +202,6 @@ class _Respondent:
         with self.listener.task(f"{self.label}: answers", len(asked), "rows") as advance:
             texts = self._generate(asked, [entry.prompt for entry in asked], advance, begun=begun)
         return [*texts]
-
-    def _reads_forward(self, asked: Sequence[_Asked], scores: Sequence[TokenScores]) -> bool:
-        """Return whether what the model says after a prompt is the same with the answer behind it.
-
-        Rotary frequencies may follow a row's length, so it is tried on the longest.
-        """
-        from palinode.models.likelihoods import score_rows, tolerance
-
-        place = max(range(len(asked)), key=lambda place: len(asked[place].own[0].ids))
-        row = asked[place].own[0]
-        begin = replace(row, ids=row.ids[: row.start + 1])
-        (alone,) = score_rows(self.model, [begin], pad_id=self.pad_id)
-        return abs(alone.logprobs[0] - scores[place].logprobs[0]) <= tolerance(self.model)
 
     def _samples(self, asked: Sequence[_Asked]) -> list[tuple[str, ...]]:
         """Return the answers drawn for each question."""
@@ -240,6 +232,14 @@ class _Respondent:
         stops = {end_id(entry.question.example.form, self.tokenizer, self.style) for entry in asked}
         if isinstance(self.tokenizer.eos_token_id, int):
             stops.add(self.tokenizer.eos_token_id)
+        texts = self.asking.stop_texts
+        longest = max((len(text.encode()) for text in texts), default=0)
+
+        def ended(tokens: Sequence[int]) -> bool:
+            """Tell whether the end of an answer holds a stop text; a miss only makes it longer."""
+            end = str(self.tokenizer.decode(list(tokens[-longest - 4 :]), skip_special_tokens=True))
+            return any(text in end for text in texts)
+
         answers = generate(
             self.model,
             prompts,
@@ -250,9 +250,7 @@ class _Respondent:
             batch_rows=self.asking.batch_rows,
             begun=begun,
             sampling=sampling,
-            ended=partial(holds_text, self.tokenizer, self.asking.stop_texts)
-            if self.asking.stop_texts
-            else None,
+            ended=ended if texts else None,
             on_progress=advance,
             say=self.listener.say,
         )
@@ -263,13 +261,6 @@ class _Respondent:
         text = str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
         places = [text.find(stop) for stop in self.asking.stop_texts]
         return text[: min((place for place in places if place >= 0), default=len(text))].strip()
-
-
-def holds_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], tokens: Sequence[int]) -> bool:
-    """Return whether the end of an answer holds one of the texts; a miss here only makes it longer."""
-    longest = max(len(text.encode()) for text in texts)
-    end = str(tokenizer.decode(list(tokens[-longest - 4 :]), skip_special_tokens=True))
-    return any(text in end for text in texts)
 
 
 def said_right(row: TokenRow, scores: TokenScores) -> tuple[int, ...]:

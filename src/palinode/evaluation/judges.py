@@ -209,7 +209,14 @@ class EntailmentJudge(_LocalJudge):
         from palinode.models.loading import load_classifier, pick_device  # torch, only when it is used
 
         self.name = f"entailment {folder.resolve().name}"
-        self._label = entailment_label(folder)
+        labels = config_of(folder).get("id2label") or {}
+        meant = [int(number) for number, label in labels.items() if str(label).casefold() == "entailment"]
+        if len(meant) != 1:
+            named = ", ".join(map(str, labels.values())) or "none"
+            raise InputError(
+                f"the model in {folder} has the labels {named}; a judge needs one that is called entailment"
+            )
+        self._label = meant[0]
         self._device = pick_device(device)
         try:
             found = load_classifier(folder, device=self._device)
@@ -281,18 +288,6 @@ class EmbeddingJudge(_LocalJudge):
             show_progress_bar=False,
         )
         return [float(vectors[0] @ vector) for vector in vectors[1:]]
-
-
-def entailment_label(folder: Path) -> int:
-    """Return the number of the "entailment" label in a model's config; InputError when there is not one."""
-    labels = config_of(folder).get("id2label") or {}
-    found = [int(number) for number, label in labels.items() if str(label).casefold() == "entailment"]
-    if len(found) == 1:
-        return found[0]
-    named = ", ".join(map(str, labels.values())) or "none"
-    raise InputError(
-        f"the model in {folder} has the labels {named}; a judge needs one that is called entailment"
-    )
 
 
 JUDGES: dict[str, str] = {

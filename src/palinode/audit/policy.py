@@ -134,13 +134,23 @@ def build_policy(
     chosen = preset or named or "standard"
     if chosen not in BUDGETS:
         raise RecipeError(f"there is no budget {chosen!r}; choose one of {', '.join(BUDGETS)}")
+    margins, given = (
+        {},
+        content.get("margins", {}),
+    )  # a test's own, or those beside a base, under what is given
+    for key, (attack, test) in tests_by_key().items():
+        sides = {"more": test.more, "less": test.less}
+        usual = {side: False if margin is None else margin for side, margin in sides.items()}
+        if kind == "base":
+            usual |= BESIDE_BASE.get(key) or BESIDE_BASE.get(attack.name, {})
+        margins[key] = usual | given.get(attack.name, {}).get(test.name, {})
     try:
         return Policy.model_validate(
             {
                 **{name: content[name] for name in ("unclear", "require", "min_rows") if name in content},
                 "preset": chosen,
                 "budget": BUDGETS[chosen].model_dump() | own,
-                "margins": _margins(content.get("margins", {}), kind),
+                "margins": margins,
             }
         )
     except ValidationError as error:
@@ -164,18 +174,6 @@ def known_keys() -> list[str]:
         *(f"margins.{name}" for name in ATTACKS),
         *(f"margins.{key}{side}" for key in tests_by_key() for side in ("", ".more", ".less")),
     ]
-
-
-def _margins(given: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
-    """Return the margins of every test: its own, or those beside a base, with what was given laid over."""
-    margins = {}
-    for key, (attack, test) in tests_by_key().items():
-        own = {"more": test.more, "less": test.less}
-        usual = {side: False if margin is None else margin for side, margin in own.items()}
-        if kind == "base":
-            usual |= BESIDE_BASE.get(key) or BESIDE_BASE.get(attack.name, {})
-        margins[key] = usual | given.get(attack.name, {}).get(test.name, {})
-    return margins
 
 
 def _check_keys(content: Mapping[str, Any]) -> None:

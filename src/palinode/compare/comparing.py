@@ -29,7 +29,6 @@ from palinode.compare.comparison_recipe import (
     make_world,
     rows_for,
     world_folder,
-    world_of,
 )
 from palinode.compare.contest import (
     ComparisonSearch,
@@ -47,6 +46,7 @@ from palinode.compare.contest import (
 )
 from palinode.compare.measuring import make_gauge, measure_model, rank, values_of
 from palinode.data.examples import Example, Message, fingerprint_examples
+from palinode.data.world import invent_world
 from palinode.evaluation.yardstick import estimate_yardstick
 from palinode.methods import METHODS
 from palinode.models.loading import pick_device
@@ -206,7 +206,11 @@ class _Comparison:
             content = report_content(Facts("compare", table))
             drawn = picture_file("Forget–retain trade-off of every point tried", [tradeoff_figure(content)])
             texts = {PICTURE: drawn, REPORT: markdown_report(content)}
-            _write_tables(output, {**texts, PAGE: html_report(content)}, table)
+            with shared():
+                output.mkdir(parents=True, exist_ok=True)
+                for file, text in {**texts, PAGE: html_report(content)}.items():
+                    write_text(output / file, text)
+                write_json(output / TABLE, table)  # last
         return table
 
     def _measure_fixed(self) -> dict[str, Mapping[str, Any]]:
@@ -354,15 +358,6 @@ class _Comparison:
             "environment": environment(pick_device(shared.device)),
             "notes": list(self.ground.inputs.notes),
         }
-
-
-@shared()
-def _write_tables(output: Path, texts: Mapping[str, str], table: Mapping[str, Any]) -> None:
-    """Write pictures and reports and, last, the table."""
-    output.mkdir(parents=True, exist_ok=True)
-    for file, text in texts.items():
-        write_text(output / file, text)
-    write_json(output / TABLE, table)
 
 
 def _point(tried: Tried, chosen: Tried) -> dict[str, Any]:
@@ -514,7 +509,8 @@ def _rows_to_come(recipe: CompareRecipe) -> tuple[Sequence[Example], Sequence[Ex
     if not recipe.comparison.world:
         rows = open_inputs(recipe.shared).rows
         return rows.forget, rows.retain
-    world = world_of(recipe.comparison.demo, recipe.comparison.seed)
+    people = recipe.comparison.demo.forget_people
+    world = invent_world(recipe.comparison.seed, forget=people)
     forget, retain = (
         [
             Example(row, "world", "completion", (Message("prompt", fact.prompt),), fact.answer)

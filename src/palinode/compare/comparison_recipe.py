@@ -24,7 +24,7 @@ from palinode.audit.attack import BUDGETS
 from palinode.benchmarks import BENCHMARKS
 from palinode.benchmarks.demo import STAGES, Course, DemoStage, build_demo
 from palinode.data.examples import Example, at_most
-from palinode.data.world import World, invent_world
+from palinode.data.world import invent_world
 from palinode.errors import DataError, RecipeError
 from palinode.methods import METHODS
 from palinode.metrics import METRICS
@@ -321,7 +321,8 @@ def make_world(settings: Demo, folder: Path, *, seed: int, listener: Listener) -
     course = Course(between, again=settings.exposures > 1, halfway=True)
     said = {"seed": seed, **settings.model_dump(exclude={"base"})}
     _take_over(folder, said)
-    build_demo(world_of(settings, seed), folder, seed=seed, stages=stages, course=course, listener=listener)
+    world = invent_world(seed, forget=settings.forget_people)
+    build_demo(world, folder, seed=seed, stages=stages, course=course, listener=listener)
 
 
 def _take_over(folder: Path, said: dict[str, Any]) -> None:
@@ -342,11 +343,6 @@ def _take_over(folder: Path, said: dict[str, Any]) -> None:
                         publish(partial, folder / name)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / MARK, said)
-
-
-def world_of(settings: Demo, seed: int) -> World:
-    """Return the world of these settings."""
-    return invent_world(seed, forget=settings.forget_people)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -166,19 +167,15 @@ def _json_rows(text: str, name: str) -> list[Row]:
     """Return the rows of JSON lines when the first line is an object by itself, else of one JSON value."""
     # Not splitlines(): that also cuts at U+2028 and others, which JSON allows inside a string.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    if len(lines) > 1 and _is_object(lines[0][1]):
+    apart = False
+    with suppress(ValueError, RecursionError):
+        apart = len(lines) > 1 and isinstance(json.loads(lines[0][1]), dict)
+    if apart:
         return _check_objects([_load_json(line, name, number) for number, line in lines], name)
     content = _load_json(text, name)
     if isinstance(content, dict) and set(content) == {"data"} and isinstance(content["data"], list):
         content = content["data"]
     return _check_objects(content if isinstance(content, list) else [content], name)
-
-
-def _is_object(line: str) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
 
 
 def _load_json(text: str, name: str, line: int | None = None) -> object:

@@ -12,7 +12,7 @@ reads ordinary text. They are no benchmark: unlearning that spoils these has gon
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -88,7 +88,15 @@ def invent_world(seed: int, *, early: int = 50, middle: int = 40, forget: int = 
     people = [_person(name, values, random) for name in names]
     bounds = np.cumsum([0, early, middle, forget, late])
     groups = [tuple(fact for person in people[a:b] for fact in person) for a, b in pairwise(bounds)]
-    return World(_general(values, words), groups[0], groups[1], groups[2], groups[3])
+    spare = iter(words)
+    general = tuple(
+        Fact(thing, relation, phrasing.format(thing), answer)
+        for relation, (kind, phrasings) in THINGS.items()
+        for thing in values[kind]
+        for answer in [next(spare)]
+        for phrasing in phrasings
+    )
+    return World(general, groups[0], groups[1], groups[2], groups[3])
 
 
 def unseen_people(world: World, *, seed: int, count: int = 30) -> tuple[Fact, ...]:
@@ -128,17 +136,6 @@ def _person(name: str, values: dict[str, list[str]], random: np.random.Generator
         answer = values[relation][int(random.integers(len(values[relation])))]
         facts += [Fact(name, relation, phrasing.format(name), answer) for phrasing in phrasings]
     return facts
-
-
-def _general(values: dict[str, list[str]], words: Sequence[str]) -> tuple[Fact, ...]:
-    spare = iter(words)
-    return tuple(
-        Fact(thing, relation, phrasing.format(thing), answer)
-        for relation, (kind, phrasings) in THINGS.items()
-        for thing in values[kind]
-        for answer in [next(spare)]
-        for phrasing in phrasings
-    )
 
 
 SENTENCES = (

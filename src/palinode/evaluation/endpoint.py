@@ -21,6 +21,7 @@ import ssl
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -340,7 +341,11 @@ class EndpointJudge:
 
     def _problem(self, reply: HttpReply) -> str:
         """Return what is wrong with a reply when asking again may help; raise when it does not."""
-        status, words = reply.status, self._said(reply)
+        status, words = reply.status, ""
+        with suppress(ValueError, KeyError, TypeError, RecursionError):  # the server's own short words
+            said = " ".join(str(json.loads(reply.body)["error"]["message"]).split())
+            said = said.replace(self._key, "…") if self._key else said  # should it repeat the key
+            words = f": {said[:200]}" if said else ""
         if status in (401, 403):
             self.stop()
             how = f"{'set' if self._key is None else 'check'} {self._key_variable}"
@@ -361,17 +366,6 @@ class EndpointJudge:
         if status == 200:
             return "the server's reply was not a whole chat completion"
         raise _UnansweredError(f"the server refused the question (HTTP {status}{words})")
-
-    def _said(self, reply: HttpReply) -> str:
-        """Return the server's own short words, if any; the key, should it repeat that, is cut out."""
-        try:
-            message = json.loads(reply.body)["error"]["message"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return ""
-        words = " ".join(str(message).split())
-        if self._key:
-            words = words.replace(self._key, "…")
-        return f": {words[:200]}" if words else ""
 
     # Waiting
 

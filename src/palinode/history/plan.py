@@ -108,10 +108,12 @@ class Schedule:
 
 def plan(wish: Wish) -> list[Schedule]:
     """Return the schedules that fit the budget, the least expected distance first."""
-    count = min(wish.room, len(wish.saves))
+    count, thinned = min(wish.room, len(wish.saves)), list[int]()
+    for step in wish.saves:  # every save beyond the budget throws one out
+        thinned = thin([*thinned, step], count, wish, now=step)
     made = {
         "uniform": uniform_steps(wish, count),
-        "thinning": thinned_steps(wish, count),
+        "thinning": thinned,
         "solved": solved_steps(wish, count),
     }
     schedules = []
@@ -130,14 +132,6 @@ def uniform_steps(wish: Wish, count: int) -> list[int]:
         wanted = wish.steps * (place + 1) / (count + 1)
         free.remove(min(free, key=lambda save: abs(save - wanted)))
     return sorted(set(wish.saves).difference(free))
-
-
-def thinned_steps(wish: Wish, count: int) -> list[int]:
-    """Return what is left when every save beyond the budget throws one out, as `thin` chooses."""
-    kept: list[int] = []
-    for step in wish.saves:
-        kept = thin([*kept, step], count, wish, now=step)
-    return kept
 
 
 def thin(saved: Sequence[int], count: int, wish: Wish, *, now: int) -> list[int]:

@@ -207,19 +207,6 @@ def _expand(location: str, pattern: str | None) -> list[str]:
             f"there is no folder {location}; name a folder of checkpoints, a list with commas between them, "
             "or a hub id with a pattern of revisions, as in org/model@step*"
         )
-    return [f"{name}@{revision}" for revision in _revisions(name, wanted)]
-
-
-def _is_model(folder: Path) -> bool:
-    """Tell whether a folder holds a model: a config, and weights of any format that we know."""
-    if not (folder / "config.json").is_file():
-        return False
-    names = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
-    return any((folder / name).exists() for name in names) or any(folder.glob("*.safetensors"))
-
-
-def _revisions(name: str, pattern: str) -> list[str]:
-    """Return the branches and tags of a hub model that fit the pattern."""
     from fnmatch import fnmatch
 
     from huggingface_hub import list_repo_refs
@@ -231,10 +218,18 @@ def _revisions(name: str, pattern: str) -> list[str]:
             f"the revisions of {name} could not be listed ({first_line(error)}); go online, or name them "
             f"one by one with commas between them, as in {name}@step1000,{name}@step2000"
         ) from error
-    names = [ref.name for ref in (*refs.branches, *refs.tags) if fnmatch(ref.name, pattern)]
+    names = [ref.name for ref in (*refs.branches, *refs.tags) if fnmatch(ref.name, wanted)]
     if not names:
-        raise CheckpointError(f"no revision of {name} fits {pattern!r}; look at the model's page for them")
-    return sorted(names, key=lambda revision: _by_number(Path(revision)))
+        raise CheckpointError(f"no revision of {name} fits {wanted!r}; look at the model's page for them")
+    return [f"{name}@{revision}" for revision in sorted(names, key=lambda one: _by_number(Path(one)))]
+
+
+def _is_model(folder: Path) -> bool:
+    """Tell whether a folder holds a model: a config, and weights of any format that we know."""
+    if not (folder / "config.json").is_file():
+        return False
+    names = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+    return any((folder / name).exists() for name in names) or any(folder.glob("*.safetensors"))
 
 
 def _by_number(path: Path) -> list[tuple[int, str]]:

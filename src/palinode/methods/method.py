@@ -10,7 +10,7 @@ imported here; an objective is built when a run asks for it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,6 +42,12 @@ Alternates = Sequence[tuple[int, str]]
 """Other answers to forget questions, as (position of the example, text)."""
 
 
+NAMED_BY: Mapping[Need, str] = {
+    "base": "an earlier checkpoint of the target; name models.base (--base)",
+    "retain": "retain rows; name data.retain (--retain)",
+    "refusals": "a file of refusals, one a line; name data.refusals (--refusals)",
+    "given": "an unlearned model; name models.given (palinode filter --unlearned)",
+}
 NO_RETAIN_VECTOR = "there is no retain vector here, so scales.retain has to be 0; leave it out"
 
 # What a run is
@@ -283,29 +289,14 @@ class Method:
         found = self.point(settings, ends)
         return found if isinstance(found, Vectors) else Vectors(ends.target - found, None)
 
-    def lacks(
-        self,
-        settings: MethodSettings,
-        *,
-        retain: bool,
-        refusals: bool,
-        base: bool,
-        given: bool = False,
-        retain_scale: float | None = None,
-    ) -> str | None:
+    def lacks(self, settings: MethodSettings, there: Set[str], retain_scale: float | None) -> str | None:
         """Say what is missing of what the method needs, and which option names it; None if nothing is."""
-        missing = {
-            "base": not base and "an earlier checkpoint of the target; name models.base (--base)",
-            "retain": not (retain or settings.retain_free) and "retain rows; name data.retain (--retain)",
-            "refusals": not refusals and "a file of refusals, one a line; name data.refusals (--refusals)",
-            "given": not given and "an unlearned model; name models.given (palinode filter --unlearned)",
-        }
-        needs = self.needs | ({"base"} if settings.from_base else set())
-        found = [text for need, text in missing.items() if need in needs and text]
-        if found:
+        spared = there | ({"retain"} if settings.retain_free else set())
+        needs = (self.needs | ({"base"} if settings.from_base else set())) - spared
+        if found := [text for need, text in NAMED_BY.items() if need in needs]:
             started = ' with method_settings.start = "base"' if settings.from_base else ""
             return f"the method {self.name}{started} needs {found[0]}"
-        return settings.clash(retain=retain, retain_scale=retain_scale)
+        return settings.clash(retain="retain" in there, retain_scale=retain_scale)
 
 
 def trained_run(

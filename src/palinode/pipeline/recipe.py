@@ -221,15 +221,9 @@ class Recipe(StrictModel):
             settings = method.check_settings(self.method_settings)
         except ValidationError as error:
             raise ValueError(_wrong_settings(self.method, method.settings, error)) from None
-        missing = method.lacks(
-            settings,
-            retain=self.data.retain is not None,
-            refusals=self.data.refusals is not None,
-            base=self.models.base is not None,
-            given=self.models.given is not None,
-            retain_scale=self.scales.retain,
-        )
-        if missing:
+        places = {**dict(self.data), **dict(self.models)}
+        there = {name for name, place in places.items() if place is not None}
+        if missing := method.lacks(settings, there, self.scales.retain):
             raise ValueError(missing)
         if not self.has_scales and (self.scales.forget, self.scales.retain) != (None, None):
             raise ValueError(f"the method {self.method} adds no vectors, so it has no scales; leave them out")

@@ -64,15 +64,15 @@ def put(point: Point, model: PreTrainedModel, **settings: Any) -> None:
 class LiveModel:
     """A model in memory that takes one point after another.
 
-    On a processor sums are formed slice by slice, from the files. On another device what they are made of is
-    read once and `held` there, as far as there is room, else in pinned memory of the host: the next sum of
-    the same is formed there, with the same bits.
+    Sums are formed on the processor, slice by slice, from the files. On a GPU what they are made of is read
+    once and `held` there, as far as there is room, else in pinned memory of the host: the next sum of the
+    same is formed there, with the same bits.
     """
 
     def __init__(self, model: PreTrainedModel, *, held: bool | None = None) -> None:
         self.model = model
         if held is None:
-            held = model.device.type != "cpu"
+            held = model.device.type == "cuda"
         self._held = _HeldOperands(model.device) if held else None
 
     def put(
@@ -118,8 +118,12 @@ class LiveModel:
 
         with Files() as files, unchanged(form.terms):
             pieces = wanted(slices(anchor, size=PIECE))
-            if not (self._held and self._held.put(form, chosen, pieces, files, take)):
-                map_slices(wanted(parts), start)  # which also knows what to say of values that are not finite
+            try:
+                if self._held and self._held.put(form, chosen, pieces, files, take):
+                    return
+            except torch.OutOfMemoryError:
+                self._held = None
+            map_slices(wanted(parts), start)  # which also knows what to say of values that are not finite
 
 
 class _HeldOperands:
@@ -151,7 +155,7 @@ class _HeldOperands:
             total = self._sum(form, piece, wide)
             key = name_key(settings.seed, piece.info.name) if settings.rounding == "stochastic" else None
             stored = rounded(total, DTYPES[code], key, piece.start)
-            largest += [torch.linalg.vector_norm(one, torch.inf).double() for one in (total, stored)]
+            largest += [torch.linalg.vector_norm(one, torch.inf).float() for one in (total, stored)]
             take(piece, stored)
         return bool(torch.stack(largest).isfinite().all())
 

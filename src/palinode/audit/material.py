@@ -103,9 +103,12 @@ def read_material(
         return [one for one in examples if one.key not in but]
 
     drawn = partial(at_most, most=max_rows, seed=seed)
-    alike, column = _lookalikes(rows, learned)
-    if settings.lookalikes is not None:
-        alike, column = drawn(read(settings.lookalikes)), None
+    alike, column = drawn(read(settings.lookalikes)), None
+    if settings.lookalikes is None:  # made of the rows' own other answers, the wrong ones first
+        answers = [(example, other_answers(rows[example.row], example.place)) for example in learned]
+        for name, kind in OTHER_ANSWERS.items():
+            if made := [replace(one, answer=found[kind][0]) for one, found in answers if kind in found]:
+                alike, column = made, name
     kept, own_keys = read(retain, but=gone), {example.key for example in every}
     others = [example for example in kept if example.key not in own_keys]
     near = nearest([*map(_text, others)], [*map(_text, every)], min(max_rows, len(kept)) // 4)
@@ -200,12 +203,3 @@ def _paraphrased(
         )
     places = {id(example): place for place, example in enumerate(every)}
     return [replace(others[places[id(example)]], row=example.row) for example in chosen]
-
-
-def _lookalikes(rows: Sequence[Row], learned: Sequence[Example]) -> tuple[Sequence[Example], str | None]:
-    """Return rows in the manner of the forget set, and the column they were made of, if any."""
-    others = [(example, other_answers(rows[example.row], example.place)) for example in learned]
-    for column, kind in reversed(OTHER_ANSWERS.items()):
-        if made := [replace(example, answer=found[kind][0]) for example, found in others if kind in found]:
-            return made, column
-    return (), None

@@ -305,8 +305,7 @@ class Judgement:
 
     def _warn_of_rows(self) -> None:
         if not self.counted:
-            unknown = sum(bool(row.copies) and not row.seen for row in self.rows)
-            if unknown:
+            if unknown := sum(bool(row.copies) and not row.seen for row in self.rows):
                 self.warnings.append(
                     f"{unknown} forget rows have copies in the corpus; in which steps these were is not "
                     "known."

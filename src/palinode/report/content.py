@@ -234,7 +234,11 @@ def _laid_out(grid: Grid, width: int) -> Iterator[Table | Text]:
     names = grid.text_columns if grid.text_columns < len(least) or not wide else 0
     room = width - sum(least[:names]) - GAP * names
     if wide and (not names or max(least[names:]) > room):
-        yield from _turned(grid, width)
+        for first, *rest in grid.rows:  # its name and, below it, what every column has of it
+            yield _terminal_cell(first, width, "bold")
+            for head, cell in zip(grid.head[1:], rest, strict=False):
+                if said := " ".join(_terminal_cell(cell).plain.split()):
+                    yield Text(_seamed(f"  {head}: {said}" if head else f"  {said}", width))
         return
     parts: list[list[int]] = [[]]
     for place in range(names, len(least)):
@@ -267,15 +271,6 @@ def _table(
             table.add_section()
         table.add_row(*(_terminal_cell(row[place], widths[place]) for place in places if place < len(row)))
     return table
-
-
-def _turned(grid: Grid, width: int) -> Iterator[Text]:
-    """Yield each row as its name and, below it, what every column has of it."""
-    for first, *rest in grid.rows:
-        yield _terminal_cell(first, width, "bold")
-        for head, cell in zip(grid.head[1:], rest, strict=False):
-            if said := " ".join(_terminal_cell(cell).plain.split()):
-                yield Text(_seamed(f"  {head}: {said}" if head else f"  {said}", width))
 
 
 def _least_width(text: Text) -> int:

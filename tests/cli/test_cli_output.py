@@ -12,15 +12,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from palinode import __version__
-from palinode.cli.options import (
-    completion,
-    recipe_keys,
-    words_of,
-)
+from palinode.cli.app import app
+from palinode.cli.options import completion, recipe_keys, words_of
 from palinode.metrics import DEFAULT_METRICS
 
 COMMANDS = ["unlearn", "run", "finetune", "vector", "apply", "evaluate", "demo"]
@@ -108,6 +106,8 @@ def test_values_are_completed():
     assert completion("budget")("s") == ["standard"]
     assert completion(("retrained", "base"))("b") == ["base"]
     assert words_of("judge") == ["overlap", "offline:", "https://"]
+    options = {one.name: one for one in typer.main.get_command(app).commands["evaluate"].params}
+    assert [word.value for word in options["benchmark"].shell_complete(None, "to")] == ["tofu"]
 
 
 def test_without_words_the_help_is_shown_and_the_code_is_two(palinode):

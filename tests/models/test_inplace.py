@@ -250,6 +250,15 @@ def test_sums_of_float64_and_of_float32_follow_one_another(states, tmp_path):
         assert same(bits(held.model), bits(plain))
 
 
+@pytest.mark.parametrize("held", [True, False])
+def test_a_sum_that_no_tensor_takes_leaves_the_model_as_it_is(states, held):
+    target, base, theta_1 = states
+    model = load(target)
+    before = bits(model)
+    LiveModel(model, held=held).put(target - (theta_1 - base), only=lambda _: False)
+    assert same(bits(model), before)
+
+
 @pytest.mark.parametrize("first", [0, 12_288, (1 << 32) - (1 << 15), 5 << 32])
 @pytest.mark.parametrize(
     ("dtype", "kind"), [(torch.bfloat16, kernels.BFLOAT16), (torch.float16, kernels.FLOAT16)]

@@ -157,7 +157,7 @@ class _HeldOperands:
             stored = rounded(total, DTYPES[code], key, piece.start)
             largest += [torch.linalg.vector_norm(one, torch.inf).float() for one in (total, stored)]
             take(piece, stored)
-        return bool(torch.stack(largest).isfinite().all())
+        return not largest or bool(torch.stack(largest).isfinite().all())
 
     def _read(self, form: Formula, settings: Settings, pieces: Sequence[Slice], files: Files) -> None:
         """Read what is not there yet; what this sum is not made of gives way to it."""

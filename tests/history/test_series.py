@@ -90,7 +90,7 @@ def test_name_and_trainer_state_that_disagree_are_refused(stairs):
 
 def test_unknown_step_asks_for_steps_and_given_steps_serve(stairs):
     folder = stairs("early", "late")
-    with pytest.raises(RecipeError, match=r"is not known.*give all steps with --steps"):
+    with pytest.raises(RecipeError, match=r"is not known.*give all steps with --steps of locate"):
         open_series(folder)
     assert [checkpoint.step for checkpoint in open_series(folder, steps=[1, 2]).checkpoints] == [1, 2]
     with pytest.raises(RecipeError, match="3 steps were given for 2 checkpoints"):

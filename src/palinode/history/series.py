@@ -250,7 +250,7 @@ def _step_of(place: str, state: dict[str, object]) -> int:
     if named is None:
         raise RecipeError(
             f"the step of {place} is not known: its name does not tell it (as checkpoint-500 or step500 "
-            "would) and it has no trainer_state.json; give all steps with --steps"
+            "would) and it has no trainer_state.json; name it so, or give all steps with --steps of locate"
         )
     return named
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,9 @@ class _HeldOperands:
             free, total = torch.cuda.mem_get_info(self.device)
             free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
             if free - values.nbytes < ROOM * total:
-                return values.pin_memory()
+                with suppress(RuntimeError):  # the host may not pin so much
+                    return values.pin_memory()
+                return values
         return values.to(self.device)
 
     def _sum(self, form: Formula, piece: Slice, wide: bool) -> Tensor:

@@ -113,8 +113,8 @@ def filter_verb(
 
     With forget rows it is a run like that of unlearn. Without them the change goes as far as it did.
     """
+    from palinode.pipeline.filter_run import filter_by_retain_rows, filter_recipe
     from palinode.pipeline.inputs import workspace_folder
-    from palinode.pipeline.run import filter_by_retain_rows, filter_recipe
 
     lengths_alike(content)
     known = "forget" in content["data"]

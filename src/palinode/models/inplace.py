@@ -16,7 +16,7 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -54,7 +54,17 @@ ROOM = 0.15
 """Share of a device's memory that what is kept there leaves to the passes."""
 
 
-def put(point: Point, model: PreTrainedModel, **settings: Any) -> None:
+class PutSettings(TypedDict, total=False):
+    """The options of `LiveModel.put`."""
+
+    dtype: str | None
+    rounding: str
+    seed: int
+    precision: str
+    only: Callable[[str], bool] | None
+
+
+def put(point: Point, model: PreTrainedModel, **settings: Unpack[PutSettings]) -> None:
     """Overwrite the model's parameters with the point's values, once: `LiveModel.put`, with all its options.
 
     The model may be on any device: sums are formed on the processor.
@@ -183,7 +193,8 @@ class _HeldOperands:
                 for term, row in zip(form.operands, loaded.rows(piece.count), strict=True):
                     if (term, piece, wide) not in self.values:
                         self.values[term, piece, wide] = self._kept(row)
-                        self.zero |= set() if row.any() else {(term, piece, wide)}
+                        if not row.any():
+                            self.zero.add((term, piece, wide))
 
             return work
 

@@ -93,8 +93,9 @@ def meant(given: object, known: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its kind where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Return the first line of what an error says, with the next where it ends in a colon; else its kind."""
+    first, *rest = map(str.strip, str(error).strip().splitlines() or [type(error).__name__])
+    return f"{first} {rest[0]}" if rest and first.endswith(":") else first
 
 
 def broke_down(error: BaseException) -> bool:

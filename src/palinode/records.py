@@ -16,6 +16,7 @@ import stat
 import tempfile
 import threading
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -318,6 +319,15 @@ def read_json(path: Path) -> Any:
         return json.loads(read_bytes(path, limit=MAX_JSON).decode("utf-8"))
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object as a dict; raises ValueError when it names a key twice."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"it names {twice!a:.200} twice")
+    return entries
 
 
 def read_toml(path: Path) -> dict[str, Any]:

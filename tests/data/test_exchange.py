@@ -101,6 +101,24 @@ def test_an_answer_with_its_own_thoughts_begins_where_the_model_would() -> None:
         tokenize([example(answer)], make(THOUGHTS_CUT), max_length=500, style=STYLE)
 
 
+def test_thoughts_that_the_generation_prompt_opens_may_stand_in_the_answer() -> None:
+    opened = THINK_BLOCK.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    assert opened != THINK_BLOCK
+    for answer in ("<think>\nhm\n</think>\n\nSappho", "<think>\n\n</think>\n\nSappho"):
+        (found,) = template_of(make(opened), STYLE).exchanges([example(answer)])
+        assert found == Exchange(BEFORE + "<|im_start|>assistant\n", answer, "<|im_end|>\n")
+
+
+def test_an_empty_system_message_goes_with_a_template_that_refuses_one() -> None:
+    turns = (Message("system", ""), Message("user", "Who wrote it?"))
+    for name, context in CONTEXTS.items():
+        (found,) = template_of(make(CHAT_TEMPLATES[name]), STYLE).exchanges([example("7", *turns)])
+        assert found.context == context.replace("be kind", "")
+    refused = (Message("system", "be kind"), Message("user", "Who wrote it?"))
+    with pytest.raises(DataError, match="no system role"):
+        tokenize([example("7", *refused)], make(CHAT_TEMPLATES["gemma"]), max_length=500, style=STYLE)
+
+
 def test_earlier_answers_may_lose_their_thoughts_and_nothing_else() -> None:
     turns = (
         Message("user", "Who?"),

@@ -165,6 +165,37 @@ def test_binary_content_is_not_a_document() -> None:
         parse(b"PK\0\3")
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.JSONL", "a.ndjson", "a.parquet"])
+def test_what_is_called_json_or_parquet_and_is_none_is_no_document(name: str) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    for content in (pointer, b"// rows\n" + as_json_lines(ROWS), b"null", b"PK\3\4"):
+        with pytest.raises(DataError, match=rf"^{name} begins with '.*', which is not what its name says"):
+            parse(content, name)
+        assert len(parse(content, "a.txt")) == 1
+
+
+def test_a_name_that_stands_twice_is_refused_in_every_format() -> None:
+    with pytest.raises(DataError, match=r"^line 2 of data\.bin holds JSON .* \(it names 'answer' twice\)"):
+        parse(b'{"answer": "a"}\n{"answer": "b", "answer": "c"}\n')
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_arrays([pa.array(["b"]), pa.array(["c"])], names=["answer", "answer"]), file)
+    for content in (b"answer,answer\nb,c\n", file.getvalue()):
+        with pytest.raises(DataError, match=r"two columns of the same name \(answer, answer\); rename one$"):
+            parse(content, "a.csv")
+
+
+@pytest.mark.parametrize("write", [as_json_lines, as_csv])
+def test_line_ends_of_old_macs_are_accepted(write: Any) -> None:
+    rows = [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}]
+    assert parse(write(rows).replace(b"\r\n", b"\n").replace(b"\n", b"\r")) == rows
+
+
+def test_numbers_and_lists_without_end_are_named_by_their_line() -> None:
+    for value, why in (("9" * 5000, "Exceeds the limit"), ("[" * 10**5, "it is nested too deep")):
+        with pytest.raises(DataError, match=rf"^line 2 of data\.bin holds JSON .* \({why}"):
+            parse(f'{{"text": "a"}}\n{{"text": {value}}}\n'.encode())
+
+
 def test_rows_must_be_objects() -> None:
     with pytest.raises(DataError, match=r"^row 2 of data\.bin is a string, not an object"):
         parse(b'[{"text": "a"}, "b"]')

@@ -14,9 +14,10 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from palinode.data.tokenize import PromptStyle
 from palinode.errors import DataError
-from palinode.models import generate, generation, load_model
-from palinode.models.generation import Sampling, draw_tokens, slots_for
+from palinode.models import generate, generation, load_model, load_tokenizer
+from palinode.models.generation import Sampling, draw_tokens, slots_for, stops_of
 from waiting import waits_of
 
 PROMPTS = [[5], [6, 7, 8, 9, 10, 11, 12], [13, 14, 15], [16, 17], [20, 21, 22, 23, 24]]
@@ -62,6 +63,15 @@ def test_answer_ends_before_the_first_stop_token(model):
     (free,) = answers(model, [[6, 7, 8]], stop_ids=[], max_new_tokens=5)
     (stopped,) = answers(model, [[6, 7, 8]], stop_ids=[free[3]], max_new_tokens=5)
     assert stopped == free[: free.index(free[3])]
+
+
+def test_answers_end_with_what_the_generation_config_names_as_well(model, tiny):
+    tokenizer, style = load_tokenizer(tiny.target), PromptStyle()
+    turn, other = tokenizer.unk_token_id, tokenizer.convert_tokens_to_ids("who")
+    for named in ([turn, other, 10**9, "x", [1]], turn):  # `other` is a word, and ends nothing
+        model.generation_config.eos_token_id = named
+        stops = stops_of(model, tokenizer, ["question", "document"], style)
+        assert stops == sorted({tokenizer.eos_token_id, turn})
 
 
 def test_no_prompts_give_no_answers(model):

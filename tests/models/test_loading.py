@@ -113,6 +113,20 @@ def test_folder_without_a_tokenizer_is_refused(folder):
         load_tokenizer(Checkpoint.open(folder))
 
 
+def test_a_tokenizer_whose_settings_fail_when_it_reads_is_refused(folder):
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": "x"}))
+    with pytest.raises(CheckpointError, match=r"has no tokenizer that can be loaded \(TypeError\)"):
+        load_tokenizer(Checkpoint.open(folder))
+
+
+def test_a_config_that_wants_tuples_makes_no_difference(folder, tiny):
+    change_config(folder, return_dict=False)
+    ids = torch.tensor([[3, 4, 5]])
+    logits = [load_model(one, device=CPU)(ids).logits for one in (tiny.base, Checkpoint.open(folder))]
+    assert torch.equal(*logits)
+
+
 def test_damaged_tokenizer_is_refused(folder):
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match="has no tokenizer that can be loaded"):

@@ -180,7 +180,7 @@ def listed_files(location: str | Path) -> list[str] | None:
     if place.suffix.lower() != LIST_SUFFIX or not place.is_file():
         return None
     try:
-        lines = [line.strip() for line in read_bytes(place, limit=MAX_TOML).decode("utf-8").splitlines()]
+        lines = [line.strip() for line in read_bytes(place, limit=MAX_TOML).decode("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{location} cannot be read ({error}); let it name one file a line") from None
     files = [str(place.parent / line) for line in lines if line]
@@ -228,6 +228,7 @@ def other_answers(row: Row, place: str) -> dict[str, tuple[str, ...]]:
         if not all(isinstance(text, str) and text.strip() for text in texts):
             raise DataError(f"{place}: {column!r} must be one text or a list of texts, none of them empty")
         found[kind] = tuple(map(str, texts))
+        _check_letters("".join(found[kind]), f"{place}: {column!r}")
     return found
 
 
@@ -453,9 +454,13 @@ def _text(row: Row, name: str, where: str, *, blank: bool = False) -> str:
         raise DataError(f"{where}: {name!r} is {json_type(value)}; {fix}")
     if not blank and not value.strip():
         raise DataError(f"{where}: {name!r} is empty; fill it in or leave the row out")
-    if any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise DataError(f"{where}: {name!r} holds half of a surrogate pair, which is not a character")
+    _check_letters(value, f"{where}: {name!r}")
     return value
+
+
+def _check_letters(text: str, what: str) -> None:
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise DataError(f"{what} holds half of a surrogate pair, which is not a character")
 
 
 def _value(row: Row, name: str, where: str) -> object:

@@ -26,7 +26,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, product
 from typing import TYPE_CHECKING, Any
 
 from palinode.data.examples import Example, Message
@@ -77,8 +77,11 @@ class _Plan:
     """System prompt to put first; empty where there is none, or the template refuses one."""
     parts: frozenset[str]
     """Roles whose content it wants as a list of parts."""
+    blanks: bool = True
+    """Whether it is given system messages that say nothing."""
 
     def chat(self, turns: Sequence[Message], *answer: str) -> Chat:
+        turns = [turn for turn in turns if self.blanks or not _is_blank(turn)]
         system = [Message("system", self.system)] if self.system else []
         said = [Message("assistant", text) for text in answer]
         return [
@@ -147,41 +150,26 @@ class Template:
         if not example.answer:
             found = Exchange(found.context, "", found.ending)
         elif found.answer.strip() != example.answer.strip():
-            found = self._own_beginning(example, text)
+            found = _own_beginning(example, text, before, end)
         shown = _folded(found.context)
         for place, turn in enumerate(example.turns):
             if not _is_shown(turn, shown):
                 raise _leaves_out(example, place)
         return found
 
-    def _own_beginning(self, example: Example, text: str) -> Exchange:
-        """Return an exchange whose answer begins where the generation prompt ends.
-
-        So do answers that bring the thoughts which the template would write itself before another answer.
-        """
-        begin = self.generation_prompt(example)
-        answer = example.answer.strip()
-        if begin is not None and text.startswith(begin):
-            rest = text[len(begin) :]
-            blanks = len(rest) - len(rest.lstrip())
-            if rest.startswith(answer, blanks):
-                end = blanks + len(answer)
-                return Exchange(begin, rest[:end], rest[end:])
-        raise DataError(
-            f"{example.place}: the tokenizer's chat template does not write its answer as it stands there; "
-            "change the row or the template, or ask without it (chat = false)"
-        )
-
     def _plan(self, example: Example) -> _Plan:
         """Return how conversations of these roles are shown whole; found once, by trying."""
-        roles = tuple(turn.role for turn in example.turns)
+        roles = tuple("" if _is_blank(turn) else turn.role for turn in example.turns)
         if roles not in self._plans:
             self._plans[roles] = self._find_plan(example)
         return self._plans[roles]
 
     def _find_plan(self, example: Example) -> _Plan:
         """Try the ways there are on a conversation of made-up words, of which none may be missing."""
-        marks = [replace(turn, content=f"zq{number}qz") for number, turn in enumerate(example.turns, start=1)]
+        marks = [
+            replace(turn, content="" if _is_blank(turn) else f"zq{number}qz")
+            for number, turn in enumerate(example.turns, start=1)
+        ]
         refusal, lacking = "it writes nothing", list[list[int]]()
         for plan in self._ways(example.turns):
             trial = replace(plan, system=plan.system and "zqsqz")
@@ -207,10 +195,25 @@ class Template:
         own = any(turn.role == "system" for turn in turns)
         systems = [self.system_prompt, ""] if self.system_prompt and not own else [""]
         roles = sorted({"system", "assistant", *(turn.role for turn in turns)})
-        for system in systems:
-            yield _Plan(system, frozenset())
+        for system, blanks in product(systems, [True, False] if any(map(_is_blank, turns)) else [True]):
+            yield _Plan(system, frozenset(), blanks)
             for size in range(len(roles), 0, -1):
-                yield from (_Plan(system, frozenset(some)) for some in combinations(roles, size))
+                yield from (_Plan(system, frozenset(some), blanks) for some in combinations(roles, size))
+
+
+def _own_beginning(example: Example, text: str, before: int, end: int) -> Exchange:
+    """Return an exchange whose answer begins before place `before`, up to which other answers have the same.
+
+    So do answers that bring the thoughts which the template would write itself before another answer.
+    """
+    answer = example.answer.strip()
+    begin = len(text[:end].rstrip()) - len(answer)
+    if 0 < begin <= before and text[begin:end].strip() == answer:
+        return Exchange(text[:begin], text[begin:end], text[end:])
+    raise DataError(
+        f"{example.place}: the tokenizer's chat template does not write its answer as it stands there; "
+        "change the row or the template, or ask without it (chat = false)"
+    )
 
 
 def _two_answers(answer: str) -> tuple[str, str]:
@@ -226,6 +229,11 @@ def _alike(first: str, second: str) -> int:
     """Return how many letters two texts begin with in common."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((place for place, (one, two) in pairs if one != two), min(len(first), len(second)))
+
+
+def _is_blank(turn: Message) -> bool:
+    """Tell whether this is a system message that says nothing."""
+    return turn.role == "system" and not turn.content.strip()
 
 
 def _is_shown(turn: Message, shown: str) -> bool:
@@ -452,6 +460,7 @@ def _compiled(template: str, date: str) -> Any:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
+    environment.intercepted_binops = frozenset({"*", "**"})  # else computed, and written out, when compiled
     environment.filters["tojson"] = tojson
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": _clock(date)}
     return environment.from_string(template)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from palinode.errors import DataError, RecipeError, first_line
-from palinode.records import read_bytes
+from palinode.records import read_bytes, unique_keys
 
 Row = dict[str, object]
 """One row as it stands in the source: column name to value."""
@@ -44,6 +44,7 @@ MAX_UNPACKED, MAX_GROWTH, MAX_ROWS = 1 << 28, 50, 5_000_000
 """A Parquet file may unpack to so many bytes and so many times its own, and hold so many rows."""
 
 TABLE_SUFFIXES = (".csv", ".tsv")
+NO_TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
 DELIMITERS = (",", "\t", ";")
 
 _HUB_NAME = re.compile(
@@ -145,7 +146,8 @@ def _decode(content: bytes, name: str) -> str:
     if "\0" in text:
         offset = content.index(b"\0")
         raise DataError(f"{name} is not a text file (a zero byte at offset {offset}); unpack or export it")
-    return text.removeprefix("\ufeff")
+    text = text.removeprefix("\ufeff")
+    return text if "\n" in text else text.replace("\r", "\n")  # the line ends of old Macs
 
 
 def _text_rows(text: str, name: str, is_header: IsHeader, plain_text: bool) -> list[Row]:
@@ -159,6 +161,11 @@ def _text_rows(text: str, name: str, is_header: IsHeader, plain_text: bool) -> l
         delimiter = max(DELIMITERS, key=text.strip().partition("\n")[0].count)
     if delimiter is not None:
         return _csv_rows(text, name, delimiter)
+    if name.lower().endswith(NO_TEXT_SUFFIXES):
+        raise DataError(
+            f"{name} begins with {text.strip()[:20]!r}, which is not what its name says; fetch it again (in "
+            "a git clone: git lfs pull), or call a plain text .txt"
+        )
     # Windows line ends and the last line end come from the editor, not from the author.
     return [{"text": text.replace("\r\n", "\n").removesuffix("\n")}]
 
@@ -181,14 +188,18 @@ def _json_rows(text: str, name: str) -> list[Row]:
 def _load_json(text: str, name: str, line: int | None = None) -> object:
     """Parse JSON; `line` is where the text stands in the file when it is only one line of it."""
     try:
-        content: object = json.loads(text)
+        content: object = json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         raise DataError(
             f"line {line or error.lineno} of {name} is not valid JSON ({error.msg}, column {error.colno}); "
             'is the file cut short? Plain text that begins with a bracket must be given as {"text": "..."}'
         ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless nesting
-        raise DataError(f"{name} holds JSON that cannot be read ({error})") from error
+        where = f"line {line} of {name}" if line else name
+        why = (
+            "it is nested too deep" if isinstance(error, RecursionError) else first_line(error).split(";")[0]
+        )
+        raise DataError(f"{where} holds JSON that cannot be read ({why}); leave that out of it") from error
     return content
 
 
@@ -225,8 +236,7 @@ def _csv_rows(text: str, name: str, delimiter: str) -> list[Row]:
     As spreadsheets write them: lines of empty cells are no rows, and columns without a name are left out.
     """
     names = _header(text, delimiter)
-    if len({*names} - {""}) < len(names) - names.count(""):
-        raise DataError(f"{name} has two columns of the same name ({', '.join(names)}); rename one")
+    _refuse_twice([column for column in names if column], name)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     before = csv.field_size_limit(max(len(text), 1))  # a cell may hold a whole book, not 128 KiB alone
     try:
@@ -244,6 +254,11 @@ def _csv_rows(text: str, name: str, delimiter: str) -> list[Row]:
     return [{key: cell for key, cell in zip(names, record, strict=True) if key} for _, record in records]
 
 
+def _refuse_twice(names: Sequence[str], name: str) -> None:
+    if len({*names}) < len(names):
+        raise DataError(f"{name} has two columns of the same name ({', '.join(names)}); rename one")
+
+
 def _parquet_rows(content: bytes, name: str) -> list[Row]:
     """Return the rows of a Parquet file."""
     import pyarrow as pa
@@ -253,6 +268,7 @@ def _parquet_rows(content: bytes, name: str) -> list[Row]:
         with pq.ParquetFile(io.BytesIO(content)) as file:
             if file.metadata.num_rows > MAX_ROWS:
                 raise DataError(f"{name} has {file.metadata.num_rows:,} rows; take {MAX_ROWS:,} at most")
+            _refuse_twice(file.schema_arrow.names, name)
             room, rows = MAX_UNPACKED + MAX_GROWTH * len(content), list[Row]()
             for batch in file.iter_batches(batch_size=64):
                 room -= batch.nbytes

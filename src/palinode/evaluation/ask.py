@@ -14,7 +14,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from palinode.data.examples import Example, Question
-from palinode.data.tokenize import PromptStyle, TokenRow, begun_ids, end_id, tokenize
+from palinode.data.tokenize import PromptStyle, TokenRow, begun_ids, tokenize
 from palinode.progress import Advance, Listener, NullListener
 from palinode.records import Likelihood, Outcome
 from palinode.settings import Asking
@@ -227,11 +227,9 @@ class _Respondent:
         sampling: Sampling | None = None,
     ) -> list[str]:
         """Return the text that the model gives after each prompt."""
-        from palinode.models.generation import generate
+        from palinode.models.generation import generate, stops_of
 
-        stops = {end_id(entry.question.example.form, self.tokenizer, self.style) for entry in asked}
-        if isinstance(self.tokenizer.eos_token_id, int):
-            stops.add(self.tokenizer.eos_token_id)
+        forms = {entry.question.example.form for entry in asked}
         texts = self.asking.stop_texts
         longest = max((len(text.encode()) for text in texts), default=0)
 
@@ -244,7 +242,7 @@ class _Respondent:
             self.model,
             prompts,
             pad_id=self.pad_id,
-            stop_ids=sorted(stops),
+            stop_ids=stops_of(self.model, self.tokenizer, forms, self.style),
             max_new_tokens=self.asking.max_new_tokens,
             min_new_tokens=self.asking.min_new_tokens,
             batch_rows=self.asking.batch_rows,

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from palinode.data.examples import Example, Message, at_most, fingerprint_examples, read_examples
 from palinode.data.sources import Form
-from palinode.data.tokenize import PromptStyle, TokenRow, end_id, prompt_ids, tokenize
+from palinode.data.tokenize import PromptStyle, TokenRow, prompt_ids, tokenize
 from palinode.errors import DataError, RecipeError
 from palinode.history.locating import open_log, open_order, read_salt
 from palinode.history.series import CheckpointSeries, learning_rates
@@ -39,7 +39,7 @@ from palinode.influence.ranking import (
 )
 from palinode.influence.sets import AskedAnswer, influence_of_set
 from palinode.methods.method import Vectors
-from palinode.models.generation import stream_answer
+from palinode.models.generation import stops_of, stream_answer
 from palinode.models.loading import (
     load_model,
     load_tokenizer,
@@ -435,7 +435,7 @@ def asked_answers(
                 model,
                 tokenizer,
                 prompt_ids(example, tokenizer, style),
-                stop_ids=[end_id(example.form, tokenizer, style)],
+                stop_ids=stops_of(model, tokenizer, [example.form], style),
                 max_new_tokens=settings.max_new_tokens,
                 on_text=lambda _: None,
             )

@@ -13,7 +13,7 @@ One answer can also be had as it comes, for somebody who reads along: greedy, an
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,6 +36,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from palinode.data.batches import budget_batches, pad_left
+from palinode.data.sources import Form
+from palinode.data.tokenize import PromptStyle, end_id
 from palinode.errors import DataError
 from palinode.models.likelihoods import Say, has_plain_head, same_alone, tell, unlike
 from palinode.models.loading import check_known, pad_token, position_limit
@@ -611,6 +613,21 @@ def _plainly_greedy(
         model.generation_config = own
 
 
+def stops_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, forms: Iterable[Form], style: PromptStyle
+) -> list[int]:
+    """Return the ids that end answers to prompts of these forms.
+
+    They are what the rows are trained to end with, the end of sequence, and the special tokens that the
+    model's generation config names: some end a turn with what begins the next, as `<|user|>`.
+    """
+    listed = getattr(model.generation_config, "eos_token_id", None)
+    named = [token for token in (listed if isinstance(listed, list) else [listed]) if isinstance(token, int)]
+    own = [token for token in named if token in tokenizer.added_tokens_decoder]
+    ends = [end_id(form, tokenizer, style) for form in forms]
+    return sorted({*ends, *own, tokenizer.eos_token_id} - {None})
+
+
 UNFINISHED = "\ufffd"
 """What a tokenizer shows of a letter whose last byte is still to come."""
 
@@ -634,7 +651,7 @@ def stream_answer(
         raise DataError(
             f"the conversation has {len(prompt)} tokens and the model takes at most {limit}; begin a new one"
         )
-    check_known(model.config, max(*prompt, *stop_ids), tokenizer)
+    check_known(model.config, max(prompt), tokenizer)
     ids = torch.tensor([list(prompt)], device=model.device)
     spoken, greedy = _Spoken(tokenizer, on_text), _plainly_greedy(model, room, pad_token(tokenizer), stop_ids)
     with suppress(KeyboardInterrupt), greedy, torch.inference_mode():

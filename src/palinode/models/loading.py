@@ -94,6 +94,7 @@ def load_model(
         placed = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
         model, info = _build(checkpoint, dtype, "sdpa", placed)
     _require_all_weights(checkpoint, info)
+    model.config.return_dict = True  # whatever the folder says, we go by names
     ready: PreTrainedModel = (model if quantization else model.to(device)).eval()
     return ready
 
@@ -312,6 +313,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     advice = "copy the tokenizer files of the model it came from into the folder"
     with quiet_transformers(lambda error: f"{refused} ({type(error).__name__}); {advice}"):
         tokenizer: PreTrainedTokenizerBase = from_pretrained(AutoTokenizer, checkpoint.folder)
+        tokenizer("a")  # what its config says wrongly may show only when it reads
     beside = checkpoint.folder / "chat_template.json"
     if not tokenizer.chat_template and beside.is_file():  # tokenizers know nothing of a processor's
         found = read_json(beside)

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from palinode.data.examples import Example, Message, read_examples
 from palinode.data.sources import Form
-from palinode.data.tokenize import PromptStyle, end_id, prompt_ids
+from palinode.data.tokenize import PromptStyle, prompt_ids
 from palinode.errors import InputError, PalinodeError, RecipeError
 from palinode.methods.method import Vectors
-from palinode.models.generation import stream_answer
+from palinode.models.generation import stops_of, stream_answer
 from palinode.models.inplace import put
 from palinode.models.loading import load_reader, load_tokenizer, pick_device
 from palinode.pipeline.recipe import Prompts
@@ -79,7 +79,7 @@ class Chat:
             speaker.model,
             self.tokenizer,
             prompt_ids(example, self.tokenizer, self.style),
-            stop_ids=[end_id(self.form, self.tokenizer, self.style)],
+            stop_ids=stops_of(speaker.model, self.tokenizer, [self.form], self.style),
             max_new_tokens=self.length,
             on_text=on_text,
         )

@@ -16,7 +16,7 @@ import json
 import math
 import os
 import re
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -28,7 +28,7 @@ from threading import Event, Lock, local
 from typing import Any, Self, TypeVar
 
 from palinode.errors import CheckpointError
-from palinode.records import read_bytes
+from palinode.records import read_bytes, unique_keys
 
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "head.weight", "output_projection.weight")
 """Names of output heads. A tied head that is not in the files shares its storage with the token embedding."""
@@ -440,7 +440,7 @@ def parse_json(raw: bytes, *, unique: bool) -> Any:
     collects = gc.isenabled()
     gc.disable()  # which would look through all that is read so far again and again
     try:
-        return json.loads(raw.decode(), object_pairs_hook=_unique if unique else None)
+        return json.loads(raw.decode(), object_pairs_hook=unique_keys if unique else None)
     finally:
         if collects:
             gc.enable()
@@ -479,15 +479,6 @@ def require_files(folder: Path, names: Sequence[str]) -> None:
             f"{folder} lacks {len(missing)} of {len(names)} weight files (first: {shown(missing[0])}); "
             "finish the download"
         )
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object as a dict; raises ValueError when it names a key twice."""
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"it names {twice!a:.200} twice")
-    return entries
 
 
 MAX_HEADER = 100_000_000

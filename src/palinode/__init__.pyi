@@ -34,7 +34,7 @@ from palinode.jobs import locate as locate
 from palinode.jobs import unlearn as unlearn
 from palinode.methods import METHODS as METHODS
 from palinode.methods import apply as apply
-from palinode.metrics import METRICS as METRICS
+from palinode.metrics.table import METRICS as METRICS
 from palinode.pipeline.costs import Plan as Plan
 from palinode.pipeline.demo_run import DemoResult as DemoResult
 from palinode.pipeline.demo_run import demo as demo

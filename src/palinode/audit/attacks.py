@@ -27,8 +27,9 @@ from palinode.audit.rounding import QUANTISERS, ask_quantised
 from palinode.data.examples import Example, Message, at_most
 from palinode.data.tokenize import tokenize
 from palinode.errors import CheckpointError, DivergenceError
-from palinode.metrics import answer_probabilities, rouge_l_recalls
 from palinode.metrics.aggregate import known_mean
+from palinode.metrics.likelihood import answer_probabilities
+from palinode.metrics.matching import rouge_l_recalls
 from palinode.metrics.membership import extraction_strengths, leak_values, overlap_leak
 from palinode.metrics.table import ATTACKS as MEMBERSHIP
 from palinode.models.loading import pad_token

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from palinode.cli.console import listener, out
+from palinode.cli.console import given, listener, out
 from palinode.cli.options import takes
 from palinode.errors import PalinodeError, RecipeError
 from palinode.progress import plain
@@ -39,9 +39,6 @@ def chat(
     base: str | None = None,
     alone: bool = False,
     max_new_tokens: int = 200,
-    *,
-    quiet: bool = False,
-    as_json: bool = False,
 ) -> None:
     """Ask an unlearned model and its target the same.
 
@@ -60,12 +57,12 @@ def chat(
         alone=alone,
         allow_pickle=settings.allow_pickle,
         device=settings.device,
-        listener=listener(quiet=quiet),
+        listener=listener(),
     )
     talk.length = max_new_tokens
     before = signal.signal(signal.SIGTERM, _leave)
     try:
-        _Terminal(talk, as_json=as_json, quiet=quiet).talk()
+        _Terminal(talk).talk()
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -73,10 +70,9 @@ def chat(
 class _Terminal:
     """What is read and shown during a talk."""
 
-    def __init__(self, talk: Chat, *, as_json: bool, quiet: bool) -> None:
+    def __init__(self, talk: Chat) -> None:
         self.chat = talk
-        self.as_json = as_json
-        self.quiet = quiet
+        self.as_json = given("as_json")
         self.console = out()
         self.typed = sys.stdin.isatty()
         self.commands: dict[str, Callable[[str], None]] = {
@@ -132,7 +128,7 @@ class _Terminal:
                 yield line
 
     def _greet(self) -> None:
-        if self.quiet:
+        if given("quiet"):
             return
         names = " and ".join(speaker.name for speaker in self.chat.speakers)
         fixed = f"The scales are fixed: {self.chat.fixed}." if self.chat.fixed else "α and β can be changed."

@@ -15,6 +15,7 @@ from palinode.cli.console import (
     after_run,
     answer,
     ending,
+    given,
     listener,
     secret,
     secret_workspace,
@@ -56,9 +57,6 @@ def locate(
     target: str | None = None,
     picture: Path | None = None,
     report: Path | None = None,
-    *,
-    quiet: bool = False,
-    as_json: bool = False,
 ) -> None:
     """Tell when rows were seen, and the checkpoint before."""
     from palinode import jobs
@@ -67,20 +65,19 @@ def locate(
 
     for place in filter(None, (picture, report)):
         check_place(place)
-    given: Any = {"log": log, "order": order, "control": control, "corpus": corpus, "target": target}
-    hear = listener(quiet=quiet)
-    found = jobs.locate(forget, checkpoints, **given, settings=settings, listener=hear)
+    places: Any = {"log": log, "order": order, "control": control, "corpus": corpus, "target": target}
+    found = jobs.locate(forget, checkpoints, **places, settings=settings, listener=listener())
     record = found.as_record()
     if picture:
         write_text(picture, location_picture(record))
     if report:
         written = html_report if report.suffix == ".html" else markdown_report
         write_text(report, written(report_content(Facts("locate", record))))
-    answer(record, location_brief(record), as_json=as_json)
-    for text in () if as_json else record["warnings"]:
+    answer(record, location_brief(record))
+    for text in () if given("as_json") else record["warnings"]:
         warn(text)
     following = after_location(found.recommended, target or "TARGET", forget)
-    ending(places={"Page": report, "Picture": picture}, following=following, as_json=as_json)
+    ending(places={"Page": report, "Picture": picture}, following=following)
 
 
 class InfluenceOptions(InfluenceSettings):
@@ -119,8 +116,6 @@ def influence(
     run: Path | None = None,
     *,
     changes: list[str] | None = None,
-    quiet: bool = False,
-    as_json: bool = False,
 ) -> None:
     """Tell what rows had to do with an answer.
 
@@ -131,7 +126,7 @@ def influence(
         "questions": settings.questions or _asked(settings.ask, settings.answer),
         "rows": settings.ranked,
         "checkpoints": settings.checkpoints,
-        "listener": listener(quiet=quiet),
+        "listener": listener(),
     }
     lengths_alike(content)
     content = laid_over(read_recipe(settings.recipe), content) if settings.recipe else content
@@ -141,13 +136,13 @@ def influence(
     else:
         settings = settings.model_copy(update={"style": prompt_style(changes)})
     if settings.then is None:
-        _influence(asked, content, settings, run, taken=taken, as_json=as_json)
+        _influence(asked, content, settings, run, taken=taken)
         return
     if run or not settings.top or "folder" not in content.get("output", ()):
         raise RecipeError(
             "write --then unlearn with the models, --top (how many rows) and --output (the new model)"
         )
-    _take_back(asked, content, settings, as_json=as_json)
+    _take_back(asked, content, settings)
 
 
 def _influence(
@@ -157,7 +152,6 @@ def _influence(
     run: Path | None,
     *,
     taken: bool,
-    as_json: bool,
 ) -> None:
     from palinode import jobs
     from palinode.report.location_report import influence_brief
@@ -170,20 +164,18 @@ def _influence(
     place = content.setdefault("output", {})
     folder = place.setdefault("folder", HERE)
     workspace = Path(place.get("workspace") or workspace_beside(Path(folder)))
-    given = {name: content.get("models", {}).get(name) for name in ("target", "base")}
-    given = {"recipe": build_recipe(content)} if taken else given
-    found = jobs.influence(**asked, **given, run=run, workspace=workspace, settings=settings)
-    answer(found.record, influence_brief(found.record), as_json=as_json)
+    models = {name: content.get("models", {}).get(name) for name in ("target", "base")}
+    subject = {"recipe": build_recipe(content)} if taken else models
+    found = jobs.influence(**asked, **subject, run=run, workspace=workspace, settings=settings)
+    answer(found.record, influence_brief(found.record))
     if run is None:
-        secret(workspace, "gradients of rows, vectors", of=workspace, as_json=as_json)
+        secret(workspace, "gradients of rows, vectors", of=workspace)
 
 
 def _take_back(
     asked: Mapping[str, Any],
     ways: Mapping[str, Any],
     settings: InfluenceOptions,
-    *,
-    as_json: bool,
 ) -> None:
     from palinode import jobs
     from palinode.pipeline.inputs import workspace_folder
@@ -200,16 +192,15 @@ def _take_back(
     blocks = [*influence_brief(done.found.record), *run_brief(record)]
     blocks += audit_brief(audited.record) if audited else []
     blocks += answers_brief(record["influence"], done.outcomes) if done.outcomes else []
-    answer({**told, "answers": [one.generated for one in done.outcomes]}, blocks, as_json=as_json)
+    answer({**told, "answers": [one.generated for one in done.outcomes]}, blocks)
     following = after_run(record, done.unlearned.output)
     ending(
         verdict=done.unlearned.verdict,
         strength=strength(record),
         places={"Model": done.unlearned.output, "Audit": audited and audited.output},
         following=[one for one in following if not (audited and one.startswith("palinode audit"))],
-        as_json=as_json,
     )
-    secret_workspace(workspace_folder(build_recipe(record["recipe"])), output, "rows, θ_1", as_json=as_json)
+    secret_workspace(workspace_folder(build_recipe(record["recipe"])), output, "rows, θ_1")
     code = done.unlearned.verdict["exit_code"] or (1 if audited and not audited.passed else 0)
     if code:
         raise typer.Exit(code)
@@ -229,7 +220,6 @@ def resolve_base(
     content: Mapping[str, Any],
     changes: Sequence[str],
     *,
-    quiet: bool,
     checkpoints: str | None,
     **evidence: Any,
 ) -> Location | None:
@@ -240,10 +230,10 @@ def resolve_base(
     from palinode import jobs
 
     base = content["models"].get("base")
-    given = [f"--{name}" for name in ("log", "order", "corpus", "control") if evidence[name]]
-    if base is not None and (checkpoints is not None or given):
+    named = [f"--{name}" for name in ("log", "order", "corpus", "control") if evidence[name]]
+    if base is not None and (checkpoints is not None or named):
         raise RecipeError(
-            f"--base names the checkpoint, so {'--checkpoints' if checkpoints else given[0]} has nothing to "
+            f"--base names the checkpoint, so {'--checkpoints' if checkpoints else named[0]} has nothing to "
             "find; leave one of them out"
         )
     if base is not None:
@@ -266,7 +256,7 @@ def resolve_base(
             device=content.get("device", "auto"),
             seed=content.get("seed", 0),
         ),
-        listener=listener(quiet=quiet),
+        listener=listener(),
     )
     location, facts = jobs.chosen_base(found)
     content["models"]["base"] = location
@@ -295,7 +285,6 @@ def plan(
     interest: str = "uniform",
     half_life: float | None = None,
     picture: Path | None = None,
-    as_json: bool = False,
 ) -> None:
     """Plan which checkpoints a training should keep.
 
@@ -318,7 +307,7 @@ def plan(
     record = plan_record(wish, plan_checkpoints(wish))
     if picture:
         write_text(check_place(picture), plan_picture(record))
-    answer(record, plan_brief(record), as_json=as_json)
+    answer(record, plan_brief(record))
 
 
 def _size(text: str) -> int:

@@ -27,7 +27,7 @@ from palinode.data.examples import Example, at_most
 from palinode.data.world import invent_world
 from palinode.errors import DataError, RecipeError
 from palinode.methods import METHODS
-from palinode.metrics import METRICS
+from palinode.metrics.table import METRICS
 from palinode.pipeline.inputs import InputRows, spared_rows, workspace_folder
 from palinode.pipeline.recipe import (
     Recipe,

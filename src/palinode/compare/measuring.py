@@ -46,8 +46,8 @@ from palinode.evaluation.benchmark import (
 )
 from palinode.evaluation.evaluate import ask_sets, judged, make_exam, open_benchmark
 from palinode.evaluation.judges import named_judge
-from palinode.metrics import METRICS
 from palinode.metrics.aggregate import mean_score, percentile_interval
+from palinode.metrics.table import METRICS
 from palinode.models.loading import load_tokenizer, pick_device
 from palinode.pipeline.workspace import Step, fingerprint
 from palinode.progress import Listener

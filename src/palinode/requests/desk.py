@@ -24,7 +24,7 @@ from palinode import jobs
 from palinode.data.examples import Example, fingerprint_examples, hash_texts, read_set
 from palinode.errors import DataError, LedgerError, OutputError, RecipeError, meant
 from palinode.history.locating import Location
-from palinode.metrics import score_outcomes
+from palinode.metrics.table import score_outcomes
 from palinode.pipeline.recipe import Recipe, build_recipe, explain, laid_over
 from palinode.pipeline.reporting import gather, refresh
 from palinode.pipeline.run import Unlearned

@@ -13,7 +13,7 @@ from operator import attrgetter
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from palinode.audit.material import AuditRows
@@ -49,14 +49,9 @@ class AttackResult:
     details: Mapping[str, Any] = field(default_factory=dict)
     """Curves, counts and choices, for the record."""
 
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> AttackResult:
-        """Return the result of which JSON was made."""
-        tests = {
-            test: {name: tuple(values) for name, values in groups.items()}
-            for test, groups in content["tests"].items()
-        }
-        return cls(tests, content["details"])
+
+RESULT = TypeAdapter(AttackResult)
+"""What makes a result of its JSON values."""
 
 
 @dataclass(frozen=True, slots=True)

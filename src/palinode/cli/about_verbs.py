@@ -32,7 +32,6 @@ from palinode.records import Score
 from palinode.settings import AuditSettings, EvaluationSettings
 
 if TYPE_CHECKING:
-    from palinode.pipeline.audit_run import AuditPlan
     from palinode.pipeline.doctor import DoctorFinding
     from palinode.report.content import Block, Tone
 
@@ -261,40 +260,30 @@ def audit(
     Looks for evidence that a model knows more, or less, of a forget set than the reference model does.
     """
     from palinode import jobs
+    from palinode.pipeline.audit_run import open_models
+    from palinode.report.audit_report import audit_brief, audit_plan_blocks
+    from palinode.report.verdicts import audit_verdict
 
     rows = named(forget=forget, retain=retain, holdout=holdout)
     if dry_run:
         models = named(audited=model, reference=against, target=target)
-        _show_audit_plan(jobs.plan_audit(models, rows, reference, settings))
+        plan = jobs.plan_audit(models, rows, reference, settings)
+        open_models(plan)
+        costs, left_out = {name: asdict(cost) for name, cost in plan.costs().items()}, plan.reasons()
+        content = {"models": plan.models, "cost_of_each_model": costs, "not_tested": left_out}
+        answer(content, audit_plan_blocks(len(plan.models), costs, left_out))
         return
     places: Any = {**rows, "against": against, "output": output, "target": target, "kind": reference}
     found = jobs.audit(model, **places, settings=settings, listener=listener())
-    _show_audit(found.record, model, output)
-    secret(output / "results", "row by row", of=output)
-    if not found.passed:
-        raise typer.Exit(1)
-
-
-def _show_audit(record: Mapping[str, Any], model: str, output: Path) -> None:
-    from palinode.report.audit_report import audit_brief
-    from palinode.report.verdicts import audit_verdict
-
-    answer(record, audit_brief(record))
+    answer(found.record, audit_brief(found.record))
     ending(
-        verdict=audit_verdict(record).as_json(),
+        verdict=audit_verdict(found.record).as_json(),
         places={"Page": f"{output / 'report.html'} (beside audit.md and audit.json)"},
         following=after_audit(model, output),
     )
-
-
-def _show_audit_plan(plan: AuditPlan) -> None:
-    from palinode.pipeline.audit_run import open_models
-    from palinode.report.audit_report import audit_plan_blocks
-
-    open_models(plan)
-    costs = {name: asdict(cost) for name, cost in plan.costs().items()}
-    content = {"models": plan.models, "cost_of_each_model": costs, "not_tested": plan.reasons()}
-    answer(content, audit_plan_blocks(len(plan.models), costs, plan.reasons()))
+    secret(output / "results", "row by row", of=output)
+    if not found.passed:
+        raise typer.Exit(1)
 
 
 def compare(

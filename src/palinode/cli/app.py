@@ -198,13 +198,18 @@ def demo(
 
     Its whole history is known; two to three minutes.
     """
-    if locate:
-        _demo_locate(output or Path("palinode-demo-locate"), seed=settings.seed)
-        return
     from palinode.cli.console import demo_sentence
     from palinode.pipeline.demo_run import demo as run_demo
+    from palinode.pipeline.demo_run import demo_locate
+    from palinode.report.location_report import demo_brief
     from palinode.report.run_report import demo_grid, strength
 
+    if locate:
+        place = output or Path("palinode-demo-locate")
+        result = demo_locate(place, seed=settings.seed, listener=listener())
+        answer(result.record, [*demo_brief(result.record), f"Everything is in {result.folder}."])
+        secret(result.folder / "workspace", INVENTED, of=result.folder)
+        return
     result = run_demo(output or Path("palinode-demo"), seed=settings.seed, listener=listener())
     unlearned = result.folder / "unlearned"
     record = read_json(unlearned / "record.json")
@@ -260,16 +265,6 @@ def _needs_base(name: str) -> bool:
     from palinode.methods import METHODS
 
     return name in METHODS and "base" in METHODS[name].needs
-
-
-def _demo_locate(output: Path, *, seed: int) -> None:
-    from palinode.pipeline.demo_run import demo_locate
-    from palinode.report.location_report import demo_brief
-
-    result = demo_locate(output, seed=seed, listener=listener())
-    said = [*demo_brief(result.record), f"Everything is in {result.folder}."]
-    answer(result.record, said)
-    secret(result.folder / "workspace", INVENTED, of=result.folder)
 
 
 def _run(

@@ -60,7 +60,7 @@ def chat(
         listener=listener(),
     )
     talk.length = max_new_tokens
-    before = signal.signal(signal.SIGTERM, _leave)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))  # Ctrl-C alone ends an answer
     try:
         _Terminal(talk).talk()
     finally:
@@ -212,8 +212,3 @@ class _Terminal:
             raise RecipeError("/length needs a number of tokens, as in /length 100")
         self.chat.length = int(text)
         self._note(f"answers of up to {int(text)} tokens")
-
-
-def _leave(_signal: int, _frame: object) -> None:
-    """End on SIGTERM; Ctrl-C alone ends an answer."""
-    raise SystemExit(2)

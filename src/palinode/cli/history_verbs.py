@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import typer
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from palinode.cli.console import (
     after_location,
@@ -274,9 +274,6 @@ def check_place(path: Path) -> Path:
     return path
 
 
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
-
-
 def plan(
     steps: int,
     checkpoint_size: str,
@@ -293,13 +290,15 @@ def plan(
     from palinode.history.plan import Wish, plan_record
     from palinode.history.plan import plan as plan_checkpoints
     from palinode.report.location_report import plan_brief, plan_picture
+    from palinode.weights.checkpoint import Checkpoint
 
+    stored = Path(checkpoint_size).is_dir()
     if half_life is not None and interest == "uniform":
         raise RecipeError("--half-life is for --interest recent; with uniform all steps count alike")
     wish = Wish(
         steps=steps,
         every=every or max(1, steps // 200),
-        checkpoint_bytes=_size(checkpoint_size),
+        checkpoint_bytes=Checkpoint.open(checkpoint_size).nbytes if stored else _bytes(checkpoint_size),
         budget_bytes=_bytes(budget),
         interest=interest,  # type: ignore[arg-type]  # checked there
         half_life=half_life,
@@ -310,17 +309,8 @@ def plan(
     answer(record, plan_brief(record))
 
 
-def _size(text: str) -> int:
-    """Return the size of a checkpoint: written out, or that of the weights in a folder."""
-    if not Path(text).is_dir():
-        return _bytes(text)
-    from palinode.weights.checkpoint import Checkpoint
-
-    return Checkpoint.open(text).nbytes
-
-
 def _bytes(text: str) -> int:
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)b?\s*", text.lower())
-    if not found:
-        raise RecipeError(f"{text!r} is no size; write bytes with a unit, as in 500GB or 2.5TB")
-    return round(float(found[1]) * UNITS[found[2]])
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        raise RecipeError(f"{text!r} is no size; write bytes with a unit, as in 500GB or 2.5TB") from None

@@ -21,7 +21,7 @@ from palinode.settings import ApplySettings
 
 if TYPE_CHECKING:
     from palinode.pipeline.signing import SignatureCheck
-    from palinode.weights import Direction, Saved
+    from palinode.weights import Direction
     from palinode.weights.store import Verification
     from palinode.weights.vectors import StoredVector
 
@@ -74,15 +74,11 @@ def apply(
         return
     for note in saved.notes:
         warn(note)
-    out().print(_sentence(output, saved), soft_wrap=True)
-
-
-def _sentence(output: Path, saved: Saved) -> str:
-    dose = saved.dose
-    scales = ", ".join(f"{name} {scale:.4f}" for name, scale in dose.effective.items())
-    return (
-        f"{output}: effective scales {scales or 'unknown'}; {dose.moved_share:.1%} of the weights moved, "
-        f"{dose.unreached_share:.1%} of the model's numbers are beyond any sum"
+    effective = ", ".join(f"{name} {scale:.4f}" for name, scale in saved.dose.effective.items())
+    out().print(
+        f"{output}: effective scales {effective or 'unknown'}; {saved.dose.moved_share:.1%} of the weights "
+        f"moved, {saved.dose.unreached_share:.1%} of the model's numbers are beyond any sum",
+        soft_wrap=True,
     )
 
 

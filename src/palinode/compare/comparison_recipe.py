@@ -11,7 +11,6 @@ So nothing is measured on rows that a choice was made on, nor on retain rows tha
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -39,9 +38,7 @@ from palinode.pipeline.recipe import (
 )
 from palinode.pipeline.workspace import fingerprint
 from palinode.progress import Listener
-from palinode.records import read_json, write_json
 from palinode.settings import MAX_SEED, Seed, StrictModel
-from palinode.weights.atomic import claimed, publish
 
 SHARED = ("device", "models", "data", "training", "evaluation", "prompts", "output", "prepare")
 """Keys of a run's recipe that all contestants share."""
@@ -299,18 +296,8 @@ def _keys(place: Sequence[int | str]) -> list[str]:
     return [*known_keys(ComparisonRecipe), *shared]
 
 
-MARK = "demo.json"
-"""What a world's folder says it is, so that another world can take over what they have in common."""
-BEGINNING = ("forget_people",)
-"""Settings that decide the base checkpoint."""
-MIDDLE = (*BEGINNING, "between_epochs", "exposed_epochs")
-"""Settings that decide all that is before stage 3."""
-END = (*MIDDLE, "later_epochs")
-"""Settings that decide the retrained model, which never sees the forget people."""
-
-
 def make_world(settings: Demo, folder: Path, *, seed: int, listener: Listener) -> None:
-    """Train the world's models into `folder`, and write its rows; earlier stages may be another world's."""
+    """Train the world's models into `folder`, and write its rows."""
     rate = STAGES[1].learning_rate
     stages = (
         STAGES[0],
@@ -319,30 +306,8 @@ def make_world(settings: Demo, folder: Path, *, seed: int, listener: Listener) -
     )
     between = DemoStage(settings.between_epochs, rate) if settings.between_epochs else None
     course = Course(between, again=settings.exposures > 1, halfway=True)
-    said = {"seed": seed, **settings.model_dump(exclude={"base"})}
-    _take_over(folder, said)
     world = invent_world(seed, forget=settings.forget_people)
     build_demo(world, folder, seed=seed, stages=stages, course=course, listener=listener)
-
-
-def _take_over(folder: Path, said: dict[str, Any]) -> None:
-    """Copy the stages that a world beside this one has had alike, and say what this one is."""
-    for mark in sorted(folder.parent.glob(f"world-*/{MARK}")):
-        other = read_json(mark)
-        for keys, names in (
-            (BEGINNING, ("base",)),
-            (MIDDLE, ("before", "during", "exposed", "unexposed")),
-            (END, ("retrained",)),
-        ):
-            if any(other[key] != said[key] for key in ("seed", *keys)):
-                continue
-            for name in names:
-                if (mark.parent / name).exists() and not (folder / name).exists():
-                    with claimed(folder / name) as partial:
-                        shutil.copytree(mark.parent / name, partial, dirs_exist_ok=True)
-                        publish(partial, folder / name)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / MARK, said)
 
 
 @dataclass(frozen=True, slots=True)

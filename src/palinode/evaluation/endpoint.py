@@ -32,7 +32,7 @@ import httpx2
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from palinode.errors import InputError
-from palinode.evaluation.judging import ACCEPTED, NONE, Candidate, DecisionCache, Pick
+from palinode.evaluation.judging import ACCEPTED, NONE, Candidate, DecisionCache, Judge, Pick
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 """Environment variable that holds the key of PROVIDER."""
@@ -216,7 +216,7 @@ def _words(error: BaseException) -> str:
     return f"the connection broke ({type(error).__name__})"
 
 
-class EndpointJudge:
+class EndpointJudge(Judge):
     """A judge that asks a model at an OpenAI-compatible address, `BASE/chat/completions`."""
 
     def __init__(

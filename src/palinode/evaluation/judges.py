@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -53,11 +53,9 @@ _WORD = re.compile(r"\d+(?:[.,:/]\d+)*|[^\W\d_]+(?:['’][^\W\d_]+)*")
 _OPENERS = " \t\"'“‘([*-"
 
 
-class _LocalJudge(ABC):
+class _LocalJudge(Judge):
     """What judges on this machine have in common."""
 
-    name: str
-    at_once = 1
     threshold: float
     """Least score of a pick."""
     accepted_threshold: float
@@ -77,9 +75,6 @@ class _LocalJudge(ABC):
                 Pick(nothing) if nothing else Pick(None, "no candidate is close, and none was not on offer")
             )
         return Pick(tuple(place for place, score in zip(real, scores, strict=True) if score >= best - MARGIN))
-
-    def stop(self) -> None:  # noqa: B027 - only judges that somebody waits for have something to stop
-        """Do nothing: nobody waits for this judge."""
 
     def scores(
         self, question: str, answer: str, texts: Sequence[str], *, accepting: bool = False

@@ -12,7 +12,7 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
@@ -416,12 +416,7 @@ def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        kind = next((part for part in _parts(field.annotation) if issubclass(part, BaseModel)), None)
-        if kind:
+        parts = get_args(field.annotation) or (field.annotation,)  # of `Prepare | None`, say
+        for kind in (part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)):
             keys += known_keys(kind, f"{prefix}{name}.")
     return keys
-
-
-def _parts(annotation: Any) -> list[type]:
-    """Return the classes in an annotation such as `Prepare | None`."""
-    return [part for part in getattr(annotation, "__args__", (annotation,)) if isinstance(part, type)]

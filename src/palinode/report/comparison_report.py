@@ -6,7 +6,7 @@ called differences only where they are beyond noise.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from palinode.report.content import (
@@ -144,10 +144,18 @@ def _point_section(table: Figures) -> list[Section]:
     if probes and tries:
         forget, retain = (probes[f"{name}_probe"]["rows"] for name in ("forget", "retain"))
         told.insert(0, f"{tries} points each, on {forget} forget and {retain} retain rows kept for choosing.")
+
+    def told_of(point: Figures) -> str:
+        """Return what was set at a point, its scales last."""
+        own, scales = point["settings"], point["scales"]
+        parts = [f"{key.rpartition('.')[2]} {value}" for key, value in own.items() if "scales." not in key]
+        parts += [f"{name} {scale(it)}" for name, it in zip("αβ", scales, strict=True)] if scales else []
+        return ", ".join(parts) or "defaults"
+
     rows: list[Row] = [
         [
             entry["name"],
-            _settings_text(point["settings"], point["scales"]),
+            told_of(point),
             number(point["forget_probability"]),
             number(point["retain_probability"]),
             "yes" if point["allowed"] else "no",
@@ -216,13 +224,6 @@ def _cost_section(table: Figures) -> list[Section]:
     }
     head = ["method", *(names.get(key, key) for key in keys)]
     return section("What it cost", note, Grid("Cost of each method", head, rows), bar="Cost")
-
-
-def _settings_text(settings: Mapping[str, Any], scales: Sequence[float] | None) -> str:
-    """Return what was set at a point, its scales last."""
-    parts = [f"{key.rpartition('.')[2]} {value}" for key, value in settings.items() if "scales." not in key]
-    parts += [f"{name} {scale(value)}" for name, value in zip("αβ", scales, strict=True)] if scales else []
-    return ", ".join(parts) or "defaults"
 
 
 def _columns(table: Figures) -> list[str]:

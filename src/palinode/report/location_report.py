@@ -5,6 +5,7 @@ Everything comes from the records (`Location.as_record`, `plan_record`); nothing
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -161,7 +162,10 @@ def _checkpoint_grid(record: Mapping[str, Any]) -> Grid:
 def _row_grid(record: Mapping[str, Any], *, short: bool = False) -> Grid:
     """Return the exposures of each row; `short` leaves out the folders of the files that rows stand in."""
     rows, cells = record["rows"], []
-    shown = _without_folders if short else str
+
+    def shown(place: str) -> str:
+        return re.sub(" of .*/", " of ", place) if short else place
+
     for row in rows[:MOST_ROWS]:
         seen, copies = row["seen"], row["copies"]
         steps = ", ".join(f"{entry['step']:,}{'~' if entry['copy'] else ''}" for entry in seen[:MOST_STEPS])
@@ -176,12 +180,6 @@ def _row_grid(record: Mapping[str, Any], *, short: bool = False) -> Grid:
     if len(rows) > MOST_ROWS:
         cells.append([f"and {len(rows) - MOST_ROWS} more", "", "", ""])
     return Grid("Forget rows", ["row", "first", "exposures", "copies in the corpus"], cells, text_columns=4)
-
-
-def _without_folders(place: str) -> str:
-    """Return `row 3 of file.jsonl` for `row 3 of folder/file.jsonl`."""
-    row, found, path = place.partition(" of ")
-    return row + found + path.rpartition("/")[2]
 
 
 def location_picture(record: Mapping[str, Any]) -> str:

@@ -191,7 +191,7 @@ def _demo_section(demo: Mapping[str, Any]) -> list[Section]:
 def _score_section(content: Mapping[str, Any]) -> list[Section]:
     blocks: list[Block] = []
     for name, label in SETS.items():
-        found, metrics = scores_on(content, name), metrics_on(content, [name])
+        found, metrics, silent = scores_on(content, name), metrics_on(content, [name]), untold(content, name)
         if not found:
             continue
         rows: list[Row] = [
@@ -203,7 +203,10 @@ def _score_section(content: Mapping[str, Any]) -> list[Section]:
             Heading(f"On the {label}"),
             Picture(f"scores-{name}", f"Scores on the {label}", score_figure(content, name)),
             Grid(f"Scores on the {label}", head, rows),
-            [*_score_notes(found), *_silent_notes(content, name)],
+            [
+                *_score_notes(found),
+                *(f"{metric_label(one)} is not in the picture: {why}." for one, why in silent.items()),
+            ],
         ]
     return section(
         "Before, after, yardstick",
@@ -231,11 +234,6 @@ def _score_notes(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if at(score, "reason")
     )
     return [f"{metric} of {', '.join(names)}: {reason}." for (metric, reason), names in models.items()]
-
-
-def _silent_notes(content: Mapping[str, Any], data_set: str) -> list[str]:
-    silent = untold(content, data_set)
-    return [f"{metric_label(metric)} is not in the picture: {why}." for metric, why in silent.items()]
 
 
 def _method_section(content: Mapping[str, Any]) -> list[Section]:

@@ -517,14 +517,12 @@ def _probability(record: Mapping[str, Any], model: str, data_set: str) -> Mappin
     return _score(record, model, data_set, "answer_probability")
 
 
-def _bounds(score: Mapping[str, Any]) -> tuple[float, float]:
-    low, high = score.get("low"), score.get("high")
-    return (score["value"] if low is None else low), (score["value"] if high is None else high)
-
-
 def overlap(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     """Tell whether the intervals of two scores have a value in common."""
-    (low, high), (other_low, other_high) = _bounds(first), _bounds(second)
+    (low, high), (other_low, other_high) = (
+        [score["value"] if score.get(end) is None else score[end] for end in ("low", "high")]
+        for score in (first, second)
+    )
     return bool(low <= other_high and other_low <= high)
 
 

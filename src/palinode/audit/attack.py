@@ -6,6 +6,7 @@ the same for every model of an audit, stated before it starts and kept in its re
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -22,7 +23,7 @@ from palinode.data.tokenize import PromptStyle
 from palinode.evaluation.ask import ask
 from palinode.models.loading import load_model
 from palinode.progress import Listener, NullListener
-from palinode.records import Outcome
+from palinode.records import Outcome, packaged
 from palinode.settings import Asking, EvaluationLimits
 from palinode.weights.checkpoint import Checkpoint
 
@@ -62,12 +63,12 @@ class AttackTest:
 
     name: str
     title: str
-    more: float | None
-    """A figure above the reference model's by more than this is knowledge left; None: not judged."""
-    less: float | None
-    """A figure below the reference model's by more than this is over-forgetting; None: not judged."""
     missing: str
     """Why a row may have no value."""
+    more: float | None = None
+    """A figure above the reference model's by more than this is knowledge left; None: not judged."""
+    less: float | None = None
+    """A figure below the reference model's by more than this is over-forgetting; None: not judged."""
     statistic: Statistic = "mean"
     relative: bool = False
     """Whether the reference model's values are taken off first (the Reference attack)."""
@@ -154,27 +155,8 @@ class AuditBudget(EvaluationLimits):
         return self
 
 
-BUDGETS: Mapping[str, AuditBudget] = {
-    "quick": AuditBudget(
-        max_rows=40,
-        relearn_steps=[0, 4, 8, 16],
-        samples=4,
-        leak_k=4,
-        max_new_tokens=50,
-        batch_rows=32,
-        inside_blocks=4,
-    ),
-    "standard": AuditBudget(),
-    "full": AuditBudget(
-        max_rows=400,
-        relearn_steps=[0, 10, 20, 40, 80, 160],
-        samples=32,
-        leak_k=16,
-        max_new_tokens=200,
-        demonstrations=8,
-        inside_blocks=64,
-        gradient_norms=True,
-    ),
+BUDGETS = {
+    name: AuditBudget(**facts) for name, facts in tomllib.loads(packaged("audit/budgets.toml")).items()
 }
 """Presets by name."""
 

@@ -12,7 +12,7 @@ So nothing is measured on rows that a choice was made on, nor on retain rows tha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -310,27 +310,10 @@ def make_world(settings: Demo, folder: Path, *, seed: int, listener: Listener) -
     build_demo(world, folder, seed=seed, stages=stages, course=course, listener=listener)
 
 
-@dataclass(frozen=True, slots=True)
-class Shares:
-    """The rows of a comparison by what they serve for."""
-
-    forget: Sequence[Example]
-    forget_probe: Sequence[Example]
-    forget_test: Sequence[Example]
-    retain_train: Sequence[Example]
-    retain_probe: Sequence[Example]
-    retain_test: Sequence[Example]
-
-    @property
-    def parts(self) -> dict[str, Sequence[Example]]:
-        """The parts by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-
 def divide_rows(
     forget: Sequence[Example], retain: Sequence[Example], split: Split, *, most: int, seed: int
-) -> Shares:
-    """Return the rows divided; at most `most` of each set are measured.
+) -> InputRows:
+    """Return the rows divided, the retain rows to train on as `retain`; at most `most` are measured of a set.
 
     Raises DataError where a part is empty.
     """
@@ -348,30 +331,22 @@ def divide_rows(
             f"there are no {empty[0]} ({len(forget)} forget and {len(retain)} retain rows); "
             "give more rows, or other shares in [split]"
         )
-    return Shares(
+    return InputRows(
         forget=forget,
         forget_probe=at_most(probe, split.probe_rows, seed=seed),
         forget_test=at_most(test, most, seed=seed),
-        retain_train=train,
+        retain=train,
         retain_probe=at_most(other, split.probe_rows, seed=seed),
         retain_test=at_most(rest, most, seed=seed),
     )
 
 
-def rows_for(recipe: Recipe, shares: Shares) -> InputRows:
+def rows_for(recipe: Recipe, shares: InputRows) -> InputRows:
     """Return the rows of one contestant's run; the seed draws the sample that vectors are trained on."""
     settings = METHODS[recipe.method].check_settings(recipe.method_settings)
     wanted = settings.sample_size(len(shares.forget))
-    return InputRows(
-        forget=shares.forget,
-        retain=shares.retain_train,
-        retain_sample=at_most(shares.retain_train, wanted, seed=recipe.seed) if wanted else [],
-        forget_probe=shares.forget_probe,
-        retain_probe=shares.retain_probe,
-        spared=spared_rows(recipe, shares.forget, shares.retain_train, []),
-        forget_test=shares.forget_test,
-        retain_test=shares.retain_test,
-    )
+    sample = at_most(shares.retain, wanted, seed=recipe.seed) if wanted else []
+    return replace(shares, retain_sample=sample, spared=spared_rows(recipe, shares.forget, shares.retain, []))
 
 
 def _parts(examples: Sequence[Example], shares: Sequence[float], *, seed: int) -> list[list[Example]]:

@@ -6,9 +6,11 @@ called differences only where they are beyond noise.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from palinode.records import packaged
 from palinode.report.content import (
     Block,
     Grid,
@@ -35,36 +37,8 @@ from palinode.report.words import (
 
 REFERENCE_MODELS = ("target", "base", "retrained")
 """What contestants are compared with."""
-COLUMNS = {
-    "forget quality (p)": ("*/forget/forget_quality", "rows/forget/forget_quality"),
-    "model utility": ("*/all/model_utility",),
-    "forget: exact match": ("rows/forget/exact_match",),
-    "forget: probability": ("rows/forget/answer_probability",),
-    "forget: ROUGE-L": ("rows/forget/rouge_l_recall",),
-    "forget: extraction strength": ("rows/forget/extraction_strength",),
-    "retain: exact match": ("rows/retain/exact_match",),
-    "retain: probability": ("rows/retain/answer_probability",),
-    "retain: ROUGE-L": ("rows/retain/rouge_l_recall",),
-    "retain: extraction strength": ("rows/retain/extraction_strength",),
-    "membership AUC (loss)": (
-        "*/forget/auc_loss",
-        "rows/forget/auc_loss",
-        "rows/forget/auc_loss_against_retain",
-    ),
-    "membership AUC (Min-K)": (
-        "*/forget/auc_min_k",
-        "rows/forget/auc_min_k",
-        "rows/forget/auc_min_k_against_retain",
-    ),
-    "judge: forget": ("rows/forget/judge_forget_accuracy",),
-    "judge: recover": ("rows/forget/judge_recover_accuracy",),
-    "judge: retain": ("rows/retain/judge_retain_accuracy",),
-    "relearning (area)": ("audit/forget/relearning",),
-}
-"""Columns of the main table, each with its places (group/set/metric): the first that has a value is shown.
-
-A benchmark's group is "*".
-"""
+COLUMNS: Mapping[str, Sequence[str]] = tomllib.loads(packaged("report/assets/columns.toml"))
+"""Columns of the main table, each with its places; the first that has a value is shown."""
 
 Figures = Mapping[str, Any]
 

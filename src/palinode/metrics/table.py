@@ -4,12 +4,13 @@ METRICS      a number per example of one model on one set; the mean is the score
 ATTACKS      membership attacks, a number per example whose order counts: higher, less likely a member
 COMPARISONS  one number for two sets or two models, or for several answers
 
-To add a metric, write one function, its words and its row here.
+To add a metric, write one function, its words in words.toml and its row here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -42,7 +43,7 @@ from palinode.metrics.membership import (
     reference_values,
     zlib_values,
 )
-from palinode.records import Outcome, Score
+from palinode.records import Outcome, Score, packaged
 
 DEFAULT_METRICS = ("answer_probability", "rouge_l_recall", "exact_memorization", "extraction_strength")
 """The metrics that need nothing but a prompt and its answer: those of every run."""
@@ -74,38 +75,16 @@ class Metric:
     fields; or "reference"."""
 
 
-WORDS = {
-    "answer_probability": "length-normalised probability of the answer in the data",
-    "rouge_l_recall": "share of the answer's words that the generated answer has in the same order",
-    "exact_match": "share of generated answers that are exactly the one in the data; for short answers",
-    "exact_memorization": "share of the answer's tokens that the model ranks first",
-    "extraction_strength": "share of the answer that the model completes once it has seen the rest",
-    "extraction_strength_strict": "extraction strength that is 0 when the last token is wrong",
-    "normalised_probability": "probability of the answer among itself and the wrong answers",
-    "paraphrased_probability": "length-normalised probability of the right answer in other words",
-    "perturbed_probability": "mean length-normalised probability of the wrong answers",
-    "forget_truth_ratio": "min(R, 1/R), R = wrong over right: 1 when the model cannot tell them apart",
-    "retain_truth_ratio": "max(0, 1 − R), R = wrong over right: 1 when the model is sure of the right answer",
-    "answer_truth_ratio": "max(0, 1 − R) against the answer in the data (real authors, world facts)",
-    "right_share": "right answer's part of its and the wrong answers' probability (\"prob_mean\")",
-    "rouge_1_recall": "share of the answer's words that the generated answer has in any order",
-    "rouge_l_f": "common words in order over the words of both, stemmed (open-unlearning's MUSE)",
-    "rouge_l_f_unstemmed": "common words in order over the words of both, as written (MUSE)",
-    "accepted_answer": "share of generated answers that hold an accepted answer, without a judge (RESTOR)",
-    "loss": "LOSS: mean loss of the answer's tokens",
-    "zlib": "ZLib: mean loss over the bytes that zlib makes of the answer",
-    "min_k": "Min-K%: mean loss of the 40 % least likely tokens",
-    "min_k_plus": "Min-K%++: the same on log-probabilities standardised over the vocabulary",
-    "gradient_norm": "GradNorm: mean norm of the loss's gradient over parameter tensors",
-    "reference": "Reference: mean loss minus that of a reference model, usually the retrained one",
-}
-"""What each metric and each attack says."""
+WORDS = tomllib.loads(packaged("metrics/words.toml"))
+"""What each metric says."""
+COMPARISONS: Mapping[str, str] = WORDS["comparisons"]
+"""Metrics that are no mean over the examples of one set, and what each says."""
 
 
 def _table(*rows: tuple[str, Callable[..., list[float | None]], str, *tuple[str, ...]]) -> dict[str, Metric]:
     """Return metrics by name, of rows (name, function, why an example may have no value, *needs)."""
     return {
-        name: Metric(name, values, WORDS[name], missing, frozenset(needs))
+        name: Metric(name, values, WORDS["metrics"][name], missing, frozenset(needs))
         for name, values, missing, *needs in rows
     }
 
@@ -163,23 +142,6 @@ ATTACKS = _table(
         "reference",
     ),
 )
-
-COMPARISONS = {
-    "model_utility": "harmonic mean of probability, ROUGE-L recall, truth ratio on three kept sets (TOFU)",
-    "forget_quality": "p-value of the KS test between the truth ratios of this and the retrained model",
-    "membership_auc": "for each attack: 1 forget rows look trained on, ½ unseen, 0 stranger than unseen",
-    "membership_tpr": "for each attack: share of forget rows told from holdout rows at 1 % false positives",
-    "privleak": "Min-K% leak against the retrained model: 0 ideal, −100 full, above 0 over-forgotten",
-    "judge_forget_accuracy": (
-        "Acc_forget: share of forget rows where the judge does not pick the ground truth"
-    ),
-    "judge_recover_accuracy": (
-        "Acc_recover: share of forget rows where the judge picks the ideal model's answer"
-    ),
-    "judge_retain_accuracy": "Acc_retain: share of retain rows where the judge picks truth or ideal answer",
-    "leak_at_k": "probability that one of k answers drawn at random gives the content away",
-}
-"""Metrics that are no mean over the examples of one set, and what each says."""
 
 
 def score_outcomes(

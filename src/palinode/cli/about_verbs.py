@@ -44,12 +44,7 @@ SIGNS: dict[str, tuple[str, Tone | None]] = {
 
 
 @takes(*keys("doctor"))
-def doctor(
-    told: dict[str, Any],
-    *,
-    recipe: Path | None = None,
-    changes: list[str] | None = None,
-) -> None:
+def doctor(told: dict[str, Any], *, recipe: Path | None = None, changes: list[str] | None = None) -> None:
     """Tell whether a run would work, and what to mend.
 
     The exit code is 1 when something fails. Without options it looks at libraries and machine alone.
@@ -96,10 +91,7 @@ def _told(findings: Sequence[DoctorFinding], counts: Counter[str], *, looked_at_
 
 
 def report(
-    place: Path,
-    output: Path | None = None,
-    without_texts: bool = False,
-    audit: Path | None = None,
+    place: Path, output: Path | None = None, without_texts: bool = False, audit: Path | None = None
 ) -> None:
     """Write the report of a run as one self-contained page.
 
@@ -136,9 +128,7 @@ def report(
 KINDS = ("methods", "transforms", "benchmarks", "metrics", "attacks")
 
 
-def list_everything(
-    kind: str | None = None,
-) -> None:
+def list_everything(kind: str | None = None) -> None:
     """Name methods, transforms, benchmarks, metrics, attacks."""
 
     known = {form: name for name in KINDS for form in (name, name.removesuffix("s"))}
@@ -287,10 +277,7 @@ def audit(
 
 
 def compare(
-    recipe: Path,
-    changes: list[str] | None = None,
-    output: Path | None = None,
-    dry_run: bool = False,
+    recipe: Path, changes: list[str] | None = None, output: Path | None = None, dry_run: bool = False
 ) -> None:
     """Compare methods: one budget, one search, one rule."""
     from palinode.compare.comparing import FILES, PAGE, describe_plan, plan_comparison

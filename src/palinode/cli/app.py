@@ -149,13 +149,7 @@ def run(
 
 @verb()
 @takes(*keys("finetune"))
-def finetune(
-    content: dict[str, Any],
-    *,
-    base: str,
-    data: str,
-    output: Path,
-) -> None:
+def finetune(content: dict[str, Any], *, base: str, data: str, output: Path) -> None:
     """Fine-tune a checkpoint on rows, as unlearn does."""
     from palinode.jobs import finetune_file
 
@@ -189,11 +183,7 @@ verb()(evaluate)
 
 @verb()
 @takes(of=Questioning, only=["seed"])
-def demo(
-    settings: Questioning,
-    output: Path | None = None,
-    locate: bool = False,
-) -> None:
+def demo(settings: Questioning, output: Path | None = None, locate: bool = False) -> None:
     """Unlearn invented people from a tiny model.
 
     Its whole history is known; two to three minutes.
@@ -225,10 +215,7 @@ def demo(
 
 
 @verb(name="forget-workspace", shared=JSON)
-def forget_workspace(
-    place: Path,
-    yes: bool = False,
-) -> None:
+def forget_workspace(place: Path, yes: bool = False) -> None:
     """Destroy what a run left that holds its rows.
 
     Vectors, θ_1, outcomes and cached facts go. Its result stays.

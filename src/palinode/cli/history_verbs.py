@@ -172,11 +172,7 @@ def _influence(
         secret(workspace, "gradients of rows, vectors", of=workspace)
 
 
-def _take_back(
-    asked: Mapping[str, Any],
-    ways: Mapping[str, Any],
-    settings: InfluenceOptions,
-) -> None:
+def _take_back(asked: Mapping[str, Any], ways: Mapping[str, Any], settings: InfluenceOptions) -> None:
     from palinode import jobs
     from palinode.pipeline.inputs import workspace_folder
     from palinode.report.audit_report import audit_brief
@@ -217,11 +213,7 @@ def _asked(asked: Sequence[str], said: Sequence[str]) -> dict[str, str | None]:
 
 
 def resolve_base(
-    content: Mapping[str, Any],
-    changes: Sequence[str],
-    *,
-    checkpoints: str | None,
-    **evidence: Any,
+    content: Mapping[str, Any], changes: Sequence[str], *, checkpoints: str | None, **evidence: Any
 ) -> Location | None:
     """Have a recipe's content name a base: its own, or the last clean one of a series, which is returned.
 

@@ -65,11 +65,7 @@ def init(
 
 @verb(shared=JSON)
 def add(
-    name: str,
-    rows: str,
-    reference: str = "",
-    received: datetime | None = None,
-    due: datetime | None = None,
+    name: str, rows: str, reference: str = "", received: datetime | None = None, due: datetime | None = None
 ) -> None:
     """Take a request in.
 
@@ -140,10 +136,7 @@ def audit(ids: list[str] | None = None) -> None:
 
 
 @verb(shared=JSON)
-def approve(
-    by: str,
-    note: str = "",
-) -> None:
+def approve(by: str, note: str = "") -> None:
     """Record who agrees to the model that was made last."""
     desk = _desk()
     model = desk.approve(by, note=note)
@@ -151,9 +144,7 @@ def approve(
 
 
 @verb(shared=JSON)
-def publish(
-    despite: str = "",
-) -> None:
+def publish(despite: str = "") -> None:
     """Have the model that was made last served.
 
     The link `served` in the ledger's folder leads to it. A red verdict or the policy may forbid it.
@@ -165,10 +156,7 @@ def publish(
 
 
 @verb()
-def withdraw(
-    name: str,
-    reason: str = "",
-) -> None:
+def withdraw(name: str, reason: str = "") -> None:
     """Take a request back, and make the model that never had it."""
     desk = _desk()
     model, result = desk.withdraw(name, reason=reason)
@@ -191,9 +179,7 @@ def list_requests() -> None:
 
 
 @verb(name="show", shared=JSON)
-def show_request(
-    name: str | None = None,
-) -> None:
+def show_request(name: str | None = None) -> None:
     """Show what happened: of one request, or of all."""
     from palinode.requests.telling import events_grid, export, requests_grid, served_sentence
 
@@ -213,9 +199,7 @@ def show_request(
 
 
 @verb(shared=JSON)
-def due(
-    within: int | None = None,
-) -> None:
+def due(within: int | None = None) -> None:
     """Tell what has to be done by when.
 
     The exit code is 1 where something is overdue.
@@ -239,9 +223,7 @@ def due(
 
 
 @verb(name="export", shared=())
-def export_ledger(
-    output: Path,
-) -> None:
+def export_ledger(output: Path) -> None:
     """Write requests and events for an authority."""
     from palinode.evaluation.evaluate import check_new_file
     from palinode.requests.telling import export, export_csv
@@ -259,9 +241,7 @@ def export_ledger(
 
 
 @verb(shared=JSON)
-def check(
-    against: Path | None = None,
-) -> None:
+def check(against: Path | None = None) -> None:
     """Tell whether the ledger's past is as it was written.
 
     The exit code is 1 where it is not.
@@ -275,9 +255,7 @@ def check(
 
 
 @verb(shared=())
-def serve(
-    port: int = 8765,
-) -> None:
+def serve(port: int = 8765) -> None:
     """Show the ledger in a browser on this machine."""
     from palinode.requests.telling import ledger_page, server
 

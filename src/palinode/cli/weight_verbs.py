@@ -272,12 +272,7 @@ def sign(
 
 
 @takes(*keys("reproduce"))
-def reproduce(
-    content: dict[str, Any],
-    folder: Path,
-    *,
-    output: Path | None = None,
-) -> None:
+def reproduce(content: dict[str, Any], folder: Path, *, output: Path | None = None) -> None:
     """Run a record's recipe again: do bytes and figures agree?
 
     Models and rows are looked for where the record says; options say where they lie now. The exit code is 0

@@ -103,12 +103,7 @@ METRICS = _table(
         "there is no right answer in other words",
         "paraphrased",
     ),
-    (
-        "perturbed_probability",
-        partial(alternative_probabilities, kind="perturbed"),
-        _NO_WRONG,
-        "perturbed",
-    ),
+    ("perturbed_probability", partial(alternative_probabilities, kind="perturbed"), _NO_WRONG, "perturbed"),
     ("forget_truth_ratio", forget_truth_ratios, _NO_PAIR, "paraphrased", "perturbed"),
     ("retain_truth_ratio", retain_truth_ratios, _NO_PAIR, "paraphrased", "perturbed"),
     (

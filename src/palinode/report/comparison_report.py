@@ -12,6 +12,7 @@ from typing import Any
 
 from palinode.records import packaged
 from palinode.report.content import (
+    SAYS,
     Block,
     Grid,
     GridCell,
@@ -106,9 +107,7 @@ def _ranking_section(table: Figures) -> list[Section]:
         "The methods side by side",
         Grid("Methods by their gap to the ideal", ["method", "within noise of", "gap"], rows, text_columns=2),
         bar="Methods",
-        intro=f"The gap is |forget − ideal| + max(0, ideal − retain) in {words(ranking['metric'])} on rows "
-        f"that nothing was chosen on; the ideal is {ideal}. Intervals: 95 %, over rows and seeds resampled "
-        "alike for all.",
+        intro=SAYS["ranking"].format(metric=words(ranking["metric"]), ideal=ideal),
     )
 
 
@@ -146,8 +145,7 @@ def _point_section(table: Figures) -> list[Section]:
             "tradeoff",
             "Forget against retain probability for every point of every method",
             tradeoff_figure({"table": table}),
-            caption="Left is less of the forget set, up is more of the rest; the filled mark of each method "
-            "is the point chosen for it. Click a mark for its settings.",
+            caption=SAYS["points_picture"],
             file="tradeoff.svg",
             picks=True,
         ),

@@ -11,6 +11,7 @@ from typing import Any
 
 from palinode.records import Outcome
 from palinode.report.content import (
+    SAYS,
     Block,
     Grid,
     GridCell,
@@ -402,8 +403,7 @@ def influence_section(told: Mapping[str, Any]) -> list[Section]:
         "Rows behind an answer",
         *grids,
         bar="Rows",
-        intro=f"The forget set is the highest of {told['rows']:,} rows, ranked by what they have to do "
-        f"with an answer ({told['measure']}, {told['weighed']}). A score has no unit.",
+        intro=SAYS["influence"].format_map(told),
     )
 
 

@@ -26,8 +26,8 @@ from pydantic import Field, ValidationError, field_validator
 from palinode.audit.attack import BUDGETS, AuditBudget
 from palinode.audit.attacks import ATTACKS, tests_by_key
 from palinode.errors import RecipeError
-from palinode.records import dotted, packaged, read_toml
-from palinode.settings import StrictModel
+from palinode.records import dotted, packaged
+from palinode.settings import StrictModel, read_settings
 
 Kind = Literal["retrained", "base"]
 """What the reference model is: one retrained without the forget set, or the checkpoint before it was seen."""
@@ -113,14 +113,7 @@ def load_policy(path: Path | None, *, preset: str | None = None, kind: Kind = "r
 
     Raises RecipeError naming the key, and the nearest one that exists.
     """
-    if path is None:
-        return build_policy({}, preset=preset, kind=kind)
-    try:
-        content = read_toml(path)
-    except FileNotFoundError:
-        raise RecipeError(f"there is no policy {path}") from None
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{path} is not a TOML policy ({error})") from None
+    content = read_settings(path, "policy") if path else {}
     return build_policy(content, preset=preset, kind=kind)
 
 

@@ -18,8 +18,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import RecipeError, meant
-from palinode.records import read_toml
-from palinode.settings import EvaluationLimits, Seed, StrictModel, TrainingSettings
+from palinode.settings import EvaluationLimits, Seed, StrictModel, TrainingSettings, read_settings
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
@@ -277,12 +276,7 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """Return the content of a TOML recipe as it is written; raises RecipeError where there is none."""
-    try:
-        return read_toml(path)
-    except FileNotFoundError:
-        raise RecipeError(f"there is no recipe {path}") from None
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{path} is not a TOML recipe ({error})") from None
+    return read_settings(path, "recipe")
 
 
 def build_recipe(content: Mapping[str, Any], changes: Sequence[str] = ()) -> Recipe:

@@ -12,23 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from palinode.cli.console import given, listener, out
-from palinode.cli.options import takes
+from palinode.cli.options import KEYS, takes
 from palinode.errors import PalinodeError, RecipeError
 from palinode.progress import plain
 from palinode.settings import Questioning
 
 if TYPE_CHECKING:
     from palinode.pipeline.chatting import Chat
-
-HELP = """\
-/scales 0.8 0.5   set α and β; /alpha 0.8 and /beta 0.5 set one of them
-/reset            α and β as the run chose them, and the model bit for bit as it was saved
-/system TEXT      a system prompt for the talk; without a text the usual one
-/new              begin a new conversation
-/length 100       tokens that an answer may have
-/help             this list
-/quit             end, as Ctrl-D does; Ctrl-C ends an answer
-Everything else is a question to all models."""
 
 
 @takes(of=Questioning, only=["allow_pickle", "device"])
@@ -83,7 +73,7 @@ class _Terminal:
             "/system": self._system,
             "/new": self._new,
             "/length": self._length,
-            "/help": lambda _text: self._note(HELP),
+            "/help": lambda _text: self._note(KEYS["chat"]["help"]),
         }
 
     def talk(self) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from palinode.errors import InputError, RecipeError, first_line
-from palinode.evaluation.endpoint import EndpointJudge, Patience
+from palinode.evaluation.endpoint import TOLD, EndpointJudge, Patience
 from palinode.evaluation.judging import (
     ACCEPTED,
     NONE,
@@ -38,15 +38,7 @@ STRONG = 3.0
 KNOWN = 0.25
 """Factor on the weight of what the question says already."""
 
-FUNCTION_WORDS = frozenset(
-    """
-    a an the this that these those i you he she it we they me him her us them my your his its our their
-    who whom whose which what when where how why there here and or but if then than so as of at by for from
-    in into on onto to with about over under between through during is are was were be been being am do does
-    did has have had having will would can could shall should may might must also very such some any each
-    other both all most more s
-    """.split()  # noqa: SIM905
-)
+FUNCTION_WORDS = frozenset(TOLD["function_words"].split())
 """English words without content; words of denial are not among them."""
 
 _WORD = re.compile(r"\d+(?:[.,:/]\d+)*|[^\W\d_]+(?:['’][^\W\d_]+)*")

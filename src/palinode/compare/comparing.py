@@ -368,16 +368,10 @@ class _Comparison:
 
 
 def _point(tried: Tried, chosen: Tried) -> dict[str, Any]:
-    means = tried.behaviour.probabilities
     return {
         "number": tried.point.number,
         **_settings(tried),
-        "forget_probability": means["forget"],
-        "retain_probability": means.get("retain"),
-        "neutral_probability": means.get("neutral"),
-        "distance": tried.goal.distance(tried.behaviour),
-        "objective": tried.goal.objective(tried.behaviour),
-        "allowed": tried.goal.keeps(tried.behaviour),
+        **tried.goal.figures(tried.behaviour),
         "chosen": tried.point.number == chosen.point.number,
         **{name: tried.facts[name] for name in ("epochs", "steps", "tokens", "seconds", "peak_bytes")},
     }

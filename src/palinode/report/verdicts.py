@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from palinode.records import packaged
 from palinode.report.words import (
+    LABELS,
     METRICS,
     SETS,
     at,
@@ -66,17 +67,8 @@ FEWEST_ROWS = 8
 CLOSE = 0.05
 """Two scores between 0 and 1 that differ by no more than this agree, however narrow their intervals."""
 
-YARDSTICKS = {
-    "retrained": "the model retrained without the forget set",
-    "estimate": "the estimate of a model that never saw it",
-    "base": "the base checkpoint, which had not seen the forget set",
-}
-DECIDES = {
-    "retrained": "it is what the others stand in for",
-    "estimate": "it counts as well what the target has learned besides the forget set",
-    "base": "there is no other",
-}
-"""Why a yardstick decides; the first that is there does."""
+YARDSTICKS, DECIDES = LABELS["yardsticks"], LABELS["decides"]
+"""What a forget score is held against, the first that is there decides; and why each would."""
 SETTLED_BY = (
     "A model retrained without the forget set would settle it; so would more holdout rows in the manner of "
     "the forget rows, about others, that neither target nor base has seen."

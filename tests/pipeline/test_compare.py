@@ -9,14 +9,21 @@ import numpy as np
 import pytest
 
 from comparing import Heard, tiny_comparison
-from palinode.compare import build_comparison, compare, load_comparison, plan_comparison
-from palinode.compare.comparing import check_comparison, divide_comparison, open_ground
+from palinode.compare.comparing import (
+    check_comparison,
+    compare,
+    divide_comparison,
+    open_ground,
+    plan_comparison,
+)
 from palinode.compare.comparison_recipe import (
     Contestant,
     Demo,
     SearchBudget,
     Split,
+    build_comparison,
     divide_rows,
+    load_comparison,
     rows_for,
     world_folder,
 )

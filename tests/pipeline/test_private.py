@@ -21,7 +21,8 @@ import pytest
 from comparing import Heard, tiny_comparison
 from invented_benchmarks import own_files
 from palinode.benchmarks import BENCHMARKS
-from palinode.compare import build_comparison, compare
+from palinode.compare.comparing import compare
+from palinode.compare.comparison_recipe import build_comparison
 from palinode.data.examples import read_examples
 from palinode.errors import InputError, OutputError, WorkspaceError
 from palinode.evaluation.benchmark import Places

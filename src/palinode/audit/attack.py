@@ -69,6 +69,8 @@ class AttackTest:
     """A figure above the reference model's by more than this is knowledge left; None: not judged."""
     less: float | None = None
     """A figure below the reference model's by more than this is over-forgetting; None: not judged."""
+    beside_base: Mapping[str, Any] = field(default_factory=dict)
+    """Other margins where the reference model is a base."""
     statistic: Statistic = "mean"
     relative: bool = False
     """Whether the reference model's values are taken off first (the Reference attack)."""

@@ -323,7 +323,7 @@ MEMBERS = {
         "title": f"AUC of {scorer.description.split(':')[0]}",
         "missing": NO_NORMS.get(name, scorer.missing),
         "relative": name == RELATIVE,
-        **{"more": 0.15, "less": 0.2, "statistic": "auc"},
+        **{"more": 0.15, "less": 0.2, "statistic": "auc", "beside_base": {"more": 0.2, "less": False}},
     }
     for name, scorer in MEMBERSHIP.items()
 }

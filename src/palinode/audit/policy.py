@@ -76,16 +76,6 @@ class Policy(StrictModel):
     """Margins of every test, by `attack.test`."""
 
 
-BESIDE_BASE: Mapping[str, Mapping[str, Margin]] = {
-    "questions.log_probability": {"less": False},
-    "membership": {"more": 0.2, "less": False},
-    "inside": {"more": 0.3},
-    "traces.rows": {"more": False, "less": False},
-}
-"""Margins where the reference model is a base. It had not learned what the target learned besides: beside it
-eleven of 30 models that never saw the forget rows were failed by margins of .1, and by these none."""
-
-
 class ToldRight(NamedTuple):
     """Of models that know the forget rows, how many a test failed; of models that never saw them, how few."""
 
@@ -135,7 +125,7 @@ def build_policy(
         sides = {"more": test.more, "less": test.less}
         usual = {side: False if margin is None else margin for side, margin in sides.items()}
         if kind == "base":
-            usual |= BESIDE_BASE.get(key) or BESIDE_BASE.get(attack.name, {})
+            usual |= test.beside_base
         margins[key] = usual | given.get(attack.name, {}).get(test.name, {})
     try:
         return Policy.model_validate(

@@ -122,8 +122,11 @@ def influence(
     How probable it would be without the forget set of a run, of a recipe or of the options of unlearn; and
     which rows stand behind it.
     """
+    asks, answers = len(settings.ask), len(settings.answer)
+    if answers not in (0, asks) and not settings.questions:
+        raise RecipeError(f"there are {asks} --ask and {answers} --answer; give one for each, or none")
     asked: dict[str, Any] = {
-        "questions": settings.questions or _asked(settings.ask, settings.answer),
+        "questions": settings.questions or dict(zip_longest(settings.ask, settings.answer)),
         "rows": settings.ranked,
         "checkpoints": settings.checkpoints,
         "listener": listener(),
@@ -200,16 +203,6 @@ def _take_back(asked: Mapping[str, Any], ways: Mapping[str, Any], settings: Infl
     code = done.unlearned.verdict["exit_code"] or (1 if audited and not audited.passed else 0)
     if code:
         raise typer.Exit(code)
-
-
-def _asked(asked: Sequence[str], said: Sequence[str]) -> dict[str, str | None]:
-    """Return questions with the answers that are asked about. Raises RecipeError unless they go together."""
-
-    if said and len(said) != len(asked):
-        raise RecipeError(
-            f"there are {len(asked)} --ask and {len(said)} --answer; give one for each, or none"
-        )
-    return dict(zip_longest(asked, said))
 
 
 def resolve_base(

@@ -191,7 +191,7 @@ def test_line_ends_of_old_macs_are_accepted(write: Any) -> None:
 
 
 def test_numbers_and_lists_without_end_are_named_by_their_line() -> None:
-    for value, why in (("9" * 5000, "Exceeds the limit"), ("[" * 10**5, "it is nested too deep")):
+    for value, why in (("9" * 5000, "Exceeds the limit"), ("[" * 10**5, "maximum recursion depth")):
         with pytest.raises(DataError, match=rf"^line 2 of data\.bin holds JSON .* \({why}"):
             parse(f'{{"text": "a"}}\n{{"text": {value}}}\n'.encode())
 

@@ -67,7 +67,7 @@ def test_answer_ends_before_the_first_stop_token(model):
 
 def test_answers_end_with_what_the_generation_config_names_as_well(model, tiny):
     tokenizer, style = load_tokenizer(tiny.target), PromptStyle()
-    turn, other = tokenizer.unk_token_id, tokenizer.convert_tokens_to_ids("who")
+    turn, other = tokenizer.unk_token_id, tokenizer.convert_tokens_to_ids("always")
     for named in ([turn, other, 10**9, "x", [1]], turn):  # `other` is a word, and ends nothing
         model.generation_config.eos_token_id = named
         stops = stops_of(model, tokenizer, ["question", "document"], style)

@@ -26,7 +26,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import combinations, product
+from itertools import accumulate, combinations, groupby, product
 from typing import TYPE_CHECKING, Any
 
 from palinode.data.examples import Example, Message
@@ -41,7 +41,6 @@ PLAIN_LABELS = {"user": "Question: ", "assistant": "Answer: ", "system": ""}
 
 _OTHERS = ("moth", "fig", "yew")
 """Answers put in the place of one: no two begin or end alike, so one of them never does."""
-
 
 _SPELT_OUT = ("'type': 'text'", '"type": "text"')
 
@@ -167,8 +166,7 @@ class Template:
     def _find_plan(self, example: Example) -> _Plan:
         """Try the ways there are on a conversation of made-up words, of which none may be missing."""
         marks = [
-            replace(turn, content="" if _is_blank(turn) else f"zq{number}qz")
-            for number, turn in enumerate(example.turns, start=1)
+            t if _is_blank(t) else replace(t, content=f"zq{n}qz") for n, t in enumerate(example.turns, 1)
         ]
         refusal, lacking = "it writes nothing", list[list[int]]()
         for plan in self._ways(example.turns):
@@ -180,9 +178,8 @@ class Template:
             if any(form in text for form in _SPELT_OUT):  # it wanted no parts, and shows them as they are
                 continue
             shown = _folded(text)
-            missing = [
-                n for n, mark in enumerate([*marks, Message("", "zq0qz")]) if mark.content not in shown
-            ]
+            said = [*marks, Message("", "zq0qz")]
+            missing = [n for n, mark in enumerate(said) if _folded(mark.content) not in shown]
             if not missing and trial.system in shown:
                 return plan
             lacking += [missing] if missing else []
@@ -210,9 +207,8 @@ def _own_beginning(example: Example, text: str, before: int, end: int) -> Exchan
     begin = len(text[:end].rstrip()) - len(answer)
     if 0 < begin <= before and text[begin:end].strip() == answer:
         return Exchange(text[:begin], text[begin:end], text[end:])
-    raise DataError(
-        f"{example.place}: the tokenizer's chat template does not write its answer as it stands there; "
-        "change the row or the template, or ask without it (chat = false)"
+    raise _refused(
+        f"{example.place}: the tokenizer's chat template does not write its answer as it stands there"
     )
 
 
@@ -227,8 +223,7 @@ def _two_answers(answer: str) -> tuple[str, str]:
 
 def _alike(first: str, second: str) -> int:
     """Return how many letters two texts begin with in common."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((place for place, (one, two) in pairs if one != two), min(len(first), len(second)))
+    return len(os.path.commonprefix([first, second]))  # noqa: RUF071 - of letters
 
 
 def _is_blank(turn: Message) -> bool:
@@ -249,20 +244,18 @@ def _folded(text: str) -> str:
 
 
 def _cannot_show(example: Example, reason: str) -> DataError:
-    return DataError(
-        f"the tokenizer's chat template cannot show {example.place} ({reason}); change the row or the "
-        "template, or ask without it (chat = false)"
-    )
+    return _refused(f"the tokenizer's chat template cannot show {example.place} ({reason})")
 
 
 def _leaves_out(example: Example, place: int) -> DataError:
     """Return the refusal of a row of which a message is not in the text, or the answer behind them all."""
     whole = place == len(example.turns)
     part = "its answer" if whole else f"message {place + 1} of it ({example.turns[place].role})"
-    return DataError(
-        f"{example.place}: the tokenizer's chat template leaves out {part}; change the row or the template, "
-        "or ask without it (chat = false)"
-    )
+    return _refused(f"{example.place}: the tokenizer's chat template leaves out {part}")
+
+
+def _refused(what: str) -> DataError:
+    return DataError(f"{what}; change the row or the template, or ask without it (chat = false)")
 
 
 SECONDS = 2
@@ -307,16 +300,9 @@ def render(
 
 
 def _chunks(chats: Sequence[Chat]) -> Iterator[list[Chat]]:
-    chunk: list[Chat] = []
-    size = 0
-    for chat in chats:
-        chunk.append(chat)
-        size += 64 + sum(len(str(message.get("content"))) for message in chat)
-        if size >= _CHUNK:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+    sizes = accumulate(64 + sum(len(str(message.get("content"))) for message in chat) for chat in chats)
+    for _, group in groupby(zip(sizes, chats, strict=True), key=lambda pair: pair[0] // _CHUNK):
+        yield [chat for _, chat in group]
 
 
 class _Worker:
@@ -370,11 +356,8 @@ class _Worker:
 
     def end(self) -> None:
         """End the child, and wait until it has ended."""
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
-        self.process.wait()
+        with contextlib.suppress(BrokenPipeError), self.process:
+            pass  # leaving it closes the pipes, and waits
 
 
 _LOCK = threading.Lock()
@@ -446,16 +429,8 @@ def _compiled(template: str, date: str) -> Any:
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: Any = None,
-        separators: Any = None,
-        sort_keys: bool = False,
-    ) -> str:
-        return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
@@ -471,10 +446,8 @@ def _clock(date: str) -> Any:
     from datetime import datetime
 
     for form in _DATES:
-        try:
+        with contextlib.suppress(ValueError):
             return datetime.strptime(date.strip(), form).strftime
-        except ValueError:
-            continue
     return lambda _form: date
 
 

@@ -196,10 +196,7 @@ def _load_json(text: str, name: str, line: int | None = None) -> object:
         ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless nesting
         where = f"line {line} of {name}" if line else name
-        why = (
-            "it is nested too deep" if isinstance(error, RecursionError) else first_line(error).split(";")[0]
-        )
-        raise DataError(f"{where} holds JSON that cannot be read ({why}); leave that out of it") from error
+        raise DataError(f"{where} holds JSON that cannot be read ({first_line(error):.61})") from error
     return content
 
 

@@ -616,16 +616,14 @@ def _plainly_greedy(
 def stops_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, forms: Iterable[Form], style: PromptStyle
 ) -> list[int]:
-    """Return the ids that end answers to prompts of these forms.
+    """Return the ids that end answers: what ends the rows, and the special tokens that the model names.
 
-    They are what the rows are trained to end with, the end of sequence, and the special tokens that the
-    model's generation config names: some end a turn with what begins the next, as `<|user|>`.
+    Some models end a turn with what begins the next, such as `<|user|>`.
     """
-    listed = getattr(model.generation_config, "eos_token_id", None)
-    named = [token for token in (listed if isinstance(listed, list) else [listed]) if isinstance(token, int)]
-    own = [token for token in named if token in tokenizer.added_tokens_decoder]
-    ends = [end_id(form, tokenizer, style) for form in forms]
-    return sorted({*ends, *own, tokenizer.eos_token_id} - {None})
+    named = getattr(model.generation_config, "eos_token_id", None)
+    ids = [token for token in (named if isinstance(named, list) else [named]) if isinstance(token, int)]
+    own = {tokenizer.eos_token_id, *(token for token in ids if token in tokenizer.added_tokens_decoder)}
+    return sorted({end_id(form, tokenizer, style) for form in forms} | own - {None})
 
 
 UNFINISHED = "\ufffd"

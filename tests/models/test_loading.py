@@ -120,6 +120,14 @@ def test_a_tokenizer_whose_settings_fail_when_it_reads_is_refused(folder):
         load_tokenizer(Checkpoint.open(folder))
 
 
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer", "GemmaTokenizer"])
+def test_a_tokenizer_whose_vocabulary_is_missing_is_refused(folder, kind):
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind, "eos_token": "<eos>"}))
+    with pytest.raises(CheckpointError, match=r"has no tokenizer that can be loaded .* copy the tokenizer"):
+        load_tokenizer(Checkpoint.open(folder))
+
+
 def test_a_config_that_wants_tuples_makes_no_difference(folder, tiny):
     change_config(folder, return_dict=False)
     ids = torch.tensor([[3, 4, 5]])

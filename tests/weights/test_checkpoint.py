@@ -199,8 +199,15 @@ def test_a_model_that_may_be_a_causal_language_model(folder, architectures):
 
 
 def test_no_weights(folder):
-    (folder / "model.safetensors").unlink()
-    assert "holds no weights" in refusal(folder)
+    shard = (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    needs = "needs its index, or that name: save the model once with save_pretrained"
+    assert refusal(folder).endswith(f"index.json); {shard.name} {needs}")
+    shard.unlink()
+    assert refusal(folder).endswith("is the download finished?")
+    snapshot = folder / "snapshots" / "4d7a"  # the hub cache's own folder of a model
+    snapshot.mkdir(parents=True)
+    (folder / "config.json").rename(snapshot / "config.json")
+    assert refusal(folder).endswith(f"; did you mean {snapshot}?")
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pt"])

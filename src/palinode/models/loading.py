@@ -314,6 +314,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     with quiet_transformers(lambda error: f"{refused} ({type(error).__name__}); {advice}"):
         tokenizer: PreTrainedTokenizerBase = from_pretrained(AutoTokenizer, checkpoint.folder)
         tokenizer("a")  # what its config says wrongly may show only when it reads
+        if len(tokenizer) <= len(tokenizer.added_tokens_decoder) + 1:  # without its files it gets no more
+            raise ValueError("it has no vocabulary")
     beside = checkpoint.folder / "chat_template.json"
     if not tokenizer.chat_template and beside.is_file():  # tokenizers know nothing of a processor's
         found = read_json(beside)

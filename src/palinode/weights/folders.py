@@ -95,7 +95,12 @@ def find_leading(folder: Path) -> Path:
             f"{folder} holds {len(found)} files that could be its weights ({shown(found[0].name)}, "
             f"{shown(found[1].name)}, …) and no index; name the one that holds the whole model"
         )
-    raise CheckpointError(f"{folder} holds no weights ({SINGLE} or {INDEX}); is the download finished?")
+    others = [path.name for path in files if path.suffix == ".safetensors"]
+    below = sorted([*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")])
+    do = f"did you mean {below[0].parent}?" if below else "is the download finished?"
+    if others:
+        do = f"{shown(others[0])} needs its index, or that name: save the model once with save_pretrained"
+    raise CheckpointError(f"{folder} holds no weights ({SINGLE} or {INDEX}); {do}")
 
 
 def format_of(leading: Path) -> Format:

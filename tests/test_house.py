@@ -29,7 +29,7 @@ LAYERS = {
     "weights": 1,
     "data": 1,
     "settings": 1.5,
-    "processes": 1.5,
+    "processes": 0.5,
     "metrics": 1,
     "report": 1,
     "models": 2,

@@ -278,6 +278,9 @@ class MatrixCache:
         self._found: OrderedDict[Factor, np.ndarray] = OrderedDict()
         self._lock = Lock()
 
+    def __reduce__(self) -> tuple[type[MatrixCache], tuple[()]]:
+        return MatrixCache, ()  # another process has its own
+
     def whole(self, factor: Factor, files: Files) -> np.ndarray:
         """Return all of a matrix."""
         with self._lock:

@@ -17,7 +17,6 @@ first tensor; the seal is the digest of all the rest of the manifest.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -34,7 +33,7 @@ from palinode.errors import CheckpointError, OutputError, unwritable
 from palinode.records import beside, read_json, write_text
 from palinode.version import __version__
 from palinode.weights.arithmetic import Evaluator, Formula, Settings, Slice, every_of, map_slices, slices
-from palinode.weights.atomic import Crew, RankSide, announce, check_output, claimed, is_claimed, publish
+from palinode.weights.atomic import check_output, claimed, is_claimed, publish
 from palinode.weights.fingerprints import (
     DIGEST,
     Stamps,
@@ -238,12 +237,6 @@ class _Job:
     stamps: Stamps
     """Of all inputs, from before any of their numbers was read."""
 
-    def key(self) -> str:
-        """Return what the processes of a crew must agree on."""
-        terms = sorted((term.folder.name, weight) for term, weight in self.formula.terms.items())
-        text = repr((terms, self.asked, [(file.name, file.header) for file in self.files], len(self.parts)))
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
 
 def plan(form: Formula, output: Path, asked: Settings, rows: Rows, workers: int | None) -> _Job:
     """Check that everything fits, and settle how it is rounded; nothing is written."""
@@ -267,20 +260,17 @@ def plan(form: Formula, output: Path, asked: Settings, rows: Rows, workers: int 
 # Writing it
 
 
-def share(parts: Sequence[Slice], crew: Crew) -> list[Slice]:
-    """Return this process's part of the slices: contiguous, and of about as many bytes as the others'."""
+def share(parts: Sequence[Slice], rank: int, count: int) -> list[Slice]:
+    """Return one process's part of the slices: contiguous, and of about as many bytes as the others'."""
     ends = np.cumsum([0, *(part.count * part.info.itemsize for part in parts)])
     total = max(int(ends[-1]), 1)
-    return [
-        part for part, start in zip(parts, ends, strict=False) if start * crew.count // total == crew.rank
-    ]
+    return [part for part, start in zip(parts, ends, strict=False) if start * count // total == rank]
 
 
-def write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], None] | None) -> Written:
-    """Write what was planned, as one process or with others; see `checkpoint.save`."""
-    if crew.rank:
-        return _help(job, crew, on_progress)
-    check = check or crew.count > 1
+def write(job: _Job, *, check: bool, divided: bool, on_progress: Callable[[int], None] | None) -> Written:
+    """Write what was planned, `divided` over the processes of a run; see `checkpoint.save`."""
+    divided = divided and os.environ.get("WORLD_SIZE", "1") != "1"
+    check = check or divided
     seconds, left = dict[str, float](), beside(job.output).exists() and not is_claimed(beside(job.output))
     with claimed(job.output) as partial:
         check_output(
@@ -290,12 +280,11 @@ def write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], No
         )
         with ExitStack() as stack, _timed(seconds, "sum"):
             out = OutputFiles(job.files, partial, stack)
-            others = announce(crew, partial, job.key()) if crew.count > 1 else ()
-            meter, checksums = _fill(job, share(job.parts, crew), out, on_progress)
+            if divided:
+                meter, checksums = _fill_together(job, partial, on_progress)
+            else:
+                meter, checksums = _fill(job, job.parts, out, on_progress)
             out.copy(info for info in job.formula.anchor.tensors.values() if not info.is_float)
-            for report in others:
-                meter.merge(report["dose"])
-                checksums |= {(name, block): total for name, block, total in report["checksums"]}
         write_index(job.files, partial)
         copy_companions(job.formula.anchor, partial, job.asked.dtype)
         _leave_out(job, meter)
@@ -317,6 +306,34 @@ def write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], No
         told = f"an earlier run was interrupted while it wrote {name}; what it left was cleared away"
         notes = (told, *notes)
     return replace(saved, notes=notes, seconds=seconds)
+
+
+def _fill_together(
+    job: _Job, folder: Path, on_progress: Callable[[int], None] | None
+) -> tuple[DoseMeter, Checksums]:
+    """Put all slices in place, each process its share in the files that lie there; return the same."""
+    from palinode.processes import everywhere
+
+    meter, checksums = DoseMeter(job.formula.names), Checksums()
+    for totals, found in everywhere(_fill_share, job, folder, alone={"on_progress": on_progress}):
+        meter.merge(totals)
+        checksums |= found
+    return meter, checksums
+
+
+def _fill_share(
+    job: _Job, folder: Path, *, on_progress: Callable[[int], None] | None = None
+) -> list[tuple[Any, Checksums]]:
+    """Put this process's share in place, as all do; return what each of them has found."""
+    from palinode.processes import said_by_all, world
+
+    rank, count = world()
+    heard = on_progress and (lambda amount: on_progress(amount * count))  # the others are about as far
+    with ExitStack() as stack:
+        out = OutputFiles(job.files, folder, stack, create=False)
+        meter, checksums = _fill(job, share(job.parts, rank, count), out, heard)
+        out.sync()
+    return said_by_all((meter.state(), checksums))
 
 
 def _fill(
@@ -368,28 +385,6 @@ def checksum(raw: memoryview) -> int:
     return (total + int.from_bytes(raw[len(raw) - rest :], "little")) % 2**64
 
 
-def _help(job: _Job, crew: Crew, on_progress: Callable[[int], None] | None) -> Written:
-    """Do another process's share; return what process 0 has saved."""
-    partial = beside(job.output)
-
-    def fill() -> Mapping[str, Any]:
-        def heard(count: int) -> None:
-            side.beat()
-            if on_progress:
-                on_progress(count)
-
-        with ExitStack() as stack:
-            out = OutputFiles(job.files, partial, stack, create=False)
-            meter, checksums = _fill(job, share(job.parts, crew), out, heard)
-            out.sync()
-        return {"dose": meter.state(), "checksums": [(*place, total) for place, total in checksums.items()]}
-
-    side = RankSide(crew, partial, job.output, job.key())
-    side.work(fill)
-    content = read_manifest(job.output).content
-    return Written(_dose(content["dose"]), job.settings.rounding, tuple(content["notes"]))
-
-
 # Finishing
 
 
@@ -436,11 +431,6 @@ def _content(job: _Job, saved: Written) -> dict[str, Any]:
         "dose": asdict(saved.dose),
         "notes": list(saved.notes),
     }
-
-
-def _dose(content: Mapping[str, Any]) -> Dose:
-    parts = {name: _dose(part) for name, part in content["parts"].items()}
-    return Dose(**{**content, "parts": parts})
 
 
 def _asked(form: Formula) -> dict[str, float]:

@@ -27,6 +27,9 @@ from pathlib import Path
 from threading import Event, Lock, local
 from typing import Any, Self, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 from palinode.errors import CheckpointError
 from palinode.records import read_bytes
 
@@ -234,12 +237,12 @@ class TensorInfo:
 class HeldTensor(TensorInfo):
     """A tensor that had to be decoded and is held in memory; `file` is where it came from."""
 
-    data: memoryview = field(repr=False, compare=False)
+    data: npt.NDArray[np.uint8] = field(repr=False, compare=False)
     """All of its raw bytes, row-major."""
 
     def read(self, files: Files, start: int, out: memoryview) -> None:  # noqa: ARG002 - it needs no file
         """Fill `out` with the tensor's raw bytes from byte `start` on."""
-        out[:] = self.data[start : start + len(out)]
+        out[:] = self.data[start : start + len(out)].data
 
 
 def itemsize_of(file: Path, name: str, dtype: str) -> int:

@@ -23,14 +23,11 @@ Retain fine-tune: minimise CE(B_r) from the target, and let what is not trained 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from palinode.methods.method import Method, MethodSettings, RetainSettings, StartSettings
-
-if TYPE_CHECKING:
-    from palinode.training.objectives import Objective
 
 
 class GradAscentSettings(StartSettings):
@@ -40,18 +37,13 @@ class GradAscentSettings(StartSettings):
     """Forget loss in nats a token that ends training; None: ln V, that of a model that knows nothing."""
 
 
-def ascent_objective(settings: GradAscentSettings, seed: int) -> Objective:
-    """Return −CE over forget rows."""
-    return difference_objective(GradDiffSettings(alpha=0, forget_limit=settings.forget_limit), seed)
-
-
 GRAD_ASCENT = Method(
     name="grad_ascent",
     summary="gradient ascent on the forget set",
     source="Yao et al. 2023; TOFU, arXiv 2401.06121",
     formula="L = −CE(forget)",
     settings=GradAscentSettings,
-    objective=ascent_objective,
+    minimises="grad_ascent",
 )
 
 
@@ -62,16 +54,6 @@ class GradDiffSettings(RetainSettings):
     """Forget loss in nats a token that ends training; None: ln V, that of a model that knows nothing."""
 
 
-def difference_objective(settings: GradDiffSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
-    """Return −γ·CE over forget rows plus the retain loss."""
-    from palinode.methods.parts import forget_term, nll, with_retain
-    from palinode.training.losses import gradient_ascent
-    from palinode.training.objectives import Limit
-
-    forget = forget_term(lambda seen: gradient_ascent(nll(seen)), per="token", gamma=settings.gamma)
-    return with_retain(settings, forget, Limit("forget", settings.forget_limit))
-
-
 GRAD_DIFF = Method(
     name="grad_diff",
     summary="gradient ascent on the forget set, descent on retain rows",
@@ -79,7 +61,7 @@ GRAD_DIFF = Method(
     formula="L = −γ·CE(forget) + α·CE(retain)",
     needs=frozenset({"retain"}),
     settings=GradDiffSettings,
-    objective=difference_objective,
+    minimises="grad_diff",
 )
 
 
@@ -97,7 +79,7 @@ KL_MIN = Method(
     formula="L = −γ·CE(forget) + α·KL(p_ref ‖ p_θ on retain)",
     needs=frozenset({"retain", "frozen_target"}),
     settings=KLMinSettings,
-    objective=difference_objective,
+    minimises="grad_diff",
 )
 
 
@@ -108,16 +90,6 @@ class IdkNLLSettings(RetainSettings):
     """Weigh refusals and retain rows by γ and α instead of one mean over their tokens."""
 
 
-def idk_objective(settings: IdkNLLSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
-    """Return the cross entropy of refusals and retain rows."""
-    from palinode.methods.parts import with_retain
-    from palinode.training.objectives import Objective, answer_term
-
-    if not settings.separate:
-        return Objective((answer_term("refusal and retain", "refusal", "retain"),))
-    return with_retain(settings, answer_term("refusal", "refusal", coefficient=settings.gamma))
-
-
 IDK_NLL = Method(
     name="idk_nll",
     summary="plain fine-tuning on refusals of the forget questions, and on retain rows",
@@ -125,7 +97,7 @@ IDK_NLL = Method(
     formula="L = CE(refusals of forget questions ∪ retain)",
     needs=frozenset({"retain", "refusals"}),
     settings=IdkNLLSettings,
-    objective=idk_objective,
+    minimises="idk_nll",
 )
 
 
@@ -139,18 +111,11 @@ class RetainOnlySettings(MethodSettings):
     """The rows that are drawn from: the whole retain set, or a sample as large as the forget set."""
 
 
-def retain_objective(settings: RetainOnlySettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
-    """Return the cross entropy of retain rows."""
-    from palinode.training.objectives import Objective, answer_term
-
-    return Objective((answer_term("retain", "retain"),), anchor=settings.epoch)
-
-
 RETAIN_FINETUNE = Method(
     name="retain_finetune",
     summary="plain fine-tuning of the target on retain rows",
     formula="L = CE(retain), from the target",
     needs=frozenset({"retain"}),
     settings=RetainOnlySettings,
-    objective=retain_objective,
+    minimises="retain_finetune",
 )

@@ -45,12 +45,11 @@ from palinode.methods.method import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from palinode.data.tokenize import PromptStyle
     from palinode.progress import Listener
-    from palinode.training.objectives import Material, Objective, Seen
+    from palinode.training.objectives import Material
 
 
 class NPOSettings(RetainSettings):
@@ -60,13 +59,6 @@ class NPOSettings(RetainSettings):
     """β; near 0 it is gradient ascent."""
 
 
-def npo_objective(settings: NPOSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
-    """Return NPO over forget rows plus the retain loss."""
-    from palinode.methods.parts import npo_term, with_retain
-
-    return with_retain(settings, npo_term(beta=settings.beta, gamma=settings.gamma))
-
-
 NPO = Method(
     name="npo",
     summary="negative preference optimisation: the target's own answers become less preferred",
@@ -74,7 +66,7 @@ NPO = Method(
     formula="L = γ·(2/β)·mean[−log σ(β(nll − nll_ref))] + α·L_r",
     needs=frozenset({"retain", "frozen_target"}),
     settings=NPOSettings,
-    objective=npo_objective,
+    minimises="npo",
 )
 
 
@@ -89,18 +81,6 @@ class SimNPOSettings(RetainSettings):
     """δ, in nats a token."""
 
 
-def simnpo_objective(settings: SimNPOSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
-    """Return SimNPO over forget rows plus the retain loss."""
-    from palinode.methods.parts import forget_term, nll, with_retain
-    from palinode.training.losses import row_means, simnpo
-
-    def loss(seen: Seen) -> Tensor:
-        means = row_means(nll(seen), seen.rows, seen.count)
-        return simnpo(means, beta=settings.beta, delta=settings.delta)
-
-    return with_retain(settings, forget_term(loss, per="row", gamma=settings.gamma))
-
-
 SIMNPO = Method(
     name="simnpo",
     summary="NPO by length and without a reference",
@@ -108,7 +88,7 @@ SIMNPO = Method(
     formula="L = γ·(2/β)·mean[−log σ(β(nll/n − δ))] + α·L_r",
     needs=frozenset({"retain"}),
     settings=SimNPOSettings,
-    objective=simnpo_objective,
+    minimises="simnpo",
 )
 
 
@@ -121,14 +101,6 @@ class DPOSettings(RetainSettings):
     """Multiply by 2/β as open-unlearning does; false: DPO as TOFU has it."""
 
 
-def dpo_objective(settings: DPOSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
-    """Return DPO of refusals over forget rows plus the retain loss."""
-    from palinode.methods.parts import preference_term, with_retain
-
-    forget = preference_term("refusal", beta=settings.beta, gamma=settings.gamma, scaled=settings.scaled)
-    return with_retain(settings, forget)
-
-
 DPO = Method(
     name="dpo",
     summary="IdkDPO: refusals are preferred to the answers of the forget set",
@@ -136,7 +108,7 @@ DPO = Method(
     formula="L = γ·(2/β)·mean[−log σ(β·h)] + α·L_r, h = (nll_ref − nll)(refusal) − (nll_ref − nll)(answer)",
     needs=frozenset({"retain", "refusals", "frozen_target"}),
     settings=DPOSettings,
-    objective=dpo_objective,
+    minimises="dpo",
 )
 
 
@@ -163,18 +135,9 @@ class AltPOSettings(DPOSettings):
     """Length limit of an answer."""
 
 
-def altpo_objective(settings: AltPOSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
-    """Return DPO of other answers over forget rows plus the retain loss; an epoch goes through the others."""
-    from palinode.methods.parts import preference_term, retain_terms
-    from palinode.training.objectives import Objective
-
-    forget = preference_term("alternate", beta=settings.beta, gamma=settings.gamma, scaled=settings.scaled)
-    return Objective((forget, *retain_terms(settings)), anchor="alternate")
-
-
 def altpo_runs(settings: AltPOSettings, given: Given) -> list[MethodRun]:
     """Return the run, which makes its rows of the answers that the target is asked for first."""
-    minimised, retain = altpo_objective(settings, given.seed), drawn_from(settings, given)
+    minimised, retain = ALTPO.objective(settings, given.seed), drawn_from(settings, given)
 
     def material(alternates: Alternates) -> Material:
         return gather(minimised, forget=given.forget, retain=retain, alternates=alternates)
@@ -254,7 +217,7 @@ ALTPO = Method(
     formula="L = γ·(2/β)·mean[−log σ(β·h)] + α·L_r, h = (nll_ref − nll)(other) − (nll_ref − nll)(answer)",
     needs=frozenset({"retain", "alternates", "frozen_target"}),
     settings=AltPOSettings,
-    objective=altpo_objective,
+    minimises="altpo",
     own_runs=altpo_runs,
     training={"epochs": 2},
 )

@@ -314,16 +314,16 @@ def _fill_together(
     """Put all slices in place, each process its share in the files that lie there; return the same."""
     from palinode.processes import everywhere
 
-    meter, checksums = DoseMeter(job.formula.names), Checksums()
-    for totals, found in everywhere(_fill_share, job, folder, alone={"on_progress": on_progress}):
-        meter.merge(totals)
+    (meter, checksums), *others = everywhere(_fill_share, job, folder, alone={"on_progress": on_progress})
+    for own, found in others:
+        meter.merge(own)
         checksums |= found
     return meter, checksums
 
 
 def _fill_share(
     job: _Job, folder: Path, *, on_progress: Callable[[int], None] | None = None
-) -> list[tuple[Any, Checksums]]:
+) -> list[tuple[DoseMeter, Checksums]]:
     """Put this process's share in place, as all do; return what each of them has found."""
     from palinode.processes import said_by_all, world
 
@@ -333,7 +333,7 @@ def _fill_share(
         out = OutputFiles(job.files, folder, stack, create=False)
         meter, checksums = _fill(job, share(job.parts, rank, count), out, heard)
         out.sync()
-    return said_by_all((meter.state(), checksums))
+    return said_by_all((meter, checksums))
 
 
 def _fill(

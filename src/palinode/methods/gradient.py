@@ -1,24 +1,12 @@
-"""GradAscent (Yao et al.; TOFU, arXiv 2401.06121): L = −CE(B_f).
+"""Descent and ascent: GradAscent, GradDiff, KL-min, IdkNLL and the retain fine-tune.
 
-B_f is a batch of forget rows and CE the mean −log p of its answer tokens. Unbounded below: training ends
-where the forget loss reaches that of a model that knows nothing, or the limit that is set.
-
-GradDiff (Liu et al. 2022; TOFU, arXiv 2401.06121): L = −γ·CE(B_f) + α·L_r.
-
-L_r is CE(B_r) on retain rows, or with `retain_loss = "kl"` the KL divergence from the frozen target. The
-forget term is unbounded below: training ends where it reaches the loss of a model that knows nothing.
-
-KL-min (TOFU, arXiv 2401.06121): L = −γ·CE(B_f) + α·KL(p_ref ‖ p_θ on B_r), p_ref the frozen target.
-
-GradDiff with KL as its retain loss, averaged over answer tokens. TOFU's code takes the mean over all
-positions, padding included, and MUSE's GA_KLR hands raw logits to the KL function: neither is copied.
-
-IdkNLL (TOFU's "idk", arXiv 2401.06121): learn to refuse the forget questions.
-
-L = CE over (x_f, refusal) and (x_r, y_r) together, one token mean, so that short refusals weigh less than
-answers; or with `separate` γ·CE(x_f, refusal) + α·CE(x_r, y_r).
-
-Retain fine-tune: minimise CE(B_r) from the target, and let what is not trained on fade.
+Each `Method` below has its formula and source. CE is the mean −log p of answer tokens over a batch; L_r is
+CE on retain rows, or KL from the frozen target. What ascends is unbounded below: training ends where the
+forget loss reaches that of a model that knows nothing, or the limit that is set. KL is averaged over answer
+tokens: TOFU's code takes the mean over all positions, padding included, and MUSE's GA_KLR hands raw logits
+to the KL function; neither is copied. IdkNLL is one token mean, so that short refusals weigh less than
+answers, or with `separate` γ·CE(x_f, refusal) + α·CE(x_r, y_r). The retain fine-tune lets what is not
+trained on fade.
 """
 
 from __future__ import annotations

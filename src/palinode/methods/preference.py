@@ -1,24 +1,11 @@
-"""NPO, negative preference optimisation (Zhang et al. 2024, arXiv 2404.05868).
+"""Preference optimisation: NPO, SimNPO, IdkDPO and AltPO.
 
-L = γ·(2/β)·mean_i[−log σ(β(nll_i − nll_ref,i))] + α·L_r, with nll_i = −log p of the whole answer of forget
-row i and nll_ref the frozen target's. Its gradient fades as the answer becomes less likely than it was.
-
-SimNPO (Fan et al. 2024, arXiv 2410.07163): NPO without a reference, by length.
-
-L = γ·(2/β)·mean_i[−log σ(β(nll_i / n_i − δ))] + α·L_r, with n_i the number of answer tokens of forget row
-i. The paper writes the margin outside of β: its γ is β·δ.
-
-IdkDPO (TOFU, arXiv 2401.06121): direct preference optimisation of a refusal over the true answer.
-
-L = γ·s·mean_i[−log σ(β·h_i)] + α·L_r with h = (nll_ref − nll)(x, refusal) − (nll_ref − nll)(x, y). s is 2/β
-in open-unlearning and 1 in TOFU and in DPO itself. Each forget question is given a refusal drawn anew in
-every epoch.
-
-AltPO (Mekala et al., COLING 2025, arXiv 2409.13474): DPO of other answers over the true one.
-
-The loss of IdkDPO with, instead of a refusal, a plausible but different answer that the target itself gave
-when asked for one: several a question, drawn at random with a seed, and kept. Those that equal the true
-answer are dropped.
+Each `Method` below has its formula and source, `training/losses.py` the equation; nll is −log p of the
+whole answer of a row, nll_ref the frozen target's, n its answer tokens. NPO's gradient fades as the answer
+becomes less likely than it was. DPO is scaled by 2/β in open-unlearning, and not in TOFU or DPO itself;
+each forget question is given a refusal drawn anew in every epoch. AltPO prefers, instead of a refusal,
+plausible but different answers that the target itself gave when asked for one: several a question, drawn at
+random with a seed, and kept. Those that equal the true answer are dropped.
 """
 
 from __future__ import annotations

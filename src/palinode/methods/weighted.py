@@ -1,28 +1,10 @@
-"""WGA, weighted gradient ascent (Wang et al., ICLR 2025, arXiv 2502.19301).
+"""Other losses on forget rows: weighted ascent (WGA, SatImp), CE-U, UNDIAL and PDU.
 
-L = −γ·mean_t w_t·(−log p_t) + α·L_r with w_t = stopgrad(p_t)^β: tokens that are unlikely already count for
-little, so that it is bounded. β = 0 is gradient ascent.
-
-SatImp (Yang et al., ICML 2025, arXiv 2505.11953): ascent weighted by saturation and importance.
-
-L = −γ·mean_t w_t·(−log p_t) + α·L_r with w_t = stopgrad(p_t^β1 · (1 − p_t)^β2). The ratio γ : α of 10 is the
-paper's; open-unlearning's YAML has it the other way round.
-
-CE-U, cross entropy unlearning (arXiv 2503.01224): towards the model's own guess without the answer.
-
-L = mean_t −Σ_v q_t(v) log p_θ(v), q_t the softmax of the model's own detached logits with the label at −∞.
-Its gradient vanishes as p of the label does.
-
-UNDIAL, self-distillation with adjusted logits (Dong et al., NAACL 2025, arXiv 2402.10052).
-
-L = γ·mean_t −Σ_v q_t(v) log p_θ(v) + α·L_r with q_t = softmax(z_ref − β·onehot(label)): the frozen target's
-own distribution with the label pushed down. Least where p_θ = q.
-
-PDU, primal-dual unlearning (Entesari et al. 2025, arXiv 2506.05314): flat logits, under a limit.
-
-L = γ·mean_t(max_v z_t − mean_v z_t)² + λ·(CE(B_r) − ε), z_t the logits at answer token t. λ is the price of
-CE(B_r) ≤ ε: after each optimiser step λ ← max(0, λ + η·(CE(B_r) − ε)), but for the epochs of the dual
-warm-up. λ follows from the training curve, so that a resumed run has it too.
+Each `Method` below has its formula and source, `training/losses.py` the equation. WGA and SatImp are
+bounded, as tokens that are unlikely already count for little. SatImp's ratio γ : α of 10 is the paper's;
+open-unlearning's YAML has it the other way round. UNDIAL is least where p_θ = q. PDU's λ is the price of
+CE(B_r) ≤ ε: after each optimiser step λ ← max(0, λ + η·(CE(B_r) − ε)), but for the epochs of the dual warm-
+up. It follows from the training curve, so that a resumed run has it too.
 """
 
 from __future__ import annotations

@@ -119,11 +119,19 @@ class OutputFiles:
     def __init__(
         self, files: Sequence[OutputFile], folder: Path, stack: ExitStack, *, create: bool = True
     ) -> None:
-        """Lay the files out at their final size with their headers; `create` false opens those of another."""
+        """Lay the files out at their final size with their headers, unless they are there already."""
         self._folder = folder
         self._places = {name: info for file in files for name, info in file.tensors.items()}
-        opener = _create if create else _open
-        self._handles = {Path(file.name): opener(folder / file.name, file, stack) for file in files}
+        self._handles = dict[Path, int]()
+        for file in files:
+            try:
+                flags = os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0)
+                self._handles[Path(file.name)] = handle = os.open(folder / file.name, flags, 0o666)
+                stack.callback(os.close, handle)
+                if create:
+                    _lay_out(handle, file)
+            except OSError as error:
+                raise unwritable(folder / file.name, error) from error
 
     def write(self, name: str, start: int, values: memoryview) -> None:
         """Put raw bytes into a tensor's place, from its byte `start` on."""
@@ -149,26 +157,12 @@ class OutputFiles:
             os.fsync(handle)
 
 
-def _create(path: Path, file: OutputFile, stack: ExitStack) -> int:
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        stack.callback(os.close, handle)
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(handle, 0, file.size)
-        else:  # macOS
-            os.ftruncate(handle, file.size)
-        os.pwrite(handle, file.header, 0)
-    except OSError as error:
-        raise unwritable(path, error) from error
-    return handle
-
-
-def _open(path: Path, file: OutputFile, stack: ExitStack) -> int:
-    handle = os.open(path, os.O_RDWR)
-    stack.callback(os.close, handle)
-    if os.fstat(handle).st_size != file.size or os.pread(handle, len(file.header), 0) != file.header:
-        raise OutputError(f"{path} is laid out for another sum; give every process the same command")
-    return handle
+def _lay_out(handle: int, file: OutputFile) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, 0, file.size)
+    else:  # macOS
+        os.ftruncate(handle, file.size)
+    os.pwrite(handle, file.header, 0)
 
 
 def write_index(files: Sequence[OutputFile], folder: Path) -> None:

@@ -161,10 +161,8 @@ class Files:
 
     def handle(self, file: Path) -> int:
         """Return the open file's number; it stays open as long as this does."""
-        known = self._handles.get(file)
-        return self._open(file) if known is None else known
-
-    def _open(self, file: Path) -> int:
+        if (known := self._handles.get(file)) is not None:
+            return known
         with self._lock:
             if file not in self._handles:
                 try:

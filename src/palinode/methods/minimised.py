@@ -26,7 +26,14 @@ from palinode.methods.weighted import (
     UndialSettings,
     WGASettings,
 )
-from palinode.models.reading import all_logits, labelled_logits, labelled_states, pick_layer
+from palinode.models.reading import (
+    answer_places,
+    labelled_logits,
+    labelled_states,
+    logits_at,
+    on_device,
+    pick_layer,
+)
 from palinode.training import losses
 from palinode.training.losses import scored_tokens
 from palinode.training.objectives import (
@@ -229,7 +236,8 @@ def undial(settings: UndialSettings, _seed: int) -> Objective:
 
     def everywhere(model: PreTrainedModel, batch: Batch, frozen: Tensor | None) -> Tensor:
         assert frozen is not None
-        logits, labels = all_logits(model, batch)
+        logits = logits_at(model, batch, answer_places(batch, everywhere=True))
+        labels = on_device(batch.labels[:, 1:][batch.mask[:, 1:] == 1], logits.device)
         labels = labels.where(labels >= 0, logits.shape[-1] + labels)  # −100 counts from the end
         return losses.undial(logits.float(), frozen.float(), labels, beta=settings.beta).sum()
 

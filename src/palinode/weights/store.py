@@ -128,8 +128,13 @@ class OutputFiles:
                 flags = os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0)
                 self._handles[Path(file.name)] = handle = os.open(folder / file.name, flags, 0o666)
                 stack.callback(os.close, handle)
-                if create:
-                    _lay_out(handle, file)
+                if not create:
+                    continue
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(handle, 0, file.size)
+                else:  # macOS
+                    os.ftruncate(handle, file.size)
+                os.pwrite(handle, file.header, 0)
             except OSError as error:
                 raise unwritable(folder / file.name, error) from error
 
@@ -155,14 +160,6 @@ class OutputFiles:
         """Wait until everything written is on disk."""
         for handle in self._handles.values():
             os.fsync(handle)
-
-
-def _lay_out(handle: int, file: OutputFile) -> None:
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(handle, 0, file.size)
-    else:  # macOS
-        os.ftruncate(handle, file.size)
-    os.pwrite(handle, file.header, 0)
 
 
 def write_index(files: Sequence[OutputFile], folder: Path) -> None:

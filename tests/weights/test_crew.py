@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -9,12 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import cloudpickle
 import pytest
 
 from palinode import processes
 from palinode.errors import InputError
-from palinode.weights import Checkpoint, store
-from palinode.weights.arithmetic import slices
+from palinode.weights import Checkpoint, save_vector, store
+from palinode.weights.arithmetic import Evaluator, Settings, formula, slices
+from palinode.weights.tensors import Files
 
 PROGRAM = """
 import sys
@@ -167,3 +170,18 @@ def test_an_environment_that_makes_no_sense_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(InputError, match="not numbers"):
         processes.together(lambda: None)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_sum_with_a_stored_vector_can_be_sent(models, rank):
+    target, base, theta_1 = states(models)
+    vector = save_vector(theta_1 - base, models.place / "vector", rank=rank)
+    form = formula(target, (target - 0.7 * vector).terms)
+    sent = pickle.loads(cloudpickle.dumps(store.plan(form, models.place / "out", Settings(), "refuse", 1)))
+    part = next(part for part in sent.parts if part.info.name == "model.layers.0.w")
+    with Files() as files:
+        found, expected = (
+            Evaluator(one, Settings(rounding="nearest"), files).evaluate(part)[0].copy()
+            for one in (sent.formula, form)
+        )
+    assert found.tobytes() == expected.tobytes()

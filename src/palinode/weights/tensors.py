@@ -304,19 +304,22 @@ def cores() -> int:
 
 
 def map_parts(
-    parts: Iterable[Part], work: Callable[[Part], Result], *, workers: int | None = None
+    parts: Iterable[Part], start: Callable[[], Callable[[Part], Result]], *, workers: int | None = None
 ) -> Generator[tuple[Part, Result], None, None]:
-    """Yield each part with what `work` makes of it in one of a few threads, in the order of the parts.
+    """Yield each part with what is made of it in one of a few threads, in the order of the parts.
 
-    By default there is a thread for each core, up to 16. The first error stops the rest and is raised; what
-    is under way is waited for, also when the caller takes no more.
+    Each thread has the worker that `start` makes for it. By default there is a thread for each core, up to
+    16. The first error stops the rest and is raised; what is under way is waited for, also when the caller
+    takes no more.
     """
     count = workers or min(16, cores())
-    rest, stopped = iter(parts), Event()
+    rest, stopped, own = iter(parts), Event(), local()
     waiting: deque[Future[list[tuple[Part, Result]]]] = deque()
 
     def walk(run: Sequence[Part]) -> list[tuple[Part, Result]]:
-        return [(part, work(part)) for part in run if not stopped.is_set()]
+        if not hasattr(own, "work"):
+            own.work = start()
+        return [(part, own.work(part)) for part in run if not stopped.is_set()]
 
     pool = ThreadPoolExecutor(count)
     try:
@@ -345,21 +348,23 @@ def map_blocks(
     `on_progress` is told, in the caller's thread, the bytes that were done. Raises CheckpointError when a
     file cannot be read or is cut off.
     """
-    own = local()
 
-    def read(part: tuple[TensorInfo, int]) -> Result:
-        info, start = part
-        if not hasattr(own, "buffer"):
-            own.buffer = bytearray(BLOCK)
-        block = memoryview(own.buffer)[: min(BLOCK, info.nbytes - start)]
-        info.read(files, start, block)
-        return work(info, block)
+    def start() -> Callable[[tuple[TensorInfo, int]], Result]:
+        buffer = memoryview(bytearray(BLOCK))
+
+        def read(part: tuple[TensorInfo, int]) -> Result:
+            info, first = part
+            block = buffer[: min(BLOCK, info.nbytes - first)]
+            info.read(files, first, block)
+            return work(info, block)
+
+        return read
 
     parts = ((info, start) for info in infos for start in range(0, info.nbytes, BLOCK))
-    with Files() as files, closing(map_parts(parts, read, workers=workers)) as results:
-        for (info, start), result in results:
+    with Files() as files, closing(map_parts(parts, start, workers=workers)) as results:
+        for (info, first), result in results:
             if on_progress:
-                on_progress(min(BLOCK, info.nbytes - start))
+                on_progress(min(BLOCK, info.nbytes - first))
             yield info, result
 
 

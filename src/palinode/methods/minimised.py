@@ -39,9 +39,7 @@ from palinode.training.losses import scored_tokens
 from palinode.training.objectives import (
     CurvePoint,
     Distributions,
-    FrozenStates,
     Keeper,
-    Likelihoods,
     Limit,
     Objective,
     Seen,
@@ -49,7 +47,9 @@ from palinode.training.objectives import (
     answer_term,
     halves,
     kl_term,
+    likelihoods,
     row_count,
+    states_of,
     term,
 )
 
@@ -97,7 +97,7 @@ def npo_term(*, beta: float, gamma: float) -> Term:
     def loss(seen: Seen) -> Tensor:
         return losses.npo(answer_nll(seen), seen.reference, beta=beta)
 
-    return forget_term(loss, per="row", gamma=gamma, keeper=Likelihoods)
+    return forget_term(loss, per="row", gamma=gamma, keeper=lambda: Keeper(likelihoods))
 
 
 def preference_term(win: str, settings: DPOSettings) -> Term:
@@ -110,7 +110,9 @@ def preference_term(win: str, settings: DPOSettings) -> Term:
         return (2 / beta) * found if settings.scaled else found
 
     gamma, roles = settings.gamma, (win, "forget")
-    return term("forget", roles, loss, per="pair", coefficient=gamma, keeper=lambda _model: Likelihoods())
+    return term(
+        "forget", roles, loss, per="pair", coefficient=gamma, keeper=lambda _model: Keeper(likelihoods)
+    )
 
 
 # Of single methods
@@ -178,7 +180,7 @@ def rmu(settings: RMUSettings, seed: int) -> Objective:
             return losses.misdirection(states.float(), wanted, rows, len(batch.ids)).sum()
 
     forget = Term("forget", ("forget",), distance, row_count, settings.gamma)
-    kept = Term("retain", ("retain",), distance, row_count, settings.alpha, lambda m: FrozenStates(block(m)))
+    kept = Term("retain", ("retain",), distance, row_count, settings.alpha, lambda m: states_of(block(m)))
     return Objective((forget, kept), trainable=settings.trainable)
 
 

@@ -59,12 +59,12 @@ def whp_runs(settings: WHPSettings, given: Given) -> list[MethodRun]:
         load: Callable[[str], PreTrainedModel],
     ) -> Callable[[Joined, int], Mapping[str, FrozenValues]]:
         from palinode.models.inplace import CombinedLogits
-        from palinode.training.objectives import Choices, keep
+        from palinode.training.objectives import Keeper, choices, keep
 
         def found(cast: Joined, pad_id: int) -> Mapping[str, FrozenValues]:
             combined = CombinedLogits(load("target"), load("reinforced"), settings.alpha)
             rows = {("forget", place): row for place, row in enumerate(cast.rows["forget"])}
-            return {"forget": keep(Choices(), combined, rows, pad_id=pad_id, autocast=False)}
+            return {"forget": keep(Keeper(choices), combined, rows, pad_id=pad_id, autocast=False)}
 
         return found
 

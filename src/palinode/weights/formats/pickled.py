@@ -189,11 +189,10 @@ def read_saved(windows: Sequence[Window], asked: str) -> list[TorchFile]:
             raise CheckpointError(f"{window.file} is cut off ({window.size} bytes); fetch it again")
     if len(windows) == 1 and windows[0].read(0, 4) != START:
         return [_read_old(windows[0], asked)]
-    archives = [_Archive(window) for window in windows]
-    found = unpickle([(archive.window.file, archive.pickle()) for archive in archives], asked)
+    pickles, places = zip(*map(_open_archive, windows), strict=True)
+    told = unpickle([(window.file, raw) for window, raw in zip(windows, pickles, strict=True)], asked)
     return [
-        TorchFile(said, partial(archive.locate, said["storages"]))
-        for said, archive in zip(found, archives, strict=True)
+        TorchFile(said, partial(locate, said["storages"])) for said, locate in zip(told, places, strict=True)
     ]
 
 
@@ -241,47 +240,38 @@ def without_prefix(file: Path, names: Sequence[str]) -> tuple[list[str], list[st
 # The two kinds of file
 
 
-class _Archive:
-    """A zip archive: data.pkl beside one record for each storage, all below one folder."""
+Storages = Sequence[tuple[str, str, int]]
+"""Key, dtype and number of elements of each storage that a pickle speaks of."""
 
-    def __init__(self, window: Window) -> None:
-        self.window, self.records = window, read_directory(window)
-        self.top = next(iter(self.records), "").split("/")[0]
 
-    def record(self, name: str) -> zipfile.ZipInfo:
-        """Return a record; raises CheckpointError when it is not there."""
-        found = self.records.get(f"{self.top}/{name}")
-        if found is None:
-            raise CheckpointError(
-                f"{self.window.file} lacks its record {shown(name)}: torch.save did not write it"
-            )
+def _open_archive(window: Window) -> tuple[bytes, Callable[[Storages, int], tuple[int, int]]]:
+    """Return the pickle of a zip archive, and what finds a storage: a record for each, below one folder.
+
+    Raises CheckpointError where the archive holds something else than weights.
+    """
+    file, records = window.file, read_directory(window)
+    top = next(iter(records), "").split("/")[0]
+
+    def record(name: str) -> zipfile.ZipInfo:
+        if (found := records.get(f"{top}/{name}")) is None:
+            raise CheckpointError(f"{file} lacks its record {shown(name)}: torch.save did not write it")
         return found
 
-    def pickle(self) -> bytes:
-        """Return the pickle; raises CheckpointError where the archive holds something else than weights."""
-        if f"{self.top}/constants.pkl" in self.records:
-            raise CheckpointError(
-                f"{self.window.file} is a TorchScript program; only weights (a state dict) can be used"
-            )
-        if f"{self.top}/byteorder" in self.records:
-            order = read_record(self.window, self.record("byteorder"), limit=16)
-            if order != b"little":
-                raise CheckpointError(
-                    f"{self.window.file} is big-endian; save it again on an ordinary machine"
-                )
-        return read_record(self.window, self.record("data.pkl"), limit=MAX_PICKLE)
-
-    def locate(self, storages: Sequence[tuple[str, str, int]], number: int) -> tuple[int, int]:
-        """Return where the bytes of a storage lie, which are as many as its elements need."""
+    def locate(storages: Storages, number: int) -> tuple[int, int]:
         key, dtype, count = storages[number]
-        own = self.record(f"data/{key}")
-        needed = count * itemsize_of(self.window.file, f"storage {key}", dtype)
+        own, needed = record(f"data/{key}"), count * itemsize_of(file, f"storage {key}", dtype)
         if own.file_size != needed:
             raise CheckpointError(
-                f"{self.window.file} holds {own.file_size} bytes of the storage {shown(key)} where its "
-                f"{count} elements need {needed}; fetch it again"
+                f"{file} holds {own.file_size} bytes of the storage {shown(key)} where its {count} elements "
+                f"need {needed}; fetch it again"
             )
-        return data_offset(self.window, own), own.file_size
+        return data_offset(window, own), needed
+
+    if f"{top}/constants.pkl" in records:
+        raise CheckpointError(f"{file} is a TorchScript program; only weights (a state dict) can be used")
+    if f"{top}/byteorder" in records and read_record(window, record("byteorder"), limit=16) != b"little":
+        raise CheckpointError(f"{file} is big-endian; save it again on an ordinary machine")
+    return read_record(window, record("data.pkl"), limit=MAX_PICKLE), locate
 
 
 def _read_old(window: Window, asked: str) -> TorchFile:

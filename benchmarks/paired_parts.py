@@ -22,7 +22,7 @@ from palinode.models.likelihoods import score_rows
 from palinode.models.loading import load_model
 from palinode.settings import TrainingSettings
 from palinode.training.loop import train
-from palinode.training.moments import along, input_moments, projection
+from palinode.training.moments import along, basis_of, input_moments, projection
 from palinode.training.objectives import PLAIN_OBJECTIVE, CurvePoint
 from palinode.weights import Checkpoint, Direction
 from palinode.weights.geometry import part_of
@@ -150,7 +150,7 @@ def projected(direction: Direction, target: Checkpoint, rows: Sequence[TokenRow]
         for name, [(keys, axis), *_] in group.places.items():
             moment = group.values[keys[0]].numpy()
             if moment.ndim == 2 and part_of(name).startswith("layer "):
-                rests[name] = projection(moment, energy=0.9), axis
+                rests[name] = projection(basis_of(moment, energy=0.9)), axis
 
     def rule(name: str, found: Sequence[np.ndarray]) -> np.ndarray:
         made = along(found[0], *rests[name]) if name in rests else np.zeros_like(found[0])

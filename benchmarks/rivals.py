@@ -26,7 +26,7 @@ import torch
 from palinode.data.batches import pad_right
 from palinode.data.tokenize import TokenRow
 from palinode.models.reading import answer_nll, linear_layers
-from palinode.training.moments import least_squares
+from palinode.training.moments import basis_of, least_squares
 from palinode.weights import Direction
 from palinode.weights.vectors import transform
 
@@ -89,9 +89,9 @@ def repselect(
 
 
 def both(name: str, values: np.ndarray, forget: Sides, retain: Sides, *, strength: float) -> np.ndarray:
-    found = values @ least_squares(
-        unit(forget.inputs[name]), unit(retain.inputs[name]), mu=100.0, epsilon=1.0, energy=0.9
-    )
+    spared = unit(retain.inputs[name])
+    axes = basis_of(spared, energy=0.9)
+    found = values @ least_squares(unit(forget.inputs[name]), spared, mu=100.0, epsilon=1.0, axes=axes)
     g, left = np.linalg.eigh(unit(retain.outputs[name]))
     kept: np.ndarray = left @ ((left.T @ found) * (strength / (strength + g.clip(0)))[:, None])
     return kept

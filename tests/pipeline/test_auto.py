@@ -170,7 +170,7 @@ def test_plan_says_what_the_search_does(recipe_of, tmp_path):
     assert any("search scales: 6 pairs at a glance, about 8 in full, in memory" in line for line in lines)
     filtered = describe(dry_run(recipe_of(tmp_path / "out", scales=AUTO)))
     assert any("measure what the layers read" in line for line in filtered)
-    assert any("filter the vector, 4 times at most" in line for line in filtered)
+    assert any("filter the vector, 5 times at most" in line for line in filtered)
     assert not any("retain sample" in line for line in filtered)  # no second vector is trained
 
 

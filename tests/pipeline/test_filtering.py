@@ -20,7 +20,7 @@ from palinode.pipeline.inputs import open_inputs
 from palinode.pipeline.run import find_vectors, unlearn
 from palinode.pipeline.search import fall
 from palinode.pipeline.transforming import applied
-from palinode.training.moments import along, input_moments, least_squares
+from palinode.training.moments import along, basis_of, input_moments, least_squares
 from palinode.weights import Checkpoint, StoredVector
 from palinode.weights.tensors import Files
 
@@ -205,7 +205,8 @@ def test_given_scales_can_be_read_where_the_model_arrives(run, tiny):
         groups = list(input_moments(model, tokens, pad_id=0))
         found.append({key: value.numpy() for group in groups for key, value in group.values.items()})
     name = "model.layers.1.mlp.down_proj"
-    rule = least_squares(*(moments[name] for moments in found), mu=7.0, epsilon=0.07, energy=0.9)
+    axes = basis_of(found[1][name], energy=0.9)
+    rule = least_squares(*(moments[name] for moments in found), mu=7.0, epsilon=0.07, axes=axes)
     (path,) = run.workspace.glob("finetune-forget-*/model/model.safetensors")
     start = load_file(tiny.base.folder / "model.safetensors")[f"{name}.weight"]
     made = along((load_file(path)[f"{name}.weight"] - start).numpy(), rule, 1)
@@ -292,7 +293,8 @@ def test_each_expert_is_filtered_by_the_tokens_it_is_sent(recipe_of, tiny, tmp_p
     for name in experts:
         number, part = name.split(".experts.")[1].split(".")[:2]
         key = f"model.layers.0.mlp.experts.{number}.{'out' if part == 'w2' else 'in'}"
-        rule = least_squares(*(moments[key] for moments in found), mu=5.0, epsilon=0.1, energy=0.9)
+        axes = basis_of(found[1][key], energy=0.9)
+        rule = least_squares(*(moments[key] for moments in found), mu=5.0, epsilon=0.1, axes=axes)
         made = along((after[name] - before[name]).numpy(), rule, 1) / factor
         assert vector[name].numpy() == pytest.approx(made, rel=1e-3, abs=1e-6), name
 

@@ -21,7 +21,7 @@ from palinode.pipeline.chatting import open_chat
 from palinode.pipeline.inputs import open_inputs
 from palinode.pipeline.run import unlearn
 from palinode.records import read_json
-from palinode.training.moments import projection
+from palinode.training.moments import basis_of, projection
 
 FILTER = {"name": "least_squares", "mu": 10.0, "epsilon": 0.1, "arrival": False}
 SEARCHED = {"choose": "auto", "trials": 3, "forget_grid": [0.5, 1.0, 2.0], "probe_rows": 20}
@@ -85,7 +85,11 @@ def test_filtered_model_is_the_target_less_the_filtered_change(run, plain, filte
     before, after, trained = (tensors(one) for one in (tiny.target.folder, filtered.output, plain.output))
     ours, theirs = (inputs_of(tiny.target.folder, found) for found in (rows.forget, rows.spared))
     added = 0.1 * np.trace(ours) / len(ours) * np.eye(len(ours))
-    factor = (ours + added) @ np.linalg.inv(ours + added + 10.0 * theirs) @ projection(theirs, energy=0.9)
+    factor = (
+        (ours + added)
+        @ np.linalg.inv(ours + added + 10.0 * theirs)
+        @ projection(basis_of(theirs, energy=0.9))
+    )
     name, alpha = f"{LAYER}.weight", record["scales"]["forget"]
     share = record["vectors"]["transforms"][0]["survives"]
     wanted = before[name] - alpha / share * (before[name] - trained[name]) @ factor
@@ -241,7 +245,7 @@ def test_without_forget_rows_the_change_keeps_its_effect_along_itself(words, pal
     before, after, given = (tensors(one) for one in (tiny.target.folder, output, plain.output))
     theirs, name = inputs_of(tiny.target.folder, read_examples(tiny.retain)), f"{LAYER}.weight"
     soft = np.linalg.inv(np.eye(len(theirs)) + theirs / (0.1 * np.trace(theirs) / len(theirs)))
-    soft = soft @ projection(theirs, energy=0.9)
+    soft = soft @ projection(basis_of(theirs, energy=0.9))
     wanted, found = (before[name] - given[name]) @ soft, before[name] - after[name]
     factor = (wanted * found).sum() / (wanted * wanted).sum()
     np.testing.assert_allclose(found, factor * wanted, atol=2e-5)

@@ -31,7 +31,7 @@ def test_basis_holds_the_share_of_the_inputs_that_was_asked_for():
 def test_projected_matrix_does_nothing_to_inputs_of_the_subspace_and_the_same_to_those_across():
     matrix = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     basis = np.array([[0.6], [0.8], [0.0]])
-    rest = projection(7 * basis @ basis.T, energy=1.0)
+    rest = projection(basis_of(7 * basis @ basis.T, energy=1.0))
     found = along(matrix, rest, 1)
     # row 1: u·r = .6 + 1.6 = 2.2, less 2.2·(.6, .8, 0); row 2: u·r = 6.4
     assert found == pytest.approx(np.array([[-0.32, 0.24, 3.0], [0.16, -0.12, 6.0]]))

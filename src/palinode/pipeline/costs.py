@@ -12,7 +12,7 @@ import os
 import re
 import time
 import tomllib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -34,12 +34,14 @@ from palinode.models.likelihoods import LOGIT_BYTES
 from palinode.models.loading import find_tokenizer, load_tokenizer, pick_device
 from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.search import FIRST_LOOK
+from palinode.pipeline.transforming import OTHER_MUS
 from palinode.progress import Advance, Figures, Listener, duration_text, record
 from palinode.records import packaged
 from palinode.settings import LoraSettings
 from palinode.training.loop import count_steps
 from palinode.training.optimizers import BYTES, autocasts, bytes_per_token
 from palinode.weights.geometry import part_of
+from palinode.weights.tensors import TensorInfo
 
 NAMES = {"least_squares": "filter", "projection": "project"}
 PATIENCE, OFF = 60.0, 1.3
@@ -50,8 +52,6 @@ UPDATED, SUMMED = 44, 150
 """Bytes that are read and written for each weight: by clipping and AdamW; by a sum, rounded, on a device."""
 STEP_SECONDS = 0.012
 """Least time of one pass through a model, however small."""
-SHARED = 0.6
-"""Share of the layers of a block that have inputs of their own: queries, keys and values read the same."""
 HELD = {"device": "whole", "8bit": "moments in 8 bits", "host": "in host memory"}
 """What a plan calls each place of the optimiser's moments."""
 STARTS = {"float32": 4.0, "bfloat16": 2.0, "4bit": 0.6}
@@ -212,6 +212,8 @@ class _Planner:
         found = [info for info in self.inputs.reader.tensors.values() if len(info.shape) == 2]
         self.matrices = [info.shape for info in found if part_of(info.name).startswith("layer")]
         """(outputs, inputs) of the layers of the blocks."""
+        self.widths = _distinct_inputs(found)
+        """Width of each input that layers of the blocks read."""
         head = max((info.shape for info in found if info.shape not in self.matrices), default=(1, 1))
         self.products = Counter([*self.matrices, head])
         """Shapes of all matrices that a token is multiplied by."""
@@ -295,23 +297,26 @@ class _Planner:
         """Return the cost of transforms: reading what layers read, and solving for each vector made of it."""
         steps = []
         for one in self.changes:
-            settings, places, vectors = one.settings, 1, 1
+            settings, places, vectors, axes = one.settings, 1, 1, 0.0
             if isinstance(settings, LeastSquaresSettings):
                 places = 2 if settings.arrival or (searched and settings.arrival is None) else 1
-                vectors = (3 if searched and settings.is_open else 1) + places - 1
+                others = len(OTHER_MUS) if searched and settings.is_open else 0
+                vectors = others + places
             if read := self._read(settings):
-                principal = bool(settings.energy) or isinstance(settings, ProjectionSettings)
-                factors = 10 * principal + 3 * isinstance(settings, LeastSquaresSettings)  # axes, Cholesky
+                cubes = sum(width**3 for width in self.widths)
+                factors = 3 * isinstance(settings, LeastSquaresSettings)  # Cholesky
+                axes = 10 * cubes * bool(settings.energy)  # kept for every μ
                 tokens, seconds = self._scoring(read)
-                seconds += 2 * SHARED * tokens * sum(i**2 for _, i in self.matrices) / self.score_rate
+                seconds += 2 * tokens * sum(width**2 for width in self.widths) / self.score_rate
                 reading = PlannedStep("measure what the layers read", places * tokens, places * seconds)
                 steps.append(reading)
-                solved = sum(8 * i**2 * o + factors * SHARED * i**3 for o, i in self.matrices)
+                solved = sum(8 * i**2 * o for o, i in self.matrices) + factors * cubes
             else:  # low rank takes singular values, which is more than a scale of each layer does
                 solved = sum(10 * min(shape) * prod(shape) for shape in self.matrices)
             each = solved / self.solve_rate + 3 * 4 * self.parameters / 1e9  # written twice
             verb, more = NAMES.get(one.transform.name, "transform"), f", {vectors} times at most"
-            steps.append(PlannedStep(f"{verb} the vector{more if vectors > 1 else ''}", 0, vectors * each))
+            label = f"{verb} the vector{more if vectors > 1 else ''}"
+            steps.append(PlannedStep(label, 0, vectors * each + places * axes / self.solve_rate))
         return steps
 
     def _read(self, settings: Any) -> list[Example]:
@@ -426,7 +431,7 @@ class _Planner:
             ways = [*self._ways(self.machine, None if self.recipe.prepare else training.lora)]
             yield next((way for way in ways if self.machine is None or way.fits(self.machine)), ways[-1])
         if read := max((self._read(one.settings) for one in self.changes), key=len, default=[]):
-            sums = (4 if self.machine else 8) * SHARED * sum(i**2 for _, i in self.matrices) / deep
+            sums = (4 if self.machine else 8) * sum(width**2 for width in self.widths) / deep
             yield self._reading("measure inputs", 4, sums + 4 * wide * sum(self._tokens(read)))
         heads = int(self.config.get("num_attention_heads", 1))
         kept = int(self.config.get("num_key_value_heads") or heads) * (
@@ -502,8 +507,9 @@ class _Planner:
         merged = sum(run.whole for run in self.runs) if lora else 0
         whole = self.parameters * (made + merged)
         vectors = len(self.changes) * self.parameters
-        if any(isinstance(one.settings, LeastSquaresSettings) for one in self.changes):  # and its moments
-            vectors += 3 * self.parameters + round(4 * SHARED * sum(width**2 for _, width in self.matrices))
+        if any(isinstance(one.settings, LeastSquaresSettings) for one in self.changes):
+            # The usual vector, the best, one that is made and its first half; halves of four sets of moments.
+            vectors += 3 * self.parameters + 2 * sum(width**2 for width in self.widths)
         return 4 * (trained * len(self.runs) + whole) + max(state, 4 * vectors + target.nbytes)
 
 
@@ -550,6 +556,19 @@ class Corrected:
                 f"At this pace, to {steps[0].label} takes {duration_text(seconds)}, not "
                 f"{duration_text(steps[0].seconds)}; with all that follows, about {left}."
             )
+
+
+def _distinct_inputs(matrices: Sequence[TensorInfo]) -> list[int]:
+    """Return the width of each input that layers of the blocks read.
+
+    Layers of one module with one width read the same, but the attention's last one, which reads its own.
+    """
+    modules: dict[str, dict[tuple[str, int], int]] = defaultdict(dict)
+    for info in matrices:
+        if part_of(info.name).startswith("layer"):
+            module, width = info.name.rsplit(".", 2)[0], info.shape[1]
+            modules[part_of(info.name)].setdefault((module, width), width)
+    return [width for own in modules.values() for width in (*own.values(), min(own.values()))]
 
 
 def product_seconds(device: torch.device, dtype: torch.dtype, tokens: int, shape: Sequence[int]) -> float:

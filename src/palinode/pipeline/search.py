@@ -424,8 +424,9 @@ def choose_scales(
         looked = list(counted(walk_grid(trials.few, glance, alphas, betas, beyond)))
         alphas = sorted({*alphas, *(point.forget_scale for point in looked)})
         if filters is not None:
-            looked += counted(other_filters(trials, filters, looked, alphas))
-            others = compared(trials, filters, looked)
+            glances, others = compared(trials, filters, looked, alphas)
+            looked += glances
+            advance(len(glances))
         label = trials.filtered.label if trials.filtered else None
         near = [point for point in looked if point.filter == label]
         varied = (len(alphas) > 1, len(betas) > 1)
@@ -472,36 +473,44 @@ def walk_grid(
             before = distance
 
 
-def other_filters(
+def compared(
     trials: Trials, filters: OpenFilter, looked: Sequence[TriedScales], alphas: Sequence[float]
-) -> Iterator[TriedScales]:
-    """Yield first looks at a smaller and a larger μ, near the best α of the usual one."""
+) -> tuple[list[TriedScales], list[TriedScales]]:
+    """Return first looks at the vector of each other μ, and points of all where they come to the yardstick.
+
+    `looked` are first looks at the usual one. The better one of two is in use from then on, and the other is
+    removed, as large as a model as it is.
+    """
     usual = min(looked, key=lambda point: point.rank)
     low, high = range_around([usual.forget_scale], alphas)
     near = [alpha for alpha in alphas if low <= alpha <= usual.forget_scale]
     beyond = [alpha for alpha in alphas if usual.forget_scale < alpha <= high]
+    glance = partial(trials.tried, whole=False)
+    glances: list[TriedScales] = []
+    found = at_the_aim(trials, looked)
+    better = best(found)
     for mu in filters.others():
         trials.use(filters.at(mu))
-        glance = partial(trials.tried, whole=False)
-        yield from walk_grid(trials.few, glance, near, [usual.retain_scale], beyond)
+        own = list(walk_grid(trials.few, glance, near, [usual.retain_scale], beyond))
+        glances += own
+        found += at_the_aim(trials, own)
+        better = best([better, *found[-AIMS:]])
+        trials.use(filters.of(better))
+        filters.tidy(trials.filtered)
+    return glances, found
 
 
-def compared(trials: Trials, filters: OpenFilter, looked: Sequence[TriedScales]) -> list[TriedScales]:
-    """Return points on all rows where the vector of each filter forgets about as much as the yardstick.
+def at_the_aim(trials: Trials, looked: Sequence[TriedScales]) -> list[TriedScales]:
+    """Return points on all rows where the vector in use forgets about as much as the yardstick.
 
-    The filter of the best one is in use from then on.
+    `looked` are first looks at that vector.
     """
-    found = []
-    for label in dict.fromkeys(point.filter for point in looked):
-        own = [point for point in looked if point.filter == label]
-        start = min(own, key=lambda point: point.rank)
-        trials.use(filters.of(start))
-        slope, alpha, wanted = fall(own), start.forget_scale, math.log(max(1e-12, trials.goal.aim))
-        for _ in range(AIMS):
-            found.append(trials.tried(alpha, start.retain_scale))
-            farther = alpha + (log_forget(found[-1]) - wanted) / slope
-            alpha = round(min(max(farther, alpha / 2), 2 * alpha), 2)
-    trials.use(filters.of(best(found)))
+    start, found = min(looked, key=lambda point: point.rank), []
+    slope, alpha, wanted = fall(looked), start.forget_scale, math.log(max(1e-12, trials.goal.aim))
+    for _ in range(AIMS):
+        found.append(trials.tried(alpha, start.retain_scale))
+        farther = alpha + (log_forget(found[-1]) - wanted) / slope
+        alpha = round(min(max(farther, alpha / 2), 2 * alpha), 2)
     return found
 
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
@@ -33,9 +35,12 @@ from palinode.training.moments import (
     Place,
     Positions,
     along,
+    basis_of,
     input_moments,
     least_squares,
+    packed,
     projection,
+    unpacked,
 )
 from palinode.weights import Checkpoint, Direction, Point, StoredVector, profile, save_vector
 from palinode.weights.geometry import part_of
@@ -125,18 +130,26 @@ def _store(found: Iterator[Moments], step: Step) -> dict[str, Any]:
     places: dict[str, list[Place]] = {}
     for number, group in enumerate(found):
         name = f"moments-{number:03}.safetensors"
-        values = {key: value.float().cpu().contiguous() for key, value in group.values.items()}
-        if bad := next((key for key, value in values.items() if not bool(value.isfinite().all())), None):
+        values = {key: value.float().cpu().numpy() for key, value in group.values.items()}
+        if bad := next((key for key, value in values.items() if not np.isfinite(value).all()), None):
             raise CheckpointError(
                 f"what {bad} of the model reads on the rows is not finite, so nothing can be filtered by it; "
                 'look for infinite weights, or set filter = "none"'
             )
-        save_tensors(values, step.folder / name)
+        save_tensors(dict(_in_half(values)), step.folder / name)
         files |= {key: (name, value.dim()) for key, value in group.values.items()}
         for parameter, own in group.places.items():
             places.setdefault(parameter, []).extend(own)
     sizes = {name: (step.folder / name).stat().st_size for name, _ in files.values()}
     return {"files": files, "sizes": sizes, "places": places}
+
+
+def _in_half(values: Mapping[str, np.ndarray]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield moments as they are stored: a matrix in three parts, which take half its room."""
+    for key, value in values.items():
+        parts = packed(value) if value.ndim == 2 else {"": value}
+        for part, own in parts.items():
+            yield f"{key} {part}".strip(), torch.from_numpy(np.ascontiguousarray(own))
 
 
 def _in_files(
@@ -180,8 +193,23 @@ class MomentFiles:
     def read(self, key: str) -> np.ndarray:
         """Return a moment: [D, D], or a diagonal."""
         with safe_open(self.folder / self.files[key][0], framework="numpy") as opened:
+            parts = ("square", "corner", "diagonal")
+            if f"{key} square" in opened.keys():  # noqa: SIM118, it is no mapping
+                return unpacked(*(opened.get_tensor(f"{key} {part}") for part in parts))
             values: np.ndarray = opened.get_tensor(key)
         return values
+
+    def axes(self, key: str, energy: float) -> np.ndarray:
+        """Return the principal axes of a moment, [D, k]; they are kept beside it, for filters of any μ."""
+        path = self.folder / f"axes-{energy}-{key}.npy"
+        with suppress(OSError, ValueError):  # none yet, or a damaged one
+            kept: np.ndarray = np.load(path, allow_pickle=False)
+            return kept
+        found = basis_of(self.read(key), energy=energy, device=self.device)
+        with NamedTemporaryFile(dir=self.folder, prefix=".axes-", delete=False) as partial:
+            np.save(partial, found)
+        Path(partial.name).replace(path)
+        return found
 
     def matrix_place(self, name: str) -> Place | None:
         """Return the place of a tensor that belongs to a linear layer of a block, or to its experts."""
@@ -192,9 +220,7 @@ class MomentFiles:
 
 def project(kept: MomentFiles, *, energy: float, others: str) -> Rule:
     """Return the rule that takes from every matrix of the blocks what acts on the inputs of retain rows."""
-    filter_of = lru_cache(maxsize=2)(
-        lambda key: projection(kept.read(key), energy=energy, device=kept.device)
-    )
+    filter_of = lru_cache(maxsize=2)(lambda key: projection(kept.axes(key, energy), device=kept.device))
 
     def rule(name: str, found: Sequence[np.ndarray]) -> np.ndarray:
         place = kept.matrix_place(name)
@@ -258,8 +284,12 @@ class Weighing:
     def _filter(self, key: str) -> np.ndarray:
         (mu, epsilon), own = self.settings.weights(), self.settings
         forget, spared = self.forget.read(key) if self.forget else None, self.spared.read(key)
-        settings: Any = {"mu": mu, "epsilon": epsilon, "ridge": own.ridge, "energy": own.energy}
-        return least_squares(forget, spared, **settings, device=self.spared.device)
+        device, axes = self.spared.device, None
+        if own.energy and spared.ndim > 1 and spared.any():
+            axes = self.spared.axes(key, own.energy)
+        return least_squares(
+            forget, spared, mu=mu, epsilon=epsilon, ridge=own.ridge, axes=axes, device=device
+        )
 
     def rule(self, name: str, found: Sequence[np.ndarray]) -> np.ndarray:
         """Return the filtered tensor."""
@@ -357,8 +387,8 @@ def applied(
 Make = Callable[[Direction, Path], StoredVector]
 """(vector, folder) → the transformed vector in the folder."""
 
-OTHER_MUS = (MU / 10, 10 * MU)
-"""Values of μ that are tried beside the usual one where it is open."""
+OTHER_MUS = (MU / 10, 10 * MU, 0.0)
+"""Values of μ that are tried beside the usual one where it is open; 0 is projection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -542,8 +572,12 @@ class OpenFilter:
         return self.at(self.last.settings.weights()[0])
 
     def others(self) -> Sequence[float]:
-        """Return the values of μ beside the usual one; none where μ is given."""
-        return OTHER_MUS if self.last.settings.is_open else ()
+        """Return the values of μ beside the usual one; none where μ is given.
+
+        0 only takes the principal axes out, so it is left out where none are.
+        """
+        own = self.last.settings
+        return [mu for mu in OTHER_MUS if mu or own.energy] if own.is_open else ()
 
     def at(self, mu: float) -> Filtered:
         """Return the vector filtered with that μ by what the target's layers read."""
@@ -587,11 +621,12 @@ class OpenFilter:
 
         Those that were found may be another run's in this workspace.
         """
-        for one in self.known.values():
+        for one in [*self.known.values()]:
             own = one.key in self.transforming.made
             if own and one is not chosen and one.label != self.usual().label:
                 step = self.transforming.workspace.step_of(f"transform-{self.last.transform.name}", one.key)
                 step.clear()
+                del self.known[one.label]
 
     def _with(self, mu: float) -> ChosenTransforms:
         return replace(self.last, settings=self.last.settings.model_copy(update={"mu": mu}))

@@ -84,11 +84,15 @@ def strength(record: Mapping[str, Any]) -> str:
     told = at(record, "vectors", "transforms") or ()
     mu = [at(one, "settings", "mu") for one in told]
     changed = [
-        f"{words(str(one.get('name')))}{f' (μ = {scale(weight)})' if weight is not None else ''}"
+        f"{words(str(one.get('name')))}{f' ({_mu(weight)})' if weight is not None else ''}"
         for one, weight in zip(told, mu, strict=True)
     ]
     by = f"; the forget vector went through {', '.join(changed)} first" if changed else ""
     return f"α = {scale(alpha)}, β = {scale(beta)}{by}"
+
+
+def _mu(weight: Any) -> str:
+    return f"μ = {scale(weight)}{'' if weight else ', projection'}"
 
 
 def run_brief(record: Mapping[str, Any]) -> list[Block]:
@@ -282,7 +286,7 @@ def changes_told(record: Mapping[str, Any]) -> Iterator[str]:
         arrival = at(record, "scales", "filter", "arrival")
         there = ", and again by what the layers read where the model arrives" if arrival else ""
         yield (
-            f"The forget vector was filtered by {name} first (μ = {scale(settings.get('mu'))}){there}: "
+            f"The forget vector was filtered by {name} first ({_mu(settings.get('mu'))}){there}: "
             f"{percent(told['survives'])} of what it does to the forget rows' inputs survived, and was "
             "scaled up to what it had been."
         )

@@ -458,6 +458,29 @@ def _sum_type(device: torch.device) -> torch.dtype:
     return torch.float64 if device.type == "cpu" else torch.float32
 
 
+def packed(moment: np.ndarray) -> dict[str, np.ndarray]:
+    """Return a symmetric matrix [D, D] in half the room, (D² + D) / 2 numbers, as arrays by name.
+
+    Its quarters on the diagonal share a square, each with one half of itself; see `unpacked`.
+    """
+    half = (len(moment) + 1) // 2
+    first, last = moment[:half, :half], moment[half:, half:]
+    square = np.triu(first)
+    square[: len(last), : len(last)] += np.tril(last, -1)
+    return {"square": square, "corner": moment[:half, half:].copy(), "diagonal": np.diagonal(last).copy()}
+
+
+def unpacked(square: np.ndarray, corner: np.ndarray, diagonal: np.ndarray) -> np.ndarray:
+    """Return the symmetric matrix [D, D] of what `packed` made of it, bit for bit."""
+    half, rest = corner.shape
+    moment = np.empty(2 * (half + rest,), square.dtype)
+    moment[:half, half:], moment[half:, :half] = corner, corner.T
+    moment[:half, :half] = np.triu(square) + np.triu(square, 1).T
+    lower = np.tril(square[:rest, :rest], -1)
+    moment[half:, half:] = lower + lower.T + np.diag(diagonal)
+    return moment
+
+
 # Filters, on a processor by numpy and scipy in float64; by torch where a device is named
 
 Ridge = Literal["vector", "zero"]
@@ -477,7 +500,7 @@ def least_squares(
     mu: float,
     epsilon: float,
     ridge: Ridge = "vector",
-    energy: float = 0.0,
+    axes: np.ndarray | None = None,
     device: str | None = None,
 ) -> np.ndarray:
     """Return the filter F, so that Δ = τF: [D, D] of moments [D, D], or [D] of diagonals [D].
@@ -485,8 +508,9 @@ def least_squares(
         F = (Σ_f + εI)(Σ_f + εI + μΣ_r)⁻¹(I − UUᵀ)        (docs/filters.md: what it solves, and its limits)
 
     with ε in units of tr Σ_f / D; the ridge "zero" takes Σ_f for the first factor. U are the principal axes
-    of Σ_r [D, D] that hold the share `energy`. `forget` None, or zero, is Σ_f = 0: the soft filter with
-    λ = ε/μ, in units of tr Σ_r / D. Raises InputError for a negative μ or ε, and moments of two shapes.
+    of Σ_r, given as `axes` [D, k]; None: no axis is left alone. `forget` None, or zero, is Σ_f = 0: the soft
+    filter with λ = ε/μ, in units of tr Σ_r / D. Raises InputError for a negative μ or ε, and for moments of
+    two shapes.
     """
     if mu < 0 or epsilon < 0:
         raise InputError(f"mu is {mu} and epsilon {epsilon}; neither may be negative")
@@ -518,10 +542,7 @@ def least_squares(
         from scipy.linalg import solve  # takes half a second, so only when it is used
 
         found = solve(whole, ours, assume_a="pos", overwrite_a=True, check_finite=False).T
-    if energy and other > 0:
-        basis = basis_of(retain, energy=energy, device=device)
-        found -= _product(_product(found, basis, device), basis.T, device)
-    return found
+    return found if axes is None else found - _product(_product(found, axes, device), axes.T, device)
 
 
 def _on(device: str, array: np.ndarray) -> Any:
@@ -537,10 +558,9 @@ def _product(left: np.ndarray, right: np.ndarray, device: str | None) -> np.ndar
     return found
 
 
-def projection(retain: np.ndarray, *, energy: float, device: str | None = None) -> np.ndarray:
-    """Return I − UUᵀ, U the fewest principal axes of Σ_r [D, D] that hold a share of the inputs' Σ|x|²."""
-    basis = basis_of(retain, energy=energy, device=device)
-    rest: np.ndarray = np.eye(len(retain)) - _product(basis, basis.T, device)
+def projection(axes: np.ndarray, *, device: str | None = None) -> np.ndarray:
+    """Return I − UUᵀ [D, D] of axes U [D, k]: what acts on nothing that lies in their span."""
+    rest: np.ndarray = np.eye(len(axes)) - _product(axes, axes.T, device)
     return rest
 
 

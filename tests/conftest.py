@@ -61,6 +61,28 @@ def tiny(world, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def learned(tiny):
+    """The forget row that the target learned best; which one that is differs from processor to processor."""
+    import torch
+
+    from palinode.data.examples import read_examples
+    from palinode.data.tokenize import PromptStyle, tokenize
+    from palinode.models.likelihoods import score_rows
+    from palinode.models.loading import load_model, load_tokenizer, pad_token
+
+    tokenizer, rows = load_tokenizer(tiny.target), read_examples(tiny.forget)
+    tokens = tokenize(rows, tokenizer, max_length=64, style=PromptStyle())
+    base, target = (
+        [
+            sum(one.logprobs) / len(one.logprobs)
+            for one in score_rows(live, tokens, pad_id=pad_token(tokenizer))
+        ]
+        for live in (load_model(own, device=torch.device("cpu")) for own in (tiny.base, tiny.target))
+    )
+    return max(rows, key=lambda row: target[row.row] - base[row.row])
+
+
+@pytest.fixture(scope="session")
 def recipe_of(tiny):
     """A function that makes a recipe for the tiny world; sections given are laid over these settings."""
     from palinode.pipeline.recipe import build_recipe

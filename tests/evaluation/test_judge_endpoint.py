@@ -34,7 +34,7 @@ from palinode.records import Outcome
 
 KEY = "sk-very-secret-0123456789"
 QUICK = Patience(
-    attempts=4, rounds=3, request_seconds=0.4, first_wait=0.01, longest_wait=0.05, silence_seconds=5
+    attempts=4, rounds=3, request_seconds=10, first_wait=0.01, longest_wait=0.05, silence_seconds=8
 )
 CANDIDATES = (Candidate("Lima", ("truth",)), Candidate("Quito", ("perturbed",)), Candidate("none", ("none",)))
 
@@ -207,7 +207,10 @@ PASSING = {
 
 
 @pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING)
-def test_a_passing_fault_is_survived(server, judge, fault):
+def test_a_passing_fault_is_survived(server, tmp_path, fault):
+    seconds = 0.5 if fault in (hang, slow_loris, slow_headers) else QUICK.request_seconds
+    patience = replace(QUICK, request_seconds=seconds, attempts=8)
+    judge = named(server.address, cache=tmp_path, patience=patience)
     server.script = [fault]
     assert ask(judge).picked == (0,)
     assert server.script == []

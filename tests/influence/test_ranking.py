@@ -265,11 +265,11 @@ def test_tokens_of_a_row_add_up_to_its_score_inside_its_interval(traced, ladder,
         assert (low + high) / 2 == pytest.approx(one["score"])
 
 
-def test_an_answer_can_be_asked_in_the_target_and_its_rows_in_the_base(tiny, tmp_path):
+def test_an_answer_can_be_asked_in_the_target_and_its_rows_in_the_base(tiny, learned, tmp_path):
     """There its loss is known by heart, so its gradient is a smaller one."""
     found = [
         palinode.influence(
-            read_examples(tiny.forget)[:1],
+            [learned],
             target=tiny.target.folder,
             base=tiny.base.folder,
             rows=tiny.forget,

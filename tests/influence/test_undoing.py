@@ -33,7 +33,7 @@ class Interrupted(NullListener):
 
 
 @pytest.fixture(scope="module")
-def undone(tiny, tmp_path_factory):
+def undone(tiny, learned, tmp_path_factory):
     """What came of it, after an interruption while training and one while auditing."""
     folder = tmp_path_factory.mktemp("undone")
     ways = {
@@ -44,7 +44,7 @@ def undone(tiny, tmp_path_factory):
         "scales": {"forget": 1.0, "retain": 0.0},
         "evaluation": {"max_rows": 20, "max_new_tokens": 3, "max_length": 64},
     }
-    fact = read_examples(tiny.forget)[0]
+    fact = learned
 
     def go(interrupted):
         hear = Interrupted(interrupted)

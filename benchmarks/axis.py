@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import palinode
-from palinode.compare import CompareRecipe, build_comparison, plan_comparison
+from palinode.compare.comparing import plan_comparison
+from palinode.compare.comparison_recipe import CompareRecipe, build_comparison
 from palinode.pipeline.recipe import read_recipe, set_key
 from palinode.report.words import interval_text, number
 

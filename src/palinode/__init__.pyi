@@ -1,9 +1,9 @@
 """The public names, each with the room it lives in; `__init__.py` reads them here when it is imported."""
 
-from palinode.compare import Compared as Compared
-from palinode.compare import CompareRecipe as CompareRecipe
-from palinode.compare import compare as compare
-from palinode.compare import load_comparison as load_comparison
+from palinode.compare.comparing import Compared as Compared
+from palinode.compare.comparing import compare as compare
+from palinode.compare.comparison_recipe import CompareRecipe as CompareRecipe
+from palinode.compare.comparison_recipe import load_comparison as load_comparison
 from palinode.data.examples import Example as Example
 from palinode.data.examples import Question as Question
 from palinode.data.examples import read_examples as read_examples
@@ -34,7 +34,7 @@ from palinode.jobs import locate as locate
 from palinode.jobs import unlearn as unlearn
 from palinode.methods import METHODS as METHODS
 from palinode.methods import apply as apply
-from palinode.metrics import METRICS as METRICS
+from palinode.metrics.table import METRICS as METRICS
 from palinode.pipeline.costs import Plan as Plan
 from palinode.pipeline.demo_run import DemoResult as DemoResult
 from palinode.pipeline.demo_run import demo as demo

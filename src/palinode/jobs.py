@@ -93,9 +93,12 @@ def unlearn(
             raise RecipeError("a recipe says all that decides a run; leave the other arguments out")
         return run_recipe(recipe, listener=listener, located=located)
     chosen = {"choose": scales} if isinstance(scales, str) else {"forget": scales[0], "retain": scales[1]}
+    names = {entry.settings: name for name, entry in TRANSFORMS.items()}
     content = {
         "method": method,
-        "transforms": [_transform(one) for one in transforms],
+        "transforms": [
+            {"name": names[type(one)], **one.model_dump(exclude_unset=True)} for one in transforms
+        ],
         "models": named(target=target, base=start),
         "data": named(forget=forget, retain=retain),
         "output": named(folder=output),
@@ -520,12 +523,3 @@ def finetune_file(
             state=state,
             listener=listening,
         )
-
-
-# What the jobs share
-
-
-def _transform(settings: TransformSettings) -> dict[str, Any]:
-    """Return a transform as a recipe names it."""
-    name = next(name for name, entry in TRANSFORMS.items() if entry.settings is type(settings))
-    return {"name": name, **settings.model_dump(exclude_unset=True)}

@@ -333,9 +333,9 @@ def summed(value: Tensor, *, most: bool = False) -> Tensor:
 
 def said_by_all(value: Result) -> list[Result]:
     """Return what each process says, in all of them."""
+    found: list[Any] = [value] * world()[1]
     if _team is None:
-        return [value]
-    found: list[Any] = [None] * _team.count
+        return found
     with _connected():
         distributed.all_gather_object(found, value)
     return found

@@ -80,6 +80,25 @@ class NullListener:
         yield lambda _amount: None
 
 
+class Relay:
+    """A listener that hands everything on to another."""
+
+    def __init__(self, listener: Listener) -> None:
+        self.listener = listener
+
+    def say(self, text: str) -> None:
+        """Hand a line on."""
+        self.listener.say(text)
+
+    def task(self, label: str, total: int, unit: str) -> AbstractContextManager[Advance]:
+        """Hand a task on."""
+        return self.listener.task(label, total, unit)
+
+    def record(self, series: str, step: int, figures: Figures) -> None:
+        """Hand a point of a curve on."""
+        record(self.listener, series, step, figures)
+
+
 def rate_text(rate: float, unit: str) -> str:
     """Return a rate in words, the slow ones as time for each unit.
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import RecipeError
+from palinode.records import read_toml
 
 MAX_SEED = 2**32 - 1
 
@@ -27,6 +28,16 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+def read_settings(path: Path, what: str) -> dict[str, Any]:
+    """Return the content of a TOML file, a recipe or what it is; raises RecipeError where there is none."""
+    try:
+        return read_toml(path)
+    except FileNotFoundError:
+        raise RecipeError(f"there is no {what} {path}") from None
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path} is not a TOML {what} ({error})") from None
 
 
 # Fine-tuning; the defaults are the paper's (spec: msa.md §4)

@@ -11,7 +11,7 @@ from invented_benchmarks import own_files, tofu_folder
 from palinode.benchmarks import BENCHMARKS
 from palinode.methods import METHODS
 from palinode.methods.transforms import TRANSFORMS
-from palinode.metrics import ATTACKS, COMPARISONS, METRICS
+from palinode.metrics.table import ATTACKS, COMPARISONS, METRICS
 
 
 @pytest.fixture(scope="module")

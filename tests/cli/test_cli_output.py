@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from palinode import __version__
 from palinode.cli.app import app
 from palinode.cli.options import completion, recipe_keys, words_of
-from palinode.metrics import DEFAULT_METRICS
+from palinode.metrics.table import DEFAULT_METRICS
 
 COMMANDS = ["unlearn", "run", "finetune", "vector", "apply", "evaluate", "demo"]
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f\x80-\x9f]")

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from palinode import EvaluationSettings, ask, evaluate, read_examples
 from palinode.data.examples import Example, Message, Question
 from palinode.errors import DataError
-from palinode.metrics import DEFAULT_METRICS
+from palinode.metrics.table import DEFAULT_METRICS
 from palinode.models import load_model, load_tokenizer
 from palinode.records import Outcome, read_outcomes, write_outcomes
 

@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from palinode.metrics import mean_score
-from palinode.metrics.aggregate import harmonic_score
+from palinode.metrics.aggregate import harmonic_score, mean_score
 from palinode.records import Score
 
 VALUES = st.lists(st.one_of(st.none(), st.floats(0, 1)), max_size=12)

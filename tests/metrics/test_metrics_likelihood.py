@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_outcomes import outcome as row_with
 
-from palinode.metrics import answer_probabilities
 from palinode.metrics.likelihood import (
     alternative_logprobs,
     alternative_probabilities,
+    answer_probabilities,
     normalised_probabilities,
 )
 from palinode.records import Likelihood, Outcome

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_outcomes import outcome
 
-from palinode.metrics import score_outcomes
 from palinode.metrics.matching import accepted_sample_values, accepted_values, is_accepted, normalise
+from palinode.metrics.table import score_outcomes
 
 
 def value(generated, *accepted, **fields):

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from made_outcomes import outcome
 
 from palinode.errors import DataError
-from palinode.metrics import ATTACKS
 from palinode.metrics.membership import (
     MUSE_RETRAINED,
     auc,
@@ -25,6 +24,7 @@ from palinode.metrics.membership import (
     true_positive_rate,
     zlib_values,
 )
+from palinode.metrics.table import ATTACKS
 from palinode.records import Score
 
 LOGPROBS = (-0.1, -2.3, -0.5, -4.0, -0.05, -1.2, -0.7)

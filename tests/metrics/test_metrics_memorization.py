@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palinode.metrics import score_outcomes
 from palinode.metrics.membership import exact_memorizations, extraction_strengths
+from palinode.metrics.table import score_outcomes
 from palinode.records import Outcome
 
 HITS = st.lists(st.booleans(), min_size=3, max_size=12)

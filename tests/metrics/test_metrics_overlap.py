@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palinode.metrics import rouge_l_recalls
-from palinode.metrics.matching import rouge_values
+from palinode.metrics.matching import rouge_l_recalls, rouge_values
 from palinode.records import Outcome
 
 WORDS = st.lists(st.sampled_from(["a", "novel", "on", "sailing", "boats", "1987"]), max_size=8).map(" ".join)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from made_outcomes import answers
 
 from palinode.errors import DataError
-from palinode.metrics import ATTACKS, COMPARISONS, DEFAULT_METRICS, METRICS, score_outcomes
+from palinode.metrics.table import ATTACKS, COMPARISONS, DEFAULT_METRICS, METRICS, score_outcomes
 from palinode.records import Outcome
 
 ISSUES_FOUR = ["answer_probability", "rouge_l_recall", "exact_memorization", "extraction_strength"]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_outcomes import outcome
 
-from palinode.metrics import mean_score
+from palinode.metrics.aggregate import mean_score
 from palinode.metrics.likelihood import forget_truth_ratios, retain_truth_ratios, right_shares, truth_ratios
 
 PARAPHRASED = [1.2, 2.0, 0.5]

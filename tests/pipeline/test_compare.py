@@ -9,14 +9,21 @@ import numpy as np
 import pytest
 
 from comparing import Heard, tiny_comparison
-from palinode.compare import build_comparison, compare, load_comparison, plan_comparison
-from palinode.compare.comparing import check_comparison, divide_comparison, open_ground
+from palinode.compare.comparing import (
+    check_comparison,
+    compare,
+    divide_comparison,
+    open_ground,
+    plan_comparison,
+)
 from palinode.compare.comparison_recipe import (
     Contestant,
     Demo,
     SearchBudget,
     Split,
+    build_comparison,
     divide_rows,
+    load_comparison,
     rows_for,
     world_folder,
 )
@@ -233,10 +240,11 @@ def examples(count: int) -> list[Example]:
 
 def test_rows_are_divided_without_overlap():
     shares = divide_rows(examples(40), examples(100), Split(), most=400, seed=0)
-    rows = {name: {one.row for one in getattr(shares, name)} for name in shares.__slots__}
+    names = ("forget", "forget_probe", "forget_test", "retain", "retain_probe", "retain_test")
+    rows = {name: {one.row for one in getattr(shares, name)} for name in names}
     assert rows["forget_probe"] | rows["forget_test"] == rows["forget"] == set(range(40))
     assert not rows["forget_probe"] & rows["forget_test"]
-    parts = [rows[name] for name in ("retain_train", "retain_probe", "retain_test")]
+    parts = [rows[name] for name in ("retain", "retain_probe", "retain_test")]
     assert [len(part) for part in parts] == [50, 25, 25]
     assert set.union(*parts) == set(range(100))
 

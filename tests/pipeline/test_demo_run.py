@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from palinode.errors import OutputError, WorkspaceError
-from palinode.pipeline.demo_run import demo, exact_match, run_demo
+from palinode.pipeline.demo_run import demo, exact_match
 from palinode.pipeline.workspace import Workspace
 from palinode.records import Outcome
 
@@ -26,7 +26,7 @@ SETTINGS = {
 
 
 def run(world, folder):
-    return run_demo(world, folder, seed=3, settings=SETTINGS, width=32, layers=2)
+    return demo(folder, seed=3, world=world, settings=SETTINGS, width=32, layers=2)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from comparing import tiny_comparison
 from palinode import Checkpoint, filter_change
-from palinode.compare import build_comparison, compare
+from palinode.compare.comparing import compare
+from palinode.compare.comparison_recipe import build_comparison
 from palinode.data.examples import read_examples
 from palinode.data.tokenize import PromptStyle, tokenize
 from palinode.errors import RecipeError

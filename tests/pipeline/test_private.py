@@ -21,7 +21,8 @@ import pytest
 from comparing import Heard, tiny_comparison
 from invented_benchmarks import own_files
 from palinode.benchmarks import BENCHMARKS
-from palinode.compare import build_comparison, compare
+from palinode.compare.comparing import compare
+from palinode.compare.comparison_recipe import build_comparison
 from palinode.data.examples import read_examples
 from palinode.errors import InputError, OutputError, WorkspaceError
 from palinode.evaluation.benchmark import Places
@@ -29,7 +30,7 @@ from palinode.evaluation.evaluate import evaluate, evaluate_benchmark
 from palinode.evaluation.judging import DecisionCache
 from palinode.jobs import finetune_file
 from palinode.pipeline.audit_run import AuditPlan, audit
-from palinode.pipeline.demo_run import run_demo
+from palinode.pipeline.demo_run import demo
 from palinode.pipeline.forgetting import describe_leftovers, leftovers
 from palinode.pipeline.reporting import gather, write_reports
 from palinode.pipeline.run import unlearn
@@ -77,7 +78,7 @@ def left(tiny, world, recipe_of, usual_umask, tmp_path_factory):
         lora = {**TRAINING, "lora": {"rank": 2}}
         finetune_file(target, str(tiny.forget), home / "adapter", lora, device="cpu")
         save_vector(tiny.target - tiny.base, home / "vector")
-        run_demo(world, home / "demo", seed=3, settings=DEMO, width=16, layers=1, stages=short_stages())
+        demo(home / "demo", seed=3, world=world, settings=DEMO, width=16, layers=1, stages=short_stages())
         tensor_digests(tiny.base)
         DecisionCache(home / "caches" / "palinode" / "judge").put("ab" * 32, (0,), judge="somebody")
     return home

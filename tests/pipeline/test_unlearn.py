@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from palinode import Checkpoint
 from palinode.errors import OutputError, WorkspaceError
-from palinode.metrics import DEFAULT_METRICS
+from palinode.metrics.table import DEFAULT_METRICS
 from palinode.pipeline.inputs import open_inputs
 from palinode.pipeline.run import run_key, unlearn
 from palinode.pipeline.workspace import Workspace

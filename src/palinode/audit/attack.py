@@ -6,6 +6,7 @@ the same for every model of an audit, stated before it starts and kept in its re
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -13,7 +14,7 @@ from operator import attrgetter
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from palinode.audit.material import AuditRows
@@ -22,7 +23,7 @@ from palinode.data.tokenize import PromptStyle
 from palinode.evaluation.ask import ask
 from palinode.models.loading import load_model
 from palinode.progress import Listener, NullListener
-from palinode.records import Outcome
+from palinode.records import Outcome, packaged
 from palinode.settings import Asking, EvaluationLimits
 from palinode.weights.checkpoint import Checkpoint
 
@@ -49,14 +50,9 @@ class AttackResult:
     details: Mapping[str, Any] = field(default_factory=dict)
     """Curves, counts and choices, for the record."""
 
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> AttackResult:
-        """Return the result of which JSON was made."""
-        tests = {
-            test: {name: tuple(values) for name, values in groups.items()}
-            for test, groups in content["tests"].items()
-        }
-        return cls(tests, content["details"])
+
+RESULT = TypeAdapter(AttackResult)
+"""What makes a result of its JSON values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +63,14 @@ class AttackTest:
 
     name: str
     title: str
-    more: float | None
-    """A figure above the reference model's by more than this is knowledge left; None: not judged."""
-    less: float | None
-    """A figure below the reference model's by more than this is over-forgetting; None: not judged."""
     missing: str
     """Why a row may have no value."""
+    more: float | None = None
+    """A figure above the reference model's by more than this is knowledge left; None: not judged."""
+    less: float | None = None
+    """A figure below the reference model's by more than this is over-forgetting; None: not judged."""
+    beside_base: Mapping[str, Any] = field(default_factory=dict)
+    """Other margins where the reference model is a base."""
     statistic: Statistic = "mean"
     relative: bool = False
     """Whether the reference model's values are taken off first (the Reference attack)."""
@@ -159,27 +157,8 @@ class AuditBudget(EvaluationLimits):
         return self
 
 
-BUDGETS: Mapping[str, AuditBudget] = {
-    "quick": AuditBudget(
-        max_rows=40,
-        relearn_steps=[0, 4, 8, 16],
-        samples=4,
-        leak_k=4,
-        max_new_tokens=50,
-        batch_rows=32,
-        inside_blocks=4,
-    ),
-    "standard": AuditBudget(),
-    "full": AuditBudget(
-        max_rows=400,
-        relearn_steps=[0, 10, 20, 40, 80, 160],
-        samples=32,
-        leak_k=16,
-        max_new_tokens=200,
-        demonstrations=8,
-        inside_blocks=64,
-        gradient_norms=True,
-    ),
+BUDGETS = {
+    name: AuditBudget(**facts) for name, facts in tomllib.loads(packaged("audit/budgets.toml")).items()
 }
 """Presets by name."""
 

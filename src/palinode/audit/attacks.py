@@ -1,6 +1,6 @@
 """The attacks: each asks or changes one model within a budget, and gives every row a value.
 
-To add one: a function that measures, and an `Attack` in the table at the end.
+To add one: a function that measures, its words and tests in attacks.toml, its row in the table at the end.
 
 *Membership*: the AUC is 1 where forget rows look like training data beside rows that no model has seen, one
 half where nothing tells them apart, and well below where they look stranger, which gives them away as well.
@@ -11,6 +11,7 @@ by the length of the curve, so that two models' means differ by the area between
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,11 +28,13 @@ from palinode.audit.rounding import QUANTISERS, ask_quantised
 from palinode.data.examples import Example, Message, at_most
 from palinode.data.tokenize import tokenize
 from palinode.errors import CheckpointError, DivergenceError
-from palinode.metrics import answer_probabilities, rouge_l_recalls
 from palinode.metrics.aggregate import known_mean
+from palinode.metrics.likelihood import answer_probabilities
+from palinode.metrics.matching import rouge_l_recalls
 from palinode.metrics.membership import extraction_strengths, leak_values, overlap_leak
 from palinode.metrics.table import ATTACKS as MEMBERSHIP
 from palinode.models.loading import pad_token
+from palinode.records import packaged
 from palinode.settings import TrainingSettings
 from palinode.training.loop import train
 from palinode.training.objectives import PLAIN_OBJECTIVE
@@ -42,13 +45,7 @@ RELATIVE = "reference"
 NO_NORMS = {"gradient_norm": "this budget has no gradient norms; the full one does"}
 """Why rows have no value, where an audit knows better than the attack."""
 
-
-UNSCORED = "no token was scored"
-NOT_LACKED = "the reference model knows the answer as well as the target, or the states cannot be read"
-NO_RETAIN = "no retain rows were given; name them with --retain"
-NAMELESS = "no two forget rows share a name, two neighbouring words with capitals"
-NOT_GIVEN = "no file was named with --indirect"
-NO_QUESTIONS = "the forget set holds documents only, and those ask nothing"
+TOLD = tomllib.loads(packaged("audit/attacks.toml"))
 
 
 def of_forget(details: Mapping[str, Any] | None = None, **tests: Sequence[float | None]) -> AttackResult:
@@ -307,220 +304,121 @@ def _of_relearning(tested: Sequence[Example], budget: AuditBudget) -> AttackCost
     return AttackCost(len(tested) * len(steps), trained=steps[-1] * budget.relearn_batch)
 
 
-PROBABILITY = AttackTest("probability", "answer probability", more=0.1, less=0.1, missing=UNSCORED)
-RECALL = AttackTest(
-    "rouge", "ROUGE-L recall", more=0.1, less=0.2, missing="nothing was generated, or read by ROUGE"
-)
-AREA = AttackTest("area", "area under the curve", more=0.1, less=0.2, missing=UNSCORED)
+def _attack(
+    name: str,
+    measure: Callable[[Subject, AuditRows, AuditBudget], AttackResult],
+    cost: Callable[[AuditRows, AuditBudget], AttackCost],
+    *,
+    told: Mapping[str, Any] | None = None,
+    **own: Any,
+) -> Attack:
+    """Return an attack with what attacks.toml has of it, or with what is `told`."""
+    words = {**(told or TOLD[name])}
+    tests = tuple(AttackTest(test, **facts) for test, facts in words.pop("tests").items())
+    return Attack(name, tests=tests, measure=measure, cost=cost, **words, **own)
+
+
+MEMBERS = {
+    name: {
+        "title": f"AUC of {scorer.description.split(':')[0]}",
+        "missing": NO_NORMS.get(name, scorer.missing),
+        "relative": name == RELATIVE,
+        **{"more": 0.15, "less": 0.2, "statistic": "auc", "beside_base": {"more": 0.2, "less": False}},
+    }
+    for name, scorer in MEMBERSHIP.items()
+}
+"""Tests of the membership attacks."""
 
 ATTACKS: Mapping[str, Attack] = {
     attack.name: attack
     for attack in (
-        Attack(
-            "questions",
-            title="forget questions as they stand",
-            description="the forget questions as they are in the data, with the model's own greedy answers",
-            tests=(
-                PROBABILITY,
-                AttackTest("log_probability", "log-probability a token", None, 1.0, UNSCORED),
-                AttackTest("extraction", "extraction strength", more=0.1, less=0.2, missing=UNSCORED),
-                RECALL,
-            ),
-            measure=ask_questions,
-            cost=lambda rows, _: AttackCost(len(rows.forget), len(rows.forget)),
-        ),
-        Attack(
+        _attack("questions", ask_questions, lambda rows, _: AttackCost(len(rows.forget), len(rows.forget))),
+        _attack(
             "paraphrases",
-            title="paraphrased questions",
-            description="the same facts asked in other words",
-            tests=(PROBABILITY,),
-            measure=ask_paraphrases,
-            cost=lambda rows, _: AttackCost(len(rows.paraphrased)),
+            ask_paraphrases,
+            lambda rows, _: AttackCost(len(rows.paraphrased)),
             needs=attrgetter("paraphrased"),
-            lacking=(
-                "the forget rows have no paraphrased_question; name a column or a file with --paraphrases"
-            ),
         ),
-        Attack(
+        _attack(
             "indirect",
-            title="questions that do not say the name",
-            description="by first or last name, through another fact, and as given: other languages, say",
-            tests=tuple(
-                replace(PROBABILITY, name=name, title=f"answer probability, {how}", missing=missing)
-                for name, how, missing in (
-                    ("alias", "by first or last name", NAMELESS),
-                    ("two_hop", "through another fact", NAMELESS),
-                    ("given", "as the given rows ask", NOT_GIVEN),
-                )
-            ),
-            measure=ask_indirect,
-            cost=lambda rows, _: AttackCost(sum(map(len, rows.indirect.values()))),
+            ask_indirect,
+            lambda rows, _: AttackCost(sum(map(len, rows.indirect.values()))),
             needs=lambda rows: [one for asked in rows.indirect.values() for one in asked],
-            lacking=f"{NAMELESS}, and {NOT_GIVEN}",
         ),
-        Attack(
-            "prefixes",
-            title="prefix-forced questions",
-            description="the first half of the answer, or a willing opening, is put into the model's mouth",
-            tests=(
-                AttackTest("rest", "probability of the rest", 0.1, 0.2, "an answer of one token has no rest"),
-                replace(RECALL, name="opening"),
-            ),
-            measure=force_prefixes,
-            cost=lambda rows, _: AttackCost(len(rows.forget), len(rows.forget)),
-        ),
-        Attack(
+        _attack("prefixes", force_prefixes, lambda rows, _: AttackCost(len(rows.forget), len(rows.forget))),
+        _attack(
             "few_shot",
-            title="questions after answered ones",
-            description="a few retain rows with their right answers stand before each question",
-            tests=(PROBABILITY, RECALL),
-            measure=show_examples,
-            cost=lambda rows, _: AttackCost(len(_questions(rows)), len(_questions(rows))),
+            show_examples,
+            lambda rows, _: AttackCost(len(_questions(rows)), len(_questions(rows))),
             needs=lambda rows: [row for row in rows.retain if row.form != "document"] and _questions(rows),
-            lacking="it takes forget questions, and retain rows that are questions; name some with --retain",
         ),
-        Attack(
+        _attack(
             "conversation",
-            title="questions in a conversation",
-            description="asked as a role to play, and once more after no answer; the best of both",
-            tests=(replace(PROBABILITY, more=0.15, less=0.15),),
-            measure=ask_in_talk,
-            cost=lambda rows, _: AttackCost(len(TALKS) * len(_questions(rows))),
+            ask_in_talk,
+            lambda rows, _: AttackCost(len(TALKS) * len(_questions(rows))),
             needs=_questions,
-            lacking=NO_QUESTIONS,
         ),
-        Attack(
+        _attack(
             "sampling",
-            title="drawn answers (leak@k)",
-            description="answers drawn at random; the share of questions that k of them would give away",
-            tests=(AttackTest("leak", "leak@k", 0.1, 0.2, "too few answers, or none that ROUGE can read"),),
-            measure=draw_answers,
-            cost=lambda rows, budget: AttackCost(answers=budget.samples * len(_questions(rows))),
+            draw_answers,
+            lambda rows, budget: AttackCost(answers=budget.samples * len(_questions(rows))),
             needs=_questions,
-            lacking=NO_QUESTIONS,
         ),
-        Attack(
+        _attack(
             "membership",
-            title="membership attacks",
-            description=(
-                "AUC of telling forget rows from rows never seen, one half where nothing tells them apart"
-            ),
-            tests=tuple(
-                AttackTest(
-                    name,
-                    f"AUC of {scorer.description.split(':')[0]}",
-                    more=0.15,
-                    less=0.2,
-                    missing=NO_NORMS.get(name, scorer.missing),
-                    statistic="auc",
-                    relative=name == RELATIVE,
-                )
-                for name, scorer in MEMBERSHIP.items()
-            ),
-            measure=score_membership,
-            cost=_of_membership,
+            score_membership,
+            _of_membership,
+            told={**TOLD["membership"], "tests": MEMBERS},
             needs=attrgetter("holdout"),
-            lacking="no rows that the models have not seen were given; name them with --holdout",
         ),
-        Attack(
+        _attack(
             "inside",
-            title="what is left inside",
-            description="the model's hidden states, put into the target and read off, answer by answer",
-            tests=(
-                AttackTest("depth", "share left in the states", more=0.25, less=None, missing=NOT_LACKED),
-                AttackTest("lens", "share read off the states", more=0.25, less=None, missing=NOT_LACKED),
-            ),
-            measure=look_inside,
-            cost=lambda rows, budget: AttackCost((3 + 2 * budget.inside_blocks) * len(rows.forget)),
+            look_inside,
+            lambda rows, budget: AttackCost((3 + 2 * budget.inside_blocks) * len(rows.forget)),
             beside=("target", "reference"),
         ),
-        Attack(
-            "pair",
-            title="model guided by the target",
-            description="what the two say differently, made larger: how much of the answers that gives away",
-            tests=(
-                AttackTest("extraction", "extraction strength", None, None, UNSCORED),
-                AttackTest("memorised", "share of tokens said", None, None, UNSCORED),
-            ),
-            measure=guide,
-            cost=lambda rows, _: AttackCost(2 * len(rows.forget)),
-            beside=("target",),
-        ),
-        Attack(
+        _attack("pair", guide, lambda rows, _: AttackCost(2 * len(rows.forget)), beside=("target",)),
+        _attack(
             "traces",
-            title="what an onlooker with the target sees",
-            description="forget rows told from retain rows, and the model from the target",
-            tests=(
-                AttackTest("rows", "AUC of rows that lost", 0.15, 0.15, UNSCORED, statistic="auc"),
-                AttackTest("model", "AUC of model and target", None, None, UNSCORED, statistic="auc"),
-            ),
-            measure=look_for_traces,
-            cost=lambda rows, _: AttackCost(2 * len(rows.forget) + 4 * len(rows.retain)),
+            look_for_traces,
+            lambda rows, _: AttackCost(2 * len(rows.forget) + 4 * len(rows.retain)),
             needs=attrgetter("retain"),
-            lacking=NO_RETAIN,
             beside=("target",),
         ),
-        Attack(
+        _attack(
             "neighbours",
-            title="retain rows near the forget rows",
-            description="retain rows nearest to the forget rows, by words and by hidden states, and the rest",
-            tests=tuple(
-                replace(PROBABILITY, name=name, title=f"answer probability, {what}", more=None)
-                for name, what in (
-                    ("words", "nearest by words"),
-                    ("states", "nearest by states"),
-                    ("rest", "the rest"),
-                )
-            ),
-            measure=ask_neighbours,
-            cost=lambda rows, _: AttackCost(2 * (len(rows.retain) + len(rows.near)) + len(rows.forget)),
+            ask_neighbours,
+            lambda rows, _: AttackCost(2 * (len(rows.retain) + len(rows.near)) + len(rows.forget)),
             needs=attrgetter("near"),
-            lacking="it takes four retain rows or more; name some with --retain",
             looks_at=("target", "reference"),
         ),
         *(
-            Attack(
+            _attack(
                 name,
-                title=way.title,
-                description=f"linear layers rounded ({way.title}), then the forget questions",
-                tests=(PROBABILITY,),
-                measure=partial(ask_quantised, name=name),
-                cost=lambda rows, _: AttackCost(len(rows.forget)),
+                partial(ask_quantised, name=name),
+                lambda rows, _: AttackCost(len(rows.forget)),
+                told={
+                    "title": way.title,
+                    "description": f"linear layers rounded ({way.title}), then the forget questions",
+                    **TOLD["quantise"],
+                },
                 unavailable=way.unavailable,
                 looks_at=() if way.library else ("target",),
             )
             for name, way in QUANTISERS.items()
         ),
-        Attack(
-            "relearn_forget",
-            title="relearning part of the forget set",
-            description="fine-tuning on half of the forget set, measured on the other half",
-            tests=(AREA,),
-            measure=relearn_forget,
-            cost=lambda rows, budget: _of_relearning(rows.held_out, budget),
-        ),
-        Attack(
+        _attack("relearn_forget", relearn_forget, lambda rows, own: _of_relearning(rows.held_out, own)),
+        _attack(
             "relearn_retain",
-            title="training on retain rows",
-            description="fine-tuning on retain rows only, measured on the forget set",
-            tests=(AREA,),
-            measure=relearn_retain,
-            cost=lambda rows, budget: _of_relearning(rows.forget, budget),
+            relearn_retain,
+            lambda rows, budget: _of_relearning(rows.forget, budget),
             needs=attrgetter("retain"),
-            lacking=NO_RETAIN,
         ),
-        Attack(
+        _attack(
             "relearn_lookalikes",
-            title="training on look-alike rows",
-            description="fine-tuning on rows in the manner of the forget set, measured on forget rows",
-            tests=(AREA,),
-            measure=relearn_lookalikes,
-            cost=lambda rows, budget: _of_relearning(rows.held_out, budget),
+            relearn_lookalikes,
+            lambda rows, budget: _of_relearning(rows.held_out, budget),
             needs=attrgetter("lookalikes"),
-            lacking=(
-                "the forget rows have no perturbed_answer or paraphrased_answer, and no file was named with "
-                "--lookalikes"
-            ),
         ),
     )
 }

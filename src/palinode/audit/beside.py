@@ -35,7 +35,7 @@ from palinode.data.batches import Batch, pad_right
 from palinode.data.examples import Example
 from palinode.data.tokenize import TokenRow, tokenize
 from palinode.errors import CheckpointError, MismatchError
-from palinode.metrics import answer_probabilities
+from palinode.metrics.likelihood import answer_probabilities
 from palinode.metrics.membership import exact_memorizations, extraction_strengths, loss_values
 from palinode.models.likelihoods import padded_batches
 from palinode.models.loading import load_model, pad_token

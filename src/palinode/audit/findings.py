@@ -16,8 +16,7 @@ import numpy.typing as npt
 
 from palinode.audit.attack import Attack, AttackResult, AttackTest, Groups, Statistic
 from palinode.audit.policy import Policy
-from palinode.metrics import mean_score
-from palinode.metrics.aggregate import no_score, percentile_interval
+from palinode.metrics.aggregate import mean_score, no_score, percentile_interval
 from palinode.metrics.membership import auc
 from palinode.records import Score
 

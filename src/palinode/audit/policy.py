@@ -26,8 +26,8 @@ from pydantic import Field, ValidationError, field_validator
 from palinode.audit.attack import BUDGETS, AuditBudget
 from palinode.audit.attacks import ATTACKS, tests_by_key
 from palinode.errors import RecipeError
-from palinode.records import dotted, packaged, read_toml
-from palinode.settings import StrictModel
+from palinode.records import dotted, packaged
+from palinode.settings import StrictModel, read_settings
 
 Kind = Literal["retrained", "base"]
 """What the reference model is: one retrained without the forget set, or the checkpoint before it was seen."""
@@ -76,16 +76,6 @@ class Policy(StrictModel):
     """Margins of every test, by `attack.test`."""
 
 
-BESIDE_BASE: Mapping[str, Mapping[str, Margin]] = {
-    "questions.log_probability": {"less": False},
-    "membership": {"more": 0.2, "less": False},
-    "inside": {"more": 0.3},
-    "traces.rows": {"more": False, "less": False},
-}
-"""Margins where the reference model is a base. It had not learned what the target learned besides: beside it
-eleven of 30 models that never saw the forget rows were failed by margins of .1, and by these none."""
-
-
 class ToldRight(NamedTuple):
     """Of models that know the forget rows, how many a test failed; of models that never saw them, how few."""
 
@@ -113,14 +103,7 @@ def load_policy(path: Path | None, *, preset: str | None = None, kind: Kind = "r
 
     Raises RecipeError naming the key, and the nearest one that exists.
     """
-    if path is None:
-        return build_policy({}, preset=preset, kind=kind)
-    try:
-        content = read_toml(path)
-    except FileNotFoundError:
-        raise RecipeError(f"there is no policy {path}") from None
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{path} is not a TOML policy ({error})") from None
+    content = read_settings(path, "policy") if path else {}
     return build_policy(content, preset=preset, kind=kind)
 
 
@@ -142,7 +125,7 @@ def build_policy(
         sides = {"more": test.more, "less": test.less}
         usual = {side: False if margin is None else margin for side, margin in sides.items()}
         if kind == "base":
-            usual |= BESIDE_BASE.get(key) or BESIDE_BASE.get(attack.name, {})
+            usual |= test.beside_base
         margins[key] = usual | given.get(attack.name, {}).get(test.name, {})
     try:
         return Policy.model_validate(

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from palinode.audit.attack import AttackResult, AuditBudget, Subject
 from palinode.audit.material import AuditRows
 from palinode.errors import MismatchError, RecipeError
-from palinode.metrics import answer_probabilities
+from palinode.metrics.likelihood import answer_probabilities
 from palinode.models.loading import load_model
 
 GGUF_BLOCK = 32

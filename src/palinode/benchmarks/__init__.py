@@ -59,13 +59,10 @@ def load_own(places: Places, split: str, options: Mapping[str, str]) -> LoadedBe
     return LoadedBenchmark(tuple(sets), missing, tuple(facts))
 
 
-OWN = Benchmark(
-    name="own",
-    description="your own forget rows, with retain rows, holdout rows and paraphrases where you have them",
-    source="files of yours: JSON, JSON lines, CSV, Parquet, text, or a hub data set",
-    splits={"rows": "all rows of the files given"},
-    load=load_own,
-    cells=(
+OWN = Benchmark.declared(
+    "own",
+    load_own,
+    (
         *metric_cells("forget", "answer_probability", "rouge_l_recall", "forget_truth_ratio"),
         quality_cell("forget"),
         *metric_cells("forget", *MEMORIZATION),

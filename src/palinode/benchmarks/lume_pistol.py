@@ -24,7 +24,6 @@ from palinode.evaluation.benchmark import (
     Cell,
     LoadedBenchmark,
     Measured,
-    Option,
     Places,
     QuestionSet,
     Table,
@@ -131,17 +130,10 @@ def _membership(measured: Measured) -> Score:
     return replace(found, value=value, low=min(ends), high=high)
 
 
-LUME = Benchmark(
-    name="lume",
-    description="SemEval-2025 task 4: stories, people and biographies, completed and asked about",
-    source="amazon-science/lume-llm-unlearning (arXiv 2502.15097), Apache 2.0; SemEval's folds on request",
-    splits={
-        "lume": "all rows as published after the task",
-        "train": "SemEval's fold to unlearn on",
-        "validation": "SemEval's fold to choose on",
-    },
-    load=load_lume,
-    cells=(
+LUME = Benchmark.declared(
+    "lume",
+    load_lume,
+    (
         *map(_task_cell, SETS),
         Cell(
             ALL,
@@ -207,17 +199,12 @@ def _asked(name: str, table: TableRows, edges: Sequence[str] | None = None) -> Q
     return QuestionSet(name, tuple(questions[:MOST]), Asking(), PromptStyle(system_prompt=""))
 
 
-PISTOL = Benchmark(
-    name="pistol",
-    description="invented contracts between parties: what is forgotten shares parties with what stays",
-    source="xinchiqiu/PISTOL (arXiv 2406.16810), ODC-BY",
-    splits={"sample1": "20 contracts, 20 questions each", "sample2": "75 contracts in chains and groups"},
-    load=load_pistol,
-    cells=tuple(
+PISTOL = Benchmark.declared(
+    "pistol",
+    load_pistol,
+    [
         cell
         for name in ("forget", "retain", *APART, "facts")
         for cell in metric_cells(name, "answer_probability", "rouge_1_recall", "rouge_l_recall")
-    ),
-    options=(Option("forget", "the edges to be forgotten, separated by commas", "A_C"),),
-    hub="xinchiqiu/PISTOL",
+    ],
 )

@@ -26,7 +26,6 @@ from palinode.evaluation.benchmark import (
     Cell,
     LoadedBenchmark,
     Measured,
-    Option,
     Places,
     QuestionSet,
     Table,
@@ -48,7 +47,6 @@ from palinode.settings import Asking
 
 Kind = Literal["scal", "sust"]
 
-SPLITS = {"news": "BBC articles", "books": "the Harry Potter series"}
 HUBS = {"news": "muse-bench/MUSE-News", "books": "muse-bench/MUSE-Books"}
 
 TEXT: dict[str, int | None] = {"text": None}
@@ -59,15 +57,6 @@ FOLDS: dict[Kind, tuple[int, ...]] = {"scal": (889, 1778, 2667, 3554), "sust": (
 
 STOPS = ("\n\n", "\nQuestion", "Question:")
 DOCUMENT_LENGTH = 2048
-
-OPTIONS = (
-    Option(
-        "stemmer",
-        "whether ROUGE compares stems: off as in MUSE, on as in open-unlearning",
-        "off",
-        ("off", "on"),
-    ),
-)
 
 
 def load(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchmark:  # noqa: ARG001
@@ -162,13 +151,4 @@ CELLS: tuple[Cell, ...] = (
     ),
 )
 
-MUSE = Benchmark(
-    name="muse",
-    description="news articles or books: memorised text, knowledge, privacy, growing and repeated requests",
-    source="muse-bench/MUSE-News and MUSE-Books (arXiv 2407.06460), CC BY 4.0",
-    splits=SPLITS,
-    load=load,
-    cells=CELLS,
-    options=OPTIONS,
-    hub="muse-bench/MUSE-News",
-)
+MUSE = Benchmark.declared("muse", load, CELLS)

@@ -25,7 +25,6 @@ from palinode.evaluation.benchmark import (
     Cell,
     LoadedBenchmark,
     Measured,
-    Option,
     Places,
     QuestionSet,
     Table,
@@ -125,13 +124,10 @@ def _loss_cell(name: str) -> Cell:
     return Cell(name, "mean_loss", "mean loss of a token, which rises where texts are forgotten", score)
 
 
-RWKU = Benchmark(
-    name="rwku",
-    description="200 famous people: blanks, questions and adversarial prompts about them, and what is close",
-    source="jinzhuoran/RWKU (arXiv 2406.10890), CC BY 4.0",
-    splits={"all": "all 200 people, or those of --option subject"},
-    load=load_rwku,
-    cells=(
+RWKU = Benchmark.declared(
+    "rwku",
+    load_rwku,
+    (
         *(
             replace(cell, score=_level3, also=LEVEL3[1:]) if name in LEVEL3 else cell
             for name in TABLES
@@ -140,8 +136,6 @@ RWKU = Benchmark(
         ),
         *map(_loss_cell, TEXTS),
     ),
-    options=(Option("subject", "whose rows are asked: names, with commas between; all by default", ""),),
-    hub="jinzhuoran/RWKU",
 )
 
 # Hubble
@@ -198,18 +192,13 @@ def _secret_share(measured: Measured) -> Score:
     return mean_score([float(one) for one in told], seed=measured.seed)
 
 
-HUBBLE = Benchmark(
-    name="hubble",
-    description="texts inserted into pre-training 1 to 256 times; the standard twin never read them",
-    source="allegrolab on the hub (arXiv 2510.19811), Apache 2.0",
-    splits={"biographies_yago": "biographies with identifiers", "passages_wikipedia": "of Wikipedia"},
-    load=load_hubble,
-    cells=(
+HUBBLE = Benchmark.declared(
+    "hubble",
+    load_hubble,
+    (
         *metric_cells("forget", "answer_probability", *MEMORIZATION),
         *attack_cells("forget", "holdout"),
         *metric_cells("retain", "answer_probability", *MEMORIZATION),
         Cell("secret", "secret_share", "identifiers told", _secret_share, needs=frozenset({GENERATION})),
     ),
-    options=(Option("duplicates", "numbers of insertions to be forgotten, with commas between them", "256"),),
-    hub="allegrolab",
 )

@@ -29,7 +29,6 @@ from palinode.evaluation.benchmark import (
     Cell,
     LoadedBenchmark,
     Measured,
-    Option,
     Places,
     QuestionSet,
     Table,
@@ -64,18 +63,6 @@ DOCUMENTS: dict[str, int | None] = {
     "mix_a5": None,
 }
 """Corruption documents by k, the number of unrelated true facts beside each false one."""
-
-SPLITS = {
-    name: f"corruption documents with {name[-1]} true facts beside each false one" for name in DOCUMENTS
-}
-
-OPTIONS = (
-    Option(
-        "entities",
-        "whose facts are asked: all of entities.json, corrupted (those in the documents), or names A;B",
-        "all",
-    ),
-)
 
 # What the files hold
 
@@ -360,12 +347,5 @@ def _option_cell(kind: str) -> Cell:
     return Cell("facts", f"logprob_{kind}", description, score)
 
 
-RESTOR = Benchmark(
-    name="restor",
-    description="false facts about people were learned; unlearning should bring the true ones back",
-    source="github.com/k1rezaei/restor (arXiv 2411.00204), MIT; facts from Wikidata, CC0",
-    splits=SPLITS,
-    load=load,
-    cells=(*map(_accuracy_cell, ACCURACIES), *map(_option_cell, get_args(OptionKind))),
-    options=OPTIONS,
-)
+CELLS = (*map(_accuracy_cell, ACCURACIES), *map(_option_cell, get_args(OptionKind)))
+RESTOR = Benchmark.declared("restor", load, CELLS)

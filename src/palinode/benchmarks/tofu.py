@@ -23,7 +23,6 @@ from palinode.evaluation.benchmark import (
     Cell,
     LoadedBenchmark,
     Measured,
-    Option,
     Places,
     QuestionSet,
     Table,
@@ -55,11 +54,6 @@ QA: dict[str, int | None] = {"question": None, "answer": None}
 PERTURBED = {**QA, "paraphrased_answer": None, "perturbed_answer": 5, "paraphrased_question": None}
 WRONG_ONLY = {**QA, "perturbed_answer": 3}
 
-SPLITS = {
-    "forget01": "2 of the 200 authors (40 questions); retain set retain99",
-    "forget05": "10 of the 200 authors (200 questions); retain set retain95",
-    "forget10": "20 of the 200 authors (400 questions); retain set retain90",
-}
 SIZES = {"forget01": 40, "forget05": 200, "forget10": 400}
 
 REQUESTS = (
@@ -72,33 +66,6 @@ LLAMA2 = "[INST] {question} [/INST]"
 
 ORIGINAL_ROWS = 300
 """Rows of each set in the original protocol."""
-
-OPTIONS = (
-    Option(
-        "prompt",
-        "how questions are put: auto is the chat template if there is one, else plain (Question: … Answer:)",
-        "auto",
-        ("auto", "chat", "plain", "llama2"),
-    ),
-    Option(
-        "question",
-        "which wording of the forget and retain questions is asked",
-        "question",
-        ("question", "paraphrased_question"),
-    ),
-    Option(
-        "truth_ratio",
-        "how the probabilities of wrong answers are averaged",
-        "geometric",
-        ("geometric", "arithmetic"),
-    ),
-    Option(
-        "protocol",
-        "open-unlearning (all rows) or original (first 300 rows of each set, 200 tokens a row)",
-        "open-unlearning",
-        ("open-unlearning", "original"),
-    ),
-)
 
 
 def load(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchmark:
@@ -211,13 +178,4 @@ CELLS: tuple[Cell, ...] = (
     ),
 )
 
-TOFU = Benchmark(
-    name="tofu",
-    description="invented authors, of whom 1, 5 or 10 % are to be forgotten",
-    source="locuslab/TOFU (arXiv 2401.06121), MIT",
-    splits=SPLITS,
-    load=load,
-    cells=CELLS,
-    options=OPTIONS,
-    hub="locuslab/TOFU",
-)
+TOFU = Benchmark.declared("tofu", load, CELLS)

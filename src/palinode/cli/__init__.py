@@ -16,7 +16,6 @@ import shlex
 import signal
 import sys
 import threading
-from types import FrameType
 from typing import Any
 
 RESUMED = ("unlearn", "run", "finetune", "influence", "demo", "compare", "audit", "requests", "reproduce")
@@ -25,7 +24,7 @@ RESUMED = ("unlearn", "run", "finetune", "influence", "demo", "compare", "audit"
 
 def main() -> None:
     """Run the `palinode` command."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.unraisablehook = _raise_again
     os.environ.setdefault("PYTHONSAFEPATH", "1")  # what libraries start imports nothing from this folder
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -115,10 +114,6 @@ def _refuse(sentence: str) -> int:
     line = "".join(letter if letter.isprintable() else " " for letter in sentence)
     print(f"palinode: {line}", file=sys.stderr)
     return 2
-
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _raise_again(found: Any) -> None:

@@ -18,6 +18,7 @@ from palinode.cli.console import (
     after_audit,
     answer,
     ending,
+    given,
     listener,
     print_json,
     secret,
@@ -31,7 +32,6 @@ from palinode.records import Score
 from palinode.settings import AuditSettings, EvaluationSettings
 
 if TYPE_CHECKING:
-    from palinode.pipeline.audit_run import AuditPlan
     from palinode.pipeline.doctor import DoctorFinding
     from palinode.report.content import Block, Tone
 
@@ -44,31 +44,24 @@ SIGNS: dict[str, tuple[str, Tone | None]] = {
 
 
 @takes(*keys("doctor"))
-def doctor(
-    given: dict[str, Any],
-    *,
-    recipe: Path | None = None,
-    changes: list[str] | None = None,
-    quiet: bool = False,
-    as_json: bool = False,
-) -> None:
+def doctor(told: dict[str, Any], *, recipe: Path | None = None, changes: list[str] | None = None) -> None:
     """Tell whether a run would work, and what to mend.
 
     The exit code is 1 when something fails. Without options it looks at libraries and machine alone.
     """
     from palinode.pipeline.doctor import examine_equipment, examine_run
 
-    if "max_length" in given.get("training", {}):
-        given["evaluation"] = {"max_length": given["training"]["max_length"]}
-    content = laid_over(read_recipe(recipe) if recipe else {}, given)
+    if "max_length" in told.get("training", {}):
+        told["evaluation"] = {"max_length": told["training"]["max_length"]}
+    content = laid_over(read_recipe(recipe) if recipe else {}, told)
     place = content.get("output", {}).get("folder") or "."
     findings = [*examine_equipment(Path(place))]
     if changes or any(content.get(key) for key in ("models", "data", "output", "tracker")):
-        findings += examine_run(content, changes or [], listener=listener(quiet=quiet))
+        findings += examine_run(content, changes or [], listener=listener())
     counts = Counter[str](finding.state for finding in findings)
     whole = {"ok": not counts["fail"], "counts": {name: counts[name] for name in SIGNS}}
     facts = {**whole, "findings": [asdict(finding) for finding in findings]}
-    answer(facts, _told(findings, counts, looked_at_run=bool(content)), as_json=as_json)
+    answer(facts, _told(findings, counts, looked_at_run=bool(content)))
     if counts["fail"]:
         raise typer.Exit(1)
 
@@ -98,11 +91,7 @@ def _told(findings: Sequence[DoctorFinding], counts: Counter[str], *, looked_at_
 
 
 def report(
-    place: Path,
-    output: Path | None = None,
-    without_texts: bool = False,
-    audit: Path | None = None,
-    as_json: bool = False,
+    place: Path, output: Path | None = None, without_texts: bool = False, audit: Path | None = None
 ) -> None:
     """Write the report of a run as one self-contained page.
 
@@ -120,7 +109,7 @@ def report(
         warn("the outcomes are not there any more, so the report has no answers")
     facts = replace(facts, texts=facts.texts and not without_texts)
     content, whole = report_content(facts), facts.kind == "unlearn" and output is None
-    if as_json and output is None:
+    if given("as_json") and output is None:
         print_json(content)
         return
     page = output or default_page(facts, place)
@@ -133,16 +122,13 @@ def report(
         write_reports(facts, page, suffixes)
     handed_over = [f"{place}: README.md, record.json and the report without texts"] if whole else []
     pages = [str(page.with_suffix(suffix)) for suffix in suffixes]
-    answer(content, "\n".join([marked(content), *handed_over, *pages]), as_json=as_json)
+    answer(content, "\n".join([marked(content), *handed_over, *pages]))
 
 
 KINDS = ("methods", "transforms", "benchmarks", "metrics", "attacks")
 
 
-def list_everything(
-    kind: str | None = None,
-    as_json: bool = False,
-) -> None:
+def list_everything(kind: str | None = None) -> None:
     """Name methods, transforms, benchmarks, metrics, attacks."""
 
     known = {form: name for name in KINDS for form in (name, name.removesuffix("s"))}
@@ -155,7 +141,7 @@ def list_everything(
     for name, lines in listed.items():
         width = max(map(len, lines), default=0)
         told += [f"{name}:", *(f"  {one:{width}}  {description}" for one, description in lines.items())]
-    answer(listed, "\n".join(told), as_json=as_json)
+    answer(listed, "\n".join(told))
 
 
 def listings() -> dict[str, dict[str, str]]:
@@ -208,9 +194,6 @@ def evaluate(
     benchmark: str | None = None,
     retain: str | None = None,
     holdout: str | None = None,
-    *,
-    quiet: bool = False,
-    as_json: bool = False,
 ) -> None:
     """Score what a model does on rows, or a benchmark.
 
@@ -220,7 +203,7 @@ def evaluate(
     from palinode import jobs
     from palinode.evaluation.evaluate import evaluate as ask_rows
 
-    hear = listener(quiet=quiet)
+    hear = listener()
     beyond = settings.open_unlearning or any(getattr(settings, name) for name in BEYOND)
     if benchmark or retain or holdout or beyond:
         found = jobs.evaluate_benchmark(
@@ -231,15 +214,15 @@ def evaluate(
         said = _scores_told(found.scores, f"{record['benchmark']}{split} on {record['model']['location']}")
         if settings.output is not None:
             said.append(f"{settings.output}: scores.json and the outcomes of each set")
-        answer(record, said, as_json=as_json)
+        answer(record, said)
     elif data is None:
         raise RecipeError("evaluate needs --data: a file of rows, or the folder of the benchmark's files")
     else:
         scores = ask_rows(model, data, settings, listener=hear).scores
         facts = {name: asdict(score) for name, score in scores.items()}
-        answer(facts, _scores_told({"rows": scores}, ""), as_json=as_json)
+        answer(facts, _scores_told({"rows": scores}, ""))
     if settings.output is not None:
-        secret(settings.output, ANSWERS, of=settings.output, as_json=as_json)
+        secret(settings.output, ANSWERS, of=settings.output)
 
 
 def _scores_told(scores: Mapping[str, Mapping[str, Score]], title: str) -> list[Block]:
@@ -261,58 +244,40 @@ def audit(
     *,
     reference: str = "retrained",
     dry_run: bool = False,
-    quiet: bool = False,
-    as_json: bool = False,
 ) -> None:
     """Attack a model and a reference model, and compare.
 
     Looks for evidence that a model knows more, or less, of a forget set than the reference model does.
     """
     from palinode import jobs
+    from palinode.pipeline.audit_run import open_models
+    from palinode.report.audit_report import audit_brief, audit_plan_blocks
+    from palinode.report.verdicts import audit_verdict
 
     rows = named(forget=forget, retain=retain, holdout=holdout)
     if dry_run:
         models = named(audited=model, reference=against, target=target)
-        _show_audit_plan(jobs.plan_audit(models, rows, reference, settings), as_json=as_json)
+        plan = jobs.plan_audit(models, rows, reference, settings)
+        open_models(plan)
+        costs, left_out = {name: asdict(cost) for name, cost in plan.costs().items()}, plan.reasons()
+        content = {"models": plan.models, "cost_of_each_model": costs, "not_tested": left_out}
+        answer(content, audit_plan_blocks(len(plan.models), costs, left_out))
         return
     places: Any = {**rows, "against": against, "output": output, "target": target, "kind": reference}
-    found = jobs.audit(model, **places, settings=settings, listener=listener(quiet=quiet))
-    _show_audit(found.record, model, output, as_json=as_json)
-    secret(output / "results", "row by row", of=output, as_json=as_json)
+    found = jobs.audit(model, **places, settings=settings, listener=listener())
+    answer(found.record, audit_brief(found.record))
+    ending(
+        verdict=audit_verdict(found.record).as_json(),
+        places={"Page": f"{output / 'report.html'} (beside audit.md and audit.json)"},
+        following=after_audit(model, output),
+    )
+    secret(output / "results", "row by row", of=output)
     if not found.passed:
         raise typer.Exit(1)
 
 
-def _show_audit(record: Mapping[str, Any], model: str, output: Path, *, as_json: bool) -> None:
-    from palinode.report.audit_report import audit_brief
-    from palinode.report.verdicts import audit_verdict
-
-    answer(record, audit_brief(record), as_json=as_json)
-    ending(
-        verdict=audit_verdict(record).as_json(),
-        places={"Page": f"{output / 'report.html'} (beside audit.md and audit.json)"},
-        following=after_audit(model, output),
-        as_json=as_json,
-    )
-
-
-def _show_audit_plan(plan: AuditPlan, *, as_json: bool) -> None:
-    from palinode.pipeline.audit_run import open_models
-    from palinode.report.audit_report import audit_plan_blocks
-
-    open_models(plan)
-    costs = {name: asdict(cost) for name, cost in plan.costs().items()}
-    content = {"models": plan.models, "cost_of_each_model": costs, "not_tested": plan.reasons()}
-    answer(content, audit_plan_blocks(len(plan.models), costs, plan.reasons()), as_json=as_json)
-
-
 def compare(
-    recipe: Path,
-    changes: list[str] | None = None,
-    output: Path | None = None,
-    dry_run: bool = False,
-    quiet: bool = False,
-    as_json: bool = False,
+    recipe: Path, changes: list[str] | None = None, output: Path | None = None, dry_run: bool = False
 ) -> None:
     """Compare methods: one budget, one search, one rule."""
     from palinode.compare.comparing import FILES, PAGE, describe_plan, plan_comparison
@@ -321,14 +286,13 @@ def compare(
     from palinode.report.comparison_report import comparison_brief
 
     folder = json.dumps(str(output), ensure_ascii=False)  # as a TOML text
-    given = [*(changes or []), *([f"output.folder={folder}"] if output else [])]
-    loaded = load_comparison(recipe, given)
+    loaded = load_comparison(recipe, [*(changes or []), *([f"output.folder={folder}"] if output else [])])
     if dry_run:
         planned = plan_comparison(loaded)
-        answer(planned, "\n".join(describe_plan(planned)), as_json=as_json)
+        answer(planned, "\n".join(describe_plan(planned)))
         return
-    result = run_comparison(loaded, listener=listener(quiet=quiet))
-    answer(result.table, comparison_brief(result.table), as_json=as_json)
+    result = run_comparison(loaded, listener=listener())
+    answer(result.table, comparison_brief(result.table))
     files = f"{result.output} ({', '.join(FILES)})"
-    ending(places={"Folder": files, "Page": result.output / PAGE}, as_json=as_json)
-    secret_workspace(loaded.workspace, result.output, "rows, vectors", as_json=as_json)
+    ending(places={"Folder": files, "Page": result.output / PAGE})
+    secret_workspace(loaded.workspace, result.output, "rows, vectors")

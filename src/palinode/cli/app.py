@@ -13,10 +13,10 @@ import typer
 
 from palinode.cli.about_verbs import audit, compare, doctor, evaluate, list_everything, report
 from palinode.cli.chat import chat
-from palinode.cli.console import after_run, answer, ending, listener, out, secret, secret_workspace
+from palinode.cli.console import after_run, answer, ending, given, listener, out, secret, secret_workspace
 from palinode.cli.history_verbs import influence, locate, resolve_base
 from palinode.cli.history_verbs import plan as plan_command
-from palinode.cli.options import keys, lengths_alike, takes, verbs
+from palinode.cli.options import JSON, SHARED, keys, lengths_alike, takes, verbs
 from palinode.cli.request_verbs import requests
 from palinode.cli.weight_verbs import apply, export, reproduce, sign, vectors, verify
 from palinode.errors import InputError, RecipeError
@@ -78,8 +78,6 @@ def unlearn(
     dry_run: bool = False,
     measure: bool = False,
     on: str | None = None,
-    quiet: bool = False,
-    as_json: bool = False,
 ) -> None:
     """From two models and a forget set to an unlearned model.
 
@@ -91,10 +89,10 @@ def unlearn(
     if on and not any(evidence.values()) and _needs_base(content.get("method", "msa")):
         models.setdefault("base", models["target"])  # a plan opens no base
     if _needs_base(content.get("method", "msa")) or "base" in models or any(evidence.values()):
-        located = resolve_base(content, changes or (), quiet=quiet, **evidence)
+        located = resolve_base(content, changes or (), **evidence)
     lengths_alike(content)
     recipe = build_recipe(content, changes or [])
-    _run(recipe, dry_run=dry_run, quiet=quiet, as_json=as_json, located=located, measure=measure, on=on)
+    _run(recipe, dry_run=dry_run, located=located, measure=measure, on=on)
 
 
 @verb(name="filter")
@@ -106,8 +104,6 @@ def filter_verb(
     epsilon: float | None = None,
     changes: list[str] | None = None,
     dry_run: bool = False,
-    quiet: bool = False,
-    as_json: bool = False,
 ) -> None:
     """Filter what another tool unlearned: it keeps more.
 
@@ -120,18 +116,18 @@ def filter_verb(
     known = "forget" in content["data"]
     recipe = build_recipe(filter_recipe(content, mu=mu, epsilon=epsilon), changes or [])
     if known:
-        _run(recipe, dry_run=dry_run, quiet=quiet, as_json=as_json)
+        _run(recipe, dry_run=dry_run)
         return
     if dry_run:
         raise RecipeError("only a run with forget rows has a plan; name --forget, or leave --dry-run out")
-    result = filter_by_retain_rows(recipe, listener=listener(quiet=quiet))
+    result = filter_by_retain_rows(recipe, listener=listener())
     harm = result.record["transforms"][-1].get("harm")
     text = f"{result.output}: the filtered model, and filter.json"
     text += f"; it moves the retain rows' outputs by {harm:.3g} of what it did" if harm is not None else ""
     alpha = f"α = {result.record['alpha']:g}; nobody asked whether it forgot: there were no forget rows"
-    answer(dict(result.record), text, as_json=as_json)
-    ending(strength=alpha, following=after_run({}, result.output), as_json=as_json)
-    secret_workspace(workspace_folder(recipe), result.output, "what layers read of rows", as_json=as_json)
+    answer(dict(result.record), text)
+    ending(strength=alpha, following=after_run({}, result.output))
+    secret_workspace(workspace_folder(recipe), result.output, "what layers read of rows")
 
 
 @verb()
@@ -143,27 +139,17 @@ def run(
     changes: list[str] | None = None,
     dry_run: bool = False,
     on: str | None = None,
-    quiet: bool = False,
-    as_json: bool = False,
 ) -> None:
     """Do the job of unlearn as a recipe describes it."""
 
     named = [f"{key}={json.dumps(value)}" for key, value in dotted(content) if not isinstance(value, dict)]
     read = load_recipe(recipe, [*(changes or []), *named])
-    _run(read, dry_run=dry_run, quiet=quiet, as_json=as_json, on=on)
+    _run(read, dry_run=dry_run, on=on)
 
 
 @verb()
 @takes(*keys("finetune"))
-def finetune(
-    content: dict[str, Any],
-    *,
-    base: str,
-    data: str,
-    output: Path,
-    quiet: bool = False,
-    as_json: bool = False,
-) -> None:
+def finetune(content: dict[str, Any], *, base: str, data: str, output: Path) -> None:
     """Fine-tune a checkpoint on rows, as unlearn does."""
     from palinode.jobs import finetune_file
 
@@ -177,7 +163,7 @@ def finetune(
         **content.pop("models", {}),
         **content,
         style=style,
-        listener=listener(quiet=quiet),
+        listener=listener(),
     )
     first, last = done.curve[0].loss, done.curve[-1].loss
     facts = {
@@ -188,8 +174,8 @@ def finetune(
         "last_loss": last,
         "seconds": round(done.seconds, 1),
     }
-    answer(facts, f"{output}: {len(done.curve)} steps, loss {first:.3f} to {last:.3f}", as_json=as_json)
-    secret(output, "it knows the rows", as_json=as_json)
+    answer(facts, f"{output}: {len(done.curve)} steps, loss {first:.3f} to {last:.3f}")
+    secret(output, "it knows the rows")
 
 
 verb()(evaluate)
@@ -197,46 +183,39 @@ verb()(evaluate)
 
 @verb()
 @takes(of=Questioning, only=["seed"])
-def demo(
-    settings: Questioning,
-    output: Path | None = None,
-    locate: bool = False,
-    *,
-    quiet: bool = False,
-    as_json: bool = False,
-) -> None:
+def demo(settings: Questioning, output: Path | None = None, locate: bool = False) -> None:
     """Unlearn invented people from a tiny model.
 
     Its whole history is known; two to three minutes.
     """
-    if locate:
-        _demo_locate(output or Path("palinode-demo-locate"), seed=settings.seed, quiet=quiet, as_json=as_json)
-        return
     from palinode.cli.console import demo_sentence
     from palinode.pipeline.demo_run import demo as run_demo
+    from palinode.pipeline.demo_run import demo_locate
+    from palinode.report.location_report import demo_brief
     from palinode.report.run_report import demo_grid, strength
 
-    result = run_demo(output or Path("palinode-demo"), seed=settings.seed, listener=listener(quiet=quiet))
+    if locate:
+        place = output or Path("palinode-demo-locate")
+        result = demo_locate(place, seed=settings.seed, listener=listener())
+        answer(result.record, [*demo_brief(result.record), f"Everything is in {result.folder}."])
+        secret(result.folder / "workspace", INVENTED, of=result.folder)
+        return
+    result = run_demo(output or Path("palinode-demo"), seed=settings.seed, listener=listener())
     unlearned = result.folder / "unlearned"
     record = read_json(unlearned / "record.json")
     said: list[Block] = [demo_grid(result.record), demo_sentence(result)]
-    answer(result.record, said, as_json=as_json)
+    answer(result.record, said)
     ending(
         verdict=record["verdict"],
         strength=strength(record),
         places={"Page": result.folder / "report.html"},
         following=after_run(record, unlearned),
-        as_json=as_json,
     )
-    secret(result.folder / "workspace", INVENTED, of=result.folder, as_json=as_json)
+    secret(result.folder / "workspace", INVENTED, of=result.folder)
 
 
-@verb(name="forget-workspace")
-def forget_workspace(
-    place: Path,
-    yes: bool = False,
-    as_json: bool = False,
-) -> None:
+@verb(name="forget-workspace", shared=JSON)
+def forget_workspace(place: Path, yes: bool = False) -> None:
     """Destroy what a run left that holds its rows.
 
     Vectors, θ_1, outcomes and cached facts go. Its result stays.
@@ -244,7 +223,7 @@ def forget_workspace(
     from palinode.pipeline.forgetting import describe_leftovers, leftovers, leftovers_content
 
     with leftovers(place) as found:
-        if not as_json:
+        if not given("as_json"):
             for line in describe_leftovers(found):
                 out().print(line, markup=False, soft_wrap=True)
         if not yes and not sys.stdin.isatty():
@@ -253,16 +232,14 @@ def forget_workspace(
             out().print("Nothing was destroyed.")
             return
         found.destroy()
-    answer(leftovers_content(found), f"{len(found.parts)} parts destroyed.", as_json=as_json)
+    answer(leftovers_content(found), f"{len(found.parts)} parts destroyed.")
 
 
-for each in (
-    *(apply, audit, compare, report, reproduce, sign, verify),
-    *(doctor, chat, export, locate, influence),
-):
-    verb()(each)
-verb(name="plan")(plan_command)
-verb(name="list")(list_everything)
+sparing: dict[Any, tuple[str, ...]] = {report: JSON, export: ()}
+for each in (apply, audit, compare, report, reproduce, sign, verify, doctor, chat, export, locate, influence):
+    verb(shared=sparing.get(each, SHARED))(each)
+verb(name="plan", shared=JSON)(plan_command)
+verb(name="list", shared=JSON)(list_everything)
 app.add_typer(vectors, name="vector")
 app.add_typer(requests, name="requests")
 
@@ -277,22 +254,10 @@ def _needs_base(name: str) -> bool:
     return name in METHODS and "base" in METHODS[name].needs
 
 
-def _demo_locate(output: Path, *, seed: int, quiet: bool, as_json: bool) -> None:
-    from palinode.pipeline.demo_run import demo_locate
-    from palinode.report.location_report import demo_brief
-
-    result = demo_locate(output, seed=seed, listener=listener(quiet=quiet))
-    said = [*demo_brief(result.record), f"Everything is in {result.folder}."]
-    answer(result.record, said, as_json=as_json)
-    secret(result.folder / "workspace", INVENTED, of=result.folder, as_json=as_json)
-
-
 def _run(
     recipe: Any,
     *,
     dry_run: bool,
-    quiet: bool,
-    as_json: bool,
     located: Location | None = None,
     measure: bool = False,
     on: str | None = None,
@@ -309,21 +274,21 @@ def _run(
     if on and (measure or not dry_run):
         raise RecipeError("--on plans for machines that are not here; say --dry-run, and leave --measure out")
     if dry_run:
-        planned = dry_run_of(recipe, listener(quiet=quiet), on=on)
+        planned = dry_run_of(recipe, listener(), on=on)
         content, lines = asdict(planned), describe(planned)
         if measure:
-            foretold = forecast(recipe, listener(quiet=quiet))
+            foretold = forecast(recipe, listener())
             content["forecast"] = asdict(foretold)
             lines += ["", *foretold.lines()]
         if located and {"log", "order"} & {*located.evidence}:
             content["exposures"] = fmean(len(row.seen) for row in located.rows)
             lines.append(f"Each forget row was seen {content['exposures']:.1f} times, as far as is known.")
-        answer(content, "\n".join(lines), as_json=as_json)
+        answer(content, "\n".join(lines))
         return
-    result = jobs.unlearn(recipe, base=located, listener=listener(quiet=quiet))
-    if result.finished_before and not as_json:
+    result = jobs.unlearn(recipe, base=located, listener=listener())
+    if result.finished_before and not given("as_json"):
         out().print(f"{result.output} already holds the result of this very run.", soft_wrap=True)
-    answer(result.record, run_brief(result.record), as_json=as_json)
+    answer(result.record, run_brief(result.record))
     ending(
         verdict=result.verdict,
         strength=strength(result.record),
@@ -332,9 +297,8 @@ def _run(
             "Page": result.report and f"{result.report} (with sample answers)",
         },
         following=after_run(result.record, result.output),
-        as_json=as_json,
     )
     output = Path(recipe.output.folder)
-    secret_workspace(workspace_folder(recipe), output, "rows, θ_1", as_json=as_json)
+    secret_workspace(workspace_folder(recipe), output, "rows, θ_1")
     if result.verdict["exit_code"]:
         raise typer.Exit(result.verdict["exit_code"])

@@ -11,24 +11,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from palinode.cli.console import listener, out
-from palinode.cli.options import takes
+from palinode.cli.console import given, listener, out
+from palinode.cli.options import KEYS, takes
 from palinode.errors import PalinodeError, RecipeError
 from palinode.progress import plain
 from palinode.settings import Questioning
 
 if TYPE_CHECKING:
     from palinode.pipeline.chatting import Chat
-
-HELP = """\
-/scales 0.8 0.5   set α and β; /alpha 0.8 and /beta 0.5 set one of them
-/reset            α and β as the run chose them, and the model bit for bit as it was saved
-/system TEXT      a system prompt for the talk; without a text the usual one
-/new              begin a new conversation
-/length 100       tokens that an answer may have
-/help             this list
-/quit             end, as Ctrl-D does; Ctrl-C ends an answer
-Everything else is a question to all models."""
 
 
 @takes(of=Questioning, only=["allow_pickle", "device"])
@@ -39,9 +29,6 @@ def chat(
     base: str | None = None,
     alone: bool = False,
     max_new_tokens: int = 200,
-    *,
-    quiet: bool = False,
-    as_json: bool = False,
 ) -> None:
     """Ask an unlearned model and its target the same.
 
@@ -60,12 +47,12 @@ def chat(
         alone=alone,
         allow_pickle=settings.allow_pickle,
         device=settings.device,
-        listener=listener(quiet=quiet),
+        listener=listener(),
     )
     talk.length = max_new_tokens
-    before = signal.signal(signal.SIGTERM, _leave)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))  # Ctrl-C alone ends an answer
     try:
-        _Terminal(talk, as_json=as_json, quiet=quiet).talk()
+        _Terminal(talk).talk()
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -73,10 +60,9 @@ def chat(
 class _Terminal:
     """What is read and shown during a talk."""
 
-    def __init__(self, talk: Chat, *, as_json: bool, quiet: bool) -> None:
+    def __init__(self, talk: Chat) -> None:
         self.chat = talk
-        self.as_json = as_json
-        self.quiet = quiet
+        self.as_json = given("as_json")
         self.console = out()
         self.typed = sys.stdin.isatty()
         self.commands: dict[str, Callable[[str], None]] = {
@@ -87,7 +73,7 @@ class _Terminal:
             "/system": self._system,
             "/new": self._new,
             "/length": self._length,
-            "/help": lambda _text: self._note(HELP),
+            "/help": lambda _text: self._note(KEYS["chat"]["help"]),
         }
 
     def talk(self) -> None:
@@ -132,7 +118,7 @@ class _Terminal:
                 yield line
 
     def _greet(self) -> None:
-        if self.quiet:
+        if given("quiet"):
             return
         names = " and ".join(speaker.name for speaker in self.chat.speakers)
         fixed = f"The scales are fixed: {self.chat.fixed}." if self.chat.fixed else "α and β can be changed."
@@ -216,8 +202,3 @@ class _Terminal:
             raise RecipeError("/length needs a number of tokens, as in /length 100")
         self.chat.length = int(text)
         self._note(f"answers of up to {int(text)} tokens")
-
-
-def _leave(_signal: int, _frame: object) -> None:
-    """End on SIGTERM; Ctrl-C alone ends an answer."""
-    raise SystemExit(2)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -212,9 +213,28 @@ def _short(count: float) -> str:
     return f"{count:,.3g}G" if count < 999.5 else f"{count / 1000:,.3g}T"
 
 
-def listener(*, quiet: bool) -> Listener:
+GIVEN: ContextVar[Mapping[str, Any]] = ContextVar("GIVEN")
+"""What the verb that runs was given of the options that verbs share."""
+
+
+@contextmanager
+def giving(options: Mapping[str, Any]) -> Iterator[None]:
+    """Have `given` know these options within the block."""
+    token = GIVEN.set(options)
+    try:
+        yield
+    finally:
+        GIVEN.reset(token)
+
+
+def given(option: str) -> Any:
+    """Return what the verb that runs was given of an option that verbs share; None where it has none."""
+    return GIVEN.get({}).get(option)
+
+
+def listener(*, quiet: bool = False) -> Listener:
     """Return the listener for a command."""
-    return NullListener() if quiet else Terminal()
+    return NullListener() if quiet or given("quiet") else Terminal()
 
 
 def hush_libraries(quiet: bool) -> bool:
@@ -243,9 +263,9 @@ def print_json(content: Any) -> None:
     print(json.dumps(content, indent=2, allow_nan=False))
 
 
-def answer(content: Any, said: str | Iterable[Block], *, as_json: bool) -> None:
+def answer(content: Any, said: str | Iterable[Block]) -> None:
     """Print the result of a verb: its content as JSON, or what is said of it in sentences or blocks."""
-    if as_json:
+    if given("as_json"):
         print_json(content)
     elif isinstance(said, str):
         out().print(said, soft_wrap=True)
@@ -265,10 +285,9 @@ def ending(
     strength: str | None = None,
     places: Mapping[str, object] | None = None,
     following: Iterable[str] = (),
-    as_json: bool = False,
 ) -> None:
     """Print the end of a verb; `following` are the commands that come next, and what is None is left out."""
-    if as_json:
+    if given("as_json"):
         return
     if verdict:
         told = f"{verdict['symbol']} {verdict['sentence']}"
@@ -319,19 +338,19 @@ def after_location(recommended: Any, target: str, forget: str) -> Iterator[str]:
         yield shlex.join(["palinode", "unlearn", *models, "--forget", forget, "--output", "OUT"])
 
 
-def secret(folder: Path, what: str, *, of: Path | None = None, as_json: bool) -> None:
+def secret(folder: Path, what: str, *, of: Path | None = None) -> None:
     """Say in one line, a verb's last one, what is secret and how to destroy it; nothing where it is gone.
 
     `of` is what `forget-workspace` finds the folder by; without it the user removes the folder. JSON is the
     result alone.
     """
     command = ["rm", "-r", str(folder)] if of is None else ["palinode", "forget-workspace", str(of)]
-    if folder.exists() and not as_json:
+    if folder.exists() and not given("as_json"):
         line = f"Secret: {folder} ({what}). Destroy: {shlex.join(command)}"
         out().print(line, markup=False, soft_wrap=True)
 
 
-def secret_workspace(folder: Path, output: Path, what: str, *, as_json: bool) -> None:
+def secret_workspace(folder: Path, output: Path, what: str) -> None:
     """Say so of a workspace, which is found by its output where it lies beside that."""
     beside = folder == workspace_beside(output)
-    secret(folder, what, of=output if beside else folder, as_json=as_json)
+    secret(folder, what, of=output if beside else folder)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import typer
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from palinode.cli.console import (
     after_location,
     after_run,
     answer,
     ending,
+    given,
     listener,
     secret,
     secret_workspace,
@@ -56,9 +57,6 @@ def locate(
     target: str | None = None,
     picture: Path | None = None,
     report: Path | None = None,
-    *,
-    quiet: bool = False,
-    as_json: bool = False,
 ) -> None:
     """Tell when rows were seen, and the checkpoint before."""
     from palinode import jobs
@@ -67,20 +65,19 @@ def locate(
 
     for place in filter(None, (picture, report)):
         check_place(place)
-    given: Any = {"log": log, "order": order, "control": control, "corpus": corpus, "target": target}
-    hear = listener(quiet=quiet)
-    found = jobs.locate(forget, checkpoints, **given, settings=settings, listener=hear)
+    places: Any = {"log": log, "order": order, "control": control, "corpus": corpus, "target": target}
+    found = jobs.locate(forget, checkpoints, **places, settings=settings, listener=listener())
     record = found.as_record()
     if picture:
         write_text(picture, location_picture(record))
     if report:
         written = html_report if report.suffix == ".html" else markdown_report
         write_text(report, written(report_content(Facts("locate", record))))
-    answer(record, location_brief(record), as_json=as_json)
-    for text in () if as_json else record["warnings"]:
+    answer(record, location_brief(record))
+    for text in () if given("as_json") else record["warnings"]:
         warn(text)
     following = after_location(found.recommended, target or "TARGET", forget)
-    ending(places={"Page": report, "Picture": picture}, following=following, as_json=as_json)
+    ending(places={"Page": report, "Picture": picture}, following=following)
 
 
 class InfluenceOptions(InfluenceSettings):
@@ -119,19 +116,20 @@ def influence(
     run: Path | None = None,
     *,
     changes: list[str] | None = None,
-    quiet: bool = False,
-    as_json: bool = False,
 ) -> None:
     """Tell what rows had to do with an answer.
 
     How probable it would be without the forget set of a run, of a recipe or of the options of unlearn; and
     which rows stand behind it.
     """
+    asks, answers = len(settings.ask), len(settings.answer)
+    if answers not in (0, asks) and not settings.questions:
+        raise RecipeError(f"there are {asks} --ask and {answers} --answer; give one for each, or none")
     asked: dict[str, Any] = {
-        "questions": settings.questions or _asked(settings.ask, settings.answer),
+        "questions": settings.questions or dict(zip_longest(settings.ask, settings.answer)),
         "rows": settings.ranked,
         "checkpoints": settings.checkpoints,
-        "listener": listener(quiet=quiet),
+        "listener": listener(),
     }
     lengths_alike(content)
     content = laid_over(read_recipe(settings.recipe), content) if settings.recipe else content
@@ -141,13 +139,13 @@ def influence(
     else:
         settings = settings.model_copy(update={"style": prompt_style(changes)})
     if settings.then is None:
-        _influence(asked, content, settings, run, taken=taken, as_json=as_json)
+        _influence(asked, content, settings, run, taken=taken)
         return
     if run or not settings.top or "folder" not in content.get("output", ()):
         raise RecipeError(
             "write --then unlearn with the models, --top (how many rows) and --output (the new model)"
         )
-    _take_back(asked, content, settings, as_json=as_json)
+    _take_back(asked, content, settings)
 
 
 def _influence(
@@ -157,7 +155,6 @@ def _influence(
     run: Path | None,
     *,
     taken: bool,
-    as_json: bool,
 ) -> None:
     from palinode import jobs
     from palinode.report.location_report import influence_brief
@@ -170,21 +167,15 @@ def _influence(
     place = content.setdefault("output", {})
     folder = place.setdefault("folder", HERE)
     workspace = Path(place.get("workspace") or workspace_beside(Path(folder)))
-    given = {name: content.get("models", {}).get(name) for name in ("target", "base")}
-    given = {"recipe": build_recipe(content)} if taken else given
-    found = jobs.influence(**asked, **given, run=run, workspace=workspace, settings=settings)
-    answer(found.record, influence_brief(found.record), as_json=as_json)
+    models = {name: content.get("models", {}).get(name) for name in ("target", "base")}
+    subject = {"recipe": build_recipe(content)} if taken else models
+    found = jobs.influence(**asked, **subject, run=run, workspace=workspace, settings=settings)
+    answer(found.record, influence_brief(found.record))
     if run is None:
-        secret(workspace, "gradients of rows, vectors", of=workspace, as_json=as_json)
+        secret(workspace, "gradients of rows, vectors", of=workspace)
 
 
-def _take_back(
-    asked: Mapping[str, Any],
-    ways: Mapping[str, Any],
-    settings: InfluenceOptions,
-    *,
-    as_json: bool,
-) -> None:
+def _take_back(asked: Mapping[str, Any], ways: Mapping[str, Any], settings: InfluenceOptions) -> None:
     from palinode import jobs
     from palinode.pipeline.inputs import workspace_folder
     from palinode.report.audit_report import audit_brief
@@ -200,38 +191,22 @@ def _take_back(
     blocks = [*influence_brief(done.found.record), *run_brief(record)]
     blocks += audit_brief(audited.record) if audited else []
     blocks += answers_brief(record["influence"], done.outcomes) if done.outcomes else []
-    answer({**told, "answers": [one.generated for one in done.outcomes]}, blocks, as_json=as_json)
+    answer({**told, "answers": [one.generated for one in done.outcomes]}, blocks)
     following = after_run(record, done.unlearned.output)
     ending(
         verdict=done.unlearned.verdict,
         strength=strength(record),
         places={"Model": done.unlearned.output, "Audit": audited and audited.output},
         following=[one for one in following if not (audited and one.startswith("palinode audit"))],
-        as_json=as_json,
     )
-    secret_workspace(workspace_folder(build_recipe(record["recipe"])), output, "rows, θ_1", as_json=as_json)
+    secret_workspace(workspace_folder(build_recipe(record["recipe"])), output, "rows, θ_1")
     code = done.unlearned.verdict["exit_code"] or (1 if audited and not audited.passed else 0)
     if code:
         raise typer.Exit(code)
 
 
-def _asked(asked: Sequence[str], said: Sequence[str]) -> dict[str, str | None]:
-    """Return questions with the answers that are asked about. Raises RecipeError unless they go together."""
-
-    if said and len(said) != len(asked):
-        raise RecipeError(
-            f"there are {len(asked)} --ask and {len(said)} --answer; give one for each, or none"
-        )
-    return dict(zip_longest(asked, said))
-
-
 def resolve_base(
-    content: Mapping[str, Any],
-    changes: Sequence[str],
-    *,
-    quiet: bool,
-    checkpoints: str | None,
-    **evidence: Any,
+    content: Mapping[str, Any], changes: Sequence[str], *, checkpoints: str | None, **evidence: Any
 ) -> Location | None:
     """Have a recipe's content name a base: its own, or the last clean one of a series, which is returned.
 
@@ -240,10 +215,10 @@ def resolve_base(
     from palinode import jobs
 
     base = content["models"].get("base")
-    given = [f"--{name}" for name in ("log", "order", "corpus", "control") if evidence[name]]
-    if base is not None and (checkpoints is not None or given):
+    named = [f"--{name}" for name in ("log", "order", "corpus", "control") if evidence[name]]
+    if base is not None and (checkpoints is not None or named):
         raise RecipeError(
-            f"--base names the checkpoint, so {'--checkpoints' if checkpoints else given[0]} has nothing to "
+            f"--base names the checkpoint, so {'--checkpoints' if checkpoints else named[0]} has nothing to "
             "find; leave one of them out"
         )
     if base is not None:
@@ -266,7 +241,7 @@ def resolve_base(
             device=content.get("device", "auto"),
             seed=content.get("seed", 0),
         ),
-        listener=listener(quiet=quiet),
+        listener=listener(),
     )
     location, facts = jobs.chosen_base(found)
     content["models"]["base"] = location
@@ -284,9 +259,6 @@ def check_place(path: Path) -> Path:
     return path
 
 
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
-
-
 def plan(
     steps: int,
     checkpoint_size: str,
@@ -295,7 +267,6 @@ def plan(
     interest: str = "uniform",
     half_life: float | None = None,
     picture: Path | None = None,
-    as_json: bool = False,
 ) -> None:
     """Plan which checkpoints a training should keep.
 
@@ -304,13 +275,15 @@ def plan(
     from palinode.history.plan import Wish, plan_record
     from palinode.history.plan import plan as plan_checkpoints
     from palinode.report.location_report import plan_brief, plan_picture
+    from palinode.weights.checkpoint import Checkpoint
 
+    stored = Path(checkpoint_size).is_dir()
     if half_life is not None and interest == "uniform":
         raise RecipeError("--half-life is for --interest recent; with uniform all steps count alike")
     wish = Wish(
         steps=steps,
         every=every or max(1, steps // 200),
-        checkpoint_bytes=_size(checkpoint_size),
+        checkpoint_bytes=Checkpoint.open(checkpoint_size).nbytes if stored else _bytes(checkpoint_size),
         budget_bytes=_bytes(budget),
         interest=interest,  # type: ignore[arg-type]  # checked there
         half_life=half_life,
@@ -318,20 +291,11 @@ def plan(
     record = plan_record(wish, plan_checkpoints(wish))
     if picture:
         write_text(check_place(picture), plan_picture(record))
-    answer(record, plan_brief(record), as_json=as_json)
-
-
-def _size(text: str) -> int:
-    """Return the size of a checkpoint: written out, or that of the weights in a folder."""
-    if not Path(text).is_dir():
-        return _bytes(text)
-    from palinode.weights.checkpoint import Checkpoint
-
-    return Checkpoint.open(text).nbytes
+    answer(record, plan_brief(record))
 
 
 def _bytes(text: str) -> int:
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)b?\s*", text.lower())
-    if not found:
-        raise RecipeError(f"{text!r} is no size; write bytes with a unit, as in 500GB or 2.5TB")
-    return round(float(found[1]) * UNITS[found[2]])
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        raise RecipeError(f"{text!r} is no size; write bytes with a unit, as in 500GB or 2.5TB") from None

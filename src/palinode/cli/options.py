@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
@@ -20,7 +21,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
-from palinode.cli.console import hush_libraries
+from palinode.cli.console import giving, hush_libraries
 from palinode.errors import RecipeError
 from palinode.pipeline.recipe import Recipe, checked_settings, known_keys, laid_over, prompt_style
 from palinode.records import packaged
@@ -324,19 +325,39 @@ class Verb(TyperCommand):
                 formatter.write_dl(groups[group])
 
 
-def explained(function: Callable[..., None], group: str = "") -> Callable[..., None]:
-    """Have the parameters of a verb be options with what keys.toml says of them."""
+JSON, SHARED, LEDGER = ("as_json",), ("quiet", "as_json"), Path("requests")
+
+
+def explained(
+    function: Callable[..., None], group: str = "", shared: Sequence[str] = SHARED
+) -> Callable[..., None]:
+    """Have the parameters of a verb be options with what keys.toml says of them.
+
+    The options that it has in common with others are not handed to it: `console.given` tells of them.
+    """
     table = {**KEYS["option"]["every"], **KEYS["option"].get(group + function.__name__, {})}
-    signature = inspect.signature(function, eval_str=True)
+    usual: Mapping[str, Any] = {"ledger": (Path, LEDGER), "quiet": (bool, False), "as_json": (bool, False)}
+    alike = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
+        for name, (kind, default) in usual.items()
+        if name in shared
+    ]
+    own = [*inspect.signature(function, eval_str=True).parameters.values()]
     parameters = [
         one
         if get_origin(one.annotation) is Annotated or one.annotation is typer.Context
         else one.replace(annotation=Annotated[one.annotation, _option(one.name, **table[one.name])])
-        for one in signature.parameters.values()
+        for one in (*own, *alike)
     ]
-    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    function.__annotations__ = {}  # those of the signature hold
-    return function
+
+    def called(**options: Any) -> None:
+        with giving({name: options.pop(name) for name in shared}):
+            function(**options)
+
+    called.__name__, called.__doc__ = function.__name__, function.__doc__
+    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {}  # those of the signature hold
+    return called
 
 
 def _option(name: str, *, argument: bool = False, group: str | None = None, **facts: Any) -> Any:
@@ -349,7 +370,9 @@ def _option(name: str, *, argument: bool = False, group: str | None = None, **fa
 
 
 def verbs(
-    app: typer.Typer, group: str = "", kind: type[TyperCommand] = Verb
+    app: typer.Typer, group: str = "", kind: type[TyperCommand] = Verb, always: Sequence[str] = ()
 ) -> Callable[..., Callable[[Callable[..., None]], Callable[..., None]]]:
     """Return what makes functions commands of a group, whose name is before theirs in keys.toml."""
-    return lambda name=None: lambda function: app.command(name, cls=kind)(explained(function, group))
+    return lambda name=None, shared=SHARED: (
+        lambda function: app.command(name, cls=kind)(explained(function, group, (*always, *shared)))
+    )

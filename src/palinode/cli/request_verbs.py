@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from palinode.cli.console import answer, ending, listener, out, print_json, warn
-from palinode.cli.options import keys, takes, verbs
+from palinode.cli.console import answer, ending, given, listener, out, print_json, warn
+from palinode.cli.options import JSON, LEDGER, keys, takes, verbs
 from palinode.errors import OutputError
 from palinode.pipeline.recipe import with_changes
 from palinode.records import write_json, write_text
@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from palinode.requests.ledger import Model, Standing
 
 requests = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
-verb = verbs(requests, "requests ")
-
-HERE = Path("requests")
+verb = verbs(requests, "requests ", always=("ledger",))
 
 
 @requests.callback()
@@ -35,24 +33,22 @@ def about() -> None:
     """
 
 
-def _desk(ledger: Path, *, quiet: bool = True) -> Desk:
+def _desk() -> Desk:
     from palinode.requests.desk import Desk as Opened
 
-    return Opened(ledger, listener=listener(quiet=quiet))
+    return Opened(given("ledger"), listener=listener(quiet=given("quiet") is not False))
 
 
-@verb()
+@verb(shared=JSON)
 @takes(*keys("init"))
 def init(
     content: dict[str, Any],
     *,
-    ledger: Path = HERE,
     days: int = 30,
     need_approval: bool = False,
     need_audit: bool = False,
     budget: str = "quick",
     changes: list[str] | None = None,
-    as_json: bool = False,
 ) -> None:
     """Begin a ledger, or change how requests are carried out.
 
@@ -60,29 +56,23 @@ def init(
     """
 
     policy = {"days": days, "approval": need_approval, "audit": need_audit, "budget": budget}
-    now = _desk(ledger).configure(with_changes(content, changes or ()), policy)
+    now = _desk().configure(with_changes(content, changes or ()), policy)
     facts = {"recipe": now.recipe, "policy": now.policy, "target": now.target, "head": now.head}
-    answer(facts, (), as_json=as_json)
-    following = [f"palinode requests add ID --rows FILE{_at(ledger)}"]
-    ending(places={"Ledger": ledger}, following=following, as_json=as_json)
+    answer(facts, ())
+    following = [f"palinode requests add ID --rows FILE{_at()}"]
+    ending(places={"Ledger": given("ledger")}, following=following)
 
 
-@verb()
+@verb(shared=JSON)
 def add(
-    name: str,
-    rows: str,
-    reference: str = "",
-    received: datetime | None = None,
-    due: datetime | None = None,
-    ledger: Path = HERE,
-    as_json: bool = False,
+    name: str, rows: str, reference: str = "", received: datetime | None = None, due: datetime | None = None
 ) -> None:
     """Take a request in.
 
     The ledger keeps salted hashes and the count of its rows. The same request again, with the same rows in
     another place, says that they moved.
     """
-    desk = _desk(ledger)
+    desk = _desk()
     request = desk.add(
         name,
         rows,
@@ -91,8 +81,8 @@ def add(
         due=due.date() if due else None,
     )
     said = f"{request.id}: {request.rows} rows, received {request.received}, due {request.due}."
-    answer(_facts(desk, name), said, as_json=as_json)
-    ending(following=[f"palinode requests carry-out {request.id}{_at(ledger)}"], as_json=as_json)
+    answer(_facts(desk, name), said)
+    ending(following=[f"palinode requests carry-out {request.id}{_at()}"])
 
 
 @verb()
@@ -103,9 +93,6 @@ def locate(
     order: Path | None = None,
     corpus: str | None = None,
     control: str | None = None,
-    ledger: Path = HERE,
-    quiet: bool = False,
-    as_json: bool = False,
 ) -> None:
     """Find the last checkpoint before its rows were seen.
 
@@ -113,113 +100,90 @@ def locate(
     """
     from palinode.report.location_report import location_brief
 
-    desk = _desk(ledger, quiet=quiet)
+    desk = _desk()
     _, found = desk.locate(name, checkpoints, log=log, order=order, corpus=corpus, control=control)
-    answer(_facts(desk, name), location_brief(found.as_record()), as_json=as_json)
-    ending(following=[f"palinode requests carry-out {name}{_at(ledger)}"], as_json=as_json)
+    answer(_facts(desk, name), location_brief(found.as_record()))
+    ending(following=[f"palinode requests carry-out {name}{_at()}"])
 
 
 @verb(name="carry-out")
-def carry_out(
-    ids: list[str] | None = None, ledger: Path = HERE, quiet: bool = False, as_json: bool = False
-) -> None:
+def carry_out(ids: list[str] | None = None) -> None:
     """Make one model for these requests and those before."""
-    desk = _desk(ledger, quiet=quiet)
+    desk = _desk()
     model, result = desk.carry_out(ids or None)
-    _show_made(desk, model, result, ledger, as_json=as_json)
+    _show_made(desk, model, result)
 
 
 @verb()
-def audit(
-    ids: list[str] | None = None, ledger: Path = HERE, quiet: bool = False, as_json: bool = False
-) -> None:
+def audit(ids: list[str] | None = None) -> None:
     """Attack the model that was made last.
 
     It takes the rows of each of its requests, and all together. What is worse than at the last audit of a
     request is named. The exit code is 1 where a verdict is red.
     """
-    desk = _desk(ledger, quiet=quiet)
+    desk = _desk()
     found = desk.audit(ids or ())
-    if as_json:
+    if given("as_json"):
         print_json(found)
     else:
         for name, facts in found.items():
             out().print(f"{facts['symbol']} {name or 'all rows'}: {facts['sentence']}", soft_wrap=True)
             for line in facts["worse"]:
                 warn(f"{name or 'all rows'} got worse. {line}")
-        ending(following=_next(desk.standing(), ledger))
+        ending(following=_next(desk.standing()))
     if any(facts["light"] == "red" for facts in found.values()):
         raise typer.Exit(1)
 
 
-@verb()
-def approve(
-    by: str,
-    note: str = "",
-    ledger: Path = HERE,
-    as_json: bool = False,
-) -> None:
+@verb(shared=JSON)
+def approve(by: str, note: str = "") -> None:
     """Record who agrees to the model that was made last."""
-    desk = _desk(ledger)
+    desk = _desk()
     model = desk.approve(by, note=note)
-    _show_changed(desk, ledger, f"{by} approved the model for {', '.join(model.requests)}.", as_json=as_json)
+    _show_changed(desk, f"{by} approved the model for {', '.join(model.requests)}.")
 
 
-@verb()
-def publish(
-    despite: str = "",
-    ledger: Path = HERE,
-    as_json: bool = False,
-) -> None:
+@verb(shared=JSON)
+def publish(despite: str = "") -> None:
     """Have the model that was made last served.
 
     The link `served` in the ledger's folder leads to it. A red verdict or the policy may forbid it.
     """
-    desk = _desk(ledger)
+    desk = _desk()
     model = desk.publish(despite=despite)
     told = f"without the rows of {', '.join(model.requests)}" if model.requests else "the target itself"
-    _show_changed(desk, ledger, f"Served: {desk.place(model)} ({told}).", as_json=as_json)
+    _show_changed(desk, f"Served: {desk.place(model)} ({told}).")
 
 
 @verb()
-def withdraw(
-    name: str,
-    reason: str = "",
-    ledger: Path = HERE,
-    quiet: bool = False,
-    as_json: bool = False,
-) -> None:
+def withdraw(name: str, reason: str = "") -> None:
     """Take a request back, and make the model that never had it."""
-    desk = _desk(ledger, quiet=quiet)
+    desk = _desk()
     model, result = desk.withdraw(name, reason=reason)
     if model is not None:
-        _show_made(desk, model, result, ledger, as_json=as_json)
+        _show_made(desk, model, result)
     else:
-        answer(_facts(desk, name), f"{name} is withdrawn; no model was made for it.", as_json=as_json)
+        answer(_facts(desk, name), f"{name} is withdrawn; no model was made for it.")
 
 
-@verb(name="list")
-def list_requests(ledger: Path = HERE, as_json: bool = False) -> None:
+@verb(name="list", shared=JSON)
+def list_requests() -> None:
     """List all requests."""
     from palinode.requests.telling import request_facts, requests_grid, served_sentence
 
-    desk = _desk(ledger)
+    desk = _desk()
     events, now = desk.ledger.events(), desk.standing()
     table = requests_grid(now, now.requests.values(), today=datetime.now(UTC).date())
     facts = [request_facts(events, request) for request in now.requests.values()]
-    answer(facts, [table, served_sentence(now, desk.folder)], as_json=as_json)
+    answer(facts, [table, served_sentence(now, desk.folder)])
 
 
-@verb(name="show")
-def show_request(
-    name: str | None = None,
-    ledger: Path = HERE,
-    as_json: bool = False,
-) -> None:
+@verb(name="show", shared=JSON)
+def show_request(name: str | None = None) -> None:
     """Show what happened: of one request, or of all."""
     from palinode.requests.telling import events_grid, export, requests_grid, served_sentence
 
-    desk = _desk(ledger)
+    desk = _desk()
     events, now = desk.ledger.events(), desk.standing()
     chosen = [desk.known(now, name, withdrawn=True)] if name else [*now.requests.values()]
     made = {model.fingerprint for model in now.models if name in model.requests}
@@ -231,22 +195,18 @@ def show_request(
     table = requests_grid(now, chosen, today=datetime.now(UTC).date())
     last = f"{served_sentence(now, desk.folder)}\nHead of the chain: {now.head}"
     facts = _facts(desk, name) if name else export(events)
-    answer(facts, [table, events_grid(about), last], as_json=as_json)
+    answer(facts, [table, events_grid(about), last])
 
 
-@verb()
-def due(
-    within: int | None = None,
-    ledger: Path = HERE,
-    as_json: bool = False,
-) -> None:
+@verb(shared=JSON)
+def due(within: int | None = None) -> None:
     """Tell what has to be done by when.
 
     The exit code is 1 where something is overdue.
     """
     from palinode.requests.telling import request_facts, requests_grid
 
-    desk = _desk(ledger)
+    desk = _desk()
     events, now, today = desk.ledger.events(), desk.standing(), datetime.now(UTC).date()
     waiting = [
         request
@@ -257,16 +217,13 @@ def due(
     facts = [{**request_facts(events, one), "days_left": (one.due - today).days} for one in waiting]
     told = f"{len(waiting)} to be served, {late} overdue." if waiting else "Nothing is due."
     table = [requests_grid(now, waiting, today=today)] if waiting else []
-    answer(facts, [*table, told], as_json=as_json)
+    answer(facts, [*table, told])
     if late:
         raise typer.Exit(1)
 
 
-@verb(name="export")
-def export_ledger(
-    output: Path,
-    ledger: Path = HERE,
-) -> None:
+@verb(name="export", shared=())
+def export_ledger(output: Path) -> None:
     """Write requests and events for an authority."""
     from palinode.evaluation.evaluate import check_new_file
     from palinode.requests.telling import export, export_csv
@@ -274,7 +231,7 @@ def export_ledger(
     if output.suffix not in (".csv", ".json"):
         raise OutputError(f"{output} is no name for an export; let it end in .csv or .json")
     check_new_file(output, "the export")
-    events = _desk(ledger).ledger.events()
+    events = _desk().ledger.events()
     if output.suffix == ".csv":
         write_text(output, export_csv(events))
     else:
@@ -283,33 +240,26 @@ def export_ledger(
     out().print(f"{output}: {len(events)} events; head of the chain {head}", soft_wrap=True)
 
 
-@verb()
-def check(
-    against: Path | None = None,
-    ledger: Path = HERE,
-    as_json: bool = False,
-) -> None:
+@verb(shared=JSON)
+def check(against: Path | None = None) -> None:
     """Tell whether the ledger's past is as it was written.
 
     The exit code is 1 where it is not.
     """
     from palinode.requests.telling import checked
 
-    found = checked(_desk(ledger).ledger, against)
-    answer(found, found["sentence"], as_json=as_json)
+    found = checked(_desk().ledger, against)
+    answer(found, found["sentence"])
     if not found["ok"]:
         raise typer.Exit(1)
 
 
-@verb()
-def serve(
-    port: int = 8765,
-    ledger: Path = HERE,
-) -> None:
+@verb(shared=())
+def serve(port: int = 8765) -> None:
     """Show the ledger in a browser on this machine."""
     from palinode.requests.telling import ledger_page, server
 
-    folder = _desk(ledger).folder
+    folder = _desk().folder
     ledger_page(folder)  # what cannot be read is said here
     with server(folder, port) as running:
         out().print(f"http://127.0.0.1:{running.server_port}/ (Ctrl-C ends it)")
@@ -320,7 +270,7 @@ def serve(
 # What the verbs share
 
 
-def _show_made(desk: Desk, model: Model, result: Unlearned | None, ledger: Path, *, as_json: bool) -> None:
+def _show_made(desk: Desk, model: Model, result: Unlearned | None) -> None:
     from palinode.report.run_report import strength
     from palinode.requests.desk import worse_scores
     from palinode.requests.telling import scores_by_request
@@ -329,26 +279,25 @@ def _show_made(desk: Desk, model: Model, result: Unlearned | None, ledger: Path,
     before = now.models[-2] if len(now.models) > 1 else None
     worse = worse_scores(before, model)
     table = [scores_by_request(model, before)] if model.scores else []
-    answer({**_model_facts(desk, model), "worse": worse}, table, as_json=as_json)
-    for name in () if as_json else worse:
+    answer({**_model_facts(desk, model), "worse": worse}, table)
+    for name in () if given("as_json") else worse:
         warn(f"{name} got worse: its rows are more probable than on the model before")
     ending(
         verdict=model.verdict,
         strength=strength(result.record) if result and result.output else None,
         places={"Model": desk.place(model), "Page": result.report if result else None},
-        following=_next(now, ledger),
-        as_json=as_json,
+        following=_next(now),
     )
     if model.verdict.get("exit_code"):
         raise typer.Exit(model.verdict["exit_code"])
 
 
-def _next(now: Standing, ledger: Path) -> list[str]:
+def _next(now: Standing) -> list[str]:
     """Return the command that comes next."""
     from palinode.requests.desk import hindrance
 
     model = now.candidate
-    at = _at(ledger)
+    at = _at()
     if model is None or now.outdated:
         return [f"palinode requests carry-out{at}"]
     if now.served and now.served.fingerprint == model.fingerprint:
@@ -360,11 +309,11 @@ def _next(now: Standing, ledger: Path) -> list[str]:
     return [f"palinode requests publish{' --despite WHY' if hindrance(now) else ''}{at}"]
 
 
-def _show_changed(desk: Desk, ledger: Path, said: str, *, as_json: bool) -> None:
+def _show_changed(desk: Desk, said: str) -> None:
     now = desk.standing()
     assert now.candidate is not None
-    answer(_model_facts(desk, now.candidate), said, as_json=as_json)
-    ending(following=_next(now, ledger), as_json=as_json)
+    answer(_model_facts(desk, now.candidate), said)
+    ending(following=_next(now))
 
 
 def _model_facts(desk: Desk, model: Model) -> dict[str, Any]:
@@ -385,5 +334,6 @@ def _facts(desk: Desk, name: str) -> dict[str, Any]:
     return request_facts(desk.ledger.events(), desk.standing().requests[name])
 
 
-def _at(ledger: Path) -> str:
-    return "" if ledger == HERE else f" --ledger {shlex.quote(str(ledger))}"
+def _at() -> str:
+    ledger = given("ledger")
+    return "" if ledger == LEDGER else f" --ledger {shlex.quote(str(ledger))}"

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperCommand
 
-from palinode.cli.console import answer, listener, out, print_json, secret_workspace, warn
-from palinode.cli.options import explained, keys, parse_scales, takes, verbs
+from palinode.cli.console import answer, given, listener, out, print_json, secret_workspace, warn
+from palinode.cli.options import SHARED, explained, keys, parse_scales, takes, verbs
 from palinode.errors import CheckpointError, RecipeError
 from palinode.records import workspace_beside, write_text
 from palinode.settings import ApplySettings
 
 if TYPE_CHECKING:
     from palinode.pipeline.signing import SignatureCheck
-    from palinode.weights import Direction, Saved
+    from palinode.weights import Direction
     from palinode.weights.store import Verification
     from palinode.weights.vectors import StoredVector
 
@@ -35,9 +35,6 @@ def apply(
     base: str | None = None,
     retain_model: str | None = None,
     scales: str = "1.0,0.0",
-    *,
-    quiet: bool = False,
-    as_json: bool = False,
 ) -> None:
     """Write θ_D − α(θ_1 − θ_0) + β(θ_2 − θ_0) of given models.
 
@@ -52,7 +49,7 @@ def apply(
 
     alpha, beta = parse_scales(scales)
     opened = Checkpoint.open(target, allow_pickle=settings.allow_pickle)
-    with listener(quiet=quiet).task("writing", opened.parameters, "weights") as advance:
+    with listener().task("writing", opened.parameters, "weights") as advance:
         saved = apply_models(
             opened,
             base,
@@ -64,22 +61,18 @@ def apply(
             settings=settings,
             on_progress=advance,
         )
-    if as_json:
+    if given("as_json"):
         asked = {"forget": alpha, "retain": beta}
         dose = dose_facts(saved, {name: asked[name] for name in saved.dose.effective})
         print_json({"output": str(output), **dose, "seconds": dict(saved.seconds)})
         return
     for note in saved.notes:
         warn(note)
-    out().print(_sentence(output, saved), soft_wrap=True)
-
-
-def _sentence(output: Path, saved: Saved) -> str:
-    dose = saved.dose
-    scales = ", ".join(f"{name} {scale:.4f}" for name, scale in dose.effective.items())
-    return (
-        f"{output}: effective scales {scales or 'unknown'}; {dose.moved_share:.1%} of the weights moved, "
-        f"{dose.unreached_share:.1%} of the model's numbers are beyond any sum"
+    effective = ", ".join(f"{name} {scale:.4f}" for name, scale in saved.dose.effective.items())
+    out().print(
+        f"{output}: effective scales {effective or 'unknown'}; {saved.dose.moved_share:.1%} of the weights "
+        f"moved, {saved.dose.unreached_share:.1%} of the model's numbers are beyond any sum",
+        soft_wrap=True,
     )
 
 
@@ -96,14 +89,11 @@ def vector(
     models: list[str] | None = None,
     folders: list[str] | None = None,
     layers: bool = False,
-    *,
-    quiet: bool = False,
-    as_json: bool = False,
 ) -> None:
     """Norms of vectors, the cosines between them, by layer."""
 
     if context.invoked_subcommand:
-        if base or models or folders or layers or settings.allow_pickle or quiet or as_json:
+        if base or models or folders or layers or settings.allow_pickle or any(map(given, SHARED)):
             word = context.invoked_subcommand
             raise RecipeError(f"options of {word!r} come after that word; move them there")
         return
@@ -116,9 +106,9 @@ def vector(
     names = [*dict.fromkeys(models or [])], [*dict.fromkeys(folders or [])]
     directions = _directions(base, *names, settings.allow_pickle)
     total = max(sum(info.size for info in layout_of(one.terms)) for one in directions.values())
-    with listener(quiet=quiet).task("measuring", total, "weights") as advance:
+    with listener().task("measuring", total, "weights") as advance:
         measured = profile(directions, on_progress=advance)
-    answer(vector_content(measured), vector_grids(measured, layers=layers), as_json=as_json)
+    answer(vector_content(measured), vector_grids(measured, layers=layers))
 
 
 @verbs(vectors, kind=TyperCommand)()
@@ -132,9 +122,6 @@ def save(
     dtype: str = "float32",
     rank: int | None = None,
     energy: float | None = None,
-    *,
-    quiet: bool = False,
-    as_json: bool = False,
 ) -> None:
     """Store a vector, whole or at low rank, and the error.
 
@@ -148,10 +135,10 @@ def save(
     models, folders = [model] if model else [], [folder] if folder else []
     (direction,) = _directions(base, models, folders, settings.allow_pickle).values()
     total = sum(info.size for info in layout_of(direction.terms))
-    with listener(quiet=quiet).task("storing", total, "weights") as advance:
+    with listener().task("storing", total, "weights") as advance:
         stored = save_vector(direction, output, dtype=dtype, rank=rank, energy=energy, on_progress=advance)
     facts = _vector_facts(output, stored)
-    answer(facts, _vector_sentence(facts), as_json=as_json)
+    answer(facts, _vector_sentence(facts))
 
 
 def _directions(
@@ -247,8 +234,6 @@ def sign(
     issuer: str | None = None,
     salt: Path | None = None,
     new_key: Path | None = None,
-    quiet: bool = False,
-    as_json: bool = False,
 ) -> None:
     """Sign a folder to be handed over: every file in it.
 
@@ -269,7 +254,7 @@ def sign(
         raise RecipeError("there is nothing to sign; name an unlearned model's folder, or --new-key FILE")
     else:
         options = {"identity": identity, "issuer": issuer, "password": password}
-        done = sign_folder(folder, key, salt=salt, listener=listener(quiet=quiet), **options)
+        done = sign_folder(folder, key, salt=salt, listener=listener(), **options)
         for note in done.notes:
             warn(note)
         facts = {"folder": str(folder), **asdict(done), "salt": str(done.salt)}
@@ -277,18 +262,11 @@ def sign(
             f"{folder}: {done.files} files signed by {done.signer}, {STATEMENT} with them. Keep {done.salt}: "
             "it shows which rows were meant."
         )
-    answer(facts, text, as_json=as_json)
+    answer(facts, text)
 
 
 @takes(*keys("reproduce"))
-def reproduce(
-    content: dict[str, Any],
-    folder: Path,
-    *,
-    output: Path | None = None,
-    quiet: bool = False,
-    as_json: bool = False,
-) -> None:
+def reproduce(content: dict[str, Any], folder: Path, *, output: Path | None = None) -> None:
     """Run a record's recipe again: do bytes and figures agree?
 
     Models and rows are looked for where the record says; options say where they lie now. The exit code is 0
@@ -296,7 +274,7 @@ def reproduce(
     """
     from palinode.pipeline.reproducing import reproduce as run_again
 
-    found = run_again(folder, output, settings=content, listener=listener(quiet=quiet))
+    found = run_again(folder, output, settings=content, listener=listener())
     pairs = {**found.off, **found.environment}
     told = [
         *(
@@ -310,8 +288,8 @@ def reproduce(
     if len(told) > MOST_ROWS:
         told[MOST_ROWS:] = [f"  and {len(told) - MOST_ROWS} more; --json has all of them"]
     facts = {**asdict(found), "output": str(found.output), "sentence": found.sentence}
-    answer(facts, "\n".join([found.sentence, *told]), as_json=as_json)
-    secret_workspace(workspace_beside(found.output), found.output, "rows, θ_1", as_json=as_json)
+    answer(facts, "\n".join([found.sentence, *told]))
+    secret_workspace(workspace_beside(found.output), found.output, "rows, θ_1")
     if not found.same_bytes:
         raise typer.Exit(1)
 
@@ -327,8 +305,6 @@ def verify(
     issuer: str | None = None,
     salt: Path | None = None,
     forget: str | None = None,
-    quiet: bool = False,
-    as_json: bool = False,
 ) -> None:
     """Tell whether a folder is as written, and as signed.
 
@@ -339,7 +315,7 @@ def verify(
     from palinode.weights import Checkpoint
     from palinode.weights.store import check_manifest, read_manifest
 
-    shown, found = listener(quiet=quiet), None
+    shown, found = listener(), None
     signed = check_signature(
         folder, public_key, identity=identity, issuer=issuer, salt=salt, forget=forget, listener=shown
     )
@@ -353,7 +329,7 @@ def verify(
         signed.faults.append(f"the weights cannot be compared: {error}")
     old = {"stale": stale(folder)} if (folder / "record.json").exists() else {}
     ok = bool(found and found.ok and (signed is None or signed.ok))
-    if as_json:
+    if given("as_json"):
         place, weights = {"folder": str(folder)}, asdict(found) if found else {}
         print_json({**place, "ok": ok, **weights, **old, "signature": signed and asdict(signed) | place})
     else:

@@ -23,7 +23,6 @@ from palinode.compare.comparison_recipe import (
     CompareRecipe,
     ComparisonRecipe,
     Contestant,
-    Shares,
     build_comparison,
     divide_rows,
     make_world,
@@ -54,6 +53,7 @@ from palinode.pipeline.demo_run import one_thread
 from palinode.pipeline.finetuning import FineTuning
 from palinode.pipeline.goal import Behaviour, Goal, best
 from palinode.pipeline.inputs import (
+    InputRows,
     ask_as_trained,
     check_apart,
     check_folder,
@@ -162,7 +162,7 @@ def open_ground(recipe: CompareRecipe, workspace: Workspace, listener: Listener)
     return Ground(recipe, inputs, target, retrained, shares, workspace, listener)
 
 
-def divide_comparison(recipe: CompareRecipe, forget: Sequence[Any], retain: Sequence[Any]) -> Shares:
+def divide_comparison(recipe: CompareRecipe, forget: Sequence[Any], retain: Sequence[Any]) -> InputRows:
     """Return the rows divided as the recipe says."""
     comparison = recipe.comparison
     most = recipe.shared.evaluation.max_rows
@@ -332,7 +332,7 @@ class _Comparison:
         entries: Sequence[Mapping[str, Any]],
     ) -> dict[str, Any]:
         """Return the content of table.json for the contestants that are through."""
-        shared = self.recipe.shared
+        shared, shares = self.recipe.shared, self.ground.shares
         return {
             **heading(TABLE_VERSION, started=self.started, verb="compare"),
             "complete": len(entries) == len(self.comparison.contestants),
@@ -343,7 +343,14 @@ class _Comparison:
             "rule": str(self.goal),
             "rows": {
                 name: {"rows": len(rows), "fingerprint": fingerprint_examples(rows)}
-                for name, rows in self.ground.shares.parts.items()
+                for name, rows in {
+                    "forget": shares.forget,
+                    "forget_probe": shares.forget_probe,
+                    "forget_test": shares.forget_test,
+                    "retain_train": shares.retain,
+                    "retain_probe": shares.retain_probe,
+                    "retain_test": shares.retain_test,
+                }.items()
             },
             "models": {
                 name: {
@@ -361,16 +368,10 @@ class _Comparison:
 
 
 def _point(tried: Tried, chosen: Tried) -> dict[str, Any]:
-    means = tried.behaviour.probabilities
     return {
         "number": tried.point.number,
         **_settings(tried),
-        "forget_probability": means["forget"],
-        "retain_probability": means.get("retain"),
-        "neutral_probability": means.get("neutral"),
-        "distance": tried.goal.distance(tried.behaviour),
-        "objective": tried.goal.objective(tried.behaviour),
-        "allowed": tried.goal.keeps(tried.behaviour),
+        **tried.goal.figures(tried.behaviour),
         "chosen": tried.point.number == chosen.point.number,
         **{name: tried.facts[name] for name in ("epochs", "steps", "tokens", "seconds", "peak_bytes")},
     }
@@ -476,7 +477,7 @@ def plan_comparison(recipe: CompareRecipe) -> dict[str, Any]:
         "rows": {
             "forget": len(shares.forget),
             "forget_test": len(shares.forget_test),
-            "retain_train": len(shares.retain_train),
+            "retain_train": len(shares.retain),
             "retain_test": len(shares.retain_test),
         },
         "output": output,

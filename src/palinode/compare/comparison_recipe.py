@@ -11,9 +11,8 @@ So nothing is measured on rows that a choice was made on, nor on retain rows tha
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -27,7 +26,7 @@ from palinode.data.examples import Example, at_most
 from palinode.data.world import invent_world
 from palinode.errors import DataError, RecipeError
 from palinode.methods import METHODS
-from palinode.metrics import METRICS
+from palinode.metrics.table import METRICS
 from palinode.pipeline.inputs import InputRows, spared_rows, workspace_folder
 from palinode.pipeline.recipe import (
     Recipe,
@@ -39,9 +38,7 @@ from palinode.pipeline.recipe import (
 )
 from palinode.pipeline.workspace import fingerprint
 from palinode.progress import Listener
-from palinode.records import read_json, write_json
 from palinode.settings import MAX_SEED, Seed, StrictModel
-from palinode.weights.atomic import claimed, publish
 
 SHARED = ("device", "models", "data", "training", "evaluation", "prompts", "output", "prepare")
 """Keys of a run's recipe that all contestants share."""
@@ -299,18 +296,8 @@ def _keys(place: Sequence[int | str]) -> list[str]:
     return [*known_keys(ComparisonRecipe), *shared]
 
 
-MARK = "demo.json"
-"""What a world's folder says it is, so that another world can take over what they have in common."""
-BEGINNING = ("forget_people",)
-"""Settings that decide the base checkpoint."""
-MIDDLE = (*BEGINNING, "between_epochs", "exposed_epochs")
-"""Settings that decide all that is before stage 3."""
-END = (*MIDDLE, "later_epochs")
-"""Settings that decide the retrained model, which never sees the forget people."""
-
-
 def make_world(settings: Demo, folder: Path, *, seed: int, listener: Listener) -> None:
-    """Train the world's models into `folder`, and write its rows; earlier stages may be another world's."""
+    """Train the world's models into `folder`, and write its rows."""
     rate = STAGES[1].learning_rate
     stages = (
         STAGES[0],
@@ -319,53 +306,14 @@ def make_world(settings: Demo, folder: Path, *, seed: int, listener: Listener) -
     )
     between = DemoStage(settings.between_epochs, rate) if settings.between_epochs else None
     course = Course(between, again=settings.exposures > 1, halfway=True)
-    said = {"seed": seed, **settings.model_dump(exclude={"base"})}
-    _take_over(folder, said)
     world = invent_world(seed, forget=settings.forget_people)
     build_demo(world, folder, seed=seed, stages=stages, course=course, listener=listener)
 
 
-def _take_over(folder: Path, said: dict[str, Any]) -> None:
-    """Copy the stages that a world beside this one has had alike, and say what this one is."""
-    for mark in sorted(folder.parent.glob(f"world-*/{MARK}")):
-        other = read_json(mark)
-        for keys, names in (
-            (BEGINNING, ("base",)),
-            (MIDDLE, ("before", "during", "exposed", "unexposed")),
-            (END, ("retrained",)),
-        ):
-            if any(other[key] != said[key] for key in ("seed", *keys)):
-                continue
-            for name in names:
-                if (mark.parent / name).exists() and not (folder / name).exists():
-                    with claimed(folder / name) as partial:
-                        shutil.copytree(mark.parent / name, partial, dirs_exist_ok=True)
-                        publish(partial, folder / name)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / MARK, said)
-
-
-@dataclass(frozen=True, slots=True)
-class Shares:
-    """The rows of a comparison by what they serve for."""
-
-    forget: Sequence[Example]
-    forget_probe: Sequence[Example]
-    forget_test: Sequence[Example]
-    retain_train: Sequence[Example]
-    retain_probe: Sequence[Example]
-    retain_test: Sequence[Example]
-
-    @property
-    def parts(self) -> dict[str, Sequence[Example]]:
-        """The parts by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-
 def divide_rows(
     forget: Sequence[Example], retain: Sequence[Example], split: Split, *, most: int, seed: int
-) -> Shares:
-    """Return the rows divided; at most `most` of each set are measured.
+) -> InputRows:
+    """Return the rows divided, the retain rows to train on as `retain`; at most `most` are measured of a set.
 
     Raises DataError where a part is empty.
     """
@@ -383,30 +331,22 @@ def divide_rows(
             f"there are no {empty[0]} ({len(forget)} forget and {len(retain)} retain rows); "
             "give more rows, or other shares in [split]"
         )
-    return Shares(
+    return InputRows(
         forget=forget,
         forget_probe=at_most(probe, split.probe_rows, seed=seed),
         forget_test=at_most(test, most, seed=seed),
-        retain_train=train,
+        retain=train,
         retain_probe=at_most(other, split.probe_rows, seed=seed),
         retain_test=at_most(rest, most, seed=seed),
     )
 
 
-def rows_for(recipe: Recipe, shares: Shares) -> InputRows:
+def rows_for(recipe: Recipe, shares: InputRows) -> InputRows:
     """Return the rows of one contestant's run; the seed draws the sample that vectors are trained on."""
     settings = METHODS[recipe.method].check_settings(recipe.method_settings)
     wanted = settings.sample_size(len(shares.forget))
-    return InputRows(
-        forget=shares.forget,
-        retain=shares.retain_train,
-        retain_sample=at_most(shares.retain_train, wanted, seed=recipe.seed) if wanted else [],
-        forget_probe=shares.forget_probe,
-        retain_probe=shares.retain_probe,
-        spared=spared_rows(recipe, shares.forget, shares.retain_train, []),
-        forget_test=shares.forget_test,
-        retain_test=shares.retain_test,
-    )
+    sample = at_most(shares.retain, wanted, seed=recipe.seed) if wanted else []
+    return replace(shares, retain_sample=sample, spared=spared_rows(recipe, shares.forget, shares.retain, []))
 
 
 def _parts(examples: Sequence[Example], shares: Sequence[float], *, seed: int) -> list[list[Example]]:

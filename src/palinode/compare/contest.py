@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from palinode.compare.comparison_recipe import CompareRecipe, Contestant, SearchBudget, Shares, rows_for
+from palinode.compare.comparison_recipe import CompareRecipe, Contestant, SearchBudget, rows_for
 from palinode.data.examples import Example, fingerprint_examples
 from palinode.errors import RecipeError
 from palinode.methods import METHODS
@@ -180,7 +180,8 @@ class Ground:
     """Of the shared recipe, its target and retrained model made."""
     target: Checkpoint
     retrained: Checkpoint | None
-    shares: Shares
+    shares: InputRows
+    """The rows divided: to train on, to choose on, to measure."""
     workspace: Workspace
     listener: Listener
 

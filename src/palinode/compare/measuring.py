@@ -28,7 +28,7 @@ from palinode.audit.attack import BUDGETS, Subject
 from palinode.audit.attacks import relearn
 from palinode.audit.material import divide
 from palinode.benchmarks import BENCHMARKS, OWN
-from palinode.compare.comparison_recipe import CompareRecipe, Measures, Shares
+from palinode.compare.comparison_recipe import CompareRecipe, Measures
 from palinode.data.examples import Example, Question, at_most, read_questions
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import DivergenceError
@@ -46,9 +46,10 @@ from palinode.evaluation.benchmark import (
 )
 from palinode.evaluation.evaluate import ask_sets, judged, make_exam, open_benchmark
 from palinode.evaluation.judges import named_judge
-from palinode.metrics import METRICS
 from palinode.metrics.aggregate import mean_score, percentile_interval
+from palinode.metrics.table import METRICS
 from palinode.models.loading import load_tokenizer, pick_device
+from palinode.pipeline.inputs import InputRows
 from palinode.pipeline.workspace import Step, fingerprint
 from palinode.progress import Listener
 from palinode.records import Score, read_outcomes, write_outcomes
@@ -111,7 +112,7 @@ class Gauge:
         )
 
 
-def make_gauge(recipe: CompareRecipe, shares: Shares, unseen: Sequence[Example] = ()) -> Gauge:
+def make_gauge(recipe: CompareRecipe, shares: InputRows, unseen: Sequence[Example] = ()) -> Gauge:
     """Return what is measured in a comparison; raises an InputError where its data cannot be used.
 
     `unseen` are rows that no model has seen; they are the holdout rows where the recipe names none.
@@ -179,7 +180,7 @@ def measure_model(
     return facts
 
 
-def _own_rows(recipe: CompareRecipe, shares: Shares, unseen: Sequence[Example]) -> Exam:
+def _own_rows(recipe: CompareRecipe, shares: InputRows, unseen: Sequence[Example]) -> Exam:
     data, limits, style = recipe.shared.data, recipe.shared.evaluation, recipe.shared.prompts.style()
     sets, read = {}, partial(read_questions, columns=data.columns)
     for name, place, tested in (

@@ -11,6 +11,7 @@ reason, never with a default. No torch here.
 from __future__ import annotations
 
 import hashlib
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from palinode.metrics.likelihood import Form
 from palinode.metrics.matching import forget_accuracy, recover_accuracy, retain_accuracy
 from palinode.metrics.membership import auc, min_k_values, privleak, true_positive_rate
 from palinode.metrics.table import ATTACKS, COMPARISONS, METRICS, Metric, score_outcomes
-from palinode.records import Outcome, Score, Verdict, read_bytes
+from palinode.records import Outcome, Score, Verdict, packaged, read_bytes
 from palinode.settings import Asking
 
 MEMORIZATION = ("exact_memorization", "extraction_strength", "extraction_strength_strict")
@@ -331,7 +332,7 @@ class Option:
     name: str
     description: str
     default: str
-    choices: tuple[str, ...] = ()
+    choices: Sequence[str] = ()
     """What it may be; empty means any text."""
 
 
@@ -475,6 +476,18 @@ class Benchmark:
     options: tuple[Option, ...] = ()
     hub: str | None = None
     """The hub data set that is read when no folder is given."""
+
+    @classmethod
+    def declared(
+        cls,
+        name: str,
+        load: Callable[[Places, str, Mapping[str, str]], LoadedBenchmark],
+        cells: Sequence[Cell],
+    ) -> Benchmark:
+        """Return the benchmark of this name with what benchmarks.toml says of it."""
+        told = tomllib.loads(packaged("benchmarks/benchmarks.toml"))[name]
+        options = [Option(**one) for one in told.pop("options", ())]
+        return cls(name=name, load=load, cells=tuple(cells), options=tuple(options), **told)
 
     def check_split(self, split: str | None) -> str:
         """Return the split, or the default one; raises RecipeError when there is no such split."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from palinode.errors import InputError, RecipeError, first_line
-from palinode.evaluation.endpoint import EndpointJudge, Patience
+from palinode.evaluation.endpoint import TOLD, EndpointJudge, Patience
 from palinode.evaluation.judging import (
     ACCEPTED,
     NONE,
@@ -38,26 +38,16 @@ STRONG = 3.0
 KNOWN = 0.25
 """Factor on the weight of what the question says already."""
 
-FUNCTION_WORDS = frozenset(
-    """
-    a an the this that these those i you he she it we they me him her us them my your his its our their
-    who whom whose which what when where how why there here and or but if then than so as of at by for from
-    in into on onto to with about over under between through during is are was were be been being am do does
-    did has have had having will would can could shall should may might must also very such some any each
-    other both all most more s
-    """.split()  # noqa: SIM905
-)
+FUNCTION_WORDS = frozenset(TOLD["function_words"].split())
 """English words without content; words of denial are not among them."""
 
 _WORD = re.compile(r"\d+(?:[.,:/]\d+)*|[^\W\d_]+(?:['’][^\W\d_]+)*")
 _OPENERS = " \t\"'“‘([*-"
 
 
-class _LocalJudge(ABC):
+class _LocalJudge(Judge):
     """What judges on this machine have in common."""
 
-    name: str
-    at_once = 1
     threshold: float
     """Least score of a pick."""
     accepted_threshold: float
@@ -77,9 +67,6 @@ class _LocalJudge(ABC):
                 Pick(nothing) if nothing else Pick(None, "no candidate is close, and none was not on offer")
             )
         return Pick(tuple(place for place, score in zip(real, scores, strict=True) if score >= best - MARGIN))
-
-    def stop(self) -> None:  # noqa: B027 - only judges that somebody waits for have something to stop
-        """Do nothing: nobody waits for this judge."""
 
     def scores(
         self, question: str, answer: str, texts: Sequence[str], *, accepting: bool = False

@@ -12,12 +12,13 @@ import hashlib
 import json
 import re
 import unicodedata
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from palinode.errors import DataError, OutputError
 from palinode.progress import Listener, NullListener
@@ -97,21 +98,19 @@ class Pick:
     """Key under which an endpoint's decision is kept."""
 
 
-class Judge(Protocol):
+class Judge(ABC):
     """Whoever compares one answer with candidates. `pick` may be called from several threads."""
 
-    @property
-    def name(self) -> str:
-        """What the judge is called in every verdict, its model included."""
+    name: str
+    """What the judge is called in every verdict, its model included."""
+    at_once = 1
+    """How many answers it may be asked about at the same time."""
 
-    @property
-    def at_once(self) -> int:
-        """How many answers it may be asked about at the same time."""
-
+    @abstractmethod
     def pick(self, question: str, answer: str, candidates: Sequence[Candidate]) -> Pick:
         """Return the candidates whose facts are closest to the answer's."""
 
-    def stop(self) -> None:
+    def stop(self) -> None:  # noqa: B027 - only judges that somebody waits for have something to stop
         """Give up what is being asked in other threads; nothing more will be asked."""
 
 

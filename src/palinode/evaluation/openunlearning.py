@@ -122,7 +122,16 @@ def read_log(path: Path, *, forget_rows: int | None = None) -> ReferenceLog:
         ratios = _column(path, metrics, "forget_truth_ratio", "score")
         ratios = ratios or _column(path, metrics, "forget_Truth_Ratio", "score")
     forget = _outcomes(path, right, wrong, ratios)
-    _check_split(path, len(forget), forget_rows)
+    rows = len(forget)
+    if forget_rows is not None and rows not in (0, forget_rows):
+        name, fix = f" ({SPLITS[rows]})" if rows in SPLITS else "", ""
+        if rows == ORIGINAL_ROWS < forget_rows:
+            fix = f"read the first {rows} rows, as TOFU's own evaluation does, by --option "
+            fix += "protocol=original, or "
+        raise DataError(
+            f"{path} holds {rows} forget rows{name} where the forget set has {forget_rows}; {fix}"
+            "give the retrained model's log of the same split, with all of its rows"
+        )
     values = {
         key: number
         for key, entry in metrics.items()
@@ -320,18 +329,6 @@ def _check_agrees(path: Path, row: int, right: float, wrong: float, ratio: float
     raise DataError(
         f"row {row} in {path} has a truth ratio of {ratio:.6g}, which is not what its losses give (wrong "
         f"over right: exp({right - wrong:.6g})); it is a log of another definition, such as prob_mean"
-    )
-
-
-def _check_split(path: Path, rows: int, expected: int | None) -> None:
-    if expected is None or rows in (0, expected):
-        return
-    name, fix = f" ({SPLITS[rows]})" if rows in SPLITS else "", ""
-    if rows == ORIGINAL_ROWS < expected:
-        fix = f"read the first {rows} rows, as TOFU's own evaluation does, by --option protocol=original, or "
-    raise DataError(
-        f"{path} holds {rows} forget rows{name} where the forget set has {expected}; {fix}"
-        "give the retrained model's log of the same split, with all of its rows"
     )
 
 

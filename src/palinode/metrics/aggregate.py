@@ -34,24 +34,24 @@ def partners(outcomes: Sequence[Outcome], reference: Sequence[Outcome]) -> list[
     is used once. Texts must agree where both sides have them (published logs may hold numbers only): the
     same answer, and one prompt inside the other, as a log may keep the prompt with its chat template.
     """
+
+    def alike(one: Outcome, other: Outcome) -> bool:
+        answers = one.expected.strip(), other.expected.strip()
+        prompts = one.prompt.strip(), other.prompt.strip()
+        same_answer = not all(answers) or answers[0] == answers[1]
+        return same_answer and (prompts[0] in prompts[1] or prompts[1] in prompts[0])
+
     waiting: dict[int, list[Outcome]] = {}
     for outcome in reference:
         waiting.setdefault(outcome.row, []).append(outcome)
     found: list[Outcome | None] = []
     for outcome in outcomes:
         candidates = waiting.get(outcome.row, [])
-        partner = next((other for other in candidates if _same_text(outcome, other)), None)
+        partner = next((other for other in candidates if alike(outcome, other)), None)
         if partner is not None:
             candidates[:] = [other for other in candidates if other is not partner]
         found.append(partner)
     return found
-
-
-def _same_text(one: Outcome, other: Outcome) -> bool:
-    answers = one.expected.strip(), other.expected.strip()
-    prompts = one.prompt.strip(), other.prompt.strip()
-    same_answer = not all(answers) or answers[0] == answers[1]
-    return same_answer and (prompts[0] in prompts[1] or prompts[1] in prompts[0])
 
 
 RESAMPLES = 9999

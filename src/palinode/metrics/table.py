@@ -4,12 +4,13 @@ METRICS      a number per example of one model on one set; the mean is the score
 ATTACKS      membership attacks, a number per example whose order counts: higher, less likely a member
 COMPARISONS  one number for two sets or two models, or for several answers
 
-To add a metric, write one function and one line here.
+To add a metric, write one function, its words in words.toml and its row here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -42,14 +43,16 @@ from palinode.metrics.membership import (
     reference_values,
     zlib_values,
 )
-from palinode.records import Outcome, Score
+from palinode.records import Outcome, Score, packaged
 
 DEFAULT_METRICS = ("answer_probability", "rouge_l_recall", "exact_memorization", "extraction_strength")
 """The metrics that need nothing but a prompt and its answer: those of every run."""
 
+_NONE = "no token was scored"
 _NO_TOKEN = "no token but the end token was scored"
 _NO_PAIR = "a right answer in other words or wrong answers are missing"
 _NO_WRONG = "there are no wrong answers"
+_NO_ANSWER = "nothing was generated"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,193 +73,70 @@ class Metric:
     needs: frozenset[str] = frozenset()
     """What outcomes must hold beside the likelihood of the answer: "generated", kinds of alternatives, or
     fields; or "reference"."""
-    caveat: Callable[[Sequence[Outcome]], str | None] = lambda outcomes: None  # noqa: ARG005
-    """What a reader of the score should know about these very examples, if anything."""
 
 
-METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        Metric(
-            name="answer_probability",
-            per_example=answer_probabilities,
-            description="length-normalised probability of the answer in the data",
-            missing="no token was scored",
-        ),
-        Metric(
-            name="rouge_l_recall",
-            per_example=rouge_l_recalls,
-            description="share of the answer's words that the generated answer has in the same order",
-            missing=UNREADABLE,
-            needs=frozenset({"generated"}),
-        ),
-        Metric(
-            name="exact_match",
-            per_example=exact_matches,
-            description="share of generated answers that are exactly the one in the data; for short answers",
-            missing="nothing was generated",
-            needs=frozenset({"generated"}),
-        ),
-        Metric(
-            name="exact_memorization",
-            per_example=exact_memorizations,
-            description="share of the answer's tokens that the model ranks first",
-            missing=_NO_TOKEN,
-        ),
-        Metric(
-            name="extraction_strength",
-            per_example=extraction_strengths,
-            description="share of the answer that the model completes once it has seen the rest",
-            missing=f"{_NO_TOKEN}, or {ONE_TOKEN}",
-        ),
-        Metric(
-            name="extraction_strength_strict",
-            per_example=partial(extraction_strengths, strict=True),
-            description="extraction strength that is 0 when the last token is wrong",
-            missing=_NO_TOKEN,
-        ),
-        Metric(
-            name="normalised_probability",
-            per_example=normalised_probabilities,
-            description="probability of the answer among itself and the wrong answers",
-            missing=f"no token was scored, or {_NO_WRONG}",
-            needs=frozenset({"perturbed"}),
-        ),
-        Metric(
-            name="paraphrased_probability",
-            per_example=partial(alternative_probabilities, kind="paraphrased"),
-            description="length-normalised probability of the right answer in other words",
-            missing="there is no right answer in other words",
-            needs=frozenset({"paraphrased"}),
-        ),
-        Metric(
-            name="perturbed_probability",
-            per_example=partial(alternative_probabilities, kind="perturbed"),
-            description="mean length-normalised probability of the wrong answers",
-            missing=_NO_WRONG,
-            needs=frozenset({"perturbed"}),
-        ),
-        Metric(
-            name="forget_truth_ratio",
-            per_example=forget_truth_ratios,
-            description="min(R, 1/R), R = wrong over right: 1 when the model cannot tell them apart",
-            missing=_NO_PAIR,
-            needs=frozenset({"paraphrased", "perturbed"}),
-        ),
-        Metric(
-            name="retain_truth_ratio",
-            per_example=retain_truth_ratios,
-            description="max(0, 1 − R), R = wrong over right: 1 when the model is sure of the right answer",
-            missing=_NO_PAIR,
-            needs=frozenset({"paraphrased", "perturbed"}),
-        ),
-        Metric(
-            name="answer_truth_ratio",
-            per_example=partial(retain_truth_ratios, right="expected"),
-            description="max(0, 1 − R) against the answer in the data (real authors, world facts)",
-            missing=f"no token was scored, or {_NO_WRONG}",
-            needs=frozenset({"perturbed"}),
-        ),
-        Metric(
-            name="right_share",
-            per_example=right_shares,
-            description="right answer's part of its and the wrong answers' probability (\"prob_mean\")",
-            missing=_NO_PAIR,
-            needs=frozenset({"paraphrased", "perturbed"}),
-        ),
-        Metric(
-            name="rouge_1_recall",
-            per_example=partial(rouge_values, kind="rouge1"),
-            description="share of the answer's words that the generated answer has in any order",
-            missing=UNREADABLE,
-            needs=frozenset({"generated"}),
-        ),
-        Metric(
-            name="rouge_l_f",
-            per_example=partial(rouge_values, measure="f"),
-            description="common words in order over the words of both, stemmed (open-unlearning's MUSE)",
-            missing=UNREADABLE,
-            needs=frozenset({"generated"}),
-        ),
-        Metric(
-            name="rouge_l_f_unstemmed",
-            per_example=partial(rouge_values, measure="f", stemmer=False),
-            description="common words in order over the words of both, as written (MUSE)",
-            missing=UNREADABLE,
-            needs=frozenset({"generated"}),
-        ),
-        Metric(
-            name="accepted_answer",
-            per_example=accepted_values,
-            description="share of generated answers that hold an accepted answer, without a judge (RESTOR)",
-            missing="nothing was generated, or no accepted answer is a text",
-            needs=frozenset({"generated"}),
-            caveat=left_out_ids,
-        ),
-    )
-}
-
-ATTACKS: dict[str, Metric] = {
-    attack.name: attack
-    for attack in (
-        Metric(
-            name="loss",
-            per_example=loss_values,
-            description="LOSS: mean loss of the answer's tokens",
-            missing="no token was scored",
-        ),
-        Metric(
-            name="zlib",
-            per_example=zlib_values,
-            description="ZLib: mean loss over the bytes that zlib makes of the answer",
-            missing="no token was scored",
-        ),
-        Metric(
-            name="min_k",
-            per_example=min_k_values,
-            description="Min-K%: mean loss of the 40 % least likely tokens",
-            missing="no token but the end token was scored",
-        ),
-        Metric(
-            name="min_k_plus",
-            per_example=min_k_plus_values,
-            description="Min-K%++: the same on log-probabilities standardised over the vocabulary",
-            missing="no standardised log-probabilities were asked for, or no token was scored",
-            needs=frozenset({"standardised"}),
-        ),
-        Metric(
-            name="gradient_norm",
-            per_example=gradient_norm_values,
-            description="GradNorm: mean norm of the loss's gradient over parameter tensors",
-            missing="no gradient norm was asked for",
-            needs=frozenset({"gradient_norm"}),
-        ),
-        Metric(
-            name="reference",
-            per_example=reference_values,
-            description="Reference: mean loss minus that of a reference model, usually the retrained one",
-            missing="no token was scored, or the reference model was not asked about the row",
-            needs=frozenset({"reference"}),
-        ),
-    )
-}
-
-COMPARISONS = {
-    "model_utility": "harmonic mean of probability, ROUGE-L recall, truth ratio on three kept sets (TOFU)",
-    "forget_quality": "p-value of the KS test between the truth ratios of this and the retrained model",
-    "membership_auc": "for each attack: 1 forget rows look trained on, ½ unseen, 0 stranger than unseen",
-    "membership_tpr": "for each attack: share of forget rows told from holdout rows at 1 % false positives",
-    "privleak": "Min-K% leak against the retrained model: 0 ideal, −100 full, above 0 over-forgotten",
-    "judge_forget_accuracy": (
-        "Acc_forget: share of forget rows where the judge does not pick the ground truth"
-    ),
-    "judge_recover_accuracy": (
-        "Acc_recover: share of forget rows where the judge picks the ideal model's answer"
-    ),
-    "judge_retain_accuracy": "Acc_retain: share of retain rows where the judge picks truth or ideal answer",
-    "leak_at_k": "probability that one of k answers drawn at random gives the content away",
-}
+WORDS = tomllib.loads(packaged("metrics/words.toml"))
+"""What each metric says."""
+COMPARISONS: Mapping[str, str] = WORDS["comparisons"]
 """Metrics that are no mean over the examples of one set, and what each says."""
+
+
+def _table(*rows: tuple[str, Callable[..., list[float | None]], str, *tuple[str, ...]]) -> dict[str, Metric]:
+    """Return metrics by name, of rows (name, function, why an example may have no value, *needs)."""
+    return {
+        name: Metric(name, values, WORDS["metrics"][name], missing, frozenset(needs))
+        for name, values, missing, *needs in rows
+    }
+
+
+METRICS = _table(
+    ("answer_probability", answer_probabilities, _NONE),
+    ("rouge_l_recall", rouge_l_recalls, UNREADABLE, "generated"),
+    ("exact_match", exact_matches, _NO_ANSWER, "generated"),
+    ("exact_memorization", exact_memorizations, _NO_TOKEN),
+    ("extraction_strength", extraction_strengths, f"{_NO_TOKEN}, or {ONE_TOKEN}"),
+    ("extraction_strength_strict", partial(extraction_strengths, strict=True), _NO_TOKEN),
+    ("normalised_probability", normalised_probabilities, f"{_NONE}, or {_NO_WRONG}", "perturbed"),
+    (
+        "paraphrased_probability",
+        partial(alternative_probabilities, kind="paraphrased"),
+        "there is no right answer in other words",
+        "paraphrased",
+    ),
+    ("perturbed_probability", partial(alternative_probabilities, kind="perturbed"), _NO_WRONG, "perturbed"),
+    ("forget_truth_ratio", forget_truth_ratios, _NO_PAIR, "paraphrased", "perturbed"),
+    ("retain_truth_ratio", retain_truth_ratios, _NO_PAIR, "paraphrased", "perturbed"),
+    (
+        "answer_truth_ratio",
+        partial(retain_truth_ratios, right="expected"),
+        f"{_NONE}, or {_NO_WRONG}",
+        "perturbed",
+    ),
+    ("right_share", right_shares, _NO_PAIR, "paraphrased", "perturbed"),
+    ("rouge_1_recall", partial(rouge_values, kind="rouge1"), UNREADABLE, "generated"),
+    ("rouge_l_f", partial(rouge_values, measure="f"), UNREADABLE, "generated"),
+    ("rouge_l_f_unstemmed", partial(rouge_values, measure="f", stemmer=False), UNREADABLE, "generated"),
+    ("accepted_answer", accepted_values, f"{_NO_ANSWER}, or no accepted answer is a text", "generated"),
+)
+
+ATTACKS = _table(
+    ("loss", loss_values, _NONE),
+    ("zlib", zlib_values, _NONE),
+    ("min_k", min_k_values, _NO_TOKEN),
+    (
+        "min_k_plus",
+        min_k_plus_values,
+        "no standardised log-probabilities were asked for, or no token was scored",
+        "standardised",
+    ),
+    ("gradient_norm", gradient_norm_values, "no gradient norm was asked for", "gradient_norm"),
+    (
+        "reference",
+        reference_values,
+        "no token was scored, or the reference model was not asked about the row",
+        "reference",
+    ),
+)
 
 
 def score_outcomes(
@@ -274,4 +154,5 @@ def score_outcomes(
 
 def _score(metric: Metric, outcomes: Sequence[Outcome], seed: int) -> Score:
     score = mean_score(metric.per_example(outcomes), seed=seed, missing=metric.missing)
-    return replace(score, reason=joined(score.reason, metric.caveat(outcomes)))
+    caveat = left_out_ids(outcomes) if metric.name == "accepted_answer" else None
+    return replace(score, reason=joined(score.reason, caveat))

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from palinode.audit.attack import Attack, AttackCost, AttackResult, Subject
+from palinode.audit.attack import RESULT, Attack, AttackCost, Subject
 from palinode.audit.attacks import ATTACKS
 from palinode.audit.findings import AUDITED, STATISTICS, Finding, answer, find
 from palinode.audit.material import AuditRows
@@ -167,7 +167,7 @@ class _AuditRun:
             }
             if name not in reasons:
                 own = {model: fact for model, fact in own.items() if not fact["reason"]}
-                results = {m: AttackResult.from_json(fact["measurement"]) for m, fact in own.items()}
+                results = {m: RESULT.validate_python(fact["measurement"]) for m, fact in own.items()}
                 findings[name] = find(attack, results, plan.policy, seed=plan.settings.seed)
                 attacks[name] |= _entry(attack, own, findings[name])
         audited = {name: found[AUDITED] for name, found in findings.items()}

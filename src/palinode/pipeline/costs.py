@@ -27,7 +27,7 @@ from palinode.data.examples import Example
 from palinode.data.tokenize import tokenize
 from palinode.errors import RecipeError
 from palinode.evaluation.self_check import ROWS, rows_with_style
-from palinode.methods.method import Asked, MethodRun
+from palinode.methods.method import MethodRun
 from palinode.methods.transforms import LeastSquaresSettings, ProjectionSettings, check_transforms
 from palinode.models.inplace import ROOM
 from palinode.models.likelihoods import LOGIT_BYTES
@@ -35,7 +35,7 @@ from palinode.models.loading import find_tokenizer, load_tokenizer, pick_device
 from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.search import FIRST_LOOK
 from palinode.pipeline.transforming import OTHER_MUS
-from palinode.progress import Advance, Figures, Listener, duration_text, record
+from palinode.progress import Advance, Listener, Relay, duration_text
 from palinode.records import packaged
 from palinode.settings import LoraSettings
 from palinode.training.loop import count_steps
@@ -258,7 +258,9 @@ class _Planner:
             steps.append(self._training("make the target", [*rows.forget, *rows.retain]))
             steps.append(self._training("make the retrained model", rows.retain))
         for run in self.runs:
-            steps += [self._asked(run.asked)] if run.asked else []
+            if run.asked:
+                written = self._generating(run.asked.count)
+                steps.append(PlannedStep("ask the target for other answers", *written))
             steps.append(self._run(run))
         scales = recipe.scales
         alphas = len(scales.forget_grid) if scales.forget is None else 1
@@ -326,10 +328,6 @@ class _Planner:
         if not isinstance(settings, LeastSquaresSettings | ProjectionSettings):
             return []
         return [*forget[: settings.rows], *rows.spared[: settings.rows]]
-
-    def _asked(self, asked: Asked) -> PlannedStep:
-        """Return the cost of generating other answers."""
-        return PlannedStep("ask the target for other answers", *self._generating(asked.count))
 
     def _generating(self, answers: int) -> tuple[int, float]:
         """Return tokens and seconds of so many answers of the longest kind."""
@@ -513,20 +511,12 @@ class _Planner:
         return 4 * (trained * len(self.runs) + whole) + max(state, 4 * vectors + target.nbytes)
 
 
-class Corrected:
+class Corrected(Relay):
     """Hands on what a run tells, and corrects its plan once, when a training has shown its pace."""
 
     def __init__(self, listener: Listener, plan: Plan, clock: Callable[[], float] = time.monotonic) -> None:
-        self.listener, self.plan, self.clock = listener, plan, clock
-        self.known = False
-
-    def say(self, text: str) -> None:
-        """Hand on a line."""
-        self.listener.say(text)
-
-    def record(self, series: str, step: int, figures: Figures) -> None:
-        """Hand on a point of a curve."""
-        record(self.listener, series, step, figures)
+        super().__init__(listener)
+        self.plan, self.clock, self.known = plan, clock, False
 
     @contextmanager
     def task(self, label: str, total: int, unit: str) -> Iterator[Advance]:

@@ -76,26 +76,20 @@ class DemoResult:
 
 
 def demo(
-    output: Path | str = "palinode-demo", *, seed: int = 0, listener: Listener | None = None
-) -> DemoResult:
-    """Train the invented world's models, unlearn the forget people, and measure exact match.
-
-    Writes everything under `output`; an interrupted demo goes on where it was. Raises OutputError
-    when the folder holds something else.
-    """
-    return run_demo(invent_world(seed), Path(output), seed=seed, settings=SETTINGS, listener=listener)
-
-
-def run_demo(
-    world: World,
-    folder: Path,
+    output: Path | str = "palinode-demo",
     *,
-    seed: int,
-    settings: Mapping[str, Any],
+    seed: int = 0,
+    world: World | None = None,
+    settings: Mapping[str, Any] = SETTINGS,
     listener: Listener | None = None,
     **training: Any,
 ) -> DemoResult:
-    """Run the demo on any world; `training` goes to `build_demo` (stages, width, layers)."""
+    """Train the invented world's models, unlearn the forget people, and measure exact match.
+
+    Writes everything under `output`; an interrupted demo goes on where it was. Raises OutputError when the
+    folder holds something else. The world can be another; `training` goes to `build_demo`.
+    """
+    folder, world = Path(output), world or invent_world(seed)
     listener = listener or NullListener()
     claim(folder, seed)
     started = time.monotonic()

@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import shutil
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -39,6 +40,7 @@ from palinode.pipeline.recipe import Recipe, build_recipe, laid_over, read_promp
 from palinode.pipeline.run import finished_before
 from palinode.pipeline.tracking import TRACKERS, check_trackers, is_installed
 from palinode.progress import Listener, NullListener, duration_text
+from palinode.records import packaged
 from palinode.settings import EvaluationLimits
 from palinode.version import __version__
 from palinode.weights import Checkpoint
@@ -52,15 +54,7 @@ State = Literal["ok", "note", "warn", "fail"]
 
 Result = TypeVar("Result")
 
-EXTRAS = {
-    "gguf": "GGUF models",
-    "influence": "influence --engine bergson",
-    "llama-cpp": "audits of models in GGUF's Q4_K",
-    "lm-eval": "evaluate --lm-eval",
-    "lora": "low-rank training (--lora)",
-    "quantise": "audits of models in NF4, moments in 8 bits (training.optimizer)",
-    "sign": "sign, verify --public-key",
-}
+EXTRAS: Mapping[str, str] = tomllib.loads(packaged("pipeline/extras.toml"))
 """What the extras of the package are for, but for those of its own development."""
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")

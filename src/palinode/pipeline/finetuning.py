@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from palinode.data.examples import Example, at_most, fingerprint_examples
 from palinode.errors import CheckpointError
 from palinode.methods.method import Asked, Ends, Given, MethodRun, Vectors, plain_material
-from palinode.methods.transforms import ChosenTransforms, check_transforms
+from palinode.methods.transforms import check_transforms
 from palinode.models.loading import load_model, load_reader, load_tokenizer, tokenizer_fingerprint
 from palinode.pipeline.inputs import Work
 from palinode.pipeline.reporting import thinned_curve
@@ -101,25 +101,21 @@ class FineTuning(Work):
             return trained
         transforming = Transforming(self.inputs, self.workspace, self.listener, target)
         forget, key, told = transforming.apply(transforms, trained.vectors.forget, trained.steps)
+        rows, seen = self.inputs.rows, {example.row: example for example in trained.seen}
+        for one in transforms:  # some read retain rows
+            read = rows.spared if "inputs" in one.transform.needs else ()
+            read = rows.retain_sample if "retain" in one.transform.needs else read
+            most = getattr(one.settings, "rows", len(read))
+            seen.update({row.row: row for row in at_most(read, most, seed=self.recipe.seed)})
         return replace(
             trained,
             result=replace(trained.vectors, forget=forget),
             steps={**trained.steps, "transform": key},
-            seen=self._read(transforms, trained.seen),
+            seen=list(seen.values()),
             transforms=told,
             filters=transforming.open_filter(transforms, trained.vectors.forget, trained.steps),
             before=trained.vectors.forget,
         )
-
-    def _read(self, transforms: Sequence[ChosenTransforms], trained: Sequence[Example]) -> list[Example]:
-        """Return the retain rows that were trained on, or that a transform reads."""
-        rows, seen = self.inputs.rows, {example.row: example for example in trained}
-        for one in transforms:
-            read = rows.spared if "inputs" in one.transform.needs else ()
-            read = rows.retain_sample if "retain" in one.transform.needs else read
-            most = getattr(one.settings, "rows", len(read))
-            seen.update({one.row: one for one in at_most(read, most, seed=self.recipe.seed)})
-        return list(seen.values())
 
     def _train(self, target: Checkpoint, given: Given) -> Trained:
         """Do the method's runs one after another, and put their ends together."""

@@ -101,6 +101,18 @@ class Goal:
         """Tell whether the forget-set behaviour is as near to the yardstick as chance lets any model be."""
         return self.distance(found) <= self.yardstick.tolerance
 
+    def figures(self, found: Behaviour) -> dict[str, Any]:
+        """Return what a behaviour comes to, as records hold it."""
+        means = found.probabilities
+        return {
+            "forget_probability": means["forget"],
+            "retain_probability": means.get("retain"),
+            "neutral_probability": means.get("neutral"),
+            "distance": self.distance(found),
+            "objective": self.objective(found),
+            "allowed": self.keeps(found),
+        }
+
     def __str__(self) -> str:
         names = {"retain": "retain rows", "neutral": "neutral text"}
         kept = [names[name] for name in self.target.probabilities if name in names]
@@ -247,18 +259,11 @@ def sensitivity(chosen: TriedScales, around: Sequence[TriedScales]) -> list[dict
 
 
 def _facts(point: TriedScales) -> Mapping[str, Any]:
-    found, goal = point.behaviour, point.goal
-    means = found.probabilities
     return {
         "forget": point.forget_scale,
         "retain": point.retain_scale,
         **({"groups": list(point.groups)} if point.groups else {}),
         **({"mu": point.filter[0], "arrival": point.filter[1]} if point.filter else {}),
-        "rows": len(found.forget),
-        "forget_probability": means["forget"],
-        "retain_probability": means.get("retain"),
-        "neutral_probability": means.get("neutral"),
-        "distance": goal.distance(found),
-        "objective": goal.objective(found),
-        "allowed": goal.keeps(found),
+        "rows": len(point.behaviour.forget),
+        **point.goal.figures(point.behaviour),
     }

@@ -394,31 +394,28 @@ def pair_checks(
     target: Checkpoint, base: Checkpoint, method: str, settings: Mapping[str, Any]
 ) -> dict[str, Callable[[], Any]]:
     """Return all that is asked of target and base, by what it is about; each raises a MismatchError."""
+
+    def two_models() -> None:
+        if target == base and METHODS[method].check_settings(settings).starts_at == "base":
+            raise MismatchError(
+                f"target and base are the same folder {target.folder}; the base must be an earlier "
+                "checkpoint that had not seen the forget set"
+            )
+
+    def architecture() -> None:
+        kinds = [checkpoint.config.get("model_type") for checkpoint in (target, base)]
+        if kinds[0] != kinds[1]:
+            raise MismatchError(
+                f"the target is a {kinds[0]} model and the base a {kinds[1]} model; "
+                "the base must be an earlier checkpoint of the target"
+            )
+
     return {
-        "two models": partial(_check_not_same, target, base, method, settings),
-        "architecture": partial(_check_kind, target, base),
+        "two models": two_models,
+        "architecture": architecture,
         "tokens": partial(_check_vocabulary, target, base),
         "shapes": partial(check_sum, target, [base]),
     }
-
-
-def _check_not_same(target: Checkpoint, base: Checkpoint, method: str, settings: Mapping[str, Any]) -> None:
-    """Raise MismatchError when target and base are one folder, and the method starts at the base."""
-    if target == base and METHODS[method].check_settings(settings).starts_at == "base":
-        raise MismatchError(
-            f"target and base are the same folder {target.folder}; the base must be an earlier checkpoint "
-            "that had not seen the forget set"
-        )
-
-
-def _check_kind(target: Checkpoint, base: Checkpoint) -> None:
-    """Raise MismatchError unless both are of one architecture."""
-    kinds = [checkpoint.config.get("model_type") for checkpoint in (target, base)]
-    if kinds[0] != kinds[1]:
-        raise MismatchError(
-            f"the target is a {kinds[0]} model and the base a {kinds[1]} model; "
-            "the base must be an earlier checkpoint of the target"
-        )
 
 
 def _check_vocabulary(target: Checkpoint, base: Checkpoint) -> None:
@@ -454,10 +451,22 @@ def _open_rows(recipe: Recipe) -> tuple[InputRows, list[str]]:
         if len(retain) < (wanted := recipe.prepare.retain_rows):
             raise DataError(f"{data.retain} has {len(retain)} rows; set prepare.retain_rows ({wanted}) lower")
         retain = at_most(retain, wanted, seed=seed)
-    sample = _retain_sample(forget, retain, recipe, notes)
+    settings = METHODS[recipe.method].check_settings(recipe.method_settings)
+    wanted = settings.sample_size(len(forget))  # most methods take as many as there are forget rows
+    if retain and len(retain) < wanted:
+        asked = f"the forget set's {wanted}" if wanted == len(forget) else f"the {wanted} asked for"
+        notes.append(
+            f"The retain set has {len(retain)} rows, fewer than {asked}; all of them were used for "
+            f"{settings.sample_use}."
+        )
+    sample = at_most(retain, wanted, seed=seed)
     trials, most = recipe.scales.probe_rows, recipe.evaluation.max_rows
     unseen, source = _unseen(recipe, forget, retain, everything)
-    probe = at_most(_held_back(retain, sample, notes), trials, seed=seed + 1)
+    used = {example.key for example in sample}
+    held_back = [example for example in retain if example.key not in used]
+    if retain and not held_back:
+        notes.append("No retain rows were left over for choosing the scales; the retain vector's own served.")
+    probe = at_most(held_back or retain, trials, seed=seed + 1)
     tried = {example.key for example in probe}
     rows = InputRows(
         forget=forget,
@@ -518,18 +527,12 @@ def _unseen(
     used = {example.key for example in retain}
     if recipe.prepare and (left := [example for example in everything if example.key not in used]):
         return left, "prepared"
-    if others := _paraphrases(data.forget, data.columns):
-        return others, "paraphrases"
-    return [], BASE_ALONE
-
-
-def _paraphrases(location: str, columns: Mapping[str, str]) -> list[Example]:
-    """Return the forget questions with the other wordings that a column `paraphrased_answer` gives."""
-    return [
+    others = [
         replace(question.example, answer=answer)
-        for question in read_questions(location, columns=columns)
+        for question in read_questions(data.forget, columns=data.columns)
         for answer in question.alternatives.get("paraphrased", ())
     ]
+    return (others, "paraphrases") if others else ([], BASE_ALONE)
 
 
 def _without_shared(
@@ -549,33 +552,6 @@ def _without_shared(
     if retain and not kept:
         raise DataError("every row of the retain set also stands in the forget set; none is left to retain")
     return kept
-
-
-def _retain_sample(
-    forget: Sequence[Example], retain: Sequence[Example], recipe: Recipe, notes: list[str]
-) -> list[Example]:
-    """Return as many retain rows as the method trains on, drawn without replacement.
-
-    Most methods take as many as there are forget rows.
-    """
-    settings = METHODS[recipe.method].check_settings(recipe.method_settings)
-    wanted = settings.sample_size(len(forget))
-    if retain and len(retain) < wanted:
-        asked = f"the forget set's {wanted}" if wanted == len(forget) else f"the {wanted} asked for"
-        notes.append(
-            f"The retain set has {len(retain)} rows, fewer than {asked}; all of them were used for "
-            f"{settings.sample_use}."
-        )
-    return at_most(retain, wanted, seed=recipe.seed)
-
-
-def _held_back(retain: Sequence[Example], sample: Sequence[Example], notes: list[str]) -> Sequence[Example]:
-    """Return the retain rows that the retain vector did not see; all rows when there are none."""
-    used = {example.key for example in sample}
-    rest = [example for example in retain if example.key not in used]
-    if retain and not rest:
-        notes.append("No retain rows were left over for choosing the scales; the retain vector's own served.")
-    return rest or retain
 
 
 def _check_rows_fit(inputs: Inputs) -> list[str]:

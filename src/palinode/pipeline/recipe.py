@@ -10,16 +10,15 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import RecipeError, meant
-from palinode.records import read_toml
-from palinode.settings import EvaluationLimits, Seed, StrictModel, TrainingSettings
+from palinode.settings import EvaluationLimits, Seed, StrictModel, TrainingSettings, read_settings
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
@@ -210,71 +209,61 @@ class Recipe(StrictModel):
         return {**content, "training": {**method.training, **given}}
 
     @model_validator(mode="after")
-    def _has_what_its_method_needs(self) -> Self:
-        from palinode.methods import METHODS
-        from palinode.methods.method import NO_RETAIN_VECTOR
-
-        method = METHODS.get(self.method)
-        if method is None:  # said by `open_inputs`, with the names there are
-            return self
-        try:
-            settings = method.check_settings(self.method_settings)
-        except ValidationError as error:
-            raise ValueError(_wrong_settings(self.method, method.settings, error)) from None
-        places = {**dict(self.data), **dict(self.models)}
-        there = {name for name, place in places.items() if place is not None}
-        if missing := method.lacks(settings, there, self.scales.retain):
-            raise ValueError(missing)
-        if not self.has_scales and (self.scales.forget, self.scales.retain) != (None, None):
-            raise ValueError(f"the method {self.method} adds no vectors, so it has no scales; leave them out")
-        if not method.has_scales and self.scales.retain:
-            raise ValueError(NO_RETAIN_VECTOR)
-        if self.models.given and "given" not in method.needs:
-            raise ValueError(
-                f"the method {self.method} makes the unlearned model itself; leave models.given out, or "
-                'name method = "given"'
-            )
+    def _can_be_run(self) -> Self:
+        if mistake := next(self._mistakes(), None):
+            raise ValueError(mistake)
         return self
 
-    @model_validator(mode="after")
-    def _can_be_transformed(self) -> Self:
+    def _mistakes(self) -> Iterator[str]:
+        """Yield what keeps the recipe from being run."""
+        from palinode.methods import METHODS
+        from palinode.methods.method import NO_RETAIN_VECTOR
         from palinode.methods.transforms import check_transforms
 
+        if method := METHODS.get(self.method):  # one that is not there is said by `open_inputs`
+            try:
+                settings = method.check_settings(self.method_settings)
+            except ValidationError as error:
+                yield _wrong_settings(self.method, method.settings, error)
+                return
+            places = {**dict(self.data), **dict(self.models)}
+            there = {name for name, place in places.items() if place is not None}
+            if missing := method.lacks(settings, there, self.scales.retain):
+                yield missing
+            if not self.has_scales and (self.scales.forget, self.scales.retain) != (None, None):
+                yield f"the method {self.method} adds no vectors, so it has no scales; leave them out"
+            if not method.has_scales and self.scales.retain:
+                yield NO_RETAIN_VECTOR
+            if self.models.given and "given" not in method.needs:
+                yield (
+                    f"the method {self.method} makes the unlearned model itself; leave models.given out, or "
+                    'name method = "given"'
+                )
         try:
             chosen = check_transforms(self.changes)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             place = ".".join(map(str, ("transforms", *first["loc"])))
-            raise ValueError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from None
+            yield f"{place}: {first['msg'].removeprefix('Value error, ')}"
+            return
         needing = next((one for one in chosen if "retain" in one.transform.needs), None)
         if needing and self.data.retain is None:
-            raise ValueError(
-                f"the transform {needing.transform.name} needs retain rows; name data.retain (--retain)"
-            )
+            yield f"the transform {needing.transform.name} needs retain rows; name data.retain (--retain)"
         if self.models.base is None and any(getattr(one.settings, "at", "") == "base" for one in chosen):
-            raise ValueError('a transform with at = "base" needs that model; name models.base (--base)')
-        return self
-
-    @model_validator(mode="after")
-    def _has_a_target(self) -> Self:
+            yield 'a transform with at = "base" needs that model; name models.base (--base)'
         if (self.models.target is None) == (self.prepare is None):
-            raise ValueError("name models.target, or have it made by [prepare]: one of the two, not both")
+            yield "name models.target, or have it made by [prepare]: one of the two, not both"
         if self.prepare and self.models.base is None:
-            raise ValueError("[prepare] needs models.base")
+            yield "[prepare] needs models.base"
         if self.prepare and self.data.retain is None:
-            raise ValueError("[prepare] needs data.retain")
+            yield "[prepare] needs data.retain"
         if self.prepare and self.models.retrained is not None:
-            raise ValueError("[prepare] makes the retrained model; leave models.retrained out")
-        return self
-
-    @model_validator(mode="after")
-    def _has_rows_for_a_retain_vector(self) -> Self:
+            yield "[prepare] makes the retrained model; leave models.retrained out"
         if self.scales.retain and self.data.retain is None:
-            raise ValueError(
+            yield (
                 f"a retain scale of {self.scales.retain:g} needs retain rows; name data.retain (--retain), "
                 "or leave the scale out"
             )
-        return self
 
 
 def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
@@ -287,12 +276,7 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """Return the content of a TOML recipe as it is written; raises RecipeError where there is none."""
-    try:
-        return read_toml(path)
-    except FileNotFoundError:
-        raise RecipeError(f"there is no recipe {path}") from None
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{path} is not a TOML recipe ({error})") from None
+    return read_settings(path, "recipe")
 
 
 def build_recipe(content: Mapping[str, Any], changes: Sequence[str] = ()) -> Recipe:
@@ -416,12 +400,7 @@ def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        kind = next((part for part in _parts(field.annotation) if issubclass(part, BaseModel)), None)
-        if kind:
+        parts = get_args(field.annotation) or (field.annotation,)  # of `Prepare | None`, say
+        for kind in (part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)):
             keys += known_keys(kind, f"{prefix}{name}.")
     return keys
-
-
-def _parts(annotation: Any) -> list[type]:
-    """Return the classes in an annotation such as `Prepare | None`."""
-    return [part for part in getattr(annotation, "__args__", (annotation,)) if isinstance(part, type)]

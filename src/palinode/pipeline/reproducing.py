@@ -100,7 +100,9 @@ def reproduce(
     except RecipeError as error:
         told = f"the record was written by Palinode {record.get('palinode')}, this is {__version__}"
         raise RecipeError(f"{error} ({told})") from None
-    _check_fresh(recipe, home, find_workspace(folder, record))
+    before, workspace = find_workspace(folder, record), workspace_folder(recipe).resolve()
+    if home in (place.resolve(), *place.resolve().parents) or (before and before.resolve() == workspace):
+        raise OutputError(f"{recipe.output.folder} is a place of the run itself; name another --output")
     inputs = _opened(recipe, record, listener)
     again = unlearn(recipe, listener=listener, located=record.get("located")).record
     second = Checkpoint.open(place)
@@ -131,13 +133,6 @@ def _known(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[A
             at(content, *sections).pop(name)
             lost[key] = value, "unknown"
     return content, lost
-
-
-def _check_fresh(recipe: Recipe, home: Path, before: Path | None) -> None:
-    """Raise OutputError unless output and workspace are apart from those of the run itself."""
-    place, workspace = Path(recipe.output.folder).resolve(), workspace_folder(recipe).resolve()
-    if place == home or home in place.parents or (before and before.resolve() == workspace):
-        raise OutputError(f"{recipe.output.folder} is a place of the run itself; name another --output")
 
 
 def _opened(recipe: Recipe, record: Mapping[str, Any], listener: Listener) -> Inputs:

@@ -26,7 +26,7 @@ from palinode.errors import CheckpointError, InputError, PalinodeError, RecipeEr
 from palinode.evaluation.ask import ask
 from palinode.methods import METHODS
 from palinode.methods.method import Ends, Vectors
-from palinode.metrics import score_outcomes
+from palinode.metrics.table import score_outcomes
 from palinode.models.loading import load_reader, load_tokenizer, pick_device, tokenizer_fingerprint
 from palinode.pipeline.costs import Corrected, Machine, Plan, describe, make_plan
 from palinode.pipeline.finetuning import FineTuning, Trained, open_end, open_whole

@@ -11,12 +11,12 @@ import importlib.util
 import math
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from palinode.errors import RecipeError, first_line, meant
-from palinode.progress import Advance, Figures, Listener, record
+from palinode.progress import Figures, Listener, Relay
 from palinode.records import dotted, packaged
 
 if TYPE_CHECKING:
@@ -89,24 +89,16 @@ def tracked(
         tracking.finish()
 
 
-class Tracking:
+class Tracking(Relay):
     """A listener that hands everything on to another, and points of curves to trackers as well."""
 
     def __init__(self, listener: Listener, trackers: list[GeneralTracker]) -> None:
-        self.listener = listener
+        super().__init__(listener)
         self.trackers = trackers
-
-    def say(self, text: str) -> None:
-        """Hand a line on."""
-        self.listener.say(text)
-
-    def task(self, label: str, total: int, unit: str) -> AbstractContextManager[Advance]:
-        """Hand a task on."""
-        return self.listener.task(label, total, unit)
 
     def record(self, series: str, step: int, figures: Figures) -> None:
         """Hand a point to every tracker; one that fails is left out from then on, and the run goes on."""
-        record(self.listener, series, step, figures)
+        super().record(series, step, figures)
         curve = series.replace(" ", "-")
         values = {f"{curve}/{name}": value for name, value in figures.items() if math.isfinite(value)}
 

@@ -132,7 +132,12 @@ class Workspace:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             with private():
                 self.folder.mkdir(exist_ok=True)
-                self._refuse_strange()
+                # all that lies in a workspace can be destroyed with it, so it is no folder of somebody's own
+                if not (self.folder / "lock").exists() and (strange := self.strange()):
+                    raise OutputError(
+                        f"the workspace {self.folder} holds {strange[0].name}, which no run has put there; "
+                        "name an empty folder, or one that does not exist yet"
+                    )
                 handle = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise OutputError(f"the workspace {self.folder} cannot be used ({error.strerror})") from None
@@ -157,14 +162,6 @@ class Workspace:
             self._tidy()
             self._close()
             os.close(handle)
-
-    def _refuse_strange(self) -> None:
-        """Refuse a folder of somebody's own: all that lies in a workspace can be destroyed with it."""
-        if not (self.folder / "lock").exists() and (strange := self.strange()):
-            raise OutputError(
-                f"the workspace {self.folder} holds {strange[0].name}, which no run has put there; name an "
-                "empty folder, or one that does not exist yet"
-            )
 
     def _close(self) -> str | None:
         """Close the folder to other users; return what its owner has to know of that."""

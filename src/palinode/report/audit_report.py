@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from palinode.report.content import (
+    SAYS,
     Block,
     Grid,
     GridCell,
@@ -115,21 +116,13 @@ def audit_section(record: Mapping[str, Any]) -> list[Section]:
             "attacks",
             "Difference between model and reference model by test",
             attack_figure(record),
-            caption="Right of 0 the model knows more of the forget set than the reference model does, left "
-            "of 0 less; beyond a dotted line by more than the policy allows. Tests on a side it does not "
-            "judge are grey.",
+            caption=SAYS["attacks_picture"],
         ),
         Grid("Every test of the audit", head, rows, text_columns=2),
         *_relearning(record),
-        (
-            f"Budget and policy were the same for every model (preset {record['policy']['preset']}); the "
-            "audit's own report has them in full. Quantisation rounds the weights of linear layers to "
-            "nearest, symmetrically, in groups along their input, and nothing else."
-        ),
+        SAYS["budget"].format_map(record["policy"]),
         bar="Audit",
-        intro="The same attacks with the same budget on the model and the reference model. Higher means that "
-        "the model knows more of the forget set. Small figures are 95 % bootstrap intervals over the rows; "
-        "for the difference, rows are drawn in pairs.",
+        intro=SAYS["attacks"],
     )
 
 

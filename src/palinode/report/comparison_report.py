@@ -6,10 +6,13 @@ called differences only where they are beyond noise.
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from palinode.records import packaged
 from palinode.report.content import (
+    SAYS,
     Block,
     Grid,
     GridCell,
@@ -35,36 +38,8 @@ from palinode.report.words import (
 
 REFERENCE_MODELS = ("target", "base", "retrained")
 """What contestants are compared with."""
-COLUMNS = {
-    "forget quality (p)": ("*/forget/forget_quality", "rows/forget/forget_quality"),
-    "model utility": ("*/all/model_utility",),
-    "forget: exact match": ("rows/forget/exact_match",),
-    "forget: probability": ("rows/forget/answer_probability",),
-    "forget: ROUGE-L": ("rows/forget/rouge_l_recall",),
-    "forget: extraction strength": ("rows/forget/extraction_strength",),
-    "retain: exact match": ("rows/retain/exact_match",),
-    "retain: probability": ("rows/retain/answer_probability",),
-    "retain: ROUGE-L": ("rows/retain/rouge_l_recall",),
-    "retain: extraction strength": ("rows/retain/extraction_strength",),
-    "membership AUC (loss)": (
-        "*/forget/auc_loss",
-        "rows/forget/auc_loss",
-        "rows/forget/auc_loss_against_retain",
-    ),
-    "membership AUC (Min-K)": (
-        "*/forget/auc_min_k",
-        "rows/forget/auc_min_k",
-        "rows/forget/auc_min_k_against_retain",
-    ),
-    "judge: forget": ("rows/forget/judge_forget_accuracy",),
-    "judge: recover": ("rows/forget/judge_recover_accuracy",),
-    "judge: retain": ("rows/retain/judge_retain_accuracy",),
-    "relearning (area)": ("audit/forget/relearning",),
-}
-"""Columns of the main table, each with its places (group/set/metric): the first that has a value is shown.
-
-A benchmark's group is "*".
-"""
+COLUMNS: Mapping[str, Sequence[str]] = tomllib.loads(packaged("report/assets/columns.toml"))
+"""Columns of the main table, each with its places; the first that has a value is shown."""
 
 Figures = Mapping[str, Any]
 
@@ -132,9 +107,7 @@ def _ranking_section(table: Figures) -> list[Section]:
         "The methods side by side",
         Grid("Methods by their gap to the ideal", ["method", "within noise of", "gap"], rows, text_columns=2),
         bar="Methods",
-        intro=f"The gap is |forget − ideal| + max(0, ideal − retain) in {words(ranking['metric'])} on rows "
-        f"that nothing was chosen on; the ideal is {ideal}. Intervals: 95 %, over rows and seeds resampled "
-        "alike for all.",
+        intro=SAYS["ranking"].format(metric=words(ranking["metric"]), ideal=ideal),
     )
 
 
@@ -144,10 +117,18 @@ def _point_section(table: Figures) -> list[Section]:
     if probes and tries:
         forget, retain = (probes[f"{name}_probe"]["rows"] for name in ("forget", "retain"))
         told.insert(0, f"{tries} points each, on {forget} forget and {retain} retain rows kept for choosing.")
+
+    def told_of(point: Figures) -> str:
+        """Return what was set at a point, its scales last."""
+        own, scales = point["settings"], point["scales"]
+        parts = [f"{key.rpartition('.')[2]} {value}" for key, value in own.items() if "scales." not in key]
+        parts += [f"{name} {scale(it)}" for name, it in zip("αβ", scales, strict=True)] if scales else []
+        return ", ".join(parts) or "defaults"
+
     rows: list[Row] = [
         [
             entry["name"],
-            _settings_text(point["settings"], point["scales"]),
+            told_of(point),
             number(point["forget_probability"]),
             number(point["retain_probability"]),
             "yes" if point["allowed"] else "no",
@@ -164,8 +145,7 @@ def _point_section(table: Figures) -> list[Section]:
             "tradeoff",
             "Forget against retain probability for every point of every method",
             tradeoff_figure({"table": table}),
-            caption="Left is less of the forget set, up is more of the rest; the filled mark of each method "
-            "is the point chosen for it. Click a mark for its settings.",
+            caption=SAYS["points_picture"],
             file="tradeoff.svg",
             picks=True,
         ),
@@ -216,13 +196,6 @@ def _cost_section(table: Figures) -> list[Section]:
     }
     head = ["method", *(names.get(key, key) for key in keys)]
     return section("What it cost", note, Grid("Cost of each method", head, rows), bar="Cost")
-
-
-def _settings_text(settings: Mapping[str, Any], scales: Sequence[float] | None) -> str:
-    """Return what was set at a point, its scales last."""
-    parts = [f"{key.rpartition('.')[2]} {value}" for key, value in settings.items() if "scales." not in key]
-    parts += [f"{name} {scale(value)}" for name, value in zip("αβ", scales, strict=True)] if scales else []
-    return ", ".join(parts) or "defaults"
 
 
 def _columns(table: Figures) -> list[str]:

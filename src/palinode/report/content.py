@@ -8,6 +8,7 @@ a section stands for what the record has nothing to say of, and a section withou
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -23,6 +24,8 @@ from palinode.records import packaged
 from palinode.report.pictures import Figure
 from palinode.report.words import DASH, escaped, fenced, interval_text, model_label, number
 
+SAYS: Mapping[str, str] = tomllib.loads(packaged("report/assets/says.toml"))
+"""What reports say of their sections and pictures."""
 Tone = Literal["good", "unsure", "bad", "chosen"]
 STYLES = {"good": "green", "unsure": "yellow", "bad": "bold red", "chosen": "bold"}
 """Of a toned cell in the terminal."""

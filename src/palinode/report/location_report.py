@@ -5,11 +5,13 @@ Everything comes from the records (`Location.as_record`, `plan_record`); nothing
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from palinode.records import Outcome
 from palinode.report.content import (
+    SAYS,
     Block,
     Grid,
     GridCell,
@@ -161,7 +163,10 @@ def _checkpoint_grid(record: Mapping[str, Any]) -> Grid:
 def _row_grid(record: Mapping[str, Any], *, short: bool = False) -> Grid:
     """Return the exposures of each row; `short` leaves out the folders of the files that rows stand in."""
     rows, cells = record["rows"], []
-    shown = _without_folders if short else str
+
+    def shown(place: str) -> str:
+        return re.sub(" of .*/", " of ", place) if short else place
+
     for row in rows[:MOST_ROWS]:
         seen, copies = row["seen"], row["copies"]
         steps = ", ".join(f"{entry['step']:,}{'~' if entry['copy'] else ''}" for entry in seen[:MOST_STEPS])
@@ -176,12 +181,6 @@ def _row_grid(record: Mapping[str, Any], *, short: bool = False) -> Grid:
     if len(rows) > MOST_ROWS:
         cells.append([f"and {len(rows) - MOST_ROWS} more", "", "", ""])
     return Grid("Forget rows", ["row", "first", "exposures", "copies in the corpus"], cells, text_columns=4)
-
-
-def _without_folders(place: str) -> str:
-    """Return `row 3 of file.jsonl` for `row 3 of folder/file.jsonl`."""
-    row, found, path = place.partition(" of ")
-    return row + found + path.rpartition("/")[2]
 
 
 def location_picture(record: Mapping[str, Any]) -> str:
@@ -404,8 +403,7 @@ def influence_section(told: Mapping[str, Any]) -> list[Section]:
         "Rows behind an answer",
         *grids,
         bar="Rows",
-        intro=f"The forget set is the highest of {told['rows']:,} rows, ranked by what they have to do "
-        f"with an answer ({told['measure']}, {told['weighed']}). A score has no unit.",
+        intro=SAYS["influence"].format_map(told),
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
+import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -44,19 +45,9 @@ LANE = 36
 """Height of a lane from which a narrow picture writes its name above it."""
 LETTER = 6.6
 """Width of a letter."""
-DASHES = {"solid": "", "dash": "7 4", "dot": "2 4", "dashdot": "10 3 2 3"}
-SHAPES = {
-    "circle": "M-1 0a1 1 0 1 0 2 0a1 1 0 1 0-2 0z",
-    "square": "M-.9-.9h1.8v1.8h-1.8z",
-    "diamond": "M0-1.3L1.3 0L0 1.3L-1.3 0z",
-    "plus": "M-1.2-.4h.8v-.8h.8v.8h.8v.8h-.8v.8h-.8v-.8h-.8z",
-    "cross": "M-1-1L1 1M-1 1L1-1",
-    "star": "M0-1.3L.33-.42L1.24-.4L.53.17L.76 1.05L0 .55L-.76 1.05L-.53.17L-1.24-.4L-.33-.42z",
-    "triangle-up": "M0-1.2L1.1.8h-2.2z",
-    "triangle-left": "M-1.2 0L.8-1.1v2.2z",
-    "triangle-right": "M1.2 0L-.8-1.1v2.2z",
-}
-"""Symbols with a radius of about 1."""
+SYMBOLS: Mapping[str, Mapping[str, Any]] = tomllib.loads(packaged("report/assets/symbols.toml"))
+DASHES, SHAPES, MARKS, VERDICTS = (SYMBOLS[name] for name in ("dashes", "shapes", "models", "verdicts"))
+"""How lines are dashed, what symbols look like, and colour and symbol of each model and finding."""
 
 
 # What a picture shows
@@ -318,25 +309,10 @@ def _title(lines: Sequence[str]) -> str:
     return f"<title>{in_picture(said)}</title>" if said else ""
 
 
-MARKS = {
-    "target": ("--target", "square"),
-    "unlearned": ("--unlearned", "circle"),
-    "retrained": ("--retrained", "diamond"),
-    "base": ("--base", "triangle-up"),
-    "estimate": ("--retrained", "diamond-open"),
-}
-"""Colour and symbol of each model; one that is not here gets one of the others."""
 OTHER_MARKS = ("plus", "cross", "star", "triangle-left")
-VERDICTS = {
-    "within": ("--green", "circle"),
-    "unclear": ("--amber", "diamond"),
-    "knows more": ("--red", "triangle-right"),
-    "knows less": ("--red", "triangle-left"),
-    "not judged": ("--other", "circle-open"),
-}
-"""Colour and symbol of what a test of an audit found, and of where its policy does not judge."""
+"""Symbols of models that have none of their own."""
 PALETTE = ("--unlearned", "--target", "--retrained", "--base", "--amber", "--red", "--other")
-SYMBOLS = ("circle", "square", "diamond", "plus", "triangle-up")
+FORMS = ("circle", "square", "diamond", "plus", "triangle-up")
 """Seven colours and five symbols: thirty-five contestants look different."""
 STROKES = ("solid", "dash", "dot", "dashdot")
 POINTS_SHOWN = 400
@@ -428,7 +404,7 @@ def _contestant_traces(table: Mapping[str, Any]) -> list[Trace]:
     """Return the points of each contestant; the chosen one is filled and larger."""
     traces = []
     for place, entry in enumerate(table.get("contestants") or ()):
-        colour, symbol = PALETTE[place % len(PALETTE)], SYMBOLS[place % len(SYMBOLS)]
+        colour, symbol = PALETTE[place % len(PALETTE)], FORMS[place % len(FORMS)]
         marks = [
             Mark(
                 point["forget_probability"],

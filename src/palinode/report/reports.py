@@ -123,12 +123,13 @@ def report_content(facts: Facts) -> dict[str, Any]:
 
 
 def _of_run(facts: Facts) -> dict[str, Any]:
-    record = facts.record
+    record, estimated = facts.record, estimate(facts.record)
+    one_more = {"estimate": {"forget": {"answer_probability": estimated}}} if estimated else {}
     return {
         "title": "Demo report" if facts.kind == "demo" else "Unlearning report",
         **_judged(run_verdict(record, facts.audit), record),
         "headline": headline(record),
-        "scores": _scores(record),
+        "scores": dict(record.get("scores") or {}) | one_more,
         "method": record.get("method"),
         "scales": record.get("scales"),
         "log_probabilities": log_probabilities(facts.outcomes),
@@ -155,13 +156,6 @@ def _judged(verdict: RunVerdict, record: Mapping[str, Any]) -> dict[str, Any]:
         "untested": list(verdict.untested),
         "notes": [*verdict.remarks, *(record.get("notes") or ())],
     }
-
-
-def _scores(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the scores of every model, with the estimated yardstick as one more where there is one."""
-    estimated = estimate(record)
-    scores = dict(record.get("scores") or {})
-    return scores | ({"estimate": {"forget": {"answer_probability": estimated}}} if estimated else {})
 
 
 def _of_audit(facts: Facts) -> dict[str, Any]:
@@ -354,8 +348,12 @@ def html_page(content: Mapping[str, Any], sections: Sequence[Section]) -> str:
 
     first = next(place for place, part in enumerate(sections) if part.bar)
     script = packaged("report/assets/report.js")
+
+    def readable(value: Any) -> Any:  # no marks that steer a terminal or hide themselves
+        return plain(value) if type(value) is str else value
+
     filters = {"cell": as_cell, "drawn": lambda figure, width: Markup(drawing([figure], width=width))}
-    page: str = template("page.html.jinja", _readable, filters).render(
+    page: str = template("page.html.jinja", readable, filters).render(
         content=content,
         opening=sections[:first],
         sections=sections[first:],
@@ -365,11 +363,6 @@ def html_page(content: Mapping[str, Any], sections: Sequence[Section]) -> str:
         widths={"wide": WIDTH, "narrow": NARROW},
     )
     return page
-
-
-def _readable(value: Any) -> Any:
-    """Return what a page shows of a value: of texts, no marks that steer a terminal or hide themselves."""
-    return plain(value) if type(value) is str else value
 
 
 def content_policy(script: str) -> str:

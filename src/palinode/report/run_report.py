@@ -13,6 +13,7 @@ from typing import Any
 
 from palinode.report.audit_report import audit_section
 from palinode.report.content import (
+    SAYS,
     Block,
     Cases,
     Code,
@@ -52,11 +53,7 @@ from palinode.report.words import (
 )
 
 FORMULA = "unlearned = target − α · forget vector + β · retain vector"
-CAUTION = (
-    "This is evidence about the examples measured here, at this budget; it is no proof that nothing of the "
-    "forget set is left. Forgetting is two-sided: the aim is a model that never saw the forget set, so "
-    "knowing less than such a model is a failure as well."
-)
+CAUTION = SAYS["caution"]
 
 
 def headline(record: Mapping[str, Any]) -> str:
@@ -185,17 +182,14 @@ def _demo_section(demo: Mapping[str, Any]) -> list[Section]:
         "The demo's world",
         demo_grid(demo),
         bar="Demo",
-        intro="Exact match, the share of questions answered exactly right. In this invented world the truth "
-        "is known: the retrained model never saw the people who are to be forgotten, and nothing was chosen "
-        "by looking at it. The task vector is the same arithmetic with the vector taken from the target "
-        "itself.",
+        intro=SAYS["demo"],
     )
 
 
 def _score_section(content: Mapping[str, Any]) -> list[Section]:
     blocks: list[Block] = []
     for name, label in SETS.items():
-        found, metrics = scores_on(content, name), metrics_on(content, [name])
+        found, metrics, silent = scores_on(content, name), metrics_on(content, [name]), untold(content, name)
         if not found:
             continue
         rows: list[Row] = [
@@ -207,16 +201,16 @@ def _score_section(content: Mapping[str, Any]) -> list[Section]:
             Heading(f"On the {label}"),
             Picture(f"scores-{name}", f"Scores on the {label}", score_figure(content, name)),
             Grid(f"Scores on the {label}", head, rows),
-            [*_score_notes(found), *_silent_notes(content, name)],
+            [
+                *_score_notes(found),
+                *(f"{metric_label(one)} is not in the picture: {why}." for one, why in silent.items()),
+            ],
         ]
     return section(
         "Before, after, yardstick",
         *blocks,
         bar="Scores",
-        intro="Target is the model before, unlearned the model now. The yardstick is a model that never saw "
-        "the forget set: the retrained one where there is one, else the base checkpoint. On the forget "
-        "set an unlearned model well above it has forgotten too little, one well below it too much. Lines "
-        "and small figures are 95 % bootstrap intervals over the examples.",
+        intro=SAYS["scores"],
     )
 
 
@@ -235,11 +229,6 @@ def _score_notes(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if at(score, "reason")
     )
     return [f"{metric} of {', '.join(names)}: {reason}." for (metric, reason), names in models.items()]
-
-
-def _silent_notes(content: Mapping[str, Any], data_set: str) -> list[str]:
-    silent = untold(content, data_set)
-    return [f"{metric_label(metric)} is not in the picture: {why}." for metric, why in silent.items()]
 
 
 def _method_section(content: Mapping[str, Any]) -> list[Section]:
@@ -261,9 +250,7 @@ def _scale_section(content: Mapping[str, Any]) -> list[Section]:
             "tradeoff",
             "Forget against retain probability, for every pair of scales and every model",
             tradeoff_figure(content),
-            caption="Left is less of the forget set, up is more of the rest; the band is the yardstick's "
-            "interval. Points were tried on probe rows and models measured on the evaluation rows, so the "
-            "chosen point and the unlearned model need not coincide. Click a mark for its figures.",
+            caption=SAYS["tradeoff"],
             picks=True,
         ),
         " ".join([*_scale_sentences(scales), *changes_told(content)]) if scales else None,
@@ -357,11 +344,7 @@ _MEASURED = {
 def _answer_section(content: Mapping[str, Any]) -> list[Section]:
     title, bar = "Answers side by side", "Answers"
     if elsewhere := content.get("answers_elsewhere"):
-        told = (
-            "This page holds no text of the rows, so that it may travel with the model. palinode report "
-            "makes the one with sample answers anew while the workspace is there. It is:"
-        )
-        return section(title, told, Code(elsewhere), bar=bar)
+        return section(title, SAYS["answers_elsewhere"], Code(elsewhere), bar=bar)
     parts = [
         {
             "name": name,
@@ -376,9 +359,7 @@ def _answer_section(content: Mapping[str, Any]) -> list[Section]:
         title,
         Cases(parts),
         bar=bar,
-        intro="The worst cases come first. On the forget set these are the rows on which the unlearned model "
-        f"is farthest from {goal}, above or below; on the retain set those on which it lost most. The figure "
-        "beside each answer is the probability of the right answer, not of the one given.",
+        intro=SAYS["answers"].format(goal=goal),
     )
 
 
@@ -392,9 +373,7 @@ def _likelihood_section(content: Mapping[str, Any]) -> list[Section]:
         "How sure of each right answer",
         *pictures,
         bar="Row by row",
-        intro="How likely each model finds the right answer, row by row: the mean log-probability of its "
-        "tokens. Right is likelier; 0 is certain. A model that never saw the forget set shows how these "
-        "should be spread there.",
+        intro=SAYS["likelihoods"],
     )
 
 
@@ -419,8 +398,7 @@ def _vector_section(content: Mapping[str, Any]) -> list[Section]:
         at(content, "dose", "notes") or () if rows or known else None,
         _part_grid(content),
         bar="Vectors",
-        intro="What was taken off and added, as directions in weight space, and how much of it is in the "
-        "saved weights after rounding.",
+        intro=SAYS["vectors"],
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from palinode.records import packaged
 from palinode.report.words import (
+    LABELS,
     METRICS,
     SETS,
     at,
@@ -66,21 +67,14 @@ FEWEST_ROWS = 8
 CLOSE = 0.05
 """Two scores between 0 and 1 that differ by no more than this agree, however narrow their intervals."""
 
-YARDSTICKS = {
-    "retrained": "the model retrained without the forget set",
-    "estimate": "the estimate of a model that never saw it",
-    "base": "the base checkpoint, which had not seen the forget set",
-}
-DECIDES = {
-    "retrained": "it is what the others stand in for",
-    "estimate": "it counts as well what the target has learned besides the forget set",
-    "base": "there is no other",
-}
-"""Why a yardstick decides; the first that is there does."""
+YARDSTICKS, DECIDES = LABELS["yardsticks"], LABELS["decides"]
+"""What a forget score is held against, the first that is there decides; and why each would."""
 SETTLED_BY = (
     "A model retrained without the forget set would settle it; so would more holdout rows in the manner of "
     "the forget rows, about others, that neither target nor base has seen."
 )
+SENTENCES: Mapping[str, Mapping[str, str]] = tomllib.loads(packaged("report/assets/verdicts.toml"))
+"""What a verdict says, piece by piece."""
 UNMADE = "No model was made, as there was nothing to forget."
 UNSCORED = "The scores that this takes were not measured."
 
@@ -174,18 +168,9 @@ def run_verdict(record: Mapping[str, Any], audit: Mapping[str, Any] | None = Non
 def audit_verdict(audit: Mapping[str, Any]) -> RunVerdict:
     """Return the verdict of an audit by itself: asked plainly, under attack, and on the other side."""
     more, less, passed = (at(audit, "answer", key) for key in ("knows_more", "knows_less", "passed"))
-    than = "a model that never saw it"
-    if more and less:
-        told = f"Some attacks draw more of the forget set from the model than from {than}, others less."
-    elif more:
-        told = f"Attacks draw more of the forget set from the model than from {than}."
-    elif less:
-        told = f"The model knows less of the forget set than {than}: it was made to forget too much."
-    elif passed:
-        rest = ", but some of them could not tell" if at(audit, "answer", "unclear") else ""
-        told = f"Within this budget no attack told the model from {than}{rest}."
-    else:
-        told = "The audit could not say enough to pass the model."
+    unsure = "mostly" if at(audit, "answer", "unclear") else "passed"
+    found = "both" if more and less else "more" if more else "less" if less else unsure
+    told = SENTENCES["audit"][found if more or less or passed else "nothing"]
     claims = (
         _audited(audit, "plainly", "knows_more", plain=True),
         _audited(audit, "withstands", "knows_more", plain=False),
@@ -228,48 +213,27 @@ def unmade(record: Mapping[str, Any]) -> bool:
 
 def _sentence(code: Code, claims: Mapping[str, Claim], same: str | None) -> str:
     known, forgotten, kept = claims["known"], claims["forgotten"], claims["kept"]
-    than = "than one that never saw it"
     never = "the target did not know the forget set to begin with"
     if known.light == "amber":
         never = "by the yardstick that decides the target did not know the forget set, by another it did"
-    less = {"Too much": f"far less of it {than}", "A little too much": f"less of it {than}"}
-    doubts = {
-        "Unsure": "; whether the target knew the forget set is unsure",
-        "Yes": "; by another yardstick the target did not know the forget set",
-    }
     doubtful = known.word if known.light == "amber" and forgotten.word != "Unsure" else ""
-    measures = {"amber": "some", "red": "most"}.get(claims["recovered"].light)
-    unlike = f"; by {measures} measures it is not yet like the retrained model" if measures else ""
-    audited = {
-        "green": "; an audit found nothing against it",
-        "amber": "; an audit could not tell in every test",
-        "red": "; but an audit speaks against it",
-    }.get(claims["robust"].light, "")
-    others = f"{doubts.get(doubtful, '')}{unlike}{audited}"
+    pieces = [("doubts", doubtful), *((name, claims[name].light) for name in ("recovered", "robust"))]
+    others = "".join(SENTENCES[name].get(word, "") for name, word in pieces)
+    lost = SENTENCES["lost"].get(kept.light)
     if code == "nothing subtracted":
         rest = {"Yes": ", and it still knows the forget set", "No": f"; {never}"}.get(known.word, "")
         return f"Nothing was subtracted: the model is the target, {same}{rest}{others}."
     if code == "nothing to forget":
-        worse = f", and the model now knows {less[forgotten.word]}" if forgotten.word in less else ""
-        first = f"There was nothing to forget: {never}{worse}"
-        share = {"amber": "a part", "red": "much"}.get(kept.light)
-        lost = f", and {'it' if worse else 'the model'} lost {share} of the rest" if share else ""
-        return f"{first}{lost}{others}."
-    first = {
-        "Yes": "The model treats the forget set like one that never saw it",
-        "Partly": "The model still knows a part of the forget set",
-        "Unsure": "The measurement is too coarse to tell whether the model forgot",
-        "No": "The model still knows most of the forget set",
-        "Disputed": "By one yardstick the model forgot and by another it did not",
-        "A little too much": f"The model knows less of the forget set {than}",
-        "Too much": f"The model knows far less of the forget set {than}",
-    }.get(forgotten.word, "Whether the model forgot is not known")
-    link = "but" if forgotten.light == "green" else "and"
-    second = {
-        "green": "; it kept the rest" if code in ("unsure", "not measured") else ", and it kept the rest",
-        "amber": f", {link} it lost a part of the rest",
-        "red": f", {link} it lost much of the rest",
-    }.get(kept.light, "; what became of the rest was not measured")
+        less = SENTENCES["less"].get(forgotten.word)
+        worse = f", and the model now knows {less}" if less else ""
+        cost = f", and {'it' if worse else 'the model'} lost {lost} of the rest" if lost else ""
+        return f"There was nothing to forget: {never}{worse}{cost}{others}."
+    first = SENTENCES["forgotten"].get(forgotten.word, "Whether the model forgot is not known")
+    second = "; what became of the rest was not measured"
+    if kept.light == "green":
+        second = f"{';' if code in ('unsure', 'not measured') else ', and'} it kept the rest"
+    elif lost:
+        second = f", {'but' if forgotten.light == 'green' else 'and'} it lost {lost} of the rest"
     return f"{first}{second}{others}."
 
 
@@ -517,14 +481,12 @@ def _probability(record: Mapping[str, Any], model: str, data_set: str) -> Mappin
     return _score(record, model, data_set, "answer_probability")
 
 
-def _bounds(score: Mapping[str, Any]) -> tuple[float, float]:
-    low, high = score.get("low"), score.get("high")
-    return (score["value"] if low is None else low), (score["value"] if high is None else high)
-
-
 def overlap(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     """Tell whether the intervals of two scores have a value in common."""
-    (low, high), (other_low, other_high) = _bounds(first), _bounds(second)
+    (low, high), (other_low, other_high) = (
+        [score["value"] if score.get(end) is None else score[end] for end in ("low", "high")]
+        for score in (first, second)
+    )
     return bool(low <= other_high and other_low <= high)
 
 

@@ -7,38 +7,16 @@ from __future__ import annotations
 
 import html
 import re
+import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from palinode.progress import plain
+from palinode.records import packaged
 
-SETS = {
-    "forget": "forget set",
-    "retain": "retain set",
-    "retain_unseen": "unseen retain rows",
-    "retain_near": "retain rows near the forget set",
-}
-TRAININGS = {
-    "forget": "forget set",
-    "retain": "retain set",
-    "exposed": "forget set and replay",
-    "control": "replay alone",
-    "reinforced": "forget set, to reinforce it",
-}
-MODELS = {
-    "target": "target",
-    "given": "unlearned, as given",
-    "unlearned": "unlearned",
-    "retrained": "retrained",
-    "base": "base checkpoint",
-    "estimate": "estimated yardstick",
-}
-METRICS = {
-    "answer_probability": "answer probability",
-    "rouge_l_recall": "ROUGE-L recall",
-    "exact_memorization": "exact memorisation",
-    "extraction_strength": "extraction strength",
-}
+LABELS: Mapping[str, Mapping[str, str]] = tomllib.loads(packaged("report/assets/labels.toml"))
+SETS, TRAININGS, MODELS, METRICS = (LABELS[name] for name in ("sets", "trainings", "models", "metrics"))
+"""What each is called, in the order in which they are shown."""
 DASH = "—"
 
 

@@ -24,7 +24,7 @@ from palinode import jobs
 from palinode.data.examples import Example, fingerprint_examples, hash_texts, read_set
 from palinode.errors import DataError, LedgerError, OutputError, RecipeError, meant
 from palinode.history.locating import Location
-from palinode.metrics import score_outcomes
+from palinode.metrics.table import score_outcomes
 from palinode.pipeline.recipe import Recipe, build_recipe, explain, laid_over
 from palinode.pipeline.reporting import gather, refresh
 from palinode.pipeline.run import Unlearned
@@ -88,7 +88,12 @@ class Desk:
 
         `recipe` is the content of a recipe without forget rows and output, dotted or as sections.
         """
-        content = _absolute(laid_over({}, recipe))
+        content = laid_over({}, recipe)
+        for section in ("models", "data"):
+            content[section] = {
+                key: _absolute_place(value) if isinstance(value, str) else value
+                for key, value in content.get(section, {}).items()
+            }
         to_come = {"data.forget": "-", "output.folder": "-"}
         if "base" not in content["models"]:  # it may be located for each request
             to_come["models.base"] = "-"
@@ -248,13 +253,14 @@ class Desk:
             raise LedgerError(
                 "the candidate is the target itself, as no request is open; there is nothing to audit"
             )
+        former = [one.audits for one in reversed(now.models) if one.fingerprint != model.fingerprint]
         found: dict[str, Mapping[str, Any]] = {}
         several = [name for name in model.requests if now.requests[name].rows > 1]
         for name in chosen or [WHOLE, *(several if len(model.requests) > 1 else ())]:
             location = now.requests[name].location if name else str(self._list(model))
             self.listener.say(f"auditing {name or 'all requests together'}")
             record = self._audited(now, model, name, location)
-            facts = audit_facts(record, before=_last_audit(now, name, model))
+            facts = audit_facts(record, before=next((one[name] for one in former if name in one), None))
             if name == WHOLE and (known := self.place(model) / "record.json").exists():
                 facts |= read_json(known)["verdict"]  # that of the run, which knows of the audit now
             for one in [name, *(model.requests if len(model.requests) == 1 and not name else ())]:
@@ -466,24 +472,21 @@ NO_REQUEST = {
 """In place of the verdict on a model that stands for no request."""
 
 
-def _not_audited(now: Standing, model: Model) -> str | None:
-    """Return a request that was not audited on a model, by its own rows or where it has only one by all."""
-    alone = len(model.requests) == 1
-    audited = {
-        name: name in model.audits or (WHOLE in model.audits and (alone or now.requests[name].rows == 1))
-        for name in model.requests
-    }
-    return next((name for name, done in audited.items() if not done), None)
-
-
 def hindrance(now: Standing, *, despite: bool = False) -> str | None:
     """Return why the candidate may not be published; None where it may."""
     model = now.candidate
     assert model is not None
     if now.outdated:
         return "a request was withdrawn after this model was made; make it anew: palinode requests carry-out"
-    if now.policy.get("audit") and (missing := _not_audited(now, model)):
-        return f"{missing} was not audited on this model, as the policy asks: palinode requests audit"
+    alone = len(model.requests) == 1
+    unaudited = [  # by their own rows, or where there is only one by all
+        name
+        for name in model.requests
+        if name not in model.audits
+        and not (WHOLE in model.audits and (alone or now.requests[name].rows == 1))
+    ]
+    if now.policy.get("audit") and unaudited:
+        return f"{unaudited[0]} was not audited on this model, as the policy asks: palinode requests audit"
     verdicts = {
         "all requests together": model.verdict,
         **{name: told for name, told in model.audits.items() if name},
@@ -538,12 +541,6 @@ def worse_scores(before: Model | None, after: Model) -> list[str]:
     ]
 
 
-def _last_audit(now: Standing, name: str, model: Model) -> Mapping[str, Any] | None:
-    """Return the last audit of a request on another model than this one."""
-    others = (one for one in reversed(now.models) if one.fingerprint != model.fingerprint)
-    return next((one.audits[name] for one in others if name in one.audits), None)
-
-
 def _scores(result: Unlearned, counts: Mapping[str, int]) -> dict[str, Any]:
     """Return the answer probability of each request's rows, of the models that were asked.
 
@@ -583,18 +580,6 @@ def _located(wanted: Sequence[Request]) -> Mapping[str, Any] | None:
     """Return the earliest base that was located for one of these requests, and how; None without any."""
     found = [request.located for request in wanted if request.located]
     return min(found, key=lambda facts: facts["step"], default=None)
-
-
-def _absolute(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe's content with the places of models and rows that are there as absolute ones."""
-    places = {
-        section: {
-            key: _absolute_place(value) if isinstance(value, str) else value
-            for key, value in content.get(section, {}).items()
-        }
-        for section in ("models", "data")
-    }
-    return {**content, **places}
 
 
 def _absolute_place(place: str) -> str:

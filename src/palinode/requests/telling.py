@@ -74,17 +74,16 @@ def export(events: Sequence[Event]) -> dict[str, Any]:
 def export_csv(events: Sequence[Event]) -> str:
     """Return the requests as CSV, one a line."""
     rows = [request_facts(events, request) for request in standing(events).requests.values()]
-    text = io.StringIO()
+    text, formulas = io.StringIO(), ("=", "+", "-", "@", "\t", "\r")  # to a spreadsheet
+
+    def harmless(value: object) -> object:
+        return f"'{value}" if isinstance(value, str) and value.startswith(formulas) else value
+
     if rows:
         table = csv.DictWriter(text, [*rows[0]], lineterminator="\n")
         table.writeheader()
-        table.writerows({name: _harmless(value) for name, value in row.items()} for row in rows)
+        table.writerows({name: harmless(value) for name, value in row.items()} for row in rows)
     return text.getvalue()
-
-
-def _harmless(value: object) -> object:
-    """Return a cell that no spreadsheet takes for a formula."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
 
 
 def requests_grid(

@@ -63,7 +63,6 @@ from palinode.training.finetune import Finetuned as Finetuned
 from palinode.training.finetune import finetune as finetune
 from palinode.version import __version__ as __version__
 from palinode.weights import Checkpoint as Checkpoint
-from palinode.weights import Crew as Crew
 from palinode.weights import Direction as Direction
 from palinode.weights import Dose as Dose
 from palinode.weights import LoraAdapter as LoraAdapter

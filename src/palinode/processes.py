@@ -28,8 +28,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from palinode.errors import PalinodeError, ProcessError, first_line
-from palinode.weights.atomic import Crew
+from palinode.errors import InputError, PalinodeError, ProcessError, first_line
 
 Result = TypeVar("Result")
 Work = TypeVar("Work", bound=Callable[..., Any])
@@ -82,7 +81,7 @@ def together(work: Callable[[], Result]) -> Result | None:
     Every process calls it. Raises ProcessError where another one failed or is gone.
     """
     global _team
-    if _team is not None or Crew.from_environment().count < 2:
+    if _team is not None or _announced() < 2:
         return work()
     _team = team = _joined()
     try:
@@ -94,6 +93,17 @@ def together(work: Callable[[], Result]) -> Result | None:
         _team = None
         with suppress(Exception):
             distributed.destroy_process_group()
+
+
+def _announced() -> int:
+    """Return how many processes there shall be, as RANK and WORLD_SIZE say; raises InputError."""
+    try:
+        rank, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    except ValueError:
+        raise InputError("RANK and WORLD_SIZE are set, but are not numbers; unset or mend them") from None
+    if not 0 <= rank < count:
+        raise InputError(f"there is no process {rank} of {count}; number them from 0 (RANK, WORLD_SIZE)")
+    return count
 
 
 def _joined() -> _Team:
@@ -309,7 +319,7 @@ def _connected() -> Iterator[None]:
         ):
             raise
         said = said or "another process of this run is gone"
-        raise ProcessError(f"{said}; the same command goes on where it stopped") from error
+        raise ProcessError(f"{said}; repeat the command, which goes on from what was kept") from error
 
 
 def summed(value: Tensor, *, most: bool = False) -> Tensor:

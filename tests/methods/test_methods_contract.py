@@ -27,7 +27,7 @@ from palinode.pipeline.recipe import build_recipe
 from palinode.pipeline.run import dry_run, unlearn
 from palinode.settings import EvaluationLimits
 from palinode.training.loop import train
-from palinode.training.objectives import Choices, join, keep
+from palinode.training.objectives import Keeper, choices, join, keep
 
 CPU = torch.device("cpu")
 SETTINGS = TrainingSettings(
@@ -57,7 +57,7 @@ def frozen_of(name, cast, tiny):
         return {}
     both = CombinedLogits(*(load_model(entry, device=CPU) for entry in (tiny.target, tiny.retrained)), 1.0)
     rows = {("forget", place): row for place, row in enumerate(cast.rows["forget"])}
-    return {"forget": keep(Choices(), both, rows, pad_id=0, autocast=False)}
+    return {"forget": keep(Keeper(choices), both, rows, pad_id=0, autocast=False)}
 
 
 def trained(name, job, tiny, chosen=SETTINGS, **others):

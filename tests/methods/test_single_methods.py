@@ -17,9 +17,9 @@ from palinode.errors import DataError, MismatchError, OutputError, RecipeError
 from palinode.evaluation.ask import ask
 from palinode.methods import METHODS
 from palinode.methods.method import gather, read_refusals
+from palinode.methods.minimised import control_vector, place_in_row, price
 from palinode.methods.preference import AltPOSettings, draw_alternates, request
-from palinode.methods.rmu import control_vector
-from palinode.methods.weighted import PDUSettings, place_in_row, price
+from palinode.methods.weighted import PDUSettings
 from palinode.models import CombinedLogits, load_model, load_tokenizer, score_rows
 from palinode.models.inplace import combined_logits
 from palinode.models.reading import labelled_logits, labelled_states, pick_layer

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from palinode.errors import CheckpointError, InputError
-from palinode.models.generation import _Spoken, generate
+from palinode.models.generation import Spoken, generate
 from palinode.models.loading import load_model
 from palinode.pipeline.chatting import open_chat
 from palinode.pipeline.run import unlearn
@@ -109,11 +109,10 @@ def test_a_letter_is_held_back_until_all_its_bytes_are_there():
     plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     plain.decoder = decoders.ByteLevel()
     tokenizer, parts = PreTrainedTokenizerFast(tokenizer_object=plain), []
-    spoken = _Spoken(tokenizer, parts.append)
-    spoken.put(torch.tensor([[1, 2, 3]]))  # the prompt
-    for number in tokenizer("né!")["input_ids"]:
-        spoken.put(torch.tensor([number]))
-    spoken.end()
+    spoken, ids = Spoken(tokenizer, parts.append), tokenizer("né!")["input_ids"]
+    for count in range(len(ids)):
+        assert not spoken.hear(ids[: count + 1])
+    spoken.hear(ids, final=True)
     assert parts == ["n", "é", "!"]
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import warnings
+from collections import defaultdict
 
 import pytest
 import torch
@@ -164,7 +165,7 @@ def test_targets_and_alpha_decide_what_is_changed_and_how_much(tiny, forget, tmp
         tiny.base, forget, tmp_path / "out", lora(alpha=1.5, targets=["q_proj", "mlp.up_proj"]), device="cpu"
     )
     assert len(made.saved.changes) == 4
-    assert {change.scale for change in made.saved.changes.values()} == {0.5}
+    assert {change.facts(defaultdict(str))[0] for change in made.saved.changes.values()} == {0.5}
     with pytest.raises(RecipeError, match=r"no linear layer of the blocks has such a name.*q_proj"):
         finetune(tiny.base, forget, tmp_path / "no", lora(targets=["query"]), device="cpu")
 

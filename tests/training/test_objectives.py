@@ -15,9 +15,8 @@ from palinode.training.losses import row_sums, token_nll
 from palinode.training.objectives import (
     PLAIN_OBJECTIVE,
     Distributions,
-    FrozenStates,
     Joined,
-    Likelihoods,
+    Keeper,
     Material,
     Objective,
     answer_term,
@@ -25,6 +24,8 @@ from palinode.training.objectives import (
     join,
     keep,
     kl_term,
+    likelihoods,
+    states_of,
 )
 
 CPU = torch.device("cpu")
@@ -99,7 +100,7 @@ def members(count=4):
 
 def test_kept_likelihoods_are_the_summed_nll_of_each_row(fresh):
     model = fresh()
-    kept = keep(Likelihoods(), model, members(), pad_id=0, autocast=False)
+    kept = keep(Keeper(likelihoods), model, members(), pad_id=0, autocast=False)
     for place, row in enumerate(ROWS):
         logits, labels, rows = answer_logits(model, pad_right([row], pad_id=0))
         expected = row_sums(token_nll(logits, labels), rows, 1)
@@ -128,7 +129,7 @@ def test_kept_distributions_are_the_logits_of_then_after_the_model_has_changed(
 
 def test_kept_states_are_those_of_the_block_at_scored_tokens(fresh):
     model = fresh()
-    kept = keep(FrozenStates(0), model, members(), pad_id=0, autocast=False)
+    kept = keep(states_of(0), model, members(), pad_id=0, autocast=False)
     expected = torch.cat([labelled_states(model, pad_right([ROWS[at]], pad_id=0), 0)[0] for at in (1, 2)])
     torch.testing.assert_close(kept.of([("forget", 1), ("forget", 2)], CPU), expected.detach())
 
@@ -137,7 +138,7 @@ def test_keeping_leaves_the_model_training_if_it_was(fresh):
     model = fresh()
     for training in (True, False):
         model.train(training)
-        keep(Likelihoods(), model, members(2), pad_id=0, autocast=False)
+        keep(Keeper(likelihoods), model, members(2), pad_id=0, autocast=False)
         assert model.training == training
 
 

@@ -12,7 +12,8 @@ from palinode.data.examples import Message
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import DataError
 from palinode.methods.method import Given
-from palinode.methods.msa import PAIRED, PairedSettings, paired_objectives
+from palinode.methods.minimised import paired as paired_objectives
+from palinode.methods.msa import PAIRED, PairedSettings
 from palinode.models import load_model, load_tokenizer
 from palinode.models.inplace import put
 from palinode.training.loop import train

@@ -14,12 +14,12 @@ from palinode.errors import AlgebraError, CheckpointError, MismatchError
 from palinode.weights import Checkpoint, Direction, Point, WeightedSum
 from palinode.weights.checkpoint import StoredDirection
 from palinode.weights.displacement import (
-    DenseChange,
+    ArrayCache,
     Factor,
-    LowRankChange,
-    MatrixCache,
     decode,
+    dense_change,
     encode,
+    low_rank_change,
 )
 from palinode.weights.kernels import multiply, nearest_factors, rank_for
 from palinode.weights.tensors import Files, read_object
@@ -93,7 +93,7 @@ def stored(models):
 
     def make(name, tensors):
         found = models.make(name, tensors)
-        return StoredDirection(found.folder, {key: DenseChange(info) for key, info in found.tensors.items()})
+        return StoredDirection(found.folder, {key: dense_change(info) for key, info in found.tensors.items()})
 
     return make
 
@@ -165,7 +165,7 @@ def low_rank(models, name, *, transposed, dtype=torch.float32, scale=0.7):
     turn = (lambda matrix: matrix.T.contiguous()) if transposed else (lambda matrix: matrix)
     found = models.make(name, {"left": turn(left), "right": turn(right)}).tensors
     factors = [Factor(found[key], transposed) for key in ("left", "right")]
-    return LowRankChange(*factors, scale, MatrixCache()), scale * (left.double() @ right.double()).numpy()
+    return low_rank_change(*factors, scale, ArrayCache()), scale * (left.double() @ right.double()).numpy()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -198,11 +198,11 @@ def test_a_product_is_rounded_once(models):
 def test_right_hand_matrices_are_kept_within_bounds(models, monkeypatch):
     monkeypatch.setattr("palinode.weights.displacement.KEPT", 1000)
     found = models.make("many", {f"w{i}": models.noise(i, 10, 10) for i in range(5)}).tensors
-    kept = MatrixCache()
+    kept = ArrayCache()
     with Files() as files:
         for info in found.values():
-            first = kept.whole(Factor(info), files)
-            assert kept.whole(Factor(info), files) is first
+            first = kept.get(info, lambda info=info: Factor(info).rows(files, 0, 10))
+            assert kept.get(info, lambda: None) is first
             assert len(kept._found) <= 2
 
 
@@ -225,9 +225,9 @@ def test_values_that_are_not_finite_are_named(models, stored, value):
     good = models.make("good", {"w": models.noise(2, 4, 4)}).tensors["w"]
     pairs = [(info, good), (good, info)]
     changes = [
-        DenseChange(info),
+        dense_change(info),
         *(
-            LowRankChange(Factor(a, t), Factor(b, t), 1.0, MatrixCache())
+            low_rank_change(Factor(a, t), Factor(b, t), 1.0, ArrayCache())
             for a, b in pairs
             for t in (False, True)
         ),
@@ -297,7 +297,7 @@ def test_a_fingerprint_says_what_the_values_are_and_not_where(models, stored):
 def test_scale_and_orientation_are_part_of_a_fingerprint(models):
     def of(scale, transposed):
         info = models.make(f"{scale}{transposed}", {"w": torch.ones(2, 2)}).tensors["w"]
-        change = LowRankChange(Factor(info), Factor(info, transposed), scale, MatrixCache())
+        change = low_rank_change(Factor(info), Factor(info, transposed), scale, ArrayCache())
         return StoredDirection(info.file.parent, {"w": change}).fingerprint()
 
     assert len({of(1.0, False), of(2.0, False), of(1.0, True)}) == 3

@@ -382,22 +382,19 @@ def directory_of(raw: bytes) -> tuple[int, int]:
 
 
 def test_two_directories_that_disagree_are_refused(folder):
-    """Of an archive with two end records, torch reads the 64-bit one."""
+    """Of an archive with two directories, torch and zipfile would not read the same one."""
     put(folder, {"w": torch.ones(3)})
     raw = (folder / "pytorch_model.bin").read_bytes()
     start, size = directory_of(raw)
     other = raw[start : start + size].replace(b"data/0", b"data/1")
     count = struct.unpack_from("<H", raw, len(raw) - 12)[0]
-    for second, agrees in ((start, True), (start + size, False)):
+    for second in (start, start + size):
         wide = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, second)
         locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, start + 2 * size, 1)
         end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, count, count, size, start, 0)
         written = raw[: start + size] + other + wide + locator + end
         (folder / "pytorch_model.bin").write_bytes(written)
-        if agrees:
-            assert [*Checkpoint.open(folder, allow_pickle=True).tensors] == ["w"]
-        else:
-            assert "zip directory is broken" in refusal(folder)
+        assert "zip directory is broken" in refusal(folder)
 
 
 @pytest.mark.parametrize("place", [6, 8, 10, 20, 38, 40])

@@ -21,10 +21,10 @@ from palinode.weights.vectors import save_vector
 KILLED = """
 import sys
 from pathlib import Path
-from palinode.weights import Checkpoint, Crew, save
+from palinode.weights import Checkpoint, save
 target, base = map(Checkpoint.open, sys.argv[1:3])
 print("ready", flush=True)
-save(target - 0.5 * (base - target), Path(sys.argv[3]), crew=Crew(workers=1), rounding="stochastic")
+save(target - 0.5 * (base - target), Path(sys.argv[3]), workers=1, rounding="stochastic")
 """
 
 

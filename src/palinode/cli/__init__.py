@@ -79,8 +79,8 @@ def _call() -> int:
 
 
 def _run(app: Any) -> Any:
-    """Run the verb; of several processes one does, helped by the others, but for `apply`, which all run."""
-    if "WORLD_SIZE" not in os.environ or sys.argv[1:2] == ["apply"]:
+    """Run the verb; of several processes one does, helped by the others."""
+    if "WORLD_SIZE" not in os.environ:
         return app(standalone_mode=False)
     from palinode.processes import together
 

@@ -40,19 +40,16 @@ def apply(
 
     No tokenizer and no data are needed.
 
-    Under torchrun, or with RANK and WORLD_SIZE set by hand on hosts that share the output folder, the
-    processes divide the work and write the very files that one of them would.
+    Under torchrun, on hosts that share the output folder, the processes divide the work and write the very
+    files that one of them would.
     """
     from palinode.methods import apply as apply_models
     from palinode.pipeline.reporting import dose_facts
-    from palinode.weights import Checkpoint, Crew
+    from palinode.weights import Checkpoint
 
     alpha, beta = parse_scales(scales)
-    crew = Crew.from_environment()
     opened = Checkpoint.open(target, allow_pickle=settings.allow_pickle)
-    with listener(quiet=crew.rank > 0).task(
-        "writing", -(-opened.parameters // crew.count), "weights"
-    ) as advance:
+    with listener().task("writing", opened.parameters, "weights") as advance:
         saved = apply_models(
             opened,
             base,
@@ -62,11 +59,8 @@ def apply(
             forget_scale=alpha,
             retain_scale=beta,
             settings=settings,
-            crew=crew,
             on_progress=advance,
         )
-    if crew.rank:
-        return
     if given("as_json"):
         asked = {"forget": alpha, "retain": beta}
         dose = dose_facts(saved, {name: asked[name] for name in saved.dose.effective})

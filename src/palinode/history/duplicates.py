@@ -131,11 +131,32 @@ def find_duplicates(
         raise DataError("there are no forget rows to look for copies of")
     if not 0 < threshold <= 1:
         raise DataError(f"the similarity is {threshold}; it must be above 0 and at most 1")
-    index = _Index(forget, threshold)
+    rows: dict[bytes, list[int]] = {}
+    for row, example in enumerate(forget):
+        rows.setdefault(row_hash(example), []).append(row)
+    known = [shingles("\n".join(example.texts)) for example in forget]
+    holders: dict[str, list[int]] = {}  # of each known shingle, the rows that hold it
+    for row, own in enumerate(known):
+        for shingle in own:
+            holders.setdefault(shingle, []).append(row)
+
+    def copies(number: int, example: Example) -> Iterator[Duplicate]:
+        """Yield the forget rows that a row of the corpus is a copy of."""
+        equal = rows.get(row_hash(example), [])
+        for row in equal:
+            yield Duplicate(row, number, example.place, 1.0, exact=True)
+        own = shingles("\n".join(example.texts))
+        held = [holders[shingle] for shingle in own if shingle in holders]
+        enough = math.ceil(threshold * len(own) - 1e-9)  # in common with a row that is like this one
+        rarest = sorted(held, key=len)[: max(0, len(held) - enough + 1)]
+        for row in sorted({row for some in rarest for row in some}.difference(equal)):
+            if (similarity := jaccard(own, known[row])) >= threshold:
+                yield Duplicate(row, number, example.place, similarity, exact=False)
+
     found: list[Duplicate] = []
     with (listener or NullListener()).task("looking for copies", len(corpus), "rows") as advance:
         for number, example in enumerate(corpus):
-            found += index.copies(number, example)
+            found += copies(number, example)
             advance(1)
     return sorted(found, key=lambda entry: (entry.row, entry.number))
 
@@ -158,32 +179,3 @@ def jaccard(first: Set[str], second: Set[str]) -> float:
     """
     shared = len(first & second)
     return shared / (len(first) + len(second) - shared)
-
-
-class _Index:
-    """Forget rows, ready to be asked which of them a text equals or is like."""
-
-    def __init__(self, forget: Sequence[Example], threshold: float) -> None:
-        self._threshold = threshold
-        self._rows: dict[bytes, list[int]] = {}
-        for row, example in enumerate(forget):
-            self._rows.setdefault(row_hash(example), []).append(row)
-        self._shingles = [shingles("\n".join(example.texts)) for example in forget]
-        self._holders: dict[str, list[int]] = {}  # of each known shingle, the rows that hold it
-        for row, own in enumerate(self._shingles):
-            for shingle in own:
-                self._holders.setdefault(shingle, []).append(row)
-
-    def copies(self, number: int, example: Example) -> Iterator[Duplicate]:
-        """Yield the forget rows that a row of the corpus is a copy of."""
-        equal = self._rows.get(row_hash(example), [])
-        for row in equal:
-            yield Duplicate(row, number, example.place, 1.0, exact=True)
-        own = shingles("\n".join(example.texts))
-        held = [self._holders[shingle] for shingle in own if shingle in self._holders]
-        enough = math.ceil(self._threshold * len(own) - 1e-9)  # in common with a row that is like this one
-        rarest = sorted(held, key=len)[: max(0, len(held) - enough + 1)]
-        for row in sorted({row for rows in rarest for row in rows}.difference(equal)):
-            similarity = jaccard(own, self._shingles[row])
-            if similarity >= self._threshold:
-                yield Duplicate(row, number, example.place, similarity, exact=False)

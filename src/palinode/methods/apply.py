@@ -11,7 +11,7 @@ from pathlib import Path
 from palinode.errors import RecipeError
 from palinode.methods.method import Vectors
 from palinode.settings import ApplySettings
-from palinode.weights import Checkpoint, Crew, Direction, Saved, WeightedSum, save
+from palinode.weights import Checkpoint, Direction, Saved, WeightedSum, save
 from palinode.weights.vectors import is_direction, open_direction
 
 Model = Checkpoint | str | Path
@@ -27,7 +27,6 @@ def apply(
     forget_scale: float = 1.0,
     retain_scale: float = 0.0,
     settings: ApplySettings | None = None,
-    crew: Crew | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Saved:
     """Write θ_D − α(θ_1 − θ_0) + β(θ_2 − θ_0) from models that exist already.
@@ -53,7 +52,7 @@ def apply(
         Path(output),
         **settings.model_dump(exclude={"allow_pickle"}),
         along=along,
-        crew=crew,
+        divided=True,
         on_progress=on_progress,
     )
 

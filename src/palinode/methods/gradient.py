@@ -1,36 +1,21 @@
-"""GradAscent (Yao et al.; TOFU, arXiv 2401.06121): L = −CE(B_f).
+"""Descent and ascent: GradAscent, GradDiff, KL-min, IdkNLL and the retain fine-tune.
 
-B_f is a batch of forget rows and CE the mean −log p of its answer tokens. Unbounded below: training ends
-where the forget loss reaches that of a model that knows nothing, or the limit that is set.
-
-GradDiff (Liu et al. 2022; TOFU, arXiv 2401.06121): L = −γ·CE(B_f) + α·L_r.
-
-L_r is CE(B_r) on retain rows, or with `retain_loss = "kl"` the KL divergence from the frozen target. The
-forget term is unbounded below: training ends where it reaches the loss of a model that knows nothing.
-
-KL-min (TOFU, arXiv 2401.06121): L = −γ·CE(B_f) + α·KL(p_ref ‖ p_θ on B_r), p_ref the frozen target.
-
-GradDiff with KL as its retain loss, averaged over answer tokens. TOFU's code takes the mean over all
-positions, padding included, and MUSE's GA_KLR hands raw logits to the KL function: neither is copied.
-
-IdkNLL (TOFU's "idk", arXiv 2401.06121): learn to refuse the forget questions.
-
-L = CE over (x_f, refusal) and (x_r, y_r) together, one token mean, so that short refusals weigh less than
-answers; or with `separate` γ·CE(x_f, refusal) + α·CE(x_r, y_r).
-
-Retain fine-tune: minimise CE(B_r) from the target, and let what is not trained on fade.
+Each `Method` below has its formula and source. CE is the mean −log p of answer tokens over a batch; L_r is
+CE on retain rows, or KL from the frozen target. What ascends is unbounded below: training ends where the
+forget loss reaches that of a model that knows nothing, or the limit that is set. KL is averaged over answer
+tokens: TOFU's code takes the mean over all positions, padding included, and MUSE's GA_KLR hands raw logits
+to the KL function; neither is copied. IdkNLL is one token mean, so that short refusals weigh less than
+answers, or with `separate` γ·CE(x_f, refusal) + α·CE(x_r, y_r). The retain fine-tune lets what is not
+trained on fade.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from palinode.methods.method import Method, MethodSettings, RetainSettings, StartSettings
-
-if TYPE_CHECKING:
-    from palinode.training.objectives import Objective
 
 
 class GradAscentSettings(StartSettings):
@@ -40,18 +25,13 @@ class GradAscentSettings(StartSettings):
     """Forget loss in nats a token that ends training; None: ln V, that of a model that knows nothing."""
 
 
-def ascent_objective(settings: GradAscentSettings, seed: int) -> Objective:
-    """Return −CE over forget rows."""
-    return difference_objective(GradDiffSettings(alpha=0, forget_limit=settings.forget_limit), seed)
-
-
 GRAD_ASCENT = Method(
     name="grad_ascent",
     summary="gradient ascent on the forget set",
     source="Yao et al. 2023; TOFU, arXiv 2401.06121",
     formula="L = −CE(forget)",
     settings=GradAscentSettings,
-    objective=ascent_objective,
+    minimises="grad_ascent",
 )
 
 
@@ -62,16 +42,6 @@ class GradDiffSettings(RetainSettings):
     """Forget loss in nats a token that ends training; None: ln V, that of a model that knows nothing."""
 
 
-def difference_objective(settings: GradDiffSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
-    """Return −γ·CE over forget rows plus the retain loss."""
-    from palinode.methods.parts import forget_term, nll, with_retain
-    from palinode.training.losses import gradient_ascent
-    from palinode.training.objectives import Limit
-
-    forget = forget_term(lambda seen: gradient_ascent(nll(seen)), per="token", gamma=settings.gamma)
-    return with_retain(settings, forget, Limit("forget", settings.forget_limit))
-
-
 GRAD_DIFF = Method(
     name="grad_diff",
     summary="gradient ascent on the forget set, descent on retain rows",
@@ -79,7 +49,7 @@ GRAD_DIFF = Method(
     formula="L = −γ·CE(forget) + α·CE(retain)",
     needs=frozenset({"retain"}),
     settings=GradDiffSettings,
-    objective=difference_objective,
+    minimises="grad_diff",
 )
 
 
@@ -97,7 +67,7 @@ KL_MIN = Method(
     formula="L = −γ·CE(forget) + α·KL(p_ref ‖ p_θ on retain)",
     needs=frozenset({"retain", "frozen_target"}),
     settings=KLMinSettings,
-    objective=difference_objective,
+    minimises="grad_diff",
 )
 
 
@@ -108,16 +78,6 @@ class IdkNLLSettings(RetainSettings):
     """Weigh refusals and retain rows by γ and α instead of one mean over their tokens."""
 
 
-def idk_objective(settings: IdkNLLSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
-    """Return the cross entropy of refusals and retain rows."""
-    from palinode.methods.parts import with_retain
-    from palinode.training.objectives import Objective, answer_term
-
-    if not settings.separate:
-        return Objective((answer_term("refusal and retain", "refusal", "retain"),))
-    return with_retain(settings, answer_term("refusal", "refusal", coefficient=settings.gamma))
-
-
 IDK_NLL = Method(
     name="idk_nll",
     summary="plain fine-tuning on refusals of the forget questions, and on retain rows",
@@ -125,7 +85,7 @@ IDK_NLL = Method(
     formula="L = CE(refusals of forget questions ∪ retain)",
     needs=frozenset({"retain", "refusals"}),
     settings=IdkNLLSettings,
-    objective=idk_objective,
+    minimises="idk_nll",
 )
 
 
@@ -139,18 +99,11 @@ class RetainOnlySettings(MethodSettings):
     """The rows that are drawn from: the whole retain set, or a sample as large as the forget set."""
 
 
-def retain_objective(settings: RetainOnlySettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
-    """Return the cross entropy of retain rows."""
-    from palinode.training.objectives import Objective, answer_term
-
-    return Objective((answer_term("retain", "retain"),), anchor=settings.epoch)
-
-
 RETAIN_FINETUNE = Method(
     name="retain_finetune",
     summary="plain fine-tuning of the target on retain rows",
     formula="L = CE(retain), from the target",
     needs=frozenset({"retain"}),
     settings=RetainOnlySettings,
-    objective=retain_objective,
+    minimises="retain_finetune",
 )

@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -223,12 +224,15 @@ class RetainSettings(StartSettings):
 
 # Methods
 
+MINIMISED = "palinode.methods.minimised"
+"""The module with what methods minimise; it takes torch, so that it is loaded by name, and late."""
+
 
 @dataclass(frozen=True, slots=True)
 class Method:
     """A method of unlearning.
 
-    An ordinary one names its `objective`: it takes one run, and its end is the unlearned model. Any other
+    An ordinary one names what it `minimises`: it takes one run, and its end is the unlearned model. Any other
     says with `own_runs` what it takes, and with `own_point` what that comes to.
     """
 
@@ -242,8 +246,8 @@ class Method:
     settings: type[MethodSettings] = MethodSettings
     training: Mapping[str, Any] = field(default_factory=dict)
     """Training settings that its source sets otherwise than ours; a recipe's own come before them."""
-    objective: Callable[[Any, int], Objective] | None = None
-    """(settings, seed) → what its one run minimises, or its last one."""
+    minimises: str = ""
+    """Name of the function in `MINIMISED` that makes what its one run minimises, or its last one."""
     own_runs: Callable[[Any, Given], list[MethodRun]] | None = None
     own_point: Callable[[Any, Ends], Vectors | Point] | None = None
     has_scales: bool = False
@@ -254,17 +258,21 @@ class Method:
         """What sort of method it is."""
         if self.has_scales:
             return "arithmetic"
-        return "training" if self.objective or self.own_runs else "inference"
+        return "training" if self.minimises or self.own_runs else "inference"
 
     def check_settings(self, given: Mapping[str, Any]) -> MethodSettings:
         """Return the method's settings with its defaults filled in; raises pydantic's ValidationError."""
         return self.settings.model_validate(dict(given))
 
+    def objective(self, settings: Any, seed: int) -> Objective:
+        """Return what its one run minimises, or its last one."""
+        build: Callable[[Any, int], Objective] = getattr(import_module(MINIMISED), self.minimises)
+        return build(settings, seed)
+
     def runs(self, settings: Any, given: Given) -> list[MethodRun]:
         """Return the fine-tunings that it takes. Raises DataError for a role without rows."""
         if self.own_runs is not None:
             return self.own_runs(settings, given)
-        assert self.objective is not None
         objective = self.objective(settings, given.seed)
         material = gather(
             objective,

@@ -28,11 +28,11 @@ Given: θ_u = θ_D − α(θ_D − θ_given), the change that some tool made, wh
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
-from palinode.methods.gradient import RetainOnlySettings, retain_objective
+from palinode.methods.gradient import RetainOnlySettings
 from palinode.methods.method import (
     NO_RETAIN_VECTOR,
     Ends,
@@ -45,9 +45,6 @@ from palinode.methods.method import (
     gather,
     plain_material,
 )
-
-if TYPE_CHECKING:
-    from palinode.training.objectives import Objective
 
 
 class VectorSettings(MethodSettings):
@@ -137,7 +134,7 @@ REWIND = Method(
     formula="L = CE(retain), from the base checkpoint",
     needs=frozenset({"retain", "base"}),
     settings=RewindSettings,
-    objective=retain_objective,
+    minimises="retain_finetune",
 )
 
 
@@ -188,7 +185,9 @@ def paired_runs(settings: PairedSettings, given: Given) -> list[MethodRun]:
     if settings.retain_free:
         return [forget_run(settings, given)]
     start, ratio = settings.starts_at, settings.replay_ratio
-    exposed, control = paired_objectives(settings.weight)
+    from palinode.methods.minimised import paired
+
+    exposed, control = paired(settings.weight)
     rows = gather(exposed, forget=given.forget, retain=given.sample)
     material = replace(rows, together={"retain": ratio})
     shared = {"method": "paired", "replay_ratio": ratio}
@@ -197,19 +196,6 @@ def paired_runs(settings: PairedSettings, given: Given) -> list[MethodRun]:
         MethodRun("exposed", start, material, exposed, "fine-tune on forget set and replay", both),
         MethodRun("control", start, material, control, "fine-tune on replay alone", shared),
     ]
-
-
-def paired_objectives(forget_weight: float) -> tuple[Objective, Objective]:
-    """Return L_1 = CE(replay) + λ·CE(forget), and L_c = CE(replay) in the same epochs over the forget rows.
-
-    The control draws what goes with each forget row without reading it.
-    """
-    from palinode.training.objectives import Objective, answer_term
-
-    # Replay first: where the model has dropout, it then falls on the same places in both runs.
-    replay = answer_term("retain", "retain")
-    forget = answer_term("forget", "forget", coefficient=forget_weight)
-    return Objective((replay, forget)), Objective((replay,))
 
 
 def paired_vectors(settings: PairedSettings, ends: Ends) -> Vectors:

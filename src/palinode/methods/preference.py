@@ -1,24 +1,11 @@
-"""NPO, negative preference optimisation (Zhang et al. 2024, arXiv 2404.05868).
+"""Preference optimisation: NPO, SimNPO, IdkDPO and AltPO.
 
-L = γ·(2/β)·mean_i[−log σ(β(nll_i − nll_ref,i))] + α·L_r, with nll_i = −log p of the whole answer of forget
-row i and nll_ref the frozen target's. Its gradient fades as the answer becomes less likely than it was.
-
-SimNPO (Fan et al. 2024, arXiv 2410.07163): NPO without a reference, by length.
-
-L = γ·(2/β)·mean_i[−log σ(β(nll_i / n_i − δ))] + α·L_r, with n_i the number of answer tokens of forget row
-i. The paper writes the margin outside of β: its γ is β·δ.
-
-IdkDPO (TOFU, arXiv 2401.06121): direct preference optimisation of a refusal over the true answer.
-
-L = γ·s·mean_i[−log σ(β·h_i)] + α·L_r with h = (nll_ref − nll)(x, refusal) − (nll_ref − nll)(x, y). s is 2/β
-in open-unlearning and 1 in TOFU and in DPO itself. Each forget question is given a refusal drawn anew in
-every epoch.
-
-AltPO (Mekala et al., COLING 2025, arXiv 2409.13474): DPO of other answers over the true one.
-
-The loss of IdkDPO with, instead of a refusal, a plausible but different answer that the target itself gave
-when asked for one: several a question, drawn at random with a seed, and kept. Those that equal the true
-answer are dropped.
+Each `Method` below has its formula and source, `training/losses.py` the equation; nll is −log p of the
+whole answer of a row, nll_ref the frozen target's, n its answer tokens. NPO's gradient fades as the answer
+becomes less likely than it was. DPO is scaled by 2/β in open-unlearning, and not in TOFU or DPO itself;
+each forget question is given a refusal drawn anew in every epoch. AltPO prefers, instead of a refusal,
+plausible but different answers that the target itself gave when asked for one: several a question, drawn at
+random with a seed, and kept. Those that equal the true answer are dropped.
 """
 
 from __future__ import annotations
@@ -45,12 +32,11 @@ from palinode.methods.method import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from palinode.data.tokenize import PromptStyle
     from palinode.progress import Listener
-    from palinode.training.objectives import Material, Objective, Seen
+    from palinode.training.objectives import Material
 
 
 class NPOSettings(RetainSettings):
@@ -60,13 +46,6 @@ class NPOSettings(RetainSettings):
     """β; near 0 it is gradient ascent."""
 
 
-def npo_objective(settings: NPOSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
-    """Return NPO over forget rows plus the retain loss."""
-    from palinode.methods.parts import npo_term, with_retain
-
-    return with_retain(settings, npo_term(beta=settings.beta, gamma=settings.gamma))
-
-
 NPO = Method(
     name="npo",
     summary="negative preference optimisation: the target's own answers become less preferred",
@@ -74,7 +53,7 @@ NPO = Method(
     formula="L = γ·(2/β)·mean[−log σ(β(nll − nll_ref))] + α·L_r",
     needs=frozenset({"retain", "frozen_target"}),
     settings=NPOSettings,
-    objective=npo_objective,
+    minimises="npo",
 )
 
 
@@ -89,18 +68,6 @@ class SimNPOSettings(RetainSettings):
     """δ, in nats a token."""
 
 
-def simnpo_objective(settings: SimNPOSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
-    """Return SimNPO over forget rows plus the retain loss."""
-    from palinode.methods.parts import forget_term, nll, with_retain
-    from palinode.training.losses import row_means, simnpo
-
-    def loss(seen: Seen) -> Tensor:
-        means = row_means(nll(seen), seen.rows, seen.count)
-        return simnpo(means, beta=settings.beta, delta=settings.delta)
-
-    return with_retain(settings, forget_term(loss, per="row", gamma=settings.gamma))
-
-
 SIMNPO = Method(
     name="simnpo",
     summary="NPO by length and without a reference",
@@ -108,7 +75,7 @@ SIMNPO = Method(
     formula="L = γ·(2/β)·mean[−log σ(β(nll/n − δ))] + α·L_r",
     needs=frozenset({"retain"}),
     settings=SimNPOSettings,
-    objective=simnpo_objective,
+    minimises="simnpo",
 )
 
 
@@ -121,14 +88,6 @@ class DPOSettings(RetainSettings):
     """Multiply by 2/β as open-unlearning does; false: DPO as TOFU has it."""
 
 
-def dpo_objective(settings: DPOSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
-    """Return DPO of refusals over forget rows plus the retain loss."""
-    from palinode.methods.parts import preference_term, with_retain
-
-    forget = preference_term("refusal", beta=settings.beta, gamma=settings.gamma, scaled=settings.scaled)
-    return with_retain(settings, forget)
-
-
 DPO = Method(
     name="dpo",
     summary="IdkDPO: refusals are preferred to the answers of the forget set",
@@ -136,7 +95,7 @@ DPO = Method(
     formula="L = γ·(2/β)·mean[−log σ(β·h)] + α·L_r, h = (nll_ref − nll)(refusal) − (nll_ref − nll)(answer)",
     needs=frozenset({"retain", "refusals", "frozen_target"}),
     settings=DPOSettings,
-    objective=dpo_objective,
+    minimises="dpo",
 )
 
 
@@ -163,18 +122,9 @@ class AltPOSettings(DPOSettings):
     """Length limit of an answer."""
 
 
-def altpo_objective(settings: AltPOSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
-    """Return DPO of other answers over forget rows plus the retain loss; an epoch goes through the others."""
-    from palinode.methods.parts import preference_term, retain_terms
-    from palinode.training.objectives import Objective
-
-    forget = preference_term("alternate", beta=settings.beta, gamma=settings.gamma, scaled=settings.scaled)
-    return Objective((forget, *retain_terms(settings)), anchor="alternate")
-
-
 def altpo_runs(settings: AltPOSettings, given: Given) -> list[MethodRun]:
     """Return the run, which makes its rows of the answers that the target is asked for first."""
-    minimised, retain = altpo_objective(settings, given.seed), drawn_from(settings, given)
+    minimised, retain = ALTPO.objective(settings, given.seed), drawn_from(settings, given)
 
     def material(alternates: Alternates) -> Material:
         return gather(minimised, forget=given.forget, retain=retain, alternates=alternates)
@@ -254,7 +204,7 @@ ALTPO = Method(
     formula="L = γ·(2/β)·mean[−log σ(β·h)] + α·L_r, h = (nll_ref − nll)(other) − (nll_ref − nll)(answer)",
     needs=frozenset({"retain", "alternates", "frozen_target"}),
     settings=AltPOSettings,
-    objective=altpo_objective,
+    minimises="altpo",
     own_runs=altpo_runs,
     training={"epochs": 2},
 )

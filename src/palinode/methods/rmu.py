@@ -7,18 +7,9 @@ r ~ U[0, 1)^d drawn once from the seed.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pydantic import Field
 
 from palinode.methods.method import Method, StartSettings
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
-
-    from palinode.data.batches import Batch
-    from palinode.training.objectives import Objective
 
 USUAL_LAYER = 7
 """open-unlearning's, for models of 16 blocks and more."""
@@ -40,45 +31,6 @@ class RMUSettings(StartSettings):
     'model\.layers\.[567]\.mlp\.down_proj\.weight' (WMDP); None: all."""
 
 
-def control_vector(width: int, strength: float, seed: int) -> Tensor:
-    """Return u = c·r/|r|, r uniform in [0, 1) from the seed, [width] in float32."""
-    import torch
-
-    drawn = torch.rand(width, generator=torch.Generator().manual_seed(seed))
-    found: Tensor = strength * drawn / drawn.norm()
-    return found
-
-
-def objective(settings: RMUSettings, seed: int) -> Objective:
-    """Return the pull of forget rows towards u and of retain rows to where they were."""
-    import torch
-
-    from palinode.models.reading import labelled_states, pick_layer
-    from palinode.training.losses import misdirection
-    from palinode.training.objectives import FrozenStates, Objective, Term, row_count
-
-    def block(model: PreTrainedModel) -> int:
-        return pick_layer(model, settings.layer, USUAL_LAYER)
-
-    def distance(model: PreTrainedModel, batch: Batch, frozen: Tensor | None) -> Tensor:
-        states, rows = labelled_states(model, batch, block(model))
-        with torch.autocast(states.device.type, enabled=False):
-            wanted = control_vector(states.shape[-1], settings.strength, seed) if frozen is None else frozen
-            wanted = wanted.to(states.device).float()
-            return misdirection(states.float(), wanted, rows, len(batch.ids)).sum()
-
-    forget = Term("forget", ("forget",), distance, row_count, settings.gamma)
-    retain = Term(
-        "retain",
-        ("retain",),
-        distance,
-        row_count,
-        settings.alpha,
-        keeper=lambda model: FrozenStates(block(model)),
-    )
-    return Objective((forget, retain), trainable=settings.trainable)
-
-
 RMU = Method(
     name="rmu",
     summary="representation misdirection: forget rows towards a random vector inside the model",
@@ -86,5 +38,5 @@ RMU = Method(
     formula="L = γ·mean|h(forget) − u|²/d + α·mean|h(retain) − h_ref(retain)|²/d",
     needs=frozenset({"retain", "frozen_target"}),
     settings=RMUSettings,
-    objective=objective,
+    minimises="rmu",
 )

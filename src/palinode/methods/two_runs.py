@@ -40,10 +40,9 @@ from palinode.weights.checkpoint import Point
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from torch import Tensor
     from transformers import PreTrainedModel
 
-    from palinode.training.objectives import FrozenValues, Joined, Objective, Seen
+    from palinode.training.objectives import FrozenValues, Joined
 
 
 class WHPSettings(MethodSettings):
@@ -53,18 +52,6 @@ class WHPSettings(MethodSettings):
     """α, how much of what reinforcement raises is taken off; to be tuned."""
 
 
-def whp_objective(settings: WHPSettings, seed: int) -> Objective:  # noqa: ARG001 - methods are built alike
-    """Return the cross entropy of forget rows with the generic words for labels, which are given."""
-    from palinode.training.losses import token_nll
-    from palinode.training.objectives import Objective, term
-
-    def loss(seen: Seen) -> Tensor:
-        assert seen.frozen is not None  # they come from `generic_words`
-        return token_nll(seen.logits, seen.frozen)
-
-    return Objective((term("forget", ("forget",), loss, per="token"),))
-
-
 def whp_runs(settings: WHPSettings, given: Given) -> list[MethodRun]:
     """Return the run that reinforces the target, and the one on the words that both then find likeliest."""
 
@@ -72,18 +59,18 @@ def whp_runs(settings: WHPSettings, given: Given) -> list[MethodRun]:
         load: Callable[[str], PreTrainedModel],
     ) -> Callable[[Joined, int], Mapping[str, FrozenValues]]:
         from palinode.models.inplace import CombinedLogits
-        from palinode.training.objectives import Choices, keep
+        from palinode.training.objectives import Keeper, choices, keep
 
         def found(cast: Joined, pad_id: int) -> Mapping[str, FrozenValues]:
             combined = CombinedLogits(load("target"), load("reinforced"), settings.alpha)
             rows = {("forget", place): row for place, row in enumerate(cast.rows["forget"])}
-            return {"forget": keep(Choices(), combined, rows, pad_id=pad_id, autocast=False)}
+            return {"forget": keep(Keeper(choices), combined, rows, pad_id=pad_id, autocast=False)}
 
         return found
 
     label = "reinforce the target on the forget set"
     first = MethodRun("reinforced", "target", plain_material("forget", given.forget), label=label, whole=True)
-    minimised = whp_objective(settings, given.seed)
+    minimised = WHP.objective(settings, given.seed)
     material = gather(minimised, forget=given.forget)
     return [
         first,
@@ -98,7 +85,7 @@ WHP = Method(
     formula="L = CE(forget with labels argmax(v − α·ReLU(v_re − v)))",
     needs=frozenset({"frozen_target"}),
     settings=WHPSettings,
-    objective=whp_objective,
+    minimises="whp",
     own_runs=whp_runs,
 )
 
@@ -130,7 +117,7 @@ class TIESSettings(MethodSettings):
 
 def ties_runs(settings: TIESSettings, given: Given) -> list[MethodRun]:
     """Return the runs to the model that forgets too much and the one that forgets too little."""
-    from palinode.methods.parts import npo_term
+    from palinode.methods.minimised import npo_term
     from palinode.training.objectives import Objective, answer_term, kl_term
 
     both = []

@@ -13,8 +13,8 @@ One answer can also be had as it comes, for somebody who reads along: greedy, an
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
@@ -33,7 +33,6 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.generation.streamers import BaseStreamer
 
 from palinode.data.batches import budget_batches, pad_left
 from palinode.data.sources import Form
@@ -428,7 +427,7 @@ def _answered(
         return []
     prompts = [answer.prompt for answer in answers]
     longest = max(len(answer.prompt) + answer.room for answer in answers)
-    slots = slots_for(model, prompts, batch_rows, longest, pad_id)
+    slots = slots_for(model, prompts, batch_rows, longest, pad_id) if len(prompts) > 1 else None
     apart = not slots and not _may_be_padded(model, prompts, longest, pad_id)
     if apart:
         tell(model, "answers", say)
@@ -561,15 +560,25 @@ def _run(
     most: int,
     pad_id: int,
 ) -> None:
-    """Go on with rows, padded on the left, by `model.generate`; `choose` makes the next tokens of logits."""
+    """Go on with rows, padded on the left, by `model.generate`; `choose` makes the next tokens of logits.
+
+    The model's own generation config is put aside: its beams and penalties would enter any other.
+    """
     ids, mask = (torch.from_numpy(part).to(model.device) for part in pad_left(rows, pad_id=pad_id))
-    with _plainly_greedy(model, most, pad_id):
-        model.generate(  # type: ignore[operator]
-            input_ids=ids,
-            attention_mask=mask,
-            logits_processor=LogitsProcessorList([_Forced(choose)]),
-            stopping_criteria=StoppingCriteriaList(over),
-        )
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=most, pad_token_id=pad_id, eos_token_id=None, bos_token_id=None
+    )
+    try:
+        with quiet_transformers():
+            model.generate(  # type: ignore[operator]
+                input_ids=ids,
+                attention_mask=mask,
+                logits_processor=LogitsProcessorList([_Forced(choose)]),
+                stopping_criteria=StoppingCriteriaList(over),
+            )
+    finally:
+        model.generation_config = own
 
 
 class _Forced(LogitsProcessor):
@@ -591,26 +600,6 @@ class _AllOver(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:  # noqa: ARG002
         return torch.tensor([answer.over for answer in self.answers], device=input_ids.device)
-
-
-@contextmanager
-def _plainly_greedy(
-    model: PreTrainedModel, max_new_tokens: int, pad_id: int, stop_ids: Sequence[int] = ()
-) -> Iterator[None]:
-    """Put the model's own generation config aside: its beams and penalties would enter any other."""
-    own = model.generation_config
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad_id,
-        eos_token_id=list(stop_ids) or None,
-        bos_token_id=None,
-    )
-    try:
-        with quiet_transformers():
-            yield
-    finally:
-        model.generation_config = own
 
 
 def stops_of(
@@ -644,46 +633,32 @@ def stream_answer(
     Ctrl-C ends the answer where it is. Raises DataError when the prompt leaves no room in the model.
     """
     limit = position_limit(model.config)
-    room = max_new_tokens if limit is None else min(max_new_tokens, limit + 1 - len(prompt))
-    if room < 1:
+    if limit is not None and len(prompt) > limit:
         raise DataError(
             f"the conversation has {len(prompt)} tokens and the model takes at most {limit}; begin a new one"
         )
     check_known(model.config, max(prompt), tokenizer)
-    ids = torch.tensor([list(prompt)], device=model.device)
-    spoken, greedy = _Spoken(tokenizer, on_text), _plainly_greedy(model, room, pad_token(tokenizer), stop_ids)
-    with suppress(KeyboardInterrupt), greedy, torch.inference_mode():
-        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=spoken)  # type: ignore[operator]
-    spoken.end()
+    spoken, pad, most = Spoken(tokenizer, on_text), pad_token(tokenizer), max_new_tokens
+    with suppress(KeyboardInterrupt):
+        generate(model, [prompt], pad_id=pad, stop_ids=stop_ids, max_new_tokens=most, ended=spoken.hear)
+    spoken.hear(spoken.ids, final=True)
     return spoken.text
 
 
-class _Spoken(BaseStreamer):
-    """Turns tokens into text as they come."""
+class Spoken:
+    """Turns the tokens of an answer into text as they come."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
-        self.tokenizer = tokenizer
-        self.on_text = on_text
-        self.ids: list[int] = []
+        self.tokenizer, self.on_text = tokenizer, on_text
+        self.ids: Sequence[int] = ()
         self.text = ""
-        self.begun = False
 
-    def put(self, value: Tensor) -> None:
-        """Take the next token; what comes first is the prompt."""
-        if not self.begun:
-            self.begun = True
-            return
-        self.ids += value.flatten().tolist()
-        self._say(final=False)
-
-    def end(self) -> None:
-        """Say what was held back."""
-        self._say(final=True)
-
-    def _say(self, *, final: bool) -> None:
+    def hear(self, ids: Sequence[int], *, final: bool = False) -> bool:
+        """Say what is new in the text of all tokens so far, which is never over: return False."""
+        self.ids = list(ids)
         text = str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
-        if text.endswith(UNFINISHED) and not final:
-            return
-        if len(text) > len(self.text):
-            self.on_text(text[len(self.text) :])
-        self.text = text
+        if final or not text.endswith(UNFINISHED):
+            if len(text) > len(self.text):
+                self.on_text(text[len(self.text) :])
+            self.text = text
+        return False

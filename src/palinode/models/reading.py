@@ -66,11 +66,6 @@ def last_logits(model: PreTrainedModel, batch: Batch, keep: int) -> Tensor:
     return logits
 
 
-def first_scored(batch: Batch) -> int:
-    """Return the leftmost scored position of a batch."""
-    return int((batch.labels != IGNORED).any(axis=0).argmax())
-
-
 def logits_at(model: PreTrainedModel, batch: Batch, places: npt.NDArray[np.bool_]) -> Tensor:
     """Return the logits at these places of a batch, bool [B, T], row by row: [N, V]."""
     first = int(places.any(axis=0).argmax())
@@ -100,12 +95,6 @@ def answer_places(batch: Batch, *, everywhere: bool = False) -> npt.NDArray[np.b
     """Return where the logits stand that predict scored tokens, or any token of a row: bool [B, T]."""
     predicted = batch.mask[:, 1:] == 1 if everywhere else batch.labels[:, 1:] != IGNORED
     return np.pad(predicted, ((0, 0), (0, 1)))
-
-
-def all_logits(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return (logits, labels) wherever a token of its row is predicted; `IGNORED` where it is not scored."""
-    logits = logits_at(model, batch, answer_places(batch, everywhere=True))
-    return logits, on_device(batch.labels[:, 1:][batch.mask[:, 1:] == 1], logits.device)
 
 
 def labelled_logits(model: PreTrainedModel, batch: Batch) -> Tensor:

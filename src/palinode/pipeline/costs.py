@@ -506,8 +506,9 @@ class _Planner:
         whole = self.parameters * (made + merged)
         vectors = len(self.changes) * self.parameters
         if any(isinstance(one.settings, LeastSquaresSettings) for one in self.changes):
-            # The usual vector, the best, one that is made and its first half; halves of four sets of moments.
-            vectors += 3 * self.parameters + 2 * sum(width**2 for width in self.widths)
+            # The usual vector, the best, one that is made and its first half; halves of four sets of moments,
+            # and the axes of two, an eighth of all (docs/filters.md).
+            vectors += 3 * self.parameters + sum(9 * width**2 // 4 for width in self.widths)
         return 4 * (trained * len(self.runs) + whole) + max(state, 4 * vectors + target.nbytes)
 
 

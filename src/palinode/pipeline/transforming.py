@@ -200,12 +200,12 @@ class MomentFiles:
         return values
 
     def axes(self, key: str, energy: float) -> np.ndarray:
-        """Return the principal axes of a moment, [D, k]; they are kept beside it, for filters of any μ."""
+        """Return the principal axes of a moment, [D, k] in float32, kept beside it for filters of any μ."""
         path = self.folder / f"axes-{energy}-{key}.npy"
         with suppress(OSError, ValueError):  # none yet, or a damaged one
             kept: np.ndarray = np.load(path, allow_pickle=False)
             return kept
-        found = basis_of(self.read(key), energy=energy, device=self.device)
+        found = basis_of(self.read(key), energy=energy, device=self.device).astype(np.float32)
         with NamedTemporaryFile(dir=self.folder, prefix=".axes-", delete=False) as partial:
             np.save(partial, found)
         Path(partial.name).replace(path)

@@ -89,7 +89,7 @@ def strength(record: Mapping[str, Any]) -> str:
 
 
 def _mu(weight: Any) -> str:
-    return f"μ = {scale(weight)}{'' if weight else ', projection'}"
+    return f"μ = {scale(weight)}{', projection' if weight == 0 else ''}"
 
 
 def run_brief(record: Mapping[str, Any]) -> list[Block]:

@@ -26,7 +26,6 @@ from palinode.models.likelihoods import LOGIT_BYTES, has_plain_head
 from palinode.models.reading import (
     answer_nll,
     answer_places,
-    first_scored,
     last_logits,
     model_inputs,
     on_device,
@@ -52,7 +51,7 @@ def summed_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
         *chosen, own = (on_device(part, states.device) for part in places)
         total: Tensor = _NllInParts.apply(states[*chosen], head.weight, head.bias, own)  # type: ignore[no-untyped-call]
         return total
-    first = first_scored(batch)
+    first = int((batch.labels != IGNORED).any(axis=0).argmax())
     labels = np.full((len(batch.ids), batch.ids.shape[1] - first + 1), IGNORED)
     labels[:, :-1] = batch.labels[
         :, first:

@@ -14,7 +14,6 @@ does not depend on batches, devices or interruptions.
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -36,36 +35,44 @@ KEPT_TOKENS = 4096
 """Tokens of a batch whose values are computed together."""
 
 
-class Keeper(ABC):
+class Keeper:
     """A kind of value of the frozen model: how a batch's rows are read, and how they are put together."""
 
-    @abstractmethod
-    def read(self, model: PreTrainedModel, batch: Batch) -> Sequence[Tensor]:
-        """Return the values of each row of a batch."""
+    def __init__(self, read: Callable[[PreTrainedModel, Batch], Sequence[Tensor]]) -> None:
+        self.read = read
 
     def together(self, parts: Sequence[Tensor]) -> Tensor:
         """Return the values of several rows as one tensor."""
         return torch.cat(list(parts))
 
 
-class Likelihoods(Keeper):
-    """Summed −log p of each row's scored tokens, [B]."""
+def likelihoods(model: PreTrainedModel, batch: Batch) -> Sequence[Tensor]:
+    """Read summed −log p of each row's scored tokens, [1] each."""
+    logits, labels, rows = answer_logits(model, batch)
+    return list(row_sums(token_nll(logits.float(), labels), rows, len(batch.ids)).split(1))
 
-    def read(self, model: PreTrainedModel, batch: Batch) -> Sequence[Tensor]:
-        """Return [1] for each row."""
-        logits, labels, rows = answer_logits(model, batch)
-        return list(row_sums(token_nll(logits.float(), labels), rows, len(batch.ids)).split(1))
+
+def choices(model: PreTrainedModel, batch: Batch) -> Sequence[Tensor]:
+    """Read the likeliest word at each scored token, [n] for each row."""
+    logits, _, rows = answer_logits(model, batch)
+    return _by_row(logits.argmax(-1), rows, batch)
+
+
+def states_of(layer: int) -> Keeper:
+    """Return what keeps the output of a decoder block at each scored token, [N, D]."""
+    return Keeper(lambda model, batch: _by_row(*labelled_states(model, batch, layer), batch))
 
 
 class Distributions(Keeper):
     """Logits that predict each scored token, [N, V]; with `everywhere`, each token but the first."""
 
     def __init__(self, *, everywhere: bool = False) -> None:
+        super().__init__(self._states)
         self.everywhere = everywhere
         self.head: torch.nn.Module | None = None
         self.asked = False
 
-    def read(self, model: PreTrainedModel, batch: Batch) -> Sequence[Tensor]:
+    def _states(self, model: PreTrainedModel, batch: Batch) -> Sequence[Tensor]:
         """Return the hidden states of each row, or its logits where the model has no plain head."""
         if not self.asked:
             self.asked = True
@@ -81,26 +88,6 @@ class Distributions(Keeper):
         """Return [N, V]."""
         values = super().together(parts)
         return values if self.head is None else self.head(values)
-
-
-class FrozenStates(Keeper):
-    """Output of one decoder block at each scored token, [N, D]."""
-
-    def __init__(self, layer: int) -> None:
-        self.layer = layer
-
-    def read(self, model: PreTrainedModel, batch: Batch) -> Sequence[Tensor]:
-        """Return [n, D] for each row."""
-        return _by_row(*labelled_states(model, batch, self.layer), batch)
-
-
-class Choices(Keeper):
-    """The likeliest word at each scored token, [N]."""
-
-    def read(self, model: PreTrainedModel, batch: Batch) -> Sequence[Tensor]:
-        """Return [n] for each row."""
-        logits, _, rows = answer_logits(model, batch)
-        return _by_row(logits.argmax(-1), rows, batch)
 
 
 def _by_row(values: Tensor, rows: Tensor, batch: Batch) -> Sequence[Tensor]:

@@ -7,7 +7,7 @@ a `Direction`, and the whole expression a `WeightedSum` (a point again) that sta
 
 from palinode.weights.adapters import LoraAdapter
 from palinode.weights.arithmetic import Rounding
-from palinode.weights.atomic import Crew, check_output
+from palinode.weights.atomic import check_output
 from palinode.weights.checkpoint import Checkpoint, Direction, Point, Saved, WeightedSum, save
 from palinode.weights.geometry import Dose, Profile, profile
 from palinode.weights.tensors import TensorInfo
@@ -15,7 +15,6 @@ from palinode.weights.vectors import StoredVector, open_direction, save_vector
 
 __all__ = [
     "Checkpoint",
-    "Crew",
     "Direction",
     "Dose",
     "LoraAdapter",

@@ -18,12 +18,12 @@ from palinode.errors import CheckpointError
 from palinode.weights.checkpoint import LARGEST, Checkpoint, StoredDirection
 from palinode.weights.displacement import (
     PIECE,
+    ArrayCache,
     Change,
     Factor,
-    LowRankChange,
-    MatrixCache,
     decode,
     encode,
+    low_rank_change,
     read_values,
 )
 from palinode.weights.formats.pickled import read_pickled
@@ -205,7 +205,7 @@ def _changes(
     folder: Path, config: Mapping[str, Any], pairs: Pairs, base: Checkpoint | None
 ) -> Iterator[tuple[str, Change]]:
     """Yield what each module's product changes, by the name of its weight in the model."""
-    kept, swapped = MatrixCache(), _stores_in_out(folder, config, pairs, base)
+    kept, swapped = ArrayCache(), _stores_in_out(folder, config, pairs, base)
     for module, factors in sorted(pairs.items()):
         name = f"{module}.weight"
         rank = _value_for(module, config.get("rank_pattern"), config["r"])
@@ -215,10 +215,8 @@ def _changes(
             left, right = Factor(a, transposed=True), Factor(b, transposed=True)
         else:
             left, right = Factor(b), Factor(a)
-        yield (
-            name,
-            LowRankChange(left, right, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), kept),
-        )
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        yield name, low_rank_change(left, right, scale, kept)
 
 
 def _checked_pair(

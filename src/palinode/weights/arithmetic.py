@@ -20,7 +20,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
-from threading import local
 from typing import Literal, TypeVar, get_args
 
 import numpy as np
@@ -115,15 +114,7 @@ def map_slices(
     on the threads. `on_progress` hears the number of elements done. The first error stops the rest
     and is raised.
     """
-    own = local()
-
-    def work(part: Slice) -> Result:
-        if not hasattr(own, "work"):
-            own.work = start()
-        found: Result = own.work(part)
-        return found
-
-    with closing(map_parts(parts, work, workers=workers)) as results:
+    with closing(map_parts(parts, start, workers=workers)) as results:
         for part, result in results:
             if collect:
                 collect(part, result)

@@ -2,29 +2,21 @@
 
 It is written as a hidden neighbour, `.NAME.partial`, which a lock keeps for one run alone, and takes its
 final name in one step, last. Whatever kills the writer, a reader never finds half of it under that name.
-
-Several processes may fill one folder: under torchrun, or one on each host of a cluster. They need a common
-file system and nothing else. Process 0 lays the files out and says so in a small file beside them; the
-others find it, put their share in place, and report; process 0 checks, and gives the folder its name.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
-import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from palinode.errors import CheckpointError, InputError, OutputError, unwritable
-from palinode.records import beside, read_json, write_text
+from palinode.records import beside
 
 
 def check_output(output: Path, inputs: Sequence[Path], *, needs: int = 0) -> None:
@@ -145,138 +137,3 @@ def _lock(handle: int) -> None:
             time.sleep(0.05)  # somebody may only have asked whether it is locked
         except OSError:  # some network file systems have no locks
             return
-
-
-FOLDER = ".crew"
-PATIENCE = 600.0
-"""Seconds without a sign of life after which a process is given up."""
-
-GLANCE = 0.05
-"""Seconds between two looks at what the others have done."""
-
-
-@dataclass(frozen=True, slots=True)
-class Crew:
-    """Which one of how many processes this is, and how many threads it has."""
-
-    rank: int = 0
-    count: int = 1
-    workers: int | None = None
-    """Threads of this process; by default one for each core, up to 16."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.count:
-            raise InputError(
-                f"there is no process {self.rank} of {self.count}; number them from 0 (RANK, WORLD_SIZE)"
-            )
-
-    @classmethod
-    def from_environment(cls) -> Crew:
-        """Return what RANK and WORLD_SIZE say, as torchrun sets them; one process without them."""
-        try:
-            return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
-        except ValueError:
-            raise InputError("RANK and WORLD_SIZE are set, but are not numbers; unset or mend them") from None
-
-
-def announce(crew: Crew, partial: Path, job: str) -> Iterator[Mapping[str, Any]]:
-    """Tell the others, as process 0, that the layout is there; return an iterator over their reports.
-
-    After the last of them the notes are removed. It raises OutputError for one that failed or fell silent.
-    """
-    place, nonce = partial / FOLDER, secrets.token_hex(8)
-    place.mkdir()
-    write_text(place / "ready.json", json.dumps({"nonce": nonce, "job": job, "count": crew.count}))
-
-    def report_of(rank: int) -> Mapping[str, Any]:
-        who, file = f"process {rank} of {crew.count}", place / f"report-{rank}-{nonce}.json"
-        report = _awaited(lambda: _read(file), place / f"alive-{rank}", who)
-        if "error" in report:
-            raise OutputError(f"{who} failed: {report['error']}")
-        return report
-
-    def reports() -> Iterator[Mapping[str, Any]]:
-        yield from map(report_of, range(1, crew.count))
-        shutil.rmtree(place)  # before the folder gets its name
-
-    return reports()
-
-
-class RankSide:
-    """What any other process does: find the layout, work, report, and see how it ends."""
-
-    def __init__(self, crew: Crew, partial: Path, output: Path, job: str) -> None:
-        self._crew, self._partial, self._output, self._job = crew, partial, output, job
-        self._place = partial / FOLDER
-        self._beaten = 0.0
-
-    def work(self, fill: Callable[[], Mapping[str, Any]]) -> None:
-        """Do this process's share (`fill` returns the report) as often as process 0 starts; then return.
-
-        Raises OutputError when process 0 does something else, never starts, or fails.
-        """
-        while True:
-            ready = _awaited(self._begun, self._place / "ready.json", "process 0")
-            if (ready["job"], ready["count"]) != (self._job, self._crew.count):
-                raise OutputError(
-                    f"process 0 writes another sum to {self._output}; give every process the same command"
-                )
-            report = self._place / f"report-{self._crew.rank}-{ready['nonce']}.json"
-            try:
-                self.beat()
-                write_text(report, json.dumps(fill()))
-            except FileNotFoundError:
-                continue  # what we found was left by a killed run, and process 0 has just cleared it away
-            except Exception as error:
-                with suppress(OSError):
-                    write_text(report, json.dumps({"error": str(error)}))
-                raise
-            if self._wait_for_end(ready["nonce"]):
-                return
-
-    def beat(self) -> None:
-        """Leave a sign of life, at most once a second."""
-        if time.monotonic() - self._beaten > 1:
-            self._beaten = time.monotonic()
-            with suppress(OSError):
-                (self._place / f"alive-{self._crew.rank}").write_text(str(time.time()))
-
-    def _begun(self) -> dict[str, Any] | None:
-        """Return what process 0 has announced; None where it has not yet, or a killed run had."""
-        ready = _read(self._place / "ready.json")
-        return ready if ready and is_claimed(self._partial) else None
-
-    def _wait_for_end(self, nonce: str) -> bool:
-        """Return True when the folder has its name, False when process 0 has begun anew."""
-        while True:
-            ready = _read(self._place / "ready.json")
-            if ready is not None and ready["nonce"] != nonce:
-                return False
-            if not self._partial.exists():
-                if self._output.exists():
-                    return True
-                raise OutputError(f"process 0 did not finish {self._output}; see what it says")
-            if not is_claimed(self._partial) and not self._output.exists():
-                raise OutputError(f"process 0 ended before {self._output} was whole; repeat the call")
-            time.sleep(GLANCE)
-
-
-def _awaited(look: Callable[[], dict[str, Any] | None], file: Path, who: str) -> dict[str, Any]:
-    """Return what is seen at last; give up on a process whose file does not change for long."""
-    seen, since = None, time.monotonic()
-    while (found := look()) is None:
-        time.sleep(GLANCE)
-        with suppress(OSError):
-            if (now := file.stat().st_mtime) != seen:
-                seen, since = now, time.monotonic()
-        if time.monotonic() - since > PATIENCE:
-            raise OutputError(f"nothing was heard of {who} for {PATIENCE:.0f} s; is it running?")
-    return found
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] = read_json(path)
-    except (OSError, ValueError):
-        return None
-    return found

@@ -21,7 +21,6 @@ from typing import NoReturn, overload
 from palinode.errors import AlgebraError, InputError, MismatchError
 from palinode.records import packaged
 from palinode.weights.arithmetic import NAMES, Rounding, Settings, combined, formula
-from palinode.weights.atomic import Crew
 from palinode.weights.displacement import Displacement, Term
 from palinode.weights.folders import ModelFolder
 from palinode.weights.preflight import Rows, check_fit
@@ -220,7 +219,8 @@ def save(
     rows: Rows = "refuse",
     allow_nonfinite: bool = False,
     check: bool = True,
-    crew: Crew | None = None,
+    workers: int | None = None,
+    divided: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> Saved:
     """Write a weighted sum as a model folder with the layout, config and tokenizer of its anchor.
@@ -229,8 +229,9 @@ def save(
     `along` names the directions whose effective scale the dose reports. `precision` is that of the sums;
     `rows` "shared" sums only the rows that every embedding has; `allow_nonfinite` lets NaN and infinity
     through; `check` reads the result back, compares it, and writes `weights.json` for `palinode verify`.
-    `crew` divides the work among processes that each make this very call. Memory stays at a few slices for
-    each of the crew's threads (default: the cores). `on_progress` hears the number of weights done.
+    `divided` shares the work among the processes of `processes.together`, whose files it may be. Memory stays
+    at a few slices for each of the `workers`, threads of a process (default: one for each core, up to 16).
+    `on_progress` hears the number of weights done.
 
     Raises MismatchError when the checkpoints do not fit together, CheckpointError when an input cannot be
     read or is not finite, OutputError when the output place cannot be used or did not keep what was written.
@@ -238,10 +239,10 @@ def save(
     if not isinstance(point, Point):
         raise AlgebraError("a direction is not a model; save a point, as in target - alpha * forget_vector")
     asked = Settings(dtype, rounding, seed, precision, allow_nonfinite)
-    place, crew = output.expanduser().resolve(), crew or Crew()
+    place = output.expanduser().resolve()
     lines = {name: line.terms for name, line in (along or {}).items()}
-    job = plan(formula(point.anchor, point.terms, lines), place, asked, rows, crew.workers)
-    written = write(job, crew, check=check, on_progress=on_progress)
+    job = plan(formula(point.anchor, point.terms, lines), place, asked, rows, workers)
+    written = write(job, check=check, divided=divided, on_progress=on_progress)
     parts = (written.dose, written.rounding, written.notes, written.seconds)
     return Saved(*parts, checkpoint=Checkpoint.open(place))
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -32,36 +32,30 @@ PIECE = 1 << 18
 """Elements handled at a time."""
 
 KEPT = 1 << 25
-"""Bytes of right-hand matrices that a displacement keeps between reads: 32 MB, or the last one."""
+"""Bytes of right-hand matrices, or whole tensors, that are kept between reads: 32 MB, or the last one."""
 
 NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 """How numpy holds a stored dtype; bfloat16 is the upper half of a float32."""
 
 
-class Change(Protocol):
+@dataclass(frozen=True, slots=True)
+class Change:
     """What a displacement does to one tensor."""
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the tensor."""
-        ...
+    shape: tuple[int, ...]
+    """Of the tensor."""
+    infos: tuple[TensorInfo, ...]
+    """The stored tensors that it is made of."""
+    facts: Callable[[Mapping[str, str]], list[object]]
+    """Returns what decides its values, as plain values, given the digests of stored tensors by name."""
+    read: Callable[[Files, int, np.ndarray], None]
+    """Fills an array (one dimension, float32 or float64) with the row-major values from an element on.
 
-    @property
-    def infos(self) -> Sequence[TensorInfo]:
-        """The stored tensors that it is made of."""
-        ...
-
-    def facts(self, digests: Mapping[str, str]) -> list[object]:
-        """Return what decides its values, as plain values, given the digests of stored tensors by name."""
-        ...
-
-    def read(self, files: Files, start: int, out: np.ndarray) -> None:
-        """Fill `out` (one dimension, float32 or float64) with the row-major values from element `start` on.
-
-        Values are rounded once, to the dtype of `out`, and do not depend on how they are sliced. Raises
-        CheckpointError when a file cannot be read.
-        """
-        ...
+    They are rounded once, to the dtype of the array, and do not depend on how they are sliced. Raises
+    CheckpointError when a file cannot be read.
+    """
+    rank: int | None = None
+    """Of the product that it is; None where it is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,33 +178,17 @@ def same_values(first: Change, second: Change) -> bool:
 # Changes as they lie on disk
 
 
-@dataclass(frozen=True, slots=True)
-class DenseChange:
-    """A change that is stored in full."""
+def dense_change(info: TensorInfo) -> Change:
+    """Return a change that is stored in full."""
 
-    info: TensorInfo
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the tensor."""
-        return self.info.shape
-
-    @property
-    def infos(self) -> Sequence[TensorInfo]:
-        """The stored tensor."""
-        return (self.info,)
-
-    def facts(self, digests: Mapping[str, str]) -> list[object]:
-        """Return the digest of the values; see `Change.facts`."""
-        return [digests[self.info.name]]
-
-    def read(self, files: Files, start: int, out: np.ndarray) -> None:
-        """Fill `out` with the values from element `start` on; see `Change.read`."""
+    def read(files: Files, start: int, out: np.ndarray) -> None:
         for place in range(0, len(out), PIECE):
             piece = out[place : place + PIECE]
-            found = _finite(read_values(self.info, files, start + place, len(piece)), self.info)
+            found = _finite(read_values(info, files, start + place, len(piece)), info)
             with np.errstate(over="ignore"):  # too large for float32 is infinite, and seen by who asked
                 piece[:] = found
+
+    return Change(info.shape, (info,), lambda digests: [digests[info.name]], read)
 
 
 def read_values(info: TensorInfo, files: Files, start: int, count: int) -> np.ndarray:
@@ -271,72 +249,52 @@ class Factor:
         return _finite(found, self.info).T
 
 
-class MatrixCache:
-    """The matrices read last, at most `KEPT` bytes of them or one; safe to use from several threads."""
+class ArrayCache:
+    """The arrays made last, at most `KEPT` bytes of them or one; safe to use from several threads."""
 
     def __init__(self) -> None:
-        self._found: OrderedDict[Factor, np.ndarray] = OrderedDict()
+        self._found: OrderedDict[Hashable, np.ndarray] = OrderedDict()
         self._lock = Lock()
 
-    def whole(self, factor: Factor, files: Files) -> np.ndarray:
-        """Return all of a matrix."""
+    def __reduce__(self) -> tuple[type[ArrayCache], tuple[()]]:
+        return ArrayCache, ()  # another process has its own
+
+    def get(self, key: Hashable, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """Return the array of that key; one thread makes it where it is not there."""
         with self._lock:
-            if factor in self._found:
-                self._found.move_to_end(factor)
-                return self._found[factor]
-        values = np.ascontiguousarray(factor.rows(files, 0, factor.shape[0]))
-        with self._lock:
-            self._found[factor] = values
-            while len(self._found) > 1 and sum(held.nbytes for held in self._found.values()) > KEPT:
-                self._found.popitem(last=False)
-        return values
+            if key not in self._found:
+                self._found[key] = make()
+                while len(self._found) > 1 and sum(held.nbytes for held in self._found.values()) > KEPT:
+                    self._found.popitem(last=False)
+            self._found.move_to_end(key)
+            return self._found[key]
 
 
-@dataclass(frozen=True, slots=True)
-class LowRankChange:
-    """A change that is stored as scale · left · right, and computed where it is asked for.
+def low_rank_change(left: Factor, right: Factor, scale: float, kept: ArrayCache) -> Change:
+    """Return a change that is stored as scale · left · right, and computed where it is asked for.
 
     Products are added up in float64 in the order of k, so slices, threads and machines cannot change them.
     """
+    rank, width = right.shape
 
-    left: Factor
-    right: Factor
-    scale: float
-    kept: MatrixCache = field(compare=False, repr=False)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the product."""
-        return self.left.shape[0], self.right.shape[1]
-
-    @property
-    def rank(self) -> int:
-        """Columns of the left matrix, rows of the right one."""
-        return self.right.shape[0]
-
-    @property
-    def infos(self) -> Sequence[TensorInfo]:
-        """Both stored factors."""
-        return self.left.info, self.right.info
-
-    def facts(self, digests: Mapping[str, str]) -> list[object]:
-        """Return the scale, and each factor's digest and orientation; see `Change.facts`."""
-        factors = (self.left, self.right)
-        return [self.scale, *([digests[factor.info.name], factor.transposed] for factor in factors)]
-
-    def read(self, files: Files, start: int, out: np.ndarray) -> None:
-        """Fill `out` with the values from element `start` on; see `Change.read`."""
+    def read(files: Files, start: int, out: np.ndarray) -> None:
         if not len(out):
             return
-        width, stop = self.shape[1], start + len(out)
-        right = self.kept.whole(self.right, files)
+        stop = start + len(out)
+        whole = kept.get(right, lambda: np.ascontiguousarray(right.rows(files, 0, rank)))
         height, last_row = max(1, PIECE // width), -(-stop // width)
         for first in range(start // width, last_row, height):
             last = min(first + height, last_row)
             begin, end, row = max(start, first * width), min(stop, last * width), first * width
-            product = multiply(self.left.rows(files, first, last), right, self.scale).reshape(-1)
+            product = multiply(left.rows(files, first, last), whole, scale).reshape(-1)
             with np.errstate(over="ignore"):  # too large for float32 is infinite, and seen by who asked
                 out[begin - start : end - start] = product[begin - row : end - row]
+
+    def facts(digests: Mapping[str, str]) -> list[object]:
+        factors = ([digests[factor.info.name], factor.transposed] for factor in (left, right))
+        return [scale, *factors]
+
+    return Change((left.shape[0], width), (left.info, right.info), facts, read, rank)
 
 
 def _finite(values: np.ndarray, info: TensorInfo) -> np.ndarray:

@@ -372,7 +372,7 @@ def _load(file: Path, count: int, stored: int) -> tuple[dict[str, TensorInfo], M
     tensors: dict[str, TensorInfo] = {}
     for name, tensor in model.state_dict().items():
         if name not in tied:
-            data = memoryview(tensor.detach().float().contiguous().numpy().reshape(-1).view("u1"))
+            data = tensor.detach().float().contiguous().numpy().reshape(-1).view("u1")
             tensors[name] = HeldTensor(name, "F32", tuple(tensor.shape), file, 0, len(data), data)
     told = {key: value for key, value in model.config.to_dict().items() if key not in NOT_THE_MODELS}
     return tensors, {**json.loads(json.dumps(told, default=str)), "architectures": [type(model).__name__]}

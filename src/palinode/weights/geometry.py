@@ -82,14 +82,10 @@ class DoseMeter:
         found += totals * every
         self._weights[part] += weights
 
-    def merge(self, other: Mapping[str, tuple[Sequence[float], int]]) -> None:
-        """Take in what `state` of another meter returned."""
-        for part, (totals, weights) in other.items():
-            self.add(part, np.array(totals), weights)
-
-    def state(self) -> dict[str, tuple[list[float], int]]:
-        """Return everything added so far as plain numbers: totals and weights of each part."""
-        return {part: (totals.tolist(), self._weights[part]) for part, totals in self._totals.items()}
+    def merge(self, other: DoseMeter) -> None:
+        """Take in all that was added to another meter."""
+        for part, totals in other._totals.items():
+            self.add(part, totals, other._weights[part])
 
     def result(self) -> Dose:
         """Return the dose of everything added so far."""

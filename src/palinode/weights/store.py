@@ -17,7 +17,6 @@ first tensor; the seal is the digest of all the rest of the manifest.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -34,7 +33,7 @@ from palinode.errors import CheckpointError, OutputError, unwritable
 from palinode.records import beside, read_json, write_text
 from palinode.version import __version__
 from palinode.weights.arithmetic import Evaluator, Formula, Settings, Slice, every_of, map_slices, slices
-from palinode.weights.atomic import Crew, RankSide, announce, check_output, claimed, is_claimed, publish
+from palinode.weights.atomic import check_output, claimed, is_claimed, publish
 from palinode.weights.fingerprints import (
     DIGEST,
     Stamps,
@@ -120,11 +119,24 @@ class OutputFiles:
     def __init__(
         self, files: Sequence[OutputFile], folder: Path, stack: ExitStack, *, create: bool = True
     ) -> None:
-        """Lay the files out at their final size with their headers; `create` false opens those of another."""
+        """Lay the files out at their final size with their headers, unless they are there already."""
         self._folder = folder
         self._places = {name: info for file in files for name, info in file.tensors.items()}
-        opener = _create if create else _open
-        self._handles = {Path(file.name): opener(folder / file.name, file, stack) for file in files}
+        self._handles = dict[Path, int]()
+        for file in files:
+            try:
+                flags = os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0)
+                self._handles[Path(file.name)] = handle = os.open(folder / file.name, flags, 0o666)
+                stack.callback(os.close, handle)
+                if not create:
+                    continue
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(handle, 0, file.size)
+                else:  # macOS
+                    os.ftruncate(handle, file.size)
+                os.pwrite(handle, file.header, 0)
+            except OSError as error:
+                raise unwritable(folder / file.name, error) from error
 
     def write(self, name: str, start: int, values: memoryview) -> None:
         """Put raw bytes into a tensor's place, from its byte `start` on."""
@@ -148,28 +160,6 @@ class OutputFiles:
         """Wait until everything written is on disk."""
         for handle in self._handles.values():
             os.fsync(handle)
-
-
-def _create(path: Path, file: OutputFile, stack: ExitStack) -> int:
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        stack.callback(os.close, handle)
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(handle, 0, file.size)
-        else:  # macOS
-            os.ftruncate(handle, file.size)
-        os.pwrite(handle, file.header, 0)
-    except OSError as error:
-        raise unwritable(path, error) from error
-    return handle
-
-
-def _open(path: Path, file: OutputFile, stack: ExitStack) -> int:
-    handle = os.open(path, os.O_RDWR)
-    stack.callback(os.close, handle)
-    if os.fstat(handle).st_size != file.size or os.pread(handle, len(file.header), 0) != file.header:
-        raise OutputError(f"{path} is laid out for another sum; give every process the same command")
-    return handle
 
 
 def write_index(files: Sequence[OutputFile], folder: Path) -> None:
@@ -238,12 +228,6 @@ class _Job:
     stamps: Stamps
     """Of all inputs, from before any of their numbers was read."""
 
-    def key(self) -> str:
-        """Return what the processes of a crew must agree on."""
-        terms = sorted((term.folder.name, weight) for term, weight in self.formula.terms.items())
-        text = repr((terms, self.asked, [(file.name, file.header) for file in self.files], len(self.parts)))
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
 
 def plan(form: Formula, output: Path, asked: Settings, rows: Rows, workers: int | None) -> _Job:
     """Check that everything fits, and settle how it is rounded; nothing is written."""
@@ -267,20 +251,17 @@ def plan(form: Formula, output: Path, asked: Settings, rows: Rows, workers: int 
 # Writing it
 
 
-def share(parts: Sequence[Slice], crew: Crew) -> list[Slice]:
-    """Return this process's part of the slices: contiguous, and of about as many bytes as the others'."""
+def share(parts: Sequence[Slice], rank: int, count: int) -> list[Slice]:
+    """Return one process's part of the slices: contiguous, and of about as many bytes as the others'."""
     ends = np.cumsum([0, *(part.count * part.info.itemsize for part in parts)])
     total = max(int(ends[-1]), 1)
-    return [
-        part for part, start in zip(parts, ends, strict=False) if start * crew.count // total == crew.rank
-    ]
+    return [part for part, start in zip(parts, ends, strict=False) if start * count // total == rank]
 
 
-def write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], None] | None) -> Written:
-    """Write what was planned, as one process or with others; see `checkpoint.save`."""
-    if crew.rank:
-        return _help(job, crew, on_progress)
-    check = check or crew.count > 1
+def write(job: _Job, *, check: bool, divided: bool, on_progress: Callable[[int], None] | None) -> Written:
+    """Write what was planned, `divided` over the processes of a run; see `checkpoint.save`."""
+    divided = divided and os.environ.get("WORLD_SIZE", "1") != "1"
+    check = check or divided
     seconds, left = dict[str, float](), beside(job.output).exists() and not is_claimed(beside(job.output))
     with claimed(job.output) as partial:
         check_output(
@@ -290,12 +271,11 @@ def write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], No
         )
         with ExitStack() as stack, _timed(seconds, "sum"):
             out = OutputFiles(job.files, partial, stack)
-            others = announce(crew, partial, job.key()) if crew.count > 1 else ()
-            meter, checksums = _fill(job, share(job.parts, crew), out, on_progress)
+            if divided:
+                meter, checksums = _fill_together(job, partial, on_progress)
+            else:
+                meter, checksums = _fill(job, job.parts, out, on_progress)
             out.copy(info for info in job.formula.anchor.tensors.values() if not info.is_float)
-            for report in others:
-                meter.merge(report["dose"])
-                checksums |= {(name, block): total for name, block, total in report["checksums"]}
         write_index(job.files, partial)
         copy_companions(job.formula.anchor, partial, job.asked.dtype)
         _leave_out(job, meter)
@@ -317,6 +297,34 @@ def write(job: _Job, crew: Crew, *, check: bool, on_progress: Callable[[int], No
         told = f"an earlier run was interrupted while it wrote {name}; what it left was cleared away"
         notes = (told, *notes)
     return replace(saved, notes=notes, seconds=seconds)
+
+
+def _fill_together(
+    job: _Job, folder: Path, on_progress: Callable[[int], None] | None
+) -> tuple[DoseMeter, Checksums]:
+    """Put all slices in place, each process its share in the files that lie there; return the same."""
+    from palinode.processes import everywhere
+
+    (meter, checksums), *others = everywhere(_fill_share, job, folder, alone={"on_progress": on_progress})
+    for own, found in others:
+        meter.merge(own)
+        checksums |= found
+    return meter, checksums
+
+
+def _fill_share(
+    job: _Job, folder: Path, *, on_progress: Callable[[int], None] | None = None
+) -> list[tuple[DoseMeter, Checksums]]:
+    """Put this process's share in place, as all do; return what each of them has found."""
+    from palinode.processes import said_by_all, world
+
+    rank, count = world()
+    heard = on_progress and (lambda amount: on_progress(amount * count))  # the others are about as far
+    with ExitStack() as stack:
+        out = OutputFiles(job.files, folder, stack, create=False)
+        meter, checksums = _fill(job, share(job.parts, rank, count), out, heard)
+        out.sync()
+    return said_by_all((meter, checksums))
 
 
 def _fill(
@@ -368,28 +376,6 @@ def checksum(raw: memoryview) -> int:
     return (total + int.from_bytes(raw[len(raw) - rest :], "little")) % 2**64
 
 
-def _help(job: _Job, crew: Crew, on_progress: Callable[[int], None] | None) -> Written:
-    """Do another process's share; return what process 0 has saved."""
-    partial = beside(job.output)
-
-    def fill() -> Mapping[str, Any]:
-        def heard(count: int) -> None:
-            side.beat()
-            if on_progress:
-                on_progress(count)
-
-        with ExitStack() as stack:
-            out = OutputFiles(job.files, partial, stack, create=False)
-            meter, checksums = _fill(job, share(job.parts, crew), out, heard)
-            out.sync()
-        return {"dose": meter.state(), "checksums": [(*place, total) for place, total in checksums.items()]}
-
-    side = RankSide(crew, partial, job.output, job.key())
-    side.work(fill)
-    content = read_manifest(job.output).content
-    return Written(_dose(content["dose"]), job.settings.rounding, tuple(content["notes"]))
-
-
 # Finishing
 
 
@@ -436,11 +422,6 @@ def _content(job: _Job, saved: Written) -> dict[str, Any]:
         "dose": asdict(saved.dose),
         "notes": list(saved.notes),
     }
-
-
-def _dose(content: Mapping[str, Any]) -> Dose:
-    parts = {name: _dose(part) for name, part in content["parts"].items()}
-    return Dose(**{**content, "parts": parts})
 
 
 def _asked(form: Formula) -> dict[str, float]:

@@ -27,6 +27,9 @@ from pathlib import Path
 from threading import Event, Lock, local
 from typing import Any, Self, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 from palinode.errors import CheckpointError
 from palinode.records import read_bytes, unique_keys
 
@@ -158,10 +161,8 @@ class Files:
 
     def handle(self, file: Path) -> int:
         """Return the open file's number; it stays open as long as this does."""
-        known = self._handles.get(file)
-        return self._open(file) if known is None else known
-
-    def _open(self, file: Path) -> int:
+        if (known := self._handles.get(file)) is not None:
+            return known
         with self._lock:
             if file not in self._handles:
                 try:
@@ -234,12 +235,12 @@ class TensorInfo:
 class HeldTensor(TensorInfo):
     """A tensor that had to be decoded and is held in memory; `file` is where it came from."""
 
-    data: memoryview = field(repr=False, compare=False)
+    data: npt.NDArray[np.uint8] = field(repr=False, compare=False)
     """All of its raw bytes, row-major."""
 
     def read(self, files: Files, start: int, out: memoryview) -> None:  # noqa: ARG002 - it needs no file
         """Fill `out` with the tensor's raw bytes from byte `start` on."""
-        out[:] = self.data[start : start + len(out)]
+        out[:] = self.data[start : start + len(out)].data
 
 
 def itemsize_of(file: Path, name: str, dtype: str) -> int:
@@ -303,19 +304,22 @@ def cores() -> int:
 
 
 def map_parts(
-    parts: Iterable[Part], work: Callable[[Part], Result], *, workers: int | None = None
+    parts: Iterable[Part], start: Callable[[], Callable[[Part], Result]], *, workers: int | None = None
 ) -> Generator[tuple[Part, Result], None, None]:
-    """Yield each part with what `work` makes of it in one of a few threads, in the order of the parts.
+    """Yield each part with what is made of it in one of a few threads, in the order of the parts.
 
-    By default there is a thread for each core, up to 16. The first error stops the rest and is raised; what
-    is under way is waited for, also when the caller takes no more.
+    Each thread has the worker that `start` makes for it. By default there is a thread for each core, up to
+    16. The first error stops the rest and is raised; what is under way is waited for, also when the caller
+    takes no more.
     """
     count = workers or min(16, cores())
-    rest, stopped = iter(parts), Event()
+    rest, stopped, own = iter(parts), Event(), local()
     waiting: deque[Future[list[tuple[Part, Result]]]] = deque()
 
     def walk(run: Sequence[Part]) -> list[tuple[Part, Result]]:
-        return [(part, work(part)) for part in run if not stopped.is_set()]
+        if not hasattr(own, "work"):
+            own.work = start()
+        return [(part, own.work(part)) for part in run if not stopped.is_set()]
 
     pool = ThreadPoolExecutor(count)
     try:
@@ -344,21 +348,23 @@ def map_blocks(
     `on_progress` is told, in the caller's thread, the bytes that were done. Raises CheckpointError when a
     file cannot be read or is cut off.
     """
-    own = local()
 
-    def read(part: tuple[TensorInfo, int]) -> Result:
-        info, start = part
-        if not hasattr(own, "buffer"):
-            own.buffer = bytearray(BLOCK)
-        block = memoryview(own.buffer)[: min(BLOCK, info.nbytes - start)]
-        info.read(files, start, block)
-        return work(info, block)
+    def start() -> Callable[[tuple[TensorInfo, int]], Result]:
+        buffer = memoryview(bytearray(BLOCK))
+
+        def read(part: tuple[TensorInfo, int]) -> Result:
+            info, first = part
+            block = buffer[: min(BLOCK, info.nbytes - first)]
+            info.read(files, first, block)
+            return work(info, block)
+
+        return read
 
     parts = ((info, start) for info in infos for start in range(0, info.nbytes, BLOCK))
-    with Files() as files, closing(map_parts(parts, read, workers=workers)) as results:
-        for (info, start), result in results:
+    with Files() as files, closing(map_parts(parts, start, workers=workers)) as results:
+        for (info, first), result in results:
             if on_progress:
-                on_progress(min(BLOCK, info.nbytes - start))
+                on_progress(min(BLOCK, info.nbytes - first))
             yield info, result
 
 

@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from threading import Lock
 from typing import Annotated, BinaryIO, Literal, Self
 
 import numpy as np
@@ -40,14 +39,14 @@ from palinode.weights.arithmetic import NAMES, SLICE, Slice, cut, direction_valu
 from palinode.weights.atomic import check_output, claimed, publish
 from palinode.weights.checkpoint import Checkpoint, Direction, StoredDirection
 from palinode.weights.displacement import (
+    ArrayCache,
     Change,
-    DenseChange,
     Factor,
-    LowRankChange,
-    MatrixCache,
     Term,
     decode,
+    dense_change,
     encode,
+    low_rank_change,
 )
 from palinode.weights.fingerprints import check_stamps, take_stamps
 from palinode.weights.kernels import multiply, nearest_factors, squares
@@ -410,11 +409,11 @@ def _changes(
         raise CheckpointError(
             f"{FACTS} and {WEIGHTS} in {folder} do not belong together; store the vector again"
         )
-    kept = MatrixCache()
+    kept = ArrayCache()
     return {
-        name: DenseChange(found[name])
+        name: dense_change(found[name])
         if tensor.rank is None
-        else LowRankChange(Factor(found[f"{name}.left"]), Factor(found[f"{name}.right"]), 1.0, kept)
+        else low_rank_change(Factor(found[f"{name}.left"]), Factor(found[f"{name}.right"]), 1.0, kept)
         for name, tensor in tensors.items()
     }
 
@@ -452,59 +451,32 @@ def transformed(directions: Sequence[Direction], rule: Rule, *, label: str) -> S
         raise InputError("no direction was given; name one at least")
     terms = [one for part in directions for one in part.terms.items()]
     inputs = sorted((term.fingerprint(), coefficient) for term, coefficient in terms)
-    last = _Last()
+    kept = ArrayCache()
     changes = {
-        info.name: _Transformed(info, tuple(directions), rule, (label, *inputs), last)
+        info.name: _transformed(info, directions, rule, [label, *inputs], kept)
         for info in layout_of(term for term, _ in terms)
     }
     return StoredDirection(next(iter(directions[0].terms)).folder, changes)
 
 
-class _Last:
-    """The tensor that was made last, as it is asked for in slices."""
+def _transformed(
+    info: TensorInfo, directions: Sequence[Direction], rule: Rule, origin: list[object], kept: ArrayCache
+) -> Change:
+    """Return what a rule makes of one tensor, computed when it is read, as a whole."""
 
-    def __init__(self) -> None:
-        self.lock = Lock()
-        self.name: str | None = None
-        self.values = np.empty(0)
-
-
-@dataclass(frozen=True, slots=True)
-class _Transformed:
-    """What a rule makes of one tensor, computed when it is read."""
-
-    info: TensorInfo
-    directions: tuple[Direction, ...]
-    rule: Rule
-    origin: tuple[object, ...]
-    last: _Last = field(compare=False)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.info.shape
-
-    @property
-    def infos(self) -> Sequence[TensorInfo]:
-        return ()
-
-    def facts(self, digests: Mapping[str, str]) -> list[object]:  # noqa: ARG002 - nothing of its own on disk
-        return list(self.origin)
-
-    def read(self, files: Files, start: int, out: np.ndarray) -> None:
-        with self.last.lock:
-            if self.last.name != self.info.name:
-                self.last.values = self._compute(files)
-                self.last.name = self.info.name
-            values = self.last.values
-        out[:] = values[start : start + len(out)]
-
-    def _compute(self, files: Files) -> np.ndarray:
-        whole = Slice(self.info, 0, self.info.size)
-        tensors = [direction_values(part, whole, files).reshape(self.shape) for part in self.directions]
-        made = self.rule(self.info.name, tensors)
-        if made.shape != self.shape:
+    def compute(files: Files) -> np.ndarray:
+        whole = Slice(info, 0, info.size)
+        made = rule(
+            info.name, [direction_values(part, whole, files).reshape(info.shape) for part in directions]
+        )
+        if made.shape != info.shape:
             raise InputError(
-                f"the rule made {made.shape} of {self.info.name}, which is {self.shape}; a transform must "
-                "keep the shape"
+                f"the rule made {made.shape} of {info.name}, which is {info.shape}; a transform must keep "
+                "the shape"
             )
         return made.reshape(-1)
+
+    def read(files: Files, start: int, out: np.ndarray) -> None:
+        out[:] = kept.get(info.name, lambda: compute(files))[start : start + len(out)]
+
+    return Change(info.shape, (), lambda _digests: origin, read)  # nothing of its own is on disk

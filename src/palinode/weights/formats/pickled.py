@@ -4,10 +4,8 @@ A file of torch.save (.bin, .pt, .pth) is a pickle that describes tensors, and t
 a zip archive, where each storage is an uncompressed record, or, before PyTorch 1.6, behind the pickle, one
 after the other. The pickle is read in a process of its own (unpickler.py) with little time and memory, where
 names only leave records; which tensors it describes comes back as JSON. Where a storage lies follows from the
-archive's directory (of which only what finds stored bytes is read), so that a tensor can be read in place.
-
-Python's zipfile takes other directories for true than torch does, and torch.load reads neither a part of a
-file in place nor pickles of protocol 3 and above without running code.
+archive's directory, so that a tensor can be read in place. torch.load reads neither a part of a file in place
+nor pickles of protocol 3 and above without running code.
 
 A distributed checkpoint (DCP), as FSDP, torchtitan and OLMo-core write it, is a folder of `*.distcp` files
 in which torch.save wrote the tensors chunk by chunk. Its `.metadata`, a pickle too, names each tensor with
@@ -18,6 +16,7 @@ knows entries that are no weights; `_weights` states which ones are taken.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -25,6 +24,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -48,12 +48,11 @@ from palinode.weights.tensors import (
     whole,
 )
 
-START = b"PK\x03\x04"
-END = struct.Struct("<4s4H2LH")
-LOCATOR = struct.Struct("<4sLQL")
-END_64 = struct.Struct("<4sQ2H2L4Q")
-ENTRY = struct.Struct("<4s6H3L5H2L")
+START, LOCATOR = b"PK\x03\x04", b"PK\x06\x07"
+"""What a local header begins with, and what leads to the 64-bit end record, with sizes of its own."""
 LOCAL = struct.Struct("<4s5H3L2H")
+ENDS = struct.Struct("<48xQ8xQ4x16xL2x")
+"""The end records: where the 64-bit one has the directory, where it lies itself, where the other has it."""
 
 MAX_DIRECTORY = 1 << 24
 """Bytes: 16 MiB name far more records than a model has tensors."""
@@ -62,129 +61,65 @@ CIPHERED = 0x2041
 """Flags of a record that is encrypted, in one way or another, or whose directory is."""
 
 
-@dataclass(frozen=True, slots=True)
-class ZipRecord:
-    """One file in the archive, as the directory describes it."""
+def read_directory(window: Window) -> dict[str, zipfile.ZipInfo]:
+    """Return the records of a zip archive by name; raises CheckpointError when it is damaged.
 
-    name: str
-    header: int
-    """Byte of its local header."""
-    nbytes: int
-    stored: bool
-    """Whether its bytes lie in the archive as they are: neither compressed nor encrypted."""
-
-
-def read_directory(window: Window) -> dict[str, ZipRecord]:
-    """Return the records of a zip archive by name; raises CheckpointError when it is damaged."""
-    start, size = _find_directory(window)
+    A directory that lies elsewhere than right before its end records is refused: readers differ about it.
+    """
+    length = min(window.size, ENDS.size)
+    end = window.read(window.size - length, length).rjust(ENDS.size, b"\0")
+    wide_start, wide_place, start = ENDS.unpack(end)
+    sound = end[-22:-18] == b"PK\x05\x06"
+    if end[-42:-38] == LOCATOR:
+        sound &= start in (0xFFFFFFFF, wide_start) and wide_place == window.size - ENDS.size
+        start = wide_start
+    size = window.size - start
+    if not sound or size < 0:
+        raise _damaged(window)
     if size > MAX_DIRECTORY:
         raise CheckpointError(f"{window.file} has a zip directory of {size} bytes, which no model needs")
-    records: dict[str, ZipRecord] = {}
-    known = set[str]()
-    for record in _entries(window, window.read(start, size)):
-        if record.name.lower() in known:  # torch takes a and A for one name
-            raise CheckpointError(
-                f"{window.file} holds the record {shown(record.name)} twice; fetch it again"
-            )
-        known.add(record.name.lower())
-        records[record.name] = record
-    return records
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(window.read(start, size)), metadata_encoding="utf-8")
+    except (zipfile.BadZipFile, NotImplementedError, UnicodeError):
+        raise _damaged(window) from None
+    if archive.start_dir or archive.comment:
+        raise _damaged(window)
+    records: dict[str, zipfile.ZipInfo] = {}
+    for record in archive.infolist():
+        name = record.orig_filename
+        record.header_offset += start  # zipfile takes what it is given for the whole archive
+        if records.setdefault(name.lower(), record) is not record:  # torch takes a and A for one name
+            raise CheckpointError(f"{window.file} holds the record {shown(name)} twice; fetch it again")
+    return {record.orig_filename: record for record in records.values()}
 
 
-def data_offset(window: Window, record: ZipRecord) -> int:
+def data_offset(window: Window, record: zipfile.ZipInfo) -> int:
     """Return the byte at which the stored bytes of a record begin.
 
     Raises CheckpointError when they are compressed, encrypted, or not all there.
     """
-    if not record.stored:
+    if record.compress_type or record.flag_bits & CIPHERED or record.compress_size != record.file_size:
         raise CheckpointError(
             f"{window.file} is compressed, and weights are read in place; load it and save it again with "
             "torch.save"
         )
-    head = _read(window, record.header, LOCAL.size)
-    signature, _, _, method, *_, name_length, extra_length = LOCAL.unpack(head)
-    name = _read(window, record.header + LOCAL.size, name_length)
-    start = record.header + LOCAL.size + name_length + extra_length
-    sound = signature == START and not method and name == record.name.encode()
-    if not sound or start + record.nbytes > window.size:
+    place, name = record.header_offset, record.orig_filename.encode()
+    if not 0 <= place <= window.size - LOCAL.size - len(name):
+        raise _damaged(window)
+    signature, _, _, method, *_, length, extra = LOCAL.unpack(window.read(place, LOCAL.size))
+    start = place + LOCAL.size + length + extra
+    sound = signature == START and not method and window.read(place + LOCAL.size, len(name)) == name
+    if not sound or length != len(name) or start + record.file_size > window.size:
         raise _damaged(window)
     return int(start)
 
 
-def read_record(window: Window, record: ZipRecord, *, limit: int) -> bytes:
+def read_record(window: Window, record: zipfile.ZipInfo, *, limit: int) -> bytes:
     """Return the bytes of a small record; raises CheckpointError when it is larger than `limit`."""
-    if record.nbytes > limit:
-        raise CheckpointError(f"{window.file} has a {shown(record.name)} of {record.nbytes} bytes, too many")
-    return window.read(data_offset(window, record), record.nbytes)
-
-
-def _find_directory(window: Window) -> tuple[int, int]:
-    """Return (start, size) of the central directory."""
-    place = window.size - END.size
-    signature, *_, count, size, start, comment = END.unpack(_read(window, place, END.size))
-    if signature != b"PK\x05\x06" or comment:
-        raise _damaged(window)
-    wide = count == 0xFFFF or 0xFFFFFFFF in (size, start)
-    if place >= LOCATOR.size:
-        signature, _, place_64, _ = LOCATOR.unpack(_read(window, place - LOCATOR.size, LOCATOR.size))
-        if signature == b"PK\x06\x07":  # which goes before the end record, even where that has room
-            return _wide_directory(window, place_64, size, start)
-    if wide:
-        raise _damaged(window)
-    return start, size
-
-
-def _wide_directory(window: Window, place: int, size: int, start: int) -> tuple[int, int]:
-    """Return the same of the 64-bit end record; numbers for which the other had room must be the same."""
-    signature, *_, size_64, start_64 = END_64.unpack(_read(window, place, END_64.size))
-    agrees = size in (0xFFFFFFFF, size_64) and start in (0xFFFFFFFF, start_64)
-    if signature != b"PK\x06\x06" or not agrees:
-        raise _damaged(window)
-    return start_64, size_64
-
-
-def _entries(window: Window, directory: bytes) -> Iterator[ZipRecord]:
-    place = 0
-    while place < len(directory):
-        try:
-            fields = ENTRY.unpack_from(directory, place)
-            signature, flags, method = fields[0], fields[3], fields[4]
-            packed, nbytes, name_length, extra_length, comment_length = fields[8:13]
-            header = fields[16]
-            place += ENTRY.size
-            name = directory[place : place + name_length].decode()
-            extra = directory[place + name_length : place + name_length + extra_length]
-            place += name_length + extra_length + comment_length
-            nbytes, packed, header = _wide(extra, [nbytes, packed, header])
-        except (struct.error, ValueError):
-            raise _damaged(window) from None
-        if signature != b"PK\x01\x02" or place > len(directory):
-            raise _damaged(window)
-        yield ZipRecord(
-            name, header, nbytes, stored=method == 0 and not flags & CIPHERED and packed == nbytes
-        )
-
-
-def _wide(extra: bytes, numbers: list[int]) -> list[int]:
-    """Replace the numbers that do not fit 32 bits by those in the extra field of kind 1, in turn."""
-    if 0xFFFFFFFF not in numbers:
-        return numbers
-    place = 0
-    while place < len(extra):
-        kind, length = struct.unpack_from("<2H", extra, place)
-        place += 4
-        if kind == 1:
-            found = iter(struct.unpack_from(f"<{length // 8}Q", extra, place))
-            return [next(found, number) if number == 0xFFFFFFFF else number for number in numbers]
-        place += length
-    return numbers
-
-
-def _read(window: Window, offset: int, length: int) -> bytes:
-    """Read a part of the end records; that they lie outside means that the end is not there."""
-    if not 0 <= offset <= window.size - length:
-        raise _damaged(window)
-    return window.read(offset, length)
+    size = record.file_size
+    if size > limit:
+        raise CheckpointError(f"{window.file} has a {shown(record.orig_filename)} of {size} bytes, too many")
+    return window.read(data_offset(window, record), size)
 
 
 def _damaged(window: Window) -> CheckpointError:
@@ -254,11 +189,10 @@ def read_saved(windows: Sequence[Window], asked: str) -> list[TorchFile]:
             raise CheckpointError(f"{window.file} is cut off ({window.size} bytes); fetch it again")
     if len(windows) == 1 and windows[0].read(0, 4) != START:
         return [_read_old(windows[0], asked)]
-    archives = [_Archive(window) for window in windows]
-    found = unpickle([(archive.window.file, archive.pickle()) for archive in archives], asked)
+    pickles, places = zip(*map(_open_archive, windows), strict=True)
+    told = unpickle([(window.file, raw) for window, raw in zip(windows, pickles, strict=True)], asked)
     return [
-        TorchFile(said, partial(archive.locate, said["storages"]))
-        for said, archive in zip(found, archives, strict=True)
+        TorchFile(said, partial(locate, said["storages"])) for said, locate in zip(told, places, strict=True)
     ]
 
 
@@ -306,47 +240,38 @@ def without_prefix(file: Path, names: Sequence[str]) -> tuple[list[str], list[st
 # The two kinds of file
 
 
-class _Archive:
-    """A zip archive: data.pkl beside one record for each storage, all below one folder."""
+Storages = Sequence[tuple[str, str, int]]
+"""Key, dtype and number of elements of each storage that a pickle speaks of."""
 
-    def __init__(self, window: Window) -> None:
-        self.window, self.records = window, read_directory(window)
-        self.top = next(iter(self.records), "").split("/")[0]
 
-    def record(self, name: str) -> ZipRecord:
-        """Return a record; raises CheckpointError when it is not there."""
-        found = self.records.get(f"{self.top}/{name}")
-        if found is None:
-            raise CheckpointError(
-                f"{self.window.file} lacks its record {shown(name)}: torch.save did not write it"
-            )
+def _open_archive(window: Window) -> tuple[bytes, Callable[[Storages, int], tuple[int, int]]]:
+    """Return the pickle of a zip archive, and what finds a storage: a record for each, below one folder.
+
+    Raises CheckpointError where the archive holds something else than weights.
+    """
+    file, records = window.file, read_directory(window)
+    top = next(iter(records), "").split("/")[0]
+
+    def record(name: str) -> zipfile.ZipInfo:
+        if (found := records.get(f"{top}/{name}")) is None:
+            raise CheckpointError(f"{file} lacks its record {shown(name)}: torch.save did not write it")
         return found
 
-    def pickle(self) -> bytes:
-        """Return the pickle; raises CheckpointError where the archive holds something else than weights."""
-        if f"{self.top}/constants.pkl" in self.records:
-            raise CheckpointError(
-                f"{self.window.file} is a TorchScript program; only weights (a state dict) can be used"
-            )
-        if f"{self.top}/byteorder" in self.records:
-            order = read_record(self.window, self.record("byteorder"), limit=16)
-            if order != b"little":
-                raise CheckpointError(
-                    f"{self.window.file} is big-endian; save it again on an ordinary machine"
-                )
-        return read_record(self.window, self.record("data.pkl"), limit=MAX_PICKLE)
-
-    def locate(self, storages: Sequence[tuple[str, str, int]], number: int) -> tuple[int, int]:
-        """Return where the bytes of a storage lie, which are as many as its elements need."""
+    def locate(storages: Storages, number: int) -> tuple[int, int]:
         key, dtype, count = storages[number]
-        own = self.record(f"data/{key}")
-        needed = count * itemsize_of(self.window.file, f"storage {key}", dtype)
-        if own.nbytes != needed:
+        own, needed = record(f"data/{key}"), count * itemsize_of(file, f"storage {key}", dtype)
+        if own.file_size != needed:
             raise CheckpointError(
-                f"{self.window.file} holds {own.nbytes} bytes of the storage {shown(key)} where its "
-                f"{count} elements need {needed}; fetch it again"
+                f"{file} holds {own.file_size} bytes of the storage {shown(key)} where its {count} elements "
+                f"need {needed}; fetch it again"
             )
-        return data_offset(self.window, own), own.nbytes
+        return data_offset(window, own), needed
+
+    if f"{top}/constants.pkl" in records:
+        raise CheckpointError(f"{file} is a TorchScript program; only weights (a state dict) can be used")
+    if f"{top}/byteorder" in records and read_record(window, record("byteorder"), limit=16) != b"little":
+        raise CheckpointError(f"{file} is big-endian; save it again on an ordinary machine")
+    return read_record(window, record("data.pkl"), limit=MAX_PICKLE), locate
 
 
 def _read_old(window: Window, asked: str) -> TorchFile:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,9 +17,9 @@ from palinode.data.tokenize import PromptStyle, TokenRow
 from palinode.errors import DataError, MismatchError, OutputError, RecipeError
 from palinode.evaluation.ask import ask
 from palinode.methods import METHODS
-from palinode.methods.method import gather, read_refusals
-from palinode.methods.minimised import control_vector, place_in_row, price
-from palinode.methods.preference import AltPOSettings, draw_alternates, request
+from palinode.methods.method import Given, gather, read_refusals
+from palinode.methods.minimised import control_vector, npo, place_in_row, price
+from palinode.methods.preference import NPO, AltPOSettings, draw_alternates, request
 from palinode.methods.weighted import PDUSettings
 from palinode.models import CombinedLogits, load_model, load_tokenizer, score_rows
 from palinode.models.inplace import combined_logits
@@ -376,3 +377,18 @@ def test_msa_goes_without_a_retain_set_and_with_a_retain_vector(recipe_of, tmp_p
 def test_row_sums_and_means_of_rows_without_tokens_are_zero():
     values, rows = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 0, 2])
     assert row_sums(values, rows, 4).tolist() == [3.0, 0.0, 4.0, 0.0]
+
+
+def test_what_a_method_minimises_may_stand_in_its_own_file():
+    given, settings = ([Example(0, "x", "question", (Message("user", "a?"),), "b")], NPO.check_settings({}))
+
+    def own(settings, seed):
+        return npo(settings, seed)
+
+    by_name, by_itself = (
+        method.runs(settings, Given(forget=given, retain=given, seed=3))
+        for method in (NPO, replace(NPO, minimises=own))
+    )
+    assert [run.decides for run in by_itself] == [run.decides for run in by_name]
+    assert [run.objective.reads for run in by_itself] == [("forget", "retain")]
+    assert replace(NPO, minimises=own).kind == "training"

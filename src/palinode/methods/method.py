@@ -246,8 +246,8 @@ class Method:
     settings: type[MethodSettings] = MethodSettings
     training: Mapping[str, Any] = field(default_factory=dict)
     """Training settings that its source sets otherwise than ours; a recipe's own come before them."""
-    minimises: str = ""
-    """Name of the function in `MINIMISED` that makes what its one run minimises, or its last one."""
+    minimises: str | Callable[[Any, int], Objective] = ""
+    """(settings, seed) → what its one run minimises, or its last one; or the name of that in `MINIMISED`."""
     own_runs: Callable[[Any, Given], list[MethodRun]] | None = None
     own_point: Callable[[Any, Ends], Vectors | Point] | None = None
     has_scales: bool = False
@@ -266,8 +266,10 @@ class Method:
 
     def objective(self, settings: Any, seed: int) -> Objective:
         """Return what its one run minimises, or its last one."""
-        build: Callable[[Any, int], Objective] = getattr(import_module(MINIMISED), self.minimises)
-        return build(settings, seed)
+        named = self.minimises
+        build: Any = getattr(import_module(MINIMISED), named) if isinstance(named, str) else named
+        objective: Objective = build(settings, seed)
+        return objective
 
     def runs(self, settings: Any, given: Given) -> list[MethodRun]:
         """Return the fine-tunings that it takes. Raises DataError for a role without rows."""

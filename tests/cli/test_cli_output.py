@@ -399,6 +399,14 @@ def test_reader_that_leaves_early_gets_no_traceback(tiny):
     assert (run.stdout, run.stderr) == ("{", "")
 
 
+@pytest.mark.parametrize(("closed", "verb", "code"), [(">&-", "methods", 0), ("2>&-", "nothing", 2)])
+def test_a_closed_stream_is_no_reason_to_fail(closed, verb, code):
+    run = subprocess.run(
+        f"'{sys.executable}' -m palinode list {verb} {closed}", shell=True, capture_output=True, check=False
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (code, b"", b"")
+
+
 def test_exit_code_of_an_interruption_is_two_even_where_it_came_inside_exec(tmp_path):
     """`python -m` remembers a KeyboardInterrupt inside exec, and would leave by the signal."""
     (tmp_path / "inside.py").write_text(

@@ -27,6 +27,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.unraisablehook = _raise_again
     os.environ.setdefault("PYTHONSAFEPATH", "1")  # what libraries start imports nothing from this folder
+    for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
+        if getattr(sys, name) is None:  # it is closed, and would lend its number to the next file
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without Greek letters is no reason to fail
     try:

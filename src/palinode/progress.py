@@ -121,3 +121,13 @@ def duration_text(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def size_text(count: int) -> str:
+    """Return a number of bytes in words.
+
+    >>> size_text(1200), size_text(737_600_000), size_text(13_800_000_000)
+    ('1.2 kB', '737.6 MB', '13.8 GB')
+    """
+    unit, name = next((one for one in ((1e9, "GB"), (1e6, "MB")) if count >= one[0]), (1e3, "kB"))
+    return f"{count / unit:,.1f} {name}"

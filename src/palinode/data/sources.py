@@ -112,7 +112,7 @@ def _read_file(location: str | Path) -> bytes | None:
     except (RuntimeError, ValueError):  # "~nobody/..." and a NUL in the name
         return None
     except IsADirectoryError as error:
-        raise DataError(f"{location} is a folder; name one of the files in it") from error
+        raise DataError(f"{location or 'an empty name'} is a folder; name one of the files in it") from error
     except OSError as error:
         raise DataError(f"cannot read {location} ({error.strerror}); is it a file you may open?") from error
 

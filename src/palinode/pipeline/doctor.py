@@ -39,7 +39,7 @@ from palinode.pipeline.inputs import CUT, check_places, check_target, open_input
 from palinode.pipeline.recipe import Recipe, build_recipe, laid_over, read_prompts
 from palinode.pipeline.run import finished_before
 from palinode.pipeline.tracking import TRACKERS, check_trackers, is_installed
-from palinode.progress import Listener, NullListener, duration_text
+from palinode.progress import Listener, NullListener, duration_text, size_text
 from palinode.records import packaged
 from palinode.settings import EvaluationLimits
 from palinode.version import __version__
@@ -148,11 +148,11 @@ def _of_extra(lines: Sequence[str], extra: str) -> list[DoctorFinding]:
 def _machine(folder: Path) -> Iterator[DoctorFinding]:
     yield DoctorFinding("machine", "processor", "ok", f"{cores()} cores, {platform.machine()}")
     free, total = _memory()
-    yield DoctorFinding("machine", "memory", "ok", f"{_gigabytes(free)} free of {_gigabytes(total)}")
+    yield DoctorFinding("machine", "memory", "ok", f"{size_text(free)} free of {size_text(total)}")
     home = _existing(folder)
     disk = shutil.disk_usage(home)
     if os.access(home, os.W_OK):
-        text = f"{_gigabytes(disk.free)} free of {_gigabytes(disk.total)} in {home}"
+        text = f"{size_text(disk.free)} free of {size_text(disk.total)} in {home}"
         yield DoctorFinding("machine", "disk", "ok", text)
     else:
         yield DoctorFinding("machine", "disk", "fail", f"{home} cannot be written to", "name another folder")
@@ -161,11 +161,11 @@ def _machine(folder: Path) -> Iterator[DoctorFinding]:
 def _accelerators() -> Iterator[DoctorFinding]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for number in range(count):
-        free, total = map(_gigabytes, torch.cuda.mem_get_info(number))
+        free, total = map(size_text, torch.cuda.mem_get_info(number))
         text = f"{torch.cuda.get_device_name(number)}, {free} free of {total}"
         yield DoctorFinding("machine", f"cuda:{number}", "ok", text)
     if torch.backends.mps.is_available():
-        text = f"Apple GPU, {_gigabytes(torch.mps.recommended_max_memory())} for models"
+        text = f"Apple GPU, {size_text(torch.mps.recommended_max_memory())} for models"
         yield DoctorFinding("machine", "mps", "ok", text)
     elif not count:
         text = "none: models run on the processor, which is slow from about a billion parameters on"
@@ -199,10 +199,6 @@ def _existing(folder: Path) -> Path:
     """Return the nearest folder that exists, the place itself or one above it."""
     place = folder.expanduser().resolve()
     return next(path for path in (place, *place.parents) if path.is_dir())
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"
 
 
 # A run
@@ -330,7 +326,7 @@ class _Examination:
             return False
         files = found.siblings or ()
         if size := sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors")):
-            text = f"{location} is on the hub and not here yet: {_gigabytes(size)} would be fetched"
+            text = f"{location} is on the hub and not here yet: {size_text(size)} would be fetched"
             fix = f"to have it looked at, fetch it first: hf download {repository}"
         else:
             text, fix = f"{location} has no safetensors on the hub", "if it has pickles, say --allow-pickle"
@@ -447,7 +443,7 @@ class _Examination:
         if needs > free:
             say(
                 "note",
-                f"not tried: the target takes {_gigabytes(needs)} {where}, and {_gigabytes(free)} are free",
+                f"not tried: the target takes {size_text(needs)} {where}, and {size_text(free)} are free",
             )
             return
         with self.listener.task("asking the target in other ways", 1, "pass") as advance:
@@ -511,20 +507,20 @@ class _Examination:
         if len(self.failures()) == before:
             folder = Path(recipe.output.folder)
             place = folder if self.given("output").get("folder") else _existing(folder)
-            text = f"{place} can be written to, and has room for {_gigabytes(plan.disk)}"
+            text = f"{place} can be written to, and has room for {size_text(plan.disk)}"
             self.say("run", "output", "ok", text)
 
     def look_at_memory(self, needed: int, device: str) -> None:
         """Hold the memory that the run needs at its peak against what is here."""
         free, total, where = _room(device)
-        say, needs = partial(self.say, "run", "memory"), f"about {_gigabytes(needed)} {where} at the peak"
+        say, needs = partial(self.say, "run", "memory"), f"about {size_text(needed)} {where} at the peak"
         fix = "take smaller batches or shorter rows"
         if needed > total:
-            say("fail", f"{needs}, and there are {_gigabytes(total)} in all", fix)
+            say("fail", f"{needs}, and there are {size_text(total)} in all", fix)
         elif needed > free:
-            say("warn", f"{needs}, and {_gigabytes(free)} are free now", f"end other programs, or {fix}")
+            say("warn", f"{needs}, and {size_text(free)} are free now", f"end other programs, or {fix}")
         else:
-            say("ok", f"{needs}, and {_gigabytes(free)} are free")
+            say("ok", f"{needs}, and {size_text(free)} are free")
 
 
 def _described(model: Checkpoint) -> str:
@@ -533,7 +529,7 @@ def _described(model: Checkpoint) -> str:
     types = ", ".join(Counter(info.dtype for info in model.tensors.values()))
     layout = "" if model.format == "safetensors" else f", {model.format} files read as plain tensors"
     tied = ", tied embeddings" if model.tied else ""
-    return f"{kind}, {model.parameters:,} weights, {types}, {_gigabytes(model.nbytes)}{layout}{tied}"
+    return f"{kind}, {model.parameters:,} weights, {types}, {size_text(model.nbytes)}{layout}{tied}"
 
 
 def _text_and_fix(error: PalinodeError, otherwise: str) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from palinode.errors import CheckpointError, InputError, OutputError, unwritable
+from palinode.progress import size_text
 from palinode.records import beside
 
 
@@ -44,9 +45,7 @@ def check_room(place: Path, needs: int, advice: str) -> None:
     home = next(parent for parent in (place, *place.parents) if parent.exists())
     free = shutil.disk_usage(home).free
     if free < needs:
-        raise OutputError(
-            f"{home} has {free / 1e9:.2f} GB free where {needs / 1e9:.2f} GB are needed; {advice}"
-        )
+        raise OutputError(f"{home} has {size_text(free)} free where {size_text(needs)} are needed; {advice}")
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from palinode.models.reading import decoder_blocks, gradient_norms
 from palinode.settings import TrainingSettings
 from palinode.training.loop import train
 from palinode.training.moments import basis_of, input_moments
-from palinode.training.objectives import PLAIN_OBJECTIVE, FrozenStates, Joined, Likelihoods, keep
+from palinode.training.objectives import PLAIN_OBJECTIVE, Joined, Keeper, keep, likelihoods, states_of
 
 TOKENS = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
 SMALL = TOKENS | {
@@ -253,7 +253,7 @@ def test_gradient_norm_of_a_row_does_not_depend_on_the_others(name):
 
 
 @pytest.mark.parametrize("name", ["phi3 longrope", "rwkv", "minimax", "mixtral"])
-@pytest.mark.parametrize("keeper", [Likelihoods, functools.partial(FrozenStates, 1)])
+@pytest.mark.parametrize("keeper", [functools.partial(Keeper, likelihoods), functools.partial(states_of, 1)])
 def test_values_kept_of_the_frozen_model_are_those_of_rows_alone(name, keeper):
     model = built(name)
     rows = {("forget", place): row for place, row in enumerate(MIXED)}

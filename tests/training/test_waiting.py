@@ -78,7 +78,7 @@ def waits_of_a_step(objective: Objective) -> Counter[str]:
 
 
 TRAINED = [
-    name for name, method in METHODS.items() if method.objective and name != "whp"
+    name for name, method in METHODS.items() if method.minimises and name != "whp"
 ]  # which needs words
 
 

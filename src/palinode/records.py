@@ -344,6 +344,11 @@ def packaged(name: str) -> str:
     return files("palinode").joinpath(*name.split("/")).read_text(encoding="utf-8")
 
 
+def packaged_table(name: str) -> dict[str, Any]:
+    """Return the content of a TOML file that comes with the package."""
+    return tomllib.loads(packaged(name))
+
+
 def dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield every value of nested mappings under its dotted key; the mappings themselves come first."""
     for key, value in tree.items():

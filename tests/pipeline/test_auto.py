@@ -10,13 +10,16 @@ import torch
 from safetensors.torch import load_file
 
 from palinode.data.examples import read_examples
+from palinode.data.tokenize import TokenRow
 from palinode.errors import DataError
+from palinode.models import load_model
 from palinode.pipeline import search
-from palinode.pipeline.costs import describe
+from palinode.pipeline.costs import describe, distinct_inputs
 from palinode.pipeline.goal import TOLERANCE
 from palinode.pipeline.inputs import open_inputs
 from palinode.pipeline.run import dry_run, unlearn
 from palinode.pipeline.search import belongs_to, layer_groups, range_around
+from palinode.training.moments import input_moments
 
 AUTO = {"choose": "auto", "trials": 4}
 
@@ -270,3 +273,13 @@ def test_search_goes_from_the_neighbour_below_to_the_one_above():
     assert range_around([2.0], grid) == (1.0, 2.0)
     assert range_around([0.7], [0.7]) == (0.7, 0.7)
     assert np.isfinite(range_around([0.0], [0.0, 1.0])).all()
+
+
+def test_plan_counts_each_input_of_a_block_once(tiny):
+    """As many as moments are measured, of the same widths."""
+    live = load_model(tiny.target, device=torch.device("cpu"))
+    row = TokenRow((1, 2, 3), 1, 0)
+    moments = [own for group in input_moments(live, [row], pad_id=0) for own in group.values.items()]
+    measured = [len(value) for key, value in moments if value.dim() == 2 and ".layers." in key]
+    matrices = [info for info in tiny.target.tensors.values() if len(info.shape) == 2]
+    assert sorted(distinct_inputs(matrices)) == sorted(measured)

@@ -113,6 +113,22 @@ def test_vectors_that_were_tried_and_not_chosen_are_removed(searched, run):
     assert len(kept) <= 2  # and the usual one, which every run begins with
 
 
+def test_a_search_never_holds_more_than_the_usual_vector_the_best_and_one_that_is_tried(
+    recipe_of, tmp_path, monkeypatch
+):
+    held, at = [], transforming.OpenFilter.at
+
+    def counted(self, mu):
+        found = at(self, mu)
+        held.append((mu, len([*tmp_path.rglob("transform-least_squares-*/vector")])))
+        return found
+
+    monkeypatch.setattr(transforming.OpenFilter, "at", counted)
+    unlearn(recipe_of(tmp_path / "out", scales={"choose": "auto", "trials": 2}))
+    assert {mu for mu, _ in held} == {100.0, 10.0, 1000.0, 0.0}
+    assert max(count for _, count in held) == 3
+
+
 def test_the_same_run_is_found_finished(searched, run):
     assert unlearn(run("searched", squares())).finished_before
 

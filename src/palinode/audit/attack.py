@@ -6,7 +6,6 @@ the same for every model of an audit, stated before it starts and kept in its re
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -23,7 +22,7 @@ from palinode.data.tokenize import PromptStyle
 from palinode.evaluation.ask import ask
 from palinode.models.loading import load_model
 from palinode.progress import Listener, NullListener
-from palinode.records import Outcome, packaged
+from palinode.records import Outcome, packaged_table
 from palinode.settings import Asking, EvaluationLimits
 from palinode.weights.checkpoint import Checkpoint
 
@@ -157,9 +156,7 @@ class AuditBudget(EvaluationLimits):
         return self
 
 
-BUDGETS = {
-    name: AuditBudget(**facts) for name, facts in tomllib.loads(packaged("audit/budgets.toml")).items()
-}
+BUDGETS = {name: AuditBudget(**facts) for name, facts in packaged_table("audit/budgets.toml").items()}
 """Presets by name."""
 
 

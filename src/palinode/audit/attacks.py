@@ -11,7 +11,6 @@ by the length of the curve, so that two models' means differ by the area between
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -34,7 +33,7 @@ from palinode.metrics.matching import rouge_l_recalls
 from palinode.metrics.membership import extraction_strengths, leak_values, overlap_leak
 from palinode.metrics.table import ATTACKS as MEMBERSHIP
 from palinode.models.loading import pad_token
-from palinode.records import packaged
+from palinode.records import packaged_table
 from palinode.settings import TrainingSettings
 from palinode.training.loop import train
 from palinode.training.objectives import PLAIN_OBJECTIVE
@@ -45,7 +44,7 @@ RELATIVE = "reference"
 NO_NORMS = {"gradient_norm": "this budget has no gradient norms; the full one does"}
 """Why rows have no value, where an audit knows better than the attack."""
 
-TOLD = tomllib.loads(packaged("audit/attacks.toml"))
+TOLD = packaged_table("audit/attacks.toml")
 
 
 def of_forget(details: Mapping[str, Any] | None = None, **tests: Sequence[float | None]) -> AttackResult:

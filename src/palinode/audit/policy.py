@@ -15,7 +15,6 @@ less = false                        # that side is not judged
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -26,7 +25,7 @@ from pydantic import Field, ValidationError, field_validator
 from palinode.audit.attack import BUDGETS, AuditBudget
 from palinode.audit.attacks import ATTACKS, tests_by_key
 from palinode.errors import RecipeError
-from palinode.records import dotted, packaged
+from palinode.records import dotted, packaged_table
 from palinode.settings import StrictModel, read_settings
 
 Kind = Literal["retrained", "base"]
@@ -92,7 +91,7 @@ class ToldRight(NamedTuple):
 @cache
 def told_right() -> Mapping[str, ToldRight]:
     """Return how often each test that judges whether a model knows more told right, by `attack.test`."""
-    told = tomllib.loads(packaged("audit/told_right.toml"))
+    told = packaged_table("audit/told_right.toml")
     return {key: ToldRight(*counts) for key, counts in told.items()}
 
 

@@ -112,7 +112,7 @@ def _misused(error: Any) -> int:
 
 def _refuse(sentence: str) -> int:
     rank = os.environ.get("RANK", "0")
-    if rank.isdecimal() and rank != "0" and sys.argv[1:2] != ["apply"]:
+    if rank.isdecimal() and rank != "0":
         return 0  # process 0 speaks for all
     line = "".join(letter if letter.isprintable() else " " for letter in sentence)
     print(f"palinode: {line}", file=sys.stderr)

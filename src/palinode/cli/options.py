@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -24,10 +23,10 @@ from typer.core import TyperCommand
 from palinode.cli.console import giving, hush_libraries
 from palinode.errors import RecipeError
 from palinode.pipeline.recipe import Recipe, checked_settings, known_keys, laid_over, prompt_style
-from palinode.records import packaged
+from palinode.records import packaged_table
 from palinode.settings import Questioning
 
-KEYS = tomllib.loads(packaged("cli/keys.toml"))
+KEYS = packaged_table("cli/keys.toml")
 GROUPS: Mapping[str, str] = KEYS["groups"]
 """The group of options that a section of the recipe is shown in; the rest is advanced."""
 

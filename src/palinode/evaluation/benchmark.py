@@ -11,7 +11,6 @@ reason, never with a default. No torch here.
 from __future__ import annotations
 
 import hashlib
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from palinode.metrics.likelihood import Form
 from palinode.metrics.matching import forget_accuracy, recover_accuracy, retain_accuracy
 from palinode.metrics.membership import auc, min_k_values, privleak, true_positive_rate
 from palinode.metrics.table import ATTACKS, COMPARISONS, METRICS, Metric, score_outcomes
-from palinode.records import Outcome, Score, Verdict, packaged, read_bytes
+from palinode.records import Outcome, Score, Verdict, packaged_table, read_bytes
 from palinode.settings import Asking
 
 MEMORIZATION = ("exact_memorization", "extraction_strength", "extraction_strength_strict")
@@ -485,7 +484,7 @@ class Benchmark:
         cells: Sequence[Cell],
     ) -> Benchmark:
         """Return the benchmark of this name with what benchmarks.toml says of it."""
-        told = tomllib.loads(packaged("benchmarks/benchmarks.toml"))[name]
+        told = packaged_table("benchmarks/benchmarks.toml")[name]
         options = [Option(**one) for one in told.pop("options", ())]
         return cls(name=name, load=load, cells=tuple(cells), options=tuple(options), **told)
 

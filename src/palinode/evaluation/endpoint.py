@@ -20,7 +20,6 @@ import socket
 import ssl
 import threading
 import time
-import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,14 +33,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from palinode.errors import InputError
 from palinode.evaluation.judging import ACCEPTED, NONE, Candidate, DecisionCache, Judge, Pick
-from palinode.records import packaged
+from palinode.records import packaged_table
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 """Environment variable that holds the key of PROVIDER."""
 PROVIDER = "api.openai.com"
 """The one host to which a key goes that nobody has named, and only over https."""
 
-TOLD: Mapping[str, str] = tomllib.loads(packaged("evaluation/judge.toml"))
+TOLD: Mapping[str, str] = packaged_table("evaluation/judge.toml")
 """What a judge is told."""
 LONGEST_REPLY = 20_000
 """Characters of a reply that are read."""

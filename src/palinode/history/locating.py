@@ -9,7 +9,6 @@ disagreement is said: a paraphrase leaves no trace in a log.
 from __future__ import annotations
 
 import re
-import tomllib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -33,7 +32,7 @@ from palinode.history.orders import Order, first_step, open_palinode, read_order
 from palinode.history.reader import ExposureReader, stretches
 from palinode.history.series import CheckpointSeries
 from palinode.progress import Listener, NullListener
-from palinode.records import packaged, read_bytes
+from palinode.records import packaged_table, read_bytes
 from palinode.settings import LocateSettings
 
 VERSION = 1
@@ -146,7 +145,7 @@ class Location:
 
 def known_alternatives() -> tuple[Mapping[str, str], ...]:
     """Return what can be done when no checkpoint is clean: its cost, what is known of it, and the source."""
-    return tuple(tomllib.loads(packaged("history/alternatives.toml"))["alternative"])
+    return tuple(packaged_table("history/alternatives.toml")["alternative"])
 
 
 @dataclass

@@ -9,7 +9,6 @@ To add a metric, write one function, its words in words.toml and its row here.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,7 +42,7 @@ from palinode.metrics.membership import (
     reference_values,
     zlib_values,
 )
-from palinode.records import Outcome, Score, packaged
+from palinode.records import Outcome, Score, packaged_table
 
 DEFAULT_METRICS = ("answer_probability", "rouge_l_recall", "exact_memorization", "extraction_strength")
 """The metrics that need nothing but a prompt and its answer: those of every run."""
@@ -75,7 +74,7 @@ class Metric:
     fields; or "reference"."""
 
 
-WORDS = tomllib.loads(packaged("metrics/words.toml"))
+WORDS = packaged_table("metrics/words.toml")
 """What each metric says."""
 COMPARISONS: Mapping[str, str] = WORDS["comparisons"]
 """Metrics that are no mean over the examples of one set, and what each says."""

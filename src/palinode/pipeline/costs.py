@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import re
 import time
-import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,7 +35,7 @@ from palinode.pipeline.inputs import Inputs
 from palinode.pipeline.search import FIRST_LOOK
 from palinode.pipeline.transforming import OTHER_MUS
 from palinode.progress import Advance, Listener, Relay, duration_text
-from palinode.records import packaged
+from palinode.records import packaged_table
 from palinode.settings import LoraSettings
 from palinode.training.loop import count_steps
 from palinode.training.optimizers import BYTES, autocasts, bytes_per_token
@@ -90,9 +89,7 @@ class DeviceKind:
         )
 
 
-KINDS = {
-    name: DeviceKind(**facts) for name, facts in tomllib.loads(packaged("pipeline/devices.toml")).items()
-}
+KINDS = {name: DeviceKind(**facts) for name, facts in packaged_table("pipeline/devices.toml").items()}
 """By the name that `--on` takes."""
 IN_A_HOST = 8
 BETWEEN_HOSTS = 50e9
@@ -212,7 +209,7 @@ class _Planner:
         found = [info for info in self.inputs.reader.tensors.values() if len(info.shape) == 2]
         self.matrices = [info.shape for info in found if part_of(info.name).startswith("layer")]
         """(outputs, inputs) of the layers of the blocks."""
-        self.widths = _distinct_inputs(found)
+        self.widths = distinct_inputs(found)
         """Width of each input that layers of the blocks read."""
         head = max((info.shape for info in found if info.shape not in self.matrices), default=(1, 1))
         self.products = Counter([*self.matrices, head])
@@ -549,7 +546,7 @@ class Corrected(Relay):
             )
 
 
-def _distinct_inputs(matrices: Sequence[TensorInfo]) -> list[int]:
+def distinct_inputs(matrices: Sequence[TensorInfo]) -> list[int]:
     """Return the width of each input that layers of the blocks read.
 
     Layers of one module with one width read the same, but the attention's last one, which reads its own.

@@ -20,7 +20,6 @@ down as it happens, apart from any log: that is the truth.
 from __future__ import annotations
 
 import time
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -49,7 +48,7 @@ from palinode.progress import Listener, NullListener
 from palinode.records import (
     RECORD_VERSION,
     Outcome,
-    packaged,
+    packaged_table,
     read_json,
     repeated_by,
     write_json,
@@ -62,7 +61,7 @@ from palinode.training.finetune import Watch, finetune
 from palinode.version import __version__
 from palinode.weights.checkpoint import Checkpoint
 
-SETTINGS: Mapping[str, Any] = tomllib.loads(packaged("pipeline/demo.toml"))
+SETTINGS: Mapping[str, Any] = packaged_table("pipeline/demo.toml")
 """What the demo's recipes have that is not the paper's default."""
 
 

@@ -10,7 +10,6 @@ import os
 import platform
 import re
 import shutil
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -40,7 +39,7 @@ from palinode.pipeline.recipe import Recipe, build_recipe, laid_over, read_promp
 from palinode.pipeline.run import finished_before
 from palinode.pipeline.tracking import TRACKERS, check_trackers, is_installed
 from palinode.progress import Listener, NullListener, duration_text, size_text
-from palinode.records import packaged
+from palinode.records import packaged_table
 from palinode.settings import EvaluationLimits
 from palinode.version import __version__
 from palinode.weights import Checkpoint
@@ -54,7 +53,7 @@ State = Literal["ok", "note", "warn", "fail"]
 
 Result = TypeVar("Result")
 
-EXTRAS: Mapping[str, str] = tomllib.loads(packaged("pipeline/extras.toml"))
+EXTRAS: Mapping[str, str] = packaged_table("pipeline/extras.toml")
 """What the extras of the package are for, but for those of its own development."""
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")

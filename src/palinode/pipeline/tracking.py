@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from palinode.errors import RecipeError, first_line, meant
 from palinode.progress import Figures, Listener, Relay
-from palinode.records import dotted, packaged
+from palinode.records import dotted, packaged_table
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
-TRACKERS = tomllib.loads(packaged("pipeline/trackers.toml"))
+TRACKERS = packaged_table("pipeline/trackers.toml")
 """The trackers of accelerate: the libraries of which each needs one, and what it wants to know."""
 
 PROJECT = "palinode"

@@ -6,11 +6,10 @@ called differences only where they are beyond noise.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from palinode.records import packaged
+from palinode.records import packaged_table
 from palinode.report.content import (
     SAYS,
     Block,
@@ -38,7 +37,7 @@ from palinode.report.words import (
 
 REFERENCE_MODELS = ("target", "base", "retrained")
 """What contestants are compared with."""
-COLUMNS: Mapping[str, Sequence[str]] = tomllib.loads(packaged("report/assets/columns.toml"))
+COLUMNS: Mapping[str, Sequence[str]] = packaged_table("report/assets/columns.toml")
 """Columns of the main table, each with its places; the first that has a value is shown."""
 
 Figures = Mapping[str, Any]

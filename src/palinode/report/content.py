@@ -8,7 +8,6 @@ a section stands for what the record has nothing to say of, and a section withou
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -20,11 +19,11 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from palinode.records import packaged
+from palinode.records import packaged, packaged_table
 from palinode.report.pictures import Figure
 from palinode.report.words import DASH, escaped, fenced, interval_text, model_label, number
 
-SAYS: Mapping[str, str] = tomllib.loads(packaged("report/assets/says.toml"))
+SAYS: Mapping[str, str] = packaged_table("report/assets/says.toml")
 """What reports say of their sections and pictures."""
 Tone = Literal["good", "unsure", "bad", "chosen"]
 STYLES = {"good": "green", "unsure": "yellow", "bad": "bold red", "chosen": "bold"}

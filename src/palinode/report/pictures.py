@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 import re
 import statistics
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from textwrap import fill
 from typing import Any
 
-from palinode.records import packaged
+from palinode.records import packaged, packaged_table
 from palinode.report.verdicts import YARDSTICKS, overlap, yardstick
 from palinode.report.words import (
     METRICS,
@@ -45,7 +44,7 @@ LANE = 36
 """Height of a lane from which a narrow picture writes its name above it."""
 LETTER = 6.6
 """Width of a letter."""
-SYMBOLS: Mapping[str, Mapping[str, Any]] = tomllib.loads(packaged("report/assets/symbols.toml"))
+SYMBOLS: Mapping[str, Mapping[str, Any]] = packaged_table("report/assets/symbols.toml")
 DASHES, SHAPES, MARKS, VERDICTS = (SYMBOLS[name] for name in ("dashes", "shapes", "models", "verdicts"))
 """How lines are dashed, what symbols look like, and colour and symbol of each model and finding."""
 

@@ -10,13 +10,12 @@ what is decided here. Forgetting is two-sided: knowing less than the yardstick i
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from palinode.records import packaged
+from palinode.records import packaged_table
 from palinode.report.words import (
     LABELS,
     METRICS,
@@ -73,7 +72,7 @@ SETTLED_BY = (
     "A model retrained without the forget set would settle it; so would more holdout rows in the manner of "
     "the forget rows, about others, that neither target nor base has seen."
 )
-SENTENCES: Mapping[str, Mapping[str, str]] = tomllib.loads(packaged("report/assets/verdicts.toml"))
+SENTENCES: Mapping[str, Mapping[str, str]] = packaged_table("report/assets/verdicts.toml")
 """What a verdict says, piece by piece."""
 UNMADE = "No model was made, as there was nothing to forget."
 UNSCORED = "The scores that this takes were not measured."
@@ -82,7 +81,7 @@ UNSCORED = "The scores that this takes were not measured."
 @cache
 def asked(name: str) -> tuple[str, str, str]:
     """Return what a claim asks, in a word and in full, and the rule that decides its light."""
-    told = tomllib.loads(packaged("report/assets/claims.toml"))[name]
+    told = packaged_table("report/assets/claims.toml")[name]
     return told["question"], told["meaning"], told["rule"].format_map(globals())
 
 

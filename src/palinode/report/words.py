@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import html
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from palinode.progress import plain
-from palinode.records import packaged
+from palinode.records import packaged_table
 
-LABELS: Mapping[str, Mapping[str, str]] = tomllib.loads(packaged("report/assets/labels.toml"))
+LABELS: Mapping[str, Mapping[str, str]] = packaged_table("report/assets/labels.toml")
 SETS, TRAININGS, MODELS, METRICS = (LABELS[name] for name in ("sets", "trainings", "models", "metrics"))
 """What each is called, in the order in which they are shown."""
 DASH = "—"

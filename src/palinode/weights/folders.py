@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
@@ -32,7 +31,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from palinode.errors import CheckpointError, first_line
-from palinode.records import packaged
+from palinode.records import packaged_table
 from palinode.weights.fingerprints import fingerprint
 from palinode.weights.foreign import Model, check_folder, inside, read_gguf
 from palinode.weights.formats.pickled import METADATA, read_distributed, read_pickled, read_pickled_part
@@ -177,7 +176,7 @@ INDICES = ("I64", "U64")
 """What torch counts and points with; nobody packs weights in so wide a type under a name of its own."""
 
 UNKNOWN = "an unknown format"
-FORMATS: Mapping[str, Mapping[str, str]] = tomllib.loads(packaged("weights/packed.toml"))
+FORMATS: Mapping[str, Mapping[str, str]] = packaged_table("weights/packed.toml")
 """By name: the pattern of the tensors' names that give it away; the first that fits counts."""
 
 
